@@ -1,0 +1,26 @@
+"""Turn trained quadratic vision-language models into linear and hybrid state-space models.
+
+Importing this package is light: no torch, no transformers. `mmmamba_cli.model` brings both and
+registers the model classes; `mmmamba_cli.load(path)` does that for you.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmmamba_cli.model import HolisticVLM
+
+__version__ = "0.1.0"
+
+
+def load(path: str, *, device: Any = "cpu", dtype: Any = "auto") -> HolisticVLM:
+    """Load a model, in eval mode, from any checkpoint `mmmamba` reads.
+
+    `path` is one of our own folders or a teacher's (HoVLE). `device` and `dtype` are what torch
+    takes for them, as objects or names; dtype "auto" keeps what is stored. Raises
+    `CheckpointError` for what cannot be read.
+    """
+    from mmmamba_cli.checkpoint import load_model
+
+    return load_model(path, device=device, dtype=dtype)

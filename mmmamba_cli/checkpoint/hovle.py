@@ -1,0 +1,305 @@
+"""HoVLE (`model_type: internvl_chat`): its config and tensor names against ours, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmmamba_cli.checkpoint.rules import Rule, packed_qkv, rename, stacked_rows
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.model import ATTENTION, HolisticVLMConfig
+
+MODEL_TYPE = "internvl_chat"
+EMBEDDING_TYPE = "holistic_embedding"
+
+# For a bare state dict without its config: `--arch hovle-2.6b`. Shapes cannot confirm everything
+# here; `ASSUMED` names what has to be believed.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "hovle-2.6b": {
+        "model_type": MODEL_TYPE,
+        "downsample_ratio": 0.5,
+        "force_image_size": 448,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "normalize_encoder_output": False,
+        "template": "internlm2-chat",
+        "embedding_config": {
+            "model_type": EMBEDDING_TYPE,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 8,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+            "image_size": 448,
+            "patch_size": 14,
+            "num_channels": 3,
+            "img_context_token_id": 92546,
+            "llm_vocab_size": 92553,
+            "llm_hidden_size": 2048,
+            "pixel_shuffle_loc": "pre",
+            "special_token_maps": {},
+        },
+        "llm_config": {
+            "architectures": ["InternLM2ForCausalLM"],
+            "model_type": "internlm2",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 24,
+            "vocab_size": 92553,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        },
+    }
+}
+
+ASSUMED = (
+    "normalize_encoder_output",
+    "embedding_config.pixel_shuffle_loc",
+    "embedding_config.rope_theta",
+    "embedding_config.rope_scaling",
+    "embedding_config.max_position_embeddings",
+    "embedding_config.img_context_token_id",
+)
+
+# Stop tokens of the chat template in InternLM2's vocabulary; smaller vocabularies lack some.
+CHAT_STOP_IDS = (2, 1163, 92543, 92542)
+
+
+def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
+    """Translate HoVLE's config; all layers are attention. Raises `CheckpointError`."""
+    embedding = _section(raw, "embedding_config", where)
+    language = _section(raw, "llm_config", where)
+    kind = embedding.get("model_type", EMBEDDING_TYPE)
+    if kind != EMBEDDING_TYPE:
+        raise CheckpointError(
+            f"{where}: embedding_config.model_type is {kind!r}, known is {EMBEDDING_TYPE!r}"
+        )
+    _refuse_unknown_parts(embedding, language, where)
+    first = _stack(embedding, where, "embedding_config")
+    second = _stack(language, where, "llm_config")
+    hidden = _integer(language, "hidden_size", where, "llm_config")
+    if _integer(embedding, "hidden_size", where, "embedding_config") != hidden:
+        raise CheckpointError(
+            f"{where}: embedding_config.hidden_size is {embedding['hidden_size']} and "
+            f"llm_config.hidden_size is {hidden}, expected them equal"
+        )
+    text_rows = _integer(embedding, "llm_vocab_size", where, "embedding_config")
+    return HolisticVLMConfig(
+        vocab_size=text_rows + len(embedding.get("special_token_maps") or {}),
+        hidden_size=hidden,
+        layer_types=[ATTENTION] * (first["num_layers"] + second["num_layers"]),
+        embedding_stack=first,
+        language_stack=second,
+        vision=_vision(raw, embedding, where),
+        normalize_embedding_output=bool(raw.get("normalize_encoder_output", False)),
+        bos_token_id=language.get("bos_token_id"),
+        eos_token_id=language.get("eos_token_id"),
+        pad_token_id=language.get("pad_token_id"),
+        architectures=["HolisticVLM"],
+    )
+
+
+def rules(raw: Mapping[str, Any], config: HolisticVLMConfig) -> list[Rule]:
+    """The name table of a HoVLE with this config (all layers attention)."""
+    embedding, language = raw["embedding_config"], raw["llm_config"]
+    hidden, first = config.hidden_size, config.num_embedding_layers
+    table = _front(embedding, config)
+    for layer in range(config.num_hidden_layers):
+        foreign = (
+            f"embedding_model.encoder.{layer}"
+            if layer < first
+            else f"language_model.model.layers.{layer - first}"
+        )
+        table += _block(foreign, f"model.layers.{layer}", config, layer)
+    vocabulary = (int(language["vocab_size"]), hidden)
+    tokens = "language_model.model.tok_embeddings.weight"
+    table.append(rename(tokens, "unused.language_token_embedding.weight", vocabulary))
+    table.append(rename("language_model.model.norm.weight", "model.norm.weight", (hidden,)))
+    table.append(rename("language_model.output.weight", "lm_head.weight", vocabulary))
+    return table
+
+
+def is_tied(raw: Mapping[str, Any]) -> bool:
+    """Whether the head is the language model's own token table; only `llm_config` decides."""
+    return bool(raw["llm_config"].get("tie_word_embeddings", False))
+
+
+def _front(embedding: Mapping[str, Any], config: HolisticVLMConfig) -> list[Rule]:
+    """Pixels and text up to the first layer."""
+    vision, hidden = config.vision_config, config.hidden_size
+    assert vision is not None
+    source, ours = "embedding_model.vision_embeddings", "model.vision"
+    patch = (hidden, vision.num_channels, vision.patch_size, vision.patch_size)
+    positions = (1, vision.grid**2 + 1, hidden)
+    table = [
+        rename(f"{source}.class_embedding", "unused.class_embedding", (1, 1, hidden)),
+        rename(f"{source}.position_embedding", f"{ours}.position_embedding", positions),
+        rename(f"{source}.patch_embedding.weight", f"{ours}.patch_embedding.weight", patch),
+        rename(f"{source}.patch_embedding.bias", f"{ours}.patch_embedding.bias", (hidden,)),
+    ]
+    merged = hidden * vision.merge**2
+    for index, width in ((0, merged), (2, hidden)):
+        old, new = f"embedding_model.pixel_shuffle_proj.{index}", f"{ours}.projector.{index}"
+        table.append(rename(f"{old}.weight", f"{new}.weight", (hidden, width)))
+        table.append(rename(f"{old}.bias", f"{new}.bias", (hidden,)))
+    text: dict[str, tuple[int, ...]] = {
+        "embedding_model.llm_text_embeddings.weight": (int(embedding["llm_vocab_size"]), hidden)
+    }
+    special = len(embedding.get("special_token_maps") or {})
+    if special:
+        text["embedding_model.special_text_embeddings.weight"] = (special, hidden)
+    table.append(stacked_rows(text, "model.text_embedding.weight"))
+    return table
+
+
+def _block(foreign: str, ours: str, config: HolisticVLMConfig, layer: int) -> list[Rule]:
+    """The seven tensors of one attention layer."""
+    stack, hidden = config.stack_of(layer), config.hidden_size
+    wide, inner = stack.num_heads * stack.head_dim, stack.intermediate_size
+    qkv = [f"{ours}.mixer.{name}_proj.weight" for name in "qkv"]
+    return [
+        packed_qkv(
+            f"{foreign}.attention.wqkv.weight",
+            qkv,
+            stack.num_heads,
+            stack.num_kv_heads,
+            stack.head_dim,
+            hidden,
+        ),
+        rename(f"{foreign}.attention.wo.weight", f"{ours}.mixer.o_proj.weight", (hidden, wide)),
+        *block_frame(foreign, ours, hidden, inner),
+    ]
+
+
+def block_frame(foreign: str, ours: str, hidden: int, inner: int) -> list[Rule]:
+    """What surrounds the mixer of a layer: SwiGLU and the two norms."""
+    feed, mlp = f"{foreign}.feed_forward", f"{ours}.mlp"
+    return [
+        rename(f"{feed}.w1.weight", f"{mlp}.gate_proj.weight", (inner, hidden)),
+        rename(f"{feed}.w2.weight", f"{mlp}.down_proj.weight", (hidden, inner)),
+        rename(f"{feed}.w3.weight", f"{mlp}.up_proj.weight", (inner, hidden)),
+        rename(f"{foreign}.attention_norm.weight", f"{ours}.mixer_norm.weight", (hidden,)),
+        rename(f"{foreign}.ffn_norm.weight", f"{ours}.mlp_norm.weight", (hidden,)),
+    ]
+
+
+def _section(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    section = raw.get(name)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{where}: {name} is missing, expected HoVLE's two sub-configs")
+    return section
+
+
+def _integer(section: Mapping[str, Any], key: str, where: str, name: str) -> int:
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{where}: {name}.{key} is {value!r}, expected a whole number above zero"
+        )
+    return value
+
+
+def _number(section: Mapping[str, Any], key: str, default: float, where: str, name: str) -> float:
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(f"{where}: {name}.{key} is {value!r}, expected a number above zero")
+    return float(value)
+
+
+def _stack(section: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    hidden = _integer(section, "hidden_size", where, name)
+    heads = _integer(section, "num_attention_heads", where, name)
+    kv_heads = heads
+    if section.get("num_key_value_heads") is not None:
+        kv_heads = _integer(section, "num_key_value_heads", where, name)
+    if hidden % heads or heads % kv_heads or (hidden // heads) % 2:
+        raise CheckpointError(
+            f"{where}: {name} has hidden_size {hidden}, num_attention_heads {heads} and "
+            f"num_key_value_heads {kv_heads}, expected each to divide the one before, and an even "
+            "head size"
+        )
+    return {
+        "num_layers": _integer(section, "num_hidden_layers", where, name),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "intermediate_size": _integer(section, "intermediate_size", where, name),
+        "rms_norm_eps": _number(section, "rms_norm_eps", 1e-5, where, name),
+        "rope_theta": _number(section, "rope_theta", 10000.0, where, name),
+        "rope_scaling": _rope_scaling(section, where, name),
+        "max_position_embeddings": _integer(
+            {"max_position_embeddings": 2048, **section}, "max_position_embeddings", where, name
+        ),
+    }
+
+
+def _rope_scaling(section: Mapping[str, Any], where: str, name: str) -> dict[str, Any] | None:
+    scaling = section.get("rope_scaling")
+    if scaling is None:
+        return None
+    kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
+    if kind not in ("dynamic", "linear"):
+        raise CheckpointError(
+            f"{where}: {name}.rope_scaling is of type {kind!r}, known are 'dynamic' and 'linear'"
+        )
+    return {"type": kind, "factor": _number(scaling, "factor", 1.0, where, f"{name}.rope_scaling")}
+
+
+def _vision(raw: Mapping[str, Any], embedding: Mapping[str, Any], where: str) -> dict[str, Any]:
+    name = "embedding_config"
+    place = embedding.get("pixel_shuffle_loc", "pre")
+    if place not in ("pre", "post"):
+        raise CheckpointError(
+            f"{where}: {name}.pixel_shuffle_loc is {place!r}, known are 'pre' and 'post'"
+        )
+    ratio = embedding.get("downsample_ratio", raw.get("downsample_ratio", 0.5))
+    image = _integer(embedding, "image_size", where, name)
+    patch = _integer(embedding, "patch_size", where, name)
+    merge = round(1 / ratio) if isinstance(ratio, int | float) and ratio > 0 else 0
+    if merge < 1 or merge * ratio != 1 or image % (patch * merge):
+        raise CheckpointError(
+            f"{where}: image_size {image}, patch_size {patch} and downsample_ratio {ratio!r} do "
+            "not give whole squares of patches"
+        )
+    return {
+        "image_size": image,
+        "patch_size": patch,
+        "num_channels": _integer({"num_channels": 3, **embedding}, "num_channels", where, name),
+        "downsample_ratio": float(ratio),
+        "pixel_shuffle": place,
+        "image_token_id": _integer(embedding, "img_context_token_id", where, name),
+    }
+
+
+def _refuse_unknown_parts(
+    embedding: Mapping[str, Any], language: Mapping[str, Any], where: str
+) -> None:
+    """Stop at options that would change the computation and that this model does not have."""
+    wanted = (
+        ("embedding_config", embedding, "attention_bias", False),
+        ("embedding_config", embedding, "mlp_bias", False),
+        ("embedding_config", embedding, "use_ls", False),
+        ("embedding_config", embedding, "use_pixel_shuffle_proj", True),
+        ("embedding_config", embedding, "hidden_act", "silu"),
+        ("llm_config", language, "bias", False),
+        ("llm_config", language, "hidden_act", "silu"),
+    )
+    for name, section, key, value in wanted:
+        if section.get(key, value) != value:
+            raise CheckpointError(
+                f"{where}: {name}.{key} is {section[key]!r}, only {value!r} is supported"
+            )

@@ -1,0 +1,166 @@
+"""What commands print: tables, errors, JSON, progress. Results go to stdout, the rest to stderr.
+
+rich is imported when something is first printed with it, so that --help need not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Seconds between lines of progress where there is no terminal to redraw.
+PLAIN_INTERVAL = 10.0
+# Columns of a table that no terminal limits.
+UNBROKEN = 100_000
+
+
+@cache
+def out() -> Console:
+    """The console of results, on stdout."""
+    from rich.console import Console
+
+    return Console()
+
+
+@cache
+def err() -> Console:
+    """The console of progress, warnings and errors, on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def print_error(message: str) -> None:
+    """`error: ...` on stderr, each line of the message unbroken and free of markup."""
+    _print_marked("error", "bold red", message)
+
+
+def print_warning(message: str) -> None:
+    """`warning: ...` on stderr, likewise."""
+    _print_marked("warning", "bold yellow", message)
+
+
+def _print_marked(mark: str, style: str, message: str) -> None:
+    from rich.text import Text
+
+    for line in message.splitlines():
+        err().print(Text.assemble((f"{mark}:", style), " ", line), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """`value` as JSON on stdout. A NaN or infinity is refused (ValueError): JSON has none."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(f"{text}\n")
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    title: str | None = None,
+    right: Collection[str] = (),
+) -> None:
+    """A table on stdout; `right` names the columns that are aligned right. None shows as `-`.
+
+    Fits a terminal by wrapping cells; elsewhere every row is one line, whatever its length.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = out() if out().is_terminal else Console(width=UNBROKEN)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    for row in rows:
+        table.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+    console.print(table)
+
+
+def help_if_bare(context: typer.Context) -> None:
+    """For the callback of a group: print its help and exit 0 if no command was given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+@contextmanager
+def progress(
+    what: str,
+    total: int,
+    unit: str = "",
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[int], None]]:
+    """Progress of one long step on stderr; yields a function that takes how many more are done.
+
+    A bar in a terminal. Elsewhere plain lines, `what: 12/236 unit`: the first at once, the others
+    at least PLAIN_INTERVAL seconds apart, the last when the step ends.
+    """
+    if err().is_terminal:
+        with _bar(what, total, unit) as advance:
+            yield advance
+    else:
+        with _plain_lines(what, total, unit, clock) as advance:
+            yield advance
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(escape(unit)),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err()) as bar:
+        task = bar.add_task(escape(what), total=total)
+        yield lambda more: bar.advance(task, more)
+
+
+@contextmanager
+def _plain_lines(
+    what: str, total: int, unit: str, clock: Callable[[], float]
+) -> Iterator[Callable[[int], None]]:
+    done = said = 0
+    last_time = clock()
+
+    def say() -> None:
+        nonlocal said, last_time
+        said, last_time = done, clock()
+        sys.stderr.write(f"{what}: {done}/{total}{f' {unit}' if unit else ''}\n")
+        sys.stderr.flush()
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        if clock() - last_time >= PLAIN_INTERVAL:
+            say()
+
+    say()
+    try:
+        yield advance
+    finally:
+        if done != said:
+            say()

@@ -1,0 +1,19 @@
+"""Options that several commands share, so that they read alike everywhere."""
+
+from typing import Annotated
+
+import typer
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Set a field of the recipe, as data.max_length=4096 or stages.stage3.lr=1e-5. "
+        "May be repeated.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, for machines.")]

@@ -1,0 +1,118 @@
+"""`mmmamba recipe`: list, show and validate recipes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmmamba_cli.cli.console import help_if_bare, print_error, print_json, print_table
+from mmmamba_cli.cli.options import AsJson, RecipeName, Sets
+from mmmamba_cli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mmmamba_cli.recipe import Recipe
+
+command = typer.Typer(
+    help="List, show and validate recipes.",
+    invoke_without_command=True,
+    callback=help_if_bare,
+)
+
+
+@command.command("list")
+def list_recipes(as_json: AsJson = False) -> None:
+    """List the recipes that come with mmmamba."""
+    from mmmamba_cli.recipe import load_recipe, recipe_names
+
+    rows = [_summary(name, load_recipe(name)) for name in recipe_names()]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(
+            ("recipe", "attention", "stages", "steps", "description"),
+            [
+                (r["name"], r["attention"], len(r["stages"]), r["steps"], r["description"])
+                for r in rows
+            ],
+            right=("attention", "stages", "steps"),
+        )
+
+
+@command.command()
+def show(recipe: RecipeName, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Print a recipe in full.
+
+    Its values, what was set over them, and every default, as YAML that loads back the same.
+    """
+    from mmmamba_cli.recipe import dump_recipe, load_recipe
+
+    loaded = load_recipe(recipe, sets or ())
+    if as_json:
+        print_json(loaded.model_dump(mode="json"))
+    else:
+        typer.echo(dump_recipe(loaded), nl=False)
+
+
+@command.command()
+def validate(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Names of recipes, or YAML files.")
+    ],
+    sets: Sets = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers of the teacher: check the attention layers against it."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check recipes.
+
+    Says everything that is wrong with them, one line each; exit code 2 if anything is.
+    """
+    results = [_check(name, sets or [], num_layers) for name in recipes]
+    if as_json:
+        print_json(results)
+    else:
+        for result in results:
+            if result["valid"]:
+                typer.echo(_sentence(result))
+            for problem in result["problems"]:
+                print_error(problem)
+    if not all(result["valid"] for result in results):
+        raise typer.Exit(2)
+
+
+def _summary(name: str, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "name": name,
+        "description": recipe.description,
+        "attention": recipe.layers.attention,
+        "stages": [stage.name for stage in recipe.stages],
+        "steps": sum(stage.steps for stage in recipe.stages),
+    }
+
+
+def _check(name: str, sets: list[str], num_layers: int | None) -> dict[str, Any]:
+    from mmmamba_cli.recipe import attention_layers, load_recipe
+
+    result: dict[str, Any] = {"recipe": name, "valid": False, "problems": []}
+    try:
+        recipe = load_recipe(name, sets)
+    except RecipeError as error:
+        return {**result, "problems": str(error).splitlines()}
+    if num_layers is None:
+        return {**result, "valid": True}
+    try:
+        layers = attention_layers(recipe.layers, num_layers)
+    except RecipeError as error:
+        return {**result, "problems": [f"{name}: {error}"]}
+    return {**result, "valid": True, "attention_layers": layers}
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    layers = result.get("attention_layers")
+    if layers is None:
+        return f"{result['recipe']}: valid"
+    kept = ", ".join(str(layer) for layer in layers)
+    return f"{result['recipe']}: valid, attention layers: {kept or 'none'}"

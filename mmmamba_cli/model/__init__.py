@@ -1,0 +1,31 @@
+"""The model: importing this package registers it with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from mmmamba_cli.model.cache import HybridCache, new_cache
+from mmmamba_cli.model.config import (
+    ATTENTION,
+    LINEAR,
+    HolisticVLMConfig,
+    MixerConfig,
+    StackConfig,
+    VisionConfig,
+)
+from mmmamba_cli.model.modeling import FP32_PARAMETERS, HolisticVLM
+
+AutoConfig.register(HolisticVLMConfig.model_type, HolisticVLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(HolisticVLMConfig, HolisticVLM, exist_ok=True)
+AutoModelForCausalLM.register(HolisticVLMConfig, HolisticVLM, exist_ok=True)
+
+__all__ = [
+    "ATTENTION",
+    "FP32_PARAMETERS",
+    "LINEAR",
+    "HolisticVLM",
+    "HolisticVLMConfig",
+    "HybridCache",
+    "MixerConfig",
+    "StackConfig",
+    "VisionConfig",
+    "new_cache",
+]

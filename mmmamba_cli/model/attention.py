@@ -1,0 +1,51 @@
+"""Grouped-query softmax attention with RoPE: the teacher's mixer.
+
+Legend: B batch, T tokens, H query heads, K key/value heads, P head dim, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+
+from mmmamba_cli.model.config import StackConfig
+from mmmamba_cli.model.rope import rotate
+from mmmamba_cli.model.sequence import Columns
+
+
+class Attention(nn.Module):
+    """Causal attention, (B, T, D) -> (B, T, D); `mix` stops before the output projection."""
+
+    def __init__(self, hidden_size: int, stack: StackConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = stack.num_heads
+        self.num_kv_heads = stack.num_kv_heads
+        self.head_dim = stack.head_dim
+        width, kv_width = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
+        self.q_proj = nn.Linear(hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
+        return self.o_proj(self.mix(hidden, columns, cache))
+
+    def mix(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
+        """softmax(q k^T / sqrt(P)) v before W_O, (B, T, H * P)."""
+        batch, length, _ = hidden.shape
+        q = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
+        q = rotate(q, columns.cos, columns.sin).transpose(1, 2)
+        k = rotate(k, columns.cos, columns.sin).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        is_causal = length > 1 and columns.is_plain_causal(k.shape[2])
+        mask = None if is_causal else columns.attention_mask(k.shape[2])
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.num_kv_heads != self.num_heads
+        )
+        return y.transpose(1, 2).reshape(batch, length, -1)

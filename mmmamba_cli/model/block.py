@@ -1,0 +1,46 @@
+"""One block of either stack: norm, mixer, norm, SwiGLU, each with a residual connection."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+
+from mmmamba_cli.model.attention import Attention
+from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
+from mmmamba_cli.model.mamba2 import Mamba2
+from mmmamba_cli.model.norm import RMSNorm
+from mmmamba_cli.model.sequence import Columns
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Layer `layer_idx`, counted through both stacks, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: HolisticVLMConfig, layer_idx: int):
+        super().__init__()
+        stack = config.stack_of(layer_idx)
+        self.mixer_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
+        self.mixer: Attention | Mamba2
+        if config.layer_types[layer_idx] == ATTENTION:
+            self.mixer = Attention(config.hidden_size, stack, layer_idx)
+        else:
+            self.mixer = Mamba2(config.hidden_size, stack, config.mixer_config, layer_idx)
+        self.mlp_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, stack.intermediate_size)
+
+    def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
+        hidden = hidden + self.mixer(self.mixer_norm(hidden), columns, cache)
+        return hidden + self.mlp(self.mlp_norm(hidden))

@@ -1,0 +1,97 @@
+"""The Mamba-2 mixer that attention is turned into (mmMamba, arXiv 2502.13145, section 3).
+
+W_Q -> C, W_K -> B, W_V -> x and W_O are the teacher's; new are the decay and input step dt, a
+short convolution over [v, k, q], and a gated norm on the output. Legend: B batch, T tokens, H query
+heads, K key/value heads shared by H / K query heads each, P head dim = state dim, W conv width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from mmmamba_cli.model.cache import read_ssm_state, write_ssm_state
+from mmmamba_cli.model.config import MixerConfig, StackConfig
+from mmmamba_cli.model.norm import RMSNorm
+from mmmamba_cli.model.rope import rotate
+from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.ops import causal_conv, gated_rms_norm, ssd
+
+GATED_NORM_EPS = 1e-5
+
+
+class Mamba2(nn.Module):
+    """Selective state-space mixer, (B, T, D) -> (B, T, D); `mix` stops before W_O.
+
+    S_t = exp(-dt_t exp(A_log)) S_{t-1} + dt_t v_t k_t^T and y_t = S_t q_t, with
+    dt = softplus(x W_dt + dt_bias); the state (B, H, P, P) is fp32 whatever the weights are.
+    """
+
+    def __init__(self, hidden_size: int, stack: StackConfig, options: MixerConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = stack.num_heads
+        self.num_kv_heads = stack.num_kv_heads
+        self.head_dim = stack.head_dim
+        self.rope = options.rope
+        self.width = stack.num_heads * stack.head_dim
+        self.kv_width = stack.num_kv_heads * stack.head_dim
+        channels = self.width + 2 * self.kv_width
+        self.q_proj = nn.Linear(hidden_size, self.width, bias=False)
+        self.k_proj = nn.Linear(hidden_size, self.kv_width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, self.kv_width, bias=False)
+        self.o_proj = nn.Linear(self.width, hidden_size, bias=False)
+        self.g_proj = nn.Linear(hidden_size, self.width, bias=False)
+        self.dt_proj = nn.Linear(hidden_size, stack.num_heads, bias=False)
+        # Depthwise over the channels of [v, k, q]; only its weights are used, by ops.causal_conv.
+        self.conv1d = nn.Conv1d(channels, channels, options.conv_width, groups=channels)
+        self.A_log = nn.Parameter(torch.ones(stack.num_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(stack.num_heads))
+        self.g_norm = RMSNorm(stack.head_dim, GATED_NORM_EPS)
+        self.D = nn.Parameter(torch.zeros(stack.num_heads)) if options.d_skip else None
+        self.q_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if options.qk_norm else None
+        self.k_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if options.qk_norm else None
+
+    def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
+        return self.o_proj(self.mix(hidden, columns, cache))
+
+    def mix(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
+        """The gated, normed read-out before W_O, (B, T, H * P)."""
+        batch, length, _ = hidden.shape
+        conv_state, ssm_state = read_ssm_state(cache, self.layer_idx)
+        vkq = torch.cat((self.v_proj(hidden), self.k_proj(hidden), self.q_proj(hidden)), dim=-1)
+        vkq, conv_state = causal_conv(
+            vkq,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_state=conv_state,
+            mask=columns.mask,
+            seq_idx=columns.seq_idx,
+        )
+        v, k, q = vkq.split((self.kv_width, self.kv_width, self.width), dim=-1)
+        v = v.view(batch, length, self.num_kv_heads, self.head_dim)
+        k = k.view(batch, length, self.num_kv_heads, self.head_dim)
+        q = q.view(batch, length, self.num_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope:
+            q = rotate(q, columns.cos, columns.sin)
+            k = rotate(k, columns.cos, columns.sin)
+        y, ssm_state = ssd(
+            v,
+            self.dt_proj(hidden),
+            -torch.exp(self.A_log),
+            k,
+            q,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            D=self.D,
+            initial_state=ssm_state,
+            mask=columns.mask,
+            seq_idx=columns.seq_idx,
+        )
+        write_ssm_state(cache, self.layer_idx, conv_state, ssm_state)
+        gate = self.g_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
+        y = gated_rms_norm(y, gate, self.g_norm.weight, GATED_NORM_EPS)
+        return y.reshape(batch, length, self.width)

@@ -1,0 +1,51 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated, with dynamic NTK.
+
+Legend: B batch, T tokens, P head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.model.config import StackConfig
+
+
+def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch.device) -> Tensor:
+    """Inverse frequencies, fp32, for sequences of `lengths` tokens.
+
+    `lengths` is an int or an integer tensor of any shape; the result has that shape plus (P/2,),
+    or is just (P/2,) where the length does not matter. Dynamic NTK replaces the base by
+    base * (f T / M - (f - 1)) ** (P / (P - 2)) where the length T exceeds the trained maximum M.
+    """
+    dim = stack.head_dim
+    exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+    scaling = stack.rope_scaling or {}
+    factor = float(scaling.get("factor", 1.0))
+    maximum = stack.max_position_embeddings
+    if scaling.get("type") == "linear":
+        return stack.rope_theta**-exponents / factor
+    if scaling.get("type") != "dynamic":
+        return stack.rope_theta**-exponents
+    longest = torch.as_tensor(lengths, device=device, dtype=torch.float32).clamp(min=maximum)
+    growth = factor * longest / maximum - (factor - 1)
+    base = stack.rope_theta * growth ** (dim / (dim - 2))
+    return base.unsqueeze(-1) ** -exponents
+
+
+def depends_on_length(stack: StackConfig) -> bool:
+    return (stack.rope_scaling or {}).get("type") == "dynamic"
+
+
+def rotation(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, T, P) for `positions` (B, T); angles are computed in fp32."""
+    angles = positions.float().unsqueeze(-1) * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (B, T, heads, P) by the angles whose cosine and sine (B, T, P) are given."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)

@@ -1,0 +1,191 @@
+"""What the layers of one stack must know about the columns they are given.
+
+A *column* is one position along the time axis of a batch, padding included. Legend: B batch,
+T columns of this call, S columns seen before, P head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.model.config import StackConfig
+from mmmamba_cli.model.rope import depends_on_length, inverse_frequencies, rotation
+
+
+@dataclass
+class StackState:
+    """What a cache has to remember for one stack, beside keys, values and SSM states."""
+
+    length: int = 0
+    # (B, length) bool, or None while every column seen was a real token.
+    mask: Tensor | None = None
+    # (B, 1) position of the next token, or None while it is `length` in every row.
+    next_position: Tensor | None = None
+    # RoPE frequencies, fixed by the prompt they were first asked for with.
+    inv_freq: Tensor | None = None
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat the rows of the batch (beam search)."""
+        for name in ("mask", "next_position"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.index_select(0, rows.to(value.device)))
+        if self.inv_freq is not None and self.inv_freq.dim() > 1 and self.inv_freq.shape[0] > 1:
+            self.inv_freq = self.inv_freq.index_select(0, rows.to(self.inv_freq.device))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """T columns of a batch as one stack sees them.
+
+    `mask` (B, T) bool marks real tokens (None: all real), `seq_idx` (B, T) tells packed sequences
+    apart (None: one per row), `past` is S, `key_mask` (B, S + T) and `key_seq_idx` are the same
+    for everything attention may look at.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    past: int
+    mask: Tensor | None = None
+    seq_idx: Tensor | None = None
+    key_mask: Tensor | None = None
+    key_seq_idx: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.cos.shape[1]
+
+    def chunk(self, start: int, stop: int) -> Columns:
+        """Columns `start` to `stop`, the ones before them having become the past."""
+        if start == 0 and stop >= self.length:
+            return self
+        return replace(
+            self,
+            cos=self.cos[:, start:stop],
+            sin=self.sin[:, start:stop],
+            past=self.past + start,
+            mask=None if self.mask is None else self.mask[:, start:stop],
+            seq_idx=None if self.seq_idx is None else self.seq_idx[:, start:stop],
+        )
+
+    def is_plain_causal(self, num_keys: int) -> bool:
+        """Whether a whole, unpadded, unpacked prefill is at hand: a causal flag says it all."""
+        return (
+            self.past == 0
+            and num_keys == self.length
+            and self.key_mask is None
+            and self.key_seq_idx is None
+        )
+
+    def attention_mask(self, num_keys: int) -> Tensor | None:
+        """(B or 1, 1, T, num_keys) bool, True where a query may look; None if it may look anywhere.
+
+        `num_keys` is S + T, or more for a static cache, whose unused end is masked.
+        """
+        if self.length == 1 and num_keys == self.past + 1 and self.key_mask is None:
+            return None
+        queries = torch.arange(self.past, self.past + self.length, device=self.cos.device)
+        keys = torch.arange(num_keys, device=self.cos.device)
+        allowed = (keys[None, :] <= queries[:, None])[None]
+        known = self.past + self.length
+        if self.key_mask is not None:
+            real = self.key_mask[:, : min(known, num_keys)]
+            real = torch.nn.functional.pad(real, (0, num_keys - real.shape[1]))
+            # A padding query still sees itself: a row of softmax over nothing would be NaN.
+            allowed = allowed & (real[:, None, :] | (keys[None, :] == queries[:, None])[None])
+        if self.key_seq_idx is not None:
+            ids = self.key_seq_idx
+            allowed = allowed & (ids[:, self.past : known, None] == ids[:, None, :num_keys])
+        return allowed.unsqueeze(1)
+
+
+def describe_columns(
+    stack: StackConfig,
+    state: StackState,
+    num_columns: int,
+    *,
+    mask: Tensor | None,
+    seq_idx: Tensor | None,
+    prompt_lengths: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Columns:
+    """Describe the next `num_columns` columns and advance `state` past them.
+
+    `mask` and `seq_idx` are (B, T) for these columns only. `prompt_lengths` (B,) fixes the RoPE
+    base of dynamic NTK; without it each row's own length at the first call does.
+    """
+    past = state.length
+    positions, lengths = _positions(state, num_columns, mask, seq_idx, device)
+    if state.inv_freq is None:
+        bound: int | None = past + num_columns
+        if prompt_lengths is not None:
+            lengths, bound = prompt_lengths.to(device).unsqueeze(1), None
+        state.inv_freq = _frequencies(stack, lengths, bound)
+    key_mask = _extend_mask(state, num_columns, mask)
+    cos, sin = rotation(positions, state.inv_freq, dtype)
+    state.length, state.mask = past + num_columns, key_mask
+    return Columns(cos, sin, past, mask, seq_idx, key_mask, seq_idx)
+
+
+def _frequencies(stack: StackConfig, lengths: Tensor, bound: int | None) -> Tensor:
+    """Frequencies for `lengths`; a `bound` on them that is short enough spares the work per row."""
+    short = bound is not None and bound <= stack.max_position_embeddings
+    if short or not depends_on_length(stack):
+        return inverse_frequencies(stack, 0, lengths.device)
+    return inverse_frequencies(stack, lengths, lengths.device)
+
+
+def _extend_mask(state: StackState, num_columns: int, mask: Tensor | None) -> Tensor | None:
+    if mask is None and state.mask is None:
+        return None
+    if state.length == 0:
+        return mask
+    if mask is None:
+        assert state.mask is not None
+        mask = state.mask.new_ones((state.mask.shape[0], num_columns))
+    before = state.mask
+    if before is None:
+        before = mask.new_ones((mask.shape[0], state.length))
+    return torch.cat((before, mask), dim=1)
+
+
+def _positions(
+    state: StackState,
+    num_columns: int,
+    mask: Tensor | None,
+    seq_idx: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Positions (B or 1, T), and the lengths they belong to, (B or 1, 1)."""
+    if mask is None and seq_idx is None and state.next_position is None:
+        positions = torch.arange(state.length, state.length + num_columns, device=device)[None]
+        return positions, torch.full((1, 1), state.length + num_columns, device=device)
+    like = mask if mask is not None else seq_idx
+    rows = like.shape[0] if like is not None else state.next_position.shape[0]  # type: ignore[union-attr]
+    real = torch.ones(rows, num_columns, dtype=torch.long, device=device)
+    if mask is not None:
+        real = mask.long()
+    counted = real.cumsum(1)
+    if seq_idx is not None:
+        return _packed_positions(real, counted, seq_idx)
+    start = state.next_position
+    if start is None:
+        start = torch.full((rows, 1), state.length, device=device)
+    positions = (start + counted - 1).clamp(min=0)
+    state.next_position = start + counted[:, -1:]
+    return positions, state.next_position
+
+
+def _packed_positions(real: Tensor, counted: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that start anew, and the length of its own sequence, at every column."""
+    boundary = torch.zeros_like(real, dtype=torch.bool)
+    boundary[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    before = counted - real
+    start = torch.where(boundary, before, 0).cummax(1).values
+    ordinal = boundary.long().cumsum(1)
+    lengths = torch.zeros_like(real).scatter_add(1, ordinal, real).gather(1, ordinal)
+    return (counted - 1 - start).clamp(min=0), lengths

@@ -1,0 +1,51 @@
+"""What every op needs: picking a backend, the dtype to compute in, and where sequences begin."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.errors import MmmambaError
+
+Backend = TypeVar("Backend")
+
+
+def pick_backend(op: str, name: str, backends: Mapping[str, Backend]) -> Backend:
+    """The backend of that name; MmmambaError naming the available ones if there is none."""
+    if name not in backends:
+        available = ", ".join(["auto", *backends])
+        raise MmmambaError(
+            f"{op}: there is no backend {name!r} on this machine", hint=f"available: {available}"
+        )
+    return backends[name]
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """ValueError unless `tensor` is None or of that shape: broadcasting would hide a mistake."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64 inputs, fp32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def segment_ordinals(seq_idx: Tensor, mask: Tensor | None) -> Tensor:
+    """Number the packed sequences of each row 0, 1, 2, ... in order, (B, T) int64.
+
+    A sequence begins at a real token whose id in `seq_idx` (B, T) differs from that of the real
+    token before it. Padding (`mask` 0) begins nothing, whatever its id, and counts to the sequence
+    before it; the first real token of a row always belongs to sequence 0.
+    """
+    changed = torch.zeros_like(seq_idx, dtype=torch.bool)
+    if mask is None:
+        changed[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        return changed.cumsum(1)
+    real = mask.bool()
+    columns = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    last_real = torch.where(real, columns, -1).cummax(1).values[:, :-1]
+    id_before = seq_idx.gather(1, last_real.clamp(min=0))
+    changed[:, 1:] = real[:, 1:] & (last_real >= 0) & (seq_idx[:, 1:] != id_before)
+    return changed.cumsum(1)

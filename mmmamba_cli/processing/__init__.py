@@ -1,0 +1,41 @@
+"""Texts and pictures to the model's inputs: tokenizer, tiling, chat template and processor."""
+
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer
+
+from mmmamba_cli.processing.image_processor import ImageProcessor
+from mmmamba_cli.processing.images import ImageSource, open_image
+from mmmamba_cli.processing.loading import (
+    build_tokenizer,
+    processor_from_folder,
+    processor_from_hovle,
+)
+from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_per_tile
+from mmmamba_cli.processing.streaming import TextStream
+from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles
+from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
+
+
+def register_processing(config_class: type[Any]) -> None:
+    """Let transformers' AutoTokenizer and AutoProcessor find ours for models of that config."""
+    AutoTokenizer.register(config_class, HolisticVLMTokenizer, exist_ok=True)
+    AutoProcessor.register(config_class, HolisticVLMProcessor, exist_ok=True)
+
+
+__all__ = [
+    "HolisticVLMProcessor",
+    "HolisticVLMTokenizer",
+    "ImageProcessor",
+    "ImageSource",
+    "TextStream",
+    "Tiling",
+    "build_tokenizer",
+    "choose_grid",
+    "count_tiles",
+    "count_tokens_per_tile",
+    "open_image",
+    "processor_from_folder",
+    "processor_from_hovle",
+    "register_processing",
+]

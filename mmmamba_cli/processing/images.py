@@ -1,0 +1,144 @@
+"""Opening pictures: from a path, from bytes, or as PIL images, always as 8-bit RGB.
+
+The rules are those of `Image.open(...).convert("RGB")`, with which the published models were
+trained and evaluated, wherever that is well defined:
+
+- the EXIF orientation is not applied;
+- transparency is dropped: the colours stored below it show, nothing is composited;
+- CMYK is converted by PIL's plain formula, without colour profiles;
+- 1-bit and palette pictures become their colours.
+
+It is not well defined, and differs between PIL versions, for 16-bit greys: they are scaled to
+8 bits here (65535 is white), never clipped. What cannot be shown as one picture without guessing is
+refused: several frames, pictures of 32-bit or floating-point values, and absurdly large ones.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mmmamba_cli.errors import DataError
+
+ImageSource = str | Path | bytes | Image.Image
+
+# From here on PIL warns of a decompression bomb; as 8-bit RGB it is 256 MiB.
+MAX_PIXELS = 89_478_485
+
+# Camera files whose further frames are previews or the other eye of a stereo pair.
+STILL_FORMATS = frozenset({"MPO"})
+
+# What PIL's decoders raise for damaged data.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+
+
+def open_image(
+    source: ImageSource, *, label: str = "the image", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Open one picture as 8-bit RGB; a PIL image that is given is left as it was.
+
+    `source` is a path, the bytes of an image file or a PIL image. `label` names it in errors where
+    it has no path. Raises `DataError`, in one sentence naming the picture, if it is missing,
+    damaged, truncated, empty, animated or paged, larger than `max_pixels`, or of values without a
+    fixed range.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, label, max_pixels)
+    if isinstance(source, bytes):
+        name = f"{label} ({len(source)} bytes)"
+        with _opened(io.BytesIO(source), name) as image:
+            return _to_rgb(image, name, max_pixels)
+    if not isinstance(source, str | Path):
+        raise DataError(
+            f"{label} is a {type(source).__name__}, expected a path, bytes or a PIL image"
+        )
+    if str(source).startswith(("http://", "https://")):
+        raise DataError(f"image {source} is an address, not a file", "download it first")
+    name = f"image {source}"
+    with _opened(Path(source), name) as image:
+        return _to_rgb(image, name, max_pixels)
+
+
+@contextmanager
+def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
+    """`Image.open`, which reads the header only, with its errors as ours."""
+    try:
+        image = Image.open(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name} is too large: {error}", "scale it down first") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} is not in an image format that PIL can read") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{name} does not exist") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}") from error
+    except _DAMAGE as error:
+        raise DataError(f"{name} is damaged: {error}") from error
+    with image:
+        yield image
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    _check_size(image, name, max_pixels)
+    try:
+        _check_frames(image, name)
+        image.load()
+        return _convert(image, name)
+    except _DAMAGE as error:
+        raise DataError(f"{name} is damaged or truncated: {error}") from error
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise DataError(f"{name} is empty: {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise DataError(
+            f"{name} is too large: {width} x {height} pixels, at most {max_pixels} are allowed",
+            "scale it down first",
+        )
+
+
+def _check_frames(image: Image.Image, name: str) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in STILL_FORMATS:
+        raise DataError(
+            f"{name} has {frames} frames or pages, expected one picture",
+            "choose one with PIL: image.seek(index), then pass image.copy()",
+        )
+
+
+def _convert(image: Image.Image, name: str) -> Image.Image:
+    mode = image.mode
+    if mode == "RGB":
+        return image
+    if mode.startswith("I;16"):
+        return _scale_16_bit(np.asarray(image))
+    if mode == "I":
+        # Older PIL versions open 16-bit files in this 32-bit mode.
+        values = np.asarray(image)
+        if values.min() >= 0 and values.max() <= 65535:
+            return _scale_16_bit(values)
+    if mode in ("I", "F"):
+        raise DataError(
+            f"{name} has 32-bit values ({'whole' if mode == 'I' else 'floating-point'} numbers), "
+            "whose black and white are not known",
+            "scale it to 8 bits first",
+        )
+    if mode == "P":
+        # The same colours as straight to RGB, without PIL's warning about transparency.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _scale_16_bit(values: np.ndarray) -> Image.Image:
+    """0..65535 to 0..255, rounded to nearest: 65535 / 255 = 257."""
+    grey = (values.astype(np.int64) + 128) // 257
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -1,0 +1,195 @@
+"""A processor from a folder on disk: one we saved, or a HoVLE teacher's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AddedToken
+
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.processing.processor import HolisticVLMProcessor, require_tokenizer
+from mmmamba_cli.processing.template import IMAGE_CONTEXT, REQUIRED_TOKENS
+from mmmamba_cli.processing.tokenizer import (
+    VOCABULARY_FILE,
+    HolisticVLMTokenizer,
+    load_sentencepiece,
+    read_vocabulary,
+)
+
+PROCESSOR_FILE = "processor_config.json"
+
+# Ids of InternVL's special tokens over InternLM2's vocabulary, which has 92553 with them. The first
+# six replace unused pieces of the SentencePiece model.
+INTERNVL_VOCABULARY = 92553
+INTERNVL_TOKENS = {
+    "<|plugin|>": 92538,
+    "<|interpreter|>": 92539,
+    "<|action_end|>": 92540,
+    "<|action_start|>": 92541,
+    "<|im_end|>": 92542,
+    "<|im_start|>": 92543,
+    "<img>": 92544,
+    "</img>": 92545,
+    "<IMG_CONTEXT>": 92546,
+    "<quad>": 92547,
+    "</quad>": 92548,
+    "<ref>": 92549,
+    "</ref>": 92550,
+    "<box>": 92551,
+    "</box>": 92552,
+}
+
+
+def processor_from_folder(folder: str | Path) -> HolisticVLMProcessor:
+    """The processor of a model folder: ours, HoVLE's or a released mmMamba's.
+
+    Raises `CheckpointError` if the folder has no tokenizer, or its parts do not fit together.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    if (folder / PROCESSOR_FILE).is_file():
+        processor = HolisticVLMProcessor.from_pretrained(folder)
+        image_token_id = (config.get("vision") or {}).get("image_token_id")
+        _check_image_token(processor.tokenizer, image_token_id, "vision.image_token_id")
+        return processor
+    return processor_from_hovle(config, folder / VOCABULARY_FILE)
+
+
+def processor_from_hovle(
+    config: Mapping[str, Any], tokenizer_file: Path | None
+) -> HolisticVLMProcessor:
+    """The processor that HoVLE's `config.json` and `tokenizer.model` describe.
+
+    Special tokens are read from `tokenizer_config.json` and `added_tokens.json` beside
+    `tokenizer_file`; what neither names has InternVL's usual id if the vocabulary is InternVL's.
+    Raises `CheckpointError` if something is missing or does not fit.
+    """
+    file = require_tokenizer(tokenizer_file)
+    vocab_size = _get(config, "llm_config.vocab_size", int)
+    tokenizer = build_tokenizer(file, vocab_size)
+    context_id = _get(config, "embedding_config.img_context_token_id", int)
+    _check_image_token(tokenizer, context_id, "embedding_config.img_context_token_id")
+    dynamic = config.get("dynamic_image_size", True)
+    own_size = _get(config, "embedding_config.image_size", int)
+    return HolisticVLMProcessor(
+        tokenizer,
+        image_size=_get(config, "force_image_size", int, own_size),
+        patch_size=_get(config, "embedding_config.patch_size", int),
+        downsample_ratio=_get(config, "downsample_ratio", float),
+        # Without dynamic sizes a picture is one tile, whatever the numbers say.
+        min_tiles=_get(config, "min_dynamic_patch", int, 1) if dynamic else 1,
+        max_tiles=_get(config, "max_dynamic_patch", int, 12) if dynamic else 1,
+        use_thumbnail=config.get("use_thumbnail", True),
+        template=_get(config, "template", str),
+    )
+
+
+def build_tokenizer(file: Path, vocab_size: int) -> HolisticVLMTokenizer:
+    """The tokenizer of a SentencePiece model and the special-token files beside it.
+
+    `vocab_size` is the number of rows of the model's token table, which must hold every id.
+    """
+    settings = _read_json(file.with_name("tokenizer_config.json"), required=False)
+    added = _read_added_tokens(file, settings, vocab_size)
+    names = ("unk_token", "bos_token", "eos_token", "pad_token")
+    named = {key: _content(settings[key]) for key in names if settings.get(key) is not None}
+    tokenizer = HolisticVLMTokenizer(
+        vocab_file=str(file),
+        added_tokens_decoder=added,
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"tokenizer {file} has ids up to {largest}, the model's vocabulary has {vocab_size}"
+        )
+    return tokenizer
+
+
+def _read_added_tokens(
+    file: Path, settings: Mapping[str, Any], vocab_size: int
+) -> dict[int, AddedToken]:
+    """Special tokens by id, from the files that name them or InternVL's table."""
+    described = settings.get("added_tokens_decoder", {})
+    if not all(isinstance(token, dict) and "content" in token for token in described.values()):
+        raise CheckpointError(
+            f"{file.with_name('tokenizer_config.json')}: added_tokens_decoder is not a table of "
+            "tokens with their content"
+        )
+    ids = {token["content"]: int(index) for index, token in described.items()}
+    listed = _read_json(file.with_name("added_tokens.json"), required=False)
+    usual = INTERNVL_TOKENS if vocab_size == INTERNVL_VOCABULARY else {}
+    # Where one source names a token, those behind it are not asked.
+    ids = {**usual, **_special_pieces(file), **listed, **ids}
+    for content, index in listed.items():
+        if ids[content] != index:
+            raise CheckpointError(
+                f"special token {content} is {ids[content]} in tokenizer_config.json but {index} "
+                f"in added_tokens.json beside {file}"
+            )
+    missing = [content for content in REQUIRED_TOKENS if content not in ids]
+    if missing:
+        raise CheckpointError(
+            f"no ids are known for special tokens {', '.join(missing)} of {file}",
+            "put the teacher's added_tokens.json or tokenizer_config.json beside it",
+        )
+    if len(set(ids.values())) < len(ids):
+        raise CheckpointError(f"two special tokens of {file} have the same id: {ids}")
+    added = {
+        index: AddedToken(token, special=True, normalized=False) for token, index in ids.items()
+    }
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    for index, token in described.items():
+        chosen = {flag: token[flag] for flag in flags if flag in token}
+        added[int(index)] = AddedToken(token["content"], **chosen)
+    return added
+
+
+def _special_pieces(file: Path) -> dict[str, int]:
+    """Special tokens that the SentencePiece model itself has as pieces."""
+    model = load_sentencepiece(read_vocabulary(file), file)
+    ids = {content: model.piece_to_id(content) for content in INTERNVL_TOKENS}
+    return {content: index for content, index in ids.items() if index != model.unk_id()}
+
+
+def _check_image_token(tokenizer: HolisticVLMTokenizer, expected: Any, field: str) -> None:
+    index = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+    if index != expected:
+        raise CheckpointError(
+            f"config.json: {field} is {expected}, but the tokenizer has {IMAGE_CONTEXT} at {index}",
+            "take config.json and tokenizer from the same checkpoint",
+        )
+
+
+def _content(token: Any) -> str:
+    """A token as `tokenizer_config.json` writes it: a string, or a dict with its content."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _get(config: Mapping[str, Any], field: str, kind: type, default: Any = None) -> Any:
+    """The value at `a.b` of the config; `CheckpointError` if it is not of that kind."""
+    value: Any = config
+    for key in field.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    value = default if value is None else value
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise CheckpointError(f"config.json: {field} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _read_json(file: Path, *, required: bool = True) -> dict[str, Any]:
+    if not required and not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return value

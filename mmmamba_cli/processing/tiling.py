@@ -1,0 +1,100 @@
+"""Cutting a picture into square tiles, as InternVL's dynamic preprocessing does.
+
+Legend: N tiles, S side of a tile in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmmamba_cli.errors import DataError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a picture is cut. `image_size` is S; the thumbnail is not counted in `max_tiles`."""
+
+    image_size: int
+    min_tiles: int = 1
+    max_tiles: int = 12
+    use_thumbnail: bool = True
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise DataError(f"image_size is {self.image_size}, expected at least 1")
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise DataError(
+                f"min_tiles is {self.min_tiles} and max_tiles {self.max_tiles}, "
+                "expected 1 <= min_tiles <= max_tiles"
+            )
+
+
+@lru_cache
+def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All grids (columns, rows) of allowed size, smallest area first, then fewest columns."""
+    grids = [
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    ]
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
+
+
+def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
+    """(columns, rows) of the grid whose aspect ratio is closest to width / height.
+
+    Of equally close grids the larger wins if the picture has more than half its pixels. The
+    differences are compared as floats, because the published models' code does.
+    """
+    aspect, area = width / height, width * height
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in _grids(tiling.min_tiles, tiling.max_tiles):
+        difference = abs(aspect - columns / rows)
+        half = 0.5 * tiling.image_size * tiling.image_size * columns * rows
+        if difference < best_difference or (difference == best_difference and area > half):
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+def count_tiles(width: int, height: int, tiling: Tiling) -> int:
+    """Tiles of a picture of that size, the thumbnail included."""
+    columns, rows = choose_grid(width, height, tiling)
+    cells = columns * rows
+    return cells + 1 if tiling.use_thumbnail and cells > 1 else cells
+
+
+def cut_tiles(image: Image.Image, tiling: Tiling) -> list[Image.Image]:
+    """Tiles of S x S, row by row, and behind them the thumbnail if there is more than one.
+
+    The picture is first resized (bicubic) to fill the grid, which may stretch it.
+    """
+    size = tiling.image_size
+    columns, rows = choose_grid(*image.size, tiling)
+    resized = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+    tiles = [
+        resized.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    if tiling.use_thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
+    return tiles
+
+
+def normalize_tiles(tiles: Sequence[Image.Image]) -> Tensor:
+    """RGB tiles -> (N, 3, S, S) float32: 0..1, less ImageNet's mean, over its deviation."""
+    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    deviation = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    return pixels.permute(0, 3, 1, 2).float().div(255).sub(mean).div(deviation).contiguous()

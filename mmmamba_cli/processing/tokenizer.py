@@ -1,0 +1,202 @@
+"""The tokenizer of InternLM2 models: SentencePiece's own ids, and special tokens around them.
+
+A text is split at its special tokens, and every piece between them is encoded by SentencePiece on
+its own. So, where the SentencePiece model asks for a dummy prefix, each piece has one; decoding
+takes it away again piece by piece, and `decode(encode(text))` is `text`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sentencepiece import SentencePieceProcessor
+from transformers import AddedToken, PreTrainedTokenizer
+
+from mmmamba_cli.errors import CheckpointError, DataError
+
+VOCABULARY_FILE = "tokenizer.model"
+
+# A row of the model's vocabulary that has no token: only an untrained model generates one.
+MISSING = "\N{REPLACEMENT CHARACTER}"
+
+
+class HolisticVLMTokenizer(PreTrainedTokenizer):
+    """SentencePiece with special tokens.
+
+    `tokenizer(text)` takes special tokens in the text for what they are and puts the begin token in
+    front, unless `add_special_tokens=False`; `encode_plain` takes them as ordinary text. Batches
+    are padded on the left.
+
+    Raises `CheckpointError` if `vocab_file` is not a SentencePiece model, `DataError` for text that
+    is not valid Unicode.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    # `kwargs` is what transformers saves with a tokenizer and hands back when loading it.
+    def __init__(
+        self,
+        vocab_file: str,
+        unk_token: str | AddedToken = "<unk>",  # noqa: S107
+        bos_token: str | AddedToken = "<s>",  # noqa: S107
+        eos_token: str | AddedToken = "</s>",  # noqa: S107
+        pad_token: str | AddedToken = "</s>",  # noqa: S107
+        added_tokens_decoder: dict[int, AddedToken] | None = None,
+        **kwargs: Any,
+    ):
+        self._model_bytes = read_vocabulary(Path(vocab_file))
+        self.sp_model = load_sentencepiece(self._model_bytes, vocab_file)
+        added = dict(added_tokens_decoder or {})
+        _check_added(added)
+        named = {str(token) for token in (unk_token, bos_token, eos_token, pad_token)}
+        # Only what is named here is left out of a text by `skip_special_tokens`.
+        kwargs["extra_special_tokens"] = [
+            token for _, token in sorted(added.items()) if token.special and str(token) not in named
+        ]
+        super().__init__(
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            added_tokens_decoder=added,
+            **kwargs,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Pieces of the SentencePiece model; `len(tokenizer)` counts special tokens too."""
+        return self.sp_model.get_piece_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token to id. A special token may have taken the place of an unused piece."""
+        taken = self._added_tokens_decoder
+        pieces = (index for index in range(self.vocab_size) if index not in taken)
+        vocab = {self.sp_model.id_to_piece(index): index for index in pieces}
+        return {**vocab, **self._added_tokens_encoder}
+
+    def encode_plain(self, text: str, keep: tuple[str, ...] = ()) -> list[int]:
+        """Ids of `text` in which special tokens are ordinary characters, except those in `keep`.
+
+        No begin token is added.
+        """
+        if not keep:
+            return self._encode_piece(text)
+        ids = []
+        for index, piece in enumerate(re.split(f"({'|'.join(map(re.escape, keep))})", text)):
+            # Splitting with a group gives text and separators in turn.
+            if index % 2:
+                ids.append(self._added_tokens_encoder[piece])
+            elif piece:
+                ids.extend(self._encode_piece(piece))
+        return ids
+
+    def _encode_piece(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+                f"{error.start}, which is not valid Unicode"
+            ) from error
+        return self.sp_model.encode(text)
+
+    def _tokenize(self, text: str) -> list[str]:
+        return [self.sp_model.id_to_piece(index) for index in self._encode_piece(text)]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.sp_model.id_to_piece(index) if 0 <= index < self.vocab_size else MISSING
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """The begin token, then the ids; a second sequence follows without a separator."""
+        return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for a special token, 0 for text, over the ids as built."""
+        if already_has_special_tokens:
+            special = set(self.all_special_ids)
+            return [int(index in special) for index in token_ids_0]
+        return [1] + [0] * (len(token_ids_0) + len(token_ids_1 or []))
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of SentencePiece pieces and special tokens."""
+        return self._decode(self.convert_tokens_to_ids(tokens))
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = False,
+    ) -> str:
+        """Text of ids. Safe to call on a growing list: complete characters never change.
+
+        Bytes of a character that is not complete yet are U+FFFD. Spaces are never cleaned up.
+        """
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        text, run = [], []
+        for index in ids:
+            added = self._added_tokens_decoder.get(index)
+            if added is None and 0 <= index < self.vocab_size:
+                run.append(index)
+                continue
+            text.append(self.sp_model.decode(run))
+            run = []
+            if index not in skipped:
+                text.append(MISSING if added is None else added.content)
+        text.append(self.sp_model.decode(run))
+        return (" " if spaces_between_special_tokens else "").join(filter(None, text))
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write the SentencePiece model, byte for byte as it was read."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        file = Path(save_directory, prefix + VOCABULARY_FILE)
+        file.write_bytes(self._model_bytes)
+        return (str(file),)
+
+
+def read_vocabulary(file: Path) -> bytes:
+    """Bytes of a `tokenizer.model`; `CheckpointError` if it cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"tokenizer {file} cannot be read: {error.strerror}") from error
+
+
+def load_sentencepiece(model: bytes, file: str | Path) -> SentencePieceProcessor:
+    """A SentencePiece model from its bytes; `CheckpointError` naming `file` if it is not one."""
+    problem = f"tokenizer {file} is not a SentencePiece model"
+    if not model:
+        raise CheckpointError(f"{problem}: it is empty")
+    processor = SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(model)
+    except RuntimeError as error:
+        raise CheckpointError(problem, "a HoVLE folder has it as tokenizer.model") from error
+    return processor
+
+
+def _check_added(added: dict[int, AddedToken]) -> None:
+    """Refuse what would make ids depend on the neighbours of a special token."""
+    for index, token in added.items():
+        if token.lstrip or token.rstrip or token.single_word:
+            raise CheckpointError(
+                f"special token {token.content} ({index}) is marked lstrip, rstrip or single_word, "
+                "which is not supported",
+            )

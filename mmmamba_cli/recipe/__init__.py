@@ -1,0 +1,36 @@
+"""Recipes: everything a distillation is told, in one typed, frozen value. No torch here."""
+
+from mmmamba_cli.recipe.layers import PLACEMENTS, attention_layers, place
+from mmmamba_cli.recipe.library import recipe_folder, recipe_names
+from mmmamba_cli.recipe.loader import dump_recipe, load_recipe, parse_recipe
+from mmmamba_cli.recipe.schema import (
+    KL,
+    Data,
+    Layers,
+    LoRA,
+    Mixer,
+    Optimiser,
+    Recipe,
+    Schedule,
+    Stage,
+)
+
+__all__ = [
+    "KL",
+    "PLACEMENTS",
+    "Data",
+    "Layers",
+    "LoRA",
+    "Mixer",
+    "Optimiser",
+    "Recipe",
+    "Schedule",
+    "Stage",
+    "attention_layers",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "place",
+    "recipe_folder",
+    "recipe_names",
+]

@@ -1,0 +1,99 @@
+"""Which layers stay attention: placements of n of L layers, and the check of an explicit list.
+
+Layers are counted from 0 through both stacks, embedding stack first. n = 0 is the linear student,
+n = L the teacher. Placements are those compared in mmMamba (arXiv 2502.13145, ablations).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from mmmamba_cli.errors import RecipeError
+
+
+class LayerPlan(Protocol):
+    """What decides the attention layers; the recipe's `layers` section is one."""
+
+    @property
+    def attention(self) -> int | tuple[int, ...]: ...
+
+    @property
+    def placement(self) -> str: ...
+
+
+def head_interleaved(n: int, num_layers: int) -> tuple[int, ...]:
+    """The first layer of each of n equal blocks: floor(i L / n)."""
+    return tuple(i * num_layers // n for i in range(n))
+
+
+def tail_interleaved(n: int, num_layers: int) -> tuple[int, ...]:
+    """The last layer of each of n equal blocks: floor((i + 1) L / n) - 1."""
+    return tuple((i + 1) * num_layers // n - 1 for i in range(n))
+
+
+def head_stacked(n: int, num_layers: int) -> tuple[int, ...]:
+    """The first n layers: 0 .. n - 1."""
+    return tuple(range(n))
+
+
+def tail_stacked(n: int, num_layers: int) -> tuple[int, ...]:
+    """The last n layers: L - n .. L - 1."""
+    return tuple(range(num_layers - n, num_layers))
+
+
+PLACEMENTS: Mapping[str, Callable[[int, int], tuple[int, ...]]] = {
+    "head-interleaved": head_interleaved,
+    "tail-interleaved": tail_interleaved,
+    "head-stacked": head_stacked,
+    "tail-stacked": tail_stacked,
+}
+
+
+def place(placement: str, n: int, num_layers: int) -> tuple[int, ...]:
+    """Indices of the n attention layers of `num_layers`, ascending.
+
+    Raises RecipeError for an unknown placement, or n outside 0 .. num_layers.
+    """
+    if placement not in PLACEMENTS:
+        raise RecipeError(
+            f"layers.placement: is {placement!r}, must be one of {', '.join(PLACEMENTS)}"
+        )
+    if not 0 <= n <= num_layers:
+        raise RecipeError(
+            f"layers.attention: is {n}, must be from 0 to {num_layers}, "
+            f"the number of layers of this model"
+        )
+    return PLACEMENTS[placement](n, num_layers)
+
+
+def list_problem(layers: Sequence[int], num_layers: int | None = None) -> tuple[int, str] | None:
+    """What is wrong with an explicit list of layers: a position in it and a sentence, or None.
+
+    Without `num_layers`, as in a recipe that has not met its teacher yet, only the lower end of
+    the range is checked.
+    """
+    first_seen: dict[int, int] = {}
+    for position, layer in enumerate(layers):
+        if layer < 0:
+            return position, f"is {layer}, layers are counted from 0"
+        if num_layers is not None and layer >= num_layers:
+            last = num_layers - 1
+            return position, f"is {layer}, must be from 0 to {last}, the last layer of this model"
+        if layer in first_seen:
+            first = first_seen[layer]
+            return position, f"is {layer}, which stands at [{first}] already; name a layer once"
+        first_seen[layer] = position
+    return None
+
+
+def attention_layers(plan: LayerPlan, num_layers: int) -> tuple[int, ...]:
+    """Indices of the layers that are attention in a model of `num_layers` > 0, ascending.
+
+    Raises RecipeError naming field, index and value for a count or a list that does not fit.
+    """
+    if isinstance(plan.attention, int):
+        return place(plan.placement, plan.attention, num_layers)
+    problem = list_problem(plan.attention, num_layers)
+    if problem is not None:
+        position, sentence = problem
+        raise RecipeError(f"layers.attention[{position}]: {sentence}")
+    return tuple(sorted(plan.attention))

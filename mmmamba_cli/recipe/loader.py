@@ -1,0 +1,166 @@
+"""Reading a recipe: command line over `--set section.field=value` over recipe over defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmmamba_cli.errors import RecipeError
+from mmmamba_cli.recipe.library import recipe_names, shipped_recipe
+from mmmamba_cli.recipe.problems import Location, Problem, dotted, join_or, problems_of, show
+from mmmamba_cli.recipe.schema import Recipe
+from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
+
+SET = "--set"
+COMMAND_LINE = "command line"
+FIELD = re.compile(r"[\w-]+(\[\d+\])*(\.[\w-]+(\[\d+\])*)*")
+FIELD_PART = re.compile(r"\[(\d+)\]|([\w-]+)")
+
+
+def load_recipe(
+    name_or_path: str | Path, sets: Iterable[str] = (), overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a shipped recipe by name, or a YAML file, and lay what was given over it.
+
+    `sets` are texts like `stages[2].lr=1e-5` or `stages.stage3.lr=1e-5`, their values in YAML.
+    `overrides` are values by the same field names; they win, and an option that was not given
+    must be left out of them. Raises RecipeError with a line for each problem:
+    `file: section.field: what is wrong, what is allowed`.
+    """
+    file = find_recipe(name_or_path)
+    label = str(name_or_path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecipeError(f"{label}: no such file") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{label}: is a folder, must be a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{label}: not text in UTF-8 (byte {error.start})") from None
+    return parse_recipe(text, label, sets, overrides)
+
+
+def parse_recipe(
+    text: str,
+    source: str,
+    sets: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """As `load_recipe`, from YAML text such as a manifest carries; `source` names it in errors."""
+    tree = read_yaml(text, source)
+    if not isinstance(tree, dict):
+        what = "is empty" if tree is None else f"is {show(tree)}"
+        keys = ", ".join(Recipe.model_fields)
+        raise RecipeError(f"{source}: {what}, must be a section with the keys {keys}")
+    laid_over: list[tuple[Location, str]] = []
+    for assignment in sets:
+        field, value = _split_assignment(assignment)
+        laid_over.append((_assign(tree, field, value, SET), SET))
+    for field, value in (overrides or {}).items():
+        laid_over.append((_assign(tree, field, value, COMMAND_LINE), COMMAND_LINE))
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [
+            problem.line(_source_of(problem, laid_over, source))
+            for problem in problems_of(error, Recipe)
+        ]
+        raise RecipeError("\n".join(lines)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The complete recipe as YAML, defaults and all; `parse_recipe` reads it back equal."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def find_recipe(name_or_path: str | Path) -> Path | Traversable:
+    """The file meant: a path if it looks like one, else a shipped recipe, else a file so called."""
+    path = Path(name_or_path).expanduser()
+    if isinstance(name_or_path, Path) or path.suffix in (".yaml", ".yml") or len(path.parts) != 1:
+        return path
+    if name_or_path not in recipe_names() and path.is_file():
+        return path
+    return shipped_recipe(name_or_path)
+
+
+def _source_of(problem: Problem, laid_over: list[tuple[Location, str]], file: str) -> str:
+    """Who gave the value that is wrong: the last to set it, what is around it, or in it."""
+    for location, source in reversed(laid_over):
+        if all(a == b for a, b in zip(location, problem.location, strict=False)):
+            return source
+    return file
+
+
+def _split_assignment(assignment: str) -> tuple[str, Any]:
+    field, equals, value = assignment.partition("=")
+    if not equals:
+        raise RecipeError(
+            f"{SET}: is {show(assignment)}, must be section.field=value, "
+            "such as data.max_length=4096"
+        )
+    return field.strip(), read_yaml(value, f"{SET} {field.strip()}")
+
+
+def _split_field(field: str, source: str) -> Location:
+    if not FIELD.fullmatch(field):
+        raise RecipeError(
+            f"{source}: {show(field)} is no field, must be like data.max_length or stages[2].lr"
+        )
+    return tuple(
+        int(match[1]) if match[1] is not None else match[2] for match in FIELD_PART.finditer(field)
+    )
+
+
+def _assign(tree: dict[str, Any], field: str, value: Any, source: str) -> Location:
+    """Put `value` where `field` says, making the sections on the way; returns its location."""
+    parts = _split_field(field, source)
+    node: Any = tree
+    location: Location = ()
+    for position, part in enumerate(parts):
+        key = _key_in(node, part, location, source)
+        location = (*location, key)
+        if position == len(parts) - 1:
+            node[key] = value
+            break
+        if isinstance(node, dict) and node.get(key) is None:
+            if isinstance(parts[position + 1], int):
+                raise RecipeError(
+                    f"{source}: {dotted(location)}: has no entries in the recipe, "
+                    "must be set as a whole list"
+                )
+            node[key] = {}
+        node = node[key]
+    return location
+
+
+def _key_in(node: Any, part: str | int, location: Location, source: str) -> str | int:
+    """The key of dict or the index of list `node` that `part` of a field means."""
+    where = dotted(location)
+    if isinstance(node, dict):
+        if isinstance(part, str):
+            return part
+        raise RecipeError(f"{source}: {where}: is a section, [{part}] is no key of it")
+    if not isinstance(node, list):
+        needed = f"a section to set {part}" if isinstance(part, str) else f"a list to set [{part}]"
+        raise RecipeError(f"{source}: {where}: is {show(node)}, must be {needed}")
+    if isinstance(part, str) and part.isdecimal():
+        part = int(part)
+    names = [item.get("name") if isinstance(item, dict) else None for item in node]
+    if isinstance(part, str):
+        if part in names:
+            return names.index(part)
+        known = join_or([str(name) for name in names if name is not None])
+        hint = f"must be {known}" if known else "must be an index such as [0]"
+        raise RecipeError(f"{source}: {where}.{part}: names no entry, {hint}")
+    if part >= len(node):
+        named = [f"[{i}]" if name is None else f"[{i}] {name}" for i, name in enumerate(names)]
+        raise RecipeError(
+            f"{source}: {where}[{part}]: there are {len(node)} entries, "
+            f"must be {join_or(named) or 'set as a whole list'}"
+        )
+    return part

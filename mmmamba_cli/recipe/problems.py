@@ -1,0 +1,195 @@
+"""What is wrong with a recipe, in our own sentences: where, what it is, what is allowed.
+
+What is allowed is read off the schema's annotations, so that it cannot drift from what is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+Location = tuple[str | int, ...]
+
+SHOWN_LENGTH = 60
+# Attributes of pydantic's constraints, lower bounds first.
+BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Says what a field allows, in the metadata of one whose check is a function of ours."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where in the recipe."""
+
+    location: Location
+    sentence: str
+
+    def line(self, source: str) -> str:
+        """`source: section.field: sentence`; a problem of the whole recipe names no field."""
+        return ": ".join(part for part in (source, dotted(self.location), self.sentence) if part)
+
+
+def dotted(location: Location) -> str:
+    """`("stages", 1, "lr")` as `stages[1].lr`."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part}" if text else part
+    return text
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in YAML, shortened to what fits in a sentence."""
+    if isinstance(value, str):
+        # In quotes, so that the text '1e-3' is not taken for the number.
+        text = f"'{value}'"
+    elif value is None or isinstance(value, bool | int | float):
+        text = json.dumps(value)
+    elif isinstance(value, dict):
+        text = "a section" if value else "an empty section"
+    elif isinstance(value, list | tuple):
+        text = f"[{', '.join(show(item) for item in value[:10])}{', ...' if value[10:] else ''}]"
+    else:
+        text = str(value)
+    text = text.replace("\n", " ")
+    return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 3]}..."
+
+
+def join_or(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean X?` where one of the names is close, else nothing."""
+    close = get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """Every problem that pydantic found in the input of `model`, once each."""
+    found = [_problem(details, model) for details in error.errors(include_url=False)]
+    # A list whose every entry is wrong is reported as too short besides.
+    beneath = {p.location[:depth] for p in found for depth in range(len(p.location))}
+    return [p for p in dict.fromkeys(found) if p.location not in beneath]
+
+
+def _problem(details: Any, model: type[BaseModel]) -> Problem:
+    location: Location = tuple(details["loc"])
+    if details["type"] == "recipe":
+        return Problem((*location, *details["ctx"]["within"]), details["ctx"]["sentence"])
+    if details["type"] == "extra_forbidden":
+        names = list(_section_at(model, location[:-1]).model_fields)
+        key = str(location[-1])
+        sentence = f"unknown key, allowed are {', '.join(names)}{nearest(key, names)}"
+        return Problem(location, sentence)
+    annotation, metadata = _field_at(model, location)
+    allowed = _allowed(annotation, metadata)
+    if details["type"] == "missing":
+        return Problem(location, f"is missing, must be {allowed}")
+    value = details["input"]
+    choices = _choices(annotation)
+    hint = nearest(value, choices) if isinstance(value, str) else ""
+    return Problem(location, f"is {show(value)}, must be {allowed}{hint}")
+
+
+def _field_at(model: type[BaseModel], location: Location) -> tuple[Any, list[Any]]:
+    """Annotation and constraints of the value at a location."""
+    annotation: Any = model
+    metadata: list[Any] = []
+    for part in location:
+        annotation, metadata = _unwrap(annotation, metadata)
+        if isinstance(part, int):
+            items = get_args(annotation)
+            annotation = items[0] if items[-1] is Ellipsis else items[part]
+            metadata = []
+        else:
+            info = annotation.model_fields[part]
+            annotation, metadata = info.annotation, list(info.metadata)
+    return annotation, metadata
+
+
+def _section_at(model: type[BaseModel], location: Location) -> Any:
+    section, _ = _unwrap(*_field_at(model, location))
+    return section
+
+
+def _unwrap(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:
+    """Strip `Annotated` and `| None`, keeping the constraints met on the way."""
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation, *extra = get_args(annotation)
+            for item in extra:
+                metadata = [*metadata, *(item.metadata if isinstance(item, FieldInfo) else [item])]
+        elif _nullable(annotation):
+            (annotation,) = (a for a in get_args(annotation) if a is not types.NoneType)
+        else:
+            return annotation, metadata
+
+
+def _nullable(annotation: Any) -> bool:
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return is_union and types.NoneType in get_args(annotation)
+
+
+def _choices(annotation: Any) -> list[str]:
+    bare, _ = _unwrap(annotation, [])
+    return [str(choice) for choice in get_args(bare)] if get_origin(bare) is Literal else []
+
+
+def _allowed(annotation: Any, metadata: list[Any]) -> str:
+    """What a value may be: `a whole number from 1 to 16 or null`."""
+    bare, constraints = _unwrap(annotation, metadata)
+    null = " or null" if _nullable(annotation) else ""
+    for item in constraints:
+        if isinstance(item, Allowed):
+            return item.words
+    if get_origin(bare) is Literal:
+        return f"one of {', '.join(_choices(bare))}{null}"
+    if bare is bool:
+        return f"true or false{null}"
+    if bare in (int, float):
+        kind = "a whole number" if bare is int else "a number"
+        return f"{kind}{_bounds(constraints)}{null}"
+    if bare is str:
+        some = "some " if _not_empty(constraints) else ""
+        return f"{some}text{null}"
+    if get_origin(bare) is tuple:
+        items = get_args(bare)
+        if items[-1] is not Ellipsis:
+            return f"a list of {len(items)}, each {_allowed(items[0], [])}{null}"
+        some = ", not empty" if _not_empty(constraints) else ""
+        return f"a list{some}, each {_allowed(items[0], [])}{null}"
+    if isinstance(bare, type) and issubclass(bare, BaseModel):
+        return f"a section with the keys {', '.join(bare.model_fields)}{null}"
+    raise TypeError(f"no words for what {bare} allows")
+
+
+def _bounds(constraints: list[Any]) -> str:
+    parts = [
+        f"{words} {getattr(item, bound)}"
+        for bound, words in BOUNDS
+        for item in constraints
+        if hasattr(item, bound)
+    ]
+    return f" {' and '.join(parts)}" if parts else ""
+
+
+def _not_empty(constraints: list[Any]) -> bool:
+    return any(hasattr(item, "min_length") for item in constraints)

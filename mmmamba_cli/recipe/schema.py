@@ -1,0 +1,370 @@
+"""The one shape of a recipe: typed, frozen, unknown keys refused.
+
+Defaults are the paper's (mmMamba, arXiv 2502.13145) where it gives a number. What a stage must
+state for itself (what learns, which loss, how long, how fast) has no default.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from mmmamba_cli.recipe.layers import list_problem
+from mmmamba_cli.recipe.problems import Allowed, show
+
+MAX_SEED = 2**32 - 1
+
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _refuse(sentence: str, *within: str | int) -> PydanticCustomError:
+    """An error in our own words; `within` leads from the value being checked to the culprit."""
+    return PydanticCustomError("recipe", "{sentence}", {"sentence": sentence, "within": within})
+
+
+ATTENTION = Allowed("a whole number of layers, at least 0, or a list of layer indices")
+LEARNS = Allowed("new, new+qkv, or a list of patterns of parameter names, as ['*.mixer.A_log']")
+STAGE_NAME = Allowed("a name of lower-case letters, digits, '-' and '_' that begins with a letter")
+
+
+def _check_attention(value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, bool) or not isinstance(value, int | list | tuple):
+        raise _refuse(f"is {show(value)}, must be {ATTENTION.words}")
+    if isinstance(value, int):
+        if value < 0:
+            raise _refuse(f"is {value}, must be {ATTENTION.words}")
+        return value
+    for position, layer in enumerate(value):
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise _refuse(f"is {show(layer)}, must be a layer index, at least 0", position)
+    problem = list_problem(value)
+    if problem is not None:
+        position, sentence = problem
+        raise _refuse(sentence, position)
+    return tuple(sorted(value))
+
+
+def _check_learns(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, list | tuple):
+        for position, pattern in enumerate(value):
+            if not isinstance(pattern, str) or not pattern:
+                raise _refuse(f"is {show(pattern)}, must be a pattern", position)
+        if value:
+            return tuple(value)
+    elif value in ("new", "new+qkv"):
+        return str(value)
+    raise _refuse(f"is {show(value)}, must be {LEARNS.words}")
+
+
+def _check_stage_name(value: Any) -> str:
+    # Lower-case ASCII, since products and folders are named after stages.
+    if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", value):
+        return value
+    raise _refuse(f"is {show(value)}, must be {STAGE_NAME.words}")
+
+
+AttentionLayers = Annotated[int | tuple[int, ...], BeforeValidator(_check_attention), ATTENTION]
+Placement = Literal["head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked"]
+StageName = Annotated[str, BeforeValidator(_check_stage_name), STAGE_NAME]
+Learns = Annotated[
+    Literal["new", "new+qkv"] | tuple[str, ...], BeforeValidator(_check_learns), LEARNS
+]
+
+
+class Section(BaseModel):
+    """Settings shared by all parts: nothing is coerced, changed later, or taken unknown."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class Layers(Section):
+    """Which layers are the teacher's attention, from the first stage with `layers: planned` on."""
+
+    attention: AttentionLayers = Field(
+        default=0,
+        description="How many layers stay attention, or their indices, counted from 0 through both "
+        "stacks. 0 is the linear student.",
+    )
+    placement: Placement = Field(
+        default="head-interleaved",
+        description="Where a number of attention layers goes: first or last layer of each block of "
+        "L/n, or the first or last n layers. Not used when indices are given.",
+    )
+
+
+class Mixer(Section):
+    """The Mamba-2 mixer that replaces attention, and how it begins."""
+
+    init: Literal["scratch", "inherit", "inherit+mimic"] = Field(
+        default="inherit+mimic",
+        description="scratch: all mixer weights random; inherit: W_Q, W_K, W_V, W_O are the "
+        "teacher's; inherit+mimic: the new ones also begin so that the layer resembles attention.",
+    )
+    conv_width: int = Field(
+        default=2,
+        ge=1,
+        le=16,
+        description="Taps of the causal depthwise convolution over [v, k, q].",
+    )
+    d_skip: bool = Field(
+        default=False, description="Add D * x to the mixer's output, one D per head."
+    )
+    qk_norm: bool = Field(default=False, description="RMSNorm on each head of q and k.")
+    rope: bool = Field(default=False, description="Rotary position embedding on q and k.")
+
+
+class Data(Section):
+    """Material for the stages. Paths count from the working directory."""
+
+    train: Text | None = Field(
+        default=None,
+        description="Conversations: a .jsonl file, an InternVL meta .json that names several, or "
+        "webdataset shards (.tar, with {000..099} for a range).",
+    )
+    held_out: Text | None = Field(
+        default=None,
+        description="Held-out conversations in the same formats; null leaves them out.",
+    )
+    image_root: Text | None = Field(
+        default=None,
+        description="Folder that image paths in the data count from; none may leave it.",
+    )
+    max_length: int = Field(
+        default=8192,
+        ge=2,
+        le=2**20,
+        description="Longest sequence in tokens, image tokens included.",
+    )
+    max_tiles: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="Most tiles per image; null takes the teacher's setting.",
+    )
+    batching: Literal["packed", "bucketed", "padded"] = Field(
+        default="bucketed",
+        description="packed: several samples per row, state and attention reset at boundaries; "
+        "bucketed: samples of similar length together; padded: in shuffled order.",
+    )
+    max_bad_share: Share = Field(
+        default=0.01, description="Share of samples that may be unreadable before the run stops."
+    )
+    shuffle: bool = Field(default=True, description="Shuffle each pass over the data.")
+    shuffle_seed: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="Seed of the order; null takes the recipe's seed.",
+    )
+    workers: int = Field(default=2, ge=0, le=256, description="Loader processes of each rank.")
+
+
+class Schedule(Section):
+    """Learning rate over the steps of a stage; it begins at 0 and peaks at the stage's lr."""
+
+    kind: Literal["wsd", "cosine", "constant"] = Field(
+        default="wsd",
+        description="After the warm-up: wsd: stable, then a linear decay; cosine: decay all the "
+        "way; constant: no decay.",
+    )
+    warmup: Share = Field(default=0.1, description="Share of the steps that warm up.")
+    decay: Share = Field(default=0.1, description="Share of the steps that decay (wsd only).")
+    final: Share = Field(
+        default=0.0, description="Last learning rate, as a share of the stage's lr."
+    )
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.kind == "wsd" and self.warmup + self.decay > 1:
+            raise _refuse(
+                f"is {self.decay}, must be at most 1 - warmup = {1 - self.warmup:g}", "decay"
+            )
+        return self
+
+
+class Optimiser(Section):
+    """AdamW; biases, norms, A_log and dt_bias are never decayed."""
+
+    betas: tuple[Beta, Beta] = Field(
+        default=(0.9, 0.999), strict=False, description="Decay of the first and the second moment."
+    )
+    eps: float = Field(
+        default=1e-8, gt=0, le=1e-2, description="Added to the root of the second moment."
+    )
+    weight_decay: float = Field(default=0.05, ge=0, lt=1, description="Decoupled weight decay.")
+    clip: float | None = Field(
+        default=5.0, gt=0, description="Norm that gradients are clipped to; null does not clip."
+    )
+
+
+class KL(Section):
+    """Divergence of the student's token distribution from the teacher's."""
+
+    reduction: Literal["token", "paper"] = Field(
+        default="token",
+        description="token: mean over the scored tokens of the global batch; paper: sum over all "
+        "positions divided by the batch size, as the authors' code does.",
+    )
+    mask: Literal["all", "answer"] = Field(
+        default="all", description="Positions that are scored: all but padding, or answers only."
+    )
+    temperature: float = Field(default=1.0, gt=0, le=100, description="Divides the logits of both.")
+    direction: Literal["forward", "reverse", "jsd"] = Field(
+        default="forward",
+        description="KL(teacher || student), KL(student || teacher), or their JSD.",
+    )
+    ce_weight: Share = Field(
+        default=0.0, description="Weight w of cross-entropy on the data: (1 - w) KL + w CE."
+    )
+
+
+class LoRA(Section):
+    """Low-rank adapters in the place of direct training of the matrices they sit on."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank of each adapter.")
+    alpha: float = Field(
+        default=32.0, gt=0, description="Scale; the update is multiplied by alpha / rank."
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    targets: tuple[Text, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj"),
+        strict=False,
+        min_length=1,
+        description="Matrices of the mixer that get an adapter.",
+    )
+
+
+class Stage(Section):
+    """One stage of distillation as a value: what learns, which loss, whose hidden states."""
+
+    name: StageName = Field(
+        description="Names products and settings: stages.<name>.lr. Unique within the recipe."
+    )
+    learns: Learns = Field(
+        description="new: parameters that the teacher lacks; new+qkv: W_Q, W_K, W_V too; or a "
+        "list of patterns of parameter names."
+    )
+    loss: Literal["mixer-mse", "kl", "matrix-orientation", "hidden-alignment"] = Field(
+        description="mixer-mse: mixer outputs before W_O; kl: logits; matrix-orientation: mixing "
+        "matrices, Frobenius; hidden-alignment: outputs of whole layers (both MOHAWK)."
+    )
+    inputs: Literal["teacher", "student"] = Field(
+        description="Whose hidden states each layer reads."
+    )
+    layers: Literal["all", "planned"] = Field(
+        default="all",
+        description="all: every layer is Mamba-2; planned: the recipe's attention layers hold the "
+        "teacher's attention, from this stage on.",
+    )
+    steps: int = Field(ge=1, le=10**9, description="Optimiser steps.")
+    batch_size: int = Field(
+        ge=1, le=2**20, description="Samples per optimiser step, over all ranks and accumulation."
+    )
+    lr: float = Field(gt=0, le=1, description="Peak learning rate.")
+    loss_scale: float = Field(default=1.0, gt=0, description="The loss is multiplied by this.")
+    max_length: int | None = Field(
+        default=None,
+        ge=2,
+        le=2**20,
+        description="Longest sequence of this stage; null takes the data's.",
+    )
+    schedule: Schedule = Field(default=Schedule(), description="Learning rate over the steps.")
+    optimiser: Optimiser = Field(default=Optimiser(), description="AdamW and clipping.")
+    accumulation: int = Field(
+        default=1,
+        ge=1,
+        le=2**20,
+        description="Parts that a batch is computed in; divides batch_size.",
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Of matrix products; master weights and states are fp32 always."
+    )
+    kl: KL | None = Field(
+        default=None, description="The divergence; for loss: kl only, null otherwise."
+    )
+    trainable: Literal["default", "paper"] = Field(
+        default="default",
+        description="paper: leave A_log and dt_bias out wherever the loss is kl, as the authors' "
+        "code does.",
+    )
+    lora: LoRA | None = Field(
+        default=None, description="Adapters; for loss: kl only, null for none."
+    )
+    evaluate_every: int | None = Field(
+        default=500, ge=1, description="Steps between held-out evaluations; null: at the end only."
+    )
+    save_every: int | None = Field(
+        default=500, ge=1, description="Steps between saved training states; null: at the end only."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        # So that a resolved recipe is complete, a kl stage shows the settings it runs with.
+        if isinstance(values, dict) and values.get("loss") == "kl" and values.get("kl") is None:
+            return {**values, "kl": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.loss == "kl" and self.inputs == "teacher":
+            raise _refuse("is teacher, must be student: loss kl runs end to end", "inputs")
+        if self.loss != "kl" and self.kl is not None:
+            raise _refuse(f"is given, must be null or left out: the loss is {self.loss}", "kl")
+        if self.loss != "kl" and self.lora is not None:
+            raise _refuse(f"is given, must be null or left out: the loss is {self.loss}", "lora")
+        if self.batch_size % self.accumulation:
+            raise _refuse(
+                f"is {self.accumulation}, must divide batch_size, which is {self.batch_size}",
+                "accumulation",
+            )
+        return self
+
+
+class Recipe(Section):
+    """How a teacher becomes a student."""
+
+    description: str = Field(default="", description="One line for `mmmamba recipe list`.")
+    teacher: Text | None = Field(
+        default=None,
+        description="Path or hub id of the teacher; null where the command line names it.",
+    )
+    seed: int = Field(
+        default=0, ge=0, le=MAX_SEED, description="Of every random number of the run."
+    )
+    layers: Layers = Field(default=Layers(), description="Which layers stay attention.")
+    mixer: Mixer = Field(default=Mixer(), description="The Mamba-2 mixer.")
+    data: Data = Field(default=Data(), description="What is learned from.")
+    stages: tuple[Stage, ...] = Field(
+        strict=False, min_length=1, description="The stages of distillation, in order."
+    )
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        first_seen: dict[str, int] = {}
+        planned = False
+        for position, stage in enumerate(self.stages):
+            if stage.name in first_seen:
+                raise _refuse(
+                    f"is {stage.name}, which names stages[{first_seen[stage.name]}] already",
+                    "stages",
+                    position,
+                    "name",
+                )
+            if planned and stage.layers == "all":
+                raise _refuse(
+                    "is all, must be planned: an earlier stage put attention back",
+                    "stages",
+                    position,
+                    "layers",
+                )
+            first_seen[stage.name] = position
+            planned = stage.layers == "planned"
+        return self

@@ -1,0 +1,139 @@
+"""YAML as people write recipes: safe, keys unique, `1e-5` a number and `no` a word.
+
+PyYAML follows YAML 1.1, where `1e-5` is text, `010` is eight and `no` is false. Scalars are read
+here by the core schema of YAML 1.2 instead; what is written reads back the same under both.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from mmmamba_cli.errors import RecipeError
+
+# An anchor repeated in an anchor grows without bound; no recipe comes near this.
+MAX_NODES = 20_000
+UNICODE_BREAKS = "\x85\u2028\u2029"
+
+_CORE_TAGS = (
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("tag:yaml.org,2002:int", r"[-+]?[0-9][0-9_]{0,30}", list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?",
+        list("-+0123456789."),
+    ),
+    ("tag:yaml.org,2002:merge", r"<<", ["<"]),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader with the scalars above and checked keys; PyYAML is configured by subclassing."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's own attribute
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        # Here and not when values are made: merging (<<) adds keys to a node by then.
+        node = super().compose_mapping_node(anchor)
+        _check_keys(node)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read back as text."""
+
+
+def _read_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+def _read_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node).replace("_", ""))
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Breaks that PyYAML folds to spaces unless they stand escaped between double quotes.
+    style = '"' if any(sign in text for sign in UNICODE_BREAKS) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    first_lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if key.tag != "tag:yaml.org,2002:str":
+            raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=key.start_mark)
+        if key.value in first_lines:
+            raise yaml.MarkedYAMLError(
+                problem=f"key {key.value} stands on line {first_lines[key.value]} already",
+                problem_mark=key.start_mark,
+            )
+        first_lines[key.value] = key.start_mark.line + 1
+
+
+for _tag, _pattern, _first in _CORE_TAGS:
+    _regexp = re.compile(f"^(?:{_pattern})$")
+    _Loader.add_implicit_resolver(_tag, _regexp, _first)
+    _Dumper.add_implicit_resolver(_tag, _regexp, _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _read_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _read_float)
+_Dumper.add_representer(str, _write_text)
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """The one document in `text` as plain dicts, lists and scalars, none of them shared.
+
+    Raises RecipeError with `source`, and the line where there are several, for what is not YAML,
+    for a key that is repeated or not text, and for anchors that contain themselves or repeat
+    without measure.
+    """
+    try:
+        # A SafeLoader with fewer scalars; S506 knows the safe ones by name only.
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506
+        _check_size(tree, source)
+        return _unshared(tree)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = 1 if mark is None else mark.line + 1
+        sentence = ", ".join(part for part in (error.context, error.problem) if part)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        sentence = f"character #x{ord(text[error.position]):04x} is not allowed"
+    except RecursionError:
+        raise RecipeError(f"{source}: is nested too deeply") from None
+    where = f"{source}:{line}" if "\n" in text else source
+    raise RecipeError(f"{where}: not valid YAML: {sentence}")
+
+
+def _check_size(tree: Any, source: str) -> None:
+    count = 0
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        if count > MAX_NODES:
+            raise RecipeError(
+                f"{source}: holds more than {MAX_NODES} values, or an anchor that contains itself"
+            )
+        if isinstance(node, dict):
+            waiting.extend(node.values())
+        elif isinstance(node, list):
+            waiting.extend(node)
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which aliases of an anchor are values of their own, so that one can be changed."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_unshared(item) for item in node]
+    return node
+
+
+def write_yaml(tree: Any) -> str:
+    """`tree` as YAML text that `read_yaml` reads back equal."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,251 @@
+"""The frame of the command line: light, and with the exit codes that scripts rely on."""
+
+import errno
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mmmamba_cli
+import mmmamba_cli.cli
+from mmmamba_cli.cli import app as frame
+from mmmamba_cli.cli import main, refusal
+from mmmamba_cli.errors import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+MAIN = [sys.executable, "-m", "mmmamba_cli"]
+HEAVY = ("torch", "transformers", "numpy", "safetensors", "PIL")
+HELP_SECONDS = 0.4
+DEV_FULL = Path("/dev/full")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def mmmamba(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*MAIN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def raising(statement: str) -> str:
+    """Code that runs main() with one more command, which executes `statement`."""
+    return (
+        "import errno, os, sys, time\n"
+        "from mmmamba_cli import errors\n"
+        "from mmmamba_cli.cli import app as frame, main\n"
+        "@frame.app.command()\n"
+        f"def act():\n    {statement}\n"
+        "sys.argv = ['mmmamba', 'act']\n"
+        "main()\n"
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    unwanted = (*HEAVY, "pydantic", "yaml", "rich")
+    code = (
+        "import sys\nfrom mmmamba_cli.cli import main\nsys.argv = ['mmmamba', '--help']\n"
+        "try:\n    main()\n"
+        f"finally:\n    print([m for m in {unwanted} if m in sys.modules])\n"
+    )
+    done = python(code)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", [module.name for module in pkgutil.iter_modules(mmmamba_cli.cli.__path__)]
+)
+def test_a_command_imports_its_room_only_when_it_runs(module: str) -> None:
+    code = f"import sys, mmmamba_cli.cli.{module}\n"
+    done = python(f"{code}print([m for m in {HEAVY} if m in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("name", frame.COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    done = mmmamba(name, "--help")
+    assert done.returncode == 0
+    assert f"Usage: mmmamba {name}" in done.stdout
+    assert f"\n  {name} " in mmmamba("--help").stdout
+
+
+def test_the_recipe_room_is_light_too() -> None:
+    code = "import sys, mmmamba_cli.recipe\n"
+    assert python(f"{code}print([m for m in {HEAVY} if m in sys.modules])").stdout == "[]\n"
+
+
+def test_help_is_quick() -> None:
+    # The best of several: the machine may be busy, the command must not be slow.
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        mmmamba("--help")
+        taken.append(time.perf_counter() - start)
+    assert min(taken) <= HELP_SECONDS
+
+
+def test_no_command_is_help() -> None:
+    bare, asked = mmmamba(), mmmamba("--help")
+    assert bare.returncode == asked.returncode == 0
+    assert bare.stdout == asked.stdout
+    assert bare.stderr == ""
+    assert mmmamba("-h").stdout == asked.stdout
+
+
+def test_version() -> None:
+    done = mmmamba("--version")
+    assert (done.returncode, done.stdout) == (0, f"mmmamba {mmmamba_cli.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["--nothing"], ["recipe", "show"]])
+def test_wrong_usage_is_the_users_mistake(arguments: list[str]) -> None:
+    done = mmmamba(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Error: " in done.stderr
+
+
+def test_a_mistake_is_one_sentence_and_exit_2() -> None:
+    done = python(raising("raise errors.DataError('a[b]: is ' + 'x' * 200, hint='mend it')"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: a[b]: is {'x' * 200} (mend it)\n"
+
+
+def test_a_bug_keeps_its_plain_traceback_and_exit_1() -> None:
+    done = python(raising("raise KeyError('ours')"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+    assert done.stderr.endswith("KeyError: 'ours'\n")
+
+
+def test_an_exit_code_of_a_command_is_kept() -> None:
+    assert python(raising("sys.exit(130)")).returncode == 130
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM"])
+def test_what_the_system_refuses_is_a_sentence_with_the_path(name: str) -> None:
+    done = python(raising(f"raise OSError(errno.{name}, os.strerror(errno.{name}), 'some/file')"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: some/file: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_is_a_file_is_our_bug_unless_a_room_says_otherwise() -> None:
+    done = python(raising("open('/dev/null/file')"))
+    assert done.returncode == 1
+    assert "NotADirectoryError" in done.stderr
+
+
+def test_a_refusal_without_a_path() -> None:
+    full = refusal(OSError(errno.ENOSPC, "No space left on device"))
+    assert full is not None
+    assert full.startswith("the disk is full")
+    assert refusal(OSError(errno.EPERM, "Operation not permitted")) is None
+
+
+def test_a_refusal_names_paths_of_any_kind() -> None:
+    def said(path: object) -> str:
+        return str(refusal(PermissionError(errno.EACCES, "denied", path)))
+
+    assert said("a/b").startswith("a/b: permission denied")
+    assert said(b"a/b").startswith("a/b: permission denied")
+    assert said(Path("a/b")).startswith("a/b: permission denied")
+
+
+@pytest.mark.skipif(not DEV_FULL.exists(), reason="no device that is always full")
+def test_a_full_disk_under_stdout_is_a_sentence() -> None:
+    with DEV_FULL.open("w") as full:
+        done = subprocess.run(
+            [*MAIN, "recipe", "show", "smoke"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode() == (
+        "error: the disk is full; free some space or choose another folder\n"
+    )
+
+
+def run_with_closed_reader(arguments: list[str]) -> subprocess.CompletedProcess[bytes]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Buffered, as it is by default: what is printed fails no sooner than when it is flushed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        return subprocess.run(
+            arguments, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, env=environment
+        )
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*MAIN, "--help"],
+        [*MAIN, "recipe", "list"],
+        [*MAIN, "recipe", "show", "smoke"],
+        [sys.executable, "-c", raising("print('x' * 100_000)")],
+        [sys.executable, "-c", raising("sys.stdout.write('x' * 100); sys.stdout.flush()")],
+    ],
+)
+def test_a_reader_that_went_away_is_quiet(arguments: list[str]) -> None:
+    done = run_with_closed_reader(arguments)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_mistake_is_said_though_the_reader_went_away() -> None:
+    code = raising("print('result'); raise errors.RunError('busy')")
+    done = run_with_closed_reader([sys.executable, "-c", code])
+    assert (done.returncode, done.stderr) == (2, b"error: busy\n")
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *MAIN, "--version"], cwd=ROOT, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_interrupt_is_130_and_quiet() -> None:
+    # Whoever runs the tests in the background of a shell has Ctrl-C ignored in all below it.
+    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = heed + raising("print('ready', flush=True); time.sleep(60)")
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, stderr) == (130, b"")
+
+
+def test_interrupt_before_the_app_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mmmamba_cli.cli, "_run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+
+
+def test_main_says_a_mistake_of_any_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mistaken() -> None:
+        raise CheckpointError("model.safetensors: is truncated")
+
+    monkeypatch.setattr(mmmamba_cli.cli, "_run", mistaken)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: model.safetensors: is truncated\n"

@@ -1,0 +1,202 @@
+"""Prompts and pictures to the model's inputs: golden ids, batches, and what is refused."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOKENS_PER_TILE, oracle_ids
+from PIL import Image
+
+from mmmamba_cli.errors import CheckpointError, DataError
+from mmmamba_cli.processing import HolisticVLMProcessor, count_tokens_per_tile
+from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize_tiles
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_prompts.json").read_text(encoding="utf-8"))
+
+
+def picture(width: int = 40, height: int = 40, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
+def test_golden_prompts(case: dict[str, Any], processor: HolisticVLMProcessor) -> None:
+    """The ids were made from `prompt` with sentencepiece alone."""
+    images = [picture(*size) for size in case["image_sizes"]]
+    batch = processor.chat(case["conversation"], images, system=case["system"])
+    assert batch.input_ids.tolist() == [case["ids"]]
+    assert batch.attention_mask.tolist() == [[1] * len(case["ids"])]
+    counts = [int(count) for count in re.findall(r"<IMG_CONTEXT\*(\d+)>", case["prompt"])]
+    prompt = re.sub(r"<IMG_CONTEXT\*\d+>", "<image>", case["prompt"])
+    prompt = re.sub("<img><image></img>", "<image>", prompt)
+    finished = processor(text=prompt, images=images)
+    assert finished.input_ids.tolist() == [case["ids"]]
+    tiles = len(batch.get("pixel_values", []))
+    assert tiles * TOKENS_PER_TILE == sum(counts) == case["ids"].count(528)
+
+
+def test_golden_ids_are_sentencepieces() -> None:
+    for case in GOLDEN:
+        context = r"<IMG_CONTEXT\*(\d+)>"
+        prompt = re.sub(context, lambda m: "<IMG_CONTEXT>" * int(m.group(1)), case["prompt"])
+        assert case["ids"] == [1, *oracle_ids(prompt)], case["name"]
+
+
+def test_a_batch_of_texts_with_and_without_pictures(processor: HolisticVLMProcessor) -> None:
+    wide, small = picture(120, 60, 1), picture(30, 30, 2)
+    questions = ["What?", "No picture here, only a longer text about nothing.", "And these?"]
+    batch = processor.chat(questions, [[wide], None, [small, wide]], return_num_tiles=True)
+    assert batch.num_tiles == [3, 1, 3]
+    assert batch.pixel_values.shape == (7, 3, 56, 56)
+    assert batch.pixel_values.dtype == torch.float32
+    assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
+    alone = [
+        processor.chat(questions[0], wide),
+        processor.chat(questions[1]),
+        processor.chat(questions[2], [small, wide]),
+    ]
+    for row, mask, one in zip(batch.input_ids, batch.attention_mask, alone, strict=True):
+        length = one.input_ids.shape[1]
+        assert row[-length:].tolist() == one.input_ids[0].tolist()
+        assert mask.tolist() == [0] * (len(mask) - length) + [1] * length
+        assert set(row[:-length].tolist()) <= {2}
+    pixels = torch.cat([alone[0].pixel_values, alone[2].pixel_values])
+    assert batch.pixel_values.equal(pixels)
+
+
+def test_pixels_are_the_pictures_tiles(processor: HolisticVLMProcessor) -> None:
+    image = picture(100, 70)
+    expected = normalize_tiles(cut_tiles(image, Tiling(56, 1, 6)))
+    assert len(expected) > 1
+    assert processor.chat("?", image).pixel_values.equal(expected)
+
+
+def test_only_what_the_model_takes_is_returned(processor: HolisticVLMProcessor) -> None:
+    assert set(processor.chat("hi")) == {"input_ids", "attention_mask"}
+    assert set(processor.chat("hi", picture())) == set(processor.model_input_names)
+    assert processor.chat("hi", return_num_tiles=True).num_tiles == []
+
+
+def test_ways_to_pass_pictures(processor: HolisticVLMProcessor) -> None:
+    first, second = picture(seed=1), picture(120, 60, 2)
+    both = torch.cat(
+        [processor.chat("?", first).pixel_values, processor.chat("?", second).pixel_values]
+    )
+    texts = ["<image> a <image>", "b"]
+    for images in ([first, second], [[first, second], []], [[first, second], None]):
+        batch = processor(text=texts, images=images)
+        assert batch.pixel_values.equal(both)
+        assert (batch.input_ids == 528).sum(1).tolist() == [16, 0]
+    split = processor(text=["<image>", "<image>"], images=[first, second])
+    assert (split.input_ids == 528).sum(1).tolist() == [4, 12]
+    # As transformers hands them over: first by place, and nested.
+    assert processor([first], "<image>").pixel_values.equal(both[:1])
+    assert processor.chat("?", [[first, second]]).pixel_values.equal(both)
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "problem"),
+    [
+        ("no place", 1, "text has 0 <image> but 1 images"),
+        ("<image>", 0, "text has 1 <image> but 0 images"),
+        (["<image>", "<image>"], 3, "text has 2 <image> but 3 images"),
+    ],
+)
+def test_pictures_that_do_not_match(
+    text: Any, images: int, problem: str, processor: HolisticVLMProcessor
+) -> None:
+    with pytest.raises(DataError, match=problem):
+        processor(text=text, images=[picture() for _ in range(images)])
+
+
+def test_nested_pictures_that_do_not_match(processor: HolisticVLMProcessor) -> None:
+    # In number all is well, but the picture belongs to the other text.
+    with pytest.raises(DataError, match="prompt has 1 <image> but 0 images"):
+        processor(text=["<image>", "a"], images=[[], [picture()]])
+    with pytest.raises(DataError, match="2 texts and 1 lists of images"):
+        processor(text=["<image>", "a"], images=[[picture()]])
+    for images in ([[picture()]], picture()):
+        with pytest.raises(DataError, match="2 conversations, but images is not a list of as many"):
+            processor.chat(["a", "b"], images)
+    with pytest.raises(DataError, match="no conversation"):
+        processor.chat([])
+
+
+def test_counts_are_checked_before_pictures_are_opened(processor: HolisticVLMProcessor) -> None:
+    with pytest.raises(DataError, match="but 2 images"):
+        processor.chat("<image>", ["nowhere.png", "nowhere.png"])
+
+
+def test_bad_pictures_are_named(processor: HolisticVLMProcessor, tmp_path: Path) -> None:
+    file = tmp_path / "bad.jpg"
+    file.write_bytes(b"\xff\xd8\xff\xe0nothing")
+    with pytest.raises(DataError, match=re.escape(str(file))):
+        processor.chat("?", [picture(), file])
+    with pytest.raises(DataError, match=r"image 2 \(3 bytes\)"):
+        processor.chat("?", [picture(), b"bad"])
+
+
+def test_other_kinds_of_input_are_refused(processor: HolisticVLMProcessor) -> None:
+    with pytest.raises(DataError, match="reads text and images"):
+        processor(images=picture())
+    with pytest.raises(DataError, match="reads text and images"):
+        processor(text="a", videos=[1])
+    with pytest.raises(TypeError, match="max_tile"):
+        processor(text="a", max_tile=3)
+
+
+def test_numbers_of_tiles_can_be_chosen_for_a_call(processor: HolisticVLMProcessor) -> None:
+    image = picture(300, 300)
+    assert len(processor.chat("?", image).pixel_values) == 5
+    assert len(processor.chat("?", image, max_tiles=9).pixel_values) == 10
+    assert len(processor(text="<image>", images=image, max_tiles=1).pixel_values) == 1
+    assert len(processor.chat("?", picture(20, 20), min_tiles=4).pixel_values) == 5
+    assert processor.max_tiles == 6
+    with pytest.raises(DataError, match="max_tiles 0"):
+        processor.chat("?", image, max_tiles=0)
+
+
+def test_lists_begin_token_and_padding(processor: HolisticVLMProcessor) -> None:
+    batch = processor(
+        text=["a", "a longer text"], padding=False, return_tensors=None, add_special_tokens=False
+    )
+    assert batch["input_ids"] == [oracle_ids("a"), oracle_ids("a longer text")]
+    assert [len(row) for row in batch["attention_mask"]] == [len(row) for row in batch["input_ids"]]
+
+
+def test_decoding(processor: HolisticVLMProcessor) -> None:
+    ids = processor(text=["a<|im_end|>", "图片 🐼"]).input_ids
+    assert processor.batch_decode(ids, skip_special_tokens=True) == ["a", "图片 🐼"]
+    assert processor.decode(ids[0], skip_special_tokens=True) == "a"
+
+
+def test_stop_and_image_ids(processor: HolisticVLMProcessor) -> None:
+    assert processor.stop_token_ids == [2, 524, 525]
+    assert processor.image_token_id == 528
+
+
+def test_a_processor_can_be_sent_to_a_worker(processor: HolisticVLMProcessor) -> None:
+    again = pickle.loads(pickle.dumps(processor))
+    expected = processor.chat("图片 ?", picture())
+    batch = again.chat("图片 ?", picture())
+    assert batch.input_ids.equal(expected.input_ids)
+    assert batch.pixel_values.equal(expected.pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("image", "patch", "ratio", "tokens"),
+    [(448, 14, 0.5, 256), (448, 14, 1.0, 1024), (448, 14, 0.25, 64), (56, 14, 0.5, 4)],
+)
+def test_tokens_per_tile(image: int, patch: int, ratio: float, tokens: int) -> None:
+    assert count_tokens_per_tile(image, patch, ratio) == tokens
+
+
+@pytest.mark.parametrize(("image", "patch", "ratio"), [(42, 14, 0.5), (448, 14, 0.3), (10, 14, 1)])
+def test_no_whole_number_of_tokens(image: int, patch: int, ratio: float) -> None:
+    with pytest.raises(CheckpointError, match=f"image_size {image}, patch_size {patch}"):
+        count_tokens_per_tile(image, patch, ratio)
