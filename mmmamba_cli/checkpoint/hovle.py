@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from mmmamba_cli.checkpoint.rules import Rule, packed_qkv, rename, stacked_rows
+from mmmamba_cli.checkpoint.rules import Rule, Shape, packed_qkv, rename, stacked_rows
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import ATTENTION, HolisticVLMConfig
 
@@ -113,8 +113,13 @@ def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLM
     )
 
 
-def rules(raw: Mapping[str, Any], config: HolisticVLMConfig) -> list[Rule]:
-    """The name table of a HoVLE with this config (all layers attention)."""
+def rules(
+    raw: Mapping[str, Any], config: HolisticVLMConfig, names: Collection[str] | None = None
+) -> list[Rule]:
+    """The name table of a HoVLE with this config (all layers attention).
+
+    `names`, of the tensors at hand, tells whether a tied head was written out as well.
+    """
     embedding, language = raw["embedding_config"], raw["llm_config"]
     hidden, first = config.hidden_size, config.num_embedding_layers
     table = _front(embedding, config)
@@ -127,15 +132,29 @@ def rules(raw: Mapping[str, Any], config: HolisticVLMConfig) -> list[Rule]:
         table += _block(foreign, f"model.layers.{layer}", config, layer)
     vocabulary = (int(language["vocab_size"]), hidden)
     tokens = "language_model.model.tok_embeddings.weight"
-    table.append(rename(tokens, "unused.language_token_embedding.weight", vocabulary))
+    kept, head = "unused.language_token_embedding.weight", "language_model.output.weight"
     table.append(rename("language_model.model.norm.weight", "model.norm.weight", (hidden,)))
-    table.append(rename("language_model.output.weight", "lm_head.weight", vocabulary))
+    if is_tied(raw) and names is not None and head not in names:
+        table.append(_tied_head(tokens, kept, vocabulary))
+    else:
+        table.append(rename(tokens, kept, vocabulary))
+        table.append(rename(head, "lm_head.weight", vocabulary))
     return table
 
 
 def is_tied(raw: Mapping[str, Any]) -> bool:
     """Whether the head is the language model's own token table; only `llm_config` decides."""
     return bool(raw["llm_config"].get("tie_word_embeddings", False))
+
+
+def _tied_head(tokens: str, kept: str, shape: Shape) -> Rule:
+    """One table that serves as the language model's token embedding and as its head."""
+    return Rule(
+        {tokens: shape},
+        {kept: shape, "lm_head.weight": shape},
+        lambda table: (table, table),
+        lambda table, head: (head,),
+    )
 
 
 def _front(embedding: Mapping[str, Any], config: HolisticVLMConfig) -> list[Rule]:

@@ -12,10 +12,12 @@ from mmmamba_cli.model.config import (
     VisionConfig,
 )
 from mmmamba_cli.model.modeling import FP32_PARAMETERS, HolisticVLM
+from mmmamba_cli.processing import register_processing
 
 AutoConfig.register(HolisticVLMConfig.model_type, HolisticVLMConfig, exist_ok=True)
 AutoModelForImageTextToText.register(HolisticVLMConfig, HolisticVLM, exist_ok=True)
 AutoModelForCausalLM.register(HolisticVLMConfig, HolisticVLM, exist_ok=True)
+register_processing(HolisticVLMConfig)
 
 __all__ = [
     "ATTENTION",

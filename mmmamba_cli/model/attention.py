@@ -46,6 +46,11 @@ class Attention(nn.Module):
         is_causal = length > 1 and columns.is_plain_causal(k.shape[2])
         mask = None if is_causal else columns.attention_mask(k.shape[2])
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.num_kv_heads != self.num_heads
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return y.transpose(1, 2).reshape(batch, length, -1)

@@ -59,7 +59,9 @@ class HybridCache(Cache):
         self.decoding_state.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("repeat the prompts instead: SSM states are not repeated in place")
+        raise NotImplementedError(
+            "repeat the prompts instead: SSM states are not repeated in place"
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         raise NotImplementedError("use reorder_cache: SSM states are selected there")

@@ -67,6 +67,8 @@ class HolisticDecoder(nn.Module):
         """
         if chunk_size is not None and cache is None:
             cache = new_cache(self.config)
+        if chunk_size is not None and prompt.language.seq_idx is not None:
+            raise ValueError("packed sequences are not chunked: give one or the other")
         split = self.num_embedding_layers
         hidden = self.embed(prompt)
         if prompt.embedding is not None:
@@ -169,6 +171,7 @@ class HolisticDecoder(nn.Module):
         """(B, T) bool of image columns, checked against the tiles given; None without images."""
         vision = self.config.vision_config
         if pixel_values is None:
+            self._refuse_lost_images(input_ids)
             return None
         if vision is None:
             raise DataError("this model has no vision part", "leave out pixel_values")
@@ -182,6 +185,19 @@ class HolisticDecoder(nn.Module):
         is_image = input_ids == vision.image_token_id
         count_tiles(is_image, vision.tokens_per_tile, pixel_values.shape[0])
         return is_image
+
+    def _refuse_lost_images(self, input_ids: Tensor) -> None:
+        """A tile's worth of context ids without pixels is a mistake, not text."""
+        vision = self.config.vision_config
+        if vision is None or input_ids.shape[1] < vision.tokens_per_tile:
+            return
+        lost = int((input_ids == vision.image_token_id).sum(1).max())
+        if lost >= vision.tokens_per_tile:
+            raise DataError(
+                f"the prompt has {lost} image context tokens in a row of the batch, but no "
+                "pixel_values were given",
+                "pass the pixel_values that the processor returned",
+            )
 
     def _embedding_columns(
         self,

@@ -1,0 +1,40 @@
+"""Checkpoints in and out, tensor by tensor, under one set of names."""
+
+from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_text
+from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
+from mmmamba_cli.checkpoint.loading import default_generation_config, load_model, parse_dtype
+from mmmamba_cli.checkpoint.opened import (
+    OWN,
+    SOURCE_CONFIG,
+    Checkpoint,
+    expected_tensors,
+    iterate,
+    open_checkpoint,
+    stored_dtype,
+    tensor_plan,
+)
+from mmmamba_cli.checkpoint.source import open_source
+from mmmamba_cli.checkpoint.tensors import TensorInfo, check_finite
+from mmmamba_cli.checkpoint.writer import ShardedWriter
+
+__all__ = [
+    "OWN",
+    "SOURCE_CONFIG",
+    "Checkpoint",
+    "ShardedWriter",
+    "TensorHasher",
+    "TensorInfo",
+    "atomic_folder",
+    "atomic_write_text",
+    "check_finite",
+    "combined_hash",
+    "default_generation_config",
+    "expected_tensors",
+    "iterate",
+    "load_model",
+    "open_checkpoint",
+    "open_source",
+    "parse_dtype",
+    "stored_dtype",
+    "tensor_plan",
+]

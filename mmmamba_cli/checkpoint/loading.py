@@ -1,0 +1,81 @@
+"""A model in memory from any checkpoint we read, with every parameter accounted for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from mmmamba_cli.checkpoint.hovle import CHAT_STOP_IDS
+from mmmamba_cli.checkpoint.opened import (
+    OWN,
+    Checkpoint,
+    expected_tensors,
+    open_checkpoint,
+    stored_dtype,
+)
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    checkpoint: Checkpoint | None = None,
+) -> HolisticVLM:
+    """The model of a checkpoint, in eval mode. See `mmmamba_cli.load`."""
+    opened = open_checkpoint(path) if checkpoint is None else checkpoint
+    wanted = opened.dtype("lm_head.weight" if "lm_head.weight" in opened else "model.norm.weight")
+    if dtype != "auto":
+        wanted = parse_dtype(dtype)
+    with torch.device("meta"):
+        model = HolisticVLM(opened.config)
+    state = {}
+    for name in expected_tensors(opened.config):
+        tensor = opened.read(name)
+        # A tensor that needs no cast is copied, so that the model does not hang on the file.
+        state[name] = tensor.to(device, stored_dtype(name, wanted), copy=True)
+    model.load_state_dict(state, strict=not opened.config.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    model.config.dtype = wanted
+    model.generation_config = generation_config(opened)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A floating dtype from torch's name or ours (bf16, fp16, fp32). Raises `CheckpointError`."""
+    if isinstance(name, torch.dtype):
+        return name
+    dtype = DTYPES.get(name) or getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(f"dtype {name!r} is not known, known are: {', '.join(DTYPES)}")
+    return dtype
+
+
+def generation_config(opened: Checkpoint) -> GenerationConfig:
+    """What stops a generation: the folder's own, or the chat template's stop tokens."""
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    if opened.model_type == OWN and (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return default_generation_config(opened.config)
+
+
+def default_generation_config(config: HolisticVLMConfig) -> GenerationConfig:
+    """Greedy, stopping at the chat template's stop tokens; image context is never generated."""
+    own = config.eos_token_id
+    ends = set(own if isinstance(own, list) else [] if own is None else [own])
+    if config.vocab_size > max(CHAT_STOP_IDS):
+        ends |= set(CHAT_STOP_IDS)
+    vision = config.vision_config
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=config.pad_token_id,
+        suppress_tokens=None if vision is None else [vision.image_token_id],
+    )

@@ -1,0 +1,196 @@
+"""Any checkpoint we read, seen through our own tensor names, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint import hovle
+from mmmamba_cli.checkpoint.rules import Rule, Shape, check_names, rename
+from mmmamba_cli.checkpoint.source import TensorSource, open_source
+from mmmamba_cli.checkpoint.tensors import TensorInfo
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.model import FP32_PARAMETERS, HolisticVLM, HolisticVLMConfig
+
+OWN = HolisticVLMConfig.model_type
+KNOWN_TYPES = (hovle.MODEL_TYPE, OWN)
+SOURCE_CONFIG = "source_config.json"
+UNUSED = {"unused.class_embedding", "unused.language_token_embedding.weight"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: config and tensors under our names.
+
+    `raw_config` is the config of the teacher it is, or came from; `tokenizer_file` is None where
+    none was found; `assumed` names config values that were filled in rather than read.
+    """
+
+    path: Path
+    model_type: str
+    config: HolisticVLMConfig
+    raw_config: Mapping[str, Any]
+    source: TensorSource
+    rules: list[Rule]
+    tokenizer_file: Path | None = None
+    assumed: tuple[str, ...] = ()
+    _rule_of: dict[str, tuple[Rule, int]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            for position, name in enumerate(rule.ours):
+                self._rule_of[name] = (rule, position)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Our names and shapes."""
+        return {name: shape for rule in self.rules for name, shape in rule.ours.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rule_of
+
+    def dtype(self, name: str) -> torch.dtype:
+        rule, _ = self._rule_of[name]
+        return self.source.info(next(iter(rule.foreign))).dtype
+
+    def read(self, name: str) -> Tensor:
+        """One tensor under our name; mapped from the file where the format allows it."""
+        rule, position = self._rule_of[name]
+        return rule.to_ours(*(self.source.read(foreign) for foreign in rule.foreign))[position]
+
+    def foreign_names(self, name: str) -> tuple[str, ...]:
+        """Names, in the file, of the tensors that `name` is made of."""
+        return tuple(self._rule_of[name][0].foreign)
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    config_file: Path | None = None,
+    tokenizer_file: Path | None = None,
+    arch: str | None = None,
+) -> Checkpoint:
+    """Open a HoVLE, or a folder of ours, and check that every tensor is there and fits.
+
+    A bare state dict takes its config from `config_file`, else from `config.json` beside it, else
+    from `arch`. Raises `CheckpointError`.
+    """
+    path = Path(path).expanduser()
+    source = open_source(path)
+    home = path if path.is_dir() else path.parent
+    raw, where, assumed = _find_config(path, home, config_file, arch)
+    kind = _model_type(raw, where)
+    if kind == OWN:
+        config, rules = _own(raw, source, where)
+        raw = _read_json(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
+    else:
+        config = hovle.to_config(raw, where)
+        rules = hovle.rules(raw, config, source.names)
+    shapes = {name: source.info(name).shape for name in source.names}
+    check_names(rules, shapes, str(path))
+    return Checkpoint(
+        path, kind, config, raw, source, rules, _find_tokenizer(home, tokenizer_file), assumed
+    )
+
+
+def expected_tensors(config: HolisticVLMConfig) -> dict[str, Shape]:
+    """Names and shapes of the parameters of a model with this config; nothing is allocated."""
+    with torch.device("meta"):
+        model = HolisticVLM(config)
+    names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        names.pop("lm_head.weight")
+    return names
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype `name` is kept in when the model is in `dtype`: decay, gates, norms stay fp32."""
+    small = any(part in FP32_PARAMETERS for part in name.split("."))
+    return torch.float32 if small and dtype != torch.float64 else dtype
+
+
+def tensor_plan(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """What a writer has to know ahead of the tensors `shapes`, kept in `dtype`."""
+    return {name: TensorInfo(stored_dtype(name, dtype), shape) for name, shape in shapes.items()}
+
+
+def _own(
+    raw: Mapping[str, Any], source: TensorSource, where: str
+) -> tuple[HolisticVLMConfig, list[Rule]]:
+    try:
+        config = HolisticVLMConfig.from_dict(dict(raw))
+        shapes = expected_tensors(config)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{where} is not a complete mmmamba config: {_first_line(error)}",
+            "take the config.json that was written with the weights",
+        ) from error
+    kept = {name: source.info(name).shape for name in source.names if name in UNUSED}
+    return config, [rename(name, name, shape) for name, shape in {**shapes, **kept}.items()]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _find_config(
+    path: Path, home: Path, config_file: Path | None, arch: str | None
+) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
+    if config_file is not None:
+        return _read_json(config_file), str(config_file), ()
+    beside = home / "config.json"
+    if beside.is_file():
+        return _read_json(beside), str(beside), ()
+    if arch is None:
+        raise CheckpointError(
+            f"{path} comes without a config: there is no {beside}",
+            "give --config FILE, put its config.json beside it, or name its architecture with "
+            f"--arch {' | '.join(hovle.ARCHITECTURES)}",
+        )
+    if arch not in hovle.ARCHITECTURES:
+        known = ", ".join(hovle.ARCHITECTURES)
+        raise CheckpointError(f"architecture {arch!r} is not known, known are: {known}")
+    return hovle.ARCHITECTURES[arch], f"--arch {arch}", hovle.ASSUMED
+
+
+def _find_tokenizer(home: Path, given: Path | None) -> Path | None:
+    if given is not None:
+        if not given.is_file():
+            raise CheckpointError(f"tokenizer {given} is not there", "check the path")
+        return given
+    beside = home / "tokenizer.model"
+    return beside if beside.is_file() else None
+
+
+def _model_type(raw: Mapping[str, Any], where: str) -> str:
+    kind = raw.get("model_type")
+    if kind not in KNOWN_TYPES:
+        raise CheckpointError(
+            f"{where}: model_type is {kind!r}, known are {', '.join(KNOWN_TYPES)}",
+            "give the config.json of a HoVLE, or of a folder mmmamba wrote",
+        )
+    return str(kind)
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is not there", "check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object, expected a model config")
+    return value
+
+
+def iterate(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """All tensors under our names, in the table's order."""
+    for name in checkpoint.shapes:
+        yield name, checkpoint.read(name)
