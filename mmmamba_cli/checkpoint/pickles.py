@@ -7,6 +7,7 @@ the file, nothing but tensors.
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 import re
@@ -14,7 +15,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,9 @@ _PLAIN_GLOBAL = re.compile(
     r"|(builtins|__builtin__)\.(bytearray|set|complex)"
 )
 
+_OLD_FORMAT_PICKLES = 4  # magic number, version, system, state dict; storages' raw bytes follow
+_SCAN_BYTES = 64 << 20  # far beyond the pickle of any state dict
+
 
 class PickleFile:
     """The tensors of one state dict, mapped into memory unless it is in PyTorch's old format.
@@ -93,7 +97,7 @@ def _load(path: Path, size: int) -> Any:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
         if is_zip:
-            _check_zip(path)
+            _check_zip(path, size)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _DAMAGE as error:
         code = _code_in(path)
@@ -119,14 +123,20 @@ def _conversion(path: Path) -> str:
     )
 
 
-def _check_zip(path: Path) -> None:
+def _check_zip(path: Path, size: int) -> None:
     """Raise `CheckpointError` unless every entry lies uncompressed within the file."""
     with zipfile.ZipFile(path) as archive:
-        packed = [
-            entry.filename
-            for entry in archive.infolist()
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
-        ]
+        entries = archive.infolist()
+    beyond = [entry.filename for entry in entries if entry.header_offset + entry.file_size > size]
+    if beyond:
+        raise CheckpointError(
+            f"{path} has entries that reach beyond its end: {name_some(map(quoted, beyond))}", AGAIN
+        )
+    packed = [
+        entry.filename
+        for entry in entries
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
+    ]
     if packed:
         raise CheckpointError(
             f"{path} holds compressed entries, which torch.save never writes: "
@@ -182,8 +192,10 @@ def _check_tensors(state: Mapping[Any, Any], size: int, path: Path) -> None:
 def _problem_of(name: str, tensor: Tensor, size: int) -> str | None:
     if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
         return "has a name that is not UTF-8"
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return "is sparse, quantized or without data, expected a plain one"
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return "is sparse, nested or quantized, expected a plain one"
+    if tensor.device.type != "cpu":
+        return "comes without data"
     if tensor.dtype not in DTYPE_NAMES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
         return f"has unknown dtype {str(tensor.dtype).removeprefix('torch.')}, known are {known}"
@@ -196,46 +208,47 @@ def _code_in(path: Path) -> list[str]:
     """Globals that the pickles in a file ask for beyond those of a state dict, without loading."""
     found: dict[str, None] = {}
     try:
-        with path.open("rb") as file:
-            if not zipfile.is_zipfile(file):
-                file.seek(0)
-                _find_globals(file, found)
-                return list(found)
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                stored = entry.compress_type == zipfile.ZIP_STORED
-                if entry.filename.endswith("data.pkl") and stored:
-                    with archive.open(entry) as pickled:
-                        _find_globals(pickled, found)  # type: ignore[arg-type]
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                for name in pickles:
+                    with archive.open(name) as file:
+                        _find_globals(file.read(_SCAN_BYTES), found, pickles=1)
+        else:
+            with path.open("rb") as file:
+                _find_globals(file.read(_SCAN_BYTES), found, pickles=_OLD_FORMAT_PICKLES)
     except _DAMAGE:
         pass  # damaged after this point; what was found so far stands
     return list(found)
 
 
-def _find_globals(file: BinaryIO, found: dict[str, None]) -> None:
-    """Walk the pickles that follow each other in `file`, adding to `found`."""
-    while True:
+def _find_globals(data: bytes, found: dict[str, None], pickles: int) -> None:
+    """Walk the pickles that follow each other in `data`, adding to `found`."""
+    stream = io.BytesIO(data)
+    for _ in range(pickles):
         memo: dict[int, str | None] = {}
-        strings: list[str] = []
+        strings = ["", ""]  # the last two put on the stack: what STACK_GLOBAL takes
         top: str | None = None
-        for opcode, argument, _ in pickletools.genops(file):
-            name = opcode.name
-            if name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo[int(argument)] = top
-                continue
-            if name == "MEMOIZE":
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "MEMOIZE":
                 memo[len(memo)] = top
-                continue
-            if name in ("GET", "BINGET", "LONG_BINGET"):
-                top = memo.get(int(argument))
+            elif opcode.name.endswith("PUT"):
+                memo[_index(argument)] = top
+            elif opcode.name in ("GLOBAL", "INST"):
+                _add_global(str(argument).replace(" ", ".", 1), found)
+            elif opcode.name == "STACK_GLOBAL":
+                _add_global(".".join(strings), found)
             else:
-                top = argument if "UNICODE" in name or "STRING" in name else None
-            if isinstance(top, str):
-                strings.append(top)
-            wanted = None
-            if name in ("GLOBAL", "INST"):
-                wanted = argument.replace(" ", ".", 1)
-            elif name == "STACK_GLOBAL":
-                wanted = ".".join(strings[-2:])
-            if wanted is not None and not _PLAIN_GLOBAL.fullmatch(wanted):
-                found[quoted(wanted).strip("'")] = None
+                got = memo.get(_index(argument)) if opcode.name.endswith("GET") else argument
+                top = got if isinstance(got, str) else None
+                if top is not None:
+                    strings = [strings[1], top]
+
+
+def _index(argument: object) -> int:
+    return argument if isinstance(argument, int) else -1
+
+
+def _add_global(wanted: str, found: dict[str, None]) -> None:
+    if not _PLAIN_GLOBAL.fullmatch(wanted):
+        found[quoted(wanted).strip("'")] = None

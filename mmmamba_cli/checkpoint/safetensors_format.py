@@ -208,8 +208,8 @@ def _read_entry(entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     info = TensorInfo(dtype, tuple(shape))
     if offsets[1] - offsets[0] != info.nbytes:
         raise ValueError(
-            f"data_offsets {quoted(offsets)} span {offsets[1] - offsets[0]} bytes, its shape and dtype "
-            f"need {info.nbytes}"
+            f"data_offsets {quoted(offsets)} span {offsets[1] - offsets[0]} bytes, its shape and "
+            f"dtype need {info.nbytes}"
         )
     return info, (offsets[0], offsets[1])
 

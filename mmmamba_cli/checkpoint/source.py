@@ -107,8 +107,8 @@ def open_source(path: str | Path) -> TensorSource:
             path = _find_in_folder(path)
         elif not path.exists():
             raise CheckpointError(f"{path} does not exist")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{quoted(str(path))} cannot be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if path.name.endswith(INDEX_SUFFIX):
         return _open_index(path)
     return _checked(_kind_of(path), {path: _open_file(path)}, path)
@@ -168,7 +168,7 @@ def _open_index(path: Path) -> TensorSource:
     if absent:
         raise CheckpointError(
             f"{path} names tensors that are not in their shards: "
-            f"{name_some(f'{quoted(name)} in {weight_map[name]}' for name in absent)}",
+            f"{name_some(f'{quoted(name)} in {quoted(weight_map[name])}' for name in absent)}",
             AGAIN,
         )
     unnamed = [name for name in owner if name not in weight_map]
@@ -197,9 +197,9 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map of tensor to file", AGAIN)
-    shards = list(dict.fromkeys(map(str, weight_map.values())))
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{path} has a weight_map whose files are not all names", AGAIN)
+    shards = list(dict.fromkeys(weight_map.values()))
     outside = [shard for shard in shards if not _is_inside(shard)]
     if outside:
         raise CheckpointError(

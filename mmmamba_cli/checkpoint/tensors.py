@@ -52,7 +52,7 @@ def slices(tensor: Tensor, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:
 def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """The tensor's elements as bytes in row order, without copying what is contiguous."""
     for piece in slices(tensor.detach()):
-        yield memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

@@ -1,5 +1,6 @@
 """Options that several commands share, so that they read alike everywhere."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,3 +18,9 @@ Sets = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, for machines.")]
+RunFolder = Annotated[
+    Path,
+    typer.Option("--run", envvar="MMMAMBA_RUN", metavar="DIR", help="Run directory."),
+]
+DEFAULT_RUN = Path("runs/default")
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

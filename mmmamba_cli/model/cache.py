@@ -73,7 +73,7 @@ class HybridCache(Cache):
 
 
 def new_cache(config: HolisticVLMConfig, max_length: int | None = None) -> HybridCache:
-    """A fresh cache: growing, or static with room for `max_length` columns of the prompt as given."""
+    """A fresh cache: growing, or static with room for `max_length` columns."""
     if max_length is None:
         return HybridCache(DynamicCache(config=config))
     return HybridCache(StaticCache(config=config, max_cache_len=max_length))
@@ -87,7 +87,7 @@ def decoding_state(cache: Cache) -> DecodingState:
     state = getattr(cache, "decoding_state", None)
     if state is None:
         state = DecodingState()
-        cache.decoding_state = state  # type: ignore[attr-defined]
+        cache.decoding_state = state
     return state
 
 

@@ -1,4 +1,4 @@
-"""Configuration of the one model class: teacher, hybrid and linear student differ in `layer_types`."""
+"""Configuration of the one model class; `layer_types` tells teacher, hybrid and student apart."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ class HolisticVLMConfig(PreTrainedConfig):
         expected = self.num_hidden_layers
         if len(self.layer_types) != expected:
             raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries, the stacks have {expected} layers"
+                f"layer_types has {len(self.layer_types)} entries, "
+                f"the stacks have {expected} layers"
             )
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:

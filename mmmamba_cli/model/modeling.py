@@ -105,7 +105,7 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers does it; images belong to the first call only, unless there is no cache."""
+        """As transformers does it; with a cache, images belong to the first call only."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:

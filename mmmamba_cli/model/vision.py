@@ -1,4 +1,7 @@
-"""From pixels to image tokens. Legend: N tiles, S side in pixels, g patches a side, D hidden size."""
+"""From pixels to image tokens.
+
+Legend: N tiles, S side in pixels, g patches a side, D hidden size.
+"""
 
 from __future__ import annotations
 

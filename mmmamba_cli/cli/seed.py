@@ -1,0 +1,142 @@
+"""`mmmamba seed`: step 1, a linear student out of a trained teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmmamba_cli.cli.console import print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder, Sets
+
+if TYPE_CHECKING:
+    from mmmamba_cli.checkpoint import Checkpoint
+    from mmmamba_cli.recipe import Recipe
+    from mmmamba_cli.runs import Manifest, Run
+    from mmmamba_cli.seed import LayerFidelity
+
+
+def command(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="HoVLE folder, .safetensors, or .ckpt/.pt/.bin state dict."
+        ),
+    ],
+    run: RunFolder = DEFAULT_RUN,
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="RECIPE", help="Recipe of the run.")
+    ] = "mmmamba-linear",
+    sets: Sets = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="scratch, inherit or inherit+mimic; the recipe's if not given."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="config.json of a bare state dict.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="tokenizer.model of a bare state dict.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture of a state dict without config: hovle-2.6b.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the student: bf16, fp16 or fp32.")] = "bf16",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of new parameters; the recipe's if not given.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Compare each mixer with its teacher.")
+    ] = True,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON Lines of questions and images for the report."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Seed a linear student out of a trained teacher, and start a run with it."""
+    from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
+    from mmmamba_cli.recipe import load_recipe
+    from mmmamba_cli.runs import Run
+    from mmmamba_cli.seed import seed_student
+
+    overrides: dict[str, Any] = {"teacher": str(checkpoint)}
+    overrides |= {} if init is None else {"mixer.init": init}
+    overrides |= {} if seed is None else {"seed": seed}
+    loaded = load_recipe(recipe, sets or (), overrides)
+    target, wanted = Run(run), parse_dtype(dtype)
+    teacher = open_checkpoint(checkpoint, config_file=config, tokenizer_file=tokenizer, arch=arch)
+    _warn(teacher)
+    with target.lock():
+        with progress("seeding", _student_bytes(teacher, loaded, wanted), "B") as advance:
+            manifest = seed_student(
+                target,
+                teacher,
+                loaded,
+                dtype=wanted,
+                overwrite=overwrite,
+                config_file=config,
+                arch=arch,
+                advance=advance,
+            )
+        rows = _fidelity(target, teacher, calibration) if report else []
+    _say(target, manifest, rows, as_json)
+
+
+def _warn(teacher: Checkpoint) -> None:
+    if teacher.assumed:
+        print_warning(
+            f"{teacher.path} has no config; believed without a check: {', '.join(teacher.assumed)}"
+        )
+    if teacher.tokenizer_file is None:
+        print_warning(
+            f"{teacher.path} has no tokenizer.model beside it: the student can be trained and "
+            "loaded, but not asked anything (give --tokenizer FILE)"
+        )
+
+
+def _student_bytes(teacher: Checkpoint, recipe: Recipe, dtype: Any) -> int:
+    from mmmamba_cli.checkpoint import expected_tensors, tensor_plan
+    from mmmamba_cli.seed import student_config
+
+    shapes = expected_tensors(student_config(teacher.config, recipe))
+    kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
+    return sum(info.nbytes for info in tensor_plan({**shapes, **kept}, dtype).values())
+
+
+def _fidelity(run: Run, teacher: Checkpoint, file: Path | None) -> list[LayerFidelity]:
+    """Measure, and keep the numbers beside the product's weights."""
+    from mmmamba_cli.runs import open_processor
+    from mmmamba_cli.seed import built_in, measure_fidelity, read_calibration
+
+    processor = open_processor(teacher)
+    batch = built_in(teacher.config, processor)
+    if file is not None:
+        batch = read_calibration(file, processor)
+    with progress("comparing mixers", teacher.config.num_hidden_layers, "layers") as advance:
+        return measure_fidelity(teacher, run.open_product("seed"), batch, advance)
+
+
+def _say(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_json: bool) -> None:
+    product = run.product_folder(manifest.name)
+    if as_json:
+        print_json(
+            {
+                "run": str(run.folder),
+                "product": manifest.model_dump(mode="json"),
+                "folder": str(product),
+                "fidelity": [vars(row) for row in rows],
+            }
+        )
+        return
+    if rows:
+        print_table(
+            ("layer", "cosine", "relative MSE"),
+            [(r.layer, f"{r.cosine:.4f}", f"{r.relative_mse:.4f}") for r in rows],
+            title="Mixer output before W_O against the teacher's, untrained",
+            right=("layer", "cosine", "relative MSE"),
+        )
+    typer.echo(f"{manifest.num_layers} layers seeded: {product}")
+    typer.echo("next: mmmamba hybridize --attn-layers 4")

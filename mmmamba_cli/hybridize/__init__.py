@@ -1,0 +1,5 @@
+"""Between stages 2 and 3: put the teacher's attention back into some layers."""
+
+from mmmamba_cli.hybridize.hybridizing import choose_parent, hybridize, product_name
+
+__all__ = ["choose_parent", "hybridize", "product_name"]

@@ -1,0 +1,157 @@
+"""Which layers remain attention, and putting them back: layers are swapped, nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint import Checkpoint, expected_tensors
+from mmmamba_cli.checkpoint.hashing import tensor_digest
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
+from mmmamba_cli.runs import Draft, Manifest, Parent, Run, write_product
+
+MIXER_STAGES = ("stage1", "stage2")
+
+
+def choose_parent(run: Run, wanted: str | None = None) -> Manifest:
+    """The product to start from: `wanted`, else the stage-2 student, else the current one.
+
+    The method hybridizes between stages 2 and 3, so a student that has just done both comes first.
+    """
+    if wanted is not None:
+        return run.product(wanted)
+    ready = [
+        p for p in run.products().values() if p.stages == MIXER_STAGES and not p.attention_layers
+    ]
+    return ready[-1] if ready else run.product(run.record.current)
+
+
+def product_name(layers: Sequence[int], num_layers: int, placed: bool) -> str:
+    """`linear`, `hybrid-N` for N placed layers, or `hybrid-at-I-J-...` for a list of one's own."""
+    if not layers:
+        return "linear"
+    return f"hybrid-{len(layers)}" if placed else "hybrid-at-" + "-".join(map(str, layers))
+
+
+def hybridize(
+    run: Run,
+    parent: Manifest,
+    layers: Sequence[int],
+    name: str,
+    *,
+    teacher_path: Path | None = None,
+    overwrite: bool = False,
+    recipe: str | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Write product `name`: `parent` with the teacher's attention in just the layers given.
+
+    Attention comes from the teacher, cast to the student's dtype; layers that turn linear again
+    take their mixer from the nearest ancestor that has it. Raises `RunError` if the teacher is
+    not the run's, or no ancestor has a mixer that is needed.
+    """
+    student = run.open_product(parent.name)
+    config = _with_layers(student.config, layers)
+    teacher = run.open_teacher(teacher_path) if _restored(student.config, config) else None
+    donors = _donors(run, parent, student, config)
+    kept = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
+    draft = Draft(
+        name=name,
+        made_by="hybridize",
+        config=config,
+        shapes={**expected_tensors(config), **kept},
+        read=_reader(run, student, teacher, donors, config),
+        origin=student,
+        dtype=getattr(torch, parent.dtype),
+        recipe=parent.recipe if recipe is None else recipe,
+        parents=lambda: (
+            Parent("student", parent.name, parent.content_hash),
+            Parent("teacher", run.record.teacher.path, run.record.teacher.content_hash),
+        ),
+        stages=tuple(stage for stage in parent.stages if stage in MIXER_STAGES),
+        notes=("not yet distilled end to end",),
+    )
+    manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
+    run.set_current(name)
+    return manifest
+
+
+def _with_layers(config: HolisticVLMConfig, layers: Sequence[int]) -> HolisticVLMConfig:
+    kinds = [ATTENTION if i in layers else LINEAR for i in range(config.num_hidden_layers)]
+    return HolisticVLMConfig.from_dict({**config.to_dict(), "layer_types": kinds})
+
+
+def _restored(old: HolisticVLMConfig, new: HolisticVLMConfig) -> list[int]:
+    """Layers that are attention now and were not."""
+    return [i for i in new.attention_layers if i not in old.attention_layers]
+
+
+def _donors(
+    run: Run, parent: Manifest, student: Checkpoint, config: HolisticVLMConfig
+) -> dict[int, Checkpoint]:
+    """For each layer that turns linear again, the nearest ancestor with a mixer for it."""
+    missing = [i for i in student.config.attention_layers if i not in config.attention_layers]
+    donors: dict[int, Checkpoint] = {}
+    ancestor = parent
+    while missing:
+        above = next((p.name for p in ancestor.parents if p.role == "student"), None)
+        if above is None or above not in run.products():
+            raise RunError(
+                f"no ancestor of {parent.name!r} has a Mamba-2 mixer for layers {missing}",
+                "start from another product with --from",
+            )
+        wanted = next(p.content_hash for p in ancestor.parents if p.role == "student")
+        ancestor = run.product(above)
+        if ancestor.content_hash != wanted:
+            raise RunError(
+                f"product {above!r} is not the one {parent.name!r} was made from",
+                "it was written anew since; start from another product with --from",
+            )
+        opened = run.open_product(above)
+        found = [i for i in missing if opened.config.layer_types[i] == LINEAR]
+        donors.update(dict.fromkeys(found, opened))
+        missing = [i for i in missing if i not in found]
+    return donors
+
+
+def _reader(
+    run: Run,
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    donors: dict[int, Checkpoint],
+    config: HolisticVLMConfig,
+) -> Callable[[str], Tensor]:
+    restored = set(_restored(student.config, config))
+
+    def read(name: str) -> Tensor:
+        layer = _mixer_layer(name)
+        if layer is None:
+            return student.read(name)
+        if layer in restored and teacher is not None:
+            return _read_verified(run, teacher, name)
+        return donors.get(layer, student).read(name)
+
+    return read
+
+
+def _mixer_layer(name: str) -> int | None:
+    """The layer whose mixer `name` belongs to, or None."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[3] == "mixer" else None
+
+
+def _read_verified(run: Run, teacher: Checkpoint, name: str) -> Tensor:
+    """A teacher tensor, if its bytes are those the run was seeded from. Raises `RunError`."""
+    digests = run.record.teacher.digests
+    for foreign in teacher.foreign_names(name):
+        if tensor_digest(foreign, teacher.source.read(foreign)).hex() != digests.get(foreign):
+            raise RunError(
+                f"{teacher.path} is not the teacher of {run.folder}: {foreign} differs from the "
+                "one it was seeded from",
+                "name the right one with --teacher, or seed a new --run from this one",
+            )
+    return teacher.read(name)

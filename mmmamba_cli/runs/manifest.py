@@ -1,0 +1,119 @@
+"""What a product folder says about itself: what made it, from what, and how far it has come."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mmmamba_cli import __version__
+from mmmamba_cli.errors import RunError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class Parent(BaseModel):
+    """Where a product comes from. `role` is "teacher", or "student" for the product before it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: str
+    name: str
+    content_hash: str
+
+    def __init__(self, role: str, name: str, content_hash: str) -> None:
+        super().__init__(role=role, name=name, content_hash=content_hash)
+
+
+class Manifest(BaseModel):
+    """The contents of `manifest.json`. `stages` are the distillation stages done, in order.
+
+    `final` says that the student was distilled end to end since its layers last changed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    name: str
+    made_by: str
+    created: str
+    command: str
+    content_hash: str
+    parents: tuple[Parent, ...]
+    attention_layers: tuple[int, ...]
+    num_layers: int
+    stages: tuple[str, ...] = ()
+    final: bool = False
+    dtype: str
+    parameters: int
+    recipe: str
+    notes: tuple[str, ...] = ()
+    metrics: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+    @property
+    def kind(self) -> str:
+        """`linear`, `hybrid (4 attention)` or `all attention`."""
+        kept = len(self.attention_layers)
+        if kept == 0:
+            return "linear"
+        return "all attention" if kept == self.num_layers else f"hybrid ({kept} attention)"
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """The command as it was typed, with the program's bare name."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    found = {"mmmamba": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises `RunError` if the folder has no manifest, or one that cannot be read."""
+    return parse_model(folder / MANIFEST, Manifest)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def parse_model(file: Path, kind: type[Model]) -> Model:
+    """A JSON file as `kind`. Raises `RunError` that names the file and the first thing wrong."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(value, Mapping) and value.get("format", FORMAT) != FORMAT:
+            raise RunError(
+                f"{file} has format {value['format']!r}, this version knows {FORMAT}",
+                "use the version of mmmamba that wrote it",
+            )
+        return kind.model_validate(value)
+    except FileNotFoundError as error:
+        raise RunError(f"{file} is not there", "check --run") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise RunError(f"{file} is damaged: {place}: {first['msg'].lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file} is not valid JSON: {error}") from error

@@ -1,0 +1,133 @@
+"""Writing one product: weights tensor by tensor, config, tokenizer, manifest; all or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint import (
+    OWN,
+    SOURCE_CONFIG,
+    Checkpoint,
+    ShardedWriter,
+    atomic_folder,
+    default_generation_config,
+    tensor_plan,
+)
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.model import HolisticVLMConfig
+from mmmamba_cli.processing import (
+    HolisticVLMProcessor,
+    processor_from_folder,
+    processor_from_hovle,
+)
+from mmmamba_cli.runs.manifest import (
+    MANIFEST,
+    Manifest,
+    Parent,
+    command_line,
+    manifest_text,
+    now,
+    versions,
+)
+from mmmamba_cli.runs.run import Run
+
+ReadTensor = Callable[[str], Tensor]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A product before it is written: what it is, and how to get each of its tensors."""
+
+    name: str
+    made_by: str
+    config: HolisticVLMConfig
+    shapes: Mapping[str, Shape]
+    read: ReadTensor
+    origin: Checkpoint
+    dtype: torch.dtype
+    recipe: str
+    # Called when all tensors were read, since a parent's hash may be known only then.
+    parents: Callable[[], tuple[Parent, ...]]
+    stages: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def write_product(
+    run: Run, draft: Draft, *, overwrite: bool = False, advance: Callable[[int], None] | None = None
+) -> Manifest:
+    """Write a product into the run, atomically. `advance` is told of bytes as they are written.
+
+    Tensors come one at a time from `draft.read` and are let go. The caller holds the run's lock.
+    Raises `RunError` if the product exists and `overwrite` is not given.
+    """
+    target = run.product_folder(draft.name)
+    if target.exists() and not overwrite:
+        raise RunError(
+            f"{run.folder} already has a product {draft.name!r}",
+            "replace it with --overwrite, or choose another --run",
+        )
+    plan = tensor_plan(draft.shapes, draft.dtype)
+    with atomic_folder(target, overwrite) as folder:
+        with ShardedWriter(folder, plan) as writer:
+            for name, info in plan.items():
+                writer.write(name, draft.read(name).to(info.dtype))
+                if advance is not None:
+                    advance(info.nbytes)
+            content_hash = writer.finish()
+        manifest = _manifest(draft, content_hash)
+        _write_companions(folder, draft)
+        (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+    return manifest
+
+
+def _manifest(draft: Draft, content_hash: str) -> Manifest:
+    return Manifest(
+        name=draft.name,
+        made_by=draft.made_by,
+        created=now(),
+        command=command_line(),
+        content_hash=content_hash,
+        parents=draft.parents(),
+        attention_layers=draft.config.attention_layers,
+        num_layers=draft.config.num_hidden_layers,
+        stages=draft.stages,
+        dtype=str(draft.dtype).removeprefix("torch."),
+        parameters=sum(prod(s) for n, s in draft.shapes.items() if not n.startswith("unused.")),
+        recipe=draft.recipe,
+        notes=draft.notes,
+        versions=versions(),
+    )
+
+
+def _write_companions(folder: Path, draft: Draft) -> None:
+    """What else transformers wants in a model folder, and the teacher's own config for exports."""
+    config = HolisticVLMConfig.from_dict(draft.config.to_dict())
+    config.dtype = draft.dtype
+    config.architectures = ["HolisticVLM"]
+    config.save_pretrained(folder)
+    source = json.dumps(draft.origin.raw_config, indent=2, ensure_ascii=False) + "\n"
+    (folder / SOURCE_CONFIG).write_text(source, encoding="utf-8")
+    generation = default_generation_config(config)
+    processor = open_processor(draft.origin)
+    if processor is not None:
+        processor.save_pretrained(folder)
+        generation.eos_token_id = sorted(set(processor.stop_token_ids))
+    generation.save_pretrained(folder)
+
+
+def open_processor(checkpoint: Checkpoint) -> HolisticVLMProcessor | None:
+    """The processor of a checkpoint, ours or a teacher's; None if it came without a tokenizer."""
+    file = checkpoint.tokenizer_file
+    if file is None:
+        return None
+    if checkpoint.model_type == OWN:
+        return processor_from_folder(file.parent)
+    return processor_from_hovle(checkpoint.raw_config, file)

@@ -1,0 +1,143 @@
+"""A run directory: one teacher, the products made of it, and which of them is current."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, open_checkpoint
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.runs.manifest import MANIFEST, Manifest, parse_model, read_manifest
+
+RECORD = "run.json"
+LOCK = ".lock"
+PRODUCTS = "products"
+
+
+class Teacher(BaseModel):
+    """Which checkpoint a run started from; `digests` are SHA-256 by the file's tensor names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    config: str | None
+    arch: str | None
+    content_hash: str
+    digests: dict[str, str]
+
+
+class RunRecord(BaseModel):
+    """The contents of `run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = 1
+    teacher: Teacher
+    current: str
+
+
+class Run:
+    """A run directory that may or may not exist yet."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def record(self) -> RunRecord:
+        """Raises `RunError` if this is no run."""
+        if not (self.folder / RECORD).is_file():
+            raise RunError(
+                f"{self.folder} is not a run: it has no {RECORD}",
+                "start one with `mmmamba seed CHECKPOINT`, or name another with --run",
+            )
+        return parse_model(self.folder / RECORD, RunRecord)
+
+    def product_folder(self, name: str) -> Path:
+        return self.folder / PRODUCTS / name
+
+    def products(self) -> dict[str, Manifest]:
+        """Complete products by name, oldest first."""
+        folder = self.folder / PRODUCTS
+        if not folder.is_dir():
+            return {}
+        names = [p.name for p in folder.iterdir() if (p / MANIFEST).is_file()]
+        found = {name: read_manifest(folder / name) for name in names if not name.startswith(".")}
+        return dict(sorted(found.items(), key=lambda item: (item[1].created, item[0])))
+
+    def product(self, name: str) -> Manifest:
+        """Raises `RunError` if there is none of that name."""
+        if not (self.product_folder(name) / MANIFEST).is_file():
+            known = ", ".join(self.products()) or "none"
+            raise RunError(f"{self.folder} has no product {name!r}, it has: {known}")
+        return read_manifest(self.product_folder(name))
+
+    def write_record(self, record: RunRecord) -> None:
+        atomic_write_text(self.folder / RECORD, record.model_dump_json(indent=2) + "\n")
+
+    def set_current(self, name: str) -> None:
+        self.write_record(self.record.model_copy(update={"current": name}))
+
+    def open_product(self, name: str) -> Checkpoint:
+        return open_checkpoint(self.product_folder(name))
+
+    def open_teacher(self, moved_to: Path | None = None) -> Checkpoint:
+        """The teacher where it was, or where it has moved to; `verify` checks what is read of it.
+
+        Raises `RunError` if it is no longer there.
+        """
+        teacher = self.record.teacher
+        path = moved_to or Path(teacher.path)
+        if not path.exists():
+            raise RunError(
+                f"the teacher of {self.folder} is no longer at {path}",
+                "say where it is now with --teacher",
+            )
+        config = None if teacher.config is None else Path(teacher.config)
+        if config is not None and not config.is_file():
+            config = None
+        return open_checkpoint(path, config_file=config, arch=teacher.arch)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other commands from writing into this run. Raises `RunError` if one does."""
+        made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                other = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+                raise RunError(
+                    f"{self.folder} is in use by another mmmamba command (process {other})",
+                    "wait for it, or choose another --run",
+                ) from error
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+            self._remove_empty(made)
+
+    @contextmanager
+    def lock_existing(self) -> Iterator[None]:
+        """As `lock`, for a run that must be there. Raises `RunError` if it is not."""
+        _ = self.record
+        with self.lock():
+            yield
+
+    def _remove_empty(self, made: list[Path]) -> None:
+        """Take back folders this command made, if it came to nothing."""
+        if not made or any(p.name != LOCK for p in self.folder.iterdir()):
+            return
+        (self.folder / LOCK).unlink(missing_ok=True)
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:
+                return

@@ -1,0 +1,18 @@
+"""Step 1 of the method: seed a Mamba-2 student out of a trained teacher."""
+
+from mmmamba_cli.seed.calibration import Calibration, built_in, read_calibration
+from mmmamba_cli.seed.fidelity import LayerFidelity, measure_fidelity
+from mmmamba_cli.seed.mimic import INITS, initial_value
+from mmmamba_cli.seed.seeding import seed_student, student_config
+
+__all__ = [
+    "INITS",
+    "Calibration",
+    "LayerFidelity",
+    "built_in",
+    "initial_value",
+    "measure_fidelity",
+    "read_calibration",
+    "seed_student",
+    "student_config",
+]

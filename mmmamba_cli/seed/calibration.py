@@ -1,0 +1,98 @@
+"""A few inputs to compare mixers on: built in, or from a file of the user's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.model import HolisticVLMConfig
+from mmmamba_cli.processing import HolisticVLMProcessor
+
+QUESTIONS = (
+    "How many shapes are in the picture, and which of them is red?",
+    "Describe the picture from left to right, naming every shape and its colour.",
+)
+PLAIN_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs as the model takes them: ids and mask (B, T), pixels (tiles, 3, S, S) or None."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor | None
+
+
+def built_in(config: HolisticVLMConfig, processor: HolisticVLMProcessor | None) -> Calibration:
+    """Two questions about a drawing; without a processor, ids drawn at random around one tile."""
+    if processor is None:
+        return _without_tokenizer(config)
+    return _encode(processor, [(question, [_drawing()]) for question in QUESTIONS])
+
+
+def read_calibration(file: Path, processor: HolisticVLMProcessor | None) -> Calibration:
+    """A JSON Lines file of {"question": text, "image": path beside the file (optional)}.
+
+    Raises `DataError` that names the line.
+    """
+    if processor is None:
+        raise DataError(f"{file} needs a tokenizer to be read", "give --tokenizer FILE")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text", "check --calibration") from error
+    samples = [_sample(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not samples:
+        raise DataError(f"{file} is empty", 'expected lines like {"question": "..."}')
+    return _encode(processor, samples)
+
+
+def _sample(file: Path, number: int, line: str) -> tuple[str, list[Image.Image | Path]]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{file}, line {number} is not JSON: {error}") from error
+    question = value.get("question") if isinstance(value, dict) else None
+    if not isinstance(question, str):
+        raise DataError(f"{file}, line {number} has no question", "expected {'question': text}")
+    image = value.get("image")
+    return question, [] if image is None else [file.parent / str(image)]
+
+
+def _encode(
+    processor: HolisticVLMProcessor, samples: list[tuple[str, list[Image.Image | Path]]]
+) -> Calibration:
+    texts = ["<image>\n" * len(images) + text for text, images in samples]
+    batch = processor.chat(texts, [images for _, images in samples], max_tiles=1)
+    return Calibration(batch["input_ids"], batch["attention_mask"], batch.get("pixel_values"))
+
+
+def _without_tokenizer(config: HolisticVLMConfig) -> Calibration:
+    rng = torch.Generator().manual_seed(0)
+    vision = config.vision_config
+    high = config.vocab_size if vision is None else min(config.vocab_size, vision.image_token_id)
+    ids = torch.randint(0, high, (1, PLAIN_TOKENS), generator=rng)
+    pixels = None
+    if vision is not None:
+        pixels = torch.randn(
+            1, vision.num_channels, vision.image_size, vision.image_size, generator=rng
+        )
+        image = torch.full((1, vision.tokens_per_tile), vision.image_token_id)
+        ids = torch.cat((ids[:, :8], image, ids[:, 8:]), dim=1)
+    return Calibration(ids, torch.ones_like(ids), pixels)
+
+
+def _drawing() -> Image.Image:
+    picture = Image.new("RGB", (448, 448), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((40, 60, 180, 200), fill="red")
+    draw.ellipse((230, 90, 400, 260), fill="blue")
+    draw.polygon(((120, 400), (220, 250), (320, 400)), fill="green")
+    return picture

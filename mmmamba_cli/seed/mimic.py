@@ -1,0 +1,85 @@
+"""First values of what a Mamba-2 mixer has and attention has not, as pure tensor functions.
+
+Legend: D hidden size, H query heads, P head dim, W conv width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.errors import MmmambaError
+
+INITS = ("scratch", "inherit", "inherit+mimic")
+DT_MIN, DT_MAX = 1e-3, 1e-1
+GATE_GAIN = 2**-2.5
+INHERITED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+
+
+def initial_value(name: str, shape: tuple[int, ...], init: str, seed: int) -> Tensor:
+    """The first value, fp32, of mixer parameter `name` (its full name in the model).
+
+    "inherit+mimic" is the paper's (arXiv 2502.13145, section 3.2): as close to the teacher's
+    attention as a new parameter can be. "inherit" gives new parameters Mamba-2's usual start
+    (arXiv 2405.21060), and "scratch" gives it to the projections as well. The random numbers of a
+    parameter depend on `seed` and its name alone.
+    """
+    if init not in INITS:
+        raise MmmambaError(f"--init {init!r} is not known, known are: {', '.join(INITS)}")
+    part = name.split(".mixer.")[1]
+    rng = _generator(name, seed)
+    if part in INHERITED:
+        return _linear(shape, rng)
+    if part == "dt_bias":
+        return dt_bias(shape, rng)
+    if part in ("g_norm.weight", "q_norm.weight", "k_norm.weight"):
+        return torch.ones(shape)
+    return _mimic(part, shape, rng) if init == "inherit+mimic" else _usual(part, shape, rng)
+
+
+def dt_bias(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """(H,) softplus^-1 of exp(U[log 1e-3, log 1e-1]), clamped at 1e-3."""
+    span = math.log(DT_MAX) - math.log(DT_MIN)
+    dt = torch.exp(torch.rand(shape, generator=rng) * span + math.log(DT_MIN)).clamp(min=DT_MIN)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def _mimic(part: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    if part == "A_log":
+        return torch.ones(shape)
+    if part == "g_proj.weight":
+        bound = GATE_GAIN * math.sqrt(6 / (shape[0] + shape[1]))
+        return _uniform(shape, bound, rng)
+    value = torch.zeros(shape)
+    if part == "conv1d.weight":
+        value[..., -1] = 1
+    return value
+
+
+def _usual(part: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    if part == "A_log":
+        return torch.log(torch.rand(shape, generator=rng) * 15 + 1)
+    if part == "D":
+        return torch.ones(shape)
+    if part == "conv1d.bias":
+        return torch.zeros(shape)
+    if part == "conv1d.weight":
+        return _uniform(shape, 1 / math.sqrt(shape[-1]), rng)
+    return _linear(shape, rng)
+
+
+def _linear(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """PyTorch's own start of a linear layer: U[-1/sqrt(fan in), 1/sqrt(fan in)]."""
+    return _uniform(shape, 1 / math.sqrt(shape[-1]), rng)
+
+
+def _uniform(shape: tuple[int, ...], bound: float, rng: torch.Generator) -> Tensor:
+    return (torch.rand(shape, generator=rng) * 2 - 1) * bound
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
