@@ -12,6 +12,7 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +99,10 @@ def _load(path: Path, size: int) -> Any:
             is_zip = file.read(4) == b"PK\x03\x04"
         if is_zip:
             _check_zip(path, size)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            # What it warns of, such as other pickle protocols, it then reads or refuses.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _DAMAGE as error:
         code = _code_in(path)
         if code:
@@ -127,11 +131,6 @@ def _check_zip(path: Path, size: int) -> None:
     """Raise `CheckpointError` unless every entry lies uncompressed within the file."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    beyond = [entry.filename for entry in entries if entry.header_offset + entry.file_size > size]
-    if beyond:
-        raise CheckpointError(
-            f"{path} has entries that reach beyond its end: {name_some(map(quoted, beyond))}", AGAIN
-        )
     packed = [
         entry.filename
         for entry in entries
@@ -142,6 +141,11 @@ def _check_zip(path: Path, size: int) -> None:
             f"{path} holds compressed entries, which torch.save never writes: "
             f"{name_some(map(quoted, packed))}",
             f"save it again with torch.save, or as safetensors: {_conversion(path)}",
+        )
+    beyond = [entry.filename for entry in entries if entry.header_offset + entry.file_size > size]
+    if beyond:
+        raise CheckpointError(
+            f"{path} has entries that reach beyond its end: {name_some(map(quoted, beyond))}", AGAIN
         )
 
 

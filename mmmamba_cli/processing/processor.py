@@ -84,8 +84,10 @@ class HolisticVLMProcessor(ProcessorMixin):
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
         self.template = template
-        # Refuses numbers of tiles that do not fit together.
-        self._image_processor(None, None)
+        try:
+            self._image_processor(None, None)
+        except DataError as error:
+            raise CheckpointError(error.message) from error
         self.tokens_per_tile = count_tokens_per_tile(image_size, patch_size, downsample_ratio)
         chat_template = chat_template or CHAT_TEMPLATE
         if tokenizer.chat_template is None:

@@ -90,7 +90,7 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
             # Splitting with a group gives text and separators in turn.
             if index % 2:
                 ids.append(self._added_tokens_encoder[piece])
-            elif piece:
+            else:
                 ids.extend(self._encode_piece(piece))
         return ids
 
@@ -181,14 +181,14 @@ def read_vocabulary(file: Path) -> bytes:
 
 def load_sentencepiece(model: bytes, file: str | Path) -> SentencePieceProcessor:
     """A SentencePiece model from its bytes; `CheckpointError` naming `file` if it is not one."""
-    problem = f"tokenizer {file} is not a SentencePiece model"
-    if not model:
-        raise CheckpointError(f"{problem}: it is empty")
     processor = SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(model)
     except RuntimeError as error:
-        raise CheckpointError(problem, "a HoVLE folder has it as tokenizer.model") from error
+        raise CheckpointError(
+            f"tokenizer {file} is not a SentencePiece model",
+            f"a HoVLE folder has it as {VOCABULARY_FILE}",
+        ) from error
     return processor
 
 

@@ -165,9 +165,14 @@ def test_a_pil_image_over_a_truncated_file() -> None:
         open_image(Image.open(io.BytesIO(data[: len(data) // 2])), label="image 1")
 
 
-def test_damaged_inside() -> None:
-    data = bytearray(encoded(noise(), "PNG"))
-    data[data.index(b"IDAT") + 20] ^= 0xFF
+@pytest.mark.parametrize("last", [False, True])
+def test_damaged_inside(last: bool) -> None:
+    data = bytearray(encoded(noise(size=(300, 300)), "PNG"))
+    if last:
+        # PIL reports a chunk without a proper name in its own way.
+        data[data.rindex(b"IDAT")] = 0
+    else:
+        data[data.index(b"IDAT") + 20] ^= 0xFF
     with pytest.raises(DataError, match="damaged"):
         open_image(bytes(data))
 

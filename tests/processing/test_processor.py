@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENS_PER_TILE, oracle_ids
+from conftest import SMALL_MODEL, TOKENS_PER_TILE, oracle_ids
 from PIL import Image
 
 from mmmamba_cli.errors import CheckpointError, DataError
-from mmmamba_cli.processing import HolisticVLMProcessor, count_tokens_per_tile
+from mmmamba_cli.processing import HolisticVLMProcessor, HolisticVLMTokenizer, count_tokens_per_tile
 from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize_tiles
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_prompts.json").read_text(encoding="utf-8"))
@@ -127,6 +127,18 @@ def test_nested_pictures_that_do_not_match(processor: HolisticVLMProcessor) -> N
         processor.chat([])
 
 
+def test_the_image_processor_has_the_processors_settings(processor: HolisticVLMProcessor) -> None:
+    pixels, num_tiles = processor.image_processor([picture(120, 60), picture()])
+    assert num_tiles == [3, 1]
+    assert pixels.equal(processor.chat("?", [picture(120, 60), picture()]).pixel_values)
+
+
+def test_a_tokenizer_without_the_special_tokens() -> None:
+    tokenizer = HolisticVLMTokenizer(str(SMALL_MODEL))
+    with pytest.raises(CheckpointError, match=r"no special tokens <\|im_start\|>, .*<IMG_CONTEXT>"):
+        HolisticVLMProcessor(tokenizer, 56, 14, 0.5)
+
+
 def test_counts_are_checked_before_pictures_are_opened(processor: HolisticVLMProcessor) -> None:
     with pytest.raises(DataError, match="but 2 images"):
         processor.chat("<image>", ["nowhere.png", "nowhere.png"])
@@ -196,7 +208,7 @@ def test_tokens_per_tile(image: int, patch: int, ratio: float, tokens: int) -> N
     assert count_tokens_per_tile(image, patch, ratio) == tokens
 
 
-@pytest.mark.parametrize(("image", "patch", "ratio"), [(42, 14, 0.5), (448, 14, 0.3), (10, 14, 1)])
+@pytest.mark.parametrize(("image", "patch", "ratio"), [(42, 14, 0.5), (126, 14, 0.34), (10, 14, 1)])
 def test_no_whole_number_of_tokens(image: int, patch: int, ratio: float) -> None:
     with pytest.raises(CheckpointError, match=f"image_size {image}, patch_size {patch}"):
         count_tokens_per_tile(image, patch, ratio)

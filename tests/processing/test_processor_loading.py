@@ -120,6 +120,8 @@ def test_saved_settings_come_back(hovle: Path, tmp_path: Path) -> None:
     again.save_pretrained(tmp_path / "b")
     assert again.to_dict() == own.to_dict()
     assert (again.min_tiles, again.max_tiles, again.use_thumbnail) == (2, 3, False)
+    wide = Image.new("RGB", (120, 60))
+    assert len(again.chat("?", wide).pixel_values) == 2
     names = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert names == [
         "added_tokens.json",
@@ -249,6 +251,7 @@ def test_image_token_of_another_checkpoint(
         ("llm_config.vocab_size", 534, "ids up to 534, the model's vocabulary has 534"),
         ("llm_config.vocab_size", True, "vocab_size is True, expected int"),
         ("min_dynamic_patch", "one", "min_dynamic_patch is 'one'"),
+        ("min_dynamic_patch", 7, "min_tiles is 7 and max_tiles 6"),
         ("force_image_size", 50, "no whole number of tokens per tile"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_stream_skips_the_prompt_and_serves_another_answer(
     streamer = TextStream(tokenizer, chunks.append)
     for _ in range(2):
         streamer.put(torch.tensor([tokenizer("what?").input_ids]))
-        streamer.put(torch.tensor(tokenizer("hi<|im_end|>").input_ids))
+        streamer.put(torch.tensor(tokenizer("hi").input_ids))
         streamer.end()
     assert chunks == ["hi", "hi"]
     streamer = TextStream(tokenizer, chunks.append, skip_prompt=False)

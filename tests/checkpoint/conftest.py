@@ -1,0 +1,31 @@
+"""What the tests of reading and writing share."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def _resident_peak() -> int:
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) << 10
+
+
+@pytest.fixture
+def peak_growth() -> Callable[[int], AbstractContextManager[None]]:
+    """`peak_growth(n)` asserts that its block takes at most n bytes of memory more, at any time."""
+
+    @contextmanager
+    def within(limit: int) -> Iterator[None]:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        except OSError:
+            pytest.skip("measures memory through Linux's /proc")
+        before = _resident_peak()
+        yield
+        assert _resident_peak() - before <= limit
+
+    return within

@@ -1,0 +1,301 @@
+"""Folders and files that are there completely or not at all, whatever happens meanwhile."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mmmamba_cli.checkpoint import atomic
+from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_text
+from mmmamba_cli.errors import CheckpointError
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "a.txt").write_text(text)
+    (folder / "b.txt").write_text(text)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def whole(text: str = "new") -> dict[str, str]:
+    return {"b.txt": text, "deep/a.txt": text}
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with atomic_folder(target) as folder:
+        fill(folder)
+        assert not target.exists()
+        assert folder.parent == tmp_path
+        assert folder.name.startswith(".out.partial-")
+        assert folder.name.endswith(f"-{os.getpid()}")
+    assert tree(tmp_path) == {f"out/{name}": text for name, text in whole().items()}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError, SystemExit])
+def test_nothing_remains_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "new" / "parents" / "out") as folder:
+        fill(folder)
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_parents_are_made_and_others_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "a" / "b" / "out"):
+        (tmp_path / "a" / "else.txt").write_text("kept")
+        raise ValueError
+    assert tree(tmp_path) == {"a/else.txt": "kept"}
+    assert not (tmp_path / "a" / "b").exists()
+    with atomic_folder(tmp_path / "a" / "b" / "out") as folder:
+        fill(folder)
+    assert tree(tmp_path / "a" / "b" / "out") == whole()
+
+
+def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(CheckpointError, match=r"out already exists .*--overwrite"),
+        atomic_folder(tmp_path / "out"),
+    ):
+        raise AssertionError("the block must not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    for overwrite in (False, True):
+        with (
+            pytest.raises(CheckpointError, match="out is a file"),
+            atomic_folder(tmp_path / "out", overwrite),
+        ):
+            raise AssertionError("the block must not run")
+    assert tree(tmp_path) == {"out": "precious"}
+
+
+def old_folder(parent: Path) -> Path:
+    (parent / "out").mkdir()
+    (parent / "out" / "old.txt").write_text("old")
+    return parent / "out"
+
+
+def test_overwrite_replaces_all_of_it(tmp_path: Path) -> None:
+    target = old_folder(tmp_path)
+    with atomic_folder(target, overwrite=True) as folder:
+        fill(folder)
+        assert tree(target) == {"old.txt": "old"}
+    assert tree(target) == whole()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_of_nothing(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        fill(folder)
+    assert tree(tmp_path / "out") == whole()
+
+
+def test_overwrite_that_fails_keeps_the_old(tmp_path: Path) -> None:
+    target = old_folder(tmp_path)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target, overwrite=True) as folder:
+        fill(folder)
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == {"out/old.txt": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("error", [OSError(5, "broken"), KeyboardInterrupt()], ids=["io", "ctrl-c"])
+def test_a_swap_that_fails_halfway_restores_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException
+) -> None:
+    target, real, calls = old_folder(tmp_path), Path.rename, []
+
+    def rename(path: Path, other: Path) -> Path:
+        calls.append(path)
+        if len(calls) == failing:
+            raise error
+        return real(path, other)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(type(error)), atomic_folder(target, overwrite=True) as folder:
+        fill(folder)
+    assert len(calls) >= failing
+    assert tree(tmp_path) == {"out/old.txt": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_keeps_leading_to_the_folder(tmp_path: Path) -> None:
+    old_folder(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with atomic_folder(tmp_path / "link", overwrite=True) as folder:
+        fill(folder)
+    assert (tmp_path / "link").is_symlink()
+    assert tree(tmp_path / "out") == whole()
+
+
+def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match="made by another process"),
+        atomic_folder(tmp_path / "out") as folder,
+    ):
+        fill(folder)
+        old_folder(tmp_path)
+    assert tree(tmp_path) == {"out/old.txt": "old"}
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    host, dead, alive = atomic._host(), dead_pid(), os.getppid()
+    leftovers = {
+        f".out.partial-{host}-{dead}": False,
+        f".out.partial-{host}-{os.getpid()}": False,
+        f".out.partial-{host}-{alive}": True,
+        f".out.partial-elsewhere-{dead}": True,
+        f".out2.partial-{host}-{dead}": True,
+        f".out.partial-{host}-x": True,
+    }
+    for name in leftovers:
+        fill_in = tmp_path / name
+        fill_in.mkdir()
+        fill(fill_in)
+    with atomic_folder(tmp_path / "out") as folder:
+        fill(folder)
+    assert tree(tmp_path / "out") == whole()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out",
+        *(name for name, stays in leftovers.items() if stays),
+    }
+
+
+def test_an_old_folder_left_aside_is_put_back(tmp_path: Path) -> None:
+    aside = tmp_path / f".out.old-{atomic._host()}-{dead_pid()}"
+    shutil.move(old_folder(tmp_path), aside)
+    with pytest.raises(CheckpointError, match="already exists"), atomic_folder(tmp_path / "out"):
+        raise AssertionError("the block must not run")
+    assert tree(tmp_path) == {"out/old.txt": "old"}
+
+
+def test_an_old_folder_that_was_replaced_is_removed(tmp_path: Path) -> None:
+    aside = tmp_path / f".out.old-{atomic._host()}-{dead_pid()}"
+    shutil.move(old_folder(tmp_path), aside)
+    old_folder(tmp_path)
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        fill(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tree(tmp_path / "out") == whole()
+
+
+HALFWAY = f"""
+import sys, time
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+spec = spec_from_file_location("atomic", {atomic.__file__!r})  # without all that its package loads
+atomic = module_from_spec(spec)
+spec.loader.exec_module(atomic)
+with atomic.atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number, remains", [(signal.SIGKILL, 1), (signal.SIGINT, 0)])
+def test_a_killed_process_leaves_no_target(tmp_path: Path, number: int, remains: int) -> None:
+    command = [sys.executable, "-c", HALFWAY, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    process.wait(10)
+    process.stdout.close()
+    assert len(list(tmp_path.iterdir())) == remains
+    with atomic_folder(tmp_path / "out") as folder:
+        fill(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_contents_reach_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_fsync, real_rename, events = os.fsync, Path.rename, []
+
+    def fsync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real_fsync(descriptor)
+
+    def rename(path: Path, other: Path) -> Path:
+        events.append("rename")
+        return real_rename(path, other)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    with atomic_folder(tmp_path / "out") as folder:
+        fill(folder)
+    assert events == ["a.txt", "deep", "b.txt", folder.name, "rename", tmp_path.name]
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError), atomic_folder(tmp_path / "file" / "out"):
+        raise AssertionError("the block must not run")
+    with pytest.raises(OSError):
+        atomic_write_text(tmp_path / "file" / "x.txt", "text")
+    assert tree(tmp_path) == {"file": "kept"}
+
+
+def test_text_is_written_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    atomic_write_text(path, "first\n")
+    atomic_write_text(path, "zweite, größer\n")
+    assert path.read_bytes() == "zweite, größer\n".encode()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_text_that_fails_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os if call == "fsync" else Path, call, fail)
+    with pytest.raises(OSError, match="No space"):
+        atomic_write_text(path, "new")
+    assert tree(tmp_path) == {"x.json": "old"}
+
+
+def test_text_goes_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    atomic_write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+
+
+def test_readers_never_see_half_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    atomic_write_text(path, "0" * 50_000)
+    texts = [str(i % 10) * 50_000 for i in range(40)]
+    writer = threading.Thread(target=lambda: [atomic_write_text(path, text) for text in texts])
+    writer.start()
+    seen = []
+    while writer.is_alive():
+        seen.append(path.read_text())
+    assert seen
+    assert all(len(text) == 50_000 and len(set(text)) == 1 for text in seen)

@@ -1,0 +1,51 @@
+"""What every test may use: the golden cases, and small random models of any layer plan."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(os.environ.get("MMMAMBA_GOLDEN", Path(__file__).parent / "golden"))
+
+
+def golden_cases() -> list[Path]:
+    """Every case folder; none at all is a broken checkout, not a reason to skip."""
+    cases = sorted(p.parent for p in GOLDEN.glob("*/golden.safetensors"))
+    if not cases:
+        raise pytest.UsageError(f"no golden case in {GOLDEN}: set MMMAMBA_GOLDEN")
+    return cases
+
+
+@pytest.fixture(params=golden_cases(), ids=lambda case: case.name)
+def golden_case(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def hovle_folder(tmp_path: Path) -> Path:
+    """A small HoVLE with "post" pixel shuffle: config and weights, and a tokenizer that fits."""
+    import shutil
+
+    folder = tmp_path / "hovle"
+    folder.mkdir()
+    source = Path(__file__).parent / "golden" / "hovle_post"
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(source / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def hovle_ckpt(hovle_folder: Path) -> Path:
+    """The same as a bare state dict with its config beside it."""
+    from safetensors.torch import load_file
+
+    file = hovle_folder.parent / "bare" / "hovle.ckpt"
+    file.parent.mkdir()
+    torch.save(load_file(hovle_folder / "model.safetensors"), file)
+    config = json.loads((hovle_folder / "config.json").read_text())
+    (file.parent / "config.json").write_text(json.dumps(config))
+    return file
