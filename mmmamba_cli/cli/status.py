@@ -30,7 +30,7 @@ def command(run: RunFolder = DEFAULT_RUN, as_json: AsJson = False) -> None:
             }
         )
         return
-    out().print(_draw(record.teacher.path, products, record.current), soft_wrap=True)
+    out().print(_draw(record.teacher.path, products, record.current))
 
 
 def _draw(teacher: str, products: dict[str, Manifest], current: str) -> Tree:

@@ -13,7 +13,12 @@ from conftest import SMALL_MODEL, TOKENS_PER_TILE, oracle_ids
 from PIL import Image
 
 from mmmamba_cli.errors import CheckpointError, DataError
-from mmmamba_cli.processing import HolisticVLMProcessor, HolisticVLMTokenizer, count_tokens_per_tile
+from mmmamba_cli.processing import (
+    HolisticVLMProcessor,
+    HolisticVLMTokenizer,
+    ImageSource,
+    count_tokens_per_tile,
+)
 from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize_tiles
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_prompts.json").read_text(encoding="utf-8"))
@@ -144,22 +149,26 @@ def test_counts_are_checked_before_pictures_are_opened(processor: HolisticVLMPro
         processor.chat("<image>", ["nowhere.png", "nowhere.png"])
 
 
+def two_with(second: ImageSource) -> list[ImageSource]:
+    return [picture(), second]
+
+
 def test_bad_pictures_are_named(processor: HolisticVLMProcessor, tmp_path: Path) -> None:
     file = tmp_path / "bad.jpg"
     file.write_bytes(b"\xff\xd8\xff\xe0nothing")
     with pytest.raises(DataError, match=re.escape(str(file))):
-        processor.chat("?", [picture(), file])
+        processor.chat("?", two_with(file))
     with pytest.raises(DataError, match=r"image 2 \(3 bytes\)"):
-        processor.chat("?", [picture(), b"bad"])
+        processor.chat("?", two_with(b"bad"))
 
 
 def test_other_kinds_of_input_are_refused(processor: HolisticVLMProcessor) -> None:
     with pytest.raises(DataError, match="reads text and images"):
         processor(images=picture())
     with pytest.raises(DataError, match="reads text and images"):
-        processor(text="a", videos=[1])
+        processor(text="a", videos=[1])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="max_tile"):
-        processor(text="a", max_tile=3)
+        processor(text="a", max_tile=3)  # type: ignore[call-arg]
 
 
 def test_numbers_of_tiles_can_be_chosen_for_a_call(processor: HolisticVLMProcessor) -> None:

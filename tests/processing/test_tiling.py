@@ -111,7 +111,9 @@ def test_tiles_go_row_by_row_and_the_thumbnail_comes_last() -> None:
     picture = Image.fromarray(np.kron(colours, np.ones((8, 8), np.uint8))).convert("RGB")
     tiles = cut_tiles(picture, Tiling(image_size=8, max_tiles=6))
     assert [tile.size for tile in tiles] == [(8, 8)] * 7
-    assert [np.unique(tile).tolist() for tile in tiles[:6]] == [[v] for v in range(0, 240, 40)]
+    assert [np.unique(np.asarray(tile)).tolist() for tile in tiles[:6]] == [
+        [v] for v in range(0, 240, 40)
+    ]
     assert tiles[6].tobytes() == picture.resize((8, 8), Image.Resampling.BICUBIC).tobytes()
 
 

@@ -119,9 +119,9 @@ def test_a_stream_skips_the_prompt_and_serves_another_answer(
     streamer = TextStream(tokenizer, chunks.append)
     for _ in range(2):
         streamer.put(torch.tensor([tokenizer("what?").input_ids]))
-        streamer.put(torch.tensor(tokenizer("hi").input_ids))
+        streamer.put(torch.tensor(tokenizer.encode_plain("hi there")))
         streamer.end()
-    assert chunks == ["hi", "hi"]
+    assert chunks == ["hi there", "hi there"]
     streamer = TextStream(tokenizer, chunks.append, skip_prompt=False)
     streamer.put(torch.tensor([tokenizer("what?").input_ids]))
     assert chunks[-1] == "what?"

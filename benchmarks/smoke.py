@@ -1,0 +1,106 @@
+"""The whole pipeline so far on a small random teacher: seed, hybridize, load, generate.
+
+`make demo` runs it; an installed wheel can be tried with it from anywhere:
+python smoke.py --mmmamba PATH/TO/mmmamba
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mmmamba_cli.checkpoint import hovle
+
+SMALL_STACK = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def small_config() -> dict:
+    """The 2.6 B architecture with every size made small."""
+    config = {**hovle.ARCHITECTURES["hovle-2.6b"], "force_image_size": 112}
+    config["embedding_config"] = {
+        **config["embedding_config"],
+        **SMALL_STACK,
+        "num_hidden_layers": 4,
+        "image_size": 112,
+        "img_context_token_id": 293,
+        "llm_vocab_size": 300,
+        "llm_hidden_size": 64,
+    }
+    config["llm_config"] = {
+        **config["llm_config"],
+        **SMALL_STACK,
+        "num_hidden_layers": 8,
+        "vocab_size": 300,
+    }
+    return config
+
+
+def write_teacher(folder: Path) -> None:
+    """A HoVLE with random weights in `folder`."""
+    import json
+
+    raw = small_config()
+    rules = hovle.rules(raw, hovle.to_config(raw))
+    rng = torch.Generator().manual_seed(0)
+    tensors = {}
+    for rule in rules:
+        for name, shape in rule.foreign.items():
+            noise = torch.randn(shape, generator=rng) / max(shape[-1], 1) ** 0.5
+            tensors[name] = 1 + 0.1 * noise if "norm" in name else noise
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, folder / "hovle.ckpt")
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+
+
+def generate(folder: Path) -> list[int]:
+    """Greedy tokens of a product, through transformers' own Auto class."""
+    from transformers import AutoModelForImageTextToText
+
+    import mmmamba_cli.model  # noqa: F401  (registers the model)
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([[1, 5, *[293] * 16, 7, 9]])
+    pixels = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    tokens = model.generate(ids, pixel_values=pixels, max_new_tokens=8, do_sample=False)
+    return tokens[0, ids.shape[1] :].tolist()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mmmamba", default="mmmamba", help="the command to try")
+    command = str(parser.parse_args().mmmamba)
+    if Path(command).exists():
+        command = str(Path(command).absolute())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_teacher(folder)
+        for step in (
+            ["seed", "hovle.ckpt", "--recipe", "smoke", "--dtype", "fp32"],
+            ["hybridize", "--attn-layers", "4"],
+            ["status"],
+        ):
+            print("$ mmmamba", *step, flush=True)
+            done = subprocess.run([command, *step], cwd=folder, check=False)
+            if done.returncode:
+                return done.returncode
+        for product in ("seed", "hybrid-4"):
+            tokens = generate(folder / "runs/default/products" / product)
+            print(f"{product} generates {tokens}")
+    print("the pipeline works on this machine")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

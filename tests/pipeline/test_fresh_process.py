@@ -1,0 +1,46 @@
+"""What we write loads through transformers' Auto classes in a process that only imports us."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import mmmamba_cli
+
+PROGRAM = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+import mmmamba_cli.model
+folder, golden, out = sys.argv[1:]
+inputs = load_file(golden)
+found = {}
+for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+    model = auto.from_pretrained(folder, dtype="auto").eval()
+    with torch.no_grad():
+        logits = model(inputs["input.input_ids"], inputs["input.pixel_values"]).logits
+    found[auto.__name__] = logits
+    assert model.model.layers[0].mixer.A_log.dtype == torch.float32
+save_file(found, out)
+"""
+
+
+def test_auto_classes_give_the_same_logits(hovle_folder: Path, tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden/hovle_post/golden.safetensors"
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "mmmamba_cli", "seed", str(hovle_folder), "--no-report"]
+    subprocess.run([*command, "--run", str(run)], check=True, capture_output=True)
+    product, out = run / "products/seed", tmp_path / "logits.safetensors"
+    program = [sys.executable, "-c", PROGRAM, str(product), str(golden), str(out)]
+    subprocess.run(program, check=True, capture_output=True)
+    inputs, model = load_file(golden), mmmamba_cli.load(str(product))
+    with torch.no_grad():
+        expected = model(inputs["input.input_ids"], inputs["input.pixel_values"]).logits
+    for logits in load_file(out).values():
+        assert torch.equal(logits, expected)
+    assert json.loads((product / "config.json").read_text())["dtype"] == "bfloat16"
