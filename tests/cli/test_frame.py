@@ -22,6 +22,8 @@ MAIN = [sys.executable, "-m", "mmmamba_cli"]
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "PIL")
 HELP_SECONDS = 0.4
 DEV_FULL = Path("/dev/full")
+# As it is by default: what is printed fails no sooner than when it is flushed.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -159,10 +161,15 @@ def test_a_refusal_names_paths_of_any_kind() -> None:
 
 
 @pytest.mark.skipif(not DEV_FULL.exists(), reason="no device that is always full")
-def test_a_full_disk_under_stdout_is_a_sentence() -> None:
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_full_disk_under_stdout_is_a_sentence(form: list[str]) -> None:
     with DEV_FULL.open("w") as full:
         done = subprocess.run(
-            [*MAIN, "recipe", "show", "smoke"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+            [*MAIN, "recipe", "show", "smoke", *form],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=BUFFERED,
         )
     assert done.returncode == 2
     assert done.stderr.decode() == (
@@ -173,11 +180,9 @@ def test_a_full_disk_under_stdout_is_a_sentence() -> None:
 def run_with_closed_reader(arguments: list[str]) -> subprocess.CompletedProcess[bytes]:
     reader, writer = os.pipe()
     os.close(reader)
-    # Buffered, as it is by default: what is printed fails no sooner than when it is flushed.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     try:
         return subprocess.run(
-            arguments, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, env=environment
+            arguments, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, env=BUFFERED
         )
     finally:
         os.close(writer)
@@ -189,6 +194,8 @@ def run_with_closed_reader(arguments: list[str]) -> subprocess.CompletedProcess[
         [*MAIN, "--help"],
         [*MAIN, "recipe", "list"],
         [*MAIN, "recipe", "show", "smoke"],
+        [*MAIN, "recipe", "list", "--json"],
+        [sys.executable, "-c", raising("print('x')")],
         [sys.executable, "-c", raising("print('x' * 100_000)")],
         [sys.executable, "-c", raising("sys.stdout.write('x' * 100); sys.stdout.flush()")],
     ],

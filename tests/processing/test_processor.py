@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, TOKENS_PER_TILE, oracle_ids
 from PIL import Image
+from small_checkpoint import SMALL_MODEL, TOKENS_PER_TILE, oracle_ids
 
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.processing import (

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONFIG, PIECES, SMALL_MODEL, SPECIAL, oracle_ids, write_hovle
 from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
+from small_checkpoint import CONFIG, PIECES, SMALL_MODEL, SPECIAL, oracle_ids, write_hovle
 from transformers import AutoProcessor
 
 from mmmamba_cli.errors import CheckpointError

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from conftest import oracle_ids
 from PIL import Image
+from small_checkpoint import oracle_ids
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor

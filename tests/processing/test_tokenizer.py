@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from conftest import NAMED, PIECES, SMALL_MODEL, SPECIAL, oracle_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from small_checkpoint import NAMED, PIECES, SMALL_MODEL, SPECIAL, oracle_ids
 from transformers import AddedToken, TextStreamer
 
 from mmmamba_cli.errors import CheckpointError, DataError

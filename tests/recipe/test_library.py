@@ -121,6 +121,7 @@ def _names_seen_from(target: Path) -> subprocess.CompletedProcess[str]:
 def test_an_installed_package_reads_its_package_data(tmp_path: Path) -> None:
     _install(tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "mmmamba_recipes")
+    (tmp_path / "recipes").mkdir()  # of somebody else's package, installed beside ours
     done = _names_seen_from(tmp_path)
     assert done.returncode == 0, done.stderr
     names, folder = json.loads(done.stdout)

@@ -1,0 +1,75 @@
+"""A bare state dict with config and tokenizer beside it, the three commands, and a question."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from small_checkpoint import CONFIG, write_hovle
+
+from mmmamba_cli.checkpoint import hovle
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+ASK = """
+import sys, torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+import mmmamba_cli.model
+folder, picture = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+batch = processor.chat(["<image>\\nWhat is this?", "Hello"], [[picture], []])
+tokens = model.generate(**batch, max_new_tokens=5, do_sample=False)
+assert tokens.shape[0] == 2
+print(processor.batch_decode(tokens, skip_special_tokens=True)[1])
+"""
+
+
+def write_teacher(folder: Path) -> Path:
+    """A random HoVLE with a tokenizer that fits, as a bare `hovle.ckpt`."""
+    write_hovle(folder)
+    embedding = {**CONFIG["embedding_config"], **SIZES, "num_hidden_layers": 2}
+    embedding |= {"llm_vocab_size": 535, "model_type": "holistic_embedding"}
+    language = {**CONFIG["llm_config"], **SIZES, "num_hidden_layers": 6, "eos_token_id": 2}
+    raw = {**CONFIG, "embedding_config": embedding, "llm_config": language}
+    (folder / "config.json").write_text(json.dumps(raw))
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        f"module.{name}": torch.randn(shape, generator=rng) / 6
+        for rule in hovle.rules(raw, hovle.to_config(raw))
+        for name, shape in rule.foreign.items()
+    }
+    torch.save({"state_dict": state}, folder / "hovle.ckpt")
+    return folder
+
+
+def test_three_commands_and_a_question(tmp_path: Path) -> None:
+    folder = write_teacher(tmp_path / "work")
+    program = [sys.executable, "-m", "mmmamba_cli"]
+    said = []
+    for words in (["seed", "hovle.ckpt"], ["hybridize", "--attn-layers", "4"], ["status"]):
+        done = subprocess.run(
+            [*program, *words], cwd=folder, check=True, capture_output=True, text=True
+        )
+        said.append(done.stdout)
+        assert "warning" not in done.stderr
+    assert "8 layers seeded" in said[0]
+    assert "attention in layers 0, 2, 4, 6 of 8" in said[1]
+    assert "hybrid-4" in said[2]
+    product = folder / "runs/default/products/hybrid-4"
+    settings = json.loads((product / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [2, 524, 525]
+    picture = tmp_path / "picture.png"
+    Image.linear_gradient("L").resize((90, 60)).save(picture)
+    ask = [sys.executable, "-c", ASK, str(product), str(picture)]
+    answer = subprocess.run(ask, check=True, capture_output=True, text=True)
+    assert "Hello" in answer.stdout
