@@ -53,6 +53,6 @@ def _label(manifest: Manifest, is_current: bool) -> Text:
     return Text.assemble(
         (manifest.name, "bold"),
         ("  <- current" if is_current else "", "green"),
-        f"  {manifest.kind}, {manifest.parameters / 1e6:,.1f} M, {manifest.dtype}, {stages}, {done}"
-        f"  {manifest.content_hash[:12]}",
+        f"\n{manifest.kind}, {manifest.parameters / 1e6:,.1f} M, {manifest.dtype}, "
+        f"{manifest.content_hash[:12]}\n{stages}, {done}",
     )

@@ -263,9 +263,9 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_shard_is_held_in_memory(tmp_path: Path, peak_growth: PeakGrowth) -> None:
-    plan = {f"t{i}": TensorInfo(torch.float32, (1 << 21,)) for i in range(48)}  # 384 MiB
+    plan = {f"t{i}": TensorInfo(torch.float32, (1 << 21,)) for i in range(96)}  # 768 MiB
     one = torch.randn(1 << 21)
-    with peak_growth(300 << 20), ShardedWriter(tmp_path, plan) as writer:
-        # At most 256 MiB wait, one more is being made, and threads have their own small change.
+    with peak_growth(480 << 20), ShardedWriter(tmp_path, plan) as writer:
+        # At most 256 MiB wait, one more is being made, and the allocator keeps some of what was freed.
         for name in plan:
             writer.write(name, one + random.random())
