@@ -17,7 +17,7 @@ class BoundedPool:
     interpreter's lock, so that they run beside each other and beside PyTorch.
     """
 
-    def __init__(self, workers: int = 2, max_pending_bytes: int = 256 << 20):
+    def __init__(self, max_pending_bytes: int, workers: int = 2):
         self._pool = ThreadPoolExecutor(workers)
         self._limit = max_pending_bytes
         self._pending = 0

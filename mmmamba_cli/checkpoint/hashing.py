@@ -16,18 +16,18 @@ from typing import Any
 from torch import Tensor
 
 from mmmamba_cli.checkpoint.background import BoundedPool
-from mmmamba_cli.checkpoint.tensors import byte_chunks
+from mmmamba_cli.checkpoint.tensors import TensorInfo, byte_chunks
 
 
-def start_digest(name: str, tensor: Tensor) -> Any:
+def start_digest(name: str, info: TensorInfo) -> Any:
     """A SHA-256 object that has taken in the name, dtype and shape; the bytes come next."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return hashlib.sha256(json.dumps([name, dtype, list(tensor.shape)]).encode())
+    dtype = str(info.dtype).removeprefix("torch.")
+    return hashlib.sha256(json.dumps([name, dtype, list(info.shape)]).encode())
 
 
 def tensor_digest(name: str, tensor: Tensor) -> bytes:
     """The 32-byte digest of one named tensor."""
-    digest = start_digest(name, tensor)
+    digest = start_digest(name, TensorInfo(tensor.dtype, tuple(tensor.shape)))
     for chunk in byte_chunks(tensor):
         digest.update(chunk)
     return digest.digest()
@@ -46,7 +46,7 @@ class TensorHasher:
     """
 
     def __init__(self, workers: int = 2, max_pending_bytes: int = 256 << 20):
-        self._pool = BoundedPool(workers, max_pending_bytes)
+        self._pool = BoundedPool(max_pending_bytes, workers)
         self._futures: dict[str, Future[bytes]] = {}
 
     def submit(self, name: str, tensor: Tensor) -> None:

@@ -16,6 +16,9 @@ from mmmamba_cli.errors import CheckpointError
 
 # Large enough that a call costs nothing beside its work, small enough to stay in cache.
 CHUNK_BYTES = 4 << 20
+# Below the 32768 elements from which PyTorch splits an operation over its threads. Those wait for
+# each other at the end of every call, which beside our own threads costs many times the work.
+SERIAL_ELEMENTS = 30_000
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,31 @@ def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def cast_chunks(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[memoryview]:
+    """The bytes of `tensor.to(dtype)`, converted a piece at a time.
+
+    Raises `CheckpointError` if a finite value becomes infinite in the new dtype.
+    """
+    for piece in slices(tensor.detach(), SERIAL_ELEMENTS * tensor.dtype.itemsize):
+        converted = piece.to(dtype)
+        if not _is_finite(converted) and _is_finite(piece):
+            raise CheckpointError(
+                f"tensor {quoted(name)} holds values that do not fit into "
+                f"{str(dtype).removeprefix('torch.')}",
+                "choose bfloat16 or float32",
+            )
+        yield from byte_chunks(converted)
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raise `CheckpointError` naming the tensor if it holds NaN or infinite values, and how many.
 
     Any shape; dtypes without such values pass. Needs memory for one chunk only.
     """
-    if not tensor.dtype.is_floating_point:
-        return
     nans = infinities = 0
-    for piece in slices(tensor.detach()):
-        values = piece.float() if piece.dtype.itemsize == 1 else piece
-        wide = torch.promote_types(values.dtype, torch.float32)
-        # A sum is finite only if every term is. One that is not may also have overflowed.
-        if not math.isfinite(values.sum(dtype=wide)):
+    for piece in slices(tensor.detach(), SERIAL_ELEMENTS * tensor.dtype.itemsize):
+        if not _is_finite(piece):
+            values = piece.float() if piece.dtype.itemsize == 1 else piece
             nans += int(values.isnan().sum())
             infinities += int(values.isinf().sum())
     if nans or infinities:
@@ -76,3 +91,12 @@ def check_finite(tensor: Tensor, name: str) -> None:
             f"{tensor.numel()}, expected finite weights",
             "take a checkpoint from before training diverged, or download this one again",
         )
+
+
+def _is_finite(piece: Tensor) -> bool:
+    if not piece.dtype.is_floating_point:
+        return True
+    values = piece.float() if piece.dtype.itemsize == 1 else piece
+    wide = torch.promote_types(values.dtype, torch.float32)
+    # A sum is finite only if every term is. One that is not may also have overflowed.
+    return math.isfinite(values.sum(dtype=wide)) or bool(values.isfinite().all())

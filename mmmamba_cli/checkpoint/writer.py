@@ -19,7 +19,7 @@ from torch import Tensor
 from mmmamba_cli.checkpoint.background import BoundedPool
 from mmmamba_cli.checkpoint.hashing import combined_hash, start_digest
 from mmmamba_cli.checkpoint.safetensors_format import build_header
-from mmmamba_cli.checkpoint.tensors import TensorInfo, byte_chunks
+from mmmamba_cli.checkpoint.tensors import TensorInfo, byte_chunks, cast_chunks
 from mmmamba_cli.errors import CheckpointError
 
 MAX_SHARD_BYTES = 1_000_000_000
@@ -58,16 +58,21 @@ class ShardedWriter:
         self._descriptors: dict[int, int] = {}
         self._written: dict[str, Future[bytes]] = {}
         self._synced: list[Future[None]] = []
-        self._pool = BoundedPool()
+        self._pool = BoundedPool(max_pending_bytes=128 << 20)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor (any strides) for writing; blocks while much is under way."""
+    def write(self, name: str, tensor: Tensor, cast: bool = False) -> None:
+        """Queue one tensor (any strides) for writing; blocks while much is under way.
+
+        With `cast` it is converted to the planned dtype on the way, a piece at a time. A value too
+        large for that dtype raises `CheckpointError` from a later `write` or `finish`.
+        """
         planned = self._plan.get(name)
         if planned is None:
             raise ValueError(f"tensor {name} is not in the plan")
         if name in self._written:
             raise ValueError(f"tensor {name} was already written")
-        if TensorInfo(tensor.dtype, tuple(tensor.shape)) != planned:
+        dtype = planned.dtype if cast else tensor.dtype
+        if TensorInfo(dtype, tuple(tensor.shape)) != planned:
             raise ValueError(
                 f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"planned is {planned.dtype} {list(planned.shape)}"
@@ -75,7 +80,7 @@ class ShardedWriter:
         self._raise_failure()
         shard = self._shard_of[name]
         job = functools.partial(
-            write_and_digest, self._open(shard), self._places[name], name, tensor
+            write_and_digest, self._open(shard), self._places[name], name, tensor, planned
         )
         self._written[name] = self._pool.submit(tensor.nbytes, job)
         self._left[shard] -= 1
@@ -162,10 +167,13 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_and_digest(descriptor: int, place: int, name: str, tensor: Tensor) -> bytes:
-    """Write the tensor's bytes at `place` of an open file and return its digest."""
-    digest = start_digest(name, tensor)
-    for chunk in byte_chunks(tensor):
+def write_and_digest(
+    descriptor: int, place: int, name: str, tensor: Tensor, info: TensorInfo
+) -> bytes:
+    """Write the tensor at `place` of an open file in the dtype of `info`; return its digest."""
+    digest = start_digest(name, info)
+    same = tensor.dtype == info.dtype
+    for chunk in byte_chunks(tensor) if same else cast_chunks(tensor, info.dtype, name):
         _write_at(descriptor, place, chunk)
         digest.update(chunk)
         place += len(chunk)

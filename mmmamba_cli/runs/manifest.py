@@ -71,7 +71,7 @@ class Manifest(BaseModel):
 
 
 def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def command_line() -> str:

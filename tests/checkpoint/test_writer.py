@@ -162,6 +162,38 @@ def test_large_non_contiguous_tensors(tmp_path: Path) -> None:
     assert torch.equal(read["c"], base)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_casting_while_writing_is_casting(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = torch.randn(600, 130)
+    tensors = {"w": base, "t": base.T, "s": torch.tensor(2.5), "e": torch.empty(0, 2)}
+    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    for folder in (tmp_path / "before", tmp_path / "meanwhile"):
+        folder.mkdir()
+    with ShardedWriter(tmp_path / "meanwhile", plan_of(cast)) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor, cast=True)
+    assert writer.content_hash == write(tmp_path / "before", cast)
+    read = load_file(tmp_path / "meanwhile" / "model.safetensors")
+    for name, tensor in cast.items():
+        assert read[name].dtype == dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_a_value_too_large_for_its_dtype_is_named(tmp_path: Path) -> None:
+    tensor = torch.ones(40_000)
+    tensor[39_000] = 70_000.0
+    plan = {"big.weight": TensorInfo(torch.float16, (40_000,))}
+    with (
+        pytest.raises(CheckpointError, match=r"'big\.weight' holds values .* into float16"),
+        ShardedWriter(tmp_path, plan) as writer,
+    ):
+        writer.write("big.weight", tensor, cast=True)
+    (tmp_path / "wide").mkdir()
+    plan = {"big.weight": TensorInfo(torch.bfloat16, (40_000,))}
+    with ShardedWriter(tmp_path / "wide", plan) as writer:
+        writer.write("big.weight", tensor, cast=True)
+
+
 MISUSES = {
     "unplanned": ("c", torch.zeros(2), "c is not in the plan"),
     "twice": ("a", torch.zeros(2), "a was already written"),
@@ -262,10 +294,22 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+# Blocks above 32 MiB go back to the system when freed, so that the process shows what is held.
+LARGE = 12 << 20
+
+
 def test_no_shard_is_held_in_memory(tmp_path: Path, peak_growth: PeakGrowth) -> None:
-    plan = {f"t{i}": TensorInfo(torch.float32, (1 << 21,)) for i in range(96)}  # 768 MiB
-    one = torch.randn(1 << 21)
-    with peak_growth(480 << 20), ShardedWriter(tmp_path, plan) as writer:
-        # At most 256 MiB wait, one more is being made, and the allocator keeps some of what was freed.
+    plan = {f"t{i}": TensorInfo(torch.float32, (LARGE,)) for i in range(14)}  # 672 MiB
+    one = torch.randn(LARGE)
+    with peak_growth(250 << 20), ShardedWriter(tmp_path, plan) as writer:
+        # At most 128 MiB wait, and one more is being made.
         for name in plan:
             writer.write(name, one + random.random())
+
+
+def test_casting_takes_no_memory(tmp_path: Path, peak_growth: PeakGrowth) -> None:
+    plan = {f"t{i}": TensorInfo(torch.bfloat16, (LARGE,)) for i in range(6)}  # 144 MiB
+    one = torch.randn(LARGE)
+    with peak_growth(20 << 20), ShardedWriter(tmp_path, plan) as writer:
+        for name in plan:
+            writer.write(name, one, cast=True)

@@ -91,10 +91,10 @@ def test_progress_in_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("TERM", "xterm")
     console.err.cache_clear()
     try:
-        with console.progress("copy [1]", 3, "files") as advance:
+        with console.progress("copy [red]", 3, "files") as advance:
             advance(3)
     finally:
         console.err.cache_clear()
-    assert "copy [1]" in terminal.getvalue()
+    assert "copy [red]" in terminal.getvalue()
     assert "3/3" in terminal.getvalue()
-    assert "copy [1]: 0/3" not in terminal.getvalue()
+    assert "copy [red]: 0/3" not in terminal.getvalue()

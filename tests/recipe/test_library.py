@@ -16,7 +16,6 @@ from mmmamba_cli.recipe import (
     dump_recipe,
     load_recipe,
     parse_recipe,
-    recipe_folder,
     recipe_names,
 )
 from mmmamba_cli.recipe.library import shipped_recipe
@@ -161,7 +160,3 @@ def test_a_wheel_carries_every_recipe(tmp_path: Path) -> None:
         name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("mmmamba_recipes/")
     }
     assert held == {f"mmmamba_recipes/{name}.yaml" for name in recipe_names()}
-
-
-def test_the_folder_of_this_checkout() -> None:
-    assert str(recipe_folder()) == str(ROOT / "recipes")
