@@ -6,7 +6,7 @@ inverse functions, so that one table serves both directions and every tensor is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,14 @@ def stacked_rows(foreign: Mapping[str, Shape], ours: str) -> Rule:
         return tuple(table.split(sizes))
 
     return Rule(dict(foreign), {ours: (sum(sizes), *width)}, stack, cut)
+
+
+def foreign_tensors(
+    rules: Sequence[Rule], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The table's other direction: foreign names and tensors, from ours as `read` gives them."""
+    for rule in rules:
+        yield from zip(rule.foreign, rule.to_foreign(*map(read, rule.ours)), strict=True)
 
 
 def check_names(

@@ -114,4 +114,4 @@ def _say(run: Run, source: Manifest, manifest: Manifest, as_json: bool) -> None:
     kept = ", ".join(map(str, manifest.attention_layers)) or "none"
     typer.echo(f"from {source.name}: attention in layers {kept} of {manifest.num_layers}")
     typer.echo(f"{manifest.kind}, not yet distilled end to end: {folder}")
-    typer.echo("its layers are swapped, not trained: distill it end to end (stage 3) before use")
+    typer.echo("its layers are swapped, not trained; next: mmmamba distill --stage 3 (to come)")

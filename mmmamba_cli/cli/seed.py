@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,6 +109,7 @@ def _student_bytes(teacher: Checkpoint, recipe: Recipe, dtype: Any) -> int:
 
 def _fidelity(run: Run, teacher: Checkpoint, file: Path | None) -> list[LayerFidelity]:
     """Measure, and keep the numbers beside the product's weights."""
+    from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.runs import open_processor
     from mmmamba_cli.seed import built_in, measure_fidelity, read_calibration
 
@@ -116,7 +118,10 @@ def _fidelity(run: Run, teacher: Checkpoint, file: Path | None) -> list[LayerFid
     if file is not None:
         batch = read_calibration(file, processor)
     with progress("comparing mixers", teacher.config.num_hidden_layers, "layers") as advance:
-        return measure_fidelity(teacher, run.open_product("seed"), batch, advance)
+        rows = measure_fidelity(teacher, run.open_product("seed"), batch, advance)
+    text = json.dumps([vars(row) for row in rows], indent=2) + "\n"
+    atomic_write_text(run.product_folder("seed") / "fidelity.json", text)
+    return rows
 
 
 def _say(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_json: bool) -> None:
@@ -139,4 +144,4 @@ def _say(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_json: bool)
             right=("layer", "cosine", "relative MSE"),
         )
     typer.echo(f"{manifest.num_layers} layers seeded: {product}")
-    typer.echo("next: mmmamba hybridize --attn-layers 4")
+    typer.echo(f"next: mmmamba hybridize --attn-layers {min(4, manifest.num_layers)}")

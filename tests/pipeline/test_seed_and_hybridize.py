@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import mmmamba_cli
 from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.checkpoint.rules import foreign_tensors
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, MmmambaError, RunError
 from mmmamba_cli.runs import Run
@@ -304,10 +305,24 @@ def test_tied_head_is_the_language_models_table(hovle_folder: Path) -> None:
     assert not torch.equal(model.model.text_embedding.weight, table)
 
 
+def test_the_name_table_gives_the_teacher_back(hovle_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    seed(hovle_folder, run)
+    mmmamba("hybridize", "--attn-layers", LAYERS, "--run", run)
+    teacher = open_checkpoint(hovle_folder)
+    state = weights(run, f"hybrid-{LAYERS}")
+    written = dict(foreign_tensors(teacher.rules, state.__getitem__))
+    expected = load_file(hovle_folder / "model.safetensors")
+    assert set(written) == set(expected)
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
 def test_report_compares_every_layer(hovle_folder: Path, tmp_path: Path) -> None:
     words = ("seed", hovle_folder, "--run", tmp_path / "run", "--dtype", "fp32", "--json")
     report = json.loads(mmmamba(*words).stdout)["fidelity"]
     assert [row["layer"] for row in report] == list(range(LAYERS))
+    kept = tmp_path / "run/products/seed/fidelity.json"
+    assert json.loads(kept.read_text()) == report
     assert all(-1 <= row["cosine"] <= 1 and row["relative_mse"] > 0 for row in report)
 
 
