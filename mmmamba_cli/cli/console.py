@@ -68,17 +68,21 @@ def print_table(
     rows: Iterable[Sequence[object]],
     title: str | None = None,
     right: Collection[str] = (),
+    to_stderr: bool = False,
 ) -> None:
-    """A table on stdout; `right` names the columns that are aligned right. None shows as `-`.
+    """A table on stdout, or stderr; `right` names the columns that are aligned right.
 
-    Fits a terminal by wrapping cells; elsewhere every row is one line, whatever its length.
+    None shows as `-`. Fits a terminal by wrapping cells; elsewhere every row is one line, whatever
+    its length.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = out() if out().is_terminal else Console(width=UNBROKEN)
+    console = err() if to_stderr else out()
+    if not console.is_terminal:
+        console = Console(width=UNBROKEN, stderr=to_stderr)
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )

@@ -12,7 +12,6 @@ from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder
 from mmmamba_cli.errors import RecipeError
 
 if TYPE_CHECKING:
-    from mmmamba_cli.recipe import Recipe
     from mmmamba_cli.runs import Manifest, Run
 
 
@@ -48,7 +47,7 @@ def command(
     Starts from the run's stage-2 student if there is one, else from the current product. Without
     --attn-layers or --layers the plan of the run's recipe is taken.
     """
-    from mmmamba_cli.hybridize import choose_parent, hybridize, product_name
+    from mmmamba_cli.hybridize import choose_parent, hybridize, planned_name
     from mmmamba_cli.recipe import attention_layers, dump_recipe, parse_recipe
     from mmmamba_cli.runs import Run
 
@@ -58,8 +57,7 @@ def command(
         plan = _plan(attn_layers, layers, placement)
         recipe = parse_recipe(source.recipe, f"recipe of {source.name}", (), plan)
         chosen = attention_layers(recipe.layers, source.num_layers)
-        name = product_name(chosen, source.num_layers, isinstance(recipe.layers.attention, int))
-        name = name if _is_default(recipe) else f"{name}-{recipe.layers.placement}"
+        name = planned_name(recipe, chosen, source.num_layers)
         size = _product_bytes(target, source)
         with progress("writing", size, "B") as advance:
             manifest = hybridize(
@@ -94,11 +92,6 @@ def _plan(count: int | None, layers: str | None, placement: str | None) -> dict[
     return plan
 
 
-def _is_default(recipe: Recipe) -> bool:
-    plan = recipe.layers
-    return not isinstance(plan.attention, int) or plan.placement == "head-interleaved"
-
-
 def _product_bytes(run: Run, source: Manifest) -> int:
     """About what will be written: the size of the parent."""
     folder = run.product_folder(source.name)
@@ -114,4 +107,4 @@ def _say(run: Run, source: Manifest, manifest: Manifest, as_json: bool) -> None:
     kept = ", ".join(map(str, manifest.attention_layers)) or "none"
     typer.echo(f"from {source.name}: attention in layers {kept} of {manifest.num_layers}")
     typer.echo(f"{manifest.kind}, not yet distilled end to end: {folder}")
-    typer.echo("its layers are swapped, not trained; next: mmmamba distill --stage 3 (to come)")
+    typer.echo("its layers are swapped, not trained; next: mmmamba distill")

@@ -1,5 +1,11 @@
 """Between stages 2 and 3: put the teacher's attention back into some layers."""
 
-from mmmamba_cli.hybridize.hybridizing import choose_parent, hybridize, product_name
+from mmmamba_cli.hybridize.hybridizing import (
+    choose_parent,
+    hybridize,
+    mixer_stages,
+    planned_name,
+    product_name,
+)
 
-__all__ = ["choose_parent", "hybridize", "product_name"]
+__all__ = ["choose_parent", "hybridize", "mixer_stages", "planned_name", "product_name"]

@@ -12,20 +12,31 @@ from mmmamba_cli.checkpoint import Checkpoint, expected_tensors
 from mmmamba_cli.checkpoint.hashing import tensor_digest
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
+from mmmamba_cli.recipe import Recipe, parse_recipe
 from mmmamba_cli.runs import Draft, Manifest, Parent, Run, write_product
 
-MIXER_STAGES = ("stage1", "stage2")
+USUAL_PLACEMENT = "head-interleaved"
+
+
+def mixer_stages(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the stages that come before the recipe's layer plan takes effect."""
+    return tuple(stage.name for stage in recipe.stages if stage.layers == "all")
 
 
 def choose_parent(run: Run, wanted: str | None = None) -> Manifest:
     """The product to start from: `wanted`, else the stage-2 student, else the current one.
 
-    The method hybridizes between stages 2 and 3, so a student that has just done both comes first.
+    The method hybridizes between stages 2 and 3, so a student that has just done both comes first;
+    in a recipe with other stages, one that has done all that train every layer.
     """
     if wanted is not None:
         return run.product(wanted)
     ready = [
-        p for p in run.products().values() if p.stages == MIXER_STAGES and not p.attention_layers
+        p
+        for p in run.products().values()
+        if p.stages
+        and p.stages == mixer_stages(parse_recipe(p.recipe, f"recipe of {p.name}"))
+        and not p.attention_layers
     ]
     return ready[-1] if ready else run.product(run.record.current)
 
@@ -35,6 +46,14 @@ def product_name(layers: Sequence[int], num_layers: int, placed: bool) -> str:
     if not layers:
         return "linear"
     return f"hybrid-{len(layers)}" if placed else "hybrid-at-" + "-".join(map(str, layers))
+
+
+def planned_name(recipe: Recipe, layers: Sequence[int], num_layers: int) -> str:
+    """`product_name` of the recipe's plan, with its placement where that is not the usual one."""
+    plan = recipe.layers
+    name = product_name(layers, num_layers, isinstance(plan.attention, int))
+    usual = not isinstance(plan.attention, int) or plan.placement == USUAL_PLACEMENT
+    return name if usual else f"{name}-{plan.placement}"
 
 
 def hybridize(
@@ -72,12 +91,18 @@ def hybridize(
             Parent("student", parent.name, parent.content_hash),
             Parent("teacher", run.record.teacher.path, run.record.teacher.content_hash),
         ),
-        stages=tuple(stage for stage in parent.stages if stage in MIXER_STAGES),
+        stages=_stages_kept(parent),
         notes=("not yet distilled end to end",),
     )
     manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
     run.set_current(name)
     return manifest
+
+
+def _stages_kept(parent: Manifest) -> tuple[str, ...]:
+    """Stages of the parent that still count: end to end it was distilled with other layers."""
+    before = mixer_stages(parse_recipe(parent.recipe, f"recipe of {parent.name}"))
+    return tuple(stage for stage in parent.stages if stage in before)
 
 
 def _with_layers(config: HolisticVLMConfig, layers: Sequence[int]) -> HolisticVLMConfig:

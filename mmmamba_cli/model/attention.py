@@ -5,6 +5,9 @@ Legend: B batch, T tokens, H query heads, K key/value heads, P head dim, D hidde
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
@@ -12,6 +15,7 @@ from transformers import Cache
 from mmmamba_cli.model.config import StackConfig
 from mmmamba_cli.model.rope import rotate
 from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.ops.common import widened
 
 
 class Attention(nn.Module):
@@ -34,16 +38,10 @@ class Attention(nn.Module):
 
     def mix(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
         """softmax(q k^T / sqrt(P)) v before W_O, (B, T, H * P)."""
-        batch, length, _ = hidden.shape
-        q = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
-        k = self.k_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
-        q = rotate(q, columns.cos, columns.sin).transpose(1, 2)
-        k = rotate(k, columns.cos, columns.sin).transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in self.queries_keys_values(hidden, columns))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        is_causal = length > 1 and columns.is_plain_causal(k.shape[2])
+        is_causal = columns.length > 1 and columns.is_plain_causal(k.shape[2])
         mask = None if is_causal else columns.attention_mask(k.shape[2])
         y = F.scaled_dot_product_attention(
             q,
@@ -53,4 +51,26 @@ class Attention(nn.Module):
             is_causal=is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return y.transpose(1, 2).reshape(batch, length, -1)
+        return y.transpose(1, 2).flatten(2)
+
+    def queries_keys_values(
+        self, hidden: Tensor, columns: Columns
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, P), k and v (B, T, K, P), positions rotated in."""
+        batch, length, _ = hidden.shape
+        q = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
+        return rotate(q, columns.cos, columns.sin), rotate(k, columns.cos, columns.sin), v
+
+    def mixing_matrix(self, hidden: Tensor, columns: Columns) -> Tensor:
+        """softmax(q k^T / sqrt(P)), (B, H, T, T) fp32, 0 wherever a query may not look."""
+        q, k, _ = self.queries_keys_values(hidden, columns)
+        scores = all_products(widened(q), widened(k)) / math.sqrt(self.head_dim)
+        return torch.softmax(scores.masked_fill(~columns.allowed(), -math.inf), dim=-1)
+
+
+def all_products(q: Tensor, k: Tensor) -> Tensor:
+    """q_t . k_s for every t and s, (B, H, T, T), from (B, T, H, P) and (B, T, K, P)."""
+    groups = q.shape[2] // k.shape[2]
+    return torch.einsum("bthp,bshp->bhts", q, k.repeat_interleave(groups, dim=2))

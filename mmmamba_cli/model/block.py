@@ -42,5 +42,13 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, stack.intermediate_size)
 
     def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
-        hidden = hidden + self.mixer(self.mixer_norm(hidden), columns, cache)
+        return self.finish(hidden, self.mixer(self.mixer_norm(hidden), columns, cache))
+
+    def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the mixer: both residual connections and the MLP.
+
+        `mixed` is the mixer's output after W_O. A training loop that runs the mixer itself goes on
+        from here.
+        """
+        hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden))

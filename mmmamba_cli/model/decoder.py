@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,11 @@ class HolisticDecoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.language.rms_norm_eps)
         self.gradient_checkpointing = False
+
+    @property
+    def blocks(self) -> list[Block]:
+        """`layers`, as what they are."""
+        return cast("list[Block]", list(self.layers))
 
     def forward(
         self,

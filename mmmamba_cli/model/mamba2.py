@@ -7,16 +7,21 @@ heads, K key/value heads shared by H / K query heads each, P head dim = state di
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from mmmamba_cli.model.attention import all_products
 from mmmamba_cli.model.cache import read_ssm_state, write_ssm_state
 from mmmamba_cli.model.config import MixerConfig, StackConfig
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import rotate
 from mmmamba_cli.model.sequence import Columns
 from mmmamba_cli.ops import causal_conv, gated_rms_norm, ssd
+from mmmamba_cli.ops.common import widened
 
 GATED_NORM_EPS = 1e-5
 
@@ -60,6 +65,30 @@ class Mamba2(nn.Module):
         """The gated, normed read-out before W_O, (B, T, H * P)."""
         batch, length, _ = hidden.shape
         conv_state, ssm_state = read_ssm_state(cache, self.layer_idx)
+        v, k, q, conv_state = self.values_keys_queries(hidden, columns, conv_state)
+        y, ssm_state = ssd(
+            v,
+            self.dt_proj(hidden),
+            -torch.exp(self.A_log),
+            k,
+            q,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            D=self.D,
+            initial_state=ssm_state,
+            mask=columns.mask,
+            seq_idx=columns.seq_idx,
+        )
+        write_ssm_state(cache, self.layer_idx, conv_state, ssm_state)
+        gate = self.g_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
+        y = gated_rms_norm(y, gate, self.g_norm.weight, GATED_NORM_EPS)
+        return y.reshape(batch, length, self.width)
+
+    def values_keys_queries(
+        self, hidden: Tensor, columns: Columns, conv_state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """v and k (B, T, K, P), q (B, T, H, P), as the scan takes them, and the conv's state."""
+        batch, length, _ = hidden.shape
         vkq = torch.cat((self.v_proj(hidden), self.k_proj(hidden), self.q_proj(hidden)), dim=-1)
         vkq, conv_state = causal_conv(
             vkq,
@@ -78,20 +107,19 @@ class Mamba2(nn.Module):
         if self.rope:
             q = rotate(q, columns.cos, columns.sin)
             k = rotate(k, columns.cos, columns.sin)
-        y, ssm_state = ssd(
-            v,
-            self.dt_proj(hidden),
-            -torch.exp(self.A_log),
-            k,
-            q,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            D=self.D,
-            initial_state=ssm_state,
-            mask=columns.mask,
-            seq_idx=columns.seq_idx,
-        )
-        write_ssm_state(cache, self.layer_idx, conv_state, ssm_state)
-        gate = self.g_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
-        y = gated_rms_norm(y, gate, self.g_norm.weight, GATED_NORM_EPS)
-        return y.reshape(batch, length, self.width)
+        return v, k, q, conv_state
+
+    def mixing_matrix(self, hidden: Tensor, columns: Columns) -> Tensor:
+        """What maps values to read-outs, (B, H, T, T) fp32 (arXiv 2405.21060, section 4).
+
+        (q_t . k_s) exp(sum_{s < r <= t} dt_r A) dt_s, and 0 wherever a query may not look.
+        """
+        _, k, q, _ = self.values_keys_queries(hidden, columns)
+        dt = F.softplus(widened(self.dt_proj(hidden)) + self.dt_bias).transpose(1, 2)
+        if columns.mask is not None:
+            # Padding neither writes to the state nor lets it decay.
+            dt = dt * columns.mask.unsqueeze(1)
+        decay = (dt * -torch.exp(self.A_log).unsqueeze(-1)).cumsum(-1)
+        passed = decay.unsqueeze(-1) - decay.unsqueeze(-2)
+        passed = passed.masked_fill(~columns.allowed(), -math.inf).exp()
+        return all_products(widened(q), widened(k)) * passed * dt.unsqueeze(-2)

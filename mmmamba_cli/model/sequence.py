@@ -101,6 +101,13 @@ class Columns:
             allowed = allowed & (ids[:, self.past : known, None] == ids[:, None, :num_keys])
         return allowed.unsqueeze(1)
 
+    def allowed(self) -> Tensor:
+        """(B or 1, 1, T, T) bool: where among these columns a query may look."""
+        mask = self.attention_mask(self.length)
+        if mask is None:
+            mask = torch.ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
+        return mask.to(self.cos.device)
+
 
 def describe_columns(
     stack: StackConfig,

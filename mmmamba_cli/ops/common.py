@@ -32,6 +32,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype to compute in."""
+    return x.to(compute_dtype(x))
+
+
 def segment_ordinals(seq_idx: Tensor, mask: Tensor | None) -> Tensor:
     """Number the packed sequences of each row 0, 1, 2, ... in order, (B, T) int64.
 

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoProcessor, AutoTokenizer
 
 from mmmamba_cli.processing.image_processor import ImageProcessor
-from mmmamba_cli.processing.images import ImageSource, open_image
+from mmmamba_cli.processing.images import ImageSource, image_size, open_image
 from mmmamba_cli.processing.loading import (
     build_tokenizer,
     processor_from_folder,
@@ -15,6 +15,7 @@ from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_
 from mmmamba_cli.processing.streaming import TextStream
 from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles
 from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
+from mmmamba_cli.processing.training import TrainingProcessor
 
 
 def register_processing(config_class: type[Any]) -> None:
@@ -30,10 +31,12 @@ __all__ = [
     "ImageSource",
     "TextStream",
     "Tiling",
+    "TrainingProcessor",
     "build_tokenizer",
     "choose_grid",
     "count_tiles",
     "count_tokens_per_tile",
+    "image_size",
     "open_image",
     "processor_from_folder",
     "processor_from_hovle",

@@ -66,6 +66,20 @@ def open_image(
         return _to_rgb(image, name, max_pixels)
 
 
+def image_size(source: ImageSource, *, label: str = "the image") -> tuple[int, int]:
+    """(width, height) as the file's header says; its pixels are not decoded.
+
+    Raises `DataError` as `open_image` does, as far as the header tells.
+    """
+    if isinstance(source, Image.Image):
+        return source.size
+    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+    name = f"image {file}" if isinstance(file, Path) else label
+    with _opened(file, name) as image:
+        _check_size(image, name, MAX_PIXELS)
+        return image.size
+
+
 @contextmanager
 def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
     """`Image.open`, which reads the header only, with its errors as ours."""

@@ -36,6 +36,7 @@ from mmmamba_cli.processing.template import (
 )
 from mmmamba_cli.processing.tiling import Tiling
 from mmmamba_cli.processing.tokenizer import VOCABULARY_FILE, HolisticVLMTokenizer
+from mmmamba_cli.processing.training import mark_answers
 
 Conversation = str | Sequence[Message]
 Images = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
@@ -205,6 +206,33 @@ class HolisticVLMProcessor(ProcessorMixin):
         begin = [self.tokenizer.bos_token_id]
         batch = self._pad([begin + row for row in ids], padding, return_tensors)
         return _features(batch, pixels, num_tiles, return_num_tiles)
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def conversation_ids(
+        self, messages: Sequence[Message], num_tiles: Sequence[int] = ()
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a whole conversation, as `chat` gives them, and which belong to an answer.
+
+        `num_tiles` are the tiles of each picture, in order; pictures themselves are not needed.
+        Raises `DataError` for messages that are none, or if pictures and `<image>` do not match.
+        """
+        parts = render_chat(as_messages(messages, len(num_tiles)), add_generation_prompt=False)
+        check_images(parts, len(num_tiles))
+        context = (count * self.tokens_per_tile for count in num_tiles)
+        marked = mark_answers(
+            expand_images(parts, context),
+            lambda text: list(self._ids([text], typed_tokens=False)),
+            self.tokenizer.convert_tokens_to_ids,
+        )
+        ids, is_answer = zip(*marked, strict=True)
+        return [self.tokenizer.bos_token_id, *ids], [False, *is_answer]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of plain text behind the begin token."""
+        return [self.tokenizer.bos_token_id, *self._ids([text], typed_tokens=False)]
 
     def _image_processor(self, min_tiles: int | None, max_tiles: int | None) -> ImageProcessor:
         return ImageProcessor(

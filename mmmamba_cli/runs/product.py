@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class Draft:
     parents: Callable[[], tuple[Parent, ...]]
     stages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    final: bool = False
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_product(
@@ -103,6 +106,8 @@ def _manifest(draft: Draft, content_hash: str) -> Manifest:
         parameters=sum(prod(s) for n, s in draft.shapes.items() if not n.startswith("unused.")),
         recipe=draft.recipe,
         notes=draft.notes,
+        final=draft.final,
+        metrics=dict(draft.metrics),
         versions=versions(),
     )
 

@@ -102,6 +102,26 @@ class Run:
             config = None
         return open_checkpoint(path, config_file=config, arch=teacher.arch)
 
+    def verify_teacher(self, teacher: Checkpoint) -> None:
+        """Read all of the teacher and raise `RunError` unless the run was seeded from it."""
+        digests = self.record.teacher.digests
+        strangers = sorted(set(teacher.source.names) ^ set(digests))
+        if strangers or teacher.source.content_hash() != self.record.teacher.content_hash:
+            named = f" (tensor {strangers[0]})" if strangers else ""
+            raise RunError(
+                f"{teacher.path} is not the teacher of {self.folder}: its tensors are not those "
+                f"the run was seeded from{named}",
+                "name the right one with --teacher, or seed a new --run from this one",
+            )
+
+    def verify_product(self, name: str) -> None:
+        """Read all of a product and raise `RunError` unless it is what its manifest says."""
+        if self.open_product(name).source.content_hash() != self.product(name).content_hash:
+            raise RunError(
+                f"product {name!r} of {self.folder} was changed since it was written",
+                "make it again with --overwrite, or start from another product with --from",
+            )
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other commands from writing into this run. Raises `RunError` if one does."""

@@ -1,0 +1,112 @@
+"""`mmmamba data`: a look at training data before anything is trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmmamba_cli.cli.console import help_if_bare, print_json, print_table, progress
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
+
+if TYPE_CHECKING:
+    from mmmamba_cli.data import DataReport
+    from mmmamba_cli.processing import TrainingProcessor
+
+MAX_BAD_SHARE = 0.01
+PROBLEMS = 2
+
+command = typer.Typer(help="Look at training data.", invoke_without_command=True)
+command.callback()(help_if_bare)
+
+
+@command.command()
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Conversations .jsonl, an InternVL meta .json, or .tar shards."
+        ),
+    ],
+    image_root: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder that image paths count from.")
+    ] = None,
+    run: RunFolder = DEFAULT_RUN,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Model whose tokenizer to use, in the place of a run's."),
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.", min=2)] = 8192,
+    max_tiles: Annotated[
+        int | None, typer.Option(help="Most tiles per image; the model's if not given.", min=1)
+    ] = None,
+    max_bad_share: Annotated[
+        float, typer.Option(help="Share of bad samples that is still fine.", min=0, max=1)
+    ] = MAX_BAD_SHARE,
+    limit: Annotated[
+        int | None, typer.Option(help="Look at the first so many samples only.", min=1)
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode/--headers-only", help="Decode every picture, or not.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Report lengths, images and problems of a data set, read as training would read it.
+
+    Exit code 2 if more samples are bad than --max-bad-share allows.
+    """
+    from mmmamba_cli.data import Encoder, check_data, open_corpus
+
+    corpus = open_corpus(source, image_root)
+    encoder = Encoder(_processor(run, model), max_length, max_tiles)
+    total = min(len(corpus), limit or len(corpus))
+    with progress("checking", total, "samples") as advance:
+        report = check_data(corpus, encoder, limit=limit, decode=decode, advance=advance)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        _show(report, max_length)
+    if report.bad_share > max_bad_share:
+        raise typer.Exit(PROBLEMS)
+
+
+def _processor(run: Path, model: Path | None) -> TrainingProcessor:
+    from mmmamba_cli.checkpoint import open_checkpoint
+    from mmmamba_cli.errors import CheckpointError
+    from mmmamba_cli.runs import Run, open_processor
+
+    if model is not None:
+        checkpoint = open_checkpoint(model)
+    else:
+        target = Run(run)
+        checkpoint = target.open_product(target.record.current)
+    processor = open_processor(checkpoint)
+    if processor is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer", "name a model that has one with --model"
+        )
+    return processor
+
+
+def _show(report: DataReport, max_length: int) -> None:
+    found = report.as_dict()
+    length = found["length"]
+    rows = [
+        ("samples", f"{report.samples:,}"),
+        ("  with images", f"{report.with_images:,}"),
+        ("images", f"{report.images:,}"),
+        ("tiles", f"{report.tiles:,}"),
+        ("tokens", f"{report.tokens:,}"),
+        ("  of answers", f"{report.answer_tokens:,}"),
+        ("tokens per sample, least", length["min"]),
+        ("  median", length["median"]),
+        ("  95 %", length["p95"]),
+        ("  most", length["max"]),
+        (f"cut to {max_length} tokens", f"{report.cut:,}"),
+        ("bad samples", f"{len(report.bad):,} ({report.bad_share:.2%})"),
+    ]
+    print_table(("", "count"), rows, right=("count",))
+    if report.bad:
+        print_table(("samples", "problem"), [(n, reason) for reason, n in report.reasons().items()])
+        print_table(("sample", "what is wrong"), [(b["name"], b["reason"]) for b in found["named"]])

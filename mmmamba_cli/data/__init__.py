@@ -1,0 +1,24 @@
+"""Training data: conversations with images, in batches that depend on seed and step alone."""
+
+from mmmamba_cli.data.batch import IGNORED, BadSample, Batch, StepBatches
+from mmmamba_cli.data.check import DataReport, check_data
+from mmmamba_cli.data.corpus import Corpus, Part, open_corpus
+from mmmamba_cli.data.encoding import Encoded, Encoder
+from mmmamba_cli.data.loader import StepLoader
+from mmmamba_cli.data.samples import Sample
+
+__all__ = [
+    "IGNORED",
+    "BadSample",
+    "Batch",
+    "Corpus",
+    "DataReport",
+    "Encoded",
+    "Encoder",
+    "Part",
+    "Sample",
+    "StepBatches",
+    "StepLoader",
+    "check_data",
+    "open_corpus",
+]

@@ -1,0 +1,124 @@
+"""From encoded samples to micro batches: rows, who computes which, and padding.
+
+Legend: B rows, T columns of a micro batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.data.batch import IGNORED, BadSample, Batch
+from mmmamba_cli.data.encoding import Encoded
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.processing import ImageProcessor
+
+Row = list[Encoded]
+
+
+def make_rows(samples: Sequence[Encoded], batching: str, max_length: int) -> list[Row]:
+    """The rows of a global batch, however many processes there are.
+
+    `padded`: a sample a row, in the order given; `bucketed`: the longest first; `packed`: each
+    sample, the longest first, into the first row it fits.
+    """
+    if batching == "padded":
+        return [[sample] for sample in samples]
+    by_length = sorted(samples, key=len, reverse=True)
+    if batching == "bucketed":
+        return [[sample] for sample in by_length]
+    rows: list[Row] = []
+    room: list[int] = []
+    for sample in by_length:
+        fitting = (i for i, free in enumerate(room) if free >= len(sample))
+        row = next(fitting, None)
+        if row is None:
+            rows.append([sample])
+            room.append(max_length - len(sample))
+        else:
+            rows[row].append(sample)
+            room[row] -= len(sample)
+    return rows
+
+
+def deal(rows: Sequence[Row], rank: int, world_size: int, accumulation: int) -> list[list[Row]]:
+    """The rows of each of this process's `accumulation` micro batches.
+
+    Neighbouring rows, which are of similar length, come into one micro batch, and neighbouring
+    micro batches to different processes, so that these have equally long work at any time.
+    """
+    parts = world_size * accumulation
+    bounds = [len(rows) * i // parts for i in range(parts + 1)]
+    return [list(rows[bounds[part] : bounds[part + 1]]) for part in range(rank, parts, world_size)]
+
+
+def collate(
+    rows: Sequence[Row], images: ImageProcessor | None, pad_id: int
+) -> tuple[Batch, list[BadSample]]:
+    """A micro batch of the rows whose pictures can be decoded, and the samples it lacks."""
+    bad: list[BadSample] = []
+    kept: list[Row] = []
+    pixels: list[Tensor] = []
+    for row in rows:
+        good: Row = []
+        for sample in row:
+            try:
+                pixels += _decode(sample, images)
+                good.append(sample)
+            except DataError as error:
+                bad.append(BadSample(sample.name, error.message, seen_by_all=False))
+        if good:
+            kept.append(good)
+    return (_batch(kept, pixels, pad_id) if kept else blank(pad_id)), bad
+
+
+def blank(pad_id: int) -> Batch:
+    """A row without a sample, for a process that must keep step with the others."""
+    return Batch(
+        input_ids=torch.full((1, 1), pad_id),
+        labels=torch.full((1, 1), IGNORED),
+        attention_mask=torch.zeros(1, 1, dtype=torch.bool),
+        seq_idx=None,
+        pixel_values=None,
+        num_samples=0,
+        num_tokens=0,
+    )
+
+
+def _decode(sample: Encoded, images: ImageProcessor | None) -> list[Tensor]:
+    if not sample.images or images is None:
+        return []
+    pixels, num_tiles = images(sample.images)
+    if tuple(num_tiles) != sample.num_tiles:
+        raise DataError(f"its images have {num_tiles} tiles, their headers said otherwise")
+    return [pixels]
+
+
+def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
+    lengths = [sum(len(sample) for sample in row) for row in rows]
+    shape = (len(rows), max(lengths))
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
+    numbers, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        column = 0
+        for number, sample in enumerate(row):
+            place = slice(column, column + len(sample))
+            ids = torch.tensor(sample.ids)
+            input_ids[r, place] = ids
+            labels[r, place] = ids.masked_fill(~torch.tensor(sample.is_answer), IGNORED)
+            numbers[r, place], real[r, place] = number, True
+            column = place.stop
+        # Padding counts to the last sample: a number of its own would begin another sequence.
+        numbers[r, column:] = len(row) - 1
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        attention_mask=None if bool(real.all()) else real,
+        seq_idx=numbers if any(len(row) > 1 for row in rows) else None,
+        pixel_values=torch.cat(pixels) if pixels else None,
+        num_samples=sum(map(len, rows)),
+        num_tokens=sum(lengths),
+        names=tuple(sample.name for row in rows for sample in row),
+    )

@@ -1,0 +1,112 @@
+"""A look at a data set before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import quantiles
+from typing import Any
+
+from mmmamba_cli.data.batch import BadSample
+from mmmamba_cli.data.corpus import Corpus
+from mmmamba_cli.data.encoding import Encoder
+from mmmamba_cli.errors import DataError
+
+NAMED = 10
+
+
+@dataclass
+class DataReport:
+    """What was found: lengths in tokens of the samples that can be used, and what cannot be."""
+
+    samples: int = 0
+    with_images: int = 0
+    images: int = 0
+    tiles: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    # Samples that were cut to the longest length.
+    cut: int = 0
+    lengths: list[int] = field(default_factory=list, repr=False)
+    bad: list[BadSample] = field(default_factory=list, repr=False)
+
+    @property
+    def bad_share(self) -> float:
+        return len(self.bad) / max(1, self.samples)
+
+    def length_at(self, percent: int) -> int | None:
+        """The length below which `percent` of the samples are; None without samples."""
+        if len(self.lengths) < 2:
+            return self.lengths[0] if self.lengths else None
+        return round(quantiles(self.lengths, n=100, method="inclusive")[percent - 1])
+
+    def reasons(self) -> dict[str, int]:
+        """How many samples each kind of problem has, the commonest first."""
+        return dict(Counter(_kind(sample.reason) for sample in self.bad).most_common())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "with_images": self.with_images,
+            "images": self.images,
+            "tiles": self.tiles,
+            "tokens": self.tokens,
+            "answer_tokens": self.answer_tokens,
+            "cut": self.cut,
+            "length": {
+                "min": min(self.lengths, default=None),
+                "median": self.length_at(50),
+                "p95": self.length_at(95),
+                "max": max(self.lengths, default=None),
+            },
+            "bad": len(self.bad),
+            "bad_share": self.bad_share,
+            "reasons": self.reasons(),
+            "named": [vars(sample) for sample in self.bad[:NAMED]],
+        }
+
+
+def check_data(
+    corpus: Corpus,
+    encoder: Encoder,
+    *,
+    limit: int | None = None,
+    decode: bool = True,
+    advance: Callable[[int], None] | None = None,
+) -> DataReport:
+    """Read every sample as training would, or the first `limit`; pictures too if `decode`."""
+    report = DataReport()
+    for index in range(min(len(corpus), limit or len(corpus))):
+        report.samples += 1
+        try:
+            sample = corpus[index]
+            encoded = encoder(sample)
+            if decode and encoder.images is not None and encoded.images:
+                encoder.images(encoded.images)
+        except DataError as error:
+            report.bad.append(_bad(error, index, corpus))
+        else:
+            report.with_images += bool(encoded.images)
+            report.images += len(encoded.images)
+            report.tiles += sum(encoded.num_tiles)
+            report.tokens += len(encoded)
+            report.answer_tokens += sum(encoded.is_answer)
+            report.cut += len(encoded) == encoder.max_length
+            report.lengths.append(len(encoded))
+        if advance is not None:
+            advance(1)
+    return report
+
+
+def _bad(error: DataError, index: int, corpus: Corpus) -> BadSample:
+    name, _, reason = error.message.partition(": ")
+    return BadSample(name, reason) if reason else BadSample(f"#{index}", error.message)
+
+
+def _kind(reason: str) -> str:
+    """A reason without what differs from sample to sample: paths, numbers."""
+    words = [
+        "..." if "/" in word or any(map(str.isdigit, word)) else word for word in reason.split()
+    ]
+    return " ".join(words)[:80]

@@ -1,0 +1,151 @@
+"""Sets of samples by number, whatever they are stored in."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmmamba_cli.data.jsonl import JsonLines
+from mmmamba_cli.data.samples import Sample, inside, parse_sample
+from mmmamba_cli.data.shards import Shard, expand_shards
+from mmmamba_cli.errors import DataError
+
+
+class Corpus(Protocol):
+    """Samples by index; one that cannot be read raises `DataError` naming it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """How many samples each part has, in order, and how often a pass takes each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """`repeats` below 1 takes that share of the part's samples in each pass, another each time."""
+
+    name: str
+    samples: int
+    repeats: float = 1.0
+
+
+class Conversations:
+    """A file of JSON lines whose images lie in `root`."""
+
+    def __init__(self, file: Path, root: Path | None):
+        self.lines, self.root = JsonLines(file), root
+        self.parts = (Part(file.name, len(self.lines)),)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.lines[index]
+        return parse_sample(record, self.lines.name(index), lambda name: inside(self.root, name))
+
+
+class Shards:
+    """webdataset shards, one after the other."""
+
+    def __init__(self, files: Sequence[Path]):
+        self.shards = [Shard(file) for file in files]
+        self._ends = list(accumulate(len(shard) for shard in self.shards))
+        self.parts = (Part(files[0].name, len(self)),)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        shard = bisect_right(self._ends, index)
+        return self.shards[shard][index - (self._ends[shard - 1] if shard else 0)]
+
+
+class Union:
+    """Several sets as one, each taken as often as its part says."""
+
+    def __init__(self, sets: Sequence[tuple[str, Corpus, float]]):
+        self.sets = [corpus for _, corpus, _ in sets]
+        self._ends = list(accumulate(len(corpus) for corpus in self.sets))
+        self.parts = tuple(Part(name, len(corpus), repeats) for name, corpus, repeats in sets)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        which = bisect_right(self._ends, index)
+        return self.sets[which][index - (self._ends[which - 1] if which else 0)]
+
+
+def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
+    """Open conversations: `.jsonl`, an InternVL meta `.json`, or `.tar` shards ({000..099}).
+
+    Raises `DataError` if something is missing, of another kind, or without a sample.
+    """
+    text = str(source)
+    suffix = Path(text).suffix.lower()
+    corpus: Corpus
+    if suffix == ".jsonl":
+        corpus = Conversations(Path(text), image_root)
+    elif suffix == ".tar":
+        corpus = Shards(expand_shards(text))
+    elif suffix == ".json":
+        corpus = _open_meta(Path(text), image_root)
+    else:
+        raise DataError(f"{text} is of no kind we read, expected .jsonl, .json (meta) or .tar")
+    if len(corpus) == 0:
+        raise DataError(f"{text} has no samples", "expected one conversation a line")
+    return corpus
+
+
+def _open_meta(file: Path, image_root: Path | None) -> Corpus:
+    """`{set: {"annotation": file, "root": folder, "repeat_time": times}}`, as InternVL has it.
+
+    Paths count from the working directory, as InternVL's do, or else from the meta file's folder; a
+    relative root lies in `image_root` where that is given. `weight` multiplies `repeat_time`.
+    """
+    meta = _read_object(file)
+    sets = []
+    for name, entry in meta.items():
+        where = f"{file}: {name}"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("annotation"), str):
+            raise DataError(f"{where}: has no annotation, expected the path of a .jsonl file")
+        annotation = Path(entry["annotation"])
+        if not annotation.is_absolute() and not annotation.exists():
+            annotation = file.parent / annotation
+        root = entry.get("root")
+        folder = image_root if root is None else (image_root or Path()) / str(root)
+        if folder is not None and not folder.is_absolute() and not folder.is_dir():
+            folder = file.parent / folder
+        times = _positive(entry.get("repeat_time", 1), f"{where}: repeat_time")
+        times *= _positive(entry.get("weight", 1), f"{where}: weight")
+        sets.append((name, Conversations(annotation, folder), times))
+    if not sets:
+        raise DataError(f"{file} names no sets")
+    return Union(sets)
+
+
+def _read_object(file: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist", "check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file} is a {type(value).__name__}, expected a meta file of several sets")
+    return value
+
+
+def _positive(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise DataError(f"{where}: is {value!r}, expected a number above 0")
+    return float(value)

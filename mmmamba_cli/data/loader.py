@@ -1,0 +1,116 @@
+"""The batches of each optimiser step, a pure function of seed and step.
+
+Every process plans the whole global batch alike, from texts and image headers, and decodes the
+pictures of its own part only. So there is no state to save: a run resumes at any step, with any
+number of processes or workers.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader, Dataset
+
+from mmmamba_cli.data.batch import BadSample, StepBatches
+from mmmamba_cli.data.batching import collate, deal, make_rows
+from mmmamba_cli.data.corpus import Corpus
+from mmmamba_cli.data.encoding import Encoded, Encoder
+from mmmamba_cli.data.order import Order
+from mmmamba_cli.errors import DataError, MmmambaError
+from mmmamba_cli.processing import TrainingProcessor
+
+
+class StepLoader:
+    """Batches for one process of `world_size`.
+
+    `batch_size` samples make a global batch; each process gets its share in `accumulation` micro
+    batches. `workers` processes prepare steps ahead, 0 prepares each when it is asked for; what
+    comes out is the same.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        processor: TrainingProcessor,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        max_length: int,
+        batching: str = "bucketed",
+        shuffle: bool = True,
+        seed: int = 0,
+        max_tiles: int | None = None,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.corpus = corpus
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.batching = batching
+        self.workers = workers
+        self.rank = rank
+        self.world_size = world_size
+        self._encoder = Encoder(processor, max_length, max_tiles)
+        self._order = Order(corpus.parts, seed, shuffle)
+
+    def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
+        """The batches of steps `first` to `stop` - 1. Bad samples are left out and told."""
+        if self.workers == 0 or stop - first < 2:
+            yield from map(self.step, range(first, stop))
+            return
+        loader = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=range(first, stop),
+            num_workers=self.workers,
+            worker_init_fn=_leave_signals_to_main,
+        )
+        for batches in loader:
+            if isinstance(batches, Exception):
+                raise batches
+            yield batches
+
+    def step(self, step: int) -> StepBatches:
+        """The batches of one step."""
+        samples, bad = self._plan(step)
+        rows = make_rows(samples, self.batching, self._encoder.max_length)
+        micro = []
+        for part in deal(rows, self.rank, self.world_size, self.accumulation):
+            pad_id = self._encoder.processor.pad_token_id
+            batch, undecodable = collate(part, self._encoder.images, pad_id)
+            micro.append(batch)
+            bad += undecodable
+        return StepBatches(step, tuple(micro), tuple(bad), self.batch_size)
+
+    def _plan(self, step: int) -> tuple[list[Encoded], list[BadSample]]:
+        """The global batch's samples, and those that already its texts and headers rule out."""
+        samples, bad = [], []
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+            index = self._order[number]
+            try:
+                samples.append(self._encoder(self.corpus[index]))
+            except DataError as error:
+                name, _, reason = error.message.partition(": ")
+                bad.append(BadSample(name, reason) if reason else BadSample(f"#{index}", name))
+        return samples, bad
+
+
+class _Steps(Dataset):
+    """Steps by number, for torch's worker processes."""
+
+    def __init__(self, loader: StepLoader):
+        self.loader = loader
+
+    def __getitem__(self, step: int) -> StepBatches | Exception:
+        try:
+            return self.loader.step(step)
+        except MmmambaError as error:
+            # Raised, it would come back as text with the worker's traceback in it.
+            return error
+
+
+def _leave_signals_to_main(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the main one decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,135 @@
+"""Losses of one layer at a time: forward, loss, backward and release, then the next layer.
+
+No gradient crosses layers, so nothing of a layer outlives its turn, and memory does not grow with
+depth. The walk is the decoder's own path (`embed`, blocks, `bridge`); teacher outputs are captured
+around the mixer, whose input is the normed hidden state. Legend: B batch, T columns, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.data import Batch
+from mmmamba_cli.distill.pair import Pair
+from mmmamba_cli.model.block import Block
+from mmmamba_cli.model.decoder import Prompt
+from mmmamba_cli.model.sequence import Columns
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of both models and what it reads."""
+
+    teacher: Block
+    student: Block
+    hidden: Tensor  # (B, T, D)
+    normed: Tensor  # (B, T, D), the mixer's input
+    columns: Columns
+
+    def masked_sum(self, values: Tensor) -> Tensor:
+        """Sum of (B, T, ...) over everything but padding."""
+        mask = self.columns.mask
+        if mask is not None:
+            values = values.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - 2)), 0)
+        return values.sum()
+
+
+class LayerLoss(Protocol):
+    """How far a layer of the student is from the teacher's."""
+
+    def units(self, block: Block) -> int:
+        """Units per token that the mean is taken over."""
+        ...
+
+    def __call__(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        """The summed loss, and both mixers' outputs before W_O, (B, T, H * P)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """An `Objective`: `scale` times the mean over layers of each layer's mean loss."""
+
+    loss: LayerLoss
+    # Layers that learn, counted through both stacks.
+    layers: tuple[int, ...]
+    # Whose mixer outputs go on into the next layer.
+    inputs: str
+    scale: float
+    layer_local: bool = True
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return tuple(f"layer {layer}" for layer in self.layers)
+
+    def count(self, pair: Pair, batch: Batch) -> Tensor:
+        prompt = prepare(pair, batch)
+        rows = batch.input_ids.shape[0]
+        blocks = pair.student.model.blocks
+        return torch.tensor(
+            [
+                count_tokens(_columns(pair, prompt, layer), rows) * self.loss.units(blocks[layer])
+                for layer in self.layers
+            ],
+            dtype=torch.float64,
+        )
+
+    def weigh(self, units: Tensor) -> Tensor:
+        return self.scale / len(self.layers) / units.clamp(min=1)
+
+    def sums(self, pair: Pair, batch: Batch, weights: Tensor | None) -> Tensor:
+        source = pair.teacher.model if self.inputs == "teacher" else pair.student.model
+        prompt = prepare(pair, batch)
+        found: list[Tensor] = []
+        with torch.no_grad(), pair.autocast():
+            hidden = source.embed(prompt)
+        for index, block in enumerate(source.blocks):
+            # A context a layer: autocast keeps its bf16 copies of the master weights to its end.
+            with torch.no_grad(), pair.autocast():
+                if index == source.num_embedding_layers and prompt.embedding is not None:
+                    hidden = source.bridge(hidden, prompt)
+                layer = self._layer(pair, index, hidden, prompt)
+                if index not in self.layers:
+                    mixed = block.mixer.mix(layer.normed, layer.columns)
+                else:
+                    weight = None if weights is None else float(weights[len(found)])
+                    loss, mixed = self._learn(layer, weight)
+                    found.append(loss)
+                hidden = block.finish(hidden, block.mixer.o_proj(mixed))
+            del layer, mixed
+        return torch.stack(found).double().cpu()
+
+    def _layer(self, pair: Pair, index: int, hidden: Tensor, prompt: Prompt) -> Layer:
+        teacher, student = pair.teacher.model.blocks[index], pair.student.model.blocks[index]
+        norm = (teacher if self.inputs == "teacher" else student).mixer_norm
+        return Layer(teacher, student, hidden, norm(hidden), _columns(pair, prompt, index))
+
+    def _learn(self, layer: Layer, weight: float | None) -> tuple[Tensor, Tensor]:
+        """The summed loss of a layer, its gradients added, and the mixer output that goes on."""
+        with torch.set_grad_enabled(weight is not None):
+            loss, taught, learned = self.loss(layer)
+            if weight is not None:
+                (loss * weight).backward()
+        return loss.detach(), taught if self.inputs == "teacher" else learned.detach()
+
+
+def prepare(pair: Pair, batch: Batch) -> Prompt:
+    """What the stacks of either model see of a batch; teacher and student agree on it."""
+    return pair.teacher.model.prepare(
+        batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
+    )
+
+
+def count_tokens(columns: Columns, rows: int) -> int:
+    """Columns of the whole batch that are not padding."""
+    return rows * columns.length if columns.mask is None else int(columns.mask.sum())
+
+
+def _columns(pair: Pair, prompt: Prompt, layer: int) -> Columns:
+    if prompt.embedding is not None and layer < pair.teacher.model.num_embedding_layers:
+        return prompt.embedding
+    return prompt.language

@@ -1,0 +1,254 @@
+"""The one training loop: every stage is a value given to it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmmamba_cli.data import StepBatches, StepLoader
+from mmmamba_cli.distill.held_out import HeldOut, evaluate
+from mmmamba_cli.distill.objective import Objective
+from mmmamba_cli.distill.optimiser import build_optimiser, clip, learning_rate
+from mmmamba_cli.distill.pair import Pair
+from mmmamba_cli.distill.state import BEST, Progress, StateFolder, state_record
+from mmmamba_cli.distributed import World, seed_everything, step_seed
+from mmmamba_cli.errors import DataError, MmmambaError
+from mmmamba_cli.recipe import Stage
+
+# So many steps without a finite loss or gradient, one after the other, end a stage.
+MAX_SKIPPED = 5
+# A few bad samples at the start of a run say nothing about a share.
+MIN_SAMPLES_FOR_SHARE = 100
+
+
+class Stopped(Exception):
+    """Raised when the user asked the loop to stop and the state was saved."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a stage needs to run."""
+
+    stage: Stage
+    pair: Pair
+    objective: Objective
+    loader: StepLoader
+    # The held-out batches, or None.
+    held_out: StepLoader | None
+    max_bad_share: float
+    seed: int
+    world: World
+    states: StateFolder
+    # What a resumed state must have been made with.
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step, as logs and displays see it."""
+
+    step: int
+    loss: float
+    terms: Mapping[str, float]
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    tokens_per_second: float
+    bad: tuple[str, ...] = ()
+    skipped: str | None = None
+    held_out: HeldOut | None = None
+    memory_gib: float | None = None
+
+
+Report = Callable[[StepResult], None]
+
+
+def train(
+    job: Job, progress: Progress, report: Report, wants_to_stop: Callable[[], bool]
+) -> Progress:
+    """Run the steps of the stage that `progress` lacks; the newest state must be loaded already.
+
+    Raises `Stopped` when `wants_to_stop` said so, after saving; `MmmambaError` when losses stay
+    non-finite, or too many samples are unreadable.
+    """
+    parameters = job.pair.learning_parameters()
+    optimiser = build_optimiser(job.stage, parameters)
+    if progress.step:
+        job.states.load(job.states.path(progress.step).name, parameters, optimiser)
+    job.pair.student.model.gradient_checkpointing = not job.objective.layer_local
+    saved = progress.step
+    started = time.perf_counter()
+    for batches in job.loader.steps(progress.step, job.stage.steps):
+        result = _step(job, parameters, optimiser, batches, progress, started)
+        if _is_due(job.stage.evaluate_every, progress.step, job.stage.steps):
+            result = _with_held_out(job, parameters, result, progress)
+        if job.world.is_main:
+            report(result)
+        stop = _any(job.world, wants_to_stop())
+        if stop or _is_due(job.stage.save_every, progress.step, job.stage.steps):
+            saved = _save(job, parameters, optimiser, progress)
+        if stop and progress.step < job.stage.steps:
+            raise Stopped
+        started = time.perf_counter()
+    if saved != progress.step:
+        _save(job, parameters, optimiser, progress)
+    return progress
+
+
+def _step(
+    job: Job,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.AdamW,
+    batches: StepBatches,
+    progress: Progress,
+    started: float,
+) -> StepResult:
+    """One optimiser step over the global batch, and its place in the books."""
+    step, world = batches.step, job.world
+    seed_everything(step_seed(job.seed, job.stage.name, step, world.rank))
+    sums, units, counts = _accumulate(job, batches)
+    terms = job.objective.weigh(units) * sums
+    loss = float(terms.sum())
+    norm = clip(parameters, job.stage.optimiser.clip)
+    trouble = _trouble(job, loss, norm, sums)
+    rate = learning_rate(job.stage, step)
+    if trouble is None:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    tokens, samples, bad = (int(x) for x in counts)
+    seconds = time.perf_counter() - started
+    progress.step = step + 1
+    progress.tokens += tokens
+    progress.samples += samples
+    progress.bad_samples += bad
+    progress.seconds += seconds
+    progress.skipped_in_a_row = 0 if trouble is None else progress.skipped_in_a_row + 1
+    progress.skipped_steps += trouble is not None
+    _check_bad_share(job, progress, batches)
+    if progress.skipped_in_a_row >= MAX_SKIPPED:
+        names = [name for micro in batches.micro for name in micro.names]
+        raise MmmambaError(
+            f"stage {job.stage.name} stopped at step {step + 1}: {MAX_SKIPPED} steps in a row "
+            f"without a finite loss; {trouble}; samples of the last: {', '.join(names[:10])}",
+            "lower the stage's lr, or look at these samples with `mmmamba data check`",
+        )
+    per_term = (sums / units.clamp(min=1)).tolist()
+    return StepResult(
+        step=progress.step,
+        loss=loss,
+        terms=dict(zip(job.objective.terms, per_term, strict=True)),
+        learning_rate=rate,
+        gradient_norm=norm,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        bad=tuple(f"{sample.name}: {sample.reason}" for sample in batches.bad),
+        skipped=trouble,
+        memory_gib=_peak_memory(world),
+    )
+
+
+def _accumulate(job: Job, batches: StepBatches) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up gradients over the micro batches; sums and units of each term, and counts, globally.
+
+    Units are counted over the whole global batch before the first loss, since they are what its
+    gradients are divided by.
+    """
+    world, pair, objective = job.world, job.pair, job.objective
+    micros = [micro.to(pair.device) for micro in batches.micro]
+    counts = torch.tensor(
+        [
+            sum(micro.num_tokens for micro in micros),
+            sum(micro.num_samples for micro in micros),
+            sum(world.is_main or not sample.seen_by_all for sample in batches.bad),
+        ],
+        dtype=torch.float64,
+    )
+    own = torch.stack([objective.count(pair, micro) for micro in micros]).sum(0)
+    together = world.add_up(torch.cat((own, counts)))
+    units, counts = together[: len(own)], together[len(own) :]
+    # FSDP averages gradients over processes; here they are parts of one sum.
+    weights = objective.weigh(units) * world.size
+    pair.student.train()
+    sums = torch.zeros_like(units)
+    for micro in micros:
+        sums += objective.sums(pair, micro, weights)
+    return world.add_up(sums), units, counts
+
+
+def _trouble(job: Job, loss: float, norm: float, sums: Tensor) -> str | None:
+    """Why the step must not be taken, or None."""
+    if not math.isfinite(loss):
+        bad = [t for t, s in zip(job.objective.terms, sums.tolist(), strict=True) if s != s]
+        return f"the loss is {loss}" + (f" in {bad[0]}" if bad else "")
+    if not math.isfinite(norm):
+        for name, parameter in job.pair.learning_parameters().items():
+            gradient = parameter.grad
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                return f"the gradient of {name} is not finite"
+        return f"the gradient norm is {norm}"
+    return None
+
+
+def _check_bad_share(job: Job, progress: Progress, batches: StepBatches) -> None:
+    seen = progress.samples + progress.bad_samples
+    share = progress.bad_samples / max(1, seen)
+    if share <= job.max_bad_share or (seen < MIN_SAMPLES_FOR_SHARE and progress.samples):
+        return
+    names = "; ".join(f"{sample.name}: {sample.reason}" for sample in batches.bad[:3])
+    raise DataError(
+        f"{progress.bad_samples} of {seen} samples could not be used, more than "
+        f"data.max_bad_share = {job.max_bad_share:g} allows; the last: {names}",
+        "see them all with `mmmamba data check`, or raise data.max_bad_share",
+    )
+
+
+def _with_held_out(
+    job: Job, parameters: Mapping[str, nn.Parameter], result: StepResult, progress: Progress
+) -> StepResult:
+    """The result with held-out numbers; the best student so far is kept aside."""
+    if job.held_out is None:
+        return result
+    job.pair.student.eval()
+    # Whole batches of one pass, so that nothing is scored twice.
+    steps = job.held_out.steps(0, max(1, len(job.held_out.corpus) // job.stage.batch_size))
+    found = evaluate(job.pair, job.objective, steps, job.world)
+    progress.held_out = {"step": progress.step, **found.as_dict()}
+    if progress.best_loss is None or found.loss < progress.best_loss:
+        progress.best_step, progress.best_loss = progress.step, found.loss
+        job.states.save(BEST, parameters, None, state_record(progress, job.settings))
+    return StepResult(**{**vars(result), "held_out": found})
+
+
+def _save(
+    job: Job,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.AdamW,
+    progress: Progress,
+) -> int:
+    name = job.states.path(progress.step).name
+    job.states.save(name, parameters, optimiser, state_record(progress, job.settings))
+    job.states.drop_older(progress.step)
+    return progress.step
+
+
+def _is_due(every: int | None, step: int, last: int) -> bool:
+    return step == last or (every is not None and step % every == 0)
+
+
+def _any(world: World, flag: bool) -> bool:
+    """Whether any process says so, so that all of them act alike."""
+    return bool(world.add_up(torch.tensor(float(flag))) > 0)
+
+
+def _peak_memory(world: World) -> float | None:
+    if world.device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(world.device) / 2**30

@@ -1,0 +1,97 @@
+"""What a stage tells while it runs: one JSON line a step, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmmamba_cli.distill.loop import StepResult
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file; one that a crash cut short ends it."""
+    if not file.is_file():
+        return
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+
+def metrics_row(result: StepResult) -> dict[str, Any]:
+    """A step as a flat row: held-out numbers under `held_out/...`, terms as a mapping."""
+    row = {
+        "step": result.step,
+        "loss": result.loss,
+        "learning_rate": result.learning_rate,
+        "gradient_norm": result.gradient_norm,
+        "tokens": result.tokens,
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "terms": dict(result.terms),
+    }
+    if result.memory_gib is not None:
+        row["memory_gib"] = round(result.memory_gib, 3)
+    if result.bad:
+        row["bad_samples"] = list(result.bad)
+    if result.skipped is not None:
+        row["skipped"] = result.skipped
+    if result.held_out is not None:
+        row |= {f"held_out/{key}": value for key, value in result.held_out.as_dict().items()}
+    return row
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`; lines after the step that is resumed from are dropped first."""
+
+    def __init__(self, folder: Path, resumed_step: int, name: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / METRICS
+        kept = [row for row in read_metrics(self.file) if row["step"] <= resumed_step]
+        partial = folder / f".{METRICS}.partial"
+        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        partial.replace(self.file)
+        self._handle = self.file.open("a", encoding="utf-8")
+        self._board = _tensorboard(folder, resumed_step)
+        self._name = name
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._handle.write(_line(row))
+        self._handle.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "step":
+                    self._board.add_scalar(f"{self._name}/{key}", value, row["step"])
+
+    def close(self) -> None:
+        self._handle.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: the word stands for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return value
+
+
+def _tensorboard(folder: Path, resumed_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)

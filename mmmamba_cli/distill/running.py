@@ -1,0 +1,284 @@
+"""One stage of a run, from its parent product to its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, expected_tensors
+from mmmamba_cli.data import StepLoader, open_corpus
+from mmmamba_cli.distill.learning import learning_names
+from mmmamba_cli.distill.loop import Job, Report, StepResult, train
+from mmmamba_cli.distill.memory import out_of_memory
+from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row
+from mmmamba_cli.distill.optimiser import whole
+from mmmamba_cli.distill.pair import load_pair
+from mmmamba_cli.distill.planning import is_final, stage_product
+from mmmamba_cli.distill.resume import check_settings, settings_of
+from mmmamba_cli.distill.stages import objective_of
+from mmmamba_cli.distill.state import BEST, Progress, StateFolder
+from mmmamba_cli.distributed import World, shard_mixers
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
+from mmmamba_cli.runs import Draft, Manifest, Parent, Run, open_processor, write_product
+
+TRAINING = "training"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the caller sees and says while a stage runs; every method may do nothing."""
+
+    # A line of text: what is being done, what was found.
+    say: Callable[[str], None]
+    # Called once with the stage and the names of what learns, before the first step.
+    begin: Callable[[Stage, Mapping[str, Tensor], Progress], None]
+    report: Report
+    wants_to_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller decides beside the recipe."""
+
+    teacher: Path | None = None
+    overwrite: bool = False
+    # Resume although the settings have changed.
+    force: bool = False
+
+
+def run_stage(
+    run: Run,
+    parent: Manifest,
+    recipe: Recipe,
+    stage: Stage,
+    world: World,
+    options: Options,
+    watch: Watch,
+) -> Manifest:
+    """Train one stage and write its product, or return the product if it is there already.
+
+    Continues from the newest training state. The caller holds the run's lock. Raises `RunError` if
+    parent, teacher or state do not fit, and `Stopped` if the user asked to stop.
+    """
+    name = stage_product(parent, stage)
+    done = world.on_main(lambda: _done_already(run, name, parent, stage, options))
+    if done is not None:
+        watch.say(f"{name} is there already")
+        return done
+    teacher, student = run.open_teacher(options.teacher), run.open_product(parent.name)
+    learning = learning_names(stage, student.config, list(expected_tensors(student.config)))
+    loader, held_out = _loaders(student, recipe, stage, world)
+    states = StateFolder(run.folder / TRAINING / name, world)
+    if options.overwrite:
+        states.clear()
+    world.wait()
+    settings = settings_of(recipe, stage, parent)
+    progress = _newest(states, settings, options, watch)
+    world.on_main(lambda: _verify(run, teacher, parent, watch))
+    watch.say(f"loading teacher and student ({len(learning)} tensors learn)")
+    pair = load_pair(
+        teacher,
+        student,
+        learning,
+        product_dtype=getattr(torch, parent.dtype),
+        precision=stage.precision,
+        device=world.device,
+    )
+    objective = objective_of(stage, student.config, learning)
+    watch.begin(stage, pair.learning_parameters(), progress)
+    entries = ("mix", "mixing_matrix") if objective.layer_local else ()
+    shard_mixers([block.mixer for block in pair.student.model.blocks], world, entries)
+    job = Job(
+        stage=stage,
+        pair=pair,
+        objective=objective,
+        loader=loader,
+        held_out=held_out,
+        max_bad_share=recipe.data.max_bad_share,
+        seed=recipe.seed,
+        world=world,
+        states=states,
+        settings=settings,
+    )
+    progress = _train(job, progress, recipe, watch)
+    made = _Made(run, name, parent, recipe, stage, student, options)
+    return _write(made, job, progress, watch)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a product is made from, for writing it."""
+
+    run: Run
+    name: str
+    parent: Manifest
+    recipe: Recipe
+    stage: Stage
+    student: Checkpoint
+    options: Options
+
+
+def _done_already(
+    run: Run, name: str, parent: Manifest, stage: Stage, options: Options
+) -> Manifest | None:
+    """The stage's product, if made from this parent. Raises `RunError` if made from another."""
+    if options.overwrite or name not in run.products():
+        return None
+    product = run.product(name)
+    origin = next((p.content_hash for p in product.parents if p.role == "student"), None)
+    if origin == parent.content_hash and product.stages[-1:] == (stage.name,):
+        return product
+    raise RunError(
+        f"{run.folder} already has a product {name!r}, made from another parent than "
+        f"{parent.name!r} as it is now",
+        "replace it with --overwrite, or choose another --run",
+    )
+
+
+def _verify(run: Run, teacher: Checkpoint, parent: Manifest, watch: Watch) -> None:
+    watch.say(f"checking teacher and {parent.name} against their hashes")
+    run.verify_teacher(teacher)
+    run.verify_product(parent.name)
+
+
+def _loaders(
+    student: Checkpoint, recipe: Recipe, stage: Stage, world: World
+) -> tuple[StepLoader, StepLoader | None]:
+    """Batches to learn from, and held-out ones if the recipe names any."""
+    data = recipe.data
+    if data.train is None:
+        raise RunError(
+            "there is nothing to learn from: the recipe's data.train is null",
+            "name conversations with --data FILE (and --image-root FOLDER), or in the recipe",
+        )
+    processor = open_processor(student)
+    if processor is None:
+        raise RunError(
+            f"{student.path} has no tokenizer, so conversations cannot be read",
+            "seed again with --tokenizer FILE",
+        )
+
+    def loader(source: str, shuffle: bool) -> StepLoader:
+        return StepLoader(
+            open_corpus(source, None if data.image_root is None else Path(data.image_root)),
+            processor,
+            batch_size=stage.batch_size,
+            accumulation=stage.accumulation,
+            max_length=stage.max_length or data.max_length,
+            batching=data.batching,
+            shuffle=shuffle,
+            seed=recipe.seed if data.shuffle_seed is None else data.shuffle_seed,
+            max_tiles=data.max_tiles,
+            workers=data.workers,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
+    held_out = None if data.held_out is None else loader(data.held_out, False)
+    return loader(data.train, data.shuffle), held_out
+
+
+def _newest(
+    states: StateFolder, settings: Mapping[str, Any], options: Options, watch: Watch
+) -> Progress:
+    """How far the newest complete state is; the beginning if there is none."""
+    for name in states.half_written():
+        watch.say(f"ignored: {states.folder / name} was not written to its end")
+    steps = states.steps()
+    if not steps:
+        return Progress()
+    record = states.record(states.path(steps[-1]).name)
+    check_settings(record["settings"], settings, options.force)
+    watch.say(f"resuming after step {steps[-1]}")
+    return Progress(**record["progress"])
+
+
+def _train(job: Job, progress: Progress, recipe: Recipe, watch: Watch) -> Progress:
+    log = (
+        MetricsLog(job.states.folder, progress.step, job.stage.name) if job.world.is_main else None
+    )
+
+    def report(result: StepResult) -> None:
+        if log is not None:
+            log.write(metrics_row(result))
+        watch.report(result)
+
+    try:
+        return train(job, progress, report, watch.wants_to_stop)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(job.stage, recipe, progress, error) from error
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _write(made: _Made, job: Job, progress: Progress, watch: Watch) -> Manifest:
+    """The product, the best student beside it if that is another, and the end of the states."""
+    run, name = made.run, made.name
+    manifest = _write_one(made, job, progress, name, watch)
+    best = progress.best_step
+    if best is not None and best != progress.step:
+        job.states.load(BEST, job.pair.learning_parameters(), None)
+        note = f"the student at step {best}, where the held-out loss was lowest"
+        _write_one(made, job, progress, f"{name}-best", watch, note)
+    if job.world.is_main:
+        run.set_current(name)
+        log = job.states.folder / METRICS
+        atomic_write_text(run.product_folder(name) / METRICS, log.read_text(encoding="utf-8"))
+    job.world.wait()
+    job.states.clear()
+    return manifest
+
+
+def _write_one(
+    made: _Made, job: Job, progress: Progress, name: str, watch: Watch, note: str | None = None
+) -> Manifest:
+    """Gather the master weights on process 0 and write them with what stayed as it was."""
+    watch.say(f"writing {name}")
+    learned: dict[str, Tensor] = {}
+    for key, parameter in job.pair.learning_parameters().items():
+        tensor = whole(parameter.detach())
+        if job.world.is_main:
+            learned[key] = tensor.cpu()
+    student, parent = made.student, made.parent
+
+    def read(key: str) -> Tensor:
+        return learned[key] if key in learned else student.read(key)
+
+    def parents() -> tuple[Parent, ...]:
+        record = made.run.record.teacher
+        return (
+            Parent("student", parent.name, parent.content_hash),
+            Parent("teacher", record.path, record.content_hash),
+        )
+
+    kept = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
+    draft = Draft(
+        name=name,
+        made_by="distill",
+        config=student.config,
+        shapes={**expected_tensors(student.config), **kept},
+        read=read,
+        origin=student,
+        dtype=getattr(torch, parent.dtype),
+        recipe=dump_recipe(made.recipe),
+        parents=parents,
+        stages=(*parent.stages, made.stage.name),
+        notes=(*parent_notes(parent, made.stage), *([note] if note else [])),
+        final=is_final(made.stage),
+        metrics=vars(progress),
+    )
+    return job.world.on_main(
+        lambda: write_product(made.run, draft, overwrite=made.options.overwrite or note is not None)
+    )
+
+
+def parent_notes(parent: Manifest, stage: Stage) -> tuple[str, ...]:
+    """The parent's notes that are still true."""
+    return tuple(n for n in parent.notes if not (is_final(stage) and n.startswith("not yet")))

@@ -1,0 +1,174 @@
+"""Training states on disk: complete or not there, readable by any number of processes.
+
+A state is a folder `step-NNNNNNNN` of torch.distributed.checkpoint files (master weights and
+AdamW's moments by parameter name) with `state.json`, which says how far the stage had come.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from mmmamba_cli.checkpoint import atomic_folder
+from mmmamba_cli.distributed import World
+from mmmamba_cli.errors import RunError
+
+STATE = "state.json"
+FOLDER = re.compile(r"step-(\d{8})")
+BEST = "best"
+
+
+@dataclass
+class Progress:
+    """How far a stage has come; `step` is the number of steps done."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    bad_samples: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    # The first held-out numbers and the last, and what else the product's manifest should tell.
+    held_out: dict[str, Any] = field(default_factory=dict)
+
+
+class StateFolder:
+    """Where the training states of one stage lie."""
+
+    def __init__(self, folder: Path, world: World):
+        self.folder = folder
+        self.world = world
+
+    def steps(self) -> list[int]:
+        """Steps of the complete states, ascending."""
+        if not self.folder.is_dir():
+            return []
+        found = [FOLDER.fullmatch(p.name) for p in self.folder.iterdir() if (p / STATE).is_file()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def half_written(self) -> list[str]:
+        """Names of folders that a crash left incomplete; they are never read."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(
+            p.name
+            for p in self.folder.iterdir()
+            if p.is_dir() and (p.name.startswith(".") or not (p / STATE).is_file())
+        )
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        optimiser: torch.optim.Optimizer | None,
+        record: Mapping[str, Any],
+    ) -> None:
+        """Write one state under `name`, all processes together; an old one of that name goes."""
+        with self._writing(self.folder / name) as partial, _without_advice():
+            dcp.save(
+                _tensors(parameters, optimiser),
+                checkpoint_id=str(partial),
+                no_dist=self.world.size == 1,
+            )
+            if self.world.is_main:
+                text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+                (partial / STATE).write_text(text, encoding="utf-8")
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The contents of `state.json`. Raises `RunError` if it is damaged."""
+        file = self.folder / name / STATE
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{file} cannot be read: {error}", "remove its folder; an older state is taken then"
+            ) from error
+
+    def load(
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        optimiser: torch.optim.Optimizer | None,
+    ) -> None:
+        """Read a state into parameters and optimiser. Raises `RunError` if it is damaged."""
+        tensors = _tensors(parameters, optimiser)
+        try:
+            with _without_advice():
+                dcp.load(
+                    tensors,
+                    checkpoint_id=str(self.folder / name),
+                    no_dist=self.world.size == 1,
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
+            raise RunError(
+                f"the training state {self.folder / name} cannot be read: {error}",
+                "remove its folder; the stage then goes on from an older state or begins anew",
+            ) from error
+
+    def drop_older(self, keep: int) -> None:
+        """Remove states of steps before `keep`."""
+        if self.world.is_main:
+            for step in self.steps():
+                if step < keep:
+                    shutil.rmtree(self.path(step))
+
+    def clear(self) -> None:
+        """Remove the whole folder."""
+        if self.world.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self, target: Path) -> Iterator[Path]:
+        """An atomic folder that all processes write into; process 0 puts it in place."""
+        if self.world.size == 1:
+            with atomic_folder(target, overwrite=True) as partial:
+                yield partial
+            return
+        if self.world.is_main:
+            with atomic_folder(target, overwrite=True) as partial:
+                self.world.on_main(lambda: str(partial))
+                yield partial
+                self.world.wait()
+        else:
+            yield Path(self.world.on_main(str))
+            self.world.wait()
+        self.world.wait()
+
+
+def state_record(progress: Progress, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `state.json` holds: how far, and under which settings."""
+    return {"format": 1, "progress": asdict(progress), "settings": dict(settings)}
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Quiet about what a single process is told each time: that it is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _tensors(
+    parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer | None
+) -> dict[str, Any]:
+    tensors: dict[str, Any] = {"master": {n: p.detach() for n, p in parameters.items()}}
+    if optimiser is not None:
+        tensors["adamw"] = {n: optimiser.state[p] for n, p in parameters.items()}
+    return tensors

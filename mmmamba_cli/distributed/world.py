@@ -1,0 +1,98 @@
+"""The processes of a run. A single process is a world of one, without a process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mmmamba_cli.errors import MmmambaError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; `mesh` is None where there is only one."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum over all processes of a CPU tensor, the same on each."""
+        total = values.detach().cpu().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on process 0, on every process; its MmmambaError is raised on each.
+
+        So nobody waits for a process that has given up.
+        """
+        if self.size == 1:
+            return work()
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = work()
+            except BaseException as error:
+                box[1] = error if isinstance(error, MmmambaError) else MmmambaError(str(error))
+                dist.broadcast_object_list(box, src=0)
+                raise
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+
+@contextmanager
+def join_world(device: str | None = None) -> Iterator[World]:
+    """The world torchrun describes in the environment, or a world of one.
+
+    `device` is "cpu", "cuda" or None for the best there is; with several processes each takes the
+    GPU of its local rank. CPU tensors go over gloo, GPU tensors over nccl.
+
+    Raises `MmmambaError` if a GPU is asked for and there is none.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise MmmambaError("--device cuda: this machine has no GPU that torch can use")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(torch.device(kind))
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    own = torch.device("cuda", local) if kind.startswith("cuda") else torch.device("cpu")
+    if own.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise MmmambaError(
+                f"process {local} of this machine has no GPU of its own: there are {gpus}",
+                "start torchrun with --nproc-per-node of at most that",
+            )
+        torch.cuda.set_device(own)
+    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size)
+    try:
+        yield World(own, rank, size, init_device_mesh(own.type, (size,)))
+    finally:
+        dist.destroy_process_group()

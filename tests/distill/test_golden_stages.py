@@ -1,0 +1,112 @@
+"""Losses and gradients against those computed with the method's reference implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from distilling import batch_of, pair_of
+from safetensors.torch import load_file
+from small import distance
+from test_golden_logits import MIXER, TOLERANCE, student
+from torch import Tensor
+
+import mmmamba_cli
+from mmmamba_cli.distill.layerwise import Layerwise
+from mmmamba_cli.distill.learning import learning_names
+from mmmamba_cli.distill.logits_kl import LogitsKL
+from mmmamba_cli.distill.mixer_mse import MixerMSE
+from mmmamba_cli.distill.pair import Pair
+from mmmamba_cli.distill.stages import objective_of
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.recipe import load_recipe
+
+
+def our_name(foreign: str, first: int) -> str:
+    """Our full name of a reference parameter; `first` is the number of embedding layers."""
+    stack, _, rest = foreign.partition(".layers." if "language" in foreign else ".encoder.")
+    number, _, parameter = rest.partition(".attention.")
+    layer = int(number) + (first if stack.startswith("language") else 0)
+    return f"model.layers.{layer}.mixer.{MIXER[parameter]}"
+
+
+def golden_gradients(golden: dict[str, Tensor], prefix: str, first: int) -> dict[str, Tensor]:
+    return {
+        our_name(key.removeprefix(prefix), first): value
+        for key, value in golden.items()
+        if key.startswith(prefix)
+    }
+
+
+def golden_pair(case: Path, stage: str, attention: list[int]) -> Pair:
+    """Teacher and golden student in fp32; what learns is what the paper's recipe says."""
+    model = student(case, attention)
+    if stage == "stage2":
+        overlay(model, load_file(case / "stage2_qkv.safetensors"))
+    settings = load_recipe("mmmamba-hybrid", overrides={"stages.stage3.trainable": "paper"}).stages[
+        int(stage[-1]) - 1
+    ]
+    names = learning_names(settings, model.config, [n for n, _ in model.named_parameters()])
+    return pair_of(mmmamba_cli.load(str(case)), model, names)
+
+
+def overlay(model: HolisticVLM, tensors: dict[str, Tensor]) -> None:
+    first = model.config.num_embedding_layers
+    state = {our_name(name, first): value for name, value in tensors.items()}
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+
+
+def compare(pair: Pair, expected: dict[str, Tensor]) -> None:
+    """Every gradient the reference has, and none that it has not."""
+    gradients = {n: p.grad for n, p in pair.student.named_parameters() if p.grad is not None}
+    assert set(gradients) == set(expected)
+    for name, value in expected.items():
+        assert distance(gradients[name], value) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_golden_mixer_stages(golden_case: Path, stage: str) -> None:
+    golden = load_file(golden_case / "golden.safetensors")
+    pair = golden_pair(golden_case, stage, [])
+    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
+    settings = load_recipe("mmmamba-linear").stages[int(stage[-1]) - 1]
+    objective = objective_of(settings, pair.student.config, pair.learning)
+    assert isinstance(objective, Layerwise)
+    assert isinstance(objective.loss, MixerMSE)
+    units = objective.count(pair, batch)
+    weights = objective.weigh(units)
+    sums = objective.sums(pair, batch, weights)
+    assert distance((weights * sums).sum(), golden[f"{stage}.loss"]) <= TOLERANCE
+    assert distance(sums / units, golden[f"{stage}.per_layer_mse"]) <= TOLERANCE
+    expected = golden_gradients(golden, f"{stage}.grad.", pair.student.config.num_embedding_layers)
+    if stage == "stage2":
+        # The reference's file lists the gradients that stage 2 adds; the others learn as well.
+        learning = dict(pair.student.named_parameters())
+        for name in set(pair.learning) - set(expected):
+            assert learning[name].grad is not None
+            learning[name].grad = None
+    compare(pair, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+def test_golden_stage3(golden_case: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = load_file(golden_case / "golden.safetensors")
+    kept = golden["stage3.hybrid.softmax_layers"].tolist() if kind == "hybrid" else []
+    pair = golden_pair(golden_case, "stage3", kept)
+    # Several chunks of logits, the last of them shorter.
+    monkeypatch.setattr("mmmamba_cli.distill.logits_kl.CHUNK_ELEMENTS", 300 * 20)
+    pair.student.train()
+    pair.student.model.gradient_checkpointing = True
+    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
+    settings = load_recipe(
+        "mmmamba-linear", overrides={"stages.stage3.kl.reduction": "paper"}
+    ).stages[2]
+    objective = objective_of(settings, pair.student.config, pair.learning)
+    assert isinstance(objective, LogitsKL)
+    weights = objective.weigh(objective.count(pair, batch))
+    sums = objective.sums(pair, batch, weights)
+    assert distance((weights * sums).sum(), golden[f"stage3.{kind}.kl"]) <= TOLERANCE
+    expected = golden_gradients(
+        golden, f"stage3.{kind}.grad.", pair.student.config.num_embedding_layers
+    )
+    compare(pair, expected)

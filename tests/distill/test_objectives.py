@@ -1,0 +1,226 @@
+"""Losses: however a batch is laid out, the same sums and the same gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distilling import RandomLoader, batch_of, packed, padded, pair_of
+from small import IMAGE_ID, distance, prompt, small_model
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+
+from mmmamba_cli.data import IGNORED, Batch
+from mmmamba_cli.distill.learning import learning_names
+from mmmamba_cli.distill.logits_kl import LogitsKL, divergence
+from mmmamba_cli.distill.objective import Objective
+from mmmamba_cli.distill.pair import Pair
+from mmmamba_cli.distill.stages import objective_of
+from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.recipe import KL, Stage
+
+LOSSES = ("mixer-mse", "matrix-orientation", "hidden-alignment", "kl")
+ROWS = RandomLoader(IMAGE_ID, batch_size=4).samples(0)
+
+
+def stage(loss: str, **settings: Any) -> Stage:
+    inputs = "student" if loss == "kl" else settings.pop("inputs", "teacher")
+    return Stage(
+        name="s", learns="new+qkv", loss=loss, inputs=inputs, steps=4, batch_size=4, lr=1e-3,
+        **settings,
+    )  # fmt: skip
+
+
+def make_pair(plan: str = "mmmm", **options: Any) -> Pair:
+    """A random teacher, and a student of another seed that shares what both have, in fp64."""
+    teacher, student = small_model("a" * len(plan)), small_model(plan, seed=1, **options)
+    shared = {n: t for n, t in teacher.state_dict().items() if ".mixer." not in n}
+    student.load_state_dict(shared, strict=False)
+    names = [name for name, _ in student.named_parameters()]
+    learning = learning_names(stage("kl"), student.config, names)
+    return pair_of(teacher.double(), student.double(), learning)
+
+
+def gradients(objective: Objective, pair: Pair, batches: list[Batch]) -> tuple[float, Tensor]:
+    """The loss of the global batch that `batches` make up, and its gradient as one vector."""
+    parameters = pair.learning_parameters()
+    for parameter in parameters.values():
+        parameter.grad = None
+    units = torch.stack([objective.count(pair, batch) for batch in batches]).sum(0)
+    weights = objective.weigh(units)
+    loss = sum((weights * objective.sums(pair, batch, weights)).sum() for batch in batches)
+    return float(loss), flat_gradient(pair)
+
+
+def flat_gradient(pair: Pair) -> Tensor:
+    """Matrix orientation reaches neither gate nor norm: their gradient is none, that is zero."""
+    parameters = pair.learning_parameters().values()
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts_agree(loss: str) -> None:
+    pair = make_pair()
+    objective = objective_of(stage(loss), pair.student.config, pair.learning)
+    alone, gradient = gradients(objective, pair, [batch_of(row[None]) for row in ROWS])
+    ids, mask = padded(ROWS)
+    layouts = {
+        "padded": [batch_of(ids, mask=mask)],
+        "packed": [packed(ROWS)],
+        "in two parts": [packed(ROWS[:3]), packed(ROWS[3:])],
+        "with a blank part": [
+            packed(ROWS),
+            batch_of(ids[:1, :2], mask=torch.zeros(1, 2, dtype=torch.bool), samples=0),
+        ],
+    }
+    for name, batches in layouts.items():
+        other, its_gradient = gradients(objective, pair, batches)
+        assert other == pytest.approx(alone, rel=1e-10), name
+        assert distance(its_gradient, gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("shuffle", ["pre", "post"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_image_rows_weigh_by_their_columns(loss: str, shuffle: str) -> None:
+    teacher, student = small_model("aaaa", shuffle), small_model("mmmm", shuffle, seed=1)
+    names = [name for name, _ in student.named_parameters()]
+    learning = learning_names(stage(loss), student.config, names)
+    pair = pair_of(teacher.double(), student.double(), learning)
+    objective = objective_of(stage(loss), student.config, pair.learning)
+    (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
+    alone, gradient = gradients(objective, pair, [batch_of(one, pixels), batch_of(two)])
+    ids, mask = padded([one[0], two[0]])
+    together, its_gradient = gradients(objective, pair, [batch_of(ids, pixels, mask=mask)])
+    assert together == pytest.approx(alone, rel=1e-10)
+    assert distance(its_gradient, gradient) < 1e-10
+
+
+@pytest.mark.parametrize("mask", ["all", "answer"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_divergence_against_plain_distributions(
+    mask: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunked loss and its gradient against the definition over whole logits."""
+    monkeypatch.setattr("mmmamba_cli.distill.logits_kl.CHUNK_ELEMENTS", 96 * 3)
+    pair = make_pair("amma")
+    settings = KL(mask=mask, direction=direction, temperature=1.7, ce_weight=0.25)
+    objective = LogitsKL(settings, scale=2.0)
+    ids, labels = torch.stack([ROWS[0][:3], ROWS[1][:3]]), torch.full((2, 3), IGNORED)
+    labels[0, 2], labels[1, 1:] = ids[0, 2], ids[1, 1:]
+    loss, gradient = gradients(objective, pair, [batch_of(ids, labels=labels)])
+
+    for parameter in pair.learning_parameters().values():
+        parameter.grad = None
+    theirs, ours = (m(ids, use_cache=False).logits for m in (pair.teacher, pair.student))
+    p, q = (Categorical(logits=x / 1.7) for x in (theirs, ours))
+    middle = Categorical(probs=(p.probs + q.probs) / 2)
+    values = {
+        "forward": lambda: kl_divergence(p, q),
+        "reverse": lambda: kl_divergence(q, p),
+        "jsd": lambda: (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2,
+    }[direction]() * 1.7**2
+    scored = torch.ones(2, 3, dtype=torch.bool)
+    if mask == "answer":
+        scored = torch.tensor([[False, True, False], [True, True, False]])
+    nll = torch.nn.functional.cross_entropy(
+        ours[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
+    expected = 2.0 * (0.75 * values[scored].mean() + 0.25 * nll)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert distance(gradient, flat_gradient(pair)) < 1e-5
+
+
+def test_paper_reduction_divides_by_samples() -> None:
+    pair = make_pair()
+    token = LogitsKL(KL(), 1.0)
+    paper = LogitsKL(KL(reduction="paper"), 1.0)
+    batch = packed(ROWS)
+    mean, _ = gradients(token, pair, [batch])
+    summed, _ = gradients(paper, pair, [batch])
+    assert summed == pytest.approx(mean * batch.num_tokens / 4, rel=1e-6)
+
+
+def test_a_divergence_of_equal_logits_is_zero() -> None:
+    logits = torch.randn(5, 7)
+    for direction in ("forward", "reverse", "jsd"):
+        assert divergence(logits, logits, direction, 0.5).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+def test_whose_hidden_states(inputs: str) -> None:
+    """The last layer's loss, against mixers run by hand on whole forward passes."""
+    pair = make_pair()
+    settings = stage("mixer-mse", inputs=inputs)
+    objective = objective_of(settings, pair.student.config, pair.learning)
+    batch = batch_of(ROWS[0][None])
+    source = pair.teacher if inputs == "teacher" else pair.student
+    seen: list[tuple[Tensor, Columns]] = []
+    mixer = source.model.layers[3].mixer
+    handle = mixer.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    source(batch.input_ids, use_cache=False)
+    handle.remove()
+    outputs = [m.model.layers[3].mixer.mix(*seen[0]) for m in (pair.teacher, pair.student)]
+    expected = (outputs[0] - outputs[1]).square().sum()
+    assert objective.sums(pair, batch, None)[3] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_attention_layers_of_a_hybrid_have_no_loss() -> None:
+    pair = make_pair("mama")
+    objective = objective_of(stage("mixer-mse"), pair.student.config, pair.learning)
+    assert objective.terms == ("layer 0", "layer 2")
+    gradients(objective, pair, [batch_of(ROWS[0][None])])
+
+
+@pytest.mark.parametrize("loss", ["mixer-mse", "matrix-orientation", "hidden-alignment"])
+def test_no_gradient_crosses_layers(loss: str) -> None:
+    """A layer's gradient does not depend on what the student's other layers are."""
+    pair = make_pair()
+    objective = objective_of(stage(loss), pair.student.config, pair.learning)
+    gradients(objective, pair, [batch_of(ROWS[0][None])])
+    before = pair.student.model.layers[2].mixer.k_proj.weight.grad.clone()
+    with torch.no_grad():
+        for layer in (0, 1, 3):
+            pair.student.model.layers[layer].mixer.k_proj.weight.mul_(2)
+    gradients(objective, pair, [batch_of(ROWS[0][None])])
+    assert torch.equal(pair.student.model.layers[2].mixer.k_proj.weight.grad, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": True, "qk_norm": True}])
+@torch.no_grad()
+def test_mixing_matrices_mix_as_the_mixers_do(options: dict[str, bool]) -> None:
+    """Matrix times values is the read-out, padding and packing included."""
+    model = small_model("am", **options)
+    ids, mask = padded([torch.cat(ROWS[:2]), ROWS[2]])
+    seq_idx = torch.zeros_like(ids)
+    seq_idx[0, len(ROWS[0]) :] = 1
+    columns = model.model.prepare(ids, attention_mask=mask, seq_idx=seq_idx).language
+    hidden = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(0))
+    attention, mamba = model.model.layers[0].mixer, model.model.layers[1].mixer
+    _, _, v = attention.queries_keys_values(hidden, columns)
+    mixed = read_out(attention.mixing_matrix(hidden, columns), v).flatten(2)
+    assert distance(mixed[mask], attention.mix(hidden, columns)[mask]) < 1e-5
+    v, _, _, _ = mamba.values_keys_queries(hidden, columns)
+    # The gate at 0 gives silu(0) = 0, so it is opened, and the norm's scale is taken back.
+    mamba.g_proj.weight.zero_()
+    y = read_out(mamba.mixing_matrix(hidden, columns), v)
+    normed = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
+    seen: list[Tensor] = []
+    import mmmamba_cli.model.mamba2 as module
+
+    original = module.gated_rms_norm
+    module.gated_rms_norm = lambda y, *rest: seen.append(y) or original(y, *rest)
+    try:
+        mamba.mix(hidden, columns)
+    finally:
+        module.gated_rms_norm = original
+    assert distance(y[mask], seen[0][mask]) < 1e-5
+    assert normed.isfinite().all()
+
+
+def read_out(matrix: Tensor, v: Tensor) -> Tensor:
+    groups = matrix.shape[1] // v.shape[2]
+    return torch.einsum("bhts,bshp->bthp", matrix, v.repeat_interleave(groups, dim=2))

@@ -1,0 +1,54 @@
+"""Run as one of several processes: train a small stage and print what each step gave, as JSON.
+
+Arguments: folder, loss, total steps, step to stop after (0 for none), "packed" or "padded".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from distilling import make_job
+
+from mmmamba_cli.distill.loop import Stopped, train
+from mmmamba_cli.distill.optimiser import whole
+from mmmamba_cli.distill.state import Progress
+from mmmamba_cli.distributed import join_world
+
+
+def main() -> None:
+    folder, loss, steps, stop_at, layout = sys.argv[1:]
+    torch.set_num_threads(1)
+    with join_world("cpu") as world:
+        job = make_job(
+            Path(folder),
+            loss,
+            steps=int(steps),
+            batch_size=5,
+            # Small, so that rounding is not amplified over the steps.
+            lr=1e-3,
+            world=world,
+            packed=layout == "packed",
+            dtype=torch.float64,
+        )
+        progress, rows = Progress(), []
+        if job.states.steps():
+            newest = job.states.path(job.states.steps()[-1]).name
+            progress = Progress(**job.states.record(newest)["progress"])
+        with suppress(Stopped):
+            train(
+                job,
+                progress,
+                lambda result: rows.append([result.step, result.loss, result.gradient_norm]),
+                lambda: progress.step == int(stop_at),
+            )
+        learned = job.pair.learning_parameters()
+        total = {name: float(whole(p.detach()).abs().sum()) for name, p in learned.items()}
+        if world.is_main:
+            print(json.dumps({"steps": rows, "learned": total, "tokens": progress.tokens}))
+
+
+main()
