@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WORDS = "a red cat sits on the old wooden table near two green apples and one blue bird".split()
+WORDS = ("a", "red", "cat", "sits", "on", "the", "old", "table", "near", "green", "apples")
 
 
 def write_conversations(folder: Path, samples: int, seed: int = 0, name: str = "train") -> Path:
