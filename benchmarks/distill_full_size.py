@@ -1,0 +1,291 @@
+"""Distillation steps at HoVLE-2.6B size on one GPU, beside the reference's way of doing them.
+
+    python benchmarks/distill_full_size.py [--length 8192] [--out FILE]
+
+Random weights, one row of text of the given length. "ours" are the stages as `mmmamba distill` runs
+them. "transcription" does what the reference code does, with the same mixers and the same scan: the
+teacher's attention as a T x T matrix, one graph over all layers and one backward, whole logits in
+fp32. If it runs out of memory, half the length is tried, and so on; ours is measured at each of
+these lengths too. Before any timing, both ways must give the same losses and gradients. Prints one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+import mmmamba_cli
+from mmmamba_cli.checkpoint import hovle
+from mmmamba_cli.data import Batch
+from mmmamba_cli.distill.learning import learning_names
+from mmmamba_cli.distill.optimiser import build_optimiser, clip
+from mmmamba_cli.distill.pair import Pair
+from mmmamba_cli.distill.stages import objective_of
+from mmmamba_cli.model import FP32_PARAMETERS, LINEAR, HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS
+from mmmamba_cli.recipe import Stage, load_recipe
+from mmmamba_cli.seed.mimic import initial_value
+
+WARMUP, REPEATS = 2, 5
+GIB = 2**30
+
+
+def random_model(config: HolisticVLMConfig, device: str) -> HolisticVLM:
+    """bf16 weights, norms near one and in fp32, as a loaded checkpoint has them."""
+    with torch.device("meta"):
+        model = HolisticVLM(config)
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        small = any(part in FP32_PARAMETERS for part in name.split("."))
+        dtype = torch.float32 if small else torch.bfloat16
+        values = torch.empty(parameter.shape, device=device).normal_(std=0.02)
+        if "norm" in name:
+            values += 1
+        parameter.data = values.to(dtype)
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def make_pair(raw: dict[str, Any], stage: Stage, device: str, precision: str) -> Pair:
+    """A random teacher and its seeded linear student; frozen tensors are shared."""
+    torch.manual_seed(0)
+    teacher = random_model(hovle.to_config(raw), device)
+    if precision == "fp32":
+        teacher.float()
+    kinds = [LINEAR] * teacher.config.num_hidden_layers
+    config = HolisticVLMConfig.from_dict({**teacher.config.to_dict(), "layer_types": kinds})
+    with torch.device("meta"):
+        student = HolisticVLM(config)
+    theirs = dict(teacher.named_parameters())
+    names = learning_names(stage, config, [name for name, _ in student.named_parameters()])
+    for name, shape in [(n, tuple(p.shape)) for n, p in student.named_parameters()]:
+        owner, _, leaf = name.rpartition(".")
+        value = theirs.get(name)
+        if value is None:
+            first = initial_value(name, shape, "inherit+mimic", 0).to(device)
+            value = torch.nn.Parameter(first, requires_grad=False)
+        if name in names:
+            value = torch.nn.Parameter(value.detach().clone().float())
+        setattr(student.get_submodule(owner), leaf, value)
+    return Pair(teacher, student.eval(), precision, tuple(names))
+
+
+def text_batch(length: int, vocabulary: int, device: str) -> Batch:
+    rng = torch.Generator().manual_seed(length)
+    ids = torch.randint(1000, vocabulary - 1000, (1, length), generator=rng).to(device)
+    return Batch(ids, ids.clone(), None, None, None, 1, length)
+
+
+def transcribed_mixer_loss(pair: Pair, batch: Batch, scale: float) -> Tensor:
+    """Stages 1 and 2 the reference's way: one graph over all layers."""
+    decoder = pair.teacher.model
+    prompt = decoder.prepare(batch.input_ids)
+    hidden = decoder.embed(prompt)
+    losses = []
+    for index, block in enumerate(decoder.blocks):
+        columns = prompt.embedding if index < decoder.num_embedding_layers else prompt.language
+        if index == decoder.num_embedding_layers:
+            hidden = decoder.bridge(hidden, prompt)
+        normed = block.mixer_norm(hidden)
+        taught = materialised_attention(block.mixer, normed, columns)
+        learned = pair.student.model.blocks[index].mixer.mix(normed, columns)
+        losses.append(F.mse_loss(learned.float(), taught.float()))
+        hidden = block.finish(hidden, block.mixer.o_proj(taught))
+    return scale * torch.stack(losses).mean()
+
+
+def transcribed_kl(pair: Pair, batch: Batch) -> Tensor:
+    """Stage 3 the reference's way: whole logits of both, activations of all layers kept."""
+    prompt = pair.teacher.model.prepare(batch.input_ids)
+    with torch.no_grad():
+        decoder = pair.teacher.model
+        hidden = decoder.embed(prompt)
+        for index, block in enumerate(decoder.blocks):
+            columns = prompt.embedding if index < decoder.num_embedding_layers else prompt.language
+            if index == decoder.num_embedding_layers:
+                hidden = decoder.bridge(hidden, prompt)
+            mixed = materialised_attention(block.mixer, block.mixer_norm(hidden), columns)
+            hidden = block.finish(hidden, block.mixer.o_proj(mixed))
+        expected = pair.teacher.lm_head(decoder.norm(hidden)).float()
+    pair.student.model.gradient_checkpointing = False
+    actual = pair.student.lm_head(pair.student.model(prompt)).float()
+    p, q = (torch.log_softmax(x, dim=-1) for x in (expected, actual))
+    return F.kl_div(q, p, log_target=True, reduction="sum") / batch.num_tokens
+
+
+def materialised_attention(mixer: Any, hidden: Tensor, columns: Any) -> Tensor:
+    """softmax(q k^T / sqrt(P) + mask) v with the matrix in memory, softmax in fp32."""
+    q, k, v = (x.transpose(1, 2) for x in mixer.queries_keys_values(hidden, columns))
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    length = q.shape[2]
+    mask = torch.full((length, length), float("-inf"), device=q.device, dtype=q.dtype).triu(1)
+    scores = q @ k.transpose(2, 3) / mixer.head_dim**0.5 + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def ours(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
+    """Loss and gradients as the loop computes them."""
+    objective = objective_of(stage, pair.student.config, pair.learning)
+
+    def run(batch: Batch) -> float:
+        pair.student.train()
+        pair.student.model.gradient_checkpointing = not objective.layer_local
+        weights = objective.weigh(objective.count(pair, batch))
+        return float((weights * objective.sums(pair, batch, weights)).sum())
+
+    return run
+
+
+def transcription(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
+    def run(batch: Batch) -> float:
+        with pair.autocast():
+            if stage.loss == "kl":
+                loss = transcribed_kl(pair, batch)
+            else:
+                loss = transcribed_mixer_loss(pair, batch, stage.loss_scale)
+        loss.backward()
+        return float(loss)
+
+    return run
+
+
+def measure(pair: Pair, stage: Stage, compute: Callable[[Batch], float], batch: Batch) -> Any:
+    """Median seconds of a whole optimiser step, and the peak beyond what any step must hold."""
+    parameters = pair.learning_parameters()
+    optimiser = build_optimiser(stage, parameters)
+    owned = {id(p): p.nbytes for m in (pair.teacher, pair.student) for p in m.parameters()}
+    held = sum(owned.values()) + 3 * sum(p.nbytes for p in parameters.values())
+    seconds, loss = [], 0.0
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARMUP + REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = compute(batch)
+        clip(parameters, stage.optimiser.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[WARMUP:])
+    peak = torch.cuda.max_memory_allocated()
+    return {
+        "seconds": round(median, 4),
+        "spread": [round(min(seconds[WARMUP:]), 4), round(max(seconds[WARMUP:]), 4)],
+        "tokens_per_second": round(batch.num_tokens / median),
+        "peak_gib": round(peak / GIB, 2),
+        "beyond_weights_gradients_optimiser_gib": round((peak - held) / GIB, 2),
+        "loss": loss,
+    }
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or that it ran out of memory."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def gate(raw: dict[str, Any], stage: Stage, length: int) -> dict[str, float]:
+    """Both ways on one small batch in fp32: relative difference of loss and gradient."""
+    pair = make_pair(raw, stage, "cuda", "fp32")
+    batch = text_batch(length, pair.teacher.config.vocab_size, "cuda")
+    found = []
+    for compute in (ours(pair, stage), transcription(pair, stage)):
+        for parameter in pair.learning_parameters().values():
+            parameter.grad = None
+        loss = compute(batch)
+        grads = [p.grad.flatten().cpu() for p in pair.learning_parameters().values()]
+        found.append((loss, torch.cat(grads)))
+    (loss, gradient), (other, expected) = found
+    distance = float((gradient - expected).norm() / expected.norm())
+    result = {"loss": abs(loss - other) / abs(other), "gradient": distance}
+    if not max(result.values()) < 1e-3:
+        raise SystemExit(f"the two ways differ: {result}")
+    return result
+
+
+def compare(raw: dict[str, Any], stage: Stage, longest: int, compiled: bool) -> dict[str, Any]:
+    """Rows of both ways from `longest` down to the first length that the transcription survives."""
+    rows: dict[str, Any] = {}
+    length = longest
+    while length >= 256:
+        row = {}
+        for name, way in (("ours", ours), ("transcription", transcription)):
+            pair = make_pair(raw, stage, "cuda", "bf16")
+            batch = text_batch(length, pair.teacher.config.vocab_size, "cuda")
+            compute = way(pair, stage)
+            row[name] = attempt(lambda: measure(pair, stage, compute, batch))  # noqa: B023
+            del pair, compute
+            gc.collect()
+            torch.cuda.empty_cache()
+        if "seconds" in row["transcription"]:
+            ratio = row["transcription"]["seconds"] / row["ours"]["seconds"]
+            row["speed_ratio"] = round(ratio, 2)
+        rows[str(length)] = row
+        print(json.dumps({stage.name: {length: row}, "compiled_scan": compiled}), flush=True)
+        if "speed_ratio" in row:
+            break
+        length //= 2
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--stages", default="stage1,stage2,stage3")
+    parser.add_argument(
+        "--compile-scan", action="store_true", help="torch.compile the scan of both"
+    )
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    raw = hovle.ARCHITECTURES["hovle-2.6b"]
+    if given.compile_scan:
+        SCAN_BACKENDS["chunked"] = torch.compile(SCAN_BACKENDS["chunked"], dynamic=False)
+    stages = [s for s in load_recipe("mmmamba-linear").stages if s.name in given.stages]
+    gates = {stage.name: attempt(lambda s=stage: gate(raw, s, 512)) for stage in stages}
+    print(json.dumps({"gate": gates}), flush=True)
+    result = {
+        "what": "one optimiser step of distillation, HoVLE-2.6B shapes, random weights, batch 1",
+        "command": "python benchmarks/distill_full_size.py"
+        + (" --compile-scan" if given.compile_scan else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "mmmamba": mmmamba_cli.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seed": 0,
+        "precision": "bf16 autocast, fp32 masters",
+        "scan": "plain torch, compiled" if given.compile_scan else "plain torch, eager",
+        "gate_relative_differences": gates,
+        "rows": {s.name: compare(raw, s, given.length, given.compile_scan) for s in stages},
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    if given.out is not None:
+        given.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
