@@ -35,7 +35,6 @@ from mmmamba_cli.distill.optimiser import build_optimiser, clip
 from mmmamba_cli.distill.pair import Pair
 from mmmamba_cli.distill.stages import objective_of
 from mmmamba_cli.model import FP32_PARAMETERS, LINEAR, HolisticVLM, HolisticVLMConfig
-from mmmamba_cli.ops.ssd import SCAN_BACKENDS
 from mmmamba_cli.recipe import Stage, load_recipe
 from mmmamba_cli.seed.mimic import initial_value
 
@@ -223,7 +222,7 @@ def gate(raw: dict[str, Any], stage: Stage, length: int) -> dict[str, float]:
     return result
 
 
-def compare(raw: dict[str, Any], stage: Stage, longest: int, compiled: bool) -> dict[str, Any]:
+def compare(raw: dict[str, Any], stage: Stage, longest: int) -> dict[str, Any]:
     """Rows of both ways from `longest` down to the first length that the transcription survives."""
     rows: dict[str, Any] = {}
     length = longest
@@ -241,7 +240,7 @@ def compare(raw: dict[str, Any], stage: Stage, longest: int, compiled: bool) -> 
             ratio = row["transcription"]["seconds"] / row["ours"]["seconds"]
             row["speed_ratio"] = round(ratio, 2)
         rows[str(length)] = row
-        print(json.dumps({stage.name: {length: row}, "compiled_scan": compiled}), flush=True)
+        print(json.dumps({stage.name: {length: row}}), flush=True)
         if "speed_ratio" in row:
             break
         length //= 2
@@ -252,21 +251,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--stages", default="stage1,stage2,stage3")
-    parser.add_argument(
-        "--compile-scan", action="store_true", help="torch.compile the scan of both"
-    )
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     raw = hovle.ARCHITECTURES["hovle-2.6b"]
-    if given.compile_scan:
-        SCAN_BACKENDS["chunked"] = torch.compile(SCAN_BACKENDS["chunked"], dynamic=False)
     stages = [s for s in load_recipe("mmmamba-linear").stages if s.name in given.stages]
     gates = {stage.name: attempt(lambda s=stage: gate(raw, s, 512)) for stage in stages}
     print(json.dumps({"gate": gates}), flush=True)
     result = {
         "what": "one optimiser step of distillation, HoVLE-2.6B shapes, random weights, batch 1",
-        "command": "python benchmarks/distill_full_size.py"
-        + (" --compile-scan" if given.compile_scan else ""),
+        "command": "python benchmarks/distill_full_size.py",
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(),
         "versions": {
@@ -277,9 +270,9 @@ def main() -> None:
         },
         "seed": 0,
         "precision": "bf16 autocast, fp32 masters",
-        "scan": "plain torch, compiled" if given.compile_scan else "plain torch, eager",
+        "scan": "plain torch",
         "gate_relative_differences": gates,
-        "rows": {s.name: compare(raw, s, given.length, given.compile_scan) for s in stages},
+        "rows": {s.name: compare(raw, s, given.length) for s in stages},
     }
     text = json.dumps(result, indent=2) + "\n"
     if given.out is not None:
