@@ -1,0 +1,282 @@
+"""`mmmamba distill` as it is used: the recipe, stages by name, killing, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from conversations import write_conversations
+from safetensors.torch import load_file
+from test_as_a_new_user import write_teacher
+from torch import Tensor
+from typer.testing import CliRunner
+
+import mmmamba_cli
+from mmmamba_cli.cli.app import app
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.runs import Run
+
+SETTINGS = ("--set", "data.max_length=400")
+# How often the long-running test kills; the whole of it is run with MMMAMBA_KILLS=20.
+KILLS = int(os.environ.get("MMMAMBA_KILLS", "3"))
+
+
+def mmmamba(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
+
+
+def done(*words: object) -> Result:
+    result = mmmamba(*words)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def refused(*words: object) -> str:
+    result = mmmamba(*words)
+    assert isinstance(result.exception, MmmambaError), result.output
+    return str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, conversations and a seeded run; copied by each test."""
+    folder = tmp_path_factory.mktemp("seeded")
+    write_teacher(folder)
+    write_conversations(folder, 12)
+    write_conversations(folder, 4, 1, "held_out")
+    done("seed", folder / "hovle.ckpt", "--run", folder / "run", "--recipe", "smoke", "--no-report")
+    return folder
+
+
+@pytest.fixture
+def work(seeded: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "work"
+    shutil.copytree(seeded / "run", folder / "run")
+    return folder
+
+
+def distill(work: Path, seeded: Path, *more: object) -> tuple[object, ...]:
+    """The words of a command over the folder's data."""
+    data = ("--data", seeded / "train.jsonl", "--image-root", seeded)
+    return ("distill", "--run", work / "run", *data, *SETTINGS, *more)
+
+
+def weights(work: Path, name: str) -> dict[str, Tensor]:
+    return load_file(work / "run/products" / name / "model.safetensors")
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_the_whole_recipe(work: Path, seeded: Path) -> None:
+    done(*distill(work, seeded, "--held-out", seeded / "held_out.jsonl"))
+    run = Run(work / "run")
+    products = run.products()
+    chain = ["seed", "stage1", "stage2", "hybrid-1", "hybrid-1-stage3"]
+    assert [name for name in products if not name.endswith("-best")] == chain
+    assert run.record.current == "hybrid-1-stage3"
+    last = products["hybrid-1-stage3"]
+    assert (last.stages, last.final) == (("stage1", "stage2", "stage3"), True)
+    assert last.notes == ()
+    assert last.metrics["step"] == 4
+    assert last.metrics["held_out"]["tokens"] > 0
+    before, after = weights(work, "seed"), weights(work, "stage1")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".mixer." in n and "_proj" not in n.replace("g_proj", "") for n in changed - DT)
+    rows = [json.loads(x) for x in (work / "run/products/stage1/metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert "held_out/agreement" in rows[1]
+    assert not list((work / "run/training").iterdir())
+    model = mmmamba_cli.load(work / "run/products/hybrid-1-stage3")
+    assert model.config.attention_layers == (0,)
+    assert "nothing is left to do" in refused(*distill(work, seeded))
+
+
+DT = {f"model.layers.{i}.mixer.dt_proj.weight" for i in range(8)}
+
+
+def test_stage_by_stage_is_the_whole(work: Path, seeded: Path) -> None:
+    whole = work.parent / "whole"
+    shutil.copytree(work, whole)
+    done(*distill(whole, seeded))
+    done(*distill(work, seeded, "--stage", "1"))
+    done(*distill(work, seeded, "--stage", "stage2"))
+    done("hybridize", "--run", work / "run", "--attn-layers", "1")
+    done(*distill(work, seeded))
+    assert same(weights(work, "hybrid-1-stage3"), weights(whole, "hybrid-1-stage3"))
+
+
+def test_a_linear_plan_makes_no_hybrid(work: Path, seeded: Path) -> None:
+    done(*distill(work, seeded, "--set", "layers.attention=0"))
+    assert Run(work / "run").record.current == "linear-stage3"
+
+
+def test_a_hybrid_of_the_seed_gets_what_it_lacks(work: Path, seeded: Path) -> None:
+    done("hybridize", "--run", work / "run", "--layers", "1,4")
+    done(*distill(work, seeded))
+    product = Run(work / "run").product("hybrid-at-1-4-stage3")
+    assert product.attention_layers == (1, 4)
+    assert product.stages == ("stage1", "stage2", "stage3")
+    teacher, student = weights(work, "hybrid-at-1-4"), weights(work, "hybrid-at-1-4-stage3")
+    kept = [n for n in teacher if n.startswith("model.layers.4.")]
+    assert all(torch.equal(teacher[n], student[n]) for n in kept)
+
+
+def test_an_earlier_stage_is_found_and_repeated(work: Path, seeded: Path) -> None:
+    done(*distill(work, seeded, "--stage", "1,2"))
+    assert "already has a product" not in done(*distill(work, seeded, "--stage", "1")).output
+    first = weights(work, "stage1")
+    repeated = ("--stage", "1", "--overwrite", "--set", "stages.stage1.lr=1e-2")
+    done(*distill(work, seeded, *repeated))
+    assert not same(first, weights(work, "stage1"))
+    # What was made of the old stage1 is no longer its child.
+    assert "made from another parent" in refused(
+        *distill(work, seeded, "--stage", "2", "--from", "stage1")
+    )
+
+
+def test_refusals_before_anything_is_loaded(work: Path, seeded: Path) -> None:
+    message = refused(*distill(work, seeded, "--stage", "3"))
+    assert "stage3 starts from a product that has done stage1, stage2" in message
+    assert "no such stage" in refused(*distill(work, seeded, "--stage", "stage9"))
+    assert "recipe's order" in refused(*distill(work, seeded, "--stage", "2,1"))
+    assert "data.train is null" in refused("distill", "--run", work / "run")
+    assert "does not exist" in refused("distill", "--run", work / "run", "--data", "gone.jsonl")
+    empty = work / "empty.jsonl"
+    empty.write_text("\n\n")
+    assert "no samples" in refused("distill", "--run", work / "run", "--data", empty)
+    assert "matches no parameter" in refused(
+        *distill(work, seeded, "--set", "stages.stage1.learns=['*.nothing']")
+    )
+    assert not (work / "run/training").exists() or not list((work / "run/training").glob("*/*"))
+
+
+def test_a_changed_teacher_or_product_is_refused(work: Path, seeded: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(seeded, other, ignore=shutil.ignore_patterns("run"))
+    state = torch.load(other / "hovle.ckpt")
+    next(iter(state["state_dict"].values()))[0] += 1
+    torch.save(state, other / "hovle.ckpt")
+    message = refused(*distill(work, seeded, "--teacher", other / "hovle.ckpt"))
+    assert "is not the teacher" in message
+    file = work / "run/products/seed/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert "was changed since it was written" in refused(*distill(work, seeded))
+
+
+def test_resuming_with_other_settings(work: Path, seeded: Path) -> None:
+    killed_at(work, seeded, "stage1", 2)
+    changed = ("--set", "stages.stage1.lr=2e-3")
+    message = refused(*distill(work, seeded, *changed))
+    assert "stages.stage1.lr: 0.001 -> 0.002" in message
+    done(*distill(work, seeded, "--stage", "1", *changed, "--force"))
+    assert Run(work / "run").record.current == "stage1"
+
+
+def test_accumulation_may_change_when_resuming(work: Path, seeded: Path) -> None:
+    killed_at(work, seeded, "stage1", 2)
+    more = ("--set", "stages.stage1.accumulation=2", "--set", "data.workers=1")
+    done(*distill(work, seeded, "--stage", "1", *more))
+
+
+def test_too_many_unreadable_samples(work: Path, seeded: Path) -> None:
+    broken = work / "broken.jsonl"
+    lines = (seeded / "train.jsonl").read_text().splitlines()
+    broken.write_text("\n".join(lines[:6] + ["{not json"] * 6))
+    words = ("distill", "--run", work / "run", "--data", broken, "--image-root", seeded, *SETTINGS)
+    message = refused(*words, "--set", "data.max_bad_share=0.01", "--set", "data.shuffle=false",
+                      "--set", "stages.stage1.batch_size=8")  # fmt: skip
+    assert "broken.jsonl:7" in message
+    assert "max_bad_share" in message
+    done(*words, "--stage", "1", "--set", "data.max_bad_share=0.9")
+    assert Run(work / "run").product("stage1").metrics["bad_samples"] > 0
+
+
+def killed_at(work: Path, seeded: Path, product: str, step: int) -> None:
+    """Run the command and kill it when the state of `step` is there; its product must not be."""
+    process = start(work, seeded, "--set", "stages.stage1.steps=400")
+    state = work / f"run/training/{product}/step-{step:08d}/state.json"
+    wait_for(process, state.exists)
+    process.kill()
+    process.wait()
+    # The long stage was only there to be caught in; go on as if it had been of the usual length.
+    for file in (work / "run/training" / product).glob("step-*/state.json"):
+        record = json.loads(file.read_text())
+        record["settings"]["stage"]["steps"] = 4
+        file.write_text(json.dumps(record))
+    for folder in (work / "run/training" / product).glob("step-*"):
+        if int(folder.name[5:]) > 4:
+            pytest.fail("the stage ran on too far to be resumed")
+
+
+def start(work: Path, seeded: Path, *more: object) -> subprocess.Popen[str]:
+    words = [str(word) for word in distill(work, seeded, *more)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmmamba_cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(mmmamba_cli.__file__).parents[1])},
+    )
+
+
+def wait_for(process: subprocess.Popen[Any], ready: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_anywhere_and_resumed_is_the_same_bits(work: Path, seeded: Path) -> None:
+    """SIGKILL at random moments of the whole recipe, resumed each time."""
+    whole = work.parent / "whole"
+    shutil.copytree(work, whole)
+    more = ("--set", "stages.stage2.save_every=1", "--held-out", seeded / "held_out.jsonl")
+    started = time.monotonic()
+    process = start(whole, seeded, *more)
+    assert process.wait() == 0, process.stdout.read()
+    length = time.monotonic() - started
+    rng = random.Random(os.environ.get("MMMAMBA_KILLS"))
+    for _ in range(KILLS):
+        process = start(work, seeded, *more)
+        try:
+            process.wait(timeout=length * rng.uniform(0.35, 1.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    final = "hybrid-1-stage3"
+    if Run(work / "run").record.current != final:
+        process = start(work, seeded, *more)
+        assert process.wait() == 0, process.stdout.read()
+    for name in ("stage1", "stage2", final):
+        assert same(weights(work, name), weights(whole, name)), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_130(number: int, work: Path, seeded: Path) -> None:
+    process = start(work, seeded, "--set", "stages.stage1.steps=100000", "--stage", "1")
+    training = work / "run/training/stage1"
+    wait_for(process, lambda: list(training.glob("step-*/state.json")))
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped and saved" in output
+    (state,) = training.glob("step-*")
+    metrics = [json.loads(x) for x in (training / "metrics.jsonl").open()]
+    assert metrics[-1]["step"] == int(state.name[5:])
