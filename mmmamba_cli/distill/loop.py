@@ -201,7 +201,7 @@ def _check_bad_share(job: Job, progress: Progress, batches: StepBatches) -> None
     seen = progress.samples + progress.bad_samples
     share = progress.bad_samples / max(1, seen)
     too_early = seen < MIN_SAMPLES_FOR_SHARE and progress.step < job.stage.steps
-    if share <= job.max_bad_share or (too_early and progress.samples):
+    if share <= job.max_bad_share or too_early:
         return
     names = "; ".join(f"{sample.name}: {sample.reason}" for sample in batches.bad[:3])
     raise DataError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from mmmamba_cli.model.config import StackConfig
+from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import rotate
 from mmmamba_cli.model.sequence import Columns
 from mmmamba_cli.ops.common import widened
@@ -28,10 +29,12 @@ class Attention(nn.Module):
         self.num_kv_heads = stack.num_kv_heads
         self.head_dim = stack.head_dim
         width, kv_width = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
-        self.q_proj = nn.Linear(hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, width, bias=stack.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=stack.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=stack.qkv_bias)
+        self.o_proj = nn.Linear(width, hidden_size, bias=stack.output_bias)
+        self.q_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if stack.qk_norm else None
+        self.k_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if stack.qk_norm else None
 
     def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
         return self.o_proj(self.mix(hidden, columns, cache))
@@ -56,11 +59,13 @@ class Attention(nn.Module):
     def queries_keys_values(
         self, hidden: Tensor, columns: Columns
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, T, H, P), k and v (B, T, K, P), positions rotated in."""
+        """q (B, T, H, P), k and v (B, T, K, P); q and k normed if so configured, and rotated."""
         batch, length, _ = hidden.shape
         q = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
         k = self.k_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
         v = self.v_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, columns.cos, columns.sin), rotate(k, columns.cos, columns.sin), v
 
     def mixing_matrix(self, hidden: Tensor, columns: Columns) -> Tensor:

@@ -23,9 +23,14 @@ class StackConfig:
     intermediate_size: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    # None, or {"type": "dynamic" | "linear", "factor": float}.
+    # None, or {"type": "dynamic" | "linear" | "llama3", "factor": float}; "llama3" has besides
+    # low_freq_factor, high_freq_factor and original_max_position_embeddings.
     rope_scaling: dict[str, Any] | None = None
     max_position_embeddings: int = 4096
+    # Biases of W_Q, W_K, W_V, and of W_O; RMSNorm on each head of q and k, before RoPE.
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class MixerConfig:
-    """Options of the Mamba-2 mixer; the defaults are the paper's."""
+    """Options of the Mamba-2 mixer; the defaults are the paper's.
+
+    `qk_norm` is for teachers without: where the stack has the norm, the mixer inherits it.
+    """
 
     conv_width: int = 2
     d_skip: bool = False

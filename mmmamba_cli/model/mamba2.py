@@ -1,6 +1,7 @@
 """The Mamba-2 mixer that attention is turned into (mmMamba, arXiv 2502.13145, section 3).
 
-W_Q -> C, W_K -> B, W_V -> x and W_O are the teacher's; new are the decay and input step dt, a
+W_Q -> C, W_K -> B, W_V -> x and W_O are the teacher's, with their biases and the norm on q and k
+where it has them; new are the decay and input step dt, a
 short convolution over [v, k, q], and a gated norm on the output. Legend: B batch, T tokens, H query
 heads, K key/value heads shared by H / K query heads each, P head dim = state dim, W conv width.
 """
@@ -43,10 +44,10 @@ class Mamba2(nn.Module):
         self.width = stack.num_heads * stack.head_dim
         self.kv_width = stack.num_kv_heads * stack.head_dim
         channels = self.width + 2 * self.kv_width
-        self.q_proj = nn.Linear(hidden_size, self.width, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.kv_width, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.kv_width, bias=False)
-        self.o_proj = nn.Linear(self.width, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, self.width, bias=stack.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, self.kv_width, bias=stack.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, self.kv_width, bias=stack.qkv_bias)
+        self.o_proj = nn.Linear(self.width, hidden_size, bias=stack.output_bias)
         self.g_proj = nn.Linear(hidden_size, self.width, bias=False)
         self.dt_proj = nn.Linear(hidden_size, stack.num_heads, bias=False)
         # Depthwise over the channels of [v, k, q]; only its weights are used, by ops.causal_conv.
@@ -55,8 +56,9 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(stack.num_heads))
         self.g_norm = RMSNorm(stack.head_dim, GATED_NORM_EPS)
         self.D = nn.Parameter(torch.zeros(stack.num_heads)) if options.d_skip else None
-        self.q_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if options.qk_norm else None
-        self.k_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if options.qk_norm else None
+        qk_norm = options.qk_norm or stack.qk_norm
+        self.q_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if qk_norm else None
 
     def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
         return self.o_proj(self.mix(hidden, columns, cache))

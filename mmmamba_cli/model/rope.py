@@ -1,9 +1,12 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated, with dynamic NTK.
+"""Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated, and its scalings.
 
 Legend: B batch, T tokens, P head dim.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch
     dim = stack.head_dim
     exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
     scaling = stack.rope_scaling or {}
+    if scaling.get("type") == "llama3":
+        return _by_wavelength(stack.rope_theta**-exponents, scaling)
     factor = float(scaling.get("factor", 1.0))
     maximum = stack.max_position_embeddings
     if scaling.get("type") == "linear":
@@ -31,6 +36,18 @@ def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch
     growth = factor * longest / maximum - (factor - 1)
     base = stack.rope_theta * growth ** (dim / (dim - 2))
     return base.unsqueeze(-1) ** -exponents
+
+
+def _by_wavelength(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Llama 3.1's scaling (arXiv 2407.21783): slow rotations are slowed by `factor`, fast ones kept.
+
+    Between wavelengths M / high_freq_factor and M / low_freq_factor, M the length trained with
+    before, the share of the unscaled frequency falls linearly in M / wavelength.
+    """
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / float(scaling["factor"]))
 
 
 def depends_on_length(stack: StackConfig) -> bool:

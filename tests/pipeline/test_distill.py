@@ -203,7 +203,8 @@ def test_too_many_unreadable_samples(work: Path, seeded: Path) -> None:
                       "--set", "stages.stage1.batch_size=8")  # fmt: skip
     assert "broken.jsonl:7" in message
     assert "max_bad_share" in message
-    done(*words, "--stage", "1", "--set", "data.max_bad_share=0.9", "--overwrite")
+    patient = ("--set", "data.max_bad_share=0.9", "--set", "stages.stage1.batch_size=4")
+    done(*words, "--stage", "1", *patient, "--overwrite")
     assert Run(work / "run").product("stage1").metrics["bad_samples"] > 0
 
 
