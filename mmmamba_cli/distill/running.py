@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, expected_tenso
 from mmmamba_cli.data import StepLoader, open_corpus
 from mmmamba_cli.distill.learning import learning_names
 from mmmamba_cli.distill.loop import Job, Report, StepResult, train
+from mmmamba_cli.distill.lora import adapted, attach, is_adapter, merge
 from mmmamba_cli.distill.memory import out_of_memory
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row
 from mmmamba_cli.distill.optimiser import whole
@@ -22,7 +23,7 @@ from mmmamba_cli.distill.planning import is_final, stage_product
 from mmmamba_cli.distill.resume import check_settings, settings_of
 from mmmamba_cli.distill.stages import objective_of
 from mmmamba_cli.distill.state import BEST, Progress, StateFolder
-from mmmamba_cli.distributed import World, shard_mixers
+from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
 from mmmamba_cli.runs import Draft, Manifest, Parent, Run, open_processor, write_product
@@ -72,7 +73,9 @@ def run_stage(
         watch.say(f"{name} is there already")
         return done
     teacher, student = run.open_teacher(options.teacher), run.open_product(parent.name)
-    learning = learning_names(stage, student.config, list(expected_tensors(student.config)))
+    names = expected_tensors(student.config)
+    learning = learning_names(stage, student.config, names)
+    adapters = adapted(stage, learning, names)
     loader, held_out = _loaders(student, recipe, stage, world)
     states = StateFolder(run.folder / TRAINING / name, world)
     if options.overwrite:
@@ -85,11 +88,14 @@ def run_stage(
     pair = load_pair(
         teacher,
         student,
-        learning,
+        [name for name in learning if name not in adapters],
         product_dtype=getattr(torch, parent.dtype),
         precision=stage.precision,
         device=world.device,
     )
+    if stage.lora is not None:
+        seed_everything(step_seed(recipe.seed, stage.name, "adapters"))
+        pair = attach(pair, stage.lora, adapters)
     objective = objective_of(stage, student.config, learning)
     watch.begin(stage, pair.learning_parameters(), progress)
     entries = ("mix", "mixing_matrix") if objective.layer_local else ()
@@ -107,7 +113,7 @@ def run_stage(
         settings=settings,
     )
     progress = _train(job, progress, recipe, watch)
-    made = _Made(run, name, parent, recipe, stage, student, options)
+    made = _Made(run, name, parent, recipe, stage, student, options, adapters)
     return _write(made, job, progress, watch)
 
 
@@ -122,6 +128,8 @@ class _Made:
     stage: Stage
     student: Checkpoint
     options: Options
+    # Weights that have an adapter to be merged in.
+    adapters: Sequence[str]
 
 
 def _done_already(
@@ -241,11 +249,7 @@ def _write_one(
 ) -> Manifest:
     """Gather the master weights on process 0 and write them with what stayed as it was."""
     watch.say(f"writing {name}")
-    learned: dict[str, Tensor] = {}
-    for key, parameter in job.pair.learning_parameters().items():
-        tensor = whole(parameter.detach())
-        if job.world.is_main:
-            learned[key] = tensor.cpu()
+    learned = _gather(job, made.adapters)
     student, parent = made.student, made.parent
 
     def read(key: str) -> Tensor:
@@ -277,6 +281,19 @@ def _write_one(
     return job.world.on_main(
         lambda: write_product(made.run, draft, overwrite=made.options.overwrite or note is not None)
     )
+
+
+def _gather(job: Job, adapters: Sequence[str]) -> dict[str, Tensor]:
+    """What was learned, by the student's own names, on process 0; nothing elsewhere."""
+    learned: dict[str, Tensor] = {}
+    for name, parameter in job.pair.learning_parameters().items():
+        tensor = whole(parameter.detach())
+        if job.world.is_main and not is_adapter(name):
+            learned[name] = tensor.cpu()
+    if job.stage.lora is not None:
+        merged = merge(job.pair, job.stage.lora, adapters, whole)
+        learned |= {name: tensor.cpu() for name, tensor in merged.items()}
+    return learned if job.world.is_main else {}
 
 
 def parent_notes(parent: Manifest, stage: Stage) -> tuple[str, ...]:

@@ -281,3 +281,32 @@ def test_a_signal_saves_and_exits_130(number: int, work: Path, seeded: Path) -> 
     (state,) = training.glob("step-*")
     metrics = [json.loads(x) for x in (training / "metrics.jsonl").open()]
     assert metrics[-1]["step"] == int(state.name[5:])
+
+
+LORA = ("--set", "stages.stage3.lora={rank: 4, alpha: 400.0}")
+
+
+def test_adapters_are_merged_into_what_they_sat_on(work: Path, seeded: Path) -> None:
+    result = done(*distill(work, seeded, *LORA))
+    assert "mixer.q_proj.lora_A.default.weight" in result.output
+    assert "mixer.q_proj.base_layer" not in result.output
+    before, after = weights(work, "hybrid-1"), weights(work, "hybrid-1-stage3")
+    assert before.keys() == after.keys()
+    name = "model.layers.3.mixer.q_proj.weight"
+    change = (after[name] - before[name]).float()
+    assert change.abs().max() > 0
+    # bf16 rounds what is stored; beside that the change has the adapter's rank.
+    values = torch.linalg.svdvals(change)
+    assert values[4] < 0.2 * values[0]
+    assert torch.equal(before[name.replace("q_", "o_")], after[name.replace("q_", "o_")])
+    assert not torch.equal(before[name.replace("q_", "g_")], after[name.replace("q_", "g_")])
+
+
+def test_adapters_need_peft_and_a_matrix(
+    work: Path, seeded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(*distill(work, seeded, "--stage", "1,2"))
+    wrong = ("--set", "stages.stage3.lora={targets: [gate]}")
+    assert "stages.stage3.lora.targets[0]: is 'gate'" in refused(*distill(work, seeded, *wrong))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install 'mmmamba[lora]'" in refused(*distill(work, seeded, *LORA))
