@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from distilling import make_job
+from distilling import RandomLoader, make_job
+from small import IMAGE_ID
 
-from mmmamba_cli.distill.loop import Stopped, train
+from mmmamba_cli.distill.loop import StepResult, Stopped, train
 from mmmamba_cli.distill.optimiser import whole
 from mmmamba_cli.distill.state import Progress
 from mmmamba_cli.distributed import join_world
@@ -33,18 +35,22 @@ def main() -> None:
             world=world,
             packed=layout == "packed",
             dtype=torch.float64,
+            evaluate_every=5,
         )
+        held_out = RandomLoader(IMAGE_ID, 5, 1, world.rank, world.size, seed=9)
+        job = replace(job, held_out=held_out)
         progress, rows = Progress(), []
+
+        def report(result: StepResult) -> None:
+            found = result.held_out
+            extra = [found.loss, found.agreement, found.student_nll] if found else []
+            rows.append([result.step, result.loss, result.gradient_norm, *extra])
+
         if job.states.steps():
             newest = job.states.path(job.states.steps()[-1]).name
             progress = Progress(**job.states.record(newest)["progress"])
         with suppress(Stopped):
-            train(
-                job,
-                progress,
-                lambda result: rows.append([result.step, result.loss, result.gradient_norm]),
-                lambda: progress.step == int(stop_at),
-            )
+            train(job, progress, report, lambda: progress.step == int(stop_at))
         learned = job.pair.learning_parameters()
         total = {name: float(whole(p.detach()).abs().sum()) for name, p in learned.items()}
         if world.is_main:
