@@ -12,6 +12,8 @@ import numpy as np
 from mmmamba_cli.errors import DataError
 
 BLOCK = 1 << 24
+# Lines up to this long are looked at: they may be blank.
+MAX_BLANK = 64
 
 
 class JsonLines:
@@ -60,9 +62,8 @@ def _index(file: Path) -> tuple[np.ndarray, np.ndarray]:
     starts = np.concatenate(ends) + 1
     lengths = np.diff(np.append(starts, size + 1)) - 1
     keep = np.flatnonzero(lengths > 0)
-    # Short lines may be blank; long ones are not looked at.
     with file.open("rb") as handle:
-        blank = [i for i in keep[lengths[keep] <= 2] if _is_blank(handle, int(starts[i]))]
+        blank = [i for i in keep[lengths[keep] <= MAX_BLANK] if _is_blank(handle, int(starts[i]))]
     keep = np.setdiff1d(keep, blank)
     return starts[keep], keep + 1
 

@@ -1,0 +1,222 @@
+"""Batches: a function of seed and step alone, each sample once, however they are cut."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversations import write_conversations
+from small import distance, small_model
+
+from mmmamba_cli.data import IGNORED, Batch, Encoded, StepBatches, StepLoader, open_corpus
+from mmmamba_cli.data.batching import blank, collate, deal, make_rows
+from mmmamba_cli.processing import HolisticVLMProcessor
+
+BATCHINGS = ("padded", "bucketed", "packed")
+
+
+def loader(folder: Path, processor: HolisticVLMProcessor, **given: Any) -> StepLoader:
+    options = {"batch_size": 6, "max_length": 400, "max_tiles": 2, **given}
+    return StepLoader(open_corpus(folder / "train.jsonl", folder), processor, **options)
+
+
+def equal(one: Batch, two: Batch) -> bool:
+    def alike(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return all(alike(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
+
+
+def names(steps: list[StepBatches]) -> list[str]:
+    return sorted(name for step in steps for micro in step.micro for name in micro.names)
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_a_pass_takes_every_sample_once(
+    batching: str, folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    source = loader(folder, processor, batching=batching, batch_size=23)
+    steps = list(source.steps(0, 2))
+    expected = sorted(f"train.jsonl:{n + 1}" for n in range(23))
+    assert names(steps[:1]) == names(steps[1:]) == expected
+    assert steps[0].micro[0].names != steps[1].micro[0].names or batching != "padded"
+    assert not steps[0].bad
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_workers_and_resuming_change_nothing(
+    batching: str, folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    whole = list(loader(folder, processor, batching=batching, accumulation=2).steps(0, 6))
+    for workers, first in ((2, 0), (1, 3), (0, 4)):
+        again = list(
+            loader(folder, processor, batching=batching, accumulation=2, workers=workers).steps(
+                first, 6
+            )
+        )
+        assert [s.step for s in again] == list(range(first, 6))
+        for one, two in zip(whole[first:], again, strict=True):
+            assert all(equal(a, b) for a, b in zip(one.micro, two.micro, strict=True))
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_processes_share_out_the_same_batch(
+    batching: str, folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    alone = list(loader(folder, processor, batching=batching).steps(0, 4))
+    parts = [
+        list(
+            loader(
+                folder, processor, batching=batching, rank=rank, world_size=2, accumulation=2
+            ).steps(0, 4)
+        )
+        for rank in range(2)
+    ]
+    for step, *shares in zip(alone, *parts, strict=True):
+        assert names([step]) == names(shares)
+        assert all(len(share.micro) == 2 for share in shares)
+        tokens = sum(m.num_tokens for share in shares for m in share.micro)
+        assert tokens == step.micro[0].num_tokens
+
+
+def test_the_seed_decides_the_order(folder: Path, processor: HolisticVLMProcessor) -> None:
+    def first(**given: Any) -> tuple[str, ...]:
+        return (
+            next(loader(folder, processor, batching="padded", **given).steps(0, 1)).micro[0].names
+        )
+
+    assert first(seed=1) == first(seed=1) != first(seed=2)
+    in_order = tuple(f"train.jsonl:{n}" for n in range(1, 7))
+    assert first(shuffle=False) == in_order
+
+
+def test_ids_and_labels_of_a_conversation(processor: HolisticVLMProcessor) -> None:
+    messages = [
+        {"role": "user", "content": "What is <image> this?"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "assistant\nSure?"},
+        {"role": "assistant", "content": "\nYes"},
+    ]
+    from PIL import Image
+
+    picture = Image.new("RGB", (56, 56))
+    ids, is_answer = processor.conversation_ids(messages, [1])
+    whole = processor.chat(messages, [picture], add_generation_prompt=False)
+    assert ids == whole["input_ids"][0].tolist()
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids)
+    runs: list[list[str]] = []
+    for i, token in enumerate(tokens):
+        if is_answer[i]:
+            if i == 0 or not is_answer[i - 1]:
+                runs.append([])
+            runs[-1].append(token)
+    texts = [processor.tokenizer.convert_tokens_to_string(run) for run in runs]
+    assert [text.removesuffix("<|im_end|>").strip() for text in texts] == ["A cat.", "Yes"]
+    assert all(run[-1] == "<|im_end|>" for run in runs)
+    # What the model is asked to go on from ends just where the answer begins.
+    prompt = processor.chat(messages[:1], [picture])["input_ids"][0].tolist()
+    assert ids[: len(prompt)] == prompt
+    assert not any(is_answer[: len(prompt)])
+    assert is_answer[len(prompt)]
+
+
+def test_plain_text_is_scored_whole(folder: Path, processor: HolisticVLMProcessor) -> None:
+    file = folder / "text.jsonl"
+    file.write_text(json.dumps({"text": "the old table"}) + "\n")
+    batch = next(
+        StepLoader(open_corpus(file), processor, batch_size=1, max_length=50).steps(0, 1)
+    ).micro[0]
+    assert batch.labels[0, 0] == IGNORED
+    assert torch.equal(batch.labels[0, 1:], batch.input_ids[0, 1:])
+    assert batch.attention_mask is None
+
+
+def test_packing_fills_rows() -> None:
+    samples = [Encoded(str(n), [1] * n, [True] * n) for n in (3, 9, 5, 2, 6, 1)]
+    rows = make_rows(samples, "packed", 10)
+    assert [[len(s) for s in row] for row in rows] == [[9, 1], [6, 3], [5, 2]]
+    assert [len(row[0]) for row in make_rows(samples, "bucketed", 10)] == [9, 6, 5, 3, 2, 1]
+    assert [len(row[0]) for row in make_rows(samples, "padded", 10)] == [3, 9, 5, 2, 6, 1]
+
+
+def test_dealing_gives_every_row_once() -> None:
+    rows = [[Encoded(str(n), [1], [True])] for n in range(7)]
+    for world, parts in ((1, 1), (2, 2), (3, 1), (4, 4)):
+        dealt = [deal(rows, rank, world, parts) for rank in range(world)]
+        found = sorted(row[0].name for rank in dealt for micro in rank for row in micro)
+        assert found == [str(n) for n in range(7)]
+        assert all(len(rank) == parts for rank in dealt)
+
+
+def test_a_process_without_rows_gets_a_blank_batch(
+    folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    source = loader(folder, processor, batch_size=1, rank=1, world_size=2)
+    batch = next(source.steps(0, 1)).micro[0]
+    assert equal(batch, blank(processor.pad_token_id)) or batch.num_samples == 1
+    other = next(loader(folder, processor, batch_size=1, rank=0, world_size=2).steps(0, 1))
+    assert {batch.num_samples, other.micro[0].num_samples} == {0, 1}
+
+
+def test_bad_samples_are_told_once_each(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+    file = write_conversations(tmp_path, 8)
+    pictures = sorted((tmp_path / "images").iterdir())
+    pictures[0].write_bytes(pictures[0].read_bytes()[:60])
+    text = file.read_text().splitlines()
+    text[2] = "{broken"
+    file.write_text("\n".join(text))
+    shares = [
+        next(loader(tmp_path, processor, batch_size=8, rank=rank, world_size=2).steps(0, 1))
+        for rank in range(2)
+    ]
+    told = [sample for share in shares for sample in share.bad]
+    counted = [
+        s for rank, share in enumerate(shares) for s in share.bad if rank == 0 or not s.seen_by_all
+    ]
+    assert sorted(s.name for s in counted) == ["train.jsonl:2", "train.jsonl:3"]
+    assert len(told) == 3
+    assert len(names(shares)) == 6
+
+
+@pytest.mark.parametrize("shuffle", ["pre", "post"])
+@torch.no_grad()
+def test_packed_rows_through_a_model(
+    shuffle: str, folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    """Logits of every sample in a packed row are those of the sample alone."""
+    model = small_model("amam", shuffle)
+    vision = {**model.config.vision, "image_token_id": processor.image_token_id}
+    model.config.vision = vision
+    table = torch.randn(535, 32, generator=torch.Generator().manual_seed(3))
+    model.model.text_embedding.weight = torch.nn.Parameter(table, requires_grad=False)
+    source = loader(folder, processor, batching="packed", batch_size=5, max_length=900)
+    (batch,) = next(source.steps(0, 1)).micro
+    assert batch.seq_idx is not None
+    together = model(
+        batch.input_ids, batch.pixel_values, batch.attention_mask, seq_idx=batch.seq_idx
+    ).logits
+    encoder = source._encoder
+    corpus = source.corpus
+    for row in range(batch.input_ids.shape[0]):
+        for number in range(int(batch.seq_idx[row].max()) + 1):
+            here = batch.seq_idx[row] == number
+            if batch.attention_mask is not None:
+                here &= batch.attention_mask[row]
+            ids = batch.input_ids[row][here].tolist()
+            sample = next(
+                e for e in map(encoder, (corpus[i] for i in range(len(corpus)))) if e.ids == ids
+            )
+            alone, _ = collate([[sample]], encoder.images, processor.pad_token_id)
+            expected = model(alone.input_ids, alone.pixel_values).logits[0]
+            assert distance(together[row][here], expected) < 1e-4
+            assert torch.equal(batch.labels[row][here], alone.labels[0])
+
+
+def test_moving_a_batch_keeps_the_rest(folder: Path, processor: HolisticVLMProcessor) -> None:
+    batch = next(loader(folder, processor).steps(0, 1)).micro[0]
+    assert equal(batch.to("cpu"), batch)
+    assert replace(batch, num_samples=0).to("cpu").num_samples == 0
