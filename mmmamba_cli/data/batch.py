@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmmamba_cli.errors import DataError
+
 # Label of a token that is not part of an answer.
 IGNORED = -100
 
@@ -24,6 +26,14 @@ class BadSample:
     name: str
     reason: str
     seen_by_all: bool = True
+
+
+def bad_sample(error: DataError, name: str, seen_by_all: bool = True) -> BadSample:
+    """What `error` says of sample `name`; an error that begins with a name of its own keeps that."""
+    own, _, reason = error.message.partition(": ")
+    if reason and " " not in own:
+        return BadSample(own, reason, seen_by_all)
+    return BadSample(name, error.message, seen_by_all)
 
 
 @dataclass(frozen=True)

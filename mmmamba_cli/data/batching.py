@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmmamba_cli.data.batch import IGNORED, BadSample, Batch
+from mmmamba_cli.data.batch import IGNORED, BadSample, Batch, bad_sample
 from mmmamba_cli.data.encoding import Encoded
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import ImageProcessor
@@ -68,7 +68,7 @@ def collate(
                 pixels += _decode(sample, images)
                 good.append(sample)
             except DataError as error:
-                bad.append(BadSample(sample.name, error.message, seen_by_all=False))
+                bad.append(bad_sample(error, sample.name, seen_by_all=False))
         if good:
             kept.append(good)
     return (_batch(kept, pixels, pad_id) if kept else blank(pad_id)), bad

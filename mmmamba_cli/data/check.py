@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any
 
-from mmmamba_cli.data.batch import BadSample
+from mmmamba_cli.data.batch import BadSample, bad_sample
 from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.encoding import Encoder
 from mmmamba_cli.errors import DataError
@@ -79,13 +79,15 @@ def check_data(
     report = DataReport()
     for index in range(min(len(corpus), limit or len(corpus))):
         report.samples += 1
+        name = f"#{index}"
         try:
             sample = corpus[index]
+            name = sample.name
             encoded = encoder(sample)
             if decode and encoder.images is not None and encoded.images:
                 encoder.images(encoded.images)
         except DataError as error:
-            report.bad.append(_bad(error, index, corpus))
+            report.bad.append(bad_sample(error, name))
         else:
             report.with_images += bool(encoded.images)
             report.images += len(encoded.images)
@@ -97,11 +99,6 @@ def check_data(
         if advance is not None:
             advance(1)
     return report
-
-
-def _bad(error: DataError, index: int, corpus: Corpus) -> BadSample:
-    name, _, reason = error.message.partition(": ")
-    return BadSample(name, reason) if reason else BadSample(f"#{index}", error.message)
 
 
 def _kind(reason: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, Dataset
 
-from mmmamba_cli.data.batch import BadSample, StepBatches
+from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
 from mmmamba_cli.data.batching import collate, deal, make_rows
 from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.encoding import Encoded, Encoder
@@ -92,8 +92,7 @@ class StepLoader:
             try:
                 samples.append(self._encoder(self.corpus[index]))
             except DataError as error:
-                name, _, reason = error.message.partition(": ")
-                bad.append(BadSample(name, reason) if reason else BadSample(f"#{index}", name))
+                bad.append(bad_sample(error, f"#{index}"))
         return samples, bad
 
 
