@@ -29,7 +29,7 @@ class BadSample:
 
 
 def bad_sample(error: DataError, name: str, seen_by_all: bool = True) -> BadSample:
-    """What `error` says of sample `name`; an error that begins with a name of its own keeps that."""
+    """What `error` says of sample `name`, or of the one that it names itself."""
     own, _, reason = error.message.partition(": ")
     if reason and " " not in own:
         return BadSample(own, reason, seen_by_all)

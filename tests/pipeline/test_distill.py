@@ -99,6 +99,7 @@ def test_the_whole_recipe(work: Path, seeded: Path) -> None:
     rows = [json.loads(x) for x in (work / "run/products/stage1/metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert "held_out/agreement" in rows[1]
+    assert (work / "run/products/stage1/losses.png").read_bytes().startswith(b"\x89PNG")
     assert not list((work / "run/training").iterdir())
     model = mmmamba_cli.load(work / "run/products/hybrid-1-stage3")
     assert model.config.attention_layers == (0,)

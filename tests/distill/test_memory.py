@@ -1,0 +1,106 @@
+"""What is shared, what is let go, and what is said when memory is too small."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from distilling import batch_of, make_job
+from small import IMAGE_ID
+from torch import Tensor
+
+from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.distill.learning import learning_names
+from mmmamba_cli.distill.memory import out_of_memory
+from mmmamba_cli.distill.pair import load_pair
+from mmmamba_cli.distill.state import Progress
+from mmmamba_cli.model import FP32_PARAMETERS
+from mmmamba_cli.recipe import load_recipe
+from mmmamba_cli.runs import Run
+from mmmamba_cli.seed import seed_student
+
+
+@pytest.fixture
+def run(hovle_folder: Path) -> Run:
+    run = Run(hovle_folder.parent / "run")
+    seed_student(run, open_checkpoint(hovle_folder), load_recipe("smoke"), dtype=torch.bfloat16)
+    return run
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_frozen_tensors_are_the_teachers_own(run: Run, precision: str) -> None:
+    student = run.open_product("seed")
+    stage = load_recipe("smoke").stages[1]
+    names = learning_names(stage, student.config, list(student.shapes))
+    pair = load_pair(
+        run.open_teacher(),
+        student,
+        names,
+        product_dtype=torch.bfloat16,
+        precision=precision,
+        device=torch.device("cpu"),
+    )
+    theirs = dict(pair.teacher.named_parameters())
+    for name, parameter in pair.student.named_parameters():
+        if name in names:
+            assert parameter.requires_grad
+            assert parameter.dtype == torch.float32
+            assert parameter is not theirs.get(name)
+        else:
+            assert parameter is theirs[name], name
+            assert not parameter.requires_grad
+            small = any(part in FP32_PARAMETERS for part in name.split("."))
+            wide = small or precision == "fp32"
+            assert parameter.dtype == (torch.float32 if wide else torch.bfloat16)
+    # The teacher is what the student was seeded from: after the same cast.
+    name = "model.layers.0.mixer.q_proj.weight"
+    assert torch.equal(theirs[name], pair.student.get_parameter(name).to(theirs[name].dtype))
+
+
+def saved_bytes(plan: str, loss: str, folder: Path) -> int:
+    """Most bytes that autograd holds at a time while a loss of that many layers is computed."""
+    job = make_job(folder, loss, steps=1, plan=plan)
+    live: weakref.WeakSet[Holder] = weakref.WeakSet()
+    peak = 0
+
+    def pack(tensor: Tensor) -> Holder:
+        nonlocal peak
+        holder = Holder(tensor)
+        live.add(holder)
+        peak = max(peak, sum(held.tensor.nbytes for held in live))
+        return holder
+
+    ids = torch.randint(8, IMAGE_ID, (1, 200), generator=torch.Generator().manual_seed(0))
+    batch = batch_of(ids)
+    weights = job.objective.weigh(job.objective.count(job.pair, batch))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        job.objective.sums(job.pair, batch, weights)
+    return peak
+
+
+class Holder:
+    """A saved tensor that can be watched for being let go."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("loss", ["mixer-mse", "hidden-alignment", "matrix-orientation"])
+def test_layer_losses_hold_one_layer_at_a_time(loss: str, tmp_path: Path) -> None:
+    shallow = saved_bytes("mm", loss, tmp_path / "a")
+    deep = saved_bytes("mmmmmmmm", loss, tmp_path / "b")
+    assert deep == shallow > 0
+
+
+def test_out_of_memory_names_what_would_help() -> None:
+    recipe = load_recipe("mmmamba-linear")
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
+    text = str(out_of_memory(recipe.stages[2], recipe, Progress(step=7), error))
+    assert "stage3 ran out of device memory after step 7: CUDA out of memory" in text
+    assert "--set stages.stage3.accumulation=2" in text
+    assert "--set stages.stage3.max_length=4096" in text
+    assert "--set data.max_tiles=6" in text
+    one = recipe.stages[0].model_copy(update={"batch_size": 3, "accumulation": 3})
+    assert "accumulation=" not in str(out_of_memory(one, recipe, Progress(), error))
