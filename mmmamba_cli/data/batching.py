@@ -110,8 +110,6 @@ def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
             labels[r, place] = ids.masked_fill(~torch.tensor(sample.is_answer), IGNORED)
             numbers[r, place], real[r, place] = number, True
             column = place.stop
-        # Padding counts to the last sample: a number of its own would begin another sequence.
-        numbers[r, column:] = len(row) - 1
     return Batch(
         input_ids=input_ids,
         labels=labels,

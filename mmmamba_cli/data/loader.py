@@ -111,5 +111,9 @@ class _Steps(Dataset):
 
 
 def _leave_signals_to_main(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the main one decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and a scheduler's SIGTERM reach all processes; only the main one decides.
+
+    A worker ends when it is told to, or finds its parent gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmmamba_cli.data import BadSample, Batch, StepBatches
 from mmmamba_cli.distill.loop import Job, StepResult, Stopped, train
-from mmmamba_cli.distill.optimiser import learning_rate, share_of_peak
+from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, share_of_peak
 from mmmamba_cli.distill.state import Progress
 from mmmamba_cli.errors import DataError, MmmambaError, RunError
 from mmmamba_cli.recipe import Schedule
@@ -185,6 +185,24 @@ def test_schedules(kind: str, expected: list[float], tmp_path: Path) -> None:
     assert shares == pytest.approx(expected)
     stage = make_job(tmp_path, "kl", steps=10).stage
     assert learning_rate(stage, 9) == pytest.approx(stage.lr * share_of_peak(stage.schedule, 9, 10))
+
+
+def test_decay_and_rates_of_the_optimiser(tmp_path: Path) -> None:
+    """Matrices decay; biases, norms, A_log and dt_bias do not."""
+    job = make_job(tmp_path, "kl", steps=4)
+    parameters = job.pair.learning_parameters()
+    optimiser = build_optimiser(job.stage, parameters)
+    names = {id(p): n for n, p in parameters.items()}
+    decays = {
+        names[id(p)].partition(".mixer.")[2]: group["weight_decay"]
+        for group in optimiser.param_groups
+        for p in group["params"]
+    }
+    free = {"A_log", "dt_bias", "conv1d.bias", "g_norm.weight"}
+    assert {name for name, decay in decays.items() if decay == 0} == free
+    assert set(decays.values()) == {0.0, 0.05}
+    assert "q_proj.weight" in decays
+    assert optimiser.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_cosine_falls_from_the_peak_to_its_share() -> None:

@@ -233,6 +233,7 @@ def start(work: Path, seeded: Path, *more: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(Path(mmmamba_cli.__file__).parents[1])},
     )
 
@@ -268,20 +269,37 @@ def test_killed_anywhere_and_resumed_is_the_same_bits(work: Path, seeded: Path) 
         assert process.wait() == 0, process.stdout.read()
     for name in ("stage1", "stage2", final):
         assert same(weights(work, name), weights(whole, name)), name
+        rows = [json.loads(x) for x in (work / f"run/products/{name}/metrics.jsonl").open()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_130(number: int, work: Path, seeded: Path) -> None:
-    process = start(work, seeded, "--set", "stages.stage1.steps=100000", "--stage", "1")
+def test_a_signal_saves_and_exits_130(number: int, workers: int, work: Path, seeded: Path) -> None:
+    """Sent to all processes of the command, as a terminal and schedulers do."""
+    many = ("--set", "stages.stage1.steps=100000", "--set", f"data.workers={workers}")
+    process = start(work, seeded, *many, "--stage", "1")
     training = work / "run/training/stage1"
     wait_for(process, lambda: list(training.glob("step-*/state.json")))
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "stopped and saved" in output
+    assert output.count("stopping after this step") == 1
     (state,) = training.glob("step-*")
     metrics = [json.loads(x) for x in (training / "metrics.jsonl").open()]
     assert metrics[-1]["step"] == int(state.name[5:])
+
+
+def test_metrics_after_the_resumed_step_are_dropped(work: Path, seeded: Path) -> None:
+    killed_at(work, seeded, "stage1", 2)
+    metrics = work / "run/training/stage1/metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "loss": 1.0, "terms": {}}\n{"step": 5, "lo')
+    done(*distill(work, seeded, "--stage", "1"))
+    rows = [json.loads(x) for x in (work / "run/products/stage1/metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert "gradient_norm" in rows[3]
 
 
 LORA = ("--set", "stages.stage3.lora={rank: 4, alpha: 400.0}")
