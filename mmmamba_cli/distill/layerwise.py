@@ -67,16 +67,16 @@ class Layerwise:
         return tuple(f"layer {layer}" for layer in self.layers)
 
     def count(self, pair: Pair, batch: Batch) -> Tensor:
-        prompt = prepare(pair, batch)
-        rows = batch.input_ids.shape[0]
+        prompt, rows = prepare(pair, batch), batch.input_ids.shape[0]
+        # Once for each stack: reading a count off the device waits for it.
+        stacks = [columns for columns in (prompt.embedding, prompt.language) if columns is not None]
+        tokens = {id(columns): count_tokens(columns, rows) for columns in stacks}
         blocks = pair.student.model.blocks
-        return torch.tensor(
-            [
-                count_tokens(_columns(pair, prompt, layer), rows) * self.loss.units(blocks[layer])
-                for layer in self.layers
-            ],
-            dtype=torch.float64,
-        )
+        units = [
+            tokens[id(_columns(pair, prompt, layer))] * self.loss.units(blocks[layer])
+            for layer in self.layers
+        ]
+        return torch.tensor(units, dtype=torch.float64)
 
     def weigh(self, units: Tensor) -> Tensor:
         return self.scale / len(self.layers) / units.clamp(min=1)
