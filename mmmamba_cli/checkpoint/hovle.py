@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from mmmamba_cli.checkpoint.fields import integer, require, stack_fields
 from mmmamba_cli.checkpoint.rules import Rule, Shape, packed_qkv, rename, stacked_rows
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import ATTENTION, HolisticVLMConfig
@@ -89,15 +90,15 @@ def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLM
             f"{where}: embedding_config.model_type is {kind!r}, known is {EMBEDDING_TYPE!r}"
         )
     _refuse_unknown_parts(embedding, language, where)
-    first = _stack(embedding, where, "embedding_config")
-    second = _stack(language, where, "llm_config")
-    hidden = _integer(language, "hidden_size", where, "llm_config")
-    if _integer(embedding, "hidden_size", where, "embedding_config") != hidden:
+    first = stack_fields(embedding, where, "embedding_config")
+    second = stack_fields(language, where, "llm_config")
+    hidden = integer(language, "hidden_size", where, "llm_config")
+    if integer(embedding, "hidden_size", where, "embedding_config") != hidden:
         raise CheckpointError(
             f"{where}: embedding_config.hidden_size is {embedding['hidden_size']} and "
             f"llm_config.hidden_size is {hidden}, expected them equal"
         )
-    text_rows = _integer(embedding, "llm_vocab_size", where, "embedding_config")
+    text_rows = integer(embedding, "llm_vocab_size", where, "embedding_config")
     return HolisticVLMConfig(
         vocab_size=text_rows + len(embedding.get("special_token_maps") or {}),
         hidden_size=hidden,
@@ -129,7 +130,7 @@ def rules(
             if layer < first
             else f"language_model.model.layers.{layer - first}"
         )
-        table += _block(foreign, f"model.layers.{layer}", config, layer)
+        table += internlm2_block(foreign, f"model.layers.{layer}", config, layer)
     vocabulary = (int(language["vocab_size"]), hidden)
     tokens = "language_model.model.tok_embeddings.weight"
     kept, head = "unused.language_token_embedding.weight", "language_model.output.weight"
@@ -185,8 +186,8 @@ def _front(embedding: Mapping[str, Any], config: HolisticVLMConfig) -> list[Rule
     return table
 
 
-def _block(foreign: str, ours: str, config: HolisticVLMConfig, layer: int) -> list[Rule]:
-    """The seven tensors of one attention layer."""
+def internlm2_block(foreign: str, ours: str, config: HolisticVLMConfig, layer: int) -> list[Rule]:
+    """The seven tensors of one attention layer, as InternLM2 names them."""
     stack, hidden = config.stack_of(layer), config.hidden_size
     wide, inner = stack.num_heads * stack.head_dim, stack.intermediate_size
     qkv = [f"{ours}.mixer.{name}_proj.weight" for name in "qkv"]
@@ -223,61 +224,6 @@ def _section(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]
     return section
 
 
-def _integer(section: Mapping[str, Any], key: str, where: str, name: str) -> int:
-    value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(
-            f"{where}: {name}.{key} is {value!r}, expected a whole number above zero"
-        )
-    return value
-
-
-def _number(section: Mapping[str, Any], key: str, default: float, where: str, name: str) -> float:
-    value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise CheckpointError(f"{where}: {name}.{key} is {value!r}, expected a number above zero")
-    return float(value)
-
-
-def _stack(section: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
-    hidden = _integer(section, "hidden_size", where, name)
-    heads = _integer(section, "num_attention_heads", where, name)
-    kv_heads = heads
-    if section.get("num_key_value_heads") is not None:
-        kv_heads = _integer(section, "num_key_value_heads", where, name)
-    if hidden % heads or heads % kv_heads or (hidden // heads) % 2:
-        raise CheckpointError(
-            f"{where}: {name} has hidden_size {hidden}, num_attention_heads {heads} and "
-            f"num_key_value_heads {kv_heads}, expected each to divide the one before, and an even "
-            "head size"
-        )
-    return {
-        "num_layers": _integer(section, "num_hidden_layers", where, name),
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": hidden // heads,
-        "intermediate_size": _integer(section, "intermediate_size", where, name),
-        "rms_norm_eps": _number(section, "rms_norm_eps", 1e-5, where, name),
-        "rope_theta": _number(section, "rope_theta", 10000.0, where, name),
-        "rope_scaling": _rope_scaling(section, where, name),
-        "max_position_embeddings": _integer(
-            {"max_position_embeddings": 2048, **section}, "max_position_embeddings", where, name
-        ),
-    }
-
-
-def _rope_scaling(section: Mapping[str, Any], where: str, name: str) -> dict[str, Any] | None:
-    scaling = section.get("rope_scaling")
-    if scaling is None:
-        return None
-    kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
-    if kind not in ("dynamic", "linear"):
-        raise CheckpointError(
-            f"{where}: {name}.rope_scaling is of type {kind!r}, known are 'dynamic' and 'linear'"
-        )
-    return {"type": kind, "factor": _number(scaling, "factor", 1.0, where, f"{name}.rope_scaling")}
-
-
 def _vision(raw: Mapping[str, Any], embedding: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = "embedding_config"
     place = embedding.get("pixel_shuffle_loc", "pre")
@@ -286,8 +232,8 @@ def _vision(raw: Mapping[str, Any], embedding: Mapping[str, Any], where: str) ->
             f"{where}: {name}.pixel_shuffle_loc is {place!r}, known are 'pre' and 'post'"
         )
     ratio = embedding.get("downsample_ratio", raw.get("downsample_ratio", 0.5))
-    image = _integer(embedding, "image_size", where, name)
-    patch = _integer(embedding, "patch_size", where, name)
+    image = integer(embedding, "image_size", where, name)
+    patch = integer(embedding, "patch_size", where, name)
     merge = round(1 / ratio) if isinstance(ratio, int | float) and ratio > 0 else 0
     if merge < 1 or merge * ratio != 1 or image % (patch * merge):
         raise CheckpointError(
@@ -297,10 +243,10 @@ def _vision(raw: Mapping[str, Any], embedding: Mapping[str, Any], where: str) ->
     return {
         "image_size": image,
         "patch_size": patch,
-        "num_channels": _integer({"num_channels": 3, **embedding}, "num_channels", where, name),
+        "num_channels": integer({"num_channels": 3, **embedding}, "num_channels", where, name),
         "downsample_ratio": float(ratio),
         "pixel_shuffle": place,
-        "image_token_id": _integer(embedding, "img_context_token_id", where, name),
+        "image_token_id": integer(embedding, "img_context_token_id", where, name),
     }
 
 
@@ -318,7 +264,4 @@ def _refuse_unknown_parts(
         ("llm_config", language, "hidden_act", "silu"),
     )
     for name, section, key, value in wanted:
-        if section.get(key, value) != value:
-            raise CheckpointError(
-                f"{where}: {name}.{key} is {section[key]!r}, only {value!r} is supported"
-            )
+        require(section, key, value, where, name)

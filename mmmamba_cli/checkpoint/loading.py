@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from mmmamba_cli.checkpoint import language_models
+from mmmamba_cli.checkpoint.gguf_format import is_gguf
 from mmmamba_cli.checkpoint.hovle import CHAT_STOP_IDS
 from mmmamba_cli.checkpoint.opened import (
     OWN,
@@ -17,6 +19,7 @@ from mmmamba_cli.checkpoint.opened import (
 )
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.processing import as_ids
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -30,7 +33,7 @@ def load_model(
 ) -> HolisticVLM:
     """The model of a checkpoint, in eval mode. See `mmmamba_cli.load`."""
     opened = open_checkpoint(path) if checkpoint is None else checkpoint
-    wanted = opened.dtype("lm_head.weight" if "lm_head.weight" in opened else "model.norm.weight")
+    wanted = opened.dtype("model.text_embedding.weight")
     if dtype != "auto":
         wanted = parse_dtype(dtype)
     with torch.device("meta"):
@@ -61,18 +64,22 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 def generation_config(opened: Checkpoint) -> GenerationConfig:
     """What stops a generation: the folder's own, or the chat template's stop tokens."""
     folder = opened.path if opened.path.is_dir() else opened.path.parent
-    if opened.model_type == OWN and (folder / "generation_config.json").is_file():
+    has_own = (folder / "generation_config.json").is_file()
+    if opened.model_type == OWN and has_own:
         return GenerationConfig.from_pretrained(folder)
-    return default_generation_config(opened.config)
+    found = default_generation_config(opened.config)
+    if opened.model_type in language_models.MODEL_TYPES and has_own and not is_gguf(opened.path):
+        # A chat model ends its turn with more tokens than its config names.
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        found.eos_token_id = sorted(as_ids(found.eos_token_id) | as_ids(ends)) or None
+    return found
 
 
 def default_generation_config(config: HolisticVLMConfig) -> GenerationConfig:
     """Greedy, stopping at the chat template's stop tokens; image context is never generated."""
-    own = config.eos_token_id
-    ends = set(own if isinstance(own, list) else [] if own is None else [own])
-    if config.vocab_size > max(CHAT_STOP_IDS):
+    ends, vision = as_ids(config.eos_token_id), config.vision_config
+    if vision is not None and config.vocab_size > max(CHAT_STOP_IDS):
         ends |= set(CHAT_STOP_IDS)
-    vision = config.vision_config
     return GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=sorted(ends) or None,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import hovle
+from mmmamba_cli.checkpoint import hovle, language_models
+from mmmamba_cli.checkpoint.gguf_format import is_gguf, open_gguf
 from mmmamba_cli.checkpoint.rules import Rule, Shape, check_names, rename
 from mmmamba_cli.checkpoint.source import TensorSource, open_source
 from mmmamba_cli.checkpoint.tensors import TensorInfo
@@ -19,8 +20,10 @@ from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import FP32_PARAMETERS, HolisticVLM, HolisticVLMConfig
 
 OWN = HolisticVLMConfig.model_type
-KNOWN_TYPES = (hovle.MODEL_TYPE, OWN)
+KNOWN_TYPES = (hovle.MODEL_TYPE, *language_models.MODEL_TYPES, OWN)
 SOURCE_CONFIG = "source_config.json"
+# In the order in which transformers prefers them.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 UNUSED = {"unused.class_embedding", "unused.language_token_embedding.weight"}
 
 
@@ -29,7 +32,8 @@ class Checkpoint:
     """An opened checkpoint: config and tensors under our names.
 
     `raw_config` is the config of the teacher it is, or came from; `tokenizer_file` is None where
-    none was found; `assumed` names config values that were filled in rather than read.
+    none was found, and the file itself for a GGUF; `assumed` names config values that were filled
+    in rather than read.
     """
 
     path: Path
@@ -76,27 +80,37 @@ def open_checkpoint(
     tokenizer_file: Path | None = None,
     arch: str | None = None,
 ) -> Checkpoint:
-    """Open a HoVLE, or a folder of ours, and check that every tensor is there and fits.
+    """Open a HoVLE, a plain language model or a folder of ours, and check that every tensor fits.
 
     A bare state dict takes its config from `config_file`, else from `config.json` beside it, else
-    from `arch`. Raises `CheckpointError`.
+    from `arch`; a GGUF file carries its own. Raises `CheckpointError`.
     """
     path = Path(path).expanduser()
-    source = open_source(path)
     home = path if path.is_dir() else path.parent
-    raw, where, assumed = _find_config(path, home, config_file, arch)
+    assumed: tuple[str, ...] = ()
+    if is_gguf(path):
+        if config_file is not None or arch is not None:
+            raise CheckpointError(f"{path} carries its own config", "leave out --config and --arch")
+        raw, source = open_gguf(path)
+        where = str(path)
+    else:
+        source = open_source(path)
+        raw, where, assumed = _find_config(path, home, config_file, arch)
     kind = _model_type(raw, where)
     if kind == OWN:
         config, rules = _own(raw, source, where)
         raw = _read_json(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
-    else:
+    elif kind == hovle.MODEL_TYPE:
         config = hovle.to_config(raw, where)
         rules = hovle.rules(raw, config, source.names)
+    else:
+        source.leave_out(language_models.DERIVED_SUFFIX)
+        config = language_models.to_config(raw, where)
+        rules = language_models.rules(raw, config, source.names)
     shapes = {name: source.info(name).shape for name in source.names}
     check_names(rules, shapes, str(path))
-    return Checkpoint(
-        path, kind, config, raw, source, rules, _find_tokenizer(home, tokenizer_file), assumed
-    )
+    tokenizer = _find_tokenizer(path, config, tokenizer_file)
+    return Checkpoint(path, kind, config, raw, source, rules, tokenizer, assumed)
 
 
 def expected_tensors(config: HolisticVLMConfig) -> dict[str, Shape]:
@@ -159,13 +173,17 @@ def _find_config(
     return hovle.ARCHITECTURES[arch], f"--arch {arch}", hovle.ASSUMED
 
 
-def _find_tokenizer(home: Path, given: Path | None) -> Path | None:
+def _find_tokenizer(path: Path, config: HolisticVLMConfig, given: Path | None) -> Path | None:
     if given is not None:
         if not given.is_file():
             raise CheckpointError(f"tokenizer {given} is not there", "check the path")
         return given
-    beside = home / "tokenizer.model"
-    return beside if beside.is_file() else None
+    if is_gguf(path):
+        return path
+    home = path if path.is_dir() else path.parent
+    # With vision the tokenizer is HoVLE's, which is the SentencePiece model.
+    names = TOKENIZER_FILES if config.vision is None else TOKENIZER_FILES[1:]
+    return next((home / name for name in names if (home / name).is_file()), None)
 
 
 def _model_type(raw: Mapping[str, Any], where: str) -> str:
@@ -173,7 +191,7 @@ def _model_type(raw: Mapping[str, Any], where: str) -> str:
     if kind not in KNOWN_TYPES:
         raise CheckpointError(
             f"{where}: model_type is {kind!r}, known are {', '.join(KNOWN_TYPES)}",
-            "give the config.json of a HoVLE, or of a folder mmmamba wrote",
+            "give the config.json of such a model, or of a folder mmmamba wrote",
         )
     return str(kind)
 

@@ -20,7 +20,7 @@ from mmmamba_cli.checkpoint.safetensors_format import (
 from mmmamba_cli.checkpoint.tensors import TensorInfo, quoted
 from mmmamba_cli.errors import CheckpointError, name_some
 
-Kind = Literal["safetensors", "pickle"]
+Kind = Literal["safetensors", "pickle", "gguf"]
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -66,6 +66,11 @@ class TensorSource:
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, as it is stored. Raises `KeyError`."""
         return self._owner[name].read(name)
+
+    def leave_out(self, suffix: str) -> None:
+        """Forget tensors whose names end so: neither read nor asked for, they are not the model."""
+        self._owner = {n: r for n, r in self._owner.items() if not n.endswith(suffix)}
+        self.names = tuple(self._owner)
 
     def content_hash(self, progress: Callable[[int], None] | None = None) -> str:
         """The hash of all tensors (see `hashing`); `progress` is given bytes as they are taken."""

@@ -39,7 +39,7 @@ def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch
 
 
 def _by_wavelength(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3.1's scaling (arXiv 2407.21783): slow rotations are slowed by `factor`, fast ones kept.
+    """Llama 3.1's scaling (arXiv 2407.21783): `factor` slows the slow rotations, fast ones stay.
 
     Between wavelengths M / high_freq_factor and M / low_freq_factor, M the length trained with
     before, the share of the unscaled frequency falls linearly in M / wavelength.

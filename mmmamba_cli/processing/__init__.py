@@ -13,6 +13,8 @@ from mmmamba_cli.processing.loading import (
 )
 from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_per_tile
 from mmmamba_cli.processing.streaming import TextStream
+from mmmamba_cli.processing.text_loading import as_ids, processor_from_language_model
+from mmmamba_cli.processing.text_processor import HolisticTextProcessor, TextOnlyMarker
 from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles
 from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
 from mmmamba_cli.processing.training import TrainingProcessor
@@ -22,9 +24,11 @@ def register_processing(config_class: type[Any]) -> None:
     """Let transformers' AutoTokenizer and AutoProcessor find ours for models of that config."""
     AutoTokenizer.register(config_class, HolisticVLMTokenizer, exist_ok=True)
     AutoProcessor.register(config_class, HolisticVLMProcessor, exist_ok=True)
+    AutoProcessor.register(TextOnlyMarker, HolisticTextProcessor, exist_ok=True)
 
 
 __all__ = [
+    "HolisticTextProcessor",
     "HolisticVLMProcessor",
     "HolisticVLMTokenizer",
     "ImageProcessor",
@@ -32,6 +36,7 @@ __all__ = [
     "TextStream",
     "Tiling",
     "TrainingProcessor",
+    "as_ids",
     "build_tokenizer",
     "choose_grid",
     "count_tiles",
@@ -40,5 +45,6 @@ __all__ = [
     "open_image",
     "processor_from_folder",
     "processor_from_hovle",
+    "processor_from_language_model",
     "register_processing",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AddedToken
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.processing.processor import HolisticVLMProcessor, require_tokenizer
 from mmmamba_cli.processing.template import IMAGE_CONTEXT, REQUIRED_TOKENS
+from mmmamba_cli.processing.text_processor import HolisticTextProcessor
 from mmmamba_cli.processing.tokenizer import (
     VOCABULARY_FILE,
     HolisticVLMTokenizer,
@@ -43,13 +44,15 @@ INTERNVL_TOKENS = {
 }
 
 
-def processor_from_folder(folder: str | Path) -> HolisticVLMProcessor:
+def processor_from_folder(folder: str | Path) -> HolisticVLMProcessor | HolisticTextProcessor:
     """The processor of a model folder: ours, HoVLE's or a released mmMamba's.
 
     Raises `CheckpointError` if the folder has no tokenizer, or its parts do not fit together.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if (folder / PROCESSOR_FILE).is_file() and config.get("vision") is None:
+        return HolisticTextProcessor.from_pretrained(folder)
     if (folder / PROCESSOR_FILE).is_file():
         processor = HolisticVLMProcessor.from_pretrained(folder)
         image_token_id = (config.get("vision") or {}).get("image_token_id")
@@ -87,13 +90,16 @@ def processor_from_hovle(
     )
 
 
-def build_tokenizer(file: Path, vocab_size: int) -> HolisticVLMTokenizer:
+def build_tokenizer(
+    file: Path, vocab_size: int, required: Collection[str] = REQUIRED_TOKENS
+) -> HolisticVLMTokenizer:
     """The tokenizer of a SentencePiece model and the special-token files beside it.
 
-    `vocab_size` is the number of rows of the model's token table, which must hold every id.
+    `vocab_size` is the number of rows of the model's token table, which must hold every id;
+    `required` are special tokens that must be known.
     """
-    settings = _read_json(file.with_name("tokenizer_config.json"), required=False)
-    added = _read_added_tokens(file, settings, vocab_size)
+    settings = read_json(file.with_name("tokenizer_config.json"), required=False)
+    added = _read_added_tokens(file, settings, vocab_size, required)
     names = ("unk_token", "bos_token", "eos_token", "pad_token")
     named = {key: _content(settings[key]) for key in names if settings.get(key) is not None}
     tokenizer = HolisticVLMTokenizer(
@@ -111,7 +117,7 @@ def build_tokenizer(file: Path, vocab_size: int) -> HolisticVLMTokenizer:
 
 
 def _read_added_tokens(
-    file: Path, settings: Mapping[str, Any], vocab_size: int
+    file: Path, settings: Mapping[str, Any], vocab_size: int, required: Collection[str]
 ) -> dict[int, AddedToken]:
     """Special tokens by id, from the files that name them or InternVL's table."""
     described = settings.get("added_tokens_decoder", {})
@@ -121,7 +127,7 @@ def _read_added_tokens(
             "tokens with their content"
         )
     ids = {token["content"]: int(index) for index, token in described.items()}
-    listed = _read_json(file.with_name("added_tokens.json"), required=False)
+    listed = read_json(file.with_name("added_tokens.json"), required=False)
     usual = INTERNVL_TOKENS if vocab_size == INTERNVL_VOCABULARY else {}
     # Where one source names a token, those behind it are not asked.
     ids = {**usual, **_special_pieces(file), **listed, **ids}
@@ -131,7 +137,7 @@ def _read_added_tokens(
                 f"special token {content} is {ids[content]} in tokenizer_config.json but {index} "
                 f"in added_tokens.json beside {file}"
             )
-    missing = [content for content in REQUIRED_TOKENS if content not in ids]
+    missing = [content for content in required if content not in ids]
     if missing:
         raise CheckpointError(
             f"no ids are known for special tokens {', '.join(missing)} of {file}",
@@ -181,7 +187,7 @@ def _get(config: Mapping[str, Any], field: str, kind: type, default: Any = None)
     return value
 
 
-def _read_json(file: Path, *, required: bool = True) -> dict[str, Any]:
+def read_json(file: Path, *, required: bool = True) -> dict[str, Any]:
     if not required and not file.is_file():
         return {}
     try:

@@ -24,9 +24,11 @@ from mmmamba_cli.checkpoint import (
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.processing import (
+    HolisticTextProcessor,
     HolisticVLMProcessor,
     processor_from_folder,
     processor_from_hovle,
+    processor_from_language_model,
 )
 from mmmamba_cli.runs.manifest import (
     MANIFEST,
@@ -128,11 +130,13 @@ def _write_companions(folder: Path, draft: Draft) -> None:
     generation.save_pretrained(folder)
 
 
-def open_processor(checkpoint: Checkpoint) -> HolisticVLMProcessor | None:
+def open_processor(checkpoint: Checkpoint) -> HolisticVLMProcessor | HolisticTextProcessor | None:
     """The processor of a checkpoint, ours or a teacher's; None if it came without a tokenizer."""
     file = checkpoint.tokenizer_file
     if file is None:
         return None
     if checkpoint.model_type == OWN:
         return processor_from_folder(file.parent)
+    if checkpoint.config.vision is None:
+        return processor_from_language_model(checkpoint.raw_config, file)
     return processor_from_hovle(checkpoint.raw_config, file)

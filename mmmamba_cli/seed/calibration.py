@@ -12,13 +12,19 @@ from torch import Tensor
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import HolisticVLMConfig
-from mmmamba_cli.processing import HolisticVLMProcessor
+from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor
 
 QUESTIONS = (
     "How many shapes are in the picture, and which of them is red?",
     "Describe the picture from left to right, naming every shape and its colour.",
 )
+TEXTS = (
+    "How many shapes are on the table, and which of them is red? Two are: a square and a circle.",
+    "Describe the way from the station to the market, naming every street and what is sold there.",
+)
 PLAIN_TOKENS = 48
+
+Processor = HolisticVLMProcessor | HolisticTextProcessor
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,16 @@ class Calibration:
     pixel_values: Tensor | None
 
 
-def built_in(config: HolisticVLMConfig, processor: HolisticVLMProcessor | None) -> Calibration:
-    """Two questions about a drawing; without a processor, ids drawn at random around one tile."""
+def built_in(config: HolisticVLMConfig, processor: Processor | None) -> Calibration:
+    """Two questions about a drawing, or two texts; without a processor, ids drawn at random."""
     if processor is None:
         return _without_tokenizer(config)
+    if config.vision is None:
+        return _encode(processor, [(text, []) for text in TEXTS])
     return _encode(processor, [(question, [_drawing()]) for question in QUESTIONS])
 
 
-def read_calibration(file: Path, processor: HolisticVLMProcessor | None) -> Calibration:
+def read_calibration(file: Path, processor: Processor | None) -> Calibration:
     """A JSON Lines file of {"question": text, "image": path beside the file (optional)}.
 
     Raises `DataError` that names the line.
@@ -67,8 +75,17 @@ def _sample(file: Path, number: int, line: str) -> tuple[str, list[Image.Image |
 
 
 def _encode(
-    processor: HolisticVLMProcessor, samples: list[tuple[str, list[Image.Image | Path]]]
+    processor: Processor, samples: list[tuple[str, list[Image.Image | Path]]]
 ) -> Calibration:
+    if isinstance(processor, HolisticTextProcessor):
+        if any(images for _, images in samples):
+            raise DataError("the calibration has images, and the model reads text only")
+        texts = [text for text, _ in samples]
+        if processor.tokenizer.chat_template is None:
+            batch = processor(text=texts)
+        else:
+            batch = processor.chat(texts)
+        return Calibration(batch["input_ids"], batch["attention_mask"], None)
     texts = ["<image>\n" * len(images) + text for text, images in samples]
     batch = processor.chat(texts, [images for _, images in samples], max_tiles=1)
     return Calibration(batch["input_ids"], batch["attention_mask"], batch.get("pixel_values"))

@@ -1,0 +1,121 @@
+"""Fields of a foreign `config.json`, each checked, with errors that name the field.
+
+`section` is the config or a part of it, `name` that part's name, "" for the config itself, and
+`where` the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmmamba_cli.errors import CheckpointError
+
+Section = Mapping[str, Any]
+
+# RoPE scalings the model knows, and the numbers each needs.
+SCALINGS = {
+    "dynamic": ("factor",),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def place(where: str, name: str, key: str) -> str:
+    """`config.json: llm_config.hidden_size`."""
+    return f"{where}: {name}.{key}" if name else f"{where}: {key}"
+
+
+def integer(section: Section, key: str, where: str, name: str = "") -> int:
+    """A whole number above zero. Raises `CheckpointError`."""
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{place(where, name, key)} is {value!r}, expected a whole number above zero"
+        )
+    return value
+
+
+def number(section: Section, key: str, default: float | None, where: str, name: str = "") -> float:
+    """A number above zero; without a default it must be there. Raises `CheckpointError`."""
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(
+            f"{place(where, name, key)} is {value!r}, expected a number above zero"
+        )
+    return float(value)
+
+
+def require(section: Section, key: str, value: Any, where: str, name: str = "") -> None:
+    """Stop at an option that changes the computation, unless it is absent or has just `value`."""
+    if section.get(key, value) != value:
+        raise CheckpointError(
+            f"{place(where, name, key)} is {section[key]!r}, only {value!r} is supported"
+        )
+
+
+def stack_fields(section: Section, where: str, name: str = "") -> dict[str, Any]:
+    """A `StackConfig` as the words of Llama and its kin describe it, less biases and norms."""
+    hidden = integer(section, "hidden_size", where, name)
+    heads = integer(section, "num_attention_heads", where, name)
+    kv_heads, head_dim = heads, hidden // heads
+    if section.get("num_key_value_heads") is not None:
+        kv_heads = integer(section, "num_key_value_heads", where, name)
+    explicit = section.get("head_dim") is not None
+    if explicit:
+        head_dim = integer(section, "head_dim", where, name)
+    if (hidden % heads and not explicit) or heads % kv_heads or head_dim % 2:
+        subject = f"{name} has " if name else ""
+        raise CheckpointError(
+            f"{where}: {subject}hidden_size {hidden}, num_attention_heads {heads} and "
+            f"num_key_value_heads {kv_heads}, expected each to divide the one before, and an even "
+            f"head size, which is {head_dim}"
+        )
+    maximum = integer(
+        {"max_position_embeddings": 2048, **section}, "max_position_embeddings", where, name
+    )
+    return {
+        "num_layers": integer(section, "num_hidden_layers", where, name),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": integer(section, "intermediate_size", where, name),
+        "rms_norm_eps": number(section, "rms_norm_eps", 1e-5, where, name),
+        "max_position_embeddings": maximum,
+        **_rope(section, maximum, where, name),
+    }
+
+
+def _rope(section: Section, maximum: int, where: str, name: str) -> dict[str, Any]:
+    """Base and scaling: `rope_theta` and `rope_scaling`, or both in one as `rope_parameters`."""
+    scaling, together = section.get("rope_scaling"), section.get("rope_parameters")
+    key = "rope_scaling" if together is None else "rope_parameters"
+    if together is not None and not isinstance(together, dict):
+        raise CheckpointError(f"{place(where, name, key)} is {together!r}, expected a table")
+    if scaling is not None and not isinstance(scaling, dict):
+        raise CheckpointError(
+            f"{place(where, name, 'rope_scaling')} is {scaling!r}, expected a table"
+        )
+    inside = f"{name}.{key}".lstrip(".")
+    both = {**(together or {}), **(scaling or {})}
+    require(section, "partial_rotary_factor", 1.0, where, name)
+    require(both, "partial_rotary_factor", 1.0, where, inside)
+    bases = {"rope_theta": section.get("rope_theta", 10000.0), **both}
+    theta = number(bases, "rope_theta", None, where, name)
+    kind = both.get("type", both.get("rope_type", "default" if scaling is None else None))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind not in SCALINGS:
+        known = ", ".join(map(repr, SCALINGS))
+        raise CheckpointError(
+            f"{place(where, name, key)} is of type {kind!r}, known are {known}",
+            "the model's positions cannot be computed as it was trained",
+        )
+    values = {"original_max_position_embeddings": maximum, **both}
+    found = {k: number(values, k, None, where, inside) for k in SCALINGS[kind]}
+    return {"rope_theta": theta, "rope_scaling": {"type": kind, **found}}

@@ -1,0 +1,161 @@
+"""GGUF files of llama.cpp, read by transformers: their config and their tensors, dequantised.
+
+transformers leaves out what it has no name for. So the file is looked at first, and what would
+make another model of it is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint.source import TensorSource
+from mmmamba_cli.checkpoint.tensors import TensorInfo
+from mmmamba_cli.errors import CheckpointError, name_some
+
+SUFFIX = ".gguf"
+MAGIC = b"GGUF"
+PACKAGES = ("gguf", "accelerate")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# What the file may say only with this value, if it says it at all.
+ONLY = {
+    "rope.scaling.type": "none",
+    "expert_count": 0,
+}
+# What transformers takes for Qwen3, whatever the file says.
+QWEN3_HEAD_DIM = 128
+# Of no use in the teacher's config: where the file was, and how it was packed.
+FILE_FIELDS = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
+
+
+class Dequantised:
+    """The tensors of a GGUF file in memory, fp32, under transformers' names; a `Reader`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = dict(tensors)
+        self.infos = {n: TensorInfo(t.dtype, tuple(t.shape)) for n, t in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix == SUFFIX
+
+
+def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
+    """The config, as transformers words it, and the tensors, all read and dequantised at once.
+
+    Raises `CheckpointError` if the packages for it are missing, or the file is damaged, of another
+    architecture, or holds what transformers would leave out.
+    """
+    count = _inspect(path)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    raw = json.loads(model.config.to_json_string(use_diff=False))
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    lost = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
+    if lost or count != len(tensors):
+        named = f"; missing or misshaped are {name_some(lost)}" if lost else ""
+        raise CheckpointError(
+            f"{path} holds {count} tensors, a {raw.get('model_type')} with its config has "
+            f"{len(tensors)}{named}",
+            "check that it was downloaded completely, or give the model's safetensors",
+        )
+    config = {key: value for key, value in raw.items() if key not in FILE_FIELDS}
+    return config, TensorSource("gguf", {path: Dequantised(tensors)})
+
+
+def _inspect(path: Path) -> int:
+    """How many tensors the file holds, if it is one that transformers reads wholly."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist or is not a regular file", "check the path")
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF")
+    absent = [name for name in PACKAGES if find_spec(name) is None]
+    if absent:
+        raise CheckpointError(
+            f"{path} is a GGUF file, which takes the packages {' and '.join(absent)} to read",
+            "pip install 'mmmamba[gguf]'",
+        )
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {name: reader.fields[name].contents() for name in _short(reader.fields)}
+        names = [tensor.name for tensor in reader.tensors]
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as GGUF: {error}", "download it again, it may be cut off"
+        ) from error
+    _refuse(path, fields, names)
+    return len(names)
+
+
+def _share(fields: Mapping[str, Any], kind: str) -> int | None:
+    """Size of a head where no field gives it: the width over the heads."""
+    width, heads = (
+        fields.get(f"{kind}.embedding_length"),
+        fields.get(f"{kind}.attention.head_count"),
+    )
+    return width // heads if width and heads else None
+
+
+def _short(fields: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that describe the model, without the vocabulary."""
+    return [name for name in fields if not name.startswith(("tokenizer.", "GGUF."))]
+
+
+def _refuse(path: Path, fields: Mapping[str, Any], names: list[str]) -> None:
+    kind = fields.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: general.architecture is {kind!r}, known are {', '.join(ARCHITECTURES)}"
+        )
+    for key, value in ONLY.items():
+        found = fields.get(f"{kind}.{key}", value)
+        if found != value:
+            raise CheckpointError(
+                f"{path}: {kind}.{key} is {found!r}, only {value!r} is supported in a GGUF file",
+                "give the model's safetensors with its config.json",
+            )
+    if "rope_freqs.weight" in names:
+        raise CheckpointError(
+            f"{path} scales its positions by rope_freqs.weight, which transformers does not read",
+            "give the model's safetensors with its config.json",
+        )
+    head = QWEN3_HEAD_DIM if kind == "qwen3" else _share(fields, kind)
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        found = fields.get(f"{kind}.{key}", head)
+        if found != head:
+            raise CheckpointError(
+                f"{path}: {kind}.{key} is {found}, transformers reads GGUF files with heads of "
+                f"{head} only",
+                "give the model's safetensors with its config.json",
+            )
+    windows = [name for name in fields if name.startswith(f"{kind}.attention.sliding_window")]
+    if windows:
+        raise CheckpointError(
+            f"{path}: {windows[0]} is {fields[windows[0]]}, only attention without a window is "
+            "supported"
+        )

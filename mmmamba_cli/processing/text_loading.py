@@ -1,0 +1,67 @@
+"""The processor of a plain language model, from what its makers put beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.processing.loading import build_tokenizer, read_json
+from mmmamba_cli.processing.text_processor import HolisticTextProcessor
+
+GGUF_SUFFIX = ".gguf"
+FAST_FILE = "tokenizer.json"
+# Its own tokenizer's ids are SentencePiece's, which transformers' classes do not give.
+INTERNLM2 = "internlm2"
+
+
+def processor_from_language_model(
+    config: Mapping[str, Any], tokenizer_file: Path
+) -> HolisticTextProcessor:
+    """The processor of a model with that `config.json`; its tokenizer is `tokenizer_file`.
+
+    That is a `tokenizer.json` or `tokenizer.model` with its settings beside it, or a GGUF file,
+    which holds all. Raises `CheckpointError` if it cannot be read or does not fit the config.
+    """
+    tokenizer = _tokenizer(config, tokenizer_file)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config["vocab_size"]:
+        raise CheckpointError(
+            f"tokenizer {tokenizer_file} has ids up to {largest}, the model's vocabulary has "
+            f"{config['vocab_size']}"
+        )
+    processor = HolisticTextProcessor(tokenizer)
+    ends = {*processor.stop_token_ids, *as_ids(config.get("eos_token_id"))}
+    settings = tokenizer_file.with_name("generation_config.json")
+    if settings.is_file() and tokenizer_file.suffix != GGUF_SUFFIX:
+        ends |= as_ids(read_json(settings).get("eos_token_id"))
+    processor.stop_token_ids = sorted(ends)
+    return processor
+
+
+def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
+    if file.suffix == ".model" and config.get("model_type") == INTERNLM2:
+        tokenizer = build_tokenizer(file, config["vocab_size"], required=())
+        settings = read_json(file.with_name("tokenizer_config.json"), required=False)
+        tokenizer.chat_template = settings.get("chat_template")
+        return tokenizer
+    try:
+        if file.suffix == GGUF_SUFFIX:
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        if file.name == FAST_FILE:
+            # Read as it is; the classes named for a model rebuild it from its parts.
+            return PreTrainedTokenizerFast.from_pretrained(file.parent)
+        return AutoTokenizer.from_pretrained(file.parent)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"the tokenizer {file} cannot be read: {first}", "give another with --tokenizer FILE"
+        ) from error
+
+
+def as_ids(ids: int | list[int] | None) -> set[int]:
+    """Token ids as configs write them: one, several or none."""
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
