@@ -23,8 +23,8 @@ def command(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="HoVLE folder, .safetensors, or .ckpt/.pt/.bin state dict; or a Llama, Qwen2, Qwen3 "
-            "or InternLM2 as a folder or .gguf file.",
+            help="HoVLE folder, .safetensors, or .ckpt/.pt/.bin state dict; or a Llama, Qwen2, "
+            "Qwen3 or InternLM2 as a folder or .gguf file.",
         ),
     ],
     run: RunFolder = DEFAULT_RUN,
