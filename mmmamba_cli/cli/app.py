@@ -13,7 +13,7 @@ from mmmamba_cli.cli.console import help_if_bare
 # A command `name` lives in cli/name.py, which calls it `command`: a function, or a typer.Typer for
 # a group of them. These modules are imported for --help, so each imports its library room inside
 # the function that needs it.
-COMMANDS = ("seed", "distill", "hybridize", "data", "status", "recipe")
+COMMANDS = ("seed", "distill", "hybridize", "eval", "data", "status", "recipe")
 
 # Plain help: brackets, as in stages[1].lr, are not markup, and rich need not be imported for it.
 MARKUP = None

@@ -147,7 +147,8 @@ def test_an_installation_without_recipes_says_so(tmp_path: Path) -> None:
 def test_a_wheel_carries_every_recipe(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "mmmamba_cli", tmp_path / "mmmamba_cli", ignore=ignored)
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for folder in ("recipes", "evals"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "README.md").write_text("Not what is tested here.\n")
     subprocess.run(

@@ -1,0 +1,280 @@
+"""`mmmamba eval`: what a model still knows, by suite, beside its teacher."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmmamba_cli.cli.console import err, print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
+from mmmamba_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from mmmamba_cli.evaluate import Options, Result, Retention, Scored, Suite
+    from mmmamba_cli.evaluate.opening import Candidate
+
+EVALS = "evals"
+RIGHT = ("score", "rows", "unreadable", "teacher", "retention")
+
+
+def command(
+    suite: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Suites; with --with, tasks of that kit.")
+    ],
+    run: RunFolder = DEFAULT_RUN,
+    product: Annotated[
+        str | None,
+        typer.Option("--from", metavar="PRODUCT", help="Product of the run; else the current one."),
+    ] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Any checkpoint, in the run's place. May be repeated."),
+    ] = None,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Ask the run's teacher too, and tell retention.")
+    ] = False,
+    teacher_path: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Score these answers (.tsv, .jsonl, .xlsx); no model."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the suites' TSVs; else $LMUData, ~/LMUData."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results go; else the run's evals.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many questions of each suite.")
+    ] = None,
+    batch: Annotated[
+        str, typer.Option(metavar="N|auto", help="Prompts at a time; auto takes what fits.")
+    ] = "auto",
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Most tiles per picture; the suite's if not given.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; the suite's if not given.")
+    ] = None,
+    choose: Annotated[
+        bool, typer.Option("--choose", help="Take the likeliest choice; generate nothing.")
+    ] = False,
+    rule: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Score by this rule only.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; the best there is if not given.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the error estimates.")] = 0,
+    kit: Annotated[
+        str | None,
+        typer.Option("--with", metavar="KIT", help="Let another kit ask: vlmeval or lm-eval."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Print published results beside ours.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model the questions of suites, and score its answers by named rules.
+
+    Goes on where it was stopped. Answers and results are kept in the run, under evals/.
+    """
+    from mmmamba_cli.evaluate import Options
+
+    names = _names(suite)
+    options = Options(
+        data=data,
+        limit=limit,
+        batch=_batch(batch),
+        max_tiles=max_tiles,
+        max_new_tokens=max_new_tokens,
+        by_likelihood=choose,
+        rule=rule,
+        seed=seed,
+    )
+    folder = out or run / EVALS
+    if predictions is not None:
+        if model or teacher or kit or product:
+            raise DataError("--predictions needs no model", "leave out the options that name one")
+        scored = [_from_file(predictions, name, folder, options) for name in names]
+        _say([one.result for one in scored], [], compare, as_json)
+        return
+    candidates = _candidates(run, product, model, teacher, teacher_path, device, dtype)
+    if kit is not None:
+        _with_kit(kit, candidates, names, options, folder, as_json)
+        return
+    results, kept = _ask(candidates, names, options, folder)
+    _say(results, kept, compare, as_json)
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise DataError("--suite names no suite", "as in --suite mme,pope")
+    return names
+
+
+def _batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise DataError(f"--batch is {text!r}, expected a number from 1 on, or auto")
+    return int(text)
+
+
+def _candidates(
+    run: Path,
+    product: str | None,
+    models: Sequence[Path] | None,
+    teacher: bool,
+    teacher_path: Path | None,
+    device: str | None,
+    dtype: str,
+) -> list[Candidate]:
+    """The models to ask, each under a name of its own, the teacher last."""
+    from mmmamba_cli.evaluate import opening
+    from mmmamba_cli.runs import Run
+
+    if models and product is not None:
+        raise DataError("--from names a product of the run, --model a path", "give one of them")
+    found = [opening.path_candidate(path, device, dtype) for path in models or ()]
+    if not models:
+        found.append(opening.product_candidate(Run(run), product, device, dtype))
+    if teacher or teacher_path is not None:
+        found.append(opening.teacher_candidate(Run(run), teacher_path, device, dtype))
+    names = [candidate.name for candidate in found]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"more than one model is called {', '.join(twice)}, and results lie under that name",
+            "evaluate them with different --out, or rename a folder",
+        )
+    for candidate in found:
+        if candidate.final is False:
+            print_warning(f"{candidate.name} was never distilled end to end; do not expect much")
+    return found
+
+
+def _ask(
+    candidates: Sequence[Candidate], names: Sequence[str], options: Options, folder: Path
+) -> tuple[list[Result], list[Retention]]:
+    """Every model every suite; retention by the last one, if that is the teacher."""
+    from mmmamba_cli.evaluate import compare_with_teacher, find_suite, open_suite, write_retention
+    from mmmamba_cli.evaluate.opening import TEACHER
+
+    suites = [find_suite(name) for name in names]
+    # All tables before any model: what is wrong with them is found in time.
+    opened = [open_suite(suite, options) for suite in suites]
+    scored: dict[str, list[Scored]] = {suite.name: [] for suite in suites}
+    for candidate in candidates:
+        err().print(f"loading {candidate.name}", markup=False, highlight=False)
+        model = candidate.open()
+        for suite, (table, rows) in zip(suites, opened, strict=True):
+            place = folder / candidate.name / suite.name
+            scored[suite.name].append(_ask_one(model, suite, table, rows, place, options))
+        # Before the next one is loaded: two may not fit.
+        del model
+        gc.collect()
+    kept: list[Retention] = []
+    if candidates[-1].name == TEACHER:
+        for name, found in scored.items():
+            for student in found[:-1]:
+                parts = compare_with_teacher([student], found[-1], options.seed)
+                write_retention(folder / student.result.model.name / name, parts)
+                kept += parts
+    return [one.result for found in scored.values() for one in found], kept
+
+
+def _ask_one(
+    model: Any, suite: Suite, table: Any, rows: Any, folder: Path, options: Options
+) -> Scored:
+    from mmmamba_cli.evaluate import Watch, evaluate_model
+
+    def say(text: str) -> None:
+        err().print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with progress(f"{model.identity.name}: {suite.title}", len(rows), "answers") as advance:
+        watch = Watch(say=say, warn=print_warning, advance=advance)
+        return evaluate_model(model, suite, table, rows, folder, options, watch)
+
+
+def _from_file(file: Path, name: str, folder: Path, options: Options) -> Scored:
+    from mmmamba_cli.evaluate import evaluate_predictions, find_suite
+
+    suite = find_suite(name)
+    return evaluate_predictions(file, suite, folder / file.stem / suite.name, options)
+
+
+def _with_kit(
+    kit: str,
+    candidates: Sequence[Candidate],
+    names: Sequence[str],
+    options: Options,
+    folder: Path,
+    as_json: bool,
+) -> None:
+    from mmmamba_cli.checkpoint import atomic_write_text
+    from mmmamba_cli.evaluate import find_evaluator
+    from mmmamba_cli.evaluate.kits import kit_result
+
+    evaluate = find_evaluator(kit)
+    found = []
+    for candidate in candidates:
+        model = candidate.open()
+        place = folder / candidate.name / kit
+        place.mkdir(parents=True, exist_ok=True)
+        scores = evaluate(model, names, options, place)
+        found.append(kit_result(kit, model.identity, scores, options))
+        del model
+        gc.collect()
+        atomic_write_text(place / "result.json", found[-1].json_text())
+    if as_json:
+        print_json([one.as_dict() for one in found])
+        return
+    rows = [
+        (one.model, task, metric, value)
+        for one in found
+        for task, metrics in one.scores.items()
+        for metric, value in metrics.items()
+    ]
+    print_table(("model", "task", "metric", f"score by {kit}"), rows)
+
+
+def _say(
+    results: Sequence[Result], kept: Sequence[Retention], compare: bool, as_json: bool
+) -> None:
+    from mmmamba_cli.evaluate import find_suite, published_rows, report
+
+    tables = published_rows() if compare else []
+    if as_json:
+        found = {
+            "results": [result.model_dump(mode="json") for result in results],
+            "retention": [part.model_dump(mode="json") for part in kept],
+        }
+        print_json({**found, "published": tables} if compare else found)
+        return
+    print_table(*report.summary(results), right=RIGHT)
+    for result in results:
+        for part in result.rules:
+            if part.categories:
+                heading, rows = report.categories(result, part)
+                print_table(heading, rows, title=result.model.name, right=heading[1:])
+    if kept:
+        print_table(*report.retention_table(kept), right=RIGHT)
+    if compare:
+        suites = {result.suite: find_suite(result.suite) for result in results}
+        heading, rows = report.comparison(results, suites, tables)
+        print_table(heading, rows, right=heading[1:-1])
+    for result in results:
+        for remark in report.remarks(result):
+            print_warning(f"{result.model.name}, {remark}")

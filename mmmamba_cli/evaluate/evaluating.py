@@ -1,0 +1,283 @@
+"""One call of `mmmamba eval`: models x suites, answers, scores, retention, files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmmamba_cli.checkpoint import atomic_write_text
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate.contract import EvalModel, Identity
+from mmmamba_cli.evaluate.predictions import read_predictions
+from mmmamba_cli.evaluate.prompts import prompt_of
+from mmmamba_cli.evaluate.result import (
+    RESULT,
+    RETENTION,
+    TIMING,
+    DataPart,
+    ModelPart,
+    Result,
+    Retention,
+    json_text,
+    retention,
+    rule_part,
+)
+from mmmamba_cli.evaluate.rows import Row, first_units, read_rows
+from mmmamba_cli.evaluate.runner import Asked, Watch, ask_all
+from mmmamba_cli.evaluate.scoring import Tally, find_rule
+from mmmamba_cli.evaluate.store import AnswerStore
+from mmmamba_cli.evaluate.suite import Suite
+from mmmamba_cli.evaluate.tsv import Table
+from mmmamba_cli.runs.manifest import command_line, now, versions
+
+SEED = 0
+ENVIRONMENT = "LMUData"
+HOME = Path("~/LMUData")
+LOCAL = "_local"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller decides beside models and suites."""
+
+    data: Path | None = None
+    limit: int | None = None
+    batch: int | None = None
+    max_tiles: int | None = None
+    max_new_tokens: int | None = None
+    by_likelihood: bool = False
+    rule: str | None = None
+    seed: int = SEED
+
+
+class Named(Protocol):
+    """A model that is loaded when its turn comes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def open(self) -> Callable[[], EvalModel]: ...
+
+
+@dataclass
+class Scored:
+    """A result, and what retention needs of it."""
+
+    result: Result
+    tallies: dict[str, Tally]
+    rows: Sequence[Row] = field(default_factory=list)
+
+
+def find_table(suite: Suite, data: Path | None) -> Path:
+    """The suite's TSV. Raises `DataError` that says where it was looked for."""
+    found = _table_file(suite, data)
+    if found is None:
+        raise DataError(
+            f"suite {suite.name} needs {suite.dataset}.tsv, which is not in {_data_folder(data)}; "
+            f"it is looked for in --data DIR, else ${ENVIRONMENT}, else {HOME}",
+            "it is VLMEvalKit's table: tab-separated, with the columns "
+            f"{', '.join(suite.columns)} and image (base64, or another row's index) or image_path",
+        )
+    return found
+
+
+def _table_file(suite: Suite, data: Path | None) -> Path | None:
+    folder = _data_folder(data)
+    places = [folder / f"{suite.dataset}{ending}.tsv" for ending in ("", LOCAL)]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _data_folder(data: Path | None) -> Path:
+    return data or Path(os.environ.get(ENVIRONMENT) or HOME).expanduser()
+
+
+def open_suite(suite: Suite, options: Options) -> tuple[Table, list[Row]]:
+    """The suite's table and the rows to be asked. Raises `DataError`."""
+    check_rules(suite, options.rule)
+    table = Table(find_table(suite, options.data), suite.columns)
+    rows = read_rows(table.cells, suite, str(table.file))
+    return table, first_units(rows, options.limit)
+
+
+def check_rules(suite: Suite, only: str | None) -> list[str]:
+    """The names of the rules to score by. Raises `DataError` if `only` is none of the suite's."""
+    if only is not None and only not in suite.rules:
+        known = ", ".join(suite.rules) or "none: its answers need a judge"
+        raise DataError(f"suite {suite.name} has no rule {only}, it has: {known}")
+    return [only] if only is not None else list(suite.rules)
+
+
+def evaluate_model(
+    model: EvalModel,
+    suite: Suite,
+    table: Table,
+    rows: Sequence[Row],
+    folder: Path,
+    options: Options,
+    watch: Watch,
+) -> Scored:
+    """Ask one model one suite, score it, and write everything into `folder`."""
+    max_new_tokens = options.max_new_tokens or suite.max_new_tokens
+    settings: dict[str, Any] = {
+        "max_tiles": options.max_tiles or suite.max_tiles,
+        "max_new_tokens": max_new_tokens,
+        "answers": "chosen by likelihood" if options.by_likelihood else "generated",
+        "limit": options.limit,
+        **model.identity.answers_depend_on,
+    }
+    answers_to = {
+        "model": model.identity.content_hash,
+        "suite": suite.name,
+        "suite_digest": suite.digest,
+        "data": table.sha256,
+        **settings,
+    }
+    prompts = [
+        prompt_of(
+            row, suite, table, max_tiles=options.max_tiles, by_likelihood=options.by_likelihood
+        )
+        for row in rows
+    ]
+    began = time.perf_counter()
+    with AnswerStore(folder, answers_to, watch.warn) as store:
+        asked = ask_all(
+            model,
+            prompts,
+            store,
+            max_new_tokens=max_new_tokens,
+            batch=options.batch,
+            watch=watch,
+        )
+        answers = {row.index: store.answers[row.index].text for row in rows}
+    seconds = time.perf_counter() - began
+    data = DataPart(
+        file=table.file.name,
+        sha256=table.sha256,
+        rows=len(table.cells),
+        used=len(rows),
+        without_image=sum(not prompt.pictures for prompt in prompts),
+    )
+    scored = score(suite, rows, answers, data, model.identity, settings, options)
+    _write(folder, scored, answers)
+    if asked.answered:
+        _write_timing(folder, asked, seconds)
+    return scored
+
+
+def evaluate_predictions(file: Path, suite: Suite, folder: Path, options: Options) -> Scored:
+    """Score answers that are in a file; the suite's TSV tells the questions where it is there.
+
+    Without it the file's own columns do. Raises `DataError` for what is missing in either.
+    """
+    check_rules(suite, options.rule)
+    given = read_predictions(file)
+    needed = [*suite.columns, *(["image_path"] if suite.unit in ("pair", "picture") else [])]
+    if _table_file(suite, options.data) is not None or not given.has(needed):
+        table, rows = open_suite(suite, options)
+        cells, name, digest = table.cells, table.file.name, table.sha256
+    else:
+        cells, name, digest = given.cells, file.name, given.sha256
+        rows = first_units(read_rows(cells, suite, str(file)), options.limit)
+    data = DataPart(file=name, sha256=digest, rows=len(cells), used=len(rows))
+    answers = given.answers(rows)
+    identity = Identity(name=file.name, content_hash=given.sha256, kind="predictions")
+    scored = score(suite, rows, answers, data, identity, {"answers": "from a file"}, options)
+    _write(folder, scored, answers)
+    return scored
+
+
+def score(
+    suite: Suite,
+    rows: Sequence[Row],
+    answers: dict[str, str],
+    data: DataPart,
+    identity: Identity,
+    settings: dict[str, Any],
+    options: Options,
+) -> Scored:
+    """The suite's rules, or one of them, over answers by index."""
+    said = [answers[row.index] for row in rows]
+    names = check_rules(suite, options.rule)
+    tallies = {name: find_rule(suite.rules[name])(rows, said) for name in names}
+    parts = [
+        rule_part(name, suite.rules[name], tally, answers, options.seed)
+        for name, tally in tallies.items()
+    ]
+    result = Result(
+        suite=suite.name,
+        title=suite.title,
+        version=suite.version,
+        suite_digest=suite.digest,
+        data=data,
+        model=ModelPart(
+            name=identity.name,
+            content_hash=identity.content_hash,
+            kind=identity.kind,
+            final=identity.final,
+        ),
+        settings=settings,
+        rules=tuple(parts),
+        seed=options.seed,
+        versions=versions(),
+    )
+    return Scored(result, tallies, rows)
+
+
+def compare_with_teacher(
+    students: Iterable[Scored], teacher: Scored, seed: int = SEED
+) -> list[Retention]:
+    """Retention of each student by each rule of the suite."""
+    suite, name = teacher.result.suite, teacher.result.model.name
+    return [
+        retention(
+            suite,
+            rule,
+            (student.result.model.name, student.tallies[rule]),
+            (name, tally),
+            len(teacher.rows),
+            seed,
+        )
+        for student in students
+        for rule, tally in teacher.tallies.items()
+    ]
+
+
+def write_retention(folder: Path, parts: Sequence[Retention]) -> None:
+    atomic_write_text(folder / RETENTION, json_text(parts))
+
+
+def _write(folder: Path, scored: Scored, answers: dict[str, str]) -> None:
+    """`result.json`, and the answers as the kits write them, for a judge or another scorer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / RESULT, json_text(scored.result))
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(["index", "question", "answer", "category", "prediction"])
+    for row in scored.rows:
+        writer.writerow([row.index, row.question, row.answer, row.category, answers[row.index]])
+    atomic_write_text(folder / "predictions.tsv", text.getvalue())
+
+
+def _write_timing(folder: Path, asked: Asked, seconds: float) -> None:
+    """What is not the same twice: when, how long, in what batches."""
+    import json
+
+    timing = {
+        "finished": now(),
+        "command": command_line(),
+        "answered": asked.answered,
+        "seconds": round(seconds, 3),
+        "samples_per_second": round(asked.answered / max(seconds, 1e-9), 3),
+        "batches": len(asked.batches),
+        "largest_batch": max(asked.batches, default=0),
+        "limit": asked.limit.as_dict(),
+        "halved": asked.halved,
+    }
+    atomic_write_text(folder / TIMING, json.dumps(timing, indent=2) + "\n")

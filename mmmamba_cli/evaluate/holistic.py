@@ -1,0 +1,220 @@
+"""Our own models behind the runner's contract: generation and likelihoods in left-padded batches.
+
+Legend: B rows of a batch, T columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate.contract import Encoded, Identity, OutOfMemory, Prompt
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, count_tiles
+
+Result = TypeVar("Result")
+
+# Share of free memory that a batch may take: what is left is for fragments and longer answers.
+SHARE = 0.8
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """One prompt's ids, and its tiles (N, 3, S, S) or None."""
+
+    ids: list[int]
+    pixels: Tensor | None
+    num_tiles: tuple[int, ...]
+
+
+class HolisticEvalModel:
+    """A loaded model and its processor. `identity` says which model it is."""
+
+    def __init__(
+        self,
+        model: HolisticVLM,
+        processor: HolisticVLMProcessor | HolisticTextProcessor,
+        identity: Identity,
+    ):
+        self.model = model
+        self.processor = processor
+        self.identity = identity
+        # What a folder says about generating (penalties, sampling) is not what suites ask for.
+        self.model.generation_config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=self._stops,
+            pad_token_id=processor.pad_token_id,
+            suppress_tokens=model.generation_config.suppress_tokens,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    def measure(self, prompt: Prompt) -> int:
+        """Tokens of the prompt, but for the constant ones of the chat template."""
+        text = len(self.processor.text_ids(prompt.text))
+        if not prompt.pictures:
+            return text
+        processor = self._sighted(prompt)
+        tiling = processor.image_processor.tiling
+        if prompt.max_tiles is not None:
+            tiling = replace(tiling, max_tiles=prompt.max_tiles)
+        tiles = sum(count_tiles(*picture.size(), tiling) for picture in prompt.pictures)
+        return text + tiles * processor.tokens_per_tile
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """Ids, and the pictures' tiles in the model's dtype."""
+        if prompt.pictures:
+            batch = self._sighted(prompt).chat(
+                prompt.text,
+                [picture.open() for picture in prompt.pictures],
+                padding=False,
+                return_tensors=None,
+                max_tiles=prompt.max_tiles,
+                return_num_tiles=True,
+            )
+        else:
+            batch = self.processor.chat(prompt.text, padding=False, return_tensors=None)
+        ids = list(batch["input_ids"][0])
+        pixels = batch.get("pixel_values")
+        if pixels is not None:
+            pixels = pixels.to(self.model.lm_head.weight.dtype)
+        return Encoded(prompt, len(ids), _Inputs(ids, pixels, tuple(batch.get("num_tiles", ()))))
+
+    def _sighted(self, prompt: Prompt) -> HolisticVLMProcessor:
+        if isinstance(self.processor, HolisticTextProcessor):
+            raise DataError(
+                f"row {prompt.index} has a picture, but {self.identity.name} reads text only",
+                "evaluate it with --with lm-eval",
+            )
+        return self.processor
+
+    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        """Greedy answers, without special tokens and outer spaces."""
+        return _or_too_large(lambda: self._generate(batch, max_new_tokens))
+
+    @torch.no_grad()
+    def _generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        inputs = self._inputs([encoded.value.ids for encoded in batch], batch)
+        tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        return [self._text(row) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    @property
+    def _stops(self) -> list[int]:
+        return sorted(set(self.processor.stop_token_ids))
+
+    def _text(self, ids: list[int]) -> str:
+        stops = set(self._stops)
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        text: str = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return text.strip()
+
+    def score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+        """Sum of log p over each choice's tokens, in nats; the token that ends a turn is left out.
+
+        Prompts with all their choices go through the model in one batch.
+        """
+        return _or_too_large(lambda: self._score_choices(batch))
+
+    @torch.no_grad()
+    def _score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+        rows = [
+            (encoded, *self._continue(encoded, choice))
+            for encoded in batch
+            for choice in encoded.prompt.choices
+        ]
+        inputs = self._inputs([ids for _, ids, _ in rows], [encoded for encoded, _, _ in rows])
+        # The answers' columns, and the one before, which predicts the first.
+        keep = max(len(ids) - start for _, ids, start in rows) + 1
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+        scores = iter(
+            self._sum(found, ids, start)
+            for found, (_, ids, start) in zip(logits, rows, strict=True)
+        )
+        return [[next(scores) for _ in encoded.prompt.choices] for encoded in batch]
+
+    def _continue(self, encoded: Encoded, choice: str) -> tuple[list[int], int]:
+        """Ids of the prompt answered with `choice`, and where the answer begins."""
+        talk = [
+            {"role": "user", "content": encoded.prompt.text},
+            {"role": "assistant", "content": choice},
+        ]
+        ids, is_answer = self.processor.conversation_ids(talk, encoded.value.num_tiles)
+        columns = [i for i, answers in enumerate(is_answer) if answers]
+        stops = set(self._stops)
+        end = next((i for i in columns if ids[i] in stops), len(ids))
+        return ids[:end], columns[0]
+
+    @staticmethod
+    def _sum(logits: Tensor, ids: list[int], start: int) -> float:
+        """Of one row's last logits (columns, V): log p of ids[start:], which end it."""
+        count = len(ids) - start
+        predicted = torch.log_softmax(logits[-count - 1 : -1].double(), dim=-1)
+        wanted = torch.tensor(ids[start:], device=logits.device).unsqueeze(1)
+        return float(predicted.gather(1, wanted).sum())
+
+    def _inputs(self, ids: Sequence[list[int]], encoded: Sequence[Encoded]) -> dict[str, Any]:
+        """One batch, padded on the left, on the model's device."""
+        width = max(map(len, ids))
+        pad = self.processor.pad_token_id
+        rows = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+        inputs = {"input_ids": rows.to(self.device), "attention_mask": mask.to(self.device)}
+        pixels = [one.value.pixels for one in encoded if one.value.pixels is not None]
+        if pixels:
+            inputs["pixel_values"] = torch.cat([one.to(self.device) for one in pixels])
+        return inputs
+
+    def fitting_columns(self, longest: Encoded, max_new_tokens: int) -> int | None:
+        """Measured on the longest prompt alone: what it takes, and what is free. CUDA only."""
+        if self.device.type != "cuda":
+            return None
+
+        def try_it() -> None:
+            if longest.prompt.choices:
+                self.score_choices([longest])
+            else:
+                self.generate([longest], min(max_new_tokens, PROBE_TOKENS))
+
+        taken = _peak_beyond_weights(try_it, self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return fitting(longest.length, taken, free)
+
+
+def fitting(length: int, taken: int, free: int) -> int:
+    """Columns that fit into `free` bytes if `length` columns take `taken`; at least `length`."""
+    return max(1, int(SHARE * free / max(1, taken))) * length
+
+
+def _peak_beyond_weights(work: Callable[[], None], device: torch.device) -> int:
+    """Bytes that `work` takes at its height beyond what was there before."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _or_too_large(work: Callable[[], Result]) -> Result:
+    """What `work` returns; torch's out-of-memory error becomes the runner's."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        failed = str(error).partition("\n")[0]
+    # Only here are the frames gone that kept the batch's tensors alive.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemory(failed)

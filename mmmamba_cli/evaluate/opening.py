@@ -1,0 +1,132 @@
+"""Models to evaluate: products of a run, its teacher, or any checkpoint we read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmmamba_cli.checkpoint import Checkpoint, load_model, open_checkpoint, parse_dtype
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.evaluate.contract import Identity
+from mmmamba_cli.evaluate.holistic import HolisticEvalModel
+from mmmamba_cli.runs import Run, open_processor
+
+TEACHER = "teacher"
+HASH_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was named and not loaded yet; `open` does both hashing and loading."""
+
+    name: str
+    open: Callable[[], HolisticEvalModel]
+    # None where nobody says whether the model was distilled end to end.
+    final: bool | None = None
+
+
+def product_candidate(run: Run, product: str | None, device: str | None, dtype: str) -> Candidate:
+    """A product of a run, the current one if None. Raises `RunError` if there is none such."""
+    name = product or run.record.current
+    manifest = run.product(name)
+
+    def open_it() -> HolisticEvalModel:
+        run.verify_product(name)
+        return open_model(
+            run.open_product(name),
+            name,
+            device,
+            dtype,
+            content_hash=manifest.content_hash,
+            kind=manifest.kind,
+            final=manifest.final,
+        )
+
+    return Candidate(name, open_it, manifest.final)
+
+
+def teacher_candidate(run: Run, moved_to: Path | None, device: str | None, dtype: str) -> Candidate:
+    """The teacher of a run. Raises `RunError` if it is no longer there or another one."""
+    checkpoint = run.open_teacher(moved_to)
+
+    def open_it() -> HolisticEvalModel:
+        run.verify_teacher(checkpoint)
+        known = run.record.teacher.content_hash
+        return open_model(checkpoint, TEACHER, device, dtype, content_hash=known, kind=TEACHER)
+
+    return Candidate(TEACHER, open_it)
+
+
+def path_candidate(path: Path, device: str | None, dtype: str) -> Candidate:
+    """Any checkpoint: a folder of ours, HoVLE, a language model."""
+    checkpoint = open_checkpoint(path)
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    return Candidate(name, lambda: open_model(checkpoint, name, device, dtype))
+
+
+def open_model(
+    checkpoint: Checkpoint,
+    name: str,
+    device: str | None,
+    dtype: str,
+    *,
+    content_hash: str | None = None,
+    kind: str = "",
+    final: bool | None = None,
+) -> HolisticEvalModel:
+    """Load a checkpoint for evaluation; its tensors are hashed if their hash is not known.
+
+    `device` None is CUDA where there is one; dtype "auto" is bf16 there, and fp32 on a CPU. Raises
+    `CheckpointError` if it has no tokenizer or the device is not there.
+    """
+    processor = open_processor(checkpoint)
+    if processor is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer, so it cannot be asked anything",
+            "put the teacher's tokenizer.model there, or seed again with --tokenizer FILE",
+        )
+    chosen = _device(device)
+    wanted = (
+        (torch.bfloat16 if chosen.type == "cuda" else torch.float32) if dtype == "auto" else dtype
+    )
+    kept = parse_dtype(wanted)
+    identity = Identity(
+        name=name,
+        content_hash=content_hash or checkpoint.source.content_hash(),
+        kind=kind,
+        final=final,
+        answers_depend_on={
+            "config": _digest(checkpoint.config.to_dict()),
+            "processor": _digest(processor.to_dict()),
+            "device": chosen.type,
+            "dtype": str(kept).removeprefix("torch."),
+        },
+    )
+    model = load_model(checkpoint.path, device=chosen, dtype=kept, checkpoint=checkpoint)
+    return HolisticEvalModel(model, processor, identity)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CheckpointError(f"device {name!r} is not known", "give cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"device {name} is not there", "leave out --device, or give cpu")
+    return device
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    """Of settings that are saved with a model, whatever wrote them."""
+    strangers = ("transformers_version", "dtype", "architectures", "_name_or_path")
+    kept = {key: value for key, value in settings.items() if key not in strangers}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]

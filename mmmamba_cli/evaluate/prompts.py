@@ -1,0 +1,68 @@
+"""From rows to what a model is asked, word for word as the published evaluations ask it."""
+
+from __future__ import annotations
+
+import re
+
+from mmmamba_cli.evaluate.contract import Prompt
+from mmmamba_cli.evaluate.pictures import pictures_of
+from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.suite import PromptStyle, Suite
+from mmmamba_cli.evaluate.tsv import Table
+
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+LETTER = {
+    False: "\nAnswer with the option's letter from the given choices directly.",
+    True: "\n请直接回答选项字母。",
+}
+DIRECTLY = {False: "\nAnswer the question directly.", True: "\n请直接回答问题。"}
+# As MMMU writes where a picture belongs.
+REFERENCE = re.compile(r"<image (\d+)>")
+# No more tiles than this for all pictures of a question together.
+MOST_TILES = 64
+
+
+def question_text(row: Row, style: PromptStyle) -> str:
+    """The question without its pictures."""
+    text = row.question
+    if style.remove:
+        text = text.removesuffix(style.remove)
+    if style.style == "choices":
+        if row.hint:
+            text = f"{row.hint}\n{text}"
+        text += "".join(f"\n{letter}. {option}" for letter, option in row.options.items())
+        is_chinese = CHINESE.search(text) is not None
+        text += LETTER[is_chinese] if row.options else DIRECTLY[is_chinese]
+    return text + style.append
+
+
+def place_pictures(text: str, pictures: int) -> str:
+    """Put the pictures before a question: `<image>`, or a line for each of several.
+
+    References to several in the text, as `<image 2>`, become `<Image-2>`.
+    """
+    if pictures == 0:
+        return text
+    if pictures == 1:
+        return f"<image>\n{text}"
+    lines = "".join(f"Image-{i}: <image>\n" for i in range(1, pictures + 1))
+    return lines + REFERENCE.sub(r"<Image-\1>", text)
+
+
+def tiles_for_each(max_tiles: int, pictures: int) -> int:
+    """The most tiles of one picture of several."""
+    return max(1, min(max_tiles, MOST_TILES // max(1, pictures)))
+
+
+def prompt_of(
+    row: Row, suite: Suite, table: Table, *, max_tiles: int | None, by_likelihood: bool
+) -> Prompt:
+    """What a model is asked for a row; `max_tiles` replaces the suite's own."""
+    pictures = pictures_of(table, table.cells[row.place], suite.dataset, suite.enlarge)
+    return Prompt(
+        index=row.index,
+        text=place_pictures(question_text(row, suite.prompt), len(pictures)),
+        pictures=pictures,
+        max_tiles=tiles_for_each(max_tiles or suite.max_tiles, len(pictures)),
+        choices=(tuple(row.options) or suite.choices) if by_likelihood else (),
+    )

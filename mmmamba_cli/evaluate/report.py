@@ -1,0 +1,119 @@
+"""Results as tables: headings and rows of text, for whoever prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmmamba_cli.evaluate.result import Result, Retention, RulePart
+from mmmamba_cli.evaluate.suite import Suite
+
+Table = tuple[tuple[str, ...], list[tuple[object, ...]]]
+
+
+def summary(results: Iterable[Result]) -> Table:
+    """A row for each model, suite, rule and metric, the headline of a rule first."""
+    rows: list[tuple[object, ...]] = []
+    for result in results:
+        for part in result.rules:
+            for metric, value in part.metrics.items():
+                is_first = metric == part.metric
+                rows.append(
+                    (
+                        result.model.name if is_first else "",
+                        result.suite if is_first else "",
+                        part.rule if is_first else "",
+                        metric,
+                        number(value),
+                        span(part.intervals[metric]),
+                        result.data.used if is_first else "",
+                        part.counts.get("unreadable", 0) if is_first else "",
+                    )
+                )
+    heading = ("model", "suite", "rule", "metric", "score", "95 %", "rows", "unreadable")
+    return heading, rows
+
+
+def categories(result: Result, part: RulePart) -> Table:
+    """A row for each category of a suite by one rule."""
+    metrics = list(dict.fromkeys(key for one in part.categories.values() for key in one))
+    rows: list[tuple[object, ...]] = [
+        (name, *(number(values.get(metric)) for metric in metrics))
+        for name, values in part.categories.items()
+    ]
+    return (f"{result.suite} by {part.rule}", *metrics), rows
+
+
+def retention_table(parts: Iterable[Retention]) -> Table:
+    """A row for each student, suite and rule."""
+    rows: list[tuple[object, ...]] = [
+        (
+            part.student,
+            part.suite,
+            part.rule,
+            part.metric,
+            number(part.student_value),
+            number(part.teacher_value),
+            None if part.ratio is None else f"{part.ratio:.1%}",
+            None if part.interval is None else f"{part.interval[0]:.1%} to {part.interval[1]:.1%}",
+        )
+        for part in parts
+    ]
+    heading = ("student", "suite", "rule", "metric", "score", "teacher", "retention", "95 %")
+    return heading, rows
+
+
+def comparison(
+    results: Sequence[Result], suites: Mapping[str, Suite], tables: Iterable[Mapping[str, Any]]
+) -> Table:
+    """Our numbers over the published ones, one column for each suite that has been published.
+
+    Only what was scored by the published numbers' own rule is shown.
+    """
+    shown = [suite for suite in suites.values() if suite.published is not None]
+    columns = [suite.published.column for suite in shown if suite.published is not None]
+    ours: dict[str, dict[str, str | None]] = {}
+    for result in results:
+        published = suites[result.suite].published
+        part = None if published is None else result.rule(published.rule)
+        if published is not None and part is not None:
+            value = part.metrics[published.metric]
+            ours.setdefault(result.model.name, {})[published.column] = number(value)
+    rows: list[tuple[object, ...]] = [
+        (name, *(values.get(column) for column in columns), "this run")
+        for name, values in ours.items()
+    ]
+    for table in tables:
+        for name, values in table["rows"].items():
+            rows.append((name, *(values.get(column) for column in columns), table["source"]))
+    return ("model", *columns, "source"), rows
+
+
+def remarks(result: Result) -> list[str]:
+    """What must be known to believe the numbers, a sentence each."""
+    found = []
+    for part in result.rules:
+        unreadable = part.counts.get("unreadable", 0)
+        if unreadable:
+            shown = ", ".join(f"{one.index}: {one.answer[:40]!r}" for one in part.unreadable)
+            found.append(
+                f"{result.suite} by {part.rule}: {unreadable} of {result.data.used} answers could "
+                f"not be read, as {shown}"
+            )
+        found += [f"{result.suite} by {part.rule}: {note}" for note in part.notes]
+    if not result.rules:
+        found.append(f"{result.suite}: answers need a judge; they are in predictions.tsv")
+    if result.data.without_image:
+        found.append(f"{result.suite}: {result.data.without_image} rows have no picture")
+    return found
+
+
+def number(value: float | None) -> str | None:
+    """With two decimals; whole numbers, which are counts, as they are."""
+    if value is None:
+        return None
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def span(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"

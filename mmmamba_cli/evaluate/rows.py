@@ -1,0 +1,119 @@
+"""Rows of a suite: what is asked, what is right, and which rows belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from string import ascii_uppercase
+
+from mmmamba_cli.errors import DataError, name_some
+from mmmamba_cli.evaluate.suite import Suite
+
+# How far apart MMBench's TSVs number the same question with its options in another order.
+CIRCULAR_STEP = 1_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question. `unit` names the rows that are scored or drawn as one: see `Suite.unit`."""
+
+    index: str
+    question: str
+    answer: str
+    category: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    hint: str = ""
+    unit: str = ""
+    # Where the row is in its table.
+    place: int = 0
+
+
+def read_rows(cells: Sequence[Mapping[str, str]], suite: Suite, where: str) -> list[Row]:
+    """Rows of a table whose columns were checked, in its order, those of `suite.only`.
+
+    A cell `picture`, which the table fills in, tells which rows show the same picture. Raises
+    `DataError` that names the rows for MME pairs that are not pairs, answers that are neither yes
+    nor no where one of them is right, and indexes that are no numbers where turns are numbered.
+    """
+    rows = [
+        _row(cell, suite, place, where)
+        for place, cell in enumerate(cells)
+        if all(cell.get(column, wanted) == wanted for column, wanted in suite.only.items())
+    ]
+    if not rows:
+        wanted = ", ".join(f"{column} {value}" for column, value in suite.only.items())
+        raise DataError(f"{where} has no rows" + (f" with {wanted}" if wanted else ""))
+    if suite.choices == ("Yes", "No"):
+        _check_yes_no(rows, where)
+    if suite.unit == "pair":
+        _check_pairs(rows, where)
+    return rows
+
+
+def _row(cell: Mapping[str, str], suite: Suite, place: int, where: str) -> Row:
+    index, category = cell["index"], cell.get("category", "")
+    options = {letter: cell[letter] for letter in ascii_uppercase if cell.get(letter)}
+    return Row(
+        index=index,
+        question=cell["question"],
+        answer=cell.get("answer", ""),
+        category=category,
+        options=options,
+        hint=cell.get("hint", ""),
+        unit=_unit(cell, suite, index, category, where),
+        place=place,
+    )
+
+
+def _unit(cell: Mapping[str, str], suite: Suite, index: str, category: str, where: str) -> str:
+    picture = cell.get("image_path") or cell.get("picture", "")
+    if suite.unit == "row":
+        return index
+    if suite.unit == "turns":
+        if not index.isdigit():
+            raise DataError(
+                f"{where}: index {index} is no number, which the turns of a question are told by"
+            )
+        return cell.get("g_index") or str(int(index) % CIRCULAR_STEP)
+    return f"{category}: {picture}" if suite.unit == "pair" else picture or index
+
+
+def _check_yes_no(rows: Sequence[Row], where: str) -> None:
+    wrong = [row.index for row in rows if row.answer.lower() not in ("yes", "no")]
+    if wrong:
+        raise DataError(
+            f"{where}: the right answer is neither Yes nor No in the rows of index "
+            f"{name_some(wrong)}",
+            "expected a column answer with Yes or No",
+        )
+
+
+def _check_pairs(rows: Sequence[Row], where: str) -> None:
+    pairs: dict[str, list[str]] = {}
+    for row in rows:
+        pairs.setdefault(row.unit, []).append(row.index)
+    odd = [indexes for indexes in pairs.values() if len(indexes) != 2]
+    if odd:
+        listed = name_some((f"{'+'.join(indexes)} ({len(indexes)})" for indexes in odd), 5)
+        raise DataError(
+            f"{where}: every picture must have two questions in its category, not so the rows of "
+            f"index {listed}",
+            "pairs are told by the columns category and image_path, or by a shared picture",
+        )
+
+
+def first_units(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """The first rows up to `limit`, whole units only: as many as fit, at least one."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    sizes: dict[str, int] = {}
+    for row in rows:
+        sizes[row.unit] = sizes.get(row.unit, 0) + 1
+    taken: set[str] = set()
+    total = 0
+    for unit, size in sizes.items():
+        if taken and total + size > limit:
+            break
+        taken.add(unit)
+        total += size
+    return [row for row in rows if row.unit in taken]

@@ -1,0 +1,77 @@
+"""Answers as the VQA evaluations compare them: punctuation, numbers, articles, contractions.
+
+The rules are those of the VQA challenge's evaluation (GT-Vision-Lab/VQA), which both kits have.
+"""
+
+from __future__ import annotations
+
+import re
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+COMMA_IN_NUMBER = re.compile(r"\d,\d")
+# A full stop that no digit follows. The evaluation hands a flag over in the place of a count, and
+# so removes no more than 32 of them.
+FULL_STOP = re.compile(r"\.(?!\d)")
+MOST_FULL_STOPS = 32
+
+COUNTED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS = {**{word: str(number) for number, word in enumerate(COUNTED)}, "none": "0"}
+ARTICLES = frozenset({"a", "an", "the"})
+
+# Each is also known with one of its apostrophes missing.
+CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+    might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+    something'd something'd've something'll that's there'd there'd've there're there's they'd
+    they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+    won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+    you've
+"""
+APOSTROPHE = "'"
+
+
+def _missing_one() -> dict[str, str]:
+    table = {"somebody'd": "somebodyd"}  # as the evaluation has it, the other way about
+    for word in CONTRACTED.split():
+        for place in (i for i, letter in enumerate(word) if letter == APOSTROPHE):
+            table[word[:place] + word[place + 1 :]] = word
+    return table
+
+
+CONTRACTIONS = _missing_one()
+
+
+def strip_punctuation(text: str) -> str:
+    """Drop punctuation that stands at a space, make other punctuation a space, drop full stops.
+
+    With a comma between two digits all punctuation is dropped.
+    """
+    found = text
+    drop_all = COMMA_IN_NUMBER.search(text) is not None
+    for mark in PUNCTUATION:
+        at_space = f"{mark} " in text or f" {mark}" in text
+        found = found.replace(mark, "" if at_space or drop_all else " ")
+    return FULL_STOP.sub("", found, count=MOST_FULL_STOPS)
+
+
+def plain_words(text: str) -> str:
+    """Lower case, number words as digits, no articles, contractions with their apostrophe."""
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa_answer(text: str) -> str:
+    """An answer as VLMEvalKit compares it (vlmeval/dataset/utils/vqa_eval.py)."""
+    return plain_words(strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
+
+
+def evalai_answer(text: str) -> str:
+    """An answer as InternVL's kit compares it (internvl_chat/eval/vqa/textvqa_eval.py).
+
+    It drops commas and question marks first, and sets an 's apart.
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return vqa_answer(text)

@@ -1,0 +1,161 @@
+"""Tables in VLMEvalKit's layout: tab-separated, with pictures as base64 in them.
+
+Such a file may have gigabytes, so its pictures stay on disk: where each row begins is noted, and
+its picture is read again when it is needed.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmmamba_cli.errors import DataError, name_some
+
+# A picture's cell of up to so many characters is the index of the row that has the picture.
+LONGEST_REFERENCE = 64
+IMAGE = "image"
+# The column told by who has the picture: an index, or "" where there is none.
+PICTURE = "picture"
+MAX_CELL = 1 << 30
+
+
+class _Lines:
+    """Decoded lines of a file; counts the bytes and hashes what it has handed out."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self.offset = 0
+        self.number = 0
+        self.sha256 = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[str]:
+        with self._file.open("rb") as handle:
+            for raw in handle:
+                self.sha256.update(raw)
+                self.offset += len(raw)
+                self.number += 1
+                try:
+                    text = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{self._file}: line {self.number} is not UTF-8", "save the table as UTF-8"
+                    ) from error
+                yield text.removeprefix("\ufeff") if self.number == 1 else text
+
+
+class Table:
+    """A TSV as rows of cells (all text, "" where empty), and the pictures behind them.
+
+    `cells` have no `image`, but a `picture`: the index of the row that holds the picture, "" where
+    there is none. `sha256` is of the whole file. Raises `DataError`, in one sentence that names
+    rows or columns, for a file that lacks columns, rows of another width, indexes that repeat, and
+    references to no picture.
+    """
+
+    def __init__(self, file: Path, columns: Sequence[str]):
+        self.file = file
+        self.cells: list[dict[str, str]] = []
+        # How many pictures a row's own cell holds, where it holds any.
+        self.pictures: dict[str, int] = {}
+        self._spans: list[tuple[int, int]] = []
+        self._references: dict[str, str] = {}
+        csv.field_size_limit(MAX_CELL)
+        lines = _Lines(file)
+        try:
+            self._read(lines, columns)
+        except csv.Error as error:
+            raise DataError(f"{file}: line {lines.number} is no row of a table: {error}") from error
+        self.sha256 = lines.sha256.hexdigest()
+        self._check_indexes()
+        self._place = {cell["index"]: i for i, cell in enumerate(self.cells)}
+        self._resolve()
+
+    def _read(self, lines: _Lines, columns: Sequence[str]) -> None:
+        reader = csv.reader(iter(lines), delimiter="\t")
+        self.columns = tuple(name.strip() for name in next(reader, ()))
+        self._check_columns(columns)
+        begin = lines.offset
+        for number, values in enumerate(reader, start=1):
+            if values:
+                self._take(values, number)
+                self._spans.append((begin, lines.offset))
+            begin = lines.offset
+
+    def _check_columns(self, wanted: Sequence[str]) -> None:
+        missing = [name for name in wanted if name not in self.columns]
+        if IMAGE not in self.columns and "image_path" not in self.columns:
+            missing.append("image (or image_path)")
+        if missing:
+            raise DataError(
+                f"{self.file} lacks the column{'s' if missing[1:] else ''} {', '.join(missing)}; "
+                f"it has {', '.join(self.columns) or 'none'}",
+                f"expected a table in VLMEvalKit's layout: tab-separated, with "
+                f"{', '.join([*wanted, IMAGE])}",
+            )
+
+    def _take(self, values: list[str], number: int) -> None:
+        if len(values) != len(self.columns):
+            raise DataError(
+                f"{self.file}: row {number} has {len(values)} cells, the heading has "
+                f"{len(self.columns)}",
+                "cells are separated by tabs, and quoted where they contain one",
+            )
+        cell = dict(zip(self.columns, values, strict=True))
+        cell["index"] = cell["index"].strip()
+        picture = cell.pop(IMAGE, "").strip()
+        if len(picture) > LONGEST_REFERENCE or picture.startswith("["):
+            self.pictures[cell["index"]] = len(split_cell(picture))
+        elif picture:
+            self._references[cell["index"]] = picture
+        self.cells.append(cell)
+
+    def _check_indexes(self) -> None:
+        counts = Counter(cell["index"] for cell in self.cells)
+        twice = [index for index, count in counts.items() if count > 1]
+        if twice:
+            raise DataError(
+                f"{self.file} has more than one row of index {name_some(twice)}",
+                "every row needs an index of its own",
+            )
+
+    def _resolve(self) -> None:
+        """Fill in the column `picture`."""
+        lost = []
+        for cell in self.cells:
+            index = cell["index"]
+            owner = self._references.get(index, index if index in self.pictures else "")
+            cell[PICTURE] = owner
+            if owner and owner not in self.pictures:
+                lost.append(f"{index} -> {owner}")
+        if lost:
+            raise DataError(
+                f"{self.file}: the picture of some rows is to be found in a row that holds none "
+                f"(row -> named row): {name_some(lost)}",
+                "an image is base64, or the index of another row that has base64",
+            )
+
+    def image_cell(self, index: str) -> str:
+        """The cell `image` of a row, read from the file again."""
+        begin, end = self._spans[self._place[index]]
+        with self.file.open("rb") as handle:
+            handle.seek(begin)
+            record = io.BytesIO(handle.read(end - begin))
+        (values,) = csv.reader((line.decode("utf-8") for line in record), delimiter="\t")
+        return values[self.columns.index(IMAGE)]
+
+
+def split_cell(cell: str) -> list[str]:
+    """A cell with one text, or with a list of them as Python writes it."""
+    text = cell.strip()
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            listed = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError):
+            return [text]
+        return [str(one) for one in listed]
+    return [text]

@@ -1,0 +1,66 @@
+"""A small run with a random teacher and its seeded student, and the command line in-process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ended import Command, Done
+from suite_tables import mme_rows, pope_rows, write_tsv
+from test_as_a_new_user import write_teacher
+
+from mmmamba_cli.cli import main
+
+
+@pytest.fixture
+def mmmamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command, `mmmamba("eval", "--suite", "mme")`; paths may be given as they are."""
+
+    def run(*words: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["mmmamba", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        found = capsys.readouterr()
+        return Done(int(ended.value.code or 0), found.out, found.err)
+
+    return run
+
+
+def enliven(checkpoint: Path) -> None:
+    """Random weights of such size that answers differ from question to question."""
+    rng = torch.Generator().manual_seed(1)
+    state = torch.load(checkpoint)["state_dict"]
+    for name, tensor in state.items():
+        scale = 0.5 if tensor.dim() == 1 else 1.5 / tensor[0].numel() ** 0.5
+        noise = scale * torch.randn(tensor.shape, generator=rng)
+        state[name] = noise + 1 if "norm" in name else noise
+    torch.save({"state_dict": state}, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose only product is a seeded student, never distilled."""
+    folder = write_teacher(tmp_path_factory.mktemp("teacher"))
+    enliven(folder / "hovle.ckpt")
+    run = folder / "run"
+    before = sys.argv
+    sys.argv = ["mmmamba", "seed", str(folder / "hovle.ckpt"), "--no-report", "--run", str(run)]
+    sys.argv += ["--dtype", "fp32"]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code
+    finally:
+        sys.argv = before
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """MME with two pictures in each of 14 categories, and POPE with four questions a split."""
+    write_tsv(tmp_path / "data" / "MME.tsv", mme_rows())
+    write_tsv(tmp_path / "data" / "POPE.tsv", pope_rows())
+    return tmp_path / "data"

@@ -1,0 +1,308 @@
+"""`mmmamba eval` as it is used: a scripted model, a small real one, a teacher, files of answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pytest
+from ended import Command
+from suite_tables import ScriptedModel, mme_rows, write_tsv
+
+from mmmamba_cli.evaluate import Prompt, opening
+from mmmamba_cli.evaluate.result import read_result
+
+MME_RIGHT = {"perception": 2000.0, "reasoning": 800.0}
+
+
+def of_mme(prompt: Prompt) -> bool:
+    return "in the image?" not in prompt.text
+
+
+def mostly_right(prompt: Prompt) -> str:
+    """MME: right but for "Nope" to the second question of each first picture. POPE: see below."""
+    number = int(prompt.index)
+    if of_mme(prompt):
+        return "Yes" if number % 2 == 0 else "Nope" if number % 4 == 1 else "No"
+    # Four questions a split, of which two are to be answered with yes.
+    return ("Yes", "Not sure", "No", "Yes")[number % 4]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedModel]:
+    """Any checkpoint that is named is a scripted model, by the name of its folder."""
+    made: dict[str, ScriptedModel] = {}
+
+    def candidate(path: Path, device: str | None, dtype: str) -> opening.Candidate:
+        model = made.setdefault(path.name, ScriptedModel(mostly_right, name=path.name))
+        return opening.Candidate(path.name, lambda: model)  # type: ignore[arg-type, return-value]
+
+    monkeypatch.setattr(opening, "path_candidate", candidate)
+    return made
+
+
+def found(mmmamba: Command, *words: object) -> dict[str, Any]:
+    done = mmmamba("eval", "--json", *words)
+    assert done.code == 0, done.err
+    loaded: dict[str, Any] = json.loads(done.out)
+    return loaded
+
+
+def by_rule(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {part["rule"]: part["metrics"] for part in result["rules"]}
+
+
+def test_mme_and_pope_by_both_rules_with_a_scripted_model(
+    mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--suite", "mme,pope", "--model", "student", "--data", data, "--out", out]
+    said = found(mmmamba, *words)
+    mme, pope = said["results"]
+    # VLMEvalKit reads "Nope" as nothing: 3 of 4 and 1 of 2 pairs in each category.
+    assert by_rule(mme) == {
+        "vlmevalkit": {"perception": 1250.0, "reasoning": 500.0},
+        "internvl": MME_RIGHT,
+    }
+    # A split: yes is right, "Not sure" missed (or yes), no is right, yes is wrong.
+    assert by_rule(pope)["vlmevalkit"] == pytest.approx(
+        {"F1": 50.0, "accuracy": 50.0, "precision": 50.0, "recall": 50.0}
+    )
+    assert by_rule(pope)["internvl"]["F1"] == pytest.approx(80.0)
+    assert mme["rules"][0]["counts"] == {"right": 42, "wrong": 0, "unreadable": 14}
+    assert mme["rules"][0]["unreadable"][0] == {"index": "1", "answer": "Nope"}
+    assert len(mme["rules"][0]["categories"]) == 14
+    assert set(pope["rules"][0]["categories"]) == {"random", "popular", "adversarial"}
+    assert len(scripted["student"].asked) == 68
+    file = out / "student" / "mme" / "result.json"
+    assert json.loads(file.read_text()) == mme
+    assert read_result(file).model.name == "student"
+    lines = (out / "student" / "pope" / "predictions.tsv").read_text().splitlines()
+    assert lines[0].split("\t") == ["index", "question", "answer", "category", "prediction"]
+    assert lines[2].endswith("\tYes\trandom\tNot sure")
+
+
+def test_tables_for_people(
+    mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
+) -> None:
+    words = ["--suite", "mme,pope", "--model", "student", "--data", data, "--out", tmp_path]
+    done = mmmamba("eval", *words, "--compare")
+    assert done.code == 0
+    lines = [line.split() for line in done.out.splitlines()]
+    assert ["student", "mme", "vlmevalkit", "perception", "1250.00"] in [w[:5] for w in lines]
+    assert ["student", "mme", "internvl", "perception", "2000.00"] in [w[:5] for w in lines]
+    assert ["artwork", "125.00", "75.00", "50.00", "4"] in lines
+    published = ["HoVLE", "2.6B", "1433.5", "87.6", "mmMamba,", "arXiv", "2502.13145"]
+    assert published in lines
+    assert ["student", "1250.00", "80.00", "this", "run"] in lines
+    assert (
+        "student, mme by vlmevalkit: 14 of 56 answers could not be read, as 1: 'Nope'" in done.err
+    )
+
+
+def test_one_rule_and_the_wrong_one(
+    mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
+) -> None:
+    words = ["--model", "student", "--data", data, "--out", tmp_path]
+    said = found(mmmamba, "--suite", "pope", "--rule", "internvl", *words)
+    assert list(by_rule(said["results"][0])) == ["internvl"]
+    done = mmmamba("eval", "--suite", "pope", "--rule", "lmms", *words)
+    assert done.code == 2
+    assert "suite pope has no rule lmms, it has: internvl, vlmevalkit" in done.err
+
+
+def test_several_models_in_one_call(
+    mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
+) -> None:
+    words = ["--suite", "mme", "--data", data, "--out", tmp_path, "--model"]
+    said = found(mmmamba, *words, "a/one", "--model", "b/two")
+    assert [result["model"]["name"] for result in said["results"]] == ["one", "two"]
+    done = mmmamba("eval", *words, "a/one", "--model", "b/one")
+    assert done.code == 2
+    assert "more than one model is called one" in done.err
+
+
+def test_a_small_real_model_and_its_teacher(
+    mmmamba: Command, data: Path, small_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    words = ["--suite", "mme,pope", "--run", run, "--data", data, "--max-new-tokens", 4]
+    done = mmmamba("eval", *words, "--teacher")
+    assert done.code == 0, done.err
+    assert "seed was never distilled end to end" in done.err
+    folder = run / "evals" / "seed" / "mme"
+    result = read_result(folder / "result.json")
+    manifest = json.loads((run / "products/seed/manifest.json").read_text())
+    assert result.model.content_hash == manifest["content_hash"]
+    assert (result.model.kind, result.model.final) == ("linear", False)
+    assert (result.settings["device"], result.settings["dtype"]) == ("cpu", "float32")
+    assert result.data.used == 56
+    first = (folder / "result.json").read_bytes()
+    shutil.rmtree(folder)
+    # One by one, in fp32: the same answers, so the same file.
+    assert mmmamba("eval", *words, "--batch", 1).code == 0
+    assert (folder / "result.json").read_bytes() == first
+    answers = (folder / "predictions.tsv").read_text()
+    assert len({line.rpartition("\t")[2] for line in answers.splitlines()}) > 10
+    assert (run / "evals" / "teacher" / "pope" / "result.json").is_file()
+
+
+def test_retention_with_intervals(
+    mmmamba: Command, data: Path, small_run: Path, tmp_path: Path
+) -> None:
+    words = ["--suite", "mme", "--run", small_run, "--data", data, "--out", tmp_path]
+    said = found(mmmamba, *words, "--teacher", "--choose")
+    assert [result["model"]["name"] for result in said["results"]] == ["seed", "teacher"]
+    parts = {part["rule"]: part for part in said["retention"]}
+    assert set(parts) == {"internvl", "vlmevalkit"}
+    for part in parts.values():
+        assert part["ratio"] == pytest.approx(part["student_value"] / part["teacher_value"])
+        low, high = part["interval"] or (part["ratio"], part["ratio"])
+        assert low <= part["ratio"] <= high
+    written = json.loads((tmp_path / "seed" / "mme" / "retention.json").read_text())
+    assert written == said["retention"]
+    again = found(mmmamba, *words, "--teacher", "--choose")
+    assert again == said
+
+
+def test_a_run_that_is_none(mmmamba: Command, data: Path, tmp_path: Path) -> None:
+    done = mmmamba("eval", "--suite", "mme", "--run", tmp_path / "none", "--data", data)
+    assert done.code == 2
+    assert "is not a run" in done.err
+
+
+def write_answers(data: Path, folder: Path) -> dict[str, Path]:
+    """The same answers to MME as each kind of file, without pictures, as the kits write them."""
+    rows = [{k: v for k, v in row.items() if k != "image"} for row in mme_rows()]
+    for row in rows:
+        row["prediction"] = row["answer"]
+    rows[3]["prediction"] = ""
+    files = {"tsv": write_tsv(folder / "scripted_MME.tsv", rows)}
+    files["jsonl"] = folder / "scripted_MME.jsonl"
+    files["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    book = openpyxl.Workbook()
+    assert book.active is not None
+    book.active.append(list(rows[0]))
+    for row in rows:
+        book.active.append([value or None for value in row.values()])
+    # The first index is the number 0, which is no empty cell.
+    book.active.cell(2, 1).value = 0
+    files["xlsx"] = folder / "scripted_MME.xlsx"
+    book.save(files["xlsx"])
+    return files
+
+
+@pytest.mark.parametrize("kind", ["tsv", "jsonl", "xlsx"])
+@pytest.mark.parametrize("with_table", [True, False])
+def test_answers_from_a_file(
+    mmmamba: Command,
+    data: Path,
+    tmp_path: Path,
+    kind: str,
+    with_table: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LMUData", str(data if with_table else tmp_path / "nowhere"))
+    file = write_answers(data, tmp_path / "given")[kind]
+    said = found(mmmamba, "--suite", "mme", "--predictions", file, "--out", tmp_path)
+    (result,) = said["results"]
+    # One empty answer in "existence": 75 and 50 in the place of 100 and 100.
+    assert by_rule(result)["vlmevalkit"] == {"perception": 1925.0, "reasoning": 800.0}
+    assert result["rules"][0]["unreadable"] == [{"index": "3", "answer": ""}]
+    assert result["model"]["kind"] == "predictions"
+    assert result["data"]["file"] == ("MME.tsv" if with_table else file.name)
+
+
+def test_our_own_answers_can_be_scored_again(
+    mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
+) -> None:
+    first = found(
+        mmmamba, "--suite", "mme", "--model", "m", "--data", data, "--out", tmp_path / "first"
+    )
+    (file,) = (tmp_path / "first" / "m" / "mme").glob("predictions-*.jsonl")
+    for again in (file, tmp_path / "first" / "m" / "mme" / "predictions.tsv"):
+        words = ["--suite", "mme", "--predictions", again, "--data", data, "--out", tmp_path]
+        said = found(mmmamba, *words)
+        assert said["results"][0]["rules"] == first["results"][0]["rules"]
+
+
+def test_a_file_of_answers_that_lacks_rows(mmmamba: Command, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "few.jsonl"
+    lines = [json.dumps({"index": i, "prediction": "Yes"}) for i in range(56) if i not in (7, 9)]
+    file.write_text("\n".join(lines))
+    words = ["eval", "--suite", "mme", "--predictions", file, "--out", tmp_path]
+    done = mmmamba(*words, "--data", data)
+    assert done.code == 2
+    assert f"{file} lacks 2 of 56 rows: index 7, 9" in done.err
+    # Without the table its own columns are too few.
+    done = mmmamba(*words, "--data", tmp_path / "nowhere")
+    assert done.code == 2
+    assert "MME.tsv, which is not in" in done.err
+    assert mmmamba(*words, "--data", data, "--limit", 6).code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "index,prediction\n", "is not one of .tsv, .jsonl, .xlsx"),
+        ("a.tsv", "index\tanswer\n1\tYes\n", "row 1 lacks prediction; it has index, answer"),
+        ("a.tsv", "index\tprediction\n", "has no predictions"),
+        ("a.jsonl", '{"index": 1, "prediction": "x"}\n[1]\n', "line 2 is not a JSON object"),
+        ("a.jsonl", '{"index": 1, "prediction": "x"}\nx\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"index": 1, "prediction": "x"}\n' * 2, "answers index 1 more than once"),
+        ("a.xlsx", "no workbook", "is not an XLSX workbook"),
+        ("missing.tsv", None, "does not exist"),
+    ],
+)
+def test_files_of_answers_that_are_none(
+    mmmamba: Command, data: Path, tmp_path: Path, name: str, content: str | None, said: str
+) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_text(content)
+    words = ["--suite", "mme", "--predictions", file, "--data", data, "--out", tmp_path]
+    done = mmmamba("eval", *words)
+    assert done.code == 2
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_workbook_needs_openpyxl(
+    mmmamba: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    file = write_answers(data, tmp_path)["xlsx"]
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    done = mmmamba("eval", "--suite", "mme", "--predictions", file, "--data", data)
+    assert done.code == 2
+    assert "pip install 'mmmamba[eval]'" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--suite", "mmee"], "no suite is called mmee"),
+        (["--suite", ","], "--suite names no suite"),
+        (["--suite", "mme", "--batch", "many"], "--batch is 'many', expected a number"),
+        (["--suite", "mme", "--batch", "0"], "--batch is '0'"),
+        (["--suite", "mme", "--model", "nothing"], "nothing"),
+        (["--suite", "mme", "--with", "lmeval"], "give lm-eval or vlmeval; did you mean vlmeval?"),
+        (["--suite", "mme", "--device", "tpu"], "device 'tpu' is not known"),
+        (["--suite", "mme", "--dtype", "int3"], "dtype 'int3' is not known"),
+        (["--suite", "mme", "--from", "stage9"], "has no product 'stage9', it has: seed"),
+        (["--suite", "mme", "--teacher-path", "nowhere"], "no longer at nowhere"),
+    ],
+)
+def test_mistakes_are_sentences(
+    mmmamba: Command, data: Path, small_run: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    given = ["--run", small_run, "--data", data, "--out", tmp_path / "out"]
+    done = mmmamba("eval", *words, *given)
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err

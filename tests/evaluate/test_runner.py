@@ -1,0 +1,271 @@
+"""Batches, background decoding, running out of memory, being killed and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from suite_tables import ScriptedModel, mme_rows, picture, write_tsv
+
+from mmmamba_cli.errors import DataError, MmmambaError, RunError
+from mmmamba_cli.evaluate import (
+    Encoded,
+    Options,
+    OutOfMemory,
+    Watch,
+    evaluate_model,
+    find_suite,
+    open_suite,
+)
+from mmmamba_cli.evaluate.batching import Limit, plan_batches
+from mmmamba_cli.evaluate.store import Answer, AnswerStore
+
+MME = find_suite("mme")
+
+
+def run(
+    data: Path, folder: Path, model: ScriptedModel, watch: Watch | None = None, **options: Any
+) -> Any:
+    chosen = Options(data=data, **options)
+    table, rows = open_suite(MME, chosen)
+    return evaluate_model(model, MME, table, rows, folder, chosen, watch or Watch())
+
+
+def right(index: str) -> str:
+    return "Yes" if int(index) % 2 == 0 else "No"
+
+
+def scripted(**options: Any) -> ScriptedModel:
+    return ScriptedModel(lambda prompt: right(prompt.index), **options)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_tsv(tmp_path / "data" / "MME.tsv", mme_rows())
+    return tmp_path / "data"
+
+
+@given(
+    st.lists(st.integers(1, 50), max_size=40), st.integers(1, 9), st.sampled_from([0, 20, 60, 999])
+)
+def test_a_plan_has_every_prompt_once_and_keeps_the_limit(
+    lengths: list[int], prompts: int, columns: int
+) -> None:
+    plan = plan_batches(lengths, Limit(prompts, columns))
+    assert sorted(place for batch in plan for place in batch) == list(range(len(lengths)))
+    found = [lengths[place] for batch in plan for place in batch]
+    assert found == sorted(lengths, reverse=True)
+    for batch in plan:
+        assert 1 <= len(batch) <= prompts
+        wide = len(batch) * max(lengths[place] for place in batch)
+        assert len(batch) == 1 or not columns or wide <= columns
+
+
+def test_no_batch_could_have_taken_one_more() -> None:
+    lengths = [5, 5, 5, 5, 2, 2, 2, 2, 2]
+    assert plan_batches(lengths, Limit(4, 10)) == [[0, 1], [2, 3], [4, 5, 6, 7], [8]]
+
+
+def test_pictures_are_decoded_in_the_background_and_like_lengths_together(
+    data: Path, tmp_path: Path
+) -> None:
+    model = scripted()
+    run(data, tmp_path / "out", model, batch=8)
+    assert all(name != "MainThread" for name in model.threads)
+    assert [len(batch) for batch in model.batches] == [8] * 7
+    lengths = [len(prompt.text) for prompt in model.asked]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_progress_counts_every_answer_once(data: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    run(data, tmp_path / "out", scripted(), Watch(advance=seen.append))
+    assert sum(seen) == 56
+    again: list[int] = []
+    model = scripted()
+    run(data, tmp_path / "out", model, Watch(advance=again.append))
+    assert (again, model.asked) == ([56], [])
+
+
+def test_out_of_memory_halves_and_says_so_once(data: Path, tmp_path: Path) -> None:
+    warned: list[str] = []
+    model = scripted(most_columns=500)
+    watch = Watch(warn=warned.append)
+    result = run(data, tmp_path / "out", model, watch, batch=32).result
+    assert result.rules[0].metrics == {"perception": 2000.0, "reasoning": 800.0}
+    assert len(warned) == 1
+    assert "a batch of 32 prompts did not fit" in warned[0]
+    # 32, 16 and 8 of about 100 letters are too wide, 4 are not.
+    assert [len(batch) for batch in model.batches] == [4] * 14
+    timing = json.loads((tmp_path / "out" / "timing.json").read_text())
+    assert (timing["halved"], timing["largest_batch"], timing["answered"]) == (3, 4, 56)
+
+
+def test_found_batches_are_halved_too(data: Path, tmp_path: Path) -> None:
+    model = scripted(columns=10_000, most_columns=2_000)
+    said: list[str] = []
+    run(data, tmp_path / "out", model, Watch(say=said.append))
+    assert said == ["batches of up to 10,000 tokens fit: 64 of the longest prompts"]
+    sizes = [len(batch) for batch in model.batches]
+    assert sum(sizes) == 56
+    assert max(sizes) > 8
+    assert all(len(batch) * 125 <= 4_000 for batch in model.batches)
+
+
+def test_a_prompt_that_does_not_fit_alone_is_a_sentence(data: Path, tmp_path: Path) -> None:
+    said = r"one prompt of .* tokens does not fit .*--max-tiles"
+    with pytest.raises(MmmambaError, match=said):
+        run(data, tmp_path / "out", scripted(most_columns=10), batch=2)
+
+    class Full(ScriptedModel):
+        def fitting_columns(self, longest: Encoded, max_new_tokens: int) -> int | None:
+            raise OutOfMemory("at once")
+
+    with pytest.raises(MmmambaError, match=said):
+        run(data, tmp_path / "other", Full({}))
+
+
+def test_rows_with_bad_pictures_are_named_before_anything_is_asked(tmp_path: Path) -> None:
+    rows = mme_rows()
+    rows[4]["image"] = "!" + picture(4)
+    rows[8]["image"] = "AAAA" * 40
+    write_tsv(tmp_path / "MME.tsv", rows)
+    model = scripted()
+    with pytest.raises(DataError, match=r"pictures of 4 rows cannot be used \(4, 5, 8, 9\)"):
+        run(tmp_path, tmp_path / "out", model)
+    assert model.asked == []
+
+
+class Dies(ScriptedModel):
+    """Ends its process in the middle of a batch."""
+
+    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        if len(self.batches) == 3:
+            os._exit(9)
+        return super().generate(batch, max_new_tokens)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything but times."""
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "timing.json"}
+
+
+def test_killed_and_resumed_gives_the_same_files(data: Path, tmp_path: Path) -> None:
+    whole = scripted(most_columns=500)
+    run(data, tmp_path / "whole", whole, batch=8)
+    program = (
+        "import sys; from pathlib import Path; import test_runner as t\n"
+        "model = t.Dies(lambda prompt: t.right(prompt.index), most_columns=500)\n"
+        "t.run(Path(sys.argv[1]), Path(sys.argv[2]), model, batch=8)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(data), str(tmp_path / "killed")],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 9, done.stderr
+    (file,) = (tmp_path / "killed").glob("predictions-*.jsonl")
+    assert file.read_text().count("prediction") == 12
+    # And the last line was not whole when the power went.
+    with file.open("ab") as handle:
+        handle.write(b'{"index": "5", "predic')
+    warned: list[str] = []
+    rest = scripted(most_columns=500)
+    run(data, tmp_path / "killed", rest, Watch(warn=warned.append), batch=8)
+    assert warned == [f"{file}: the last line was cut short and is dropped"]
+    assert rest.batches == whole.batches[3:]
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_batch_of_which_some_are_answered_is_done_as_a_whole(data: Path, tmp_path: Path) -> None:
+    whole = scripted()
+    run(data, tmp_path / "out", whole, batch=8)
+    (file,) = (tmp_path / "out").glob("predictions-*.jsonl")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: 2 + 8 + 3]))
+    rest = scripted()
+    seen: list[int] = []
+    run(data, tmp_path / "out", rest, Watch(advance=seen.append), batch=8)
+    assert rest.batches == whole.batches[1:]
+    assert sum(seen) == 56
+    assert file.read_text() == "".join(lines)
+
+
+def test_other_settings_do_not_mix(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for model, options in (
+        (scripted(), {}),
+        (scripted(), {"max_tiles": 2}),
+        (scripted(), {"max_new_tokens": 3}),
+        (scripted(), {"by_likelihood": True}),
+        (scripted(), {"limit": 8}),
+        (scripted(name="other"), {}),
+    ):
+        run(data, out, model, **options)
+        assert sum(map(len, model.batches)) == options.get("limit", 56)
+    write_tsv(data / "MME.tsv", mme_rows()[:28])
+    changed = scripted()
+    run(data, out, changed)
+    assert len(changed.asked) == 28
+    assert len(list(out.glob("predictions-*.jsonl"))) == 7
+
+
+def test_choices_are_taken_by_their_likelihood(data: Path, tmp_path: Path) -> None:
+    result = run(data, tmp_path / "out", scripted(), by_likelihood=True).result
+    assert result.rules[0].metrics["perception"] == 2000.0
+    (file,) = (tmp_path / "out").glob("predictions-*.jsonl")
+    record = json.loads(file.read_text().splitlines()[2])
+    assert sorted(record["log_likelihoods"]) == [-1.0, 0.0]
+
+
+def store(folder: Path, warned: list[str] | None = None) -> AnswerStore:
+    return AnswerStore(folder, {"model": "m"}, (warned if warned is not None else []).append)
+
+
+def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+    with store(tmp_path) as kept:
+        kept.add([Answer("1", "Yes"), Answer("2", "是\u2028\n")])
+        file = kept.file
+    with store(tmp_path) as kept:
+        assert kept.answers["2"].text == "是\u2028\n"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + b"{nothing\n" + lines[2])
+    with pytest.raises(DataError, match="line 2 is damaged"), store(tmp_path):
+        pass
+    file.write_bytes(b'{"answers_to": {"model": "another"}}\n')
+    with (
+        pytest.raises(DataError, match="does not say that its answers are to this"),
+        store(tmp_path),
+    ):
+        pass
+
+
+def test_a_heading_that_was_cut_short_begins_anew(tmp_path: Path) -> None:
+    warned: list[str] = []
+    with store(tmp_path) as kept:
+        file = kept.file
+    file.write_bytes(file.read_bytes()[:-5])
+    with store(tmp_path, warned) as kept:
+        kept.add([Answer("1", "Yes")])
+    assert len(warned) == 1
+    with store(tmp_path, warned) as kept:
+        assert list(kept.answers) == ["1"]
+    assert len(warned) == 1
+
+
+def test_two_commands_do_not_write_into_one_file(tmp_path: Path) -> None:
+    with (
+        store(tmp_path),
+        pytest.raises(RunError, match="being written by another mmmamba command"),
+        store(tmp_path),
+    ):
+        pass

@@ -1,0 +1,296 @@
+"""Every scoring rule against tables written by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.scoring import RULES, find_rule
+from mmmamba_cli.evaluate.scoring.choices import choose_option
+from mmmamba_cli.evaluate.scoring.short import soft_accuracy
+from mmmamba_cli.evaluate.scoring.words import evalai_answer, vqa_answer
+from mmmamba_cli.evaluate.scoring.yes_no import (
+    PERCEPTION,
+    REASONING,
+    read_denial,
+    read_first_letters,
+    read_words,
+)
+
+# Answer, VLMEvalKit's reading, the MME tool's, InternVL's of POPE.
+YES_NO = [
+    ("Yes", "yes", "yes", "yes"),
+    ("yes.", "yes", "yes", "yes"),
+    ("No", "no", "no", "no"),
+    ("NO", "no", "no", "yes"),
+    ("no, it is not.", "no", "no", "no"),
+    ("Nope", None, "no", "yes"),
+    ("**Yes**", None, None, "yes"),
+    ("**No**", None, "no", "yes"),
+    ("Y", None, None, "yes"),
+    ("N", None, None, "yes"),
+    ("Not sure", None, "no", "yes"),
+    ("I am not sure", None, None, "no"),
+    ("No, yes", None, "no", "no"),
+    ("Yes, no doubt", None, "yes", "no"),
+    ("Yes. No doubt.", None, "yes", "yes"),
+    ("(yes)", "yes", "yes", "yes"),
+    ("There is no dog.", "no", None, "no"),
+    ("It is true", None, None, "yes"),
+    ("True", None, "yes", "yes"),
+    ("False.", None, "no", "yes"),
+    ("", None, None, "yes"),
+    (" ", None, None, "yes"),
+    ("是", None, "yes", "yes"),
+    ("是的，有一只狗", None, "yes", "yes"),
+    ("不是", None, "no", "yes"),
+    ("否", None, "no", "yes"),
+    ("没有", None, None, "yes"),
+    ("Yes\nNo", None, "yes", "yes"),
+    ("know", None, "no", "yes"),
+    ("Eyes", None, "yes", "yes"),
+]
+
+
+@pytest.mark.parametrize(("answer", "words", "letters", "denial"), YES_NO)
+def test_yes_and_no(answer: str, words: str | None, letters: str | None, denial: str) -> None:
+    assert read_words(answer) == words
+    assert read_first_letters(answer) == letters
+    assert read_denial(answer) == denial
+
+
+def mme_pair(category: str, number: int) -> list[Row]:
+    unit = f"{category}: {number}"
+    return [
+        Row(f"{unit} a", "?", "Yes", category, unit=unit),
+        Row(f"{unit} b", "?", "No", category, unit=unit),
+    ]
+
+
+def test_mme_sums() -> None:
+    rows = [row for name in (*PERCEPTION, *REASONING) for i in (0, 1) for row in mme_pair(name, i)]
+    # All right: 200 points for each of 10 and of 4 categories.
+    right = find_rule("mme_words")(rows, [row.answer for row in rows])
+    assert right.values() == {"perception": 2000.0, "reasoning": 800.0}
+    assert len(right.categories) == 14
+    assert right.counts == {"right": 56, "wrong": 0, "unreadable": 0}
+    # Always yes: half of the questions, no picture with both.
+    yes = find_rule("mme_words")(rows, ["Yes"] * len(rows))
+    assert yes.values() == {"perception": 500.0, "reasoning": 200.0}
+
+
+def test_mme_by_both_rules() -> None:
+    rows = [*mme_pair("OCR", 0), *mme_pair("OCR", 1), *mme_pair("code_reasoning", 0)]
+    answers = ["Yes", "No", "Yes", "Nope", "True", "Not sure"]
+    # OCR: 3 of 4 right, 1 of 2 pairs; code reasoning: nothing can be read.
+    words = find_rule("mme_words")(rows, answers)
+    assert words.values() == {"perception": 125.0, "reasoning": 0.0}
+    assert words.categories["OCR"] == {
+        "score": 125.0,
+        "accuracy": 75.0,
+        "accuracy+": 50.0,
+        "rows": 4,
+    }
+    assert words.counts == {"right": 3, "wrong": 0, "unreadable": 3}
+    assert words.unreadable == ("OCR: 1 b", "code_reasoning: 0 a", "code_reasoning: 0 b")
+    assert words.notes == (
+        "perception is the sum of 1 of its 10 categories",
+        "reasoning is the sum of 1 of its 4 categories",
+    )
+    letters = find_rule("mme_first_letters")(rows, answers)
+    assert letters.values() == {"perception": 200.0, "reasoning": 200.0}
+
+
+def test_mme_strangers_are_in_no_sum() -> None:
+    rows = [*mme_pair("OCR", 0), *mme_pair("taste", 0)]
+    tally = find_rule("mme_words")(rows, ["Yes", "No", "Yes", "No"])
+    assert tally.values() == {"perception": 200.0, "reasoning": 0.0}
+    assert "taste" in tally.notes[-1]
+
+
+def pope(split: str, answer: str, number: int) -> Row:
+    return Row(str(number), "?", answer, split, unit=f"picture {number % 2}")
+
+
+def test_pope_by_both_rules() -> None:
+    rows = [
+        pope("random", "Yes", 0),
+        pope("random", "Yes", 1),
+        pope("random", "No", 2),
+        pope("random", "No", 3),
+        pope("popular", "Yes", 4),
+        pope("popular", "No", 5),
+    ]
+    answers = ["Yes", "Nope", "Yes", "No", "Yes", "No"]
+    # VLMEvalKit: the unknown one counts as no. TP 2, FP 1, FN 1, 4 of 6 right.
+    words = find_rule("pope_all_rows")(rows, answers)
+    found = words.values()
+    assert next(iter(found)) == "F1"
+    assert found == pytest.approx(
+        {"F1": 200 / 3, "accuracy": 400 / 6, "precision": 200 / 3, "recall": 200 / 3}
+    )
+    assert words.categories["popular"]["F1"] == 100.0
+    # Random alone: TP 1, FP 1, FN 1.
+    assert words.categories["random"] == pytest.approx(
+        {"F1": 50.0, "accuracy": 50.0, "precision": 50.0, "recall": 50.0, "rows": 4}
+    )
+    assert words.counts == {"right": 4, "wrong": 1, "unreadable": 1}
+    # InternVL: "Nope" is yes. Random: TP 2, FP 1, so F1 is 80; popular 100; the mean is 90.
+    denial = find_rule("pope_mean_of_splits")(rows, answers)
+    assert denial.values()["F1"] == pytest.approx(90.0)
+    assert denial.categories["random"]["F1"] == pytest.approx(80.0)
+    assert denial.counts["unreadable"] == 0
+
+
+def test_pope_an_unknown_answer_is_wrong_even_where_no_is_right() -> None:
+    rows = [pope("random", "Yes", 0), pope("random", "No", 1)]
+    found = find_rule("pope_all_rows")(rows, ["Yes", "maybe"]).values()
+    assert (found["F1"], found["accuracy"]) == (100.0, 50.0)
+
+
+def test_pope_a_row_in_two_splits_counts_in_both() -> None:
+    rows = [pope("random,popular", "Yes", 0), pope("popular", "No", 1)]
+    tally = find_rule("pope_all_rows")(rows, ["Yes", "Yes"])
+    # Over three rows: TP 2, FP 1.
+    assert tally.values()["F1"] == pytest.approx(80.0)
+    assert {name: one["rows"] for name, one in tally.categories.items()} == {
+        "popular": 2,
+        "random": 1,
+    }
+
+
+def test_pope_with_no_yes_at_all_is_zero() -> None:
+    rows = [pope("random", "Yes", 0), pope("random", "No", 1)]
+    for rule in ("pope_all_rows", "pope_mean_of_splits"):
+        assert find_rule(rule)(rows, ["No", "No"]).values()["F1"] == 0.0
+
+
+OPTIONS = {"A": "a red cat", "B": "a dog", "C": "two birds", "D": "fish"}
+CHOICES = [
+    ("A", "A"),
+    ("B.", "B"),
+    ("(C)", "C"),
+    ("**D**", "D"),
+    ("D: fish", "D"),
+    ("The answer is B", "B"),
+    ("The answer is B because it barks", "B"),
+    ("B is what I see in the picture here", None),
+    ("A dog", "A"),
+    ("It is a dog", "B"),
+    ("two birds", "C"),
+    ("Two Birds, I think", "C"),
+    ("A or B", None),
+    ("a dog or fish", None),
+    ("b", None),
+    ("E", None),
+    ("", None),
+    ("Z", "Z"),
+    ("Cannot determine the answer", "Z"),
+    ("选B", None),
+    ("答案是 B。", None),
+    ("答案是 B .", "B"),
+]
+
+
+@pytest.mark.parametrize(("answer", "chosen"), CHOICES)
+def test_multiple_choice(answer: str, chosen: str | None) -> None:
+    assert choose_option(answer, OPTIONS) == chosen
+
+
+def test_a_long_answer_is_not_searched_for_an_options_text() -> None:
+    text = "fish " + "x" * 60
+    assert choose_option(text[:40], OPTIONS) == "D"
+    assert choose_option(text, OPTIONS) is None
+
+
+def choice(index: str, answer: str, unit: str = "", category: str = "") -> Row:
+    return Row(index, "?", answer, category, OPTIONS, unit=unit or index)
+
+
+def test_rows_and_circular_accuracy() -> None:
+    rows = [
+        choice("1", "A", "1", "x"),
+        choice("1000001", "B", "1", "x"),
+        choice("2", "C", "2", "y"),
+        choice("1000002", "D", "2", "y"),
+    ]
+    answers = ["A", "B", "maybe", "D"]
+    by_row = find_rule("choice_rows")(rows, answers)
+    assert by_row.values() == {"accuracy": 75.0}
+    circular = find_rule("choice_circular")(rows, answers)
+    assert circular.values() == {"accuracy": 50.0}
+    assert circular.categories == {
+        "x": {"accuracy": 100.0, "rows": 1},
+        "y": {"accuracy": 0.0, "rows": 1},
+    }
+    assert circular.counts == {"right": 3, "wrong": 0, "unreadable": 1, "questions": 2}
+
+
+def test_a_question_without_options_is_matched_with_its_answer() -> None:
+    rows = [Row(str(i), "?", "24.5", unit=str(i)) for i in range(4)]
+    tally = find_rule("choice_rows")(rows, ["24.5", "about 24.5 m", "23", "B"])
+    assert tally.values() == {"accuracy": 50.0}
+    assert tally.unreadable == ("2",)
+
+
+WORDS = [
+    # Answer, as VLMEvalKit compares it, as InternVL's kit does.
+    ("The Cat", "cat", "cat"),
+    ("Two birds.", "2 birds", "2 birds"),
+    ("none", "0", "0"),
+    ("dont", "don't", "don't"),
+    ("couldntve", "couldntve", "couldntve"),
+    ("couldnt've", "couldn't've", "couldn't've"),
+    ("1,000", "1000", "1000"),
+    ("3.5", "3.5", "3.5"),
+    ("yes!", "yes", "yes"),
+    ("a-b", "b", "b"),
+    ("x-y", "x y", "x y"),
+    ("x- y", "x y", "x y"),
+    ("John's", "john's", "john 's"),
+    ("red, green", "red green", "red green"),
+    ("red,green", "red green", "redgreen"),
+    ("\tnew\nline ", "new line", "new line"),
+    ("", "", ""),
+]
+
+
+@pytest.mark.parametrize(("answer", "plain", "evalai"), WORDS)
+def test_answers_as_the_vqa_evaluations_compare_them(answer: str, plain: str, evalai: str) -> None:
+    assert vqa_answer(answer) == plain
+    assert evalai_answer(answer) == evalai
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)]
+)
+def test_soft_accuracy_of_ten_people(agreeing: int, expected: float) -> None:
+    people = ["x"] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
+    assert soft_accuracy("x", people) == pytest.approx(expected)
+
+
+def test_textvqa_by_both_rules() -> None:
+    people = str(["john's"] * 9 + ["jack"])
+    rows = [Row("0", "?", people, unit="0"), Row("1", "?", str(["2"] * 10), unit="1")]
+    answers = ["Johns", "two"]
+    assert find_rule("vqa_words")(rows, answers).values() == {"accuracy": 50.0}
+    assert find_rule("vqa_words")(rows, ["John's", "two"]).values() == {"accuracy": 100.0}
+    assert find_rule("vqa_evalai")(rows, ["John 's", "two"]).values() == {"accuracy": 100.0}
+
+
+def test_gqa_by_both_rules() -> None:
+    rows = [Row(str(i), "?", "dog", unit=str(i)) for i in range(4)]
+    answers = ["Dog", "dog.", " dog", "a dog"]
+    assert find_rule("exact_gqa")(rows, answers).values() == {"accuracy": 50.0}
+    assert find_rule("exact_plain")(rows, answers).values() == {"accuracy": 50.0}
+    assert find_rule("exact_gqa")(rows[:2], answers[:2]).values() == {"accuracy": 100.0}
+
+
+def test_a_rule_may_be_anothers() -> None:
+    module = "mmmamba_cli.evaluate.scoring.yes_no"
+    assert find_rule(f"{module}:mme_words") is RULES["mme_words"]
+    with pytest.raises(DataError, match="no scoring rule is called mme_word, known are mme_words"):
+        find_rule("mme_word")
+    with pytest.raises(DataError, match="cannot be imported"):
+        find_rule(f"{module}:nothing")
