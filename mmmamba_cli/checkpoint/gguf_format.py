@@ -18,6 +18,7 @@ from torch import Tensor
 from mmmamba_cli.checkpoint.source import TensorSource
 from mmmamba_cli.checkpoint.tensors import TensorInfo
 from mmmamba_cli.errors import CheckpointError, name_some
+from mmmamba_cli.processing import alone
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -65,9 +66,10 @@ def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-        )
+        with alone(path) as folder:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            )
     finally:
         if shown:
             logging.enable_progress_bar()

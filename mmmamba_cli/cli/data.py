@@ -103,7 +103,7 @@ def _show(report: DataReport, max_length: int) -> None:
         ("  median", length["median"]),
         ("  95 %", length["p95"]),
         ("  most", length["max"]),
-        (f"cut to {max_length} tokens", f"{report.cut:,}"),
+        (f"cut to {max_length} tokens", f"{report.cut:,} ({report.cut_share:.2%})"),
         ("bad samples", f"{len(report.bad):,} ({report.bad_share:.2%})"),
     ]
     print_table(("", "count"), rows, right=("count",))

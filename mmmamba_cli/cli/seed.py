@@ -95,7 +95,7 @@ def _warn(teacher: Checkpoint) -> None:
         )
     if teacher.tokenizer_file is None:
         print_warning(
-            f"{teacher.path} has no tokenizer.model beside it: the student can be trained and "
+            f"{teacher.path} has no tokenizer beside it: the student can be trained and "
             "loaded, but not asked anything (give --tokenizer FILE)"
         )
 

@@ -29,11 +29,8 @@ class BadSample:
 
 
 def bad_sample(error: DataError, name: str, seen_by_all: bool = True) -> BadSample:
-    """What `error` says of sample `name`, or of the one that it names itself."""
-    own, _, reason = error.message.partition(": ")
-    if reason and " " not in own:
-        return BadSample(own, reason, seen_by_all)
-    return BadSample(name, error.message, seen_by_all)
+    """What `error`, which may begin with the name, says of sample `name`."""
+    return BadSample(name, error.message.removeprefix(f"{name}: "), seen_by_all)
 
 
 @dataclass(frozen=True)

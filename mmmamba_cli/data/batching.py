@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.data.batch import IGNORED, BadSample, Batch, bad_sample
-from mmmamba_cli.data.encoding import Encoded
+from mmmamba_cli.data.encoding import Encoded, decode_images
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import ImageProcessor
 
@@ -46,12 +46,40 @@ def make_rows(samples: Sequence[Encoded], batching: str, max_length: int) -> lis
 def deal(rows: Sequence[Row], rank: int, world_size: int, accumulation: int) -> list[list[Row]]:
     """The rows of each of this process's `accumulation` micro batches.
 
-    Neighbouring rows, which are of similar length, come into one micro batch, and neighbouring
-    micro batches to different processes, so that these have equally long work at any time.
+    Neighbouring rows, which are of similar length, come into one micro batch, and the largest micro
+    batch, in tokens with padding, is as small as it can be: all processes wait for it, and memory
+    must hold it. With fewer rows than micro batches the last ones are empty.
     """
     parts = world_size * accumulation
-    bounds = [len(rows) * i // parts for i in range(parts + 1)]
-    return [list(rows[bounds[part] : bounds[part + 1]]) for part in range(rank, parts, world_size)]
+    lengths = [_row_length(row) for row in rows]
+    fits, largest = max(lengths, default=0), len(rows) * max(lengths, default=0)
+    while fits < largest:
+        middle = (fits + largest) // 2
+        if len(_ends(lengths, parts, middle)) <= parts:
+            largest = middle
+        else:
+            fits = middle + 1
+    ends = _ends(lengths, parts, largest)
+    ends += [len(rows)] * (parts - len(ends))
+    cut = [list(rows[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    return cut[rank::world_size]
+
+
+def _ends(lengths: Sequence[int], parts: int, limit: int) -> list[int]:
+    """Where parts end that each take as many rows as stay within `limit` tokens with padding.
+
+    They leave a row for each part behind them, so that none is empty without need.
+    """
+    ends: list[int] = []
+    start = longest = 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        full = longest * (row - start + 1) > limit
+        needed = len(lengths) - row < parts - len(ends)
+        if row > start and (full or needed):
+            ends.append(row)
+            start, longest = row, length
+    return [*ends, len(lengths)]
 
 
 def collate(
@@ -65,7 +93,7 @@ def collate(
         good: Row = []
         for sample in row:
             try:
-                pixels += _decode(sample, images)
+                pixels += decode_images(sample, images)
                 good.append(sample)
             except DataError as error:
                 bad.append(bad_sample(error, sample.name, seen_by_all=False))
@@ -87,17 +115,8 @@ def blank(pad_id: int) -> Batch:
     )
 
 
-def _decode(sample: Encoded, images: ImageProcessor | None) -> list[Tensor]:
-    if not sample.images or images is None:
-        return []
-    pixels, num_tiles = images(sample.images)
-    if tuple(num_tiles) != sample.num_tiles:
-        raise DataError(f"its images have {num_tiles} tiles, their headers said otherwise")
-    return [pixels]
-
-
 def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
-    lengths = [sum(len(sample) for sample in row) for row in rows]
+    lengths = [_row_length(row) for row in rows]
     shape = (len(rows), max(lengths))
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
     numbers, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
@@ -120,3 +139,7 @@ def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
         num_tokens=sum(lengths),
         names=tuple(sample.name for row in rows for sample in row),
     )
+
+
+def _row_length(row: Row) -> int:
+    return sum(len(sample) for sample in row)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmmamba_cli.data.batch import BadSample, bad_sample
 from mmmamba_cli.data.corpus import Corpus
-from mmmamba_cli.data.encoding import Encoder
+from mmmamba_cli.data.encoding import Encoder, decode_images
 from mmmamba_cli.errors import DataError
 
 NAMED = 10
@@ -18,7 +18,7 @@ NAMED = 10
 
 @dataclass
 class DataReport:
-    """What was found: lengths in tokens of the samples that can be used, and what cannot be."""
+    """What was found: the samples that can be used, and what is wrong with the others."""
 
     samples: int = 0
     with_images: int = 0
@@ -28,12 +28,17 @@ class DataReport:
     answer_tokens: int = 0
     # Samples that were cut to the longest length.
     cut: int = 0
+    # In tokens, before cutting; `tokens` and `answer_tokens` are what is left.
     lengths: list[int] = field(default_factory=list, repr=False)
     bad: list[BadSample] = field(default_factory=list, repr=False)
 
     @property
     def bad_share(self) -> float:
         return len(self.bad) / max(1, self.samples)
+
+    @property
+    def cut_share(self) -> float:
+        return self.cut / max(1, self.samples)
 
     def length_at(self, percent: int) -> int | None:
         """The length below which `percent` of the samples are; None without samples."""
@@ -54,6 +59,7 @@ class DataReport:
             "tokens": self.tokens,
             "answer_tokens": self.answer_tokens,
             "cut": self.cut,
+            "cut_share": self.cut_share,
             "length": {
                 "min": min(self.lengths, default=None),
                 "median": self.length_at(50),
@@ -79,23 +85,20 @@ def check_data(
     report = DataReport()
     for index in range(min(len(corpus), limit or len(corpus))):
         report.samples += 1
-        name = f"#{index}"
         try:
-            sample = corpus[index]
-            name = sample.name
-            encoded = encoder(sample)
-            if decode and encoder.images is not None and encoded.images:
-                encoder.images(encoded.images)
+            encoded = encoder(corpus[index])
+            if decode:
+                decode_images(encoded, encoder.images)
         except DataError as error:
-            report.bad.append(bad_sample(error, name))
+            report.bad.append(bad_sample(error, corpus.name(index)))
         else:
             report.with_images += bool(encoded.images)
             report.images += len(encoded.images)
             report.tiles += sum(encoded.num_tiles)
             report.tokens += len(encoded)
             report.answer_tokens += sum(encoded.is_answer)
-            report.cut += len(encoded) == encoder.max_length
-            report.lengths.append(len(encoded))
+            report.cut += encoded.cut > 0
+            report.lengths.append(len(encoded) + encoded.cut)
         if advance is not None:
             advance(1)
     return report

@@ -23,6 +23,10 @@ class Corpus(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
+    def name(self, index: int) -> str:
+        """What a sample is called, `set.jsonl:17`, also if it cannot be read."""
+        ...
+
     @property
     def parts(self) -> Sequence[Part]:
         """How many samples each part has, in order, and how often a pass takes each."""
@@ -39,10 +43,14 @@ class Part:
 
 
 class Conversations:
-    """A file of JSON lines whose images lie in `root`."""
+    """A file of JSON lines, called `shown` in names, whose images lie in `root`."""
 
-    def __init__(self, file: Path, root: Path | None):
-        self.lines, self.root = JsonLines(file), root
+    def __init__(self, file: Path, root: Path | None, shown: str | None = None):
+        if root is not None and not root.is_dir():
+            raise DataError(
+                f"the image root {root} is not a folder", "check --image-root (data.image_root)"
+            )
+        self.lines, self.root = JsonLines(file, shown), root
         self.parts = (Part(file.name, len(self.lines)),)
 
     def __len__(self) -> int:
@@ -50,7 +58,10 @@ class Conversations:
 
     def __getitem__(self, index: int) -> Sample:
         record = self.lines[index]
-        return parse_sample(record, self.lines.name(index), lambda name: inside(self.root, name))
+        return parse_sample(record, self.name(index), lambda name: inside(self.root, name))
+
+    def name(self, index: int) -> str:
+        return self.lines.name(index)
 
 
 class Shards:
@@ -65,8 +76,12 @@ class Shards:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        shard = bisect_right(self._ends, index)
-        return self.shards[shard][index - (self._ends[shard - 1] if shard else 0)]
+        shard, number = _locate(self._ends, index)
+        return self.shards[shard][number]
+
+    def name(self, index: int) -> str:
+        shard, number = _locate(self._ends, index)
+        return self.shards[shard].name(number)
 
 
 class Union:
@@ -81,8 +96,12 @@ class Union:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        which = bisect_right(self._ends, index)
-        return self.sets[which][index - (self._ends[which - 1] if which else 0)]
+        which, number = _locate(self._ends, index)
+        return self.sets[which][number]
+
+    def name(self, index: int) -> str:
+        which, number = _locate(self._ends, index)
+        return self.sets[which].name(number)
 
 
 def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
@@ -102,8 +121,15 @@ def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
     else:
         raise DataError(f"{text} is of no kind we read, expected .jsonl, .json (meta) or .tar")
     if len(corpus) == 0:
-        raise DataError(f"{text} has no samples", "expected one conversation a line")
+        expected = "a .json member for each" if suffix == ".tar" else "one conversation a line"
+        raise DataError(f"{text} has no samples", f"expected {expected}")
     return corpus
+
+
+def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Which of several parts, ending at `ends`, holds sample `index`, and its number therein."""
+    which = bisect_right(ends, index)
+    return which, index - (ends[which - 1] if which else 0)
 
 
 def _open_meta(file: Path, image_root: Path | None) -> Corpus:
@@ -127,7 +153,14 @@ def _open_meta(file: Path, image_root: Path | None) -> Corpus:
             folder = file.parent / folder
         times = _positive(entry.get("repeat_time", 1), f"{where}: repeat_time")
         times *= _positive(entry.get("weight", 1), f"{where}: weight")
-        sets.append((name, Conversations(annotation, folder), times))
+        try:
+            # Called as in the meta file: files of several sets often have the same name.
+            corpus = Conversations(annotation, folder, entry["annotation"])
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}", error.hint) from error
+        if len(corpus) == 0:
+            raise DataError(f"{where}: {annotation} has no samples", "leave the set out")
+        sets.append((name, corpus, times))
     if not sets:
         raise DataError(f"{file} names no sets")
     return Union(sets)
@@ -138,10 +171,15 @@ def _read_object(file: Path) -> Mapping[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist", "check the path") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{file} is a {type(value).__name__}, expected a meta file of several sets")
+        raise DataError(
+            f"{file} is a {type(value).__name__}, expected a meta file of several sets",
+            "write a list of conversations as .jsonl, one a line",
+        )
     return value
 
 

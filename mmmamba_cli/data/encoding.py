@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mmmamba_cli.data.samples import Sample
+from torch import Tensor
+
+from mmmamba_cli.data.samples import Picture, Sample, load_picture
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import (
     ImageProcessor,
-    ImageSource,
     TrainingProcessor,
     count_tiles,
     image_size,
@@ -17,13 +18,14 @@ from mmmamba_cli.processing import (
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample as ids. `is_answer` marks what labels are made of."""
+    """A sample as ids. `is_answer` marks what labels are made of, `cut` is how many it has lost."""
 
     name: str
     ids: list[int]
     is_answer: list[bool]
-    images: tuple[ImageSource, ...] = ()
+    images: tuple[Picture, ...] = ()
     num_tiles: tuple[int, ...] = ()
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,20 +46,25 @@ class Encoder:
 
     def __call__(self, sample: Sample) -> Encoded:
         """Raises `DataError` that names the sample."""
-        if sample.text is not None:
-            ids = self.processor.text_ids(sample.text)
-            return self._cut(Encoded(sample.name, ids, [False] + [True] * (len(ids) - 1)))
         try:
-            num_tiles = tuple(self._count_tiles(image) for image in sample.images)
-            ids, is_answer = self.processor.conversation_ids(sample.messages, num_tiles)
+            return self._cut(self._encode(sample))
         except DataError as error:
             raise DataError(f"{sample.name}: {error.message}") from error
-        return self._cut(Encoded(sample.name, ids, is_answer, sample.images, num_tiles))
 
-    def _count_tiles(self, image: ImageSource) -> int:
+    def _encode(self, sample: Sample) -> Encoded:
+        if sample.text is not None:
+            ids = self.processor.text_ids(sample.text)
+            if not ids:
+                raise DataError("the text has no tokens")
+            return Encoded(sample.name, ids, [False] + [True] * (len(ids) - 1))
+        num_tiles = tuple(self._count_tiles(image) for image in sample.images)
+        ids, is_answer = self.processor.conversation_ids(sample.messages, num_tiles)
+        return Encoded(sample.name, ids, is_answer, sample.images, num_tiles)
+
+    def _count_tiles(self, image: Picture) -> int:
         if self.images is None:
             raise DataError("the sample has an image, and the model reads text only")
-        return count_tiles(*image_size(image), self.images.tiling)
+        return count_tiles(*image_size(load_picture(image)), self.images.tiling)
 
     def _cut(self, sample: Encoded) -> Encoded:
         limit = self.max_length
@@ -67,7 +74,21 @@ class Encoder:
             image_id = getattr(self.processor, "image_token_id", None)
             if image_id in sample.ids[limit:]:
                 raise DataError(
-                    f"{sample.name}: has {len(sample)} tokens, and cut to max_length = {limit} it "
-                    "would lose part of an image"
+                    f"has {len(sample)} tokens, and cut to data.max_length = {limit} it would lose "
+                    "part of an image"
                 )
-        return replace(sample, ids=sample.ids[:limit], is_answer=sample.is_answer[:limit])
+        ids, is_answer = sample.ids[:limit], sample.is_answer[:limit]
+        return replace(sample, ids=ids, is_answer=is_answer, cut=len(sample) - limit)
+
+
+def decode_images(sample: Encoded, images: ImageProcessor | None) -> list[Tensor]:
+    """The tiles of a sample's pictures, (N, 3, S, S), in a list; an empty one without pictures.
+
+    Raises `DataError` if a picture cannot be decoded.
+    """
+    if not sample.images or images is None:
+        return []
+    pixels, num_tiles = images([load_picture(image) for image in sample.images])
+    if tuple(num_tiles) != sample.num_tiles:
+        raise DataError(f"its images have {num_tiles} tiles, their headers said otherwise")
+    return [pixels]

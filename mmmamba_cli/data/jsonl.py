@@ -19,34 +19,39 @@ MAX_BLANK = 64
 class JsonLines:
     """The lines of a file that are not blank, each read when it is asked for.
 
-    Only where lines begin is held in memory, 16 bytes a line. Raises `DataError` if the file is not
-    there, or for a line that is no JSON.
+    Only where lines begin is held in memory, 16 bytes a line. `shown` is what the file is called in
+    names of samples. Raises `DataError` if the file cannot be read, or for a line that is no JSON.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, shown: str | None = None):
         self.file = file
+        self.shown = shown or file.name
         try:
             self._starts, self._numbers = _index(file)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{file} does not exist", "check the path") from error
         except IsADirectoryError as error:
             raise DataError(f"{file} is a folder, expected a file of JSON lines") from error
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def name(self, index: int) -> str:
         """`file:line`, lines counted from 1."""
-        return f"{self.file.name}:{int(self._numbers[index])}"
+        return f"{self.shown}:{int(self._numbers[index])}"
 
     def __getitem__(self, index: int) -> Any:
         start = int(self._starts[index])
         # Opened anew each time, so that a forked worker shares no position with its parent.
-        with self.file.open("rb") as handle:
-            handle.seek(start)
-            line = handle.readline()
         try:
+            with self.file.open("rb") as handle:
+                handle.seek(start)
+                line = handle.readline()
             return json.loads(line)
+        except OSError as error:
+            raise DataError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.name(index)}: is not JSON: {error}") from error
 

@@ -7,8 +7,9 @@ number of processes or workers.
 
 from __future__ import annotations
 
+import atexit
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -67,10 +68,19 @@ class StepLoader:
             num_workers=self.workers,
             worker_init_fn=_leave_signals_to_main,
         )
-        for batches in loader:
-            if isinstance(batches, Exception):
-                raise batches
-            yield batches
+        running = iter(loader)
+        # At its exit Python waits for workers, and ours ignore its SIGTERM: tell them before.
+        # torch does when the iterator is collected, which a traceback may put off.
+        end_workers: Callable[[], None] = running._shutdown_workers  # type: ignore[attr-defined]
+        atexit.register(end_workers)
+        try:
+            for batches in running:
+                if isinstance(batches, Exception):
+                    raise batches
+                yield batches
+        finally:
+            atexit.unregister(end_workers)
+            end_workers()
 
     def step(self, step: int) -> StepBatches:
         """The batches of one step."""
@@ -92,7 +102,7 @@ class StepLoader:
             try:
                 samples.append(self._encoder(self.corpus[index]))
             except DataError as error:
-                bad.append(bad_sample(error, f"#{index}"))
+                bad.append(bad_sample(error, self.corpus.name(index)))
         return samples, bad
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -22,12 +21,16 @@ class Order:
         self._seed = seed
         self._shuffle = shuffle
         self.length = sum(self._whole(part) + self._extra(part) for part in parts)
-        # Two passes meet in a batch; an instance's own cache, so that it dies with it.
-        self._pass = lru_cache(maxsize=2)(self._draw)
+        self._drawn: dict[int, np.ndarray] = {}
 
     def __getitem__(self, number: int) -> int:
         """Index, in the whole corpus, of sample `number` of the stream."""
-        return int(self._pass(number // self.length)[number % self.length])
+        count, place = divmod(number, self.length)
+        if count not in self._drawn:
+            # Two passes meet in a batch; older ones are not asked for again.
+            self._drawn = {n: p for n, p in self._drawn.items() if n == count - 1}
+            self._drawn[count] = self._draw(count)
+        return int(self._drawn[count][place])
 
     @staticmethod
     def _whole(part: Part) -> int:
@@ -37,8 +40,8 @@ class Order:
     def _extra(part: Part) -> int:
         share = part.repeats - int(part.repeats)
         extra = round(share * part.samples)
-        # A share of a small set is not none of it.
-        return max(extra, 1) if part.repeats < 1 else extra
+        # A share of a small set is not none of it, unless it is empty.
+        return min(max(extra, 1), part.samples) if part.repeats < 1 else extra
 
     def _draw(self, number: int) -> np.ndarray:
         rng = np.random.Generator(np.random.PCG64([self._seed, number]))

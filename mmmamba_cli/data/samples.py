@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,28 @@ SPEAKERS = {
     "assistant": "assistant",
     "system": "system",
 }
-FindImage = Callable[[str], ImageSource]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture within a file, read only when it is needed."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Raises `DataError` if the file cannot be read any more."""
+        try:
+            with self.file.open("rb") as handle:
+                handle.seek(self.offset)
+                return handle.read(self.size)
+        except OSError as error:
+            raise DataError(f"{self.file} cannot be read: {error.strerror}") from error
+
+
+Picture = Path | Stored
+FindImage = Callable[[str], Picture]
 
 
 @dataclass(frozen=True)
@@ -28,23 +50,28 @@ class Sample:
     name: str
     messages: tuple[Mapping[str, str], ...] = ()
     text: str | None = None
-    images: tuple[ImageSource, ...] = ()
+    images: tuple[Picture, ...] = ()
 
 
 def parse_sample(record: Any, name: str, find_image: FindImage) -> Sample:
     """A sample from JSON as LLaVA and InternVL write it, as chat messages, or as plain text.
 
     `{"image": path or list, "conversations": [{"from": "human", "value": ...}, ...]}`, the same
-    with `"messages": [{"role": ..., "content": ...}]`, or `{"text": ...}`. Raises `DataError` that
-    names the sample.
+    with `"messages": [{"role": ..., "content": ...}]`, or `{"text": ...}`. A key that is null is
+    taken as absent. Raises `DataError` that names the sample.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{name}: is a {type(record).__name__}, expected a JSON object")
-    if "text" in record:
-        if not isinstance(record["text"], str) or not record["text"]:
-            raise DataError(f"{name}: text is {record['text']!r:.60}, expected text")
-        return Sample(name, text=record["text"])
-    turns = record.get("conversations", record.get("messages"))
+    if given(record, "video", "videos"):
+        raise DataError(f"{name}: has a video, and only images are read")
+    turns, text = given(record, "conversations", "messages"), record.get("text")
+    # Beside turns, a text is a remark on the sample: some sets have captions there.
+    if turns is None and text is not None:
+        if not isinstance(text, str) or not text:
+            raise DataError(f"{name}: text is {text!r:.60}, expected text")
+        if given(record, "image", "images"):
+            raise DataError(f"{name}: has an image and no turns, expected a list of conversations")
+        return Sample(name, text=text)
     if not isinstance(turns, list) or not turns:
         raise DataError(
             f"{name}: has no turns, expected a list called conversations or messages, or a text"
@@ -54,13 +81,19 @@ def parse_sample(record: Any, name: str, find_image: FindImage) -> Sample:
     return Sample(name, messages, images=_images(record, name, find_image))
 
 
+def load_picture(picture: Picture) -> ImageSource:
+    """What a picture is opened from. Raises `DataError` if its file cannot be read any more."""
+    return picture.read() if isinstance(picture, Stored) else picture
+
+
 def inside(root: Path | None, name: str) -> Path:
     """The path of image `name`, which must lie in `root` (or below the working directory).
 
     Raises `DataError` for one that leads out of it, through `..` or a link, or that is not there.
     """
     base = (root or Path()).resolve()
-    path = (base / name).resolve()
+    # Not `resolve`, which raises an error of its own for links that lead in a circle.
+    path = Path(os.path.realpath(base / name))
     if not path.is_relative_to(base):
         raise DataError(
             f"image {name} lies outside the image root {base}",
@@ -82,9 +115,9 @@ def _message(turn: Any, position: int, name: str) -> dict[str, str]:
     where = f"{name}: turn {position + 1}"
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} is a {type(turn).__name__}, expected a JSON object")
-    speaker, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if speaker not in SPEAKERS:
-        raise DataError(f"{where} is from {speaker!r}, allowed are {', '.join(SPEAKERS)}")
+    speaker, said = given(turn, "from", "role"), given(turn, "value", "content")
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise DataError(f"{where} is from {speaker!r:.60}, allowed are {', '.join(SPEAKERS)}")
     if not isinstance(said, str):
         raise DataError(f"{where} says {said!r:.60}, expected text")
     return {"role": SPEAKERS[speaker], "content": said}
@@ -103,11 +136,17 @@ def _check_order(messages: Sequence[Mapping[str, str]], name: str) -> None:
         raise DataError(f"{name}: the conversation ends without an answer")
 
 
-def _images(record: Mapping[str, Any], name: str, find: FindImage) -> tuple[ImageSource, ...]:
-    given = record.get("image", record.get("images"))
-    if given is None:
+def given(record: Mapping[str, Any], *keys: str) -> Any:
+    """The first of these that the record has and that is not null."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def _images(record: Mapping[str, Any], name: str, find: FindImage) -> tuple[Picture, ...]:
+    named = given(record, "image", "images")
+    # InternVL's sets have an empty path in samples without an image.
+    if named is None or named == "":
         return ()
-    listed = given if isinstance(given, list) else [given]
+    listed = named if isinstance(named, list) else [named]
     found = []
     for image in listed:
         if not isinstance(image, str) or not image:

@@ -10,6 +10,8 @@ from mmmamba_cli.model import FP32_PARAMETERS, LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import Stage
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# Attention's too where the teacher has them, and then inherited with W_Q and W_K.
+QK_NORMS = ("q_norm", "k_norm")
 OUTPUT = ("o_proj",)
 LEFT_OUT_BY_PAPER = ("A_log", "dt_bias")
 
@@ -18,8 +20,8 @@ def learning_names(stage: Stage, config: HolisticVLMConfig, names: Collection[st
     """Names, out of all `names` of the student's parameters, that learn in `stage`.
 
     `new` is what a Mamba-2 mixer has and attention has not, `new+qkv` W_Q, W_K and W_V as well,
-    both in linear layers only; patterns are of the shell's kind and may name anything. Raises
-    `RecipeError` for a pattern that matches nothing, or if nothing learns.
+    with their biases and norms, both in linear layers only; patterns are of the shell's kind and
+    may name anything. Raises `RecipeError` if a pattern matches nothing, or nothing learns.
     """
     if isinstance(stage.learns, str):
         with_qkv = stage.learns == "new+qkv"
@@ -58,7 +60,9 @@ def _is_new(name: str, config: HolisticVLMConfig, with_qkv: bool) -> bool:
         return False
     if config.layer_types[int(parts[2])] != LINEAR or parts[4] in OUTPUT:
         return False
-    return with_qkv or parts[4] not in PROJECTIONS
+    inherits_norms = config.stack_of(int(parts[2])).qk_norm
+    inherited = (*PROJECTIONS, *QK_NORMS) if inherits_norms else PROJECTIONS
+    return with_qkv or parts[4] not in inherited
 
 
 def _matching(stage: Stage, names: Collection[str]) -> list[str]:

@@ -102,11 +102,19 @@ def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     _check_size(image, name, max_pixels)
     try:
-        _check_frames(image, name)
-        image.load()
+        _load(image, name)
         return _convert(image, name)
     except _DAMAGE as error:
         raise DataError(f"{name} is damaged or truncated: {error}") from error
+
+
+def _load(image: Image.Image, name: str) -> None:
+    try:
+        _check_frames(image, name)
+        image.load()
+    except (IndexError, KeyError, TypeError) as error:
+        # PIL's own opening takes these for damage too; its decoding lets them out.
+        raise DataError(f"{name} is damaged: {error}") from error
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:

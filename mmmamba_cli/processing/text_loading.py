@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -50,16 +52,41 @@ def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase
         return tokenizer
     try:
         if file.suffix == GGUF_SUFFIX:
-            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            return _from_gguf(config, file)
         if file.name == FAST_FILE:
             # Read as it is; the classes named for a model rebuild it from its parts.
             return PreTrainedTokenizerFast.from_pretrained(file.parent)
         return AutoTokenizer.from_pretrained(file.parent)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"the tokenizer {file} cannot be read: {first}", "give another with --tokenizer FILE"
         ) from error
+
+
+def _from_gguf(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
+    """The file's tokenizer; which tokens begin, end and pad is said by the ids of its config."""
+    from gguf import GGUFReader
+
+    with alone(file) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    # Some versions of transformers take the begin token for the end token, and put none in front.
+    for name in ("bos_token", "eos_token", "pad_token"):
+        index = config.get(f"{name}_id")
+        if index is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+    begins = GGUFReader(file).fields.get("tokenizer.ggml.add_bos_token")
+    if begins is not None:
+        tokenizer.add_bos_token = bool(begins.contents())
+    return tokenizer
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """A folder with nothing but this file in it: transformers reads what lies beside a GGUF too."""
+    with TemporaryDirectory(prefix="mmmamba-") as folder:
+        Path(folder, file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def as_ids(ids: int | list[int] | None) -> set[int]:

@@ -41,6 +41,8 @@ class HolisticTextProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ):
         tokenizer.padding_side = "left"
+        # What a tokenizer is saved with is what it was made with.
+        tokenizer.init_kwargs["padding_side"] = "left"
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise CheckpointError(

@@ -16,7 +16,11 @@ from mmmamba_cli.errors import MmmambaError
 INITS = ("scratch", "inherit", "inherit+mimic")
 DT_MIN, DT_MAX = 1e-3, 1e-1
 GATE_GAIN = 2**-2.5
-INHERITED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+BIASES = tuple(f"{name}.bias" for name in PROJECTIONS)
+QK_NORMS = ("q_norm.weight", "k_norm.weight")
+# What attention may have too; a teacher without biases or norms leaves theirs out.
+INHERITED = (*(f"{name}.weight" for name in PROJECTIONS), *BIASES, *QK_NORMS)
 
 
 def initial_value(name: str, shape: tuple[int, ...], init: str, seed: int) -> Tensor:
@@ -31,12 +35,14 @@ def initial_value(name: str, shape: tuple[int, ...], init: str, seed: int) -> Te
         raise MmmambaError(f"--init {init!r} is not known, known are: {', '.join(INITS)}")
     part = name.split(".mixer.")[1]
     rng = _generator(name, seed)
-    if part in INHERITED:
-        return _linear(shape, rng)
     if part == "dt_bias":
         return dt_bias(shape, rng)
-    if part in ("g_norm.weight", "q_norm.weight", "k_norm.weight"):
+    if part in ("g_norm.weight", *QK_NORMS):
         return torch.ones(shape)
+    if part in BIASES:
+        return torch.zeros(shape)
+    if part in INHERITED:
+        return _linear(shape, rng)
     return _mimic(part, shape, rng) if init == "inherit+mimic" else _usual(part, shape, rng)
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from small_language_models import SIZES, distance, write, write_tokenizer
 from typer.testing import CliRunner
 
 import mmmamba_cli
@@ -22,15 +21,6 @@ from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.processing import HolisticTextProcessor
 from mmmamba_cli.runs import Run, open_processor
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -42,48 +32,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "llama, biases": ("Llama", {"attention_bias": True, "head_dim": 16}),
-    "llama 3 positions": ("Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}),
+    "llama 3 positions": ("Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 50.0}}),
+    "linear positions": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def write(folder: Path, kind: str, options: dict[str, Any]) -> Any:
-    """A random model of transformers' own, saved with its config; returned as it is."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return model
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Byte-level BPE with a ChatML template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat too"] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-
-
-def distance(one: torch.Tensor, two: torch.Tensor) -> float:
-    return float((one - two).norm() / two.norm())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,6 +67,69 @@ def test_the_table_gives_every_tensor_back(case: str, tmp_path: Path) -> None:
     written = dict(foreign_tensors(checkpoint.rules, checkpoint.read))
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+@torch.no_grad()
+def test_dynamic_positions_beyond_the_trained_length(tmp_path: Path) -> None:
+    """Where a row is alone: transformers takes the longest row of a batch for all of them."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    theirs = write(tmp_path, "Llama", {"rope_parameters": scaling})
+    ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(1))
+    assert distance(mmmamba_cli.load(tmp_path)(ids).logits, theirs(ids).logits) < 1e-5
+
+
+def test_the_older_way_to_write_positions(tmp_path: Path) -> None:
+    write(tmp_path, "Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}})
+    new = open_checkpoint(tmp_path).config
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["rope_parameters"]
+    for name in ("rope_type", "type"):
+        scaling = {**LLAMA3, name: "llama3"}
+        older = {**raw, "rope_theta": 5e5, "rope_scaling": scaling}
+        (tmp_path / "config.json").write_text(json.dumps(older))
+        assert open_checkpoint(tmp_path).config.to_dict() == new.to_dict()
+    del older["rope_scaling"]["low_freq_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.low_freq_factor is None"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_a_config_leaves_out_is_its_familys_default(tmp_path: Path) -> None:
+    for kind, expected in (("Llama", 2048), ("Qwen2", 32768)):
+        write(tmp_path / kind, kind, {})
+        file = tmp_path / kind / "config.json"
+        raw = json.loads(file.read_text())
+        for key in ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "head_dim"):
+            raw.pop(key, None)
+        file.write_text(json.dumps(raw))
+        stack = open_checkpoint(tmp_path / kind).config.language
+        assert (stack.max_position_embeddings, stack.rms_norm_eps) == (expected, 1e-6)
+        assert (stack.rope_theta, stack.rope_scaling, stack.head_dim) == (1e4, None, 8)
+
+
+def test_a_tied_head_that_was_written_too(tmp_path: Path) -> None:
+    write(tmp_path, "Llama", {"tie_word_embeddings": True})
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(dict(foreign_tensors(checkpoint.rules, checkpoint.read))) == set(state)
+    assert mmmamba_cli.load(tmp_path).config.tie_word_embeddings
+    state["lm_head.weight"][5, 5] += 1
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="ties the head to the token embedding"):
+        mmmamba_cli.load(tmp_path)
+
+
+def test_what_ends_a_generation(tmp_path: Path) -> None:
+    """Also for a vocabulary as large as InternLM2's, whose stop ids mean nothing here."""
+    write(tmp_path, "Llama", {"eos_token_id": 2, "vocab_size": 92600, "hidden_size": 32})
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [7, 2], "do_sample": True}))
+    settings = mmmamba_cli.load(tmp_path).generation_config
+    assert settings.eos_token_id == [2, 7] and not settings.do_sample
+    file.unlink()
+    assert mmmamba_cli.load(tmp_path).generation_config.eos_token_id == [2]
 
 
 def test_internlm2_is_a_hovles_language_model_alone(tmp_path: Path) -> None:

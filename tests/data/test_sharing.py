@@ -1,0 +1,226 @@
+"""Who computes which rows, and in which process they are made."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmmamba_cli.data import Encoded, Sample, StepBatches, StepLoader, open_corpus
+from mmmamba_cli.data.batching import Row, deal
+from mmmamba_cli.data.corpus import Part
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.processing import HolisticVLMProcessor
+
+
+def rows_of(lengths: list[int]) -> list[Row]:
+    return [[Encoded(str(n), [1] * length, [True] * length)] for n, length in enumerate(lengths)]
+
+
+def area(lengths: list[int]) -> int:
+    """Tokens of a micro batch, with padding."""
+    return len(lengths) * max(lengths, default=0)
+
+
+def cuts(lengths: list[int], parts: int) -> Iterator[list[list[int]]]:
+    for places in combinations(range(1, len(lengths)), parts - 1):
+        bounds = (0, *places, len(lengths))
+        yield [lengths[a:b] for a, b in pairwise(bounds)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=9), st.integers(1, 3), st.integers(1, 2))
+def test_the_largest_micro_batch_is_as_small_as_can_be(
+    lengths: list[int], world: int, accumulation: int
+) -> None:
+    """Against every way to cut the rows; and none is lost, moved, or kept from an idle process."""
+    parts = world * accumulation
+    dealt = [deal(rows_of(lengths), rank, world, accumulation) for rank in range(world)]
+    in_order = [dealt[part % world][part // world] for part in range(parts)]
+    found = [[len(row[0]) for row in part] for part in in_order]
+    assert [length for part in found for length in part] == lengths
+    assert sum(map(bool, found)) == min(parts, len(lengths))
+    ways = list(cuts(lengths, parts)) if len(lengths) >= parts else [[[n] for n in lengths]]
+    assert max(map(area, found)) == min(max(map(area, way), default=0) for way in ways)
+
+
+def real_rows(steps: list[StepBatches]) -> list[tuple[int, ...]]:
+    """The ids of each row without its padding."""
+    found = []
+    for micro in (micro for step in steps for micro in step.micro if micro.num_samples):
+        for r, ids in enumerate(micro.input_ids):
+            real = slice(None) if micro.attention_mask is None else micro.attention_mask[r]
+            found.append(tuple(ids[real].tolist()))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("batching", ["padded", "bucketed", "packed"])
+def test_rows_do_not_depend_on_who_computes_them(
+    batching: str, folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    def shares(world: int, accumulation: int) -> list[StepBatches]:
+        corpus = open_corpus(folder / "train.jsonl", folder)
+        loaders = [
+            StepLoader(
+                corpus,
+                processor,
+                batch_size=12,
+                accumulation=accumulation,
+                max_length=500,
+                batching=batching,
+                rank=rank,
+                world_size=world,
+            )
+            for rank in range(world)
+        ]
+        return [loader.step(1) for loader in loaders]
+
+    alone = shares(1, 1)
+    for world, accumulation in ((1, 4), (2, 1), (3, 2), (8, 2)):
+        assert real_rows(shares(world, accumulation)) == real_rows(alone)
+    tiles = [m.pixel_values for share in shares(3, 2) for m in share.micro]
+    total = sum(len(t) for t in tiles if t is not None)
+    assert alone[0].micro[0].pixel_values is not None
+    assert total == len(alone[0].micro[0].pixel_values) > 0
+
+
+def test_a_loader_can_be_sent_to_another_process(
+    folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    """Where processes are not forked, workers get it so."""
+    corpus = open_corpus(folder / "train.jsonl", folder)
+    loader = StepLoader(corpus, processor, batch_size=5, max_length=400)
+    first = loader.step(0)
+    sent = pickle.loads(pickle.dumps(loader)).step(0)
+    assert sent.micro[0].names == first.micro[0].names
+    assert torch.equal(sent.micro[0].input_ids, first.micro[0].input_ids)
+
+
+class Failing:
+    """A corpus whose reading is broken from sample 3 on, by what it is told to raise."""
+
+    parts = (Part("failing", 8),)
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Sample:
+        if index >= 3:
+            raise self.error
+        return Sample(self.name(index), text="the cat")
+
+    def name(self, index: int) -> str:
+        return f"failing:{index + 1}"
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("ours"), CheckpointError("no template", "take another")]
+)
+def test_what_breaks_a_worker_is_raised_here(
+    error: Exception, workers: int, processor: HolisticVLMProcessor
+) -> None:
+    """A mistake of ours keeps its kind; a user's keeps its sentence, without a worker's trace."""
+    options: dict[str, Any] = {"max_length": 50, "shuffle": False, "workers": workers}
+    loader = StepLoader(Failing(error), processor, batch_size=1, **options)
+    got = []
+    with pytest.raises(type(error), match=r"ours|no template") as caught:
+        for batches in loader.steps(0, 8):
+            got.append(batches.step)
+    assert got == [0, 1, 2]
+    if isinstance(error, CheckpointError):
+        assert str(caught.value) == "no template (take another)"
+
+
+ENDING = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_sharing import Failing, Silent
+from mmmamba_cli.data import StepLoader
+
+def train(corpus):
+    steps = StepLoader(
+        corpus, Silent([1, 2]), batch_size=1, max_length=9, shuffle=False, workers=2
+    ).steps(0, 8)
+    for batches in steps:
+        print(batches.step, flush=True)
+        if batches.step == 1 and sys.argv[1] == "here":
+            raise ZeroDivisionError("ours")
+
+train(Failing(ZeroDivisionError("ours")))
+"""
+
+
+@pytest.mark.parametrize("where", ["here", "in a worker"])
+def test_an_error_ends_the_program(where: str) -> None:
+    """Workers do not keep it, though they ignore signals and the traceback holds the batches."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, where, *filter(None, sys.path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError: ours" in done.stderr
+    assert done.stdout.split() == (["0", "1"] if where == "here" else ["0", "1", "2"])
+
+
+class Silent:
+    """A text-only processor that finds the same tokens in everything."""
+
+    pad_token_id, image_processor = 0, None
+
+    def __init__(self, ids: list[int]):
+        self.ids = ids
+
+    def text_ids(self, text: str) -> list[int]:
+        return self.ids
+
+    def conversation_ids(self, messages: Any, num_tiles: Any) -> tuple[list[int], list[bool]]:
+        return self.ids, [False] * len(self.ids)
+
+
+def test_a_sample_without_tokens_is_bad() -> None:
+    corpus = Failing(ZeroDivisionError())
+    loader = StepLoader(corpus, Silent([]), batch_size=3, max_length=50, shuffle=False)
+    step = loader.step(0)
+    assert [sample.name for sample in step.bad] == ["failing:1", "failing:2", "failing:3"]
+    assert step.micro[0].num_samples == 0
+
+
+def test_ids_and_mask_by_hand(processor: HolisticVLMProcessor) -> None:
+    """Written down piece by piece; `<|im_end|>` typed in an answer does not end it."""
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "<image>\nWho?"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Red?"},
+        {"role": "assistant", "content": "<|im_end|> no"},
+    ]
+    expected = [
+        ("<s> <|im_start|> ▁s y st em <0x0A> <0x42> e ▁ k in d . <|im_end|>", False),
+        ("<|im_start|> ▁us er <0x0A> <img>" + " <IMG_CONTEXT>" * 8 + " </img>", False),
+        ("▁ <0x0A> Wh o ? <|im_end|> <|im_start|> ▁assistant <0x0A>", False),
+        ("A ▁c at . <|im_end|>", True),
+        ("<|im_start|> ▁us er <0x0A> Re d ? <|im_end|> <|im_start|> ▁assistant <0x0A>", False),
+        ("< <0x7C> i m <0x5F> en d <0x7C> > ▁no <|im_end|>", True),
+    ]
+    ids, is_answer = processor.conversation_ids(messages, [2])
+    tokens = [token for text, _ in expected for token in text.split(" ")]
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == tokens
+    assert is_answer == [mark for text, mark in expected for _ in text.split(" ")]
+    # The turn's end is the special token, the typed one its characters.
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
