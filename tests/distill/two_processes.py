@@ -1,6 +1,7 @@
-"""Run as one of several processes: train a small stage and print what each step gave, as JSON.
+"""Run as one of several processes: train small stages and print what each step gave, as JSON.
 
-Arguments: folder, loss, total steps, step to stop after (0 for none), "packed" or "padded".
+Arguments: folder, total steps, step to stop after (0 for none), and stages as loss:layout, the
+layout being "packed" or "padded".
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from distilling import RandomLoader, make_job
@@ -18,43 +20,51 @@ from small import IMAGE_ID
 from mmmamba_cli.distill.loop import StepResult, Stopped, train
 from mmmamba_cli.distill.optimiser import whole
 from mmmamba_cli.distill.state import Progress
-from mmmamba_cli.distributed import join_world
+from mmmamba_cli.distributed import World, join_world
+
+
+def run(world: World, folder: Path, loss: str, layout: str, steps: int, stop_at: int) -> Any:
+    """Train one stage, or go on with it; what each step gave, and a sum over each parameter."""
+    job = make_job(
+        folder / loss,
+        loss,
+        steps=steps,
+        batch_size=5,
+        # Small, so that rounding is not amplified over the steps.
+        lr=1e-3,
+        world=world,
+        packed=layout == "packed",
+        dtype=torch.float64,
+        evaluate_every=5,
+    )
+    job = replace(job, held_out=RandomLoader(IMAGE_ID, 5, 1, world.rank, world.size, seed=9))
+    progress, rows = Progress(), []
+
+    def report(result: StepResult) -> None:
+        found = result.held_out
+        extra = [found.loss, found.agreement, found.student_nll] if found else []
+        rows.append([result.step, result.loss, result.gradient_norm, *extra])
+
+    if job.states.steps():
+        newest = job.states.path(job.states.steps()[-1]).name
+        progress = Progress(**job.states.record(newest)["progress"])
+    with suppress(Stopped):
+        train(job, progress, report, lambda: progress.step == stop_at)
+    learned = job.pair.learning_parameters()
+    total = {name: float(whole(p.detach()).abs().sum()) for name, p in learned.items()}
+    return {"steps": rows, "learned": total, "tokens": progress.tokens}
 
 
 def main() -> None:
-    folder, loss, steps, stop_at, layout = sys.argv[1:]
+    folder, steps, stop_at, *stages = sys.argv[1:]
     torch.set_num_threads(1)
     with join_world("cpu") as world:
-        job = make_job(
-            Path(folder),
-            loss,
-            steps=int(steps),
-            batch_size=5,
-            # Small, so that rounding is not amplified over the steps.
-            lr=1e-3,
-            world=world,
-            packed=layout == "packed",
-            dtype=torch.float64,
-            evaluate_every=5,
-        )
-        held_out = RandomLoader(IMAGE_ID, 5, 1, world.rank, world.size, seed=9)
-        job = replace(job, held_out=held_out)
-        progress, rows = Progress(), []
-
-        def report(result: StepResult) -> None:
-            found = result.held_out
-            extra = [found.loss, found.agreement, found.student_nll] if found else []
-            rows.append([result.step, result.loss, result.gradient_norm, *extra])
-
-        if job.states.steps():
-            newest = job.states.path(job.states.steps()[-1]).name
-            progress = Progress(**job.states.record(newest)["progress"])
-        with suppress(Stopped):
-            train(job, progress, report, lambda: progress.step == int(stop_at))
-        learned = job.pair.learning_parameters()
-        total = {name: float(whole(p.detach()).abs().sum()) for name, p in learned.items()}
+        found = {}
+        for stage in stages:
+            loss, layout = stage.split(":")
+            found[loss] = run(world, Path(folder), loss, layout, int(steps), int(stop_at))
         if world.is_main:
-            print(json.dumps({"steps": rows, "learned": total, "tokens": progress.tokens}))
+            print(json.dumps(found))
 
 
 main()
