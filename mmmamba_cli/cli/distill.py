@@ -115,17 +115,17 @@ def _recipe(
 
 
 def _say(run: Run, made: list[Manifest], as_json: bool) -> None:
-    from mmmamba_cli.distill.plots import plot_losses
+    from mmmamba_cli.distill import PICTURE
 
-    pictures = [plot_losses(run.product_folder(product.name)) for product in made]
     if as_json:
         products = [product.model_dump(mode="json") for product in made]
         print_json({"run": str(run.folder), "products": products})
         return
-    for product, picture in zip(made, pictures, strict=True):
-        typer.echo(f"{product.name}: {product.kind}, {run.product_folder(product.name)}")
-        if picture is not None:
-            typer.echo(f"  losses: {picture}")
+    for product in made:
+        folder = run.product_folder(product.name)
+        typer.echo(f"{product.name}: {product.kind}, {folder}")
+        if (folder / PICTURE).is_file():
+            typer.echo(f"  losses: {folder / PICTURE}")
     last = made[-1]
     what = "mmmamba eval --suite mme,pope" if last.final else "mmmamba distill"
     typer.echo(f"next: {what}")

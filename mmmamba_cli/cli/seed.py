@@ -146,4 +146,5 @@ def _say(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_json: bool)
             right=("layer", "cosine", "relative MSE"),
         )
     typer.echo(f"{manifest.num_layers} layers seeded: {product}")
-    typer.echo(f"next: mmmamba hybridize --attn-layers {min(4, manifest.num_layers)}")
+    kept = min(4, manifest.num_layers)
+    typer.echo(f"next: mmmamba distill --data FILE, or mmmamba hybridize --attn-layers {kept}")

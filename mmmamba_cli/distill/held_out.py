@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.data import Batch, StepBatches
+from mmmamba_cli.data import IGNORED, Batch, StepBatches
 from mmmamba_cli.distill.layerwise import prepare
-from mmmamba_cli.distill.logits_kl import CHUNK_ELEMENTS, IGNORED, next_tokens
+from mmmamba_cli.distill.logits_kl import CHUNK_ELEMENTS, next_tokens
 from mmmamba_cli.distill.objective import Objective
 from mmmamba_cli.distill.pair import Pair
 from mmmamba_cli.distributed import World

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.data import Batch
+from mmmamba_cli.data import IGNORED, Batch
 from mmmamba_cli.distill.layerwise import prepare
 from mmmamba_cli.distill.pair import Pair
 from mmmamba_cli.ops.common import widened
@@ -22,7 +22,6 @@ from mmmamba_cli.recipe import KL
 
 # Elements of the logits that exist at a time: 256 MiB of fp32.
 CHUNK_ELEMENTS = 1 << 26
-IGNORED = -100
 
 
 @dataclass(frozen=True)

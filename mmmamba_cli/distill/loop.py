@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from mmmamba_cli.distill.held_out import HeldOut, evaluate
 from mmmamba_cli.distill.objective import Objective
 from mmmamba_cli.distill.optimiser import build_optimiser, clip, learning_rate
 from mmmamba_cli.distill.pair import Pair
-from mmmamba_cli.distill.state import BEST, Progress, StateFolder, state_record
-from mmmamba_cli.distributed import World, seed_everything, step_seed
+from mmmamba_cli.distill.state import Progress, StateFolder, state_record
+from mmmamba_cli.distributed import World, average_whole, seed_everything, step_seed
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.recipe import Stage
 
@@ -90,7 +90,7 @@ def train(
             result = _with_held_out(job, parameters, result, progress)
         if job.world.is_main:
             report(result)
-        stop = _any(job.world, wants_to_stop())
+        stop = job.world.any(wants_to_stop())
         if stop or _is_due(job.stage.save_every, progress.step, job.stage.steps):
             saved = _save(job, parameters, optimiser, progress)
         if stop and progress.step < job.stage.steps:
@@ -180,13 +180,15 @@ def _accumulate(job: Job, batches: StepBatches) -> tuple[Tensor, Tensor, Tensor]
     sums = torch.zeros_like(units)
     for micro in micros:
         sums += objective.sums(pair, micro, weights)
+    average_whole(pair.learning_parameters().values(), world)
     return world.add_up(sums), units, counts
 
 
 def _trouble(job: Job, loss: float, norm: float, sums: Tensor) -> str | None:
     """Why the step must not be taken, or None."""
     if not math.isfinite(loss):
-        bad = [t for t, s in zip(job.objective.terms, sums.tolist(), strict=True) if s != s]
+        named = zip(job.objective.terms, sums.tolist(), strict=True)
+        bad = [term for term, value in named if not math.isfinite(value)]
         return f"the loss is {loss}" + (f" in {bad[0]}" if bad else "")
     if not math.isfinite(norm):
         for name, parameter in job.pair.learning_parameters().items():
@@ -203,10 +205,11 @@ def _check_bad_share(job: Job, progress: Progress, batches: StepBatches) -> None
     too_early = seen < MIN_SAMPLES_FOR_SHARE and progress.step < job.stage.steps
     if share <= job.max_bad_share or too_early:
         return
-    names = "; ".join(f"{sample.name}: {sample.reason}" for sample in batches.bad[:3])
+    last = "; ".join(f"{sample.name}: {sample.reason}" for sample in batches.bad[:3])
     raise DataError(
         f"{progress.bad_samples} of {seen} samples could not be used, more than "
-        f"data.max_bad_share = {job.max_bad_share:g} allows; the last: {names}",
+        f"data.max_bad_share = {job.max_bad_share:g} allows"
+        + (f"; the last: {last}" if last else ""),
         "see them all with `mmmamba data check`, or raise data.max_bad_share",
     )
 
@@ -224,8 +227,9 @@ def _with_held_out(
     progress.held_out = {"step": progress.step, **found.as_dict()}
     if progress.best_loss is None or found.loss < progress.best_loss:
         progress.best_step, progress.best_loss = progress.step, found.loss
-        job.states.save(BEST, parameters, None, state_record(progress, job.settings))
-    return StepResult(**{**vars(result), "held_out": found})
+        name = job.states.best(progress.step)
+        job.states.save(name, parameters, None, state_record(progress, job.settings))
+    return replace(result, held_out=found)
 
 
 def _save(
@@ -236,17 +240,12 @@ def _save(
 ) -> int:
     name = job.states.path(progress.step).name
     job.states.save(name, parameters, optimiser, state_record(progress, job.settings))
-    job.states.drop_older(progress.step)
+    job.states.drop_others(progress.step, progress.best_step)
     return progress.step
 
 
 def _is_due(every: int | None, step: int, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
-
-
-def _any(world: World, flag: bool) -> bool:
-    """Whether any process says so, so that all of them act alike."""
-    return bool(world.add_up(torch.tensor(float(flag))) > 0)
 
 
 def _peak_memory(world: World) -> float | None:

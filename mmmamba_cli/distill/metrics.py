@@ -49,9 +49,12 @@ def metrics_row(result: StepResult) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`; lines after the step that is resumed from are dropped first."""
+    """Appends to `metrics.jsonl` in `folder`, and to TensorBoard files in `board`.
 
-    def __init__(self, folder: Path, resumed_step: int, name: str):
+    Lines after the step that is resumed from are dropped first.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int, board: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / METRICS
         kept = [row for row in read_metrics(self.file) if row["step"] <= resumed_step]
@@ -59,8 +62,7 @@ class MetricsLog:
         partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
         partial.replace(self.file)
         self._handle = self.file.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder, resumed_step)
-        self._name = name
+        self._board = _tensorboard(board, resumed_step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._handle.write(_line(row))
@@ -68,7 +70,7 @@ class MetricsLog:
         if self._board is not None:
             for key, value in row.items():
                 if isinstance(value, int | float) and key != "step":
-                    self._board.add_scalar(f"{self._name}/{key}", value, row["step"])
+                    self._board.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
         self._handle.close()
@@ -94,4 +96,4 @@ def _tensorboard(folder: Path, resumed_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1)

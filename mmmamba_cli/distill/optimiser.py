@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmmamba_cli.distill.learning import decays
+from mmmamba_cli.distributed import is_sharded
 from mmmamba_cli.recipe import Schedule, Stage
 
 
@@ -67,13 +69,21 @@ def share_of_peak(schedule: Schedule, step: int, steps: int) -> float:
 
 def clip(parameters: Mapping[str, nn.Parameter], limit: float | None) -> float:
     """Scale the gradients down to norm `limit` if they exceed it; returns the norm they had."""
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    learning = [p for p in parameters.values() if p.grad is not None]
+    # torch takes no mixture of what is spread over processes and what is whole.
+    kinds = [[p for p in learning if is_sharded(p) == sharded] for sharded in (True, False)]
+    norms = [
+        whole(torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]))
+        for kind in kinds
+        if kind
+    ]
+    norm = torch.stack(norms).norm()
     if limit is not None and bool(norm > limit):
-        torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), limit, norm)
+        for kind in kinds:
+            torch.nn.utils.clip_grads_with_norm_(kind, limit, norm)
     return float(norm)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded over processes, as one."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

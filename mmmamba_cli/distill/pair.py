@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from mmmamba_cli.checkpoint import Checkpoint, expected_tensors, stored_dtype
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLM
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -47,35 +45,34 @@ def load_pair(
     product_dtype: torch.dtype,
     precision: str,
     device: torch.device,
-    advance: Advance | None = None,
 ) -> Pair:
     """Read both, tensor by tensor; what learns becomes an fp32 master weight of the student's own.
 
     A frozen tensor of the student that equals the teacher's, after the cast that seeding made
     (`product_dtype`), is the teacher's object in memory. The models are in eval mode; nothing but
-    `learning` requires gradients. `advance` is told of bytes as they are loaded.
+    `learning` requires gradients.
     """
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
-    def taught(name: str) -> Tensor:
-        return teacher.read(name).to(stored_dtype(name, product_dtype))
-
     def place(name: str, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-        if advance is not None:
-            advance(tensor.nbytes)
         placed = tensor.to(device, stored_dtype(name, dtype), copy=True)
         return nn.Parameter(placed, requires_grad=False)
 
     theirs: dict[str, nn.Parameter] = {}
-    for name in expected_tensors(teacher.config):
-        theirs[name] = place(name, taught(name), frozen_dtype)
     ours: dict[str, nn.Parameter] = {}
-    for name in expected_tensors(student.config):
+    in_student = expected_tensors(student.config)
+    for name in {**expected_tensors(teacher.config), **in_student}:
+        taught = None
+        if name in teacher:
+            taught = teacher.read(name).to(stored_dtype(name, product_dtype))
+            theirs[name] = place(name, taught, frozen_dtype)
+        if name not in in_student:
+            continue
         tensor = student.read(name)
         if name in learning:
             ours[name] = place(name, tensor, torch.float32)
             ours[name].requires_grad_()
-        elif name in theirs and torch.equal(tensor, taught(name)):
+        elif taught is not None and torch.equal(tensor, taught):
             ours[name] = theirs[name]
         else:
             ours[name] = place(name, tensor, frozen_dtype)

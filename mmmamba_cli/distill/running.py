@@ -20,9 +20,10 @@ from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row
 from mmmamba_cli.distill.optimiser import whole
 from mmmamba_cli.distill.pair import load_pair
 from mmmamba_cli.distill.planning import is_final, stage_product
+from mmmamba_cli.distill.plots import plot_losses
 from mmmamba_cli.distill.resume import check_settings, settings_of
 from mmmamba_cli.distill.stages import objective_of
-from mmmamba_cli.distill.state import BEST, Progress, StateFolder
+from mmmamba_cli.distill.state import Progress, StateFolder
 from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
@@ -69,15 +70,16 @@ def run_stage(
     """
     name = stage_product(parent, stage)
     done = world.on_main(lambda: _done_already(run, name, parent, stage, options))
+    states = StateFolder(run.folder / TRAINING / name, world)
     if done is not None:
-        watch.say(f"{name} is there already")
+        watch.say(f"{name} is there already; --overwrite makes it anew")
+        _finish(run, name, states, world)
         return done
     teacher, student = run.open_teacher(options.teacher), run.open_product(parent.name)
     names = expected_tensors(student.config)
     learning = learning_names(stage, student.config, names)
     adapters = adapted(stage, learning, names)
     loader, held_out = _loaders(student, recipe, stage, world)
-    states = StateFolder(run.folder / TRAINING / name, world)
     if options.overwrite:
         states.clear()
     world.wait()
@@ -112,9 +114,11 @@ def run_stage(
         states=states,
         settings=settings,
     )
-    progress = _train(job, progress, recipe, watch)
+    progress = _train(job, progress, recipe, run.folder / "tensorboard" / name, watch)
     made = _Made(run, name, parent, recipe, stage, student, options, adapters)
-    return _write(made, job, progress, watch)
+    manifest = _write(made, job, progress, watch)
+    _finish(run, name, states, world)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -204,13 +208,15 @@ def _newest(
     record = states.record(states.path(steps[-1]).name)
     check_settings(record["settings"], settings, options.force)
     watch.say(f"resuming after step {steps[-1]}")
-    return Progress(**record["progress"])
+    progress = Progress(**record["progress"])
+    if record["settings"]["data"]["held_out"] != settings["data"]["held_out"]:
+        # Losses on other samples do not compare.
+        progress.best_step = progress.best_loss = None
+    return progress
 
 
-def _train(job: Job, progress: Progress, recipe: Recipe, watch: Watch) -> Progress:
-    log = (
-        MetricsLog(job.states.folder, progress.step, job.stage.name) if job.world.is_main else None
-    )
+def _train(job: Job, progress: Progress, recipe: Recipe, board: Path, watch: Watch) -> Progress:
+    log = MetricsLog(job.states.folder, progress.step, board) if job.world.is_main else None
 
     def report(result: StepResult) -> None:
         if log is not None:
@@ -227,29 +233,48 @@ def _train(job: Job, progress: Progress, recipe: Recipe, watch: Watch) -> Progre
 
 
 def _write(made: _Made, job: Job, progress: Progress, watch: Watch) -> Manifest:
-    """The product, the best student beside it if that is another, and the end of the states."""
-    run, name = made.run, made.name
-    manifest = _write_one(made, job, progress, name, watch)
+    """The best student, if it is not the last, then the stage's product.
+
+    In this order: the stage is done when its product is there.
+    """
     best = progress.best_step
-    if best is not None and best != progress.step:
-        job.states.load(BEST, job.pair.learning_parameters(), None)
-        note = f"the student at step {best}, where the held-out loss was lowest"
-        _write_one(made, job, progress, f"{name}-best", watch, note)
-    if job.world.is_main:
+    if best is None or best == progress.step:
+        return _write_one(made, job, progress, made.name, watch)
+    last = _gather(job, made.adapters)
+    job.states.load(job.states.best(best), job.pair.learning_parameters(), None)
+    note = f"the student at step {best}, where the held-out loss was lowest"
+    _write_one(made, job, progress, f"{made.name}-best", watch, note)
+    return _write_one(made, job, progress, made.name, watch, learned=last)
+
+
+def _finish(run: Run, name: str, states: StateFolder, world: World) -> None:
+    """Make the product current, move its metrics beside it, and let the training states go.
+
+    All of it may have been done already, wholly or in part.
+    """
+    log = states.folder / METRICS
+    if world.is_main:
+        if log.is_file():
+            text = log.read_text(encoding="utf-8")
+            atomic_write_text(run.product_folder(name) / METRICS, text)
+            plot_losses(run.product_folder(name))
         run.set_current(name)
-        log = job.states.folder / METRICS
-        atomic_write_text(run.product_folder(name) / METRICS, log.read_text(encoding="utf-8"))
-    job.world.wait()
-    job.states.clear()
-    return manifest
+    world.wait()
+    states.clear()
 
 
 def _write_one(
-    made: _Made, job: Job, progress: Progress, name: str, watch: Watch, note: str | None = None
+    made: _Made,
+    job: Job,
+    progress: Progress,
+    name: str,
+    watch: Watch,
+    note: str | None = None,
+    learned: dict[str, Tensor] | None = None,
 ) -> Manifest:
-    """Gather the master weights on process 0 and write them with what stayed as it was."""
+    """Write `learned`, or the master weights as they are, with what stayed as it was."""
     watch.say(f"writing {name}")
-    learned = _gather(job, made.adapters)
+    learned = _gather(job, made.adapters) if learned is None else learned
     student, parent = made.student, made.parent
 
     def read(key: str) -> Tensor:

@@ -10,6 +10,7 @@ from mmmamba_cli.distill.logits_kl import LogitsKL
 from mmmamba_cli.distill.matrix_orientation import MatrixOrientation
 from mmmamba_cli.distill.mixer_mse import MixerMSE
 from mmmamba_cli.distill.objective import Objective
+from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import KL, Stage
 
@@ -30,4 +31,10 @@ def objective_of(stage: Stage, config: HolisticVLMConfig, learning: Sequence[str
     owners = {int(n.split(".")[2]) for n in learning if n.startswith("model.layers.")}
     linear = {i for i, kind in enumerate(config.layer_types) if kind == LINEAR}
     layers = tuple(sorted(owners & linear))
+    if not layers:
+        raise RecipeError(
+            f"stages.{stage.name}.learns: no linear layer learns, and loss {stage.loss} is one of "
+            "linear layers",
+            "name parameters of their mixers, or take loss: kl",
+        )
     return Layerwise(LAYER_LOSSES[stage.loss], layers, stage.inputs, stage.loss_scale)

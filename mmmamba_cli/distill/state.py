@@ -27,6 +27,7 @@ from mmmamba_cli.errors import RunError
 STATE = "state.json"
 FOLDER = re.compile(r"step-(\d{8})")
 BEST = "best"
+STATES = re.compile(rf"(step|{BEST})-\d{{8}}")
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Progress:
     seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
-    # The first held-out numbers and the last, and what else the product's manifest should tell.
+    # The last held-out numbers and their step.
     held_out: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,12 +123,21 @@ class StateFolder:
                 "remove its folder; the stage then goes on from an older state or begins anew",
             ) from error
 
-    def drop_older(self, keep: int) -> None:
-        """Remove states of steps before `keep`."""
-        if self.world.is_main:
-            for step in self.steps():
-                if step < keep:
-                    shutil.rmtree(self.path(step))
+    def best(self, step: int) -> str:
+        """The name of the weights of `step`, where the held-out loss was lowest so far."""
+        return f"{BEST}-{step:08d}"
+
+    def drop_others(self, newest: int, best_step: int | None) -> None:
+        """Remove all states but the newest and the best that it knows of.
+
+        Only now: a run that is killed goes on from a state whose best must still be there.
+        """
+        if not self.world.is_main:
+            return
+        kept = {self.path(newest).name, None if best_step is None else self.best(best_step)}
+        for folder in self.folder.iterdir():
+            if STATES.fullmatch(folder.name) and folder.name not in kept:
+                shutil.rmtree(folder)
 
     def clear(self) -> None:
         """Remove the whole folder."""

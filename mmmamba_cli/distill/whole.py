@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmmamba_cli.distill.loop import Stopped
 from mmmamba_cli.distill.planning import choose_start, stages_to_run
 from mmmamba_cli.distill.running import Options, Watch, run_stage
 from mmmamba_cli.distributed import World
@@ -32,8 +33,10 @@ def distill(
     names = None if wanted is None else tuple(wanted)
     product = world.on_main(lambda: choose_start(run, recipe, names, start))
     watch.say(f"starting from {product.name} ({product.kind})")
-    made = []
+    made: list[Manifest] = []
     for stage in stages_to_run(recipe, product, names):
+        if made and world.any(watch.wants_to_stop()):
+            raise Stopped
         if stage.layers == "planned" and not product.attention_layers:
             product = _apply_plan(run, product, recipe, world, options, watch)
         product = run_stage(run, product, recipe, stage, world, options, watch)

@@ -1,7 +1,15 @@
 """One process or many: the group of processes, sharding a built model, seeds."""
 
 from mmmamba_cli.distributed.seeds import seed_everything, step_seed
-from mmmamba_cli.distributed.sharding import shard_mixers
+from mmmamba_cli.distributed.sharding import average_whole, is_sharded, shard_mixers
 from mmmamba_cli.distributed.world import World, join_world
 
-__all__ = ["World", "join_world", "seed_everything", "shard_mixers", "step_seed"]
+__all__ = [
+    "World",
+    "average_whole",
+    "is_sharded",
+    "join_world",
+    "seed_everything",
+    "shard_mixers",
+    "step_seed",
+]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from mmmamba_cli.distributed.world import World
 
@@ -16,8 +19,9 @@ def shard_mixers(mixers: Iterable[nn.Module], world: World, entries: Collection[
     What is frozen stays whole on every process: teacher and student share it, and gathering it
     anew for every layer would cost more than it takes (2 bytes a parameter, against 16 for one that
     learns). `entries` are methods that the loss calls in the place of `forward`, as "mix" for the
-    output before W_O. A world of one is left as it is. Gradients are averaged over processes by
-    FSDP, so whoever wants a sum multiplies the loss by `world.size`.
+    output before W_O; W_O, which they do not reach, then stays whole too. A world of one is left as
+    it is. Gradients are averaged over processes by FSDP, and those of what is whole by
+    `average_whole`, so whoever wants a sum multiplies the loss by `world.size`.
     """
     if world.mesh is None:
         return
@@ -25,6 +29,24 @@ def shard_mixers(mixers: Iterable[nn.Module], world: World, entries: Collection[
         frozen = {p for p in mixer.parameters() if not p.requires_grad}
         if len(frozen) == len(list(mixer.parameters())):
             continue
-        fully_shard(mixer, mesh=world.mesh, ignored_params=frozen)
+        beyond = set(mixer.get_submodule("o_proj").parameters()) if entries else set()
+        fully_shard(mixer, mesh=world.mesh, ignored_params=frozen | beyond)
         for entry in entries:
             register_fsdp_forward_method(mixer, entry)
+
+
+def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Average over processes the gradients of learning parameters that are not sharded."""
+    if world.size == 1:
+        return
+    for parameter in parameters:
+        if is_sharded(parameter):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world.size
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor)

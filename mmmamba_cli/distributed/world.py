@@ -38,6 +38,10 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so, so that all of them act alike."""
+        return bool(self.add_up(torch.tensor(float(flag))) > 0)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
@@ -94,5 +98,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
     dist.init_process_group(backend, rank=rank, world_size=size)
     try:
         yield World(own, rank, size, init_device_mesh(own.type, (size,)))
+        # Nobody takes the group down while another still reads from it.
+        dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -199,7 +199,9 @@ def test_an_old_folder_that_was_replaced_is_removed(tmp_path: Path) -> None:
 
 
 HALFWAY = f"""
-import sys, time
+import signal, sys, time
+# A shell that runs the tests in the background makes them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 spec = spec_from_file_location("atomic", {atomic.__file__!r})  # without all that its package loads

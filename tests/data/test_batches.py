@@ -43,7 +43,8 @@ def test_a_pass_takes_every_sample_once(
     steps = list(source.steps(0, 2))
     expected = sorted(f"train.jsonl:{n + 1}" for n in range(23))
     assert names(steps[:1]) == names(steps[1:]) == expected
-    assert steps[0].micro[0].names != steps[1].micro[0].names or batching != "padded"
+    if batching == "padded":  # the others sort a batch, which here is the whole pass
+        assert steps[0].micro[0].names != steps[1].micro[0].names
     assert not steps[0].bad
 
 
@@ -155,11 +156,13 @@ def test_dealing_gives_every_row_once() -> None:
 def test_a_process_without_rows_gets_a_blank_batch(
     folder: Path, processor: HolisticVLMProcessor
 ) -> None:
-    source = loader(folder, processor, batch_size=1, rank=1, world_size=2)
-    batch = next(source.steps(0, 1)).micro[0]
-    assert equal(batch, blank(processor.pad_token_id)) or batch.num_samples == 1
-    other = next(loader(folder, processor, batch_size=1, rank=0, world_size=2).steps(0, 1))
-    assert {batch.num_samples, other.micro[0].num_samples} == {0, 1}
+    shares = [
+        next(loader(folder, processor, batch_size=1, rank=rank, world_size=2).steps(0, 1)).micro[0]
+        for rank in range(2)
+    ]
+    empty, full = sorted(shares, key=lambda batch: batch.num_samples)
+    assert equal(empty, blank(processor.pad_token_id))
+    assert full.num_samples == 1
 
 
 def test_bad_samples_are_told_once_each(tmp_path: Path, processor: HolisticVLMProcessor) -> None:

@@ -142,12 +142,13 @@ def make_job(
     evaluate_every: int | None = None,
     save_every: int | None = None,
     dtype: torch.dtype = torch.float32,
+    learns: str | tuple[str, ...] = "new+qkv",
 ) -> Job:
     """A small stage over random texts, the same for the same arguments."""
     world = world or World(torch.device("cpu"))
     stage = Stage(
         name="s",
-        learns="new+qkv",
+        learns=learns,
         loss=loss,
         inputs="student" if loss == "kl" else "teacher",
         steps=steps,

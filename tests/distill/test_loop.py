@@ -14,7 +14,7 @@ from distilling import RandomLoader, make_job
 from torch import Tensor
 
 from mmmamba_cli.data import BadSample, Batch, StepBatches
-from mmmamba_cli.distill.loop import Job, StepResult, Stopped, train
+from mmmamba_cli.distill.loop import Job, StepResult, Stopped, _trouble, train
 from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, share_of_peak
 from mmmamba_cli.distill.state import Progress
 from mmmamba_cli.errors import DataError, MmmambaError, RunError
@@ -147,11 +147,42 @@ def test_the_best_student_is_kept(tmp_path: Path) -> None:
     assert progress.best_loss == min(losses)
     assert progress.best_step == 1 + losses.index(min(losses))
     last = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
-    job.states.load("best", job.pair.learning_parameters(), None)
+    name = job.states.best(progress.best_step)
+    job.states.load(name, job.pair.learning_parameters(), None)
     best = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
     assert equal(best, last) == (progress.best_step == 4)
     assert 0 <= results[0].held_out.agreement <= 1
     assert results[0].held_out.student_nll > 0
+
+
+def test_the_best_of_a_saved_state_outlives_what_came_after_it(tmp_path: Path) -> None:
+    """A kill after a better student, but before the next state: the state's own best is there."""
+
+    def job() -> Job:
+        made = make_job(tmp_path, "mixer-mse", steps=6, evaluate_every=1, save_every=3)
+        return replace(made, held_out=RandomLoader(90, batch_size=4, seed=7))
+
+    killed, progress = job(), Progress()
+
+    def report(result: StepResult) -> None:
+        if result.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, progress, report, lambda: False)
+    saved = killed.states.record("step-00000003")["progress"]
+    assert saved["best_step"] < progress.best_step == 5
+    assert (killed.states.folder / killed.states.best(saved["best_step"])).is_dir()
+    again = Progress(**saved)
+    run(job(), again)
+    names = sorted(p.name for p in killed.states.folder.iterdir())
+    assert names == [killed.states.best(again.best_step), "step-00000006"]
+
+
+def test_an_infinite_term_is_named(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "mixer-mse", steps=1)
+    sums = torch.tensor([1.0, 2.0, float("inf"), 3.0], dtype=torch.float64)
+    assert _trouble(job, float("inf"), 1.0, sums) == "the loss is inf in layer 2"
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:

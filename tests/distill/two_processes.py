@@ -1,7 +1,7 @@
 """Run as one of several processes: train small stages and print what each step gave, as JSON.
 
-Arguments: folder, total steps, step to stop after (0 for none), and stages as loss:layout, the
-layout being "packed" or "padded".
+Arguments: folder, total steps, step to stop after (0 for none), and stages as loss:layout:learns,
+the layout being "packed" or "padded", and `learns` as in a recipe, patterns joined by "+".
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from mmmamba_cli.distill.state import Progress
 from mmmamba_cli.distributed import World, join_world
 
 
-def run(world: World, folder: Path, loss: str, layout: str, steps: int, stop_at: int) -> Any:
+def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any:
     """Train one stage, or go on with it; what each step gave, and a sum over each parameter."""
+    loss, layout, learns = stage.split(":")
     job = make_job(
-        folder / loss,
+        folder / stage.translate(str.maketrans(":*.+", "____")),
         loss,
+        learns=learns if learns == "new+qkv" else tuple(learns.split("+")),
         steps=steps,
         batch_size=5,
         # Small, so that rounding is not amplified over the steps.
@@ -61,8 +63,7 @@ def main() -> None:
     with join_world("cpu") as world:
         found = {}
         for stage in stages:
-            loss, layout = stage.split(":")
-            found[loss] = run(world, Path(folder), loss, layout, int(steps), int(stop_at))
+            found[stage] = run(world, Path(folder), stage, int(steps), int(stop_at))
         if world.is_main:
             print(json.dumps(found))
 

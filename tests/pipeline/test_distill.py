@@ -24,7 +24,11 @@ from typer.testing import CliRunner
 
 import mmmamba_cli
 from mmmamba_cli.cli.app import app
+from mmmamba_cli.distill import Stopped, Watch
+from mmmamba_cli.distill import distill as library_distill
+from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
 
 SETTINGS = ("--set", "data.max_length=400")
@@ -289,6 +293,55 @@ def test_a_signal_saves_and_exits_130(number: int, workers: int, work: Path, see
     (state,) = training.glob("step-*")
     metrics = [json.loads(x) for x in (training / "metrics.jsonl").open()]
     assert metrics[-1]["step"] == int(state.name[5:])
+
+
+def test_a_kill_behind_the_product_leaves_nothing_undone(work: Path, seeded: Path) -> None:
+    """The product is there; it is not current yet, and the training states are not gone yet."""
+    done(*distill(work, seeded, "--stage", "1"))
+    run, product = Run(work / "run"), work / "run/products/stage1"
+    training = work / "run/training/stage1"
+    (training / "step-00000004").mkdir(parents=True)
+    (product / "metrics.jsonl").rename(training / "metrics.jsonl")
+    run.set_current("seed")
+    result = done(*distill(work, seeded, "--stage", "1"))
+    assert "--overwrite makes it anew" in result.output
+    assert run.record.current == "stage1"
+    assert not training.exists()
+    assert (product / "metrics.jsonl").is_file()
+
+
+def test_a_stop_between_stages_begins_no_other(work: Path, seeded: Path) -> None:
+    run = Run(work / "run")
+    overrides = {"data.train": str(seeded / "train.jsonl"), "data.image_root": str(seeded)}
+    recipe = load_recipe("smoke", overrides=overrides)
+    watch = Watch(
+        lambda text: None,
+        lambda *_: None,
+        lambda result: None,
+        lambda: "stage1" in run.products(),
+    )
+    with pytest.raises(Stopped):
+        library_distill(run, recipe, World(torch.device("cpu")), watch)
+    assert run.record.current == "stage1"
+    assert not list((work / "run/training").iterdir())
+
+
+def test_another_held_out_set_begins_the_best_anew(work: Path, seeded: Path) -> None:
+    killed_at(work, seeded, "stage1", 2)
+    for file in (work / "run/training/stage1").glob("step-*/state.json"):
+        record = json.loads(file.read_text())
+        record["progress"] |= {"best_step": 1, "best_loss": 0.0}
+        record["settings"]["data"]["held_out"] = "other.jsonl"
+        file.write_text(json.dumps(record))
+    done(*distill(work, seeded, "--stage", "1", "--held-out", seeded / "held_out.jsonl"))
+    metrics = Run(work / "run").product("stage1").metrics
+    assert metrics["best_loss"] > 0
+    assert metrics["best_step"] > 1
+
+
+def test_layer_losses_need_a_layer_that_learns(work: Path, seeded: Path) -> None:
+    norm = ("--set", "stages.stage1.learns=[model.norm.weight]")
+    assert "no linear layer learns" in refused(*distill(work, seeded, *norm))
 
 
 def test_metrics_after_the_resumed_step_are_dropped(work: Path, seeded: Path) -> None:
