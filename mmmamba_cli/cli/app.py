@@ -9,10 +9,13 @@ import typer
 
 import mmmamba_cli
 from mmmamba_cli.cli.console import help_if_bare
+from mmmamba_cli.plugins import entry_points
 
 # A command `name` lives in cli/name.py, which calls it `command`: a function, or a typer.Typer for
 # a group of them. These modules are imported for --help, so each imports its library room inside
 # the function that needs it.
+# Other packages add theirs with entry points; so does ours with what is no part of the pipeline.
+PLUGINS = "mmmamba.commands"
 COMMANDS = ("seed", "distill", "hybridize", "eval", "data", "status", "recipe")
 
 # Plain help: brackets, as in stages[1].lr, are not markup, and rich need not be imported for it.
@@ -47,8 +50,9 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     built.callback()(_start)
-    for name in COMMANDS:
-        command = import_module(f"mmmamba_cli.cli.{name}").command
+    ours = [(name, import_module(f"mmmamba_cli.cli.{name}").command) for name in COMMANDS]
+    theirs = [(name, load()) for name, load in entry_points(PLUGINS) if name not in COMMANDS]
+    for name, command in (*ours, *theirs):
         if isinstance(command, typer.Typer):
             built.add_typer(command, name=name)
         else:

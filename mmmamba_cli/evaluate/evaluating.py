@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate.building import built_table
 from mmmamba_cli.evaluate.contract import EvalModel, Identity
 from mmmamba_cli.evaluate.predictions import read_predictions
 from mmmamba_cli.evaluate.prompts import prompt_of
@@ -76,8 +77,13 @@ class Scored:
 
 
 def find_table(suite: Suite, data: Path | None) -> Path:
-    """The suite's TSV. Raises `DataError` that says where it was looked for."""
+    """The suite's TSV, made first where the suite can make it and no --data is given.
+
+    Raises `DataError` that says where it was looked for.
+    """
     found = _table_file(suite, data)
+    if found is None and suite.build and data is None:
+        found = built_table(suite)
     if found is None:
         raise DataError(
             f"suite {suite.name} needs {suite.dataset}.tsv, which is not in {_data_folder(data)}; "

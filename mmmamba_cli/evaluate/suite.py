@@ -47,6 +47,8 @@ class Suite(BaseModel):
     pair of questions about a picture in a category, or the turns of a circular question. `only`
     keeps rows that have these values, where there is such a column. `enlarge` scales the first
     picture up before it is cut. `choices` are the answers to choose from where a row has none.
+    `build`, as `package.module:function`, writes the table into a folder it is given, so that the
+    suite can do without --data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +66,7 @@ class Suite(BaseModel):
     choices: tuple[Text, ...] = ()
     only: dict[str, str] = {}
     rules: dict[str, Text] = {}
+    build: str = ""
     published: Published | None = None
     note: str = ""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.rows import Row
@@ -16,6 +15,7 @@ from mmmamba_cli.evaluate.scoring.yes_no import (
     pope_all_rows,
     pope_mean_of_splits,
 )
+from mmmamba_cli.plugins import load_reference
 
 Rule = Callable[[Sequence[Row], Sequence[str]], Tally]
 
@@ -43,10 +43,9 @@ def find_rule(name: str) -> Rule:
     """
     if name in RULES:
         return RULES[name]
-    module, colon, attribute = name.partition(":")
-    if colon:
+    if ":" in name:
         try:
-            found: Rule = getattr(import_module(module), attribute)
+            found: Rule = load_reference(name)
         except (ImportError, AttributeError) as error:
             raise DataError(f"scoring rule {name} cannot be imported: {error}") from error
         return found

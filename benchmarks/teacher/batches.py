@@ -1,0 +1,206 @@
+"""Training batches of the small teacher: arrays of a seed and a step, made by workers.
+
+A lesson's questions share its picture. Each is a branch that sees the picture and itself and
+nothing of the others, so that a scene is looked at once and asked seven times; rotations count
+along the branch. What has one question is a plain sequence. Legend: B rows, T columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+import sentencepiece
+
+from mmmamba_cli.processing.template import DEFAULT_SYSTEM, place_images
+from mmmamba_evals.scenes.compose import SIDE
+from mmmamba_evals.scenes.gpu import Layouter, Layouts
+from mmmamba_evals.scenes.lessons import MOST_THINGS, draw_lesson
+from mmmamba_evals.scenes.long import PICTURES, ROOM, TILES, draw_large, draw_pictures, draw_text
+from mmmamba_evals.scenes.questions import NO, YES
+from mmmamba_evals.scenes.scene import Question
+from mmmamba_evals.scenes.world import World
+
+IGNORED = -100
+TOKENS_PER_TILE = 64
+# Columns of a lesson: what comes with the picture, and its questions.
+LESSON_COLUMNS = 304
+# Tokens of all answers of a row.
+ANSWERS = 72
+LESSON, LARGE, MANY, TEXT = "lesson", "large", "many", "text"
+OBJECTS = ("existence", "count", "position", "colour", "OCR", "list", "spelling", "place")
+CATEGORIES = (*OBJECTS, PICTURES, TILES, TEXT)
+# Asked so that the answer is yes or no; tells the two ways of asking apart when accuracy is told.
+CLOSED = len(CATEGORIES)
+# What a question counts for in the loss: long answers teach more, but not by their length.
+WEIGHT = {"list": 3.0, "spelling": 2.5}
+GRIDS = ((2, 1), (1, 2), (2, 2), (3, 1), (3, 2), (2, 3))
+
+
+@dataclass
+class Lessons:
+    """What one step learns from.
+
+    `ids`, `positions`, `branch` (B, T). Of the A columns of each row that predict an answer's
+    token: `columns`, `targets`, `weights`, and `category` (B, A), which is -1 but for an answer's
+    first token, and CLOSED more where the answer is yes or no. `layouts` of the pictures in order,
+    None for text; `grid` (columns, rows) of tiles if each picture has several.
+    """
+
+    kind: str
+    ids: np.ndarray
+    positions: np.ndarray
+    branch: np.ndarray
+    columns: np.ndarray
+    targets: np.ndarray
+    category: np.ndarray
+    weights: np.ndarray
+    layouts: Layouts | None
+    grid: tuple[int, int] | None = None
+
+
+class Batcher:
+    """Makes batch `step` of a seed, the same whoever asks."""
+
+    def __init__(
+        self, model: bytes, special: dict[str, int], layouter: Layouter, world: World, seed: int
+    ):
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.special = special
+        self.layouter = layouter
+        self.world = world
+        self.seed = seed
+        self._encode = lru_cache(maxsize=200_000)(self._encode_now)
+
+    def lessons(self, step: int, rows: int) -> Lessons:
+        """Pictures of one tile, each with the questions that fit into LESSON_COLUMNS."""
+        rng = Random(f"{self.seed} {LESSON} {step}")
+        drawn = [draw_lesson(rng, self.world) for _ in range(rows)]
+        arrays = _arrays(rows, LESSON_COLUMNS)
+        prefix = self.prefix("<image>", 1)
+        for row, (_, asked) in enumerate(drawn):
+            self._fill(arrays, row, prefix, asked)
+        layouts = self.layouter.layouts([scene for scene, _ in drawn], MOST_THINGS)
+        return Lessons(LESSON, *arrays, layouts)
+
+    def large(self, step: int, pictures: int) -> Lessons:
+        """Pictures of several tiles and a thumbnail; half of them lessons, half one detail."""
+        rng = Random(f"{self.seed} {LARGE} {step}")
+        grid = rng.choice(GRIDS)
+        tiles = grid[0] * grid[1] + 1
+        rows = max(1, pictures // tiles)
+        drawn = []
+        for row in range(rows):
+            if row % 2:
+                drawn.append(draw_lesson(rng, self.world, grid[0] * SIDE, grid[1] * SIDE))
+            else:
+                scene, pair = draw_large(rng, self.world, *grid)
+                drawn.append((scene, list(pair)))
+        prefix = self.prefix("<image>", tiles)
+        arrays = _arrays(rows, len(prefix) + LESSON_COLUMNS - TOKENS_PER_TILE)
+        for row, (_, asked) in enumerate(drawn):
+            self._fill(arrays, row, prefix, asked)
+        most = max(MOST_THINGS, grid[0] * grid[1] * SIDE**2 // ROOM)
+        layouts = self.layouter.layouts([scene for scene, _ in drawn], most)
+        return Lessons(LARGE, *arrays, layouts, grid)
+
+    def many(self, step: int, pictures: int, each: int) -> Lessons:
+        """`each` pictures a row, one detail asked of all of them."""
+        rng = Random(f"{self.seed} {MANY} {step}")
+        rows = max(1, pictures // each)
+        drawn = [draw_pictures(rng, self.world, each) for _ in range(rows)]
+        prefix = self.prefix(place_images("", each).removesuffix("\n"), 1)
+        arrays = _arrays(rows, len(prefix) + 80)
+        for row, (_, pair) in enumerate(drawn):
+            self._fill(arrays, row, prefix, list(pair))
+        scenes = [scene for shown, _ in drawn for scene in shown]
+        return Lessons(MANY, *arrays, self.layouter.layouts(scenes, MOST_THINGS))
+
+    def text(self, step: int, rows: int, sentences: int) -> Lessons:
+        """A long text and its secret; one branch, since the text comes before the question."""
+        rng = Random(f"{self.seed} {TEXT} {step}")
+        sequences = []
+        for _ in range(rows):
+            text, pair = draw_text(rng, self.world, sentences)
+            one = Question(TEXT, f"{text}\n{pair[0].text}", pair[0].answer)
+            sequences.append((self.prefix(None, 0), one))
+        branches = [self._branch(one, newline=False) for _, one in sequences]
+        longest = max(len(ids) for ids, _ in branches)
+        arrays = _arrays(rows, len(sequences[0][0]) + longest)
+        for row, (prefix, one) in enumerate(sequences):
+            self._fill(arrays, row, prefix, [one], newline=False)
+        return Lessons(TEXT, *arrays, None)
+
+    def prefix(self, shown: str | None, tiles: int) -> list[int]:
+        """Ids up to the question: system text, and `shown`, in which `<image>` is a picture."""
+        special = self.special
+        ids = [1, special["<|im_start|>"], *self._encode(f"system\n{DEFAULT_SYSTEM}")]
+        ids += [special["<|im_end|>"], special["<|im_start|>"]]
+        if shown is None:
+            return ids
+        before = "user\n"
+        for index, part in enumerate(shown.split("<image>")):
+            if index:
+                ids += [special["<img>"], *[special["<IMG_CONTEXT>"]] * (tiles * TOKENS_PER_TILE)]
+                ids.append(special["</img>"])
+            if before + part:
+                ids += self._encode(before + part)
+            before = ""
+        return ids
+
+    def _branch(self, one: Question, newline: bool = True) -> tuple[list[int], int]:
+        """Ids of a question and its answer, and how many of them are the answer's."""
+        special = self.special
+        asked = f"\n{one.text}" if newline else f"user\n{one.text}"
+        ids = [*self._encode(asked), special["<|im_end|>"], special["<|im_start|>"]]
+        # One text, as in a conversation: the answer's first piece has no space before it.
+        begun = self._encode("assistant\n")
+        answered = self._encode(f"assistant\n{one.answer}")
+        assert answered[: len(begun)] == begun
+        return [*ids, *answered, special["<|im_end|>"]], len(answered) - len(begun) + 1
+
+    def _fill(
+        self,
+        arrays: tuple[np.ndarray, ...],
+        row: int,
+        prefix: Sequence[int],
+        asked: Sequence[Question],
+        newline: bool = True,
+    ) -> None:
+        ids, positions, branch, columns, targets, category, weights = (
+            array[row] for array in arrays
+        )
+        end, taken = len(prefix), 0
+        ids[:end], positions[:end], branch[:end] = prefix, np.arange(end), 0
+        for number, one in enumerate(asked, start=1):
+            words, answered = self._branch(one, newline)
+            stop = end + len(words)
+            if stop > len(ids) or taken + answered > ANSWERS:
+                continue
+            ids[end:stop] = words
+            positions[end:stop] = len(prefix) + np.arange(len(words))
+            branch[end:stop] = number
+            # A column predicts the next one of its branch.
+            columns[taken : taken + answered] = np.arange(stop - answered - 1, stop - 1)
+            targets[taken : taken + answered] = words[-answered:]
+            closed = CLOSED * (one.answer in (YES, NO))
+            category[taken] = CATEGORIES.index(one.category) + closed
+            weights[taken : taken + answered] = WEIGHT.get(one.category, 1.0) / answered
+            end, taken = stop, taken + answered
+
+    def _encode_now(self, text: str) -> list[int]:
+        return self.pieces.encode(text)
+
+
+def _arrays(rows: int, columns: int) -> tuple[np.ndarray, ...]:
+    """As in `Lessons`, with nothing in them; branch -1 is padding."""
+    ids = np.full((rows, columns), 2, np.int64)
+    positions = np.zeros((rows, columns), np.int64)
+    branch = np.full((rows, columns), -1, np.int64)
+    answer_columns = np.zeros((rows, ANSWERS), np.int64)
+    targets = np.full((rows, ANSWERS), IGNORED, np.int64)
+    weights = np.zeros((rows, ANSWERS), np.float32)
+    return ids, positions, branch, answer_columns, targets, np.full_like(targets, -1), weights

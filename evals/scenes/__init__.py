@@ -1,0 +1,1 @@
+"""Composed scenes of real drawings with honest questions, and suites of them."""

@@ -1,0 +1,114 @@
+"""The suite of long inputs as a table, its pictures as files beside it.
+
+Pictures come from one pool, so that a row of 480 of them costs no more on disk than one: which of
+them a row shows, and in what order, is its own.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from mmmamba_evals.scenes.atlas import Atlas
+from mmmamba_evals.scenes.build import COLUMNS, encode
+from mmmamba_evals.scenes.compose import Content, compose
+from mmmamba_evals.scenes.long import (
+    PICTURES,
+    TEXT,
+    TILES,
+    draw_large,
+    draw_text,
+    found_pair,
+    names_without,
+)
+from mmmamba_evals.scenes.render import render
+from mmmamba_evals.scenes.scene import Question
+from mmmamba_evals.scenes.world import World
+
+LONG_TABLE, POOL_FOLDER = "SCENES_LONG.tsv", "pool"
+# Pictures, tiles along a side, and sentences, for about so many tokens of the shipped teacher.
+PICTURES_OF = {"1K": 14, "2K": 28, "4K": 57, "8K": 115, "16K": 230, "32K": 460}
+SIDE_OF = {"1K": 3, "2K": 5, "4K": 8}
+SENTENCES_OF = {"1K": 72, "2K": 150, "4K": 300, "8K": 600, "16K": 1200, "32K": 2400}
+# Pictures or texts of each length, with two questions each.
+EACH = 25
+# Scenes of the pool, by the class that none of them shows.
+POOL = 512
+
+
+def write_long_suite(
+    folder: Path, atlas: Atlas, world: World, seed: int, each: int = EACH, pool: int = POOL
+) -> int:
+    """The table and its pool of pictures; returns the number of questions."""
+    (folder / POOL_FOLDER).mkdir()
+    index = 0
+    with (folder / LONG_TABLE).open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
+        writer.writerow(COLUMNS)
+        shown = _write_pool(folder / POOL_FOLDER, atlas, world, seed, pool)
+        for rows in (
+            _many(folder / POOL_FOLDER, atlas, world, seed, each, shown),
+            _large(atlas, world, seed, each),
+            _texts(world, seed, each),
+        ):
+            for image, path, asked, category in rows:
+                for turn, one in enumerate(asked):
+                    cell = image if turn == 0 or not image else str(index - turn)
+                    writer.writerow([index, cell, path, one.text, one.answer, category])
+                    index += 1
+    return index
+
+
+Row = tuple[str, str, Any, str]
+
+
+def _write_pool(
+    folder: Path, atlas: Atlas, world: World, seed: int, pool: int
+) -> list[frozenset[str]]:
+    """Scenes with nothing asked about them; returns what each shows."""
+    shown = []
+    for number in range(pool):
+        rng = Random(f"{seed} pool {number}")
+        names = names_without(rng, world, set())
+        scene = compose(rng, world, [Content(name) for name in names])
+        render(scene, atlas).save(folder / f"{number}.png")
+        shown.append(frozenset(names))
+    return shown
+
+
+def _many(
+    folder: Path, atlas: Atlas, world: World, seed: int, each: int, shown: list[frozenset[str]]
+) -> Iterator[Row]:
+    """Rows of many pictures: all but one from the pool, those that show neither thing asked."""
+    for length, pictures in PICTURES_OF.items():
+        for number in range(each):
+            rng = Random(f"{seed} {PICTURES} {length} {number}")
+            there, missing = rng.sample(world.classes, 2)
+            fitting = [i for i, names in enumerate(shown) if not {there, missing} & names]
+            chosen = [f"{POOL_FOLDER}/{i}.png" for i in rng.choices(fitting, k=pictures)]
+            names = [there, *names_without(rng, world, {there, missing})[1:]]
+            scene = compose(rng, world, [Content(name) for name in names])
+            own = f"{POOL_FOLDER}/{length}-{number}.png"
+            render(scene, atlas).save(folder.parent / own)
+            chosen[rng.randrange(pictures)] = own
+            pair = found_pair(rng, PICTURES, there, missing, pictures)
+            yield "", str(chosen), pair, f"{PICTURES} {length}"
+
+
+def _large(atlas: Atlas, world: World, seed: int, each: int) -> Iterator[Row]:
+    for length, side in SIDE_OF.items():
+        for number in range(each):
+            scene, pair = draw_large(Random(f"{seed} {TILES} {length} {number}"), world, side, side)
+            path = f"{TILES}/{length}-{number}.png"
+            yield encode(render(scene, atlas)), path, pair, f"{TILES} {length}"
+
+
+def _texts(world: World, seed: int, each: int) -> Iterator[Row]:
+    for length, sentences in SENTENCES_OF.items():
+        for number in range(each):
+            text, pair = draw_text(Random(f"{seed} {TEXT} {length} {number}"), world, sentences)
+            asked = [Question(one.category, f"{text}\n{one.text}", one.answer) for one in pair]
+            yield "", "", asked, f"{TEXT} {length}"

@@ -1,0 +1,181 @@
+"""`mmmamba scenes`: build suites and lessons, look at them, check that they cannot be guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmmamba_cli.cli.console import err, help_if_bare, out, print_json, print_table, progress
+from mmmamba_cli.cli.options import AsJson, Overwrite
+
+if TYPE_CHECKING:
+    from mmmamba_evals.scenes.atlas import Atlas
+    from mmmamba_evals.scenes.world import World
+
+command = typer.Typer(
+    help="Composed scenes of real drawings: suites, lessons, contact sheets, a blind baseline.",
+    invoke_without_command=True,
+)
+command.callback()(help_if_bare)
+
+AtlasFolders = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--atlas",
+        metavar="DIR",
+        help="Atlas: a folder CLASS/*.png. Several are drawn from together; without it, the "
+        "shipped one.",
+    ),
+]
+Style = Annotated[
+    str, typer.Option(help="Of the shipped atlas: noto, or fluent, with the fonts kept for tests.")
+]
+Seed = Annotated[int, typer.Option(help="Another seed, other scenes.")]
+
+
+@command.command()
+def build(
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")],
+    atlas: AtlasFolders = None,
+    style: Style = "noto",
+    pictures: Annotated[
+        int, typer.Option(min=1, help="Pictures of each category of the suite.")
+    ] = 100,
+    lessons: Annotated[
+        int, typer.Option(min=0, help="Pictures of the training data; 0 for none.")
+    ] = 1000,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write SCENES.tsv to evaluate on and lessons.jsonl with pictures to train on."""
+    from mmmamba_cli.checkpoint import atomic_folder
+    from mmmamba_evals.scenes.build import LESSONS, TABLE, write_lessons, write_suite
+    from mmmamba_evals.scenes.sampling import SPLITS, askable
+
+    drawn, world = _open(atlas, style)
+    with atomic_folder(folder, overwrite=overwrite) as partial:
+        total = pictures * (len(SPLITS) + len(askable(world)))
+        with progress("drawing the suite", total, "pictures") as advance:
+            asked = write_suite(partial / TABLE, drawn, world, seed, pictures, pictures, advance)
+        if lessons:
+            with progress("drawing lessons", lessons, "pictures") as advance:
+                # Lessons and suite share no scene: other seeds.
+                write_lessons(partial, drawn, world, seed + 1_000_003, lessons, advance)
+    found = {
+        "folder": str(folder),
+        "classes": len(world.classes),
+        "questions": asked,
+        "lessons": lessons,
+        "atlas": drawn.digest,
+    }
+    if as_json:
+        print_json(found)
+        return
+    out().print(f"{asked} questions about {total} pictures: {folder / TABLE}", soft_wrap=True)
+    if lessons:
+        out().print(f"{lessons} lessons: {folder / LESSONS}", soft_wrap=True)
+    out().print(f"next: mmmamba eval --suite scenes --data {folder}", soft_wrap=True)
+
+
+@command.command()
+def sheet(
+    file: Annotated[Path, typer.Option("--out", metavar="PNG", help="Picture to write.")],
+    atlas: AtlasFolders = None,
+    style: Style = "noto",
+    rows: Annotated[int, typer.Option(min=1, help="Scenes of each category.")] = 6,
+    seed: Seed = 0,
+) -> None:
+    """Draw a contact sheet: a column for each category, and the questions beside on stdout."""
+    from random import Random
+
+    from mmmamba_evals.scenes.blind import draws_of
+    from mmmamba_evals.scenes.render import contact_sheet, render
+
+    drawn, world = _open(atlas, style)
+    draws = draws_of(world)
+    pictures = []
+    for row in range(rows):
+        for name, draw in draws.items():
+            scene, asked = draw(Random(f"{seed} sheet {name} {row}"), world)
+            pictures.append(render(scene, drawn))
+            if row == 0:
+                for one in asked[:2]:
+                    out().print(f"{name}: {one.text} {one.answer}", soft_wrap=True)
+    contact_sheet(pictures, len(draws)).save(file, "PNG")
+    err().print(f"wrote {file}", soft_wrap=True)
+
+
+@command.command()
+def blind(
+    atlas: AtlasFolders = None,
+    questions: Annotated[
+        int, typer.Option(min=30, help="Questions of each category and seed.")
+    ] = 3000,
+    seeds: Annotated[int, typer.Option(min=1, help="Independent repeats, pooled.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Guess answers without looking: everything but the leaky control must be near 50 %."""
+    from mmmamba_evals.scenes.blind import CONTROL, LEVEL, blind_table
+    from mmmamba_evals.scenes.shipped import STYLES
+
+    styles = [None] if atlas else list(STYLES)
+    worlds = {style or "atlas": _open(atlas, style or STYLES[0])[1] for style in styles}
+    found = list(blind_table(worlds, range(seeds), questions))
+    tests = sum(split != CONTROL for split, _, _ in found)
+    if as_json:
+        table: dict[str, dict[str, dict[str, float | int]]] = {}
+        for split, name, one in found:
+            table.setdefault(split, {})[name] = {"accuracy": one.accuracy, "n": one.n, "p": one.p}
+        print_json(table)
+        return
+    rows = [
+        (split, name, f"{one.accuracy:.1f}", one.n, f"{one.p:.3f}", _verdict(one.p, tests))
+        for split, name, one in found
+    ]
+    columns = ("split", "category", "accuracy %", "n", "p", "")
+    print_table(columns, rows, right=columns[2:5])
+    out().print(
+        f"two-sided exact test at {LEVEL:.0%}, corrected for {tests} tests (Bonferroni)",
+        soft_wrap=True,
+    )
+
+
+@command.command()
+def fetch(
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")],
+    style: Annotated[
+        list[str] | None,
+        typer.Option("--style", help="noto, twemoji, fluent, openmoji; all without it."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Build the full atlas from the vendors' npm packages, by way of your own npm.
+
+    Downloads some 150 MB; checks every package before anything of it is read.
+    """
+    from mmmamba_evals.scenes.fetch import fetch as fetch_atlases
+
+    fetch_atlases(folder, style, overwrite=overwrite, say=lambda text: err().print(text))
+    out().print(f"next: mmmamba scenes build --atlas {folder}/STYLE --out DIR", soft_wrap=True)
+
+
+def _verdict(p: float, tests: int) -> str:
+    from mmmamba_evals.scenes.blind import LEVEL
+
+    return "can be guessed" if p < LEVEL / max(1, tests) else "no better than a coin"
+
+
+def _open(folders: list[Path] | None, style: str) -> tuple[Atlas, World]:
+    from mmmamba_evals.scenes.atlas import merge_atlases, open_atlas
+    from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
+    from mmmamba_evals.scenes.shipped import UNSEEN_STYLE, shipped_atlas
+    from mmmamba_evals.scenes.world import make_world
+
+    if folders:
+        atlas = merge_atlases([open_atlas(folder) for folder in folders])
+        return atlas, make_world(atlas, fonts_of(SEEN))
+    atlas = shipped_atlas(style)
+    return atlas, make_world(atlas, fonts_of(UNSEEN if style == UNSEEN_STYLE else SEEN))

@@ -1,0 +1,100 @@
+"""From what a scene is to have to a scene: backgrounds, sizes, places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from mmmamba_evals.scenes.layout import place_boxes
+from mmmamba_evals.scenes.scene import RGB, Background, Lettering, Scene, Thing
+from mmmamba_evals.scenes.world import World
+
+SIDE = 224
+# Longest side of a thing in a picture of SIDE, and where there are many of them.
+SIZES, SIZES_OF_MANY, MANY = (40.0, 100.0), (36.0, 72.0), 5
+TILT = 12.0
+LETTERS_HIGH = (28.0, 48.0)
+# Width of a letter's box in units of its height, and the most of the picture a word may take.
+LETTER_WIDTH, MOST_WIDTH = 0.7, 0.88
+# Brightness (0 to 255) that a word differs in from what is behind it.
+CONTRAST = 110.0
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """`count` things of a class, turned to a colour if one is named."""
+
+    name: str
+    count: int = 1
+    colour: str | None = None
+
+
+def compose(
+    rng: Random,
+    world: World,
+    contents: Sequence[Content],
+    word: str | None = None,
+    width: int = SIDE,
+    height: int = SIDE,
+) -> Scene:
+    """A scene with just these contents, at random sizes and places. Pixels as in `scene`."""
+    background = _background(rng)
+    wanted = [one for one in contents for _ in range(one.count)]
+    low, high = SIZES_OF_MANY if len(wanted) > MANY else SIZES
+    sizes = [rng.uniform(low, high) for _ in wanted]
+    boxes = [(size, size) for size in sizes]
+    if word is not None:
+        letters = rng.uniform(*LETTERS_HIGH)
+        boxes.append((min(letters * LETTER_WIDTH * len(word), MOST_WIDTH * width), letters))
+    places = place_boxes(rng, boxes, width, height)
+    lettering = None
+    if word is not None:
+        x, y, w, h = places.pop()
+        colour = _readable(rng, background)
+        lettering = Lettering(word, rng.choice(world.fonts), x, y, h, w, colour)
+    things = tuple(
+        _thing(rng, world, one, x, y, size)
+        for one, (x, y, size, _) in zip(wanted, places, strict=True)
+    )
+    return Scene(width, height, background, things, lettering)
+
+
+def _thing(rng: Random, world: World, one: Content, x: float, y: float, size: float) -> Thing:
+    if one.colour is None:
+        variant = rng.randrange(world.variants[one.name])
+    else:
+        variant = rng.choice(world.colourable[one.name])
+    angle, flip = rng.uniform(-TILT, TILT), rng.random() < 0.5
+    return Thing(one.name, variant, x, y, size, angle, flip, one.colour)
+
+
+def _background(rng: Random) -> Background:
+    kind = rng.choice(("flat", "gradient", "texture"))
+    first = _muted(rng)
+    if kind == "flat":
+        return Background(kind, first, first)
+    # Shades that lie near each other: a background is no drawing.
+    second = tuple(min(255, max(0, part + rng.randint(-45, 45))) for part in first)
+    angle, frequency = rng.uniform(0, 180), rng.uniform(1.5, 8.0)
+    return Background(kind, first, (second[0], second[1], second[2]), angle, frequency)
+
+
+def _muted(rng: Random) -> RGB:
+    """Any brightness, little saturation: no hue that somebody may be asked about."""
+    grey, spread = rng.randint(40, 245), 32
+    parts = [min(255, max(0, grey + rng.randint(-spread, spread))) for _ in range(3)]
+    return parts[0], parts[1], parts[2]
+
+
+def _readable(rng: Random, background: Background) -> RGB:
+    behind = (brightness(background.first) + brightness(background.second)) / 2
+    while True:
+        colour = (rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
+        if abs(brightness(colour) - behind) >= CONTRAST:
+            return colour
+
+
+def brightness(colour: RGB) -> float:
+    """Of 0 to 255, as ITU-R BT.601 weighs the parts."""
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]

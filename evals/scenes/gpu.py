@@ -1,0 +1,351 @@
+"""Drawing thousands of scenes a second with torch, on whatever device is there.
+
+What `render` draws with PIL one by one, this draws in batches, to within interpolation. In training
+every drawing is altered besides (`Augmentation`), so that a model learns things and not one
+vendor's manner. Legend: B scenes, N things at most, S side of a texture, H and W of the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmmamba_evals.scenes.atlas import Atlas
+from mmmamba_evals.scenes.fonts import word_mask
+from mmmamba_evals.scenes.render import turned_size
+from mmmamba_evals.scenes.scene import Scene, Thing
+from mmmamba_evals.scenes.world import COLOURS, World
+
+TEXTURE = 64
+WORD_HEIGHT, WORD_WIDTH = 32, 224
+KINDS = ("flat", "gradient", "texture")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far drawings are altered: each value is the most it changes, uniformly drawn.
+
+    `aspect`, `brightness`, `saturation` and `contrast` are factors around 1, `tint` a shift of
+    each colour channel, `hue` in turns (things whose colour is asked about keep theirs), `blur`
+    the share of pictures that are softened, `noise` the deviation of what is added to pixels.
+    """
+
+    aspect: float = 0.2
+    brightness: float = 0.3
+    saturation: float = 0.45
+    contrast: float = 0.3
+    tint: float = 0.12
+    hue: float = 0.1
+    blur: float = 0.25
+    noise: float = 0.02
+    angle: float = 12.0
+
+
+@dataclass
+class Layouts:
+    """Scenes as arrays. `things` (B, N, 6): texture or -1, x, y, pixels of output for one of the
+    texture, angle in radians, 1 or -1 for mirrored; `hue` (B, N) turns to turn by; `keeps` (B, N)
+    whether its colour matters; `grounds` (B, 9); `words` (B, 8)."""
+
+    width: int
+    height: int
+    things: np.ndarray
+    hue: np.ndarray
+    keeps: np.ndarray
+    grounds: np.ndarray
+    words: np.ndarray
+
+
+class Layouter:
+    """From scenes to arrays: knows the number of each texture and word, needs no device."""
+
+    def __init__(self, atlas: Atlas, world: World):
+        self.sprites = [
+            (name, variant)
+            for name, drawings in sorted(atlas.sprites.items())
+            for variant in range(len(drawings))
+        ]
+        self.atlas = atlas
+        self._texture = {key: i for i, key in enumerate(self.sprites)}
+        self.words = [(word, font) for word in world.words for font in world.fonts]
+        self._word = {key: i for i, key in enumerate(self.words)}
+
+    def layouts(self, scenes: Sequence[Scene], most_things: int) -> Layouts:
+        """Arrays of scenes of one size, each of at most `most_things`."""
+        batch = len(scenes)
+        things = np.zeros((batch, most_things, 6), np.float32)
+        things[..., 0], things[..., 3] = -1, 1
+        hue = np.zeros((batch, most_things), np.float32)
+        keeps = np.zeros((batch, most_things), bool)
+        grounds = np.zeros((batch, 9), np.float32)
+        words = np.zeros((batch, 8), np.float32)
+        words[:, 0], words[:, 3:5] = -1, 1
+        for b, scene in enumerate(scenes):
+            for n, thing in enumerate(scene.things):
+                things[b, n], hue[b, n], keeps[b, n] = self._thing(thing)
+            ground = scene.background
+            turn = math.radians(ground.angle)
+            kind = KINDS.index(ground.kind)
+            grounds[b] = (kind, *ground.first, *ground.second, turn, ground.frequency)
+            if scene.lettering is not None:
+                one = scene.lettering
+                number = self._word[one.word, one.font]
+                words[b] = (number, one.x, one.y, one.width, one.height, *one.colour)
+        return Layouts(scenes[0].width, scenes[0].height, things, hue, keeps, grounds, words)
+
+    def _thing(self, thing: Thing) -> tuple[tuple[float, ...], float, bool]:
+        sprite = self.atlas.sprites[thing.name][thing.variant]
+        height, width = sprite.pixels.shape[:2]
+        # The texture shows the drawing with its longer side as long as the texture.
+        longest = max(width, height)
+        box = turned_size(width / longest, height / longest, thing.angle)
+        scale = thing.size / (max(box) * TEXTURE)
+        turned, keeps = 0.0, thing.colour is not None
+        if thing.colour is not None and sprite.hue is not None:
+            turned = COLOURS[thing.colour] - sprite.hue
+        row = (
+            self._texture[thing.name, thing.variant],
+            thing.x,
+            thing.y,
+            scale,
+            math.radians(thing.angle),
+            -1.0 if thing.flip else 1.0,
+        )
+        return row, turned, keeps
+
+
+class Composer:
+    """Textures of an atlas and masks of words on a device, and what draws with them."""
+
+    def __init__(self, layouter: Layouter, device: torch.device | str):
+        self.device = torch.device(device)
+        textures = [texture(layouter.atlas.sprites[n][v].pixels) for n, v in layouter.sprites]
+        self.textures = torch.from_numpy(np.stack(textures)).to(self.device)
+        masks = [_fitted_mask(word, font) for word, font in layouter.words]
+        none = (np.zeros((WORD_HEIGHT, WORD_WIDTH), np.uint8), (1.0, 1.0))
+        self.masks = torch.from_numpy(np.stack([m for m, _ in masks] or [none[0]])).to(self.device)
+        sizes = np.array([size for _, size in masks] or [none[1]], np.float32)
+        self.mask_sizes = torch.from_numpy(sizes).to(self.device)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        layouts: Layouts,
+        augmentation: Augmentation | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(B, 3, H, W) float of 0..1."""
+        parts: Mapping[str, Tensor] = {
+            name: to_device(getattr(layouts, name), self.device)
+            for name in ("things", "hue", "keeps", "grounds", "words")
+        }
+        x, y = _pixels(layouts.width, layouts.height, self.device)
+        picture = _grounds(parts["grounds"], x / layouts.width, y / layouts.width)
+        # A thing is drawn into a window that holds it however it is turned; the window of one at
+        # the edge reaches beyond the picture.
+        window = math.ceil(float(layouts.things[..., 3].max()) * TEXTURE * 2**0.5) + 4
+        picture = self._put_things(picture, parts, window, augmentation, generator)
+        # Asked of the array, since asking the device would wait for it.
+        if (layouts.words[:, 0] >= 0).any():
+            picture = self._write(picture, parts["words"], x, y)
+        if augmentation is not None:
+            picture = _soften(picture, augmentation, generator)
+        return picture.clamp(0, 1)
+
+    def _put_things(
+        self,
+        picture: Tensor,
+        parts: Mapping[str, Tensor],
+        window: int,
+        augmentation: Augmentation | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The picture (B, 3, H, W) with all things in it."""
+        batch, most = parts["hue"].shape
+        things = parts["things"].flatten(0, 1)
+        left = (things[:, 1] - window / 2).floor().long().view(-1, 1, 1)
+        top = (things[:, 2] - window / 2).floor().long().view(-1, 1, 1)
+        x, y = _pixels(window, window, self.device)
+        x, y = x.long() + left, y.long() + top
+        hue, keeps = parts["hue"].flatten(), parts["keeps"].flatten()
+        drawn = self._draw_things(things, hue, keeps, x, y, augmentation, generator)
+        drawn = drawn.view(batch, most, 4, window, window).permute(1, 0, 3, 4, 2)
+        margin = window // 2 + 1
+        canvas = F.pad(picture, (margin,) * 4).permute(0, 2, 3, 1).contiguous()
+        scenes = torch.arange(batch, device=self.device).view(-1, 1, 1)
+        rows = (y + margin).view(batch, most, window, window)[..., :1]
+        columns = (x + margin).view(batch, most, window, window)[..., :1, :]
+        for n in range(most):
+            place = (scenes, rows[:, n], columns[:, n])
+            canvas[place] = canvas[place] * (1 - drawn[n, ..., 3:]) + drawn[n, ..., :3]
+        return canvas.permute(0, 3, 1, 2)[..., margin:-margin, margin:-margin]
+
+    def _draw_things(
+        self,
+        things: Tensor,
+        hue: Tensor,
+        keeps: Tensor,
+        x: Tensor,
+        y: Tensor,
+        augmentation: Augmentation | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Of M things, colours times alpha, and alpha, (M, 4, h, w) at pixels x, y (M, h, w)."""
+        number = things[:, 0].long()
+        image = self.textures[number.clamp(min=0)].float() / 255
+        angle, stretch = things[:, 4], torch.ones_like(hue)
+        if augmentation is not None:
+            draw = Draws(len(hue), generator, self.device)
+            hue = hue + draw.around_zero(augmentation.hue) * (~keeps)
+            angle = angle + math.radians(augmentation.angle) * draw.around_zero(1.0)
+            stretch = draw.around_one(augmentation.aspect)
+        rgb = turn_hue(image[:, :3], hue)
+        if augmentation is not None:
+            rgb = _alter(rgb, augmentation, keeps, draw)
+        alpha = image[:, 3:] * (number >= 0).view(-1, 1, 1, 1)
+        grid = _grid(things, angle, stretch, x, y)
+        return F.grid_sample(torch.cat((rgb * alpha, alpha), 1), grid, align_corners=False)
+
+    def _write(self, picture: Tensor, words: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        number = words[:, 0].long()
+        mask = self.masks[number.clamp(min=0)].float().unsqueeze(1) / 255
+        mask = mask * (number >= 0).view(-1, 1, 1, 1)
+        size = self.mask_sizes[number.clamp(min=0)]
+        # The word fills its box in width or in height.
+        scale = torch.minimum(words[:, 3] / size[:, 0], words[:, 4] / size[:, 1])
+        u = (x - words[:, 1].view(-1, 1, 1) + 0.5) / scale.view(-1, 1, 1)
+        v = (y - words[:, 2].view(-1, 1, 1) + 0.5) / scale.view(-1, 1, 1)
+        grid = torch.stack((u * 2 / WORD_WIDTH, v * 2 / WORD_HEIGHT), -1)
+        alpha = F.grid_sample(mask, grid, align_corners=False)
+        return picture * (1 - alpha) + alpha * (words[:, 5:] / 255)[:, :, None, None]
+
+
+@dataclass
+class Draws:
+    """Random numbers for each of `count` scenes."""
+
+    count: int
+    generator: torch.Generator | None
+    device: torch.device
+
+    def around_zero(self, most: float) -> Tensor:
+        unit = torch.rand(self.count, generator=self.generator, device=self.device)
+        return (2 * unit - 1) * most
+
+    def around_one(self, most: float) -> Tensor:
+        """A factor: as often 1 / (1 + most) as 1 + most."""
+        return torch.exp(self.around_zero(math.log1p(most)))
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy there; on a GPU without waiting for what it still does."""
+    values = torch.from_numpy(array)
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _pixels(width: int, height: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x and y of every pixel, each (height, width)."""
+    y, x = torch.meshgrid(
+        torch.arange(height, device=device, dtype=torch.float32),
+        torch.arange(width, device=device, dtype=torch.float32),
+        indexing="ij",
+    )
+    return x, y
+
+
+def texture(pixels: np.ndarray) -> np.ndarray:
+    """A drawing (h, w, 4) in the middle of (4, S, S) uint8, its longer side as long as that."""
+    height, width = pixels.shape[:2]
+    scale = TEXTURE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = Image.fromarray(pixels, "RGBA").resize(size, Image.Resampling.BICUBIC)
+    canvas = Image.new("RGBA", (TEXTURE, TEXTURE))
+    canvas.paste(image, ((TEXTURE - size[0]) // 2, (TEXTURE - size[1]) // 2))
+    return np.asarray(canvas).transpose(2, 0, 1)
+
+
+def _fitted_mask(word: str, font: int) -> tuple[np.ndarray, tuple[float, float]]:
+    """A word's mask in the middle of one size for all, and its own (width, height) there."""
+    mask = Image.fromarray(word_mask(word, font), "L")
+    scale = min(WORD_WIDTH / mask.width, WORD_HEIGHT / mask.height)
+    size = (max(1, round(mask.width * scale)), max(1, round(mask.height * scale)))
+    canvas = Image.new("L", (WORD_WIDTH, WORD_HEIGHT))
+    corner = ((WORD_WIDTH - size[0]) // 2, (WORD_HEIGHT - size[1]) // 2)
+    canvas.paste(mask.resize(size, Image.Resampling.BICUBIC), corner)
+    return np.asarray(canvas), (float(size[0]), float(size[1]))
+
+
+def _grid(things: Tensor, angle: Tensor, stretch: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Where in its texture each pixel of the picture lies, (B, H, W, 2) of -1..1."""
+    _, centre_x, centre_y, scale, _, mirrored = (part.view(-1, 1, 1) for part in things.unbind(1))
+    cosine, sine = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    # A pixel's middle lies half a pixel inside it; y runs down, angles run anticlockwise.
+    dx, dy = x + 0.5 - centre_x, y + 0.5 - centre_y
+    u = (dx * cosine - dy * sine) / scale * mirrored * stretch.view(-1, 1, 1)
+    v = (dx * sine + dy * cosine) / scale / stretch.view(-1, 1, 1)
+    return torch.stack((u, v), -1) * (2 / TEXTURE)
+
+
+def _grounds(grounds: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """(B, 3, H, W); x and y in units of the picture's width, see `Background`."""
+    kind, angle, frequency = (grounds[:, i].view(-1, 1, 1) for i in (0, 7, 8))
+    along = x * angle.cos() + y * angle.sin()
+    across = y * angle.cos() - x * angle.sin()
+    turns = 2 * math.pi * frequency
+    wave = (1 + torch.sin(turns * along) * torch.sin(turns * across)) / 2
+    share = torch.where(kind == 1, along.clamp(0, 1), torch.where(kind == 2, wave, 0.0))
+    first, second = (grounds[:, i : i + 3, None, None] / 255 for i in (1, 4))
+    return first + (second - first) * share.unsqueeze(1)
+
+
+def turn_hue(rgb: Tensor, by: Tensor) -> Tensor:
+    """(B, 3, ...) RGB of 0..1 with hues turned by (B,) turns; as `hues.turn_hue`."""
+    high, low = rgb.amax(1), rgb.amin(1)
+    spread = high - low
+    safe = torch.where(spread == 0, 1.0, spread)
+    r, g, b = rgb.unbind(1)
+    hue = torch.where(
+        high == r,
+        ((g - b) / safe) % 6,
+        torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4),
+    )
+    hue = torch.where(spread == 0, 0.0, hue) + 6 * by.view(-1, *[1] * (hue.dim() - 1))
+    parts = []
+    for offset in (5.0, 3.0, 1.0):
+        k = (offset + hue) % 6
+        parts.append(high - spread * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(parts, 1)
+
+
+def _alter(rgb: Tensor, how: Augmentation, keeps: Tensor, draw: Draws) -> Tensor:
+    """Brightness, contrast, saturation and tint of (B, 3, S, S); asked colours change less."""
+
+    def each(values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1, 1)
+
+    less = torch.where(keeps, 0.3, 1.0)
+    saturation = 1 + (draw.around_one(how.saturation) - 1) * less
+    grey = rgb.mean(1, keepdim=True)
+    rgb = grey + (rgb - grey) * each(saturation)
+    rgb = 0.5 + (rgb - 0.5) * each(1 + (draw.around_one(how.contrast) - 1) * less)
+    rgb = rgb * each(1 + (draw.around_one(how.brightness) - 1) * less)
+    tints = [draw.around_zero(how.tint) * less for _ in range(3)]
+    return (rgb + torch.stack(tints, 1)[:, :, None, None]).clamp(0, 1)
+
+
+def _soften(picture: Tensor, how: Augmentation, generator: torch.Generator | None) -> Tensor:
+    """Some pictures blurred, all of them a little noisy."""
+    draw = Draws(len(picture), generator, picture.device)
+    blurred = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    soft = (draw.around_zero(0.5) + 0.5 < how.blur).view(-1, 1, 1, 1)
+    noise = torch.randn(picture.shape, generator=generator, device=picture.device)
+    return torch.where(soft, blurred, picture) + how.noise * noise

@@ -1,0 +1,92 @@
+"""One detail in a long input: many pictures, one picture of many tiles, or a long text.
+
+The detail asked about and the one that is not there are two draws of one law, as everywhere here.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from mmmamba_evals.scenes import questions as say
+from mmmamba_evals.scenes.compose import SIDE, Content, compose
+from mmmamba_evals.scenes.questions import NO, YES, YES_OR_NO
+from mmmamba_evals.scenes.sampling import shuffled
+from mmmamba_evals.scenes.scene import Question, Scene
+from mmmamba_evals.scenes.world import COLOURS, World
+
+PICTURES, TILES, TEXT = "pictures", "tiles", "text"
+THINGS = (2, 4)
+# Pixels of the picture for each thing in a large one.
+ROOM = 15_000
+
+SENTENCE = "The {colour} {one} is {side} the {other}."
+NEEDLE = 'The secret word is "{word}".'
+ABOUT_NEEDLE = 'Is the secret word "{word}"?'
+
+
+def draw_pictures(
+    rng: Random, world: World, pictures: int
+) -> tuple[list[Scene], tuple[Question, Question]]:
+    """Scenes, one of which shows a thing that no other shows; asked about it, and about another."""
+    there, missing = rng.sample(world.classes, 2)
+    place = rng.randrange(pictures)
+    scenes = []
+    for number in range(pictures):
+        names = names_without(rng, world, {there, missing})
+        if number == place:
+            names[0] = there
+        scenes.append(compose(rng, world, [Content(name) for name in names]))
+    return scenes, found_pair(rng, PICTURES, there, missing, pictures)
+
+
+def draw_large(
+    rng: Random, world: World, columns: int, rows: int
+) -> tuple[Scene, tuple[Question, Question]]:
+    """One picture of `columns` x `rows` tiles full of things, none larger than in a small one."""
+    there, missing = rng.sample(world.classes, 2)
+    width, height = columns * SIDE, rows * SIDE
+    number = max(2, width * height // ROOM)
+    names = [there]
+    while len(names) < number:
+        names += names_without(rng, world, {there, missing})
+    scene = compose(rng, world, [Content(name) for name in names[:number]], None, width, height)
+    return scene, found_pair(rng, TILES, there, missing, 1)
+
+
+def draw_text(rng: Random, world: World, sentences: int) -> tuple[str, tuple[Question, Question]]:
+    """Sentences of no consequence with one secret among them; asked about it, and another word."""
+    secret, other = rng.sample(world.words, 2)
+    lines = [_sentence(rng, world) for _ in range(sentences)]
+    lines.insert(rng.randint(0, len(lines)), NEEDLE.format(word=secret))
+    asked = [
+        Question(TEXT, ABOUT_NEEDLE.format(word=secret) + YES_OR_NO, YES),
+        Question(TEXT, ABOUT_NEEDLE.format(word=other) + YES_OR_NO, NO),
+    ]
+    first, second = shuffled(rng, asked)
+    return " ".join(lines), (first, second)
+
+
+def _sentence(rng: Random, world: World) -> str:
+    one, other = rng.sample(world.classes, 2)
+    return SENTENCE.format(
+        colour=rng.choice(list(COLOURS)), one=one, side=rng.choice(say.SIDES), other=other
+    )
+
+
+def names_without(rng: Random, world: World, without: set[str]) -> list[str]:
+    """Two to four different classes of one theme, none of those in `without`."""
+    theme = [name for name in rng.choice(list(world.themes.values())) if name not in without]
+    return rng.sample(theme, min(rng.randint(*THINGS), len(theme)))
+
+
+def found_pair(
+    rng: Random, category: str, there: str, missing: str, pictures: int
+) -> tuple[Question, Question]:
+    """Whether a thing that is there is there, and one that is not, of so many pictures."""
+    where = say.ONE if pictures == 1 else say.SEVERAL
+    asked = [
+        Question(category, say.ask_existence(rng, there, where), YES),
+        Question(category, say.ask_existence(rng, missing, where), NO),
+    ]
+    first, second = shuffled(rng, asked)
+    return first, second

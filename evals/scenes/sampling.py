@@ -1,0 +1,158 @@
+"""Scenes with questions whose answer cannot be told without looking.
+
+What a question names is drawn before it is decided whether it is right. A scene's contents and
+what it lacks are two draws of one law, A and B, thrown away together where they share a class:
+(A, B) and (B, A) are equally likely, so no phrase leans to yes or no. Which of two things is on the
+left, which of two numbers, colours or words is the right one, is settled in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from zlib import crc32
+
+from mmmamba_evals.scenes import questions as say
+from mmmamba_evals.scenes.compose import Content, compose
+from mmmamba_evals.scenes.questions import NO, YES
+from mmmamba_evals.scenes.scene import Question, Scene, Thing
+from mmmamba_evals.scenes.world import COLOURS, NUMBERS, World
+
+RANDOM, POPULAR, ADVERSARIAL = "random", "popular", "adversarial"
+SPLITS = (RANDOM, POPULAR, ADVERSARIAL)
+PAIRS = ("existence", "count", "position", "colour", "OCR")
+
+Asked = tuple[Scene, list[Question]]
+Draw = Callable[[Random, World], Asked]
+
+
+def draw_classes(rng: Random, theme: Sequence[str], number: int, popular: bool) -> list[str]:
+    """Different classes of a theme; popular ones come with the weight of 1 / rank."""
+    if not popular:
+        return rng.sample(theme, number)
+    # A rank that has nothing to do with the alphabet, the same on every machine.
+    ranked = sorted(theme, key=lambda name: crc32(name.encode()))
+    weights = [1 / rank for rank in range(1, len(ranked) + 1)]
+    found: list[str] = []
+    while len(found) < number:
+        (name,) = rng.choices(ranked, weights)
+        if name not in found:
+            found.append(name)
+    return found
+
+
+def draw_present_and_absent(
+    rng: Random, world: World, split: str, most: int = 5
+) -> tuple[list[str], list[str]]:
+    """Classes a scene has, and as many that it lacks: by `split`, those of some other scene, those
+    of some other scene where popular ones are frequent, or those that often come with it."""
+    themes = list(world.themes.values())
+    number = rng.randint(3, max(3, most))
+    while True:
+        theme, other = rng.choice(themes), rng.choice(themes)
+        if split == ADVERSARIAL:
+            k = min(number, len(theme) // 2)
+            both = rng.sample(theme, 2 * k)
+            return both[:k], both[k:]
+        k = min(number, len(theme) // 2, len(other) // 2)
+        present = draw_classes(rng, theme, k, split == POPULAR)
+        absent = draw_classes(rng, other, k, split == POPULAR)
+        if not set(present) & set(absent):
+            return present, absent
+
+
+def ask_about_objects(rng: Random, world: World, split: str, each: int = 3) -> Asked:
+    """As POPE: up to `each` questions about what is there, as many about what is not."""
+    present, absent = draw_present_and_absent(rng, world, split)
+    scene = compose(rng, world, [Content(name) for name in present])
+    asked = [Question(split, say.ask_existence(rng, name), YES) for name in present[:each]]
+    asked += [Question(split, say.ask_existence(rng, name), NO) for name in absent[:each]]
+    return scene, shuffled(rng, asked)
+
+
+def ask_existence_pair(rng: Random, world: World) -> Asked:
+    scene, asked = ask_about_objects(rng, world, RANDOM, each=1)
+    return scene, [Question("existence", one.text, one.answer) for one in asked]
+
+
+def ask_count_pair(rng: Random, world: World) -> Asked:
+    """The right number and another one; both uniform."""
+    names, _ = draw_present_and_absent(rng, world, RANDOM, most=3)
+    right, wrong = rng.sample(NUMBERS, 2)
+    contents = [Content(names[0], right), *(Content(n) for n in names[1 : rng.randint(1, 3)])]
+    asked = [
+        Question("count", say.ask_count(rng, names[0], right), YES),
+        Question("count", say.ask_count(rng, names[0], wrong), NO),
+    ]
+    return compose(rng, world, contents), shuffled(rng, asked)
+
+
+def ask_position_pair(rng: Random, world: World) -> Asked:
+    names, _ = draw_present_and_absent(rng, world, RANDOM)
+    scene = compose(rng, world, [Content(name) for name in names])
+    one, other = rng.sample(names, 2)
+    right, wrong = sides_of(rng, scene.named(one)[0], scene.named(other)[0])
+    asked = [
+        Question("position", say.ask_position(rng, one, right, other), YES),
+        Question("position", say.ask_position(rng, one, wrong, other), NO),
+    ]
+    return scene, shuffled(rng, asked)
+
+
+def ask_colour_pair(rng: Random, world: World) -> Asked:
+    """About a thing of one saturated hue, turned to a colour that has nothing to do with it."""
+    name = rng.choice(sorted(world.colourable))
+    right, wrong = rng.sample(list(COLOURS), 2)
+    others, _ = draw_present_and_absent(rng, world, RANDOM, most=3)
+    contents = [Content(name, 1, right), *(Content(n) for n in others[:3] if n != name)]
+    asked = [
+        Question("colour", say.ask_colour(rng, name, right), YES),
+        Question("colour", say.ask_colour(rng, name, wrong), NO),
+    ]
+    return compose(rng, world, contents), shuffled(rng, asked)
+
+
+def ask_word_pair(rng: Random, world: World) -> Asked:
+    right, wrong = rng.sample(world.words, 2)
+    names, _ = draw_present_and_absent(rng, world, RANDOM, most=3)
+    scene = compose(rng, world, [Content(name) for name in names[: rng.randint(1, 3)]], right)
+    asked = [
+        Question("OCR", say.ask_word(rng, right), YES),
+        Question("OCR", say.ask_word(rng, wrong), NO),
+    ]
+    return scene, shuffled(rng, asked)
+
+
+DRAWS: dict[str, Draw] = {
+    "existence": ask_existence_pair,
+    "count": ask_count_pair,
+    "position": ask_position_pair,
+    "colour": ask_colour_pair,
+    "OCR": ask_word_pair,
+}
+
+
+def askable(world: World) -> list[str]:
+    """Which pairs can be asked in a world: no colours without a thing that takes one, and so on."""
+    lacking = {"colour": not world.colourable, "OCR": not (world.fonts and world.words)}
+    return [name for name in PAIRS if not lacking.get(name, False)]
+
+
+def sides_of(rng: Random, one: Thing, other: Thing) -> tuple[str, str]:
+    """A side of `other` that `one` is on for certain, and the opposite one.
+
+    Boxes do not overlap, so there is a line between them that runs across or up and down.
+    """
+    apart = (one.size + other.size) / 2
+    found = []
+    if abs(one.x - other.x) >= apart:
+        found.append(say.SIDES[:2] if one.x < other.x else say.SIDES[1::-1])
+    if abs(one.y - other.y) >= apart:
+        found.append(say.SIDES[2:] if one.y < other.y else say.SIDES[:1:-1])
+    right, wrong = rng.choice(found)
+    return right, wrong
+
+
+def shuffled(rng: Random, asked: list[Question]) -> list[Question]:
+    rng.shuffle(asked)
+    return asked

@@ -1,0 +1,48 @@
+"""The atlas that ships: about a hundred things, drawn by two vendors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmmamba_cli.errors import DataError
+from mmmamba_evals.scenes.atlas import Atlas, open_atlas
+from mmmamba_evals.scenes.build import TABLE, write_suite
+from mmmamba_evals.scenes.build_long import write_long_suite
+from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
+from mmmamba_evals.scenes.world import make_world
+
+FOLDER = Path(__file__).parent / "atlas"
+# The shipped teacher was trained on the first and has never seen the second.
+SEEN_STYLE, UNSEEN_STYLE = "noto", "fluent"
+STYLES = (SEEN_STYLE, UNSEEN_STYLE)
+# Nothing is trained on scenes of this seed.
+TEST_SEED = 77_000_077
+
+
+def shipped_atlas(style: str = SEEN_STYLE) -> Atlas:
+    """Raises `DataError` for a style that does not ship."""
+    if style not in STYLES:
+        raise DataError(f"style {style} does not ship", f"give {' or '.join(STYLES)}, or a folder")
+    return open_atlas(FOLDER / style)
+
+
+def build_scenes(folder: Path) -> None:
+    """`SCENES.tsv`, of the style and fonts that the shipped teacher knows."""
+    _build(folder / TABLE, SEEN_STYLE, SEEN)
+
+
+def build_scenes_unseen(folder: Path) -> None:
+    """`SCENES_UNSEEN.tsv`, of the style and fonts that it does not."""
+    _build(folder / "SCENES_UNSEEN.tsv", UNSEEN_STYLE, UNSEEN)
+
+
+def build_scenes_long(folder: Path) -> None:
+    """`SCENES_LONG.tsv`, of the style that it knows."""
+    atlas = shipped_atlas(SEEN_STYLE)
+    world = make_world(atlas, fonts_of(SEEN))
+    write_long_suite(folder, atlas, world, TEST_SEED)
+
+
+def _build(file: Path, style: str, fonts: str) -> None:
+    atlas = shipped_atlas(style)
+    write_suite(file, atlas, make_world(atlas, fonts_of(fonts)), TEST_SEED)

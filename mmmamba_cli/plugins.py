@@ -1,0 +1,88 @@
+"""What other packages add to ours, found through entry points.
+
+Groups: `mmmamba.suites`, `mmmamba.evaluators`, `mmmamba.commands`. In a checkout the project's own
+entry points are read from its pyproject.toml, ahead of those of what is installed: its code must
+not run with the parts of another version.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib import import_module, metadata, util
+from pathlib import Path
+from typing import Any
+
+PROJECT = "mmmamba"
+
+Load = Callable[[], Any]
+
+
+def entry_points(group: str) -> Iterator[tuple[str, Load]]:
+    """(name, how to load it) of each entry point of a group; the project's own first."""
+    root = _checkout()
+    if root is not None:
+        yield from _checkout_entries(root, group)
+    for entry in sorted(metadata.entry_points(group=group), key=lambda e: (e.name, e.value)):
+        own = entry.dist is not None and entry.dist.name == PROJECT
+        if not (own and root is not None):
+            yield entry.name, entry.load
+
+
+def load_reference(reference: str) -> Any:
+    """What `package.module:attribute` names, the project's own packages found in a checkout too.
+
+    Raises ImportError or AttributeError.
+    """
+    module, _, attribute = reference.partition(":")
+    root = _checkout()
+    if root is None:
+        return getattr(import_module(module), attribute)
+    return _loader(root, _folders(_config(root)), module, attribute)()
+
+
+def _checkout() -> Path | None:
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def _config(root: Path) -> dict[str, Any]:
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _folders(config: dict[str, Any]) -> dict[str, str]:
+    folders: dict[str, str] = config["tool"]["setuptools"]["package-dir"]
+    return folders
+
+
+def _checkout_entries(root: Path, group: str) -> Iterator[tuple[str, Load]]:
+    config = _config(root)
+    for name, value in config["project"].get("entry-points", {}).get(group, {}).items():
+        module, _, attribute = value.partition(":")
+        yield name, _loader(root, _folders(config), module, attribute)
+
+
+def _loader(root: Path, folders: dict[str, str], module: str, attribute: str) -> Load:
+    def load() -> Any:
+        package = module.partition(".")[0]
+        if package in folders:
+            _import_from(package, root / folders[package])
+        return getattr(import_module(module), attribute)
+
+    return load
+
+
+def _import_from(package: str, folder: Path) -> None:
+    """Import a package from a folder of another name, as an installation would find it."""
+    there = sys.modules.get(package)
+    if there is not None and Path(str(there.__file__)).parent == folder:
+        return
+    spec = util.spec_from_file_location(
+        package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    made = util.module_from_spec(spec)
+    sys.modules[package] = made
+    spec.loader.exec_module(made)

@@ -1,0 +1,188 @@
+"""Scenes as suites and lessons: tables, the cache, scores, the blind baseline, the commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmmamba_cli.evaluate import Options, find_suite, open_suite
+from mmmamba_cli.evaluate.pictures import pictures_of
+from mmmamba_cli.evaluate.rows import Row
+from mmmamba_evals.scenes import blind
+from mmmamba_evals.scenes.atlas import Atlas
+from mmmamba_evals.scenes.blind import Blind, ask_leakily, blind_accuracy, draws_of
+from mmmamba_evals.scenes.build import write_lessons, write_suite
+from mmmamba_evals.scenes.build_long import LONG_TABLE, PICTURES_OF, SENTENCES_OF, write_long_suite
+from mmmamba_evals.scenes.cli import command
+from mmmamba_evals.scenes.sampling import PAIRS, SPLITS
+from mmmamba_evals.scenes.scoring import accuracy_by_category
+from mmmamba_evals.scenes.world import World
+
+CSV_LIMIT = 1 << 24
+
+
+def test_a_suite_is_a_table_the_runner_reads(tmp_path: Path, atlas: Atlas, world: World) -> None:
+    questions = write_suite(tmp_path / "SCENES.tsv", atlas, world, 0, of_split=2, of_pair=3)
+    assert questions == 2 * 6 * len(SPLITS) + 3 * 2 * len(PAIRS)
+    suite = find_suite("scenes")
+    table, rows = open_suite(suite, Options(data=tmp_path))
+    assert len(rows) == questions
+    counts = Counter(row.category for row in rows)
+    assert counts == {**dict.fromkeys(SPLITS, 12), **dict.fromkeys(PAIRS, 6)}
+    for row in rows:
+        (picture,) = pictures_of(table, table.cells[row.place], suite.dataset)
+        assert picture.open().size == (224, 224)
+    assert len({row.unit for row in rows}) == 2 * len(SPLITS) + 3 * len(PAIRS)
+
+
+def test_the_same_seed_is_the_same_file(tmp_path: Path, atlas: Atlas, world: World) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_suite(tmp_path / name, atlas, world, seed, of_split=1, of_pair=1)
+    one, again, other = ((tmp_path / name).read_bytes() for name in "abc")
+    assert one == again != other
+
+
+def test_a_suite_without_data_is_drawn_once_into_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmmamba_evals.scenes import build, shipped
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LMUData", str(tmp_path / "nothing"))
+    monkeypatch.setattr(shipped.write_suite, "__defaults__", (1, 1, lambda pictures: None))
+    assert build.write_suite is shipped.write_suite
+    for name in ("scenes", "scenes-unseen"):
+        table, rows = open_suite(find_suite(name), Options())
+        assert table.file.is_relative_to(tmp_path / "cache")
+        assert len(rows) == 6 * len(SPLITS) + 2 * len(PAIRS)
+        before = table.file.stat().st_mtime_ns
+        assert open_suite(find_suite(name), Options())[0].file.stat().st_mtime_ns == before
+
+
+def test_long_inputs_as_a_table(tmp_path: Path, atlas: Atlas, world: World) -> None:
+    questions = write_long_suite(tmp_path, atlas, world, 0, each=1, pool=60)
+    suite = find_suite("scenes-long")
+    table, rows = open_suite(suite, Options(data=tmp_path))
+    assert len(rows) == questions == 2 * (len(PICTURES_OF) + 3 + len(SENTENCES_OF))
+    by_category = {row.category: row for row in rows}
+    shown = {
+        name: pictures_of(table, table.cells[row.place], suite.dataset)
+        for name, row in by_category.items()
+    }
+    for length, count in PICTURES_OF.items():
+        assert len(shown[f"pictures {length}"]) == count
+    assert [len(shown[f"tiles {length}"]) for length in ("1K", "2K", "4K")] == [1, 1, 1]
+    assert shown["tiles 4K"][0].open().size == (8 * 224, 8 * 224)
+    for length in SENTENCES_OF:
+        assert shown[f"text {length}"] == ()
+        assert "The secret word is" in by_category[f"text {length}"].question
+    assert (tmp_path / LONG_TABLE).is_file()
+
+
+def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -> None:
+    write_lessons(tmp_path, atlas, world, 0, 5)
+    lines = [json.loads(line) for line in (tmp_path / "lessons.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    for line in lines:
+        assert Image.open(tmp_path / line["image"]).size == (224, 224)
+        said = [turn["from"] for turn in line["conversations"]]
+        assert said == ["human", "gpt"] * (len(said) // 2)
+        assert "".join(turn["value"] for turn in line["conversations"]).count("<image>") == 1
+        assert line["conversations"][0]["value"].startswith("<image>\n")
+
+
+def row(category: str, unit: str, answer: str) -> Row:
+    return Row(index=f"{category}{unit}{answer}", question="", answer=answer, category=category,
+               unit=unit)  # fmt: skip
+
+
+def test_scores_by_hand() -> None:
+    rows = [
+        row("count", "a", "Yes"),
+        row("count", "a", "No"),
+        row("count", "b", "Yes"),
+        row("count", "b", "No"),
+        row("random", "c", "Yes"),
+        row("random", "c", "No"),
+    ]
+    tally = accuracy_by_category(rows, ["Yes.", "no", "yes", "YES", "Not sure", "No, yes"])
+    count, random = tally.categories["count"], tally.categories["random"]
+    assert count == {"accuracy": 75.0, "accuracy+": 50.0, "rows": 4}
+    assert random == {"accuracy": 0.0, "accuracy+": 0.0, "F1": 0.0, "rows": 2}
+    assert tally.values() == {"mean": 37.5, "count": 75.0, "random": 0.0}
+    assert tally.counts == {"right": 3, "wrong": 1, "unreadable": 2}
+    assert len(tally.unreadable) == 2
+    right = accuracy_by_category(rows, ["Yes", "No"] * 3)
+    assert right.categories["random"]["F1"] == 100
+    assert next(iter(right.values().items())) == ("mean", 100.0)
+    only_yes = accuracy_by_category(rows, ["Yes"] * 6)
+    assert only_yes.categories["random"]["F1"] == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize("category", (*SPLITS, *PAIRS))
+def test_nothing_can_be_guessed(world: World, category: str) -> None:
+    pytest.importorskip("sklearn")
+    found = blind_accuracy(world, draws_of(world)[category], category, [0], 1500)
+    # Four deviations of a coin; the control below is found at once.
+    assert abs(found.accuracy - 50) < 100 * 4 * 0.5 / 1500**0.5
+
+
+def test_what_leaks_is_found(world: World) -> None:
+    pytest.importorskip("sklearn")
+    assert blind_accuracy(world, ask_leakily, "control", [0], 600).accuracy >= 70
+
+
+def test_an_exact_test() -> None:
+    pytest.importorskip("scipy")
+    assert Blind(50, 100).p == 1
+    assert Blind(5, 10).accuracy == 50
+    # Ten of ten: 2 / 2^10.
+    assert Blind(10, 10).p == pytest.approx(2 / 1024)
+
+
+def test_without_scikit_learn_the_extra_is_named(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(Exception, match=r"pip install 'mmmamba\[scenes\]'"):
+        blind.guess([], [])
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    run = CliRunner()
+    words = ["build", "--out", str(tmp_path / "s"), "--pictures", "1", "--lessons", "2", "--json"]
+    done = run.invoke(command, words)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["questions"] == 6 * len(SPLITS) + 2 * len(PAIRS)
+    csv.field_size_limit(CSV_LIMIT)
+    with (tmp_path / "s" / "SCENES.tsv").open() as handle:
+        assert len(list(csv.DictReader(handle, delimiter="\t"))) == said["questions"]
+    assert len((tmp_path / "s" / "lessons.jsonl").read_text().splitlines()) == 2
+    again = run.invoke(command, words)
+    assert again.exit_code != 0
+    assert "exists" in str(again.exception)
+    sheet = tmp_path / "sheet.png"
+    done = run.invoke(command, ["sheet", "--out", str(sheet), "--rows", "2", "--style", "fluent"])
+    assert done.exit_code == 0, done.output
+    assert Image.open(sheet).size == (8 * 226, 2 * 226)
+    assert "position: Is the" in done.stdout
+
+
+def test_the_blind_command_says_what_can_be_guessed() -> None:
+    pytest.importorskip("sklearn")
+    done = CliRunner().invoke(command, ["blind", "--questions", "300", "--seeds", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    table = json.loads(done.stdout)
+    assert set(table) == {"noto", "fluent", "leaky control"}
+    assert set(table["noto"]) == {*SPLITS, *PAIRS}
+    assert table["leaky control"]["count"]["accuracy"] >= 70
+    assert all(one["n"] == 300 for split in table.values() for one in split.values())
