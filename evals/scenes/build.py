@@ -7,6 +7,10 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +28,8 @@ COLUMNS = ("index", "image", "image_path", "question", "answer", "category")
 TABLE, LESSONS, PICTURES = "SCENES.tsv", "lessons.jsonl", "pictures"
 # Pictures of each split, with six questions, and of each other category, with two.
 PICTURES_OF_SPLIT, PICTURES_OF_PAIR = 40, 100
+# Lessons that a worker draws at a time.
+PART = 64
 
 Say = Callable[[int], None]
 
@@ -81,16 +87,36 @@ def write_lessons(
     seed: int,
     count: int,
     say: Say = lambda pictures: None,
+    workers: int = 0,
 ) -> None:
-    """`lessons.jsonl`, one conversation a line, and `pictures/` beside it, to train on."""
+    """`lessons.jsonl`, one conversation a line, and `pictures/` beside it, to train on.
+
+    A lesson is a function of the seed and its number: `workers` processes, or none, write the same.
+    """
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    with (folder / LESSONS).open("w", encoding="utf-8") as handle:
-        for number in range(count):
-            scene, asked = draw_lesson(Random(f"{seed} lesson {number}"), world)
-            name = f"{PICTURES}/{number:07d}.png"
-            render(scene, atlas).save(folder / name)
-            handle.write(json.dumps(conversation(number, name, asked), ensure_ascii=False) + "\n")
-            say(1)
+    parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
+    with (folder / LESSONS).open("w", encoding="utf-8") as handle, ExitStack() as stack:
+        draw = partial(_draw_part, folder, atlas, world, seed)
+        if workers:
+            # Not forked: a process that has threads, as torch starts them, may not be.
+            pool = ProcessPoolExecutor(workers, get_context("spawn"))
+            lines = stack.enter_context(pool).map(draw, parts)
+        else:
+            lines = map(draw, parts)
+        for part, text in zip(parts, lines, strict=True):
+            handle.write(text)
+            say(len(part))
+
+
+def _draw_part(folder: Path, atlas: Atlas, world: World, seed: int, numbers: range) -> str:
+    """Pictures of some lessons as files, and their lines."""
+    lines = []
+    for number in numbers:
+        scene, asked = draw_lesson(Random(f"{seed} lesson {number}"), world)
+        name = f"{PICTURES}/{number:07d}.png"
+        render(scene, atlas).save(folder / name, compress_level=1)
+        lines.append(json.dumps(conversation(number, name, asked), ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 def conversation(number: int, picture: str, asked: Sequence[Question]) -> dict[str, object]:

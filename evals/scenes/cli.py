@@ -46,6 +46,7 @@ def build(
     lessons: Annotated[
         int, typer.Option(min=0, help="Pictures of the training data; 0 for none.")
     ] = 1000,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw lessons.")] = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -63,7 +64,8 @@ def build(
         if lessons:
             with progress("drawing lessons", lessons, "pictures") as advance:
                 # Lessons and suite share no scene: other seeds.
-                write_lessons(partial, drawn, world, seed + 1_000_003, lessons, advance)
+                other = seed + 1_000_003
+                write_lessons(partial, drawn, world, other, lessons, advance, workers)
     found = {
         "folder": str(folder),
         "classes": len(world.classes),

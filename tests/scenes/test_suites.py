@@ -97,6 +97,16 @@ def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -
         assert line["conversations"][0]["value"].startswith("<image>\n")
 
 
+def test_workers_write_the_same(tmp_path: Path, atlas: Atlas, world: World) -> None:
+    for name, workers in (("alone", 0), ("two", 2)):
+        write_lessons(tmp_path / name, atlas, world, 0, 70, workers=workers)
+    alone, two = (sorted(tmp_path.glob(f"{name}/**/*.*")) for name in ("alone", "two"))
+    assert len(alone) == len(two) == 71
+    for one, other in zip(alone, two, strict=True):
+        assert one.name == other.name
+        assert one.read_bytes() == other.read_bytes()
+
+
 def row(category: str, unit: str, answer: str) -> Row:
     return Row(index=f"{category}{unit}{answer}", question="", answer=answer, category=category,
                unit=unit)  # fmt: skip
