@@ -174,10 +174,10 @@ def _ask(
 
     suites = [find_suite(name) for name in names]
     # All tables before any model: what is wrong with them is found in time.
-    opened = [open_suite(suite, options) for suite in suites]
+    opened = [open_suite(suite, options, _tell) for suite in suites]
     scored: dict[str, list[Scored]] = {suite.name: [] for suite in suites}
     for candidate in candidates:
-        err().print(f"loading {candidate.name}", markup=False, highlight=False)
+        _tell(f"loading {candidate.name}")
         model = candidate.open()
         for suite, (table, rows) in zip(suites, opened, strict=True):
             place = folder / candidate.name / suite.name
@@ -195,16 +195,17 @@ def _ask(
     return [one.result for found in scored.values() for one in found], kept
 
 
+def _tell(text: str) -> None:
+    err().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _ask_one(
     model: Any, suite: Suite, table: Any, rows: Any, folder: Path, options: Options
 ) -> Scored:
     from mmmamba_cli.evaluate import Watch, evaluate_model
 
-    def say(text: str) -> None:
-        err().print(text, markup=False, highlight=False, soft_wrap=True)
-
     with progress(f"{model.identity.name}: {suite.title}", len(rows), "answers") as advance:
-        watch = Watch(say=say, warn=print_warning, advance=advance)
+        watch = Watch(say=_tell, warn=print_warning, advance=advance)
         return evaluate_model(model, suite, table, rows, folder, options, watch)
 
 

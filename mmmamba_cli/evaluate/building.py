@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import mmmamba_cli
@@ -20,8 +21,10 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path("~/.cache").expanduser()) / CACHE
 
 
-def built_table(suite: Suite) -> Path:
+def built_table(suite: Suite, say: Callable[[str], None]) -> Path:
     """The suite's table, made once for each version of the suite and of this package.
+
+    `say` is told when that begins, since it may take a minute.
 
     Raises `DataError` if the function that makes it cannot be imported.
     """
@@ -32,6 +35,7 @@ def built_table(suite: Suite) -> Path:
             build = load_reference(suite.build)
         except (ImportError, AttributeError) as error:
             raise DataError(f"suite {suite.name} cannot build its table: {error}") from error
+        say(f"making the table of suite {suite.name}, once, in {folder}")
         with atomic_folder(folder, overwrite=True) as partial:
             build(partial)
     return table

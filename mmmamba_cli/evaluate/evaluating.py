@@ -76,14 +76,16 @@ class Scored:
     rows: Sequence[Row] = field(default_factory=list)
 
 
-def find_table(suite: Suite, data: Path | None) -> Path:
+def find_table(
+    suite: Suite, data: Path | None, say: Callable[[str], None] = lambda text: None
+) -> Path:
     """The suite's TSV, made first where the suite can make it and no --data is given.
 
     Raises `DataError` that says where it was looked for.
     """
     found = _table_file(suite, data)
     if found is None and suite.build and data is None:
-        found = built_table(suite)
+        found = built_table(suite, say)
     if found is None:
         raise DataError(
             f"suite {suite.name} needs {suite.dataset}.tsv, which is not in {_data_folder(data)}; "
@@ -104,10 +106,15 @@ def _data_folder(data: Path | None) -> Path:
     return data or Path(os.environ.get(ENVIRONMENT) or HOME).expanduser()
 
 
-def open_suite(suite: Suite, options: Options) -> tuple[Table, list[Row]]:
-    """The suite's table and the rows to be asked. Raises `DataError`."""
+def open_suite(
+    suite: Suite, options: Options, say: Callable[[str], None] = lambda text: None
+) -> tuple[Table, list[Row]]:
+    """The suite's table and the rows to be asked; `say` is told if the table is being made.
+
+    Raises `DataError`.
+    """
     check_rules(suite, options.rule)
-    table = Table(find_table(suite, options.data), suite.columns)
+    table = Table(find_table(suite, options.data, say), suite.columns)
     rows = read_rows(table.cells, suite, str(table.file))
     return table, first_units(rows, options.limit)
 

@@ -58,11 +58,15 @@ def test_a_suite_without_data_is_drawn_once_into_the_cache(
     monkeypatch.setattr(shipped.write_suite, "__defaults__", (1, 1, lambda pictures: None))
     assert build.write_suite is shipped.write_suite
     for name in ("scenes", "scenes-unseen"):
-        table, rows = open_suite(find_suite(name), Options())
+        said: list[str] = []
+        table, rows = open_suite(find_suite(name), Options(), said.append)
+        assert said == [f"making the table of suite {name}, once, in {table.file.parent}"]
         assert table.file.is_relative_to(tmp_path / "cache")
         assert len(rows) == 6 * len(SPLITS) + 2 * len(PAIRS)
         before = table.file.stat().st_mtime_ns
-        assert open_suite(find_suite(name), Options())[0].file.stat().st_mtime_ns == before
+        table, _ = open_suite(find_suite(name), Options(), said.append)
+        assert table.file.stat().st_mtime_ns == before
+        assert len(said) == 1
 
 
 def test_long_inputs_as_a_table(tmp_path: Path, atlas: Atlas, world: World) -> None:
