@@ -17,7 +17,8 @@ __version__ = "0.1.0"
 def load(path: str, *, device: Any = "cpu", dtype: Any = "auto") -> HolisticVLM:
     """Load a model, in eval mode, from any checkpoint `mmmamba` reads.
 
-    `path` is one of our own folders or a teacher's (HoVLE). `device` and `dtype` are what torch
+    `path` is one of our own folders, a published mmMamba, a teacher (HoVLE, or a plain language
+    model), or the name of such a repository on the Hub. `device` and `dtype` are what torch
     takes for them, as objects or names; dtype "auto" keeps what is stored. Raises
     `CheckpointError` for what cannot be read.
     """

@@ -1,12 +1,14 @@
 """Checkpoints in and out, tensor by tensor, under one set of names."""
 
-from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_text
+from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_bytes, atomic_write_text
 from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
+from mmmamba_cli.checkpoint.hub import hub_name, is_hub_id
 from mmmamba_cli.checkpoint.loading import default_generation_config, load_model, parse_dtype
 from mmmamba_cli.checkpoint.opened import (
     OWN,
     SOURCE_CONFIG,
     Checkpoint,
+    checked_reader,
     expected_tensors,
     iterate,
     open_checkpoint,
@@ -25,11 +27,15 @@ __all__ = [
     "TensorHasher",
     "TensorInfo",
     "atomic_folder",
+    "atomic_write_bytes",
     "atomic_write_text",
     "check_finite",
+    "checked_reader",
     "combined_hash",
     "default_generation_config",
     "expected_tensors",
+    "hub_name",
+    "is_hub_id",
     "iterate",
     "load_model",
     "open_checkpoint",

@@ -54,15 +54,20 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file by way of a hidden sibling, so that `path` is old or new, never between.
+    """As `atomic_write_bytes`, in UTF-8."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file by way of a hidden sibling, so that `path` is old or new, never between.
 
     Raises `OSError` if the disk is full or not writable; an old file is then as it was.
     """
     path = Path(path).resolve()
     partial = _sibling(path, "partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mmmamba_cli.checkpoint.fields import integer, require, stack_fields
@@ -76,18 +76,26 @@ ASSUMED = (
     "embedding_config.img_context_token_id",
 )
 
+# Foreign and our prefix of a layer, the config and the layer's number to the layer's rules.
+BlockRules = Callable[[str, str, HolisticVLMConfig, int], list[Rule]]
+
 # Stop tokens of the chat template in InternLM2's vocabulary; smaller vocabularies lack some.
 CHAT_STOP_IDS = (2, 1163, 92543, 92542)
 
 
-def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
-    """Translate HoVLE's config; all layers are attention. Raises `CheckpointError`."""
+def to_config(
+    raw: Mapping[str, Any], where: str = "config.json", embedding_type: str = EMBEDDING_TYPE
+) -> HolisticVLMConfig:
+    """Translate HoVLE's config; all layers are attention. Raises `CheckpointError`.
+
+    `embedding_type` is what a layout derived from HoVLE's calls the embedding stack.
+    """
     embedding = _section(raw, "embedding_config", where)
     language = _section(raw, "llm_config", where)
-    kind = embedding.get("model_type", EMBEDDING_TYPE)
-    if kind != EMBEDDING_TYPE:
+    kind = embedding.get("model_type", embedding_type)
+    if kind != embedding_type:
         raise CheckpointError(
-            f"{where}: embedding_config.model_type is {kind!r}, known is {EMBEDDING_TYPE!r}"
+            f"{where}: embedding_config.model_type is {kind!r}, known is {embedding_type!r}"
         )
     _refuse_unknown_parts(embedding, language, where)
     first = stack_fields(embedding, where, "embedding_config")
@@ -115,12 +123,17 @@ def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLM
 
 
 def rules(
-    raw: Mapping[str, Any], config: HolisticVLMConfig, names: Collection[str] | None = None
+    raw: Mapping[str, Any],
+    config: HolisticVLMConfig,
+    names: Collection[str] | None = None,
+    block: BlockRules | None = None,
 ) -> list[Rule]:
     """The name table of a HoVLE with this config (all layers attention).
 
-    `names`, of the tensors at hand, tells whether a tied head was written out as well.
+    `names`, of the tensors at hand, tells whether a tied head was written out as well; `block`
+    gives the rules of one layer where they are not InternLM2's.
     """
+    block = block or internlm2_block
     embedding, language = raw["embedding_config"], raw["llm_config"]
     hidden, first = config.hidden_size, config.num_embedding_layers
     table = _front(embedding, config)
@@ -130,7 +143,7 @@ def rules(
             if layer < first
             else f"language_model.model.layers.{layer - first}"
         )
-        table += internlm2_block(foreign, f"model.layers.{layer}", config, layer)
+        table += block(foreign, f"model.layers.{layer}", config, layer)
     vocabulary = (int(language["vocab_size"]), hidden)
     tokens = "language_model.model.tok_embeddings.weight"
     kept, head = "unused.language_token_embedding.weight", "language_model.output.weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import hovle, language_models
+from mmmamba_cli.checkpoint import hovle, language_models, released
 from mmmamba_cli.checkpoint.gguf_format import is_gguf, open_gguf
+from mmmamba_cli.checkpoint.hashing import TensorHasher
+from mmmamba_cli.checkpoint.hub import fetched
 from mmmamba_cli.checkpoint.rules import Rule, Shape, check_names, rename
 from mmmamba_cli.checkpoint.source import TensorSource, open_source
-from mmmamba_cli.checkpoint.tensors import TensorInfo
+from mmmamba_cli.checkpoint.tensors import TensorInfo, check_finite
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import FP32_PARAMETERS, HolisticVLM, HolisticVLMConfig
 
 OWN = HolisticVLMConfig.model_type
-KNOWN_TYPES = (hovle.MODEL_TYPE, *language_models.MODEL_TYPES, OWN)
+KNOWN_TYPES = (hovle.MODEL_TYPE, released.MODEL_TYPE, *language_models.MODEL_TYPES, OWN)
 SOURCE_CONFIG = "source_config.json"
 # In the order in which transformers prefers them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -80,12 +82,15 @@ def open_checkpoint(
     tokenizer_file: Path | None = None,
     arch: str | None = None,
 ) -> Checkpoint:
-    """Open a HoVLE, a plain language model or a folder of ours, and check that every tensor fits.
+    """Open a HoVLE, a published mmMamba, a plain language model or a folder of ours.
 
-    A bare state dict takes its config from `config_file`, else from `config.json` beside it, else
+    Every tensor is checked to be there and to fit.
+
+    `path` may be a repository's id on the Hub. A bare state dict takes its config from
+    `config_file`, else from `config.json` beside it, else
     from `arch`; a GGUF file carries its own. Raises `CheckpointError`.
     """
-    path = Path(path).expanduser()
+    path = fetched(path).expanduser()
     home = path if path.is_dir() else path.parent
     assumed: tuple[str, ...] = ()
     if is_gguf(path):
@@ -103,6 +108,9 @@ def open_checkpoint(
     elif kind == hovle.MODEL_TYPE:
         config = hovle.to_config(raw, where)
         rules = hovle.rules(raw, config, source.names)
+    elif kind == released.MODEL_TYPE:
+        config = released.to_config(raw, where)
+        rules = released.rules(raw, config, source.names)
     else:
         source.leave_out(language_models.DERIVED_SUFFIX)
         config = language_models.to_config(raw, where)
@@ -138,7 +146,8 @@ def _own(
     raw: Mapping[str, Any], source: TensorSource, where: str
 ) -> tuple[HolisticVLMConfig, list[Rule]]:
     try:
-        config = HolisticVLMConfig.from_dict(dict(raw))
+        # Code that lies in an exported folder is ours; what is made of it here goes without.
+        config = HolisticVLMConfig.from_dict({k: v for k, v in raw.items() if k != "auto_map"})
         shapes = expected_tensors(config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(
@@ -206,6 +215,25 @@ def _read_json(file: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object, expected a model config")
     return value
+
+
+def checked_reader(checkpoint: Checkpoint, hasher: TensorHasher) -> Callable[[str], Tensor]:
+    """`checkpoint.read` that checks every tensor of the file for NaN and infinity, and hashes it.
+
+    Raises `CheckpointError` for such values.
+    """
+    hashed: set[str] = set()
+
+    def read(name: str) -> Tensor:
+        for foreign in checkpoint.foreign_names(name):
+            if foreign not in hashed:
+                hashed.add(foreign)
+                tensor = checkpoint.source.read(foreign)
+                check_finite(tensor, foreign)
+                hasher.submit(foreign, tensor)
+        return checkpoint.read(name)
+
+    return read
 
 
 def iterate(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

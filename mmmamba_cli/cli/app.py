@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from keyword import iskeyword
 from typing import Annotated
 
 import typer
@@ -11,12 +12,12 @@ import mmmamba_cli
 from mmmamba_cli.cli.console import help_if_bare
 from mmmamba_cli.plugins import entry_points
 
-# A command `name` lives in cli/name.py, which calls it `command`: a function, or a typer.Typer for
-# a group of them. These modules are imported for --help, so each imports its library room inside
-# the function that needs it.
+# A command `name` lives in cli/name.py, or name_.py if it is a word of Python's, which calls it
+# `command`: a function, or a typer.Typer for a group of them. These modules are imported for
+# --help, so each imports its library room inside the function that needs it.
 # Other packages add theirs with entry points; so does ours with what is no part of the pipeline.
 PLUGINS = "mmmamba.commands"
-COMMANDS = ("seed", "distill", "hybridize", "eval", "data", "status", "recipe")
+COMMANDS = ("seed", "distill", "hybridize", "eval", "import", "export", "data", "status", "recipe")
 
 # Plain help: brackets, as in stages[1].lr, are not markup, and rich need not be imported for it.
 MARKUP = None
@@ -40,6 +41,10 @@ def _start(
     help_if_bare(context)
 
 
+def _module(name: str) -> str:
+    return f"mmmamba_cli.cli.{name}_" if iskeyword(name) else f"mmmamba_cli.cli.{name}"
+
+
 def build_app() -> typer.Typer:
     """The app with every command of COMMANDS."""
     built = typer.Typer(
@@ -50,7 +55,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     built.callback()(_start)
-    ours = [(name, import_module(f"mmmamba_cli.cli.{name}").command) for name in COMMANDS]
+    ours = [(name, import_module(_module(name)).command) for name in COMMANDS]
     theirs = [(name, load()) for name, load in entry_points(PLUGINS) if name not in COMMANDS]
     for name, command in (*ours, *theirs):
         if isinstance(command, typer.Typer):

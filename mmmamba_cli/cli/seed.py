@@ -24,7 +24,7 @@ def command(
         typer.Argument(
             metavar="CHECKPOINT",
             help="HoVLE folder, .safetensors, or .ckpt/.pt/.bin state dict; or a Llama, Qwen2, "
-            "Qwen3 or InternLM2 as a folder or .gguf file.",
+            "Qwen3 or InternLM2 as a folder or .gguf file. OWNER/NAME is looked for on the Hub.",
         ),
     ],
     run: RunFolder = DEFAULT_RUN,

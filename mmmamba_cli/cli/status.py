@@ -20,17 +20,18 @@ def command(run: RunFolder = DEFAULT_RUN, as_json: AsJson = False) -> None:
 
     target = Run(run)
     record, products = target.record, target.products()
+    teacher = record.teacher
     if as_json:
         print_json(
             {
                 "run": str(target.folder),
-                "teacher": record.teacher.model_dump(exclude={"digests"}),
+                "teacher": teacher and teacher.model_dump(exclude={"digests"}),
                 "current": record.current,
                 "products": [p.model_dump(mode="json") for p in products.values()],
             }
         )
         return
-    out().print(_draw(record.teacher.path, products, record.current))
+    out().print(_draw("none" if teacher is None else teacher.path, products, record.current))
 
 
 def _draw(teacher: str, products: dict[str, Manifest], current: str) -> Tree:

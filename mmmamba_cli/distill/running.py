@@ -281,7 +281,7 @@ def _write_one(
         return learned[key] if key in learned else student.read(key)
 
     def parents() -> tuple[Parent, ...]:
-        record = made.run.record.teacher
+        record = made.run.teacher
         return (
             Parent("student", parent.name, parent.content_hash),
             Parent("teacher", record.path, record.content_hash),

@@ -57,7 +57,7 @@ def teacher_candidate(run: Run, moved_to: Path | None, device: str | None, dtype
 
     def open_it() -> HolisticEvalModel:
         run.verify_teacher(checkpoint)
-        known = run.record.teacher.content_hash
+        known = run.teacher.content_hash
         return open_model(checkpoint, TEACHER, device, dtype, content_hash=known, kind=TEACHER)
 
     return Candidate(TEACHER, open_it)

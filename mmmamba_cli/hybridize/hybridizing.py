@@ -89,7 +89,7 @@ def hybridize(
         recipe=parent.recipe if recipe is None else recipe,
         parents=lambda: (
             Parent("student", parent.name, parent.content_hash),
-            Parent("teacher", run.record.teacher.path, run.record.teacher.content_hash),
+            Parent("teacher", run.teacher.path, run.teacher.content_hash),
         ),
         stages=_stages_kept(parent),
         notes=("not yet distilled end to end",),
@@ -171,7 +171,7 @@ def _mixer_layer(name: str) -> int | None:
 
 def _read_verified(run: Run, teacher: Checkpoint, name: str) -> Tensor:
     """A teacher tensor, if its bytes are those the run was seeded from. Raises `RunError`."""
-    digests = run.record.teacher.digests
+    digests = run.teacher.digests
     for foreign in teacher.foreign_names(name):
         if tensor_digest(foreign, teacher.source.read(foreign)).hex() != digests.get(foreign):
             raise RunError(

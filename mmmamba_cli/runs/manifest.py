@@ -23,7 +23,10 @@ FORMAT = 1
 
 
 class Parent(BaseModel):
-    """Where a product comes from. `role` is "teacher", or "student" for the product before it."""
+    """Where a product comes from.
+
+    `role` is "teacher", "student" for the product before it, or "origin" for what was imported.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -88,7 +88,7 @@ def write_product(
                     advance(info.nbytes)
             content_hash = writer.finish()
         manifest = _manifest(draft, content_hash)
-        _write_companions(folder, draft)
+        write_companions(folder, draft.config, draft.origin, draft.dtype)
         (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     return manifest
 
@@ -114,16 +114,21 @@ def _manifest(draft: Draft, content_hash: str) -> Manifest:
     )
 
 
-def _write_companions(folder: Path, draft: Draft) -> None:
-    """What else transformers wants in a model folder, and the teacher's own config for exports."""
-    config = HolisticVLMConfig.from_dict(draft.config.to_dict())
-    config.dtype = draft.dtype
+def write_companions(
+    folder: Path, config: HolisticVLMConfig, origin: Checkpoint, dtype: torch.dtype
+) -> None:
+    """What else transformers wants in a model folder, and the teacher's own config for exports.
+
+    `origin` is the checkpoint that has the tokenizer, and the config of the teacher.
+    """
+    config = HolisticVLMConfig.from_dict(config.to_dict())
+    config.dtype = dtype
     config.architectures = ["HolisticVLM"]
     config.save_pretrained(folder)
-    source = json.dumps(draft.origin.raw_config, indent=2, ensure_ascii=False) + "\n"
+    source = json.dumps(origin.raw_config, indent=2, ensure_ascii=False) + "\n"
     (folder / SOURCE_CONFIG).write_text(source, encoding="utf-8")
     generation = default_generation_config(config)
-    processor = open_processor(draft.origin)
+    processor = open_processor(origin)
     if processor is not None:
         processor.save_pretrained(folder)
         generation.eos_token_id = sorted(set(processor.stop_token_ids))
@@ -136,7 +141,10 @@ def open_processor(checkpoint: Checkpoint) -> HolisticVLMProcessor | HolisticTex
     if file is None:
         return None
     if checkpoint.model_type == OWN:
-        return processor_from_folder(file.parent)
+        processor = processor_from_folder(file.parent)
+        # Code that lies in an exported folder is ours; what is made of it here goes without.
+        processor.tokenizer.init_kwargs.pop("auto_map", None)
+        return processor
     if checkpoint.config.vision is None:
         return processor_from_language_model(checkpoint.raw_config, file)
     return processor_from_hovle(checkpoint.raw_config, file)

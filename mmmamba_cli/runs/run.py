@@ -32,12 +32,12 @@ class Teacher(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """The contents of `run.json`."""
+    """The contents of `run.json`. `teacher` is None where a student was imported without one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = 1
-    teacher: Teacher
+    teacher: Teacher | None
     current: str
 
 
@@ -48,14 +48,29 @@ class Run:
         self.folder = folder
 
     @property
+    def exists(self) -> bool:
+        return (self.folder / RECORD).is_file()
+
+    @property
     def record(self) -> RunRecord:
         """Raises `RunError` if this is no run."""
-        if not (self.folder / RECORD).is_file():
+        if not self.exists:
             raise RunError(
                 f"{self.folder} is not a run: it has no {RECORD}",
                 "start one with `mmmamba seed CHECKPOINT`, or name another with --run",
             )
         return parse_model(self.folder / RECORD, RunRecord)
+
+    @property
+    def teacher(self) -> Teacher:
+        """Raises `RunError` if this is no run, or one that has no teacher."""
+        teacher = self.record.teacher
+        if teacher is None:
+            raise RunError(
+                f"{self.folder} has no teacher: its student was imported without one",
+                "import it again with `mmmamba import CHECKPOINT --teacher PATH --overwrite`",
+            )
+        return teacher
 
     def product_folder(self, name: str) -> Path:
         return self.folder / PRODUCTS / name
@@ -90,7 +105,7 @@ class Run:
 
         Raises `RunError` if it is no longer there.
         """
-        teacher = self.record.teacher
+        teacher = self.teacher
         path = moved_to or Path(teacher.path)
         if not path.exists():
             raise RunError(
@@ -104,9 +119,9 @@ class Run:
 
     def verify_teacher(self, teacher: Checkpoint) -> None:
         """Read all of the teacher and raise `RunError` unless the run was seeded from it."""
-        digests = self.record.teacher.digests
+        digests = self.teacher.digests
         strangers = sorted(set(teacher.source.names) ^ set(digests))
-        if strangers or teacher.source.content_hash() != self.record.teacher.content_hash:
+        if strangers or teacher.source.content_hash() != self.teacher.content_hash:
             named = f" (tensor {strangers[0]})" if strangers else ""
             raise RunError(
                 f"{teacher.path} is not the teacher of {self.folder}: its tensors are not those "

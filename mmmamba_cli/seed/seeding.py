@@ -12,7 +12,7 @@ from torch import Tensor
 from mmmamba_cli.checkpoint import (
     Checkpoint,
     TensorHasher,
-    check_finite,
+    checked_reader,
     combined_hash,
     expected_tensors,
 )
@@ -61,7 +61,7 @@ def seed_student(
     if LINEAR in teacher.config.layer_types:
         raise CheckpointError(
             f"{teacher.path} is not a teacher: some of its layers are linear already",
-            "seed from the original model; change a student's layers with `mmmamba hybridize`",
+            "it is a student already: `mmmamba import` takes it into a run",
         )
     if run.products() and not overwrite:
         raise RunError(
@@ -106,19 +106,14 @@ def _reader(
     teacher: Checkpoint, hasher: TensorHasher, recipe: Recipe, shapes: dict[str, tuple[int, ...]]
 ) -> Callable[[str], Tensor]:
     """How to get each tensor of the student: the teacher's, checked and hashed, or a new one."""
-    hashed: set[str] = set()
     init, seed = recipe.mixer.init, recipe.seed
+    read_teacher = checked_reader(teacher, hasher)
 
     def read(name: str) -> Tensor:
         if name in teacher:
-            for foreign in teacher.foreign_names(name):
-                if foreign not in hashed:
-                    hashed.add(foreign)
-                    tensor = teacher.source.read(foreign)
-                    check_finite(tensor, foreign)
-                    hasher.submit(foreign, tensor)
+            tensor = read_teacher(name)
             if init != "scratch" or not name.endswith(INHERITED):
-                return teacher.read(name)
+                return tensor
         return initial_value(name, shapes[name], init, seed)
 
     return read

@@ -1,0 +1,160 @@
+"""`mmmamba export`: a model in another layout, for other tools or for the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmmamba_cli.cli.console import print_json, print_warning, progress
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder
+from mmmamba_cli.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mmmamba_cli.checkpoint import Checkpoint
+    from mmmamba_cli.export import Exported, Score, Story
+    from mmmamba_cli.runs import Manifest, Run
+
+EVALS = "evals"
+
+
+def command(
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="hub: loads with transformers where mmmamba is not installed; mmmamba-hf: the "
+            "layout mmMamba was published in; hovle: HoVLE's, for models that are all attention.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    run: RunFolder = DEFAULT_RUN,
+    product: Annotated[
+        str | None,
+        typer.Option("--from", metavar="PRODUCT", help="Product of the run; else the current one."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Any checkpoint, in the run's place; or OWNER/NAME."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; what is stored if not given.")
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="NAME", help="The model card's licence; none if not."),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The model card's title.")] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload the folder to this repository."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a pushed repository private.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model in another layout, with a model card; all of it or nothing."""
+    from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
+    from mmmamba_cli.export import Story, check_repository, export_checkpoint, layout_of, plan_of
+    from mmmamba_cli.runs import Run
+
+    if model is not None and product is not None:
+        raise RunError("--from and --model exclude each other", "give one of them")
+    if push is not None:
+        check_repository(push)
+    if model is not None:
+        checkpoint, story = open_checkpoint(model), Story(licence=licence, title=title)
+    else:
+        target = Run(run)
+        name = product or target.record.current
+        story = _story(target, target.product(name), licence, title)
+        checkpoint = target.open_product(name)
+    wanted = None if dtype is None else parse_dtype(dtype)
+    size = sum(info.nbytes for info in plan_of(layout_of(checkpoint, form, wanted)).values())
+    with progress("exporting", size, "B") as advance:
+        found = export_checkpoint(
+            checkpoint, form, out, story=story, dtype=wanted, overwrite=overwrite, advance=advance
+        )
+    _warn(checkpoint, story)
+    address = _push(out, push, private)
+    _say(found, address, as_json)
+
+
+def _story(run: Run, manifest: Manifest, licence: str | None, title: str | None) -> Story:
+    from mmmamba_cli.export import Story
+
+    return Story(
+        manifest=manifest,
+        lineage=tuple(reversed(list(_ancestors(run, manifest)))),
+        scores=tuple(_scores(run, manifest)),
+        licence=licence,
+        title=title,
+    )
+
+
+def _ancestors(run: Run, manifest: Manifest) -> Iterator[Manifest]:
+    """Products this one was made from, the nearest first, as long as they are what they were."""
+    products = run.products()
+    while True:
+        above = next((p for p in manifest.parents if p.role == "student"), None)
+        if above is None or above.name not in products:
+            return
+        manifest = products[above.name]
+        if manifest.content_hash != above.content_hash:
+            return
+        yield manifest
+
+
+def _scores(run: Run, manifest: Manifest) -> Iterator[Score]:
+    """What `mmmamba eval` has found of just this product."""
+    from mmmamba_cli.evaluate.result import RESULT, read_result
+    from mmmamba_cli.export import Score
+
+    for file in sorted((run.folder / EVALS).rglob(RESULT)):
+        result = read_result(file)
+        if result.model.content_hash != manifest.content_hash:
+            continue
+        for part in result.rules:
+            low, high = part.intervals.get(part.metric, (None, None))
+            yield Score(
+                suite=result.title,
+                rule=part.rule,
+                metric=part.metric,
+                value=part.metrics[part.metric],
+                rows=result.data.used,
+                low=low,
+                high=high,
+                level=result.level,
+                partial=result.data.used < result.data.rows,
+            )
+
+
+def _warn(checkpoint: Checkpoint, story: Story) -> None:
+    if checkpoint.tokenizer_file is None:
+        print_warning(f"{checkpoint.path} has no tokenizer: the export has none either")
+    if story.manifest is not None and not story.manifest.final:
+        print_warning(f"{story.manifest.name} was never distilled end to end; its card says so")
+
+
+def _push(folder: Path, repository: str | None, private: bool) -> str | None:
+    from mmmamba_cli.export import push
+
+    return None if repository is None else push(folder, repository, private=private)
+
+
+def _say(found: Exported, address: str | None, as_json: bool) -> None:
+    if as_json:
+        print_json({**asdict(found), "folder": str(found.folder), "pushed": address})
+        return
+    typer.echo(
+        f"{found.tensors} tensors, {found.nbytes / 1e9:.2f} GB in {found.dtype}, as "
+        f"{found.format}: {found.folder}"
+    )
+    if address is not None:
+        typer.echo(f"pushed to {address}")

@@ -1,0 +1,72 @@
+"""`mmmamba import`: a student that was made elsewhere becomes a run's current product."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmmamba_cli.cli.console import print_json, print_warning, progress
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder
+
+if TYPE_CHECKING:
+    from mmmamba_cli.runs import Manifest, Run
+
+
+def command(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A published mmMamba or a folder of ours: a path, or OWNER/NAME on the Hub.",
+        ),
+    ],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The model it was made from; needed to train it further or change its layers.",
+        ),
+    ] = None,
+    run: RunFolder = DEFAULT_RUN,
+    name: Annotated[str, typer.Option(help="What the product is called.")] = "imported",
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; the checkpoint's if not given.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take a student that was made elsewhere into a run, as its current product."""
+    from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
+    from mmmamba_cli.runs import Run, import_student
+
+    target = Run(run)
+    student = open_checkpoint(checkpoint)
+    source = None if teacher is None else open_checkpoint(teacher)
+    size = sum(file.stat().st_size for file in student.source.files)
+    with target.lock(), progress("importing", size, "B") as advance:
+        manifest = import_student(
+            target,
+            student,
+            source,
+            name=name,
+            dtype=None if dtype is None else parse_dtype(dtype),
+            overwrite=overwrite,
+            advance=advance,
+        )
+    if student.tokenizer_file is None:
+        print_warning(f"{student.path} has no tokenizer beside it: it cannot be asked anything")
+    _say(target, manifest, as_json)
+
+
+def _say(run: Run, manifest: Manifest, as_json: bool) -> None:
+    folder = run.product_folder(manifest.name)
+    if as_json:
+        product = manifest.model_dump(mode="json")
+        print_json({"run": str(run.folder), "product": product, "folder": str(folder)})
+        return
+    done = "distilled end to end" if manifest.final else "not known to be distilled end to end"
+    typer.echo(f"{manifest.kind}, {done}: {folder}")
+    if run.record.teacher is None:
+        typer.echo("without --teacher it can be asked, measured and exported, not trained further")

@@ -1,0 +1,156 @@
+"""`config.json` in HoVLE's words: the teacher's own where it is kept, else made from ours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mmmamba_cli.checkpoint import Checkpoint, hovle, released
+from mmmamba_cli.model import HolisticVLMConfig, StackConfig
+from mmmamba_cli.processing import HolisticVLMProcessor
+from mmmamba_cli.runs import open_processor
+
+# Repositories whose code reads these layouts; transformers takes it from there.
+HOVLE_CODE, RELEASED_CODE = "OpenGVLab/HoVLE", "hustvl/mmMamba-linear"
+# What transformers writes about where a config came from, and code that would not be there.
+STRANGERS = ("_name_or_path", "_commit_hash", "auto_map", "dtype")
+
+
+def hovle_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """HoVLE's config of a model whose layers are all attention."""
+    raw = _base(checkpoint)
+    for section in ("embedding_config", "llm_config"):
+        raw[section].pop("layers_block_type", None)
+    raw["embedding_config"]["model_type"] = hovle.EMBEDDING_TYPE
+    raw["llm_config"] |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"]}
+    return {
+        **raw,
+        "model_type": hovle.MODEL_TYPE,
+        "architectures": ["InternVLChatModel"],
+        "torch_dtype": _name(dtype),
+        "auto_map": {
+            "AutoConfig": f"{HOVLE_CODE}--configuration_internvl_chat.InternVLChatConfig",
+            "AutoModel": f"{HOVLE_CODE}--modeling_internvl_chat.InternVLChatModel",
+            "AutoModelForCausalLM": f"{HOVLE_CODE}--modeling_internvl_chat.InternVLChatModel",
+        },
+    }
+
+
+def released_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """The config of a published mmMamba; its architectures are plain strings, as published."""
+    raw = _base(checkpoint)
+    config = checkpoint.config
+    kinds = [released.NAMES[kind] for kind in config.layer_types]
+    first = config.num_embedding_layers
+    raw["embedding_config"] |= {
+        "model_type": released.EMBEDDING_TYPE,
+        "layers_block_type": kinds[:first],
+    }
+    raw["llm_config"] |= {
+        "model_type": released.LANGUAGE_TYPE,
+        "architectures": "mmMambaForCausalLM",
+        "layers_block_type": kinds[first:],
+    }
+    return {
+        **raw,
+        "model_type": released.MODEL_TYPE,
+        "architectures": "mmMambaChatModel",
+        "torch_dtype": _name(dtype),
+        "auto_map": {
+            "AutoConfig": f"{RELEASED_CODE}--configuration_mmMamba_chat.mmMambaChatConfig",
+            "AutoModel": f"{RELEASED_CODE}--modeling_mmMamba_chat.mmMambaChatModel",
+            "AutoModelForCausalLM": f"{RELEASED_CODE}--modeling_mmMamba_chat.mmMambaChatModel",
+        },
+    }
+
+
+def _base(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields both layouts share, to be changed."""
+    if checkpoint.raw_config.get("model_type") in (hovle.MODEL_TYPE, released.MODEL_TYPE):
+        return without_strangers(checkpoint.raw_config)
+    return _from_ours(checkpoint)
+
+
+def without_strangers(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a teacher's config, down to its parts, less `STRANGERS`."""
+    return {
+        key: without_strangers(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in raw.items()
+        if key not in STRANGERS
+    }
+
+
+def _from_ours(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    embedding, vision = config.embedding, config.vision_config
+    assert embedding is not None
+    assert vision is not None
+    processor = open_processor(checkpoint)
+    pictures: dict[str, Any] = {}
+    if isinstance(processor, HolisticVLMProcessor):
+        pictures = {
+            "template": processor.template,
+            "min_dynamic_patch": processor.min_tiles,
+            "max_dynamic_patch": processor.max_tiles,
+            "use_thumbnail": processor.use_thumbnail,
+        }
+    return {
+        "downsample_ratio": vision.downsample_ratio,
+        "force_image_size": vision.image_size,
+        "dynamic_image_size": True,
+        "normalize_encoder_output": config.normalize_embedding_output,
+        **pictures,
+        "embedding_config": {
+            **_stack(embedding, config),
+            "attention_bias": False,
+            "mlp_bias": False,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_channels": vision.num_channels,
+            "img_context_token_id": vision.image_token_id,
+            "llm_vocab_size": config.vocab_size,
+            "llm_hidden_size": config.hidden_size,
+            "pixel_shuffle_loc": vision.pixel_shuffle,
+            "special_token_maps": {},
+            "use_ls": False,
+            "use_pixel_shuffle_proj": True,
+        },
+        "llm_config": {
+            **_stack(config.language, config),
+            "bias": False,
+            "vocab_size": config.vocab_size,
+            "tie_word_embeddings": False,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        },
+    }
+
+
+def _stack(stack: StackConfig, config: HolisticVLMConfig) -> dict[str, Any]:
+    fields = asdict(stack)
+    return {
+        "hidden_size": config.hidden_size,
+        "hidden_act": "silu",
+        "num_hidden_layers": stack.num_layers,
+        "num_attention_heads": stack.num_heads,
+        "num_key_value_heads": stack.num_kv_heads,
+        **{
+            key: fields[key]
+            for key in (
+                "intermediate_size",
+                "rms_norm_eps",
+                "rope_theta",
+                "rope_scaling",
+                "max_position_embeddings",
+            )
+        },
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,133 @@
+"""What each format can hold, and how a checkpoint is written in it.
+
+A layout is a name table read backwards, a config, and a check that nothing is lost: options a
+format has no place for are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmmamba_cli.checkpoint import Checkpoint, hovle, released, stored_dtype
+from mmmamba_cli.checkpoint.rules import Rule, rename
+from mmmamba_cli.errors import CheckpointError, name_some
+from mmmamba_cli.export.foreign_config import hovle_config, released_config
+from mmmamba_cli.model import LINEAR, HolisticVLMConfig
+from mmmamba_cli.runs.importing import INHERITED_FIELDS
+
+BODY = "model.text_embedding.weight"
+LANGUAGE_TOKENS = "unused.language_token_embedding.weight"
+HUB, RELEASED, HOVLE = "hub", "mmmamba-hf", "hovle"
+FORMATS = (HUB, RELEASED, HOVLE)
+# What the published code computes; ours knows more.
+PUBLISHED_SCALINGS = ("dynamic", "linear")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint is written: `rules` read backwards, and the `config.json` (None: our own).
+
+    `dtype` gives what a tensor under our name is kept in.
+    """
+
+    name: str
+    rules: list[Rule]
+    config: dict[str, Any] | None
+    dtype: Callable[[str], torch.dtype]
+
+
+def layout_of(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Layout:
+    """How `checkpoint` is written in format `name`; `dtype` None keeps every tensor's.
+
+    Raises `CheckpointError` for an unknown format, or that names what the format cannot hold.
+    """
+    if name not in FORMATS:
+        raise CheckpointError(f"format {name!r} is not known, known are: {', '.join(FORMATS)}")
+    body = dtype or checkpoint.dtype(BODY)
+    if name == HUB:
+        rules = [rename(key, key, shape) for key, shape in checkpoint.shapes.items()]
+        return Layout(name, rules, None, lambda key: stored_dtype(key, body))
+    problems = list(_not_held(checkpoint.config, name))
+    if problems:
+        raise CheckpointError(
+            f"format {name} cannot hold {checkpoint.path}: it has no {'; no '.join(problems)}",
+            f"--format {HUB} holds everything",
+        )
+    raw = (hovle_config if name == HOVLE else released_config)(checkpoint, body)
+    _check_config(checkpoint, raw, name)
+    table = (hovle if name == HOVLE else released).rules(
+        raw, checkpoint.config, _written_names(checkpoint, raw)
+    )
+    _check_complete(checkpoint, table, name)
+    return Layout(name, table, raw, lambda key: dtype or checkpoint.dtype(key))
+
+
+def _not_held(config: HolisticVLMConfig, name: str) -> Iterator[str]:
+    """What the model has that HoVLE's layout, or the one derived from it, has no place for."""
+    if config.vision is None or config.embedding is None:
+        yield "place for a language model without vision"
+        return
+    mixer, linear = (
+        config.mixer_config,
+        [i for i, kind in enumerate(config.layer_types) if kind == LINEAR],
+    )
+    if name == HOVLE and linear:
+        yield f"linear layers, and layer {linear[0]} is one"
+    elif linear:
+        if mixer.conv_width != released.CONV_WIDTH:
+            yield f"convolution of width {mixer.conv_width} (mixer.conv_width), only of 2"
+        for option, what in (
+            ("d_skip", "D skip"),
+            ("qk_norm", "norm on q and k"),
+            ("rope", "RoPE inside the mixer"),
+        ):
+            if getattr(mixer, option):
+                yield f"{what} (mixer.{option})"
+    for where, stack in (("embedding", config.embedding), ("language", config.language)):
+        if stack.qkv_bias or stack.output_bias:
+            yield f"biases in attention ({where} stack)"
+        if stack.qk_norm:
+            yield f"norm on q and k ({where} stack)"
+        if stack.num_heads * stack.head_dim != config.hidden_size:
+            yield f"head size other than hidden size / heads ({where} stack)"
+        scaling = (stack.rope_scaling or {}).get("type")
+        if scaling not in (None, *PUBLISHED_SCALINGS):
+            yield f"RoPE scaling {scaling!r} ({where} stack)"
+
+
+def _check_config(checkpoint: Checkpoint, raw: Mapping[str, Any], name: str) -> None:
+    """What is written must read back as the model it is."""
+    read = (hovle if name == HOVLE else released).to_config(raw, "the exported config.json")
+    differing = [
+        field
+        for field in (*INHERITED_FIELDS, "layer_types")
+        if getattr(checkpoint.config, field) != getattr(read, field)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path}: its config.json and its source_config.json disagree on "
+            f"{name_some(differing)}",
+            "take both from the same product",
+        )
+
+
+def _written_names(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Collection[str] | None:
+    """None to write everything out; of a tied head, names without it where it is not needed."""
+    if not hovle.is_tied(raw) or LANGUAGE_TOKENS not in checkpoint:
+        return None
+    same = torch.equal(checkpoint.read(LANGUAGE_TOKENS), checkpoint.read("lm_head.weight"))
+    return () if same else None
+
+
+def _check_complete(checkpoint: Checkpoint, rules: list[Rule], name: str) -> None:
+    missing = [key for rule in rules for key in rule.ours if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path} lacks what format {name} keeps though no forward uses it: "
+            f"{name_some(missing)}",
+            f"export the run's product instead, or use --format {HUB}",
+        )

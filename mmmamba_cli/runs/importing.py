@@ -1,0 +1,179 @@
+"""Taking a student that was made elsewhere into a run: a published mmMamba, or a folder of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmmamba_cli.checkpoint import (
+    OWN,
+    Checkpoint,
+    TensorHasher,
+    check_finite,
+    checked_reader,
+    combined_hash,
+    hub_name,
+)
+from mmmamba_cli.errors import CheckpointError, RunError
+from mmmamba_cli.model import LINEAR, HolisticVLMConfig
+from mmmamba_cli.recipe import dump_recipe, load_recipe
+from mmmamba_cli.runs.manifest import MANIFEST, Manifest, Parent, read_manifest
+from mmmamba_cli.runs.product import Draft, write_product
+from mmmamba_cli.runs.run import Run, RunRecord, Teacher
+
+NAME = "imported"
+RECIPE = "mmmamba-linear"
+PRODUCT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# What of its config a student has from its teacher unchanged.
+INHERITED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "embedding",
+    "language",
+    "vision_config",
+    "normalize_embedding_output",
+)
+
+
+def import_student(
+    run: Run,
+    student: Checkpoint,
+    teacher: Checkpoint | None = None,
+    *,
+    name: str = NAME,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Write `student` into the run as product `name` and make it the current one.
+
+    The run is started if it is none yet; one that has a teacher keeps it. How far the student was
+    distilled is what the manifest beside it says; a published mmMamba was distilled end to end.
+    `dtype` None keeps the student's. `advance` is told of bytes as they are written.
+
+    Raises `CheckpointError` for a model whose layers are all attention, or that does not fit the
+    teacher; `RunError` if the teacher is not the run's, or the product exists and `overwrite` is
+    not given.
+    """
+    if LINEAR not in student.config.layer_types:
+        raise CheckpointError(
+            f"{student.path} is no student: all its layers are attention",
+            f"`mmmamba seed {student.path}` makes one of it",
+        )
+    if PRODUCT_NAME.fullmatch(name) is None:
+        raise RunError(
+            f"{name!r} cannot be a product's name", "use letters, digits, '.', '_' and '-'"
+        )
+    known = run.record.teacher if run.exists else None
+    if teacher is None and known is not None and Path(known.path).exists():
+        _check_fit(student, run.open_teacher())
+    if teacher is not None:
+        _check_fit(student, teacher)
+        found = _digest(teacher)
+        if known is not None and known.content_hash != found.content_hash:
+            raise RunError(
+                f"{teacher.path} is not the teacher of {run.folder}",
+                "leave out --teacher, or import into another --run",
+            )
+        known = known or found
+    before = _manifest_beside(student)
+    with TensorHasher() as hasher:
+        draft = Draft(
+            name=name,
+            made_by="import",
+            config=student.config,
+            shapes=student.shapes,
+            read=checked_reader(student, hasher),
+            origin=student,
+            dtype=dtype or student.dtype("model.text_embedding.weight"),
+            recipe=_plain_recipe(student.config) if before is None else before.recipe,
+            parents=lambda: (
+                Parent("origin", _place(student), hasher.result()),
+                *(() if known is None else (Parent("teacher", known.path, known.content_hash),)),
+            ),
+            **_progress(student, before),
+        )
+        manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
+    run.write_record(RunRecord(teacher=known, current=name))
+    return manifest
+
+
+def _check_fit(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Raise `CheckpointError` unless the student can have come from the teacher."""
+    if LINEAR in teacher.config.layer_types:
+        raise CheckpointError(
+            f"{teacher.path} is not a teacher: some of its layers are linear already",
+            "give the model the student was made from",
+        )
+    one, two = student.config, teacher.config
+    field = next((f for f in INHERITED_FIELDS if getattr(one, f) != getattr(two, f)), None)
+    if field is not None:
+        raise CheckpointError(
+            f"{student.path} was not made from {teacher.path}: {field} is {getattr(one, field)} in "
+            f"the one and {getattr(two, field)} in the other",
+            "give the model the student was made from, or leave out --teacher",
+        )
+
+
+def _digest(teacher: Checkpoint) -> Teacher:
+    """The teacher as a run keeps it: every tensor checked and hashed."""
+    with TensorHasher() as hasher:
+        for name in teacher.source.names:
+            tensor = teacher.source.read(name)
+            check_finite(tensor, name)
+            hasher.submit(name, tensor)
+        digests = hasher.digests()
+    return Teacher(
+        path=str(teacher.path.resolve()),
+        config=None,
+        arch=None,
+        content_hash=combined_hash(digests),
+        digests={name: digest.hex() for name, digest in digests.items()},
+    )
+
+
+def _manifest_beside(student: Checkpoint) -> Manifest | None:
+    """What made a folder of ours, if it says so."""
+    folder = student.path if student.path.is_dir() else student.path.parent
+    if student.model_type != OWN or not (folder / MANIFEST).is_file():
+        return None
+    return read_manifest(folder)
+
+
+def _progress(student: Checkpoint, before: Manifest | None) -> dict[str, Any]:
+    """How far the student has come, as fields of a `Draft`."""
+    if before is not None:
+        note = f"imported: product {before.name!r} of another run"
+        return {
+            "stages": before.stages,
+            "final": before.final,
+            "metrics": before.metrics,
+            "notes": (*before.notes, note),
+        }
+    if student.model_type == OWN:
+        return {"notes": ("imported without a manifest: how far it was distilled is not known",)}
+    stages = tuple(stage.name for stage in load_recipe(RECIPE).stages)
+    note = "imported: published as distilled end to end, which was not checked here"
+    return {"stages": stages, "final": True, "notes": (note,)}
+
+
+def _plain_recipe(config: HolisticVLMConfig) -> str:
+    """The paper's recipe with the student's own layers and mixer."""
+    options = config.mixer_config
+    overrides = {
+        "layers.attention": list(config.attention_layers),
+        "mixer.conv_width": options.conv_width,
+        "mixer.d_skip": options.d_skip,
+        "mixer.qk_norm": options.qk_norm,
+        "mixer.rope": options.rope,
+    }
+    return dump_recipe(load_recipe(RECIPE, (), overrides))
+
+
+def _place(checkpoint: Checkpoint) -> str:
+    """Where a checkpoint came from: its repository on the Hub, or its path."""
+    return hub_name(checkpoint.path) or str(checkpoint.path)

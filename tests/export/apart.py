@@ -1,0 +1,49 @@
+"""A Python process that has what an export asks for, and not this package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+# Without `site` no .pth file is read, so that an editable installation is not found either; a
+# plain one lies among the others and is refused.
+START = """
+import sys
+sys.path[:] = [p for p in sys.path if "site-packages" not in p and p] + {site!r}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("mmmamba_cli", "mmmamba_evals", "mmmamba_recipes"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Refuse())
+try:
+    import mmmamba_cli
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("mmmamba_cli is here")
+"""
+
+
+def run_apart(program: str, *words: object, home: Path) -> str:
+    """What `program` prints in such a process; `home` is an empty folder for its caches."""
+    paths = sysconfig.get_paths()
+    site = list(dict.fromkeys([paths["purelib"], paths["platlib"]]))
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", START.format(site=site) + program, *map(str, words)],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

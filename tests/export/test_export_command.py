@@ -1,0 +1,335 @@
+"""`mmmamba export`: all or nothing, a card that tells the truth, and pushing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from released_case import write_released
+from safetensors.torch import load_file, save_file
+from small_language_models import write, write_tokenizer
+from test_as_a_new_user import write_teacher
+from typer.testing import CliRunner
+
+from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.cli.app import app
+from mmmamba_cli.errors import CheckpointError, RunError
+from mmmamba_cli.export import Score, Story, export_checkpoint
+from mmmamba_cli.export.card import public_name, public_recipe
+from mmmamba_cli.runs import Run
+
+CASE = Path(__file__).parents[1] / "golden/hovle_pre"
+
+
+def mmmamba(*words: object) -> Any:
+    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a seeded student and a hybrid of it, neither trained."""
+    run = tmp_path / "secret-place/run"
+    mmmamba("seed", CASE.resolve(), "--run", run, "--dtype", "fp32", "--no-report")
+    mmmamba("hybridize", "--attn-layers", "2", "--run", run)
+    return run
+
+
+def test_json_says_what_was_written(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("--run", run, "--format", "hub", "--out", out, "--json")
+    done = mmmamba("export", *words)
+    found = json.loads(done.stdout)
+    assert found["format"] == "hub" and found["folder"] == str(out) and found["pushed"] is None
+    assert found["content_hash"] == Run(run).product("hybrid-2").content_hash
+    assert found["tensors"] == len(open_checkpoint(out).source.names)
+    assert found["nbytes"] == sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+    assert "never distilled end to end" in done.stderr and "no tokenizer" in done.stderr
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["content_hash"] == found["content_hash"] and manifest["dtype"] == "float32"
+    found = json.loads(mmmamba("export", *words, "--overwrite", "--dtype", "bf16").stdout)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["content_hash"] == found["content_hash"] and manifest["dtype"] == "bfloat16"
+
+
+def test_from_takes_another_product(run: Path, tmp_path: Path) -> None:
+    words = ("--run", run, "--format", "mmmamba-hf", "--from", "seed", "--out", tmp_path / "out")
+    mmmamba("export", *words)
+    assert open_checkpoint(tmp_path / "out").config.attention_layers == ()
+
+
+def test_what_is_there_stays_unless_told(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    words = ("--run", run, "--format", "hub", "--out", out)
+    with pytest.raises(CheckpointError, match=r"already exists .--overwrite replaces it"):
+        mmmamba("export", *words)
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    mmmamba("export", *words, "--overwrite")
+    assert not (out / "mine.txt").exists() and (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize("place", [".", "products", "products/hybrid-2"])
+def test_what_is_exported_is_never_written_over(run: Path, place: str) -> None:
+    words = ("--format", "hub", "--out", run / place, "--overwrite")
+    with pytest.raises(CheckpointError, match="holds what is being exported"):
+        mmmamba("export", "--run", run, *words)
+    assert (run / "products/hybrid-2/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("form", ["hub", "mmmamba-hf"])
+def test_a_failure_leaves_nothing(
+    run: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmmamba_cli.export import exporting
+
+    def fail(*_: Any) -> str:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(exporting, "card_text", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        mmmamba("export", "--run", run, "--format", form, "--out", tmp_path / "new/out")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_product_that_was_changed_is_refused(run: Path, tmp_path: Path) -> None:
+    file = run / "products/hybrid-2/model.safetensors"
+    state = load_file(file)
+    state["model.norm.weight"][0] += 1
+    save_file(state, file)
+    with pytest.raises(RunError, match="was changed since it was written"):
+        mmmamba("export", "--run", run, "--format", "mmmamba-hf", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_do_not_fit_the_dtype_are_refused(run: Path, tmp_path: Path) -> None:
+    state = load_file(run / "products/seed/model.safetensors")
+    state["model.norm.weight"][0] = 1e6
+    save_file(state, run / "products/seed/model.safetensors")
+    words = ("--model", run / "products/seed", "--format", "mmmamba-hf", "--out", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="do not fit into float16"):
+        mmmamba("export", *words, "--dtype", "fp16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (("--from", "seed", "--model", CASE), RunError, "--from and --model exclude each other"),
+        (("--from", "none"), RunError, "has no product 'none'"),
+        (("--dtype", "int3"), CheckpointError, "dtype 'int3' is not known"),
+        (("--push", "nameless"), CheckpointError, "'nameless' is no repository"),
+        (("--push", "a/b@c"), CheckpointError, "'a/b@c' is no repository"),
+    ],
+)
+def test_mistakes_are_named(
+    run: Path, tmp_path: Path, words: tuple[object, ...], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        mmmamba("export", "--run", run, "--format", "hub", "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+# The card.
+
+
+def card(run: Path, out: Path, *words: object) -> str:
+    mmmamba("export", "--run", run, "--format", "hub", "--out", out, "--overwrite", *words)
+    return (out / "README.md").read_text()
+
+
+def test_the_card_tells_lineage_recipe_and_what_was_not_done(run: Path, tmp_path: Path) -> None:
+    text = card(run, tmp_path / "out")
+    manifests = Run(run).products()
+    for name in ("seed", "hybrid-2"):
+        assert f"- {name}: " in text and manifests[name].content_hash[:12] in text
+    teacher = Run(run).teacher
+    assert f"- teacher: hovle_pre (`{teacher.content_hash[:12]}`)" in text
+    assert "**This model was never distilled end to end**" in text and "Stages done: none" in text
+    assert "  attention: 2\n" in text and "conv_width: 2" in text
+    assert "attention in layers 0, 2 of 5" in text
+    assert "license" not in text and "\n## Scores" not in text
+    assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
+
+
+def test_the_card_takes_a_licence_and_a_title(run: Path, tmp_path: Path) -> None:
+    text = card(run, tmp_path / "out", "--license", "apache-2.0", "--title", "My model")
+    assert "\nlicense: apache-2.0\n" in text and "\n# My model\n" in text
+
+
+@pytest.mark.parametrize("licence", ["mit\nbad: 1", "a: b", "", "-"])
+def test_a_licence_that_would_break_the_card_is_refused(
+    run: Path, tmp_path: Path, licence: str
+) -> None:
+    with pytest.raises(CheckpointError, match="is no name of a licence"):
+        card(run, tmp_path / "out", "--license", licence)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["pictures", "words"])
+def test_nothing_says_where_it_was_made(tmp_path: Path, kind: str) -> None:
+    """Of the hub folder, every text but the code and the vocabulary."""
+    place = tmp_path / "secret-place"
+    if kind == "pictures":
+        write_teacher(place / "teacher")
+        teacher = place / "teacher/hovle.ckpt"
+    else:
+        write(place / "teacher", "Llama", {})
+        write_tokenizer(place / "teacher")
+        teacher = place / "teacher"
+    raw = json.loads((place / "teacher/config.json").read_text())
+    raw["_name_or_path"] = str(place)
+    (place / "teacher/config.json").write_text(json.dumps(raw))
+    mmmamba("seed", teacher, "--run", place / "run", "--no-report")
+    text = card(place / "run", tmp_path / "out")
+    assert "teacher: " in text
+    for file in (tmp_path / "out").iterdir():
+        if file.suffix in (".json", ".md", ".jinja"):
+            text = file.read_text()
+            assert "secret-place" not in text and str(tmp_path) not in text, file
+
+
+def test_names_are_shortened_and_repositories_kept() -> None:
+    assert public_name("/home/someone/models/hovle.ckpt") == "hovle.ckpt"
+    assert public_name("~/models/hovle") == "hovle" and public_name("../x/y") == "y"
+    cached = "/c/hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
+    assert public_name(cached) == "some/model@0123456789ab"
+    assert public_name("some/model") == "some/model"
+    assert public_name("--out=/home/someone/x") == "--out=x"
+    text = "teacher: /home/someone/hovle\ndata:\n  train: ~/secret/train.jsonl\nlr: 1e-3\n"
+    assert public_recipe(text) == "teacher: hovle\ndata:\n  train: train.jsonl\nlr: 1e-3\n"
+
+
+def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None:
+    from mmmamba_cli.evaluate.result import DataPart, ModelPart, Result, RulePart, json_text
+
+    def write(name: str, content_hash: str, value: float) -> None:
+        part = RulePart(
+            rule="kit",
+            scoring="yes-no",
+            metric="accuracy",
+            metrics={"accuracy": value},
+            intervals={"accuracy": (value - 1, value + 1)},
+            counts={},
+            categories={},
+        )
+        result = Result(
+            suite="pope",
+            title="POPE",
+            version=1,
+            suite_digest="0",
+            data=DataPart(file="POPE.tsv", sha256="0", rows=20, used=10),
+            model=ModelPart(name=name, content_hash=content_hash),
+            settings={},
+            rules=(part,),
+            seed=0,
+            versions={},
+        )
+        (run / "evals" / name).mkdir(parents=True)
+        (run / "evals" / name / "result.json").write_text(json_text(result))
+
+    write("hybrid-2", Run(run).product("hybrid-2").content_hash, 85.25)
+    write("seed", Run(run).product("seed").content_hash, 11.5)
+    text = card(run, tmp_path / "out")
+    row = "| POPE | kit | accuracy | 85.25 (84.25 to 86.25) | the first 10 |"
+    assert row in text and "11.5" not in text and "95% intervals" in text
+
+
+def test_a_final_product_is_not_called_untrained(tmp_path: Path) -> None:
+    folder = write_released(tmp_path / "in", CASE, "linear")
+    mmmamba("import", folder, "--run", tmp_path / "run")
+    text = card(tmp_path / "run", tmp_path / "out")
+    assert "never distilled" not in text and "published as distilled end to end" in text
+    assert "A linear model: Mamba-2 in all 5 layers" in text and "- origin: in (" in text
+    found = export_checkpoint(
+        open_checkpoint(folder),
+        "mmmamba-hf",
+        tmp_path / "direct",
+        story=Story(scores=(Score("MME", "kit", "total", 1300.0, 14),)),
+    )
+    text = (found.folder / "README.md").read_text()
+    assert "published as distilled end to end, which was not checked" in text
+    assert "| MME | kit | total | 1300 | 14 |" in text and "intervals" not in text
+
+
+# Pushing.
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """huggingface_hub's functions as far as pushing needs them; `error` is raised by the upload."""
+    import huggingface_hub
+
+    asked: dict[str, Any] = {"error": None}
+
+    def create_repo(repository: str, **options: Any) -> str:
+        asked["made"] = (repository, options)
+        return f"address of {repository}"
+
+    def upload_folder(**options: Any) -> None:
+        if asked["error"] is not None:
+            raise asked["error"]
+        asked["sent"] = options
+        asked["files"] = sorted(file.name for file in Path(options["folder_path"]).iterdir())
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    return asked
+
+
+def push(run: Path, out: Path, *words: object) -> Any:
+    options = ("--format", "hub", "--push", "someone/model", "--json")
+    return mmmamba("export", "--run", run, "--out", out, *options, *words)
+
+
+def test_a_push_sends_the_whole_folder(run: Path, tmp_path: Path, hub: dict[str, Any]) -> None:
+    done = push(run, tmp_path / "out", "--private")
+    assert hub["made"] == ("someone/model", {"private": True, "exist_ok": True})
+    assert hub["sent"]["repo_id"] == "someone/model"
+    assert hub["files"] == sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert json.loads(done.stdout)["pushed"] == "address of someone/model"
+    assert "hf_secret" not in done.output + str(hub["sent"])
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("LocalTokenNotFoundError", None, "was not pushed: there is no token .log in"),
+        ("HfHubHTTPError", 403, "does not let you write to someone/model"),
+        ("RepositoryNotFoundError", 401, "does not let you write to someone/model"),
+        ("HfHubHTTPError", 500, "could not be written to .status 500"),
+        ("OfflineModeIsEnabled", None, "could not be written to .OfflineModeIsEnabled"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence_and_no_token(
+    run: Path, tmp_path: Path, hub: dict[str, Any], name: str, status: int | None, said: str
+) -> None:
+    from types import SimpleNamespace
+
+    from huggingface_hub import errors
+
+    kind = getattr(errors, name)
+    error = kind.__new__(kind)
+    error.args = ("Authorization: Bearer hf_secret",)
+    if status is not None:
+        error.response = SimpleNamespace(status_code=status)
+    hub["error"] = error
+    with pytest.raises(CheckpointError, match=said) as raised:
+        push(run, tmp_path / "out")
+    assert "hf_secret" not in str(raised.value)
+    assert (tmp_path / "out/config.json").is_file()
+
+
+def test_progress_and_plain_words(run: Path, tmp_path: Path) -> None:
+    done = mmmamba("export", "--run", run, "--format", "hub", "--out", tmp_path / "out")
+    size = sum(t.nbytes for t in load_file(tmp_path / "out/model.safetensors").values())
+    assert f"exporting: {size}/{size} B" in done.stderr
+    assert done.stdout.startswith(f"{len(load_file(tmp_path / 'out/model.safetensors'))} tensors")
+    assert torch.float32 in {
+        t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()
+    }

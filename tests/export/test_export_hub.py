@@ -1,0 +1,255 @@
+"""The `hub` format in a process that has transformers and not this package: the same answers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from apart import run_apart
+from PIL import Image
+from released_case import write_released
+from safetensors.torch import load_file
+from small_language_models import write, write_tokenizer
+from test_as_a_new_user import write_teacher
+from typer.testing import CliRunner
+
+import mmmamba_cli
+from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.cli.app import app
+from mmmamba_cli.export.bundle import bundled_files
+from mmmamba_cli.runs import Run, open_processor
+
+# Says what a model answers, and keeps its logits: to words, and to words about a picture.
+ASK = """
+def ask(model, processor, picture, out):
+    import json, torch
+    from safetensors.torch import save_file
+    torch.set_num_threads(1)
+    kept, said = {}, []
+    questions = [("Hello there", [])]
+    if picture is not None:
+        questions.append(("<image>\\nWhat is this?", [picture]))
+    for index, (question, pictures) in enumerate(questions):
+        batch = processor.chat(question, pictures)
+        with torch.no_grad():
+            kept[f"logits.{index}"] = model(**batch).logits
+            tokens = model.generate(**batch, max_new_tokens=8, do_sample=False)
+        kept[f"tokens.{index}"] = tokens
+        said.append(processor.tokenizer.decode(tokens[0], skip_special_tokens=True))
+    save_file(kept, out)
+    print(json.dumps(said))
+"""
+THERE = (
+    ASK
+    + """
+from transformers import AutoProcessor, {auto}
+name, picture, out = sys.argv[1:]
+model = {auto}.from_pretrained(name, trust_remote_code=True, dtype="auto")
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+assert type(processor).__module__.startswith("transformers_modules.")
+assert not any(key.startswith("mmmamba_cli") for key in sys.modules)
+ask(model.eval(), processor, picture or None, out)
+"""
+)
+PICTURES, WORDS = "AutoModelForImageTextToText", "AutoModelForCausalLM"
+
+
+def mmmamba(*words: object) -> Any:
+    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "picture.png"
+    Image.linear_gradient("L").resize((90, 60)).save(file)
+    return file
+
+
+def hub_of(source: Path, work: Path, *seeding: str) -> tuple[Path, Path]:
+    """A product that is a hybrid, in fp32, and its export."""
+    run = work / "run"
+    mmmamba("seed", source, "--run", run, "--dtype", "fp32", "--no-report", *seeding)
+    mmmamba("hybridize", "--attn-layers", "2", "--run", run)
+    mmmamba("export", "--run", run, "--format", "hub", "--out", work / "hub")
+    return run / "products/hybrid-2", work / "hub"
+
+
+def assert_same_answers(
+    product: Path, name: Path | str, picture: Path | None, work: Path, home: Path, auto: str
+) -> None:
+    """In a process apart, `name` says just what the product says here."""
+    home.mkdir(exist_ok=True)
+    there = work / "there.safetensors"
+    said = run_apart(THERE.replace("{auto}", auto), name, picture or "", there, home=home)
+    checkpoint = open_checkpoint(product)
+    here = work / "here.safetensors"
+    scope: dict[str, Any] = {"print": lambda text: said_here.append(text)}
+    said_here: list[str] = []
+    exec(ASK, scope)
+    scope["ask"](mmmamba_cli.load(str(product)), open_processor(checkpoint), picture, here)
+    one, two = load_file(here), load_file(there)
+    assert set(one) == set(two) and len(one) == (2 if picture is None else 4)
+    for key, tensor in one.items():
+        assert torch.equal(tensor, two[key]), key
+    assert json.loads(said.strip().splitlines()[-1]) == json.loads(said_here[0])
+
+
+@pytest.mark.parametrize("shuffle", ["pre", "post"])
+def test_a_hybrid_answers_the_same_apart(tmp_path: Path, picture: Path, shuffle: str) -> None:
+    folder = write_teacher(tmp_path / "teacher")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["embedding_config"]["pixel_shuffle_loc"] = shuffle
+    (folder / "config.json").write_text(json.dumps(raw))
+    product, hub = hub_of(folder / "hovle.ckpt", tmp_path, "--set", "mixer.d_skip=true")
+    assert_same_answers(product, hub, picture, tmp_path, tmp_path / "home", PICTURES)
+
+
+def test_from_the_hubs_cache_by_name(tmp_path: Path, picture: Path) -> None:
+    """As a repository: transformers then fetches the code file by file."""
+    folder = write_teacher(tmp_path / "teacher")
+    product, hub = hub_of(folder / "hovle.ckpt", tmp_path)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "home/hf/hub/models--someone--my.model-1"
+    shutil.copytree(hub, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    assert_same_answers(
+        product, "someone/my.model-1", picture, tmp_path, tmp_path / "home", PICTURES
+    )
+
+
+@pytest.mark.parametrize("tokenizer", ["fast", "internlm2"])
+def test_a_language_model_answers_the_same_apart(tmp_path: Path, tokenizer: str) -> None:
+    teacher = tmp_path / "teacher"
+    if tokenizer == "fast":
+        write(teacher, "Qwen3", {"head_dim": 16})
+        write_tokenizer(teacher)
+    else:
+        write_internlm2(teacher)
+    product, hub = hub_of(teacher, tmp_path)
+    assert_same_answers(product, hub, None, tmp_path, tmp_path / "home", WORDS)
+
+
+def write_internlm2(folder: Path) -> None:
+    """A random InternLM2 with the SentencePiece tokenizer of the tests."""
+    from safetensors.torch import save_file
+    from small_checkpoint import SMALL_MODEL
+
+    from mmmamba_cli.checkpoint import language_models
+
+    folder.mkdir()
+    raw = {
+        "model_type": "internlm2",
+        "vocab_size": 535,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bias": False,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(shape, generator=rng) / 6
+        for rule in language_models.rules(raw, language_models.to_config(raw))
+        for name, shape in rule.foreign.items()
+    }
+    save_file(state, folder / "model.safetensors")
+    shutil.copy(SMALL_MODEL, folder / "tokenizer.model")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+
+@torch.no_grad()
+def test_golden_logits_apart(golden_case: Path, tmp_path: Path) -> None:
+    """A published model as a hub export, without a tokenizer, against the reference's logits."""
+    folder = write_released(tmp_path / "in", golden_case, "hybrid")
+    mmmamba("export", "--model", folder, "--format", "hub", "--out", tmp_path / "hub")
+    program = """
+import torch
+from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+golden = load_file(sys.argv[2])
+with torch.no_grad():
+    logits = model.eval()(golden["input.input_ids"], golden["input.pixel_values"]).logits
+save_file({"logits": logits}, sys.argv[3])
+"""
+    (tmp_path / "home").mkdir()
+    out, golden_file = tmp_path / "out.safetensors", golden_case / "golden.safetensors"
+    run_apart(program, tmp_path / "hub", golden_file, out, home=tmp_path / "home")
+    logits, golden = load_file(out)["logits"], load_file(golden_file)
+    expected = golden["stage3.hybrid.logits"]
+    assert (logits - expected).norm() <= 1e-4 * expected.norm()
+    torch.set_num_threads(1)
+    model = mmmamba_cli.load(str(folder))
+    assert torch.equal(
+        logits, model(golden["input.input_ids"], golden["input.pixel_values"]).logits
+    )
+
+
+def test_it_is_a_checkpoint_of_ours_too(tmp_path: Path) -> None:
+    """Loaded here our code reads it, unasked; what is made of it promises no code."""
+    folder = write_teacher(tmp_path / "teacher")
+    product, hub = hub_of(folder / "hovle.ckpt", tmp_path)
+    assert open_checkpoint(hub).source.content_hash() == (
+        open_checkpoint(product).source.content_hash()
+    )
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    assert type(AutoProcessor.from_pretrained(hub)).__module__.startswith("mmmamba_cli.")
+    model = AutoModelForImageTextToText.from_pretrained(hub)
+    assert type(model).__module__.startswith("mmmamba_cli.")
+    mmmamba("import", hub, "--run", tmp_path / "again")
+    manifest = Run(tmp_path / "again").product("imported")
+    assert not manifest.final and manifest.attention_layers == (0, 4)
+    for file in (tmp_path / "again/products/imported").glob("*.json"):
+        assert "auto_map" not in file.read_text(), file
+    assert not list((tmp_path / "again/products/imported").glob("*.py"))
+
+
+def test_the_bundle_is_whole_and_asks_for_little() -> None:
+    files = bundled_files()
+    asked = set()
+    for name, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                wanted = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all(f"{module}.py" in files for module in wanted), (name, wanted)
+            elif isinstance(node, ast.ImportFrom):
+                asked.add(str(node.module).partition(".")[0])
+            elif isinstance(node, ast.Import):
+                asked |= {alias.name.partition(".")[0] for alias in node.names}
+    allowed = {"torch", "transformers", "numpy", "PIL", "sentencepiece", "jinja2"}
+    assert asked - sys.stdlib_module_names <= allowed
+    assert "modeling_mmmamba.py" in files and "processing_mmmamba_text.py" in files
+
+
+@pytest.mark.parametrize("line", ["import triton", "    from einops import rearrange"])
+def test_code_that_asks_for_more_is_our_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """Anywhere, since transformers looks for imports in functions too."""
+    (tmp_path / "odd_module.py").write_text(f"def run():\n    pass\n{line}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"odd_module imports .*, which exported code may not"):
+        bundled_files({"odd_module": "odd"})
