@@ -17,7 +17,18 @@ from mmmamba_cli.plugins import entry_points
 # --help, so each imports its library room inside the function that needs it.
 # Other packages add theirs with entry points; so does ours with what is no part of the pipeline.
 PLUGINS = "mmmamba.commands"
-COMMANDS = ("seed", "distill", "hybridize", "eval", "import", "export", "data", "status", "recipe")
+COMMANDS = (
+    "seed",
+    "distill",
+    "hybridize",
+    "eval",
+    "profile",
+    "import",
+    "export",
+    "data",
+    "status",
+    "recipe",
+)
 
 # Plain help: brackets, as in stages[1].lr, are not markup, and rich need not be imported for it.
 MARKUP = None

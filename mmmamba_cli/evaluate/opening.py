@@ -91,7 +91,7 @@ def open_model(
             f"{checkpoint.path} has no tokenizer, so it cannot be asked anything",
             "put the teacher's tokenizer.model there, or seed again with --tokenizer FILE",
         )
-    chosen = _device(device)
+    chosen = pick_device(device)
     wanted = (
         (torch.bfloat16 if chosen.type == "cuda" else torch.float32) if dtype == "auto" else dtype
     )
@@ -112,7 +112,7 @@ def open_model(
     return HolisticEvalModel(model, processor, identity)
 
 
-def _device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

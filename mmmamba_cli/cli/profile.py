@@ -1,0 +1,215 @@
+"""`mmmamba profile`: what a token costs in time and memory, beside the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmmamba_cli.cli.console import err, out, print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
+from mmmamba_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from mmmamba_cli.profiling import Plan, Profile, Subject
+    from mmmamba_cli.profiling.weights import WeightStore
+
+FOLDER = "profile"
+UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def command(
+    run: RunFolder = DEFAULT_RUN,
+    product: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            metavar="PRODUCT",
+            help="Product of the run; else the newest of each layer plan. May be repeated.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        bool | None,
+        typer.Option(
+            "--teacher/--no-teacher",
+            help="Measure the teacher too, its cache concatenated and static; so unless --model.",
+        ),
+    ] = None,
+    teacher_path: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
+    ] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Any checkpoint, in the run's place. May be repeated."),
+    ] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="An architecture with random weights, as hovle-2.6b."),
+    ] = None,
+    attn_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="With --random: students with N attention layers; else 0 and a quarter.",
+        ),
+    ] = None,
+    contexts: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="Tokens, as 512,8k,1m; the device's if not given."),
+    ] = None,
+    prefill: Annotated[
+        bool,
+        typer.Option("--prefill/--no-prefill", help="Measure the reading of the context too."),
+    ] = True,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens read at a time; as suits each model if not given."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Tokens timed for each model and context.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="SECONDS", help="Stop measuring then; 30 on a CPU, none on CUDA."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; the best there is if not given.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of random weights, caches and tokens.")] = 0,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Where the files go; else the run's profile, or ./profile."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure prefill, next token and memory over context lengths.
+
+    All models in one run, in turns, once their caches are found right. What does not fit is told.
+    """
+    lengths = None if contexts is None else _lengths(contexts)
+    counts = None if attn_layers is None else _counts(attn_layers)
+    if random is not None and (model or product or teacher_path):
+        raise DataError(
+            "--random has its own teacher and students",
+            "leave out --model, --from and --teacher-path",
+        )
+    if counts is not None and random is None:
+        raise DataError("--attn-layers needs --random NAME", "hybridize makes a run's hybrids")
+
+    from mmmamba_cli.profiling import default_plan, random_subjects, weight_store, write_profile
+
+    store = weight_store(device, dtype)
+    if random is not None:
+        subjects = random_subjects(store, random, counts, teacher=teacher is not False, seed=seed)
+    else:
+        subjects = _subjects(store, run, product or (), teacher, teacher_path, model or ())
+    default = default_plan(store.device)
+    plan = replace(
+        default,
+        contexts=lengths or default.contexts,
+        batch=batch,
+        repeats=repeats or default.repeats,
+        prefill=prefill,
+        prefill_chunk=prefill_chunk,
+        budget=budget or default.budget,
+        seed=seed,
+    )
+    found = _profile(subjects, plan)
+    own = random is None and (not model or bool(product))
+    files = write_profile(found, folder or (run / FOLDER if own else Path(FOLDER)))
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        _say(found)
+    _say_files(files)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """`512,8k,1m` as numbers, each once, ascending."""
+    found = set()
+    for part in text.split(","):
+        word = part.strip().lower()
+        number, unit = (word[:-1], word[-1]) if word[-1:] in ("k", "m") else (word, "")
+        if not (number.isascii() and number.isdigit()) or int(number) < 1:
+            raise DataError(
+                f"--contexts: {part.strip()!r} is no length",
+                "give numbers of tokens, as in --contexts 512,8k,1m, where 8k is 8192",
+            )
+        found.add(int(number) * UNITS[unit])
+    return tuple(sorted(found))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    words = [part.strip() for part in text.split(",")]
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise DataError(
+            f"--attn-layers is {text!r}, expected numbers of layers", "as in --attn-layers 0,4,8"
+        )
+    return tuple(int(word) for word in words)
+
+
+def _subjects(
+    store: WeightStore,
+    run: Path,
+    products: Sequence[str],
+    teacher: bool | None,
+    teacher_path: Path | None,
+    models: Sequence[Path],
+) -> list[Subject]:
+    """Of a run, of paths, or of both where both are named."""
+    from mmmamba_cli.profiling import path_subjects, run_subjects
+    from mmmamba_cli.profiling.opening import run_teacher
+
+    moved = teacher_path is not None
+    found: list[Subject] = []
+    if not models or products:
+        wanted = True if moved else False if models and teacher is None else teacher
+        found = run_subjects(store, run, products, teacher=wanted, teacher_path=teacher_path)
+    elif teacher or moved:
+        found = run_teacher(store, run, teacher_path)
+    return [*found, *path_subjects(store, models)]
+
+
+def _profile(subjects: Sequence[Subject], plan: Plan) -> Profile:
+    from mmmamba_cli.profiling import Watch, profile
+
+    def say(text: str) -> None:
+        err().print(text, markup=False, highlight=False, soft_wrap=True)
+
+    turns = plan.turns * (2 if plan.prefill else 1) * len(plan.contexts) * len(subjects)
+    with progress("profiling", turns, "turns") as advance:
+        return profile(subjects, plan, watch=Watch(say=say, advance=advance))
+
+
+def _say(found: Profile) -> None:
+    from mmmamba_cli.profiling import report
+
+    for title, heading, rows in report.tables(found):
+        print_table(heading, rows, title=title, right=heading)
+        out().print()
+    lines = [f"Compared: {found.compared}.", report.gate_line(found)]
+    for line in (*lines, *(f"Note: {note}." for note in found.notes)):
+        out().print(line, markup=False, highlight=False, soft_wrap=True)
+    for remark in report.remarks(found):
+        print_warning(remark)
+
+
+def _say_files(files: Sequence[Path]) -> None:
+    from mmmamba_cli.profiling.picture import PIP
+    from mmmamba_cli.profiling.result import PICTURE
+
+    for file in files:
+        err().print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+    if not any(file.name == PICTURE for file in files):
+        print_warning(f"no {PICTURE}: it is drawn with matplotlib; {PIP}")

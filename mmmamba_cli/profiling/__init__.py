@@ -1,0 +1,34 @@
+"""Profiling: what a token costs, in time and memory, against the teacher and its context."""
+
+from mmmamba_cli.profiling.contract import About, Decoder, OutOfMemory, Subject
+from mmmamba_cli.profiling.gate import WrongDecoder
+from mmmamba_cli.profiling.measuring import Plan, Watch, measure
+from mmmamba_cli.profiling.opening import (
+    path_subjects,
+    random_subjects,
+    run_subjects,
+    weight_store,
+)
+from mmmamba_cli.profiling.profiling import default_plan, profile, write_profile
+from mmmamba_cli.profiling.result import Measurement, Profile, read_profile
+
+__all__ = [
+    "About",
+    "Decoder",
+    "Measurement",
+    "OutOfMemory",
+    "Plan",
+    "Profile",
+    "Subject",
+    "Watch",
+    "WrongDecoder",
+    "default_plan",
+    "measure",
+    "path_subjects",
+    "profile",
+    "random_subjects",
+    "read_profile",
+    "run_subjects",
+    "weight_store",
+    "write_profile",
+]

@@ -1,0 +1,358 @@
+"""The order in which things are measured, and what becomes of those that do not fit.
+
+Rounds lie outermost, then contexts, then subjects, and the first subject is another one in every
+turn: what drifts, as a clock that heats up, touches all alike. Decoding comes before prefill,
+because it is the question, and cheap: its cache is filled, not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mmmamba_cli.profiling.contract import Decoder, OutOfMemory, Subject
+from mmmamba_cli.profiling.instruments import Instruments, instruments_of, or_out_of_memory
+from mmmamba_cli.profiling.result import (
+    DECODE,
+    MEASURED,
+    OUT_OF_MEMORY,
+    OVER_BUDGET,
+    PREFILL,
+    TOO_LONG,
+    Measurement,
+    Memory,
+    Status,
+    Task,
+    summarised,
+)
+
+# Share of the budget that decoding may have, if a prefill is to follow.
+DECODE_SHARE = 0.5
+# Columns of the prefill that warms a model up and says how fast it is.
+WARM_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `repeats` are tokens for each context and subject, spread over `rounds`.
+
+    A prefill is measured once a round. `budget` is in seconds, None for as long as it takes.
+    """
+
+    contexts: tuple[int, ...]
+    batch: int = 1
+    repeats: int = 12
+    rounds: int = 3
+    # Tokens decoded before the first that is timed, in every turn.
+    warm_up: int = 3
+    prefill: bool = True
+    # Columns that a prefill reads at a time; None is as suits each model.
+    prefill_chunk: int | None = None
+    # Whether each length is read once before it is timed, as a GPU's allocator wants it.
+    warm_prefill: bool = False
+    budget: float | None = None
+    seed: int = 0
+
+    @property
+    def turns(self) -> int:
+        return max(1, min(self.rounds, self.repeats))
+
+    @property
+    def repeats_a_turn(self) -> int:
+        return -(-self.repeats // self.turns)
+
+
+@dataclass
+class Watch:
+    """What the caller hears of progress; each may do nothing."""
+
+    say: Callable[[str], None] = lambda text: None
+    advance: Callable[[int], None] = lambda more: None
+
+
+@dataclass
+class Loaded:
+    """Decoders that are in memory, by the subject's name."""
+
+    decoders: dict[str, Decoder] = field(default_factory=dict)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    # From when a subject fitted only without the others: they take turns in memory.
+    crowded: bool = False
+
+    def get(self, subject: Subject) -> Decoder:
+        """The subject's decoder, built if need be. Raises `OutOfMemory`."""
+        if self.crowded:
+            self.keep_only(subject)
+        if subject.name not in self.decoders:
+            decoder = or_out_of_memory(subject.build)
+            self.decoders[subject.name] = decoder
+            self.weight_bytes[subject.name] = decoder.weight_bytes
+        return self.decoders[subject.name]
+
+    def keep_only(self, subject: Subject) -> bool:
+        """Let go of the others; whether there were any."""
+        others = [name for name in self.decoders if name != subject.name]
+        for name in others:
+            del self.decoders[name]
+        return bool(others)
+
+
+@dataclass
+class _Record:
+    """A measurement in the making."""
+
+    status: Status = MEASURED
+    rounds: list[tuple[float, ...]] = field(default_factory=list)
+    memory: Memory | None = None
+    alone: bool = False
+    note: str = ""
+    # How long the last turn took, everything included.
+    cost: float = 0.0
+
+
+def measure(
+    subjects: Sequence[Subject],
+    plan: Plan,
+    instruments: Instruments | None = None,
+    watch: Watch | None = None,
+    loaded: Loaded | None = None,
+) -> list[Measurement]:
+    """Everything the plan asks for, in the order task, context, subject.
+
+    What does not fit the device's memory or the budget is a measurement too, and its `status` says
+    which; the same subject's longer contexts are then not tried. `loaded` holds decoders that are
+    there already, as the gate's. Other errors are not caught.
+    """
+    bench = _Bench(subjects, plan, instruments, watch or Watch(), loaded or Loaded())
+    return bench.run()
+
+
+class _Bench:
+    def __init__(
+        self,
+        subjects: Sequence[Subject],
+        plan: Plan,
+        instruments: Instruments | None,
+        watch: Watch,
+        loaded: Loaded,
+    ):
+        self.subjects, self.plan, self.watch, self.loaded = subjects, plan, watch, loaded
+        self._instruments = instruments
+        self.records: dict[tuple[Task, int, str], _Record] = {}
+        # Seconds a column, from the prefill that warms a subject up.
+        self.rates: dict[str, float] = {}
+        self.rng = torch.Generator().manual_seed(plan.seed)
+
+    def run(self) -> list[Measurement]:
+        plan = self.plan
+        tasks: tuple[Task, ...] = (DECODE, PREFILL) if plan.prefill else (DECODE,)
+        began = None if self._instruments is None else self._instruments.now()
+        for task in tasks:
+            share = DECODE_SHARE if plan.prefill and task == DECODE else 1.0
+            for round_ in range(plan.turns):
+                for place, context in enumerate(sorted(plan.contexts)):
+                    shift = (round_ + place) % len(self.subjects)
+                    for subject in (*self.subjects[shift:], *self.subjects[:shift]):
+                        if began is None:
+                            began = self.instruments(subject).now()
+                        self._turn(subject, task, context, round_, began, share)
+                        self.watch.advance(1)
+        return [
+            self._measurement(task, context, subject.name)
+            for task in tasks
+            for context in sorted(plan.contexts)
+            for subject in self.subjects
+        ]
+
+    def instruments(self, subject: Subject) -> Instruments:
+        """Those given, else those of the device that the first subject was loaded to."""
+        if self._instruments is None:
+            self._instruments = instruments_of(self.loaded.get(subject).device)
+        return self._instruments
+
+    def _turn(
+        self, subject: Subject, task: Task, context: int, round_: int, began: float, share: float
+    ) -> None:
+        """Measure a subject once at one context, or note why not."""
+        record = self.records.setdefault((task, context, subject.name), _Record())
+        if round_ == 0:
+            record.status, record.note = self._barred(subject.name, task, context)
+        if record.status != MEASURED:
+            return
+        meter = self.instruments(subject)
+        if task == PREFILL:
+            self._warm(subject, meter)
+        begin = meter.now()
+        if self.plan.budget is not None:
+            ahead = self._predicted(subject, task, context)
+            if begin - began + ahead > share * self.plan.budget:
+                if not record.rounds:
+                    record.status = OVER_BUDGET
+                    record.note = f"about {ahead:.1f} s more would have passed the budget"
+                return
+        try:
+            self._measure_or_alone(subject, task, context, round_, record)
+        except OutOfMemory as error:
+            # A later round may find less room than the first did; what was measured stays.
+            if not record.rounds:
+                record.status, record.note = OUT_OF_MEMORY, str(error)
+        record.cost = meter.now() - begin
+
+    def _barred(self, name: str, task: Task, context: int) -> tuple[Status, str]:
+        """Whether a shorter context has shown that this one is not to be tried."""
+        for (other_task, other, other_name), record in self.records.items():
+            if (other_task, other_name) == (task, name) and other < context:
+                if record.status in (OUT_OF_MEMORY, TOO_LONG):
+                    return TOO_LONG, ""
+                if record.status == OVER_BUDGET:
+                    return OVER_BUDGET, "as a shorter one was"
+        return MEASURED, ""
+
+    def _warm(self, subject: Subject, meter: Instruments) -> None:
+        """Read a short prompt twice, once for each subject: the first is cold, the second timed."""
+        if subject.name in self.rates:
+            return
+        self.rates[subject.name] = 0.0
+
+        def read_twice() -> float:
+            decoder = self.loaded.get(subject)
+            ids = decoder.prompt(self.plan.batch, WARM_COLUMNS, self.rng)
+
+            def read() -> None:
+                decoder.start(self.plan.batch, WARM_COLUMNS)
+                decoder.read(ids)
+
+            read()
+            seconds = meter.seconds(read)
+            decoder.stop()
+            return seconds / WARM_COLUMNS
+
+        try:
+            self.rates[subject.name] = or_out_of_memory(read_twice)
+        except OutOfMemory:
+            # Then the prompts that are asked for will not fit either, and that is said there.
+            self._clean(subject)
+
+    def _predicted(self, subject: Subject, task: Task, context: int) -> float:
+        """Seconds that a turn will take, by what shorter or earlier ones took."""
+        own = self.records[task, context, subject.name]
+        if own.rounds:
+            return own.cost
+        before = [
+            (other, record.cost)
+            for (other_task, other, name), record in self.records.items()
+            if (other_task, name) == (task, subject.name) and record.rounds and other < context
+        ]
+        if before:
+            shorter, cost = max(before)
+            growth = 2 if task == PREFILL and subject.about.attention_layers else 1
+            return cost * (context / shorter) ** growth
+        return self.rates.get(subject.name, 0.0) * context if task == PREFILL else 0.0
+
+    def _measure_or_alone(
+        self, subject: Subject, task: Task, context: int, round_: int, record: _Record
+    ) -> None:
+        """Measure; where memory does not suffice, once more without the other models."""
+        try:
+            self._measure(subject, task, context, round_, record)
+            return
+        except OutOfMemory as error:
+            first = str(error)
+        self._clean(subject)
+        if not self.loaded.keep_only(subject):
+            raise OutOfMemory(first)
+        self._clean(subject)
+        try:
+            self._measure(subject, task, context, round_, record)
+        except OutOfMemory as error:
+            first = str(error)
+        else:
+            self.loaded.crowded = record.alone = True
+            return
+        self._clean(subject)
+        raise OutOfMemory(first)
+
+    def _clean(self, subject: Subject) -> None:
+        decoder = self.loaded.decoders.get(subject.name)
+        if decoder is not None:
+            decoder.stop()
+        if self._instruments is not None:
+            self._instruments.clean()
+
+    def _measure(
+        self, subject: Subject, task: Task, context: int, round_: int, record: _Record
+    ) -> None:
+        decoder = self.loaded.get(subject)
+        work = self._decode if task == DECODE else self._prefill
+        seconds, memory = or_out_of_memory(lambda: work(subject, decoder, context, round_ == 0))
+        record.rounds.append(seconds)
+        if record.memory is None or memory.total > record.memory.total:
+            record.memory = memory
+
+    def _decode(
+        self, subject: Subject, decoder: Decoder, context: int, first: bool
+    ) -> tuple[tuple[float, ...], Memory]:
+        """Tokens after `context` others: forward and greedy choice, each timed by itself."""
+        plan, meter = self.plan, self.instruments(subject)
+        steps = plan.warm_up + plan.repeats_a_turn
+        before = meter.allocated()
+        decoder.start(plan.batch, context + steps)
+        decoder.fill(plan.batch, context, self.rng)
+        ids = decoder.prompt(plan.batch, 1, self.rng)
+        meter.reset_peak()
+
+        def step() -> None:
+            nonlocal ids
+            ids = decoder.step(ids).argmax(-1, keepdim=True)
+
+        for _ in range(plan.warm_up):
+            step()
+        seconds = tuple(meter.seconds(step) for _ in range(plan.repeats_a_turn))
+        return seconds, self._memory(meter, decoder, before)
+
+    def _prefill(
+        self, subject: Subject, decoder: Decoder, context: int, first: bool
+    ) -> tuple[tuple[float, ...], Memory]:
+        """Reading `context` tokens into an empty cache, up to the logits after the last."""
+        plan, meter = self.plan, self.instruments(subject)
+        ids = decoder.prompt(plan.batch, context, self.rng)
+        before = meter.allocated()
+        if first and plan.warm_prefill:
+            decoder.start(plan.batch, context)
+            decoder.read(ids, plan.prefill_chunk)
+            decoder.stop()
+        meter.reset_peak()
+
+        def read() -> None:
+            decoder.start(plan.batch, context)
+            decoder.read(ids, plan.prefill_chunk)
+
+        seconds = (meter.seconds(read),)
+        return seconds, self._memory(meter, decoder, before)
+
+    def _memory(self, meter: Instruments, decoder: Decoder, before: int | None) -> Memory:
+        """As `result.Memory` tells; afterwards the decoder holds no cache."""
+        peak = meter.peak()
+        weights, cache = decoder.weight_bytes, decoder.cache_bytes
+        decoder.stop()
+        if peak is None or before is None:
+            return Memory(weights=weights, cache=cache)
+        return Memory(weights=weights, cache=cache, peak=weights + peak - before)
+
+    def _measurement(self, task: Task, context: int, name: str) -> Measurement:
+        record = self.records[task, context, name]
+        median, quartiles = summarised(record.rounds) if record.rounds else (None, None)
+        return Measurement(
+            subject=name,
+            task=task,
+            context=context,
+            status=record.status,
+            rounds=tuple(record.rounds),
+            memory=record.memory,
+            alone=record.alone,
+            note=record.note,
+            median=median,
+            quartiles=quartiles,
+        )

@@ -1,0 +1,232 @@
+"""Subjects: products of a run and its teacher, any checkpoint, architectures without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmmamba_cli.checkpoint import Checkpoint, hovle, open_checkpoint, parse_dtype
+from mmmamba_cli.errors import DataError, RunError
+from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.profiling.contract import (
+    AS_SHIPPED,
+    GROWING,
+    STATIC,
+    STUDENT,
+    TUNED,
+    About,
+    Subject,
+)
+from mmmamba_cli.profiling.decoding import CachedDecoder
+from mmmamba_cli.profiling.instruments import pick_device
+from mmmamba_cli.profiling.weights import WeightStore
+from mmmamba_cli.recipe import place
+from mmmamba_cli.recipe.problems import join_or, nearest
+from mmmamba_cli.runs import Manifest, Run
+
+# A quarter of the layers, as the paper's hybrid.
+HYBRID_SHARE = 4
+PLACEMENT = "head-interleaved"
+
+_SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def architectures() -> dict[str, dict[str, Any]]:
+    """Configs by name, for `random_subjects`: HoVLE as published, and one for a laptop."""
+    large = hovle.ARCHITECTURES["hovle-2.6b"]
+    small = {**large, "force_image_size": 224}
+    small["embedding_config"] = {
+        **large["embedding_config"],
+        **_SMALL,
+        "num_hidden_layers": 2,
+        "image_size": 224,
+        "img_context_token_id": 2046,
+        "llm_vocab_size": 2048,
+        "llm_hidden_size": 256,
+    }
+    small["llm_config"] = {
+        **large["llm_config"],
+        **_SMALL,
+        "num_hidden_layers": 6,
+        "vocab_size": 2048,
+    }
+    return {"hovle-2.6b": large, "hovle-8m": small}
+
+
+def weight_store(device: str | None = None, dtype: str = "auto") -> WeightStore:
+    """Where subjects of one profile are loaded to; dtype "auto" is bf16 on CUDA, fp32 on a CPU.
+
+    Raises `CheckpointError` for a device or dtype that is not known or not there.
+    """
+    chosen = pick_device(device)
+    automatic = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    return WeightStore(chosen, automatic if dtype == "auto" else parse_dtype(dtype))
+
+
+def teacher_subjects(store: WeightStore, checkpoint: Checkpoint, known: str = "") -> list[Subject]:
+    """The two baselines: a checkpoint's model with its cache concatenated, and held in place."""
+
+    def load() -> HolisticVLM:
+        return store.load(checkpoint)
+
+    config, where = checkpoint.config, str(checkpoint.path)
+    return [
+        _subject(AS_SHIPPED, AS_SHIPPED, GROWING, config, load, where, content_hash=known or None),
+        _subject(TUNED, TUNED, STATIC, config, load, where, content_hash=known or None),
+    ]
+
+
+def run_subjects(
+    store: WeightStore,
+    folder: Path,
+    products: Sequence[str] = (),
+    *,
+    teacher: bool | None = None,
+    teacher_path: Path | None = None,
+) -> list[Subject]:
+    """A run's teacher, both ways, and products; without names the newest of each layer plan.
+
+    `teacher` None is as the run has one: students may be imported without. Raises `RunError` for
+    a product that is not there, or a teacher that has moved.
+    """
+    run = Run(folder)
+    has_teacher = run.record.teacher is not None
+    named = [run.product(name) for name in dict.fromkeys(products)] or _newest(run)
+    found: list[Subject] = []
+    if has_teacher if teacher is None else teacher:
+        found += run_teacher(store, folder, teacher_path)
+    for manifest in named:
+        checkpoint = run.open_product(manifest.name)
+        found.append(
+            _subject(
+                manifest.name,
+                STUDENT,
+                STATIC,
+                checkpoint.config,
+                lambda checkpoint=checkpoint: store.load(checkpoint),
+                str(checkpoint.path),
+                content_hash=manifest.content_hash,
+                final=manifest.final,
+            )
+        )
+    return found
+
+
+def run_teacher(store: WeightStore, folder: Path, moved_to: Path | None = None) -> list[Subject]:
+    """The two baselines of a run. Raises `RunError` if its teacher is not there, or never was."""
+    run = Run(folder)
+    known = run.teacher.content_hash
+    return teacher_subjects(store, run.open_teacher(moved_to), known)
+
+
+def path_subjects(store: WeightStore, paths: Iterable[Path]) -> list[Subject]:
+    """Any checkpoints, with static caches. Raises `CheckpointError`."""
+    found: list[Subject] = []
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        name = path.resolve().stem if path.is_file() else path.resolve().name
+        found.append(
+            _subject(
+                name,
+                STUDENT,
+                STATIC,
+                checkpoint.config,
+                lambda checkpoint=checkpoint: store.load(checkpoint),
+                str(path),
+            )
+        )
+    return found
+
+
+def random_subjects(
+    store: WeightStore,
+    name: str,
+    attention: Sequence[int] | None = None,
+    *,
+    teacher: bool = True,
+    seed: int = 0,
+) -> list[Subject]:
+    """An architecture without weights: its teacher, and a student for each count of attention.
+
+    None is the linear student and the one with a quarter of the layers. Raises `DataError` for a
+    name that is not known, `RecipeError` for more attention than there are layers.
+    """
+    known = architectures()
+    if name not in known:
+        raise DataError(
+            f"no architecture is called {name}: give {join_or(sorted(known))}{nearest(name, known)}"
+        )
+    full = hovle.to_config(known[name], f"architecture {name}")
+    layers = full.num_hidden_layers
+    counts = (0, layers // HYBRID_SHARE) if attention is None else dict.fromkeys(attention)
+    plans = [(AS_SHIPPED, AS_SHIPPED, GROWING, full), (TUNED, TUNED, STATIC, full)]
+    plans = plans if teacher else []
+    for count in counts:
+        kept = place(PLACEMENT, count, layers)
+        title = "linear" if count == 0 else f"hybrid-{count}"
+        plans.append((title, STUDENT, STATIC, _with_attention(full, kept)))
+    return [
+        _subject(
+            title,
+            role,
+            cache,
+            config,
+            lambda config=config: store.random(config, name, seed),
+            "random",
+        )
+        for title, role, cache, config in plans
+    ]
+
+
+def check_names(subjects: Sequence[Subject]) -> None:
+    """Raise `DataError` if two of them have one name, under which results stand."""
+    names = [subject.name for subject in subjects]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"more than one model is called {', '.join(twice)}, and numbers stand under that name",
+            "profile them one after the other, with different --out, or rename a folder",
+        )
+
+
+def _subject(
+    name: str,
+    role: str,
+    cache: str,
+    config: HolisticVLMConfig,
+    load: Any,
+    weights: str,
+    *,
+    content_hash: str | None = None,
+    final: bool | None = None,
+) -> Subject:
+    kept, total = config.attention_layers, config.num_hidden_layers
+    kind = f"hybrid ({len(kept)} attention)"
+    if not kept or len(kept) == total:
+        kind = "all attention" if kept else "linear"
+    about = About(role, cache, kind, kept, total, weights, content_hash, final)
+    return Subject(name, about, lambda: CachedDecoder(load(), cache))
+
+
+def _with_attention(full: HolisticVLMConfig, kept: Sequence[int]) -> HolisticVLMConfig:
+    config = HolisticVLMConfig.from_dict(full.to_dict())
+    config.layer_types = [
+        kind if layer in kept else LINEAR for layer, kind in enumerate(full.layer_types)
+    ]
+    return config
+
+
+def _newest(run: Run) -> list[Manifest]:
+    """The newest product of each layer plan: the others are as fast. Raises `RunError` if none."""
+    plans = {manifest.attention_layers: manifest for manifest in run.products().values()}
+    if not plans:
+        raise RunError(f"{run.folder} has no product yet", "mmmamba seed makes the first")
+    return sorted(plans.values(), key=lambda manifest: len(manifest.attention_layers))

@@ -1,0 +1,123 @@
+"""Decoders and instruments whose times and memory are planted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.profiling import About, OutOfMemory, Subject
+from mmmamba_cli.profiling.contract import STATIC, STUDENT
+
+VOCABULARY = 16
+
+
+@dataclass
+class Bench:
+    """Instruments: work takes as long as the decoder that does it says."""
+
+    clock: float = 0.0
+    held: int = 0
+    highest: int = 0
+    # (subject, task, context) in the order in which they were measured.
+    turns: list[tuple[str, str, int]] = field(default_factory=list)
+    has_gauge: bool = True
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        begin = self.clock
+        work()
+        return self.clock - begin
+
+    def now(self) -> float:
+        return self.clock
+
+    def allocated(self) -> int | None:
+        return self.held if self.has_gauge else None
+
+    def reset_peak(self) -> None:
+        self.highest = self.held
+
+    def peak(self) -> int | None:
+        return self.highest if self.has_gauge else None
+
+    def clean(self) -> None:
+        pass
+
+    def take(self, size: int) -> None:
+        self.held += size
+        self.highest = max(self.highest, self.held)
+
+
+@dataclass
+class StandIn:
+    """A decoder that costs `step_seconds(context)` a token and `read_seconds(columns)` a prompt."""
+
+    name: str
+    bench: Bench
+    step_seconds: Callable[[int], float] = lambda context: 1.0
+    read_seconds: Callable[[int], float] = lambda columns: 1.0
+    weight_bytes: int = 1000
+    cache_bytes: int = 0
+    # Contexts from here on do not fit.
+    too_long: int = 10**9
+    # Bytes that a step holds beside weights and cache.
+    transient: int = 7
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    context: int = 0
+    others: Mapping[str, StandIn] = field(default_factory=dict)
+    # Added to every logit that comes out of the cache.
+    error: float = 0.0
+
+    def prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
+        return torch.randint(0, VOCABULARY, (batch, length), generator=rng)
+
+    def start(self, batch: int, columns: int) -> None:
+        self.stop()
+
+    def _grow(self, columns: int) -> None:
+        self.context += columns
+        if self.context >= self.too_long:
+            raise OutOfMemory(f"{self.context} columns are too many")
+        self.bench.take(10 * columns)
+        self.cache_bytes += 10 * columns
+
+    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+        self._grow(ids.shape[1])
+        self.bench.clock += self.read_seconds(ids.shape[1])
+        if ids.shape[1] != 128:
+            self.bench.turns.append((self.name, "prefill", ids.shape[1]))
+        return self._logits(ids[:, -1])
+
+    def fill(self, batch: int, columns: int, rng: torch.Generator) -> None:
+        self._grow(columns)
+        self.bench.turns.append((self.name, "decode", columns))
+        self.filled = columns
+
+    def step(self, ids: Tensor) -> Tensor:
+        self.bench.take(self.transient)
+        self.bench.held -= self.transient
+        self.bench.clock += self.step_seconds(self.context)
+        return self._logits(ids[:, -1])
+
+    def stop(self) -> None:
+        self.bench.held -= self.cache_bytes
+        self.cache_bytes = self.context = 0
+
+    def without_cache(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(ids, VOCABULARY).float()
+
+    def ways(self) -> Mapping[str, StandIn]:
+        return self.others
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(ids, VOCABULARY).float() + self.error
+
+
+def subject_of(
+    decoder: StandIn, role: str = STUDENT, attention: tuple[int, ...] = (), cache: str = STATIC
+) -> Subject:
+    about = About(role, cache, "hybrid" if attention else "linear", attention, 8, "planted")
+    return Subject(decoder.name, about, lambda: decoder)

@@ -1,0 +1,193 @@
+"""`mmmamba profile` as it is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ended import Command
+
+from mmmamba_cli.cli import profile as module
+from mmmamba_cli.profiling import OutOfMemory, default_plan, read_profile
+from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED
+
+QUICK = ("--contexts", "16,32", "--repeats", 2)
+
+
+def test_a_run_its_teacher_and_its_products(
+    mmmamba: Command, profiled_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(profiled_run, run)
+    done = mmmamba("profile", "--run", run, *QUICK)
+    assert done.code == 0, done.err
+    lines = [line.split() for line in done.out.splitlines()]
+    heading = "context teacher as shipped teacher with a static cache seed hybrid-2"
+    assert heading.split() in lines
+    assert (
+        "Compared: seed (0 of 8 layers attention), hybrid-2 (2 of 8 layers attention)" in done.out
+    )
+    assert "allowed 0.0001: green." in done.out
+    assert "never distilled end to end: seed, hybrid-2; speed does not depend on it" in done.out
+    assert "memory is counted, weights and cache" in done.out
+    assert f"wrote {run / 'profile' / 'profile.png'}" in done.err
+    found = read_profile(run / "profile" / "profile.json")
+    manifest = json.loads((run / "products/seed/manifest.json").read_text())
+    student = next(one for one in found.subjects if one.name == "seed")
+    assert (student.content_hash, student.final) == (manifest["content_hash"], False)
+    assert found.command.startswith("mmmamba profile --run")
+    assert found.plan.contexts == (16, 32)
+
+
+def test_json_is_the_file(mmmamba: Command, profiled_run: Path, tmp_path: Path) -> None:
+    words = ["--run", profiled_run, "--from", "seed", "--no-teacher", "--no-prefill"]
+    done = mmmamba("profile", *words, *QUICK, "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == json.loads((tmp_path / "profile.json").read_text())
+    found = read_profile(tmp_path / "profile.json")
+    assert [one.name for one in found.subjects] == ["seed"]
+    assert {one.task for one in found.measurements} == {"decode"}
+    assert not (profiled_run / "profile").exists()
+
+
+def test_any_checkpoint_in_the_runs_place(
+    mmmamba: Command, hovle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = mmmamba("profile", "--model", hovle_folder, *QUICK)
+    assert done.code == 0, done.err
+    assert "against no teacher" in done.out
+    found = read_profile(tmp_path / "profile" / "profile.json")
+    assert [(one.name, one.kind) for one in found.subjects] == [("hovle", "all attention")]
+
+
+def test_a_checkpoint_beside_the_runs_teacher_and_a_product(
+    mmmamba: Command, profiled_run: Path, hovle_folder: Path, tmp_path: Path
+) -> None:
+    words = ["--run", profiled_run, "--model", hovle_folder, "--out", tmp_path, "--no-prefill"]
+    assert mmmamba("profile", *words, *QUICK, "--teacher").code == 0
+    found = read_profile(tmp_path / "profile.json")
+    assert [one.name for one in found.subjects] == [AS_SHIPPED, TUNED, "hovle"]
+    assert mmmamba("profile", *words, *QUICK, "--from", "seed").code == 0
+    found = read_profile(tmp_path / "profile.json")
+    assert [one.name for one in found.subjects] == ["seed", "hovle"]
+
+
+def test_an_architecture_without_weights(mmmamba: Command, tmp_path: Path) -> None:
+    words = ["--random", "hovle-8m", "--attn-layers", "0,4", "--no-prefill", "--dtype", "bf16"]
+    done = mmmamba("profile", *words, *QUICK, "--batch", 2, "--out", tmp_path)
+    assert done.code == 0, done.err
+    found = read_profile(tmp_path / "profile.json")
+    assert [one.name for one in found.subjects] == [AS_SHIPPED, TUNED, "linear", "hybrid-4"]
+    assert found.subjects[3].attention_layers == (0, 2, 4, 6)
+    assert {one.weights for one in found.subjects} == {"random"}
+    assert (found.dtype, found.plan.batch) == ("bfloat16", 2)
+
+
+def test_defaults_suit_a_cpu_and_take_less_than_a_minute(mmmamba: Command, tmp_path: Path) -> None:
+    plan = default_plan(torch.device("cpu"))
+    assert (plan.contexts, plan.budget) == ((1024, 2048, 4096, 8192), 30)
+    begin = time.monotonic()
+    done = mmmamba("profile", "--random", "hovle-8m", "--no-prefill", "--out", tmp_path)
+    assert done.code == 0, done.err
+    assert time.monotonic() - begin < 60
+    found = read_profile(tmp_path / "profile.json")
+    assert (found.plan.contexts, found.plan.budget) == (plan.contexts, 30)
+    assert all(one.median for one in found.measurements)
+
+
+def test_over_budget_is_said(mmmamba: Command, tmp_path: Path) -> None:
+    words = ["--random", "hovle-8m", "--contexts", "16,256k", "--budget", 3, "--no-teacher"]
+    done = mmmamba("profile", *words, "--attn-layers", 0, "--repeats", 1, "--out", tmp_path)
+    assert done.code == 0, done.err
+    found = read_profile(tmp_path / "profile.json")
+    last = found.find("linear", "prefill", 262144)
+    assert last is not None
+    assert last.status == "skipped: over budget"
+    assert "over budget" in done.out
+    assert "warning: --budget SECONDS allows more time" in done.err
+
+
+def test_out_of_memory_is_a_row_and_exit_0(
+    mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmmamba_cli.profiling.decoding import CachedDecoder
+
+    fill = CachedDecoder.fill
+
+    def full(self: CachedDecoder, batch: int, columns: int, rng: object) -> None:
+        if columns > 20 and self.kind == "growing":
+            raise OutOfMemory("no room")
+        fill(self, batch, columns, rng)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CachedDecoder, "fill", full)
+    words = ["--random", "hovle-8m", "--no-prefill", "--out", tmp_path]
+    done = mmmamba("profile", *words, "--contexts", "16,32,64", "--repeats", 1)
+    assert done.code == 0, done.err
+    found = read_profile(tmp_path / "profile.json")
+    statuses = [found.find(AS_SHIPPED, "decode", n) for n in (16, 32, 64)]
+    assert [one.status for one in statuses if one] == [
+        "measured",
+        "out of memory",
+        "skipped: a shorter one was out of memory",
+    ]
+    row = next(line for line in done.out.splitlines() if line.lstrip().startswith("32 "))
+    assert "out of memory" in row
+    assert "teacher as shipped, next token at 32: out of memory (no room)" in done.err
+    assert len([one for one in found.ratios if one.context == 32]) == 2
+
+
+def test_a_missing_matplotlib_is_said_with_the_pip_line(
+    mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = ["--random", "hovle-8m", "--attn-layers", 0, "--no-teacher", "--no-prefill"]
+    done = mmmamba("profile", *words, *QUICK, "--out", tmp_path)
+    assert done.code == 0
+    assert "pip install 'mmmamba[tracking]'" in done.err
+    assert not (tmp_path / "profile.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--contexts", "1k,3x"], "--contexts: '3x' is no length (give numbers of tokens"),
+        (["--contexts", "0"], "--contexts: '0' is no length"),
+        (["--contexts", ""], "--contexts: '' is no length"),
+        (["--random", "hovle-2b"], "no architecture is called hovle-2b: give hovle-2.6b or hovle-"),
+        (["--random", "hovle-8m", "--attn-layers", "9"], "is 9, must be from 0 to 8"),
+        (["--random", "hovle-8m", "--attn-layers", "a"], "--attn-layers is 'a', expected numbers"),
+        (["--attn-layers", "4"], "--attn-layers needs --random NAME"),
+        (["--random", "hovle-8m", "--from", "seed"], "--random has its own teacher and students"),
+        (["--from", "none"], "has no product 'none', it has: seed, hybrid-2"),
+        (["--device", "tpu9"], "device 'tpu9' is not known"),
+        (["--device", "meta"], "device 'meta' cannot be profiled"),
+        (["--dtype", "fp7"], "dtype 'fp7' is not known"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--teacher-path", "nowhere"], "is no longer at nowhere"),
+    ],
+)
+def test_mistakes_are_sentences(
+    mmmamba: Command, profiled_run: Path, words: list[str], sentence: str
+) -> None:
+    done = mmmamba("profile", "--run", profiled_run, *words)
+    assert done.code == 2
+    assert sentence in done.err
+    assert done.err.count("\n") == 1
+    assert not (profiled_run / "profile").exists()
+
+
+def test_a_run_that_is_none(mmmamba: Command, tmp_path: Path) -> None:
+    done = mmmamba("profile", "--run", tmp_path / "none")
+    assert done.code == 2
+    assert "is not a run" in done.err
+
+
+def test_lengths() -> None:
+    assert module._lengths("8K, 512,1m,512") == (512, 8192, 2**20)
