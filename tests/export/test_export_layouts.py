@@ -273,6 +273,8 @@ def test_the_tokenizer_reads_back_the_same(tmp_path: Path, form: str, kept_confi
     assert one.config.mixer_config == two.config.mixer_config
     settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "InternLM2Tokenizer"
+    listed = {token["content"]: int(i) for i, token in settings["added_tokens_decoder"].items()}
+    assert listed == before.tokenizer.get_added_vocab()
 
 
 def test_a_teachers_tokenizer_files_are_copied(tmp_path: Path) -> None:
