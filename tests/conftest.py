@@ -1,13 +1,17 @@
-"""What every test may use: the golden cases, and small random models of any layer plan."""
+"""What every test may use: the golden cases, small random models, the command in-process."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ended import Command, Done
+
+from mmmamba_cli.cli import main
 
 GOLDEN = Path(os.environ.get("MMMAMBA_GOLDEN", Path(__file__).parent / "golden"))
 
@@ -49,3 +53,18 @@ def hovle_ckpt(hovle_folder: Path) -> Path:
     config = json.loads((hovle_folder / "config.json").read_text())
     (file.parent / "config.json").write_text(json.dumps(config))
     return file
+
+
+@pytest.fixture
+def mmmamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command, `mmmamba("eval", "--suite", "mme")`; paths may be given as they are."""
+
+    def run(*words: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["mmmamba", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        found = capsys.readouterr()
+        return Done(int(ended.value.code or 0), found.out, found.err)
+
+    return run

@@ -3,7 +3,12 @@
 from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_bytes, atomic_write_text
 from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
 from mmmamba_cli.checkpoint.hub import hub_name, is_hub_id
-from mmmamba_cli.checkpoint.loading import default_generation_config, load_model, parse_dtype
+from mmmamba_cli.checkpoint.loading import (
+    default_generation_config,
+    load_model,
+    parse_dtype,
+    pick_device,
+)
 from mmmamba_cli.checkpoint.opened import (
     OWN,
     SOURCE_CONFIG,
@@ -41,6 +46,7 @@ __all__ = [
     "open_checkpoint",
     "open_source",
     "parse_dtype",
+    "pick_device",
     "stored_dtype",
     "tensor_plan",
 ]

@@ -51,6 +51,22 @@ def load_model(
     return model.eval()
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; CUDA where there is one, if None. `CheckpointError` if it is not
+    there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CheckpointError(f"device {name!r} is not known", "give cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"device {name!r} cannot be used", "give cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"device {name} is not there", "leave out --device, or give cpu")
+    return device
+
+
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """A floating dtype from torch's name or ours (bf16, fp16, fp32). Raises `CheckpointError`."""
     if isinstance(name, torch.dtype):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.console import print_json
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder, Sets
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Device, Overwrite, RunFolder, Sets
 
 if TYPE_CHECKING:
     from mmmamba_cli.recipe import Recipe
@@ -50,9 +50,7 @@ def command(
     teacher: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the best there is if not given.")
-    ] = None,
+    device: Device = None,
     force: Annotated[
         bool, typer.Option("--force", help="Resume although settings have changed.")
     ] = False,

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.console import err, print_json, print_table, print_warning, progress
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
+from mmmamba_cli.cli.options import (
+    DEFAULT_RUN,
+    AsJson,
+    Device,
+    DType,
+    FromCurrent,
+    Models,
+    RunFolder,
+    TeacherPath,
+)
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,20 +35,12 @@ def command(
         str, typer.Option(metavar="NAME,...", help="Suites; with --with, tasks of that kit.")
     ],
     run: RunFolder = DEFAULT_RUN,
-    product: Annotated[
-        str | None,
-        typer.Option("--from", metavar="PRODUCT", help="Product of the run; else the current one."),
-    ] = None,
-    model: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="Any checkpoint, in the run's place. May be repeated."),
-    ] = None,
+    product: FromCurrent = None,
+    model: Models = None,
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Ask the run's teacher too, and tell retention.")
     ] = False,
-    teacher_path: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
-    ] = None,
+    teacher_path: TeacherPath = None,
     predictions: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Score these answers (.tsv, .jsonl, .xlsx); no model."),
@@ -69,12 +70,8 @@ def command(
     rule: Annotated[
         str | None, typer.Option(metavar="NAME", help="Score by this rule only.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the best there is if not given.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")
-    ] = "auto",
+    device: Device = None,
+    dtype: DType = "auto",
     seed: Annotated[int, typer.Option(help="Of the error estimates.")] = 0,
     kit: Annotated[
         str | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmmamba_cli.cli.console import print_json, print_warning, progress
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromCurrent, Overwrite, RunFolder
 from mmmamba_cli.errors import RunError
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ def command(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
     run: RunFolder = DEFAULT_RUN,
-    product: Annotated[
-        str | None,
-        typer.Option("--from", metavar="PRODUCT", help="Product of the run; else the current one."),
-    ] = None,
+    product: FromCurrent = None,
     model: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Any checkpoint, in the run's place; or OWNER/NAME."),

@@ -23,4 +23,19 @@ RunFolder = Annotated[
     typer.Option("--run", envvar="MMMAMBA_RUN", metavar="DIR", help="Run directory."),
 ]
 DEFAULT_RUN = Path("runs/default")
+Models = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--model", metavar="PATH", help="Any checkpoint, in the run's place. May be repeated."
+    ),
+]
+TeacherPath = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
+]
+FromCurrent = Annotated[
+    str | None,
+    typer.Option("--from", metavar="PRODUCT", help="Product of the run; else the current one."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")]
+DType = Annotated[str, typer.Option(help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

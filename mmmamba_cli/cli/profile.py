@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmmamba_cli.cli.console import err, out, print_json, print_table, print_warning, progress
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
+from mmmamba_cli.cli.options import (
+    DEFAULT_RUN,
+    AsJson,
+    Device,
+    DType,
+    Models,
+    RunFolder,
+    TeacherPath,
+)
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,13 +46,8 @@ def command(
             help="Measure the teacher too, its cache concatenated and static; so unless --model.",
         ),
     ] = None,
-    teacher_path: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
-    ] = None,
-    model: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="Any checkpoint, in the run's place. May be repeated."),
-    ] = None,
+    teacher_path: TeacherPath = None,
+    model: Models = None,
     random: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="An architecture with random weights, as hovle-2.6b."),
@@ -75,15 +78,11 @@ def command(
     budget: Annotated[
         float | None,
         typer.Option(
-            min=1, metavar="SECONDS", help="Stop measuring then; 30 on a CPU, none on CUDA."
+            min=1, metavar="SECONDS", help="Stop measuring then; 35 on a CPU, none on CUDA."
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the best there is if not given.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")
-    ] = "auto",
+    device: Device = None,
+    dtype: DType = "auto",
     seed: Annotated[int, typer.Option(help="Of random weights, caches and tokens.")] = 0,
     folder: Annotated[
         Path | None,

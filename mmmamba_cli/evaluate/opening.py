@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import Checkpoint, load_model, open_checkpoint, parse_dtype
+from mmmamba_cli.checkpoint import (
+    Checkpoint,
+    load_model,
+    open_checkpoint,
+    parse_dtype,
+    pick_device,
+)
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.evaluate.contract import Identity
 from mmmamba_cli.evaluate.holistic import HolisticEvalModel
@@ -110,18 +116,6 @@ def open_model(
     )
     model = load_model(checkpoint.path, device=chosen, dtype=kept, checkpoint=checkpoint)
     return HolisticEvalModel(model, processor, identity)
-
-
-def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CheckpointError(f"device {name!r} is not known", "give cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError(f"device {name} is not there", "leave out --device, or give cpu")
-    return device
 
 
 def _digest(settings: dict[str, Any]) -> str:

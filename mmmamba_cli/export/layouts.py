@@ -71,10 +71,8 @@ def _not_held(config: HolisticVLMConfig, name: str) -> Iterator[str]:
     if config.vision is None or config.embedding is None:
         yield "place for a language model without vision"
         return
-    mixer, linear = (
-        config.mixer_config,
-        [i for i, kind in enumerate(config.layer_types) if kind == LINEAR],
-    )
+    mixer = config.mixer_config
+    linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR]
     if name == HOVLE and linear:
         yield f"linear layers, and layer {linear[0]} is one"
     elif linear:

@@ -11,7 +11,6 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.profiling.contract import OutOfMemory
 
 Result = TypeVar("Result")
@@ -103,21 +102,6 @@ class CUDAInstruments:
 
 def instruments_of(device: torch.device) -> Instruments:
     return CUDAInstruments(device) if device.type == "cuda" else CPUInstruments()
-
-
-def pick_device(name: str | None) -> torch.device:
-    """CUDA where there is one, if no name is given. Raises `CheckpointError`."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CheckpointError(f"device {name!r} is not known", "give cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CheckpointError(f"device {name!r} cannot be profiled", "give cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CheckpointError(f"device {name} is not there", "leave out --device, or give cpu")
-    return device
 
 
 def device_name(device: torch.device) -> str:

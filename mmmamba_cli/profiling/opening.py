@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import Checkpoint, hovle, open_checkpoint, parse_dtype
+from mmmamba_cli.checkpoint import Checkpoint, hovle, open_checkpoint, parse_dtype, pick_device
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.contract import (
@@ -21,7 +21,6 @@ from mmmamba_cli.profiling.contract import (
     Subject,
 )
 from mmmamba_cli.profiling.decoding import CachedDecoder
-from mmmamba_cli.profiling.instruments import pick_device
 from mmmamba_cli.profiling.weights import WeightStore
 from mmmamba_cli.recipe import place
 from mmmamba_cli.recipe.problems import join_or, nearest

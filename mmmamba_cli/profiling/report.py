@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from mmmamba_cli.errors import name_some
 from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED
 from mmmamba_cli.profiling.result import (
     DECODE,
@@ -47,15 +48,15 @@ def remarks(profile: Profile) -> list[str]:
     for one in profile.measurements:
         if one.status != MEASURED and one.note:
             found.append(f"{_place(one)}: {one.status} ({one.note})")
-        elif one.median is not None and one.quartiles is not None:
-            low, high = one.quartiles
-            if high - low > NOISY * one.median:
-                found.append(
-                    f"{_place(one)}: noisy, half of {len(one.repeats)} repeats lie between "
-                    f"{milliseconds(low)} and {milliseconds(high)} ms"
-                )
         if one.alone:
             found.append(f"{_place(one)}: fitted only without the other models in memory")
+    noisy = [one for one in profile.measurements if _is_noisy(one)]
+    if noisy:
+        found.append(
+            f"noisy, the quartiles more than {NOISY:.0%} of the median apart, are "
+            f"{len(noisy)} of {len(profile.measurements)}: {name_some(map(_place, noisy), 4)}; "
+            "let nothing else run on the machine, or take more --repeats"
+        )
     if any(one.status == OVER_BUDGET for one in profile.measurements):
         found.append("--budget SECONDS allows more time")
     return found
@@ -179,8 +180,14 @@ def _why(one: Measurement) -> str:
     return "skipped" if one.status == TOO_LONG else one.status
 
 
+def _is_noisy(one: Measurement) -> bool:
+    if one.median is None or one.quartiles is None:
+        return False
+    return one.quartiles[1] - one.quartiles[0] > NOISY * one.median
+
+
 def _place(one: Measurement) -> str:
-    return f"{one.subject}, {TITLES[one.task]} at {one.context:,}"
+    return f"{one.subject} ({TITLES[one.task]} at {one.context:,})"
 
 
 def _short(value: float) -> str:

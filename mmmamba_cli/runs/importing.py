@@ -68,18 +68,7 @@ def import_student(
         raise RunError(
             f"{name!r} cannot be a product's name", "use letters, digits, '.', '_' and '-'"
         )
-    known = run.record.teacher if run.exists else None
-    if teacher is None and known is not None and Path(known.path).exists():
-        _check_fit(student, run.open_teacher())
-    if teacher is not None:
-        _check_fit(student, teacher)
-        found = _digest(teacher)
-        if known is not None and known.content_hash != found.content_hash:
-            raise RunError(
-                f"{teacher.path} is not the teacher of {run.folder}",
-                "leave out --teacher, or import into another --run",
-            )
-        known = known or found
+    known = _teacher_of(run, student, teacher)
     before = _manifest_beside(student)
     with TensorHasher() as hasher:
         draft = Draft(
@@ -100,6 +89,23 @@ def import_student(
         manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
     run.write_record(RunRecord(teacher=known, current=name))
     return manifest
+
+
+def _teacher_of(run: Run, student: Checkpoint, given: Checkpoint | None) -> Teacher | None:
+    """The teacher that the run keeps: its own, else the one given, which the student must fit."""
+    known = run.record.teacher if run.exists else None
+    if given is None:
+        if known is not None and Path(known.path).exists():
+            _check_fit(student, run.open_teacher())
+        return known
+    _check_fit(student, given)
+    found = _digest(given)
+    if known is not None and known.content_hash != found.content_hash:
+        raise RunError(
+            f"{given.path} is not the teacher of {run.folder}",
+            "leave out --teacher, or import into another --run",
+        )
+    return known or found
 
 
 def _check_fit(student: Checkpoint, teacher: Checkpoint) -> None:

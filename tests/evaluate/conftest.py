@@ -1,4 +1,4 @@
-"""A small run with a random teacher and its seeded student, and the command line in-process."""
+"""A small run with a random teacher and its seeded student."""
 
 from __future__ import annotations
 
@@ -7,26 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ended import Command, Done
 from suite_tables import mme_rows, pope_rows, write_tsv
 from test_as_a_new_user import write_teacher
 
 from mmmamba_cli.cli import main
-
-
-@pytest.fixture
-def mmmamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run a command, `mmmamba("eval", "--suite", "mme")`; paths may be given as they are."""
-
-    def run(*words: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["mmmamba", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        found = capsys.readouterr()
-        return Done(int(ended.value.code or 0), found.out, found.err)
-
-    return run
 
 
 def enliven(checkpoint: Path) -> None:

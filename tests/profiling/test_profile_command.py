@@ -75,6 +75,10 @@ def test_a_checkpoint_beside_the_runs_teacher_and_a_product(
     assert mmmamba("profile", *words, *QUICK, "--from", "seed").code == 0
     found = read_profile(tmp_path / "profile.json")
     assert [one.name for one in found.subjects] == ["seed", "hovle"]
+    moved = ["--from", "seed", "--teacher-path", profiled_run.parent / "hovle.ckpt"]
+    assert mmmamba("profile", *words, *QUICK, *moved).code == 0
+    found = read_profile(tmp_path / "profile.json")
+    assert [one.name for one in found.subjects] == [AS_SHIPPED, TUNED, "seed", "hovle"]
 
 
 def test_an_architecture_without_weights(mmmamba: Command, tmp_path: Path) -> None:
@@ -90,13 +94,13 @@ def test_an_architecture_without_weights(mmmamba: Command, tmp_path: Path) -> No
 
 def test_defaults_suit_a_cpu_and_take_less_than_a_minute(mmmamba: Command, tmp_path: Path) -> None:
     plan = default_plan(torch.device("cpu"))
-    assert (plan.contexts, plan.budget) == ((1024, 2048, 4096, 8192), 30)
+    assert (plan.contexts, plan.budget) == ((1024, 2048, 4096, 8192), 35)
     begin = time.monotonic()
     done = mmmamba("profile", "--random", "hovle-8m", "--no-prefill", "--out", tmp_path)
     assert done.code == 0, done.err
     assert time.monotonic() - begin < 60
     found = read_profile(tmp_path / "profile.json")
-    assert (found.plan.contexts, found.plan.budget) == (plan.contexts, 30)
+    assert (found.plan.contexts, found.plan.budget) == (plan.contexts, 35)
     assert all(one.median for one in found.measurements)
 
 
@@ -105,6 +109,7 @@ def test_over_budget_is_said(mmmamba: Command, tmp_path: Path) -> None:
     done = mmmamba("profile", *words, "--attn-layers", 0, "--repeats", 1, "--out", tmp_path)
     assert done.code == 0, done.err
     found = read_profile(tmp_path / "profile.json")
+    assert [one.name for one in found.subjects] == ["linear"]
     last = found.find("linear", "prefill", 262144)
     assert last is not None
     assert last.status == "skipped: over budget"
@@ -137,7 +142,7 @@ def test_out_of_memory_is_a_row_and_exit_0(
     ]
     row = next(line for line in done.out.splitlines() if line.lstrip().startswith("32 "))
     assert "out of memory" in row
-    assert "teacher as shipped, next token at 32: out of memory (no room)" in done.err
+    assert "teacher as shipped (next token at 32): out of memory (no room)" in done.err
     assert len([one for one in found.ratios if one.context == 32]) == 2
 
 
@@ -167,7 +172,7 @@ def test_a_missing_matplotlib_is_said_with_the_pip_line(
         (["--random", "hovle-8m", "--from", "seed"], "--random has its own teacher and students"),
         (["--from", "none"], "has no product 'none', it has: seed, hybrid-2"),
         (["--device", "tpu9"], "device 'tpu9' is not known"),
-        (["--device", "meta"], "device 'meta' cannot be profiled"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
         (["--dtype", "fp7"], "dtype 'fp7' is not known"),
         (["--model", "nowhere"], "nowhere"),
         (["--teacher-path", "nowhere"], "is no longer at nowhere"),

@@ -15,6 +15,7 @@ from small import small_model
 from stand_ins import Bench, StandIn, subject_of
 from torch import Tensor
 
+from mmmamba_cli.checkpoint import Checkpoint
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.profiling import (
     Plan,
@@ -47,7 +48,7 @@ def found() -> Profile:
 def planted() -> Profile:
     """Times and memory of stand-ins, the teacher as shipped too large for the longest context."""
     bench = Bench()
-    shipped = StandIn("shipped", bench, lambda n: 0.02 * n, too_long=4000, weight_bytes=5000)
+    shipped = StandIn("shipped", bench, lambda n: 0.02 * n, too_long=4000, weight_bytes=17666)
     tuned = StandIn("tuned", bench, lambda n: 0.005 * n, weight_bytes=5000)
     student = StandIn("student", bench, lambda n: 1.0, weight_bytes=5000)
     subjects = [subject_of(shipped, AS_SHIPPED, (0,), GROWING), subject_of(tuned, TUNED, (0,))]
@@ -126,6 +127,20 @@ def test_a_filled_cache_is_one_that_was_read_but_for_its_contents(
     assert (held, lengths) == (held_read, lengths_read)
     for ours, theirs in zip(frequencies, frequencies_read, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_growing_cache_is_copied_with_every_token_and_a_static_one_is_not() -> None:
+    for kind, lengths, moves in ((GROWING, (30, 31), True), (STATIC, (40, 40), False)):
+        decoder = CachedDecoder(small_model("aaaa"), kind)
+        rng = torch.Generator().manual_seed(0)
+        decoder.start(1, 40)
+        decoder.fill(1, 30, rng)
+        assert decoder.cache is not None
+        before = decoder.cache.layers[0].keys
+        decoder.step(decoder.prompt(1, 1, rng))
+        after = decoder.cache.layers[0].keys
+        assert (before.shape[2], after.shape[2]) == lengths
+        assert (before.data_ptr() != after.data_ptr()) is moves
 
 
 def test_the_size_that_is_asked_for_is_the_size_that_is_taken() -> None:
@@ -244,6 +259,23 @@ def test_weights_that_no_model_has_are_let_go() -> None:
     assert len(store._parameters) == 0
 
 
+def test_a_checkpoint_is_read_once_for_both_baselines(
+    profiled_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = Checkpoint.read
+
+    def counted(self: Checkpoint, name: str) -> Tensor:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    subjects = run_subjects(weight_store("cpu"), profiled_run)[:2]
+    held = [subject.build() for subject in subjects]
+    assert len(held) == 2
+    assert len(read) == len(set(read)) > 50
+
+
 def test_products_share_what_is_equal_in_their_files(profiled_run: Path) -> None:
     store = weight_store("cpu")
     subjects = run_subjects(store, profiled_run)
@@ -296,6 +328,8 @@ def test_the_picture_shows_every_number_on_logarithmic_axes(planted: Profile) ->
     assert lines["shipped"] == [
         [one.context, pytest.approx(1000 * (one.median or 0))] for one in shipped if one
     ]
+    colours = {line.get_label(): line.get_color() for line in latency.get_lines()}
+    assert len({colours[name] for name in ("shipped", "tuned", "student")}) == 3
     assert lines["student"] == [[n, 1000.0] for n in (1024, 2048, 4096)]
     assert "shipped:\nout of memory" in [text.get_text() for text in latency.texts]
 
@@ -309,11 +343,12 @@ def test_tables_for_people(planted: Profile) -> None:
     assert rows[2][1] == "out of memory"
     heading, rows = shown["next token"]
     assert heading[1:] == ("student / as shipped", "student / static cache")
+    assert shown["memory while decoding, against the teacher"][1][0][1:] == ("-45%", "+0%")
     # 1024 columns and those of the warm-up: 0.02 s a column against 1 s.
     assert rows[0][1:] == ("20.5x", "5.12x")
     assert rows[2][1:] == (None, "20.5x")
     assert "student (0 of 8 layers attention), with static caches, against" in planted.compared
-    assert any(line.startswith("shipped, next token at 4,096: out of") for line in remarks(planted))
+    assert any(line.startswith("shipped (next token at 4,096): out") for line in remarks(planted))
 
 
 def test_without_matplotlib_no_picture_remains(
@@ -332,6 +367,20 @@ def test_a_single_repeat_has_no_spread() -> None:
     assert tables(found)[0][2] == [("10", "1,000 (once)")]
     assert "against no teacher" in found.compared
     assert found.ratios == ()
+
+
+def test_noise_is_said_once() -> None:
+    bench = Bench()
+    # The gate's four tokens come first.
+    costs = iter([1.0] * 4 + [1.0, 1.0, 3.0, 3.0, *[1.0, 1.2, 1.0, 1.2] * 2])
+    plan = Plan(contexts=(10, 20, 30), repeats=4, rounds=1, warm_up=0, prefill=False)
+    shaky = StandIn("shaky", bench, lambda context: next(costs))
+    said = remarks(profile([subject_of(shaky)], plan, instruments=bench))
+    assert len(said) == 1
+    assert said[0].startswith(
+        "noisy, the quartiles more than 25% of the median apart, are 1 of 3: "
+    )
+    assert "are 1 of 3: shaky (next token at 10); let nothing" in said[0]
 
 
 def test_numbers_for_people() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -136,7 +137,7 @@ def test_tiles_are_cut_as_the_processor_cuts_them(teacher: Path) -> None:
     tiles = cut_tiles(Image.fromarray(pixels), processor.image_processor.tiling)
     assert len(tiles) == len(ours) == 7
     for tile, mine in zip(tiles, ours, strict=True):
-        theirs = torch.from_numpy(__import__("numpy").array(tile)).permute(2, 0, 1) / 255
+        theirs = torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255
         assert (theirs - mine).abs().max() < 0.02
 
 
