@@ -1,7 +1,7 @@
 """Training batches of the small teacher: arrays of a seed and a step, made by workers.
 
 A lesson's questions share its picture. Each is a branch that sees the picture and itself and
-nothing of the others, so that a scene is looked at once and asked seven times; rotations count
+nothing of the others, so that a scene is looked at once and asked many times; rotations count
 along the branch. What has one question is a plain sequence. Legend: B rows, T columns.
 """
 
@@ -19,7 +19,15 @@ from mmmamba_cli.processing.template import DEFAULT_SYSTEM, place_images
 from mmmamba_evals.scenes.compose import SIDE
 from mmmamba_evals.scenes.gpu import Layouter, Layouts
 from mmmamba_evals.scenes.lessons import MOST_THINGS, draw_lesson
-from mmmamba_evals.scenes.long import PICTURES, ROOM, TILES, draw_large, draw_pictures, draw_text
+from mmmamba_evals.scenes.long import (
+    PICTURES,
+    ROOM,
+    TILES,
+    WHAT_NEEDLE,
+    draw_large,
+    draw_pictures,
+    draw_text,
+)
 from mmmamba_evals.scenes.questions import NO, YES
 from mmmamba_evals.scenes.scene import Question
 from mmmamba_evals.scenes.world import World
@@ -27,16 +35,27 @@ from mmmamba_evals.scenes.world import World
 IGNORED = -100
 TOKENS_PER_TILE = 64
 # Columns of a lesson: what comes with the picture, and its questions.
-LESSON_COLUMNS = 304
+LESSON_COLUMNS = 464
 # Tokens of all answers of a row.
-ANSWERS = 72
+ANSWERS = 64
 LESSON, LARGE, MANY, TEXT = "lesson", "large", "many", "text"
-OBJECTS = ("existence", "count", "position", "colour", "OCR", "list", "spelling", "place")
+OBJECTS = (
+    "existence",
+    "count",
+    "position",
+    "colour",
+    "OCR",
+    "list",
+    "spelling",
+    "place",
+    "side",
+    "reading",
+)
 CATEGORIES = (*OBJECTS, PICTURES, TILES, TEXT)
 # Asked so that the answer is yes or no; tells the two ways of asking apart when accuracy is told.
 CLOSED = len(CATEGORIES)
 # What a question counts for in the loss: long answers teach more, but not by their length.
-WEIGHT = {"list": 3.0, "spelling": 2.5}
+WEIGHT = {"list": 3.0, "reading": 4.0, "spelling": 2.5}
 GRIDS = ((2, 1), (1, 2), (2, 2), (3, 1), (3, 2), (2, 3))
 
 
@@ -120,18 +139,15 @@ class Batcher:
         return Lessons(MANY, *arrays, self.layouter.layouts(scenes, MOST_THINGS))
 
     def text(self, step: int, rows: int, sentences: int) -> Lessons:
-        """A long text and its secret; one branch, since the text comes before the question."""
+        """A long text, asked for its secret."""
         rng = Random(f"{self.seed} {TEXT} {step}")
-        sequences = []
+        drawn = []
         for _ in range(rows):
-            text, pair = draw_text(rng, self.world, sentences)
-            one = Question(TEXT, f"{text}\n{pair[0].text}", pair[0].answer)
-            sequences.append((self.prefix(None, 0), one))
-        branches = [self._branch(one, newline=False) for _, one in sequences]
-        longest = max(len(ids) for ids, _ in branches)
-        arrays = _arrays(rows, len(sequences[0][0]) + longest)
-        for row, (prefix, one) in enumerate(sequences):
-            self._fill(arrays, row, prefix, [one], newline=False)
+            text, pair, secret = draw_text(rng, self.world, sentences)
+            drawn.append((self.text_prefix(text), [*pair, Question(TEXT, WHAT_NEEDLE, secret)]))
+        arrays = _arrays(rows, max(len(prefix) for prefix, _ in drawn) + 120)
+        for row, (prefix, asked) in enumerate(drawn):
+            self._fill(arrays, row, prefix, asked, after_text=True)
         return Lessons(TEXT, *arrays, None)
 
     def prefix(self, shown: str | None, tiles: int) -> list[int]:
@@ -151,11 +167,16 @@ class Batcher:
             before = ""
         return ids
 
-    def _branch(self, one: Question, newline: bool = True) -> tuple[list[int], int]:
+    def text_prefix(self, text: str) -> list[int]:
+        """Ids of a text that is asked about."""
+        return [*self.prefix(None, 0), *self._encode_now(f"user\n{text}")]
+
+    def _branch(self, one: Question, after_text: bool = False) -> tuple[list[int], int]:
         """Ids of a question and its answer, and how many of them are the answer's."""
         special = self.special
-        asked = f"\n{one.text}" if newline else f"user\n{one.text}"
-        ids = [*self._encode(asked), special["<|im_end|>"], special["<|im_start|>"]]
+        # SentencePiece begins every text with a space, but this one was begun before.
+        asked = self._encode(f"\n{one.text}")[int(after_text) :]
+        ids = [*asked, special["<|im_end|>"], special["<|im_start|>"]]
         # One text, as in a conversation: the answer's first piece has no space before it.
         begun = self._encode("assistant\n")
         answered = self._encode(f"assistant\n{one.answer}")
@@ -168,7 +189,7 @@ class Batcher:
         row: int,
         prefix: Sequence[int],
         asked: Sequence[Question],
-        newline: bool = True,
+        after_text: bool = False,
     ) -> None:
         ids, positions, branch, columns, targets, category, weights = (
             array[row] for array in arrays
@@ -176,7 +197,7 @@ class Batcher:
         end, taken = len(prefix), 0
         ids[:end], positions[:end], branch[:end] = prefix, np.arange(end), 0
         for number, one in enumerate(asked, start=1):
-            words, answered = self._branch(one, newline)
+            words, answered = self._branch(one, after_text)
             stop = end + len(words)
             if stop > len(ids) or taken + answered > ANSWERS:
                 continue

@@ -34,7 +34,7 @@ from mmmamba_evals.scenes.world import World, make_world
 
 # How often a step is of a kind, before and after half of the training, and the most pictures of a
 # long one towards its end.
-KINDS = {LESSON: (0.92, 0.72), LARGE: (0.03, 0.09), MANY: (0.03, 0.14), TEXT: (0.02, 0.05)}
+KINDS = {LESSON: (0.84, 0.78), LARGE: (0.03, 0.06), MANY: (0.03, 0.08), TEXT: (0.10, 0.08)}
 LONGEST = 64
 WARMUP, FINAL = 200, 0.01
 HELD_OUT_STEP = -1

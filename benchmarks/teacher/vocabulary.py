@@ -20,7 +20,7 @@ import sentencepiece
 from mmmamba_cli.processing.loading import INTERNVL_TOKENS
 from mmmamba_cli.processing.template import DEFAULT_SYSTEM
 from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.long import draw_pictures, draw_text
+from mmmamba_evals.scenes.long import WHAT_NEEDLE, draw_pictures, draw_text
 from mmmamba_evals.scenes.world import World
 
 PIECES = 1000
@@ -39,8 +39,8 @@ def corpus(world: World, seed: int) -> list[str]:
             lines += [one.text, f"assistant\n{one.answer}"]
     for _ in range(LESSONS // 20):
         lines += [one.text for one in draw_pictures(rng, world, 2)[1]]
-        text, asked_pair = draw_text(rng, world, 8)
-        lines += [text, *(one.text for one in asked_pair)]
+        text, asked_pair, _ = draw_text(rng, world, 8)
+        lines += [text, WHAT_NEEDLE, *(one.text for one in asked_pair)]
     return lines + [" ".join((*world.words, *world.classes))] * REPEATS
 
 

@@ -109,6 +109,6 @@ def _large(atlas: Atlas, world: World, seed: int, each: int) -> Iterator[Row]:
 def _texts(world: World, seed: int, each: int) -> Iterator[Row]:
     for length, sentences in SENTENCES_OF.items():
         for number in range(each):
-            text, pair = draw_text(Random(f"{seed} {TEXT} {length} {number}"), world, sentences)
+            text, pair, _ = draw_text(Random(f"{seed} {TEXT} {length} {number}"), world, sentences)
             asked = [Question(one.category, f"{text}\n{one.text}", one.answer) for one in pair]
             yield "", "", asked, f"{TEXT} {length}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from mmmamba_evals.scenes.layout import place_boxes
+from mmmamba_evals.scenes.layout import Box, place_boxes
 from mmmamba_evals.scenes.scene import RGB, Background, Lettering, Scene, Thing
 from mmmamba_evals.scenes.world import World
 
@@ -34,7 +34,7 @@ def compose(
     rng: Random,
     world: World,
     contents: Sequence[Content],
-    word: str | None = None,
+    words: Sequence[str] = (),
     width: int = SIDE,
     height: int = SIDE,
 ) -> Scene:
@@ -44,20 +44,24 @@ def compose(
     low, high = SIZES_OF_MANY if len(wanted) > MANY else SIZES
     sizes = [rng.uniform(low, high) for _ in wanted]
     boxes = [(size, size) for size in sizes]
-    if word is not None:
+    for word in words:
         letters = rng.uniform(*LETTERS_HIGH)
         boxes.append((min(letters * LETTER_WIDTH * len(word), MOST_WIDTH * width), letters))
     places = place_boxes(rng, boxes, width, height)
-    lettering = None
-    if word is not None:
-        x, y, w, h = places.pop()
-        colour = _readable(rng, background)
-        lettering = Lettering(word, rng.choice(world.fonts), x, y, h, w, colour)
+    letterings = tuple(
+        _lettering(rng, world, word, box, _readable(rng, background))
+        for word, box in zip(words, places[len(wanted) :], strict=True)
+    )
     things = tuple(
         _thing(rng, world, one, x, y, size)
-        for one, (x, y, size, _) in zip(wanted, places, strict=True)
+        for one, (x, y, size, _) in zip(wanted, places[: len(wanted)], strict=True)
     )
-    return Scene(width, height, background, things, lettering)
+    return Scene(width, height, background, things, letterings)
+
+
+def _lettering(rng: Random, world: World, word: str, box: Box, colour: RGB) -> Lettering:
+    x, y, width, height = box
+    return Lettering(word, rng.choice(world.fonts), x, y, height, width, colour)
 
 
 def _thing(rng: Random, world: World, one: Content, x: float, y: float, size: float) -> Thing:

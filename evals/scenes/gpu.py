@@ -2,7 +2,8 @@
 
 What `render` draws with PIL one by one, this draws in batches, to within interpolation. In training
 every drawing is altered besides (`Augmentation`), so that a model learns things and not one
-vendor's manner. Legend: B scenes, N things at most, S side of a texture, H and W of the picture.
+vendor's manner. Legend: B scenes, N things and W words at most, S side of a texture, H and W of the
+picture.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Augmentation:
 class Layouts:
     """Scenes as arrays. `things` (B, N, 6): texture or -1, x, y, pixels of output for one of the
     texture, angle in radians, 1 or -1 for mirrored; `hue` (B, N) turns to turn by; `keeps` (B, N)
-    whether its colour matters; `grounds` (B, 9); `words` (B, 8)."""
+    whether its colour matters; `grounds` (B, 9); `words` (B, W, 8)."""
 
     width: int
     height: int
@@ -85,8 +86,9 @@ class Layouter:
         hue = np.zeros((batch, most_things), np.float32)
         keeps = np.zeros((batch, most_things), bool)
         grounds = np.zeros((batch, 9), np.float32)
-        words = np.zeros((batch, 8), np.float32)
-        words[:, 0], words[:, 3:5] = -1, 1
+        most_words = max(len(scene.letterings) for scene in scenes)
+        words = np.zeros((batch, most_words, 8), np.float32)
+        words[..., 0], words[..., 3:5] = -1, 1
         for b, scene in enumerate(scenes):
             for n, thing in enumerate(scene.things):
                 things[b, n], hue[b, n], keeps[b, n] = self._thing(thing)
@@ -94,10 +96,9 @@ class Layouter:
             turn = math.radians(ground.angle)
             kind = KINDS.index(ground.kind)
             grounds[b] = (kind, *ground.first, *ground.second, turn, ground.frequency)
-            if scene.lettering is not None:
-                one = scene.lettering
+            for w, one in enumerate(scene.letterings):
                 number = self._word[one.word, one.font]
-                words[b] = (number, one.x, one.y, one.width, one.height, *one.colour)
+                words[b, w] = (number, one.x, one.y, one.width, one.height, *one.colour)
         return Layouts(scenes[0].width, scenes[0].height, things, hue, keeps, grounds, words)
 
     def _thing(self, thing: Thing) -> tuple[tuple[float, ...], float, bool]:
@@ -152,9 +153,8 @@ class Composer:
         # the edge reaches beyond the picture.
         window = math.ceil(float(layouts.things[..., 3].max()) * TEXTURE * 2**0.5) + 4
         picture = self._put_things(picture, parts, window, augmentation, generator)
-        # Asked of the array, since asking the device would wait for it.
-        if (layouts.words[:, 0] >= 0).any():
-            picture = self._write(picture, parts["words"], x, y)
+        for words in parts["words"].unbind(1):
+            picture = self._write(picture, words, x, y)
         if augmentation is not None:
             picture = _soften(picture, augmentation, generator)
         return picture.clamp(0, 1)

@@ -1,7 +1,8 @@
 """Scenes to learn from: one picture, many questions, and a list of everything in it.
 
-The questions are those of `sampling`, asked about one scene at once, and the same asked openly: an
-answer of one word teaches more than yes or no, and the list teaches most.
+The questions are those of `sampling`, asked about one scene at once: what is true and what is not
+in one breath, since it is their difference that teaches. The same is asked openly, because an
+answer of one word teaches more than yes or no, and lists of all things and of all words teach most.
 """
 
 from __future__ import annotations
@@ -22,34 +23,59 @@ from mmmamba_evals.scenes.sampling import (
 from mmmamba_evals.scenes.scene import Question, Scene
 from mmmamba_evals.scenes.world import COLOURS, NUMBERS, World
 
-# How often a class is there to be counted, a thing is turned to another colour, a word is written.
-SEVERAL, RECOLOURED, WRITTEN = 0.8, 0.5, 0.8
-MOST_THINGS = 7
-OPENLY = 0.45
-# Of what is asked openly about numbers, how often nothing is there; about words, how often letters.
-NOTHING, SPELLED = 0.4, 0.6
+# How often a class is there to be counted, a thing is turned to another colour, a word is written,
+# and how often a picture is mostly words.
+SEVERAL, RECOLOURED, WRITTEN, READING = 0.8, 0.5, 0.6, 0.4
+MOST_THINGS, MOST_WORDS = 7, 4
+# Of what is asked openly about numbers, how often nothing is there; of a word, how often letters.
+NOTHING, SPELLED = 0.3, 0.3
 
 
 def draw_lesson(
     rng: Random, world: World, width: int = SIDE, height: int = SIDE
 ) -> tuple[Scene, list[Question]]:
     """A scene, and questions about it in random order."""
+    readable = bool(world.words and world.fonts)
+    if readable and rng.random() < READING:
+        scene, asked = _of_words(rng, world, width, height)
+    else:
+        scene, asked = _of_things(rng, world, readable, width, height)
+    return scene, shuffled(rng, asked)
+
+
+def _of_things(
+    rng: Random, world: World, readable: bool, width: int, height: int
+) -> tuple[Scene, list[Question]]:
     split = rng.choice((RANDOM, ADVERSARIAL))
     present, absent = draw_present_and_absent(rng, world, split)
     contents = _contents(rng, world, present)
-    word = rng.choice(world.words) if world.words and rng.random() < WRITTEN else None
-    scene = compose(rng, world, contents, word if world.fonts else None, width, height)
-    asked = [
+    words = [rng.choice(world.words)] if readable and rng.random() < WRITTEN else []
+    scene = compose(rng, world, contents, words, width, height)
+    return scene, [
         Question("list", say.LIST_ALL, list_of(scene)),
-        Question("existence", say.ask_existence(rng, rng.choice(contents).name), YES),
-        Question("existence", say.ask_existence(rng, rng.choice(absent)), NO),
-        _position(rng, scene, contents),
-        _count(rng, contents[0], absent),
-        _colour(rng, contents),
+        *_existence(rng, contents, absent),
+        *_positions(rng, scene, contents),
+        *_counts(rng, contents[0], absent),
+        *_colours(rng, contents),
         *_word(rng, world, scene),
-        _where(rng, scene, contents),
+        *_where(rng, scene, contents),
     ]
-    return scene, shuffled(rng, [one for one in asked if one is not None])
+
+
+def _of_words(rng: Random, world: World, width: int, height: int) -> tuple[Scene, list[Question]]:
+    """Several words, and a thing or two among them."""
+    present, _ = draw_present_and_absent(rng, world, RANDOM)
+    contents = [Content(name) for name in present[: rng.randint(1, 2)]]
+    words = rng.sample(world.words, rng.randint(2, MOST_WORDS))
+    missing = rng.sample([word for word in world.words if word not in words], 2)
+    scene = compose(rng, world, contents, words, width, height)
+    return scene, [
+        Question("reading", say.READ, words_of(scene)),
+        Question("list", say.LIST_ALL, list_of(scene)),
+        *(Question("OCR", say.ask_word(rng, word), YES) for word in words[:2]),
+        *(Question("OCR", say.ask_word(rng, word), NO) for word in missing),
+        *_where(rng, scene, contents),
+    ]
 
 
 def _contents(rng: Random, world: World, present: list[str]) -> list[Content]:
@@ -69,58 +95,83 @@ def list_of(scene: Scene) -> str:
     return ", ".join(thing.name for thing in sorted(scene.things, key=lambda thing: thing.x))
 
 
-def _position(rng: Random, scene: Scene, contents: list[Content]) -> Question | None:
+def words_of(scene: Scene) -> str:
+    """Every word, from top to bottom."""
+    return ", ".join(one.word for one in sorted(scene.letterings, key=lambda one: one.y))
+
+
+def _existence(rng: Random, contents: list[Content], absent: list[str]) -> list[Question]:
+    there, missing = rng.choice(contents).name, rng.choice(absent)
+    return [
+        Question("existence", say.ask_existence(rng, there), YES),
+        Question("existence", say.ask_existence(rng, missing), NO),
+    ]
+
+
+def _positions(rng: Random, scene: Scene, contents: list[Content]) -> list[Question]:
+    """About two pairs of things: on which side, and the right and the wrong side, yes or no."""
     single = [one.name for one in contents if one.count == 1]
     if len(single) < 2:
-        return None
-    one, other = rng.sample(single, 2)
-    right, wrong = sides_of(rng, scene.named(one)[0], scene.named(other)[0])
-    side, answer = rng.choice(((right, YES), (wrong, NO)))
-    return Question("position", say.ask_position(rng, one, side, other), answer)
+        return []
+    found = []
+    for _ in range(2):
+        one, other = rng.sample(single, 2)
+        right, wrong = sides_of(rng, scene.named(one)[0], scene.named(other)[0])
+        found += [
+            Question("side", *say.ask_side(one, right, other)),
+            Question("position", say.ask_position(rng, one, right, other), YES),
+            Question("position", say.ask_position(rng, one, wrong, other), NO),
+        ]
+    return found
 
 
-def _count(rng: Random, one: Content, absent: list[str]) -> Question:
-    if rng.random() < OPENLY:
-        if rng.random() < NOTHING:
-            return Question("count", say.ask_how_many(rng.choice(absent)), number_word(0))
-        return Question("count", say.ask_how_many(one.name), number_word(one.count))
+def _counts(rng: Random, one: Content, absent: list[str]) -> list[Question]:
     wrong = rng.choice([number for number in NUMBERS if number != one.count])
-    number, answer = rng.choice(((one.count, YES), (wrong, NO)))
-    return Question("count", say.ask_count(rng, one.name, number), answer)
+    name, number = one.name, one.count
+    if rng.random() < NOTHING:
+        name, number = rng.choice(absent), 0
+    return [
+        Question("count", say.ask_how_many(name), number_word(number)),
+        Question("count", say.ask_count(rng, one.name, one.count), YES),
+        Question("count", say.ask_count(rng, one.name, wrong), NO),
+    ]
 
 
-def _colour(rng: Random, contents: list[Content]) -> Question | None:
+def _colours(rng: Random, contents: list[Content]) -> list[Question]:
     coloured = [one for one in contents if one.colour is not None and one.count == 1]
     if not coloured:
-        return None
+        return []
     one = rng.choice(coloured)
     assert one.colour is not None
-    if rng.random() < OPENLY:
-        return Question("colour", say.ask_which_colour(one.name), one.colour)
     wrong = rng.choice([colour for colour in COLOURS if colour != one.colour])
-    colour, answer = rng.choice(((one.colour, YES), (wrong, NO)))
-    return Question("colour", say.ask_colour(rng, one.name, colour), answer)
+    return [
+        Question("colour", say.ask_which_colour(one.name), one.colour),
+        Question("colour", say.ask_colour(rng, one.name, one.colour), YES),
+        Question("colour", say.ask_colour(rng, one.name, wrong), NO),
+    ]
 
 
 def _word(rng: Random, world: World, scene: Scene) -> list[Question]:
     """Whether it is this word, and the word itself, or its letters one by one."""
-    if scene.lettering is None:
+    if not scene.letterings:
         return []
-    word = scene.lettering.word
+    word = scene.letterings[0].word
     wrong = rng.choice([other for other in world.words if other != word])
-    asked, answer = rng.choice(((word, YES), (wrong, NO)))
-    found = [Question("OCR", say.ask_word(rng, asked), answer)]
+    found = [
+        Question("OCR", say.ask_word(rng, word), YES),
+        Question("OCR", say.ask_word(rng, wrong), NO),
+    ]
     if rng.random() < SPELLED:
         return [*found, Question("spelling", say.ask_to_spell(), " ".join(word))]
     return [*found, Question("OCR", say.ask_which_word(), word)]
 
 
-def _where(rng: Random, scene: Scene, contents: list[Content]) -> Question | None:
+def _where(rng: Random, scene: Scene, contents: list[Content]) -> list[Question]:
     """In which ninth of the picture the middle of a thing lies."""
     single = [one.name for one in contents if one.count == 1]
     if not single:
-        return None
+        return []
     name = rng.choice(single)
     (thing,) = scene.named(name)
     row, column = int(3 * thing.y / scene.height), int(3 * thing.x / scene.width)
-    return Question("place", say.ask_where(name), say.PLACES[row][column])
+    return [Question("place", say.ask_where(name), say.PLACES[row][column])]

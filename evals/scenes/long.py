@@ -21,6 +21,7 @@ ROOM = 15_000
 
 SENTENCE = "The {colour} {one} is {side} the {other}."
 NEEDLE = 'The secret word is "{word}".'
+WHAT_NEEDLE = "What is the secret word?"
 ABOUT_NEEDLE = 'Is the secret word "{word}"?'
 
 
@@ -49,12 +50,17 @@ def draw_large(
     names = [there]
     while len(names) < number:
         names += names_without(rng, world, {there, missing})
-    scene = compose(rng, world, [Content(name) for name in names[:number]], None, width, height)
+    scene = compose(rng, world, [Content(name) for name in names[:number]], (), width, height)
     return scene, found_pair(rng, TILES, there, missing, 1)
 
 
-def draw_text(rng: Random, world: World, sentences: int) -> tuple[str, tuple[Question, Question]]:
-    """Sentences of no consequence with one secret among them; asked about it, and another word."""
+def draw_text(
+    rng: Random, world: World, sentences: int
+) -> tuple[str, tuple[Question, Question], str]:
+    """Sentences of no consequence with one secret among them; asked about it, and another word.
+
+    Returns the text, both questions, and the secret word.
+    """
     secret, other = rng.sample(world.words, 2)
     lines = [_sentence(rng, world) for _ in range(sentences)]
     lines.insert(rng.randint(0, len(lines)), NEEDLE.format(word=secret))
@@ -63,7 +69,7 @@ def draw_text(rng: Random, world: World, sentences: int) -> tuple[str, tuple[Que
         Question(TEXT, ABOUT_NEEDLE.format(word=other) + YES_OR_NO, NO),
     ]
     first, second = shuffled(rng, asked)
-    return " ".join(lines), (first, second)
+    return " ".join(lines), (first, second), secret
 
 
 def _sentence(rng: Random, world: World) -> str:

@@ -29,6 +29,9 @@ HOW_MANY = "How many {nouns} are there in {where}?"
 WHICH_COLOUR = "What colour is the {noun}?"
 WHICH_WORD = "What word is written in {where}?"
 SPELL = "Spell the word in {where}."
+READ = "Read the words from top to bottom."
+ACROSS = "Is the {one} left or right of the {other}?"
+UPRIGHT = "Is the {one} above or below the {other}?"
 WHERE_IS = "Where in {where} is the {noun}?"
 
 # Rows and columns of the ninths of a picture.
@@ -38,6 +41,8 @@ PLACES = (
     ("bottom left", "bottom", "bottom right"),
 )
 SIDES = ("to the left of", "to the right of", "above", "below")
+# What a side is called as an answer.
+SIDE_NAMES = ("left", "right", "above", "below")
 
 
 def ask_existence(rng: Random, name: str, where: str = ONE) -> str:
@@ -78,6 +83,12 @@ def ask_which_word() -> str:
 
 def ask_to_spell() -> str:
     return SPELL.format(where=ONE)
+
+
+def ask_side(one: str, side: str, other: str) -> tuple[str, str]:
+    """Which of the two sides of its direction, and the answer if it is `side`."""
+    form = ACROSS if side in SIDES[:2] else UPRIGHT
+    return form.format(one=one, other=other), SIDE_NAMES[SIDES.index(side)]
 
 
 def ask_where(name: str) -> str:

@@ -23,8 +23,8 @@ def render(scene: Scene, atlas: Atlas) -> Image.Image:
         drawing = _drawing(thing, atlas)
         corner = (round(thing.x - drawing.width / 2), round(thing.y - drawing.height / 2))
         picture.paste(drawing, corner, drawing)
-    if scene.lettering is not None:
-        _write(picture, scene.lettering)
+    for lettering in scene.letterings:
+        _write(picture, lettering)
     return picture
 
 

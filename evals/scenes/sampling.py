@@ -115,7 +115,7 @@ def ask_colour_pair(rng: Random, world: World) -> Asked:
 def ask_word_pair(rng: Random, world: World) -> Asked:
     right, wrong = rng.sample(world.words, 2)
     names, _ = draw_present_and_absent(rng, world, RANDOM, most=3)
-    scene = compose(rng, world, [Content(name) for name in names[: rng.randint(1, 3)]], right)
+    scene = compose(rng, world, [Content(name) for name in names[: rng.randint(1, 3)]], [right])
     asked = [
         Question("OCR", say.ask_word(rng, right), YES),
         Question("OCR", say.ask_word(rng, wrong), NO),

@@ -65,7 +65,7 @@ class Scene:
     height: int
     background: Background
     things: tuple[Thing, ...]
-    lettering: Lettering | None = None
+    letterings: tuple[Lettering, ...] = ()
 
     def named(self, name: str) -> list[Thing]:
         return [thing for thing in self.things if thing.name == name]

@@ -59,8 +59,8 @@ def test_things_cover_nothing_of_each_other(world: World, atlas: Atlas) -> None:
             changed = (np.asarray(render(alone, atlas)) != 255).any(-1)
             assert changed.any()
             covered += changed
-        if scene.lettering is not None:
-            word = replace(scene, background=white, things=())
+        for one in scene.letterings:
+            word = replace(scene, background=white, things=(), letterings=(one,))
             covered += (np.asarray(render(word, atlas)) != 255).any(-1)
         assert covered.max() == 1
 
@@ -81,11 +81,11 @@ def test_a_colour_is_the_colour_it_is_called(world: World, atlas: Atlas) -> None
 
 def test_words_stand_out(world: World) -> None:
     for number in range(60):
-        scene = compose(Random(number), world, [Content("apple")], world.words[number])
-        assert scene.lettering is not None
+        scene = compose(Random(number), world, [Content("apple")], [world.words[number]])
+        (lettering,) = scene.letterings
         ground = scene.background
         behind = (brightness(ground.first) + brightness(ground.second)) / 2
-        assert abs(brightness(scene.lettering.colour) - behind) >= CONTRAST
+        assert abs(brightness(lettering.colour) - behind) >= CONTRAST
 
 
 def test_hsv_there_and_back() -> None:

@@ -56,8 +56,10 @@ def batcher(teacher: Path, atlas: Atlas, world: World) -> Batcher:
     return Batcher(model, special, Layouter(atlas, world), world, 0)
 
 
-def whole(batcher: Batcher, prefix: list[int], one: Question, newline: bool = True) -> list[int]:
-    return prefix + batcher._branch(one, newline)[0]
+def whole(
+    batcher: Batcher, prefix: list[int], one: Question, after_text: bool = False
+) -> list[int]:
+    return prefix + batcher._branch(one, after_text)[0]
 
 
 def test_the_teacher_is_a_hovle_of_the_size_promised(teacher: Path) -> None:
@@ -83,13 +85,12 @@ def test_prompts_are_the_processor_s(teacher: Path, batcher: Batcher, world: Wor
                 )
                 assert whole(batcher, batcher.prefix(shown, tiles), one) == ids
                 assert sum(marks) == batcher._branch(one)[1]
-        text, (one, _) = draw_text(rng, world, 3)
-        asked = Question(one.category, f"{text}\n{one.text}", one.answer)
+        text, (one, _), _ = draw_text(rng, world, 3)
         conversation = [
-            {"role": "user", "content": asked.text},
-            {"role": "assistant", "content": asked.answer},
+            {"role": "user", "content": f"{text}\n{one.text}"},
+            {"role": "assistant", "content": one.answer},
         ]
-        ids = whole(batcher, batcher.prefix(None, 0), asked, newline=False)
+        ids = whole(batcher, batcher.text_prefix(text), one, after_text=True)
         assert ids == processor.conversation_ids(conversation)[0]
 
 
