@@ -17,11 +17,13 @@ from typing import Any
 
 from PIL import Image
 
+from mmmamba_cli.processing.template import place_images
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.lessons import draw_lesson
+from mmmamba_evals.scenes.long import draw_pictures, draw_text
 from mmmamba_evals.scenes.render import render
 from mmmamba_evals.scenes.sampling import DRAWS, SPLITS, Asked, ask_about_objects, askable
-from mmmamba_evals.scenes.scene import Question
+from mmmamba_evals.scenes.scene import Question, Scene
 from mmmamba_evals.scenes.world import World
 
 COLUMNS = ("index", "image", "image_path", "question", "answer", "category")
@@ -30,6 +32,11 @@ TABLE, LESSONS, PICTURES = "SCENES.tsv", "lessons.jsonl", "pictures"
 PICTURES_OF_SPLIT, PICTURES_OF_PAIR = 40, 100
 # Lessons that a worker draws at a time.
 PART = 64
+# Questions of a conversation: later ones can be answered from earlier answers, so no more of them.
+TURNS = 4
+# Of so many lessons, one seeks a detail in several pictures, and one in a text.
+LONG_EVERY = 12
+MOST_PICTURES, MOST_SENTENCES = 12, 100
 
 Say = Callable[[int], None]
 
@@ -91,7 +98,9 @@ def write_lessons(
 ) -> None:
     """`lessons.jsonl`, one conversation a line, and `pictures/` beside it, to train on.
 
-    A lesson is a function of the seed and its number: `workers` processes, or none, write the same.
+    A scene with many questions comes in several conversations; some lessons seek one detail among
+    several pictures or in a text. A lesson is a function of the seed and its number: `workers`
+    processes, or none, write the same.
     """
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
@@ -112,20 +121,44 @@ def _draw_part(folder: Path, atlas: Atlas, world: World, seed: int, numbers: ran
     """Pictures of some lessons as files, and their lines."""
     lines = []
     for number in numbers:
-        scene, asked = draw_lesson(Random(f"{seed} lesson {number}"), world)
-        name = f"{PICTURES}/{number:07d}.png"
-        render(scene, atlas).save(folder / name, compress_level=1)
-        lines.append(json.dumps(conversation(number, name, asked), ensure_ascii=False) + "\n")
+        before, scenes, asked = _draw_one(Random(f"{seed} lesson {number}"), world, number)
+        names = [f"{PICTURES}/{number:07d}-{i}.png" for i in range(len(scenes))]
+        for name, scene in zip(names, scenes, strict=True):
+            render(scene, atlas).save(folder / name, compress_level=1)
+        for first in range(0, len(asked), TURNS):
+            line = conversation(
+                f"scene-{number}-{first}", names, asked[first : first + TURNS], before
+            )
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
-def conversation(number: int, picture: str, asked: Sequence[Question]) -> dict[str, object]:
-    """A line of training data: the picture comes with the first question."""
+def _draw_one(
+    rng: Random, world: World, number: int
+) -> tuple[str, Sequence[Scene], Sequence[Question]]:
+    """Text that comes before the first question, pictures, and questions of lesson `number`."""
+    if number % LONG_EVERY == 1:
+        scenes, pair = draw_pictures(rng, world, rng.randint(2, MOST_PICTURES))
+        return "", scenes, pair
+    if number % LONG_EVERY == 2 and world.words:
+        text, pair, _ = draw_text(rng, world, rng.randint(4, MOST_SENTENCES))
+        return f"{text}\n", (), pair
+    scene, asked = draw_lesson(rng, world)
+    return "", (scene,), asked
+
+
+def conversation(
+    name: str, pictures: Sequence[str], asked: Sequence[Question], before: str = ""
+) -> dict[str, object]:
+    """A line of training data: pictures and text come with the first question."""
     turns: list[dict[str, str]] = []
     for one in asked:
-        text = one.text if turns else f"<image>\n{one.text}"
+        text = one.text if turns else before + one.text
+        if not turns and pictures:
+            text = place_images(text, len(pictures))
         turns += [{"from": "human", "value": text}, {"from": "gpt", "value": one.answer}]
-    return {"id": f"scene-{number}", "image": picture, "conversations": turns}
+    shown = {"image": list(pictures) if len(pictures) > 1 else pictures[0]} if pictures else {}
+    return {"id": name, **shown, "conversations": turns}
 
 
 def encode(picture: Image.Image) -> str:

@@ -81,7 +81,8 @@ def _of_words(rng: Random, world: World, width: int, height: int) -> tuple[Scene
 def _contents(rng: Random, world: World, present: list[str]) -> list[Content]:
     """The first class is the one to be counted, the others come once."""
     count = rng.choice(NUMBERS) if rng.random() < SEVERAL else 1
-    names = present[: max(2, min(len(present), MOST_THINGS - count))]
+    # From one kind of things to many: who has never seen few of them cannot count them.
+    names = present[: rng.randint(1, min(len(present), MOST_THINGS - count))]
     found = []
     for i, name in enumerate(names):
         turned = name in world.colourable and rng.random() < RECOLOURED

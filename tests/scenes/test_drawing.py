@@ -125,9 +125,10 @@ def test_drawn_in_batches_as_one_by_one(world: World, atlas: Atlas) -> None:
     for scene, ours in zip(scenes, drawn, strict=True):
         reference = np.asarray(render(scene, atlas)).astype(float)
         difference = np.abs(ours.permute(1, 2, 0).numpy() * 255 - reference)
-        # Interpolation differs at edges; a thing elsewhere, turned or missing differs by far more.
+        # Interpolation differs at edges, of which words have most; a thing elsewhere, turned or
+        # missing differs by far more.
         assert difference.mean() < 3.0
-        assert (difference.max(-1) > 80).mean() < 0.01
+        assert (difference.max(-1) > 80).mean() < 0.006 * (1 + len(scene.letterings))
 
 
 def test_a_batch_does_not_change_its_scenes(world: World, atlas: Atlas) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import Image
@@ -14,12 +15,14 @@ from typer.testing import CliRunner
 from mmmamba_cli.evaluate import Options, find_suite, open_suite
 from mmmamba_cli.evaluate.pictures import pictures_of
 from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.processing.template import place_images
 from mmmamba_evals.scenes import blind
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.blind import Blind, ask_leakily, blind_accuracy, draws_of
-from mmmamba_evals.scenes.build import write_lessons, write_suite
+from mmmamba_evals.scenes.build import TURNS, write_lessons, write_suite
 from mmmamba_evals.scenes.build_long import LONG_TABLE, PICTURES_OF, SENTENCES_OF, write_long_suite
 from mmmamba_evals.scenes.cli import command
+from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.sampling import PAIRS, SPLITS
 from mmmamba_evals.scenes.scoring import accuracy_by_category
 from mmmamba_evals.scenes.world import World
@@ -92,20 +95,34 @@ def test_long_inputs_as_a_table(tmp_path: Path, atlas: Atlas, world: World) -> N
 def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -> None:
     write_lessons(tmp_path, atlas, world, 0, 5)
     lines = [json.loads(line) for line in (tmp_path / "lessons.jsonl").read_text().splitlines()]
-    assert len(lines) == 5
-    for line in lines:
-        assert Image.open(tmp_path / line["image"]).size == (224, 224)
+    numbers = [line["id"].split("-")[1] for line in lines]
+    assert sorted(set(numbers)) == ["0", "1", "2", "3", "4"]
+    for line, number in zip(lines, numbers, strict=True):
         said = [turn["from"] for turn in line["conversations"]]
         assert said == ["human", "gpt"] * (len(said) // 2)
-        assert "".join(turn["value"] for turn in line["conversations"]).count("<image>") == 1
-        assert line["conversations"][0]["value"].startswith("<image>\n")
+        assert len(said) <= 2 * TURNS
+        names = line.get("image", [])
+        names = [names] if isinstance(names, str) else names
+        assert (len(names) > 1, len(names) == 0) == (number == "1", number == "2")
+        for name in names:
+            assert Image.open(tmp_path / name).size == (224, 224)
+        asked = line["conversations"][0]["value"]
+        assert asked.startswith(place_images("", len(names)) if names else "The ")
+        values = "".join(turn["value"] for turn in line["conversations"])
+        assert values.count("<image>") == len(names)
+    # Nothing is asked twice, and nothing is lost.
+    asked = draw_lesson(Random("0 lesson 0"), world)[1]
+    said = [t["value"] for line, n in zip(lines, numbers, strict=True) if n == "0"
+            for t in line["conversations"]]  # fmt: skip
+    assert [s.removeprefix("<image>\n") for s in said[::2]] == [one.text for one in asked]
+    assert said[1::2] == [one.answer for one in asked]
 
 
 def test_workers_write_the_same(tmp_path: Path, atlas: Atlas, world: World) -> None:
     for name, workers in (("alone", 0), ("two", 2)):
         write_lessons(tmp_path / name, atlas, world, 0, 70, workers=workers)
     alone, two = (sorted(tmp_path.glob(f"{name}/**/*.*")) for name in ("alone", "two"))
-    assert len(alone) == len(two) == 71
+    assert [path.name for path in alone] == [path.name for path in two]
     for one, other in zip(alone, two, strict=True):
         assert one.name == other.name
         assert one.read_bytes() == other.read_bytes()
@@ -180,7 +197,8 @@ def test_the_commands(tmp_path: Path) -> None:
     csv.field_size_limit(CSV_LIMIT)
     with (tmp_path / "s" / "SCENES.tsv").open() as handle:
         assert len(list(csv.DictReader(handle, delimiter="\t"))) == said["questions"]
-    assert len((tmp_path / "s" / "lessons.jsonl").read_text().splitlines()) == 2
+    lines = (tmp_path / "s" / "lessons.jsonl").read_text().splitlines()
+    assert {json.loads(line)["id"].split("-")[1] for line in lines} == {"0", "1"}
     again = run.invoke(command, words)
     assert again.exit_code != 0
     assert "exists" in str(again.exception)
