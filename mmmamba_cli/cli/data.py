@@ -30,7 +30,10 @@ def check(
         ),
     ],
     image_root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder that image paths count from.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder that image paths count from; else that of the data."
+        ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
     model: Annotated[

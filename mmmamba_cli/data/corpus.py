@@ -43,14 +43,14 @@ class Part:
 
 
 class Conversations:
-    """A file of JSON lines, called `shown` in names, whose images lie in `root`."""
+    """A file of JSON lines, called `shown` in names, whose images lie in `root`, or beside it."""
 
     def __init__(self, file: Path, root: Path | None, shown: str | None = None):
         if root is not None and not root.is_dir():
             raise DataError(
                 f"the image root {root} is not a folder", "check --image-root (data.image_root)"
             )
-        self.lines, self.root = JsonLines(file, shown), root
+        self.lines, self.root = JsonLines(file, shown), file.parent if root is None else root
         self.parts = (Part(file.name, len(self.lines)),)
 
     def __len__(self) -> int:

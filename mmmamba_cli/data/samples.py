@@ -86,12 +86,12 @@ def load_picture(picture: Picture) -> ImageSource:
     return picture.read() if isinstance(picture, Stored) else picture
 
 
-def inside(root: Path | None, name: str) -> Path:
-    """The path of image `name`, which must lie in `root` (or below the working directory).
+def inside(root: Path, name: str) -> Path:
+    """The path of image `name`, which must lie in `root`.
 
     Raises `DataError` for one that leads out of it, through `..` or a link, or that is not there.
     """
-    base = (root or Path()).resolve()
+    base = root.resolve()
     # Not `resolve`, which raises an error of its own for links that lead in a circle.
     path = Path(os.path.realpath(base / name))
     if not path.is_relative_to(base):

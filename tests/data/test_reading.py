@@ -240,3 +240,19 @@ def test_any_bytes_are_lines_or_a_clean_error(data: bytes) -> None:
                 found[index]
             except DataError as error:
                 assert str(error).startswith("a.jsonl:")
+
+
+def test_images_count_from_the_file_s_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for picture in (folder / "a.png", tmp_path / "b.png"):
+        Image.new("RGB", (8, 8)).save(picture)
+    file = lines(folder / "a.jsonl", {**GOOD, "image": "a.png"}, {**GOOD, "image": "../b.png"})
+    monkeypatch.chdir(tmp_path)
+    for source in (file, Path("data/a.jsonl")):
+        corpus = open_corpus(source)
+        (picture,) = corpus[0].images
+        assert picture == folder / "a.png"
+        assert "outside the image root" in refused(lambda found=corpus: found[1])
