@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup check test demo format clean
+.PHONY: setup check test demo smoke format clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ test: setup
 	$(BIN)/python -m pytest -n auto
 
 demo: setup
+	$(BIN)/python benchmarks/demo.py
+
+smoke: setup
 	$(BIN)/python benchmarks/smoke.py --mmmamba $(BIN)/mmmamba
 
 clean:

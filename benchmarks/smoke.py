@@ -1,6 +1,6 @@
 """The whole pipeline so far on a small random teacher: seed, hybridize, load, generate.
 
-`make demo` runs it; an installed wheel can be tried with it from anywhere:
+`make smoke` runs it; an installed wheel can be tried with it from anywhere:
 python smoke.py --mmmamba PATH/TO/mmmamba
 """
 

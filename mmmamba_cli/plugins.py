@@ -1,8 +1,8 @@
 """What other packages add to ours, found through entry points.
 
-Groups: `mmmamba.suites`, `mmmamba.evaluators`, `mmmamba.commands`. In a checkout the project's own
-entry points are read from its pyproject.toml, ahead of those of what is installed: its code must
-not run with the parts of another version.
+Groups: `mmmamba.suites`, `mmmamba.evaluators`, `mmmamba.commands`, `mmmamba.models`. In a checkout
+the project's own entry points are read from its pyproject.toml, ahead of those of what is
+installed: its code must not run with the parts of another version.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from mmmamba_cli.checkpoint.loading import (
     load_model,
     parse_dtype,
     pick_device,
+    pick_dtype,
 )
+from mmmamba_cli.checkpoint.named import located, public_name_of, shipped_models
 from mmmamba_cli.checkpoint.opened import (
     OWN,
     SOURCE_CONFIG,
@@ -43,10 +45,14 @@ __all__ = [
     "is_hub_id",
     "iterate",
     "load_model",
+    "located",
     "open_checkpoint",
     "open_source",
     "parse_dtype",
     "pick_device",
+    "pick_dtype",
+    "public_name_of",
+    "shipped_models",
     "stored_dtype",
     "tensor_plan",
 ]

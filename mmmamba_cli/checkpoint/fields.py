@@ -6,12 +6,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from mmmamba_cli.errors import CheckpointError
 
 Section = Mapping[str, Any]
+
+# No size is as large, and one that is would be counted to before any tensor is found missing.
+LARGEST = 1 << 31
+MOST_LAYERS = 10_000
 
 # RoPE scalings the model knows, and the numbers each needs.
 SCALINGS = {
@@ -34,9 +39,9 @@ def place(where: str, name: str, key: str) -> str:
 def integer(section: Section, key: str, where: str, name: str = "") -> int:
     """A whole number above zero. Raises `CheckpointError`."""
     value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST:
         raise CheckpointError(
-            f"{place(where, name, key)} is {value!r}, expected a whole number above zero"
+            f"{place(where, name, key)} is {value!r:.60}, expected a whole number above zero"
         )
     return value
 
@@ -44,18 +49,29 @@ def integer(section: Section, key: str, where: str, name: str = "") -> int:
 def number(section: Section, key: str, default: float | None, where: str, name: str = "") -> float:
     """A number above zero; without a default it must be there. Raises `CheckpointError`."""
     value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise CheckpointError(
-            f"{place(where, name, key)} is {value!r}, expected a number above zero"
+            f"{place(where, name, key)} is {value!r:.60}, expected a number above zero"
         )
     return float(value)
+
+
+def token_ids(section: Section, key: str, where: str, name: str = "") -> int | list[int] | None:
+    """A token's id, several where one of them ends a text, or None. Raises `CheckpointError`."""
+    value = section.get(key)
+    listed = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(one) is int and 0 <= one < LARGEST for one in listed):
+        raise CheckpointError(
+            f"{place(where, name, key)} is {value!r:.60}, expected the id of a token"
+        )
+    return value
 
 
 def require(section: Section, key: str, value: Any, where: str, name: str = "") -> None:
     """Stop at an option that changes the computation, unless it is absent or has just `value`."""
     if section.get(key, value) != value:
         raise CheckpointError(
-            f"{place(where, name, key)} is {section[key]!r}, only {value!r} is supported"
+            f"{place(where, name, key)} is {section[key]!r:.60}, only {value!r} is supported"
         )
 
 
@@ -76,11 +92,16 @@ def stack_fields(section: Section, where: str, name: str = "") -> dict[str, Any]
             f"num_key_value_heads {kv_heads}, expected each to divide the one before, and an even "
             f"head size, which is {head_dim}"
         )
+    layers = integer(section, "num_hidden_layers", where, name)
+    if layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"{place(where, name, 'num_hidden_layers')} is {layers}, expected at most {MOST_LAYERS}"
+        )
     maximum = integer(
         {"max_position_embeddings": 2048, **section}, "max_position_embeddings", where, name
     )
     return {
-        "num_layers": integer(section, "num_hidden_layers", where, name),
+        "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
@@ -91,15 +112,30 @@ def stack_fields(section: Section, where: str, name: str = "") -> dict[str, Any]
     }
 
 
+def check_scaling(scaling: Any, where: str) -> None:
+    """RoPE scaling as our own config has it: None, or its type with the numbers that one needs."""
+    if scaling is None:
+        return
+    kind = scaling.get("type") if isinstance(scaling, dict) else None
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        known = ", ".join(map(repr, SCALINGS))
+        raise CheckpointError(
+            f"{place(where, '', 'rope_scaling')} is {scaling!r:.60}, expected null or a table with "
+            f"one of the types {known}"
+        )
+    for key in SCALINGS[kind]:
+        number(scaling, key, None, where, "rope_scaling")
+
+
 def _rope(section: Section, maximum: int, where: str, name: str) -> dict[str, Any]:
     """Base and scaling: `rope_theta` and `rope_scaling`, or both in one as `rope_parameters`."""
     scaling, together = section.get("rope_scaling"), section.get("rope_parameters")
     key = "rope_scaling" if together is None else "rope_parameters"
     if together is not None and not isinstance(together, dict):
-        raise CheckpointError(f"{place(where, name, key)} is {together!r}, expected a table")
+        raise CheckpointError(f"{place(where, name, key)} is {together!r:.60}, expected a table")
     if scaling is not None and not isinstance(scaling, dict):
         raise CheckpointError(
-            f"{place(where, name, 'rope_scaling')} is {scaling!r}, expected a table"
+            f"{place(where, name, 'rope_scaling')} is {scaling!r:.60}, expected a table"
         )
     inside = f"{name}.{key}".lstrip(".")
     both = {**(together or {}), **(scaling or {})}
@@ -110,10 +146,10 @@ def _rope(section: Section, maximum: int, where: str, name: str) -> dict[str, An
     kind = both.get("type", both.get("rope_type", "default" if scaling is None else None))
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         known = ", ".join(map(repr, SCALINGS))
         raise CheckpointError(
-            f"{place(where, name, key)} is of type {kind!r}, known are {known}",
+            f"{place(where, name, key)} is of type {kind!r:.60}, known are {known}",
             "the model's positions cannot be computed as it was trained",
         )
     values = {"original_max_position_embeddings": maximum, **both}

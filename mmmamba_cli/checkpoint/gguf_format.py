@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmmamba_cli.checkpoint.gguf_header import check_header
 from mmmamba_cli.checkpoint.source import TensorSource
 from mmmamba_cli.checkpoint.tensors import TensorInfo
 from mmmamba_cli.errors import CheckpointError, name_some
 from mmmamba_cli.processing import alone
 
 SUFFIX = ".gguf"
-MAGIC = b"GGUF"
 PACKAGES = ("gguf", "accelerate")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # What the file may say only with this value, if it says it at all.
@@ -91,9 +91,7 @@ def _inspect(path: Path) -> int:
     """How many tensors the file holds, if it is one that transformers reads wholly."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is not a regular file", "check the path")
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF")
+    check_header(path)
     absent = [name for name in PACKAGES if find_spec(name) is None]
     if absent:
         raise CheckpointError(
@@ -132,7 +130,7 @@ def _refuse(path: Path, fields: Mapping[str, Any], names: list[str]) -> None:
     kind = fields.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise CheckpointError(
-            f"{path}: general.architecture is {kind!r}, known are {', '.join(ARCHITECTURES)}"
+            f"{path}: general.architecture is {kind!r:.60}, known are {', '.join(ARCHITECTURES)}"
         )
     for key, value in ONLY.items():
         found = fields.get(f"{kind}.{key}", value)

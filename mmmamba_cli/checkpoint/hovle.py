@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from mmmamba_cli.checkpoint.fields import integer, require, stack_fields
+from mmmamba_cli.checkpoint.fields import integer, number, require, stack_fields, token_ids
 from mmmamba_cli.checkpoint.rules import Rule, Shape, packed_qkv, rename, stacked_rows
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import ATTENTION, HolisticVLMConfig
@@ -107,17 +107,23 @@ def to_config(
             f"llm_config.hidden_size is {hidden}, expected them equal"
         )
     text_rows = integer(embedding, "llm_vocab_size", where, "embedding_config")
+    special = embedding.get("special_token_maps") or {}
+    if not isinstance(special, dict):
+        raise CheckpointError(
+            f"{where}: embedding_config.special_token_maps is {special!r:.60}, expected a table"
+        )
+    integer(language, "vocab_size", where, "llm_config")
     return HolisticVLMConfig(
-        vocab_size=text_rows + len(embedding.get("special_token_maps") or {}),
+        vocab_size=text_rows + len(special),
         hidden_size=hidden,
         layer_types=[ATTENTION] * (first["num_layers"] + second["num_layers"]),
         embedding_stack=first,
         language_stack=second,
         vision=_vision(raw, embedding, where),
         normalize_embedding_output=bool(raw.get("normalize_encoder_output", False)),
-        bos_token_id=language.get("bos_token_id"),
-        eos_token_id=language.get("eos_token_id"),
-        pad_token_id=language.get("pad_token_id"),
+        bos_token_id=token_ids(language, "bos_token_id", where, "llm_config"),
+        eos_token_id=token_ids(language, "eos_token_id", where, "llm_config"),
+        pad_token_id=token_ids(language, "pad_token_id", where, "llm_config"),
         architectures=["HolisticVLM"],
     )
 
@@ -244,10 +250,10 @@ def _vision(raw: Mapping[str, Any], embedding: Mapping[str, Any], where: str) ->
         raise CheckpointError(
             f"{where}: {name}.pixel_shuffle_loc is {place!r}, known are 'pre' and 'post'"
         )
-    ratio = embedding.get("downsample_ratio", raw.get("downsample_ratio", 0.5))
+    ratio = number({"downsample_ratio": 0.5, **raw, **embedding}, "downsample_ratio", None, where)
     image = integer(embedding, "image_size", where, name)
     patch = integer(embedding, "patch_size", where, name)
-    merge = round(1 / ratio) if isinstance(ratio, int | float) and ratio > 0 else 0
+    merge = round(1 / ratio) if ratio * image >= 1 else 0
     if merge < 1 or merge * ratio != 1 or image % (patch * merge):
         raise CheckpointError(
             f"{where}: image_size {image}, patch_size {patch} and downsample_ratio {ratio!r} do "

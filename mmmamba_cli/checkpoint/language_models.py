@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint.fields import integer, require, stack_fields
+from mmmamba_cli.checkpoint.fields import integer, require, stack_fields, token_ids
 from mmmamba_cli.checkpoint.hovle import internlm2_block
 from mmmamba_cli.checkpoint.rules import Rule, Shape, Tensors, rename
 from mmmamba_cli.errors import CheckpointError
@@ -107,9 +107,9 @@ def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLM
             "qk_norm": family.qk_norm,
         },
         tie_word_embeddings=bool(section.get("tie_word_embeddings", False)),
-        bos_token_id=section.get("bos_token_id"),
-        eos_token_id=section.get("eos_token_id"),
-        pad_token_id=section.get("pad_token_id"),
+        bos_token_id=token_ids(section, "bos_token_id", where),
+        eos_token_id=token_ids(section, "eos_token_id", where),
+        pad_token_id=token_ids(section, "pad_token_id", where),
         architectures=["HolisticVLM"],
     )
 
@@ -190,15 +190,20 @@ def _refuse_windows(section: Mapping[str, Any], where: str) -> None:
     """Attention here sees everything before it; a window that some layer has is refused."""
     kinds = section.get("layer_types")
     if kinds is not None:
+        if not isinstance(kinds, list):
+            raise CheckpointError(f"{where}: layer_types is {kinds!r:.60}, expected a list")
         others = sorted({str(kind) for kind in kinds} - {ATTENTION})
         if others:
             raise CheckpointError(
                 f"{where}: layer_types has {', '.join(others)}, only {ATTENTION} is supported"
             )
         return
-    layers, first = section.get("num_hidden_layers", 0), section.get("max_window_layers", 0)
-    if section.get("use_sliding_window") and first < layers:
+    if not section.get("use_sliding_window"):
+        return
+    layers = integer(section, "num_hidden_layers", where)
+    first = section.get("max_window_layers", 0)
+    if not isinstance(first, int) or first < layers:
         raise CheckpointError(
-            f"{where}: use_sliding_window is true with max_window_layers {first} of {layers} "
+            f"{where}: use_sliding_window is true with max_window_layers {first!r:.60} of {layers} "
             "layers, only attention without a window is supported"
         )

@@ -67,6 +67,13 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bf16 on CUDA, else fp32. Raises `CheckpointError`."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return parse_dtype(name)
+
+
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """A floating dtype from torch's name or ours (bf16, fp16, fp32). Raises `CheckpointError`."""
     if isinstance(name, torch.dtype):
@@ -82,13 +89,23 @@ def generation_config(opened: Checkpoint) -> GenerationConfig:
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     has_own = (folder / "generation_config.json").is_file()
     if opened.model_type == OWN and has_own:
-        return GenerationConfig.from_pretrained(folder)
+        return _saved(folder)
     found = default_generation_config(opened.config)
     if opened.model_type in language_models.MODEL_TYPES and has_own and not is_gguf(opened.path):
         # A chat model ends its turn with more tokens than its config names.
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        ends = _saved(folder).eos_token_id
         found.eos_token_id = sorted(as_ids(found.eos_token_id) | as_ids(ends)) or None
     return found
+
+
+def _saved(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'} cannot be read as settings of a generation",
+            "remove it, or take it from where the model came from",
+        ) from error
 
 
 def default_generation_config(config: HolisticVLMConfig) -> GenerationConfig:

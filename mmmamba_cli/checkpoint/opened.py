@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import hovle, language_models, released
+from mmmamba_cli.checkpoint import hovle, language_models, own, released
 from mmmamba_cli.checkpoint.gguf_format import is_gguf, open_gguf
 from mmmamba_cli.checkpoint.hashing import TensorHasher
-from mmmamba_cli.checkpoint.hub import fetched
+from mmmamba_cli.checkpoint.named import located
 from mmmamba_cli.checkpoint.rules import Rule, Shape, check_names, rename
 from mmmamba_cli.checkpoint.source import TensorSource, open_source
 from mmmamba_cli.checkpoint.tensors import TensorInfo, check_finite
@@ -86,11 +86,11 @@ def open_checkpoint(
 
     Every tensor is checked to be there and to fit.
 
-    `path` may be a repository's id on the Hub. A bare state dict takes its config from
-    `config_file`, else from `config.json` beside it, else
+    `path` may be the name of a shipped model, or a repository's id on the Hub. A bare state dict
+    takes its config from `config_file`, else from `config.json` beside it, else
     from `arch`; a GGUF file carries its own. Raises `CheckpointError`.
     """
-    path = fetched(path).expanduser()
+    path = located(path)
     home = path if path.is_dir() else path.parent
     assumed: tuple[str, ...] = ()
     if is_gguf(path):
@@ -145,15 +145,16 @@ def tensor_plan(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Te
 def _own(
     raw: Mapping[str, Any], source: TensorSource, where: str
 ) -> tuple[HolisticVLMConfig, list[Rule]]:
-    try:
-        # Code that lies in an exported folder is ours; what is made of it here goes without.
-        config = HolisticVLMConfig.from_dict({k: v for k, v in raw.items() if k != "auto_map"})
-        shapes = expected_tensors(config)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    config = own.to_config(raw, where)
+    if config.num_hidden_layers > len(source.names):
         raise CheckpointError(
-            f"{where} is not a complete mmmamba config: {_first_line(error)}",
-            "take the config.json that was written with the weights",
-        ) from error
+            f"{where} has {config.num_hidden_layers} layers, its weights {len(source.names)} tensors",
+            own.REMEDY,
+        )
+    try:
+        shapes = expected_tensors(config)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where} has sizes that no tensor can have", own.REMEDY) from error
     kept = {name: source.info(name).shape for name in source.names if name in UNUSED}
     return config, [rename(name, name, shape) for name, shape in {**shapes, **kept}.items()]
 
@@ -199,7 +200,7 @@ def _model_type(raw: Mapping[str, Any], where: str) -> str:
     kind = raw.get("model_type")
     if kind not in KNOWN_TYPES:
         raise CheckpointError(
-            f"{where}: model_type is {kind!r}, known are {', '.join(KNOWN_TYPES)}",
+            f"{where}: model_type is {kind!r:.60}, known are {', '.join(KNOWN_TYPES)}",
             "give the config.json of such a model, or of a folder mmmamba wrote",
         )
     return str(kind)
@@ -208,6 +209,8 @@ def _model_type(raw: Mapping[str, Any], where: str) -> str:
 def _read_json(file: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        # Half of a letter can be written as an escape, and nowhere else: not into a copy of this.
+        json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is not there", "check the path") from error
     except (ValueError, RecursionError) as error:

@@ -150,10 +150,12 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
-    """The mapping of tensors in what was loaded."""
+    """The mapping of tensors in what was loaded, which may contain itself."""
+    seen: set[int] = set()
     while isinstance(loaded, Mapping) and not any(isinstance(v, Tensor) for v in loaded.values()):
+        seen.add(id(loaded))
         nested = [loaded[nest] for nest in NESTS if isinstance(loaded.get(nest), Mapping)]
-        if not nested:
+        if not nested or id(nested[0]) in seen:
             break
         loaded = nested[0]
     if not isinstance(loaded, Mapping):

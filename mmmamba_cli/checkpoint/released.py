@@ -72,13 +72,13 @@ def _kinds(raw: Mapping[str, Any], section: str, count: int, where: str) -> list
     listed = raw[section].get("layers_block_type")
     if not isinstance(listed, list) or len(listed) != count:
         raise CheckpointError(
-            f"{where}: {section}.layers_block_type is {listed!r}, expected a list with one of "
+            f"{where}: {section}.layers_block_type is {listed!r:.60}, expected a list with one of "
             f"{', '.join(map(repr, KINDS))} for each of the {count} layers"
         )
     for index, kind in enumerate(listed):
         if not isinstance(kind, str) or kind not in KINDS:
             raise CheckpointError(
-                f"{where}: {section}.layers_block_type[{index}] is {kind!r}, known are "
+                f"{where}: {section}.layers_block_type[{index}] is {kind!r:.60}, known are "
                 f"{', '.join(map(repr, KINDS))}"
             )
     return [KINDS[kind] for kind in listed]

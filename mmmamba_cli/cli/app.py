@@ -22,11 +22,15 @@ COMMANDS = (
     "distill",
     "hybridize",
     "eval",
+    "chat",
     "profile",
+    "report",
     "import",
     "export",
     "data",
     "status",
+    "inspect",
+    "doctor",
     "recipe",
 )
 

@@ -6,12 +6,13 @@ rich is imported when something is first printed with it, so that --help need no
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 PLAIN_INTERVAL = 10.0
 # Columns of a table that no terminal limits.
 UNBROKEN = 100_000
+# No path and no name needs more letters in one word.
+LONGEST_WORD = 1000
+LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
 @cache
@@ -54,7 +58,18 @@ def _print_marked(mark: str, style: str, message: str) -> None:
     from rich.text import Text
 
     for line in message.splitlines():
-        err().print(Text.assemble((f"{mark}:", style), " ", line), soft_wrap=True)
+        err().print(Text.assemble((f"{mark}:", style), " ", visible(line)), soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """`text` as a terminal may have it: what it would obey is escaped, endless words are cut.
+
+    Names and values out of foreign files come this way.
+    """
+    shown = "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+    )
+    return LONG_WORD.sub(lambda word: f"{word[0][:LONGEST_WORD]}...", shown)
 
 
 def print_json(value: Any) -> None:
@@ -87,9 +102,11 @@ def print_table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
+        # Folded where it is too long for a line: names are not to be cut short.
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+        table.add_row(*(Text("-" if cell is None else visible(str(cell))) for cell in row))
     console.print(table)
 
 

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmmamba_cli.cli.completing import complete_recipes
 from mmmamba_cli.cli.console import print_json
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Device, Overwrite, RunFolder, Sets
+from mmmamba_cli.cli.options import (
+    DEFAULT_RUN,
+    AsJson,
+    Device,
+    FromParent,
+    Overwrite,
+    RunFolder,
+    Sets,
+)
 
 if TYPE_CHECKING:
     from mmmamba_cli.recipe import Recipe
@@ -27,12 +36,14 @@ def command(
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
-    parent: Annotated[
-        str | None, typer.Option("--from", metavar="PRODUCT", help="Product to start from.")
-    ] = None,
+    parent: FromParent = None,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="Another recipe than the product's own."),
+        typer.Option(
+            metavar="RECIPE",
+            help="Another recipe than the product's own.",
+            autocompletion=complete_recipes,
+        ),
     ] = None,
     sets: Sets = None,
     data: Annotated[
@@ -45,7 +56,10 @@ def command(
     ] = None,
     image_root: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder of the images (data.image_root)."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the images (data.image_root); that of the data if not given.",
+        ),
     ] = None,
     teacher: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")

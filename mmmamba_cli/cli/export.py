@@ -98,10 +98,13 @@ def _story(run: Run, manifest: Manifest, licence: str | None, title: str | None)
 def _ancestors(run: Run, manifest: Manifest) -> Iterator[Manifest]:
     """Products this one was made from, the nearest first, as long as they are what they were."""
     products = run.products()
+    # A product that was made anew from its own descendant is among its ancestors.
+    seen = {manifest.name}
     while True:
         above = next((p for p in manifest.parents if p.role == "student"), None)
-        if above is None or above.name not in products:
+        if above is None or above.name not in products or above.name in seen:
             return
+        seen.add(above.name)
         manifest = products[above.name]
         if manifest.content_hash != above.content_hash:
             return

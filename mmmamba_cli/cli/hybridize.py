@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.console import print_json, progress
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromParent, Overwrite, RunFolder
 from mmmamba_cli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def command(
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
-    parent: Annotated[
-        str | None, typer.Option("--from", metavar="PRODUCT", help="Product to start from.")
-    ] = None,
+    parent: FromParent = None,
     teacher: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
     ] = None,

@@ -5,8 +5,15 @@ from typing import Annotated
 
 import typer
 
+from mmmamba_cli.cli.completing import complete_products, complete_recipes
+
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Name of a shipped recipe, or a YAML file.",
+        autocompletion=complete_recipes,
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
@@ -34,7 +41,21 @@ TeacherPath = Annotated[
 ]
 FromCurrent = Annotated[
     str | None,
-    typer.Option("--from", metavar="PRODUCT", help="Product of the run; else the current one."),
+    typer.Option(
+        "--from",
+        metavar="PRODUCT",
+        help="Product of the run; else the current one.",
+        autocompletion=complete_products,
+    ),
+]
+FromParent = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="PRODUCT",
+        help="Product to start from.",
+        autocompletion=complete_products,
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")]
 DType = Annotated[str, typer.Option(help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmmamba_cli.cli.completing import complete_products
 from mmmamba_cli.cli.console import err, out, print_json, print_table, print_warning, progress
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
@@ -37,6 +38,7 @@ def command(
             "--from",
             metavar="PRODUCT",
             help="Product of the run; else the newest of each layer plan. May be repeated.",
+            autocompletion=complete_products,
         ),
     ] = None,
     teacher: Annotated[

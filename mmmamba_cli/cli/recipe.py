@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmmamba_cli.cli.completing import complete_recipes
 from mmmamba_cli.cli.console import help_if_bare, print_error, print_json, print_table
 from mmmamba_cli.cli.options import AsJson, RecipeName, Sets
 from mmmamba_cli.errors import RecipeError
@@ -57,7 +58,12 @@ def show(recipe: RecipeName, sets: Sets = None, as_json: AsJson = False) -> None
 @command.command()
 def validate(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="Names of recipes, or YAML files.")
+        list[str],
+        typer.Argument(
+            metavar="RECIPE...",
+            help="Names of recipes, or YAML files.",
+            autocompletion=complete_recipes,
+        ),
     ],
     sets: Sets = None,
     num_layers: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmmamba_cli.cli.completing import complete_recipes
 from mmmamba_cli.cli.console import print_json, print_table, print_warning, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder, Sets
 
@@ -29,7 +30,10 @@ def command(
     ],
     run: RunFolder = DEFAULT_RUN,
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="RECIPE", help="Recipe of the run.")
+        str,
+        typer.Option(
+            "--recipe", metavar="RECIPE", help="Recipe of the run.", autocompletion=complete_recipes
+        ),
     ] = "mmmamba-linear",
     sets: Sets = None,
     init: Annotated[

@@ -2,58 +2,117 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mmmamba_cli.cli.console import out, print_json
+from mmmamba_cli.cli.console import UNBROKEN, out, print_json
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.text import Text
     from rich.tree import Tree
 
-    from mmmamba_cli.runs import Manifest
+    from mmmamba_cli.inspection import Lineage, Product, Score
+    from mmmamba_cli.inspection.drawing import Marks
 
 
 def command(run: RunFolder = DEFAULT_RUN, as_json: AsJson = False) -> None:
     """Draw the run's lineage: its teacher, its products, and which one is current."""
+    from mmmamba_cli.inspection import read_lineage
     from mmmamba_cli.runs import Run
 
-    target = Run(run)
-    record, products = target.record, target.products()
-    teacher = record.teacher
+    lineage = read_lineage(Run(run))
     if as_json:
-        print_json(
+        print_json(_record(lineage))
+    else:
+        _print(lineage)
+
+
+def _record(lineage: Lineage) -> dict[str, Any]:
+    teacher = lineage.teacher
+    return {
+        "run": str(lineage.folder),
+        "teacher": teacher and teacher.model_dump(exclude={"digests"}),
+        "teacher_scores": [vars(score) for score in lineage.teacher_scores],
+        "current": lineage.current,
+        "products": [
             {
-                "run": str(target.folder),
-                "teacher": teacher and teacher.model_dump(exclude={"digests"}),
-                "current": record.current,
-                "products": [p.model_dump(mode="json") for p in products.values()],
+                **product.manifest.model_dump(mode="json"),
+                "bytes": product.nbytes,
+                # A loss that was no number has no place in JSON.
+                "held_out": [x if x == x else None for x in product.held_out],
+                "scores": [vars(score) for score in product.scores],
             }
-        )
-        return
-    out().print(_draw("none" if teacher is None else teacher.path, products, record.current))
+            for product in lineage.products.values()
+        ],
+    }
 
 
-def _draw(teacher: str, products: dict[str, Manifest], current: str) -> Tree:
+def _print(lineage: Lineage) -> None:
+    from rich.console import Console
+
+    console = out()
+    if not console.is_terminal:
+        console = Console(width=UNBROKEN)
+    console.print(_draw(lineage, console.encoding))
+
+
+def _draw(lineage: Lineage, encoding: str) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 
-    root = Tree(Text.assemble("teacher ", (teacher, "bold")))
+    from mmmamba_cli.inspection import legend, marks_for
+
+    marks = marks_for(encoding)
+    teacher = "none" if lineage.teacher is None else lineage.teacher.path
+    label = Text.assemble("teacher ", (teacher, "bold"), *_lines(_scored(lineage.teacher_scores)))
+    label.append(f"\n{legend(marks)}", style="dim")
+    root = Tree(label)
     branches: dict[str, Tree] = {}
-    for name, manifest in products.items():
-        above = next((p.name for p in manifest.parents if p.role == "student"), None)
-        branches[name] = branches.get(above or "", root).add(_label(manifest, name == current))
+    for name, product in lineage.products.items():
+        parent = branches.get(product.above or "", root)
+        branches[name] = parent.add(_label(product, name == lineage.current, marks))
     return root
 
 
-def _label(manifest: Manifest, is_current: bool) -> Text:
+def _label(product: Product, is_current: bool, marks: Marks) -> Text:
     from rich.text import Text
 
+    from mmmamba_cli.inspection import layer_plan, size, sparkline
+
+    manifest = product.manifest
+    plan = layer_plan(
+        manifest.num_layers, set(manifest.attention_layers), marks, product.embedding_layers
+    )
     done = "distilled end to end" if manifest.final else "not distilled end to end"
-    stages = ", ".join(manifest.stages) or "no stage done"
+    lines = [
+        plan,
+        f"{manifest.kind}, {manifest.parameters / 1e6:,.1f} M, {manifest.dtype}, "
+        f"{size(product.nbytes)}, {manifest.content_hash[:12]}",
+        f"{', '.join(manifest.stages) or 'no stage done'}; {done}",
+    ]
+    if product.held_out:
+        first, last = product.held_out[0], product.held_out[-1]
+        lines.append(f"held out {sparkline(product.held_out, marks)} {first:.4g} to {last:.4g}")
     return Text.assemble(
         (manifest.name, "bold"),
         ("  <- current" if is_current else "", "green"),
-        f"\n{manifest.kind}, {manifest.parameters / 1e6:,.1f} M, {manifest.dtype}, "
-        f"{manifest.content_hash[:12]}\n{stages}, {done}",
+        *_lines(lines),
+        *_lines(_scored(product.scores)),
     )
+
+
+def _lines(texts: Sequence[str]) -> list[str]:
+    return [f"\n{text}" for text in texts]
+
+
+def _scored(scores: Sequence[Score]) -> list[str]:
+    """A line for each suite: the first rule's headline, then the others'."""
+    by_suite: dict[str, list[str]] = {}
+    for score in scores:
+        said = (
+            f"{score.metric} {score.value:,.1f} ({score.rule}{', part' if score.partial else ''})"
+        )
+        by_suite.setdefault(score.suite, []).append(said)
+    return [f"{suite}: {', '.join(said)}" for suite, said in by_suite.items()]

@@ -12,6 +12,7 @@ from mmmamba_cli.data.samples import Sample, Stored, given, member_key, parse_sa
 from mmmamba_cli.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+MAX_SHARDS = 1_000_000
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -23,6 +24,8 @@ def expand_shards(source: str) -> list[Path]:
     first, last = match[1], match[2]
     if int(first) > int(last):
         raise DataError(f"{source}: the range {match[0]} runs backwards")
+    if int(last) - int(first) >= MAX_SHARDS:
+        raise DataError(f"{source}: the range {match[0]} names more than {MAX_SHARDS} files")
     width = len(first)
     names = (f"{number:0{width}}" for number in range(int(first), int(last) + 1))
     return [Path(source[: match.start()] + name + source[match.end() :]) for name in names]

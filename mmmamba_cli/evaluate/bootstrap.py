@@ -60,6 +60,20 @@ def ratio_interval(
     return _percentiles(np.concatenate(ratios))
 
 
+def difference_interval(
+    one: Tally, other: Tally, metric: str, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """The interval of one - other, drawn together; both must be of the same rule and rows."""
+    if one.strata != other.strata:
+        raise ValueError("the tallies are not of the same rows")
+    found = []
+    for counts in draw_counts(one.strata, draws, seed):
+        left = one.metrics(counts @ one.numbers)[metric]
+        right = other.metrics(counts @ other.numbers)[metric]
+        found.append(left - right)
+    return _percentiles(np.concatenate(found))
+
+
 def _percentiles(values: np.ndarray) -> tuple[float, float]:
     edge = 50 * (1 - LEVEL)
     low, high = np.percentile(values, [edge, 100 - edge])

@@ -9,21 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmmamba_cli.checkpoint import (
     Checkpoint,
     load_model,
     open_checkpoint,
-    parse_dtype,
     pick_device,
+    pick_dtype,
 )
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.evaluate.contract import Identity
 from mmmamba_cli.evaluate.holistic import HolisticEvalModel
-from mmmamba_cli.runs import Run, open_processor
+from mmmamba_cli.runs import TEACHER, Run, open_processor, path_name
 
-TEACHER = "teacher"
 HASH_DIGITS = 8
 
 
@@ -72,7 +69,7 @@ def teacher_candidate(run: Run, moved_to: Path | None, device: str | None, dtype
 def path_candidate(path: Path, device: str | None, dtype: str) -> Candidate:
     """Any checkpoint: a folder of ours, HoVLE, a language model."""
     checkpoint = open_checkpoint(path)
-    name = path.resolve().stem if path.is_file() else path.resolve().name
+    name = path_name(path)
     return Candidate(name, lambda: open_model(checkpoint, name, device, dtype))
 
 
@@ -98,10 +95,7 @@ def open_model(
             "put the teacher's tokenizer.model there, or seed again with --tokenizer FILE",
         )
     chosen = pick_device(device)
-    wanted = (
-        (torch.bfloat16 if chosen.type == "cuda" else torch.float32) if dtype == "auto" else dtype
-    )
-    kept = parse_dtype(wanted)
+    kept = pick_dtype(dtype, chosen)
     identity = Identity(
         name=name,
         content_hash=content_hash or checkpoint.source.content_hash(),

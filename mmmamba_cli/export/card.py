@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from mmmamba_cli import __version__
-from mmmamba_cli.checkpoint import Checkpoint, hub_name, released
+from mmmamba_cli.checkpoint import Checkpoint, public_name_of, released
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export.layouts import HOVLE, HUB, RELEASED
 from mmmamba_cli.model import LINEAR
@@ -68,7 +68,7 @@ class Story:
 def card_text(checkpoint: Checkpoint, name: str, dtype: str, parameters: int, story: Story) -> str:
     """README.md of an export in format `name`."""
     config = checkpoint.config
-    title = story.title or hub_name(checkpoint.path) or checkpoint.path.resolve().name
+    title = story.title or public_name_of(checkpoint.path) or checkpoint.path.resolve().name
     kept = config.attention_layers
     total = config.num_hidden_layers
     lines = [
@@ -106,7 +106,7 @@ def public_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manife
 
 def public_name(text: str) -> str:
     """A path's last part, or the repository of a folder in the Hub's cache; other text as it is."""
-    known = hub_name(text)
+    known = public_name_of(text)
     if known is not None:
         return known
     option, equals, value = text.partition("=")

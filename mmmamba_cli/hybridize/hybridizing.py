@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import Checkpoint, expected_tensors
+from mmmamba_cli.checkpoint import Checkpoint, expected_tensors, parse_dtype
 from mmmamba_cli.checkpoint.hashing import tensor_digest
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
@@ -73,6 +72,11 @@ def hybridize(
     take their mixer from the nearest ancestor that has it. Raises `RunError` if the teacher is
     not the run's, or no ancestor has a mixer that is needed.
     """
+    if name == parent.name:
+        raise RunError(
+            f"product {name!r} would be made of itself",
+            "name the product to start from with --from",
+        )
     student = run.open_product(parent.name)
     config = _with_layers(student.config, layers)
     teacher = run.open_teacher(teacher_path) if _restored(student.config, config) else None
@@ -85,7 +89,7 @@ def hybridize(
         shapes={**expected_tensors(config), **kept},
         read=_reader(run, student, teacher, donors, config),
         origin=student,
-        dtype=getattr(torch, parent.dtype),
+        dtype=parse_dtype(parent.dtype),
         recipe=parent.recipe if recipe is None else recipe,
         parents=lambda: (
             Parent("student", parent.name, parent.content_hash),
@@ -121,16 +125,17 @@ def _donors(
     """For each layer that turns linear again, the nearest ancestor with a mixer for it."""
     missing = [i for i in student.config.attention_layers if i not in config.attention_layers]
     donors: dict[int, Checkpoint] = {}
-    ancestor = parent
+    ancestor, seen = parent, {parent.name}
     while missing:
         above = next((p.name for p in ancestor.parents if p.role == "student"), None)
-        if above is None or above not in run.products():
+        if above is None or above not in run.products() or above in seen:
             raise RunError(
                 f"no ancestor of {parent.name!r} has a Mamba-2 mixer for layers {missing}",
                 "start from another product with --from",
             )
         wanted = next(p.content_hash for p in ancestor.parents if p.role == "student")
         ancestor = run.product(above)
+        seen.add(above)
         if ancestor.content_hash != wanted:
             raise RunError(
                 f"product {above!r} is not the one {parent.name!r} was made from",

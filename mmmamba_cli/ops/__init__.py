@@ -3,11 +3,28 @@
 Every function takes `backend="auto"`; callers never ask which device or kernel they run on.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mmmamba_cli.ops import conv, norm
+from mmmamba_cli.ops import ssd as scan
 from mmmamba_cli.ops.conv import causal_conv, causal_conv_step
 from mmmamba_cli.ops.norm import gated_rms_norm, rms_norm
 from mmmamba_cli.ops.ssd import ssd, ssd_step
 
+# What is registered for each public function, as it is looked up at each call: whoever checks or
+# measures backends finds here also those that were registered after import.
+BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "causal_conv": conv.CONV_BACKENDS,
+    "causal_conv_step": conv.STEP_BACKENDS,
+    "gated_rms_norm": norm.GATED_BACKENDS,
+    "rms_norm": norm.PLAIN_BACKENDS,
+    "ssd": scan.SCAN_BACKENDS,
+    "ssd_step": scan.STEP_BACKENDS,
+}
+
 __all__ = [
+    "BACKENDS",
     "causal_conv",
     "causal_conv_step",
     "gated_rms_norm",

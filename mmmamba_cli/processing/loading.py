@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import AddedToken
 
@@ -21,6 +21,18 @@ from mmmamba_cli.processing.tokenizer import (
 )
 
 PROCESSOR_FILE = "processor_config.json"
+
+Saved = TypeVar("Saved", HolisticVLMProcessor, HolisticTextProcessor)
+# What settings of wrong kinds make transformers raise.
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 # Ids of InternVL's special tokens over InternLM2's vocabulary, which has 92553 with them. The first
 # six replace unused pieces of the SentencePiece model.
@@ -52,13 +64,25 @@ def processor_from_folder(folder: str | Path) -> HolisticVLMProcessor | Holistic
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if (folder / PROCESSOR_FILE).is_file() and config.get("vision") is None:
-        return HolisticTextProcessor.from_pretrained(folder)
+        return _saved(HolisticTextProcessor, folder)
     if (folder / PROCESSOR_FILE).is_file():
-        processor = HolisticVLMProcessor.from_pretrained(folder)
+        processor = _saved(HolisticVLMProcessor, folder)
         image_token_id = (config.get("vision") or {}).get("image_token_id")
         _check_image_token(processor.tokenizer, image_token_id, "vision.image_token_id")
         return processor
     return processor_from_hovle(config, folder / VOCABULARY_FILE)
+
+
+def _saved(kind: type[Saved], folder: Path) -> Saved:
+    """A processor as it was saved. Raises `CheckpointError` if the files were damaged since."""
+    try:
+        return kind.from_pretrained(folder)
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"the tokenizer or {PROCESSOR_FILE} of {folder} cannot be read: it is not as it was "
+            "saved",
+            "take these files from where the model came from",
+        ) from error
 
 
 def processor_from_hovle(
@@ -102,6 +126,11 @@ def build_tokenizer(
     added = _read_added_tokens(file, settings, vocab_size, required)
     names = ("unk_token", "bos_token", "eos_token", "pad_token")
     named = {key: _content(settings[key]) for key in names if settings.get(key) is not None}
+    for key, token in named.items():
+        if not isinstance(token, str):
+            raise CheckpointError(
+                f"{file.with_name('tokenizer_config.json')}: {key} is {token!r:.60}, expected text"
+            )
     tokenizer = HolisticVLMTokenizer(
         vocab_file=str(file),
         added_tokens_decoder=added,
@@ -121,7 +150,7 @@ def _read_added_tokens(
 ) -> dict[int, AddedToken]:
     """Special tokens by id, from the files that name them or InternVL's table."""
     described = settings.get("added_tokens_decoder", {})
-    if not all(isinstance(token, dict) and "content" in token for token in described.values()):
+    if not isinstance(described, dict) or not all(map(_is_described, described.items())):
         raise CheckpointError(
             f"{file.with_name('tokenizer_config.json')}: added_tokens_decoder is not a table of "
             "tokens with their content"
@@ -129,6 +158,10 @@ def _read_added_tokens(
     ids = {token["content"]: int(index) for index, token in described.items()}
     listed = read_json(file.with_name("added_tokens.json"), required=False)
     usual = INTERNVL_TOKENS if vocab_size == INTERNVL_VOCABULARY else {}
+    if not all(type(index) is int and index >= 0 for index in listed.values()):
+        raise CheckpointError(
+            f"{file.with_name('added_tokens.json')} is not a table of tokens and their ids"
+        )
     # Where one source names a token, those behind it are not asked.
     ids = {**usual, **_special_pieces(file), **listed, **ids}
     for content, index in listed.items():
@@ -150,9 +183,14 @@ def _read_added_tokens(
     }
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     for index, token in described.items():
-        chosen = {flag: token[flag] for flag in flags if flag in token}
+        chosen = {flag: bool(token[flag]) for flag in flags if flag in token}
         added[int(index)] = AddedToken(token["content"], **chosen)
     return added
+
+
+def _is_described(entry: tuple[str, Any]) -> bool:
+    index, token = entry
+    return index.isdecimal() and isinstance(token, dict) and type(token.get("content")) is str
 
 
 def _special_pieces(file: Path) -> dict[str, int]:
@@ -171,9 +209,9 @@ def _check_image_token(tokenizer: HolisticVLMTokenizer, expected: Any, field: st
         )
 
 
-def _content(token: Any) -> str:
+def _content(token: Any) -> Any:
     """A token as `tokenizer_config.json` writes it: a string, or a dict with its content."""
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _get(config: Mapping[str, Any], field: str, kind: type, default: Any = None) -> Any:
@@ -183,7 +221,7 @@ def _get(config: Mapping[str, Any], field: str, kind: type, default: Any = None)
         value = value.get(key) if isinstance(value, Mapping) else None
     value = default if value is None else value
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise CheckpointError(f"config.json: {field} is {value!r}, expected {kind.__name__}")
+        raise CheckpointError(f"config.json: {field} is {value!r:.60}, expected {kind.__name__}")
     return value
 
 
@@ -194,7 +232,7 @@ def read_json(file: Path, *, required: bool = True) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object")

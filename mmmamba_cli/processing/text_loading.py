@@ -29,6 +29,11 @@ def processor_from_language_model(
     which holds all. Raises `CheckpointError` if it cannot be read or does not fit the config.
     """
     tokenizer = _tokenizer(config, tokenizer_file)
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise CheckpointError(
+            f"tokenizer {tokenizer_file}: model_max_length is {longest!r:.60}, expected a number"
+        )
     largest = max(tokenizer.get_vocab().values())
     if largest >= config["vocab_size"]:
         raise CheckpointError(
@@ -39,9 +44,16 @@ def processor_from_language_model(
     ends = {*processor.stop_token_ids, *as_ids(config.get("eos_token_id"))}
     settings = tokenizer_file.with_name("generation_config.json")
     if settings.is_file() and tokenizer_file.suffix != GGUF_SUFFIX:
-        ends |= as_ids(read_json(settings).get("eos_token_id"))
+        ends |= _ids_in(read_json(settings).get("eos_token_id"), settings)
     processor.stop_token_ids = sorted(ends)
     return processor
+
+
+def _ids_in(ids: Any, file: Path) -> set[int]:
+    listed = ids if isinstance(ids, list) else [ids]
+    if ids is not None and not all(type(one) is int for one in listed):
+        raise CheckpointError(f"{file}: eos_token_id is {ids!r:.60}, expected ids of tokens")
+    return as_ids(ids)
 
 
 def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
@@ -56,11 +68,14 @@ def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase
         if file.name == FAST_FILE:
             # Read as it is; the classes named for a model rebuild it from its parts.
             return PreTrainedTokenizerFast.from_pretrained(file.parent)
-        return AutoTokenizer.from_pretrained(file.parent)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False)
+    except Exception as error:
+        # The tokenizers library raises nothing more special for a file that it cannot read.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        known = isinstance(error, OSError | ValueError) or type(error) is Exception
         raise CheckpointError(
-            f"the tokenizer {file} cannot be read: {first}", "give another with --tokenizer FILE"
+            f"the tokenizer {file} cannot be read{f': {first}' if known else ''}",
+            "give another with --tokenizer FILE",
         ) from error
 
 

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mmmamba_cli.checkpoint import Checkpoint, hovle, open_checkpoint, parse_dtype, pick_device
+from mmmamba_cli.checkpoint import Checkpoint, hovle, open_checkpoint, pick_device, pick_dtype
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.contract import (
@@ -22,9 +20,9 @@ from mmmamba_cli.profiling.contract import (
 )
 from mmmamba_cli.profiling.decoding import CachedDecoder
 from mmmamba_cli.profiling.weights import WeightStore
-from mmmamba_cli.recipe import place
+from mmmamba_cli.recipe import place, plan_kind
 from mmmamba_cli.recipe.problems import join_or, nearest
-from mmmamba_cli.runs import Manifest, Run
+from mmmamba_cli.runs import Manifest, Run, path_name
 
 # A quarter of the layers, as the paper's hybrid.
 HYBRID_SHARE = 4
@@ -66,8 +64,7 @@ def weight_store(device: str | None = None, dtype: str = "auto") -> WeightStore:
     Raises `CheckpointError` for a device or dtype that is not known or not there.
     """
     chosen = pick_device(device)
-    automatic = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return WeightStore(chosen, automatic if dtype == "auto" else parse_dtype(dtype))
+    return WeightStore(chosen, pick_dtype(dtype, chosen))
 
 
 def teacher_subjects(store: WeightStore, checkpoint: Checkpoint, known: str = "") -> list[Subject]:
@@ -131,10 +128,9 @@ def path_subjects(store: WeightStore, paths: Iterable[Path]) -> list[Subject]:
     found: list[Subject] = []
     for path in paths:
         checkpoint = open_checkpoint(path)
-        name = path.resolve().stem if path.is_file() else path.resolve().name
         found.append(
             _subject(
-                name,
+                path_name(path),
                 STUDENT,
                 STATIC,
                 checkpoint.config,
@@ -208,9 +204,7 @@ def _subject(
     final: bool | None = None,
 ) -> Subject:
     kept, total = config.attention_layers, config.num_hidden_layers
-    kind = f"hybrid ({len(kept)} attention)"
-    if not kept or len(kept) == total:
-        kind = "all attention" if kept else "linear"
+    kind = plan_kind(len(kept), total)
     about = About(role, cache, kind, kept, total, weights, content_hash, final)
     return Subject(name, about, lambda: CachedDecoder(load(), cache))
 

@@ -1,6 +1,6 @@
 """Recipes: everything a distillation is told, in one typed, frozen value. No torch here."""
 
-from mmmamba_cli.recipe.layers import PLACEMENTS, attention_layers, place
+from mmmamba_cli.recipe.layers import PLACEMENTS, attention_layers, place, plan_kind
 from mmmamba_cli.recipe.library import recipe_folder, recipe_names
 from mmmamba_cli.recipe.loader import dump_recipe, load_recipe, parse_recipe
 from mmmamba_cli.recipe.schema import (
@@ -31,6 +31,7 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "place",
+    "plan_kind",
     "recipe_folder",
     "recipe_names",
 ]

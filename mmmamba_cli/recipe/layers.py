@@ -65,6 +65,15 @@ def place(placement: str, n: int, num_layers: int) -> tuple[int, ...]:
     return PLACEMENTS[placement](n, num_layers)
 
 
+def plan_kind(kept: int, num_layers: int) -> str:
+    """What `kept` attention layers of `num_layers` make: `linear`, `hybrid (4 attention)` or
+    `all attention`.
+    """
+    if kept == 0:
+        return "linear"
+    return "all attention" if kept == num_layers else f"hybrid ({kept} attention)"
+
+
 def list_problem(layers: Sequence[int], num_layers: int | None = None) -> tuple[int, str] | None:
     """What is wrong with an explicit list of layers: a position in it and a sentence, or None.
 

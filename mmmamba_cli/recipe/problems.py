@@ -100,13 +100,13 @@ def _problem(details: Any, model: type[BaseModel]) -> Problem:
         sentence = f"unknown key, allowed are {', '.join(names)}{nearest(key, names)}"
         return Problem(location, sentence)
     annotation, metadata = _field_at(model, location)
-    allowed = _allowed(annotation, metadata)
+    words = allowed(annotation, metadata)
     if details["type"] == "missing":
-        return Problem(location, f"is missing, must be {allowed}")
+        return Problem(location, f"is missing, must be {words}")
     value = details["input"]
     choices = _choices(annotation)
     hint = nearest(value, choices) if isinstance(value, str) else ""
-    return Problem(location, f"is {show(value)}, must be {allowed}{hint}")
+    return Problem(location, f"is {show(value)}, must be {words}{hint}")
 
 
 def _field_at(model: type[BaseModel], location: Location) -> tuple[Any, list[Any]]:
@@ -153,7 +153,7 @@ def _choices(annotation: Any) -> list[str]:
     return [str(choice) for choice in get_args(bare)] if get_origin(bare) is Literal else []
 
 
-def _allowed(annotation: Any, metadata: list[Any]) -> str:
+def allowed(annotation: Any, metadata: list[Any]) -> str:
     """What a value may be: `a whole number from 1 to 16 or null`."""
     bare, constraints = _unwrap(annotation, metadata)
     null = " or null" if _nullable(annotation) else ""
@@ -173,9 +173,9 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(bare) is tuple:
         items = get_args(bare)
         if items[-1] is not Ellipsis:
-            return f"a list of {len(items)}, each {_allowed(items[0], [])}{null}"
+            return f"a list of {len(items)}, each {allowed(items[0], [])}{null}"
         some = ", not empty" if _not_empty(constraints) else ""
-        return f"a list{some}, each {_allowed(items[0], [])}{null}"
+        return f"a list{some}, each {allowed(items[0], [])}{null}"
     if isinstance(bare, type) and issubclass(bare, BaseModel):
         return f"a section with the keys {', '.join(bare.model_fields)}{null}"
     raise TypeError(f"no words for what {bare} allows")

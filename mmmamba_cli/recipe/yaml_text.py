@@ -15,6 +15,8 @@ from mmmamba_cli.errors import RecipeError
 
 # An anchor repeated in an anchor grows without bound; no recipe comes near this.
 MAX_NODES = 20_000
+# What PyYAML lets out where a value does not fit the tag that is written before it.
+_MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 UNICODE_BREAKS = "\x85\u2028\u2029"
 
 _CORE_TAGS = (
@@ -105,6 +107,10 @@ def read_yaml(text: str, source: str) -> Any:
         sentence = f"character #x{ord(text[error.position]):04x} is not allowed"
     except RecursionError:
         raise RecipeError(f"{source}: is nested too deeply") from None
+    except _MISFITS:
+        raise RecipeError(
+            f"{source}: not valid YAML: a value does not fit the tag before it, such as !!int x"
+        ) from None
     where = f"{source}:{line}" if "\n" in text else source
     raise RecipeError(f"{where}: not valid YAML: {sentence}")
 

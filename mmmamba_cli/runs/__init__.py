@@ -2,18 +2,23 @@
 
 from mmmamba_cli.runs.importing import import_student
 from mmmamba_cli.runs.manifest import Manifest, Parent, read_manifest
+from mmmamba_cli.runs.naming import TEACHER, Named, open_named, path_name
 from mmmamba_cli.runs.product import Draft, open_processor, write_companions, write_product
 from mmmamba_cli.runs.run import Run, RunRecord, Teacher
 
 __all__ = [
+    "TEACHER",
     "Draft",
     "Manifest",
+    "Named",
     "Parent",
     "Run",
     "RunRecord",
     "Teacher",
     "import_student",
+    "open_named",
     "open_processor",
+    "path_name",
     "read_manifest",
     "write_companions",
     "write_product",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,17 @@ from mmmamba_cli.checkpoint import (
     check_finite,
     checked_reader,
     combined_hash,
-    hub_name,
+    public_name_of,
 )
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, Parent, read_manifest
 from mmmamba_cli.runs.product import Draft, write_product
-from mmmamba_cli.runs.run import Run, RunRecord, Teacher
+from mmmamba_cli.runs.run import PRODUCT_NAME, Run, RunRecord, Teacher
 
 NAME = "imported"
 RECIPE = "mmmamba-linear"
-PRODUCT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # What of its config a student has from its teacher unchanged.
 INHERITED_FIELDS = (
     "vocab_size",
@@ -182,4 +180,4 @@ def _plain_recipe(config: HolisticVLMConfig) -> str:
 
 def _place(checkpoint: Checkpoint) -> str:
     """Where a checkpoint came from: its repository on the Hub, or its path."""
-    return hub_name(checkpoint.path) or str(checkpoint.path)
+    return public_name_of(checkpoint.path) or str(checkpoint.path)

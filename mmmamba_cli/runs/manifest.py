@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmmamba_cli import __version__
 from mmmamba_cli.errors import RunError
+from mmmamba_cli.recipe import plan_kind
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -34,8 +35,9 @@ class Parent(BaseModel):
     name: str
     content_hash: str
 
-    def __init__(self, role: str, name: str, content_hash: str) -> None:
-        super().__init__(role=role, name=name, content_hash=content_hash)
+    def __init__(self, *values: str, **fields: str) -> None:
+        # By place as we write them, by name as a file has them, where one may be missing.
+        super().__init__(**dict(zip(type(self).model_fields, values, strict=False)), **fields)
 
 
 class Manifest(BaseModel):
@@ -67,10 +69,7 @@ class Manifest(BaseModel):
     @property
     def kind(self) -> str:
         """`linear`, `hybrid (4 attention)` or `all attention`."""
-        kept = len(self.attention_layers)
-        if kept == 0:
-            return "linear"
-        return "all attention" if kept == self.num_layers else f"hybrid ({kept} attention)"
+        return plan_kind(len(self.attention_layers), self.num_layers)
 
 
 def now() -> str:
@@ -106,6 +105,8 @@ def parse_model(file: Path, kind: type[Model]) -> Model:
     """A JSON file as `kind`. Raises `RunError` that names the file and the first thing wrong."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        # Half of a letter can be written as an escape, and nowhere else: not into a copy of this.
+        json.dumps(value, ensure_ascii=False).encode()
         if isinstance(value, Mapping) and value.get("format", FORMAT) != FORMAT:
             raise RunError(
                 f"{file} has format {value['format']!r}, this version knows {FORMAT}",

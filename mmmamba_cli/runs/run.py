@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, open_checkpoint
+from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, located, open_checkpoint
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, parse_model, read_manifest
 
 RECORD = "run.json"
 LOCK = ".lock"
 PRODUCTS = "products"
+PRODUCT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 class Teacher(BaseModel):
@@ -81,15 +83,25 @@ class Run:
         if not folder.is_dir():
             return {}
         names = [p.name for p in folder.iterdir() if (p / MANIFEST).is_file()]
-        found = {name: read_manifest(folder / name) for name in names if not name.startswith(".")}
+        found = {name: self._manifest(name) for name in names if not name.startswith(".")}
         return dict(sorted(found.items(), key=lambda item: (item[1].created, item[0])))
 
     def product(self, name: str) -> Manifest:
         """Raises `RunError` if there is none of that name."""
-        if not (self.product_folder(name) / MANIFEST).is_file():
+        if not PRODUCT_NAME.fullmatch(name) or not (self.product_folder(name) / MANIFEST).is_file():
             known = ", ".join(self.products()) or "none"
-            raise RunError(f"{self.folder} has no product {name!r}, it has: {known}")
-        return read_manifest(self.product_folder(name))
+            raise RunError(f"{self.folder} has no product {name!r:.60}, it has: {known}")
+        return self._manifest(name)
+
+    def _manifest(self, name: str) -> Manifest:
+        manifest = read_manifest(self.product_folder(name))
+        # The name leads to a folder that is read and written: it must be just this one.
+        if manifest.name != name:
+            raise RunError(
+                f"{self.product_folder(name)} calls itself {manifest.name!r:.60}",
+                "a product's folder has its name; rename it back",
+            )
+        return manifest
 
     def write_record(self, record: RunRecord) -> None:
         atomic_write_text(self.folder / RECORD, record.model_dump_json(indent=2) + "\n")
@@ -106,7 +118,7 @@ class Run:
         Raises `RunError` if it is no longer there.
         """
         teacher = self.teacher
-        path = moved_to or Path(teacher.path)
+        path = Path(teacher.path) if moved_to is None else located(moved_to)
         if not path.exists():
             raise RunError(
                 f"the teacher of {self.folder} is no longer at {path}",

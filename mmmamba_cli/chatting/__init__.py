@@ -1,0 +1,18 @@
+"""Talking to models: one conversation, one or several that answer it."""
+
+from mmmamba_cli.chatting.columns import SideBySide, column_width
+from mmmamba_cli.chatting.conversation import Conversation
+from mmmamba_cli.chatting.generation import Settings, generate_ids
+from mmmamba_cli.chatting.speaker import Answer, Speaker, load_speaker, locate
+
+__all__ = [
+    "Answer",
+    "Conversation",
+    "Settings",
+    "SideBySide",
+    "Speaker",
+    "column_width",
+    "generate_ids",
+    "load_speaker",
+    "locate",
+]

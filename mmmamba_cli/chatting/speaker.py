@@ -1,0 +1,126 @@
+"""A model one can talk to: where it comes from, and its answer to a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmmamba_cli.chatting.conversation import Conversation
+from mmmamba_cli.chatting.generation import Settings, generate_ids
+from mmmamba_cli.checkpoint import load_model, pick_device, pick_dtype
+from mmmamba_cli.errors import CheckpointError, DataError
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, TextStream
+from mmmamba_cli.runs import Named, Run, open_named, open_processor
+
+
+@dataclass
+class Answer:
+    """An answer as it grows; `finished` once the model ended it by itself."""
+
+    text: str = ""
+    tokens: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model under the name it is called by."""
+
+    name: str
+    model: HolisticVLM
+    processor: HolisticVLMProcessor | HolisticTextProcessor
+    kind: str
+    final: bool | None
+
+    @property
+    def sees(self) -> bool:
+        """Whether it can be shown pictures."""
+        return not isinstance(self.processor, HolisticTextProcessor)
+
+    def answer(
+        self, conversation: Conversation, settings: Settings, found: Answer
+    ) -> Iterator[str]:
+        """The answer to the last question, in pieces of text; `found` keeps it as it grows.
+
+        Raises `DataError` for pictures that cannot be read, or shown to this model, and for a
+        conversation that its device has no memory for.
+        """
+        if conversation.pictures and not self.sees:
+            raise DataError(
+                f"{self.name} reads text only", "start again without --image, or use /reset"
+            )
+        batch = self.processor.chat(
+            conversation.messages(self.name), conversation.pictures, padding=False
+        )
+        device, dtype = self.model.lm_head.weight.device, self.model.lm_head.weight.dtype
+        pixels = batch.get("pixel_values")
+        ids = generate_ids(
+            self.model,
+            batch["input_ids"].to(device),
+            None if pixels is None else pixels.to(device, dtype),
+            settings,
+            frozenset(self.processor.stop_token_ids),
+            turn=len(conversation.questions) - 1,
+        )
+        pieces: list[str] = []
+        stream = TextStream(self.processor.tokenizer, pieces.append, skip_prompt=False)
+        try:
+            for token in ids:
+                found.tokens += 1
+                stream.put(torch.tensor([token]))
+                yield from _taken(pieces, found)
+        except torch.OutOfMemoryError as error:
+            length = batch["input_ids"].shape[1] + found.tokens
+            raise DataError(
+                f"{self.name}: {device} has no memory left for a conversation of {length} tokens",
+                "begin anew with /reset, or give --dtype bf16",
+            ) from error
+        stream.end()
+        found.finished = found.tokens < settings.max_new_tokens
+        yield from _taken(pieces, found)
+
+
+def _taken(pieces: list[str], found: Answer) -> Iterator[str]:
+    """The pieces that are there, as they are removed; none before the first that is no space."""
+    for piece in pieces:
+        shown = piece if found.text else piece.lstrip()
+        found.text += shown
+        if shown:
+            yield shown
+    pieces.clear()
+
+
+def locate(run: Run, wanted: Sequence[str | Path], teacher_path: Path | None = None) -> list[Named]:
+    """What is to be talked to, named as `open_named` takes it. Raises as that does, and `DataError`
+    if two have one name.
+    """
+    found = [open_named(run, one, teacher_path) for one in wanted]
+    called = [where.name for where in found]
+    twice = [name for name in dict.fromkeys(called) if called.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"more than one model is called {', '.join(twice)}",
+            "name each of them once, or rename a folder",
+        )
+    return found
+
+
+def load_speaker(where: Named, device: str | None = None, dtype: str = "auto") -> Speaker:
+    """Load a model to talk to. `device` None is CUDA where there is one; dtype "auto" is bf16
+    there, and fp32 on a CPU. Raises `CheckpointError` if it has no tokenizer.
+    """
+    checkpoint = where.checkpoint
+    processor = open_processor(checkpoint)
+    if processor is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer, so it cannot be talked to",
+            "put the teacher's tokenizer beside it, or seed again with --tokenizer FILE",
+        )
+    chosen = pick_device(device)
+    wanted = pick_dtype(dtype, chosen)
+    model = load_model(checkpoint.path, device=chosen, dtype=wanted, checkpoint=checkpoint)
+    return Speaker(where.name, model, processor, where.kind, where.final)

@@ -1,0 +1,127 @@
+"""`mmmamba chat`: talk to a model in the terminal, or to several at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmmamba_cli.cli.completing import complete_models
+from mmmamba_cli.cli.console import err, print_json, print_warning
+from mmmamba_cli.cli.options import (
+    DEFAULT_RUN,
+    AsJson,
+    Device,
+    DType,
+    FromCurrent,
+    Models,
+    RunFolder,
+    TeacherPath,
+)
+from mmmamba_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmmamba_cli.chatting import Settings
+    from mmmamba_cli.cli.talking import Talk
+    from mmmamba_cli.runs import Named
+
+
+def command(
+    run: RunFolder = DEFAULT_RUN,
+    product: FromCurrent = None,
+    model: Models = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Ask this product (or `teacher`, or a path) too, and show both answers side by "
+            "side. May be repeated.",
+            autocompletion=complete_models,
+        ),
+    ] = None,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Ask the run's teacher too: --compare teacher.")
+    ] = False,
+    teacher_path: TeacherPath = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Picture for the first question. May be repeated."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System text; the model's own if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token; above 0 draws.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Ask this one question, and end.")
+    ] = None,
+    device: Device = None,
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Talk to a model, about pictures too; its answers are shown as they come.
+
+    In a terminal /help lists what else can be typed. Ctrl-C stops an answer, twice leaves; Ctrl-D
+    leaves. From a pipe every line is a question, and answers are plain on stdout.
+    """
+    if as_json and prompt is None:
+        raise DataError("--json needs a question", "give it with --prompt TEXT")
+    from mmmamba_cli.chatting import Settings, locate
+    from mmmamba_cli.runs import Run
+
+    settings = Settings(max_new_tokens, temperature, seed)
+    target = Run(run)
+    wanted: list[str | Path] = [*([] if product is None else [product]), *(model or ())]
+    others = [*(compare or ()), *(["teacher"] if teacher or teacher_path is not None else [])]
+    if not wanted and len(compare or ()) < 2:
+        wanted.append(target.record.current)
+    places = locate(target, [*wanted, *dict.fromkeys(others)], teacher_path)
+    _warn(places)
+    talk = _open(places, settings, system, image or (), device, dtype)
+    if as_json:
+        assert prompt is not None
+        print_json(talk.as_record(prompt))
+    elif prompt is not None:
+        talk.ask(prompt)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        talk.converse()
+    else:
+        talk.read_questions(sys.stdin)
+
+
+def _warn(places: Sequence[Named]) -> None:
+    for where in places:
+        if where.final is False:
+            print_warning(f"{where.name} was never distilled end to end; do not expect much")
+
+
+def _open(
+    places: Sequence[Named],
+    settings: Settings,
+    system: str | None,
+    images: Sequence[Path],
+    device: str | None,
+    dtype: str,
+) -> Talk:
+    from mmmamba_cli.chatting import Conversation, load_speaker
+    from mmmamba_cli.cli.talking import Talk, blind
+
+    conversation = Conversation(tuple(where.name for where in places), system)
+    # Before minutes are spent on loading.
+    for file in images:
+        conversation.add_picture(file)
+        for where in places:
+            if where.checkpoint.config.vision is None:
+                raise blind(where.name, file)
+    speakers = []
+    for where in places:
+        err().print(f"loading {where.name}", markup=False, highlight=False, soft_wrap=True)
+        speakers.append(load_speaker(where, device, dtype))
+    return Talk(speakers, conversation, settings)

@@ -1,0 +1,117 @@
+"""`mmmamba doctor`: is this machine fit, and does every op compute here what it should."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmmamba_cli.cli.console import err, print_error, print_json, print_table, print_warning
+from mmmamba_cli.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from mmmamba_cli.doctor import Device, Package, Report
+
+UNFIT = 2
+
+
+def command(
+    device: Annotated[
+        str | None, typer.Option(help="Check ops here: cpu or cuda; else the best there is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Examine this machine: versions, devices, and every op against its reference.
+
+    Exit code 0 if everything needed works, 2 if not.
+    """
+    from mmmamba_cli.doctor import examine
+
+    report = examine(device, _tell)
+    failures = list(report.failures)
+    if as_json:
+        print_json({"fit": not failures, "failures": failures, **_record(report)})
+    else:
+        _say(report)
+        for sentence in report.warnings:
+            print_warning(sentence)
+        for sentence in failures:
+            print_error(sentence)
+        if not failures:
+            typer.echo(f"fit: everything that is needed works, on {report.device}")
+    if failures:
+        raise typer.Exit(UNFIT)
+
+
+def _tell(text: str) -> None:
+    err().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _record(report: Report) -> dict[str, object]:
+    """JSON has no NaN: the word stands for it."""
+    record = asdict(report)
+    for op in record["ops"]:
+        for key in ("forward", "backward"):
+            op[key] = "nan" if op[key] != op[key] else op[key]
+    return record
+
+
+def _say(report: Report) -> None:
+    needed = [package for package in report.packages if package.extra is None]
+    print_table(
+        ("library", "version", "needed"),
+        [(p.name, p.version or "missing", p.needs or None) for p in needed],
+    )
+    typer.echo()
+    print_table(
+        ("device", "is", "memory", "free", "own bf16"),
+        [_device_row(device) for device in report.devices],
+        right=("memory", "free"),
+    )
+    typer.echo()
+    _say_extras(report.packages)
+    if report.ops:
+        typer.echo()
+        print_table(
+            ("op", "backend", "dtype", "forward", "backward", "allowed", ""),
+            [
+                (
+                    op.op,
+                    op.backend,
+                    op.dtype,
+                    None if op.forward is None else f"{op.forward:.1e}",
+                    None if op.backward is None else f"{op.backward:.1e}",
+                    f"{op.tolerance:.0e}",
+                    op.status,
+                )
+                for op in report.ops
+            ],
+            title=f"Ops on {report.device}: relative error against the reference in fp64",
+            right=("forward", "backward", "allowed"),
+        )
+    typer.echo()
+    for check in report.checks:
+        if check.status == "ok":
+            typer.echo(f"{check.name}: {check.said}")
+
+
+def _device_row(device: Device) -> tuple[str | None, ...]:
+    from mmmamba_cli.inspection.drawing import size
+
+    bf16 = {None: None, True: "yes", False: "no"}[device.bf16]
+    memory, free = (None if n is None else size(n) for n in (device.memory, device.free))
+    return device.name, device.description, memory, free, bf16
+
+
+def _say_extras(packages: tuple[Package, ...]) -> None:
+    from mmmamba_cli.doctor import PURPOSES, missing_extras
+
+    missing = missing_extras(packages)
+    rows = []
+    for extra, purpose in PURPOSES.items():
+        parts = [p for p in packages if p.extra == extra]
+        has = ", ".join(f"{p.name} {p.version}" for p in parts if p.version is not None)
+        pip = f"pip install 'mmmamba[{extra}]'" if extra in missing else None
+        rows.append((extra, purpose, has or None, pip))
+    print_table(("extra", "for", "installed", "missing: install with"), rows)

@@ -1,0 +1,238 @@
+"""`mmmamba inspect`: what a checkpoint is, what it takes in memory, how two differ."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmmamba_cli.cli.completing import complete_models
+from mmmamba_cli.cli.console import out, print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmmamba_cli.checkpoint import Checkpoint
+    from mmmamba_cli.inspection import Anatomy, Memory, TensorDifference
+    from mmmamba_cli.runs import Named
+
+NUMBERS = ("layers", "tensors", "parameters", "size")
+
+
+def command(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PATH|PRODUCT",
+            help="Any checkpoint, a product of the run, or `teacher`; else the current product.",
+            autocompletion=complete_models,
+        ),
+    ] = None,
+    run: RunFolder = DEFAULT_RUN,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="T", help="Tokens at which memory is counted; else 103424."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Count memory in bf16, fp16 or fp32; as stored if not given."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|PRODUCT",
+            help="Read both, and say which tensors differ.",
+            autocompletion=complete_models,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look into a checkpoint: layers, parameters, memory at a context length.
+
+    Only headers are read, but with --against.
+    """
+    from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe
+    from mmmamba_cli.runs import Run, open_named
+
+    target = Run(run)
+    found = open_named(target, name or target.record.current)
+    anatomy = describe(found.checkpoint)
+    tokens = DEFAULT_CONTEXT if context is None else context
+    memory = _memory(found, tokens, dtype)
+    differences = None
+    if against is not None:
+        differences = _compare(found.checkpoint, open_named(target, against).checkpoint)
+    if as_json:
+        record: dict[str, Any] = {
+            "name": found.name,
+            "distilled_end_to_end": found.final,
+            **asdict(anatomy),
+            "context": tokens,
+            "memory": [{**asdict(one), "total": one.total} for one in memory],
+        }
+        if differences is not None:
+            record["against"] = against
+            record["differences"] = [_finite(asdict(one)) for one in differences]
+        print_json(record)
+        return
+    if found.final is False:
+        print_warning(f"{found.name} was never distilled end to end")
+    _say_what(found.name, anatomy)
+    _say_memory(memory, tokens)
+    if differences is not None:
+        _say_differences(differences, found.name, str(against))
+
+
+def _memory(found: Named, context: int, dtype: str | None) -> list[Memory]:
+    """Of the model, and of the same one with attention everywhere if it is not that already."""
+    from mmmamba_cli.checkpoint import parse_dtype
+    from mmmamba_cli.inspection import all_attention, memory_at
+
+    config = found.checkpoint.config
+    wanted = found.checkpoint.dtype("model.text_embedding.weight")
+    if dtype is not None:
+        wanted = parse_dtype(dtype)
+    counted = [memory_at(found.name, config, context, wanted)]
+    if counted[0].linear_layers:
+        counted.append(memory_at("all attention", all_attention(config), context, wanted))
+    return counted
+
+
+def _compare(here: Checkpoint, there: Checkpoint) -> list[TensorDifference]:
+    from mmmamba_cli.inspection import compare
+
+    total = len({*here.shapes, *there.shapes})
+    with progress("comparing", total, "tensors") as advance:
+        return compare(here, there, advance)
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN: a word stands for each."""
+    odd = ("inf", "nan")
+    return {k: str(v) if isinstance(v, float) and str(v) in odd else v for k, v in record.items()}
+
+
+def _say_what(name: str, anatomy: Anatomy) -> None:
+    from mmmamba_cli.inspection import layer_plan, legend, marks_for, size
+
+    marks = marks_for(out().encoding)
+    files = f"{anatomy.files} file{'s' if anatomy.files > 1 else ''}"
+    typer.secho(f"{name}: {anatomy.kind}, {anatomy.parameters / 1e6:,.1f} M parameters", bold=True)
+    lines = [
+        ("path", anatomy.path),
+        ("layout", f"{anatomy.layout}, {anatomy.container}, {files}, {size(anatomy.file_bytes)}"),
+        ("sizes", f"hidden {anatomy.hidden_size:,}, vocabulary {anatomy.vocab_size:,}"),
+    ]
+    for stack in anatomy.stacks:
+        first = stack.first_layer
+        plan = layer_plan(stack.num_layers, {i - first for i in stack.attention_layers}, marks)
+        last = first + stack.num_layers - 1
+        heads = f"{stack.num_heads} query and {stack.num_kv_heads} key/value heads"
+        lines += [
+            (stack.name, f"{plan}  layers {first} to {last}"),
+            ("", f"{heads} of {stack.head_dim}, MLP {stack.intermediate_size:,}"),
+        ]
+    lines.append(("", legend(marks)))
+    dtypes = (f"{key} {n} tensors, {size(b)}" for key, (n, b) in anatomy.dtypes.items())
+    lines.append(("stored as", "; ".join(dtypes)))
+    lines.append(("tokenizer", anatomy.tokenizer or "none"))
+    lines.append(("vision", _vision(anatomy)))
+    if anatomy.assumed:
+        lines.append(("assumed", f"{', '.join(anatomy.assumed)} (it has no config)"))
+    _print_pairs(lines)
+    rows = [
+        (part.name, part.layers or None, part.tensors, f"{part.parameters:,}", size(part.nbytes))
+        for part in anatomy.parts
+    ]
+    print_table(("part", "layers", "tensors", "parameters", "size"), rows, right=NUMBERS)
+
+
+def _vision(anatomy: Anatomy) -> str:
+    vision = anatomy.vision
+    if vision is None:
+        return "none, text only"
+    return (
+        f"tiles of {vision['image_size']} pixels, patches of {vision['patch_size']}, "
+        f"pixel shuffle {vision['pixel_shuffle']}"
+    )
+
+
+def _print_pairs(lines: Sequence[tuple[str, str]]) -> None:
+    """Lines of a name and what it is, wrapped where a terminal ends."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = out()
+    if not console.is_terminal:
+        typer.echo("".join(f"{name:<10} {text}\n" for name, text in lines))
+        return
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines:
+        grid.add_row(Text(name, style="dim"), Text(text))
+    console.print(grid)
+    console.print()
+
+
+def _share(value: int, layers: int) -> str:
+    """Bytes, and of how many layers they are the sum."""
+    from mmmamba_cli.inspection import size
+
+    if not value:
+        return "-"
+    return size(value) if not layers else f"{size(value)} ({layers} x {size(value / layers)})"
+
+
+def _say_memory(memory: Sequence[Memory], context: int) -> None:
+    def row(what: str, values: list[int], layers: list[int] | None = None) -> list[str]:
+        counts = layers or [0] * len(values)
+        return [what, *(_share(value, n) for value, n in zip(values, counts, strict=True))]
+
+    attention = [one.attention_layers for one in memory]
+    linear = [one.linear_layers for one in memory]
+    rows = [
+        row("weights", [one.weights for one in memory]),
+        row("keys and values", [one.kv_cache for one in memory], attention),
+        row("conv states", [one.conv_state for one in memory], linear),
+        row("SSM states", [one.ssm_state for one in memory], linear),
+        row("total", [one.total for one in memory]),
+    ]
+    names = tuple(one.name for one in memory)
+    print_table(
+        ("memory", *names), rows, title=f"\nAt {context:,} tokens of context, one row", right=names
+    )
+    if len(memory) > 1:
+        here, teacher = memory
+        typer.echo(
+            f"{here.total / teacher.total:.1%} of what attention in every layer takes; "
+            f"without weights, {here.state / teacher.state:.2%}"
+        )
+
+
+def _say_differences(differences: Sequence[TensorDifference], here: str, there: str) -> None:
+    from mmmamba_cli.inspection import grouped, spans
+    from mmmamba_cli.inspection.difference import EQUAL, ONLY_HERE, ONLY_THERE
+
+    groups = grouped(differences)
+    equal = sum(group.tensors for group in groups if group.status == EQUAL)
+    called = {ONLY_HERE: "only in a", ONLY_THERE: "only in b"}
+    rows = [
+        (
+            group.name.removeprefix("model.").removeprefix("layers.*."),
+            called.get(group.status, group.status),
+            spans(group.layers) or None,
+            None if group.largest is None else f"{group.largest:.3g}",
+            None if group.relative is None else f"{group.relative:.3g}",
+        )
+        for group in groups
+        if group.status != EQUAL
+    ]
+    if rows:
+        print_table(
+            ("tensor", "is", "layers", "max |a-b|", "|a-b| / |b|"),
+            rows,
+            title=f"\n{here} (a) against {there} (b)",
+            right=("max |a-b|", "|a-b| / |b|"),
+        )
+    typer.echo(f"{equal} of {len(differences)} tensors are equal")

@@ -1,0 +1,59 @@
+"""`mmmamba report`: a run as one HTML file."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmmamba_cli.cli.console import print_json, print_warning
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
+
+FILE = "report.html"
+
+
+def command(
+    run: RunFolder = DEFAULT_RUN,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Another run to compare with, named by its folder. May be repeated.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the suites' TSVs, for the pictures."),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    note: Annotated[
+        str | None, typer.Option(help="A sentence below it: what a reader must know first.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="HTML to write; else the run's report.html."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file about a run: answers, scores, losses, costs, lineage, commands.
+
+    The file needs no network and no other file. What was not run is left out, and named.
+    """
+    from mmmamba_cli.checkpoint import atomic_write_text
+    from mmmamba_cli.reporting import build_page, read_material
+
+    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+    page = build_page(
+        read_material(run, beside or ()), created=created, title=title, note=note, data=data
+    )
+    place = file or run / FILE
+    place.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(place, page.html)
+    if as_json:
+        print_json({"file": str(place), "shown": list(page.shown), "left_out": page.left_out})
+        return
+    for what, reason in page.left_out.items():
+        print_warning(f"no {what}: {reason}")
+    typer.echo(f"{place}: {', '.join(page.shown)}")

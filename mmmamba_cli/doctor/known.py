@@ -1,0 +1,81 @@
+"""Pairs of versions and devices that are known to be bad, as facts that can be looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from mmmamba_cli.doctor.machine import NEEDED, release, satisfies
+from mmmamba_cli.doctor.report import FAILED, OK, WARNING, Check, Device
+
+HOPPER = 9
+# flash-linear-attention refuses its gated backward on Hopper with these: it was silently wrong.
+BAD_TRITON = ((3, 4), (3, 7, 0))
+FLA = ("fla-core", "flash-linear-attention")
+# Where its driver shows an NVIDIA GPU, whether or not torch can use it.
+DRIVER = "/proc/driver/nvidia/version"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at. `versions` has only what is installed; `driver` is NVIDIA's."""
+
+    versions: Mapping[str, str]
+    devices: tuple[Device, ...]
+    device: str
+    driver: bool = False
+    fast_fp32: bool = False
+
+
+def examine_versions(facts: Facts) -> Iterator[Check]:
+    """What is needed and missing or of a wrong version; one line if all is well."""
+    broken = False
+    for name, needs in NEEDED.items():
+        found = facts.versions.get(name)
+        if found is None:
+            broken = True
+            yield Check(name, FAILED, "is not installed", f"pip install '{name}{needs}'")
+        elif not satisfies(found, needs):
+            broken = True
+            yield Check(
+                name, FAILED, f"is {found}, needed is {needs}", f"pip install '{name}{needs}'"
+            )
+    if not broken:
+        yield Check("versions", OK, f"{len(NEEDED)} libraries as needed")
+
+
+def known_problems(facts: Facts) -> Iterator[Check]:
+    """Every known bad pair that this machine has."""
+    triton = release(facts.versions.get("triton", ""))
+    low, high = BAD_TRITON
+    hopper = any(d.capability and d.capability[0] == HOPPER for d in facts.devices)
+    if any(name in facts.versions for name in FLA) and hopper and low <= triton <= high:
+        yield Check(
+            "flash-linear-attention",
+            WARNING,
+            f"refuses its gated backward on Hopper with Triton {facts.versions['triton']}, where "
+            "it was wrong",
+            "train with the plain backend, or with Triton newer than 3.7.0",
+        )
+    on_cpu = next((d for d in facts.devices if d.name == facts.device == "cpu"), None)
+    if on_cpu is not None and on_cpu.bf16 is False:
+        yield Check(
+            "bf16 on this CPU",
+            WARNING,
+            "is emulated, and slower than fp32",
+            "give --dtype fp32, as commands do by themselves where dtype is auto",
+        )
+    if facts.driver and not any(d.name.startswith("cuda") for d in facts.devices):
+        yield Check(
+            "CUDA",
+            WARNING,
+            "an NVIDIA driver is there, but torch finds no GPU",
+            "install a build of torch for CUDA, and see whether nvidia-smi works",
+        )
+    if facts.fast_fp32:
+        yield Check(
+            "TF32",
+            WARNING,
+            "is on: fp32 products have 10 bits of mantissa, so fp32 checks may fail",
+            "torch.set_float32_matmul_precision('highest') turns it off",
+        )

@@ -1,0 +1,150 @@
+"""The machine: libraries and their versions, devices and their memory. Imports no torch itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mmmamba_cli.doctor.report import Device, Package
+
+# As in pyproject.toml; a test holds the two together.
+NEEDED = {
+    "torch": ">=2.9",
+    "transformers": ">=5.17,<6",
+    "safetensors": ">=0.5",
+    "sentencepiece": ">=0.2",
+    "protobuf": "",
+    "numpy": "",
+    "inflect": ">=7.2",
+    "pillow": ">=10",
+    "pydantic": ">=2.7",
+    "pyyaml": ">=6",
+    "typer": ">=0.15",
+    "rich": ">=13",
+}
+EXTRAS = {
+    "cuda": ("triton", "fla-core", "einops"),
+    "mamba-ssm": ("mamba-ssm",),
+    "eval": ("lm-eval", "openpyxl"),
+    "tracking": ("tensorboard", "matplotlib"),
+    "gguf": ("gguf", "accelerate"),
+    "lora": ("peft",),
+    "scenes": ("resvg-py", "scikit-learn"),
+}
+PURPOSES = {
+    "cuda": "Triton kernels",
+    "mamba-ssm": "another backend of the scan",
+    "eval": "text tasks, predictions in spreadsheets",
+    "tracking": "training curves",
+    "gguf": "teachers from GGUF files",
+    "lora": "low-rank adapters in stage 3",
+    "scenes": "drawings in SVG",
+}
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def packages() -> tuple[Package, ...]:
+    """Python, what is needed, and what extras bring, installed or not."""
+    found = [Package("python", platform.python_version(), ">=3.11")]
+    found += [Package(name, installed(name), needs) for name, needs in NEEDED.items()]
+    found += [
+        Package(name, installed(name), extra=extra)
+        for extra, names in EXTRAS.items()
+        for name in names
+    ]
+    return tuple(found)
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, None if it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """The numbers a version begins with: (2, 13, 0) of `2.13.0+cpu`."""
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def satisfies(text: str, needs: str) -> bool:
+    """Whether a version is what `needs` asks for: bounds with >= and <, joined by commas."""
+    bounds = re.findall(r"(>=|<)([\d.]+)", needs)
+    return all((release(text) >= release(b)) == (sign == ">=") for sign, b in bounds)
+
+
+def missing_extras(found: tuple[Package, ...]) -> dict[str, tuple[str, ...]]:
+    """Extras of which something is not installed, and what that is."""
+    missing: dict[str, tuple[str, ...]] = {}
+    for package in found:
+        if package.extra is not None and package.version is None:
+            missing[package.extra] = (*missing.get(package.extra, ()), package.name)
+    return missing
+
+
+def devices() -> tuple[Device, ...]:
+    """The CPU, then what torch can use besides. Raises what importing torch raises."""
+    import torch
+
+    found = [cpu()]
+    for index in range(torch.cuda.device_count()):
+        free, memory = torch.cuda.mem_get_info(index)
+        found.append(
+            Device(
+                f"cuda:{index}",
+                str(torch.cuda.get_device_name(index)),
+                memory,
+                free,
+                torch.cuda.get_device_capability(index),
+                torch.cuda.is_bf16_supported(including_emulation=False),
+            )
+        )
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", platform.machine()))
+    return tuple(found)
+
+
+def cpu() -> Device:
+    """This computer's processor, as its operating system describes it."""
+    lines = _table(CPUINFO)
+    # What a CPU can do is called flags by some of them, Features by others.
+    flags = set(lines.get("flags", lines.get("Features", "")).split())
+    described = lines.get("model name") or platform.processor() or platform.machine()
+    memory = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _table(MEMINFO).get("MemAvailable", "").split()
+    return Device(
+        "cpu",
+        f"{described}, {cores()} cores",
+        memory,
+        1024 * int(free[0]) if free else None,
+        bf16=bool(flags & BF16_FLAGS) if flags else None,
+    )
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _table(file: Path) -> Mapping[str, str]:
+    """`name : value` lines, the first of each name; nothing where there is no such file."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    found: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    return found

@@ -1,0 +1,253 @@
+"""Small random problems for every op: odd lengths, padding, packing, states going in.
+
+Legend: B batch, T tokens, H query heads, K key/value heads, P head dim, Ch channels, W taps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmmamba_cli import ops
+
+# Arguments by their names; of a convolution some others are no tensors, so that mypy wants Any.
+Tensors = dict[str, Any]
+# Values and fixed arguments (masks, ids) of a case, and a backend's name, to the outputs.
+Call = Callable[[Tensors, Tensors, str], tuple[Tensor, ...]]
+
+BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 32
+CHANNELS, TAPS = 2 * DIM + 1, 4
+# Neither a multiple of 8 nor of a chunk; 1 is the step of a decoder, 131 wants two chunks.
+LENGTHS = (1, 37, 131)
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """`values` fp64 on the CPU, of which gradients are asked; `fixed` masks and ids.
+
+    `small` are values that a model keeps in fp32 though it runs in bf16.
+    """
+
+    name: str
+    call: Call
+    values: Tensors
+    fixed: Tensors = field(default_factory=dict)
+    small: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function: its backends, the one that is its reference, and cases for it.
+
+    `trains` says that it must have gradients; one decoding step need not.
+    """
+
+    name: str
+    backends: Mapping[str, Callable[..., Any]]
+    reference: str
+    cases: tuple[Case, ...]
+    trains: bool = True
+
+
+def all_ops() -> list[Op]:
+    """Every op that has backends, with cases if there are any here; and attention."""
+    makers: dict[str, tuple[str, Callable[[], list[Case]]]] = {
+        "ssd": ("recurrent", _scans),
+        "ssd_step": ("reference", _scan_steps),
+        "causal_conv": ("reference", _convolutions),
+        "causal_conv_step": ("reference", _convolution_steps),
+        "gated_rms_norm": ("reference", _gated_norms),
+        "rms_norm": ("reference", _norms),
+    }
+    found = []
+    for name, backends in ops.BACKENDS.items():
+        reference, make = makers.get(name, ("reference", list))
+        found.append(Op(name, backends, reference, tuple(make()), not name.endswith("_step")))
+    return [*found, Op("attention", ATTENTION, "softmax", tuple(_attentions()))]
+
+
+class _Random:
+    """Numbers that are the same everywhere."""
+
+    def __init__(self, seed: int):
+        self._rng = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._rng, dtype=torch.float64)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=self._rng, dtype=torch.float64)
+
+
+def _mask(length: int) -> Tensor:
+    """(B, T): one row padded on the left, one on the right."""
+    mask = torch.ones(BATCH, length, dtype=torch.bool)
+    mask[0, : length // 5] = False
+    mask[1, -(length // 4) :] = False
+    return mask
+
+
+def _packing(length: int) -> Tensor:
+    """(B, T): three sequences in a row, cut elsewhere in each."""
+    columns = torch.arange(length)
+    return torch.stack([(columns > c).long() + (columns > 2 * c).long() for c in (5, length // 3)])
+
+
+def _scans() -> list[Case]:
+    found = [Case(f"{length} tokens", _scan, *_scan_values(length)) for length in LENGTHS]
+    values, _, small = _scan_values(LENGTHS[1])
+    for name, fixed in (("mask", _mask), ("seq_idx", _packing)):
+        found.append(Case(name, _scan, values, {name: fixed(LENGTHS[1])}, small))
+    return found
+
+
+def _scan_values(length: int) -> tuple[Tensors, Tensors, frozenset[str]]:
+    rng = _Random(length)
+    values = {
+        "x": rng.normal(BATCH, length, KV_HEADS, DIM),
+        "dt": rng.uniform(-5, 2, BATCH, length, HEADS),
+        "A": -rng.uniform(0.05, 4, HEADS),
+        "B": rng.normal(BATCH, length, KV_HEADS, DIM) / math.sqrt(DIM),
+        "C": rng.normal(BATCH, length, HEADS, DIM),
+        "dt_bias": rng.normal(HEADS),
+        "D": rng.normal(HEADS),
+        "initial_state": rng.normal(BATCH, HEADS, DIM, DIM),
+    }
+    return values, {}, frozenset({"A", "dt_bias", "D", "initial_state"})
+
+
+def _scan(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.ssd(**values, **fixed, dt_softplus=True, chunk_size=64, backend=backend)
+
+
+def _scan_steps() -> list[Case]:
+    values, _, small = _scan_values(1)
+    one = {n: v[:, 0] if n in ("x", "dt", "B", "C") else v for n, v in values.items()}
+    one["state"] = one.pop("initial_state")
+    return [Case("one token", _scan_step, one, {}, (small - {"initial_state"}) | {"state"})]
+
+
+def _scan_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.ssd_step(**values, dt_softplus=True, backend=backend)
+
+
+def _convolutions() -> list[Case]:
+    found = []
+    for length in LENGTHS:
+        rng = _Random(length)
+        values = {
+            "x": rng.normal(BATCH, length, CHANNELS),
+            "weight": rng.normal(CHANNELS, TAPS),
+            "bias": rng.normal(CHANNELS),
+            "initial_state": rng.normal(BATCH, CHANNELS, TAPS - 1),
+        }
+        found.append(Case(f"{length} tokens", _convolve, values))
+        if length == LENGTHS[1]:
+            found.append(Case("mask", _convolve, values, {"mask": _mask(length)}))
+            found.append(Case("seq_idx", _convolve, values, {"seq_idx": _packing(length)}))
+    return found
+
+
+def _convolve(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.causal_conv(**values, **fixed, backend=backend)
+
+
+def _convolution_steps() -> list[Case]:
+    rng = _Random(0)
+    values = {
+        "x": rng.normal(BATCH, CHANNELS),
+        "weight": rng.normal(CHANNELS, TAPS),
+        "bias": rng.normal(CHANNELS),
+        "state": rng.normal(BATCH, CHANNELS, TAPS - 1),
+    }
+    return [Case("one token", _convolve_step, values)]
+
+
+def _convolve_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.causal_conv_step(**values, backend=backend)
+
+
+def _gated_norms() -> list[Case]:
+    found = []
+    for length in LENGTHS:
+        rng = _Random(length)
+        values = {
+            "y": rng.normal(BATCH, length, HEADS, DIM),
+            "gate": rng.normal(BATCH, length, HEADS, DIM),
+            "weight": rng.uniform(0.5, 2, DIM),
+        }
+        found.append(Case(f"{length} tokens", _gate, values, {}, frozenset({"weight"})))
+    return found
+
+
+def _gate(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.gated_rms_norm(**values, eps=EPS, backend=backend),)
+
+
+def _norms() -> list[Case]:
+    found = []
+    for length in LENGTHS:
+        rng = _Random(length)
+        values = {"x": rng.normal(BATCH, length, CHANNELS), "weight": rng.uniform(0.5, 2, CHANNELS)}
+        found.append(Case(f"{length} tokens", _norm, values, {}, frozenset({"weight"})))
+    return found
+
+
+def _norm(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.rms_norm(**values, eps=EPS, backend=backend),)
+
+
+def _attentions() -> list[Case]:
+    found = []
+    for length in LENGTHS:
+        rng = _Random(length)
+        values = {
+            "q": rng.normal(BATCH, HEADS, length, DIM),
+            "k": rng.normal(BATCH, KV_HEADS, length, DIM),
+            "v": rng.normal(BATCH, KV_HEADS, length, DIM),
+        }
+        found.append(Case(f"{length} tokens", _attend, values))
+        if length == LENGTHS[1]:
+            found.append(Case("mask", _attend, values, {"mask": _attention_mask(length)}))
+    return found
+
+
+def _attention_mask(length: int) -> Tensor:
+    """(B, 1, T, T): causal, blind to padding; a padding query sees itself, as in the model."""
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return causal & (_mask(length)[:, None, None, :] | torch.eye(length, dtype=torch.bool))
+
+
+def _attend(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ATTENTION[backend](**values, mask=fixed.get("mask")),)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As the model calls it."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    length = q.shape[2]
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.mT).double() / math.sqrt(q.shape[-1])
+    return torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1).to(v.dtype) @ v
+
+
+# `softmax` is written out; it is looked up in fp64 only, as what the other is held against.
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "softmax": _plain_attention,
+    "sdpa": _fused_attention,
+}

@@ -1,0 +1,29 @@
+"""Looking: what a checkpoint is, what it takes in memory, how two differ, what a run has made."""
+
+from mmmamba_cli.inspection.anatomy import Anatomy, describe
+from mmmamba_cli.inspection.difference import TensorDifference, compare, grouped, spans
+from mmmamba_cli.inspection.drawing import layer_plan, legend, marks_for, size, sparkline
+from mmmamba_cli.inspection.lineage import Lineage, Product, Score, read_lineage
+from mmmamba_cli.inspection.memory import DEFAULT_CONTEXT, Memory, all_attention, memory_at
+
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "Anatomy",
+    "Lineage",
+    "Memory",
+    "Product",
+    "Score",
+    "TensorDifference",
+    "all_attention",
+    "compare",
+    "describe",
+    "grouped",
+    "layer_plan",
+    "legend",
+    "marks_for",
+    "memory_at",
+    "read_lineage",
+    "size",
+    "spans",
+    "sparkline",
+]

@@ -1,0 +1,146 @@
+"""Two checkpoints against each other, tensor by tensor, under our names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint import Checkpoint
+
+Status = Literal["equal", "rounded", "changed", "other shape", "only here", "only there"]
+EQUAL: Status = "equal"
+ROUNDED: Status = "rounded"
+CHANGED: Status = "changed"
+OTHER_SHAPE: Status = "other shape"
+ONLY_HERE: Status = "only here"
+ONLY_THERE: Status = "only there"
+# Elements compared at a time: both as fp64 take 16 times so many bytes.
+CHUNK = 1 << 21
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One name. `largest` is max |a - b|, `relative` |a - b| / |b| by their 2-norms.
+
+    Both are None but for what changed or was rounded; `relative` is infinite where b is 0. Tensors
+    of different dtypes are equal if their values are, and rounded if one is the other in its dtype.
+    """
+
+    name: str
+    status: Status
+    largest: float | None = None
+    relative: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The same tensor of several layers: how many are equal and changed, and the worst of these."""
+
+    name: str
+    status: Status
+    layers: tuple[int, ...]
+    tensors: int
+    largest: float | None
+    relative: float | None
+
+
+def compare(
+    here: Checkpoint, there: Checkpoint, advance: Callable[[int], None] | None = None
+) -> list[TensorDifference]:
+    """Every tensor of both, read one at a time; `advance` is told of tensors as they are done."""
+    ours, theirs = here.shapes, there.shapes
+    found = []
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        found.append(_one(here, there, name))
+        if advance is not None:
+            advance(1)
+    return found
+
+
+def _one(here: Checkpoint, there: Checkpoint, name: str) -> TensorDifference:
+    if name not in there:
+        return TensorDifference(name, ONLY_HERE)
+    if name not in here:
+        return TensorDifference(name, ONLY_THERE)
+    ours, theirs = here.shapes[name], there.shapes[name]
+    if ours != theirs:
+        return TensorDifference(name, OTHER_SHAPE, note=f"{list(ours)} and {list(theirs)}")
+    return difference(name, here.read(name), there.read(name))
+
+
+def difference(name: str, here: Tensor, there: Tensor) -> TensorDifference:
+    """Two tensors of one shape, compared in fp64. NaN differs from everything, itself too."""
+    narrow = min(here.dtype, there.dtype, key=lambda dtype: dtype.itemsize)
+    largest = squares = norm = 0.0
+    equal = rounded = True
+    for a, b in zip(_pieces(here), _pieces(there), strict=True):
+        wide = b.double()
+        norm += float(wide.square().sum())
+        gap = (a.double() - wide).abs()
+        top = float(gap.max()) if gap.numel() else 0.0
+        # A NaN is not below anything.
+        if top == 0:
+            continue
+        equal = False
+        rounded = rounded and torch.equal(a.to(narrow), b.to(narrow))
+        largest = top if math.isnan(top) else max(largest, top)
+        squares += float(gap.square().sum())
+    if equal:
+        return TensorDifference(name, EQUAL)
+    relative = math.sqrt(squares / norm) if norm else math.inf
+    if rounded and here.dtype != there.dtype:
+        return TensorDifference(name, ROUNDED, largest, relative, f"in {_short(narrow)}")
+    return TensorDifference(name, CHANGED, largest, relative)
+
+
+def _pieces(tensor: Tensor) -> Iterable[Tensor]:
+    return tensor.detach().reshape(-1).split(CHUNK)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def grouped(differences: Iterable[TensorDifference]) -> list[Group]:
+    """Rows for people: the same name in several layers is one row for each status."""
+    rows: dict[tuple[str, Status], list[tuple[int | None, TensorDifference]]] = {}
+    for found in differences:
+        words, layer = found.name.split("."), None
+        if words[:2] == ["model", "layers"]:
+            layer, words[2] = int(words[2]), "*"
+        rows.setdefault((".".join(words), found.status), []).append((layer, found))
+    return [
+        Group(
+            name,
+            status,
+            tuple(layer for layer, _ in members if layer is not None),
+            len(members),
+            _worst(found.largest for _, found in members),
+            _worst(found.relative for _, found in members),
+        )
+        for (name, status), members in rows.items()
+    ]
+
+
+def _worst(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return math.nan if any(map(math.isnan, known)) else max(known)
+
+
+def spans(layers: Iterable[int]) -> str:
+    """`0-3, 6` for 0, 1, 2, 3, 6."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -1,0 +1,79 @@
+"""Pictures made of characters: a layer plan as a row of marks, a series as a sparkline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The characters of a layer plan, and of a sparkline."""
+
+    attention: str
+    linear: str
+    border: str
+    bars: str
+    gap: str
+
+
+UNICODE = Marks("■", "·", "│", BARS, "×")
+ASCII = Marks("#", ".", "|", "_.-=+*%@", "x")
+
+
+def marks_for(encoding: str | None) -> Marks:
+    """What a terminal or file of that encoding can hold."""
+    try:
+        "".join((UNICODE.attention, UNICODE.border, UNICODE.bars)).encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return ASCII
+    return UNICODE
+
+
+def layer_plan(
+    num_layers: int, attention: Collection[int], marks: Marks = UNICODE, embedding: int = 0
+) -> str:
+    """A mark for each layer, with a border behind the `embedding` layers of the first stack."""
+    row = [marks.attention if i in attention else marks.linear for i in range(num_layers)]
+    if 0 < embedding < num_layers:
+        row.insert(embedding, marks.border)
+    return "".join(row)
+
+
+def legend(marks: Marks = UNICODE) -> str:
+    return f"{marks.attention} attention  {marks.linear} linear"
+
+
+def sparkline(values: Sequence[float], marks: Marks = UNICODE, width: int = 24) -> str:
+    """A bar for each value from the lowest to the highest, a cross for what is not finite.
+
+    More than `width` values are thinned out; the first and the last are always among them.
+    """
+    if len(values) > width:
+        step = (len(values) - 1) / (width - 1)
+        values = [values[round(i * step)] for i in range(width)]
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return marks.gap * len(values)
+    # In parts of the largest: the difference of two huge numbers could be infinite.
+    unit = max(map(abs, known)) or 1.0
+    low, high = min(known) / unit, max(known) / unit
+    top = len(marks.bars) - 1
+    return "".join(
+        marks.bars[round(top * (value / unit - low) / (high - low)) if high > low else 0]
+        if math.isfinite(value)
+        else marks.gap
+        for value in values
+    )
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.2f} GiB"

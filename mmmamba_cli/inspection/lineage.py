@@ -1,0 +1,129 @@
+"""A run as its folders tell it: products, what was learned, what was scored; nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmmamba_cli.distill import METRICS, read_metrics
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.evaluate.result import RESULT, read_result
+from mmmamba_cli.runs import Manifest, Run, Teacher
+
+EVALS = "evals"
+HELD_OUT = "held_out/loss"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A suite by one rule; `partial` says that not all rows were asked."""
+
+    suite: str
+    rule: str
+    metric: str
+    value: float
+    partial: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product and what lies in its folder. `held_out` are the losses of the stage it ends."""
+
+    manifest: Manifest
+    folder: Path
+    embedding_layers: int
+    nbytes: int
+    held_out: tuple[float, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def above(self) -> str | None:
+        """The product it was made from, if it was made from one."""
+        return next((p.name for p in self.manifest.parents if p.role == "student"), None)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A run: its teacher if it has one, its products, oldest first, and the current one's name."""
+
+    folder: Path
+    teacher: Teacher | None
+    teacher_scores: tuple[Score, ...]
+    current: str
+    products: Mapping[str, Product]
+
+
+def read_lineage(run: Run) -> Lineage:
+    """Everything of a run that can be told without its weights. Raises `RunError`."""
+    record = run.record
+    scores = list(_scores(run.folder / EVALS))
+    teacher = record.teacher
+
+    def of(content_hash: str) -> tuple[Score, ...]:
+        return tuple(score for found, score in scores if found == content_hash)
+
+    products = {
+        name: Product(
+            manifest,
+            run.product_folder(name),
+            _embedding_layers(run.product_folder(name)),
+            _folder_bytes(run.product_folder(name)),
+            tuple(_held_out(run.product_folder(name) / METRICS)),
+            of(manifest.content_hash),
+        )
+        for name, manifest in run.products().items()
+    }
+    return Lineage(
+        run.folder,
+        teacher,
+        () if teacher is None else of(teacher.content_hash),
+        record.current,
+        products,
+    )
+
+
+def _scores(folder: Path) -> Iterator[tuple[str, Score]]:
+    """The content hash of a model, and each of its scores; results of other kits are left out."""
+    for file in sorted(folder.rglob(RESULT)):
+        try:
+            result = read_result(file)
+        except RunError:
+            continue
+        for part in result.rules:
+            yield (
+                result.model.content_hash,
+                Score(
+                    result.title,
+                    part.rule,
+                    part.metric,
+                    part.metrics[part.metric],
+                    result.data.used < result.data.rows,
+                ),
+            )
+
+
+def _held_out(file: Path) -> Iterator[float]:
+    for row in read_metrics(file):
+        value = row.get(HELD_OUT)
+        if isinstance(value, int | float):
+            yield float(value)
+        elif value is not None:
+            # JSON has no NaN: a loss that was none is written as a word.
+            yield math.nan
+
+
+def _embedding_layers(folder: Path) -> int:
+    """Layers of the embedding stack; 0 if it has none, or nobody can tell."""
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int((config.get("embedding_stack") or {}).get("num_layers", 0))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return 0
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

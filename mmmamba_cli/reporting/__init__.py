@@ -1,0 +1,6 @@
+"""A run as one page to be read and sent: answers, scores, losses, costs, origins."""
+
+from mmmamba_cli.reporting.material import Material, read_material
+from mmmamba_cli.reporting.page import Page, build_page
+
+__all__ = ["Material", "Page", "build_page", "read_material"]

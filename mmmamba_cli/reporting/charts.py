@@ -1,0 +1,266 @@
+"""Charts as plain SVG: panels of one width that a page puts side by side, or below each other.
+
+Colours are classes of the page's style (`s0`, `s1` ...), so that they follow light and dark; a
+series is told by its label, marker and dashes too, never by its colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mmmamba_cli.reporting.markup import Markup, tag
+from mmmamba_cli.reporting.scales import Scale, around, short
+
+WIDTH = 340
+MARGIN = 8
+# Of a bar: its label's line, and the bar itself.
+LABEL, BAR, GAP = 15, 10, 7
+# Of a line chart: the plot's edges, and the marks at which lines are told apart.
+LEFT, RIGHT, TOP, BOTTOM, PLOT = 46, 12, 12, 36, 150
+DASHES = (None, "6 3", "2 3", "8 3 2 3", "4 2", "1 2")
+SERIES = 6
+MARK = 3.2
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with its interval, if it has one; `series` picks the colour."""
+
+    label: str
+    value: float
+    series: int
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points by ascending x; those that are not finite are gaps."""
+
+    label: str
+    series: int
+    points: tuple[tuple[float, float], ...]
+    marked: bool = False
+
+
+def bars(
+    title: str,
+    rows: Sequence[Bar],
+    *,
+    high: float | None = None,
+    reference: tuple[float, str] | None = None,
+    show: Callable[[float], str] = short,
+) -> Markup:
+    """Horizontal bars from zero, each with its label, its value and its interval as a whisker.
+
+    `reference` is a value that all are read against, drawn through them, and what it is.
+    """
+    ends = [row.interval[1] for row in rows if row.interval] + [row.value for row in rows]
+    top = high if high is not None else around(ends)[1]
+    x = Scale(0, top, MARGIN, WIDTH - 52)
+    height = 4 + len(rows) * (LABEL + BAR + GAP) + 26
+    bottom = height - 24
+    parts = [*_x_axis(x, bottom, 4)]
+    if reference is not None:
+        parts += _reference(x, reference, bottom)
+    for number, row in enumerate(rows):
+        parts.append(_bar(row, x, 4 + number * (LABEL + BAR + GAP), show))
+    return _picture(title, _read_bars(title, rows, show), height, parts)
+
+
+def _bar(row: Bar, x: Scale, top: float, show: Callable[[float], str]) -> Markup:
+    y = top + LABEL
+    # Where a bar ends and its whisker does: what is written stands behind both.
+    end = max(x(row.value), x(row.interval[1]) if row.interval else 0.0)
+    parts = [
+        tag("text", row.label, x=MARGIN, y=top + 11, class_="label"),
+        tag(
+            "rect",
+            x=x(0),
+            y=y,
+            width=max(0.0, x(row.value) - x(0)),
+            height=BAR,
+            class_=f"fill s{row.series % SERIES}",
+        ),
+    ]
+    if row.interval is not None:
+        low, high = map(x, row.interval)
+        middle = y + BAR / 2
+        path = f"M{low:.2f} {middle - 4}v8M{high:.2f} {middle - 4}v8M{low:.2f} {middle}H{high:.2f}"
+        parts.append(tag("path", d=path, class_="whisker"))
+    parts.append(tag("text", show(row.value), x=end + 5, y=y + 9, class_="value"))
+    return tag("g", *parts)
+
+
+def _reference(x: Scale, reference: tuple[float, str], bottom: float) -> list[Markup]:
+    value, what = reference
+    return [
+        tag("title", what),
+        tag("line", x1=x(value), x2=x(value), y1=2, y2=bottom, class_="reference"),
+    ]
+
+
+def lines(
+    title: str,
+    series: Sequence[Line],
+    *,
+    x_name: str,
+    y_name: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    show: Callable[[float], str] = short,
+    x_ticks: Sequence[float] | None = None,
+) -> Markup:
+    """Lines over a common x; logarithmic axes only where all values allow them."""
+    points = [point for line in series for point in line.points if math.isfinite(point[1])]
+    if not points:
+        raise ValueError(f"{title}: there is nothing to draw")
+    log_x = log_x and min(point[0] for point in points) > 0
+    log_y = log_y and min(point[1] for point in points) > 0
+    xs = [point[0] for point in points]
+    low, high = around([point[1] for point in points], log=log_y)
+    x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
+    y = Scale(low, high, TOP + PLOT, TOP, log_y)
+    parts = [*_y_axis(y, show), *_x_axis(x, TOP + PLOT, TOP, x_ticks)]
+    parts.append(
+        tag(
+            "text",
+            x_name,
+            x=(LEFT + WIDTH - RIGHT) / 2,
+            y=TOP + PLOT + 32,
+            class_="tick",
+            text_anchor="middle",
+        )
+    )
+    parts += [_line(line, x, y) for line in series]
+    return _picture(title, _read_lines(series, x_name, y_name, show), TOP + PLOT + BOTTOM, parts)
+
+
+def _line(line: Line, x: Scale, y: Scale) -> Markup:
+    path, pen = [], "M"
+    finite = []
+    for at, value in line.points:
+        if not math.isfinite(value) or (y.log and value <= 0):
+            pen = "M"
+            continue
+        finite.append((x(at), y(value)))
+        path.append(f"{pen}{finite[-1][0]:.2f} {finite[-1][1]:.2f}")
+        pen = "L"
+    kind = line.series % SERIES
+    parts = (
+        [tag("path", d="".join(path), class_=f"stroke s{kind}", stroke_dasharray=DASHES[kind])]
+        if path
+        else []
+    )
+    if line.marked or len(finite) == 1:
+        parts += [marker(kind, *point) for point in finite]
+    return tag("g", *parts)
+
+
+def marker(series: int, x: float, y: float) -> Markup:
+    """The shape of a series: circle, square, triangle, diamond, cross, ring."""
+    kind, r = series % SERIES, MARK
+    if kind == 0:
+        return tag("circle", cx=x, cy=y, r=r, class_="fill s0")
+    if kind == 5:
+        return tag("circle", cx=x, cy=y, r=r, class_="stroke s5")
+    if kind == 4:
+        cross = f"M{x - r:.2f} {y - r:.2f}l{2 * r} {2 * r}m0 {-2 * r}l{-2 * r} {2 * r}"
+        return tag("path", d=cross, class_="stroke s4")
+    shapes = {
+        1: f"M{x - r:.2f} {y - r:.2f}h{2 * r}v{2 * r}h{-2 * r}z",
+        2: f"M{x:.2f} {y - 1.2 * r:.2f}l{1.2 * r} {2.2 * r}h{-2.4 * r}z",
+        3: f"M{x:.2f} {y - 1.4 * r:.2f}l{1.4 * r} {1.4 * r}l{-1.4 * r} {1.4 * r}"
+        f"l{-1.4 * r} {-1.4 * r}z",
+    }
+    return tag("path", d=shapes[kind], class_=f"fill s{kind}")
+
+
+def swatch(series: int, lined: bool) -> Markup:
+    """A series in a legend: a piece of its line with its marker, or of its bar."""
+    kind = series % SERIES
+    if not lined:
+        inner = [tag("rect", x=0, y=1, width=14, height=10, class_=f"fill s{kind}")]
+    else:
+        inner = [
+            tag("path", d="M0 6H28", class_=f"stroke s{kind}", stroke_dasharray=DASHES[kind]),
+            marker(kind, 14.0, 6.0),
+        ]
+    width = 28 if lined else 14
+    return tag(
+        "svg",
+        *inner,
+        viewBox=f"0 0 {width} 12",
+        width=width,
+        height=12,
+        aria_hidden="true",
+        class_="swatch",
+    )
+
+
+def _x_axis(
+    x: Scale, bottom: float, top: float, ticks: Sequence[float] | None = None
+) -> list[Markup]:
+    parts = []
+    for value in _thinned(x, x.ticks() if ticks is None else ticks):
+        place = x(value)
+        # At the edges a centred number would be cut.
+        anchor = "middle" if 14 < place < WIDTH - 14 else "start" if place <= 14 else "end"
+        parts += [
+            tag("line", x1=place, x2=place, y1=top, y2=bottom, class_="grid"),
+            tag("text", short(value), x=place, y=bottom + 15, class_="tick", text_anchor=anchor),
+        ]
+    return parts
+
+
+def _thinned(x: Scale, ticks: Sequence[float]) -> list[float]:
+    """Those ticks whose numbers have room beside the one before."""
+    kept: list[float] = []
+    for value in ticks:
+        if not kept or abs(x(value) - x(kept[-1])) >= 34:
+            kept.append(value)
+    return kept
+
+
+def _y_axis(y: Scale, show: Callable[[float], str]) -> list[Markup]:
+    parts = []
+    for value in y.ticks():
+        parts += [
+            tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(value), y2=y(value), class_="grid"),
+            tag("text", show(value), x=LEFT - 5, y=y(value) + 4, class_="tick", text_anchor="end"),
+        ]
+    return parts
+
+
+def _picture(title: str, read: str, height: float, parts: Sequence[Markup]) -> Markup:
+    return tag(
+        "svg",
+        *parts,
+        viewBox=f"0 0 {WIDTH} {height:g}",
+        width=WIDTH,
+        height=f"{height:g}",
+        role="img",
+        aria_label=f"{title}. {read}",
+    )
+
+
+def _read_bars(title: str, rows: Sequence[Bar], show: Callable[[float], str]) -> str:
+    """What the picture says, for those who do not see it."""
+    return "; ".join(
+        f"{row.label}: {show(row.value)}"
+        + (f", {show(row.interval[0])} to {show(row.interval[1])}" if row.interval else "")
+        for row in rows
+    )
+
+
+def _read_lines(
+    series: Sequence[Line], x_name: str, y_name: str, show: Callable[[float], str]
+) -> str:
+    told = []
+    for line in series:
+        finite = [point for point in line.points if math.isfinite(point[1])]
+        if finite:
+            (a, b), (c, d) = finite[0], finite[-1]
+            told.append(f"{line.label}: {show(b)} at {short(a)} to {show(d)} at {short(c)}")
+    return f"{y_name} over {x_name}. " + "; ".join(told)

@@ -1,0 +1,179 @@
+"""Sections on answers: examples side by side, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmmamba_cli.evaluate.result import RulePart
+from mmmamba_cli.evaluate.suite import Suite
+from mmmamba_cli.reporting.charts import Bar, bars
+from mmmamba_cli.reporting.comparing import Difference, sentence
+from mmmamba_cli.reporting.elements import figure, paragraph, section, table
+from mmmamba_cli.reporting.examples import Example, Said
+from mmmamba_cli.reporting.markup import Markup, tag
+from mmmamba_cli.reporting.material import Evaluated
+
+GUESSING = (50.0, "guessing")
+RIGHT, WRONG = "✓", "✗"
+
+
+def examples_section(suite: Suite, examples: Sequence[Example]) -> Markup:
+    """Pictures, questions and each model's answers."""
+    labels = [said.label for said in examples[0].asked[0].said]
+    return section(
+        f"examples-{suite.name}",
+        f"Answers side by side: {', '.join(labels)}",
+        paragraph(
+            "The first picture of each category, taken by its place in the table and not by what "
+            f"was answered. {RIGHT} is right, {WRONG} is wrong."
+        ),
+        tag("div", *(_example(example) for example in examples), class_="cards"),
+    )
+
+
+def _example(example: Example) -> Markup:
+    picture = None
+    if example.picture is not None:
+        # What can be seen is told by the questions; there is no other description of a scene.
+        picture = tag(
+            "img",
+            src=example.picture,
+            alt=f"Picture of row {example.number}, category {example.category}; "
+            "the table below asks about it",
+            loading="lazy",
+        )
+    labels = [said.label for said in example.asked[0].said]
+    rows = [
+        (one.question, one.answer, *(_said(said) for said in one.said)) for one in example.asked
+    ]
+    caption = example.category
+    if example.left_out:
+        caption += f" ({example.left_out} more questions not shown)"
+    return tag(
+        "article",
+        picture,
+        table(caption, ("question", "right answer", *labels), rows, words=True),
+        class_="card",
+    )
+
+
+def _said(said: Said) -> Markup:
+    shown = said.text if said.text.strip() else "(nothing)"
+    if said.right is None:
+        return tag("span", shown)
+    mark, word = (RIGHT, "right: ") if said.right else (WRONG, "wrong: ")
+    return tag(
+        "span",
+        tag("span", f"{mark} ", aria_hidden="true"),
+        tag("span", word, class_="unseen"),
+        shown,
+        class_="right" if said.right else "wrong",
+    )
+
+
+def accuracy_section(
+    suite: Suite | None,
+    results: Sequence[Evaluated],
+    series: Mapping[str, int],
+    differences: Sequence[Difference],
+) -> Markup:
+    """A panel of bars for each metric of the first rule, with intervals; numbers beside them."""
+    first = results[0].result
+    parts = {one.label: one.result.rules[0] for one in results if one.result.rules}
+    if not parts:
+        return section(
+            f"scores-{first.suite}",
+            first.title,
+            paragraph("Its answers need a judge; they are in predictions.tsv beside each result."),
+        )
+    metrics = list(dict.fromkeys(m for part in parts.values() for m in part.metrics))
+    guessing = GUESSING if suite is not None and suite.choices == ("Yes", "No") else None
+    panels = [
+        tag("div", tag("h3", metric), _panel(first.title, metric, parts, series, guessing))
+        for metric in metrics
+    ]
+    used = sorted({one.result.data.used for one in results})
+    asked = " or ".join(f"{count:,}" for count in used)
+    return section(
+        f"scores-{first.suite}",
+        f"{first.title}: {', '.join(parts)}",
+        paragraph(
+            f"{asked} questions by the rule “{next(iter(parts.values())).rule}”. Whiskers are "
+            f"{first.level:.0%} intervals over {first.draws:,} seeded draws of whole pictures: "
+            "bars whose whiskers overlap much may differ by chance."
+        ),
+        paragraph(suite.note) if suite is not None and suite.note else None,
+        *(paragraph(sentence(one), class_="found") for one in differences),
+        figure(
+            tag("div", *panels, class_="panels"),
+            "Higher is better."
+            + (f" The dashed line is {guessing[1]}: {guessing[0]:g}." if guessing else ""),
+            _numbers(metrics, parts),
+        ),
+        *_same_answer(results),
+        *_unreadable(parts),
+    )
+
+
+def _panel(
+    title: str,
+    metric: str,
+    parts: Mapping[str, RulePart],
+    series: Mapping[str, int],
+    guessing: tuple[float, str] | None,
+) -> Markup:
+    rows = [
+        Bar(label, part.metrics[metric], series[label], part.intervals.get(metric))
+        for label, part in parts.items()
+        if metric in part.metrics
+    ]
+    highest = max(row.value for row in rows)
+    # Shares are shown against all there is to have; sums of points against the best.
+    high = 100.0 if highest <= 100 else None
+    return bars(
+        f"{title}, {metric}",
+        rows,
+        high=high,
+        reference=guessing if high else None,
+        show=lambda value: f"{value:.1f}",
+    )
+
+
+def _numbers(metrics: Sequence[str], parts: Mapping[str, RulePart]) -> Markup:
+    rows = []
+    for metric in metrics:
+        cells = []
+        for part in parts.values():
+            low, high = part.intervals.get(metric, (None, None))
+            value = part.metrics.get(metric)
+            span = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
+            cells.append(None if value is None else f"{value:.1f}{span}")
+        rows.append((metric, *cells))
+    return table("Score and 95 % interval", ("", *parts), rows)
+
+
+def _same_answer(results: Sequence[Evaluated]) -> list[Markup]:
+    """Who says the same to every question looks at nothing, which its interval does not tell."""
+    found = []
+    for one in results:
+        said = {cell["prediction"].strip() for cell in one.answers.values()}
+        if len(said) == 1 and len(one.answers) > 1:
+            found.append(
+                paragraph(
+                    f"{one.label} answered {said.pop()!r} to all {len(one.answers):,} questions: "
+                    "its score says how often that is right, and nothing of what it sees."
+                )
+            )
+    return found
+
+
+def _unreadable(parts: Mapping[str, RulePart]) -> list[Markup]:
+    """Answers that no rule could read count as wrong, which must be said."""
+    return [
+        paragraph(
+            f"{label}: {part.counts['unreadable']} answers could not be read and count as wrong, "
+            f"as {', '.join(repr(one.answer[:40]) for one in part.unreadable)}."
+        )
+        for label, part in parts.items()
+        if part.counts.get("unreadable")
+    ]

@@ -1,0 +1,96 @@
+"""What a conversation keeps, shows to each model, and takes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmmamba_cli.chatting import Conversation
+from mmmamba_cli.cli.talking import printable
+from mmmamba_cli.errors import DataError
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file in files:
+        Image.new("RGB", (4, 3)).save(file)
+    return files
+
+
+def test_every_model_has_its_own_history() -> None:
+    talk = Conversation(("a", "b"), system="be brief")
+    talk.ask("one?")
+    talk.hear("a", "yes \n")
+    talk.hear("b", "no")
+    talk.ask("two?")
+    assert talk.messages("b") == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "two?"},
+    ]
+    assert talk.messages("a")[2]["content"] == "yes"
+    talk.reset()
+    assert talk.messages("a") == [{"role": "system", "content": "be brief"}]
+
+
+def test_pictures_go_with_the_next_question(pictures: list[Path]) -> None:
+    talk = Conversation(("a",))
+    assert talk.add_picture(pictures[0]) == (4, 3)
+    talk.ask("first")
+    talk.hear("a", "x")
+    talk.ask("none")
+    talk.hear("a", "x")
+    talk.add_picture(pictures[1])
+    talk.add_picture(pictures[2])
+    talk.ask("more")
+    assert talk.questions == [
+        "<image>\nfirst",
+        "none",
+        "Image-1: <image>\nImage-2: <image>\nmore",
+    ]
+    assert talk.pictures == pictures
+    assert talk.waiting == []
+
+
+def test_what_failed_is_taken_back_and_its_pictures_wait_again(pictures: list[Path]) -> None:
+    talk = Conversation(("a", "b"))
+    talk.add_picture(pictures[0])
+    talk.ask("one")
+    talk.hear("a", "x")
+    talk.hear("b", "y")
+    talk.add_picture(pictures[1])
+    talk.ask("two")
+    talk.hear("a", "half an answer")
+    talk.take_back()
+    assert (talk.pictures, talk.waiting) == (pictures[:1], pictures[1:2])
+    assert (talk.questions, talk.answers) == (["<image>\none"], {"a": ["x"], "b": ["y"]})
+    # A question that writes the placeholder itself has brought no picture.
+    talk.waiting = []
+    talk.ask("what is <image>?")
+    talk.take_back()
+    assert (talk.pictures, talk.waiting) == (pictures[:1], [])
+
+
+def test_mistakes_change_nothing(pictures: list[Path], tmp_path: Path) -> None:
+    talk = Conversation(("a",))
+    with pytest.raises(DataError, match="nothing to save"):
+        talk.save(tmp_path / "file")
+    with pytest.raises(DataError, match="empty"):
+        talk.ask("  ")
+    with pytest.raises(DataError, match="nowhere"):
+        talk.add_picture(tmp_path / "nowhere.png")
+    talk.add_picture(pictures[0])
+    with pytest.raises(DataError, match="stands for a picture"):
+        talk.ask("is <image> it?")
+    assert (talk.questions, talk.waiting) == ([], pictures[:1])
+    talk.ask("so?")
+    with pytest.raises(DataError, match="no folder that exists"):
+        talk.save(tmp_path / "no" / "file")
+
+
+def test_a_model_cannot_move_the_cursor() -> None:
+    assert printable("a\x1b[2Jb\rc\td\n\x9b") == "a�[2Jb�c\td\n�"

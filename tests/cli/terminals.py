@@ -1,0 +1,95 @@
+"""A command in a terminal of its own, as a person has it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import sys
+import termios
+import time
+from typing import NoReturn
+
+import torch
+
+from mmmamba_cli.cli import console, main
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+class Terminal:
+    """Runs `mmmamba WORDS` in a fork of this process, so that torch need not be imported again."""
+
+    def __init__(self, columns: int, *words: object):
+        self.text = ""
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            _become(["mmmamba", *map(str, words)])
+        self.resize(columns)
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """What is written up to and with `text`."""
+        end = time.monotonic() + seconds
+        while text not in self.text:
+            assert time.monotonic() < end, f"{text!r} did not come: {self.text[-500:]!r}"
+            if not self._read():
+                break
+        assert text in self.text, self.text[-500:]
+        before, _, self.text = self.text.partition(text)
+        return before + text
+
+    def type(self, text: str) -> None:
+        os.write(self.handle, text.encode())
+
+    def ended(self) -> int:
+        """The exit code; what is still written is read first, or it could not end."""
+        end = time.monotonic() + 30
+        while time.monotonic() < end and self._read():
+            pass
+        if time.monotonic() >= end:
+            os.kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.handle)
+        return os.waitstatus_to_exitcode(status)
+
+    def _read(self) -> bool:
+        """Take what there is; False if nothing can come any more."""
+        if select.select([self.handle], [], [], 0.1)[0]:
+            try:
+                self.text += os.read(self.handle, 65536).decode(errors="replace")
+            except OSError:
+                return False
+        return True
+
+
+def _become(words: list[str]) -> NoReturn:
+    """In the fork: be that command, with the terminal in the place of what pytest has put there."""
+    code = 1
+    try:
+        # A fork has none of the threads that its parent computes with.
+        torch.set_num_threads(1)
+        # Whoever runs the tests in the background has Ctrl-C ignored in all below it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+            os.environ.pop(name, None)
+        os.environ["TERM"] = "xterm"
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+        console.out.cache_clear()
+        console.err.cache_clear()
+        sys.argv = words
+        main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Nothing of pytest's is to run at the end of a fork.
+        os._exit(code)

@@ -1,0 +1,91 @@
+"""`mmmamba doctor`: a table for people, JSON for machines, and the exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ended import Command, Done
+
+from mmmamba_cli import ops
+from mmmamba_cli.doctor import examining
+from mmmamba_cli.doctor.report import Check
+from mmmamba_cli.ops.norm import reference
+
+Doctor = Callable[..., Done]
+
+
+@pytest.fixture
+def doctor(mmmamba: Command) -> Doctor:
+    return lambda *words: mmmamba("doctor", *words)
+
+
+def test_a_fit_machine_is_told_so(doctor: Doctor) -> None:
+    done = doctor("--device", "cpu")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == "fit: everything that is needed works, on cpu"
+    rows = [line.split() for line in done.out.splitlines()]
+    for op, backends in ops.BACKENDS.items():
+        for backend in backends:
+            for dtype in ("float32", "bfloat16"):
+                (row,) = [r for r in rows if r[:3] == [op, backend, dtype]]
+                assert row[-1] == "ok"
+    assert ["torch", torch.__version__, ">=2.9"] in rows
+
+
+def off(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return reference.norm(x, weight, eps) * 2
+
+
+def test_a_wrong_kernel_is_a_sentence_and_exit_2(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ops.BACKENDS["rms_norm"], "fused", off)  # type: ignore[index]
+    done = doctor("--device", "cpu")
+    assert done.code == 2
+    assert "error: rms_norm, fused, float32: forward error 1, " in done.err
+    assert "fit: " not in done.out
+    found: dict[str, Any] = json.loads(doctor("--device", "cpu", "--json").out)
+    assert found["fit"] is False
+    assert len(found["failures"]) == 2
+
+
+def test_for_machines(doctor: Doctor) -> None:
+    done = doctor("--device", "cpu", "--json")
+    assert done.code == 0
+    found = json.loads(done.out)
+    assert (found["fit"], found["failures"], found["device"]) == (True, [], "cpu")
+    assert {op["status"] for op in found["ops"]} == {"ok"}
+    assert found["devices"][0]["name"] == "cpu"
+    assert {p["name"] for p in found["packages"]} >= {"python", "torch", "triton", "lm-eval"}
+
+
+def test_a_warning_does_not_make_a_machine_unfit(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examining, "check_resizing", lambda: Check("pillow", "warning", "is odd"))
+    monkeypatch.setattr(examining, "_ops", lambda device: ())
+    done = doctor("--device", "cpu")
+    assert done.code == 0
+    assert "warning: pillow: is odd" in done.err
+
+
+def test_a_nan_is_a_word_in_json(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        ops.BACKENDS["rms_norm"],  # type: ignore[arg-type]
+        "fused",
+        lambda x, weight, eps: off(x, weight, eps) * float("nan"),
+    )
+    done = doctor("--device", "cpu", "--json")
+    assert done.code == 2
+    fused = [op for op in json.loads(done.out)["ops"] if op["backend"] == "fused"]
+    assert [op["forward"] for op in fused] == ["nan", "nan"]
+
+
+def test_an_unknown_device_is_a_mistake(doctor: Doctor) -> None:
+    done = doctor("--device", "abacus")
+    assert (done.code, done.out) == (2, "")
+    assert "error: device 'abacus' is not known" in done.err

@@ -1,0 +1,98 @@
+"""`mmmamba inspect` as people and scripts read it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ended import Command, Done
+
+Inspect = Callable[..., Done]
+
+
+@pytest.fixture
+def inspect(mmmamba: Command) -> Inspect:
+    return lambda *words: mmmamba("inspect", *words)
+
+
+def test_a_product_is_described(inspect: Inspect, student_run: Path) -> None:
+    done = inspect("seed", "--run", student_run)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].startswith("seed: linear, 0.1 M parameters")
+    assert "layout     mmmamba, safetensors, 1 file, " in done.out
+    assert "embedding  ··  layers 0 to 1" in done.out
+    assert "language   ······  layers 2 to 7" in done.out
+    assert "vision     tiles of 56 pixels, patches of 14" in done.out
+    assert "At 103,424 tokens of context, one row" in done.out
+    assert "all attention" in done.out
+    assert "seed was never distilled end to end" in done.err
+
+
+def test_the_current_product_is_meant_if_none_is_named(inspect: Inspect, student_run: Path) -> None:
+    named = inspect("seed", "--run", student_run)
+    assert inspect("--run", student_run).out == named.out
+    by_path = inspect(student_run / "products" / "seed")
+    assert by_path.out == named.out
+
+
+def test_for_machines(inspect: Inspect, student_run: Path, llama: Path) -> None:
+    words = ("--run", student_run, "--json", "--context", 1000)
+    found = json.loads(inspect("seed", *words).out)
+    assert (found["name"], found["kind"], found["context"]) == ("seed", "linear", 1000)
+    here, teacher = found["memory"]
+    assert here["kv_cache"] == 0 < here["ssm_state"]
+    # 8 layers, keys and values, 2 heads of 8, fp32.
+    assert teacher["kv_cache"] == 8 * 2 * 2 * 8 * 1000 * 4
+    half = json.loads(inspect("seed", *words, "--dtype", "bf16").out)["memory"][1]
+    assert 2 * half["kv_cache"] == teacher["kv_cache"]
+    only = json.loads(inspect(llama, "--json").out)
+    assert len(only["memory"]) == 1
+    assert "differences" not in only
+
+
+def test_a_student_and_its_teacher(inspect: Inspect, student_run: Path) -> None:
+    done = inspect("seed", "--run", student_run, "--against", "teacher", "--json")
+    found = json.loads(done.out)["differences"]
+    status = {one["name"]: one["status"] for one in found}
+    assert status["model.layers.0.mlp.up_proj.weight"] == "equal"
+    assert status["model.layers.0.mixer.A_log"] == "only here"
+    same = inspect("seed", "--run", student_run, "--against", "seed")
+    total = len(
+        json.loads(inspect("seed", "--run", student_run, "--against", "seed", "--json").out)[
+            "differences"
+        ]
+    )
+    assert same.out.splitlines()[-1] == f"{total} of {total} tensors are equal"
+    shown = inspect("seed", "--run", student_run, "--against", "teacher").out
+    (row,) = [line.split() for line in shown.splitlines() if line.startswith("mixer.A_log ")]
+    assert row == ["mixer.A_log", "only", "in", "a", "0-7", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("nothing",), "no product 'nothing', it has: seed"),
+        (("no/where/at/all",), "no/where/at/all"),
+        (("seed", "--context", 0), "--context is 0"),
+        (("seed", "--dtype", "int8"), "dtype 'int8' is not known"),
+        (("seed", "--against", "nothing"), "no product 'nothing'"),
+    ],
+)
+def test_mistakes_are_sentences(
+    inspect: Inspect, student_run: Path, words: tuple[object, ...], said: str
+) -> None:
+    done = inspect(*words, "--run", student_run)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert said in done.err
+
+
+def test_the_module_does_not_hide_pythons_own() -> None:
+    code = "import mmmamba_cli.cli.app, inspect; print(inspect.getsource is not None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

@@ -1,0 +1,83 @@
+"""What a checkpoint may be called: a path first, then a shipped model, then an id on the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from ended import Command
+
+from mmmamba_cli.checkpoint import named, open_checkpoint
+from mmmamba_cli.errors import CheckpointError
+
+SMALL = Path(__file__).parents[1] / "golden" / "hovle_pre"
+
+
+@pytest.fixture
+def ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Two packages that ship models; both have one called `small`, the first one's counts."""
+    monkeypatch.chdir(tmp_path)
+    models = {}
+    for name in ("small", "other"):
+        models[name] = tmp_path / "package" / name
+        models[name].mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(SMALL / file, models[name])
+    theirs = {"small": str(tmp_path / "nowhere"), "third": str(tmp_path / "third")}
+    entries = [("ours", lambda: lambda: models), ("theirs", lambda: theirs)]
+    monkeypatch.setattr(named, "entry_points", lambda group: iter(entries))
+    return models
+
+
+def test_a_name_opens_the_folder_that_ships(ships: dict[str, Path]) -> None:
+    assert open_checkpoint("small").path == ships["small"]
+    assert named.shipped_models()["third"].name == "third"
+
+
+def test_what_is_on_the_disk_comes_first(ships: dict[str, Path]) -> None:
+    shutil.copytree(ships["other"], "small")
+    assert open_checkpoint("small").path == Path("small")
+
+
+def test_a_name_nobody_ships_lists_those_that_ship(
+    ships: dict[str, Path], mmmamba: Command
+) -> None:
+    done = mmmamba("seed", "smal", "--run", "run")
+    assert done.code == 2
+    assert "smal does not exist" in done.err and "small, other, third" in done.err
+    # A file's name is no model's.
+    with pytest.raises(CheckpointError, match=r"x\.safetensors does not exist \(check the path\)"):
+        open_checkpoint("x.safetensors")
+
+
+def test_a_hub_id_is_no_shipped_name(
+    ships: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(named, "fetched", lambda name: ships["other"])
+    assert open_checkpoint("someone/small").path == ships["other"]
+
+
+def test_a_run_remembers_the_name_in_public(ships: dict[str, Path]) -> None:
+    assert named.public_name_of(ships["other"]) == "other"
+    assert named.public_name_of(ships["other"].parent) is None
+
+
+def test_what_ships_can_be_opened() -> None:
+    found = named.shipped_models()
+    assert "scenes-teacher" in found
+    for name in found:
+        checkpoint = open_checkpoint(name)
+        assert checkpoint.tokenizer_file is not None, name
+
+
+def test_only_folders_that_are_there_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mmmamba_evals
+
+    (tmp_path / "scenes/models/hybrid").mkdir(parents=True)
+    (tmp_path / "scenes/models/linear").mkdir()
+    (tmp_path / "scenes/models/linear/config.json").touch()
+    monkeypatch.setattr(mmmamba_evals, "HERE", tmp_path)
+    assert list(mmmamba_evals.model_folders()) == ["scenes-linear"]

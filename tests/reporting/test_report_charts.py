@@ -1,0 +1,147 @@
+"""Charts: every value and interval at its place, and nothing drawn that is no number."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_case import HOSTILE, Balanced
+
+from mmmamba_cli.evaluate.bootstrap import difference_interval
+from mmmamba_cli.evaluate.scoring.tally import accuracy_tally
+from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, bars, lines
+from mmmamba_cli.reporting.comparison import Comparison
+from mmmamba_cli.reporting.learning import thinned
+from mmmamba_cli.reporting.markup import tag
+from mmmamba_cli.reporting.measured import differences
+from mmmamba_cli.reporting.scales import Scale, around
+
+BEGIN, END = MARGIN, WIDTH - 52
+
+
+def place(value: float) -> float:
+    """Where a share stands in a panel that ends at 100."""
+    return BEGIN + value / 100 * (END - BEGIN)
+
+
+def test_bars_and_whiskers_stand_where_their_numbers_are() -> None:
+    rows = [Bar("one", 80.0, 0, (70.0, 95.0)), Bar("two", 50.0, 1)]
+    svg = Balanced(bars("scores", rows, high=100.0, reference=(50.0, "guessing")))
+    widths = [float(rect["width"] or 0) for rect in svg.all("rect")]
+    assert widths == pytest.approx([place(80) - BEGIN, place(50) - BEGIN], abs=0.01)
+    (whisker,) = [p["d"] or "" for p in svg.all("path") if p.get("class") == "whisker"]
+    ends = [float(x) for x in re.findall(r"M([\d.]+) ", whisker)]
+    assert ends == pytest.approx([place(70), place(95), place(70)], abs=0.01)
+    assert float(whisker.rpartition("H")[2]) == pytest.approx(place(95), abs=0.01)
+    (guess,) = [one for one in svg.all("line") if one.get("class") == "reference"]
+    assert float(guess["x1"] or 0) == pytest.approx(place(50), abs=0.01)
+    (picture,) = svg.all("svg")
+    assert "one: 80, 70 to 95; two: 50" in (picture["aria-label"] or "")
+
+
+def test_points_stand_where_their_numbers_are() -> None:
+    drawn = Line("one", 0, ((1.0, 1.0), (2.0, 10.0), (4.0, 100.0)))
+    svg = Balanced(lines("t", [drawn], x_name="x", y_name="y", log_x=True, log_y=True))
+    (path,) = [p["d"] or "" for p in svg.all("path") if "stroke" in (p.get("class") or "")]
+    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML]([\d.]+) ([\d.]+)", path)]
+    # Both axes are logarithmic, so the middle point is the middle of both.
+    assert points[1][0] == pytest.approx((points[0][0] + points[2][0]) / 2, abs=0.02)
+    assert points[1][1] == pytest.approx((points[0][1] + points[2][1]) / 2, abs=0.02)
+    assert points[0][1] > points[2][1], "more stands higher"
+
+
+def test_a_value_that_is_no_number_is_a_gap() -> None:
+    drawn = Line("one", 0, ((1.0, 2.0), (2.0, math.nan), (3.0, 1.0), (4.0, math.inf)))
+    text = lines("t", [drawn], x_name="x", y_name="y", log_y=True)
+    assert "nan" not in text and "inf" not in text
+    (path,) = [p["d"] or "" for p in Balanced(text).all("path")]
+    assert path.count("M") == 2
+
+
+def test_nothing_finite_is_refused_and_zero_is_not_logarithmic() -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        lines("t", [Line("one", 0, ((1.0, math.nan),))], x_name="x", y_name="y")
+    text = lines(
+        "t", [Line("one", 0, ((1.0, 0.0), (2.0, 1.0)))], x_name="x", y_name="y", log_y=True
+    )
+    Balanced(text)
+
+
+@given(
+    st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=8),
+    st.booleans(),
+)
+def test_ranges_hold_their_values_and_ticks_lie_within(values: list[float], log: bool) -> None:
+    low, high = around(values, log=log)
+    assert low <= min(values) * (1 + 1e-6) and high >= max(values) * (1 - 1e-6) and low < high
+    ticks = Scale(low, high, 0, 1, log).ticks()
+    assert ticks and len(ticks) <= 24
+    assert all(low - abs(low) * 1e-6 <= t <= high * (1 + 1e-6) for t in ticks)
+
+
+def test_everything_is_escaped() -> None:
+    text = bars(HOSTILE, [Bar(HOSTILE, 1.0, 0)])
+    text += lines(HOSTILE, [Line(HOSTILE, 0, ((0.0, 1.0),))], x_name=HOSTILE, y_name=HOSTILE)
+    svg = Balanced(text)
+    assert not {"script", "img"} & {name for name, _ in svg.elements}
+    assert not [1 for _, attributes in svg.elements if "onerror" in attributes]
+    assert tag("p", HOSTILE, title='"><b>').count("<") == 2
+
+
+def test_thinning_keeps_the_mean() -> None:
+    curve = [(float(i), float(i % 7)) for i in range(1000)]
+    few = thinned(curve, 100)
+    assert len(few) == 100
+    assert sum(y for _, y in few) / 100 == pytest.approx(sum(y for _, y in curve) / 1000)
+    assert thinned(curve[:50], 100) == tuple(curve[:50])
+
+
+def test_a_difference_is_drawn_together() -> None:
+    # Whoever is right is right on the same half: apart both vary, together their distance does not.
+    units = [str(i) for i in range(40)]
+    one = accuracy_tally([1.0] * 20 + [0.0] * 20, units, [""] * 40)
+    same = accuracy_tally([1.0] * 20 + [0.0] * 20, units, [""] * 40)
+    assert difference_interval(one, same, "accuracy") == (0.0, 0.0)
+    worse = accuracy_tally([1.0] * 10 + [0.0] * 30, units, [""] * 40)
+    low, high = difference_interval(one, worse, "accuracy")
+    assert 5 < low < 25 < high < 45
+    fewer = accuracy_tally([1.0], ["0"], [""])
+    with pytest.raises(ValueError, match="not of the same rows"):
+        difference_interval(one, fewer, "accuracy")
+
+
+def comparison(**changed: object) -> Comparison:
+    values = {
+        "format": 1,
+        "title": "t",
+        "metric": "m",
+        "unit": "lesson",
+        "command": "c",
+        "created": "2026-01-01",
+        "models": {"a": [[3, 4]] * 30, "b": [[1, 4]] * 30},
+        "compare": [["a", "b"]],
+    }
+    return Comparison.model_validate({**values, **changed})
+
+
+def test_a_comparison_is_a_share_of_all_units() -> None:
+    (found,) = differences(comparison())
+    assert (found.value, found.interval, found.sure) == (50.0, (50.0, 50.0), True)
+    assert found.asked == "30 lessons"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"models": {"a": [[3, 4]], "b": [[1, 5]]}},
+        {"models": {"a": [[5, 4]], "b": [[1, 4]]}},
+        {"models": {"a": [], "b": []}},
+        {"compare": [["a", "stranger"]]},
+    ],
+)
+def test_a_comparison_that_compares_nothing_is_refused(changed: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"same units|more right|stranger"):
+        comparison(**changed)

@@ -1,0 +1,165 @@
+"""The page as a whole: self-contained, balanced, escaped, with what there is and no more."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from ended import Command
+from PIL import Image
+from report_case import HOSTILE, Balanced, answer, hash_of, product, write_run
+
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.reporting import build_page, read_material
+
+Full = tuple[Path, Path, Path]
+# What makes a browser ask somebody else.
+LOADING = ("src", "srcset", "data", "poster", "background", "action", "xlink:href")
+
+
+@pytest.fixture(scope="module")
+def page(full: Full) -> Balanced:
+    run, other, data = full
+    found = build_page(read_material(run, [other]), created="2026-01-10 00:00", data=data)
+    assert found.left_out == {}
+    return Balanced(found.html)
+
+
+def test_nothing_is_loaded_and_nothing_runs(page: Balanced) -> None:
+    names = {tag for tag, _ in page.elements}
+    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.elements:
+        for key, value in attributes.items():
+            assert not key.startswith("on"), f"<{tag}> runs {key}"
+            if key in LOADING:
+                assert value is not None and value.startswith("data:image/jpeg;base64,")
+            if key == "href":
+                assert value is not None and value.startswith("#")
+    style = "".join(data for tag, data in page.texts if tag == "style")
+    assert "url(" not in style and "@import" not in style
+    (policy,) = [m for m in page.all("meta") if m.get("http-equiv")]
+    assert (policy["content"] or "").startswith("default-src 'none'")
+
+
+def test_what_a_model_said_is_text(page: Balanced) -> None:
+    assert page.text.count(HOSTILE) == 1
+    assert not [a for a in page.all("img") if a.get("src") == "x"]
+
+
+def test_pictures_are_those_of_the_table_and_have_words(page: Balanced) -> None:
+    pictures = page.all("img")
+    assert len(pictures) == 2
+    colours = []
+    for one in pictures:
+        assert "category" in (one["alt"] or "")
+        image = Image.open(io.BytesIO(base64.b64decode((one["src"] or "").split(",")[1])))
+        assert image.size == (40, 30)
+        colours.append(image.getpixel((20, 15))[0])
+    # The first picture of each of the two categories.
+    assert [round(colour / 40) for colour in colours] == [0, 1]
+    assert all(svg.get("aria-label") for svg in page.all("svg") if svg.get("role") == "img")
+    assert all(s.get("role") == "img" or s.get("aria-hidden") for s in page.all("svg"))
+
+
+def test_right_and_wrong_are_told_in_words(page: Balanced) -> None:
+    words = [data for _, data in page.texts if data in ("right: ", "wrong: ")]
+    # Two examples of two questions, three models: the unseeded one misses every Yes.
+    assert (words.count("right: "), words.count("wrong: ")) == (9, 3)
+
+
+def test_a_constant_answer_is_named_and_the_difference_told(page: Balanced) -> None:
+    assert "linear-stage3 (other) answered 'No' to all 12 questions" in page.text
+    assert "linear-stage3 is 41.7 points above linear-stage3 (other)" in page.text
+
+
+def test_lineage_names_parents_and_not_where_the_teacher_lies(page: Balanced) -> None:
+    assert "my-teacher" in page.text and "/somewhere/" not in page.text
+    assert hash_of("stage1")[:12] in page.text
+    for name in ("seed", "stage1", "linear-stage3"):
+        assert f"mmmamba make {name}" in page.text
+
+
+def test_curves_of_a_stage_stand_in_one_panel(page: Balanced) -> None:
+    labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
+    (stage3,) = [label for label in labels if label.startswith("stage3: ")]
+    assert "linear-stage3: 2 at 1 to 0.5 at 3; linear-stage3 (other): 3 at 1" in stage3
+
+
+def test_parts_without_material_are_left_out_and_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [product("seed", 1)])
+    found = build_page(read_material(run), created="now")
+    assert set(found.left_out) == {"scores and examples", "losses", "costs"}
+    page = Balanced(found.html)
+    assert "mmmamba profile" in page.text and "What is not on this page" in page.text
+    assert not page.all("svg")
+
+
+def test_the_table_may_be_elsewhere(full: Full, tmp_path: Path) -> None:
+    run, _, _ = full
+    found = build_page(read_material(run), created="now", data=tmp_path)
+    assert list(found.left_out) == ["examples, scenes"]
+    assert "scores, scenes" in found.shown and "examples, scenes" not in found.shown
+
+
+def test_another_table_is_not_taken_for_the_one_that_was_asked(full: Full, tmp_path: Path) -> None:
+    run, _, data = full
+    text = (data / "SCENES.tsv").read_text().replace("Question 1?", "Question 1, altered?")
+    (tmp_path / "SCENES.tsv").write_text(text)
+    found = build_page(read_material(run), created="now", data=tmp_path)
+    assert "is not the table" in found.left_out["examples, scenes"]
+
+
+def test_answers_of_earlier_weights_are_left_out(full: Full, tmp_path: Path) -> None:
+    run, _, data = full
+    shutil.copytree(run, tmp_path / "run")
+    answer(tmp_path / "run", data, "linear-stage3", ["Yes"] * 12, content_hash="e" * 64)
+    material = read_material(tmp_path / "run")
+    assert [one.label for one in material.evaluated] == ["teacher"]
+    assert "was made again" in build_page(material, created="now", data=data).html
+
+
+def test_a_damaged_part_is_told_and_the_rest_is_shown(full: Full, tmp_path: Path) -> None:
+    run, _, data = full
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/profile/profile.json").write_text("{")
+    (tmp_path / "run/comparisons").mkdir()
+    (tmp_path / "run/comparisons/x.json").write_text(json.dumps({"format": 1}))
+    found = build_page(read_material(tmp_path / "run"), created="now", data=data)
+    assert "costs" in found.left_out and "scores, scenes" in found.shown
+    assert "profile.json is not valid JSON" in found.html
+    assert "x.json is damaged" in found.html
+
+
+def test_runs_of_one_name_cannot_be_told_apart(full: Full) -> None:
+    run, other, _ = full
+    with pytest.raises(RunError, match="two runs to compare with are called other, other"):
+        read_material(run, [other, other])
+
+
+def test_the_command_writes_one_file(full: Full, tmp_path: Path, mmmamba: Command) -> None:
+    run, other, data = full
+    words = ("--run", run, "--beside", other, "--data", data, "--title", "<A & B>", "--json")
+    done = mmmamba(
+        "report", *words, "--note", "Mind this.", "--out", tmp_path / "new" / "page.html"
+    )
+    assert done.code == 0
+    told = json.loads(done.out)
+    text = Path(told["file"]).read_text(encoding="utf-8")
+    page = Balanced(text)
+    assert [data for tag, data in page.texts if tag == "h1"] == ["<A & B>"]
+    assert "<title>&lt;A &amp; B&gt;</title>" in text
+    assert "Mind this." in page.text
+    assert told["left_out"] == {} and "costs" in told["shown"]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["page.html"]
+    assert re.search(r"https?://", text) is None
+
+
+def test_no_run_is_a_sentence(tmp_path: Path, mmmamba: Command) -> None:
+    done = mmmamba("report", "--run", tmp_path / "nothing")
+    assert done.code == 2 and "is not a run" in done.err
+    assert not (tmp_path / "nothing").exists()
