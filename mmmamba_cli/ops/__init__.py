@@ -6,21 +6,21 @@ Every function takes `backend="auto"`; callers never ask which device or kernel 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmmamba_cli.ops import conv, norm
-from mmmamba_cli.ops import ssd as scan
-from mmmamba_cli.ops.conv import causal_conv, causal_conv_step
-from mmmamba_cli.ops.norm import gated_rms_norm, rms_norm
-from mmmamba_cli.ops.ssd import ssd, ssd_step
+from mmmamba_cli.ops.conv import CONV_BACKENDS, causal_conv, causal_conv_step
+from mmmamba_cli.ops.conv import STEP_BACKENDS as CONV_STEP_BACKENDS
+from mmmamba_cli.ops.norm import GATED_BACKENDS, PLAIN_BACKENDS, gated_rms_norm, rms_norm
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS, ssd, ssd_step
+from mmmamba_cli.ops.ssd import STEP_BACKENDS as SCAN_STEP_BACKENDS
 
 # What is registered for each public function, as it is looked up at each call: whoever checks or
 # measures backends finds here also those that were registered after import.
 BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
-    "causal_conv": conv.CONV_BACKENDS,
-    "causal_conv_step": conv.STEP_BACKENDS,
-    "gated_rms_norm": norm.GATED_BACKENDS,
-    "rms_norm": norm.PLAIN_BACKENDS,
-    "ssd": scan.SCAN_BACKENDS,
-    "ssd_step": scan.STEP_BACKENDS,
+    "causal_conv": CONV_BACKENDS,
+    "causal_conv_step": CONV_STEP_BACKENDS,
+    "gated_rms_norm": GATED_BACKENDS,
+    "rms_norm": PLAIN_BACKENDS,
+    "ssd": SCAN_BACKENDS,
+    "ssd_step": SCAN_STEP_BACKENDS,
 }
 
 __all__ = [
