@@ -148,7 +148,8 @@ def _own(
     config = own.to_config(raw, where)
     if config.num_hidden_layers > len(source.names):
         raise CheckpointError(
-            f"{where} has {config.num_hidden_layers} layers, its weights {len(source.names)} tensors",
+            f"{where} has {config.num_hidden_layers} layers, its weights are "
+            f"{len(source.names)} tensors",
             own.REMEDY,
         )
     try:

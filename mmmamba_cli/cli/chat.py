@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmmamba_cli.cli.completing import complete_models
-from mmmamba_cli.cli.console import err, print_json, print_warning
+from mmmamba_cli.cli.console import print_json, print_line, print_warning
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
     AsJson,
@@ -122,6 +122,6 @@ def _open(
                 raise blind(where.name, file)
     speakers = []
     for where in places:
-        err().print(f"loading {where.name}", markup=False, highlight=False, soft_wrap=True)
+        print_line(f"loading {where.name}", to_stderr=True)
         speakers.append(load_speaker(where, device, dtype))
     return Talk(speakers, conversation, settings)

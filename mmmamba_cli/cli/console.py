@@ -72,6 +72,13 @@ def visible(text: str) -> str:
     return LONG_WORD.sub(lambda word: f"{word[0][:LONGEST_WORD]}...", shown)
 
 
+def print_line(text: str, style: str | None = None, to_stderr: bool = False) -> None:
+    """A line on stdout, or stderr, as it is: broken between words in a terminal, else nowhere."""
+    console = err() if to_stderr else out()
+    whole = not console.is_terminal
+    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=whole)
+
+
 def print_json(value: Any) -> None:
     """`value` as JSON on stdout. A NaN or infinity is refused (ValueError): JSON has none."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

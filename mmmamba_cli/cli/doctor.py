@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import err, print_error, print_json, print_table, print_warning
+from mmmamba_cli.cli.console import (
+    print_error,
+    print_json,
+    print_line,
+    print_table,
+    print_warning,
+)
 from mmmamba_cli.cli.options import AsJson
 
 if TYPE_CHECKING:
@@ -39,13 +45,13 @@ def command(
         for sentence in failures:
             print_error(sentence)
         if not failures:
-            typer.echo(f"fit: everything that is needed works, on {report.device}")
+            print_line(f"fit: everything that is needed works, on {report.device}")
     if failures:
         raise typer.Exit(UNFIT)
 
 
 def _tell(text: str) -> None:
-    err().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    print_line(text, style="dim", to_stderr=True)
 
 
 def _record(report: Report) -> dict[str, object]:
@@ -93,7 +99,7 @@ def _say(report: Report) -> None:
     typer.echo()
     for check in report.checks:
         if check.status == "ok":
-            typer.echo(f"{check.name}: {check.said}")
+            print_line(f"{check.name}: {check.said}")
 
 
 def _device_row(device: Device) -> tuple[str | None, ...]:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.completing import complete_models
-from mmmamba_cli.cli.console import out, print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.console import (
+    out,
+    print_json,
+    print_line,
+    print_table,
+    print_warning,
+    progress,
+)
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
 
 if TYPE_CHECKING:
@@ -119,7 +126,7 @@ def _say_what(name: str, anatomy: Anatomy) -> None:
 
     marks = marks_for(out().encoding)
     files = f"{anatomy.files} file{'s' if anatomy.files > 1 else ''}"
-    typer.secho(f"{name}: {anatomy.kind}, {anatomy.parameters / 1e6:,.1f} M parameters", bold=True)
+    print_line(f"{name}: {anatomy.kind}, {anatomy.parameters / 1e6:,.1f} M parameters", "bold")
     lines = [
         ("path", anatomy.path),
         ("layout", f"{anatomy.layout}, {anatomy.container}, {files}, {size(anatomy.file_bytes)}"),
@@ -204,7 +211,7 @@ def _say_memory(memory: Sequence[Memory], context: int) -> None:
     )
     if len(memory) > 1:
         here, teacher = memory
-        typer.echo(
+        print_line(
             f"{here.total / teacher.total:.1%} of what attention in every layer takes; "
             f"without weights, {here.state / teacher.state:.2%}"
         )
@@ -235,4 +242,4 @@ def _say_differences(differences: Sequence[TensorDifference], here: str, there: 
             title=f"\n{here} (a) against {there} (b)",
             right=("max |a-b|", "|a-b| / |b|"),
         )
-    typer.echo(f"{equal} of {len(differences)} tensors are equal")
+    print_line(f"{equal} of {len(differences)} tensors are equal")

@@ -79,7 +79,7 @@ def _draw(lineage: Lineage, encoding: str) -> Tree:
 def _label(product: Product, is_current: bool, marks: Marks) -> Text:
     from rich.text import Text
 
-    from mmmamba_cli.inspection import layer_plan, size, sparkline
+    from mmmamba_cli.inspection import layer_plan, size
 
     manifest = product.manifest
     plan = layer_plan(
@@ -92,15 +92,27 @@ def _label(product: Product, is_current: bool, marks: Marks) -> Text:
         f"{size(product.nbytes)}, {manifest.content_hash[:12]}",
         f"{', '.join(manifest.stages) or 'no stage done'}; {done}",
     ]
-    if product.held_out:
-        first, last = product.held_out[0], product.held_out[-1]
-        lines.append(f"held out {sparkline(product.held_out, marks)} {first:.4g} to {last:.4g}")
+    lines += _held_out(product.held_out, marks)
     return Text.assemble(
         (manifest.name, "bold"),
         ("  <- current" if is_current else "", "green"),
         *_lines(lines),
         *_lines(_scored(product.scores)),
     )
+
+
+def _held_out(losses: Sequence[float], marks: Marks) -> list[str]:
+    """A line of a bar for each loss; a single one has no course."""
+    from mmmamba_cli.inspection import sparkline
+
+    if not losses:
+        return []
+    first, last = f"{losses[0]:.4g}", f"{losses[-1]:.4g}"
+    return [
+        f"held out {sparkline(losses, marks)} {first} to {last}"
+        if len(losses) > 1
+        else f"held out {first}"
+    ]
 
 
 def _lines(texts: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mmmamba_cli.cli.console import err, print_error, print_warning
+from mmmamba_cli.cli.console import print_error, print_line, print_warning
 from mmmamba_cli.errors import DataError, MmmambaError
 
 if TYPE_CHECKING:
@@ -323,4 +323,4 @@ def _write(text: str) -> None:
 
 
 def _remark(text: str) -> None:
-    err().print(text, style="dim", markup=False, highlight=False, soft_wrap=not err().is_terminal)
+    print_line(text, style="dim", to_stderr=True)

@@ -81,13 +81,20 @@ def _find(table: Path, name: str, dataset: str, index: str) -> Path:
     folder = table.parent
     places = [Path(name), folder / name, folder / "images" / dataset / name]
     for place in places:
-        if place.is_file():
+        if _is_there(place):
             return place
     looked = ", ".join(str(place) for place in dict.fromkeys(places))
     raise DataError(
         f"{table}: the picture {name} of row {index} is in none of {looked}",
         "put it there, or use a table with the column image",
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or not one the system can encode
+        return False
 
 
 def decode(text: str, where: str) -> bytes:

@@ -101,7 +101,7 @@ def _read_jsonl(file: Path) -> Iterator[Mapping[str, Any]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}: line {number} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{file}: line {number} is not a JSON object")
@@ -119,14 +119,32 @@ def _read_xlsx(file: Path) -> Iterator[Mapping[str, Any]]:
             f"reading {file} needs openpyxl", "pip install 'mmmamba[eval]', or save it as .tsv"
         ) from error
     import zipfile
+    import zlib
 
+    # A workbook is XML in a zip: damage shows as that of the zip, the XML, or what it describes.
+    damage = (
+        InvalidFileException,
+        zipfile.BadZipFile,
+        zlib.error,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    )
     try:
         book = load_workbook(file, read_only=True, data_only=True)
-    except (InvalidFileException, zipfile.BadZipFile, KeyError) as error:
-        raise DataError(f"{file} is not an XLSX workbook: {error}") from error
-    rows = book.worksheets[0].iter_rows(values_only=True)
-    heading = [str(name) for name in next(rows, ())]
-    for values in rows:
+        rows = list(book.worksheets[0].iter_rows(values_only=True))
+        book.close()
+    except damage as error:
+        raise DataError(
+            f"{file} is not an XLSX workbook, or is damaged", "save it again, or as .tsv"
+        ) from error
+    heading = [str(name) for name in rows[0]] if rows else []
+    for values in rows[1:]:
         if any(value is not None for value in values):
             yield dict(zip(heading, values, strict=False))
-    book.close()

@@ -155,7 +155,7 @@ def split_cell(cell: str) -> list[str]:
     if text.startswith("[") and text.endswith("]"):
         try:
             listed = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return [text]
         return [str(one) for one in listed]
     return [text]

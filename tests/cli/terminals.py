@@ -23,11 +23,11 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 class Terminal:
     """Runs `mmmamba WORDS` in a fork of this process, so that torch need not be imported again."""
 
-    def __init__(self, columns: int, *words: object):
+    def __init__(self, columns: int, *words: object, **environment: str):
         self.text = ""
         self.pid, self.handle = pty.fork()
         if self.pid == 0:
-            _become(["mmmamba", *map(str, words)])
+            _become(["mmmamba", *map(str, words)], environment)
         self.resize(columns)
 
     def resize(self, columns: int) -> None:
@@ -68,7 +68,7 @@ class Terminal:
         return True
 
 
-def _become(words: list[str]) -> NoReturn:
+def _become(words: list[str], environment: dict[str, str]) -> NoReturn:
     """In the fork: be that command, with the terminal in the place of what pytest has put there."""
     code = 1
     try:
@@ -78,7 +78,7 @@ def _become(words: list[str]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
             os.environ.pop(name, None)
-        os.environ["TERM"] = "xterm"
+        os.environ |= {"TERM": "xterm", **environment}
         sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import pytest
 from ended import Command, Done
+from terminals import Terminal
+
+from mmmamba_cli.checkpoint import named
+from mmmamba_cli.runs import naming
 
 Inspect = Callable[..., Done]
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture
@@ -71,6 +77,56 @@ def test_a_student_and_its_teacher(inspect: Inspect, student_run: Path) -> None:
     shown = inspect("seed", "--run", student_run, "--against", "teacher").out
     (row,) = [line.split() for line in shown.splitlines() if line.startswith("mixer.A_log ")]
     assert row == ["mixer.A_log", "only", "in", "a", "0-7", "-", "-"]
+
+
+def test_a_name_is_a_product_before_it_is_anything_else(
+    inspect: Inspect, student_run: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (llama.parent / "seed").symlink_to(llama)
+    monkeypatch.chdir(llama.parent)
+    monkeypatch.setattr(naming, "shipped_models", lambda: {"small": llama})
+    monkeypatch.setattr(named, "shipped_models", lambda: {"small": llama})
+
+    def first(*words: object) -> str:
+        return inspect(*words, "--json").out.partition('"kind": "')[2].partition('"')[0]
+
+    assert first("seed", "--run", student_run) == "linear"
+    assert first("./seed", "--run", student_run) == "all attention"
+    assert first("small", "--run", student_run) == "all attention"
+    # Without a run every name is a path, or a model that ships.
+    assert first("seed", "--run", "nowhere") == first("small", "--run", "nowhere")
+    missing = inspect("tiny", "--run", "nowhere")
+    assert missing.code == 2
+    assert missing.err.startswith("error: tiny does not exist (check the path, or give a model")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_terminal_is_never_too_narrow(student_run: Path, columns: int) -> None:
+    terminal = Terminal(columns, "inspect", "--run", student_run, "--against", "teacher")
+    shown = terminal.wait_for("tensors are equal")
+    assert terminal.ended() == 0
+    # A bar of progress is drawn over and over in its row.
+    rows = [
+        row.rpartition("\r")[2] for row in ESCAPES.sub("", shown).replace("\r\n", "\n").split("\n")
+    ]
+    assert max(map(len, rows)) <= columns
+    assert "\x1b[1m" in shown
+    words = " ".join(" ".join(rows).split())
+    # A cell that is folded goes on in the next row, with other cells between.
+    for whole in ("parameters", "without weights, ") if columns < 80 else ("mixer.dt_proj.weight",):
+        assert whole in words
+
+
+def test_colours_are_left_out_where_nobody_wants_them(
+    student_run: Path,
+) -> None:
+    terminal = Terminal(80, "status", "--run", student_run, NO_COLOR="1")
+    terminal.wait_for("seed")
+    assert terminal.ended() == 0
+    assert "[32m" not in terminal.text
+    coloured = Terminal(80, "status", "--run", student_run)
+    coloured.wait_for("[32m")
+    assert coloured.ended() == 0
 
 
 @pytest.mark.parametrize(

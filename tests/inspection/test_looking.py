@@ -165,6 +165,11 @@ def test_long_tensors_are_compared_to_the_end(monkeypatch: pytest.MonkeyPatch) -
     y[0, 0], y[2, 8] = 3, 4
     found = difference("x", x.T, y.T)
     assert (found.largest, found.relative) == (4, 1)
+    # Changed at its beginning, rounded at its end.
+    z = torch.full((27,), 0.1)
+    w = z.bfloat16()
+    w[0] = 9
+    assert difference("x", z, w).status == "changed"
 
 
 def test_spans() -> None:
