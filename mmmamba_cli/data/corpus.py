@@ -15,6 +15,9 @@ from mmmamba_cli.data.samples import Sample, inside, parse_sample
 from mmmamba_cli.data.shards import Shard, expand_shards
 from mmmamba_cli.errors import DataError
 
+# No file system has longer names; one would raise an error of its own for them.
+LONGEST_NAME = 255
+
 
 class Corpus(Protocol):
     """Samples by index; one that cannot be read raises `DataError` naming it."""
@@ -144,11 +147,16 @@ def _open_meta(file: Path, image_root: Path | None) -> Corpus:
         where = f"{file}: {name}"
         if not isinstance(entry, Mapping) or not isinstance(entry.get("annotation"), str):
             raise DataError(f"{where}: has no annotation, expected the path of a .jsonl file")
+        root = entry.get("root")
+        for path in (entry["annotation"], root or ""):
+            if not isinstance(path, str) or any(len(x) > LONGEST_NAME for x in path.split("/")):
+                raise DataError(
+                    f"{where}: {path!r:.60} is no path", "give annotation and root as paths"
+                )
         annotation = Path(entry["annotation"])
         if not annotation.is_absolute() and not annotation.exists():
             annotation = file.parent / annotation
-        root = entry.get("root")
-        folder = image_root if root is None else (image_root or Path()) / str(root)
+        folder = image_root if root is None else (image_root or Path()) / root
         if folder is not None and not folder.is_absolute() and not folder.is_dir():
             folder = file.parent / folder
         times = _positive(entry.get("repeat_time", 1), f"{where}: repeat_time")

@@ -61,7 +61,7 @@ def parse_sample(record: Any, name: str, find_image: FindImage) -> Sample:
     taken as absent. Raises `DataError` that names the sample.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"{name}: is {record!r:.60}, expected a JSON object")
+        raise DataError(f"{name}: is {_kind(record)}, expected a JSON object")
     if given(record, "video", "videos"):
         raise DataError(f"{name}: has a video, and only images are read")
     turns, text = given(record, "conversations", "messages"), record.get("text")
@@ -111,10 +111,14 @@ def member_key(name: str) -> tuple[str, str]:
     return str(path.with_name(stem)) if stem else name, extension.lower()
 
 
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
 def _message(turn: Any, position: int, name: str) -> dict[str, str]:
     where = f"{name}: turn {position + 1}"
     if not isinstance(turn, Mapping):
-        raise DataError(f"{where} is {turn!r:.60}, expected a JSON object")
+        raise DataError(f"{where} is {_kind(turn)}, expected a JSON object")
     speaker, said = given(turn, "from", "role"), given(turn, "value", "content")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise DataError(f"{where} is from {speaker!r:.60}, allowed are {', '.join(SPEAKERS)}")

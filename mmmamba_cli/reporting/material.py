@@ -17,11 +17,10 @@ from mmmamba_cli.profiling import Profile, read_profile
 from mmmamba_cli.profiling.result import PROFILE
 from mmmamba_cli.recipe import Recipe, parse_recipe
 from mmmamba_cli.reporting.comparison import Comparison, read_comparisons
-from mmmamba_cli.runs import Manifest, Run
+from mmmamba_cli.runs import TEACHER, Manifest, Run
 from mmmamba_cli.runs.run import Teacher
 
 EVALS, PROFILES, ANSWERS = "evals", "profile", "predictions.tsv"
-TEACHER = "teacher"
 
 
 @dataclass(frozen=True)

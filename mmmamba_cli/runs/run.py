@@ -19,6 +19,8 @@ RECORD = "run.json"
 LOCK = ".lock"
 PRODUCTS = "products"
 PRODUCT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# Where a model is asked, --teacher is a switch, and the path has an option of its own.
+OPTION = "--teacher (--teacher-path of eval, profile and chat)"
 
 
 class Teacher(BaseModel):
@@ -122,7 +124,7 @@ class Run:
         if not path.exists():
             raise RunError(
                 f"the teacher of {self.folder} is no longer at {path}",
-                "say where it is now with --teacher",
+                f"say where it is now with {OPTION}",
             )
         config = None if teacher.config is None else Path(teacher.config)
         if config is not None and not config.is_file():
@@ -138,7 +140,7 @@ class Run:
             raise RunError(
                 f"{teacher.path} is not the teacher of {self.folder}: its tensors are not those "
                 f"the run was seeded from{named}",
-                "name the right one with --teacher, or seed a new --run from this one",
+                f"name the right one with {OPTION}, or seed a new --run from this one",
             )
 
     def verify_product(self, name: str) -> None:

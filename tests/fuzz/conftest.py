@@ -1,0 +1,48 @@
+"""Materials once a session, and a case for every test that takes one."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from judging import Case
+from materials import Materials
+from suite_tables import ScriptedModel
+
+from mmmamba_cli.evaluate import opening
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> Iterator[None]:
+    """Cases by the hundred: the command line is built once, and nothing waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
+    return Materials(tmp_path_factory.mktemp("materials"))
+
+
+@pytest.fixture
+def case_of(tmp_path: Path) -> Callable[[str, int], Case]:
+    """`case_of("pickle", 17)` is that case, in a folder of its own."""
+    return lambda kind, number: Case(kind, number, tmp_path)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any checkpoint that is named says yes to everything, after a look at the picture."""
+
+    def candidate(path: Path, device: str | None, dtype: str) -> opening.Candidate:
+        model: Any = ScriptedModel(lambda prompt: "Yes", name="student")
+        return opening.Candidate("student", lambda: model)
+
+    monkeypatch.setattr(opening, "path_candidate", candidate)

@@ -1,0 +1,143 @@
+"""What a case may not do: write outside its folder, start anything, run its input, never end.
+
+Python tells an audit hook of every file that is opened, renamed or removed and every process that
+is started, whoever does it; a hook cannot be taken away again, so there is one, and it sleeps
+between cases.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# What one case may take at most. The memory is beyond what the process has when it begins.
+SECONDS = 8.0
+ADDRESS_SPACE = 3 << 30
+RESIDENT = 300 << 20
+
+WRITES = {"os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.utime", "os.chown"}
+TWO_PATHS = {"os.rename", "os.link", "os.symlink"}
+STARTS = {
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+    "socket.connect",
+    "socket.getaddrinfo",
+}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+class Forbidden(BaseException):
+    """A case did what none may; no `except Exception` on the way can hide it."""
+
+
+class _Watch:
+    """The one hook. `home` is the folder of the running case, None between cases."""
+
+    def __init__(self) -> None:
+        self.home: str | None = None
+        self.seen: list[str] = []
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.home is None:
+            return
+        problem = None
+        if event == "open":
+            if isinstance(arguments[2], int) and arguments[2] & WRITING:
+                problem = self._outside(arguments[0])
+        elif event in WRITES:
+            problem = self._outside(arguments[0], arguments[-1])
+        elif event in TWO_PATHS:
+            problem = self._outside(arguments[1], arguments[-1])
+        elif event in STARTS:
+            problem = "starts or calls"
+        elif event == "exec" and arguments[0].co_filename.startswith(self.home):
+            problem = f"runs {arguments[0].co_filename}, by"
+        if problem is not None:
+            self.seen.append(f"{problem} {event}{arguments!r:.200}")
+            raise Forbidden(self.seen[-1])
+
+    def _outside(self, path: Any, folder: Any = -1) -> str | None:
+        if isinstance(path, int):
+            return None
+        name = os.fsdecode(path)
+        if isinstance(folder, int) and folder > 2 and not name.startswith("/"):
+            name = str(Path(f"/proc/self/fd/{folder}").readlink() / name)
+        # The last part of a name may be a link, which is itself what is written.
+        real = str(Path(os.path.realpath(Path(name).parent), Path(name).name))
+        inside = real == self.home or real.startswith(f"{self.home}/") or real == "/dev/null"
+        return None if inside else f"writes {real}, outside, by"
+
+
+_WATCH: list[_Watch] = []
+
+
+@contextmanager
+def watched(home: Path) -> Iterator[None]:
+    """Let the block do only what a case may, with `home` and its folder `tmp` to write in."""
+    if not _WATCH:
+        _WATCH.append(_Watch())
+        sys.addaudithook(_WATCH[0])
+    watch, before = _WATCH[0], (tempfile.tempdir, sys.dont_write_bytecode, Path.cwd())
+    tempfile.tempdir, sys.dont_write_bytecode = str(home / "tmp"), True
+    os.chdir(home)
+    watch.seen = []
+    try:
+        with _bounded():
+            watch.home = os.path.realpath(home)
+            try:
+                yield
+            finally:
+                watch.home = None
+    finally:
+        tempfile.tempdir, sys.dont_write_bytecode = before[0], before[1]
+        os.chdir(before[2])
+    assert not watch.seen, watch.seen
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Time and memory; what needs more is ended here rather than by the machine."""
+
+    def ring(*_: Any) -> None:
+        raise Forbidden(f"not done after {SECONDS} s")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGALRM, ring)
+    _reset_peak()
+    start = _status("VmHWM")
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESS_SPACE, hard))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    grown = _status("VmHWM") - start
+    assert grown <= RESIDENT, f"took {grown >> 20} MiB of memory"
+
+
+def _reset_peak() -> None:
+    # The peak starts again from what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise AssertionError(f"no {field} in /proc/self/status")
