@@ -295,7 +295,7 @@ def test_a_workbook_needs_openpyxl(
         (["--suite", "mme", "--device", "tpu"], "device 'tpu' is not known"),
         (["--suite", "mme", "--dtype", "int3"], "dtype 'int3' is not known"),
         (["--suite", "mme", "--from", "stage9"], "has no product 'stage9', it has: seed"),
-        (["--suite", "mme", "--teacher-path", "nowhere"], "no longer at nowhere"),
+        (["--suite", "mme", "--teacher-path", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_mistakes_are_sentences(

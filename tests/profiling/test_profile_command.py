@@ -175,7 +175,7 @@ def test_a_missing_matplotlib_is_said_with_the_pip_line(
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--dtype", "fp7"], "dtype 'fp7' is not known"),
         (["--model", "nowhere"], "nowhere"),
-        (["--teacher-path", "nowhere"], "is no longer at nowhere"),
+        (["--teacher-path", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_mistakes_are_sentences(
