@@ -230,7 +230,7 @@ def test_gguf(case_of: CaseOf, number: int) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is not None, reason="gguf is installed")
 def test_gguf_without_its_packages(case_of: CaseOf) -> None:
     case = case_of("gguf-absent", 0)
-    (case.home / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    (case.home / "model.gguf").write_bytes(b"GGUF\x03" + bytes(99))
     assert "pip install" in case.command("seed", case.home / "model.gguf").err
 
 
