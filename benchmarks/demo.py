@@ -32,8 +32,8 @@ from mmmamba_cli.runs.manifest import now
 TEACHER, RECIPE = "scenes-teacher", "scenes-demo"
 SCENES, HELD_OUT, SEEDED, UNSEEDED = "scenes", "held-out", "seeded", "unseeded"
 LINEAR, HYBRID, ATTENTION_LAYERS = "linear-stage3", "hybrid-2-stage3", 2
-PICTURES, LESSONS, HELD_OUT_LESSONS = 12, 160, 60
-CONTEXTS, BUDGET = "256,1k,4k", 20
+PICTURES, LESSONS, HELD_OUT_LESSONS = 8, 160, 60
+CONTEXTS, BUDGET = "256,1k,4k", 12
 MARKER, PAGE, AGREEMENT = "demo.json", "report.html", "comparisons/agreement.json"
 # At random, W_O too must learn, which the recipe keeps as it is.
 SCRATCH = ("--init", "scratch", "--set", "stages.stage3.learns=[model.layers.*.mixer.*]")

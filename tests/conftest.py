@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# As many processes as cores test side by side; threads of torch in each would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from ended import Command, Done
 
