@@ -55,7 +55,7 @@ CATEGORIES = (*OBJECTS, PICTURES, TILES, TEXT)
 # Asked so that the answer is yes or no; tells the two ways of asking apart when accuracy is told.
 CLOSED = len(CATEGORIES)
 # What a question counts for in the loss: long answers teach more, but not by their length.
-WEIGHT = {"list": 3.0, "reading": 4.0, "spelling": 2.5}
+WEIGHT = {"list": 3.0, "reading": 4.0, "spelling": 2.5, "position": 2.0, "side": 2.0}
 GRIDS = ((2, 1), (1, 2), (2, 2), (3, 1), (3, 2), (2, 3))
 
 
