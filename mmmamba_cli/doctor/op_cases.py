@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba_cli import ops
+from mmmamba_cli.ops.decode import MixerWeights
+from mmmamba_cli.ops.projection import Int8Weight
 
 # Arguments by their names; of a convolution some others are no tensors, so that mypy wants Any.
 Tensors = dict[str, Any]
@@ -23,6 +25,8 @@ Call = Callable[[Tensors, Tensors, str], tuple[Tensor, ...]]
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 32
 CHANNELS, TAPS = 2 * DIM + 1, 4
+# What is called in decoding only, besides single steps.
+DECODING = frozenset({"project"})
 # Neither a multiple of 8 nor of a chunk; 1 is the step of a decoder, 131 wants two chunks.
 LENGTHS = (1, 37, 131)
 EPS = 1e-5
@@ -64,12 +68,16 @@ def all_ops() -> list[Op]:
         "causal_conv": ("reference", _convolutions),
         "causal_conv_step": ("reference", _convolution_steps),
         "gated_rms_norm": ("reference", _gated_norms),
+        "attention_step": ("reference", _attention_steps),
+        "mixer_step": ("reference", _mixer_steps),
+        "project": ("reference", _products),
         "rms_norm": ("reference", _norms),
     }
     found = []
     for name, backends in ops.BACKENDS.items():
         reference, make = makers.get(name, ("reference", list))
-        found.append(Op(name, backends, reference, tuple(make()), not name.endswith("_step")))
+        trains = name not in DECODING and not name.endswith("_step")
+        found.append(Op(name, backends, reference, tuple(make()), trains))
     return [*found, Op("attention", ATTENTION, "softmax", tuple(_attentions()))]
 
 
@@ -202,6 +210,94 @@ def _norms() -> list[Case]:
 
 def _norm(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
     return (ops.rms_norm(**values, eps=EPS, backend=backend),)
+
+
+def _mixer_steps() -> list[Case]:
+    rng = _Random(0)
+    channels = (HEADS + 2 * KV_HEADS) * DIM
+    values = {
+        "vkq": rng.normal(BATCH, channels),
+        "dt": rng.uniform(-5, 2, BATCH, HEADS),
+        "conv_ring": rng.normal(BATCH, channels, TAPS),
+        "ssm_state": rng.normal(BATCH, HEADS, DIM, DIM),
+        "conv_weight": rng.normal(channels, TAPS),
+        "conv_bias": rng.normal(channels),
+        "A": -rng.uniform(0.05, 4, HEADS),
+        "dt_bias": rng.normal(HEADS),
+        "D": rng.normal(HEADS),
+    }
+    small = frozenset({"ssm_state", "A", "dt_bias", "D"})
+    return [Case("one token", _mixer_step, values, {"position": torch.tensor([6])}, small)]
+
+
+def _mixer_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    # Changed in place, and wanted as they were for the next backend.
+    ring, state = values["conv_ring"].clone(), values["ssm_state"].clone()
+    weights = MixerWeights(**{name: values[name] for name in MixerWeights._fields})
+    y = ops.mixer_step(
+        values["vkq"], values["dt"], ring, state, fixed["position"], weights, backend=backend
+    )
+    return y, ring, state
+
+
+def _attention_steps() -> list[Case]:
+    found = []
+    for length in LENGTHS:
+        rng = _Random(length)
+        angles = rng.normal(BATCH, DIM // 2).repeat(1, 2)
+        values = {
+            "q": rng.normal(BATCH, HEADS, DIM),
+            "k": rng.normal(BATCH, KV_HEADS, DIM),
+            "v": rng.normal(BATCH, KV_HEADS, DIM),
+            "keys": rng.normal(BATCH, KV_HEADS, length, DIM),
+            "values": rng.normal(BATCH, KV_HEADS, length, DIM),
+            "cos": angles.cos(),
+            "sin": angles.sin(),
+        }
+        fixed = {"position": torch.tensor([length - 1])}
+        found.append(Case(f"{length} tokens", _attention_step, values, fixed))
+        if length == LENGTHS[1]:
+            padded = {**fixed, "starts": torch.tensor([length // 5, 0])}
+            found.append(Case("starts", _attention_step, values, padded))
+    return found
+
+
+def _attention_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    cache = {name: values[name].clone() for name in ("keys", "values")}
+    given = {**values, **cache, "starts": None, **fixed}
+    return ops.attention_step(**given, backend=backend), *cache.values()
+
+
+def _products() -> list[Case]:
+    rng = _Random(0)
+    width, rows = HEADS * DIM, 2 * CHANNELS
+    plain = {"x": rng.normal(BATCH, width), "weight": rng.normal(rows, width)}
+    values = {**plain, "norm": rng.uniform(0.5, 2, width), "bias": rng.normal(rows)}
+    gated = {**plain, "norm": rng.uniform(0.5, 2, DIM), "gate": rng.normal(BATCH, width)}
+    gated["residual"] = rng.normal(BATCH, rows)
+    steps = {
+        "steps": torch.arange(rows * width).mul(37).remainder(255).sub(127).char().view(rows, -1),
+        "scales": (1 + torch.arange(rows) % 5) / 100,
+    }
+    small = frozenset({"norm"})
+    return [
+        Case("normed, SwiGLU", _swiglu, values, {}, small),
+        Case("gated, residual", _project, gated, {}, small),
+        Case("int8", _project_int8, {"x": plain["x"]}, steps),
+    ]
+
+
+def _project(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.project(**values, eps=EPS, backend=backend),)
+
+
+def _swiglu(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.project(**values, eps=EPS, swiglu=True, backend=backend),)
+
+
+def _project_int8(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    weight = Int8Weight(fixed["steps"], fixed["scales"])
+    return (ops.project(values["x"], weight, backend=backend),)
 
 
 def _attentions() -> list[Case]:

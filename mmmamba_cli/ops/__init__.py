@@ -8,16 +8,26 @@ from typing import Any
 
 from mmmamba_cli.ops.conv import CONV_BACKENDS, causal_conv, causal_conv_step
 from mmmamba_cli.ops.conv import STEP_BACKENDS as CONV_STEP_BACKENDS
+from mmmamba_cli.ops.decode import (
+    ATTENTION_STEP_BACKENDS,
+    MIXER_STEP_BACKENDS,
+    attention_step,
+    mixer_step,
+)
 from mmmamba_cli.ops.norm import GATED_BACKENDS, PLAIN_BACKENDS, gated_rms_norm, rms_norm
+from mmmamba_cli.ops.projection import PROJECT_BACKENDS, project
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS, ssd, ssd_step
 from mmmamba_cli.ops.ssd import STEP_BACKENDS as SCAN_STEP_BACKENDS
 
 # What is registered for each public function, as it is looked up at each call: whoever checks or
 # measures backends finds here also those that were registered after import.
 BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "attention_step": ATTENTION_STEP_BACKENDS,
     "causal_conv": CONV_BACKENDS,
     "causal_conv_step": CONV_STEP_BACKENDS,
     "gated_rms_norm": GATED_BACKENDS,
+    "mixer_step": MIXER_STEP_BACKENDS,
+    "project": PROJECT_BACKENDS,
     "rms_norm": PLAIN_BACKENDS,
     "ssd": SCAN_BACKENDS,
     "ssd_step": SCAN_STEP_BACKENDS,
@@ -25,9 +35,12 @@ BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
 
 __all__ = [
     "BACKENDS",
+    "attention_step",
     "causal_conv",
     "causal_conv_step",
     "gated_rms_norm",
+    "mixer_step",
+    "project",
     "rms_norm",
     "ssd",
     "ssd_step",

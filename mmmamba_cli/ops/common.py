@@ -1,7 +1,10 @@
 """What every op needs: picking a backend, the dtype to compute in, and where sequences begin."""
 
-from collections.abc import Mapping
-from typing import TypeVar
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +22,40 @@ def pick_backend(op: str, name: str, backends: Mapping[str, Backend]) -> Backend
             f"{op}: there is no backend {name!r} on this machine", hint=f"available: {available}"
         )
     return backends[name]
+
+
+def triton_backends(op: str, launcher: str) -> dict[str, Callable[..., Any]]:
+    """{"triton": launcher of `op`}, or {} where the kernels cannot be had.
+
+    That is where Triton is not installed, and in the files of an exported model, which are plain
+    PyTorch: the module is found by its name, so that nothing there imports it. Triton itself is
+    loaded by the first call.
+    """
+    name = f"{__package__}.{op}.fused"
+    try:
+        found = importlib.util.find_spec("triton") and importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        found = None
+    if not found:
+        return {}
+
+    def launch(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(name), launcher)(*arguments, **options)
+
+    return {"triton": launch}
+
+
+def suits_triton(*tensors: Tensor | None) -> bool:
+    """Whether `auto` takes kernels for these: on a GPU that has bf16, in no dtype above fp32."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(not tensor.is_cuda or tensor.dtype == torch.float64 for tensor in given):
+        return False
+    return all(_has_bf16(tensor.device) for tensor in given)
+
+
+@cache
+def _has_bf16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, pick_backend
+from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
 from mmmamba_cli.ops.conv import reference
 
 Activation = Literal["silu"] | None
@@ -44,7 +44,10 @@ class ConvStepBackend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-CONV_BACKENDS: dict[str, ConvBackend] = {"reference": reference.convolve}
+CONV_BACKENDS: dict[str, ConvBackend] = {
+    "reference": reference.convolve,
+    **triton_backends("conv", "convolve"),
+}
 STEP_BACKENDS: dict[str, ConvStepBackend] = {"reference": reference.step}
 
 
@@ -77,7 +80,8 @@ def causal_conv(
         seq_idx: (B, T) integer ids of packed sequences. One begins at each real token whose id
             differs from that of the real token before it, and no tap reaches across;
             `initial_state` belongs to the first sequence of the row.
-        backend: "reference" or "auto".
+        backend: "reference", "triton", or "auto": triton on a GPU if it is installed and nothing is
+            fp64.
 
     Returns:
         y (B, T, Ch) in x's dtype, computed in fp32, or fp64 where x is fp64; and the state, the
@@ -101,8 +105,10 @@ def causal_conv(
     check_shape("causal_conv", "mask", mask, (batch, length))
     check_shape("causal_conv", "seq_idx", seq_idx, (batch, length))
     _check_activation("causal_conv", activation)
-    name = "reference" if backend == "auto" else backend
-    conv = pick_backend("causal_conv", name, CONV_BACKENDS)
+    if backend == "auto":
+        fused = "triton" in CONV_BACKENDS and suits_triton(x, weight, bias, initial_state)
+        backend = "triton" if fused else "reference"
+    conv = pick_backend("causal_conv", backend, CONV_BACKENDS)
     if length == 0:
         state = x.new_zeros(batch, channels, past) if initial_state is None else initial_state
         return x, state.to(x.dtype)

@@ -3,17 +3,23 @@
 Legend: H heads, P head dim, D size of the normed dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, pick_backend
+from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
 from mmmamba_cli.ops.norm import reference
 
 GATED_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
-    "reference": reference.gated_norm
+    "reference": reference.gated_norm,
+    **triton_backends("norm", "gated_norm"),
 }
-PLAIN_BACKENDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"reference": reference.norm}
+PLAIN_BACKENDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "reference": reference.norm,
+    **triton_backends("norm", "norm"),
+}
+# A program holds whole rows.
+MOST_TRITON_DIMS = 16384
 
 
 def gated_rms_norm(
@@ -26,7 +32,8 @@ def gated_rms_norm(
         gate: (..., H, P), before SiLU.
         weight: (P,), shared by the heads.
         eps: added to the mean square.
-        backend: "reference" or "auto".
+        backend: "reference", "triton", or "auto": triton on a GPU if it is installed and nothing is
+            fp64.
 
     Returns:
         (..., H, P) in y's dtype; norm, weight and gate are computed in fp32, or fp64 where y is
@@ -38,8 +45,9 @@ def gated_rms_norm(
     """
     check_shape("gated_rms_norm", "gate", gate, tuple(y.shape))
     check_shape("gated_rms_norm", "weight", weight, (y.shape[-1],))
-    name = "reference" if backend == "auto" else backend
-    return pick_backend("gated_rms_norm", name, GATED_BACKENDS)(y, gate, weight, eps)
+    if backend == "auto":
+        backend = _chosen(GATED_BACKENDS, y, gate, weight)
+    return pick_backend("gated_rms_norm", backend, GATED_BACKENDS)(y, gate, weight, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
@@ -49,7 +57,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         x: (..., D).
         weight: (D,).
         eps: added to the mean square.
-        backend: "reference" or "auto".
+        backend: "reference", "triton", or "auto": triton on a GPU if it is installed and nothing is
+            fp64.
 
     Returns:
         (..., D) in x's dtype. The norm is computed in fp32, or fp64 where x is fp64, rounded to
@@ -60,5 +69,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         MmmambaError: a backend that does not exist here.
     """
     check_shape("rms_norm", "weight", weight, (x.shape[-1],))
-    name = "reference" if backend == "auto" else backend
-    return pick_backend("rms_norm", name, PLAIN_BACKENDS)(x, weight, eps)
+    if backend == "auto":
+        backend = _chosen(PLAIN_BACKENDS, x, weight)
+    return pick_backend("rms_norm", backend, PLAIN_BACKENDS)(x, weight, eps)
+
+
+def _chosen(backends: Mapping[str, object], x: Tensor, *others: Tensor) -> str:
+    fits = x.numel() > 0 and x.shape[-1] <= MOST_TRITON_DIMS
+    return "triton" if "triton" in backends and fits and suits_triton(x, *others) else "reference"

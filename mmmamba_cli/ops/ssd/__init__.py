@@ -9,7 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, compute_dtype, pick_backend
+from mmmamba_cli.ops.common import (
+    check_shape,
+    compute_dtype,
+    pick_backend,
+    suits_triton,
+    triton_backends,
+)
 from mmmamba_cli.ops.ssd import reference
 
 
@@ -55,9 +61,12 @@ class StepBackend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+# A head's state has to fit into the registers of one program.
+MOST_TRITON_DIMS = 256
 SCAN_BACKENDS: dict[str, ScanBackend] = {
     "chunked": reference.chunked,
     "recurrent": reference.recurrent,
+    **triton_backends("ssd", "scan"),
 }
 STEP_BACKENDS: dict[str, StepBackend] = {"reference": reference.step}
 
@@ -101,12 +110,14 @@ def ssd(
         seq_idx: (B, T) integer ids of packed sequences. The state is reset to 0 at each real token
             whose id differs from that of the real token before it; `initial_state` belongs to the
             first sequence of the row.
-        chunk_size: tokens per chunk of the chunked backend, at most.
-        backend: "chunked", "recurrent", or "auto": recurrent for a single token, else chunked.
+        chunk_size: tokens per chunk of the chunked backend, at most; triton takes its own.
+        backend: "chunked", "recurrent", "triton", or "auto": recurrent for a single token, triton
+            on a GPU if it is installed and nothing is fp64, else chunked.
 
     Returns:
         y (B, T, H, P) in x's dtype, and the state after the last token, (B, H, P, N). The state
-        and all arithmetic are fp32, or fp64 where x is fp64.
+        and all arithmetic are fp32, or fp64 where x is fp64; the triton backend multiplies tensors
+        in bf16, with fp32 sums, where x, B and C are bf16.
 
     Raises:
         ValueError: shapes that do not fit together, or a chunk size below 1.
@@ -122,7 +133,11 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size is {chunk_size}, expected at least 1")
     if backend == "auto":
+        tensors = (x, dt, A, B, C, dt_bias, D, initial_state)
         backend = "recurrent" if length == 1 else "chunked"
+        small = max(value_dim, state_dim) <= MOST_TRITON_DIMS
+        if "triton" in SCAN_BACKENDS and length > 1 and small and suits_triton(*tensors):
+            backend = "triton"
     scan = pick_backend("ssd", backend, SCAN_BACKENDS)
     if length == 0:
         return _scan_nothing(x, C, initial_state)

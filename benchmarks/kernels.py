@@ -1,0 +1,479 @@
+"""The ops' kernels at HoVLE-2.6B size on one GPU: correct first, then how fast.
+
+    python benchmarks/kernels.py [--out FILE] [--seconds S] [--no-mamba]
+    python benchmarks/kernels.py --tune [--out FILE] [--seconds S]
+
+Every row is first held against the plain PyTorch reference in fp64 at its own shape, less a few
+tokens to make the length odd, on inputs of their own, with every buffer full of NaN before it is
+filled; forward, and all gradients where they are timed. Then the median of many calls over
+rotating inputs, which together exceed the L2 cache, by CUDA events; and, as `graph_ms`, the same
+replayed as a CUDA graph, which leaves out what the host takes to launch. mamba_ssm's
+`mamba_chunk_scan_combined` (chunk 128) is measured in the same run where it can be imported; keys
+and values are repeated for it beforehand, outside of what is timed.
+
+`--tune` times the alternatives of the scan's tuning table instead, and prints the best of each
+direction. `--small` takes tiny shapes in fp32 on any device, to try the script. Prints a line for
+each row, and one JSON object to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli import ops
+
+HEADS, KV_HEADS, DIM, WIDTH, TAPS, EPS = 16, 8, 128, 2048, 2, 1e-5
+CHANNELS = (HEADS + 2 * KV_HEADS) * DIM
+# Relative errors by 2-norm, those of `mmmamba doctor`.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}
+# What rotating inputs should exceed: twice an H100's L2 cache.
+ROTATED_BYTES = 100 * 2**20
+REPEATS = 31
+
+Tensors = dict[str, Tensor]
+Call = Callable[[Tensors], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An op at one shape: `make(length, seed)` its tensors, `wanted` what is right."""
+
+    op: str
+    batch: int
+    length: int
+    make: Callable[[int, int, int], Tensors]
+    wanted: Call
+    trains: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.batch} x {self.length}"
+
+
+@dataclass
+class Row:
+    """Milliseconds of one backend; `None` for what was not measured, with the reason in `note`."""
+
+    op: str
+    batch: int
+    length: int
+    direction: str
+    backend: str
+    errors: dict[str, float] = field(default_factory=dict)
+    correct: bool = False
+    median_ms: float | None = None
+    quartiles_ms: tuple[float, float] | None = None
+    graph_ms: float | None = None
+    note: str = ""
+
+
+# --- Problems -------------------------------------------------------------------------------------
+
+
+class Place:
+    """Device and dtype of all problems."""
+
+    def __init__(self, small: bool):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.float32 if small else torch.bfloat16
+        self.small = small
+
+    def normal(self, seed: int, **shapes: tuple[int, ...]) -> Tensors:
+        rng = torch.Generator(self.device).manual_seed(seed)
+        return {
+            name: torch.randn(shape, generator=rng, device=self.device, dtype=self.dtype)
+            for name, shape in shapes.items()
+        }
+
+    def scan(self, batch: int, length: int, seed: int) -> Tensors:
+        heads, kv_heads, dim = (4, 2, 16) if self.small else (HEADS, KV_HEADS, DIM)
+        made = self.normal(
+            seed,
+            x=(batch, length, kv_heads, dim),
+            dt=(batch, length, heads),
+            B=(batch, length, kv_heads, dim),
+            C=(batch, length, heads, dim),
+        )
+        made["B"] = made["B"] / math.sqrt(dim)
+        # Decays from 0.98 to 0.2 a token, as seeding and training leave them.
+        made["A"] = -torch.linspace(0.25, 16, heads, device=self.device)
+        made["dt_bias"] = torch.linspace(-2.5, -3.5, heads, device=self.device)
+        return made
+
+    def conv(self, batch: int, length: int, seed: int) -> Tensors:
+        channels = 48 if self.small else CHANNELS
+        shapes = {"x": (batch, length, channels), "weight": (channels, TAPS), "bias": (channels,)}
+        return self.normal(seed, **shapes)
+
+    def gated(self, batch: int, length: int, seed: int) -> Tensors:
+        shape = (batch, length, HEADS, DIM)
+        return self.normal(seed, y=shape, gate=shape, weight=(DIM,))
+
+    def norm(self, batch: int, length: int, seed: int) -> Tensors:
+        return self.normal(seed, x=(batch, length, WIDTH), weight=(WIDTH,))
+
+    def problems(self) -> Iterator[Problem]:
+        lengths = (24, 40, 72) if self.small else (4096, 32768, 103424)
+        short, middle, long = lengths
+        for batch, length in ((1, short), (4, short), (1, middle)):
+            yield Problem("ssd", batch, length, self.scan, scan("chunked"))
+        yield Problem("ssd", 1, long, self.scan, scan("chunked"), trains=False)
+        for length in (short, middle):
+            yield Problem("causal_conv", 1, length, self.conv, _conv("reference"))
+            yield Problem("gated_rms_norm", 1, length, self.gated, _gated("reference"))
+            yield Problem("rms_norm", 1, length, self.norm, _norm("reference"))
+
+
+def _conv(backend: str) -> Call:
+    return lambda t: ops.causal_conv(**t, backend=backend)[:1]
+
+
+def _gated(backend: str) -> Call:
+    return lambda t: (ops.gated_rms_norm(**t, eps=EPS, backend=backend),)
+
+
+def _norm(backend: str) -> Call:
+    return lambda t: (ops.rms_norm(**t, eps=EPS, backend=backend),)
+
+
+def scan(backend: str) -> Call:
+    return lambda t: ops.ssd(**t, dt_softplus=True, backend=backend)
+
+
+def candidates(problem: Problem, mamba: bool) -> dict[str, Call]:
+    """What is measured: kernels, what there is without them, and mamba_ssm."""
+    if problem.op == "ssd":
+        found = {"triton": scan("triton")}
+        return found | ({"mamba_ssm": mamba_scan} if mamba else {})
+    call = {"causal_conv": _conv, "gated_rms_norm": _gated, "rms_norm": _norm}[problem.op]
+    return {"triton": call("triton"), "reference": call("reference")}
+
+
+def repeated(made: Tensors) -> Tensors:
+    """Keys and values for each query head, as mamba_ssm wants them here."""
+    share = made["C"].shape[2] // made["x"].shape[2]
+    return made | {n: made[n].repeat_interleave(share, dim=2) for n in ("x", "B")}
+
+
+def mamba_scan(t: Tensors, state: bool = True) -> tuple[Tensor, ...]:
+    """Without its state, whose gradient it would go through, where that is not asked for."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    found = mamba_chunk_scan_combined(
+        t["x"], t["dt"], t["A"], t["B"], t["C"], chunk_size=128, dt_bias=t["dt_bias"],
+        dt_softplus=True, return_final_states=state,
+    )  # fmt: skip
+    return found if state else (found,)
+
+
+# --- Correctness ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Whatever `torch.empty` gives is NaN."""
+    plain = torch.empty
+
+    def spoilt(*shape: Any, **options: Any) -> Tensor:
+        made = plain(*shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    torch.empty = spoilt
+    try:
+        yield
+    finally:
+        torch.empty = plain
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def gate(problem: Problem, call: Call, backend: str) -> dict[str, float]:
+    """Relative errors of outputs and, where it trains, of gradients; keys and values unrepeated."""
+    made = problem.make(problem.batch, problem.length - 5, 17)
+    found = _traced(call, made, problem.trains, backend)
+    wanted = _traced(problem.wanted, {n: t.double() for n, t in made.items()}, problem.trains, "")
+    return {name: distance(found[name], wanted[name]) for name in wanted}
+
+
+def _traced(call: Call, made: Tensors, trains: bool, backend: str) -> Tensors:
+    leaves = {n: t.clone().requires_grad_(trains) for n, t in made.items()}
+    given = repeated(leaves) if backend == "mamba_ssm" else leaves
+    with poisoned() if backend == "triton" else torch.set_grad_enabled(trains):
+        outputs = call(given)
+        found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+        if trains:
+            loss = sum((o * _weights(o)).sum() for o in outputs)
+            gradients = torch.autograd.grad(loss, list(leaves.values()))
+            found |= {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
+    return found
+
+
+def _weights(output: Tensor) -> Tensor:
+    """Few bits each, so that no dtype rounds them."""
+    places = torch.arange(output.numel(), device=output.device) * 7919 % 101
+    return (places % 13 - 6).to(output.dtype).view(output.shape) / 4
+
+
+# --- Time -----------------------------------------------------------------------------------------
+
+
+def forward(call: Call) -> Callable[[Tensors], object]:
+    def run(made: Tensors) -> object:
+        with torch.no_grad():
+            return call(made)
+
+    return run
+
+
+def both(call: Call) -> Callable[[Tensors], object]:
+    def run(made: Tensors) -> object:
+        leaves = [t for n, t in made.items() if n != "dy"]
+        y = call({n: t for n, t in made.items() if n != "dy"})[0]
+        return torch.autograd.grad(y, leaves, made["dy"])
+
+    return run
+
+
+def sets(problem: Problem, backend: str, trains: bool) -> list[Tensors]:
+    """Inputs to rotate through."""
+    found: list[Tensors] = []
+    size = 0
+    while size < ROTATED_BYTES and len(found) < 8:
+        made = problem.make(problem.batch, problem.length, len(found))
+        made = repeated(made) if backend == "mamba_ssm" else made
+        made = {n: t.requires_grad_(trains) for n, t in made.items()}
+        if trains:
+            made["dy"] = _like_output(problem, made)
+        found.append(made)
+        size += sum(t.numel() * t.element_size() for t in made.values())
+    return found
+
+
+def _like_output(problem: Problem, made: Tensors) -> Tensor:
+    if problem.op == "ssd":
+        return torch.randn_like(made["C"])
+    return torch.randn_like(made["y" if problem.op == "gated_rms_norm" else "x"])
+
+
+def milliseconds(run: Callable[[Tensors], object], inputs: list[Tensors]) -> list[float]:
+    """One for each call, after warm-up; the host does not wait in between."""
+    cuda = inputs[0][next(iter(inputs[0]))].is_cuda
+    for i in range(5 if cuda else 1):
+        run(inputs[i % len(inputs)])
+    if not cuda:
+        start = time.perf_counter()
+        run(inputs[0])
+        return [(time.perf_counter() - start) * 1e3]
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    marks[0].record()
+    for i in range(REPEATS):
+        run(inputs[i % len(inputs)])
+        marks[i + 1].record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(marks)]
+
+
+def replayed(run: Callable[[Tensors], object], inputs: list[Tensors]) -> float | None:
+    """Median of one call in a CUDA graph that makes one for each of the inputs."""
+    if not torch.cuda.is_available():
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for made in inputs:
+            run(made)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for made in inputs:
+            run(made)
+    times = milliseconds(lambda _: graph.replay(), inputs[:1])
+    return statistics.median(times) / len(inputs)
+
+
+def measure(problem: Problem, backend: str, call: Call) -> Iterator[Row]:
+    """Forward, and forward with backward if the problem trains, behind one gate."""
+    errors = gate(problem, call, backend)
+    dtype = next(iter(problem.make(1, 1, 0).values())).dtype
+    for direction in ("forward", "forward+backward")[: 1 + problem.trains]:
+        row = Row(problem.op, problem.batch, problem.length, direction, backend, errors)
+        # NaN is not below.
+        row.correct = all(error <= TOLERANCE[dtype] for error in errors.values())
+        trains = direction != "forward"
+        inputs = sets(problem, backend, trains)
+        asked = partial(mamba_scan, state=False) if backend == "mamba_ssm" else call
+        run = both(asked) if trains else forward(asked)
+        times = milliseconds(run, inputs)
+        row.median_ms = statistics.median(times)
+        if len(times) > 2:
+            low, _, high = statistics.quantiles(times, n=4)
+            row.quartiles_ms = (low, high)
+        try:
+            row.graph_ms = replayed(run, inputs)
+        except RuntimeError as error:
+            row.note = f"no graph: {str(error).splitlines()[0]}"
+        yield row
+
+
+def copy_rate(device: torch.device) -> float | None:
+    """Bytes read and written in a second by a copy of 1 GiB."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(2**29, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    times = milliseconds(lambda _: target.copy_(source), [{"x": source}])
+    return 2 * 2**30 / (statistics.median(times) / 1e3)
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def mamba_importable() -> bool:
+    try:
+        import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
+    except ImportError as error:
+        print(f"mamba_ssm is not measured: {error}", flush=True)
+        return False
+    return True
+
+
+def compare(place: Place, seconds: float, mamba: bool) -> dict[str, Any]:
+    """All rows; those of mamba_ssm come last, for it searches for its tilings first."""
+    end = time.monotonic() + seconds
+    warming = start("--warm-mamba") if mamba and place.device.type == "cuda" else None
+    rows: list[Row] = []
+    problems = list(place.problems())
+    order = [(p, b) for p in problems for b in candidates(p, False)]
+    if mamba:
+        order += [(p, "mamba_ssm") for p in problems if p.op == "ssd"]
+    for problem, backend in order:
+        if backend == "mamba_ssm" and warming is not None:
+            wait(warming, end)
+            warming = None
+        if time.monotonic() > end:
+            rows.append(Row(problem.op, problem.batch, problem.length, "", backend, note="no time"))
+            continue
+        for row in measure(problem, backend, candidates(problem, mamba)[backend]):
+            rows.append(row)
+            print(line(row), flush=True)
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {"rows": [asdict(row) for row in rows], "marks": marks(rows)}
+
+
+def line(row: Row) -> str:
+    graph = "-" if row.graph_ms is None else f"{row.graph_ms:.3f}"
+    worst = max(row.errors, key=lambda name: row.errors[name])
+    right = "correct" if row.correct else "WRONG"
+    return (
+        f"{row.op:15} {row.batch} x {row.length:<7} {row.direction:17} {row.backend:10} "
+        f"{row.median_ms:9.3f} ms, as a graph {graph:>8}; {right}, worst {worst} "
+        f"{row.errors[worst]:.1e} {row.note}"
+    )
+
+
+def marks(rows: list[Row]) -> list[dict[str, Any]]:
+    """How many times faster than mamba_ssm, by what the host sees and by what the GPU does."""
+    found = []
+    known = {(r.op, r.batch, r.length, r.direction, r.backend): r for r in rows if r.median_ms}
+    for (*shape, backend), row in known.items():
+        other = known.get((*shape, "mamba_ssm"))
+        if backend != "triton" or other is None or row.median_ms is None:
+            continue
+        mark = {"row": shape, "faster": other.median_ms / row.median_ms}
+        if row.graph_ms and other.graph_ms:
+            mark["faster_as_graph"] = other.graph_ms / row.graph_ms
+        print("faster than mamba_ssm:", mark, flush=True)
+        found.append(mark)
+    return found
+
+
+def start(*options: str) -> subprocess.Popen[bytes]:
+    """Another process, whose compiled kernels this one finds in Triton's cache."""
+    return subprocess.Popen([sys.executable, __file__, *options])
+
+
+def wait(process: subprocess.Popen[bytes], end: float) -> None:
+    try:
+        process.wait(max(1.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def warm_mamba(place: Place) -> None:
+    for problem in place.problems():
+        if problem.op == "ssd" and problem.trains:
+            both(partial(mamba_scan, state=False))(sets(problem, "mamba_ssm", True)[0])
+            return
+
+
+def packages() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "mamba-ssm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--no-mamba", action="store_true")
+    parser.add_argument("--warm-mamba", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--warm-tunings", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    place = Place(chosen.small)
+    if chosen.warm_mamba:
+        warm_mamba(place)
+        return
+    if chosen.tune or chosen.warm_tunings:
+        from kernel_tunings import tune, warm
+
+        if chosen.warm_tunings:
+            warm(place, chosen.warm_tunings)
+            return
+        found = tune(place, chosen.seconds)
+    else:
+        found = compare(place, chosen.seconds, not chosen.no_mamba and mamba_importable())
+    name = torch.cuda.get_device_name() if place.device.type == "cuda" else platform.processor()
+    found = {
+        "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": name,
+        "versions": packages(),
+        "copy_bytes_per_second": copy_rate(place.device),
+        "tolerance": TOLERANCE[place.dtype],
+        **found,
+    }
+    if chosen.out:
+        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

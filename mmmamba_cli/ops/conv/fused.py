@@ -1,0 +1,160 @@
+"""The convolution on Triton kernels: SiLU and bias inside, one launch each way.
+
+Legend: B batch, T tokens, Ch channels, W taps.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmmamba_cli.ops.common import segment_ordinals
+from mmmamba_cli.ops.conv import kernels
+from mmmamba_cli.ops.launching import buffer, check_inputs, dense_rows, on_device
+
+BLOCK_T, BLOCK_C, WARPS = 64, 64, 4
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `ops.causal_conv`."""
+    check_inputs("causal_conv", x, weight, bias, initial_state)
+    segments = None if seq_idx is None else segment_ordinals(seq_idx, mask).int()
+    silu = activation == "silu"
+    first = None if initial_state is None else initial_state.to(x.dtype)
+    if mask is None:
+        y = _Conv.apply(x, weight, bias, first, segments, silu)
+        return y, _last_inputs(x, first, segments, weight.shape[1] - 1, None)
+
+    # Padding is moved behind the real tokens of its row, which makes these neighbours, and back.
+    padding = ~mask.bool()
+    order = padding.byte().argsort(dim=1, stable=True)
+    x = _take_rows(x.masked_fill(padding.unsqueeze(-1), 0), order)
+    if segments is not None:
+        segments = segments.gather(1, order)
+    y = _Conv.apply(x, weight, bias, first, segments, silu)
+    num_real = x.shape[1] - padding.sum(dim=1, keepdim=True)
+    state = _last_inputs(x, first, segments, weight.shape[1] - 1, num_real)
+    y = _take_rows(y, order.argsort(dim=1))
+    return y.masked_fill(padding.unsqueeze(-1), 0), state
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        first: Tensor | None,
+        segments: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        x, weight = dense_rows(x), weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        first = None if first is None else first.contiguous()
+        segments = None if segments is None else segments.contiguous()
+        y = buffer(*x.shape, like=x, dtype=x.dtype)
+        batch, length, channels = x.shape
+        blocks = triton.cdiv(channels, BLOCK_C)
+        with on_device(x):
+            kernels.convolve[(blocks, triton.cdiv(length, BLOCK_T), batch)](
+                *_pointers(x, first, weight, bias, segments), y, length, channels,
+                *x.stride()[:2], W=weight.shape[1], **_options(first, bias, segments, silu),
+            )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, first, segments)
+        ctx.silu = silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, first, segments = ctx.saved_tensors
+        dy = dense_rows(dy)
+        batch, length, channels = x.shape
+        taps = weight.shape[1]
+        programs = triton.cdiv(length + taps - 1, BLOCK_T)
+        dx = buffer(*x.shape, like=x, dtype=x.dtype)
+        dfirst = buffer(batch, channels, taps - 1, like=x) if first is not None else None
+        dweight = buffer(batch * programs, channels, taps, like=x)
+        dbias = buffer(batch * programs, channels, like=x) if bias is not None else None
+        with on_device(x):
+            kernels.gradients[(triton.cdiv(channels, BLOCK_C), programs, batch)](
+                *_pointers(x, first, weight, bias, segments), dy, dx,
+                x if dfirst is None else dfirst, dweight, x if dbias is None else dbias,
+                length, channels, *x.stride()[:2], *dy.stride()[:2],
+                W=taps, **_options(first, bias, segments, ctx.silu),
+            )  # fmt: skip
+        return (
+            dx,
+            dweight.sum(0).to(weight.dtype),
+            None if dbias is None else dbias.sum(0).to(bias.dtype),
+            None if dfirst is None else dfirst.to(first.dtype),
+            None,
+            None,
+        )
+
+
+def _pointers(x: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """x and the others; a pointer that is not read stands for one that is not there."""
+    return [x, *(x if tensor is None else tensor for tensor in others)]
+
+
+def _options(
+    first: Tensor | None, bias: Tensor | None, segments: Tensor | None, silu: bool
+) -> dict[str, Any]:
+    return {
+        "SILU": silu,
+        "HAS_FIRST": first is not None and first.numel() > 0,
+        "HAS_BIAS": bias is not None,
+        "HAS_SEGMENTS": segments is not None,
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_C": BLOCK_C,
+        "num_warps": WARPS,
+    }
+
+
+def _last_inputs(
+    x: Tensor,
+    first: Tensor | None,
+    segments: Tensor | None,
+    past: int,
+    num_real: Tensor | None,
+) -> Tensor:
+    """State (B, Ch, W - 1): the last W - 1 of the first `num_real` (B, 1) tokens, or of all T.
+
+    What came before this call stands before them; zeros for what is of another sequence than the
+    last real token.
+    """
+    batch, length, _ = x.shape
+    if num_real is None:
+        num_real = torch.full((batch, 1), length, dtype=torch.long, device=x.device)
+    times = num_real + torch.arange(-past, 0, device=x.device)
+    within = times.clamp(min=0)
+    rows = _take_rows(x, within)
+    before = (times < 0).unsqueeze(-1)
+    if first is None:
+        rows = rows.masked_fill(before, 0)
+    elif past:
+        old = _take_rows(first.mT, (times + past).clamp(max=past - 1))
+        rows = torch.where(before, old, rows)
+    if segments is not None and past:
+        of_rows = F.pad(segments, (past, 0)).gather(1, times + past)
+        rows = rows.masked_fill((of_rows != of_rows[:, -1:]).unsqueeze(-1), 0)
+    return rows.mT.clone(memory_format=torch.contiguous_format)
+
+
+def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x (B, T, Ch) at `rows` (B, R) of each batch entry, (B, R, Ch)."""
+    return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))

@@ -1,0 +1,129 @@
+"""Triton kernels of the causal depthwise convolution with SiLU; `fused.py` launches them.
+
+Legend: B batch, T tokens, Ch channels, W taps. Nothing is kept for the gradient but the inputs: the
+sum before SiLU is taken again.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def input_rows(x_ptr, first_ptr, t, of_t, ch, of_ch, x_t, W: tl.constexpr, HAS_FIRST: tl.constexpr):
+    """Inputs at times t, which from -(W - 1) to -1 are those of the state before this call."""
+    at = x_ptr + t.to(tl.int64)[:, None] * x_t + ch[None, :]
+    rows = tl.load(at, mask=(of_t & (t >= 0))[:, None] & of_ch[None, :], other=0.0).to(tl.float32)
+    if HAS_FIRST:
+        at = first_ptr + ch[None, :] * (W - 1) + (t + W - 1)[:, None]
+        past = (of_t & (t < 0) & (t >= 1 - W))[:, None] & of_ch[None, :]
+        rows += tl.load(at, mask=past, other=0.0).to(tl.float32)
+    return rows
+
+
+@triton.jit
+def segment_of(segment_ptr, t, length):
+    """The packed sequence at times t; what came before this call belongs to sequence 0."""
+    within = tl.minimum(tl.maximum(t, 0), length - 1)
+    return tl.where(t < 0, 0, tl.load(segment_ptr + within))
+
+
+@triton.jit
+def sums_of_taps(
+    x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, t, ch, of_ch, length, x_t,
+    W: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The convolution at times t, before the activation, in fp32."""
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + ch, mask=of_ch, other=0.0).to(tl.float32)[None, :]
+    for back in tl.static_range(W):
+        tap = tl.load(weight_ptr + ch * W + (W - 1 - back), mask=of_ch, other=0.0).to(tl.float32)
+        rows = input_rows(x_ptr, first_ptr, t - back, t < length, ch, of_ch, x_t, W, HAS_FIRST)
+        if HAS_SEGMENTS:
+            same = segment_of(segment_ptr, t - back, length) == segment_of(segment_ptr, t, length)
+            rows = tl.where(same[:, None], rows, 0.0)
+        total += rows * tap[None, :]
+    return total
+
+
+@triton.jit(do_not_specialize=["length"])
+def convolve(
+    x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, y_ptr, length, channels, x_b, x_t,
+    W: tl.constexpr, SILU: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y (B, T, Ch)."""
+    row = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ch = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    of_ch = ch < channels
+    y = sums_of_taps(
+        x_ptr + row * x_b, first_ptr + row * channels * (W - 1), weight_ptr, bias_ptr,
+        segment_ptr + row * length, t, ch, of_ch, length, x_t,
+        W, HAS_FIRST, HAS_BIAS, HAS_SEGMENTS, BLOCK_T, BLOCK_C,
+    )  # fmt: skip
+    if SILU:
+        y *= tl.sigmoid(y)
+    at = y_ptr + row * length * channels + t.to(tl.int64)[:, None] * channels + ch[None, :]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < length)[:, None] & of_ch[None, :])
+
+
+@triton.jit(do_not_specialize=["length"])
+def gradients(
+    x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, dy_ptr,
+    dx_ptr, dfirst_ptr, dweight_ptr, dbias_ptr, length, channels, x_b, x_t, dy_b, dy_t,
+    W: tl.constexpr, SILU: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the inputs, those before this call included, and parts of the parameters'.
+
+    The parts, one for each program along T and each row, are (B * programs, Ch, W) and without W.
+    """
+    row = tl.program_id(2).to(tl.int64)
+    # Times begin with those of the state: what it gave is its gradient.
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T) - (W - 1)
+    ch = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    of_ch = ch < channels
+    x_ptr += row * x_b
+    dy_ptr += row * dy_b
+    first_ptr += row * channels * (W - 1)
+    segment_ptr += row * length
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    dx = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for ahead in tl.static_range(W):
+        then = t + ahead
+        real = ((then >= 0) & (then < length))[:, None] & of_ch[None, :]
+        at = dy_ptr + then.to(tl.int64)[:, None] * dy_t + ch[None, :]
+        dz = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        if SILU:
+            z = sums_of_taps(
+                x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, then, ch, of_ch, length, x_t,
+                W, HAS_FIRST, HAS_BIAS, HAS_SEGMENTS, BLOCK_T, BLOCK_C,
+            )  # fmt: skip
+            gate = tl.sigmoid(z)
+            dz *= gate * (1.0 + z * (1.0 - gate))
+        if ahead == 0:
+            if HAS_BIAS:
+                tl.store(dbias_ptr + part * channels + ch, tl.sum(dz, axis=0), mask=of_ch)
+            for back in tl.static_range(W):
+                rows = input_rows(
+                    x_ptr, first_ptr, t - back, t < length, ch, of_ch, x_t, W, HAS_FIRST
+                )
+                if HAS_SEGMENTS:
+                    before = segment_of(segment_ptr, t - back, length)
+                    same = before == segment_of(segment_ptr, t, length)
+                    rows = tl.where(same[:, None], rows, 0.0)
+                at = dweight_ptr + (part * channels + ch) * W + (W - 1 - back)
+                tl.store(at, tl.sum(dz * rows, axis=0), mask=of_ch)
+        if HAS_SEGMENTS:
+            same = segment_of(segment_ptr, then, length) == segment_of(segment_ptr, t, length)
+            dz = tl.where(same[:, None], dz, 0.0)
+        tap = tl.load(weight_ptr + ch * W + (W - 1 - ahead), mask=of_ch, other=0.0).to(tl.float32)
+        dx += dz * tap[None, :]
+    at = dx_ptr + row * length * channels + t.to(tl.int64)[:, None] * channels + ch[None, :]
+    within = ((t >= 0) & (t < length))[:, None] & of_ch[None, :]
+    tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=within)
+    if HAS_FIRST:
+        at = dfirst_ptr + row * channels * (W - 1) + ch[None, :] * (W - 1) + (t + W - 1)[:, None]
+        tl.store(at, dx, mask=(t < 0)[:, None] & of_ch[None, :])

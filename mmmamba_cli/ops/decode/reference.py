@@ -1,0 +1,85 @@
+"""One token through a mixer in plain PyTorch: any device, autograd, nothing read back.
+
+Legend as in the room's first file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmmamba_cli.ops.conv import reference as conv
+from mmmamba_cli.ops.ssd import reference as ssd
+
+if TYPE_CHECKING:
+    from mmmamba_cli.ops.decode.mixer import MixerWeights
+
+
+def mixer_step(
+    vkq: Tensor,
+    dt: Tensor,
+    conv_ring: Tensor,
+    ssm_state: Tensor,
+    position: Tensor,
+    weights: MixerWeights,
+) -> Tensor:
+    """Shapes as in `ops.mixer_step`."""
+    heads, value_dim, state_dim = ssm_state.shape[1:]
+    kv_heads = (vkq.shape[1] - heads * state_dim) // (value_dim + state_dim)
+    taps = conv_ring.shape[-1]
+    # The slot after the token's own is the oldest.
+    before = (position + torch.arange(1, taps, device=position.device)) % taps
+    past = conv_ring.index_select(-1, before)
+    mixed, _ = conv.step(vkq, weights.conv_weight, weights.conv_bias, past, activation="silu")
+    v, k, q = mixed.split((kv_heads * value_dim, kv_heads * state_dim, heads * state_dim), dim=-1)
+    y, state = ssd.step(
+        v.unflatten(-1, (kv_heads, value_dim)),
+        dt,
+        weights.A,
+        k.unflatten(-1, (kv_heads, state_dim)),
+        q.unflatten(-1, (heads, state_dim)),
+        # A gradient wants the state as it was.
+        ssm_state.clone(),
+        dt_bias=weights.dt_bias,
+        dt_softplus=True,
+        D=weights.D,
+    )
+    ssm_state.copy_(state)
+    conv_ring.index_copy_(-1, position % taps, vkq.unsqueeze(-1).to(conv_ring.dtype))
+    return y
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    starts: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Shapes as in `ops.attention_step`. Every column is scored, those out of reach masked."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    keys.index_copy_(2, position, k.unsqueeze(2).to(keys.dtype))
+    values.index_copy_(2, position, v.unsqueeze(2).to(values.dtype))
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    seen = (columns <= position).expand(q.shape[0], -1)
+    if starts is not None:
+        seen = seen & (columns >= starts.unsqueeze(1))
+    mask = seen[:, None, None, :]
+    y = F.scaled_dot_product_attention(
+        q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]
+    )
+    return y.flatten(1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (B, heads, P), its first half against its second."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

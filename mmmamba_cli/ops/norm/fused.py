@@ -1,0 +1,72 @@
+"""RMSNorm on Triton kernels, gated and plain: one launch each way."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmmamba_cli.ops.launching import block, buffer, check_inputs, on_device
+from mmmamba_cli.ops.norm import kernels
+
+# Numbers a program holds of each tensor, and how many warps share them.
+ELEMENTS, WARPS = 4096, 4
+# Parts of the weight's gradient: eight programs for each of an H100's 132 processors.
+MOST_PARTS = 1056
+
+
+def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Shapes as in `ops.gated_rms_norm`."""
+    check_inputs("gated_rms_norm", y, gate, weight)
+    return _Norm.apply(y, gate, weight, eps)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Shapes as in `ops.rms_norm`."""
+    check_inputs("rms_norm", x, weight)
+    return _Norm.apply(x, None, weight, eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        gate = None if gate is None else gate.contiguous()
+        out = buffer(*x.shape, like=x, dtype=x.dtype)
+        num_rows = x.numel() // x.shape[-1]
+        with on_device(x):
+            kernels.norm[_grid(num_rows, x.shape[-1])](
+                x, x if gate is None else gate, weight, out, num_rows, eps,
+                GATED=gate is not None, **_cut(x.shape[-1]),
+            )  # fmt: skip
+        ctx.save_for_backward(x, gate, weight)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight = ctx.saved_tensors
+        dim = x.shape[-1]
+        num_rows = x.numel() // dim
+        grid = (min(*_grid(num_rows, dim), MOST_PARTS),)
+        dx = buffer(*x.shape, like=x, dtype=x.dtype)
+        dgate = None if gate is None else buffer(*x.shape, like=x, dtype=gate.dtype)
+        dweight = buffer(*grid, dim, like=x)
+        with on_device(x):
+            kernels.gradients[grid](
+                x, x if gate is None else gate, weight, dout.contiguous(), dx,
+                x if dgate is None else dgate, dweight, num_rows, ctx.eps,
+                GATED=gate is not None, **_cut(dim),
+            )  # fmt: skip
+        return dx, dgate, dweight.sum(0).to(weight.dtype), None
+
+
+def _cut(dim: int) -> dict[str, int]:
+    size = block(dim, 1)
+    return {"D": dim, "BLOCK_R": max(1, ELEMENTS // size), "BLOCK_D": size, "num_warps": WARPS}
+
+
+def _grid(num_rows: int, dim: int) -> tuple[int]:
+    return (triton.cdiv(num_rows, _cut(dim)["BLOCK_R"]),)

@@ -1,0 +1,72 @@
+"""Triton kernels of RMSNorm, gated and plain, and of their gradients; `fused.py` launches them.
+
+A program holds a few whole rows (R, D). Nothing is kept for the gradient but the inputs.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows(ptr, r, d, keep, D: tl.constexpr):
+    at = ptr + r.to(tl.int64)[:, None] * D + d[None, :]
+    return tl.load(at, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def norm(
+    x_ptr, gate_ptr, weight_ptr, out_ptr, num_rows, eps,
+    GATED: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x over its root mean square, times weight; GATED, times SiLU(gate), and rounded only then.
+
+    The plain one is rounded to x's dtype before the weight, as Llama does.
+    """
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    keep = (r < num_rows)[:, None] & (d < D)[None, :]
+    x = rows(x_ptr, r, d, keep, D)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    out = x * scale[:, None]
+    if GATED:
+        gate = rows(gate_ptr, r, d, keep, D)
+        out = out * weight[None, :] * (gate * tl.sigmoid(gate))
+    else:
+        out = out.to(x_ptr.dtype.element_ty).to(tl.float32) * weight[None, :]
+    at = out_ptr + r.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gradients(
+    x_ptr, gate_ptr, weight_ptr, dout_ptr, dx_ptr, dgate_ptr, dweight_ptr, num_rows, eps,
+    GATED: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x and gate (R, D), and each program's part of the weight's (programs, D).
+
+    A program takes every so many rows: as many parts as rows would be as much to write as x.
+    """
+    d = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        keep = (r < num_rows)[:, None] & (d < D)[None, :]
+        x = rows(x_ptr, r, d, keep, D)
+        dout = rows(dout_ptr, r, d, keep, D)
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+        normed = x * scale[:, None]
+        at = r.to(tl.int64)[:, None] * D + d[None, :]
+        if GATED:
+            gate = rows(gate_ptr, r, d, keep, D)
+            opened = tl.sigmoid(gate)
+            dgate = dout * normed * weight[None, :] * (opened * (1.0 + gate * (1.0 - opened)))
+            tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=keep)
+            dout *= gate * opened
+        dweight += tl.sum(dout * normed, axis=0)
+        dnormed = dout * weight[None, :]
+        along = tl.sum(dnormed * normed, axis=1) / D
+        dx = (dnormed - normed * along[:, None]) * scale[:, None]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=keep)
+    tl.store(dweight_ptr + tl.program_id(0) * D + d, dweight, mask=d < D)

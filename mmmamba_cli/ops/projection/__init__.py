@@ -1,0 +1,141 @@
+"""A linear layer of a few tokens, with the norm before it and the activation or sum behind it.
+
+A decoding step reads every weight once and does little else, so whatever stands between two
+products is done by the product itself. Legend: B rows (sequences, one token each), D input size,
+O rows of the weight, P head dim.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
+from mmmamba_cli.ops.projection import reference
+from mmmamba_cli.ops.projection.int8 import Int8Weight, dequantize, quantize
+
+__all__ = [
+    "PROJECT_BACKENDS",
+    "Int8Weight",
+    "dequantize",
+    "project",
+    "quantize",
+]
+
+
+class ProjectBackend(Protocol):
+    """What `project` hands to a backend: its own arguments, checked."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor | Int8Weight,
+        *,
+        bias: Tensor | None,
+        norm: Tensor | None,
+        eps: float,
+        gate: Tensor | None,
+        residual: Tensor | None,
+        swiglu: bool,
+        out: Tensor | None,
+    ) -> Tensor: ...
+
+
+PROJECT_BACKENDS: dict[str, ProjectBackend] = {
+    "reference": reference.project,
+    **triton_backends("projection", "project"),
+}
+# With more, each weight is used often enough that matrix products on tensor cores win.
+MOST_TRITON_ROWS = 8
+
+
+def project(
+    x: Tensor,
+    weight: Tensor | Int8Weight,
+    *,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """x times the weight transposed, for decoding: act(prologue(x) W^T + bias) + residual.
+
+    Args:
+        x: (B, D); rows may lie apart in memory, as those of a slice do.
+        weight: (O, D) in x's dtype, or int8 with a scale for each row.
+        bias: (O,).
+        norm: weights of the RMS norm that x goes through first: (D,), or with `gate` (P,), P
+            dividing D: then each head of P is normed and gated as `gated_rms_norm` does it.
+        eps: added to the mean square.
+        gate: (B, D), before SiLU; only with `norm`.
+        residual: added at the end, of the result's shape.
+        swiglu: whether the rows of the weight are two halves of O / 2 and the result is
+            silu(first) * second.
+        out: where to write the result; it may be `residual`, but not x.
+        backend: "reference", "triton", which has no gradient, or "auto": triton for at most 8 rows
+            on a GPU if it is installed, nothing is fp64 and no gradient is wanted.
+
+    Returns:
+        (B, O), or (B, O / 2) with `swiglu`, in x's dtype. The kernels sum in fp32 and round once,
+        at the end; the reference rounds wherever the modules of a model do.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        MmmambaError: a backend that does not exist here.
+    """
+    _check(x, weight, bias, norm, gate, swiglu)
+    num_rows = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    check_shape("project", "residual", residual, (x.shape[0], num_rows))
+    check_shape("project", "out", out, (x.shape[0], num_rows))
+    if backend == "auto":
+        parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
+        tensors = [t for t in (x, *parts, bias, norm, gate, residual) if t is not None]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        few = 0 < x.shape[0] <= MOST_TRITON_ROWS and (gate is None or _is_power_of_2(norm))
+        fused = "triton" in PROJECT_BACKENDS and few and not learns and suits_triton(*tensors)
+        backend = "triton" if fused else "reference"
+    found = pick_backend("project", backend, PROJECT_BACKENDS)
+    return found(
+        x,
+        weight,
+        bias=bias,
+        norm=norm,
+        eps=eps,
+        gate=gate,
+        residual=residual,
+        swiglu=swiglu,
+        out=out,
+    )
+
+
+def _is_power_of_2(norm: Tensor | None) -> bool:
+    """Whether heads of that norm fill a program's tile."""
+    return norm is not None and norm.numel().bit_count() == 1
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | Int8Weight,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    gate: Tensor | None,
+    swiglu: bool,
+) -> None:
+    shape = tuple(weight.shape)
+    if x.dim() != 2 or len(shape) != 2 or shape[1] != x.shape[1]:
+        raise ValueError(
+            f"project: x is {tuple(x.shape)} and weight {shape}, expected (B, D) and (O, D)"
+        )
+    if swiglu and shape[0] % 2:
+        raise ValueError(f"project: {shape[0]} rows of the weight are not two halves, for SwiGLU")
+    check_shape("project", "bias", bias, shape[:1])
+    check_shape("project", "gate", gate, tuple(x.shape))
+    if gate is None:
+        check_shape("project", "norm", norm, shape[1:])
+    elif norm is None or norm.dim() != 1 or not norm.numel() or shape[1] % norm.numel():
+        found = None if norm is None else tuple(norm.shape)
+        raise ValueError(f"project: norm is {found}, expected (P,), P a divisor of {shape[1]}")

@@ -1,0 +1,93 @@
+"""The product of a few tokens in one launch, norm, gate, activation and sum included."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton import cdiv, knobs, next_power_of_2
+
+from mmmamba_cli.ops.launching import buffer, check_inputs, dense_rows, on_device, overlapping
+from mmmamba_cli.ops.projection import kernels
+from mmmamba_cli.ops.projection.int8 import Int8Weight
+
+# Whether kernels may speak PTX.
+NATIVE = not (knobs.runtime.interpret or torch.version.hip)
+
+
+class Tile(NamedTuple):
+    """What a program does at once: rows of the weight, inputs of each, and by how many warps."""
+
+    rows: int
+    inputs: int
+    warps: int
+
+
+# By rows, inputs and bytes of a weight, for one token on an H100, HoVLE-2.6B's shapes. Fixed, not
+# searched for at run time: `benchmarks/decode_kernels.py --tune` times the alternatives.
+TILES: dict[tuple[int, int, int], Tile] = {}
+# A tile where the table has none, its inputs in bytes; and the fewest inputs where tokens are many.
+COMMON = Tile(rows=4, inputs=4096, warps=4)
+LEAST_INPUTS = 512
+
+
+def project(
+    x: Tensor,
+    weight: Tensor | Int8Weight,
+    *,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    out: Tensor | None,
+) -> Tensor:
+    """Shapes as in `ops.project`; no gradients."""
+    values, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
+    check_inputs("project", x, values, scales, bias, norm, gate, residual, out)
+    head_dim = 0 if gate is None or norm is None else norm.shape[0]
+    if head_dim and head_dim != next_power_of_2(head_dim):
+        raise NotImplementedError(f"project: heads of {head_dim} are gated by the reference only")
+    if out is not None and out.stride(-1) != 1:
+        raise ValueError("project: numbers of a row of `out` do not lie side by side")
+    batch, dim = x.shape
+    num_out = values.shape[0] // 2 if swiglu else values.shape[0]
+    if out is None:
+        out = buffer(batch, num_out, like=x, dtype=x.dtype)
+    tile = _tile(batch, values, swiglu, head_dim)
+    x, values = dense_rows(x), values.contiguous()
+    gate = None if gate is None else dense_rows(gate)
+    residual = None if residual is None else dense_rows(residual)
+    aligned = dim % 8 == 0 and values.data_ptr() % 8 == 0
+    with on_device(x):
+        kernels.project[(cdiv(values.shape[0], tile.rows),)](
+            x, values, *_or(x, scales, bias, norm), x if gate is None else gate,
+            x if residual is None else residual, out, num_out, x.stride(0),
+            0 if gate is None else gate.stride(0),
+            0 if residual is None else residual.stride(0), out.stride(0), eps,
+            B=batch, D=dim, P=head_dim, NORM=norm is not None, SWIGLU=swiglu,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            HAS_SCALE=scales is not None, BLOCK_B=next_power_of_2(batch), BLOCK_R=tile.rows,
+            BLOCK_K=tile.inputs, EIGHTS=scales is not None and aligned, NATIVE=NATIVE,
+            num_warps=tile.warps, **overlapping(x),
+        )  # fmt: skip
+    return out
+
+
+def _tile(batch: int, values: Tensor, swiglu: bool, head_dim: int) -> Tile:
+    size = values.element_size()
+    known = TILES.get((*values.shape, size))
+    rows, inputs, warps = known or COMMON._replace(inputs=COMMON.inputs // size)
+    inputs = min(inputs, next_power_of_2(values.shape[1]))
+    # More tokens want more registers, for their inputs and sums.
+    for _ in range(next_power_of_2(batch).bit_length() - 1):
+        if inputs > LEAST_INPUTS:
+            inputs //= 2
+        elif rows > 2:
+            rows //= 2
+    return Tile(max(rows, 2 if swiglu else 1), max(inputs, head_dim), warps)
+
+
+def _or(other: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """A pointer that is not read stands for a tensor that is not there."""
+    return [other if tensor is None else tensor.contiguous() for tensor in tensors]

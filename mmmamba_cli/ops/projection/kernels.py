@@ -1,0 +1,145 @@
+"""Triton kernel of a product with few tokens; `fused.py` launches it.
+
+A step of decoding reads each weight once, so all that counts is how many bytes are under way: a
+program asks for a tile of weights, with the next one already on its way, and all else is small.
+Tiles are (B, R, K): tokens, rows of the weight, inputs.
+"""
+
+import triton
+import triton.language as tl
+
+from mmmamba_cli.ops.launching import call_next, wait_for_inputs
+
+
+@triton.jit
+def weights(at, k, D: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of weights (1, R, K), the first to leave the cache: nobody asks for it again."""
+    if EVEN:
+        tile = tl.load(at, eviction_policy="evict_first")
+    else:
+        tile = tl.load(at, mask=k < D, other=0.0, eviction_policy="evict_first")
+    return tile
+
+
+@triton.jit
+def widened(tile, NATIVE: tl.constexpr):
+    """Weights in fp32. By PTX where it is understood: it is less, and not done before it is wanted.
+
+    The compiler would wait for a tile to unpack it before it asks for anything else, and has a slow
+    instruction for int8: put into the mantissa of 2 ** 23, a byte is that plus itself.
+    """
+    if NATIVE and tile.dtype == tl.bfloat16:
+        wide = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r", [tile], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif NATIVE and tile.dtype == tl.int8:
+        wide = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, a, b, c, d;
+            xor.b32 bytes, $4, 0x80808080;
+            prmt.b32 a, bytes, 0x4b000000, 0x7540;
+            prmt.b32 b, bytes, 0x4b000000, 0x7541;
+            prmt.b32 c, bytes, 0x4b000000, 0x7542;
+            prmt.b32 d, bytes, 0x4b000000, 0x7543;
+            sub.f32 $0, a, 0f4b000080;
+            sub.f32 $1, b, 0f4b000080;
+            sub.f32 $2, c, 0f4b000080;
+            sub.f32 $3, d, 0f4b000080;
+            }""",
+            "=r,=r,=r,=r,r", [tile], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        wide = tile.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def inputs(
+    x_ptr, norm_ptr, gate_ptr, b, k, x_b, gate_b, eps,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x (B, 1, K) as the weights meet it, and its squares; a plain norm's scale is still missing.
+
+    With P, each head of P is normed and gated whole.
+    """
+    keep = (b < B) & (k < D)
+    x = tl.load(x_ptr + b * x_b + k, mask=keep, other=0.0).to(tl.float32)
+    squares = x * x
+    if P > 0:
+        mean = tl.sum(tl.reshape(squares, (BLOCK_B, BLOCK_K // P, P)), axis=2) / P
+        scale = tl.rsqrt(mean + eps)[:, :, None].broadcast_to(BLOCK_B, BLOCK_K // P, P)
+        x *= tl.reshape(scale, (BLOCK_B, 1, BLOCK_K))
+        gate = tl.load(gate_ptr + b * gate_b + k, mask=keep, other=0.0).to(tl.float32)
+        x *= tl.load(norm_ptr + k % P).to(tl.float32) * (gate * tl.sigmoid(gate))
+        if not EVEN:
+            # Without eps, what lies behind the last head is 0 / 0.
+            x = tl.where(k < D, x, 0.0)
+    elif NORM:
+        x *= tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
+    return x, squares
+
+
+@triton.jit
+def project(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, norm_ptr, gate_ptr, residual_ptr, out_ptr,
+    num_out, x_b, gate_b, residual_b, out_b, eps,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EIGHTS: tl.constexpr,
+    NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """R rows of the weight for all tokens: every second one of the other half, with SWIGLU."""
+    EVEN: tl.constexpr = D % BLOCK_K == 0
+    STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    OUTS: tl.constexpr = BLOCK_R // 2 if SWIGLU else BLOCK_R
+    r = tl.arange(0, BLOCK_R)
+    # Rows behind the last are the last once more.
+    if SWIGLU:
+        row = tl.minimum(tl.program_id(0) * OUTS + r // 2, num_out - 1) + r % 2 * num_out
+    else:
+        row = tl.minimum(tl.program_id(0) * OUTS + r, num_out - 1)
+    b = tl.arange(0, BLOCK_B)[:, None, None]
+    k = tl.arange(0, BLOCK_K)[None, None, :]
+    at = weight_ptr + row.to(tl.int64)[None, :, None] * D + k
+    if EIGHTS:
+        # Eight at once, as x is loaded: numbers of a thread then meet without changing hands.
+        at = tl.multiple_of(at, [8, 8, 8])
+    tile = weights(at, k, D, EVEN)
+    # Weights are there from the beginning; all else may be what the launch before writes.
+    wait_for_inputs(OVERLAP)
+    call_next(OVERLAP)
+
+    total = tl.zeros((BLOCK_B, BLOCK_R, BLOCK_K), tl.float32)
+    length = tl.zeros((BLOCK_B, 1, BLOCK_K), tl.float32)
+    for step in range(STEPS - 1):
+        first = step * BLOCK_K
+        coming = weights(at + first + BLOCK_K, k + first + BLOCK_K, D, EVEN)
+        x, squares = inputs(
+            x_ptr, norm_ptr, gate_ptr, b, k + first, x_b, gate_b, eps,
+            B, D, P, NORM, EVEN, BLOCK_B, BLOCK_K,
+        )  # fmt: skip
+        total += widened(tile, NATIVE) * x
+        length += squares
+        tile = coming
+    x, squares = inputs(
+        x_ptr, norm_ptr, gate_ptr, b, k + (STEPS - 1) * BLOCK_K, x_b, gate_b, eps,
+        B, D, P, NORM, EVEN, BLOCK_B, BLOCK_K,
+    )  # fmt: skip
+    y = tl.sum(total + widened(tile, NATIVE) * x, axis=2)
+    if NORM and P == 0:
+        y *= tl.rsqrt(tl.sum(length + squares, axis=2) / D + eps)
+    if HAS_SCALE:
+        y *= tl.load(scale_ptr + row)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row).to(tl.float32)[None, :]
+    if SWIGLU:
+        opened, other = tl.split(tl.reshape(y, (BLOCK_B, OUTS, 2)))
+        y = opened * tl.sigmoid(opened) * other
+    o = tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, :]
+    b = tl.arange(0, BLOCK_B)[:, None]
+    keep = (b < B) & (o < num_out)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + b * residual_b + o, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out_ptr + b * out_b + o, y.to(out_ptr.dtype.element_ty), mask=keep)

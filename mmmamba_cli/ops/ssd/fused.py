@@ -1,0 +1,404 @@
+"""The scan on Triton kernels: four launches forward, six backward.
+
+Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N state dim. Nothing of
+size T is kept for the gradient but the inputs and five floats for each token and head; the state
+of each span is, in fp32.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmmamba_cli.ops.common import segment_ordinals
+from mmmamba_cli.ops.launching import (
+    block,
+    buffer,
+    check_inputs,
+    dense_rows,
+    dot_type,
+    on_device,
+)
+from mmmamba_cli.ops.ssd import kernels
+
+
+class Launch(NamedTuple):
+    """How the kernels of one direction are cut up: columns of a tile, warps, pipeline stages."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+class Tuning(NamedTuple):
+    """Tokens of a chunk, launches forwards and backwards, and the length of spans.
+
+    A span is as long as leaves `span_outputs` that many `programs`, four for each of an H100's 132
+    processors, and has `most_chunks` at most.
+    """
+
+    chunk: int
+    forward: Launch
+    backward: Launch
+    programs: int = 528
+    most_chunks: int = 16
+
+
+# Fixed, not searched for at run time: a result must not depend on what else the machine is doing.
+# `benchmarks/kernels.py --tune` times the alternatives.
+TUNING = {
+    tl.bfloat16: Tuning(64, forward=Launch(64, 4, 2), backward=Launch(64, 4, 2)),
+    tl.float32: Tuning(64, forward=Launch(32, 4, 1), backward=Launch(32, 4, 1)),
+}
+
+# A decay below what fp32 leaves of the products beside it counts as none, in a gradient only.
+LEAST_DECAY = 2.0**-20
+
+
+class Sizes(NamedTuple):
+    """What all launches of one call share."""
+
+    batch: int
+    length: int
+    heads: int
+    share: int
+    P: int
+    N: int
+    dtype: tl.dtype
+    tuning: Tuning
+    chunks: int
+    per_span: int
+    spans: int
+
+    @property
+    def padded(self) -> int:
+        return self.chunks * self.tuning.chunk
+
+
+class Steps(NamedTuple):
+    """What `kernels.prepare` makes of dt: (B, H, padded T) each, `through` (B, H, chunks)."""
+
+    step: Tensor
+    high: Tensor
+    low: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    through: Tensor
+
+
+class Role(NamedTuple):
+    """A tensor (B, T, heads, dim) as q, k or v; `share` query heads read one of its heads."""
+
+    tensor: Tensor
+    share: int
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `ops.ssd`; chunks have the length that suits the kernels, not `chunk_size`."""
+    check_inputs("ssd", x, dt, A, B, C, dt_bias, D, initial_state)
+    segments = None if seq_idx is None else segment_ordinals(seq_idx, mask).int()
+    real = None if mask is None else mask.bool().contiguous().view(torch.uint8)
+    given = (x, dt, A, B, C, dt_bias, D, initial_state)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    return _Scan.apply(*given, real, segments, dt_softplus, trains)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        dt_bias: Tensor | None,
+        D: Tensor | None,
+        initial_state: Tensor | None,
+        real: Tensor | None,
+        segments: Tensor | None,
+        softplus: bool,
+        trains: bool,
+    ) -> tuple[Tensor, Tensor]:
+        x, B, C = dense_rows(x), dense_rows(B), dense_rows(C)
+        sizes = _sizes(x, B, C, trains)
+        with on_device(x):
+            steps = _prepare(sizes, dt, A, dt_bias, real, segments, softplus)
+            key, value = Role(B, sizes.share), Role(x, sizes.share)
+            launch = sizes.tuning.forward
+            states, decay = _span_states(sizes, launch, key, value, steps, real, reverse=False)
+            final = buffer(sizes.batch, sizes.heads, sizes.P, sizes.N, like=x)
+            _pass_states(sizes, states, decay, initial_state, final)
+            y = _outputs(
+                sizes, launch, Role(C, 1), key, value, steps, states, real, segments,
+                along="P", dtype=x.dtype, D=D,
+            )  # fmt: skip
+        ctx.save_for_backward(
+            x, dt, A, B, C, dt_bias, D, initial_state, real, segments, states, final, *steps
+        )
+        ctx.sizes, ctx.softplus = sizes, softplus
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, dt_bias, D, initial, real, segments, states, final, *rest = (
+            ctx.saved_tensors
+        )
+        sizes, steps = ctx.sizes, Steps._make(rest)
+        dy = x.new_zeros(sizes.batch, sizes.length, sizes.heads, sizes.P) if dy is None else dy
+        dy = dense_rows(dy)
+        key, value, query, out = Role(B, sizes.share), Role(x, sizes.share), Role(C, 1), Role(dy, 1)
+        with on_device(x):
+            launch = sizes.tuning.backward
+            dstates, decay = _span_states(sizes, launch, query, out, steps, real, reverse=True)
+            dinitial = buffer(sizes.batch, sizes.heads, sizes.P, sizes.N, like=x)
+            products = _pass_states(sizes, dstates, decay, dfinal, dinitial, states, final)
+            got, gave, direct = _dots(sizes, x)
+            dC = _outputs(
+                sizes, launch, out, value, key, steps, states, real, segments,
+                along="N", dtype=C.dtype, own=query, dots=(got, None),
+            )  # fmt: skip
+            dx = _outputs(
+                sizes, launch, key, query, out, steps, dstates, real, segments,
+                along="P", dtype=x.dtype, reverse=True, D=D, own=value, dots=(gave, direct),
+            )  # fmt: skip
+            dB = _outputs(
+                sizes, launch, value, out, query, steps, dstates, real, segments,
+                along="N", dtype=B.dtype, reverse=True,
+            )  # fmt: skip
+            ddt, dA, dbias, dD = _decay_gradients(
+                sizes, (dt, A, dt_bias), (x, B, C, dy), steps, real, segments,
+                (got, gave, direct), products, ctx.softplus,
+            )  # fmt: skip
+        return (
+            _of_kv_heads(dx, sizes),
+            ddt,
+            dA.to(A.dtype),
+            _of_kv_heads(dB, sizes),
+            dC,
+            None if dt_bias is None else dbias.to(dt_bias.dtype),
+            None if D is None else dD.to(D.dtype),
+            None if initial is None else dinitial.to(initial.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _sizes(x: Tensor, B: Tensor, C: Tensor, trains: bool) -> Sizes:
+    batch, length, kv_heads, P = x.shape
+    heads, N = C.shape[2:]
+    dtype = dot_type(x, B, C)
+    tuning = TUNING[dtype]
+    chunks = triton.cdiv(length, tuning.chunk)
+    # Long spans cost fewer states in memory, short ones give every processor something to do.
+    tiles = triton.cdiv(max(P, N), tuning.forward.tile)
+    most = chunks * batch * heads * tiles // tuning.programs
+    per_span = max(1, min(tuning.most_chunks, most))
+    if trains and dtype == tl.float32:
+        # What passes through a chunk of several is a difference, which costs fp32 its digits.
+        per_span = 1
+    spans = triton.cdiv(chunks, per_span)
+    share = heads // kv_heads
+    return Sizes(batch, length, heads, share, P, N, dtype, tuning, chunks, per_span, spans)
+
+
+def _prepare(
+    sizes: Sizes,
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    real: Tensor | None,
+    segments: Tensor | None,
+    softplus: bool,
+) -> Steps:
+    shape = (sizes.batch, sizes.heads)
+    of_tokens = [buffer(*shape, sizes.padded, like=dt) for _ in range(5)]
+    steps = Steps._make([*of_tokens, buffer(*shape, sizes.chunks, like=dt)])
+    heads = min(block(sizes.heads, 1), 16)
+    grid = (sizes.chunks, sizes.batch, triton.cdiv(sizes.heads, heads))
+    kernels.prepare[grid](
+        dt, A.contiguous(), _or(dt_bias, A), _or(real, A), _or(segments, A), *steps,
+        sizes.length, sizes.heads, sizes.padded, *dt.stride(),
+        SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_MASK=real is not None,
+        HAS_SEGMENTS=segments is not None, Q=sizes.tuning.chunk, BLOCK_H=heads, num_warps=4,
+    )  # fmt: skip
+    return steps
+
+
+def _span_states(
+    sizes: Sizes,
+    launch: Launch,
+    key: Role,
+    value: Role,
+    steps: Steps,
+    real: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """What each span adds to the state, (B, spans, H, P, N), and its decay (B, spans, H)."""
+    batch, heads = sizes.batch, sizes.heads
+    like = key.tensor
+    states = buffer(batch, sizes.spans, heads, sizes.P, sizes.N, like=like)
+    decay = buffer(batch, sizes.spans, heads, like=like)
+    tile = min(launch.tile, block(sizes.P))
+    grid = (triton.cdiv(sizes.P, tile) * heads, sizes.spans, batch)
+    kernels.span_states[grid](
+        key.tensor, value.tensor, _or(real, like), steps.step,
+        steps.from_start if reverse else steps.to_end, steps.through, states, decay,
+        sizes.length, heads, sizes.padded, sizes.spans, sizes.per_span,
+        *key.tensor.stride()[:3], *value.tensor.stride()[:3], 1, sizes.N,
+        K_SHARE=key.share, V_SHARE=value.share, K_DIM=sizes.N, V_DIM=sizes.P,
+        BLOCK_K=block(sizes.N), BLOCK_V=tile, Q=sizes.tuning.chunk, REVERSE=reverse,
+        HAS_MASK=real is not None, DTYPE=sizes.dtype, PRECISION="tf32x3",
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return states, decay
+
+
+STATE_BLOCK = 1024
+
+
+def _pass_states(
+    sizes: Sizes,
+    states: Tensor,
+    decay: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    entering: Tensor | None = None,
+    final: Tensor | None = None,
+) -> Tensor:
+    """Run `kernels.pass_states` in place, in reverse if there are states `entering` the spans."""
+    size = sizes.P * sizes.N
+    blocks = triton.cdiv(size, STATE_BLOCK)
+    products = buffer(sizes.batch, sizes.spans, sizes.heads, blocks, like=states)
+    kernels.pass_states[(blocks, sizes.batch * sizes.heads)](
+        states, decay, states if first is None else first.contiguous(), last,
+        _or(entering, states), _or(final, states), products,
+        sizes.heads, sizes.spans, size, blocks,
+        HAS_FIRST=first is not None, REVERSE=entering is not None, SINGLE=sizes.per_span == 1,
+        BLOCK=STATE_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return products
+
+
+def _outputs(
+    sizes: Sizes,
+    launch: Launch,
+    query: Role,
+    key: Role,
+    value: Role,
+    steps: Steps,
+    states: Tensor,
+    real: Tensor | None,
+    segments: Tensor | None,
+    *,
+    along: str,
+    dtype: torch.dtype,
+    reverse: bool = False,
+    D: Tensor | None = None,
+    own: Role | None = None,
+    dots: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """`kernels.span_outputs` (B, T, H, P) or (B, T, H, N), whichever `along` says."""
+    batch, length, heads = sizes.batch, sizes.length, sizes.heads
+    # A state lies as (P, N): for outputs along N the keys are values of the scan.
+    key_dim, dim = (sizes.N, sizes.P) if along == "P" else (sizes.P, sizes.N)
+    state_strides = (1, sizes.N) if along == "P" else (sizes.N, 1)
+    out = buffer(batch, length, heads, dim, like=states, dtype=dtype)
+    tile = min(launch.tile, block(dim))
+    own = query if own is None else own
+    inter, whole = dots
+    kernels.span_outputs[(triton.cdiv(dim, tile) * heads, sizes.spans, batch)](
+        query.tensor, key.tensor, value.tensor, own.tensor, _or(real, states),
+        _or(segments, states), *steps, states, _or(D, states), out,
+        _or(inter, states), _or(whole, states),
+        length, heads, sizes.padded, sizes.spans, sizes.per_span,
+        *query.tensor.stride()[:3], *key.tensor.stride()[:3], *value.tensor.stride()[:3],
+        *own.tensor.stride()[:3], *state_strides,
+        Q_SHARE=query.share, K_SHARE=key.share, V_SHARE=value.share, OWN_SHARE=own.share,
+        K_DIM=key_dim, V_DIM=dim, BLOCK_K=block(key_dim), BLOCK_V=tile,
+        Q=sizes.tuning.chunk, REVERSE=reverse, WEIGH_K=reverse == (along == "P"),
+        DOTS=2 if whole is not None else int(inter is not None),
+        HAS_D=D is not None, HAS_MASK=real is not None, HAS_SEGMENTS=segments is not None,
+        DTYPE=sizes.dtype, PRECISION="tf32x3", num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return out
+
+
+def _dots(sizes: Sizes, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what tokens got from states (by tiles of N), gave to them and gave in all."""
+    shape = (sizes.batch, sizes.heads, sizes.padded)
+    tile = sizes.tuning.backward.tile
+    got = triton.cdiv(sizes.N, min(tile, block(sizes.N)))
+    gave = triton.cdiv(sizes.P, min(tile, block(sizes.P)))
+    return (
+        buffer(got, *shape, like=x),
+        buffer(gave, *shape, like=x),
+        buffer(gave, *shape, like=x),
+    )
+
+
+def _decay_gradients(
+    sizes: Sizes,
+    steps_of: tuple[Tensor, Tensor, Tensor | None],
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+    steps: Steps,
+    real: Tensor | None,
+    segments: Tensor | None,
+    dots: tuple[Tensor, Tensor, Tensor],
+    products: Tensor,
+    softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of dt, A, dt_bias and D; the last three in fp32."""
+    dt, A, dt_bias = steps_of
+    ddt = buffer(*dt.shape, like=dt, dtype=dt.dtype)
+    sums = buffer(3, sizes.batch, sizes.chunks, sizes.heads, like=dt)
+    strides = [stride for tensor in tokens for stride in tensor.stride()[:3]]
+    blocks = products.shape[-1]
+    kernels.decay_gradients[(sizes.chunks, sizes.heads, sizes.batch)](
+        dt, A.contiguous(), _or(dt_bias, A), *tokens, _or(real, A), _or(segments, A),
+        steps.step, steps.high, steps.low, steps.through, *dots, products, ddt, sums,
+        sizes.length, sizes.heads, sizes.padded, sizes.spans, sizes.per_span, blocks,
+        dots[0].shape[0], dots[1].shape[0], *dt.stride(), *strides,
+        SHARE=sizes.share, P=sizes.P, N=sizes.N, BLOCK_P=block(sizes.P), BLOCK_N=block(sizes.N),
+        BLOCKS=block(blocks, 1), Q=sizes.tuning.chunk, SOFTPLUS=softplus,
+        HAS_BIAS=dt_bias is not None, HAS_MASK=real is not None,
+        HAS_SEGMENTS=segments is not None, SINGLE=sizes.per_span == 1,
+        LEAST=LEAST_DECAY, PRECISE=sizes.dtype == tl.float32, DTYPE=sizes.dtype, PRECISION="tf32x3",
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    dA, dbias, dD = sums.sum((1, 2)).unbind(0)
+    return ddt, dA, dbias, dD
+
+
+def _of_kv_heads(gradient: Tensor, sizes: Sizes) -> Tensor:
+    """(B, T, H, dim) of the query heads, summed to the key/value heads they share."""
+    if sizes.share == 1:
+        return gradient
+    return gradient.unflatten(2, (-1, sizes.share)).sum(3)
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer that is not read stands for a tensor that is not there."""
+    return other if tensor is None else tensor.contiguous()

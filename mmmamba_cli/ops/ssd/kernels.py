@@ -1,0 +1,404 @@
+"""Triton kernels of the scan and of its gradient; `fused.py` launches them.
+
+Legend: B batch, T tokens, H query heads, P value dim, N state dim, Q tokens of a chunk, S spans of
+several chunks each. The scan is linear attention with decay,
+
+    out_i = sum_{j <= i} exp(a_i - a_j) (q_i . k_j) v_j + exp(a_i) q_i state
+
+(Mamba-2, arXiv 2405.21060, section 6), and so are its gradients: with time running backwards for
+those of x and B, and with other tensors as q, k and v. One kernel, `span_outputs`, does all four.
+A program walks through the chunks of one span with the state in registers, so that no state of a
+chunk is ever written to memory; `span_states` and `pass_states` find the state a span begins with.
+
+Vectors over time are (B, H, padded T) in fp32, filled up to whole chunks with step size 0. The sum
+a of log decays within a chunk comes as two floats, because the difference of two large sums keeps
+few digits.
+"""
+
+import triton
+import triton.language as tl
+
+# Numbers that differ from call to call: a kernel for each kind of them would have to be compiled.
+VARYING = ["length", "num_spans", "per_span"]
+
+
+@triton.jit
+def softplus(z):
+    """log(1 + e^z); a series where 1 + e^-|z| would lose the digits of the second part."""
+    u = tl.exp(-tl.abs(z))
+    series = u * (1.0 - u * (0.5 - u * (1.0 / 3.0 - u * 0.25)))
+    return tl.maximum(z, 0.0) + tl.where(u < 0.015625, series, tl.log(1.0 + u))
+
+
+@triton.jit
+def real_tokens(mask_ptr, row, t, length, HAS_MASK: tl.constexpr):
+    """Whether each t is a token at all, and not padding."""
+    real = t < length
+    if HAS_MASK:
+        real = real & (tl.load(mask_ptr + row * length + t, mask=real, other=0) != 0)
+    return real
+
+
+@triton.jit
+def rows_of(ptr, start, t, real, d, stride_t, DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows `start + t` of one head as a (Q, block) tile, zeros where there is nothing."""
+    base = ptr + start.to(tl.int64) * stride_t
+    keep = real[:, None] & (d < DIM)[None, :]
+    return tl.load(base + t[:, None] * stride_t + d[None, :], mask=keep, other=0.0).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def prepare(
+    dt_ptr, A_ptr, bias_ptr, mask_ptr, segment_ptr,
+    step_ptr, high_ptr, low_ptr, from_start_ptr, to_end_ptr, through_ptr,
+    length, heads, padded, dt_b, dt_t, dt_h,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, Q: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Step sizes and decays of one chunk: everything that depends on dt, mask and packing."""
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    t = chunk * Q + tl.arange(0, Q)
+    h = (tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
+    of_head = h < heads
+    real = real_tokens(mask_ptr, row, t, length, HAS_MASK)
+    keep = real[:, None] & of_head[None, :]
+    at = dt_ptr + row * dt_b + t.to(tl.int64)[:, None] * dt_t + h[None, :] * dt_h
+    step = tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        step += tl.load(bias_ptr + h, mask=of_head, other=0.0).to(tl.float32)[None, :]
+    if SOFTPLUS:
+        step = softplus(step)
+    step = tl.where(keep, step, 0.0)
+    rate = tl.load(A_ptr + h, mask=of_head, other=0.0).to(tl.float32)
+    passed = (step * rate[None, :]).to(tl.float64)
+    total = tl.sum(passed, axis=0)
+    sums = tl.cumsum(passed, axis=0)
+    high = sums.to(tl.float32)
+    low = (sums - high.to(tl.float64)).to(tl.float32)
+    from_start = tl.exp(high)
+    to_end = tl.exp((total[None, :] - sums).to(tl.float32))
+    through = tl.exp(total.to(tl.float32))
+    if HAS_SEGMENTS:
+        # Nothing passes from one packed sequence into the next; the first state is sequence 0's.
+        of_row = segment_ptr + row * length
+        segment = tl.load(of_row + tl.minimum(t, length - 1))
+        before = tl.load(of_row + tl.maximum(chunk * Q - 1, 0))
+        before = tl.where(chunk == 0, 0, before)
+        last = tl.load(of_row + tl.minimum(chunk * Q + Q - 1, length - 1))
+        from_start = tl.where((segment == before)[:, None], from_start, 0.0)
+        to_end = tl.where((segment == last)[:, None], to_end, 0.0)
+        through = tl.where(before == last, through, 0.0)
+    of_heads = row * heads + h
+    out = of_heads[None, :] * padded + t[:, None]
+    stored = (t < padded)[:, None] & of_head[None, :]
+    tl.store(step_ptr + out, step, mask=stored)
+    tl.store(high_ptr + out, high, mask=stored)
+    tl.store(low_ptr + out, low, mask=stored)
+    tl.store(from_start_ptr + out, from_start, mask=stored)
+    tl.store(to_end_ptr + out, to_end, mask=stored)
+    tl.store(through_ptr + of_heads * (padded // Q) + chunk, through, mask=of_head)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def span_states(
+    k_ptr, v_ptr, mask_ptr, step_ptr, weight_ptr, through_ptr, state_ptr, decay_ptr,
+    length, heads, padded, num_spans, per_span,
+    k_b, k_t, k_h, v_b, v_t, v_h, state_k, state_v,
+    K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, Q: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the tokens of a span leave in the state at its end, and its decay.
+
+    In reverse, at its beginning. `weight` is each token's decay to that end of its chunk.
+    """
+    tiles = tl.cdiv(V_DIM, BLOCK_V)
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    span, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    chunks = padded // Q
+    first = span * per_span
+    count = tl.minimum(per_span, chunks - first)
+    t = tl.arange(0, Q)
+    dk = tl.arange(0, BLOCK_K)
+    dv = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    of_head = row * heads + head
+    k_ptr += row * k_b + (head // K_SHARE) * k_h
+    v_ptr += row * v_b + (head // V_SHARE) * v_h
+    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    decay = 1.0
+    for number in range(count):
+        chunk = first + number
+        if REVERSE:
+            chunk = first + count - 1 - number
+        start = chunk * Q
+        real = real_tokens(mask_ptr, row, start + t, length, HAS_MASK)
+        k = rows_of(k_ptr, start, t, real, dk, k_t, K_DIM, DTYPE)
+        v = rows_of(v_ptr, start, t, real, dv, v_t, V_DIM, DTYPE)
+        at = of_head * padded + start + t
+        weight = tl.load(weight_ptr + at)
+        if not REVERSE:
+            weight *= tl.load(step_ptr + at)
+        through = tl.load(through_ptr + of_head * chunks + chunk)
+        # x forwards and C in reverse, as in `span_outputs`.
+        if REVERSE:
+            k = (k * weight[:, None]).to(DTYPE)
+        else:
+            v = (v * weight[:, None]).to(DTYPE)
+        state = tl.dot(tl.trans(k), v, state * through, input_precision=PRECISION)
+        decay *= through
+    place = (row * num_spans + span) * heads + head
+    out = state_ptr + place * K_DIM * V_DIM + dk[:, None] * state_k + dv[None, :] * state_v
+    tl.store(out, state, mask=(dk < K_DIM)[:, None] & (dv < V_DIM)[None, :])
+    if tile == 0:
+        tl.store(decay_ptr + place, decay)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def pass_states(
+    state_ptr, decay_ptr, first_ptr, last_ptr, entering_ptr, final_ptr, product_ptr,
+    heads, num_spans, size, blocks,
+    HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn what each span adds into the state it begins with, in place; the last goes to `last`.
+
+    In reverse, `state` are gradients: each span's is turned into the one at its end, and its
+    product with the state there, `entering` of the span behind or `final`, is left in `product`;
+    with SINGLE, that with what is left at the end of the state the span began with.
+    """
+    block, of_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head = of_head // heads, of_head % heads
+    e = block * BLOCK + tl.arange(0, BLOCK)
+    keep = e < size
+    state = tl.zeros((BLOCK,), tl.float32)
+    if HAS_FIRST:
+        state = tl.load(first_ptr + of_head * size + e, mask=keep, other=0.0).to(tl.float32)
+    other = state
+    if REVERSE:
+        other = tl.load(final_ptr + of_head * size + e, mask=keep, other=0.0)
+    # Spans differ in place: those behind are fetched while one is worked on.
+    for number in tl.range(num_spans, num_stages=4):
+        span = number
+        if REVERSE:
+            span = num_spans - 1 - number
+        place = (row * num_spans + span) * heads + head
+        at = place * size + e
+        added = tl.load(state_ptr + at, mask=keep, other=0.0)
+        decay = tl.load(decay_ptr + place)
+        tl.store(state_ptr + at, state, mask=keep)
+        if REVERSE:
+            began = tl.load(entering_ptr + at, mask=keep, other=0.0)
+            if SINGLE:
+                other = began * decay
+            tl.store(product_ptr + place * blocks + block, tl.sum(state * other, axis=0))
+            other = began
+        state = state * decay + added
+    tl.store(last_ptr + of_head * size + e, state, mask=keep)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def span_outputs(
+    q_ptr, k_ptr, v_ptr, own_ptr, mask_ptr, segment_ptr,
+    step_ptr, high_ptr, low_ptr, from_start_ptr, to_end_ptr, through_ptr,
+    state_ptr, D_ptr, out_ptr, inter_ptr, whole_ptr,
+    length, heads, padded, num_spans, per_span,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, own_b, own_t, own_h,
+    state_k, state_v,
+    Q_SHARE: tl.constexpr, K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, OWN_SHARE: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    Q: tl.constexpr, REVERSE: tl.constexpr, WEIGH_K: tl.constexpr, DOTS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Decayed attention of one span, (B, T, H, V_DIM), from the state it begins with.
+
+    Forwards a key's step size weighs what it gives; in reverse, the step size of the token itself
+    weighs what it gets. DOTS 1 leaves the product of each token's `own` row with what came from the
+    state, DOTS 2 that times its step size, and that with all it gets before its step size, skip
+    left out: (tile, B, H, padded T) each. `decay_gradients` takes differences of sums of the first,
+    so each factor in them is rounded as in the states they add up to, and no state is rounded.
+    """
+    tiles = tl.cdiv(V_DIM, BLOCK_V)
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    span, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    chunks = padded // Q
+    first = span * per_span
+    count = tl.minimum(per_span, chunks - first)
+    t = tl.arange(0, Q)
+    dk = tl.arange(0, BLOCK_K)
+    dv = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    of_head = row * heads + head
+    q_ptr += row * q_b + (head // Q_SHARE) * q_h
+    k_ptr += row * k_b + (head // K_SHARE) * k_h
+    v_ptr += row * v_b + (head // V_SHARE) * v_h
+    own_ptr += row * own_b + (head // OWN_SHARE) * own_h
+    out_ptr += row * length * heads * V_DIM + head * V_DIM
+    in_state = (dk < K_DIM)[:, None] & (dv < V_DIM)[None, :]
+    place = (row * num_spans + span) * heads + head
+    at_state = state_ptr + place * K_DIM * V_DIM + dk[:, None] * state_k + dv[None, :] * state_v
+    state = tl.load(at_state, mask=in_state, other=0.0)
+    for number in range(count):
+        chunk = first + number
+        if REVERSE:
+            chunk = first + count - 1 - number
+        start = chunk * Q
+        real = real_tokens(mask_ptr, row, start + t, length, HAS_MASK)
+        q = rows_of(q_ptr, start, t, real, dk, q_t, K_DIM, DTYPE)
+        k = rows_of(k_ptr, start, t, real, dk, k_t, K_DIM, DTYPE)
+        v = rows_of(v_ptr, start, t, real, dv, v_t, V_DIM, DTYPE)
+        at = of_head * padded + start + t
+        step, high, low = tl.load(step_ptr + at), tl.load(high_ptr + at), tl.load(low_ptr + at)
+        from_start, to_end = tl.load(from_start_ptr + at), tl.load(to_end_ptr + at)
+        through = tl.load(through_ptr + of_head * chunks + chunk)
+
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        passed = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+        if REVERSE:
+            allowed = t[:, None] <= t[None, :]
+            passed = -passed
+        else:
+            allowed = t[:, None] >= t[None, :]
+            scores *= step[None, :]
+        if HAS_SEGMENTS:
+            at_t = tl.minimum(start + t, length - 1)
+            segment = tl.load(segment_ptr + row * length + at_t)
+            allowed = allowed & (segment[:, None] == segment[None, :])
+        scores = tl.where(allowed, scores * tl.exp(passed), 0.0)
+
+        if REVERSE:
+            reach, leave = to_end, from_start
+        else:
+            reach, leave = from_start, to_end * step
+        rounded = state.to(DTYPE)
+        inter = tl.dot(q, rounded, input_precision=PRECISION)
+        if DOTS > 0 and tl.bfloat16 == DTYPE:
+            inter = tl.dot(q, (state - rounded.to(tl.float32)).to(DTYPE), inter)
+        if DOTS > 0:
+            own = rows_of(own_ptr, start, t, real, dv, own_t, V_DIM, tl.float32)
+            of_tile = tile * tl.num_programs(2) * heads * padded + at
+            if REVERSE:
+                weighed = (own * (to_end * step)[:, None]).to(DTYPE)
+            else:
+                weighed = (own * from_start[:, None]).to(DTYPE)
+            tl.store(inter_ptr + of_tile, tl.sum(weighed.to(tl.float32) * inter, axis=1))
+        inter *= reach[:, None]
+        out = tl.dot(scores.to(DTYPE), v, inter, input_precision=PRECISION)
+        if DOTS == 2:
+            tl.store(whole_ptr + of_tile, tl.sum(own * out, axis=1))
+        if REVERSE:
+            out *= step[:, None]
+        if HAS_D:
+            out += tl.load(D_ptr + head).to(tl.float32) * v.to(tl.float32)
+        at_out = out_ptr + start.to(tl.int64) * heads * V_DIM
+        at_out += t[:, None] * heads * V_DIM + dv[None, :]
+        stored = (start + t < length)[:, None] & (dv < V_DIM)[None, :]
+        tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=stored)
+        if WEIGH_K:
+            k = (k * leave[:, None]).to(DTYPE)
+        else:
+            v = (v * leave[:, None]).to(DTYPE)
+        state = tl.dot(tl.trans(k), v, state * through, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def decay_gradients(
+    dt_ptr, A_ptr, bias_ptr, x_ptr, B_ptr, C_ptr, dy_ptr, mask_ptr, segment_ptr,
+    step_ptr, high_ptr, low_ptr, through_ptr, got_ptr, gave_ptr, direct_ptr, product_ptr,
+    ddt_ptr, sums_ptr,
+    length, heads, padded, num_spans, per_span, blocks, got_tiles, gave_tiles,
+    dt_b, dt_t, dt_h, x_b, x_t, x_h, B_b, B_t, B_h, C_b, C_t, C_h, dy_b, dy_t, dy_h,
+    SHARE: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, SINGLE: tl.constexpr, LEAST: tl.constexpr,
+    PRECISE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of dt (B, T, H) and, summed over a chunk, of A, dt_bias and D.
+
+    The log decay of token k carries whatever goes from before it to it or later: pairs within the
+    chunk, what tokens from k on `got` from the state, what tokens before k `gave` to it, and what
+    passes through the chunk. Each is summed by itself, so that little cancels.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    chunks = padded // Q
+    start = chunk * Q
+    t = tl.arange(0, Q)
+    of_head = row * heads + head
+    at = of_head * padded + start + t
+    tile_stride = tl.num_programs(2) * heads * padded
+    real = real_tokens(mask_ptr, row, start + t, length, HAS_MASK)
+
+    dp, dn = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    C = rows_of(C_ptr + row * C_b + head * C_h, start, t, real, dn, C_t, N, DTYPE)
+    B = rows_of(B_ptr + row * B_b + head // SHARE * B_h, start, t, real, dn, B_t, N, DTYPE)
+    pairs = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+    dy = rows_of(dy_ptr + row * dy_b + head * dy_h, start, t, real, dp, dy_t, P, DTYPE)
+    x = rows_of(x_ptr + row * x_b + head // SHARE * x_h, start, t, real, dp, x_t, P, DTYPE)
+    products = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+    skip = tl.sum(tl.where(t[:, None] == t[None, :], products, 0.0))
+
+    step, high, low = tl.load(step_ptr + at), tl.load(high_ptr + at), tl.load(low_ptr + at)
+    passed = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    allowed = t[:, None] > t[None, :]
+    begins = start + t < 0
+    if HAS_SEGMENTS:
+        of_row = segment_ptr + row * length
+        now = tl.minimum(start + t, length - 1)
+        segment = tl.load(of_row + now)
+        begins = segment != tl.load(of_row + tl.maximum(now - 1, 0))
+        allowed = allowed & (segment[:, None] == segment[None, :])
+    pairs = tl.where(allowed, pairs * products * tl.exp(passed) * step[None, :], 0.0)
+    if PRECISE:
+        # A token between strong decays carries almost nothing of these sums.
+        pairs = pairs.to(tl.float64)
+    change = (tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)).to(tl.float64)
+
+    # What passes the end of the span, and from there back to the end of this chunk; of a span of
+    # a SINGLE chunk, what passes through it.
+    span = chunk // per_span
+    of_span = (row * num_spans + span) * heads + head
+    block = tl.arange(0, BLOCKS)
+    parts = tl.load(product_ptr + of_span * blocks + block, mask=block < blocks, other=0.0)
+    flow = tl.sum(parts, axis=0)
+    last = tl.minimum((span + 1) * per_span, chunks) - 1
+    got = tl.zeros((Q,), tl.float32)
+    gave = tl.zeros((Q,), tl.float32)
+    through = 0.0
+    for number in range(last - chunk + 1):
+        later = last - number
+        at_later = of_head * padded + later * Q + t
+        got, gave = tl.zeros((Q,), tl.float32), tl.zeros((Q,), tl.float32)
+        for tile in range(got_tiles):
+            got += tl.load(got_ptr + tile * tile_stride + at_later)
+        for tile in range(gave_tiles):
+            gave += tl.load(gave_ptr + tile * tile_stride + at_later)
+        # Where hardly any state passes, what is left of the difference is rounding.
+        decay = tl.load(through_ptr + of_head * chunks + later)
+        through = flow
+        if not SINGLE:
+            through = tl.where(decay < LEAST, 0.0, flow - tl.sum(gave, axis=0))
+        flow = through + tl.sum(got, axis=0)
+    direct = tl.zeros((Q,), tl.float32)
+    for tile in range(gave_tiles):
+        direct += tl.load(direct_ptr + tile * tile_stride + at)
+
+    change += got.to(tl.float64)
+    before = tl.cumsum(gave, axis=0) - gave
+    carried = tl.cumsum(change, axis=0, reverse=True).to(tl.float32) + before + through
+    carried = tl.where(begins, 0.0, carried)
+    ddt = carried * tl.load(A_ptr + head).to(tl.float32) + direct
+    at_t = row * dt_b + (start + t).to(tl.int64) * dt_t + head * dt_h
+    if SOFTPLUS:
+        z = tl.load(dt_ptr + at_t, mask=real, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + head).to(tl.float32)
+        ddt *= tl.sigmoid(z)
+    ddt = tl.where(real, ddt, 0.0)
+    out = ddt_ptr + (row * length + start + t) * heads + head
+    tl.store(out, ddt.to(ddt_ptr.dtype.element_ty), mask=start + t < length)
+    sums = sums_ptr + (row * chunks + chunk) * heads + head
+    of_kind = tl.num_programs(2) * chunks * heads
+    tl.store(sums, tl.sum(carried * step, axis=0))
+    tl.store(sums + of_kind, tl.sum(ddt, axis=0))
+    tl.store(sums + 2 * of_kind, skip)

@@ -1,0 +1,110 @@
+"""The product of a few tokens against its parts written out, and int8 weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.ops import gated_rms_norm, project
+from mmmamba_cli.ops.projection import dequantize, quantize
+
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = FP64) -> Tensor:
+    rng = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=rng, dtype=FP64).to(dtype)
+
+
+def test_a_plain_product():
+    x, weight, bias = normal(3, 10), normal(7, 10), normal(7)
+    torch.testing.assert_close(project(x, weight), x @ weight.T)
+    torch.testing.assert_close(project(x, weight, bias=bias), x @ weight.T + bias)
+
+
+def test_the_norm_comes_first():
+    x, weight, norm = normal(2, 10), normal(7, 10), normal(10, seed=1)
+    wanted = (x / (x.square().mean(1, keepdim=True) + 0.1).sqrt() * norm) @ weight.T
+    torch.testing.assert_close(project(x, weight, norm=norm, eps=0.1), wanted)
+
+
+def test_heads_are_normed_and_gated_each():
+    x, gate, weight, norm = normal(2, 12), normal(2, 12, seed=1), normal(7, 12), normal(4)
+    heads = gated_rms_norm(x.view(2, 3, 4), gate.view(2, 3, 4), norm, 0.1).view(2, 12)
+    torch.testing.assert_close(project(x, weight, norm=norm, eps=0.1, gate=gate), heads @ weight.T)
+
+
+def test_swiglu_halves_the_rows():
+    x, weight, bias = normal(2, 10), normal(6, 10), normal(6)
+    first, second = (x @ weight.T + bias).split(3, dim=1)
+    wanted = first / (1 + torch.exp(-first)) * second
+    torch.testing.assert_close(project(x, weight, bias=bias, swiglu=True), wanted)
+
+
+def test_the_sum_may_be_written_where_the_residual_was():
+    x, weight, residual = normal(2, 10), normal(7, 10), normal(2, 7)
+    wanted = residual + x @ weight.T
+    torch.testing.assert_close(project(x, weight, residual=residual), wanted)
+    assert project(x, weight, residual=residual, out=residual) is residual
+    torch.testing.assert_close(residual, wanted)
+
+
+def test_half_precision_rounds_as_the_modules_do():
+    x, weight, norm = normal(2, 64, dtype=BF16), normal(8, 64, dtype=BF16), normal(64, dtype=BF16)
+    from mmmamba_cli.ops import rms_norm
+
+    wanted = F.linear(rms_norm(x, norm, 1e-5), weight)
+    assert torch.equal(project(x, weight, norm=norm, eps=1e-5), wanted)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_int8_is_at_most_half_a_step_away(dtype):
+    weight = normal(9, 40, dtype=dtype)
+    weight[3] = 0
+    small = quantize(weight)
+    assert small.values.dtype == torch.int8
+    assert small.scales.dtype == FP32
+    assert small.shape == (9, 40)
+    assert small.values.abs().amax(1).tolist() == [127] * 3 + [0] + [127] * 5
+    distance = (dequantize(small, FP64) - weight.double()).abs()
+    assert (distance <= small.scales.double().unsqueeze(1) * 0.5001).all()
+    assert distance.amax() > 0.4 * small.scales.amax()
+
+
+def test_int8_weights_multiply_as_what_they_stand_for():
+    x, small = normal(2, 40, dtype=FP32), quantize(normal(9, 40, dtype=FP32))
+    wanted = x.double() @ (small.values.double() * small.scales.double().unsqueeze(1)).T
+    torch.testing.assert_close(project(x, small).double(), wanted, rtol=1e-5, atol=1e-5)
+    assert dequantize(small, BF16).dtype == BF16
+
+
+def test_it_learns_by_the_reference():
+    x, weight = normal(2, 10).requires_grad_(), normal(6, 10).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *given: project(*given, norm=normal(10), eps=0.1, swiglu=True), (x, weight)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weight": normal(7, 9)}, r"weight \(7, 9\)"),
+        ({"bias": normal(6)}, "bias is"),
+        ({"norm": normal(5)}, "norm is"),
+        ({"gate": normal(2, 10)}, "norm is None"),
+        ({"gate": normal(2, 10), "norm": normal(4)}, r"norm is \(4,\), .* divisor of 10"),
+        ({"gate": normal(2, 9), "norm": normal(5)}, "gate is"),
+        ({"residual": normal(1, 7)}, "residual is"),
+        ({"out": normal(2, 6)}, "out is"),
+        ({"swiglu": True}, "7 rows"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        project(normal(2, 10), **{"weight": normal(7, 10), **options})
+
+
+def test_an_unknown_backend_is_a_sentence():
+    with pytest.raises(MmmambaError, match="project: there is no backend 'abacus'"):
+        project(normal(2, 10), normal(7, 10), backend="abacus")

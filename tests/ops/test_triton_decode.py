@@ -1,0 +1,198 @@
+"""The Triton steps against the references in fp64; states and caches are changed in place."""
+
+import pytest
+import torch
+from decode_cases import Sizes, angles, mixer_weights, random
+from ops_cases import relative_error
+from torch import Tensor
+from triton_device import (
+    DEVICE,
+    TOLERANCE,
+    dtypes,
+    faithful_interpreter,  # noqa: F401
+    poisoned_buffers,  # noqa: F401
+)
+
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.ops import attention_step, mixer_step
+from mmmamba_cli.ops.decode import MixerWeights, fused
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def side_by_side(*parts: Tensor) -> list[Tensor]:
+    """The same rows as slices of one wide projection, as long as its rows allow."""
+    wide = torch.cat([part.flatten(1) for part in parts], 1).to(DEVICE)
+    sizes = [part[0].numel() for part in parts]
+    return [
+        found.unflatten(1, part.shape[1:])
+        for found, part in zip(wide.split(sizes, 1), parts, strict=True)
+    ]
+
+
+def moved(weights: MixerWeights, dtype: torch.dtype | None = None) -> MixerWeights:
+    there = "cpu" if dtype else DEVICE
+    return MixerWeights(*(None if w is None else w.to(there, dtype or w.dtype) for w in weights))
+
+
+def check_mixer(sizes: Sizes, dtype: torch.dtype, *, tokens: int = 1, without: str = "") -> None:
+    normal, tolerance = random(0, dtype), TOLERANCE[dtype]
+    weights = mixer_weights(sizes, dtype, without=without)
+    ring = normal(sizes.batch, sizes.channels, sizes.taps)
+    state = random(2, FP32)(sizes.batch, sizes.heads, sizes.P, sizes.N)
+    ring_here, state_here = ring.to(DEVICE).clone(), state.to(DEVICE).clone()
+    ring, state = ring.double(), state.double()
+    for t in range(5, 5 + tokens):
+        vkq, dt = normal(sizes.batch, sizes.channels), normal(sizes.batch, sizes.heads)
+        # The slot of the token holds what nobody may look at.
+        ring_here[..., t % sizes.taps] = torch.nan
+        given = (vkq.double(), dt.double(), ring, state, torch.tensor([t]))
+        wanted = mixer_step(*given, moved(weights, torch.float64), backend="reference")
+        vkq, dt, _ = side_by_side(vkq, dt, torch.full_like(vkq, torch.nan))
+        at = torch.tensor([t], device=DEVICE)
+        found = mixer_step(vkq, dt, ring_here, state_here, at, moved(weights), backend="triton")
+        assert found.dtype == dtype
+        assert relative_error(found.cpu(), wanted) < tolerance, t
+        assert torch.equal(ring_here.cpu().double(), ring), t
+        assert relative_error(state_here.cpu(), state) < tolerance, t
+
+
+@dtypes
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("without", ["", "conv_bias", "dt_bias", "D"])
+def test_mixer_steps_equal_the_reference(taps, without, dtype):
+    check_mixer(Sizes(taps=taps), dtype, tokens=5, without=without)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(batch=1, kv_heads=1, share=1, P=1, N=1),
+        Sizes(batch=5, kv_heads=3, share=1, P=40, N=3),
+        Sizes(batch=8, kv_heads=1, share=3, P=17, N=33),
+        Sizes(batch=1, kv_heads=2, share=2, P=64, N=16, taps=2),
+    ],
+)
+def test_mixers_of_any_size(monkeypatch, sizes, dtype):
+    monkeypatch.setattr(fused, "VALUES_OF_MANY", 8)
+    check_mixer(sizes, dtype, tokens=2)
+
+
+def test_states_that_cannot_be_changed_in_place_are_refused():
+    sizes = Sizes()
+    zeros = [torch.zeros(2, 42), torch.zeros(2, 4), torch.zeros(2, 42, 4), torch.zeros(2, 4, 5, 6)]
+    vkq, dt, ring, state = (tensor.to(DEVICE) for tensor in zeros)
+    at, weights = torch.tensor([0], device=DEVICE), moved(mixer_weights(sizes, FP32))
+    with pytest.raises(ValueError, match="not contiguous"):
+        mixer_step(vkq, dt, ring, state.mT, at, weights, backend="triton")
+    with pytest.raises(ValueError, match="fp32"):
+        mixer_step(vkq, dt, ring, state.mT.contiguous().half(), at, weights, backend="triton")
+
+
+def check_attention(
+    dtype: torch.dtype,
+    *,
+    batch: int = 2,
+    kv_heads: int = 2,
+    share: int = 2,
+    dim: int = 8,
+    capacity: int = 50,
+    columns: tuple[int, ...] = (0, 1, 30, 49),
+    starts: tuple[int, ...] | None = None,
+    tolerance: float | None = None,
+) -> None:
+    normal = random(3, dtype)
+    cache = [normal(batch, kv_heads, capacity, dim) for _ in range(2)]
+    here = [tensor.to(DEVICE).clone() for tensor in cache]
+    cache = [tensor.double() for tensor in cache]
+    first = None if starts is None else torch.tensor(starts)
+    for column in columns:
+        for tensor in here:
+            # What lies behind the query, and before a start, may be anything.
+            tensor[:, :, column:] = torch.nan
+            for row, start in enumerate(starts or ()):
+                tensor[row, :, :start] = torch.nan
+        parts = [normal(batch, heads, dim) for heads in (kv_heads * share, kv_heads, kv_heads)]
+        cos, sin = angles(torch.tensor([column]), dim)
+        at = torch.tensor([column])
+        exact = [part.double() for part in parts]
+        cos, sin = cos.to(dtype), sin.to(dtype)
+        wanted = attention_step(
+            *exact, *cache, at, first, cos.double(), sin.double(), backend="reference"
+        )
+        found = attention_step(
+            *side_by_side(*parts),
+            *here,
+            at.to(DEVICE),
+            None if first is None else first.to(DEVICE),
+            cos.to(DEVICE),
+            sin.to(DEVICE),
+            backend="triton",
+        )
+        limit = tolerance or TOLERANCE[dtype]
+        assert found.dtype == dtype
+        assert relative_error(found.cpu(), wanted) < limit, column
+        for tensor, kept in zip(here, cache, strict=True):
+            assert relative_error(tensor[:, :, column].cpu(), kept[:, :, column]) < limit
+            assert tensor[:, :, column + 1 :].isnan().all()
+            # The reference went on with its own; go on from there.
+            tensor.copy_(kept)
+
+
+@dtypes
+@pytest.mark.parametrize("programs", [1, 8, 264])
+def test_attention_equals_the_reference(monkeypatch, programs, dtype):
+    monkeypatch.setattr(fused, "PROGRAMS", programs)
+    monkeypatch.setattr(fused, "COLUMNS", {2: 16, 4: 16})
+    check_attention(dtype, columns=(0, 1, 16, 17, 33, 49))
+
+
+@dtypes
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_begin_where_their_padding_ends(monkeypatch, batch, dtype):
+    monkeypatch.setattr(fused, "COLUMNS", {2: 16, 4: 16})
+    starts = (30, 0, 7)[:batch]
+    check_attention(dtype, batch=batch, starts=starts, columns=(30, 31, 49))
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "share", "dim"), [(1, 1, 2), (1, 17, 4), (3, 1, 20), (2, 3, 64)]
+)
+def test_attention_of_any_size(kv_heads, share, dim):
+    check_attention(
+        FP32, batch=1, kv_heads=kv_heads, share=share, dim=dim, capacity=40, columns=(39,)
+    )
+
+
+def test_attention_in_fp16():
+    check_attention(torch.float16, tolerance=2e-3)
+
+
+def test_rows_may_have_angles_of_their_own():
+    normal = random(4, FP32)
+    cos, sin = (t.float() for t in angles(torch.tensor([5, 9]), 8))
+    q, k, v = normal(2, 4, 8), normal(2, 2, 8), normal(2, 2, 8)
+    cache = normal(2, 2, 2, 12, 8)
+    at = torch.tensor([9])
+    wanted = attention_step(q, k, v, *cache.clone(), at, None, cos, sin, backend="reference")
+    here = [t.to(DEVICE) for t in (q, k, v, *cache.clone(), at)]
+    found = attention_step(*here, None, cos.to(DEVICE), sin.to(DEVICE), backend="triton")
+    assert relative_error(found.cpu(), wanted) < TOLERANCE[FP32]
+
+
+def test_a_cache_that_lies_the_wrong_way_is_refused():
+    normal = random(4, FP32)
+    q, k, v = (normal(1, 2, 8).to(DEVICE) for _ in range(3))
+    keys = normal(1, 2, 8, 12).to(DEVICE).mT
+    cos, sin = (t.float().to(DEVICE) for t in angles(torch.tensor([5]), 8))
+    at = torch.tensor([5], device=DEVICE)
+    with pytest.raises(ValueError, match="side by side in the cache"):
+        attention_step(q, k, v, keys, keys, at, None, cos, sin, backend="triton")
+
+
+def test_fp64_is_refused_in_a_sentence():
+    weights = moved(mixer_weights(Sizes()), torch.float64)
+    zeros = (torch.zeros(2, 42), torch.zeros(2, 4), torch.zeros(2, 42, 4), torch.zeros(2, 4, 6, 5))
+    with pytest.raises(MmmambaError, match="bf16, fp16 and fp32"):
+        mixer_step(*(z.double() for z in zeros), torch.tensor([0]), weights, backend="triton")

@@ -1,0 +1,178 @@
+"""The Triton product of a few tokens against the reference in fp64."""
+
+import pytest
+import torch
+from ops_cases import relative_error
+from torch import Tensor
+from triton_device import (
+    DEVICE,
+    INTERPRETED,
+    TOLERANCE,
+    dtypes,
+    faithful_interpreter,  # noqa: F401
+    poisoned_buffers,  # noqa: F401
+)
+
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.ops import project
+from mmmamba_cli.ops.projection import Int8Weight, fused, quantize
+from mmmamba_cli.ops.projection.fused import Tile
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=rng)
+
+
+def tiled(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    monkeypatch.setattr(fused, "COMMON", fused.COMMON._replace(**changes))
+
+
+def apart(rows: Tensor) -> Tensor:
+    """The same numbers as a slice of wider rows, with NaN on both sides."""
+    batch, width = rows.shape
+    wide = torch.full((batch, width + 24), torch.nan, dtype=rows.dtype, device=rows.device)
+    wide[:, 16 : 16 + width] = rows
+    return wide[:, 16 : 16 + width]
+
+
+def before_others(weight: Tensor) -> Tensor:
+    """The same weight, NaN right behind its last row."""
+    tail = torch.full((64,), torch.nan, dtype=weight.dtype)
+    return torch.cat((weight.flatten(), tail)).to(DEVICE)[: weight.numel()].view(weight.shape)
+
+
+def exact(value: object) -> object:
+    if isinstance(value, Int8Weight):
+        return Int8Weight(value.values.cpu(), value.scales.cpu())
+    return value.cpu().double() if isinstance(value, Tensor) else value
+
+
+def check(
+    x: Tensor, weight: Tensor | Int8Weight, tolerance: float | None = None, **options: object
+) -> None:
+    wanted = project(exact(x), exact(weight), **{n: exact(v) for n, v in options.items()})
+    here = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in options.items()}
+    there = (
+        Int8Weight(*(part.to(DEVICE) for part in weight))
+        if isinstance(weight, Int8Weight)
+        else before_others(weight)
+    )
+    for name in ("gate", "residual"):
+        if name in here:
+            here[name] = apart(here[name])
+    found = project(apart(x.to(DEVICE)), there, **here, backend="triton")
+    assert found.dtype == x.dtype
+    assert found.shape == wanted.shape
+    assert relative_error(found.cpu(), wanted) < (tolerance or TOLERANCE[x.dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (7, 70), (16, 64), (33, 257)])
+def test_products_of_any_size(monkeypatch, batch, rows, dim, dtype):
+    tiled(monkeypatch, inputs=128)
+    x, weight = normal(batch, dim).to(dtype), normal(rows, dim).to(dtype)
+    check(x, weight)
+    check(x, weight, bias=normal(rows).to(dtype), residual=normal(batch, rows).to(dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [50, 64, 200])
+def test_norms_see_the_whole_row(monkeypatch, dim, dtype):
+    tiled(monkeypatch, inputs=64)
+    monkeypatch.setattr(fused, "LEAST_INPUTS", 32)
+    norm = normal(dim, seed=1)
+    check(normal(3, dim).to(dtype), normal(9, dim).to(dtype), norm=norm, eps=0.1)
+
+
+@dtypes
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 16), (5, 32)])
+def test_heads_are_gated(monkeypatch, heads, head_dim, dtype):
+    tiled(monkeypatch, inputs=128)
+    monkeypatch.setattr(fused, "LEAST_INPUTS", 16)
+    dim = heads * head_dim
+    gate, norm = normal(2, dim, seed=1).to(dtype), normal(head_dim, seed=2)
+    residual = normal(2, 9).to(dtype)
+    x, weight = normal(2, dim).to(dtype), normal(9, dim).to(dtype)
+    check(x, weight, norm=norm, eps=1e-5, gate=gate, residual=residual)
+    check(x, weight, norm=norm, eps=0.0, gate=gate)
+
+
+@dtypes
+@pytest.mark.parametrize("half", [1, 5, 8])
+def test_swiglu_takes_both_halves(half, dtype):
+    x, weight = normal(2, 70).to(dtype), normal(2 * half, 70).to(dtype)
+    check(x, weight, swiglu=True)
+    options = {"bias": normal(2 * half).to(dtype), "norm": normal(70), "eps": 1e-5}
+    check(x, weight, swiglu=True, residual=normal(2, half).to(dtype), **options)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [64, 70, 136])
+def test_int8_weights(monkeypatch, dim, dtype):
+    tiled(monkeypatch, inputs=64)
+    x, weight = normal(2, dim).to(dtype), quantize(normal(10, dim))
+    check(x, weight)
+    check(x, weight, swiglu=True, norm=normal(dim), eps=1e-5, bias=normal(10).to(dtype))
+
+
+def test_fp16_and_rows_that_begin_anywhere():
+    check(normal(2, 40).half(), normal(6, 40).half(), tolerance=2e-3)
+    small = quantize(normal(8, 40))
+    values = torch.zeros(8 * 40 + 3, dtype=torch.int8)[3:].view(8, 40).copy_(small.values)
+    check(normal(2, 40), Int8Weight(values, small.scales))
+
+
+def test_the_sum_is_written_into_the_residual():
+    x, weight, residual = (t.to(DEVICE) for t in (normal(2, 40), normal(6, 40), normal(2, 6)))
+    wanted = project(x, weight, residual=residual, backend="reference")
+    assert project(x, weight, residual=residual, out=residual, backend="triton") is residual
+    torch.testing.assert_close(residual, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_of_the_table_are_taken_by_shape_and_bytes(monkeypatch):
+    taken = []
+    launch = fused.kernels.project
+    monkeypatch.setitem(fused.TILES, (6, 64, 4), Tile(2, 32, 2))
+    monkeypatch.setitem(fused.TILES, (6, 64, 1), Tile(1, 64, 1))
+
+    class Watched:
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                taken.append((grid[0], options["BLOCK_R"], options["BLOCK_K"]))
+                return launch[grid](*arguments, **options)
+
+            return run
+
+    monkeypatch.setattr(fused.kernels, "project", Watched())
+    check(normal(1, 64), normal(6, 64))
+    check(normal(1, 64), quantize(normal(6, 64)))
+    check(normal(1, 64), quantize(normal(6, 64)), swiglu=True)
+    assert taken == [(3, 2, 32), (6, 1, 64), (3, 2, 64)]
+
+
+def test_heads_that_fill_no_tile_are_left_to_the_reference():
+    x, weight, norm = (t.to(DEVICE) for t in (normal(2, 12), normal(5, 12), normal(6)))
+    options = {"norm": norm, "gate": x.flip(0), "eps": 1e-5}
+    with pytest.raises(NotImplementedError, match="heads of 6"):
+        project(x, weight, **options, backend="triton")
+    assert project(x, weight, **options).shape == (2, 5)
+
+
+def test_fp64_is_refused_in_a_sentence():
+    with pytest.raises(MmmambaError, match="bf16, fp16 and fp32"):
+        project(
+            normal(1, 8).double().to(DEVICE), normal(2, 8).double().to(DEVICE), backend="triton"
+        )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="auto takes kernels on a GPU only")
+def test_auto_takes_kernels_for_few_rows_without_gradients():
+    x, weight = normal(9, 64).cuda(), normal(6, 64).cuda()
+    few = project(x[:8], weight)
+    assert torch.equal(few, project(x[:8], weight, backend="triton"))
+    assert torch.equal(project(x, weight), project(x, weight, backend="reference"))
+    assert project(x[:1], weight.requires_grad_()).requires_grad
