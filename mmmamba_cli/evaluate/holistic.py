@@ -57,7 +57,7 @@ class HolisticEvalModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
+        return self.model.device
 
     def measure(self, prompt: Prompt) -> int:
         """Tokens of the prompt, but for the constant ones of the chat template."""
@@ -87,7 +87,7 @@ class HolisticEvalModel:
         ids = list(batch["input_ids"][0])
         pixels = batch.get("pixel_values")
         if pixels is not None:
-            pixels = pixels.to(self.model.lm_head.weight.dtype)
+            pixels = pixels.to(self.model.dtype)
         return Encoded(prompt, len(ids), _Inputs(ids, pixels, tuple(batch.get("num_tiles", ()))))
 
     def _sighted(self, prompt: Prompt) -> HolisticVLMProcessor:

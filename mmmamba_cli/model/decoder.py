@@ -98,7 +98,7 @@ class HolisticDecoder(nn.Module):
         if seq_idx is not None and state.language.length > 0:
             raise ValueError("packed sequences cannot continue from a cache")
         mask = None if attention_mask is None else attention_mask[:, -length:].bool()
-        is_image = self._find_images(input_ids, pixel_values)
+        is_image = self.find_images(input_ids, pixel_values)
         expansion = None
         vision = self.config.vision_config
         if is_image is not None and vision is not None and vision.pixel_shuffle == "post":
@@ -173,7 +173,7 @@ class HolisticDecoder(nn.Module):
             hidden = hidden / hidden.norm(dim=-1, keepdim=True)
         return hidden
 
-    def _find_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor | None:
+    def find_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor | None:
         """(B, T) bool of image columns, checked against the tiles given; None without images."""
         vision = self.config.vision_config
         if pixel_values is None:

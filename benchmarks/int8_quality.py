@@ -1,0 +1,104 @@
+"""What int8 weights cost in answers: a model against itself, on suites that ship.
+
+    python benchmarks/int8_quality.py MODEL... [--suites scenes ...] [--limit N] [--out FILE]
+
+MODEL is a checkpoint's folder or the name of one that ships. Each model answers each suite twice,
+as `mmmamba eval` asks it: with its own weights, and after `decoding.quantize`. Prints one JSON
+object: scores by the suite's rules, retention with its interval, and how many answers changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmmamba_cli.checkpoint import pick_device
+from mmmamba_cli.decoding import quantize
+from mmmamba_cli.evaluate import (
+    Options,
+    Scored,
+    Watch,
+    compare_with_teacher,
+    evaluate_model,
+    find_suite,
+    open_suite,
+)
+from mmmamba_cli.evaluate.opening import path_candidate
+from mmmamba_cli.runs.manifest import versions
+
+PREDICTIONS = "predictions.tsv"
+
+
+def answered(model: Any, name: str, options: Options, folder: Path) -> tuple[Scored, list[str]]:
+    """The suite's scores, and each answer's line."""
+    suite = find_suite(name)
+    table, rows = open_suite(suite, options, lambda text: print(text, file=sys.stderr))
+    scored = evaluate_model(model, suite, table, rows, folder, options, Watch())
+    return scored, (folder / PREDICTIONS).read_text().splitlines()[1:]
+
+
+def examine(name: str, given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    options = Options(limit=given.limit, seed=given.seed)
+    model = path_candidate(Path(name), given.device, given.dtype).open()
+    plain = {
+        suite: answered(model, suite, options, work / f"{suite} plain") for suite in given.suites
+    }
+    quantize(model.model)
+    settings = {**model.identity.answers_depend_on, "weights": "int8"}
+    model.identity = replace(model.identity, name=f"{name}, int8", answers_depend_on=settings)
+    found: dict[str, Any] = {}
+    for suite, (before, lines) in plain.items():
+        after, new_lines = answered(model, suite, options, work / f"{suite} int8")
+        found[suite] = {
+            "questions": len(lines),
+            "answers_that_changed": sum(a != b for a, b in zip(lines, new_lines, strict=True)),
+            "plain": [part.model_dump(mode="json") for part in before.result.rules],
+            "int8": [part.model_dump(mode="json") for part in after.result.rules],
+            "retention": [
+                part.model_dump(mode="json")
+                for part in compare_with_teacher([after], before, given.seed)
+            ],
+        }
+        print(name, suite, found[suite]["retention"], file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--suites", nargs="+", default=["scenes"])
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    device = pick_device(given.device)
+    result: dict[str, Any] = {
+        "what": "answers of models with int8 weights against those with their own",
+        "command": " ".join(["python", "benchmarks/int8_quality.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": versions(),
+        "seed": given.seed,
+        "models": {},
+    }
+    for name in given.models:
+        with tempfile.TemporaryDirectory() as work:
+            result["models"][name] = examine(name, given, Path(work))
+    text = json.dumps(result, indent=2) + "\n"
+    if given.out is not None:
+        given.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

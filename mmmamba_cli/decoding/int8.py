@@ -1,0 +1,95 @@
+"""Weight-only int8 for decoding: a step reads half the bytes of bf16.
+
+Rows are scaled symmetrically (`ops.quantize`); activations, norms, embeddings and the vision part
+stay as they are. Legend: O rows of a weight, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmmamba_cli.decoding.packing import groups_of, joined, linears_of, require_plain
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.ops.projection import Int8Weight, project
+from mmmamba_cli.ops.projection import quantize as quantized
+
+
+class Int8Linear(nn.Module):
+    """A linear layer, (..., D) -> (..., O), over rows of an int8 weight that others may share.
+
+    With many rows of input, as at prefill, the weight is widened for the moment of the product.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, values: Tensor, scales: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = values.shape
+        self.register_buffer("values", values)
+        self.register_buffer("scales", scales)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = project(x.reshape(-1, x.shape[-1]), self.as_weight(), bias=self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def as_weight(self) -> Int8Weight:
+        return Int8Weight(self.values, self.scales)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def quantize(model: HolisticVLM) -> None:
+    """Replace every linear layer of the blocks, and the head, by an `Int8Linear`.
+
+    In place and for good; the weights are freed one after the other. What is quantized already is
+    left alone. Such a model generates as before, it cannot be trained or saved.
+
+    Raises `MmmambaError` for layers that are not plain linear ones, as with adapters.
+    """
+    if isinstance(model.lm_head, Int8Linear):
+        return
+    require_plain(model)
+    for block in model.model.blocks:
+        places = {id(layer): name for name, layer in linears_of(block).items()}
+        for layers in (*groups_of(block), [block.mixer.o_proj], [block.mlp.down_proj]):
+            for layer, replacement in zip(layers, _quantize_together(layers), strict=True):
+                part, _, name = places[id(layer)].partition(".")
+                setattr(getattr(block, part), name, replacement)
+    (head,) = _quantize_together([model.lm_head])
+    model.set_output_embeddings(head)
+    if model.get_input_embeddings().weight.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def joined_int8(layers: Sequence[Int8Linear]) -> Int8Weight:
+    """The packed weight that the layers are rows of; a copy if the model was moved since."""
+    parts = [[layer.values for layer in layers], [layer.scales for layer in layers]]
+    whole = [joined(part) for part in parts]
+    values, scales = (
+        torch.cat(part) if found is None else found
+        for part, found in zip(parts, whole, strict=True)
+    )
+    return Int8Weight(values, scales)
+
+
+@torch.no_grad()
+def _quantize_together(layers: Sequence[nn.Linear]) -> list[Int8Linear]:
+    """One int8 weight over all of them, and a layer for each of its parts."""
+    rows = [layer.out_features for layer in layers]
+    device, width = layers[0].weight.device, layers[0].in_features
+    values = torch.empty(sum(rows), width, dtype=torch.int8, device=device)
+    scales = torch.empty(sum(rows), dtype=torch.float32, device=device)
+    parts = zip(layers, values.split(rows), scales.split(rows), strict=True)
+    made = []
+    for layer, own_values, own_scales in parts:
+        found = quantized(layer.weight.detach())
+        own_values.copy_(found.values)
+        own_scales.copy_(found.scales)
+        made.append(Int8Linear(own_values, own_scales, layer.bias))
+    return made

@@ -1,0 +1,171 @@
+"""Reading a prompt with the model's own layers, in parts, into memory that stays where it is.
+
+Legend: B batch, T columns of the prompt, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.decoding.states import KeysValues, ScanState, States
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.cache import DecodingState
+from mmmamba_cli.model.decoder import Prompt
+
+# Columns at a time of a model whose memory does not grow.
+CHUNK = 4096
+# With attention the prompt passes whole: only there is a causal flag all of the mask. Longer ones,
+# and padded ones, are cut so that the mask of a part has no more entries than this.
+WHOLE = 2**17
+MASK_ENTRIES = 2**30
+
+
+class _Keys:
+    """An attention layer's memory while a prompt is read."""
+
+    def __init__(self, memory: KeysValues):
+        self.memory = memory
+        self.seen = 0
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, K, T, P); all that was seen."""
+        begin, self.seen = self.seen, self.seen + keys.shape[2]
+        self.memory.keys[:, :, begin : self.seen].copy_(keys)
+        self.memory.values[:, :, begin : self.seen].copy_(values)
+        return self.memory.keys[:, :, : self.seen], self.memory.values[:, :, : self.seen]
+
+
+class _Scan:
+    """A Mamba-2 layer's memory while a prompt is read, named as transformers' layers name it."""
+
+    def __init__(self, memory: ScanState):
+        self.has_previous_state = [False]
+        self.conv_states, self.recurrent_states = [memory.conv], [memory.ssm]
+
+
+class PrefillCache:
+    """As much of a transformers cache as the mixers ask for, over memory of ours."""
+
+    def __init__(self, states: States):
+        self.decoding_state = DecodingState()
+        self.layers = [
+            _Keys(layer) if isinstance(layer, KeysValues) else _Scan(layer)
+            for stack in states.stacks
+            for layer in stack.layers
+        ]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        layer: Any = self.layers[layer_idx]
+        found: tuple[Tensor, Tensor] = layer.update(keys, values)
+        return found
+
+    def update_conv_state(self, state: Tensor, layer_idx: int) -> None:
+        layer: Any = self.layers[layer_idx]
+        layer.conv_states[0].copy_(state)
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int) -> None:
+        layer: Any = self.layers[layer_idx]
+        layer.recurrent_states[0].copy_(state)
+        layer.has_previous_state[0] = True
+
+
+def real_columns(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """(B, T) bool, or None if nothing is padding. Raises `DataError` unless padding is at the left.
+
+    Decoding goes on at the right, where every row has to end with a real token.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != input_ids.shape:
+        raise DataError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are "
+            f"{tuple(input_ids.shape)}",
+            "give a mask of the whole prompt and nothing else",
+        )
+    mask = attention_mask.bool()
+    if bool(mask.all()):
+        return None
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
+        raise DataError(
+            "a row of attention_mask has padding at its right or within, or no token at all",
+            "pad prompts on the left, as the processor does",
+        )
+    return mask
+
+
+def extra_columns(model: HolisticVLM, input_ids: Tensor, pixel_values: Tensor | None) -> int:
+    """Columns that the embedding stack will see beyond the language stack's.
+
+    With the pixel shuffle behind it, it sees every patch of a tile.
+    """
+    vision = model.config.vision_config
+    if pixel_values is None or vision is None or vision.pixel_shuffle != "post":
+        return 0
+    longest = int((input_ids == vision.image_token_id).sum(1).max())
+    return longest * (vision.merge**2 - 1)
+
+
+def pick_chunk(states: States, length: int, padded: bool) -> int:
+    """Columns of a prompt that pass the stacks at a time."""
+    if not states.plan.grows:
+        return CHUNK
+    if states.batch * length <= WHOLE and not padded:
+        return length
+    return max(1, MASK_ENTRIES // (states.batch * length))
+
+
+def read(
+    model: HolisticVLM,
+    states: States,
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    mask: Tensor | None,
+    chunk: int | None,
+) -> Tensor:
+    """Put the prompt into `states`; the logits (B, V) after its last column.
+
+    Each part goes through both stacks before the next one begins. Text is looked at part by part,
+    so that nothing is as long as the prompt but what it leaves behind.
+    """
+    decoder, length = model.model, input_ids.shape[1]
+    lengths = torch.full_like(input_ids[:, 0], length) if mask is None else mask.sum(1)
+    step = chunk or pick_chunk(states, length, mask is not None)
+    states.clear()
+    cache: Any = PrefillCache(states)
+    if decoder.find_images(input_ids, pixel_values) is None:
+        for start in range(0, length, step):
+            part = slice(start, start + step)
+            seen = None if mask is None else mask[:, part]
+            ids = input_ids[:, part]
+            prompt = decoder.prepare(ids, None, seen, prompt_lengths=lengths, cache=cache)
+            hidden = _last(model, prompt, cache, step)
+    else:
+        prompt = decoder.prepare(input_ids, pixel_values, mask, prompt_lengths=lengths, cache=cache)
+        hidden = _last(model, prompt, cache, step)
+    states.settle(cache.decoding_state)
+    logits: Tensor = model.lm_head(decoder.norm(hidden))
+    return states.logits.copy_(logits)
+
+
+def _last(model: HolisticVLM, prompt: Prompt, cache: Any, chunk: int) -> Tensor:
+    """Hidden states (B, D) of the prompt's last column, before the norm."""
+    decoder = model.model
+    split, length = decoder.num_embedding_layers, prompt.language.length
+    hidden = decoder.embed(prompt)
+    both = prompt.embedding
+    if both is not None and prompt.expansion is not None:
+        # All columns of an image are there before any of them is merged.
+        hidden = decoder.run(decoder.layers[:split], hidden, both, cache, chunk)
+        hidden, both = decoder.bridge(hidden, prompt), None
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        part = hidden[:, start:stop]
+        if both is not None:
+            part = decoder.run(decoder.layers[:split], part, both.chunk(start, stop), cache)
+            part = decoder.bridge(part, prompt)
+        part = decoder.run(decoder.layers[split:], part, prompt.language.chunk(start, stop), cache)
+    return part[:, -1]

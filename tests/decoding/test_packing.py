@@ -1,0 +1,214 @@
+"""Packed weights are the model's own, elsewhere; int8 weights are read as the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import distance, pad_batch, prompt, small_model
+from torch import nn
+
+from mmmamba_cli.decoding import Generator, Int8Linear, pack, quantize
+from mmmamba_cli.decoding.packing import joined, mixer_inputs, mlp_inputs
+from mmmamba_cli.decoding.plan import plan_of
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.ops.projection import dequantize
+from mmmamba_cli.ops.projection import quantize as quantized
+
+NEW = 8
+
+
+def pointers(model: Any) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def with_biases(model: Any) -> Any:
+    """Biases for q and v, none for k, and one for the output."""
+    rng = torch.Generator().manual_seed(5)
+    for block in model.model.blocks:
+        for name in ("q_proj", "v_proj", "o_proj"):
+            layer = getattr(block.mixer, name)
+            layer.bias = nn.Parameter(torch.randn(layer.out_features, generator=rng))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
+def test_forward_does_not_change_by_a_bit(plan: str) -> None:
+    model = small_model(plan)
+    ids, pixels = prompt(2, 9)
+    before = model(ids, pixels).logits
+    kept = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    pack(model)
+    assert torch.equal(model(ids, pixels).logits, before)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, kept[name]), name
+
+
+def test_weights_are_views_of_the_packed_ones() -> None:
+    model = small_model("am")
+    size = sum(p.numel() for p in model.parameters())
+    pack(model)
+    groups = [mixer_inputs(block.mixer) for block in model.model.blocks]
+    groups += [mlp_inputs(block.mlp) for block in model.model.blocks]
+    for layers in groups:
+        whole = joined([layer.weight for layer in layers])
+        assert whole is not None
+        assert torch.equal(whole, torch.cat([layer.weight for layer in layers]))
+        # No second copy: what is written there is read here.
+        whole[-1, -1] = 123.0
+        assert layers[-1].weight[-1, -1] == 123.0
+        assert whole.data_ptr() == layers[0].weight.data_ptr()
+        assert whole.untyped_storage().nbytes() == whole.nbytes
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    assert sum(storage.nbytes() for storage in storages.values()) == 4 * size
+    for layer in plan_of(model).language.layers:
+        names = [layer.mixer.inputs, layer.mlp_inputs]
+        assert all(place.weight.data_ptr() in pointers(model).values() for place in names)
+
+
+def test_packing_twice_moves_nothing() -> None:
+    model = small_model("amam")
+    pack(model)
+    before = pointers(model)
+    parameters = list(model.parameters())
+    pack(model)
+    Generator(model)
+    assert pointers(model) == before
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+def test_models_that_share_weights() -> None:
+    teacher, student = small_model("aaaa"), small_model("mmmm", seed=1)
+    for one, other in zip(teacher.model.blocks, student.model.blocks, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(other.mixer, name).weight = getattr(one.mixer, name).weight
+        other.mlp = one.mlp
+    ids, _ = prompt(0, 6)
+    expected = [
+        m.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 6:] for m in (teacher, student)
+    ]
+    # Each wants q, k and v in another order; what is made later takes them from what was before.
+    made = [Generator(teacher), Generator(student), Generator(teacher)]
+    for generator, tokens in zip(made, (*expected, expected[0]), strict=True):
+        assert torch.equal(generator.generate(ids, max_new_tokens=NEW), tokens)
+    shared = [
+        plan_of(m).language.layers[0].mlp_inputs.weight.data_ptr() for m in (teacher, student)
+    ]
+    assert shared[0] == shared[1]
+
+
+def test_weights_that_were_moved_are_packed_anew() -> None:
+    model = small_model("amam")
+    pack(model)
+    ids, _ = prompt(0, 6)
+    model.double()
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :]
+    assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW), expected)
+
+
+@pytest.mark.parametrize("plan", ["aaaa", "mmmm"])
+def test_biases_where_some_have_none(plan: str) -> None:
+    model = with_biases(small_model(plan))
+    ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
+    inputs = {"attention_mask": mask}
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False, **inputs)[:, 9:]
+    found = Generator(model).generate(ids, **inputs, max_new_tokens=NEW)
+    assert torch.equal(found, expected)
+    for block in model.model.blocks:
+        block.mixer.q_proj.bias.add_(1.0)
+    assert not torch.equal(Generator(model).generate(ids, **inputs, max_new_tokens=NEW), expected)
+
+
+def test_a_packed_model_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = small_model("amam")
+    kept = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    pack(model)
+    model.save_pretrained(tmp_path)
+    again = HolisticVLM.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == kept.keys()
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+class Adapted(nn.Linear):
+    """A stand-in for a low-rank adapter."""
+
+
+def test_what_is_not_plain_is_refused_before_anything_moves() -> None:
+    model = small_model("amam")
+    model.model.layers[2].mixer.o_proj = Adapted(32, 32, bias=False)
+    before = pointers(model)
+    for work in (pack, quantize, Generator):
+        with pytest.raises(MmmambaError, match=r"model.layers.2.mixer.o_proj is a Adapted.*merge"):
+            work(model)
+    assert pointers(model) == before
+
+
+def test_weights_of_several_dtypes_are_refused_before_anything_moves() -> None:
+    model = small_model("amam")
+    model.model.layers[3].mixer.g_proj.bfloat16()
+    before = pointers(model)
+    with pytest.raises(MmmambaError, match=r"layers.3.mixer.g_proj is torch.bfloat16.*v_proj"):
+        pack(model)
+    assert pointers(model) == before
+
+
+def rounded(model: Any) -> Any:
+    """The weights that `quantize` reads, as the plain model's."""
+    layers = [m for block in model.model.blocks for m in block.modules() if type(m) is nn.Linear]
+    for layer in (*layers, model.lm_head):
+        layer.weight.copy_(dequantize(quantized(layer.weight), layer.weight.dtype))
+    return model
+
+
+@pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
+def test_int8_is_a_model_of_rounded_weights(plan: str) -> None:
+    ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
+    expected = rounded(with_biases(small_model(plan))).double()
+    model = with_biases(small_model(plan))
+    plain = model(ids, attention_mask=mask).logits
+    quantize(model)
+    logits = model(ids, attention_mask=mask).logits
+    assert distance(logits, expected(ids, attention_mask=mask).logits) < 1e-4
+    assert 1e-3 < distance(logits, plain) < 0.3
+    # The fast path reads the very numbers that the modules read.
+    generator = Generator(model)
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    found = generator.generate(ids, attention_mask=mask, max_new_tokens=NEW)
+    assert torch.equal(found, tokens[:, 9:])
+
+
+def test_int8_lets_go_of_the_weights() -> None:
+    model = small_model("amam")
+    before = Generator(model).weight_bytes
+    gone = [model.lm_head.weight, model.model.layers[1].mlp.up_proj.weight]
+    quantize(model)
+    # Of the projections, only those of the vision part are what they were.
+    plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert plain == ["model.vision.projector.0", "model.vision.projector.2"]
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 2 * 7 + 2 * 9 + 1
+    held = set(pointers(model).values())
+    assert all(weight.data_ptr() not in held for weight in gone)
+    after = Generator(model).weight_bytes
+    # A byte for each of four, and a scale of four bytes for each row.
+    assert before / 4 < after < before / 2.5
+    heads = model.lm_head
+    quantize(model)
+    assert model.lm_head is heads and Generator(model).weight_bytes == after
+
+
+def test_int8_groups_share_one_weight() -> None:
+    model = small_model("am")
+    quantize(model)
+    values = [layer.values for layer in mixer_inputs(model.model.layers[1].mixer)]
+    assert joined(values) is not None
+    weight = plan_of(model).language.layers[0].mixer.inputs.weight
+    assert weight.values.data_ptr() == values[0].data_ptr()
+    ids, _ = prompt(0, 6)
+    expected = Generator(model).generate(ids, max_new_tokens=NEW)
+    # Each buffer moved by itself, as another device would have it.
+    for layer in mixer_inputs(model.model.layers[1].mixer):
+        layer.values, layer.scales = layer.values.clone(), layer.scales.clone()
+    assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW), expected)
