@@ -79,6 +79,8 @@ def make_weights(product: Product, int8: bool, copies: int | None = None) -> lis
 def graph_ms(call: Callable[[], object], seconds: float = 0.25) -> float:
     """Median milliseconds of one replay of everything that `call` launches."""
     side = torch.cuda.Stream()
+    # What `call` reads may still be in the making: a position that is not yet written is anything.
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()
     torch.cuda.synchronize()

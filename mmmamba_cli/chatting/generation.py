@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmmamba_cli.decoding import Generator
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import HolisticVLM, new_cache
 
@@ -42,24 +41,19 @@ def generate_ids(
     settings: Settings,
     stops: frozenset[int],
     turn: int = 0,
-    generator: Generator | None = None,
 ) -> Iterator[int]:
     """The ids of an answer to input_ids (1, T), as they are made; the stop token is not handed on.
 
     The same tokens as `model.generate` takes greedily. Drawing depends on the seed and on `turn`,
     so that a question asked twice may be answered differently. `pixel_values` as in the model's
-    forward. `generator`: the model's own, to decode with in its forward's place.
+    forward.
     """
     cache = new_cache(model.config)
     rng = torch.Generator().manual_seed((settings.seed + turn) % 2**63)
     unwanted = model.generation_config.suppress_tokens
-    if generator is None:
-        logits = model(
-            input_ids, pixel_values=pixel_values, past_key_values=cache, logits_to_keep=1
-        ).logits[0, -1]
-    else:
-        room = input_ids.shape[1] + settings.max_new_tokens
-        logits = generator.prefill(input_ids, pixel_values, capacity=room)[0]
+    logits = model(
+        input_ids, pixel_values=pixel_values, past_key_values=cache, logits_to_keep=1
+    ).logits[0, -1]
     for count in range(settings.max_new_tokens):
         token = _choose(logits, unwanted, settings.temperature, rng)
         if token in stops:
@@ -67,17 +61,14 @@ def generate_ids(
         yield token
         if count + 1 < settings.max_new_tokens:
             column = torch.tensor([[token]], device=input_ids.device)
-            if generator is None:
-                logits = model(column, past_key_values=cache).logits[0, -1]
-            else:
-                logits = generator.step(column)[0]
+            logits = model(column, past_key_values=cache).logits[0, -1]
 
 
 def _choose(
     logits: Tensor, unwanted: list[int] | None, temperature: float, rng: torch.Generator
 ) -> int:
     """One token by logits (V,)."""
-    scores = logits.float().clone()
+    scores = logits.float()
     if unwanted:
         scores[unwanted] = float("-inf")
     if temperature == 0:

@@ -11,7 +11,6 @@ import torch
 from mmmamba_cli.chatting.conversation import Conversation
 from mmmamba_cli.chatting.generation import Settings, generate_ids
 from mmmamba_cli.checkpoint import load_model, pick_device, pick_dtype
-from mmmamba_cli.decoding import Generator
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, TextStream
@@ -36,8 +35,6 @@ class Speaker:
     processor: HolisticVLMProcessor | HolisticTextProcessor
     kind: str
     final: bool | None
-    # Decodes in the model's place where that is faster.
-    generator: Generator | None = None
 
     @property
     def sees(self) -> bool:
@@ -68,7 +65,6 @@ class Speaker:
             settings,
             frozenset(self.processor.stop_token_ids),
             turn=len(conversation.questions) - 1,
-            generator=self.generator,
         )
         pieces: list[str] = []
         stream = TextStream(self.processor.tokenizer, pieces.append, skip_prompt=False)
@@ -127,5 +123,4 @@ def load_speaker(where: Named, device: str | None = None, dtype: str = "auto") -
     chosen = pick_device(device)
     wanted = pick_dtype(dtype, chosen)
     model = load_model(checkpoint.path, device=chosen, dtype=wanted, checkpoint=checkpoint)
-    generator = Generator(model) if chosen.type == "cuda" else None
-    return Speaker(where.name, model, processor, where.kind, where.final, generator)
+    return Speaker(where.name, model, processor, where.kind, where.final)

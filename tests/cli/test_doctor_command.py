@@ -32,7 +32,8 @@ def test_a_fit_machine_is_told_so(doctor: Doctor) -> None:
         for backend in backends:
             for dtype in ("float32", "bfloat16"):
                 (row,) = [r for r in rows if r[:3] == [op, backend, dtype]]
-                assert row[-1] == "ok"
+                # Kernels may be installed where there is no GPU to run them on.
+                assert "skipped" in row if backend == "triton" else row[-1] == "ok"
     assert ["torch", torch.__version__, ">=2.9"] in rows
 
 
@@ -58,7 +59,9 @@ def test_for_machines(doctor: Doctor) -> None:
     assert done.code == 0
     found = json.loads(done.out)
     assert (found["fit"], found["failures"], found["device"]) == (True, [], "cpu")
-    assert {op["status"] for op in found["ops"]} == {"ok"}
+    kernels = {op["status"] for op in found["ops"] if op["backend"] == "triton"}
+    assert kernels <= {"skipped"}
+    assert {op["status"] for op in found["ops"] if op["backend"] != "triton"} == {"ok"}
     assert found["devices"][0]["name"] == "cpu"
     assert {p["name"] for p in found["packages"]} >= {"python", "torch", "triton", "lm-eval"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import IMAGE_ID, VOCABULARY, distance, join_pixels, pad_batch, prompt, small_model
 
-from mmmamba_cli.decoding import Generator
+from mmmamba_cli.decoding import Generator, Settings
 from mmmamba_cli.decoding.states import states_size
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.model import new_cache
@@ -118,6 +118,18 @@ def test_the_prompt_before_leaves_nothing() -> None:
     generator.generate(ids, **inputs, max_new_tokens=NEW)
     generator.generate(prompt(0, 9, 3)[0], max_new_tokens=NEW)
     assert torch.equal(generator.generate(first, max_new_tokens=NEW), expected)
+
+
+def test_padding_and_ends_are_forgotten() -> None:
+    model = small_model("amam")
+    generator = Generator(model)
+    ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
+    whole = torch.cat((prompt(0, 9)[0], prompt(0, 9, 2)[0]))
+    expected = greedy(model, whole)
+    # Both rows end at once, one behind four columns of padding, in the memory of the next.
+    padded = generator.generate(ids, attention_mask=mask, max_new_tokens=1, eos=range(VOCABULARY))
+    assert padded.shape == (2, 1)
+    assert torch.equal(generator.generate(whole, max_new_tokens=NEW), expected)
 
 
 def test_what_is_left_over_is_not_read() -> None:
@@ -239,6 +251,8 @@ def test_pretending_is_like_reading() -> None:
     model = small_model("amam", rope_scaling={"type": "dynamic", "factor": 2.0})
     generator = Generator(model)
     generator.pretend(1, 20, capacity=22)
+    # Both stacks, and each row's position, stand behind the columns that were not read.
+    assert (generator._reading.states.counters == 20).all()
     first = generator.step(torch.tensor([[4]])).clone()
     generator.step(torch.tensor([[4]]))
     with pytest.raises(DataError, match="room for 22"):
@@ -246,6 +260,28 @@ def test_pretending_is_like_reading() -> None:
     assert first.isfinite().all()
     generator.pretend(1, 20, capacity=22)
     assert torch.equal(generator.step(torch.tensor([[4]])), first)
+
+
+def test_measured_tokens_are_chosen_as_others_are() -> None:
+    generator = Generator(small_model("amam"))
+    generator.pretend(2, 20, capacity=24)
+    token = torch.zeros(2, 1, dtype=torch.long)
+    for _ in range(4):
+        logits = generator.step(token)
+        logits[:, IMAGE_ID] = -torch.inf
+        token = logits.argmax(-1, keepdim=True)
+    # What an answer before left in the tables of ends and padding must not count.
+    generator.generate(prompt(0, 5)[0], max_new_tokens=1, eos=range(VOCABULARY))
+    generator.pretend(2, 20, capacity=24, settings=Settings(eos=()))
+    with pytest.raises(ValueError, match="prefill comes first"):
+        generator.step(token)
+    generator._reading.states.ids.zero_()
+    assert torch.equal(generator.advance(4), token)
+    with pytest.raises(DataError, match="room for 24"):
+        generator.advance(1)
+    generator.prefill(prompt(0, 5)[0])
+    with pytest.raises(ValueError, match="pretend with settings comes first"):
+        generator.advance(1)
 
 
 def test_what_cannot_be_read_is_refused() -> None:

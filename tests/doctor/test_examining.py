@@ -60,10 +60,13 @@ def test_every_public_op_has_backends_and_cases() -> None:
 
 
 def test_all_ops_are_right_here_in_both_dtypes() -> None:
-    found = list(check_ops(CPU, (torch.float32, torch.bfloat16)))
+    every = list(check_ops(CPU, (torch.float32, torch.bfloat16)))
+    # Kernels may be installed where there is no GPU to run them on.
+    assert all(check.status == "skipped" for check in every if check.backend == "triton")
+    found = [check for check in every if check.backend != "triton"]
     assert all(check.status == "ok" for check in found), [c.sentence for c in found]
     assert all(c.backward is not None and c.forward is not None for c in found)
-    backends = {(c.op, c.backend) for c in found}
+    backends = {(c.op, c.backend) for c in every}
     registered = {(name, b) for name, table in ops.BACKENDS.items() for b in table}
     assert backends == registered | {("attention", "sdpa")}
     # Errors of rounding, not of nothing: bf16 has 8 bits.

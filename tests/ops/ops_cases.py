@@ -11,6 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+# Scans that run anywhere and in fp64; kernels have tests of their own.
+REFERENCES = ("chunked", "recurrent")
+
 
 @dataclass
 class Scan:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_cases import make_scan
+from ops_cases import REFERENCES, make_scan
 from torch import Tensor
 
 from mmmamba_cli.ops import (
@@ -13,7 +13,6 @@ from mmmamba_cli.ops import (
     ssd,
     ssd_step,
 )
-from mmmamba_cli.ops.ssd import SCAN_BACKENDS
 
 MASK = torch.tensor([[0, 1, 1, 0, 1]])
 SEQ_IDX = torch.tensor([[5, 5, 3, 3, 3]])
@@ -33,7 +32,7 @@ def small_scan(length: int) -> dict[str, Tensor]:
 
 
 @layouts
-@pytest.mark.parametrize("backend", sorted(SCAN_BACKENDS))
+@pytest.mark.parametrize("backend", REFERENCES)
 def test_gradcheck_ssd(mask, seq_idx, backend):
     tensors = small_scan(5)
 
@@ -50,7 +49,7 @@ def test_gradcheck_ssd(mask, seq_idx, backend):
     assert torch.autograd.gradcheck(scan, tuple(tensors.values()))
 
 
-@pytest.mark.parametrize("backend", sorted(SCAN_BACKENDS))
+@pytest.mark.parametrize("backend", REFERENCES)
 def test_gradcheck_ssd_with_steps_as_given(backend):
     tensors = small_scan(3)
 

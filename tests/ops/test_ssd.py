@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import (
+    REFERENCES,
     Scan,
     chunk_sizes,
     make_scan,
@@ -21,7 +22,7 @@ from mmmamba_cli.ops import ssd, ssd_step
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS
 
 quick = settings(max_examples=40, deadline=None)
-backends = pytest.mark.parametrize("backend", sorted(SCAN_BACKENDS))
+backends = pytest.mark.parametrize("backend", REFERENCES)
 
 
 def run(scan: Scan, dt_softplus: bool = True, **options: object) -> tuple[Tensor, Tensor]:

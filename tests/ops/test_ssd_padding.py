@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import (
+    REFERENCES,
     Scan,
     chunk_sizes,
     make_scan,
@@ -19,10 +20,9 @@ from ops_cases import (
 from torch import Tensor
 
 from mmmamba_cli.ops import ssd
-from mmmamba_cli.ops.ssd import SCAN_BACKENDS
 
 quick = settings(max_examples=40, deadline=None)
-backends = pytest.mark.parametrize("backend", sorted(SCAN_BACKENDS))
+backends = pytest.mark.parametrize("backend", REFERENCES)
 
 
 @st.composite

@@ -48,7 +48,8 @@ MIXER_STEP_BACKENDS: dict[str, MixerStepBackend] = {
 }
 # A program holds whole rows of a head's state.
 MOST_TRITON_DIMS = 256
-# At 256 rows an H100 reported an illegal access in the benchmark, not yet explained; 64 are fine.
+# Checked on an H100 up to 64 rows; the only run at 256, of a benchmark that read its inputs before
+# they were there, ended with an illegal access and was not repeated.
 MOST_TRITON_ROWS = 64
 
 
