@@ -5,12 +5,14 @@ Legend: B rows, T columns, N tiles, S side of a tile in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.processing import normalize
 
 # Label of a token that is not part of an answer.
 IGNORED = -100
@@ -41,7 +43,8 @@ class Batch:
     labels: (B, T) int64, the token itself where it belongs to an answer, else IGNORED; not shifted.
     attention_mask: (B, T) bool, False for padding; None if there is none.
     seq_idx: (B, T) int64, the number of the sample within its row; None if each row holds one.
-    pixel_values: (N, 3, S, S) float32, tiles in the order of the rows; None without images.
+    pixel_values: (N, 3, S, S), tiles in the order of the rows; None without images. uint8 as they
+        come from the loader, and float32, normalised, once `to` has brought them to a device.
     num_tokens: tokens that are not padding.
     """
 
@@ -55,14 +58,30 @@ class Batch:
     names: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`, pixels normalised there."""
+        # A copy out of pinned memory need not be waited for; the GPU does things in order.
+        early = torch.device(device).type == "cuda"
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=early))
+        pixels = moved.pixel_values
+        if pixels is None or pixels.dtype != torch.uint8:
+            return moved
+        return replace(moved, pixel_values=normalize(pixels))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU reads while the host goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            attention_mask=_to(self.attention_mask, device),
-            seq_idx=_to(self.seq_idx, device),
-            pixel_values=_to(self.pixel_values, device),
+            input_ids=change(self.input_ids),
+            labels=change(self.labels),
+            attention_mask=changed(self.attention_mask),
+            seq_idx=changed(self.seq_idx),
+            pixel_values=changed(self.pixel_values),
         )
 
 
@@ -78,6 +97,6 @@ class StepBatches:
     bad: tuple[BadSample, ...]
     num_planned: int
 
-
-def _to(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    def pin_memory(self) -> StepBatches:
+        """The same with pinned micro batches; torch's loader calls it by this name."""
+        return replace(self, micro=tuple(micro.pin_memory() for micro in self.micro))

@@ -82,13 +82,13 @@ class Encoder:
 
 
 def decode_images(sample: Encoded, images: ImageProcessor | None) -> list[Tensor]:
-    """The tiles of a sample's pictures, (N, 3, S, S), in a list; an empty one without pictures.
+    """The tiles of a sample's pictures, uint8 (N, 3, S, S), in a list; empty without pictures.
 
     Raises `DataError` if a picture cannot be decoded.
     """
     if not sample.images or images is None:
         return []
-    pixels, num_tiles = images([load_picture(image) for image in sample.images])
+    pixels, num_tiles = images.as_bytes([load_picture(image) for image in sample.images])
     if tuple(num_tiles) != sample.num_tiles:
         raise DataError(f"its images have {num_tiles} tiles, their headers said otherwise")
     return [pixels]

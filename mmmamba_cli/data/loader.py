@@ -27,7 +27,7 @@ class StepLoader:
 
     `batch_size` samples make a global batch; each process gets its share in `accumulation` micro
     batches. `workers` processes prepare steps ahead, 0 prepares each when it is asked for; what
-    comes out is the same.
+    comes out is the same. `pin_memory` is for batches that go to a GPU.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class StepLoader:
         seed: int = 0,
         max_tiles: int | None = None,
         workers: int = 0,
+        pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -51,6 +52,7 @@ class StepLoader:
         self.accumulation = accumulation
         self.batching = batching
         self.workers = workers
+        self.pin_memory = pin_memory
         self.rank = rank
         self.world_size = world_size
         self._encoder = Encoder(processor, max_length, max_tiles)
@@ -66,6 +68,7 @@ class StepLoader:
             batch_size=None,
             sampler=range(first, stop),
             num_workers=self.workers,
+            pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_main,
         )
         running = iter(loader)

@@ -81,7 +81,9 @@ def train(
     optimiser = build_optimiser(job.stage, parameters)
     if progress.step:
         job.states.load(job.states.path(progress.step).name, parameters, optimiser)
-    job.pair.student.model.gradient_checkpointing = not job.objective.layer_local
+    job.pair.student.model.gradient_checkpointing = (
+        job.stage.checkpointing and not job.objective.layer_local
+    )
     saved = progress.step
     started = time.perf_counter()
     for batches in job.loader.steps(progress.step, job.stage.steps):

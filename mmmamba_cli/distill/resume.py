@@ -12,6 +12,7 @@ from mmmamba_cli.runs import Manifest
 # Settings that change how a stage is computed or watched, and not what it learns.
 HARMLESS = (
     "stage.accumulation",
+    "stage.checkpointing",
     "stage.evaluate_every",
     "stage.save_every",
     "data.held_out",

@@ -188,6 +188,7 @@ def _loaders(
             seed=recipe.seed if data.shuffle_seed is None else data.shuffle_seed,
             max_tiles=data.max_tiles,
             workers=data.workers,
+            pin_memory=world.device.type == "cuda",
             rank=world.rank,
             world_size=world.size,
         )

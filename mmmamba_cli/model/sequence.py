@@ -7,6 +7,7 @@ T columns of this call, S columns seen before, P head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,6 +88,16 @@ class Columns:
         """
         if self.length == 1 and num_keys == self.past + 1 and self.key_mask is None:
             return None
+        if num_keys == self.past + self.length:
+            return self._own_attention_mask
+        return self._attention_mask(num_keys)
+
+    @cached_property
+    def _own_attention_mask(self) -> Tensor:
+        """Without unused keys; made once, since every layer of a stack asks for it."""
+        return self._attention_mask(self.past + self.length)
+
+    def _attention_mask(self, num_keys: int) -> Tensor:
         queries = torch.arange(self.past, self.past + self.length, device=self.cos.device)
         keys = torch.arange(num_keys, device=self.cos.device)
         allowed = (keys[None, :] <= queries[:, None])[None]

@@ -15,7 +15,7 @@ from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_
 from mmmamba_cli.processing.streaming import TextStream
 from mmmamba_cli.processing.text_loading import alone, as_ids, processor_from_language_model
 from mmmamba_cli.processing.text_processor import HolisticTextProcessor, TextOnlyMarker
-from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles
+from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles, normalize
 from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
 from mmmamba_cli.processing.training import TrainingProcessor
 
@@ -43,6 +43,7 @@ __all__ = [
     "count_tiles",
     "count_tokens_per_tile",
     "image_size",
+    "normalize",
     "open_image",
     "processor_from_folder",
     "processor_from_hovle",

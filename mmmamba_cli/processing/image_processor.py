@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.processing.images import MAX_PIXELS, ImageSource, open_image
-from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize_tiles
+from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize, stack_tiles
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,14 @@ class ImageProcessor:
 
         Raises `DataError` for a picture that cannot be used, see `open_image`.
         """
+        pixels, counts = self.as_bytes(images)
+        return normalize(pixels), counts
+
+    def as_bytes(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
+        """The same before `normalize`, as uint8: a quarter of the bytes to hand on."""
         size = self.tiling.image_size
-        pixels = [torch.empty(0, 3, size, size)]
+        pixels = [torch.empty(0, 3, size, size, dtype=torch.uint8)]
         for index, source in enumerate(images, start=1):
             image = open_image(source, label=f"image {index}", max_pixels=self.max_pixels)
-            pixels.append(normalize_tiles(cut_tiles(image, self.tiling)))
+            pixels.append(stack_tiles(cut_tiles(image, self.tiling)))
         return torch.cat(pixels), [len(tiles) for tiles in pixels[1:]]

@@ -92,9 +92,23 @@ def cut_tiles(image: Image.Image, tiling: Tiling) -> list[Image.Image]:
     return tiles
 
 
-def normalize_tiles(tiles: Sequence[Image.Image]) -> Tensor:
-    """RGB tiles -> (N, 3, S, S) float32: 0..1, less ImageNet's mean, over its deviation."""
+def stack_tiles(tiles: Sequence[Image.Image]) -> Tensor:
+    """RGB tiles -> (N, 3, S, S) uint8."""
     pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
-    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    deviation = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    return pixels.permute(0, 3, 1, 2).float().div(255).sub(mean).div(deviation).contiguous()
+    return pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 (N, 3, S, S) -> float32 on the same device: 0..1, less ImageNet's mean, over its
+    deviation."""
+    # Tensors, since a GPU divides by a plain number as a product with its inverse: other bits.
+    full, mean, deviation = (
+        torch.tensor(values, device=pixels.device).view(-1, 1, 1)
+        for values in ((255.0,), IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return pixels.float().div_(full).sub_(mean).div_(deviation)
+
+
+def normalize_tiles(tiles: Sequence[Image.Image]) -> Tensor:
+    """RGB tiles -> (N, 3, S, S) float32, normalised."""
+    return normalize(stack_tiles(tiles))

@@ -17,6 +17,9 @@ from mmmamba_cli.data.batching import blank, collate, deal, make_rows
 from mmmamba_cli.processing import HolisticVLMProcessor
 
 BATCHINGS = ("padded", "bucketed", "packed")
+# ImageNet's, over the three colours.
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+DEVIATION = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
 
 def loader(folder: Path, processor: HolisticVLMProcessor, **given: Any) -> StepLoader:
@@ -197,7 +200,7 @@ def test_packed_rows_through_a_model(
     table = torch.randn(535, 32, generator=torch.Generator().manual_seed(3))
     model.model.text_embedding.weight = torch.nn.Parameter(table, requires_grad=False)
     source = loader(folder, processor, batching="packed", batch_size=5, max_length=900)
-    (batch,) = next(source.steps(0, 1)).micro
+    (batch,) = (micro.to("cpu") for micro in next(source.steps(0, 1)).micro)
     assert batch.seq_idx is not None
     together = model(
         batch.input_ids, batch.pixel_values, batch.attention_mask, seq_idx=batch.seq_idx
@@ -214,6 +217,7 @@ def test_packed_rows_through_a_model(
                 e for e in map(encoder, (corpus[i] for i in range(len(corpus)))) if e.ids == ids
             )
             alone, _ = collate([[sample]], encoder.images, processor.pad_token_id)
+            alone = alone.to("cpu")
             expected = model(alone.input_ids, alone.pixel_values).logits[0]
             assert distance(together[row][here], expected) < 1e-4
             assert torch.equal(batch.labels[row][here], alone.labels[0])
@@ -221,5 +225,10 @@ def test_packed_rows_through_a_model(
 
 def test_moving_a_batch_keeps_the_rest(folder: Path, processor: HolisticVLMProcessor) -> None:
     batch = next(loader(folder, processor).steps(0, 1)).micro[0]
-    assert equal(batch.to("cpu"), batch)
+    moved = batch.to("cpu")
+    assert batch.pixel_values is not None and batch.pixel_values.dtype == torch.uint8
+    expected = batch.pixel_values.float().div(255).sub(MEAN).div(DEVIATION)
+    assert moved.pixel_values is not None and torch.equal(moved.pixel_values, expected)
+    assert equal(replace(moved, pixel_values=batch.pixel_values), batch)
+    assert equal(moved.to("cpu"), moved)
     assert replace(batch, num_samples=0).to("cpu").num_samples == 0
