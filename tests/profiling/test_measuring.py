@@ -40,7 +40,12 @@ def test_every_subject_task_and_context_has_its_planted_numbers() -> None:
     assert (one.median, one.quartiles) == (40.0, (40.0, 40.0))
     # Ten bytes a column, seven while a step runs; what else is held counts for nothing.
     assert one.memory is not None
-    assert one.memory.model_dump() == {"weights": 3000, "cache": 200, "peak": 3207}
+    assert one.memory.model_dump() == {
+        "weights": 3000,
+        "cache": 200,
+        "peak": 3207,
+        "apart": False,
+    }
     assert one.memory.total == 3207
     read = found["fast", "prefill", 40]
     assert read.rounds == ((0.25,),) * 3
