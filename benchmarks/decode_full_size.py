@@ -172,8 +172,8 @@ class Marks:
         return 100 * (max(known) / min(known) - 1) if known and len(known) == len(values) else None
 
 
-def main() -> None:
-    options = arguments()
+def main(words: Sequence[str] | None = None) -> list[Row]:
+    options = arguments(words)
     names = (LINEAR, TUNED, INT8)
     store = weight_store(options.device, options.dtype)
     plan = Plan(
@@ -187,6 +187,7 @@ def main() -> None:
         gate_at=(options.at,),
         throughput=(options.at,),
         throughput_of=names,
+        largest_batch=options.most,
         seed=options.seed,
     )
     found = profile(
@@ -208,6 +209,7 @@ def main() -> None:
     if options.folder is not None:
         write_profile(found, options.folder)
     say(f"wrote {options.out}")
+    return rows
 
 
 def subjects_of(subjects: Sequence[Subject]) -> list[Subject]:
@@ -239,7 +241,7 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -251,10 +253,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at", type=int, default=103424)
     parser.add_argument("--short", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--most", type=int, default=1024, help="largest batch that is tried")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -69,6 +69,7 @@ class Plan:
     # Contexts at which batches are tried for the most tokens a second, and of whom; () is of all.
     throughput: tuple[int, ...] = ()
     throughput_of: tuple[str, ...] = ()
+    largest_batch: int = 4096
     # Whether the device's rates are measured, and with them floors.
     floors: bool = True
     # Whether a GPU's memory, launches and energy are read, which takes turns of their own.

@@ -28,7 +28,6 @@ from mmmamba_cli.profiling.turns import decode_turn
 # A doubling that gives less than this share more has gained nothing; after two, no other is tried.
 GAIN = 0.03
 PATIENCE = 2
-MOST = 4096
 # Batches tried between one that fits and its double that does not.
 BISECTIONS = 2
 REPEATS, WARM_UP = 3, 2
@@ -53,9 +52,11 @@ def search(
         meter.clean()
         for context in sorted(plan.throughput):
             tried = _Search(subject, context, plan, loaded, meter, ceilings, until).run()
-            best = max((one.rate or 0.0 for one in tried), default=0.0)
+            # Of equals the first, which is the smallest.
+            best = max(tried, key=lambda one: one.rate or 0.0)
             found += [
-                one.model_copy(update={"best": best > 0 and one.rate == best}) for one in tried
+                one.model_copy(update={"best": one is best and one.rate is not None})
+                for one in tried
             ]
     return found
 
@@ -73,7 +74,7 @@ class _Search:
 
     def run(self) -> list[Throughput]:
         batch, best, idle = 1, 0.0, 0
-        while batch <= MOST and idle < PATIENCE:
+        while batch <= self.plan.largest_batch and idle < PATIENCE:
             one = self._try(batch)
             if one.status == OUT_OF_MEMORY:
                 self._between(batch // 2, batch)
