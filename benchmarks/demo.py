@@ -2,7 +2,9 @@
 
 `make demo` runs it on the shipped teacher of composed scenes and ends with one page to look at. It
 goes on where it was stopped. Every part is a command of mmmamba, printed before it runs; only the
-comparison with the teacher token by token, on lessons nobody learned from, is measured here.
+comparison with the teacher token by token, on lessons nobody learned from, is measured here. The
+seeded students and the unseeded one are made side by side, each with half of the threads, since
+steps this small gain little from more.
 """
 
 from __future__ import annotations
@@ -11,33 +13,33 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from token_agreement import COMPARISONS, by_lesson
 
 from mmmamba_cli.checkpoint import atomic_write_text, shipped_models
 from mmmamba_cli.cli import main as run_command
-from mmmamba_cli.data import IGNORED, Batch, StepLoader, open_corpus
-from mmmamba_cli.distill.layerwise import prepare
-from mmmamba_cli.distill.logits_kl import next_tokens
-from mmmamba_cli.distill.pair import Pair, load_pair
 from mmmamba_cli.errors import MmmambaError, RunError
-from mmmamba_cli.runs import Run, open_processor
+from mmmamba_cli.runs import Run
 from mmmamba_cli.runs.manifest import now
 
 TEACHER, RECIPE = "scenes-teacher", "scenes-demo"
 SCENES, HELD_OUT, SEEDED, UNSEEDED = "scenes", "held-out", "seeded", "unseeded"
+LANES = (SEEDED, UNSEEDED)
 LINEAR, HYBRID, ATTENTION_LAYERS = "linear-stage3", "hybrid-2-stage3", 2
 PICTURES, LESSONS, HELD_OUT_LESSONS = 8, 160, 60
 CONTEXTS, BUDGET = "256,1k,4k", 12
-MARKER, PAGE, AGREEMENT = "demo.json", "report.html", "comparisons/agreement.json"
+MARKER, PAGE = "demo.json", "report.html"
 # At random, W_O too must learn, which the recipe keeps as it is.
 SCRATCH = ("--init", "scratch", "--set", "stages.stage3.learns=[model.layers.*.mixer.*]")
-MISTAKE = 2
+MISTAKE, INTERRUPTED = 2, 130
 NOTE = (
     "Students distilled here saw a few hundred short conversations, thousands of times fewer than "
     "a student needs: expect the linear ones near guessing. What can be seen already is which way "
@@ -52,58 +54,26 @@ class Step:
     what: str
     words: tuple[str, ...]
     done: str | None = None
+    # Which of the two lanes it belongs to; None: to neither, it has the machine to itself.
+    lane: str | None = None
 
 
 def steps() -> Iterator[Step]:
     """The commands, with paths that count from the demo's folder."""
-    lessons = ("--data", f"{SCENES}/lessons.jsonl", "--image-root", SCENES)
-    made = "{}/products/{}/manifest.json".format
-    size = ("--pictures", str(PICTURES), "--lessons", str(LESSONS))
+    size = ("--short", "--pictures", str(PICTURES), "--lessons", str(LESSONS))
     yield Step(
         "draw scenes to ask about, and lessons to learn from",
         ("scenes", "build", "--out", SCENES, *size),
         f"{SCENES}/SCENES.tsv",
     )
-    unseen = ("--pictures", "1", "--lessons", str(HELD_OUT_LESSONS), "--seed", "1")
+    unseen = ("--short", "--pictures", "1", "--lessons", str(HELD_OUT_LESSONS), "--seed", "1")
     yield Step(
         "lessons that nobody learns from",
         ("scenes", "build", "--out", HELD_OUT, *unseen),
         f"{HELD_OUT}/lessons.jsonl",
     )
-    for run, extra, what in (
-        (SEEDED, (), "a student whose mixers begin as the teacher's attention"),
-        (UNSEEDED, (*SCRATCH, "--no-report"), "one whose mixers begin at random"),
-    ):
-        seed = ("seed", TEACHER, "--recipe", RECIPE, "--run", run, "--dtype", "fp32")
-        yield Step(f"seed: {what}", (*seed, *extra), made(run, "seed"))
-        yield Step(
-            f"distill: three stages, {run}",
-            ("distill", "--run", run, *lessons),
-            made(run, LINEAR),
-        )
-    hybrid = HYBRID.removesuffix("-stage3")
-    kept = ("--attn-layers", str(ATTENTION_LAYERS))
-    yield Step(
-        "hybridize: the teacher's attention back into some layers",
-        ("hybridize", "--run", SEEDED, *kept),
-        made(SEEDED, hybrid),
-    )
-    yield Step(
-        "distill: the hybrid's last stage",
-        ("distill", "--run", SEEDED, "--from", hybrid, "--stage", "3", *lessons),
-        made(SEEDED, HYBRID),
-    )
-    asked = ("--suite", "scenes", "--data", SCENES)
-    yield Step(
-        "eval: the linear student and its teacher",
-        ("eval", "--run", SEEDED, "--from", LINEAR, "--teacher", *asked),
-    )
-    yield Step("eval: the hybrid", ("eval", "--run", SEEDED, "--from", HYBRID, *asked))
-    yield Step("eval: the unseeded student", ("eval", "--run", UNSEEDED, "--from", LINEAR, *asked))
-    for name in shipped_models():
-        if name in ("scenes-linear", "scenes-hybrid"):
-            words = ("eval", "--run", SEEDED, "--model", name, *asked)
-            yield Step(f"eval: {name}, distilled at leisure and shipped", words)
+    yield from seeded_steps()
+    yield from unseeded_steps()
     yield Step(
         "profile: memory and time against context",
         ("profile", "--run", SEEDED, "--contexts", CONTEXTS, "--budget", str(BUDGET)),
@@ -111,67 +81,89 @@ def steps() -> Iterator[Step]:
     )
 
 
-def measure_agreement(folder: Path) -> None:
-    """How often each student's most likely next token is the teacher's, in answers, by lesson."""
-    models = {
-        LINEAR: (SEEDED, LINEAR),
-        HYBRID: (SEEDED, HYBRID),
-        f"{LINEAR} ({UNSEEDED})": (UNSEEDED, LINEAR),
-    }
-    found = {
-        label: by_lesson(Run(folder / run), product, folder / HELD_OUT)
-        for label, (run, product) in models.items()
-    }
-    text = {
-        "format": 1,
-        "title": "Next tokens of answers, on lessons nobody learned from",
-        "metric": "same most likely token as the teacher's, %",
-        "unit": "lesson",
-        "command": "python benchmarks/demo.py",
-        "created": now(),
-        "models": found,
-        "compare": [[LINEAR, f"{LINEAR} ({UNSEEDED})"]],
-    }
-    place = folder / SEEDED / AGREEMENT
-    place.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(place, json.dumps(text, indent=1) + "\n")
-
-
-@torch.no_grad()
-def by_lesson(run: Run, product: str, held_out: Path) -> list[tuple[int, int]]:
-    """(tokens where both agree, tokens) in the answers of each lesson."""
-    student = run.open_product(product)
-    processor = open_processor(student)
-    if processor is None:
-        raise RunError(f"{student.path} has no tokenizer")
-    pair = load_pair(
-        run.open_teacher(),
-        student,
-        (),
-        product_dtype=torch.float32,
-        precision="fp32",
-        device=torch.device("cpu"),
+def seeded_steps() -> Iterator[Step]:
+    yield from linear_steps(SEEDED, "a student whose mixers begin as the teacher's attention")
+    hybrid = HYBRID.removesuffix("-stage3")
+    kept = ("--attn-layers", str(ATTENTION_LAYERS))
+    yield Step(
+        "hybridize: the teacher's attention back into some layers",
+        ("hybridize", "--run", SEEDED, *kept),
+        product(SEEDED, hybrid),
+        SEEDED,
     )
-    lessons = StepLoader(
-        open_corpus(str(held_out / "lessons.jsonl"), held_out),
-        processor,
-        batch_size=1,
-        max_length=1024,
-        max_tiles=1,
-        shuffle=False,
-        workers=0,
+    yield Step(
+        "distill: the hybrid's last stage",
+        ("distill", "--run", SEEDED, "--from", hybrid, "--stage", "3", *learning()),
+        product(SEEDED, HYBRID),
+        SEEDED,
     )
-    return [agreeing(pair, step.micro[0]) for step in lessons.steps(0, HELD_OUT_LESSONS)]
+    for name, what in ((LINEAR, "the linear student"), (HYBRID, "the hybrid")):
+        words = ("eval", "--run", SEEDED, "--from", name, *asking())
+        yield Step(f"eval: {what}", words, lane=SEEDED)
 
 
-def agreeing(pair: Pair, batch: Batch) -> tuple[int, int]:
-    prompt = prepare(pair, batch)
-    scored = next_tokens(batch) != IGNORED
-    best = [
-        model.lm_head(model.model(prompt)[scored]).argmax(-1)
-        for model in (pair.teacher, pair.student)
-    ]
-    return int((best[0] == best[1]).sum()), int(scored.sum())
+def unseeded_steps() -> Iterator[Step]:
+    """The seeded run is the other lane's: what is asked here is kept in this one."""
+    begin = (*SCRATCH, "--no-report")
+    yield from linear_steps(UNSEEDED, "one whose mixers begin at random", begin)
+    words = ("eval", "--run", UNSEEDED, "--from", LINEAR, "--teacher", *asking())
+    yield Step("eval: the unseeded student and the teacher", words, lane=UNSEEDED)
+    for name in shipped_models():
+        if name in ("scenes-linear", "scenes-hybrid"):
+            words = ("eval", "--run", UNSEEDED, "--model", name, *asking())
+            yield Step(f"eval: {name}, distilled at leisure and shipped", words, lane=UNSEEDED)
+
+
+def linear_steps(run: str, what: str, extra: Sequence[str] = ()) -> Iterator[Step]:
+    """Seed a student, and three stages: the same for both runs, `extra` aside."""
+    seed = ("seed", TEACHER, "--recipe", RECIPE, "--run", run, "--dtype", "fp32")
+    yield Step(f"seed: {what}", (*seed, *extra), product(run, "seed"), run)
+    yield Step(
+        f"distill: three stages, {run}",
+        ("distill", "--run", run, *learning()),
+        product(run, LINEAR),
+        run,
+    )
+
+
+def product(run: str, name: str) -> str:
+    return f"{run}/products/{name}/manifest.json"
+
+
+def learning() -> tuple[str, ...]:
+    return ("--data", f"{SCENES}/lessons.jsonl", "--image-root", SCENES)
+
+
+def asking() -> tuple[str, ...]:
+    return ("--suite", "scenes", "--data", SCENES)
+
+
+def compared(folder: Path, name: str) -> Path:
+    return folder / SEEDED / "comparisons" / f"{name}.json"
+
+
+def measure(folder: Path) -> None:
+    """How near each student's next tokens come to the teacher's, in answers, by lesson."""
+    unseeded = f"{LINEAR} ({UNSEEDED})"
+    made = {LINEAR: (SEEDED, LINEAR), HYBRID: (SEEDED, HYBRID), unseeded: (UNSEEDED, LINEAR)}
+    products = {label: Run(folder / run).open_product(name) for label, (run, name) in made.items()}
+    found = by_lesson(
+        Run(folder / SEEDED).open_teacher(), products, folder / HELD_OUT / "lessons.jsonl"
+    )
+    for name, (title, metric) in COMPARISONS.items():
+        text = {
+            "format": 1,
+            "title": title,
+            "metric": metric,
+            "unit": "lesson",
+            "command": "python benchmarks/demo.py",
+            "created": now(),
+            "models": {label: shares[name] for label, shares in found.items()},
+            "compare": [[LINEAR, unseeded]],
+        }
+        place = compared(folder, name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(place, json.dumps(text, indent=1) + "\n")
 
 
 def perform(words: Sequence[str]) -> None:
@@ -195,7 +187,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
 
     Raises `RunError` for a folder of something else, or of another version.
     """
-    marker = {"format": 1, "recipe": RECIPE, "lessons": LESSONS, "pictures": PICTURES}
+    marker = {"format": 2, "recipe": RECIPE, "lessons": LESSONS, "pictures": PICTURES}
     file = folder / MARKER
     if folder.exists() and any(folder.iterdir()):
         if not file.is_file():
@@ -213,23 +205,102 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     file.write_text(json.dumps(marker), encoding="utf-8")
 
 
-def demo(folder: Path) -> None:
-    """All steps that are not done, in `folder`, which becomes the working directory."""
-    os.chdir(folder)
-    listed = list(steps())
-    for number, step in enumerate(listed, start=1):
-        title = f"[{number}/{len(listed) + 2}] {step.what}"
+def work_through(numbered: Sequence[tuple[str, Step]]) -> None:
+    """Do what is not done, step by step, in the working directory."""
+    for number, step in numbered:
+        title = f"{number} {step.what}"
         if step.done is not None and Path(step.done).is_file():
-            print(f"{title}: done before")
+            print(f"{title}: done before", flush=True)
             continue
         began = time.perf_counter()
         print(f"{title}\n$ mmmamba {' '.join(step.words)}", flush=True)
         perform(step.words)
         print(f"({time.perf_counter() - began:.0f} s)\n", flush=True)
-    print(f"[{len(listed) + 1}/{len(listed) + 2}] compare with the teacher, token by token")
-    if not Path(SEEDED, AGREEMENT).is_file():
-        measure_agreement(Path())
-    print(f"[{len(listed) + 2}/{len(listed) + 2}] report")
+
+
+def numbered(listed: Sequence[Step]) -> list[tuple[str, Step]]:
+    """Steps with their numbers, comparison and report counted too."""
+    return [(f"[{i}/{len(listed) + 2}]", step) for i, step in enumerate(listed, start=1)]
+
+
+def side_by_side() -> None:
+    """Both lanes, each in a process of its own; each line they print comes with its lane's name.
+
+    Raises SystemExit with the exit code of one that failed; the other is told to stop then.
+    """
+    threads = max(1, torch.get_num_threads() // len(LANES))
+    # Unbuffered, so that lines come as they are written.
+    own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    print(f"two lanes side by side, {threads} thread{'s'[: threads > 1]} each\n", flush=True)
+    began = time.perf_counter()
+    lanes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--lane", lane, "--out", "."],
+            env={**os.environ, **own},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+        for lane in LANES
+    ]
+    readers = [
+        threading.Thread(target=pass_on, args=(name, lane.stdout))
+        for name, lane in zip(LANES, lanes, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
+    codes = wait_for(lanes)
+    for reader in readers:
+        reader.join()
+    print(f"(both lanes: {time.perf_counter() - began:.0f} s)\n", flush=True)
+    # One that was told to stop ends with a code as well: the reason is the other's.
+    failed = [code for code in codes if code]
+    if failed:
+        raise SystemExit(failed[0])
+
+
+def pass_on(name: str, lines: Iterable[str]) -> None:
+    for line in lines:
+        if line.strip():
+            sys.stdout.write(f"{name:>8} | {line}")
+            sys.stdout.flush()
+
+
+def wait_for(lanes: Sequence[subprocess.Popen[str]]) -> list[int]:
+    """Exit codes in the order in which the lanes ended; a failure stops the others."""
+    codes: list[int] = []
+    running = list(lanes)
+    try:
+        while running:
+            time.sleep(0.1)
+            ended = [lane for lane in running if lane.poll() is not None]
+            running = [lane for lane in running if lane not in ended]
+            codes += [lane.returncode for lane in ended]
+            if any(codes):
+                for lane in running:
+                    lane.terminate()
+    finally:
+        # After Ctrl-C, which reached them too: they save and stop.
+        for lane in running:
+            lane.wait()
+    return codes
+
+
+def demo() -> None:
+    """All steps that are not done, in the working directory."""
+    listed = numbered(list(steps()))
+    first = next(i for i, (_, step) in enumerate(listed) if step.lane is not None)
+    work_through(listed[:first])
+    side_by_side()
+    work_through([one for one in listed[first:] if one[1].lane is None])
+    total = len(listed) + 2
+    print(f"[{total - 1}/{total}] compare with the teacher, token by token", flush=True)
+    if not all(compared(Path(), name).is_file() for name in COMPARISONS):
+        began = time.perf_counter()
+        measure(Path())
+        print(f"({time.perf_counter() - began:.0f} s)\n", flush=True)
+    print(f"[{total}/{total}] report")
     title = f"{TEACHER} and its students after a few minutes on a CPU"
     read = ("--run", SEEDED, "--beside", UNSEEDED, "--data", SCENES)
     perform(("report", *read, "--title", title, "--note", NOTE, "--out", PAGE))
@@ -239,17 +310,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where it is made")
     parser.add_argument("--overwrite", action="store_true", help="start over")
+    # How the demo starts itself for one of the lanes.
+    parser.add_argument("--lane", choices=LANES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    began, cpu = time.perf_counter(), time.process_time()
     folder = options.out.absolute()
+    if options.lane is not None:
+        os.chdir(folder)
+        work_through([one for one in numbered(list(steps())) if one[1].lane == options.lane])
+        return 0
+    began = time.perf_counter()
     try:
         prepare_folder(folder, options.overwrite)
-        demo(folder)
+        os.chdir(folder)
+        demo()
     except MmmambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
-    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-    print(f"\n{wall:.0f} s, {cpu:.0f} s of CPU, {torch.get_num_threads()} threads")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    print(f"\n{time.perf_counter() - began:.0f} s, {torch.get_num_threads()} threads")
     print(f"open in a browser: {folder / PAGE}")
     return 0
 

@@ -95,17 +95,18 @@ def write_lessons(
     count: int,
     say: Say = lambda pictures: None,
     workers: int = 0,
+    short: bool = False,
 ) -> None:
     """`lessons.jsonl`, one conversation a line, and `pictures/` beside it, to train on.
 
     A scene with many questions comes in several conversations; some lessons seek one detail among
-    several pictures or in a text. A lesson is a function of the seed and its number: `workers`
-    processes, or none, write the same.
+    several pictures or in a text, unless all are to be `short`. A lesson is a function of the seed
+    and its number: `workers` processes, or none, write the same.
     """
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
     with (folder / LESSONS).open("w", encoding="utf-8") as handle, ExitStack() as stack:
-        draw = partial(_draw_part, folder, atlas, world, seed)
+        draw = partial(_draw_part, folder, atlas, world, seed, short)
         if workers:
             # Not forked: a process that has threads, as torch starts them, may not be.
             pool = ProcessPoolExecutor(workers, get_context("spawn"))
@@ -117,11 +118,15 @@ def write_lessons(
             say(len(part))
 
 
-def _draw_part(folder: Path, atlas: Atlas, world: World, seed: int, numbers: range) -> str:
+def _draw_part(
+    folder: Path, atlas: Atlas, world: World, seed: int, short: bool, numbers: range
+) -> str:
     """Pictures of some lessons as files, and their lines."""
     lines = []
     for number in numbers:
-        before, scenes, asked = _draw_one(Random(f"{seed} lesson {number}"), world, number)
+        before, scenes, asked = _draw_one(
+            Random(f"{seed} lesson {number}"), world, None if short else number
+        )
         names = [f"{PICTURES}/{number:07d}-{i}.png" for i in range(len(scenes))]
         for name, scene in zip(names, scenes, strict=True):
             render(scene, atlas).save(folder / name, compress_level=1)
@@ -134,13 +139,16 @@ def _draw_part(folder: Path, atlas: Atlas, world: World, seed: int, numbers: ran
 
 
 def _draw_one(
-    rng: Random, world: World, number: int
+    rng: Random, world: World, number: int | None
 ) -> tuple[str, Sequence[Scene], Sequence[Question]]:
-    """Text that comes before the first question, pictures, and questions of lesson `number`."""
-    if number % LONG_EVERY == 1:
+    """Text that comes before the first question, pictures, and questions of lesson `number`.
+
+    Without a number it is about one picture, never a long one.
+    """
+    if number is not None and number % LONG_EVERY == 1:
         scenes, pair = draw_pictures(rng, world, rng.randint(2, MOST_PICTURES))
         return "", scenes, pair
-    if number % LONG_EVERY == 2 and world.words:
+    if number is not None and number % LONG_EVERY == 2 and world.words:
         text, pair, _ = draw_text(rng, world, rng.randint(4, MOST_SENTENCES))
         return f"{text}\n", (), pair
     scene, asked = draw_lesson(rng, world)

@@ -46,6 +46,12 @@ def build(
     lessons: Annotated[
         int, typer.Option(min=0, help="Pictures of the training data; 0 for none.")
     ] = 1000,
+    short: Annotated[
+        bool,
+        typer.Option(
+            "--short", help="Lessons about one picture only: no long texts, no galleries."
+        ),
+    ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw lessons.")] = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -65,7 +71,7 @@ def build(
             with progress("drawing lessons", lessons, "pictures") as advance:
                 # Lessons and suite share no scene: other seeds.
                 other = seed + 1_000_003
-                write_lessons(partial, drawn, world, other, lessons, advance, workers)
+                write_lessons(partial, drawn, world, other, lessons, advance, workers, short)
     found = {
         "folder": str(folder),
         "classes": len(world.classes),

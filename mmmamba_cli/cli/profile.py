@@ -45,7 +45,7 @@ def command(
         bool | None,
         typer.Option(
             "--teacher/--no-teacher",
-            help="Measure the teacher too, its cache concatenated and static; so unless --model.",
+            help="Measure the teacher too, as shipped and tuned; so unless --model.",
         ),
     ] = None,
     teacher_path: TeacherPath = None,
@@ -73,6 +73,23 @@ def command(
         int | None,
         typer.Option(min=1, help="Tokens read at a time; as suits each model if not given."),
     ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Each student once more, its weights made int8.")
+    ] = False,
+    eager: Annotated[
+        bool,
+        typer.Option(
+            "--eager",
+            help="Students and the second teacher by PyTorch's own kernels, launched one by one.",
+        ),
+    ] = False,
+    throughput: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Contexts at which batches are doubled for the most tokens a second; 0 for none.",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Tokens timed for each model and context.")
@@ -94,11 +111,16 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure prefill, next token and memory over context lengths.
+    """Measure prefill, next token, memory, throughput and energy over context lengths.
 
-    All models in one run, in turns, once their caches are found right. What does not fit is told.
+    All models in one run, in turns, once they are found right. What does not fit is told.
     """
     lengths = None if contexts is None else _lengths(contexts)
+    crowds = _crowds(throughput)
+    if int8 and eager:
+        raise DataError(
+            "--int8 is decoded by mmmamba's own decoder, not eagerly", "leave out one of the two"
+        )
     counts = None if attn_layers is None else _counts(attn_layers)
     if random is not None and (model or product or teacher_path):
         raise DataError(
@@ -108,13 +130,23 @@ def command(
     if counts is not None and random is None:
         raise DataError("--attn-layers needs --random NAME", "hybridize makes a run's hybrids")
 
-    from mmmamba_cli.profiling import default_plan, random_subjects, weight_store, write_profile
+    from mmmamba_cli.profiling import (
+        default_plan,
+        int8_subjects,
+        random_subjects,
+        weight_store,
+        write_profile,
+    )
 
     store = weight_store(device, dtype)
     if random is not None:
-        subjects = random_subjects(store, random, counts, teacher=teacher is not False, seed=seed)
+        subjects = random_subjects(
+            store, random, counts, teacher=teacher is not False, seed=seed, eager=eager
+        )
     else:
-        subjects = _subjects(store, run, product or (), teacher, teacher_path, model or ())
+        subjects = _subjects(store, run, product or (), teacher, teacher_path, model or (), eager)
+    if int8:
+        subjects = [*subjects, *int8_subjects(subjects)]
     default = default_plan(store.device)
     plan = replace(
         default,
@@ -122,6 +154,8 @@ def command(
         batch=batch,
         repeats=repeats or default.repeats,
         prefill=prefill,
+        prefill_contexts=None if lengths else default.prefill_contexts,
+        throughput=default.throughput if crowds is None else crowds,
         prefill_chunk=prefill_chunk,
         budget=budget or default.budget,
         seed=seed,
@@ -136,7 +170,7 @@ def command(
     _say_files(files)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _lengths(text: str, option: str = "--contexts") -> tuple[int, ...]:
     """`512,8k,1m` as numbers, each once, ascending."""
     found = set()
     for part in text.split(","):
@@ -144,11 +178,18 @@ def _lengths(text: str) -> tuple[int, ...]:
         number, unit = (word[:-1], word[-1]) if word[-1:] in ("k", "m") else (word, "")
         if not (number.isascii() and number.isdigit()) or int(number) < 1:
             raise DataError(
-                f"--contexts: {part.strip()!r} is no length",
-                "give numbers of tokens, as in --contexts 512,8k,1m, where 8k is 8192",
+                f"{option}: {part.strip()!r} is no length",
+                f"give numbers of tokens, as in {option} 512,8k,1m, where 8k is 8192",
             )
         found.add(int(number) * UNITS[unit])
     return tuple(sorted(found))
+
+
+def _crowds(text: str | None) -> tuple[int, ...] | None:
+    """Contexts for throughput; None where the device's own are meant."""
+    if text is None:
+        return None
+    return () if text.strip() == "0" else _lengths(text, "--throughput")
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -167,6 +208,7 @@ def _subjects(
     teacher: bool | None,
     teacher_path: Path | None,
     models: Sequence[Path],
+    eager: bool,
 ) -> list[Subject]:
     """Of a run, of paths, or of both where both are named."""
     from mmmamba_cli.profiling import path_subjects, run_subjects
@@ -176,10 +218,12 @@ def _subjects(
     found: list[Subject] = []
     if not models or products:
         wanted = True if moved else False if models and teacher is None else teacher
-        found = run_subjects(store, run, products, teacher=wanted, teacher_path=teacher_path)
+        found = run_subjects(
+            store, run, products, teacher=wanted, teacher_path=teacher_path, eager=eager
+        )
     elif teacher or moved:
-        found = run_teacher(store, run, teacher_path)
-    return [*found, *path_subjects(store, models)]
+        found = run_teacher(store, run, teacher_path, eager=eager)
+    return [*found, *path_subjects(store, models, eager=eager)]
 
 
 def _profile(subjects: Sequence[Subject], plan: Plan) -> Profile:
@@ -188,7 +232,8 @@ def _profile(subjects: Sequence[Subject], plan: Plan) -> Profile:
     def say(text: str) -> None:
         err().print(text, markup=False, highlight=False, soft_wrap=True)
 
-    turns = plan.turns * (2 if plan.prefill else 1) * len(plan.contexts) * len(subjects)
+    prompts = len(plan.prefill_contexts or plan.contexts) if plan.prefill else 0
+    turns = plan.turns * (len(plan.contexts) + prompts) * len(subjects)
     with progress("profiling", turns, "turns") as advance:
         return profile(subjects, plan, watch=Watch(say=say, advance=advance))
 
@@ -200,6 +245,7 @@ def _say(found: Profile) -> None:
         print_table(heading, rows, title=title, right=heading)
         out().print()
     lines = [f"Compared: {found.compared}.", report.gate_line(found)]
+    lines += [f"{line}." for line in report.host_lines(found)]
     for line in (*lines, *(f"Note: {note}." for note in found.notes)):
         out().print(line, markup=False, highlight=False, soft_wrap=True)
     for remark in report.remarks(found):

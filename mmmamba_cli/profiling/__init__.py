@@ -4,6 +4,7 @@ from mmmamba_cli.profiling.contract import About, Decoder, OutOfMemory, Subject
 from mmmamba_cli.profiling.gate import WrongDecoder
 from mmmamba_cli.profiling.measuring import Plan, Watch, measure
 from mmmamba_cli.profiling.opening import (
+    int8_subjects,
     path_subjects,
     random_subjects,
     run_subjects,
@@ -23,6 +24,7 @@ __all__ = [
     "Watch",
     "WrongDecoder",
     "default_plan",
+    "int8_subjects",
     "measure",
     "path_subjects",
     "profile",

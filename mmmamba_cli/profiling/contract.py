@@ -1,8 +1,7 @@
 """What can be profiled: a subject, and the decoder it becomes once its weights are loaded.
 
-A decoder with fused kernels, or one that replays a captured graph, is a further class that keeps
-`Decoder`'s promises; measuring and reporting know nothing else of it. Legend: B batch, T tokens,
-V vocabulary.
+Whatever keeps `Decoder`'s promises can be measured; measuring and reporting know nothing else of
+it. Legend: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,12 +18,32 @@ from torch import Tensor
 GROWING, STATIC = "growing", "static"
 CACHES = (GROWING, STATIC)
 
-# The two baselines, and what is held against them.
-AS_SHIPPED, TUNED, STUDENT = "teacher as shipped", "teacher with a static cache", "student"
+# How a token is made: one launch for every operation, or by `mmmamba_cli.decoding`.
+EAGER, GENERATOR = "eager", "generator"
+
+# The baselines, and what is held against them.
+AS_SHIPPED, TUNED, STUDENT = "teacher as shipped", "teacher tuned", "student"
+STATIC_TEACHER = "teacher with a static cache"
+BASELINES = (AS_SHIPPED, STATIC_TEACHER, TUNED)
 
 
 class OutOfMemory(Exception):
-    """A model, cache or prompt was too large for the device; its raiser holds no memory of it."""
+    """A model, cache or prompt was too large for the device; its raiser holds no memory of it.
+
+    `hopeless`: an empty device would be too small as well.
+    """
+
+    def __init__(self, message: str, hopeless: bool = False):
+        super().__init__(message)
+        self.hopeless = hopeless
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What cannot be done without: bytes read or written, and operations of matrix products."""
+
+    bytes: int
+    operations: int
 
 
 class Decoder(Protocol):
@@ -47,26 +66,41 @@ class Decoder(Protocol):
     def prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
         """Random text, (B, T) ids."""
 
+    def cost(self, batch: int, context: int, prefill: bool) -> Cost:
+        """Of one more token of each row after `context` others, or of reading these."""
+
     def start(self, batch: int, columns: int) -> None:
         """Begin with an empty cache, with room for so many columns where it does not grow."""
 
     def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
-        """Prefill with ids (B, T); the logits (B, V) after the last.
+        """Prefill with ids (B, T) after `start`; the logits (B, V) after the last.
 
         `chunk` columns at a time; None is as suits the model.
         """
 
     def fill(self, batch: int, columns: int, rng: torch.Generator) -> None:
-        """Put the cache where reading so many columns would, with random contents."""
+        """After `start`: put the cache where reading so many columns would, with random contents.
+
+        `tokens` comes next.
+        """
 
     def step(self, ids: Tensor) -> Tensor:
-        """The logits (B, V) after one more token, (B, 1) ids."""
+        """The logits (B, V) after one more token, (B, 1) ids; after `read`.
+
+        The next step may write into the same tensor.
+        """
+
+    def tokens(self, count: int) -> Tensor:
+        """So many tokens, each the likeliest after the one before; the last ids (B, 1).
+
+        After `fill`. Waits for the device no more than decoding has to.
+        """
 
     def stop(self) -> None:
         """Let go of the cache."""
 
-    def without_cache(self, ids: Tensor) -> Tensor:
-        """The logits (B, T, V) of one forward pass that remembers nothing: the reference."""
+    def without_cache(self, ids: Tensor, last: int) -> Tensor:
+        """The logits (B, last, V) behind the last columns, of a forward pass without a cache."""
 
     def ways(self) -> Mapping[str, Decoder]:
         """By name, other decoders over these weights whose logits must be the reference's too."""
@@ -87,6 +121,10 @@ class About:
     content_hash: str | None = None
     # None where nobody says whether the model was distilled end to end.
     final: bool | None = None
+    # EAGER or GENERATOR.
+    way: str = EAGER
+    # "int8" where the weights are narrower than the profile's dtype.
+    precision: str | None = None
 
 
 @dataclass(frozen=True)

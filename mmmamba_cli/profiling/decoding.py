@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmmamba_cli.model import ATTENTION, HolisticVLM, HolisticVLMConfig, HybridCache, new_cache
 from mmmamba_cli.model.cache import write_ssm_state
-from mmmamba_cli.profiling.contract import CACHES, STATIC
+from mmmamba_cli.profiling.contract import CACHES, STATIC, Cost
+from mmmamba_cli.profiling.floors import cost_of, read_weights
 from mmmamba_cli.profiling.instruments import require
 
 # Columns that a model without attention reads at a time. One with attention reads the whole
@@ -33,6 +34,7 @@ class CachedDecoder:
         self.model = model
         self.kind = cache
         self.cache: HybridCache | None = None
+        self.last: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -44,22 +46,18 @@ class CachedDecoder:
 
     @property
     def weight_bytes(self) -> int:
-        parameters = {id(p): p for p in self.model.parameters()}
-        return sum(p.numel() * p.element_size() for p in parameters.values())
+        return weights_of(self.model)
 
     @property
     def cache_bytes(self) -> int:
         return 0 if self.cache is None else sum(map(_layer_bytes, self.cache.layers))
 
+    def cost(self, batch: int, context: int, prefill: bool) -> Cost:
+        weights = read_weights(self.model)
+        return cost_of(self.model.config, weights, self.dtype, batch, context, prefill)
+
     def prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
-        config = self.model.config
-        ids = torch.randint(0, config.vocab_size, (batch, length), generator=rng)
-        vision = config.vision_config
-        if vision is not None:
-            # Any other token: a context id would want pixels.
-            other = (vision.image_token_id + 1) % config.vocab_size
-            ids = ids.masked_fill(ids == vision.image_token_id, other)
-        return ids.to(self.device)
+        return random_text(self.model.config, batch, length, rng).to(self.device)
 
     def start(self, batch: int, columns: int) -> None:
         self.stop()
@@ -82,7 +80,10 @@ class CachedDecoder:
         assert self.cache is not None, "start comes first"
         # Advances what the cache knows of both stacks, RoPE's frequencies with it, as a prefill.
         self.model.model.prepare(self.prompt(batch, columns, rng), cache=self.cache)
+        self.last = self.prompt(batch, 1, rng)
         config = self.model.config
+        # Drawn where it is wanted: a long context's noise would take a CPU seconds.
+        rng = torch.Generator(self.device).manual_seed(rng.initial_seed())
         for layer, kind in enumerate(config.layer_types):
             stack = config.stack_of(layer)
             if kind == ATTENTION:
@@ -104,13 +105,18 @@ class CachedDecoder:
     def step(self, ids: Tensor) -> Tensor:
         return self._forward(ids, None)
 
-    def stop(self) -> None:
-        self.cache = None
-
     @torch.no_grad()
-    def without_cache(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(ids, use_cache=False).logits
-        return logits
+    def tokens(self, count: int) -> Tensor:
+        assert self.last is not None, "fill comes first"
+        for _ in range(count):
+            self.last = self._forward(self.last, None).argmax(-1, keepdim=True)
+        return self.last
+
+    def stop(self) -> None:
+        self.cache = self.last = None
+
+    def without_cache(self, ids: Tensor, last: int) -> Tensor:
+        return forward_without_cache(self.model, ids, last)
 
     def ways(self) -> Mapping[str, CachedDecoder]:
         others = (kind for kind in CACHES if kind != self.kind)
@@ -131,12 +137,36 @@ class CachedDecoder:
     def _noise(self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype) -> Tensor:
         """Normal numbers of `shape`, repeated along the third dimension where that is long."""
         length = shape[2]
-        block = torch.randn((*shape[:2], min(length, BLOCK), *shape[3:]), generator=rng)
-        block = block.to(self.device, dtype)
+        drawn = (*shape[:2], min(length, BLOCK), *shape[3:])
+        block = torch.randn(drawn, generator=rng, device=self.device).to(dtype)
         if length <= BLOCK:
             return block
         times = (length + BLOCK - 1) // BLOCK
         return block.repeat(1, 1, times, *([1] * (len(shape) - 3)))[:, :, :length]
+
+
+def random_text(config: HolisticVLMConfig, batch: int, length: int, rng: torch.Generator) -> Tensor:
+    """Ids (B, T) without images, on the CPU."""
+    ids = torch.randint(0, config.vocab_size, (batch, length), generator=rng)
+    vision = config.vision_config
+    if vision is None:
+        return ids
+    # Any other token: a context id would want pixels.
+    other = (vision.image_token_id + 1) % config.vocab_size
+    return ids.masked_fill(ids == vision.image_token_id, other)
+
+
+@torch.no_grad()
+def forward_without_cache(model: HolisticVLM, ids: Tensor, last: int) -> Tensor:
+    """Logits (B, last, V) behind the last columns of ids (B, T), at once."""
+    logits: Tensor = model(ids, use_cache=False, logits_to_keep=last).logits
+    return logits
+
+
+def weights_of(model: HolisticVLM) -> int:
+    """Bytes of a model's parameters, and of int8 weights in their place."""
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in held.values())
 
 
 def cache_size(config: HolisticVLMConfig, batch: int, columns: int, dtype: torch.dtype) -> int:

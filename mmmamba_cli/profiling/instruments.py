@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+from torch.autograd import DeviceType
 
 from mmmamba_cli.profiling.contract import OutOfMemory
+from mmmamba_cli.profiling.nvml import energy_counter
 
 Result = TypeVar("Result")
 
@@ -42,6 +44,12 @@ class Instruments(Protocol):
     def clean(self) -> None:
         """Give memory that nothing holds back to the device."""
 
+    def kernel_seconds(self, work: Callable[[], object]) -> float | None:
+        """How long the device itself was at work in `work`; None where it is the host."""
+
+    def joules(self) -> float | None:
+        """What the device has taken since some moment; None where that cannot be read."""
+
 
 class CPUInstruments:
     """`perf_counter`; a CPU's peak memory is that of the whole process, so it is not read."""
@@ -66,12 +74,19 @@ class CPUInstruments:
     def clean(self) -> None:
         gc.collect()
 
+    def kernel_seconds(self, work: Callable[[], object]) -> float | None:
+        return None
+
+    def joules(self) -> float | None:
+        return None
+
 
 class CUDAInstruments:
     """CUDA events around the work, so that launches by the host count where the device waits."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._joules = energy_counter(device)
 
     def seconds(self, work: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -98,6 +113,20 @@ class CUDAInstruments:
     def clean(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
+
+    def kernel_seconds(self, work: Callable[[], object]) -> float | None:
+        from torch.profiler import ProfilerActivity, profile
+
+        torch.cuda.synchronize(self.device)
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            work()
+            torch.cuda.synchronize(self.device)
+        on_device = [e for e in found.events() or () if e.device_type == DeviceType.CUDA]
+        # Without CUPTI, the profiler sees nothing and says nothing.
+        return sum(e.time_range.elapsed_us() for e in on_device) / 1e6 if on_device else None
+
+    def joules(self) -> float | None:
+        return None if self._joules is None else self._joules()
 
 
 def instruments_of(device: torch.device) -> Instruments:
@@ -130,11 +159,18 @@ def or_out_of_memory(work: Callable[[], Result]) -> Result:
 
 
 def require(device: torch.device, wanted: int, what: str) -> None:
-    """Raise `OutOfMemory` if a CPU has not so many bytes left.
+    """Raise `OutOfMemory` if a CPU has not so many bytes left, or a GPU has not so many at all.
 
-    Its allocator promises more than there is, and the system ends the process when it is used. A
-    GPU's allocator is asked itself.
+    A CPU's allocator promises more than there is, and the system ends the process when it is used.
+    What a GPU has left is asked of its allocator itself.
     """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if wanted > total:
+            raise OutOfMemory(
+                f"{what} needs {wanted / 2**30:.1f} GiB, the device has {total / 2**30:.1f} GiB",
+                hopeless=True,
+            )
     if device.type != "cpu":
         return
     left = available_bytes()

@@ -7,12 +7,14 @@ because it is the question, and cheap: its cache is filled, not computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from mmmamba_cli.profiling.contract import Decoder, OutOfMemory, Subject
+from mmmamba_cli.profiling.ceilings import floor_of
+from mmmamba_cli.profiling.contract import Cost, Decoder, OutOfMemory, Subject
 from mmmamba_cli.profiling.instruments import Instruments, instruments_of, or_out_of_memory
 from mmmamba_cli.profiling.result import (
     DECODE,
@@ -21,39 +23,57 @@ from mmmamba_cli.profiling.result import (
     OVER_BUDGET,
     PREFILL,
     TOO_LONG,
+    CeilingsPart,
     Measurement,
     Memory,
     Status,
     Task,
     summarised,
 )
+from mmmamba_cli.profiling.turns import Turn, decode_turn, prefill_turn
 
 # Share of the budget that decoding may have, if a prefill is to follow.
 DECODE_SHARE = 0.5
+# A prefill that takes longer than so many of its floors is not foreseen.
+FLOORS = 4
 # Columns of the prefill that warms a model up and says how fast it is.
 WARM_COLUMNS = 128
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `repeats` are tokens for each context and subject, spread over `rounds`.
+    """What to measure. `repeats` are for each context and subject, spread over `rounds`.
 
-    A prefill is measured once a round. `budget` is in seconds, None for as long as it takes.
+    A repeat of decoding is `burst` tokens one behind the other, and their mean; a prefill is
+    measured once a round. `budget` is in seconds, None for as long as it takes.
     """
 
     contexts: tuple[int, ...]
     batch: int = 1
     repeats: int = 12
     rounds: int = 3
+    burst: int = 1
     # Tokens decoded before the first that is timed, in every turn.
     warm_up: int = 3
     prefill: bool = True
+    # Lengths of prompts; None is `contexts`.
+    prefill_contexts: tuple[int, ...] | None = None
     # Columns that a prefill reads at a time; None is as suits each model.
     prefill_chunk: int | None = None
     # Whether each length is read once before it is timed, as a GPU's allocator wants it.
     warm_prefill: bool = False
     budget: float | None = None
     seed: int = 0
+    # Lengths of prompts that the gate reads besides its short one, with decoders not eager.
+    gate_at: tuple[int, ...] = ()
+    # Contexts at which batches are tried for the most tokens a second, and of whom; () is of all.
+    throughput: tuple[int, ...] = ()
+    throughput_of: tuple[str, ...] = ()
+    largest_batch: int = 4096
+    # Whether the device's rates are measured, and with them floors.
+    floors: bool = True
+    # Whether a GPU's memory, launches and energy are read, which takes turns of their own.
+    gauges: bool = True
 
     @property
     def turns(self) -> int:
@@ -62,6 +82,11 @@ class Plan:
     @property
     def repeats_a_turn(self) -> int:
         return -(-self.repeats // self.turns)
+
+    def lengths(self, task: Task) -> list[int]:
+        """Contexts at which a task is measured, ascending."""
+        own = self.prefill_contexts if task == PREFILL else None
+        return sorted(self.contexts if own is None else own)
 
 
 @dataclass
@@ -108,6 +133,7 @@ class _Record:
     memory: Memory | None = None
     alone: bool = False
     note: str = ""
+    need: Cost | None = None
     # How long the last turn took, everything included.
     cost: float = 0.0
 
@@ -118,14 +144,15 @@ def measure(
     instruments: Instruments | None = None,
     watch: Watch | None = None,
     loaded: Loaded | None = None,
+    ceilings: CeilingsPart | None = None,
 ) -> list[Measurement]:
     """Everything the plan asks for, in the order task, context, subject.
 
     What does not fit the device's memory or the budget is a measurement too, and its `status` says
     which; the same subject's longer contexts are then not tried. `loaded` holds decoders that are
-    there already, as the gate's. Other errors are not caught.
+    there already, as the gate's. Floors are by `ceilings`. Other errors are not caught.
     """
-    bench = _Bench(subjects, plan, instruments, watch or Watch(), loaded or Loaded())
+    bench = _Bench(subjects, plan, instruments, watch or Watch(), loaded or Loaded(), ceilings)
     return bench.run()
 
 
@@ -137,8 +164,10 @@ class _Bench:
         instruments: Instruments | None,
         watch: Watch,
         loaded: Loaded,
+        ceilings: CeilingsPart | None,
     ):
         self.subjects, self.plan, self.watch, self.loaded = subjects, plan, watch, loaded
+        self.ceilings = ceilings
         self._instruments = instruments
         self.records: dict[tuple[Task, int, str], _Record] = {}
         # Seconds a column, from the prefill that warms a subject up.
@@ -152,7 +181,7 @@ class _Bench:
         for task in tasks:
             share = DECODE_SHARE if plan.prefill and task == DECODE else 1.0
             for round_ in range(plan.turns):
-                for place, context in enumerate(sorted(plan.contexts)):
+                for place, context in enumerate(plan.lengths(task)):
                     shift = (round_ + place) % len(self.subjects)
                     for subject in (*self.subjects[shift:], *self.subjects[:shift]):
                         if began is None:
@@ -162,7 +191,7 @@ class _Bench:
         return [
             self._measurement(task, context, subject.name)
             for task in tasks
-            for context in sorted(plan.contexts)
+            for context in plan.lengths(task)
             for subject in self.subjects
         ]
 
@@ -220,12 +249,9 @@ class _Bench:
             decoder = self.loaded.get(subject)
             ids = decoder.prompt(self.plan.batch, WARM_COLUMNS, self.rng)
 
-            def read() -> None:
+            for _ in range(2):
                 decoder.start(self.plan.batch, WARM_COLUMNS)
-                decoder.read(ids)
-
-            read()
-            seconds = meter.seconds(read)
+                seconds = meter.seconds(lambda: decoder.read(ids))
             decoder.stop()
             return seconds / WARM_COLUMNS
 
@@ -248,8 +274,19 @@ class _Bench:
         if before:
             shorter, cost = max(before)
             growth = 2 if task == PREFILL and subject.about.attention_layers else 1
-            return cost * (context / shorter) ** growth
-        return self.rates.get(subject.name, 0.0) * context if task == PREFILL else 0.0
+            ahead = cost * (context / shorter) ** growth
+        else:
+            ahead = self.rates.get(subject.name, 0.0) * context if task == PREFILL else 0.0
+        return min(ahead, self._allowance(subject, task, context))
+
+    def _allowance(self, subject: Subject, task: Task, context: int) -> float:
+        """Seconds of a first turn by its floor: a short one's are launches, which do not grow."""
+        decoder = self.loaded.decoders.get(subject.name)
+        if decoder is None or self.ceilings is None or task != PREFILL:
+            return math.inf
+        times = 2 if self.plan.warm_prefill else 1
+        need = decoder.cost(self.plan.batch, context, True)
+        return times * FLOORS * floor_of(need, self.ceilings)
 
     def _measure_or_alone(
         self, subject: Subject, task: Task, context: int, round_: int, record: _Record
@@ -259,9 +296,9 @@ class _Bench:
             self._measure(subject, task, context, round_, record)
             return
         except OutOfMemory as error:
-            first = str(error)
+            first, hopeless = str(error), error.hopeless
         self._clean(subject)
-        if not self.loaded.keep_only(subject):
+        if hopeless or not self.loaded.keep_only(subject):
             raise OutOfMemory(first)
         self._clean(subject)
         try:
@@ -284,66 +321,43 @@ class _Bench:
     def _measure(
         self, subject: Subject, task: Task, context: int, round_: int, record: _Record
     ) -> None:
-        decoder = self.loaded.get(subject)
-        work = self._decode if task == DECODE else self._prefill
-        seconds, memory = or_out_of_memory(lambda: work(subject, decoder, context, round_ == 0))
+        decoder, plan = self.loaded.get(subject), self.plan
+        meter = self.instruments(subject)
+
+        def work() -> Turn:
+            if task == PREFILL:
+                return prefill_turn(
+                    decoder,
+                    meter,
+                    batch=plan.batch,
+                    context=context,
+                    chunk=plan.prefill_chunk,
+                    warm=plan.warm_prefill and round_ == 0,
+                    rng=self.rng,
+                )
+            return decode_turn(
+                decoder,
+                meter,
+                batch=plan.batch,
+                context=context,
+                warm_up=plan.warm_up,
+                repeats=plan.repeats_a_turn,
+                burst=plan.burst,
+                rng=self.rng,
+            )
+
+        seconds, memory = or_out_of_memory(work)
         record.rounds.append(seconds)
+        record.need = decoder.cost(plan.batch, context, task == PREFILL)
         if record.memory is None or memory.total > record.memory.total:
             record.memory = memory
-
-    def _decode(
-        self, subject: Subject, decoder: Decoder, context: int, first: bool
-    ) -> tuple[tuple[float, ...], Memory]:
-        """Tokens after `context` others: forward and greedy choice, each timed by itself."""
-        plan, meter = self.plan, self.instruments(subject)
-        steps = plan.warm_up + plan.repeats_a_turn
-        before = meter.allocated()
-        decoder.start(plan.batch, context + steps)
-        decoder.fill(plan.batch, context, self.rng)
-        ids = decoder.prompt(plan.batch, 1, self.rng)
-        meter.reset_peak()
-
-        def step() -> None:
-            nonlocal ids
-            ids = decoder.step(ids).argmax(-1, keepdim=True)
-
-        for _ in range(plan.warm_up):
-            step()
-        seconds = tuple(meter.seconds(step) for _ in range(plan.repeats_a_turn))
-        return seconds, self._memory(meter, decoder, before)
-
-    def _prefill(
-        self, subject: Subject, decoder: Decoder, context: int, first: bool
-    ) -> tuple[tuple[float, ...], Memory]:
-        """Reading `context` tokens into an empty cache, up to the logits after the last."""
-        plan, meter = self.plan, self.instruments(subject)
-        ids = decoder.prompt(plan.batch, context, self.rng)
-        before = meter.allocated()
-        if first and plan.warm_prefill:
-            decoder.start(plan.batch, context)
-            decoder.read(ids, plan.prefill_chunk)
-            decoder.stop()
-        meter.reset_peak()
-
-        def read() -> None:
-            decoder.start(plan.batch, context)
-            decoder.read(ids, plan.prefill_chunk)
-
-        seconds = (meter.seconds(read),)
-        return seconds, self._memory(meter, decoder, before)
-
-    def _memory(self, meter: Instruments, decoder: Decoder, before: int | None) -> Memory:
-        """As `result.Memory` tells; afterwards the decoder holds no cache."""
-        peak = meter.peak()
-        weights, cache = decoder.weight_bytes, decoder.cache_bytes
-        decoder.stop()
-        if peak is None or before is None:
-            return Memory(weights=weights, cache=cache)
-        return Memory(weights=weights, cache=cache, peak=weights + peak - before)
 
     def _measurement(self, task: Task, context: int, name: str) -> Measurement:
         record = self.records[task, context, name]
         median, quartiles = summarised(record.rounds) if record.rounds else (None, None)
+        floor = None
+        if record.need is not None and self.ceilings is not None:
+            floor = floor_of(record.need, self.ceilings)
         return Measurement(
             subject=name,
             task=task,
@@ -355,4 +369,5 @@ class _Bench:
             note=record.note,
             median=median,
             quartiles=quartiles,
+            floor=floor,
         )

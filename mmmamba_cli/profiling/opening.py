@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmmamba_cli.checkpoint import Checkpoint, hovle, open_checkpoint, pick_device, pick_dtype
+from mmmamba_cli.decoding import quantize
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.contract import (
     AS_SHIPPED,
+    EAGER,
+    GENERATOR,
     GROWING,
     STATIC,
+    STATIC_TEACHER,
     STUDENT,
     TUNED,
     About,
+    Decoder,
     Subject,
 )
 from mmmamba_cli.profiling.decoding import CachedDecoder
+from mmmamba_cli.profiling.generating import GeneratingDecoder
 from mmmamba_cli.profiling.weights import WeightStore
 from mmmamba_cli.recipe import place, plan_kind
 from mmmamba_cli.recipe.problems import join_or, nearest
@@ -67,16 +75,24 @@ def weight_store(device: str | None = None, dtype: str = "auto") -> WeightStore:
     return WeightStore(chosen, pick_dtype(dtype, chosen))
 
 
-def teacher_subjects(store: WeightStore, checkpoint: Checkpoint, known: str = "") -> list[Subject]:
-    """The two baselines: a checkpoint's model with its cache concatenated, and held in place."""
+def teacher_subjects(
+    store: WeightStore, checkpoint: Checkpoint, known: str = "", *, eager: bool = False
+) -> list[Subject]:
+    """The two baselines: a checkpoint's model as it is shipped, and by the students' decoder.
 
-    def load() -> HolisticVLM:
-        return store.load(checkpoint)
-
-    config, where = checkpoint.config, str(checkpoint.path)
+    `eager`: the second is eager too, with a static cache.
+    """
     return [
-        _subject(AS_SHIPPED, AS_SHIPPED, GROWING, config, load, where, content_hash=known or None),
-        _subject(TUNED, TUNED, STATIC, config, load, where, content_hash=known or None),
+        _subject(
+            role,
+            role,
+            checkpoint.config,
+            partial(store.load, checkpoint),
+            str(checkpoint.path),
+            eager=eager,
+            content_hash=known or None,
+        )
+        for role in _baselines(eager)
     ]
 
 
@@ -87,28 +103,30 @@ def run_subjects(
     *,
     teacher: bool | None = None,
     teacher_path: Path | None = None,
+    eager: bool = False,
 ) -> list[Subject]:
     """A run's teacher, both ways, and products; without names the newest of each layer plan.
 
-    `teacher` None is as the run has one: students may be imported without. Raises `RunError` for
-    a product that is not there, or a teacher that has moved.
+    `teacher` None is as the run has one: students may be imported without. `eager`: with PyTorch's
+    own kernels, launched one by one. Raises `RunError` for a product that is not there, or a
+    teacher that has moved.
     """
     run = Run(folder)
     has_teacher = run.record.teacher is not None
     named = [run.product(name) for name in dict.fromkeys(products)] or _newest(run)
     found: list[Subject] = []
     if has_teacher if teacher is None else teacher:
-        found += run_teacher(store, folder, teacher_path)
+        found += run_teacher(store, folder, teacher_path, eager=eager)
     for manifest in named:
         checkpoint = run.open_product(manifest.name)
         found.append(
             _subject(
                 manifest.name,
                 STUDENT,
-                STATIC,
                 checkpoint.config,
-                lambda checkpoint=checkpoint: store.load(checkpoint),
+                partial(store.load, checkpoint),
                 str(checkpoint.path),
+                eager=eager,
                 content_hash=manifest.content_hash,
                 final=manifest.final,
             )
@@ -116,15 +134,19 @@ def run_subjects(
     return found
 
 
-def run_teacher(store: WeightStore, folder: Path, moved_to: Path | None = None) -> list[Subject]:
+def run_teacher(
+    store: WeightStore, folder: Path, moved_to: Path | None = None, *, eager: bool = False
+) -> list[Subject]:
     """The two baselines of a run. Raises `RunError` if its teacher is not there, or never was."""
     run = Run(folder)
     known = run.teacher.content_hash
-    return teacher_subjects(store, run.open_teacher(moved_to), known)
+    return teacher_subjects(store, run.open_teacher(moved_to), known, eager=eager)
 
 
-def path_subjects(store: WeightStore, paths: Iterable[Path]) -> list[Subject]:
-    """Any checkpoints, with static caches. Raises `CheckpointError`."""
+def path_subjects(
+    store: WeightStore, paths: Iterable[Path], *, eager: bool = False
+) -> list[Subject]:
+    """Any checkpoints, as students. Raises `CheckpointError`."""
     found: list[Subject] = []
     for path in paths:
         checkpoint = open_checkpoint(path)
@@ -132,10 +154,10 @@ def path_subjects(store: WeightStore, paths: Iterable[Path]) -> list[Subject]:
             _subject(
                 path_name(path),
                 STUDENT,
-                STATIC,
                 checkpoint.config,
-                lambda checkpoint=checkpoint: store.load(checkpoint),
+                partial(store.load, checkpoint),
                 str(path),
+                eager=eager,
             )
         )
     return found
@@ -148,6 +170,7 @@ def random_subjects(
     *,
     teacher: bool = True,
     seed: int = 0,
+    eager: bool = False,
 ) -> list[Subject]:
     """An architecture without weights: its teacher, and a student for each count of attention.
 
@@ -162,22 +185,42 @@ def random_subjects(
     full = hovle.to_config(known[name], f"architecture {name}")
     layers = full.num_hidden_layers
     counts = (0, layers // HYBRID_SHARE) if attention is None else dict.fromkeys(attention)
-    plans = [(AS_SHIPPED, AS_SHIPPED, GROWING, full), (TUNED, TUNED, STATIC, full)]
-    plans = plans if teacher else []
+    plans = [(role, role, full) for role in _baselines(eager)] if teacher else []
     for count in counts:
         kept = place(PLACEMENT, count, layers)
         title = "linear" if count == 0 else f"hybrid-{count}"
-        plans.append((title, STUDENT, STATIC, _with_attention(full, kept)))
+        plans.append((title, STUDENT, _with_attention(full, kept)))
     return [
         _subject(
             title,
             role,
-            cache,
             config,
-            lambda config=config: store.random(config, name, seed),
+            partial(store.random, config, name, seed),
             "random",
+            eager=eager,
         )
-        for title, role, cache, config in plans
+        for title, role, config in plans
+    ]
+
+
+def int8_subjects(subjects: Sequence[Subject]) -> list[Subject]:
+    """The students among `subjects` once more, their weights made int8 after loading.
+
+    Raises `DataError` for eager ones: only `mmmamba_cli.decoding` has kernels for such weights.
+    """
+    students = [one for one in subjects if one.about.role == STUDENT]
+    if any(one.about.way == EAGER for one in students):
+        raise DataError(
+            "int8 weights are decoded by mmmamba's own decoder, not eagerly",
+            "leave out --int8 or --eager",
+        )
+    return [
+        Subject(
+            f"{one.name} int8",
+            replace(one.about, precision="int8"),
+            lambda one=one: _made_int8(one.build()),  # type: ignore[misc]
+        )
+        for one in students
     ]
 
 
@@ -192,21 +235,40 @@ def check_names(subjects: Sequence[Subject]) -> None:
         )
 
 
+def _baselines(eager: bool) -> tuple[str, str]:
+    return (AS_SHIPPED, STATIC_TEACHER if eager else TUNED)
+
+
 def _subject(
     name: str,
     role: str,
-    cache: str,
     config: HolisticVLMConfig,
-    load: Any,
+    load: Callable[[], HolisticVLM],
     weights: str,
     *,
+    eager: bool,
     content_hash: str | None = None,
     final: bool | None = None,
 ) -> Subject:
     kept, total = config.attention_layers, config.num_hidden_layers
     kind = plan_kind(len(kept), total)
-    about = About(role, cache, kind, kept, total, weights, content_hash, final)
-    return Subject(name, about, lambda: CachedDecoder(load(), cache))
+    cache = GROWING if role == AS_SHIPPED else STATIC
+    way = EAGER if eager or role == AS_SHIPPED else GENERATOR
+    about = About(role, cache, kind, kept, total, weights, content_hash, final, way)
+
+    def build() -> Decoder:
+        return CachedDecoder(load(), cache) if way == EAGER else GeneratingDecoder(load())
+
+    return Subject(name, about, build)
+
+
+def _made_int8(decoder: Decoder) -> Decoder:
+    """The same over int8 weights; what it held itself is let go."""
+    assert isinstance(decoder, GeneratingDecoder)
+    model = decoder.model
+    del decoder
+    quantize(model)
+    return GeneratingDecoder(model)
 
 
 def _with_attention(full: HolisticVLMConfig, kept: Sequence[int]) -> HolisticVLMConfig:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED
+from mmmamba_cli.profiling.contract import AS_SHIPPED, EAGER, STATIC_TEACHER, TUNED
 from mmmamba_cli.profiling.report import TITLES, memory_name
 from mmmamba_cli.profiling.result import DECODE, OUT_OF_MEMORY, PREFILL, Profile, SubjectPart, Task
 
 PIP = "pip install 'mmmamba[tracking]'"
 
 # Baselines are grey, students in colours that colour-blind readers tell apart (Okabe and Ito).
-GREYS = {AS_SHIPPED: ("#222222", "-", "s"), TUNED: ("#777777", "--", "D")}
+GREYS = {
+    AS_SHIPPED: ("#222222", "-", "s"),
+    STATIC_TEACHER: ("#777777", "--", "D"),
+    TUNED: ("#777777", "--", "D"),
+}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PANEL_WIDTH, HEIGHT, DPI = 4.6, 4.8, 150
 # Seconds and bytes in the units of the axes.
@@ -21,15 +25,24 @@ SCALES = {"milliseconds": 1e-3, "seconds": 1, "MiB": 2**20, "GiB": 2**30}
 TICKS = 6
 
 
-def picture(profile: Profile) -> bytes | None:
-    """`figure_of` as PNG, with what was compared in its description; None without matplotlib."""
+def picture(profile: Profile, kind: str = "png") -> bytes | None:
+    """`figure_of` as "png" or "svg", with what was compared in its description.
+
+    None without matplotlib.
+    """
     try:
+        from matplotlib import rc_context
+
         figure = figure_of(profile)
     except ImportError:
         return None
     file = io.BytesIO()
-    description = f"{profile.compared}. Memory: {memory_name(profile)}."
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Description": description})
+    metadata = {"Description": f"{profile.compared}. Memory: {memory_name(profile)}."}
+    if kind == "svg":
+        metadata |= {"Date": profile.created}
+    # The same profile gives the same file.
+    with rc_context({"svg.hashsalt": "mmmamba"}):
+        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     return file.getvalue()
 
 
@@ -52,8 +65,10 @@ def figure_of(profile: Profile) -> Any:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False
     )
+    ways = {subject.way for subject in profile.subjects if subject.role != AS_SHIPPED}
+    how = ", eager" if ways == {EAGER} else ""
     figure.suptitle(
-        f"{profile.device.name}, {profile.dtype}, batch {profile.plan.batch}, eager", fontsize=11
+        f"{profile.device.name}, {profile.dtype}, batch {profile.plan.batch}{how}", fontsize=11
     )
     return figure
 
@@ -62,7 +77,7 @@ def _draw(axes: Any, profile: Profile, task: Task, what: str) -> str:
     """A line for each subject, ending where it was out of memory; returns the unit of its values"""
     unit = _unit(profile, task, what)
     colours = iter(COLOURS * len(profile.subjects))
-    contexts = sorted(profile.plan.contexts)
+    contexts = profile.plan.lengths(task)
     for subject in profile.subjects:
         colour, line, marker = GREYS.get(subject.role) or (next(colours), "-", "o")
         points = _points(profile, subject, task, unit)
@@ -108,7 +123,7 @@ def _points(
     profile: Profile, subject: SubjectPart, task: Task, unit: str
 ) -> list[tuple[int, float]]:
     found = []
-    for context in sorted(profile.plan.contexts):
+    for context in profile.plan.lengths(task):
         one = profile.find(subject.name, task, context)
         if one is None or one.median is None or one.memory is None:
             continue

@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mmmamba_cli.checkpoint import atomic_write_bytes, atomic_write_text
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED, OutOfMemory, Subject
-from mmmamba_cli.profiling.gate import PREFILL as GATE_PREFILL
-from mmmamba_cli.profiling.gate import STEPS, Checked, check_decoder
-from mmmamba_cli.profiling.instruments import Instruments, device_name, or_out_of_memory
+from mmmamba_cli.profiling.ceilings import measure_ceilings
+from mmmamba_cli.profiling.checking import RAISE, Gate, OnWrong, check_all
+from mmmamba_cli.profiling.contract import OutOfMemory, Subject
+from mmmamba_cli.profiling.gauges import energy, launches
+from mmmamba_cli.profiling.instruments import Instruments, device_name, instruments_of
 from mmmamba_cli.profiling.measuring import Loaded, Plan, Watch, measure
 from mmmamba_cli.profiling.opening import check_names
 from mmmamba_cli.profiling.picture import picture
-from mmmamba_cli.profiling.report import comparison
+from mmmamba_cli.profiling.report import comparison, notes
 from mmmamba_cli.profiling.result import (
+    DECODE,
+    DRAWING,
     PICTURE,
     PROFILE,
+    CeilingsPart,
     DevicePart,
-    GatePart,
+    Energy,
+    Launches,
+    Measurement,
     PlanPart,
     Profile,
     SubjectPart,
+    Throughput,
     ratios,
 )
+from mmmamba_cli.profiling.throughput import search
 from mmmamba_cli.runs.manifest import command_line, now, versions
 
 CPU_CONTEXTS = (1024, 2048, 4096, 8192)
-# The last one is the published comparison's.
-CUDA_CONTEXTS = (1024, 4096, 16384, 65536, 103424)
+# The published comparison's length is the last but one.
+PUBLISHED = 103424
+CUDA_CONTEXTS = (1024, 4096, 16384, 65536, PUBLISHED, 1048576)
 CPU_BUDGET = 35.0
-CPU_REPEATS, CUDA_REPEATS = 18, 30
+CPU_REPEATS, CUDA_REPEATS = 18, 15
+CUDA_BURST = 8
+# Share of the budget that single rows may have, if batches are to be tried too.
+MEASURE_SHARE = 0.7
 
 
 def default_plan(device: torch.device) -> Plan:
     """What is measured if nothing else is asked for: on a CPU, less than a minute's worth."""
     if device.type == "cuda":
-        return Plan(CUDA_CONTEXTS, repeats=CUDA_REPEATS, warm_up=5, warm_prefill=True)
+        return Plan(
+            CUDA_CONTEXTS,
+            repeats=CUDA_REPEATS,
+            burst=CUDA_BURST,
+            warm_up=5,
+            warm_prefill=True,
+            prefill_contexts=CUDA_CONTEXTS[:-1],
+            gate_at=(CUDA_CONTEXTS[1],),
+            throughput=(PUBLISHED,),
+        )
     return Plan(CPU_CONTEXTS, repeats=CPU_REPEATS, budget=CPU_BUDGET)
 
 
@@ -51,11 +73,15 @@ def profile(
     *,
     instruments: Instruments | None = None,
     watch: Watch | None = None,
+    on_wrong: OnWrong = RAISE,
+    deadline: float | None = None,
 ) -> Profile:
     """Check and measure subjects, which share a device and a dtype.
 
-    Raises `DataError` if there is nothing to measure or no model fits at all, `WrongDecoder` if a
-    cache is not what it should be.
+    `on_wrong`: what becomes of a decoder that is not what it should be; it is told. `deadline`, on
+    `time.monotonic()`, leaves the plan as much budget as there is behind the gate. Raises
+    `DataError` if there is nothing to measure or no model fits at all, `WrongDecoder` if a decoder
+    is wrong, or all are.
     """
     if not subjects:
         raise DataError("there is no model to profile", "name a run, --model PATH or --random NAME")
@@ -63,136 +89,113 @@ def profile(
     watch = watch or Watch()
     began = time.monotonic()
     loaded = Loaded()
-    gate, device, dtype = _check_all(subjects, loaded, plan.seed if plan else 0, watch)
-    plan = plan or default_plan(device)
-    found = measure(subjects, plan, instruments, watch, loaded)
+    plan = plan or default_plan(_device_of(subjects, loaded))
+    gate = check_all(subjects, plan, loaded, instruments, watch, on_wrong)
+    meter = instruments or instruments_of(gate.device)
+    subjects = [one for one in subjects if one.name not in gate.left_out]
+    if deadline is not None:
+        plan = replace(plan, budget=max(0.0, deadline - time.monotonic()))
+    found = _measure(subjects, plan, meter, watch, loaded, gate)
     parts = tuple(
         SubjectPart(
             name=one.name, weight_bytes=loaded.weight_bytes.get(one.name), **asdict(one.about)
         )
         for one in subjects
     )
-    roles = {one.name: one.about.role for one in subjects}
     return Profile(
         command=command_line(),
         created=now(),
         compared=comparison(parts),
-        device=_device_part(device),
-        dtype=str(dtype).removeprefix("torch."),
+        device=_device_part(gate.device),
+        dtype=str(gate.dtype).removeprefix("torch."),
         seed=plan.seed,
         versions=versions(),
         plan=_plan_part(plan),
-        notes=tuple(_notes(subjects, plan, device)),
-        gate=gate,
+        notes=tuple(notes(subjects, plan, gate.device)),
+        gate=gate.part(plan.gate_at),
         subjects=parts,
-        measurements=tuple(found),
-        ratios=ratios(found, roles),
+        measurements=tuple(found.measurements),
+        ratios=ratios(found.measurements, {one.name: one.about.role for one in subjects}),
+        ceilings=found.ceilings,
+        throughput=tuple(found.throughput),
+        launches=tuple(found.launches),
+        energy=tuple(found.energy),
         seconds=round(time.monotonic() - began, 3),
     )
 
 
+def _device_of(subjects: Sequence[Subject], loaded: Loaded) -> torch.device:
+    """Of the first that fits."""
+    for subject in subjects:
+        with contextlib.suppress(OutOfMemory):
+            return loaded.get(subject).device
+    # Checking is about to say that nothing fits.
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Found:
+    measurements: list[Measurement]
+    ceilings: CeilingsPart | None
+    throughput: list[Throughput]
+    launches: list[Launches]
+    energy: list[Energy]
+
+
+def _measure(
+    subjects: Sequence[Subject],
+    plan: Plan,
+    meter: Instruments,
+    watch: Watch,
+    loaded: Loaded,
+    gate: Gate,
+) -> _Found:
+    """Everything behind the gate, what was asked for most first."""
+    began = meter.now()
+    ceilings = None
+    if plan.floors:
+        watch.say("measuring how fast the device copies and multiplies")
+        ceilings = measure_ceilings(gate.device, gate.dtype, meter, plan.seed)
+    watch.say("measuring")
+    own = plan
+    if plan.budget is not None and plan.throughput:
+        own = replace(plan, budget=MEASURE_SHARE * plan.budget)
+    measured = [
+        one.model_copy(update={"memory": gate.memory[one.subject, one.context]})
+        if one.task == DECODE and (one.subject, one.context) in gate.memory and one.memory
+        else one
+        for one in measure(subjects, own, meter, watch, loaded, ceilings)
+    ]
+    host, taken = [], []
+    if plan.gauges and gate.device.type == "cuda":
+        watch.say("reading launches and energy")
+        host = launches(subjects, measured, plan, loaded, meter)
+        taken = energy(subjects, measured, plan, loaded, meter)
+    tried = []
+    if plan.throughput:
+        watch.say("looking for the best batch")
+        until = None if plan.budget is None else began + plan.budget
+        tried = search(subjects, plan, loaded, meter, ceilings, until)
+    return _Found(measured, ceilings, tried, host, taken)
+
+
 def write_profile(found: Profile, folder: str | Path) -> list[Path]:
-    """`profile.json`, and `profile.png` where matplotlib is installed; the files written.
+    """`profile.json`, and where matplotlib is installed its picture twice; the files written.
 
     An older picture does not stay beside newer numbers.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = picture(found)
     written = [folder / PROFILE]
     atomic_write_text(written[0], found.model_dump_json(indent=2) + "\n")
-    if drawn is None:
-        (folder / PICTURE).unlink(missing_ok=True)
-    else:
-        written.append(folder / PICTURE)
-        atomic_write_bytes(written[1], drawn)
+    for name in (PICTURE, DRAWING):
+        drawn = picture(found, Path(name).suffix.removeprefix("."))
+        if drawn is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            written.append(folder / name)
+            atomic_write_bytes(written[-1], drawn)
     return written
-
-
-def _check_all(
-    subjects: Sequence[Subject], loaded: Loaded, seed: int, watch: Watch
-) -> tuple[GatePart, torch.device, torch.dtype]:
-    """The gate for every subject that can be loaded; the others' memory is told by `measure`."""
-    distances: dict[str, dict[str, float]] = {}
-    unchecked, tolerance = [], 0.0
-    where: tuple[torch.device, torch.dtype] | None = None
-    refused = ""
-    for subject in subjects:
-        watch.say(f"loading and checking {subject.name}")
-        try:
-            checked, device, dtype = _check(subject, loaded, seed)
-        except OutOfMemory as error:
-            unchecked.append(subject.name)
-            refused = str(error)
-            continue
-        distances[subject.name], tolerance = dict(checked.distances), checked.tolerance
-        where = (device, dtype)
-    if where is None:
-        raise DataError(f"no model fits the device's memory: {refused}", "try --dtype bf16")
-    what = (
-        f"logits of a prompt of {GATE_PREFILL} tokens and {STEPS} more, one by one, with growing "
-        "and with static cache, against a forward pass without a cache: relative distance"
-    )
-    gate = GatePart(
-        green=not unchecked,
-        tolerance=tolerance,
-        distances=distances,
-        unchecked=tuple(unchecked),
-        what=what,
-    )
-    return gate, *where
-
-
-def _check(
-    subject: Subject, loaded: Loaded, seed: int
-) -> tuple[Checked, torch.device, torch.dtype]:
-    """The gate for one subject, without the others in memory if it does not fit beside them."""
-
-    def check() -> tuple[Checked, torch.device, torch.dtype]:
-        decoder = loaded.get(subject)
-        checked = check_decoder(subject.name, decoder, seed)
-        return checked, decoder.device, decoder.dtype
-
-    try:
-        return or_out_of_memory(check)
-    except OutOfMemory as error:
-        refused = str(error)
-    if not loaded.keep_only(subject):
-        raise OutOfMemory(refused)
-    return or_out_of_memory(check)
-
-
-def _notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list[str]:
-    found = [
-        "decoding begins from a cache filled with random numbers, as long as the context: the time "
-        "does not depend on what is in it",
-        "a next token is one forward pass and the greedy choice, text only; weights shared by "
-        "models are held once, and counted for each",
-        "tensors that no forward uses, as a second token table, are loaded on neither side",
-    ]
-    if any(one.about.role == AS_SHIPPED for one in subjects):
-        found.append(
-            f"{AS_SHIPPED}: this project's model with transformers' DynamicCache, which copies "
-            "all keys and values with every token, as HoVLE's own code does; not that code itself"
-        )
-    if any(one.about.role == TUNED for one in subjects):
-        found.append(f"{TUNED}: neither compiled nor replayed as a graph")
-    if device.type == "cpu":
-        found.append(
-            "memory is counted, weights and cache: a CPU tells the peak of the whole process only"
-        )
-    if plan.prefill:
-        found.append(
-            "prefill: models with attention read the whole prompt at once, linear ones 8192 "
-            "columns at a time, unless prefill_chunk says otherwise; static caches have just the "
-            "prompt's room"
-        )
-    undone = [one.name for one in subjects if one.about.final is False]
-    if undone:
-        found.append(
-            f"never distilled end to end: {', '.join(undone)}; speed does not depend on it"
-        )
-    return found
 
 
 def _plan_part(plan: Plan) -> PlanPart:
@@ -205,6 +208,9 @@ def _plan_part(plan: Plan) -> PlanPart:
         prefill=plan.prefill,
         prefill_chunk=plan.prefill_chunk,
         budget=plan.budget,
+        burst=plan.burst,
+        prefill_contexts=plan.prefill_contexts,
+        throughput=tuple(sorted(plan.throughput)),
     )
 
 

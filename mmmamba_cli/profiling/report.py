@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from mmmamba_cli.errors import name_some
-from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED
+from mmmamba_cli.profiling.contract import (
+    AS_SHIPPED,
+    BASELINES,
+    GENERATOR,
+    STATIC_TEACHER,
+    TUNED,
+    Subject,
+)
+from mmmamba_cli.profiling.measuring import Plan
 from mmmamba_cli.profiling.result import (
     DECODE,
     MEASURED,
+    OUT_OF_MEMORY,
     OVER_BUDGET,
     PREFILL,
     TOO_LONG,
@@ -24,27 +35,28 @@ Table = tuple[str, tuple[str, ...], list[tuple[object, ...]]]
 
 CONTEXT = "context"
 TITLES = {DECODE: "next token", PREFILL: "prefill"}
-BASELINES = (AS_SHIPPED, TUNED)
 TEACHERS = {
-    AS_SHIPPED: "the teacher as shipped, its keys and values concatenated with every token,",
-    TUNED: "the teacher with a static cache",
+    AS_SHIPPED: "the teacher as shipped (eager, its keys and values concatenated with every token)",
+    STATIC_TEACHER: "the teacher with a static cache (eager)",
+    TUNED: "the teacher tuned (by the same decoder as the students, cache in place)",
 }
+SHORT = {AS_SHIPPED: "as shipped", STATIC_TEACHER: "static cache", TUNED: "tuned"}
 # Quartiles this far apart, by the median, are worth a remark.
 NOISY = 0.25
 
 
 def tables(profile: Profile) -> list[Table]:
-    """Latency, then memory, then prefill; each followed by its ratios to the teacher."""
-    found = [_latency(profile, DECODE), *_times(profile, DECODE)]
+    """Latency, memory, prefill, each beside its ratios to the teacher; then what else there is."""
+    found = [_latency(profile, DECODE), *_floors(profile, DECODE), *_times(profile, DECODE)]
     found += [_memory(profile), *_shares(profile)]
     if profile.plan.prefill:
-        found += [_latency(profile, PREFILL), *_times(profile, PREFILL)]
-    return found
+        found += [_latency(profile, PREFILL), *_floors(profile, PREFILL), *_times(profile, PREFILL)]
+    return [*found, *_throughput(profile), *_energy(profile)]
 
 
 def remarks(profile: Profile) -> list[str]:
     """What went otherwise than asked for, a sentence each."""
-    found = []
+    found = [f"WRONG: {told}" for told in profile.gate.wrong.values()]
     for one in profile.measurements:
         if one.status != MEASURED and one.note:
             found.append(f"{_place(one)}: {one.status} ({one.note})")
@@ -63,12 +75,14 @@ def remarks(profile: Profile) -> list[str]:
 
 
 def gate_line(profile: Profile) -> str:
-    """Whether the caches were found right before anything was timed."""
+    """Whether the decoders were found right before anything was timed."""
     gate = profile.gate
     worst = max(value for ways in gate.distances.values() for value in ways.values())
     line = f"Checked before: {gate.what}, at most {worst:.1g}, allowed {gate.tolerance:.1g}"
     if gate.unchecked:
         return f"{line}. NOT checked, for want of memory: {', '.join(gate.unchecked)}."
+    if gate.wrong:
+        return f"{line}. WRONG, believe no number of: {', '.join(gate.wrong)}."
     return f"{line}: green."
 
 
@@ -81,10 +95,65 @@ def comparison(subjects: Sequence[SubjectPart]) -> str:
     ]
     held = [TEACHERS[one.role] for one in subjects if one.role in BASELINES]
     against = f"against {' and against '.join(held)}" if held else "against no teacher"
-    what = (
-        f"{', '.join(students)}, with static caches, {against}" if students else " and ".join(held)
-    )
-    return f"{what}; all eager, PyTorch's own kernels; measured in one run, in turns"
+    what = f"{', '.join(students)}, {against}" if students else " and ".join(held)
+    ways = {one.way for one in subjects if one.role != AS_SHIPPED}
+    if ways == {GENERATOR}:
+        how = "students by mmmamba's own decoder"
+    elif GENERATOR in ways:
+        how = "by mmmamba's own decoder where not said to be eager"
+    else:
+        how = "all eager, PyTorch's own kernels, static caches but where said otherwise"
+    return f"{what}; {how}; measured in one run, in turns"
+
+
+def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list[str]:
+    """What must be known to read the numbers, a sentence each."""
+    burst = f"the mean of {plan.burst} behind one another" if plan.burst > 1 else "timed alone"
+    found = [
+        "decoding begins from a cache filled with random numbers, as long as the context: the time "
+        "does not depend on what is in it",
+        f"a next token is one pass through the model and the greedy choice, text only, {burst}; "
+        "weights shared by models are held once, and counted for each",
+        "tensors that no forward uses, as a second token table, are loaded on neither side",
+    ]
+    roles, ways = ({getattr(one.about, key) for one in subjects} for key in ("role", "way"))
+    if AS_SHIPPED in roles:
+        found.append(
+            f"{AS_SHIPPED}: this project's model with transformers' DynamicCache, which copies "
+            "all keys and values with every token, as HoVLE's own code does; not that code itself"
+        )
+    if GENERATOR in ways:
+        kernels = (
+            "attention split over the cache, one CUDA graph a token"
+            if device.type == "cuda"
+            else "PyTorch's own kernels"
+        )
+        found.append(
+            f"mmmamba's own decoder: packed weights, memory in place, {kernels}; teacher and "
+            "students alike"
+        )
+    if any(one.about.precision for one in subjects):
+        found.append("int8: weights alone, a scale for each row; activations stay as they are")
+    if device.type == "cpu":
+        found.append(
+            "memory is counted, weights and cache: a CPU tells the peak of the whole process only"
+        )
+    elif plan.gauges:
+        found.append(
+            "memory while decoding was read with no other model on the device, in turns of its own"
+        )
+    if plan.prefill:
+        found.append(
+            "prefill: models with attention read the whole prompt at once, linear ones some "
+            "thousand columns at a time, unless prefill_chunk says otherwise; caches that stay in "
+            "place have just the prompt's room, and are made before the clock starts"
+        )
+    undone = [one.name for one in subjects if one.about.final is False]
+    if undone:
+        found.append(
+            f"never distilled end to end: {', '.join(undone)}; speed does not depend on it"
+        )
+    return found
 
 
 def milliseconds(seconds: float) -> str:
@@ -140,13 +209,87 @@ def _shares(profile: Profile) -> list[Table]:
     return _ratios(profile, DECODE, title, lambda ratio: f"{ratio.memory - 1:+.0%}")
 
 
+def _floors(profile: Profile, task: Task) -> list[Table]:
+    """How near each subject is to what the device allows; nothing where that was not measured."""
+    rates = profile.ceilings
+    if rates is None:
+        return []
+
+    def cell(one: Measurement) -> str | None:
+        if one.floor is None or one.share is None:
+            return None
+        return f"{milliseconds(one.floor)} ({one.share:.0%})"
+
+    title = (
+        f"{TITLES[task]}: floor, ms, and share of the time that it is; copies run at "
+        f"{rates.copy_rate / 1e9:,.0f} GB/s, matrix products at {rates.matmul_rate / 1e9:,.0f} "
+        "GFLOP/s"
+    )
+    return [_by_context(profile, task, title, cell)]
+
+
+def _throughput(profile: Profile) -> list[Table]:
+    """The best batch of each subject, and why there was no larger one."""
+    rows: list[tuple[object, ...]] = []
+    for best in (one for one in profile.throughput if one.best):
+        own = [
+            one
+            for one in profile.throughput
+            if (one.subject, one.context) == (best.subject, best.context)
+        ]
+        assert best.rate is not None and best.seconds is not None
+        refused = [one.batch for one in own if one.status == OUT_OF_MEMORY]
+        cut = any(one.status == OVER_BUDGET for one in own)
+        end = f"out of memory at {min(refused):,}" if refused else "no gain beyond"
+        rows.append(
+            (
+                best.subject,
+                f"{best.context:,}",
+                f"{best.batch:,}",
+                f"{best.rate:,.0f}",
+                milliseconds(best.seconds),
+                None if best.floor is None else f"{best.floor / best.seconds:.0%}",
+                None if best.peak is None else size(best.peak),
+                OVER_BUDGET if cut else end,
+            )
+        )
+    if not rows:
+        return []
+    heading = ("model", CONTEXT, "batch", "tokens/s", "ms", "of the floor", "peak", "larger ones")
+    return [("most tokens a second, over batches that were doubled", heading, rows)]
+
+
+def _energy(profile: Profile) -> list[Table]:
+    rows: list[tuple[object, ...]] = [
+        (
+            one.subject,
+            f"{one.context:,}",
+            f"{one.joules / one.tokens:.3g}",
+            f"{one.joules / one.seconds:,.0f}",
+        )
+        for one in profile.energy
+    ]
+    title = "energy of the whole device while decoding, by its own counter"
+    return [(title, ("model", CONTEXT, "J a token", "W"), rows)] if rows else []
+
+
+def host_lines(profile: Profile) -> list[str]:
+    """How much of an eager token's time the device waits for the host, a sentence each."""
+    return [
+        f"{one.subject} at {one.context:,}: its kernels take {milliseconds(one.kernels)} of "
+        f"{milliseconds(one.wall)} ms, so {one.share:.0%} is launches by the host (kernel times "
+        "summed by torch.profiler, over the median without it)"
+        for one in profile.launches
+    ]
+
+
 def _by_context(
-    profile: Profile, task: Task, title: str, cell: Callable[[Measurement], str]
+    profile: Profile, task: Task, title: str, cell: Callable[[Measurement], str | None]
 ) -> Table:
     """A row for each context, a column for each subject."""
     names = [subject.name for subject in profile.subjects]
     rows: list[tuple[object, ...]] = []
-    for context in sorted(profile.plan.contexts):
+    for context in profile.plan.lengths(task):
         found = [profile.find(name, task, context) for name in names]
         rows.append((f"{context:,}", *(None if one is None else cell(one) for one in found)))
     return title, (CONTEXT, *names), rows
@@ -167,11 +310,10 @@ def _ratios(profile: Profile, task: Task, title: str, cell: Callable[[Ratio], st
         (one.subject, one.baseline, one.context): one for one in profile.ratios if one.task == task
     }
     rows: list[tuple[object, ...]] = []
-    for context in sorted(profile.plan.contexts):
+    for context in profile.plan.lengths(task):
         found = [known.get((student, teacher, context)) for student, teacher, _ in pairs]
         rows.append((f"{context:,}", *(None if one is None else cell(one) for one in found)))
-    short = {AS_SHIPPED: "as shipped", TUNED: "static cache"}
-    heading = tuple(f"{student} / {short[role]}" for student, _, role in pairs)
+    heading = tuple(f"{student} / {SHORT[role]}" for student, _, role in pairs)
     return [(title, (CONTEXT, *heading), rows)]
 
 

@@ -10,11 +10,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED
+from mmmamba_cli.profiling.contract import BASELINES, EAGER
 from mmmamba_cli.runs.manifest import parse_model
 
-PROFILE, PICTURE = "profile.json", "profile.png"
-FORMAT = 1
+PROFILE, PICTURE, DRAWING = "profile.json", "profile.png", "profile.svg"
+# 2 added floors, throughput, energy and launches; a file of format 1 has none of them.
+FORMAT = 2
+FORMATS = (1, FORMAT)
 
 Task = Literal["decode", "prefill"]
 DECODE: Task = "decode"
@@ -36,14 +38,15 @@ class _Part(BaseModel):
 class Memory(_Part):
     """Bytes. `weights` and `cache` are counted, tensor by tensor.
 
-    `peak` is `weights` and what the device's allocator held at most beyond what it held before
-    this cache was made, so that other models in memory count for nothing; None on a CPU, where
-    only the peak of the whole process could be read.
+    `peak` is the most that the device's allocator held, None on a CPU, where only the peak of the
+    whole process could be read. If `apart`, no other model was in memory meanwhile; else what the
+    allocator held before this cache was made is taken off, and `weights` added.
     """
 
     weights: int
     cache: int
     peak: int | None = None
+    apart: bool = False
 
     @property
     def total(self) -> int:
@@ -68,6 +71,13 @@ class Measurement(_Part):
     # Of all repeats, in seconds: the median, and the quartiles around it.
     median: float | None = None
     quartiles: tuple[float, float] | None = None
+    # Seconds by `Cost` and `Profile.ceilings`; None where there are none, or nothing was measured.
+    floor: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """How much of the time the floor explains: 1 is as fast as the device allows."""
+        return None if self.floor is None or self.median is None else self.floor / self.median
 
     @property
     def repeats(self) -> tuple[float, ...]:
@@ -86,6 +96,8 @@ class SubjectPart(_Part):
     weights: str
     content_hash: str | None = None
     final: bool | None = None
+    way: str = EAGER
+    precision: str | None = None
     weight_bytes: int | None = None
 
 
@@ -109,16 +121,87 @@ class PlanPart(_Part):
     prefill: bool
     prefill_chunk: int | None
     budget: float | None
+    burst: int = 1
+    # None is `contexts`.
+    prefill_contexts: tuple[int, ...] | None = None
+    throughput: tuple[int, ...] = ()
+
+    def lengths(self, task: Task) -> list[int]:
+        """Contexts at which a task was measured, ascending."""
+        own = self.prefill_contexts if task == PREFILL else None
+        return sorted(self.contexts if own is None else own)
 
 
 class GatePart(_Part):
-    """What was compared before anything was timed: relative distances of logits, by way."""
+    """What was compared before anything was timed: relative distances of logits, by way.
+
+    `wrong` are subjects that failed, and why: they were not measured.
+    """
 
     green: bool
     tolerance: float
     distances: dict[str, dict[str, float]]
     unchecked: tuple[str, ...] = ()
+    wrong: dict[str, str] = {}
     what: str
+
+
+class CeilingsPart(_Part):
+    """Bytes a second, read and written ones, of copying `size` bytes; operations a second of
+    multiplying two square matrices of `side` in the profile's dtype, a product and a sum being two.
+    """
+
+    copy_rate: float
+    matmul_rate: float
+    size: int
+    side: int
+
+
+class Throughput(_Part):
+    """Tokens a second of all rows together, at one batch. `best` marks a subject's highest."""
+
+    subject: str
+    context: int
+    batch: int
+    status: Status
+    # Median seconds of a token of every row.
+    seconds: float | None = None
+    floor: float | None = None
+    # Bytes, as `Memory.peak`.
+    peak: int | None = None
+    best: bool = False
+    note: str = ""
+
+    @property
+    def rate(self) -> float | None:
+        return None if self.seconds is None else self.batch / self.seconds
+
+
+class Launches(_Part):
+    """How much of a token's time the device waits for the host, at batch `PlanPart.batch`.
+
+    `kernels` are seconds in which the device worked, summed over a token's kernels and copies;
+    `wall` is the median of the same token, measured without the profiler.
+    """
+
+    subject: str
+    context: int
+    kernels: float
+    wall: float
+
+    @property
+    def share(self) -> float:
+        return max(0.0, 1 - self.kernels / self.wall)
+
+
+class Energy(_Part):
+    """Of the whole device, by its own counter, over a loop of `tokens` that took `seconds`."""
+
+    subject: str
+    context: int
+    tokens: int
+    joules: float
+    seconds: float
 
 
 class Ratio(_Part):
@@ -154,6 +237,10 @@ class Profile(_Part):
     subjects: tuple[SubjectPart, ...]
     measurements: tuple[Measurement, ...]
     ratios: tuple[Ratio, ...]
+    ceilings: CeilingsPart | None = None
+    throughput: tuple[Throughput, ...] = ()
+    launches: tuple[Launches, ...] = ()
+    energy: tuple[Energy, ...] = ()
     seconds: float
 
     def find(self, subject: str, task: Task, context: int) -> Measurement | None:
@@ -180,11 +267,11 @@ def ratios(measurements: Sequence[Measurement], roles: dict[str, str]) -> tuple[
     done = {(m.subject, m.task, m.context): m for m in measurements if m.median is not None}
     found = []
     for (subject, task, context), ours in done.items():
-        if roles[subject] in (AS_SHIPPED, TUNED):
+        if roles[subject] in BASELINES:
             continue
         for name, role in roles.items():
             theirs = done.get((name, task, context))
-            if role not in (AS_SHIPPED, TUNED) or theirs is None:
+            if role not in BASELINES or theirs is None:
                 continue
             assert ours.median is not None and theirs.median is not None
             assert ours.memory is not None and theirs.memory is not None
@@ -205,4 +292,4 @@ def read_profile(file: Path) -> Profile:
     """Raises `RunError` if the file is not there or no profile."""
     if not file.is_file():
         raise RunError(f"{file} is not there", "run mmmamba profile first")
-    return parse_model(file, Profile)
+    return parse_model(file, Profile, FORMATS)

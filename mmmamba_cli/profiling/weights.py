@@ -41,7 +41,7 @@ class WeightStore:
         Models of one `family` share what they have in common, as teacher and student do.
         """
         shapes = expected_tensors(config)
-        return self._model(config, family, lambda name: _noise(name, shapes[name], seed))
+        return self._model(config, family, lambda name: self._noise(name, shapes[name], seed))
 
     def _model(
         self, config: HolisticVLMConfig, owner: str, read: Callable[[str], Tensor]
@@ -75,13 +75,17 @@ class WeightStore:
         self._parameters[owner, name] = placed
         return placed
 
+    def _noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Values of such sizes that every part of a model matters to its logits.
 
-def _noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Values of such sizes that every part of a model matters to its logits."""
-    rng = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
-    if "norm" in name or name.endswith("A_log"):
-        return torch.ones(shape)
-    if name.endswith("dt_bias"):
-        return torch.empty(shape).uniform_(*STEP_BIAS, generator=rng)
-    fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
-    return torch.randn(shape, generator=rng) * fan_in**-0.5
+        Drawn on the device, in the dtype they will have: billions would take a CPU a minute.
+        """
+        device, dtype = self.device, stored_dtype(name, self.dtype)
+        rng = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        if "norm" in name or name.endswith("A_log"):
+            return torch.ones(shape, device=device, dtype=dtype)
+        values = torch.empty(shape, device=device, dtype=dtype)
+        if name.endswith("dt_bias"):
+            return values.uniform_(*STEP_BIAS, generator=rng)
+        fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
+        return values.normal_(std=fan_in**-0.5, generator=rng)

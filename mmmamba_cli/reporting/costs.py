@@ -31,7 +31,8 @@ def costs_section(profile: Profile, series: Mapping[str, int]) -> Markup:
             f"seed {profile.seed}",
         )
     )
-    told = [report.gate_line(profile), *(f"{note}." for note in profile.notes)]
+    told = [report.gate_line(profile), *(f"{line}." for line in report.host_lines(profile))]
+    told += [f"{note}." for note in profile.notes]
     told += [f"{remark}." for remark in report.remarks(profile)]
     return section(
         "costs",
@@ -76,7 +77,7 @@ def _panel(
         y_name=title,
         log_x=True,
         log_y=True,
-        x_ticks=profile.plan.contexts,
+        x_ticks=profile.plan.lengths(task),
     )
     return tag("div", tag("h3", title), picture)
 
@@ -85,7 +86,7 @@ def _points(
     profile: Profile, name: str, task: Task, value: Callable[[Measurement], float | None]
 ) -> tuple[tuple[float, float], ...]:
     found = []
-    for context in sorted(profile.plan.contexts):
+    for context in profile.plan.lengths(task):
         one = profile.find(name, task, context)
         number = None if one is None else value(one)
         if number is not None:

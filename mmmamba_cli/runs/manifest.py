@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,15 +101,16 @@ def manifest_text(manifest: Manifest) -> str:
     return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
-def parse_model(file: Path, kind: type[Model]) -> Model:
+def parse_model(file: Path, kind: type[Model], formats: Collection[int] = (FORMAT,)) -> Model:
     """A JSON file as `kind`. Raises `RunError` that names the file and the first thing wrong."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         # Half of a letter can be written as an escape, and nowhere else: not into a copy of this.
         json.dumps(value, ensure_ascii=False).encode()
-        if isinstance(value, Mapping) and value.get("format", FORMAT) != FORMAT:
+        if isinstance(value, Mapping) and value.get("format", FORMAT) not in formats:
+            known = " and ".join(map(str, formats))
             raise RunError(
-                f"{file} has format {value['format']!r}, this version knows {FORMAT}",
+                f"{file} has format {value['format']!r}, this version knows {known}",
                 "use the version of mmmamba that wrote it",
             )
         return kind.model_validate(value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.profiling import About, OutOfMemory, Subject
-from mmmamba_cli.profiling.contract import STATIC, STUDENT
+from mmmamba_cli.profiling.contract import EAGER, STATIC, STUDENT, Cost
 
 VOCABULARY = 16
 
@@ -24,6 +24,9 @@ class Bench:
     # (subject, task, context) in the order in which they were measured.
     turns: list[tuple[str, str, int]] = field(default_factory=list)
     has_gauge: bool = True
+    # Of an eager token's time, what the device itself is at work.
+    kernel_share: float = 0.25
+    watts: float | None = 300.0
 
     def seconds(self, work: Callable[[], object]) -> float:
         begin = self.clock
@@ -45,6 +48,12 @@ class Bench:
     def clean(self) -> None:
         pass
 
+    def kernel_seconds(self, work: Callable[[], object]) -> float | None:
+        return self.kernel_share * self.seconds(work)
+
+    def joules(self) -> float | None:
+        return None if self.watts is None else self.watts * self.clock
+
     def take(self, size: int) -> None:
         self.held += size
         self.highest = max(self.highest, self.held)
@@ -62,6 +71,11 @@ class StandIn:
     cache_bytes: int = 0
     # Contexts from here on do not fit.
     too_long: int = 10**9
+    # So many columns of all rows together do not fit either.
+    too_large: int = 10**9
+    # Seconds a token on top, by the number of rows.
+    row_seconds: Callable[[int], float] = lambda rows: 0.0
+    batch: int = 1
     # Bytes that a step holds beside weights and cache.
     transient: int = 7
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -76,6 +90,9 @@ class StandIn:
 
     def start(self, batch: int, columns: int) -> None:
         self.stop()
+        self.batch = batch
+        if batch * columns >= self.too_large:
+            raise OutOfMemory(f"{batch} rows of {columns} columns are too many")
 
     def _grow(self, columns: int) -> None:
         self.context += columns
@@ -99,15 +116,25 @@ class StandIn:
     def step(self, ids: Tensor) -> Tensor:
         self.bench.take(self.transient)
         self.bench.held -= self.transient
-        self.bench.clock += self.step_seconds(self.context)
+        self.bench.clock += self.step_seconds(self.context) + self.row_seconds(self.batch)
         return self._logits(ids[:, -1])
+
+    def tokens(self, count: int) -> Tensor:
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        for _ in range(count):
+            ids = self.step(ids).argmax(-1, keepdim=True)
+        return ids
+
+    def cost(self, batch: int, context: int, prefill: bool) -> Cost:
+        return Cost(bytes=100 * context + batch, operations=context if prefill else 0)
 
     def stop(self) -> None:
         self.bench.held -= self.cache_bytes
         self.cache_bytes = self.context = 0
+        self.batch = 1
 
-    def without_cache(self, ids: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(ids, VOCABULARY).float()
+    def without_cache(self, ids: Tensor, last: int) -> Tensor:
+        return torch.nn.functional.one_hot(ids[:, -last:], VOCABULARY).float()
 
     def ways(self) -> Mapping[str, StandIn]:
         return self.others
@@ -117,7 +144,12 @@ class StandIn:
 
 
 def subject_of(
-    decoder: StandIn, role: str = STUDENT, attention: tuple[int, ...] = (), cache: str = STATIC
+    decoder: StandIn,
+    role: str = STUDENT,
+    attention: tuple[int, ...] = (),
+    cache: str = STATIC,
+    way: str = EAGER,
 ) -> Subject:
-    about = About(role, cache, "hybrid" if attention else "linear", attention, 8, "planted")
+    kind = "hybrid" if attention else "linear"
+    about = About(role, cache, kind, attention, 8, "planted", way=way)
     return Subject(decoder.name, about, lambda: decoder)

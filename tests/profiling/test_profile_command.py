@@ -13,7 +13,7 @@ from ended import Command
 
 from mmmamba_cli.cli import profile as module
 from mmmamba_cli.profiling import OutOfMemory, default_plan, read_profile
-from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED
+from mmmamba_cli.profiling.contract import AS_SHIPPED, STATIC_TEACHER, TUNED
 
 QUICK = ("--contexts", "16,32", "--repeats", 2)
 
@@ -26,7 +26,7 @@ def test_a_run_its_teacher_and_its_products(
     done = mmmamba("profile", "--run", run, *QUICK)
     assert done.code == 0, done.err
     lines = [line.split() for line in done.out.splitlines()]
-    heading = "context teacher as shipped teacher with a static cache seed hybrid-2"
+    heading = "context teacher as shipped teacher tuned seed hybrid-2"
     assert heading.split() in lines
     assert (
         "Compared: seed (0 of 8 layers attention), hybrid-2 (2 of 8 layers attention)" in done.out
@@ -90,6 +90,32 @@ def test_an_architecture_without_weights(mmmamba: Command, tmp_path: Path) -> No
     assert found.subjects[3].attention_layers == (0, 2, 4, 6)
     assert {one.weights for one in found.subjects} == {"random"}
     assert (found.dtype, found.plan.batch) == ("bfloat16", 2)
+
+
+def test_all_eager_and_a_static_teacher(mmmamba: Command, tmp_path: Path) -> None:
+    words = ["--random", "hovle-8m", "--attn-layers", "0", "--no-prefill", "--eager"]
+    done = mmmamba("profile", *words, *QUICK, "--out", tmp_path)
+    assert done.code == 0, done.err
+    found = read_profile(tmp_path / "profile.json")
+    assert [one.name for one in found.subjects] == [AS_SHIPPED, STATIC_TEACHER, "linear"]
+    assert {one.way for one in found.subjects} == {"eager"}
+    assert "linear / static cache" in done.out
+    assert "all eager" in found.compared
+
+
+def test_int8_and_the_best_batch(mmmamba: Command, tmp_path: Path) -> None:
+    words = ["--random", "hovle-8m", "--attn-layers", "0", "--no-prefill", "--int8"]
+    done = mmmamba("profile", *words, *QUICK, "--throughput", 8, "--budget", 6, "--out", tmp_path)
+    assert done.code == 0, done.err
+    found = read_profile(tmp_path / "profile.json")
+    assert [one.name for one in found.subjects] == [AS_SHIPPED, TUNED, "linear", "linear int8"]
+    wide, narrow = found.subjects[2:]
+    assert (wide.precision, narrow.precision) == (None, "int8")
+    assert (narrow.weight_bytes or 0) < 0.4 * (wide.weight_bytes or 0)
+    assert found.plan.throughput == (8,)
+    assert {one.context for one in found.throughput} == {8}
+    assert found.throughput[0].batch == 1
+    assert "most tokens a second" in done.out
 
 
 def test_defaults_suit_a_cpu_and_take_less_than_a_minute(mmmamba: Command, tmp_path: Path) -> None:
@@ -165,6 +191,8 @@ def test_a_missing_matplotlib_is_said_with_the_pip_line(
         (["--contexts", "1k,3x"], "--contexts: '3x' is no length (give numbers of tokens"),
         (["--contexts", "0"], "--contexts: '0' is no length"),
         (["--contexts", ""], "--contexts: '' is no length"),
+        (["--throughput", "many"], "--throughput: 'many' is no length (give numbers of tokens"),
+        (["--int8", "--eager"], "--int8 is decoded by mmmamba's own decoder, not eagerly"),
         (["--random", "hovle-2b"], "no architecture is called hovle-2b: give hovle-2.6b or hovle-"),
         (["--random", "hovle-8m", "--attn-layers", "9"], "is 9, must be from 0 to 8"),
         (["--random", "hovle-8m", "--attn-layers", "a"], "--attn-layers is 'a', expected numbers"),

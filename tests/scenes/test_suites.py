@@ -118,6 +118,24 @@ def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -
     assert said[1::2] == [one.answer for one in asked]
 
 
+def test_short_lessons_are_about_one_picture_each(
+    tmp_path: Path, atlas: Atlas, world: World
+) -> None:
+    for name, short in (("all", False), ("short", True)):
+        write_lessons(tmp_path / name, atlas, world, 0, 15, short=short)
+    everything, lines = (
+        [json.loads(line) for line in (tmp_path / name / "lessons.jsonl").read_text().splitlines()]
+        for name in ("all", "short")
+    )
+    assert {line["id"].split("-")[1] for line in lines} == {str(number) for number in range(15)}
+    assert all(isinstance(line.get("image"), str) for line in lines)
+    # The others are what they are without it: of 15, numbers 1, 2, 13 and 14 are long.
+    long = ("1", "2", "13", "14")
+    assert [line for line in lines if line["id"].split("-")[1] not in long] == [
+        line for line in everything if line["id"].split("-")[1] not in long
+    ]
+
+
 def test_workers_write_the_same(tmp_path: Path, atlas: Atlas, world: World) -> None:
     for name, workers in (("alone", 0), ("two", 2)):
         write_lessons(tmp_path / name, atlas, world, 0, 70, workers=workers)

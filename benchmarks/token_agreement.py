@@ -1,0 +1,106 @@
+"""How near a student's next tokens come to its teacher's, in the answers of lessons.
+
+Two measures of each token of an answer, given what stands before it: whether the student's most
+likely token is the teacher's, and the probability that both share, 1 minus the total variation
+distance of their distributions. Legend: M students, C comparisons, N places that predict a token of
+an answer, L lessons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint import Checkpoint, load_model
+from mmmamba_cli.data import IGNORED, Batch, open_corpus
+from mmmamba_cli.data.batching import collate
+from mmmamba_cli.data.encoding import Encoder
+from mmmamba_cli.distill.logits_kl import next_tokens
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.runs import open_processor
+
+# (title, metric) by the name of the file, in whose order a page shows them.
+COMPARISONS = {
+    "agreement": (
+        "Next tokens of answers, on lessons nobody learned from",
+        "same most likely token as the teacher's, %",
+    ),
+    "overlap": (
+        "The same tokens, by all that a model holds possible",
+        "probability that student and teacher share, %",
+    ),
+}
+# Conversations at a time, and the most tokens of one.
+TOGETHER, MAX_LENGTH = 8, 1024
+
+# Of each lesson, how many of its tokens a student has right, and how many there are.
+Shares = list[tuple[float, int]]
+
+
+@torch.no_grad()
+def by_lesson(
+    teacher: Checkpoint, students: Mapping[str, Checkpoint], lessons: Path
+) -> dict[str, dict[str, Shares]]:
+    """Of each student, by comparison, its shares. A lesson is all that is asked of one picture.
+
+    `lessons` is what `mmmamba scenes build` calls `lessons.jsonl`.
+    """
+    processor = open_processor(teacher)
+    if processor is None:
+        raise RunError(f"{teacher.path} has no tokenizer")
+    opened = [teacher, *students.values()]
+    models = [load_model(one.path, dtype="fp32", checkpoint=one) for one in opened]
+    encoder = Encoder(processor, MAX_LENGTH, max_tiles=1)
+    corpus = open_corpus(lessons)
+    owners = lesson_numbers(lessons)
+    right = torch.zeros(len(students), len(COMPARISONS), int(owners.max()) + 1).double()
+    tokens = torch.zeros(right.shape[-1], dtype=torch.int64)
+    for owner, numbers in zip(
+        owners.split(TOGETHER), torch.arange(len(owners)).split(TOGETHER), strict=True
+    ):
+        rows = [[encoder(corpus[number])] for number in numbers.tolist()]
+        batch, bad = collate(rows, encoder.images, processor.pad_token_id)
+        if bad:
+            raise RunError(f"{lessons}: {bad[0].name}: {bad[0].reason}")
+        found, row = compare(models, batch)
+        right.index_add_(2, owner[row], found)
+        tokens += torch.bincount(owner[row], minlength=len(tokens))
+    return {
+        label: {
+            name: list(zip(right[m, c].tolist(), tokens.tolist(), strict=True))
+            for c, name in enumerate(COMPARISONS)
+        }
+        for m, label in enumerate(students)
+    }
+
+
+def lesson_numbers(lessons: Path) -> Tensor:
+    """Of each line, to which lesson it belongs, counted from 0 as they come."""
+    lines = lessons.read_text(encoding="utf-8").splitlines()
+    # `scene-17-4` is a conversation of lesson 17.
+    names = [json.loads(line)["id"].rpartition("-")[0] for line in lines]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names])
+
+
+def compare(models: Sequence[HolisticVLM], batch: Batch) -> tuple[Tensor, Tensor]:
+    """How right each model but the first is, which is the teacher, (M, C, N), and the row of each
+    place, (N,)."""
+    scored = next_tokens(batch) != IGNORED
+    prompt = models[0].model.prepare(
+        batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
+    )
+    taught, *learned = (
+        model.lm_head(model.model(prompt)[scored]).double().softmax(-1) for model in models
+    )
+    found = {
+        "agreement": [(one.argmax(-1) == taught.argmax(-1)).double() for one in learned],
+        "overlap": [torch.minimum(one, taught).sum(-1) for one in learned],
+    }
+    together = torch.stack([torch.stack(found[name]) for name in COMPARISONS], 1)
+    return together, scored.nonzero()[:, 0]
