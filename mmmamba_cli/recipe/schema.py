@@ -287,7 +287,7 @@ class Stage(Section):
     checkpointing: bool = Field(
         default=True,
         description="Compute activations again in the backward pass of a kl stage: far less "
-        "memory for about a fifth of the time.",
+        "memory, and more time.",
     )
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Of matrix products; master weights and states are fp32 always."
