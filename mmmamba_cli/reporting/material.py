@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmmamba_cli.checkpoint import shipped_models
 from mmmamba_cli.distill import METRICS, read_metrics
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.evaluate import Result
@@ -192,8 +193,10 @@ def _evaluated(told: Told, remarks: list[str]) -> Iterator[Evaluated]:
 
 
 def _own_label(told: Told, result: Result) -> str:
-    """Products are called by their run too; a model from elsewhere is the same in every run."""
-    return told.label(result.model.name) if result.model.name != TEACHER else TEACHER
+    """Products are called by their run too; a model that ships is the same in every run."""
+    name = result.model.name
+    same = name == TEACHER or (name not in told.products and name in shipped_models())
+    return name if same else told.label(name)
 
 
 def _answers(file: Path, remarks: list[str]) -> dict[str, Mapping[str, str]]:

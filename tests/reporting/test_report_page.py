@@ -163,3 +163,14 @@ def test_no_run_is_a_sentence(tmp_path: Path, mmmamba: Command) -> None:
     done = mmmamba("report", "--run", tmp_path / "nothing")
     assert done.code == 2 and "is not a run" in done.err
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_model_that_ships_is_not_called_by_the_run_it_was_asked_in(
+    full: Full, tmp_path: Path
+) -> None:
+    run, other, data = full
+    asked = shutil.copytree(other, tmp_path / "other")
+    for name in ("scenes-linear", "elsewhere"):
+        answer(asked, data, name, ["Yes"] * len((data / "SCENES.tsv").read_text().splitlines()[1:]))
+    labels = read_material(run, [asked]).labels
+    assert {"scenes-linear", "elsewhere (other)"} <= set(labels)
