@@ -16,8 +16,9 @@ from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.cache import DecodingState
 from mmmamba_cli.model.decoder import Prompt
 
-# Columns at a time of a model whose memory does not grow.
-CHUNK = 4096
+# Columns at a time of a model whose memory does not grow: on a GPU so many that it computes for
+# longer than the host takes to say what.
+CHUNK, GPU_CHUNK = 4096, 16384
 # With attention the prompt passes whole: only there is a causal flag all of the mask. Longer ones,
 # and padded ones, are cut so that the mask of a part has no more entries than this.
 WHOLE = 2**17
@@ -112,7 +113,7 @@ def extra_columns(model: HolisticVLM, input_ids: Tensor, pixel_values: Tensor | 
 def pick_chunk(states: States, length: int, padded: bool) -> int:
     """Columns of a prompt that pass the stacks at a time."""
     if not states.plan.grows:
-        return CHUNK
+        return GPU_CHUNK if states.logits.is_cuda else CHUNK
     if states.batch * length <= WHOLE and not padded:
         return length
     return max(1, MASK_ENTRIES // (states.batch * length))

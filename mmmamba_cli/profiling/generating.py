@@ -24,7 +24,7 @@ from mmmamba_cli.profiling.instruments import require
 # No answer ends: every token is timed.
 GREEDY = Settings(eos=())
 # Columns that a prompt is read in at a time where nothing else is said, for the size of it.
-PART = 8192
+PART = 16384
 
 
 class GeneratingDecoder:

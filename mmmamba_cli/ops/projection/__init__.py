@@ -45,8 +45,9 @@ PROJECT_BACKENDS: dict[str, ProjectBackend] = {
     "reference": reference.project,
     **triton_backends("projection", "project"),
 }
-# With more, each weight is used often enough that matrix products on tensor cores win.
-MOST_TRITON_ROWS = 8
+# With more, each weight is used often enough that matrix products on tensor cores win: seen on an
+# H100 from 4 rows on. int8 has no such product, and would be widened first.
+MOST_TRITON_ROWS, MOST_INT8_ROWS = 2, 8
 
 
 def project(
@@ -76,8 +77,9 @@ def project(
         swiglu: whether the rows of the weight are two halves of O / 2 and the result is
             silu(first) * second.
         out: where to write the result; it may be `residual`, but not x.
-        backend: "reference", "triton", which has no gradient, or "auto": triton for at most 8 rows
-            on a GPU if it is installed, nothing is fp64 and no gradient is wanted.
+        backend: "reference", "triton", which has no gradient, or "auto": triton for at most 2 rows
+            (8 of an int8 weight) on a GPU if it is installed, nothing is fp64 and no gradient is
+            wanted.
 
     Returns:
         (B, O), or (B, O / 2) with `swiglu`, in x's dtype. The kernels sum in fp32 and round once,
@@ -95,7 +97,8 @@ def project(
         parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
         tensors = [t for t in (x, *parts, bias, norm, gate, residual) if t is not None]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        few = 0 < x.shape[0] <= MOST_TRITON_ROWS and (gate is None or _is_power_of_2(norm))
+        most = MOST_INT8_ROWS if isinstance(weight, Int8Weight) else MOST_TRITON_ROWS
+        few = 0 < x.shape[0] <= most and (gate is None or _is_power_of_2(norm))
         fused = "triton" in PROJECT_BACKENDS and few and not learns and suits_triton(*tensors)
         backend = "triton" if fused else "reference"
     found = pick_backend("project", backend, PROJECT_BACKENDS)
