@@ -1,4 +1,4 @@
-"""Reading a prompt with the model's own layers, in parts, into memory that stays where it is.
+"""Reading a prompt in parts, into memory that stays where it is.
 
 Legend: B batch, T columns of the prompt, D hidden size.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmmamba_cli.decoding.parts import read_part
 from mmmamba_cli.decoding.states import KeysValues, ScanState, States
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import HolisticVLM
@@ -18,7 +19,7 @@ from mmmamba_cli.model.decoder import Prompt
 
 # Columns at a time of a model whose memory does not grow: on a GPU so many that it computes for
 # longer than the host takes to say what.
-CHUNK, GPU_CHUNK = 4096, 16384
+CHUNK, GPU_CHUNK = 4096, 8192
 # With attention the prompt passes whole: only there is a causal flag all of the mask. Longer ones,
 # and padded ones, are cut so that the mask of a part has no more entries than this.
 WHOLE = 2**17
@@ -143,30 +144,42 @@ def read(
             seen = None if mask is None else mask[:, part]
             ids = input_ids[:, part]
             prompt = decoder.prepare(ids, None, seen, prompt_lengths=lengths, cache=cache)
-            hidden = _last(model, prompt, cache, step)
+            hidden = _last(model, states, prompt, cache, step)
     else:
         prompt = decoder.prepare(input_ids, pixel_values, mask, prompt_lengths=lengths, cache=cache)
-        hidden = _last(model, prompt, cache, step)
+        hidden = _last(model, states, prompt, cache, step)
     states.settle(cache.decoding_state)
     logits: Tensor = model.lm_head(decoder.norm(hidden))
     return states.logits.copy_(logits)
 
 
-def _last(model: HolisticVLM, prompt: Prompt, cache: Any, chunk: int) -> Tensor:
+def _last(model: HolisticVLM, states: States, prompt: Prompt, cache: Any, chunk: int) -> Tensor:
     """Hidden states (B, D) of the prompt's last column, before the norm."""
     decoder = model.model
-    split, length = decoder.num_embedding_layers, prompt.language.length
+    blocks, split = decoder.blocks, decoder.num_embedding_layers
+    first, last = states.stacks[0], states.stacks[-1]
     hidden = decoder.embed(prompt)
     both = prompt.embedding
     if both is not None and prompt.expansion is not None:
         # All columns of an image are there before any of them is merged.
-        hidden = decoder.run(decoder.layers[:split], hidden, both, cache, chunk)
-        hidden, both = decoder.bridge(hidden, prompt), None
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        part = hidden[:, start:stop]
+        parts = [
+            read_part(
+                first, blocks[:split], hidden[:, part], both.chunk(part.start, part.stop), cache
+            )
+            for part in _parts(both.length, chunk)
+        ]
+        hidden, both = decoder.bridge(torch.cat(parts, dim=1), prompt), None
+    for part in _parts(prompt.language.length, chunk):
+        found = hidden[:, part]
         if both is not None:
-            part = decoder.run(decoder.layers[:split], part, both.chunk(start, stop), cache)
-            part = decoder.bridge(part, prompt)
-        part = decoder.run(decoder.layers[split:], part, prompt.language.chunk(start, stop), cache)
-    return part[:, -1]
+            found = read_part(
+                first, blocks[:split], found, both.chunk(part.start, part.stop), cache
+            )
+            found = decoder.bridge(found, prompt)
+        seen = prompt.language.chunk(part.start, part.stop)
+        found = read_part(last, blocks[split:], found, seen, cache)
+    return found[:, -1]
+
+
+def _parts(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]

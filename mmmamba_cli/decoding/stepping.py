@@ -48,7 +48,7 @@ def advance(states: States, backend: str = "auto") -> None:
         hidden = _through(stack, hidden, backend)
         if stack.plan is plan.embedding and plan.normalize_embedding_output:
             hidden = hidden / hidden.norm(dim=-1, keepdim=True)
-    _projected(hidden, plan.head, backend, norm=plan.norm, out=states.logits)
+    projected(hidden, plan.head, backend, norm=plan.norm, out=states.logits)
     states.counters.add_(1)
 
 
@@ -66,16 +66,16 @@ def _block(
     layer: LayerPlan, memory: KeysValues | ScanState, hidden: Tensor, token: Token
 ) -> Tensor:
     mixer, backend = layer.mixer, token.backend
-    inputs = _projected(hidden, mixer.inputs, backend, norm=layer.mixer_norm)
+    inputs = projected(hidden, mixer.inputs, backend, norm=layer.mixer_norm)
     if isinstance(mixer, ScanPlan):
         assert isinstance(memory, ScanState)
         hidden = _scan(mixer, memory, inputs, hidden, token)
     else:
         assert isinstance(memory, KeysValues)
         y = _attend(mixer, memory, inputs, token)
-        hidden = _projected(y, mixer.output, backend, residual=hidden)
-    inner = _projected(hidden, layer.mlp_inputs, backend, norm=layer.mlp_norm, swiglu=True)
-    return _projected(inner, layer.mlp_output, backend, residual=hidden)
+        hidden = projected(y, mixer.output, backend, residual=hidden)
+    inner = projected(hidden, layer.mlp_inputs, backend, norm=layer.mlp_norm, swiglu=True)
+    return projected(inner, layer.mlp_output, backend, residual=hidden)
 
 
 def _scan(
@@ -96,7 +96,7 @@ def _scan(
         )
     else:
         y = _scan_apart(mixer, memory, vkq, dt, token)
-    return _projected(
+    return projected(
         y.flatten(1), mixer.output, token.backend, norm=mixer.gated_norm, gate=gate, residual=hidden
     )
 
@@ -165,7 +165,7 @@ def _normed(norms: HeadNorms | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tens
     )
 
 
-def _projected(
+def projected(
     x: Tensor,
     projection: Projection,
     backend: str,

@@ -24,25 +24,27 @@ def pick_backend(op: str, name: str, backends: Mapping[str, Backend]) -> Backend
     return backends[name]
 
 
-def triton_backends(op: str, launcher: str) -> dict[str, Callable[..., Any]]:
-    """{"triton": launcher of `op`}, or {} where the kernels cannot be had.
+def triton_backends(
+    op: str, launcher: str, *, name: str = "triton", module: str = "fused"
+) -> dict[str, Callable[..., Any]]:
+    """{name: launcher of `op`, in its `module`}, or {} where the kernels cannot be had.
 
     That is where Triton is not installed, and in the files of an exported model, which are plain
     PyTorch: the module is found by its name, so that nothing there imports it. Triton itself is
     loaded by the first call.
     """
-    name = f"{__package__}.{op}.fused"
+    path = f"{__package__}.{op}.{module}"
     try:
-        found = importlib.util.find_spec("triton") and importlib.util.find_spec(name)
+        found = importlib.util.find_spec("triton") and importlib.util.find_spec(path)
     except ModuleNotFoundError:
         found = None
     if not found:
         return {}
 
     def launch(*arguments: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(name), launcher)(*arguments, **options)
+        return getattr(importlib.import_module(path), launcher)(*arguments, **options)
 
-    return {"triton": launch}
+    return {name: launch}
 
 
 def suits_triton(*tensors: Tensor | None) -> bool:

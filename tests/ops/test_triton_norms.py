@@ -52,6 +52,23 @@ def test_norm_arguments_and_gradients_may_lie_in_memory_in_any_order():
     check(rms_norm, plain(made), TOLERANCE[torch.float32], eps=EPS, scattered=True)
 
 
+@pytest.mark.parametrize("leading", [(2, 9), (18,), (2, 3, 3)])
+def test_a_gate_may_be_a_slice_of_a_packed_projection(leading):
+    heads, dim = 3, 16
+    rng = torch.Generator().manual_seed(1)
+    packed = torch.randn(*leading, 100, generator=rng).to(DEVICE)
+    gate = packed[..., 20 : 20 + heads * dim].unflatten(-1, (heads, dim))
+    y, weight = (torch.randn(*size, generator=rng).to(DEVICE) for size in (gate.shape, (dim,)))
+    wanted = gated_rms_norm(y, gate, weight, EPS, backend="reference")
+    assert fused._heads(gate)[0] is gate
+    found = gated_rms_norm(y, gate, weight, EPS, backend="triton")
+    assert relative_error(found, wanted) < TOLERANCE[torch.float32]
+    uneven = gate[:, ::2] if len(leading) > 1 else gate[::2]
+    found = gated_rms_norm(torch.ones_like(uneven), uneven, weight, EPS, backend="triton")
+    wanted = gated_rms_norm(torch.ones_like(uneven), uneven, weight, EPS, backend="reference")
+    assert relative_error(found, wanted) < TOLERANCE[torch.float32]
+
+
 def test_plain_norm_rounds_before_the_weight_and_gated_norm_once():
     made = {n: t.to(DEVICE) for n, t in make_norm((64, 16), torch.bfloat16).items()}
     for call, arguments in ((rms_norm, plain(made)), (gated_rms_norm, made)):

@@ -1,4 +1,4 @@
-"""The Triton product of a few tokens against the reference in fp64."""
+"""The products on Triton kernels, of few tokens and of many, against the reference in fp64."""
 
 import pytest
 import torch
@@ -51,7 +51,12 @@ def exact(value: object) -> object:
 
 
 def check(
-    x: Tensor, weight: Tensor | Int8Weight, tolerance: float | None = None, **options: object
+    x: Tensor,
+    weight: Tensor | Int8Weight,
+    tolerance: float | None = None,
+    *,
+    backend: str = "triton",
+    **options: object,
 ) -> None:
     wanted = project(exact(x), exact(weight), **{n: exact(v) for n, v in options.items()})
     here = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in options.items()}
@@ -63,7 +68,7 @@ def check(
     for name in ("gate", "residual"):
         if name in here:
             here[name] = apart(here[name])
-    found = project(apart(x.to(DEVICE)), there, **here, backend="triton")
+    found = project(apart(x.to(DEVICE)), there, **here, backend=backend)
     assert found.dtype == x.dtype
     assert found.shape == wanted.shape
     assert relative_error(found.cpu(), wanted) < (tolerance or TOLERANCE[x.dtype])
@@ -126,10 +131,34 @@ def test_fp16_and_rows_that_begin_anywhere():
     check(normal(2, 40), Int8Weight(values, small.scales))
 
 
-def test_the_sum_is_written_into_the_residual():
+@dtypes
+@pytest.mark.parametrize("batch", [1, 5, 37])
+def test_many_tokens_on_tensor_cores(batch, dtype):
+    dim, rows = 96, 26
+    x, weight = normal(batch, dim).to(dtype), normal(rows, dim).to(dtype)
+    bias, norm = normal(rows).to(dtype), normal(dim)
+    residual = normal(batch, rows, seed=3).to(dtype)
+    many = {"backend": "products"}
+    check(x, weight, **many)
+    check(x, weight, norm=norm, eps=0.1, bias=bias, residual=residual, **many)
+    check(x, weight, residual=residual, **many)
+    check(x, weight, norm=norm, eps=0.1, bias=bias, swiglu=True, **many)
+    check(x, weight, swiglu=True, residual=residual[:, :13], **many)
+    gate = normal(batch, dim, seed=1).to(dtype)
+    check(x, weight, norm=normal(24, seed=2), eps=1e-5, gate=gate, residual=residual, **many)
+    check(x, quantize(normal(rows, dim)), norm=norm, eps=0.1, swiglu=True, **many)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1025])
+def test_swiglu_of_any_width(size):
+    check(normal(6, 32), normal(2 * size, 32), swiglu=True, backend="products")
+
+
+@pytest.mark.parametrize("backend", ["triton", "products"])
+def test_the_sum_is_written_into_the_residual(backend):
     x, weight, residual = (t.to(DEVICE) for t in (normal(2, 40), normal(6, 40), normal(2, 6)))
     wanted = project(x, weight, residual=residual, backend="reference")
-    assert project(x, weight, residual=residual, out=residual, backend="triton") is residual
+    assert project(x, weight, residual=residual, out=residual, backend=backend) is residual
     torch.testing.assert_close(residual, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -170,9 +199,16 @@ def test_fp64_is_refused_in_a_sentence():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="auto takes kernels on a GPU only")
-def test_auto_takes_kernels_for_few_rows_without_gradients():
+def test_auto_takes_kernels_by_rows_and_without_gradients():
     x, weight = normal(9, 64).cuda(), normal(6, 64).cuda()
-    few = project(x[:8], weight)
-    assert torch.equal(few, project(x[:8], weight, backend="triton"))
-    assert torch.equal(project(x, weight), project(x, weight, backend="reference"))
+    for rows, given, wanted in (
+        (2, weight, "triton"),
+        (3, weight, "products"),
+        (8, quantize(weight), "triton"),
+        (9, quantize(weight), "products"),
+    ):
+        norm = torch.rand(64, device="cuda")
+        found = project(x[:rows], given, norm=norm, eps=1e-5)
+        expected = project(x[:rows], given, norm=norm, eps=1e-5, backend=wanted)
+        assert torch.equal(found, expected), (rows, wanted)
     assert project(x[:1], weight.requires_grad_()).requires_grad

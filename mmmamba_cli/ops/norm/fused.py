@@ -32,13 +32,13 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        gate = None if gate is None else gate.contiguous()
+        gate, heads, gate_t = (None, 1, 0) if gate is None else _heads(gate)
         out = buffer(*x.shape, like=x, dtype=x.dtype)
         num_rows = x.numel() // x.shape[-1]
         with on_device(x):
             kernels.norm[_grid(num_rows, x.shape[-1])](
-                x, x if gate is None else gate, weight, out, num_rows, eps,
-                GATED=gate is not None, **_cut(x.shape[-1]),
+                x, x if gate is None else gate, weight, out, num_rows, eps, gate_t,
+                HEADS=heads, GATED=gate is not None, **_cut(x.shape[-1]),
             )  # fmt: skip
         ctx.save_for_backward(x, gate, weight)
         ctx.eps = eps
@@ -48,6 +48,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
+        gate = None if gate is None else gate.contiguous()
         dim = x.shape[-1]
         num_rows = x.numel() // dim
         grid = (min(*_grid(num_rows, dim), MOST_PARTS),)
@@ -61,6 +62,22 @@ class _Norm(torch.autograd.Function):
                 GATED=gate is not None, **_cut(dim),
             )  # fmt: skip
         return dx, dgate, dweight.sum(0).to(weight.dtype), None
+
+
+def _heads(gate: Tensor) -> tuple[Tensor, int, int]:
+    """The gate (..., H, P), how many rows lie side by side in it, and the step to the next such.
+
+    A slice of a packed projection (B, T, H, P) is read where it is; what else is not contiguous is
+    copied.
+    """
+    dim = gate.shape[-1]
+    if gate.dim() > 2 and gate.stride(-1) == 1 and gate.stride(-2) == dim:
+        try:
+            flat = gate.view(-1, *gate.shape[-2:])
+        except RuntimeError:  # Tokens do not lie at equal steps.
+            return gate.contiguous(), 1, dim
+        return gate, gate.shape[-2], flat.stride(0)
+    return gate.contiguous(), 1, dim
 
 
 def _cut(dim: int) -> dict[str, int]:

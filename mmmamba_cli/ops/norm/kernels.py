@@ -15,12 +15,14 @@ def rows(ptr, r, d, keep, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def norm(
-    x_ptr, gate_ptr, weight_ptr, out_ptr, num_rows, eps,
-    GATED: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, gate_ptr, weight_ptr, out_ptr, num_rows, eps, gate_t,
+    GATED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x over its root mean square, times weight; GATED, times SiLU(gate), and rounded only then.
 
-    The plain one is rounded to x's dtype before the weight, as Llama does.
+    The plain one is rounded to x's dtype before the weight, as Llama does. HEADS rows of the gate
+    lie side by side, and `gate_t` apart from the next such.
     """
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
@@ -30,7 +32,8 @@ def norm(
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     out = x * scale[:, None]
     if GATED:
-        gate = rows(gate_ptr, r, d, keep, D)
+        at = gate_ptr + (r // HEADS).to(tl.int64)[:, None] * gate_t + (r % HEADS * D)[:, None]
+        gate = tl.load(at + d[None, :], mask=keep, other=0.0).to(tl.float32)
         out = out * weight[None, :] * (gate * tl.sigmoid(gate))
     else:
         out = out.to(x_ptr.dtype.element_ty).to(tl.float32) * weight[None, :]

@@ -1,8 +1,8 @@
-"""A linear layer of a few tokens, with the norm before it and the activation or sum behind it.
+"""A linear layer with the norm before it and the activation or sum behind it, without gradients.
 
-A decoding step reads every weight once and does little else, so whatever stands between two
-products is done by the product itself. Legend: B rows (sequences, one token each), D input size,
-O rows of the weight, P head dim.
+A decoding step reads every weight once and does little else, so with a few tokens whatever stands
+between two products is done by the product itself. Legend: B rows (tokens), D input size, O rows of
+the weight, P head dim.
 """
 
 from typing import Protocol
@@ -44,6 +44,7 @@ class ProjectBackend(Protocol):
 PROJECT_BACKENDS: dict[str, ProjectBackend] = {
     "reference": reference.project,
     **triton_backends("projection", "project"),
+    **triton_backends("projection", "project", name="products", module="products"),
 }
 # With more, each weight is used often enough that matrix products on tensor cores win: seen on an
 # H100 from 4 rows on. int8 has no such product, and would be widened first.
@@ -77,13 +78,14 @@ def project(
         swiglu: whether the rows of the weight are two halves of O / 2 and the result is
             silu(first) * second.
         out: where to write the result; it may be `residual`, but not x.
-        backend: "reference", "triton", which has no gradient, or "auto": triton for at most 2 rows
-            (8 of an int8 weight) on a GPU if it is installed, nothing is fp64 and no gradient is
-            wanted.
+        backend: "reference"; "triton", for few rows, and "products", for many, which have no
+            gradient; or "auto": on a GPU, if Triton is installed, nothing is fp64 and no gradient
+            is wanted, triton for at most 2 rows (8 of an int8 weight) and products for more.
 
     Returns:
-        (B, O), or (B, O / 2) with `swiglu`, in x's dtype. The kernels sum in fp32 and round once,
-        at the end; the reference rounds wherever the modules of a model do.
+        (B, O), or (B, O / 2) with `swiglu`, in x's dtype. The reference rounds wherever the modules
+        of a model do, triton sums in fp32 and rounds once, at the end, and products once for each
+        of norm, product with its sum, and activation.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -94,13 +96,7 @@ def project(
     check_shape("project", "residual", residual, (x.shape[0], num_rows))
     check_shape("project", "out", out, (x.shape[0], num_rows))
     if backend == "auto":
-        parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
-        tensors = [t for t in (x, *parts, bias, norm, gate, residual) if t is not None]
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        most = MOST_INT8_ROWS if isinstance(weight, Int8Weight) else MOST_TRITON_ROWS
-        few = 0 < x.shape[0] <= most and (gate is None or _is_power_of_2(norm))
-        fused = "triton" in PROJECT_BACKENDS and few and not learns and suits_triton(*tensors)
-        backend = "triton" if fused else "reference"
+        backend = _chosen(x, weight, bias, norm, gate, residual)
     found = pick_backend("project", backend, PROJECT_BACKENDS)
     return found(
         x,
@@ -113,6 +109,24 @@ def project(
         swiglu=swiglu,
         out=out,
     )
+
+
+def _chosen(
+    x: Tensor,
+    weight: Tensor | Int8Weight,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> str:
+    parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
+    tensors = [t for t in (x, *parts, bias, norm, gate, residual) if t is not None]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if "triton" not in PROJECT_BACKENDS or not len(x) or learns or not suits_triton(*tensors):
+        return "reference"
+    most = MOST_INT8_ROWS if isinstance(weight, Int8Weight) else MOST_TRITON_ROWS
+    few = x.shape[0] <= most and (gate is None or _is_power_of_2(norm))
+    return "triton" if few else "products"
 
 
 def _is_power_of_2(norm: Tensor | None) -> bool:

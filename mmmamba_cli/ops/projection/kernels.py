@@ -1,4 +1,6 @@
-"""Triton kernel of a product with few tokens; `fused.py` launches it.
+"""Triton kernels of a product with few tokens, and of SwiGLU behind one with many.
+
+`fused.py` launches the first, `products.py` the second.
 
 A step of decoding reads each weight once, so all that counts is how many bytes are under way: a
 program asks for a tile of weights, with the next one already on its way, and all else is small.
@@ -143,3 +145,16 @@ def project(
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + b * residual_b + o, mask=keep, other=0.0).to(tl.float32)
     tl.store(out_ptr + b * out_b + o, y.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def swiglu(y_ptr, out_ptr, num_rows, size, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """silu(first half) * second half of each row of y (R, 2 * size), to (R, size); rounded once."""
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    keep = (r < num_rows) & (d < size)
+    at = y_ptr + r * 2 * size + d
+    opened = tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    other = tl.load(at + size, mask=keep, other=0.0).to(tl.float32)
+    y = opened * tl.sigmoid(opened) * other
+    tl.store(out_ptr + r * size + d, y.to(out_ptr.dtype.element_ty), mask=keep)

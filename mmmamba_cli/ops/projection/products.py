@@ -1,0 +1,68 @@
+"""The product of many tokens on tensor cores, with kernels for what stands before and behind it.
+
+The library multiplies; the sum with a residual is part of the multiplication.
+"""
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from mmmamba_cli.ops.launching import buffer, check_inputs, on_device
+from mmmamba_cli.ops.norm import gated_rms_norm, rms_norm
+from mmmamba_cli.ops.projection import kernels
+from mmmamba_cli.ops.projection.int8 import Int8Weight, dequantize
+
+# Rows and columns of the result that a program of SwiGLU holds, and how many warps share them.
+BLOCK_R, BLOCK_D, WARPS = 4, 1024, 8
+
+
+def project(
+    x: Tensor,
+    weight: Tensor | Int8Weight,
+    *,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    out: Tensor | None,
+) -> Tensor:
+    """Shapes as in `ops.project`; no gradients."""
+    parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
+    check_inputs("project", x, *parts, bias, norm, gate, residual, out)
+    if gate is not None and norm is not None:
+        heads = (-1, norm.shape[0])
+        x = gated_rms_norm(
+            x.unflatten(1, heads), gate.unflatten(1, heads), norm, eps, backend="triton"
+        ).flatten(1)
+    elif norm is not None:
+        x = rms_norm(x, norm, eps, backend="triton")
+    if isinstance(weight, Int8Weight):
+        weight = dequantize(weight, x.dtype)
+    if swiglu:
+        y = _swiglu(_product(x, weight, bias))
+        if residual is not None:
+            return torch.add(residual, y, out=out)
+        return y if out is None else out.copy_(y)
+    if residual is None:
+        y = _product(x, weight, bias)
+        return y if out is None else out.copy_(y)
+    if bias is not None:
+        residual = residual + bias
+    return torch.addmm(residual, x, weight.T, out=out)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _swiglu(y: Tensor) -> Tensor:
+    """silu(first half) * second half of the rows of y (B, 2 * O), contiguous."""
+    rows, size = y.shape[0], y.shape[1] // 2
+    out = buffer(rows, size, like=y, dtype=y.dtype)
+    with on_device(y):
+        kernels.swiglu[(cdiv(rows, BLOCK_R), cdiv(size, BLOCK_D))](
+            y, out, rows, size, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=WARPS
+        )
+    return out
