@@ -143,9 +143,13 @@ class Marks:
         mark: float | None,
         *others: str,
     ) -> Row:
-        distances = [self.found.gate.distances.get(one) for one in (name, *others)]
-        known = [max(ways.values()) for ways in distances if ways is not None]
-        gate = max(known) / self.found.gate.tolerance if len(known) == len(distances) else None
+        names, part = (name, *others), self.found.gate
+        known = [
+            max(part.distances[one].values()) / part.allowed[one]
+            for one in names
+            if one in part.distances
+        ]
+        gate = max(known) if len(known) == len(names) else None
         return Row(what, value, unit, relation, mark, gate)
 
     def _one(self, name: str, task: Task, context: int | None) -> Measurement | None:

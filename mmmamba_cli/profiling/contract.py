@@ -102,6 +102,9 @@ class Decoder(Protocol):
     def without_cache(self, ids: Tensor, last: int) -> Tensor:
         """The logits (B, last, V) behind the last columns, of a forward pass without a cache."""
 
+    def in_fp32(self) -> Decoder:
+        """The same over a copy of its weights in fp32; raises `OutOfMemory` without room for it."""
+
     def ways(self) -> Mapping[str, Decoder]:
         """By name, other decoders over these weights whose logits must be the reference's too."""
 

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, V vocabulary, K key/value heads, H query heads, P hea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -118,6 +119,9 @@ class CachedDecoder:
     def without_cache(self, ids: Tensor, last: int) -> Tensor:
         return forward_without_cache(self.model, ids, last)
 
+    def in_fp32(self) -> CachedDecoder:
+        return type(self)(widened_copy(self.model), self.kind)
+
     def ways(self) -> Mapping[str, CachedDecoder]:
         others = (kind for kind in CACHES if kind != self.kind)
         return {f"{kind} cache": CachedDecoder(self.model, kind) for kind in others}
@@ -161,6 +165,15 @@ def forward_without_cache(model: HolisticVLM, ids: Tensor, last: int) -> Tensor:
     """Logits (B, last, V) behind the last columns of ids (B, T), at once."""
     logits: Tensor = model(ids, use_cache=False, logits_to_keep=last).logits
     return logits
+
+
+def widened_copy(model: HolisticVLM) -> HolisticVLM:
+    """The model once more, in fp32; int8 weights stay. Raises `OutOfMemory` without room for it."""
+    # The copy is made as it is, and widened tensor by tensor.
+    size = weights_of(model)
+    device = model.model.text_embedding.weight.device
+    require(device, size + size * FP32_BYTES // model.dtype.itemsize, "a copy of it in fp32")
+    return copy.deepcopy(model).float()
 
 
 def weights_of(model: HolisticVLM) -> int:

@@ -17,6 +17,7 @@ from mmmamba_cli.profiling.decoding import (
     forward_without_cache,
     random_text,
     weights_of,
+    widened_copy,
 )
 from mmmamba_cli.profiling.floors import cost_of, read_weights
 from mmmamba_cli.profiling.instruments import require
@@ -32,6 +33,7 @@ class GeneratingDecoder:
 
     def __init__(self, model: HolisticVLM, graphs: bool | None = None):
         self.model = model
+        self._graphs = graphs
         self.generator = Generator(model, graphs=graphs)
         self.columns = 0
 
@@ -95,6 +97,9 @@ class GeneratingDecoder:
 
     def without_cache(self, ids: Tensor, last: int) -> Tensor:
         return forward_without_cache(self.model, ids, last)
+
+    def in_fp32(self) -> GeneratingDecoder:
+        return type(self)(widened_copy(self.model), self._graphs)
 
     def ways(self) -> Mapping[str, Decoder]:
         return {}

@@ -135,11 +135,13 @@ class PlanPart(_Part):
 class GatePart(_Part):
     """What was compared before anything was timed: relative distances of logits, by way.
 
-    `wrong` are subjects that failed, and why: they were not measured.
+    `allowed` is that of each subject, `tolerance` the largest. `wrong` are subjects that failed,
+    and why.
     """
 
     green: bool
     tolerance: float
+    allowed: dict[str, float] = {}
     distances: dict[str, dict[str, float]]
     unchecked: tuple[str, ...] = ()
     wrong: dict[str, str] = {}

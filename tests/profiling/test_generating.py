@@ -46,12 +46,27 @@ PLAN = Plan(contexts=(16,), repeats=2, rounds=1, prefill=False, floors=False, ga
 def test_it_passes_the_gate_at_every_length(plan: str, dtype: torch.dtype) -> None:
     decoder = GeneratingDecoder(small_model(plan).to(dtype))
     checked = check_decoder("one", decoder, columns=(40, 300))
+    in_fp32 = ["as measured, in fp32"] if dtype == torch.bfloat16 else []
     assert list(checked.distances) == [
+        *in_fp32,
         "as measured",
         "as measured, after 40 tokens",
         "as measured, after 300 tokens",
     ]
     assert decoder.cache_bytes == 0
+
+
+def test_in_fp32_every_operation_is_and_the_model_stays_as_it_was() -> None:
+    model = small_model("am").bfloat16()
+    decoder = GeneratingDecoder(model)
+    ids = decoder.prompt(2, 9, torch.Generator().manual_seed(0))
+    before = decoder.without_cache(ids, 3)
+    found = decoder.in_fp32().without_cache(ids, 3)
+    wanted = small_model("am").bfloat16().float()(ids).logits[:, -3:]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted)
+    assert decoder.dtype == torch.bfloat16
+    assert torch.equal(decoder.without_cache(ids, 3), before)
 
 
 class Forgetful(GeneratingDecoder):

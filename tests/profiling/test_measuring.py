@@ -236,6 +236,51 @@ def test_the_gate_lets_right_decoders_pass_and_no_others() -> None:
         check_decoder("nan", StandIn("nan", bench, error=float("nan")))
 
 
+class Rounding(StandIn):
+    """Its logits are bf16, and `rounding` from those of `wide`, which there is no room for if None.
+
+    Times sqrt(16), an error in each of 16 logits, one of them 1, is as large beside them.
+    """
+
+    rounding = 0.0
+    wide: StandIn | None = None
+
+    def without_cache(self, ids: torch.Tensor, last: int) -> torch.Tensor:
+        return super().without_cache(ids, last).bfloat16() * (1 + self.rounding)
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return super()._logits(ids) * (1 + self.rounding)
+
+    def in_fp32(self) -> StandIn:
+        return super().in_fp32() if self.wide is None else self.wide
+
+
+@pytest.mark.parametrize(
+    ("rounding", "allowed"), [(0.0, 0.05), (0.02, 0.05), (0.04, 0.08), (None, 0.05)]
+)
+def test_halves_are_allowed_twice_what_the_reference_itself_rounds(rounding, allowed) -> None:
+    bench = Bench()
+    right, wrong = (Rounding("one", bench, error=share * allowed / 4) for share in (0.9, 1.1))
+    for one in (right, wrong):
+        one.wide = None if rounding is None else StandIn("one", bench)
+        one.rounding = rounding or 0.0
+    checked = check_decoder("one", right)
+    # bf16 has 8 bits for it.
+    assert checked.tolerance == pytest.approx(allowed, rel=0.1)
+    assert ("as measured, in fp32" in checked.distances) == (rounding is not None)
+    with pytest.raises(WrongDecoder, match="one, as measured: logits are") as error:
+        check_decoder("one", wrong)
+    assert error.value.tolerance == checked.tolerance
+
+
+def test_a_fault_that_16_bits_would_hide_is_found_in_fp32() -> None:
+    bench = Bench()
+    one = Rounding("one", bench)
+    one.wide = StandIn("one", bench, error=0.001)
+    with pytest.raises(WrongDecoder, match=r"one, as measured, in fp32: logits are 0\.004"):
+        check_decoder("one", one)
+
+
 def test_weights_without_sense_are_the_users() -> None:
     class Senseless(StandIn):
         def without_cache(self, ids: torch.Tensor, last: int) -> torch.Tensor:

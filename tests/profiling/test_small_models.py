@@ -220,8 +220,8 @@ def test_the_gate_catches_a_planted_wrong_cache(
 ) -> None:
     model = small_model(plan).to(dtype)
     checked = check_decoder("right", CachedDecoder(model, STATIC))
-    assert set(checked.distances) == {"as measured", "growing cache"}
-    with pytest.raises(WrongDecoder, match="wrong, as measured: logits are"):
+    assert {"as measured", "growing cache"} <= set(checked.distances)
+    with pytest.raises(WrongDecoder, match=r"wrong, as measured(, in fp32)?: logits are"):
         check_decoder("wrong", wrong(model, STATIC))
 
 
