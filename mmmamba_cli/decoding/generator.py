@@ -56,7 +56,7 @@ class Generator:
         self._plan = plan_of(model)
         self._chooser = Chooser(len(self._plan.text_embedding), device)
         captures = _suits_graphs(self._plan.text_embedding, backend) if graphs is None else graphs
-        self._shelf = Shelf(self._plan, self._chooser, captures, backend)
+        self._shelf = Shelf(model, self._plan, self._chooser, captures, backend)
         self._reading: _Reading | None = None
 
     @property
@@ -263,7 +263,8 @@ class Generator:
         extra = extra_columns(self.model, input_ids, pixel_values)
         reading = self._begin(input_ids.shape[0], wanted, capacity, extra, choice)
         reading.seen = input_ids.shape[1]
-        read(self.model, reading.states, input_ids, pixel_values, mask, chunk)
+        states, reader = reading.states, self._shelf.reader(reading.states)
+        read(self.model, states, input_ids, pixel_values, mask, chunk, reader)
         return reading
 
     def _begin(

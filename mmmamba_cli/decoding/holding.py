@@ -7,8 +7,10 @@ from collections.abc import Callable
 from mmmamba_cli.decoding.choosing import Choice, Chooser
 from mmmamba_cli.decoding.graphs import GraphPool
 from mmmamba_cli.decoding.plan import ModelPlan
+from mmmamba_cli.decoding.replaying import PartReader, suits
 from mmmamba_cli.decoding.states import States, states_size
 from mmmamba_cli.decoding.stepping import advance
+from mmmamba_cli.model import HolisticVLM
 
 # How many are kept, and their bytes together; the one in use may be larger.
 MOST, MOST_BYTES = 4, 2 * 2**30
@@ -19,7 +21,10 @@ Step = Callable[[], None]
 class Shelf:
     """States by batch and room, and what advances each of them by a token."""
 
-    def __init__(self, plan: ModelPlan, chooser: Chooser, graphs: bool, backend: str):
+    def __init__(
+        self, model: HolisticVLM, plan: ModelPlan, chooser: Chooser, graphs: bool, backend: str
+    ):
+        self._model = model
         self._plan = plan
         self._chooser = chooser
         self._graphs = graphs
@@ -27,6 +32,7 @@ class Shelf:
         self._pool: GraphPool | None = None
         self._states: dict[tuple[int, tuple[int, ...]], States] = {}
         self._steps: dict[tuple[States, Choice | None], Step] = {}
+        self._readers: dict[States, PartReader] = {}
 
     def take(
         self, batch: int, rooms: tuple[int, ...], choice: Choice | None
@@ -47,8 +53,17 @@ class Shelf:
             step = self._steps[states, choice] = self._made(states, choice)
         return states, step
 
+    def reader(self, states: States) -> PartReader | None:
+        """What reads text into these states by graphs, if that is how this model is read."""
+        if not (self._graphs and suits(self._plan)):
+            return None
+        if states not in self._readers:
+            self._readers[states] = PartReader(self._model, states, self._captured)
+        return self._readers[states]
+
     def clear(self) -> None:
         self._steps.clear()
+        self._readers.clear()
         self._states.clear()
         self._pool = None
 
@@ -60,11 +75,14 @@ class Shelf:
 
         if not self._graphs:
             return step
-        if self._pool is None:
-            self._pool = GraphPool(states.ids.device)
         # Whatever was there before, warming up wants room for its few columns.
         states.clear()
-        return self._pool.capture(step, self._chooser.rng)
+        return self._captured(step)
+
+    def _captured(self, work: Step) -> Step:
+        if self._pool is None:
+            self._pool = GraphPool(self._plan.text_embedding.device)
+        return self._pool.capture(work, self._chooser.rng)
 
     def _make_way(self, size: int) -> None:
         """Let go of the oldest until there is room for states of `size` bytes."""
@@ -74,6 +92,7 @@ class Shelf:
         ):
             oldest = self._states.pop(next(iter(self._states)))
             self._steps = {key: step for key, step in self._steps.items() if key[0] is not oldest}
+            self._readers.pop(oldest, None)
         if not self._states:
             # A pool that no graph uses any more is not taken up again.
             self.clear()

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.decoding.parts import read_part
+from mmmamba_cli.decoding.replaying import PartReader
 from mmmamba_cli.decoding.states import KeysValues, ScanState, States
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.cache import DecodingState
 from mmmamba_cli.model.decoder import Prompt
 
-# Columns at a time of a model whose memory does not grow: on a GPU so many that it computes for
-# longer than the host takes to say what.
-CHUNK, GPU_CHUNK = 4096, 8192
+# Tokens at a time, of all rows, of a model whose memory does not grow: on a GPU so many that it
+# computes for longer than the host takes to say what. And columns, at least.
+CHUNK, GPU_CHUNK, LEAST_CHUNK = 4096, 16384, 64
 # With attention the prompt passes whole: only there is a causal flag all of the mask. Longer ones,
 # and padded ones, are cut so that the mask of a part has no more entries than this.
 WHOLE = 2**17
@@ -114,7 +115,8 @@ def extra_columns(model: HolisticVLM, input_ids: Tensor, pixel_values: Tensor | 
 def pick_chunk(states: States, length: int, padded: bool) -> int:
     """Columns of a prompt that pass the stacks at a time."""
     if not states.plan.grows:
-        return GPU_CHUNK if states.logits.is_cuda else CHUNK
+        tokens = GPU_CHUNK if states.logits.is_cuda else CHUNK
+        return max(LEAST_CHUNK, tokens // states.batch)
     if states.batch * length <= WHOLE and not padded:
         return length
     return max(1, MASK_ENTRIES // (states.batch * length))
@@ -127,18 +129,24 @@ def read(
     pixel_values: Tensor | None,
     mask: Tensor | None,
     chunk: int | None,
+    reader: PartReader | None = None,
 ) -> Tensor:
     """Put the prompt into `states`; the logits (B, V) after its last column.
 
     Each part goes through both stacks before the next one begins. Text is looked at part by part,
-    so that nothing is as long as the prompt but what it leaves behind.
+    so that nothing is as long as the prompt but what it leaves behind; by the `reader` if there is
+    one and no `chunk` is asked for.
     """
     decoder, length = model.model, input_ids.shape[1]
+    is_text = decoder.find_images(input_ids, pixel_values) is None
+    if reader is not None and chunk is None and is_text:
+        hidden = reader.read(input_ids, mask)
+        return states.logits.copy_(model.lm_head(decoder.norm(hidden)))
     lengths = torch.full_like(input_ids[:, 0], length) if mask is None else mask.sum(1)
     step = chunk or pick_chunk(states, length, mask is not None)
     states.clear()
     cache: Any = PrefillCache(states)
-    if decoder.find_images(input_ids, pixel_values) is None:
+    if is_text:
         for start in range(0, length, step):
             part = slice(start, start + step)
             seen = None if mask is None else mask[:, part]

@@ -20,6 +20,7 @@ from mmmamba_cli.ops.decode import ring_of
 
 # Random contents are drawn once and repeated: it is their size that takes time.
 BLOCK = 1024
+ALIGNED_TO = 16
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ class States:
         ]
         self.ids = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=like.device)
-        self.logits = like.new_zeros(batch, like.shape[0])
+        # Rows begin where matrix products can write them whole.
+        width = -(-like.shape[0] // ALIGNED_TO) * ALIGNED_TO
+        self.logits = like.new_zeros(batch, width)[:, : like.shape[0]]
 
     @property
     def nbytes(self) -> int:
@@ -133,14 +136,18 @@ class States:
 
     def pretend(self, columns: int, rng: torch.Generator) -> None:
         """Be as after a prompt of so many columns, with random contents; `rng` of our device."""
-        seen = DecodingState()
-        found = (seen.embedding, seen.language)[-len(self.stacks) :]
-        for stack, state in zip(self.stacks, found, strict=True):
-            state.length = columns
-            state.inv_freq = inverse_frequencies(stack.plan.config, columns, self.ids.device)
         for tensor in self.tensors:
             _randomize(tensor, rng)
-        self.settle(seen)
+        self.seen(columns)
+
+    def seen(self, columns: int) -> None:
+        """`settle` after so many columns, as many in every row."""
+        state = DecodingState()
+        found = (state.embedding, state.language)[-len(self.stacks) :]
+        for stack, one in zip(self.stacks, found, strict=True):
+            one.length = columns
+            one.inv_freq = inverse_frequencies(stack.plan.config, columns, self.ids.device)
+        self.settle(state)
 
 
 def states_size(plan: ModelPlan, batch: int, rooms: tuple[int, ...]) -> int:

@@ -45,9 +45,11 @@ def project(
         if residual is not None:
             return torch.add(residual, y, out=out)
         return y if out is None else out.copy_(y)
-    if residual is None:
+    if residual is None and (out is None or bias is not None):
         y = _product(x, weight, bias)
         return y if out is None else out.copy_(y)
+    if residual is None:
+        return torch.mm(x, weight.T, out=out)
     if bias is not None:
         residual = residual + bias
     return torch.addmm(residual, x, weight.T, out=out)

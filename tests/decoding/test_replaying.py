@@ -1,0 +1,136 @@
+"""Parts of a text prompt, as graphs read them: nothing depends on how it is cut or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from small import VOCABULARY, distance, pad_batch, prompt, small_model
+
+from mmmamba_cli.decoding import Generator, replaying
+from mmmamba_cli.decoding.replaying import Kind, PartReader, cut, suits
+from mmmamba_cli.decoding.stepping import advance
+
+EXACT = 1e-10
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LARGE": 16, "SMALL": 4, "SMALL_FOR_LARGE": 3, "LEAST_COLUMNS": 4}.items():
+        monkeypatch.setattr(replaying, name, value)
+
+
+def text(batch: int, length: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(length)
+    return torch.randint(0, VOCABULARY - 10, (batch, length), generator=rng)
+
+
+class Captures:
+    """Stands for a graph pool: runs work as it is, and says how often it was asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.count += 1
+        for _ in range(3):
+            work()
+        return work
+
+
+@pytest.mark.parametrize(
+    ("length", "padding", "batch", "kinds"),
+    [
+        (1, 0, 1, [Kind(4, True)]),
+        (8, 0, 1, [Kind(4, True)] * 2),
+        (9, 0, 1, [Kind(16, True)]),
+        (16, 0, 1, [Kind(16, False)]),
+        (16, 1, 1, [Kind(16, True)]),
+        (37, 0, 1, [Kind(4, True)] * 2 + [Kind(16, False)] * 2),
+        (37, 7, 1, [Kind(4, True)] * 2 + [Kind(16, True), Kind(16, False)]),
+        (45, 4, 1, [Kind(16, True), Kind(16, False), Kind(16, False)]),
+        (20, 0, 2, [Kind(4, True), Kind(8, False), Kind(8, False)]),
+        (9, 0, 3, [Kind(4, True)] * 3),
+    ],
+)
+def test_prompts_are_cut_into_few_kinds(length, padding, batch, kinds) -> None:
+    assert cut(length, padding, batch) == kinds
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 9, 16, 37, 45])
+@pytest.mark.parametrize("options", [{}, {"conv_width": 4, "d_skip": True}, {"conv_width": 1}])
+def test_logits_and_memory_are_those_of_other_parts(length: int, options: dict) -> None:
+    model = small_model("mmmm", **options).double()
+    ids = text(2, length)
+    plain, parted = Generator(model), Generator(model)
+    expected = plain.prefill(ids)
+    states = plain._reading.states
+    parted.start(2, 64)
+    mine = parted._reading.states
+    captures = Captures()
+    reader = PartReader(model, mine, captures)
+    for _ in range(2):
+        hidden = reader.read(ids, None)
+        logits = model.lm_head(model.model.norm(hidden))
+        assert distance(logits, expected) < EXACT
+        for a, b in zip(mine.tensors, states.tensors, strict=True):
+            torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
+        assert torch.equal(mine.counters, states.counters)
+    assert captures.count > 0
+    for one in (mine, states):
+        one.ids.copy_(ids[:, 0])
+        advance(one)
+    assert distance(mine.logits, states.logits) < EXACT
+
+
+def test_rows_padded_on_the_left_are_as_alone() -> None:
+    model = small_model("mmmm").double()
+    rows = [prompt(0, n, n)[0] for n in (3, 41, 22)]
+    ids, mask = pad_batch(rows)
+    generator = Generator(model)
+    generator.start(3, 64)
+    reader = PartReader(model, generator._reading.states, Captures())
+    hidden = reader.read(ids, mask.bool())
+    for number, row in enumerate(rows):
+        expected = model(row).logits[:, -1]
+        logits = model.lm_head(model.model.norm(hidden[number : number + 1]))
+        assert distance(logits, expected) < EXACT
+
+
+def test_graphs_are_made_for_what_comes_often() -> None:
+    model = small_model("mmmm")
+    generator = Generator(model)
+    generator.start(1, 64)
+    captures = Captures()
+    reader = PartReader(model, generator._reading.states, captures)
+    reader.read(text(1, 17), None)
+    assert captures.count == 0
+    reader.read(text(1, 3), None)
+    assert captures.count == 1
+    reader.read(text(1, 16 * replaying.ENOUGH), None)
+    assert captures.count == 2
+    reader.read(text(1, 16 * replaying.ENOUGH + 1), None)
+    assert captures.count == 2
+
+
+def test_only_plain_mixers_are_read_so() -> None:
+    for plan, options, expected in (
+        ("mmmm", {}, True),
+        ("mmam", {}, False),
+        ("mmmm", {"rope": True}, False),
+        ("mmmm", {"qk_norm": True}, False),
+    ):
+        assert suits(Generator(small_model(plan, **options))._plan) is expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs want a GPU")
+@pytest.mark.parametrize("length", [5, 37, 200])
+def test_graphs_give_the_tokens_of_the_model(length: int) -> None:
+    model = small_model("mmmm").cuda()
+    ids = text(2, length).cuda()
+    expected = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)[:, length:]
+    generator = Generator(model)
+    for _ in range(3):
+        assert torch.equal(generator.generate(ids, max_new_tokens=8, eos=()), expected)
+    assert generator._shelf._readers
