@@ -124,6 +124,7 @@ class States:
     def clear(self) -> None:
         """Nothing has been seen."""
         self.counters.zero_()
+        self.ids.zero_()
         self.finished.zero_()
         for tensor in self.tensors:
             tensor.zero_()

@@ -36,6 +36,7 @@ class GeneratingDecoder:
         self._graphs = graphs
         self.generator = Generator(model, graphs=graphs)
         self.columns = 0
+        self._size = (0, 0)
 
     @property
     def _table(self) -> Tensor:
@@ -66,8 +67,13 @@ class GeneratingDecoder:
         return random_text(self.model.config, batch, length, rng).to(self.device)
 
     def start(self, batch: int, columns: int) -> None:
-        """Captures the graph too, and is not a part of what is timed."""
-        self.stop()
+        """Captures the graph too, and is not a part of what is timed.
+
+        Graphs are kept if it is the same once more.
+        """
+        if (batch, columns) != self._size:
+            self.stop()
+        self._size = (batch, columns)
         size = cache_size(self.model.config, batch, columns, self.dtype)
         require(self.device, size, f"a cache of {columns:,} columns")
         self.columns = columns
@@ -93,6 +99,7 @@ class GeneratingDecoder:
         return self.generator.advance(count)
 
     def stop(self) -> None:
+        self._size = (0, 0)
         self.generator.release()
 
     def without_cache(self, ids: Tensor, last: int) -> Tensor:

@@ -9,6 +9,7 @@ from mmmamba_cli.profiling.instruments import Instruments
 from mmmamba_cli.profiling.result import Memory
 
 Turn = tuple[tuple[float, ...], Memory]
+WARM_READS = 2
 
 
 def decode_turn(
@@ -52,17 +53,17 @@ def prefill_turn(
     warm: bool,
     rng: torch.Generator,
 ) -> Turn:
-    """Seconds of reading `context` tokens up to the logits after the last; `warm` reads them twice.
+    """Seconds of reading `context` tokens up to the logits after the last.
 
-    The rest as in `decode_turn`.
+    `warm` reads them twice before: whatever is compiled or captured then is. The rest as in
+    `decode_turn`.
     """
     ids = decoder.prompt(batch, context, rng)
     before = meter.allocated()
-    if warm:
+    meter.reset_peak()
+    for _ in range(WARM_READS if warm else 0):
         decoder.start(batch, context)
         decoder.read(ids, chunk)
-        decoder.stop()
-    meter.reset_peak()
     decoder.start(batch, context)
     seconds = (meter.seconds(lambda: decoder.read(ids, chunk)),)
     return seconds, _memory(decoder, meter, before)

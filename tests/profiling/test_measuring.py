@@ -80,12 +80,12 @@ def test_warm_up_is_not_timed() -> None:
     assert measure([subject_of(decoder)], plan, bench)[0].rounds == ((1.0, 1.0),)
 
 
-def test_a_prompt_is_read_before_it_is_timed_where_the_device_wants_it() -> None:
+def test_a_prompt_is_read_twice_before_it_is_timed_where_the_device_wants_it() -> None:
     bench = Bench()
     decoder = StandIn("reader", bench)
     plan = Plan(contexts=(10,), repeats=2, rounds=2, warm_prefill=True)
     measure([subject_of(decoder)], plan, bench)
-    assert bench.turns.count(("reader", "prefill", 10)) == 3
+    assert bench.turns.count(("reader", "prefill", 10)) == 4
 
 
 def test_out_of_memory_is_a_row_and_longer_contexts_are_not_tried() -> None:
