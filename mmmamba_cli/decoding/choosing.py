@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmmamba_cli.decoding.states import States
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.ops.decode import likeliest
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,11 @@ class Chooser:
 
     def choose(self, states: States, choice: Choice) -> None:
         """Put the next token of each row into `states.ids`; rows that have ended get padding."""
-        scores = states.logits.float().masked_fill(self.unwanted, -math.inf)
-        tokens = self._draw(scores, choice) if choice.draws else scores.argmax(-1)
+        if choice.draws:
+            scores = states.logits.float().masked_fill(self.unwanted, -math.inf)
+            tokens = self._draw(scores, choice)
+        else:
+            tokens = likeliest(states.logits, self.unwanted)
         tokens = torch.where(states.finished, self.pad, tokens)
         states.ids.copy_(tokens)
         states.finished.logical_or_(self.ends[tokens])

@@ -21,9 +21,9 @@ from mmmamba_cli.decoding.plan import ModelPlan, ScanPlan
 from mmmamba_cli.decoding.states import States
 from mmmamba_cli.model import HolisticVLM
 
-# Tokens of a large part, all rows together, and columns of a small one; a large one takes as long
-# as so many small ones.
-LARGE, SMALL, SMALL_FOR_LARGE = 4096, 512, 6
+# Tokens of a part, all rows together, largest first: the more, the faster for each. The small one
+# is short of work, so that a few of it take as long as one of the next.
+TOKENS, SMALL, SMALL_FOR_NEXT = (16384, 4096), 512, 6
 LEAST_COLUMNS = 64
 # So many parts of one kind in a prompt are worth a graph; fewer, when they come for a second time.
 ENOUGH = 6
@@ -49,18 +49,22 @@ def cut(length: int, padding: int, batch: int) -> list[Kind]:
 
     Together they may have more columns than the prompt: what is missing stands in front.
     """
-    large = max(LEAST_COLUMNS, LARGE // (1 << (batch - 1).bit_length()))
-    small = min(SMALL, large)
-    whole, rest = divmod(length, large)
+    rows = 1 << (batch - 1).bit_length()
+    large = [max(LEAST_COLUMNS, tokens // rows) for tokens in TOKENS]
+    small = min(SMALL, large[-1])
+    sizes, rest = [], length
+    for columns in large:
+        sizes += [columns] * (rest // columns)
+        rest %= columns
     count = -(-rest // small)
-    if count >= SMALL_FOR_LARGE:
-        whole, count = whole + 1, 0
-    in_front = whole * large + count * small - length
-    found, start = [Kind(small, True)] * count, count * small
-    for _ in range(whole):
+    sizes += [large[-1]] if count >= SMALL_FOR_NEXT else [small] * count
+    sizes.sort()
+    in_front = sum(sizes) - length
+    found, start = [], 0
+    for columns in sizes:
         # Without padding a part is a little faster; a small one is not worth another graph.
-        found.append(Kind(large, large == small or start < in_front + padding))
-        start += large
+        found.append(Kind(columns, columns == small or start < in_front + padding))
+        start += columns
     return found
 
 

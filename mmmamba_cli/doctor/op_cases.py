@@ -26,7 +26,7 @@ Call = Callable[[Tensors, Tensors, str], tuple[Tensor, ...]]
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 32
 CHANNELS, TAPS = 2 * DIM + 1, 4
 # What is called in decoding only, besides single steps.
-DECODING = frozenset({"project"})
+DECODING = frozenset({"likeliest", "project"})
 # Neither a multiple of 8 nor of a chunk; 1 is the step of a decoder, 131 wants two chunks.
 LENGTHS = (1, 37, 131)
 EPS = 1e-5
@@ -69,6 +69,7 @@ def all_ops() -> list[Op]:
         "causal_conv_step": ("reference", _convolution_steps),
         "gated_rms_norm": ("reference", _gated_norms),
         "attention_step": ("reference", _attention_steps),
+        "likeliest": ("reference", _choices),
         "mixer_step": ("reference", _mixer_steps),
         "project": ("reference", _products),
         "rms_norm": ("reference", _norms),
@@ -266,6 +267,19 @@ def _attention_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tens
     cache = {name: values[name].clone() for name in ("keys", "values")}
     given = {**values, **cache, "starts": None, **fixed}
     return ops.attention_step(**given, backend=backend), *cache.values()
+
+
+def _choices() -> list[Case]:
+    logits = _Random(0).normal(BATCH, 1000)
+    unwanted = torch.zeros(1000, dtype=torch.bool)
+    unwanted[logits.argmax(-1)] = True
+    return [Case("greedy", _choose, {"logits": logits}, {"unwanted": unwanted})]
+
+
+def _choose(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    ids = ops.likeliest(values["logits"], fixed["unwanted"], backend=backend)
+    # The logit of the id: where bf16 makes two equal, either may be taken.
+    return (values["logits"].gather(1, ids.unsqueeze(1)),)
 
 
 def _products() -> list[Case]:

@@ -17,7 +17,8 @@ EXACT = 1e-10
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LARGE": 16, "SMALL": 4, "SMALL_FOR_LARGE": 3, "LEAST_COLUMNS": 4}.items():
+    monkeypatch.setattr(replaying, "TOKENS", (32, 16))
+    for name, value in {"SMALL": 4, "SMALL_FOR_NEXT": 3, "LEAST_COLUMNS": 4}.items():
         monkeypatch.setattr(replaying, name, value)
 
 
@@ -47,11 +48,14 @@ class Captures:
         (9, 0, 1, [Kind(16, True)]),
         (16, 0, 1, [Kind(16, False)]),
         (16, 1, 1, [Kind(16, True)]),
-        (37, 0, 1, [Kind(4, True)] * 2 + [Kind(16, False)] * 2),
-        (37, 7, 1, [Kind(4, True)] * 2 + [Kind(16, True), Kind(16, False)]),
-        (45, 4, 1, [Kind(16, True), Kind(16, False), Kind(16, False)]),
-        (20, 0, 2, [Kind(4, True), Kind(8, False), Kind(8, False)]),
-        (9, 0, 3, [Kind(4, True)] * 3),
+        (37, 0, 1, [Kind(4, True)] * 2 + [Kind(32, False)]),
+        (53, 7, 1, [Kind(4, True)] * 2 + [Kind(16, True), Kind(32, False)]),
+        (53, 17, 1, [Kind(4, True)] * 2 + [Kind(16, True), Kind(32, False)]),
+        (53, 27, 1, [Kind(4, True)] * 2 + [Kind(16, True), Kind(32, True)]),
+        (45, 4, 1, [Kind(16, True), Kind(32, False)]),
+        (20, 0, 2, [Kind(4, True), Kind(16, False)]),
+        (9, 0, 3, [Kind(4, True), Kind(8, False)]),
+        (80, 0, 1, [Kind(16, False), Kind(32, False), Kind(32, False)]),
     ],
 )
 def test_prompts_are_cut_into_few_kinds(length, padding, batch, kinds) -> None:
@@ -108,9 +112,9 @@ def test_graphs_are_made_for_what_comes_often() -> None:
     assert captures.count == 0
     reader.read(text(1, 3), None)
     assert captures.count == 1
-    reader.read(text(1, 16 * replaying.ENOUGH), None)
+    reader.read(text(1, 32 * replaying.ENOUGH), None)
     assert captures.count == 2
-    reader.read(text(1, 16 * replaying.ENOUGH + 1), None)
+    reader.read(text(1, 32 * replaying.ENOUGH + 1), None)
     assert captures.count == 2
 
 

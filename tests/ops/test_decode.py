@@ -5,7 +5,7 @@ import torch
 from decode_cases import Sizes, angles, attention, mixer_weights, random, rotate, whole_mixer
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops import attention_step, causal_conv, mixer_step
+from mmmamba_cli.ops import attention_step, causal_conv, likeliest, mixer_step
 from mmmamba_cli.ops.decode import conv_state_of, ring_of
 
 
@@ -127,3 +127,17 @@ def test_shapes_of_attention_that_do_not_fit_are_named(name, shape, said):
         attention_step(**{**given, name: torch.zeros(shape)})
     with pytest.raises(MmmambaError, match="attention_step: there is no backend 'abacus'"):
         attention_step(**given, backend="abacus")
+
+
+def test_the_likeliest_token_that_is_wanted():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [5.0, 1.0, 4.0, 3.0]])
+    nothing = torch.zeros(4, dtype=torch.bool)
+    assert likeliest(logits, nothing).tolist() == [1, 0]
+    assert likeliest(logits, torch.tensor([True, True, False, False])).tolist() == [2, 2]
+
+
+def test_the_likeliest_of_other_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"likeliest: logits are \(4,\), expected \(B, V\)"):
+        likeliest(torch.zeros(4), torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"likeliest: unwanted is \(5,\), expected \(4,\)"):
+        likeliest(torch.zeros(2, 4), torch.zeros(5, dtype=torch.bool))

@@ -14,7 +14,7 @@ from triton_device import (
 )
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops import attention_step, mixer_step
+from mmmamba_cli.ops import attention_step, likeliest, mixer_step
 from mmmamba_cli.ops.decode import MixerWeights, fused
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -189,6 +189,28 @@ def test_a_cache_that_lies_the_wrong_way_is_refused():
     at = torch.tensor([5], device=DEVICE)
     with pytest.raises(ValueError, match="side by side in the cache"):
         attention_step(q, k, v, keys, keys, at, None, cos, sin, backend="triton")
+
+
+@dtypes
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 31), (2, 1024), (2, 5000), (1, 40000)])
+def test_the_likeliest_of_any_number(batch, size, dtype):
+    # Whole numbers up to 200 are exact in bf16; many are equal, and the first of them is taken.
+    logits = (random(0, FP32)(batch, size) * 100).round().clamp(-200, 200).to(dtype)
+    unwanted = torch.zeros(size, dtype=torch.bool)
+    for _ in range(3):
+        wanted = logits.double().masked_fill(unwanted, -torch.inf)
+        first = (wanted == wanted.amax(-1, keepdim=True)).int().argmax(-1)
+        wide = torch.full((batch, size + 7), torch.nan, dtype=dtype)
+        wide[:, :size] = logits
+        found = likeliest(wide.to(DEVICE)[:, :size], unwanted.to(DEVICE), backend="triton")
+        assert torch.equal(found.cpu(), first)
+        unwanted[first[: size - 1]] = True
+
+
+def test_where_nothing_is_wanted_it_is_an_id_still():
+    logits, unwanted = torch.zeros(2, 70, device=DEVICE), torch.ones(70, dtype=torch.bool)
+    found = likeliest(logits, unwanted.to(DEVICE), backend="triton")
+    assert all(0 <= token < 70 for token in found.tolist())
 
 
 def test_fp64_is_refused_in_a_sentence():

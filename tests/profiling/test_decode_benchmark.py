@@ -1,4 +1,4 @@
-"""The benchmark of issue 8: its marks, on planted numbers, and all of it on a small model."""
+"""The full-size benchmark: its marks, on planted numbers, and all of it on a small model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "decode_full_size.py"
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Any:
+def full_size() -> Any:
     spec = importlib.util.spec_from_file_location("decode_full_size", BENCHMARK)
     assert spec is not None
     assert spec.loader is not None
@@ -53,8 +53,8 @@ def planted(error: float = 0.0) -> Any:
     return found.model_copy(update={"throughput": (best,)})
 
 
-def test_marks_are_held_against_what_was_measured(benchmark: Any) -> None:
-    rows = {row.what: row for row in benchmark.Marks(planted(), 40, 10).rows()}
+def test_marks_are_held_against_what_was_measured(full_size: Any) -> None:
+    rows = {row.what: row for row in full_size.Marks(planted(), 40, 10).rows()}
     verdicts = {what: row.verdict for what, row in rows.items()}
     assert verdicts["a token at 40: linear"] == "reached"
     assert verdicts["a token at 40: linear int8"] == "reached"
@@ -79,8 +79,8 @@ def test_marks_are_held_against_what_was_measured(benchmark: Any) -> None:
     assert all(row.gate == 0 for row in rows.values() if row.value is not None)
 
 
-def test_a_red_gate_reaches_no_mark(benchmark: Any) -> None:
-    rows = {row.what: row for row in benchmark.Marks(planted(error=1.0), 40, 10).rows()}
+def test_a_red_gate_reaches_no_mark(full_size: Any) -> None:
+    rows = {row.what: row for row in full_size.Marks(planted(error=1.0), 40, 10).rows()}
     verdicts = {what: row.verdict for what, row in rows.items()}
     assert verdicts["a token at 40: linear"] == "GATE RED"
     assert verdicts["a token at 40: linear faster than the teacher as shipped"] == "GATE RED"
@@ -88,12 +88,12 @@ def test_a_red_gate_reaches_no_mark(benchmark: Any) -> None:
 
 
 def test_all_of_it_on_a_small_model(
-    benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    full_size: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.json"
     words = ["--random", "hovle-8m", "--contexts", "8,24", "--at", "16", "--short", "8"]
     words += ["--device", "cpu", "--repeats", "2", "--seconds", "10000", "--most", "4"]
-    rows = benchmark.main([*words, "--out", str(out), "--folder", str(tmp_path / "profile")])
+    rows = full_size.main([*words, "--out", str(out), "--folder", str(tmp_path / "profile")])
     told = json.loads(out.read_text())
     assert [row["what"] for row in told["rows"]] == [row.what for row in rows]
     assert not [row.what for row in rows if row.value is None]

@@ -9,14 +9,21 @@ import triton.language as tl
 
 
 @triton.jit
-def input_rows(x_ptr, first_ptr, t, of_t, ch, of_ch, x_t, W: tl.constexpr, HAS_FIRST: tl.constexpr):
-    """Inputs at times t, which from -(W - 1) to -1 are those of the state before this call."""
+def input_rows(
+    x_ptr, first_ptr, t, least, of_t, ch, of_ch, x_t, W: tl.constexpr, HAS_FIRST: tl.constexpr
+):
+    """Inputs at times t, which from -(W - 1) to -1 are those of the state before this call.
+
+    `least` is the smallest of t: few programs reach that far back.
+    """
     at = x_ptr + t.to(tl.int64)[:, None] * x_t + ch[None, :]
     rows = tl.load(at, mask=(of_t & (t >= 0))[:, None] & of_ch[None, :], other=0.0).to(tl.float32)
-    if HAS_FIRST:
-        at = first_ptr + ch[None, :] * (W - 1) + (t + W - 1)[:, None]
-        past = (of_t & (t < 0) & (t >= 1 - W))[:, None] & of_ch[None, :]
-        rows += tl.load(at, mask=past, other=0.0).to(tl.float32)
+    # The first is decided when it is compiled.
+    if HAS_FIRST:  # noqa: SIM102
+        if least < 0:
+            at = first_ptr + ch[None, :] * (W - 1) + (t + W - 1)[:, None]
+            past = (of_t & (t < 0) & (t >= 1 - W))[:, None] & of_ch[None, :]
+            rows += tl.load(at, mask=past, other=0.0).to(tl.float32)
     return rows
 
 
@@ -29,7 +36,7 @@ def segment_of(segment_ptr, t, length):
 
 @triton.jit
 def sums_of_taps(
-    x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, t, ch, of_ch, length, x_t,
+    x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, t, least, ch, of_ch, length, x_t,
     W: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +46,9 @@ def sums_of_taps(
         total += tl.load(bias_ptr + ch, mask=of_ch, other=0.0).to(tl.float32)[None, :]
     for back in tl.static_range(W):
         tap = tl.load(weight_ptr + ch * W + (W - 1 - back), mask=of_ch, other=0.0).to(tl.float32)
-        rows = input_rows(x_ptr, first_ptr, t - back, t < length, ch, of_ch, x_t, W, HAS_FIRST)
+        rows = input_rows(
+            x_ptr, first_ptr, t - back, least - back, t < length, ch, of_ch, x_t, W, HAS_FIRST
+        )
         if HAS_SEGMENTS:
             same = segment_of(segment_ptr, t - back, length) == segment_of(segment_ptr, t, length)
             rows = tl.where(same[:, None], rows, 0.0)
@@ -55,12 +64,13 @@ def convolve(
 ):  # fmt: skip
     """y (B, T, Ch)."""
     row = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    start = tl.program_id(1) * BLOCK_T
+    t = start + tl.arange(0, BLOCK_T)
     ch = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     of_ch = ch < channels
     y = sums_of_taps(
         x_ptr + row * x_b, first_ptr + row * channels * (W - 1), weight_ptr, bias_ptr,
-        segment_ptr + row * length, t, ch, of_ch, length, x_t,
+        segment_ptr + row * length, t, start, ch, of_ch, length, x_t,
         W, HAS_FIRST, HAS_BIAS, HAS_SEGMENTS, BLOCK_T, BLOCK_C,
     )  # fmt: skip
     if SILU:
@@ -82,7 +92,8 @@ def gradients(
     """
     row = tl.program_id(2).to(tl.int64)
     # Times begin with those of the state: what it gave is its gradient.
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T) - (W - 1)
+    start = tl.program_id(1) * BLOCK_T - (W - 1)
+    t = start + tl.arange(0, BLOCK_T)
     ch = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     of_ch = ch < channels
     x_ptr += row * x_b
@@ -98,8 +109,8 @@ def gradients(
         dz = tl.load(at, mask=real, other=0.0).to(tl.float32)
         if SILU:
             z = sums_of_taps(
-                x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, then, ch, of_ch, length, x_t,
-                W, HAS_FIRST, HAS_BIAS, HAS_SEGMENTS, BLOCK_T, BLOCK_C,
+                x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, then, start + ahead, ch, of_ch,
+                length, x_t, W, HAS_FIRST, HAS_BIAS, HAS_SEGMENTS, BLOCK_T, BLOCK_C,
             )  # fmt: skip
             gate = tl.sigmoid(z)
             dz *= gate * (1.0 + z * (1.0 - gate))
@@ -108,7 +119,16 @@ def gradients(
                 tl.store(dbias_ptr + part * channels + ch, tl.sum(dz, axis=0), mask=of_ch)
             for back in tl.static_range(W):
                 rows = input_rows(
-                    x_ptr, first_ptr, t - back, t < length, ch, of_ch, x_t, W, HAS_FIRST
+                    x_ptr,
+                    first_ptr,
+                    t - back,
+                    start - back,
+                    t < length,
+                    ch,
+                    of_ch,
+                    x_t,
+                    W,
+                    HAS_FIRST,
                 )
                 if HAS_SEGMENTS:
                     before = segment_of(segment_ptr, t - back, length)

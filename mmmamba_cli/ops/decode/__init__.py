@@ -6,6 +6,7 @@ P value dim, N state dim, Ch channels of [v, k, q], W convolution taps, S column
 """
 
 from mmmamba_cli.ops.decode.attention import ATTENTION_STEP_BACKENDS, attention_step
+from mmmamba_cli.ops.decode.greedy import LIKELIEST_BACKENDS, likeliest
 from mmmamba_cli.ops.decode.mixer import (
     MIXER_STEP_BACKENDS,
     MixerWeights,
@@ -16,10 +17,12 @@ from mmmamba_cli.ops.decode.mixer import (
 
 __all__ = [
     "ATTENTION_STEP_BACKENDS",
+    "LIKELIEST_BACKENDS",
     "MIXER_STEP_BACKENDS",
     "MixerWeights",
     "attention_step",
     "conv_state_of",
+    "likeliest",
     "mixer_step",
     "ring_of",
 ]

@@ -28,6 +28,8 @@ PROGRAMS = 264
 COLUMNS = {2: 64, 4: 32}
 ATTENTION_WARPS, STAGES = 4, 3
 COMBINE_VALUES, COMBINE_WARPS = 32, 4
+# Programs that look through a row of logits, and how many each looks at at once.
+PARTS, LOGITS, LOGITS_WARPS = 32, 1024, 4
 
 
 def mixer_step(
@@ -122,3 +124,22 @@ def _dense_heads(tensor: Tensor) -> Tensor:
 def _or(other: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """A pointer that is not read stands for a tensor that is not there."""
     return [other if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def likeliest(logits: Tensor, unwanted: Tensor) -> Tensor:
+    """Shapes as in `ops.likeliest`."""
+    check_inputs("likeliest", logits)
+    logits, unwanted = dense_rows(logits), unwanted.contiguous().view(torch.uint8)
+    batch, size = logits.shape
+    best = buffer(batch, PARTS, like=logits)
+    at = buffer(batch, PARTS, like=logits, dtype=torch.int32)
+    out = buffer(batch, like=logits, dtype=torch.int64)
+    with on_device(logits):
+        kernels.largest_of_parts[(PARTS, batch)](
+            logits, unwanted, best, at, size, logits.stride(0), PARTS=PARTS, BLOCK=LOGITS,
+            num_warps=LOGITS_WARPS, **overlapping(logits),
+        )  # fmt: skip
+        kernels.largest_of_all[(batch,)](
+            best, at, out, size, PARTS=PARTS, num_warps=1, **overlapping(logits)
+        )
+    return out

@@ -188,3 +188,45 @@ def combine(
     weights = tl.exp2(top - tl.max(top, axis=0))
     y = tl.sum(sums * weights[:, None], axis=0) / tl.sum(total * weights, axis=0)
     tl.store(out_ptr + head * P + p, y.to(out_ptr.dtype.element_ty), mask=of_p)
+
+
+@triton.jit
+def largest(value, index, best, at):
+    """The larger of two, and of equal ones that with the smaller index."""
+    takes = (value > best) | ((value == best) & (index < at))
+    return tl.where(takes, value, best), tl.where(takes, index, at)
+
+
+@triton.jit(do_not_specialize=["size"])
+def largest_of_parts(
+    logits_ptr, unwanted_ptr, best_ptr, at_ptr, size, logits_b, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The largest wanted logit of every PARTS-th block, and its index: (B, PARTS) each."""
+    part, row = tl.program_id(0), tl.program_id(1)
+    wait_for_inputs(OVERLAP)
+    call_next(OVERLAP)
+    best = tl.full((BLOCK,), -float("inf"), tl.float32)
+    at = tl.full((BLOCK,), 2147483647, tl.int32)
+    for start in range(part * BLOCK, size, PARTS * BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        keep = index < size
+        keep = keep & (tl.load(unwanted_ptr + index, mask=keep, other=1) == 0)
+        value = tl.load(
+            logits_ptr + row.to(tl.int64) * logits_b + index, mask=keep, other=-float("inf")
+        )
+        best, at = largest(value.to(tl.float32), index, best, at)
+    best, at = tl.reduce((best, at), 0, largest)
+    tl.store(best_ptr + row * PARTS + part, best)
+    tl.store(at_ptr + row * PARTS + part, at)
+
+
+@triton.jit(do_not_specialize=["size"])
+def largest_of_all(best_ptr, at_ptr, out_ptr, size, PARTS: tl.constexpr, OVERLAP: tl.constexpr):
+    """The index of a row's largest, (B,); that of the last where nothing was wanted."""
+    row = tl.program_id(0)
+    wait_for_inputs(OVERLAP)
+    call_next(OVERLAP)
+    part = row * PARTS + tl.arange(0, PARTS)
+    _, at = tl.reduce((tl.load(best_ptr + part), tl.load(at_ptr + part)), 0, largest)
+    tl.store(out_ptr + row, tl.minimum(at, size - 1).to(tl.int64))

@@ -77,8 +77,8 @@ def mixer_step(
         position: (1,) integer, the token's number t, read on the device.
         weights: what the mixer has between its projections.
         backend: "reference", "triton", which has no gradient, or "auto": triton on a GPU if it is
-            installed, no dim is larger than 256, there are no more than 64 rows and no gradient of
-            the tensors is wanted.
+            installed, no dim is larger than 256, there are at most 1024 rows and no gradient of the
+            tensors is wanted.
 
     Returns:
         The read-out (B, H, P) in vkq's dtype, before norm and gate; the same numbers as the two

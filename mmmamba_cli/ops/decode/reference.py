@@ -5,12 +5,14 @@ Legend as in the room's first file.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmmamba_cli.ops.common import widened
 from mmmamba_cli.ops.conv import reference as conv
 from mmmamba_cli.ops.ssd import reference as ssd
 
@@ -83,3 +85,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, heads, P), its first half against its second."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def likeliest(logits: Tensor, unwanted: Tensor) -> Tensor:
+    """Shapes as in `ops.likeliest`."""
+    return widened(logits).masked_fill(unwanted, -math.inf).argmax(-1)
