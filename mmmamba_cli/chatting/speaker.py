@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mmmamba_cli.chatting.conversation import Conversation
-from mmmamba_cli.chatting.generation import Settings, generate_ids
+from mmmamba_cli.chatting.generation import generate_ids
 from mmmamba_cli.checkpoint import load_model, pick_device, pick_dtype
-from mmmamba_cli.errors import CheckpointError, DataError
+from mmmamba_cli.decoding import Generator, Settings
+from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, TextStream
 from mmmamba_cli.runs import Named, Run, open_named, open_processor
@@ -28,13 +29,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A loaded model under the name it is called by."""
+    """A loaded model under the name it is called by; it gives one answer at a time.
+
+    `generator` decodes in the model's place; None for models that it does not take.
+    """
 
     name: str
     model: HolisticVLM
     processor: HolisticVLMProcessor | HolisticTextProcessor
     kind: str
     final: bool | None
+    generator: Generator | None = None
 
     @property
     def sees(self) -> bool:
@@ -46,6 +51,7 @@ class Speaker:
     ) -> Iterator[str]:
         """The answer to the last question, in pieces of text; `found` keeps it as it grows.
 
+        It ends where the tokenizer says a turn does, unless the settings name other ends.
         Raises `DataError` for pictures that cannot be read, or shown to this model, and for a
         conversation that its device has no memory for.
         """
@@ -58,13 +64,14 @@ class Speaker:
         )
         device, dtype = self.model.lm_head.weight.device, self.model.lm_head.weight.dtype
         pixels = batch.get("pixel_values")
+        ends = frozenset(self.processor.stop_token_ids) if settings.eos is None else settings.eos
         ids = generate_ids(
             self.model,
             batch["input_ids"].to(device),
             None if pixels is None else pixels.to(device, dtype),
-            settings,
-            frozenset(self.processor.stop_token_ids),
+            replace(settings, eos=ends),
             turn=len(conversation.questions) - 1,
+            generator=self.generator,
         )
         pieces: list[str] = []
         stream = TextStream(self.processor.tokenizer, pieces.append, skip_prompt=False)
@@ -74,6 +81,8 @@ class Speaker:
                 stream.put(torch.tensor([token]))
                 yield from _taken(pieces, found)
         except torch.OutOfMemoryError as error:
+            if self.generator is not None:
+                self.generator.release()
             length = batch["input_ids"].shape[1] + found.tokens
             raise DataError(
                 f"{self.name}: {device} has no memory left for a conversation of {length} tokens",
@@ -123,4 +132,12 @@ def load_speaker(where: Named, device: str | None = None, dtype: str = "auto") -
     chosen = pick_device(device)
     wanted = pick_dtype(dtype, chosen)
     model = load_model(checkpoint.path, device=chosen, dtype=wanted, checkpoint=checkpoint)
-    return Speaker(where.name, model, processor, where.kind, where.final)
+    return Speaker(where.name, model, processor, where.kind, where.final, _generator(model))
+
+
+def _generator(model: HolisticVLM) -> Generator | None:
+    """None for a model that is not packed as it is, as with adapters: its own forward answers."""
+    try:
+        return Generator(model)
+    except MmmambaError:
+        return None

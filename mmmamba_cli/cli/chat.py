@@ -58,6 +58,13 @@ def command(
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 takes the likeliest token; above 0 draws.")
     ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Draw from the K likeliest tokens only.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Draw from the likeliest tokens that together have P."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Ask this one question, and end.")
@@ -76,7 +83,7 @@ def command(
     from mmmamba_cli.chatting import Settings, locate
     from mmmamba_cli.runs import Run
 
-    settings = Settings(max_new_tokens, temperature, seed)
+    settings = Settings(max_new_tokens, temperature, top_k, top_p, seed=seed)
     target = Run(run)
     wanted: list[str | Path] = [*([] if product is None else [product]), *(model or ())]
     others = [*(compare or ()), *(["teacher"] if teacher or teacher_path is not None else [])]

@@ -104,7 +104,8 @@ class Talk:
             "prompt": question,
             "images": [str(file) for file in self.conversation.pictures],
             "system": self.conversation.system,
-            "settings": vars(self.settings),
+            # Where an answer ends is the tokenizer's, not the user's.
+            "settings": {k: v for k, v in vars(self.settings).items() if k != "eos"},
             "answers": answers,
         }
 

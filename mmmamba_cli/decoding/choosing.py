@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mmmamba_cli.decoding.states import States
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.decode import likeliest
 
@@ -74,6 +73,14 @@ class Choice:
     nucleus: bool
 
 
+class Rows(Protocol):
+    """What is chosen from and into: logits (B, V), ids (B,), finished (B,) for rows that ended."""
+
+    logits: Tensor
+    ids: Tensor
+    finished: Tensor
+
+
 class Chooser:
     """What choosing reads beside logits, in memory that stays: one for each model."""
 
@@ -99,16 +106,16 @@ class Chooser:
             # Ids beyond the vocabulary never come up.
             table[[token for token in ids if 0 <= token < len(table)]] = True
 
-    def choose(self, states: States, choice: Choice) -> None:
-        """Put the next token of each row into `states.ids`; rows that have ended get padding."""
+    def choose(self, rows: Rows, choice: Choice) -> None:
+        """Put the next token of each row into `rows.ids`; rows that have ended get padding."""
         if choice.draws:
-            scores = states.logits.float().masked_fill(self.unwanted, -math.inf)
+            scores = rows.logits.float().masked_fill(self.unwanted, -math.inf)
             tokens = self._draw(scores, choice)
         else:
-            tokens = likeliest(states.logits, self.unwanted)
-        tokens = torch.where(states.finished, self.pad, tokens)
-        states.ids.copy_(tokens)
-        states.finished.logical_or_(self.ends[tokens])
+            tokens = likeliest(rows.logits, self.unwanted)
+        tokens = torch.where(rows.finished, self.pad, tokens)
+        rows.ids.copy_(tokens)
+        rows.finished.logical_or_(self.ends[tokens])
 
     def _draw(self, scores: Tensor, choice: Choice) -> Tensor:
         # The highest is brought to 0 first: a tiny temperature would otherwise make infinities of

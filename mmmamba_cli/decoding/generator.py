@@ -22,7 +22,8 @@ from mmmamba_cli.model import HolisticVLM
 # Room is made in steps of so many columns, so that prompts of like length share a graph, and there
 # is always enough to warm up in.
 ROUNDED_TO = 256
-# Room behind a prompt whose caller does not say how much.
+# Room behind a prompt whose caller does not say how much; for an answer that becomes longer it is
+# doubled on the way. Most end early, and what is not there need not be read or taken.
 ANSWER = 1024
 # Tokens between two looks at whether all rows have ended: each look waits for the device, and what
 # was launched in vain is waited for too.
@@ -150,16 +151,15 @@ class Generator:
         settings = Settings(max_new_tokens, temperature, top_k, top_p, eos, seed)
         inputs = (input_ids, pixel_values, attention_mask)
         reading = self._open(inputs, settings, capacity, chunk)
-        states = reading.states
         ends = bool(ends_of(settings, self.model.generation_config))
-        found = [states.ids.clone()]
+        found = [reading.states.ids.clone()]
         while len(found) < max_new_tokens:
-            if ends and len(found) % LOOK_EVERY == 0 and bool(states.finished.all()):
+            if ends and len(found) % LOOK_EVERY == 0 and bool(reading.states.finished.all()):
                 break
-            reading.advance()
-            found.append(states.ids.clone())
+            self._go_on(reading)
+            found.append(reading.states.ids.clone())
         tokens = torch.stack(found, dim=1)
-        if not bool(states.finished.all()):
+        if not bool(reading.states.finished.all()):
             return tokens
         last = self._chooser.ends[tokens].int().argmax(1).max()
         return tokens[:, : int(last) + 1]
@@ -184,12 +184,12 @@ class Generator:
         settings = Settings(max_new_tokens, temperature, top_k, top_p, eos, seed)
         inputs = (input_ids, pixel_values, attention_mask)
         reading = self._open(inputs, settings, capacity, chunk)
-        states = reading.states
         for count in range(max_new_tokens):
             if self._reading is not reading:
                 raise ValueError("stream: another prompt was read before this answer had its end")
             if count > 0:
-                reading.advance()
+                self._go_on(reading)
+            states = reading.states
             # One wait for both.
             ids, finished = torch.stack((states.ids, states.finished.long())).tolist()
             yield ids
@@ -242,11 +242,29 @@ class Generator:
     ) -> _Reading:
         """Read a prompt and choose the first token."""
         # The last token is chosen and never read.
-        wanted = inputs[0].shape[1] + settings.max_new_tokens - 1
+        answer = settings.max_new_tokens - 1
+        wanted = inputs[0].shape[1] + (answer if capacity is not None else min(answer, ANSWER))
         reading = self._read(inputs, wanted, capacity, chunk, settings.choice)
         self._chooser.prepare(settings, self.model.generation_config)
         self._chooser.choose(reading.states, settings.choice)
         return reading
+
+    def _go_on(self, reading: _Reading) -> None:
+        """Read the token chosen last and choose the next, with more room where it is used up.
+
+        That is never so where the caller gave a capacity: all of the answer has room there.
+        """
+        if reading.is_full:
+            room = 2 * reading.seen
+            states, choice = reading.states, reading.choice
+            # Capturing draws numbers that the answer does not.
+            drawn = self._chooser.rng.get_state()
+            rooms = self._rooms(room, reading.extra)
+            reading.states, reading.step = self._shelf.take(states.batch, rooms, choice)
+            self._chooser.rng.set_state(drawn)
+            reading.states.take_over(states)
+            reading.limit = room
+        reading.advance()
 
     def _read(
         self,
@@ -275,25 +293,41 @@ class Generator:
         room = _rounded(wanted) if capacity is None else capacity
         limit = room if self._plan.grows else None
         _require_room(wanted, limit)
-        # The embedding stack is the first of two.
+        states, step = self._shelf.take(batch, self._rooms(room, extra), choice)
+        self._reading = _Reading(states, step, limit, choice, extra)
+        return self._reading
+
+    def _rooms(self, room: int, extra: int) -> tuple[int, ...]:
+        """Of each stack, in columns; the embedding stack is the first of two."""
         rooms = [_rounded(room)] * len(self._plan.stacks)
         rooms[0] += _rounded(extra)
         grown = [stack.grows for stack in self._plan.stacks]
-        needed = tuple(room if grows else 0 for room, grows in zip(rooms, grown, strict=True))
-        states, step = self._shelf.take(batch, needed, choice)
-        self._reading = _Reading(states, step, limit, choice is not None)
-        return self._reading
+        return tuple(room if grows else 0 for room, grows in zip(rooms, grown, strict=True))
 
 
 class _Reading:
-    """One prompt and its answer as far as it is: `seen` columns were read of `limit`."""
+    """One prompt and its answer as far as it is: `seen` columns were read of `limit`.
 
-    def __init__(self, states: States, step: Step, limit: int | None, chooses: bool):
+    `extra` are columns of the embedding stack alone.
+    """
+
+    def __init__(
+        self, states: States, step: Step, limit: int | None, choice: Choice | None, extra: int
+    ):
         self.states = states
         self.step = step
         self.limit = limit
-        self.chooses = chooses
+        self.choice = choice
+        self.extra = extra
         self.seen = 0
+
+    @property
+    def chooses(self) -> bool:
+        return self.choice is not None
+
+    @property
+    def is_full(self) -> bool:
+        return self.limit is not None and self.seen >= self.limit
 
     def advance(self) -> None:
         """Read the token in `states.ids`. Raises `DataError` if there is no room."""

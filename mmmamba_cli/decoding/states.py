@@ -135,6 +135,20 @@ class States:
         for stack, state in zip(self.stacks, found, strict=True):
             stack.settle(state)
 
+    def take_over(self, other: States) -> None:
+        """Be where `other` is, of as many rows and with no more room."""
+        for own, theirs in zip(self._small, other._small, strict=True):
+            own.copy_(theirs)
+        for own, theirs in zip(self.tensors, other.tensors, strict=True):
+            # Keys and values are shorter there in their third dimension, all else is as long.
+            own[:, :, : theirs.shape[2]].copy_(theirs)
+
+    @property
+    def _small(self) -> list[Tensor]:
+        """What there is beside the layers' memory."""
+        found = [self.counters, self.ids, self.finished, self.logits]
+        return found + [x for stack in self.stacks for x in (stack.starts, stack.inv_freq)]
+
     def pretend(self, columns: int, rng: torch.Generator) -> None:
         """Be as after a prompt of so many columns, with random contents; `rng` of our device."""
         for tensor in self.tensors:

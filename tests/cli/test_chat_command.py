@@ -107,10 +107,12 @@ def test_a_seed_decides_what_is_drawn(chat: Chat, llama: Path) -> None:
     ("words", "said"),
     [
         (("--json",), "--json needs a question"),
-        (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens is 0"),
-        (("--prompt", "a", "--temperature", -1), "--temperature is -1.0"),
-        (("--prompt", "a", "--temperature", "nan"), "--temperature is nan"),
-        (("--prompt", "a", "--seed", -1), "--seed is -1"),
+        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens is 0"),
+        (("--prompt", "a", "--temperature", -1), "temperature is -1.0"),
+        (("--prompt", "a", "--temperature", "nan"), "temperature is nan"),
+        (("--prompt", "a", "--seed", -1), "seed is -1"),
+        (("--prompt", "a", "--top-k", 5), "belong to drawing"),
+        (("--prompt", "a", "--temperature", 1, "--top-p", 2), "top_p is 2.0"),
         (("--prompt", " "), "the question is empty"),
         (("--prompt", "a", "--image", "nowhere.png"), "nowhere.png"),
         (("--prompt", "a", "--from", "nothing"), "no product 'nothing'"),
@@ -180,6 +182,13 @@ def test_a_conversation_in_a_terminal(llama: Path) -> None:
     shown = terminal.wait_for("\n") + terminal.wait_for("\n")
     rows = [row.rpartition("\x1b[K")[2] for row in shown.replace("\r\n", "\n").split("\n")]
     assert rows[0] and max(map(len, rows)) < 80
+    terminal.type(CTRL_C)
+    terminal.wait_for("stopped; ")
+    terminal.wait_for(READY)
+    # What was stopped is in the way of nothing.
+    terminal.type("the dog\n")
+    terminal.wait_for("the dog\r\n")
+    terminal.wait_for("\n")
     terminal.type(CTRL_C)
     terminal.wait_for("stopped; ")
     terminal.wait_for(READY)

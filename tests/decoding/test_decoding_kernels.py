@@ -124,6 +124,25 @@ def test_drawing_goes_on_from_replay_to_replay() -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_a_graph_captured_on_the_way_changes_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_on("cuda", "amam")
+    ids, inputs = batch("cuda")
+    new = 40
+    capacity = ids.shape[1] + new
+    wide = Generator(model, graphs=True)
+    expected = wide.generate(ids, **inputs, max_new_tokens=new, capacity=capacity, **options)
+    monkeypatch.setattr("mmmamba_cli.decoding.generator.ROUNDED_TO", 16)
+    monkeypatch.setattr("mmmamba_cli.decoding.generator.ANSWER", 2)
+    generator = Generator(model, graphs=True)
+    for _ in range(2):
+        found = generator.generate(ids, **inputs, max_new_tokens=new, **options)
+        assert torch.equal(found, expected)
+
+
+@on_gpu
 def test_packing_frees_what_it_replaces() -> None:
     model = small_model("mmmm").to("cuda")
     torch.cuda.synchronize()

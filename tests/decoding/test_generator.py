@@ -217,6 +217,41 @@ def test_there_is_only_so_much_room() -> None:
     assert generator.generate(ids, max_new_tokens=4, capacity=9).shape == (1, 4)
 
 
+@pytest.mark.parametrize("plan", ["aaaa", "amam", "mmaa"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_room_grows_with_an_answer(
+    plan: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(options)
+    model = small_model(plan, "post").double()
+    ids, inputs = batch()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    new, columns = 40, ids.shape[1]
+    wide = Generator(model)
+    expected = wide.generate(ids, **inputs, max_new_tokens=new, capacity=columns + new, **options)
+    monkeypatch.setattr("mmmamba_cli.decoding.generator.ROUNDED_TO", 4)
+    monkeypatch.setattr("mmmamba_cli.decoding.generator.ANSWER", 2)
+    generator = Generator(model)
+    for _ in range(2):
+        # The second time, what it grows into has been used before.
+        found = generator.generate(ids, **inputs, max_new_tokens=new, **options)
+        assert torch.equal(found, expected)
+        streamed = list(generator.stream(ids, **inputs, max_new_tokens=new, **options))
+        assert streamed == expected.T.tolist()
+    small = Generator(model)
+    next(small.stream(ids, **inputs, max_new_tokens=10**6, **options))
+    assert small.cache_bytes < generator.cache_bytes
+    # A row that has ended says nothing more after that.
+    options["eos"] = int(expected[0, 1])
+    ended = wide.generate(ids, **inputs, max_new_tokens=new, capacity=columns + new, **options)
+    assert (ended[0, 2:] == 0).all() and ended.shape[1] > 12
+    found = generator.generate(ids, **inputs, max_new_tokens=new, **options)
+    assert torch.equal(found, ended)
+    # Who gives a capacity gets no more.
+    with pytest.raises(DataError, match="room for"):
+        small.generate(ids, **inputs, max_new_tokens=new, capacity=columns + 5)
+
+
 def test_patches_of_many_tiles_have_room_in_the_embedding_stack() -> None:
     model = small_model("aaaa", "post")
     ids, pixels = prompt(61, 6)
