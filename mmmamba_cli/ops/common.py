@@ -28,21 +28,30 @@ def triton_backends(op: str, launcher: str) -> dict[str, Callable[..., Any]]:
     """{"triton": launcher of `op`}, or {} where the kernels cannot be had.
 
     That is where Triton is not installed, and in the files of an exported model, which are plain
-    PyTorch: the module is found by its name, so that nothing there imports it. Triton itself is
-    loaded by the first call.
+    PyTorch: the module is found by its name, so that nothing there imports it.
     """
-    name = f"{__package__}.{op}.fused"
+    return backend_of("triton", "triton", f"{__package__}.{op}.fused", launcher)
+
+
+def backend_of(
+    name: str, library: str, module: str, function: str
+) -> dict[str, Callable[..., Any]]:
+    """{name: that function of our module} where both the library and the module are there, else {}.
+
+    Neither is imported before the first call.
+    """
     try:
-        found = importlib.util.find_spec("triton") and importlib.util.find_spec(name)
-    except ModuleNotFoundError:
+        found = importlib.util.find_spec(library) and importlib.util.find_spec(module)
+    except (ModuleNotFoundError, ValueError):
+        # ValueError: something put a module without a spec there.
         found = None
     if not found:
         return {}
 
-    def launch(*arguments: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(name), launcher)(*arguments, **options)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*arguments, **options)
 
-    return {"triton": launch}
+    return {name: call}
 
 
 def suits_triton(*tensors: Tensor | None) -> bool:
@@ -56,6 +65,11 @@ def suits_triton(*tensors: Tensor | None) -> bool:
 @cache
 def _has_bf16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a result of these will be differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -72,6 +86,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def widened(x: Tensor) -> Tensor:
     """x in the dtype to compute in."""
     return x.to(compute_dtype(x))
+
+
+def repeat_heads(tokens: Tensor, share: int) -> Tensor:
+    """(B, T, K, dim) as (B, T, K * share, dim): head h is what was head h // share."""
+    return tokens if share == 1 else tokens.repeat_interleave(share, dim=2)
 
 
 def segment_ordinals(seq_idx: Tensor, mask: Tensor | None) -> Tensor:

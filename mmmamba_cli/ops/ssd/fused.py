@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmmamba_cli.ops.common import segment_ordinals
+from mmmamba_cli.ops.common import segment_ordinals, wants_gradients
 from mmmamba_cli.ops.launching import block, buffer, check_inputs, dense_rows, on_device
 from mmmamba_cli.ops.ssd import gradient_kernels, kernels
 from mmmamba_cli.ops.ssd.planning import Launch, Sizes, plan
@@ -60,8 +60,7 @@ def scan(
     segments = None if seq_idx is None else segment_ordinals(seq_idx, mask).int()
     real = None if mask is None else mask.bool().contiguous().view(torch.uint8)
     given = (x, dt, A, B, C, dt_bias, D, initial_state)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    return _Scan.apply(*given, real, segments, dt_softplus, trains)
+    return _Scan.apply(*given, real, segments, dt_softplus, wants_gradients(*given))
 
 
 class _Scan(torch.autograd.Function):
