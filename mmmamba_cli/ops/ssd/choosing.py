@@ -1,7 +1,7 @@
 """Which scan `auto` takes: the first in order of speed that computes here what it should.
 
-Order: that of `LIMITS`, measured on an H100. A fused scan is tried once per process, device and
-dtype, with gradients and without, on one small problem before it is relied on.
+The order is that of `LIMITS`. A fused scan is tried once per process, device and dtype, with
+gradients and without, on one small problem before it is relied on.
 """
 
 import warnings
@@ -87,7 +87,7 @@ def _fault(trial: Trial, scan: Callable[..., Any]) -> str | None:
     device, tolerance = torch.device(trial.device), TOLERANCES[trial.dtype]
     given = _problem(trial.dtype)
     try:
-        found = _run(scan, {n: t.to(device) for n, t in given.items()}, device, trial.trains)
+        found = _run(scan, {n: t.to(device) for n, t in given.items()}, trial.trains)
     except torch.OutOfMemoryError:
         # Nothing was learnt, and there is none for what was asked either.
         raise
@@ -96,7 +96,7 @@ def _fault(trial: Trial, scan: Callable[..., Any]) -> str | None:
         return f"it fails: {type(error).__name__}: {first}"
     exact = {name: tensor.double() for name, tensor in given.items()}
     # In fp64 on the CPU, where no setting of the GPU's arithmetic reaches it.
-    wanted = _run(chunked, exact, torch.device("cpu"), trial.trains)
+    wanted = _run(chunked, exact, trial.trains)
     for name, right in wanted.items():
         distance = _distance(found[name], right)
         # NaN is not at most anything.
@@ -105,19 +105,13 @@ def _fault(trial: Trial, scan: Callable[..., Any]) -> str | None:
     return None
 
 
-def _run(
-    scan: Callable[..., Any], given: Tensors, device: torch.device, trains: bool
-) -> dict[str, Tensor]:
+def _run(scan: Callable[..., Any], given: Tensors, trains: bool) -> dict[str, Tensor]:
     """Outputs and, where it trains, gradients, whatever the caller is in the middle of.
 
-    Hooks of its own keep those of activation checkpointing from counting these tensors.
+    It trains only where gradients are recorded, so that no mode has to be changed. Hooks of its own
+    keep those of activation checkpointing from counting these tensors.
     """
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(trains),
-        torch.autocast(device.type, enabled=False),
-        saved_tensors_hooks(_same, _same),
-    ):
+    with saved_tensors_hooks(_same, _same):
         leaves = {n: t.detach().clone().requires_grad_(trains) for n, t in given.items()}
         outputs = scan(
             *(leaves[name] for name in NAMES[:5]),

@@ -23,8 +23,10 @@ class Limits(NamedTuple):
     multiple: int = 1
 
 
-# The fastest first. Of mamba_ssm and fla, fp32 products are TF32, and states between chunks have
-# the dtype of C. fla's backward is wrong on Hopper with Triton 3.4 to 3.7.0, where it refuses.
+# The fastest first: `benchmarks/kernels.py` times triton and mamba_ssm. fla was not timed; it comes
+# last because it takes the least. In both libraries fp32 products are TF32, and states between
+# chunks have the dtype of x, B and C. fla's backward is wrong on Hopper with Triton 3.4 to 3.7.0,
+# where it refuses.
 LIMITS = {
     "triton": Limits((torch.bfloat16, torch.float16, torch.float32)),
     "mamba_ssm": Limits((torch.bfloat16,)),
