@@ -33,8 +33,7 @@ from kernels import (
 )
 from triton.runtime.errors import OutOfResources
 
-from mmmamba_cli.ops.ssd import fused
-from mmmamba_cli.ops.ssd.fused import Launch, Tuning
+from mmmamba_cli.ops.ssd.planning import TUNING, Launch, Tuning
 
 CHUNKS = (64, 128)
 LAUNCHES = tuple(
@@ -51,12 +50,12 @@ Found = dict[str, float] | str
 
 @contextmanager
 def using(tuning: Tuning) -> Iterator[None]:
-    plain = dict(fused.TUNING)
-    fused.TUNING.update(dict.fromkeys(fused.TUNING, tuning))
+    plain = dict(TUNING)
+    TUNING.update(dict.fromkeys(TUNING, tuning))
     try:
         yield
     finally:
-        fused.TUNING.update(plain)
+        TUNING.update(plain)
 
 
 def scans(place: Place) -> list[Problem]:
@@ -101,7 +100,7 @@ def alternatives(kind: str, best: Tuning) -> list[Tuning]:
 def tune(place: Place, seconds: float) -> dict[str, Any]:
     """The best tuning, and what every alternative took."""
     end = time.monotonic() + seconds
-    best = fused.TUNING[tl.float32 if place.small else tl.bfloat16]
+    best = TUNING[tl.float32 if place.small else tl.bfloat16]
     tried: list[dict[str, Any]] = []
     for kind in ("forward", "backward", "spans"):
         _compile_ahead(place, kind, best, end)

@@ -34,7 +34,8 @@ def examine(device: str | None = None, say: Say = lambda text: None) -> Report:
         check_resizing(),
     )
     say(f"checking ops on {chosen}")
-    return Report(found, there, str(chosen), checks, _ops(str(chosen)))
+    checked = _ops(str(chosen))
+    return Report(found, there, str(chosen), (*checks, _scan(str(chosen))), checked)
 
 
 def _versions(
@@ -79,3 +80,11 @@ def _ops(device: str) -> tuple[OpCheck, ...]:
     from mmmamba_cli.doctor.numerics import check_ops
 
     return tuple(check_ops(torch.device(device), (torch.float32, torch.bfloat16)))
+
+
+def _scan(device: str) -> Check:
+    import torch
+
+    from mmmamba_cli.doctor.scans import check_choice
+
+    return check_choice(torch.device(device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.doctor.op_cases import Case, Op, Tensors, all_ops
-from mmmamba_cli.doctor.report import FAILED, OK, SKIPPED, OpCheck
+from mmmamba_cli.doctor.report import FAILED, OK, SKIPPED, WARNING, OpCheck
 from mmmamba_cli.errors import MmmambaError
 
 # Relative errors that rounding explains, with room for another order of summation.
@@ -60,6 +60,7 @@ def check_backend(op: Op, backend: str, device: torch.device, dtype: torch.dtype
     name = str(dtype).removeprefix("torch.")
     found: list[Errors] = []
     refused = ""
+    wrong = WARNING if backend in op.optional else FAILED
     for case in op.cases:
         try:
             found.append(errors_of(op, case, backend, device, dtype))
@@ -68,7 +69,7 @@ def check_backend(op: Op, backend: str, device: torch.device, dtype: torch.dtype
         except Exception as error:  # noqa: BLE001  a broken kernel may raise anything
             first = (str(error).strip().splitlines() or [""])[0]
             said = f"{case.name}: {type(error).__name__}: {first}"
-            return OpCheck(op.name, backend, name, FAILED, None, None, tolerance, len(found), said)
+            return OpCheck(op.name, backend, name, wrong, None, None, tolerance, len(found), said)
     if not found:
         return OpCheck(op.name, backend, name, SKIPPED, None, None, tolerance, 0, refused)
     forward = _worst(errors.forward for errors in found)
@@ -76,13 +77,13 @@ def check_backend(op: Op, backend: str, device: torch.device, dtype: torch.dtype
     backward = _worst(gradients) if gradients else None
     right = all(error <= tolerance for error in (forward, backward) if error is not None)
     said = ""
-    if backward is None and op.trains:
+    if backward is None and op.trains and backend not in op.forward_only:
         right, said = False, "has no gradients, but is used in training"
     return OpCheck(
         op.name,
         backend,
         name,
-        OK if right else FAILED,
+        OK if right else wrong,
         forward,
         backward,
         tolerance,
@@ -98,10 +99,11 @@ def errors_of(op: Op, case: Case, backend: str, device: torch.device, dtype: tor
         for name, value in case.values.items()
     }
     exact = {name: value.double() for name, value in rounded.items()}
-    wanted, wanted_gradients = _run(case, exact, case.fixed, op.reference, torch.float64)
+    trains = backend not in op.forward_only
+    wanted, wanted_gradients = _run(case, exact, case.fixed, op.reference, trains)
     here = {name: value.to(device) for name, value in rounded.items()}
     fixed = {name: value.to(device) for name, value in case.fixed.items()}
-    found, gradients = _run(case, here, fixed, backend, dtype)
+    found, gradients = _run(case, here, fixed, backend, trains)
     forward = _worst(map(relative_error, found, wanted))
     if gradients is None or wanted_gradients is None:
         return Errors(forward, None)
@@ -109,10 +111,10 @@ def errors_of(op: Op, case: Case, backend: str, device: torch.device, dtype: tor
 
 
 def _run(
-    case: Case, values: Tensors, fixed: Tensors, backend: str, dtype: torch.dtype
+    case: Case, values: Tensors, fixed: Tensors, backend: str, trains: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """Outputs, and the gradients of a weighted sum of them by all values."""
-    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+    """Outputs and, where it trains, the gradients of a weighted sum of them by all values."""
+    leaves = {name: value.clone().requires_grad_(trains) for name, value in values.items()}
     outputs = case.call(leaves, fixed, backend)
     if not all(output.requires_grad for output in outputs):
         return tuple(output.detach() for output in outputs), None

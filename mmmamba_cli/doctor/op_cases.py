@@ -17,6 +17,7 @@ from torch import Tensor
 from mmmamba_cli import ops
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
+from mmmamba_cli.ops.ssd.limits import LIMITS
 
 # Arguments by their names; of a convolution some others are no tensors, so that mypy wants Any.
 Tensors = dict[str, Any]
@@ -30,6 +31,10 @@ DECODING = frozenset({"likeliest", "project"})
 # Neither a multiple of 8 nor of a chunk; 1 is the step of a decoder, 131 wants two chunks.
 LENGTHS = (1, 37, 131)
 EPS = 1e-5
+NONE: frozenset[str] = frozenset()
+# Scans of other libraries, and those of them that have no gradients.
+FOREIGN = frozenset(LIMITS) - {"triton"}
+FORWARD_ONLY = frozenset(name for name, limits in LIMITS.items() if not limits.gradients)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Case:
 class Op:
     """A public function: its backends, the one that is its reference, and cases for it.
 
-    `trains` says that it must have gradients; one decoding step need not.
+    `trains` says that it must have gradients; one decoding step need not, nor need backends that
+    are `forward_only`. `optional` backends come with other libraries, and whoever calls the op does
+    without them where they are wrong.
     """
 
     name: str
@@ -58,6 +65,8 @@ class Op:
     reference: str
     cases: tuple[Case, ...]
     trains: bool = True
+    forward_only: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
 
 
 def all_ops() -> list[Op]:
@@ -78,7 +87,9 @@ def all_ops() -> list[Op]:
     for name, backends in ops.BACKENDS.items():
         reference, make = makers.get(name, ("reference", list))
         trains = name not in DECODING and not name.endswith("_step")
-        found.append(Op(name, backends, reference, tuple(make()), trains))
+        forward_only, optional = (FORWARD_ONLY, FOREIGN) if name == "ssd" else (NONE, NONE)
+        cases = tuple(make())
+        found.append(Op(name, backends, reference, cases, trains, forward_only, optional))
     return [*found, Op("attention", ATTENTION, "softmax", tuple(_attentions()))]
 
 

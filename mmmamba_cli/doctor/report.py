@@ -101,6 +101,8 @@ class Report:
 
     @property
     def warnings(self) -> Iterator[str]:
-        for check in self.checks:
+        """A sentence for each thing that is wrong and can be done without."""
+        found: list[Check | OpCheck] = [*self.checks, *self.ops]
+        for check in found:
             if check.status == WARNING:
                 yield check.sentence

@@ -30,21 +30,30 @@ def triton_backends(
     """{name: launcher of `op`, in its `module`}, or {} where the kernels cannot be had.
 
     That is where Triton is not installed, and in the files of an exported model, which are plain
-    PyTorch: the module is found by its name, so that nothing there imports it. Triton itself is
-    loaded by the first call.
+    PyTorch: the module is found by its name, so that nothing there imports it.
     """
-    path = f"{__package__}.{op}.{module}"
+    return backend_of(name, "triton", f"{__package__}.{op}.{module}", launcher)
+
+
+def backend_of(
+    name: str, library: str, module: str, function: str
+) -> dict[str, Callable[..., Any]]:
+    """{name: that function of our module} where both the library and the module are there, else {}.
+
+    Neither is imported before the first call.
+    """
     try:
-        found = importlib.util.find_spec("triton") and importlib.util.find_spec(path)
-    except ModuleNotFoundError:
+        found = importlib.util.find_spec(library) and importlib.util.find_spec(module)
+    except (ModuleNotFoundError, ValueError):
+        # ValueError: something put a module without a spec there.
         found = None
     if not found:
         return {}
 
-    def launch(*arguments: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(path), launcher)(*arguments, **options)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*arguments, **options)
 
-    return {name: launch}
+    return {name: call}
 
 
 def suits_triton(*tensors: Tensor | None) -> bool:
@@ -58,6 +67,11 @@ def suits_triton(*tensors: Tensor | None) -> bool:
 @cache
 def _has_bf16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a result of these will be differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -74,6 +88,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def widened(x: Tensor) -> Tensor:
     """x in the dtype to compute in."""
     return x.to(compute_dtype(x))
+
+
+def repeat_heads(tokens: Tensor, share: int) -> Tensor:
+    """(B, T, K, dim) as (B, T, K * share, dim): head h is what was head h // share."""
+    return tokens if share == 1 else tokens.repeat_interleave(share, dim=2)
 
 
 def segment_ordinals(seq_idx: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from triton_device import (
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops import ssd
-from mmmamba_cli.ops.ssd import fused
+from mmmamba_cli.ops.ssd.planning import TUNING
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -35,11 +35,11 @@ def check_scan(tensors: dict[str, Tensor], **options: object) -> None:
 
 def cut(monkeypatch: pytest.MonkeyPatch, tile: int | None = None, **changes: int) -> None:
     """Other chunks, spans and tiles than the tuning says."""
-    for dtype, tuning in fused.TUNING.items():
+    for dtype, tuning in TUNING.items():
         if tile:
             launch = tuning.forward._replace(tile=tile)
             tuning = tuning._replace(forward=launch, backward=launch)
-        monkeypatch.setitem(fused.TUNING, dtype, tuning._replace(**changes))
+        monkeypatch.setitem(TUNING, dtype, tuning._replace(**changes))
 
 
 def packing(batch: int, length: int) -> Tensor:

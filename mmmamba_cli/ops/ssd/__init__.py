@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.ops.common import (
+    backend_of,
     check_shape,
     compute_dtype,
     pick_backend,
-    suits_triton,
     triton_backends,
 )
 from mmmamba_cli.ops.ssd import reference
+from mmmamba_cli.ops.ssd.choosing import choose
+from mmmamba_cli.ops.ssd.limits import Scan
 
 
 class ScanBackend(Protocol):
@@ -61,12 +63,12 @@ class StepBackend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-# A head's state has to fit into the registers of one program.
-MOST_TRITON_DIMS = 256
 SCAN_BACKENDS: dict[str, ScanBackend] = {
     "chunked": reference.chunked,
     "recurrent": reference.recurrent,
     **triton_backends("ssd", "scan"),
+    **backend_of("mamba_ssm", "mamba_ssm", f"{__name__}.mamba_ssm", "scan"),
+    **backend_of("fla", "fla", f"{__name__}.fla", "scan"),
 }
 STEP_BACKENDS: dict[str, StepBackend] = {"reference": reference.step}
 
@@ -110,18 +112,22 @@ def ssd(
         seq_idx: (B, T) integer ids of packed sequences. The state is reset to 0 at each real token
             whose id differs from that of the real token before it; `initial_state` belongs to the
             first sequence of the row.
-        chunk_size: tokens per chunk of the chunked backend, at most; triton takes its own.
-        backend: "chunked", "recurrent", "triton", or "auto": recurrent for a single token, triton
-            on a GPU if it is installed and nothing is fp64, else chunked.
+        chunk_size: tokens per chunk of the chunked backend, at most; the fused take their own.
+        backend: "chunked", "recurrent"; where they are installed "triton", "mamba_ssm" and "fla",
+            on a GPU; or "auto": recurrent for a single token, else the first of triton, mamba_ssm
+            and fla that takes the call and computed what it should here, else chunked.
 
     Returns:
         y (B, T, H, P) in x's dtype, and the state after the last token, (B, H, P, N). The state
-        and all arithmetic are fp32, or fp64 where x is fp64; the triton backend multiplies tensors
+        and all arithmetic are fp32, or fp64 where x is fp64; the fused backends multiply tensors
         in bf16, with fp32 sums, where x, B and C are bf16.
 
     Raises:
         ValueError: shapes that do not fit together, or a chunk size below 1.
-        MmmambaError: a backend that does not exist here.
+        MmmambaError: a backend that does not exist here, or does not take the call; mamba_ssm
+            takes bf16 only, fla bf16 without gradients and without `seq_idx`.
+
+    Warns, once, of a backend that `auto` passes over because it computed something else here.
     """
     batch, length, _, value_dim = _check_shapes("ssd", x, dt, A, B, C, time_dims=1)
     heads, state_dim = C.shape[-2:]
@@ -133,11 +139,8 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size is {chunk_size}, expected at least 1")
     if backend == "auto":
-        tensors = (x, dt, A, B, C, dt_bias, D, initial_state)
-        backend = "recurrent" if length == 1 else "chunked"
-        small = max(value_dim, state_dim) <= MOST_TRITON_DIMS
-        if "triton" in SCAN_BACKENDS and length > 1 and small and suits_triton(*tensors):
-            backend = "triton"
+        asked = Scan(x, dt, A, B, C, dt_bias, D, initial_state, seq_idx)
+        backend = choose(SCAN_BACKENDS, asked)
     scan = pick_backend("ssd", backend, SCAN_BACKENDS)
     if length == 0:
         return _scan_nothing(x, C, initial_state)

@@ -13,69 +13,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmmamba_cli.ops.common import segment_ordinals
-from mmmamba_cli.ops.launching import (
-    block,
-    buffer,
-    check_inputs,
-    dense_rows,
-    dot_type,
-    on_device,
-)
-from mmmamba_cli.ops.ssd import kernels
-
-
-class Launch(NamedTuple):
-    """How the kernels of one direction are cut up: columns of a tile, warps, pipeline stages."""
-
-    tile: int
-    warps: int
-    stages: int
-
-
-class Tuning(NamedTuple):
-    """Tokens of a chunk, launches forwards and backwards, and the length of spans.
-
-    A span is as long as leaves `span_outputs` that many `programs`, four for each of an H100's 132
-    processors, and has `most_chunks` at most.
-    """
-
-    chunk: int
-    forward: Launch
-    backward: Launch
-    programs: int = 528
-    most_chunks: int = 16
-
-
-# Fixed, not searched for at run time: a result must not depend on what else the machine is doing.
-# `benchmarks/kernels.py --tune` times the alternatives.
-TUNING = {
-    tl.bfloat16: Tuning(64, forward=Launch(64, 4, 2), backward=Launch(64, 4, 2)),
-    tl.float32: Tuning(64, forward=Launch(32, 4, 1), backward=Launch(32, 4, 1)),
-}
+from mmmamba_cli.ops.common import segment_ordinals, wants_gradients
+from mmmamba_cli.ops.launching import block, buffer, check_inputs, dense_rows, on_device
+from mmmamba_cli.ops.ssd import gradient_kernels, kernels
+from mmmamba_cli.ops.ssd.planning import Launch, Sizes, plan
 
 # A decay below what fp32 leaves of the products beside it counts as none, in a gradient only.
 LEAST_DECAY = 2.0**-20
-
-
-class Sizes(NamedTuple):
-    """What all launches of one call share."""
-
-    batch: int
-    length: int
-    heads: int
-    share: int
-    P: int
-    N: int
-    dtype: tl.dtype
-    tuning: Tuning
-    chunks: int
-    per_span: int
-    spans: int
-
-    @property
-    def padded(self) -> int:
-        return self.chunks * self.tuning.chunk
 
 
 class Steps(NamedTuple):
@@ -116,8 +60,7 @@ def scan(
     segments = None if seq_idx is None else segment_ordinals(seq_idx, mask).int()
     real = None if mask is None else mask.bool().contiguous().view(torch.uint8)
     given = (x, dt, A, B, C, dt_bias, D, initial_state)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    return _Scan.apply(*given, real, segments, dt_softplus, trains)
+    return _Scan.apply(*given, real, segments, dt_softplus, wants_gradients(*given))
 
 
 class _Scan(torch.autograd.Function):
@@ -138,7 +81,7 @@ class _Scan(torch.autograd.Function):
         trains: bool,
     ) -> tuple[Tensor, Tensor]:
         x, B, C = dense_rows(x), dense_rows(B), dense_rows(C)
-        sizes = _sizes(x, B, C, trains)
+        sizes = plan(x, B, C, trains)
         with on_device(x):
             steps = _prepare(sizes, dt, A, dt_bias, real, segments, softplus)
             key, value = Role(B, sizes.share), Role(x, sizes.share)
@@ -203,24 +146,6 @@ class _Scan(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _sizes(x: Tensor, B: Tensor, C: Tensor, trains: bool) -> Sizes:
-    batch, length, kv_heads, P = x.shape
-    heads, N = C.shape[2:]
-    dtype = dot_type(x, B, C)
-    tuning = TUNING[dtype]
-    chunks = triton.cdiv(length, tuning.chunk)
-    # Long spans cost fewer states in memory, short ones give every processor something to do.
-    tiles = triton.cdiv(max(P, N), tuning.forward.tile)
-    most = chunks * batch * heads * tiles // tuning.programs
-    per_span = max(1, min(tuning.most_chunks, most))
-    if trains and dtype == tl.float32:
-        # What passes through a chunk of several is a difference, which costs fp32 its digits.
-        per_span = 1
-    spans = triton.cdiv(chunks, per_span)
-    share = heads // kv_heads
-    return Sizes(batch, length, heads, share, P, N, dtype, tuning, chunks, per_span, spans)
 
 
 def _prepare(
@@ -376,7 +301,7 @@ def _decay_gradients(
     sums = buffer(3, sizes.batch, sizes.chunks, sizes.heads, like=dt)
     strides = [stride for tensor in tokens for stride in tensor.stride()[:3]]
     blocks = products.shape[-1]
-    kernels.decay_gradients[(sizes.chunks, sizes.heads, sizes.batch)](
+    gradient_kernels.decay_gradients[(sizes.chunks, sizes.heads, sizes.batch)](
         dt, A.contiguous(), _or(dt_bias, A), *tokens, _or(real, A), _or(segments, A),
         steps.step, steps.high, steps.low, steps.through, *dots, products, ddt, sums,
         sizes.length, sizes.heads, sizes.padded, sizes.spans, sizes.per_span, blocks,

@@ -32,7 +32,7 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """One token; shapes as in `ops.ssd_step`."""
     dtype, heads = compute_dtype(x), (x.shape[1], -1)
-    with _without_autocast(x):
+    with without_autocast(x):
         dt = _step_sizes(dt.to(dtype), dt_bias, dt_softplus)
         y, state = _advance(
             state.to(dtype).unflatten(1, heads),
@@ -63,9 +63,9 @@ def recurrent(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, one token after the other; `chunk_size` has no meaning."""
     dtype, heads = compute_dtype(x), (x.shape[2], -1)
-    with _without_autocast(x):
-        x, dt, B, C = _blank_padding(mask, x, dt, B, C)
-        step_sizes = _real_step_sizes(dt.to(dtype), dt_bias, dt_softplus, mask)
+    with without_autocast(x):
+        x, dt, B, C = blank_padding(mask, x, dt, B, C)
+        step_sizes = real_step_sizes(dt.to(dtype), dt_bias, dt_softplus, mask)
         decay = (step_sizes * A.to(dtype)).exp()
         if seq_idx is not None:
             begins = segment_ordinals(seq_idx, mask).diff(dim=1).bool()
@@ -112,9 +112,9 @@ def chunked(
     needed = (length + num_chunks - 1) // num_chunks
     size = min(chunk_size, length, needed + -needed % 8)
     dtype = compute_dtype(x)
-    with _without_autocast(x):
-        x, dt, B, C = _blank_padding(mask, x, dt, B, C)
-        step_sizes = _real_step_sizes(dt.to(dtype), dt_bias, dt_softplus, mask)
+    with without_autocast(x):
+        x, dt, B, C = blank_padding(mask, x, dt, B, C)
+        step_sizes = real_step_sizes(dt.to(dtype), dt_bias, dt_softplus, mask)
         # A step size of 0, as filling up gives, leaves the state alone: decay 1 and no input.
         dt_cHQ = _in_chunks(step_sizes, num_chunks, size)
         log_decay = _log_decays(dt_cHQ * A.to(dtype).unsqueeze(-1))
@@ -234,7 +234,7 @@ def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor
     return F.softplus(dt) if dt_softplus else dt
 
 
-def _real_step_sizes(
+def real_step_sizes(
     dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, mask: Tensor | None
 ) -> Tensor:
     """Step sizes (B, T, H), 0 at padding."""
@@ -242,7 +242,7 @@ def _real_step_sizes(
     return dt if mask is None else dt.masked_fill(~mask.bool().unsqueeze(-1), 0)
 
 
-def _blank_padding(
+def blank_padding(
     mask: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Zeros where `mask` (B, T) is 0, so that even a NaN in the padding reaches nothing."""
@@ -266,7 +266,7 @@ def _first_state(initial_state: Tensor | None, x: Tensor, C: Tensor) -> Tensor:
     return torch.zeros(batch, heads, x.shape[-1], state_dim, dtype=dtype, device=x.device)
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     device = x.device.type
     if not torch.amp.is_autocast_available(device):
         return nullcontext()

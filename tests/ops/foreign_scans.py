@@ -1,0 +1,142 @@
+"""Plain stand-ins for two libraries' scans: their signatures and meaning, token by token.
+
+Written from their documentation. As there, heads of mamba_ssm in a group share B and C, and the
+initial state is that of sequence 0; a state of fla is (N, P) and its scale has a default.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmmamba_cli.ops.common import backend_of
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS, choosing, limits
+from mmmamba_cli.ops.ssd import __name__ as PACKAGE
+from mmmamba_cli.ops.ssd.limits import LIMITS
+
+MAMBA_INIT = "import selective_scan_cuda_of_a_stand_in\n"
+FILES = {
+    "mamba_ssm/__init__.py": "",
+    "mamba_ssm/ops/__init__.py": "",
+    "mamba_ssm/ops/triton/__init__.py": "",
+    "mamba_ssm/ops/triton/ssd_combined.py": "from foreign_scans import mamba_chunk_scan_combined\n",
+    "fla/__init__.py": "",
+    "fla/ops/__init__.py": "",
+    "fla/ops/simple_gla/__init__.py": "from foreign_scans import chunk_simple_gla\n",
+}
+
+
+def mamba_chunk_scan_combined(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+    return_varlen_states=False,
+):
+    """x (B, T, H, P), dt (B, T, H), B and C (B, T, groups, N) -> y, and states (B, H, P, N)."""
+    assert z is None and cu_seqlens is None and not return_varlen_states
+    batch, length, heads, dim = x.shape
+    groups, state_dim = B.shape[2:]
+    assert B.shape == C.shape == (batch, length, groups, state_dim) and heads % groups == 0
+    assert chunk_size >= 16 and chunk_size & (chunk_size - 1) == 0
+    wide = torch.promote_types(x.dtype, torch.float32)
+    steps = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
+    steps = (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit)
+    keys, queries = (t.repeat_interleave(heads // groups, 2).to(wide) for t in (B, C))
+    state = x.new_zeros(batch, heads, dim, state_dim, dtype=wide)
+    if initial_states is not None:
+        assert initial_states.shape == state.shape
+        state = initial_states.to(wide)
+    before = torch.zeros(batch, dtype=torch.int32)
+    outputs = []
+    for t in range(length):
+        decay = (steps[:, t] * A.to(wide)).exp()
+        if seq_idx is not None:
+            assert seq_idx.dtype == torch.int32
+            decay = decay * (seq_idx[:, t] == before).unsqueeze(-1)
+            before = seq_idx[:, t]
+        given = steps[:, t, :, None] * x[:, t].to(wide)
+        state = decay[..., None, None] * state + given[..., None] * keys[:, t, :, None]
+        y = (state @ queries[:, t, :, :, None]).squeeze(-1)
+        outputs.append(y if D is None else y + D.to(wide)[:, None] * x[:, t].to(wide))
+    y = torch.stack(outputs, 1).to(x.dtype)
+    return (y, state) if return_final_states else y
+
+
+def chunk_simple_gla(
+    q, k, v, g=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+):
+    """q and k (B, T, H, N), v (B, T, H, P), g (B, T, H) -> y and a state (B, H, N, P)."""
+    assert cu_seqlens is None
+    batch, length, heads, state_dim = q.shape
+    assert k.shape == q.shape and g.shape == q.shape[:3] and v.shape[:3] == q.shape[:3]
+    assert q.dtype == k.dtype == v.dtype
+    wide = torch.promote_types(q.dtype, torch.float32)
+    state = q.new_zeros(batch, heads, state_dim, v.shape[-1], dtype=wide)
+    if initial_state is not None:
+        assert initial_state.shape == state.shape and initial_state.is_contiguous()
+        state = initial_state.to(wide)
+    outputs = []
+    for t in range(length):
+        given = k[:, t, :, :, None].to(wide) * v[:, t, :, None].to(wide)
+        state = g[:, t].to(wide).exp()[..., None, None] * state + given
+        y = (q[:, t, :, None].to(wide) @ state).squeeze(-2)
+        outputs.append(y * (state_dim**-0.5 if scale is None else scale))
+    return torch.stack(outputs, 1).to(q.dtype), state if output_final_state else None
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
+    """Both libraries as packages in `folder`, and their backends registered."""
+    for name, text in (FILES | files).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+    for name in ("mamba_ssm", "fla"):
+        (found,) = backend_of(name, name, f"{PACKAGE}.{name}", "scan").items()
+        monkeypatch.setitem(SCAN_BACKENDS, *found)
+
+
+@contextmanager
+def none_imported() -> Iterator[None]:
+    """As in a new process: neither library was imported, no scan tried; all is put back."""
+    adapters = [importlib.import_module(f"{PACKAGE}.{name}") for name in ("mamba_ssm", "fla")]
+
+    def forget() -> dict[str, object]:
+        for adapter in adapters:
+            adapter._kernels.cache_clear()
+        names = [n for n in sys.modules if n.partition(".")[0] in ("mamba_ssm", "fla")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before, tried = forget(), dict(choosing._passed)
+    choosing._passed.clear()
+    try:
+        yield
+    finally:
+        forget()
+        sys.modules.update(before)
+        choosing._passed.clear()
+        choosing._passed.update(tried)
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *more: torch.dtype) -> None:
+    """The CPU counts as a GPU, and `more` dtypes as ones that the libraries can do."""
+    monkeypatch.setattr(limits, "suits_triton", lambda *tensors: True)
+    for name, its in LIMITS.items():
+        monkeypatch.setitem(LIMITS, name, its._replace(dtypes=(*its.dtypes, *more), multiple=1))

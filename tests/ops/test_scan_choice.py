@@ -1,0 +1,257 @@
+"""What `auto` takes for the scan: in order, and nothing that computes something else here."""
+
+import warnings
+
+import pytest
+import torch
+from foreign_scans import none_imported, pretend_gpu
+from ops_cases import make_scan, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from mmmamba_cli.ops import ssd
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS, choosing, reference
+from mmmamba_cli.ops.ssd.choosing import LENGTH, TOLERANCES, Trial, passes
+
+BF16, FP32 = torch.bfloat16, torch.float32
+FUSED = ("triton", "mamba_ssm", "fla")
+
+
+class Stand:
+    """A fused scan: the reference, with a record of the calls and a fault if one is wanted."""
+
+    def __init__(self, fault=None):
+        self.lengths = []
+        self.fault = fault
+
+    def __call__(self, *arguments, **options):
+        self.lengths.append(arguments[0].shape[1])
+        y, state = reference.chunked(*arguments, **options)
+        return (y, state) if self.fault is None else self.fault(y, state)
+
+    @property
+    def trials(self):
+        return self.lengths.count(LENGTH)
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+def wrong_y(y, state):
+    return y * 1.1, state
+
+
+def wrong_state(y, state):
+    return y, state * 1.1
+
+
+def nan(y, state):
+    return y * torch.nan, state
+
+
+def fails(y, state):
+    raise RuntimeError("no kernel image is available\nand more")
+
+
+def wrong_gradient(y, state):
+    return WrongGradient.apply(y), state
+
+
+@pytest.fixture(autouse=True)
+def stands(monkeypatch):
+    with none_imported():
+        pretend_gpu(monkeypatch)
+        made = {name: Stand() for name in FUSED}
+        for name, stand in made.items():
+            monkeypatch.setitem(SCAN_BACKENDS, name, stand)
+        yield made
+
+
+def run(length=7, dtype=BF16, trains=False, **options):
+    scan = make_scan(0, length=length, value_dim=16, state_dim=16).to(dtype)
+    if trains:
+        scan = scan.with_gradients()
+    return ssd(**scan.tensors(), dt_softplus=True, **options)
+
+
+def taken(stands, **options):
+    """The one scan that computed what was asked; the reference if none of the fused did."""
+    before = {name: len(stand.lengths) for name, stand in stands.items()}
+    run(**options)
+    new = {name: stand.lengths[before[name] :] for name, stand in stands.items()}
+    (name,) = [n for n, lengths in new.items() if 7 in lengths] or ["chunked"]
+    return name
+
+
+def passed_over(stands, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        name = taken(stands, **options)
+    return name, [str(warning.message) for warning in caught]
+
+
+def test_the_fastest_that_is_there_and_takes_the_call(stands, monkeypatch):
+    packing = torch.arange(7).expand(2, 7) // 4
+    assert taken(stands) == "triton"
+    monkeypatch.delitem(SCAN_BACKENDS, "triton")
+    assert taken(stands) == "mamba_ssm"
+    assert taken(stands, trains=True) == "mamba_ssm"
+    assert taken(stands, seq_idx=packing) == "mamba_ssm"
+    monkeypatch.delitem(SCAN_BACKENDS, "mamba_ssm")
+    assert taken(stands) == "fla"
+    assert taken(stands, trains=True) == "chunked"
+    assert taken(stands, seq_idx=packing) == "chunked"
+    assert taken(stands, dtype=FP32) == "chunked"
+    monkeypatch.delitem(SCAN_BACKENDS, "fla")
+    assert taken(stands) == "chunked"
+
+
+def test_one_trial_for_each_dtype_with_gradients_and_without(stands):
+    for _ in range(3):
+        run()
+    assert stands["triton"].trials == 1
+    run(trains=True)
+    run(trains=True)
+    assert stands["triton"].trials == 2
+    run(dtype=FP32)
+    run(dtype=torch.float16)
+    assert stands["triton"].trials == 4
+    assert stands["mamba_ssm"].lengths == stands["fla"].lengths == []
+
+
+def test_one_token_and_none_want_no_trial(stands):
+    run(length=1)
+    run(length=0)
+    assert stands["triton"].lengths == []
+
+
+def test_nothing_is_tried_on_a_cpu(stands, monkeypatch):
+    monkeypatch.undo()
+    for name, stand in stands.items():
+        monkeypatch.setitem(SCAN_BACKENDS, name, stand)
+    assert taken(stands) == "chunked"
+    assert all(stand.lengths == [] for stand in stands.values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (wrong_y, "where its y is off by 0.1, allowed is 0.01"),
+        (wrong_state, "where its state is off by 0.1, allowed is 0.01"),
+        (nan, "where its y is off by nan, allowed is 0.01"),
+        (fails, "where it fails: RuntimeError: no kernel image is available."),
+    ],
+)
+def test_a_wrong_scan_is_passed_over_with_one_warning(stands, fault, said):
+    stands["triton"].fault = fault
+    name, (message,) = passed_over(stands)
+    assert name == "mamba_ssm"
+    assert message.startswith("ssd: auto passes over the triton backend in bfloat16 on cpu, ")
+    assert said in message and "`mmmamba doctor`" in message
+    # Remembered: not tried again, and not said again.
+    assert passed_over(stands) == ("mamba_ssm", [])
+    assert stands["triton"].lengths == [LENGTH]
+
+
+def test_a_wrong_gradient_matters_where_it_is_wanted(stands):
+    stands["triton"].fault = wrong_gradient
+    assert passed_over(stands) == ("triton", [])
+    name, (message,) = passed_over(stands, trains=True)
+    assert name == "mamba_ssm" and "its gradient of x is off by" in message
+    assert passed_over(stands) == ("triton", [])
+
+
+def test_with_all_of_them_wrong_the_reference_computes(stands):
+    for stand in stands.values():
+        stand.fault = wrong_y
+    name, messages = passed_over(stands)
+    assert name == "chunked" and len(messages) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(run()[0], run(backend="chunked")[0])
+
+
+def test_want_of_memory_says_nothing_about_a_scan(stands):
+    def full(y, state):
+        raise torch.OutOfMemoryError("full")
+
+    stands["triton"].fault = full
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
+    stands["triton"].fault = None
+    assert taken(stands) == "triton"
+
+
+def test_a_trial_disturbs_nothing(stands):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
+        y, _ = run()
+        assert y.is_inference() and torch.is_inference_mode_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    with torch.no_grad():
+        run(dtype=FP32)
+        assert not torch.is_grad_enabled()
+    tensors = make_scan(0, length=7).to(torch.float16).tensors()
+    with torch.device("meta"):
+        ssd(**tensors, backend="auto")
+    assert stands["triton"].trials == 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_first_call_under_activation_checkpointing(stands, reentrant):
+    scan = make_scan(0, dtype=FP32).with_gradients()
+    tensors = scan.tensors()
+
+    def forward(*given):
+        named = dict(zip(tensors, given, strict=True))
+        return ssd(**named, dt_softplus=True)[0]
+
+    checkpoint(forward, *tensors.values(), use_reentrant=reentrant).sum().backward()
+    plain = make_scan(0, dtype=FP32).with_gradients()
+    ssd(**plain.tensors(), dt_softplus=True, backend="chunked")[0].sum().backward()
+    assert stands["triton"].trials == (2 if reentrant else 1)
+    for name, gradient in scan.gradients().items():
+        assert relative_error(gradient, plain.gradients()[name]) < 1e-5, name
+
+
+def test_what_is_only_recorded_is_not_tried(stands, monkeypatch):
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        assert taken(stands) == "triton"
+    assert stands["triton"].trials == 0
+    cuda = Trial("triton", "cuda:0", BF16, False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert passes(cuda, stands["triton"]) and stands["triton"].trials == 0
+    # What is known already counts there too.
+    monkeypatch.setitem(choosing._passed, cuda, False)
+    assert not passes(cuda, stands["triton"])
+    assert taken(stands) == "triton"
+    assert stands["triton"].trials == 1
+
+
+def test_a_compiler_goes_through_the_choice(stands):
+    scan = make_scan(0, dtype=FP32).tensors()
+    compiled = torch.compile(
+        lambda **t: ssd(**t, dt_softplus=True), backend="eager", fullgraph=True
+    )
+    y, _ = compiled(**scan)
+    assert relative_error(y, ssd(**scan, dt_softplus=True, backend="chunked")[0]) < 1e-6
+    assert stands["triton"].trials == 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_reference_passes_the_trial(dtype, trains):
+    assert choosing._fault(Trial("triton", "cpu", dtype, trains), reference.chunked) is None
