@@ -21,6 +21,9 @@ from mmmamba_cli.distill.stages import objective_of
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import load_recipe
 
+# What fp32 left of the reference's gradients: up to 1.8e-4 from those in fp64.
+ROUNDED = 3e-4
+
 
 def our_name(foreign: str, first: int) -> str:
     """Our full name of a reference parameter; `first` is the number of embedding layers."""
@@ -39,7 +42,11 @@ def golden_gradients(golden: dict[str, Tensor], prefix: str, first: int) -> dict
 
 
 def golden_pair(case: Path, stage: str, attention: list[int]) -> Pair:
-    """Teacher and golden student in fp32; what learns is what the paper's recipe says."""
+    """Teacher and golden student; what learns is what the paper's recipe says.
+
+    In fp64, so that of both sides only the reference's fp32 rounds: how far two of that kind lie
+    apart differs between processors.
+    """
     model = student(case, attention)
     if stage == "stage2":
         overlay(model, load_file(case / "stage2_qkv.safetensors"))
@@ -47,7 +54,7 @@ def golden_pair(case: Path, stage: str, attention: list[int]) -> Pair:
         int(stage[-1]) - 1
     ]
     names = learning_names(settings, model.config, [n for n, _ in model.named_parameters()])
-    return pair_of(mmmamba_cli.load(str(case)), model, names)
+    return pair_of(mmmamba_cli.load(str(case)).double(), model.double(), names)
 
 
 def overlay(model: HolisticVLM, tensors: dict[str, Tensor]) -> None:
@@ -61,14 +68,14 @@ def compare(pair: Pair, expected: dict[str, Tensor]) -> None:
     gradients = {n: p.grad for n, p in pair.student.named_parameters() if p.grad is not None}
     assert set(gradients) == set(expected)
     for name, value in expected.items():
-        assert distance(gradients[name], value) <= TOLERANCE, name
+        assert distance(gradients[name], value) <= ROUNDED, name
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_golden_mixer_stages(golden_case: Path, stage: str) -> None:
     golden = load_file(golden_case / "golden.safetensors")
     pair = golden_pair(golden_case, stage, [])
-    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
+    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"].double())
     settings = load_recipe("mmmamba-linear").stages[int(stage[-1]) - 1]
     objective = objective_of(settings, pair.student.config, pair.learning)
     assert isinstance(objective, Layerwise)
@@ -97,7 +104,7 @@ def test_golden_stage3(golden_case: Path, kind: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("mmmamba_cli.distill.logits_kl.CHUNK_ELEMENTS", 300 * 20)
     pair.student.train()
     pair.student.model.gradient_checkpointing = True
-    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
+    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"].double())
     settings = load_recipe(
         "mmmamba-linear", overrides={"stages.stage3.kl.reduction": "paper"}
     ).stages[2]
