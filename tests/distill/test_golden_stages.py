@@ -21,8 +21,9 @@ from mmmamba_cli.distill.stages import objective_of
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import load_recipe
 
-# What fp32 left of the reference's gradients: up to 1.8e-4 from those in fp64.
-ROUNDED = 3e-4
+# Of gradients: within 1e-4 on the processors of one maker, 2.3e-4 on another's, for fp32 leaves
+# sums of many signs few digits: the reference's own lie up to 3e-3 from those in fp64.
+ROUNDED = 5e-4
 
 
 def our_name(foreign: str, first: int) -> str:
@@ -42,11 +43,7 @@ def golden_gradients(golden: dict[str, Tensor], prefix: str, first: int) -> dict
 
 
 def golden_pair(case: Path, stage: str, attention: list[int]) -> Pair:
-    """Teacher and golden student; what learns is what the paper's recipe says.
-
-    In fp64, so that of both sides only the reference's fp32 rounds: how far two of that kind lie
-    apart differs between processors.
-    """
+    """Teacher and golden student in fp32; what learns is what the paper's recipe says."""
     model = student(case, attention)
     if stage == "stage2":
         overlay(model, load_file(case / "stage2_qkv.safetensors"))
@@ -54,7 +51,7 @@ def golden_pair(case: Path, stage: str, attention: list[int]) -> Pair:
         int(stage[-1]) - 1
     ]
     names = learning_names(settings, model.config, [n for n, _ in model.named_parameters()])
-    return pair_of(mmmamba_cli.load(str(case)).double(), model.double(), names)
+    return pair_of(mmmamba_cli.load(str(case)), model, names)
 
 
 def overlay(model: HolisticVLM, tensors: dict[str, Tensor]) -> None:
@@ -75,7 +72,7 @@ def compare(pair: Pair, expected: dict[str, Tensor]) -> None:
 def test_golden_mixer_stages(golden_case: Path, stage: str) -> None:
     golden = load_file(golden_case / "golden.safetensors")
     pair = golden_pair(golden_case, stage, [])
-    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"].double())
+    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
     settings = load_recipe("mmmamba-linear").stages[int(stage[-1]) - 1]
     objective = objective_of(settings, pair.student.config, pair.learning)
     assert isinstance(objective, Layerwise)
@@ -104,7 +101,7 @@ def test_golden_stage3(golden_case: Path, kind: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("mmmamba_cli.distill.logits_kl.CHUNK_ELEMENTS", 300 * 20)
     pair.student.train()
     pair.student.model.gradient_checkpointing = True
-    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"].double())
+    batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
     settings = load_recipe(
         "mmmamba-linear", overrides={"stages.stage3.kl.reduction": "paper"}
     ).stages[2]
