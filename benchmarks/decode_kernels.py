@@ -160,19 +160,29 @@ def make_chain(int8: bool) -> tuple[Callable[[str], Tensor], int]:
     mixers = [(mixer_weights(), *mixer_arguments(1)[2:]) for _ in range(LAYERS)]
     hidden = normal(1, WIDTH)
     kept = [(ring.clone(), state.clone()) for _, ring, state, _ in mixers]
-    norm, head_norm = (torch.rand(n, device=DEVICE).add(0.5).to(DTYPE) for n in (WIDTH, DIM))
+    # As in a model: in fp32, and of each layer its own.
+    norms = [torch.rand(WIDTH, device=DEVICE).add(0.5) for _ in range(2 * LAYERS + 1)]
+    head_norms = [torch.rand(DIM, device=DEVICE).add(0.5) for _ in range(LAYERS)]
 
     def step(backend: str) -> Tensor:
         x = hidden.clone()
-        for layer, (weights, ring, state, at) in zip(layers, mixers, strict=True):
-            row = ops.project(x, layer["v|k|q|gate|dt"], norm=norm, eps=EPS, backend=backend)
+        for number, layer in enumerate(layers):
+            weights, ring, state, at = mixers[number]
+            first, second = norms[2 * number : 2 * number + 2]
+            row = ops.project(x, layer["v|k|q|gate|dt"], norm=first, eps=EPS, backend=backend)
             vkq, opened, dt = row.split((CHANNELS, HEADS * DIM, HEADS), 1)
             y = ops.mixer_step(vkq, dt, ring, state, at, weights, backend=backend).flatten(1)
-            options = {"norm": head_norm, "gate": opened, "residual": x, "out": x, "eps": EPS}
+            options = {
+                "norm": head_norms[number],
+                "gate": opened,
+                "residual": x,
+                "out": x,
+                "eps": EPS,
+            }
             ops.project(y, layer["W_O"], **options, backend=backend)
-            y = ops.project(x, layer["w1|w3"], norm=norm, eps=EPS, swiglu=True, backend=backend)
+            y = ops.project(x, layer["w1|w3"], norm=second, eps=EPS, swiglu=True, backend=backend)
             ops.project(y, layer["w2"], residual=x, out=x, backend=backend)
-        return ops.project(x, head, norm=norm, eps=EPS, backend=backend)
+        return ops.project(x, head, norm=norms[-1], eps=EPS, backend=backend)
 
     def from_the_start(backend: str) -> Tensor:
         for (_, ring, state, _), (old_ring, old_state) in zip(mixers, kept, strict=True):

@@ -49,7 +49,8 @@ class Product:
     def options(self, batch: int) -> dict[str, Any]:
         found: dict[str, Any] = {"eps": EPS, "swiglu": self.swiglu}
         if self.norm:
-            found["norm"] = torch.rand(self.norm, device=DEVICE).add(0.5).to(DTYPE)
+            # A model keeps its norms in fp32.
+            found["norm"] = torch.rand(self.norm, device=DEVICE).add(0.5)
         if self.gate:
             found["gate"] = normal(batch, self.dim)
         if self.residual:

@@ -20,7 +20,7 @@ from mmmamba_cli.ops.launching import (
 
 # Fixed, not searched for at run time; for an H100. Values of a head that a program takes: few
 # where there is one row, so that there are programs for all processors.
-FEW_ROWS, VALUES_OF_FEW, VALUES_OF_MANY = 4, 16, 64
+FEW_ROWS, VALUES_OF_FEW, VALUES_OF_MANY = 4, 16, 128
 MIXER_WARPS = 4
 # Programs that read a cache, two for each of 132 processors, columns of a tile by bytes of a
 # number, and tiles under way.
