@@ -15,7 +15,8 @@ from mmmamba_cli.ops.common import segment_ordinals
 from mmmamba_cli.ops.conv import kernels
 from mmmamba_cli.ops.launching import buffer, check_inputs, dense_rows, on_device
 
-BLOCK_T, BLOCK_C, WARPS = 64, 64, 4
+# The best of fourteen on an H100, for 4096 channels.
+BLOCK_T, BLOCK_C, WARPS = 32, 64, 4
 
 
 def convolve(

@@ -25,15 +25,15 @@ class Tile(NamedTuple):
 # By rows, inputs and bytes of a weight, for one token on an H100, HoVLE-2.6B's shapes. Fixed, not
 # searched for at run time: `benchmarks/decode_kernels.py --tune` times the alternatives.
 TILES: dict[tuple[int, int, int], Tile] = {
-    (2048, 2048, 1): Tile(4, 2048, 2),
+    (2048, 2048, 1): Tile(8, 2048, 4),
     (2048, 2048, 2): Tile(8, 2048, 8),
     (2048, 8192, 1): Tile(4, 4096, 4),
     (2048, 8192, 2): Tile(2, 4096, 8),
     (6160, 2048, 1): Tile(8, 1024, 2),
-    (6160, 2048, 2): Tile(4, 512, 1),
-    (16384, 2048, 1): Tile(4, 1024, 1),
+    (6160, 2048, 2): Tile(2, 1024, 4),
+    (16384, 2048, 1): Tile(2, 1024, 1),
     (16384, 2048, 2): Tile(2, 1024, 4),
-    (92553, 2048, 1): Tile(8, 2048, 4),
+    (92553, 2048, 1): Tile(4, 2048, 2),
     (92553, 2048, 2): Tile(4, 1024, 4),
 }
 # A tile where the table has none, its inputs in bytes; and the fewest inputs where tokens are many.
