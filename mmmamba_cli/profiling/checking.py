@@ -73,25 +73,29 @@ def check_all(
     refused = ""
     for subject in subjects:
         watch.say(f"loading and checking {subject.name}")
+        failed: WrongDecoder | None = None
         try:
             checked = _check(subject, plan, loaded, gate)
         except OutOfMemory as error:
             gate.unchecked.append(subject.name)
             refused = str(error)
+            continue
         except WrongDecoder as error:
             if on_wrong == RAISE:
                 raise
-            gate.wrong[subject.name] = str(error)
-            gate.distances[subject.name] = {error.way: error.distance}
-            gate.allowed[subject.name] = error.tolerance
-            if on_wrong == LEAVE_OUT:
-                gate.left_out.add(subject.name)
-                loaded.decoders.pop(subject.name, None)
-            else:
-                _note_memory(subject, plan, loaded, instruments, gate)
-        else:
+            # Its frames hold a copy of the model, which is not to be measured with it.
+            failed = error.with_traceback(None)
+        if failed is None:
             gate.distances[subject.name] = dict(checked.distances)
             gate.allowed[subject.name] = checked.tolerance
+        else:
+            gate.wrong[subject.name] = str(failed)
+            gate.distances[subject.name] = {failed.way: failed.distance}
+            gate.allowed[subject.name] = failed.tolerance
+        if failed is not None and on_wrong == LEAVE_OUT:
+            gate.left_out.add(subject.name)
+            loaded.decoders.pop(subject.name, None)
+        else:
             _note_memory(subject, plan, loaded, instruments, gate)
     if len(gate.unchecked) == len(subjects):
         raise DataError(f"no model fits the device's memory: {refused}", "try --dtype bf16")

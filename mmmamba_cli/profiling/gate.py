@@ -22,6 +22,9 @@ BATCH = 2
 # depends on the model, random weights losing most: there the reference's own distance from fp32 is
 # measured, and as two of that kind may lie so far apart each, twice that is allowed, if it is more.
 # A small fault could hide behind it, so such a decoder is also held against the reference in fp32.
+# Sums of thousands of terms in another order are off there by about a thousandth of what bf16
+# rounds, and a model makes as much more of the one as of the other.
+FP32_SHARE = 2.0**-10
 HALVES = (torch.float16, torch.bfloat16)
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 AS_MEASURED, IN_FP32 = "as measured", "in fp32"
@@ -118,9 +121,11 @@ def _distance_in_fp32(
 ) -> float:
     wide = decoder.in_fp32()
     exact = _Reference(found.ids, wide.without_cache(found.ids, STEPS + 1))
+    rounded = relative_distance(found.logits, exact.logits)
+    tolerance = max(TOLERANCES[exact.logits.dtype], 2 * FP32_SHARE * rounded)
     ways = {f"{way}, {IN_FP32}": other for way, other in _all_ways(wide).items()}
-    _compare(name, ways, exact, TOLERANCES[exact.logits.dtype], distances)
-    return relative_distance(found.logits, exact.logits)
+    _compare(name, ways, exact, tolerance, distances)
+    return rounded
 
 
 def _all_ways(decoder: Decoder) -> dict[str, Decoder]:

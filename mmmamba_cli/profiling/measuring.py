@@ -30,7 +30,7 @@ from mmmamba_cli.profiling.result import (
     Task,
     summarised,
 )
-from mmmamba_cli.profiling.turns import Turn, decode_turn, prefill_turn
+from mmmamba_cli.profiling.turns import WARM_READS, Turn, decode_turn, prefill_turn
 
 # Share of the budget that decoding may have, if a prefill is to follow.
 DECODE_SHARE = 0.5
@@ -276,17 +276,20 @@ class _Bench:
             growth = 2 if task == PREFILL and subject.about.attention_layers else 1
             ahead = cost * (context / shorter) ** growth
         else:
+            cost = math.inf
             ahead = self.rates.get(subject.name, 0.0) * context if task == PREFILL else 0.0
-        return min(ahead, self._allowance(subject, task, context))
+        return min(ahead, self._allowance(subject, task, context, cost))
 
-    def _allowance(self, subject: Subject, task: Task, context: int) -> float:
+    def _allowance(self, subject: Subject, task: Task, context: int, launches: float) -> float:
         """Seconds of a first turn by its floor: a short one's are launches, which do not grow."""
-        decoder = self.loaded.decoders.get(subject.name)
-        if decoder is None or self.ceilings is None or task != PREFILL:
+        decoder, plan = self.loaded.decoders.get(subject.name), self.plan
+        if decoder is None or self.ceilings is None:
             return math.inf
-        times = 2 if self.plan.warm_prefill else 1
-        need = decoder.cost(self.plan.batch, context, True)
-        return times * FLOORS * floor_of(need, self.ceilings)
+        floor = floor_of(decoder.cost(plan.batch, context, task == PREFILL), self.ceilings)
+        if task == PREFILL:
+            return (1 + (WARM_READS if plan.warm_prefill else 0)) * FLOORS * floor
+        tokens = plan.warm_up + plan.repeats_a_turn * plan.burst
+        return launches + tokens * FLOORS * floor
 
     def _measure_or_alone(
         self, subject: Subject, task: Task, context: int, round_: int, record: _Record
@@ -332,7 +335,8 @@ class _Bench:
                     batch=plan.batch,
                     context=context,
                     chunk=plan.prefill_chunk,
-                    warm=plan.warm_prefill and round_ == 0,
+                    # In every round: with its cache, a decoder lets go of what it captured.
+                    warm=plan.warm_prefill,
                     rng=self.rng,
                 )
             return decode_turn(

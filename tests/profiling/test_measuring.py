@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from stand_ins import Bench, StandIn, subject_of
@@ -85,7 +88,7 @@ def test_a_prompt_is_read_twice_before_it_is_timed_where_the_device_wants_it() -
     decoder = StandIn("reader", bench)
     plan = Plan(contexts=(10,), repeats=2, rounds=2, warm_prefill=True)
     measure([subject_of(decoder)], plan, bench)
-    assert bench.turns.count(("reader", "prefill", 10)) == 4
+    assert bench.turns.count(("reader", "prefill", 10)) == 6
 
 
 def test_out_of_memory_is_a_row_and_longer_contexts_are_not_tried() -> None:
@@ -279,6 +282,41 @@ def test_a_fault_that_16_bits_would_hide_is_found_in_fp32() -> None:
     one.wide = StandIn("one", bench, error=0.001)
     with pytest.raises(WrongDecoder, match=r"one, as measured, in fp32: logits are 0\.004"):
         check_decoder("one", one)
+
+
+@pytest.mark.parametrize(("error", "passes"), [(0.00018, True), (0.00022, False)])
+def test_fp32_is_allowed_a_thousandth_of_what_halves_round(error: float, passes: bool) -> None:
+    bench = Bench()
+    one = Rounding("one", bench)
+    one.rounding = 0.1
+    one.wide = StandIn("one", bench, error=error / 4)
+    if passes:
+        assert check_decoder("one", one).distances["as measured, in fp32"] > 0.0001
+    else:
+        with pytest.raises(WrongDecoder, match="in fp32: logits are"):
+            check_decoder("one", one)
+
+
+def test_a_wrong_decoder_is_measured_without_the_copy_that_showed_it() -> None:
+    alive: list[bool] = []
+
+    class Watched(Rounding):
+        def in_fp32(self) -> StandIn:
+            copy = StandIn("copy", self.bench, error=0.01)
+            self.copy = weakref.ref(copy)
+            return copy
+
+        def fill(self, batch: int, columns: int, rng: torch.Generator) -> None:
+            gc.collect()
+            alive.append(self.copy() is not None)
+            super().fill(batch, columns, rng)
+
+    subject = subject_of(Watched("one", Bench()))
+    plan = Plan(contexts=(10,), repeats=1, rounds=1, prefill=False, floors=False)
+    found = one_profile.profile([subject], plan, instruments=Bench(), on_wrong="measure")
+    assert list(found.gate.wrong) == ["one"]
+    assert alive
+    assert not any(alive)
 
 
 def test_weights_without_sense_are_the_users() -> None:
