@@ -135,6 +135,7 @@ def test_a_long_context_is_foreseen_by_a_short_ones_launches_and_its_own_floor()
     rates = CeilingsPart(copy_rate=2000.0, matmul_rate=1e9, size=1, side=1)
     plan = Plan(contexts=(10, 1000), repeats=1, rounds=1, warm_up=0, budget=300, prefill=False)
     for ceilings, status in ((rates, "measured"), (None, "skipped: over budget")):
-        decoder = StandIn("eager", Bench(), lambda n: 5.0)
-        found = measure([subject_of(decoder)], plan, Bench(), ceilings=ceilings)
+        bench = Bench()
+        decoder = StandIn("eager", bench, lambda n: 5.0)
+        found = measure([subject_of(decoder)], plan, bench, ceilings=ceilings)
         assert [one.status for one in found] == ["measured", status]
