@@ -17,16 +17,14 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from kernel_problems import Place, Problem, scan
 from kernels import (
     TOLERANCE,
-    Place,
-    Problem,
     both,
     forward,
     gate,
     milliseconds,
     replayed,
-    scan,
     sets,
     start,
     wait,

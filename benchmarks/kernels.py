@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import subprocess
@@ -36,36 +35,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_problems import (
+    Call,
+    Place,
+    Problem,
+    Tensors,
+    candidates,
+    mamba_scan,
+    repeated,
+)
 from torch import Tensor
 
-from mmmamba_cli import ops
-
-HEADS, KV_HEADS, DIM, WIDTH, TAPS, EPS = 16, 8, 128, 2048, 2, 1e-5
-CHANNELS = (HEADS + 2 * KV_HEADS) * DIM
 # Relative errors by 2-norm, those of `mmmamba doctor`.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}
 # What rotating inputs should exceed: twice an H100's L2 cache.
 ROTATED_BYTES = 100 * 2**20
 REPEATS = 31
-
-Tensors = dict[str, Tensor]
-Call = Callable[[Tensors], tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An op at one shape: `make(length, seed)` its tensors, `wanted` what is right."""
-
-    op: str
-    batch: int
-    length: int
-    make: Callable[[int, int, int], Tensors]
-    wanted: Call
-    trains: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.batch} x {self.length}"
 
 
 @dataclass
@@ -83,105 +68,6 @@ class Row:
     quartiles_ms: tuple[float, float] | None = None
     graph_ms: float | None = None
     note: str = ""
-
-
-# --- Problems -------------------------------------------------------------------------------------
-
-
-class Place:
-    """Device and dtype of all problems."""
-
-    def __init__(self, small: bool):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.float32 if small else torch.bfloat16
-        self.small = small
-
-    def normal(self, seed: int, **shapes: tuple[int, ...]) -> Tensors:
-        rng = torch.Generator(self.device).manual_seed(seed)
-        return {
-            name: torch.randn(shape, generator=rng, device=self.device, dtype=self.dtype)
-            for name, shape in shapes.items()
-        }
-
-    def scan(self, batch: int, length: int, seed: int) -> Tensors:
-        heads, kv_heads, dim = (4, 2, 16) if self.small else (HEADS, KV_HEADS, DIM)
-        made = self.normal(
-            seed,
-            x=(batch, length, kv_heads, dim),
-            dt=(batch, length, heads),
-            B=(batch, length, kv_heads, dim),
-            C=(batch, length, heads, dim),
-        )
-        made["B"] = made["B"] / math.sqrt(dim)
-        # Decays from 0.98 to 0.2 a token, as seeding and training leave them.
-        made["A"] = -torch.linspace(0.25, 16, heads, device=self.device)
-        made["dt_bias"] = torch.linspace(-2.5, -3.5, heads, device=self.device)
-        return made
-
-    def conv(self, batch: int, length: int, seed: int) -> Tensors:
-        channels = 48 if self.small else CHANNELS
-        shapes = {"x": (batch, length, channels), "weight": (channels, TAPS), "bias": (channels,)}
-        return self.normal(seed, **shapes)
-
-    def gated(self, batch: int, length: int, seed: int) -> Tensors:
-        shape = (batch, length, HEADS, DIM)
-        return self.normal(seed, y=shape, gate=shape, weight=(DIM,))
-
-    def norm(self, batch: int, length: int, seed: int) -> Tensors:
-        return self.normal(seed, x=(batch, length, WIDTH), weight=(WIDTH,))
-
-    def problems(self) -> Iterator[Problem]:
-        lengths = (24, 40, 72) if self.small else (4096, 32768, 103424)
-        short, middle, long = lengths
-        for batch, length in ((1, short), (4, short), (1, middle)):
-            yield Problem("ssd", batch, length, self.scan, scan("chunked"))
-        yield Problem("ssd", 1, long, self.scan, scan("chunked"), trains=False)
-        for length in (short, middle):
-            yield Problem("causal_conv", 1, length, self.conv, _conv("reference"))
-            yield Problem("gated_rms_norm", 1, length, self.gated, _gated("reference"))
-            yield Problem("rms_norm", 1, length, self.norm, _norm("reference"))
-
-
-def _conv(backend: str) -> Call:
-    return lambda t: ops.causal_conv(**t, backend=backend)[:1]
-
-
-def _gated(backend: str) -> Call:
-    return lambda t: (ops.gated_rms_norm(**t, eps=EPS, backend=backend),)
-
-
-def _norm(backend: str) -> Call:
-    return lambda t: (ops.rms_norm(**t, eps=EPS, backend=backend),)
-
-
-def scan(backend: str) -> Call:
-    return lambda t: ops.ssd(**t, dt_softplus=True, backend=backend)
-
-
-def candidates(problem: Problem, mamba: bool) -> dict[str, Call]:
-    """What is measured: kernels, what there is without them, and mamba_ssm."""
-    if problem.op == "ssd":
-        found = {"triton": scan("triton")}
-        return found | ({"mamba_ssm": mamba_scan} if mamba else {})
-    call = {"causal_conv": _conv, "gated_rms_norm": _gated, "rms_norm": _norm}[problem.op]
-    return {"triton": call("triton"), "reference": call("reference")}
-
-
-def repeated(made: Tensors) -> Tensors:
-    """Keys and values for each query head, as mamba_ssm wants them here."""
-    share = made["C"].shape[2] // made["x"].shape[2]
-    return made | {n: made[n].repeat_interleave(share, dim=2) for n in ("x", "B")}
-
-
-def mamba_scan(t: Tensors, state: bool = True) -> tuple[Tensor, ...]:
-    """Without its state, whose gradient it would go through, where that is not asked for."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    found = mamba_chunk_scan_combined(
-        t["x"], t["dt"], t["A"], t["B"], t["C"], chunk_size=128, dt_bias=t["dt_bias"],
-        dt_softplus=True, return_final_states=state,
-    )  # fmt: skip
-    return found if state else (found,)
 
 
 # --- Correctness ----------------------------------------------------------------------------------
