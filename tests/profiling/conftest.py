@@ -6,9 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_as_a_new_user import write_teacher
 
 from mmmamba_cli.cli import main
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these tests say of budgets, contexts and dtypes is said of a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
