@@ -41,7 +41,7 @@ class Generator:
     sequence of prompts and answers: not for several threads at a time.
 
     `graphs`: whether each step is one CUDA graph; None where the model is on a GPU and there is
-    Triton. `backend` as in `mmmamba_cli.ops`.
+    Triton. `backend` as in `mmmamba_cli.ops`, of steps; prompts are read as "auto" does.
 
     Raises `MmmambaError` for a model that cannot be packed, or graphs without a GPU.
     """

@@ -76,6 +76,7 @@ class PartReader:
         self._states = states
         self._capture = capture
         self._parts: dict[Kind, _Part] = {}
+        # A part whose graph found no memory is its own: launched one by one, it needs less.
         self._graphs: dict[Kind, Work] = {}
 
     def read(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -109,7 +110,10 @@ class PartReader:
             known = kind in self._parts
             part = self._parts.setdefault(kind, _Part(self._model, self._states, kind))
             if kind not in self._graphs and (known or count >= ENOUGH):
-                self._graphs[kind] = self._capture(part)
+                try:
+                    self._graphs[kind] = self._capture(part)
+                except torch.OutOfMemoryError:
+                    self._graphs[kind] = part
 
 
 class _Part:

@@ -118,6 +118,24 @@ def test_graphs_are_made_for_what_comes_often() -> None:
     assert captures.count == 2
 
 
+def test_without_memory_for_a_graph_parts_are_launched_one_by_one() -> None:
+    model = small_model("mmmm").double()
+    generator = Generator(model)
+    generator.start(1, 64)
+    asked = []
+
+    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+        asked.append(work)
+        raise torch.OutOfMemoryError("no room")
+
+    reader = PartReader(model, generator._reading.states, refuse)
+    ids = text(1, 7)
+    for _ in range(3):
+        hidden = reader.read(ids, None)
+    assert len(asked) == 1
+    assert distance(model.lm_head(model.model.norm(hidden)), model(ids).logits[:, -1]) < EXACT
+
+
 def test_only_plain_mixers_are_read_so() -> None:
     for plan, options, expected in (
         ("mmmm", {}, True),
