@@ -16,7 +16,8 @@ from mmmamba_cli.cli.console import (
     print_warning,
     progress,
 )
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder, read_lengths
+from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +40,8 @@ def command(
     ] = None,
     run: RunFolder = DEFAULT_RUN,
     context: Annotated[
-        int | None,
-        typer.Option(metavar="T", help="Tokens at which memory is counted; else 103424."),
+        str | None,
+        typer.Option(metavar="T", help="Tokens at which memory is counted, as 8k; else 103424."),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -63,10 +64,10 @@ def command(
     from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe
     from mmmamba_cli.runs import Run, open_named
 
+    tokens = DEFAULT_CONTEXT if context is None else _only_length(context)
     target = Run(run)
     found = open_named(target, name or target.record.current)
     anatomy = describe(found.checkpoint)
-    tokens = DEFAULT_CONTEXT if context is None else context
     memory = _memory(found, tokens, dtype)
     differences = None
     if against is not None:
@@ -90,6 +91,13 @@ def command(
     _say_memory(memory, tokens)
     if differences is not None:
         _say_differences(differences, found.name, str(against))
+
+
+def _only_length(text: str) -> int:
+    found = read_lengths(text, "--context")
+    if len(found) > 1:
+        raise DataError(f"--context is {text}, expected one length", "as in --context 8k")
+    return found[0]
 
 
 def _memory(found: Named, context: int, dtype: str | None) -> list[Memory]:

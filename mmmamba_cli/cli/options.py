@@ -6,6 +6,9 @@ from typing import Annotated
 import typer
 
 from mmmamba_cli.cli.completing import complete_products, complete_recipes
+from mmmamba_cli.errors import DataError
+
+UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 RecipeName = Annotated[
     str,
@@ -60,3 +63,18 @@ FromParent = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")]
 DType = Annotated[str, typer.Option(help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def read_lengths(text: str, option: str = "--contexts") -> tuple[int, ...]:
+    """`512,8k,1m` as numbers, each once, ascending."""
+    found = set()
+    for part in text.split(","):
+        word = part.strip().lower()
+        number, unit = (word[:-1], word[-1]) if word[-1:] in ("k", "m") else (word, "")
+        if not (number.isascii() and number.isdigit()) or int(number) < 1:
+            raise DataError(
+                f"{option}: {part.strip()!r} is no length",
+                f"give numbers of tokens, as in {option} 512,8k,1m, where 8k is 8192",
+            )
+        found.add(int(number) * UNITS[unit])
+    return tuple(sorted(found))

@@ -19,6 +19,7 @@ from mmmamba_cli.cli.options import (
     Models,
     RunFolder,
     TeacherPath,
+    read_lengths,
 )
 from mmmamba_cli.errors import DataError
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mmmamba_cli.profiling.weights import WeightStore
 
 FOLDER = "profile"
-UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
 def command(
@@ -115,7 +115,7 @@ def command(
 
     All models in one run, in turns, once they are found right. What does not fit is told.
     """
-    lengths = None if contexts is None else _lengths(contexts)
+    lengths = None if contexts is None else read_lengths(contexts)
     crowds = _crowds(throughput)
     if int8 and eager:
         raise DataError(
@@ -170,26 +170,11 @@ def command(
     _say_files(files)
 
 
-def _lengths(text: str, option: str = "--contexts") -> tuple[int, ...]:
-    """`512,8k,1m` as numbers, each once, ascending."""
-    found = set()
-    for part in text.split(","):
-        word = part.strip().lower()
-        number, unit = (word[:-1], word[-1]) if word[-1:] in ("k", "m") else (word, "")
-        if not (number.isascii() and number.isdigit()) or int(number) < 1:
-            raise DataError(
-                f"{option}: {part.strip()!r} is no length",
-                f"give numbers of tokens, as in {option} 512,8k,1m, where 8k is 8192",
-            )
-        found.add(int(number) * UNITS[unit])
-    return tuple(sorted(found))
-
-
 def _crowds(text: str | None) -> tuple[int, ...] | None:
     """Contexts for throughput; None where the device's own are meant."""
     if text is None:
         return None
-    return () if text.strip() == "0" else _lengths(text, "--throughput")
+    return () if text.strip() == "0" else read_lengths(text, "--throughput")
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -47,6 +47,8 @@ def test_the_current_product_is_meant_if_none_is_named(inspect: Inspect, student
 
 
 def test_for_machines(inspect: Inspect, student_run: Path, llama: Path) -> None:
+    short = inspect("--run", student_run, "--json", "--context", "8k")
+    assert json.loads(short.out)["context"] == 8192
     words = ("--run", student_run, "--json", "--context", 1000)
     found = json.loads(inspect("seed", *words).out)
     assert (found["name"], found["kind"], found["context"]) == ("seed", "linear", 1000)
@@ -134,7 +136,8 @@ def test_colours_are_left_out_where_nobody_wants_them(
     [
         (("nothing",), "no product 'nothing', it has: seed"),
         (("no/where/at/all",), "no/where/at/all"),
-        (("seed", "--context", 0), "--context is 0"),
+        (("seed", "--context", 0), "--context: '0' is no length"),
+        (("seed", "--context", "8k,1k"), "--context is 8k,1k, expected one length"),
         (("seed", "--dtype", "int8"), "dtype 'int8' is not known"),
         (("seed", "--against", "nothing"), "no product 'nothing'"),
     ],

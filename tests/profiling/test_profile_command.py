@@ -11,7 +11,7 @@ import pytest
 import torch
 from ended import Command
 
-from mmmamba_cli.cli import profile as module
+from mmmamba_cli.cli.options import read_lengths
 from mmmamba_cli.profiling import OutOfMemory, default_plan, read_profile
 from mmmamba_cli.profiling.contract import AS_SHIPPED, STATIC_TEACHER, TUNED
 
@@ -223,4 +223,4 @@ def test_a_run_that_is_none(mmmamba: Command, tmp_path: Path) -> None:
 
 
 def test_lengths() -> None:
-    assert module._lengths("8K, 512,1m,512") == (512, 8192, 2**20)
+    assert read_lengths("8K, 512,1m,512") == (512, 8192, 2**20)
