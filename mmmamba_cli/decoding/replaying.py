@@ -87,7 +87,7 @@ class PartReader:
         batch, length = input_ids.shape
         padding = 0 if mask is None else int((~mask).sum(1).max())
         kinds = cut(length, padding, batch)
-        self._prepare(kinds, batch)
+        self._prepare(kinds)
         in_front = sum(kind.columns for kind in kinds) - length
         ids = F.pad(input_ids, (in_front, 0))
         real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
@@ -104,7 +104,7 @@ class PartReader:
         self._states.seen(length)
         return part.last
 
-    def _prepare(self, kinds: list[Kind], batch: int) -> None:
+    def _prepare(self, kinds: list[Kind]) -> None:
         """Capture what is worth it; that runs parts, and leaves the states anyhow."""
         for kind, count in Counter(kinds).items():
             known = kind in self._parts

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmmamba_cli.decoding import Generator
 from mmmamba_cli.decoding.choosing import Settings
+from mmmamba_cli.decoding.prefill import GPU_CHUNK
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.profiling.contract import Cost, Decoder
 from mmmamba_cli.profiling.decoding import (
@@ -24,8 +25,6 @@ from mmmamba_cli.profiling.instruments import require
 
 # No answer ends: every token is timed.
 GREEDY = Settings(eos=())
-# Columns that a prompt is read in at a time where nothing else is said, for the size of it.
-PART = 16384
 
 
 class GeneratingDecoder:
@@ -83,7 +82,7 @@ class GeneratingDecoder:
         batch, length = ids.shape
         config = self.model.config
         whole = bool(config.attention_layers) and chunk is None
-        columns = length if whole else min(length, chunk or PART)
+        columns = length if whole else min(length, chunk or GPU_CHUNK)
         size = activations_size(config, batch, columns, self.dtype)
         require(self.device, size, f"a prefill of {length:,} columns")
         return self.generator.prefill(ids, capacity=self.columns, chunk=chunk)

@@ -20,7 +20,6 @@ from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.profiling import (
     Plan,
     Profile,
-    WrongDecoder,
     profile,
     random_subjects,
     read_profile,
@@ -30,7 +29,6 @@ from mmmamba_cli.profiling import (
 )
 from mmmamba_cli.profiling.contract import AS_SHIPPED, GROWING, STATIC, TUNED
 from mmmamba_cli.profiling.decoding import CachedDecoder, cache_size
-from mmmamba_cli.profiling.gate import check_decoder
 from mmmamba_cli.profiling.picture import figure_of, picture
 from mmmamba_cli.profiling.report import milliseconds, remarks, size, tables
 
@@ -188,50 +186,6 @@ def test_chunks_are_as_asked_for_and_change_nothing(monkeypatch: pytest.MonkeyPa
     decoder.start(1, 30)
     decoder.read(ids)
     assert chunks[-1] == 16
-
-
-class OffByOne(CachedDecoder):
-    """Reads its last prompt token's keys and values over the first's place."""
-
-    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
-        logits = super().read(ids, chunk)
-        assert self.cache is not None
-        for layer in self.cache.layers:
-            layer.keys[:, :, 0] = layer.keys[:, :, ids.shape[1] - 1]
-        return logits
-
-
-class Forgetful(CachedDecoder):
-    """Loses the SSM state of one layer between prefill and the next token."""
-
-    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
-        logits = super().read(ids, chunk)
-        assert self.cache is not None
-        self.cache.layers[2].recurrent_states[0].zero_()
-        return logits
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("plan", "wrong"), [("aaaa", OffByOne), ("mmmm", Forgetful), ("amma", Forgetful)]
-)
-def test_the_gate_catches_a_planted_wrong_cache(
-    plan: str, wrong: type[CachedDecoder], dtype: torch.dtype
-) -> None:
-    model = small_model(plan).to(dtype)
-    checked = check_decoder("right", CachedDecoder(model, STATIC))
-    assert {"as measured", "growing cache"} <= set(checked.distances)
-    with pytest.raises(WrongDecoder, match=r"wrong, as measured(, in fp32)?: logits are"):
-        check_decoder("wrong", wrong(model, STATIC))
-
-
-def test_the_gate_looks_at_the_other_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model("aaaa")
-    monkeypatch.setattr(
-        CachedDecoder, "ways", lambda self: {"growing cache": OffByOne(self.model, GROWING)}
-    )
-    with pytest.raises(WrongDecoder, match="static, growing cache: logits are"):
-        check_decoder("static", CachedDecoder(model, STATIC))
 
 
 def test_what_models_share_is_held_once() -> None:

@@ -4,6 +4,7 @@ The library multiplies; the sum with a residual is part of the multiplication.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton import cdiv
 
@@ -41,22 +42,18 @@ def project(
     if isinstance(weight, Int8Weight):
         weight = dequantize(weight, x.dtype)
     if swiglu:
-        y = _swiglu(_product(x, weight, bias))
+        y = _swiglu(F.linear(x, weight, bias))
         if residual is not None:
             return torch.add(residual, y, out=out)
         return y if out is None else out.copy_(y)
     if residual is None and (out is None or bias is not None):
-        y = _product(x, weight, bias)
+        y = F.linear(x, weight, bias)
         return y if out is None else out.copy_(y)
     if residual is None:
         return torch.mm(x, weight.T, out=out)
     if bias is not None:
         residual = residual + bias
     return torch.addmm(residual, x, weight.T, out=out)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _swiglu(y: Tensor) -> Tensor:
