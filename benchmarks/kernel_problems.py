@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli import ops
+from mmmamba_cli.ops.ssd.mamba_ssm import library_kernels as mamba_kernels
 
 HEADS, KV_HEADS, DIM, WIDTH, TAPS, EPS = 16, 8, 128, 2048, 2, 1e-5
 CHANNELS = (HEADS + 2 * KV_HEADS) * DIM
@@ -121,9 +122,7 @@ def repeated(made: Tensors) -> Tensors:
 
 def mamba_scan(t: Tensors, state: bool = True) -> tuple[Tensor, ...]:
     """Without its state, whose gradient it would go through, where that is not asked for."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    found = mamba_chunk_scan_combined(
+    found = mamba_kernels()(
         t["x"], t["dt"], t["A"], t["B"], t["C"], chunk_size=128, dt_bias=t["dt_bias"],
         dt_softplus=True, return_final_states=state,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -45,6 +46,9 @@ from kernel_problems import (
     repeated,
 )
 from torch import Tensor
+
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.ops.ssd.mamba_ssm import library_kernels as mamba_kernels
 
 # Relative errors by 2-norm, those of `mmmamba doctor`.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}
@@ -237,8 +241,8 @@ def copy_rate(device: torch.device) -> float | None:
 
 def mamba_importable() -> bool:
     try:
-        import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
-    except ImportError as error:
+        mamba_kernels()
+    except MmmambaError as error:
         print(f"mamba_ssm is not measured: {error}", flush=True)
         return False
     return True
@@ -247,16 +251,16 @@ def mamba_importable() -> bool:
 def compare(place: Place, seconds: float, mamba: bool) -> dict[str, Any]:
     """All rows; those of mamba_ssm come last, for it searches for its tilings first."""
     end = time.monotonic() + seconds
-    warming = start("--warm-mamba") if mamba and place.device.type == "cuda" else None
+    if mamba and place.device.type == "cuda":
+        # Nothing is measured beside them.
+        for process in start_warming():
+            wait(process, end)
     rows: list[Row] = []
     problems = list(place.problems())
     order = [(p, b) for p in problems for b in candidates(p, False)]
     if mamba:
         order += [(p, "mamba_ssm") for p in problems if p.op == "ssd"]
     for problem, backend in order:
-        if backend == "mamba_ssm" and warming is not None:
-            wait(warming, end)
-            warming = None
         if time.monotonic() > end:
             rows.append(Row(problem.op, problem.batch, problem.length, "", backend, note="no time"))
             continue
@@ -300,6 +304,15 @@ def start(*options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, __file__, *options])
 
 
+def start_warming() -> list[subprocess.Popen[bytes]]:
+    """Processes that compile a share each of mamba_ssm's tilings.
+
+    One alone would compile for minutes before it has searched through all of them.
+    """
+    count = max(1, min(12, (os.cpu_count() or 1) - 2))
+    return [start("--warm-mamba", f"{part}/{count}") for part in range(count)]
+
+
 def wait(process: subprocess.Popen[bytes], end: float) -> None:
     try:
         process.wait(max(1.0, end - time.monotonic()))
@@ -307,11 +320,20 @@ def wait(process: subprocess.Popen[bytes], end: float) -> None:
         process.kill()
 
 
-def warm_mamba(place: Place) -> None:
-    for problem in place.problems():
-        if problem.op == "ssd" and problem.trains:
-            both(partial(mamba_scan, state=False))(sets(problem, "mamba_ssm", True)[0])
-            return
+def warm_mamba(place: Place, share: str) -> None:
+    """Compile share "i/n" of the tilings, with and without the final state."""
+    from triton.runtime.autotuner import Autotuner
+
+    part, count = map(int, share.split("/"))
+    mamba_importable()
+    modules = [m for name, m in sys.modules.items() if name.startswith("mamba_ssm.ops.triton")]
+    found = {id(value): value for module in modules for value in vars(module).values()}
+    for tuner in found.values():
+        if isinstance(tuner, Autotuner):
+            tuner.configs = tuner.configs[part::count] or tuner.configs[:1]
+    problem = next(p for p in place.problems() if p.op == "ssd" and p.trains)
+    for state in (False, True):
+        both(partial(mamba_scan, state=state))(sets(problem, "mamba_ssm", True)[0])
 
 
 def packages() -> dict[str, str]:
@@ -331,12 +353,12 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-mamba", action="store_true")
-    parser.add_argument("--warm-mamba", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--warm-mamba", help=argparse.SUPPRESS)
     parser.add_argument("--warm-tunings", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     place = Place(chosen.small)
     if chosen.warm_mamba:
-        warm_mamba(place)
+        warm_mamba(place, chosen.warm_mamba)
         return
     if chosen.tune or chosen.warm_tunings:
         from kernel_tunings import tune, warm

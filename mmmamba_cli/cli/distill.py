@@ -40,6 +40,7 @@ def command(
     recipe: Annotated[
         str | None,
         typer.Option(
+            "--recipe",
             metavar="RECIPE",
             help="Another recipe than the product's own.",
             autocompletion=complete_recipes,

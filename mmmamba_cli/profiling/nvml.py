@@ -21,6 +21,8 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
 
     None where that cannot be read: no such library, an older GPU, a machine that hides it.
     """
+    if device.type != "cuda":
+        return None
     try:
         library = ctypes.CDLL(LIBRARY)
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -172,8 +172,13 @@ def test_what_is_saved_can_be_trained_on(
 READY = "> "
 
 
+def conversation(columns: int, *words: object) -> Terminal:
+    """On the CPU: a fork cannot use a GPU that its parent has used."""
+    return Terminal(columns, "chat", "--device", "cpu", *words)
+
+
 def test_a_conversation_in_a_terminal(llama: Path) -> None:
-    terminal = Terminal(80, "chat", "--model", llama, "--max-new-tokens", 400_000)
+    terminal = conversation(80, "--model", llama, "--max-new-tokens", 400_000)
     terminal.wait_for("Ctrl-D leaves")
     terminal.wait_for(READY)
     terminal.type("the cat\n")
@@ -209,7 +214,7 @@ def test_a_conversation_in_a_terminal(llama: Path) -> None:
 
 
 def test_two_models_stand_side_by_side_where_there_is_room(student_run: Path) -> None:
-    terminal = Terminal(80, "chat", "--run", student_run, "--teacher", "--max-new-tokens", 12)
+    terminal = conversation(80, "--run", student_run, "--teacher", "--max-new-tokens", 12)
     terminal.wait_for(READY)
     for columns, beside in ((80, True), (200, True), (60, False)):
         terminal.resize(columns)
@@ -227,7 +232,7 @@ def test_two_models_stand_side_by_side_where_there_is_room(student_run: Path) ->
 
 
 def test_one_question_in_a_terminal(llama: Path) -> None:
-    terminal = Terminal(40, "chat", "--model", llama, "--max-new-tokens", 30, "--prompt", "a")
+    terminal = conversation(40, "--model", llama, "--max-new-tokens", 30, "--prompt", "a")
     shown = terminal.wait_for("tokens/s")
     assert terminal.ended() == 0
     # Each row is drawn again where it grows, and none is wider than the terminal.

@@ -120,7 +120,7 @@ def none_imported() -> Iterator[None]:
 
     def forget() -> dict[str, object]:
         for adapter in adapters:
-            adapter._kernels.cache_clear()
+            adapter.library_kernels.cache_clear()
         names = [n for n in sys.modules if n.partition(".")[0] in ("mamba_ssm", "fla")]
         return {name: sys.modules.pop(name) for name in names}
 

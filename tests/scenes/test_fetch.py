@@ -264,7 +264,9 @@ def test_a_damaged_vector_drawing_is_named(tmp_path: Path, npm: Npm) -> None:
     assert "is not a picture" in refusal(tmp_path / "atlas", style="openmoji")
 
 
-@pytest.mark.parametrize("damage", [b"not a tarball", tar(google(CLASSES))[:200]])
+@pytest.mark.parametrize(
+    "damage", [b"not a tarball", tar(google(CLASSES))[:200]], ids=["none", "cut off"]
+)
 def test_a_damaged_tarball_is_named(tmp_path: Path, npm: Npm, damage: bytes) -> None:
     npm.serves(damage)
     assert "the tarball of emoji-datasource-google@16.0.0 is damaged" in refusal(tmp_path / "atlas")

@@ -37,7 +37,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `ops.ssd`; refuses gradients and packed rows."""
     refuse("fla", Scan(x, dt, A, B, C, dt_bias, D, initial_state, seq_idx))
-    kernels = _kernels()
+    kernels = library_kernels()
     share = C.shape[2] // x.shape[2]
     dtype = compute_dtype(x)
     with without_autocast(x):
@@ -60,7 +60,7 @@ def scan(
 
 
 @cache
-def _kernels() -> Callable[..., Any]:
+def library_kernels() -> Callable[..., Any]:
     """`chunk_simple_gla`; MmmambaError where it cannot be imported."""
     try:
         kernels: Callable[..., Any] = importlib.import_module(KERNELS).chunk_simple_gla

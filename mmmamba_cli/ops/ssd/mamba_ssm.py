@@ -43,7 +43,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `ops.ssd`; chunks have the length its kernels are tuned for."""
     refuse("mamba_ssm", Scan(x, dt, A, B, C, dt_bias, D, initial_state, seq_idx))
-    kernels = _kernels()
+    kernels = library_kernels()
     share = C.shape[2] // x.shape[2]
     # Its numbering of sequences is ours: the initial state is that of sequence 0.
     segments = None if seq_idx is None else segment_ordinals(seq_idx, mask).int()
@@ -71,7 +71,7 @@ def scan(
 
 
 @cache
-def _kernels() -> Callable[..., Any]:
+def library_kernels() -> Callable[..., Any]:
     """`mamba_chunk_scan_combined`; MmmambaError where it cannot be imported."""
     try:
         try:

@@ -268,6 +268,10 @@ def _first_state(initial_state: Tensor | None, x: Tensor, C: Tensor) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+# Older compilers, as of torch 2.11, cannot look into it.
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
