@@ -7,6 +7,7 @@ from ops_cases import relative_error
 from torch import Tensor
 from triton_device import (
     DEVICE,
+    INTERPRETED,
     TOLERANCE,
     dtypes,
     faithful_interpreter,  # noqa: F401
@@ -35,7 +36,14 @@ def moved(weights: MixerWeights, dtype: torch.dtype | None = None) -> MixerWeigh
     return MixerWeights(*(None if w is None else w.to(there, dtype or w.dtype) for w in weights))
 
 
-def check_mixer(sizes: Sizes, dtype: torch.dtype, *, tokens: int = 1, without: str = "") -> None:
+def check_mixer(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    tokens: int = 1,
+    without: str = "",
+    settled: bool = False,
+) -> None:
     normal, tolerance = random(0, dtype), TOLERANCE[dtype]
     weights = mixer_weights(sizes, dtype, without=without)
     ring = normal(sizes.batch, sizes.channels, sizes.taps)
@@ -48,9 +56,12 @@ def check_mixer(sizes: Sizes, dtype: torch.dtype, *, tokens: int = 1, without: s
         ring_here[..., t % sizes.taps] = torch.nan
         given = (vkq.double(), dt.double(), ring, state, torch.tensor([t]))
         wanted = mixer_step(*given, moved(weights, torch.float64), backend="reference")
+        here, at = moved(weights), torch.tensor([t], device=DEVICE)
+        # The last that is made, as `settled` wants it.
         vkq, dt, _ = side_by_side(vkq, dt, torch.full_like(vkq, torch.nan))
-        at = torch.tensor([t], device=DEVICE)
-        found = mixer_step(vkq, dt, ring_here, state_here, at, moved(weights), backend="triton")
+        found = mixer_step(
+            vkq, dt, ring_here, state_here, at, here, settled=settled, backend="triton"
+        )
         assert found.dtype == dtype
         assert relative_error(found.cpu(), wanted) < tolerance, t
         assert torch.equal(ring_here.cpu().double(), ring), t
@@ -62,6 +73,72 @@ def check_mixer(sizes: Sizes, dtype: torch.dtype, *, tokens: int = 1, without: s
 @pytest.mark.parametrize("without", ["", "conv_bias", "dt_bias", "D"])
 def test_mixer_steps_equal_the_reference(taps, without, dtype):
     check_mixer(Sizes(taps=taps), dtype, tokens=5, without=without)
+
+
+@dtypes
+@pytest.mark.parametrize("without", ["", "conv_bias"])
+def test_settled_mixer_steps_equal_the_reference(without, dtype):
+    check_mixer(Sizes(), dtype, tokens=5, without=without, settled=True)
+    check_mixer(Sizes(batch=5, kv_heads=3, share=1, P=40, N=3, taps=1), dtype, settled=True)
+
+
+def one_program(normal) -> tuple[list[Tensor], MixerWeights]:
+    """What a step of a mixer reads that one program does, and its weights."""
+    sizes = Sizes(batch=1, kv_heads=1, share=1)
+    ring, state = normal(1, sizes.channels, sizes.taps), normal(1, 1, sizes.P, sizes.N)
+    vkq, dt = normal(1, sizes.channels), normal(1, 1)
+    return [vkq, dt, ring, state, torch.tensor([6])], mixer_weights(sizes, FP32)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter stops where a kernel waits")
+@pytest.mark.parametrize("settled", [False, True])
+def test_what_is_read_before_the_launch_before_has_ended(monkeypatch, settled):
+    given, weights = one_program(random(0, FP32))
+    wanted, given = [t.clone() for t in given], [t.clone() for t in given]
+    y = mixer_step(*wanted, weights, backend="reference")
+    made, states = given[:2], given[2:]
+    right = [t.clone() for t in given]
+
+    def spoil(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
+
+    def ended(overlap: object) -> None:
+        for tensor, value in zip(given, right, strict=True):
+            tensor.copy_(value)
+        if settled:
+            # Whoever reads them now reads them too late.
+            spoil(states)
+
+    spoil(made if settled else given)
+    monkeypatch.setattr(fused.kernels, "wait_for_inputs", ended)
+    found = mixer_step(*given, weights, settled=settled, backend="triton")
+    torch.testing.assert_close(found, y)
+    torch.testing.assert_close(given[3], wanted[3])
+    slot = 6 % right[2].shape[-1]
+    assert torch.equal(given[2][..., slot], right[0])
+
+
+def test_a_copied_weight_is_not_settled(monkeypatch):
+    given, weights = one_program(random(0, FP32))
+    given = [t.to(DEVICE) for t in given]
+    weights = moved(weights)
+    turned = weights._replace(conv_weight=weights.conv_weight.mT.contiguous().mT)
+    taken = []
+    launch = fused.kernels.mixer_step
+
+    class Watched:
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                taken.append(options["SETTLED"])
+                return launch[grid](*arguments, **options)
+
+            return run
+
+    monkeypatch.setattr(fused.kernels, "mixer_step", Watched())
+    for chosen in (weights, turned):
+        mixer_step(*given, chosen, settled=True, backend="triton")
+    assert taken == [True, False]
 
 
 @dtypes

@@ -39,6 +39,8 @@ def mixer_step(
     ssm_state: Tensor,
     position: Tensor,
     weights: MixerWeights,
+    *,
+    settled: bool,
 ) -> Tensor:
     """Shapes as in `ops.mixer_step`; no gradients."""
     check_inputs("mixer_step", vkq, dt, conv_ring, ssm_state, *weights)
@@ -54,6 +56,8 @@ def mixer_step(
     bias, dt_bias, D = weights.conv_bias, weights.dt_bias, weights.D
     values = VALUES_OF_FEW if batch <= FEW_ROWS else VALUES_OF_MANY
     values = min(values, next_power_of_2(value_dim))
+    # A copy that is made here is not there before the launch before.
+    settled &= all(weight is None or weight.is_contiguous() for weight in weights)
     with on_device(vkq):
         kernels.mixer_step[(cdiv(value_dim, values), heads, batch)](
             vkq, dt, conv_ring, ssm_state, position, out,
@@ -61,8 +65,8 @@ def mixer_step(
             *_or(vkq, dt_bias, D), heads, channels, vkq.stride(0), dt.stride(0),
             SHARE=heads // kv_heads, P=value_dim, N=state_dim, W=taps,
             HAS_BIAS=bias is not None, HAS_DT_BIAS=dt_bias is not None, HAS_D=D is not None,
-            BLOCK_P=values, BLOCK_N=next_power_of_2(state_dim), num_warps=MIXER_WARPS,
-            **overlapping(vkq),
+            BLOCK_P=values, BLOCK_N=next_power_of_2(state_dim), SETTLED=settled,
+            num_warps=MIXER_WARPS, **overlapping(vkq),
         )  # fmt: skip
     return out
 

@@ -11,17 +11,15 @@ from mmmamba_cli.ops.ssd.kernels import softplus
 
 
 @triton.jit
-def convolved(
-    x_ptr, ring_ptr, weight_ptr, bias_ptr, ch, keep, writes, position,
-    W: tl.constexpr, HAS_BIAS: tl.constexpr,
+def remembered(
+    ring_ptr, weight_ptr, bias_ptr, ch, keep, position, W: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
-    """SiLU of the convolution at some channels, rounded to the input's dtype; fills their slot.
+    """What bias and the tokens before bring to the convolution at some channels, fp32.
 
-    Heads that share keys and values compute them again each; `writes` says who stores them. Nobody
-    reads the slot that is written.
+    And the token's own weight there.
     """
-    x = tl.load(x_ptr + ch, mask=keep, other=0.0)
-    y = x.to(tl.float32) * tl.load(weight_ptr + ch * W + W - 1, mask=keep, other=0.0).to(tl.float32)
+    own = tl.load(weight_ptr + ch * W + W - 1, mask=keep, other=0.0).to(tl.float32)
+    y = tl.zeros_like(own)
     if HAS_BIAS:
         y += tl.load(bias_ptr + ch, mask=keep, other=0.0).to(tl.float32)
     for past in tl.static_range(W - 1):
@@ -29,6 +27,18 @@ def convolved(
         old = tl.load(ring_ptr + ch * W + (position + 1 + past) % W, mask=keep, other=0.0)
         weight = tl.load(weight_ptr + ch * W + past, mask=keep, other=0.0)
         y += old.to(tl.float32) * weight.to(tl.float32)
+    return y, own
+
+
+@triton.jit
+def convolved(x_ptr, ring_ptr, before, own, ch, keep, writes, position, W: tl.constexpr):
+    """SiLU of the convolution, what is `remembered` and the token, rounded to the input's dtype.
+
+    Fills the token's slot. Heads that share keys and values compute them again each; `writes` says
+    who stores them. Nobody reads the slot that is written.
+    """
+    x = tl.load(x_ptr + ch, mask=keep, other=0.0)
+    y = before + x.to(tl.float32) * own
     slot = ring_ptr + ch * W + position % W
     tl.store(slot, x.to(ring_ptr.dtype.element_ty), mask=keep & writes)
     return (y * tl.sigmoid(y)).to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -41,9 +51,13 @@ def mixer_step(
     heads, channels, x_b, dt_b,
     SHARE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_D: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some values of one head of one row: their part of the state is read once, written once."""
+    """Some values of one head of one row: their part of the state is read once, written once.
+
+    SETTLED: all but x and dt was there before the launch before began, and is read while that one
+    still runs. Nothing is written until it has ended.
+    """
     part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     shared, kv_heads = head // SHARE, heads // SHARE
     p, n = part * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
@@ -52,29 +66,31 @@ def mixer_step(
     keep = of_p[:, None] & of_n[None, :]
     x_ptr += row * x_b
     ring_ptr += row * channels * W
-    wait_for_inputs(OVERLAP)
+    if not SETTLED:
+        wait_for_inputs(OVERLAP)
     # Asked for first: it takes the longest.
     state = tl.load(state_at, mask=keep, other=0.0)
     position = (tl.load(position_ptr) % W).to(tl.int32)
-    call_next(OVERLAP)
-    for_all = head % SHARE == 0
-    v = convolved(
-        x_ptr, ring_ptr, weight_ptr, bias_ptr, shared * P + p, of_p, for_all, position,
-        W, HAS_BIAS,
-    )  # fmt: skip
-    k = convolved(
-        x_ptr, ring_ptr, weight_ptr, bias_ptr, kv_heads * P + shared * N + n, of_n,
-        for_all & (part == 0), position, W, HAS_BIAS,
-    )  # fmt: skip
-    q = convolved(
-        x_ptr, ring_ptr, weight_ptr, bias_ptr, kv_heads * (P + N) + head * N + n, of_n,
-        part == 0, position, W, HAS_BIAS,
-    )  # fmt: skip
+    if not SETTLED:
+        call_next(OVERLAP)
+    of_v, of_k = shared * P + p, kv_heads * P + shared * N + n
+    of_q = kv_heads * (P + N) + head * N + n
+    v, own_v = remembered(ring_ptr, weight_ptr, bias_ptr, of_v, of_p, position, W, HAS_BIAS)
+    k, own_k = remembered(ring_ptr, weight_ptr, bias_ptr, of_k, of_n, position, W, HAS_BIAS)
+    q, own_q = remembered(ring_ptr, weight_ptr, bias_ptr, of_q, of_n, position, W, HAS_BIAS)
+    rate = tl.load(A_ptr + head).to(tl.float32)
+    if SETTLED:
+        wait_for_inputs(OVERLAP)
+        call_next(OVERLAP)
+    for_all, first = head % SHARE == 0, part == 0
+    v = convolved(x_ptr, ring_ptr, v, own_v, of_v, of_p, for_all, position, W)
+    k = convolved(x_ptr, ring_ptr, k, own_k, of_k, of_n, for_all & first, position, W)
+    q = convolved(x_ptr, ring_ptr, q, own_q, of_q, of_n, first, position, W)
     step = tl.load(dt_ptr + row * dt_b + head).to(tl.float32)
     if HAS_DT_BIAS:
         step += tl.load(dt_bias_ptr + head).to(tl.float32)
     step = softplus(step)
-    decay = tl.exp(step * tl.load(A_ptr + head).to(tl.float32))
+    decay = tl.exp(step * rate)
     state = state * decay + (step * v)[:, None] * k[None, :]
     tl.store(state_at, state, mask=keep)
     y = tl.sum(state * q[None, :], axis=1)

@@ -39,6 +39,8 @@ class MixerStepBackend(Protocol):
         ssm_state: Tensor,
         position: Tensor,
         weights: MixerWeights,
+        *,
+        settled: bool,
     ) -> Tensor: ...
 
 
@@ -60,6 +62,7 @@ def mixer_step(
     position: Tensor,
     weights: MixerWeights,
     *,
+    settled: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """One token of `causal_conv` with SiLU and of `ssd` with softplus; both states in place.
@@ -76,6 +79,8 @@ def mixer_step(
         ssm_state: (B, H, P, N), fp32; becomes the state after the token.
         position: (1,) integer, the token's number t, read on the device.
         weights: what the mixer has between its projections.
+        settled: whether states and position were written before the launch that made vkq and dt:
+            the kernel then reads them while that one still runs.
         backend: "reference", "triton", which has no gradient, or "auto": triton on a GPU if it is
             installed, no dim is larger than 256, there are at most 1024 rows and no gradient of the
             tensors is wanted.
@@ -96,7 +101,7 @@ def mixer_step(
         fused = "triton" in MIXER_STEP_BACKENDS and small and not learns and suits_triton(*tensors)
         backend = "triton" if fused else "reference"
     step = pick_backend("mixer_step", backend, MIXER_STEP_BACKENDS)
-    return step(vkq, dt, conv_ring, ssm_state, position, weights)
+    return step(vkq, dt, conv_ring, ssm_state, position, weights, settled=settled)
 
 
 def ring_of(conv_state: Tensor, position: int) -> Tensor:

@@ -27,8 +27,10 @@ def mixer_step(
     ssm_state: Tensor,
     position: Tensor,
     weights: MixerWeights,
+    *,
+    settled: bool,
 ) -> Tensor:
-    """Shapes as in `ops.mixer_step`."""
+    """Shapes as in `ops.mixer_step`; `settled` or not, nothing is read ahead of time."""
     heads, value_dim, state_dim = ssm_state.shape[1:]
     kv_heads = (vkq.shape[1] - heads * state_dim) // (value_dim + state_dim)
     taps = conv_ring.shape[-1]
