@@ -309,6 +309,7 @@ def _products() -> list[Case]:
         Case("normed, SwiGLU", _swiglu, values, {}, small),
         Case("gated, residual", _project, gated, {}, small),
         Case("int8", _project_int8, {"x": plain["x"]}, steps),
+        Case("int8, normed", _normed_int8, {"x": plain["x"]}, steps),
     ]
 
 
@@ -323,6 +324,11 @@ def _swiglu(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]
 def _project_int8(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
     weight = Int8Weight(fixed["steps"], fixed["scales"])
     return (ops.project(values["x"], weight, backend=backend),)
+
+
+def _normed_int8(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    weight, x = Int8Weight(fixed["steps"], fixed["scales"]), values["x"]
+    return (ops.project(x, weight, norm_dim=x.shape[1], eps=EPS, backend=backend),)
 
 
 def _attentions() -> list[Case]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops import gated_rms_norm, project
+from mmmamba_cli.ops import gated_rms_norm, project, projection
 from mmmamba_cli.ops.projection import dequantize, quantize
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -33,6 +33,26 @@ def test_heads_are_normed_and_gated_each():
     x, gate, weight, norm = normal(2, 12), normal(2, 12, seed=1), normal(7, 12), normal(4)
     heads = gated_rms_norm(x.view(2, 3, 4), gate.view(2, 3, 4), norm, 0.1).view(2, 12)
     torch.testing.assert_close(project(x, weight, norm=norm, eps=0.1, gate=gate), heads @ weight.T)
+
+
+def test_a_norm_without_weights_is_one_of_ones():
+    x, weight, gate = normal(2, 12), normal(7, 12), normal(2, 12, seed=1)
+    for dim, options in ((12, {}), (4, {"gate": gate}), (12, {"gate": gate, "settled": True})):
+        wanted = project(x, weight, norm=torch.ones(dim, dtype=FP64), eps=0.1, **options)
+        found = project(x, weight, norm_dim=dim, eps=0.1, **options)
+        torch.testing.assert_close(found, wanted)
+    unlike = project(x, weight, norm_dim=12, eps=0.1, gate=gate)
+    assert not torch.allclose(project(x, weight, norm_dim=4, eps=0.1, gate=gate), unlike)
+
+
+def test_weights_of_a_norm_may_be_those_of_the_product():
+    x, weight, norm = normal(2, 12), normal(7, 12), normal(12, seed=1)
+    gate, heads = normal(2, 12, seed=2), normal(4, seed=3)
+    wanted = project(x, weight, norm=norm, eps=0.1)
+    torch.testing.assert_close(project(x, weight * norm, norm_dim=12, eps=0.1), wanted)
+    wanted = project(x, weight, norm=heads, eps=0.1, gate=gate)
+    folded = weight * heads.repeat(3)
+    torch.testing.assert_close(project(x, folded, norm_dim=4, eps=0.1, gate=gate), wanted)
 
 
 def test_swiglu_halves_the_rows():
@@ -95,6 +115,11 @@ def test_it_learns_by_the_reference():
         ({"gate": normal(2, 10)}, "norm is None"),
         ({"gate": normal(2, 10), "norm": normal(4)}, r"norm is \(4,\), .* divisor of 10"),
         ({"gate": normal(2, 9), "norm": normal(5)}, "gate is"),
+        ({"norm_dim": 5}, "norm_dim is 5, expected 10"),
+        ({"norm_dim": 10, "norm": normal(10)}, "norm and norm_dim are both given"),
+        ({"norm_dim": 5, "norm": normal(5), "gate": normal(2, 10)}, "both given"),
+        ({"norm_dim": 4, "gate": normal(2, 10)}, "norm_dim is 4, expected a divisor of 10"),
+        ({"norm_dim": 0, "gate": normal(2, 10)}, "norm_dim is 0, expected a divisor of 10"),
         ({"residual": normal(1, 7)}, "residual is"),
         ({"out": normal(2, 6)}, "out is"),
         ({"swiglu": True}, "7 rows"),
@@ -103,6 +128,25 @@ def test_it_learns_by_the_reference():
 def test_shapes_that_do_not_fit_are_named(options, said):
     with pytest.raises(ValueError, match=said):
         project(normal(2, 10), **{"weight": normal(7, 10), **options})
+
+
+def test_few_rows_go_to_triton_if_their_heads_fill_a_tile(monkeypatch):
+    taken = []
+    for name in ("triton", "products"):
+        monkeypatch.setitem(
+            projection.PROJECT_BACKENDS, name, lambda *_, n=name, **__: taken.append(n)
+        )
+    monkeypatch.setattr(projection, "suits_triton", lambda *_: True)
+    x, weight, gate = normal(2, 12), normal(7, 12), normal(2, 12, seed=1)
+    for options in (
+        {"norm_dim": 12},
+        {"norm_dim": 4, "gate": gate},
+        {"norm_dim": 6, "gate": gate},
+        {"norm": normal(4), "gate": gate},
+        {"norm": normal(6), "gate": gate},
+    ):
+        project(x, weight, **options)
+    assert taken == ["triton", "triton", "products", "triton", "products"]
 
 
 def test_an_unknown_backend_is_a_sentence():

@@ -1,5 +1,8 @@
 """The products on Triton kernels, of few tokens and of many, against the reference in fp64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from ops_cases import relative_error
@@ -28,6 +31,21 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def tiled(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     monkeypatch.setattr(fused, "COMMON", fused.COMMON._replace(**changes))
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Show each launch of `project` to `note`: its grid and its options."""
+    launch = fused.kernels.project
+
+    class Watched:
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                note(grid, options)
+                return launch[grid](*arguments, **options)
+
+            return run
+
+    monkeypatch.setattr(fused.kernels, "project", Watched())
 
 
 def apart(rows: Tensor) -> Tensor:
@@ -107,6 +125,63 @@ def test_heads_are_gated(monkeypatch, heads, head_dim, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("steps", [1, 2])
+def test_settled_gates_are_gates(monkeypatch, steps, dtype):
+    monkeypatch.setattr(fused, "LEAST_INPUTS", 128 // steps)
+    settled = []
+    watch(monkeypatch, lambda grid, options: settled.append(options["SETTLED"]))
+    gate, norm = normal(2, 80, seed=1).to(dtype), normal(16, seed=2)
+    x, weight = normal(2, 80).to(dtype), normal(9, 80).to(dtype)
+    check(x, weight, norm=norm, eps=1e-5, gate=gate, settled=True)
+    check(x, weight, norm_dim=16, eps=1e-5, gate=gate, settled=True)
+    check(x, weight, norm=norm[:1], eps=0.1, gate=gate, settled=True)
+    assert settled == [steps == 1] * 3
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter stops where a kernel waits")
+@pytest.mark.parametrize(("inputs", "settled"), [(128, False), (128, True), (32, True)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_when_a_gate_is_read(monkeypatch, inputs, settled, weighted):
+    tiled(monkeypatch, rows=8, inputs=4 * inputs)
+    x, weight, gate, norm = normal(1, 64), normal(8, 64), normal(1, 64, seed=1), normal(16)
+    options = {"norm": norm} if weighted else {"norm_dim": 16}
+    wanted = project(x, weight, gate=gate, **options, eps=0.1)
+    right = [x.clone(), gate.clone()]
+    early = settled and inputs >= 64
+
+    def ended(overlap: object) -> None:
+        x.copy_(right[0])
+        gate.copy_(right[1])
+        if early:
+            # Whoever reads it now reads it too late.
+            gate.fill_(torch.nan)
+
+    for tensor in (x,) if early else (x, gate):
+        tensor.fill_(torch.nan)
+    monkeypatch.setattr(fused.kernels, "wait_for_inputs", ended)
+    found = project(x, weight, gate=gate, **options, eps=0.1, settled=settled, backend="triton")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [48, 64, 200])
+def test_norms_without_weights(monkeypatch, dim, dtype):
+    tiled(monkeypatch, inputs=64)
+    monkeypatch.setattr(fused, "LEAST_INPUTS", 32)
+    x, weight = normal(3, dim).to(dtype), normal(10, dim).to(dtype)
+    check(x, weight, norm_dim=dim, eps=0.1)
+    check(x, quantize(normal(10, dim)), norm_dim=dim, eps=0.1, swiglu=True)
+    gate = normal(3, dim, seed=1).to(dtype)
+    check(x, weight, norm_dim=8, eps=1e-5, gate=gate)
+    check(x, weight, norm_dim=8, eps=0.0, gate=gate, residual=normal(3, 10).to(dtype))
+    ones = torch.ones(dim, device=DEVICE)
+    given, there = x.to(DEVICE), weight.to(DEVICE)
+    found = project(given, there, norm_dim=dim, eps=0.1, backend="triton")
+    weighted = project(given, there, norm=ones, eps=0.1, backend="triton")
+    assert relative_error(found.cpu(), weighted.cpu()) < TOLERANCE[dtype]
+
+
+@dtypes
 @pytest.mark.parametrize("half", [1, 5, 8])
 def test_swiglu_takes_both_halves(half, dtype):
     x, weight = normal(2, 70).to(dtype), normal(2 * half, 70).to(dtype)
@@ -146,7 +221,9 @@ def test_many_tokens_on_tensor_cores(batch, dtype):
     check(x, weight, swiglu=True, residual=residual[:, :13], **many)
     gate = normal(batch, dim, seed=1).to(dtype)
     check(x, weight, norm=normal(24, seed=2), eps=1e-5, gate=gate, residual=residual, **many)
+    check(x, weight, norm_dim=24, eps=1e-5, gate=gate, settled=True, residual=residual, **many)
     check(x, quantize(normal(rows, dim)), norm=norm, eps=0.1, swiglu=True, **many)
+    check(x, quantize(normal(rows, dim)), norm_dim=dim, eps=0.1, swiglu=True, **many)
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1025])
@@ -164,28 +241,42 @@ def test_the_sum_is_written_into_the_residual(backend):
 
 def test_tiles_of_the_table_are_taken_by_shape_and_bytes(monkeypatch):
     taken = []
-    launch = fused.kernels.project
     monkeypatch.setitem(fused.TILES, (6, 64, 4), Tile(2, 32, 2))
     monkeypatch.setitem(fused.TILES, (6, 64, 1), Tile(1, 64, 1))
-
-    class Watched:
-        def __getitem__(self, grid):
-            def run(*arguments, **options):
-                taken.append((grid[0], options["BLOCK_R"], options["BLOCK_K"]))
-                return launch[grid](*arguments, **options)
-
-            return run
-
-    monkeypatch.setattr(fused.kernels, "project", Watched())
+    watch(
+        monkeypatch,
+        lambda grid, options: taken.append((grid[0], options["BLOCK_R"], options["BLOCK_K"])),
+    )
     check(normal(1, 64), normal(6, 64))
     check(normal(1, 64), quantize(normal(6, 64)))
     check(normal(1, 64), quantize(normal(6, 64)), swiglu=True)
     assert taken == [(3, 2, 32), (6, 1, 64), (3, 2, 64)]
 
 
+def test_a_copied_gate_is_not_settled(monkeypatch):
+    taken = []
+    watch(monkeypatch, lambda grid, options: taken.append(options["SETTLED"]))
+    x, weight, gate = (t.to(DEVICE) for t in (normal(1, 64), normal(6, 64), normal(1, 64, seed=1)))
+    norm = normal(32, seed=2).to(DEVICE)[::2]
+    turned = torch.stack((gate, gate), -1)[..., 0]
+    for options in (
+        {"norm_dim": 16, "gate": gate},
+        {"norm_dim": 16, "gate": turned},
+        {"norm": norm.contiguous(), "gate": gate},
+        {"norm": norm, "gate": gate},
+        {"norm_dim": 64},
+    ):
+        project(x, weight, eps=0.1, settled=True, **options, backend="triton")
+    assert taken == [True, False, True, False, False]
+
+
 def test_heads_that_fill_no_tile_are_left_to_the_reference():
     x, weight, norm = (t.to(DEVICE) for t in (normal(2, 12), normal(5, 12), normal(6)))
     options = {"norm": norm, "gate": x.flip(0), "eps": 1e-5}
+    with pytest.raises(NotImplementedError, match="heads of 6"):
+        project(x, weight, **options, backend="triton")
+    assert project(x, weight, **options).shape == (2, 5)
+    options = {"norm_dim": 6, "gate": x.flip(0), "eps": 1e-5}
     with pytest.raises(NotImplementedError, match="heads of 6"):
         project(x, weight, **options, backend="triton")
     assert project(x, weight, **options).shape == (2, 5)

@@ -22,16 +22,17 @@ class Tile(NamedTuple):
     warps: int
 
 
-# By rows, inputs and bytes of a weight, for one token on an H100, HoVLE-2.6B's shapes. Fixed, not
-# searched for at run time: `benchmarks/decode_kernels.py --tune` times the alternatives.
+# By rows, inputs and bytes of a weight, for one token on an H100, HoVLE-2.6B's shapes; of one byte
+# with norms without weights, as a quantized model has them. Fixed, not searched for at run time:
+# `benchmarks/decode_kernels.py --tune` times the alternatives.
 TILES: dict[tuple[int, int, int], Tile] = {
     (2048, 2048, 1): Tile(8, 2048, 4),
     (2048, 2048, 2): Tile(8, 2048, 8),
     (2048, 8192, 1): Tile(4, 4096, 4),
     (2048, 8192, 2): Tile(2, 4096, 8),
-    (6160, 2048, 1): Tile(8, 1024, 2),
+    (6160, 2048, 1): Tile(4, 1024, 1),
     (6160, 2048, 2): Tile(2, 1024, 4),
-    (16384, 2048, 1): Tile(2, 1024, 1),
+    (16384, 2048, 1): Tile(8, 1024, 2),
     (16384, 2048, 2): Tile(2, 1024, 4),
     (92553, 2048, 1): Tile(4, 2048, 2),
     (92553, 2048, 2): Tile(4, 1024, 4),
@@ -47,16 +48,19 @@ def project(
     *,
     bias: Tensor | None,
     norm: Tensor | None,
+    norm_dim: int | None,
     eps: float,
     gate: Tensor | None,
     residual: Tensor | None,
     swiglu: bool,
     out: Tensor | None,
+    settled: bool,
 ) -> Tensor:
     """Shapes as in `ops.project`; no gradients."""
     values, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
     check_inputs("project", x, values, scales, bias, norm, gate, residual, out)
-    head_dim = 0 if gate is None or norm is None else norm.shape[0]
+    together = norm_dim if norm is None else norm.shape[0]
+    head_dim = 0 if gate is None or together is None else together
     if head_dim and head_dim != next_power_of_2(head_dim):
         raise NotImplementedError(f"project: heads of {head_dim} are gated by the reference only")
     if out is not None and out.stride(-1) != 1:
@@ -67,6 +71,8 @@ def project(
         out = buffer(batch, num_out, like=x, dtype=x.dtype)
     tile = _tile(batch, values, swiglu, head_dim)
     x, values = dense_rows(x), values.contiguous()
+    # A copy that is made here is not there before the launch before.
+    settled &= gate is not None and gate.stride(-1) == 1 and (norm is None or norm.is_contiguous())
     gate = None if gate is None else dense_rows(gate)
     residual = None if residual is None else dense_rows(residual)
     aligned = dim % 8 == 0 and values.data_ptr() % 8 == 0
@@ -76,10 +82,11 @@ def project(
             x if residual is None else residual, out, num_out, x.stride(0),
             0 if gate is None else gate.stride(0),
             0 if residual is None else residual.stride(0), out.stride(0), eps,
-            B=batch, D=dim, P=head_dim, NORM=norm is not None, SWIGLU=swiglu,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            B=batch, D=dim, P=head_dim, NORM=together is not None, WEIGHTED=norm is not None,
+            SWIGLU=swiglu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
             HAS_SCALE=scales is not None, BLOCK_B=next_power_of_2(batch), BLOCK_R=tile.rows,
-            BLOCK_K=tile.inputs, EIGHTS=scales is not None and aligned, NATIVE=NATIVE,
+            BLOCK_K=tile.inputs, SETTLED=settled and tile.inputs >= dim,
+            EIGHTS=scales is not None and aligned, NATIVE=NATIVE,
             num_warps=tile.warps, **overlapping(x),
         )  # fmt: skip
     return out

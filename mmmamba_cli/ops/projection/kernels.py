@@ -57,14 +57,29 @@ def widened(tile, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def opened(
+    gate_ptr, norm_ptr, b, k, gate_b,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the gate (B, 1, K), times the norm's weights if there are any."""
+    gate = tl.load(gate_ptr + b * gate_b + k, mask=(b < B) & (k < D), other=0.0).to(tl.float32)
+    gate *= tl.sigmoid(gate)
+    if WEIGHTED:
+        gate *= tl.load(norm_ptr + k % P).to(tl.float32)
+    return gate
+
+
+@triton.jit
 def inputs(
-    x_ptr, norm_ptr, gate_ptr, b, k, x_b, gate_b, eps,
-    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, norm_ptr, gate_ptr, gate, b, k, x_b, gate_b, eps,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr,
+    WEIGHTED: tl.constexpr, EVEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    SETTLED: tl.constexpr,
 ):  # fmt: skip
     """x (B, 1, K) as the weights meet it, and its squares; a plain norm's scale is still missing.
 
-    With P, each head of P is normed and gated whole.
+    With P, each head of P is normed and gated whole; with SETTLED, by the `gate` that was read
+    before.
     """
     keep = (b < B) & (k < D)
     x = tl.load(x_ptr + b * x_b + k, mask=keep, other=0.0).to(tl.float32)
@@ -73,12 +88,13 @@ def inputs(
         mean = tl.sum(tl.reshape(squares, (BLOCK_B, BLOCK_K // P, P)), axis=2) / P
         scale = tl.rsqrt(mean + eps)[:, :, None].broadcast_to(BLOCK_B, BLOCK_K // P, P)
         x *= tl.reshape(scale, (BLOCK_B, 1, BLOCK_K))
-        gate = tl.load(gate_ptr + b * gate_b + k, mask=keep, other=0.0).to(tl.float32)
-        x *= tl.load(norm_ptr + k % P).to(tl.float32) * (gate * tl.sigmoid(gate))
+        if not SETTLED:
+            gate = opened(gate_ptr, norm_ptr, b, k, gate_b, B, D, P, WEIGHTED)
+        x *= gate
         if not EVEN:
             # Without eps, what lies behind the last head is 0 / 0.
             x = tl.where(k < D, x, 0.0)
-    elif NORM:
+    elif NORM and WEIGHTED:
         x *= tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
     return x, squares
 
@@ -87,12 +103,15 @@ def inputs(
 def project(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, norm_ptr, gate_ptr, residual_ptr, out_ptr,
     num_out, x_b, gate_b, residual_b, out_b, eps,
-    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EIGHTS: tl.constexpr,
-    NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
+    SWIGLU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SETTLED: tl.constexpr, EIGHTS: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """R rows of the weight for all tokens: every second one of the other half, with SWIGLU."""
+    """R rows of the weight for all tokens: every second one of the other half, with SWIGLU.
+
+    SETTLED: the gate was there before the launch before began, and K are all inputs.
+    """
     EVEN: tl.constexpr = D % BLOCK_K == 0
     STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     OUTS: tl.constexpr = BLOCK_R // 2 if SWIGLU else BLOCK_R
@@ -109,6 +128,9 @@ def project(
         # Eight at once, as x is loaded: numbers of a thread then meet without changing hands.
         at = tl.multiple_of(at, [8, 8, 8])
     tile = weights(at, k, D, EVEN)
+    gate = 0.0
+    if SETTLED:
+        gate = opened(gate_ptr, norm_ptr, b, k, gate_b, B, D, P, WEIGHTED)
     # Weights are there from the beginning; all else may be what the launch before writes.
     wait_for_inputs(OVERLAP)
     call_next(OVERLAP)
@@ -119,15 +141,15 @@ def project(
         first = step * BLOCK_K
         coming = weights(at + first + BLOCK_K, k + first + BLOCK_K, D, EVEN)
         x, squares = inputs(
-            x_ptr, norm_ptr, gate_ptr, b, k + first, x_b, gate_b, eps,
-            B, D, P, NORM, EVEN, BLOCK_B, BLOCK_K,
+            x_ptr, norm_ptr, gate_ptr, gate, b, k + first, x_b, gate_b, eps,
+            B, D, P, NORM, WEIGHTED, EVEN, BLOCK_B, BLOCK_K, SETTLED,
         )  # fmt: skip
         total += widened(tile, NATIVE) * x
         length += squares
         tile = coming
     x, squares = inputs(
-        x_ptr, norm_ptr, gate_ptr, b, k + (STEPS - 1) * BLOCK_K, x_b, gate_b, eps,
-        B, D, P, NORM, EVEN, BLOCK_B, BLOCK_K,
+        x_ptr, norm_ptr, gate_ptr, gate, b, k + (STEPS - 1) * BLOCK_K, x_b, gate_b, eps,
+        B, D, P, NORM, WEIGHTED, EVEN, BLOCK_B, BLOCK_K, SETTLED,
     )  # fmt: skip
     y = tl.sum(total + widened(tile, NATIVE) * x, axis=2)
     if NORM and P == 0:
@@ -137,8 +159,8 @@ def project(
     if HAS_BIAS:
         y += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     if SWIGLU:
-        opened, other = tl.split(tl.reshape(y, (BLOCK_B, OUTS, 2)))
-        y = opened * tl.sigmoid(opened) * other
+        half, other = tl.split(tl.reshape(y, (BLOCK_B, OUTS, 2)))
+        y = half * tl.sigmoid(half) * other
     o = tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, :]
     b = tl.arange(0, BLOCK_B)[:, None]
     keep = (b < B) & (o < num_out)

@@ -23,13 +23,17 @@ def project(
     *,
     bias: Tensor | None,
     norm: Tensor | None,
+    norm_dim: int | None,
     eps: float,
     gate: Tensor | None,
     residual: Tensor | None,
     swiglu: bool,
     out: Tensor | None,
+    settled: bool,
 ) -> Tensor:
-    """Shapes as in `ops.project`; no gradients."""
+    """Shapes as in `ops.project`; no gradients, and nothing is read ahead of time."""
+    if norm_dim is not None:
+        norm = x.new_ones(norm_dim)
     parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
     check_inputs("project", x, *parts, bias, norm, gate, residual, out)
     if gate is not None and norm is not None:

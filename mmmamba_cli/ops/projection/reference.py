@@ -16,13 +16,17 @@ def project(
     *,
     bias: Tensor | None,
     norm: Tensor | None,
+    norm_dim: int | None,
     eps: float,
     gate: Tensor | None,
     residual: Tensor | None,
     swiglu: bool,
     out: Tensor | None,
+    settled: bool,
 ) -> Tensor:
-    """Shapes as in `ops.project`."""
+    """Shapes as in `ops.project`; `settled` or not, nothing is read ahead of time."""
+    if norm_dim is not None:
+        norm = x.new_ones(norm_dim)
     if gate is not None and norm is not None:
         heads = (-1, norm.shape[0])
         x = gated_rms_norm(x.unflatten(1, heads), gate.unflatten(1, heads), norm, eps).flatten(1)
