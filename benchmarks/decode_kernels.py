@@ -43,6 +43,7 @@ from decode_shapes import (
     make_weights,
     mixer_arguments,
     mixer_weights,
+    norm_options,
     normal,
     overlapped,
     product_ms,
@@ -59,7 +60,7 @@ from mmmamba_cli.ops.projection import Int8Weight
 
 def check_product(product: Product, int8: bool, batch: int) -> float:
     (weight,) = make_weights(product, int8, 1)
-    x, options = normal(batch, product.dim), product.options(batch)
+    x, options = normal(batch, product.dim), product.options(batch, int8)
     found = ops.project(x, weight, **options, backend="triton")
     exact = weight if isinstance(weight, Int8Weight) else weight.float()
     wanted = ops.project(x.float(), exact, **wide(options), backend="reference")
@@ -160,29 +161,25 @@ def make_chain(int8: bool) -> tuple[Callable[[str], Tensor], int]:
     mixers = [(mixer_weights(), *mixer_arguments(1)[2:]) for _ in range(LAYERS)]
     hidden = normal(1, WIDTH)
     kept = [(ring.clone(), state.clone()) for _, ring, state, _ in mixers]
-    # As in a model: in fp32, and of each layer its own.
-    norms = [torch.rand(WIDTH, device=DEVICE).add(0.5) for _ in range(2 * LAYERS + 1)]
-    head_norms = [torch.rand(DIM, device=DEVICE).add(0.5) for _ in range(LAYERS)]
+    # As in a model: of each layer its own.
+    norms = [{**norm_options(WIDTH, int8), "eps": EPS} for _ in range(2 * LAYERS + 1)]
+    head_norms = [{**norm_options(DIM, int8), "eps": EPS} for _ in range(LAYERS)]
 
     def step(backend: str) -> Tensor:
         x = hidden.clone()
         for number, layer in enumerate(layers):
             weights, ring, state, at = mixers[number]
             first, second = norms[2 * number : 2 * number + 2]
-            row = ops.project(x, layer["v|k|q|gate|dt"], norm=first, eps=EPS, backend=backend)
+            row = ops.project(x, layer["v|k|q|gate|dt"], **first, backend=backend)
             vkq, opened, dt = row.split((CHANNELS, HEADS * DIM, HEADS), 1)
-            y = ops.mixer_step(vkq, dt, ring, state, at, weights, backend=backend).flatten(1)
-            options = {
-                "norm": head_norms[number],
-                "gate": opened,
-                "residual": x,
-                "out": x,
-                "eps": EPS,
-            }
-            ops.project(y, layer["W_O"], **options, backend=backend)
-            y = ops.project(x, layer["w1|w3"], norm=second, eps=EPS, swiglu=True, backend=backend)
+            # States were written a token ago, and the gate with vkq.
+            early = {"settled": True, "backend": backend}
+            y = ops.mixer_step(vkq, dt, ring, state, at, weights, **early).flatten(1)
+            options = {**head_norms[number], "gate": opened, "residual": x, "out": x, **early}
+            ops.project(y, layer["W_O"], **options)
+            y = ops.project(x, layer["w1|w3"], **second, swiglu=True, backend=backend)
             ops.project(y, layer["w2"], residual=x, out=x, backend=backend)
-        return ops.project(x, head, norm=norms[-1], eps=EPS, backend=backend)
+        return ops.project(x, head, **norms[-1], backend=backend)
 
     def from_the_start(backend: str) -> Tensor:
         for (_, ring, state, _), (old_ring, old_state) in zip(mixers, kept, strict=True):

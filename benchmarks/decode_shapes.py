@@ -46,11 +46,10 @@ class Product:
     def copies(self) -> int:
         return HEAD_COPIES if self.rows == VOCABULARY else LAYERS
 
-    def options(self, batch: int) -> dict[str, Any]:
+    def options(self, batch: int, int8: bool) -> dict[str, Any]:
         found: dict[str, Any] = {"eps": EPS, "swiglu": self.swiglu}
         if self.norm:
-            # A model keeps its norms in fp32.
-            found["norm"] = torch.rand(self.norm, device=DEVICE).add(0.5)
+            found |= norm_options(self.norm, int8)
         if self.gate:
             found["gate"] = normal(batch, self.dim)
         if self.residual:
@@ -69,6 +68,11 @@ PRODUCTS = {
 
 def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
     return torch.randn(*shape, device=DEVICE).mul_(scale).to(dtype or DTYPE)
+
+
+def norm_options(size: int, int8: bool) -> dict[str, Any]:
+    """A norm's, as a model has it: weights in fp32, or in the int8 weights behind it."""
+    return {"norm_dim": size} if int8 else {"norm": torch.rand(size, device=DEVICE).add(0.5)}
 
 
 def make_weights(product: Product, int8: bool, copies: int | None = None) -> list[Weight]:
@@ -160,7 +164,8 @@ def attention_arguments(columns: int) -> tuple[Tensor, ...]:
 
 
 def product_ms(product: Product, weights: list[Weight], batch: int, seconds: float) -> float:
-    x, options = normal(batch, product.dim), product.options(batch)
+    int8 = isinstance(weights[0], Int8Weight)
+    x, options = normal(batch, product.dim), product.options(batch, int8)
 
     def call() -> None:
         for weight in weights:

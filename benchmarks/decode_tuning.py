@@ -69,7 +69,7 @@ def compile_tiles(jobs: list[tuple[Case, Tile]]) -> None:
         for case, found in itertools.groupby(jobs, key=lambda job: job[0]):
             product = PRODUCTS[case[0]]
             (weight,) = make_weights(product, case[1], 1)
-            x, options = normal(1, product.dim), product.options(1)
+            x, options = normal(1, product.dim), product.options(1, case[1])
             for _, tile in found:
                 projection.TILES[key_of(case)] = tile
                 attempt(lambda w=weight, x=x, o=options: ops.project(x, w, **o, backend="triton"))

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmmamba_cli.decoding.int8 import Int8Linear, joined_int8
 from mmmamba_cli.decoding.packing import joined, mixer_inputs, mlp_inputs, pack, packed_bias
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.config import StackConfig
-from mmmamba_cli.model.mamba2 import GATED_NORM_EPS, Mamba2
+from mmmamba_cli.model.mamba2 import Mamba2
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.ops.common import widened
 from mmmamba_cli.ops.decode import MixerWeights
@@ -28,10 +28,11 @@ Weight = Tensor | Int8Weight
 
 @dataclass(frozen=True)
 class Norm:
-    """Weight of an RMSNorm, and its epsilon."""
+    """An RMSNorm of `dim` numbers; its weight is None where it was multiplied into what follows."""
 
-    weight: Tensor
+    weight: Tensor | None
     eps: float
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Norms on each head of q and of k."""
+    """Weights (P,) of the norms on each head of q and of k, and their epsilon."""
 
-    q: Norm
-    k: Norm
+    q: Tensor
+    k: Tensor
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def plan_of(model: HolisticVLM) -> ModelPlan:
         embedding=None if config.embedding is None else StackPlan(config.embedding, layers[:split]),
         language=StackPlan(config.language, layers[split:]),
         normalize_embedding_output=config.normalize_embedding_output,
-        norm=_norm(decoder.norm),
+        norm=_norm(decoder.norm, model.lm_head),
         head=_projection([model.lm_head]),
     )
 
@@ -167,20 +169,21 @@ def _layer(block: Block) -> LayerPlan:
     inputs, output = _projection(mixer_inputs(mixer)), _projection([mixer.o_proj])
     head_norms = None
     if mixer.q_norm is not None and mixer.k_norm is not None:
-        head_norms = HeadNorms(_norm(mixer.q_norm), _norm(mixer.k_norm))
+        q, k = mixer.q_norm, mixer.k_norm
+        head_norms = HeadNorms(q.weight.detach(), k.weight.detach(), q.eps)
     found: ScanPlan | AttentionPlan
     shape = (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim)
     if isinstance(mixer, Mamba2):
-        norm = Norm(mixer.g_norm.weight.detach(), GATED_NORM_EPS)
+        norm = _norm(mixer.g_norm, mixer.o_proj)
         found = ScanPlan(
             inputs, output, _mixer_weights(mixer), norm, head_norms, mixer.rope, *shape
         )
     else:
         found = AttentionPlan(inputs, output, head_norms, *shape)
     return LayerPlan(
-        mixer_norm=_norm(block.mixer_norm),
+        mixer_norm=_norm(block.mixer_norm, mixer_inputs(mixer)[0]),
         mixer=found,
-        mlp_norm=_norm(block.mlp_norm),
+        mlp_norm=_norm(block.mlp_norm, mlp_inputs(block.mlp)[0]),
         mlp_inputs=_projection(mlp_inputs(block.mlp)),
         mlp_output=_projection([block.mlp.down_proj]),
     )
@@ -197,8 +200,12 @@ def _mixer_weights(mixer: Mamba2) -> MixerWeights:
     )
 
 
-def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight.detach(), norm.eps)
+def _norm(norm: RMSNorm, reader: nn.Module) -> Norm:
+    """A norm that only `reader`, and what is packed with it, comes after."""
+    weight = norm.weight.detach()
+    # As `quantize` leaves them: ones need not be read.
+    is_folded = isinstance(reader, Int8Linear) and bool((weight == 1).all())
+    return Norm(None if is_folded else weight, norm.eps, len(weight))
 
 
 def _projection(layers: Sequence[Any]) -> Projection:

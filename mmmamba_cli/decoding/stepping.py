@@ -81,7 +81,10 @@ def _block(
 def _scan(
     mixer: ScanPlan, memory: ScanState, inputs: Tensor, hidden: Tensor, token: Token
 ) -> Tensor:
-    """From the packed projection [v|k|q|g|dt] (B, ...) to hidden (B, D) behind W_O."""
+    """From the packed projection [v|k|q|g|dt] (B, ...) to hidden (B, D) behind W_O.
+
+    States and position are settled since the token before, the gate since the projection.
+    """
     width, kv_width = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
     vkq, gate, dt = inputs.split((width + 2 * kv_width, width, mixer.heads), dim=-1)
     if memory.ring is not None:
@@ -92,12 +95,19 @@ def _scan(
             memory.ssm,
             token.column,
             mixer.weights,
+            settled=True,
             backend=token.backend,
         )
     else:
         y = _scan_apart(mixer, memory, vkq, dt, token)
     return projected(
-        y.flatten(1), mixer.output, token.backend, norm=mixer.gated_norm, gate=gate, residual=hidden
+        y.flatten(1),
+        mixer.output,
+        token.backend,
+        norm=mixer.gated_norm,
+        gate=gate,
+        residual=hidden,
+        settled=True,
     )
 
 
@@ -159,10 +169,7 @@ def _attend(mixer: AttentionPlan, memory: KeysValues, inputs: Tensor, token: Tok
 def _normed(norms: HeadNorms | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if norms is None:
         return q, k
-    return (
-        rms_norm(q, norms.q.weight, norms.q.eps),
-        rms_norm(k, norms.k.weight, norms.k.eps),
-    )
+    return rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
 
 
 def projected(
@@ -175,6 +182,7 @@ def projected(
     residual: Tensor | None = None,
     swiglu: bool = False,
     out: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """`ops.project`; a sum with `residual` takes its place."""
     return project(
@@ -182,10 +190,12 @@ def projected(
         projection.weight,
         bias=projection.bias,
         norm=None if norm is None else norm.weight,
+        norm_dim=None if norm is None or norm.weight is not None else norm.dim,
         eps=0.0 if norm is None else norm.eps,
         gate=gate,
         residual=residual,
         swiglu=swiglu,
         out=residual if out is None else out,
+        settled=settled,
         backend=backend,
     )

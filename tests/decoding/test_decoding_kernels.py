@@ -58,23 +58,28 @@ def model_on(device: str, plan: str, int8: bool = False, **options: Any) -> Any:
 
 def test_a_step_is_made_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
+    settled: list[bool] = []
     for op in ("project", "mixer_step", "attention_step"):
         plain = BACKENDS[op]["triton"]
 
         def noted(*arguments: Any, op: str = op, plain: Any = plain, **options: Any) -> Any:
             used.append(op)
+            if op == "mixer_step" or options.get("gate") is not None:
+                settled.append(options["settled"])
             return plain(*arguments, **options)
 
         monkeypatch.setitem(BACKENDS[op], "triton", noted)
     generator = Generator(model_on(DEVICE, "aamm"), graphs=False, backend="triton")
     generator.prefill(prompt(0, 5)[0].to(DEVICE))
     used.clear()
+    settled.clear()
     generator.step(torch.tensor([[4]], device=DEVICE))
     layer = ["project", "mixer", "project", "project", "project"]
     attention, scan = (
         [name.replace("mixer", op) for name in layer] for op in ("attention_step", "mixer_step")
     )
     assert used == [*attention, *attention, *scan, *scan, "project"]
+    assert settled == [True] * 4
 
 
 @on_gpu

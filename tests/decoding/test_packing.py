@@ -15,6 +15,8 @@ from mmmamba_cli.decoding.packing import joined, mixer_inputs, mlp_inputs
 from mmmamba_cli.decoding.plan import plan_of
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.attention import Attention
+from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.ops.projection import dequantize
 from mmmamba_cli.ops.projection import quantize as quantized
 
@@ -155,12 +157,45 @@ def test_weights_of_several_dtypes_are_refused_before_anything_moves() -> None:
     assert pointers(model) == before
 
 
+def readers(model: Any) -> list[tuple[nn.Module, RMSNorm | None]]:
+    """Each layer that becomes int8, and the norm in front of it."""
+    found: list[tuple[nn.Module, RMSNorm | None]] = [(model.lm_head, model.model.norm)]
+    for block in model.model.blocks:
+        mixer, mlp = block.mixer, block.mlp
+        found += [(layer, block.mixer_norm) for layer in mixer_inputs(mixer)]
+        found += [(layer, block.mlp_norm) for layer in mlp_inputs(mlp)]
+        found += [(mixer.o_proj, getattr(mixer, "g_norm", None)), (mlp.down_proj, None)]
+    return found
+
+
+def folded(layer: nn.Module, norm: RMSNorm | None) -> torch.Tensor:
+    """The layer's weight, each column times what the norm would multiply that input by."""
+    if norm is None:
+        return layer.weight
+    repeats = layer.in_features // len(norm.weight)
+    return layer.weight * torch.cat([norm.weight] * repeats)
+
+
 def rounded(model: Any) -> Any:
-    """The weights that `quantize` reads, as the plain model's."""
-    layers = [m for block in model.model.blocks for m in block.modules() if type(m) is nn.Linear]
-    for layer in (*layers, model.lm_head):
-        layer.weight.copy_(dequantize(quantized(layer.weight), layer.weight.dtype))
+    """The weights that `quantize` reads, norms included, as the plain model's."""
+    found = readers(model)
+    for layer, norm in found:
+        layer.weight.copy_(dequantize(quantized(folded(layer, norm)), layer.weight.dtype))
+    for _, norm in found:
+        if norm is not None:
+            norm.weight.fill_(1)
     return model
+
+
+def with_head_norms(model: Any) -> Any:
+    """Norms on the heads of attention too."""
+    rng = torch.Generator().manual_seed(6)
+    for mixer in (block.mixer for block in model.model.blocks):
+        if isinstance(mixer, Attention):
+            mixer.q_norm, mixer.k_norm = RMSNorm(8, 1e-5), RMSNorm(8, 1e-5)
+            for norm in (mixer.q_norm, mixer.k_norm):
+                norm.weight.data += 0.5 * torch.randn(8, generator=rng)
+    return model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
@@ -178,6 +213,94 @@ def test_int8_is_a_model_of_rounded_weights(plan: str) -> None:
     tokens = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
     found = generator.generate(ids, attention_mask=mask, max_new_tokens=NEW)
     assert torch.equal(found, tokens[:, 9:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
+def test_norms_become_part_of_int8_weights(plan: str, dtype: torch.dtype) -> None:
+    model = with_head_norms(small_model(plan, qk_norm=plan == "amam")).to(dtype)
+    expected = [folded(layer, norm).double() for layer, norm in readers(model)]
+    heads = {n: p.clone() for n, p in model.named_parameters() if ".q_norm" in n or ".k_norm" in n}
+    assert len(heads) == 2 * plan.count("a") + 2 * plan.count("m") * (plan == "amam")
+    held = [p for n, p in model.named_parameters() if "norm" in n]
+    kept = [p.clone() for p in held]
+    quantize(model)
+    for (layer, norm), wanted in zip(readers(model), expected, strict=True):
+        found = dequantize(layer.as_weight(), torch.float64)
+        half = 0.5 * layer.scales.double().unsqueeze(1)
+        assert ((found - wanted).abs() <= 1.0001 * half).all()
+        assert norm is None or torch.equal(norm.weight, torch.ones_like(norm.weight))
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], weight) for name, weight in heads.items())
+    # Whoever else holds the old weights keeps them.
+    assert all(torch.equal(old, copy) for old, copy in zip(held, kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_int8_without_norms_weights_is_the_same_model(dtype: torch.dtype) -> None:
+    ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
+    for plan in ("aaaa", "mmmm", "amam"):
+        model = with_head_norms(small_model(plan, qk_norm=plan == "amam")).to(dtype)
+        plain = model(ids, attention_mask=mask).logits
+        quantize(model)
+        logits = model(ids, attention_mask=mask).logits
+        assert 1e-3 < distance(logits[mask.bool()], plain[mask.bool()]) < 0.3, plan
+        generator = Generator(model)
+        found = generator.prefill(ids[:, :-1], attention_mask=mask[:, :-1])
+        assert distance(found, logits[:, -2]) < 1e-5
+        assert distance(generator.step(ids[:, -1:]), logits[:, -1]) < 1e-5
+
+
+def test_a_step_over_int8_reads_no_norm() -> None:
+    model = small_model("am")
+    assert plan_of(model).norm.weight is not None
+    quantize(model)
+    plan = plan_of(model)
+    (attention,), (scan,) = (stack.layers for stack in plan.stacks)
+    norms = [plan.norm, *(n for one in (attention, scan) for n in (one.mixer_norm, one.mlp_norm))]
+    norms.append(scan.mixer.gated_norm)
+    assert [(norm.weight, norm.dim) for norm in norms] == [(None, 32)] * 5 + [(None, 8)]
+    # One that was changed since is read.
+    model.model.layers[1].mixer_norm.weight.fill_(2)
+    ids, _ = prompt(0, 6)
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 6:]
+    assert plan_of(model).language.layers[0].mixer_norm.weight is not None
+    assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW), expected)
+
+
+def test_quantizing_twice_changes_nothing() -> None:
+    model = small_model("amam")
+    quantize(model)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize(model)
+    assert model.state_dict().keys() == kept.keys()
+    assert all(torch.equal(model.state_dict()[name], kept[name]) for name in kept)
+
+
+def test_a_tied_head_is_int8_and_the_embedding_as_it_was() -> None:
+    model = small_model("mmmm")
+    model.lm_head.weight = model.model.text_embedding.weight
+    ids, _ = prompt(0, 9)
+    kept, plain = model.model.text_embedding.weight.clone(), model(ids).logits
+    quantize(model)
+    assert torch.equal(model.model.text_embedding.weight, kept)
+    assert 1e-3 < distance(model(ids).logits, plain) < 0.1
+
+
+def test_a_model_that_shares_norms_keeps_them() -> None:
+    teacher, student = small_model("aaaa"), small_model("mmmm", seed=1)
+    for one, other in zip(teacher.model.blocks, student.model.blocks, strict=True):
+        other.mixer_norm.weight, other.mlp_norm.weight = one.mixer_norm.weight, one.mlp_norm.weight
+    ids, _ = prompt(0, 6)
+    before = teacher(ids).logits
+    early = Generator(student)
+    early.prefill(ids)
+    expected = early.step(ids[:, :1]).clone()
+    quantize(student)
+    assert torch.equal(teacher(ids).logits, before)
+    # What was packed before holds its weights still.
+    early.prefill(ids)
+    assert torch.equal(early.step(ids[:, :1]), expected)
 
 
 def test_int8_lets_go_of_the_weights() -> None:
