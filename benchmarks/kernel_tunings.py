@@ -1,8 +1,8 @@
 """Alternatives of the scan's tuning table, timed; `kernels.py --tune` calls it.
 
-One thing is varied at a time, in the order chunk and forward launch, backward launch, spans: each
-begins from the best of those before. Other processes compile ahead of the one that measures, and
-what is compared are CUDA graphs, so that no host is.
+One thing is varied at a time, in the order states, chunk and forward launch, backward launch,
+spans: each begins from the best of those before. Other processes compile ahead of the one that
+measures, and what is compared are CUDA graphs, so that no host is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAUNCHES = tuple(
     for tile, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
     for stages in (1, 2, 3)
 )
-SPANS = tuple((programs, most) for programs in (264, 528, 1056) for most in (8, 16, 32, 64))
+SPANS = tuple((programs, most) for programs in (132, 264, 528) for most in (8, 16, 32, 64))
 GATE_LENGTH = 1008
 
 # By problem, or why there are none.
@@ -61,7 +61,7 @@ def scans(place: Place) -> list[Problem]:
 
 
 def timed(place: Place, tuning: Tuning, kind: str) -> Found:
-    """Milliseconds: forward of the longest problem, both ways of the others, all for spans."""
+    """Milliseconds: forward of the longest problem, both ways of others, all for states, spans."""
     problems = scans(place)
     small = replace(problems[0], length=min(problems[0].length, GATE_LENGTH))
     try:
@@ -72,7 +72,7 @@ def timed(place: Place, tuning: Tuning, kind: str) -> Found:
             return {
                 problem.name: _milliseconds(problem)
                 for problem in problems
-                if kind == "spans" or problem.trains == (kind == "backward")
+                if kind in ("states", "spans") or problem.trains == (kind == "backward")
             }
     except OutOfResources as error:
         return f"does not fit: {error}"
@@ -86,7 +86,9 @@ def _milliseconds(problem: Problem) -> float:
 
 
 def alternatives(kind: str, best: Tuning) -> list[Tuning]:
-    if kind == "forward":
+    if kind == "states":
+        made = [best._replace(states=launch) for launch in LAUNCHES]
+    elif kind == "forward":
         made = [best._replace(chunk=c, forward=launch) for c in CHUNKS for launch in LAUNCHES]
     elif kind == "backward":
         made = [best._replace(backward=launch) for launch in LAUNCHES]
@@ -100,7 +102,7 @@ def tune(place: Place, seconds: float) -> dict[str, Any]:
     end = time.monotonic() + seconds
     best = TUNING[tl.float32 if place.small else tl.bfloat16]
     tried: list[dict[str, Any]] = []
-    for kind in ("forward", "backward", "spans"):
+    for kind in ("states", "forward", "backward", "spans"):
         _compile_ahead(place, kind, best, end)
         results: list[tuple[Tuning, Found]] = []
         for tuning in alternatives(kind, best):
@@ -116,7 +118,8 @@ def tune(place: Place, seconds: float) -> dict[str, Any]:
 
 
 def _named(tuning: Tuning) -> dict[str, Any]:
-    launches = {name: getattr(tuning, name)._asdict() for name in ("forward", "backward")}
+    names = ("states", "forward", "backward")
+    launches = {name: getattr(tuning, name)._asdict() for name in names}
     return tuning._asdict() | launches
 
 
@@ -136,7 +139,7 @@ def _compile_ahead(place: Place, kind: str, best: Tuning, end: float) -> None:
     if place.device.type != "cuda" or kind == "spans":
         return
     count = max(1, min(8, (os.cpu_count() or 2) // 2))
-    text = ",".join(map(str, (best.chunk, *best.forward, *best.backward)))
+    text = ",".join(map(str, (best.chunk, *best.states, *best.forward, *best.backward)))
     helpers = [start("--warm-tunings", f"{kind}:{text}:{i}:{count}") for i in range(count)]
     for helper in helpers:
         wait(helper, end)
@@ -144,11 +147,11 @@ def _compile_ahead(place: Place, kind: str, best: Tuning, end: float) -> None:
 
 def warm(place: Place, text: str) -> None:
     """What such a process does: run its share of the alternatives once, on little data."""
-    kind, numbers, first, step = text.split(":")
+    kind, numbers, share, step = text.split(":")
     chunk, *rest = map(int, numbers.split(","))
-    best = Tuning(chunk, Launch(*rest[:3]), Launch(*rest[3:]))
+    best = Tuning(chunk, *(Launch(*rest[first : first + 3]) for first in (0, 3, 6)))
     made = sets(scans(place)[0], "triton", True)[0]
-    for tuning in alternatives(kind, best)[int(first) :: int(step)]:
+    for tuning in alternatives(kind, best)[int(share) :: int(step)]:
         # Spans of one chunk and of several are different kernels.
         for most in (1, 2):
             with using(tuning._replace(programs=1, most_chunks=most)):

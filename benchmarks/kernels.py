@@ -309,7 +309,7 @@ def start_warming() -> list[subprocess.Popen[bytes]]:
 
     One alone would compile for minutes before it has searched through all of them.
     """
-    count = max(1, min(12, (os.cpu_count() or 1) - 2))
+    count = max(1, min(8, (os.cpu_count() or 1) - 2))
     return [start("--warm-mamba", f"{part}/{count}") for part in range(count)]
 
 
@@ -330,7 +330,9 @@ def warm_mamba(place: Place, share: str) -> None:
     found = {id(value): value for module in modules for value in vars(module).values()}
     for tuner in found.values():
         if isinstance(tuner, Autotuner):
-            tuner.configs = tuner.configs[part::count] or tuner.configs[:1]
+            # And the next one's: one that does not fit this GPU is an error where it is alone.
+            own = tuner.configs[part::count] + tuner.configs[part + 1 :: count]
+            tuner.configs = own or tuner.configs[:2]
     problem = next(p for p in place.problems() if p.op == "ssd" and p.trains)
     for state in (False, True):
         both(partial(mamba_scan, state=state))(sets(problem, "mamba_ssm", True)[0])

@@ -15,7 +15,7 @@ from triton_device import (
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops import ssd
-from mmmamba_cli.ops.ssd.planning import TUNING
+from mmmamba_cli.ops.ssd.planning import TUNING, plan
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -38,7 +38,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, tile: int | None = None, **changes: int
     for dtype, tuning in TUNING.items():
         if tile:
             launch = tuning.forward._replace(tile=tile)
-            tuning = tuning._replace(forward=launch, backward=launch)
+            tuning = tuning._replace(states=launch, forward=launch, backward=launch)
         monkeypatch.setitem(TUNING, dtype, tuning._replace(**changes))
 
 
@@ -150,6 +150,18 @@ def test_weak_decays_pass_through_long_spans_in_bf16(monkeypatch):
     scan.dt = scan.dt.clamp(-6, -3)
     scan.A = -torch.tensor([0.05, 1.0])
     check_scan(rounded(scan, BF16))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "chunks"), [(1, 4096, 8), (4, 4096, 16), (1, 32768, 16), (1, 100, 1)]
+)
+def test_spans_are_cut_so_that_all_processors_work_to_the_end(batch, length, chunks):
+    x, B = (torch.empty(batch, length, 8, 128, dtype=BF16, device="meta") for _ in range(2))
+    C = torch.empty(batch, length, 16, 128, dtype=BF16, device="meta")
+    sizes = plan(x, B, C, trains=True)
+    assert sizes.per_span == chunks
+    assert sizes.spans * sizes.per_span >= sizes.chunks > (sizes.spans - 1) * sizes.per_span
+    assert plan(x.float(), B.float(), C.float(), trains=True).per_span == 1
 
 
 @pytest.mark.parametrize("used", [0, 1])

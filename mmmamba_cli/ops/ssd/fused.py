@@ -1,4 +1,4 @@
-"""The scan on Triton kernels: four launches forward, six backward.
+"""The scan on Triton kernels: four launches forward, six backward, two more where heads are shared.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N state dim. Nothing of
 size T is kept for the gradient but the inputs and five floats for each token and head; the state
@@ -9,28 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmmamba_cli.ops.common import segment_ordinals, wants_gradients
 from mmmamba_cli.ops.launching import block, buffer, check_inputs, dense_rows, on_device
-from mmmamba_cli.ops.ssd import gradient_kernels, kernels
-from mmmamba_cli.ops.ssd.planning import Launch, Sizes, plan
-
-# A decay below what fp32 leaves of the products beside it counts as none, in a gradient only.
-LEAST_DECAY = 2.0**-20
-
-
-class Steps(NamedTuple):
-    """What `kernels.prepare` makes of dt: (B, H, padded T) each, `through` (B, H, chunks)."""
-
-    step: Tensor
-    high: Tensor
-    low: Tensor
-    from_start: Tensor
-    to_end: Tensor
-    through: Tensor
+from mmmamba_cli.ops.ssd import kernels
+from mmmamba_cli.ops.ssd.gradients import Dots, Pairs, Tokens, decay_gradients, of_kv_heads
+from mmmamba_cli.ops.ssd.planning import Launch, Sizes, Steps, either, plan
 
 
 class Role(NamedTuple):
@@ -85,12 +71,11 @@ class _Scan(torch.autograd.Function):
         with on_device(x):
             steps = _prepare(sizes, dt, A, dt_bias, real, segments, softplus)
             key, value = Role(B, sizes.share), Role(x, sizes.share)
-            launch = sizes.tuning.forward
-            states, decay = _span_states(sizes, launch, key, value, steps, real, reverse=False)
+            states, decay = _span_states(sizes, key, value, steps, real, reverse=False)
             final = buffer(sizes.batch, sizes.heads, sizes.P, sizes.N, like=x)
             _pass_states(sizes, states, decay, initial_state, final)
             y = _outputs(
-                sizes, launch, Role(C, 1), key, value, steps, states, real, segments,
+                sizes, sizes.tuning.forward, Role(C, 1), key, value, steps, states, real, segments,
                 along="P", dtype=x.dtype, D=D,
             )  # fmt: skip
         ctx.save_for_backward(
@@ -112,31 +97,34 @@ class _Scan(torch.autograd.Function):
         key, value, query, out = Role(B, sizes.share), Role(x, sizes.share), Role(C, 1), Role(dy, 1)
         with on_device(x):
             launch = sizes.tuning.backward
-            dstates, decay = _span_states(sizes, launch, query, out, steps, real, reverse=True)
+            dstates, decay = _span_states(sizes, query, out, steps, real, reverse=True)
             dinitial = buffer(sizes.batch, sizes.heads, sizes.P, sizes.N, like=x)
             products = _pass_states(sizes, dstates, decay, dfinal, dinitial, states, final)
-            got, gave, direct = _dots(sizes, x)
+            tokens, dots = Tokens(x, B, C, dy), Dots.empty(sizes, x)
             dC = _outputs(
                 sizes, launch, out, value, key, steps, states, real, segments,
-                along="N", dtype=C.dtype, own=query, dots=(got, None),
+                along="N", dtype=C.dtype, own=query, dots=(dots.got, None),
             )  # fmt: skip
             dx = _outputs(
                 sizes, launch, key, query, out, steps, dstates, real, segments,
-                along="P", dtype=x.dtype, reverse=True, D=D, own=value, dots=(gave, direct),
+                along="P", dtype=x.dtype, reverse=True, D=D, own=value,
+                dots=(dots.gave, dots.direct),
             )  # fmt: skip
+            pairs = Pairs.empty(sizes, x)
             dB = _outputs(
                 sizes, launch, value, out, query, steps, dstates, real, segments,
-                along="N", dtype=B.dtype, reverse=True,
+                along="N", dtype=B.dtype, reverse=True, own=key, pairs=pairs,
             )  # fmt: skip
-            ddt, dA, dbias, dD = _decay_gradients(
-                sizes, (dt, A, dt_bias), (x, B, C, dy), steps, real, segments,
-                (got, gave, direct), products, ctx.softplus,
+            ddt, dA, dbias, dD = decay_gradients(
+                sizes, (dt, A, dt_bias), tokens, steps, real, segments,
+                dots, pairs, products, ctx.softplus,
             )  # fmt: skip
+            dx, dB = of_kv_heads(dx, sizes), of_kv_heads(dB, sizes)
         return (
-            _of_kv_heads(dx, sizes),
+            dx,
             ddt,
             dA.to(A.dtype),
-            _of_kv_heads(dB, sizes),
+            dB,
             dC,
             None if dt_bias is None else dbias.to(dt_bias.dtype),
             None if D is None else dD.to(D.dtype),
@@ -163,7 +151,7 @@ def _prepare(
     heads = min(block(sizes.heads, 1), 16)
     grid = (sizes.chunks, sizes.batch, triton.cdiv(sizes.heads, heads))
     kernels.prepare[grid](
-        dt, A.contiguous(), _or(dt_bias, A), _or(real, A), _or(segments, A), *steps,
+        dt, A.contiguous(), either(dt_bias, A), either(real, A), either(segments, A), *steps,
         sizes.length, sizes.heads, sizes.padded, *dt.stride(),
         SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_MASK=real is not None,
         HAS_SEGMENTS=segments is not None, Q=sizes.tuning.chunk, BLOCK_H=heads, num_warps=4,
@@ -173,7 +161,6 @@ def _prepare(
 
 def _span_states(
     sizes: Sizes,
-    launch: Launch,
     key: Role,
     value: Role,
     steps: Steps,
@@ -186,10 +173,11 @@ def _span_states(
     like = key.tensor
     states = buffer(batch, sizes.spans, heads, sizes.P, sizes.N, like=like)
     decay = buffer(batch, sizes.spans, heads, like=like)
+    launch = sizes.tuning.states
     tile = min(launch.tile, block(sizes.P))
     grid = (triton.cdiv(sizes.P, tile) * heads, sizes.spans, batch)
     kernels.span_states[grid](
-        key.tensor, value.tensor, _or(real, like), steps.step,
+        key.tensor, value.tensor, either(real, like), steps.step,
         steps.from_start if reverse else steps.to_end, steps.through, states, decay,
         sizes.length, heads, sizes.padded, sizes.spans, sizes.per_span,
         *key.tensor.stride()[:3], *value.tensor.stride()[:3], 1, sizes.N,
@@ -219,7 +207,7 @@ def _pass_states(
     products = buffer(sizes.batch, sizes.spans, sizes.heads, blocks, like=states)
     kernels.pass_states[(blocks, sizes.batch * sizes.heads)](
         states, decay, states if first is None else first.contiguous(), last,
-        _or(entering, states), _or(final, states), products,
+        either(entering, states), either(final, states), products,
         sizes.heads, sizes.spans, size, blocks,
         HAS_FIRST=first is not None, REVERSE=entering is not None, SINGLE=sizes.per_span == 1,
         BLOCK=STATE_BLOCK, num_warps=4,
@@ -244,6 +232,7 @@ def _outputs(
     D: Tensor | None = None,
     own: Role | None = None,
     dots: tuple[Tensor | None, Tensor | None] = (None, None),
+    pairs: Pairs | None = None,
 ) -> Tensor:
     """`kernels.span_outputs` (B, T, H, P) or (B, T, H, N), whichever `along` says."""
     batch, length, heads = sizes.batch, sizes.length, sizes.heads
@@ -255,75 +244,18 @@ def _outputs(
     own = query if own is None else own
     inter, whole = dots
     kernels.span_outputs[(triton.cdiv(dim, tile) * heads, sizes.spans, batch)](
-        query.tensor, key.tensor, value.tensor, own.tensor, _or(real, states),
-        _or(segments, states), *steps, states, _or(D, states), out,
-        _or(inter, states), _or(whole, states),
+        query.tensor, key.tensor, value.tensor, own.tensor, either(real, states),
+        either(segments, states), *steps, states, either(D, states), out,
+        either(inter, states), either(whole, states),
+        *((states, states) if pairs is None else pairs),
         length, heads, sizes.padded, sizes.spans, sizes.per_span,
         *query.tensor.stride()[:3], *key.tensor.stride()[:3], *value.tensor.stride()[:3],
         *own.tensor.stride()[:3], *state_strides,
         Q_SHARE=query.share, K_SHARE=key.share, V_SHARE=value.share, OWN_SHARE=own.share,
         K_DIM=key_dim, V_DIM=dim, BLOCK_K=block(key_dim), BLOCK_V=tile,
         Q=sizes.tuning.chunk, REVERSE=reverse, WEIGH_K=reverse == (along == "P"),
-        DOTS=2 if whole is not None else int(inter is not None),
+        DOTS=2 if whole is not None else int(inter is not None), PAIRS=pairs is not None,
         HAS_D=D is not None, HAS_MASK=real is not None, HAS_SEGMENTS=segments is not None,
         DTYPE=sizes.dtype, PRECISION="tf32x3", num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return out
-
-
-def _dots(sizes: Sizes, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what tokens got from states (by tiles of N), gave to them and gave in all."""
-    shape = (sizes.batch, sizes.heads, sizes.padded)
-    tile = sizes.tuning.backward.tile
-    got = triton.cdiv(sizes.N, min(tile, block(sizes.N)))
-    gave = triton.cdiv(sizes.P, min(tile, block(sizes.P)))
-    return (
-        buffer(got, *shape, like=x),
-        buffer(gave, *shape, like=x),
-        buffer(gave, *shape, like=x),
-    )
-
-
-def _decay_gradients(
-    sizes: Sizes,
-    steps_of: tuple[Tensor, Tensor, Tensor | None],
-    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
-    steps: Steps,
-    real: Tensor | None,
-    segments: Tensor | None,
-    dots: tuple[Tensor, Tensor, Tensor],
-    products: Tensor,
-    softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of dt, A, dt_bias and D; the last three in fp32."""
-    dt, A, dt_bias = steps_of
-    ddt = buffer(*dt.shape, like=dt, dtype=dt.dtype)
-    sums = buffer(3, sizes.batch, sizes.chunks, sizes.heads, like=dt)
-    strides = [stride for tensor in tokens for stride in tensor.stride()[:3]]
-    blocks = products.shape[-1]
-    gradient_kernels.decay_gradients[(sizes.chunks, sizes.heads, sizes.batch)](
-        dt, A.contiguous(), _or(dt_bias, A), *tokens, _or(real, A), _or(segments, A),
-        steps.step, steps.high, steps.low, steps.through, *dots, products, ddt, sums,
-        sizes.length, sizes.heads, sizes.padded, sizes.spans, sizes.per_span, blocks,
-        dots[0].shape[0], dots[1].shape[0], *dt.stride(), *strides,
-        SHARE=sizes.share, P=sizes.P, N=sizes.N, BLOCK_P=block(sizes.P), BLOCK_N=block(sizes.N),
-        BLOCKS=block(blocks, 1), Q=sizes.tuning.chunk, SOFTPLUS=softplus,
-        HAS_BIAS=dt_bias is not None, HAS_MASK=real is not None,
-        HAS_SEGMENTS=segments is not None, SINGLE=sizes.per_span == 1,
-        LEAST=LEAST_DECAY, PRECISE=sizes.dtype == tl.float32, DTYPE=sizes.dtype, PRECISION="tf32x3",
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
-    dA, dbias, dD = sums.sum((1, 2)).unbind(0)
-    return ddt, dA, dbias, dD
-
-
-def _of_kv_heads(gradient: Tensor, sizes: Sizes) -> Tensor:
-    """(B, T, H, dim) of the query heads, summed to the key/value heads they share."""
-    if sizes.share == 1:
-        return gradient
-    return gradient.unflatten(2, (-1, sizes.share)).sum(3)
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer that is not read stands for a tensor that is not there."""
-    return other if tensor is None else tensor.contiguous()

@@ -1,6 +1,6 @@
-"""The Triton kernel that gathers the gradients of step sizes, decay rates and the skip.
+"""Triton kernels of the scan's gradient alone: of all that decays, and sums over shared heads.
 
-Legend and layout of what it reads: `kernels.py`, whose `span_outputs` leaves most of it.
+Legend and layout of what they read: `kernels.py`. `gradients.py` launches them.
 """
 
 import triton
@@ -9,24 +9,70 @@ import triton.language as tl
 from mmmamba_cli.ops.ssd.kernels import VARYING, real_tokens, rows_of
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_heads(
+    gradient_ptr, out_ptr, num_rows, dim,
+    SHARE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients (rows, SHARE, dim) of query heads, summed to the head they share: (rows, dim)."""
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    keep = (r < num_rows) & (d < dim)
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for head in tl.static_range(SHARE):
+        at = gradient_ptr + (r * SHARE + head) * dim + d
+        total += tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out_ptr + r * dim + d, total.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def pairs_of_chunk(
+    x_ptr, B_ptr, C_ptr, dy_ptr, segment_ptr, step, high, low,
+    start, t, real, length, x_t, B_t, C_t, dy_t,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, PRECISE: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What pairs of tokens within a chunk put on each decay, and the sum of x dy."""
+    dp, dn = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    C = rows_of(C_ptr, start, t, real, dn, C_t, N, DTYPE)
+    B = rows_of(B_ptr, start, t, real, dn, B_t, N, DTYPE)
+    pairs = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+    dy = rows_of(dy_ptr, start, t, real, dp, dy_t, P, DTYPE)
+    x = rows_of(x_ptr, start, t, real, dp, x_t, P, DTYPE)
+    products = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
+    skip = tl.sum(tl.where(t[:, None] == t[None, :], products, 0.0))
+    passed = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    allowed = t[:, None] > t[None, :]
+    if HAS_SEGMENTS:
+        segment = tl.load(segment_ptr + tl.minimum(start + t, length - 1))
+        allowed = allowed & (segment[:, None] == segment[None, :])
+    pairs = tl.where(allowed, pairs * products * tl.exp(passed) * step[None, :], 0.0)
+    if PRECISE:
+        # A token between strong decays carries almost nothing of these sums.
+        pairs = pairs.to(tl.float64)
+    return (tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)).to(tl.float64), skip
+
+
 @triton.jit(do_not_specialize=VARYING)
 def decay_gradients(
     dt_ptr, A_ptr, bias_ptr, x_ptr, B_ptr, C_ptr, dy_ptr, mask_ptr, segment_ptr,
     step_ptr, high_ptr, low_ptr, through_ptr, got_ptr, gave_ptr, direct_ptr, product_ptr,
-    ddt_ptr, sums_ptr,
-    length, heads, padded, num_spans, per_span, blocks, got_tiles, gave_tiles,
+    change_ptr, skip_ptr, ddt_ptr, sums_ptr,
+    length, heads, padded, num_spans, per_span, blocks, got_tiles, gave_tiles, pair_tiles,
     dt_b, dt_t, dt_h, x_b, x_t, x_h, B_b, B_t, B_h, C_b, C_t, C_h, dy_b, dy_t, dy_h,
     SHARE: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, Q: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr, SINGLE: tl.constexpr, LEAST: tl.constexpr,
-    PRECISE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRED: tl.constexpr, PRECISE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of dt (B, T, H) and, summed over a chunk, of A, dt_bias and D.
 
     The log decay of token k carries whatever goes from before it to it or later: pairs within the
     chunk, what tokens from k on `got` from the state, what tokens before k `gave` to it, and what
-    passes through the chunk. Each is summed by itself, so that little cancels.
+    passes through the chunk. Each is summed by itself, so that little cancels. PAIRED says that
+    `span_outputs` has left the pairs: what is added, and behind it what is taken away, by tiles.
     """
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -38,30 +84,26 @@ def decay_gradients(
     tile_stride = tl.num_programs(2) * heads * padded
     real = real_tokens(mask_ptr, row, start + t, length, HAS_MASK)
 
-    dp, dn = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    C = rows_of(C_ptr + row * C_b + head * C_h, start, t, real, dn, C_t, N, DTYPE)
-    B = rows_of(B_ptr + row * B_b + head // SHARE * B_h, start, t, real, dn, B_t, N, DTYPE)
-    pairs = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-    dy = rows_of(dy_ptr + row * dy_b + head * dy_h, start, t, real, dp, dy_t, P, DTYPE)
-    x = rows_of(x_ptr + row * x_b + head // SHARE * x_h, start, t, real, dp, x_t, P, DTYPE)
-    products = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
-    skip = tl.sum(tl.where(t[:, None] == t[None, :], products, 0.0))
-
-    step, high, low = tl.load(step_ptr + at), tl.load(high_ptr + at), tl.load(low_ptr + at)
-    passed = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    allowed = t[:, None] > t[None, :]
     begins = start + t < 0
     if HAS_SEGMENTS:
         of_row = segment_ptr + row * length
         now = tl.minimum(start + t, length - 1)
-        segment = tl.load(of_row + now)
-        begins = segment != tl.load(of_row + tl.maximum(now - 1, 0))
-        allowed = allowed & (segment[:, None] == segment[None, :])
-    pairs = tl.where(allowed, pairs * products * tl.exp(passed) * step[None, :], 0.0)
-    if PRECISE:
-        # A token between strong decays carries almost nothing of these sums.
-        pairs = pairs.to(tl.float64)
-    change = (tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)).to(tl.float64)
+        begins = tl.load(of_row + now) != tl.load(of_row + tl.maximum(now - 1, 0))
+    step = tl.load(step_ptr + at)
+    if PAIRED:
+        change = tl.zeros((Q,), tl.float64)
+        for tile in range(pair_tiles):
+            change += tl.load(change_ptr + tile * tile_stride + at)
+            change -= tl.load(change_ptr + (pair_tiles + tile) * tile_stride + at)
+        skip = tl.load(skip_ptr + of_head * chunks + chunk)
+    else:
+        change, skip = pairs_of_chunk(
+            x_ptr + row * x_b + head // SHARE * x_h, B_ptr + row * B_b + head // SHARE * B_h,
+            C_ptr + row * C_b + head * C_h, dy_ptr + row * dy_b + head * dy_h,
+            segment_ptr + row * length, step, tl.load(high_ptr + at), tl.load(low_ptr + at),
+            start, t, real, length, x_t, B_t, C_t, dy_t,
+            P, N, BLOCK_P, BLOCK_N, HAS_SEGMENTS, PRECISE, DTYPE, PRECISION,
+        )  # fmt: skip
 
     # What passes the end of the span, and from there back to the end of this chunk; of a span of
     # a SINGLE chunk, what passes through it.

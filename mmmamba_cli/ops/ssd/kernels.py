@@ -199,14 +199,14 @@ def pass_states(
 def span_outputs(
     q_ptr, k_ptr, v_ptr, own_ptr, mask_ptr, segment_ptr,
     step_ptr, high_ptr, low_ptr, from_start_ptr, to_end_ptr, through_ptr,
-    state_ptr, D_ptr, out_ptr, inter_ptr, whole_ptr,
+    state_ptr, D_ptr, out_ptr, inter_ptr, whole_ptr, change_ptr, skip_ptr,
     length, heads, padded, num_spans, per_span,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, own_b, own_t, own_h,
     state_k, state_v,
     Q_SHARE: tl.constexpr, K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, OWN_SHARE: tl.constexpr,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     Q: tl.constexpr, REVERSE: tl.constexpr, WEIGH_K: tl.constexpr, DOTS: tl.constexpr,
-    HAS_D: tl.constexpr,
+    PAIRS: tl.constexpr, HAS_D: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -217,6 +217,9 @@ def span_outputs(
     state, DOTS 2 that times its step size, and that with all it gets before its step size, skip
     left out: (tile, B, H, padded T) each. `decay_gradients` takes differences of sums of the first,
     so each factor in them is rounded as in the states they add up to, and no state is rounded.
+    PAIRS, in reverse with x as q and `own` and v those of B and C, leaves this tile's part of what
+    pairs of tokens within a chunk put on the decays, (2, tile, B, H, padded T): on those who get,
+    and on those who give; and the sum of x dy in `skip` (B, H, chunks).
     """
     tiles = tl.cdiv(V_DIM, BLOCK_V)
     tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
@@ -251,20 +254,6 @@ def span_outputs(
         from_start, to_end = tl.load(from_start_ptr + at), tl.load(to_end_ptr + at)
         through = tl.load(through_ptr + of_head * chunks + chunk)
 
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        passed = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-        if REVERSE:
-            allowed = t[:, None] <= t[None, :]
-            passed = -passed
-        else:
-            allowed = t[:, None] >= t[None, :]
-            scores *= step[None, :]
-        if HAS_SEGMENTS:
-            at_t = tl.minimum(start + t, length - 1)
-            segment = tl.load(segment_ptr + row * length + at_t)
-            allowed = allowed & (segment[:, None] == segment[None, :])
-        scores = tl.where(allowed, scores * tl.exp(passed), 0.0)
-
         if REVERSE:
             reach, leave = to_end, from_start
         else:
@@ -282,6 +271,43 @@ def span_outputs(
                 weighed = (own * from_start[:, None]).to(DTYPE)
             tl.store(inter_ptr + of_tile, tl.sum(weighed.to(tl.float32) * inter, axis=1))
         inter *= reach[:, None]
+        # Before the scores: a program that held k and v until they are done would run out of
+        # registers.
+        if WEIGH_K:
+            left_k, left_v = (k * leave[:, None]).to(DTYPE), v
+        else:
+            left_k, left_v = k, (v * leave[:, None]).to(DTYPE)
+        state = tl.dot(tl.trans(left_k), left_v, state * through, input_precision=PRECISION)
+
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        passed = high[:, None] - high[None, :]
+        if tl.float32 == DTYPE:
+            passed += low[:, None] - low[None, :]
+        if PAIRS:
+            skip = tl.sum(tl.where(t[:, None] == t[None, :], scores, 0.0), axis=1)
+            if tile == 0:
+                tl.store(skip_ptr + of_head * chunks + chunk, tl.sum(skip, axis=0))
+        if REVERSE:
+            allowed = t[:, None] <= t[None, :]
+            passed = -passed
+        else:
+            allowed = t[:, None] >= t[None, :]
+            scores *= step[None, :]
+        if HAS_SEGMENTS:
+            at_t = tl.minimum(start + t, length - 1)
+            segment = tl.load(segment_ptr + row * length + at_t)
+            allowed = allowed & (segment[:, None] == segment[None, :])
+        scores = tl.where(allowed, scores * tl.exp(passed), 0.0)
+
+        if PAIRS:
+            own = rows_of(own_ptr, start, t, real, dv, own_t, V_DIM, DTYPE)
+            pairs = tl.dot(own, tl.trans(v), input_precision=PRECISION) * scores * step[:, None]
+            # What a token gives itself passes no decay.
+            pairs = tl.where(t[:, None] == t[None, :], 0.0, pairs)
+            of_kind = tl.num_programs(2) * heads * padded
+            at_pairs = change_ptr + tile * of_kind + at
+            tl.store(at_pairs, tl.sum(pairs, axis=0))
+            tl.store(at_pairs + tiles * of_kind, tl.sum(pairs, axis=1))
         out = tl.dot(scores.to(DTYPE), v, inter, input_precision=PRECISION)
         if DOTS == 2:
             tl.store(whole_ptr + of_tile, tl.sum(own * out, axis=1))
@@ -293,8 +319,3 @@ def span_outputs(
         at_out += t[:, None] * heads * V_DIM + dv[None, :]
         stored = (start + t < length)[:, None] & (dv < V_DIM)[None, :]
         tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=stored)
-        if WEIGH_K:
-            k = (k * leave[:, None]).to(DTYPE)
-        else:
-            v = (v * leave[:, None]).to(DTYPE)
-        state = tl.dot(tl.trans(k), v, state * through, input_precision=PRECISION)

@@ -21,24 +21,25 @@ class Launch(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Tokens of a chunk, launches forwards and backwards, and the length of spans.
+    """Tokens of a chunk, launches of `span_states` and of `span_outputs` both ways, and spans.
 
-    A span is as long as leaves `span_outputs` that many `programs`, four for each of an H100's 132
-    processors, and has `most_chunks` at most.
+    `programs` of `span_outputs` run at the same time, two on each of an H100's 132 processors; a
+    span has `most_chunks` at most.
     """
 
     chunk: int
+    states: Launch
     forward: Launch
     backward: Launch
-    programs: int = 528
+    programs: int = 264
     most_chunks: int = 16
 
 
 # Fixed, not searched for at run time: a result must not depend on what else the machine is doing.
 # `benchmarks/kernels.py --tune` times the alternatives.
 TUNING = {
-    tl.bfloat16: Tuning(64, forward=Launch(64, 4, 2), backward=Launch(64, 4, 2)),
-    tl.float32: Tuning(64, forward=Launch(32, 4, 1), backward=Launch(32, 4, 1)),
+    tl.bfloat16: Tuning(64, Launch(128, 8, 2), Launch(64, 4, 2), Launch(64, 4, 2)),
+    tl.float32: Tuning(64, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1)),
 }
 
 
@@ -61,6 +62,27 @@ class Sizes(NamedTuple):
     def padded(self) -> int:
         return self.chunks * self.tuning.chunk
 
+    @property
+    def paired(self) -> bool:
+        """Whether pairs within chunks are summed on the way; fp32 sums them apart, in fp64."""
+        return self.dtype != tl.float32
+
+
+class Steps(NamedTuple):
+    """What `kernels.prepare` makes of dt: (B, H, padded T) each, `through` (B, H, chunks)."""
+
+    step: Tensor
+    high: Tensor
+    low: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    through: Tensor
+
+
+def either(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer that is not read stands for a tensor that is not there."""
+    return other if tensor is None else tensor.contiguous()
+
 
 def plan(x: Tensor, B: Tensor, C: Tensor, trains: bool) -> Sizes:
     """x (B, T, K, P), B (B, T, K, N), C (B, T, H, N); `trains` says that gradients are wanted."""
@@ -69,13 +91,25 @@ def plan(x: Tensor, B: Tensor, C: Tensor, trains: bool) -> Sizes:
     dtype = dot_type(x, B, C)
     tuning = TUNING[dtype]
     chunks = triton.cdiv(length, tuning.chunk)
-    # Long spans cost fewer states in memory, short ones give every processor something to do.
     tiles = triton.cdiv(max(P, N), tuning.forward.tile)
-    most = chunks * batch * heads * tiles // tuning.programs
-    per_span = max(1, min(tuning.most_chunks, most))
+    per_span = _chunks_of_span(chunks, batch * heads * tiles, tuning)
     if trains and dtype == tl.float32:
         # What passes through a chunk of several is a difference, which costs fp32 its digits.
         per_span = 1
     spans = triton.cdiv(chunks, per_span)
     share = heads // kv_heads
     return Sizes(batch, length, heads, share, P, N, dtype, tuning, chunks, per_span, spans)
+
+
+def _chunks_of_span(chunks: int, programs: int, tuning: Tuning) -> int:
+    """What is done first, where so many programs walk through each span.
+
+    They run in waves. A span takes as long as its chunks, and about one more for the state that it
+    begins with; with the same time, long spans cost fewer states in memory.
+    """
+
+    def time(length: int) -> int:
+        waves = triton.cdiv(triton.cdiv(chunks, length) * programs, tuning.programs)
+        return waves * (length + 1)
+
+    return min(range(min(tuning.most_chunks, chunks), 0, -1), key=time)
