@@ -41,6 +41,8 @@ LAUNCHES = tuple(
 )
 SPANS = tuple((programs, most) for programs in (132, 264, 528) for most in (8, 16, 32, 64))
 GATE_LENGTH = 1008
+# As a `Tuning` has them.
+LAUNCHED = ("states", "few_states", "forward", "backward")
 
 # By problem, or why there are none.
 Found = dict[str, float] | str
@@ -87,7 +89,8 @@ def _milliseconds(problem: Problem) -> float:
 
 def alternatives(kind: str, best: Tuning) -> list[Tuning]:
     if kind == "states":
-        made = [best._replace(states=launch) for launch in LAUNCHES]
+        # Each problem wants one of the two.
+        made = [best._replace(states=launch, few_states=launch) for launch in LAUNCHES]
     elif kind == "forward":
         made = [best._replace(chunk=c, forward=launch) for c in CHUNKS for launch in LAUNCHES]
     elif kind == "backward":
@@ -118,8 +121,7 @@ def tune(place: Place, seconds: float) -> dict[str, Any]:
 
 
 def _named(tuning: Tuning) -> dict[str, Any]:
-    names = ("states", "forward", "backward")
-    launches = {name: getattr(tuning, name)._asdict() for name in names}
+    launches = {name: getattr(tuning, name)._asdict() for name in LAUNCHED}
     return tuning._asdict() | launches
 
 
@@ -139,7 +141,7 @@ def _compile_ahead(place: Place, kind: str, best: Tuning, end: float) -> None:
     if place.device.type != "cuda" or kind == "spans":
         return
     count = max(1, min(8, (os.cpu_count() or 2) // 2))
-    text = ",".join(map(str, (best.chunk, *best.states, *best.forward, *best.backward)))
+    text = ",".join(map(str, (best.chunk, *(n for name in LAUNCHED for n in getattr(best, name)))))
     helpers = [start("--warm-tunings", f"{kind}:{text}:{i}:{count}") for i in range(count)]
     for helper in helpers:
         wait(helper, end)
@@ -149,7 +151,7 @@ def warm(place: Place, text: str) -> None:
     """What such a process does: run its share of the alternatives once, on little data."""
     kind, numbers, share, step = text.split(":")
     chunk, *rest = map(int, numbers.split(","))
-    best = Tuning(chunk, *(Launch(*rest[first : first + 3]) for first in (0, 3, 6)))
+    best = Tuning(chunk, *(Launch(*rest[first : first + 3]) for first in range(0, len(rest), 3)))
     made = sets(scans(place)[0], "triton", True)[0]
     for tuning in alternatives(kind, best)[int(share) :: int(step)]:
         # Spans of one chunk and of several are different kernels.

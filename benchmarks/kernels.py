@@ -1,6 +1,6 @@
 """The ops' kernels at HoVLE-2.6B size on one GPU: correct first, then how fast.
 
-    python benchmarks/kernels.py [--out FILE] [--seconds S] [--no-mamba]
+    python benchmarks/kernels.py [--out FILE] [--seconds S] [--no-mamba] [--only OP]
     python benchmarks/kernels.py --tune [--out FILE] [--seconds S]
 
 Every row is first held against the plain PyTorch reference in fp64 at its own shape, less a few
@@ -248,7 +248,7 @@ def mamba_importable() -> bool:
     return True
 
 
-def compare(place: Place, seconds: float, mamba: bool) -> dict[str, Any]:
+def compare(place: Place, seconds: float, mamba: bool, only: str | None) -> dict[str, Any]:
     """All rows; those of mamba_ssm come last, for it searches for its tilings first."""
     end = time.monotonic() + seconds
     if mamba and place.device.type == "cuda":
@@ -256,7 +256,7 @@ def compare(place: Place, seconds: float, mamba: bool) -> dict[str, Any]:
         for process in start_warming():
             wait(process, end)
     rows: list[Row] = []
-    problems = list(place.problems())
+    problems = [problem for problem in place.problems() if only in (None, problem.op)]
     order = [(p, b) for p in problems for b in candidates(p, False)]
     if mamba:
         order += [(p, "mamba_ssm") for p in problems if p.op == "ssd"]
@@ -352,6 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--only", metavar="OP", help="one op, such as ssd")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-mamba", action="store_true")
@@ -370,7 +371,8 @@ def main() -> None:
             return
         found = tune(place, chosen.seconds)
     else:
-        found = compare(place, chosen.seconds, not chosen.no_mamba and mamba_importable())
+        mamba = not chosen.no_mamba and mamba_importable()
+        found = compare(place, chosen.seconds, mamba, chosen.only)
     name = torch.cuda.get_device_name() if place.device.type == "cuda" else platform.processor()
     found = {
         "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from mmmamba_cli.checkpoint.fields import (
     MOST_LAYERS,
     check_scaling,
@@ -30,7 +32,15 @@ SECTIONS = {
 }
 REMEDY = "take the config.json that was written with the weights"
 # What transformers raises for fields of its own, a dtype say, that make no sense.
-_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_MISFITS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 def to_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:

@@ -14,6 +14,8 @@ from mmmamba_cli.errors import MmmambaError
 # Whether the kernels of a decoding step may begin before the launch before them has ended
 # (programmatic dependent launch, from Hopper on).
 OVERLAP = True
+# Whether kernels may speak PTX.
+NATIVE = not (knobs.runtime.interpret or torch.version.hip)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -77,7 +79,10 @@ def _overlaps(device: torch.device) -> bool:
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr) -> None:
-    """Until all that was launched before has ended; before it, only weights may be read."""
+    """Until all that was launched before has ended.
+
+    Before it only weights may be read, and what a caller says was settled before the last launch.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 

@@ -131,6 +131,7 @@ def test_a_small_real_model_and_its_teacher(
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
     words = ["--suite", "mme,pope", "--run", run, "--data", data, "--max-new-tokens", 4]
+    words += ["--device", "cpu"]
     done = mmmamba("eval", *words, "--teacher")
     assert done.code == 0, done.err
     assert "seed was never distilled end to end" in done.err

@@ -38,7 +38,8 @@ def cut(monkeypatch: pytest.MonkeyPatch, tile: int | None = None, **changes: int
     for dtype, tuning in TUNING.items():
         if tile:
             launch = tuning.forward._replace(tile=tile)
-            tuning = tuning._replace(states=launch, forward=launch, backward=launch)
+            names = ("states", "few_states", "forward", "backward")
+            tuning = tuning._replace(**dict.fromkeys(names, launch))
         monkeypatch.setitem(TUNING, dtype, tuning._replace(**changes))
 
 

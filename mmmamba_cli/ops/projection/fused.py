@@ -2,16 +2,19 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from triton import cdiv, knobs, next_power_of_2
+from triton import cdiv, next_power_of_2
 
-from mmmamba_cli.ops.launching import buffer, check_inputs, dense_rows, on_device, overlapping
+from mmmamba_cli.ops.launching import (
+    NATIVE,
+    buffer,
+    check_inputs,
+    dense_rows,
+    on_device,
+    overlapping,
+)
 from mmmamba_cli.ops.projection import kernels
 from mmmamba_cli.ops.projection.int8 import Int8Weight
-
-# Whether kernels may speak PTX.
-NATIVE = not (knobs.runtime.interpret or torch.version.hip)
 
 
 class Tile(NamedTuple):

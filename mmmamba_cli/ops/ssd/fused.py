@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmmamba_cli.ops.common import segment_ordinals, wants_gradients
-from mmmamba_cli.ops.launching import block, buffer, check_inputs, dense_rows, on_device
+from mmmamba_cli.ops.launching import (
+    NATIVE,
+    block,
+    buffer,
+    check_inputs,
+    dense_rows,
+    on_device,
+)
 from mmmamba_cli.ops.ssd import kernels
 from mmmamba_cli.ops.ssd.gradients import Dots, Pairs, Tokens, decay_gradients, of_kv_heads
 from mmmamba_cli.ops.ssd.planning import Launch, Sizes, Steps, either, plan
@@ -173,7 +180,7 @@ def _span_states(
     like = key.tensor
     states = buffer(batch, sizes.spans, heads, sizes.P, sizes.N, like=like)
     decay = buffer(batch, sizes.spans, heads, like=like)
-    launch = sizes.tuning.states
+    launch = sizes.states
     tile = min(launch.tile, block(sizes.P))
     grid = (triton.cdiv(sizes.P, tile) * heads, sizes.spans, batch)
     kernels.span_states[grid](
@@ -256,6 +263,7 @@ def _outputs(
         Q=sizes.tuning.chunk, REVERSE=reverse, WEIGH_K=reverse == (along == "P"),
         DOTS=2 if whole is not None else int(inter is not None), PAIRS=pairs is not None,
         HAS_D=D is not None, HAS_MASK=real is not None, HAS_SEGMENTS=segments is not None,
-        DTYPE=sizes.dtype, PRECISION="tf32x3", num_warps=launch.warps, num_stages=launch.stages,
+        DTYPE=sizes.dtype, PRECISION="tf32x3", NATIVE=NATIVE,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return out

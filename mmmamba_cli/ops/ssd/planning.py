@@ -23,12 +23,14 @@ class Launch(NamedTuple):
 class Tuning(NamedTuple):
     """Tokens of a chunk, launches of `span_states` and of `span_outputs` both ways, and spans.
 
+    `few_states` is for so few spans that a program for each head would leave processors idle.
     `programs` of `span_outputs` run at the same time, two on each of an H100's 132 processors; a
     span has `most_chunks` at most.
     """
 
     chunk: int
     states: Launch
+    few_states: Launch
     forward: Launch
     backward: Launch
     programs: int = 264
@@ -38,8 +40,14 @@ class Tuning(NamedTuple):
 # Fixed, not searched for at run time: a result must not depend on what else the machine is doing.
 # `benchmarks/kernels.py --tune` times the alternatives.
 TUNING = {
-    tl.bfloat16: Tuning(64, Launch(128, 8, 2), Launch(64, 4, 2), Launch(64, 4, 2)),
-    tl.float32: Tuning(64, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1)),
+    tl.bfloat16: Tuning(
+        64,
+        states=Launch(128, 8, 2),
+        few_states=Launch(64, 4, 3),
+        forward=Launch(64, 4, 2),
+        backward=Launch(64, 4, 2),
+    ),
+    tl.float32: Tuning(64, *4 * (Launch(32, 4, 1),)),
 }
 
 
@@ -61,6 +69,11 @@ class Sizes(NamedTuple):
     @property
     def padded(self) -> int:
         return self.chunks * self.tuning.chunk
+
+    @property
+    def states(self) -> Launch:
+        few = 2 * self.batch * self.heads * self.spans < self.tuning.programs
+        return self.tuning.few_states if few else self.tuning.states
 
     @property
     def paired(self) -> bool:
