@@ -270,6 +270,15 @@ def test_a_copied_gate_is_not_settled(monkeypatch):
     assert taken == [True, False, True, False, False]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_no_thread_has_more_sums_than_registers(batch):
+    for rows, dim, size in fused.TILES:
+        values = torch.empty(rows, dim, dtype={1: torch.int8, 2: BF16}[size], device="meta")
+        tile = fused._tile(batch, values, False, 0)
+        sums = tile.rows * tile.inputs * (1 << (batch - 1).bit_length())
+        assert sums <= 128 * 32 * tile.warps, (rows, dim, size)
+
+
 def test_heads_that_fill_no_tile_are_left_to_the_reference():
     x, weight, norm = (t.to(DEVICE) for t in (normal(2, 12), normal(5, 12), normal(6)))
     options = {"norm": norm, "gate": x.flip(0), "eps": 1e-5}

@@ -40,9 +40,10 @@ TILES: dict[tuple[int, int, int], Tile] = {
     (92553, 2048, 1): Tile(4, 2048, 2),
     (92553, 2048, 2): Tile(4, 1024, 4),
 }
-# A tile where the table has none, its inputs in bytes; and the fewest inputs where tokens are many.
+# A tile where the table has none, its inputs in bytes; and the fewest inputs where tokens are many,
+# and the most sums that a thread has registers for.
 COMMON = Tile(rows=4, inputs=4096, warps=4)
-LEAST_INPUTS = 512
+LEAST_INPUTS, MOST_SUMS, MOST_WARPS = 512, 128, 8
 
 
 def project(
@@ -106,7 +107,11 @@ def _tile(batch: int, values: Tensor, swiglu: bool, head_dim: int) -> Tile:
             inputs //= 2
         elif rows > 2:
             rows //= 2
-    return Tile(max(rows, 2 if swiglu else 1), max(inputs, head_dim), warps)
+    tile = Tile(max(rows, 2 if swiglu else 1), max(inputs, head_dim), warps)
+    sums = tile.rows * tile.inputs * next_power_of_2(batch)
+    while sums > 32 * tile.warps * MOST_SUMS and tile.warps < MOST_WARPS:
+        tile = tile._replace(warps=2 * tile.warps)
+    return tile
 
 
 def _or(other: Tensor, *tensors: Tensor | None) -> list[Tensor]:
