@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from kernel_problems import Place, Problem, scan
+from kernel_processes import start, wait
 from kernels import (
     TOLERANCE,
     both,
@@ -26,8 +27,6 @@ from kernels import (
     milliseconds,
     replayed,
     sets,
-    start,
-    wait,
 )
 from triton.runtime.errors import OutOfResources
 

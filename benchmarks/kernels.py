@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +43,7 @@ from kernel_problems import (
     mamba_scan,
     repeated,
 )
+from kernel_processes import keep_share_of_tilings, start_warming, wait
 from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
@@ -248,8 +247,13 @@ def mamba_importable() -> bool:
     return True
 
 
-def compare(place: Place, seconds: float, mamba: bool, only: str | None) -> dict[str, Any]:
-    """All rows; those of mamba_ssm come last, for it searches for its tilings first."""
+def compare(
+    place: Place, seconds: float, mamba: bool, only: str | None, keep: Callable[[Any], object]
+) -> dict[str, Any]:
+    """All rows; those of mamba_ssm come last, for it searches for its tilings first.
+
+    What there is so far is handed to `keep` after each problem.
+    """
     end = time.monotonic() + seconds
     if mamba and place.device.type == "cuda":
         # Nothing is measured beside them.
@@ -267,6 +271,7 @@ def compare(place: Place, seconds: float, mamba: bool, only: str | None) -> dict
         for row in measure(problem, backend, candidates(problem, mamba)[backend]):
             rows.append(row)
             print(line(row), flush=True)
+        keep({"rows": [asdict(row) for row in rows]})
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
     return {"rows": [asdict(row) for row in rows], "marks": marks(rows)}
@@ -299,40 +304,10 @@ def marks(rows: list[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def start(*options: str) -> subprocess.Popen[bytes]:
-    """Another process, whose compiled kernels this one finds in Triton's cache."""
-    return subprocess.Popen([sys.executable, __file__, *options])
-
-
-def start_warming() -> list[subprocess.Popen[bytes]]:
-    """Processes that compile a share each of mamba_ssm's tilings.
-
-    One alone would compile for minutes before it has searched through all of them.
-    """
-    count = max(1, min(8, (os.cpu_count() or 1) - 2))
-    return [start("--warm-mamba", f"{part}/{count}") for part in range(count)]
-
-
-def wait(process: subprocess.Popen[bytes], end: float) -> None:
-    try:
-        process.wait(max(1.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
 def warm_mamba(place: Place, share: str) -> None:
-    """Compile share "i/n" of the tilings, with and without the final state."""
-    from triton.runtime.autotuner import Autotuner
-
-    part, count = map(int, share.split("/"))
+    """Compile share "i/n" of mamba_ssm's tilings, with and without the final state."""
     mamba_importable()
-    modules = [m for name, m in sys.modules.items() if name.startswith("mamba_ssm.ops.triton")]
-    found = {id(value): value for module in modules for value in vars(module).values()}
-    for tuner in found.values():
-        if isinstance(tuner, Autotuner):
-            # And the next one's: one that does not fit this GPU is an error where it is alone.
-            own = tuner.configs[part::count] + tuner.configs[part + 1 :: count]
-            tuner.configs = own or tuner.configs[:2]
+    keep_share_of_tilings(*map(int, share.split("/")))
     problem = next(p for p in place.problems() if p.op == "ssd" and p.trains)
     for state in (False, True):
         both(partial(mamba_scan, state=state))(sets(problem, "mamba_ssm", True)[0])
@@ -363,28 +338,38 @@ def main() -> None:
     if chosen.warm_mamba:
         warm_mamba(place, chosen.warm_mamba)
         return
-    if chosen.tune or chosen.warm_tunings:
-        from kernel_tunings import tune, warm
+    if chosen.warm_tunings:
+        from kernel_tunings import warm
 
-        if chosen.warm_tunings:
-            warm(place, chosen.warm_tunings)
-            return
-        found = tune(place, chosen.seconds)
+        warm(place, chosen.warm_tunings)
+        return
+    told = heading(place)
+
+    def keep(found: dict[str, Any]) -> None:
+        if chosen.out:
+            chosen.out.write_text(json.dumps({**told, **found}, indent=1) + "\n")
+
+    if chosen.tune:
+        from kernel_tunings import tune
+
+        keep(tune(place, chosen.seconds))
     else:
         mamba = not chosen.no_mamba and mamba_importable()
-        found = compare(place, chosen.seconds, mamba, chosen.only)
-    name = torch.cuda.get_device_name() if place.device.type == "cuda" else platform.processor()
-    found = {
+        keep(compare(place, chosen.seconds, mamba, chosen.only, keep))
+
+
+def heading(place: Place) -> dict[str, Any]:
+    """What, where and when, and how fast that GPU copies."""
+    cuda = place.device.type == "cuda"
+    return {
         "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": name,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor(),
         "versions": packages(),
         "copy_bytes_per_second": copy_rate(place.device),
+        "seed": 0,
         "tolerance": TOLERANCE[place.dtype],
-        **found,
     }
-    if chosen.out:
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
