@@ -1,13 +1,13 @@
 """Distillation steps at HoVLE-2.6B size on one GPU, beside the reference's way of doing them.
 
-    python benchmarks/distill_full_size.py [--length 8192] [--out FILE]
+    python benchmarks/distill_full_size.py [--length 8192] [--compiled] [--out FILE]
 
 Random weights, one row of text of the given length. "ours" are the stages as `mmmamba distill` runs
 them. "transcription" does what the reference code does, with the same mixers and the same scan: the
 teacher's attention as a T x T matrix, one graph over all layers and one backward, whole logits in
 fp32. If it runs out of memory, half the length is tried, and so on; ours is measured at each of
-these lengths too. Before any timing, both ways must give the same losses and gradients. Prints one
-JSON object.
+these lengths too. `--compiled` adds ours with every MLP through torch.compile. Before any timing,
+ours and the transcription must give the same losses and gradients. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ from mmmamba_cli.distill.optimiser import build_optimiser, clip
 from mmmamba_cli.distill.pair import Pair
 from mmmamba_cli.distill.stages import objective_of
 from mmmamba_cli.model import FP32_PARAMETERS, LINEAR, HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.model.block import SwiGLU
 from mmmamba_cli.recipe import Stage, load_recipe
 from mmmamba_cli.seed.mimic import initial_value
 
 WARMUP, REPEATS = 2, 5
+# By name, what makes a step of a pair in a stage.
+Ways = dict[str, Callable[[Pair, Stage], Callable[[Batch], float]]]
 GIB = 2**30
 
 
@@ -163,6 +166,21 @@ def transcription(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
     return run
 
 
+def compiled(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
+    """Ours, with the MLPs of both models compiled: what stands between two products is fused."""
+    run, plain = ours(pair, stage), SwiGLU.forward
+    fast = torch.compile(plain, dynamic=False)
+
+    def through_the_compiler(batch: Batch) -> float:
+        SwiGLU.forward = fast  # type: ignore[method-assign]
+        try:
+            return run(batch)
+        finally:
+            SwiGLU.forward = plain  # type: ignore[method-assign]
+
+    return through_the_compiler
+
+
 def measure(pair: Pair, stage: Stage, compute: Callable[[Batch], float], batch: Batch) -> Any:
     """Median seconds of a whole optimiser step, and the peak beyond what any step must hold."""
     parameters = pair.learning_parameters()
@@ -222,13 +240,13 @@ def gate(raw: dict[str, Any], stage: Stage, length: int) -> dict[str, float]:
     return result
 
 
-def compare(raw: dict[str, Any], stage: Stage, longest: int) -> dict[str, Any]:
-    """Rows of both ways from `longest` down to the first length that the transcription survives."""
+def compare(raw: dict[str, Any], stage: Stage, longest: int, ways: Ways) -> dict[str, Any]:
+    """Rows of all ways from `longest` down to the first length that the transcription survives."""
     rows: dict[str, Any] = {}
     length = longest
     while length >= 256:
         row = {}
-        for name, way in (("ours", ours), ("transcription", transcription)):
+        for name, way in ways.items():
             pair = make_pair(raw, stage, "cuda", "bf16")
             batch = text_batch(length, pair.teacher.config.vocab_size, "cuda")
             compute = way(pair, stage)
@@ -252,14 +270,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--stages", default="stage1,stage2,stage3")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--compiled", action="store_true")
     given = parser.parse_args()
+    ways: Ways = {"ours": ours, "transcription": transcription}
+    if given.compiled:
+        ways["compiled"] = compiled
     raw = hovle.ARCHITECTURES["hovle-2.6b"]
     stages = [s for s in load_recipe("mmmamba-linear").stages if s.name in given.stages]
     gates = {stage.name: attempt(lambda s=stage: gate(raw, s, 512)) for stage in stages}
     print(json.dumps({"gate": gates}), flush=True)
     result = {
         "what": "one optimiser step of distillation, HoVLE-2.6B shapes, random weights, batch 1",
-        "command": "python benchmarks/distill_full_size.py",
+        "command": "python benchmarks/distill_full_size.py" + " --compiled" * given.compiled,
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(),
         "versions": {
@@ -272,7 +294,7 @@ def main() -> None:
         "precision": "bf16 autocast, fp32 masters",
         "scan": "as auto takes it, on both sides",
         "gate_relative_differences": gates,
-        "rows": {s.name: compare(raw, s, given.length) for s in stages},
+        "rows": {s.name: compare(raw, s, given.length, ways) for s in stages},
     }
     text = json.dumps(result, indent=2) + "\n"
     if given.out is not None:

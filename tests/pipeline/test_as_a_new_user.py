@@ -61,7 +61,8 @@ def test_three_commands_and_a_question(tmp_path: Path) -> None:
             [*program, *words], cwd=folder, check=True, capture_output=True, text=True
         )
         said.append(done.stdout)
-        assert "warning" not in done.stderr
+        # Of ours: libraries may have something to say of the machine.
+        assert not [x for x in done.stderr.splitlines() if x.startswith("warning:")], done.stderr
     assert "8 layers seeded" in said[0]
     assert "attention in layers 0, 2, 4, 6 of 8" in said[1]
     assert "hybrid-4" in said[2]
