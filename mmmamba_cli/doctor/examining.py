@@ -34,7 +34,7 @@ def examine(device: str | None = None, say: Say = lambda text: None) -> Report:
         check_resizing(),
     )
     say(f"checking ops on {chosen}")
-    checked = _ops(str(chosen))
+    checked = _ops(str(chosen), say)
     return Report(found, there, str(chosen), (*checks, _scan(str(chosen))), checked)
 
 
@@ -74,12 +74,12 @@ def _fast_fp32() -> bool:
         return False
 
 
-def _ops(device: str) -> tuple[OpCheck, ...]:
+def _ops(device: str, say: Say) -> tuple[OpCheck, ...]:
     import torch
 
     from mmmamba_cli.doctor.numerics import check_ops
 
-    return tuple(check_ops(torch.device(device), (torch.float32, torch.bfloat16)))
+    return tuple(check_ops(torch.device(device), (torch.float32, torch.bfloat16), say=say))
 
 
 def _scan(device: str) -> Check:

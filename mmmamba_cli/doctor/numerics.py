@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,26 +28,37 @@ class Errors:
 
 
 def check_ops(
-    device: torch.device, dtypes: tuple[torch.dtype, ...], ops: list[Op] | None = None
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    ops: list[Op] | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Iterator[OpCheck]:
-    """Check whatever backends are registered now, also those that we have never heard of."""
+    """Check whatever backends are registered now, also those that we have never heard of.
+
+    `say` is told of those that may keep one waiting.
+    """
     threads = torch.get_num_threads()
     # Threads wait for each other longer than these small problems take, where others compute too.
     torch.set_num_threads(1)
     try:
-        yield from _check_all(all_ops() if ops is None else ops, device, dtypes)
+        yield from _check_all(all_ops() if ops is None else ops, device, dtypes, say)
     finally:
         torch.set_num_threads(threads)
 
 
 def _check_all(
-    ops: list[Op], device: torch.device, dtypes: tuple[torch.dtype, ...]
+    ops: list[Op],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    say: Callable[[str], object],
 ) -> Iterator[OpCheck]:
     for op in ops:
         if not op.cases:
             yield OpCheck(op.name, "all", "-", FAILED, None, None, 0, 0, "the doctor has no case")
             continue
         for backend in op.backends:
+            if backend in op.optional and device.type == "cuda":
+                say(f"checking {op.name} by {backend}, which may tune itself for minutes, once")
             for dtype in dtypes:
                 # Written-out attention is only the yardstick.
                 if not (op.name == "attention" and backend == op.reference):

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from mmmamba_cli import ops
-from mmmamba_cli.doctor import examining, libraries, machine, missing_extras
+from mmmamba_cli.doctor import examining, libraries, machine, missing_extras, numerics
 from mmmamba_cli.doctor.known import Facts, examine_versions, known_problems
 from mmmamba_cli.doctor.machine import EXTRAS, NEEDED, PURPOSES, release, satisfies
 from mmmamba_cli.doctor.numerics import _worst, check_backend, check_ops, relative_error
@@ -88,6 +89,18 @@ def test_a_backend_that_is_registered_later_is_found_and_found_wrong(
     assert (found["reference"].status, found["fused"].status) == ("ok", "failed")
     assert found["fused"].forward == pytest.approx(1e-3, rel=0.01)
     assert found["fused"].sentence.startswith("gated_rms_norm, fused, float32: forward error 0.001")
+
+
+def test_whoever_waits_for_another_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(op: Any, backend: str, device: torch.device, dtype: torch.dtype) -> OpCheck:
+        return OpCheck(op.name, backend, str(dtype), "ok", 0.0, 0.0, 1.0, 1)
+
+    monkeypatch.setattr(numerics, "check_backend", unchecked)
+    slow = replace(op("ssd"), backends={"chunked": print, "fla": print}, optional={"fla"})
+    for device, told in (("cuda", ["checking ssd by fla, which may"]), ("cpu", [])):
+        said: list[str] = []
+        assert len(list(check_ops(torch.device(device), FP32, [slow], said.append))) == 2
+        assert [text.partition(" tune")[0] for text in said] == told
 
 
 class _WrongGradient(torch.autograd.Function):
