@@ -30,6 +30,7 @@ def wait(process: subprocess.Popen[bytes], end: float) -> None:
         process.wait(max(1.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()
 
 
 def keep_share_of_tilings(part: int, count: int) -> None:

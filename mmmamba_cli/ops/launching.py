@@ -55,6 +55,11 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def either(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer that is not read stands for a tensor that is not there."""
+    return other if tensor is None else tensor.contiguous()
+
+
 def block(size: int, least: int = 16) -> int:
     """The power of two that holds `size`; tl.dot wants 16 at least."""
     return max(least, next_power_of_2(size))

@@ -14,6 +14,7 @@ from mmmamba_cli.ops.launching import (
     buffer,
     check_inputs,
     dense_rows,
+    either,
     on_device,
     overlapping,
 )
@@ -61,8 +62,8 @@ def mixer_step(
     with on_device(vkq):
         kernels.mixer_step[(cdiv(value_dim, values), heads, batch)](
             vkq, dt, conv_ring, ssm_state, position, out,
-            weights.conv_weight.contiguous(), *_or(vkq, bias), weights.A.contiguous(),
-            *_or(vkq, dt_bias, D), heads, channels, vkq.stride(0), dt.stride(0),
+            weights.conv_weight.contiguous(), either(bias, vkq), weights.A.contiguous(),
+            either(dt_bias, vkq), either(D, vkq), heads, channels, vkq.stride(0), dt.stride(0),
             SHARE=heads // kv_heads, P=value_dim, N=state_dim, W=taps,
             HAS_BIAS=bias is not None, HAS_DT_BIAS=dt_bias is not None, HAS_D=D is not None,
             BLOCK_P=values, BLOCK_N=next_power_of_2(state_dim), SETTLED=settled,
@@ -123,11 +124,6 @@ def _product_type(*tensors: Tensor) -> tl.dtype:
 def _dense_heads(tensor: Tensor) -> Tensor:
     """(B, heads, P) with heads side by side; rows may lie apart."""
     return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
-
-
-def _or(other: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """A pointer that is not read stands for a tensor that is not there."""
-    return [other if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def likeliest(logits: Tensor, unwanted: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ MIXER_STEP_BACKENDS: dict[str, MixerStepBackend] = {
 }
 # A program holds whole rows of a head's state.
 MOST_TRITON_DIMS = 256
-# Element offsets within the states are 32-bit numbers; checked on an H100 up to 256 rows.
+# Timed on an H200 up to so many; more were not tried.
 MOST_TRITON_ROWS = 1024
 
 

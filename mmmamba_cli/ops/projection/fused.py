@@ -10,6 +10,7 @@ from mmmamba_cli.ops.launching import (
     buffer,
     check_inputs,
     dense_rows,
+    either,
     on_device,
     overlapping,
 )
@@ -82,8 +83,9 @@ def project(
     aligned = dim % 8 == 0 and values.data_ptr() % 8 == 0
     with on_device(x):
         kernels.project[(cdiv(values.shape[0], tile.rows),)](
-            x, values, *_or(x, scales, bias, norm), x if gate is None else gate,
-            x if residual is None else residual, out, num_out, x.stride(0),
+            x, values, either(scales, x), either(bias, x), either(norm, x),
+            x if gate is None else gate, x if residual is None else residual, out, num_out,
+            x.stride(0),
             0 if gate is None else gate.stride(0),
             0 if residual is None else residual.stride(0), out.stride(0), eps,
             B=batch, D=dim, P=head_dim, NORM=together is not None, WEIGHTED=norm is not None,
@@ -112,8 +114,3 @@ def _tile(batch: int, values: Tensor, swiglu: bool, head_dim: int) -> Tile:
     while sums > 32 * tile.warps * MOST_SUMS and tile.warps < MOST_WARPS:
         tile = tile._replace(warps=2 * tile.warps)
     return tile
-
-
-def _or(other: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """A pointer that is not read stands for a tensor that is not there."""
-    return [other if tensor is None else tensor.contiguous() for tensor in tensors]

@@ -19,11 +19,12 @@ from mmmamba_cli.ops.launching import (
     buffer,
     check_inputs,
     dense_rows,
+    either,
     on_device,
 )
 from mmmamba_cli.ops.ssd import kernels
 from mmmamba_cli.ops.ssd.gradients import Dots, Pairs, Tokens, decay_gradients, of_kv_heads
-from mmmamba_cli.ops.ssd.planning import Launch, Sizes, Steps, either, plan
+from mmmamba_cli.ops.ssd.planning import Launch, Sizes, Steps, plan
 
 
 class Role(NamedTuple):

@@ -30,10 +30,9 @@ def pairs_of_chunk(
     x_ptr, B_ptr, C_ptr, dy_ptr, segment_ptr, step, high, low,
     start, t, real, length, x_t, B_t, C_t, dy_t,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, PRECISE: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What pairs of tokens within a chunk put on each decay, and the sum of x dy."""
+    """What pairs of tokens within a chunk put on each decay, in fp64, and the sum of x dy."""
     dp, dn = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     C = rows_of(C_ptr, start, t, real, dn, C_t, N, DTYPE)
     B = rows_of(B_ptr, start, t, real, dn, B_t, N, DTYPE)
@@ -48,10 +47,9 @@ def pairs_of_chunk(
         segment = tl.load(segment_ptr + tl.minimum(start + t, length - 1))
         allowed = allowed & (segment[:, None] == segment[None, :])
     pairs = tl.where(allowed, pairs * products * tl.exp(passed) * step[None, :], 0.0)
-    if PRECISE:
-        # A token between strong decays carries almost nothing of these sums.
-        pairs = pairs.to(tl.float64)
-    return (tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)).to(tl.float64), skip
+    # A token between strong decays carries almost nothing of these sums.
+    pairs = pairs.to(tl.float64)
+    return tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0), skip
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -65,7 +63,7 @@ def decay_gradients(
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, Q: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr, SINGLE: tl.constexpr, LEAST: tl.constexpr,
-    PAIRED: tl.constexpr, PRECISE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of dt (B, T, H) and, summed over a chunk, of A, dt_bias and D.
 
@@ -102,7 +100,7 @@ def decay_gradients(
             C_ptr + row * C_b + head * C_h, dy_ptr + row * dy_b + head * dy_h,
             segment_ptr + row * length, step, tl.load(high_ptr + at), tl.load(low_ptr + at),
             start, t, real, length, x_t, B_t, C_t, dy_t,
-            P, N, BLOCK_P, BLOCK_N, HAS_SEGMENTS, PRECISE, DTYPE, PRECISION,
+            P, N, BLOCK_P, BLOCK_N, HAS_SEGMENTS, DTYPE, PRECISION,
         )  # fmt: skip
 
     # What passes the end of the span, and from there back to the end of this chunk; of a span of

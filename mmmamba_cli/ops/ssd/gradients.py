@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from mmmamba_cli.ops.launching import block, buffer
+from mmmamba_cli.ops.launching import block, buffer, either
 from mmmamba_cli.ops.ssd import gradient_kernels as kernels
-from mmmamba_cli.ops.ssd.planning import Sizes, Steps, either
+from mmmamba_cli.ops.ssd.planning import Sizes, Steps
 
 # A decay below what fp32 leaves of the products beside it counts as none, in a gradient only.
 LEAST_DECAY = 2.0**-20
@@ -101,7 +100,7 @@ def decay_gradients(
         BLOCKS=block(blocks, 1), Q=sizes.tuning.chunk, SOFTPLUS=softplus,
         HAS_BIAS=dt_bias is not None, HAS_MASK=real is not None,
         HAS_SEGMENTS=segments is not None, SINGLE=sizes.per_span == 1, LEAST=LEAST_DECAY,
-        PAIRED=pairs is not None, PRECISE=sizes.dtype == tl.float32, DTYPE=sizes.dtype,
+        PAIRED=pairs is not None, DTYPE=sizes.dtype,
         PRECISION="tf32x3", num_warps=4, num_stages=1,
     )  # fmt: skip
     dA, dbias, dD = sums.sum((1, 2)).unbind(0)

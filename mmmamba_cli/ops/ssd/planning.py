@@ -92,11 +92,6 @@ class Steps(NamedTuple):
     through: Tensor
 
 
-def either(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer that is not read stands for a tensor that is not there."""
-    return other if tensor is None else tensor.contiguous()
-
-
 def plan(x: Tensor, B: Tensor, C: Tensor, trains: bool) -> Sizes:
     """x (B, T, K, P), B (B, T, K, N), C (B, T, H, N); `trains` says that gradients are wanted."""
     batch, length, kv_heads, P = x.shape
