@@ -8,6 +8,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import torch
+
 # Without `site` no .pth file is read, so that an editable installation is not found either; a
 # plain one lies among the others and is refused.
 START = """
@@ -35,7 +37,8 @@ def run_apart(program: str, *words: object, home: Path) -> str:
         **os.environ,
         "HF_HOME": str(home / "hf"),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
+        # As many as here, for the same sums.
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(

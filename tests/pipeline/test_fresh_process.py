@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,9 @@ def test_auto_classes_give_the_same_logits(hovle_folder: Path, tmp_path: Path) -
     subprocess.run([*command, "--run", str(run)], check=True, capture_output=True)
     product, out = run / "products/seed", tmp_path / "logits.safetensors"
     program = [sys.executable, "-c", PROGRAM, str(product), str(golden), str(out)]
-    subprocess.run(program, check=True, capture_output=True)
+    # As many threads as here, for the same sums.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(program, check=True, capture_output=True, env=environment)
     inputs, model = load_file(golden), mmmamba_cli.load(str(product))
     with torch.no_grad():
         expected = model(inputs["input.input_ids"], inputs["input.pixel_values"]).logits
