@@ -96,6 +96,6 @@ def test_a_backend_without_gradients_is_checked_forwards(
 
 
 def test_an_examination_has_it(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examining, "_ops", lambda device: ())
+    monkeypatch.setattr(examining, "_ops", lambda device, say: ())
     report = examining.examine("cpu")
     assert [check.name for check in report.checks][-1] == "scan"
