@@ -1,8 +1,8 @@
 """Alternatives of the scan's tuning table, timed; `kernels.py --tune` calls it.
 
-One thing is varied at a time, in the order states, chunk and forward launch, backward launch,
-spans: each begins from the best of those before. Other processes compile ahead of the one that
-measures, and what is compared are CUDA graphs, so that no host is.
+One thing is varied at a time, in the order states of long and of few spans, chunk and forward
+launch, backward launch, spans: each begins from the best of those before. Other processes compile
+ahead of the one that measures, and what is compared are CUDA graphs, so that no host is.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def scans(place: Place) -> list[Problem]:
 
 
 def timed(place: Place, tuning: Tuning, kind: str) -> Found:
-    """Milliseconds: forward of the longest problem, both ways of others, all for states, spans."""
+    """Milliseconds: of the longest problem, forward, of the others, both ways, or of all."""
     problems = scans(place)
     small = replace(problems[0], length=min(problems[0].length, GATE_LENGTH))
     try:
@@ -73,7 +73,7 @@ def timed(place: Place, tuning: Tuning, kind: str) -> Found:
             return {
                 problem.name: _milliseconds(problem)
                 for problem in problems
-                if kind in ("states", "spans") or problem.trains == (kind == "backward")
+                if kind not in ("forward", "backward") or problem.trains == (kind == "backward")
             }
     except OutOfResources as error:
         return f"does not fit: {error}"
@@ -87,15 +87,12 @@ def _milliseconds(problem: Problem) -> float:
 
 
 def alternatives(kind: str, best: Tuning) -> list[Tuning]:
-    if kind == "states":
-        # Each problem wants one of the two.
-        made = [best._replace(states=launch, few_states=launch) for launch in LAUNCHES]
-    elif kind == "forward":
+    if kind == "forward":
         made = [best._replace(chunk=c, forward=launch) for c in CHUNKS for launch in LAUNCHES]
-    elif kind == "backward":
-        made = [best._replace(backward=launch) for launch in LAUNCHES]
-    else:
+    elif kind == "spans":
         made = [best._replace(programs=p, most_chunks=m) for p, m in SPANS]
+    else:
+        made = [best._replace(**{kind: launch}) for launch in LAUNCHES]
     return [best, *(other for other in made if other != best)]
 
 
@@ -104,7 +101,7 @@ def tune(place: Place, seconds: float) -> dict[str, Any]:
     end = time.monotonic() + seconds
     best = TUNING[tl.float32 if place.small else tl.bfloat16]
     tried: list[dict[str, Any]] = []
-    for kind in ("states", "forward", "backward", "spans"):
+    for kind in (*LAUNCHED, "spans"):
         _compile_ahead(place, kind, best, end)
         results: list[tuple[Tuning, Found]] = []
         for tuning in alternatives(kind, best):

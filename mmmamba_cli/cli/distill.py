@@ -40,6 +40,7 @@ def command(
     recipe: Annotated[
         str | None,
         typer.Option(
+            # By name: typer 0.27.0 completes nothing for one it makes itself.
             "--recipe",
             metavar="RECIPE",
             help="Another recipe than the product's own.",

@@ -71,8 +71,6 @@ def mixer_step(
     # Asked for first: it takes the longest.
     state = tl.load(state_at, mask=keep, other=0.0)
     position = (tl.load(position_ptr) % W).to(tl.int32)
-    if not SETTLED:
-        call_next(OVERLAP)
     of_v, of_k = shared * P + p, kv_heads * P + shared * N + n
     of_q = kv_heads * (P + N) + head * N + n
     v, own_v = remembered(ring_ptr, weight_ptr, bias_ptr, of_v, of_p, position, W, HAS_BIAS)
@@ -81,7 +79,7 @@ def mixer_step(
     rate = tl.load(A_ptr + head).to(tl.float32)
     if SETTLED:
         wait_for_inputs(OVERLAP)
-        call_next(OVERLAP)
+    call_next(OVERLAP)
     for_all, first = head % SHARE == 0, part == 0
     v = convolved(x_ptr, ring_ptr, v, own_v, of_v, of_p, for_all, position, W)
     k = convolved(x_ptr, ring_ptr, k, own_k, of_k, of_n, for_all & first, position, W)

@@ -315,6 +315,7 @@ def span_outputs(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         passed = high[:, None] - high[None, :]
         if tl.float32 == DTYPE:
+            # Digits that 16-bit scores do not have.
             passed += low[:, None] - low[None, :]
         if PAIRS:
             skip = tl.sum(tl.where(t[:, None] == t[None, :], scores, 0.0), axis=1)

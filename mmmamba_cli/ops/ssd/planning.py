@@ -72,6 +72,7 @@ class Sizes(NamedTuple):
 
     @property
     def states(self) -> Launch:
+        """Of `span_states`: with a program for each head and span, or with several."""
         few = 2 * self.batch * self.heads * self.spans < self.tuning.programs
         return self.tuning.few_states if few else self.tuning.states
 
