@@ -38,7 +38,9 @@ def fonts_of(split: str) -> tuple[int, ...]:
 @cache
 def _load(index: int, size: int) -> ImageFont.FreeTypeFont:
     data = (resources.files(__package__) / "fonts" / all_fonts()[index].file).read_bytes()
-    return ImageFont.truetype(BytesIO(data), size)
+    # Pillow shapes words (kerning, ligatures) only where it finds a library of the system's: a suite
+    # would be drawn otherwise on a bare machine.
+    return ImageFont.truetype(BytesIO(data), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def word_mask(word: str, font: int, size: int = 48) -> np.ndarray:

@@ -123,7 +123,7 @@ def test_fonts_are_listed_small_and_of_known_owners() -> None:
 
 @pytest.mark.parametrize("font", fonts(), ids=lambda font: font["file"])
 def test_a_font_draws_every_letter(font: dict[str, str]) -> None:
-    face = ImageFont.truetype(BytesIO((SCENES / "fonts" / font["file"]).read_bytes()), 40)
+    face = ImageFont.truetype(BytesIO((SCENES / "fonts" / font["file"]).read_bytes()), 160)
     missing = bytes(face.getmask("\ue123"))
     drawn = {letter: bytes(face.getmask(letter)) for letter in LETTERS}
     assert all(any(mask) for mask in drawn.values())
