@@ -38,8 +38,8 @@ def fonts_of(split: str) -> tuple[int, ...]:
 @cache
 def _load(index: int, size: int) -> ImageFont.FreeTypeFont:
     data = (resources.files(__package__) / "fonts" / all_fonts()[index].file).read_bytes()
-    # Pillow shapes words (kerning, ligatures) only where it finds a library of the system's: a suite
-    # would be drawn otherwise on a bare machine.
+    # Pillow shapes words (kerning, ligatures) only where it finds a library of the system's: on a
+    # bare machine a suite would be drawn in another way.
     return ImageFont.truetype(BytesIO(data), size, layout_engine=ImageFont.Layout.BASIC)
 
 

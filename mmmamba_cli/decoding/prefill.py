@@ -134,14 +134,16 @@ def read(
     """Put the prompt into `states`; the logits (B, V) after its last column.
 
     Each part goes through both stacks before the next one begins. Text is looked at part by part,
-    so that nothing is as long as the prompt but what it leaves behind; by the `reader` if there is
-    one and no `chunk` is asked for.
+    so that nothing is as long as the prompt but what it leaves behind. A `reader`, if there is one,
+    reads all but prompts with an asked `chunk`, or with more columns in the embedding stack.
     """
     decoder, length = model.model, input_ids.shape[1]
     is_text = decoder.find_images(input_ids, pixel_values) is None
-    if reader is not None and chunk is None and is_text:
-        hidden = reader.read(input_ids, mask)
-        return states.logits.copy_(model.lm_head(decoder.norm(hidden)))
+    if reader is not None and chunk is None:
+        prompt = None if is_text else decoder.prepare(input_ids, pixel_values, mask)
+        if prompt is None or prompt.expansion is None:
+            hidden = reader.read(input_ids if prompt is None else decoder.embed(prompt), mask)
+            return states.logits.copy_(model.lm_head(decoder.norm(hidden)))
     lengths = torch.full_like(input_ids[:, 0], length) if mask is None else mask.sum(1)
     step = chunk or pick_chunk(states, length, mask is not None)
     states.clear()

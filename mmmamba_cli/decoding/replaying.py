@@ -1,4 +1,4 @@
-"""Text prompts of a model without attention, in parts of fixed sizes, each one CUDA graph.
+"""Prompts of a model without attention, in parts of fixed sizes, each one CUDA graph.
 
 Launching the kernels of a few thousand columns one by one takes the host longer than they run. All
 that a part needs is what the last one left, so the same graph serves wherever a part lies; what is
@@ -79,30 +79,37 @@ class PartReader:
         # A part whose graph found no memory is its own: launched one by one, it needs less.
         self._graphs: dict[Kind, Work] = {}
 
-    def read(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states (B, D) of the last column of ids (B, T), before the norm.
+    def read(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Hidden states (B, D) of the prompt's last column, before the norm.
 
-        `mask` (B, T) bool marks real tokens, all padding at the left; None if all are real.
+        Args:
+            inputs: ids (B, T) of text, or what the first layer sees (B, T, D).
+            mask: (B, T) bool, which columns are real, all padding at the left; None if all are.
         """
-        batch, length = input_ids.shape
+        batch, length = inputs.shape[:2]
         padding = 0 if mask is None else int((~mask).sum(1).max())
         kinds = cut(length, padding, batch)
         self._prepare(kinds)
         in_front = sum(kind.columns for kind in kinds) - length
-        ids = F.pad(input_ids, (in_front, 0))
-        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        real = inputs.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
         padded = ~F.pad(real, (in_front, 0)).unsqueeze(-1)
         self._states.clear()
         start = 0
         for kind in kinds:
-            part, columns = self._parts[kind], slice(start, start + kind.columns)
-            part.ids.copy_(ids[:, columns])
+            part, stop = self._parts[kind], start + kind.columns
+            # The first part is larger than what is missing.
+            part.fill(self._embedded(inputs[:, max(0, start - in_front) : stop - in_front]))
             if part.padding is not None:
-                part.padding.copy_(padded[:, columns])
+                part.padding.copy_(padded[:, start:stop])
             self._graphs.get(kind, part)()
-            start += kind.columns
+            start = stop
         self._states.seen(length)
         return part.last
+
+    def _embedded(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() == 3:
+            return inputs
+        return F.embedding(inputs, self._states.plan.text_embedding)
 
     def _prepare(self, kinds: list[Kind]) -> None:
         """Capture what is worth it; that runs parts, and leaves the states anyhow."""
@@ -117,21 +124,29 @@ class PartReader:
 
 
 class _Part:
-    """The work of one part: `ids` (B, N) and `padding` (B, N, 1) go in, `last` (B, D) comes out."""
+    """The work of one part: what `fill` puts in, and `padding` (B, N, 1); `last` (B, D) comes out.
+
+    The work may write over its input, which is filled anew for each.
+    """
 
     def __init__(self, model: HolisticVLM, states: States, kind: Kind):
-        batch, like = states.batch, states.ids
+        like, shape = states.plan.text_embedding, (states.batch, kind.columns)
         self._blocks = model.model.blocks
         self._states = states
-        self.ids = like.new_zeros(batch, kind.columns)
+        self._hidden = like.new_zeros(*shape, model.config.hidden_size)
         self.padding: Tensor | None = None
         if kind.padded:
-            self.padding = torch.zeros_like(self.ids, dtype=torch.bool).unsqueeze(-1)
-        self.last = states.plan.text_embedding.new_zeros(batch, model.config.hidden_size)
+            self.padding = like.new_zeros(*shape, 1, dtype=torch.bool)
+        self.last = like.new_zeros(states.batch, model.config.hidden_size)
+
+    def fill(self, hidden: Tensor) -> None:
+        """What the first layer sees of the last columns (B, N or fewer, D); zeros before."""
+        missing = self._hidden.shape[1] - hidden.shape[1]
+        self._hidden[:, :missing].zero_()
+        self._hidden[:, missing:].copy_(hidden)
 
     def __call__(self) -> None:
-        plan, first = self._states.plan, 0
-        hidden = F.embedding(self.ids, plan.text_embedding)
+        plan, first, hidden = self._states.plan, 0, self._hidden
         for stack in self._states.stacks:
             blocks = self._blocks[first : first + len(stack.layers)]
             first += len(blocks)

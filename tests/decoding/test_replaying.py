@@ -1,4 +1,4 @@
-"""Parts of a text prompt, as graphs read them: nothing depends on how it is cut or padded."""
+"""Parts of a prompt, as graphs read them: nothing depends on how it is cut or padded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small import VOCABULARY, distance, pad_batch, prompt, small_model
+from small import VOCABULARY, distance, join_pixels, pad_batch, prompt, small_model
 
 from mmmamba_cli.decoding import Generator, replaying
+from mmmamba_cli.decoding.prefill import read
 from mmmamba_cli.decoding.replaying import Kind, PartReader, cut, suits
 from mmmamba_cli.decoding.stepping import advance
 
@@ -102,6 +103,26 @@ def test_rows_padded_on_the_left_are_as_alone() -> None:
         assert distance(logits, expected) < EXACT
 
 
+@pytest.mark.parametrize(("shuffle", "is_read_so"), [("pre", True), ("post", False)])
+def test_pictures_are_read_where_both_stacks_see_as_many_columns(
+    shuffle: str, is_read_so: bool
+) -> None:
+    model = small_model("mmmm", shuffle).double()
+    prompts = [prompt(tiles, text, text) for tiles, text in ((1, 5), (4, 20), (0, 9))]
+    ids, mask = pad_batch([row for row, _ in prompts])
+    pixels = join_pixels([given for _, given in prompts]).double()
+    generator, captures = Generator(model), Captures()
+    generator.start(3, 64)
+    states = generator._reading.states
+    reader = PartReader(model, states, captures)
+    for _ in range(2):
+        logits = read(model, states, ids, pixels, mask.bool(), None, reader).clone()
+        for number, (row, given) in enumerate(prompts):
+            alone = model(row, None if given is None else given.double()).logits[:, -1]
+            assert distance(logits[number : number + 1], alone) < EXACT
+    assert (captures.count > 0) is is_read_so
+
+
 def test_graphs_are_made_for_what_comes_often() -> None:
     model = small_model("mmmm")
     generator = Generator(model)
@@ -147,14 +168,20 @@ def test_only_plain_mixers_are_read_so() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs want a GPU")
+@pytest.mark.parametrize("tiles", [0, 3])
 @pytest.mark.parametrize("length", [5, 37, 200])
-def test_graphs_give_the_tokens_of_the_model(length: int) -> None:
+def test_graphs_give_the_tokens_of_the_model(length: int, tiles: int) -> None:
     model = small_model("mmmm").cuda()
-    ids = text(2, length).cuda()
+    rows = [prompt(tiles, length, seed) for seed in range(2)]
+    ids = torch.cat([row for row, _ in rows]).cuda()
+    pixels = join_pixels([given for _, given in rows])
+    pixels = None if pixels is None else pixels.cuda()
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     # Without a mask, ids that are also that of padding would be left out.
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, length:]
+    mask = torch.ones_like(ids)
+    expected = model.generate(ids, pixel_values=pixels, attention_mask=mask, **options)
     generator = Generator(model)
     for _ in range(3):
-        assert torch.equal(generator.generate(ids, max_new_tokens=8, eos=()), expected)
+        found = generator.generate(ids, pixels, max_new_tokens=8, eos=())
+        assert torch.equal(found, expected[:, ids.shape[1] :])
     assert generator._shelf._readers
