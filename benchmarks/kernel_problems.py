@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli import ops
+from mmmamba_cli.ops.attention import Segments, segments_of
 from mmmamba_cli.ops.ssd.mamba_ssm import library_kernels as mamba_kernels
 
 HEADS, KV_HEADS, DIM, WIDTH, TAPS, EPS = 16, 8, 128, 2048, 2, 1e-5
+# Tokens of a conversation about a picture.
+SAMPLE = 700
 CHANNELS = (HEADS + 2 * KV_HEADS) * DIM
 
 Tensors = dict[str, Tensor]
@@ -29,6 +33,7 @@ class Problem:
     make: Callable[[int, int, int], Tensors]
     wanted: Call
     trains: bool = True
+    backends: tuple[str, ...] = ("triton", "reference")
 
     @property
     def name(self) -> str:
@@ -77,6 +82,11 @@ class Place:
     def norm(self, batch: int, length: int, seed: int) -> Tensors:
         return self.normal(seed, x=(batch, length, WIDTH), weight=(WIDTH,))
 
+    def attention(self, batch: int, length: int, seed: int) -> Tensors:
+        heads, kv_heads, dim = (4, 2, 16) if self.small else (HEADS, KV_HEADS, DIM)
+        kept = (batch, kv_heads, length, dim)
+        return self.normal(seed, q=(batch, heads, length, dim), k=kept, v=kept)
+
     def problems(self) -> Iterator[Problem]:
         lengths = (24, 40, 72) if self.small else (4096, 32768, 103424)
         short, middle, long = lengths
@@ -87,6 +97,10 @@ class Place:
             yield Problem("causal_conv", 1, length, self.conv, _conv("reference"))
             yield Problem("gated_rms_norm", 1, length, self.gated, _gated("reference"))
             yield Problem("rms_norm", 1, length, self.norm, _norm("reference"))
+        kernels = ("sdpa",) if self.small else ("flash", "sdpa")
+        for op, attend in (("attention", _attention), ("attention, packed", _packed)):
+            wanted = attend("reference")
+            yield Problem(op, 2, short, self.attention, wanted, backends=kernels)
 
 
 def _conv(backend: str) -> Call:
@@ -101,6 +115,27 @@ def _norm(backend: str) -> Call:
     return lambda t: (ops.rms_norm(**t, eps=EPS, backend=backend),)
 
 
+def _attention(backend: str) -> Call:
+    return lambda t: (ops.attention(**t, is_causal=True, backend=backend),)
+
+
+def _packed(backend: str) -> Call:
+    return lambda t: (ops.attention(**t, segments=_segments(t["q"]), backend=backend),)
+
+
+def _segments(q: Tensor) -> Segments:
+    return _packing(q.shape[0], q.shape[2], q.device)
+
+
+@cache
+def _packing(batch: int, length: int, device: torch.device) -> Segments:
+    """Rows that are full of samples of `SAMPLE` tokens."""
+    ids = torch.arange(length, device=device).div(SAMPLE, rounding_mode="floor")
+    found = segments_of(None, ids.expand(batch, -1))
+    assert found is not None
+    return found
+
+
 def scan(backend: str) -> Call:
     return lambda t: ops.ssd(**t, dt_softplus=True, backend=backend)
 
@@ -110,8 +145,14 @@ def candidates(problem: Problem, mamba: bool) -> dict[str, Call]:
     if problem.op == "ssd":
         found = {"triton": scan("triton")}
         return found | ({"mamba_ssm": mamba_scan} if mamba else {})
-    call = {"causal_conv": _conv, "gated_rms_norm": _gated, "rms_norm": _norm}[problem.op]
-    return {"triton": call("triton"), "reference": call("reference")}
+    calls = {
+        "causal_conv": _conv,
+        "gated_rms_norm": _gated,
+        "rms_norm": _norm,
+        "attention": _attention,
+        "attention, packed": _packed,
+    }
+    return {backend: calls[problem.op](backend) for backend in problem.backends}
 
 
 def repeated(made: Tensors) -> Tensors:

@@ -256,7 +256,7 @@ def compare(
     """
     end = time.monotonic() + seconds
     rows: list[Row] = []
-    problems = [problem for problem in place.problems() if only in (None, problem.op)]
+    problems = [problem for problem in place.problems() if problem.op.startswith(only or "")]
     order = [(p, b) for p in problems for b in candidates(p, False)]
     if mamba:
         order += [(p, "mamba_ssm") for p in problems if p.op == "ssd"]
@@ -329,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=110)
-    parser.add_argument("--only", metavar="OP", help="one op, such as ssd")
+    parser.add_argument("--only", metavar="OP", help="ops that begin so, such as ssd")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-mamba", action="store_true")

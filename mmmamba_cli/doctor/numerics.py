@@ -60,9 +60,7 @@ def _check_all(
             if backend in op.optional and device.type == "cuda":
                 say(f"checking {op.name} by {backend}, which may tune itself for minutes, once")
             for dtype in dtypes:
-                # Written-out attention is only the yardstick.
-                if not (op.name == "attention" and backend == op.reference):
-                    yield check_backend(op, backend, device, dtype)
+                yield check_backend(op, backend, device, dtype)
 
 
 def check_backend(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> OpCheck:

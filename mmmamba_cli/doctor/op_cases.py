@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba_cli import ops
+from mmmamba_cli.ops.attention import segments_of
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
 from mmmamba_cli.ops.ssd.limits import LIMITS
@@ -70,13 +70,14 @@ class Op:
 
 
 def all_ops() -> list[Op]:
-    """Every op that has backends, with cases if there are any here; and attention."""
+    """Every op that has backends, with cases if there are any here."""
     makers: dict[str, tuple[str, Callable[[], list[Case]]]] = {
         "ssd": ("recurrent", _scans),
         "ssd_step": ("reference", _scan_steps),
         "causal_conv": ("reference", _convolutions),
         "causal_conv_step": ("reference", _convolution_steps),
         "gated_rms_norm": ("reference", _gated_norms),
+        "attention": ("reference", _attentions),
         "attention_step": ("reference", _attention_steps),
         "likeliest": ("reference", _choices),
         "mixer_step": ("reference", _mixer_steps),
@@ -90,7 +91,7 @@ def all_ops() -> list[Op]:
         forward_only, optional = (FORWARD_ONLY, FOREIGN) if name == "ssd" else (NONE, NONE)
         cases = tuple(make())
         found.append(Op(name, backends, reference, cases, trains, forward_only, optional))
-    return [*found, Op("attention", ATTENTION, "softmax", tuple(_attentions()))]
+    return found
 
 
 class _Random:
@@ -343,6 +344,10 @@ def _attentions() -> list[Case]:
         found.append(Case(f"{length} tokens", _attend, values))
         if length == LENGTHS[1]:
             found.append(Case("mask", _attend, values, {"mask": _attention_mask(length)}))
+            ends = torch.arange(length).expand(BATCH, -1) < length - 3
+            packed = {"real": ends, "seq_idx": _packing(length)}
+            for name, fixed in (("padded", {"real": _mask(length)}), ("packed", packed)):
+                found.append(Case(name, _attend_segments, values, fixed))
     return found
 
 
@@ -353,28 +358,12 @@ def _attention_mask(length: int) -> Tensor:
 
 
 def _attend(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return (ATTENTION[backend](**values, mask=fixed.get("mask")),)
+    mask = fixed.get("mask")
+    return (ops.attention(**values, mask=mask, is_causal=mask is None, backend=backend),)
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As the model calls it."""
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
-
-
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    length = q.shape[2]
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.mT).double() / math.sqrt(q.shape[-1])
-    return torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1).to(v.dtype) @ v
-
-
-# `softmax` is written out; it is looked up in fp64 only, as what the other is held against.
-ATTENTION: dict[str, Callable[..., Tensor]] = {
-    "softmax": _plain_attention,
-    "sdpa": _fused_attention,
-}
+def _attend_segments(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
+    segments = segments_of(fixed["real"], fixed.get("seq_idx"))
+    y = ops.attention(**values, segments=segments, backend=backend)
+    # Whatever is at padding is nobody's.
+    return (y.where(fixed["real"][:, None, :, None], 0),)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -16,6 +15,8 @@ from mmmamba_cli.model.config import StackConfig
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import rotate
 from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.ops import attention
+from mmmamba_cli.ops.attention import takes_segments
 from mmmamba_cli.ops.common import widened
 
 
@@ -45,15 +46,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         is_causal = columns.length > 1 and columns.is_plain_causal(k.shape[2])
-        mask = None if is_causal else columns.attention_mask(k.shape[2])
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+        segments = columns.segments(k.shape[2]) if takes_segments(q) and not is_causal else None
+        mask = None
+        if not is_causal and segments is None:
+            mask = columns.attention_mask(k.shape[2])
+        y = attention(q, k, v, is_causal=is_causal, mask=mask, segments=segments)
         return y.transpose(1, 2).flatten(2)
 
     def queries_keys_values(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmmamba_cli.model.config import StackConfig
 from mmmamba_cli.model.rope import depends_on_length, inverse_frequencies, rotation
+from mmmamba_cli.ops.attention import Segments, segments_of
 
 
 @dataclass
@@ -80,6 +81,17 @@ class Columns:
             and self.key_mask is None
             and self.key_seq_idx is None
         )
+
+    def segments(self, num_keys: int) -> Segments | None:
+        """The sequences that padded or packed columns hold, where attention sees nothing else."""
+        if self.past or num_keys != self.length or (self.mask is None and self.seq_idx is None):
+            return None
+        return self._own_segments
+
+    @cached_property
+    def _own_segments(self) -> Segments | None:
+        """Made once, since every layer of a stack asks for them."""
+        return segments_of(self.mask, self.seq_idx)
 
     def attention_mask(self, num_keys: int) -> Tensor | None:
         """(B or 1, 1, T, num_keys) bool, True where a query may look; None if it may look anywhere.

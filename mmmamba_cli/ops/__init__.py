@@ -6,6 +6,7 @@ Every function takes `backend="auto"`; callers never ask which device or kernel 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, attention
 from mmmamba_cli.ops.conv import CONV_BACKENDS, causal_conv, causal_conv_step
 from mmmamba_cli.ops.conv import STEP_BACKENDS as CONV_STEP_BACKENDS
 from mmmamba_cli.ops.decode import (
@@ -24,6 +25,7 @@ from mmmamba_cli.ops.ssd import STEP_BACKENDS as SCAN_STEP_BACKENDS
 # What is registered for each public function, as it is looked up at each call: whoever checks or
 # measures backends finds here also those that were registered after import.
 BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "attention": ATTENTION_BACKENDS,
     "attention_step": ATTENTION_STEP_BACKENDS,
     "causal_conv": CONV_BACKENDS,
     "causal_conv_step": CONV_STEP_BACKENDS,
@@ -38,6 +40,7 @@ BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
 
 __all__ = [
     "BACKENDS",
+    "attention",
     "attention_step",
     "causal_conv",
     "causal_conv_step",

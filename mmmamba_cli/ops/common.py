@@ -24,15 +24,15 @@ def pick_backend(op: str, name: str, backends: Mapping[str, Backend]) -> Backend
     return backends[name]
 
 
-def triton_backends(
-    op: str, launcher: str, *, name: str = "triton", module: str = "fused"
+def kernel_backends(
+    op: str, launcher: str, *, name: str = "triton", module: str = "fused", library: str = "triton"
 ) -> dict[str, Callable[..., Any]]:
     """{name: launcher of `op`, in its `module`}, or {} where the kernels cannot be had.
 
-    That is where Triton is not installed, and in the files of an exported model, which are plain
-    PyTorch: the module is found by its name, so that nothing there imports it.
+    That is where their `library` is not installed, and in the files of an exported model, which are
+    plain PyTorch: the module is found by its name, so that nothing there imports it.
     """
-    return backend_of(name, "triton", f"{__package__}.{op}.{module}", launcher)
+    return backend_of(name, library, f"{__package__}.{op}.{module}", launcher)
 
 
 def backend_of(

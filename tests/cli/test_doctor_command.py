@@ -18,7 +18,7 @@ from mmmamba_cli.ops.norm import reference
 
 Doctor = Callable[..., Done]
 # They may be installed where there is no GPU to run them on.
-KERNELS = {"triton", "products", "mamba_ssm", "fla"}
+KERNELS = {"triton", "products", "flash", "mamba_ssm", "fla"}
 
 
 @pytest.fixture

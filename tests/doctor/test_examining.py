@@ -63,7 +63,7 @@ def test_every_public_op_has_backends_and_cases() -> None:
 def test_all_ops_are_right_here_in_both_dtypes() -> None:
     every = list(check_ops(CPU, (torch.float32, torch.bfloat16)))
     # Kernels may be installed where there is no GPU to run them on, or on a CPU beside one.
-    kernels = {"triton", "products", "mamba_ssm", "fla"}
+    kernels = {"triton", "products", "flash", "mamba_ssm", "fla"}
     assert all(check.status == "skipped" for check in every if check.backend in kernels)
     found = [check for check in every if check.backend not in kernels]
     assert all(check.status == "ok" for check in found), [c.sentence for c in found]
@@ -73,7 +73,7 @@ def test_all_ops_are_right_here_in_both_dtypes() -> None:
     assert all(c.backward is not None and c.forward is not None for c in found)
     backends = {(c.op, c.backend) for c in every}
     registered = {(name, b) for name, table in ops.BACKENDS.items() for b in table}
-    assert backends == registered | {("attention", "sdpa")}
+    assert backends == registered
     # Errors of rounding, not of nothing: bf16 has 8 bits.
     assert all(c.forward and c.forward > 1e-4 for c in found if c.dtype == "bfloat16")
 
@@ -159,12 +159,18 @@ def test_an_op_without_a_case_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_wrong_attention_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmmamba_cli.doctor import op_cases
+    table: Any = ops.BACKENDS["attention"]
+    right = table["sdpa"]
 
-    right = op_cases._fused_attention
-    monkeypatch.setitem(op_cases.ATTENTION, "sdpa", lambda q, k, v, mask: right(q, k, v, None))
-    (found,) = check_ops(CPU, FP32, [op("attention")])
-    assert (found.status, found.cases) == ("failed", 4)
+    def blind(*inputs: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        """Sees padding."""
+        mask = None if mask is None else torch.ones_like(mask).tril()
+        return right(*inputs, mask=mask, **options)
+
+    monkeypatch.setitem(table, "sdpa", blind)
+    found = {check.backend: check for check in check_ops(CPU, FP32, [op("attention")])}
+    assert (found["sdpa"].status, found["sdpa"].cases) == ("failed", 6)
+    assert found["reference"].status == "ok"
 
 
 def test_checking_leaves_the_number_of_threads_alone() -> None:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
+from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.conv import reference
 
 Activation = Literal["silu"] | None
@@ -46,7 +46,7 @@ class ConvStepBackend(Protocol):
 
 CONV_BACKENDS: dict[str, ConvBackend] = {
     "reference": reference.convolve,
-    **triton_backends("conv", "convolve"),
+    **kernel_backends("conv", "convolve"),
 }
 STEP_BACKENDS: dict[str, ConvStepBackend] = {"reference": reference.step}
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
+from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.decode import reference
 
 
@@ -31,7 +31,7 @@ class AttentionStepBackend(Protocol):
 
 ATTENTION_STEP_BACKENDS: dict[str, AttentionStepBackend] = {
     "reference": reference.attention_step,
-    **triton_backends("decode", "attention_step"),
+    **kernel_backends("decode", "attention_step"),
 }
 # A program holds a tile of as many columns as it has registers for.
 MOST_TRITON_DIM = 256

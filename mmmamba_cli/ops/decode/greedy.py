@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
+from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.decode import reference
 
 LIKELIEST_BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reference": reference.likeliest,
-    **triton_backends("decode", "likeliest"),
+    **kernel_backends("decode", "likeliest"),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
+from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.decode import reference
 
 
@@ -46,7 +46,7 @@ class MixerStepBackend(Protocol):
 
 MIXER_STEP_BACKENDS: dict[str, MixerStepBackend] = {
     "reference": reference.mixer_step,
-    **triton_backends("decode", "mixer_step"),
+    **kernel_backends("decode", "mixer_step"),
 }
 # A program holds whole rows of a head's state.
 MOST_TRITON_DIMS = 256

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
+from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.norm import reference
 
 GATED_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "reference": reference.gated_norm,
-    **triton_backends("norm", "gated_norm"),
+    **kernel_backends("norm", "gated_norm"),
 }
 PLAIN_BACKENDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "reference": reference.norm,
-    **triton_backends("norm", "norm"),
+    **kernel_backends("norm", "norm"),
 }
 # A program holds whole rows.
 MOST_TRITON_DIMS = 16384

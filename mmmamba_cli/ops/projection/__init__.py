@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, pick_backend, suits_triton, triton_backends
+from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.projection import reference
 from mmmamba_cli.ops.projection.int8 import Int8Weight, dequantize, quantize
 
@@ -45,8 +45,8 @@ class ProjectBackend(Protocol):
 
 PROJECT_BACKENDS: dict[str, ProjectBackend] = {
     "reference": reference.project,
-    **triton_backends("projection", "project"),
-    **triton_backends("projection", "project", name="products", module="products"),
+    **kernel_backends("projection", "project"),
+    **kernel_backends("projection", "project", name="products", module="products"),
 }
 # With more, each weight is used often enough that matrix products on tensor cores win: seen on an
 # H100 from 4 rows on. int8 has no such product, and would be widened first.

@@ -13,8 +13,8 @@ from mmmamba_cli.ops.common import (
     backend_of,
     check_shape,
     compute_dtype,
+    kernel_backends,
     pick_backend,
-    triton_backends,
 )
 from mmmamba_cli.ops.ssd import reference
 from mmmamba_cli.ops.ssd.choosing import choose
@@ -66,7 +66,7 @@ class StepBackend(Protocol):
 SCAN_BACKENDS: dict[str, ScanBackend] = {
     "chunked": reference.chunked,
     "recurrent": reference.recurrent,
-    **triton_backends("ssd", "scan"),
+    **kernel_backends("ssd", "scan"),
     **backend_of("mamba_ssm", "mamba_ssm", f"{__name__}.mamba_ssm", "scan"),
     **backend_of("fla", "fla", f"{__name__}.fla", "scan"),
 }

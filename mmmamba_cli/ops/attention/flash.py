@@ -1,0 +1,92 @@
+"""FlashAttention-2 as PyTorch has it, over sequences laid end to end, gradients in a fixed order.
+
+`scaled_dot_product_attention` has the same kernels for rows of one length only, and elsewhere
+takes others, whose gradients are added up in whatever order they come. Legend: B batch, T columns,
+H query heads, K key/value heads, P head dim, N sequences.
+
+Source: Dao, FlashAttention-2, arXiv 2307.08691.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.ops.attention.segments import Segments
+from mmmamba_cli.ops.attention.suiting import computed_in, suits_flash
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool,
+    mask: Tensor | None,
+    segments: Segments | None,
+) -> Tensor:
+    """As `ops.attention`; NotImplementedError for a mask, and where the kernels do not run."""
+    if mask is not None or not (is_causal or segments is not None):
+        raise NotImplementedError("flash attention takes causal sequences, not a mask")
+    if not suits_flash(q):
+        raise NotImplementedError(
+            f"flash attention takes half precision on an NVIDIA GPU and head dims that are "
+            f"multiples of 8 up to 256, not {computed_in(q)} of {q.shape[-1]} on {q.device}"
+        )
+    dtype, (batch, _, length, _) = computed_in(q), q.shape
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    if segments is None:
+        y: Tensor = _Flash.apply(q, k, v, None, length)
+    else:
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        y = _Flash.apply(*flat, segments.bounds, segments.longest)
+        y = y.unflatten(0, (batch, length))
+    return y.transpose(1, 2)
+
+
+class _Flash(torch.autograd.Function):
+    """q (B, T, H, P) and k, v (B, T, K, P) without `bounds`; with, the same without B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, longest: int
+    ) -> Tensor:
+        y, logsumexp, *random, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, bounds, bounds, longest, longest, 0.0, True, False
+        )
+        ctx.save_for_backward(q, k, v, y, logsumexp, bounds, *random)
+        ctx.longest = longest
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, logsumexp, bounds, *random = ctx.saved_tensors
+        longest = ctx.longest
+        with _in_order():
+            gradients = torch.ops.aten._flash_attention_backward(
+                dy.contiguous(), q, k, v, y, logsumexp, bounds, bounds, longest, longest, 0.0, True,
+                *random,
+            )  # fmt: skip
+        return *gradients, None, None
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """Kernels that look at PyTorch's switch for it sum in a fixed order.
+
+    For everything it would be slow, and an error wherever there is no such kernel.
+    """
+    asked = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling: Any = torch.utils.deterministic
+    fills = filling.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # All of what the kernels leave is written.
+    filling.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=only_warns)
+        filling.fill_uninitialized_memory = fills

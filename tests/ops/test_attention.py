@@ -1,0 +1,219 @@
+"""Attention over padded and packed rows: segments say what a mask says, and no more than is so."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.model import HolisticVLMConfig
+from mmmamba_cli.model.sequence import StackState, describe_columns
+from mmmamba_cli.ops import attention
+from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, segments_of, takes_segments
+
+GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def rows_of(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows)
+
+
+@st.composite
+def packed(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Ids of sequences in rows, and which columns are real: padding at both ends."""
+    rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 24))
+    ids, real = torch.zeros(2, rows, length, dtype=torch.long).unbind()
+    for row in range(rows):
+        steps = draw(st.lists(st.integers(0, 2), min_size=length, max_size=length))
+        ids[row] = torch.tensor(steps).cumsum(0)
+        begin = draw(st.integers(0, length))
+        real[row, begin : draw(st.integers(begin, length))] = 1
+    return ids, real.bool()
+
+
+@given(packed())
+def test_segments_are_the_mask_of_real_columns(given: tuple[Tensor, Tensor]) -> None:
+    ids, real = given
+    length = ids.shape[1]
+    found = segments_of(real, ids)
+    assert found is not None
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = (ids[:, :, None] == ids[:, None, :]) & real[:, None, :] & causal
+    seen = found.mask(len(ids))[:, 0]
+    assert torch.equal(seen & real[:, :, None], same & real[:, :, None])
+    # Padding sees something, so that nothing is divided by zero.
+    assert bool(seen.any(-1).all())
+    assert found.bounds.dtype == torch.int32
+    assert found.bounds[-1] == ids.numel()
+    assert found.longest == int(found.bounds.diff().max())
+
+
+def test_one_sequence_a_row_needs_no_ids() -> None:
+    real = rows_of([0, 1, 1, 1], [1, 1, 0, 0]).bool()
+    found = segments_of(real, None)
+    assert found is not None
+    assert found.bounds.tolist() == [0, 1, 4, 6, 8]
+    ids = segments_of(None, rows_of([3, 3, 7, 7], [3, 3, 3, 3]))
+    assert ids is not None
+    assert ids.bounds.tolist() == [0, 2, 4, 8]
+    assert ids.longest == 4
+
+
+@pytest.mark.parametrize(
+    ("real", "ids"),
+    [
+        ([1, 0, 1, 1], [0, 0, 0, 0]),
+        ([1, 1, 1, 1], [0, 1, 0, 0]),
+        ([1, 0, 1, 1], [0, 1, 0, 2]),
+    ],
+)
+def test_sequences_in_pieces_have_none(real: list[int], ids: list[int]) -> None:
+    assert segments_of(rows_of(real).bool(), rows_of(ids)) is None
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    q, k = torch.zeros(1, 4, 6, 8), torch.zeros(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=r"expected \(B, H, T, P\)"):
+        attention(q, torch.zeros(1, 3, 6, 8), torch.zeros(1, 3, 6, 8), is_causal=True)
+    with pytest.raises(ValueError, match="v is"):
+        attention(q, k, k[:, :, :5], is_causal=True)
+    with pytest.raises(ValueError, match="6 queries and 5 keys"):
+        attention(q, k[:, :, :5], k[:, :, :5], is_causal=True)
+    with pytest.raises(ValueError, match="give one of"):
+        attention(q, k, k, is_causal=True, mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
+    with pytest.raises(MmmambaError, match="no backend 'fla'"):
+        attention(q, k, k, backend="fla")
+    with pytest.raises(NotImplementedError, match="not a mask"):
+        attention(q, k, k, backend="flash")
+    with pytest.raises(NotImplementedError, match="half precision"):
+        attention(q, k, k, is_causal=True, backend="flash")
+
+
+def test_decoding_sees_everything_before() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 1, 8, generator=rng)
+    k, v = torch.randn(2, 2, 2, 9, 8, generator=rng)
+    weights = torch.softmax((q @ k.repeat_interleave(2, 1).mT) / math.sqrt(8), -1)
+    torch.testing.assert_close(attention(q, k, v), weights @ v.repeat_interleave(2, 1))
+    assert not takes_segments(q)
+
+
+def test_columns_of_a_prompt_have_segments_and_later_ones_have_not() -> None:
+    stack = HolisticVLMConfig(
+        vocab_size=8,
+        hidden_size=16,
+        layer_types=["full_attention"],
+        language_stack={
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+            "intermediate_size": 16,
+            "num_layers": 1,
+        },
+    ).language
+    state = StackState()
+    mask = rows_of([0, 1, 1], [1, 1, 1]).bool()
+    options = {"seq_idx": None, "prompt_lengths": None, "device": "cpu", "dtype": torch.float32}
+    columns = describe_columns(stack, state, 3, mask=mask, **options)
+    found = columns.segments(3)
+    assert found is not None
+    assert found.bounds.tolist() == [0, 1, 3, 6]
+    assert columns.segments(3) is found
+    assert columns.segments(4) is None
+    assert columns.chunk(1, 3).segments(3) is None
+    assert describe_columns(stack, state, 1, mask=mask[:, :1], **options).segments(4) is None
+    plain = describe_columns(stack, StackState(), 3, mask=None, **options)
+    assert plain.segments(3) is None
+
+
+# GPU: FlashAttention's kernels.
+
+SHAPES = [(2, 4, 2, 131, 64), (3, 4, 4, 700, 32), (1, 16, 8, 2048, 128), (2, 6, 2, 77, 40)]
+
+
+def problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v, and gradients of the outputs, as the model lays them out."""
+    batch, heads, kv_heads, length, dim = shape
+    rng = torch.Generator().manual_seed(length)
+    drawn = (
+        torch.randn(batch, length, n, dim, generator=rng)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+    q, k, v, dy = (x.to("cuda", dtype).transpose(1, 2) for x in drawn)
+    return q, k, v, dy
+
+
+def packing(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    ids = (torch.arange(length) // 50).expand(batch, -1).clone()
+    real = torch.ones(batch, length, dtype=torch.bool)
+    real[0, -length // 5 :] = False
+    real[-1, : length // 7] = False
+    return real.cuda(), ids.cuda()
+
+
+def learned(shape: tuple[int, ...], dtype: torch.dtype, backend: str, way: str) -> list[Tensor]:
+    """The output and the three gradients."""
+    *inputs, dy = problem(shape, dtype)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    options: dict = {"is_causal": True}
+    if way != "causal":
+        real, ids = packing(shape[0], shape[3])
+        options = {"segments": segments_of(real, ids if way == "packed" else None)}
+        dy = dy * real[:, None, :, None]
+    y = attention(*leaves, **options, backend=backend)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    if way != "causal":
+        y = y.where(real[:, None, :, None], 0)
+    return [y, *gradients]
+
+
+@pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
+@pytest.mark.parametrize("way", ["causal", "padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flash_is_what_is_written_down(
+    shape: tuple[int, ...], dtype: torch.dtype, way: str
+) -> None:
+    found = learned(shape, dtype, "flash", way)
+    expected = learned(shape, torch.float64, "reference", way)
+    for ours, right in zip(found, expected, strict=True):
+        assert float((ours.double() - right).norm() / right.norm()) < 1e-2
+
+
+@pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
+@pytest.mark.parametrize("way", ["causal", "padded", "packed"])
+def test_gradients_are_the_same_bits_each_time(way: str) -> None:
+    shape = (2, 16, 8, 2048, 128)
+    first = learned(shape, torch.bfloat16, "auto", way)
+    for _ in range(8):
+        for a, b in zip(learned(shape, torch.bfloat16, "auto", way), first, strict=True):
+            assert torch.equal(a, b)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
+def test_auto_takes_flash_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for name in ("flash", "sdpa"):
+        real = ATTENTION_BACKENDS[name]
+
+        def noted(*inputs, _name=name, _real=real, **options):
+            taken.append(_name)
+            return _real(*inputs, **options)
+
+        monkeypatch.setitem(ATTENTION_BACKENDS, name, noted)
+    q, k, v, _ = problem((2, 4, 2, 64, 32), torch.bfloat16)
+    segments = segments_of(*packing(2, 64))
+    attention(q, k, v, is_causal=True)
+    attention(q, k, v, segments=segments)
+    attention(q.float(), k.float(), v.float(), segments=segments)
+    attention(q.requires_grad_(), k, v, is_causal=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert taken == ["sdpa", "flash", "sdpa", "flash", "flash"]
