@@ -159,9 +159,8 @@ def sets(problem: Problem, backend: str, trains: bool) -> list[Tensors]:
 
 
 def _like_output(problem: Problem, made: Tensors) -> Tensor:
-    if problem.op == "ssd":
-        return torch.randn_like(made["C"])
-    return torch.randn_like(made["y" if problem.op == "gated_rms_norm" else "x"])
+    name = {"ssd": "C", "gated_rms_norm": "y"}.get(problem.op, "q" if "q" in made else "x")
+    return torch.randn_like(made[name])
 
 
 def milliseconds(run: Callable[[Tensors], object], inputs: list[Tensors]) -> list[float]:

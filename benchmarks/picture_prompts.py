@@ -1,10 +1,12 @@
 """Time until the first token of a prompt with pictures, at HoVLE-2.6B size on one GPU.
 
-    python benchmarks/picture_prompts.py [--out FILE] [--tiles 1 7 13] [--text 64] [--repeats 10]
+    python benchmarks/picture_prompts.py [--out FILE] [--columns 320 1856 3392 4096] [--repeats 10]
 
-Random weights. The linear student with its parts as CUDA graphs and launched one by one, hybrid-8
-and the tuned teacher, in turns; medians and quartiles of pixels and ids on the device up to logits
-on the device, as the host's clock has them. The gate: logits by graphs lie no further from those
+Random weights. Prompts of so many columns, 64 of them text and the rest tiles of a picture, or all
+of them text where that leaves a fraction of a tile. The linear student with its parts as CUDA
+graphs and launched one by one, hybrid-8 and the tuned teacher, in turns; medians and quartiles of
+pixels and ids on the device up to logits on the device, as the host's clock has them, and what the
+kernels of one such prompt take together (`kernels_ms`), which no host can slow. The gate: logits by graphs lie no further from those
 of a forward pass without a cache than 1.5 times what launching one by one leaves; rounding is what
 is between them, and random linear weights magnify it. On a CPU: `--random hovle-8m`, without
 graphs. Ends with 1 if the gate is red.
@@ -27,6 +29,7 @@ from mmmamba_cli.decoding import Generator
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.profiling import random_subjects, weight_store
 from mmmamba_cli.profiling.contract import TUNED
+from mmmamba_cli.profiling.instruments import instruments_of
 from mmmamba_cli.runs.manifest import versions
 
 HYBRID = 8
@@ -34,14 +37,18 @@ GRAPHS, ONE_BY_ONE = "linear", "linear, launched one by one"
 ALLOWED = 1.5
 # An asked chunk is launched one by one; no prompt here is longer.
 WHOLE = 1 << 14
+# Columns of words around a picture.
+TEXT = 64
 
 Ways = dict[str, tuple[Generator, int | None]]
 
 
-def prompt(model: HolisticVLM, tiles: int, text: int, seed: int) -> tuple[Tensor, Tensor]:
+def prompt(model: HolisticVLM, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     """Ids (1, T) and pixels (tiles, 3, side, side): words, a picture, words."""
     vision = model.config.vision_config
     assert vision is not None
+    tiles, rest = divmod(columns - TEXT, vision.tokens_per_tile)
+    text, tiles = (columns, 0) if rest else (TEXT, tiles)
     rng = torch.Generator().manual_seed(seed)
     words = torch.randint(10, 1000, (text,), generator=rng)
     picture = torch.full((tiles * vision.tokens_per_tile,), vision.image_token_id)
@@ -67,32 +74,40 @@ def timed(generator: Generator, ids: Tensor, pixels: Tensor, chunk: int | None) 
 
 
 @torch.no_grad()
-def measure(ways: Ways, tiles: int, given: argparse.Namespace) -> Any:
+def measure(ways: Ways, columns: int, given: argparse.Namespace) -> Any:
     """All of them over one prompt: the gate first, which also warms up, then in turns."""
     found: dict[str, Any] = {}
     inputs = {}
     for name, (generator, chunk) in ways.items():
-        ids, pixels = inputs[name] = prompt(generator.model, tiles, given.text, given.seed)
+        ids, pixels = inputs[name] = prompt(generator.model, columns, given.seed)
         for _ in range(3):
             logits = generator.prefill(ids, pixels, chunk=chunk).clone()
         expected = generator.model(ids, pixels, logits_to_keep=1).logits[:, -1]
-        found[name] = {"columns": ids.shape[1], "distance": distance(logits, expected)}
+        found[name] = {"distance": distance(logits, expected)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(given.repeats):
         for name, (generator, chunk) in ways.items():
             seconds[name].append(timed(generator, *inputs[name], chunk))
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4)
-        found[name] |= {"ms": 1e3 * middle, "quartiles_ms": [1e3 * low, 1e3 * high]}
+        generator, chunk = ways[name]
+        kernels = instruments_of(generator.model.device).kernel_seconds(
+            lambda g=generator, c=chunk, n=name: g.prefill(*inputs[n], chunk=c)
+        )
+        found[name] |= {
+            "ms": 1e3 * middle,
+            "quartiles_ms": [1e3 * low, 1e3 * high],
+            "kernels_ms": None if kernels is None else 1e3 * kernels,
+        }
     apart = found[GRAPHS]["distance"] / max(found[ONE_BY_ONE]["distance"], 1e-9)
-    return {"tiles": tiles, "gate": apart / ALLOWED, "found": found}
+    tiles = len(inputs[GRAPHS][1])
+    return {"columns": columns, "tiles": tiles, "gate": apart / ALLOWED, "found": found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--random", default="hovle-2.6b")
-    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 7, 13])
-    parser.add_argument("--text", type=int, default=64)
+    parser.add_argument("--columns", type=int, nargs="+", default=[320, 1856, 3392, 4096])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
@@ -107,7 +122,7 @@ def main() -> None:
             ways[subject.name] = generator, None
             if subject.name == GRAPHS:
                 ways[ONE_BY_ONE] = generator, WHOLE
-    rows = [measure(ways, tiles, given) for tiles in given.tiles]
+    rows = [measure(ways, columns, given) for columns in given.columns]
     result = {
         "what": "milliseconds until the logits after a prompt with pictures",
         "command": " ".join(["python", "benchmarks/picture_prompts.py", *sys.argv[1:]]),
