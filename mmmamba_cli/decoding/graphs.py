@@ -1,13 +1,21 @@
-"""CUDA graphs of one step each: captured once, then launched as a whole."""
+"""CUDA graphs: work of a fixed size, captured once, then launched as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import torch
 
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made", bound=Callable[[], None])
+Work = Callable[[], None]
+Capture = Callable[[Work], Work]
+
 # Triton compiles, and libraries take their workspaces, before anything is captured.
 WARM_UP_STEPS = 3
+# So many times one work at once are worth a graph; fewer, when it is asked for a second time.
+ENOUGH = 6
 
 
 class GraphPool:
@@ -17,9 +25,7 @@ class GraphPool:
         self.device = device
         self.handle = torch.cuda.graph_pool_handle()
 
-    def capture(
-        self, work: Callable[[], None], rng: torch.Generator | None = None
-    ) -> Callable[[], None]:
+    def capture(self, work: Work, rng: torch.Generator | None = None) -> Work:
         """A function that does on the device what `work` does, without its launches.
 
         `work` runs a few times and changes what it changes; capturing itself computes nothing.
@@ -38,3 +44,30 @@ class GraphPool:
             with torch.cuda.graph(graph, pool=self.handle, stream=side):
                 work()
         return graph.replay
+
+
+class Works(Generic[Key, Made]):
+    """Work by what it is made for, as graphs where it comes often."""
+
+    def __init__(self, make: Callable[[Key], Made], capture: Capture):
+        self._make = make
+        self._capture = capture
+        self._made: dict[Key, Made] = {}
+        self._runs: dict[Key, Work] = {}
+
+    def prepared(self, key: Key, count: int = 1) -> tuple[Made, Work]:
+        """The work and what runs it, which will be done `count` times.
+
+        Capturing runs the work, and so leaves what it changes anyhow.
+        """
+        known = key in self._made
+        if not known:
+            self._made[key] = self._make(key)
+        made = self._made[key]
+        if key not in self._runs and (known or count >= ENOUGH):
+            try:
+                self._runs[key] = self._capture(made)
+            except torch.OutOfMemoryError:
+                # Launched one by one it needs less.
+                self._runs[key] = made
+        return made, self._runs.get(key, made)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from mmmamba_cli.decoding.choosing import Choice, Chooser
 from mmmamba_cli.decoding.graphs import GraphPool
 from mmmamba_cli.decoding.plan import ModelPlan
+from mmmamba_cli.decoding.prefill import Reader
 from mmmamba_cli.decoding.replaying import PartReader, suits
 from mmmamba_cli.decoding.states import States, states_size
 from mmmamba_cli.decoding.stepping import advance
+from mmmamba_cli.decoding.whole import WholeReader, suits_whole
 from mmmamba_cli.model import HolisticVLM
 
 # How many are kept, and their bytes together; the one in use may be larger.
@@ -32,7 +34,7 @@ class Shelf:
         self._pool: GraphPool | None = None
         self._states: dict[tuple[int, tuple[int, ...]], States] = {}
         self._steps: dict[tuple[States, Choice | None], Step] = {}
-        self._readers: dict[States, PartReader] = {}
+        self._readers: dict[States, Reader] = {}
 
     def take(
         self, batch: int, rooms: tuple[int, ...], choice: Choice | None
@@ -53,12 +55,13 @@ class Shelf:
             step = self._steps[states, choice] = self._made(states, choice)
         return states, step
 
-    def reader(self, states: States) -> PartReader | None:
-        """What reads text into these states by graphs, if that is how this model is read."""
-        if not (self._graphs and suits(self._plan)):
+    def reader(self, states: States) -> Reader | None:
+        """What reads prompts into these states by graphs, if that is how this model is read."""
+        if not (self._graphs and suits_whole(self._plan)):
             return None
         if states not in self._readers:
-            self._readers[states] = PartReader(self._model, states, self._captured)
+            kind = PartReader if suits(self._plan) else WholeReader
+            self._readers[states] = kind(self._model, states, self._captured)
         return self._readers[states]
 
     def clear(self) -> None:

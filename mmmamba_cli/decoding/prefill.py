@@ -5,17 +5,16 @@ Legend: B batch, T columns of the prompt, D hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mmmamba_cli.decoding.keeping import PrefillCache
 from mmmamba_cli.decoding.parts import read_part
-from mmmamba_cli.decoding.replaying import PartReader
-from mmmamba_cli.decoding.states import KeysValues, ScanState, States
+from mmmamba_cli.decoding.states import States
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.cache import DecodingState
 from mmmamba_cli.model.decoder import Prompt
 
 # Tokens at a time, of all rows, of a model whose memory does not grow: on a GPU so many that it
@@ -27,53 +26,21 @@ WHOLE = 2**17
 MASK_ENTRIES = 2**30
 
 
-class _Keys:
-    """An attention layer's memory while a prompt is read."""
+class Reader(Protocol):
+    """Reads prompts into memory by graphs."""
 
-    def __init__(self, memory: KeysValues):
-        self.memory = memory
-        self.seen = 0
+    def takes(self, length: int, mask: Tensor | None) -> bool:
+        """Whether it reads prompts of so many columns, padded where `mask` (B, T) is False."""
+        ...
 
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, K, T, P); all that was seen."""
-        begin, self.seen = self.seen, self.seen + keys.shape[2]
-        self.memory.keys[:, :, begin : self.seen].copy_(keys)
-        self.memory.values[:, :, begin : self.seen].copy_(values)
-        return self.memory.keys[:, :, : self.seen], self.memory.values[:, :, : self.seen]
+    def read(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Hidden states (B, D) of the prompt's last column, before the norm.
 
-
-class _Scan:
-    """A Mamba-2 layer's memory while a prompt is read, named as transformers' layers name it."""
-
-    def __init__(self, memory: ScanState):
-        self.has_previous_state = [False]
-        self.conv_states, self.recurrent_states = [memory.conv], [memory.ssm]
-
-
-class PrefillCache:
-    """As much of a transformers cache as the mixers ask for, over memory of ours."""
-
-    def __init__(self, states: States):
-        self.decoding_state = DecodingState()
-        self.layers = [
-            _Keys(layer) if isinstance(layer, KeysValues) else _Scan(layer)
-            for stack in states.stacks
-            for layer in stack.layers
-        ]
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        layer: Any = self.layers[layer_idx]
-        found: tuple[Tensor, Tensor] = layer.update(keys, values)
-        return found
-
-    def update_conv_state(self, state: Tensor, layer_idx: int) -> None:
-        layer: Any = self.layers[layer_idx]
-        layer.conv_states[0].copy_(state)
-
-    def update_recurrent_state(self, state: Tensor, layer_idx: int) -> None:
-        layer: Any = self.layers[layer_idx]
-        layer.recurrent_states[0].copy_(state)
-        layer.has_previous_state[0] = True
+        Args:
+            inputs: ids (B, T) of text, or what the first layer sees (B, T, D).
+            mask: (B, T) bool, which columns are real, all padding at the left; None if all are.
+        """
+        ...
 
 
 def real_columns(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -129,17 +96,17 @@ def read(
     pixel_values: Tensor | None,
     mask: Tensor | None,
     chunk: int | None,
-    reader: PartReader | None = None,
+    reader: Reader | None = None,
 ) -> Tensor:
     """Put the prompt into `states`; the logits (B, V) after its last column.
 
     Each part goes through both stacks before the next one begins. Text is looked at part by part,
-    so that nothing is as long as the prompt but what it leaves behind. A `reader`, if there is one,
-    reads all but prompts with an asked `chunk`, or with more columns in the embedding stack.
+    so that nothing is as long as the prompt but what it leaves behind. A `reader` reads what it
+    takes, but for prompts with an asked `chunk`, or with more columns in the embedding stack.
     """
     decoder, length = model.model, input_ids.shape[1]
     is_text = decoder.find_images(input_ids, pixel_values) is None
-    if reader is not None and chunk is None:
+    if reader is not None and chunk is None and reader.takes(length, mask):
         prompt = None if is_text else decoder.prepare(input_ids, pixel_values, mask)
         if prompt is None or prompt.expansion is None:
             hidden = reader.read(input_ids if prompt is None else decoder.embed(prompt), mask)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from small import VOCABULARY, distance, join_pixels, pad_batch, prompt, small_model
 
-from mmmamba_cli.decoding import Generator, replaying
+from mmmamba_cli.decoding import Generator, graphs, replaying, whole
 from mmmamba_cli.decoding.prefill import read
 from mmmamba_cli.decoding.replaying import Kind, PartReader, cut, suits
 from mmmamba_cli.decoding.stepping import advance
+from mmmamba_cli.decoding.whole import WholeReader, suits_whole
 
 EXACT = 1e-10
 
@@ -19,8 +20,10 @@ EXACT = 1e-10
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying, "TOKENS", (32, 16))
-    for name, value in {"SMALL": 4, "SMALL_FOR_NEXT": 3, "LEAST_COLUMNS": 4}.items():
-        monkeypatch.setattr(replaying, name, value)
+    monkeypatch.setattr(replaying, "ROUNDED_TO", 4)
+    monkeypatch.setattr(replaying, "LEAST_COLUMNS", 4)
+    monkeypatch.setattr(whole, "ROUNDED_TO", 8)
+    monkeypatch.setattr(whole, "MOST", 96)
 
 
 def text(batch: int, length: int) -> torch.Tensor:
@@ -45,14 +48,14 @@ class Captures:
     ("length", "padding", "batch", "kinds"),
     [
         (1, 0, 1, [Kind(4, True)]),
-        (8, 0, 1, [Kind(4, True)] * 2),
-        (9, 0, 1, [Kind(16, True)]),
+        (8, 0, 1, [Kind(8, True)]),
+        (9, 0, 1, [Kind(12, True)]),
         (16, 0, 1, [Kind(16, False)]),
         (16, 1, 1, [Kind(16, True)]),
-        (37, 0, 1, [Kind(4, True)] * 2 + [Kind(32, False)]),
-        (53, 7, 1, [Kind(4, True)] * 2 + [Kind(16, True), Kind(32, False)]),
-        (53, 17, 1, [Kind(4, True)] * 2 + [Kind(16, True), Kind(32, False)]),
-        (53, 27, 1, [Kind(4, True)] * 2 + [Kind(16, True), Kind(32, True)]),
+        (37, 0, 1, [Kind(8, True), Kind(32, False)]),
+        (53, 7, 1, [Kind(8, True), Kind(16, True), Kind(32, False)]),
+        (53, 17, 1, [Kind(8, True), Kind(16, True), Kind(32, False)]),
+        (53, 27, 1, [Kind(8, True), Kind(16, True), Kind(32, True)]),
         (45, 4, 1, [Kind(16, True), Kind(32, False)]),
         (20, 0, 2, [Kind(4, True), Kind(16, False)]),
         (9, 0, 3, [Kind(4, True), Kind(8, False)]),
@@ -133,9 +136,9 @@ def test_graphs_are_made_for_what_comes_often() -> None:
     assert captures.count == 0
     reader.read(text(1, 3), None)
     assert captures.count == 1
-    reader.read(text(1, 32 * replaying.ENOUGH), None)
+    reader.read(text(1, 32 * graphs.ENOUGH), None)
     assert captures.count == 2
-    reader.read(text(1, 32 * replaying.ENOUGH + 1), None)
+    reader.read(text(1, 32 * graphs.ENOUGH + 1), None)
     assert captures.count == 2
 
 
@@ -158,20 +161,74 @@ def test_without_memory_for_a_graph_parts_are_launched_one_by_one() -> None:
 
 
 def test_only_plain_mixers_are_read_so() -> None:
-    for plan, options, expected in (
-        ("mmmm", {}, True),
-        ("mmam", {}, False),
-        ("mmmm", {"rope": True}, False),
-        ("mmmm", {"qk_norm": True}, False),
+    for plan, options, in_parts, as_a_whole in (
+        ("mmmm", {}, True, True),
+        ("mmam", {}, False, True),
+        ("aaaa", {}, False, True),
+        ("mmam", {"rope": True}, False, False),
+        ("mmmm", {"qk_norm": True}, False, False),
     ):
-        assert suits(Generator(small_model(plan, **options))._plan) is expected
+        model_plan = Generator(small_model(plan, **options))._plan
+        assert suits(model_plan) is in_parts
+        assert suits_whole(model_plan) is as_a_whole
+
+
+@pytest.mark.parametrize("plan", ["aaaa", "mmam", "amam"])
+@pytest.mark.parametrize("options", [{}, {"conv_width": 4, "d_skip": True}, {"conv_width": 1}])
+@pytest.mark.parametrize("tiles", [0, 2])
+def test_with_attention_prompts_are_read_whole(plan: str, options: dict, tiles: int) -> None:
+    model = small_model(plan, **options).double()
+    plain, wholly = Generator(model), Generator(model)
+    wholly.start(2, 64)
+    mine, captures = wholly._reading.states, Captures()
+    reader = WholeReader(model, mine, captures)
+    # Fewer than the convolution is wide, a few, a round number, many; then as one already known.
+    for length in (1, 5, 8, 37, 3):
+        rows = [prompt(tiles, length, seed) for seed in range(2)]
+        ids = torch.cat([row for row, _ in rows])
+        pixels = None if tiles == 0 else join_pixels([given for _, given in rows]).double()
+        expected = plain.prefill(ids, pixels, capacity=64)
+        states = plain._reading.states
+        assert reader.takes(ids.shape[1], None)
+        assert distance(read(model, mine, ids, pixels, None, None, reader), expected) < EXACT
+        assert torch.equal(mine.counters, states.counters)
+        for _ in range(2 * whole.ROUNDED_TO):
+            for one in (mine, states):
+                one.ids.copy_(ids[:, 0])
+                advance(one)
+            assert distance(mine.logits, states.logits) < EXACT
+    assert captures.count > 0
+
+
+def test_what_is_not_read_whole() -> None:
+    scaled = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 20}
+    for options, longest in (({}, 48), (scaled, 20)):
+        generator = Generator(small_model("amam", **options))
+        generator.start(2, 64)
+        reader = WholeReader(generator.model, generator._reading.states, Captures())
+        assert reader.takes(longest, None)
+        assert not reader.takes(longest + 1, None)
+        assert not reader.takes(4, torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_scaled_angles_are_those_of_short_prompts() -> None:
+    scaled = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 20}
+    model = small_model("amam", **scaled).double()
+    generator = Generator(model)
+    generator.start(1, 64)
+    reader = WholeReader(model, generator._reading.states, Captures())
+    # 24 columns are more than are given the angles of short prompts, 19 tokens are not.
+    hidden = reader.read(text(1, 19), None)
+    logits = model.lm_head(model.model.norm(hidden))
+    assert distance(logits, model(text(1, 19)).logits[:, -1]) < EXACT
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs want a GPU")
+@pytest.mark.parametrize("plan", ["mmmm", "amam", "aaaa"])
 @pytest.mark.parametrize("tiles", [0, 3])
 @pytest.mark.parametrize("length", [5, 37, 200])
-def test_graphs_give_the_tokens_of_the_model(length: int, tiles: int) -> None:
-    model = small_model("mmmm").cuda()
+def test_graphs_give_the_tokens_of_the_model(length: int, tiles: int, plan: str) -> None:
+    model = small_model(plan).cuda()
     rows = [prompt(tiles, length, seed) for seed in range(2)]
     ids = torch.cat([row for row, _ in rows]).cuda()
     pixels = join_pixels([given for _, given in rows])
