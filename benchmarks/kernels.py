@@ -160,7 +160,10 @@ def sets(problem: Problem, backend: str, trains: bool) -> list[Tensors]:
 
 def _like_output(problem: Problem, made: Tensors) -> Tensor:
     name = {"ssd": "C", "gated_rms_norm": "y"}.get(problem.op, "q" if "q" in made else "x")
-    return torch.randn_like(made[name])
+    like = made[name]
+    # Not the device's own generator: a capture that failed may have left that unusable.
+    rng = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(like.shape, generator=rng, device=like.device, dtype=like.dtype)
 
 
 def milliseconds(run: Callable[[Tensors], object], inputs: list[Tensors]) -> list[float]:
