@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -41,9 +43,21 @@ class GraphPool:
             graph = torch.cuda.CUDAGraph()
             if rng is not None:
                 graph.register_generator_state(rng)
-            with torch.cuda.graph(graph, pool=self.handle, stream=side):
+            with _keeping_garbage(), torch.cuda.graph(graph, pool=self.handle, stream=side):
                 work()
         return graph.replay
+
+
+@contextmanager
+def _keeping_garbage() -> Iterator[None]:
+    """Without collecting: what lets go of another graph spoils the one that is being captured."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Works(Generic[Key, Made]):
