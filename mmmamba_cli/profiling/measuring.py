@@ -45,7 +45,8 @@ class Plan:
     """What to measure. `repeats` are for each context and subject, spread over `rounds`.
 
     A repeat of decoding is `burst` tokens one behind the other, and their mean; a prefill is
-    measured once a round. `budget` is in seconds, None for as long as it takes.
+    measured once a round, a short one a few times. `budget` is in seconds, None for as long as it
+    takes.
     """
 
     contexts: tuple[int, ...]

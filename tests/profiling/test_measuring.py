@@ -91,6 +91,16 @@ def test_a_prompt_is_read_twice_before_it_is_timed_where_the_device_wants_it() -
     assert bench.turns.count(("reader", "prefill", 10)) == 6
 
 
+def test_a_short_prompt_is_read_a_few_times() -> None:
+    bench = Bench()
+    costs = iter([0.125, 0.1, 3.0, 0.1, 0.1, 9.0])
+    decoder = StandIn("reader", bench, read_seconds=lambda n: next(costs) if n == 10 else 1.0)
+    plan = Plan(contexts=(10,), repeats=1, rounds=1, warm_up=0)
+    found = by_place(measure([subject_of(decoder)], plan, bench))["reader", "prefill", 10]
+    assert found.rounds == (pytest.approx((0.125, 0.1, 3.0, 0.1, 0.1)),)
+    assert found.median == pytest.approx(0.1)
+
+
 def test_out_of_memory_is_a_row_and_longer_contexts_are_not_tried() -> None:
     bench = Bench()
     small, large = StandIn("small", bench, too_long=20), StandIn("large", bench)
