@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,3 +103,5 @@ def join_world(device: str | None = None) -> Iterator[World]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        # Sharded modules are cycles that hold the group: its threads shall end before Python does.
+        gc.collect()
