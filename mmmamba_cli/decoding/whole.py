@@ -36,8 +36,10 @@ class WholeReader:
 
     def __init__(self, model: HolisticVLM, states: States, capture: Capture):
         self._states = states
+        # One for all of them: many lengths come in an evaluation.
+        inputs = states.plan.text_embedding.new_zeros(MOST * model.config.hidden_size)
         self._works: Works[int, _Whole] = Works(
-            lambda columns: _Whole(model, states, columns), capture
+            lambda columns: _Whole(model, states, columns, inputs), capture
         )
 
     def takes(self, length: int, mask: Tensor | None) -> bool:
@@ -68,11 +70,11 @@ class WholeReader:
 class _Whole:
     """The work of a prompt: what `fill` puts in; `last` (B, D) comes out."""
 
-    def __init__(self, model: HolisticVLM, states: States, columns: int):
+    def __init__(self, model: HolisticVLM, states: States, columns: int, inputs: Tensor):
         like, size = states.plan.text_embedding, model.config.hidden_size
         self._blocks = model.model.blocks
         self._states = states
-        self._hidden = like.new_zeros(states.batch, columns, size)
+        self._hidden = inputs[: states.batch * columns * size].view(states.batch, columns, size)
         self._length = torch.ones(1, dtype=torch.int64, device=like.device)
         self._columns = [
             describe_columns(
