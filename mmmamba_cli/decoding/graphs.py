@@ -16,6 +16,8 @@ Capture = Callable[[Work], Work]
 
 # Triton compiles, and libraries take their workspaces, before anything is captured.
 WARM_UP_STEPS = 3
+# So much work is kept; what was done longest ago goes first.
+MOST_WORKS = 16
 # So many times one work at once are worth a graph; fewer, when it is asked for a second time.
 ENOUGH = 6
 
@@ -26,6 +28,8 @@ class GraphPool:
     def __init__(self, device: torch.device):
         self.device = device
         self.handle = torch.cuda.graph_pool_handle()
+        # One for all: memory is taken up again on the stream that it was given to.
+        self.stream = torch.cuda.Stream(device)
 
     def capture(self, work: Work, rng: torch.Generator | None = None) -> Work:
         """A function that does on the device what `work` does, without its launches.
@@ -34,7 +38,7 @@ class GraphPool:
         It may draw numbers from `rng`, which goes on from replay to replay.
         """
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
+            side = self.stream
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP_STEPS):
@@ -61,7 +65,7 @@ def _keeping_garbage() -> Iterator[None]:
 
 
 class Works(Generic[Key, Made]):
-    """Work by what it is made for, as graphs where it comes often."""
+    """Work by what it is made for, as graphs where it comes often, and not all that ever was."""
 
     def __init__(self, make: Callable[[Key], Made], capture: Capture):
         self._make = make
@@ -74,10 +78,16 @@ class Works(Generic[Key, Made]):
 
         Capturing runs the work, and so leaves what it changes anyhow.
         """
-        known = key in self._made
-        if not known:
-            self._made[key] = self._make(key)
-        made = self._made[key]
+        made = self._made.pop(key, None)
+        known = made is not None
+        if made is None:
+            while len(self._made) >= MOST_WORKS:
+                oldest = next(iter(self._made))
+                del self._made[oldest]
+                self._runs.pop(oldest, None)
+            made = self._make(key)
+        # The last in order is the last that was asked for.
+        self._made[key] = made
         if key not in self._runs and (known or count >= ENOUGH):
             try:
                 self._runs[key] = self._capture(made)

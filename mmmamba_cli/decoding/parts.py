@@ -56,6 +56,9 @@ def read_stacks(
         hidden = read_part(stack, own, hidden, seen, cache, padding)
         if stack.plan is plan.embedding and plan.normalize_embedding_output:
             hidden = hidden / hidden.norm(dim=-1, keepdim=True)
+            if padding is not None:
+                # Where nothing but zeros came that is 0 / 0, and attention multiplies it by zero.
+                hidden = hidden.masked_fill(padding.columns, 0)
     return hidden
 
 

@@ -30,7 +30,14 @@ from mmmamba_cli.profiling.result import (
     Task,
     summarised,
 )
-from mmmamba_cli.profiling.turns import WARM_READS, Turn, decode_turn, prefill_turn
+from mmmamba_cli.profiling.turns import (
+    READS_IF_SHORT,
+    SHORT,
+    WARM_READS,
+    Turn,
+    decode_turn,
+    prefill_turn,
+)
 
 # Share of the budget that decoding may have, if a prefill is to follow.
 DECODE_SHARE = 0.5
@@ -288,7 +295,8 @@ class _Bench:
             return math.inf
         floor = floor_of(decoder.cost(plan.batch, context, task == PREFILL), self.ceilings)
         if task == PREFILL:
-            return (1 + (WARM_READS if plan.warm_prefill else 0)) * FLOORS * floor
+            reads = READS_IF_SHORT if floor <= SHORT else 1
+            return (reads + (WARM_READS if plan.warm_prefill else 0)) * FLOORS * floor
         tokens = plan.warm_up + plan.repeats_a_turn * plan.burst
         return launches + tokens * FLOORS * floor
 

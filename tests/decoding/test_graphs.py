@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from mmmamba_cli.decoding.graphs import ENOUGH, WARM_UP_STEPS, GraphPool, Works
+from mmmamba_cli.decoding.graphs import ENOUGH, MOST_WORKS, WARM_UP_STEPS, GraphPool, Works
 
 
 class Counts:
@@ -42,6 +42,18 @@ def test_work_is_captured_when_it_comes_often() -> None:
     assert works.prepared(1)[1] is run
     many, _ = works.prepared(2, ENOUGH)
     assert captured == [made, many]
+
+
+def test_what_was_done_longest_ago_is_let_go_of() -> None:
+    works: Works[int, Counts] = Works(Counts, lambda work: work)
+    first, _ = works.prepared(0)
+    second, _ = works.prepared(1)
+    for key in range(2, MOST_WORKS):
+        works.prepared(key)
+    assert works.prepared(0)[0] is first
+    works.prepared(MOST_WORKS)
+    assert works.prepared(0)[0] is first
+    assert works.prepared(1)[0] is not second
 
 
 def test_without_memory_for_a_graph_work_runs_as_it_is() -> None:
@@ -85,3 +97,23 @@ def test_a_graph_that_is_let_go_of_does_not_spoil_another() -> None:
     before = number.item()
     replay()
     assert number.item() == before + 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs want a GPU")
+def test_graphs_take_up_the_memory_of_others() -> None:
+    pool = GraphPool(torch.device("cuda"))
+    inputs = torch.ones(1 << 22, device="cuda")
+    outputs = torch.zeros_like(inputs)
+    kept, reserved = [], []
+
+    def work() -> None:
+        # With temporary tensors of 16 MiB.
+        outputs.copy_((inputs + 1) * 2 - inputs)
+
+    for _ in range(6):
+        kept.append(pool.capture(work))
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]
+    outputs.zero_()
+    kept[0]()
+    assert bool((outputs == 3).all())

@@ -200,6 +200,23 @@ def test_with_attention_prompts_are_read_whole(plan: str, options: dict, tiles: 
     assert captures.count > 0
 
 
+@pytest.mark.parametrize("plan", ["mmaa", "mmam", "mmmm", "amam"])
+def test_a_normed_embedding_output_makes_nothing_of_padding(plan: str) -> None:
+    model = small_model(plan).double()
+    model.config.normalize_embedding_output = True
+    generator = Generator(model)
+    generator.start(1, 64)
+    states = generator._reading.states
+    kind = PartReader if plan == "mmmm" else WholeReader
+    reader = kind(model, states, Captures())
+    for length in (3, 37):
+        ids = text(1, length)
+        hidden = reader.read(ids, None)
+        logits = model.lm_head(model.model.norm(hidden))
+        assert distance(logits, model(ids).logits[:, -1]) < EXACT
+        assert all(bool(memory.isfinite().all()) for memory in states.tensors)
+
+
 def test_what_is_not_read_whole() -> None:
     scaled = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 20}
     for options, longest in (({}, 48), (scaled, 20)):

@@ -76,6 +76,18 @@ def test_sequences_in_pieces_have_none(real: list[int], ids: list[int]) -> None:
     assert segments_of(rows_of(real).bool(), rows_of(ids)) is None
 
 
+def test_ints_mark_as_bools_do_and_nothing_has_no_segments() -> None:
+    real, ids = rows_of([0, 1, 1, 1]), rows_of([5, 5, 5, 6])
+    for seq_idx in (ids, ids.int(), None):
+        found, expected = segments_of(real, seq_idx), segments_of(real.bool(), seq_idx)
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found.bounds, expected.bounds)
+    for empty in (ids[:0], ids[:, :0]):
+        assert segments_of(None, empty) is None
+        assert segments_of(empty.bool(), None) is None
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     q, k = torch.zeros(1, 4, 6, 8), torch.zeros(1, 2, 6, 8)
     with pytest.raises(ValueError, match=r"expected \(B, H, T, P\)"):

@@ -52,7 +52,7 @@ def test_every_subject_task_and_context_has_its_planted_numbers() -> None:
     }
     assert one.memory.total == 3207
     read = found["fast", "prefill", 40]
-    assert read.rounds == ((0.25,),) * 3
+    assert read.rounds == ((0.25,) * 2,) * 3
 
 
 def test_without_a_gauge_memory_is_weights_and_cache() -> None:
@@ -99,6 +99,19 @@ def test_a_short_prompt_is_read_a_few_times() -> None:
     found = by_place(measure([subject_of(decoder)], plan, bench))["reader", "prefill", 10]
     assert found.rounds == (pytest.approx((0.125, 0.1, 3.0, 0.1, 0.1)),)
     assert found.median == pytest.approx(0.1)
+
+
+def test_a_hiccup_at_first_does_not_make_a_prompt_long() -> None:
+    for costs, expected in (
+        ([0.3, 0.1, 0.1, 0.1, 0.1], 5),
+        ([0.3, 0.3], 2),
+        ([0.6], 1),
+    ):
+        bench, left = Bench(), iter(costs)
+        decoder = StandIn("reader", bench, read_seconds=lambda n, c=left: next(c) if n == 10 else 1)
+        plan = Plan(contexts=(10,), repeats=1, rounds=1, warm_up=0)
+        found = by_place(measure([subject_of(decoder)], plan, bench))["reader", "prefill", 10]
+        assert len(found.repeats) == expected
 
 
 def test_out_of_memory_is_a_row_and_longer_contexts_are_not_tried() -> None:

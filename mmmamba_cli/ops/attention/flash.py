@@ -7,6 +7,7 @@ H query heads, K key/value heads, P head dim, N sequences.
 Source: Dao, FlashAttention-2, arXiv 2307.08691.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from mmmamba_cli.ops.attention.segments import Segments
 from mmmamba_cli.ops.attention.suiting import computed_in, suits_flash
+
+_SWITCH = threading.Lock()
 
 
 def attend(
@@ -33,7 +36,7 @@ def attend(
     if not suits_flash(q):
         raise NotImplementedError(
             f"flash attention takes half precision on an NVIDIA GPU and head dims that are "
-            f"multiples of 8 up to 256, not {computed_in(q)} of {q.shape[-1]} on {q.device}"
+            f"multiples of 8 up to 192, not {computed_in(q)} of {q.shape[-1]} on {q.device}"
         )
     dtype, (batch, _, length, _) = computed_in(q), q.shape
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
@@ -76,17 +79,20 @@ class _Flash(torch.autograd.Function):
 def _in_order() -> Iterator[None]:
     """Kernels that look at PyTorch's switch for it sum in a fixed order.
 
-    For everything it would be slow, and an error wherever there is no such kernel.
+    For everything it would be slow, and an error wherever there is no such kernel. The switch is
+    the process's: gradients of several devices are computed by a thread each.
     """
-    asked = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     filling: Any = torch.utils.deterministic
-    fills = filling.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # All of what the kernels leave is written.
-    filling.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(asked, warn_only=only_warns)
-        filling.fill_uninitialized_memory = fills
+    with _SWITCH:
+        asked = torch.are_deterministic_algorithms_enabled()
+        only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        fills = filling.fill_uninitialized_memory
+        # Not torch.use_deterministic_algorithms, which imports and changes the compiler as well.
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        # All of what the kernels leave is written.
+        filling.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(asked, warn_only=only_warns)
+            filling.fill_uninitialized_memory = fills

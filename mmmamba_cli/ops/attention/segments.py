@@ -12,13 +12,12 @@ from torch import Tensor
 class Segments(NamedTuple):
     """Sequences of B rows of T columns, the rows laid end to end; padding is one of them too.
 
-    `bounds` (N + 1,) int32: sequence n is columns bounds[n] to bounds[n + 1]. `longest`, and
-    whether columns are `real`, (B, T) bool, None if all are.
+    `bounds` (N + 1,) int32: sequence n is columns bounds[n] to bounds[n + 1]; `longest` of them in
+    columns.
     """
 
     bounds: Tensor
     longest: int
-    real: Tensor | None
 
     def mask(self, rows: int) -> Tensor:
         """The same as (B, 1, T, T) bool, True where a query may look."""
@@ -30,15 +29,17 @@ class Segments(NamedTuple):
 
 
 def segments_of(mask: Tensor | None, seq_idx: Tensor | None) -> Segments | None:
-    """Of columns whose `mask` (B, T) bool marks real ones, and whose `seq_idx` (B, T) tells packed
-    sequences apart; not both None.
+    """Of columns whose `mask` (B, T), bool or int, marks real ones, and whose `seq_idx` (B, T)
+    tells packed sequences apart; not both None.
 
-    None where that cannot be said: a sequence with a gap, or ids that do not ascend in a row.
+    None where that cannot be said: a sequence with a gap, ids that do not ascend in a row, nothing.
     Waits for the device, once.
     """
     ids = _ids(mask, seq_idx)
     device, ids = ids.device, ids.cpu()
     rows, length = ids.shape
+    if ids.numel() == 0:
+        return None
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     real = ids >= 0
@@ -49,13 +50,15 @@ def segments_of(mask: Tensor | None, seq_idx: Tensor | None) -> Segments | None:
         return None
     bounds = torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([rows * length])))
     longest = int(bounds.diff().max())
-    return Segments(bounds.int().to(device), longest, mask)
+    return Segments(bounds.int().to(device), longest)
 
 
 def _ids(mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     """(B, T) int64 from 0, -1 for padding."""
     if seq_idx is None:
         assert mask is not None, "all columns are one sequence a row"
-        return mask.long() - 1
-    ids = seq_idx.long() - seq_idx.min()
-    return ids if mask is None else ids.masked_fill(~mask, -1)
+        return mask.bool().long() - 1
+    ids = seq_idx.long()
+    if ids.numel() > 0:
+        ids = ids - ids.min()
+    return ids if mask is None else ids.masked_fill(~mask.bool(), -1)

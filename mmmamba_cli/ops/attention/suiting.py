@@ -5,7 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MULTIPLE, MOST = 8, 256
+# Beyond 192 some GPUs have no gradients.
+MULTIPLE, MOST = 8, 192
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -18,9 +19,11 @@ def suits_flash(q: Tensor) -> bool:
 
 
 def computed_in(q: Tensor) -> torch.dtype:
-    """The dtype that autocast asks for, or the tensor's own."""
+    """The dtype that autocast asks for, or the tensor's own; fp64 stays."""
     kind = q.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+    if q.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return q.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 @cache
