@@ -73,10 +73,16 @@ def extra_columns(model: HolisticVLM, input_ids: Tensor, pixel_values: Tensor | 
     With the pixel shuffle behind it, it sees every patch of a tile.
     """
     vision = model.config.vision_config
-    if pixel_values is None or vision is None or vision.pixel_shuffle != "post":
+    if pixel_values is None or vision is None or not _widens(model):
         return 0
     longest = int((input_ids == vision.image_token_id).sum(1).max())
     return longest * (vision.merge**2 - 1)
+
+
+def _widens(model: HolisticVLM) -> bool:
+    """Whether a picture has more columns in the embedding stack than in the other."""
+    vision = model.config.vision_config
+    return vision is not None and vision.pixel_shuffle == "post"
 
 
 def pick_chunk(states: States, length: int, padded: bool) -> int:
@@ -106,11 +112,13 @@ def read(
     """
     decoder, length = model.model, input_ids.shape[1]
     is_text = decoder.find_images(input_ids, pixel_values) is None
-    if reader is not None and chunk is None and reader.takes(length, mask):
-        prompt = None if is_text else decoder.prepare(input_ids, pixel_values, mask)
-        if prompt is None or prompt.expansion is None:
-            hidden = reader.read(input_ids if prompt is None else decoder.embed(prompt), mask)
-            return states.logits.copy_(model.lm_head(decoder.norm(hidden)))
+    is_even = is_text or not _widens(model)
+    if reader is not None and chunk is None and is_even and reader.takes(length, mask):
+        inputs = input_ids
+        if not is_text:
+            inputs = decoder.embed(decoder.prepare(input_ids, pixel_values, mask))
+        hidden = reader.read(inputs, mask)
+        return states.logits.copy_(model.lm_head(decoder.norm(hidden)))
     lengths = torch.full_like(input_ids[:, 0], length) if mask is None else mask.sum(1)
     step = chunk or pick_chunk(states, length, mask is not None)
     states.clear()

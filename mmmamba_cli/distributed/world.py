@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,5 +102,3 @@ def join_world(device: str | None = None) -> Iterator[World]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-        # Sharded modules are cycles that hold the group: its threads shall end before Python does.
-        gc.collect()

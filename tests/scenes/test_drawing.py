@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ImageFont
 
 from mmmamba_cli.errors import DataError
+from mmmamba_evals.scenes import fonts
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.compose import CONTRAST, Content, brightness, compose
 from mmmamba_evals.scenes.gpu import Augmentation, Composer, Layouter
@@ -77,6 +79,23 @@ def test_a_colour_is_the_colour_it_is_called(world: World, atlas: Atlas) -> None
             apart = np.abs((vivid - hue + 0.5) % 1 - 0.5) * 360
             assert np.median(apart) < 7, (name, colour)
             assert (apart < 20).mean() > 0.75, (name, colour)
+
+
+def test_words_are_the_same_where_pillow_finds_no_library_to_shape_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drawn() -> list[bytes]:
+        fonts._load.cache_clear()
+        words = ("AVATAR", "office", "Toffee")
+        return [
+            fonts.word_mask(word, font).tobytes()
+            for font in range(len(fonts.all_fonts()))
+            for word in words
+        ]
+
+    here = drawn()
+    monkeypatch.setattr(ImageFont.core, "HAVE_RAQM", False)
+    assert drawn() == here
 
 
 def test_words_stand_out(world: World) -> None:
