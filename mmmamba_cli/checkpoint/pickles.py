@@ -26,7 +26,6 @@ from mmmamba_cli.checkpoint.tensors import TensorInfo, quoted
 from mmmamba_cli.errors import CheckpointError, name_some
 
 NESTS = ("state_dict", "model_state_dict", "model")
-PREFIX = "module."
 
 # What damaged input makes the unpickler and the zip reader raise; a pickle is a small program, and
 # a broken one fails in as many ways as programs do.
@@ -64,8 +63,7 @@ _SCAN_BYTES = 64 << 20  # far beyond the pickle of any state dict
 class PickleFile:
     """The tensors of one state dict, mapped into memory unless it is in PyTorch's old format.
 
-    Unwraps `state_dict`, `model_state_dict` and `model`; strips `module.` if all names have it.
-    Raises `CheckpointError`.
+    Unwraps `state_dict`, `model_state_dict` and `model`. Raises `CheckpointError`.
     """
 
     def __init__(self, path: Path):
@@ -75,8 +73,6 @@ class PickleFile:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         _check_tensors(state, size, path)
-        if all(name.startswith(PREFIX) for name in state):
-            state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
         self._tensors = {name: tensor.detach() for name, tensor in state.items()}
         self.infos = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape))

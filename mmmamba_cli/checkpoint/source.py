@@ -18,6 +18,7 @@ from mmmamba_cli.checkpoint.safetensors_format import (
     parse_json,
 )
 from mmmamba_cli.checkpoint.tensors import TensorInfo, quoted
+from mmmamba_cli.checkpoint.wrappers import MERGE, unwrapped_names
 from mmmamba_cli.errors import CheckpointError, name_some
 
 Kind = Literal["safetensors", "pickle", "gguf"]
@@ -25,6 +26,8 @@ Kind = Literal["safetensors", "pickle", "gguf"]
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX_SUFFIX = ".index.json"
+# peft's name of a file of adapter weights, less its suffix.
+ADAPTER = "adapter_model"
 # In the order in which transformers prefers them.
 FOLDER_NAMES = (
     "model.safetensors",
@@ -52,24 +55,31 @@ class TensorSource:
     memory of its own; it stays valid after `close`, and must not be written to.
     """
 
-    def __init__(self, kind: Kind, readers: Mapping[Path, Reader]):
+    def __init__(
+        self, kind: Kind, readers: Mapping[Path, Reader], stored: Mapping[str, str] | None = None
+    ):
+        """`stored` maps the names of the tensors to those in the files, where they differ."""
         self.kind: Kind = kind
         self.files = tuple(readers)
         self._readers = tuple(readers.values())
-        self._owner = {name: reader for reader in self._readers for name in reader.infos}
+        owner = {name: reader for reader in self._readers for name in reader.infos}
+        stored = {name: name for name in owner} if stored is None else stored
+        self._owner = {name: (owner[inside], inside) for name, inside in stored.items()}
         self.names = tuple(self._owner)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and size of a tensor, without reading it. Raises `KeyError`."""
-        return self._owner[name].infos[name]
+        reader, inside = self._owner[name]
+        return reader.infos[inside]
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, as it is stored. Raises `KeyError`."""
-        return self._owner[name].read(name)
+        reader, inside = self._owner[name]
+        return reader.read(inside)
 
     def leave_out(self, suffix: str) -> None:
         """Forget tensors whose names end so: neither read nor asked for, they are not the model."""
-        self._owner = {n: r for n, r in self._owner.items() if not n.endswith(suffix)}
+        self._owner = {n: place for n, place in self._owner.items() if not n.endswith(suffix)}
         self.names = tuple(self._owner)
 
     def content_hash(self, progress: Callable[[int], None] | None = None) -> str:
@@ -103,8 +113,9 @@ class TensorSource:
 def open_source(path: str | Path) -> TensorSource:
     """Open a Hugging Face folder, a `.safetensors` file, or a PyTorch state dict.
 
-    Only what describes the tensors is read. Raises `CheckpointError` if the path is missing, of an
-    unknown kind, incomplete, damaged, ambiguous or holds code.
+    Only what describes the tensors is read. Names lose what training wrappers put into them (see
+    `wrappers`). Raises `CheckpointError` if the path is missing, of an unknown kind, incomplete,
+    damaged, ambiguous, an adapter, or holds code.
     """
     path = Path(path)
     try:
@@ -129,6 +140,9 @@ def _find_in_folder(folder: Path) -> Path:
             f"{folder} holds no checkpoint, looked for {', '.join(FOLDER_NAMES)}",
             "give the folder or the file that holds the weights",
         )
+    adapters = [name for name in weights if Path(name).stem == ADAPTER]
+    if adapters == weights:
+        raise CheckpointError(f"{folder} holds a peft adapter: {name_some(adapters)}", MERGE)
     raise CheckpointError(
         f"{folder} holds {name_some(weights)} and no index that says which of them belong together",
         f"give one file, or add its {FOLDER_NAMES[1]}",
@@ -241,4 +255,5 @@ def _is_there(path: Path) -> bool:
 def _checked(kind: Kind, readers: Mapping[Path, Reader], path: Path) -> TensorSource:
     if not any(reader.infos for reader in readers.values()):
         raise CheckpointError(f"{path} holds no tensors")
-    return TensorSource(kind, readers)
+    names = [name for reader in readers.values() for name in reader.infos]
+    return TensorSource(kind, readers, unwrapped_names(names, path))

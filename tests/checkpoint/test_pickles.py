@@ -84,11 +84,6 @@ def test_state_dict_of_a_module(tmp_path: Path) -> None:
     assert not source.read("0.weight").requires_grad
 
 
-def test_prefix_stays_unless_all_have_it(tmp_path: Path) -> None:
-    state = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
-    assert open_source(saved(tmp_path / "x.pt", state)).names == ("module.a", "b")
-
-
 def test_shared_and_strided_tensors(tmp_path: Path) -> None:
     base = torch.arange(6.0).view(2, 3)
     source = open_source(saved(tmp_path / "x.pt", {"a": base, "tied": base, "t": base.T}))
