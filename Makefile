@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup check test demo smoke format clean
+# The oldest and the newest transformers that the package supports, beside the pinned one.
+FLOOR := 5.17.0
+NEWEST := 5.24.0
+MATRIX := tests/model tests/decoding tests/processing tests/export tests/pipeline
+
+.PHONY: setup check test test-floor test-newest test-matrix conformance demo smoke format clean
 
 setup: $(STAMP)
 
@@ -28,6 +33,30 @@ format: setup
 test: setup
 	$(BIN)/python -m pytest -n auto
 
+# An environment with the pinned versions of everything but transformers and what it pins itself.
+.venv-transformers-%/.ready: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet)==' constraints-dev.txt > $(@D)/constraints.txt
+	echo 'transformers==$*' >> $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[dev]'
+	touch $@
+
+test-floor: .venv-transformers-$(FLOOR)/.ready
+	$(<D)/bin/python -m pytest -n auto $(MATRIX)
+
+test-newest: .venv-transformers-$(NEWEST)/.ready
+	$(<D)/bin/python -m pytest -n auto $(MATRIX)
+
+test-matrix: test-floor test-newest
+
+# transformers' own common tests. TRANSFORMERS_TESTS may name a checkout of transformers, which adds
+# the generation tests.
+conformance: setup
+	MMMAMBA_UPSTREAM_TESTS=$$($(BIN)/python tests/conformance/upstream.py) \
+		$(BIN)/python -m pytest -n auto tests/conformance
+
 demo: setup
 	$(BIN)/python benchmarks/demo.py
 
@@ -35,4 +64,4 @@ smoke: setup
 	$(BIN)/python benchmarks/smoke.py --mmmamba $(BIN)/mmmamba
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-transformers-* build dist *.egg-info
