@@ -30,7 +30,7 @@ def write_teacher(folder: Path) -> int:
     raw = hovle.ARCHITECTURES["hovle-2.6b"]
     rules = hovle.rules(raw, hovle.to_config(raw))
     plan = {
-        name: TensorInfo(torch.float32, shape)
+        name: TensorInfo.of(torch.float32, shape)
         for rule in rules
         for name, shape in rule.foreign.items()
     }

@@ -1,15 +1,11 @@
 """Checkpoints in and out, tensor by tensor, under one set of names."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_bytes, atomic_write_text
-from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
 from mmmamba_cli.checkpoint.hub import hub_name, is_hub_id
-from mmmamba_cli.checkpoint.loading import (
-    default_generation_config,
-    load_model,
-    parse_dtype,
-    pick_device,
-    pick_dtype,
-)
 from mmmamba_cli.checkpoint.named import located, public_name_of, shipped_models
 from mmmamba_cli.checkpoint.opened import (
     OWN,
@@ -20,11 +16,24 @@ from mmmamba_cli.checkpoint.opened import (
     iterate,
     open_checkpoint,
     stored_dtype,
+    stored_element,
     tensor_plan,
 )
 from mmmamba_cli.checkpoint.source import open_source
-from mmmamba_cli.checkpoint.tensors import TensorInfo, check_finite
-from mmmamba_cli.checkpoint.writer import ShardedWriter
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo, parse_element
+from mmmamba_cli.deferred import deferred_names
+
+if TYPE_CHECKING:
+    from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
+    from mmmamba_cli.checkpoint.loading import (
+        default_generation_config,
+        load_model,
+        parse_dtype,
+        pick_device,
+        pick_dtype,
+    )
+    from mmmamba_cli.checkpoint.tensors import check_finite
+    from mmmamba_cli.checkpoint.writer import ShardedWriter
 
 __all__ = [
     "OWN",
@@ -49,10 +58,31 @@ __all__ = [
     "open_checkpoint",
     "open_source",
     "parse_dtype",
+    "parse_element",
     "pick_device",
     "pick_dtype",
     "public_name_of",
     "shipped_models",
     "stored_dtype",
+    "stored_element",
     "tensor_plan",
 ]
+
+__getattr__ = deferred_names(
+    __name__,
+    {
+        "hashing": (
+            "TensorHasher",
+            "combined_hash",
+        ),
+        "loading": (
+            "default_generation_config",
+            "load_model",
+            "parse_dtype",
+            "pick_device",
+            "pick_dtype",
+        ),
+        "tensors": ("check_finite",),
+        "writer": ("ShardedWriter",),
+    },
+)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from mmmamba_cli.checkpoint.gguf_header import check_header
 from mmmamba_cli.checkpoint.source import TensorSource
-from mmmamba_cli.checkpoint.tensors import TensorInfo
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo
 from mmmamba_cli.errors import CheckpointError, name_some
 from mmmamba_cli.processing import alone
 
-SUFFIX = ".gguf"
 PACKAGES = ("gguf", "accelerate")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # What the file may say only with this value, if it says it at all.
@@ -40,17 +39,13 @@ class Dequantised:
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = dict(tensors)
-        self.infos = {n: TensorInfo(t.dtype, tuple(t.shape)) for n, t in self._tensors.items()}
+        self.infos = {n: TensorInfo.of(t.dtype, tuple(t.shape)) for n, t in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
     def close(self) -> None:
         self._tensors = {}
-
-
-def is_gguf(path: Path) -> bool:
-    return path.suffix == SUFFIX
 
 
 def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from mmmamba_cli.errors import CheckpointError
 
+SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 # Bytes of a value by its kind; text and arrays have lengths of their own.
@@ -21,6 +22,10 @@ TEXT, ARRAY = 8, 9
 # The least a tensor takes in the head: the lengths of its name, dimensions, kind and place.
 TENSOR_BYTES = 8 + 4 + 4 + 8
 DEEPEST = 4
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix == SUFFIX
 
 
 def check_header(path: Path) -> None:

@@ -16,18 +16,18 @@ from typing import Any
 from torch import Tensor
 
 from mmmamba_cli.checkpoint.background import BoundedPool
-from mmmamba_cli.checkpoint.tensors import TensorInfo, byte_chunks
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo
+from mmmamba_cli.checkpoint.tensors import byte_chunks
 
 
 def start_digest(name: str, info: TensorInfo) -> Any:
     """A SHA-256 object that has taken in the name, dtype and shape; the bytes come next."""
-    dtype = str(info.dtype).removeprefix("torch.")
-    return hashlib.sha256(json.dumps([name, dtype, list(info.shape)]).encode())
+    return hashlib.sha256(json.dumps([name, info.element, list(info.shape)]).encode())
 
 
 def tensor_digest(name: str, tensor: Tensor) -> bytes:
     """The 32-byte digest of one named tensor."""
-    digest = start_digest(name, TensorInfo(tensor.dtype, tuple(tensor.shape)))
+    digest = start_digest(name, TensorInfo.of(tensor.dtype, tuple(tensor.shape)))
     for chunk in byte_chunks(tensor):
         digest.update(chunk)
     return digest.digest()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mmmamba_cli.architecture import ATTENTION, Architecture, ModelShape
 from mmmamba_cli.checkpoint.fields import integer, number, require, stack_fields, token_ids
 from mmmamba_cli.checkpoint.rules import Rule, Shape, packed_qkv, rename, stacked_rows
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.model import ATTENTION, HolisticVLMConfig
+
+if TYPE_CHECKING:
+    from mmmamba_cli.model import HolisticVLMConfig
 
 MODEL_TYPE = "internvl_chat"
 EMBEDDING_TYPE = "holistic_embedding"
@@ -77,15 +80,22 @@ ASSUMED = (
 )
 
 # Foreign and our prefix of a layer, the config and the layer's number to the layer's rules.
-BlockRules = Callable[[str, str, HolisticVLMConfig, int], list[Rule]]
+BlockRules = Callable[[str, str, ModelShape, int], list[Rule]]
 
 # Stop tokens of the chat template in InternLM2's vocabulary; smaller vocabularies lack some.
 CHAT_STOP_IDS = (2, 1163, 92543, 92542)
 
 
-def to_config(
+def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
+    """HoVLE's config as the model's. Raises `CheckpointError`."""
+    from mmmamba_cli.checkpoint.model_config import to_model_config
+
+    return to_model_config(to_architecture(raw, where))
+
+
+def to_architecture(
     raw: Mapping[str, Any], where: str = "config.json", embedding_type: str = EMBEDDING_TYPE
-) -> HolisticVLMConfig:
+) -> Architecture:
     """Translate HoVLE's config; all layers are attention. Raises `CheckpointError`.
 
     `embedding_type` is what a layout derived from HoVLE's calls the embedding stack.
@@ -113,7 +123,7 @@ def to_config(
             f"{where}: embedding_config.special_token_maps is {special!r:.60}, expected a table"
         )
     integer(language, "vocab_size", where, "llm_config")
-    return HolisticVLMConfig(
+    return Architecture(
         vocab_size=text_rows + len(special),
         hidden_size=hidden,
         layer_types=[ATTENTION] * (first["num_layers"] + second["num_layers"]),
@@ -124,13 +134,12 @@ def to_config(
         bos_token_id=token_ids(language, "bos_token_id", where, "llm_config"),
         eos_token_id=token_ids(language, "eos_token_id", where, "llm_config"),
         pad_token_id=token_ids(language, "pad_token_id", where, "llm_config"),
-        architectures=["HolisticVLM"],
     )
 
 
 def rules(
     raw: Mapping[str, Any],
-    config: HolisticVLMConfig,
+    config: ModelShape,
     names: Collection[str] | None = None,
     block: BlockRules | None = None,
 ) -> list[Rule]:
@@ -177,7 +186,7 @@ def _tied_head(tokens: str, kept: str, shape: Shape) -> Rule:
     )
 
 
-def _front(embedding: Mapping[str, Any], config: HolisticVLMConfig) -> list[Rule]:
+def _front(embedding: Mapping[str, Any], config: ModelShape) -> list[Rule]:
     """Pixels and text up to the first layer."""
     vision, hidden = config.vision_config, config.hidden_size
     assert vision is not None
@@ -205,7 +214,7 @@ def _front(embedding: Mapping[str, Any], config: HolisticVLMConfig) -> list[Rule
     return table
 
 
-def internlm2_block(foreign: str, ours: str, config: HolisticVLMConfig, layer: int) -> list[Rule]:
+def internlm2_block(foreign: str, ours: str, config: ModelShape, layer: int) -> list[Rule]:
     """The seven tensors of one attention layer, as InternLM2 names them."""
     stack, hidden = config.stack_of(layer), config.hidden_size
     wide, inner = stack.num_heads * stack.head_dim, stack.intermediate_size

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mmmamba_cli.architecture import ATTENTION, Architecture, ModelShape, StackConfig
 from mmmamba_cli.checkpoint.fields import integer, require, stack_fields, token_ids
 from mmmamba_cli.checkpoint.hovle import internlm2_block
 from mmmamba_cli.checkpoint.rules import Rule, Shape, Tensors, rename
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.model import ATTENTION, HolisticVLMConfig, StackConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmmamba_cli.model import HolisticVLMConfig
 
 # Tables that old conversions kept with the weights, and that follow from the config.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
@@ -84,6 +86,13 @@ MODEL_TYPES = tuple(FAMILIES)
 
 
 def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
+    """The config of a plain language model as the model's. Raises `CheckpointError`."""
+    from mmmamba_cli.checkpoint.model_config import to_model_config
+
+    return to_model_config(to_architecture(raw, where))
+
+
+def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Architecture:
     """Translate the config of a model whose `model_type` is in `MODEL_TYPES`.
 
     All layers are attention, in one stack, without vision. Raises `CheckpointError` that names
@@ -96,7 +105,7 @@ def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLM
     _refuse_windows(section, where)
     shape = stack_fields(section, where)
     biased = family.optional_bias and bool(section.get("attention_bias", False))
-    return HolisticVLMConfig(
+    return Architecture(
         vocab_size=integer(section, "vocab_size", where),
         hidden_size=integer(section, "hidden_size", where),
         layer_types=[ATTENTION] * shape["num_layers"],
@@ -110,12 +119,11 @@ def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLM
         bos_token_id=token_ids(section, "bos_token_id", where),
         eos_token_id=token_ids(section, "eos_token_id", where),
         pad_token_id=token_ids(section, "pad_token_id", where),
-        architectures=["HolisticVLM"],
     )
 
 
 def rules(
-    raw: Mapping[str, Any], config: HolisticVLMConfig, names: Collection[str] | None = None
+    raw: Mapping[str, Any], config: ModelShape, names: Collection[str] | None = None
 ) -> list[Rule]:
     """The name table of such a model (all layers attention).
 
@@ -175,6 +183,8 @@ def _written_twice(tokens: str, head: str, shape: Shape) -> Rule:
     """A tied head that is in the file beside the token table it must equal."""
 
     def one(table: Tensor, copy: Tensor) -> Tensors:
+        import torch
+
         if not torch.equal(table, copy):
             raise CheckpointError(
                 f"config.json ties the head to the token embedding, but {head} and {tokens} differ",

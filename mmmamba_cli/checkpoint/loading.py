@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from mmmamba_cli.checkpoint import language_models
-from mmmamba_cli.checkpoint.gguf_format import is_gguf
+from mmmamba_cli.checkpoint.gguf_header import is_gguf
 from mmmamba_cli.checkpoint.hovle import CHAT_STOP_IDS
 from mmmamba_cli.checkpoint.opened import (
     OWN,
@@ -17,11 +17,10 @@ from mmmamba_cli.checkpoint.opened import (
     open_checkpoint,
     stored_dtype,
 )
+from mmmamba_cli.checkpoint.tensor_info import parse_element, torch_dtype
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.processing import as_ids
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_model(
@@ -78,10 +77,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """A floating dtype from torch's name or ours (bf16, fp16, fp32). Raises `CheckpointError`."""
     if isinstance(name, torch.dtype):
         return name
-    dtype = DTYPES.get(name) or getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(f"dtype {name!r} is not known, known are: {', '.join(DTYPES)}")
-    return dtype
+    return torch_dtype(parse_element(name))
 
 
 def generation_config(opened: Checkpoint) -> GenerationConfig:

@@ -5,53 +5,74 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mmmamba_cli.architecture import Architecture, ModelShape, is_fp32_parameter, parameter_shapes
 from mmmamba_cli.checkpoint import hovle, language_models, own, released
-from mmmamba_cli.checkpoint.gguf_format import is_gguf, open_gguf
-from mmmamba_cli.checkpoint.hashing import TensorHasher
+from mmmamba_cli.checkpoint.gguf_header import is_gguf
 from mmmamba_cli.checkpoint.named import located
 from mmmamba_cli.checkpoint.rules import Rule, Shape, check_names, rename
 from mmmamba_cli.checkpoint.source import TensorSource, open_source
-from mmmamba_cli.checkpoint.tensors import TensorInfo, check_finite
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.model import FP32_PARAMETERS, HolisticVLM, HolisticVLMConfig
 
-OWN = HolisticVLMConfig.model_type
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mmmamba_cli.checkpoint.hashing import TensorHasher
+    from mmmamba_cli.model import HolisticVLMConfig
+
+OWN = own.MODEL_TYPE
 KNOWN_TYPES = (hovle.MODEL_TYPE, released.MODEL_TYPE, *language_models.MODEL_TYPES, OWN)
 SOURCE_CONFIG = "source_config.json"
 # In the order in which transformers prefers them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 UNUSED = {"unused.class_embedding", "unused.language_token_embedding.weight"}
+# Bytes that torch can count of one tensor, at four bytes an element.
+MAX_ELEMENTS = (1 << 63) // 4
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: config and tensors under our names.
+    """An opened checkpoint: its architecture, and its tensors under our names.
 
-    `raw_config` is the config of the teacher it is, or came from; `tokenizer_file` is None where
-    none was found, and the file itself for a GGUF; `assumed` names config values that were filled
-    in rather than read.
+    `config` is the model's own, which imports transformers; nothing else here does before a tensor
+    is read. `raw_config` is the config of the teacher it is, or came from; `tokenizer_file` is None
+    where none was found, and the file itself for a GGUF; `assumed` names config values that were
+    filled in rather than read.
     """
 
     path: Path
     model_type: str
-    config: HolisticVLMConfig
+    architecture: Architecture
     raw_config: Mapping[str, Any]
     source: TensorSource
     rules: list[Rule]
     tokenizer_file: Path | None = None
     assumed: tuple[str, ...] = ()
+    # The file a config of ours was read from, and what it holds; the config of a product has more
+    # fields than its architecture.
+    config_file: str = "config.json"
+    own_config: Mapping[str, Any] | None = None
     _rule_of: dict[str, tuple[Rule, int]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for rule in self.rules:
             for position, name in enumerate(rule.ours):
                 self._rule_of[name] = (rule, position)
+
+    @cached_property
+    def config(self) -> HolisticVLMConfig:
+        """The model's config. Raises `CheckpointError` for fields that transformers refuses."""
+        from mmmamba_cli.checkpoint.model_config import own_model_config, to_model_config
+
+        if self.own_config is None:
+            return to_model_config(self.architecture)
+        return own_model_config(self.own_config, self.config_file)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -61,9 +82,14 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._rule_of
 
-    def dtype(self, name: str) -> torch.dtype:
+    def info(self, name: str) -> TensorInfo:
+        """Shape under our name, and the dtype of the first tensor of the file it is made of."""
         rule, _ = self._rule_of[name]
-        return self.source.info(next(iter(rule.foreign))).dtype
+        element = self.source.info(next(iter(rule.foreign))).element
+        return TensorInfo(element, rule.ours[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.info(name).dtype
 
     def read(self, name: str) -> Tensor:
         """One tensor under our name; mapped from the file where the format allows it."""
@@ -88,7 +114,8 @@ def open_checkpoint(
 
     `path` may be the name of a shipped model, or a repository's id on the Hub. A bare state dict
     takes its config from `config_file`, else from `config.json` beside it, else
-    from `arch`; a GGUF file carries its own. Raises `CheckpointError`.
+    from `arch`; a GGUF file carries its own. safetensors are opened without torch; a GGUF file and
+    a PyTorch state dict need it. Raises `CheckpointError`.
     """
     path = located(path)
     home = path if path.is_dir() else path.parent
@@ -96,66 +123,74 @@ def open_checkpoint(
     if is_gguf(path):
         if config_file is not None or arch is not None:
             raise CheckpointError(f"{path} carries its own config", "leave out --config and --arch")
+        from mmmamba_cli.checkpoint.gguf_format import open_gguf
+
         raw, source = open_gguf(path)
         where = str(path)
     else:
         source = open_source(path)
         raw, where, assumed = _find_config(path, home, config_file, arch)
     kind = _model_type(raw, where)
+    own_config = raw if kind == OWN else None
     if kind == OWN:
-        config, rules = _own(raw, source, where)
+        found, rules = _own(raw, source, where)
         raw = _read_json(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
     elif kind == hovle.MODEL_TYPE:
-        config = hovle.to_config(raw, where)
-        rules = hovle.rules(raw, config, source.names)
+        found = hovle.to_architecture(raw, where)
+        rules = hovle.rules(raw, found, source.names)
     elif kind == released.MODEL_TYPE:
-        config = released.to_config(raw, where)
-        rules = released.rules(raw, config, source.names)
+        found = released.to_architecture(raw, where)
+        rules = released.rules(raw, found, source.names)
     else:
         source.leave_out(language_models.DERIVED_SUFFIX)
-        config = language_models.to_config(raw, where)
-        rules = language_models.rules(raw, config, source.names)
+        found = language_models.to_architecture(raw, where)
+        rules = language_models.rules(raw, found, source.names)
     shapes = {name: source.info(name).shape for name in source.names}
     check_names(rules, shapes, str(path))
-    tokenizer = _find_tokenizer(path, config, tokenizer_file)
-    return Checkpoint(path, kind, config, raw, source, rules, tokenizer, assumed)
+    tokenizer = _find_tokenizer(path, found, tokenizer_file)
+    return Checkpoint(
+        path, kind, found, raw, source, rules, tokenizer, assumed, where, own_config=own_config
+    )
 
 
-def expected_tensors(config: HolisticVLMConfig) -> dict[str, Shape]:
+def expected_tensors(config: ModelShape) -> dict[str, Shape]:
     """Names and shapes of the parameters of a model with this config; nothing is allocated."""
-    with torch.device("meta"):
-        model = HolisticVLM(config)
-    names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        names.pop("lm_head.weight")
-    return names
+    return parameter_shapes(config)
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype `name` is kept in when the model is in `dtype`: decay, gates, norms stay fp32."""
-    small = any(part in FP32_PARAMETERS for part in name.split("."))
-    return torch.float32 if small and dtype != torch.float64 else dtype
+    import torch
+
+    return torch.float32 if is_fp32_parameter(name) and dtype != torch.float64 else dtype
+
+
+def stored_element(name: str, element: str) -> str:
+    """As `stored_dtype`, by torch's names of the dtypes."""
+    return "float32" if is_fp32_parameter(name) and element != "float64" else element
 
 
 def tensor_plan(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, TensorInfo]:
     """What a writer has to know ahead of the tensors `shapes`, kept in `dtype`."""
-    return {name: TensorInfo(stored_dtype(name, dtype), shape) for name, shape in shapes.items()}
+    element = str(dtype).removeprefix("torch.")
+    return {
+        name: TensorInfo(stored_element(name, element), shape) for name, shape in shapes.items()
+    }
 
 
 def _own(
     raw: Mapping[str, Any], source: TensorSource, where: str
-) -> tuple[HolisticVLMConfig, list[Rule]]:
-    config = own.to_config(raw, where)
+) -> tuple[Architecture, list[Rule]]:
+    config = own.to_architecture(raw, where)
     if config.num_hidden_layers > len(source.names):
         raise CheckpointError(
             f"{where} has {config.num_hidden_layers} layers, its weights are "
             f"{len(source.names)} tensors",
             own.REMEDY,
         )
-    try:
-        shapes = expected_tensors(config)
-    except RuntimeError as error:
-        raise CheckpointError(f"{where} has sizes that no tensor can have", own.REMEDY) from error
+    shapes = parameter_shapes(config)
+    if any(prod(shape) > MAX_ELEMENTS for shape in shapes.values()):
+        raise CheckpointError(f"{where} has sizes that no tensor can have", own.REMEDY)
     kept = {name: source.info(name).shape for name in source.names if name in UNUSED}
     return config, [rename(name, name, shape) for name, shape in {**shapes, **kept}.items()]
 
@@ -184,7 +219,7 @@ def _find_config(
     return hovle.ARCHITECTURES[arch], f"--arch {arch}", hovle.ASSUMED
 
 
-def _find_tokenizer(path: Path, config: HolisticVLMConfig, given: Path | None) -> Path | None:
+def _find_tokenizer(path: Path, config: Architecture, given: Path | None) -> Path | None:
     if given is not None:
         if not given.is_file():
             raise CheckpointError(f"tokenizer {given} is not there", "check the path")
@@ -226,6 +261,8 @@ def checked_reader(checkpoint: Checkpoint, hasher: TensorHasher) -> Callable[[st
 
     Raises `CheckpointError` for such values.
     """
+    from mmmamba_cli.checkpoint.tensors import check_finite
+
     hashed: set[str] = set()
 
     def read(name: str) -> Tensor:

@@ -10,8 +10,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
+from mmmamba_cli.architecture import (
+    LAYER_TYPES,
+    Architecture,
+    MixerConfig,
+    StackConfig,
+    VisionConfig,
+)
 from mmmamba_cli.checkpoint.fields import (
     MOST_LAYERS,
     check_scaling,
@@ -21,8 +26,6 @@ from mmmamba_cli.checkpoint.fields import (
     token_ids,
 )
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.model import HolisticVLMConfig
-from mmmamba_cli.model.config import LAYER_TYPES, MixerConfig, StackConfig, VisionConfig
 
 SECTIONS = {
     "language_stack": StackConfig,
@@ -31,19 +34,10 @@ SECTIONS = {
     "mixer": MixerConfig,
 }
 REMEDY = "take the config.json that was written with the weights"
-# What transformers raises for fields of its own, a dtype say, that make no sense.
-_MISFITS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
+MODEL_TYPE = "mmmamba"
 
 
-def to_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
+def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
     """The config of a folder that mmmamba wrote. Raises `CheckpointError` that names the field."""
     for key in ("vocab_size", "hidden_size"):
         integer(raw, key, where)
@@ -57,13 +51,10 @@ def to_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
             raise CheckpointError(f"{where}: {name} is {section!r:.60}, expected a table", REMEDY)
         _check(section, kind, where, name)
     _check_parts(raw, where)
-    try:
-        # Code that lies in an exported folder is ours; what is made of it here goes without.
-        return HolisticVLMConfig.from_dict({k: v for k, v in raw.items() if k != "auto_map"})
-    except _MISFITS as error:
-        raise CheckpointError(
-            f"{where} has fields that transformers cannot read as a model's config", REMEDY
-        ) from error
+    known = {field.name for field in fields(Architecture)}
+    return Architecture(
+        **{key: value for key, value in raw.items() if key in known and value is not None}
+    )
 
 
 def _check(section: Mapping[str, Any], kind: type, where: str, name: str) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.checkpoint.safetensors_format import AGAIN, DTYPE_NAMES
-from mmmamba_cli.checkpoint.tensors import TensorInfo, quoted
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo, quoted
 from mmmamba_cli.errors import CheckpointError, name_some
 
 NESTS = ("state_dict", "model_state_dict", "model")
@@ -75,7 +75,7 @@ class PickleFile:
         _check_tensors(state, size, path)
         self._tensors = {name: tensor.detach() for name, tensor in state.items()}
         self.infos = {
-            name: TensorInfo(tensor.dtype, tuple(tensor.shape))
+            name: TensorInfo.of(tensor.dtype, tuple(tensor.shape))
             for name, tensor in self._tensors.items()
         }
 
@@ -198,9 +198,9 @@ def _problem_of(name: str, tensor: Tensor, size: int) -> str | None:
         return "is sparse, nested or quantized, expected a plain one"
     if tensor.device.type != "cpu":
         return "comes without data"
-    if tensor.dtype not in DTYPE_NAMES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
-        return f"has unknown dtype {str(tensor.dtype).removeprefix('torch.')}, known are {known}"
+    element = str(tensor.dtype).removeprefix("torch.")
+    if element not in DTYPE_NAMES:
+        return f"has unknown dtype {element}, known are {', '.join(DTYPE_NAMES)}"
     if tensor.nbytes > size:
         return f"claims {tensor.nbytes} bytes, the file has {size}"
     return None

@@ -8,15 +8,18 @@ too. Legend: H query heads, K key/value heads, P head dim, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture, ModelShape, StackConfig
 from mmmamba_cli.checkpoint import hovle
 from mmmamba_cli.checkpoint.rules import Rule, Tensors, rename
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig, StackConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmmamba_cli.model import HolisticVLMConfig
 
 MODEL_TYPE = "mmMamba_chat"
 EMBEDDING_TYPE = "mmMamba_embedding"
@@ -28,23 +31,30 @@ CONV_WIDTH = 2
 
 
 def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
+    """The config of a published mmMamba as the model's. Raises `CheckpointError`."""
+    from mmmamba_cli.checkpoint.model_config import to_model_config
+
+    return to_model_config(to_architecture(raw, where))
+
+
+def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Architecture:
     """Translate the config of a published mmMamba. Raises `CheckpointError` naming the field."""
-    config = hovle.to_config(raw, where, embedding_type=EMBEDDING_TYPE)
+    found = hovle.to_architecture(raw, where, embedding_type=EMBEDDING_TYPE)
     kind = raw["llm_config"].get("model_type", LANGUAGE_TYPE)
     if kind != LANGUAGE_TYPE:
         raise CheckpointError(
             f"{where}: llm_config.model_type is {kind!r}, known is {LANGUAGE_TYPE!r}"
         )
-    first = config.num_embedding_layers
-    config.layer_types = [
+    first = found.num_embedding_layers
+    kinds = [
         *_kinds(raw, "embedding_config", first, where),
-        *_kinds(raw, "llm_config", config.num_hidden_layers - first, where),
+        *_kinds(raw, "llm_config", found.num_hidden_layers - first, where),
     ]
-    return config
+    return replace(found, layer_types=kinds)
 
 
 def rules(
-    raw: Mapping[str, Any], config: HolisticVLMConfig, names: Collection[str] | None = None
+    raw: Mapping[str, Any], config: ModelShape, names: Collection[str] | None = None
 ) -> list[Rule]:
     """The name table of a model with this config.
 
@@ -52,7 +62,7 @@ def rules(
     whether a tied head was written out as well; without them they are fused.
     """
 
-    def block(foreign: str, ours: str, config: HolisticVLMConfig, layer: int) -> list[Rule]:
+    def block(foreign: str, ours: str, config: ModelShape, layer: int) -> list[Rule]:
         if config.layer_types[layer] == ATTENTION:
             return hovle.internlm2_block(foreign, ours, config, layer)
         stack, hidden = config.stack_of(layer), config.hidden_size
@@ -99,6 +109,8 @@ def _fused(foreign: str, ours: str, stack: StackConfig, hidden: int) -> list[Rul
         return tuple(wvkqgdt.split(list(rows.values())))
 
     def fuse(*projections: Tensor) -> Tensors:
+        import torch
+
         return (torch.cat(projections),)
 
     norm = f"{foreign}.g_norm_swish_gate.weight"

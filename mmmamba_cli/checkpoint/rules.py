@@ -1,21 +1,23 @@
 """Name tables: how a foreign checkpoint's tensors become ours, and back.
 
 A table is a list of `Rule`s. Each ties a few foreign tensors to a few of ours by a pair of exact
-inverse functions, so that one table serves both directions and every tensor is accounted for.
+inverse functions, so that one table serves both directions and every tensor is accounted for. A
+table needs no torch until a tensor is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mmmamba_cli.errors import CheckpointError, name_some
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Shape = tuple[int, ...]
-Tensors = tuple[Tensor, ...]
+Tensors = tuple["Tensor", ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def packed_qkv(
         return q.reshape(-1, hidden), k.reshape(-1, hidden), v.reshape(-1, hidden)
 
     def fuse(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+        import torch
+
         q = q.view(num_kv_heads, group, head_dim, hidden)
         k = k.view(num_kv_heads, 1, head_dim, hidden)
         v = v.view(num_kv_heads, 1, head_dim, hidden)
@@ -73,6 +77,8 @@ def stacked_rows(foreign: Mapping[str, Shape], ours: str) -> Rule:
     width = next(iter(foreign.values()))[1:]
 
     def stack(*tables: Tensor) -> Tensors:
+        import torch
+
         return (tables[0],) if len(tables) == 1 else (torch.cat(tables),)
 
     def cut(table: Tensor) -> Tensors:

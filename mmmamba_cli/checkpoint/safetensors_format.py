@@ -1,7 +1,8 @@
 """The safetensors file format: 8 bytes header length, a JSON header, then the tensors' bytes.
 
 Read here rather than through the library, so that a damaged or hostile file ends in one sentence
-and is never trusted with an allocation, and written here, so that a shard needs no memory.
+and is never trusted with an allocation, and written here, so that a shard needs no memory. Headers
+are read without torch.
 """
 
 from __future__ import annotations
@@ -15,32 +16,33 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-import torch
-from torch import Tensor
-
-from mmmamba_cli.checkpoint.tensors import TensorInfo, quoted
+from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES, TensorInfo, quoted
 from mmmamba_cli.errors import CheckpointError, name_some
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch's name of each dtype of the format.
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {element: name for name, element in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 64  # PyTorch's own limit
@@ -70,11 +72,13 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor as a view of the file, which stays mapped for as long as the tensor lives."""
+        import torch
+
         info = self.infos[name]
         start = self._data_start + self._offsets[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        if start % info.dtype.itemsize:
+        if start % info.itemsize:
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=start)
             return raw.clone().view(info.dtype).reshape(info.shape)
         count = math.prod(info.shape)
@@ -94,12 +98,12 @@ def build_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, int] = {}
     end = 0
-    for name in sorted(infos, key=lambda name: -infos[name].dtype.itemsize):
+    for name in sorted(infos, key=lambda name: -infos[name].itemsize):
         info, start = infos[name], end
         end = start + info.nbytes
         places[name] = start
         entries[name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
+            "dtype": DTYPE_NAMES[info.element],
             "shape": list(info.shape),
             "data_offsets": [start, end],
         }
@@ -194,18 +198,18 @@ def _read_entry(entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     """One tensor's description and its range of bytes. Raises `ValueError` saying what is wrong."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("expected dtype, shape and data_offsets, and nothing else")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
+    element = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if element is None:
         raise ValueError(f"unknown dtype {quoted(entry['dtype'])}, known are {', '.join(DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _is_whole_numbers(shape) or len(shape) > MAX_DIMS:
         raise ValueError(f"shape {quoted(shape)} is not at most {MAX_DIMS} whole numbers")
     # An empty tensor may be given absurd other sizes; PyTorch multiplies them all.
-    if math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 2**63:
+    if math.prod(max(size, 1) for size in shape) * ITEMSIZES[element] >= 2**63:
         raise ValueError(f"shape {quoted(shape)} is too large")
     if not _is_whole_numbers(offsets) or len(offsets) != 2 or max(offsets) >= 2**63:
         raise ValueError(f"data_offsets {quoted(offsets)} are not two whole numbers")
-    info = TensorInfo(dtype, tuple(shape))
+    info = TensorInfo(element, tuple(shape))
     if offsets[1] - offsets[0] != info.nbytes:
         raise ValueError(
             f"data_offsets {quoted(offsets)} span {offsets[1] - offsets[0]} bytes, its shape and "

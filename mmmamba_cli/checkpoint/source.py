@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from torch import Tensor
-
-from mmmamba_cli.checkpoint.hashing import TensorHasher
-from mmmamba_cli.checkpoint.pickles import PickleFile
 from mmmamba_cli.checkpoint.safetensors_format import (
     AGAIN,
     MAX_HEADER_BYTES,
     SafetensorsFile,
     parse_json,
 )
-from mmmamba_cli.checkpoint.tensors import TensorInfo, quoted
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo, quoted
 from mmmamba_cli.checkpoint.wrappers import MERGE, unwrapped_names
 from mmmamba_cli.errors import CheckpointError, name_some
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["safetensors", "pickle", "gguf"]
 
@@ -84,6 +83,8 @@ class TensorSource:
 
     def content_hash(self, progress: Callable[[int], None] | None = None) -> str:
         """The hash of all tensors (see `hashing`); `progress` is given bytes as they are taken."""
+        from mmmamba_cli.checkpoint.hashing import TensorHasher
+
         with TensorHasher() as hasher:
             for name in self.names:
                 hasher.submit(name, self.read(name))
@@ -113,9 +114,10 @@ class TensorSource:
 def open_source(path: str | Path) -> TensorSource:
     """Open a Hugging Face folder, a `.safetensors` file, or a PyTorch state dict.
 
-    Only what describes the tensors is read. Names lose what training wrappers put into them (see
-    `wrappers`). Raises `CheckpointError` if the path is missing, of an unknown kind, incomplete,
-    damaged, ambiguous, an adapter, or holds code.
+    Only what describes the tensors is read, of safetensors without torch; a PyTorch state dict
+    needs it. Names lose what training wrappers put into them (see `wrappers`). Raises
+    `CheckpointError` if the path is missing, of an unknown kind, incomplete, damaged, ambiguous, an
+    adapter, or holds code.
     """
     path = Path(path)
     try:
@@ -166,7 +168,11 @@ def _open_file(path: Path) -> Reader:
     # Anything but a regular file, a named pipe say, might keep us waiting for ever.
     if not path.is_file():
         raise CheckpointError(f"{path} is not a regular file")
-    return SafetensorsFile(path) if _kind_of(path) == "safetensors" else PickleFile(path)
+    if _kind_of(path) == "safetensors":
+        return SafetensorsFile(path)
+    from mmmamba_cli.checkpoint.pickles import PickleFile
+
+    return PickleFile(path)
 
 
 def _open_index(path: Path) -> TensorSource:

@@ -1,4 +1,4 @@
-"""What every part of reading and writing shares: a tensor's description, its bytes, its finiteness.
+"""What every part of reading and writing shares: a tensor's bytes and its finiteness.
 
 Hosts are little-endian, as every platform PyTorch is released for, so raw bytes are file bytes.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mmmamba_cli.checkpoint.tensor_info import quoted
 from mmmamba_cli.errors import CheckpointError
 
 # Large enough that a call costs nothing beside its work, small enough to stay in cache.
@@ -19,24 +19,6 @@ CHUNK_BYTES = 4 << 20
 # Below the 32768 elements from which PyTorch splits an operation over its threads. Those wait for
 # each other at the end of every call, which beside our own threads costs many times the work.
 SERIAL_ELEMENTS = 30_000
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor before it is read."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def quoted(name: object, limit: int = 120) -> str:
-    """A name out of a foreign file as one printable word for a message."""
-    text = repr(name)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def slices(tensor: Tensor, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from mmmamba_cli.checkpoint.tensors import quoted
+from mmmamba_cli.checkpoint.tensor_info import quoted
 from mmmamba_cli.errors import CheckpointError, name_some
 
 # No model has submodules of these names, so they are removed wherever they occur.

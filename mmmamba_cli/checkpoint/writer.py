@@ -19,7 +19,8 @@ from torch import Tensor
 from mmmamba_cli.checkpoint.background import BoundedPool
 from mmmamba_cli.checkpoint.hashing import combined_hash, start_digest
 from mmmamba_cli.checkpoint.safetensors_format import build_header
-from mmmamba_cli.checkpoint.tensors import TensorInfo, byte_chunks, cast_chunks
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo
+from mmmamba_cli.checkpoint.tensors import byte_chunks, cast_chunks
 from mmmamba_cli.errors import CheckpointError
 
 MAX_SHARD_BYTES = 1_000_000_000
@@ -72,7 +73,7 @@ class ShardedWriter:
         if name in self._written:
             raise ValueError(f"tensor {name} was already written")
         dtype = planned.dtype if cast else tensor.dtype
-        if TensorInfo(dtype, tuple(tensor.shape)) != planned:
+        if TensorInfo.of(dtype, tuple(tensor.shape)) != planned:
             raise ValueError(
                 f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"planned is {planned.dtype} {list(planned.shape)}"

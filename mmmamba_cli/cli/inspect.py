@@ -59,7 +59,8 @@ def command(
 ) -> None:
     """Look into a checkpoint: layers, parameters, memory at a context length.
 
-    Only headers are read, but with --against.
+    Only headers are read, but with --against. A GGUF file or a PyTorch state dict is opened by
+    torch, which takes some seconds more.
     """
     from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe
     from mmmamba_cli.runs import Run, open_named
@@ -102,13 +103,13 @@ def _only_length(text: str) -> int:
 
 def _memory(found: Named, context: int, dtype: str | None) -> list[Memory]:
     """Of the model, and of the same one with attention everywhere if it is not that already."""
-    from mmmamba_cli.checkpoint import parse_dtype
+    from mmmamba_cli.checkpoint import parse_element
     from mmmamba_cli.inspection import all_attention, memory_at
 
-    config = found.checkpoint.config
-    wanted = found.checkpoint.dtype("model.text_embedding.weight")
+    config = found.checkpoint.architecture
+    wanted = found.checkpoint.info("model.text_embedding.weight").element
     if dtype is not None:
-        wanted = parse_dtype(dtype)
+        wanted = parse_element(dtype)
     counted = [memory_at(found.name, config, context, wanted)]
     if counted[0].linear_layers:
         counted.append(memory_at("all attention", all_attention(config), context, wanted))

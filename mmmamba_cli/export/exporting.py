@@ -98,7 +98,7 @@ def export_checkpoint(
 def plan_of(layout: Layout) -> dict[str, TensorInfo]:
     """What will be written, by the format's names; a fused tensor has its first part's dtype."""
     return {
-        key: TensorInfo(layout.dtype(next(iter(rule.ours))), shape)
+        key: TensorInfo.of(layout.dtype(next(iter(rule.ours))), shape)
         for rule in layout.rules
         for key, shape in rule.foreign.items()
     }

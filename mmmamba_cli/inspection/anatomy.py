@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture
 from mmmamba_cli.checkpoint import OWN, Checkpoint, hovle, language_models, released
 from mmmamba_cli.checkpoint.rules import Shape
-from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import plan_kind
 
 EMBEDDING, LANGUAGE = "embedding", "language"
@@ -88,15 +88,14 @@ class Anatomy:
 
 def describe(checkpoint: Checkpoint) -> Anatomy:
     """Look a checkpoint over; no tensor is read."""
-    config = checkpoint.config
+    config = checkpoint.architecture
     parts = parts_of(checkpoint)
     source = checkpoint.source
     dtypes: dict[str, tuple[int, int]] = {}
     for name in source.names:
         info = source.info(name)
-        key = str(info.dtype).removeprefix("torch.")
-        tensors, nbytes = dtypes.get(key, (0, 0))
-        dtypes[key] = (tensors + 1, nbytes + info.nbytes)
+        tensors, nbytes = dtypes.get(info.element, (0, 0))
+        dtypes[info.element] = (tensors + 1, nbytes + info.nbytes)
     tokenizer = checkpoint.tokenizer_file
     return Anatomy(
         path=str(checkpoint.path),
@@ -131,7 +130,7 @@ def layout_name(model_type: str) -> str:
     return names[model_type]
 
 
-def stacks_of(config: HolisticVLMConfig) -> tuple[Stack, ...]:
+def stacks_of(config: Architecture) -> tuple[Stack, ...]:
     """The stacks a model has: one for a plain language model, else two."""
     found, first = [], 0
     named = ((EMBEDDING, config.embedding), (LANGUAGE, config.language))
@@ -158,14 +157,12 @@ def stacks_of(config: HolisticVLMConfig) -> tuple[Stack, ...]:
 def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
     """Parameters by part, as they are stored."""
     return _parts(
-        checkpoint.config,
-        checkpoint.shapes,
-        lambda name: prod(checkpoint.shapes[name]) * checkpoint.dtype(name).itemsize,
+        checkpoint.architecture, checkpoint.shapes, lambda name: checkpoint.info(name).nbytes
     )
 
 
 def _parts(
-    config: HolisticVLMConfig, shapes: Mapping[str, Shape], nbytes: Callable[[str], int]
+    config: Architecture, shapes: Mapping[str, Shape], nbytes: Callable[[str], int]
 ) -> tuple[Part, ...]:
     names: dict[str, list[str]] = {}
     for name in shapes:
@@ -183,7 +180,7 @@ def _parts(
     )
 
 
-def part_of(name: str, config: HolisticVLMConfig) -> str:
+def part_of(name: str, config: Architecture) -> str:
     """The part a tensor of ours belongs to."""
     layer = layer_of(name)
     if layer is not None and ".mixer." in name:

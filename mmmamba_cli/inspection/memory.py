@@ -5,14 +5,13 @@ Legend: T tokens of context, H query heads, K key/value heads, P head dim, W con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-import torch
-
-from mmmamba_cli.checkpoint import expected_tensors, stored_dtype
+from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture, ModelShape, parameter_shapes
+from mmmamba_cli.checkpoint import stored_element
+from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
 
 FP32_BYTES = 4
 DEFAULT_CONTEXT = 103_424
@@ -40,8 +39,8 @@ class Memory:
         return self.weights + self.state
 
 
-def memory_at(name: str, config: HolisticVLMConfig, context: int, dtype: torch.dtype) -> Memory:
-    """What a model takes at `context` tokens if it is loaded in `dtype`.
+def memory_at(name: str, config: ModelShape, context: int, element: str) -> Memory:
+    """What a model takes at `context` tokens if it is loaded in `element`, torch's name of a dtype.
 
     The embedding stack is taken to see as many columns as the language stack, which is short of
     the truth for pictures where the pixel shuffle lies behind it. Raises `DataError` for a context
@@ -49,7 +48,7 @@ def memory_at(name: str, config: HolisticVLMConfig, context: int, dtype: torch.d
     """
     if context < 1:
         raise DataError(f"--context is {context}, expected at least 1 token")
-    width = dtype.itemsize
+    width = ITEMSIZES[element]
     options = config.mixer_config
     kv = conv = ssm = 0
     for layer, kind in enumerate(config.layer_types):
@@ -62,25 +61,23 @@ def memory_at(name: str, config: HolisticVLMConfig, context: int, dtype: torch.d
             ssm += stack.num_heads * stack.head_dim**2 * FP32_BYTES
     return Memory(
         name,
-        weight_bytes(config, dtype),
+        weight_bytes(config, element),
         kv,
         conv,
         ssm,
-        config.layer_types.count(ATTENTION),
-        config.layer_types.count(LINEAR),
+        list(config.layer_types).count(ATTENTION),
+        list(config.layer_types).count(LINEAR),
     )
 
 
-def weight_bytes(config: HolisticVLMConfig, dtype: torch.dtype) -> int:
+def weight_bytes(config: ModelShape, element: str) -> int:
     """Of all parameters of a model with this config, small ones in fp32; nothing is allocated."""
     return sum(
-        prod(shape) * stored_dtype(name, dtype).itemsize
-        for name, shape in expected_tensors(config).items()
+        prod(shape) * ITEMSIZES[stored_element(name, element)]
+        for name, shape in parameter_shapes(config).items()
     )
 
 
-def all_attention(config: HolisticVLMConfig) -> HolisticVLMConfig:
+def all_attention(config: Architecture) -> Architecture:
     """The config of the teacher that a student came from: attention in every layer."""
-    values = config.to_dict()
-    values["layer_types"] = [ATTENTION] * config.num_hidden_layers
-    return HolisticVLMConfig.from_dict(values)
+    return replace(config, layer_types=[ATTENTION] * config.num_hidden_layers)

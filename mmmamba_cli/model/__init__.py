@@ -2,16 +2,17 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from mmmamba_cli.model.cache import HybridCache, new_cache
-from mmmamba_cli.model.config import (
+from mmmamba_cli.architecture import (
     ATTENTION,
+    FP32_PARAMETERS,
     LINEAR,
-    HolisticVLMConfig,
     MixerConfig,
     StackConfig,
     VisionConfig,
 )
-from mmmamba_cli.model.modeling import FP32_PARAMETERS, HolisticVLM
+from mmmamba_cli.model.cache import HybridCache, new_cache
+from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.model.modeling import HolisticVLM
 from mmmamba_cli.processing import register_processing
 
 AutoConfig.register(HolisticVLMConfig.model_type, HolisticVLMConfig, exist_ok=True)

@@ -2,82 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-ATTENTION = "full_attention"
-LINEAR = "linear_attention"
-LAYER_TYPES = (ATTENTION, LINEAR)
-
-
-@dataclass(frozen=True)
-class StackConfig:
-    """Shape of one of the two stacks of blocks. Heads are H query and K key/value heads of P."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    # None, or {"type": "dynamic" | "linear" | "llama3", "factor": float}; "llama3" has besides
-    # low_freq_factor, high_freq_factor and original_max_position_embeddings.
-    rope_scaling: dict[str, Any] | None = None
-    max_position_embeddings: int = 4096
-    # Biases of W_Q, W_K, W_V, and of W_O; RMSNorm on each head of q and k, before RoPE.
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The patch embedding, and where its pixels are shuffled into channels.
-
-    `pixel_shuffle` "pre": before the embedding stack, which then sees `tokens_per_tile` tokens;
-    "post": behind it, so that it sees all `patches_per_tile` of them.
-    """
-
-    image_size: int
-    patch_size: int
-    num_channels: int
-    downsample_ratio: float
-    pixel_shuffle: str
-    image_token_id: int
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side of a tile."""
-        return self.image_size // self.patch_size
-
-    @property
-    def merge(self) -> int:
-        """Patches along one side of the square that becomes one token."""
-        return round(1 / self.downsample_ratio)
-
-    @property
-    def patches_per_tile(self) -> int:
-        return self.grid**2
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return (self.grid // self.merge) ** 2
-
-
-@dataclass(frozen=True)
-class MixerConfig:
-    """Options of the Mamba-2 mixer; the defaults are the paper's.
-
-    `qk_norm` is for teachers without: where the stack has the norm, the mixer inherits it.
-    """
-
-    conv_width: int = 2
-    d_skip: bool = False
-    qk_norm: bool = False
-    rope: bool = False
+from mmmamba_cli.architecture import (
+    ATTENTION,
+    LAYER_TYPES,
+    MixerConfig,
+    StackConfig,
+    VisionConfig,
+)
 
 
 class HolisticVLMConfig(PreTrainedConfig):

@@ -10,22 +10,10 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mmmamba_cli.architecture import FP32_PARAMETERS
 from mmmamba_cli.model.cache import HybridCache, new_cache
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.decoder import HolisticDecoder
-
-# Small parameters whose updates bf16 would swallow, and which cost nothing in fp32.
-FP32_PARAMETERS = (
-    "A_log",
-    "dt_bias",
-    "D",
-    "mixer_norm",
-    "mlp_norm",
-    "g_norm",
-    "q_norm",
-    "k_norm",
-    "norm",
-)
 
 
 class HolisticVLM(PreTrainedModel, GenerationMixin):

@@ -1,10 +1,17 @@
 """Run directories: products, their manifests and lineage, and the lock on them."""
 
-from mmmamba_cli.runs.importing import import_student
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmmamba_cli.deferred import deferred_names
 from mmmamba_cli.runs.manifest import Manifest, Parent, read_manifest
 from mmmamba_cli.runs.naming import TEACHER, Named, open_named, path_name
-from mmmamba_cli.runs.product import Draft, open_processor, write_companions, write_product
 from mmmamba_cli.runs.run import Run, RunRecord, Teacher
+
+if TYPE_CHECKING:
+    from mmmamba_cli.runs.importing import import_student
+    from mmmamba_cli.runs.product import Draft, open_processor, write_companions, write_product
 
 __all__ = [
     "TEACHER",
@@ -23,3 +30,16 @@ __all__ = [
     "write_companions",
     "write_product",
 ]
+
+__getattr__ = deferred_names(
+    __name__,
+    {
+        "importing": ("import_student",),
+        "product": (
+            "Draft",
+            "open_processor",
+            "write_companions",
+            "write_product",
+        ),
+    },
+)

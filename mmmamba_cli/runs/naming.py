@@ -58,7 +58,7 @@ def open_path(path: Path) -> Named:
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    config = checkpoint.config
+    config = checkpoint.architecture
     return plan_kind(len(config.attention_layers), config.num_hidden_layers)
 
 

@@ -10,10 +10,12 @@ import torch
 
 from mmmamba_cli.checkpoint.background import BoundedPool
 from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash, tensor_digest
-from mmmamba_cli.checkpoint.safetensors_format import DTYPES
-from mmmamba_cli.checkpoint.tensors import byte_chunks, check_finite, quoted, slices
+from mmmamba_cli.checkpoint.safetensors_format import DTYPES as DTYPE_ELEMENTS
+from mmmamba_cli.checkpoint.tensor_info import quoted, torch_dtype
+from mmmamba_cli.checkpoint.tensors import byte_chunks, check_finite, slices
 from mmmamba_cli.errors import CheckpointError
 
+DTYPES = {name: torch_dtype(element) for name, element in DTYPE_ELEMENTS.items()}
 STRIDED = {
     "contiguous": torch.arange(60.0).view(3, 4, 5),
     "transposed": torch.arange(60.0).view(3, 4, 5).transpose(0, 2),

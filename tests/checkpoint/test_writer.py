@@ -18,19 +18,20 @@ from safetensors.torch import load_file
 
 from mmmamba_cli.checkpoint import writer as writer_module
 from mmmamba_cli.checkpoint.atomic import atomic_folder
-from mmmamba_cli.checkpoint.safetensors_format import DTYPES
+from mmmamba_cli.checkpoint.safetensors_format import DTYPES as DTYPE_ELEMENTS
 from mmmamba_cli.checkpoint.source import open_source
-from mmmamba_cli.checkpoint.tensors import TensorInfo
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo, torch_dtype
 from mmmamba_cli.checkpoint.writer import ShardedWriter
 from mmmamba_cli.errors import CheckpointError
 
+DTYPES = {name: torch_dtype(element) for name, element in DTYPE_ELEMENTS.items()}
 PeakGrowth = Callable[[int], AbstractContextManager[None]]
 
 INDEX = "model.safetensors.index.json"
 
 
 def plan_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    return {name: TensorInfo.of(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = 10**9) -> str:
@@ -182,14 +183,14 @@ def test_casting_while_writing_is_casting(tmp_path: Path, dtype: torch.dtype) ->
 def test_a_value_too_large_for_its_dtype_is_named(tmp_path: Path) -> None:
     tensor = torch.ones(40_000)
     tensor[39_000] = 70_000.0
-    plan = {"big.weight": TensorInfo(torch.float16, (40_000,))}
+    plan = {"big.weight": TensorInfo.of(torch.float16, (40_000,))}
     with (
         pytest.raises(CheckpointError, match=r"'big\.weight' holds values .* into float16"),
         ShardedWriter(tmp_path, plan) as writer,
     ):
         writer.write("big.weight", tensor, cast=True)
     (tmp_path / "wide").mkdir()
-    plan = {"big.weight": TensorInfo(torch.bfloat16, (40_000,))}
+    plan = {"big.weight": TensorInfo.of(torch.bfloat16, (40_000,))}
     with ShardedWriter(tmp_path / "wide", plan) as writer:
         writer.write("big.weight", tensor, cast=True)
 
@@ -237,7 +238,7 @@ def test_existing_files_are_never_written_over(tmp_path: Path) -> None:
 
 
 def test_a_disk_too_small_is_known_beforehand(tmp_path: Path) -> None:
-    plan = {"a": TensorInfo(torch.float32, (1 << 25, 1 << 25))}
+    plan = {"a": TensorInfo.of(torch.float32, (1 << 25, 1 << 25))}
     with pytest.raises(CheckpointError, match=r"4503599\.63 GB are needed"):
         ShardedWriter(tmp_path / ".", plan)
     assert not list(tmp_path.iterdir())
@@ -260,7 +261,7 @@ def test_a_failed_write_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def fail_within(target: Path, count: int) -> int | None:
     """Write 4 tensors of `count` floats into a folder; return the error number it ends in."""
-    plan = {f"t{i}": TensorInfo(torch.float32, (count,)) for i in range(4)}
+    plan = {f"t{i}": TensorInfo.of(torch.float32, (count,)) for i in range(4)}
     with (
         pytest.raises(OSError) as caught,
         atomic_folder(target) as folder,
@@ -299,7 +300,7 @@ LARGE = 12 << 20
 
 
 def test_no_shard_is_held_in_memory(tmp_path: Path, peak_growth: PeakGrowth) -> None:
-    plan = {f"t{i}": TensorInfo(torch.float32, (LARGE,)) for i in range(14)}  # 672 MiB
+    plan = {f"t{i}": TensorInfo.of(torch.float32, (LARGE,)) for i in range(14)}  # 672 MiB
     one = torch.randn(LARGE)
     with peak_growth(250 << 20), ShardedWriter(tmp_path, plan) as writer:
         # At most 128 MiB wait, and one more is being made.
@@ -308,7 +309,7 @@ def test_no_shard_is_held_in_memory(tmp_path: Path, peak_growth: PeakGrowth) -> 
 
 
 def test_casting_takes_no_memory(tmp_path: Path, peak_growth: PeakGrowth) -> None:
-    plan = {f"t{i}": TensorInfo(torch.bfloat16, (LARGE,)) for i in range(6)}  # 144 MiB
+    plan = {f"t{i}": TensorInfo.of(torch.bfloat16, (LARGE,)) for i in range(6)}  # 144 MiB
     one = torch.randn(LARGE)
     with peak_growth(20 << 20), ShardedWriter(tmp_path, plan) as writer:
         for name in plan:

@@ -69,10 +69,10 @@ def test_what_decoding_remembers_of_a_hovle() -> None:
     from mmmamba_cli.inspection import memory_at
 
     teacher = to_config(ARCHITECTURES["hovle-2.6b"])
-    token = memory_at("teacher", teacher, 1, torch.bfloat16).kv_cache
+    token = memory_at("teacher", teacher, 1, "bfloat16").kv_cache
     student = to_config(ARCHITECTURES["hovle-2.6b"])
     student.layer_types = ["linear_attention"] * len(student.layer_types)
-    state = memory_at("student", student, 1, torch.bfloat16)
+    state = memory_at("student", student, 1, "bfloat16")
     assert f"| {token / 2**10:.0f} KiB a token in bf16 |" in PAGE
     assert f"| {state.ssm_state / 2**20:.0f} MiB |" in PAGE
     assert f"| {state.conv_state / 2**20:.2f} MiB in bf16 |" in PAGE

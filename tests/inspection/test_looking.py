@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from small import small_model
 from small_language_models import write
 
+from mmmamba_cli.architecture import Architecture
 from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.checkpoint.tensor_info import torch_dtype
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.inspection import (
     all_attention,
@@ -48,15 +50,16 @@ def cache_bytes(model: HolisticVLM, length: int) -> tuple[int, int, int]:
     return kv, conv, ssm
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_what_a_cache_takes(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+def test_memory_is_what_a_cache_takes(element: str) -> None:
     for plan in ("amma", "mmmm", "aaaa"):
-        model = small_model(plan).to(dtype)
-        found = memory_at("it", model.config, 37, dtype)
+        model = small_model(plan).to(torch_dtype(element))
+        found = memory_at("it", model.config, 37, element)
         assert (found.kv_cache, found.conv_state, found.ssm_state) == cache_bytes(model, 37)
         assert found.attention_layers == plan.count("a")
         assert found.total == found.weights + found.state
-    teacher = memory_at("teacher", all_attention(small_model("mmmm").config), 37, dtype)
+    linear = Architecture.of(small_model("mmmm").config)
+    teacher = memory_at("teacher", all_attention(linear), 37, element)
     assert teacher.kv_cache == cache_bytes(model, 37)[0]
     assert (teacher.linear_layers, teacher.ssm_state) == (0, 0)
 
@@ -67,10 +70,10 @@ def test_weights_are_those_of_a_model_as_it_is_loaded(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     loaded = HolisticVLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     bytes_of = {id(p): p.nbytes for p in loaded.parameters()}
-    found = memory_at("it", checkpoint.config, 1, torch.bfloat16)
+    found = memory_at("it", checkpoint.architecture, 1, "bfloat16")
     assert found.weights == sum(bytes_of.values())
     with pytest.raises(DataError, match="--context is 0"):
-        memory_at("it", checkpoint.config, 0, torch.bfloat16)
+        memory_at("it", checkpoint.architecture, 0, "bfloat16")
 
 
 def test_anatomy_counts_every_parameter_once(tmp_path: Path) -> None:

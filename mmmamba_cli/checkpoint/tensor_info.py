@@ -1,0 +1,90 @@
+"""A tensor's description before it is read: dtype, shape, bytes. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mmmamba_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+# Bytes of one element, by torch's name of the dtype.
+ITEMSIZES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+}
+# Names of floating dtypes that options and arguments take besides torch's own.
+DTYPE_ALIASES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+}
+OPTION_DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read; `element` is torch's name of its dtype."""
+
+    element: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInfo:
+        """The description of a tensor of a torch dtype."""
+        return cls(str(dtype).removeprefix("torch."), shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype as torch's own object."""
+        return torch_dtype(self.element)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEMSIZES[self.element]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+def torch_dtype(element: str) -> torch.dtype:
+    """torch's dtype of that name."""
+    import torch
+
+    found: torch.dtype = getattr(torch, element)
+    return found
+
+
+def parse_element(name: str) -> str:
+    """torch's name of a floating dtype, from that name or an alias. Raises `CheckpointError`."""
+    element = DTYPE_ALIASES.get(name, name)
+    if element not in ITEMSIZES or not element.lstrip("b").startswith("float"):
+        raise CheckpointError(f"dtype {name!r} is not known, known are: {', '.join(OPTION_DTYPES)}")
+    return element
+
+
+def quoted(name: object, limit: int = 120) -> str:
+    """A name out of a foreign file as one printable word for a message."""
+    text = repr(name)
+    return text if len(text) <= limit else f"{text[:limit]}..."

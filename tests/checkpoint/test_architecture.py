@@ -1,0 +1,99 @@
+"""The parameters that follow from plain values, against those of a model that is really made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import small_model
+
+from mmmamba_cli.architecture import Architecture, parameter_shapes
+from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.checkpoint.safetensors_format import DTYPES
+from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES, TensorInfo, parse_element, torch_dtype
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
+
+BASE = Architecture.of(small_model("amam").config)
+STACK = dict(BASE.language_stack)
+PLAIN: dict[str, Any] = {
+    "embedding_stack": None,
+    "vision": None,
+    "layer_types": BASE.layer_types[2:],
+}
+VARIANTS = {
+    "pictures": {},
+    "all attention": {"layer_types": ["full_attention"] * 4},
+    "linear": {"layer_types": ["linear_attention"] * 4},
+    "mixer options": {"mixer": {"conv_width": 4, "d_skip": True, "qk_norm": True, "rope": True}},
+    "language model": PLAIN,
+    "tied": {**PLAIN, "tie_word_embeddings": True},
+    "biases": {**PLAIN, "language_stack": {**STACK, "qkv_bias": True, "output_bias": True}},
+    "qwen2": {**PLAIN, "language_stack": {**STACK, "qkv_bias": True}},
+    "norms": {**PLAIN, "language_stack": {**STACK, "qk_norm": True}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_parameters_are_those_of_the_model_in_its_order(variant: dict[str, Any]) -> None:
+    architecture = replace(BASE, **variant)
+    config = HolisticVLMConfig(**architecture.values)
+    with torch.device("meta"):
+        model = HolisticVLM(config)
+    made = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del made["lm_head.weight"]
+    assert list(parameter_shapes(architecture).items()) == list(made.items())
+    assert parameter_shapes(config) == parameter_shapes(architecture)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_an_architecture_answers_as_the_config_does(variant: dict[str, Any]) -> None:
+    architecture = replace(BASE, **variant)
+    config = HolisticVLMConfig(**architecture.values)
+    for name in (
+        "embedding",
+        "language",
+        "vision_config",
+        "mixer_config",
+        "num_embedding_layers",
+        "num_hidden_layers",
+        "attention_layers",
+    ):
+        assert getattr(architecture, name) == getattr(config, name), name
+    for layer in range(architecture.num_hidden_layers):
+        assert architecture.stack_of(layer) == config.stack_of(layer)
+
+
+def test_a_checkpoint_of_ours_keeps_every_field_of_its_config(tmp_path: Path) -> None:
+    model = small_model("amam", d_skip=True)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path)
+    found = open_checkpoint(tmp_path)
+    assert found.config.to_dict() == HolisticVLMConfig.from_pretrained(tmp_path).to_dict()
+    assert found.architecture == Architecture.of(found.config)
+
+
+@pytest.mark.parametrize("element", DTYPES.values())
+def test_an_element_is_as_wide_as_torch_says(element: str) -> None:
+    dtype = torch_dtype(element)
+    assert ITEMSIZES[element] == dtype.itemsize
+    info = TensorInfo.of(dtype, (3, 5))
+    assert (info.element, info.dtype, info.nbytes) == (element, dtype, 15 * dtype.itemsize)
+
+
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [("bf16", "bfloat16"), ("float16", "float16"), ("double", "float64"), ("fp32", "float32")],
+)
+def test_names_of_floating_dtypes(name: str, element: str) -> None:
+    assert parse_element(name) == element
+
+
+@pytest.mark.parametrize("name", ["int8", "bool", "", "torch", "fp4", "nn"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="known are: bf16, fp16, fp32"):
+        parse_element(name)
