@@ -1,38 +1,101 @@
-"""What decoding remembers: transformers' own layer caches, plus a little of our own.
+"""Caches of decoding: transformers' layer caches, and the state of both stacks beside them.
 
-Keys, values, conv and SSM states live in transformers' cache layers. Two things they cannot know
-are kept beside them in a `DecodingState`: the columns each of the two stacks has seen (they differ
-when the pixel shuffle sits between the stacks) and the RoPE frequencies fixed at prefill.
+Keys, values, conv and SSM states live in transformers' cache layers. A `DecodingState` holds what
+these layers do not know: the columns each of the two stacks has seen (they differ when the pixel
+shuffle sits between the stacks), where images lie among them, and the RoPE frequencies fixed at
+prefill. Legend: B batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.model.layout import Expansion, ImageColumns
 from mmmamba_cli.model.sequence import StackState
+
+NO_ROLLBACK = (
+    "a recurrent state holds only its last column and cannot be taken back to an earlier one"
+)
+ROLLBACK_HINT = "keep a copy of the cache (copy.deepcopy), or use a model of attention layers alone"
 
 
 @dataclass
 class DecodingState:
-    """Columns seen so far, for the embedding stack and for the language stack."""
+    """Columns seen so far, for the embedding stack and for the language stack.
+
+    `images` says which of them belong to images, None while none does. `static_columns` is the room
+    of a static cache in columns of the language stack, None for a cache that grows.
+    """
 
     embedding: StackState = field(default_factory=StackState)
     language: StackState = field(default_factory=StackState)
+    images: ImageColumns | None = None
+    static_columns: int | None = None
+
+    def tiles(self) -> Tensor | None:
+        """(B,) tiles whose columns were seen, or None if nothing was."""
+        if self.language.length == 0:
+            return None
+        return torch.zeros(1, dtype=torch.long) if self.images is None else self.images.tiles()
+
+    def note_images(
+        self, is_image: Tensor, tokens_per_tile: int, expansion: Expansion | None
+    ) -> None:
+        """Remember the images (B, T) of a call; comes before its columns are counted."""
+        length, embedding_length = self.language.length, self.embedding.length
+        if self.images is None:
+            nothing = is_image[:, :0]
+            empty = None if expansion is None else nothing.long()
+            self.images = ImageColumns(tokens_per_tile, nothing, empty, empty)
+        self.images.extend(is_image, expansion, length, embedding_length)
 
     def select_rows(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat the rows of the batch."""
         self.embedding.select_rows(rows)
         self.language.select_rows(rows)
+        if self.images is not None:
+            self.images.select_rows(rows)
+
+    def embedding_columns(self, columns: int) -> int:
+        """The embedding stack's part of the first `columns` columns; `DataError` if it has none."""
+        if self.images is None:
+            return columns if self.embedding.length else 0
+        return self.images.embedding_columns(columns, self.language.length, self.embedding.length)
+
+    def crop(self, columns: int) -> None:
+        """Keep the first `columns` columns; nothing changes where that raises `DataError`."""
+        if columns == 0:
+            self.reset()
+            return
+        embedding_columns = self.embedding_columns(columns)
+        self.embedding.crop(embedding_columns)
+        self.language.crop(columns)
+        if self.images is not None:
+            self.images.crop(columns)
+
+    def reset(self) -> None:
+        """Forget every column; the room of a static cache stays."""
+        self.embedding, self.language, self.images = StackState(), StackState(), None
 
 
 class HybridCache(Cache):
-    """A cache around transformers' layers that counts tokens itself.
+    """A cache around transformers' layers, with the state of both stacks.
 
     A plain `DynamicCache` cannot say its length when every layer is linear attention, which
-    `generate` asks at prefill; this one knows it from the decoding state.
+    `generate` asks at prefill; this one knows it from the decoding state. Every method that changes
+    the layers changes the decoding state with them, or raises `MmmambaError`.
+
+    Raises `DataError` if the layers of `inner` hold other columns than its decoding state, as after
+    keys and values were put into them by hand.
     """
 
     def __init__(self, inner: Cache):
@@ -42,7 +105,12 @@ class HybridCache(Cache):
             offloading=offloading,
             offload_only_non_sliding=bool(getattr(inner, "only_non_sliding", True)),
         )
+        # A `DynamicCache` without a config adds layers as they are asked for.
+        self.layer_class_to_replicate = inner.layer_class_to_replicate
         self.decoding_state = decoding_state(inner)
+        if any(getattr(layer, "record_past", False) for layer in self.layers):
+            raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
+        self._follow_layers()
 
     # Graphs are captured by our own decoder, not by `generate`'s automatic compilation, and masks
     # stay two-dimensional: both follow from this answer.
@@ -50,26 +118,148 @@ class HybridCache(Cache):
     def is_compileable(self) -> bool:
         return False
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` takes back what was decoded: only where all layers are growing ones of
+        attention."""
+        return all(layer.is_croppable for layer in self.layers) and not self._recurrent_layers
+
+    @property
+    def rows(self) -> int | None:
+        """B, or None before the first call."""
+        found = (_rows(layer) for layer in self.layers)
+        return next((rows for rows in found if rows is not None), None)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns the language stack has seen, padding included."""
         return self.decoding_state.language.length
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length()
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Columns of the language stack that fit into a static cache; -1 for a cache that grows."""
+        columns = self.decoding_state.static_columns
+        return -1 if columns is None else columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Keys that a layer of the language stack gives for so many queries, and their offset."""
+        columns = self.decoding_state.static_columns
+        return self.get_seq_length() + query_length if columns is None else columns, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -n columns for a negative n, keep the first n for a positive one.
+
+        0 removes nothing, and so does an n beyond the length.
+
+        Raises:
+            MmmambaError: layers with a recurrent state, or of a static cache.
+            DataError: more columns than there are, or an end within an image.
+        """
+        # `generate` gives a tensor on some versions of transformers.
+        length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)
+        columns = length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        if columns >= length:
+            return
+        if self._recurrent_layers:
+            raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
+        if not self.is_croppable:
+            names = sorted(
+                {type(layer).__name__ for layer in self.layers if not layer.is_croppable}
+            )
+            raise MmmambaError(
+                f"a cache of {', '.join(names)} cannot be cropped", "take a cache that grows"
+            )
+        if columns < 0:
+            raise DataError(
+                f"the cache holds {length} columns, {-tokens_to_remove} cannot be removed"
+            )
+        embedding = self.decoding_state.embedding.length
+        self.decoding_state.crop(columns)
+        state = self.decoding_state
+        for layer in self.layers:
+            found = int(layer.get_seq_length())
+            kept = state.embedding.length if found == embedding else state.language.length
+            layer.crop(kept - found)
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do for attention; `MmmambaError` where a layer has a recurrent state."""
+        if self._recurrent_layers:
+            raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep, reorder or repeat the rows of the batch."""
         super().reorder_cache(beam_idx)
+        for layer in self.layers:
+            if hasattr(layer, "batch_size"):
+                layer.batch_size = len(beam_idx)
         self.decoding_state.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError(
-            "repeat the prompts instead: SSM states are not repeated in place"
-        )
+        """Repeat each row of the batch `repeats` times, side by side."""
+        if self.rows is not None:
+            self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        raise NotImplementedError("use reorder_cache: SSM states are selected there")
+        """Keep the rows of these indices, or those where a (B,) bool tensor is True."""
+        if self.rows is not None:
+            self.reorder_cache(torch.arange(self.rows)[torch.as_tensor(indices).cpu()])
 
     def reset(self) -> None:
+        """Forget every column; a static cache keeps its memory."""
         super().reset()
-        self.decoding_state.embedding = StackState()
-        self.decoding_state.language = StackState()
+        for layer in self.layers:
+            if not hasattr(layer, "recurrent_states") and not hasattr(layer, "max_cache_len"):
+                # Older versions of transformers leave these as long as they were.
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        self.decoding_state.reset()
+
+    def require_fit(self, rows: int, columns: int) -> None:
+        """Raise `DataError` unless so many more columns of so many rows can follow."""
+        if self.rows not in (None, rows):
+            raise DataError(
+                f"input_ids has {rows} rows, but the cache holds {self.rows}",
+                "cache.batch_repeat_interleave or batch_select_indices makes the cache fit",
+            )
+        room, taken = self.decoding_state.static_columns, self.get_seq_length()
+        if room is not None and taken + columns > room:
+            raise DataError(
+                f"the static cache has room for {room} columns, but {taken} are taken and "
+                f"{columns} more were given",
+                "make it with a larger max_length",
+            )
+
+    @property
+    def _recurrent_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if hasattr(layer, "recurrent_states")]
+
+    def _follow_layers(self) -> None:
+        """Bring the decoding state to where a caller left the layers by `crop` or `reset`."""
+        state, recurrent = self.decoding_state, self._recurrent_layers
+        found = {
+            int(layer.get_seq_length()) for layer in self.layers if hasattr(layer, "get_seq_length")
+        }
+        is_used = any(any(layer.has_previous_state.values()) for layer in recurrent)
+        if not is_used and found <= {0}:
+            state.reset()
+            return
+        longest = max(state.embedding.length, state.language.length)
+        if not found or found <= {state.embedding.length, state.language.length}:
+            return
+        columns = state.language.length - (longest - max(found))
+        if not recurrent and 0 < columns < state.language.length:
+            expected = {columns, state.embedding_columns(columns)}
+            if found <= expected:
+                state.crop(columns)
+                return
+        lengths = " and ".join(map(str, sorted(found)))
+        raise DataError(
+            f"the layers of the cache hold {lengths} columns, but {longest} passed through the "
+            "model with it",
+            "fill, crop and reset a cache of mmmamba_cli.model.new_cache, or the one that the "
+            "model returned",
+        )
 
 
 def new_cache(config: HolisticVLMConfig, max_length: int | None = None) -> HybridCache:
@@ -79,6 +269,11 @@ def new_cache(config: HolisticVLMConfig, max_length: int | None = None) -> Hybri
     return HybridCache(StaticCache(config=config, max_cache_len=max_length))
 
 
+def as_hybrid(cache: Cache | None) -> HybridCache | None:
+    """`cache` itself, or a `HybridCache` over the layers of another one."""
+    return cache if cache is None or isinstance(cache, HybridCache) else HybridCache(cache)
+
+
 def decoding_state(cache: Cache) -> DecodingState:
     """The decoding state that belongs to `cache`, made on first use.
 
@@ -86,7 +281,8 @@ def decoding_state(cache: Cache) -> DecodingState:
     """
     state = getattr(cache, "decoding_state", None)
     if state is None:
-        state = DecodingState()
+        rooms = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")]
+        state = DecodingState(static_columns=min(rooms, default=None))
         cache.decoding_state = state
     return state
 
@@ -112,13 +308,23 @@ def write_ssm_state(
     cache.update_recurrent_state(ssm_state, layer_idx)
 
 
-def widen_static_layers(cache: Cache, num_layers: int, extra_columns: int) -> None:
-    """Give the first `num_layers` layers of an unused static cache room for more columns.
+def widen_static_layers(layers: Iterable[Any], columns: int) -> None:
+    """Give static layers room for at least `columns` columns, keeping what they hold.
 
     With the pixel shuffle between the stacks the embedding stack sees every patch, while the
     length a static cache is made for counts merged tokens.
     """
-    for layer in cache.layers[:num_layers]:
-        if hasattr(layer, "max_cache_len"):
-            layer.max_cache_len += extra_columns
-            layer.is_initialized = False
+    for layer in layers:
+        more = columns - getattr(layer, "max_cache_len", columns)
+        if more <= 0:
+            continue
+        layer.max_cache_len = columns
+        if layer.is_initialized:
+            layer.keys = F.pad(layer.keys, (0, 0, 0, more))
+            layer.values = F.pad(layer.values, (0, 0, 0, more))
+
+
+def _rows(layer: Any) -> int | None:
+    """B of what a cache layer holds, None before the first call."""
+    found = layer.recurrent_states[0] if hasattr(layer, "recurrent_states") else layer.keys
+    return None if found is None or found.dim() != 4 else len(found)

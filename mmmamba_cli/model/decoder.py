@@ -18,9 +18,15 @@ from transformers import Cache
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.block import Block
-from mmmamba_cli.model.cache import DecodingState, decoding_state, new_cache, widen_static_layers
+from mmmamba_cli.model.cache import (
+    DecodingState,
+    HybridCache,
+    decoding_state,
+    new_cache,
+    widen_static_layers,
+)
 from mmmamba_cli.model.config import HolisticVLMConfig
-from mmmamba_cli.model.layout import Expansion, count_tiles, expand
+from mmmamba_cli.model.layout import Expansion, count_tiles, expand, new_tiles
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.sequence import Columns, describe_columns
 from mmmamba_cli.model.vision import Vision
@@ -71,6 +77,11 @@ class HolisticDecoder(nn.Module):
         `chunk_size` bounds how many columns pass a stack at a time; the result does not depend
         on it.
         """
+        if chunk_size is not None and chunk_size < 1:
+            raise DataError(
+                f"prefill_chunk_size is {chunk_size}, expected at least 1 column",
+                "leave it out to pass the whole prompt at once",
+            )
         if chunk_size is not None and cache is None:
             cache = new_cache(self.config)
         if chunk_size is not None and prompt.language.seq_idx is not None:
@@ -92,19 +103,38 @@ class HolisticDecoder(nn.Module):
         prompt_lengths: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Prompt:
-        """Check the inputs and work out what each stack sees; advances the cache's state."""
-        length = input_ids.shape[1]
+        """Check the inputs and work out what each stack sees; advances the cache's state.
+
+        With a filled cache, `pixel_values` may be those of the new columns or of the whole
+        conversation. Raises `DataError` where inputs do not agree with one another or the cache.
+        """
+        rows, length = input_ids.shape
+        if input_ids.numel() == 0:
+            raise DataError(
+                f"input_ids is {(rows, length)}, expected at least one row and one column",
+                "an empty prompt has no last token to continue; begin with the bos token",
+            )
         state = DecodingState() if cache is None else decoding_state(cache)
+        if isinstance(cache, HybridCache):
+            cache.require_fit(rows, length)
         if seq_idx is not None and state.language.length > 0:
             raise ValueError("packed sequences cannot continue from a cache")
         mask = None if attention_mask is None else attention_mask[:, -length:].bool()
+        vision, seen = self.config.vision_config, state.tiles()
+        if vision is not None and pixel_values is not None and seen is not None:
+            new = input_ids == vision.image_token_id
+            pixel_values = new_tiles(pixel_values, new, vision.tokens_per_tile, seen)
         is_image = self.find_images(input_ids, pixel_values)
         expansion = None
-        vision = self.config.vision_config
-        if is_image is not None and vision is not None and vision.pixel_shuffle == "post":
-            expansion = expand(is_image, vision.merge**2)
+        if is_image is not None and vision is not None:
+            if vision.pixel_shuffle == "post":
+                expansion = expand(is_image, vision.merge**2)
+                if cache is not None and state.static_columns is not None:
+                    extra = state.embedding.length - state.language.length + expansion.extra_columns
+                    layers = cache.layers[: self.num_embedding_layers]
+                    widen_static_layers(layers, state.static_columns + extra)
             if cache is not None:
-                widen_static_layers(cache, self.num_embedding_layers, expansion.extra_columns)
+                state.note_images(is_image, vision.tokens_per_tile, expansion)
         embedding = None
         if self.config.embedding is not None:
             embedding = self._embedding_columns(
@@ -187,6 +217,7 @@ class HolisticDecoder(nn.Module):
                 f"(tiles, {vision.num_channels}, {vision.image_size}, {vision.image_size})"
             )
         if pixel_values.shape[0] == 0:
+            self._refuse_lost_images(input_ids)
             return None
         is_image = input_ids == vision.image_token_id
         count_tiles(is_image, vision.tokens_per_tile, pixel_values.shape[0])

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
@@ -24,10 +25,11 @@ class Expansion:
     """The prompt as the embedding stack sees it.
 
     `source` (B, E) is the flat index into the (B * T) columns that each column stands for, -1 for
-    padding; `last` (B, T) the column of each original column (its last one, if several).
+    padding; `first` and `last` (B, T) are the columns of each original column, inclusive.
     """
 
     source: Tensor
+    first: Tensor
     last: Tensor
 
     @property
@@ -54,7 +56,8 @@ def expand(is_image: Tensor, ratio: int) -> Expansion:
     column = torch.arange(flat.numel(), device=flat.device) - begin[row] + shift[row]
     source = torch.full((rows, width), -1, dtype=torch.long, device=flat.device)
     source[row, column] = flat
-    return Expansion(source, ends - 1 + shift.unsqueeze(1))
+    last = ends - 1 + shift.unsqueeze(1)
+    return Expansion(source, last - counts + 1, last)
 
 
 def count_tiles(is_image: Tensor, tokens_per_tile: int, num_tiles: int) -> None:
@@ -76,3 +79,110 @@ def count_tiles(is_image: Tensor, tokens_per_tile: int, num_tiles: int) -> None:
             f"({per_row.tolist()} tokens a row, {tokens_per_tile} a tile)",
             "an image's tokens belong into one row",
         )
+
+
+def new_tiles(pixel_values: Tensor, is_image: Tensor, tokens_per_tile: int, seen: Tensor) -> Tensor:
+    """The tiles of `pixel_values` that belong to the columns `is_image` (B, T) of this call.
+
+    `seen` (B,) counts the tiles whose columns a cache holds. The pixels may be those of the new
+    columns, or those of the whole conversation, row after row.
+
+    Raises `DataError` if their number is neither.
+    """
+    counts = is_image.sum(1) // tokens_per_tile
+    per_row = tiles_of_rows(counts, seen, len(pixel_values))
+    if torch.equal(per_row, counts):
+        return pixel_values
+    rows = pixel_values.split(per_row.tolist())
+    return torch.cat(
+        [row[len(row) - new :] for row, new in zip(rows, counts.tolist(), strict=True)]
+    )
+
+
+def tiles_of_rows(counts: Tensor, seen: Tensor, num_tiles: int) -> Tensor:
+    """How many of `num_tiles` belong to each row, (B,): `counts`, or these and those `seen`."""
+    new, before = int(counts.sum()), int(seen.sum())
+    if num_tiles == new:
+        return counts
+    if num_tiles == before + new:
+        return counts + seen.to(counts.device)
+    raise DataError(
+        f"pixel_values has {num_tiles} tiles, but the new columns need {new} and the columns in "
+        f"the cache hold {before}",
+        "pass the tiles of the new columns, or those of the whole conversation",
+    )
+
+
+@dataclass
+class ImageColumns:
+    """Where images lie among the columns that a cache has seen; columns after these n are text.
+
+    `is_image` (B, n) bool; `begins` and `ends` (B, n) are the embedding stack's columns that each
+    column stands for, None while both stacks see the same ones.
+    """
+
+    tokens_per_tile: int
+    is_image: Tensor
+    begins: Tensor | None = None
+    ends: Tensor | None = None
+
+    def tiles(self) -> Tensor:
+        """(B,) int64: tiles of each row."""
+        return self.is_image.sum(1) // self.tokens_per_tile
+
+    def extend(
+        self, is_image: Tensor, expansion: Expansion | None, length: int, embedding_length: int
+    ) -> None:
+        """Append the columns (B, T) of a call that follow `length` columns, `embedding_length` of
+        the embedding stack."""
+        text = length - self.is_image.shape[1]
+        if expansion is not None:
+            ends = expansion.last + 1 + embedding_length
+            begins = expansion.first + embedding_length
+            if self.begins is not None and self.ends is not None:
+                between = torch.arange(
+                    embedding_length - text, embedding_length, device=ends.device
+                )
+                between = between.expand(len(ends), -1)
+                begins = torch.cat((self.begins, between, begins), dim=1)
+                ends = torch.cat((self.ends, between + 1, ends), dim=1)
+            self.begins, self.ends = begins, ends
+        self.is_image = torch.cat((F.pad(self.is_image, (0, text)), is_image), dim=1)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat the rows of the batch."""
+        for name in ("is_image", "begins", "ends"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.index_select(0, rows.to(value.device)))
+
+    def embedding_columns(self, columns: int, length: int, embedding_length: int) -> int:
+        """Columns of the embedding stack that the first `columns` of `length` stand for.
+
+        Raises `DataError` where they end within an image, or where rows differ in this.
+        """
+        if columns >= self.is_image.shape[1]:
+            return embedding_length - (length - columns)
+        cut = self.is_image[:, :columns].sum(1) % self.tokens_per_tile
+        if bool(cut.any()):
+            raise DataError(
+                f"the cache cannot be cropped to {columns} columns, which ends within an image",
+                "crop before the image or behind it",
+            )
+        if self.begins is None or self.ends is None:
+            return columns if embedding_length else 0
+        kept = int(self.ends[:, columns - 1].max()) if columns else 0
+        if kept > int(self.begins[:, columns].min()):
+            raise DataError(
+                f"the cache cannot be cropped to {columns} columns: its rows have images of "
+                "different sizes before that",
+                "crop behind the images, or keep a cache for each row",
+            )
+        return kept
+
+    def crop(self, columns: int) -> None:
+        """Keep the first `columns` columns."""
+        for name in ("is_image", "begins", "ends"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value[:, :columns])

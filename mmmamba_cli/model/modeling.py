@@ -11,9 +11,11 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmmamba_cli.architecture import FP32_PARAMETERS
-from mmmamba_cli.model.cache import HybridCache, new_cache
-from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.model.cache import HybridCache, as_hybrid, new_cache
+from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
 from mmmamba_cli.model.decoder import HolisticDecoder
+from mmmamba_cli.model.layout import count_tiles, tiles_of_rows
 
 
 class HolisticVLM(PreTrainedModel, GenerationMixin):
@@ -28,7 +30,6 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
     _supports_sdpa = True
-    _is_stateful = True
     _keep_in_fp32_modules_strict = FP32_PARAMETERS
     # Tensors of a teacher that no forward uses; they are kept on disk for exports.
     _keys_to_ignore_on_load_unexpected = (r"^unused\.",)
@@ -39,6 +40,11 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         self.model = HolisticDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether decoding cannot be taken back, as assisted decoding does: not with attention."""
+        return any(kind != ATTENTION for kind in self.config.layer_types)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.text_embedding
@@ -74,7 +80,7 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         Raises `DataError` when context ids and tiles do not agree.
         """
         keep_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = past_key_values
+        cache = as_hybrid(past_key_values)
         if cache is None and keep_cache and not self.training and seq_idx is None:
             cache = new_cache(self.config)
         prompt = self.model.prepare(
@@ -92,12 +98,17 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers does it; with a cache, images belong to the first call only."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers does it; with a cache, images belong to the first call of each turn."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
         cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            inputs["pixel_values"] = None
+        goes_on = cache is not None and cache.get_seq_length() > 0 and not is_first_iteration
+        # transformers leaves images out of an assistant's first call as well.
+        inputs["pixel_values"] = None if goes_on else kwargs.get("pixel_values")
         # Positions follow from the mask, for each stack on its own.
         inputs.pop("position_ids", None)
         return inputs
@@ -109,8 +120,8 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, *args, **kwargs
         )
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, HybridCache):
-            model_kwargs["past_key_values"] = HybridCache(cache)
+        if cache is not None:
+            model_kwargs["past_key_values"] = as_hybrid(cache)
         return result
 
     def _prefill(
@@ -142,14 +153,20 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat rows for beams; the tiles of a row are repeated together, not one by one."""
+        """Repeat rows for beams, with a filled cache's.
+
+        The tiles of a row are repeated together, not one by one.
+        """
         pixels = model_kwargs.pop("pixel_values", None)
-        if pixels is not None and expand_size > 1 and input_ids is not None:
-            vision = self.config.vision_config
-            assert vision is not None
-            tokens = (input_ids == vision.image_token_id).sum(1)
-            tiles = (tokens // vision.tokens_per_tile).tolist()
-            pixels = torch.cat([rows.repeat(expand_size, 1, 1, 1) for rows in pixels.split(tiles)])
+        if expand_size > 1 and input_ids is not None:
+            cache = as_hybrid(model_kwargs.get("past_key_values"))
+            if pixels is not None:
+                tiles = self._tiles_of_rows(input_ids, len(pixels), cache)
+                pixels = torch.cat(
+                    [row.repeat(expand_size, 1, 1, 1) for row in pixels.split(tiles)]
+                )
+            if cache is not None and cache.rows == len(input_ids):
+                cache.batch_repeat_interleave(expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
@@ -159,6 +176,26 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         if pixels is not None:
             model_kwargs["pixel_values"] = pixels
         return input_ids, model_kwargs
+
+    def _tiles_of_rows(
+        self, input_ids: Tensor, num_tiles: int, cache: HybridCache | None
+    ) -> list[int]:
+        """How many of the tiles belong to each row; `DataError` if their number does not fit."""
+        vision = self.config.vision_config
+        if vision is None:
+            raise DataError("this model has no vision part", "leave out pixel_values")
+        is_image, per_tile = input_ids == vision.image_token_id, vision.tokens_per_tile
+        seen = None if cache is None else cache.decoding_state.tiles()
+        if cache is None or seen is None:
+            count_tiles(is_image, per_tile, num_tiles)
+            return (is_image.sum(1) // per_tile).tolist()
+        counts, length = is_image.sum(1) // per_tile, cache.get_seq_length()
+        # The ids are those of the whole conversation, or those that follow the cache.
+        before = is_image[:, :length].sum(1) // per_tile
+        is_whole = input_ids.shape[1] > length and torch.equal(before, seen.expand_as(before))
+        if is_whole and num_tiles != int(seen.sum() + counts.sum()):
+            counts = is_image[:, length:].sum(1) // per_tile
+        return tiles_of_rows(counts, seen, num_tiles).tolist()
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

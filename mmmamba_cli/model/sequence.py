@@ -38,6 +38,15 @@ class StackState:
         if self.inv_freq is not None and self.inv_freq.dim() > 1 and self.inv_freq.shape[0] > 1:
             self.inv_freq = self.inv_freq.index_select(0, rows.to(self.inv_freq.device))
 
+    def crop(self, columns: int) -> None:
+        """Keep the first `columns` columns. RoPE frequencies stay those of the prompt."""
+        if self.mask is not None:
+            if self.next_position is not None:
+                removed = self.mask[:, columns:].sum(1, keepdim=True)
+                self.next_position = self.next_position - removed
+            self.mask = self.mask[:, :columns]
+        self.length = columns
+
 
 @dataclass(frozen=True)
 class Columns:
