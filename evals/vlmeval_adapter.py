@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -22,9 +23,11 @@ import yaml
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate import EvalModel, Options, Prompt, find_suite, suite_names
+from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest, file_digest
 from mmmamba_cli.evaluate.pictures import Picture
 from mmmamba_cli.evaluate.prompts import question_text, tiles_for_each
 from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.store import settings_key
 from mmmamba_cli.evaluate.suite import PromptStyle
 
 MAX_TILES, MAX_NEW_TOKENS = 6, 1024
@@ -183,7 +186,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Have VLMEvalKit ask and score data sets: ours by suite, any by its own name there.
 
-    Its files are written into `folder`. Returns its numbers by data set.
+    The kit takes every answer that lies in its folder, so each data set has one below `folder` that
+    is named by all its answers depend on. Returns its numbers by data set.
     """
     if options.limit is not None:
         raise DataError("VLMEvalKit asks whole data sets", "leave out --limit, or --with vlmeval")
@@ -197,7 +201,6 @@ def evaluate(
     from vlmeval.dataset import build_dataset
     from vlmeval.inference import infer_data_job
 
-    folder.mkdir(parents=True, exist_ok=True)
     found = {}
     with _data_folder(options.data):
         for wanted in names:
@@ -205,12 +208,34 @@ def evaluate(
             dataset = build_dataset(title)
             if dataset is None:
                 raise DataError(f"VLMEvalKit has no data set {title}", "use a name it lists")
-            infer_data_job(build(), work_dir=str(folder), model_name=name, dataset=dataset)
+            place = folder / f"{title}-{_answers_key(model, title, options)}"
+            place.mkdir(parents=True, exist_ok=True)
+            infer_data_job(build(), work_dir=str(place), model_name=name, dataset=dataset)
             scores = dataset.evaluate(
-                str(_answers(folder, name, title)), model="exact_matching", nproc=1
+                str(_answers(place, name, title)), model="exact_matching", nproc=1
             )
             found[title] = _plain(scores)
     return found
+
+
+def _answers_key(model: EvalModel, title: str, options: Options) -> str:
+    """A short hash of the model, the table where there is one, the settings and the versions."""
+    table = Path(os.environ.get(ENVIRONMENT) or "~/LMUData").expanduser() / f"{title}.tsv"
+    try:
+        kit = version("vlmeval")
+    except PackageNotFoundError:
+        kit = "unknown"
+    return settings_key(
+        {
+            "model": model.identity.content_hash,
+            "data": file_digest(table).hex(),
+            "max_tiles": options.max_tiles,
+            "max_new_tokens": options.max_new_tokens,
+            "code": code_digest(),
+            "versions": {**answering_versions(), "vlmeval": kit},
+            **model.identity.answers_depend_on,
+        }
+    )
 
 
 def _answers(folder: Path, name: str, title: str) -> Path:

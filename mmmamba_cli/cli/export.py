@@ -113,25 +113,30 @@ def _ancestors(run: Run, manifest: Manifest) -> Iterator[Manifest]:
 
 def _scores(run: Run, manifest: Manifest) -> Iterator[Score]:
     """What `mmmamba eval` has found of just this product."""
-    from mmmamba_cli.evaluate.result import RESULT, read_result
+    from mmmamba_cli.evaluate.result import find_results
     from mmmamba_cli.export import Score
 
-    for file in sorted((run.folder / EVALS).rglob(RESULT)):
-        result = read_result(file)
+    evaluated = find_results(run.folder / EVALS)
+    for sentence in evaluated.left_out:
+        print_warning(f"{sentence}: the card has none of it")
+    for result in evaluated.results.values():
         if result.model.content_hash != manifest.content_hash:
             continue
         for part in result.rules:
+            value = part.metrics[part.metric]
             low, high = part.intervals.get(part.metric, (None, None))
+            if value is None:
+                continue
             yield Score(
                 suite=result.title,
                 rule=part.rule,
                 metric=part.metric,
-                value=part.metrics[part.metric],
+                value=value,
                 rows=result.data.used,
                 low=low,
                 high=high,
                 level=result.level,
-                partial=result.data.used < result.data.rows,
+                partial=result.data.partial,
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmmamba_cli.cli.console import UNBROKEN, out, print_json
+from mmmamba_cli.cli.console import UNBROKEN, out, print_json, print_warning
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
 
 if TYPE_CHECKING:
@@ -25,8 +25,10 @@ def command(run: RunFolder = DEFAULT_RUN, as_json: AsJson = False) -> None:
     lineage = read_lineage(Run(run))
     if as_json:
         print_json(_record(lineage))
-    else:
-        _print(lineage)
+        return
+    _print(lineage)
+    for sentence in lineage.left_out:
+        print_warning(f"{sentence}: not shown")
 
 
 def _record(lineage: Lineage) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def _record(lineage: Lineage) -> dict[str, Any]:
         "teacher": teacher and teacher.model_dump(exclude={"digests"}),
         "teacher_scores": [vars(score) for score in lineage.teacher_scores],
         "current": lineage.current,
+        "left_out": list(lineage.left_out),
         "products": [
             {
                 **product.manifest.model_dump(mode="json"),

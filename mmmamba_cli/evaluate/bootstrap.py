@@ -33,11 +33,13 @@ def draw_counts(strata: Sequence[str], draws: int, seed: int) -> Iterator[np.nda
 
 
 def intervals(tally: Tally, draws: int = DRAWS, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """The interval of each metric."""
+    """The interval of each metric that something was asked about."""
+    asked = {name for name, value in tally.values().items() if value is not None}
     found: dict[str, list[np.ndarray]] = {}
     for counts in draw_counts(tally.strata, draws, seed):
         for name, values in tally.metrics(counts @ tally.numbers).items():
-            found.setdefault(name, []).append(values)
+            if name in asked:
+                found.setdefault(name, []).append(values)
     return {name: _percentiles(np.concatenate(values)) for name, values in found.items()}
 
 

@@ -6,8 +6,8 @@ import csv
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.building import built_table
 from mmmamba_cli.evaluate.contract import EvalModel, Identity
+from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest, pictures_digest
 from mmmamba_cli.evaluate.predictions import read_predictions
 from mmmamba_cli.evaluate.prompts import prompt_of
 from mmmamba_cli.evaluate.result import (
@@ -29,13 +30,13 @@ from mmmamba_cli.evaluate.result import (
     retention,
     rule_part,
 )
-from mmmamba_cli.evaluate.rows import Row, first_units, read_rows
+from mmmamba_cli.evaluate.rows import Row, belongs, limit_rows, read_rows
 from mmmamba_cli.evaluate.runner import Asked, Watch, ask_all
-from mmmamba_cli.evaluate.scoring import Tally, find_rule
-from mmmamba_cli.evaluate.store import AnswerStore
+from mmmamba_cli.evaluate.scoring import Tally, find_rule, versioned
+from mmmamba_cli.evaluate.store import AnswerStore, settings_key
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.evaluate.tsv import Table
-from mmmamba_cli.runs.manifest import command_line, now, versions
+from mmmamba_cli.runs.manifest import command_line, now
 
 SEED = 0
 ENVIRONMENT = "LMUData"
@@ -113,18 +114,10 @@ def open_suite(
 
     Raises `DataError`.
     """
-    check_rules(suite, options.rule)
+    suite.scoring(options.rule)
     table = Table(find_table(suite, options.data, say), suite.columns)
     rows = read_rows(table.cells, suite, str(table.file))
-    return table, first_units(rows, options.limit)
-
-
-def check_rules(suite: Suite, only: str | None) -> list[str]:
-    """The names of the rules to score by. Raises `DataError` if `only` is none of the suite's."""
-    if only is not None and only not in suite.rules:
-        known = ", ".join(suite.rules) or "none: its answers need a judge"
-        raise DataError(f"suite {suite.name} has no rule {only}, it has: {known}")
-    return [only] if only is not None else list(suite.rules)
+    return table, limit_rows(rows, suite, options.limit)
 
 
 def evaluate_model(
@@ -143,14 +136,8 @@ def evaluate_model(
         "max_new_tokens": max_new_tokens,
         "answers": "chosen by likelihood" if options.by_likelihood else "generated",
         "limit": options.limit,
+        "code": code_digest(),
         **model.identity.answers_depend_on,
-    }
-    answers_to = {
-        "model": model.identity.content_hash,
-        "suite": suite.name,
-        "suite_digest": suite.digest,
-        "data": table.sha256,
-        **settings,
     }
     prompts = [
         prompt_of(
@@ -158,8 +145,18 @@ def evaluate_model(
         )
         for row in rows
     ]
+    pictures = pictures_digest(one for prompt in prompts for one in prompt.pictures)
+    answers_to = {
+        "model": model.identity.content_hash,
+        "suite": suite.name,
+        "questions": suite.questions_digest,
+        "data": table.sha256,
+        "pictures": pictures,
+        "versions": answering_versions(),
+        **settings,
+    }
     began = time.perf_counter()
-    with AnswerStore(folder, answers_to, watch.warn) as store:
+    with AnswerStore(folder, answers_to, watch.warn, watch.say) as store:
         asked = ask_all(
             model,
             prompts,
@@ -170,12 +167,11 @@ def evaluate_model(
         )
         answers = {row.index: store.answers[row.index].text for row in rows}
     seconds = time.perf_counter() - began
-    data = DataPart(
-        file=table.file.name,
-        sha256=table.sha256,
-        rows=len(table.cells),
-        used=len(rows),
-        without_image=sum(not prompt.pictures for prompt in prompts),
+    data = _data_part(suite, table.file.name, table.sha256, table.cells, rows).model_copy(
+        update={
+            "pictures": pictures,
+            "without_image": sum(not prompt.pictures for prompt in prompts),
+        }
     )
     scored = score(suite, rows, answers, data, model.identity, settings, options)
     _write(folder, scored, answers)
@@ -184,21 +180,45 @@ def evaluate_model(
     return scored
 
 
+def _data_part(
+    suite: Suite,
+    file: str,
+    sha256: str,
+    cells: Sequence[Mapping[str, str]],
+    rows: Sequence[Row],
+) -> DataPart:
+    """What of a table was asked; `cells` are all its rows, `rows` those asked."""
+    own = [cell for cell in cells if belongs(cell, suite)]
+    asked = {row.category for row in rows}
+    left = dict.fromkeys(cell.get("category", "") for cell in own)
+    return DataPart(
+        file=file,
+        sha256=sha256,
+        rows=len(own),
+        used=len(rows),
+        asked=settings_key({"rows": [row.index for row in rows]}) if len(rows) < len(own) else None,
+        categories_not_asked=tuple(name for name in left if name not in asked),
+    )
+
+
 def evaluate_predictions(file: Path, suite: Suite, folder: Path, options: Options) -> Scored:
     """Score answers that are in a file; the suite's TSV tells the questions where it is there.
 
-    Without it the file's own columns do. Raises `DataError` for what is missing in either.
+    Without it the file's own columns do. With a limit, rows are taken from those the file answers.
+    Raises `DataError` for what is missing in either.
     """
-    check_rules(suite, options.rule)
+    suite.scoring(options.rule)
     given = read_predictions(file)
     needed = [*suite.columns, *(["image_path"] if suite.unit in ("pair", "picture") else [])]
     if _table_file(suite, options.data) is not None or not given.has(needed):
-        table, rows = open_suite(suite, options)
+        table, rows = open_suite(suite, replace(options, limit=None))
         cells, name, digest = table.cells, table.file.name, table.sha256
     else:
         cells, name, digest = given.cells, file.name, given.sha256
-        rows = first_units(read_rows(cells, suite, str(file)), options.limit)
-    data = DataPart(file=name, sha256=digest, rows=len(cells), used=len(rows))
+        rows = read_rows(cells, suite, str(file))
+    if options.limit is not None:
+        rows = limit_rows(given.answered_units(rows) or rows, suite, options.limit)
+    data = _data_part(suite, name, digest, cells, rows)
     answers = given.answers(rows)
     identity = Identity(name=file.name, content_hash=given.sha256, kind="predictions")
     scored = score(suite, rows, answers, data, identity, {"answers": "from a file"}, options)
@@ -217,10 +237,10 @@ def score(
 ) -> Scored:
     """The suite's rules, or one of them, over answers by index."""
     said = [answers[row.index] for row in rows]
-    names = check_rules(suite, options.rule)
-    tallies = {name: find_rule(suite.rules[name])(rows, said) for name in names}
+    scoring = suite.scoring(options.rule)
+    tallies = {name: find_rule(function)(rows, said) for name, function in scoring.items()}
     parts = [
-        rule_part(name, suite.rules[name], tally, answers, options.seed)
+        rule_part(name, versioned(scoring[name]), tally, answers, options.seed)
         for name, tally in tallies.items()
     ]
     result = Result(
@@ -238,7 +258,7 @@ def score(
         settings=settings,
         rules=tuple(parts),
         seed=options.seed,
-        versions=versions(),
+        versions=answering_versions(),
     )
     return Scored(result, tallies, rows)
 

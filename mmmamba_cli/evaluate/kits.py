@@ -10,7 +10,7 @@ from typing import Any
 
 from mmmamba_cli.evaluate.contract import Identity
 from mmmamba_cli.evaluate.evaluating import Options
-from mmmamba_cli.runs.manifest import versions
+from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def kit_result(
     kit: str, identity: Identity, scores: Mapping[str, Mapping[str, Any]], options: Options
 ) -> KitResult:
     """A kit's scores of a model, with the settings and versions they were measured under."""
-    found = versions()
+    found = answering_versions()
     try:
         found[kit] = version(kit)
     except PackageNotFoundError:
@@ -45,6 +45,7 @@ def kit_result(
         "max_tiles": options.max_tiles,
         "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
+        "code": code_digest(),
         **identity.answers_depend_on,
     }
     return KitResult(kit, identity.name, identity.content_hash, settings, scores, found)

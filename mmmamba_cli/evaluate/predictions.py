@@ -1,10 +1,11 @@
-"""Answers that were given before, by us or by the kits: TSV, JSON lines or XLSX."""
+"""Answers that were given before, by us or by the kits: TSV, CSV, JSON lines or XLSX."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 from mmmamba_cli.errors import DataError, name_some
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.store import HEADER, LIMIT
-from mmmamba_cli.evaluate.tsv import MAX_CELL
+from mmmamba_cli.evaluate.tsv import MAX_CELL, check_heading, plain_index, records, simplify_indexes
 
 INDEX, PREDICTION = "index", "prediction"
-KINDS = (".tsv", ".jsonl", ".xlsx")
+DELIMITERS = {".tsv": "\t", ".csv": ","}
+KINDS = (*DELIMITERS, ".jsonl", ".xlsx")
 
 
 @dataclass(frozen=True)
@@ -32,31 +34,46 @@ class Predictions:
         return all(name in cell for cell in self.cells for name in columns)
 
     def answers(self, rows: Sequence[Row]) -> dict[str, str]:
-        """The answer to each row. Raises `DataError` that names the rows without one."""
-        found = {cell[INDEX]: cell[PREDICTION] for cell in self.cells}
+        """The answer to each row. Raises `DataError` that names the rows without one.
+
+        An index of the file that was written as a decimal number, 3.0, is that of row 3.
+        """
+        found = self._found()
         lacking = [row.index for row in rows if row.index not in found]
         if lacking:
             raise DataError(
                 f"{self.file} lacks {len(lacking)} of {len(rows)} rows: index {name_some(lacking)}",
-                "answer them too, or score only the first rows of the suite with --limit",
+                "answer them too, or score a part of the suite with --limit N",
             )
         return {row.index: found[row.index] for row in rows}
+
+    def answered_units(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows whose whole unit is answered."""
+        found = self._found()
+        open_units = {row.unit for row in rows if row.index not in found}
+        return [row for row in rows if row.unit not in open_units]
+
+    def _found(self) -> dict[str, str]:
+        plain = {plain_index(cell[INDEX]): cell[PREDICTION] for cell in self.cells}
+        return plain | {cell[INDEX]: cell[PREDICTION] for cell in self.cells}
 
 
 def read_predictions(file: Path) -> Predictions:
     """Read a file as the kits write them, with columns `index` and `prediction`.
 
-    Raises `DataError` for another kind of file, missing columns, indexes that repeat, and lines
-    that are no JSON.
+    Raises `DataError` for another kind of file, missing columns, rows of another width than the
+    heading, indexes that repeat, and lines that are no JSON.
     """
-    if file.suffix not in KINDS:
+    kind = file.suffix.lower()
+    if kind not in KINDS:
         raise DataError(f"{file} is not one of {', '.join(KINDS)}", "save the predictions as one")
     if not file.is_file():
         raise DataError(f"{file} does not exist", "check the path")
-    readers = {".tsv": _read_tsv, ".jsonl": _read_jsonl, ".xlsx": _read_xlsx}
-    cells = [
-        {key: _text(value) for key, value in cell.items()} for cell in readers[file.suffix](file)
-    ]
+    if kind in DELIMITERS:
+        rows = _read_table(file, DELIMITERS[kind])
+    else:
+        rows = _read_jsonl(file) if kind == ".jsonl" else _read_xlsx(file)
+    cells = [{key: _text(value) for key, value in cell.items()} for cell in rows]
     if not cells:
         raise DataError(f"{file} has no predictions")
     for number, cell in enumerate(cells, start=1):
@@ -66,9 +83,10 @@ def read_predictions(file: Path) -> Predictions:
                 f"{file}: row {number} lacks {' and '.join(missing)}; it has {', '.join(cell)}",
                 "expected the columns index and prediction",
             )
-    counts: dict[str, int] = {}
     for cell in cells:
-        counts[cell[INDEX]] = counts.get(cell[INDEX], 0) + 1
+        cell[INDEX] = cell[INDEX].strip()
+    simplify_indexes(cells)
+    counts = Counter(plain_index(cell[INDEX]) for cell in cells)
     twice = [index for index, count in counts.items() if count > 1]
     if twice:
         raise DataError(f"{file} answers index {name_some(twice)} more than once")
@@ -84,14 +102,30 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else str(value)
 
 
-def _read_tsv(file: Path) -> Iterator[Mapping[str, Any]]:
+def _read_table(file: Path, delimiter: str) -> Iterator[Mapping[str, str]]:
     csv.field_size_limit(MAX_CELL)
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
-            for row in csv.DictReader(handle, delimiter="\t", restval=None):
-                yield {key: value for key, value in row.items() if key is not None}
+            reader = records(handle, delimiter)
+            heading = check_heading(file, next(reader, []))
+            for number, values in enumerate(reader, start=1):
+                if values:
+                    yield _cells(file, heading, values, number)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not a table of tab-separated text: {error}") from error
+        what = "tab-separated" if delimiter == "\t" else "comma-separated"
+        raise DataError(f"{file} is not a table of {what} text in UTF-8: {error}") from error
+
+
+def _cells(
+    file: Path, heading: Sequence[str], values: Sequence[Any], number: int
+) -> dict[str, Any]:
+    """A row by column. Raises `DataError` with its number if it is not as wide as the heading."""
+    if len(values) != len(heading):
+        raise DataError(
+            f"{file}: row {number} has {len(values)} cells, the heading has {len(heading)}",
+            "the row was cut, or a cell with a separator in it is not quoted",
+        )
+    return dict(zip(heading, values, strict=True))
 
 
 def _read_jsonl(file: Path) -> Iterator[Mapping[str, Any]]:
@@ -111,6 +145,22 @@ def _read_jsonl(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _read_xlsx(file: Path) -> Iterator[Mapping[str, Any]]:
+    rows = _sheet(file)
+    heading = check_heading(file, ["" if name is None else str(name) for name in rows[0]])
+    while heading and not heading[-1]:
+        heading.pop()
+    for number, values in enumerate(rows[1:], start=1):
+        if all(value is None for value in values):
+            continue
+        # A sheet has no empty cells at a row's end, or has them for as many columns as it likes.
+        kept = list(values) + [None] * (len(heading) - len(values))
+        while len(kept) > len(heading) and kept[-1] is None:
+            kept.pop()
+        yield _cells(file, heading, kept, number)
+
+
+def _sheet(file: Path) -> list[tuple[Any, ...]]:
+    """The rows of a workbook's first sheet, at least one."""
     try:
         from openpyxl import load_workbook
         from openpyxl.utils.exceptions import InvalidFileException
@@ -137,14 +187,14 @@ def _read_xlsx(file: Path) -> Iterator[Mapping[str, Any]]:
         ValueError,
     )
     try:
-        book = load_workbook(file, read_only=True, data_only=True)
+        # An answer that begins with "=" is kept as a formula without a value: its text is read.
+        book = load_workbook(file, read_only=True, data_only=False)
         rows = list(book.worksheets[0].iter_rows(values_only=True))
         book.close()
     except damage as error:
         raise DataError(
             f"{file} is not an XLSX workbook, or is damaged", "save it again, or as .tsv"
         ) from error
-    heading = [str(name) for name in rows[0]] if rows else []
-    for values in rows[1:]:
-        if any(value is not None for value in values):
-            yield dict(zip(heading, values, strict=False))
+    if not rows:
+        raise DataError(f"{file} has no predictions")
+    return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mmmamba_cli.errors import name_some
 from mmmamba_cli.evaluate.result import Result, Retention, RulePart
 from mmmamba_cli.evaluate.suite import Suite
 
@@ -25,8 +26,8 @@ def summary(results: Iterable[Result]) -> Table:
                         part.rule if is_first else "",
                         metric,
                         number(value),
-                        span(part.intervals[metric]),
-                        result.data.used if is_first else "",
+                        span(part.intervals.get(metric)),
+                        _asked(result) if is_first else "",
                         part.counts.get("unreadable", 0) if is_first else "",
                     )
                 )
@@ -77,7 +78,7 @@ def comparison(
         published = suites[result.suite].published
         part = None if published is None else result.rule(published.rule)
         if published is not None and part is not None:
-            value = part.metrics[published.metric]
+            value = part.metrics.get(published.metric)
             ours.setdefault(result.model.name, {})[published.column] = number(value)
     rows: list[tuple[object, ...]] = [
         (name, *(values.get(column) for column in columns), "this run")
@@ -101,11 +102,24 @@ def remarks(result: Result) -> list[str]:
                 f"not be read, as {shown}"
             )
         found += [f"{result.suite} by {part.rule}: {note}" for note in part.notes]
+    if result.data.partial:
+        found.append(_part(result))
     if not result.rules:
         found.append(f"{result.suite}: answers need a judge; they are in predictions.tsv")
     if result.data.without_image:
         found.append(f"{result.suite}: {result.data.without_image} rows have no picture")
     return found
+
+
+def _part(result: Result) -> str:
+    data = result.data
+    sentence = (
+        f"{result.suite}: a part, {data.used} of {data.rows} rows were asked; these are not the "
+        "scores of the suite"
+    )
+    if data.categories_not_asked:
+        sentence += f", and nothing was asked of {name_some(data.categories_not_asked)}"
+    return sentence
 
 
 def number(value: float | None) -> str | None:
@@ -115,5 +129,11 @@ def number(value: float | None) -> str | None:
     return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def span(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.2f} to {interval[1]:.2f}"
+def span(interval: tuple[float, float] | None) -> str | None:
+    return None if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def _asked(result: Result) -> str:
+    """How many rows were asked, and of how many where that is a part."""
+    data = result.data
+    return f"{data.used} of {data.rows}, a part" if data.partial else str(data.used)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.evaluate.bootstrap import DRAWS, LEVEL, intervals, ratio_interval
@@ -14,6 +16,9 @@ from mmmamba_cli.evaluate.scoring.tally import Tally
 
 RESULT, RETENTION, TIMING = "result.json", "retention.json", "timing.json"
 SHOWN_ANSWERS = 5
+
+# Results written before versions of a rule had dates name the scoring function without one.
+UNDATED_SCORING = {"choice_rows": "2025-08", "choice_circular": "2025-08", "vqa_words": "2024-01"}
 
 Interval = tuple[float, float]
 
@@ -32,13 +37,35 @@ class ModelPart(_Part):
 
 
 class DataPart(_Part):
-    """Which table was asked: `rows` are in it, `used` were asked, `without_image` are among them"""
+    """Which questions were asked.
+
+    `sha256` is of the table, `rows` of the suite are in it, `used` were asked, and `without_image`
+    are among them. `asked` is a digest of the indexes of the rows asked, None for all rows.
+    `pictures` is a digest of the picture files that these rows name, None where all pictures are in
+    the table, or it is not known. `categories_not_asked` are those of the table of which no row was
+    asked.
+    """
 
     file: str
     sha256: str
     rows: int
     used: int
     without_image: int = 0
+    asked: str | None = None
+    pictures: str | None = None
+    categories_not_asked: tuple[str, ...] = ()
+
+    @property
+    def partial(self) -> bool:
+        """Whether not all rows of the suite were asked."""
+        return self.used < self.rows
+
+    def same_questions(self, other: DataPart) -> bool:
+        """Whether both were asked the same rows with the same pictures, as far as it is known."""
+        pictures = {one.pictures for one in (self, other)} - {None}
+        compared = {"file", "sha256", "used", "without_image", "asked"}
+        mine, theirs = self.model_dump(include=compared), other.model_dump(include=compared)
+        return mine == theirs and len(pictures) < 2
 
 
 class Unreadable(_Part):
@@ -54,12 +81,25 @@ class RulePart(_Part):
     rule: str
     scoring: str
     metric: str
-    metrics: dict[str, float]
+    # None where nothing was asked that the metric is about; it then has no interval.
+    metrics: dict[str, float | None]
     intervals: dict[str, Interval]
     counts: dict[str, int]
     categories: dict[str, dict[str, int | float]]
     unreadable: tuple[Unreadable, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_date(cls, value: Any) -> Any:
+        """Name the version of a rule in a result that was written without it."""
+        date = UNDATED_SCORING.get(str(value.get("scoring"))) if isinstance(value, dict) else None
+        if date is None:
+            return value
+        dated = {**value, "scoring": f"{value['scoring']}_{date.replace('-', '_')}"}
+        if str(value.get("rule")).startswith("vlmevalkit"):
+            dated["rule"] = f"{value['rule']}-{date}"
+        return dated
 
 
 class Result(_Part):
@@ -85,15 +125,18 @@ class Result(_Part):
 
 
 class Retention(_Part):
-    """How much of the teacher's score a student has, by one rule; None where the teacher has 0."""
+    """How much of the teacher's score a student has, by one rule.
+
+    `ratio` is None where the teacher has 0, or nothing was asked that the metric is about.
+    """
 
     suite: str
     rule: str
     metric: str
     student: str
     teacher: str
-    student_value: float
-    teacher_value: float
+    student_value: float | None
+    teacher_value: float | None
     ratio: float | None
     interval: Interval | None
     rows: int
@@ -109,7 +152,7 @@ def rule_part(
     return RulePart(
         rule=name,
         scoring=scoring,
-        metric=next(iter(metrics)),
+        metric=tally.headline,
         metrics=metrics,
         intervals=intervals(tally, seed=seed),
         counts=dict(tally.counts),
@@ -128,19 +171,21 @@ def retention(
     seed: int,
 ) -> Retention:
     """Student over teacher by a rule's headline, both answering the same rows."""
-    ours, theirs = student[1].values(), teacher[1].values()
-    metric = next(iter(ours))
-    known = theirs[metric] != 0
+    metric = teacher[1].headline
+    ours, theirs = student[1].values()[metric], teacher[1].values()[metric]
+    ratio = ours / theirs if ours is not None and theirs else None
     return Retention(
         suite=suite,
         rule=rule,
         metric=metric,
         student=student[0],
         teacher=teacher[0],
-        student_value=ours[metric],
-        teacher_value=theirs[metric],
-        ratio=ours[metric] / theirs[metric] if known else None,
-        interval=ratio_interval(student[1], teacher[1], metric, seed=seed) if known else None,
+        student_value=ours,
+        teacher_value=theirs,
+        ratio=ratio,
+        interval=None
+        if ratio is None
+        else ratio_interval(student[1], teacher[1], metric, seed=seed),
         rows=rows,
         seed=seed,
     )
@@ -148,8 +193,6 @@ def retention(
 
 def json_text(parts: BaseModel | Sequence[BaseModel]) -> str:
     """As written to disk."""
-    import json
-
     value = (
         parts.model_dump(mode="json")
         if isinstance(parts, BaseModel)
@@ -159,10 +202,53 @@ def json_text(parts: BaseModel | Sequence[BaseModel]) -> str:
 
 
 def read_result(file: Path) -> Result:
-    """Raises `RunError` if the file is not there or no result."""
+    """Raises `RunError` if the file is not there, is no result, or is one of another kit."""
     try:
-        return Result.model_validate_json(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise RunError(f"{file} is not there", "run mmmamba eval first") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{file} is no result of mmmamba eval", "run it again") from error
+    kit = _kit_of(text)
+    if kit is not None:
+        raise RunError(
+            f"{file} has the scores of {kit}, which are not those of a suite of mmmamba",
+            "read it as it is: scores by task",
+        )
+    try:
+        return Result.model_validate_json(text)
     except ValueError as error:
         raise RunError(f"{file} is no result of mmmamba eval", "run it again") from error
+
+
+def _kit_of(text: str) -> str | None:
+    """The kit that wrote a `result.json`; None for mmmamba, and for what cannot be read."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    kit = value.get("kit") if isinstance(value, dict) else None
+    return kit if isinstance(kit, str) else None
+
+
+@dataclass(frozen=True)
+class FoundResults:
+    """The results below a folder, by file; `left_out` has a sentence for each that is not used."""
+
+    results: dict[Path, Result]
+    left_out: tuple[str, ...]
+
+
+def find_results(folder: Path) -> FoundResults:
+    """Every `result.json` below `folder`, in the order of their paths.
+
+    Results of other kits, which have the same file name, and damaged files are left out by name.
+    """
+    results: dict[Path, Result] = {}
+    left_out = []
+    for file in sorted(folder.rglob(RESULT)):
+        try:
+            results[file] = read_result(file)
+        except RunError as error:
+            left_out.append(error.message)
+    return FoundResults(results, tuple(left_out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from string import ascii_uppercase
@@ -36,9 +37,7 @@ def read_rows(cells: Sequence[Mapping[str, str]], suite: Suite, where: str) -> l
     nor no where one of them is right, and indexes that are no numbers where turns are numbered.
     """
     rows = [
-        _row(cell, suite, place, where)
-        for place, cell in enumerate(cells)
-        if all(cell.get(column, wanted) == wanted for column, wanted in suite.only.items())
+        _row(cell, suite, place, where) for place, cell in enumerate(cells) if belongs(cell, suite)
     ]
     if not rows:
         wanted = ", ".join(f"{column} {value}" for column, value in suite.only.items())
@@ -48,6 +47,11 @@ def read_rows(cells: Sequence[Mapping[str, str]], suite: Suite, where: str) -> l
     if suite.unit == "pair":
         _check_pairs(rows, where)
     return rows
+
+
+def belongs(cell: Mapping[str, str], suite: Suite) -> bool:
+    """Whether a row of a table is one of the suite's, by `Suite.only`."""
+    return all(cell.get(column, wanted) == wanted for column, wanted in suite.only.items())
 
 
 def _row(cell: Mapping[str, str], suite: Suite, place: int, where: str) -> Row:
@@ -102,18 +106,32 @@ def _check_pairs(rows: Sequence[Row], where: str) -> None:
         )
 
 
-def first_units(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    """The first rows up to `limit`, whole units only: as many as fit, at least one."""
+# What is scored as one has to be asked as one; the other units only estimate errors.
+WHOLE_UNITS = ("pair", "turns")
+
+
+def limit_rows(rows: Sequence[Row], suite: Suite, limit: int | None) -> list[Row]:
+    """At most `limit` rows, spread evenly over the categories, in the order of the table.
+
+    The first row of each category, in the order in which they appear, then the second of each, and
+    so on. Pairs and the turns of a circular question stay whole: as many as fit, at least one.
+    """
     if limit is None or limit >= len(rows):
         return list(rows)
-    sizes: dict[str, int] = {}
+    whole = suite.unit in WHOLE_UNITS
+    units: dict[str, list[Row]] = {}
     for row in rows:
-        sizes[row.unit] = sizes.get(row.unit, 0) + 1
+        units.setdefault(row.unit if whole else row.index, []).append(row)
+    waiting: dict[str, deque[list[Row]]] = {}
+    for unit in units.values():
+        waiting.setdefault(unit[0].category, deque()).append(unit)
     taken: set[str] = set()
-    total = 0
-    for unit, size in sizes.items():
-        if taken and total + size > limit:
-            break
-        taken.add(unit)
-        total += size
-    return [row for row in rows if row.unit in taken]
+    while waiting:
+        for category in list(waiting):
+            unit = waiting[category].popleft()
+            if taken and len(taken) + len(unit) > limit:
+                return [row for row in rows if row.index in taken]
+            taken.update(row.index for row in unit)
+            if not waiting[category]:
+                del waiting[category]
+    return [row for row in rows if row.index in taken]

@@ -22,6 +22,8 @@ from mmmamba_cli.evaluate.batching import Limit
 
 INDEX, PREDICTION, LIKELIHOODS, LIMIT = "index", "prediction", "log_likelihoods", "limit"
 HEADER = "answers_to"
+# What differs without anybody having asked for it: named when kept answers are not taken.
+UNASKED = ("model", "questions", "data", "pictures", "code", "versions")
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -44,17 +46,25 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
 
     `answers` by index are those already there; `limit` how the last batches were made, and
     `before_limit` the indexes that were answered before it held. A last line that a crash cut
-    short is dropped, and `warn` told so. Raises `DataError` for a damaged line elsewhere,
+    short is dropped, and `warn` told so; `say` hears of answers in the folder that are not taken,
+    and what has changed since. Raises `DataError` for a damaged line elsewhere,
     `RunError` if another command is writing to the file.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], warn: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        warn: Callable[[str], None],
+        say: Callable[[str], None] = lambda text: None,
+    ):
         self.file = folder / f"predictions-{settings_key(settings)}.jsonl"
         self.answers: dict[str, Answer] = {}
         self.limit: Limit | None = None
         self.before_limit: frozenset[str] = frozenset()
         self._settings = dict(settings)
         self._warn = warn
+        self._say = say
         self._handle: IO[bytes] | None = None
 
     def __enter__(self) -> AnswerStore:
@@ -130,7 +140,25 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
         handle.truncate(good)
         handle.seek(0, os.SEEK_END)
         if good == 0:
+            self._name_others()
             self._append([{HEADER: self._settings}])
+
+    def _name_others(self) -> None:
+        """Say which answers of the same folder are not taken, where nobody asked for others."""
+        for file in sorted(self.file.parent.glob("predictions-*.jsonl")):
+            if file == self.file:
+                continue
+            with file.open("rb") as handle:
+                header = (_parse(handle.readline()) or {}).get(HEADER)
+            if not isinstance(header, dict):
+                continue
+            differ = [key for key in UNASKED if header.get(key) != self._settings.get(key)]
+            chosen = [key for key in self._settings if key not in UNASKED]
+            if differ and all(header.get(key) == self._settings[key] for key in chosen):
+                self._say(
+                    f"answers kept in {file.name} are not taken, all are asked again: "
+                    f"{', '.join(differ)} changed since"
+                )
 
     def _take(self, record: dict[str, Any], number: int) -> None:
         if number == 1:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmmamba_cli.errors import DataError
+
+# The end of a rule's name that says since which month its version holds.
+DATE = re.compile(r"-\d{4}-\d{2}$")
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -43,6 +47,8 @@ class Suite(BaseModel):
 
     `dataset` is the name of its TSV. `rules` are scoring functions by the name they are shown
     under, the first one is what retention is told by; without any, answers are only written down.
+    A kit's rule that has changed is one rule for each version, `<kit>-<year>-<month>` by the month
+    since which it holds. `earlier` are rules that score only where they are asked for by name.
     `unit` says what is drawn again when errors are estimated: each row, all rows of a picture, the
     pair of questions about a picture in a category, or the turns of a circular question. `only`
     keeps rows that have these values, where there is such a column. `enlarge` scales the first
@@ -66,6 +72,7 @@ class Suite(BaseModel):
     choices: tuple[Text, ...] = ()
     only: dict[str, str] = {}
     rules: dict[str, Text] = {}
+    earlier: dict[str, Text] = {}
     build: str = ""
     published: Published | None = None
     note: str = ""
@@ -73,8 +80,39 @@ class Suite(BaseModel):
     @property
     def digest(self) -> str:
         """Changes with anything in the file that can change an answer or a score."""
-        kept = self.model_dump(mode="json", exclude={"title", "note", "published"})
+        return self._digest("title", "note", "published", "earlier")
+
+    @property
+    def questions_digest(self) -> str:
+        """Changes with anything in the file that can change an answer; scoring rules cannot."""
+        return self._digest("title", "note", "published", "earlier", "rules")
+
+    def _digest(self, *left_out: str) -> str:
+        kept = self.model_dump(mode="json", exclude=set(left_out))
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+    def scoring(self, only: str | None = None) -> dict[str, str]:
+        """Scoring functions by rule: `rules`, or only the one named.
+
+        A kit's name without a date means the newest version of its rule. Raises `DataError` if the
+        suite has no such rule.
+        """
+        if only is None:
+            return self.rules
+        known = {**self.rules, **self.earlier}
+        if only in known:
+            return {only: known[only]}
+        dated = [name for name in known if undated(name) == only]
+        if not dated:
+            listed = ", ".join(known) or "none: its answers need a judge"
+            raise DataError(f"suite {self.name} has no rule {only}, it has: {listed}")
+        newest = max(dated)
+        return {newest: known[newest]}
+
+
+def undated(rule: str) -> str:
+    """A rule's name without the date of its version: `vlmevalkit-2026-06` is `vlmevalkit`."""
+    return DATE.sub("", rule)
 
 
 def parse_suite(text: str, where: str) -> Suite:

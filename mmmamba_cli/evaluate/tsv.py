@@ -10,8 +10,9 @@ import ast
 import csv
 import hashlib
 import io
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mmmamba_cli.errors import DataError, name_some
@@ -22,6 +23,7 @@ IMAGE = "image"
 # The column told by who has the picture: an index, or "" where there is none.
 PICTURE = "picture"
 MAX_CELL = 1 << 30
+WHOLE_NUMBER = re.compile(r"^(\d+)\.0+$")
 
 
 class _Lines:
@@ -71,13 +73,14 @@ class Table:
         except csv.Error as error:
             raise DataError(f"{file}: line {lines.number} is no row of a table: {error}") from error
         self.sha256 = lines.sha256.hexdigest()
+        self._simplify_indexes()
         self._check_indexes()
         self._place = {cell["index"]: i for i, cell in enumerate(self.cells)}
         self._resolve()
 
     def _read(self, lines: _Lines, columns: Sequence[str]) -> None:
-        reader = csv.reader(iter(lines), delimiter="\t")
-        self.columns = tuple(name.strip() for name in next(reader, ()))
+        reader = records(lines, "\t")
+        self.columns = tuple(check_heading(self.file, next(reader, [])))
         self._check_columns(columns)
         begin = lines.offset
         for number, values in enumerate(reader, start=1):
@@ -114,6 +117,15 @@ class Table:
             self._references[cell["index"]] = picture
         self.cells.append(cell)
 
+    def _simplify_indexes(self) -> None:
+        """Read 0.0, 1.0 as 0, 1 where every index is a whole number, some in decimals."""
+        if not simplify_indexes(self.cells):
+            return
+        self.pictures = {plain_index(index): count for index, count in self.pictures.items()}
+        self._references = {
+            plain_index(index): plain_index(owner) for index, owner in self._references.items()
+        }
+
     def _check_indexes(self) -> None:
         counts = Counter(cell["index"] for cell in self.cells)
         twice = [index for index, count in counts.items() if count > 1]
@@ -147,6 +159,54 @@ class Table:
             record = io.BytesIO(handle.read(end - begin))
         (values,) = csv.reader((line.decode("utf-8") for line in record), delimiter="\t")
         return values[self.columns.index(IMAGE)]
+
+
+def plain_index(index: str) -> str:
+    """An index without the decimals that spreadsheets and data frames add: 3.0 becomes 3."""
+    return WHOLE_NUMBER.sub(r"\1", index)
+
+
+def simplify_indexes(cells: Iterable[dict[str, str]]) -> bool:
+    """Make every index plain where all of them are whole numbers; whether they are."""
+    plain = [plain_index(cell["index"]) for cell in cells]
+    if not all(index.isdecimal() for index in plain):
+        return False
+    for cell, index in zip(cells, plain, strict=True):
+        cell["index"] = index
+    return True
+
+
+def records(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
+    """Rows of separated text. Raises `csv.Error` for a last row that was cut in a quoted cell.
+
+    csv takes the end of the text for the end of that cell, and all rows in between for its content.
+    """
+    read: list[str] = []
+    last: list[str] = []
+
+    def remembered() -> Iterator[str]:
+        for line in lines:
+            read.append(line)
+            yield line
+
+    for values in csv.reader(remembered(), delimiter=delimiter):
+        last = read.copy()
+        read.clear()
+        yield values
+    try:
+        list(csv.reader(last, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise csv.Error("a quoted cell of the last row is never closed") from error
+
+
+def check_heading(file: Path, names: Sequence[str]) -> list[str]:
+    """The names of columns without outer spaces. Raises `DataError` if one stands there twice."""
+    columns = [name.strip() for name in names]
+    twice = [name for name, count in Counter(columns).items() if name and count > 1]
+    if twice:
+        raise DataError(f"{file} has more than one column {name_some(twice)}", "rename or drop one")
+    return columns
 
 
 def split_cell(cell: str) -> list[str]:

@@ -241,7 +241,7 @@ def _scores(scores: Sequence[Score]) -> list[str]:
     lines = ["## Scores", "", "| suite | rule | metric | value | rows |", "|---|---|---|---|---|"]
     for score in scores:
         bounds = "" if score.low is None else f" ({score.low:.4g} to {score.high:.4g})"
-        rows = f"the first {score.rows}" if score.partial else f"{score.rows}"
+        rows = f"{score.rows}, a part" if score.partial else f"{score.rows}"
         value = f"{score.value:.4g}{bounds}"
         lines.append(f"| {score.suite} | {score.rule} | {score.metric} | {value} | {rows} |")
     if any(score.low is not None for score in scores):

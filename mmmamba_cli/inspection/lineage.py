@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmmamba_cli.distill import METRICS, read_metrics
-from mmmamba_cli.errors import RunError
-from mmmamba_cli.evaluate.result import RESULT, read_result
+from mmmamba_cli.evaluate.result import Result, find_results
 from mmmamba_cli.runs import Manifest, Run, Teacher
 
 EVALS = "evals"
@@ -55,12 +54,15 @@ class Lineage:
     teacher_scores: tuple[Score, ...]
     current: str
     products: Mapping[str, Product]
+    # Results that are not among the scores, a sentence each.
+    left_out: tuple[str, ...] = ()
 
 
 def read_lineage(run: Run) -> Lineage:
     """Everything of a run that can be told without its weights. Raises `RunError`."""
     record = run.record
-    scores = list(_scores(run.folder / EVALS))
+    evaluated = find_results(run.folder / EVALS)
+    scores = list(_scores(evaluated.results.values()))
     teacher = record.teacher
 
     def of(content_hash: str) -> tuple[Score, ...]:
@@ -83,27 +85,18 @@ def read_lineage(run: Run) -> Lineage:
         () if teacher is None else of(teacher.content_hash),
         record.current,
         products,
+        evaluated.left_out,
     )
 
 
-def _scores(folder: Path) -> Iterator[tuple[str, Score]]:
-    """The content hash of a model, and each of its scores; results of other kits are left out."""
-    for file in sorted(folder.rglob(RESULT)):
-        try:
-            result = read_result(file)
-        except RunError:
-            continue
+def _scores(results: Iterable[Result]) -> Iterator[tuple[str, Score]]:
+    """The content hash of a model, and each of its scores that has a value."""
+    for result in results:
         for part in result.rules:
-            yield (
-                result.model.content_hash,
-                Score(
-                    result.title,
-                    part.rule,
-                    part.metric,
-                    part.metrics[part.metric],
-                    result.data.used < result.data.rows,
-                ),
-            )
+            value = part.metrics[part.metric]
+            if value is not None:
+                score = Score(result.title, part.rule, part.metric, value, result.data.partial)
+                yield result.model.content_hash, score
 
 
 def _held_out(file: Path) -> Iterator[float]:

@@ -56,12 +56,15 @@ def difference(
         rule(rows, [found.answers[row.index]["prediction"] for row in rows])
         for found in (one, other)
     )
-    metric = next(iter(left.values()))
+    metric = left.headline
+    mine, theirs = left.values()[metric], right.values()[metric]
+    if mine is None or theirs is None:
+        return None
     return Difference(
         one.label,
         other.label,
         metric,
-        left.values()[metric] - right.values()[metric],
+        mine - theirs,
         difference_interval(left, right, metric, seed=one.result.seed),
         f"{len(rows):,} questions",
     )

@@ -68,19 +68,21 @@ def find_examples(
 
 
 def open_table(results: Sequence[Evaluated], data: Path | None) -> tuple[Suite, Table, list[Row]]:
-    """The table that results of one suite were asked from.
+    """The table that results of one suite were asked from, and its rows that all of them answer.
 
     Raises `DataError` if it cannot be had, or is another one.
     """
     result = results[0].result
     suite = find_suite(result.suite)
-    options = Options(data=data, limit=result.settings.get("limit"))
-    table, rows = open_suite(suite, options, _refuse_to_build)
+    table, rows = open_suite(suite, Options(data=data), _refuse_to_build)
     if table.sha256 != result.data.sha256:
         raise DataError(
             f"{table.file} is not the table that {result.suite} was asked from",
             "name its folder with --data",
         )
+    if result.data.partial:
+        # Which rows a limit took depends on the version that asked.
+        rows = [row for row in rows if all(row.index in one.answers for one in results)]
     return suite, table, rows
 
 

@@ -13,7 +13,7 @@ from mmmamba_cli.distill import METRICS, read_metrics
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.evaluate import Result
 from mmmamba_cli.evaluate.predictions import read_predictions
-from mmmamba_cli.evaluate.result import RESULT, TIMING, read_result
+from mmmamba_cli.evaluate.result import TIMING, RulePart, find_results
 from mmmamba_cli.profiling import Profile, read_profile
 from mmmamba_cli.profiling.result import PROFILE
 from mmmamba_cli.recipe import Recipe, parse_recipe
@@ -115,6 +115,26 @@ class Material:
         return (1, made.index(label)) if label in made else (2, 0)
 
 
+def parts_by_label(results: Sequence[Evaluated]) -> dict[str, RulePart]:
+    """Each result's part by the first rule that all of them were scored by.
+
+    Where they have no rule in common it is the first rule of each: see `RulePart.rule`. Results
+    without rules are left out.
+    """
+    scored = [one for one in results if one.result.rules]
+    if not scored:
+        return {}
+    first = next(
+        (
+            part.rule
+            for part in scored[0].result.rules
+            if all(one.result.rule(part.rule) for one in scored)
+        ),
+        "",
+    )
+    return {one.label: one.result.rule(first) or one.result.rules[0] for one in scored}
+
+
 def read_material(run: Path, beside: Sequence[Path] = ()) -> Material:
     """Read a run, and others that its models are to be compared with.
 
@@ -167,13 +187,9 @@ def _is_step(row: Any) -> bool:
 
 
 def _evaluated(told: Told, remarks: list[str]) -> Iterator[Evaluated]:
-    for file in sorted((told.folder / EVALS).glob(f"*/*/{RESULT}")):
-        try:
-            result = read_result(file)
-        except MmmambaError as error:
-            # Other kits' results have the same name and another form.
-            remarks.append(error.message)
-            continue
+    evaluated = find_results(told.folder / EVALS)
+    remarks += evaluated.left_out
+    for file, result in evaluated.results.items():
         product = told.products.get(result.model.name)
         if product is not None and product.content_hash != result.model.content_hash:
             remarks.append(

@@ -23,7 +23,7 @@ def differences(comparison: Comparison) -> list[Difference]:
             one,
             other,
             comparison.metric,
-            tallies[one].values()["share"] - tallies[other].values()["share"],
+            _value(tallies[one]) - _value(tallies[other]),
             difference_interval(tallies[one], tallies[other], "share"),
             f"{comparison.units:,} {comparison.unit}s",
         )
@@ -37,7 +37,7 @@ def comparison_section(number: int, comparison: Comparison, series: Mapping[str,
     for name, units in comparison.models.items():
         tally = _tally(units)
         interval = intervals(tally)["share"]
-        rows.append(Bar(name, tally.values()["share"], series[name], interval))
+        rows.append(Bar(name, _value(tally), series[name], interval))
     cells = [
         (row.label, f"{row.value:.1f}", f"{row.interval[0]:.1f} to {row.interval[1]:.1f}")
         for row in rows
@@ -65,6 +65,12 @@ def comparison_section(number: int, comparison: Comparison, series: Mapping[str,
 def _tally(units: Sequence[tuple[float, float]]) -> Tally:
     numbers = np.array(units, dtype=np.float64)
     return Tally(numbers, _share, ("",) * len(units), {})
+
+
+def _value(tally: Tally) -> float:
+    value = tally.values()["share"]
+    assert value is not None
+    return value
 
 
 def _share(sums: np.ndarray) -> dict[str, np.ndarray]:

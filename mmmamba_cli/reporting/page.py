@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.evaluate import Suite
+from mmmamba_cli.evaluate.result import RulePart
 from mmmamba_cli.reporting.comparing import Difference, difference, pairs, sentence
 from mmmamba_cli.reporting.costs import costs_section, headline
 from mmmamba_cli.reporting.elements import listed, paragraph, section, table
 from mmmamba_cli.reporting.examples import find_examples, open_table
 from mmmamba_cli.reporting.learning import losses_section
 from mmmamba_cli.reporting.markup import Child, Markup, joined, tag
-from mmmamba_cli.reporting.material import Evaluated, Material
+from mmmamba_cli.reporting.material import Evaluated, Material, parts_by_label
 from mmmamba_cli.reporting.measured import comparison_section
 from mmmamba_cli.reporting.measured import differences as measured_differences
 from mmmamba_cli.reporting.origins import (
@@ -115,8 +115,11 @@ def _answers(
     found: list[Difference] = []
     parts: dict[str, Markup] = {}
     # What was asked otherwise is another measurement: the questions of most models are shown.
-    common = Counter(one.result.data.model_dump_json() for one in results).most_common(1)[0][0]
-    alike = [one for one in results if one.result.data.model_dump_json() == common]
+    groups = [
+        [one for one in results if one.result.data.same_questions(first.result.data)]
+        for first in results
+    ]
+    alike = max(groups, key=len)
     try:
         suite, table_, rows = open_table(alike, data)
         compared = [difference(suite, rows, one, other) for one, other in pairs(material, alike)]
@@ -148,25 +151,10 @@ def _head(
     title: str, note: str | None, material: Material, differences: Sequence[Difference]
 ) -> Markup:
     """What this is and what it came to, before anything else."""
+    titles = dict.fromkeys(one.result.title for one in material.evaluated if one.result.rules)
     tables = [
-        table(
-            title,
-            ("model", "kind", "score", "95 %", "distilled end to end"),
-            [
-                (
-                    one.label,
-                    one.result.model.kind or None,
-                    *_headline(one),
-                    _final(one.result.model.final),
-                )
-                for one in material.evaluated
-                if one.result.rules and one.result.title == title
-            ],
-            words=True,
-        )
-        for title in dict.fromkeys(
-            one.result.title for one in material.evaluated if one.result.rules
-        )
+        _headlines(title, [one for one in material.evaluated if one.result.title == title])
+        for title in titles
     ]
     said: list[Child] = [sentence(one) for one in differences]
     if material.main.profile is not None:
@@ -181,11 +169,30 @@ def _head(
     )
 
 
-def _headline(one: Evaluated) -> tuple[str, str | None]:
-    part = one.result.rules[0]
-    interval = part.intervals.get(part.metric)
+def _headlines(title: str, results: Sequence[Evaluated]) -> Markup:
+    """The headline of every model in one suite; which rule it is by where that differs."""
+    parts = parts_by_label(results)
+    differ = len({part.rule for part in parts.values()}) > 1
+    rows = [
+        (
+            one.label,
+            one.result.model.kind or None,
+            *((parts[one.label].rule,) if differ else ()),
+            *_headline(parts[one.label]),
+            _final(one.result.model.final),
+        )
+        for one in results
+        if one.result.rules
+    ]
+    by = ("rule",) if differ else ()
+    heading = ("model", "kind", *by, "score", "95 %", "distilled end to end")
+    return table(title, heading, rows, words=True)
+
+
+def _headline(part: RulePart) -> tuple[str | None, str | None]:
+    interval, value = part.intervals.get(part.metric), part.metrics[part.metric]
     span = None if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
-    return f"{part.metrics[part.metric]:.1f}", span
+    return None if value is None else f"{value:.1f}", span
 
 
 def _final(value: bool | None) -> str | None:

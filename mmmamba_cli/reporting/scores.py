@@ -11,7 +11,7 @@ from mmmamba_cli.reporting.comparing import Difference, sentence
 from mmmamba_cli.reporting.elements import figure, paragraph, section, table
 from mmmamba_cli.reporting.examples import Example, Said
 from mmmamba_cli.reporting.markup import Markup, tag
-from mmmamba_cli.reporting.material import Evaluated
+from mmmamba_cli.reporting.material import Evaluated, parts_by_label
 
 GUESSING = (50.0, "guessing")
 RIGHT, WRONG = "✓", "✗"
@@ -79,14 +79,21 @@ def accuracy_section(
 ) -> Markup:
     """A panel of bars for each metric of the first rule, with intervals; numbers beside them."""
     first = results[0].result
-    parts = {one.label: one.result.rules[0] for one in results if one.result.rules}
+    parts = parts_by_label(results)
     if not parts:
         return section(
             f"scores-{first.suite}",
             first.title,
             paragraph("Its answers need a judge; they are in predictions.tsv beside each result."),
         )
-    metrics = list(dict.fromkeys(m for part in parts.values() for m in part.metrics))
+    metrics = list(
+        dict.fromkeys(
+            name
+            for part in parts.values()
+            for name, value in part.metrics.items()
+            if value is not None
+        )
+    )
     guessing = GUESSING if suite is not None and suite.choices == ("Yes", "No") else None
     panels = [
         tag("div", tag("h3", metric), _panel(first.title, metric, parts, series, guessing))
@@ -94,14 +101,16 @@ def accuracy_section(
     ]
     used = sorted({one.result.data.used for one in results})
     asked = " or ".join(f"{count:,}" for count in used)
+    rules = list(dict.fromkeys(f"“{part.rule}”" for part in parts.values()))
     return section(
         f"scores-{first.suite}",
         f"{first.title}: {', '.join(parts)}",
         paragraph(
-            f"{asked} questions by the rule “{next(iter(parts.values())).rule}”. Whiskers are "
+            f"{asked} questions by the rule {' or '.join(rules)}. Whiskers are "
             f"{first.level:.0%} intervals over {first.draws:,} seeded draws of whole pictures: "
             "bars whose whiskers overlap much may differ by chance."
         ),
+        _different_rules(parts) if rules[1:] else None,
         paragraph(suite.note) if suite is not None and suite.note else None,
         *(paragraph(sentence(one), class_="found") for one in differences),
         figure(
@@ -115,6 +124,14 @@ def accuracy_section(
     )
 
 
+def _different_rules(parts: Mapping[str, RulePart]) -> Markup:
+    listed = ", ".join(f"{label} by “{part.rule}”" for label, part in parts.items())
+    return paragraph(
+        f"The models have no rule in common: {listed}. These scores are not comparable; "
+        "mmmamba eval scores the answers that are kept again, without asking again."
+    )
+
+
 def _panel(
     title: str,
     metric: str,
@@ -123,9 +140,9 @@ def _panel(
     guessing: tuple[float, str] | None,
 ) -> Markup:
     rows = [
-        Bar(label, part.metrics[metric], series[label], part.intervals.get(metric))
+        Bar(label, value, series[label], part.intervals.get(metric))
         for label, part in parts.items()
-        if metric in part.metrics
+        if (value := part.metrics.get(metric)) is not None
     ]
     highest = max(row.value for row in rows)
     # Shares are shown against all there is to have; sums of points against the best.

@@ -93,6 +93,27 @@ def test_in_a_pipe_every_line_is_whole(mmmamba: Command, run: Path) -> None:
     assert text.index("seed") < text.index("hybrid-")
 
 
+def test_results_that_are_not_shown_are_named(mmmamba: Command, run: Path) -> None:
+    (run / "evals" / "seed" / "pope").mkdir()
+    (run / "evals" / "seed" / "pope" / "result.json").write_text("{")
+    done = mmmamba("status", "--run", run)
+    assert (done.code, done.err.count("warning:")) == (0, 2)
+    assert "lm-eval/result.json has the scores of lm-eval, which are not those" in done.err
+    assert "seed/pope/result.json is no result of mmmamba eval: not shown" in done.err
+    found = json.loads(mmmamba("status", "--run", run, "--json").out)
+    assert len(found["left_out"]) == 2
+
+
+def test_a_rule_without_a_date_in_an_older_result(mmmamba: Command, run: Path) -> None:
+    (file,) = (run / "evals").glob("hybrid-*/mme/result.json")
+    value = json.loads(file.read_text())
+    for part in value["rules"]:
+        part["scoring"] = "choice_rows"
+    file.write_text(json.dumps(value))
+    text = mmmamba("status", "--run", run).out
+    assert "MME: perception 1,234.5 (vlmevalkit-2025-08), perception 7.0 (internvl)" in text
+
+
 def test_for_machines(mmmamba: Command, run: Path) -> None:
     found = json.loads(mmmamba("status", "--run", run, "--json").out)
     seed, hybrid = found["products"]

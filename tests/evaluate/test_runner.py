@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,10 +24,13 @@ from mmmamba_cli.evaluate import (
     OutOfMemory,
     Watch,
     evaluate_model,
+    evaluating,
     find_suite,
+    fingerprint,
     open_suite,
 )
 from mmmamba_cli.evaluate.batching import Limit, plan_batches
+from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest
 from mmmamba_cli.evaluate.store import Answer, AnswerStore
 
 MME = find_suite("mme")
@@ -217,6 +222,107 @@ def test_other_settings_do_not_mix(data: Path, tmp_path: Path) -> None:
     run(data, out, changed)
     assert len(changed.asked) == 28
     assert len(list(out.glob("predictions-*.jsonl"))) == 7
+
+
+def with_files(data: Path) -> Path:
+    """The table with its pictures in files beside it; the first of them."""
+    rows = mme_rows()
+    for row in rows:
+        cell = row.pop("image")
+        if len(cell) > 64:
+            file = data / row["image_path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(base64.b64decode(cell))
+    write_tsv(data / "MME.tsv", rows)
+    return data / rows[0]["image_path"]
+
+
+def test_other_pictures_behind_the_same_names_are_asked_about_again(
+    data: Path, tmp_path: Path
+) -> None:
+    file = with_files(data)
+    first = run(data, tmp_path / "out", scripted()).result
+    again = scripted()
+    assert run(data, tmp_path / "out", again).result == first
+    assert again.asked == []
+    os.utime(file, (1, 1))
+    run(data, tmp_path / "out", again)
+    assert again.asked == []
+    file.write_bytes(base64.b64decode(picture(77)))
+    said: list[str] = []
+    changed = run(data, tmp_path / "out", again, Watch(say=said.append)).result
+    assert len(again.asked) == 56
+    assert changed.data.pictures != first.data.pictures
+    (old,) = [
+        f for f in sorted((tmp_path / "out").glob("predictions-*.jsonl")) if f.name in said[0]
+    ]
+    assert said == [
+        f"answers kept in {old.name} are not taken, all are asked again: pictures changed since"
+    ]
+    # Rows that the limit leaves out have no say.
+    few = run(data, tmp_path / "few", scripted(), limit=2).result
+    (data / mme_rows()[-1]["image_path"]).write_bytes(b"another picture")
+    assert run(data, tmp_path / "few", scripted(), limit=2).result == few
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [
+        ("code_digest", lambda: "other code", "code"),
+        ("answering_versions", lambda: {"mmmamba": "99"}, "versions"),
+    ],
+)
+def test_answers_of_another_mmmamba_are_not_taken(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, key: str
+) -> None:
+    first = run(data, tmp_path / "out", scripted()).result
+    assert first.settings["code"] == code_digest()
+    assert first.versions == answering_versions()
+    monkeypatch.setattr(evaluating, name, value)
+    model, said = scripted(), list[str]()
+    result = run(data, tmp_path / "out", model, Watch(say=said.append)).result
+    assert len(model.asked) == 56
+    assert said[0].endswith(f": {key} changed since")
+    assert (result.settings["code"], result.versions) == (
+        evaluating.code_digest(),
+        evaluating.answering_versions(),
+    )
+
+
+def test_another_rule_asks_nothing_again(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "out", scripted())
+    suite = MME.model_copy(update={"rules": {"internvl": "mme_first_letters"}})
+    model = scripted()
+    options = Options(data=data)
+    table, rows = open_suite(suite, options)
+    found = evaluate_model(model, suite, table, rows, tmp_path / "out", options, Watch())
+    assert (model.asked, list(found.tallies)) == ([], ["internvl"])
+
+
+def test_the_code_digest_is_of_what_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(fingerprint.__file__).parents[1]
+    copy = tmp_path / "mmmamba_cli"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(fingerprint, "__file__", str(copy / "evaluate" / "fingerprint.py"))
+
+    def digest() -> str:
+        fingerprint.code_digest.cache_clear()
+        return fingerprint.code_digest()
+
+    before = digest()
+    assert len(before) == 16
+    for file in ("evaluate/scoring/words.py", "evaluate/report.py", "cli/eval.py"):
+        with (copy / file).open("a") as handle:
+            handle.write("# More.\n")
+        assert digest() == before, file
+    for file in ("evaluate/prompts.py", "processing/template.py", "model/decoder.py"):
+        with (copy / file).open("a") as handle:
+            handle.write("# More.\n")
+        assert digest() != before, file
+        before = digest()
+    fingerprint.code_digest.cache_clear()
 
 
 def test_choices_are_taken_by_their_likelihood(data: Path, tmp_path: Path) -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate.bootstrap import intervals
+from mmmamba_cli.evaluate.result import retention, rule_part
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring import RULES, find_rule
-from mmmamba_cli.evaluate.scoring.choices import choose_option
+from mmmamba_cli.evaluate.scoring import NEWEST, RULES, find_rule
+from mmmamba_cli.evaluate.scoring.choices import (
+    SINCE_2024_02,
+    SINCE_2025_08,
+    SINCE_2026_06,
+    ChoiceRule,
+    choose_option,
+)
 from mmmamba_cli.evaluate.scoring.short import soft_accuracy
-from mmmamba_cli.evaluate.scoring.words import evalai_answer, vqa_answer
+from mmmamba_cli.evaluate.scoring.words import evalai_answer, vqa_answer, vqa_answer_2024_01
 from mmmamba_cli.evaluate.scoring.yes_no import (
     PERCEPTION,
     REASONING,
@@ -94,9 +105,10 @@ def test_mme_by_both_rules() -> None:
     }
     assert words.counts == {"right": 3, "wrong": 0, "unreadable": 3}
     assert words.unreadable == ("OCR: 1 b", "code_reasoning: 0 a", "code_reasoning: 0 b")
-    assert words.notes == (
-        "perception is the sum of 1 of its 10 categories",
-        "reasoning is the sum of 1 of its 4 categories",
+    assert len(words.notes) == 2
+    assert words.notes[1] == (
+        "reasoning is the sum of 1 of its 4 categories, without commonsense_reasoning, "
+        "numerical_calculation, text_translation"
     )
     letters = find_rule("mme_first_letters")(rows, answers)
     assert letters.values() == {"perception": 200.0, "reasoning": 200.0}
@@ -105,8 +117,25 @@ def test_mme_by_both_rules() -> None:
 def test_mme_strangers_are_in_no_sum() -> None:
     rows = [*mme_pair("OCR", 0), *mme_pair("taste", 0)]
     tally = find_rule("mme_words")(rows, ["Yes", "No", "Yes", "No"])
-    assert tally.values() == {"perception": 200.0, "reasoning": 0.0}
+    # Nothing was asked of reasoning, which is not the same as nothing right.
+    assert tally.values() == {"perception": 200.0, "reasoning": None}
+    assert "reasoning has no value: none of its 4 categories was asked" in tally.notes
     assert "taste" in tally.notes[-1]
+    assert set(intervals(tally)) == {"perception"}
+
+
+def test_the_headline_is_what_was_asked() -> None:
+    rows = mme_pair("code_reasoning", 0)
+    tally = find_rule("mme_words")(rows, ["Yes", "No"])
+    assert (tally.headline, tally.values()) == (
+        "reasoning",
+        {"perception": None, "reasoning": 200.0},
+    )
+    part = rule_part("vlmevalkit", "mme_words", tally, {}, seed=0)
+    assert (part.metric, part.metrics["perception"]) == ("reasoning", None)
+    assert '"perception": null' in part.model_dump_json(indent=1)
+    kept = retention("mme", "vlmevalkit", ("student", tally), ("teacher", tally), 2, seed=0)
+    assert (kept.metric, kept.ratio) == ("reasoning", 1.0)
 
 
 def pope(split: str, answer: str, number: int) -> Row:
@@ -202,6 +231,79 @@ def test_a_long_answer_is_not_searched_for_an_options_text() -> None:
     text = "fish " + "x" * 60
     assert choose_option(text[:40], OPTIONS) == "D"
     assert choose_option(text, OPTIONS) is None
+    # Outer spaces are part of the answer, as the kit measures it.
+    assert choose_option(f"{'fish':>60}", OPTIONS) is None
+
+
+WORDY = [
+    # Answer, as read since June 2026, since August 2025, since February 2024.
+    ("The answer is **C**. A is too small and B is of another colour.", "C", None, None),
+    ("B is what I see in the picture here", None, None, "B"),
+    ("fish " + "x" * 60, None, None, "D"),
+    ("Correct answer is d, which swims", "D", None, None),
+    ("The answer is E, as everybody sees in this picture", None, None, None),
+    ("Failed to obtain answer via API. B", None, None, None),
+]
+
+
+@pytest.mark.parametrize(("answer", "newest", "middle", "oldest"), WORDY)
+def test_versions_of_the_multiple_choice_rule(
+    answer: str, newest: str | None, middle: str | None, oldest: str | None
+) -> None:
+    assert choose_option(answer, OPTIONS) == choose_option(answer, OPTIONS, SINCE_2026_06) == newest
+    assert choose_option(answer, OPTIONS, SINCE_2025_08) == middle
+    assert choose_option(answer, OPTIONS, SINCE_2024_02) == oldest
+
+
+KIT_ANSWERS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "kit_answers.jsonl").read_text("utf-8").split("\n")
+    if line
+]
+VERSIONS: dict[str, ChoiceRule] = {
+    "2026-06": SINCE_2026_06,
+    "2025-08": SINCE_2025_08,
+    "2024-02": SINCE_2024_02,
+}
+
+
+def test_odd_answers_are_read_as_the_kits_read_them() -> None:
+    """`kit_answers.jsonl`: what the kits' own functions read, by the month since which they do."""
+    assert len(KIT_ANSWERS) == 707
+    wrong = []
+    for one in KIT_ANSWERS:
+        answer = one["answer"]
+        ours = {
+            "choice": {
+                since: choose_option(answer, one["options"], rule)
+                for since, rule in VERSIONS.items()
+            },
+            "vqa": {"2025-05": vqa_answer(answer), "2024-01": vqa_answer_2024_01(answer)},
+            "yes_no": read_words(answer),
+            "mme": read_first_letters(answer),
+            "evalai": evalai_answer(answer),
+            "pope": read_denial(answer),
+        }
+        for key in ours.keys() & one.keys():
+            if ours[key] != one[key]:
+                wrong.append((key, answer, one["options"], ours[key], one[key]))
+    assert wrong == []
+
+
+def test_the_versions_of_a_rule_differ_on_these_answers() -> None:
+    def differing(key: str, one: str, other: str) -> int:
+        return sum(row[key][one] != row[key][other] for row in KIT_ANSWERS)
+
+    assert differing("choice", "2026-06", "2025-08") == 18
+    assert differing("choice", "2025-08", "2024-02") > 70
+    assert differing("vqa", "2025-05", "2024-01") == 50
+
+
+def test_a_name_without_a_date_is_the_newest_version() -> None:
+    for name, newest in NEWEST.items():
+        assert find_rule(name) is RULES[newest]
+        versions = [rule for rule in RULES if rule.startswith(f"{name}_20")]
+        assert newest == max(versions) and len(versions) > 1
 
 
 def choice(index: str, answer: str, unit: str = "", category: str = "") -> Row:
@@ -277,6 +379,14 @@ def test_textvqa_by_both_rules() -> None:
     assert find_rule("vqa_words")(rows, answers).values() == {"accuracy": 50.0}
     assert find_rule("vqa_words")(rows, ["John's", "two"]).values() == {"accuracy": 100.0}
     assert find_rule("vqa_evalai")(rows, ["John 's", "two"]).values() == {"accuracy": 100.0}
+
+
+def test_textvqa_before_and_since_may_2025() -> None:
+    rows = [Row("0", "?", str(["5"] * 10), unit="0"), Row("1", "?", str(["5."] * 10), unit="1")]
+    answers = ["5.", "5."]
+    assert find_rule("vqa_words_2025_05")(rows, answers).values() == {"accuracy": 50.0}
+    assert find_rule("vqa_words_2024_01")(rows, answers).values() == {"accuracy": 100.0}
+    assert find_rule("vqa_evalai")(rows, answers).values() == {"accuracy": 100.0}
 
 
 def test_gqa_by_both_rules() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate import find_evaluator, find_suite, library, suite_names
+from mmmamba_cli.evaluate.suite import undated
 
 SUITE = """
 name: {name}
@@ -85,6 +86,38 @@ def test_the_digest_is_of_what_changes_an_answer_or_a_score() -> None:
     assert suite.model_copy(update={"title": "x", "note": "y"}).digest == suite.digest
     for change in ({"max_tiles": 7}, {"version": 2}, {"rules": {}}, {"choices": ("No",)}):
         assert suite.model_copy(update=change).digest != suite.digest
+
+
+def test_a_rule_changes_no_answer() -> None:
+    suite = find_suite("seed")
+    other = suite.model_copy(update={"rules": {}, "earlier": {}})
+    assert other.questions_digest == suite.questions_digest
+    for change in ({"max_tiles": 7}, {"version": 2}, {"columns": ("index", "question")}):
+        assert suite.model_copy(update=change).questions_digest != suite.questions_digest
+
+
+def test_a_kits_name_without_a_date_is_its_newest_rule() -> None:
+    seed, bench, mme = find_suite("seed"), find_suite("mmbench"), find_suite("mme")
+    assert next(iter(seed.rules)) == "vlmevalkit-2026-06"
+    assert seed.scoring("vlmevalkit") == {"vlmevalkit-2026-06": "choice_rows_2026_06"}
+    assert seed.scoring("vlmevalkit-2025-08") == {"vlmevalkit-2025-08": "choice_rows_2025_08"}
+    assert list(bench.scoring("vlmevalkit-circular")) == ["vlmevalkit-circular-2026-06"]
+    assert list(bench.scoring("vlmevalkit-rows")) == ["vlmevalkit-rows-2026-06"]
+    # Not changed by the kit since it has it, so without a date.
+    assert list(mme.scoring("vlmevalkit")) == ["vlmevalkit"]
+    with pytest.raises(DataError, match="has no rule vlmevalkit-2025-01, it has: vlmevalkit-2026"):
+        seed.scoring("vlmevalkit-2025-01")
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_published_numbers_are_held_against_a_rule_that_is_scored(name: str) -> None:
+    suite = find_suite(name)
+    if suite.published is not None:
+        assert suite.published.rule in suite.rules
+    if suite.rules:
+        # The newest version is what retention is told by.
+        first = next(iter(suite.rules))
+        assert first == max(rule for rule in suite.rules if undated(rule) == undated(first))
 
 
 def test_a_wheel_has_suites_and_adapters(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from suite_tables import mme_rows, picture, pope_rows, write_tsv
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate import Options, find_suite, open_suite
 from mmmamba_cli.evaluate.pictures import pictures_of
-from mmmamba_cli.evaluate.rows import Row, first_units
+from mmmamba_cli.evaluate.rows import Row, limit_rows
+from mmmamba_cli.evaluate.scoring.yes_no import PERCEPTION, REASONING
 from mmmamba_cli.evaluate.tsv import Table
 
 COLUMNS = ("index", "question", "answer", "category")
@@ -113,7 +115,22 @@ def test_the_limit_takes_whole_pairs(tmp_path: Path) -> None:
     assert [row.index for row in found] == ["0", "2", "1", "3"]
     _, least = opened(tmp_path, limit=1)
     assert [row.index for row in least] == ["0", "1"]
-    assert len(first_units(found, None)) == 4
+    assert len(limit_rows(found, find_suite("mme"), None)) == 4
+
+
+def test_the_limit_is_spread_over_categories(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=3))
+    _, found = opened(tmp_path, limit=28)
+    assert Counter(row.category for row in found) == dict.fromkeys((*PERCEPTION, *REASONING), 2)
+    _, found = opened(tmp_path, limit=16)
+    assert list(dict.fromkeys(row.category for row in found)) == list(PERCEPTION[:8])
+    assert opened(tmp_path, limit=16)[1] == found
+    write_tsv(tmp_path / "POPE.tsv", pope_rows())
+    # Rows about one picture are no unit of scoring: each split has its share.
+    for limit, each in ((3, [1, 1, 1]), (7, [3, 2, 2]), (9, [3, 3, 3])):
+        _, found = opened(tmp_path, "pope", limit=limit)
+        assert [row.index for row in found] == sorted((row.index for row in found), key=int)
+        assert list(Counter(row.category for row in found).values()) == each
 
 
 def test_where_a_missing_table_is_looked_for(

@@ -6,6 +6,7 @@ import json
 import ssl
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def test_the_kit_asks_and_scores(
     assert 0 <= found["scores"]["MME"]["Overall"] <= 100
     folder = tmp_path / "out" / "seed" / "vlmeval"
     assert json.loads((folder / "result.json").read_text()) == found
-    answers = (folder / "seed_MME.tsv").read_text()
+    (file,) = folder.glob("MME-*/seed_MME.tsv")
+    answers = file.read_text()
     # The same answers as our own runner's, whose prompts are the same.
     assert mmmamba("eval", *words, "--max-new-tokens", 3).code == 0
     ours = (tmp_path / "out/seed/mme/predictions.tsv").read_text().splitlines()[1:]
@@ -194,6 +196,28 @@ def test_a_perfect_model_is_perfect(kit: None, tmp_path: Path, monkeypatch: Any)
 
     assert "LMUData" not in os.environ
     assert {prompt.max_tiles for prompt in model.asked} == {find_suite("mme").max_tiles}
+
+
+def test_answers_of_another_model_or_table_are_not_taken(
+    kit: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmmamba_cli.evaluate import Options
+
+    write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=1))
+    monkeypatch.delenv("LMUData", raising=False)
+
+    def asked(name: str, **options: Any) -> int:
+        model = ScriptedModel(lambda prompt: "Yes", name=name)
+        adapter.evaluate(model, ["MME"], Options(data=tmp_path, **options), tmp_path / "out")
+        return len(model.asked)
+
+    assert (asked("one"), asked("one"), asked("one", max_tiles=2)) == (28, 0, 28)
+    other = ScriptedModel(lambda prompt: "Yes", name="one")
+    other.identity = replace(other.identity, content_hash="other weights")
+    adapter.evaluate(other, ["MME"], Options(data=tmp_path), tmp_path / "out")
+    assert len(other.asked) == 28
+    write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=2))
+    assert asked("one") == 56
 
 
 def test_without_the_kit_its_installation_is_told(

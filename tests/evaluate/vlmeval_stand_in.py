@@ -88,12 +88,16 @@ def build_dataset(name):
 """,
     "inference.py": """
 import csv
+import os
 
 
 def infer_data_job(model, work_dir, model_name, dataset, verbose=False, api_nproc=4,
                    ignore_failed=False, use_vllm=False):
     model.set_dump_image(dataset.dump_image)
     name = dataset.dataset_name
+    # As the kit does: answers that are there are not asked for again.
+    if os.path.exists(f"{work_dir}/{model_name}_{name}.tsv"):
+        return model
     for row in dataset.data:
         if model.use_custom_prompt(name):
             message = model.build_prompt(row, dataset=name)

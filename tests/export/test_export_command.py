@@ -235,8 +235,14 @@ def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None
     write("hybrid-2", Run(run).product("hybrid-2").content_hash, 85.25)
     write("seed", Run(run).product("seed").content_hash, 11.5)
     text = card(run, tmp_path / "out")
-    row = "| POPE | kit | accuracy | 85.25 (84.25 to 86.25) | the first 10 |"
+    row = "| POPE | kit | accuracy | 85.25 (84.25 to 86.25) | 10, a part |"
     assert row in text and "11.5" not in text and "95% intervals" in text
+    # Another kit's results lie beside ours under the same name.
+    (run / "evals" / "hybrid-2" / "lm-eval").mkdir()
+    (run / "evals" / "hybrid-2" / "lm-eval" / "result.json").write_text('{"kit": "lm-eval"}')
+    done = mmmamba("export", "--run", run, "--format", "hub", "--out", tmp_path / "more")
+    assert "lm-eval/result.json has the scores of lm-eval" in done.stderr
+    assert row in (tmp_path / "more" / "README.md").read_text()
 
 
 def test_a_final_product_is_not_called_untrained(tmp_path: Path) -> None:

@@ -30,6 +30,53 @@ def page(full: Full) -> Balanced:
     return Balanced(found.html)
 
 
+def rescored(run: Path, name: str, **part: object) -> None:
+    """Change what a result says of its first rule."""
+    file = run / "evals" / name / "scenes" / "result.json"
+    value = json.loads(file.read_text())
+    value["rules"][0] |= part
+    file.write_text(json.dumps(value))
+
+
+def test_scores_by_different_rules_are_not_set_beside_each_other_in_silence(
+    full: Full, tmp_path: Path
+) -> None:
+    source, _, data = full
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+
+    def words() -> str:
+        found = build_page(read_material(run, []), created="2026-01-10 00:00", data=data)
+        return Balanced(found.html).text
+
+    assert "no rule in common" not in words()
+    # As an older version wrote it, and as the newest does.
+    rescored(run, "teacher", rule="vlmevalkit", scoring="choice_rows")
+    rescored(run, "linear-stage3", rule="vlmevalkit-2026-06", scoring="choice_rows_2026_06")
+    said = words()
+    assert (
+        "no rule in common: teacher by “vlmevalkit-2025-08”, linear-stage3 by “vlmevalkit-2026-06”"
+    ) in said
+    # With a rule in common, that one is shown of both.
+    file = run / "evals" / "linear-stage3" / "scenes" / "result.json"
+    value = json.loads(file.read_text())
+    older = {**value["rules"][0], "rule": "vlmevalkit-2025-08", "metrics": {"mean": 12.25}}
+    value["rules"].append({**older, "metric": "mean", "intervals": {}})
+    file.write_text(json.dumps(value))
+    said = words()
+    assert "no rule in common" not in said and "12.2" in said
+
+
+def test_other_kits_results_are_named(full: Full, tmp_path: Path) -> None:
+    source, _, _ = full
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    (run / "evals" / "teacher" / "lm-eval").mkdir()
+    (run / "evals" / "teacher" / "lm-eval" / "result.json").write_text('{"kit": "lm-eval"}')
+    (remark,) = read_material(run).remarks
+    assert "has the scores of lm-eval" in remark
+
+
 def test_nothing_is_loaded_and_nothing_runs(page: Balanced) -> None:
     names = {tag for tag, _ in page.elements}
     assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}

@@ -6,8 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.choices import choice_circular, choice_rows
-from mmmamba_cli.evaluate.scoring.short import exact_gqa, exact_plain, vqa_evalai, vqa_words
+from mmmamba_cli.evaluate.scoring.choices import (
+    choice_circular_2024_02,
+    choice_circular_2025_08,
+    choice_circular_2026_06,
+    choice_rows_2024_02,
+    choice_rows_2025_08,
+    choice_rows_2026_06,
+)
+from mmmamba_cli.evaluate.scoring.short import (
+    exact_gqa,
+    exact_plain,
+    vqa_evalai,
+    vqa_words_2024_01,
+    vqa_words_2025_05,
+)
 from mmmamba_cli.evaluate.scoring.tally import Tally
 from mmmamba_cli.evaluate.scoring.yes_no import (
     mme_first_letters,
@@ -26,14 +39,30 @@ RULES: Mapping[str, Rule] = {
         mme_first_letters,
         pope_all_rows,
         pope_mean_of_splits,
-        choice_rows,
-        choice_circular,
-        vqa_words,
+        choice_rows_2026_06,
+        choice_rows_2025_08,
+        choice_rows_2024_02,
+        choice_circular_2026_06,
+        choice_circular_2025_08,
+        choice_circular_2024_02,
+        vqa_words_2025_05,
+        vqa_words_2024_01,
         vqa_evalai,
         exact_plain,
         exact_gqa,
     )
 }
+# A name without a date is the newest version; results name the version.
+NEWEST = {
+    "choice_rows": "choice_rows_2026_06",
+    "choice_circular": "choice_circular_2026_06",
+    "vqa_words": "vqa_words_2025_05",
+}
+
+
+def versioned(name: str) -> str:
+    """A scoring rule's name with its date, where it has one."""
+    return NEWEST.get(name, name)
 
 
 def find_rule(name: str) -> Rule:
@@ -41,15 +70,15 @@ def find_rule(name: str) -> Rule:
 
     Raises `DataError` if there is none.
     """
-    if name in RULES:
-        return RULES[name]
+    if versioned(name) in RULES:
+        return RULES[versioned(name)]
     if ":" in name:
         try:
             found: Rule = load_reference(name)
         except (ImportError, AttributeError) as error:
             raise DataError(f"scoring rule {name} cannot be imported: {error}") from error
         return found
-    raise DataError(f"no scoring rule is called {name}, known are {', '.join(RULES)}")
+    raise DataError(f"no scoring rule is called {name}, known are {', '.join([*RULES, *NEWEST])}")
 
 
-__all__ = ["RULES", "Rule", "Tally", "find_rule"]
+__all__ = ["NEWEST", "RULES", "Rule", "Tally", "find_rule", "versioned"]

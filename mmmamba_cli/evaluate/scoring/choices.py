@@ -1,13 +1,15 @@
 """Multiple choice: which option an answer means, and MMBench's circular accuracy.
 
 Source of the rules: open-compass/VLMEvalKit, vlmeval/utils/matching_util.py and
-vlmeval/dataset/utils/multiple_choice.py, in its mode without a judge model ("exact_matching").
+vlmeval/dataset/utils/multiple_choice.py, in its mode without a judge model ("exact_matching"). The
+kit has changed its rule twice; each version is named by the month since which it holds.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,8 +18,6 @@ from mmmamba_cli.evaluate.scoring.tally import Tally, accuracy_tally
 
 # What may stand around a letter, as in "(A)." or "**A**".
 AROUND = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-# A letter is believed among the last words only: "A" may be an article.
-LAST_WORDS = 4
 NO_CHOICE = "Z"
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -25,32 +25,65 @@ REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
+# What the kit writes where a model behind an address gave no answer.
+NO_ANSWER = "Failed to obtain answer via API"
+# The kit's expression has no end of a word: "answer is a dog" names option A.
+ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
 OTHER_ANSWERS = "Other Answers"
 
 
-def choose_option(answer: str, options: Mapping[str, str]) -> str | None:
+@dataclass(frozen=True)
+class ChoiceRule:
+    """One version of the kit's rule.
+
+    `last_words`: a letter counts only among so many last words ("A" may be an article); None for
+    anywhere. `limit_text`: an answer longer than twice all options together is not searched for an
+    option's text. `read_answer_is`: the letter behind "answer is" counts where no letter was found.
+    """
+
+    last_words: int | None = 4
+    limit_text: bool = True
+    read_answer_is: bool = True
+
+
+SINCE_2026_06 = ChoiceRule()
+SINCE_2025_08 = ChoiceRule(read_answer_is=False)
+SINCE_2024_02 = ChoiceRule(last_words=None, limit_text=False, read_answer_is=False)
+
+
+def choose_option(
+    answer: str, options: Mapping[str, str], rule: ChoiceRule = SINCE_2026_06
+) -> str | None:
     """The letter of the option that `answer` means, `NO_CHOICE` for a refusal, None if unclear.
 
-    By its letter if just one letter stands in the answer, within its last words; else by its text
-    if the text of just one option occurs and the answer is not longer than all options twice.
+    By its letter if just one letter stands in the answer; else by the letter behind "answer is";
+    else by its text if the text of just one option occurs. `rule` limits each of them. The answer
+    is read as it is: outer spaces count in its length.
     """
-    return _by_letter(answer, options) or _by_text(answer, options)
+    return _by_letter(answer, options, rule) or _by_text(answer, options, rule)
 
 
-def _by_letter(answer: str, options: Mapping[str, str]) -> str | None:
+def _by_letter(answer: str, options: Mapping[str, str], rule: ChoiceRule) -> str | None:
+    if NO_ANSWER in answer:
+        return None
     if any(refusal in answer for refusal in REFUSALS):
         return NO_CHOICE
     words = answer.translate(AROUND).split()
     found = [letter for letter in options if letter in words]
     if len(found) == 1:
-        place = words.index(found[0])
-        return found[0] if place >= len(words) - LAST_WORDS else None
-    return NO_CHOICE if not found and NO_CHOICE in words else None
+        first_place = 0 if rule.last_words is None else len(words) - rule.last_words
+        if words.index(found[0]) >= first_place:
+            return found[0]
+    elif not found and NO_CHOICE in words:
+        return NO_CHOICE
+    match = ANSWER_IS.search(answer) if rule.read_answer_is else None
+    letter = None if match is None else match.group(1).upper()
+    return letter if letter in options else None
 
 
-def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
+def _by_text(answer: str, options: Mapping[str, str], rule: ChoiceRule) -> str | None:
     text = answer.lower()
-    if len(text) > 2 * sum(len(option) for option in options.values()):
+    if rule.limit_text and len(text) > 2 * sum(len(option) for option in options.values()):
         return None
     found = [letter for letter, option in options.items() if option.lower() in text]
     return found[0] if len(found) == 1 else None
@@ -67,21 +100,52 @@ def options_to_match(row: Row) -> tuple[dict[str, str], str]:
     return {"A": row.answer, "B": OTHER_ANSWERS}, "A"
 
 
-def _read(rows: Sequence[Row], answers: Sequence[str]) -> tuple[list[bool], list[str]]:
+def _read(
+    rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule
+) -> tuple[list[bool], list[str]]:
     """Whether each answer is right, and the indexes of those that mean no option."""
     right, unreadable = [], []
     for row, answer in zip(rows, answers, strict=True):
         options, correct = options_to_match(row)
-        chosen = choose_option(answer.strip(), options)
+        chosen = choose_option(answer, options, rule)
         right.append(chosen == correct)
         if chosen not in options:
             unreadable.append(row.index)
     return right, unreadable
 
 
-def choice_rows(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
-    """Accuracy over rows."""
-    right, unreadable = _read(rows, answers)
+def choice_rows_2026_06(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+    """Accuracy over rows, as VLMEvalKit reads answers since June 2026."""
+    return _by_row(rows, answers, SINCE_2026_06)
+
+
+def choice_rows_2025_08(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+    """Accuracy over rows, as VLMEvalKit read answers from August 2025 to June 2026."""
+    return _by_row(rows, answers, SINCE_2025_08)
+
+
+def choice_rows_2024_02(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+    """Accuracy over rows, as VLMEvalKit read answers from February 2024 to August 2025."""
+    return _by_row(rows, answers, SINCE_2024_02)
+
+
+def choice_circular_2026_06(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+    """MMBench's accuracy, answers read as in `choice_rows_2026_06`."""
+    return _circular(rows, answers, SINCE_2026_06)
+
+
+def choice_circular_2025_08(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+    """MMBench's accuracy, answers read as in `choice_rows_2025_08`."""
+    return _circular(rows, answers, SINCE_2025_08)
+
+
+def choice_circular_2024_02(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+    """MMBench's accuracy, answers read as in `choice_rows_2024_02`."""
+    return _circular(rows, answers, SINCE_2024_02)
+
+
+def _by_row(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> Tally:
+    right, unreadable = _read(rows, answers, rule)
     return accuracy_tally(
         [float(r) for r in right],
         [row.unit for row in rows],
@@ -90,9 +154,9 @@ def choice_rows(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
     )
 
 
-def choice_circular(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
-    """MMBench's accuracy: a question counts as right if it is in every order of its options."""
-    right, unreadable = _read(rows, answers)
+def _circular(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> Tally:
+    """A question counts as right if it is in every order of its options."""
+    right, unreadable = _read(rows, answers, rule)
     all_right: dict[str, bool] = {}
     category: dict[str, str] = {}
     for row, is_right in zip(rows, right, strict=True):

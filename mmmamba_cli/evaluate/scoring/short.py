@@ -6,13 +6,18 @@ from collections.abc import Callable, Sequence
 
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring.tally import Tally, accuracy_tally
-from mmmamba_cli.evaluate.scoring.words import evalai_answer, vqa_answer
+from mmmamba_cli.evaluate.scoring.words import evalai_answer, vqa_answer, vqa_answer_2024_01
 from mmmamba_cli.evaluate.tsv import split_cell
 
 
-def vqa_words(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
-    """Soft accuracy over the people's answers, as VLMEvalKit scores TextVQA."""
+def vqa_words_2025_05(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+    """Soft accuracy over the people's answers, as VLMEvalKit scores TextVQA since May 2025."""
     return _soft(rows, answers, vqa_answer)
+
+
+def vqa_words_2024_01(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+    """The same, as VLMEvalKit scored it before May 2025: no full stop stays behind a digit."""
+    return _soft(rows, answers, vqa_answer_2024_01)
 
 
 def vqa_evalai(rows: Sequence[Row], answers: Sequence[str]) -> Tally:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Sums (..., S) -> each metric, (...). The first metric is the one the rule is known by.
+# Sums (..., S) -> each metric, (...). It is NaN where nothing was asked that it is about. The first
+# metric is what the rule is known by.
 Metrics = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -31,10 +32,18 @@ class Tally:
     unreadable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def values(self) -> dict[str, float]:
-        """Every metric of all units together; the headline first."""
+    def values(self) -> dict[str, float | None]:
+        """Every metric of all units together; None where nothing was asked that it is about."""
         found = self.metrics(self.numbers.sum(0))
-        return {name: float(value) for name, value in found.items()}
+        return {name: None if np.isnan(value) else float(value) for name, value in found.items()}
+
+    @property
+    def headline(self) -> str:
+        """The first metric that something was asked about; the first one if there is none."""
+        values = self.values()
+        return next(
+            (name for name, value in values.items() if value is not None), next(iter(values))
+        )
 
 
 def divide(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:

@@ -9,9 +9,11 @@ import re
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# A full stop that no digit follows. The evaluation hands a flag over in the place of a count, and
-# so removes no more than 32 of them.
+# A full stop that no digit follows is dropped by the VQA evaluation and by all copies of its code.
+# Since May 2025 VLMEvalKit also keeps one behind a digit.
 FULL_STOP = re.compile(r"\.(?!\d)")
+FULL_STOP_2025_05 = re.compile(r"(?<!\d)\.(?!\d)")
+# All of them pass a flag in the place of a count, and so remove no more full stops than this.
 MOST_FULL_STOPS = 32
 
 COUNTED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -44,17 +46,17 @@ def _missing_one() -> dict[str, str]:
 CONTRACTIONS = _missing_one()
 
 
-def strip_punctuation(text: str) -> str:
+def strip_punctuation(text: str, full_stop: re.Pattern[str] = FULL_STOP_2025_05) -> str:
     """Drop punctuation that stands at a space, make other punctuation a space, drop full stops.
 
-    With a comma between two digits all punctuation is dropped.
+    With a comma between two digits all punctuation is dropped. `full_stop` matches what is dropped.
     """
     found = text
     drop_all = COMMA_IN_NUMBER.search(text) is not None
     for mark in PUNCTUATION:
         at_space = f"{mark} " in text or f" {mark}" in text
         found = found.replace(mark, "" if at_space or drop_all else " ")
-    return FULL_STOP.sub("", found, count=MOST_FULL_STOPS)
+    return full_stop.sub("", found, count=MOST_FULL_STOPS)
 
 
 def plain_words(text: str) -> str:
@@ -63,9 +65,15 @@ def plain_words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_answer(text: str) -> str:
+def vqa_answer(text: str, full_stop: re.Pattern[str] = FULL_STOP_2025_05) -> str:
     """An answer as VLMEvalKit compares it (vlmeval/dataset/utils/vqa_eval.py)."""
-    return plain_words(strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
+    flat = text.replace("\n", " ").replace("\t", " ").strip()
+    return plain_words(strip_punctuation(flat, full_stop))
+
+
+def vqa_answer_2024_01(text: str) -> str:
+    """An answer as VLMEvalKit compared it before May 2025."""
+    return vqa_answer(text, FULL_STOP)
 
 
 def evalai_answer(text: str) -> str:
@@ -74,4 +82,4 @@ def evalai_answer(text: str) -> str:
     It drops commas and question marks first, and sets an 's apart.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return vqa_answer(text)
+    return vqa_answer(text, FULL_STOP)

@@ -41,7 +41,8 @@ ReadAnswer = Callable[[str], str | None]
 def read_words(answer: str) -> str | None:
     """VLMEvalKit: yes or no if just one of the two words occurs, else None (its "Unknown").
 
-    Asterisks are not among the punctuation it strips, so `**Yes**` is no word "yes".
+    Asterisks are not among the punctuation it strips, so `**Yes**` is no word "yes". The kit's
+    change of May 2025 to full stops behind digits changes no word yes or no.
     Source: open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py.
     """
     words = strip_punctuation(answer.lower()).split()
@@ -111,7 +112,10 @@ def _mme(rows: Sequence[Row], answers: Sequence[str], read: ReadAnswer) -> Tally
         scores = 100 * (divide(parts[..., 0], parts[..., 1]) + divide(parts[..., 2], parts[..., 3]))
         found = {}
         for total, wanted in (("perception", PERCEPTION), ("reasoning", REASONING)):
-            found[total] = scores[..., [column[n] for n in wanted if n in column]].sum(-1)
+            asked = [column[name] for name in wanted if name in column]
+            found[total] = (
+                scores[..., asked].sum(-1) if asked else np.full(scores.shape[:-1], np.nan)
+            )
         return found
 
     unknown = tuple(row.index for s, row in zip(said, rows, strict=True) if s is None)
@@ -135,9 +139,12 @@ def _mme_category(sums: np.ndarray) -> dict[str, float]:
 def _missing_categories(names: Sequence[str]) -> tuple[str, ...]:
     notes = []
     for total, wanted in (("perception", PERCEPTION), ("reasoning", REASONING)):
-        there = sum(name in names for name in wanted)
-        if 0 < there < len(wanted):
-            notes.append(f"{total} is the sum of {there} of its {len(wanted)} categories")
+        lacking = [name for name in wanted if name not in names]
+        if len(lacking) == len(wanted):
+            notes.append(f"{total} has no value: none of its {len(wanted)} categories was asked")
+        elif lacking:
+            there = f"{len(wanted) - len(lacking)} of its {len(wanted)} categories"
+            notes.append(f"{total} is the sum of {there}, without {', '.join(lacking)}")
     strangers = sorted(set(names) - {*PERCEPTION, *REASONING})
     if strangers:
         notes.append(f"not one of MME's categories, so in no sum: {', '.join(strangers)}")

@@ -1,0 +1,76 @@
+"""What answers depend on beside the model and the table: picture files, code and libraries.
+
+Answers that are kept are taken only for the same of all three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mmmamba_cli.evaluate.pictures import Picture
+from mmmamba_cli.runs.manifest import versions
+
+# The rooms of code that turn a row and a checkpoint into an answer.
+ROOMS = ("checkpoint", "decoding", "evaluate", "model", "ops", "processing")
+# Code of `evaluate` behind the answers: it scores and shows them.
+BEHIND = ("scoring", "bootstrap.py", "kits.py", "predictions.py", "report.py", "result.py")
+# Pictures are decoded and resized by Pillow.
+LIBRARIES = ("pillow", "tokenizers")
+DIGITS = 16
+READERS = 8
+
+
+def answering_versions() -> dict[str, str]:
+    """Versions of what asks and answers: mmmamba, Python and the libraries."""
+    found = versions()
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def code_digest() -> str:
+    """Changes with any source file that an answer depends on: prompts, processing, the model."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for room in ROOMS:
+        for file in sorted((package / room).rglob("*.py")):
+            parts = file.relative_to(package / room).parts
+            if room == "evaluate" and parts[0] in BEHIND:
+                continue
+            digest.update(f"{room}/{'/'.join(parts)}\n".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:DIGITS]
+
+
+def pictures_digest(pictures: Iterable[Picture]) -> str | None:
+    """Of the contents of all picture files, in their order; None if there are no files.
+
+    Pictures in a table are left out: the table's own hash has them. A file that cannot be read
+    counts as zeros; asking names it.
+    """
+    files = list(dict.fromkeys(one.file for one in pictures if one.file is not None))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(READERS) as pool:
+        for found in pool.map(file_digest, files):
+            digest.update(found)
+    return digest.hexdigest()[:DIGITS]
+
+
+def file_digest(file: Path) -> bytes:
+    """SHA-256 of a file; zeros if it cannot be read."""
+    try:
+        with file.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").digest()
+    except OSError:
+        return bytes(hashlib.sha256().digest_size)
