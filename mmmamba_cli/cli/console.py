@@ -6,10 +6,11 @@ rich is imported when something is first printed with it, so that --help need no
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,9 +81,19 @@ def print_line(text: str, style: str | None = None, to_stderr: bool = False) -> 
 
 
 def print_json(value: Any) -> None:
-    """`value` as JSON on stdout. A NaN or infinity is refused (ValueError): JSON has none."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    """`value` as JSON on stdout; null for NaN and infinities, which JSON does not have."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     sys.stdout.write(f"{text}\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
 
 
 def print_table(

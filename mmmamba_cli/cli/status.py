@@ -43,8 +43,7 @@ def _record(lineage: Lineage) -> dict[str, Any]:
             {
                 **product.manifest.model_dump(mode="json"),
                 "bytes": product.nbytes,
-                # A loss that was no number has no place in JSON.
-                "held_out": [x if x == x else None for x in product.held_out],
+                "held_out": list(product.held_out),
                 "scores": [vars(score) for score in product.scores],
             }
             for product in lineage.products.values()

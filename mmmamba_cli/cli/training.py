@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -60,6 +61,7 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         self._stage: Stage | None = None
         self._last_line = 0.0
         self._started = (0.0, 0)
+        self._said: set[str] = set()
 
     @property
     def watch(self) -> Watch:
@@ -116,6 +118,11 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         """Show one step; what went wrong in it is always said."""
         for sample in result.bad:
             self.say(f"skipped sample {sample}")
+        for sample in result.held_out.bad if result.held_out else ():
+            # Every evaluation meets the same ones.
+            if sample not in self._said:
+                self._said.add(sample)
+                self.say(f"skipped held-out sample {sample}")
         if result.skipped is not None:
             self.say(f"step {result.step} skipped: {result.skipped}")
         if self._live is not None:
@@ -149,6 +156,9 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         text = f"held out: loss {found.loss:.4g}, top-1 agreement {found.agreement:.1%}"
         if found.student_nll is not None and found.teacher_nll is not None:
             text += f", nll {found.student_nll:.3f} (teacher {found.teacher_nll:.3f})"
+        if found.bad:
+            total = found.samples + len(found.bad)
+            text += f", {len(found.bad)} of {total} samples could not be read"
         return text
 
     def _panel(self, result: StepResult) -> RenderableType:
@@ -180,9 +190,15 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
 
 
 def _bars(terms: Mapping[str, float]) -> str:
-    """Per-layer losses as a row of bars, the highest named."""
-    values = list(terms.values())
-    top = max(values)
-    heights = [0 if not top > 0 else min(7, int(8 * value / top)) for value in values]
-    worst = max(terms, key=lambda name: terms[name])
-    return f"layers {''.join(BARS[h] for h in heights)}  highest {worst}: {top:.3g}"
+    """Per-layer losses as a row of bars, the highest named; "?" where a loss is not finite."""
+    finite = {name: value for name, value in terms.items() if math.isfinite(value)}
+    worst = max(finite, key=lambda name: finite[name], default=None)
+    top = 0.0 if worst is None else finite[worst]
+    drawn = "".join(_bar(value, top) if name in finite else "?" for name, value in terms.items())
+    lost = [f"{name}: {value}" for name, value in terms.items() if name not in finite]
+    said = ([] if worst is None else [f"highest {worst}: {top:.3g}"]) + lost[:3]
+    return "  ".join([f"layers {drawn}", *said])
+
+
+def _bar(value: float, top: float) -> str:
+    return BARS[max(0, min(7, int(8 * (value / top)))) if top > 0 else 0]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
 from mmmamba_cli.data.batching import collate, deal, make_rows
 from mmmamba_cli.data.corpus import Corpus
-from mmmamba_cli.data.encoding import Encoded, Encoder
+from mmmamba_cli.data.encoding import Encoded, Encoder, decode_images
 from mmmamba_cli.data.order import Order
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.processing import TrainingProcessor
@@ -27,7 +27,8 @@ class StepLoader:
 
     `batch_size` samples make a global batch; each process gets its share in `accumulation` micro
     batches. `workers` processes prepare steps ahead, 0 prepares each when it is asked for; what
-    comes out is the same. `pin_memory` is for batches that go to a GPU.
+    comes out is the same. `pin_memory` is for batches that go to a GPU. With `single_pass` the
+    stream ends after one pass over the corpus, and its last step holds the samples that are left.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class StepLoader:
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        single_pass: bool = False,
     ):
         self.corpus = corpus
         self.batch_size = batch_size
@@ -57,6 +59,25 @@ class StepLoader:
         self.world_size = world_size
         self._encoder = Encoder(processor, max_length, max_tiles)
         self._order = Order(corpus.parts, seed, shuffle)
+        self._end = self._order.length if single_pass else None
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Steps that one pass over the corpus takes; the last of them may begin the next pass."""
+        return -(-self._order.length // self.batch_size)
+
+    def unreadable(self) -> list[BadSample] | None:
+        """Every sample of a pass, if none of them can be read; None from the first that can."""
+        bad = []
+        for number in range(self._order.length):
+            index = self._order[number]
+            try:
+                decode_images(self._encoder(self.corpus[index]), self._encoder.images)
+            except DataError as error:
+                bad.append(bad_sample(error, self.corpus.name(index)))
+            else:
+                return None
+        return bad
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         """The batches of steps `first` to `stop` - 1. Bad samples are left out and told."""
@@ -95,12 +116,17 @@ class StepLoader:
             batch, undecodable = collate(part, self._encoder.images, pad_id)
             micro.append(batch)
             bad += undecodable
-        return StepBatches(step, tuple(micro), tuple(bad), self.batch_size)
+        return StepBatches(step, tuple(micro), tuple(bad), len(self._numbers(step)))
+
+    def _numbers(self, step: int) -> range:
+        """The places in the stream of a step's samples."""
+        stop = (step + 1) * self.batch_size
+        return range(step * self.batch_size, stop if self._end is None else min(stop, self._end))
 
     def _plan(self, step: int) -> tuple[list[Encoded], list[BadSample]]:
         """The global batch's samples, and those that already its texts and headers rule out."""
         samples, bad = [], []
-        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+        for number in self._numbers(step):
             index = self._order[number]
             try:
                 samples.append(self._encoder(self.corpus[index]))

@@ -10,14 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmmamba_cli.distill.layerwise import Layer
+from mmmamba_cli.distill.layerwise import MIX_PARAMETERS, Layer
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.ops.common import widened
 
 
 @dataclass(frozen=True)
 class HiddenAlignment:
-    """A `LayerLoss`: mean over the elements of (B, T, D), residual connections and MLP included."""
+    """A `LayerLoss`: mean over the elements of (B, T, D), residual connections and MLP included.
+
+    The norm before the mixer makes the hidden state that both mixers read, and gets no gradient.
+    """
+
+    reached: tuple[str, ...] = (*MIX_PARAMETERS, "mixer.o_proj", "mlp_norm", "mlp")
+    reached_in_part: tuple[str, ...] = ()
 
     def units(self, block: Block) -> int:
         return block.mixer.o_proj.out_features

@@ -19,6 +19,22 @@ from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.decoder import Prompt
 from mmmamba_cli.model.sequence import Columns
 
+# Parameters that a mixer's output before W_O depends on.
+MIX_PARAMETERS = (
+    "mixer.q_proj",
+    "mixer.k_proj",
+    "mixer.v_proj",
+    "mixer.g_proj",
+    "mixer.dt_proj",
+    "mixer.conv1d",
+    "mixer.A_log",
+    "mixer.dt_bias",
+    "mixer.D",
+    "mixer.g_norm",
+    "mixer.q_norm",
+    "mixer.k_norm",
+)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -40,6 +56,16 @@ class Layer:
 
 class LayerLoss(Protocol):
     """How far a layer of the student is from the teacher's."""
+
+    @property
+    def reached(self) -> tuple[str, ...]:
+        """Names, or their first parts, inside a block, of parameters that the loss depends on."""
+        ...
+
+    @property
+    def reached_in_part(self) -> tuple[str, ...]:
+        """Those of which it depends on some elements only."""
+        ...
 
     def units(self, block: Block) -> int:
         """Units per token that the mean is taken over."""
@@ -65,6 +91,19 @@ class Layerwise:
     @property
     def terms(self) -> tuple[str, ...]:
         return tuple(f"layer {layer}" for layer in self.layers)
+
+    def reaches(self, name: str) -> bool:
+        return self._is_one_of(name, self.loss.reached)
+
+    def reaches_part(self, name: str) -> bool:
+        return self._is_one_of(name, self.loss.reached_in_part)
+
+    def _is_one_of(self, name: str, inner_names: tuple[str, ...]) -> bool:
+        parts = name.split(".")
+        if parts[:2] != ["model", "layers"] or int(parts[2]) not in self.layers:
+            return False
+        inner = ".".join(parts[3:])
+        return any(f"{inner}.".startswith(f"{prefix}.") for prefix in inner_names)
 
     def count(self, pair: Pair, batch: Batch) -> Tensor:
         prompt, rows = prepare(pair, batch), batch.input_ids.shape[0]

@@ -36,6 +36,13 @@ class LogitsKL:
     def terms(self) -> tuple[str, ...]:
         return ("kl", "ce") if self.settings.ce_weight else ("kl",)
 
+    def reaches(self, name: str) -> bool:
+        """Every parameter: the loss is one of the whole model's output."""
+        return True
+
+    def reaches_part(self, name: str) -> bool:
+        return False
+
     def count(self, pair: Pair, batch: Batch) -> Tensor:
         paper = self.settings.reduction == "paper"
         scored = batch.num_samples if paper else int(self.scored(batch).sum())
@@ -83,7 +90,8 @@ class LogitsKL:
                 (sums * weights.to(sums)).sum().backward()
                 gradient[part] = leaf.grad
             total += sums.detach().double().cpu()
-        if gradient is not None:
+        # Without a picture, nothing depends on a vision part that alone learns.
+        if gradient is not None and learned.requires_grad:
             learned.backward(gradient)
         return total
 

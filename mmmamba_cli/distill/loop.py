@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba_cli.data import StepBatches, StepLoader
-from mmmamba_cli.distill.held_out import HeldOut, evaluate
+from mmmamba_cli.distill.held_out import HeldOut, all_bad, check_held_out, evaluate
+from mmmamba_cli.distill.metrics import finite
 from mmmamba_cli.distill.objective import Objective
 from mmmamba_cli.distill.optimiser import build_optimiser, clip, learning_rate
 from mmmamba_cli.distill.pair import Pair
@@ -21,7 +22,7 @@ from mmmamba_cli.distributed import World, average_whole, seed_everything, step_
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.recipe import Stage
 
-# So many steps without a finite loss or gradient, one after the other, end a stage.
+# Steps in a row that may be skipped before a stage ends with an error.
 MAX_SKIPPED = 5
 # A few bad samples at the start of a run say nothing about a share.
 MIN_SAMPLES_FOR_SHARE = 100
@@ -39,7 +40,7 @@ class Job:
     pair: Pair
     objective: Objective
     loader: StepLoader
-    # The held-out batches, or None.
+    # One pass over the held-out samples, or None.
     held_out: StepLoader | None
     max_bad_share: float
     seed: int
@@ -74,11 +75,18 @@ def train(
 ) -> Progress:
     """Run the steps of the stage that `progress` lacks; the newest state must be loaded already.
 
+    A step none of whose samples could be read is skipped, as one without a finite loss is: its
+    place in the stream stays its own, so that resumed runs and other numbers of processes see the
+    same steps.
+
     Raises `Stopped` when `wants_to_stop` said so, after saving; `MmmambaError` when losses stay
     non-finite, or too many samples are unreadable.
     """
+    if job.held_out is not None:
+        check_held_out(job.held_out, job.world)
     parameters = job.pair.learning_parameters()
-    optimiser = build_optimiser(job.stage, parameters)
+    in_part = {name for name in parameters if job.objective.reaches_part(name)}
+    optimiser = build_optimiser(job.stage, parameters, in_part)
     if progress.step:
         job.states.load(job.states.path(progress.step).name, parameters, optimiser)
     job.pair.student.model.gradient_checkpointing = (
@@ -98,6 +106,12 @@ def train(
         if stop and progress.step < job.stage.steps:
             raise Stopped
         started = time.perf_counter()
+    if progress.skipped_steps >= progress.step > 0:
+        raise MmmambaError(
+            f"stage {job.stage.name} learned nothing: all of its {progress.step} steps were "
+            "skipped",
+            "metrics.jsonl says why for each; see the samples with `mmmamba data check`",
+        )
     if saved != progress.step:
         _save(job, parameters, optimiser, progress)
     return progress
@@ -115,34 +129,43 @@ def _step(
     step, world = batches.step, job.world
     seed_everything(step_seed(job.seed, job.stage.name, step, world.rank))
     sums, units, counts = _accumulate(job, batches)
-    terms = job.objective.weigh(units) * sums
-    loss = float(terms.sum())
-    norm = clip(parameters, job.stage.optimiser.clip)
-    trouble = _trouble(job, loss, norm, sums)
+    tokens, samples, bad = (int(x) for x in counts)
+    unreadable = samples == 0
+    if bool(units.any()):
+        loss = float((job.objective.weigh(units) * sums).sum())
+        norm = clip(parameters, job.stage.optimiser.clip)
+        trouble = _trouble(job, loss, norm, sums)
+    else:
+        loss = norm = math.nan
+        trouble = _nothing_to_learn(samples, batches)
     rate = learning_rate(job.stage, step)
     if trouble is None:
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    tokens, samples, bad = (int(x) for x in counts)
     seconds = time.perf_counter() - started
     progress.step = step + 1
     progress.tokens += tokens
     progress.samples += samples
     progress.bad_samples += bad
     progress.seconds += seconds
-    progress.skipped_in_a_row = 0 if trouble is None else progress.skipped_in_a_row + 1
     progress.skipped_steps += trouble is not None
-    _check_bad_share(job, progress, batches)
+    # Steps without a readable sample are limited by max_bad_share instead.
+    if not unreadable:
+        progress.skipped_in_a_row = 0 if trouble is None else progress.skipped_in_a_row + 1
+    # The sum over processes is known to each of them, so that either all gather or none does.
+    named = all_bad(batches.bad, world) if bad else []
+    _check_bad_share(job, progress, named)
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         names = [name for micro in batches.micro for name in micro.names]
         raise MmmambaError(
             f"stage {job.stage.name} stopped at step {step + 1}: {MAX_SKIPPED} steps in a row "
-            f"without a finite loss; {trouble}; samples of the last: {', '.join(names[:10])}",
+            f"were skipped; {trouble}; samples of the last: {', '.join(names[:10])}",
             "lower the stage's lr, or look at these samples with `mmmamba data check`",
         )
-    per_term = (sums / units.clamp(min=1)).tolist()
+    # 0 / 0, the mean of a term over nothing, is NaN.
+    per_term = (sums / units).tolist()
     return StepResult(
         step=progress.step,
         loss=loss,
@@ -151,7 +174,7 @@ def _step(
         gradient_norm=norm,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
-        bad=tuple(f"{sample.name}: {sample.reason}" for sample in batches.bad),
+        bad=tuple(named),
         skipped=trouble,
         memory_gib=_peak_memory(world),
     )
@@ -176,6 +199,8 @@ def _accumulate(job: Job, batches: StepBatches) -> tuple[Tensor, Tensor, Tensor]
     own = torch.stack([objective.count(pair, micro) for micro in micros]).sum(0)
     together = world.add_up(torch.cat((own, counts)))
     units, counts = together[: len(own)], together[len(own) :]
+    if not bool(units.any()):
+        return torch.zeros_like(units), units, counts
     # FSDP averages gradients over processes; here they are parts of one sum.
     weights = objective.weigh(units) * world.size
     pair.student.train()
@@ -201,13 +226,20 @@ def _trouble(job: Job, loss: float, norm: float, sums: Tensor) -> str | None:
     return None
 
 
-def _check_bad_share(job: Job, progress: Progress, batches: StepBatches) -> None:
+def _nothing_to_learn(samples: int, batches: StepBatches) -> str:
+    """Why a step has nothing that a loss could be taken over."""
+    if samples == 0:
+        return f"none of its {batches.num_planned} samples could be read"
+    return f"none of its {samples} samples has a token that the loss scores"
+
+
+def _check_bad_share(job: Job, progress: Progress, named: Sequence[str]) -> None:
     seen = progress.samples + progress.bad_samples
     share = progress.bad_samples / max(1, seen)
     too_early = seen < MIN_SAMPLES_FOR_SHARE and progress.step < job.stage.steps
     if share <= job.max_bad_share or too_early:
         return
-    last = "; ".join(f"{sample.name}: {sample.reason}" for sample in batches.bad[:3])
+    last = "; ".join(named[:3])
     raise DataError(
         f"{progress.bad_samples} of {seen} samples could not be used, more than "
         f"data.max_bad_share = {job.max_bad_share:g} allows"
@@ -223,15 +255,21 @@ def _with_held_out(
     if job.held_out is None:
         return result
     job.pair.student.eval()
-    # Whole batches of one pass, so that nothing is scored twice.
-    steps = job.held_out.steps(0, max(1, len(job.held_out.corpus) // job.stage.batch_size))
+    steps = job.held_out.steps(0, job.held_out.steps_per_pass)
     found = evaluate(job.pair, job.objective, steps, job.world)
-    progress.held_out = {"step": progress.step, **found.as_dict()}
-    if progress.best_loss is None or found.loss < progress.best_loss:
+    progress.held_out = {"step": progress.step, **finite(found.as_dict())}
+    if _is_better(found.loss, progress.best_loss):
         progress.best_step, progress.best_loss = progress.step, found.loss
         name = job.states.best(progress.step)
         job.states.save(name, parameters, None, state_record(progress, job.settings))
     return replace(result, held_out=found)
+
+
+def _is_better(loss: float, best: float | None) -> bool:
+    """Whether a held-out loss is the lowest so far; one that is not finite never is."""
+    if not math.isfinite(loss):
+        return False
+    return best is None or not math.isfinite(best) or loss < best
 
 
 def _save(

@@ -68,22 +68,22 @@ def attach(pair: Pair, settings: LoRA, weights: Sequence[str]) -> Pair:
     return replace(pair, learning=tuple(sorted(learning)))
 
 
-def merge(
+def updates(
     pair: Pair, settings: LoRA, weights: Sequence[str], whole: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Each adapted weight with its adapter added in, fp32: W + (alpha / rank) B A.
+    """What each adapter adds to its weight, fp32 on the CPU: (alpha / rank) B A.
 
-    `whole` gathers a tensor that is spread over processes.
+    `whole` gathers a tensor that is spread over processes. The weight in memory may be rounded to
+    bf16, as all that is frozen is under that precision; the sum is made with the parent's own.
     """
-    merged = {}
+    found = {}
     for weight in weights:
         layer: Any = pair.student.get_submodule(weight.removesuffix(".weight"))
         down, up = (
             whole(part[ADAPTER].weight.detach()).float() for part in (layer.lora_A, layer.lora_B)
         )
-        base = whole(layer.base_layer.weight.detach()).float()
-        merged[weight] = base + settings.alpha / settings.rank * (up @ down)
-    return merged
+        found[weight] = (settings.alpha / settings.rank * (up @ down)).cpu()
+    return found
 
 
 def is_adapter(name: str) -> bool:

@@ -18,7 +18,23 @@ from mmmamba_cli.model.block import Block
 
 @dataclass(frozen=True)
 class MatrixOrientation:
-    """A `LayerLoss`: mean over tokens and heads of the squared distance of matrix rows."""
+    """A `LayerLoss`: mean over tokens and heads of the squared distance of matrix rows.
+
+    A mixing matrix is made of queries, keys and the decay. Neither the values nor what follows the
+    read-out are in it: W_V, the gate, the gated norm, D, and the convolution's channels of values.
+    """
+
+    reached: tuple[str, ...] = (
+        "mixer.q_proj",
+        "mixer.k_proj",
+        "mixer.dt_proj",
+        "mixer.conv1d",
+        "mixer.A_log",
+        "mixer.dt_bias",
+        "mixer.q_norm",
+        "mixer.k_norm",
+    )
+    reached_in_part: tuple[str, ...] = ("mixer.conv1d",)
 
     def units(self, block: Block) -> int:
         return block.mixer.num_heads

@@ -45,6 +45,7 @@ def metrics_row(result: StepResult) -> dict[str, Any]:
         row["skipped"] = result.skipped
     if result.held_out is not None:
         row |= {f"held_out/{key}": value for key, value in result.held_out.as_dict().items()}
+        row["held_out/bad_samples"] = list(result.held_out.bad)
     return row
 
 
@@ -79,15 +80,15 @@ class MetricsLog:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
+    return json.dumps({key: finite(value) for key, value in row.items()}) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: the word stands for it."""
+def finite(value: Any) -> Any:
+    """The value with "nan", "inf" and "-inf" for numbers that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     return value
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmmamba_cli.distill.layerwise import Layer
+from mmmamba_cli.distill.layerwise import MIX_PARAMETERS, Layer
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.ops.common import widened
 
@@ -18,6 +18,9 @@ from mmmamba_cli.ops.common import widened
 @dataclass(frozen=True)
 class MixerMSE:
     """A `LayerLoss`: mean over the elements of (B, T, H * P)."""
+
+    reached: tuple[str, ...] = MIX_PARAMETERS
+    reached_in_part: tuple[str, ...] = ()
 
     def units(self, block: Block) -> int:
         return block.mixer.num_heads * block.mixer.head_dim

@@ -28,6 +28,17 @@ class Objective(Protocol):
         """Whether layers are run one by one, and mixers entered at `mix`."""
         ...
 
+    def reaches(self, name: str) -> bool:
+        """Whether the loss depends on the student's parameter of that name."""
+        ...
+
+    def reaches_part(self, name: str) -> bool:
+        """Whether it depends on some of the parameter's elements only.
+
+        Weight decay alone would shrink the others, so the parameter is not decayed.
+        """
+        ...
+
     def count(self, pair: Pair, batch: Batch) -> Tensor:
         """Units of each term in a micro batch, (terms,) float64 on the CPU."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,23 @@ from mmmamba_cli.distributed import is_sharded
 from mmmamba_cli.recipe import Schedule, Stage
 
 
-def build_optimiser(stage: Stage, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
+def build_optimiser(
+    stage: Stage, parameters: Mapping[str, nn.Parameter], undecayed: Collection[str] = ()
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with decay where `decays` says so.
+
+    The parameters named in `undecayed` are not decayed either.
 
     States exist from the start, so that a saved state can be read into them.
     """
     settings = stage.optimiser
     groups = [
         {
-            "params": [p for name, p in parameters.items() if decays(name) == decayed],
+            "params": [
+                p
+                for name, p in parameters.items()
+                if (decays(name) and name not in undecayed) == decayed
+            ],
             "weight_decay": settings.weight_decay if decayed else 0.0,
         }
         for decayed in (True, False)
@@ -77,6 +85,8 @@ def clip(parameters: Mapping[str, nn.Parameter], limit: float | None) -> float:
         for kind in kinds
         if kind
     ]
+    if not norms:
+        return 0.0
     norm = torch.stack(norms).norm()
     if limit is not None and bool(norm > limit):
         for kind in kinds:

@@ -14,7 +14,7 @@ from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, expected_tenso
 from mmmamba_cli.data import StepLoader, open_corpus
 from mmmamba_cli.distill.learning import learning_names
 from mmmamba_cli.distill.loop import Job, Report, StepResult, train
-from mmmamba_cli.distill.lora import adapted, attach, is_adapter, merge
+from mmmamba_cli.distill.lora import adapted, attach, is_adapter, updates
 from mmmamba_cli.distill.memory import out_of_memory
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row
 from mmmamba_cli.distill.optimiser import whole
@@ -79,6 +79,7 @@ def run_stage(
     names = expected_tensors(student.config)
     learning = learning_names(stage, student.config, names)
     adapters = adapted(stage, learning, names)
+    objective = objective_of(stage, student.config, learning)
     loader, held_out = _loaders(student, recipe, stage, world)
     if options.overwrite:
         states.clear()
@@ -98,7 +99,6 @@ def run_stage(
     if stage.lora is not None:
         seed_everything(step_seed(recipe.seed, stage.name, "adapters"))
         pair = attach(pair, stage.lora, adapters)
-    objective = objective_of(stage, student.config, learning)
     watch.begin(stage, pair.learning_parameters(), progress)
     entries = ("mix", "mixing_matrix") if objective.layer_local else ()
     shard_mixers([block.mixer for block in pair.student.model.blocks], world, entries)
@@ -176,7 +176,7 @@ def _loaders(
             "seed again with --tokenizer FILE",
         )
 
-    def loader(source: str, shuffle: bool) -> StepLoader:
+    def loader(source: str, shuffle: bool, single_pass: bool = False) -> StepLoader:
         return StepLoader(
             open_corpus(source, None if data.image_root is None else Path(data.image_root)),
             processor,
@@ -191,9 +191,10 @@ def _loaders(
             pin_memory=world.device.type == "cuda",
             rank=world.rank,
             world_size=world.size,
+            single_pass=single_pass,
         )
 
-    held_out = None if data.held_out is None else loader(data.held_out, False)
+    held_out = None if data.held_out is None else loader(data.held_out, False, single_pass=True)
     return loader(data.train, data.shuffle), held_out
 
 
@@ -241,7 +242,7 @@ def _write(made: _Made, job: Job, progress: Progress, watch: Watch) -> Manifest:
     best = progress.best_step
     if best is None or best == progress.step:
         return _write_one(made, job, progress, made.name, watch)
-    last = _gather(job, made.adapters)
+    last = _gather(job, made)
     job.states.load(job.states.best(best), job.pair.learning_parameters(), None)
     note = f"the student at step {best}, where the held-out loss was lowest"
     _write_one(made, job, progress, f"{made.name}-best", watch, note)
@@ -275,7 +276,7 @@ def _write_one(
 ) -> Manifest:
     """Write `learned`, or the master weights as they are, with what stayed as it was."""
     watch.say(f"writing {name}")
-    learned = _gather(job, made.adapters) if learned is None else learned
+    learned = _gather(job, made) if learned is None else learned
     student, parent = made.student, made.parent
 
     def read(key: str) -> Tensor:
@@ -309,7 +310,7 @@ def _write_one(
     )
 
 
-def _gather(job: Job, adapters: Sequence[str]) -> dict[str, Tensor]:
+def _gather(job: Job, made: _Made) -> dict[str, Tensor]:
     """What was learned, by the student's own names, on process 0; nothing elsewhere."""
     learned: dict[str, Tensor] = {}
     for name, parameter in job.pair.learning_parameters().items():
@@ -317,8 +318,9 @@ def _gather(job: Job, adapters: Sequence[str]) -> dict[str, Tensor]:
         if job.world.is_main and not is_adapter(name):
             learned[name] = tensor.cpu()
     if job.stage.lora is not None:
-        merged = merge(job.pair, job.stage.lora, adapters, whole)
-        learned |= {name: tensor.cpu() for name, tensor in merged.items()}
+        for name, update in updates(job.pair, job.stage.lora, made.adapters, whole).items():
+            if job.world.is_main:
+                learned[name] = made.student.read(name).float() + update
     return learned if job.world.is_main else {}
 
 

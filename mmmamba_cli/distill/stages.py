@@ -24,7 +24,9 @@ LAYER_LOSSES: dict[str, LayerLoss] = {
 def objective_of(stage: Stage, config: HolisticVLMConfig, learning: Sequence[str]) -> Objective:
     """The loss of a stage for a student with that config, of which `learning` learns.
 
-    Layer losses are taken where something learns: layers that are attention have nothing to.
+    Layer losses are taken in linear layers where something learns. Raises `RecipeError` if there is
+    none, or if the loss does not depend on a parameter that learns: weight decay alone would change
+    that.
     """
     if stage.loss == "kl":
         return LogitsKL(stage.kl or KL(), stage.loss_scale)
@@ -37,4 +39,24 @@ def objective_of(stage: Stage, config: HolisticVLMConfig, learning: Sequence[str
             "linear layers",
             "name parameters of their mixers, or take loss: kl",
         )
-    return Layerwise(LAYER_LOSSES[stage.loss], layers, stage.inputs, stage.loss_scale)
+    objective = Layerwise(LAYER_LOSSES[stage.loss], layers, stage.inputs, stage.loss_scale)
+    unreached = [name for name in learning if not objective.reaches(name)]
+    if unreached:
+        others = f" and {len(unreached) - 1} more" if len(unreached) > 1 else ""
+        raise RecipeError(
+            f"stages.{stage.name}.learns: loss {stage.loss} does not depend on "
+            f"{unreached[0]}{others}; weight decay alone would change them",
+            _reachable(stage, objective, learning, config),
+        )
+    return objective
+
+
+def _reachable(
+    stage: Stage, objective: Layerwise, learning: Sequence[str], config: HolisticVLMConfig
+) -> str:
+    """The setting that lets only those learn which the loss depends on."""
+    reached = [name for name in learning if objective.reaches(name)]
+    # Patterns over all layers would name attention's projections as well.
+    if len(objective.layers) == len(config.layer_types):
+        reached = [f"*.{'.'.join(name.split('.')[3:])}" for name in reached]
+    return f"--set 'stages.{stage.name}.learns=[{', '.join(sorted(set(reached)))}]'"

@@ -36,11 +36,17 @@ def shard_mixers(mixers: Iterable[nn.Module], world: World, entries: Collection[
 
 
 def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Average over processes the gradients of learning parameters that are not sharded."""
+    """Average over processes the gradients of learning parameters that are not sharded.
+
+    A parameter without a gradient on any process stays without one, so that the optimiser leaves
+    it alone, as it does on a single process.
+    """
     if world.size == 1:
         return
-    for parameter in parameters:
-        if is_sharded(parameter):
+    whole = [parameter for parameter in parameters if not is_sharded(parameter)]
+    counts = world.add_up(torch.tensor([float(p.grad is not None) for p in whole]))
+    for parameter, count in zip(whole, counts.tolist(), strict=True):
+        if not count:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

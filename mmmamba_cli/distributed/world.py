@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -41,6 +41,17 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether any process says so, so that all of them act alike."""
         return bool(self.add_up(torch.tensor(float(flag))) > 0)
+
+    def gather(self, values: Sequence[Result]) -> list[Result]:
+        """The values of every process, in the order of ranks, on each process.
+
+        The values are pickled between the processes of one run.
+        """
+        if self.size == 1:
+            return list(values)
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, list(values))
+        return [value for part in parts for value in part]
 
     def wait(self) -> None:
         """Until every process is here."""

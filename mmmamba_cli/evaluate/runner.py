@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from mmmamba_cli.errors import DataError, MmmambaError, name_some
+from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, name_some
 from mmmamba_cli.evaluate.batching import MOST_PROMPTS, Limit, plan_batches
 from mmmamba_cli.evaluate.contract import Encoded, EvalModel, OutOfMemory, Prompt
 from mmmamba_cli.evaluate.store import Answer, AnswerStore
@@ -118,8 +119,15 @@ def _answer(model: EvalModel, batch: list[Encoded], max_new_tokens: int) -> list
     answers = []
     if chosen:
         for encoded, scores in zip(chosen, model.score_choices(chosen), strict=True):
-            best = scores.index(max(scores))
             prompt = encoded.prompt
+            # max() of a list with a NaN is whatever stands first.
+            if any(math.isnan(score) for score in scores):
+                raise CheckpointError(
+                    f"row {prompt.index}: the model scores the choices as "
+                    f"{', '.join(f'{score:g}' for score in scores)}",
+                    "check its weights, or its --dtype",
+                )
+            best = scores.index(max(scores))
             answers.append(Answer(prompt.index, prompt.choices[best], tuple(scores)))
     if spoken:
         texts = model.generate(spoken, max_new_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -77,7 +78,8 @@ def remarks(profile: Profile) -> list[str]:
 def gate_line(profile: Profile) -> str:
     """Whether the decoders were found right before anything was timed."""
     gate = profile.gate
-    worst = max(value for ways in gate.distances.values() for value in ways.values())
+    distances = [value for ways in gate.distances.values() for value in ways.values()]
+    worst = math.nan if any(map(math.isnan, distances)) else max(distances)
     line = f"Checked before: {gate.what}, at most {worst:.1g}, allowed {gate.tolerance:.1g}"
     if gate.unchecked:
         return f"{line}. NOT checked, for want of memory: {', '.join(gate.unchecked)}."

@@ -57,7 +57,8 @@ def bars(
     `reference` is a value that all are read against, drawn through them, and what it is.
     """
     ends = [row.interval[1] for row in rows if row.interval] + [row.value for row in rows]
-    top = high if high is not None else around(ends)[1]
+    known = [end for end in ends if math.isfinite(end)]
+    top = high if high is not None else around(known)[1] if known else 1.0
     x = Scale(0, top, MARGIN, WIDTH - 52)
     height = 4 + len(rows) * (LABEL + BAR + GAP) + 26
     bottom = height - 24
@@ -71,8 +72,15 @@ def bars(
 
 def _bar(row: Bar, x: Scale, top: float, show: Callable[[float], str]) -> Markup:
     y = top + LABEL
+    if not math.isfinite(row.value):
+        return tag(
+            "g",
+            tag("text", row.label, x=MARGIN, y=top + 11, class_="label"),
+            tag("text", show(row.value), x=x(0) + 5, y=y + 9, class_="value"),
+        )
     # Where a bar ends and its whisker does: what is written stands behind both.
-    end = max(x(row.value), x(row.interval[1]) if row.interval else 0.0)
+    reach = row.interval[1] if row.interval else row.value
+    end = max(x(row.value), x(reach) if math.isfinite(reach) else 0.0)
     parts = [
         tag("text", row.label, x=MARGIN, y=top + 11, class_="label"),
         tag(
@@ -84,7 +92,7 @@ def _bar(row: Bar, x: Scale, top: float, show: Callable[[float], str]) -> Markup
             class_=f"fill s{row.series % SERIES}",
         ),
     ]
-    if row.interval is not None:
+    if row.interval is not None and all(map(math.isfinite, row.interval)):
         low, high = map(x, row.interval)
         middle = y + BAR / 2
         path = f"M{low:.2f} {middle - 4}v8M{high:.2f} {middle - 4}v8M{low:.2f} {middle}H{high:.2f}"

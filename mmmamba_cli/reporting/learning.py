@@ -73,14 +73,21 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
 def thinned(
     curve: Sequence[tuple[float, float]], most: int = POINTS
 ) -> tuple[tuple[float, float], ...]:
-    """At most `most` points: means of neighbours, in both coordinates."""
+    """At most `most` points: means of neighbours, in both coordinates.
+
+    Values that are not finite are left out of a mean; a mean of such values only is NaN.
+    """
     if len(curve) <= most:
         return tuple(curve)
     edges = [round(i * len(curve) / most) for i in range(most + 1)]
     parts = [curve[a:b] for a, b in pairwise(edges)]
-    return tuple(
-        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
-    )
+    return tuple(_mean(part) for part in parts)
+
+
+def _mean(part: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    known = [point for point in part if math.isfinite(point[1])]
+    x = sum(x for x, _ in known or part) / len(known or part)
+    return x, sum(y for _, y in known) / len(known) if known else math.nan
 
 
 def _number(value: Any) -> float:

@@ -79,6 +79,8 @@ def _log(value: float) -> float:
 def short(value: float) -> str:
     """A number as a tick or label: three digits that say something, thousands with a letter."""
     size = abs(value)
+    if not math.isfinite(value):
+        return str(value)
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"

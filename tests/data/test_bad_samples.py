@@ -216,3 +216,17 @@ def test_pax_names_in_a_shard(tmp_path: Path) -> None:
     file = write_shard(tmp_path / "a.tar", {long: json.dumps(GOOD).encode()})
     assert b" path=" in file.read_bytes()
     assert open_corpus(file).name(0) == f"a.tar/{long}"
+
+
+def test_whether_any_sample_can_be_read(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+    """Up to the pictures; the first that can ends the search."""
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
+
+    def unreadable(*records: Any) -> list[str] | None:
+        corpus = open_corpus(write(tmp_path / "set.jsonl", *records), tmp_path)
+        found = StepLoader(corpus, processor, batch_size=2, max_length=300).unreadable()
+        return None if found is None else sorted(sample.name for sample in found)
+
+    lost = [{**GOOD, "image": "gone.png"}, "{broken", {**GOOD, "image": "cut.png"}]
+    assert unreadable(*lost) == ["set.jsonl:1", "set.jsonl:2", "set.jsonl:3"]
+    assert unreadable(*lost, GOOD) is None

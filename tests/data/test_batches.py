@@ -87,6 +87,43 @@ def test_processes_share_out_the_same_batch(
         assert tokens == step.micro[0].num_tokens
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_single_pass_ends_with_what_is_left(
+    workers: int, folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    """23 samples in steps of 6: the last has 5, on every number of processes."""
+    for world_size in (1, 2, 7):
+        found: list[StepBatches] = []
+        for rank in range(world_size):
+            source = loader(
+                folder, processor, single_pass=True, shuffle=False, workers=workers * (rank == 0),
+                rank=rank, world_size=world_size, accumulation=2,
+            )  # fmt: skip
+            assert source.steps_per_pass == 4
+            found += source.steps(0, source.steps_per_pass)
+        assert names(found) == sorted(f"train.jsonl:{n + 1}" for n in range(23))
+        assert [step.num_planned for step in found[:4]] == [6, 6, 6, 5]
+
+
+def test_an_endless_stream_has_no_short_step(folder: Path, processor: HolisticVLMProcessor) -> None:
+    assert len(names([loader(folder, processor).step(3)])) == 6
+
+
+def test_a_pass_is_as_long_as_its_parts_say(
+    folder: Path, processor: HolisticVLMProcessor, tmp_path: Path
+) -> None:
+    """Half of a set is measured once, not twice."""
+    meta = {"half": {"annotation": str(folder / "train.jsonl"), "root": str(folder)}}
+    meta["half"]["repeat_time"] = 0.5  # type: ignore[assignment]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    source = StepLoader(
+        open_corpus(tmp_path / "meta.json"), processor, batch_size=5, max_length=400,
+        shuffle=False, single_pass=True,
+    )  # fmt: skip
+    found = names(list(source.steps(0, source.steps_per_pass)))
+    assert (source.steps_per_pass, len(found), len(set(found))) == (3, 12, 12)
+
+
 def test_the_seed_decides_the_order(folder: Path, processor: HolisticVLMProcessor) -> None:
     def first(**given: Any) -> tuple[str, ...]:
         return (

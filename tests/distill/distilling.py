@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from small import IMAGE_ID, small_model
 from torch import Tensor
 
-from mmmamba_cli.data import IGNORED, Batch, StepBatches
+from mmmamba_cli.data import IGNORED, BadSample, Batch, StepBatches
 from mmmamba_cli.distill.learning import learning_names
 from mmmamba_cli.distill.loop import Job
 from mmmamba_cli.distill.pair import Pair
@@ -71,8 +71,8 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 class RandomLoader:
     """Batches of random texts of unequal length, a pure function of the step, as StepLoader's are.
 
-    `packed` puts the samples of a micro batch into one row; `fail` maps steps to what is done to
-    their batches, to provoke trouble.
+    `packed` puts the samples of a micro batch into one row; of the steps `unreadable` no sample can
+    be read.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class RandomLoader:
         world_size: int = 1,
         packed: bool = False,
         seed: int = 0,
+        unreadable_steps: Collection[int] = (),
     ):
         self.vocabulary = vocabulary
         self.batch_size = batch_size
@@ -92,7 +93,11 @@ class RandomLoader:
         self.world_size = world_size
         self.packed = packed
         self.seed = seed
-        self.corpus = range(2 * batch_size)
+        self.unreadable_steps = unreadable_steps
+        self.steps_per_pass = 2
+
+    def unreadable(self) -> None:
+        """As a StepLoader says of a set with samples that can be read."""
 
     def samples(self, step: int) -> list[Tensor]:
         rng = torch.Generator().manual_seed(1000 * self.seed + step)
@@ -105,8 +110,12 @@ class RandomLoader:
             parts = self.world_size * self.accumulation
             dealt = [self.samples(step)[i::parts] for i in range(parts)]
             own = dealt[self.rank * self.accumulation : (self.rank + 1) * self.accumulation]
-            micro = tuple(self._micro(rows) for rows in own)
-            yield StepBatches(step, micro, (), self.batch_size)
+            lost = step in self.unreadable_steps
+            micro = tuple(self._micro([] if lost else rows) for rows in own)
+            # Each process finds those of its own part, as of pictures.
+            count = sum(map(len, own)) if lost else 0
+            bad = [BadSample(f"{self.rank}:{i}", "is damaged", False) for i in range(count)]
+            yield StepBatches(step, micro, tuple(bad), self.batch_size)
 
     def _micro(self, rows: list[Tensor]) -> Batch:
         if not rows:

@@ -45,7 +45,8 @@ class Spoilt:
     """A loader whose batches of some steps are changed."""
 
     def __init__(self, loader: RandomLoader, change: Callable[[StepBatches], StepBatches]):
-        self.loader, self.change, self.corpus = loader, change, loader.corpus
+        self.loader, self.change = loader, change
+        self.steps_per_pass, self.unreadable = loader.steps_per_pass, loader.unreadable
 
     def steps(self, first: int, stop: int) -> Iterable[StepBatches]:
         return map(self.change, self.loader.steps(first, stop))

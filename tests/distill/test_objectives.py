@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distilling import RandomLoader, batch_of, packed, padded, pair_of
+from distilling import RandomLoader, batch_of, make_job, packed, padded, pair_of
 from small import IMAGE_ID, distance, prompt, small_model
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
@@ -14,9 +16,12 @@ from torch.distributions import Categorical, kl_divergence
 from mmmamba_cli.data import IGNORED, Batch
 from mmmamba_cli.distill.learning import learning_names
 from mmmamba_cli.distill.logits_kl import LogitsKL, divergence
+from mmmamba_cli.distill.loop import StepResult, train
 from mmmamba_cli.distill.objective import Objective
 from mmmamba_cli.distill.pair import Pair
-from mmmamba_cli.distill.stages import objective_of
+from mmmamba_cli.distill.stages import LAYER_LOSSES, objective_of
+from mmmamba_cli.distill.state import Progress
+from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.model.sequence import Columns
 from mmmamba_cli.recipe import KL, Stage
 
@@ -24,21 +29,30 @@ LOSSES = ("mixer-mse", "matrix-orientation", "hidden-alignment", "kl")
 ROWS = RandomLoader(IMAGE_ID, batch_size=4).samples(0)
 
 
+# What learns: matrix orientation depends on neither values nor gate.
+LEARNS = {
+    "matrix-orientation": tuple(
+        f"*.{name}" for name in ("[qk]_proj.*", "dt_*", "conv1d.*", "A_log")
+    )
+}
+
+
 def stage(loss: str, **settings: Any) -> Stage:
     inputs = "student" if loss == "kl" else settings.pop("inputs", "teacher")
+    learns = settings.pop("learns", LEARNS.get(loss, "new+qkv"))
     return Stage(
-        name="s", learns="new+qkv", loss=loss, inputs=inputs, steps=4, batch_size=4, lr=1e-3,
+        name="s", learns=learns, loss=loss, inputs=inputs, steps=4, batch_size=4, lr=1e-3,
         **settings,
     )  # fmt: skip
 
 
-def make_pair(plan: str = "mmmm", **options: Any) -> Pair:
+def make_pair(plan: str = "mmmm", loss: str = "kl", **options: Any) -> Pair:
     """A random teacher, and a student of another seed that shares what both have, in fp64."""
     teacher, student = small_model("a" * len(plan)), small_model(plan, seed=1, **options)
     shared = {n: t for n, t in teacher.state_dict().items() if ".mixer." not in n}
     student.load_state_dict(shared, strict=False)
     names = [name for name, _ in student.named_parameters()]
-    learning = learning_names(stage("kl"), student.config, names)
+    learning = learning_names(stage(loss), student.config, names)
     return pair_of(teacher.double(), student.double(), learning)
 
 
@@ -54,16 +68,13 @@ def gradients(objective: Objective, pair: Pair, batches: list[Batch]) -> tuple[f
 
 
 def flat_gradient(pair: Pair) -> Tensor:
-    """Matrix orientation reaches neither gate nor norm: their gradient is none, that is zero."""
     parameters = pair.learning_parameters().values()
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-    )
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_layouts_agree(loss: str) -> None:
-    pair = make_pair()
+    pair = make_pair(loss=loss)
     objective = objective_of(stage(loss), pair.student.config, pair.learning)
     alone, gradient = gradients(objective, pair, [batch_of(row[None]) for row in ROWS])
     ids, mask = padded(ROWS)
@@ -175,10 +186,83 @@ def test_attention_layers_of_a_hybrid_have_no_loss() -> None:
     gradients(objective, pair, [batch_of(ROWS[0][None])])
 
 
+@pytest.mark.parametrize("loss", LAYER_LOSSES)
+def test_a_loss_depends_on_what_it_says(loss: str) -> None:
+    """Parameter by parameter: a gradient that is not zero where the loss reaches it, else none."""
+    pair = make_pair(plan="mmam", loss="hidden-alignment", d_skip=True, qk_norm=True)
+    objective = objective_of(stage("hidden-alignment"), pair.student.config, pair.learning)
+    objective = replace(objective, loss=LAYER_LOSSES[loss])
+    pair = replace(pair, learning=tuple(name for name, _ in pair.student.named_parameters()))
+    pair.student.requires_grad_()
+    gradients(objective, pair, [batch_of(ROWS[0][None])])
+    for name, parameter in pair.student.named_parameters():
+        gradient = parameter.grad
+        assert objective.reaches(name) == (gradient is not None and bool(gradient.any())), name
+        if gradient is not None and objective.reaches(name):
+            assert objective.reaches_part(name) == bool((gradient == 0).any()), name
+
+
+@pytest.mark.parametrize(
+    ("loss", "learns", "named"),
+    [
+        ("matrix-orientation", "new+qkv", r"model\.layers\.0\.mixer\.D and 15 more"),
+        ("mixer-mse", ("*.mixer.*",), r"model\.layers\.0\.mixer\.o_proj\.weight and 3 more"),
+        ("hidden-alignment", ("*.q_proj.*", "lm_head.weight"), r"lm_head\.weight;"),
+    ],
+)
+def test_what_a_loss_does_not_reach_is_refused(loss: str, learns: Any, named: str) -> None:
+    config = small_model("mmmm", d_skip=True).config
+    names = [name for name, _ in small_model("mmmm", d_skip=True).named_parameters()]
+    settings = stage(loss, learns=learns)
+    learning = learning_names(settings, config, names)
+    expected = rf"^stages\.s\.learns: loss {loss} does not depend on {named}"
+    with pytest.raises(RecipeError, match=expected) as caught:
+        objective_of(settings, config, learning)
+    hint = str(caught.value.hint)
+    assert hint.startswith("--set 'stages.s.learns=[*.")
+    patterns = tuple(hint.partition("=[")[2].removesuffix("]'").split(", "))
+    settings = stage(loss, learns=patterns)
+    objective_of(settings, config, learning_names(settings, config, names))
+
+
+def test_channels_without_a_gradient_are_not_decayed(tmp_path: Path) -> None:
+    """Matrix orientation does not see what the convolution does to values."""
+    job = make_job(
+        tmp_path, "matrix-orientation", steps=5, learns=LEARNS["matrix-orientation"], lr=0.1
+    )
+    mixer = job.pair.student.model.layers[1].mixer
+    before = mixer.conv1d.weight.detach().clone()
+    train(job, Progress(), lambda result: None, lambda: False)
+    values = slice(0, mixer.kv_width)
+    assert torch.equal(mixer.conv1d.weight[values], before[values])
+    assert not torch.equal(mixer.conv1d.weight, before)
+
+
+def test_texts_do_not_reach_a_vision_part_that_alone_learns(tmp_path: Path) -> None:
+    """A step without a picture leaves it as it is, and is a step all the same."""
+    job = make_job(tmp_path, "kl", steps=2, learns=("model.vision.*",))
+    before = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
+    results: list[StepResult] = []
+    train(job, Progress(), results.append, lambda: False)
+    assert [result.gradient_norm for result in results] == [0.0, 0.0]
+    assert results[-1].skipped is None
+    after = job.pair.learning_parameters()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_attention_that_learns_is_refused_by_layer_losses() -> None:
+    pair = make_pair("mama")
+    names = [name for name, _ in pair.student.named_parameters()]
+    settings = stage("mixer-mse", learns=("*.mixer.q_proj.weight",))
+    learning = learning_names(settings, pair.student.config, names)
+    with pytest.raises(RecipeError, match=r"model\.layers\.1\.mixer\.q_proj\.weight and 1 more"):
+        objective_of(settings, pair.student.config, learning)
+
+
 @pytest.mark.parametrize("loss", ["mixer-mse", "matrix-orientation", "hidden-alignment"])
 def test_no_gradient_crosses_layers(loss: str) -> None:
     """A layer's gradient does not depend on what the student's other layers are."""
-    pair = make_pair()
+    pair = make_pair(loss=loss)
     objective = objective_of(stage(loss), pair.student.config, pair.learning)
     gradients(objective, pair, [batch_of(ROWS[0][None])])
     before = pair.student.model.layers[2].mixer.k_proj.weight.grad.clone()

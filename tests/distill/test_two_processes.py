@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small import small_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STEPS = 20
-# The last two let parameters learn that no mixer's `mix` or `forward` reaches.
+# The last three let parameters learn that no mixer's `mix` or `forward` reaches; the vision part of
+# the last gets no gradient from these texts.
 STAGES = (
     "mixer-mse:padded:new+qkv",
     "kl:packed:new+qkv",
-    "matrix-orientation:padded:new+qkv",
+    "matrix-orientation:padded:*.[qk]_proj.*+*.dt_*+*.conv1d.*+*.A_log",
     "kl:padded:*.mixer.*+*.mlp.*+model.norm.weight",
     "hidden-alignment:padded:*.mixer.*+*.mlp.*",
+    "kl:padded:*.mixer.*+model.vision.*",
+    "mixer-mse:gaps:new+qkv",
 )
 
 
@@ -59,7 +63,7 @@ def assert_alike(one: Any, two: Any) -> None:
     assert [row[0] for row in one["steps"]] == [row[0] for row in two["steps"]]
     for first, second in zip(one["steps"], two["steps"], strict=True):
         assert second[1:] == pytest.approx(first[1:], rel=1e-5)
-    assert two["tokens"] == one["tokens"]
+    assert (two["tokens"], two["bad"]) == (one["tokens"], one["bad"])
     assert two["learned"] == pytest.approx(one["learned"], rel=1e-5)
 
 
@@ -73,6 +77,21 @@ def test_one_and_two_processes(alone: Any, tmp_path: Path) -> None:
     for stage in STAGES:
         assert_alike(alone[stage], two[stage])
         assert alone[stage]["steps"][-1][1] != alone[stage]["steps"][0][1]
+    assert [row[1] for row in two[STAGES[-1]]["steps"]].count(-1.0) == 2
+    assert two[STAGES[-1]]["bad"] == 10
+
+
+def test_what_gets_no_gradient_stays_as_it_is(alone: Any, tmp_path: Path) -> None:
+    """Weight decay does not reach it, on one process or on two."""
+    before = {
+        name: float(parameter.double().abs().sum())
+        for name, parameter in small_model("aaaa").named_parameters()
+        if ".vision." in name
+    }
+    for found in (alone, train(tmp_path, 2)):
+        learned = found[STAGES[-2]]["learned"]
+        assert before
+        assert {name: learned[name] for name in before} == before
 
 
 def test_begun_on_two_and_ended_on_one(alone: Any, tmp_path: Path) -> None:
@@ -80,5 +99,9 @@ def test_begun_on_two_and_ended_on_one(alone: Any, tmp_path: Path) -> None:
     ended = train(tmp_path, 1)
     for stage in STAGES:
         assert len(begun[stage]["steps"]) == 7
-        joined = {**ended[stage], "steps": begun[stage]["steps"] + ended[stage]["steps"]}
+        joined = {
+            **ended[stage],
+            "steps": begun[stage]["steps"] + ended[stage]["steps"],
+            "bad": begun[stage]["bad"] + ended[stage]["bad"],
+        }
         assert_alike(alone[stage], joined)

@@ -1,12 +1,14 @@
 """Run as one of several processes: train small stages and print what each step gave, as JSON.
 
 Arguments: folder, total steps, step to stop after (0 for none), and stages as loss:layout:learns,
-the layout being "packed" or "padded", and `learns` as in a recipe, patterns joined by "+".
+the layout being "packed", "padded" or "gaps" (padded, two steps without a readable sample), and
+`learns` as in a recipe, patterns joined by "+".
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -27,7 +29,7 @@ def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any
     """Train one stage, or go on with it; what each step gave, and a sum over each parameter."""
     loss, layout, learns = stage.split(":")
     job = make_job(
-        folder / stage.translate(str.maketrans(":*.+", "____")),
+        folder / stage.translate(str.maketrans(":*.+[]", "______")),
         loss,
         learns=learns if learns == "new+qkv" else tuple(learns.split("+")),
         steps=steps,
@@ -40,12 +42,18 @@ def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any
         evaluate_every=5,
     )
     job = replace(job, held_out=RandomLoader(IMAGE_ID, 5, 1, world.rank, world.size, seed=9))
-    progress, rows = Progress(), []
+    if layout == "gaps":
+        loader = RandomLoader(IMAGE_ID, 5, 1, world.rank, world.size, unreadable_steps=(4, 11))
+        job = replace(job, loader=loader, max_bad_share=0.5)
+    progress, rows, bad = Progress(), [], []
 
     def report(result: StepResult) -> None:
         found = result.held_out
         extra = [found.loss, found.agreement, found.student_nll] if found else []
-        rows.append([result.step, result.loss, result.gradient_norm, *extra])
+        numbers = [result.step, result.loss, result.gradient_norm, *extra]
+        # A NaN equals nothing, not even in the same place.
+        rows.append([x if math.isfinite(x) else -1.0 for x in numbers])
+        bad.extend(result.bad)
 
     if job.states.steps():
         newest = job.states.path(job.states.steps()[-1]).name
@@ -54,7 +62,7 @@ def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any
         train(job, progress, report, lambda: progress.step == stop_at)
     learned = job.pair.learning_parameters()
     total = {name: float(whole(p.detach()).abs().sum()) for name, p in learned.items()}
-    return {"steps": rows, "learned": total, "tokens": progress.tokens}
+    return {"steps": rows, "learned": total, "tokens": progress.tokens, "bad": len(bad)}
 
 
 def main() -> None:

@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from suite_tables import ScriptedModel, mme_rows, picture, write_tsv
 
-from mmmamba_cli.errors import DataError, MmmambaError, RunError
+from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, RunError
 from mmmamba_cli.evaluate import (
     Encoded,
     Options,
     OutOfMemory,
+    Prompt,
     Watch,
     evaluate_model,
     evaluating,
@@ -31,6 +32,7 @@ from mmmamba_cli.evaluate import (
 )
 from mmmamba_cli.evaluate.batching import Limit, plan_batches
 from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest
+from mmmamba_cli.evaluate.runner import _answer
 from mmmamba_cli.evaluate.store import Answer, AnswerStore
 
 MME = find_suite("mme")
@@ -375,3 +377,15 @@ def test_two_commands_do_not_write_into_one_file(tmp_path: Path) -> None:
         store(tmp_path),
     ):
         pass
+
+
+def test_scores_that_are_no_numbers_choose_nothing(data: Path, tmp_path: Path) -> None:
+    """max() of scores with a NaN is the first choice, whatever the picture shows."""
+
+    class Broken(ScriptedModel):
+        def score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+            return [[float("nan")] * len(one.prompt.choices) for one in batch]
+
+    prompt = Prompt("7", "q", (), choices=("A", "B"))
+    with pytest.raises(CheckpointError, match="row 7: the model scores the choices as nan, nan"):
+        _answer(Broken(lambda prompt: "A"), [Encoded(prompt, 1)], 4)

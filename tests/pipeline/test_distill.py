@@ -382,3 +382,44 @@ def test_adapters_need_peft_and_a_matrix(
     assert "stages.stage3.lora.targets[0]: is 'gate'" in refused(*distill(work, seeded, *wrong))
     monkeypatch.setitem(sys.modules, "peft", None)
     assert "pip install 'mmmamba[lora]'" in refused(*distill(work, seeded, *LORA))
+
+
+def test_a_merged_adapter_does_not_round_what_it_sits_on(seeded: Path, tmp_path: Path) -> None:
+    """Under bf16 the frozen matrix in memory is rounded; the fp32 product's is the parent's own."""
+    done(
+        "seed", seeded / "hovle.ckpt", "--run", tmp_path / "run", "--recipe", "smoke",
+        "--no-report", "--dtype", "fp32",
+    )  # fmt: skip
+    short = [word for n in (1, 2, 3) for word in ("--set", f"stages.stage{n}.steps=2")]
+    bf16 = ("--set", "stages.stage3.precision=bf16", *LORA)
+    done(*distill(tmp_path, seeded, *short, *bf16))
+    before, after = weights(tmp_path, "hybrid-1"), weights(tmp_path, "hybrid-1-stage3")
+    name = "model.layers.3.mixer.q_proj.weight"
+    assert after[name].dtype == torch.float32
+    values = torch.linalg.svdvals((after[name] - before[name]).double())
+    # Four ranks and what fp32 rounds; bf16 would leave 2e-3 of each weight in every direction.
+    assert values[0] > 0
+    assert values[4] < 1e-6 * before[name].norm()
+
+
+def test_held_out_samples_that_cannot_be_read(work: Path, seeded: Path, tmp_path: Path) -> None:
+    """Some: named and counted. All: a sentence before the first step, and nothing is written."""
+    lines = (seeded / "held_out.jsonl").read_text().splitlines()
+    some, none = tmp_path / "some.jsonl", tmp_path / "none.jsonl"
+    some.write_text("\n".join(["{broken", *lines[1:]]) + "\n")
+    none.write_text("{broken\n" * 3)
+    result = done(*distill(work, seeded, "--stage", "1", "--held-out", some))
+    assert result.output.count("skipped held-out sample some.jsonl:1: is not JSON") == 1
+    assert "1 of 4 samples could not be read" in result.output
+    metrics = Run(work / "run").product("stage1").metrics
+    assert (metrics["held_out"]["samples"], metrics["held_out"]["bad_samples"]) == (3, 1)
+    message = refused(*distill(work, seeded, "--stage", "2", "--held-out", none))
+    assert message.startswith("none of the 3 held-out samples can be read; the first: none.jsonl:1")
+    assert list(Run(work / "run").products())[-1] == "stage1"
+
+
+def test_a_loss_that_does_not_reach_what_learns(work: Path, seeded: Path) -> None:
+    oriented = ("--set", "stages.stage1.loss=matrix-orientation")
+    message = refused(*distill(work, seeded, "--stage", "1", *oriented))
+    assert "stages.stage1.learns: loss matrix-orientation does not depend on" in message
+    assert not (work / "run/training").exists()

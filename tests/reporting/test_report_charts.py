@@ -42,6 +42,27 @@ def test_bars_and_whiskers_stand_where_their_numbers_are() -> None:
     assert "one: 80, 70 to 95; two: 50" in (picture["aria-label"] or "")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bar_without_a_finite_value_is_written_and_not_drawn(value: float) -> None:
+    rows = [Bar("one", value, 0, (value, value)), Bar("two", 50.0, 1, (40.0, value))]
+    for high in (100.0, None):
+        svg = Balanced(bars("scores", rows, high=high))
+        assert len(svg.all("rect")) == 1
+        places = [one[key] for one in svg.all("text") for key in ("x", "y")]
+        assert all(math.isfinite(float(place or 0)) for place in places)
+    assert not math.isnan(around([1.0])[1])
+    assert bars("scores", rows[:1]).count(str(value)) >= 2
+
+
+def test_a_loss_that_is_not_finite_does_not_take_its_neighbours_along() -> None:
+    """Of a mean of several points only the known ones count; a run of unknown ones is a gap."""
+    curve = [(float(i), math.nan if i in (3, 6, 7, 8) else 2.0) for i in range(12)]
+    found = thinned(curve, most=4)
+    assert [y for _, y in found[:2]] == [2.0, 2.0]
+    assert math.isnan(found[2][1])
+    assert found[1][0] == pytest.approx(4.5)
+
+
 def test_points_stand_where_their_numbers_are() -> None:
     drawn = Line("one", 0, ((1.0, 1.0), (2.0, 10.0), (4.0, 100.0)))
     svg = Balanced(lines("t", [drawn], x_name="x", y_name="y", log_x=True, log_y=True))
