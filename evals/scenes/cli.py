@@ -59,11 +59,17 @@ def build(
 ) -> None:
     """Write SCENES.tsv to evaluate on and lessons.jsonl with pictures to train on."""
     from mmmamba_cli.checkpoint import atomic_folder
-    from mmmamba_evals.scenes.build import LESSONS, TABLE, write_lessons, write_suite
+    from mmmamba_cli.checkpoint.replacement import check_replaceable, files_beside
+    from mmmamba_evals.scenes.build import LESSONS, PICTURES, TABLE, write_lessons, write_suite
     from mmmamba_evals.scenes.sampling import SPLITS, askable
 
     drawn, world = _open(atlas, style)
-    with atomic_folder(folder, overwrite=overwrite) as partial:
+    known = (TABLE, LESSONS, f"{PICTURES}/*.png")
+
+    def check(place: Path) -> None:
+        check_replaceable(place, lambda found: files_beside(found, known), "mmmamba scenes build")
+
+    with atomic_folder(folder, overwrite, check) as partial:
         total = pictures * (len(SPLITS) + len(askable(world)))
         with progress("drawing the suite", total, "pictures") as advance:
             asked = write_suite(partial / TABLE, drawn, world, seed, pictures, pictures, advance)
@@ -95,13 +101,17 @@ def sheet(
     style: Style = "noto",
     rows: Annotated[int, typer.Option(min=1, help="Scenes of each category.")] = 6,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw a contact sheet: a column for each category, and the questions beside on stdout."""
     from random import Random
 
+    from mmmamba_cli.errors import DataError
     from mmmamba_evals.scenes.blind import draws_of
     from mmmamba_evals.scenes.render import contact_sheet, render
 
+    if file.exists() and not overwrite:
+        raise DataError(f"{file} already exists", "--overwrite replaces it")
     drawn, world = _open(atlas, style)
     draws = draws_of(world)
     pictures = []

@@ -16,7 +16,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -26,6 +26,7 @@ import yaml
 from PIL import Image
 
 from mmmamba_cli.checkpoint.atomic import atomic_folder
+from mmmamba_cli.checkpoint.replacement import check_replaceable, files_beside
 from mmmamba_cli.errors import CheckpointError, DataError, name_some
 from mmmamba_evals.scenes.classes import ObjectClass, class_table
 
@@ -80,11 +81,12 @@ def fetch(
     """Write `out/STYLE/CLASS/STYLE.png`, and a NOTICE in each style; None is all there are.
 
     A style's folder is there completely or not at all; the styles before one that fails remain.
-    With `overwrite` it replaces one that is there.
+    With `overwrite` it replaces one that is there, if that holds drawings of the style only.
 
     Raises `DataError`, in one sentence, for names that are unknown, for want of npm or of the
     library that renders SVG, if npm fails, and if what it brings is not what was expected;
-    `CheckpointError` if a style's folder is there already; `OSError` if the disk is full.
+    `CheckpointError` if a style's folder is there already, or holds other files; `OSError` if the
+    disk is full.
     """
     chosen = _chosen_styles(styles)
     wanted = _chosen_classes(classes)
@@ -95,15 +97,18 @@ def fetch(
         )
     # These are known before the first of some hundred megabytes is downloaded.
     for style, package in chosen.items():
-        if (out / style).exists() and not overwrite:
-            raise CheckpointError(f"{out / style} already exists", "--overwrite replaces it")
+        if (out / style).exists():
+            if not overwrite:
+                raise CheckpointError(f"{out / style} already exists", "--overwrite replaces it")
+            _check_replaceable(out / style, style)
         if package.is_vector and find_spec("resvg_py") is None:
             raise DataError(
                 f"{package.name} is drawn in SVG, which takes the package resvg-py to render",
                 "pip install 'mmmamba[scenes]'",
             )
     for style, package in chosen.items():
-        with atomic_folder(out / style, overwrite) as folder:
+        check = partial(_check_replaceable, style=style)
+        with atomic_folder(out / style, overwrite, check) as folder:
             say(f"{style}: downloading {package.name}")
             sprites = _sprites(_download(npm, package), package, wanted)
             for name, sprite in sprites.items():
@@ -112,6 +117,11 @@ def fetch(
                 sprite.save(place / f"{style}.png", optimize=True)
             _write_notice(folder, style, package)
         say(f"{style}: {len(sprites)} drawings in {out / style}")
+
+
+def _check_replaceable(folder: Path, style: str) -> None:
+    known = ("NOTICE", "LICENSE", f"*/{style}.png")
+    check_replaceable(folder, lambda place: files_beside(place, known), "mmmamba scenes fetch")
 
 
 def _chosen_styles(styles: Sequence[str] | None) -> dict[str, Package]:

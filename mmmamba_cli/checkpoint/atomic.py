@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
+import secrets
+import shlex
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from mmmamba_cli.errors import CheckpointError
 
+# A hidden sibling: the name it stands for, its role, the machine and the process that made it.
+HIDDEN = re.compile(
+    r"\.(?P<name>.+)\.(?P<role>partial|old)-(?P<machine>[\w.]+)-(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?"
+)
+# Tokens of the hidden folders that this process is writing.
+_active: set[str] = set()
+
 
 @contextmanager
-def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, overwrite: bool = False, check: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Yield an empty hidden folder beside `target` that takes its name when the block ends well.
 
     If it does not, Ctrl-C included, nothing remains of it and an old `target` is as it was. With
     `overwrite` an existing folder is replaced; it is removed only after the new one is in place.
-    What killed processes of this machine left behind is cleaned up first.
+    `check` is called with an existing folder before anything is written, and again before the
+    folder is replaced; it raises if the folder may not be replaced. What killed processes of this
+    machine left behind is cleaned up first.
 
     Raises `CheckpointError` if the target exists (without `overwrite`) or is not a folder, and
     `OSError` if the disk is full or not writable.
     """
     target = Path(target).resolve()
-    _refuse_existing(target, overwrite)
+    _refuse_existing(target, overwrite, check)
     made = [parent for parent in target.parents if not parent.exists()]
-    partial, aside = _sibling(target, "partial"), _sibling(target, "old")
+    token = secrets.token_hex(4)
+    partial, aside = _sibling(target, "partial", token), _sibling(target, "old", token)
+    _active.add(token)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _recover(target)
-        _refuse_existing(target, overwrite)
+        _refuse_existing(target, overwrite, check)
         partial.mkdir()
         yield partial
         _sync_tree(partial)
         if overwrite and target.exists():
+            _refuse_existing(target, overwrite, check)
             target.rename(aside)
         _put_in_place(partial, target)
     except BaseException:
@@ -50,7 +68,54 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if aside.exists() and target.exists():
             _remove(aside)
+        _active.discard(token)
     _sync_folder(target.parent)
+
+
+def set_aside(folder: Path) -> dict[str, Path]:
+    """Folders below `folder` that were moved aside to be replaced and never were, by name.
+
+    A process that is killed between the two moves of a replacement leaves the old folder hidden
+    beside its place. Empty if `folder` cannot be listed.
+    """
+    found = {}
+    with suppress(OSError):
+        for path in sorted(Path(folder).iterdir()):
+            match = HIDDEN.fullmatch(path.name)
+            if match is not None and match["role"] == "old":
+                place = path.with_name(match["name"])
+                if not place.exists() and path.is_dir():
+                    found[match["name"]] = path
+    return found
+
+
+def restore(target: Path) -> Path | None:
+    """Put the folder `target` back if a killed process of this machine has left it set aside.
+
+    Returns the hidden folder if one is there and stays there, because another machine may be
+    writing or because the disk refuses the move; None otherwise.
+    """
+    target = Path(target)
+    hidden = set_aside(target.parent).get(target.name)
+    if hidden is None:
+        return None
+    match = HIDDEN.fullmatch(hidden.name)
+    if match is None or not _is_dead(match):
+        return hidden
+    try:
+        hidden.rename(target)
+    except OSError:
+        # Another command may have put it back meanwhile.
+        return hidden if hidden.exists() else None
+    return None
+
+
+def put_back(hidden: Path) -> str:
+    """What to do about a folder that `restore` left where it is."""
+    match = HIDDEN.fullmatch(hidden.name)
+    name = hidden.name if match is None else match["name"]
+    move = shlex.join(["mv", str(hidden), str(hidden.with_name(name))])
+    return f"if no other machine is writing it, put it back: {move}"
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -64,54 +129,85 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
     Raises `OSError` if the disk is full or not writable; an old file is then as it was.
     """
     path = Path(path).resolve()
-    partial = _sibling(path, "partial")
+    partial = _sibling(path, "partial", secrets.token_hex(4))
     try:
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        # The file that was asked for, not the one beside it.
+        if error.filename is not None:
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
-def _refuse_existing(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
+def _refuse_existing(
+    target: Path, overwrite: bool, check: Callable[[Path], None] | None = None
+) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a folder or nothing there")
-    if target.exists() and not overwrite:
+    if not overwrite:
         raise CheckpointError(f"{target} already exists", "--overwrite replaces it")
+    if check is not None:
+        check(target)
 
 
-def _sibling(target: Path, role: str) -> Path:
-    """A hidden name that says which process of which machine it belongs to."""
-    return target.parent / f".{target.name}.{role}-{_host()}-{os.getpid()}"
+def _sibling(target: Path, role: str, token: str) -> Path:
+    """A hidden name that no other process has, and that says whose it is."""
+    return target.parent / f".{target.name}.{role}-{_machine()}-{os.getpid()}-{token}"
 
 
 def _host() -> str:
-    return re.sub(r"[^\w.]", "_", socket.gethostname())
+    return re.sub(r"[^\w.]", "_", socket.gethostname())[:32]
+
+
+@cache
+def _machine() -> str:
+    """The host, its boot and its process namespace: where a process id means one process.
+
+    Containers on one disk may share a host name, and number their processes alike.
+    """
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return f"{_host()}.{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:8]}"
 
 
 def _recover(target: Path) -> None:
     """Undo what dead processes left: remove partial folders, put an old folder back or away.
 
     A process id of another machine on a shared disk says nothing here, so those are left alone.
-    Our own id is a dead process's too: we have not started.
     """
-    stale = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-{re.escape(_host())}-(\d+)")
     for path in sorted(target.parent.iterdir()):
-        match = stale.fullmatch(path.name)
-        if match is None or _is_alive(int(match[2])):
+        match = HIDDEN.fullmatch(path.name)
+        if match is None or match["name"] != target.name or not _is_dead(match):
             continue
-        if match[1] == "old" and not target.exists():
+        if match["role"] == "old" and not target.exists():
             path.rename(target)
         else:
             _remove(path)
 
 
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
+def _is_dead(hidden: re.Match[str]) -> bool:
+    """Whether the process that made this hidden folder is known to have ended."""
+    pid = int(hidden["pid"])
+    if hidden["token"] is None:
+        # As earlier versions named them; this process is not one of those.
+        return hidden["machine"] == _host() and (pid == os.getpid() or not _is_alive(pid))
+    if hidden["machine"] != _machine():
         return False
+    return hidden["token"] not in _active if pid == os.getpid() else not _is_alive(pid)
+
+
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmmamba_cli.checkpoint.atomic import put_back, restore
 from mmmamba_cli.checkpoint.hub import FILE_SUFFIXES, fetched, hub_name, is_hub_id
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.plugins import entry_points
@@ -28,11 +29,19 @@ def shipped_models() -> dict[str, Path]:
 def located(name: str | Path) -> Path:
     """A path on this disk: the one given, a shipped model's folder, or what the Hub had.
 
-    Raises `CheckpointError` if there is no such thing, naming the models that ship.
+    A folder that a killed command has left set aside is put back first. Raises `CheckpointError` if
+    there is no such thing, naming the models that ship.
     """
     path = Path(name).expanduser()
     if _is_there(path):
         return path
+    hidden = restore(path)
+    if _is_there(path):
+        return path
+    if hidden is not None:
+        raise CheckpointError(
+            f"{path} was being replaced and is kept as {hidden}", put_back(hidden)
+        )
     if is_hub_id(name):
         return fetched(name)
     shipped = shipped_models()

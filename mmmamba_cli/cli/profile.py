@@ -131,6 +131,7 @@ def command(
         raise DataError("--attn-layers needs --random NAME", "hybridize makes a run's hybrids")
 
     from mmmamba_cli.profiling import (
+        check_replaceable,
         default_plan,
         int8_subjects,
         random_subjects,
@@ -138,6 +139,9 @@ def command(
         write_profile,
     )
 
+    own = random is None and (not model or bool(product))
+    target = folder or (run / FOLDER if own else Path(FOLDER))
+    check_replaceable(target)
     store = weight_store(device, dtype)
     if random is not None:
         subjects = random_subjects(
@@ -161,8 +165,7 @@ def command(
         seed=seed,
     )
     found = _profile(subjects, plan)
-    own = random is None and (not model or bool(product))
-    files = write_profile(found, folder or (run / FOLDER if own else Path(FOLDER)))
+    files = write_profile(found, target)
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:

@@ -61,6 +61,13 @@ def command(
         typer.Option(metavar="FILE", help="JSON Lines of questions and images for the report."),
     ] = None,
     overwrite: Overwrite = False,
+    discard: Annotated[
+        bool,
+        typer.Option(
+            "--discard",
+            help="With --overwrite: remove the run's other products too, which lose their parent.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Seed a linear student out of a trained teacher, and start a run with it."""
@@ -77,6 +84,7 @@ def command(
     teacher = open_checkpoint(checkpoint, config_file=config, tokenizer_file=tokenizer, arch=arch)
     _warn(teacher)
     with target.lock():
+        before = [name for name in target.products() if name != "seed"]
         with progress("seeding", _student_bytes(teacher, loaded, wanted), "B") as advance:
             manifest = seed_student(
                 target,
@@ -84,11 +92,14 @@ def command(
                 loaded,
                 dtype=wanted,
                 overwrite=overwrite,
+                discard=discard,
                 config_file=config,
                 arch=arch,
                 advance=advance,
             )
         rows = _fidelity(target, teacher, calibration) if report else []
+    if before:
+        print_warning(f"removed from {target.folder}: {', '.join(before)}")
     _say(target, manifest, rows, as_json)
 
 

@@ -17,15 +17,15 @@ from mmmamba_cli.checkpoint import (
     atomic_folder,
     checked_reader,
 )
+from mmmamba_cli.checkpoint.replacement import check_replaceable
 from mmmamba_cli.checkpoint.rules import foreign_tensors
 from mmmamba_cli.checkpoint.writer import MAX_SHARD_BYTES
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.export.card import Story, card_text, public_manifest
 from mmmamba_cli.export.companions import write_beside
 from mmmamba_cli.export.layouts import BODY, HUB, Layout, layout_of
+from mmmamba_cli.export.record import CARD, strangers, write_record
 from mmmamba_cli.runs.manifest import MANIFEST, manifest_text
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def export_checkpoint(
 
     `story` is what the model card tells; `dtype` None keeps what is stored. `advance` is told of
     bytes as they are written. Raises `CheckpointError` if the format cannot hold the model, a
-    tensor holds NaN or infinity, or the target exists and `overwrite` is not given; `RunError` if
-    the tensors are not those that the story's manifest is of.
+    tensor holds NaN or infinity, or the target exists and `overwrite` is not given or it holds
+    anything but an export's own files; `RunError` if the tensors are not those that the story's
+    manifest is of.
     """
     if checkpoint.path.resolve().is_relative_to(target.resolve()):
         raise CheckpointError(
@@ -66,7 +67,11 @@ def export_checkpoint(
     plan = plan_of(layout)
     body = layout.dtype(BODY)
     story = story or Story()
-    with atomic_folder(target, overwrite) as folder:
+
+    def check(found: Path) -> None:
+        check_replaceable(found, strangers, "mmmamba export")
+
+    with atomic_folder(target, overwrite, check) as folder:
         with (
             TensorHasher() as hasher,
             ShardedWriter(folder, plan, max_shard_bytes) as writer,
@@ -92,6 +97,7 @@ def export_checkpoint(
         (folder / CARD).write_text(
             card_text(checkpoint, name, found.dtype, _parameters(layout), story), encoding="utf-8"
         )
+        write_record(folder, name)
     return found
 
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
         run_subjects,
         weight_store,
     )
-    from mmmamba_cli.profiling.profiling import default_plan, profile, write_profile
+    from mmmamba_cli.profiling.profiling import (
+        check_replaceable,
+        default_plan,
+        profile,
+        write_profile,
+    )
 
 __all__ = [
     "About",
@@ -30,6 +35,7 @@ __all__ = [
     "Subject",
     "Watch",
     "WrongDecoder",
+    "check_replaceable",
     "default_plan",
     "int8_subjects",
     "measure",
@@ -65,6 +71,7 @@ __getattr__ = deferred_names(
             "weight_store",
         ),
         "profiling": (
+            "check_replaceable",
             "default_plan",
             "profile",
             "write_profile",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mmmamba_cli.checkpoint import atomic_write_bytes, atomic_write_text
-from mmmamba_cli.errors import DataError
+from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.profiling.ceilings import measure_ceilings
 from mmmamba_cli.profiling.checking import RAISE, Gate, OnWrong, check_all
 from mmmamba_cli.profiling.contract import OutOfMemory, Subject
@@ -177,6 +178,22 @@ def _measure(
         until = None if plan.budget is None else began + plan.budget
         tried = search(subjects, plan, loaded, meter, ceilings, until)
     return _Found(measured, ceilings, tried, host, taken)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raise `RunError` if a profile written into `folder` would replace what is no profile."""
+    folder = Path(folder)
+    file = folder / PROFILE
+    there = [name for name in (PROFILE, PICTURE, DRAWING) if (folder / name).exists()]
+    if not there:
+        return
+    try:
+        json.loads(file.read_text(encoding="utf-8"))["subjects"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{folder} holds {', '.join(there)} that mmmamba profile did not write",
+            "choose another folder with --out",
+        ) from error
 
 
 def write_profile(found: Profile, folder: str | Path) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.evaluate import Suite
 from mmmamba_cli.evaluate.result import RulePart
 from mmmamba_cli.reporting.comparing import Difference, difference, pairs, sentence
@@ -80,6 +80,16 @@ def build_page(
     heading = title or _title(material)
     body = joined((_head(heading, note, material, differences), *parts.values()))
     return Page(_document(heading, body), tuple(parts), left_out)
+
+
+def check_replaceable(file: Path) -> None:
+    """Raise `RunError` if `file` is there and is no report, which a report may replace."""
+    try:
+        if not file.exists() or f">{MARK}<".encode() in file.read_bytes():
+            return
+    except IsADirectoryError as error:
+        raise RunError(f"{file} is a folder", "give a file to write, as report.html") from error
+    raise RunError(f"{file} is there and is no report of mmmamba", "choose another file")
 
 
 def _suites(material: Material) -> list[str]:

@@ -21,6 +21,7 @@ from mmmamba_cli.checkpoint import (
     default_generation_config,
     tensor_plan,
 )
+from mmmamba_cli.checkpoint.replacement import check_replaceable, files_beside
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.processing import (
@@ -40,6 +41,30 @@ from mmmamba_cli.runs.manifest import (
     versions,
 )
 from mmmamba_cli.runs.run import Run
+
+# Everything that mmmamba writes into a product's folder, and the tokenizer files of a teacher that
+# may be put beside it.
+FILES = (
+    MANIFEST,
+    SOURCE_CONFIG,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "fidelity.json",
+    "generation_config.json",
+    "merges.txt",
+    "metrics.jsonl",
+    "model-*-of-*.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 
 ReadTensor = Callable[[str], Tensor]
 Shape = tuple[int, ...]
@@ -71,7 +96,8 @@ def write_product(
     """Write a product into the run, atomically. `advance` is told of bytes as they are written.
 
     Tensors come one at a time from `draft.read` and are let go. The caller holds the run's lock.
-    Raises `RunError` if the product exists and `overwrite` is not given.
+    Raises `RunError` if the product exists and `overwrite` is not given; `CheckpointError` if its
+    folder holds files that are no product's, or a value does not fit into the product's dtype.
     """
     target = run.product_folder(draft.name)
     if target.exists() and not overwrite:
@@ -80,10 +106,14 @@ def write_product(
             "replace it with --overwrite, or choose another --run",
         )
     plan = tensor_plan(draft.shapes, draft.dtype)
-    with atomic_folder(target, overwrite) as folder:
+
+    def check(found: Path) -> None:
+        check_replaceable(found, lambda folder: files_beside(folder, FILES), "mmmamba")
+
+    with atomic_folder(target, overwrite, check) as folder:
         with ShardedWriter(folder, plan) as writer:
             for name, info in plan.items():
-                writer.write(name, draft.read(name).to(info.dtype))
+                writer.write(name, draft.read(name), cast=True)
                 if advance is not None:
                     advance(info.nbytes)
             content_hash = writer.finish()

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, located, open_checkpoint
+from mmmamba_cli.checkpoint.atomic import put_back, restore, set_aside
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, parse_model, read_manifest
 
@@ -79,17 +80,33 @@ class Run:
     def product_folder(self, name: str) -> Path:
         return self.folder / PRODUCTS / name
 
+    def hidden_products(self) -> dict[str, Path]:
+        """Products that a command was replacing when it ended, and the folders that hold them.
+
+        Those that a killed process of this machine left are put back and are not among them.
+        """
+        folder = self.folder / PRODUCTS
+        found = {name: restore(folder / name) for name in set_aside(folder)}
+        return {name: hidden for name, hidden in found.items() if hidden is not None}
+
     def products(self) -> dict[str, Manifest]:
         """Complete products by name, oldest first."""
         folder = self.folder / PRODUCTS
         if not folder.is_dir():
             return {}
+        self.hidden_products()
         names = [p.name for p in folder.iterdir() if (p / MANIFEST).is_file()]
         found = {name: self._manifest(name) for name in names if not name.startswith(".")}
         return dict(sorted(found.items(), key=lambda item: (item[1].created, item[0])))
 
     def product(self, name: str) -> Manifest:
         """Raises `RunError` if there is none of that name."""
+        hidden = self.hidden_products().get(name)
+        if hidden is not None:
+            raise RunError(
+                f"product {name!r} of {self.folder} was being replaced and is kept as {hidden}",
+                put_back(hidden),
+            )
         if not PRODUCT_NAME.fullmatch(name) or not (self.product_folder(name) / MANIFEST).is_file():
             known = ", ".join(self.products()) or "none"
             raise RunError(f"{self.folder} has no product {name!r:.60}, it has: {known}")

@@ -49,24 +49,32 @@ def seed_student(
     *,
     dtype: torch.dtype,
     overwrite: bool = False,
+    discard: bool = False,
     config_file: Path | None = None,
     arch: str | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Start `run` with a seeded student of `teacher`. See `Draft` and `write_product`.
 
-    Every tensor of the teacher is read once, checked for NaN and infinity, and hashed. Raises
-    `RunError` if the run has products and `overwrite` is not given.
+    Every tensor of the teacher is read once, checked for NaN and infinity, and hashed. `overwrite`
+    replaces the run's seed, `discard` also removes its other products. Raises `RunError` if the run
+    has products and `overwrite` is not given, or others than the seed and `discard` is not given.
     """
     if LINEAR in teacher.config.layer_types:
         raise CheckpointError(
             f"{teacher.path} is not a teacher: some of its layers are linear already",
             "it is a student already: `mmmamba import` takes it into a run",
         )
+    others = [name for name in run.products() if name != NAME]
     if run.products() and not overwrite:
         raise RunError(
             f"{run.folder} already has products ({', '.join(run.products())})",
             "start over with --overwrite, or choose another --run",
+        )
+    if others and not discard:
+        raise RunError(
+            f"{run.folder} has products that a new seed would orphan: {', '.join(others)}",
+            "choose another --run to keep them, or remove them with --overwrite --discard",
         )
     config = student_config(teacher.config, recipe)
     kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
@@ -95,9 +103,8 @@ def seed_student(
         digests={name: digest.hex() for name, digest in digests.items()},
     )
     # What was made of the seed before this one has lost its parent.
-    for name in run.products():
-        if name != NAME:
-            shutil.rmtree(run.product_folder(name))
+    for name in others:
+        shutil.rmtree(run.product_folder(name))
     run.write_record(RunRecord(teacher=record, current=NAME))
     return manifest
 

@@ -1,6 +1,7 @@
 """Folders and files that are there completely or not at all, whatever happens meanwhile."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -43,7 +44,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
         assert not target.exists()
         assert folder.parent == tmp_path
         assert folder.name.startswith(".out.partial-")
-        assert folder.name.endswith(f"-{os.getpid()}")
+        assert re.fullmatch(rf".*-{os.getpid()}-[0-9a-f]{{8}}", folder.name)
     assert tree(tmp_path) == {f"out/{name}": text for name, text in whole().items()}
 
 
@@ -158,11 +159,16 @@ def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    host, dead, alive = atomic._host(), dead_pid(), os.getppid()
+    host, here, dead, alive = atomic._host(), atomic._machine(), dead_pid(), os.getppid()
     leftovers = {
         f".out.partial-{host}-{dead}": False,
         f".out.partial-{host}-{os.getpid()}": False,
         f".out.partial-{host}-{alive}": True,
+        f".out.partial-{here}-{dead}-0123abcd": False,
+        f".out.partial-{here}-{os.getpid()}-0123abcd": False,
+        f".out.partial-{here}-{alive}-0123abcd": True,
+        # Another container of this host: its process numbers are not these.
+        f".out.partial-{host}.00000000-{dead}-0123abcd": True,
         f".out.partial-elsewhere-{dead}": True,
         f".out2.partial-{host}-{dead}": True,
         f".out.partial-{host}-x": True,
@@ -196,6 +202,95 @@ def test_an_old_folder_that_was_replaced_is_removed(tmp_path: Path) -> None:
         fill(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert tree(tmp_path / "out") == whole()
+
+
+def test_containers_that_number_processes_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of one number on one disk, each in a container: neither touches the other's."""
+    with atomic_folder(tmp_path / "out") as mine:
+        fill(mine)
+        monkeypatch.setattr(atomic, "_machine", lambda: f"{atomic._host()}.00000000")
+        monkeypatch.setattr(atomic, "_active", set())
+        with atomic_folder(tmp_path / "out") as other:
+            assert other != mine
+            fill(other, "other")
+        assert tree(mine) == whole()
+        shutil.rmtree(tmp_path / "out")
+    assert tree(tmp_path / "out") == whole()
+
+
+def test_two_threads_of_a_process(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as mine:
+        fill(mine)
+        with atomic_folder(tmp_path / "out") as other:
+            fill(other, "other")
+        assert tree(mine) == whole()
+        shutil.rmtree(tmp_path / "out")
+    assert tree(tmp_path / "out") == whole()
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_reader_puts_an_old_folder_back(tmp_path: Path, legacy: bool) -> None:
+    where = atomic._host() if legacy else atomic._machine()
+    aside = tmp_path / f".out.old-{where}-{dead_pid()}{'' if legacy else '-0123abcd'}"
+    shutil.move(old_folder(tmp_path), aside)
+    assert atomic.set_aside(tmp_path) == {"out": aside}
+    assert atomic.restore(tmp_path / "out") is None
+    assert tree(tmp_path) == {"out/old.txt": "old"}
+    assert atomic.set_aside(tmp_path) == {} and atomic.restore(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("owner", ["another machine", "a live process", "a disk that refuses"])
+def test_an_old_folder_that_may_not_be_moved_is_named(
+    tmp_path: Path, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = "elsewhere.00000000" if owner == "another machine" else atomic._machine()
+    pid = os.getppid() if owner == "a live process" else dead_pid()
+    aside = tmp_path / f".out.old-{where}-{pid}-0123abcd"
+    shutil.move(old_folder(tmp_path), aside)
+
+    def fail(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    if owner == "a disk that refuses":
+        monkeypatch.setattr(Path, "rename", fail)
+    assert atomic.restore(tmp_path / "out") == aside
+    assert tree(tmp_path) == {f"{aside.name}/old.txt": "old"}
+    assert f"mv {aside} {tmp_path / 'out'}" in atomic.put_back(aside)
+
+
+def test_a_check_stops_the_replacement_early_and_late(tmp_path: Path) -> None:
+    target = old_folder(tmp_path)
+
+    def check(folder: Path) -> None:
+        if (folder / "mine.txt").exists():
+            raise CheckpointError("mine")
+
+    with (
+        pytest.raises(CheckpointError, match="mine"),
+        atomic_folder(target, overwrite=True, check=check) as folder,
+    ):
+        fill(folder)
+        (target / "mine.txt").write_text("put there meanwhile")
+    with (
+        pytest.raises(CheckpointError, match="mine"),
+        atomic_folder(target, overwrite=True, check=check),
+    ):
+        raise AssertionError("the block must not run")
+    assert set(tree(tmp_path)) == {"out/old.txt", "out/mine.txt"}
+
+
+def test_a_refused_write_names_the_file_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError) as raised:
+        atomic_write_text(tmp_path / "report.html", "x")
+    assert raised.value.filename == str(tmp_path / "report.html")
 
 
 HALFWAY = f"""

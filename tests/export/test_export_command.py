@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,90 @@ def test_what_is_there_stays_unless_told(run: Path, tmp_path: Path) -> None:
     words = ("--run", run, "--format", "hub", "--out", out)
     with pytest.raises(CheckpointError, match=r"already exists .--overwrite replaces it"):
         mmmamba("export", *words)
+    with pytest.raises(CheckpointError, match=r"did not write: mine\.txt .move what is to be kept"):
+        mmmamba("export", *words, "--overwrite")
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").unlink()
     mmmamba("export", *words, "--overwrite")
-    assert not (out / "mine.txt").exists() and (out / "config.json").is_file()
+    assert (out / "config.json").is_file()
+
+
+def test_only_an_export_is_replaced(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("--run", run, "--format", "hub", "--out", out, "--overwrite")
+    mmmamba("export", *words)
+    mmmamba("export", *words, "--dtype", "bf16")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    changes: dict[str, Any] = {
+        "notes.txt": lambda: (out / "notes.txt").write_text("mine"),
+        ".git/": lambda: (out / ".git/objects").mkdir(parents=True),
+        "README.md (changed since)": lambda: (out / "README.md").write_text("my own card"),
+        "config.json (changed since)": lambda: (out / "config.json").write_text("{}"),
+    }
+    for name, change in changes.items():
+        change()
+        with pytest.raises(CheckpointError) as raised:
+            mmmamba("export", *words)
+        assert f"did not write: {name} (move what" in str(raised.value)
+        shutil.rmtree(out)
+        out.mkdir()
+        for file, content in before.items():
+            (out / file).write_bytes(content)
+    mmmamba("export", *words)
+
+
+def test_an_export_without_a_record_is_known_by_its_card(run: Path, tmp_path: Path) -> None:
+    """As versions before the record wrote them."""
+    out = tmp_path / "out"
+    words = ("--run", run, "--format", "hub", "--out", out, "--overwrite")
+    mmmamba("export", *words)
+    (out / "mmmamba_export.json").unlink()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"did not write: notes\.txt \("):
+        mmmamba("export", *words)
+    (out / "notes.txt").unlink()
+    mmmamba("export", *words)
+    (out / "mmmamba_export.json").unlink()
+    (out / "README.md").write_text("# Mine\n")
+    with pytest.raises(CheckpointError, match=r"did not write: README\.md, "):
+        mmmamba("export", *words)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (".", "is the working directory"),
+        ("..", "holds the working directory"),
+        ("~", "is the home folder"),
+        ("~/..", "holds the home folder"),
+    ],
+)
+def test_where_one_stands_and_lives_is_never_replaced(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, said: str
+) -> None:
+    """Though it be an export."""
+    out = tmp_path / "out"
+    words = ("--run", run, "--format", "hub", "--overwrite")
+    mmmamba("export", *words, "--out", out)
+    home = out if place.startswith("~") else tmp_path / "home"
+    work = tmp_path / "elsewhere" if place.startswith("~") else out
+    if place.endswith(".."):
+        (out / "deep").mkdir()
+        home, work = (out / "deep", work) if place == "~/.." else (home, out / "deep")
+    home.mkdir(exist_ok=True)
+    work.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    with pytest.raises(CheckpointError, match=said):
+        mmmamba("export", *words, "--out", Path(place).expanduser())
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_folder_that_holds_the_run_is_never_replaced(tmp_path: Path, run: Path) -> None:
+    words = ("--model", CASE, "--format", "hub", "--out", run.parent, "--overwrite")
+    with pytest.raises(CheckpointError, match=r"did not write: run/ \("):
+        mmmamba("export", *words)
+    assert (run / "run.json").is_file()
 
 
 @pytest.mark.parametrize("place", [".", "products", "products/hybrid-2"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import mmmamba_cli
-from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.checkpoint import atomic, open_checkpoint
 from mmmamba_cli.checkpoint.rules import foreign_tensors
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, MmmambaError, RunError
@@ -204,8 +206,52 @@ def test_second_seed_asks_first(hovle_folder: Path, tmp_path: Path) -> None:
     mmmamba("hybridize", "--attn-layers", 1, "--run", run)
     with pytest.raises(RunError, match="--overwrite"):
         seed(hovle_folder, run)
-    seed(hovle_folder, run, "--overwrite")
+    for words in (("--overwrite",), ("--discard",)):
+        with pytest.raises(RunError, match="hybrid-1"):
+            seed(hovle_folder, run, *words)
+    assert list(Run(run).products()) == ["seed", "hybrid-1"]
+    words = ("seed", hovle_folder, "--run", run, "--no-report", "--overwrite")
+    said = mmmamba(*words, "--discard").stderr
     assert list(Run(run).products()) == ["seed"]
+    assert f"removed from {run}: hybrid-1" in said
+    assert "removed" not in mmmamba(*words).stderr
+
+
+def test_files_beside_a_product_stop_its_replacement(hovle_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    seed(hovle_folder, run)
+    notes = run / "products/seed/notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"did not write: notes\.txt \(move"):
+        seed(hovle_folder, run, "--overwrite")
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    seed(hovle_folder, run, "--overwrite")
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere.00000000"])
+def test_a_product_hidden_by_a_killed_replacement(
+    hovle_folder: Path, tmp_path: Path, where: str
+) -> None:
+    """It is put back where the process is known to be dead, and named where it is not."""
+    run = tmp_path / "run"
+    seed(hovle_folder, run)
+    machine = atomic._machine() if where == "here" else where
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    hidden = run / f"products/.seed.old-{machine}-{killed.pid}-0123abcd"
+    (run / "products/seed").rename(hidden)
+    if where == "here":
+        assert mmmamba("status", "--run", run, "--json").exit_code == 0
+        assert list(Run(run).products()) == ["seed"] and not hidden.exists()
+        (run / "products/seed").rename(hidden)
+        assert open_checkpoint(run / "products/seed").config.num_hidden_layers
+        return
+    assert f"kept as {hidden}" in mmmamba("status", "--run", run).stderr
+    with pytest.raises(RunError, match=r"was being replaced and is kept as .*mv "):
+        mmmamba("hybridize", "--attn-layers", 1, "--run", run)
+    with pytest.raises(CheckpointError, match=r"was being replaced and is kept as .*mv "):
+        open_checkpoint(run / "products/seed")
 
 
 def test_two_commands_at_once(hovle_folder: Path, tmp_path: Path) -> None:

@@ -54,6 +54,14 @@ def test_json_is_the_file(mmmamba: Command, profiled_run: Path, tmp_path: Path) 
     assert not (profiled_run / "profile").exists()
 
 
+@pytest.mark.parametrize("name", ["profile.json", "profile.png"])
+def test_only_a_profile_is_replaced(mmmamba: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"mine": 1}')
+    done = mmmamba("profile", "--random", "hovle-8m", *QUICK, "--out", tmp_path)
+    assert done.code == 2 and f"holds {name} that mmmamba profile did not write" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_any_checkpoint_in_the_runs_place(
     mmmamba: Command, hovle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,20 @@ def test_the_command_writes_one_file(full: Full, tmp_path: Path, mmmamba: Comman
     assert re.search(r"https?://", text) is None
 
 
+def test_only_a_report_is_replaced(full: Full, tmp_path: Path, mmmamba: Command) -> None:
+    run, _, _ = full
+    file = tmp_path / "thesis.html"
+    file.write_text("<html>mine</html>")
+    done = mmmamba("report", "--run", run, "--out", file)
+    assert done.code == 2 and "thesis.html is there and is no report of mmmamba" in done.err
+    assert file.read_text() == "<html>mine</html>"
+    done = mmmamba("report", "--run", run, "--out", tmp_path)
+    assert done.code == 2 and "is a folder" in done.err
+    file.unlink()
+    for _ in range(2):
+        assert mmmamba("report", "--run", run, "--out", file).code == 0
+
+
 def test_no_run_is_a_sentence(tmp_path: Path, mmmamba: Command) -> None:
     done = mmmamba("report", "--run", tmp_path / "nothing")
     assert done.code == 2 and "is not a run" in done.err

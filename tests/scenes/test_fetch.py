@@ -317,6 +317,11 @@ def test_what_is_there_is_kept_or_replaced(tmp_path: Path, npm: Npm) -> None:
         fetch(tmp_path / "atlas", ["fluent", "noto"], CLASSES)
     assert npm.asked() == []
     assert old.is_dir()
+    (old / "mine.png").write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match=r"did not write: old/mine.png"):
+        fetch(tmp_path / "atlas", ["fluent", "noto"], CLASSES, overwrite=True)
+    assert npm.asked() == []
+    (old / "mine.png").rename(old / "noto.png")
     fetch(tmp_path / "atlas", ["noto"], CLASSES, overwrite=True)
     assert not old.exists()
     assert (tmp_path / "atlas" / "noto" / "dog" / "noto.png").is_file()

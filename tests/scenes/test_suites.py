@@ -220,11 +220,20 @@ def test_the_commands(tmp_path: Path) -> None:
     again = run.invoke(command, words)
     assert again.exit_code != 0
     assert "exists" in str(again.exception)
+    mine = tmp_path / "s" / "pictures" / "mine.txt"
+    mine.write_text("mine")
+    again = run.invoke(command, [*words, "--overwrite"])
+    assert again.exit_code != 0 and mine.is_file()
+    assert "did not write: pictures/mine.txt" in str(again.exception)
+    mine.unlink()
+    assert run.invoke(command, [*words, "--overwrite"]).exit_code == 0
     sheet = tmp_path / "sheet.png"
     done = run.invoke(command, ["sheet", "--out", str(sheet), "--rows", "2", "--style", "fluent"])
     assert done.exit_code == 0, done.output
     assert Image.open(sheet).size == (8 * 226, 2 * 226)
     assert "position: Is the" in done.stdout
+    done = run.invoke(command, ["sheet", "--out", str(tmp_path / "s" / "SCENES.tsv")])
+    assert done.exit_code != 0 and "SCENES.tsv already exists" in str(done.exception)
 
 
 def test_the_blind_command_says_what_can_be_guessed() -> None:
