@@ -122,7 +122,7 @@ def transcribed_kl(pair: Pair, batch: Batch) -> Tensor:
             mixed = materialised_attention(block.mixer, block.mixer_norm(hidden), columns)
             hidden = block.finish(hidden, block.mixer.o_proj(mixed))
         expected = pair.teacher.lm_head(decoder.norm(hidden)).float()
-    pair.student.model.gradient_checkpointing = False
+    pair.student.model.checkpoint_layers(False)
     actual = pair.student.lm_head(pair.student.model(prompt)).float()
     p, q = (torch.log_softmax(x, dim=-1) for x in (expected, actual))
     return F.kl_div(q, p, log_target=True, reduction="sum") / batch.num_tokens
@@ -146,7 +146,7 @@ def ours(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
 
     def run(batch: Batch) -> float:
         pair.student.train()
-        pair.student.model.gradient_checkpointing = not objective.layer_local
+        pair.student.model.checkpoint_layers(not objective.layer_local)
         weights = objective.weigh(objective.count(pair, batch))
         return float((weights * objective.sums(pair, batch, weights)).sum())
 

@@ -13,6 +13,15 @@ from typing import Any, Protocol
 ATTENTION = "full_attention"
 LINEAR = "linear_attention"
 LAYER_TYPES = (ATTENTION, LINEAR)
+# Sizes that `config.json` has beside the stacks they follow from, under transformers' names.
+DERIVED_FIELDS = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 
 # Small parameters whose updates bf16 would swallow, and which cost nothing in fp32.
 FP32_PARAMETERS = (
@@ -191,6 +200,20 @@ class Architecture:
 def is_fp32_parameter(name: str) -> bool:
     """Whether a parameter is kept in fp32 when the model is in a narrower dtype."""
     return any(part in FP32_PARAMETERS for part in name.split("."))
+
+
+def derived_fields(model: ModelShape) -> dict[str, int]:
+    """`DERIVED_FIELDS`: layers of both stacks, and the other sizes of the language stack."""
+    stack = model.language
+    sizes = (
+        model.num_hidden_layers,
+        stack.num_heads,
+        stack.num_kv_heads,
+        stack.head_dim,
+        stack.intermediate_size,
+        stack.max_position_embeddings,
+    )
+    return dict(zip(DERIVED_FIELDS, sizes, strict=True))
 
 
 def parameter_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:

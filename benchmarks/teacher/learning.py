@@ -66,7 +66,7 @@ def _with_images(model: HolisticVLM, hidden: Tensor, ids: Tensor, pixels: Tensor
     vision, config = model.model.vision, model.config.vision_config
     assert vision is not None
     assert config is not None
-    images = vision.merge(vision.embed_patches(pixels)).reshape(len(ids), -1, hidden.shape[-1])
+    images = vision.merge(vision(pixels)).reshape(len(ids), -1, hidden.shape[-1])
     is_image = ids == config.image_token_id
     # Every row has as many image tokens as every other, so that all shapes are known.
     place = (is_image.long().cumsum(1) - 1).clamp(min=0)

@@ -16,6 +16,7 @@ from mmmamba_cli.architecture import (
     MixerConfig,
     StackConfig,
     VisionConfig,
+    derived_fields,
 )
 from mmmamba_cli.checkpoint.fields import (
     MOST_LAYERS,
@@ -52,9 +53,15 @@ def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
         _check(section, kind, where, name)
     _check_parts(raw, where)
     known = {field.name for field in fields(Architecture)}
-    return Architecture(
+    found = Architecture(
         **{key: value for key, value in raw.items() if key in known and value is not None}
     )
+    for key, value in derived_fields(found).items():
+        if key in raw and raw[key] != value:
+            raise CheckpointError(
+                f"{where}: {key} is {raw[key]!r:.60}, but its stacks give {value}", REMEDY
+            )
+    return found
 
 
 def _check(section: Mapping[str, Any], kind: type, where: str, name: str) -> None:

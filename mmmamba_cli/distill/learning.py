@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
+from mmmamba_cli.architecture import is_fp32_parameter
 from mmmamba_cli.errors import RecipeError
-from mmmamba_cli.model import FP32_PARAMETERS, LINEAR, HolisticVLMConfig
+from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import Stage
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -41,7 +42,7 @@ def learning_names(stage: Stage, config: HolisticVLMConfig, names: Collection[st
 def decays(name: str) -> bool:
     """Whether weight decay applies: not to biases, norms, A_log, dt_bias or D."""
     parts = name.split(".")
-    return not (parts[-1].endswith("bias") or any(part in FP32_PARAMETERS for part in parts))
+    return not (parts[-1].endswith("bias") or is_fp32_parameter(name))
 
 
 def describe(names: Iterable[str]) -> dict[str, int]:

@@ -74,9 +74,9 @@ class LogitsKL:
         prompt = prepare(pair, batch)
         with pair.autocast():
             with torch.no_grad():
-                taught = pair.teacher.model(prompt)[chosen]
+                taught = pair.teacher.model.run_prompt(prompt)[chosen]
             with torch.set_grad_enabled(learns):
-                learned = pair.student.model(prompt)[chosen]
+                learned = pair.student.model.run_prompt(prompt)[chosen]
         kl_here = self.scored(batch)[chosen]
         total = torch.zeros(len(self.terms), dtype=torch.float64)
         gradient = torch.zeros_like(learned) if learns else None
@@ -88,6 +88,7 @@ class LogitsKL:
                 sums = self._chunk(pair, taught[part], leaf, targets[chosen][part], kl_here[part])
             if weights is not None and gradient is not None:
                 (sums * weights.to(sums)).sum().backward()
+                assert leaf.grad is not None
                 gradient[part] = leaf.grad
             total += sums.detach().double().cpu()
         # Without a picture, nothing depends on a vision part that alone learns.

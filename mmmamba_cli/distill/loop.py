@@ -89,9 +89,8 @@ def train(
     optimiser = build_optimiser(job.stage, parameters, in_part)
     if progress.step:
         job.states.load(job.states.path(progress.step).name, parameters, optimiser)
-    job.pair.student.model.gradient_checkpointing = (
-        job.stage.checkpointing and not job.objective.layer_local
-    )
+    decoder = job.pair.student.model
+    decoder.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
     saved = progress.step
     started = time.perf_counter()
     for batches in job.loader.steps(progress.step, job.stage.steps):

@@ -1,6 +1,11 @@
 """The model: importing this package registers it with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from mmmamba_cli.architecture import (
     ATTENTION,
@@ -12,10 +17,11 @@ from mmmamba_cli.architecture import (
 )
 from mmmamba_cli.model.cache import HybridCache, new_cache
 from mmmamba_cli.model.config import HolisticVLMConfig
-from mmmamba_cli.model.modeling import HolisticVLM
+from mmmamba_cli.model.modeling import HolisticDecoder, HolisticVLM
 from mmmamba_cli.processing import register_processing
 
 AutoConfig.register(HolisticVLMConfig.model_type, HolisticVLMConfig, exist_ok=True)
+AutoModel.register(HolisticVLMConfig, HolisticDecoder, exist_ok=True)
 AutoModelForImageTextToText.register(HolisticVLMConfig, HolisticVLM, exist_ok=True)
 AutoModelForCausalLM.register(HolisticVLMConfig, HolisticVLM, exist_ok=True)
 register_processing(HolisticVLMConfig)
@@ -24,6 +30,7 @@ __all__ = [
     "ATTENTION",
     "FP32_PARAMETERS",
     "LINEAR",
+    "HolisticDecoder",
     "HolisticVLM",
     "HolisticVLMConfig",
     "HybridCache",

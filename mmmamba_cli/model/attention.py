@@ -11,20 +11,23 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from mmmamba_cli.model.config import StackConfig
+from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import rotate
 from mmmamba_cli.model.sequence import Columns
 from mmmamba_cli.ops import attention
-from mmmamba_cli.ops.attention import takes_segments
+from mmmamba_cli.ops.attention import attention_weights, takes_segments
 from mmmamba_cli.ops.common import widened
 
 
 class Attention(nn.Module):
     """Causal attention, (B, T, D) -> (B, T, D); `mix` stops before the output projection."""
 
-    def __init__(self, hidden_size: int, stack: StackConfig, layer_idx: int):
+    def __init__(self, config: HolisticVLMConfig, layer_idx: int):
         super().__init__()
+        stack, hidden_size = config.stack_of(layer_idx), config.hidden_size
+        # The model's own config, whose attn_implementation may change later.
+        self.config = config
         self.layer_idx = layer_idx
         self.num_heads = stack.num_heads
         self.num_kv_heads = stack.num_kv_heads
@@ -37,20 +40,42 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if stack.qk_norm else None
         self.k_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if stack.qk_norm else None
 
-    def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
-        return self.o_proj(self.mix(hidden, columns, cache))
+    def forward(
+        self,
+        hidden: Tensor,
+        columns: Columns,
+        cache: Cache | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        return self.o_proj(self.mix(hidden, columns, cache, weights))
 
-    def mix(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(P)) v before W_O, (B, T, H * P)."""
+    def mix(
+        self,
+        hidden: Tensor,
+        columns: Columns,
+        cache: Cache | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        """softmax(q k^T / sqrt(P)) v before W_O, (B, T, H * P).
+
+        The softmax (B, H, T, keys) is appended to `weights` if that is given. Attention is
+        PyTorch's or a kernel's, or written out where attn_implementation is "eager".
+        """
         q, k, v = (x.transpose(1, 2) for x in self.queries_keys_values(hidden, columns))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         is_causal = columns.length > 1 and columns.is_plain_causal(k.shape[2])
-        segments = columns.segments(k.shape[2]) if takes_segments(q) and not is_causal else None
+        eager = self.config._attn_implementation == "eager"
+        segments = None
+        if not is_causal and not eager and takes_segments(q):
+            segments = columns.segments(k.shape[2])
         mask = None
         if not is_causal and segments is None:
             mask = columns.attention_mask(k.shape[2])
-        y = attention(q, k, v, is_causal=is_causal, mask=mask, segments=segments)
+        if weights is not None:
+            weights.append(attention_weights(q, k, is_causal=is_causal, mask=mask).to(q.dtype))
+        backend = "reference" if eager else "auto"
+        y = attention(q, k, v, is_causal=is_causal, mask=mask, segments=segments, backend=backend)
         return y.transpose(1, 2).flatten(2)
 
     def queries_keys_values(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmmamba_cli.model.attention import Attention
 from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
@@ -26,8 +27,11 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
-    """Layer `layer_idx`, counted through both stacks, (B, T, D) -> (B, T, D)."""
+class Block(GradientCheckpointingLayer):
+    """Layer `layer_idx`, counted through both stacks, (B, T, D) -> (B, T, D).
+
+    `GradientCheckpointingLayer` is how transformers turns activation checkpointing on.
+    """
 
     def __init__(self, config: HolisticVLMConfig, layer_idx: int):
         super().__init__()
@@ -35,14 +39,26 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
         self.mixer: Attention | Mamba2
         if config.layer_types[layer_idx] == ATTENTION:
-            self.mixer = Attention(config.hidden_size, stack, layer_idx)
+            self.mixer = Attention(config, layer_idx)
         else:
             self.mixer = Mamba2(config.hidden_size, stack, config.mixer_config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, stack.intermediate_size)
 
-    def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
-        return self.finish(hidden, self.mixer(self.mixer_norm(hidden), columns, cache))
+    def forward(
+        self,
+        hidden: Tensor,
+        columns: Columns,
+        cache: Cache | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        """`weights` collects the softmax of an attention layer; a Mamba-2 layer has none."""
+        normed = self.mixer_norm(hidden)
+        if weights is not None and isinstance(self.mixer, Attention):
+            mixed = self.mixer(normed, columns, cache, weights)
+        else:
+            mixed = self.mixer(normed, columns, cache)
+        return self.finish(hidden, mixed)
 
     def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """What follows the mixer: both residual connections and the MLP.

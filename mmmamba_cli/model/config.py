@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from collections.abc import Mapping
+from dataclasses import asdict, field, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from mmmamba_cli.architecture import (
     ATTENTION,
+    DERIVED_FIELDS,
     LAYER_TYPES,
     MixerConfig,
     StackConfig,
     VisionConfig,
+    derived_fields,
 )
+
+
+class HolisticVisionConfig(PreTrainedConfig):
+    """The patch embedding as a sub-config: the fields and sizes of `VisionConfig`.
+
+    In `config.json` it is the section `vision`, of these fields and nothing else.
+    """
+
+    model_type: ClassVar[str] = "mmmamba_vision"
+    base_config_key: ClassVar[str] = "vision"
+
+    image_size: int
+    patch_size: int
+    num_channels: int
+    downsample_ratio: float
+    pixel_shuffle: str
+    image_token_id: int
+
+    @property
+    def shape(self) -> VisionConfig:
+        return VisionConfig(**{one.name: getattr(self, one.name) for one in fields(VisionConfig)})
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.shape.grid
+
+    @property
+    def merge(self) -> int:
+        """Patches along one side of the square that becomes one token."""
+        return self.shape.merge
+
+    @property
+    def patches_per_tile(self) -> int:
+        return self.shape.patches_per_tile
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.shape.tokens_per_tile
 
 
 class HolisticVLMConfig(PreTrainedConfig):
@@ -21,19 +63,26 @@ class HolisticVLMConfig(PreTrainedConfig):
 
     The embedding stack reads image patches and text together; the language stack follows it. Layers
     are counted through both, embedding stack first, and `layer_types[i]` says which mixer layer i
-    has: "full_attention" or "linear_attention" (Mamba-2). `embedding_stack` is None, and `vision`
-    too, for a plain language model. The nested values are dicts so that the config is plain JSON;
-    `embedding`, `language`, `vision_config` and `mixer_config` are their typed views.
+    has: "full_attention" or "linear_attention" (Mamba-2). `embedding_stack` and `vision_config` are
+    None for a plain language model. The stacks and `mixer` are dicts so that the config is plain
+    JSON; `embedding`, `language` and `mixer_config` are their typed views.
+
+    `config.json` keeps `vision_config` under the name `vision`. It also has the sizes in
+    `DERIVED_FIELDS`, which other programs look for; they follow from the stacks, and a file in
+    which the two disagree is refused (`ValueError`).
     """
 
     model_type: ClassVar[str] = "mmmamba"
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {
+        "vision_config": HolisticVisionConfig
+    }
 
     vocab_size: int = 0
     hidden_size: int = 0
     layer_types: list[str] = field(default_factory=list)
     embedding_stack: dict[str, Any] | None = None
     language_stack: dict[str, Any] | None = None
-    vision: dict[str, Any] | None = None
+    vision_config: Any = None
     mixer: dict[str, Any] = field(default_factory=dict)
     normalize_embedding_output: bool = False
     initializer_range: float = 0.02
@@ -44,11 +93,19 @@ class HolisticVLMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        section = kwargs.pop("vision", None)
+        if section is not None and self.vision_config is not None:
+            raise ValueError("vision and vision_config are the same section: give one of them")
+        if section is not None:
+            self.vision_config = section
+        if isinstance(self.vision_config, Mapping):
+            self.vision_config = HolisticVisionConfig(**self.vision_config)
+        derived = {name: kwargs.pop(name) for name in DERIVED_FIELDS if name in kwargs}
         super().__post_init__(**kwargs)
         if self.language_stack is not None:
-            self._check()
+            self._check(derived)
 
-    def _check(self) -> None:
+    def _check(self, derived: Mapping[str, Any]) -> None:
         expected = self.num_hidden_layers
         if len(self.layer_types) != expected:
             raise ValueError(
@@ -58,6 +115,21 @@ class HolisticVLMConfig(PreTrainedConfig):
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types[{index}] is {kind!r}, allowed are {LAYER_TYPES}")
+        for name, value in derived.items():
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"{name} is {value!r}, but it follows from the stacks, which give "
+                    f"{getattr(self, name)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        output: dict[str, Any] = super().to_dict()
+        if self.vision_config is not None:
+            output["vision"] = self.vision
+        output.pop("vision_config", None)
+        if self.language_stack is not None:
+            output |= derived_fields(self)
+        return output
 
     @property
     def embedding(self) -> StackConfig | None:
@@ -70,8 +142,14 @@ class HolisticVLMConfig(PreTrainedConfig):
         return StackConfig(**self.language_stack)
 
     @property
-    def vision_config(self) -> VisionConfig | None:
-        return None if self.vision is None else VisionConfig(**self.vision)
+    def vision(self) -> dict[str, Any] | None:
+        """`vision_config` as `config.json` keeps it."""
+        vision = self.vision_config
+        return None if vision is None else asdict(vision.shape)
+
+    @vision.setter
+    def vision(self, value: Mapping[str, Any] | None) -> None:
+        self.vision_config = None if value is None else HolisticVisionConfig(**value)
 
     @property
     def mixer_config(self) -> MixerConfig:
@@ -91,7 +169,12 @@ class HolisticVLMConfig(PreTrainedConfig):
     def attention_layers(self) -> tuple[int, ...]:
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == ATTENTION)
 
-    # Names under which transformers' caches and generation look for shapes.
+    @property
+    def image_token_id(self) -> int | None:
+        return None if self.vision_config is None else self.vision_config.image_token_id
+
+    # Names under which transformers and other programs look for sizes: those of the language
+    # stack, but for the layers, which are counted through both.
     @property
     def num_hidden_layers(self) -> int:
         return self.num_embedding_layers + self.language.num_layers
@@ -107,6 +190,10 @@ class HolisticVLMConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.language.head_dim
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.language.intermediate_size
 
     @property
     def max_position_embeddings(self) -> int:

@@ -18,13 +18,32 @@ from transformers import Cache
 from mmmamba_cli.model.attention import all_products
 from mmmamba_cli.model.cache import read_ssm_state, write_ssm_state
 from mmmamba_cli.model.config import MixerConfig, StackConfig
-from mmmamba_cli.model.norm import RMSNorm
+from mmmamba_cli.model.norm import GatedRMSNorm, RMSNorm
 from mmmamba_cli.model.rope import rotate
 from mmmamba_cli.model.sequence import Columns
-from mmmamba_cli.ops import causal_conv, gated_rms_norm, ssd
+from mmmamba_cli.ops import causal_conv, ssd
 from mmmamba_cli.ops.common import widened
 
 GATED_NORM_EPS = 1e-5
+
+
+class CausalConv(nn.Conv1d):
+    """Depthwise causal convolution and SiLU over the channels of [v, k, q], (B, T, channels).
+
+    A module of its own, so that hooks which bring weights to a device see it called.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, columns: Columns, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return causal_conv(
+            x,
+            self.weight.squeeze(1),
+            self.bias,
+            initial_state=state,
+            mask=columns.mask,
+            seq_idx=columns.seq_idx,
+        )
 
 
 class Mamba2(nn.Module):
@@ -50,11 +69,10 @@ class Mamba2(nn.Module):
         self.o_proj = nn.Linear(self.width, hidden_size, bias=stack.output_bias)
         self.g_proj = nn.Linear(hidden_size, self.width, bias=False)
         self.dt_proj = nn.Linear(hidden_size, stack.num_heads, bias=False)
-        # Depthwise over the channels of [v, k, q]; only its weights are used, by ops.causal_conv.
-        self.conv1d = nn.Conv1d(channels, channels, options.conv_width, groups=channels)
+        self.conv1d = CausalConv(channels, channels, options.conv_width, groups=channels)
         self.A_log = nn.Parameter(torch.ones(stack.num_heads))
         self.dt_bias = nn.Parameter(torch.zeros(stack.num_heads))
-        self.g_norm = RMSNorm(stack.head_dim, GATED_NORM_EPS)
+        self.g_norm = GatedRMSNorm(stack.head_dim, GATED_NORM_EPS)
         self.D = nn.Parameter(torch.zeros(stack.num_heads)) if options.d_skip else None
         qk_norm = options.qk_norm or stack.qk_norm
         self.q_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if qk_norm else None
@@ -83,8 +101,7 @@ class Mamba2(nn.Module):
         )
         write_ssm_state(cache, self.layer_idx, conv_state, ssm_state)
         gate = self.g_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
-        y = gated_rms_norm(y, gate, self.g_norm.weight, GATED_NORM_EPS)
-        return y.reshape(batch, length, self.width)
+        return self.g_norm(y, gate).reshape(batch, length, self.width)
 
     def values_keys_queries(
         self, hidden: Tensor, columns: Columns, conv_state: Tensor | None = None
@@ -92,14 +109,7 @@ class Mamba2(nn.Module):
         """v and k (B, T, K, P), q (B, T, H, P), as the scan takes them, and the conv's state."""
         batch, length, _ = hidden.shape
         vkq = torch.cat((self.v_proj(hidden), self.k_proj(hidden), self.q_proj(hidden)), dim=-1)
-        vkq, conv_state = causal_conv(
-            vkq,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            initial_state=conv_state,
-            mask=columns.mask,
-            seq_idx=columns.seq_idx,
-        )
+        vkq, conv_state = self.conv1d(vkq, columns, conv_state)
         v, k, q = vkq.split((self.kv_width, self.kv_width, self.width), dim=-1)
         v = v.view(batch, length, self.num_kv_heads, self.head_dim)
         k = k.view(batch, length, self.num_kv_heads, self.head_dim)

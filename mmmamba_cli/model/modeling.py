@@ -1,44 +1,41 @@
-"""The one model class, as transformers knows it."""
+"""The model with its language-model head, as transformers knows it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mmmamba_cli.architecture import FP32_PARAMETERS
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.model.cache import HybridCache, as_hybrid, new_cache
+from mmmamba_cli.model.cache import HybridCache, as_hybrid
 from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
-from mmmamba_cli.model.decoder import HolisticDecoder
+from mmmamba_cli.model.decoder import CACHE_NAME, HolisticDecoder
 from mmmamba_cli.model.layout import count_tiles, tiles_of_rows
+from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
+
+__all__ = ["HolisticDecoder", "HolisticVLM"]
+
+IGNORED_LABEL = -100
 
 
-class HolisticVLM(PreTrainedModel, GenerationMixin):
+class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
     """Teacher, hybrid or linear student: `config.layer_types` tells which.
 
     The name avoids "mamba", which `generate` takes as a sign of another cache argument.
     """
 
-    config_class = HolisticVLMConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
-    _supports_sdpa = True
-    _keep_in_fp32_modules_strict = FP32_PARAMETERS
-    # Tensors of a teacher that no forward uses; they are kept on disk for exports.
-    _keys_to_ignore_on_load_unexpected = (r"^unused\.",)
     _tied_weights_keys = {"lm_head.weight": "model.text_embedding.weight"}  # noqa: RUF012
+    # `Trainer` passes `num_items_in_batch`, by which the loss is divided.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: HolisticVLMConfig):
         super().__init__(config)
         self.model = HolisticDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"
         self.post_init()
 
     @property
@@ -46,15 +43,17 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         """Whether decoding cannot be taken back, as assisted decoding does: not with attention."""
         return any(kind != ATTENTION for kind in self.config.layer_types)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.text_embedding
-
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.lm_head = new_embeddings
+
+    # `**kwargs` takes what transformers' own models take: `generate`, `Trainer` and peft pass
+    # arguments that not every model reads.
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -65,47 +64,100 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Next-token logits (B, T, V).
 
         input_ids: (B, T) ids; each image stands as `tokens_per_tile` context ids a tile.
         pixel_values: (tiles of the whole batch, 3, S, S), in the order of their context ids.
         attention_mask: (B, T), or (B, past + T), 1 for real tokens; padding left or right.
+        past_key_values, cache: what was seen before; one argument under its two names.
+        labels: (B, T) ids, -100 where nothing is scored; `num_items_in_batch` among `kwargs` is
+            what the loss is divided by, in place of their number. 0 if there are none.
         seq_idx: (B, T) ids that tell packed sequences apart; mixers and positions start anew.
         prompt_lengths: (B,) whole prompt lengths, which fix dynamic-NTK RoPE; needed only where a
             prompt is fed in parts by the caller.
         prefill_chunk_size: columns that pass a stack at a time, to bound memory.
         logits_to_keep: the last so many columns, or an index tensor; 0 for all.
+        inputs_embeds: (B, T, D) in place of `input_ids`, as the first layer reads them.
+        position_ids: (B or 1, T) for RoPE, in place of a count of the real tokens. Positions that
+            start over, without a mask and a cache, tell packed sequences apart.
+        output_hidden_states: the input of the first layer, then the output of each layer, the last
+            one normed as the head reads it. With the pixel shuffle "post" those of the embedding
+            stack have a column for every patch.
+        output_attentions: (B, H, T, keys) of each attention layer, none of a linear one; needs
+            attn_implementation="eager".
 
-        Raises `DataError` when context ids and tiles do not agree.
+        Raises `DataError` when context ids and tiles do not agree, and for what cannot go with
+        pictures; `ValueError` for arguments that do not go together.
         """
-        keep_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = as_hybrid(past_key_values)
-        if cache is None and keep_cache and not self.training and seq_idx is None:
-            cache = new_cache(self.config)
-        prompt = self.model.prepare(
-            input_ids, pixel_values, attention_mask, seq_idx, prompt_lengths, cache
+        outputs = self.model(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            past_key_values,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            prompt_lengths=prompt_lengths,
+            prefill_chunk_size=prefill_chunk_size,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            cache=cache,
         )
-        hidden = self.model(prompt, cache, prefill_chunk_size)
+        hidden = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.lm_head(hidden)
-        loss = None if labels is None else next_token_loss(logits, labels)
+        loss = None if labels is None else self._loss(logits, labels, **kwargs)
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache if keep_cache else None
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
-        return output.to_tuple() if return_dict is False else output
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        """Cross-entropy of predicting `labels` (B, T) one column ahead, by transformers' function.
+
+        The divisor is always given and at least 1: a mean over no label would be NaN.
+        """
+        count = kwargs.pop("num_items_in_batch", None)
+        if count is None:
+            targets = kwargs.get("shift_labels")
+            targets = labels[:, 1:] if targets is None else targets
+            count = (targets != IGNORED_LABEL).sum()
+        count = count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
+        loss: Tensor = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=count,
+            **kwargs,
+        )
+        return loss
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
         """As transformers does it; with a cache, images belong to the first call of each turn."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, is_first_iteration=is_first_iteration, **_renamed(kwargs)
         )
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE_NAME)
         goes_on = cache is not None and cache.get_seq_length() > 0 and not is_first_iteration
         # transformers leaves images out of an assistant's first call as well.
         inputs["pixel_values"] = None if goes_on else kwargs.get("pixel_values")
@@ -116,12 +168,15 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        given = _renamed(model_kwargs)
+        model_kwargs.clear()
+        model_kwargs.update(given)
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is not None:
-            model_kwargs["past_key_values"] = as_hybrid(cache)
+            model_kwargs[CACHE_NAME] = as_hybrid(cache)
         return result
 
     def _prefill(
@@ -139,7 +194,9 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         """
         if model_kwargs.get("prompt_lengths") is None:
             mask = model_kwargs.get("attention_mask")
-            full = torch.full((input_ids.shape[0],), input_ids.shape[1], device=input_ids.device)
+            embeds = model_kwargs.get("inputs_embeds")
+            inputs = input_ids if embeds is None else embeds
+            full = torch.full((inputs.shape[0],), inputs.shape[1], device=inputs.device)
             model_kwargs["prompt_lengths"] = full if mask is None else mask.sum(1)
         if generation_config.prefill_chunk_size is not None:
             model_kwargs["prefill_chunk_size"] = generation_config.prefill_chunk_size
@@ -158,14 +215,17 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         The tiles of a row are repeated together, not one by one.
         """
         pixels = model_kwargs.pop("pixel_values", None)
-        if expand_size > 1 and input_ids is not None:
-            cache = as_hybrid(model_kwargs.get("past_key_values"))
+        embeds = model_kwargs.get("inputs_embeds")
+        inputs = input_ids if embeds is None else embeds
+        if expand_size > 1 and inputs is not None:
+            cache = as_hybrid(_renamed(model_kwargs).get(CACHE_NAME))
             if pixels is not None:
-                tiles = self._tiles_of_rows(input_ids, len(pixels), cache)
+                is_image = self.model.context_columns(input_ids if embeds is None else None, embeds)
+                tiles = self._tiles_of_rows(is_image, len(pixels), cache)
                 pixels = torch.cat(
                     [row.repeat(expand_size, 1, 1, 1) for row in pixels.split(tiles)]
                 )
-            if cache is not None and cache.rows == len(input_ids):
+            if cache is not None and cache.rows == len(inputs):
                 cache.batch_repeat_interleave(expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size,
@@ -178,13 +238,13 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
     def _tiles_of_rows(
-        self, input_ids: Tensor, num_tiles: int, cache: HybridCache | None
+        self, is_image: Tensor, num_tiles: int, cache: HybridCache | None
     ) -> list[int]:
         """How many of the tiles belong to each row; `DataError` if their number does not fit."""
         vision = self.config.vision_config
         if vision is None:
             raise DataError("this model has no vision part", "leave out pixel_values")
-        is_image, per_tile = input_ids == vision.image_token_id, vision.tokens_per_tile
+        per_tile = vision.tokens_per_tile
         seen = None if cache is None else cache.decoding_state.tiles()
         if cache is None or seen is None:
             count_tiles(is_image, per_tile, num_tiles)
@@ -192,13 +252,17 @@ class HolisticVLM(PreTrainedModel, GenerationMixin):
         counts, length = is_image.sum(1) // per_tile, cache.get_seq_length()
         # The ids are those of the whole conversation, or those that follow the cache.
         before = is_image[:, :length].sum(1) // per_tile
-        is_whole = input_ids.shape[1] > length and torch.equal(before, seen.expand_as(before))
+        is_whole = is_image.shape[1] > length and torch.equal(before, seen.expand_as(before))
         if is_whole and num_tiles != int(seen.sum() + counts.sum()):
             counts = is_image[:, length:].sum(1) // per_tile
         return tiles_of_rows(counts, seen, num_tiles).tolist()
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of predicting labels (B, T) one column ahead; -100 is not scored."""
-    shifted = logits[:, :-1].float().flatten(0, 1)
-    return F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
+def _renamed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A cache given under its other name is given under that of this release."""
+    other = "past_key_values" if CACHE_NAME == "cache" else "cache"
+    if arguments.get(other) is None:
+        return {name: value for name, value in arguments.items() if name != other}
+    if arguments.get(CACHE_NAME) is not None:
+        raise ValueError("past_key_values and cache are two names of one argument: give one")
+    return {CACHE_NAME if name == other else name: value for name, value in arguments.items()}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mmmamba_cli.ops import rms_norm
+from mmmamba_cli.ops import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,3 +16,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm of each head, times silu(gate)."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return gated_rms_norm(x, gate, self.weight, self.eps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,27 @@ class Columns:
     @property
     def length(self) -> int:
         return self.cos.shape[1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Columns:
+        """The same columns for layers on `device`, made once for each device.
+
+        accelerate calls it for every layer of a model that is spread over devices.
+        """
+        device = torch.device(device)
+        if self.cos.device == device:
+            return self
+        if device not in self._moved:
+            tensors: dict[str, Any] = {
+                name: value.to(device, non_blocking=non_blocking)
+                for name, value in vars(self).items()
+                if isinstance(value, Tensor) and name in self.__dataclass_fields__
+            }
+            self._moved[device] = replace(self, **tensors)
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, Columns]:
+        return {}
 
     def chunk(self, start: int, stop: int) -> Columns:
         """Columns `start` to `stop`, the ones before them having become the past."""
@@ -149,18 +171,24 @@ def describe_columns(
     mask: Tensor | None,
     seq_idx: Tensor | None,
     prompt_lengths: Tensor | None,
+    position_ids: Tensor | None = None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Columns:
     """Describe the next `num_columns` columns and advance `state` past them.
 
     `mask` and `seq_idx` are (B, T) for these columns only. `prompt_lengths` (B,) fixes the RoPE
-    base of dynamic NTK; without it each row's own length at the first call does.
+    base of dynamic NTK; without it each row's own length at the first call does. `position_ids`
+    (B or 1, T) takes the place of positions counted from the mask.
     """
     past = state.length
     positions, lengths = _positions(state, num_columns, mask, seq_idx, device)
+    bound: int | None = past + num_columns
+    if position_ids is not None:
+        positions = position_ids.to(device)
+        state.next_position = positions.amax(1, keepdim=True) + 1
+        lengths, bound = torch.maximum(lengths, state.next_position), None
     if state.inv_freq is None:
-        bound: int | None = past + num_columns
         if prompt_lengths is not None:
             lengths, bound = prompt_lengths.to(device).unsqueeze(1), None
         state.inv_freq = _frequencies(stack, lengths, bound)

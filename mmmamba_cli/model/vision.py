@@ -26,8 +26,8 @@ class Vision(nn.Module):
             nn.Linear(merged, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def embed_patches(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, g * g, D), row by row."""
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Patches with their positions, (N, 3, S, S) -> (N, g * g, D), row by row."""
         pixels = pixel_values.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixels)
         height, width = patches.shape[-2:]

@@ -32,7 +32,7 @@ INHERITED_FIELDS = (
     "hidden_size",
     "embedding",
     "language",
-    "vision_config",
+    "vision",
     "normalize_embedding_output",
 )
 

@@ -57,13 +57,14 @@ def test_an_architecture_answers_as_the_config_does(variant: dict[str, Any]) -> 
     for name in (
         "embedding",
         "language",
-        "vision_config",
         "mixer_config",
         "num_embedding_layers",
         "num_hidden_layers",
         "attention_layers",
     ):
         assert getattr(architecture, name) == getattr(config, name), name
+    vision = config.vision_config
+    assert architecture.vision_config == (None if vision is None else vision.shape)
     for layer in range(architecture.num_hidden_layers):
         assert architecture.stack_of(layer) == config.stack_of(layer)
 

@@ -201,7 +201,7 @@ def test_a_student_of_another_teacher_is_refused(tmp_path: Path, with_teacher: b
     words = ["--teacher", golden / "hovle_post"] if with_teacher else []
     if not with_teacher:
         mmmamba("seed", golden / "hovle_post", "--run", tmp_path / "run", "--no-report")
-    with pytest.raises(CheckpointError, match=r"was not made from .*: vision_config is"):
+    with pytest.raises(CheckpointError, match=r"was not made from .*: vision is"):
         imported(folder, tmp_path / "run", *words)
     assert "imported" not in Run(tmp_path / "run").products()
 

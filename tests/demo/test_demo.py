@@ -253,7 +253,9 @@ def one_by_one(
         batch = step.micro[0]
         scored = next_tokens(batch) != IGNORED
         prompt = models[0].model.prepare(batch.input_ids, batch.pixel_values, None, None)
-        p, q = (model.lm_head(model.model(prompt)[scored]).softmax(-1) for model in models)
+        p, q = (
+            model.lm_head(model.model.run_prompt(prompt)[scored]).softmax(-1) for model in models
+        )
         same = (p.argmax(-1) == q.argmax(-1)).sum()
         shared = (1 - (p - q).abs().sum(-1) / 2).sum()
         sums[name] += torch.tensor([float(same), float(shared), float(scored.sum())])

@@ -133,7 +133,7 @@ def test_golden_stage3(golden_case: Path, kind: str, monkeypatch: pytest.MonkeyP
     # Several chunks of logits, the last of them shorter.
     monkeypatch.setattr("mmmamba_cli.distill.logits_kl.CHUNK_ELEMENTS", 300 * 20)
     pair.student.train()
-    pair.student.model.gradient_checkpointing = True
+    pair.student.model.checkpoint_layers(True)
     batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
     settings = load_recipe(
         "mmmamba-linear", overrides={"stages.stage3.kl.reduction": "paper"}

@@ -12,7 +12,14 @@ from mmmamba_cli.ops.attention.segments import Segments, segments_of
 from mmmamba_cli.ops.attention.suiting import suits_flash
 from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, wants_gradients
 
-__all__ = ["ATTENTION_BACKENDS", "Segments", "attention", "segments_of", "takes_segments"]
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "Segments",
+    "attention",
+    "attention_weights",
+    "segments_of",
+    "takes_segments",
+]
 
 
 class AttentionBackend(Protocol):
@@ -89,6 +96,13 @@ def attention(
         backend = "flash" if wanted and takes_segments(q) else "sdpa"
     attend = pick_backend("attention", backend, ATTENTION_BACKENDS)
     return attend(q, k, v, is_causal=is_causal, mask=mask, segments=segments)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, is_causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(P)), (B, H, T, S) fp64; arguments as in `attention`."""
+    return reference.softmax_weights(q, k, is_causal=is_causal, mask=mask, segments=None)
 
 
 def takes_segments(q: Tensor) -> bool:

@@ -22,13 +22,26 @@ def written_out(
     segments: Segments | None,
 ) -> Tensor:
     """All T x S scores, in fp64."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    weights = softmax_weights(q, k, is_causal=is_causal, mask=mask, segments=segments)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return weights.to(v.dtype) @ v
+
+
+def softmax_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    is_causal: bool,
+    mask: Tensor | None,
+    segments: Segments | None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(P)), (B, H, T, S) fp64."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.mT).double() / math.sqrt(q.shape[-1])
     seen = _seen(q, is_causal, mask, segments)
     if seen is not None:
         scores = scores.masked_fill(~seen, -math.inf)
-    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+    return torch.softmax(scores, dim=-1)
 
 
 def scaled_dot_product(

@@ -1,0 +1,66 @@
+"""What the base model and the model with a head have in common as transformers models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from mmmamba_cli.architecture import FP32_PARAMETERS, is_fp32_parameter
+from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.model.mamba2 import Mamba2
+from mmmamba_cli.model.vision import Vision
+
+
+class HolisticPreTrainedModel(PreTrainedModel):
+    """Declarations for transformers: names of modules, what is supported, how weights begin.
+
+    A base class is transformers' own way of sharing these between `AutoModel` and the model with
+    a head.
+    """
+
+    config_class = HolisticVLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _input_embed_layer = "text_embedding"
+    _no_split_modules = ("Block",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
+    # Tensors of a teacher that no forward uses; they are kept on disk for exports.
+    _keys_to_ignore_on_load_unexpected = (r"^unused\.",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mamba2):
+            init.ones_(module.A_log)
+            init.zeros_(module.dt_bias)
+            if module.D is not None:
+                init.zeros_(module.D)
+        elif isinstance(module, Vision):
+            init.zeros_(module.position_embedding)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As torch does it for `to`, `half` and `bfloat16`; `FP32_PARAMETERS` stay fp32.
+
+        `from_pretrained` keeps them in fp32 by `_keep_in_fp32_modules_strict`, which a later cast
+        does not look at.
+        """
+        parameters = [p for name, p in self.named_parameters() if is_fp32_parameter(name)]
+        # Tensors are compared by identity; the values keep them alive meanwhile.
+        kept = {id(t): t for p in parameters for t in (p, p.grad) if t is not None}
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in kept and result.is_floating_point() and result.dtype.itemsize < 4:
+                return tensor.to(result.device, torch.float32)
+            return result
+
+        return super()._apply(apply, recurse)
