@@ -117,7 +117,9 @@ def _compare(pair: Pair, batch: Batch) -> Tensor:
         real = batch.attention_mask.bool()
     targets = next_tokens(batch)[real]
     with pair.autocast():
-        taught, learned = pair.teacher.model(prompt)[real], pair.student.model(prompt)[real]
+        taught, learned = (
+            one.model.run_prompt(prompt)[real] for one in (pair.teacher, pair.student)
+        )
     total = torch.zeros(5, dtype=torch.float64)
     chunk = max(1, CHUNK_ELEMENTS // pair.student.lm_head.out_features)
     for start in range(0, targets.shape[0], chunk):

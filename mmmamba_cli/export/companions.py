@@ -48,6 +48,7 @@ def _write_hub(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None
     model = "modeling_mmmamba.HolisticVLM"
     maps: dict[str, Any] = {
         "AutoConfig": "configuration_mmmamba.HolisticVLMConfig",
+        "AutoModel": "modeling_mmmamba.HolisticDecoder",
         "AutoModelForImageTextToText": model,
         "AutoModelForCausalLM": model,
     }
