@@ -34,6 +34,10 @@ class RunError(MmmambaError):
     """A run directory or product that is missing, busy, or of another parent."""
 
 
+class MmmambaWarning(UserWarning):
+    """Something was taken otherwise than it was given: one sentence that names it."""
+
+
 def name_some(names: Iterable[str], limit: int = 10) -> str:
     """Join at most `limit` names, then say how many more there are: `a, b and 3 more`."""
     listed = list(names)

@@ -56,9 +56,11 @@ def refusal(error: OSError) -> str | None:
 
 def _run() -> None:
     from mmmamba_cli.cli.app import app
+    from mmmamba_cli.cli.console import plain_warnings
 
     try:
-        app(prog_name="mmmamba")
+        with plain_warnings():
+            app(prog_name="mmmamba")
     except SystemExit:
         # Here and not when the interpreter ends, where a closed pipe or full disk cannot be caught.
         _flush_stdout()

@@ -10,12 +10,16 @@ import math
 import re
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import typer
+
+from mmmamba_cli.errors import MmmambaWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +30,8 @@ PLAIN_INTERVAL = 10.0
 UNBROKEN = 100_000
 # No path and no name needs more letters in one word.
 LONGEST_WORD = 1000
+# Warnings of one kind that are shown: thousands of pictures may have the same oddity.
+SHOWN_WARNINGS = 5
 LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
@@ -60,6 +66,38 @@ def _print_marked(mark: str, style: str, message: str) -> None:
 
     for line in message.splitlines():
         err().print(Text.assemble((f"{mark}:", style), " ", visible(line)), soft_wrap=True)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show warnings of the project as `warning: ...`, without the place in the code.
+
+    Of one kind the first `SHOWN_WARNINGS` are shown, and that there are more. Warnings of others
+    look as Python writes them.
+    """
+    shown: Counter[type[Warning]] = Counter()
+    with warnings.catch_warnings():
+        as_python_does = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, MmmambaWarning):
+                as_python_does(message, category, filename, lineno, file, line)
+                return
+            shown[category] += 1
+            if shown[category] <= SHOWN_WARNINGS:
+                print_warning(str(message))
+            elif shown[category] == SHOWN_WARNINGS + 1:
+                print_warning("there are more such warnings, which are not shown")
+
+        warnings.showwarning = show
+        yield
 
 
 def visible(text: str) -> str:

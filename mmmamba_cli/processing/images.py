@@ -9,23 +9,29 @@ trained and evaluated, wherever that is well defined:
 - 1-bit and palette pictures become their colours.
 
 It is not well defined, and differs between PIL versions, for 16-bit greys: they are scaled to
-8 bits here (65535 is white), never clipped. What cannot be shown as one picture without guessing is
-refused: several frames, pictures of 32-bit or floating-point values, and absurdly large ones.
+8 bits here (65535 is white), never clipped. What is shown otherwise than in the file comes with an
+`ImageNote`, a warning that names the picture:
+
+- of several frames or pages the first is taken (of a PIL image the one it is at, without a note);
+- of 32-bit and floating-point values white is 1, 255 or 65535, the first of them that none exceeds;
+  beyond that, and below 0, the lowest value is black and the highest white;
+- Lab is converted to sRGB, for which PIL has no plain formula.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-from mmmamba_cli.errors import DataError
+from mmmamba_cli.errors import DataError, MmmambaWarning
 
 ImageSource = str | Path | bytes | Image.Image
 
@@ -38,6 +44,13 @@ STILL_FORMATS = frozenset({"MPO"})
 # What PIL's decoders raise for damaged data.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
 
+# Values that stand for white where a file does not say which: of shares, of 8 and of 16 bits.
+WHITES = (1, 255, 65535)
+
+
+class ImageNote(MmmambaWarning):
+    """A picture was shown otherwise than its file says; see the module."""
+
 
 def open_image(
     source: ImageSource, *, label: str = "the image", max_pixels: int = MAX_PIXELS
@@ -45,16 +58,16 @@ def open_image(
     """Open one picture as 8-bit RGB; a PIL image that is given is left as it was.
 
     `source` is a path, the bytes of an image file or a PIL image. `label` names it in errors where
-    it has no path. Raises `DataError`, in one sentence naming the picture, if it is missing,
-    damaged, truncated, empty, animated or paged, larger than `max_pixels`, or of values without a
-    fixed range.
+    it has no path. Warns with an `ImageNote` if it is animated or paged, or has values whose white
+    is not fixed. Raises `DataError`, in one sentence naming the picture, if it is missing, damaged,
+    truncated, empty, larger than `max_pixels`, or has values that are not finite numbers.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, label, max_pixels)
     if isinstance(source, bytes):
         name = f"{label} ({len(source)} bytes)"
         with _opened(io.BytesIO(source), name) as image:
-            return _to_rgb(image, name, max_pixels)
+            return _to_rgb(image, name, max_pixels, from_file=True)
     if not isinstance(source, str | Path):
         raise DataError(
             f"{label} is a {type(source).__name__}, expected a path, bytes or a PIL image"
@@ -63,7 +76,7 @@ def open_image(
         raise DataError(f"image {source} is an address, not a file", "download it first")
     name = f"image {source}"
     with _opened(Path(source), name) as image:
-        return _to_rgb(image, name, max_pixels)
+        return _to_rgb(image, name, max_pixels, from_file=True)
 
 
 def image_size(source: ImageSource, *, label: str = "the image") -> tuple[int, int]:
@@ -99,19 +112,23 @@ def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
         yield image
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, max_pixels: int, from_file: bool = False) -> Image.Image:
     _check_size(image, name, max_pixels)
     try:
-        _load(image, name)
+        _load(image, name, from_file)
         return _convert(image, name)
     except _DAMAGE as error:
         raise DataError(f"{name} is damaged or truncated: {error}") from error
 
 
-def _load(image: Image.Image, name: str) -> None:
+def _load(image: Image.Image, name: str, from_file: bool) -> None:
     try:
-        _check_frames(image, name)
+        # Before the pixels: PIL closes a TIFF after loading unless its pages were counted.
+        frames = getattr(image, "n_frames", 1)
         image.load()
+        # Of a PIL image the caller has chosen the frame.
+        if from_file and frames > 1 and image.format not in STILL_FORMATS:
+            _note(f"{name} has {frames} frames or pages; the first is taken")
     except (IndexError, KeyError, TypeError) as error:
         # PIL's own opening takes these for damage too; its decoding lets them out.
         raise DataError(f"{name} is damaged: {error}") from error
@@ -128,15 +145,6 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _check_frames(image: Image.Image, name: str) -> None:
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format not in STILL_FORMATS:
-        raise DataError(
-            f"{name} has {frames} frames or pages, expected one picture",
-            "choose one with PIL: image.seek(index), then pass image.copy()",
-        )
-
-
 def _convert(image: Image.Image, name: str) -> Image.Image:
     mode = image.mode
     if mode == "RGB":
@@ -149,11 +157,13 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
         if values.min() >= 0 and values.max() <= 65535:
             return _scale_16_bit(values)
     if mode in ("I", "F"):
-        raise DataError(
-            f"{name} has 32-bit values ({'whole' if mode == 'I' else 'floating-point'} numbers), "
-            "whose black and white are not known",
-            "scale it to 8 bits first",
-        )
+        return _scale_wide(np.asarray(image, dtype=np.float64), name)
+    if mode == "LAB":
+        _note(f"{name} has Lab colours; they are converted to sRGB")
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None
+        return converted
     if mode == "P":
         # The same colours as straight to RGB, without PIL's warning about transparency.
         image = image.convert("RGBA")
@@ -164,3 +174,24 @@ def _scale_16_bit(values: np.ndarray) -> Image.Image:
     """0..65535 to 0..255, rounded to nearest: 65535 / 255 = 257."""
     grey = (values.astype(np.int64) + 128) // 257
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _scale_wide(values: np.ndarray, name: str) -> Image.Image:
+    """Greys of any range to 0..255, rounded to nearest; says what was taken for black and white."""
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"{name} has values that are not finite numbers", "save it again as 8-bit or 16-bit"
+        )
+    low, high = float(values.min()), float(values.max())
+    fitting = [white for white in WHITES if high <= white]
+    black, white = (0.0, float(fitting[0])) if fitting and low >= 0 else (low, high)
+    _note(
+        f"{name} has values from {low:g} to {high:g} without a fixed range; {black:g} is taken for "
+        f"black and {white:g} for white"
+    )
+    grey = np.rint((values - black) * (255 / (white - black or 1)))
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _note(text: str) -> None:
+    warnings.warn(ImageNote(text), stacklevel=2)

@@ -3,10 +3,12 @@
 import io
 import json
 import sys
+import warnings
 
 import pytest
 
 from mmmamba_cli.cli import console
+from mmmamba_cli.errors import MmmambaWarning
 
 
 def test_json_goes_to_stdout_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,3 +102,22 @@ def test_progress_in_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "copy [red]" in terminal.getvalue()
     assert "3/3" in terminal.getvalue()
     assert "copy [red]: 0/3" not in terminal.getvalue()
+
+
+def test_warnings_of_the_project_are_lines_and_not_endless(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Note(MmmambaWarning):
+        pass
+
+    with console.plain_warnings():
+        for number in range(console.SHOWN_WARNINGS + 5):
+            warnings.warn(Note(f"picture {number} has [frames]"), stacklevel=1)
+        warnings.warn(MmmambaWarning("another kind"), stacklevel=1)
+        with pytest.warns(UserWarning, match="not ours"):
+            warnings.warn("not ours", stacklevel=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "warning: picture 0 has [frames]"
+    more, other = lines[console.SHOWN_WARNINGS :]
+    assert more == "warning: there are more such warnings, which are not shown"
+    assert other == "warning: another kind"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import openpyxl
 import pytest
 from ended import Command
+from PIL import Image
 from suite_tables import ScriptedModel, mme_rows, write_tsv
 
 from mmmamba_cli.evaluate import Prompt, opening
@@ -112,6 +116,24 @@ def test_one_rule_and_the_wrong_one(
     done = mmmamba("eval", "--suite", "pope", "--rule", "lmms", *words)
     assert done.code == 2
     assert "suite pope has no rule lmms, it has: internvl, vlmevalkit" in done.err
+
+
+def test_an_animated_picture_is_shown_by_its_first_frame_and_named(
+    mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
+) -> None:
+    rows = mme_rows()
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    rows[2]["image"] = base64.b64encode(file.getvalue()).decode()
+    write_tsv(data / "MME.tsv", rows)
+    words = ["--suite", "mme", "--model", "student", "--data", data, "--out", tmp_path]
+    done = mmmamba("eval", *words)
+    assert done.code == 0
+    said = [line for line in done.err.splitlines() if "frames" in line]
+    assert re.match(r"warning: the image of row [23] \(", said[0])
+    assert said[0].endswith(" bytes) has 2 frames or pages; the first is taken")
+    assert "ImageNote" not in done.err and "image.seek" not in done.err
 
 
 def test_several_models_in_one_call(

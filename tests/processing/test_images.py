@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import open_image
+from mmmamba_cli.processing.images import ImageNote
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (31, 17)) -> Image.Image:
@@ -109,12 +110,48 @@ def test_16_bits_of_the_other_byte_order_and_in_a_32_bit_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
-    [np.array([[0, 65536]], np.int32), np.array([[-1, 5]], np.int32), np.ones((1, 1), "f")],
+    ("values", "greys", "said"),
+    [
+        (
+            np.array([[0.0, 0.5, 1.0]], "f"),
+            [0, 128, 255],
+            "0 to 1 .* 0 is .* black and 1 for white",
+        ),
+        (np.array([[0.0, 0.25]], "f"), [0, 64], "0 to 0.25 .* 1 for white"),
+        (np.array([[0.0, 2.0, 200.4]], "f"), [0, 2, 200], "255 for white"),
+        (np.array([[0.0, 257.0, 65535.0]], "f"), [0, 1, 255], "65535 for white"),
+        (np.array([[-1.0, 0.0, 1.0]], "f"), [0, 128, 255], "-1 is taken for black and 1 for white"),
+        (np.array([[0, 70000]], np.int32), [0, 255], "0 is taken for black and 70000 for white"),
+        (np.array([[-1, 5]], np.int32), [0, 255], "-1 is taken for black and 5 for white"),
+        (np.array([[-7, -7]], np.int32), [0, 0], "-7 for white"),
+        (np.zeros((1, 2), "f"), [0, 0], "1 for white"),
+    ],
 )
-def test_32_bit_values_are_refused(values: np.ndarray) -> None:
-    with pytest.raises(DataError, match="image 3 has 32-bit values"):
+def test_values_without_a_fixed_range_are_scaled_with_a_note(
+    values: np.ndarray, greys: list[int], said: str
+) -> None:
+    for source in (Image.fromarray(values), encoded(Image.fromarray(values), "TIFF")):
+        with pytest.warns(ImageNote, match=f"image 3.* has values from .*{said}"):
+            opened = open_image(source, label="image 3")
+        assert pixels(opened) == [[grey] * 3 for grey in greys]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_refused(value: float) -> None:
+    values = np.array([[0.0, value]], "f")
+    with pytest.raises(
+        DataError, match=r"image 3 has values that are not finite numbers \(save it"
+    ):
         open_image(Image.fromarray(values), label="image 3")
+
+
+def test_lab_is_converted_with_a_note(tmp_path: Path) -> None:
+    file = tmp_path / "lab.tif"
+    # L* of 53, a* of 80, b* of 67: red.
+    Image.new("LAB", (2, 1), (round(53.2 * 2.55), 128 + 80, 128 + 67)).save(file)
+    with pytest.warns(ImageNote, match=f"image {file} has Lab colours"):
+        (red, *_) = pixels(open_image(file))
+    assert red[0] > 245 and max(red[1:]) < 20
 
 
 def test_exif_orientation_is_not_applied() -> None:
@@ -124,17 +161,22 @@ def test_exif_orientation_is_not_applied() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF"])
-def test_several_frames_are_refused(kind: str, tmp_path: Path) -> None:
+def test_of_several_frames_the_first_is_taken_with_a_note(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "frames"
     first, second = noise(), noise().rotate(180)
     file.write_bytes(encoded(first, kind, save_all=True, append_images=[second]))
-    with pytest.raises(DataError, match=f"image {file} has 2 frames or pages.*seek.*copy"):
-        open_image(file)
-    image = Image.open(file)
-    with pytest.raises(DataError, match="has 2 frames"):
-        open_image(image)
-    image.seek(1)
-    assert open_image(image.copy()).size == first.size
+    alone = pixels(open_image(encoded(first, kind)))
+    with pytest.warns(ImageNote, match=f"image {file} has 2 frames or pages; the first is taken"):
+        assert pixels(open_image(file)) == alone
+    with pytest.warns(ImageNote, match=r"image 5 \(\d+ bytes\) has 2 frames"):
+        assert pixels(open_image(file.read_bytes(), label="image 5")) == alone
+    # Whoever gives a PIL image has chosen the frame.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = Image.open(file)
+        assert pixels(open_image(image)) == alone
+        image.seek(1)
+        assert pixels(open_image(image)) == pixels(image.convert("RGB")) != alone
 
 
 def test_one_frame_of_an_animated_format_is_a_picture() -> None:
