@@ -244,7 +244,7 @@ def _model_type(raw: Mapping[str, Any], where: str) -> str:
 
 def _read_json(file: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
         # Half of a letter can be written as an escape, and nowhere else: not into a copy of this.
         json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError as error:

@@ -129,7 +129,9 @@ class Talk:
     def read_questions(self, lines: Iterable[str]) -> None:
         """Every line is a question or a command; what is wrong with one ends it all."""
         try:
-            for line in lines:
+            for number, line in enumerate(lines):
+                # Editors of Windows begin a file of questions with a byte order mark.
+                line = line.removeprefix("\ufeff") if number == 0 else line
                 if not line.strip():
                     continue
                 if line.startswith("/"):

@@ -176,7 +176,7 @@ def _open_meta(file: Path, image_root: Path | None) -> Corpus:
 
 def _read_object(file: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist", "check the path") from error
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -75,4 +76,4 @@ def _index(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _is_blank(handle: Any, start: int) -> bool:
     handle.seek(start, os.SEEK_SET)
-    return not handle.readline().strip()
+    return not handle.readline().removeprefix(codecs.BOM_UTF8).strip()

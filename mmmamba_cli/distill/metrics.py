@@ -18,7 +18,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file; one that a crash cut short ends it."""
     if not file.is_file():
         return
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for line in lines:
             try:
                 yield json.loads(line)

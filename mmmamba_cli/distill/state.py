@@ -96,7 +96,7 @@ class StateFolder:
         """The contents of `state.json`. Raises `RunError` if it is damaged."""
         file = self.folder / name / STATE
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return json.loads(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise RunError(
                 f"{file} cannot be read: {error}", "remove its folder; an older state is taken then"

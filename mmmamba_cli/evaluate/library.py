@@ -37,7 +37,7 @@ def find_suite(name: str) -> Suite:
         names = sorted(files)
         raise DataError(f"no suite is called {name}: give {join_or(names)}{nearest(name, names)}")
     file = files[name]
-    suite = parse_suite(file.read_text(encoding="utf-8"), f"suite {file}")
+    suite = parse_suite(file.read_text(encoding="utf-8-sig"), f"suite {file}")
     if suite.name != name:
         raise DataError(f"suite {file} calls itself {suite.name}", f"its name must be {name}")
     return suite
@@ -49,7 +49,7 @@ def published_rows() -> list[dict[str, Any]]:
     for folder in _suite_folders():
         file = folder / PUBLISHED
         if file.is_file():
-            found += yaml.safe_load(file.read_text(encoding="utf-8"))["tables"]
+            found += yaml.safe_load(file.read_text(encoding="utf-8-sig"))["tables"]
     return found
 
 

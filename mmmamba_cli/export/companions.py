@@ -69,7 +69,7 @@ def _write_hub(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None
 
 
 def _add_map(file: Path, entries: dict[str, Any]) -> None:
-    value = json.loads(file.read_text(encoding="utf-8"))
+    value = json.loads(file.read_text(encoding="utf-8-sig"))
     _write_json(file, {**value, "auto_map": entries})
 
 

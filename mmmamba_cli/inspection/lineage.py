@@ -112,7 +112,7 @@ def _held_out(file: Path) -> Iterator[float]:
 def _embedding_layers(folder: Path) -> int:
     """Layers of the embedding stack; 0 if it has none, or nobody can tell."""
     try:
-        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
         return int((config.get("embedding_stack") or {}).get("num_layers", 0))
     except (OSError, ValueError, AttributeError, TypeError):
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ GGUF_SUFFIX = ".gguf"
 FAST_FILE = "tokenizer.json"
 # Its own tokenizer's ids are SentencePiece's, which transformers' classes do not give.
 INTERNLM2 = "internlm2"
+# Of a tokenizer: settings, vocabulary, merges, chat template.
+TEXTS = frozenset({".json", ".txt", ".jinja"})
 
 
 def processor_from_language_model(
@@ -65,10 +68,11 @@ def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase
     try:
         if file.suffix == GGUF_SUFFIX:
             return _from_gguf(config, file)
-        if file.name == FAST_FILE:
-            # Read as it is; the classes named for a model rebuild it from its parts.
-            return PreTrainedTokenizerFast.from_pretrained(file.parent)
-        return AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False)
+        with unmarked(file.parent) as folder:
+            if file.name == FAST_FILE:
+                # Read as it is; the classes named for a model rebuild it from its parts.
+                return PreTrainedTokenizerFast.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         # The tokenizers library raises nothing more special for a file that it cannot read.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -102,6 +106,29 @@ def alone(file: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix="mmmamba-") as folder:
         Path(folder, file.name).symlink_to(file.resolve())
         yield Path(folder)
+
+
+@contextmanager
+def unmarked(folder: Path) -> Iterator[Path]:
+    """The folder, or one like it without byte order marks, which transformers does not read."""
+    marked = {
+        file.name: content.removeprefix(codecs.BOM_UTF8)
+        for file in folder.iterdir()
+        if file.suffix in TEXTS and file.is_file()
+        for content in [file.read_bytes()]
+        if content.startswith(codecs.BOM_UTF8)
+    }
+    if not marked:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="mmmamba-") as made:
+        for file in folder.iterdir():
+            copy = Path(made, file.name)
+            if file.name in marked:
+                copy.write_bytes(marked[file.name])
+            elif file.is_file():
+                copy.symlink_to(file.resolve())
+        yield Path(made)
 
 
 def as_ids(ids: int | list[int] | None) -> set[int]:

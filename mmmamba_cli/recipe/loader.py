@@ -35,7 +35,7 @@ def load_recipe(
     file = find_recipe(name_or_path)
     label = str(name_or_path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(f"{label}: no such file") from None
     except IsADirectoryError:

@@ -238,7 +238,7 @@ def _profile(folder: Path, remarks: list[str]) -> Profile | None:
 
 def _json(file: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         # Times are extra: a result without them is a result.
         return {}

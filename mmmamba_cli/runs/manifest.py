@@ -104,7 +104,7 @@ def manifest_text(manifest: Manifest) -> str:
 def parse_model(file: Path, kind: type[Model], formats: Collection[int] = (FORMAT,)) -> Model:
     """A JSON file as `kind`. Raises `RunError` that names the file and the first thing wrong."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
         # Half of a letter can be written as an escape, and nowhere else: not into a copy of this.
         json.dumps(value, ensure_ascii=False).encode()
         if isinstance(value, Mapping) and value.get("format", FORMAT) not in formats:

@@ -53,7 +53,7 @@ def read_calibration(file: Path, processor: Processor | None) -> Calibration:
     if processor is None:
         raise DataError(f"{file} needs a tokenizer to be read", "give --tokenizer FILE")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as UTF-8 text", "check --calibration") from error
     samples = [_sample(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
