@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import err, help_if_bare, out, print_json, print_table, progress
+from mmmamba_cli.cli.console import (
+    err,
+    help_if_bare,
+    if_interrupted,
+    out,
+    print_json,
+    print_table,
+    progress,
+)
 from mmmamba_cli.cli.options import AsJson, Overwrite
 
 if TYPE_CHECKING:
@@ -69,7 +77,10 @@ def build(
     def check(place: Path) -> None:
         check_replaceable(place, lambda found: files_beside(found, known), "mmmamba scenes build")
 
-    with atomic_folder(folder, overwrite, check) as partial:
+    with (
+        if_interrupted(f"nothing was written to {folder}; repeat the command"),
+        atomic_folder(folder, overwrite, check) as partial,
+    ):
         total = pictures * (len(SPLITS) + len(askable(world)))
         with progress("drawing the suite", total, "pictures") as advance:
             asked = write_suite(partial / TABLE, drawn, world, seed, pictures, pictures, advance)
@@ -176,7 +187,10 @@ def fetch(
     """
     from mmmamba_evals.scenes.fetch import fetch as fetch_atlases
 
-    fetch_atlases(folder, style, overwrite=overwrite, say=lambda text: err().print(text))
+    with if_interrupted(
+        f"styles that are complete stay in {folder}; fetch the others with --style"
+    ):
+        fetch_atlases(folder, style, overwrite=overwrite, say=lambda text: err().print(text))
     out().print(f"next: mmmamba scenes build --atlas {folder}/STYLE --out DIR", soft_wrap=True)
 
 

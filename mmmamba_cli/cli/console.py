@@ -174,6 +174,20 @@ def help_if_bare(context: typer.Context) -> None:
 
 
 @contextmanager
+def if_interrupted(sentence: str | Callable[[], str]) -> Iterator[None]:
+    """Where Ctrl-C ends what is inside: say what is left of it and how to go on.
+
+    The interrupt goes on to end the command with 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        said = sentence if isinstance(sentence, str) else sentence()
+        print_line(f"interrupted: {said}", to_stderr=True)
+        raise
+
+
+@contextmanager
 def progress(
     what: str,
     total: int,

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmmamba_cli.cli.console import err, print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.console import (
+    err,
+    if_interrupted,
+    print_json,
+    print_table,
+    print_warning,
+    progress,
+)
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
     AsJson,
@@ -175,7 +182,11 @@ def _ask(
     scored: dict[str, list[Scored]] = {suite.name: [] for suite in suites}
     for candidate in candidates:
         _tell(f"loading {candidate.name}")
-        model = candidate.open()
+        with if_interrupted(
+            f"{candidate.name} was not asked yet; answers that are kept in {folder} stay, and the "
+            "same command goes on"
+        ):
+            model = candidate.open()
         for suite, (table, rows) in zip(suites, opened, strict=True):
             place = folder / candidate.name / suite.name
             scored[suite.name].append(_ask_one(model, suite, table, rows, place, options))
@@ -201,8 +212,23 @@ def _ask_one(
 ) -> Scored:
     from mmmamba_cli.evaluate import Watch, evaluate_model
 
-    with progress(f"{model.identity.name}: {suite.title}", len(rows), "answers") as advance:
-        watch = Watch(say=_tell, warn=print_warning, advance=advance)
+    kept = 0
+
+    def count(more: int) -> None:
+        nonlocal kept
+        kept += more
+        advance(more)
+
+    with (
+        if_interrupted(
+            lambda: (
+                f"{kept} of {len(rows)} answers to {suite.name} are kept in {folder}; the same "
+                "command goes on"
+            )
+        ),
+        progress(f"{model.identity.name}: {suite.title}", len(rows), "answers") as advance,
+    ):
+        watch = Watch(say=_tell, warn=print_warning, advance=count)
         return evaluate_model(model, suite, table, rows, folder, options, watch)
 
 
@@ -228,10 +254,14 @@ def _with_kit(
     evaluate = find_evaluator(kit)
     found = []
     for candidate in candidates:
-        model = candidate.open()
         place = folder / candidate.name / kit
-        place.mkdir(parents=True, exist_ok=True)
-        scores = evaluate(model, names, options, place)
+        with if_interrupted(
+            f"{kit} was asking {candidate.name}, whose scores are not written; those of models "
+            f"before it are in {folder}, and the same command begins with what {kit} keeps itself"
+        ):
+            model = candidate.open()
+            place.mkdir(parents=True, exist_ok=True)
+            scores = evaluate(model, names, options, place)
         found.append(kit_result(kit, model.identity, scores, options))
         del model
         gc.collect()

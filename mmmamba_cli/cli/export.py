@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import print_json, print_warning, progress
+from mmmamba_cli.cli.console import if_interrupted, print_json, print_warning, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromCurrent, Overwrite, RunFolder
 from mmmamba_cli.errors import RunError
 
@@ -74,12 +74,18 @@ def command(
         checkpoint = target.open_product(name)
     wanted = None if dtype is None else parse_dtype(dtype)
     size = sum(info.nbytes for info in plan_of(layout_of(checkpoint, form, wanted)).values())
-    with progress("exporting", size, "B") as advance:
+    with (
+        if_interrupted(f"nothing was written to {out}; repeat the command"),
+        progress("exporting", size, "B") as advance,
+    ):
         found = export_checkpoint(
             checkpoint, form, out, story=story, dtype=wanted, overwrite=overwrite, advance=advance
         )
     _warn(checkpoint, story)
-    address = _push(out, push, private)
+    with if_interrupted(
+        f"the export in {out} is complete, its upload may not be; repeat it with --overwrite"
+    ):
+        address = _push(out, push, private)
     _say(found, address, as_json)
 
 

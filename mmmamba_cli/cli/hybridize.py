@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmmamba_cli.cli.console import print_json, progress
+from mmmamba_cli.cli.console import if_interrupted, print_json, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromParent, Overwrite, RunFolder
 from mmmamba_cli.errors import RecipeError
 
@@ -50,7 +50,10 @@ def command(
     from mmmamba_cli.runs import Run
 
     target = Run(run)
-    with target.lock_existing():
+    with (
+        if_interrupted(f"nothing was written to {run}; repeat the command"),
+        target.lock_existing(),
+    ):
         source = choose_parent(target, parent)
         plan = _plan(attn_layers, layers, placement)
         recipe = parse_recipe(source.recipe, f"recipe of {source.name}", (), plan)

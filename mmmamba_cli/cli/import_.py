@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import print_json, print_warning, progress
+from mmmamba_cli.cli.console import if_interrupted, print_json, print_warning, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ def command(
     student = open_checkpoint(checkpoint)
     source = None if teacher is None else open_checkpoint(teacher)
     size = sum(file.stat().st_size for file in student.source.files)
-    with target.lock(), progress("importing", size, "B") as advance:
+    with (
+        if_interrupted(f"nothing was written to {run}; repeat the command"),
+        target.lock(),
+        progress("importing", size, "B") as advance,
+    ):
         manifest = import_student(
             target,
             student,

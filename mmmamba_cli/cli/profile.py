@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmmamba_cli.cli.completing import complete_products
-from mmmamba_cli.cli.console import err, out, print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.console import (
+    err,
+    if_interrupted,
+    out,
+    print_json,
+    print_table,
+    print_warning,
+    progress,
+)
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
     AsJson,
@@ -164,7 +172,11 @@ def command(
         budget=budget or default.budget,
         seed=seed,
     )
-    found = _profile(subjects, plan)
+    with if_interrupted(
+        f"nothing was written to {target}: a profile is written once all is measured; a smaller "
+        "one has fewer --contexts or a --budget"
+    ):
+        found = _profile(subjects, plan)
     files = write_profile(found, target)
     if as_json:
         print_json(found.model_dump(mode="json"))

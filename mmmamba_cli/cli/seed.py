@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.completing import complete_recipes
-from mmmamba_cli.cli.console import print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.console import if_interrupted, print_json, print_table, print_warning, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder, Sets
 
 if TYPE_CHECKING:
@@ -83,7 +83,17 @@ def command(
     target, wanted = Run(run), parse_dtype(dtype)
     teacher = open_checkpoint(checkpoint, config_file=config, tokenizer_file=tokenizer, arch=arch)
     _warn(teacher)
-    with target.lock():
+    made = False
+
+    def left() -> str:
+        if made:
+            return (
+                f"the seed is complete in {target.product_folder('seed')}; only its comparison "
+                "with the teacher is not written"
+            )
+        return f"nothing was written to {run}; repeat the command"
+
+    with if_interrupted(left), target.lock():
         before = [name for name in target.products() if name != "seed"]
         with progress("seeding", _student_bytes(teacher, loaded, wanted), "B") as advance:
             manifest = seed_student(
@@ -97,6 +107,7 @@ def command(
                 arch=arch,
                 advance=advance,
             )
+        made = True
         rows = _fidelity(target, teacher, calibration) if report else []
     if before:
         print_warning(f"removed from {target.folder}: {', '.join(before)}")

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ended import Command
 from PIL import Image
 from suite_tables import ScriptedModel, mme_rows, write_tsv
 
-from mmmamba_cli.evaluate import Prompt, opening
+from mmmamba_cli.evaluate import Encoded, Prompt, opening
 from mmmamba_cli.evaluate.result import read_result
 
 MME_RIGHT = {"perception": 2000.0, "reasoning": 800.0}
@@ -116,6 +117,32 @@ def test_one_rule_and_the_wrong_one(
     done = mmmamba("eval", "--suite", "pope", "--rule", "lmms", *words)
     assert done.code == 2
     assert "suite pope has no rule lmms, it has: internvl, vlmevalkit" in done.err
+
+
+class Interrupted(ScriptedModel):
+    """Ctrl-C in the middle of the third batch."""
+
+    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        if len(self.batches) == 2:
+            raise KeyboardInterrupt
+        return super().generate(batch, max_new_tokens)
+
+
+def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(
+    mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
+) -> None:
+    scripted["student"] = Interrupted(mostly_right, name="student")
+    out = tmp_path / "out"
+    words = ["--suite", "mme", "--model", "student", "--data", data, "--out", out, "--batch", 8]
+    done = mmmamba("eval", *words)
+    assert (done.code, done.out) == (130, "")
+    assert done.err.splitlines()[-1] == (
+        f"interrupted: 16 of 56 answers to mme are kept in {out / 'student' / 'mme'}; the same "
+        "command goes on"
+    )
+    scripted["student"] = ScriptedModel(mostly_right, name="student")
+    assert mmmamba("eval", *words).code == 0
+    assert len(scripted["student"].asked) == 40
 
 
 def test_an_animated_picture_is_shown_by_its_first_frame_and_named(

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable
 
+import numpy as np
 from mutating import spoil_bytes
 from PIL import Image
 
@@ -98,6 +99,35 @@ def odd_mode(rng: random.Random, done: list[str]) -> bytes:
     return encoded(Image.new(mode, size), form)
 
 
+def without_range(rng: random.Random, done: list[str]) -> bytes:
+    """Values of any range, which no format says the black and white of."""
+    low, high = rng.choice(((0, 1), (0, 255), (-1, 1), (0, 65536), (5, 5), (-1e30, 1e30)))
+    values = np.linspace(low, high, 35, dtype="f").reshape(5, 7)
+    odd = rng.choice((None, None, np.nan, np.inf, -np.inf))
+    if odd is not None:
+        values[2, 3] = odd
+    done.append(f"values from {low} to {high}, and {odd}")
+    if odd is None and rng.random() < 0.4:
+        values = np.clip(values, -(2.0**31), 2.0**31 - 256).astype(np.int32)
+    return encoded(Image.fromarray(values), "TIFF")
+
+
+def turned_or_indexed(rng: random.Random, done: list[str]) -> bytes:
+    """EXIF that turns, palettes with transparency, frames of other sizes and modes."""
+    way = rng.randrange(3)
+    done.append(("turned", "indexed", "mixed frames")[way])
+    if way == 0:
+        exif = Image.Exif()
+        exif[0x0112] = rng.choice((0, 1, 6, 8, 99))
+        return encoded(gradient(), rng.choice(("JPEG", "PNG", "WEBP")), exif=exif)
+    if way == 1:
+        image = gradient().quantize(rng.choice((2, 16, 255)))
+        transparency = rng.choice((0, b"\0\x80\xff", b"\0" * 255))
+        return encoded(image, "PNG", transparency=transparency)
+    frames = [Image.new(mode, (9 + i, 9)) for i, mode in enumerate(("1", "RGB", "CMYK", "F"))]
+    return encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+
+
 def something_else(rng: random.Random, done: list[str]) -> bytes:
     done.append("no picture")
     return rng.choice(
@@ -131,5 +161,7 @@ KINDS: tuple[Callable[[random.Random, list[str]], bytes], ...] = (
     bomb,
     animated,
     odd_mode,
+    without_range,
+    turned_or_indexed,
     something_else,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import random
 from collections.abc import Callable
@@ -96,7 +97,7 @@ def test_answers(case_of: CaseOf, number: int) -> None:
     case = case_of("answers", number)
     rows = pope_rows()
     data, given = write_table(case, rows), answers(rows)
-    form = (".tsv", ".jsonl", ".xlsx")[number % 3]
+    form = (".tsv", ".jsonl", ".xlsx", ".csv")[number % 4]
     file = case.home / f"answers{form}"
     case.done.append(form)
     if form == ".jsonl":
@@ -106,9 +107,11 @@ def test_answers(case_of: CaseOf, number: int) -> None:
         spoiled = json.dumps(spoil_tree(case.rng, given[at], case.done))
         lines[at] = case.rng.choice((spoiled, spoiled, *odd))
         file.write_text("\n".join(lines))
-    elif form == ".tsv":
+    elif form in SEPARATORS:
         spoil_rows(case.rng, given, case.done)
-        write_tsv(file, given)
+        heading = list(dict.fromkeys(key for row in given for key in row))
+        cells = [[row.get(key, "") for key in heading] for row in given]
+        write_separated(file, [heading, *cells])
         if number % 2:
             file.write_bytes(spoil_bytes(case.rng, file.read_bytes(), case.done))
     else:
@@ -116,6 +119,67 @@ def test_answers(case_of: CaseOf, number: int) -> None:
         file.write_bytes(spoil_bytes(case.rng, file.read_bytes(), case.done))
     words = ("--predictions", file, "--data", data, "--out", case.home / "out", "--json")
     case.command("eval", "--suite", "pope", *words)
+
+
+SEPARATORS = {".tsv": "\t", ".csv": ","}
+
+
+def write_separated(file: Path, rows: list[list[Any]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as handle:
+        csv.writer(handle, delimiter=SEPARATORS[file.suffix]).writerows(rows)
+
+
+def bend(rng: random.Random, rows: list[list[Any]], done: list[str]) -> str | None:
+    """Change the shape of a table, heading included; the row that must be named, None for none.
+
+    Each of these was once read as something else, without a word.
+    """
+    at = rng.randrange(1, len(rows))
+    kind = rng.choice(("cut", "more", "twice", "decimals", "blank", "order"))
+    done.append(f"{kind} at row {at}")
+    if kind == "cut":
+        del rows[at][rng.randrange(2, len(rows[at])) :]
+        return f"row {at} has"
+    if kind == "more":
+        rows[at] += ["No"] * rng.randrange(1, 4)
+        return f"row {at} has"
+    if kind == "twice":
+        for row in rows:
+            row.append(row[rng.choice((0, -1))])
+        rows[0][-1] = rng.choice(("index", "prediction", " prediction "))
+        return "more than one column"
+    if kind == "decimals":
+        for row in rows[1:]:
+            row[0] = f"{row[0]}.{'0' * rng.randrange(1, 4)}"
+    elif kind == "blank":
+        rows.insert(at, [])
+    else:
+        places = list(range(len(rows[0])))
+        rng.shuffle(places)
+        rows[:] = [[row[place] for place in places] for row in rows]
+    return None
+
+
+@pytest.mark.parametrize("number", numbers(36))
+def test_shapes_of_tables_of_answers(case_of: CaseOf, number: int) -> None:
+    case = case_of("shape", number)
+    rows = pope_rows()
+    data, given = write_table(case, rows), answers(rows)
+    table = [list(given[0]), *(list(row.values()) for row in given)]
+    named = bend(case.rng, table, case.done)
+    file = case.home / f"answers{('.tsv', '.csv')[number % 2]}"
+    write_separated(file, table)
+    if case.rng.random() < 0.3:
+        case.done.append("byte order mark")
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    words = ("--suite", "pope", "--data", data, "--out", case.home / "out", "--json")
+    done = case.command("eval", *words, "--predictions", file)
+    if named is not None:
+        assert done.code == 2 and named in done.err, case.story(words)
+        return
+    (result,) = outcome(done)["results"]
+    assert result["data"]["used"] == len(rows)
+    assert result["rules"][1]["metrics"]["accuracy"] == 50.0
 
 
 def write_book(file: Path, rows: list[dict[str, Any]]) -> None:
