@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.ops.attention import Segments
 from mmmamba_cli.processing import normalize
 
 # Label of a token that is not part of an answer.
@@ -43,6 +44,9 @@ class Batch:
     labels: (B, T) int64, the token itself where it belongs to an answer, else IGNORED; not shifted.
     attention_mask: (B, T) bool, False for padding; None if there is none.
     seq_idx: (B, T) int64, the number of the sample within its row; None if each row holds one.
+    segments: where samples and padding begin in the rows laid end to end; None if there is neither
+        padding nor packing. Attention takes packed rows by these, and finding them on a device
+        would make the host wait for it.
     pixel_values: (N, 3, S, S), tiles in the order of the rows; None without images. uint8 as they
         come from the loader, and float32, normalised, once `to` has brought them to a device.
     num_tokens: tokens that are not padding.
@@ -56,6 +60,7 @@ class Batch:
     num_samples: int
     num_tokens: int
     names: tuple[str, ...] = ()
+    segments: Segments | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`, pixels normalised there."""
@@ -82,6 +87,11 @@ class Batch:
             attention_mask=changed(self.attention_mask),
             seq_idx=changed(self.seq_idx),
             pixel_values=changed(self.pixel_values),
+            segments=(
+                None
+                if self.segments is None
+                else self.segments._replace(bounds=change(self.segments.bounds))
+            ),
         )
 
 

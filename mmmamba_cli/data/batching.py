@@ -13,6 +13,7 @@ from torch import Tensor
 from mmmamba_cli.data.batch import IGNORED, BadSample, Batch, bad_sample
 from mmmamba_cli.data.encoding import Encoded, decode_images
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.ops.attention import segments_of
 from mmmamba_cli.processing import ImageProcessor
 
 Row = list[Encoded]
@@ -104,14 +105,16 @@ def collate(
 
 def blank(pad_id: int) -> Batch:
     """A row without a sample, for a process that must keep step with the others."""
+    mask = torch.zeros(1, 1, dtype=torch.bool)
     return Batch(
         input_ids=torch.full((1, 1), pad_id),
         labels=torch.full((1, 1), IGNORED),
-        attention_mask=torch.zeros(1, 1, dtype=torch.bool),
+        attention_mask=mask,
         seq_idx=None,
         pixel_values=None,
         num_samples=0,
         num_tokens=0,
+        segments=segments_of(mask, None),
     )
 
 
@@ -129,15 +132,18 @@ def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
             labels[r, place] = ids.masked_fill(~torch.tensor(sample.is_answer), IGNORED)
             numbers[r, place], real[r, place] = number, True
             column = place.stop
+    mask = None if bool(real.all()) else real
+    seq_idx = numbers if any(len(row) > 1 for row in rows) else None
     return Batch(
         input_ids=input_ids,
         labels=labels,
-        attention_mask=None if bool(real.all()) else real,
-        seq_idx=numbers if any(len(row) > 1 for row in rows) else None,
+        attention_mask=mask,
+        seq_idx=seq_idx,
         pixel_values=torch.cat(pixels) if pixels else None,
         num_samples=sum(map(len, rows)),
         num_tokens=sum(lengths),
         names=tuple(sample.name for row in rows for sample in row),
+        segments=None if mask is None and seq_idx is None else segments_of(mask, seq_idx),
     )
 
 

@@ -80,8 +80,9 @@ def evaluate(
     bad: list[BadSample] = []
     for step in steps:
         bad += step.bad
-        for batch in (micro.to(pair.device) for micro in step.micro):
-            units += objective.count(pair, batch)
+        for micro in step.micro:
+            units += objective.count(pair, micro)
+            batch = micro.to(pair.device)
             sums += objective.sums(pair, batch, None)
             counts[:5] += _compare(pair, batch)
             counts[5] += batch.num_samples

@@ -7,7 +7,7 @@ around the mixer, whose input is the normed hidden state. Legend: B batch, T col
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -106,13 +106,11 @@ class Layerwise:
         return any(f"{inner}.".startswith(f"{prefix}.") for prefix in inner_names)
 
     def count(self, pair: Pair, batch: Batch) -> Tensor:
-        prompt, rows = prepare(pair, batch), batch.input_ids.shape[0]
-        # Once for each stack: reading a count off the device waits for it.
-        stacks = [columns for columns in (prompt.embedding, prompt.language) if columns is not None]
-        tokens = {id(columns): count_tokens(columns, rows) for columns in stacks}
+        first = pair.teacher.model.num_embedding_layers
+        in_embedding, in_language = count_tokens(pair, batch)
         blocks = pair.student.model.blocks
         units = [
-            tokens[id(_columns(pair, prompt, layer))] * self.loss.units(blocks[layer])
+            (in_embedding if layer < first else in_language) * self.loss.units(blocks[layer])
             for layer in self.layers
         ]
         return torch.tensor(units, dtype=torch.float64)
@@ -158,14 +156,33 @@ class Layerwise:
 
 def prepare(pair: Pair, batch: Batch) -> Prompt:
     """What the stacks of either model see of a batch; teacher and student agree on it."""
-    return pair.teacher.model.prepare(
+    prompt = pair.teacher.model.prepare(
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
     )
+    if batch.segments is None:
+        return prompt
+    embedding = prompt.embedding
+    # Where patches stand in the place of image tokens, the embedding stack has columns of its own.
+    if embedding is not None and prompt.expansion is None:
+        embedding = replace(embedding, known_segments=batch.segments)
+    language = replace(prompt.language, known_segments=batch.segments)
+    return replace(prompt, embedding=embedding, language=language)
 
 
-def count_tokens(columns: Columns, rows: int) -> int:
-    """Columns of the whole batch that are not padding."""
-    return rows * columns.length if columns.mask is None else int(columns.mask.sum())
+def count_tokens(pair: Pair, batch: Batch) -> tuple[int, int]:
+    """Columns that are not padding, of the embedding stack and of the language stack.
+
+    The batch may be on the CPU; on a GPU, its counts would have to be waited for.
+    """
+    mask, ids = batch.attention_mask, batch.input_ids
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    tokens = int(real.sum())
+    vision, pixels = pair.teacher.config.vision_config, batch.pixel_values
+    has_pictures = vision is not None and pixels is not None and pixels.shape[0] > 0
+    if not has_pictures or vision.pixel_shuffle != "post":
+        return tokens, tokens
+    image_tokens = int((real & (ids == vision.image_token_id)).sum())
+    return tokens + (vision.merge**2 - 1) * image_tokens, tokens
 
 
 def _columns(pair: Pair, prompt: Prompt, layer: int) -> Columns:

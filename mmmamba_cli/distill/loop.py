@@ -18,7 +18,13 @@ from mmmamba_cli.distill.objective import Objective
 from mmmamba_cli.distill.optimiser import build_optimiser, clip, learning_rate
 from mmmamba_cli.distill.pair import Pair
 from mmmamba_cli.distill.state import Progress, StateFolder, state_record
-from mmmamba_cli.distributed import World, average_whole, seed_everything, step_seed
+from mmmamba_cli.distributed import (
+    World,
+    average_whole,
+    host_threads,
+    seed_everything,
+    step_seed,
+)
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.recipe import Stage
 
@@ -91,6 +97,26 @@ def train(
         job.states.load(job.states.path(progress.step).name, parameters, optimiser)
     decoder = job.pair.student.model
     decoder.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
+    with host_threads(job.world.device):
+        _run_steps(job, parameters, optimiser, progress, report, wants_to_stop)
+    if progress.skipped_steps >= progress.step > 0:
+        raise MmmambaError(
+            f"stage {job.stage.name} learned nothing: all of its {progress.step} steps were "
+            "skipped",
+            "metrics.jsonl says why for each; see the samples with `mmmamba data check`",
+        )
+    return progress
+
+
+def _run_steps(
+    job: Job,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.AdamW,
+    progress: Progress,
+    report: Report,
+    wants_to_stop: Callable[[], bool],
+) -> None:
+    """The steps that `progress` lacks, with what is due behind each, and a state at the end."""
     saved = progress.step
     started = time.perf_counter()
     for batches in job.loader.steps(progress.step, job.stage.steps):
@@ -105,15 +131,8 @@ def train(
         if stop and progress.step < job.stage.steps:
             raise Stopped
         started = time.perf_counter()
-    if progress.skipped_steps >= progress.step > 0:
-        raise MmmambaError(
-            f"stage {job.stage.name} learned nothing: all of its {progress.step} steps were "
-            "skipped",
-            "metrics.jsonl says why for each; see the samples with `mmmamba data check`",
-        )
     if saved != progress.step:
         _save(job, parameters, optimiser, progress)
-    return progress
 
 
 def _step(
@@ -195,7 +214,8 @@ def _accumulate(job: Job, batches: StepBatches) -> tuple[Tensor, Tensor, Tensor]
         ],
         dtype=torch.float64,
     )
-    own = torch.stack([objective.count(pair, micro) for micro in micros]).sum(0)
+    # Counted where the loader left them, on the CPU: a count on a GPU would be waited for.
+    own = torch.stack([objective.count(pair, micro) for micro in batches.micro]).sum(0)
     together = world.add_up(torch.cat((own, counts)))
     units, counts = together[: len(own)], together[len(own) :]
     if not bool(units.any()):

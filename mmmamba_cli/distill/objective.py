@@ -40,7 +40,7 @@ class Objective(Protocol):
         ...
 
     def count(self, pair: Pair, batch: Batch) -> Tensor:
-        """Units of each term in a micro batch, (terms,) float64 on the CPU."""
+        """Units of each term in a micro batch, which may be on the CPU, (terms,) float64 there."""
         ...
 
     def weigh(self, units: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from mmmamba_cli.distributed.seeds import seed_everything, step_seed
 from mmmamba_cli.distributed.sharding import average_whole, is_sharded, shard_mixers
+from mmmamba_cli.distributed.threads import host_threads
 from mmmamba_cli.distributed.world import World, join_world
 
 __all__ = [
     "World",
     "average_whole",
+    "host_threads",
     "is_sharded",
     "join_world",
     "seed_everything",

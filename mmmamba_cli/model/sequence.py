@@ -65,6 +65,8 @@ class Columns:
     seq_idx: Tensor | None = None
     key_mask: Tensor | None = None
     key_seq_idx: Tensor | None = None
+    # The sequences of `mask` and `seq_idx`, where the caller knows them.
+    known_segments: Segments | None = None
 
     @property
     def length(self) -> int:
@@ -102,6 +104,7 @@ class Columns:
             past=self.past + start,
             mask=None if self.mask is None else self.mask[:, start:stop],
             seq_idx=None if self.seq_idx is None else self.seq_idx[:, start:stop],
+            known_segments=None,
         )
 
     def is_plain_causal(self, num_keys: int) -> bool:
@@ -122,6 +125,8 @@ class Columns:
     @cached_property
     def _own_segments(self) -> Segments | None:
         """Made once, since every layer of a stack asks for them."""
+        if self.known_segments is not None:
+            return self.known_segments
         return segments_of(self.mask, self.seq_idx)
 
     def attention_mask(self, num_keys: int) -> Tensor | None:

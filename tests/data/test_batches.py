@@ -14,6 +14,7 @@ from small import distance, small_model
 
 from mmmamba_cli.data import IGNORED, Batch, Encoded, StepBatches, StepLoader, open_corpus
 from mmmamba_cli.data.batching import blank, collate, deal, make_rows
+from mmmamba_cli.ops.attention import Segments, segments_of
 from mmmamba_cli.processing import HolisticVLMProcessor
 
 BATCHINGS = ("padded", "bucketed", "packed")
@@ -29,6 +30,8 @@ def loader(folder: Path, processor: HolisticVLMProcessor, **given: Any) -> StepL
 
 def equal(one: Batch, two: Batch) -> bool:
     def alike(a: Any, b: Any) -> bool:
+        if isinstance(a, Segments) and isinstance(b, Segments):
+            return torch.equal(a.bounds, b.bounds) and a.longest == b.longest
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
     return all(alike(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
@@ -85,6 +88,33 @@ def test_processes_share_out_the_same_batch(
         assert all(len(share.micro) == 2 for share in shares)
         tokens = sum(m.num_tokens for share in shares for m in share.micro)
         assert tokens == step.micro[0].num_tokens
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_batch_knows_its_segments(
+    batching: str, world_size: int, folder: Path, processor: HolisticVLMProcessor
+) -> None:
+    """Those that attention would look for on the device, also behind a worker process."""
+    known = 0
+    for rank in range(world_size):
+        source = loader(
+            folder, processor, batching=batching, rank=rank, world_size=world_size, workers=1,
+            accumulation=2,
+        )  # fmt: skip
+        for step in source.steps(0, 3):
+            for micro in step.micro:
+                if micro.attention_mask is None and micro.seq_idx is None:
+                    assert micro.segments is None
+                    continue
+                known += 1
+                found = segments_of(micro.attention_mask, micro.seq_idx)
+                assert found is not None and micro.segments is not None
+                assert torch.equal(micro.segments.bounds, found.bounds)
+                assert micro.segments.longest == found.longest
+                assert torch.equal(micro.to("cpu").segments.bounds, found.bounds)  # type: ignore[union-attr]
+    assert known
+    assert blank(0).segments is not None
 
 
 @pytest.mark.parametrize("workers", [0, 2])

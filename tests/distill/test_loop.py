@@ -17,6 +17,7 @@ from mmmamba_cli.data import BadSample, Batch, StepBatches
 from mmmamba_cli.distill.loop import Job, StepResult, Stopped, _trouble, train
 from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, share_of_peak
 from mmmamba_cli.distill.state import Progress
+from mmmamba_cli.distributed import host_threads
 from mmmamba_cli.errors import DataError, MmmambaError, RunError
 from mmmamba_cli.recipe import Schedule
 
@@ -244,6 +245,20 @@ def test_cosine_falls_from_the_peak_to_its_share() -> None:
     assert all(a > b for a, b in pairwise(shares[10:]))
     assert shares[55] == pytest.approx(0.55)
     assert 0.1 < shares[99] < 0.11
+
+
+def test_threads_of_the_host_are_few_beside_a_gpu_only() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with host_threads(torch.device("cpu")):
+            assert torch.get_num_threads() == 4
+        with pytest.raises(ValueError, match="inside"), host_threads(torch.device("cuda")):
+            assert torch.get_num_threads() == 2
+            raise ValueError("inside")
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def poisoned(batches: StepBatches) -> StepBatches:

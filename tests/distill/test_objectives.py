@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from mmmamba_cli.data import IGNORED, Batch
+from mmmamba_cli.distill.layerwise import count_tokens, prepare
 from mmmamba_cli.distill.learning import learning_names
 from mmmamba_cli.distill.logits_kl import LogitsKL, divergence
 from mmmamba_cli.distill.loop import StepResult, train
@@ -23,6 +24,7 @@ from mmmamba_cli.distill.stages import LAYER_LOSSES, objective_of
 from mmmamba_cli.distill.state import Progress
 from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.ops.attention import segments_of
 from mmmamba_cli.recipe import KL, Stage
 
 LOSSES = ("mixer-mse", "matrix-orientation", "hidden-alignment", "kl")
@@ -143,6 +145,57 @@ def test_divergence_against_plain_distributions(
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert distance(gradient, flat_gradient(pair)) < 1e-5
+
+
+@pytest.mark.parametrize("shuffle", ["pre", "post"])
+def test_segments_of_a_batch_are_not_looked_for_again(
+    shuffle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both stacks take them as they are; patches in the place of tokens have others."""
+    looked_for = []
+
+    def counted(*columns: Any) -> Any:
+        looked_for.append(columns)
+        return segments_of(*columns)
+
+    monkeypatch.setattr("mmmamba_cli.model.sequence.segments_of", counted)
+    model = small_model("aaaa", shuffle)
+    pair = pair_of(model, small_model("mmmm", shuffle), ())
+    (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
+    ids, mask = padded([one[0], two[0]])
+    batch = batch_of(ids, pixels, mask=mask)
+    plain = prepare(pair, batch)
+    prepared = prepare(pair, replace(batch, segments=segments_of(mask, None)))
+    for before, after in (
+        (plain.embedding, prepared.embedding),
+        (plain.language, prepared.language),
+    ):
+        looked_for.clear()
+        expected = before.segments(before.length)
+        assert len(looked_for) == 1
+        found = after.segments(after.length)
+        assert torch.equal(found.bounds, expected.bounds)
+        assert found.longest == expected.longest
+        again = after is prepared.embedding and shuffle == "post"
+        assert len(looked_for) == (2 if again else 1)
+    part = prepared.language.chunk(0, 3)
+    assert torch.equal(part.segments(3).bounds, segments_of(mask[:, :3], None).bounds)
+
+
+@pytest.mark.parametrize("shuffle", ["pre", "post"])
+def test_tokens_are_counted_without_the_model(shuffle: str) -> None:
+    """As many as the stacks' own columns say, for padded, packed and plain rows, with pictures."""
+    pair = pair_of(small_model("aaaa", shuffle), small_model("mmmm", shuffle), ())
+    (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
+    ids, mask = padded([one[0], two[0]])
+    for batch in (batch_of(ids, pixels, mask=mask), batch_of(one, pixels), packed(ROWS)):
+        seen = prepare(pair, batch)
+        rows = batch.input_ids.shape[0]
+        expected = [
+            rows * columns.length if columns.mask is None else int(columns.mask.sum())
+            for columns in (seen.embedding, seen.language)
+        ]
+        assert list(count_tokens(pair, batch)) == expected
 
 
 def test_paper_reduction_divides_by_samples() -> None:
@@ -275,9 +328,7 @@ def test_no_gradient_crosses_layers(loss: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"rope": True, "qk_norm": True}])
 @torch.no_grad()
-def test_mixing_matrices_mix_as_the_mixers_do(
-    options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mixing_matrices_mix_as_the_mixers_do(options: dict[str, bool]) -> None:
     """Matrix times values is the read-out, padding and packing included."""
     model = small_model("am", **options)
     ids, mask = padded([torch.cat(ROWS[:2]), ROWS[2]])
@@ -293,9 +344,7 @@ def test_mixing_matrices_mix_as_the_mixers_do(
     y = read_out(mamba.mixing_matrix(hidden, columns), v)
     # The scan's own read-out is what the mixer gives to its gated norm.
     seen: list[Tensor] = []
-    monkeypatch.setattr(
-        "mmmamba_cli.model.mamba2.gated_rms_norm", lambda y, *_: seen.append(y) or y
-    )
+    mamba.g_norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     mamba.mix(hidden, columns)
     assert distance(y[mask], seen[0][mask]) < 1e-5
 
