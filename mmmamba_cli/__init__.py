@@ -6,9 +6,11 @@ registers the model classes; `mmmamba_cli.load(path)` does that for you.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+# As type checkers know it; importing `typing` takes longer than all else here.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mmmamba_cli.model import HolisticVLM
 
 __version__ = "0.1.0"
@@ -20,7 +22,7 @@ def load(path: str, *, device: Any = "cpu", dtype: Any = "auto") -> HolisticVLM:
     `path` is one of our own folders, a published mmMamba, a teacher (HoVLE, or a plain language
     model), or the name of such a repository on the Hub. `device` and `dtype` are what torch
     takes for them, as objects or names; dtype "auto" keeps what is stored. Raises
-    `CheckpointError` for what cannot be read.
+    `CheckpointError` for what cannot be read, `MmmambaError` for a device that is not there.
     """
     from mmmamba_cli.checkpoint import load_model
 

@@ -1,4 +1,30 @@
-from mmmamba_cli.cli import main
+"""The command `mmmamba`: the console script, and `python -m mmmamba_cli`."""
+
+import os
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line. SIGINT is handled before anything else is imported."""
+    try:
+        from mmmamba_cli.interrupts import catch_interrupts, end_on_interrupt
+
+        catch_interrupts()
+        from mmmamba_cli.cli import main as run
+
+        try:
+            run()
+        finally:
+            end_on_interrupt()
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
+
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    # A worker that multiprocessing has spawned; the main process says what there is to say.
+    from mmmamba_cli.interrupts import end_on_interrupt
+
+    end_on_interrupt()

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from mmmamba_cli.interrupts import interrupts_held
 from mmmamba_cli.processing.template import place_images
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.lessons import draw_lesson
@@ -110,7 +111,9 @@ def write_lessons(
         if workers:
             # Not forked: a process that has threads, as torch starts them, may not be.
             pool = ProcessPoolExecutor(workers, get_context("spawn"))
-            lines = stack.enter_context(pool).map(draw, parts)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            with interrupts_held():
+                lines = pool.map(draw, parts)
         else:
             lines = map(draw, parts)
         for part, text in zip(parts, lines, strict=True):

@@ -38,9 +38,13 @@ AtlasFolders = Annotated[
     ),
 ]
 Style = Annotated[
-    str, typer.Option(help="Of the shipped atlas: noto, or fluent, with the fonts kept for tests.")
+    str,
+    typer.Option(
+        metavar="STYLE",
+        help="Of the shipped atlas: noto, or fluent, with the fonts kept for tests.",
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Another seed, other scenes.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Another seed, other scenes.")]
 
 
 @command.command()
@@ -49,10 +53,10 @@ def build(
     atlas: AtlasFolders = None,
     style: Style = "noto",
     pictures: Annotated[
-        int, typer.Option(min=1, help="Pictures of each category of the suite.")
+        int, typer.Option(min=1, metavar="N", help="Pictures of each category of the suite.")
     ] = 100,
     lessons: Annotated[
-        int, typer.Option(min=0, help="Pictures of the training data; 0 for none.")
+        int, typer.Option(min=0, metavar="N", help="Pictures of the training data; 0 for none.")
     ] = 1000,
     short: Annotated[
         bool,
@@ -60,7 +64,9 @@ def build(
             "--short", help="Lessons about one picture only: no long texts, no galleries."
         ),
     ] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that draw lessons.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Processes that draw lessons.")
+    ] = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -110,7 +116,7 @@ def sheet(
     file: Annotated[Path, typer.Option("--out", metavar="PNG", help="Picture to write.")],
     atlas: AtlasFolders = None,
     style: Style = "noto",
-    rows: Annotated[int, typer.Option(min=1, help="Scenes of each category.")] = 6,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Scenes of each category.")] = 6,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -141,9 +147,11 @@ def sheet(
 def blind(
     atlas: AtlasFolders = None,
     questions: Annotated[
-        int, typer.Option(min=30, help="Questions of each category and seed.")
+        int, typer.Option(min=30, metavar="N", help="Questions of each category and seed.")
     ] = 3000,
-    seeds: Annotated[int, typer.Option(min=1, help="Independent repeats, pooled.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Independent repeats, pooled.")
+    ] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Guess answers without looking: everything but the leaky control must be near 50 %."""
@@ -177,7 +185,9 @@ def fetch(
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")],
     style: Annotated[
         list[str] | None,
-        typer.Option("--style", help="noto, twemoji, fluent, openmoji; all without it."),
+        typer.Option(
+            "--style", metavar="STYLE", help="noto, twemoji, fluent, openmoji; all without it."
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

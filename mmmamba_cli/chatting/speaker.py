@@ -10,8 +10,9 @@ import torch
 
 from mmmamba_cli.chatting.conversation import Conversation
 from mmmamba_cli.chatting.generation import generate_ids
-from mmmamba_cli.checkpoint import load_model, pick_device, pick_dtype
+from mmmamba_cli.checkpoint import load_model, pick_dtype
 from mmmamba_cli.decoding import Generator, Settings
+from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, TextStream

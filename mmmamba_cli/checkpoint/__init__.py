@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         default_generation_config,
         load_model,
         parse_dtype,
-        pick_device,
         pick_dtype,
     )
     from mmmamba_cli.checkpoint.tensors import check_finite
@@ -59,7 +58,6 @@ __all__ = [
     "open_source",
     "parse_dtype",
     "parse_element",
-    "pick_device",
     "pick_dtype",
     "public_name_of",
     "shipped_models",
@@ -79,7 +77,6 @@ __getattr__ = deferred_names(
             "default_generation_config",
             "load_model",
             "parse_dtype",
-            "pick_device",
             "pick_dtype",
         ),
         "tensors": ("check_finite",),

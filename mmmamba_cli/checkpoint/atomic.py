@@ -38,7 +38,7 @@ def atomic_folder(
     machine left behind is cleaned up first.
 
     Raises `CheckpointError` if the target exists (without `overwrite`) or is not a folder, and
-    `OSError` if the disk is full or not writable.
+    `OSError`, which names the target, if the disk is full or not writable.
     """
     target = Path(target).resolve()
     _refuse_existing(target, overwrite, check)
@@ -50,9 +50,10 @@ def atomic_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         _recover(target)
         _refuse_existing(target, overwrite, check)
-        partial.mkdir()
-        yield partial
-        _sync_tree(partial)
+        with _named_as(target, partial):
+            partial.mkdir()
+            yield partial
+            _sync_tree(partial)
         if overwrite and target.exists():
             _refuse_existing(target, overwrite, check)
             target.rename(aside)
@@ -126,24 +127,42 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write a file by way of a hidden sibling, so that `path` is old or new, never between.
 
-    Raises `OSError` if the disk is full or not writable; an old file is then as it was.
+    Raises `OSError`, which names `path`, if the disk is full or not writable; an old file is then
+    as it was.
     """
     path = Path(path).resolve()
     partial = _sibling(path, "partial", secrets.token_hex(4))
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        # The file that was asked for, not the one beside it.
-        if error.filename is not None:
-            error.filename = str(path)
-        raise
+        with _named_as(path, partial):
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        # A folder that cannot be written to holds nothing to take away.
+        with suppress(PermissionError):
+            partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def _named_as(target: Path, partial: Path) -> Iterator[None]:
+    """Errors of the system about the hidden `partial`, or a file in it, name the target instead.
+
+    A failed write names no file; it is given the target too.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if name is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            error.filename = str(target)
+        elif isinstance(name, str | os.PathLike) and Path(name).is_relative_to(partial):
+            error.filename = str(target / Path(name).relative_to(partial))
+            # A rename names both ends.
+            error.filename2 = None
+        raise
 
 
 def _refuse_existing(

@@ -18,6 +18,7 @@ from mmmamba_cli.checkpoint.opened import (
     stored_dtype,
 )
 from mmmamba_cli.checkpoint.tensor_info import parse_element, torch_dtype
+from mmmamba_cli.devices import check_device
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.processing import as_ids
@@ -31,6 +32,7 @@ def load_model(
     checkpoint: Checkpoint | None = None,
 ) -> HolisticVLM:
     """The model of a checkpoint, in eval mode. See `mmmamba_cli.load`."""
+    device = check_device(device)
     opened = open_checkpoint(path) if checkpoint is None else checkpoint
     wanted = opened.dtype("model.text_embedding.weight")
     if dtype != "auto":
@@ -48,22 +50,6 @@ def load_model(
     model.generation_config = generation_config(opened)
     model.requires_grad_(False)
     return model.eval()
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name; CUDA where there is one, if None. `CheckpointError` if it is not
-    there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CheckpointError(f"device {name!r} is not known", "give cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CheckpointError(f"device {name!r} cannot be used", "give cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CheckpointError(f"device {name} is not there", "leave out --device, or give cpu")
-    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

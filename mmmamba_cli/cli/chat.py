@@ -52,7 +52,8 @@ def command(
         typer.Option(metavar="FILE", help="Picture for the first question. May be repeated."),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="System text; the model's own if not given.")
+        str | None,
+        typer.Option(metavar="PROMPT", help="System text; the model's own if not given."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 512,
     temperature: Annotated[
@@ -65,9 +66,9 @@ def command(
         float | None,
         typer.Option(metavar="P", help="Draw from the likeliest tokens that together have P."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of what is drawn.")] = 0,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Ask this one question, and end.")
+        str | None, typer.Option(metavar="QUESTION", help="Ask this one question, and end.")
     ] = None,
     device: Device = None,
     dtype: DType = "auto",
@@ -79,7 +80,7 @@ def command(
     leaves. From a pipe every line is a question, and answers are plain on stdout.
     """
     if as_json and prompt is None:
-        raise DataError("--json needs a question", "give it with --prompt TEXT")
+        raise DataError("--json needs a question", "give it with --prompt QUESTION")
     from mmmamba_cli.chatting import Settings, locate
     from mmmamba_cli.runs import Run
 

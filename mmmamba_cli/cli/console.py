@@ -119,9 +119,23 @@ def print_line(text: str, style: str | None = None, to_stderr: bool = False) -> 
 
 
 def print_json(value: Any) -> None:
-    """`value` as JSON on stdout; null for NaN and infinities, which JSON does not have."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(f"{text}\n")
+    """`value` as JSON on stdout; null for NaN and infinities, which JSON does not have.
+
+    Where stdout cannot encode a letter, all that are not ASCII are escaped as JSON escapes them.
+    """
+    known = _finite(value)
+    text = json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(known, indent=2, allow_nan=False)
+    print_text(text)
+
+
+def print_text(text: str = "") -> None:
+    """`text` and the end of a line on stdout, in the encoding that stdout has."""
+    if sys.stdout is not None:
+        sys.stdout.write(f"{text}\n")
 
 
 def _finite(value: Any) -> Any:
@@ -169,7 +183,7 @@ def print_table(
 def help_if_bare(context: typer.Context) -> None:
     """For the callback of a group: print its help and exit 0 if no command was given."""
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        print_text(context.get_help())
         raise typer.Exit
 
 

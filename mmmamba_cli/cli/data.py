@@ -40,15 +40,21 @@ def check(
         Path | None,
         typer.Option(metavar="PATH", help="Model whose tokenizer to use, in the place of a run's."),
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.", min=2)] = 8192,
+    max_length: Annotated[
+        int, typer.Option(metavar="N", help="Longest sequence in tokens.", min=2)
+    ] = 8192,
     max_tiles: Annotated[
-        int | None, typer.Option(help="Most tiles per image; the model's if not given.", min=1)
+        int | None,
+        typer.Option(metavar="N", help="Most tiles per image; the model's if not given.", min=1),
     ] = None,
     max_bad_share: Annotated[
-        float, typer.Option(help="Share of bad samples that is still fine.", min=0, max=1)
+        float,
+        typer.Option(
+            metavar="SHARE", help="Share of bad samples that is still fine.", min=0, max=1
+        ),
     ] = MAX_BAD_SHARE,
     limit: Annotated[
-        int | None, typer.Option(help="Look at the first so many samples only.", min=1)
+        int | None, typer.Option(metavar="N", help="Look at the first so many samples only.", min=1)
     ] = None,
     decode: Annotated[
         bool, typer.Option("--decode/--headers-only", help="Decode every picture, or not.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.completing import complete_recipes
-from mmmamba_cli.cli.console import print_json
+from mmmamba_cli.cli.console import print_json, print_text
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
     AsJson,
@@ -137,9 +137,9 @@ def _say(run: Run, made: list[Manifest], as_json: bool) -> None:
         return
     for product in made:
         folder = run.product_folder(product.name)
-        typer.echo(f"{product.name}: {product.kind}, {folder}")
+        print_text(f"{product.name}: {product.kind}, {folder}")
         if (folder / PICTURE).is_file():
-            typer.echo(f"  losses: {folder / PICTURE}")
+            print_text(f"  losses: {folder / PICTURE}")
     last = made[-1]
     what = "mmmamba eval --suite mme,pope" if last.final else "mmmamba distill"
-    typer.echo(f"next: {what}")
+    print_text(f"next: {what}")

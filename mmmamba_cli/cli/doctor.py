@@ -12,6 +12,7 @@ from mmmamba_cli.cli.console import (
     print_json,
     print_line,
     print_table,
+    print_text,
     print_warning,
 )
 from mmmamba_cli.cli.options import AsJson
@@ -24,7 +25,8 @@ UNFIT = 2
 
 def command(
     device: Annotated[
-        str | None, typer.Option(help="Check ops here: cpu or cuda; else the best there is.")
+        str | None,
+        typer.Option(metavar="DEVICE", help="Check ops here: cpu or cuda; else the best there is."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -69,16 +71,16 @@ def _say(report: Report) -> None:
         ("library", "version", "needed"),
         [(p.name, p.version or "missing", p.needs or None) for p in needed],
     )
-    typer.echo()
+    print_text()
     print_table(
         ("device", "is", "memory", "free", "own bf16"),
         [_device_row(device) for device in report.devices],
         right=("memory", "free"),
     )
-    typer.echo()
+    print_text()
     _say_extras(report.packages)
     if report.ops:
-        typer.echo()
+        print_text()
         print_table(
             ("op", "backend", "dtype", "forward", "backward", "allowed", ""),
             [
@@ -96,7 +98,7 @@ def _say(report: Report) -> None:
             title=f"Ops on {report.device}: relative error against the reference in fp64",
             right=("forward", "backward", "allowed"),
         )
-    typer.echo()
+    print_text()
     for check in report.checks:
         if check.status == "ok":
             print_line(f"{check.name}: {check.said}")

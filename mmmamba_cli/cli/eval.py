@@ -60,16 +60,19 @@ def command(
         Path | None, typer.Option(metavar="DIR", help="Where results go; else the run's evals.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many questions of each suite.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Only the first so many questions of each suite."),
     ] = None,
     batch: Annotated[
         str, typer.Option(metavar="N|auto", help="Prompts at a time; auto takes what fits.")
     ] = "auto",
     max_tiles: Annotated[
-        int | None, typer.Option(min=1, help="Most tiles per picture; the suite's if not given.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most tiles per picture; the suite's if not given."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer; the suite's if not given.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Longest answer; the suite's if not given."),
     ] = None,
     choose: Annotated[
         bool, typer.Option("--choose", help="Take the likeliest choice; generate nothing.")
@@ -79,7 +82,7 @@ def command(
     ] = None,
     device: Device = None,
     dtype: DType = "auto",
-    seed: Annotated[int, typer.Option(help="Of the error estimates.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the error estimates.")] = 0,
     kit: Annotated[
         str | None,
         typer.Option("--with", metavar="KIT", help="Let another kit ask: vlmeval or lm-eval."),

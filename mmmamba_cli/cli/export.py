@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import if_interrupted, print_json, print_warning, progress
+from mmmamba_cli.cli.console import if_interrupted, print_json, print_text, print_warning, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromCurrent, Overwrite, RunFolder
 from mmmamba_cli.errors import RunError
 
@@ -27,6 +27,7 @@ def command(
         str,
         typer.Option(
             "--format",
+            metavar="FORMAT",
             help="hub: loads with transformers where mmmamba is not installed; mmmamba-hf: the "
             "layout mmMamba was published in; hovle: HoVLE's, for models that are all attention.",
         ),
@@ -39,13 +40,16 @@ def command(
         typer.Option(metavar="PATH", help="Any checkpoint, in the run's place; or OWNER/NAME."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32; what is stored if not given.")
+        str | None,
+        typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32; what is stored if not given."),
     ] = None,
     licence: Annotated[
         str | None,
         typer.Option("--license", metavar="NAME", help="The model card's licence; none if not."),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="The model card's title.")] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TITLE", help="The model card's title.")
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload the folder to this repository."),
@@ -163,9 +167,9 @@ def _say(found: Exported, address: str | None, as_json: bool) -> None:
     if as_json:
         print_json({**asdict(found), "folder": str(found.folder), "pushed": address})
         return
-    typer.echo(
+    print_text(
         f"{found.tensors} tensors, {found.nbytes / 1e9:.2f} GB in {found.dtype}, as "
         f"{found.format}: {found.folder}"
     )
     if address is not None:
-        typer.echo(f"pushed to {address}")
+        print_text(f"pushed to {address}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmmamba_cli.cli.console import if_interrupted, print_json, progress
+from mmmamba_cli.cli.console import if_interrupted, print_json, print_text, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromParent, Overwrite, RunFolder
 from mmmamba_cli.errors import RecipeError
 
@@ -28,8 +28,9 @@ def command(
     placement: Annotated[
         str | None,
         typer.Option(
+            metavar="PLACEMENT",
             help="Where N layers go: head-interleaved (default), tail-interleaved, head-stacked or "
-            "tail-stacked."
+            "tail-stacked.",
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
@@ -106,6 +107,6 @@ def _say(run: Run, source: Manifest, manifest: Manifest, as_json: bool) -> None:
         print_json({"run": str(run.folder), "product": product, "folder": str(folder)})
         return
     kept = ", ".join(map(str, manifest.attention_layers)) or "none"
-    typer.echo(f"from {source.name}: attention in layers {kept} of {manifest.num_layers}")
-    typer.echo(f"{manifest.kind}, not yet distilled end to end: {folder}")
-    typer.echo("its layers are swapped, not trained; next: mmmamba distill")
+    print_text(f"from {source.name}: attention in layers {kept} of {manifest.num_layers}")
+    print_text(f"{manifest.kind}, not yet distilled end to end: {folder}")
+    print_text("its layers are swapped, not trained; next: mmmamba distill")

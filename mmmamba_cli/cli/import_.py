@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import if_interrupted, print_json, print_warning, progress
+from mmmamba_cli.cli.console import if_interrupted, print_json, print_text, print_warning, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder
 
 if TYPE_CHECKING:
@@ -30,9 +30,12 @@ def command(
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
-    name: Annotated[str, typer.Option(help="What the product is called.")] = "imported",
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="What the product is called.")
+    ] = "imported",
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32; the checkpoint's if not given.")
+        str | None,
+        typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32; the checkpoint's if not given."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -71,6 +74,6 @@ def _say(run: Run, manifest: Manifest, as_json: bool) -> None:
         print_json({"run": str(run.folder), "product": product, "folder": str(folder)})
         return
     done = "distilled end to end" if manifest.final else "not known to be distilled end to end"
-    typer.echo(f"{manifest.kind}, {done}: {folder}")
+    print_text(f"{manifest.kind}, {done}: {folder}")
     if run.record.teacher is None:
-        typer.echo("without --teacher it can be asked, measured and exported, not trained further")
+        print_text("without --teacher it can be asked, measured and exported, not trained further")

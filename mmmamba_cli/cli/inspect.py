@@ -13,6 +13,7 @@ from mmmamba_cli.cli.console import (
     print_json,
     print_line,
     print_table,
+    print_text,
     print_warning,
     progress,
 )
@@ -45,7 +46,9 @@ def command(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Count memory in bf16, fp16 or fp32; as stored if not given."),
+        typer.Option(
+            metavar="DTYPE", help="Count memory in bf16, fp16 or fp32; as stored if not given."
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -182,7 +185,7 @@ def _print_pairs(lines: Sequence[tuple[str, str]]) -> None:
 
     console = out()
     if not console.is_terminal:
-        typer.echo("".join(f"{name:<10} {text}\n" for name, text in lines))
+        print_text("".join(f"{name:<10} {text}\n" for name, text in lines))
         return
     grid = Table.grid(padding=(0, 2))
     for name, text in lines:

@@ -60,8 +60,12 @@ FromParent = Annotated[
         autocompletion=complete_products,
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")]
-DType = Annotated[str, typer.Option(help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; the best there is if not given.")
+]
+DType = Annotated[
+    str, typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 

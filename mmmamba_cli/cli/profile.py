@@ -79,7 +79,9 @@ def command(
     ] = True,
     prefill_chunk: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens read at a time; as suits each model if not given."),
+        typer.Option(
+            min=1, metavar="N", help="Tokens read at a time; as suits each model if not given."
+        ),
     ] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Each student once more, its weights made int8.")
@@ -98,9 +100,10 @@ def command(
             help="Contexts at which batches are doubled for the most tokens a second; 0 for none.",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Rows decoded together.")] = 1,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Tokens timed for each model and context.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens timed for each model and context."),
     ] = None,
     budget: Annotated[
         float | None,
@@ -110,7 +113,9 @@ def command(
     ] = None,
     device: Device = None,
     dtype: DType = "auto",
-    seed: Annotated[int, typer.Option(help="Of random weights, caches and tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of random weights, caches and tokens.")
+    ] = 0,
     folder: Annotated[
         Path | None,
         typer.Option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.completing import complete_recipes
-from mmmamba_cli.cli.console import help_if_bare, print_error, print_json, print_table
+from mmmamba_cli.cli.console import help_if_bare, print_error, print_json, print_table, print_text
 from mmmamba_cli.cli.options import AsJson, RecipeName, Sets
 from mmmamba_cli.errors import RecipeError
 
@@ -52,7 +52,7 @@ def show(recipe: RecipeName, sets: Sets = None, as_json: AsJson = False) -> None
     if as_json:
         print_json(loaded.model_dump(mode="json"))
     else:
-        typer.echo(dump_recipe(loaded), nl=False)
+        print_text(dump_recipe(loaded).removesuffix("\n"))
 
 
 @command.command()
@@ -68,7 +68,9 @@ def validate(
     sets: Sets = None,
     num_layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Layers of the teacher: check the attention layers against it."),
+        typer.Option(
+            min=1, metavar="N", help="Layers of the teacher: check the attention layers against it."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +84,7 @@ def validate(
     else:
         for result in results:
             if result["valid"]:
-                typer.echo(_sentence(result))
+                print_text(_sentence(result))
             for problem in result["problems"]:
                 print_error(problem)
     if not all(result["valid"] for result in results):

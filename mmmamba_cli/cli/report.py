@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import print_json, print_warning
+from mmmamba_cli.cli.console import print_json, print_text, print_warning
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
 
 FILE = "report.html"
@@ -27,9 +27,12 @@ def command(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of the suites' TSVs, for the pictures."),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    title: Annotated[str | None, typer.Option(metavar="TITLE", help="Heading of the page.")] = None,
     note: Annotated[
-        str | None, typer.Option(help="A sentence below it: what a reader must know first.")
+        str | None,
+        typer.Option(
+            metavar="SENTENCE", help="A sentence below it: what a reader must know first."
+        ),
     ] = None,
     file: Annotated[
         Path | None,
@@ -57,4 +60,4 @@ def command(
         return
     for what, reason in page.left_out.items():
         print_warning(f"no {what}: {reason}")
-    typer.echo(f"{place}: {', '.join(page.shown)}")
+    print_text(f"{place}: {', '.join(page.shown)}")

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.completing import complete_recipes
-from mmmamba_cli.cli.console import if_interrupted, print_json, print_table, print_warning, progress
+from mmmamba_cli.cli.console import (
+    if_interrupted,
+    print_json,
+    print_table,
+    print_text,
+    print_warning,
+    progress,
+)
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder, Sets
 
 if TYPE_CHECKING:
@@ -38,7 +45,9 @@ def command(
     sets: Sets = None,
     init: Annotated[
         str | None,
-        typer.Option(help="scratch, inherit or inherit+mimic; the recipe's if not given."),
+        typer.Option(
+            metavar="INIT", help="scratch, inherit or inherit+mimic; the recipe's if not given."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="config.json of a bare state dict.")
@@ -47,11 +56,17 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="tokenizer.model of a bare state dict.")
     ] = None,
     arch: Annotated[
-        str | None, typer.Option(help="Architecture of a state dict without config: hovle-2.6b.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Architecture of a state dict without config: hovle-2.6b."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of the student: bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="Dtype of the student: bf16, fp16 or fp32.")
+    ] = "bf16",
     seed: Annotated[
-        int | None, typer.Option(help="Seed of new parameters; the recipe's if not given.")
+        int | None,
+        typer.Option(metavar="N", help="Seed of new parameters; the recipe's if not given."),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Compare each mixer with its teacher.")
@@ -171,6 +186,6 @@ def _say(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_json: bool)
             title="Mixer output before W_O against the teacher's, untrained",
             right=("layer", "cosine", "relative MSE"),
         )
-    typer.echo(f"{manifest.num_layers} layers seeded: {product}")
+    print_text(f"{manifest.num_layers} layers seeded: {product}")
     kept = min(4, manifest.num_layers)
-    typer.echo(f"next: mmmamba distill --data FILE, or mmmamba hybridize --attn-layers {kept}")
+    print_text(f"next: mmmamba distill --data FILE, or mmmamba hybridize --attn-layers {kept}")

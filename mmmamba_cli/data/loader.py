@@ -19,6 +19,7 @@ from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.encoding import Encoded, Encoder, decode_images
 from mmmamba_cli.data.order import Order
 from mmmamba_cli.errors import DataError, MmmambaError
+from mmmamba_cli.interrupts import interrupts_held
 from mmmamba_cli.processing import TrainingProcessor
 
 
@@ -92,7 +93,8 @@ class StepLoader:
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_main,
         )
-        running = iter(loader)
+        with interrupts_held():
+            running = iter(loader)
         # At its exit Python waits for workers, and ours ignore its SIGTERM: tell them before.
         # torch does when the iterator is collected, which a traceback may put off.
         end_workers: Callable[[], None] = running._shutdown_workers  # type: ignore[attr-defined]

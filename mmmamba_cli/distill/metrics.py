@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmmamba_cli.checkpoint.atomic import atomic_write_text
+
 if TYPE_CHECKING:
     from mmmamba_cli.distill.loop import StepResult
 
@@ -59,9 +61,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / METRICS
         kept = [row for row in read_metrics(self.file) if row["step"] <= resumed_step]
-        partial = folder / f".{METRICS}.partial"
-        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        partial.replace(self.file)
+        atomic_write_text(self.file, "".join(_line(row) for row in kept))
         self._handle = self.file.open("a", encoding="utf-8")
         self._board = _tensorboard(board, resumed_step)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import MmmambaError
 
 Result = TypeVar("Result")
@@ -86,17 +87,15 @@ def join_world(device: str | None = None) -> Iterator[World]:
     `device` is "cpu", "cuda" or None for the best there is; with several processes each takes the
     GPU of its local rank. CPU tensors go over gloo, GPU tensors over nccl.
 
-    Raises `MmmambaError` if a GPU is asked for and there is none.
+    Raises `MmmambaError` for another device, and if a GPU is asked for and there is none.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise MmmambaError("--device cuda: this machine has no GPU that torch can use")
+    chosen = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(torch.device(kind))
+        yield World(chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    own = torch.device("cuda", local) if kind.startswith("cuda") else torch.device("cpu")
+    own = torch.device("cuda", local) if chosen.type == "cuda" else chosen
     if own.type == "cuda":
         gpus = torch.cuda.device_count()
         if local >= gpus:

@@ -23,7 +23,7 @@ def examine(device: str | None = None, say: Say = lambda text: None) -> Report:
     if refused is not None:
         checks = (*_versions(found, (cpu(),), "cpu"), refused)
         return Report(found, (cpu(),), "cpu", checks, ())
-    from mmmamba_cli.checkpoint import pick_device
+    from mmmamba_cli.devices import pick_device
 
     chosen = pick_device(device)
     there = devices()

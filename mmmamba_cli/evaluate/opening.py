@@ -13,9 +13,9 @@ from mmmamba_cli.checkpoint import (
     Checkpoint,
     load_model,
     open_checkpoint,
-    pick_device,
     pick_dtype,
 )
+from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.evaluate.contract import Identity
 from mmmamba_cli.evaluate.holistic import HolisticEvalModel

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmmamba_cli.checkpoint import Checkpoint, hovle, open_checkpoint, pick_device, pick_dtype
+from mmmamba_cli.checkpoint import Checkpoint, hovle, open_checkpoint, pick_dtype
 from mmmamba_cli.decoding import quantize
+from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.contract import (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from mmmamba_cli.errors import name_some
 from mmmamba_cli.profiling.contract import (
@@ -16,7 +15,6 @@ from mmmamba_cli.profiling.contract import (
     TUNED,
     Subject,
 )
-from mmmamba_cli.profiling.measuring import Plan
 from mmmamba_cli.profiling.result import (
     DECODE,
     MEASURED,
@@ -30,6 +28,11 @@ from mmmamba_cli.profiling.result import (
     SubjectPart,
     Task,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmmamba_cli.profiling.measuring import Plan
 
 # Title, heading, rows.
 Table = tuple[str, tuple[str, ...], list[tuple[object, ...]]]

@@ -396,3 +396,46 @@ def test_readers_never_see_half_a_text(tmp_path: Path) -> None:
         seen.append(path.read_text())
     assert seen
     assert all(len(text) == 50_000 and len(set(text)) == 1 for text in seen)
+
+
+def refused(path: Path) -> PermissionError:
+    return PermissionError(13, "Permission denied", str(path))
+
+
+def test_a_folder_that_cannot_be_written_to_names_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the hidden file, of which nobody knows. Root may write anywhere: the system is played."""
+    monkeypatch.setattr(Path, "open", lambda path, *_: (_ for _ in ()).throw(refused(path)))
+    monkeypatch.setattr(Path, "mkdir", lambda path, *_, **__: (_ for _ in ()).throw(refused(path)))
+    with pytest.raises(PermissionError) as caught:
+        atomic_write_text(tmp_path / "report.html", "x")
+    assert caught.value.filename == str(tmp_path / "report.html")
+    with pytest.raises(PermissionError) as caught, atomic_folder(tmp_path / "out"):
+        pass
+    # Of a parent that is to be made, the parent is named.
+    assert caught.value.filename in (str(tmp_path / "out"), str(tmp_path))
+
+
+def test_an_error_inside_a_folder_names_the_place_it_would_have(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as caught, atomic_folder(tmp_path / "out") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep").write_text("x")
+    assert caught.value.filename == str(tmp_path / "out" / "deep")
+    with pytest.raises(FileNotFoundError) as caught, atomic_folder(tmp_path / "out"):
+        (tmp_path / "other").read_text()
+    assert caught.value.filename == str(tmp_path / "other")
+
+
+def test_a_full_disk_names_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        atomic_write_text(tmp_path / "a.json", "x")
+    assert caught.value.filename == str(tmp_path / "a.json")
+    with pytest.raises(OSError, match="No space") as caught, atomic_folder(tmp_path / "out") as new:
+        fill(new)
+    assert caught.value.filename == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

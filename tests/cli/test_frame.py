@@ -6,7 +6,6 @@ import pkgutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from mmmamba_cli.errors import CheckpointError
 ROOT = Path(__file__).parents[2]
 MAIN = [sys.executable, "-m", "mmmamba_cli"]
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "PIL")
-HELP_SECONDS = 0.4
 DEV_FULL = Path("/dev/full")
 # As it is by default: what is printed fails no sooner than when it is flushed.
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -39,11 +37,13 @@ def mmmamba(*arguments: str) -> subprocess.CompletedProcess[str]:
 def raising(statement: str) -> str:
     """Code that runs main() with one more command, which executes `statement`."""
     return (
-        "import errno, os, sys, time\n"
+        "import errno, os, sys, time, types\n"
         "from mmmamba_cli import errors\n"
         "from mmmamba_cli.cli import app as frame, main\n"
-        "@frame.app.command()\n"
         f"def act():\n    {statement}\n"
+        "module = sys.modules['mmmamba_cli.cli.act'] = types.ModuleType('mmmamba_cli.cli.act')\n"
+        "module.command = act\n"
+        "frame.COMMANDS = (*frame.COMMANDS, 'act')\n"
         "sys.argv = ['mmmamba', 'act']\n"
         "main()\n"
     )
@@ -80,16 +80,6 @@ def test_every_command_has_help(name: str) -> None:
 def test_the_recipe_room_is_light_too() -> None:
     code = "import sys, mmmamba_cli.recipe\n"
     assert python(f"{code}print([m for m in {HEAVY} if m in sys.modules])").stdout == "[]\n"
-
-
-def test_help_is_quick() -> None:
-    # The best of several: the machine may be busy, the command must not be slow.
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        mmmamba("--help")
-        taken.append(time.perf_counter() - start)
-    assert min(taken) <= HELP_SECONDS
 
 
 def test_no_command_is_help() -> None:
@@ -147,7 +137,10 @@ def test_a_folder_that_is_a_file_is_our_bug_unless_a_room_says_otherwise() -> No
 def test_a_refusal_without_a_path() -> None:
     full = refusal(OSError(errno.ENOSPC, "No space left on device"))
     assert full is not None
-    assert full.startswith("the disk is full")
+    assert (full.message, full.hint) == (
+        "the disk is full",
+        "free some space or choose another folder",
+    )
     assert refusal(OSError(errno.EPERM, "Operation not permitted")) is None
 
 
@@ -173,7 +166,7 @@ def test_a_full_disk_under_stdout_is_a_sentence(form: list[str]) -> None:
         )
     assert done.returncode == 2
     assert done.stderr.decode() == (
-        "error: the disk is full; free some space or choose another folder\n"
+        "error: the disk is full (free some space or choose another folder)\n"
     )
 
 

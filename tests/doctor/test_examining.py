@@ -20,7 +20,7 @@ from mmmamba_cli.doctor.machine import EXTRAS, NEEDED, PURPOSES, release, satisf
 from mmmamba_cli.doctor.numerics import _worst, check_backend, check_ops, relative_error
 from mmmamba_cli.doctor.op_cases import Op, all_ops
 from mmmamba_cli.doctor.report import Check, Device, OpCheck, Package, Report
-from mmmamba_cli.errors import CheckpointError, MmmambaError
+from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.norm import reference
 
 CPU = torch.device("cpu")
@@ -307,7 +307,7 @@ def test_a_broken_installation_is_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_device_that_is_not_there_is_the_users_mistake() -> None:
-    with pytest.raises(CheckpointError, match="abacus"):
+    with pytest.raises(MmmambaError, match="abacus"):
         examining.examine("abacus")
 
 

@@ -1,0 +1,118 @@
+"""Ctrl-C as exit code 130 without a traceback, from the first import to the end of the process.
+
+Little is imported here: a Ctrl-C before `catch_interrupts` is not handled by it.
+"""
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from sys import UnraisableHookArgs
+    from types import FrameType
+    from typing import NoReturn
+
+INTERRUPTED = 130
+# Seconds after which an interrupt that could not leave a callback is raised once more.
+RAISE_AGAIN_AFTER = 0.01
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap"
+
+
+def catch_interrupts() -> None:
+    """Handle SIGINT in the main process of a command; one that is ignored stays ignored.
+
+    During an import the process ends at once: what imports may take a KeyboardInterrupt for a
+    missing package, or go on without it. Later it is raised, so that files are put in order. In a
+    forked child the process ends at once too.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    main_process = os.getpid()
+
+    def interrupt(number: int, frame: "FrameType | None") -> None:
+        if os.getpid() != main_process or _is_importing(frame):
+            leave_interrupted()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = _raise_again
+
+
+def end_on_interrupt() -> None:
+    """From here on SIGINT ends the process: for the end of a command, and for spawned workers."""
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, lambda number, frame: leave_interrupted())
+
+
+@contextmanager
+def interrupts_held() -> "Iterator[None]":
+    """Hold SIGINT back, and from the processes started meanwhile for as long as they live.
+
+    Ctrl-C reaches every process of a terminal. Workers started in here do not see it, not even
+    while they import: the main process ends them. One that arrives meanwhile is taken afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_interrupted() -> "NoReturn":
+    """End the process with exit code 130, without handlers that could print a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, RuntimeError, ValueError):
+            # Nobody reads it, it is closed, or it was being written to.
+            continue
+    os._exit(INTERRUPTED)
+
+
+def is_interrupted(error: BaseException | None) -> bool:
+    """Whether an exception was raised while a KeyboardInterrupt was being handled, or is one."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_importing(frame: "FrameType | None") -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_IMPORT_SYSTEM):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _raise_again(failure: "UnraisableHookArgs") -> None:
+    """A finaliser or callback cannot pass an interrupt on: raise it again once that has ended."""
+    if not issubclass(failure.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(failure)
+        return
+    import threading
+
+    again = threading.Timer(RAISE_AGAIN_AFTER, _interrupt_main_thread)
+    again.daemon = True
+    again.start()
+
+
+def _interrupt_main_thread() -> None:
+    import _thread
+    import threading
+
+    # A signal to the thread ends its wait for a file, a lock or the clock.
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+    else:
+        _thread.interrupt_main()

@@ -1,0 +1,125 @@
+"""Names in other scripts on streams that are not UTF-8: escaped, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+NAME = "图片-größe-😀"
+ENCODINGS = ("ascii", "cp1252", "utf-8", "latin-1", "shift_jis")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, student_run: Path) -> Path:
+    """A run, a recipe and data under such names."""
+    home = tmp_path_factory.mktemp("encodings")
+    shutil.copytree(student_run, home / NAME)
+    text = (ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8")
+    recipe = {**yaml.safe_load(text), "description": NAME}
+    (home / f"{NAME}.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    turns = [{"from": "human", "value": "<image>\n你好"}, {"from": "gpt", "value": "好"}]
+    sample = {"image": f"{NAME}.png", "conversations": turns}
+    line = json.dumps(sample, ensure_ascii=False)
+    (home / f"{NAME}.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    return home
+
+
+# Exit code, words. {name} is the folder of a run, and the stem of a recipe and of data.
+COMMANDS = {
+    "status": (0, ["status", "--run", "{name}"]),
+    "inspect": (0, ["inspect", "--run", "{name}"]),
+    "recipe show": (0, ["recipe", "show", "{name}.yaml"]),
+    "recipe validate": (0, ["recipe", "validate", "{name}.yaml"]),
+    "report": (0, ["report", "--run", "{name}", "--title", NAME]),
+    "data check": (2, ["data", "check", "{name}.jsonl", "--model", "scenes-teacher"]),
+    "no such run": (2, ["status", "--run", "{name}-gone"]),
+    "no such checkpoint": (2, ["inspect", "{name}-gone"]),
+    "no such recipe": (2, ["recipe", "show", "{name}-gone"]),
+    "no such command": (2, ["{name}"]),
+    "no such option": (2, ["status", "--{name}"]),
+    "help": (0, ["seed", "--help"]),
+}
+
+
+def run(
+    folder: Path, encoding: str, words: list[str], **environment: str
+) -> tuple[int, bytes, bytes]:
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-m", "mmmamba_cli", *words],
+        cwd=folder,
+        capture_output=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONIOENCODING": encoding,
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_fails_on_a_letter(name: str, encoding: str, folder: Path) -> None:
+    code, words = COMMANDS[name]
+    words = [word.format(name=NAME) for word in words]
+    ended, out, err = run(folder, encoding, words)
+    assert ended == code, err.decode(encoding, errors="replace")
+    # Every byte is of the encoding that was asked for.
+    out.decode(encoding)
+    assert b"Traceback" not in err
+    assert b"UnicodeEncodeError" not in err
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("name", ["status", "recipe show", "data check", "no such run"])
+def test_json_stays_json(name: str, encoding: str, folder: Path) -> None:
+    code, words = COMMANDS[name]
+    words = [word.format(name=NAME) for word in words]
+    ended, out, err = run(folder, encoding, [*words, "--json"])
+    assert ended == code, err.decode(encoding, errors="replace")
+    found = json.loads(out.decode(encoding))
+    assert NAME in json.dumps(found, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("name", ["status", "inspect", "recipe show"])
+def test_the_plain_c_locale(name: str, folder: Path) -> None:
+    """What Python makes of LANG=C where it may not put UTF-8 in its place."""
+    _, words = COMMANDS[name]
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-m", "mmmamba_cli", *words[:-1], "."],
+        cwd=folder / NAME if name != "recipe show" else folder,
+        capture_output=True,
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))},
+            "PYTHONPATH": str(ROOT),
+            "LC_ALL": "C",
+            "PYTHONCOERCECLOCALE": "0",
+        },
+    )
+    assert b"Traceback" not in done.stderr, done.stderr
+    assert done.returncode in (0, 2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_a_name_that_is_no_text(folder: Path, student_run: Path, tmp_path: Path) -> None:
+    place = os.fsencode(tmp_path) + b"/run-\xff"
+    shutil.copytree(os.fsencode(student_run), place)
+    for form in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "mmmamba_cli", "status", "--run", place, *form],
+            cwd=ROOT,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        if form:
+            assert json.loads(done.stdout)["run"].endswith("run-\udcff")

@@ -1,0 +1,86 @@
+"""Help: as wide as the terminal, and a telling word for every value."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ended import Command
+
+from mmmamba_cli.cli import app as frame
+
+ROOT = Path(__file__).parents[2]
+# Types in the place of a word for the value.
+TYPE_WORDS = re.compile(
+    r"<|>|\b(TEXT|STR|STRING|INTEGER|INT|FLOAT|BOOLEAN|VALUE|RANGE|ANY)\b", re.I
+)
+
+
+def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    below = getattr(command, "commands", None)
+    if below is None:
+        yield name, command
+        return
+    for inner, one in below.items():
+        yield from leaves(f"{name} {inner}".strip(), one)
+
+
+def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str, bool]]:
+    """Command, what help shows for an option or argument, and whether it takes a value."""
+    monkeypatch.setattr(sys, "argv", ["mmmamba", "no-command"])
+    for name, command in leaves("", frame.command_line()):
+        context = command.make_context(name, [], resilient_parsing=True)
+        for parameter in command.params:
+            shown = parameter.get_help_record(context)
+            takes = not getattr(parameter, "is_flag", False)
+            if shown is not None:
+                yield name, shown[0], takes
+
+
+def test_every_value_has_a_telling_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(records(monkeypatch))
+    assert len(found) > 120
+    for name, shown, takes in found:
+        words = re.sub(r"--[\w-]+", "", shown.replace("FIELD=VALUE", "FIELD")).strip(" ,/")
+        assert not TYPE_WORDS.search(words), (name, shown)
+        assert bool(words) == takes, (name, shown)
+
+
+def help_width(columns: int | None) -> int:
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    if columns is not None:
+        environment["COLUMNS"] = str(columns)
+    done = subprocess.run(
+        [sys.executable, "-m", "mmmamba_cli", "data", "check", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    return max(map(len, done.stdout.splitlines()))
+
+
+def test_help_is_as_wide_as_the_terminal_up_to_a_limit() -> None:
+    assert help_width(60) <= 60
+    assert 80 < help_width(100) <= 100
+    assert help_width(500) <= frame.HELP_COLUMNS
+    assert help_width(500) == help_width(frame.HELP_COLUMNS)
+
+
+def test_a_command_alone_has_the_help_it_has_among_all(mmmamba: Command) -> None:
+    """A line builds the command it names only; what it shows is that of the whole app."""
+    whole = frame.build_app()
+    listed = mmmamba("--help").out
+    for name in frame.COMMANDS:
+        assert f"\n  {name} " in listed
+    assert {one.name for one in whole.registered_commands} <= set(listed.split())
+    assert mmmamba("--help", "status").out == listed
+    assert "Draw the run's lineage" in mmmamba("--", "status", "--help").out

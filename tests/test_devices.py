@@ -1,0 +1,67 @@
+"""Devices by name: what is there is taken, all else is a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmmamba_cli
+from mmmamba_cli.devices import check_device, pick_device
+from mmmamba_cli.distributed import join_world
+from mmmamba_cli.errors import MmmambaError
+
+LINEAR = Path(__file__).parents[1] / "evals" / "scenes" / "models" / "linear"
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "said"),
+    [
+        ("cuda", 0, "device cuda is not there: "),
+        ("cuda:0", 0, "device cuda:0 is not there: "),
+        ("cuda:1", 1, "device cuda:1 is not there: torch finds 1 GPU, counted from 0"),
+        ("cuda:7", 2, "device cuda:7 is not there: torch finds 2 GPUs, counted from 0"),
+        ("gpu", 1, "device 'gpu' is not known"),
+        ("CUDA", 1, "device 'CUDA' is not known"),
+        ("cuda:x", 1, "device 'cuda:x' is not known"),
+        ("", 1, "device '' is not known"),
+    ],
+)
+def test_what_is_not_there_is_a_sentence(
+    device: str, count: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, count)
+    for ask in (pick_device, check_device, lambda name: mmmamba_cli.load(LINEAR, device=name)):
+        with pytest.raises(MmmambaError) as caught:
+            ask(device)
+        assert caught.value.message.startswith(said)
+        assert caught.value.hint
+    with pytest.raises(MmmambaError) as caught, join_world(device):
+        pass
+    assert caught.value.message.startswith(said)
+
+
+def test_commands_run_on_cpu_and_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MmmambaError, match="device 'meta' cannot be used"):
+        pick_device("meta")
+    with pytest.raises(MmmambaError, match="device 'mps' cannot be used"), join_world("mps"):
+        pass
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(MmmambaError, match="device mps is not there"):
+        check_device("mps")
+
+
+def test_what_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_device("cpu") == check_device(torch.device("cpu")) == torch.device("cpu")
+    gpus(monkeypatch, 2)
+    assert pick_device(None) == torch.device("cuda")
+    assert check_device("cuda:1") == torch.device("cuda:1")
+    gpus(monkeypatch, 0)
+    assert pick_device(None) == torch.device("cpu")
+    assert next(mmmamba_cli.load(LINEAR, device="cpu").parameters()).device.type == "cpu"
