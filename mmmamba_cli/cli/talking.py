@@ -293,10 +293,9 @@ class Talk:
 
     def _print_history(self) -> None:
         conversation = self.conversation
-        files = iter(conversation.pictures)
         for number, question in enumerate(conversation.questions):
-            shown = re.sub(r"<image>", lambda found: _name_of(files, found[0]), question)
-            _write(f"you: {shown}\n")
+            shown = "".join(f"[{file.name}] " for file in conversation.pictures_of(number))
+            _write(f"you: {shown}{question}\n")
             for name in conversation.names:
                 heard = conversation.answers[name]
                 if number < len(heard):
@@ -308,11 +307,6 @@ def blind(name: str, file: Path) -> DataError:
     return DataError(
         f"{name} reads text only, it cannot be shown {file}", "ask a model that has vision"
     )
-
-
-def _name_of(files: Iterator[Path], otherwise: str) -> str:
-    file = next(files, None)
-    return otherwise if file is None else f"[{file.name}]"
 
 
 def printable(text: str) -> str:

@@ -10,9 +10,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmmamba_cli.data.json_list import JsonList, is_json_list
 from mmmamba_cli.data.jsonl import JsonLines
 from mmmamba_cli.data.samples import Sample, inside, parse_sample
 from mmmamba_cli.data.shards import Shard, expand_shards
+from mmmamba_cli.data.turns import given
 from mmmamba_cli.errors import DataError
 
 # No file system has longer names; one would raise an error of its own for them.
@@ -35,6 +37,11 @@ class Corpus(Protocol):
         """How many samples each part has, in order, and how often a pass takes each."""
         ...
 
+    @property
+    def ignored(self) -> Sequence[str]:
+        """What lies in the files and belongs to no sample, by name, with the reason."""
+        ...
+
 
 @dataclass(frozen=True)
 class Part:
@@ -46,25 +53,30 @@ class Part:
 
 
 class Conversations:
-    """A file of JSON lines, called `shown` in names, whose images lie in `root`, or beside it."""
+    """A file of JSON lines, or one JSON list if it is called `.json`; `shown` is its name in names
+    of samples. Images lie in `root`, or beside the file.
+    """
 
     def __init__(self, file: Path, root: Path | None, shown: str | None = None):
         if root is not None and not root.is_dir():
             raise DataError(
                 f"the image root {root} is not a folder", "check --image-root (data.image_root)"
             )
-        self.lines, self.root = JsonLines(file, shown), file.parent if root is None else root
-        self.parts = (Part(file.name, len(self.lines)),)
+        is_list = file.suffix.lower() == ".json" and is_json_list(file)
+        self.records = JsonList(file, shown) if is_list else JsonLines(file, shown)
+        self.root = file.parent if root is None else root
+        self.ignored: tuple[str, ...] = ()
+        self.parts = (Part(file.name, len(self.records)),)
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self.lines[index]
+        record = self.records[index]
         return parse_sample(record, self.name(index), lambda name: inside(self.root, name))
 
     def name(self, index: int) -> str:
-        return self.lines.name(index)
+        return self.records.name(index)
 
 
 class Shards:
@@ -74,6 +86,7 @@ class Shards:
         self.shards = [Shard(file) for file in files]
         self._ends = list(accumulate(len(shard) for shard in self.shards))
         self.parts = (Part(files[0].name, len(self)),)
+        self.ignored = tuple(name for shard in self.shards for name in shard.ignored)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -94,6 +107,7 @@ class Union:
         self.sets = [corpus for _, corpus, _ in sets]
         self._ends = list(accumulate(len(corpus) for corpus in self.sets))
         self.parts = tuple(Part(name, len(corpus), repeats) for name, corpus, repeats in sets)
+        self.ignored = tuple(name for corpus in self.sets for name in corpus.ignored)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -108,7 +122,8 @@ class Union:
 
 
 def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
-    """Open conversations: `.jsonl`, an InternVL meta `.json`, or `.tar` shards ({000..099}).
+    """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, or `.tar` shards
+    ({000..099}).
 
     Raises `DataError` if something is missing, of another kind, or without a sample.
     """
@@ -119,12 +134,18 @@ def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
         corpus = Conversations(Path(text), image_root)
     elif suffix == ".tar":
         corpus = Shards(expand_shards(text))
+    elif suffix == ".json" and is_json_list(Path(text)):
+        corpus = Conversations(Path(text), image_root)
     elif suffix == ".json":
         corpus = _open_meta(Path(text), image_root)
     else:
-        raise DataError(f"{text} is of no kind we read, expected .jsonl, .json (meta) or .tar")
+        raise DataError(
+            f"{text} is of no kind we read, expected .jsonl, .json (a list, or a meta file) or .tar"
+        )
     if len(corpus) == 0:
-        expected = "a .json member for each" if suffix == ".tar" else "one conversation a line"
+        expected = {".tar": "a .json member for each", ".json": "a list of conversations"}.get(
+            suffix, "one conversation a line"
+        )
         raise DataError(f"{text} has no samples", f"expected {expected}")
     return corpus
 
@@ -182,11 +203,18 @@ def _read_object(file: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
+        raise DataError(
+            f"{file} is not JSON: {error}", "a file of one conversation a line is called .jsonl"
+        ) from error
     if not isinstance(value, dict):
         raise DataError(
-            f"{file} is a {type(value).__name__}, expected a meta file of several sets",
-            "write a list of conversations as .jsonl, one a line",
+            f"{file} is a {type(value).__name__}, expected a list of conversations or a meta file "
+            "of several sets"
+        )
+    if given(value, "conversations", "messages") is not None:
+        raise DataError(
+            f"{file} is one conversation, expected a list of them or a meta file of several sets",
+            "put it in [ ]",
         )
     return value
 

@@ -39,9 +39,7 @@ class Encoder:
         self.max_length = max_length
         images = processor.image_processor
         if images is not None and max_tiles is not None:
-            tiling = images.tiling
-            least = min(tiling.min_tiles, max_tiles)
-            images = replace(images, tiling=replace(tiling, min_tiles=least, max_tiles=max_tiles))
+            images = images.with_tiles(min(images.min_tiles, max_tiles), max_tiles)
         self.images: ImageProcessor | None = images
 
     def __call__(self, sample: Sample) -> Encoded:

@@ -45,12 +45,13 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> Any:
         start = int(self._starts[index])
-        # Opened anew each time, so that a forked worker shares no position with its parent.
+        # Opened each time, so that a forked worker shares no position with its parent.
         try:
             with self.file.open("rb") as handle:
                 handle.seek(start)
                 line = handle.readline()
-            return json.loads(line)
+            # A byte order mark, as some editors put before the first line.
+            return json.loads(line.removeprefix(codecs.BOM_UTF8) if start == 0 else line)
         except OSError as error:
             raise DataError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

@@ -5,20 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from mmmamba_cli.data.turns import given, kind_of, parse_turns
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import ImageSource
-
-# Who speaks, in LLaVA's words and in those of chat messages.
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclass(frozen=True)
@@ -45,10 +37,14 @@ FindImage = Callable[[str], Picture]
 
 @dataclass(frozen=True)
 class Sample:
-    """`messages` of role and content, or `text` where it is no conversation; pictures in order."""
+    """`messages` of role and content, or `text` where it is no conversation; pictures in order.
+
+    A content is a text, in which `<image>` stands for a picture if the user says it, or a list of
+    `{"type": "text", "text": ...}` and `{"type": "image"}`, in whose texts it does not.
+    """
 
     name: str
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
     images: tuple[Picture, ...] = ()
 
@@ -57,11 +53,12 @@ def parse_sample(record: Any, name: str, find_image: FindImage) -> Sample:
     """A sample from JSON as LLaVA and InternVL write it, as chat messages, or as plain text.
 
     `{"image": path or list, "conversations": [{"from": "human", "value": ...}, ...]}`, the same
-    with `"messages": [{"role": ..., "content": ...}]`, or `{"text": ...}`. A key that is null is
-    taken as absent. Raises `DataError` that names the sample.
+    with `"messages": [{"role": ..., "content": ...}]`, or `{"text": ...}`. A content may be a list
+    of parts, as in chat APIs; an image part that names no picture takes the next of the sample's. A
+    key that is null is taken as absent. Raises `DataError` that names the sample.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"{name}: is {_kind(record)}, expected a JSON object")
+        raise DataError(f"{name}: is {kind_of(record)}, expected a JSON object")
     if given(record, "video", "videos"):
         raise DataError(f"{name}: has a video, and only images are read")
     turns, text = given(record, "conversations", "messages"), record.get("text")
@@ -76,9 +73,10 @@ def parse_sample(record: Any, name: str, find_image: FindImage) -> Sample:
         raise DataError(
             f"{name}: has no turns, expected a list called conversations or messages, or a text"
         )
-    messages = tuple(_message(turn, position, name) for position, turn in enumerate(turns))
+    listed = _listed_images(record, name)
+    messages, images = parse_turns(turns, listed, name)
     _check_order(messages, name)
-    return Sample(name, messages, images=_images(record, name, find_image))
+    return Sample(name, messages, images=_find_all(images, name, find_image))
 
 
 def load_picture(picture: Picture) -> ImageSource:
@@ -89,12 +87,17 @@ def load_picture(picture: Picture) -> ImageSource:
 def inside(root: Path, name: str) -> Path:
     """The path of image `name`, which must lie in `root`.
 
-    Raises `DataError` for one that leads out of it, through `..` or a link, or that is not there.
+    Links in `root` are followed wherever they lead: they were put there by its owner, not by the
+    data. Raises `DataError` for a name that leads out of it by `..` or as a whole path, or that is
+    not there.
     """
-    base = root.resolve()
-    # Not `resolve`, which raises an error of its own for links that lead in a circle.
-    path = Path(os.path.realpath(base / name))
-    if not path.is_relative_to(base):
+    # Not `resolve`, which follows links: of `link/../a.png` it would take what the link leads to.
+    base = Path(os.path.normpath(Path.cwd() / root))
+    path = Path(os.path.normpath(base / name))
+    is_inside = path.is_relative_to(base) or (
+        Path(name).is_absolute() and _resolved(path).is_relative_to(_resolved(base))
+    )
+    if not is_inside:
         raise DataError(
             f"image {name} lies outside the image root {base}",
             "choose another --image-root (data.image_root)",
@@ -104,30 +107,12 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
-def member_key(name: str) -> tuple[str, str]:
-    """(key, extension) of a webdataset member: `a/b.seg.png` -> ("a/b", "seg.png")."""
-    path = PurePosixPath(name)
-    stem, _, extension = path.name.partition(".")
-    return str(path.with_name(stem)) if stem else name, extension.lower()
+def _resolved(path: Path) -> Path:
+    # Not `Path.resolve`, which raises an error of its own for links that lead in a circle.
+    return Path(os.path.realpath(path))
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
-
-
-def _message(turn: Any, position: int, name: str) -> dict[str, str]:
-    where = f"{name}: turn {position + 1}"
-    if not isinstance(turn, Mapping):
-        raise DataError(f"{where} is {_kind(turn)}, expected a JSON object")
-    speaker, said = given(turn, "from", "role"), given(turn, "value", "content")
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise DataError(f"{where} is from {speaker!r:.60}, allowed are {', '.join(SPEAKERS)}")
-    if not isinstance(said, str):
-        raise DataError(f"{where} says {said!r:.60}, expected text")
-    return {"role": SPEAKERS[speaker], "content": said}
-
-
-def _check_order(messages: Sequence[Mapping[str, str]], name: str) -> None:
+def _check_order(messages: Sequence[Mapping[str, Any]], name: str) -> None:
     """After an optional system turn, user and assistant take turns, and the assistant ends."""
     roles = [message["role"] for message in messages]
     body = roles[1:] if roles[0] == "system" else roles
@@ -140,21 +125,22 @@ def _check_order(messages: Sequence[Mapping[str, str]], name: str) -> None:
         raise DataError(f"{name}: the conversation ends without an answer")
 
 
-def given(record: Mapping[str, Any], *keys: str) -> Any:
-    """The first of these that the record has and that is not null."""
-    return next((record[key] for key in keys if record.get(key) is not None), None)
-
-
-def _images(record: Mapping[str, Any], name: str, find: FindImage) -> tuple[Picture, ...]:
+def _listed_images(record: Mapping[str, Any], name: str) -> list[str]:
+    """The pictures that the sample names beside its turns."""
     named = given(record, "image", "images")
     # InternVL's sets have an empty path in samples without an image.
     if named is None or named == "":
-        return ()
+        return []
     listed = named if isinstance(named, list) else [named]
-    found = []
     for image in listed:
         if not isinstance(image, str) or not image:
             raise DataError(f"{name}: image is {image!r:.60}, expected a path")
+    return listed
+
+
+def _find_all(names: Sequence[str], name: str, find: FindImage) -> tuple[Picture, ...]:
+    found = []
+    for image in names:
         try:
             found.append(find(image))
         except (DataError, OSError, ValueError) as error:

@@ -13,9 +13,10 @@ from mmmamba_cli.evaluate.pictures import Picture
 class Prompt:
     """One question as a model is asked it.
 
-    `text` is what the user says, each picture standing in it as `<image>`; `max_tiles` is the most
-    tiles of a picture, its thumbnail not counted. `choices` are the answers to choose from where
-    answers are chosen by their likelihood, else empty.
+    `text` is what the user says; its first `<image>`, as many as there are pictures, stand for
+    them, further ones are text. `max_tiles` is the most tiles of a picture, its thumbnail not
+    counted. `choices` are the answers to choose from where answers are chosen by their likelihood,
+    else empty.
     """
 
     index: str

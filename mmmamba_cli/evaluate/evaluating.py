@@ -24,6 +24,7 @@ from mmmamba_cli.evaluate.result import (
     TIMING,
     DataPart,
     ModelPart,
+    NotAsked,
     Result,
     Retention,
     json_text,
@@ -165,7 +166,11 @@ def evaluate_model(
             batch=options.batch,
             watch=watch,
         )
-        answers = {row.index: store.answers[row.index].text for row in rows}
+        # A row that could not be asked has an empty answer, which no rule takes for a right one.
+        answers = {
+            row.index: "" if row.index in asked.not_asked else store.answers[row.index].text
+            for row in rows
+        }
     seconds = time.perf_counter() - began
     data = _data_part(suite, table.file.name, table.sha256, table.cells, rows).model_copy(
         update={
@@ -173,7 +178,13 @@ def evaluate_model(
             "without_image": sum(not prompt.pictures for prompt in prompts),
         }
     )
-    scored = score(suite, rows, answers, data, model.identity, settings, options)
+    not_asked = tuple(NotAsked(index=i, reason=why) for i, why in asked.not_asked.items())
+    if not_asked:
+        watch.warn(
+            f"{len(not_asked):,} of {len(rows):,} rows could not be asked and count as wrong; "
+            f"row {not_asked[0].index}: {not_asked[0].reason}"
+        )
+    scored = score(suite, rows, answers, data, model.identity, settings, options, not_asked)
     _write(folder, scored, answers)
     if asked.answered:
         _write_timing(folder, asked, seconds)
@@ -234,6 +245,7 @@ def score(
     identity: Identity,
     settings: dict[str, Any],
     options: Options,
+    not_asked: tuple[NotAsked, ...] = (),
 ) -> Scored:
     """The suite's rules, or one of them, over answers by index."""
     said = [answers[row.index] for row in rows]
@@ -257,6 +269,7 @@ def score(
         ),
         settings=settings,
         rules=tuple(parts),
+        not_asked=not_asked,
         seed=options.seed,
         versions=answering_versions(),
     )

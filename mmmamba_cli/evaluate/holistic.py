@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,12 @@ from transformers import GenerationConfig
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.contract import Encoded, Identity, OutOfMemory, Prompt
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, count_tiles
+from mmmamba_cli.processing import (
+    HolisticTextProcessor,
+    HolisticVLMProcessor,
+    content_with_images,
+    count_tiles,
+)
 
 Result = TypeVar("Result")
 
@@ -65,9 +70,7 @@ class HolisticEvalModel:
         if not prompt.pictures:
             return text
         processor = self._sighted(prompt)
-        tiling = processor.image_processor.tiling
-        if prompt.max_tiles is not None:
-            tiling = replace(tiling, max_tiles=prompt.max_tiles)
+        tiling = processor.image_processor.with_tiles(None, prompt.max_tiles).tiling
         tiles = sum(count_tiles(*picture.size(), tiling) for picture in prompt.pictures)
         return text + tiles * processor.tokens_per_tile
 
@@ -75,7 +78,7 @@ class HolisticEvalModel:
         """Ids, and the pictures' tiles in the model's dtype."""
         if prompt.pictures:
             batch = self._sighted(prompt).chat(
-                prompt.text,
+                [_question(prompt)],
                 [picture.open() for picture in prompt.pictures],
                 padding=False,
                 return_tensors=None,
@@ -83,7 +86,7 @@ class HolisticEvalModel:
                 return_num_tiles=True,
             )
         else:
-            batch = self.processor.chat(prompt.text, padding=False, return_tensors=None)
+            batch = self.processor.chat([_question(prompt)], padding=False, return_tensors=None)
         ids = list(batch["input_ids"][0])
         pixels = batch.get("pixel_values")
         if pixels is not None:
@@ -144,10 +147,7 @@ class HolisticEvalModel:
 
     def _continue(self, encoded: Encoded, choice: str) -> tuple[list[int], int]:
         """Ids of the prompt answered with `choice`, and where the answer begins."""
-        talk = [
-            {"role": "user", "content": encoded.prompt.text},
-            {"role": "assistant", "content": choice},
-        ]
+        talk = [_question(encoded.prompt), {"role": "assistant", "content": choice}]
         ids, is_answer = self.processor.conversation_ids(talk, encoded.value.num_tiles)
         columns = [i for i, answers in enumerate(is_answer) if answers]
         stops = set(self._stops)
@@ -188,6 +188,12 @@ class HolisticEvalModel:
         taken = _peak_beyond_weights(try_it, self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
         return fitting(longest.length, taken, free)
+
+
+def _question(prompt: Prompt) -> dict[str, Any]:
+    """The user's message, in which only the pictures' places are no text."""
+    content = content_with_images(prompt.text, len(prompt.pictures))
+    return {"role": "user", "content": content}
 
 
 def fitting(length: int, taken: int, free: int) -> int:

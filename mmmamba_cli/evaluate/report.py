@@ -106,6 +106,12 @@ def remarks(result: Result) -> list[str]:
         found.append(_part(result))
     if not result.rules:
         found.append(f"{result.suite}: answers need a judge; they are in predictions.tsv")
+    if result.not_asked:
+        shown = name_some(one.index for one in result.not_asked)
+        found.append(
+            f"{result.suite}: {len(result.not_asked)} of {result.data.used} rows could not be "
+            f"asked and count as wrong ({shown})"
+        )
     if result.data.without_image:
         found.append(f"{result.suite}: {result.data.without_image} rows have no picture")
     return found

@@ -75,6 +75,13 @@ class Unreadable(_Part):
     answer: str
 
 
+class NotAsked(_Part):
+    """A row that the model could not be asked, such as one with a damaged picture."""
+
+    index: str
+    reason: str
+
+
 class RulePart(_Part):
     """A suite by one rule. `metric` names the headline, which is also in `metrics`."""
 
@@ -115,6 +122,8 @@ class Result(_Part):
     # Everything beside the model and the data that can change an answer.
     settings: dict[str, Any]
     rules: tuple[RulePart, ...]
+    # Every row that could not be asked; its answer is empty and counts as wrong.
+    not_asked: tuple[NotAsked, ...] = ()
     seed: int
     draws: int = DRAWS
     level: float = LEVEL

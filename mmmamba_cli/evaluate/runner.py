@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -39,6 +39,8 @@ class Asked:
     batches: list[int] = field(default_factory=list)
     halved: int = 0
     answered: int = 0
+    # Rows that the model could not be asked, and why, such as a picture that is damaged.
+    not_asked: Mapping[str, str] = field(default_factory=dict)
 
 
 def ask_all(
@@ -53,28 +55,34 @@ def ask_all(
     """Answer every prompt that `store` has no answer to yet, and put the answers there.
 
     `batch` prompts at a time, or as many as fit (None). A batch that does not fit is halved, and
-    all after it are as small; that is said once. Raises `MmmambaError` if a single prompt does not
-    fit, `DataError` that names the rows whose pictures cannot be used.
+    all after it are as small; that is said once. A row that cannot be asked is left out and counted
+    among those returned. Raises `MmmambaError` if a single prompt does not fit, `DataError` if no
+    row can be asked.
     """
     watch.advance(sum(prompt.index in store.answers for prompt in prompts))
     todo = [prompt for prompt in prompts if prompt.index not in store.answers]
     if not todo:
         return Asked(store.limit or Limit(batch or DEFAULT_PROMPTS))
-    lengths = _measure(model, prompts)
-    limit = _start_limit(model, prompts, lengths, store, batch, max_new_tokens, watch)
+    lengths, refused = _measure(model, prompts)
+    prompts = [prompt for prompt in prompts if prompt.index not in refused]
+    _require_rows(prompts, refused)
+    limit = _start_limit(model, prompts, lengths, store, batch, max_new_tokens, watch, refused)
     sizes: list[int] = []
     halved = 0
     with _Decoder(model) as decoder:
         while True:
             failed = _run_plan(
-                model, prompts, lengths, store, max_new_tokens, decoder, watch, sizes
+                model, prompts, lengths, store, max_new_tokens, decoder, watch, sizes, refused
             )
             if failed is None:
                 break
             halved += 1
             limit = _smaller(limit, failed, lengths, halved, watch)
             store.set_limit(limit)
-    return Asked(limit, sizes, halved, len(todo))
+    _require_rows([prompt for prompt in prompts if prompt.index not in refused], refused)
+    watch.advance(len(refused))
+    reasons = {index: str(error) for index, error in refused.items()}
+    return Asked(limit, sizes, halved, len(todo) - len(refused), reasons)
 
 
 def _run_plan(
@@ -86,8 +94,11 @@ def _run_plan(
     decoder: _Decoder,
     watch: Watch,
     sizes: list[int],
+    refused: dict[str, DataError],
 ) -> list[int] | None:
     """Run the batches of the store's limit; the batch that did not fit, or None if all are done.
+
+    Rows whose pictures turn out to be damaged are added to `refused`.
 
     The plan is that of when the limit was set, whatever was answered since, so that a run which
     was stopped makes the same batches as one that was not. A batch of which some are answered is
@@ -97,17 +108,20 @@ def _run_plan(
     planned = [i for i, p in enumerate(prompts) if p.index not in store.before_limit]
     plan = plan_batches([lengths[i] for i in planned], store.limit)
     batches = [[planned[place] for place in batch] for batch in plan]
-    batches = [b for b in batches if any(prompts[i].index not in store.answers for i in b)]
+    done = {*store.answers, *refused}
+    batches = [b for b in batches if any(prompts[i].index not in done for i in b)]
     for number, batch in enumerate(batches):
         for coming in batches[number : number + 1 + AHEAD]:
             decoder.order([prompts[i] for i in coming])
+        encoded = decoder.take([prompts[i] for i in batch], refused)
         try:
-            answers = _answer(model, decoder.take([prompts[i] for i in batch]), max_new_tokens)
+            answers = _answer(model, encoded, max_new_tokens)
         except OutOfMemory:
             return batch
         new = [answer for answer in answers if answer.index not in store.answers]
         store.add(new)
-        sizes.append(len(batch))
+        if encoded:
+            sizes.append(len(encoded))
         decoder.drop([prompts[i] for i in batch])
         watch.advance(len(new))
     return None
@@ -135,20 +149,28 @@ def _answer(model: EvalModel, batch: list[Encoded], max_new_tokens: int) -> list
     return answers
 
 
-def _measure(model: EvalModel, prompts: Sequence[Prompt]) -> list[int]:
-    """The length of each prompt. Raises `DataError` that names every row it cannot measure."""
-    lengths, bad = [], []
+def _measure(model: EvalModel, prompts: Sequence[Prompt]) -> tuple[list[int], dict[str, DataError]]:
+    """The length of each prompt that can be measured, and what is wrong with the others."""
+    lengths, refused = [], {}
     for prompt in prompts:
         try:
             lengths.append(model.measure(prompt))
         except DataError as error:
-            bad.append((prompt.index, error))
-    if len(bad) == 1:
-        raise bad[0][1]
-    if bad:
-        rows = name_some(index for index, _ in bad)
-        raise DataError(f"the pictures of {len(bad)} rows cannot be used ({rows}): {bad[0][1]}")
-    return lengths
+            refused[prompt.index] = error
+    return lengths, refused
+
+
+def _require_rows(prompts: Sequence[Prompt], refused: Mapping[str, DataError]) -> None:
+    """Raise `DataError` if no row is left: then it is not a row that is wrong."""
+    if prompts:
+        return
+    first = next(iter(refused.values()))
+    if len(refused) == 1:
+        raise first
+    raise DataError(
+        f"none of {len(refused)} rows can be asked ({name_some(refused)}): {first.message}",
+        first.hint,
+    )
 
 
 def _start_limit(
@@ -159,6 +181,7 @@ def _start_limit(
     batch: int | None,
     max_new_tokens: int,
     watch: Watch,
+    refused: dict[str, DataError],
 ) -> Limit:
     """The limit to begin with, or to go on with, which is then the store's."""
     held = store.limit
@@ -167,9 +190,9 @@ def _start_limit(
     if batch is not None:
         store.set_limit(Limit(batch, given=batch))
     else:
-        longest = max(range(len(prompts)), key=lambda i: (lengths[i], -i))
+        longest, encoded = _longest(model, prompts, lengths, refused)
         try:
-            columns = model.fitting_columns(model.encode(prompts[longest]), max_new_tokens)
+            columns = model.fitting_columns(encoded, max_new_tokens)
         except OutOfMemory as error:
             raise _too_long(lengths[longest]) from error
         if columns is None:
@@ -180,6 +203,22 @@ def _start_limit(
             watch.say(f"batches of up to {columns:,} tokens fit: {fits} of the longest prompts")
     assert store.limit is not None
     return store.limit
+
+
+def _longest(
+    model: EvalModel,
+    prompts: Sequence[Prompt],
+    lengths: Sequence[int],
+    refused: dict[str, DataError],
+) -> tuple[int, Encoded]:
+    """The longest prompt that can be encoded, and its place; others are added to `refused`."""
+    for place in sorted(range(len(prompts)), key=lambda i: (-lengths[i], i)):
+        try:
+            return place, model.encode(prompts[place])
+        except DataError as error:
+            refused[prompts[place].index] = error
+    _require_rows([], refused)
+    raise AssertionError("there are prompts")
 
 
 def _smaller(
@@ -215,8 +254,15 @@ class _Decoder(AbstractContextManager["_Decoder"]):
             if prompt.index not in self._coming:
                 self._coming[prompt.index] = self._pool.submit(self._model.encode, prompt)
 
-    def take(self, prompts: Sequence[Prompt]) -> list[Encoded]:
-        return [self._coming[prompt.index].result() for prompt in prompts]
+    def take(self, prompts: Sequence[Prompt], refused: dict[str, DataError]) -> list[Encoded]:
+        """Those that can be encoded; the others are added to `refused`."""
+        found = []
+        for prompt in prompts:
+            try:
+                found.append(self._coming[prompt.index].result())
+            except DataError as error:
+                refused[prompt.index] = error
+        return found
 
     def drop(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

@@ -13,6 +13,7 @@ from mmmamba_cli.processing.loading import (
 )
 from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_per_tile
 from mmmamba_cli.processing.streaming import TextStream
+from mmmamba_cli.processing.template import content_with_images
 from mmmamba_cli.processing.text_loading import alone, as_ids, processor_from_language_model
 from mmmamba_cli.processing.text_processor import HolisticTextProcessor, TextOnlyMarker
 from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles, normalize
@@ -40,6 +41,7 @@ __all__ = [
     "as_ids",
     "build_tokenizer",
     "choose_grid",
+    "content_with_images",
     "count_tiles",
     "count_tokens_per_tile",
     "image_size",

@@ -3,23 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.processing.image_lists import as_list, is_list
 from mmmamba_cli.processing.images import MAX_PIXELS, ImageSource, open_image
+from mmmamba_cli.processing.kwargs import TILING_KWARGS, HolisticVLMImagesKwargs
 from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize, stack_tiles
 
+# What transformers writes into the file beside the settings.
+_SAVED = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
 
-@dataclass(frozen=True)
-class ImageProcessor:
-    """Opens, tiles and normalises pictures."""
 
-    tiling: Tiling
-    max_pixels: int = MAX_PIXELS
+class ImageProcessor(BaseImageProcessor):
+    """Opens, tiles and normalises pictures; saved and loaded as transformers' image processors are.
 
-    def __call__(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
+    `image_size` is S, the side of a tile in pixels; a picture becomes `min_tiles` to `max_tiles`
+    tiles, the thumbnail of `use_thumbnail` not counted. Pictures of more than `max_pixels` pixels
+    are refused. Raises `DataError` for numbers that fit no grid.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    valid_kwargs = HolisticVLMImagesKwargs
+
+    # `kwargs` is what transformers saves with an image processor and hands back when loading it.
+    def __init__(
+        self,
+        image_size: int = 448,
+        min_tiles: int = 1,
+        max_tiles: int = 12,
+        use_thumbnail: bool = True,
+        max_pixels: int = MAX_PIXELS,
+        **kwargs: Any,
+    ):
+        unknown = [name for name in kwargs if name not in _SAVED]
+        if unknown:
+            raise TypeError(f"ImageProcessor has no setting {unknown[0]!r}")
+        super().__init__()
+        self.image_size = image_size
+        self.min_tiles = min_tiles
+        self.max_tiles = max_tiles
+        self.use_thumbnail = use_thumbnail
+        self.max_pixels = max_pixels
+        # Refuses numbers that fit no grid.
+        self.tiling  # noqa: B018
+
+    @property
+    def tiling(self) -> Tiling:
+        """How a picture is cut."""
+        return Tiling(self.image_size, self.min_tiles, self.max_tiles, self.use_thumbnail)
+
+    def with_tiles(self, min_tiles: int | None, max_tiles: int | None) -> ImageProcessor:
+        """The same with other numbers of tiles; None keeps a number."""
+        return ImageProcessor(
+            self.image_size,
+            self.min_tiles if min_tiles is None else min_tiles,
+            self.max_tiles if max_tiles is None else max_tiles,
+            self.use_thumbnail,
+            self.max_pixels,
+        )
+
+    def preprocess(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *args: Any,
+        return_tensors: str | None = "pt",
+        return_num_tiles: bool | None = None,
+        min_tiles: int | None = None,
+        max_tiles: int | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """`pixel_values` (sum of tiles, 3, S, S), float32, and `num_tiles` of each if asked for.
+
+        `images` is one picture or a list of them. Raises `DataError` for a picture that cannot be
+        used and for keywords that would change how pictures are cut and normalised.
+        """
+        changed = [name for name, value in kwargs.items() if value is not None]
+        if args or changed:
+            raise DataError(
+                f"the image processor does not take {(*changed, 'positional options')[0]}",
+                f"keywords are {', '.join(sorted(TILING_KWARGS))} and return_tensors",
+            )
+        listed: list[Any] = list(as_list(images))
+        flat = [one for item in listed for one in (item if is_list(item) else [item])]
+        pixels, counts = self.with_tiles(min_tiles, max_tiles).cut(flat)
+        found: dict[str, Any] = {"pixel_values": as_tensors(pixels, return_tensors)}
+        if return_num_tiles:
+            found["num_tiles"] = counts
+        return BatchFeature(found)
+
+    def cut(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
         """Pictures -> their tiles (sum of tiles, 3, S, S) in float32, and the tiles of each.
 
         Raises `DataError` for a picture that cannot be used, see `open_image`.
@@ -29,9 +106,15 @@ class ImageProcessor:
 
     def as_bytes(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
         """The same before `normalize`, as uint8: a quarter of the bytes to hand on."""
-        size = self.tiling.image_size
+        size, tiling = self.image_size, self.tiling
         pixels = [torch.empty(0, 3, size, size, dtype=torch.uint8)]
         for index, source in enumerate(images, start=1):
             image = open_image(source, label=f"image {index}", max_pixels=self.max_pixels)
-            pixels.append(stack_tiles(cut_tiles(image, self.tiling)))
+            pixels.append(stack_tiles(cut_tiles(image, tiling)))
         return torch.cat(pixels), [len(tiles) for tiles in pixels[1:]]
+
+
+def as_tensors(pixels: Tensor, return_tensors: str | None) -> Any:
+    """float32 pixels as the caller wants them; without a wish they stay a tensor."""
+    kind = getattr(return_tensors, "value", return_tensors)
+    return pixels.numpy() if kind == "np" else pixels

@@ -1,4 +1,4 @@
-"""Opening pictures: from a path, from bytes, or as PIL images, always as 8-bit RGB.
+"""Opening pictures: from a path, from bytes, as PIL images or as arrays, always as 8-bit RGB.
 
 The rules are those of `Image.open(...).convert("RGB")`, with which the published models were
 trained and evaluated, wherever that is well defined:
@@ -29,17 +29,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from mmmamba_cli.errors import DataError, MmmambaWarning
 
-ImageSource = str | Path | bytes | Image.Image
+ImageSource = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 
 # From here on PIL warns of a decompression bomb; as 8-bit RGB it is 256 MiB.
 MAX_PIXELS = 89_478_485
 
 # Camera files whose further frames are previews or the other eye of a stereo pair.
 STILL_FORMATS = frozenset({"MPO"})
+
+# Grey, colour, and colour with transparency.
+CHANNELS = (1, 3, 4)
 
 # What PIL's decoders raise for damaged data.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
@@ -57,20 +61,24 @@ def open_image(
 ) -> Image.Image:
     """Open one picture as 8-bit RGB; a PIL image that is given is left as it was.
 
-    `source` is a path, the bytes of an image file or a PIL image. `label` names it in errors where
-    it has no path. Warns with an `ImageNote` if it is animated or paged, or has values whose white
+    `source` is a path, the bytes of an image file, a PIL image, or an array or tensor (H, W),
+    (H, W, C) or (C, H, W) of uint8 or of floats from 0 to 1. `label` names it in errors where it
+    has no path. Warns with an `ImageNote` if it is animated or paged, or has values whose white
     is not fixed. Raises `DataError`, in one sentence naming the picture, if it is missing, damaged,
     truncated, empty, larger than `max_pixels`, or has values that are not finite numbers.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, label, max_pixels)
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return _to_rgb(_from_array(source, label), label, max_pixels)
     if isinstance(source, bytes):
         name = f"{label} ({len(source)} bytes)"
         with _opened(io.BytesIO(source), name) as image:
             return _to_rgb(image, name, max_pixels, from_file=True)
     if not isinstance(source, str | Path):
         raise DataError(
-            f"{label} is a {type(source).__name__}, expected a path, bytes or a PIL image"
+            f"{label} is a {type(source).__name__}, expected a path, bytes, a PIL image, an array "
+            "or a tensor"
         )
     if str(source).startswith(("http://", "https://")):
         raise DataError(f"image {source} is an address, not a file", "download it first")
@@ -84,6 +92,8 @@ def image_size(source: ImageSource, *, label: str = "the image") -> tuple[int, i
 
     Raises `DataError` as `open_image` does, as far as the header tells.
     """
+    if isinstance(source, np.ndarray | torch.Tensor):
+        source = _from_array(source, label)
     if isinstance(source, Image.Image):
         return source.size
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
@@ -91,6 +101,41 @@ def image_size(source: ImageSource, *, label: str = "the image") -> tuple[int, i
     with _opened(file, name) as image:
         _check_size(image, name, MAX_PIXELS)
         return image.size
+
+
+def _from_array(values: np.ndarray | torch.Tensor, label: str) -> Image.Image:
+    """A picture from its values; channels come first where both ends could be channels."""
+    if isinstance(values, torch.Tensor):
+        # NumPy has no bfloat16.
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    shape = values.shape
+    if values.ndim == 3 and shape[0] in CHANNELS:
+        values = values.transpose(1, 2, 0)
+    elif values.ndim != 2 and not (values.ndim == 3 and shape[2] in CHANNELS):
+        raise DataError(
+            f"{label} is an array of shape {tuple(shape)}, expected (H, W), (H, W, C) or (C, H, W) "
+            "with C = 1, 3 or 4"
+        )
+    if 0 in shape:
+        raise DataError(f"{label} is empty: an array of shape {tuple(shape)}")
+    if values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        # A comparison that NaN fails too.
+        if not (low >= 0 and high <= 1):
+            raise DataError(
+                f"{label} has floating-point values from {low:g} to {high:g}, expected 0 to 1",
+                "scale them, or give uint8 from 0 to 255",
+            )
+        values = np.rint(values.astype(np.float64) * 255).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise DataError(
+            f"{label} is an array of {values.dtype}, expected uint8, or floats from 0 to 1",
+            "convert it, for example with array.astype('uint8')",
+        )
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 @contextmanager

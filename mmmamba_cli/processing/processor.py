@@ -5,22 +5,37 @@ Legend: B prompts of a batch, T tokens, N tiles of the whole batch, S side of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData, Unpack
 
 from mmmamba_cli.errors import CheckpointError, DataError
-from mmmamba_cli.processing.image_processor import ImageProcessor
+from mmmamba_cli.processing.image_lists import (
+    Conversation,
+    Images,
+    deal_conversations,
+    deal_images,
+    fill_slots,
+)
+from mmmamba_cli.processing.image_processor import ImageProcessor, as_tensors
 from mmmamba_cli.processing.images import ImageSource
+from mmmamba_cli.processing.kwargs import (
+    HolisticVLMProcessorKwargs,
+    merge_kwargs,
+    pad_rows,
+    truncate,
+)
 from mmmamba_cli.processing.template import (
     CHAT_TEMPLATE,
     GROUNDING_TOKENS,
     IMAGE_CONTEXT,
+    IMAGE_END,
     IMAGE_PLACEHOLDER,
+    IMAGE_START,
     REQUIRED_TOKENS,
     TEMPLATES,
     TURN_END,
@@ -28,19 +43,17 @@ from mmmamba_cli.processing.template import (
     Message,
     Part,
     Special,
-    as_messages,
+    as_turns,
     check_images,
     expand_images,
     render_chat,
     split_images,
 )
-from mmmamba_cli.processing.tiling import Tiling
+from mmmamba_cli.processing.tiling import count_tiles
 from mmmamba_cli.processing.tokenizer import VOCABULARY_FILE, HolisticVLMTokenizer
 from mmmamba_cli.processing.training import mark_answers
 
-Conversation = str | Sequence[Message]
-Images = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
-
+INPUTS = "text and images"
 # InternLM2's published stop ids have one more: an ordinary piece of its vocabulary.
 INTERNLM2_TURN_END, INTERNLM2_EXTRA_STOP = 92542, 1163
 
@@ -54,6 +67,7 @@ class HolisticVLMProcessor(ProcessorMixin):
     """
 
     image_token = IMAGE_PLACEHOLDER
+    valid_processor_kwargs = HolisticVLMProcessorKwargs
 
     def __init__(
         self,
@@ -86,7 +100,7 @@ class HolisticVLMProcessor(ProcessorMixin):
         self.use_thumbnail = use_thumbnail
         self.template = template
         try:
-            self._image_processor(None, None)
+            self.image_processor  # noqa: B018
         except DataError as error:
             raise CheckpointError(error.message) from error
         self.tokens_per_tile = count_tokens_per_tile(image_size, patch_size, downsample_ratio)
@@ -120,7 +134,7 @@ class HolisticVLMProcessor(ProcessorMixin):
     @property
     def image_processor(self) -> ImageProcessor:
         """What opens and cuts pictures, with this processor's settings."""
-        return self._image_processor(None, None)
+        return ImageProcessor(self.image_size, self.min_tiles, self.max_tiles, self.use_thumbnail)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -130,44 +144,40 @@ class HolisticVLMProcessor(ProcessorMixin):
         self,
         images: Images | None = None,
         text: str | Sequence[str] | None = None,
-        videos: None = None,
-        audio: None = None,
-        *,
-        padding: bool | str = True,
-        return_tensors: str | None = "pt",
-        add_special_tokens: bool = True,
-        min_tiles: int | None = None,
-        max_tiles: int | None = None,
-        return_num_tiles: bool = False,
+        **kwargs: Unpack[HolisticVLMProcessorKwargs],
     ) -> BatchFeature:
         """Encode one finished prompt, or a batch of them, with its pictures.
 
         Every `<image>` in a text stands for a picture. `images` is one picture, a list of them
         dealt out to the texts in order, or a list for each text. Special tokens in a text are
-        taken for what they are, and the begin token is put in front unless
-        `add_special_tokens=False`.
+        taken for what they are. The begin token is put in front of a text that does not start with
+        it, unless `add_special_tokens=False`.
+
+        Keywords are transformers' for texts (`padding`, `truncation`, `max_length`,
+        `padding_side`, `return_tensors`, ...), given as they are or in `text_kwargs`, and for
+        pictures `min_tiles`, `max_tiles` and `return_num_tiles`, as they are or in
+        `images_kwargs`.
 
         Returns `input_ids` and `attention_mask` (B, T), int64, padded on the left, or lists with
         `return_tensors=None`; `pixel_values` (N, 3, S, S), float32, unless there are no pictures;
         with `return_num_tiles` also `num_tiles`, a list of the tiles of each picture, which
-        `model(...)` does not take. `min_tiles` and `max_tiles` replace the processor's own for
-        this call.
+        `model(...)` does not take.
 
-        Raises `DataError` if pictures and `<image>` do not match in number, or a picture cannot be
-        used.
+        Raises `DataError` if pictures and `<image>` do not match in number, a picture cannot be
+        used, or truncation would cut one; `TypeError` for a keyword that is not known, `ValueError`
+        for one that is given twice.
         """
-        if text is None or videos is not None or audio is not None:
-            raise DataError("the processor reads text and images", "pass text=... and images=...")
+        options = merge_kwargs(self, kwargs, INPUTS)
+        if text is None:
+            raise DataError(f"the processor reads {INPUTS}", "pass text=... and images=...")
         texts = [text] if isinstance(text, str) else list(text)
-        begin = [self.tokenizer.bos_token_id] if add_special_tokens else []
-        ids, pixels, num_tiles = self._encode(
+        return self._encode(
             [split_images(one) for one in texts],
-            _deal_images(images, [one.count(IMAGE_PLACEHOLDER) for one in texts]),
-            self._image_processor(min_tiles, max_tiles),
+            deal_images(images, [one.count(IMAGE_PLACEHOLDER) for one in texts]),
+            options,
+            [one.startswith(self.tokenizer.bos_token) for one in texts],
             typed_tokens=True,
         )
-        batch = self._pad([begin + row for row in ids], padding, return_tensors)
-        return _features(batch, pixels, num_tiles, return_num_tiles)
 
     def chat(
         self,
@@ -176,36 +186,29 @@ class HolisticVLMProcessor(ProcessorMixin):
         *,
         system: str | None = None,
         add_generation_prompt: bool = True,
-        padding: bool | str = True,
-        return_tensors: str | None = "pt",
-        min_tiles: int | None = None,
-        max_tiles: int | None = None,
-        return_num_tiles: bool = False,
+        **kwargs: Unpack[HolisticVLMProcessorKwargs],
     ) -> BatchFeature:
         """Encode a question or conversation, or a list of them, with the chat template.
 
-        A conversation is a question or a list of messages, see `as_messages`; `system` replaces
-        the default system text of those without their own. Pictures that no `<image>` places come
+        A conversation is a question or a list of messages, see `as_turns`; `system` replaces
+        the default system text of those without their own. Pictures that no message places come
         before the first user message. A list of conversations takes a list of lists of pictures.
         What messages say is text: special tokens typed in them have no power, except
-        `GROUNDING_TOKENS`. All else, what is returned and what is raised, is as for calling the
-        processor.
+        `GROUNDING_TOKENS`, and neither has `<image>` in a content part or where no pictures are
+        given. All else, what is returned and what is raised, is as for calling the processor.
         """
-        conversations, dealt = _deal_conversations(conversation, images)
+        options = merge_kwargs(self, kwargs, INPUTS)
+        conversations, dealt = deal_conversations(conversation, images)
         prompts = [
             render_chat(
-                as_messages(one, len(pictures)),
+                as_turns(one, len(pictures)),
                 system=system,
                 add_generation_prompt=add_generation_prompt,
             )
             for one, pictures in zip(conversations, dealt, strict=True)
         ]
-        ids, pixels, num_tiles = self._encode(
-            prompts, dealt, self._image_processor(min_tiles, max_tiles), typed_tokens=False
-        )
-        begin = [self.tokenizer.bos_token_id]
-        batch = self._pad([begin + row for row in ids], padding, return_tensors)
-        return _features(batch, pixels, num_tiles, return_num_tiles)
+        pictures = [fill_slots(parts, given) for parts, given in zip(prompts, dealt, strict=True)]
+        return self._encode(prompts, pictures, options, [False] * len(prompts), typed_tokens=False)
 
     @property
     def pad_token_id(self) -> int:
@@ -217,9 +220,12 @@ class HolisticVLMProcessor(ProcessorMixin):
         """Ids of a whole conversation, as `chat` gives them, and which belong to an answer.
 
         `num_tiles` are the tiles of each picture, in order; pictures themselves are not needed.
-        Raises `DataError` for messages that are none, or if pictures and `<image>` do not match.
+        As in files of conversations, every `<image>` in the user's plain strings stands for a
+        picture; in content parts it is text. Raises `DataError` for messages that are none, or if
+        pictures and their places do not match.
         """
-        parts = render_chat(as_messages(messages, len(num_tiles)), add_generation_prompt=False)
+        turns = as_turns(messages, len(num_tiles), placeholders=True)
+        parts = render_chat(turns, add_generation_prompt=False)
         check_images(parts, len(num_tiles))
         context = (count * self.tokens_per_tile for count in num_tiles)
         marked = mark_answers(
@@ -234,38 +240,57 @@ class HolisticVLMProcessor(ProcessorMixin):
         """Ids of plain text behind the begin token."""
         return [self.tokenizer.bos_token_id, *self._ids([text], typed_tokens=False)]
 
-    def _image_processor(self, min_tiles: int | None, max_tiles: int | None) -> ImageProcessor:
-        return ImageProcessor(
-            Tiling(
-                image_size=self.image_size,
-                min_tiles=self.min_tiles if min_tiles is None else min_tiles,
-                max_tiles=self.max_tiles if max_tiles is None else max_tiles,
-                use_thumbnail=self.use_thumbnail,
-            )
-        )
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Context tokens of pictures of those (height, width), as serving engines ask for them."""
+        tiling = self.image_processor.with_tiles(
+            kwargs.get("min_tiles"), kwargs.get("max_tiles")
+        ).tiling
+        if image_sizes is None:
+            return MultiModalData()
+        tiles = [count_tiles(width, height, tiling) for height, width in image_sizes]
+        tokens = [count * self.tokens_per_tile for count in tiles]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
 
     def _encode(
         self,
-        prompts: list[list[Part]],
+        prompts: Sequence[Sequence[Part]],
         images: list[list[ImageSource]],
-        image_processor: ImageProcessor,
+        options: tuple[dict[str, Any], dict[str, Any]],
+        begun: list[bool],
         *,
         typed_tokens: bool,
-    ) -> tuple[list[list[int]], Tensor, list[int]]:
-        """Ids of each prompt, the tiles of all pictures, and how many each picture has.
+    ) -> BatchFeature:
+        """The batch of all prompts and pictures; `begun` prompts start with the begin token.
 
         `typed_tokens`: special tokens that stand in a text are meant.
         """
+        text_kwargs, image_kwargs = options
         # Before any picture is opened, which takes longer.
         for parts, pictures in zip(prompts, images, strict=True):
             check_images(parts, len(pictures))
-        pixels, num_tiles = image_processor(list(chain.from_iterable(images)))
+        tiler = self.image_processor.with_tiles(
+            image_kwargs.get("min_tiles"), image_kwargs.get("max_tiles")
+        )
+        pixels, num_tiles = tiler.cut(list(chain.from_iterable(images)))
         context = iter([count * self.tokens_per_tile for count in num_tiles])
-        ids = [
-            list(self._ids(expand_images(parts, context), typed_tokens=typed_tokens))
-            for parts in prompts
-        ]
-        return ids, pixels, num_tiles
+        of_pictures = self.tokenizer.convert_tokens_to_ids([IMAGE_START, IMAGE_CONTEXT, IMAGE_END])
+        added = text_kwargs.get("add_special_tokens")
+        rows = []
+        for parts, has_begin, pictures in zip(prompts, begun, images, strict=True):
+            begins = (added is None or added) and not has_begin
+            begin = [self.tokenizer.bos_token_id] if begins else []
+            row = list(self._ids(expand_images(parts, context), typed_tokens=typed_tokens))
+            whole = of_pictures if pictures else ()
+            rows.append(begin + truncate(self.tokenizer, row, text_kwargs, len(begin), whole))
+        features = pad_rows(self.tokenizer, rows, text_kwargs, self.image_token_id)
+        # The model refuses an empty tensor: without pictures there is none.
+        if num_tiles:
+            features["pixel_values"] = as_tensors(pixels, image_kwargs.get("return_tensors"))
+        if image_kwargs.get("return_num_tiles"):
+            features["num_tiles"] = num_tiles
+        return BatchFeature(features)
 
     def _ids(self, parts: Iterable[str | Special], *, typed_tokens: bool) -> Iterable[int]:
         tokenizer = self.tokenizer
@@ -278,16 +303,6 @@ class HolisticVLMProcessor(ProcessorMixin):
                 yield from tokenizer.convert_tokens_to_ids(tokenizer.tokenize(part))
             else:
                 yield from tokenizer.encode_plain(part, keep=grounding)
-
-    def _pad(
-        self, ids: list[list[int]], padding: bool | str, return_tensors: str | None
-    ) -> Mapping[str, Any]:
-        return self.tokenizer.pad(
-            {"input_ids": ids},
-            padding=padding,
-            return_attention_mask=True,
-            return_tensors=return_tensors,
-        )
 
 
 def count_tokens_per_tile(image_size: int, patch_size: int, downsample_ratio: float) -> int:
@@ -314,63 +329,3 @@ def require_tokenizer(file: Path | None) -> Path:
             f"with --tokenizer FILE",
         )
     return file
-
-
-def _features(
-    batch: Mapping[str, Any], pixels: Tensor, num_tiles: list[int], return_num_tiles: bool
-) -> BatchFeature:
-    features = dict(batch)
-    # The model refuses an empty tensor: without pictures there is none.
-    if num_tiles:
-        features["pixel_values"] = pixels
-    if return_num_tiles:
-        features["num_tiles"] = num_tiles
-    return BatchFeature(features)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _as_list(images: Any) -> list[ImageSource]:
-    """None, one picture or a list of them, as a list."""
-    if images is None:
-        return []
-    return list(images) if _is_list(images) else [images]
-
-
-def _deal_images(images: Any, wanted: list[int]) -> list[list[ImageSource]]:
-    """A list of pictures for each text, of which text i has `wanted[i]` places."""
-    listed = _as_list(images)
-    if listed and any(_is_list(one) for one in listed):
-        if len(listed) != len(wanted):
-            raise DataError(f"there are {len(wanted)} texts and {len(listed)} lists of images")
-        return [_as_list(one) for one in listed]
-    if sum(wanted) != len(listed):
-        raise DataError(
-            f"the text has {sum(wanted)} {IMAGE_PLACEHOLDER} but {len(listed)} images are given",
-            f"write {IMAGE_PLACEHOLDER} once for each image",
-        )
-    rest = iter(listed)
-    return [[next(rest) for _ in range(count)] for count in wanted]
-
-
-def _deal_conversations(
-    conversation: Any, images: Any
-) -> tuple[list[Conversation], list[list[ImageSource]]]:
-    """Conversations and the pictures of each, from one of them or several."""
-    if not isinstance(conversation, str) and not conversation:
-        raise DataError("there is no conversation", "pass a question or at least one message")
-    if isinstance(conversation, str) or isinstance(conversation[0], Mapping):
-        pictures = _as_list(images)
-        # `[[picture]]` for a single conversation, as transformers nests them.
-        nested = len(pictures) == 1 and _is_list(pictures[0])
-        return [conversation], [_as_list(pictures[0]) if nested else pictures]
-    if images is None:
-        return list(conversation), [[] for _ in conversation]
-    if not _is_list(images) or len(images) != len(conversation):
-        raise DataError(
-            f"there are {len(conversation)} conversations, but images is not a list of as many "
-            "lists of images"
-        )
-    return list(conversation), [_as_list(one) for one in images]

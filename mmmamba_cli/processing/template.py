@@ -1,11 +1,14 @@
 """The chat template `internlm2-chat`: from a conversation to a prompt.
 
 A prompt is a list of parts: text, special tokens, and slots for pictures. Keeping them apart until
-they are ids means that nobody can write a special token by typing its characters: what a message
-says is text, and `<|im_end|>` in a question is ten ordinary characters. The tokens with which the
-model points at things (`GROUNDING_TOKENS`) are the exception, they are part of its language. In a
-user's message `<image>` stands for the next picture; in the system's and the assistant's it is
-text.
+they are ids means that a message cannot contain a special token by typing its characters: what a
+message says is text, and `<|im_end|>` in a question is ten ordinary characters. The tokens with
+which the model points at things (`GROUNDING_TOKENS`) are the exception, they are part of its
+language.
+
+The characters `<image>` stand for a picture in one place only: in a user's message that is a plain
+string, where pictures are given that no content part places. In the text of a content part, in a
+conversation without pictures, and in what the system and the assistant say, they are text.
 
 `CHAT_TEMPLATE` is the same template for transformers' `apply_chat_template`, which makes one string
 of it: there, as everywhere in transformers, special tokens in messages are taken for what they are.
@@ -65,75 +68,118 @@ class Special:
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """The place of the next picture."""
+    """The place of a picture; of the next one given where `source` is None."""
+
+    source: Any = None
 
 
 Part = str | Special | ImageSlot
+Content = list[str | ImageSlot]
 
 
-def as_messages(conversation: str | Sequence[Message], num_images: int) -> list[dict[str, str]]:
-    """A question or a list of messages -> messages of plain text, pictures placed.
+@dataclass(frozen=True)
+class Turn:
+    """What one role says: texts, and the places of pictures between them."""
+
+    role: str
+    content: tuple[str | ImageSlot, ...]
+
+    @property
+    def slots(self) -> list[ImageSlot]:
+        return [part for part in self.content if isinstance(part, ImageSlot)]
+
+
+def as_turns(
+    conversation: str | Sequence[Message], num_images: int, *, placeholders: bool = False
+) -> list[Turn]:
+    """A question or a list of messages -> turns in which every picture has its place.
 
     A message is `{"role": ..., "content": ...}`; its content is text, or a list of
-    `{"type": "text", "text": ...}` and `{"type": "image"}`. If no user message says where the
-    pictures belong, they are put in front of the first one, see `place_images`. Raises `DataError`
-    for anything else.
+    `{"type": "text", "text": ...}` and, from the user, `{"type": "image"}`, which may carry its
+    picture as `image` or `path`. `num_images` pictures are given beside the messages. Those that no
+    content part places belong to the `<image>` in the user's plain strings; if there are none
+    either, they are put in front of the first user message, see `place_images`. With
+    `placeholders`, as in files of training data, `<image>` in a plain string stands for a picture
+    whether one is left for it or not. Raises `DataError` for anything else; whether the numbers of
+    places and pictures agree is for `check_images` to say.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
-    messages = [_plain(message, index) for index, message in enumerate(conversation)]
-    users = [message for message in messages if message["role"] == "user"]
-    placed = any(IMAGE_PLACEHOLDER in message["content"] for message in users)
-    if users and num_images and not placed:
-        users[0]["content"] = place_images(users[0]["content"], num_images)
-    return messages
+    turns = [_turn(message, index) for index, message in enumerate(conversation)]
+    plain = [isinstance(message["content"], str) for message in conversation]
+    marked = sum(slot.source is None for turn in turns for slot in turn.slots)
+    if placeholders or num_images > marked:
+        turns = [
+            Turn(turn.role, tuple(split_images(str(turn.content[0]))))
+            if is_plain and turn.role == "user"
+            else turn
+            for turn, is_plain in zip(turns, plain, strict=True)
+        ]
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is not None and num_images and not any(turn.slots for turn in turns):
+        turns[first] = Turn("user", (*image_lines(num_images), *turns[first].content))
+    return turns
+
+
+def image_lines(num_images: int) -> Content:
+    """The places of pictures before a question, as the published evaluations write them.
+
+    One picture: a line of its own; several: a line `Image-1: `, `Image-2: `, ... for each.
+    """
+    if num_images == 1:
+        return [ImageSlot(), "\n"]
+    lines: Content = []
+    for index in range(1, num_images + 1):
+        lines += [f"Image-{index}: ", ImageSlot(), "\n"]
+    return lines
 
 
 def place_images(question: str, num_images: int) -> str:
-    """Put placeholders for pictures before a question, as the published evaluations do.
-
-    One picture: `<image>\\n`; several: a line `Image-1: <image>`, `Image-2: <image>`, ... each.
-    """
-    if num_images == 1:
-        return f"{IMAGE_PLACEHOLDER}\n{question}"
-    lines = [f"Image-{index}: {IMAGE_PLACEHOLDER}\n" for index in range(1, num_images + 1)]
-    return "".join(lines) + question
+    """`image_lines` before a question, as one string in which `<image>` stands for a picture."""
+    lines = image_lines(num_images) if num_images else []
+    shown = [IMAGE_PLACEHOLDER if isinstance(part, ImageSlot) else part for part in lines]
+    return "".join(shown) + question
 
 
 def render_chat(
-    messages: Iterable[Mapping[str, str]],
+    turns: Iterable[Turn],
     *,
     system: str | None = None,
     add_generation_prompt: bool = True,
 ) -> list[Part]:
-    """Messages of plain text -> the parts of their prompt, without the begin token.
+    """Turns -> the parts of their prompt, without the begin token.
 
     `system` is the system text of a conversation that does not start with its own; None is
     `DEFAULT_SYSTEM`. There is no newline between turns. `add_generation_prompt` opens the
     assistant's turn.
     """
-    turns = list(messages)
-    if not turns or turns[0]["role"] != "system":
-        text = DEFAULT_SYSTEM if system is None else system
-        turns.insert(0, {"role": "system", "content": text})
+    listed = list(turns)
+    if not listed or listed[0].role != "system":
+        listed.insert(0, Turn("system", (DEFAULT_SYSTEM if system is None else system,)))
     parts: list[Part] = []
-    for turn in turns:
-        said: list[Part] = [turn["content"]]
-        if turn["role"] == "user":
-            said = split_images(turn["content"])
-        parts += [Special(TURN_START), f"{turn['role']}\n", *said, Special(TURN_END)]
+    for turn in listed:
+        parts += [Special(TURN_START), f"{turn.role}\n", *turn.content, Special(TURN_END)]
     if add_generation_prompt:
         parts += [Special(TURN_START), "assistant\n"]
     return join_text(parts)
 
 
-def split_images(text: str) -> list[Part]:
-    """Text -> text and a slot for each `<image>` in it."""
-    first, *rest = text.split(IMAGE_PLACEHOLDER)
-    parts: list[Part] = [first]
+def split_images(text: str, at_most: int = -1) -> Content:
+    """Text -> text and a slot for each `<image>` in it, or for the first `at_most`."""
+    first, *rest = text.split(IMAGE_PLACEHOLDER, at_most) if at_most else (text,)
+    parts: Content = [first]
     for piece in rest:
         parts += [ImageSlot(), piece]
     return parts
+
+
+def content_with_images(text: str, num_images: int) -> list[Any]:
+    """Text -> a message's content in which its first `num_images` `<image>` are places of pictures.
+
+    Further ones are text.
+    """
+    parts = split_images(text, num_images)
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
 def join_text(parts: Iterable[Part]) -> list[Part]:
@@ -169,30 +215,38 @@ def expand_images(parts: Iterable[Part], context_tokens: Iterable[int]) -> Itera
             yield part
 
 
-def _plain(message: Message, index: int) -> dict[str, str]:
+def _turn(message: Any, index: int) -> Turn:
     where = f"message {index + 1}"
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise DataError(f"{where} is {message!r}, expected a dict of role and content")
+        raise DataError(f"{where} is {message!r:.200}, expected a dict of role and content")
     role, content = message["role"], message["content"]
     if role not in ROLES or (role == "system" and index):
         raise DataError(
-            f"{where} has role {role!r}, allowed are {', '.join(ROLES)}; system only comes first"
+            f"{where} has role {role!r:.60}, allowed are {', '.join(ROLES)}; system only comes "
+            "first"
         )
     if isinstance(content, str):
-        return {"role": role, "content": content}
-    if not isinstance(content, Sequence):
+        return Turn(role, (content,))
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise DataError(f"{where} has a {type(content).__name__} as content, expected text")
-    return {"role": role, "content": "".join(_plain_item(item, where, role) for item in content)}
+    return Turn(role, tuple(part for item in content for part in _parts(item, where, role)))
 
 
-def _plain_item(item: Any, where: str, role: str) -> str:
+def _parts(item: Any, where: str, role: str) -> Content:
+    """The parts of one item of a message's content; a picture is followed by a newline."""
     match item:
+        case ImageSlot() if role == "user":
+            return [item]
         case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": "image"} if role == "user" and set(item) == {"type"}:
-            return f"{IMAGE_PLACEHOLDER}\n"
+            return [text]
+        case {"type": "image", **rest} if role == "user" and not rest:
+            return [ImageSlot(), "\n"]
+        case {"type": "image", "image": source, **rest} if role == "user" and not rest:
+            return [ImageSlot(source), "\n"]
+        case {"type": "image", "path": source, **rest} if role == "user" and not rest:
+            return [ImageSlot(source), "\n"]
     raise DataError(
-        f"{where} has {item!r} in its content, expected "
+        f"{where} has {item!r:.200} in its content, expected "
         '{"type": "text", "text": ...} or, from the user, {"type": "image"}',
         "pass the pictures themselves as images",
     )

@@ -1,7 +1,7 @@
 """The processor of a plain language model: its own tokenizer and chat template, no pictures.
 
-As everywhere in transformers, a template makes one string of a conversation, and special tokens in
-messages are taken for what they are.
+What messages and training texts say is text: control tokens typed in them have no power, see
+`ControlTokens`. In a finished prompt that is passed to the processor they are meant.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import Unpack
 
 from mmmamba_cli.errors import CheckpointError, DataError
-from mmmamba_cli.processing.template import Message, as_messages
+from mmmamba_cli.processing.control_tokens import ControlTokens
+from mmmamba_cli.processing.kwargs import (
+    HolisticTextProcessorKwargs,
+    merge_kwargs,
+    pad_rows,
+    truncate,
+)
+from mmmamba_cli.processing.template import Message, as_turns
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 Conversation = str | Sequence[Message]
+INPUTS = "text"
 PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
@@ -33,6 +42,8 @@ class HolisticTextProcessor(ProcessorMixin):
     `stop_token_ids` are where an answer ends; without them, the tokenizer's end token and what the
     template puts behind an answer.
     """
+
+    valid_processor_kwargs = HolisticTextProcessorKwargs
 
     def __init__(
         self,
@@ -53,6 +64,7 @@ class HolisticTextProcessor(ProcessorMixin):
         if tokenizer.chat_template is None:
             tokenizer.chat_template = chat_template
         super().__init__(tokenizer, chat_template=tokenizer.chat_template)
+        self._control_tokens = ControlTokens(tokenizer)
         self.stop_token_ids = sorted(set(stop_token_ids or self._own_stops()))
 
     @classmethod
@@ -85,25 +97,25 @@ class HolisticTextProcessor(ProcessorMixin):
         self,
         images: None = None,
         text: str | Sequence[str] | None = None,
-        *,
-        padding: bool | str = True,
-        return_tensors: str | None = "pt",
-        add_special_tokens: bool = True,
+        **kwargs: Unpack[HolisticTextProcessorKwargs],
     ) -> BatchFeature:
         """Encode one finished prompt, or a batch of them.
 
         Special tokens in a text are taken for what they are; the begin token is put in front if the
-        tokenizer does that, unless `add_special_tokens=False`. Returns `input_ids` and
-        `attention_mask` (B, T), int64, padded on the left, or lists with `return_tensors=None`.
-        Raises `DataError` for images, or text that is not valid Unicode.
+        tokenizer does that and the text does not start with it, unless `add_special_tokens=False`.
+        Keywords are transformers' for texts (`padding`, `truncation`, `max_length`,
+        `padding_side`, `return_tensors`, ...), as they are or in `text_kwargs`. Returns `input_ids`
+        and `attention_mask` (B, T), int64, padded on the left, or lists with `return_tensors=None`.
+        Raises `DataError` for images, or text that is not valid Unicode; `TypeError` for a keyword
+        that is not known.
         """
+        text_kwargs, _ = merge_kwargs(self, kwargs, INPUTS)
         _refuse_images(images)
         if text is None:
             raise DataError("the processor reads text", "pass text=...")
         texts = [text] if isinstance(text, str) else list(text)
-        return self._pad(
-            [self._ids(one, add_special_tokens) for one in texts], padding, return_tensors
-        )
+        added = text_kwargs.get("add_special_tokens")
+        return self._batch([self._ids(one, added is None or added) for one in texts], text_kwargs)
 
     def chat(
         self,
@@ -112,15 +124,16 @@ class HolisticTextProcessor(ProcessorMixin):
         *,
         system: str | None = None,
         add_generation_prompt: bool = True,
-        padding: bool | str = True,
-        return_tensors: str | None = "pt",
+        **kwargs: Unpack[HolisticTextProcessorKwargs],
     ) -> BatchFeature:
         """Encode a question or conversation, or a list of them, with the model's chat template.
 
         A conversation is a question or a list of messages; `system` is put in front of those
-        without their own. `images`, which other models' processors take, must be empty. Returns
-        and raises what calling the processor does; `CheckpointError` if the model has no template.
+        without their own. What messages say is text: control tokens typed in them have no power.
+        `images`, which other models' processors take, must be empty. Returns and raises what
+        calling the processor does; `CheckpointError` if the model has no template.
         """
+        text_kwargs, _ = merge_kwargs(self, kwargs, INPUTS)
         _refuse_images(images)
         one = isinstance(conversation, str) or isinstance(next(iter(conversation), None), Mapping)
         listed: Sequence[Any] = [conversation] if one else conversation
@@ -128,11 +141,12 @@ class HolisticTextProcessor(ProcessorMixin):
             raise DataError("there is no conversation", "pass a question or at least one message")
         rows = []
         for talk in listed:
-            messages = as_messages(talk, 0)
+            messages = self._messages(talk)
             if system is not None and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": system})
-            rows.append(self._ids(self._render(messages, add_generation_prompt)))
-        return self._pad(rows, padding, return_tensors)
+                content = self._control_tokens.mark(system)
+                messages.insert(0, {"role": "system", "content": content})
+            rows.append(self._rendered_ids(self._render(messages, add_generation_prompt)))
+        return self._batch(rows, text_kwargs)
 
     def conversation_ids(
         self, messages: Sequence[Message], num_tiles: Sequence[int] = ()
@@ -144,9 +158,9 @@ class HolisticTextProcessor(ProcessorMixin):
         around it, or if there are images.
         """
         _refuse_images(num_tiles)
-        talk = as_messages(messages, 0)
+        talk = self._messages(messages)
         text = self._render(talk, add_generation_prompt=False)
-        ids = self._ids(text)
+        ids = self._rendered_ids(text)
         answers = [i for i, message in enumerate(talk) if message["role"] == "assistant"]
         is_answer = [False] * len(ids)
         for index in answers:
@@ -155,28 +169,39 @@ class HolisticTextProcessor(ProcessorMixin):
         return ids, is_answer
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text, with what the tokenizer puts around it, such as a begin token."""
-        return self._ids(text, add_special_tokens=True)
+        """Ids of plain text, with what the tokenizer puts around it, such as a begin token.
+
+        Control tokens in it are text.
+        """
+        _check_unicode(text)
+        return self._control_tokens.encode_text(text)
+
+    def _messages(self, conversation: Conversation) -> list[dict[str, str]]:
+        """Messages of plain text, in which control tokens are marked as typed."""
+        turns = as_turns(conversation, 0)
+        if any(turn.slots for turn in turns):
+            raise DataError("the model reads text only", "leave out the images")
+        return [
+            {
+                "role": turn.role,
+                "content": self._control_tokens.mark("".join(map(str, turn.content))),
+            }
+            for turn in turns
+        ]
 
     def _answer(
         self, talk: list[dict[str, str]], index: int, text: str, ids: list[int]
     ) -> tuple[int, int]:
         """First column of answer `index`, and the one behind its end token."""
         content, where = talk[index]["content"], f"message {index + 1}"
-        typed = [token for token in self._special_tokens().values() if token in content]
-        if typed:
-            raise DataError(
-                f"{where} says {typed[0]}, which is a special token of the model, so the end of "
-                "the answer cannot be told"
-            )
         before = self._render(talk[:index], add_generation_prompt=True)
-        header = self._ids(before)
+        header = self._rendered_ids(before)
         if not text.startswith(before) or ids[: len(header)] != header:
             raise DataError(
                 f"{where}: the chat template or the tokenizer joins the beginning of the answer "
                 "to what is before it, so its tokens cannot be told exactly"
             )
-        special = self._special_tokens()
+        special = self._control_tokens.by_id
         end = next((i for i in range(len(header), len(ids)) if ids[i] in special), None)
         if end is None:
             raise DataError(f"{where}: the chat template ends the answer with no special token")
@@ -186,10 +211,6 @@ class HolisticTextProcessor(ProcessorMixin):
         if not said.endswith(meant) and not (said and meant.endswith(said)):
             raise DataError(f"{where}: the chat template changes what the answer says")
         return len(header), end + 1
-
-    def _special_tokens(self) -> dict[int, str]:
-        added = self.tokenizer.added_tokens_decoder
-        return {index: str(token) for index, token in added.items() if token.special}
 
     def _own_stops(self) -> set[int]:
         """The end token, and the token with which the template ends an answer."""
@@ -215,26 +236,32 @@ class HolisticTextProcessor(ProcessorMixin):
         except TemplateError as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
-    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
-                f"{error.start}, which is not valid Unicode"
-            ) from error
-        return self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of a finished prompt."""
+        _check_unicode(text)
+        begin = self.tokenizer.bos_token
+        if begin and text.startswith(begin):
+            add_special_tokens = False
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
-    def _pad(
-        self, ids: list[list[int]], padding: bool | str, return_tensors: str | None
-    ) -> BatchFeature:
-        batch = self.tokenizer.pad(
-            {"input_ids": ids},
-            padding=padding,
-            return_attention_mask=True,
-            return_tensors=return_tensors,
-        )
-        return BatchFeature(dict(batch))
+    def _rendered_ids(self, text: str) -> list[int]:
+        """Ids of what the template made of marked messages."""
+        _check_unicode(self._control_tokens.unmark(text))
+        return self._control_tokens.encode(text)
+
+    def _batch(self, rows: list[list[int]], text_kwargs: Mapping[str, Any]) -> BatchFeature:
+        cut = [truncate(self.tokenizer, row, text_kwargs, 0, ()) for row in rows]
+        return BatchFeature(pad_rows(self.tokenizer, cut, text_kwargs, None))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}, which is not valid Unicode"
+        ) from error
 
 
 def _refuse_images(images: Sequence[Any] | None) -> None:

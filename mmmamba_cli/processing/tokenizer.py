@@ -8,6 +8,7 @@ takes it away again piece by piece, and `decode(encode(text))` is `text`.
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,7 +103,31 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
                 f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
                 f"{error.start}, which is not valid Unicode"
             ) from error
-        return self.sp_model.encode(text)
+        ids = self.sp_model.encode(text)
+        if self._replaced_pieces.isdisjoint(ids):
+            return ids
+        spelled = ((self._spell(i) if i in self._replaced_pieces else [i]) for i in ids)
+        return [index for letters in spelled for index in letters]
+
+    @cached_property
+    def _replaced_pieces(self) -> frozenset[int]:
+        """Pieces of the SentencePiece model whose ids are those of special tokens.
+
+        InternLM2's are texts such as `[UNUSED_TOKEN_145]`: typed, they must not become the token.
+        """
+        added = (index for index in self._added_tokens_decoder if index < self.vocab_size)
+        return frozenset(index for index in added if index != self.sp_model.unk_id())
+
+    def _spell(self, index: int) -> list[int]:
+        """Ids of the characters of a piece, or of their bytes where a character is no piece."""
+        found: list[int] = []
+        for letter in self.sp_model.id_to_piece(index):
+            piece = self.sp_model.piece_to_id(letter)
+            if piece != self.sp_model.unk_id():
+                found.append(piece)
+                continue
+            found += [self.sp_model.piece_to_id(f"<0x{byte:02X}>") for byte in letter.encode()]
+        return found
 
     def _tokenize(self, text: str) -> list[str]:
         return [self.sp_model.id_to_piece(index) for index in self._encode_piece(text)]

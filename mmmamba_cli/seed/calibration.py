@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -86,9 +87,15 @@ def _encode(
         else:
             batch = processor.chat(texts)
         return Calibration(batch["input_ids"], batch["attention_mask"], None)
-    texts = ["<image>\n" * len(images) + text for text, images in samples]
-    batch = processor.chat(texts, [images for _, images in samples], max_tiles=1)
+    talks = [_question(text, len(images)) for text, images in samples]
+    batch = processor.chat(talks, [images for _, images in samples], max_tiles=1)
     return Calibration(batch["input_ids"], batch["attention_mask"], batch.get("pixel_values"))
+
+
+def _question(text: str, num_images: int) -> list[dict[str, Any]]:
+    """One user message; the text is a part of its own, so that `<image>` in it is text."""
+    content = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
 
 
 def _without_tokenizer(config: HolisticVLMConfig) -> Calibration:

@@ -9,7 +9,9 @@ from PIL import Image
 
 from mmmamba_cli.chatting import Conversation
 from mmmamba_cli.cli.talking import printable
+from mmmamba_cli.data import open_corpus
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.processing import image_size
 
 
 @pytest.fixture
@@ -47,13 +49,23 @@ def test_pictures_go_with_the_next_question(pictures: list[Path]) -> None:
     talk.add_picture(pictures[1])
     talk.add_picture(pictures[2])
     talk.ask("more")
-    assert talk.questions == [
-        "<image>\nfirst",
-        "none",
-        "Image-1: <image>\nImage-2: <image>\nmore",
-    ]
+    assert talk.questions == ["first", "none", "more"]
     assert talk.pictures == pictures
     assert talk.waiting == []
+    assert [talk.pictures_of(number) for number in range(3)] == [pictures[:1], [], pictures[1:]]
+    asked = [m["content"] for m in talk.messages("a") if m["role"] == "user"]
+    image = {"type": "image"}
+    assert asked == [
+        [image, {"type": "text", "text": "first"}],
+        "none",
+        [
+            {"type": "text", "text": "Image-1: "},
+            image,
+            {"type": "text", "text": "Image-2: "},
+            image,
+            {"type": "text", "text": "more"},
+        ],
+    ]
 
 
 def test_what_failed_is_taken_back_and_its_pictures_wait_again(pictures: list[Path]) -> None:
@@ -67,8 +79,8 @@ def test_what_failed_is_taken_back_and_its_pictures_wait_again(pictures: list[Pa
     talk.hear("a", "half an answer")
     talk.take_back()
     assert (talk.pictures, talk.waiting) == (pictures[:1], pictures[1:2])
-    assert (talk.questions, talk.answers) == (["<image>\none"], {"a": ["x"], "b": ["y"]})
-    # A question that writes the placeholder itself has brought no picture.
+    assert (talk.questions, talk.answers) == (["one"], {"a": ["x"], "b": ["y"]})
+    # A question that says <image> has brought no picture.
     talk.waiting = []
     talk.ask("what is <image>?")
     talk.take_back()
@@ -84,12 +96,49 @@ def test_mistakes_change_nothing(pictures: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         talk.add_picture(tmp_path / "nowhere.png")
     talk.add_picture(pictures[0])
-    with pytest.raises(DataError, match="stands for a picture"):
-        talk.ask("is <image> it?")
     assert (talk.questions, talk.waiting) == ([], pictures[:1])
     talk.ask("so?")
     with pytest.raises(DataError, match="no folder that exists"):
         talk.save(tmp_path / "no" / "file")
+
+
+def test_a_saved_file_is_training_data(pictures: list[Path], tmp_path: Path) -> None:
+    """Pictures beside the file are named there, others are copied; typed `<image>` is text."""
+    (tmp_path / "data").mkdir()
+    near = tmp_path / "data" / "near.png"
+    Image.new("RGB", (7, 5)).save(near)
+    talk = Conversation(("a", "b"))
+    talk.add_picture(pictures[0])
+    talk.add_picture(near)
+    talk.ask("what does <image> mean?")
+    talk.hear("a", "a tag, <image>")
+    talk.hear("b", "x")
+    talk.add_picture(pictures[0])
+    talk.ask("and now?")
+    talk.hear("a", "y")
+    talk.hear("b", "y")
+    file = tmp_path / "data" / "talk.jsonl"
+    talk.save(file)
+    corpus = open_corpus(file)
+    assert len(corpus) == 2
+    first = corpus[0]
+    assert [one.name for one in first.images] == ["1-0.png", "near.png", "3-0.png"]
+    assert [image_size(one) for one in first.images] == [(4, 3), (7, 5), (4, 3)]
+    assert [dict(message) for message in first.messages] == talk.messages("a")
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "near.png",
+        "talk-images",
+        "talk.jsonl",
+    ]
+    with pytest.raises(DataError, match=r"talk\.jsonl exists already"):
+        talk.save(file)
+    file.unlink()
+    with pytest.raises(DataError, match="talk-images exists already"):
+        talk.save(file)
+    pictures[0].unlink()
+    with pytest.raises(DataError, match=r"0\.png does not exist any more"):
+        talk.save(tmp_path / "data" / "other.jsonl")
+    assert not list((tmp_path / "data").glob("*other*"))
 
 
 def test_a_model_cannot_move_the_cursor() -> None:

@@ -78,6 +78,22 @@ def test_likelihoods_are_those_of_the_whole_conversation(
         assert score == pytest.approx(expected, abs=1e-4)
 
 
+def test_what_a_row_says_is_text(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+    """The first `<image>` is the picture; those of the question are words, as are its tokens."""
+    picture = prompts[0].pictures
+    said = "Is the word <image> or <|im_start|>system in the picture?"
+    prompt = Prompt("0", f"<image>\n{said}", picture, 4, ("Yes", "No"))
+    plain = Prompt("0", "<image>\nIs it?", picture, 4)
+    encoded = model.encode(prompt)
+    image_token = model.processor.image_token_id
+    assert encoded.value.ids.count(image_token) == model.encode(plain).value.ids.count(image_token)
+    assert said in model.processor.decode(encoded.value.ids)
+    blind = model.encode(Prompt("1", said))
+    assert blind.value.ids.count(image_token) == 0
+    assert said in model.processor.decode(blind.value.ids)
+    assert len(model.score_choices([encoded])[0]) == 2
+
+
 def test_an_answer_ends_at_a_stop_token(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
     stops = model.processor.stop_token_ids
     ids = model.processor.tokenizer.encode_plain("a red cat")

@@ -32,6 +32,7 @@ from mmmamba_cli.evaluate import (
 )
 from mmmamba_cli.evaluate.batching import Limit, plan_batches
 from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest
+from mmmamba_cli.evaluate.report import remarks
 from mmmamba_cli.evaluate.runner import _answer
 from mmmamba_cli.evaluate.store import Answer, AnswerStore
 
@@ -140,15 +141,59 @@ def test_a_prompt_that_does_not_fit_alone_is_a_sentence(data: Path, tmp_path: Pa
         run(data, tmp_path / "other", Full({}))
 
 
-def test_rows_with_bad_pictures_are_named_before_anything_is_asked(tmp_path: Path) -> None:
+def cut_picture(number: int) -> str:
+    """A picture whose header is whole and whose pixels are not."""
+    return base64.b64encode(base64.b64decode(picture(number, (130, 90)))[:-40]).decode()
+
+
+@pytest.mark.parametrize("options", [{"batch": 8}, {}], ids=["given", "found"])
+def test_rows_that_cannot_be_asked_are_counted_and_named(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Two pictures whose header is damaged, and one, of the longest prompts, cut in its pixels."""
     rows = mme_rows()
     rows[4]["image"] = "!" + picture(4)
     rows[8]["image"] = "AAAA" * 40
+    rows[12] |= {"image": cut_picture(12), "question": "Is it so? " * 40}
+    write_tsv(tmp_path / "MME.tsv", rows)
+    warned: list[str] = []
+    seen: list[int] = []
+    model = scripted(columns=None if options else 10_000)
+    watch = Watch(warn=warned.append, advance=seen.append)
+    result = run(tmp_path, tmp_path / "out", model, watch, **options).result
+    bad = ["4", "5", "8", "9", "12", "13"]
+    assert sorted((one.index for one in result.not_asked), key=int) == bad
+    assert all(one.reason for one in result.not_asked)
+    assert sorted(int(prompt.index) for prompt in model.asked) == [
+        index for index in range(56) if str(index) not in bad
+    ]
+    # Of 28 pairs three are wrong: no answer is no right answer.
+    assert result.rules[0].counts["unreadable"] == len(bad)
+    assert result.data.used == 56
+    assert sum(seen) == 56
+    assert warned == [
+        f"6 of 56 rows could not be asked and count as wrong; row {result.not_asked[0].index}: "
+        f"{result.not_asked[0].reason}"
+    ]
+    assert any("6 of 56 rows could not be asked" in text for text in remarks(result))
+    # Their answers are not kept: mended rows are asked, the others are not asked again.
+    write_tsv(tmp_path / "MME.tsv", mme_rows())
+    again = scripted()
+    mended = run(tmp_path, tmp_path / "out", again, **options).result
+    assert mended.not_asked == ()
+    assert mended.rules[0].metrics == {"perception": 2000.0, "reasoning": 800.0}
+
+
+def test_where_no_row_can_be_asked_nothing_is_scored(tmp_path: Path) -> None:
+    rows = mme_rows()
+    for row in rows:
+        row["image"] = "AAAA" * 40
     write_tsv(tmp_path / "MME.tsv", rows)
     model = scripted()
-    with pytest.raises(DataError, match=r"pictures of 4 rows cannot be used \(4, 5, 8, 9\)"):
+    with pytest.raises(DataError, match=r"none of 56 rows can be asked \(0, 1, 2, .* 46 more\)"):
         run(tmp_path, tmp_path / "out", model)
     assert model.asked == []
+    assert not (tmp_path / "out" / "result.json").exists()
 
 
 class Dies(ScriptedModel):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.processing import open_image
+from mmmamba_cli.processing import image_size, open_image
 from mmmamba_cli.processing.images import ImageNote
 
 
@@ -262,5 +263,61 @@ def test_missing_folder_address_and_other_things(tmp_path: Path) -> None:
         open_image(tmp_path)
     with pytest.raises(DataError, match=r"https://example.com/a.png is an address.*download"):
         open_image("https://example.com/a.png")
-    with pytest.raises(DataError, match="image 4 is a ndarray, expected a path, bytes or a PIL"):
-        open_image(np.zeros((2, 2, 3)), label="image 4")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="image 4 is a dict, expected a path, bytes, a PIL image"):
+        open_image({}, label="image 4")  # type: ignore[arg-type]
+
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (5, 9, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        COLOURS,
+        COLOURS.transpose(2, 0, 1),
+        torch.from_numpy(COLOURS),
+        torch.from_numpy(COLOURS).permute(2, 0, 1),
+        COLOURS / 255,
+        (COLOURS / 255).astype(np.float32),
+        torch.from_numpy(COLOURS).permute(2, 0, 1).float() / 255,
+        np.dstack([COLOURS, np.full((5, 9), 7, dtype=np.uint8)]),
+    ],
+    ids=["HWC", "CHW", "tensor HWC", "tensor CHW", "float64", "float32", "tensor float", "RGBA"],
+)
+def test_arrays_and_tensors_are_pictures(values: np.ndarray | torch.Tensor) -> None:
+    before = values.copy() if isinstance(values, np.ndarray) else values.clone()
+    image = open_image(values)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), COLOURS)
+    assert image_size(values) == (9, 5)
+    assert (values == before).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (5, 9, 1), (1, 5, 9)])
+def test_grey_arrays(shape: tuple[int, ...]) -> None:
+    values = COLOURS[:, :, 0].reshape(shape)
+    assert np.array_equal(np.asarray(open_image(values))[:, :, 2], COLOURS[:, :, 0])
+
+
+def test_where_both_ends_could_be_channels_they_come_first() -> None:
+    """As in transformers' `infer_channel_dimension_format`."""
+    values = np.arange(3 * 8 * 3, dtype=np.uint8).reshape(3, 8, 3)
+    assert image_size(values) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (np.zeros((5, 9, 2), dtype=np.uint8), r"shape \(5, 9, 2\), expected \(H, W\), \(H, W, C\)"),
+        (np.zeros(9, dtype=np.uint8), r"shape \(9,\)"),
+        (np.zeros((0, 9, 3), dtype=np.uint8), "is empty"),
+        (np.full((5, 9, 3), 255.0), "values from 255 to 255, expected 0 to 1"),
+        (np.full((5, 9, 3), -0.5), "from -0.5 to -0.5"),
+        (np.full((5, 9, 3), np.nan), "from nan to nan"),
+        (np.zeros((5, 9, 3), dtype=np.int64), "array of int64, expected uint8"),
+        (torch.zeros(3, 5, 9, dtype=torch.int32), "array of int32"),
+    ],
+)
+def test_arrays_that_are_no_pictures(values: np.ndarray, problem: str) -> None:
+    with pytest.raises(DataError, match=f"image 2.*{problem}"):
+        open_image(values, label="image 2")

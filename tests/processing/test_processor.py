@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from small_checkpoint import SMALL_MODEL, TOKENS_PER_TILE, oracle_ids
+from transformers.image_processing_utils import BaseImageProcessor
 
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.processing import (
     HolisticVLMProcessor,
     HolisticVLMTokenizer,
+    ImageProcessor,
     ImageSource,
     count_tokens_per_tile,
 )
@@ -133,9 +135,10 @@ def test_nested_pictures_that_do_not_match(processor: HolisticVLMProcessor) -> N
 
 
 def test_the_image_processor_has_the_processors_settings(processor: HolisticVLMProcessor) -> None:
-    pixels, num_tiles = processor.image_processor([picture(120, 60), picture()])
-    assert num_tiles == [3, 1]
-    assert pixels.equal(processor.chat("?", [picture(120, 60), picture()]).pixel_values)
+    found = processor.image_processor([picture(120, 60), picture()], return_num_tiles=True)
+    assert found.num_tiles == [3, 1]
+    expected = processor.chat("?", [picture(120, 60), picture()]).pixel_values
+    assert found.pixel_values.equal(expected)
 
 
 def test_a_tokenizer_without_the_special_tokens() -> None:
@@ -165,10 +168,21 @@ def test_bad_pictures_are_named(processor: HolisticVLMProcessor, tmp_path: Path)
 def test_other_kinds_of_input_are_refused(processor: HolisticVLMProcessor) -> None:
     with pytest.raises(DataError, match="reads text and images"):
         processor(images=picture())
-    with pytest.raises(DataError, match="reads text and images"):
-        processor(text="a", videos=[1])  # type: ignore[arg-type]
+    for wrong in ({"videos": [1]}, {"audio": [1]}, {"videos_kwargs": {"fps": 1}}):
+        with pytest.raises(DataError, match=f"reads text and images, not {next(iter(wrong))}"):
+            processor(text="a", **wrong)
+    assert processor(text="a", videos=None, audio=None).input_ids.shape == (1, 2)  # type: ignore[call-arg]
+    for wrong in ({"max_tile": 3}, {"text_kwargs": {"max_len": 3}}, {"images_kwargs": {"tile": 3}}):
+        with pytest.raises(TypeError, match=r"'(max_tile|max_len|tile)'"):
+            processor(text="a", **wrong)
     with pytest.raises(TypeError, match="max_tile"):
-        processor(text="a", max_tile=3)  # type: ignore[call-arg]
+        processor.chat("a", max_tile=3)  # type: ignore[call-arg]
+    for wrong in ({"do_resize": False}, {"images_kwargs": {"image_mean": [0.5] * 3}}):
+        with pytest.raises(DataError, match="cannot be set for a call"):
+            processor(text="<image>", images=picture(), **wrong)
+    for wrong in ({"return_offsets_mapping": True}, {"text_kwargs": {"text_pair": "b"}}):
+        with pytest.raises(DataError, match="does not support"):
+            processor(text="a", **wrong)
 
 
 def test_numbers_of_tiles_can_be_chosen_for_a_call(processor: HolisticVLMProcessor) -> None:
@@ -221,3 +235,123 @@ def test_tokens_per_tile(image: int, patch: int, ratio: float, tokens: int) -> N
 def test_no_whole_number_of_tokens(image: int, patch: int, ratio: float) -> None:
     with pytest.raises(CheckpointError, match=f"image_size {image}, patch_size {patch}"):
         count_tokens_per_tile(image, patch, ratio)
+
+
+LONG = "a longer text about nothing at all"
+
+
+def test_keywords_are_transformers(processor: HolisticVLMProcessor) -> None:
+    """Flat or grouped, they do what a tokenizer's call does."""
+    texts = ["a", LONG]
+    for keywords in (
+        {"padding": "max_length", "max_length": 20},
+        {"padding": True, "padding_side": "right"},
+        {"truncation": True, "max_length": 4},
+        {"pad_to_multiple_of": 16},
+        {"return_special_tokens_mask": True},
+    ):
+        theirs = processor.tokenizer(texts, return_tensors="pt", **{"padding": True, **keywords})
+        for ours in (
+            processor(text=texts, **keywords),
+            processor(text=texts, text_kwargs=keywords),
+        ):
+            assert {key: value.tolist() for key, value in ours.items()} == {
+                key: value.tolist() for key, value in theirs.items()
+            }, keywords
+    assert set(processor(text="a", return_attention_mask=False)) == {"input_ids"}
+    assert processor(text=texts, return_length=True).length == [2, len(oracle_ids(LONG)) + 1]
+    arrays = processor(text="<image>", images=picture(), return_tensors="np")
+    assert {type(value) for value in arrays.values()} == {np.ndarray}
+    with pytest.raises(ValueError, match="passed two times"):
+        processor(text="a", padding=True, text_kwargs={"padding": False})
+    assert len(processor.chat(LONG, truncation=True, max_length=9).input_ids[0]) == 9
+    few = processor(text="<image>", images=picture(300, 300), images_kwargs={"max_tiles": 1})
+    assert len(few.pixel_values) == 1
+
+
+def test_truncation_never_cuts_a_picture(processor: HolisticVLMProcessor) -> None:
+    """Four tokens between `<img>` and `</img>`, behind the begin token: seven, then text."""
+    text = f"<image>{LONG}"
+    whole = processor(text=text, images=picture()).input_ids[0].tolist()
+    assert whole.index(processor.image_token_id) == 2
+    for length in range(1, 7):
+        with pytest.raises(
+            DataError, match=f"max_length = {length} it would lose part of an image"
+        ):
+            processor(text=text, images=picture(), truncation=True, max_length=length)
+    for length in (7, 9):
+        cut = processor(text=text, images=picture(), truncation=True, max_length=length)
+        assert cut.input_ids[0].tolist() == whole[:length]
+        assert len(cut.pixel_values) == 1
+    processor.tokenizer.truncation_side = "left"
+    with pytest.raises(DataError, match="lose part of an image"):
+        processor(text=text, images=picture(), truncation=True, max_length=9)
+    behind = processor(text=f"{LONG}<image>", images=picture(), truncation=True, max_length=9)
+    assert behind.input_ids[0].tolist()[0] == processor.tokenizer.bos_token_id
+    assert behind.input_ids.shape == (1, 9)
+
+
+def test_the_two_step_call_is_the_one_step_call(processor: HolisticVLMProcessor) -> None:
+    talk = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What?"}],
+        }
+    ]
+    options = {"add_generation_prompt": True}
+    one = processor.apply_chat_template(talk, tokenize=True, return_dict=True, **options)
+    text = processor.apply_chat_template(talk, tokenize=False, **options)
+    two = processor(text=text, images=[picture()])
+    assert two.input_ids.tolist() == one.input_ids.tolist()
+    assert two.pixel_values.equal(one.pixel_values)
+    assert two.input_ids.tolist() == processor.chat("What?", [picture()]).input_ids.tolist()
+    assert two.input_ids[0].tolist().count(processor.tokenizer.bos_token_id) == 1
+    batch = processor(text=[text, text], images=[picture(), picture()])
+    assert batch.input_ids.tolist() == [two.input_ids[0].tolist()] * 2
+
+
+def test_context_tokens_by_type_and_by_size(processor: HolisticVLMProcessor) -> None:
+    """What serving engines count beforehand is what a call gives."""
+    sizes = [(40, 40), (60, 120), (300, 300)]
+    pictures = [picture(width, height) for height, width in sizes]
+    batch = processor(text=["<image> a"] * 3, images=pictures, return_mm_token_type_ids=True)
+    counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
+    assert batch.mm_token_type_ids.sum(1).tolist() == counted.num_image_tokens
+    assert batch.mm_token_type_ids.bool().equal(batch.input_ids == processor.image_token_id)
+    assert sum(counted.num_image_patches) == len(batch.pixel_values)
+
+
+def test_a_batch_of_pictures_as_one_array(processor: HolisticVLMProcessor) -> None:
+    both = np.stack([np.asarray(picture(seed=seed)) for seed in (1, 2)])
+    expected = processor.chat("?", [picture(seed=1), picture(seed=2)])
+    for images in (both, torch.from_numpy(both).permute(0, 3, 1, 2), list(both)):
+        found = processor.chat("?", images)
+        assert found.pixel_values.equal(expected.pixel_values)
+        assert found.input_ids.equal(expected.input_ids)
+
+
+def test_the_image_processor_is_saved_and_loaded(
+    processor: HolisticVLMProcessor, tmp_path: Path
+) -> None:
+    ours = processor.image_processor
+    assert isinstance(ours, BaseImageProcessor)
+    ours.save_pretrained(tmp_path)
+    again = ImageProcessor.from_pretrained(tmp_path)
+    assert again.to_dict() == ours.to_dict()
+    assert again.tiling == ours.tiling == Tiling(56, 1, 6)
+    pictures = [picture(120, 60), picture()]
+    one, two = (each(pictures, return_num_tiles=True) for each in (ours, again))
+    assert one.pixel_values.equal(two.pixel_values)
+    assert one.num_tiles == two.num_tiles == [3, 1]
+    assert len(ours(pictures[0], max_tiles=1).pixel_values) == 1
+    assert type(ours(pictures, return_tensors="np").pixel_values) is np.ndarray
+    with pytest.raises(DataError, match="does not take do_resize"):
+        ours(pictures, do_resize=False)
+    with pytest.raises(TypeError, match="has no setting 'max_tile'"):
+        ImageProcessor(max_tile=3)
+    file = tmp_path / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    assert settings["image_processor_type"] == "ImageProcessor"
+    file.write_text(json.dumps({**settings, "max_tiles": 0}))
+    with pytest.raises(DataError, match="max_tiles 0"):
+        ImageProcessor.from_pretrained(tmp_path)

@@ -12,7 +12,8 @@ from mmmamba_cli.processing.template import (
     DEFAULT_SYSTEM,
     ImageSlot,
     Special,
-    as_messages,
+    Turn,
+    as_turns,
     check_images,
     expand_images,
     place_images,
@@ -40,7 +41,7 @@ def test_default_system_and_no_newline_between_turns() -> None:
         "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
         "是一个有用无害的人工智能助手。"
     )
-    assert as_text(render_chat([USER])) == (
+    assert as_text(render_chat(as_turns([USER], 0))) == (
         f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|><|im_start|>user\nhi<|im_end|>"
         "<|im_start|>assistant\n"
     )
@@ -52,12 +53,13 @@ def test_system_text_and_no_generation_prompt() -> None:
         "<|im_start|>system\nS<|im_end|><|im_start|>user\nhi<|im_end|>"
         "<|im_start|>assistant\nyes<|im_end|>"
     )
-    assert as_text(render_chat(own, system="not used", add_generation_prompt=False)) == expected
-    assert as_text(render_chat(own[1:], system="S", add_generation_prompt=False)) == expected
+    turns = as_turns(own, 0)
+    assert as_text(render_chat(turns, system="not used", add_generation_prompt=False)) == expected
+    assert as_text(render_chat(turns[1:], system="S", add_generation_prompt=False)) == expected
 
 
 def test_neighbouring_texts_are_one() -> None:
-    texts = [part for part in render_chat([USER]) if isinstance(part, str)]
+    texts = [part for part in render_chat(as_turns([USER], 0)) if isinstance(part, str)]
     assert texts == [f"system\n{DEFAULT_SYSTEM}", "user\nhi", "assistant\n"]
 
 
@@ -73,18 +75,63 @@ def test_images_that_nobody_placed_come_before_the_first_user_message() -> None:
         {"role": "assistant", "content": "a"},
         USER,
     ]
-    placed = as_messages(messages, 1)
-    assert [message["content"] for message in placed] == ["S", "<image>\nhi", "a", "hi"]
+    placed = as_turns(messages, 1)
+    assert [as_text(turn.content) for turn in placed] == ["S", "<image>\nhi", "a", "hi"]
     assert USER["content"] == "hi"
     later = [USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "x<image>"}]
-    assert as_messages(later, 1) == later
-    assert as_messages("a question", 0) == [{"role": "user", "content": "a question"}]
+    assert [turn.content for turn in as_turns(later, 1)] == [
+        ("hi",),
+        ("a",),
+        ("x", ImageSlot(), ""),
+    ]
+    assert as_turns("a question", 0) == [Turn("user", ("a question",))]
+    assert [turn.slots for turn in as_turns(messages, 2)] == [[], [ImageSlot()] * 2, [], []]
 
 
 def test_content_in_items() -> None:
     content = [{"type": "image"}, {"type": "text", "text": "what"}, {"type": "text", "text": "?"}]
-    (message,) = as_messages([{"role": "user", "content": content}], 1)
-    assert message["content"] == "<image>\nwhat?"
+    (turn,) = as_turns([{"role": "user", "content": content}], 1)
+    assert turn.content == (ImageSlot(), "\n", "what", "?")
+    own = [{"type": "image", "image": PICTURE}, {"type": "image", "path": "a.png"}]
+    (turn,) = as_turns([{"role": "user", "content": own}], 0)
+    assert turn.content == (ImageSlot(PICTURE), "\n", ImageSlot("a.png"), "\n")
+
+
+WORD = "Is the word <image> here?"
+
+
+@pytest.mark.parametrize(
+    ("content", "pictures", "slots"),
+    [
+        (WORD, 0, 0),
+        (WORD, 1, 1),
+        ([{"type": "text", "text": WORD}], 0, 0),
+        # Nothing but a part can place a picture in a list of parts: it comes in front.
+        ([{"type": "text", "text": WORD}], 1, 1),
+        ([{"type": "image"}, {"type": "text", "text": WORD}], 1, 1),
+        ([{"type": "image", "path": "a.png"}, {"type": "text", "text": WORD}], 0, 1),
+    ],
+)
+def test_where_the_characters_of_the_placeholder_are_text(
+    content: Any, pictures: int, slots: int
+) -> None:
+    (turn,) = as_turns([{"role": "user", "content": content}], pictures)
+    assert len(turn.slots) == slots
+    is_text = content != WORD or pictures == 0
+    assert (WORD in as_text(part for part in turn.content if isinstance(part, str))) == is_text
+
+
+def test_strings_have_the_pictures_that_no_part_places() -> None:
+    part = [{"type": "image"}, {"type": "text", "text": "one"}]
+    talk = [
+        {"role": "user", "content": part},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "<image>\nAnd this?"},
+    ]
+    assert [len(turn.slots) for turn in as_turns(talk, 2)] == [1, 0, 1]
+    assert [len(turn.slots) for turn in as_turns(talk, 1)] == [1, 0, 0]
+    # In a file of conversations it is a placeholder all the same, and too many of them.
+    assert [len(turn.slots) for turn in as_turns(talk, 1, placeholders=True)] == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -101,12 +148,13 @@ def test_content_in_items() -> None:
         ([{"role": "user", "content": [{"type": "video"}]}], "message 1 has .*video.* expected"),
         ([{"role": "user", "content": ["hi"]}], "message 1 has 'hi' in its content"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "from the user"),
-        ([{"role": "user", "content": [{"type": "image", "image": PICTURE}]}], "pass the pictures"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "pass the pictures"),
+        ([{"role": "user", "content": b"hi"}], "message 1 has a bytes as content"),
     ],
 )
 def test_messages_that_are_none(messages: Any, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
-        as_messages(messages, 0)
+        as_turns(messages, 0)
 
 
 def test_expanding_images() -> None:
@@ -146,8 +194,33 @@ def test_an_image_placeholder_is_text_where_no_picture_can_be(
     assert text.count("<img>") == 1
     assert "write <image> there" in text
     assert "about <image>" in text
-    with pytest.raises(DataError, match="prompt has 1 <image> but 0 images"):
-        processor.chat("write <image>")
+    alone = processor.chat("write <image>")
+    assert "write <image>" in processor.decode(alone.input_ids[0])
+    assert processor.image_token_id not in alone.input_ids
+    parts = [{"type": "image"}, {"type": "text", "text": "write <image>"}]
+    placed = processor.chat([{"role": "user", "content": parts}], [PICTURE])
+    assert (placed.input_ids == processor.image_token_id).sum() == processor.tokens_per_tile
+    assert "write <image>" in processor.decode(placed.input_ids[0])
+    with pytest.raises(DataError, match="prompt has 2 <image> but 1 images"):
+        processor.chat("write <image> and <image>", [PICTURE])
+
+
+def test_parts_may_carry_their_pictures(processor: HolisticVLMProcessor) -> None:
+    wide = Image.new("RGB", (120, 60), "red")
+    expected = processor.chat("<image>\n<image>\nwhat?", [PICTURE, wide])
+    text = {"type": "text", "text": "what?"}
+    for first, second, given in (
+        ({"image": PICTURE}, {"image": wide}, None),
+        ({}, {"image": wide}, [PICTURE]),
+        ({"image": PICTURE}, {}, [wide]),
+    ):
+        content = [{"type": "image", **first}, {"type": "image", **second}, text]
+        found = processor.chat([{"role": "user", "content": content}], given)
+        assert found.input_ids.equal(expected.input_ids)
+        assert found.pixel_values.equal(expected.pixel_values)
+    content = [{"type": "image", "image": PICTURE}, text]
+    with pytest.raises(DataError, match="prompt has 1 <image> but 2 images"):
+        processor.chat([{"role": "user", "content": content}], [wide])
 
 
 @pytest.mark.parametrize("generation", [True, False])

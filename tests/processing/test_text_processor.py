@@ -208,7 +208,8 @@ folder, text, talk = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 processor, tokenizer = AutoProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 print(json.dumps({
     "type": type(processor).__name__,
-    "texts": [processor.text_ids(text), tokenizer(text).input_ids],
+    "texts": [processor(text=text).input_ids[0].tolist(), tokenizer(text).input_ids],
+    "typed": processor.text_ids(text),
     "chat": processor.chat([text, talk]).input_ids.tolist(),
     "mask": processor.chat([text, talk]).attention_mask.tolist(),
     "talk": processor.conversation_ids(talk),
@@ -243,7 +244,8 @@ def test_in_a_fresh_process_auto_classes_give_the_same(
     batch = processor.chat([text, TALK])
     assert json.loads(run.stdout) == {
         "type": "HolisticTextProcessor",
-        "texts": [processor.text_ids(text)] * 2,
+        "texts": [processor(text=text).input_ids[0].tolist()] * 2,
+        "typed": processor.text_ids(text),
         "chat": batch.input_ids.tolist(),
         "mask": batch.attention_mask.tolist(),
         "talk": list(processor.conversation_ids(TALK)),
