@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import help_if_bare, print_json, print_table, progress
+from mmmamba_cli.cli.console import help_if_bare, print_json, print_line, print_table, progress
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def check(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="Conversations .jsonl, an InternVL meta .json, or .tar shards."
+            metavar="SOURCE",
+            help="Conversations .jsonl or .json, an InternVL meta .json, or .tar shards.",
         ),
     ],
     image_root: Annotated[
@@ -59,13 +60,16 @@ def check(
     decode: Annotated[
         bool, typer.Option("--decode/--headers-only", help="Decode every picture, or not.")
     ] = True,
+    every: Annotated[
+        bool, typer.Option("--all", help="Name every bad sample, not only the first ten.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Report lengths, images and problems of a data set, read as training would read it.
 
     Exit code 2 if more samples are bad than --max-bad-share allows.
     """
-    from mmmamba_cli.data import Encoder, check_data, open_corpus
+    from mmmamba_cli.data import NAMED, Encoder, check_data, open_corpus
 
     corpus = open_corpus(source, image_root)
     encoder = Encoder(_processor(run, model), max_length, max_tiles)
@@ -73,9 +77,9 @@ def check(
     with progress("checking", total, "samples") as advance:
         report = check_data(corpus, encoder, limit=limit, decode=decode, advance=advance)
     if as_json:
-        print_json(report.as_dict())
+        print_json(report.as_dict(None if every else NAMED))
     else:
-        _show(report, max_length)
+        _show(report, max_length, None if every else NAMED)
     if report.bad_share > max_bad_share:
         raise typer.Exit(PROBLEMS)
 
@@ -98,8 +102,8 @@ def _processor(run: Path, model: Path | None) -> TrainingProcessor:
     return processor
 
 
-def _show(report: DataReport, max_length: int) -> None:
-    found = report.as_dict()
+def _show(report: DataReport, max_length: int, named: int | None) -> None:
+    found = report.as_dict(named)
     length = found["length"]
     rows = [
         ("samples", f"{report.samples:,}"),
@@ -115,7 +119,18 @@ def _show(report: DataReport, max_length: int) -> None:
         (f"cut to {max_length} tokens", f"{report.cut:,} ({report.cut_share:.2%})"),
         ("bad samples", f"{len(report.bad):,} ({report.bad_share:.2%})"),
     ]
+    if report.ignored:
+        rows.append(("members of no sample", f"{len(report.ignored):,}"))
     print_table(("", "count"), rows, right=("count",))
     if report.bad:
         print_table(("samples", "problem"), [(n, reason) for reason, n in report.reasons().items()])
         print_table(("sample", "what is wrong"), [(b["name"], b["reason"]) for b in found["named"]])
+        _say_more(found["unnamed"], "bad samples")
+    if report.ignored:
+        print_table(("members of no sample",), [(name,) for name in found["ignored_names"]])
+        _say_more(len(report.ignored) - len(found["ignored_names"]), "members")
+
+
+def _say_more(count: int, things: str) -> None:
+    if count:
+        print_line(f"and {count:,} more {things}; --all names every one")

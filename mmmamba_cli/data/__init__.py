@@ -1,7 +1,7 @@
 """Training data: conversations with images, in batches that depend on seed and step alone."""
 
 from mmmamba_cli.data.batch import IGNORED, BadSample, Batch, StepBatches
-from mmmamba_cli.data.check import DataReport, check_data
+from mmmamba_cli.data.check import NAMED, DataReport, check_data
 from mmmamba_cli.data.corpus import Corpus, Part, open_corpus
 from mmmamba_cli.data.encoding import Encoded, Encoder
 from mmmamba_cli.data.loader import StepLoader
@@ -9,6 +9,7 @@ from mmmamba_cli.data.samples import Sample
 
 __all__ = [
     "IGNORED",
+    "NAMED",
     "BadSample",
     "Batch",
     "Corpus",

@@ -31,6 +31,8 @@ class DataReport:
     # In tokens, before cutting; `tokens` and `answer_tokens` are what is left.
     lengths: list[int] = field(default_factory=list, repr=False)
     bad: list[BadSample] = field(default_factory=list, repr=False)
+    # What lies in the files and is part of no sample, by name, with the reason.
+    ignored: list[str] = field(default_factory=list, repr=False)
 
     @property
     def bad_share(self) -> float:
@@ -50,7 +52,8 @@ class DataReport:
         """How many samples each kind of problem has, the commonest first."""
         return dict(Counter(_kind(sample.reason) for sample in self.bad).most_common())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, named: int | None = NAMED) -> dict[str, Any]:
+        """For machines; at most `named` bad samples and ignored members by name, None for all."""
         return {
             "samples": self.samples,
             "with_images": self.with_images,
@@ -69,7 +72,10 @@ class DataReport:
             "bad": len(self.bad),
             "bad_share": self.bad_share,
             "reasons": self.reasons(),
-            "named": [vars(sample) for sample in self.bad[:NAMED]],
+            "named": [vars(sample) for sample in self.bad[:named]],
+            "unnamed": len(self.bad[named:]) if named is not None else 0,
+            "ignored": len(self.ignored),
+            "ignored_names": self.ignored[:named],
         }
 
 
@@ -81,12 +87,21 @@ def check_data(
     decode: bool = True,
     advance: Callable[[int], None] | None = None,
 ) -> DataReport:
-    """Read every sample as training would, or the first `limit`; pictures too if `decode`."""
-    report = DataReport()
-    for index in range(min(len(corpus), limit or len(corpus))):
+    """Read every sample as training would, or the first `limit`; pictures too if `decode`.
+
+    Where all are read, pictures that lie beside the samples and that none of them shows are ignored
+    by name too.
+    """
+    report = DataReport(ignored=list(corpus.ignored))
+    unshown = {picture: name for name, picture in corpus.pictures.items()}
+    count = min(len(corpus), limit or len(corpus))
+    for index in range(count):
         report.samples += 1
         try:
-            encoded = encoder(corpus[index])
+            sample = corpus[index]
+            for picture in sample.images:
+                unshown.pop(picture, None)
+            encoded = encoder(sample)
             if decode:
                 decode_images(encoded, encoder.images)
         except DataError as error:
@@ -101,6 +116,8 @@ def check_data(
             report.lengths.append(len(encoded) + encoded.cut)
         if advance is not None:
             advance(1)
+    if count == len(corpus):
+        report.ignored += [f"{name}: a picture that no sample shows" for name in unshown.values()]
     return report
 
 

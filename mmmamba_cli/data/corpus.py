@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from mmmamba_cli.data.json_list import JsonList, is_json_list
 from mmmamba_cli.data.jsonl import JsonLines
-from mmmamba_cli.data.samples import Sample, inside, parse_sample
+from mmmamba_cli.data.samples import Picture, Sample, inside, parse_sample
 from mmmamba_cli.data.shards import Shard, expand_shards
 from mmmamba_cli.data.turns import given
 from mmmamba_cli.errors import DataError
@@ -42,6 +42,11 @@ class Corpus(Protocol):
         """What lies in the files and belongs to no sample, by name, with the reason."""
         ...
 
+    @property
+    def pictures(self) -> Mapping[str, Picture]:
+        """The pictures that lie in the same files as the samples, by name."""
+        ...
+
 
 @dataclass(frozen=True)
 class Part:
@@ -66,6 +71,7 @@ class Conversations:
         self.records = JsonList(file, shown) if is_list else JsonLines(file, shown)
         self.root = file.parent if root is None else root
         self.ignored: tuple[str, ...] = ()
+        self.pictures: dict[str, Picture] = {}
         self.parts = (Part(file.name, len(self.records)),)
 
     def __len__(self) -> int:
@@ -87,6 +93,11 @@ class Shards:
         self._ends = list(accumulate(len(shard) for shard in self.shards))
         self.parts = (Part(files[0].name, len(self)),)
         self.ignored = tuple(name for shard in self.shards for name in shard.ignored)
+        self.pictures: dict[str, Picture] = {
+            f"{shard.file.name}/{name}": picture
+            for shard in self.shards
+            for name, picture in shard.pictures.items()
+        }
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -108,6 +119,7 @@ class Union:
         self._ends = list(accumulate(len(corpus) for corpus in self.sets))
         self.parts = tuple(Part(name, len(corpus), repeats) for name, corpus, repeats in sets)
         self.ignored = tuple(name for corpus in self.sets for name in corpus.ignored)
+        self.pictures = {name: one for corpus in self.sets for name, one in corpus.pictures.items()}
 
     def __len__(self) -> int:
         return self._ends[-1]

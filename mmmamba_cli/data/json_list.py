@@ -84,10 +84,9 @@ class _Text:
         self._handle = file.open("rb")
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text, self._at, self._ended = "", 0, False
-        self.place = 0
-        self._read()
-        if self._text.startswith("\ufeff"):
-            self.skip(1)
+        has_mark = self._handle.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        self.place = len(codecs.BOM_UTF8) if has_mark else 0
+        self._handle.seek(self.place)
 
     def close(self) -> None:
         self._handle.close()

@@ -15,8 +15,9 @@ from mmmamba_cli.errors import DataError
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 RECORD = ".json"
 MAX_SHARDS = 1_000_000
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-DIGITS = re.compile(r"(\d+)")
+# Longer numbers name no shard.
+RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
+DIGITS = re.compile(r"([0-9]+)")
 
 
 def expand_shards(source: str) -> list[Path]:
@@ -36,11 +37,14 @@ def expand_shards(source: str) -> list[Path]:
     return [Path(source[: match.start()] + name + source[match.end() :]) for name in names]
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural_key(name: str) -> tuple[tuple[int, str, int], ...]:
     """A key that sorts the numbers in names as numbers: `a.2.png` before `a.10.png`."""
-    pieces = DIGITS.split(name)
-    # Text and numbers in turn; of equal numbers the one with fewer zeros in front comes first.
-    return tuple((int(p), len(p), "") if i % 2 else (-1, 0, p) for i, p in enumerate(pieces))
+    # Text and numbers in turn. A number is compared by its digits, since `int` bounds their count;
+    # of equal numbers the one with fewer zeros in front comes first.
+    return tuple(
+        (len(piece.lstrip("0")), piece.lstrip("0"), len(piece)) if place % 2 else (0, piece, 0)
+        for place, piece in enumerate(DIGITS.split(name))
+    )
 
 
 class Shard:
@@ -55,6 +59,7 @@ class Shard:
         self.file = file
         self._members: dict[str, Stored] = {}
         self.ignored: list[str] = []
+        self.pictures: dict[str, Stored] = {}
         try:
             self._index()
         except FileNotFoundError as error:
@@ -104,9 +109,10 @@ class Shard:
             if PurePosixPath(name).suffix.lower().removeprefix(".") not in IMAGES:
                 self._ignore(name, "neither .json nor a picture")
                 continue
-            key = next((one for one in _shorter_keys(name) if one in keys), None)
-            # A sample may name it whatever it is called, so it is not called ignored.
-            if key is not None:
+            self.pictures[name] = self._members[name]
+            key = next((one for one in _shorter_keys(name) if one in keys), "")
+            # A sample may name it whatever it is called, so it is not ignored.
+            if key:
                 self._pictures.setdefault(key, []).append(name)
         for names in self._pictures.values():
             names.sort(key=natural_key)

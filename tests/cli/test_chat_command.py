@@ -160,10 +160,11 @@ def test_what_is_saved_can_be_trained_on(
     assert "a picture.png, 90 x 60, goes with the next question" in done.err
     (line,) = file.read_text().splitlines()
     record = json.loads(line)
-    assert (record["model"], record["images"]) == ("seed", [str(picture)])
+    assert (record["model"], record["images"]) == ("seed", [picture.name])
     assert [m["role"] for m in record["messages"]] == ["user", "assistant"] * 2
-    assert record["messages"][0]["content"] == "<image>\nWhat is it?"
-    checked = mmmamba("data", "check", file, "--run", student_run, "--image-root", "/", "--json")
+    text = {"type": "text", "text": "What is it?"}
+    assert record["messages"][0]["content"] == [{"type": "image"}, text]
+    checked = mmmamba("data", "check", file, "--run", student_run, "--json")
     assert checked.code == 0, checked.err
     again = chat("--run", student_run, "--max-new-tokens", 1, typed=f"a\n/save {file}\n")
     assert "exists already" in again.err

@@ -149,7 +149,9 @@ def test_sets_that_are_refused_at_once(tmp_path: Path) -> None:
     assert "meta.json: one: the image root" in meta(root="nowhere")
     assert "meta.json: one: " in meta(annotation="gone.jsonl")
     assert f"one: {empty} has no samples" in meta(annotation=str(empty), repeat_time=0.5)
-    assert "one a line" in refused(write(tmp_path / "list.json", [GOOD]))
+    assert "expected a list of conversations" in refused(write(tmp_path / "list.json", 3))
+    assert "put it in [ ]" in refused(write(tmp_path / "one.json", GOOD))
+    assert "is called .jsonl" in refused(write(tmp_path / "lines.json", GOOD, GOOD))
     folder = tmp_path / "folder.json"
     folder.mkdir()
     assert "folder.json cannot be read" in refused(folder)

@@ -76,6 +76,14 @@ def test_problems_and_the_share_of_them(data: Path, teacher: Path) -> None:
     assert found["bad"] == 12
     assert [count for reason, count in found["reasons"].items() if "not JSON" in reason] == [12]
     assert len(found["named"]) == 10
+    assert found["unnamed"] == 2
+    assert "and 2 more bad samples; --all names every one" in result.stdout
+    every = check(data, teacher, "--all")
+    assert all(f"train.jsonl:{line}" in every.stdout for line in range(3, 15))
+    assert "more bad samples" not in every.stdout
+    found = report(check(data, teacher, "--all", "--json"))
+    assert [one["name"] for one in found["named"]] == [f"train.jsonl:{n}" for n in range(3, 15)]
+    assert found["unnamed"] == 0
     assert check(data, teacher, "--max-bad-share", 0.6).exit_code == 0
     assert check(data, teacher, "--limit", 2).exit_code == 0
 
