@@ -263,7 +263,7 @@ def _check_bad_share(job: Job, progress: Progress, named: Sequence[str]) -> None
         f"{progress.bad_samples} of {seen} samples could not be used, more than "
         f"data.max_bad_share = {job.max_bad_share:g} allows"
         + (f"; the last: {last}" if last else ""),
-        "see them all with `mmmamba data check`, or raise data.max_bad_share",
+        "see them all with `mmmamba data check --all`, or raise data.max_bad_share",
     )
 
 
