@@ -18,6 +18,7 @@ from mmmamba_cli.decoding.prefill import extra_columns, read, real_columns
 from mmmamba_cli.decoding.states import States
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.decoder import require_columns
 
 # Room is made in steps of so many columns, so that prompts of like length share a graph, and there
 # is always enough to warm up in.
@@ -277,6 +278,7 @@ class Generator:
         if chunk is not None and chunk < 1:
             raise DataError(f"chunk is {chunk}, expected at least 1", "leave it out")
         input_ids, pixel_values, attention_mask = inputs
+        require_columns(input_ids)
         mask = real_columns(input_ids, attention_mask)
         extra = extra_columns(self.model, input_ids, pixel_values)
         reading = self._begin(input_ids.shape[0], wanted, capacity, extra, choice)

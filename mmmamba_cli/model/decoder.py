@@ -43,6 +43,15 @@ CACHE_NAME = (
 )
 
 
+def require_columns(inputs: Tensor, name: str = "input_ids") -> None:
+    """Raise `DataError` for an empty prompt (B, T) or (B, T, D)."""
+    if inputs.numel() == 0:
+        raise DataError(
+            f"{name} is {tuple(inputs.shape)}, expected at least one row and one column",
+            "an empty prompt has no last token to continue; begin with the bos token",
+        )
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Inputs as the stacks will see them; made by `HolisticDecoder.prepare`."""
@@ -239,12 +248,7 @@ class HolisticDecoder(HolisticPreTrainedModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         assert inputs is not None
         rows, length = inputs.shape[:2]
-        if inputs.numel() == 0:
-            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
-            raise DataError(
-                f"{name} is {tuple(inputs.shape)}, expected at least one row and one column",
-                "an empty prompt has no last token to continue; begin with the bos token",
-            )
+        require_columns(inputs, "input_ids" if inputs_embeds is None else "inputs_embeds")
         state = DecodingState() if cache is None else decoding_state(cache)
         if isinstance(cache, HybridCache):
             cache.require_fit(rows, length)

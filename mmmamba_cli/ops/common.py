@@ -13,6 +13,9 @@ from mmmamba_cli.errors import MmmambaError
 
 Backend = TypeVar("Backend")
 
+# Programs along the second and third axis of a launch, where kernels have the rows of a batch.
+MAX_GRID_ROWS = 65_535
+
 
 def pick_backend(op: str, name: str, backends: Mapping[str, Backend]) -> Backend:
     """The backend of that name; MmmambaError naming the available ones if there is none."""
@@ -62,6 +65,11 @@ def suits_triton(*tensors: Tensor | None) -> bool:
     if any(not tensor.is_cuda or tensor.dtype == torch.float64 for tensor in given):
         return False
     return all(_has_bf16(tensor.device) for tensor in given)
+
+
+def fits_grid(rows: int) -> bool:
+    """Whether kernels can be launched for a batch of so many rows."""
+    return rows <= MAX_GRID_ROWS
 
 
 @cache

@@ -333,6 +333,8 @@ def test_what_cannot_be_read_is_refused() -> None:
         generator.generate(ids, attention_mask=mask[:, :3])
     with pytest.raises(DataError, match="chunk is 0"):
         generator.prefill(ids, chunk=0)
+    with pytest.raises(DataError, match=r"input_ids is \(2, 0\), expected at least one row"):
+        generator.generate(ids[:, :0], max_new_tokens=4)
     with pytest.raises(DataError, match="max_new_tokens is 0"):
         generator.generate(ids, max_new_tokens=0)
     with pytest.raises(MmmambaError, match="on a GPU, and it is on cpu"):

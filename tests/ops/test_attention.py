@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.sequence import StackState, describe_columns
 from mmmamba_cli.ops import attention
-from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, segments_of, takes_segments
+from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, flash, segments_of, takes_segments
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -229,3 +231,61 @@ def test_auto_takes_flash_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) ->
     with torch.autocast("cuda", torch.bfloat16):
         attention(q.float(), k.float(), v.float(), is_causal=True)
     assert taken == ["sdpa", "flash", "sdpa", "flash", "flash"]
+
+
+class TestFixedOrder:
+    """PyTorch's process-wide switch is on for the moment of a launch only."""
+
+    def switch(self) -> tuple[bool, bool, bool]:
+        return (*flash._switch(), torch.utils.deterministic.fill_uninitialized_memory)
+
+    @pytest.fixture(autouse=True)
+    def put_back(self) -> Iterator[None]:
+        before = self.switch()
+        yield
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+    @pytest.mark.parametrize("asked", [(False, False), (True, True), (True, False)])
+    def test_it_is_what_it_was_afterwards(self, asked: tuple[bool, bool]) -> None:
+        torch._C._set_deterministic_algorithms(asked[0], warn_only=asked[1])
+        before = self.switch()
+        with flash.fixed_order():
+            assert self.switch()[:2] == (True, False)
+        assert self.switch() == before
+        with pytest.raises(RuntimeError, match="kernel"), flash.fixed_order():
+            raise RuntimeError("kernel")
+        assert self.switch() == before
+
+    def test_a_process_that_has_it_on_keeps_what_else_it_set(self) -> None:
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        with flash.fixed_order():
+            assert self.switch() == (True, False, True)
+
+    def test_what_someone_else_sets_meanwhile_stays(self) -> None:
+        torch._C._set_deterministic_algorithms(False, warn_only=False)
+        with flash.fixed_order():
+            torch._C._set_deterministic_algorithms(True, warn_only=True)
+        assert self.switch()[:2] == (True, True)
+
+    def test_threads_take_turns(self) -> None:
+        torch._C._set_deterministic_algorithms(False, warn_only=False)
+        inside, most, seen = [0], [0], []
+
+        def launch() -> None:
+            for _ in range(50):
+                with flash.fixed_order():
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                    seen.append(self.switch()[:2])
+                    inside[0] -= 1
+
+        threads = [threading.Thread(target=launch) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == [1]
+        assert set(seen) == {(True, False)}
+        assert self.switch()[:2] == (False, False)

@@ -6,6 +6,7 @@ from ops_cases import relative_error
 from torch import Tensor
 from triton_device import (
     DEVICE,
+    INTERPRETED,
     TOLERANCE,
     check,
     dtypes,
@@ -80,3 +81,10 @@ def test_fp64_is_refused_in_words():
     tensors = {n: t.double() for n, t in normal(6, x=(1, 4, 8), weight=(8, 2)).items()}
     with pytest.raises(MmmambaError, match=r"causal_conv: the triton backend takes .*float64"):
         causal_conv(**tensors, backend="triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours for so many programs")
+def test_more_blocks_of_time_than_the_second_axis_of_a_launch():
+    shapes = {"x": (1, 32 * 65_600, 66), "weight": (66, 4), "bias": (66,)}
+    tensors = {n: t.to(torch.bfloat16) for n, t in normal(3, **shapes).items()}
+    check(causal_conv, tensors, TOLERANCE[torch.bfloat16])

@@ -295,3 +295,22 @@ def test_fp64_is_refused_in_a_sentence():
     zeros = (torch.zeros(2, 42), torch.zeros(2, 4), torch.zeros(2, 42, 4), torch.zeros(2, 4, 6, 5))
     with pytest.raises(MmmambaError, match="bf16, fp16 and fp32"):
         mixer_step(*(z.double() for z in zeros), torch.tensor([0]), weights, backend="triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours for so many programs")
+def test_more_rows_of_heads_than_the_second_axis_of_a_launch():
+    normal, batch, heads, kv_heads, dim = random(8, BF16), 4100, 16, 4, 16
+    q, k, v = (normal(batch, count, dim).to(DEVICE) for count in (heads, kv_heads, kv_heads))
+    keys, values = (normal(batch, kv_heads, 9, dim).to(DEVICE) for _ in range(2))
+    position = torch.tensor([7], device=DEVICE)
+    cos, sin = (t.float().to(DEVICE) for t in angles(torch.tensor([7]), dim))
+    given = (q, k, v, keys, values)
+    wanted = attention_step(
+        *(t.double() for t in given), position, None, cos.double(), sin.double()
+    )
+    found = attention_step(*(t.clone() for t in given), position, None, cos, sin, backend="triton")
+    assert relative_error(found.cpu(), wanted.cpu()) < TOLERANCE[BF16]
+    logits = normal(70_000, 40).to(DEVICE)
+    unwanted = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    best = likeliest(logits, unwanted, backend="triton")
+    assert torch.equal(logits.gather(1, best[:, None])[:, 0], logits.amax(1))

@@ -6,6 +6,7 @@ from ops_cases import Scan, make_scan, relative_error
 from torch import Tensor
 from triton_device import (
     DEVICE,
+    INTERPRETED,
     TOLERANCE,
     check,
     dtypes,
@@ -204,3 +205,29 @@ def test_no_gradient_costs_no_precision_of_spans(monkeypatch):
 def test_fp64_is_refused_in_words():
     with pytest.raises(MmmambaError, match=r"ssd: the triton backend takes .*float64"):
         ssd(**make_scan(8).tensors(), backend="triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours for so many programs")
+def test_more_rows_of_heads_than_the_second_axis_of_a_launch():
+    scan = make_scan(3, batch=4100, length=5, kv_heads=4, groups=4, value_dim=16, state_dim=16)
+    check_scan(rounded(scan, BF16))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours for so many programs")
+def test_more_spans_than_the_second_axis_of_a_launch(monkeypatch):
+    """Spans of one chunk; the end of a long row is that of its last tokens, the rest decayed."""
+    cut(monkeypatch, most_chunks=1)
+    length = 64 * 65_600
+    scan = make_scan(4, batch=1, length=256, kv_heads=1, groups=1, value_dim=16, state_dim=16)
+    small = {n: t.to(DEVICE) for n, t in rounded(scan, BF16).items()}
+    small.pop("initial_state", None)
+    whole = dict(small)
+    for name in ("x", "dt", "B", "C"):
+        # Steps of such a size leave nothing of what came 256 tokens before.
+        small[name] = small[name].abs() + 4 if name == "dt" else small[name]
+        whole[name] = small[name].repeat(1, length // 256, *[1] * (small[name].dim() - 2))
+    y, state = ssd(**whole, dt_softplus=True, backend="triton")
+    twice = {n: t[:, :512] if n in ("x", "dt", "B", "C") else t for n, t in whole.items()}
+    wanted, last = ssd(**twice, dt_softplus=True, backend="recurrent")
+    assert relative_error(y[:, -256:].cpu(), wanted[:, -256:].cpu()) < TOLERANCE[BF16]
+    assert relative_error(state.cpu(), last.cpu()) < TOLERANCE[BF16]

@@ -35,6 +35,10 @@ def test_a_token_reads_weights_keys_and_states() -> None:
     def cost(batch: int, context: int) -> Cost:
         return cost_of(model.config, weights, torch.bfloat16, batch, context, False)
 
+    # Everything that `generate` reads once a token, from the files' point of view.
+    vision = sum(p.nbytes for p in model.model.vision.parameters())
+    table = model.model.text_embedding.weight.nbytes
+    assert weights.bytes == sum(p.nbytes for p in model.parameters()) - vision - table
     one = cost(1, 0)
     # Two states, 4 x 8 x 8 in fp32, are read and written.
     assert one.bytes - weights.bytes == 2 * 2 * 4 * 8 * 8 * 4
@@ -55,6 +59,11 @@ def test_a_prompt_multiplies_a_causal_half_and_one_row_for_logits() -> None:
     assert prompt.operations == 2 * (10 * 2 * ATTENTION_LAYER + HEAD) + scores
     linear = small_model("mm")
     ours = cost_of(linear.config, read_weights(linear), torch.float32, 1, 10, True)
+    # A prompt writes its keys and values once, of 10 columns.
+    assert prompt.bytes == weights.bytes + 2 * 2 * 10 * 2 * 8 * 4
+    assert cost_of(model.config, weights, torch.float32, 3, 10, True).bytes - weights.bytes == 3 * (
+        prompt.bytes - weights.bytes
+    )
     state = 4 * 8 * 8
     assert ours.operations == 2 * (10 * 2 * SCAN_LAYER + HEAD) + 2 * 10 * 4 * state
     assert ours.bytes == read_weights(linear).bytes + 2 * state * 4
@@ -70,6 +79,7 @@ def test_int8_weights_are_read_at_a_byte_each() -> None:
     assert narrow.head_bytes == HEAD + 4 * VOCABULARY
     assert wide.head_bytes == 4 * HEAD
     assert narrow.block_bytes < 0.4 * wide.block_bytes
+    assert narrow.bytes == narrow.block_bytes + narrow.head_bytes
 
 
 def test_a_floor_is_of_what_takes_longer() -> None:

@@ -10,7 +10,7 @@ Source: Dao, FlashAttention-2, arXiv 2307.08691.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, logsumexp, bounds, *random = ctx.saved_tensors
         longest = ctx.longest
-        with _in_order():
+        with fixed_order():
             gradients = torch.ops.aten._flash_attention_backward(
                 dy.contiguous(), q, k, v, y, logsumexp, bounds, bounds, longest, longest, 0.0, True,
                 *random,
@@ -76,23 +76,45 @@ class _Flash(torch.autograd.Function):
 
 
 @contextmanager
-def _in_order() -> Iterator[None]:
-    """Kernels that look at PyTorch's switch for it sum in a fixed order.
+def fixed_order() -> Iterator[None]:
+    """Within it, kernels that read PyTorch's switch for deterministic algorithms sum in one order.
 
-    For everything it would be slow, and an error wherever there is no such kernel. The switch is
-    the process's: gradients of several devices are computed by a thread each.
+    PyTorch has this switch once for a process, and the kernels take no argument in its place. So it
+    is on only while they are launched, one thread at a time (gradients of several devices are
+    computed by a thread each), is not touched where the process has it on already, and is set back
+    unless someone else changed it meanwhile. Other threads may see it on for that moment.
     """
-    filling: Any = torch.utils.deterministic
     with _SWITCH:
-        asked = torch.are_deterministic_algorithms_enabled()
-        only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        before = _switch()
+        if before == ON:
+            yield
+            return
+        filling: Any = torch.utils.deterministic
         fills = filling.fill_uninitialized_memory
         # Not torch.use_deterministic_algorithms, which imports and changes the compiler as well.
-        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        torch._C._set_deterministic_algorithms(ON.enabled, warn_only=ON.warn_only)
         # All of what the kernels leave is written.
         filling.fill_uninitialized_memory = False
         try:
             yield
         finally:
-            torch._C._set_deterministic_algorithms(asked, warn_only=only_warns)
+            if _switch() == ON:
+                torch._C._set_deterministic_algorithms(before.enabled, warn_only=before.warn_only)
             filling.fill_uninitialized_memory = fills
+
+
+class Switch(NamedTuple):
+    """PyTorch's switch for deterministic algorithms; `warn_only` keeps the kernels' own order."""
+
+    enabled: bool
+    warn_only: bool
+
+
+ON = Switch(enabled=True, warn_only=False)
+
+
+def _switch() -> Switch:
+    return Switch(
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )

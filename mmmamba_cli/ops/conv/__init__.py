@@ -8,7 +8,13 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
+from mmmamba_cli.ops.common import (
+    check_shape,
+    fits_grid,
+    kernel_backends,
+    pick_backend,
+    suits_triton,
+)
 from mmmamba_cli.ops.conv import reference
 
 Activation = Literal["silu"] | None
@@ -80,8 +86,8 @@ def causal_conv(
         seq_idx: (B, T) integer ids of packed sequences. One begins at each real token whose id
             differs from that of the real token before it, and no tap reaches across;
             `initial_state` belongs to the first sequence of the row.
-        backend: "reference", "triton", or "auto": triton on a GPU if it is installed and nothing is
-            fp64.
+        backend: "reference", "triton", or "auto": triton on a GPU if it is installed, nothing is
+            fp64 and there are at most 65,535 rows.
 
     Returns:
         y (B, T, Ch) in x's dtype, computed in fp32, or fp64 where x is fp64; and the state, the
@@ -106,7 +112,8 @@ def causal_conv(
     check_shape("causal_conv", "seq_idx", seq_idx, (batch, length))
     _check_activation("causal_conv", activation)
     if backend == "auto":
-        fused = "triton" in CONV_BACKENDS and suits_triton(x, weight, bias, initial_state)
+        known = "triton" in CONV_BACKENDS and fits_grid(batch)
+        fused = known and suits_triton(x, weight, bias, initial_state)
         backend = "triton" if fused else "reference"
     conv = pick_backend("causal_conv", backend, CONV_BACKENDS)
     if length == 0:

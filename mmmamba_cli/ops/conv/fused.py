@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from mmmamba_cli.ops.common import segment_ordinals
 from mmmamba_cli.ops.conv import kernels
-from mmmamba_cli.ops.launching import buffer, check_inputs, dense_rows, on_device
+from mmmamba_cli.ops.launching import buffer, check_inputs, dense_rows, folded_grid, on_device
 
 # The best of fourteen on an H100, for 4096 channels.
 BLOCK_T, BLOCK_C, WARPS = 32, 64, 4
@@ -69,10 +69,12 @@ class _Conv(torch.autograd.Function):
         y = buffer(*x.shape, like=x, dtype=x.dtype)
         batch, length, channels = x.shape
         blocks = triton.cdiv(channels, BLOCK_C)
+        grid, folded = folded_grid("causal_conv", blocks, triton.cdiv(length, BLOCK_T), batch)
         with on_device(x):
-            kernels.convolve[(blocks, triton.cdiv(length, BLOCK_T), batch)](
+            kernels.convolve[grid](
                 *_pointers(x, first, weight, bias, segments), y, length, channels,
-                *x.stride()[:2], W=weight.shape[1], **_options(first, bias, segments, silu),
+                *x.stride()[:2],
+                W=weight.shape[1], **_options(first, bias, segments, silu), **folded,
             )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, first, segments)
         ctx.silu = silu
@@ -90,12 +92,14 @@ class _Conv(torch.autograd.Function):
         dfirst = buffer(batch, channels, taps - 1, like=x) if first is not None else None
         dweight = buffer(batch * programs, channels, taps, like=x)
         dbias = buffer(batch * programs, channels, like=x) if bias is not None else None
+        blocks = triton.cdiv(channels, BLOCK_C)
+        grid, folded = folded_grid("causal_conv", blocks, programs, batch)
         with on_device(x):
-            kernels.gradients[(triton.cdiv(channels, BLOCK_C), programs, batch)](
+            kernels.gradients[grid](
                 *_pointers(x, first, weight, bias, segments), dy, dx,
                 x if dfirst is None else dfirst, dweight, x if dbias is None else dbias,
                 length, channels, *x.stride()[:2], *dy.stride()[:2],
-                W=taps, **_options(first, bias, segments, ctx.silu),
+                W=taps, **_options(first, bias, segments, ctx.silu), **folded,
             )  # fmt: skip
         return (
             dx,

@@ -7,6 +7,8 @@ sum before SiLU is taken again.
 import triton
 import triton.language as tl
 
+from mmmamba_cli.ops.launching import place_in_grid
+
 
 @triton.jit
 def input_rows(
@@ -60,13 +62,14 @@ def sums_of_taps(
 def convolve(
     x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, y_ptr, length, channels, x_b, x_t,
     W: tl.constexpr, SILU: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """y (B, T, Ch)."""
     row = tl.program_id(2).to(tl.int64)
-    start = tl.program_id(1) * BLOCK_T
+    of_channels, of_time = place_in_grid(tl.cdiv(channels, BLOCK_C), FOLDED)
+    start = of_time * BLOCK_T
     t = start + tl.arange(0, BLOCK_T)
-    ch = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ch = of_channels * BLOCK_C + tl.arange(0, BLOCK_C)
     of_ch = ch < channels
     y = sums_of_taps(
         x_ptr + row * x_b, first_ptr + row * channels * (W - 1), weight_ptr, bias_ptr,
@@ -84,23 +87,24 @@ def gradients(
     x_ptr, first_ptr, weight_ptr, bias_ptr, segment_ptr, dy_ptr,
     dx_ptr, dfirst_ptr, dweight_ptr, dbias_ptr, length, channels, x_b, x_t, dy_b, dy_t,
     W: tl.constexpr, SILU: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the inputs, those before this call included, and parts of the parameters'.
 
     The parts, one for each program along T and each row, are (B * programs, Ch, W) and without W.
     """
     row = tl.program_id(2).to(tl.int64)
+    of_channels, of_time = place_in_grid(tl.cdiv(channels, BLOCK_C), FOLDED)
     # Times begin with those of the state: what it gave is its gradient.
-    start = tl.program_id(1) * BLOCK_T - (W - 1)
+    start = of_time * BLOCK_T - (W - 1)
     t = start + tl.arange(0, BLOCK_T)
-    ch = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ch = of_channels * BLOCK_C + tl.arange(0, BLOCK_C)
     of_ch = ch < channels
     x_ptr += row * x_b
     dy_ptr += row * dy_b
     first_ptr += row * channels * (W - 1)
     segment_ptr += row * length
-    part = row * tl.num_programs(1) + tl.program_id(1)
+    part = row * tl.cdiv(length + W - 1, BLOCK_T) + of_time
     dx = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for ahead in tl.static_range(W):
         then = t + ahead

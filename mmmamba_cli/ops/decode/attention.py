@@ -8,7 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
+from mmmamba_cli.ops.common import (
+    check_shape,
+    fits_grid,
+    kernel_backends,
+    pick_backend,
+    suits_triton,
+)
 from mmmamba_cli.ops.decode import reference
 
 
@@ -64,7 +70,8 @@ def attention_step(
             if None.
         cos, sin: cosine and sine of the token's angles, (B, P) or (1, P), both halves the same.
         backend: "reference", "triton", which has no gradient, or "auto": triton on a GPU if it is
-            installed, P is 256 at most, nothing is fp64 and no gradient is wanted.
+            installed, P is 256 at most, B is 65,535 at most, nothing is fp64 and no gradient is
+            wanted.
 
     Returns:
         y (B, H * P) in q's dtype; scores and sums are fp32, or fp64 where q is fp64.
@@ -77,7 +84,7 @@ def attention_step(
     if backend == "auto":
         tensors = (q, k, v, keys, values)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        small = q.shape[2] <= MOST_TRITON_DIM
+        small = q.shape[2] <= MOST_TRITON_DIM and fits_grid(len(q))
         known = "triton" in ATTENTION_STEP_BACKENDS
         fused = known and small and not learns and suits_triton(*tensors)
         backend = "triton" if fused else "reference"

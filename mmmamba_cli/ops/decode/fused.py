@@ -15,6 +15,7 @@ from mmmamba_cli.ops.launching import (
     check_inputs,
     dense_rows,
     either,
+    launch_grid,
     on_device,
     overlapping,
 )
@@ -60,7 +61,7 @@ def mixer_step(
     # A copy that is made here is not there before the launch before.
     settled &= all(weight is None or weight.is_contiguous() for weight in weights)
     with on_device(vkq):
-        kernels.mixer_step[(cdiv(value_dim, values), heads, batch)](
+        kernels.mixer_step[launch_grid("mixer_step", cdiv(value_dim, values), heads, batch)](
             vkq, dt, conv_ring, ssm_state, position, out,
             weights.conv_weight.contiguous(), either(bias, vkq), weights.A.contiguous(),
             either(dt_bias, vkq), either(D, vkq), heads, channels, vkq.stride(0), dt.stride(0),
@@ -97,7 +98,7 @@ def attention_step(
     top, total = (buffer(batch, heads, shares, like=q) for _ in range(2))
     out = buffer(batch, heads * dim, like=q, dtype=q.dtype)
     with on_device(q):
-        kernels.attend[(shares, kv_heads, batch)](
+        kernels.attend[launch_grid("attention_step", shares, kv_heads, batch)](
             q, k, v, keys, values, position, position if starts is None else starts, cos, sin,
             part, top, total, q.stride(0), k.stride(0), v.stride(0),
             *keys.stride()[:3], *values.stride()[:3], 0 if len(cos) == 1 else dim,
@@ -107,7 +108,8 @@ def attention_step(
             BLOCK_P=block(dim), BLOCK_S=columns, num_warps=ATTENTION_WARPS, num_stages=STAGES,
             **overlapping(q),
         )  # fmt: skip
-        kernels.combine[(cdiv(dim, COMBINE_VALUES), batch * heads)](
+        blocks = cdiv(dim, COMBINE_VALUES)
+        kernels.combine[launch_grid("attention_step", batch * heads * blocks)](
             part, top, total, out, shares, P=dim, BLOCK_C=next_power_of_2(shares),
             BLOCK_P=COMBINE_VALUES, num_warps=COMBINE_WARPS, **overlapping(q),
         )  # fmt: skip
@@ -135,11 +137,11 @@ def likeliest(logits: Tensor, unwanted: Tensor) -> Tensor:
     at = buffer(batch, PARTS, like=logits, dtype=torch.int32)
     out = buffer(batch, like=logits, dtype=torch.int64)
     with on_device(logits):
-        kernels.largest_of_parts[(PARTS, batch)](
+        kernels.largest_of_parts[launch_grid("likeliest", PARTS * batch)](
             logits, unwanted, best, at, size, logits.stride(0), PARTS=PARTS, BLOCK=LOGITS,
             num_warps=LOGITS_WARPS, **overlapping(logits),
         )  # fmt: skip
-        kernels.largest_of_all[(batch,)](
+        kernels.largest_of_all[launch_grid("likeliest", batch)](
             best, at, out, size, PARTS=PARTS, num_warps=1, **overlapping(logits)
         )
     return out

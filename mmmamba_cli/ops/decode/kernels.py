@@ -188,8 +188,10 @@ def combine(
     P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some numbers of one head's read-out from the shares of `attend`."""
-    head = tl.program_id(1).to(tl.int64)
-    c, p = tl.arange(0, BLOCK_C), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     of_c, of_p = c < shares, p < P
     wait_for_inputs(OVERLAP)
     call_next(OVERLAP)
@@ -217,7 +219,7 @@ def largest_of_parts(
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The largest wanted logit of every PARTS-th block, and its index: (B, PARTS) each."""
-    part, row = tl.program_id(0), tl.program_id(1)
+    part, row = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
     wait_for_inputs(OVERLAP)
     call_next(OVERLAP)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)

@@ -20,6 +20,8 @@ from mmmamba_cli.ops.launching import (
     check_inputs,
     dense_rows,
     either,
+    folded_grid,
+    launch_grid,
     on_device,
 )
 from mmmamba_cli.ops.ssd import kernels
@@ -157,7 +159,7 @@ def _prepare(
     of_tokens = [buffer(*shape, sizes.padded, like=dt) for _ in range(5)]
     steps = Steps._make([*of_tokens, buffer(*shape, sizes.chunks, like=dt)])
     heads = min(block(sizes.heads, 1), 16)
-    grid = (sizes.chunks, sizes.batch, triton.cdiv(sizes.heads, heads))
+    grid = launch_grid("ssd", sizes.chunks, sizes.batch, triton.cdiv(sizes.heads, heads))
     kernels.prepare[grid](
         dt, A.contiguous(), either(dt_bias, A), either(real, A), either(segments, A), *steps,
         sizes.length, sizes.heads, sizes.padded, *dt.stride(),
@@ -183,7 +185,7 @@ def _span_states(
     decay = buffer(batch, sizes.spans, heads, like=like)
     launch = sizes.states
     tile = min(launch.tile, block(sizes.P))
-    grid = (triton.cdiv(sizes.P, tile) * heads, sizes.spans, batch)
+    grid, folded = folded_grid("ssd", triton.cdiv(sizes.P, tile) * heads, sizes.spans, batch)
     kernels.span_states[grid](
         key.tensor, value.tensor, either(real, like), steps.step,
         steps.from_start if reverse else steps.to_end, steps.through, states, decay,
@@ -192,7 +194,7 @@ def _span_states(
         K_SHARE=key.share, V_SHARE=value.share, K_DIM=sizes.N, V_DIM=sizes.P,
         BLOCK_K=block(sizes.N), BLOCK_V=tile, Q=sizes.tuning.chunk, REVERSE=reverse,
         HAS_MASK=real is not None, DTYPE=sizes.dtype, PRECISION="tf32x3",
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=launch.warps, num_stages=launch.stages, **folded,
     )  # fmt: skip
     return states, decay
 
@@ -213,7 +215,7 @@ def _pass_states(
     size = sizes.P * sizes.N
     blocks = triton.cdiv(size, STATE_BLOCK)
     products = buffer(sizes.batch, sizes.spans, sizes.heads, blocks, like=states)
-    kernels.pass_states[(blocks, sizes.batch * sizes.heads)](
+    kernels.pass_states[launch_grid("ssd", blocks * sizes.batch * sizes.heads)](
         states, decay, states if first is None else first.contiguous(), last,
         either(entering, states), either(final, states), products,
         sizes.heads, sizes.spans, size, blocks,
@@ -251,7 +253,8 @@ def _outputs(
     tile = min(launch.tile, block(dim))
     own = query if own is None else own
     inter, whole = dots
-    kernels.span_outputs[(triton.cdiv(dim, tile) * heads, sizes.spans, batch)](
+    grid, folded = folded_grid("ssd", triton.cdiv(dim, tile) * heads, sizes.spans, batch)
+    kernels.span_outputs[grid](
         query.tensor, key.tensor, value.tensor, own.tensor, either(real, states),
         either(segments, states), *steps, states, either(D, states), out,
         either(inter, states), either(whole, states),
@@ -265,6 +268,6 @@ def _outputs(
         DOTS=2 if whole is not None else int(inter is not None), PAIRS=pairs is not None,
         HAS_D=D is not None, HAS_MASK=real is not None, HAS_SEGMENTS=segments is not None,
         DTYPE=sizes.dtype, PRECISION="tf32x3", NATIVE=NATIVE,
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=launch.warps, num_stages=launch.stages, **folded,
     )  # fmt: skip
     return out

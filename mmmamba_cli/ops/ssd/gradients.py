@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
-from mmmamba_cli.ops.launching import block, buffer, either
+from mmmamba_cli.ops.launching import block, buffer, either, launch_grid
 from mmmamba_cli.ops.ssd import gradient_kernels as kernels
 from mmmamba_cli.ops.ssd.planning import Sizes, Steps
 
@@ -89,7 +89,7 @@ def decay_gradients(
     ddt = buffer(*dt.shape, like=dt, dtype=dt.dtype)
     sums = buffer(3, sizes.batch, sizes.chunks, sizes.heads, like=dt)
     blocks = products.shape[-1]
-    kernels.decay_gradients[(sizes.chunks, sizes.heads, sizes.batch)](
+    kernels.decay_gradients[launch_grid("ssd", sizes.chunks, sizes.heads, sizes.batch)](
         dt, A.contiguous(), either(dt_bias, A), *tokens, either(real, A), either(segments, A),
         steps.step, steps.high, steps.low, steps.through, *dots, products,
         *((products, products) if pairs is None else pairs), ddt, sums,
@@ -118,7 +118,7 @@ def of_kv_heads(gradient: Tensor, sizes: Sizes) -> Tensor:
     kv_heads, dim = sizes.heads // sizes.share, gradient.shape[3]
     rows = sizes.batch * sizes.length * kv_heads
     out = buffer(sizes.batch, sizes.length, kv_heads, dim, like=gradient, dtype=gradient.dtype)
-    kernels.sum_heads[(triton.cdiv(rows, ROWS),)](
+    kernels.sum_heads[launch_grid("ssd", triton.cdiv(rows, ROWS))](
         gradient, out, rows, dim,
         SHARE=sizes.share, BLOCK_R=ROWS, BLOCK_D=block(dim), num_warps=ROWS_WARPS,
     )  # fmt: skip

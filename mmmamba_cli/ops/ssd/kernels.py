@@ -18,6 +18,8 @@ few digits.
 import triton
 import triton.language as tl
 
+from mmmamba_cli.ops.launching import place_in_grid
+
 # Numbers that differ from call to call: a kernel for each kind of them would have to be compiled.
 VARYING = ["length", "num_spans", "per_span"]
 
@@ -137,15 +139,16 @@ def span_states(
     k_b, k_t, k_h, v_b, v_t, v_h, state_k, state_v,
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, Q: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """What the tokens of a span leave in the state at its end, and its decay.
 
     In reverse, at its beginning. `weight` is each token's decay to that end of its chunk.
     """
     tiles = tl.cdiv(V_DIM, BLOCK_V)
-    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    span, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    of_span, span = place_in_grid(tiles * heads, FOLDED)
+    tile, head = of_span % tiles, (of_span // tiles).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     chunks = padded // Q
     first = span * per_span
     count = tl.minimum(per_span, chunks - first)
@@ -196,7 +199,7 @@ def pass_states(
     product with the state there, `entering` of the span behind or `final`, is left in `product`;
     with SINGLE, that with what is left at the end of the state the span began with.
     """
-    block, of_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, of_head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     row, head = of_head // heads, of_head % heads
     e = block * BLOCK + tl.arange(0, BLOCK)
     keep = e < size
@@ -239,7 +242,7 @@ def span_outputs(
     Q: tl.constexpr, REVERSE: tl.constexpr, WEIGH_K: tl.constexpr, DOTS: tl.constexpr,
     PAIRS: tl.constexpr, HAS_D: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Decayed attention of one span, (B, T, H, V_DIM), from the state it begins with.
 
@@ -253,8 +256,9 @@ def span_outputs(
     and on those who give; and the sum of x dy in `skip` (B, H, chunks).
     """
     tiles = tl.cdiv(V_DIM, BLOCK_V)
-    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    span, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    of_span, span = place_in_grid(tiles * heads, FOLDED)
+    tile, head = of_span % tiles, (of_span // tiles).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     chunks = padded // Q
     first = span * per_span
     count = tl.minimum(per_span, chunks - first)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops.common import suits_triton, wants_gradients
+from mmmamba_cli.ops.common import MAX_GRID_ROWS, fits_grid, suits_triton, wants_gradients
 
 
 class Limits(NamedTuple):
@@ -66,6 +66,8 @@ def refusal(backend: str, asked: Scan) -> str | None:
             f"takes value and state dims of at most {limits.most_dims} that are multiples of "
             f"{limits.multiple}, not {dims[0]} and {dims[1]}"
         )
+    if not fits_grid(len(asked.x)):
+        return f"takes at most {MAX_GRID_ROWS:,} rows, not {len(asked.x):,}"
     if asked.trains and not limits.gradients:
         return "has no gradient that can be relied on; run it under torch.no_grad()"
     if asked.seq_idx is not None and not limits.packing:
