@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
     from mmmamba_cli.checkpoint.loading import (
         default_generation_config,
+        generation_config,
         load_model,
         parse_dtype,
         pick_dtype,
@@ -49,6 +50,7 @@ __all__ = [
     "combined_hash",
     "default_generation_config",
     "expected_tensors",
+    "generation_config",
     "hub_name",
     "is_hub_id",
     "iterate",
@@ -75,6 +77,7 @@ __getattr__ = deferred_names(
         ),
         "loading": (
             "default_generation_config",
+            "generation_config",
             "load_model",
             "parse_dtype",
             "pick_dtype",

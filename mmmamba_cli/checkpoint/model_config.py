@@ -12,6 +12,8 @@ from mmmamba_cli.checkpoint.own import REMEDY
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLMConfig
 
+# What an export adds: where its code is, and how far the model was distilled.
+EXPORTED_FIELDS = ("auto_map", "mmmamba")
 # What transformers raises for fields of its own, a dtype say, that make no sense.
 _MISFITS = (
     ArithmeticError,
@@ -36,7 +38,8 @@ def own_model_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
     """
     try:
         # Code that lies in an exported folder is ours; what is made of it here goes without.
-        return HolisticVLMConfig.from_dict({k: v for k, v in raw.items() if k != "auto_map"})
+        known = {k: v for k, v in raw.items() if k not in EXPORTED_FIELDS}
+        return HolisticVLMConfig.from_dict(known)
     except _MISFITS as error:
         raise CheckpointError(
             f"{where} has fields that transformers cannot read as a model's config", REMEDY

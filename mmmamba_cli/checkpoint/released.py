@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mmmamba_cli.model import HolisticVLMConfig
 
 MODEL_TYPE = "mmMamba_chat"
+# The repository whose code reads this layout; transformers takes it from there.
+CODE = "hustvl/mmMamba-linear"
 EMBEDDING_TYPE = "mmMamba_embedding"
 LANGUAGE_TYPE = "mmMamba"
 KINDS = {"mha": ATTENTION, "mamba2": LINEAR}

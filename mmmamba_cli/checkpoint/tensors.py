@@ -48,12 +48,29 @@ def cast_chunks(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[memor
     for piece in slices(tensor.detach(), SERIAL_ELEMENTS * tensor.dtype.itemsize):
         converted = piece.to(dtype)
         if not _is_finite(converted) and _is_finite(piece):
-            raise CheckpointError(
-                f"tensor {quoted(name)} holds values that do not fit into "
-                f"{str(dtype).removeprefix('torch.')}",
-                "choose bfloat16 or float32",
-            )
+            raise _does_not_fit(name, dtype)
         yield from byte_chunks(converted)
+
+
+def cast(
+    tensor: Tensor, dtype: torch.dtype, name: str, device: torch.device | str | None = None
+) -> Tensor:
+    """A copy of `tensor` in `dtype` on `device` (its own if None), any shape.
+
+    Raises `CheckpointError` if a finite value becomes infinite in the new dtype.
+    """
+    converted = tensor.to(device or tensor.device, dtype, copy=True)
+    if dtype != tensor.dtype and not _is_finite(converted) and _is_finite(tensor):
+        raise _does_not_fit(name, dtype)
+    return converted
+
+
+def _does_not_fit(name: str, dtype: torch.dtype) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {quoted(name)} holds values that do not fit into "
+        f"{str(dtype).removeprefix('torch.')}",
+        "choose bfloat16 or float32",
+    )
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

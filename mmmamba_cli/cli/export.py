@@ -13,9 +13,10 @@ from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromCurrent, Overwrite,
 from mmmamba_cli.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from mmmamba_cli.checkpoint import Checkpoint
+    from mmmamba_cli.evaluate.result import Result, RulePart
     from mmmamba_cli.export import Exported, Score, Story
     from mmmamba_cli.runs import Manifest, Run
 
@@ -50,6 +51,14 @@ def command(
     title: Annotated[
         str | None, typer.Option(metavar="TITLE", help="The model card's title.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model",
+            metavar="OWNER/NAME",
+            help="The teacher's name on the Hub, for the card; else what its folder is known by.",
+        ),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload the folder to this repository."),
@@ -64,17 +73,27 @@ def command(
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
     from mmmamba_cli.export import Story, check_repository, export_checkpoint, layout_of, plan_of
     from mmmamba_cli.runs import Run
+    from mmmamba_cli.runs.provenance import manifest_beside
 
     if model is not None and product is not None:
         raise RunError("--from and --model exclude each other", "give one of them")
     if push is not None:
         check_repository(push)
     if model is not None:
-        checkpoint, story = open_checkpoint(model), Story(licence=licence, title=title)
+        checkpoint = open_checkpoint(model)
+        story = Story(manifest_beside(checkpoint), licence=licence, title=title, base=base)
     else:
         target = Run(run)
         name = product or target.record.current
-        story = _story(target, target.product(name), licence, title)
+        manifest = target.product(name)
+        story = Story(
+            manifest=manifest,
+            lineage=tuple(reversed(list(_ancestors(target, manifest)))),
+            scores=tuple(_scores(target, manifest)),
+            licence=licence,
+            title=title,
+            base=base,
+        )
         checkpoint = target.open_product(name)
     wanted = None if dtype is None else parse_dtype(dtype)
     size = sum(info.nbytes for info in plan_of(layout_of(checkpoint, form, wanted)).values())
@@ -91,18 +110,6 @@ def command(
     ):
         address = _push(out, push, private)
     _say(found, address, as_json)
-
-
-def _story(run: Run, manifest: Manifest, licence: str | None, title: str | None) -> Story:
-    from mmmamba_cli.export import Story
-
-    return Story(
-        manifest=manifest,
-        lineage=tuple(reversed(list(_ancestors(run, manifest)))),
-        scores=tuple(_scores(run, manifest)),
-        licence=licence,
-        title=title,
-    )
 
 
 def _ancestors(run: Run, manifest: Manifest) -> Iterator[Manifest]:
@@ -122,13 +129,19 @@ def _ancestors(run: Run, manifest: Manifest) -> Iterator[Manifest]:
 
 
 def _scores(run: Run, manifest: Manifest) -> Iterator[Score]:
-    """What `mmmamba eval` has found of just this product."""
+    """What `mmmamba eval` has found of just this product, its teacher's scores beside."""
     from mmmamba_cli.evaluate.result import find_results
     from mmmamba_cli.export import Score
 
     evaluated = find_results(run.folder / EVALS)
     for sentence in evaluated.left_out:
         print_warning(f"{sentence}: the card has none of it")
+    teacher = run.record.teacher
+    taught = [
+        result
+        for result in evaluated.results.values()
+        if teacher is not None and result.model.content_hash == teacher.content_hash
+    ]
     for result in evaluated.results.values():
         if result.model.content_hash != manifest.content_hash:
             continue
@@ -147,13 +160,24 @@ def _scores(run: Run, manifest: Manifest) -> Iterator[Score]:
                 high=high,
                 level=result.level,
                 partial=result.data.partial,
+                teacher=_of_teacher(taught, result, part),
             )
+
+
+def _of_teacher(taught: Sequence[Result], result: Result, part: RulePart) -> float | None:
+    """The teacher's number by the same rule for the same questions, if it was asked them."""
+    for one in taught:
+        theirs = one.rule(part.rule)
+        same = one.suite == result.suite and one.data.same_questions(result.data)
+        if same and theirs is not None:
+            return theirs.metrics.get(part.metric)
+    return None
 
 
 def _warn(checkpoint: Checkpoint, story: Story) -> None:
     if checkpoint.tokenizer_file is None:
         print_warning(f"{checkpoint.path} has no tokenizer: the export has none either")
-    if story.manifest is not None and not story.manifest.final:
+    if story.manifest is not None and story.manifest.final is False:
         print_warning(f"{story.manifest.name} was never distilled end to end; its card says so")
 
 

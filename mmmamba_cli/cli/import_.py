@@ -73,7 +73,6 @@ def _say(run: Run, manifest: Manifest, as_json: bool) -> None:
         product = manifest.model_dump(mode="json")
         print_json({"run": str(run.folder), "product": product, "folder": str(folder)})
         return
-    done = "distilled end to end" if manifest.final else "not known to be distilled end to end"
-    print_text(f"{manifest.kind}, {done}: {folder}")
+    print_text(f"{manifest.kind}, {manifest.progress}: {folder}")
     if run.record.teacher is None:
         print_text("without --teacher it can be asked, measured and exported, not trained further")

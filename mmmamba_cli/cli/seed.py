@@ -12,6 +12,7 @@ from mmmamba_cli.cli.completing import complete_recipes
 from mmmamba_cli.cli.console import (
     if_interrupted,
     print_json,
+    print_line,
     print_table,
     print_text,
     print_warning,
@@ -87,6 +88,7 @@ def command(
 ) -> None:
     """Seed a linear student out of a trained teacher, and start a run with it."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
+    from mmmamba_cli.checkpoint.loading import recommended_settings
     from mmmamba_cli.recipe import load_recipe
     from mmmamba_cli.runs import Run
     from mmmamba_cli.seed import seed_student
@@ -98,6 +100,12 @@ def command(
     target, wanted = Run(run), parse_dtype(dtype)
     teacher = open_checkpoint(checkpoint, config_file=config, tokenizer_file=tokenizer, arch=arch)
     _warn(teacher)
+    carried, left_out = recommended_settings(teacher)
+    if left_out:
+        print_warning(
+            f"{teacher.path} recommends settings of a generation that a student has no use for: "
+            f"{', '.join(left_out)}"
+        )
     made = False
 
     def left() -> str:
@@ -126,6 +134,9 @@ def command(
         rows = _fidelity(target, teacher, calibration) if report else []
     if before:
         print_warning(f"removed from {target.folder}: {', '.join(before)}")
+    if carried and not as_json:
+        said = ", ".join(f"{name} {value}" for name, value in carried.items())
+        print_line(f"`generate` of the student takes from the teacher: {said}", to_stderr=True)
     _say(target, manifest, rows, as_json)
 
 

@@ -91,12 +91,14 @@ def _label(product: Product, is_current: bool, marks: Marks) -> Text:
     plan = layer_plan(
         manifest.num_layers, set(manifest.attention_layers), marks, product.embedding_layers
     )
-    done = "distilled end to end" if manifest.final else "not distilled end to end"
+    stages = ", ".join(manifest.stages)
+    if not stages and manifest.final is not None:
+        stages = "no stage done"
     lines = [
         plan,
         f"{manifest.kind}, {manifest.parameters / 1e6:,.1f} M, {manifest.dtype}, "
         f"{size(product.nbytes)}, {manifest.content_hash[:12]}",
-        f"{', '.join(manifest.stages) or 'no stage done'}; {done}",
+        "; ".join(part for part in (stages, manifest.progress) if part),
     ]
     lines += _held_out(product.held_out, marks)
     return Text.assemble(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba_cli.checkpoint import Checkpoint, expected_tensors, stored_dtype
+from mmmamba_cli.checkpoint.tensors import cast
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLM
 
@@ -55,7 +56,7 @@ def load_pair(
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def place(name: str, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-        placed = tensor.to(device, stored_dtype(name, dtype), copy=True)
+        placed = cast(tensor, stored_dtype(name, dtype), name, device)
         return nn.Parameter(placed, requires_grad=False)
 
     theirs: dict[str, nn.Parameter] = {}
@@ -64,7 +65,7 @@ def load_pair(
     for name in {**expected_tensors(teacher.config), **in_student}:
         taught = None
         if name in teacher:
-            taught = teacher.read(name).to(stored_dtype(name, product_dtype))
+            taught = cast(teacher.read(name), stored_dtype(name, product_dtype), name)
             theirs[name] = place(name, taught, frozen_dtype)
         if name not in in_student:
             continue

@@ -8,14 +8,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.checkpoint import Checkpoint, public_name_of, released
+from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_name_of
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export.layouts import HOVLE, HUB, RELEASED
+from mmmamba_cli.export.pushing import check_repository
 from mmmamba_cli.model import LINEAR
 from mmmamba_cli.runs import Manifest
+from mmmamba_cli.runs.provenance import PUBLISHED, provenance_of
+from mmmamba_cli.runs.public_names import (
+    public_command,
+    public_name,
+    public_recipe,
+    public_text,
+    public_value,
+)
 
 TITLES = {
     HUB: "mmmamba's own layout, with the code that reads it",
@@ -40,14 +49,16 @@ class Score:
     level: float = 0.95
     # Whether only the first part of the suite was asked.
     partial: bool = False
+    # The teacher's number by the same rule for the same questions; None if it was not asked.
+    teacher: float | None = None
 
 
 @dataclass(frozen=True)
 class Story:
     """What the card tells beside the tensors; `lineage` are the product's ancestors, oldest first.
 
-    `manifest` is None for a checkpoint that is no product. Raises `CheckpointError` for a licence
-    or title that the card cannot hold.
+    `manifest` is None for a checkpoint that is no product. Raises `CheckpointError` for a licence,
+    title or base that the card cannot hold.
     """
 
     manifest: Manifest | None = None
@@ -55,6 +66,8 @@ class Story:
     scores: tuple[Score, ...] = ()
     licence: str | None = None
     title: str | None = None
+    # The teacher's repository on the Hub, OWNER/NAME.
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.licence is not None and LICENCE.fullmatch(self.licence) is None:
@@ -63,6 +76,8 @@ class Story:
             )
         if self.title is not None and not self.title.isprintable():
             raise CheckpointError(f"{self.title!r} is no title", "give one line of text")
+        if self.base is not None:
+            check_repository(self.base)
 
 
 def card_text(checkpoint: Checkpoint, name: str, dtype: str, parameters: int, story: Story) -> str:
@@ -72,7 +87,7 @@ def card_text(checkpoint: Checkpoint, name: str, dtype: str, parameters: int, st
     kept = config.attention_layers
     total = config.num_hidden_layers
     lines = [
-        *_front_matter(checkpoint, story),
+        *_front_matter(checkpoint, title, story),
         f"# {title}",
         "",
         f"{_kind(kept, total)}. {parameters / 1e6:,.1f} M parameters in {dtype}, in "
@@ -89,44 +104,20 @@ def card_text(checkpoint: Checkpoint, name: str, dtype: str, parameters: int, st
 
 
 def public_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manifest:
-    """The manifest of an exported product: paths shortened to names."""
+    """The manifest of an exported product: paths shortened to names, wherever they stand."""
     parents = tuple(
         parent.model_copy(update={"name": public_name(parent.name)}) for parent in manifest.parents
     )
-    command = " ".join(public_name(word) for word in manifest.command.split())
     changes = {
         "parents": parents,
-        "command": command,
+        "command": public_command(manifest.command),
         "dtype": dtype,
         "content_hash": content_hash,
         "recipe": public_recipe(manifest.recipe),
+        "notes": tuple(map(public_text, manifest.notes)),
+        "metrics": public_value(manifest.metrics),
     }
     return manifest.model_copy(update=changes)
-
-
-def public_name(text: str) -> str:
-    """A path's last part, or the repository of a folder in the Hub's cache; other text as it is."""
-    known = public_name_of(text)
-    if known is not None:
-        return known
-    option, equals, value = text.partition("=")
-    if equals:
-        return f"{option}={public_name(value)}"
-    path = PurePath(text)
-    return path.name if path.is_absolute() or text.startswith((".", "~")) else text
-
-
-def public_recipe(text: str) -> str:
-    """A recipe without the places of teacher and data."""
-    lines = []
-    for line in text.splitlines():
-        key, colon, value = line.partition(": ")
-        lines.append(f"{key}: {public_name(value)}" if colon and _is_path(value) else line)
-    return "\n".join(lines) + "\n"
-
-
-def _is_path(value: str) -> bool:
-    return value.startswith(("/", "~", "./", "../"))
 
 
 def _kind(kept: Sequence[int], total: int) -> str:
@@ -138,32 +129,64 @@ def _kind(kept: Sequence[int], total: int) -> str:
     return f"A hybrid: attention in layers {listed} of {total}, Mamba-2 in the others"
 
 
-def _front_matter(checkpoint: Checkpoint, story: Story) -> list[str]:
-    pictures = checkpoint.config.vision is not None
-    return [
-        "---",
-        *([] if story.licence is None else [f"license: {story.licence}"]),
-        "library_name: transformers",
-        f"pipeline_tag: {'image-text-to-text' if pictures else 'text-generation'}",
-        "tags:",
-        "- mmmamba",
-        f"- {METHOD}",
-        "---",
-        "",
+def _front_matter(checkpoint: Checkpoint, title: str, story: Story) -> list[str]:
+    """The card's metadata; huggingface_hub writes it as the Hub reads it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = "image-text-to-text" if checkpoint.config.vision is not None else "text-generation"
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", score.suite.lower()).strip("-"),
+            dataset_name=score.suite,
+            metric_type=score.metric,
+            metric_name=f"{score.metric} by the rule {score.rule}",
+            metric_value=round(score.value, 4),
+        )
+        for score in story.scores
+        if not score.partial
     ]
+    fields: dict[str, Any] = {"tags": ["mmmamba", METHOD]}
+    if results:
+        fields |= {"model_name": title, "eval_results": results}
+    data = ModelCardData(
+        base_model=_base_model(story),
+        license=story.licence,
+        library_name="transformers",
+        pipeline_tag=task,
+        **fields,
+    )
+    return ["---", data.to_yaml(), "---", ""]
+
+
+def _base_model(story: Story) -> str | None:
+    """The teacher's repository on the Hub: as it was given, or that of the cache it came from.
+
+    The Hub takes no other names, so that a teacher on a disk has none.
+    """
+    if story.base is not None or story.manifest is None:
+        return story.base
+    first = (*story.lineage, story.manifest)[0]
+    for role in ("teacher", "origin"):
+        for parent in first.parents:
+            name = public_name(parent.name).partition("@")[0]
+            if parent.role == role and hub_name(parent.name) is not None:
+                return name
+    return None
 
 
 def _honesty(checkpoint: Checkpoint, manifest: Manifest | None) -> list[str]:
     """How far the model was distilled, where that needs saying."""
     if manifest is None and LINEAR not in checkpoint.config.layer_types:
         return []
-    if manifest is None and checkpoint.model_type == released.MODEL_TYPE:
-        return ["It was published as distilled end to end, which was not checked."]
-    if manifest is None:
+    known = provenance_of(checkpoint) if manifest is None else manifest
+    if known.final is None:
         return ["How far it was distilled is not known."]
-    if manifest.final:
-        return []
-    done = ", ".join(manifest.stages) or "none"
+    if known.final:
+        return ["It was published as distilled end to end, which was not checked."] * (
+            PUBLISHED in known.notes
+        )
+    done = ", ".join(known.stages) or "none"
     return [
         "",
         "**This model was never distilled end to end**, so its answers are not those of a trained "
@@ -230,7 +253,7 @@ def _lineage(story: Story) -> list[str]:
             f"- {manifest.name}: {manifest.kind}, by {manifest.made_by}, {stages} "
             f"(`{manifest.content_hash[:12]}`)"
         )
-    notes = [f"- note: {note}" for note in story.manifest.notes]
+    notes = [f"- note: {public_text(note)}" for note in story.manifest.notes]
     versions = ", ".join(f"{k} {v}" for k, v in story.manifest.versions.items())
     return [*lines, *notes, *([f"- made with {versions}"] if versions else []), ""]
 
@@ -238,12 +261,16 @@ def _lineage(story: Story) -> list[str]:
 def _scores(scores: Sequence[Score]) -> list[str]:
     if not scores:
         return []
-    lines = ["## Scores", "", "| suite | rule | metric | value | rows |", "|---|---|---|---|---|"]
+    beside = any(score.teacher is not None for score in scores)
+    columns = ("suite", "rule", "metric", "value", *(["teacher"] if beside else []), "rows")
+    lines = ["## Scores", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for score in scores:
         bounds = "" if score.low is None else f" ({score.low:.4g} to {score.high:.4g})"
         rows = f"{score.rows}, a part" if score.partial else f"{score.rows}"
+        taught = "not asked" if score.teacher is None else f"{score.teacher:.4g}"
         value = f"{score.value:.4g}{bounds}"
-        lines.append(f"| {score.suite} | {score.rule} | {score.metric} | {value} | {rows} |")
+        cells = (score.suite, score.rule, score.metric, value, *([taught] if beside else []), rows)
+        lines.append(f"| {' | '.join(cells)} |")
     if any(score.low is not None for score in scores):
         lines += ["", f"In brackets: {scores[0].level:.0%} intervals, by bootstrap over the rows."]
     return [*lines, ""]

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import OWN, SOURCE_CONFIG, Checkpoint, default_generation_config
+from mmmamba_cli.checkpoint import OWN, SOURCE_CONFIG, Checkpoint, generation_config
 from mmmamba_cli.export.bundle import bundled_files
 from mmmamba_cli.export.foreign_config import HOVLE_CODE, RELEASED_CODE, without_strangers
 from mmmamba_cli.export.layouts import HOVLE, HUB, Layout
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, HolisticVLMTokenizer
 from mmmamba_cli.runs import open_processor, write_companions
+from mmmamba_cli.runs.provenance import FIELD, Provenance, provenance_field
+from mmmamba_cli.runs.public_names import public_value
 
 GENERATION = "generation_config.json"
 CONFIG, PROCESSOR, TOKENIZER = "config.json", "processor_config.json", "tokenizer_config.json"
@@ -23,17 +25,28 @@ TOKENIZER_FILES = ("tokenizer.model", TOKENIZER, "added_tokens.json", "special_t
 TOKENIZER_CLASS = "tokenization_internlm2.InternLM2Tokenizer"
 
 
-def write_beside(folder: Path, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype) -> None:
+def write_beside(
+    folder: Path,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    dtype: torch.dtype,
+    provenance: Provenance,
+) -> None:
     """Everything but the weights and the card."""
     if layout.name == HUB:
         _write_hub(folder, checkpoint, dtype)
-        return
-    assert layout.config is not None
-    _write_json(folder / CONFIG, layout.config)
-    default_generation_config(checkpoint.config).save_pretrained(folder)
-    _write_foreign_tokenizer(
-        folder, checkpoint, HOVLE_CODE if layout.name == HOVLE else RELEASED_CODE
-    )
+    else:
+        assert layout.config is not None
+        _write_json(folder / CONFIG, layout.config)
+        generation_config(checkpoint).save_pretrained(folder)
+        _write_foreign_tokenizer(
+            folder, checkpoint, HOVLE_CODE if layout.name == HOVLE else RELEASED_CODE
+        )
+    for name in (CONFIG, SOURCE_CONFIG, PROCESSOR, TOKENIZER):
+        if (folder / name).is_file():
+            value = json.loads((folder / name).read_text(encoding="utf-8"))
+            _write_json(folder / name, public_value(value))
+    _add_field(folder / CONFIG, FIELD, provenance_field(provenance))
 
 
 def _write_hub(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -69,8 +82,12 @@ def _write_hub(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None
 
 
 def _add_map(file: Path, entries: dict[str, Any]) -> None:
+    _add_field(file, "auto_map", entries)
+
+
+def _add_field(file: Path, name: str, content: dict[str, Any]) -> None:
     value = json.loads(file.read_text(encoding="utf-8-sig"))
-    _write_json(file, {**value, "auto_map": entries})
+    _write_json(file, {**value, name: content})
 
 
 def _write_foreign_tokenizer(folder: Path, checkpoint: Checkpoint, code: str) -> None:

@@ -26,6 +26,8 @@ from mmmamba_cli.export.companions import write_beside
 from mmmamba_cli.export.layouts import BODY, HUB, Layout, layout_of
 from mmmamba_cli.export.record import CARD, strangers, write_record
 from mmmamba_cli.runs.manifest import MANIFEST, manifest_text
+from mmmamba_cli.runs.provenance import Provenance, provenance_of
+from mmmamba_cli.runs.public_names import public_text
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def export_checkpoint(
                     advance(plan[key].nbytes)
             content_hash = writer.finish()
             _check_origin(checkpoint, story, hasher.result())
-        write_beside(folder, checkpoint, layout, body)
+        write_beside(folder, checkpoint, layout, body, _provenance(checkpoint, story))
         found = Exported(
             folder=target,
             format=name,
@@ -108,6 +110,13 @@ def plan_of(layout: Layout) -> dict[str, TensorInfo]:
         for rule in layout.rules
         for key, shape in rule.foreign.items()
     }
+
+
+def _provenance(checkpoint: Checkpoint, story: Story) -> Provenance:
+    manifest = story.manifest
+    if manifest is None:
+        return provenance_of(checkpoint)
+    return Provenance(manifest.stages, manifest.final, tuple(map(public_text, manifest.notes)))
 
 
 def _check_origin(checkpoint: Checkpoint, story: Story, content_hash: str) -> None:

@@ -13,11 +13,12 @@ from mmmamba_cli.checkpoint import Checkpoint, hovle, released
 from mmmamba_cli.model import HolisticVLMConfig, StackConfig
 from mmmamba_cli.processing import HolisticVLMProcessor
 from mmmamba_cli.runs import open_processor
+from mmmamba_cli.runs.provenance import FIELD
 
 # Repositories whose code reads these layouts; transformers takes it from there.
-HOVLE_CODE, RELEASED_CODE = "OpenGVLab/HoVLE", "hustvl/mmMamba-linear"
+HOVLE_CODE, RELEASED_CODE = "OpenGVLab/HoVLE", released.CODE
 # What transformers writes about where a config came from, and code that would not be there.
-STRANGERS = ("_name_or_path", "_commit_hash", "auto_map", "dtype")
+STRANGERS = ("_name_or_path", "_commit_hash", "auto_map", "dtype", FIELD)
 
 
 def hovle_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:

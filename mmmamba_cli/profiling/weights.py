@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba_cli.checkpoint import Checkpoint, expected_tensors, stored_dtype
+from mmmamba_cli.checkpoint.tensors import cast
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.instruments import or_out_of_memory, require
 
@@ -66,7 +67,7 @@ class WeightStore:
         tensor = read(name)
         dtype = stored_dtype(name, self.dtype)
         require(self.device, tensor.numel() * dtype.itemsize, name)
-        placed = nn.Parameter(tensor.to(self.device, dtype, copy=True), requires_grad=False)
+        placed = nn.Parameter(cast(tensor, dtype, name, self.device), requires_grad=False)
         for (_, other), parameter in list(self._parameters.items()):
             same = other == name and parameter.shape == placed.shape
             if same and torch.equal(parameter, placed):

@@ -11,6 +11,7 @@ from mmmamba_cli.reporting.elements import paragraph, section, table
 from mmmamba_cli.reporting.markup import Markup, joined, tag
 from mmmamba_cli.reporting.material import Material, Told
 from mmmamba_cli.runs import Manifest
+from mmmamba_cli.runs.public_names import public_command, public_name, public_recipe
 
 DIGITS = 12
 
@@ -68,7 +69,7 @@ def _node(product: Manifest, run: Told) -> Markup:
 
 def place(path: str) -> str:
     """What a teacher is called: a public name, or its folder's name; not where it lies here."""
-    return public_name_of(path) or PurePath(path).name or path
+    return public_name_of(path) or PurePath(public_name(path)).name or path
 
 
 def _products(run: Told) -> Markup:
@@ -79,8 +80,8 @@ def _products(run: Told) -> Markup:
             (
                 product.name,
                 ", ".join(map(str, product.attention_layers)) or "none",
-                ", ".join(product.stages) or "none",
-                "yes" if product.final else "no",
+                ", ".join(product.stages) or ("not known" if product.final is None else "none"),
+                "not known" if product.final is None else "yes" if product.final else "no",
                 f"{product.parameters:,}",
                 product.dtype,
                 None if recipe is None else recipe.mixer.init,
@@ -108,7 +109,11 @@ def _recipes(run: Told) -> Iterator[Markup]:
     for product in run.products.values():
         if product.name not in parents:
             summary = tag("summary", f"Recipe of {run.label(product.name)}")
-            yield tag("details", summary, tag("pre", tag("code", product.recipe), tabindex=0))
+            yield tag(
+                "details",
+                summary,
+                tag("pre", tag("code", public_recipe(product.recipe)), tabindex=0),
+            )
 
 
 def commands_section(material: Material) -> Markup:
@@ -117,7 +122,7 @@ def commands_section(material: Material) -> Markup:
     return section(
         "commands",
         "The commands that repeat each part",
-        paragraph("In the order in which they ran; paths count from the folder they ran in."),
+        paragraph("In the order in which they ran; of absolute paths the last part."),
         tag("pre", tag("code", joined(found.values(), by="\n")), tabindex=0),
     )
 
@@ -138,7 +143,7 @@ def _commands(material: Material) -> Iterator[tuple[str, str]]:
     for one in material.comparisons:
         seen.setdefault(one.command, one.created)
     for command, when in seen.items():
-        yield _moment(when), command
+        yield _moment(when), public_command(command)
 
 
 def _moment(text: str) -> str:

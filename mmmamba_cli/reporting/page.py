@@ -26,6 +26,7 @@ from mmmamba_cli.reporting.origins import (
 )
 from mmmamba_cli.reporting.scores import accuracy_section, examples_section
 from mmmamba_cli.reporting.style import CSS
+from mmmamba_cli.runs.public_names import public_text
 
 MARK = "mmmamba report"
 
@@ -211,7 +212,9 @@ def _final(value: bool | None) -> str | None:
 
 def _left_out(reasons: dict[str, str], remarks: Sequence[str]) -> Markup:
     items = [joined((tag("strong", f"{what}: "), f"{reason}")) for what, reason in reasons.items()]
-    return section("left-out", "What is not on this page", listed([*items, *remarks]))
+    return section(
+        "left-out", "What is not on this page", listed([*items, *map(public_text, remarks)])
+    )
 
 
 def _document(title: str, body: Markup) -> str:

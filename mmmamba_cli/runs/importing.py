@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mmmamba_cli.checkpoint import (
-    OWN,
     Checkpoint,
     TensorHasher,
     check_finite,
@@ -20,8 +18,9 @@ from mmmamba_cli.checkpoint import (
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import dump_recipe, load_recipe
-from mmmamba_cli.runs.manifest import MANIFEST, Manifest, Parent, read_manifest
+from mmmamba_cli.runs.manifest import Manifest, Parent
 from mmmamba_cli.runs.product import Draft, write_product
+from mmmamba_cli.runs.provenance import Provenance, manifest_beside, provenance_of
 from mmmamba_cli.runs.run import PRODUCT_NAME, Run, RunRecord, Teacher
 
 NAME = "imported"
@@ -50,7 +49,7 @@ def import_student(
     """Write `student` into the run as product `name` and make it the current one.
 
     The run is started if it is none yet; one that has a teacher keeps it. How far the student was
-    distilled is what the manifest beside it says; a published mmMamba was distilled end to end.
+    distilled is what the student says of itself (`provenance_of`).
     `dtype` None keeps the student's. `advance` is told of bytes as they are written.
 
     Raises `CheckpointError` for a model whose layers are all attention, or that does not fit the
@@ -67,7 +66,7 @@ def import_student(
             f"{name!r} cannot be a product's name", "use letters, digits, '.', '_' and '-'"
         )
     known = _teacher_of(run, student, teacher)
-    before = _manifest_beside(student)
+    before, provenance = manifest_beside(student), provenance_of(student)
     with TensorHasher() as hasher:
         draft = Draft(
             name=name,
@@ -82,7 +81,10 @@ def import_student(
                 Parent("origin", _place(student), hasher.result()),
                 *(() if known is None else (Parent("teacher", known.path, known.content_hash),)),
             ),
-            **_progress(student, before),
+            stages=provenance.stages,
+            final=provenance.final,
+            metrics={} if before is None else before.metrics,
+            notes=_notes(provenance, before),
         )
         manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
     run.write_record(RunRecord(teacher=known, current=name))
@@ -140,29 +142,11 @@ def _digest(teacher: Checkpoint) -> Teacher:
     )
 
 
-def _manifest_beside(student: Checkpoint) -> Manifest | None:
-    """What made a folder of ours, if it says so."""
-    folder = student.path if student.path.is_dir() else student.path.parent
-    if student.model_type != OWN or not (folder / MANIFEST).is_file():
-        return None
-    return read_manifest(folder)
-
-
-def _progress(student: Checkpoint, before: Manifest | None) -> dict[str, Any]:
-    """How far the student has come, as fields of a `Draft`."""
+def _notes(provenance: Provenance, before: Manifest | None) -> tuple[str, ...]:
+    """The notes of the student, and the one on its import."""
     if before is not None:
-        note = f"imported: product {before.name!r} of another run"
-        return {
-            "stages": before.stages,
-            "final": before.final,
-            "metrics": before.metrics,
-            "notes": (*before.notes, note),
-        }
-    if student.model_type == OWN:
-        return {"notes": ("imported without a manifest: how far it was distilled is not known",)}
-    stages = tuple(stage.name for stage in load_recipe(RECIPE).stages)
-    note = "imported: published as distilled end to end, which was not checked here"
-    return {"stages": stages, "final": True, "notes": (note,)}
+        return (*provenance.notes, f"imported: product {before.name!r} of another run")
+    return tuple(f"imported: {note}" for note in provenance.notes or ("by a field of its config",))
 
 
 def _plain_recipe(config: HolisticVLMConfig) -> str:

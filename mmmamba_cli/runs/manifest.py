@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
@@ -43,7 +44,8 @@ class Parent(BaseModel):
 class Manifest(BaseModel):
     """The contents of `manifest.json`. `stages` are the distillation stages done, in order.
 
-    `final` says that the student was distilled end to end since its layers last changed.
+    `final` says whether the student was distilled end to end since its layers last changed; it is
+    None where that is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +60,7 @@ class Manifest(BaseModel):
     attention_layers: tuple[int, ...]
     num_layers: int
     stages: tuple[str, ...] = ()
-    final: bool = False
+    final: bool | None = False
     dtype: str
     parameters: int
     recipe: str
@@ -71,14 +73,21 @@ class Manifest(BaseModel):
         """`linear`, `hybrid (4 attention)` or `all attention`."""
         return plan_kind(len(self.attention_layers), self.num_layers)
 
+    @property
+    def progress(self) -> str:
+        """`distilled end to end`, that it was not, or that it is not known."""
+        if self.final is None:
+            return "how far it was distilled is not known"
+        return "distilled end to end" if self.final else "not distilled end to end"
+
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def command_line() -> str:
-    """The command as it was typed, with the program's bare name."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as it was typed, quoted for a shell, with the program's bare name."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

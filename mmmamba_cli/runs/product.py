@@ -18,7 +18,7 @@ from mmmamba_cli.checkpoint import (
     Checkpoint,
     ShardedWriter,
     atomic_folder,
-    default_generation_config,
+    generation_config,
     tensor_plan,
 )
 from mmmamba_cli.checkpoint.replacement import check_replaceable, files_beside
@@ -86,7 +86,7 @@ class Draft:
     parents: Callable[[], tuple[Parent, ...]]
     stages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    final: bool = False
+    final: bool | None = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -157,7 +157,7 @@ def write_companions(
     config.save_pretrained(folder)
     source = json.dumps(origin.raw_config, indent=2, ensure_ascii=False) + "\n"
     (folder / SOURCE_CONFIG).write_text(source, encoding="utf-8")
-    generation = default_generation_config(config)
+    generation = generation_config(origin)
     processor = open_processor(origin)
     if processor is not None:
         processor.save_pretrained(folder)

@@ -127,9 +127,42 @@ def test_what_ends_a_generation(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [7, 2], "do_sample": True}))
     settings = mmmamba_cli.load(tmp_path).generation_config
-    assert settings.eos_token_id == [2, 7] and not settings.do_sample
+    assert settings.eos_token_id == [2, 7] and settings.do_sample
     file.unlink()
     assert mmmamba_cli.load(tmp_path).generation_config.eos_token_id == [2]
+
+
+RECOMMENDED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.05}
+
+
+def test_recommended_settings_reach_every_product(tmp_path: Path) -> None:
+    """Of the seed and of what is made of it; what has no meaning there is named."""
+    from small_language_models import write_tokenizer
+    from typer.testing import CliRunner
+
+    from mmmamba_cli.cli.app import app
+
+    write(tmp_path / "teacher", "Qwen2", {"eos_token_id": 2})
+    write_tokenizer(tmp_path / "teacher")
+    settings = {**RECOMMENDED, "cache_implementation": "offloaded", "suppress_tokens": [7]}
+    file = tmp_path / "teacher/generation_config.json"
+    file.write_text(json.dumps({**settings, "eos_token_id": [2, 0]}))
+    run = tmp_path / "run"
+    words = [str(tmp_path / "teacher"), "--run", str(run), "--no-report"]
+    done = CliRunner().invoke(app, ["seed", *words], catch_exceptions=False)
+    assert "do_sample True, " in done.stderr and "temperature 0.6" in done.stderr
+    assert "has no use for: cache_implementation" in done.stderr
+    words = ["hybridize", "--attn-layers", "1", "--run", str(run)]
+    CliRunner().invoke(app, words, catch_exceptions=False)
+    words = ["export", "--run", str(run), "--format", "hub", "--out", str(tmp_path / "hub")]
+    CliRunner().invoke(app, words, catch_exceptions=False)
+    for folder in (run / "products/seed", run / "products/hybrid-1", tmp_path / "hub"):
+        found = json.loads((folder / "generation_config.json").read_text())
+        assert {key: found.get(key) for key in RECOMMENDED} == RECOMMENDED, folder
+        assert found["suppress_tokens"] == [7] and "cache_implementation" not in found
+        assert {0, 2} <= set(found["eos_token_id"])
+        kept = mmmamba_cli.load(str(folder)).generation_config
+        assert kept.do_sample and kept.temperature == 0.6
 
 
 def test_internlm2_is_a_hovles_language_model_alone(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from released_case import write_released
 from safetensors.torch import load_file, save_file
 from small_language_models import write, write_tokenizer
@@ -19,8 +22,15 @@ from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.export import Score, Story, export_checkpoint
-from mmmamba_cli.export.card import public_name, public_recipe
+from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
 from mmmamba_cli.runs import Run
+from mmmamba_cli.runs.manifest import command_line
+from mmmamba_cli.runs.public_names import (
+    public_command,
+    public_name,
+    public_recipe,
+    public_text,
+)
 
 CASE = Path(__file__).parents[1] / "golden/hovle_pre"
 
@@ -235,7 +245,12 @@ def test_the_card_tells_lineage_recipe_and_what_was_not_done(run: Path, tmp_path
     assert "  attention: 2\n" in text and "conv_width: 2" in text
     assert "attention in layers 0, 2 of 5" in text
     assert "license" not in text and "\n## Scores" not in text
-    assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["mmmamba", "arxiv:2502.13145"],
+    }
 
 
 def test_the_card_takes_a_licence_and_a_title(run: Path, tmp_path: Path) -> None:
@@ -283,13 +298,52 @@ def test_names_are_shortened_and_repositories_kept() -> None:
     assert public_name("some/model") == "some/model"
     assert public_name("--out=/home/someone/x") == "--out=x"
     text = "teacher: /home/someone/hovle\ndata:\n  train: ~/secret/train.jsonl\nlr: 1e-3\n"
-    assert public_recipe(text) == "teacher: hovle\ndata:\n  train: train.jsonl\nlr: 1e-3\n"
+    assert public_recipe(text) == "teacher: hovle\ndata:\n  train: train.jsonl\nlr: 0.001\n"
+
+
+def test_paths_are_shortened_wherever_they_stand() -> None:
+    long = "/home/someone/a folder/" + "x" * 120 + "/train: all.jsonl"
+    text = write_yaml(
+        {
+            "description": "as in /home/someone/notes.md, see https://host/home/x",
+            "data": {"train": [long, "~/b: c/d.tar"], "image_root": "C:\\Users\\me\\images"},
+        }
+    )
+    found = public_recipe(text)
+    assert "someone" not in found and "Users" not in found and "b: c" not in found
+    data = read_yaml(found, "it")["data"]
+    assert data == {"train": ["train: all.jsonl", "d.tar"], "image_root": "images"}
+    command = shlex.join(["mmmamba", "distill", "--data", "/home/me/a b/t.jsonl", "--set", "x=1"])
+    assert public_command(command) == "mmmamba distill --data t.jsonl --set x=1"
+    assert public_command("mmmamba seed /home/me/isn't/x") == "mmmamba seed x"
+    assert public_text("imported: '/home/me/x y.txt' of and/or") == "imported: 'x y.txt' of and/or"
+    assert public_text("the file /home/me/x.json: is damaged") == "the file x.json: is damaged"
+
+
+def test_a_command_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["/usr/bin/mmmamba", "seed", "my model", "--set", "description=it's $HOME"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert shlex.split(command_line()) == ["mmmamba", *words[1:]]
+
+
+def test_the_teacher_is_the_base_model_where_the_hub_has_it(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    teacher = tmp_path / f"hub/models--some--model/snapshots/{commit}"
+    shutil.copytree(CASE, teacher)
+    run = tmp_path / "run"
+    mmmamba("seed", teacher, "--run", run, "--no-report")
+    front = yaml.safe_load(card(run, tmp_path / "out").split("---\n")[1])
+    assert front["base_model"] == "some/model"
+    text = card(run, tmp_path / "out", "--base-model", "other/model")
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "other/model"
+    with pytest.raises(CheckpointError, match="'nameless' is no repository"):
+        card(run, tmp_path / "out", "--base-model", "nameless")
 
 
 def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None:
     from mmmamba_cli.evaluate.result import DataPart, ModelPart, Result, RulePart, json_text
 
-    def write(name: str, content_hash: str, value: float) -> None:
+    def write(name: str, content_hash: str, value: float, used: int = 10) -> None:
         part = RulePart(
             rule="kit",
             scoring="yes-no",
@@ -304,14 +358,14 @@ def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None
             title="POPE",
             version=1,
             suite_digest="0",
-            data=DataPart(file="POPE.tsv", sha256="0", rows=20, used=10),
+            data=DataPart(file="POPE.tsv", sha256="0", rows=20, used=used),
             model=ModelPart(name=name, content_hash=content_hash),
             settings={},
             rules=(part,),
             seed=0,
             versions={},
         )
-        (run / "evals" / name).mkdir(parents=True)
+        (run / "evals" / name).mkdir(parents=True, exist_ok=True)
         (run / "evals" / name / "result.json").write_text(json_text(result))
 
     write("hybrid-2", Run(run).product("hybrid-2").content_hash, 85.25)
@@ -319,11 +373,25 @@ def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None
     text = card(run, tmp_path / "out")
     row = "| POPE | kit | accuracy | 85.25 (84.25 to 86.25) | 10, a part |"
     assert row in text and "11.5" not in text and "95% intervals" in text
+    assert "model-index" not in text  # a part of a suite is no result on it
+    write("teacher", Run(run).teacher.content_hash, 91.5, used=20)
+    text = card(run, tmp_path / "out")
+    assert row in text and "91.5" not in text  # asked other questions
+    write("hybrid-2", Run(run).product("hybrid-2").content_hash, 85.25, used=20)
+    text = card(run, tmp_path / "out")
+    assert "| POPE | kit | accuracy | 85.25 (84.25 to 86.25) | 91.5 | 20 |" in text
+    (model,) = yaml.safe_load(text.split("---\n")[1])["model-index"]
+    (result,) = model["results"]
+    assert result["dataset"] == {"name": "POPE", "type": "pope"}
+    assert result["metrics"] == [
+        {"type": "accuracy", "value": 85.25, "name": "accuracy by the rule kit"}
+    ]
     # Another kit's results lie beside ours under the same name.
     (run / "evals" / "hybrid-2" / "lm-eval").mkdir()
     (run / "evals" / "hybrid-2" / "lm-eval" / "result.json").write_text('{"kit": "lm-eval"}')
     done = mmmamba("export", "--run", run, "--format", "hub", "--out", tmp_path / "more")
     assert "lm-eval/result.json has the scores of lm-eval" in done.stderr
+    row = "| POPE | kit | accuracy | 85.25 (84.25 to 86.25) | 91.5 | 20 |"
     assert row in (tmp_path / "more" / "README.md").read_text()
 
 

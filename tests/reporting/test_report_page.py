@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from report_case import HOSTILE, Balanced, answer, hash_of, product, write_run
 
 from mmmamba_cli.errors import RunError
+from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.reporting import build_page, read_material
 
 Full = tuple[Path, Path, Path]
@@ -204,6 +206,25 @@ def test_the_command_writes_one_file(full: Full, tmp_path: Path, mmmamba: Comman
     assert told["left_out"] == {} and "costs" in told["shown"]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["page.html"]
     assert re.search(r"https?://", text) is None
+
+
+def test_nothing_on_the_page_says_where_it_was_made(full: Full, tmp_path: Path) -> None:
+    """Commands, recipes that fold their lines, and remarks."""
+    run = tmp_path / "secret-place" / "run"
+    shutil.copytree(full[0], run)
+    for file in run.glob("products/*/manifest.json"):
+        raw = json.loads(file.read_text())
+        long = f"/home/someone/{'a folder/' * 12}my: data.jsonl"
+        recipe = dump_recipe(load_recipe("smoke", (), {"data.train": long}))
+        command = shlex.join(["mmmamba", "distill", "--data", long, f"--set=x={long}"])
+        file.write_text(json.dumps(raw | {"recipe": recipe, "command": command, "final": None}))
+    (run / "profile/profile.json").write_text("no JSON")
+    found = build_page(read_material(run), created="now", data=full[2])
+    text = Balanced(found.html).text
+    assert "my: data.jsonl" in text and "not known" in text
+    assert "profile.json is not valid JSON" in text
+    for word in ("someone", "a folder", "secret-place", str(tmp_path)):
+        assert word not in text
 
 
 def test_only_a_report_is_replaced(full: Full, tmp_path: Path, mmmamba: Command) -> None:

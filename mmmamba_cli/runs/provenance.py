@@ -1,0 +1,103 @@
+"""How far a model was distilled, kept in the `config.json` of layouts that have no manifest.
+
+The layouts of other projects say nothing of it, so an export writes a field of its own, which
+`import` reads back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmmamba_cli import __version__
+from mmmamba_cli.checkpoint import OWN, Checkpoint, released
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.recipe import load_recipe
+from mmmamba_cli.runs.manifest import MANIFEST, Manifest, read_manifest
+
+FIELD = "mmmamba"
+PUBLISHED_RECIPE = "mmmamba-linear"
+PUBLISHED = "published as distilled end to end, which was not checked here"
+NOT_KNOWN = "how far it was distilled is not known"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """`stages` done in order; `final` as in a `Manifest`, None where it is not known."""
+
+    stages: tuple[str, ...] = ()
+    final: bool | None = None
+    notes: tuple[str, ...] = ()
+
+
+def provenance_field(provenance: Provenance) -> dict[str, Any]:
+    """The value of `FIELD` in an exported config."""
+    return {
+        "version": __version__,
+        "stages": list(provenance.stages),
+        "distilled_end_to_end": provenance.final,
+        "notes": list(provenance.notes),
+    }
+
+
+def provenance_of(checkpoint: Checkpoint) -> Provenance:
+    """What a checkpoint says of itself.
+
+    Its manifest comes first, then the field of an export, then the layout: a model in the published
+    layout counts as published unless mmmamba or a training wrote it. Raises `RunError` for a
+    manifest and `CheckpointError` for a field that cannot be read.
+    """
+    manifest = manifest_beside(checkpoint)
+    if manifest is not None:
+        return Provenance(manifest.stages, manifest.final, manifest.notes)
+    raw = _written_config(checkpoint)
+    if FIELD in raw:
+        return _parse(raw[FIELD], checkpoint.path)
+    if checkpoint.model_type == released.MODEL_TYPE and _is_published(checkpoint):
+        stages = tuple(stage.name for stage in load_recipe(PUBLISHED_RECIPE).stages)
+        return Provenance(stages, True, (PUBLISHED,))
+    return Provenance(notes=(NOT_KNOWN,))
+
+
+def manifest_beside(checkpoint: Checkpoint) -> Manifest | None:
+    """The manifest of a folder that mmmamba wrote, if it has one."""
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if checkpoint.model_type != OWN or not (folder / MANIFEST).is_file():
+        return None
+    return read_manifest(folder)
+
+
+def _written_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The `config.json` beside the weights; a product's `raw_config` is its teacher's."""
+    return checkpoint.raw_config if checkpoint.own_config is None else checkpoint.own_config
+
+
+def _is_published(checkpoint: Checkpoint) -> bool:
+    """Whether nothing shows that mmmamba exported it, or that it is a state of a training.
+
+    Exports before `FIELD` name the repository of the code in `auto_map`. A training has the mixers'
+    projections in tensors of their own; the published models have them fused.
+    """
+    maps = _written_config(checkpoint).get("auto_map")
+    references = maps.values() if isinstance(maps, Mapping) else ()
+    exported = any(str(one).startswith(f"{released.CODE}--") for one in references)
+    training = any(name.endswith(".attention.in_proj.weight") for name in checkpoint.source.names)
+    return not exported and not training
+
+
+def _parse(value: Any, path: Path) -> Provenance:
+    fields = value if isinstance(value, Mapping) else {}
+    stages, final = fields.get("stages"), fields.get("distilled_end_to_end")
+    notes = fields.get("notes", [])
+    texts = (stages, notes)
+    if not all(isinstance(t, list) and all(isinstance(one, str) for one in t) for t in texts) or (
+        final is not None and not isinstance(final, bool)
+    ):
+        raise CheckpointError(
+            f"{path}: {FIELD} of config.json is {value!r:.80}, expected stages, "
+            "distilled_end_to_end and notes as `mmmamba export` writes them",
+            "take the config.json that was written with the weights, or remove the field",
+        )
+    return Provenance(tuple(stages or ()), final, tuple(notes))
