@@ -44,7 +44,7 @@ def write_beside(
         )
     for name in (CONFIG, SOURCE_CONFIG, PROCESSOR, TOKENIZER):
         if (folder / name).is_file():
-            value = json.loads((folder / name).read_text(encoding="utf-8"))
+            value = json.loads((folder / name).read_text(encoding="utf-8-sig"))
             _write_json(folder / name, public_value(value))
     _add_field(folder / CONFIG, FIELD, provenance_field(provenance))
 
