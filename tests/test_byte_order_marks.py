@@ -177,4 +177,4 @@ def plain_readers() -> Iterator[str]:
 
 
 def test_no_reader_of_text_takes_the_mark_for_text() -> None:
-    assert list(plain_readers()) == []
+    assert list(plain_readers()) == [], 'read text that users may edit with encoding="utf-8-sig"'

@@ -50,7 +50,7 @@ def command(
     teacher_path: TeacherPath = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Score these answers (.tsv, .jsonl, .xlsx); no model."),
+        typer.Option(metavar="FILE", help="Score these answers (.tsv, .csv, .jsonl, .xlsx)."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -61,7 +61,9 @@ def command(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Only the first so many questions of each suite."),
+        typer.Option(
+            min=1, metavar="N", help="So many questions of each suite, spread over its categories."
+        ),
     ] = None,
     batch: Annotated[
         str, typer.Option(metavar="N|auto", help="Prompts at a time; auto takes what fits.")
@@ -78,7 +80,10 @@ def command(
         bool, typer.Option("--choose", help="Take the likeliest choice; generate nothing.")
     ] = False,
     rule: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Score by this rule only.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Score by this rule only; without a date its newest version."
+        ),
     ] = None,
     device: Device = None,
     dtype: DType = "auto",

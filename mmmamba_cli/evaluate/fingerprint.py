@@ -40,14 +40,14 @@ def answering_versions() -> dict[str, str]:
 def code_digest() -> str:
     """Changes with any source file that an answer depends on: prompts, processing, the model."""
     package = Path(__file__).resolve().parents[1]
+    files = [*package.glob("*.py"), *(f for room in ROOMS for f in (package / room).rglob("*.py"))]
     digest = hashlib.sha256()
-    for room in ROOMS:
-        for file in sorted((package / room).rglob("*.py")):
-            parts = file.relative_to(package / room).parts
-            if room == "evaluate" and parts[0] in BEHIND:
-                continue
-            digest.update(f"{room}/{'/'.join(parts)}\n".encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for name, file in sorted((file.relative_to(package).as_posix(), file) for file in files):
+        room, _, rest = name.partition("/")
+        if room == "evaluate" and rest.partition("/")[0] in BEHIND:
+            continue
+        digest.update(f"{name}\n".encode())
+        digest.update(file_digest(file))
     return digest.hexdigest()[:DIGITS]
 
 

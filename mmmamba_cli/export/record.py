@@ -85,7 +85,7 @@ def _describe(file: Path) -> dict[str, Any]:
 def _recorded(folder: Path) -> dict[str, Any] | None:
     """The files that the record names; None without a record that can be read."""
     try:
-        value = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        value = json.loads((folder / RECORD).read_text(encoding="utf-8-sig"))
         files = value["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -93,4 +93,4 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace")
+    return file.read_text(encoding="utf-8-sig", errors="replace")

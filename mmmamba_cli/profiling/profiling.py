@@ -188,7 +188,7 @@ def check_replaceable(folder: str | Path) -> None:
     if not there:
         return
     try:
-        json.loads(file.read_text(encoding="utf-8"))["subjects"]
+        json.loads(file.read_text(encoding="utf-8-sig"))["subjects"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder} holds {', '.join(there)} that mmmamba profile did not write",

@@ -169,7 +169,7 @@ def _read_run(folder: Path, name: str | None) -> Told:
         told,
         trained=list(_trained(run, told)),
         evaluated=list(_evaluated(told, remarks)),
-        profile=_profile(folder, remarks),
+        profile=_profile(told, remarks),
         remarks=tuple(remarks),
     )
 
@@ -225,15 +225,23 @@ def _answers(file: Path, remarks: list[str]) -> dict[str, Mapping[str, str]]:
         return {}
 
 
-def _profile(folder: Path, remarks: list[str]) -> Profile | None:
-    file = folder / PROFILES / PROFILE
+def _profile(told: Told, remarks: list[str]) -> Profile | None:
+    file = told.folder / PROFILES / PROFILE
     if not file.is_file():
         return None
     try:
-        return read_profile(file)
+        found = read_profile(file)
     except MmmambaError as error:
         remarks.append(error.message)
         return None
+    for subject in found.subjects:
+        product = told.products.get(subject.name)
+        if product is not None and subject.content_hash not in (None, product.content_hash):
+            remarks.append(
+                f"{told.label(subject.name)} was made again after it was profiled: its costs are "
+                "those of the earlier weights"
+            )
+    return found
 
 
 def _json(file: Path) -> Mapping[str, Any]:

@@ -69,6 +69,20 @@ def test_scores_by_different_rules_are_not_set_beside_each_other_in_silence(
     assert "no rule in common" not in said and "12.2" in said
 
 
+def test_a_profile_of_earlier_weights_is_named(full: Full, tmp_path: Path) -> None:
+    source, _, _ = full
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    file = run / "profile" / "profile.json"
+    for content_hash, count in ((hash_of("linear-stage3"), 0), ("e" * 64, 1)):
+        value = json.loads(file.read_text())
+        value["subjects"][1]["content_hash"] = content_hash
+        file.write_text(json.dumps(value))
+        remarks = read_material(run).remarks
+        assert len(remarks) == count, remarks
+    assert remarks[0].startswith("linear-stage3 was made again after it was profiled")
+
+
 def test_other_kits_results_are_named(full: Full, tmp_path: Path) -> None:
     source, _, _ = full
     run = tmp_path / "run"
