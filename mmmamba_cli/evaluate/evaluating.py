@@ -166,7 +166,7 @@ def evaluate_model(
             batch=options.batch,
             watch=watch,
         )
-        # A row that could not be asked has an empty answer, which no rule takes for a right one.
+        # A row that could not be asked has an empty answer; `score` counts it as wrong.
         answers = {
             row.index: "" if row.index in asked.not_asked else store.answers[row.index].text
             for row in rows
@@ -248,7 +248,10 @@ def score(
     not_asked: tuple[NotAsked, ...] = (),
 ) -> Scored:
     """The suite's rules, or one of them, over answers by index."""
-    said = [answers[row.index] for row in rows]
+    refused = {one.index for one in not_asked}
+    said = [
+        _wrong_answer(suite, row) if row.index in refused else answers[row.index] for row in rows
+    ]
     scoring = suite.scoring(options.rule)
     tallies = {name: find_rule(function)(rows, said) for name, function in scoring.items()}
     parts = [
@@ -274,6 +277,13 @@ def score(
         versions=answering_versions(),
     )
     return Scored(result, tallies, rows)
+
+
+def _wrong_answer(suite: Suite, row: Row) -> str:
+    """An answer that no rule takes for a right one: POPE's takes an empty answer for yes."""
+    if suite.choices == ("Yes", "No"):
+        return "No" if row.answer.lower() == "yes" else "Yes"
+    return ""
 
 
 def compare_with_teacher(

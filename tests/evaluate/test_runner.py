@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from suite_tables import ScriptedModel, mme_rows, picture, write_tsv
+from suite_tables import ScriptedModel, mme_rows, picture, pope_rows, write_tsv
 
 from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, RunError
 from mmmamba_cli.evaluate import (
@@ -167,8 +167,9 @@ def test_rows_that_cannot_be_asked_are_counted_and_named(
     assert sorted(int(prompt.index) for prompt in model.asked) == [
         index for index in range(56) if str(index) not in bad
     ]
-    # Of 28 pairs three are wrong: no answer is no right answer.
-    assert result.rules[0].counts["unreadable"] == len(bad)
+    # Of 28 pairs three are wrong, and there is no answer that could not be read.
+    for part in result.rules:
+        assert part.counts == {"right": 50, "wrong": len(bad), "unreadable": 0}
     assert result.data.used == 56
     assert sum(seen) == 56
     assert warned == [
@@ -182,6 +183,22 @@ def test_rows_that_cannot_be_asked_are_counted_and_named(
     mended = run(tmp_path, tmp_path / "out", again, **options).result
     assert mended.not_asked == ()
     assert mended.rules[0].metrics == {"perception": 2000.0, "reasoning": 800.0}
+
+
+def test_a_row_that_cannot_be_asked_is_wrong_by_every_rule(tmp_path: Path) -> None:
+    """InternVL's rule for POPE takes an empty answer for yes, which may be right."""
+    rows = pope_rows()
+    rows[0]["image"] = "!" + picture(0)
+    write_tsv(tmp_path / "POPE.tsv", rows)
+    suite, options = find_suite("pope"), Options(data=tmp_path)
+    table, asked = open_suite(suite, options)
+    right = {row.index: row.answer for row in asked}
+    model = ScriptedModel(right)
+    found = evaluate_model(model, suite, table, asked, tmp_path / "out", options, Watch()).result
+    bad = [row["index"] for row in rows if row["image_path"] == "0.jpg"]
+    assert [one.index for one in found.not_asked] == [str(index) for index in bad]
+    for part in found.rules:
+        assert part.counts == {"right": 12 - len(bad), "wrong": len(bad), "unreadable": 0}
 
 
 def test_where_no_row_can_be_asked_nothing_is_scored(tmp_path: Path) -> None:
