@@ -18,7 +18,7 @@ from mmmamba_cli.decoding.prefill import extra_columns, read, real_columns
 from mmmamba_cli.decoding.states import States
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.decoder import require_columns
+from mmmamba_cli.model.prompt import require_columns
 
 # Room is made in steps of so many columns, so that prompts of like length share a graph, and there
 # is always enough to warm up in.

@@ -15,7 +15,7 @@ from mmmamba_cli.decoding.parts import read_part
 from mmmamba_cli.decoding.states import States
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.decoder import Prompt
+from mmmamba_cli.model.prompt import Prompt
 
 # Tokens at a time, of all rows, of a model whose memory does not grow: on a GPU so many that it
 # computes for longer than the host takes to say what. And columns, at least.

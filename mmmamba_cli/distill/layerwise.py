@@ -16,7 +16,7 @@ from torch import Tensor
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.pair import Pair
 from mmmamba_cli.model.block import Block
-from mmmamba_cli.model.decoder import Prompt
+from mmmamba_cli.model.prompt import Prompt
 from mmmamba_cli.model.sequence import Columns
 
 # Parameters that a mixer's output before W_O depends on.

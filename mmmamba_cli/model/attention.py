@@ -58,8 +58,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """softmax(q k^T / sqrt(P)) v before W_O, (B, T, H * P).
 
-        The softmax (B, H, T, keys) is appended to `weights` if that is given. Attention is
-        PyTorch's or a kernel's, or written out where attn_implementation is "eager".
+        Attention is PyTorch's or a kernel's, or written out where attn_implementation is "eager";
+        the softmax (B, H, T, keys) is then appended to `weights` if that is given.
         """
         q, k, v = (x.transpose(1, 2) for x in self.queries_keys_values(hidden, columns))
         if cache is not None:
@@ -72,10 +72,14 @@ class Attention(nn.Module):
         mask = None
         if not is_causal and segments is None:
             mask = columns.attention_mask(k.shape[2])
-        if weights is not None:
-            weights.append(attention_weights(q, k, is_causal=is_causal, mask=mask).to(q.dtype))
-        backend = "reference" if eager else "auto"
-        y = attention(q, k, v, is_causal=is_causal, mask=mask, segments=segments, backend=backend)
+        if weights is None:
+            backend = "reference" if eager else "auto"
+            y = attention(
+                q, k, v, is_causal=is_causal, mask=mask, segments=segments, backend=backend
+            )
+        else:
+            weights.append(attention_weights(q, k, is_causal=is_causal, mask=mask).to(v.dtype))
+            y = weights[-1] @ v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
         return y.transpose(1, 2).flatten(2)
 
     def queries_keys_values(

@@ -16,11 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.layout import Expansion, ImageColumns
 from mmmamba_cli.model.sequence import StackState
+
+# What this release of transformers calls the cache in its outputs and in `generate`: "cache" from
+# 5.24 on, "past_key_values" before.
+CACHE_NAME = (
+    "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
 
 NO_ROLLBACK = (
     "a recurrent state holds only its last column and cannot be taken back to an earlier one"
@@ -267,6 +274,13 @@ def new_cache(config: HolisticVLMConfig, max_length: int | None = None) -> Hybri
     if max_length is None:
         return HybridCache(DynamicCache(config=config))
     return HybridCache(StaticCache(config=config, max_cache_len=max_length))
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache that was given under either of its names."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument: give one")
+    return past_key_values if cache is None else cache
 
 
 def as_hybrid(cache: Cache | None) -> HybridCache | None:

@@ -18,55 +18,35 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.cache import (
+    CACHE_NAME,
     DecodingState,
     HybridCache,
     as_hybrid,
     decoding_state,
     new_cache,
+    one_cache,
     widen_static_layers,
 )
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.layout import Expansion, count_tiles, expand, new_tiles
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
-from mmmamba_cli.model.sequence import Columns, describe_columns
+from mmmamba_cli.model.prompt import (
+    Prompt,
+    check_tile_shape,
+    checked_inputs,
+    refuse_lost_images,
+    refuse_positions,
+)
+from mmmamba_cli.model.sequence import Columns, StackState, describe_columns, packed_sequences
 from mmmamba_cli.model.vision import Vision
 
-# What this release of transformers calls the cache in its outputs and in `generate`: "cache" from
-# 5.24 on, "past_key_values" before.
-CACHE_NAME = (
-    "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-)
-
-
-def require_columns(inputs: Tensor, name: str = "input_ids") -> None:
-    """Raise `DataError` for an empty prompt (B, T) or (B, T, D)."""
-    if inputs.numel() == 0:
-        raise DataError(
-            f"{name} is {tuple(inputs.shape)}, expected at least one row and one column",
-            "an empty prompt has no last token to continue; begin with the bos token",
-        )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Inputs as the stacks will see them; made by `HolisticDecoder.prepare`."""
-
-    input_ids: Tensor | None
-    pixel_values: Tensor | None
-    # (B, T) bool, or None where there is no image to place.
-    is_image: Tensor | None
-    # None unless the embedding stack sees more columns than the language stack.
-    expansion: Expansion | None
-    # None for a plain language model.
-    embedding: Columns | None
-    language: Columns
-    # (B, T, D) in place of the text embeddings of `input_ids`.
-    inputs_embeds: Tensor | None = None
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -153,14 +133,15 @@ class HolisticDecoder(HolisticPreTrainedModel):
     def _asked_outputs(
         self, hidden_states: bool | None, attentions: bool | None, chunk_size: int | None
     ) -> LayerOutputs | None:
-        """What a forward has to collect. Raises `ValueError` for weights that cannot be had."""
+        """What a forward has to collect; None for nothing."""
         wants_weights = _asked(attentions, self.config.output_attentions)
         if wants_weights and self.config._attn_implementation != "eager":
-            raise ValueError(
-                'output_attentions needs attn_implementation="eager", which writes attention '
-                f"out; {self.config._attn_implementation!r} computes no weights that could be "
-                "returned"
+            logger.warning_once(
+                "output_attentions=True returns no attention weights with attn_implementation="
+                f"{self.config._attn_implementation!r}, which does not compute them: load the "
+                'model with attn_implementation="eager"'
             )
+            wants_weights = False
         if wants_weights and chunk_size is not None:
             raise ValueError("output_attentions and prefill_chunk_size: give one or the other")
         if not wants_weights and not _asked(hidden_states, self.config.output_hidden_states):
@@ -239,17 +220,11 @@ class HolisticDecoder(HolisticPreTrainedModel):
         conversation. Raises `DataError` where inputs do not agree with one another or the cache,
         `ValueError` for arguments that do not go together.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give one of input_ids and inputs_embeds")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, columns)"
-            )
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        assert inputs is not None
+        inputs = checked_inputs(input_ids, inputs_embeds, attention_mask)
         rows, length = inputs.shape[:2]
-        require_columns(inputs, "input_ids" if inputs_embeds is None else "inputs_embeds")
-        state = DecodingState() if cache is None else decoding_state(cache)
+        state = (
+            DecodingState(StackState(), StackState()) if cache is None else decoding_state(cache)
+        )
         if isinstance(cache, HybridCache):
             cache.require_fit(rows, length)
         if seq_idx is not None and state.language.length > 0:
@@ -264,7 +239,7 @@ class HolisticDecoder(HolisticPreTrainedModel):
         if is_image is not None and vision is not None:
             if vision.pixel_shuffle == "post":
                 expansion = expand(is_image, vision.merge**2)
-                self._refuse_positions(position_ids, mask, state)
+                refuse_positions(position_ids, mask, state.language)
                 if cache is not None and state.static_columns is not None:
                     extra = state.embedding.length - state.language.length + expansion.extra_columns
                     layers = cache.layers[: self.num_embedding_layers]
@@ -367,18 +342,14 @@ class HolisticDecoder(HolisticPreTrainedModel):
         vision = self.config.vision_config
         if pixel_values is None:
             if input_ids is not None:
-                self._refuse_lost_images(input_ids)
+                refuse_lost_images(vision, input_ids)
             return None
         if vision is None:
             raise DataError("this model has no vision part", "leave out pixel_values")
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != vision.num_channels:
-            raise DataError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected "
-                f"(tiles, {vision.num_channels}, {vision.image_size}, {vision.image_size})"
-            )
+        check_tile_shape(vision, pixel_values)
         if pixel_values.shape[0] == 0:
             if input_ids is not None:
-                self._refuse_lost_images(input_ids)
+                refuse_lost_images(vision, input_ids)
             return None
         is_image = self.context_columns(input_ids, inputs_embeds)
         count_tiles(is_image, vision.tokens_per_tile, pixel_values.shape[0])
@@ -404,42 +375,6 @@ class HolisticDecoder(HolisticPreTrainedModel):
             )
         context = torch.tensor([vision.image_token_id], device=inputs_embeds.device)
         return (inputs_embeds == self.text_embedding(context)).all(-1)
-
-    def _refuse_lost_images(self, input_ids: Tensor) -> None:
-        """A tile's worth of context ids without pixels is a mistake, not text."""
-        vision = self.config.vision_config
-        if vision is None or input_ids.shape[1] < vision.tokens_per_tile:
-            return
-        lost = int((input_ids == vision.image_token_id).sum(1).max())
-        if lost >= vision.tokens_per_tile:
-            raise DataError(
-                f"the prompt has {lost} image context tokens in a row of the batch, but no "
-                "pixel_values were given",
-                "pass the pixel_values that the processor returned",
-            )
-
-    def _refuse_positions(
-        self, position_ids: Tensor | None, mask: Tensor | None, state: DecodingState
-    ) -> None:
-        """Positions of the prompt's columns say nothing of the patches that "post" makes of them.
-
-        Those that count the real tokens, as data collators write them, are what is used anyway.
-        """
-        if position_ids is None:
-            return
-        counted = torch.arange(position_ids.shape[1], device=position_ids.device)
-        start = state.language.next_position
-        counted = counted + (state.language.length if start is None else start)
-        if mask is not None:
-            begin = state.language.length if start is None else start
-            counted = mask.long().cumsum(1) - 1 + begin
-        same = counted == position_ids
-        if not bool((same if mask is None else same | ~mask).all()):
-            raise DataError(
-                "position_ids other than the number of each token cannot be used with pictures "
-                "where the pixel shuffle comes after the embedding stack, which counts patches",
-                "leave out position_ids",
-            )
 
     def _embedding_columns(
         self,
@@ -478,28 +413,6 @@ class HolisticDecoder(HolisticPreTrainedModel):
             device=inputs.device,
             dtype=self.text_embedding.weight.dtype,
         )
-
-
-def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache that was given under either of its names."""
-    if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise ValueError("past_key_values and cache are two names of one argument: give one")
-    return past_key_values if cache is None else cache
-
-
-def packed_sequences(position_ids: Tensor | None) -> Tensor | None:
-    """(B, T) ids of the sequences that positions which start over tell apart, None for one a row.
-
-    Collators that pack sequences without padding describe them by `position_ids` alone.
-    """
-    if position_ids is None or position_ids.shape[1] < 2:
-        return None
-    begins = torch.zeros_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    # A compiled graph does not branch on values: one sequence a row is then a case of several.
-    if not torch.compiler.is_compiling() and not bool(begins.any()):
-        return None
-    return begins.long().cumsum(1)
 
 
 def join(parts: list[Tensor]) -> Tensor:

@@ -10,9 +10,9 @@ from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.model.cache import HybridCache, as_hybrid
+from mmmamba_cli.model.cache import CACHE_NAME, HybridCache, as_hybrid
 from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
-from mmmamba_cli.model.decoder import CACHE_NAME, HolisticDecoder
+from mmmamba_cli.model.decoder import HolisticDecoder
 from mmmamba_cli.model.layout import count_tiles, tiles_of_rows
 from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
 

@@ -32,9 +32,14 @@ class HolisticPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("Block",)
     _skip_keys_device_placement = ("past_key_values", "cache")
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = FP32_PARAMETERS
     # Tensors of a teacher that no forward uses; they are kept on disk for exports.
     _keys_to_ignore_on_load_unexpected = (r"^unused\.",)
+
+    def post_init(self) -> None:
+        """As transformers; `FP32_PARAMETERS` that this model has are kept in fp32 when loaded."""
+        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict = sorted(parts.intersection(FP32_PARAMETERS))
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -50,8 +55,7 @@ class HolisticPreTrainedModel(PreTrainedModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As torch does it for `to`, `half` and `bfloat16`; `FP32_PARAMETERS` stay fp32.
 
-        `from_pretrained` keeps them in fp32 by `_keep_in_fp32_modules_strict`, which a later cast
-        does not look at.
+        transformers' `_keep_in_fp32_modules_strict` counts in `from_pretrained` alone.
         """
         parameters = [p for name, p in self.named_parameters() if is_fp32_parameter(name)]
         # Tensors are compared by identity; the values keep them alive meanwhile.

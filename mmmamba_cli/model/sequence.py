@@ -117,7 +117,12 @@ class Columns:
         )
 
     def segments(self, num_keys: int) -> Segments | None:
-        """The sequences that padded or packed columns hold, where attention sees nothing else."""
+        """The sequences that padded or packed columns hold, where attention sees nothing else.
+
+        None in a compiled graph, since their number depends on values: attention takes a mask.
+        """
+        if torch.compiler.is_compiling():
+            return None
         if self.past or num_keys != self.length or (self.mask is None and self.seq_idx is None):
             return None
         return self._own_segments
@@ -136,7 +141,8 @@ class Columns:
         """
         if self.length == 1 and num_keys == self.past + 1 and self.key_mask is None:
             return None
-        if num_keys == self.past + self.length:
+        # A compiled graph cannot enter the lock of a cached property.
+        if num_keys == self.past + self.length and not torch.compiler.is_compiling():
             return self._own_attention_mask
         return self._attention_mask(num_keys)
 
@@ -261,3 +267,18 @@ def _packed_positions(real: Tensor, counted: Tensor, seq_idx: Tensor) -> tuple[T
     ordinal = boundary.long().cumsum(1)
     lengths = torch.zeros_like(real).scatter_add(1, ordinal, real).gather(1, ordinal)
     return (counted - 1 - start).clamp(min=0), lengths
+
+
+def packed_sequences(position_ids: Tensor | None) -> Tensor | None:
+    """(B, T) ids of the sequences that positions which start over tell apart, None for one a row.
+
+    Collators that pack sequences without padding describe them by `position_ids` alone.
+    """
+    if position_ids is None or position_ids.shape[1] < 2:
+        return None
+    begins = torch.zeros_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    # A compiled graph does not branch on values: one sequence a row is then a case of several.
+    if not torch.compiler.is_compiling() and not bool(begins.any()):
+        return None
+    return begins.long().cumsum(1)

@@ -1,0 +1,110 @@
+"""A prompt as the stacks see it, and the checks of what it is made from.
+
+Legend: B batch, T columns of the prompt, E columns the embedding stack sees, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.model.config import HolisticVisionConfig
+from mmmamba_cli.model.layout import Expansion
+from mmmamba_cli.model.sequence import Columns, StackState
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Inputs as the stacks will see them; made by `HolisticDecoder.prepare`."""
+
+    input_ids: Tensor | None
+    pixel_values: Tensor | None
+    # (B, T) bool, or None where there is no image to place.
+    is_image: Tensor | None
+    # None unless the embedding stack sees more columns than the language stack.
+    expansion: Expansion | None
+    # None for a plain language model.
+    embedding: Columns | None
+    language: Columns
+    # (B, T, D) in place of the text embeddings of `input_ids`.
+    inputs_embeds: Tensor | None = None
+
+
+def checked_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    """The one of the two inputs that was given, (B, T) or (B, T, D).
+
+    Raises `ValueError` unless it is one of them, and for a mask of another shape than
+    (B, columns); `DataError` for an empty prompt.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give one of input_ids and inputs_embeds")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, columns)"
+        )
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    assert inputs is not None
+    require_columns(inputs, "input_ids" if inputs_embeds is None else "inputs_embeds")
+    return inputs
+
+
+def require_columns(inputs: Tensor, name: str = "input_ids") -> None:
+    """Raise `DataError` for an empty prompt (B, T) or (B, T, D)."""
+    if inputs.numel() == 0:
+        raise DataError(
+            f"{name} is {tuple(inputs.shape)}, expected at least one row and one column",
+            "an empty prompt has no last token to continue; begin with the bos token",
+        )
+
+
+def check_tile_shape(vision: HolisticVisionConfig, pixel_values: Tensor) -> None:
+    """Raise `DataError` unless `pixel_values` is (tiles, channels, height, width)."""
+    if pixel_values.dim() != 4 or pixel_values.shape[1] != vision.num_channels:
+        raise DataError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}, expected "
+            f"(tiles, {vision.num_channels}, {vision.image_size}, {vision.image_size})"
+        )
+
+
+def refuse_lost_images(vision: HolisticVisionConfig | None, input_ids: Tensor) -> None:
+    """Raise `DataError` for a tile's worth of context ids without pixels: no text has them.
+
+    A compiled graph does not branch on values and leaves this out.
+    """
+    if vision is None or input_ids.shape[1] < vision.tokens_per_tile:
+        return
+    if torch.compiler.is_compiling():
+        return
+    lost = int((input_ids == vision.image_token_id).sum(1).max())
+    if lost >= vision.tokens_per_tile:
+        raise DataError(
+            f"the prompt has {lost} image context tokens in a row of the batch, but no "
+            "pixel_values were given",
+            "pass the pixel_values that the processor returned",
+        )
+
+
+def refuse_positions(position_ids: Tensor | None, mask: Tensor | None, state: StackState) -> None:
+    """Positions of the prompt's columns say nothing of the patches that "post" makes of them.
+
+    Those that count the real tokens, as data collators write them, are what is used anyway.
+    """
+    if position_ids is None:
+        return
+    begin = state.length if state.next_position is None else state.next_position
+    counted = torch.arange(position_ids.shape[1], device=position_ids.device)
+    if mask is not None:
+        counted = mask.long().cumsum(1) - 1
+    counted = counted + begin
+    same = counted == position_ids
+    if not bool((same if mask is None else same | ~mask).all()):
+        raise DataError(
+            "position_ids other than the number of each token cannot be used with pictures "
+            "where the pixel shuffle comes after the embedding stack, which counts patches",
+            "leave out position_ids",
+        )
