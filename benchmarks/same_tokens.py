@@ -152,7 +152,9 @@ def examine(name: str, given: argparse.Namespace) -> dict[str, Any]:
     made: list[Batch] = []
     for label in given.dtypes:
         dtype = DTYPES[label]
-        model = load_model(path, device=device, dtype=dtype, checkpoint=named.checkpoint)
+        model = load_model(
+            path, device=device, dtype=dtype, frozen=True, checkpoint=named.checkpoint
+        )
         if given.int8:
             quantize(model)
         made = made or batches(model, processor, given.prompts, given.seed)

@@ -66,7 +66,7 @@ def write_text(brown: Path, work: Path) -> dict[str, int]:
 @torch.no_grad()
 def perplexity(folder: Path, held_out: Path, device: str) -> float:
     """exp of the mean nats per token, bf16 weights, one piece at a time."""
-    model = mmmamba_cli.load(folder, device=device, dtype="bf16")
+    model = mmmamba_cli.load(folder, device=device, dtype="bf16", frozen=True)
     processor = open_processor(open_checkpoint(folder))
     assert processor is not None
     nats, tokens = 0.0, 0

@@ -54,7 +54,7 @@ def by_lesson(
     if processor is None:
         raise RunError(f"{teacher.path} has no tokenizer")
     opened = [teacher, *students.values()]
-    models = [load_model(one.path, dtype="fp32", checkpoint=one) for one in opened]
+    models = [load_model(one.path, dtype="fp32", frozen=True, checkpoint=one) for one in opened]
     encoder = Encoder(processor, MAX_LENGTH, max_tiles=1)
     corpus = open_corpus(lessons)
     owners = lesson_numbers(lessons)

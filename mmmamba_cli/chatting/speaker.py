@@ -132,7 +132,9 @@ def load_speaker(where: Named, device: str | None = None, dtype: str = "auto") -
         )
     chosen = pick_device(device)
     wanted = pick_dtype(dtype, chosen)
-    model = load_model(checkpoint.path, device=chosen, dtype=wanted, checkpoint=checkpoint)
+    model = load_model(
+        checkpoint.path, device=chosen, dtype=wanted, frozen=True, checkpoint=checkpoint
+    )
     return Speaker(where.name, model, processor, where.kind, where.final, _generator(model))
 
 

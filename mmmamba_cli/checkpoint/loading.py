@@ -51,6 +51,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
+    frozen: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> HolisticVLM:
     """The model of a checkpoint, in eval mode. See `mmmamba_cli.load`."""
@@ -70,8 +71,8 @@ def load_model(
     model.tie_weights()
     model.config.dtype = wanted
     model.generation_config = generation_config(opened)
-    model.requires_grad_(False)
-    return model.eval()
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model.requires_grad_(not frozen).eval()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -134,6 +134,7 @@ def open_checkpoint(
     own_config = raw if kind == OWN else None
     if kind == OWN:
         found, rules = _own(raw, source, where)
+        own.warn_of_old_code(raw, where)
         raw = _read_json(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
     elif kind == hovle.MODEL_TYPE:
         found = hovle.to_architecture(raw, where)

@@ -6,6 +6,7 @@ own dataclasses; what transformers keeps beside them is its own to read.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -26,7 +27,7 @@ from mmmamba_cli.checkpoint.fields import (
     place,
     token_ids,
 )
-from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.errors import CheckpointError, MmmambaWarning
 
 SECTIONS = {
     "language_stack": StackConfig,
@@ -62,6 +63,23 @@ def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
                 f"{where}: {key} is {raw[key]!r:.60}, but its stacks give {value}", REMEDY
             )
     return found
+
+
+def warn_of_old_code(raw: Mapping[str, Any], where: str) -> None:
+    """Warn of an export in the format hub whose code newer releases of transformers do not run.
+
+    transformers 5.24 renamed an argument of every model. Code that takes both names came with the
+    entry `AutoModel`.
+    """
+    classes = raw.get("auto_map")
+    if isinstance(classes, Mapping) and "AutoConfig" in classes and "AutoModel" not in classes:
+        warnings.warn(
+            MmmambaWarning(
+                f"{where}: the code in this export does not run on transformers 5.24 and newer; "
+                "its weights are read here all the same. Export the model again with this release"
+            ),
+            stacklevel=2,
+        )
 
 
 def _check(section: Mapping[str, Any], kind: type, where: str, name: str) -> None:

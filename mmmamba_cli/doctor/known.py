@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mmmamba_cli.doctor.machine import NEEDED, release, satisfies
 from mmmamba_cli.doctor.report import FAILED, OK, WARNING, Check, Device
+from mmmamba_cli.versions import KNOWN_PAIRS, NEEDED, NEWEST_TESTED, is_untested, satisfies
 
-HOPPER = 9
-# flash-linear-attention refuses its gated backward on Hopper with these: it was silently wrong.
-BAD_TRITON = ((3, 4), (3, 7, 0))
-FLA = ("fla-core", "flash-linear-attention")
 # Where its driver shows an NVIDIA GPU, whether or not torch can use it.
 DRIVER = "/proc/driver/nvidia/version"
 
@@ -40,23 +36,26 @@ def examine_versions(facts: Facts) -> Iterator[Check]:
             yield Check(
                 name, FAILED, f"is {found}, needed is {needs}", f"pip install '{name}{needs}'"
             )
+        elif is_untested(name, found):
+            newest = ".".join(map(str, NEWEST_TESTED[name]))
+            yield Check(
+                name,
+                WARNING,
+                f"is {found}, the newest that was tested is {newest}",
+                f"where something fails, pip install {name}~={newest}.0",
+            )
     if not broken:
         yield Check("versions", OK, f"{len(NEEDED)} libraries as needed")
 
 
 def known_problems(facts: Facts) -> Iterator[Check]:
     """Every known bad pair that this machine has."""
-    triton = release(facts.versions.get("triton", ""))
-    low, high = BAD_TRITON
-    hopper = any(d.capability and d.capability[0] == HOPPER for d in facts.devices)
-    if any(name in facts.versions for name in FLA) and hopper and low <= triton <= high:
-        yield Check(
-            "flash-linear-attention",
-            WARNING,
-            f"refuses its gated backward on Hopper with Triton {facts.versions['triton']}, where "
-            "it was wrong",
-            "train with the plain backend, or with Triton newer than 3.7.0",
-        )
+    majors = {d.capability[0] for d in facts.devices if d.capability}
+    for pair in KNOWN_PAIRS:
+        on_device = pair.capability is None or pair.capability in majors
+        if on_device and pair.applies(facts.versions):
+            level = FAILED if pair.refused else WARNING
+            yield Check(pair.name, level, pair.sentence(facts.versions), pair.remedy)
     on_cpu = next((d for d in facts.devices if d.name == facts.device == "cpu"), None)
     if on_cpu is not None and on_cpu.bf16 is False:
         yield Check(

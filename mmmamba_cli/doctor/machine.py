@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mmmamba_cli.doctor.report import Device, Package
+from mmmamba_cli.versions import NEEDED, installed
 
-# As in pyproject.toml; a test holds the two together.
-NEEDED = {
-    "torch": ">=2.9",
-    "transformers": ">=5.17,<6",
-    "safetensors": ">=0.5",
-    "sentencepiece": ">=0.2",
-    "protobuf": "",
-    "numpy": "",
-    "inflect": ">=7.2",
-    "pillow": ">=10",
-    "pydantic": ">=2.7",
-    "pyyaml": ">=6",
-    "typer": ">=0.15",
-    "rich": ">=13",
-}
 EXTRAS = {
     "cuda": ("triton", "fla-core", "einops"),
     "mamba-ssm": ("mamba-ssm",),
@@ -58,26 +42,6 @@ def packages() -> tuple[Package, ...]:
         for name in names
     ]
     return tuple(found)
-
-
-def installed(name: str) -> str | None:
-    """The version of a distribution, None if it is not there."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def release(text: str) -> tuple[int, ...]:
-    """The numbers a version begins with: (2, 13, 0) of `2.13.0+cpu`."""
-    match = re.match(r"\d+(\.\d+)*", text)
-    return tuple(map(int, match[0].split("."))) if match else ()
-
-
-def satisfies(text: str, needs: str) -> bool:
-    """Whether a version is what `needs` asks for: bounds with >= and <, joined by commas."""
-    bounds = re.findall(r"(>=|<)([\d.]+)", needs)
-    return all((release(text) >= release(b)) == (sign == ">=") for sign, b in bounds)
 
 
 def missing_extras(found: tuple[Package, ...]) -> dict[str, tuple[str, ...]]:

@@ -108,7 +108,9 @@ def open_model(
             "dtype": str(kept).removeprefix("torch."),
         },
     )
-    model = load_model(checkpoint.path, device=chosen, dtype=kept, checkpoint=checkpoint)
+    model = load_model(
+        checkpoint.path, device=chosen, dtype=kept, frozen=True, checkpoint=checkpoint
+    )
     return HolisticEvalModel(model, processor, identity)
 
 

@@ -1,4 +1,9 @@
 """The model: importing this package registers it with transformers' Auto classes."""
+# ruff: noqa: E402 -- another transformers may lack what is imported from it below.
+
+from mmmamba_cli.versions import require_versions
+
+require_versions()
 
 from transformers import (
     AutoConfig,

@@ -17,6 +17,10 @@ from mmmamba_cli.architecture import (
     VisionConfig,
     derived_fields,
 )
+from mmmamba_cli.versions import require_versions
+
+# Code of an export runs this as well, where `mmmamba_cli.model` is not imported.
+require_versions()
 
 
 class HolisticVisionConfig(PreTrainedConfig):

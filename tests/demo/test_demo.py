@@ -227,7 +227,8 @@ def test_shares_by_lesson(agreement: ModuleType, made: Path) -> None:
         for right, tokens in found["itself"][name]:
             assert right == pytest.approx(tokens, rel=1e-5)
     models = [
-        agreement.load_model(one.path, dtype="fp32", checkpoint=one) for one in (teacher, student)
+        agreement.load_model(one.path, dtype="fp32", frozen=True, checkpoint=one)
+        for one in (teacher, student)
     ]
     alone = one_by_one(models, teacher, lessons, names)
     for name, shares in alone.items():

@@ -16,12 +16,13 @@ import torch
 from mmmamba_cli import ops
 from mmmamba_cli.doctor import examining, libraries, machine, missing_extras, numerics
 from mmmamba_cli.doctor.known import Facts, examine_versions, known_problems
-from mmmamba_cli.doctor.machine import EXTRAS, NEEDED, PURPOSES, release, satisfies
+from mmmamba_cli.doctor.machine import EXTRAS, PURPOSES
 from mmmamba_cli.doctor.numerics import _worst, check_backend, check_ops, relative_error
 from mmmamba_cli.doctor.op_cases import Op, all_ops
 from mmmamba_cli.doctor.report import Check, Device, OpCheck, Package, Report
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.norm import reference
+from mmmamba_cli.versions import NEEDED, release, satisfies
 
 CPU = torch.device("cpu")
 FP32 = (torch.float32,)

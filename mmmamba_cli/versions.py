@@ -1,0 +1,137 @@
+"""Versions of other packages: needed, tested with, and known not to work together.
+
+Nothing is imported to find them: they are read from the metadata of what is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+from mmmamba_cli.errors import MmmambaError, MmmambaWarning
+
+# As in pyproject.toml; a test holds the two together.
+NEEDED = {
+    "torch": ">=2.9",
+    "transformers": ">=5.17,<6",
+    "safetensors": ">=0.5",
+    "sentencepiece": ">=0.2",
+    "protobuf": "",
+    "numpy": "",
+    "inflect": ">=7.2",
+    "pillow": ">=10",
+    "pydantic": ">=2.7",
+    "pyyaml": ">=6",
+    "typer": ">=0.15",
+    "rich": ">=13",
+}
+# The newest release of each that the test suite ran on, for packages that change under us.
+NEWEST_TESTED = {"transformers": (5, 24)}
+
+
+@dataclass(frozen=True)
+class KnownPair:
+    """Packages that do not work together, each within its bounds (`satisfies`).
+
+    One of `beside` must be installed too, in any version; with `capability` a GPU of that major
+    compute capability must be there, which only `mmmamba doctor` looks at. `refused` stops the
+    import of the model; anything else is a warning of `mmmamba doctor`. `problem` may name the
+    version of a package in braces.
+    """
+
+    name: str
+    packages: Mapping[str, str]
+    problem: str
+    remedy: str
+    beside: tuple[str, ...] = ()
+    capability: int | None = None
+    refused: bool = False
+
+    def applies(self, versions: Mapping[str, str]) -> bool:
+        """Whether these `versions`, of what is installed, are such a pair."""
+        within = all(
+            name in versions and satisfies(versions[name], bounds)
+            for name, bounds in self.packages.items()
+        )
+        return within and (not self.beside or any(name in versions for name in self.beside))
+
+    def sentence(self, versions: Mapping[str, str]) -> str:
+        return self.problem.format_map(versions)
+
+
+HOPPER = 9
+KNOWN_PAIRS = (
+    # flash-linear-attention refuses its gated backward there itself: it was silently wrong.
+    KnownPair(
+        "flash-linear-attention",
+        {"triton": ">=3.4,<3.7.1"},
+        "refuses its gated backward on Hopper with Triton {triton}, where it was wrong",
+        "train with the plain backend, or with Triton newer than 3.7.0",
+        beside=("fla-core", "flash-linear-attention"),
+        capability=HOPPER,
+    ),
+)
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """The numbers a version begins with: (2, 13, 0) of `2.13.0+cpu`."""
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def satisfies(text: str, needs: str) -> bool:
+    """Whether a version is what `needs` asks for: bounds with >= and <, joined by commas."""
+    bounds = re.findall(r"(>=|<)([\d.]+)", needs)
+    return all((release(text) >= release(b)) == (sign == ">=") for sign, b in bounds)
+
+
+def is_untested(name: str, text: str) -> bool:
+    """Whether a version is newer than the newest release that the test suite ran on."""
+    newest = NEWEST_TESTED.get(name)
+    return newest is not None and release(text)[: len(newest)] > newest
+
+
+def problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
+    """Why the model cannot run with `versions`, those of what is installed."""
+    found = versions.get("transformers")
+    if found is not None and not satisfies(found, NEEDED["transformers"]):
+        needs = NEEDED["transformers"]
+        yield MmmambaError(
+            f"transformers {found} is installed, mmmamba needs {needs}",
+            f"pip install 'transformers{needs}'",
+        )
+    for pair in KNOWN_PAIRS:
+        if pair.refused and pair.applies(versions):
+            yield MmmambaError(f"{pair.name}: {pair.sentence(versions)}", pair.remedy)
+
+
+@cache
+def require_versions() -> None:
+    """Raise `MmmambaError` for versions the model cannot run with; warn once of untested ones."""
+    names = {"transformers", *(name for pair in KNOWN_PAIRS for name in pair.packages)}
+    names |= {name for pair in KNOWN_PAIRS for name in pair.beside}
+    versions = {name: text for name in names if (text := installed(name)) is not None}
+    for problem in problems(versions):
+        raise problem
+    found = versions.get("transformers")
+    if found is not None and is_untested("transformers", found):
+        newest = ".".join(map(str, NEWEST_TESTED["transformers"]))
+        warnings.warn(
+            MmmambaWarning(
+                f"transformers {found} is newer than {newest}, the newest that this release of "
+                f"mmmamba was tested with (pip install transformers~={newest}.0 if something fails)"
+            ),
+            stacklevel=2,
+        )
