@@ -151,11 +151,21 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         return loss
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers does it; with a cache, images belong to the first call of each turn."""
+        """As transformers does it; with a cache, images belong to the first call of each turn.
+
+        `generate` looks for the name `inputs_embeds` among these arguments.
+        """
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **_renamed(kwargs)
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **_renamed(kwargs),
         )
         cache = inputs.get(CACHE_NAME)
         goes_on = cache is not None and cache.get_seq_length() > 0 and not is_first_iteration
