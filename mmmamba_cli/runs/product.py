@@ -52,6 +52,7 @@ FILES = (
     "config.json",
     "fidelity.json",
     "generation_config.json",
+    "losses.png",
     "merges.txt",
     "metrics.jsonl",
     "model-*-of-*.safetensors",

@@ -423,3 +423,10 @@ def test_a_loss_that_does_not_reach_what_learns(work: Path, seeded: Path) -> Non
     message = refused(*distill(work, seeded, "--stage", "1", *oriented))
     assert "stages.stage1.learns: loss matrix-orientation does not depend on" in message
     assert not (work / "run/training").exists()
+
+
+def test_a_stage_is_replaced_with_all_that_lies_beside_it(work: Path, seeded: Path) -> None:
+    """Its metrics and the picture of its losses are the stage's own."""
+    done(*distill(work, seeded, "--stage", "1"))
+    assert (work / "run/products/stage1/losses.png").is_file()
+    done(*distill(work, seeded, "--stage", "1", "--overwrite"))

@@ -1,0 +1,196 @@
+"""Tokens a second of stage 3 of the recipe scenes-linear: a small model, and a busy host.
+
+    python benchmarks/train_small.py [--workers 8 14] [--steps 60] [--device cuda] [--out FILE]
+
+Draws lessons, seeds the shipped teacher, takes two steps of stages 1 and 2, and measures stage 3 as
+`mmmamba distill` runs it, for each number of loader workers in two ways: "handed", with the
+segments of packed rows handed over by the loader and few host threads, and "searched", with
+segments searched for on the device and all host threads, as it was before. The first 15 steps,
+which compile kernels, are not counted. Both ways must give the same losses. Runs in a checkout
+without an installation. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+WARMUP = 15
+HANDED, SEARCHED = "handed", "searched"
+
+
+def make_importable(folder: Path) -> None:
+    """Let a checkout that is not installed be imported, by processes that are started too."""
+    if importlib.util.find_spec("mmmamba_evals") is None:
+        (folder / "mmmamba_evals").symlink_to(ROOT / "evals")
+    paths = [str(ROOT), str(folder)]
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+
+
+def draw(folder: Path, lessons: int) -> Path:
+    """Lessons in `folder`; the file of their conversations."""
+    from mmmamba_evals.scenes.build import LESSONS, write_lessons
+    from mmmamba_evals.scenes.fonts import SEEN, fonts_of
+    from mmmamba_evals.scenes.shipped import shipped_atlas
+    from mmmamba_evals.scenes.world import make_world
+
+    atlas = shipped_atlas("noto")
+    world = make_world(atlas, fonts_of(SEEN))
+    write_lessons(folder, atlas, world, seed=0, count=lessons, workers=os.cpu_count() or 1)
+    return folder / LESSONS
+
+
+class Meter:
+    """Time, loss and tokens of each step, and the seconds that the loop waited for batches."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, float, int, float]] = []
+        self.waited = 0.0
+
+    def report(self, result: Any) -> None:
+        self.rows.append((time.perf_counter(), result.loss, result.tokens, self.waited))
+
+    def timed(self, steps: Any) -> Any:
+        """`StepLoader.steps` that counts its consumer's waiting."""
+
+        def waiting(loader: Any, first: int, stop: int) -> Iterator[Any]:
+            source = steps(loader, first, stop)
+            while True:
+                began = time.perf_counter()
+                batches = next(source, None)
+                self.waited += time.perf_counter() - began
+                if batches is None:
+                    return
+                yield batches
+
+        return waiting
+
+    def summary(self) -> dict[str, Any]:
+        first = min(WARMUP, len(self.rows) // 2) - 1
+        begun, _, _, waited = self.rows[max(0, first)]
+        counted = self.rows[max(0, first) + 1 :]
+        seconds = counted[-1][0] - begun
+        tokens = sum(row[2] for row in counted)
+        return {
+            "tokens_per_second": round(tokens / seconds),
+            "tokens_per_step": round(tokens / len(counted)),
+            "seconds_per_step": round(seconds / len(counted), 4),
+            "seconds_per_step_waiting_for_batches": round(
+                (counted[-1][3] - waited) / len(counted), 4
+            ),
+            "steps_measured": len(counted),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[8])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lessons", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        make_importable(folder)
+        found = measure(given, folder)
+    printed = json.dumps(found, indent=2)
+    print(printed)
+    if given.out is not None:
+        given.out.write_text(printed + "\n", encoding="utf-8")
+
+
+def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from mmmamba_cli.checkpoint import open_checkpoint
+    from mmmamba_cli.data import StepLoader
+    from mmmamba_cli.distill import Options, Watch, distill
+    from mmmamba_cli.distributed import join_world
+    from mmmamba_cli.recipe import load_recipe
+    from mmmamba_cli.runs import Run
+    from mmmamba_cli.seed import seed_student
+
+    began = time.perf_counter()
+    lessons = draw(folder / "lessons", given.lessons)
+    drawn = time.perf_counter() - began
+    settings: dict[str, Any] = {
+        "teacher": str(ROOT / "evals" / "scenes" / "models" / "teacher"),
+        "data.train": str(lessons),
+        "data.image_root": str(lessons.parent),
+    }
+    for number in (1, 2, 3):
+        settings[f"stages.stage{number}.steps"] = given.steps if number == 3 else 2
+        settings[f"stages.stage{number}.batch_size"] = given.batch_size
+    recipe = load_recipe("scenes-linear", overrides=settings)
+    run = Run(folder / "run")
+    with run.lock():
+        seed_student(run, open_checkpoint(settings["teacher"]), recipe, dtype=torch.bfloat16)
+
+    def train(stages: tuple[str, ...], workers: int, meter: Meter) -> None:
+        chosen = load_recipe("scenes-linear", overrides={**settings, "data.workers": workers})
+        watch = Watch(lambda line: None, lambda *_: None, meter.report, lambda: False)
+        with (
+            join_world(given.device) as world,
+            run.lock_existing(),
+            mock.patch.object(StepLoader, "steps", meter.timed(StepLoader.steps)),
+        ):
+            distill(run, chosen, world, watch, wanted=stages, options=Options(overwrite=True))
+
+    train(("stage1", "stage2"), max(given.workers), Meter())
+    found: list[dict[str, Any]] = []
+    for workers in given.workers:
+        losses = {}
+        for way in (HANDED, SEARCHED):
+            meter = Meter()
+            with searched() if way == SEARCHED else nullcontext():
+                train(("stage3",), workers, meter)
+            losses[way] = [row[1] for row in meter.rows]
+            found.append({"workers": workers, "way": way, **meter.summary()})
+        found[-1]["same_losses"] = losses[HANDED] == losses[SEARCHED]
+    return {
+        "what": "stage 3 of scenes-linear, tokens a second",
+        "batch_size": given.batch_size,
+        "device": torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "lessons": given.lessons,
+        "seconds_drawing": round(drawn, 1),
+        "results": found,
+    }
+
+
+def searched() -> Any:
+    """As it was: batches without segments, and as many host threads as the process has."""
+    from contextlib import ExitStack
+
+    stack = ExitStack()
+    stack.enter_context(
+        mock.patch("mmmamba_cli.data.batching.segments_of", lambda mask, seq_idx: None)
+    )
+    stack.enter_context(
+        mock.patch("mmmamba_cli.distill.loop.host_threads", lambda device: nullcontext())
+    )
+    return stack
+
+
+if __name__ == "__main__":
+    main()
