@@ -19,6 +19,13 @@ from mmmamba_cli.distributed import World, shard_mixers
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import Schedule, Stage
 
+# What learns: matrix orientation depends on neither values nor gate.
+LEARNS = {
+    "matrix-orientation": tuple(
+        f"*.{name}" for name in ("[qk]_proj.*", "dt_*", "conv1d.*", "A_log")
+    )
+}
+
 
 def pair_of(teacher: HolisticVLM, student: HolisticVLM, learning: Iterable[str]) -> Pair:
     """A pair in fp32 in which just `learning` learns."""
@@ -151,13 +158,13 @@ def make_job(
     evaluate_every: int | None = None,
     save_every: int | None = None,
     dtype: torch.dtype = torch.float32,
-    learns: str | tuple[str, ...] = "new+qkv",
+    learns: str | tuple[str, ...] | None = None,
 ) -> Job:
     """A small stage over random texts, the same for the same arguments."""
     world = world or World(torch.device("cpu"))
     stage = Stage(
         name="s",
-        learns=learns,
+        learns=learns or LEARNS.get(loss, "new+qkv"),
         loss=loss,
         inputs="student" if loss == "kl" else "teacher",
         steps=steps,

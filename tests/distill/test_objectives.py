@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import RandomLoader, batch_of, make_job, packed, padded, pair_of
+from distilling import LEARNS, RandomLoader, batch_of, make_job, packed, padded, pair_of
 from small import IMAGE_ID, distance, prompt, small_model
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
@@ -29,14 +29,6 @@ from mmmamba_cli.recipe import KL, Stage
 
 LOSSES = ("mixer-mse", "matrix-orientation", "hidden-alignment", "kl")
 ROWS = RandomLoader(IMAGE_ID, batch_size=4).samples(0)
-
-
-# What learns: matrix orientation depends on neither values nor gate.
-LEARNS = {
-    "matrix-orientation": tuple(
-        f"*.{name}" for name in ("[qk]_proj.*", "dt_*", "conv1d.*", "A_log")
-    )
-}
 
 
 def stage(loss: str, **settings: Any) -> Stage:
@@ -280,9 +272,7 @@ def test_what_a_loss_does_not_reach_is_refused(loss: str, learns: Any, named: st
 
 def test_channels_without_a_gradient_are_not_decayed(tmp_path: Path) -> None:
     """Matrix orientation does not see what the convolution does to values."""
-    job = make_job(
-        tmp_path, "matrix-orientation", steps=5, learns=LEARNS["matrix-orientation"], lr=0.1
-    )
+    job = make_job(tmp_path, "matrix-orientation", steps=5, lr=0.1)
     mixer = job.pair.student.model.layers[1].mixer
     before = mixer.conv1d.weight.detach().clone()
     train(job, Progress(), lambda result: None, lambda: False)
