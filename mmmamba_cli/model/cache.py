@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mmmamba_cli.errors import DataError, MmmambaError
+from mmmamba_cli.errors import DataError, MmmambaError, name_some
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.layout import Expansion, ImageColumns
 from mmmamba_cli.model.sequence import StackState
@@ -32,6 +33,7 @@ CACHE_NAME = (
 NO_ROLLBACK = (
     "a recurrent state holds only its last column and cannot be taken back to an earlier one"
 )
+CROPPABLE_LAYERS = (DynamicLayer, StaticLayer)
 ROLLBACK_HINT = "keep a copy of the cache (copy.deepcopy), or use a model of attention layers alone"
 
 
@@ -127,9 +129,8 @@ class HybridCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` takes back what was decoded: only where all layers are growing ones of
-        attention."""
-        return all(layer.is_croppable for layer in self.layers) and not self._recurrent_layers
+        """Whether `crop` takes back what was decoded: where all layers hold keys and values."""
+        return all(type(layer) in CROPPABLE_LAYERS for layer in self.layers)
 
     @property
     def rows(self) -> int | None:
@@ -160,7 +161,7 @@ class HybridCache(Cache):
         0 removes nothing, and so does an n beyond the length.
 
         Raises:
-            MmmambaError: layers with a recurrent state, or of a static cache.
+            MmmambaError: layers with a recurrent state, or with quantized keys.
             DataError: more columns than there are, or an end within an image.
         """
         # `generate` gives a tensor on some versions of transformers.
@@ -171,11 +172,11 @@ class HybridCache(Cache):
         if self._recurrent_layers:
             raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
         if not self.is_croppable:
-            names = sorted(
-                {type(layer).__name__ for layer in self.layers if not layer.is_croppable}
-            )
+            kinds = {type(layer) for layer in self.layers} - set(CROPPABLE_LAYERS)
+            names = name_some(sorted(kind.__name__ for kind in kinds))
             raise MmmambaError(
-                f"a cache of {', '.join(names)} cannot be cropped", "take a cache that grows"
+                f"a cache of {names} cannot be cropped",
+                "take a DynamicCache or a StaticCache",
             )
         if columns < 0:
             raise DataError(
@@ -187,7 +188,11 @@ class HybridCache(Cache):
         for layer in self.layers:
             found = int(layer.get_seq_length())
             kept = state.embedding.length if found == embedding else state.language.length
-            layer.crop(kept - found)
+            if isinstance(layer, StaticLayer):
+                # Columns behind this are masked until they are written again.
+                layer.cumulative_length.sub_(found - kept)
+            else:
+                layer.crop(kept - found)
 
     def activate_past_recording(self) -> None:
         """Nothing to do for attention; `MmmambaError` where a layer has a recurrent state."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.config import StackConfig
 from mmmamba_cli.model.rope import depends_on_length, inverse_frequencies, rotation
 from mmmamba_cli.ops.attention import Segments, segments_of
@@ -25,8 +26,11 @@ class StackState:
     length: int = 0
     # (B, length) bool, or None while every column seen was a real token.
     mask: Tensor | None = None
-    # (B, 1) position of the next token, or None while it is `length` in every row.
+    # (B or 1, 1) position of the next token, or None while it is `length` in every row.
     next_position: Tensor | None = None
+    # Whether positions were given by the caller, and whether the next one has to be.
+    has_given_positions: bool = False
+    wants_positions: bool = False
     # RoPE frequencies, fixed by the prompt they were first asked for with.
     inv_freq: Tensor | None = None
 
@@ -34,13 +38,18 @@ class StackState:
         """Keep, reorder or repeat the rows of the batch (beam search)."""
         for name in ("mask", "next_position"):
             value = getattr(self, name)
-            if value is not None:
+            # One position for all rows stays that.
+            if value is not None and (name == "mask" or len(value) > 1):
                 setattr(self, name, value.index_select(0, rows.to(value.device)))
         if self.inv_freq is not None and self.inv_freq.dim() > 1 and self.inv_freq.shape[0] > 1:
             self.inv_freq = self.inv_freq.index_select(0, rows.to(self.inv_freq.device))
 
     def crop(self, columns: int) -> None:
-        """Keep the first `columns` columns. RoPE frequencies stay those of the prompt."""
+        """Keep the first `columns` columns. RoPE frequencies stay those of the prompt.
+
+        Positions that a caller gave are not kept, so what follows has to come with its own.
+        """
+        self.wants_positions = self.has_given_positions
         if self.mask is not None:
             if self.next_position is not None:
                 removed = self.mask[:, columns:].sum(1, keepdim=True)
@@ -193,10 +202,17 @@ def describe_columns(
     (B or 1, T) takes the place of positions counted from the mask.
     """
     past = state.length
+    if position_ids is None and state.wants_positions:
+        raise DataError(
+            "the cache was filled with position_ids and cropped since, so the next position is "
+            "not known",
+            "pass position_ids",
+        )
     positions, lengths = _positions(state, num_columns, mask, seq_idx, device)
     bound: int | None = past + num_columns
     if position_ids is not None:
         positions = position_ids.to(device)
+        state.has_given_positions, state.wants_positions = True, False
         state.next_position = positions.amax(1, keepdim=True) + 1
         lengths, bound = torch.maximum(lengths, state.next_position), None
     if state.inv_freq is None:

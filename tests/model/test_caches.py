@@ -12,6 +12,7 @@ from small import IMAGE_ID, distance, join_pixels, pad_batch, small_model
 from small import prompt as fp32_prompt
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.model import HybridCache, new_cache
@@ -250,10 +251,42 @@ class TestCrop:
         cache.crop(0)
         assert cache.get_seq_length() == 5
 
-    def test_static_memory_is_refused(self) -> None:
+    def test_positions_that_were_given_are_given_again(self) -> None:
         model = model_of("aaaa")
-        cache = filled(model, prompt(0, 5), cache=new_cache(model.config, 9))
-        with pytest.raises(MmmambaError, match="StaticLayer cannot be cropped"):
+        ids, _ = prompt(0, 8)
+        at = 7 + torch.arange(11)[None]
+        full = model(torch.cat((ids[:, :6], MORE), 1), position_ids=at[:, :9]).logits
+        cache = new_cache(model.config)
+        model(ids, position_ids=at[:, :8], past_key_values=cache)
+        cache.crop(-2)
+        with pytest.raises(DataError, match="filled with position_ids and cropped since"):
+            model(MORE, past_key_values=cache)
+        found = model(MORE, position_ids=at[:, 6:9], past_key_values=cache).logits
+        assert distance(found, full[:, 6:]) < CLOSE
+
+    @pytest.mark.parametrize("shuffle", SHUFFLES)
+    def test_static_memory(self, shuffle: str) -> None:
+        model = model_of("aaaa", shuffle)
+        first, second, third = prompt(1, 6, 0), prompt(2, 5, 1), prompt(1, 4, 2)
+        before = first[0].shape[1] - 1
+        full = model(*whole((first[0][:, :-1], first[1]), third)).logits
+        cache = filled(model, first, second, cache=new_cache(model.config, 24))
+        cache.crop(before)
+        found = model(*third, past_key_values=cache).logits
+        assert distance(found, full[:, before:]) < CLOSE
+
+    def test_layers_that_hold_something_else_are_refused(self) -> None:
+        """As quantized ones, of which a part alone is there to be cropped."""
+
+        class Packed(DynamicLayer):
+            pass
+
+        model = model_of("aaaa")
+        cache = new_cache(model.config)
+        cache.layers[2] = Packed()
+        filled(model, prompt(0, 5), cache=cache)
+        assert not cache.is_croppable
+        with pytest.raises(MmmambaError, match="a cache of Packed cannot be cropped"):
             cache.crop(-1)
 
     @pytest.mark.parametrize("shuffle", SHUFFLES)
@@ -387,6 +420,18 @@ class TestMethodsOfCache:
             assert cache.get_seq_length() == 0
 
     @pytest.mark.parametrize("plan", PLANS)
+    def test_rows_with_one_row_of_positions(self, plan: str) -> None:
+        model = model_of(plan)
+        ids = torch.cat([prompt(0, 6, seed)[0] for seed in range(3)])
+        at = 7 + torch.arange(9)[None]
+        cache = new_cache(model.config)
+        model(ids, position_ids=at[:, :6], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([2, 0]))
+        found = model(MORE.repeat(2, 1), position_ids=at[:, 6:], past_key_values=cache).logits
+        whole_ids = torch.cat((ids[[2, 0]], MORE.repeat(2, 1)), 1)
+        assert distance(found, model(whole_ids, position_ids=at).logits[:, 6:]) < CLOSE
+
+    @pytest.mark.parametrize("plan", PLANS)
     def test_recording_the_past(self, plan: str) -> None:
         model = model_of(plan)
         cache = filled(model, prompt(0, 5))
@@ -415,7 +460,7 @@ class TestMethodsOfCache:
         assert cache.get_mask_sizes(2, 3) == (room if static else 12, 0)
         assert cache.get_max_length() == (room if static else -1)
         assert cache.is_compileable is False
-        assert cache.is_croppable is (plan == "aaaa" and not static)
+        assert cache.is_croppable is (plan == "aaaa")
         assert copy.deepcopy(cache).get_seq_length() == 10
 
 
