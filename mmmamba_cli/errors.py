@@ -12,6 +12,9 @@ class MmmambaError(Exception):
     `message` names the thing and what was expected of it; `hint`, when given, says what to do.
     """
 
+    # Whether another process of the same command prints it.
+    is_said_elsewhere = False
+
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message if hint is None else f"{message} ({hint})")
         self.message = message

@@ -31,11 +31,11 @@ def main() -> None:
     or nobody left to read the output. With --json a mistake is JSON on stdout too:
     `{"error": ..., "hint": ...}`.
     """
-    _escape_what_cannot_be_encoded()
+    escape_what_cannot_be_encoded()
     try:
         _run()
     except MmmambaError as error:
-        _leave(error, USER_MISTAKE)
+        _leave(None if error.is_said_elsewhere else error, USER_MISTAKE)
     except KeyboardInterrupt:
         _leave(None, INTERRUPTED)
     except BrokenPipeError:
@@ -62,7 +62,7 @@ def refusal(error: OSError) -> MmmambaError | None:
     return MmmambaError(what, hint) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
 
 
-def _escape_what_cannot_be_encoded() -> None:
+def escape_what_cannot_be_encoded() -> None:
     """Letters that the encoding of a stream lacks are written as escapes, `\\u4f60`.
 
     Names and answers are in any script, a pipe or an old console may be ASCII or cp1252, and a file

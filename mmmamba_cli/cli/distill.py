@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmmamba_cli.cli.completing import complete_recipes
-from mmmamba_cli.cli.console import print_json, print_text
+from mmmamba_cli.cli.console import plain_warnings, print_json, print_text
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
     AsJson,
     Device,
     FromParent,
-    Overwrite,
     RunFolder,
     Sets,
 )
@@ -67,28 +68,105 @@ def command(
         Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
     ] = None,
     device: Device = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Train on N GPUs of this machine, by a process each; with --device cpu, by N "
+            "processes on the CPU. One if not given.",
+        ),
+    ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Resume although settings have changed.")
+        bool, typer.Option("--force", help="Resume although settings or data have changed.")
     ] = False,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Repeat stages that are finished. If interrupted, the same command goes on; the "
+            "old product stays until the new one is complete.",
+        ),
+    ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="Begin each stage at step 1, whatever products and states there are."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Distill the student: the stages of the recipe, or some of them.
 
-    Goes on where it stopped. Ctrl-C saves and stops; a second one stops at once. Start it under
-    torchrun for several GPUs: torchrun --nproc-per-node 8 -m mmmamba_cli distill ...
+    Goes on where it stopped. Ctrl-C saves and stops; a second one stops at once. For several
+    machines start it under torchrun: torchrun ... -m mmmamba_cli -- distill ...
     """
+    from mmmamba_cli.distributed.launcher import count_processes, launch
+
+    processes = count_processes(gpus, device)
+    job = Job(
+        run=run,
+        stage=stage,
+        parent=parent,
+        recipe=recipe,
+        sets=tuple(sets or ()),
+        given={"data.train": data, "data.held_out": held_out, "data.image_root": image_root},
+        teacher=teacher,
+        device=device,
+        overwrite=overwrite,
+        force=force,
+        restart=restart,
+        launched=processes > 1,
+    )
+    made = launch(train, job, processes) if processes > 1 else train(job)
+    if made is None:
+        raise typer.Exit(INTERRUPTED)
+    if made:
+        from mmmamba_cli.runs import Run
+
+        _say(Run(run), made, as_json)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The command as it was given, for each process that trains."""
+
+    run: Path
+    stage: str | None
+    parent: str | None
+    recipe: str | None
+    sets: tuple[str, ...]
+    given: dict[str, str | None]
+    teacher: Path | None
+    device: str | None
+    overwrite: bool
+    force: bool
+    restart: bool
+    # Whether the process that started this one speaks of signals.
+    launched: bool
+
+
+def train(job: Job) -> list[Manifest] | None:
+    """Train, as one process or one of several; the products on process 0, None if stopped."""
+    from mmmamba_cli.cli import escape_what_cannot_be_encoded
     from mmmamba_cli.cli.training import StopRequest, TrainingDisplay
     from mmmamba_cli.distill import Options, Stopped, distill, wanted_stages
     from mmmamba_cli.distributed import join_world
     from mmmamba_cli.runs import Run
 
-    given = {"data.train": data, "data.held_out": held_out, "data.image_root": image_root}
-    target = Run(run)
-    with join_world(device) as world, ExitStack() as stack:
+    target = Run(job.run)
+    with ExitStack() as stack:
+        if job.launched:
+            # As the process that started this one did for itself.
+            escape_what_cannot_be_encoded()
+            stack.enter_context(plain_warnings())
+        world = stack.enter_context(join_world(job.device))
         world.on_main(lambda: _take_lock(stack, target))
-        plan = _recipe(target, parent, recipe, sets, given)
-        stop = stack.enter_context(StopRequest())
+        plan = world.on_main(lambda: _recipe(target, job))
+        wanted = world.on_main(lambda: wanted_stages(plan, job.stage))
+        if not world.is_main:
+            # Every process warns of the same things.
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stop = stack.enter_context(StopRequest(speaks=world.is_main and not job.launched))
         display = stack.enter_context(TrainingDisplay(world.is_main, stop))
         try:
             made = distill(
@@ -96,36 +174,29 @@ def command(
                 plan,
                 world,
                 display.watch,
-                wanted=wanted_stages(plan, stage),
-                start=parent,
-                options=Options(teacher, overwrite, force),
+                wanted=wanted,
+                start=job.parent,
+                options=Options(job.teacher, job.overwrite, job.force, job.restart),
             )
         except Stopped:
             display.say("stopped and saved; the same command goes on from here")
-            raise typer.Exit(INTERRUPTED) from None
-    if world.is_main:
-        _say(target, made, as_json)
+            return None
+    return made if world.is_main else []
 
 
 def _take_lock(stack: ExitStack, run: Run) -> None:
     stack.enter_context(run.lock_existing())
 
 
-def _recipe(
-    run: Run,
-    parent: str | None,
-    name: str | None,
-    sets: list[str] | None,
-    given: dict[str, str | None],
-) -> Recipe:
+def _recipe(run: Run, job: Job) -> Recipe:
     """The recipe named, or that of the product to start from, with what was given laid over it."""
     from mmmamba_cli.recipe import load_recipe, parse_recipe
 
-    overrides: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    if name is not None:
-        return load_recipe(name, sets or (), overrides)
-    product = run.product(parent or run.record.current)
-    return parse_recipe(product.recipe, f"recipe of {product.name}", sets or (), overrides)
+    overrides: dict[str, Any] = {k: v for k, v in job.given.items() if v is not None}
+    if job.recipe is not None:
+        return load_recipe(job.recipe, job.sets, overrides)
+    product = run.product(job.parent or run.record.current)
+    return parse_recipe(product.recipe, f"recipe of {product.name}", job.sets, overrides)
 
 
 def _say(run: Run, made: list[Manifest], as_json: bool) -> None:

@@ -18,20 +18,32 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from mmmamba_cli.distill import Progress, StepResult, Watch
+    from mmmamba_cli.distributed.stopping import Repeats
     from mmmamba_cli.recipe import Stage
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):
-    """Notes the first Ctrl-C or SIGTERM; the second acts as it would have without us."""
+    """Notes the first Ctrl-C or SIGTERM; the second ends the process with 130 or 143.
 
-    def __init__(self) -> None:
-        self.wanted = False
+    A signal within a second of the first is a copy of the same request. Of several processes only
+    one says what happens (`speaks`).
+    """
+
+    def __init__(self, speaks: bool = True) -> None:
+        self.speaks = speaks
+        self._repeats: Repeats | None = None
         self._before: dict[int, Any] = {}
 
+    @property
+    def wanted(self) -> bool:
+        return self._repeats is not None and self._repeats.count > 0
+
     def __enter__(self) -> StopRequest:
+        from mmmamba_cli.distributed.stopping import SIGNALS, Repeats
+
+        self._repeats = Repeats()
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -45,10 +57,13 @@ class StopRequest(AbstractContextManager["StopRequest"]):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True
-        sys.stderr.write("\nstopping after this step; once more stops at once\n")
+        from mmmamba_cli.distributed.stopping import end_by
+
+        assert self._repeats is not None
+        if self._repeats.is_repeat():
+            end_by(number)
+        if self._repeats.count == 1 and self.speaks:
+            sys.stderr.write("\nstopping after this step; once more stops at once\n")
 
 
 class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):

@@ -4,6 +4,7 @@ from mmmamba_cli.data.batch import IGNORED, BadSample, Batch, StepBatches
 from mmmamba_cli.data.check import NAMED, DataReport, check_data
 from mmmamba_cli.data.corpus import Corpus, Part, open_corpus
 from mmmamba_cli.data.encoding import Encoded, Encoder
+from mmmamba_cli.data.fingerprint import Fingerprint, fingerprint
 from mmmamba_cli.data.loader import StepLoader
 from mmmamba_cli.data.samples import Sample
 
@@ -16,10 +17,12 @@ __all__ = [
     "DataReport",
     "Encoded",
     "Encoder",
+    "Fingerprint",
     "Part",
     "Sample",
     "StepBatches",
     "StepLoader",
     "check_data",
+    "fingerprint",
     "open_corpus",
 ]

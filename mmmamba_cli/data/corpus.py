@@ -47,6 +47,11 @@ class Corpus(Protocol):
         """The pictures that lie in the same files as the samples, by name."""
         ...
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold the samples; files of pictures are not among them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Part:
@@ -73,6 +78,7 @@ class Conversations:
         self.ignored: tuple[str, ...] = ()
         self.pictures: dict[str, Picture] = {}
         self.parts = (Part(file.name, len(self.records)),)
+        self.files = (file,)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -98,6 +104,7 @@ class Shards:
             for shard in self.shards
             for name, picture in shard.pictures.items()
         }
+        self.files = tuple(files)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -120,6 +127,7 @@ class Union:
         self.parts = tuple(Part(name, len(corpus), repeats) for name, corpus, repeats in sets)
         self.ignored = tuple(name for corpus in self.sets for name in corpus.ignored)
         self.pictures = {name: one for corpus in self.sets for name, one in corpus.pictures.items()}
+        self.files = tuple(file for corpus in self.sets for file in corpus.files)
 
     def __len__(self) -> int:
         return self._ends[-1]

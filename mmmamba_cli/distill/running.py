@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, expected_tensors
 from mmmamba_cli.data import StepLoader, open_corpus
+from mmmamba_cli.distill.attempt import Plan, Request, begin, make_plan
 from mmmamba_cli.distill.learning import learning_names
 from mmmamba_cli.distill.loop import Job, Report, StepResult, train
 from mmmamba_cli.distill.lora import adapted, attach, is_adapter, updates
 from mmmamba_cli.distill.memory import out_of_memory
-from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row
+from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row, read_metrics
 from mmmamba_cli.distill.optimiser import whole
+from mmmamba_cli.distill.overwrite_log import OverwriteLog
 from mmmamba_cli.distill.pair import load_pair
 from mmmamba_cli.distill.planning import is_final, stage_product
 from mmmamba_cli.distill.plots import plot_losses
-from mmmamba_cli.distill.resume import check_settings, settings_of
+from mmmamba_cli.distill.resume import Digests, settings_of
 from mmmamba_cli.distill.stages import objective_of
-from mmmamba_cli.distill.state import Progress, StateFolder
+from mmmamba_cli.distill.state import BEST, Progress, StateFolder
 from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
-from mmmamba_cli.errors import RunError
+from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
 from mmmamba_cli.runs import Draft, Manifest, Parent, Run, open_processor, write_product
+from mmmamba_cli.runs.product import check_product_folder
 
 TRAINING = "training"
 
@@ -49,9 +52,12 @@ class Options:
     """What the caller decides beside the recipe."""
 
     teacher: Path | None = None
+    # Repeat finished stages, and go on with a repetition that was interrupted.
     overwrite: bool = False
     # Resume although the settings have changed.
     force: bool = False
+    # Begin every stage at step 1, whatever states and products there are.
+    restart: bool = False
 
 
 def run_stage(
@@ -62,31 +68,45 @@ def run_stage(
     world: World,
     options: Options,
     watch: Watch,
+    digests: Digests | None = None,
+    log: OverwriteLog | None = None,
 ) -> Manifest:
-    """Train one stage and write its product, or return the product if it is there already.
+    """Train one stage and write its product, or return the product if it is finished already.
 
-    Continues from the newest training state. The caller holds the run's lock. Raises `RunError` if
-    parent, teacher or state do not fit, and `Stopped` if the user asked to stop.
+    Continues from the newest training state of the same settings and data (`digests`). `log` is
+    that of the command, where it overwrites. The caller holds the run's lock. Raises `RunError` if
+    parent, teacher, state or a finished product do not fit, and `Stopped` if the user asked to
+    stop.
     """
     name = stage_product(parent, stage)
-    done = world.on_main(lambda: _done_already(run, name, parent, stage, options))
     states = StateFolder(run.folder / TRAINING / name, world)
-    if done is not None:
-        watch.say(f"{name} is there already; --overwrite makes it anew")
-        _finish(run, name, states, world)
-        return done
+    request = Request(
+        name=name,
+        parent=parent,
+        stage=stage,
+        settings=settings_of(recipe, stage, parent, digests),
+        overwrite=options.overwrite,
+        restart=options.restart,
+        force=options.force,
+        repeated=None if log is None else log.created(name),
+    )
+    plan = world.on_main(lambda: make_plan(run, states, request))
+    for remark in plan.remarks:
+        watch.say(remark)
+    if plan.done is not None:
+        _finish(run, plan.done, states, world, watch, log, fresh=plan.fresh)
+        return plan.done
     teacher, student = run.open_teacher(options.teacher), run.open_product(parent.name)
     names = expected_tensors(student.config)
     learning = learning_names(stage, student.config, names)
     adapters = adapted(stage, learning, names)
     objective = objective_of(stage, student.config, learning)
     loader, held_out = _loaders(student, recipe, stage, world)
-    if options.overwrite:
-        states.clear()
-    world.wait()
-    settings = settings_of(recipe, stage, parent)
-    progress = _newest(states, settings, options, watch)
     world.on_main(lambda: _verify(run, teacher, parent, watch))
+    if plan.overwrite:
+        # Now, and not when the new product is to take its place.
+        world.on_main(lambda: check_product_folder(run.product_folder(name)))
+    world.on_main(lambda: begin(states, plan))
     watch.say(f"loading teacher and student ({len(learning)} tensors learn)")
     pair = load_pair(
         teacher,
@@ -99,7 +119,7 @@ def run_stage(
     if stage.lora is not None:
         seed_everything(step_seed(recipe.seed, stage.name, "adapters"))
         pair = attach(pair, stage.lora, adapters)
-    watch.begin(stage, pair.learning_parameters(), progress)
+    watch.begin(stage, pair.learning_parameters(), plan.progress)
     entries = ("mix", "mixing_matrix") if objective.layer_local else ()
     shard_mixers([block.mixer for block in pair.student.model.blocks], world, entries)
     job = Job(
@@ -112,12 +132,12 @@ def run_stage(
         seed=recipe.seed,
         world=world,
         states=states,
-        settings=settings,
+        settings=request.settings,
     )
-    progress = _train(job, progress, recipe, run.folder / "tensorboard" / name, watch)
-    made = _Made(run, name, parent, recipe, stage, student, options, adapters)
+    progress = _train(job, plan.progress, recipe, run.folder / "tensorboard" / name, watch)
+    made = _Made(run, name, parent, recipe, stage, student, plan, adapters, digests or {})
     manifest = _write(made, job, progress, watch)
-    _finish(run, name, states, world)
+    _finish(run, manifest, states, world, watch, log, fresh=True)
     return manifest
 
 
@@ -131,26 +151,10 @@ class _Made:
     recipe: Recipe
     stage: Stage
     student: Checkpoint
-    options: Options
+    plan: Plan
     # Weights that have an adapter to be merged in.
     adapters: Sequence[str]
-
-
-def _done_already(
-    run: Run, name: str, parent: Manifest, stage: Stage, options: Options
-) -> Manifest | None:
-    """The stage's product, if made from this parent. Raises `RunError` if made from another."""
-    if options.overwrite or name not in run.products():
-        return None
-    product = run.product(name)
-    origin = next((p.content_hash for p in product.parents if p.role == "student"), None)
-    if origin == parent.content_hash and product.stages[-1:] == (stage.name,):
-        return product
-    raise RunError(
-        f"{run.folder} already has a product {name!r}, made from another parent than "
-        f"{parent.name!r} as it is now",
-        "replace it with --overwrite, or choose another --run",
-    )
+    digests: Digests
 
 
 def _verify(run: Run, teacher: Checkpoint, parent: Manifest, watch: Watch) -> None:
@@ -198,25 +202,6 @@ def _loaders(
     return loader(data.train, data.shuffle), held_out
 
 
-def _newest(
-    states: StateFolder, settings: Mapping[str, Any], options: Options, watch: Watch
-) -> Progress:
-    """How far the newest complete state is; the beginning if there is none."""
-    for name in states.half_written():
-        watch.say(f"ignored: {states.folder / name} was not written to its end")
-    steps = states.steps()
-    if not steps:
-        return Progress()
-    record = states.record(states.path(steps[-1]).name)
-    check_settings(record["settings"], settings, options.force)
-    watch.say(f"resuming after step {steps[-1]}")
-    progress = Progress(**record["progress"])
-    if record["settings"]["data"]["held_out"] != settings["data"]["held_out"]:
-        # Losses on other samples do not compare.
-        progress.best_step = progress.best_loss = None
-    return progress
-
-
 def _train(job: Job, progress: Progress, recipe: Recipe, board: Path, watch: Watch) -> Progress:
     log = MetricsLog(job.states.folder, progress.step, board) if job.world.is_main else None
 
@@ -245,24 +230,56 @@ def _write(made: _Made, job: Job, progress: Progress, watch: Watch) -> Manifest:
     last = _gather(job, made)
     job.states.load(job.states.best(best), job.pair.learning_parameters(), None)
     note = f"the student at step {best}, where the held-out loss was lowest"
-    _write_one(made, job, progress, f"{made.name}-best", watch, note)
+    _write_one(made, job, progress, f"{made.name}-{BEST}", watch, note)
     return _write_one(made, job, progress, made.name, watch, learned=last)
 
 
-def _finish(run: Run, name: str, states: StateFolder, world: World) -> None:
-    """Make the product current, move its metrics beside it, and let the training states go.
+def _finish(
+    run: Run,
+    product: Manifest,
+    states: StateFolder,
+    world: World,
+    watch: Watch,
+    log: OverwriteLog | None,
+    fresh: bool,
+) -> None:
+    """Make the product current, and let the training states go.
 
-    All of it may have been done already, wholly or in part.
+    A `fresh` product, which was written from these states, gets their metrics first. All of it may
+    have been done already, wholly or in part.
     """
-    log = states.folder / METRICS
     if world.is_main:
-        if log.is_file():
-            text = log.read_text(encoding="utf-8")
-            atomic_write_text(run.product_folder(name) / METRICS, text)
-            plot_losses(run.product_folder(name))
-        run.set_current(name)
+        if fresh:
+            _move_metrics(states.folder / METRICS, run.product_folder(product.name), product)
+            _remove_stale_best(run, product, watch)
+        run.set_current(product.name)
+        if log is not None:
+            log.add(product)
     world.wait()
     states.clear()
+
+
+def _move_metrics(file: Path, folder: Path, product: Manifest) -> None:
+    """Copy the training's metrics to its product, unless they are another training's."""
+    rows = list(read_metrics(file))
+    if rows and rows[-1]["step"] == product.metrics.get("step"):
+        atomic_write_text(folder / METRICS, file.read_text(encoding="utf-8"))
+        plot_losses(folder)
+
+
+def _remove_stale_best(run: Run, product: Manifest, watch: Watch) -> None:
+    """Remove the best student of a training that this product's has replaced."""
+    name = f"{product.name}-{BEST}"
+    best = product.metrics.get("best_step")
+    if name in run.products() and (best is None or best == product.metrics.get("step")):
+        folder = run.product_folder(name)
+        try:
+            check_product_folder(folder)
+        except CheckpointError as error:
+            watch.say(f"{name} belongs to the {product.name} that was replaced; {error}")
+            return
+        shutil.rmtree(folder)
+        watch.say(f"removed {name}: it belonged to the {product.name} that was replaced")
 
 
 def _write_one(
@@ -304,9 +321,10 @@ def _write_one(
         notes=(*parent_notes(parent, made.stage), *([note] if note else [])),
         final=is_final(made.stage),
         metrics=vars(progress),
+        data=made.digests,
     )
     return job.world.on_main(
-        lambda: write_product(made.run, draft, overwrite=made.options.overwrite or note is not None)
+        lambda: write_product(made.run, draft, overwrite=made.plan.overwrite or note is not None)
     )
 
 

@@ -11,16 +11,19 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import ConfigDict, TypeAdapter, with_config
 from torch import nn
 
 from mmmamba_cli.checkpoint import atomic_folder
+from mmmamba_cli.distill.state_reader import DAMAGE, HINT, StateReader, damaged
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import RunError
 
@@ -30,6 +33,7 @@ BEST = "best"
 STATES = re.compile(rf"(step|{BEST})-\d{{8}}")
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass
 class Progress:
     """How far a stage has come; `step` is the number of steps done."""
@@ -45,6 +49,15 @@ class Progress:
     best_loss: float | None = None
     # The last held-out numbers and their step.
     held_out: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """The contents of `state.json`; `written` is when it was, as a manifest's `created`."""
+
+    progress: Progress
+    settings: dict[str, Any]
+    written: str
 
 
 class StateFolder:
@@ -92,15 +105,23 @@ class StateFolder:
                 text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
                 (partial / STATE).write_text(text, encoding="utf-8")
 
-    def record(self, name: str) -> dict[str, Any]:
+    def record(self, name: str) -> StateRecord:
         """The contents of `state.json`. Raises `RunError` if it is damaged."""
         file = self.folder / name / STATE
         try:
-            return json.loads(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+            value = json.loads(file.read_text(encoding="utf-8-sig"))
+            # Half of a surrogate pair cannot be written again as UTF-8.
+            json.dumps(value, ensure_ascii=False).encode()
+            progress = TypeAdapter(Progress).validate_python(value["progress"])
+            settings = value["settings"]
+            if progress.step != int(name[-8:]) or not _is_settings(settings):
+                raise ValueError("of another step or stage")
+            written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise RunError(
-                f"{file} cannot be read: {error}", "remove its folder; an older state is taken then"
+                f"{file} is damaged: it does not say how far the stage had come", HINT
             ) from error
+        return StateRecord(progress, settings, written.isoformat(timespec="microseconds"))
 
     def load(
         self,
@@ -108,20 +129,23 @@ class StateFolder:
         parameters: Mapping[str, nn.Parameter],
         optimiser: torch.optim.Optimizer | None,
     ) -> None:
-        """Read a state into parameters and optimiser. Raises `RunError` if it is damaged."""
-        tensors = _tensors(parameters, optimiser)
+        """Read a state into parameters and optimiser; nothing in it is run.
+
+        Raises `RunError` if it is damaged, of other tensors, or would run code.
+        """
+        tensors, folder = _tensors(parameters, optimiser), self.folder / name
+        reader = StateReader(folder, dict(_shapes(tensors)))
         try:
             with _without_advice():
-                dcp.load(
-                    tensors,
-                    checkpoint_id=str(self.folder / name),
-                    no_dist=self.world.size == 1,
-                )
-        except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-            raise RunError(
-                f"the training state {self.folder / name} cannot be read: {error}",
-                "remove its folder; the stage then goes on from an older state or begins anew",
-            ) from error
+                dcp.load(tensors, storage_reader=reader, no_dist=self.world.size == 1)
+        except dcp.CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            for cause in causes:
+                if not isinstance(cause, DAMAGE):
+                    raise cause from error
+            raise damaged(folder) from error
+        except DAMAGE as error:
+            raise damaged(folder) from error
 
     def best(self, step: int) -> str:
         """The name of the weights of `step`, where the held-out loss was lowest so far."""
@@ -140,9 +164,14 @@ class StateFolder:
                 shutil.rmtree(folder)
 
     def clear(self) -> None:
-        """Remove the whole folder."""
-        if self.world.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the whole folder, under its name at once."""
+        if not self.world.is_main:
+            return
+        gone = self.folder.parent / f".{self.folder.name}.removed"
+        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     @contextmanager
     def _writing(self, target: Path) -> Iterator[Path]:
@@ -165,6 +194,22 @@ class StateFolder:
 def state_record(progress: Progress, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `state.json` holds: how far, and under which settings."""
     return {"format": 1, "progress": asdict(progress), "settings": dict(settings)}
+
+
+def _is_settings(value: Any) -> bool:
+    """Whether this has the fields that are compared with today's settings."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(section), dict) for section in ("stage", "data")
+    )
+
+
+def _shapes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names of tensors as torch.distributed.checkpoint flattens them, with their shapes."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _shapes(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", tuple(value.shape)
 
 
 @contextmanager

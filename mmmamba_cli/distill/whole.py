@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmmamba_cli.distill.loop import Stopped
+from mmmamba_cli.distill.overwrite_log import OverwriteLog, command_digest
 from mmmamba_cli.distill.planning import choose_start, stages_to_run
-from mmmamba_cli.distill.running import Options, Watch, run_stage
+from mmmamba_cli.distill.resume import data_digests
+from mmmamba_cli.distill.running import TRAINING, Options, Watch, run_stage
 from mmmamba_cli.distributed import World
 from mmmamba_cli.hybridize import hybridize, planned_name
 from mmmamba_cli.recipe import Recipe, attention_layers, dump_recipe
@@ -33,14 +35,22 @@ def distill(
     names = None if wanted is None else tuple(wanted)
     product = world.on_main(lambda: choose_start(run, recipe, names, start))
     watch.say(f"starting from {product.name} ({product.kind})")
+    stages = stages_to_run(recipe, product, names)
+    digests = world.on_main(lambda: data_digests(recipe.data))
+    log = None
+    if options.overwrite or options.restart:
+        command = command_digest(recipe, stages, product, digests)
+        log = world.on_main(lambda: OverwriteLog(run, TRAINING, command, options.restart))
     made: list[Manifest] = []
-    for stage in stages_to_run(recipe, product, names):
+    for stage in stages:
         if made and world.any(watch.wants_to_stop()):
             raise Stopped
         if stage.layers == "planned" and not product.attention_layers:
             product = _apply_plan(run, product, recipe, world, options, watch)
-        product = run_stage(run, product, recipe, stage, world, options, watch)
+        product = run_stage(run, product, recipe, stage, world, options, watch, digests, log)
         made.append(product)
+    if log is not None and world.is_main:
+        log.remove()
     return made
 
 

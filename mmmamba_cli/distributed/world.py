@@ -76,6 +76,7 @@ class World:
                 raise
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
+            box[1].is_said_elsewhere = True
             raise box[1]
         return box[0]
 

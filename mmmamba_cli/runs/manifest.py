@@ -66,6 +66,8 @@ class Manifest(BaseModel):
     recipe: str
     notes: tuple[str, ...] = ()
     metrics: dict[str, Any] = {}
+    # Digests of what the last stage learned from and was measured on, by `train` and `held_out`.
+    data: dict[str, dict[str, str]] = {}
     versions: dict[str, str] = {}
 
     @property

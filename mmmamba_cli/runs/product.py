@@ -89,6 +89,8 @@ class Draft:
     notes: tuple[str, ...] = ()
     final: bool | None = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    # Digests of what a stage learned from and was measured on, by `train` and `held_out`.
+    data: Mapping[str, dict[str, str]] = field(default_factory=dict)
 
 
 def write_product(
@@ -108,10 +110,7 @@ def write_product(
         )
     plan = tensor_plan(draft.shapes, draft.dtype)
 
-    def check(found: Path) -> None:
-        check_replaceable(found, lambda folder: files_beside(folder, FILES), "mmmamba")
-
-    with atomic_folder(target, overwrite, check) as folder:
+    with atomic_folder(target, overwrite, check_product_folder) as folder:
         with ShardedWriter(folder, plan) as writer:
             for name, info in plan.items():
                 writer.write(name, draft.read(name), cast=True)
@@ -122,6 +121,11 @@ def write_product(
         write_companions(folder, draft.config, draft.origin, draft.dtype)
         (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     return manifest
+
+
+def check_product_folder(folder: Path) -> None:
+    """Raise `CheckpointError` if the folder of a product holds what mmmamba did not write."""
+    check_replaceable(folder, lambda found: files_beside(found, FILES), "mmmamba")
 
 
 def _manifest(draft: Draft, content_hash: str) -> Manifest:
@@ -141,6 +145,7 @@ def _manifest(draft: Draft, content_hash: str) -> Manifest:
         notes=draft.notes,
         final=draft.final,
         metrics=dict(draft.metrics),
+        data=dict(draft.data),
         versions=versions(),
     )
 

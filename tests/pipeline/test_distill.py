@@ -16,9 +16,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conversations import write_conversations
 from safetensors.torch import load_file
-from test_as_a_new_user import write_teacher
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -50,24 +48,6 @@ def refused(*words: object) -> str:
     result = mmmamba(*words)
     assert isinstance(result.exception, MmmambaError), result.output
     return str(result.exception)
-
-
-@pytest.fixture(scope="module")
-def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher, conversations and a seeded run; copied by each test."""
-    folder = tmp_path_factory.mktemp("seeded")
-    write_teacher(folder)
-    write_conversations(folder, 12)
-    write_conversations(folder, 4, 1, "held_out")
-    done("seed", folder / "hovle.ckpt", "--run", folder / "run", "--recipe", "smoke", "--no-report")
-    return folder
-
-
-@pytest.fixture
-def work(seeded: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "work"
-    shutil.copytree(seeded / "run", folder / "run")
-    return folder
 
 
 def distill(work: Path, seeded: Path, *more: object) -> tuple[object, ...]:
@@ -304,7 +284,7 @@ def test_a_kill_behind_the_product_leaves_nothing_undone(work: Path, seeded: Pat
     (product / "metrics.jsonl").rename(training / "metrics.jsonl")
     run.set_current("seed")
     result = done(*distill(work, seeded, "--stage", "1"))
-    assert "--overwrite makes it anew" in result.output
+    assert "stage1 is finished already; --overwrite repeats it" in result.output
     assert run.record.current == "stage1"
     assert not training.exists()
     assert (product / "metrics.jsonl").is_file()

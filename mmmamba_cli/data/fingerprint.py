@@ -1,0 +1,96 @@
+"""Digests of training data, by which a resumed run notices that its data changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmmamba_cli.data.corpus import Corpus
+from mmmamba_cli.errors import DataError
+
+# Files of JSON are read whole: opening them reads each byte too. Of a larger shard, the size and
+# this many evenly spaced blocks are read.
+WHOLE_FILE_BYTES = 64 << 20
+BLOCK_BYTES = 64 << 10
+NUM_BLOCKS = 256
+# Pictures of this many evenly spaced samples are looked at; of every `READ_EVERY`-th of these
+# samples the contents are read, of the others only the sizes.
+NUM_SAMPLES = 1024
+READ_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 digests of a set of conversations, in hexadecimal.
+
+    `conversations` covers every byte of `.jsonl` and `.json` files, and the size and 256 blocks of
+    64 KiB of each larger `.tar` shard. `pictures` covers picture files of 1,024 evenly spaced
+    samples: all of their sizes, and the contents for every 16th of these samples, or for all where
+    there are at most 64 samples. Paths and times are not covered, so data may be moved.
+    """
+
+    conversations: str
+    pictures: str
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def fingerprint(corpus: Corpus) -> Fingerprint:
+    """The digests of a corpus. Raises `DataError` if one of its files cannot be read."""
+    return Fingerprint(_digest_files(corpus), _digest_pictures(corpus))
+
+
+def _digest_files(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for part in corpus.parts:
+        digest.update(f"part {part.samples} {part.repeats!r}\n".encode())
+    for file in corpus.files:
+        try:
+            size = file.stat().st_size
+            digest.update(f"file {size}\n".encode())
+            for block in _blocks(file, size):
+                digest.update(block)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def _blocks(file: Path, size: int) -> Iterator[bytes]:
+    """The contents of a file, or evenly spaced blocks of a large shard, the ends among them."""
+    with file.open("rb") as handle:
+        if file.suffix.lower() != ".tar" or size <= WHOLE_FILE_BYTES:
+            while block := handle.read(1 << 20):
+                yield block
+            return
+        for number in range(NUM_BLOCKS):
+            handle.seek((size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
+            yield handle.read(BLOCK_BYTES)
+
+
+def _digest_pictures(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    count = min(len(corpus), NUM_SAMPLES)
+    every = READ_EVERY if count > NUM_SAMPLES // READ_EVERY else 1
+    for number in range(count):
+        try:
+            images: Sequence[object] = corpus[number * len(corpus) // count].images
+        except DataError:
+            # The line itself is part of the other digest.
+            continue
+        for image in images:
+            # A picture within a shard is part of the other digest.
+            if isinstance(image, Path):
+                digest.update(_picture(image, whole=number % every == 0))
+    return digest.hexdigest()
+
+
+def _picture(file: Path, whole: bool) -> bytes:
+    try:
+        size = file.stat().st_size
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if whole else ""
+    except OSError:
+        return b"unreadable\n"
+    return f"{size} {content}\n".encode()

@@ -1,0 +1,259 @@
+"""Starting the processes of a run on this machine, by torch's elastic multiprocessing.
+
+torchrun does the same for one machine or several; here the command that was typed stays in charge,
+so that Ctrl-C, the exit code and the one error message are those of a single process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    PContext,
+    SignalException,
+    start_processes,
+)
+
+from mmmamba_cli.distributed.stopping import SIGNALS, Repeats, end_by
+from mmmamba_cli.errors import MmmambaError, RunError
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+HOST = "127.0.0.1"
+# How long processes may take to end once another has failed, or a second signal came.
+FAILED_SECONDS = 30
+STOPPED_SECONDS = 5
+# Of a traceback; the queue between the processes holds 64 KiB.
+MAX_TRACE_CHARACTERS = 3000
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What ended one process, in plain values: not every exception can be pickled."""
+
+    time: float
+    rank: int
+    kind: str
+    text: str
+    hint: str | None
+    trace: str
+    is_mistake: bool
+    # Whether it only lost its connection to a process that had ended before.
+    is_consequence: bool
+    # Arguments of an OSError.
+    refusal: tuple[int | None, str | None, str | None] | None
+
+    def exception(self) -> BaseException:
+        """The error as the process that started this one raises it."""
+        if self.is_mistake:
+            return MmmambaError(self.text, self.hint)
+        error = (
+            OSError(*self.refusal) if self.refusal else RuntimeError(f"{self.kind}: {self.text}")
+        )
+        error.add_note(f"in process {self.rank}:\n{self.trace}")
+        return error
+
+
+def _failure(error: BaseException) -> _Failure:
+    refusal = None
+    if isinstance(error, OSError):
+        name = error.filename
+        refusal = (error.errno, error.strerror, None if name is None else str(name))
+    mistake = error if isinstance(error, MmmambaError) else None
+    text = (str(error) if mistake is None else mistake.message)[:MAX_TRACE_CHARACTERS]
+    return _Failure(
+        time=time.time(),
+        rank=int(os.environ["RANK"]),
+        kind=type(error).__name__,
+        text=text,
+        hint=None if mistake is None else mistake.hint,
+        trace=traceback.format_exc()[-MAX_TRACE_CHARACTERS:],
+        is_mistake=mistake is not None,
+        is_consequence=isinstance(error, dist.DistError) or "gloo" in text.lower(),
+        refusal=refusal,
+    )
+
+
+def count_processes(gpus: int | None, device: str | None) -> int:
+    """How many processes `--gpus` asks for on this device. Raises `MmmambaError` for too many."""
+    if gpus is None:
+        return 1
+    if gpus < 1:
+        raise MmmambaError(f"--gpus {gpus}: expected 1 or more")
+    if "WORLD_SIZE" in os.environ:
+        raise MmmambaError(
+            "--gpus starts processes, and torchrun has started this one already",
+            "leave out --gpus, or start without torchrun",
+        )
+    if device != "cpu":
+        there = torch.cuda.device_count()
+        if there < gpus:
+            raise MmmambaError(
+                f"--gpus {gpus}: this machine has {there or 'no'} GPU{'s' * (there > 1)} that "
+                "torch can use",
+                f"--device cpu --gpus {gpus} starts {gpus} processes on the CPU"
+                if not there
+                else f"give --gpus {there} or fewer",
+            )
+    return gpus
+
+
+def launch(work: Callable[[Argument], Result], argument: Argument, processes: int) -> Result:
+    """Call `work(argument)` in new processes; returns what it returns in process 0.
+
+    `join_world` finds its place among them by the environment, as under torchrun. SIGINT and
+    SIGTERM are passed on; the second one ends the processes at once. If one fails, the others are
+    ended, and its error is raised here: an `MmmambaError` or `OSError` as one, any other exception
+    as a `RuntimeError` with that process's traceback as a note. Raises `RunError` for a process
+    that was killed.
+    """
+    errors: SimpleQueue[_Failure] = get_context("spawn").SimpleQueue()
+    # The store of the process group lives here: it has a free port, and outlives every process.
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    ranks = range(processes)
+    with TemporaryDirectory(prefix="mmmamba-") as logs, _quiet_torch(), _one_thread_each():
+        try:
+            context = start_processes(
+                "mmmamba",
+                _run,
+                args=dict.fromkeys(ranks, (work, argument, errors, os.getpid())),
+                envs={rank: _environment(rank, processes, store.port) for rank in ranks},
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+                start_method="spawn",
+            )
+            result = _wait(context)
+        except SignalException as error:
+            # Before the handlers here were in place.
+            end_by(error.sigval)
+    if not result.is_failed():
+        return result.return_values[0]
+    failures = []
+    while not errors.empty():
+        failures.append(errors.get())
+    raise _cause(failures, result.failures)
+
+
+def _run(
+    work: Callable[[Argument], Result],
+    argument: Argument,
+    errors: SimpleQueue[_Failure],
+    starter: int,
+) -> Result:
+    """The whole of one process."""
+    try:
+        result = work(argument)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        errors.put(_failure(error))
+        # Reported by the process that started this one.
+        raise SystemExit(1) from error
+    if os.getppid() != starter:
+        # It was killed; torch interrupted this one, and would now wait for it without end.
+        os._exit(1)
+    return result
+
+
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        # No process is to open a store at that port: there is one.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def _wait(context: PContext) -> Any:
+    """torch's result of all processes, with signals passed on to them meanwhile."""
+    repeats = Repeats()
+    ended_by: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if repeats.is_repeat():
+            ended_by.append(number)
+        elif repeats.count == 1:
+            sys.stderr.write("\nstopping after this step; once more stops at once\n")
+        for pid in context.pids().values():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        while True:
+            result = context.wait(timeout=1, period=0.1)
+            if ended_by:
+                context.close(signal.Signals(ended_by[0]), timeout=STOPPED_SECONDS)
+                end_by(ended_by[0])
+            if result is not None:
+                return result
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseException:
+    """What to raise for processes that failed: the first error that no other one caused."""
+    first = min(failures, key=lambda failure: (failure.is_consequence, failure.time), default=None)
+    if first is None or first.is_consequence:
+        named = [f"process {rank} by {x.signal_name()}" for rank, x in exits.items()]
+        killed = any(x.exitcode < 0 for x in exits.values())
+        return RunError(
+            f"a process of this run was killed{f': {named[0]}' if killed else ''}",
+            "often because main memory ran out; the same command goes on from the last state",
+        )
+    return first.exception()
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Without torch's own account of processes that failed or are ended."""
+    loggers = [
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api"),
+        logging.getLogger("torch.multiprocessing.spawn"),
+    ]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """CPU operations of each process in one thread, as under torchrun, unless it is set."""
+    name = "OMP_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -1,0 +1,37 @@
+"""Signals that ask a command to stop: the first politely, the second at once."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Schedulers signal every process of a job, and launchers pass the signal on to theirs: one request
+# arrives twice.
+SAME_REQUEST_SECONDS = 1.0
+
+
+class Repeats:
+    """Tells a second request from a second copy of the first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first = 0.0
+
+    def is_repeat(self) -> bool:
+        """Count a signal that has arrived; whether it is a second request to stop."""
+        self.count += 1
+        if self.count == 1:
+            self._first = time.monotonic()
+        return time.monotonic() - self._first > SAME_REQUEST_SECONDS
+
+
+def end_by(number: int) -> NoReturn:
+    """End as a shell reports a process that the signal ended: 130 for SIGINT, 143 for SIGTERM.
+
+    What is half-written is cleared away on the way.
+    """
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

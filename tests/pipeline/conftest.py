@@ -1,0 +1,33 @@
+"""A seeded run of a small teacher, with conversations to distill it on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conversations import write_conversations
+from test_as_a_new_user import write_teacher
+from typer.testing import CliRunner
+
+from mmmamba_cli.cli.app import app
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, conversations and a seeded run; copied by each test."""
+    folder = tmp_path_factory.mktemp("seeded")
+    write_teacher(folder)
+    write_conversations(folder, 12)
+    write_conversations(folder, 4, 1, "held_out")
+    words = ("seed", folder / "hovle.ckpt", "--run", folder / "run", "--recipe", "smoke")
+    result = CliRunner().invoke(app, [*map(str, words), "--no-report"])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def work(seeded: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "work"
+    shutil.copytree(seeded / "run", folder / "run")
+    return folder

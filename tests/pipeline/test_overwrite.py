@@ -1,0 +1,275 @@
+"""Stages that are repeated, interrupted and gone on with; settings and data that changed since."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conversations import write_conversations
+from PIL import Image
+from test_distill import distill, done, mmmamba, refused, same, weights
+
+import mmmamba_cli
+from mmmamba_cli.distill.state import StateFolder
+from mmmamba_cli.runs import Run
+
+# How often the long-running test kills; the whole of it is run with MMMAMBA_KILLS=20.
+KILLS = max(4, int(os.environ.get("MMMAMBA_KILLS", "4")))
+STAGE = ("--stage", "1")
+OTHER = ("--set", "stages.stage1.lr=2e-3")
+# So high that the held-out loss rises again, and there is a best student beside the last.
+TOO_HIGH = ("--set", "stages.stage1.lr=1.0", "--set", "stages.stage1.evaluate_every=1")
+
+
+class Interrupt(BaseException):
+    """Stands for a kill: nothing of the package may catch it."""
+
+
+@contextmanager
+def interrupted_after(step: int, stage: str = "stage1") -> Iterator[None]:
+    """End the command as soon as the state of `step` of a stage is written."""
+    whole = StateFolder.save
+
+    def save(self: StateFolder, name: str, *rest: Any) -> None:
+        whole(self, name, *rest)
+        if (self.folder.name, name) == (stage, f"step-{step:08d}"):
+            raise Interrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StateFolder, "save", save)
+        yield
+
+
+def interrupt(
+    work: Path, seeded: Path, *more: object, step: int = 2, stage: str = "stage1"
+) -> None:
+    with interrupted_after(step, stage), pytest.raises(Interrupt):
+        mmmamba(*distill(work, seeded, *more))
+
+
+def metrics(work: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a product's log without what is timed."""
+    rows = [json.loads(x) for x in (work / f"run/products/{name}/metrics.jsonl").open()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+@pytest.fixture
+def finished(work: Path, seeded: Path) -> Path:
+    """A run whose stage 1 is finished."""
+    done(*distill(work, seeded, *STAGE))
+    return work
+
+
+def test_an_interrupted_overwrite_goes_on(finished: Path, seeded: Path) -> None:
+    undisturbed = finished.parent / "undisturbed"
+    shutil.copytree(finished, undisturbed)
+    repeat = (*STAGE, *OTHER, "--overwrite")
+    done(*distill(undisturbed, seeded, *repeat))
+    old = Run(finished / "run").product("stage1")
+    interrupt(finished, seeded, *repeat)
+    run = Run(finished / "run")
+    assert run.product("stage1") == old
+    run.verify_product("stage1")
+    message = refused(*distill(finished, seeded, *STAGE, *OTHER))
+    assert "stage1 is finished, and a repetition of it with --overwrite was interrupted after" in (
+        message
+    )
+    assert "step 2 of 4" in message
+    assert "go on with --overwrite" in message
+    output = done(*distill(finished, seeded, *repeat)).output
+    assert "resuming after step 2" in output
+    assert same(weights(finished, "stage1"), weights(undisturbed, "stage1"))
+    assert metrics(finished, "stage1") == metrics(undisturbed, "stage1")
+    assert run.product("stage1").created > old.created
+    assert not list((finished / "run/training").iterdir())
+
+
+def test_overwrite_goes_on_with_a_first_training_too(work: Path, seeded: Path) -> None:
+    interrupt(work, seeded, *STAGE)
+    assert "resuming after step 2" in done(*distill(work, seeded, *STAGE, "--overwrite")).output
+
+
+def test_restart_begins_at_step_1(finished: Path, seeded: Path) -> None:
+    interrupt(finished, seeded, *STAGE, "--overwrite")
+    output = done(*distill(finished, seeded, *STAGE, "--restart")).output
+    assert "resuming" not in output
+    assert [row["step"] for row in metrics(finished, "stage1")] == [1, 2, 3, 4]
+    shutil.rmtree(finished / "run/products/stage1")
+    interrupt(finished, seeded, *STAGE, "--from", "seed")
+    begun = ("--from", "seed", "--restart")
+    assert "resuming" not in done(*distill(finished, seeded, *STAGE, *begun)).output
+
+
+def test_overwrite_of_other_settings_begins_at_step_1(work: Path, seeded: Path) -> None:
+    interrupt(work, seeded, *STAGE)
+    output = done(*distill(work, seeded, *STAGE, *OTHER, "--overwrite")).output
+    assert "beginning at step 1: the state after step 2 was made with other settings" in output
+    assert "stages.stage1.lr: 0.001 -> 0.002" in output
+    assert "resuming" not in output
+
+
+def test_an_overwrite_killed_before_its_first_state_costs_nothing(
+    finished: Path, seeded: Path
+) -> None:
+    before = metrics(finished, "stage1")
+    more = (*STAGE, "--overwrite", "--set", "stages.stage1.save_every=3")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def save(self: StateFolder, name: str, *rest: Any) -> None:
+            raise Interrupt
+
+        patch.setattr(StateFolder, "save", save)
+        with pytest.raises(Interrupt):
+            mmmamba(*distill(finished, seeded, *more))
+    assert (finished / "run/training/stage1/metrics.jsonl").stat().st_size
+    assert "is finished already" in done(*distill(finished, seeded, *STAGE)).output
+    assert metrics(finished, "stage1") == before
+    assert not (finished / "run/training/stage1").exists()
+
+
+def test_a_requeued_overwrite_of_several_stages_ends(work: Path, seeded: Path) -> None:
+    stages = ("--stage", "1,2")
+    done(*distill(work, seeded, *stages))
+    repeat = (*stages, "--overwrite", "--set", "stages.stage1.lr=2e-3")
+    interrupt(work, seeded, *repeat, stage="stage2")
+    first = Run(work / "run").product("stage1")
+    output = done(*distill(work, seeded, *repeat)).output
+    assert "stage1 is finished already" in output
+    assert Run(work / "run").product("stage1") == first
+    assert Run(work / "run").record.current == "stage2"
+    # The command came to its end: given once more it repeats all.
+    done(*distill(work, seeded, *repeat))
+    assert Run(work / "run").product("stage1").created > first.created
+
+
+def test_the_best_of_a_replaced_stage_goes(work: Path, seeded: Path) -> None:
+    held_out = ("--held-out", seeded / "held_out.jsonl")
+    done(*distill(work, seeded, *STAGE, *held_out, *TOO_HIGH))
+    run = Run(work / "run")
+    assert "stage1-best" in run.products()
+    lower = ("--set", "stages.stage1.lr=1e-3", "--overwrite")
+    output = done(*distill(work, seeded, *STAGE, *held_out, *lower)).output
+    assert run.product("stage1").metrics["best_step"] == 4
+    assert "stage1-best" not in run.products()
+    assert "removed stage1-best" in output
+
+
+def test_foreign_files_in_a_product_are_noticed_before_training(
+    finished: Path, seeded: Path
+) -> None:
+    (finished / "run/products/stage1/mine.txt").write_text("mine")
+    message = refused(*distill(finished, seeded, *STAGE, "--overwrite"))
+    assert "did not write: mine.txt" in message
+    assert not (finished / "run/training/stage1").exists()
+
+
+def test_a_finished_stage_of_other_settings_is_refused(finished: Path, seeded: Path) -> None:
+    message = refused(*distill(finished, seeded, *STAGE, *OTHER))
+    assert "stage1 is finished, and was made with other settings" in message
+    assert "stages.stage1.lr: 0.001 -> 0.002" in message
+    assert "--overwrite" in message
+    # What does not change the result may differ, and so may the place of the data.
+    workers = ("--set", "data.workers=1", "--set", "stages.stage1.accumulation=2")
+    done(*distill(finished, seeded, *STAGE, *workers))
+    moved = finished.parent / "moved"
+    shutil.copytree(seeded, moved, ignore=shutil.ignore_patterns("run"))
+    done(*distill(finished, moved, *STAGE))
+
+
+def test_data_that_changed_is_noticed(work: Path, seeded: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(seeded, own, ignore=shutil.ignore_patterns("run"))
+    interrupt(work, own, *STAGE)
+    picture = own / "images/train-3.png"
+    good = picture.read_bytes()
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(picture)
+    message = refused(*distill(work, own, *STAGE))
+    assert "pictures of data.train" in message
+    assert "have changed" in message
+    assert "conversations" not in message
+    picture.write_bytes(good)
+    file = own / "train.jsonl"
+    text = file.read_text()
+    file.write_text(text.replace("What", "That", 1))
+    assert "conversations of data.train" in refused(*distill(work, own, *STAGE))
+    done(*distill(work, own, *STAGE, "--force"))
+    # The finished stage was made with what is there now.
+    done(*distill(work, own, *STAGE))
+    file.write_text(text)
+    assert "conversations of data.train" in refused(*distill(work, own, *STAGE))
+
+
+def test_other_held_out_data_behind_the_same_path(work: Path, seeded: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(seeded, own, ignore=shutil.ignore_patterns("run"))
+    more = (*STAGE, "--held-out", own / "held_out.jsonl")
+    interrupt(work, own, *more)
+    state = work / "run/training/stage1/step-00000002/state.json"
+    record = json.loads(state.read_text())
+    record["progress"]["best_loss"] = -1.0
+    state.write_text(json.dumps(record))
+    write_conversations(own, 5, 7, "held_out")
+    done(*distill(work, own, *more))
+    assert Run(work / "run").product("stage1").metrics["best_loss"] > 0
+
+
+def killed(work: Path, words: tuple[object, ...], places: list[Any]) -> list[dict[str, Any]]:
+    """What `killing.py` says of each start of a command."""
+    spec = work / "spec.json"
+    told = {"words": [*map(str, words)], "folder": str(work / "run"), "kills": places}
+    spec.write_text(json.dumps(told))
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killing.py")), str(spec)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(mmmamba_cli.__file__).parents[1])},
+    )
+    spec.unlink()
+    found = [json.loads(line) for line in process.stdout.splitlines()]
+    assert found, process.stderr
+    assert found[-1].get("exit") == 0, (found, process.stderr)
+    return found
+
+
+def test_killed_while_overwriting_is_the_same_bits(work: Path, seeded: Path) -> None:
+    """SIGKILL at places where the most is at stake, and at random ones; always the same command."""
+    more = ("--held-out", seeded / "held_out.jsonl", "--stage", "1,2,3")
+    done(*distill(work, seeded, *more))
+    whole = work.parent / "whole"
+    shutil.copytree(work, whole)
+    repeat = (*more, "--overwrite", *TOO_HIGH)
+    (undisturbed,) = killed(whole, distill(whole, seeded, *repeat), [])
+    places: list[Any] = [
+        # Before the first state, within a state, within a product, and between its two renames.
+        ["open", "/training/stage1/metrics.jsonl", 1],
+        ["open", "/training/stage1/.step-00000004", 1],
+        ["open", "/products/.stage1.partial", 6],
+        ["os.rename", "/products/.stage1.partial", 1],
+    ]
+    rng = random.Random(KILLS)
+    most = 2 * undisturbed["operations"] // KILLS
+    places += [rng.randint(1, most) for _ in range(KILLS - len(places))]
+    starts = killed(work, distill(work, seeded, *repeat), places)
+    print("\n".join(map(str, starts)))
+    assert len(starts) == KILLS + 1, starts
+    one, two = Run(work / "run"), Run(whole / "run")
+    products = one.products()
+    assert "stage1-best" in products
+    assert products.keys() == two.products().keys()
+    assert one.record.current == two.record.current
+    for name, product in products.items():
+        one.verify_product(name)
+        assert product.content_hash == two.product(name).content_hash, name
+        if product.made_by == "distill" and not name.endswith("-best"):
+            assert metrics(work, name) == metrics(whole, name), name
+    assert not list((work / "run/training").iterdir())
+    assert not [p.name for p in (work / "run/products").iterdir() if p.name.startswith(".")]

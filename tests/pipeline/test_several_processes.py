@@ -1,0 +1,193 @@
+"""`distill --gpus`, torchrun, and signals, as a terminal and schedulers send them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_distill import distill, done, start, wait_for, weights
+
+import mmmamba_cli
+from mmmamba_cli.runs import Run
+
+ROOT = Path(mmmamba_cli.__file__).parents[1]
+PAGE = ROOT / "docs/how-to/several-gpus.md"
+TWO = ("--device", "cpu", "--gpus", "2")
+STAGE = ("--stage", "1")
+LONG = ("--set", "stages.stage1.steps=100000")
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", *map(str, words)]
+
+
+def ended(words: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that `--gpus` started, in the order of their ranks."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    cmdlines = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
+    return sorted(child for child, line in cmdlines.items() if "spawn_main" in line)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    # A zombie has ended, and its exit code was not read yet.
+    return state != "Z"
+
+
+def has_state(work: Path) -> Any:
+    return lambda: list((work / "run/training/stage1").glob("step-*/state.json"))
+
+
+def test_two_processes_are_one_command(work: Path, seeded: Path) -> None:
+    result = ended(command("mmmamba_cli", *distill(work, seeded, *STAGE, *TWO, "--json")))
+    assert result.returncode == 0, result.stderr
+    (product,) = json.loads(result.stdout)["products"]
+    assert product["name"] == "stage1"
+    for line in ("starting from seed", "mixer-mse, 4 steps", "writing stage1", "stage1 4/4"):
+        assert result.stderr.count(line) == 1, result.stderr
+    done(*distill(work, seeded, *STAGE, "--restart"))
+    assert Run(work / "run").product("stage1").created > product["created"]
+
+
+def test_one_error_of_two_processes(work: Path, seeded: Path) -> None:
+    result = ended(command("mmmamba_cli", *distill(work, seeded, "--stage", "3", *TWO)))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: stage stage3 starts from a product that has done")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--gpus", "0"), "--gpus 0: expected 1 or more"),
+        (("--gpus", "99"), "--gpus 99: this machine has"),
+    ],
+)
+def test_gpus_that_cannot_be(more: tuple[str, ...], message: str, work: Path, seeded: Path) -> None:
+    result = ended(command("mmmamba_cli", *distill(work, seeded, *more)))
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("to_group", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_both(
+    number: int, to_group: bool, work: Path, seeded: Path
+) -> None:
+    """To the whole group, as from a terminal, where each process gets it twice; and to one."""
+    process = start(work, seeded, *STAGE, *LONG, *TWO)
+    wait_for(process, has_state(work))
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert output.count("stopped and saved") == 1, output
+    assert output.count("stopping after this step") == 1, output
+    assert "Traceback" not in output
+    (state,) = (work / "run/training/stage1").glob("step-*")
+    rows = (work / "run/training/stage1/metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == int(state.name[5:])
+
+
+def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
+    process = start(work, seeded, *STAGE, *LONG, *TWO)
+    wait_for(process, has_state(work))
+    os.kill(workers(process.pid)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert "a process of this run was killed" in errors[0]
+    assert "Traceback" not in output
+
+
+def test_processes_end_with_the_one_that_started_them(work: Path, seeded: Path) -> None:
+    process = start(work, seeded, *STAGE, *LONG, *TWO)
+    wait_for(process, has_state(work))
+    running = workers(process.pid)
+    assert len(running) == 2
+    process.kill()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, running)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_at_once(number: int, code: int, work: Path, seeded: Path) -> None:
+    """In a step that does not end; what was saved before remains, and nothing half-written."""
+    words = [*map(str, distill(work, seeded, *STAGE))]
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("slow_steps.py")), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line == "in step 3\n":
+            break
+    process.send_signal(number)
+    # A copy of the same request, as launchers pass on.
+    process.send_signal(number)
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert [p.name for p in (work / "run/training/stage1").glob("*step-*")] == ["step-00000002"]
+
+
+def documented() -> list[list[str]]:
+    """The torchrun commands of the how-to page, as words."""
+    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^(?:srun )?torchrun --.*$", text, re.MULTILINE)
+    filled = {'"$SLURM_NNODES"': "2", '"$SLURM_JOB_ID"': "7", '"$head:29500"': "head:29500"}
+    for name, value in filled.items():
+        found = [line.replace(name, value) for line in found]
+    return [shlex.split(line.removeprefix("srun ")) for line in found]
+
+
+@pytest.mark.parametrize("words", documented(), ids=lambda words: " ".join(words[1:3]))
+def test_torchrun_takes_the_documented_commands(words: list[str]) -> None:
+    from torch.distributed.run import parse_args
+
+    parsed = parse_args(words[1:])
+    assert (parsed.module, parsed.training_script) == (True, "mmmamba_cli")
+    rest = [word for word in parsed.training_script_args if word != "--"]
+    assert rest[:2] == ["distill", "--run"]
+
+
+def test_the_documented_torchrun(work: Path, seeded: Path) -> None:
+    (words,) = [words for words in documented() if "--standalone" in words]
+    assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "8"]
+    own = [*words[1:3], "2", *words[4 : words.index("distill")]]
+    more = ("--device", "cpu", *STAGE)
+    words = command("torch.distributed.run", *own, *distill(work, seeded, *more))
+    result = ended(words)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stage1: linear") == 1
+    for line in ("starting from seed", "writing stage1", "stage1 4/4"):
+        assert result.stderr.count(line) == 1, result.stderr
+    assert weights(work, "stage1")
+    refused = ended([*words[: words.index("--stage")], "--stage", "3"])
+    assert refused.stderr.count("error: stage stage3 starts from") == 1, refused.stderr
+    both = ended([*words, "--gpus", "2"])
+    assert both.stderr.count("error: --gpus starts processes, and torchrun has") >= 1
