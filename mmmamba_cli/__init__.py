@@ -1,7 +1,7 @@
 """Turn trained quadratic vision-language models into linear and hybrid state-space models.
 
 Importing this package is light: no torch, no transformers. `mmmamba_cli.model` brings both and
-registers the model classes; `mmmamba_cli.load(path)` does that for you.
+registers the model classes; `mmmamba_cli.load(path)` and `load_processor(path)` do that for you.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mmmamba_cli.model import HolisticVLM
+    from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor
 
 __version__ = "0.1.0"
 
@@ -30,3 +31,23 @@ def load(
     from mmmamba_cli.checkpoint import load_model
 
     return load_model(path, device=device, dtype=dtype, frozen=frozen)
+
+
+def load_processor(path: str) -> HolisticVLMProcessor | HolisticTextProcessor:
+    """Load the processor of a checkpoint: tokenizer, chat template and, with vision, tiling.
+
+    `path` is what `load` takes. Raises `CheckpointError` for what cannot be read, or has no
+    tokenizer.
+    """
+    from mmmamba_cli.checkpoint import open_checkpoint
+    from mmmamba_cli.errors import CheckpointError
+    from mmmamba_cli.runs import open_processor
+
+    checkpoint = open_checkpoint(path)
+    processor = open_processor(checkpoint)
+    if processor is None:
+        raise CheckpointError(
+            f"{path} has no tokenizer, so text cannot be read",
+            "put the teacher's tokenizer beside it, or seed again with --tokenizer FILE",
+        )
+    return processor

@@ -70,6 +70,8 @@ def load_model(
     model.load_state_dict(state, strict=not opened.config.tie_word_embeddings, assign=True)
     model.tie_weights()
     model.config.dtype = wanted
+    # As `from_pretrained` sets it; adapters name their base model by it.
+    model.name_or_path = str(path)
     model.generation_config = generation_config(opened)
     model.name_or_path = model.config.name_or_path = str(path)
     return model.requires_grad_(not frozen).eval()
