@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.test_processing_common import ProcessorTesterMixin
@@ -19,6 +21,15 @@ import mmmamba_evals
 from mmmamba_cli.processing import HolisticVLMProcessor, HolisticVLMTokenizer
 
 FOLDER = str(Path(mmmamba_evals.__file__).parent / "scenes" / "models" / "hybrid")
+SETTINGS = (
+    "image_size",
+    "patch_size",
+    "downsample_ratio",
+    "min_tiles",
+    "max_tiles",
+    "use_thumbnail",
+    "template",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,6 +43,12 @@ def _at_the_upstream_tests() -> Iterator[None]:
 class Processor(ProcessorTesterMixin, unittest.TestCase):
     processor_class = HolisticVLMProcessor
     model_id = FOLDER
+
+    @staticmethod
+    def prepare_processor_dict() -> dict[str, Any]:
+        """What a processor needs beside its tokenizer."""
+        saved = json.loads(Path(FOLDER, "processor_config.json").read_text())
+        return {name: saved[name] for name in SETTINGS}
 
 
 class Tokenizer(TokenizerTesterMixin, unittest.TestCase):
