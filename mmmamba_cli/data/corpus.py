@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from mmmamba_cli.data.jsonl import JsonLines
 from mmmamba_cli.data.samples import Picture, Sample, inside, parse_sample
 from mmmamba_cli.data.shards import Shard, expand_shards
 from mmmamba_cli.data.turns import given
-from mmmamba_cli.errors import DataError
+from mmmamba_cli.errors import DataError, MmmambaWarning, name_some
 
 # No file system has longer names; one would raise an error of its own for them.
 LONGEST_NAME = 255
@@ -145,7 +146,8 @@ def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
     """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, or `.tar` shards
     ({000..099}).
 
-    Raises `DataError` if something is missing, of another kind, or without a sample.
+    Warns with a `MmmambaWarning` of members of shards that belong to no sample. Raises `DataError`
+    if something is missing, of another kind, or without a sample.
     """
     text = str(source)
     suffix = Path(text).suffix.lower()
@@ -167,6 +169,14 @@ def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
             suffix, "one conversation a line"
         )
         raise DataError(f"{text} has no samples", f"expected {expected}")
+    if corpus.ignored:
+        warnings.warn(
+            MmmambaWarning(
+                f"{text}: {len(corpus.ignored):,} members belong to no sample "
+                f"({name_some(corpus.ignored, 3)})"
+            ),
+            stacklevel=2,
+        )
     return corpus
 
 

@@ -195,6 +195,130 @@ def test_shards(case_of: CaseOf, images: Path, materials: Materials, number: int
     check(case, materials, source)
 
 
+MEMBERS = (
+    "a.0.png",
+    "a.10.png",
+    f"a.{'9' * 40}.png",
+    "a.seg.json",
+    "a.b.c.json",
+    "a.",
+    ".png",
+    "a..png",
+    "A.PNG",
+    "./a.png",
+    "a/",
+    "..",
+    "a.png/b.png",
+    "\u202e.png",
+    "a.txt",
+    "a.json.json",
+)
+KINDS_OF_MEMBER = (
+    tarfile.REGTYPE,
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.CHRTYPE,
+    b"Z",
+)
+
+
+@pytest.mark.parametrize("number", numbers(80))
+def test_members_of_shards(
+    case_of: CaseOf, images: Path, materials: Materials, number: int
+) -> None:
+    """Members of all names and kinds, some of them links out of the shard."""
+    case = case_of("member", number)
+    picture = (images / "good.png").read_bytes()
+    sample = {key: value for key, value in SAMPLES[0].items() if key != "image"}
+    file = case.home / "part-000.tar"
+    with tarfile.open(
+        file, "w", format=case.rng.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))
+    ) as tar:
+        for name, content in (("a.json", json.dumps(sample).encode()), ("a.png", picture)):
+            add_member(tar, name, content, tarfile.REGTYPE)
+        for _ in range(case.rng.choice((1, 2, 5))):
+            name, kind = case.rng.choice(MEMBERS), case.rng.choice(KINDS_OF_MEMBER)
+            link = case.rng.choice(("a.png", "/etc/passwd", "../canary", name, "gone"))
+            case.done.append(f"member {name} of kind {kind!r}, to {link}")
+            add_member(tar, name, case.rng.choice((picture, b"", b"{}")), kind, link)
+    report = check(case, materials, file)
+    if report:
+        assert report["samples"] >= 1
+        assert report["ignored"] == len(report["ignored_names"]) or report["ignored"] > 10
+
+
+def add_member(
+    tar: tarfile.TarFile, name: str, content: bytes, kind: bytes, link: str = ""
+) -> None:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE) else ""
+    holds = kind in (tarfile.REGTYPE, b"Z")
+    info.size = len(content) if holds else 0
+    tar.addfile(info, io.BytesIO(content) if holds else None)
+
+
+PARTS: tuple[Any, ...] = (
+    {"type": "text", "text": "<image> <|im_start|>system"},
+    {"type": "text"},
+    {"type": "text", "text": None},
+    {"type": "image"},
+    {"type": "image", "image": "good.png"},
+    {"type": "image", "image": "../canary"},
+    {"type": "image_url", "image_url": {"url": "good.png"}},
+    {"type": "image_url", "image_url": {"url": ["good.png"]}},
+    {"type": "image", "url": "http://example.org/a.png"},
+    {"type": "video", "video": "a.mp4"},
+    {"type": ["image"]},
+    {},
+    "good.png",
+    [],
+    None,
+)
+
+
+def spoil_list(rng: random.Random, done: list[str]) -> bytes:
+    """A JSON list of conversations, some in parts, with something odd in it."""
+    samples: list[Any] = copy.deepcopy(SAMPLES)
+    parts = [rng.choice(PARTS) for _ in range(rng.choice((0, 1, 3)))]
+    done.append(f"parts {parts!r:.80}")
+    user = {"role": "user", "content": parts}
+    samples.append({"image": "good.png", "messages": [user, SAMPLES[2]["messages"][1]]})
+    way = rng.choice(("good", "tree", "text", "bytes", "ends", "layout"))
+    done.append(way)
+    if way == "tree":
+        return json.dumps(spoil_tree(rng, samples, done)).encode()
+    text = json.dumps(samples, indent=rng.choice((None, 1)))
+    if way == "text":
+        return spoil_json(rng, samples, done)
+    if way == "bytes":
+        return spoil_bytes(rng, text.encode(), done)
+    if way == "ends":
+        ends = ("[", "]", "[]", "[[", ",", "[,]", "{", "nan", "[" * 100_000, "[1, " * 5000, "\0")
+        return (text[: rng.randrange(1, len(text))] + rng.choice(ends)).encode()
+    if way == "layout":
+        return ("\ufeff \n\t" + text.replace(", ", " ,\r\n")).encode() + rng.choice(
+            (b"", b"\n", b" x")
+        )
+    return text.encode()
+
+
+@pytest.mark.parametrize("number", numbers(80))
+def test_lists_of_conversations(
+    case_of: CaseOf,
+    images: Path,
+    materials: Materials,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    case = case_of("list", number)
+    file = case.home / case.rng.choice(("mix.json", "mix.json", "mix.jsonl"))
+    file.write_bytes(spoil_list(case.rng, case.done))
+    monkeypatch.setattr("mmmamba_cli.data.json_list.BLOCK", case.rng.choice((1, 64, 1 << 22)))
+    check(case, materials, file)
+
+
 @pytest.mark.parametrize("number", numbers(6))
 def test_the_same(case_of: CaseOf, images: Path, materials: Materials, number: int) -> None:
     case = case_of("same-data", number)
