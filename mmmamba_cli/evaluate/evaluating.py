@@ -131,15 +131,7 @@ def evaluate_model(
     watch: Watch,
 ) -> Scored:
     """Ask one model one suite, score it, and write everything into `folder`."""
-    max_new_tokens = options.max_new_tokens or suite.max_new_tokens
-    settings: dict[str, Any] = {
-        "max_tiles": options.max_tiles or suite.max_tiles,
-        "max_new_tokens": max_new_tokens,
-        "answers": "chosen by likelihood" if options.by_likelihood else "generated",
-        "limit": options.limit,
-        "code": code_digest(),
-        **model.identity.answers_depend_on,
-    }
+    settings = _settings(model, suite, options)
     prompts = [
         prompt_of(
             row, suite, table, max_tiles=options.max_tiles, by_likelihood=options.by_likelihood
@@ -162,7 +154,7 @@ def evaluate_model(
             model,
             prompts,
             store,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=settings["max_new_tokens"],
             batch=options.batch,
             watch=watch,
         )
@@ -189,6 +181,18 @@ def evaluate_model(
     if asked.answered:
         _write_timing(folder, asked, seconds)
     return scored
+
+
+def _settings(model: EvalModel, suite: Suite, options: Options) -> dict[str, Any]:
+    """What answers depend on beside the model's weights and the questions."""
+    return {
+        "max_tiles": options.max_tiles or suite.max_tiles,
+        "max_new_tokens": options.max_new_tokens or suite.max_new_tokens,
+        "answers": "chosen by likelihood" if options.by_likelihood else "generated",
+        "limit": options.limit,
+        "code": code_digest(),
+        **model.identity.answers_depend_on,
+    }
 
 
 def _data_part(
