@@ -36,7 +36,8 @@ def problem_of(words: list[str]) -> str | None:
 
 
 def found_command(words: list[str]) -> tuple[Any, list[str]]:
-    command, rest = ROOT_COMMAND, list(words)
+    # `--` keeps torchrun from reading the options behind it; the command line skips it too.
+    command, rest = ROOT_COMMAND, list(words[1:] if words[:1] == ["--"] else words)
     while rest and rest[0] in getattr(command, "commands", {}):
         command, rest = command.commands[rest[0]], rest[1:]
     # A group without a command prints its help, which a page does not mean.
