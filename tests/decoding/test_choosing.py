@@ -61,6 +61,7 @@ def expected(probabilities: torch.Tensor, kept: int) -> torch.Tensor:
         ({"temperature": 1.0, "top_p": 0.961}, 6),
         ({"temperature": 1.0, "top_k": 1}, 1),
         ({"temperature": 1.0, "top_k": 5}, 5),
+        ({"temperature": 1.0, "top_k": 7}, 6),
         ({"temperature": 1.0, "top_p": 1e-6}, 1),
         ({"temperature": 1.0, "top_p": 1.0}, 6),
         # Half of the two that are left is the first.

@@ -113,7 +113,8 @@ class TestPeft:
         model = self.peft.get_peft_model(copy.deepcopy(base), config)
         ids, _ = prompt(0, 9)
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        losses = [step(model, batch, rate=0.001) for _ in range(4)]
+        # A small rate: with these random weights the loss is steep in what stands first.
+        losses = [step(model, batch, rate=1e-5) for _ in range(4)]
         assert losses[-1] < losses[0]
         assert changed(model.base_model, before) == set()
 
