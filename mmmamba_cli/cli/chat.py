@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -101,6 +102,9 @@ def command(
     elif sys.stdin.isatty() and sys.stdout.isatty():
         talk.converse()
     else:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # Files of questions are UTF-8, whatever the locale.
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
         talk.read_questions(sys.stdin)
 
 

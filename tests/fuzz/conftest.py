@@ -14,14 +14,19 @@ from judging import Case
 from materials import Materials
 from suite_tables import ScriptedModel
 
+from mmmamba_cli.cli import app as frame
 from mmmamba_cli.evaluate import opening
+
+
+def whole_command_line() -> Any:
+    return typer.main.get_command(frame.build_app())
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
     """Cases by the hundred: the command line is built once, and nothing waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        patch.setattr(frame, "command_line", functools.cache(whole_command_line))
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 

@@ -59,9 +59,12 @@ class Case:
         target.parent.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copyfile(source, target))
 
-    def command(self, *words: object) -> Done:
-        """The command, watched. Anything that leaves it but an exit code is a failure."""
-        out, err = io.StringIO(), io.StringIO()
+    def command(self, *words: object, encoding: str = "utf-8") -> Done:
+        """The command, watched, with streams of that encoding.
+
+        Anything that leaves it but an exit code is a failure.
+        """
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="") for _ in "oe")
         before, state = sys.argv, self._state()
         sys.argv = ["mmmamba", *map(str, words)]
         code: Any = 0
@@ -75,7 +78,7 @@ class Case:
             raise
         finally:
             sys.argv = before
-        done = self.last = Done(code or 0, out.getvalue(), err.getvalue())
+        done = self.last = Done(code or 0, *(written(stream, encoding) for stream in (out, err)))
         try:
             self._judge(done, state)
         except AssertionError as error:
@@ -140,6 +143,14 @@ class Case:
                     fixed = (known.st_size, known.st_mtime_ns) if name in files else (0, 0)
                     found[str(path.relative_to(self.home))] = fixed
         return found
+
+
+def written(stream: io.TextIOWrapper, encoding: str) -> str:
+    """What was written, every byte of it in the encoding."""
+    stream.flush()
+    buffer = stream.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode(encoding)
 
 
 def judge_sentence(text: str) -> None:

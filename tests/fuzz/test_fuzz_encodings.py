@@ -1,0 +1,93 @@
+"""Names in any script, on streams in any encoding: escaped where they must be, JSON always JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+
+import pytest
+from judging import Case, numbers, outcome
+from materials import Materials
+
+CaseOf = Callable[[str, int], Case]
+ENCODINGS = (
+    "ascii",
+    "cp1252",
+    "cp437",
+    "latin-1",
+    "koi8-r",
+    "shift_jis",
+    "gbk",
+    "big5",
+    "utf-16",
+    "utf-8",
+)
+# Latin, Greek, Cyrillic, Hebrew, Arabic, Devanagari, Thai, Chinese, Korean, signs, emoji, marks
+# that join, spaces that are none; no separators of paths or lines.
+RANGES = (
+    (0x61, 0x7A),
+    (0xC0, 0x17F),
+    (0x391, 0x3C9),
+    (0x410, 0x44F),
+    (0x5D0, 0x5EA),
+    (0x620, 0x64A),
+    (0x905, 0x939),
+    (0xE01, 0xE30),
+    (0x4E00, 0x4FFF),
+    (0xAC00, 0xADFF),
+    (0x2190, 0x2BFF),
+    (0x1F600, 0x1F64F),
+    (0x300, 0x36F),
+    (0x2000, 0x200B),
+    (0xDC80, 0xDCFF),
+)
+
+
+def name(case: Case) -> str:
+    """A name of a few letters of several scripts, which a file system takes."""
+    letters = (chr(case.rng.randint(*case.rng.choice(RANGES))) for _ in range(12))
+    found = "n" + "".join(letters)
+    case.done.append(f"name {found!a}")
+    return found
+
+
+@pytest.mark.parametrize("number", numbers(40))
+def test_names(case_of: CaseOf, materials: Materials, number: int) -> None:
+    case = case_of("encoding", number)
+    encoding = ENCODINGS[number % len(ENCODINGS)]
+    case.done.append(f"streams in {encoding}")
+    called = name(case)
+    run = case.copy(materials.run, called)
+    commands: tuple[tuple[object, ...], ...] = (
+        ("status", "--run", run),
+        ("inspect", "--run", run),
+        ("status", "--run", f"{run}-gone"),
+        ("inspect", f"{run}-gone"),
+        ("recipe", "show", f"{run}-gone"),
+        ("data", "check", f"{run}.jsonl", "--model", materials.hovle),
+    )
+    words = commands[number // len(ENCODINGS) % 2 + 2 * case.rng.randrange(3)]
+    for form in ((), ("--json",)):
+        done = case.command(*words, *form, encoding=encoding)
+        if form and done.out:
+            assert called in json.dumps(outcome(done), ensure_ascii=False)
+
+
+@pytest.mark.parametrize("number", numbers(20))
+def test_pictures_that_are_not_there(case_of: CaseOf, materials: Materials, number: int) -> None:
+    case = case_of("encoding-data", number)
+    encoding = ENCODINGS[number % len(ENCODINGS)]
+    # A lone half of a letter has no UTF-8 and cannot stand in a file.
+    called = name(case).encode("utf-8", "replace").decode()
+    turns = [{"from": "human", "value": f"<image>\n{called}"}, {"from": "gpt", "value": called}]
+    file = case.home / "data.jsonl"
+    line = json.dumps({"image": f"{called}.png", "conversations": turns}, ensure_ascii=False)
+    file.write_text(line + "\n", encoding="utf-8")
+    words = ("data", "check", file, "--model", materials.hovle, "--max-bad-share", 1)
+    for form in ((), ("--json",)):
+        done = case.command(*words, *form, encoding=encoding)
+        if form:
+            assert called in json.dumps(outcome(done), ensure_ascii=False)
+    shutil.rmtree(case.home / "tmp")
+    (case.home / "tmp").mkdir()
