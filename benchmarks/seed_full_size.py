@@ -60,7 +60,7 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 def anonymous_bytes(pid: int) -> int:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return 0
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon")), 0)

@@ -70,7 +70,7 @@ def perplexity(folder: Path, held_out: Path, device: str) -> float:
     processor = open_processor(open_checkpoint(folder))
     assert processor is not None
     nats, tokens = 0.0, 0
-    for line in held_out.open():
+    for line in held_out.open(encoding="utf-8"):
         ids = torch.tensor([processor.text_ids(json.loads(line)["text"])[:MAX_LENGTH]])
         ids = ids.to(device)
         logits = model(ids, use_cache=False).logits.float()

@@ -69,16 +69,11 @@ def seconds_of(words: Sequence[object]) -> float:
         (["--help"], 20),
         (["inspect", "scenes-linear"], 20),
         (["doctor", "--device", "cpu"], 10),
-        (["scenes", "build", "--workers", "2", "--lessons", "4000", "--out", "{folder}"], 10),
     ],
 )
-def test_at_any_moment_of_a_command(words: list[str], moments: int, tmp_path: Path) -> None:
-    """Over its imports, its work and its end; what has ended before is let be.
-
-    Ctrl-C goes to the command and to its workers, as from a terminal.
-    """
-    words = [word.format(folder=tmp_path / "scenes") for word in words]
-    whole = 6.0 if "--workers" in words else min(seconds_of(words), 6.0)
+def test_at_any_moment_of_a_command(words: list[str], moments: int) -> None:
+    """Over its imports, its work and its end; what has ended before is let be."""
+    whole = min(seconds_of(words), 6.0)
     codes = []
     for moment in range(moments):
         code, said = interrupted(HEED + READY_MAIN, words, whole * moment / moments)
@@ -115,6 +110,20 @@ CASES = {
         "def work():\n    os.write(1, b'.')\n    time.sleep(30)\n"
         "worker = multiprocessing.get_context('fork').Process(target=work)\n"
         "worker.start()\nworker.join()\n"
+    ),
+    # Started as `scenes build` starts those that draw; Ctrl-C finds them at their imports.
+    "spawned workers": (
+        "import multiprocessing, os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from contextlib import ExitStack\n"
+        "from mmmamba_cli.interrupts import interrupts_held\n"
+        "with ExitStack() as stack:\n"
+        "    pool = ProcessPoolExecutor(2, multiprocessing.get_context('spawn'))\n"
+        "    stack.callback(pool.shutdown, cancel_futures=True)\n"
+        "    with interrupts_held():\n"
+        "        results = pool.map(time.sleep, [3] * 10)\n"
+        "    os.write(1, b'.')\n"
+        "    list(results)\n"
     ),
     "the end of the interpreter": (
         "import atexit, os, time\n"
