@@ -30,9 +30,9 @@ HEAD = f"""# Reference
 <!-- Written by `{COMMAND}`; change the code's own help instead. -->
 
 Every command has `--help`. Exit codes: 0 done, 2 a mistake in what was given, 1 a bug of ours,
-130 interrupted. Results go to stdout, progress and warnings to stderr. With `--json` a mistake is on
-stdout too, as `{{"error": "...", "hint": "..."}}`, `hint` being null where there is none. Letters that
-the encoding of stdout lacks are escaped, in JSON as JSON escapes them.
+130 interrupted. Results go to stdout, progress and warnings to stderr. With `--json` a mistake is
+on stdout too, as `{{"error": "...", "hint": "..."}}`, `hint` being null where there is none.
+Letters that the encoding of stdout lacks are escaped, in JSON as JSON escapes them.
 
 | environment variable | is |
 |---|---|

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from mmmamba_cli.checkpoint import language_models
+from mmmamba_cli.checkpoint.fields import token_ids
 from mmmamba_cli.checkpoint.gguf_header import is_gguf
 from mmmamba_cli.checkpoint.hovle import CHAT_STOP_IDS
 from mmmamba_cli.checkpoint.opened import (
@@ -107,7 +108,9 @@ def generation_config(opened: Checkpoint) -> GenerationConfig:
     found.update(**carried)
     if opened.model_type in language_models.MODEL_TYPES and _has_settings(opened):
         # A chat model ends its turn with more tokens than its config names.
-        ends = _saved(folder).eos_token_id
+        ends = token_ids(
+            {"eos_token_id": _saved(folder).eos_token_id}, "eos_token_id", str(folder / GENERATION)
+        )
         found.eos_token_id = sorted(as_ids(found.eos_token_id) | as_ids(ends)) or None
     return found
 

@@ -95,7 +95,9 @@ def _flush_stdout() -> None:
 
 def _leave(error: MmmambaError | None, code: int) -> NoReturn:
     try:
-        if error is not None and JSON_OPTION in sys.argv[1:]:
+        # Of several processes that torchrun started, the first speaks for all on stdout.
+        speaks = os.environ.get("RANK", "0") == "0"
+        if error is not None and speaks and JSON_OPTION in sys.argv[1:]:
             from mmmamba_cli.cli.console import print_json
 
             print_json({"error": error.message, "hint": error.hint})

@@ -123,3 +123,16 @@ def test_a_name_that_is_no_text(folder: Path, student_run: Path, tmp_path: Path)
         assert done.returncode == 0, done.stderr
         if form:
             assert json.loads(done.stdout)["run"].endswith("run-\udcff")
+
+
+def test_text_files_are_opened_with_a_named_encoding() -> None:
+    """Else they are read in that of the locale. The rule is one of ruff's preview."""
+    pytest.importorskip("ruff")
+    rule = ["check", "--isolated", "--preview", "--select", "PLW1514"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *rule, "mmmamba_cli", "evals", "benchmarks", "docs"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stdout
