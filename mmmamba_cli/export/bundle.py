@@ -1,8 +1,9 @@
-"""The model's code as flat files that transformers can load without this package.
+"""The model's code as a few files that transformers can load without this package.
 
 transformers fetches a repository's code by file name: what a file imports relatively has to lie
-beside it, not in a folder. So every module that the model or its processor needs is written out
-under a flat name, its imports of our modules made relative, and nothing else changed.
+beside it, not in a folder. So the modules that the model or its processor needs are written out,
+all of a room in one file, each after those that it uses. Where two modules have one name, one of
+them gets a longer one; nothing else is changed.
 """
 
 from __future__ import annotations
@@ -10,49 +11,282 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mmmamba_cli import __version__
+from mmmamba_cli.export.scopes import Bindings, Target, apply, bound_names, renaming
 
 PACKAGE = "mmmamba_cli"
-# Modules that transformers is told of by name; the others get their dotted name, flattened.
-ENTRIES = {
-    f"{PACKAGE}.model.config": "configuration_mmmamba",
-    f"{PACKAGE}.model.modeling": "modeling_mmmamba",
-    f"{PACKAGE}.processing.processor": "processing_mmmamba",
-    f"{PACKAGE}.processing.text_processor": "processing_mmmamba_text",
-    f"{PACKAGE}.processing.tokenizer": "tokenization_mmmamba",
-}
+ENTRIES = (
+    f"{PACKAGE}.model.config",
+    f"{PACKAGE}.model.modeling",
+    f"{PACKAGE}.processing.processor",
+    f"{PACKAGE}.processing.text_processor",
+    f"{PACKAGE}.processing.tokenizer",
+)
+# Files that transformers is given by name; other rooms have theirs, as `mmmamba_ops`.
+CONFIGURATION, MODELING, PROCESSING = (
+    "configuration_mmmamba",
+    "modeling_mmmamba",
+    "processing_mmmamba",
+)
 # What the code may import besides Python's own modules and itself; jinja2 comes with torch.
 DEPENDENCIES = frozenset(
     {"PIL", "jinja2", "numpy", "safetensors", "sentencepiece", "torch", "transformers"}
 )
 
 
-def bundled_files(entries: Mapping[str, str] = ENTRIES) -> dict[str, str]:
-    """File name to text of every module that `entries` need, themselves included.
+def bundled_files(entries: Iterable[str] = ENTRIES) -> dict[str, str]:
+    """File name to text: the modules that `entries` need, themselves included.
 
-    Raises `ValueError`, which is our bug, for a module that imports more than `DEPENDENCIES`.
+    Raises `ValueError`, which is our bug, for a module that imports more than `DEPENDENCIES`, and
+    for files that would import each other.
     """
-    waiting, found = list(entries), dict[str, str]()
-    while waiting:
-        module = waiting.pop()
-        if module in found:
-            continue
-        text = _source(module).read_text(encoding="utf-8")
-        tree = ast.parse(text)
-        _check_dependencies(module, tree)
-        found[module] = _rewritten(module, text, tree)
-        waiting += _needed(tree)
-    return {f"{flat_name(module)}.py": text for module, text in sorted(found.items())}
+    bundle = _Bundle(_collect(entries))
+    return {f"{name}.py": bundle.text(name) for name in sorted(bundle.files)}
 
 
-def flat_name(module: str) -> str:
-    """`mmmamba_cli.ops.ssd` as `mmmamba_ops_ssd`; entries have names of their own."""
-    if module in ENTRIES:
-        return ENTRIES[module]
-    return "_".join(["mmmamba", *module.split(".")[1:]])
+def file_of(module: str) -> str:
+    """The file, without its suffix, that holds `module`."""
+    room = module.split(".")[1] if module.startswith(f"{PACKAGE}.") else module
+    named = {"model": MODELING, "processing": PROCESSING}
+    if module == f"{PACKAGE}.model.config":
+        return CONFIGURATION
+    return named.get(room, f"mmmamba_{room}")
+
+
+@dataclass
+class _Module:
+    name: str
+    source: str
+    tree: ast.Module = field(repr=False)
+
+    @cached_property
+    def defined(self) -> set[str]:
+        return bound_names(self.tree.body) - {"__all__"}
+
+    @cached_property
+    def bindings(self) -> Bindings:
+        """What each name of the module level stands for; None for what others provide."""
+        found: Bindings = {name: (self.name, name) for name in self.defined}
+        for node in _statements(self.tree.body):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                found |= imported(node)
+        return found
+
+
+def _collect(entries: Iterable[str]) -> dict[str, _Module]:
+    """Modules by name, each behind those that it imports when it is imported itself."""
+    found: dict[str, _Module] = {}
+    later: list[str] = []
+    begun: set[str] = set()
+
+    def add(name: str) -> None:
+        if name in begun:
+            return
+        begun.add(name)
+        source = _source(name).read_text(encoding="utf-8")
+        module = _Module(name, source, ast.parse(source))
+        _check_dependencies(name, module.tree)
+        first = {id(node) for node in module.tree.body}
+        for node in _our_imports(module.tree):
+            needed = _needed(node)
+            if id(node) in first:
+                for one in needed:
+                    add(one)
+            else:
+                later.extend(needed)
+        found[name] = module
+
+    for entry in entries:
+        add(entry)
+    while later:
+        add(later.pop())
+    return found
+
+
+class _Bundle:
+    """The modules, the files that they go into, and the names that they have there."""
+
+    def __init__(self, modules: dict[str, _Module]):
+        self._modules = modules
+        self.files: dict[str, list[_Module]] = {}
+        for module in modules.values():
+            self.files.setdefault(file_of(module.name), []).append(module)
+        owners: dict[str, list[str]] = defaultdict(list)
+        for module in modules.values():
+            for name in module.defined:
+                owners[name].append(module.name)
+        foreign = {
+            name
+            for module in modules.values()
+            for name, target in module.bindings.items()
+            if target is None
+        }
+        self._final: dict[Target, str] = {}
+        for name, holders in owners.items():
+            # The one nearest to the top keeps the name.
+            ordered = sorted(holders, key=lambda holder: (holder.count("."), holder))
+            for place, holder in enumerate(ordered):
+                keeps = place == 0 and name not in foreign
+                self._final[(holder, name)] = name if keeps else _longer(name, holder)
+        if len(set(self._final.values())) != len(self._final):
+            raise ValueError("two modules' names cannot be told apart in the exported code")
+        for name, held in self.files.items():
+            _check_foreign(name, held)
+
+    def text(self, file: str) -> str:
+        """One file: what it needs of others, then its modules."""
+        parts = [self._part(module, file) for module in self.files[file]]
+        needed: dict[str, set[str]] = defaultdict(set)
+        for module in self.files[file]:
+            for node in module.tree.body:
+                for target in self._targets(node):
+                    if file_of(target[0]) != file:
+                        needed[file_of(target[0])].add(self.final(target))
+        for other in needed:
+            self._check_order(file, other)
+        return "\n".join(
+            [
+                f"# Code of mmmamba {__version__}, written out by `mmmamba export`.",
+                "from __future__ import annotations",
+                "",
+                *(_import(other, names) for other, names in sorted(needed.items())),
+                *parts,
+                "",
+            ]
+        )
+
+    def final(self, target: Target) -> str:
+        """What a thing is called in the exported code."""
+        module, name = target
+        while (module, name) not in self._final:
+            found = self._modules[module].bindings.get(name or "")
+            if found is None or found[1] is None:
+                raise ValueError(f"{module} has no {name} that exported code could use")
+            module, name = found
+        return self._final[(module, name)]
+
+    def _part(self, module: _Module, file: str) -> str:
+        edits = list(renaming(module.tree, module.bindings, imported, self.final))
+        out: dict[int, tuple[int, str]] = {}
+        for ours in _our_imports(module.tree):
+            out[ours.lineno] = (ours.end_lineno or ours.lineno, self._kept(ours, file))
+        for node in module.tree.body:
+            future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
+            listed = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            if future or listed:
+                out[node.lineno] = (node.end_lineno or node.lineno, "")
+        place = module.name.replace(".", "/")
+        return f"\n# {place}\n{apply(module.source, edits, out)}"
+
+    def _kept(self, node: ast.ImportFrom, file: str) -> str:
+        """What stands in the place of an import of ours: nothing, at module level."""
+        if node.col_offset == 0:
+            return ""
+        indent = " " * node.col_offset
+        others: dict[str, set[str]] = defaultdict(set)
+        for target in self._targets(node):
+            if file_of(target[0]) != file:
+                others[file_of(target[0])].add(self.final(target))
+        lines = [indent + _import(other, names) for other, names in sorted(others.items())]
+        return "\n".join(lines) or f"{indent}pass"
+
+    def _targets(self, node: ast.stmt) -> Iterator[Target]:
+        """The things that an import of ours brings, a module's being all that is used of it."""
+        if not isinstance(node, ast.ImportFrom) or not _is_ours(node.module):
+            return
+        for target in imported(node).values():
+            assert target is not None
+            if target[1] is not None:
+                yield self._home(target)
+            else:
+                yield from ((target[0], name) for name in self._modules[target[0]].defined)
+
+    def _home(self, target: Target) -> Target:
+        module, name = target
+        while (module, name) not in self._final:
+            found = self._modules[module].bindings.get(name or "")
+            if found is None:
+                raise ValueError(f"{module} has no {name} that exported code could use")
+            module, name = found
+        return module, name
+
+    def _check_order(self, file: str, other: str) -> None:
+        """Raise `ValueError` if `other` imports `file` in turn, when it is imported."""
+        for module in self.files[other]:
+            for node in module.tree.body:
+                if any(file_of(target[0]) == file for target in self._targets(node)):
+                    raise ValueError(f"{file} and {other} would import each other: {module.name}")
+
+
+def _check_foreign(file: str, modules: Iterable[_Module]) -> None:
+    """Raise `ValueError` if two modules of a file mean different things by a name of others."""
+    meant: dict[str, Any] = {}
+    for module in modules:
+        for node in _statements(module.tree.body):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            for alias in node.names:
+                if isinstance(node, ast.Import):
+                    name = alias.asname or alias.name.partition(".")[0]
+                    found = importlib.import_module(alias.name if alias.asname else name)
+                elif _is_ours(node.module) or node.module is None:
+                    continue
+                else:
+                    name = alias.asname or alias.name
+                    found = _attribute(node.module, alias.name)
+                if meant.setdefault(name, found) is not found:
+                    raise ValueError(f"{file}: {name} means two things, {found!r:.80} is one")
+
+
+def _attribute(module: str, name: str) -> Any:
+    found = importlib.import_module(module)
+    if hasattr(found, name):
+        return getattr(found, name)
+    return importlib.import_module(f"{module}.{name}")
+
+
+def _longer(name: str, module: str) -> str:
+    suffix = "_".join(module.split(".")[2:] or module.split(".")[-1:])
+    return f"{name}_{suffix.upper() if name.isupper() else suffix}"
+
+
+def _import(file: str, names: Iterable[str]) -> str:
+    return f"from .{file} import {', '.join(sorted(names))}"
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module level, those inside `if` and `try` too."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try):
+            inner = [*node.body, *node.orelse, *getattr(node, "finalbody", [])]
+            for handler in getattr(node, "handlers", []):
+                inner += handler.body
+            yield from _statements(inner)
+
+
+def imported(node: ast.stmt) -> Bindings:
+    """What an import statement binds: things and modules of ours, None for those of others."""
+    assert isinstance(node, ast.Import | ast.ImportFrom)
+    if isinstance(node, ast.Import):
+        return {alias.asname or alias.name.partition(".")[0]: None for alias in node.names}
+    if not _is_ours(node.module):
+        return {alias.asname or alias.name: None for alias in node.names}
+    assert node.module is not None
+    modules = _imported_modules(node)
+    return {
+        alias.asname or alias.name: (modules[alias.name], None)
+        if alias.name in modules
+        else (node.module, alias.name)
+        for alias in node.names
+    }
 
 
 def _source(module: str) -> Path:
@@ -72,15 +306,11 @@ def _is_ours(module: str | None) -> bool:
     return module is not None and module.partition(".")[0] == PACKAGE
 
 
-def _needed(tree: ast.AST) -> set[str]:
-    needed = set()
-    for node in _our_imports(tree):
-        assert node.module is not None
-        modules = _imported_modules(node)
-        needed |= set(modules.values())
-        if len(modules) < len(node.names):
-            needed.add(node.module)
-    return needed
+def _needed(node: ast.ImportFrom) -> list[str]:
+    assert node.module is not None
+    modules = _imported_modules(node)
+    rest = [node.module] if len(modules) < len(node.names) else []
+    return [*rest, *modules.values()]
 
 
 def _imported_modules(node: ast.ImportFrom) -> dict[str, str]:
@@ -92,7 +322,7 @@ def _imported_modules(node: ast.ImportFrom) -> dict[str, str]:
     spec = importlib.util.find_spec(node.module)
     if spec is None or spec.submodule_search_locations is None:
         return {}
-    said = _bound_names(node.module)
+    said = _names_taken_over(node.module)
     found = {}
     for alias in node.names:
         module = f"{node.module}.{alias.name}"
@@ -101,7 +331,7 @@ def _imported_modules(node: ast.ImportFrom) -> dict[str, str]:
     return found
 
 
-def _bound_names(package: str) -> set[str]:
+def _names_taken_over(package: str) -> set[str]:
     """What a package takes over from its modules by name."""
     tree = ast.parse(_source(package).read_text(encoding="utf-8"))
     return {
@@ -110,33 +340,6 @@ def _bound_names(package: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module != package
         for alias in node.names
     }
-
-
-def _rewritten(module: str, text: str, tree: ast.AST) -> str:
-    """The text with its imports of ours made relative, and a line that says where it is from."""
-    lines = text.splitlines()
-    for node in sorted(_our_imports(tree), key=lambda node: node.lineno, reverse=True):
-        lines[node.lineno - 1 : node.end_lineno] = _relative(node)
-    place = module.replace(".", "/")
-    head = f"# {place} of mmmamba {__version__}, written out by `mmmamba export`."
-    return "\n".join([head, *lines]) + "\n"
-
-
-def _relative(node: ast.ImportFrom) -> list[str]:
-    indent = " " * node.col_offset
-    modules = _imported_modules(node)
-    written = []
-    plain = [alias for alias in node.names if alias.name not in modules]
-    if plain:
-        names = ", ".join(ast.unparse(alias) for alias in plain)
-        written.append(f"{indent}from .{flat_name(node.module or '')} import {names}")
-    for alias in node.names:
-        if alias.name in modules:
-            flat = flat_name(modules[alias.name])
-            # transformers looks for files in lines of the first form only.
-            written.append(f"{indent}from .{flat} import __name__ as _  # noqa: F401")
-            written.append(f"{indent}from . import {flat} as {alias.asname or alias.name}")
-    return written
 
 
 def _check_dependencies(module: str, tree: ast.AST) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mmmamba_cli.checkpoint import OWN, SOURCE_CONFIG, Checkpoint, generation_config
-from mmmamba_cli.export.bundle import bundled_files
+from mmmamba_cli.export.bundle import CONFIGURATION, MODELING, PROCESSING, bundled_files
 from mmmamba_cli.export.foreign_config import HOVLE_CODE, RELEASED_CODE, without_strangers
 from mmmamba_cli.export.layouts import HOVLE, HUB, Layout
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, HolisticVLMTokenizer
@@ -58,25 +58,22 @@ def _write_hub(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None
         shutil.copyfile(own, folder / GENERATION)
     for name, text in bundled_files().items():
         (folder / name).write_text(text, encoding="utf-8")
-    model = "modeling_mmmamba.HolisticVLM"
+    model = f"{MODELING}.HolisticVLM"
     maps: dict[str, Any] = {
-        "AutoConfig": "configuration_mmmamba.HolisticVLMConfig",
-        "AutoModel": "modeling_mmmamba.HolisticDecoder",
+        "AutoConfig": f"{CONFIGURATION}.HolisticVLMConfig",
+        "AutoModel": f"{MODELING}.HolisticDecoder",
         "AutoModelForImageTextToText": model,
         "AutoModelForCausalLM": model,
     }
     processor = open_processor(checkpoint)
     if processor is not None:
         is_text = isinstance(processor, HolisticTextProcessor)
-        name = (
-            "processing_mmmamba_text.HolisticTextProcessor"
-            if is_text
-            else "processing_mmmamba.HolisticVLMProcessor"
-        )
+        kind = "HolisticTextProcessor" if is_text else "HolisticVLMProcessor"
+        name = f"{PROCESSING}.{kind}"
         maps["AutoProcessor"] = name
         _add_map(folder / PROCESSOR, {"AutoProcessor": name})
         if isinstance(processor.tokenizer, HolisticVLMTokenizer):
-            tokenizer = ["tokenization_mmmamba.HolisticVLMTokenizer", None]
+            tokenizer = [f"{PROCESSING}.HolisticVLMTokenizer", None]
             _add_map(folder / TOKENIZER, {"AutoTokenizer": tokenizer})
     _add_map(folder / CONFIG, maps)
 

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_processing_utils import BatchFeature as ImageFeature
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing.image_lists import as_list, is_list
@@ -76,7 +77,7 @@ class ImageProcessor(BaseImageProcessor):
         min_tiles: int | None = None,
         max_tiles: int | None = None,
         **kwargs: Any,
-    ) -> BatchFeature:
+    ) -> ImageFeature:
         """`pixel_values` (sum of tiles, 3, S, S), float32, and `num_tiles` of each if asked for.
 
         `images` is one picture or a list of them. Raises `DataError` for a picture that cannot be
@@ -94,7 +95,7 @@ class ImageProcessor(BaseImageProcessor):
         found: dict[str, Any] = {"pixel_values": as_tensors(pixels, return_tensors)}
         if return_num_tiles:
             found["num_tiles"] = counts
-        return BatchFeature(found)
+        return ImageFeature(found)
 
     def cut(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
         """Pictures -> their tiles (sum of tiles, 3, S, S) in float32, and the tiles of each.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,7 +242,131 @@ def test_the_bundle_is_whole_and_asks_for_little() -> None:
                 asked |= {alias.name.partition(".")[0] for alias in node.names}
     allowed = {"torch", "transformers", "numpy", "PIL", "sentencepiece", "jinja2"}
     assert asked - sys.stdlib_module_names <= allowed
-    assert "modeling_mmmamba.py" in files and "processing_mmmamba_text.py" in files
+    assert set(files) >= {
+        "configuration_mmmamba.py",
+        "modeling_mmmamba.py",
+        "processing_mmmamba.py",
+        "mmmamba_ops.py",
+    }
+    assert len(files) < 10
+
+
+MERGED = {
+    "errors.py": "class Problem(Exception): ...\n",
+    "ops/__init__.py": "from mmmamba_cli.ops.one import step\n\n__all__ = ['step']\n",
+    "ops/one.py": '''"""One."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmmamba_cli.errors import Problem
+from mmmamba_cli.ops import other
+
+if TYPE_CHECKING:
+    from mmmamba_cli.ops.other import Kind
+
+LIMIT = 2
+
+
+def step(x: Kind, LIMIT: int = LIMIT) -> int:
+    """Parameters and locals hide the module's names."""
+    _check = [LIMIT for LIMIT in range(LIMIT)]
+    if len(_check) > 9:
+        raise Problem(f"{x} of {LIMIT}")
+    return other.step(x) + LIMIT + len(_check) + other.LIMIT
+
+
+def _check(x: int) -> int:
+    from mmmamba_cli.ops.other import _check as theirs
+
+    class Held:
+        LIMIT = 5
+        total = LIMIT + x
+
+        def get(self) -> int:
+            return self.total + LIMIT
+
+    return theirs(x, step=1) + Held().get()
+''',
+    "ops/other.py": """
+LIMIT = 40
+
+
+class Kind(int): ...
+
+
+def step(x: int) -> int:
+    return x * LIMIT
+
+
+def _check(x: int, step: int = 0) -> int:
+    return x + step
+""",
+    "model/__init__.py": "",
+    "model/config.py": "import json\n\nconfig = json\n",
+    "model/modeling.py": """
+from mmmamba_cli.model.config import config
+from mmmamba_cli.ops import step
+from mmmamba_cli.ops.one import LIMIT, _check
+
+
+def run() -> tuple[int, ...]:
+    return step(3), _check(4), LIMIT, len(config.dumps(1))
+""",
+}
+RUN = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+print(importlib.import_module(sys.argv[2]).run())
+"""
+
+
+def test_merged_modules_compute_the_same(tmp_path: Path) -> None:
+    """Names that modules share, hide, alias and import late, under one roof."""
+    package = tmp_path / "source/mmmamba_cli"
+    for name, text in MERGED.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    (package / "__init__.py").write_text("__version__ = '0'\n")
+    for folder in ("export", "deferred.py", "plugins.py"):
+        assert not (package / folder).exists()
+    write = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import mmmamba_cli
+mmmamba_cli.__path__.append(sys.argv[2])
+import types
+export = types.ModuleType("mmmamba_cli.export")
+export.__path__ = [sys.argv[2] + "/export"]
+sys.modules["mmmamba_cli.export"] = export
+from mmmamba_cli.export.bundle import bundled_files
+out = Path(sys.argv[3])
+out.mkdir()
+(out / "__init__.py").touch()
+for name, text in bundled_files(["mmmamba_cli.model.modeling"]).items():
+    (out / name).write_text(text)
+    print(name)
+"""
+    ours = Path(mmmamba_cli.__file__).parent
+    words = [str(package.parent), str(ours), str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", write, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 4
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", RUN, str(place), module], capture_output=True, text=True
+        )
+        for place, module in (
+            (package.parent, "mmmamba_cli.model.modeling"),
+            (tmp_path, "out.modeling_mmmamba"),
+        )
+    ]
+    assert found[0].returncode == 0, found[0].stderr
+    assert found[1].stdout == found[0].stdout == "(164, 16, 2, 1)\n", found[1].stderr
 
 
 @pytest.mark.parametrize("line", ["import triton", "    from einops import rearrange"])
@@ -252,4 +377,4 @@ def test_code_that_asks_for_more_is_our_bug(
     (tmp_path / "odd_module.py").write_text(f"def run():\n    pass\n{line}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match=r"odd_module imports .*, which exported code may not"):
-        bundled_files({"odd_module": "odd"})
+        bundled_files(["odd_module"])
