@@ -35,6 +35,7 @@ CONFIGURATION, MODELING, PROCESSING = (
     "modeling_mmmamba",
     "processing_mmmamba",
 )
+ROOMS = (MODELING, PROCESSING, "mmmamba_ops")
 # What the code may import besides Python's own modules and itself; jinja2 comes with torch.
 DEPENDENCIES = frozenset(
     {"PIL", "jinja2", "numpy", "safetensors", "sentencepiece", "torch", "transformers"}
@@ -69,6 +70,19 @@ class _Module:
     @cached_property
     def defined(self) -> set[str]:
         return bound_names(self.tree.body) - {"__all__"}
+
+    @cached_property
+    def reads_annotations(self) -> bool:
+        """Whether annotations are values that the module reads; `__future__` makes them text."""
+        future = any(
+            isinstance(node, ast.ImportFrom) and node.module == "__future__"
+            for node in self.tree.body
+        )
+        read = any(
+            isinstance(node, ast.Attribute) and node.attr == "__annotations__"
+            for node in ast.walk(self.tree)
+        )
+        return read and not future
 
     @cached_property
     def bindings(self) -> Bindings:
@@ -117,7 +131,7 @@ class _Bundle:
         self._modules = modules
         self.files: dict[str, list[_Module]] = {}
         for module in modules.values():
-            self.files.setdefault(file_of(module.name), []).append(module)
+            self.files.setdefault(self.file_of(module.name), []).append(module)
         owners: dict[str, list[str]] = defaultdict(list)
         for module in modules.values():
             for name in module.defined:
@@ -140,6 +154,15 @@ class _Bundle:
         for name, held in self.files.items():
             _check_foreign(name, held)
 
+    def file_of(self, module: str) -> str:
+        """The file that holds `module`: its room's, or one of its own.
+
+        A room's file has annotations as text, so that a module that reads them has its own.
+        """
+        if self._modules[module].reads_annotations and file_of(module) in ROOMS:
+            return "_".join(["mmmamba", *module.split(".")[1:]])
+        return file_of(module)
+
     def text(self, file: str) -> str:
         """One file: what it needs of others, then its modules."""
         parts = [self._part(module, file) for module in self.files[file]]
@@ -147,15 +170,15 @@ class _Bundle:
         for module in self.files[file]:
             for node in module.tree.body:
                 for target in self._targets(node):
-                    if file_of(target[0]) != file:
-                        needed[file_of(target[0])].add(self.final(target))
+                    if self.file_of(target[0]) != file:
+                        needed[self.file_of(target[0])].add(self.final(target))
         for other in needed:
             self._check_order(file, other)
+        plain = any(module.reads_annotations for module in self.files[file])
         return "\n".join(
             [
                 f"# Code of mmmamba {__version__}, written out by `mmmamba export`.",
-                "from __future__ import annotations",
-                "",
+                "" if plain else "from __future__ import annotations\n",
                 *(_import(other, names) for other, names in sorted(needed.items())),
                 *parts,
                 "",
@@ -192,8 +215,8 @@ class _Bundle:
         indent = " " * node.col_offset
         others: dict[str, set[str]] = defaultdict(set)
         for target in self._targets(node):
-            if file_of(target[0]) != file:
-                others[file_of(target[0])].add(self.final(target))
+            if self.file_of(target[0]) != file:
+                others[self.file_of(target[0])].add(self.final(target))
         lines = [indent + _import(other, names) for other, names in sorted(others.items())]
         return "\n".join(lines) or f"{indent}pass"
 
@@ -221,7 +244,7 @@ class _Bundle:
         """Raise `ValueError` if `other` imports `file` in turn, when it is imported."""
         for module in self.files[other]:
             for node in module.tree.body:
-                if any(file_of(target[0]) == file for target in self._targets(node)):
+                if any(self.file_of(target[0]) == file for target in self._targets(node)):
                     raise ValueError(f"{file} and {other} would import each other: {module.name}")
 
 
