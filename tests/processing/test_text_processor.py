@@ -99,7 +99,15 @@ def test_the_begin_token_is_in_texts_and_not_twice_in_chats(folder: Path) -> Non
     processor = HolisticTextProcessor(tokenizer)
     assert processor.text_ids("the")[0] == 0 and 0 not in processor.text_ids("the")[1:]
     assert processor(text="the").input_ids[0].tolist() == processor.text_ids("the")
-    assert processor.chat("the").input_ids[0].tolist().count(0) == 1
+    chat = processor.chat("the").input_ids[0].tolist()
+    assert chat.count(0) == 1
+    talk = [{"role": "user", "content": "the"}]
+    options = {"add_generation_prompt": True}
+    text = processor.apply_chat_template(talk, tokenize=False, **options)
+    one = processor.apply_chat_template(talk, tokenize=True, return_dict=True, **options)
+    assert processor(text=text).input_ids[0].tolist() == one.input_ids[0].tolist() == chat
+    batch = processor(text=[text, "the"], padding=False, return_tensors=None).input_ids
+    assert batch == [chat, processor.text_ids("the")]
 
 
 def test_thoughts_that_a_template_adds_belong_to_the_answer(folder: Path) -> None:
