@@ -148,7 +148,6 @@ def _step(
     seed_everything(step_seed(job.seed, job.stage.name, step, world.rank))
     sums, units, counts = _accumulate(job, batches)
     tokens, samples, bad = (int(x) for x in counts)
-    unreadable = samples == 0
     if bool(units.any()):
         loss = float((job.objective.weigh(units) * sums).sum())
         norm = clip(parameters, job.stage.optimiser.clip)
@@ -168,10 +167,7 @@ def _step(
     progress.samples += samples
     progress.bad_samples += bad
     progress.seconds += seconds
-    progress.skipped_steps += trouble is not None
-    # Steps without a readable sample are limited by max_bad_share instead.
-    if not unreadable:
-        progress.skipped_in_a_row = 0 if trouble is None else progress.skipped_in_a_row + 1
+    _count_skipped(progress, trouble, unreadable=samples == 0)
     # The sum over processes is known to each of them, so that either all gather or none does.
     named = all_bad(batches.bad, world) if bad else []
     _check_bad_share(job, progress, named)
@@ -243,6 +239,13 @@ def _trouble(job: Job, loss: float, norm: float, sums: Tensor) -> str | None:
                 return f"the gradient of {name} is not finite"
         return f"the gradient norm is {norm}"
     return None
+
+
+def _count_skipped(progress: Progress, trouble: str | None, *, unreadable: bool) -> None:
+    progress.skipped_steps += trouble is not None
+    # Steps without a readable sample are limited by max_bad_share instead.
+    if not unreadable:
+        progress.skipped_in_a_row = 0 if trouble is None else progress.skipped_in_a_row + 1
 
 
 def _nothing_to_learn(samples: int, batches: StepBatches) -> str:

@@ -52,4 +52,4 @@ def _terms(axes: Any, terms: dict[str, Any]) -> None:
 
 
 def _number(value: Any) -> float:
-    return value if isinstance(value, int | float) else math.nan
+    return value if isinstance(value, int | float) and math.isfinite(value) else math.nan

@@ -197,5 +197,5 @@ def make_job(
         seed=0,
         world=world,
         states=StateFolder(folder, world),
-        settings={},
+        settings={"stage": {}, "data": {}},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmmamba_cli.distill import held_out, loop
 from mmmamba_cli.distill.held_out import HeldOut, evaluate
 from mmmamba_cli.distill.loop import Job
 from mmmamba_cli.distill.metrics import metrics_row, read_metrics
+from mmmamba_cli.distill.plots import plot_losses
 from mmmamba_cli.distill.state import Progress
 from mmmamba_cli.errors import DataError
 
@@ -180,7 +182,7 @@ def test_a_step_without_a_readable_sample_is_no_step(loss: str, tmp_path: Path) 
     # Stopped before the step and resumed, with the skipped one among the rest: the same bits.
     run(job("b"), stop_at=2)
     again = job("b")
-    resumed = Progress(**again.states.record("step-00000002")["progress"])
+    resumed = again.states.record("step-00000002").progress
     _, learned = run(again, resumed)
     assert all(torch.equal(learned[name], seen[-1][name]) for name in learned)
     assert resumed.skipped_steps == 1
@@ -243,6 +245,19 @@ def test_steps_without_a_scored_token_end_the_stage(tmp_path: Path) -> None:
     expected = "step 5: 5 steps in a row were skipped; none of its 4 samples has a token that"
     with pytest.raises(loop.MmmambaError, match=expected):
         run(job)
+
+
+def test_the_picture_of_losses_takes_any_number(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    terms = {"layer 0": "nan", "layer 1": math.inf, "layer 2": 1.0}
+    rows = [
+        {"step": 1, "loss": math.inf, "terms": terms, "held_out/loss": "nan"},
+        {"step": 2, "loss": "nan", "terms": terms, "held_out/loss": "inf"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot_losses(tmp_path) is not None
 
 
 def test_names_of_bad_samples_come_from_every_process() -> None:

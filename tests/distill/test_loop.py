@@ -59,7 +59,7 @@ def test_stopped_and_resumed_is_the_same_bits(loss: str, tmp_path: Path) -> None
     begun, _ = run(make_job(tmp_path / "b", loss, steps=STEPS), stop_at=3)
     job = make_job(tmp_path / "b", loss, steps=STEPS)
     assert job.states.steps() == [3]
-    progress = Progress(**job.states.record("step-00000003")["progress"])
+    progress = job.states.record("step-00000003").progress
     ended, again = run(job, progress)
     assert equal(learned, again)
     assert [r.loss for r in begun + ended] == [r.loss for r in whole]
@@ -172,10 +172,10 @@ def test_the_best_of_a_saved_state_outlives_what_came_after_it(tmp_path: Path) -
 
     with pytest.raises(KeyboardInterrupt):
         train(killed, progress, report, lambda: False)
-    saved = killed.states.record("step-00000003")["progress"]
-    assert saved["best_step"] < progress.best_step == 5
-    assert (killed.states.folder / killed.states.best(saved["best_step"])).is_dir()
-    again = Progress(**saved)
+    saved = killed.states.record("step-00000003").progress
+    assert saved.best_step < progress.best_step == 5
+    assert (killed.states.folder / killed.states.best(saved.best_step)).is_dir()
+    again = replace(saved)
     run(job(), again)
     names = sorted(p.name for p in killed.states.folder.iterdir())
     assert names == [killed.states.best(again.best_step), "step-00000006"]
@@ -192,7 +192,7 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=4)
     (victim,) = job.states.path(2).glob("*.distcp")
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    with pytest.raises(RunError, match="step-00000002 cannot be read"):
+    with pytest.raises(RunError, match="step-00000002 is damaged: it cannot be read"):
         run(job, Progress(step=2))
 
 

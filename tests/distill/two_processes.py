@@ -57,7 +57,7 @@ def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any
 
     if job.states.steps():
         newest = job.states.path(job.states.steps()[-1]).name
-        progress = Progress(**job.states.record(newest)["progress"])
+        progress = job.states.record(newest).progress
     with suppress(Stopped):
         train(job, progress, report, lambda: progress.step == stop_at)
     learned = job.pair.learning_parameters()
