@@ -31,7 +31,7 @@ class HolisticVisionConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "mmmamba_vision"
     base_config_key: ClassVar[str] = "vision"
-    # For transformers before 5.23, which compares with a config made of defaults when it writes one.
+    # Older releases write a config by its difference from one made of defaults.
     has_no_defaults_at_init: ClassVar[bool] = True
 
     image_size: int
