@@ -127,11 +127,13 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write a file by way of a hidden sibling, so that `path` is old or new, never between.
 
-    Raises `OSError`, which names `path`, if the disk is full or not writable; an old file is then
-    as it was.
+    What killed processes of this machine left beside it is removed. Raises `OSError`, which names
+    `path`, if the disk is full or not writable; an old file is then as it was.
     """
     path = Path(path).resolve()
-    partial = _sibling(path, "partial", secrets.token_hex(4))
+    token = secrets.token_hex(4)
+    partial = _sibling(path, "partial", token)
+    _active.add(token)
     try:
         with _named_as(path, partial):
             with partial.open("wb") as file:
@@ -139,7 +141,10 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+        with suppress(OSError):
+            _recover(path)
     finally:
+        _active.discard(token)
         # A folder that cannot be written to holds nothing to take away.
         with suppress(PermissionError):
             partial.unlink(missing_ok=True)

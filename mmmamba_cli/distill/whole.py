@@ -75,7 +75,7 @@ def _apply_plan(
             layers,
             name,
             teacher_path=options.teacher,
-            overwrite=options.overwrite,
+            overwrite=options.overwrite or options.restart,
             recipe=dump_recipe(recipe),
         )
 

@@ -439,3 +439,13 @@ def test_a_full_disk_names_the_target(tmp_path: Path, monkeypatch: pytest.Monkey
         fill(new)
     assert caught.value.filename == str(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_a_text_are_removed(tmp_path: Path) -> None:
+    """A process that is killed between writing and renaming leaves the hidden file."""
+    target, other = tmp_path / "run.json", f".run.json2.partial-x-{dead_pid()}-0123abcd"
+    dead = tmp_path / f".run.json.partial-{atomic._machine()}-{dead_pid()}-0123abcd"
+    dead.write_text("half")
+    (tmp_path / other).write_text("another's")
+    atomic_write_text(target, "new")
+    assert tree(tmp_path) == {"run.json": "new", other: "another's"}

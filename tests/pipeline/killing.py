@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-import mmmamba_cli.distill  # noqa: F401
+import mmmamba_cli.cli.distill
+import mmmamba_cli.distill.whole  # noqa: F401
 from mmmamba_cli.cli import main
 
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}

@@ -30,6 +30,32 @@ OTHER = ("--set", "stages.stage1.lr=2e-3")
 TOO_HIGH = ("--set", "stages.stage1.lr=1.0", "--set", "stages.stage1.evaluate_every=1")
 
 
+# Where a kill may cost the most, by how far the command has come: event, part of the path, and how
+# many such operations come first. The four most delicate stand at the front.
+PLACES = (
+    (1, "open", "/training/stage1/metrics.jsonl", 1),
+    (3, "open", "/training/stage1/.step-00000004", 1),
+    (7, "open", "/products/.stage1.partial", 6),
+    (8, "os.rename", "/products/.stage1.partial", 1),
+    (2, "os.mkdir", "/training/stage1/.step-00000002", 1),
+    (4, "os.rename", "/training/stage1/.step-00000004", 1),
+    (5, "open", "/products/.stage1-best.partial", 6),
+    (6, "os.rename", "/products/.stage1-best.partial", 1),
+    (9, "os.rename", "/run.json", 1),
+    (10, "os.rename", "/overwrite.json", 1),
+    (11, "os.rename", "/training/.stage1.removed", 1),
+    (12, "os.rename", "/training/stage2/attempt.json", 1),
+    (13, "open", "/training/stage2/.step-00000002", 1),
+    (14, "open", "/products/.stage2.partial", 3),
+    (15, "os.rename", "/products/.stage2.partial", 1),
+    (16, "open", "/products/.hybrid-1.partial", 3),
+    (17, "os.rename", "/products/.hybrid-1.partial", 1),
+    (18, "open", "/training/hybrid-1-stage3/.step-00000004", 1),
+    (19, "open", "/products/.hybrid-1-stage3.partial", 8),
+    (20, "os.rename", "/products/.hybrid-1-stage3.partial", 1),
+)
+
+
 class Interrupt(BaseException):
     """Stands for a kill: nothing of the package may catch it."""
 
@@ -241,24 +267,25 @@ def killed(work: Path, words: tuple[object, ...], places: list[Any]) -> list[dic
 
 
 def test_killed_while_overwriting_is_the_same_bits(work: Path, seeded: Path) -> None:
-    """SIGKILL at places where the most is at stake, and at random ones; always the same command."""
+    """SIGKILL at places where the most is at stake, and at random ones; always the same command.
+
+    In the state's files, in a product's, between the two renames that replace a product, before the
+    first state, and in the books that are kept of it.
+    """
     more = ("--held-out", seeded / "held_out.jsonl", "--stage", "1,2,3")
     done(*distill(work, seeded, *more))
     whole = work.parent / "whole"
     shutil.copytree(work, whole)
     repeat = (*more, "--overwrite", *TOO_HIGH)
     (undisturbed,) = killed(whole, distill(whole, seeded, *repeat), [])
-    places: list[Any] = [
-        # Before the first state, within a state, within a product, and between its two renames.
-        ["open", "/training/stage1/metrics.jsonl", 1],
-        ["open", "/training/stage1/.step-00000004", 1],
-        ["open", "/products/.stage1.partial", 6],
-        ["os.rename", "/products/.stage1.partial", 1],
-    ]
+    # The first of them where no more is asked for; each is reached from the one before.
+    places = sorted(PLACES[:KILLS], key=lambda place: place[0])
     rng = random.Random(KILLS)
-    most = 2 * undisturbed["operations"] // KILLS
-    places += [rng.randint(1, most) for _ in range(KILLS - len(places))]
-    starts = killed(work, distill(work, seeded, *repeat), places)
+    most = undisturbed["operations"] // 10
+    numbers = [rng.randint(1, most) for _ in range(KILLS - len(places))]
+    starts = killed(
+        work, distill(work, seeded, *repeat), [*numbers, *(list(x[1:]) for x in places)]
+    )
     print("\n".join(map(str, starts)))
     assert len(starts) == KILLS + 1, starts
     one, two = Run(work / "run"), Run(whole / "run")
@@ -272,4 +299,4 @@ def test_killed_while_overwriting_is_the_same_bits(work: Path, seeded: Path) -> 
         if product.made_by == "distill" and not name.endswith("-best"):
             assert metrics(work, name) == metrics(whole, name), name
     assert not list((work / "run/training").iterdir())
-    assert not [p.name for p in (work / "run/products").iterdir() if p.name.startswith(".")]
+    assert not list((work / "run").rglob(".*.partial-*")) + list((work / "run").rglob(".*.old-*"))
