@@ -110,3 +110,18 @@ def test_a_seed_gives_the_same_again() -> None:
 def test_settings_that_mean_nothing(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Settings(**settings)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_one_less_than_all_is_one_less(top_k: int) -> None:
+    chooser = Chooser(3, torch.device("cpu"))
+    settings = Settings(temperature=1.0, top_k=top_k)
+    none = SimpleNamespace(eos_token_id=None, pad_token_id=None, suppress_tokens=None)
+    chooser.prepare(settings, none)
+    rows: Any = SimpleNamespace(
+        logits=torch.tensor([0.3, 0.4, 0.2]).expand(4000, 3),
+        finished=torch.zeros(4000, dtype=torch.bool),
+        ids=torch.zeros(4000, dtype=torch.long),
+    )
+    chooser.choose(rows, settings.choice)
+    assert sorted(rows.ids.unique().tolist()) == sorted([1, 0, 2][:top_k])

@@ -77,9 +77,11 @@ def test_logits_are_those_of_the_model(mixer: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
+@pytest.mark.parametrize("options", [{}, {"rope": True, "qk_norm": True}], ids=["plain", "own"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunks_do_not_matter(plan: str, chunk: int) -> None:
-    model = small_model(plan, "pre")
+def test_chunks_do_not_matter(plan: str, chunk: int, options: dict[str, bool]) -> None:
+    """Mixers with options of their own go through the model's modules, part by part."""
+    model = small_model(plan, "pre", **options)
     ids, inputs = batch()
     generator = Generator(model)
     whole = generator.prefill(ids, **inputs).clone()
