@@ -21,6 +21,10 @@ REFUSALS = {
     errno.EROFS: ("the file system is read-only", "choose another folder"),
     errno.EACCES: ("permission denied", "check who may read and write it"),
     errno.EPERM: ("permission denied", "check who may read and write it"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", "check the path"),
+    errno.EISDIR: ("this is a folder, not a file", "check the path"),
+    errno.EEXIST: ("something of this name is in the way", "choose another name"),
 }
 
 

@@ -128,10 +128,25 @@ def test_what_the_system_refuses_is_a_sentence_with_the_path(name: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_folder_that_is_a_file_is_our_bug_unless_a_room_says_otherwise() -> None:
-    done = python(raising("open('/dev/null/file')"))
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("open('/dev/null/file')", "/dev/null/file: a part of this path is a file, not a folder"),
+        ("open('/')", "/: this is a folder, not a file"),
+        ("os.mkdir('/')", "/: something of this name is in the way"),
+        ("open('x' * 300)", f"{'x' * 300}: the name is too long"),
+    ],
+)
+def test_a_path_that_cannot_be_is_the_users_mistake(statement: str, said: str) -> None:
+    done = python(raising(statement))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {said} (")
+
+
+def test_a_file_that_should_be_there_is_our_bug_unless_a_room_says_otherwise() -> None:
+    done = python(raising("open('/gone')"))
     assert done.returncode == 1
-    assert "NotADirectoryError" in done.stderr
+    assert "FileNotFoundError" in done.stderr
 
 
 def test_a_refusal_without_a_path() -> None:
