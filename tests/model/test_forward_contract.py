@@ -10,6 +10,7 @@ from small import IMAGE_ID, distance, pad_batch, prompt, small_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mmmamba_cli import ops
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import HolisticVLM, decoder, new_cache
 from mmmamba_cli.model.cache import CACHE_NAME
@@ -236,6 +237,23 @@ def test_eager_attention_returns_its_weights(plan: str) -> None:
     assert step.attentions[0].shape == (1, 4, 1, 21)
     with pytest.raises(ValueError, match="output_attentions and prefill_chunk_size"):
         model(IDS, output_attentions=True, prefill_chunk_size=4)
+
+
+@pytest.mark.parametrize(("name", "backend"), [("eager", "reference"), ("sdpa", "auto")])
+def test_the_implementation_that_was_asked_for_computes(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(kwargs["backend"])
+        return ops.attention(*args, **kwargs)
+
+    monkeypatch.setattr("mmmamba_cli.model.attention.attention", noted)
+    model = small_model()
+    model.set_attn_implementation(name)
+    model(IDS)
+    assert asked == [backend] * 2
 
 
 def test_fused_attention_says_that_it_has_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
