@@ -56,9 +56,14 @@ def function_name(name: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    by_name = {str(choice["test"]): choice for choice in choices()}
+    reasons = {
+        (choice["test"], variant): str(choice["reason"])
+        for choice in choices()
+        for variant in choice["variants"]
+    }
     for item in items:
-        choice = by_name.get(item.name) or by_name.get(function_name(item.name))
-        variant = item.nodeid.split("::")[-2] if "::" in item.nodeid else ""
-        if choice is not None and variant in choice["variants"]:
-            item.add_marker(pytest.mark.xfail(reason=str(choice["reason"]), strict=False))
+        variant = item.parent.name if item.parent is not None else ""
+        for name in (item.name, function_name(item.name)):
+            if (name, variant) in reasons:
+                item.add_marker(pytest.mark.xfail(reason=reasons[name, variant], strict=False))
+                break

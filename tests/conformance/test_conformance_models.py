@@ -12,7 +12,8 @@ from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tens
 
 from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLM, HolisticVLMConfig
 
-IMAGE_TOKEN = 98
+# Below the ids that are drawn, so that it is still there when a test shrinks the vocabulary.
+IMAGE_TOKEN = 3
 IMAGE_SIZE = 8
 TOKENS_PER_TILE = 4
 
@@ -68,7 +69,8 @@ class SmallModels:
 
     def prepare_config_and_inputs_for_common(self) -> tuple[HolisticVLMConfig, dict[str, Any]]:
         # Neither a special token nor an image token is drawn.
-        ids = ids_tensor([self.batch_size, self.seq_length], IMAGE_TOKEN - 3) + 3
+        first = IMAGE_TOKEN + 1
+        ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - first) + first
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.pixel_shuffle is not None:
             ids[:, 1 : 1 + TOKENS_PER_TILE] = IMAGE_TOKEN
