@@ -294,8 +294,13 @@ def test_answers_of_a_conversation_are_marked(llama: Path) -> None:
     assert ids == processor.chat(messages, add_generation_prompt=False)["input_ids"][0].tolist()
     said = [token for token, answer in zip(ids, is_answer, strict=True) if answer]
     assert processor.tokenizer.decode(said) == "sat on<|im_end|>too<|im_end|>"
-    with pytest.raises(DataError, match="special token"):
-        processor.conversation_ids([messages[0], {"role": "assistant", "content": "<|im_end|>"}])
+    typed = [messages[0], {"role": "assistant", "content": "<|im_end|>"}]
+    ids, is_answer = processor.conversation_ids(typed)
+    said = [token for token, answer in zip(ids, is_answer, strict=True) if answer]
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    # The characters are text; only the end of the turn is the token.
+    assert said.count(end) == 1
+    assert processor.tokenizer.decode(said) == "<|im_end|><|im_end|>"
     with pytest.raises(DataError, match="reads text only"):
         processor.conversation_ids(messages, [1])
     assert processor.tokenizer.decode(processor.text_ids("the mat")) == "the mat"
