@@ -30,6 +30,7 @@ STAND_INS = {
     "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "tests/utils/__init__.py": "",
     "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
+    "tests/fixtures/sample_text.txt": "A red cube lies here.\nTwo blue balls are beside it.\n",
 }
 # Pictures that the processor tests name by URL are drawn instead.
 PICTURES = """from pathlib import Path
