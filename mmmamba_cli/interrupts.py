@@ -49,7 +49,7 @@ def end_on_interrupt() -> None:
 
 @contextmanager
 def interrupts_held() -> "Iterator[None]":
-    """Hold SIGINT back, and from the processes started meanwhile for as long as they live.
+    """Hold SIGINT back, and from the processes started meanwhile until `take_interrupts`.
 
     Ctrl-C reaches every process of a terminal. Workers started in here do not see it, not even
     while they import: the main process ends them. One that arrives meanwhile is taken afterwards.
@@ -62,6 +62,15 @@ def interrupts_held() -> "Iterator[None]":
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take_interrupts() -> None:
+    """Let SIGINT in again, in a process that was started with interrupts held.
+
+    Raises `KeyboardInterrupt` if one arrived meanwhile.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def leave_interrupted() -> "NoReturn":

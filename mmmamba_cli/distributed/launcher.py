@@ -13,8 +13,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -32,6 +32,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from mmmamba_cli.distributed.stopping import SIGNALS, Repeats, end_by
 from mmmamba_cli.errors import MmmambaError, RunError
+from mmmamba_cli.interrupts import INTERRUPTED, interrupts_held, take_interrupts
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -128,17 +129,23 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
     # The store of the process group lives here: it has a free port, and outlives every process.
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     ranks = range(processes)
-    with TemporaryDirectory(prefix="mmmamba-") as logs, _quiet_torch(), _one_thread_each():
+    with ExitStack() as stack:
+        logs = stack.enter_context(TemporaryDirectory(prefix="mmmamba-"))
+        stack.enter_context(_quiet_torch())
+        stack.enter_context(_one_thread_each())
         try:
-            context = start_processes(
-                "mmmamba",
-                _run,
-                args=dict.fromkeys(ranks, (work, argument, errors, os.getpid())),
-                envs={rank: _environment(rank, processes, store.port) for rank in ranks},
-                logs_specs=DefaultLogsSpecs(log_dir=logs),
-                start_method="spawn",
-            )
-            result = _wait(context)
+            # While they import, processes could not end well: `_run` lets interrupts in.
+            with interrupts_held():
+                context = start_processes(
+                    "mmmamba",
+                    _run,
+                    args=dict.fromkeys(ranks, (work, argument, errors, os.getpid())),
+                    envs={rank: _environment(rank, processes, store.port) for rank in ranks},
+                    logs_specs=DefaultLogsSpecs(log_dir=logs),
+                    start_method="spawn",
+                )
+                requests = stack.enter_context(_passed_on(context))
+            result = _wait(context, requests)
         except SignalException as error:
             # Before the handlers here were in place.
             end_by(error.sigval)
@@ -147,6 +154,9 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
     failures = []
     while not errors.empty():
         failures.append(errors.get())
+    if requests.first is not None and all(failure.is_consequence for failure in failures):
+        # It came before there was anything to save.
+        end_by(requests.first)
     raise _cause(failures, result.failures)
 
 
@@ -158,8 +168,12 @@ def _run(
 ) -> Result:
     """The whole of one process."""
     try:
+        take_interrupts()
         result = work(argument)
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt as error:
+        # torch ends such a process with exit code 0, and waits for its result without end.
+        raise SystemExit(INTERRUPTED) from error
+    except SystemExit:
         raise
     except BaseException as error:
         errors.put(_failure(error))
@@ -185,16 +199,29 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(context: PContext) -> Any:
-    """torch's result of all processes, with signals passed on to them meanwhile."""
-    repeats = Repeats()
-    ended_by: list[int] = []
+@dataclass
+class _Requests:
+    """Signals that arrived: the first one, and the one that asked a second time."""
+
+    first: int | None = None
+    second: int | None = None
+    repeats: Repeats = field(default_factory=Repeats)
+
+    def note(self, number: int) -> None:
+        if self.repeats.is_repeat():
+            self.second = number
+        elif self.repeats.count == 1:
+            self.first = number
+            sys.stderr.write("\nstopping after this step; once more stops at once\n")
+
+
+@contextmanager
+def _passed_on(context: PContext) -> Iterator[_Requests]:
+    """Pass signals on to the processes, and note them."""
+    requests = _Requests()
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if repeats.is_repeat():
-            ended_by.append(number)
-        elif repeats.count == 1:
-            sys.stderr.write("\nstopping after this step; once more stops at once\n")
+        requests.note(number)
         for pid in context.pids().values():
             try:
                 os.kill(pid, number)
@@ -203,16 +230,21 @@ def _wait(context: PContext) -> Any:
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        while True:
-            result = context.wait(timeout=1, period=0.1)
-            if ended_by:
-                context.close(signal.Signals(ended_by[0]), timeout=STOPPED_SECONDS)
-                end_by(ended_by[0])
-            if result is not None:
-                return result
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _wait(context: PContext, requests: _Requests) -> Any:
+    """torch's result of all processes; does not return once a second signal asked to stop."""
+    while True:
+        result = context.wait(timeout=1, period=0.1)
+        if requests.second is not None:
+            context.close(signal.Signals(requests.second), timeout=STOPPED_SECONDS)
+            end_by(requests.second)
+        if result is not None:
+            return result
 
 
 def _cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseException:

@@ -105,6 +105,23 @@ def test_a_signal_saves_and_stops_both(
     assert json.loads(rows[-1])["step"] == int(state.name[5:])
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("seconds", [0, 4])
+def test_a_signal_before_training_ends_all(
+    number: int, code: int, seconds: int, work: Path, seeded: Path
+) -> None:
+    """While the processes import, and when they are about to train."""
+    process = start(work, seeded, *STAGE, *LONG, *TWO)
+    wait_for(process, lambda: len(workers(process.pid)) == 2)
+    time.sleep(seconds)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    # It may have come when there was a step to finish and a state to save.
+    assert process.returncode == (130 if "stopped and saved" in output else code), output
+    assert "Traceback" not in output
+    assert "error: " not in output
+
+
 def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
     process = start(work, seeded, *STAGE, *LONG, *TWO)
     wait_for(process, has_state(work))
