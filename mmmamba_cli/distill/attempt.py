@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mmmamba_cli.checkpoint import atomic_write_text
+from mmmamba_cli.checkpoint import atomic_folder
 from mmmamba_cli.distill.resume import differences, product_settings, same_held_out
 from mmmamba_cli.distill.state import STATE, Progress, StateFolder
 from mmmamba_cli.errors import RunError
@@ -114,9 +114,10 @@ def begin(states: StateFolder, plan: Plan) -> None:
     if plan.progress.step:
         return
     states.clear()
-    states.folder.mkdir(parents=True)
     text = Attempt(replaces=plan.replaces).model_dump_json(indent=2) + "\n"
-    atomic_write_text(states.folder / ATTEMPT, text)
+    # A folder without this file is taken for one of an older version.
+    with atomic_folder(states.folder) as partial:
+        (partial / ATTEMPT).write_text(text, encoding="utf-8")
 
 
 def _first_step(product: Manifest | None, remarks: list[str]) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -44,7 +45,7 @@ PLACES = (
     (9, "os.rename", "/run.json", 1),
     (10, "os.rename", "/overwrite.json", 1),
     (11, "os.rename", "/training/.stage1.removed", 1),
-    (12, "os.rename", "/training/stage2/attempt.json", 1),
+    (12, "os.rename", "/training/.stage2.partial", 1),
     (13, "open", "/training/stage2/.step-00000002", 1),
     (14, "open", "/products/.stage2.partial", 3),
     (15, "os.rename", "/products/.stage2.partial", 1),
@@ -160,6 +161,24 @@ def test_an_overwrite_killed_before_its_first_state_costs_nothing(
     assert "is finished already" in done(*distill(finished, seeded, *STAGE)).output
     assert metrics(finished, "stage1") == before
     assert not (finished / "run/training/stage1").exists()
+
+
+def test_a_disk_that_was_full_at_the_beginning_costs_nothing(finished: Path, seeded: Path) -> None:
+    """What cannot be begun is not taken for a repetition that was finished."""
+    words = distill(finished, seeded, *STAGE, "--overwrite")
+    before, sync = Run(finished / "run").product("stage1"), os.fsync
+
+    def fill(descriptor: int) -> None:
+        if "attempt.json" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fill)
+        assert mmmamba(*words).exit_code
+    assert not (finished / "run/training/stage1").exists()
+    done(*words)
+    assert Run(finished / "run").product("stage1").created > before.created
 
 
 def test_a_requeued_overwrite_of_several_stages_ends(work: Path, seeded: Path) -> None:
