@@ -262,7 +262,9 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         counts, length = is_image.sum(1) // per_tile, cache.get_seq_length()
         # The ids are those of the whole conversation, or those that follow the cache.
         before = is_image[:, :length].sum(1) // per_tile
-        is_whole = is_image.shape[1] > length and torch.equal(before, seen.expand_as(before))
+        is_whole = is_image.shape[1] > length and torch.equal(
+            before, seen.to(before.device).expand_as(before)
+        )
         if is_whole and num_tiles != int(seen.sum() + counts.sum()):
             counts = is_image[:, length:].sum(1) // per_tile
         return tiles_of_rows(counts, seen, num_tiles).tolist()

@@ -116,6 +116,17 @@ class TestSecondTurn:
         found = model.generate(parts[1][0] if only_new else ids, **given, **options)
         assert torch.equal(found[:, -6:], wanted[:, -6:])
 
+    @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+    def test_beams_of_the_first_images_after_a_turn_of_text(self, device: str) -> None:
+        model = model_of("amam").to(device)
+        parts = [prompt(0, 7, 0), prompt(1, 5, 1)]
+        ids, pixels = (x.to(device) for x in whole(*parts) if x is not None)
+        beams = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 2}
+        wanted = model.generate(ids, pixel_values=pixels, **beams)
+        cache = filled(model, (parts[0][0].to(device), None))
+        found = model.generate(ids, pixel_values=pixels, past_key_values=cache, **beams)
+        assert torch.equal(found[:, -6:], wanted[:, -6:])
+
     def test_a_turn_without_images_may_be_given_those_before(self) -> None:
         model = model_of("amam")
         parts = [prompt(1, 7, 0), prompt(0, 5, 1)]
