@@ -40,6 +40,7 @@ from mmmamba_cli.model.prompt import (
     Prompt,
     check_tile_shape,
     checked_inputs,
+    embedding_columns,
     refuse_lost_images,
     refuse_positions,
 )
@@ -240,16 +241,21 @@ class HolisticDecoder(HolisticPreTrainedModel):
             if vision.pixel_shuffle == "post":
                 expansion = expand(is_image, vision.merge**2)
                 refuse_positions(position_ids, mask, state.language)
-                if cache is not None and state.static_columns is not None:
-                    extra = state.embedding.length - state.language.length + expansion.extra_columns
-                    layers = cache.layers[: self.num_embedding_layers]
-                    widen_static_layers(layers, state.static_columns + extra)
+                self._widen(cache, state, expansion)
             if cache is not None:
                 state.note_images(is_image, vision.tokens_per_tile, expansion)
         embedding = None
         if self.config.embedding is not None:
-            embedding = self._embedding_columns(
-                state, inputs, mask, seq_idx, prompt_lengths, position_ids, expansion
+            embedding = embedding_columns(
+                self.config.embedding,
+                state.embedding,
+                inputs,
+                mask=mask,
+                seq_idx=seq_idx,
+                prompt_lengths=prompt_lengths,
+                position_ids=position_ids,
+                expansion=expansion,
+                dtype=self.text_embedding.weight.dtype,
             )
         language = describe_columns(
             self.config.language,
@@ -265,6 +271,13 @@ class HolisticDecoder(HolisticPreTrainedModel):
         return Prompt(
             input_ids, pixel_values, is_image, expansion, embedding, language, inputs_embeds
         )
+
+    def _widen(self, cache: Cache | None, state: DecodingState, expansion: Expansion) -> None:
+        """Give the embedding stack of a static cache room for every patch."""
+        if cache is not None and state.static_columns is not None:
+            extra = state.embedding.length - state.language.length + expansion.extra_columns
+            layers = cache.layers[: self.num_embedding_layers]
+            widen_static_layers(layers, state.static_columns + extra)
 
     def embed(self, prompt: Prompt) -> Tensor:
         """Text embeddings with the images in their places, (B, E, D)."""
@@ -375,44 +388,6 @@ class HolisticDecoder(HolisticPreTrainedModel):
             )
         context = torch.tensor([vision.image_token_id], device=inputs_embeds.device)
         return (inputs_embeds == self.text_embedding(context)).all(-1)
-
-    def _embedding_columns(
-        self,
-        state: DecodingState,
-        inputs: Tensor,
-        mask: Tensor | None,
-        seq_idx: Tensor | None,
-        prompt_lengths: Tensor | None,
-        position_ids: Tensor | None,
-        expansion: Expansion | None,
-    ) -> Columns:
-        """What the embedding stack sees: the prompt, with patches for image tokens if "post"."""
-        stack = self.config.embedding
-        assert stack is not None
-        width = length = inputs.shape[1]
-        if expansion is not None:
-            position_ids = None
-            length += expansion.extra_columns
-            unpadded = bool((expansion.source >= 0).all())
-            if mask is not None or not unpadded:
-                before = torch.ones_like(inputs, dtype=torch.bool) if mask is None else mask
-                mask = expansion.spread(before, fill=0)
-            if prompt_lengths is not None:
-                columns_per_row = (expansion.source >= 0).sum(1)
-                prompt_lengths = prompt_lengths + columns_per_row - width
-            if seq_idx is not None:
-                seq_idx = expansion.spread(seq_idx, fill=-1)
-        return describe_columns(
-            stack,
-            state.embedding,
-            length,
-            mask=mask,
-            seq_idx=seq_idx,
-            prompt_lengths=prompt_lengths,
-            position_ids=position_ids,
-            device=inputs.device,
-            dtype=self.text_embedding.weight.dtype,
-        )
 
 
 def join(parts: list[Tensor]) -> Tensor:

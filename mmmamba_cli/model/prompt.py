@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.model.config import HolisticVisionConfig
+from mmmamba_cli.model.config import HolisticVisionConfig, StackConfig
 from mmmamba_cli.model.layout import Expansion
-from mmmamba_cli.model.sequence import Columns, StackState
+from mmmamba_cli.model.sequence import Columns, StackState, describe_columns
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,46 @@ def refuse_positions(position_ids: Tensor | None, mask: Tensor | None, state: St
             "where the pixel shuffle comes after the embedding stack, which counts patches",
             "leave out position_ids",
         )
+
+
+def embedding_columns(
+    stack: StackConfig,
+    state: StackState,
+    inputs: Tensor,
+    *,
+    mask: Tensor | None,
+    seq_idx: Tensor | None,
+    prompt_lengths: Tensor | None,
+    position_ids: Tensor | None,
+    expansion: Expansion | None,
+    dtype: torch.dtype,
+) -> Columns:
+    """What the embedding stack sees: the prompt, with patches for image tokens if it is expanded.
+
+    `inputs` is (B, T) or (B, T, D); the rest is as for `describe_columns`.
+    """
+    rows, width = inputs.shape[:2]
+    length = width
+    if expansion is not None:
+        position_ids = None
+        length += expansion.extra_columns
+        unpadded = bool((expansion.source >= 0).all())
+        if mask is not None or not unpadded:
+            real = torch.ones(rows, width, dtype=torch.bool, device=inputs.device)
+            mask = expansion.spread(real if mask is None else mask, fill=0)
+        if prompt_lengths is not None:
+            columns_per_row = (expansion.source >= 0).sum(1)
+            prompt_lengths = prompt_lengths + columns_per_row - width
+        if seq_idx is not None:
+            seq_idx = expansion.spread(seq_idx, fill=-1)
+    return describe_columns(
+        stack,
+        state,
+        length,
+        mask=mask,
+        seq_idx=seq_idx,
+        prompt_lengths=prompt_lengths,
+        position_ids=position_ids,
+        device=inputs.device,
+        dtype=dtype,
+    )
