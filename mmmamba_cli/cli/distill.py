@@ -61,7 +61,8 @@ def command(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of the images (data.image_root); that of the data if not given.",
+            help="Folder of the images, held-out ones too (data.image_root); that of each data "
+            "file if not given.",
         ),
     ] = None,
     teacher: Annotated[

@@ -134,8 +134,8 @@ class Data(Section):
     )
     image_root: Text | None = Field(
         default=None,
-        description="Folder that image paths in the data count from; none may leave it. The folder "
-        "of the data file if null.",
+        description="Folder that image paths in the data count from, held-out data too; none may "
+        "leave it. The folder of each data file if null.",
     )
     max_length: int = Field(
         default=8192,

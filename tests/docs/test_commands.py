@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,16 @@ def test_commands_in_sentences_exist(page: Path) -> None:
         elif (problem := unknown_options(command, rest)) is not None:
             wrong.append(f"mmmamba {' '.join(call)}: {problem}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_an_image_root_serves_training_and_held_out_data(page: Path) -> None:
+    # Elsewhere the held-out file names other pictures, which may have the names of training's.
+    for line, call in calls_in_fences(page):
+        given = dict(itertools.pairwise(call))
+        if "--image-root" in given and "--held-out" in given:
+            folders = {Path(given[name]).parent for name in ("--data", "--held-out")}
+            assert len(folders) == 1, f"line {line}: --image-root for the files of {folders}"
 
 
 def test_the_tutorial_has_the_commands_it_is_about() -> None:
