@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmmamba_cli.data import fingerprint, open_corpus
-from mmmamba_cli.errors import DataError, RecipeError
+from mmmamba_cli.errors import DataError, MmmambaWarning, RecipeError
 from mmmamba_cli.recipe import Data, Recipe, Stage, parse_recipe
 from mmmamba_cli.runs import Manifest
 
@@ -57,15 +58,17 @@ def data_digests(data: Data) -> Digests | None:
     """Digests of the recipe's data by `train` and `held_out`; None if it cannot be opened."""
     root = None if data.image_root is None else Path(data.image_root)
     sources = {"train": data.train, "held_out": data.held_out}
-    try:
-        return {
-            name: fingerprint(open_corpus(source, root)).as_dict()
-            for name, source in sources.items()
-            if source is not None
-        }
-    except DataError:
-        # Training opens the data itself and says what is wrong; a finished stage needs none.
-        return None
+    # Training opens the data itself and says what is wrong with it; a finished stage needs none.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MmmambaWarning)
+        try:
+            return {
+                name: fingerprint(open_corpus(source, root)).as_dict()
+                for name, source in sources.items()
+                if source is not None
+            }
+        except DataError:
+            return None
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

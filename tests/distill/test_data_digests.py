@@ -1,0 +1,28 @@
+"""Digests of data are taken before a training, which opens the same data and speaks of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import warnings
+from pathlib import Path
+
+from mmmamba_cli.distill.resume import data_digests
+from mmmamba_cli.recipe import Data
+
+
+def test_members_without_a_sample_are_not_warned_of_twice(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+    members = {"a.json": json.dumps({"conversations": turns}), "notes.txt": "by hand"}
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, text in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = data_digests(Data(train=str(tmp_path / "s.tar")))
+    assert found is not None
+    assert set(found) == {"train"}
+    assert not warned
