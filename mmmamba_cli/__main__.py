@@ -23,8 +23,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":
-    # A worker that multiprocessing has spawned; the main process says what there is to say.
-    from mmmamba_cli.interrupts import end_on_interrupt
-
-    end_on_interrupt()

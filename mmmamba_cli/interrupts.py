@@ -42,7 +42,7 @@ def catch_interrupts() -> None:
 
 
 def end_on_interrupt() -> None:
-    """From here on SIGINT ends the process: for the end of a command, and for spawned workers."""
+    """From here on SIGINT ends the process: for the end of a command."""
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, lambda number, frame: leave_interrupted())
 
