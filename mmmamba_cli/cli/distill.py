@@ -61,8 +61,8 @@ def command(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of the images, held-out ones too (data.image_root); that of each data "
-            "file if not given.",
+            help="Folder of the images, held-out ones too (data.image_root); if not given, the "
+            "one in the recipe of the product that is started from, else that of each data file.",
         ),
     ] = None,
     teacher: Annotated[
