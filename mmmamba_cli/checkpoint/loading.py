@@ -95,8 +95,8 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 def generation_config(opened: Checkpoint) -> GenerationConfig:
     """What stops a generation and how tokens are drawn.
 
-    A folder of ours keeps its own. Others get the chat template's stop tokens, and what their
-    `generation_config.json` recommends (`recommended_settings`).
+    A folder that mmmamba wrote keeps its own. Others get the chat template's stop tokens, and what
+    their `generation_config.json` recommends (`recommended_settings`).
     """
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     if opened.model_type == OWN and (folder / GENERATION).is_file():

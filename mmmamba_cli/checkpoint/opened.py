@@ -54,7 +54,7 @@ class Checkpoint:
     rules: list[Rule]
     tokenizer_file: Path | None = None
     assumed: tuple[str, ...] = ()
-    # The file a config of ours was read from, and what it holds; the config of a product has more
+    # The file that the config was read from, and what it holds; the config of a product has more
     # fields than its architecture.
     config_file: str = "config.json"
     own_config: Mapping[str, Any] | None = None

@@ -144,7 +144,7 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
             self._append([{HEADER: self._settings}])
 
     def _name_others(self) -> None:
-        """Say which answers of the same folder are not taken, where nobody asked for others."""
+        """Report kept answers that are not reused because pictures, code or versions changed."""
         for file in sorted(self.file.parent.glob("predictions-*.jsonl")):
             if file == self.file:
                 continue

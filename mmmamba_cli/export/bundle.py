@@ -209,7 +209,7 @@ class _Bundle:
         return f"\n# {place}\n{apply(module.source, edits, out)}"
 
     def _kept(self, node: ast.ImportFrom, file: str) -> str:
-        """What stands in the place of an import of ours: nothing, at module level."""
+        """The statement that replaces an import of this package: none at module level."""
         if node.col_offset == 0:
             return ""
         indent = " " * node.col_offset
@@ -221,7 +221,7 @@ class _Bundle:
         return "\n".join(lines) or f"{indent}pass"
 
     def _targets(self, node: ast.stmt) -> Iterator[Target]:
-        """The things that an import of ours brings, a module's being all that is used of it."""
+        """The names that an import of this package binds; of a module, those that are used."""
         if not isinstance(node, ast.ImportFrom) or not _is_ours(node.module):
             return
         for target in imported(node).values():
@@ -296,7 +296,7 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def imported(node: ast.stmt) -> Bindings:
-    """What an import statement binds: things and modules of ours, None for those of others."""
+    """What an import statement binds of this package; None for other packages."""
     assert isinstance(node, ast.Import | ast.ImportFrom)
     if isinstance(node, ast.Import):
         return {alias.asname or alias.name.partition(".")[0]: None for alias in node.names}

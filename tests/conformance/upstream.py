@@ -49,7 +49,7 @@ def url_to_local_path(url, return_url_if_not_found=True):
 
 
 def upstream_tests() -> Path:
-    """The folder that holds `tests` and `utils`, made anew from the cached distribution."""
+    """Write the folder that holds `tests` and `utils` from the cached distribution."""
     version = metadata.version("transformers")
     folder = CACHE / f"transformers-{version}"
     shutil.rmtree(folder, ignore_errors=True)
