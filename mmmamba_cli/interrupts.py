@@ -33,7 +33,7 @@ def catch_interrupts() -> None:
     main_process = os.getpid()
 
     def interrupt(number: int, frame: "FrameType | None") -> None:
-        if os.getpid() != main_process or _is_importing(frame):
+        if os.getpid() != main_process or is_importing(frame):
             leave_interrupted()
         raise KeyboardInterrupt
 
@@ -96,7 +96,8 @@ def is_interrupted(error: BaseException | None) -> bool:
     return False
 
 
-def _is_importing(frame: "FrameType | None") -> bool:
+def is_importing(frame: "FrameType | None") -> bool:
+    """Whether an import statement is being executed in `frame` or a caller of it."""
     while frame is not None:
         if frame.f_code.co_filename.startswith(_IMPORT_SYSTEM):
             return True

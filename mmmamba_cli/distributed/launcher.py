@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,16 @@ from torch.distributed.elastic.multiprocessing import (
 
 from mmmamba_cli.distributed.stopping import SIGNALS, Repeats, end_by
 from mmmamba_cli.errors import MmmambaError, RunError
-from mmmamba_cli.interrupts import INTERRUPTED, interrupts_held, take_interrupts
+from mmmamba_cli.interrupts import (
+    INTERRUPTED,
+    interrupts_held,
+    is_importing,
+    leave_interrupted,
+    take_interrupts,
+)
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -168,7 +177,7 @@ def _run(
 ) -> Result:
     """The whole of one process."""
     try:
-        take_interrupts()
+        _take_interrupts()
         result = work(argument)
     except KeyboardInterrupt as error:
         # torch ends such a process with exit code 0, and waits for its result without end.
@@ -183,6 +192,33 @@ def _run(
         # It was killed; torch interrupted this one, and would now wait for it without end.
         os._exit(1)
     return result
+
+
+def _take_interrupts() -> None:
+    """Let SIGINT in: the first one raises `KeyboardInterrupt`, or ends the process in an import.
+
+    A terminal and the starting process each send one, so a second one within a second is a copy and
+    is ignored: it would interrupt the cleanup. A later one ends the process, as does one that
+    arrives in a finaliser, from which no exception can leave.
+    """
+    repeats = Repeats()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        is_second = repeats.is_repeat()
+        is_first = repeats.count == 1
+        if is_second or (is_first and is_importing(frame)):
+            leave_interrupted()
+        if is_first:
+            raise KeyboardInterrupt
+
+    def end_in_finaliser(failure: UnraisableHookArgs) -> None:
+        if issubclass(failure.exc_type, KeyboardInterrupt):
+            leave_interrupted()
+        sys.__unraisablehook__(failure)
+
+    sys.unraisablehook = end_in_finaliser
+    signal.signal(signal.SIGINT, interrupt)
+    take_interrupts()
 
 
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
