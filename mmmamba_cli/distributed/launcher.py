@@ -6,6 +6,7 @@ so that Ctrl-C, the exit code and the one error message are those of a single pr
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -176,6 +177,18 @@ def _run(
     starter: int,
 ) -> Result:
     """The whole of one process."""
+    is_done = False
+
+    def end() -> None:
+        """Leave the interpreter as it is: gloo's threads may still release tensors.
+
+        A thread that waits for the interpreter while that is taken down aborts the process.
+        """
+        if is_done:
+            os._exit(0)
+
+    # Registered first, so that it is called last.
+    atexit.register(end)
     try:
         _take_interrupts()
         result = work(argument)
@@ -191,6 +204,7 @@ def _run(
     if os.getppid() != starter:
         # It was killed; torch interrupted this one, and would now wait for it without end.
         os._exit(1)
+    is_done = True
     return result
 
 
