@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -57,13 +56,13 @@ class StopRequest(AbstractContextManager["StopRequest"]):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        from mmmamba_cli.distributed.stopping import end_by
+        from mmmamba_cli.distributed.stopping import end_by, write_from_handler
 
         assert self._repeats is not None
         if self._repeats.is_repeat():
             end_by(number)
         if self._repeats.count == 1 and self.speaks:
-            sys.stderr.write("\nstopping after this step; once more stops at once\n")
+            write_from_handler("\nstopping after this step; once more stops at once\n")
 
 
 class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):

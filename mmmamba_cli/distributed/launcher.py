@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from mmmamba_cli.distributed.stopping import SIGNALS, Repeats, end_by
+from mmmamba_cli.distributed.stopping import SIGNALS, Repeats, end_by, write_from_handler
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.interrupts import (
     INTERRUPTED,
@@ -262,7 +262,7 @@ class _Requests:
             self.second = number
         elif self.repeats.count == 1:
             self.first = number
-            sys.stderr.write("\nstopping after this step; once more stops at once\n")
+            write_from_handler("\nstopping after this step; once more stops at once\n")
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from typing import NoReturn
 
@@ -25,6 +27,18 @@ class Repeats:
         if self.count == 1:
             self._first = time.monotonic()
         return time.monotonic() - self._first > SAME_REQUEST_SECONDS
+
+
+def write_from_handler(text: str) -> None:
+    """Write to stderr from a signal handler.
+
+    `sys.stderr` may be in the middle of a write, which a handler cannot enter (`RuntimeError`).
+    """
+    try:
+        os.write(sys.stderr.fileno(), text.encode())
+    except (AttributeError, OSError, ValueError):
+        # stderr is no file, as where a test captures it, or it is closed.
+        sys.stderr.write(text)
 
 
 def end_by(number: int) -> NoReturn:
