@@ -32,7 +32,7 @@ def main() -> None:
     """Run the command line and leave with its exit code.
 
     0 done, 2 the user's mistake (one sentence on stderr), 130 interrupted, 1 our bug (a traceback)
-    or nobody left to read the output. With --json a mistake is JSON on stdout too:
+    or a closed stdout. With --json a mistake is JSON on stdout too:
     `{"error": ..., "hint": ...}`.
     """
     escape_what_cannot_be_encoded()
@@ -81,9 +81,17 @@ def _run() -> None:
     from mmmamba_cli.cli.app import run
     from mmmamba_cli.cli.console import plain_warnings
 
+    succeed = None
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from mmmamba_cli.distributed.stopping import skip_interpreter_shutdown
+
+        succeed = skip_interpreter_shutdown()
     try:
         with plain_warnings():
             code = run()
+        if succeed is not None and not code:
+            _flush_stdout()
+            succeed()
         sys.exit(code)
     except SystemExit:
         # Here and not when the interpreter ends, where a closed pipe or full disk cannot be caught.

@@ -6,7 +6,6 @@ so that Ctrl-C, the exit code and the one error message are those of a single pr
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import signal
@@ -31,7 +30,13 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from mmmamba_cli.distributed.stopping import SIGNALS, Repeats, end_by, write_from_handler
+from mmmamba_cli.distributed.stopping import (
+    SIGNALS,
+    Repeats,
+    end_by,
+    skip_interpreter_shutdown,
+    write_from_handler,
+)
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.interrupts import (
     INTERRUPTED,
@@ -177,18 +182,7 @@ def _run(
     starter: int,
 ) -> Result:
     """The whole of one process."""
-    is_done = False
-
-    def end() -> None:
-        """Leave the interpreter as it is: gloo's threads may still release tensors.
-
-        A thread that waits for the interpreter while that is taken down aborts the process.
-        """
-        if is_done:
-            os._exit(0)
-
-    # Registered first, so that it is called last.
-    atexit.register(end)
+    succeed = skip_interpreter_shutdown()
     try:
         _take_interrupts()
         result = work(argument)
@@ -204,7 +198,7 @@ def _run(
     if os.getppid() != starter:
         # It was killed; torch interrupted this one, and would now wait for it without end.
         os._exit(1)
-    is_done = True
+    succeed()
     return result
 
 
