@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # The oldest and the newest transformers that the package supports, beside the pinned one.
 FLOOR := 5.17.0
 NEWEST := 5.24.0
-MATRIX := tests/model tests/decoding tests/processing tests/export tests/pipeline
+MATRIX := tests/model tests/inference tests/processing tests/export tests/pipeline
 
 .PHONY: setup check test test-floor test-newest test-matrix conformance demo smoke format clean
 

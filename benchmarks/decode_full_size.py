@@ -35,7 +35,7 @@ from mmmamba_cli.profiling import (  # noqa: E402
     weight_store,
     write_profile,
 )
-from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED  # noqa: E402
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, TUNED  # noqa: E402
 from mmmamba_cli.profiling.result import DECODE, MEASURED, PREFILL, Measurement, Task  # noqa: E402
 
 LINEAR, HYBRIDS, INT8 = "linear", (4, 8), "linear int8"

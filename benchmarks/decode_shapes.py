@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli import ops
-from mmmamba_cli.ops import launching
+from mmmamba_cli.ops import triton_utils
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight, quantize
 
@@ -135,7 +135,7 @@ def attempt(call: Callable[[], Any]) -> Any:
 
 
 def overlapped(on: bool) -> None:
-    launching.OVERLAP = on
+    triton_utils.OVERLAP = on
 
 
 def wide(options: dict[str, Any]) -> dict[str, Any]:

@@ -30,14 +30,14 @@ from torch import Tensor
 import mmmamba_cli
 from mmmamba_cli.checkpoint import hovle
 from mmmamba_cli.data import Batch
-from mmmamba_cli.distill.learning import learning_names
 from mmmamba_cli.distill.optimiser import build_optimiser, clip
-from mmmamba_cli.distill.pair import Pair
 from mmmamba_cli.distill.stages import objective_of
+from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.trainable import learning_names
 from mmmamba_cli.model import FP32_PARAMETERS, LINEAR, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.model.block import SwiGLU
 from mmmamba_cli.recipe import Stage, load_recipe
-from mmmamba_cli.seed.mimic import initial_value
+from mmmamba_cli.seed.init import initial_value
 
 WARMUP, REPEATS = 2, 5
 # By name, what makes a step of a pair in a stage.

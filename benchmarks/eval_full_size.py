@@ -33,15 +33,8 @@ from PIL import Image
 
 import mmmamba_cli
 from mmmamba_cli.checkpoint import hovle
-from mmmamba_cli.evaluate import (
-    Identity,
-    Options,
-    Watch,
-    evaluate_model,
-    find_suite,
-    open_suite,
-)
-from mmmamba_cli.evaluate.holistic import HolisticEvalModel
+from mmmamba_cli.evaluate import Identity, Options, Watch, evaluate_model, find_suite, open_suite
+from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel
 from mmmamba_cli.evaluate.scoring.yes_no import PERCEPTION, REASONING
 from mmmamba_cli.model import FP32_PARAMETERS, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.processing import processor_from_hovle

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from mmmamba_cli.checkpoint import pick_device
-from mmmamba_cli.decoding import quantize
 from mmmamba_cli.evaluate import (
     Options,
     Scored,
@@ -31,7 +30,8 @@ from mmmamba_cli.evaluate import (
     find_suite,
     open_suite,
 )
-from mmmamba_cli.evaluate.opening import path_candidate
+from mmmamba_cli.evaluate.open_models import path_candidate
+from mmmamba_cli.inference import quantize
 from mmmamba_cli.runs.manifest import versions
 
 PREDICTIONS = "predictions.tsv"

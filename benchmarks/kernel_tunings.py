@@ -30,7 +30,7 @@ from kernels import (
 )
 from triton.runtime.errors import OutOfResources
 
-from mmmamba_cli.ops.ssd.planning import TUNING, Launch, Tuning
+from mmmamba_cli.ops.ssd.launch_config import TUNING, Launch, Tuning
 
 CHUNKS = (64, 128)
 LAUNCHES = tuple(

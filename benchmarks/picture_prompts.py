@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba_cli.decoding import Generator
+from mmmamba_cli.inference import Generator
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.profiling import random_subjects, weight_store
-from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED
-from mmmamba_cli.profiling.instruments import instruments_of
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, TUNED
+from mmmamba_cli.profiling.timers import instruments_of
 from mmmamba_cli.runs.manifest import versions
 
 HYBRID = 8

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import load_model, pick_device
-from mmmamba_cli.decoding import Generator, quantize
+from mmmamba_cli.inference import Generator, quantize
 from mmmamba_cli.model import HolisticVLM, new_cache
 from mmmamba_cli.plugins import load_reference
 from mmmamba_cli.processing import HolisticTextProcessor

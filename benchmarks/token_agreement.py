@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mmmamba_cli.checkpoint import Checkpoint, load_model
 from mmmamba_cli.data import IGNORED, Batch, open_corpus
-from mmmamba_cli.data.batching import collate
-from mmmamba_cli.data.encoding import Encoder
-from mmmamba_cli.distill.logits_kl import next_tokens
+from mmmamba_cli.data.collate import collate
+from mmmamba_cli.data.tokenize import Encoder
+from mmmamba_cli.distill.kl_loss import next_tokens
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.runs import open_processor

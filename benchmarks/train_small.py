@@ -184,10 +184,10 @@ def searched() -> Any:
 
     stack = ExitStack()
     stack.enter_context(
-        mock.patch("mmmamba_cli.data.batching.segments_of", lambda mask, seq_idx: None)
+        mock.patch("mmmamba_cli.data.collate.segments_of", lambda mask, seq_idx: None)
     )
     stack.enter_context(
-        mock.patch("mmmamba_cli.distill.loop.host_threads", lambda device: nullcontext())
+        mock.patch("mmmamba_cli.distill.trainer.host_threads", lambda device: nullcontext())
     )
     return stack
 

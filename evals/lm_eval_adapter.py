@@ -12,7 +12,7 @@ from typing import Any
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate import Options
-from mmmamba_cli.evaluate.holistic import HolisticEvalModel
+from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel
 
 DEFAULT_BATCH = 8
 

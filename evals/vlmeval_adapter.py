@@ -23,11 +23,11 @@ import yaml
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate import EvalModel, Options, Prompt, find_suite, suite_names
+from mmmamba_cli.evaluate.answer_cache import settings_key
 from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest, file_digest
-from mmmamba_cli.evaluate.pictures import Picture
+from mmmamba_cli.evaluate.images import Picture
 from mmmamba_cli.evaluate.prompts import question_text, tiles_for_each
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.store import settings_key
 from mmmamba_cli.evaluate.suite import PromptStyle
 
 MAX_TILES, MAX_NEW_TOKENS = 6, 1024
@@ -259,7 +259,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _load(path: str) -> EvalModel:
-    from mmmamba_cli.evaluate.opening import path_candidate
+    from mmmamba_cli.evaluate.open_models import path_candidate
 
     return path_candidate(Path(path), None, "auto").open()
 

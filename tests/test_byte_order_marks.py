@@ -19,7 +19,7 @@ from suite_tables import pope_rows, write_tsv
 
 import mmmamba_cli
 from mmmamba_cli.checkpoint import open_checkpoint
-from mmmamba_cli.cli.talking import Talk
+from mmmamba_cli.cli.chat_session import Talk
 from mmmamba_cli.data import open_corpus
 from mmmamba_cli.evaluate import Options, find_suite, library, open_suite
 from mmmamba_cli.evaluate.predictions import read_predictions
@@ -159,11 +159,11 @@ def test_questions_from_a_pipe(
 
 # What the system writes, and the project for itself.
 PLAIN = {
-    "distill/running.py",
-    "doctor/machine.py",
-    "profiling/instruments.py",
+    "distill/stage_runner.py",
+    "doctor/environment.py",
+    "profiling/timers.py",
     "plugins.py",
-    "export/bundle.py",
+    "export/remote_code.py",
 }
 READING = re.compile(r'(read_text\(|\.open\()encoding="utf-8"(?!.*"[aw]")')
 

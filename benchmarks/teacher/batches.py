@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 import sentencepiece
 
-from mmmamba_cli.processing.template import DEFAULT_SYSTEM, place_images
+from mmmamba_cli.processing.chat_template import DEFAULT_SYSTEM, place_images
 from mmmamba_evals.scenes.compose import SIDE
 from mmmamba_evals.scenes.gpu import Layouter, Layouts
 from mmmamba_evals.scenes.lessons import MOST_THINGS, draw_lesson

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.rope import inverse_frequencies, rotation
-from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.model.sequence_layout import Columns
 from mmmamba_cli.processing.tiling import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba_evals.scenes.compose import SIDE
 from mmmamba_evals.scenes.gpu import Augmentation, Composer

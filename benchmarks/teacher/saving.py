@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import mmmamba_cli
 from mmmamba_cli.checkpoint import hovle
-from mmmamba_cli.checkpoint.rules import foreign_tensors
+from mmmamba_cli.checkpoint.name_map import foreign_tensors
 from mmmamba_cli.model import HolisticVLM
 
 STATE = "state.pt"

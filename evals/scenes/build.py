@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from mmmamba_cli.interrupts import interrupts_held
-from mmmamba_cli.processing.template import place_images
+from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.long import draw_pictures, draw_text

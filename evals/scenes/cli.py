@@ -73,7 +73,7 @@ def build(
 ) -> None:
     """Write SCENES.tsv to evaluate on and lessons.jsonl with pictures to train on."""
     from mmmamba_cli.checkpoint import atomic_folder
-    from mmmamba_cli.checkpoint.replacement import check_replaceable, files_beside
+    from mmmamba_cli.checkpoint.atomic import check_replaceable, files_beside
     from mmmamba_evals.scenes.build import LESSONS, PICTURES, TABLE, write_lessons, write_suite
     from mmmamba_evals.scenes.sampling import SPLITS, askable
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.tally import Tally, by_unit, divide, strata_of
+from mmmamba_cli.evaluate.scoring.metrics import Tally, by_unit, divide, strata_of
 from mmmamba_cli.evaluate.scoring.yes_no import read_words
 from mmmamba_evals.scenes.sampling import SPLITS
 

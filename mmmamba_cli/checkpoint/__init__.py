@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_bytes, atomic_write_text
-from mmmamba_cli.checkpoint.hub import hub_name, is_hub_id
-from mmmamba_cli.checkpoint.named import located, public_name_of, shipped_models
-from mmmamba_cli.checkpoint.opened import (
+from mmmamba_cli.checkpoint.checkpoint import (
     OWN,
     SOURCE_CONFIG,
     Checkpoint,
@@ -19,20 +17,27 @@ from mmmamba_cli.checkpoint.opened import (
     stored_element,
     tensor_plan,
 )
-from mmmamba_cli.checkpoint.source import open_source
+from mmmamba_cli.checkpoint.resolve import (
+    hub_name,
+    is_hub_id,
+    located,
+    public_name_of,
+    shipped_models,
+)
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo, parse_element
-from mmmamba_cli.deferred import deferred_names
+from mmmamba_cli.checkpoint.tensor_source import open_source
+from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
     from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
-    from mmmamba_cli.checkpoint.loading import (
+    from mmmamba_cli.checkpoint.load_model import (
         default_generation_config,
         generation_config,
         load_model,
         parse_dtype,
         pick_dtype,
     )
-    from mmmamba_cli.checkpoint.tensors import check_finite
+    from mmmamba_cli.checkpoint.tensor_io import check_finite
     from mmmamba_cli.checkpoint.writer import ShardedWriter
 
 __all__ = [
@@ -68,21 +73,21 @@ __all__ = [
     "tensor_plan",
 ]
 
-__getattr__ = deferred_names(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "hashing": (
             "TensorHasher",
             "combined_hash",
         ),
-        "loading": (
+        "load_model": (
             "default_generation_config",
             "generation_config",
             "load_model",
             "parse_dtype",
             "pick_dtype",
         ),
-        "tensors": ("check_finite",),
+        "tensor_io": ("check_finite",),
         "writer": ("ShardedWriter",),
     },
 )

@@ -2,22 +2,60 @@
 
 A tensor's digest covers its name, dtype, shape and bytes in row order. The content hash covers the
 digests in the order of the names, so neither sharding nor the order of writing changes it.
+
+Work on tensors in a few threads, with a bound on the bytes that wait for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from concurrent.futures import Future
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mmmamba_cli.checkpoint.background import BoundedPool
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
-from mmmamba_cli.checkpoint.tensors import byte_chunks
+from mmmamba_cli.checkpoint.tensor_io import byte_chunks
+
+Result = TypeVar("Result")
+
+
+class BoundedPool:
+    """A thread pool whose `submit` blocks while more than `max_pending_bytes` are under way.
+
+    A job larger than that waits until it is alone. Hashing and file writes release the
+    interpreter's lock, so that they run beside each other and beside PyTorch.
+    """
+
+    def __init__(self, max_pending_bytes: int, workers: int = 2):
+        self._pool = ThreadPoolExecutor(workers)
+        self._limit = max_pending_bytes
+        self._pending = 0
+        self._changed = threading.Condition()
+
+    def submit(self, nbytes: int, job: Callable[[], Result]) -> Future[Result]:
+        """Queue `job`, which holds on to `nbytes` until it is done."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._pending or self._pending + nbytes <= self._limit
+            )
+            self._pending += nbytes
+        future = self._pool.submit(job)
+        future.add_done_callback(lambda _: self._release(nbytes))
+        return future
+
+    def close(self) -> None:
+        """Drop what has not started and wait for what has."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _release(self, nbytes: int) -> None:
+        with self._changed:
+            self._pending -= nbytes
+            self._changed.notify_all()
 
 
 def start_digest(name: str, info: TensorInfo) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.architecture import ATTENTION, Architecture, ModelShape
-from mmmamba_cli.checkpoint.fields import integer, number, require, stack_fields, token_ids
-from mmmamba_cli.checkpoint.rules import Rule, Shape, packed_qkv, rename, stacked_rows
+from mmmamba_cli.checkpoint.config_fields import integer, number, require, stack_fields, token_ids
+from mmmamba_cli.checkpoint.name_map import Rule, Shape, packed_qkv, rename, stacked_rows
 from mmmamba_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ CHAT_STOP_IDS = (2, 1163, 92543, 92542)
 
 def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
     """HoVLE's config as the model's. Raises `CheckpointError`."""
-    from mmmamba_cli.checkpoint.model_config import to_model_config
+    from mmmamba_cli.checkpoint.native_config import to_model_config
 
     return to_model_config(to_architecture(raw, where))
 

@@ -16,11 +16,10 @@ from types import TracebackType
 
 from torch import Tensor
 
-from mmmamba_cli.checkpoint.background import BoundedPool
-from mmmamba_cli.checkpoint.hashing import combined_hash, start_digest
-from mmmamba_cli.checkpoint.safetensors_format import build_header
+from mmmamba_cli.checkpoint.hashing import BoundedPool, combined_hash, start_digest
+from mmmamba_cli.checkpoint.safetensors_file import build_header
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
-from mmmamba_cli.checkpoint.tensors import byte_chunks, cast_chunks
+from mmmamba_cli.checkpoint.tensor_io import byte_chunks, cast_chunks
 from mmmamba_cli.errors import CheckpointError
 
 MAX_SHARD_BYTES = 1_000_000_000

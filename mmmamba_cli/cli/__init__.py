@@ -83,7 +83,7 @@ def _run() -> None:
 
     succeed = None
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from mmmamba_cli.distributed.stopping import skip_interpreter_shutdown
+        from mmmamba_cli.distributed.stop_signals import skip_interpreter_shutdown
 
         succeed = skip_interpreter_shutdown()
     try:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.completing import complete_models
 from mmmamba_cli.cli.console import print_json, print_line, print_warning
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
@@ -20,14 +19,15 @@ from mmmamba_cli.cli.options import (
     Models,
     RunFolder,
     TeacherPath,
+    complete_models,
 )
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmmamba_cli.chatting import Settings
-    from mmmamba_cli.cli.talking import Talk
+    from mmmamba_cli.chat import Settings
+    from mmmamba_cli.cli.chat_session import Talk
     from mmmamba_cli.runs import Named
 
 
@@ -82,7 +82,7 @@ def command(
     """
     if as_json and prompt is None:
         raise DataError("--json needs a question", "give it with --prompt QUESTION")
-    from mmmamba_cli.chatting import Settings, locate
+    from mmmamba_cli.chat import Settings, locate
     from mmmamba_cli.runs import Run
 
     settings = Settings(max_new_tokens, temperature, top_k, top_p, seed=seed)
@@ -122,8 +122,8 @@ def _open(
     device: str | None,
     dtype: str,
 ) -> Talk:
-    from mmmamba_cli.chatting import Conversation, load_speaker
-    from mmmamba_cli.cli.talking import Talk, blind
+    from mmmamba_cli.chat import Conversation, load_speaker
+    from mmmamba_cli.cli.chat_session import Talk, blind
 
     conversation = Conversation(tuple(where.name for where in places), system)
     # Before minutes are spent on loading.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmmamba_cli.cli.completing import complete_recipes
 from mmmamba_cli.cli.console import plain_warnings, print_json, print_text
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
@@ -19,6 +18,7 @@ from mmmamba_cli.cli.options import (
     FromParent,
     RunFolder,
     Sets,
+    complete_recipes,
 )
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Job:
 def train(job: Job) -> list[Manifest] | None:
     """Train, as one process or one of several; the products on process 0, None if stopped."""
     from mmmamba_cli.cli import escape_what_cannot_be_encoded
-    from mmmamba_cli.cli.training import StopRequest, TrainingDisplay
+    from mmmamba_cli.cli.distill_display import StopRequest, TrainingDisplay
     from mmmamba_cli.distill import Options, Stopped, distill, wanted_stages
     from mmmamba_cli.distributed import join_world
     from mmmamba_cli.runs import Run

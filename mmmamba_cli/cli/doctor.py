@@ -105,7 +105,7 @@ def _say(report: Report) -> None:
 
 
 def _device_row(device: Device) -> tuple[str | None, ...]:
-    from mmmamba_cli.inspection.drawing import size
+    from mmmamba_cli.inspection.text_plots import size
 
     bf16 = {None: None, True: "yes", False: "no"}[device.bf16]
     memory, free = (None if n is None else size(n) for n in (device.memory, device.free))

@@ -31,7 +31,7 @@ from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
     from mmmamba_cli.evaluate import Options, Result, Retention, Scored, Suite
-    from mmmamba_cli.evaluate.opening import Candidate
+    from mmmamba_cli.evaluate.open_models import Candidate
 
 EVALS = "evals"
 RIGHT = ("score", "rows", "unreadable", "teacher", "retention")
@@ -154,16 +154,16 @@ def _candidates(
     dtype: str,
 ) -> list[Candidate]:
     """The models to ask, each under a name of its own, the teacher last."""
-    from mmmamba_cli.evaluate import opening
+    from mmmamba_cli.evaluate import open_models
     from mmmamba_cli.runs import Run
 
     if models and product is not None:
         raise DataError("--from names a product of the run, --model a path", "give one of them")
-    found = [opening.path_candidate(path, device, dtype) for path in models or ()]
+    found = [open_models.path_candidate(path, device, dtype) for path in models or ()]
     if not models:
-        found.append(opening.product_candidate(Run(run), product, device, dtype))
+        found.append(open_models.product_candidate(Run(run), product, device, dtype))
     if teacher or teacher_path is not None:
-        found.append(opening.teacher_candidate(Run(run), teacher_path, device, dtype))
+        found.append(open_models.teacher_candidate(Run(run), teacher_path, device, dtype))
     names = [candidate.name for candidate in found]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
@@ -182,7 +182,7 @@ def _ask(
 ) -> tuple[list[Result], list[Retention]]:
     """Every model every suite; retention by the last one, if that is the teacher."""
     from mmmamba_cli.evaluate import compare_with_teacher, find_suite, open_suite, write_retention
-    from mmmamba_cli.evaluate.opening import TEACHER
+    from mmmamba_cli.evaluate.open_models import TEACHER
 
     suites = [find_suite(name) for name in names]
     # All tables before any model: what is wrong with them is found in time.
@@ -257,7 +257,7 @@ def _with_kit(
 ) -> None:
     from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.evaluate import find_evaluator
-    from mmmamba_cli.evaluate.kits import kit_result
+    from mmmamba_cli.evaluate.external_results import kit_result
 
     evaluate = find_evaluator(kit)
     found = []
@@ -289,7 +289,8 @@ def _with_kit(
 def _say(
     results: Sequence[Result], kept: Sequence[Retention], compare: bool, as_json: bool
 ) -> None:
-    from mmmamba_cli.evaluate import find_suite, published_rows, report
+    from mmmamba_cli.evaluate import find_suite, published_rows
+    from mmmamba_cli.evaluate import tables as report
 
     tables = published_rows() if compare else []
     if as_json:

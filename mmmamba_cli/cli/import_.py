@@ -42,7 +42,8 @@ def command(
 ) -> None:
     """Take a student that was made elsewhere into a run, as its current product."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
-    from mmmamba_cli.runs import Run, import_student
+    from mmmamba_cli.runs import Run
+    from mmmamba_cli.seed.import_student import import_student
 
     target = Run(run)
     student = open_checkpoint(checkpoint)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmmamba_cli.cli.completing import complete_models
 from mmmamba_cli.cli.console import (
     out,
     print_json,
@@ -17,7 +16,7 @@ from mmmamba_cli.cli.console import (
     print_warning,
     progress,
 )
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder, read_lengths
+from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder, complete_models, read_lengths
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -231,7 +230,7 @@ def _say_memory(memory: Sequence[Memory], context: int) -> None:
 
 def _say_differences(differences: Sequence[TensorDifference], here: str, there: str) -> None:
     from mmmamba_cli.inspection import grouped, spans
-    from mmmamba_cli.inspection.difference import EQUAL, ONLY_HERE, ONLY_THERE
+    from mmmamba_cli.inspection.diff import EQUAL, ONLY_HERE, ONLY_THERE
 
     groups = grouped(differences)
     equal = sum(group.tensors for group in groups if group.status == EQUAL)

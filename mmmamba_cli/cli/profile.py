@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.completing import complete_products
 from mmmamba_cli.cli.console import (
     err,
     if_interrupted,
@@ -27,13 +26,14 @@ from mmmamba_cli.cli.options import (
     Models,
     RunFolder,
     TeacherPath,
+    complete_products,
     read_lengths,
 )
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
     from mmmamba_cli.profiling import Plan, Profile, Subject
-    from mmmamba_cli.profiling.weights import WeightStore
+    from mmmamba_cli.profiling.subjects import WeightStore
 
 FOLDER = "profile"
 
@@ -217,7 +217,7 @@ def _subjects(
 ) -> list[Subject]:
     """Of a run, of paths, or of both where both are named."""
     from mmmamba_cli.profiling import path_subjects, run_subjects
-    from mmmamba_cli.profiling.opening import run_teacher
+    from mmmamba_cli.profiling.subjects import run_teacher
 
     moved = teacher_path is not None
     found: list[Subject] = []
@@ -258,7 +258,7 @@ def _say(found: Profile) -> None:
 
 
 def _say_files(files: Sequence[Path]) -> None:
-    from mmmamba_cli.profiling.picture import PIP
+    from mmmamba_cli.profiling.plot import PIP
     from mmmamba_cli.profiling.result import PICTURE
 
     for file in files:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmmamba_cli.cli.completing import complete_recipes
 from mmmamba_cli.cli.console import help_if_bare, print_error, print_json, print_table, print_text
-from mmmamba_cli.cli.options import AsJson, RecipeName, Sets
+from mmmamba_cli.cli.options import AsJson, RecipeName, Sets, complete_recipes
 from mmmamba_cli.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmmamba_cli.cli.completing import complete_recipes
 from mmmamba_cli.cli.console import (
     if_interrupted,
     print_json,
@@ -18,7 +17,14 @@ from mmmamba_cli.cli.console import (
     print_warning,
     progress,
 )
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder, Sets
+from mmmamba_cli.cli.options import (
+    DEFAULT_RUN,
+    AsJson,
+    Overwrite,
+    RunFolder,
+    Sets,
+    complete_recipes,
+)
 
 if TYPE_CHECKING:
     from mmmamba_cli.checkpoint import Checkpoint
@@ -88,7 +94,7 @@ def command(
 ) -> None:
     """Seed a linear student out of a trained teacher, and start a run with it."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
-    from mmmamba_cli.checkpoint.loading import recommended_settings
+    from mmmamba_cli.checkpoint.load_model import recommended_settings
     from mmmamba_cli.recipe import load_recipe
     from mmmamba_cli.runs import Run
     from mmmamba_cli.seed import seed_student

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from mmmamba_cli.inspection import Lineage, Product, Score
-    from mmmamba_cli.inspection.drawing import Marks
+    from mmmamba_cli.inspection.text_plots import Marks
 
 
 def command(run: RunFolder = DEFAULT_RUN, as_json: AsJson = False) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmmamba_cli.data.corpus import Corpus
+from mmmamba_cli.data.dataset import Corpus
 from mmmamba_cli.errors import DataError
 
 # Files of JSON are read whole: opening them reads each byte too. Of a larger shard, the size and

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from torch.utils.data import DataLoader, Dataset
 
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
-from mmmamba_cli.data.batching import collate, deal, make_rows
-from mmmamba_cli.data.corpus import Corpus
-from mmmamba_cli.data.encoding import Encoded, Encoder, decode_images
-from mmmamba_cli.data.order import Order
+from mmmamba_cli.data.collate import collate, deal, make_rows
+from mmmamba_cli.data.dataset import Corpus
+from mmmamba_cli.data.sampler import Order
+from mmmamba_cli.data.tokenize import Encoded, Encoder, decode_images
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.interrupts import interrupts_held
 from mmmamba_cli.processing import TrainingProcessor

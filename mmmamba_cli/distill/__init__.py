@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmmamba_cli.deferred import deferred_names
 from mmmamba_cli.distill.metrics import METRICS, read_metrics
+from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from mmmamba_cli.distill.learning import describe
-    from mmmamba_cli.distill.loop import StepResult, Stopped
-    from mmmamba_cli.distill.planning import choose_start, stages_to_run, wanted_stages
-    from mmmamba_cli.distill.plots import PICTURE
-    from mmmamba_cli.distill.running import Options, Watch
-    from mmmamba_cli.distill.state import Progress
-    from mmmamba_cli.distill.whole import distill
+    from mmmamba_cli.distill.metrics import PICTURE
+    from mmmamba_cli.distill.pipeline import distill
+    from mmmamba_cli.distill.stage_runner import Options, Watch
+    from mmmamba_cli.distill.stages import choose_start, stages_to_run, wanted_stages
+    from mmmamba_cli.distill.trainable import describe
+    from mmmamba_cli.distill.trainer import StepResult, Stopped
+    from mmmamba_cli.distill.training_state import Progress
 
 __all__ = [
     "METRICS",
@@ -32,25 +32,25 @@ __all__ = [
     "wanted_stages",
 ]
 
-__getattr__ = deferred_names(
+__getattr__ = lazy_attributes(
     __name__,
     {
-        "learning": ("describe",),
-        "loop": (
+        "trainable": ("describe",),
+        "trainer": (
             "StepResult",
             "Stopped",
         ),
-        "planning": (
+        "stages": (
             "choose_start",
             "stages_to_run",
             "wanted_stages",
         ),
-        "plots": ("PICTURE",),
-        "running": (
+        "metrics": ("PICTURE",),
+        "stage_runner": (
             "Options",
             "Watch",
         ),
-        "state": ("Progress",),
-        "whole": ("distill",),
+        "training_state": ("Progress",),
+        "pipeline": ("distill",),
     },
 )

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mmmamba_cli.data import Batch
-from mmmamba_cli.distill.pair import Pair
+from mmmamba_cli.distill.teacher_student import Pair
 
 
 class Objective(Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmmamba_cli.distill.learning import decays
+from mmmamba_cli.distill.trainable import decays
 from mmmamba_cli.distributed import is_sharded
 from mmmamba_cli.recipe import Schedule, Stage
 

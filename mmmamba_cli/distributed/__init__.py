@@ -1,9 +1,13 @@
 """One process or many: the group of processes, sharding a built model, seeds."""
 
-from mmmamba_cli.distributed.seeds import seed_everything, step_seed
-from mmmamba_cli.distributed.sharding import average_whole, is_sharded, shard_mixers
-from mmmamba_cli.distributed.threads import host_threads
-from mmmamba_cli.distributed.world import World, join_world
+from mmmamba_cli.distributed.fsdp import average_whole, is_sharded, shard_mixers
+from mmmamba_cli.distributed.world import (
+    World,
+    host_threads,
+    join_world,
+    seed_everything,
+    step_seed,
+)
 
 __all__ = [
     "World",

@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from mmmamba_cli.distributed.stopping import (
+from mmmamba_cli.distributed.stop_signals import (
     SIGNALS,
     Repeats,
     end_by,

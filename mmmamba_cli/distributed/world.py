@@ -1,8 +1,15 @@
-"""The processes of a run. A single process is a world of one, without a process group."""
+"""The processes of a run. A single process is a world of one, without a process group.
+
+Threads of the host beside a GPU.
+
+Random numbers that depend on where one is, not on how one got there.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +22,38 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import MmmambaError
+
+# Enough for the small CPU tensors of a step; more wait for each other beside busy loader workers.
+HOST_THREADS = 2
+
+
+@contextmanager
+def host_threads(device: torch.device) -> Iterator[None]:
+    """Limit PyTorch's CPU threads of this process to HOST_THREADS while `device` is a GPU.
+
+    On a CPU the threads are those that compute, and stay as they are. The limit is the process's;
+    what it was before is put back.
+    """
+    before = torch.get_num_threads()
+    if device.type != "cpu":
+        torch.set_num_threads(min(before, HOST_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def step_seed(seed: int, *place: str | int) -> int:
+    """A 63-bit seed from the run's seed and a place such as ("stage1", step, rank)."""
+    text = "/".join(map(str, (seed, *place)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's generator and torch's on every device."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
 
 Result = TypeVar("Result")
 

@@ -1,7 +1,7 @@
 """Is this machine fit: versions, devices, every op checked against its reference."""
 
-from mmmamba_cli.doctor.examining import examine
-from mmmamba_cli.doctor.machine import PURPOSES, missing_extras
+from mmmamba_cli.doctor.diagnosis import examine
+from mmmamba_cli.doctor.environment import PURPOSES, missing_extras
 from mmmamba_cli.doctor.report import Check, Device, OpCheck, Package, Report
 
 __all__ = [

@@ -17,7 +17,7 @@ from mmmamba_cli import ops
 from mmmamba_cli.ops.attention import segments_of
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
-from mmmamba_cli.ops.ssd.limits import LIMITS
+from mmmamba_cli.ops.ssd.dispatch import LIMITS
 
 # Arguments by their names; of a convolution some others are no tensors, so that mypy wants Any.
 Tensors = dict[str, Any]

@@ -1,7 +1,6 @@
 """Evaluation: suites of questions, how they are asked and how answers are scored."""
 
-from mmmamba_cli.evaluate.contract import Encoded, EvalModel, Identity, OutOfMemory, Prompt
-from mmmamba_cli.evaluate.evaluating import (
+from mmmamba_cli.evaluate.evaluator import (
     Options,
     Scored,
     compare_with_teacher,
@@ -10,12 +9,8 @@ from mmmamba_cli.evaluate.evaluating import (
     open_suite,
     write_retention,
 )
-from mmmamba_cli.evaluate.library import (
-    find_evaluator,
-    find_suite,
-    published_rows,
-    suite_names,
-)
+from mmmamba_cli.evaluate.interfaces import Encoded, EvalModel, Identity, OutOfMemory, Prompt
+from mmmamba_cli.evaluate.library import find_evaluator, find_suite, published_rows, suite_names
 from mmmamba_cli.evaluate.result import Result, Retention
 from mmmamba_cli.evaluate.runner import Watch
 from mmmamba_cli.evaluate.suite import Suite

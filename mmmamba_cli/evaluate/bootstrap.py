@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mmmamba_cli.evaluate.scoring.tally import Tally
+from mmmamba_cli.evaluate.scoring.metrics import Tally
 
 DRAWS = 1000
 LEVEL = 0.95

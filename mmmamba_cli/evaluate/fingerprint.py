@@ -12,13 +12,20 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mmmamba_cli.evaluate.pictures import Picture
+from mmmamba_cli.evaluate.images import Picture
 from mmmamba_cli.runs.manifest import versions
 
 # The rooms of code that turn a row and a checkpoint into an answer.
-ROOMS = ("checkpoint", "decoding", "evaluate", "model", "ops", "processing")
+ROOMS = ("checkpoint", "evaluate", "inference", "model", "ops", "processing")
 # Code of `evaluate` behind the answers: it scores and shows them.
-BEHIND = ("scoring", "bootstrap.py", "kits.py", "predictions.py", "report.py", "result.py")
+BEHIND = (
+    "scoring",
+    "bootstrap.py",
+    "external_results.py",
+    "predictions.py",
+    "tables.py",
+    "result.py",
+)
 # Pictures are decoded and resized by Pillow.
 LIBRARIES = ("pillow", "tokenizers")
 DIGITS = 16

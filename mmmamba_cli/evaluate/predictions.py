@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba_cli.errors import DataError, name_some
+from mmmamba_cli.evaluate.answer_cache import HEADER, LIMIT
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.store import HEADER, LIMIT
-from mmmamba_cli.evaluate.tsv import MAX_CELL, check_heading, plain_index, records, simplify_indexes
+from mmmamba_cli.evaluate.vlmeval_table import (
+    MAX_CELL,
+    check_heading,
+    plain_index,
+    records,
+    simplify_indexes,
+)
 
 INDEX, PREDICTION = "index", "prediction"
 DELIMITERS = {".tsv": "\t", ".csv": ","}

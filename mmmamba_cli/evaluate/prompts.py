@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from mmmamba_cli.evaluate.contract import Prompt
-from mmmamba_cli.evaluate.pictures import pictures_of
+from mmmamba_cli.evaluate.images import pictures_of
+from mmmamba_cli.evaluate.interfaces import Prompt
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.suite import PromptStyle, Suite
-from mmmamba_cli.evaluate.tsv import Table
+from mmmamba_cli.evaluate.vlmeval_table import Table
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 LETTER = {

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.evaluate.bootstrap import DRAWS, LEVEL, intervals, ratio_interval
-from mmmamba_cli.evaluate.scoring.tally import Tally
+from mmmamba_cli.evaluate.scoring.metrics import Tally
 
 RESULT, RETENTION, TIMING = "result.json", "retention.json", "timing.json"
 SHOWN_ANSWERS = 5

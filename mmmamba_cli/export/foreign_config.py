@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import Checkpoint, hovle, released
+from mmmamba_cli.checkpoint import Checkpoint, hovle, mmmamba_hf
 from mmmamba_cli.model import HolisticVLMConfig, StackConfig
 from mmmamba_cli.processing import HolisticVLMProcessor
 from mmmamba_cli.runs import open_processor
 from mmmamba_cli.runs.provenance import FIELD
 
 # Repositories whose code reads these layouts; transformers takes it from there.
-HOVLE_CODE, RELEASED_CODE = "OpenGVLab/HoVLE", released.CODE
+HOVLE_CODE, RELEASED_CODE = "OpenGVLab/HoVLE", mmmamba_hf.CODE
 # What transformers writes about where a config came from, and code that would not be there.
 STRANGERS = ("_name_or_path", "_commit_hash", "auto_map", "dtype", FIELD)
 
@@ -45,20 +45,20 @@ def released_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any
     """The config of a published mmMamba; its architectures are plain strings, as published."""
     raw = _base(checkpoint)
     config = checkpoint.config
-    kinds = [released.NAMES[kind] for kind in config.layer_types]
+    kinds = [mmmamba_hf.NAMES[kind] for kind in config.layer_types]
     first = config.num_embedding_layers
     raw["embedding_config"] |= {
-        "model_type": released.EMBEDDING_TYPE,
+        "model_type": mmmamba_hf.EMBEDDING_TYPE,
         "layers_block_type": kinds[:first],
     }
     raw["llm_config"] |= {
-        "model_type": released.LANGUAGE_TYPE,
+        "model_type": mmmamba_hf.LANGUAGE_TYPE,
         "architectures": "mmMambaForCausalLM",
         "layers_block_type": kinds[first:],
     }
     return {
         **raw,
-        "model_type": released.MODEL_TYPE,
+        "model_type": mmmamba_hf.MODEL_TYPE,
         "architectures": "mmMambaChatModel",
         "torch_dtype": _name(dtype),
         "auto_map": {
@@ -71,7 +71,7 @@ def released_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any
 
 def _base(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields both layouts share, to be changed."""
-    if checkpoint.raw_config.get("model_type") in (hovle.MODEL_TYPE, released.MODEL_TYPE):
+    if checkpoint.raw_config.get("model_type") in (hovle.MODEL_TYPE, mmmamba_hf.MODEL_TYPE):
         return without_strangers(checkpoint.raw_config)
     return _from_ours(checkpoint)
 

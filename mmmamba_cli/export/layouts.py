@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import Checkpoint, hovle, released, stored_dtype
-from mmmamba_cli.checkpoint.rules import Rule, rename
+from mmmamba_cli.checkpoint import Checkpoint, hovle, mmmamba_hf, stored_dtype
+from mmmamba_cli.checkpoint.name_map import Rule, rename
 from mmmamba_cli.errors import CheckpointError, name_some
 from mmmamba_cli.export.foreign_config import hovle_config, released_config
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
-from mmmamba_cli.runs.importing import INHERITED_FIELDS
+from mmmamba_cli.model.config import INHERITED_FIELDS
 
 BODY = "model.text_embedding.weight"
 LANGUAGE_TOKENS = "unused.language_token_embedding.weight"
@@ -59,7 +59,7 @@ def layout_of(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = Non
         )
     raw = (hovle_config if name == HOVLE else released_config)(checkpoint, body)
     _check_config(checkpoint, raw, name)
-    table = (hovle if name == HOVLE else released).rules(
+    table = (hovle if name == HOVLE else mmmamba_hf).rules(
         raw, checkpoint.config, _written_names(checkpoint, raw)
     )
     _check_complete(checkpoint, table, name)
@@ -76,7 +76,7 @@ def _not_held(config: HolisticVLMConfig, name: str) -> Iterator[str]:
     if name == HOVLE and linear:
         yield f"linear layers, and layer {linear[0]} is one"
     elif linear:
-        if mixer.conv_width != released.CONV_WIDTH:
+        if mixer.conv_width != mmmamba_hf.CONV_WIDTH:
             yield f"convolution of width {mixer.conv_width} (mixer.conv_width), only of 2"
         for option, what in (
             ("d_skip", "D skip"),
@@ -99,7 +99,7 @@ def _not_held(config: HolisticVLMConfig, name: str) -> Iterator[str]:
 
 def _check_config(checkpoint: Checkpoint, raw: Mapping[str, Any], name: str) -> None:
     """What is written must read back as the model it is."""
-    read = (hovle if name == HOVLE else released).to_config(raw, "the exported config.json")
+    read = (hovle if name == HOVLE else mmmamba_hf).to_config(raw, "the exported config.json")
     differing = [
         field
         for field in (*INHERITED_FIELDS, "layer_types")

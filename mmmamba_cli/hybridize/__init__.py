@@ -1,6 +1,6 @@
 """Between stages 2 and 3: put the teacher's attention back into some layers."""
 
-from mmmamba_cli.hybridize.hybridizing import (
+from mmmamba_cli.hybridize.attention_layers import (
     choose_parent,
     hybridize,
     mixer_stages,

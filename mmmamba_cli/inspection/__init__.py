@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmmamba_cli.deferred import deferred_names
-from mmmamba_cli.inspection.anatomy import Anatomy, describe
-from mmmamba_cli.inspection.drawing import layer_plan, legend, marks_for, size, sparkline
+from mmmamba_cli.inspection.describe import Anatomy, describe
 from mmmamba_cli.inspection.lineage import Lineage, Product, Score, read_lineage
 from mmmamba_cli.inspection.memory import DEFAULT_CONTEXT, Memory, all_attention, memory_at
+from mmmamba_cli.inspection.text_plots import layer_plan, legend, marks_for, size, sparkline
+from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from mmmamba_cli.inspection.difference import TensorDifference, compare, grouped, spans
+    from mmmamba_cli.inspection.diff import TensorDifference, compare, grouped, spans
 
 __all__ = [
     "DEFAULT_CONTEXT",
@@ -35,10 +35,10 @@ __all__ = [
     "sparkline",
 ]
 
-__getattr__ = deferred_names(
+__getattr__ = lazy_attributes(
     __name__,
     {
-        "difference": (
+        "diff": (
             "TensorDifference",
             "compare",
             "grouped",

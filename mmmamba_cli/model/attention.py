@@ -14,10 +14,10 @@ from transformers import Cache
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import rotate
-from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.model.sequence_layout import Columns
 from mmmamba_cli.ops import attention
 from mmmamba_cli.ops.attention import attention_weights, takes_segments
-from mmmamba_cli.ops.common import widened
+from mmmamba_cli.ops.backends import widened
 
 
 class Attention(nn.Module):

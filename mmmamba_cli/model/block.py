@@ -11,7 +11,7 @@ from mmmamba_cli.model.attention import Attention
 from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
 from mmmamba_cli.model.mamba2 import Mamba2
 from mmmamba_cli.model.norm import RMSNorm
-from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.model.sequence_layout import Columns
 
 
 class SwiGLU(nn.Module):

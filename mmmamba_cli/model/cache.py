@@ -21,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmmamba_cli.errors import DataError, MmmambaError, name_some
 from mmmamba_cli.model.config import HolisticVLMConfig
-from mmmamba_cli.model.layout import Expansion, ImageColumns
-from mmmamba_cli.model.sequence import StackState
+from mmmamba_cli.model.image_tokens import Expansion, ImageColumns
+from mmmamba_cli.model.sequence_layout import StackState
 
 # What this release of transformers calls the cache in its outputs and in `generate`: "cache" from
 # 5.24 on, "past_key_values" before.

@@ -22,6 +22,16 @@ from mmmamba_cli.versions import require_versions
 # Code of an export runs this as well, where `mmmamba_cli.model` is not imported.
 require_versions()
 
+# What of its config a student has from its teacher unchanged.
+INHERITED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "embedding",
+    "language",
+    "vision",
+    "normalize_embedding_output",
+)
+
 
 class HolisticVisionConfig(PreTrainedConfig):
     """The patch embedding as a sub-config: the fields and sizes of `VisionConfig`.

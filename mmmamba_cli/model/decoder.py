@@ -33,8 +33,9 @@ from mmmamba_cli.model.cache import (
     widen_static_layers,
 )
 from mmmamba_cli.model.config import HolisticVLMConfig
-from mmmamba_cli.model.layout import Expansion, count_tiles, expand, new_tiles
+from mmmamba_cli.model.image_tokens import Expansion, count_tiles, expand, new_tiles
 from mmmamba_cli.model.norm import RMSNorm
+from mmmamba_cli.model.patch_embedding import Vision
 from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
 from mmmamba_cli.model.prompt import (
     Prompt,
@@ -44,8 +45,12 @@ from mmmamba_cli.model.prompt import (
     refuse_lost_images,
     refuse_positions,
 )
-from mmmamba_cli.model.sequence import Columns, StackState, describe_columns, packed_sequences
-from mmmamba_cli.model.vision import Vision
+from mmmamba_cli.model.sequence_layout import (
+    Columns,
+    StackState,
+    describe_columns,
+    packed_sequences,
+)
 
 logger = logging.get_logger(__name__)
 

@@ -20,9 +20,9 @@ from mmmamba_cli.model.cache import read_ssm_state, write_ssm_state
 from mmmamba_cli.model.config import MixerConfig, StackConfig
 from mmmamba_cli.model.norm import GatedRMSNorm, RMSNorm
 from mmmamba_cli.model.rope import rotate
-from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.model.sequence_layout import Columns
 from mmmamba_cli.ops import causal_conv, ssd
-from mmmamba_cli.ops.common import widened
+from mmmamba_cli.ops.backends import widened
 
 GATED_NORM_EPS = 1e-5
 

@@ -13,7 +13,7 @@ from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.cache import CACHE_NAME, HybridCache, as_hybrid
 from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
 from mmmamba_cli.model.decoder import HolisticDecoder
-from mmmamba_cli.model.layout import count_tiles, tiles_of_rows
+from mmmamba_cli.model.image_tokens import count_tiles, tiles_of_rows
 from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
 
 __all__ = ["HolisticDecoder", "HolisticVLM"]

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from mmmamba_cli.architecture import FP32_PARAMETERS, is_fp32_parameter
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.mamba2 import Mamba2
-from mmmamba_cli.model.vision import Vision
+from mmmamba_cli.model.patch_embedding import Vision
 
 
 class HolisticPreTrainedModel(PreTrainedModel):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.config import HolisticVisionConfig, StackConfig
-from mmmamba_cli.model.layout import Expansion
-from mmmamba_cli.model.sequence import Columns, StackState, describe_columns
+from mmmamba_cli.model.image_tokens import Expansion
+from mmmamba_cli.model.sequence_layout import Columns, StackState, describe_columns
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,23 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 
+from mmmamba_cli.processing.answer_mask import TrainingProcessor
+from mmmamba_cli.processing.chat_template import content_with_images
+from mmmamba_cli.processing.detokenizer import TextStream
 from mmmamba_cli.processing.image_processor import ImageProcessor
 from mmmamba_cli.processing.images import ImageSource, image_size, open_image
-from mmmamba_cli.processing.loading import (
+from mmmamba_cli.processing.load_processor import (
+    alone,
+    as_ids,
     build_tokenizer,
     processor_from_folder,
     processor_from_hovle,
+    processor_from_language_model,
 )
 from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_per_tile
-from mmmamba_cli.processing.streaming import TextStream
-from mmmamba_cli.processing.template import content_with_images
-from mmmamba_cli.processing.text_loading import alone, as_ids, processor_from_language_model
 from mmmamba_cli.processing.text_processor import HolisticTextProcessor, TextOnlyMarker
 from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles, normalize
 from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
-from mmmamba_cli.processing.training import TrainingProcessor
 
 
 def register_processing(config_class: type[Any]) -> None:

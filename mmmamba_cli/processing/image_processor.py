@@ -11,9 +11,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_processing_utils import BatchFeature as ImageFeature
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.processing.image_lists import as_list, is_list
-from mmmamba_cli.processing.images import MAX_PIXELS, ImageSource, open_image
-from mmmamba_cli.processing.kwargs import TILING_KWARGS, HolisticVLMImagesKwargs
+from mmmamba_cli.processing.images import MAX_PIXELS, ImageSource, as_list, is_list, open_image
+from mmmamba_cli.processing.processor_kwargs import TILING_KWARGS, HolisticVLMImagesKwargs
 from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize, stack_tiles
 
 # What transformers writes into the file beside the settings.

@@ -16,6 +16,8 @@ It is not well defined, and differs between PIL versions, for 16-bit greys: they
 - of 32-bit and floating-point values white is 1, 255 or 65535, the first of them that none exceeds;
   beyond that, and below 0, the lowest value is black and the highest white;
 - Lab is converted to sRGB, for which PIL has no plain formula.
+
+Which pictures belong to which text, for the ways in which callers nest them.
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
+from torch import Tensor
 
 from mmmamba_cli.errors import DataError, MmmambaWarning
+from mmmamba_cli.processing.chat_template import IMAGE_PLACEHOLDER, ImageSlot, Message, Part
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 
@@ -240,3 +245,69 @@ def _scale_wide(values: np.ndarray, name: str) -> Image.Image:
 
 def _note(text: str) -> None:
     warnings.warn(ImageNote(text), stacklevel=2)
+
+
+Conversation = str | Sequence[Message]
+Images = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
+
+
+def is_list(value: object) -> bool:
+    """Whether it is a list of things, and not a thing: a batch of pictures as one array is."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.ndim == 4
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def as_list(images: Any) -> list[ImageSource]:
+    """None, one picture or a list of them, as a list."""
+    if images is None:
+        return []
+    return list(images) if is_list(images) else [images]
+
+
+def deal_images(images: Any, wanted: list[int]) -> list[list[ImageSource]]:
+    """A list of pictures for each text, of which text i has `wanted[i]` places."""
+    listed = as_list(images)
+    if any(is_list(one) for one in listed):
+        if len(listed) != len(wanted):
+            raise DataError(f"there are {len(wanted)} texts and {len(listed)} lists of images")
+        return [as_list(one) for one in listed]
+    if sum(wanted) != len(listed):
+        raise DataError(
+            f"the text has {sum(wanted)} {IMAGE_PLACEHOLDER} but {len(listed)} images are given",
+            f"write {IMAGE_PLACEHOLDER} once for each image",
+        )
+    rest = iter(listed)
+    return [[next(rest) for _ in range(count)] for count in wanted]
+
+
+def deal_conversations(
+    conversation: Any, images: Any
+) -> tuple[list[Conversation], list[list[ImageSource]]]:
+    """Conversations and the pictures of each, from one of them or several."""
+    if not isinstance(conversation, str) and not conversation:
+        raise DataError("there is no conversation", "pass a question or at least one message")
+    if isinstance(conversation, str) or isinstance(conversation[0], Mapping):
+        pictures = as_list(images)
+        # `[[picture]]` for a single conversation, as transformers nests them.
+        nested = len(pictures) == 1 and is_list(pictures[0])
+        return [conversation], [as_list(pictures[0]) if nested else pictures]
+    if images is None:
+        return list(conversation), [[] for _ in conversation]
+    if not is_list(images) or len(images) != len(conversation):
+        raise DataError(
+            f"there are {len(conversation)} conversations, but images is not a list of as many "
+            "lists of images"
+        )
+    return list(conversation), [as_list(one) for one in images]
+
+
+def fill_slots(parts: Sequence[Part], given: Sequence[ImageSource]) -> list[ImageSource]:
+    """The pictures of a prompt in the order of its slots, `given` ones where a slot has none.
+
+    What is given beyond the slots stays at the end, for `check_images` to find.
+    """
+    rest = iter(given)
+    slots = [part for part in parts if isinstance(part, ImageSlot)]
+    found = [next(rest, None) if slot.source is None else slot.source for slot in slots]
+    return [one for one in found if one is not None] + list(rest)

@@ -14,22 +14,8 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, Unpack
 
 from mmmamba_cli.errors import CheckpointError, DataError
-from mmmamba_cli.processing.image_lists import (
-    Conversation,
-    Images,
-    deal_conversations,
-    deal_images,
-    fill_slots,
-)
-from mmmamba_cli.processing.image_processor import ImageProcessor, as_tensors
-from mmmamba_cli.processing.images import ImageSource
-from mmmamba_cli.processing.kwargs import (
-    HolisticVLMProcessorKwargs,
-    merge_kwargs,
-    pad_rows,
-    truncate,
-)
-from mmmamba_cli.processing.template import (
+from mmmamba_cli.processing.answer_mask import mark_answers
+from mmmamba_cli.processing.chat_template import (
     CHAT_TEMPLATE,
     GROUNDING_TOKENS,
     IMAGE_CONTEXT,
@@ -49,9 +35,23 @@ from mmmamba_cli.processing.template import (
     render_chat,
     split_images,
 )
+from mmmamba_cli.processing.image_processor import ImageProcessor, as_tensors
+from mmmamba_cli.processing.images import (
+    Conversation,
+    Images,
+    ImageSource,
+    deal_conversations,
+    deal_images,
+    fill_slots,
+)
+from mmmamba_cli.processing.processor_kwargs import (
+    HolisticVLMProcessorKwargs,
+    merge_kwargs,
+    pad_rows,
+    truncate,
+)
 from mmmamba_cli.processing.tiling import count_tiles
 from mmmamba_cli.processing.tokenizer import VOCABULARY_FILE, HolisticVLMTokenizer
-from mmmamba_cli.processing.training import mark_answers
 
 INPUTS = "text and images"
 # InternLM2's published stop ids have one more: an ordinary piece of its vocabulary.

@@ -15,14 +15,14 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import Unpack
 
 from mmmamba_cli.errors import CheckpointError, DataError
+from mmmamba_cli.processing.chat_template import Message, as_turns
 from mmmamba_cli.processing.control_tokens import ControlTokens
-from mmmamba_cli.processing.kwargs import (
+from mmmamba_cli.processing.processor_kwargs import (
     HolisticTextProcessorKwargs,
     merge_kwargs,
     pad_rows,
     truncate,
 )
-from mmmamba_cli.processing.template import Message, as_turns
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 Conversation = str | Sequence[Message]

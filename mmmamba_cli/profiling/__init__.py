@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmmamba_cli.deferred import deferred_names
+from mmmamba_cli.lazy_imports import lazy_attributes
 from mmmamba_cli.profiling.result import Measurement, Profile, read_profile
 
 if TYPE_CHECKING:
-    from mmmamba_cli.profiling.contract import About, Decoder, OutOfMemory, Subject
-    from mmmamba_cli.profiling.gate import WrongDecoder
-    from mmmamba_cli.profiling.measuring import Plan, Watch, measure
-    from mmmamba_cli.profiling.opening import (
+    from mmmamba_cli.profiling.benchmark import Plan, Watch, measure
+    from mmmamba_cli.profiling.correctness import WrongDecoder
+    from mmmamba_cli.profiling.interfaces import About, Decoder, OutOfMemory, Subject
+    from mmmamba_cli.profiling.profiler import (
+        check_replaceable,
+        default_plan,
+        profile,
+        write_profile,
+    )
+    from mmmamba_cli.profiling.subjects import (
         int8_subjects,
         path_subjects,
         random_subjects,
         run_subjects,
         weight_store,
-    )
-    from mmmamba_cli.profiling.profiling import (
-        check_replaceable,
-        default_plan,
-        profile,
-        write_profile,
     )
 
 __all__ = [
@@ -48,29 +48,29 @@ __all__ = [
     "write_profile",
 ]
 
-__getattr__ = deferred_names(
+__getattr__ = lazy_attributes(
     __name__,
     {
-        "contract": (
+        "interfaces": (
             "About",
             "Decoder",
             "OutOfMemory",
             "Subject",
         ),
-        "gate": ("WrongDecoder",),
-        "measuring": (
+        "correctness": ("WrongDecoder",),
+        "benchmark": (
             "Plan",
             "Watch",
             "measure",
         ),
-        "opening": (
+        "subjects": (
             "int8_subjects",
             "path_subjects",
             "random_subjects",
             "run_subjects",
             "weight_store",
         ),
-        "profiling": (
+        "profiler": (
             "check_replaceable",
             "default_plan",
             "profile",

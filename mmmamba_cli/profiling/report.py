@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mmmamba_cli.errors import name_some
-from mmmamba_cli.profiling.contract import (
+from mmmamba_cli.profiling.interfaces import (
     AS_SHIPPED,
     BASELINES,
     GENERATOR,
@@ -32,7 +32,7 @@ from mmmamba_cli.profiling.result import (
 if TYPE_CHECKING:
     import torch
 
-    from mmmamba_cli.profiling.measuring import Plan
+    from mmmamba_cli.profiling.benchmark import Plan
 
 # Title, heading, rows.
 Table = tuple[str, tuple[str, ...], list[tuple[object, ...]]]

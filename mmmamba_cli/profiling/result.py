@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.profiling.contract import BASELINES, EAGER
+from mmmamba_cli.profiling.interfaces import BASELINES, EAGER
 from mmmamba_cli.runs.manifest import parse_model
 
 PROFILE, PICTURE, DRAWING = "profile.json", "profile.png", "profile.svg"

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmmamba_cli.profiling.ceilings import floor_of
-from mmmamba_cli.profiling.contract import OutOfMemory, Subject
-from mmmamba_cli.profiling.instruments import Instruments, or_out_of_memory
-from mmmamba_cli.profiling.measuring import Loaded, Plan
+from mmmamba_cli.profiling.benchmark import Loaded, Plan
+from mmmamba_cli.profiling.interfaces import OutOfMemory, Subject
 from mmmamba_cli.profiling.result import (
     MEASURED,
     OUT_OF_MEMORY,
@@ -23,7 +21,9 @@ from mmmamba_cli.profiling.result import (
     Status,
     Throughput,
 )
-from mmmamba_cli.profiling.turns import decode_turn
+from mmmamba_cli.profiling.roofline import floor_of
+from mmmamba_cli.profiling.timed_repeat import decode_turn
+from mmmamba_cli.profiling.timers import Instruments, or_out_of_memory
 
 # A doubling that gives less than this share more has gained nothing; after two, no other is tried.
 GAIN = 0.03

@@ -1,8 +1,13 @@
 """Recipes: everything a distillation is told, in one typed, frozen value. No torch here."""
 
 from mmmamba_cli.recipe.layers import PLACEMENTS, attention_layers, place, plan_kind
-from mmmamba_cli.recipe.library import recipe_folder, recipe_names
-from mmmamba_cli.recipe.loader import dump_recipe, load_recipe, parse_recipe
+from mmmamba_cli.recipe.loader import (
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_folder,
+    recipe_names,
+)
 from mmmamba_cli.recipe.schema import (
     KL,
     Data,

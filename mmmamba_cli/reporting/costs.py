@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from mmmamba_cli.profiling import Measurement, Profile, report
 from mmmamba_cli.profiling.result import DECODE, PREFILL, Ratio, Task
 from mmmamba_cli.reporting.charts import Line, lines, swatch
-from mmmamba_cli.reporting.elements import figure, paragraph, section, table
-from mmmamba_cli.reporting.markup import Markup, joined, tag
+from mmmamba_cli.reporting.html import Markup, figure, joined, paragraph, section, table, tag
 
 MEBIBYTE = 2**20
 

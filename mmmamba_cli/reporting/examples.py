@@ -11,13 +11,13 @@ from typing import NoReturn
 
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.evaluate import Options, find_suite
-from mmmamba_cli.evaluate.evaluating import open_suite
-from mmmamba_cli.evaluate.pictures import pictures_of
+from mmmamba_cli.evaluate.evaluator import open_suite
+from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring.yes_no import read_words
 from mmmamba_cli.evaluate.suite import Suite
-from mmmamba_cli.evaluate.tsv import Table
-from mmmamba_cli.reporting.material import Evaluated
+from mmmamba_cli.evaluate.vlmeval_table import Table
+from mmmamba_cli.reporting.run_contents import Evaluated
 
 # Pixels of the longer side of a shown picture, and questions shown about one.
 SIDE, QUESTIONS = 336, 4

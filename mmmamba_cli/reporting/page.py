@@ -9,24 +9,32 @@ from pathlib import Path
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.evaluate import Suite
 from mmmamba_cli.evaluate.result import RulePart
-from mmmamba_cli.reporting.comparing import Difference, difference, pairs, sentence
 from mmmamba_cli.reporting.costs import costs_section, headline
-from mmmamba_cli.reporting.elements import listed, paragraph, section, table
+from mmmamba_cli.reporting.differences import Difference, difference, pairs, sentence
 from mmmamba_cli.reporting.examples import find_examples, open_table
-from mmmamba_cli.reporting.learning import losses_section
-from mmmamba_cli.reporting.markup import Child, Markup, joined, tag
-from mmmamba_cli.reporting.material import Evaluated, Material, parts_by_label
-from mmmamba_cli.reporting.measured import comparison_section
-from mmmamba_cli.reporting.measured import differences as measured_differences
-from mmmamba_cli.reporting.origins import (
+from mmmamba_cli.reporting.external_section import comparison_section
+from mmmamba_cli.reporting.external_section import differences as measured_differences
+from mmmamba_cli.reporting.html import (
+    CSS,
+    Child,
+    Markup,
+    joined,
+    listed,
+    paragraph,
+    section,
+    table,
+    tag,
+)
+from mmmamba_cli.reporting.loss_curves import losses_section
+from mmmamba_cli.reporting.provenance import (
     commands_section,
     lineage_section,
     place,
     versions_section,
 )
+from mmmamba_cli.reporting.run_contents import Evaluated, Material, parts_by_label
 from mmmamba_cli.reporting.scores import accuracy_section, examples_section
-from mmmamba_cli.reporting.style import CSS
-from mmmamba_cli.runs.public_names import public_text
+from mmmamba_cli.runs.provenance import public_text
 
 MARK = "mmmamba report"
 

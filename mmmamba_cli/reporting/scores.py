@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from mmmamba_cli.evaluate.result import RulePart
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
-from mmmamba_cli.reporting.comparing import Difference, sentence
-from mmmamba_cli.reporting.elements import figure, paragraph, section, table
+from mmmamba_cli.reporting.differences import Difference, sentence
 from mmmamba_cli.reporting.examples import Example, Said
-from mmmamba_cli.reporting.markup import Markup, tag
-from mmmamba_cli.reporting.material import Evaluated, parts_by_label
+from mmmamba_cli.reporting.html import Markup, figure, paragraph, section, table, tag
+from mmmamba_cli.reporting.run_contents import Evaluated, parts_by_label
 
 GUESSING = (50.0, "guessing")
 RIGHT, WRONG = "✓", "✗"

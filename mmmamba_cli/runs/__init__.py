@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmmamba_cli.deferred import deferred_names
+from mmmamba_cli.lazy_imports import lazy_attributes
 from mmmamba_cli.runs.manifest import Manifest, Parent, read_manifest
-from mmmamba_cli.runs.naming import TEACHER, Named, open_named, path_name
+from mmmamba_cli.runs.models import TEACHER, Named, open_named, path_name
 from mmmamba_cli.runs.run import Run, RunRecord, Teacher
 
 if TYPE_CHECKING:
-    from mmmamba_cli.runs.importing import import_student
     from mmmamba_cli.runs.product import Draft, open_processor, write_companions, write_product
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Run",
     "RunRecord",
     "Teacher",
-    "import_student",
     "open_named",
     "open_processor",
     "path_name",
@@ -31,10 +29,9 @@ __all__ = [
     "write_product",
 ]
 
-__getattr__ = deferred_names(
+__getattr__ = lazy_attributes(
     __name__,
     {
-        "importing": ("import_student",),
         "product": (
             "Draft",
             "open_processor",

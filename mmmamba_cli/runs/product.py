@@ -21,7 +21,7 @@ from mmmamba_cli.checkpoint import (
     generation_config,
     tensor_plan,
 )
-from mmmamba_cli.checkpoint.replacement import check_replaceable, files_beside
+from mmmamba_cli.checkpoint.atomic import check_replaceable, files_beside
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.processing import (

@@ -2,8 +2,8 @@
 
 from mmmamba_cli.seed.calibration import Calibration, built_in, read_calibration
 from mmmamba_cli.seed.fidelity import LayerFidelity, measure_fidelity
-from mmmamba_cli.seed.mimic import INITS, initial_value
-from mmmamba_cli.seed.seeding import seed_student, student_config
+from mmmamba_cli.seed.init import INITS, initial_value
+from mmmamba_cli.seed.weight_transfer import seed_student, student_config
 
 __all__ = [
     "INITS",

@@ -12,7 +12,7 @@ from small import small_model
 
 from mmmamba_cli.architecture import Architecture, parameter_shapes
 from mmmamba_cli.checkpoint import open_checkpoint
-from mmmamba_cli.checkpoint.safetensors_format import DTYPES
+from mmmamba_cli.checkpoint.safetensors_file import DTYPES
 from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES, TensorInfo, parse_element, torch_dtype
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from released_case import write_released
+from mmmamba_hf_case import write_released
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 

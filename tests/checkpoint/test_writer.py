@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from mmmamba_cli.checkpoint import writer as writer_module
 from mmmamba_cli.checkpoint.atomic import atomic_folder
-from mmmamba_cli.checkpoint.safetensors_format import DTYPES as DTYPE_ELEMENTS
-from mmmamba_cli.checkpoint.source import open_source
+from mmmamba_cli.checkpoint.safetensors_file import DTYPES as DTYPE_ELEMENTS
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo, torch_dtype
+from mmmamba_cli.checkpoint.tensor_source import open_source
 from mmmamba_cli.checkpoint.writer import ShardedWriter
 from mmmamba_cli.errors import CheckpointError
 

@@ -12,7 +12,7 @@ import torch
 from ended import Command, Done
 
 from mmmamba_cli import ops
-from mmmamba_cli.doctor import examining
+from mmmamba_cli.doctor import diagnosis
 from mmmamba_cli.doctor.report import Check
 from mmmamba_cli.ops.norm import reference
 
@@ -72,8 +72,8 @@ def test_for_machines(doctor: Doctor) -> None:
 def test_a_warning_does_not_make_a_machine_unfit(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(examining, "check_resizing", lambda: Check("pillow", "warning", "is odd"))
-    monkeypatch.setattr(examining, "_ops", lambda device, say: ())
+    monkeypatch.setattr(diagnosis, "check_resizing", lambda: Check("pillow", "warning", "is odd"))
+    monkeypatch.setattr(diagnosis, "_ops", lambda device, say: ())
     done = doctor("--device", "cpu")
     assert done.code == 0
     assert "warning: pillow: is odd" in done.err

@@ -13,8 +13,8 @@ import pytest
 from ended import Command, Done
 from terminals import Terminal
 
-from mmmamba_cli.checkpoint import named
-from mmmamba_cli.runs import naming
+from mmmamba_cli.checkpoint import resolve
+from mmmamba_cli.runs import models
 
 Inspect = Callable[..., Done]
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -40,10 +40,10 @@ def test_a_product_is_described(inspect: Inspect, student_run: Path) -> None:
 
 
 def test_the_current_product_is_meant_if_none_is_named(inspect: Inspect, student_run: Path) -> None:
-    named = inspect("seed", "--run", student_run)
-    assert inspect("--run", student_run).out == named.out
+    resolve = inspect("seed", "--run", student_run)
+    assert inspect("--run", student_run).out == resolve.out
     by_path = inspect(student_run / "products" / "seed")
-    assert by_path.out == named.out
+    assert by_path.out == resolve.out
 
 
 def test_for_machines(inspect: Inspect, student_run: Path, llama: Path) -> None:
@@ -86,8 +86,8 @@ def test_a_name_is_a_product_before_it_is_anything_else(
 ) -> None:
     (llama.parent / "seed").symlink_to(llama)
     monkeypatch.chdir(llama.parent)
-    monkeypatch.setattr(naming, "shipped_models", lambda: {"small": llama})
-    monkeypatch.setattr(named, "shipped_models", lambda: {"small": llama})
+    monkeypatch.setattr(models, "shipped_models", lambda: {"small": llama})
+    monkeypatch.setattr(resolve, "shipped_models", lambda: {"small": llama})
 
     def first(*words: object) -> str:
         return inspect(*words, "--json").out.partition('"kind": "')[2].partition('"')[0]

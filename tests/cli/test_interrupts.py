@@ -30,7 +30,7 @@ def test_seed(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("mmmamba_cli.seed.seeding.initial_value", interrupt)
+        patch.setattr("mmmamba_cli.seed.weight_transfer.initial_value", interrupt)
         line = said(mmmamba, "seed", llama, "--run", run)
     assert line == f"nothing was written to {run}; repeat the command"
     assert not [file for file in files(run) if file.suffix in (".json", ".safetensors")]
@@ -68,7 +68,7 @@ def test_hybridize_and_import(
     line = said(mmmamba, "hybridize", "--run", student_run, "--layers", "0")
     assert line == f"nothing was written to {student_run}; repeat the command"
     assert files(student_run) == before
-    monkeypatch.setattr("mmmamba_cli.runs.import_student", interrupt)
+    monkeypatch.setattr("mmmamba_cli.seed.import_student.import_student", interrupt)
     line = said(mmmamba, "import", llama, "--run", tmp_path / "run")
     assert line == f"nothing was written to {tmp_path / 'run'}; repeat the command"
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from mmmamba_cli.data import Encoder, Sample, StepLoader, check_data, open_corpus
-from mmmamba_cli.data.corpus import Part
-from mmmamba_cli.data.order import Order
-from mmmamba_cli.data.samples import parse_sample
+from mmmamba_cli.data.dataset import Part
+from mmmamba_cli.data.sample import parse_sample
+from mmmamba_cli.data.sampler import Order
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor
 

@@ -13,7 +13,7 @@ from conversations import write_conversations
 from small import distance, small_model
 
 from mmmamba_cli.data import IGNORED, Batch, Encoded, StepBatches, StepLoader, open_corpus
-from mmmamba_cli.data.batching import blank, collate, deal, make_rows
+from mmmamba_cli.data.collate import blank, collate, deal, make_rows
 from mmmamba_cli.ops.attention import Segments, segments_of
 from mmmamba_cli.processing import HolisticVLMProcessor
 

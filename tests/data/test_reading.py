@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmmamba_cli.data import Encoder, Sample, check_data, open_corpus
-from mmmamba_cli.data.json_list import JsonList
-from mmmamba_cli.data.jsonl import JsonLines
-from mmmamba_cli.data.order import Order
-from mmmamba_cli.data.samples import parse_sample
+from mmmamba_cli.data.jsonl import JsonLines, JsonList
+from mmmamba_cli.data.sample import parse_sample
+from mmmamba_cli.data.sampler import Order
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor
 
@@ -370,14 +369,14 @@ def test_a_list_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         file = tmp_path / f"{number}.json"
         file.write_text(text, encoding="utf-8")
         for block in (1, 7, 1 << 22):
-            monkeypatch.setattr("mmmamba_cli.data.json_list.BLOCK", block)
+            monkeypatch.setattr("mmmamba_cli.data.jsonl.BLOCK", block)
             corpus = open_corpus(file)
             assert [corpus.records[i] for i in range(len(corpus))] == items  # type: ignore[attr-defined]
             assert corpus.name(2) == f"{number}.json:3"
             assert corpus[39].messages == ({"role": "user", "content": "Hi"}, corpus[0].messages[1])
     numbers = tmp_path / "numbers.json"
     numbers.write_text("[1, 23, 456]")
-    monkeypatch.setattr("mmmamba_cli.data.json_list.BLOCK", 1)
+    monkeypatch.setattr("mmmamba_cli.data.jsonl.BLOCK", 1)
     assert [JsonList(numbers)[i] for i in range(3)] == [1, 23, 456]
     assert "numbers.json:2: is a int" in refused(lambda: open_corpus(numbers)[1])
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmmamba_cli.data import Encoded, Sample, StepBatches, StepLoader, open_corpus
-from mmmamba_cli.data.batching import Row, deal
-from mmmamba_cli.data.corpus import Part
+from mmmamba_cli.data.collate import Row, deal
+from mmmamba_cli.data.dataset import Part
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.processing import HolisticVLMProcessor
 

@@ -21,11 +21,11 @@ from typer.main import get_command
 
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.data import IGNORED, StepLoader, open_corpus
-from mmmamba_cli.distill.logits_kl import next_tokens
+from mmmamba_cli.distill.kl_loss import next_tokens
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import load_recipe
-from mmmamba_cli.reporting.comparison import read_comparisons
+from mmmamba_cli.reporting.external_comparisons import read_comparisons
 from mmmamba_cli.runs import Run, open_processor
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

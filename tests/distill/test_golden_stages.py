@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import batch_of, pair_of
 from safetensors.torch import load_file
 from small import distance
+from small_distillation import batch_of, pair_of
 from test_golden_logits import MIXER, TOLERANCE, student
 from torch import Tensor
 
 import mmmamba_cli
-from mmmamba_cli.distill.layerwise import Layerwise
-from mmmamba_cli.distill.learning import learning_names
-from mmmamba_cli.distill.logits_kl import LogitsKL
-from mmmamba_cli.distill.mixer_mse import MixerMSE
-from mmmamba_cli.distill.pair import Pair
+from mmmamba_cli.distill.kl_loss import LogitsKL
+from mmmamba_cli.distill.layer_losses import Layerwise, MixerMSE
 from mmmamba_cli.distill.stages import objective_of
+from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.trainable import learning_names
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import load_recipe
 
@@ -131,7 +130,7 @@ def test_golden_stage3(golden_case: Path, kind: str, monkeypatch: pytest.MonkeyP
     kept = golden["stage3.hybrid.softmax_layers"].tolist() if kind == "hybrid" else []
     pair = golden_pair(golden_case, "stage3", kept)
     # Several chunks of logits, the last of them shorter.
-    monkeypatch.setattr("mmmamba_cli.distill.logits_kl.CHUNK_ELEMENTS", 300 * 20)
+    monkeypatch.setattr("mmmamba_cli.distill.kl_loss.CHUNK_ELEMENTS", 300 * 20)
     pair.student.train()
     pair.student.model.checkpoint_layers(True)
     batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import batch_of, make_job
 from small import IMAGE_ID
+from small_distillation import batch_of, make_job
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import open_checkpoint
-from mmmamba_cli.distill.learning import learning_names
-from mmmamba_cli.distill.memory import out_of_memory
-from mmmamba_cli.distill.pair import load_pair
-from mmmamba_cli.distill.state import Progress
+from mmmamba_cli.distill.stage_runner import out_of_memory
+from mmmamba_cli.distill.teacher_student import load_pair
+from mmmamba_cli.distill.trainable import learning_names
+from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.model import FP32_PARAMETERS
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run

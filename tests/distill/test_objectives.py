@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import LEARNS, RandomLoader, batch_of, make_job, packed, padded, pair_of
 from small import IMAGE_ID, distance, prompt, small_model
+from small_distillation import LEARNS, RandomLoader, batch_of, make_job, packed, padded, pair_of
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from mmmamba_cli.data import IGNORED, Batch
-from mmmamba_cli.distill.layerwise import count_tokens, prepare
-from mmmamba_cli.distill.learning import learning_names
-from mmmamba_cli.distill.logits_kl import LogitsKL, divergence
-from mmmamba_cli.distill.loop import StepResult, train
+from mmmamba_cli.distill.kl_loss import LogitsKL, divergence
+from mmmamba_cli.distill.layer_losses import count_tokens, prepare
 from mmmamba_cli.distill.objective import Objective
-from mmmamba_cli.distill.pair import Pair
 from mmmamba_cli.distill.stages import LAYER_LOSSES, objective_of
-from mmmamba_cli.distill.state import Progress
+from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.trainable import learning_names
+from mmmamba_cli.distill.trainer import StepResult, train
+from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.errors import RecipeError
-from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.model.sequence_layout import Columns
 from mmmamba_cli.ops.attention import segments_of
 from mmmamba_cli.recipe import KL, Stage
 
@@ -109,7 +109,7 @@ def test_divergence_against_plain_distributions(
     mask: str, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The chunked loss and its gradient against the definition over whole logits."""
-    monkeypatch.setattr("mmmamba_cli.distill.logits_kl.CHUNK_ELEMENTS", 96 * 3)
+    monkeypatch.setattr("mmmamba_cli.distill.kl_loss.CHUNK_ELEMENTS", 96 * 3)
     pair = make_pair("amma")
     settings = KL(mask=mask, direction=direction, temperature=1.7, ce_weight=0.25)
     objective = LogitsKL(settings, scale=2.0)
@@ -150,7 +150,7 @@ def test_segments_of_a_batch_are_not_looked_for_again(
         looked_for.append(columns)
         return segments_of(*columns)
 
-    monkeypatch.setattr("mmmamba_cli.model.sequence.segments_of", counted)
+    monkeypatch.setattr("mmmamba_cli.model.sequence_layout.segments_of", counted)
     model = small_model("aaaa", shuffle)
     pair = pair_of(model, small_model("mmmm", shuffle), ())
     (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)

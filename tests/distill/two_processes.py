@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distilling import RandomLoader, make_job
 from small import IMAGE_ID
+from small_distillation import RandomLoader, make_job
 
-from mmmamba_cli.distill.loop import StepResult, Stopped, train
 from mmmamba_cli.distill.optimiser import whole
-from mmmamba_cli.distill.state import Progress
+from mmmamba_cli.distill.trainer import StepResult, Stopped, train
+from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import World, join_world
 
 

@@ -11,9 +11,9 @@ from pages import ROOT
 
 from mmmamba_cli.model.config import MixerConfig, StackConfig
 from mmmamba_cli.model.mamba2 import GATED_NORM_EPS, Mamba2
-from mmmamba_cli.model.sequence import Columns
+from mmmamba_cli.model.sequence_layout import Columns
 from mmmamba_cli.seed import initial_value
-from mmmamba_cli.seed.mimic import DT_MAX, DT_MIN
+from mmmamba_cli.seed.init import DT_MAX, DT_MIN
 
 PAGE = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
 HIDDEN, LENGTH = 24, 13

@@ -8,7 +8,7 @@ import pytest
 from mmmamba_cli.evaluate.bootstrap import draw_counts, intervals, ratio_interval
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring import find_rule
-from mmmamba_cli.evaluate.scoring.tally import Tally, accuracy_tally
+from mmmamba_cli.evaluate.scoring.metrics import Tally, accuracy_tally
 
 
 def tally(points: list[float]) -> Tally:

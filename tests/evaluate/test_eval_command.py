@@ -17,7 +17,7 @@ from ended import Command
 from PIL import Image
 from suite_tables import ScriptedModel, mme_rows, write_tsv
 
-from mmmamba_cli.evaluate import Encoded, Prompt, opening
+from mmmamba_cli.evaluate import Encoded, Prompt, open_models
 from mmmamba_cli.evaluate.result import read_result
 
 MME_RIGHT = {"perception": 2000.0, "reasoning": 800.0}
@@ -41,11 +41,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedModel]:
     """Any checkpoint that is named is a scripted model, by the name of its folder."""
     made: dict[str, ScriptedModel] = {}
 
-    def candidate(path: Path, device: str | None, dtype: str) -> opening.Candidate:
+    def candidate(path: Path, device: str | None, dtype: str) -> open_models.Candidate:
         model = made.setdefault(path.name, ScriptedModel(mostly_right, name=path.name))
-        return opening.Candidate(path.name, lambda: model)  # type: ignore[arg-type, return-value]
+        return open_models.Candidate(path.name, lambda: model)  # type: ignore[arg-type, return-value]
 
-    monkeypatch.setattr(opening, "path_candidate", candidate)
+    monkeypatch.setattr(open_models, "path_candidate", candidate)
     return made
 
 

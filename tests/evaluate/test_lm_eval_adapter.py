@@ -11,8 +11,8 @@ from ended import Command
 from small_language_models import write, write_tokenizer
 
 from mmmamba_cli.evaluate import Options, find_evaluator
-from mmmamba_cli.evaluate.holistic import HolisticEvalModel
-from mmmamba_cli.evaluate.opening import path_candidate
+from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel
+from mmmamba_cli.evaluate.open_models import path_candidate
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'mmmamba[eval]'")
 find_evaluator("lm-eval")

@@ -25,16 +25,16 @@ from mmmamba_cli.evaluate import (
     Prompt,
     Watch,
     evaluate_model,
-    evaluating,
+    evaluator,
     find_suite,
     fingerprint,
     open_suite,
 )
-from mmmamba_cli.evaluate.batching import Limit, plan_batches
+from mmmamba_cli.evaluate.answer_cache import Answer, AnswerStore
 from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest
-from mmmamba_cli.evaluate.report import remarks
+from mmmamba_cli.evaluate.model_adapter import Limit, plan_batches
 from mmmamba_cli.evaluate.runner import _answer
-from mmmamba_cli.evaluate.store import Answer, AnswerStore
+from mmmamba_cli.evaluate.tables import remarks
 
 MME = find_suite("mme")
 
@@ -342,14 +342,14 @@ def test_answers_of_another_mmmamba_are_not_taken(
     first = run(data, tmp_path / "out", scripted()).result
     assert first.settings["code"] == code_digest()
     assert first.versions == answering_versions()
-    monkeypatch.setattr(evaluating, name, value)
+    monkeypatch.setattr(evaluator, name, value)
     model, said = scripted(), list[str]()
     result = run(data, tmp_path / "out", model, Watch(say=said.append)).result
     assert len(model.asked) == 56
     assert said[0].endswith(f": {key} changed since")
     assert (result.settings["code"], result.versions) == (
-        evaluating.code_digest(),
-        evaluating.answering_versions(),
+        evaluator.code_digest(),
+        evaluator.answering_versions(),
     )
 
 
@@ -377,11 +377,11 @@ def test_the_code_digest_is_of_what_answers(
 
     before = digest()
     assert len(before) == 16
-    for file in ("evaluate/scoring/words.py", "evaluate/report.py", "cli/eval.py"):
+    for file in ("evaluate/scoring/vqa.py", "evaluate/tables.py", "cli/eval.py"):
         with (copy / file).open("a") as handle:
             handle.write("# More.\n")
         assert digest() == before, file
-    for file in ("evaluate/prompts.py", "processing/template.py", "model/decoder.py"):
+    for file in ("evaluate/prompts.py", "processing/chat_template.py", "model/decoder.py"):
         with (copy / file).open("a") as handle:
             handle.write("# More.\n")
         assert digest() != before, file

@@ -19,8 +19,12 @@ from mmmamba_cli.evaluate.scoring.choices import (
     ChoiceRule,
     choose_option,
 )
-from mmmamba_cli.evaluate.scoring.short import soft_accuracy
-from mmmamba_cli.evaluate.scoring.words import evalai_answer, vqa_answer, vqa_answer_2024_01
+from mmmamba_cli.evaluate.scoring.vqa import (
+    evalai_answer,
+    soft_accuracy,
+    vqa_answer,
+    vqa_answer_2024_01,
+)
 from mmmamba_cli.evaluate.scoring.yes_no import (
     PERCEPTION,
     REASONING,

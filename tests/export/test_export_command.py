@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from released_case import write_released
+from mmmamba_hf_case import write_released
 from safetensors.torch import load_file, save_file
 from small_language_models import write, write_tokenizer
 from test_as_a_new_user import write_teacher
@@ -25,12 +25,7 @@ from mmmamba_cli.export import Score, Story, export_checkpoint
 from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
 from mmmamba_cli.runs import Run
 from mmmamba_cli.runs.manifest import command_line
-from mmmamba_cli.runs.public_names import (
-    public_command,
-    public_name,
-    public_recipe,
-    public_text,
-)
+from mmmamba_cli.runs.provenance import public_command, public_name, public_recipe, public_text
 
 CASE = Path(__file__).parents[1] / "golden/hovle_pre"
 
@@ -177,12 +172,12 @@ def test_what_is_exported_is_never_written_over(run: Path, place: str) -> None:
 def test_a_failure_leaves_nothing(
     run: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmmamba_cli.export import exporting
+    from mmmamba_cli.export import exporter
 
     def fail(*_: Any) -> str:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(exporting, "card_text", fail)
+    monkeypatch.setattr(exporter, "card_text", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         mmmamba("export", "--run", run, "--format", form, "--out", tmp_path / "new/out")
     assert not (tmp_path / "new").exists()

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from apart import run_apart
+from mmmamba_hf_case import write_released
 from PIL import Image
-from released_case import write_released
 from safetensors.torch import load_file
 from small_language_models import write, write_tokenizer
 from test_as_a_new_user import write_teacher
@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import mmmamba_cli
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.export.bundle import bundled_files
+from mmmamba_cli.export.remote_code import bundled_files
 from mmmamba_cli.runs import Run, open_processor
 
 # Says what a model answers, and keeps its logits: to words, and to words about a picture.
@@ -152,7 +152,7 @@ def write_internlm2(folder: Path) -> None:
     from safetensors.torch import save_file
     from small_checkpoint import SMALL_MODEL
 
-    from mmmamba_cli.checkpoint import language_models
+    from mmmamba_cli.checkpoint import llama_family
 
     folder.mkdir()
     raw = {
@@ -170,7 +170,7 @@ def write_internlm2(folder: Path) -> None:
     rng = torch.Generator().manual_seed(0)
     state = {
         name: torch.randn(shape, generator=rng) / 6
-        for rule in language_models.rules(raw, language_models.to_config(raw))
+        for rule in llama_family.rules(raw, llama_family.to_config(raw))
         for name, shape in rule.foreign.items()
     }
     save_file(state, folder / "model.safetensors")
@@ -329,7 +329,7 @@ def test_merged_modules_compute_the_same(tmp_path: Path) -> None:
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)
     (package / "__init__.py").write_text("__version__ = '0'\n")
-    for folder in ("export", "deferred.py", "plugins.py"):
+    for folder in ("export", "lazy_imports.py", "plugins.py"):
         assert not (package / folder).exists()
     write = """
 import sys
@@ -341,7 +341,7 @@ import types
 export = types.ModuleType("mmmamba_cli.export")
 export.__path__ = [sys.argv[2] + "/export"]
 sys.modules["mmmamba_cli.export"] = export
-from mmmamba_cli.export.bundle import bundled_files
+from mmmamba_cli.export.remote_code import bundled_files
 out = Path(sys.argv[3])
 out.mkdir()
 (out / "__init__.py").touch()

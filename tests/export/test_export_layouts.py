@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from released_case import KINDS, kept_layers, released_tensors, write_released
+from mmmamba_hf_case import KINDS, kept_layers, released_tensors, write_released
 from safetensors.torch import load_file, save_file
 from small import small_model
 from small_language_models import write

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from released_case import released_tensors, write_released
+from mmmamba_hf_case import released_tensors, write_released
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 

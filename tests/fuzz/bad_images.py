@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from mutating import spoil_bytes
+from mutations import spoil_bytes
 from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "PCX")

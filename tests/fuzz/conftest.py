@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import typer.main
-from judging import Case
 from materials import Materials
 from suite_tables import ScriptedModel
+from verdicts import Case
 
 from mmmamba_cli.cli import app as frame
-from mmmamba_cli.evaluate import opening
+from mmmamba_cli.evaluate import open_models
 
 
 def whole_command_line() -> Any:
@@ -46,8 +46,8 @@ def case_of(tmp_path: Path) -> Callable[[str, int], Case]:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any checkpoint that is named says yes to everything, after a look at the picture."""
 
-    def candidate(path: Path, device: str | None, dtype: str) -> opening.Candidate:
+    def candidate(path: Path, device: str | None, dtype: str) -> open_models.Candidate:
         model: Any = ScriptedModel(lambda prompt: "Yes", name="student")
-        return opening.Candidate("student", lambda: model)
+        return open_models.Candidate("student", lambda: model)
 
-    monkeypatch.setattr(opening, "path_candidate", candidate)
+    monkeypatch.setattr(open_models, "path_candidate", candidate)

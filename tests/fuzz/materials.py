@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from small_checkpoint import CONFIG, write_hovle
 from small_language_models import write_tokenizer
 
-from mmmamba_cli.checkpoint import hovle, language_models
-from mmmamba_cli.checkpoint.rules import Rule
+from mmmamba_cli.checkpoint import hovle, llama_family
+from mmmamba_cli.checkpoint.name_map import Rule
 from mmmamba_cli.cli import main
 
 STACK = {
@@ -84,7 +84,7 @@ def write_teacher(folder: Path) -> Path:
 def write_language_model(folder: Path, raw: dict[str, Any]) -> Path:
     """A language model of two layers with a tokenizer."""
     folder.mkdir()
-    table = language_models.rules(raw, language_models.to_config(raw))
+    table = llama_family.rules(raw, llama_family.to_config(raw))
     save_file(tensors_of(table), folder / "model.safetensors", {"format": "pt"})
     if raw["model_type"] == "internlm2":
         write_hovle(folder)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from hostile_pickles import bad_state, lying_zip
-from judging import Case, numbers, outcome
 from materials import Materials
-from mutating import JUNK, spoil_bytes, spoil_json
+from mutations import JUNK, spoil_bytes, spoil_json
 from safetensors.torch import load_file, save_file
+from verdicts import Case, numbers, outcome
 
 from mmmamba_cli.runs import Run
 

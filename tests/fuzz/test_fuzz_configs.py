@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from judging import Case, numbers, outcome
 from materials import Materials
-from mutating import same_json, spoil_json
+from mutations import same_json, spoil_json
+from verdicts import Case, numbers, outcome
 
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.runs import Run

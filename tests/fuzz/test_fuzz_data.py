@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from bad_images import KINDS, encoded, gradient
-from judging import PYTHON, Case, numbers, outcome
 from materials import Materials
-from mutating import JUNK, same_json, spoil_bytes, spoil_json, spoil_tree
+from mutations import JUNK, same_json, spoil_bytes, spoil_json, spoil_tree
+from verdicts import PYTHON, Case, numbers, outcome
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import image_size, open_image
@@ -315,7 +315,7 @@ def test_lists_of_conversations(
     case = case_of("list", number)
     file = case.home / case.rng.choice(("mix.json", "mix.json", "mix.jsonl"))
     file.write_bytes(spoil_list(case.rng, case.done))
-    monkeypatch.setattr("mmmamba_cli.data.json_list.BLOCK", case.rng.choice((1, 64, 1 << 22)))
+    monkeypatch.setattr("mmmamba_cli.data.jsonl.BLOCK", case.rng.choice((1, 64, 1 << 22)))
     check(case, materials, file)
 
 

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable
 
 import pytest
-from judging import Case, numbers, outcome
 from materials import Materials
+from verdicts import Case, numbers, outcome
 
 CaseOf = Callable[[str, int], Case]
 ENCODINGS = (

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from judging import Case, numbers, outcome
-from mutating import spoil_bytes, spoil_tree
+from mutations import spoil_bytes, spoil_tree
+from verdicts import Case, numbers, outcome
 
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from judging import Case, outcome
 from materials import Materials
-from mutating import put
+from mutations import put
 from suite_tables import pope_rows, write_tsv
 from test_fuzz_checkpoints import write_shards
 from test_fuzz_suites import answers, write_book
 from test_fuzz_tokenizers import use
+from verdicts import Case, outcome
 
-from mmmamba_cli.evaluate.tsv import split_cell
+from mmmamba_cli.evaluate.vlmeval_table import split_cell
 from mmmamba_cli.runs import Run
 
 CaseOf = Callable[[str, int], Case]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judging import Case, numbers, outcome
 from materials import Materials
-from mutating import same_json, spoil_json
+from mutations import same_json, spoil_json
+from verdicts import Case, numbers, outcome
 
 from mmmamba_cli.runs import Run
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from hostile_pickles import Calls, bad_state, payloads
-from judging import Case, numbers
-from mutating import spoil_bytes, spoil_json
+from mutations import spoil_bytes, spoil_json
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from verdicts import Case, numbers
 
-from mmmamba_cli.distill.attempt import Request, make_plan
-from mmmamba_cli.distill.state import Progress, StateFolder, state_record
+from mmmamba_cli.distill.stage_attempt import Request, make_plan
+from mmmamba_cli.distill.training_state import Progress, StateFolder, state_record
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.recipe import load_recipe

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from bad_images import KINDS
-from judging import Case, numbers, outcome
-from mutating import spoil_bytes, spoil_tree
+from mutations import spoil_bytes, spoil_tree
 from suite_tables import pope_rows, write_tsv
+from verdicts import Case, numbers, outcome
 
 CaseOf = Callable[[str, int], Case]
 CELLS = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small import small_model
 
-from mmmamba_cli.checkpoint.own import to_architecture
+from mmmamba_cli.checkpoint.native_config import to_architecture
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.config import HolisticVisionConfig

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmmamba_cli.ops.common import backend_of
-from mmmamba_cli.ops.ssd import SCAN_BACKENDS, choosing, limits
+from mmmamba_cli.ops.backends import backend_of
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS, dispatch
 from mmmamba_cli.ops.ssd import __name__ as PACKAGE
-from mmmamba_cli.ops.ssd.limits import LIMITS
+from mmmamba_cli.ops.ssd.dispatch import LIMITS
 
 MAMBA_INIT = "import selective_scan_cuda_of_a_stand_in\n"
 FILES = {
@@ -124,19 +124,19 @@ def none_imported() -> Iterator[None]:
         names = [n for n in sys.modules if n.partition(".")[0] in ("mamba_ssm", "fla")]
         return {name: sys.modules.pop(name) for name in names}
 
-    before, tried = forget(), dict(choosing._passed)
-    choosing._passed.clear()
+    before, tried = forget(), dict(dispatch._passed)
+    dispatch._passed.clear()
     try:
         yield
     finally:
         forget()
         sys.modules.update(before)
-        choosing._passed.clear()
-        choosing._passed.update(tried)
+        dispatch._passed.clear()
+        dispatch._passed.update(tried)
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *more: torch.dtype) -> None:
     """The CPU counts as a GPU, and `more` dtypes as ones that the libraries can do."""
-    monkeypatch.setattr(limits, "suits_triton", lambda *tensors: True)
+    monkeypatch.setattr(dispatch, "suits_triton", lambda *tensors: True)
     for name, its in LIMITS.items():
         monkeypatch.setitem(LIMITS, name, its._replace(dtypes=(*its.dtypes, *more), multiple=1))

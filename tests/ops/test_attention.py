@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLMConfig
-from mmmamba_cli.model.sequence import StackState, describe_columns
+from mmmamba_cli.model.sequence_layout import StackState, describe_columns
 from mmmamba_cli.ops import attention
 from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, flash, segments_of, takes_segments
 

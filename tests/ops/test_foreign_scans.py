@@ -9,9 +9,9 @@ from foreign_scans import MAMBA_INIT, install, none_imported, pretend_gpu
 from ops_cases import Scan, make_scan, relative_error
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops import common, ssd
-from mmmamba_cli.ops.common import backend_of
-from mmmamba_cli.ops.ssd import limits
+from mmmamba_cli.ops import backends, ssd
+from mmmamba_cli.ops.backends import backend_of
+from mmmamba_cli.ops.ssd import dispatch
 
 LENGTH = 23
 MASK = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -122,7 +122,7 @@ def test_what_a_backend_cannot_do_it_refuses_in_words():
 def test_a_cpu_and_fp32_are_refused_in_words(backend, monkeypatch):
     with pytest.raises(MmmambaError, match=rf"the {backend} backend multiplies x, B and C in bf"):
         ssd(**problem(6).to(torch.float32).tensors(), backend=backend)
-    monkeypatch.setattr(limits, "suits_triton", common.suits_triton)
+    monkeypatch.setattr(dispatch, "suits_triton", backends.suits_triton)
     with pytest.raises(MmmambaError, match=rf"ssd: the {backend} backend wants tensors on a GPU"):
         ssd(**problem(6).to(torch.bfloat16).tensors(), backend=backend)
 

@@ -14,12 +14,12 @@ from decode_cases import Sizes, mixer_weights
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops.common import MAX_GRID_ROWS, fits_grid
+from mmmamba_cli.ops.backends import MAX_GRID_ROWS, fits_grid
 from mmmamba_cli.ops.conv import fused as conv
 from mmmamba_cli.ops.decode import fused as decode
-from mmmamba_cli.ops.launching import MAX_GRID_PROGRAMS, launch_grid
+from mmmamba_cli.ops.ssd import backward
 from mmmamba_cli.ops.ssd import fused as ssd
-from mmmamba_cli.ops.ssd import gradients
+from mmmamba_cli.ops.triton_utils import MAX_GRID_PROGRAMS, launch_grid
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Grids = dict[str, list[tuple[int, ...]]]
@@ -47,7 +47,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> Grids:
     found: Grids = {}
     for module in (conv, decode, ssd):
         monkeypatch.setattr(module, "check_inputs", lambda *arguments: None)
-    for module in (conv, decode, ssd, gradients):
+    for module in (conv, decode, ssd, backward):
         monkeypatch.setattr(module, "kernels", Kernels(found))
     return found
 

@@ -5,14 +5,7 @@ import torch
 from ops_cases import REFERENCES, make_scan
 from torch import Tensor
 
-from mmmamba_cli.ops import (
-    causal_conv,
-    causal_conv_step,
-    gated_rms_norm,
-    rms_norm,
-    ssd,
-    ssd_step,
-)
+from mmmamba_cli.ops import causal_conv, causal_conv_step, gated_rms_norm, rms_norm, ssd, ssd_step
 
 MASK = torch.tensor([[0, 1, 1, 0, 1]])
 SEQ_IDX = torch.tensor([[5, 5, 3, 3, 3]])

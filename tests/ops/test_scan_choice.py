@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmmamba_cli.ops import ssd
-from mmmamba_cli.ops.ssd import SCAN_BACKENDS, choosing, reference
-from mmmamba_cli.ops.ssd.choosing import LENGTH, TOLERANCES, Trial, passes
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS, dispatch, reference
+from mmmamba_cli.ops.ssd.dispatch import LENGTH, TOLERANCES, Trial, passes
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FUSED = ("triton", "mamba_ssm", "fla")
@@ -235,7 +235,7 @@ def test_what_is_only_recorded_is_not_tried(stands, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert passes(cuda, stands["triton"]) and stands["triton"].trials == 0
     # What is known already counts there too.
-    monkeypatch.setitem(choosing._passed, cuda, False)
+    monkeypatch.setitem(dispatch._passed, cuda, False)
     assert not passes(cuda, stands["triton"])
     assert taken(stands) == "triton"
     assert stands["triton"].trials == 1
@@ -254,4 +254,4 @@ def test_a_compiler_goes_through_the_choice(stands):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_reference_passes_the_trial(dtype, trains):
-    assert choosing._fault(Trial("triton", "cpu", dtype, trains), reference.chunked) is None
+    assert dispatch._fault(Trial("triton", "cpu", dtype, trains), reference.chunked) is None

@@ -16,7 +16,7 @@ from triton_device import (
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops import ssd
-from mmmamba_cli.ops.ssd.planning import TUNING, plan
+from mmmamba_cli.ops.ssd.launch_config import TUNING, plan
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

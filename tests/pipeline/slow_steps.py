@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from mmmamba_cli.cli import main
-from mmmamba_cli.distill import loop
+from mmmamba_cli.distill import trainer
 
-_step = loop._step
+_step = trainer._step
 
 
 def step(*arguments: Any) -> Any:
@@ -20,5 +20,5 @@ def step(*arguments: Any) -> Any:
     return result
 
 
-loop._step = step
+trainer._step = step
 main()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mmmamba_cli
 from mmmamba_cli.checkpoint import expected_tensors, open_checkpoint
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.distill.learning import learning_names
+from mmmamba_cli.distill.trainable import learning_names
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
 

@@ -20,7 +20,7 @@ from PIL import Image
 from test_distill import distill, done, mmmamba, refused, same, weights
 
 import mmmamba_cli
-from mmmamba_cli.distill.state import StateFolder
+from mmmamba_cli.distill.training_state import StateFolder
 from mmmamba_cli.runs import Run
 
 # Fields of a metrics line that differ from one process to another: speed, and GPU memory, of which
@@ -276,7 +276,7 @@ def killed(work: Path, words: tuple[object, ...], places: list[Any]) -> list[dic
     told = {"words": [*map(str, words)], "folder": str(work / "run"), "kills": places}
     spec.write_text(json.dumps(told))
     process = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killing.py")), str(spec)],
+        [sys.executable, str(Path(__file__).with_name("kill_points.py")), str(spec)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(mmmamba_cli.__file__).parents[1])},

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import mmmamba_cli
 from mmmamba_cli.checkpoint import atomic, open_checkpoint
-from mmmamba_cli.checkpoint.rules import foreign_tensors
+from mmmamba_cli.checkpoint.name_map import foreign_tensors
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, MmmambaError, RunError
 from mmmamba_cli.runs import Run
@@ -267,7 +267,7 @@ def test_interrupted_seed_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmmamba_cli.seed.seeding.initial_value", interrupt)
+    monkeypatch.setattr("mmmamba_cli.seed.weight_transfer.initial_value", interrupt)
     done = CliRunner().invoke(app, ["seed", str(hovle_folder), "--run", str(tmp_path / "run")])
     assert done.exit_code == 130
     assert not (tmp_path / "run").exists()

@@ -16,11 +16,7 @@ from transformers import AutoProcessor
 
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLMConfig
-from mmmamba_cli.processing import (
-    HolisticVLMProcessor,
-    processor_from_folder,
-    processor_from_hovle,
-)
+from mmmamba_cli.processing import HolisticVLMProcessor, processor_from_folder, processor_from_hovle
 
 PROMPT = "<|im_start|>user\n  图片 🐼\n<|im_end|> x"
 

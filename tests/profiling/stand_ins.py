@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.profiling import About, OutOfMemory, Subject
-from mmmamba_cli.profiling.contract import EAGER, STATIC, STUDENT, Cost
+from mmmamba_cli.profiling.interfaces import EAGER, STATIC, STUDENT, Cost
 
 VOCABULARY = 16
 

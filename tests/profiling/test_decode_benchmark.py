@@ -12,7 +12,7 @@ import pytest
 from stand_ins import Bench, StandIn, subject_of
 
 from mmmamba_cli.profiling import Plan, profile
-from mmmamba_cli.profiling.contract import AS_SHIPPED, TUNED
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, TUNED
 from mmmamba_cli.profiling.result import Throughput
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "decode_full_size.py"

@@ -13,7 +13,7 @@ from ended import Command
 
 from mmmamba_cli.cli.options import read_lengths
 from mmmamba_cli.profiling import OutOfMemory, default_plan, read_profile
-from mmmamba_cli.profiling.contract import AS_SHIPPED, STATIC_TEACHER, TUNED
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, STATIC_TEACHER, TUNED
 
 QUICK = ("--contexts", "16,32", "--repeats", 2)
 
@@ -154,7 +154,7 @@ def test_over_budget_is_said(mmmamba: Command, tmp_path: Path) -> None:
 def test_out_of_memory_is_a_row_and_exit_0(
     mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmmamba_cli.profiling.decoding import CachedDecoder
+    from mmmamba_cli.profiling.eager_decoder import CachedDecoder
 
     fill = CachedDecoder.fill
 

@@ -27,9 +27,9 @@ from mmmamba_cli.profiling import (
     weight_store,
     write_profile,
 )
-from mmmamba_cli.profiling.contract import AS_SHIPPED, GROWING, STATIC, TUNED
-from mmmamba_cli.profiling.decoding import CachedDecoder, cache_size
-from mmmamba_cli.profiling.picture import figure_of, picture
+from mmmamba_cli.profiling.eager_decoder import CachedDecoder, cache_size
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, GROWING, STATIC, TUNED
+from mmmamba_cli.profiling.plot import figure_of, picture
 from mmmamba_cli.profiling.report import milliseconds, remarks, size, tables
 
 PLAN = Plan(contexts=(32, 64), repeats=2, rounds=2, warm_up=1)
@@ -182,7 +182,7 @@ def test_chunks_are_as_asked_for_and_change_nothing(monkeypatch: pytest.MonkeyPa
         logits.append(decoder.read(ids, chunk))
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     assert chunks == [None, 8]
-    monkeypatch.setattr("mmmamba_cli.profiling.decoding.CHUNK", 16)
+    monkeypatch.setattr("mmmamba_cli.profiling.eager_decoder.CHUNK", 16)
     decoder.start(1, 30)
     decoder.read(ids)
     assert chunks[-1] == 16

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from stand_ins import Bench, StandIn, subject_of
 
 from mmmamba_cli.profiling import OutOfMemory, Plan, profile
-from mmmamba_cli.profiling.measuring import Loaded
+from mmmamba_cli.profiling.benchmark import Loaded
 from mmmamba_cli.profiling.report import tables
 from mmmamba_cli.profiling.result import CeilingsPart, Throughput
 from mmmamba_cli.profiling.throughput import search

@@ -18,7 +18,7 @@ from mmmamba_cli.recipe import (
     parse_recipe,
     recipe_names,
 )
-from mmmamba_cli.recipe.library import shipped_recipe
+from mmmamba_cli.recipe.loader import shipped_recipe
 
 ROOT = Path(__file__).parents[2]
 HOVLE_LAYERS = 32

@@ -13,9 +13,9 @@ from pathlib import Path
 from PIL import Image
 
 from mmmamba_cli.evaluate import Identity, Options, find_suite, open_suite
-from mmmamba_cli.evaluate.evaluating import _write, score
+from mmmamba_cli.evaluate.evaluator import _write, score
 from mmmamba_cli.evaluate.result import DataPart
-from mmmamba_cli.profiling.contract import AS_SHIPPED, STUDENT
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, STUDENT
 from mmmamba_cli.profiling.result import (
     DevicePart,
     GatePart,

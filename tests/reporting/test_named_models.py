@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ended import Command
 
-from mmmamba_cli.checkpoint import named, open_checkpoint
+from mmmamba_cli.checkpoint import open_checkpoint, resolve
 from mmmamba_cli.errors import CheckpointError
 
 SMALL = Path(__file__).parents[1] / "golden" / "hovle_pre"
@@ -26,13 +26,13 @@ def ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
             shutil.copy(SMALL / file, models[name])
     theirs = {"small": str(tmp_path / "nowhere"), "third": str(tmp_path / "third")}
     entries = [("ours", lambda: lambda: models), ("theirs", lambda: theirs)]
-    monkeypatch.setattr(named, "entry_points", lambda group: iter(entries))
+    monkeypatch.setattr(resolve, "entry_points", lambda group: iter(entries))
     return models
 
 
 def test_a_name_opens_the_folder_that_ships(ships: dict[str, Path]) -> None:
     assert open_checkpoint("small").path == ships["small"]
-    assert named.shipped_models()["third"].name == "third"
+    assert resolve.shipped_models()["third"].name == "third"
 
 
 def test_what_is_on_the_disk_comes_first(ships: dict[str, Path]) -> None:
@@ -54,17 +54,17 @@ def test_a_name_nobody_ships_lists_those_that_ship(
 def test_a_hub_id_is_no_shipped_name(
     ships: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(named, "fetched", lambda name: ships["other"])
+    monkeypatch.setattr(resolve, "fetched", lambda name: ships["other"])
     assert open_checkpoint("someone/small").path == ships["other"]
 
 
 def test_a_run_remembers_the_name_in_public(ships: dict[str, Path]) -> None:
-    assert named.public_name_of(ships["other"]) == "other"
-    assert named.public_name_of(ships["other"].parent) is None
+    assert resolve.public_name_of(ships["other"]) == "other"
+    assert resolve.public_name_of(ships["other"].parent) is None
 
 
 def test_what_ships_can_be_opened() -> None:
-    found = named.shipped_models()
+    found = resolve.shipped_models()
     assert "scenes-teacher" in found
     for name in found:
         checkpoint = open_checkpoint(name)

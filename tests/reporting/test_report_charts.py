@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from report_case import HOSTILE, Balanced
 
 from mmmamba_cli.evaluate.bootstrap import difference_interval
-from mmmamba_cli.evaluate.scoring.tally import accuracy_tally
-from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, bars, lines
-from mmmamba_cli.reporting.comparison import Comparison
-from mmmamba_cli.reporting.learning import thinned
-from mmmamba_cli.reporting.markup import tag
-from mmmamba_cli.reporting.measured import differences
-from mmmamba_cli.reporting.scales import Scale, around
+from mmmamba_cli.evaluate.scoring.metrics import accuracy_tally
+from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Scale, around, bars, lines
+from mmmamba_cli.reporting.external_comparisons import Comparison
+from mmmamba_cli.reporting.external_section import differences
+from mmmamba_cli.reporting.html import tag
+from mmmamba_cli.reporting.loss_curves import thinned
 
 BEGIN, END = MARGIN, WIDTH - 52
 

@@ -13,9 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmmamba_cli.evaluate import Options, find_suite, open_suite
-from mmmamba_cli.evaluate.pictures import pictures_of
+from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.processing.template import place_images
+from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_evals.scenes import blind
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.blind import Blind, ask_leakily, blind_accuracy, draws_of

@@ -14,14 +14,14 @@ from mmmamba_cli.evaluate.scoring.choices import (
     choice_rows_2025_08,
     choice_rows_2026_06,
 )
-from mmmamba_cli.evaluate.scoring.short import (
+from mmmamba_cli.evaluate.scoring.metrics import Tally
+from mmmamba_cli.evaluate.scoring.vqa import (
     exact_gqa,
     exact_plain,
     vqa_evalai,
     vqa_words_2024_01,
     vqa_words_2025_05,
 )
-from mmmamba_cli.evaluate.scoring.tally import Tally
 from mmmamba_cli.evaluate.scoring.yes_no import (
     mme_first_letters,
     mme_words,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.tally import Tally, accuracy_tally
+from mmmamba_cli.evaluate.scoring.metrics import Tally, accuracy_tally
 
 # What may stand around a letter, as in "(A)." or "**A**".
 AROUND = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.tally import Tally, by_unit, divide, strata_of
-from mmmamba_cli.evaluate.scoring.words import strip_punctuation
+from mmmamba_cli.evaluate.scoring.metrics import Tally, by_unit, divide, strata_of
+from mmmamba_cli.evaluate.scoring.vqa import strip_punctuation
 
 PERCEPTION = (
     "existence",

@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from mmmamba_cli.ops.attention import reference
-from mmmamba_cli.ops.attention.segments import Segments, segments_of
-from mmmamba_cli.ops.attention.suiting import suits_flash
-from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, wants_gradients
+from mmmamba_cli.ops.attention.flash import suits_flash
+from mmmamba_cli.ops.attention.varlen import Segments, segments_of
+from mmmamba_cli.ops.backends import check_shape, kernel_backends, pick_backend, wants_gradients
 
 __all__ = [
     "ATTENTION_BACKENDS",

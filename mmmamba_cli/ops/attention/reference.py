@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.attention.segments import Segments
+from mmmamba_cli.ops.attention.varlen import Segments
 
 
 def written_out(

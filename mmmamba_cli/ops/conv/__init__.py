@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from mmmamba_cli.ops.common import (
+from mmmamba_cli.ops.backends import (
     check_shape,
     fits_grid,
     kernel_backends,

@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmmamba_cli.ops.common import segment_ordinals
+from mmmamba_cli.ops.backends import segment_ordinals
 from mmmamba_cli.ops.conv import kernels
-from mmmamba_cli.ops.launching import buffer, check_inputs, dense_rows, folded_grid, on_device
+from mmmamba_cli.ops.triton_utils import buffer, check_inputs, dense_rows, folded_grid, on_device
 
 # The best of fourteen on an H100, for 4096 channels.
 BLOCK_T, BLOCK_C, WARPS = 32, 64, 4

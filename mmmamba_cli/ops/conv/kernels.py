@@ -7,7 +7,7 @@ sum before SiLU is taken again.
 import triton
 import triton.language as tl
 
-from mmmamba_cli.ops.launching import place_in_grid
+from mmmamba_cli.ops.triton_utils import place_in_grid
 
 
 @triton.jit

@@ -5,9 +5,9 @@ decoding step can be captured as one CUDA graph. Legend: B batch, H query heads,
 P value dim, N state dim, Ch channels of [v, k, q], W convolution taps, S columns of a cache.
 """
 
-from mmmamba_cli.ops.decode.attention import ATTENTION_STEP_BACKENDS, attention_step
-from mmmamba_cli.ops.decode.greedy import LIKELIEST_BACKENDS, likeliest
-from mmmamba_cli.ops.decode.mixer import (
+from mmmamba_cli.ops.decode.argmax import LIKELIEST_BACKENDS, likeliest
+from mmmamba_cli.ops.decode.attention_step import ATTENTION_STEP_BACKENDS, attention_step
+from mmmamba_cli.ops.decode.mamba_step import (
     MIXER_STEP_BACKENDS,
     MixerWeights,
     conv_state_of,

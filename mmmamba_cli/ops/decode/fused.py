@@ -8,8 +8,8 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from mmmamba_cli.ops.decode import kernels
-from mmmamba_cli.ops.decode.mixer import MixerWeights
-from mmmamba_cli.ops.launching import (
+from mmmamba_cli.ops.decode.mamba_step import MixerWeights
+from mmmamba_cli.ops.triton_utils import (
     block,
     buffer,
     check_inputs,

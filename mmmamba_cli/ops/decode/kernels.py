@@ -6,8 +6,8 @@ Legend: B batch, H query heads, K key/value heads, P value dim, N state dim, Ch 
 import triton
 import triton.language as tl
 
-from mmmamba_cli.ops.launching import call_next, wait_for_inputs
 from mmmamba_cli.ops.ssd.kernels import softplus
+from mmmamba_cli.ops.triton_utils import call_next, wait_for_inputs
 
 
 @triton.jit

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.common import widened
+from mmmamba_cli.ops.backends import widened
 from mmmamba_cli.ops.conv import reference as conv
 from mmmamba_cli.ops.ssd import reference as ssd
 
 if TYPE_CHECKING:
-    from mmmamba_cli.ops.decode.mixer import MixerWeights
+    from mmmamba_cli.ops.decode.mamba_step import MixerWeights
 
 
 def mixer_step(

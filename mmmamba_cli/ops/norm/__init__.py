@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
+from mmmamba_cli.ops.backends import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.norm import reference
 
 GATED_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {

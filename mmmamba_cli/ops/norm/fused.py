@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmmamba_cli.ops.launching import block, buffer, check_inputs, on_device
 from mmmamba_cli.ops.norm import kernels
+from mmmamba_cli.ops.triton_utils import block, buffer, check_inputs, on_device
 
 # Numbers a program holds of each tensor, and how many warps share them.
 ELEMENTS, WARPS = 4096, 4

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.common import compute_dtype
+from mmmamba_cli.ops.backends import compute_dtype
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

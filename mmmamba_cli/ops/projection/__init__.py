@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.common import check_shape, kernel_backends, pick_backend, suits_triton
+from mmmamba_cli.ops.backends import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.projection import reference
-from mmmamba_cli.ops.projection.int8 import Int8Weight, dequantize, quantize
+from mmmamba_cli.ops.projection.reference import Int8Weight, dequantize, quantize
 
 __all__ = [
     "PROJECT_BACKENDS",

@@ -5,7 +5,9 @@ from typing import NamedTuple
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from mmmamba_cli.ops.launching import (
+from mmmamba_cli.ops.projection import kernels
+from mmmamba_cli.ops.projection.reference import Int8Weight
+from mmmamba_cli.ops.triton_utils import (
     NATIVE,
     buffer,
     check_inputs,
@@ -14,8 +16,6 @@ from mmmamba_cli.ops.launching import (
     on_device,
     overlapping,
 )
-from mmmamba_cli.ops.projection import kernels
-from mmmamba_cli.ops.projection.int8 import Int8Weight
 
 
 class Tile(NamedTuple):

@@ -10,7 +10,7 @@ Tiles are (B, R, K): tokens, rows of the weight, inputs.
 import triton
 import triton.language as tl
 
-from mmmamba_cli.ops.launching import call_next, wait_for_inputs
+from mmmamba_cli.ops.triton_utils import call_next, wait_for_inputs
 
 
 @triton.jit

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton import cdiv
 
-from mmmamba_cli.ops.launching import buffer, check_inputs, on_device
 from mmmamba_cli.ops.norm import gated_rms_norm, rms_norm
 from mmmamba_cli.ops.projection import kernels
-from mmmamba_cli.ops.projection.int8 import Int8Weight, dequantize
+from mmmamba_cli.ops.projection.reference import Int8Weight, dequantize
+from mmmamba_cli.ops.triton_utils import buffer, check_inputs, on_device
 
 # Rows and columns of the result that a program of SwiGLU holds, and how many warps share them.
 BLOCK_R, BLOCK_D, WARPS = 4, 1024, 8

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.common import (
+from mmmamba_cli.ops.backends import (
     backend_of,
     check_shape,
     compute_dtype,
@@ -17,8 +17,7 @@ from mmmamba_cli.ops.common import (
     pick_backend,
 )
 from mmmamba_cli.ops.ssd import reference
-from mmmamba_cli.ops.ssd.choosing import choose
-from mmmamba_cli.ops.ssd.limits import Scan
+from mmmamba_cli.ops.ssd.dispatch import Scan, choose
 
 
 class ScanBackend(Protocol):

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops.common import compute_dtype, repeat_heads
-from mmmamba_cli.ops.ssd.limits import Scan, refuse
+from mmmamba_cli.ops.backends import compute_dtype, repeat_heads
+from mmmamba_cli.ops.ssd.dispatch import Scan, refuse
 from mmmamba_cli.ops.ssd.reference import blank_padding, real_step_sizes, without_autocast
 
 KERNELS = "fla.ops.simple_gla"

@@ -12,8 +12,11 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmmamba_cli.ops.common import segment_ordinals, wants_gradients
-from mmmamba_cli.ops.launching import (
+from mmmamba_cli.ops.backends import segment_ordinals, wants_gradients
+from mmmamba_cli.ops.ssd import kernels
+from mmmamba_cli.ops.ssd.backward import Dots, Pairs, Tokens, decay_gradients, of_kv_heads
+from mmmamba_cli.ops.ssd.launch_config import Launch, Sizes, Steps, plan
+from mmmamba_cli.ops.triton_utils import (
     NATIVE,
     block,
     buffer,
@@ -24,9 +27,6 @@ from mmmamba_cli.ops.launching import (
     launch_grid,
     on_device,
 )
-from mmmamba_cli.ops.ssd import kernels
-from mmmamba_cli.ops.ssd.gradients import Dots, Pairs, Tokens, decay_gradients, of_kv_heads
-from mmmamba_cli.ops.ssd.planning import Launch, Sizes, Steps, plan
 
 
 class Role(NamedTuple):

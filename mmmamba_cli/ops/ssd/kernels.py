@@ -18,7 +18,7 @@ few digits.
 import triton
 import triton.language as tl
 
-from mmmamba_cli.ops.launching import place_in_grid
+from mmmamba_cli.ops.triton_utils import place_in_grid
 
 # Numbers that differ from call to call: a kernel for each kind of them would have to be compiled.
 VARYING = ["length", "num_spans", "per_span"]

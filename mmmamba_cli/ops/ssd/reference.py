@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.common import compute_dtype, segment_ordinals
+from mmmamba_cli.ops.backends import compute_dtype, segment_ordinals
 
 
 def step(

@@ -1,0 +1,207 @@
+"""A model one can talk to: where it comes from, and its answer to a conversation.
+
+One answer, token by token, so that it can be shown, stopped, and set beside another model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.chat.conversation import Conversation
+from mmmamba_cli.checkpoint import load_model, pick_dtype
+from mmmamba_cli.devices import pick_device
+from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError
+from mmmamba_cli.inference import Generator, Settings
+from mmmamba_cli.inference.sampling import Chooser, ends_of
+from mmmamba_cli.model import HolisticVLM, new_cache
+from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, TextStream
+from mmmamba_cli.runs import Named, Run, open_named, open_processor
+
+
+def generate_ids(
+    model: HolisticVLM,
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    settings: Settings,
+    turn: int = 0,
+    generator: Generator | None = None,
+) -> Iterator[int]:
+    """The ids of an answer to input_ids (1, T), as they are made; the end is not handed on.
+
+    The same tokens as `model.generate` takes greedily. Drawing depends on the seed and on `turn`,
+    so that a question asked twice may be answered differently. `pixel_values` as in the model's
+    forward. `generator` is the model's own and faster; None decodes any model by its forward.
+    """
+    settings = replace(settings, seed=(settings.seed + turn) % 2**63)
+    if generator is None:
+        ids = _forward(model, input_ids, pixel_values, settings)
+    else:
+        rows = generator.stream(input_ids, pixel_values, **vars(settings))
+        ids = (token for (token,) in rows)
+    ends = ends_of(settings, model.generation_config)
+    for token in ids:
+        if token in ends:
+            return
+        yield token
+
+
+@dataclass
+class _Row:
+    """What a `Chooser` reads and writes, of one answer."""
+
+    logits: Tensor
+    ids: Tensor
+    finished: Tensor
+
+
+@torch.no_grad()
+def _forward(
+    model: HolisticVLM, input_ids: Tensor, pixel_values: Tensor | None, settings: Settings
+) -> Iterator[int]:
+    """What `Generator.stream` gives, by the model's forward."""
+    cache = new_cache(model.config)
+    logits = model(
+        input_ids, pixel_values=pixel_values, past_key_values=cache, logits_to_keep=1
+    ).logits[:, -1]
+    row = _Row(
+        logits, input_ids[:, -1].clone(), torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    )
+    chooser = Chooser(logits.shape[-1], logits.device)
+    chooser.prepare(settings, model.generation_config)
+    for count in range(settings.max_new_tokens):
+        if count > 0:
+            row.logits = model(row.ids.unsqueeze(1), past_key_values=cache).logits[:, -1]
+        chooser.choose(row, settings.choice)
+        yield int(row.ids)
+
+
+@dataclass
+class Answer:
+    """An answer as it grows; `finished` once the model ended it by itself."""
+
+    text: str = ""
+    tokens: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model under the name it is called by; it gives one answer at a time.
+
+    `generator` decodes in the model's place; None for models that it does not take.
+    """
+
+    name: str
+    model: HolisticVLM
+    processor: HolisticVLMProcessor | HolisticTextProcessor
+    kind: str
+    final: bool | None
+    generator: Generator | None = None
+
+    @property
+    def sees(self) -> bool:
+        """Whether it can be shown pictures."""
+        return not isinstance(self.processor, HolisticTextProcessor)
+
+    def answer(
+        self, conversation: Conversation, settings: Settings, found: Answer
+    ) -> Iterator[str]:
+        """The answer to the last question, in pieces of text; `found` keeps it as it grows.
+
+        It ends where the tokenizer says a turn does, unless the settings name other ends.
+        Raises `DataError` for pictures that cannot be read, or shown to this model, and for a
+        conversation that its device has no memory for.
+        """
+        if conversation.pictures and not self.sees:
+            raise DataError(
+                f"{self.name} reads text only", "start again without --image, or use /reset"
+            )
+        batch = self.processor.chat(
+            conversation.messages(self.name), conversation.pictures, padding=False
+        )
+        device, dtype = self.model.lm_head.weight.device, self.model.lm_head.weight.dtype
+        pixels = batch.get("pixel_values")
+        ends = frozenset(self.processor.stop_token_ids) if settings.eos is None else settings.eos
+        ids = generate_ids(
+            self.model,
+            batch["input_ids"].to(device),
+            None if pixels is None else pixels.to(device, dtype),
+            replace(settings, eos=ends),
+            turn=len(conversation.questions) - 1,
+            generator=self.generator,
+        )
+        pieces: list[str] = []
+        stream = TextStream(self.processor.tokenizer, pieces.append, skip_prompt=False)
+        try:
+            for token in ids:
+                found.tokens += 1
+                stream.put(torch.tensor([token]))
+                yield from _taken(pieces, found)
+        except torch.OutOfMemoryError as error:
+            if self.generator is not None:
+                self.generator.release()
+            length = batch["input_ids"].shape[1] + found.tokens
+            raise DataError(
+                f"{self.name}: {device} has no memory left for a conversation of {length} tokens",
+                "begin anew with /reset, or give --dtype bf16",
+            ) from error
+        stream.end()
+        found.finished = found.tokens < settings.max_new_tokens
+        yield from _taken(pieces, found)
+
+
+def _taken(pieces: list[str], found: Answer) -> Iterator[str]:
+    """The pieces that are there, as they are removed; none before the first that is no space."""
+    for piece in pieces:
+        shown = piece if found.text else piece.lstrip()
+        found.text += shown
+        if shown:
+            yield shown
+    pieces.clear()
+
+
+def locate(run: Run, wanted: Sequence[str | Path], teacher_path: Path | None = None) -> list[Named]:
+    """What is to be talked to, named as `open_named` takes it. Raises as that does, and `DataError`
+    if two have one name.
+    """
+    found = [open_named(run, one, teacher_path) for one in wanted]
+    called = [where.name for where in found]
+    twice = [name for name in dict.fromkeys(called) if called.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"more than one model is called {', '.join(twice)}",
+            "name each of them once, or rename a folder",
+        )
+    return found
+
+
+def load_speaker(where: Named, device: str | None = None, dtype: str = "auto") -> Speaker:
+    """Load a model to talk to. `device` None is CUDA where there is one; dtype "auto" is bf16
+    there, and fp32 on a CPU. Raises `CheckpointError` if it has no tokenizer.
+    """
+    checkpoint = where.checkpoint
+    processor = open_processor(checkpoint)
+    if processor is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer, so it cannot be talked to",
+            "put the teacher's tokenizer beside it, or seed again with --tokenizer FILE",
+        )
+    chosen = pick_device(device)
+    wanted = pick_dtype(dtype, chosen)
+    model = load_model(
+        checkpoint.path, device=chosen, dtype=wanted, frozen=True, checkpoint=checkpoint
+    )
+    return Speaker(where.name, model, processor, where.kind, where.final, _generator(model))
+
+
+def _generator(model: HolisticVLM) -> Generator | None:
+    """None for a model that is not packed as it is, as with adapters: its own forward answers."""
+    try:
+        return Generator(model)
+    except MmmambaError:
+        return None

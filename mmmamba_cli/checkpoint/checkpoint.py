@@ -1,0 +1,284 @@
+"""Any checkpoint we read, seen through our own tensor names, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmmamba_cli.architecture import Architecture, ModelShape, is_fp32_parameter, parameter_shapes
+from mmmamba_cli.checkpoint import hovle, llama_family, mmmamba_hf, native_config
+from mmmamba_cli.checkpoint.gguf_file import is_gguf
+from mmmamba_cli.checkpoint.name_map import Rule, Shape, check_names, rename
+from mmmamba_cli.checkpoint.resolve import located
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo
+from mmmamba_cli.checkpoint.tensor_source import TensorSource, open_source
+from mmmamba_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mmmamba_cli.checkpoint.hashing import TensorHasher
+    from mmmamba_cli.model import HolisticVLMConfig
+
+OWN = native_config.MODEL_TYPE
+KNOWN_TYPES = (hovle.MODEL_TYPE, mmmamba_hf.MODEL_TYPE, *llama_family.MODEL_TYPES, OWN)
+SOURCE_CONFIG = "source_config.json"
+# In the order in which transformers prefers them.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+UNUSED = {"unused.class_embedding", "unused.language_token_embedding.weight"}
+# Bytes that torch can count of one tensor, at four bytes an element.
+MAX_ELEMENTS = (1 << 63) // 4
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its architecture, and its tensors under our names.
+
+    `config` is the model's own, which imports transformers; nothing else here does before a tensor
+    is read. `raw_config` is the config of the teacher it is, or came from; `tokenizer_file` is None
+    where none was found, and the file itself for a GGUF; `assumed` names config values that were
+    filled in rather than read.
+    """
+
+    path: Path
+    model_type: str
+    architecture: Architecture
+    raw_config: Mapping[str, Any]
+    source: TensorSource
+    rules: list[Rule]
+    tokenizer_file: Path | None = None
+    assumed: tuple[str, ...] = ()
+    # The file that the config was read from, and what it holds; the config of a product has more
+    # fields than its architecture.
+    config_file: str = "config.json"
+    own_config: Mapping[str, Any] | None = None
+    _rule_of: dict[str, tuple[Rule, int]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            for position, name in enumerate(rule.ours):
+                self._rule_of[name] = (rule, position)
+
+    @cached_property
+    def config(self) -> HolisticVLMConfig:
+        """The model's config. Raises `CheckpointError` for fields that transformers refuses."""
+        from mmmamba_cli.checkpoint.native_config import own_model_config, to_model_config
+
+        if self.own_config is None:
+            return to_model_config(self.architecture)
+        return own_model_config(self.own_config, self.config_file)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Our names and shapes."""
+        return {name: shape for rule in self.rules for name, shape in rule.ours.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rule_of
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape under our name, and the dtype of the first tensor of the file it is made of."""
+        rule, _ = self._rule_of[name]
+        element = self.source.info(next(iter(rule.foreign))).element
+        return TensorInfo(element, rule.ours[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.info(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        """One tensor under our name; mapped from the file where the format allows it."""
+        rule, position = self._rule_of[name]
+        return rule.to_ours(*(self.source.read(foreign) for foreign in rule.foreign))[position]
+
+    def foreign_names(self, name: str) -> tuple[str, ...]:
+        """Names, in the file, of the tensors that `name` is made of."""
+        return tuple(self._rule_of[name][0].foreign)
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    config_file: Path | None = None,
+    tokenizer_file: Path | None = None,
+    arch: str | None = None,
+) -> Checkpoint:
+    """Open a HoVLE, a published mmMamba, a plain language model or a folder of ours.
+
+    Every tensor is checked to be there and to fit.
+
+    `path` may be the name of a shipped model, or a repository's id on the Hub. A bare state dict
+    takes its config from `config_file`, else from `config.json` beside it, else
+    from `arch`; a GGUF file carries its own. safetensors are opened without torch; a GGUF file and
+    a PyTorch state dict need it. Raises `CheckpointError`.
+    """
+    path = located(path)
+    home = path if path.is_dir() else path.parent
+    assumed: tuple[str, ...] = ()
+    if is_gguf(path):
+        if config_file is not None or arch is not None:
+            raise CheckpointError(f"{path} carries its own config", "leave out --config and --arch")
+        from mmmamba_cli.checkpoint.gguf_file import open_gguf
+
+        raw, source = open_gguf(path)
+        where = str(path)
+    else:
+        source = open_source(path)
+        raw, where, assumed = _find_config(path, home, config_file, arch)
+    kind = _model_type(raw, where)
+    own_config = raw if kind == OWN else None
+    if kind == OWN:
+        found, rules = _own(raw, source, where)
+        native_config.warn_of_old_code(raw, where)
+        raw = _read_json(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
+    elif kind == hovle.MODEL_TYPE:
+        found = hovle.to_architecture(raw, where)
+        rules = hovle.rules(raw, found, source.names)
+    elif kind == mmmamba_hf.MODEL_TYPE:
+        found = mmmamba_hf.to_architecture(raw, where)
+        rules = mmmamba_hf.rules(raw, found, source.names)
+    else:
+        source.leave_out(llama_family.DERIVED_SUFFIX)
+        found = llama_family.to_architecture(raw, where)
+        rules = llama_family.rules(raw, found, source.names)
+    shapes = {name: source.info(name).shape for name in source.names}
+    check_names(rules, shapes, str(path))
+    tokenizer = _find_tokenizer(path, found, tokenizer_file)
+    return Checkpoint(
+        path, kind, found, raw, source, rules, tokenizer, assumed, where, own_config=own_config
+    )
+
+
+def expected_tensors(config: ModelShape) -> dict[str, Shape]:
+    """Names and shapes of the parameters of a model with this config; nothing is allocated."""
+    return parameter_shapes(config)
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype `name` is kept in when the model is in `dtype`: decay, gates, norms stay fp32."""
+    import torch
+
+    return torch.float32 if is_fp32_parameter(name) and dtype != torch.float64 else dtype
+
+
+def stored_element(name: str, element: str) -> str:
+    """As `stored_dtype`, by torch's names of the dtypes."""
+    return "float32" if is_fp32_parameter(name) and element != "float64" else element
+
+
+def tensor_plan(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """What a writer has to know ahead of the tensors `shapes`, kept in `dtype`."""
+    element = str(dtype).removeprefix("torch.")
+    return {
+        name: TensorInfo(stored_element(name, element), shape) for name, shape in shapes.items()
+    }
+
+
+def _own(
+    raw: Mapping[str, Any], source: TensorSource, where: str
+) -> tuple[Architecture, list[Rule]]:
+    config = native_config.to_architecture(raw, where)
+    if config.num_hidden_layers > len(source.names):
+        raise CheckpointError(
+            f"{where} has {config.num_hidden_layers} layers, its weights are "
+            f"{len(source.names)} tensors",
+            native_config.REMEDY,
+        )
+    shapes = parameter_shapes(config)
+    if any(prod(shape) > MAX_ELEMENTS for shape in shapes.values()):
+        raise CheckpointError(f"{where} has sizes that no tensor can have", native_config.REMEDY)
+    kept = {name: source.info(name).shape for name in source.names if name in UNUSED}
+    return config, [rename(name, name, shape) for name, shape in {**shapes, **kept}.items()]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _find_config(
+    path: Path, home: Path, config_file: Path | None, arch: str | None
+) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
+    if config_file is not None:
+        return _read_json(config_file), str(config_file), ()
+    beside = home / "config.json"
+    if beside.is_file():
+        return _read_json(beside), str(beside), ()
+    if arch is None:
+        raise CheckpointError(
+            f"{path} comes without a config: there is no {beside}",
+            "give --config FILE, put its config.json beside it, or name its architecture with "
+            f"--arch {' | '.join(hovle.ARCHITECTURES)}",
+        )
+    if arch not in hovle.ARCHITECTURES:
+        known = ", ".join(hovle.ARCHITECTURES)
+        raise CheckpointError(f"architecture {arch!r} is not known, known are: {known}")
+    return hovle.ARCHITECTURES[arch], f"--arch {arch}", hovle.ASSUMED
+
+
+def _find_tokenizer(path: Path, config: Architecture, given: Path | None) -> Path | None:
+    if given is not None:
+        if not given.is_file():
+            raise CheckpointError(f"tokenizer {given} is not there", "check the path")
+        return given
+    if is_gguf(path):
+        return path
+    home = path if path.is_dir() else path.parent
+    # With vision the tokenizer is HoVLE's, which is the SentencePiece model.
+    names = TOKENIZER_FILES if config.vision is None else TOKENIZER_FILES[1:]
+    return next((home / name for name in names if (home / name).is_file()), None)
+
+
+def _model_type(raw: Mapping[str, Any], where: str) -> str:
+    kind = raw.get("model_type")
+    if kind not in KNOWN_TYPES:
+        raise CheckpointError(
+            f"{where}: model_type is {kind!r:.60}, known are {', '.join(KNOWN_TYPES)}",
+            "give the config.json of such a model, or of a folder mmmamba wrote",
+        )
+    return str(kind)
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        # Half of a letter can be written as an escape, and nowhere else: not into a copy of this.
+        json.dumps(value, ensure_ascii=False).encode()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is not there", "check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object, expected a model config")
+    return value
+
+
+def checked_reader(checkpoint: Checkpoint, hasher: TensorHasher) -> Callable[[str], Tensor]:
+    """`checkpoint.read` that checks every tensor of the file for NaN and infinity, and hashes it.
+
+    Raises `CheckpointError` for such values.
+    """
+    from mmmamba_cli.checkpoint.tensor_io import check_finite
+
+    hashed: set[str] = set()
+
+    def read(name: str) -> Tensor:
+        for foreign in checkpoint.foreign_names(name):
+            if foreign not in hashed:
+                hashed.add(foreign)
+                tensor = checkpoint.source.read(foreign)
+                check_finite(tensor, foreign)
+                hasher.submit(foreign, tensor)
+        return checkpoint.read(name)
+
+    return read
+
+
+def iterate(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """All tensors under our names, in the table's order."""
+    for name in checkpoint.shapes:
+        yield name, checkpoint.read(name)

@@ -1,0 +1,245 @@
+"""GGUF files of llama.cpp, read by transformers: their config and their tensors, dequantised.
+
+transformers leaves out what it has no name for. So the file is looked at first, and what would
+make another model of it is refused by name.
+
+The head of a GGUF file, walked before any library reads it: every count must fit in the file.
+
+Little-endian throughout: magic, version (u32), counts of tensors and of fields (u64); a field is a
+name, the kind of its value (u32) and the value. Text is its length (u64) and its bytes, an array
+the kind of its items (u32), their count (u64) and the items.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo
+from mmmamba_cli.checkpoint.tensor_source import TensorSource
+from mmmamba_cli.errors import CheckpointError, name_some
+from mmmamba_cli.processing import alone
+
+SUFFIX = ".gguf"
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+# Bytes of a value by its kind; text and arrays have lengths of their own.
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+TEXT, ARRAY = 8, 9
+# The least a tensor takes in the head: the lengths of its name, dimensions, kind and place.
+TENSOR_BYTES = 8 + 4 + 4 + 8
+DEEPEST = 4
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix == SUFFIX
+
+
+def check_header(path: Path) -> None:
+    """Raise `CheckpointError` unless the head is one, and lies wholly within the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF")
+        try:
+            _walk(file, size)
+        except (_Damage, struct.error) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as GGUF: {error if str(error) else 'it ends too early'}",
+                "download it again, it may be cut off",
+            ) from error
+
+
+class _Damage(Exception):
+    """What is wrong with the head."""
+
+
+def _walk(file: BinaryIO, size: int) -> None:
+    version = _number(file, "<I")
+    if version not in VERSIONS:
+        raise _Damage(f"its version is {version}, known are {', '.join(map(str, VERSIONS))}")
+    tensors, fields = _number(file, "<Q"), _number(file, "<Q")
+    _fits(file, size, tensors * TENSOR_BYTES, "tensors")
+    for _ in range(fields):
+        _skip_text(file, size)
+        _skip_value(file, size, _number(file, "<I"), 0)
+
+
+def _skip_value(file: BinaryIO, size: int, kind: int, depth: int) -> None:
+    if kind == TEXT:
+        _skip_text(file, size)
+    elif kind == ARRAY and depth < DEEPEST:
+        inner, count = _number(file, "<I"), _number(file, "<Q")
+        if inner in SIZES:
+            _skip(file, size, count * SIZES[inner])
+            return
+        # Text and arrays have at least a length each.
+        _fits(file, size, count * 8, "items of an array")
+        for _ in range(count):
+            _skip_value(file, size, inner, depth + 1)
+    elif kind in SIZES:
+        _skip(file, size, SIZES[kind])
+    else:
+        raise _Damage(f"a field has a value of unknown kind {kind}")
+
+
+def _number(file: BinaryIO, form: str) -> int:
+    raw = file.read(struct.calcsize(form))
+    (value,) = struct.unpack(form, raw)
+    return int(value)
+
+
+def _skip_text(file: BinaryIO, size: int) -> None:
+    _skip(file, size, _number(file, "<Q"))
+
+
+def _skip(file: BinaryIO, size: int, count: int) -> None:
+    _fits(file, size, count, "bytes of a field")
+    file.seek(count, 1)
+
+
+def _fits(file: BinaryIO, size: int, count: int, what: str) -> None:
+    if count > size - file.tell():
+        raise _Damage(f"it announces more {what} than it holds")
+
+
+PACKAGES = ("gguf", "accelerate")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# What the file may say only with this value, if it says it at all.
+ONLY = {
+    "rope.scaling.type": "none",
+    "expert_count": 0,
+}
+# What transformers takes for Qwen3, whatever the file says.
+QWEN3_HEAD_DIM = 128
+# Of no use in the teacher's config: where the file was, and how it was packed.
+FILE_FIELDS = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
+
+
+class Dequantised:
+    """The tensors of a GGUF file in memory, fp32, under transformers' names; a `Reader`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = dict(tensors)
+        self.infos = {n: TensorInfo.of(t.dtype, tuple(t.shape)) for n, t in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
+    """The config, as transformers words it, and the tensors, all read and dequantised at once.
+
+    Raises `CheckpointError` if the packages for it are missing, or the file is damaged, of another
+    architecture, or holds what transformers would leave out.
+    """
+    count = _inspect(path)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with alone(path) as folder:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    raw = json.loads(model.config.to_json_string(use_diff=False))
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    lost = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
+    if lost or count != len(tensors):
+        named = f"; missing or misshaped are {name_some(lost)}" if lost else ""
+        raise CheckpointError(
+            f"{path} holds {count} tensors, a {raw.get('model_type')} with its config has "
+            f"{len(tensors)}{named}",
+            "check that it was downloaded completely, or give the model's safetensors",
+        )
+    config = {key: value for key, value in raw.items() if key not in FILE_FIELDS}
+    return config, TensorSource("gguf", {path: Dequantised(tensors)})
+
+
+def _inspect(path: Path) -> int:
+    """How many tensors the file holds, if it is one that transformers reads wholly."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist or is not a regular file", "check the path")
+    check_header(path)
+    absent = [name for name in PACKAGES if find_spec(name) is None]
+    if absent:
+        raise CheckpointError(
+            f"{path} is a GGUF file, which takes the packages {' and '.join(absent)} to read",
+            "pip install 'mmmamba[gguf]'",
+        )
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {name: reader.fields[name].contents() for name in _short(reader.fields)}
+        names = [tensor.name for tensor in reader.tensors]
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as GGUF: {error}", "download it again, it may be cut off"
+        ) from error
+    _refuse(path, fields, names)
+    return len(names)
+
+
+def _share(fields: Mapping[str, Any], kind: str) -> int | None:
+    """Size of a head where no field gives it: the width over the heads."""
+    width, heads = (
+        fields.get(f"{kind}.embedding_length"),
+        fields.get(f"{kind}.attention.head_count"),
+    )
+    return width // heads if width and heads else None
+
+
+def _short(fields: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that describe the model, without the vocabulary."""
+    return [name for name in fields if not name.startswith(("tokenizer.", "GGUF."))]
+
+
+def _refuse(path: Path, fields: Mapping[str, Any], names: list[str]) -> None:
+    kind = fields.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: general.architecture is {kind!r:.60}, known are {', '.join(ARCHITECTURES)}"
+        )
+    for key, value in ONLY.items():
+        found = fields.get(f"{kind}.{key}", value)
+        if found != value:
+            raise CheckpointError(
+                f"{path}: {kind}.{key} is {found!r}, only {value!r} is supported in a GGUF file",
+                "give the model's safetensors with its config.json",
+            )
+    if "rope_freqs.weight" in names:
+        raise CheckpointError(
+            f"{path} scales its positions by rope_freqs.weight, which transformers does not read",
+            "give the model's safetensors with its config.json",
+        )
+    head = QWEN3_HEAD_DIM if kind == "qwen3" else _share(fields, kind)
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        found = fields.get(f"{kind}.{key}", head)
+        if found != head:
+            raise CheckpointError(
+                f"{path}: {kind}.{key} is {found}, transformers reads GGUF files with heads of "
+                f"{head} only",
+                "give the model's safetensors with its config.json",
+            )
+    windows = [name for name in fields if name.startswith(f"{kind}.attention.sliding_window")]
+    if windows:
+        raise CheckpointError(
+            f"{path}: {windows[0]} is {fields[windows[0]]}, only attention without a window is "
+            "supported"
+        )

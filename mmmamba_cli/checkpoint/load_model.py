@@ -1,0 +1,162 @@
+"""A model in memory from any checkpoint we read, with every parameter accounted for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from mmmamba_cli.checkpoint import llama_family
+from mmmamba_cli.checkpoint.checkpoint import (
+    OWN,
+    Checkpoint,
+    expected_tensors,
+    open_checkpoint,
+    stored_dtype,
+)
+from mmmamba_cli.checkpoint.config_fields import token_ids
+from mmmamba_cli.checkpoint.gguf_file import is_gguf
+from mmmamba_cli.checkpoint.hovle import CHAT_STOP_IDS
+from mmmamba_cli.checkpoint.tensor_info import parse_element, torch_dtype
+from mmmamba_cli.checkpoint.tensor_io import cast
+from mmmamba_cli.devices import check_device
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.processing import as_ids
+
+GENERATION = "generation_config.json"
+# Settings of a generation that mean the same for a student of the same vocabulary.
+CARRIED = frozenset(
+    {
+        *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
+        *("epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size"),
+        *("num_beams", "length_penalty", "early_stopping", "renormalize_logits"),
+        *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time"),
+        *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
+        *("exponential_decay_length_penalty", "remove_invalid_values"),
+        *("forced_bos_token_id", "forced_eos_token_id", "stop_strings"),
+    }
+)
+NOT_SETTINGS = frozenset(
+    {
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+        *("transformers_version", "_from_model_config"),
+    }
+)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    frozen: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> HolisticVLM:
+    """The model of a checkpoint, in eval mode. See `mmmamba_cli.load`."""
+    device = check_device(device)
+    opened = open_checkpoint(path) if checkpoint is None else checkpoint
+    wanted = opened.dtype("model.text_embedding.weight")
+    if dtype != "auto":
+        wanted = parse_dtype(dtype)
+    with torch.device("meta"):
+        model = HolisticVLM(opened.config)
+    state = {}
+    for name in expected_tensors(opened.config):
+        tensor = opened.read(name)
+        # A tensor that needs no cast is copied, so that the model does not hang on the file.
+        state[name] = cast(tensor, stored_dtype(name, wanted), name, device)
+    model.load_state_dict(state, strict=not opened.config.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    model.config.dtype = wanted
+    # As `from_pretrained` sets it; adapters name their base model by it.
+    model.name_or_path = str(path)
+    model.generation_config = generation_config(opened)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model.requires_grad_(not frozen).eval()
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bf16 on CUDA, else fp32. Raises `CheckpointError`."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return parse_dtype(name)
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A floating dtype from torch's name or ours (bf16, fp16, fp32). Raises `CheckpointError`."""
+    if isinstance(name, torch.dtype):
+        return name
+    return torch_dtype(parse_element(name))
+
+
+def generation_config(opened: Checkpoint) -> GenerationConfig:
+    """What stops a generation and how tokens are drawn.
+
+    A folder that mmmamba wrote keeps its own. Others get the chat template's stop tokens, and what
+    their `generation_config.json` recommends (`recommended_settings`).
+    """
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    if opened.model_type == OWN and (folder / GENERATION).is_file():
+        return _saved(folder)
+    found = default_generation_config(opened.config)
+    carried, _ = recommended_settings(opened)
+    suppressed = {*(found.suppress_tokens or ()), *carried.pop("suppress_tokens", ())}
+    found.suppress_tokens = sorted(suppressed) or None
+    found.update(**carried)
+    if opened.model_type in llama_family.MODEL_TYPES and _has_settings(opened):
+        # A chat model ends its turn with more tokens than its config names.
+        ends = token_ids(
+            {"eos_token_id": _saved(folder).eos_token_id}, "eos_token_id", str(folder / GENERATION)
+        )
+        found.eos_token_id = sorted(as_ids(found.eos_token_id) | as_ids(ends)) or None
+    return found
+
+
+def recommended_settings(opened: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+    """What a teacher's `generation_config.json` recommends, and names of what is not carried over.
+
+    Carried over are the fields of `CARRIED`. Token ids that end or begin a text are not counted:
+    the config and the tokenizer give them. Raises `CheckpointError` for a file that cannot be read.
+    """
+    if opened.model_type == OWN or not _has_settings(opened):
+        return {}, []
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    saved, plain = _saved(folder).to_dict(), GenerationConfig().to_dict()
+    stated = {
+        key: value
+        for key, value in saved.items()
+        if key not in NOT_SETTINGS and value is not None and value != plain.get(key)
+    }
+    carried = {key: value for key, value in stated.items() if key in CARRIED}
+    return carried, sorted(set(stated) - set(carried))
+
+
+def _has_settings(opened: Checkpoint) -> bool:
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    return not is_gguf(opened.path) and (folder / GENERATION).is_file()
+
+
+def _saved(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / GENERATION} cannot be read as settings of a generation",
+            "remove it, or take it from where the model came from",
+        ) from error
+
+
+def default_generation_config(config: HolisticVLMConfig) -> GenerationConfig:
+    """Greedy, stopping at the chat template's stop tokens; image context is never generated."""
+    ends, vision = as_ids(config.eos_token_id), config.vision_config
+    if vision is not None and config.vocab_size > max(CHAT_STOP_IDS):
+        ends |= set(CHAT_STOP_IDS)
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=config.pad_token_id,
+        suppress_tokens=None if vision is None else [vision.image_token_id],
+    )

@@ -1,0 +1,191 @@
+"""Our own `config.json`, checked before anything is built by it.
+
+Every field of a stack and of the vision and mixer parts is known by name and kind from the model's
+own dataclasses; what transformers keeps beside them is its own to read.
+
+The model's config, as transformers takes it, from a checkpoint's plain values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from mmmamba_cli.architecture import (
+    LAYER_TYPES,
+    Architecture,
+    MixerConfig,
+    StackConfig,
+    VisionConfig,
+    derived_fields,
+)
+from mmmamba_cli.checkpoint.config_fields import (
+    MOST_LAYERS,
+    check_scaling,
+    integer,
+    number,
+    place,
+    token_ids,
+)
+from mmmamba_cli.errors import CheckpointError, MmmambaWarning
+from mmmamba_cli.model import HolisticVLMConfig
+
+SECTIONS = {
+    "language_stack": StackConfig,
+    "embedding_stack": StackConfig,
+    "vision": VisionConfig,
+    "mixer": MixerConfig,
+}
+REMEDY = "take the config.json that was written with the weights"
+MODEL_TYPE = "mmmamba"
+
+
+def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
+    """The config of a folder that mmmamba wrote. Raises `CheckpointError` that names the field."""
+    for key in ("vocab_size", "hidden_size"):
+        integer(raw, key, where)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token_ids(raw, key, where)
+    for name, kind in SECTIONS.items():
+        section = raw.get(name)
+        if section is None and name != "language_stack":
+            continue
+        if not isinstance(section, dict):
+            raise CheckpointError(f"{where}: {name} is {section!r:.60}, expected a table", REMEDY)
+        _check(section, kind, where, name)
+    _check_parts(raw, where)
+    known = {field.name for field in fields(Architecture)}
+    found = Architecture(
+        **{key: value for key, value in raw.items() if key in known and value is not None}
+    )
+    for key, value in derived_fields(found).items():
+        if key in raw and raw[key] != value:
+            raise CheckpointError(
+                f"{where}: {key} is {raw[key]!r:.60}, but its stacks give {value}", REMEDY
+            )
+    return found
+
+
+def warn_of_old_code(raw: Mapping[str, Any], where: str) -> None:
+    """Warn of an export in the format hub whose code newer releases of transformers do not run.
+
+    transformers 5.24 renamed an argument of every model. Code that takes both names came with the
+    entry `AutoModel`.
+    """
+    classes = raw.get("auto_map")
+    if isinstance(classes, Mapping) and "AutoConfig" in classes and "AutoModel" not in classes:
+        warnings.warn(
+            MmmambaWarning(
+                f"{where}: the code in this export does not run on transformers 5.24 and newer; "
+                "its weights are read here all the same. Export the model again with this release"
+            ),
+            stacklevel=2,
+        )
+
+
+def _check(section: Mapping[str, Any], kind: type, where: str, name: str) -> None:
+    """Every field of the dataclass `kind`, by its annotation, and no other."""
+    known = {field.name: field for field in fields(kind)}
+    strange = [key for key in section if key not in known]
+    if strange:
+        raise CheckpointError(
+            f"{place(where, name, f'{strange[0]:.60}')} is not known, known are {', '.join(known)}",
+            REMEDY,
+        )
+    for key, field in known.items():
+        if key not in section and field.default is not MISSING:
+            continue
+        value = section.get(key)
+        if key not in section:
+            raise CheckpointError(f"{place(where, name, key)} is missing", REMEDY)
+        if field.type == "int":
+            integer(section, key, where, name)
+        elif field.type == "float":
+            number(section, key, None, where, name)
+        elif field.type == "bool" and not isinstance(value, bool):
+            raise CheckpointError(
+                f"{place(where, name, key)} is {value!r:.60}, expected true or false", REMEDY
+            )
+
+
+def _check_parts(raw: Mapping[str, Any], where: str) -> None:
+    """What no field says alone: layers and their kinds, heads, patches."""
+    stacks = [raw[name] for name in ("embedding_stack", "language_stack") if raw.get(name)]
+    layers = sum(stack["num_layers"] for stack in stacks)
+    kinds = raw.get("layer_types")
+    if layers > MOST_LAYERS or not isinstance(kinds, list) or len(kinds) != layers:
+        found = f"{len(kinds)} entries" if isinstance(kinds, list) else f"{kinds!r:.60}"
+        raise CheckpointError(
+            f"{where}: layer_types has {found}, the stacks have {layers} layers", REMEDY
+        )
+    for index, kind in enumerate(kinds):
+        if kind not in LAYER_TYPES:
+            known = ", ".join(LAYER_TYPES)
+            raise CheckpointError(
+                f"{where}: layer_types[{index}] is {kind!r:.60}, known are {known}", REMEDY
+            )
+    for stack in stacks:
+        scaling = stack.get("rope_scaling")
+        if stack["num_heads"] % stack["num_kv_heads"] or stack["head_dim"] % 2:
+            raise CheckpointError(
+                f"{where}: a stack has {stack['num_heads']} heads of {stack['head_dim']} for "
+                f"{stack['num_kv_heads']} key-value heads, expected whole groups of even heads",
+                REMEDY,
+            )
+        check_scaling(scaling, where)
+    for key in ("normalize_embedding_output", "tie_word_embeddings"):
+        if not isinstance(raw.get(key, False), bool):
+            raise CheckpointError(
+                f"{where}: {key} is {raw[key]!r:.60}, expected true or false", REMEDY
+            )
+    if raw.get("vision") is not None:
+        _check_vision(raw["vision"], where)
+
+
+def _check_vision(vision: Mapping[str, Any], where: str) -> None:
+    image, patch, ratio = (vision[k] for k in ("image_size", "patch_size", "downsample_ratio"))
+    merge = round(1 / ratio) if ratio * image >= 1 else 0
+    if merge < 1 or image % (patch * merge) or vision["pixel_shuffle"] not in ("pre", "post"):
+        raise CheckpointError(
+            f"{where}: vision has image_size {image}, patch_size {patch}, downsample_ratio {ratio} "
+            f"and pixel_shuffle {vision['pixel_shuffle']!r:.60}, which give no whole patches",
+            REMEDY,
+        )
+
+
+# What an export adds: where its code is, and how far the model was distilled.
+EXPORTED_FIELDS = ("auto_map", "mmmamba")
+# What transformers raises for fields of its own, a dtype say, that make no sense.
+_MISFITS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def to_model_config(architecture: Architecture) -> HolisticVLMConfig:
+    """The config of a model of that architecture."""
+    return HolisticVLMConfig(**architecture.values, architectures=["HolisticVLM"])
+
+
+def own_model_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
+    """The config of a folder that mmmamba wrote, `raw` having passed `own.to_architecture`.
+
+    Raises `CheckpointError` for fields that transformers refuses.
+    """
+    try:
+        # Code that lies in an exported folder is ours; what is made of it here goes without.
+        known = {k: v for k, v in raw.items() if k not in EXPORTED_FIELDS}
+        return HolisticVLMConfig.from_dict(known)
+    except _MISFITS as error:
+        raise CheckpointError(
+            f"{where} has fields that transformers cannot read as a model's config", REMEDY
+        ) from error

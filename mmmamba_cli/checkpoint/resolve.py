@@ -1,0 +1,168 @@
+"""What a checkpoint may be called: a path, a model that ships with a package, an id on the Hub.
+
+A package ships models with an entry point in the group `mmmamba.models` that leads to a mapping of
+names to folders, or to a function that returns one. What lies on the disk always comes first.
+
+Checkpoints named by their place on the Hugging Face Hub: `OWNER/NAME`, or `OWNER/NAME@REVISION`.
+
+What lies on the disk always comes first: only a name that no file or folder has is looked for.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mmmamba_cli.checkpoint.atomic import put_back, restore
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.plugins import entry_points
+
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?")
+# The Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]+)")
+# Names with these endings are files, whether they are there or not.
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json")
+WEIGHTS, OLD_WEIGHTS = "*.safetensors", "*.bin"
+COMPANIONS = ("*.json", "*.model", "*.jinja")
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether `name` can only mean a repository: of that form, and nothing on the disk."""
+    text = str(name)
+    match = HUB_ID.fullmatch(text)
+    if match is None or text.endswith(FILE_SUFFIXES):
+        return False
+    # A name inside a folder that is here is a path, though there be nothing there.
+    return not Path(text).exists() and not Path(match[1]).is_dir()
+
+
+def fetched(name: str | Path) -> Path:
+    """A path on this disk: the one given, or the folder a repository was downloaded to.
+
+    Configs, tokenizers and weights are fetched, PyTorch files only where there are no safetensors,
+    code never. Raises `CheckpointError` if the repository cannot be had.
+    """
+    if not is_hub_id(name):
+        return Path(name)
+    owner, repository, revision = HUB_ID.fullmatch(str(name)).groups()  # type: ignore[union-attr]
+    return _download(f"{owner}/{repository}", revision)
+
+
+def hub_name(path: str | Path) -> str | None:
+    """`OWNER/NAME@COMMIT` of a folder in the Hub's cache, None for any other path."""
+    match = SNAPSHOT.search(Path(path).as_posix())
+    return None if match is None else f"{match[1]}/{match[2]}@{match[3][:12]}"
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    try:
+        folder = _snapshot(repository, revision, WEIGHTS)
+        if not any(folder.glob(WEIGHTS)):
+            folder = _snapshot(repository, revision, OLD_WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(*_refusal(repository, revision, error)) from error
+    return folder
+
+
+def _snapshot(repository: str, revision: str | None, weights: str) -> Path:
+    import huggingface_hub
+
+    return Path(
+        huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[*COMPANIONS, weights],
+            # Folders inside a repository hold other formats of the model, or training states.
+            ignore_patterns=["*/*"],
+        )
+    )
+
+
+def _refusal(repository: str, revision: str | None, error: Exception) -> tuple[str, str]:
+    """A sentence and a hint. What the Hub itself says is left out: it may quote the request."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{repository} on the Hugging Face Hub is gated",
+            "ask for access on its page, then log in with `hf auth login`",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repository} on the Hugging Face Hub has no revision {revision!r}", "check it"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{repository} is neither on this disk nor on the Hugging Face Hub",
+            "check the name; a private repository needs `hf auth login`",
+        )
+    return (
+        f"{repository} is not on this disk, and the Hugging Face Hub cannot be reached "
+        f"({type(error).__name__})",
+        "give a local path, or download it where there is a network and copy the folder here",
+    )
+
+
+MODELS = "mmmamba.models"
+
+
+def shipped_models() -> dict[str, Path]:
+    """Folders by name of the models that are installed, the project's own first."""
+    folders: dict[str, Path] = {}
+    for _, load in entry_points(MODELS):
+        found = load()
+        for name, folder in (found() if callable(found) else found).items():
+            folders.setdefault(name, Path(folder))
+    return folders
+
+
+def located(name: str | Path) -> Path:
+    """A path on this disk: the one given, a shipped model's folder, or what the Hub had.
+
+    A folder that a killed command has left set aside is put back first. Raises `CheckpointError` if
+    there is no such thing, naming the models that ship.
+    """
+    path = Path(name).expanduser()
+    if _is_there(path):
+        return path
+    hidden = restore(path)
+    if _is_there(path):
+        return path
+    if hidden is not None:
+        raise CheckpointError(
+            f"{path} was being replaced and is kept as {hidden}", put_back(hidden)
+        )
+    if is_hub_id(name):
+        return fetched(name)
+    shipped = shipped_models()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise CheckpointError(f"{path} does not exist", _remedy(path, shipped))
+
+
+def public_name_of(path: str | Path) -> str | None:
+    """What a folder is called elsewhere too: its name on the Hub, or that of a shipped model."""
+    known = hub_name(path)
+    if known is not None:
+        return known
+    shipped = shipped_models().items()
+    return next((name for name, folder in shipped if _is_same(folder, Path(path))), None)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # Something is in the way; whoever opens it will say what.
+        return True
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve()
+    except OSError:
+        return False
+
+
+def _remedy(path: Path, shipped: dict[str, Path]) -> str:
+    if not shipped or path.name.endswith(FILE_SUFFIXES):
+        return "check the path"
+    return f"check the path, or give a model that ships: {', '.join(shipped)}"

@@ -1,0 +1,265 @@
+"""Open a checkpoint in any layout we know as one lazily read set of named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from mmmamba_cli.checkpoint.name_map import MERGE, unwrapped_names
+from mmmamba_cli.checkpoint.safetensors_file import (
+    AGAIN,
+    MAX_HEADER_BYTES,
+    SafetensorsFile,
+    parse_json,
+)
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo, quoted
+from mmmamba_cli.errors import CheckpointError, name_some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["safetensors", "pickle", "gguf"]
+
+SAFETENSORS_SUFFIX = ".safetensors"
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+INDEX_SUFFIX = ".index.json"
+# peft's name of a file of adapter weights, less its suffix.
+ADAPTER = "adapter_model"
+# In the order in which transformers prefers them.
+FOLDER_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class Reader(Protocol):
+    """One opened file of tensors."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class TensorSource:
+    """A read-only set of named tensors spread over one or more files.
+
+    `names` is in the order of the files and of the data in them; `files` are those that hold
+    tensors. Reading maps files into memory where the format allows it, so that a tensor costs no
+    memory of its own; it stays valid after `close`, and must not be written to.
+    """
+
+    def __init__(
+        self, kind: Kind, readers: Mapping[Path, Reader], stored: Mapping[str, str] | None = None
+    ):
+        """`stored` maps the names of the tensors to those in the files, where they differ."""
+        self.kind: Kind = kind
+        self.files = tuple(readers)
+        self._readers = tuple(readers.values())
+        owner = {name: reader for reader in self._readers for name in reader.infos}
+        stored = {name: name for name in owner} if stored is None else stored
+        self._owner = {name: (owner[inside], inside) for name, inside in stored.items()}
+        self.names = tuple(self._owner)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and size of a tensor, without reading it. Raises `KeyError`."""
+        reader, inside = self._owner[name]
+        return reader.infos[inside]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU, as it is stored. Raises `KeyError`."""
+        reader, inside = self._owner[name]
+        return reader.read(inside)
+
+    def leave_out(self, suffix: str) -> None:
+        """Forget tensors whose names end so: neither read nor asked for, they are not the model."""
+        self._owner = {n: place for n, place in self._owner.items() if not n.endswith(suffix)}
+        self.names = tuple(self._owner)
+
+    def content_hash(self, progress: Callable[[int], None] | None = None) -> str:
+        """The hash of all tensors (see `hashing`); `progress` is given bytes as they are taken."""
+        from mmmamba_cli.checkpoint.hashing import TensorHasher
+
+        with TensorHasher() as hasher:
+            for name in self.names:
+                hasher.submit(name, self.read(name))
+                if progress is not None:
+                    progress(self.info(name).nbytes)
+            return hasher.result()
+
+    def close(self) -> None:
+        """Let go of the files. Nothing can be read afterwards."""
+        for reader in self._readers:
+            reader.close()
+        self._readers = ()
+        self._owner = {}
+
+    def __enter__(self) -> TensorSource:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_source(path: str | Path) -> TensorSource:
+    """Open a Hugging Face folder, a `.safetensors` file, or a PyTorch state dict.
+
+    Only what describes the tensors is read, of safetensors without torch; a PyTorch state dict
+    needs it. Names lose what training wrappers put into them (see `wrappers`). Raises
+    `CheckpointError` if the path is missing, of an unknown kind, incomplete, damaged, ambiguous, an
+    adapter, or holds code.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            path = _find_in_folder(path)
+        elif not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if path.name.endswith(INDEX_SUFFIX):
+        return _open_index(path)
+    return _checked(_kind_of(path), {path: _open_file(path)}, path)
+
+
+def _find_in_folder(folder: Path) -> Path:
+    for name in FOLDER_NAMES:
+        if (folder / name).exists():
+            return folder / name
+    weights = sorted(path.name for path in folder.iterdir() if _has_known_suffix(path))
+    if not weights:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint, looked for {', '.join(FOLDER_NAMES)}",
+            "give the folder or the file that holds the weights",
+        )
+    adapters = [name for name in weights if Path(name).stem == ADAPTER]
+    if adapters == weights:
+        raise CheckpointError(f"{folder} holds a peft adapter: {name_some(adapters)}", MERGE)
+    raise CheckpointError(
+        f"{folder} holds {name_some(weights)} and no index that says which of them belong together",
+        f"give one file, or add its {FOLDER_NAMES[1]}",
+    )
+
+
+def _has_known_suffix(path: Path) -> bool:
+    return path.suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
+
+
+def _kind_of(path: Path) -> Kind:
+    if not _has_known_suffix(path):
+        raise CheckpointError(
+            f"{path} is of unknown kind, expected a folder, {SAFETENSORS_SUFFIX} or "
+            f"{', '.join(PICKLE_SUFFIXES)}"
+        )
+    return "safetensors" if path.suffix == SAFETENSORS_SUFFIX else "pickle"
+
+
+def _open_file(path: Path) -> Reader:
+    # Anything but a regular file, a named pipe say, might keep us waiting for ever.
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file")
+    if _kind_of(path) == "safetensors":
+        return SafetensorsFile(path)
+    from mmmamba_cli.checkpoint.torch_pickle import PickleFile
+
+    return PickleFile(path)
+
+
+def _open_index(path: Path) -> TensorSource:
+    weight_map = _read_index(path)
+    readers: dict[Path, Reader] = {}
+    owner: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        reader = _open_file(path.parent / shard)
+        readers[path.parent / shard] = reader
+        twice = [name for name in reader.infos if name in owner]
+        if twice:
+            raise CheckpointError(
+                f"{path.parent}: {shard} and {owner[twice[0]]} both hold "
+                f"{name_some(map(quoted, twice))}"
+            )
+        owner.update(dict.fromkeys(reader.infos, shard))
+    absent = [name for name, shard in weight_map.items() if owner.get(name) != shard]
+    if absent:
+        raise CheckpointError(
+            f"{path} names tensors that are not in their shards: "
+            f"{name_some(f'{quoted(name)} in {quoted(weight_map[name])}' for name in absent)}",
+            AGAIN,
+        )
+    unnamed = [name for name in owner if name not in weight_map]
+    if unnamed:
+        raise CheckpointError(
+            f"{path} does not name {len(unnamed)} tensors that its shards hold: "
+            f"{name_some(map(quoted, unnamed))}",
+            AGAIN,
+        )
+    kinds = {_kind_of(shard) for shard in readers}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{path} mixes safetensors and PyTorch files")
+    return _checked(kinds.pop(), readers, path)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The index's table of tensor to shard, all shards being files that are there."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file")
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_HEADER_BYTES} bytes, not an index")
+        index = parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map of tensor to file", AGAIN)
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{path} has a weight_map whose files are not all names", AGAIN)
+    shards = list(dict.fromkeys(weight_map.values()))
+    outside = [shard for shard in shards if not _is_inside(shard)]
+    if outside:
+        raise CheckpointError(
+            f"{path} names files outside its folder, which are never read: "
+            f"{name_some(map(quoted, outside))}"
+        )
+    missing = [shard for shard in shards if not _is_there(path.parent / shard)]
+    if missing:
+        raise CheckpointError(
+            f"{path} names shards that are missing: {name_some(map(quoted, missing))}", AGAIN
+        )
+    return weight_map
+
+
+def _is_inside(shard: str) -> bool:
+    """Whether a name in an index stays in its folder. A link there may still lead anywhere, as in
+    Hugging Face's cache."""
+    posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
+    return (
+        "\0" not in shard
+        and not posix.is_absolute()
+        and not windows.anchor
+        and ".." not in (*posix.parts, *windows.parts)
+    )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or not one the system can encode
+        return False
+
+
+def _checked(kind: Kind, readers: Mapping[Path, Reader], path: Path) -> TensorSource:
+    if not any(reader.infos for reader in readers.values()):
+        raise CheckpointError(f"{path} holds no tensors")
+    names = [name for reader in readers.values() for name in reader.infos]
+    return TensorSource(kind, readers, unwrapped_names(names, path))

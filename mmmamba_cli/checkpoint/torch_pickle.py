@@ -1,0 +1,256 @@
+"""PyTorch state dicts (`.ckpt`, `.pt`, `.pth`, `.bin`), read without ever running what they hold.
+
+`torch.load(weights_only=True)` does the reading. Around it stand the checks that it leaves out:
+nothing compressed (which the mapping could not show and a bomb could hide in), nothing larger than
+the file, nothing but tensors.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint.safetensors_file import AGAIN, DTYPE_NAMES
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo, quoted
+from mmmamba_cli.errors import CheckpointError, name_some
+
+NESTS = ("state_dict", "model_state_dict", "model")
+
+# What damaged input makes the unpickler and the zip reader raise; a pickle is a small program, and
+# a broken one fails in as many ways as programs do.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+# The globals of a plain state dict; anything else is named to the user as code.
+_PLAIN_GLOBAL = re.compile(
+    r"torch\.(\w*Storage|Size|Tensor|device|u?int\d+|float\w+|bfloat16|half|double|bool)"
+    r"|torch\.storage\.(Untyped|Typed)Storage|torch\._utils\._rebuild_\w+"
+    r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
+    r"|torch\.serialization\._get_layout|collections\.(OrderedDict|Counter)|_codecs\.encode"
+    r"|(builtins|__builtin__)\.(bytearray|set|complex)"
+)
+
+_OLD_FORMAT_PICKLES = 4  # magic number, version, system, state dict; storages' raw bytes follow
+_SCAN_BYTES = 64 << 20  # far beyond the pickle of any state dict
+
+
+class PickleFile:
+    """The tensors of one state dict, mapped into memory unless it is in PyTorch's old format.
+
+    Unwraps `state_dict`, `model_state_dict` and `model`. Raises `CheckpointError`.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            size = path.stat().st_size
+            state = _unwrap(_load(path, size), path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        _check_tensors(state, size, path)
+        self._tensors = {name: tensor.detach() for name, tensor in state.items()}
+        self.infos = {
+            name: TensorInfo.of(tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def close(self) -> None:
+        """Let go of the tensors; those already read live on."""
+        self._tensors.clear()
+
+
+def _load(path: Path, size: int) -> Any:
+    if size == 0:
+        raise CheckpointError(f"{path} is empty, expected a PyTorch state dict", AGAIN)
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        if is_zip:
+            _check_zip(path, size)
+        with warnings.catch_warnings():
+            # What it warns of, such as other pickle protocols, it then reads or refuses.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except _DAMAGE as error:
+        code = _code_in(path)
+        if code:
+            raise CheckpointError(
+                f"{path} holds code, which is never run here: it asks for {name_some(code)}",
+                "if you trust it, convert it where its code may run: " + _conversion(path),
+            ) from error
+        raise CheckpointError(
+            f"{path} is damaged, or is no state dict written by torch.save",
+            f"{AGAIN}, or write its tensors as safetensors: {_conversion(path)}",
+        ) from error
+
+
+def _conversion(path: Path) -> str:
+    """One line that turns the file into safetensors by running whatever is in it."""
+    return (
+        'python -c "import torch, safetensors.torch as s; '
+        f"d = torch.load({str(path)!r}, weights_only=False, map_location='cpu'); "
+        "d = d.state_dict() if hasattr(d, 'state_dict') else d.get('state_dict', d); "
+        "s.save_file({k: v.clone().contiguous() for k, v in d.items()}, "
+        f'{str(path.with_suffix(".safetensors"))!r})"'
+    )
+
+
+def _check_zip(path: Path, size: int) -> None:
+    """Raise `CheckpointError` unless every entry lies uncompressed within the file."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    packed = [
+        entry.filename
+        for entry in entries
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
+    ]
+    if packed:
+        raise CheckpointError(
+            f"{path} holds compressed entries, which torch.save never writes: "
+            f"{name_some(map(quoted, packed))}",
+            f"save it again with torch.save, or as safetensors: {_conversion(path)}",
+        )
+    beyond = [entry.filename for entry in entries if entry.header_offset + entry.file_size > size]
+    if beyond:
+        raise CheckpointError(
+            f"{path} has entries that reach beyond its end: {name_some(map(quoted, beyond))}", AGAIN
+        )
+
+
+def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
+    """The mapping of tensors in what was loaded, which may contain itself."""
+    seen: set[int] = set()
+    while isinstance(loaded, Mapping) and not any(isinstance(v, Tensor) for v in loaded.values()):
+        seen.add(id(loaded))
+        nested = [loaded[nest] for nest in NESTS if isinstance(loaded.get(nest), Mapping)]
+        if not nested or id(nested[0]) in seen:
+            break
+        loaded = nested[0]
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"{path} holds one object of type {type(loaded).__name__}, expected a state dict "
+            f"(names to tensors), or one under {', '.join(NESTS)}"
+        )
+    return loaded
+
+
+def _check_tensors(state: Mapping[Any, Any], size: int, path: Path) -> None:
+    """Raise `CheckpointError` unless these are named plain tensors that the file has room for."""
+    odd = [name for name in state if not isinstance(name, str)]
+    if odd:
+        raise CheckpointError(
+            f"{path}: expected text as tensor names, found {name_some(map(quoted, odd))}"
+        )
+    other = [
+        f"{quoted(name)} ({type(value).__name__})"
+        for name, value in state.items()
+        if not isinstance(value, Tensor)
+    ]
+    if other:
+        raise CheckpointError(
+            f"{path}: expected a state dict of tensors only, found {name_some(other)}",
+            f"save only the state dict, at the top level or under one of {', '.join(NESTS)}",
+        )
+    for name, tensor in state.items():
+        problem = _problem_of(name, tensor, size)
+        if problem:
+            raise CheckpointError(f"{path}: tensor {quoted(name)} {problem}", AGAIN)
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in state.values()
+    }
+    if sum(storages.values()) > size:
+        raise CheckpointError(f"{path}: its tensors claim more bytes than the file holds", AGAIN)
+
+
+def _problem_of(name: str, tensor: Tensor, size: int) -> str | None:
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        return "has a name that is not UTF-8"
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return "is sparse, nested or quantized, expected a plain one"
+    if tensor.device.type != "cpu":
+        return "comes without data"
+    element = str(tensor.dtype).removeprefix("torch.")
+    if element not in DTYPE_NAMES:
+        return f"has unknown dtype {element}, known are {', '.join(DTYPE_NAMES)}"
+    if tensor.nbytes > size:
+        return f"claims {tensor.nbytes} bytes, the file has {size}"
+    return None
+
+
+def _code_in(path: Path) -> list[str]:
+    """Globals that the pickles in a file ask for beyond those of a state dict, without loading."""
+    found: dict[str, None] = {}
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                for name in pickles:
+                    with archive.open(name) as file:
+                        _find_globals(file.read(_SCAN_BYTES), found, pickles=1)
+        else:
+            with path.open("rb") as file:
+                _find_globals(file.read(_SCAN_BYTES), found, pickles=_OLD_FORMAT_PICKLES)
+    except _DAMAGE:
+        pass  # damaged after this point; what was found so far stands
+    return list(found)
+
+
+def _find_globals(data: bytes, found: dict[str, None], pickles: int) -> None:
+    """Walk the pickles that follow each other in `data`, adding to `found`."""
+    stream = io.BytesIO(data)
+    for _ in range(pickles):
+        memo: dict[int, str | None] = {}
+        strings = ["", ""]  # the last two put on the stack: what STACK_GLOBAL takes
+        top: str | None = None
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "MEMOIZE":
+                memo[len(memo)] = top
+            elif opcode.name.endswith("PUT"):
+                memo[_index(argument)] = top
+            elif opcode.name in ("GLOBAL", "INST"):
+                _add_global(str(argument).replace(" ", ".", 1), found)
+            elif opcode.name == "STACK_GLOBAL":
+                _add_global(".".join(strings), found)
+            else:
+                got = memo.get(_index(argument)) if opcode.name.endswith("GET") else argument
+                top = got if isinstance(got, str) else None
+                if top is not None:
+                    strings = [strings[1], top]
+
+
+def _index(argument: object) -> int:
+    return argument if isinstance(argument, int) else -1
+
+
+def _add_global(wanted: str, found: dict[str, None]) -> None:
+    if not _PLAIN_GLOBAL.fullmatch(wanted):
+        found[quoted(wanted).strip("'")] = None

@@ -1,0 +1,218 @@
+"""What a person sees of a training, and how they stop it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from mmmamba_cli.cli.console import PLAIN_INTERVAL, err, print_table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+    from mmmamba_cli.distill import Progress, StepResult, Watch
+    from mmmamba_cli.distributed.stop_signals import Repeats
+    from mmmamba_cli.recipe import Stage
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class StopRequest(AbstractContextManager["StopRequest"]):
+    """Notes the first Ctrl-C or SIGTERM; the second ends the process with 130 or 143.
+
+    A signal within a second of the first is a copy of the same request. Of several processes only
+    one says what happens (`speaks`).
+    """
+
+    def __init__(self, speaks: bool = True) -> None:
+        self.speaks = speaks
+        self._repeats: Repeats | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def wanted(self) -> bool:
+        return self._repeats is not None and self._repeats.count > 0
+
+    def __enter__(self) -> StopRequest:
+        from mmmamba_cli.distributed.stop_signals import SIGNALS, Repeats
+
+        self._repeats = Repeats()
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        from mmmamba_cli.distributed.stop_signals import end_by, write_from_handler
+
+        assert self._repeats is not None
+        if self._repeats.is_repeat():
+            end_by(number)
+        if self._repeats.count == 1 and self.speaks:
+            write_from_handler("\nstopping after this step; once more stops at once\n")
+
+
+class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
+    """A live panel on a terminal, plain lines elsewhere, nothing on processes but the first."""
+
+    def __init__(self, is_main: bool, stop: StopRequest):
+        self.is_main = is_main
+        self.stop = stop
+        self._live: Live | None = None
+        self._stage: Stage | None = None
+        self._last_line = 0.0
+        self._started = (0.0, 0)
+        self._said: set[str] = set()
+
+    @property
+    def watch(self) -> Watch:
+        from mmmamba_cli.distill import Watch
+
+        return Watch(self.say, self.begin, self.report, lambda: self.stop.wanted)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end_live()
+
+    def say(self, text: str) -> None:
+        """A line on stderr, above the live panel if there is one."""
+        if self.is_main:
+            err().print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, stage: Stage, learning: Mapping[str, Any], progress: Progress) -> None:
+        """List what learns, then show the stage from its first step on."""
+        from mmmamba_cli.distill import describe
+
+        self._end_live()
+        self._stage = stage
+        self._started = (time.monotonic(), progress.step)
+        if not self.is_main:
+            return
+        sizes: dict[str, int] = {}
+        for name, parameter in learning.items():
+            (inner,) = describe([name])
+            sizes[inner] = sizes.get(inner, 0) + parameter.numel()
+        counts = describe(learning)
+        rows = [(name, counts[name], f"{sizes[name]:,}") for name in sorted(counts)]
+        rows.append(("total", len(learning), f"{sum(sizes.values()):,}"))
+        self.say(
+            f"{stage.name}: {stage.loss}, {stage.steps} steps, batch {stage.batch_size}, "
+            f"lr {stage.lr:g}"
+        )
+        print_table(
+            ("learns", "tensors", "parameters"),
+            rows,
+            right=("tensors", "parameters"),
+            to_stderr=True,
+        )
+        if err().is_terminal:
+            from rich.live import Live
+
+            self._live = Live(console=err(), refresh_per_second=4, transient=False)
+            self._live.start()
+
+    def report(self, result: StepResult) -> None:
+        """Show one step; what went wrong in it is always said."""
+        for sample in result.bad:
+            self.say(f"skipped sample {sample}")
+        for sample in result.held_out.bad if result.held_out else ():
+            # Every evaluation meets the same ones.
+            if sample not in self._said:
+                self._said.add(sample)
+                self.say(f"skipped held-out sample {sample}")
+        if result.skipped is not None:
+            self.say(f"step {result.step} skipped: {result.skipped}")
+        if self._live is not None:
+            self._live.update(self._panel(result))
+            if result.held_out is not None:
+                self.say(self._held_out(result))
+            return
+        stage = self._stage
+        is_last = stage is not None and result.step == stage.steps
+        if is_last or result.held_out or time.monotonic() - self._last_line >= PLAIN_INTERVAL:
+            self._last_line = time.monotonic()
+            self.say(self._line(result))
+
+    def _line(self, result: StepResult) -> str:
+        name, steps = ("", 0) if self._stage is None else (self._stage.name, self._stage.steps)
+        parts = [
+            f"{name} {result.step}/{steps}",
+            f"loss {result.loss:.4g}",
+            f"lr {result.learning_rate:.3g}",
+            f"|g| {result.gradient_norm:.3g}",
+            f"{result.tokens_per_second:,.0f} tokens/s",
+            *([] if result.memory_gib is None else [f"{result.memory_gib:.1f} GiB"]),
+            f"{self._time_left(result)} left",
+            *([self._held_out(result)] if result.held_out else []),
+        ]
+        return "  ".join(parts)
+
+    def _held_out(self, result: StepResult) -> str:
+        found = result.held_out
+        assert found is not None
+        text = f"held out: loss {found.loss:.4g}, top-1 agreement {found.agreement:.1%}"
+        if found.student_nll is not None and found.teacher_nll is not None:
+            text += f", nll {found.student_nll:.3f} (teacher {found.teacher_nll:.3f})"
+        if found.bad:
+            total = found.samples + len(found.bad)
+            text += f", {len(found.bad)} of {total} samples could not be read"
+        return text
+
+    def _panel(self, result: StepResult) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        total = self._stage.steps if self._stage else result.step
+        lines: list[RenderableType] = [
+            ProgressBar(total=total, completed=result.step, width=60),
+            Text(self._line(result)),
+        ]
+        if len(result.terms) > 1:
+            lines.append(Text(_bars(result.terms)))
+        return Group(*lines)
+
+    def _time_left(self, result: StepResult) -> str:
+        begun, first = self._started
+        done = result.step - first
+        steps = self._stage.steps if self._stage else result.step
+        seconds = (time.monotonic() - begun) / max(1, done) * (steps - result.step)
+        hours, rest = divmod(round(seconds), 3600)
+        return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+    def _end_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _bars(terms: Mapping[str, float]) -> str:
+    """Per-layer losses as a row of bars, the highest named; "?" where a loss is not finite."""
+    finite = {name: value for name, value in terms.items() if math.isfinite(value)}
+    worst = max(finite, key=lambda name: finite[name], default=None)
+    top = 0.0 if worst is None else finite[worst]
+    drawn = "".join(_bar(value, top) if name in finite else "?" for name, value in terms.items())
+    lost = [f"{name}: {value}" for name, value in terms.items() if name not in finite]
+    said = ([] if worst is None else [f"highest {worst}: {top:.3g}"]) + lost[:3]
+    return "  ".join([f"layers {drawn}", *said])
+
+
+def _bar(value: float, top: float) -> str:
+    return BARS[max(0, min(7, int(8 * (value / top)))) if top > 0 else 0]

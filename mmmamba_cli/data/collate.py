@@ -1,0 +1,151 @@
+"""From encoded samples to micro batches: rows, who computes which, and padding.
+
+Legend: B rows, T columns of a micro batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.data.batch import IGNORED, BadSample, Batch, bad_sample
+from mmmamba_cli.data.tokenize import Encoded, decode_images
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.ops.attention import segments_of
+from mmmamba_cli.processing import ImageProcessor
+
+Row = list[Encoded]
+
+
+def make_rows(samples: Sequence[Encoded], batching: str, max_length: int) -> list[Row]:
+    """The rows of a global batch, however many processes there are.
+
+    `padded`: a sample a row, in the order given; `bucketed`: the longest first; `packed`: each
+    sample, the longest first, into the first row it fits.
+    """
+    if batching == "padded":
+        return [[sample] for sample in samples]
+    by_length = sorted(samples, key=len, reverse=True)
+    if batching == "bucketed":
+        return [[sample] for sample in by_length]
+    rows: list[Row] = []
+    room: list[int] = []
+    for sample in by_length:
+        fitting = (i for i, free in enumerate(room) if free >= len(sample))
+        row = next(fitting, None)
+        if row is None:
+            rows.append([sample])
+            room.append(max_length - len(sample))
+        else:
+            rows[row].append(sample)
+            room[row] -= len(sample)
+    return rows
+
+
+def deal(rows: Sequence[Row], rank: int, world_size: int, accumulation: int) -> list[list[Row]]:
+    """The rows of each of this process's `accumulation` micro batches.
+
+    Neighbouring rows, which are of similar length, come into one micro batch, and the largest micro
+    batch, in tokens with padding, is as small as it can be: all processes wait for it, and memory
+    must hold it. With fewer rows than micro batches the last ones are empty.
+    """
+    parts = world_size * accumulation
+    lengths = [_row_length(row) for row in rows]
+    fits, largest = max(lengths, default=0), len(rows) * max(lengths, default=0)
+    while fits < largest:
+        middle = (fits + largest) // 2
+        if len(_ends(lengths, parts, middle)) <= parts:
+            largest = middle
+        else:
+            fits = middle + 1
+    ends = _ends(lengths, parts, largest)
+    ends += [len(rows)] * (parts - len(ends))
+    cut = [list(rows[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    return cut[rank::world_size]
+
+
+def _ends(lengths: Sequence[int], parts: int, limit: int) -> list[int]:
+    """Where parts end that each take as many rows as stay within `limit` tokens with padding.
+
+    They leave a row for each part behind them, so that none is empty without need.
+    """
+    ends: list[int] = []
+    start = longest = 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        full = longest * (row - start + 1) > limit
+        needed = len(lengths) - row < parts - len(ends)
+        if row > start and (full or needed):
+            ends.append(row)
+            start, longest = row, length
+    return [*ends, len(lengths)]
+
+
+def collate(
+    rows: Sequence[Row], images: ImageProcessor | None, pad_id: int
+) -> tuple[Batch, list[BadSample]]:
+    """A micro batch of the rows whose pictures can be decoded, and the samples it lacks."""
+    bad: list[BadSample] = []
+    kept: list[Row] = []
+    pixels: list[Tensor] = []
+    for row in rows:
+        good: Row = []
+        for sample in row:
+            try:
+                pixels += decode_images(sample, images)
+                good.append(sample)
+            except DataError as error:
+                bad.append(bad_sample(error, sample.name, seen_by_all=False))
+        if good:
+            kept.append(good)
+    return (_batch(kept, pixels, pad_id) if kept else blank(pad_id)), bad
+
+
+def blank(pad_id: int) -> Batch:
+    """A row without a sample, for a process that must keep step with the others."""
+    mask = torch.zeros(1, 1, dtype=torch.bool)
+    return Batch(
+        input_ids=torch.full((1, 1), pad_id),
+        labels=torch.full((1, 1), IGNORED),
+        attention_mask=mask,
+        seq_idx=None,
+        pixel_values=None,
+        num_samples=0,
+        num_tokens=0,
+        segments=segments_of(mask, None),
+    )
+
+
+def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
+    lengths = [_row_length(row) for row in rows]
+    shape = (len(rows), max(lengths))
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
+    numbers, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        column = 0
+        for number, sample in enumerate(row):
+            place = slice(column, column + len(sample))
+            ids = torch.tensor(sample.ids)
+            input_ids[r, place] = ids
+            labels[r, place] = ids.masked_fill(~torch.tensor(sample.is_answer), IGNORED)
+            numbers[r, place], real[r, place] = number, True
+            column = place.stop
+    mask = None if bool(real.all()) else real
+    seq_idx = numbers if any(len(row) > 1 for row in rows) else None
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        attention_mask=mask,
+        seq_idx=seq_idx,
+        pixel_values=torch.cat(pixels) if pixels else None,
+        num_samples=sum(map(len, rows)),
+        num_tokens=sum(lengths),
+        names=tuple(sample.name for row in rows for sample in row),
+        segments=None if mask is None and seq_idx is None else segments_of(mask, seq_idx),
+    )
+
+
+def _row_length(row: Row) -> int:
+    return sum(len(sample) for sample in row)

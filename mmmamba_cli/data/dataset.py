@@ -1,0 +1,253 @@
+"""Sets of samples by number, whatever they are stored in."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmmamba_cli.data.jsonl import JsonLines, JsonList, is_json_list
+from mmmamba_cli.data.sample import Picture, Sample, given, inside, parse_sample
+from mmmamba_cli.data.webdataset import Shard, expand_shards
+from mmmamba_cli.errors import DataError, MmmambaWarning, name_some
+
+# No file system has longer names; one would raise an error of its own for them.
+LONGEST_NAME = 255
+
+
+class Corpus(Protocol):
+    """Samples by index; one that cannot be read raises `DataError` naming it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def name(self, index: int) -> str:
+        """What a sample is called, `set.jsonl:17`, also if it cannot be read."""
+        ...
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """How many samples each part has, in order, and how often a pass takes each."""
+        ...
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """What lies in the files and belongs to no sample, by name, with the reason."""
+        ...
+
+    @property
+    def pictures(self) -> Mapping[str, Picture]:
+        """The pictures that lie in the same files as the samples, by name."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold the samples; files of pictures are not among them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """`repeats` below 1 takes that share of the part's samples in each pass, another each time."""
+
+    name: str
+    samples: int
+    repeats: float = 1.0
+
+
+class Conversations:
+    """A file of JSON lines, or one JSON list if it is called `.json`; `shown` is its name in names
+    of samples. Images lie in `root`, or beside the file.
+    """
+
+    def __init__(self, file: Path, root: Path | None, shown: str | None = None):
+        if root is not None and not root.is_dir():
+            raise DataError(
+                f"the image root {root} is not a folder", "check --image-root (data.image_root)"
+            )
+        is_list = file.suffix.lower() == ".json" and is_json_list(file)
+        self.records = JsonList(file, shown) if is_list else JsonLines(file, shown)
+        self.root = file.parent if root is None else root
+        self.ignored: tuple[str, ...] = ()
+        self.pictures: dict[str, Picture] = {}
+        self.parts = (Part(file.name, len(self.records)),)
+        self.files = (file,)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.records[index]
+        return parse_sample(record, self.name(index), lambda name: inside(self.root, name))
+
+    def name(self, index: int) -> str:
+        return self.records.name(index)
+
+
+class Shards:
+    """webdataset shards, one after the other."""
+
+    def __init__(self, files: Sequence[Path]):
+        self.shards = [Shard(file) for file in files]
+        self._ends = list(accumulate(len(shard) for shard in self.shards))
+        self.parts = (Part(files[0].name, len(self)),)
+        self.ignored = tuple(name for shard in self.shards for name in shard.ignored)
+        self.pictures: dict[str, Picture] = {
+            f"{shard.file.name}/{name}": picture
+            for shard in self.shards
+            for name, picture in shard.pictures.items()
+        }
+        self.files = tuple(files)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, number = _locate(self._ends, index)
+        return self.shards[shard][number]
+
+    def name(self, index: int) -> str:
+        shard, number = _locate(self._ends, index)
+        return self.shards[shard].name(number)
+
+
+class Union:
+    """Several sets as one, each taken as often as its part says."""
+
+    def __init__(self, sets: Sequence[tuple[str, Corpus, float]]):
+        self.sets = [corpus for _, corpus, _ in sets]
+        self._ends = list(accumulate(len(corpus) for corpus in self.sets))
+        self.parts = tuple(Part(name, len(corpus), repeats) for name, corpus, repeats in sets)
+        self.ignored = tuple(name for corpus in self.sets for name in corpus.ignored)
+        self.pictures = {name: one for corpus in self.sets for name, one in corpus.pictures.items()}
+        self.files = tuple(file for corpus in self.sets for file in corpus.files)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        which, number = _locate(self._ends, index)
+        return self.sets[which][number]
+
+    def name(self, index: int) -> str:
+        which, number = _locate(self._ends, index)
+        return self.sets[which].name(number)
+
+
+def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
+    """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, or `.tar` shards
+    ({000..099}).
+
+    Warns with a `MmmambaWarning` of members of shards that belong to no sample. Raises `DataError`
+    if something is missing, of another kind, or without a sample.
+    """
+    text = str(source)
+    suffix = Path(text).suffix.lower()
+    corpus: Corpus
+    if suffix == ".jsonl":
+        corpus = Conversations(Path(text), image_root)
+    elif suffix == ".tar":
+        corpus = Shards(expand_shards(text))
+    elif suffix == ".json" and is_json_list(Path(text)):
+        corpus = Conversations(Path(text), image_root)
+    elif suffix == ".json":
+        corpus = _open_meta(Path(text), image_root)
+    else:
+        raise DataError(
+            f"{text} is of no kind we read, expected .jsonl, .json (a list, or a meta file) or .tar"
+        )
+    if len(corpus) == 0:
+        expected = {".tar": "a .json member for each", ".json": "a list of conversations"}.get(
+            suffix, "one conversation a line"
+        )
+        raise DataError(f"{text} has no samples", f"expected {expected}")
+    if corpus.ignored:
+        warnings.warn(
+            MmmambaWarning(
+                f"{text}: {len(corpus.ignored):,} members belong to no sample "
+                f"({name_some(corpus.ignored, 3)})"
+            ),
+            stacklevel=2,
+        )
+    return corpus
+
+
+def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Which of several parts, ending at `ends`, holds sample `index`, and its number therein."""
+    which = bisect_right(ends, index)
+    return which, index - (ends[which - 1] if which else 0)
+
+
+def _open_meta(file: Path, image_root: Path | None) -> Corpus:
+    """`{set: {"annotation": file, "root": folder, "repeat_time": times}}`, as InternVL has it.
+
+    Paths count from the working directory, as InternVL's do, or else from the meta file's folder; a
+    relative root lies in `image_root` where that is given. `weight` multiplies `repeat_time`.
+    """
+    meta = _read_object(file)
+    sets = []
+    for name, entry in meta.items():
+        where = f"{file}: {name}"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("annotation"), str):
+            raise DataError(f"{where}: has no annotation, expected the path of a .jsonl file")
+        root = entry.get("root")
+        for path in (entry["annotation"], root or ""):
+            if not isinstance(path, str) or any(len(x) > LONGEST_NAME for x in path.split("/")):
+                raise DataError(
+                    f"{where}: {path!r:.60} is no path", "give annotation and root as paths"
+                )
+        annotation = Path(entry["annotation"])
+        if not annotation.is_absolute() and not annotation.exists():
+            annotation = file.parent / annotation
+        folder = image_root if root is None else (image_root or Path()) / root
+        if folder is not None and not folder.is_absolute() and not folder.is_dir():
+            folder = file.parent / folder
+        times = _positive(entry.get("repeat_time", 1), f"{where}: repeat_time")
+        times *= _positive(entry.get("weight", 1), f"{where}: weight")
+        try:
+            # Called as in the meta file: files of several sets often have the same name.
+            corpus = Conversations(annotation, folder, entry["annotation"])
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}", error.hint) from error
+        if len(corpus) == 0:
+            raise DataError(f"{where}: {annotation} has no samples", "leave the set out")
+        sets.append((name, corpus, times))
+    if not sets:
+        raise DataError(f"{file} names no sets")
+    return Union(sets)
+
+
+def _read_object(file: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist", "check the path") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{file} is not JSON: {error}", "a file of one conversation a line is called .jsonl"
+        ) from error
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{file} is a {type(value).__name__}, expected a list of conversations or a meta file "
+            "of several sets"
+        )
+    if given(value, "conversations", "messages") is not None:
+        raise DataError(
+            f"{file} is one conversation, expected a list of them or a meta file of several sets",
+            "put it in [ ]",
+        )
+    return value
+
+
+def _positive(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise DataError(f"{where}: is {value!r}, expected a number above 0")
+    return float(value)

@@ -1,0 +1,55 @@
+"""Which sample comes when: a pure function of the seed and the sample's number in the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmmamba_cli.data.dataset import Part
+
+
+class Order:
+    """An endless stream of passes over the parts, each shuffled by (seed, pass) or in file order.
+
+    A part with `repeats` 2.5 is taken twice whole in each pass, and a half of it, drawn anew each
+    pass, once more. Every pass has the same length.
+    """
+
+    def __init__(self, parts: Sequence[Part], seed: int, shuffle: bool):
+        self._parts = tuple(parts)
+        self._seed = seed
+        self._shuffle = shuffle
+        self.length = sum(self._whole(part) + self._extra(part) for part in parts)
+        self._drawn: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, number: int) -> int:
+        """Index, in the whole corpus, of sample `number` of the stream."""
+        count, place = divmod(number, self.length)
+        if count not in self._drawn:
+            # Two passes meet in a batch; older ones are not asked for again.
+            self._drawn = {n: p for n, p in self._drawn.items() if n == count - 1}
+            self._drawn[count] = self._draw(count)
+        return int(self._drawn[count][place])
+
+    @staticmethod
+    def _whole(part: Part) -> int:
+        return int(part.repeats) * part.samples
+
+    @staticmethod
+    def _extra(part: Part) -> int:
+        share = part.repeats - int(part.repeats)
+        extra = round(share * part.samples)
+        # A share of a small set is not none of it, unless it is empty.
+        return min(max(extra, 1), part.samples) if part.repeats < 1 else extra
+
+    def _draw(self, number: int) -> np.ndarray:
+        rng = np.random.Generator(np.random.PCG64([self._seed, number]))
+        chosen, first = [], 0
+        for part in self._parts:
+            own = np.arange(first, first + part.samples)
+            chosen += [own] * int(part.repeats)
+            chosen.append(np.sort(rng.permutation(own)[: self._extra(part)]))
+            first += part.samples
+        stream = np.concatenate(chosen)
+        return rng.permutation(stream) if self._shuffle else stream

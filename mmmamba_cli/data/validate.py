@@ -1,0 +1,129 @@
+"""A look at a data set before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import quantiles
+from typing import Any
+
+from mmmamba_cli.data.batch import BadSample, bad_sample
+from mmmamba_cli.data.dataset import Corpus
+from mmmamba_cli.data.tokenize import Encoder, decode_images
+from mmmamba_cli.errors import DataError
+
+NAMED = 10
+
+
+@dataclass
+class DataReport:
+    """What was found: the samples that can be used, and what is wrong with the others."""
+
+    samples: int = 0
+    with_images: int = 0
+    images: int = 0
+    tiles: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    # Samples that were cut to the longest length.
+    cut: int = 0
+    # In tokens, before cutting; `tokens` and `answer_tokens` are what is left.
+    lengths: list[int] = field(default_factory=list, repr=False)
+    bad: list[BadSample] = field(default_factory=list, repr=False)
+    # What lies in the files and is part of no sample, by name, with the reason.
+    ignored: list[str] = field(default_factory=list, repr=False)
+
+    @property
+    def bad_share(self) -> float:
+        return len(self.bad) / max(1, self.samples)
+
+    @property
+    def cut_share(self) -> float:
+        return self.cut / max(1, self.samples)
+
+    def length_at(self, percent: int) -> int | None:
+        """The length below which `percent` of the samples are; None without samples."""
+        if len(self.lengths) < 2:
+            return self.lengths[0] if self.lengths else None
+        return round(quantiles(self.lengths, n=100, method="inclusive")[percent - 1])
+
+    def reasons(self) -> dict[str, int]:
+        """How many samples each kind of problem has, the commonest first."""
+        return dict(Counter(_kind(sample.reason) for sample in self.bad).most_common())
+
+    def as_dict(self, named: int | None = NAMED) -> dict[str, Any]:
+        """For machines; at most `named` bad samples and ignored members by name, None for all."""
+        return {
+            "samples": self.samples,
+            "with_images": self.with_images,
+            "images": self.images,
+            "tiles": self.tiles,
+            "tokens": self.tokens,
+            "answer_tokens": self.answer_tokens,
+            "cut": self.cut,
+            "cut_share": self.cut_share,
+            "length": {
+                "min": min(self.lengths, default=None),
+                "median": self.length_at(50),
+                "p95": self.length_at(95),
+                "max": max(self.lengths, default=None),
+            },
+            "bad": len(self.bad),
+            "bad_share": self.bad_share,
+            "reasons": self.reasons(),
+            "named": [vars(sample) for sample in self.bad[:named]],
+            "unnamed": len(self.bad[named:]) if named is not None else 0,
+            "ignored": len(self.ignored),
+            "ignored_names": self.ignored[:named],
+        }
+
+
+def check_data(
+    corpus: Corpus,
+    encoder: Encoder,
+    *,
+    limit: int | None = None,
+    decode: bool = True,
+    advance: Callable[[int], None] | None = None,
+) -> DataReport:
+    """Read every sample as training would, or the first `limit`; pictures too if `decode`.
+
+    Where all are read, pictures that lie beside the samples and that none of them shows are ignored
+    by name too.
+    """
+    report = DataReport(ignored=list(corpus.ignored))
+    unshown = {picture: name for name, picture in corpus.pictures.items()}
+    count = min(len(corpus), limit or len(corpus))
+    for index in range(count):
+        report.samples += 1
+        try:
+            sample = corpus[index]
+            for picture in sample.images:
+                unshown.pop(picture, None)
+            encoded = encoder(sample)
+            if decode:
+                decode_images(encoded, encoder.images)
+        except DataError as error:
+            report.bad.append(bad_sample(error, corpus.name(index)))
+        else:
+            report.with_images += bool(encoded.images)
+            report.images += len(encoded.images)
+            report.tiles += sum(encoded.num_tiles)
+            report.tokens += len(encoded)
+            report.answer_tokens += sum(encoded.is_answer)
+            report.cut += encoded.cut > 0
+            report.lengths.append(len(encoded) + encoded.cut)
+        if advance is not None:
+            advance(1)
+    if count == len(corpus):
+        report.ignored += [f"{name}: a picture that no sample shows" for name in unshown.values()]
+    return report
+
+
+def _kind(reason: str) -> str:
+    """A reason without what differs from sample to sample: paths, numbers."""
+    words = [
+        "..." if "/" in word or any(map(str.isdigit, word)) else word for word in reason.split()
+    ]
+    return " ".join(words)[:80]

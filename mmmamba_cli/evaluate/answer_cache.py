@@ -1,0 +1,188 @@
+"""Answers as they come: one JSON line each, so that a run that was stopped can go on.
+
+The first line says what the answers are answers to; a file of other settings has another name.
+Further lines are answers, and how batches were made from there on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from mmmamba_cli.errors import DataError, RunError
+from mmmamba_cli.evaluate.model_adapter import Limit
+
+INDEX, PREDICTION, LIKELIHOODS, LIMIT = "index", "prediction", "log_likelihoods", "limit"
+HEADER = "answers_to"
+# What differs without anybody having asked for it: named when kept answers are not taken.
+UNASKED = ("model", "questions", "data", "pictures", "code", "versions")
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """A short hash of everything that can change an answer."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one row; `log_likelihoods` of the choices it had, if it had any."""
+
+    index: str
+    text: str
+    log_likelihoods: tuple[float, ...] = ()
+
+
+class AnswerStore(AbstractContextManager["AnswerStore"]):
+    """The answers of one model to one suite under one set of settings.
+
+    `answers` by index are those already there; `limit` how the last batches were made, and
+    `before_limit` the indexes that were answered before it held. A last line that a crash cut
+    short is dropped, and `warn` told so; `say` hears of answers in the folder that are not taken,
+    and what has changed since. Raises `DataError` for a damaged line elsewhere,
+    `RunError` if another command is writing to the file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        warn: Callable[[str], None],
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.file = folder / f"predictions-{settings_key(settings)}.jsonl"
+        self.answers: dict[str, Answer] = {}
+        self.limit: Limit | None = None
+        self.before_limit: frozenset[str] = frozenset()
+        self._settings = dict(settings)
+        self._warn = warn
+        self._say = say
+        self._handle: IO[bytes] | None = None
+
+    def __enter__(self) -> AnswerStore:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        handle = self.file.open("a+b")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.close()
+            raise RunError(
+                f"{self.file} is being written by another mmmamba command", "wait for it"
+            ) from error
+        self._handle = handle
+        try:
+            self._read(handle)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+    def add(self, answers: list[Answer]) -> None:
+        """Append answers and bring them to the disk."""
+        records = []
+        for answer in answers:
+            self.answers[answer.index] = answer
+            record: dict[str, Any] = {INDEX: answer.index, PREDICTION: answer.text}
+            if answer.log_likelihoods:
+                record[LIKELIHOODS] = list(answer.log_likelihoods)
+            records.append(record)
+        self._append(records)
+
+    def set_limit(self, limit: Limit) -> None:
+        """Note how batches are made from here on."""
+        self.limit, self.before_limit = limit, frozenset(self.answers)
+        self._append([{LIMIT: limit.as_dict()}])
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        assert self._handle is not None
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        self._handle.write("".join(lines).encode())
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+
+    def _read(self, handle: IO[bytes]) -> None:
+        handle.seek(0)
+        good = 0
+        for number, line in enumerate(handle, start=1):
+            record = _parse(line)
+            if record is None:
+                if handle.read(1):
+                    raise DataError(
+                        f"{self.file}: line {number} is damaged",
+                        "delete the line, or the file to begin anew",
+                    )
+                self._warn(f"{self.file}: the last line was cut short and is dropped")
+                break
+            self._take(record, number)
+            good += len(line)
+        # The end of what is whole; writing appends there.
+        handle.truncate(good)
+        handle.seek(0, os.SEEK_END)
+        if good == 0:
+            self._name_others()
+            self._append([{HEADER: self._settings}])
+
+    def _name_others(self) -> None:
+        """Report kept answers that are not reused because pictures, code or versions changed."""
+        for file in sorted(self.file.parent.glob("predictions-*.jsonl")):
+            if file == self.file:
+                continue
+            with file.open("rb") as handle:
+                header = (_parse(handle.readline()) or {}).get(HEADER)
+            if not isinstance(header, dict):
+                continue
+            differ = [key for key in UNASKED if header.get(key) != self._settings.get(key)]
+            chosen = [key for key in self._settings if key not in UNASKED]
+            if differ and all(header.get(key) == self._settings[key] for key in chosen):
+                self._say(
+                    f"answers kept in {file.name} are not taken, all are asked again: "
+                    f"{', '.join(differ)} changed since"
+                )
+
+    def _take(self, record: dict[str, Any], number: int) -> None:
+        if number == 1:
+            if record.get(HEADER) != self._settings:
+                raise DataError(
+                    f"{self.file} does not say that its answers are to this suite, model and "
+                    "settings",
+                    "move it away to begin anew",
+                )
+        elif LIMIT in record:
+            self.limit = Limit(**record[LIMIT])
+            self.before_limit = frozenset(self.answers)
+        else:
+            scores = tuple(record.get(LIKELIHOODS, ()))
+            answer = Answer(record[INDEX], record[PREDICTION], scores)
+            self.answers[answer.index] = answer
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A whole line as a record; None if it is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

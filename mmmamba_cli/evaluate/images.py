@@ -1,0 +1,107 @@
+"""Pictures of a suite: where each one is, and its bytes when they are needed."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate.vlmeval_table import PICTURE, Table, split_cell
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a row: a file, or the `part`-th picture in a table's cell.
+
+    `enlarge` is by how much it is scaled up before it is cut into tiles.
+    """
+
+    row: str
+    file: Path | None = None
+    table: Table | None = None
+    owner: str = ""
+    part: int = 0
+    enlarge: int = 1
+
+    def source(self) -> Path | bytes:
+        """What `open_image` takes. Raises `DataError` for bad base64, naming the row."""
+        if self.file is not None:
+            return self.file
+        assert self.table is not None
+        cell = self.table.image_cell(self.owner)
+        return decode(split_cell(cell)[self.part], f"{self.table.file}: row {self.row}")
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) as the model will see it, from the header. Raises `DataError`."""
+        from mmmamba_cli.processing import image_size
+
+        width, height = image_size(self.source(), label=f"the image of row {self.row}")
+        return width * self.enlarge, height * self.enlarge
+
+    def open(self) -> Image:
+        """The picture as RGB, scaled up bilinearly if it is to be. Raises `DataError`."""
+        from PIL import Image as pil
+
+        from mmmamba_cli.processing import open_image
+
+        image = open_image(self.source(), label=f"the image of row {self.row}")
+        if self.enlarge == 1:
+            return image
+        size = (image.width * self.enlarge, image.height * self.enlarge)
+        return image.resize(size, pil.Resampling.BILINEAR)
+
+
+def pictures_of(
+    table: Table, cell: Mapping[str, str], dataset: str, enlarge: int = 1
+) -> tuple[Picture, ...]:
+    """The pictures of a row, the first one enlarged. Raises `DataError` if a file is missing."""
+    index, owner = cell["index"], cell[PICTURE]
+    if owner:
+        return tuple(
+            Picture(index, table=table, owner=owner, part=i, enlarge=1 if i else enlarge)
+            for i in range(table.pictures[owner])
+        )
+    names = split_cell(cell.get("image_path", ""))
+    return tuple(
+        Picture(index, file=_find(table.file, name, dataset, index), enlarge=1 if i else enlarge)
+        for i, name in enumerate(names)
+        if name
+    )
+
+
+def _find(table: Path, name: str, dataset: str, index: str) -> Path:
+    """A picture's file: as named, or beside the table as VLMEvalKit lays it out."""
+    folder = table.parent
+    places = [Path(name), folder / name, folder / "images" / dataset / name]
+    for place in places:
+        if _is_there(place):
+            return place
+    looked = ", ".join(str(place) for place in dict.fromkeys(places))
+    raise DataError(
+        f"{table}: the picture {name} of row {index} is in none of {looked}",
+        "put it there, or use a table with the column image",
+    )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or not one the system can encode
+        return False
+
+
+def decode(text: str, where: str) -> bytes:
+    """Bytes of base64. Raises `DataError` naming `where`."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(
+            f"{where}: the image is not valid base64: {error}", "write the table anew"
+        ) from error

@@ -1,0 +1,275 @@
+"""Our own models behind the runner's contract: generation and likelihoods in left-padded batches.
+
+Legend: B rows of a batch, T columns, V vocabulary.
+
+Which questions go through the model together.
+
+Prompts are padded on the left to the longest of their batch, so those of like length belong
+together. Longest first: what does not fit is found at once, and the pictures of later batches are
+small. Plans depend on lengths and the limit only, never on time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate.interfaces import Encoded, Identity, OutOfMemory, Prompt
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.processing import (
+    HolisticTextProcessor,
+    HolisticVLMProcessor,
+    content_with_images,
+    count_tiles,
+)
+
+# More at once gains little once the device is busy, and loses more when a batch is done again.
+MOST_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Limit:
+    """At most so many prompts in a batch, and so many padded tokens; 0 is any number of tokens.
+
+    `given` is the number of prompts that was asked for, 0 where the limit was found by measuring. A
+    single prompt is always a batch.
+    """
+
+    prompts: int
+    columns: int = 0
+    given: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def halved(self, prompts: int, longest: int) -> Limit:
+        """The limit after a batch of so many prompts, so long, did not fit."""
+        half = max(1, prompts // 2)
+        if self.columns:
+            return Limit(self.prompts, half * longest, self.given)
+        return Limit(half, 0, self.given)
+
+
+def plan_batches(lengths: Sequence[int], limit: Limit) -> list[list[int]]:
+    """Places in `lengths`, in batches: longest first, ties in their order."""
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    batches: list[list[int]] = []
+    longest = 0
+    for place in order:
+        size = len(batches[-1]) + 1 if batches else 0
+        fits = not limit.columns or size * longest <= limit.columns
+        if batches and size <= limit.prompts and fits:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+            longest = lengths[place]
+    return batches
+
+
+Result = TypeVar("Result")
+
+# Share of free memory that a batch may take: what is left is for fragments and longer answers.
+SHARE = 0.8
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """One prompt's ids, and its tiles (N, 3, S, S) or None."""
+
+    ids: list[int]
+    pixels: Tensor | None
+    num_tiles: tuple[int, ...]
+
+
+class HolisticEvalModel:
+    """A loaded model and its processor. `identity` says which model it is."""
+
+    def __init__(
+        self,
+        model: HolisticVLM,
+        processor: HolisticVLMProcessor | HolisticTextProcessor,
+        identity: Identity,
+    ):
+        self.model = model
+        self.processor = processor
+        self.identity = identity
+        # What a folder says about generating (penalties, sampling) is not what suites ask for.
+        self.model.generation_config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=self._stops,
+            pad_token_id=processor.pad_token_id,
+            suppress_tokens=model.generation_config.suppress_tokens,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def measure(self, prompt: Prompt) -> int:
+        """Tokens of the prompt, but for the constant ones of the chat template."""
+        text = len(self.processor.text_ids(prompt.text))
+        if not prompt.pictures:
+            return text
+        processor = self._sighted(prompt)
+        tiling = processor.image_processor.with_tiles(None, prompt.max_tiles).tiling
+        tiles = sum(count_tiles(*picture.size(), tiling) for picture in prompt.pictures)
+        return text + tiles * processor.tokens_per_tile
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """Ids, and the pictures' tiles in the model's dtype."""
+        if prompt.pictures:
+            batch = self._sighted(prompt).chat(
+                [_question(prompt)],
+                [picture.open() for picture in prompt.pictures],
+                padding=False,
+                return_tensors=None,
+                max_tiles=prompt.max_tiles,
+                return_num_tiles=True,
+            )
+        else:
+            batch = self.processor.chat([_question(prompt)], padding=False, return_tensors=None)
+        ids = list(batch["input_ids"][0])
+        pixels = batch.get("pixel_values")
+        if pixels is not None:
+            pixels = pixels.to(self.model.dtype)
+        return Encoded(prompt, len(ids), _Inputs(ids, pixels, tuple(batch.get("num_tiles", ()))))
+
+    def _sighted(self, prompt: Prompt) -> HolisticVLMProcessor:
+        if isinstance(self.processor, HolisticTextProcessor):
+            raise DataError(
+                f"row {prompt.index} has a picture, but {self.identity.name} reads text only",
+                "evaluate it with --with lm-eval",
+            )
+        return self.processor
+
+    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        """Greedy answers, without special tokens and outer spaces."""
+        return _or_too_large(lambda: self._generate(batch, max_new_tokens))
+
+    @torch.no_grad()
+    def _generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        inputs = self._inputs([encoded.value.ids for encoded in batch], batch)
+        tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        return [self._text(row) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    @property
+    def _stops(self) -> list[int]:
+        return sorted(set(self.processor.stop_token_ids))
+
+    def _text(self, ids: list[int]) -> str:
+        stops = set(self._stops)
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        text: str = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return text.strip()
+
+    def score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+        """Sum of log p over each choice's tokens, in nats; the token that ends a turn is left out.
+
+        Prompts with all their choices go through the model in one batch.
+        """
+        return _or_too_large(lambda: self._score_choices(batch))
+
+    @torch.no_grad()
+    def _score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+        rows = [
+            (encoded, *self._continue(encoded, choice))
+            for encoded in batch
+            for choice in encoded.prompt.choices
+        ]
+        inputs = self._inputs([ids for _, ids, _ in rows], [encoded for encoded, _, _ in rows])
+        # The answers' columns, and the one before, which predicts the first.
+        keep = max(len(ids) - start for _, ids, start in rows) + 1
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+        scores = iter(
+            self._sum(found, ids, start)
+            for found, (_, ids, start) in zip(logits, rows, strict=True)
+        )
+        return [[next(scores) for _ in encoded.prompt.choices] for encoded in batch]
+
+    def _continue(self, encoded: Encoded, choice: str) -> tuple[list[int], int]:
+        """Ids of the prompt answered with `choice`, and where the answer begins."""
+        talk = [_question(encoded.prompt), {"role": "assistant", "content": choice}]
+        ids, is_answer = self.processor.conversation_ids(talk, encoded.value.num_tiles)
+        columns = [i for i, answers in enumerate(is_answer) if answers]
+        stops = set(self._stops)
+        end = next((i for i in columns if ids[i] in stops), len(ids))
+        return ids[:end], columns[0]
+
+    @staticmethod
+    def _sum(logits: Tensor, ids: list[int], start: int) -> float:
+        """Of one row's last logits (columns, V): log p of ids[start:], which end it."""
+        count = len(ids) - start
+        predicted = torch.log_softmax(logits[-count - 1 : -1].double(), dim=-1)
+        wanted = torch.tensor(ids[start:], device=logits.device).unsqueeze(1)
+        return float(predicted.gather(1, wanted).sum())
+
+    def _inputs(self, ids: Sequence[list[int]], encoded: Sequence[Encoded]) -> dict[str, Any]:
+        """One batch, padded on the left, on the model's device."""
+        width = max(map(len, ids))
+        pad = self.processor.pad_token_id
+        rows = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+        inputs = {"input_ids": rows.to(self.device), "attention_mask": mask.to(self.device)}
+        pixels = [one.value.pixels for one in encoded if one.value.pixels is not None]
+        if pixels:
+            inputs["pixel_values"] = torch.cat([one.to(self.device) for one in pixels])
+        return inputs
+
+    def fitting_columns(self, longest: Encoded, max_new_tokens: int) -> int | None:
+        """Measured on the longest prompt alone: what it takes, and what is free. CUDA only."""
+        if self.device.type != "cuda":
+            return None
+
+        def try_it() -> None:
+            if longest.prompt.choices:
+                self.score_choices([longest])
+            else:
+                self.generate([longest], min(max_new_tokens, PROBE_TOKENS))
+
+        taken = _peak_beyond_weights(try_it, self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return fitting(longest.length, taken, free)
+
+
+def _question(prompt: Prompt) -> dict[str, Any]:
+    """The user's message, in which only the pictures' places are no text."""
+    content = content_with_images(prompt.text, len(prompt.pictures))
+    return {"role": "user", "content": content}
+
+
+def fitting(length: int, taken: int, free: int) -> int:
+    """Columns that fit into `free` bytes if `length` columns take `taken`; at least `length`."""
+    return max(1, int(SHARE * free / max(1, taken))) * length
+
+
+def _peak_beyond_weights(work: Callable[[], None], device: torch.device) -> int:
+    """Bytes that `work` takes at its height beyond what was there before."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _or_too_large(work: Callable[[], Result]) -> Result:
+    """What `work` returns; torch's out-of-memory error becomes the runner's."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        failed = str(error).partition("\n")[0]
+    # Only here are the frames gone that kept the batch's tensors alive.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemory(failed)

@@ -1,0 +1,96 @@
+"""The files of an export, as the export itself lists them: `mmmamba_export.json`.
+
+A later export replaces a folder only if it holds these files, unchanged, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mmmamba_cli import __version__
+from mmmamba_cli.checkpoint.atomic import entries
+
+RECORD = "mmmamba_export.json"
+CARD = "README.md"
+# Larger files are weights: compared by size, since hashing them takes as long as reading them.
+HASHED_BYTES = 16 << 20
+# Exports of earlier versions have no record; their card ends with this line.
+SIGNATURE = re.compile(r"^Written by mmmamba \S+\.$", re.MULTILINE)
+UNRECORDED = (
+    CARD,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "configuration_mmmamba.py",
+    "generation_config.json",
+    "manifest.json",
+    "mmmamba_*.py",
+    "model-*-of-*.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "modeling_mmmamba.py",
+    "processing_mmmamba.py",
+    "processing_mmmamba_text.py",
+    "processor_config.json",
+    "source_config.json",
+    "special_tokens_map.json",
+    "tokenization_mmmamba.py",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+
+
+def write_record(folder: Path, layout: str) -> None:
+    """List the files of a finished export in it."""
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    record = {"format": 1, "mmmamba": __version__, "layout": layout, "files": files}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def strangers(folder: Path) -> list[str]:
+    """What lies in `folder` beside an export's own files as they were written.
+
+    Everything, if the folder is no export.
+    """
+    files = _recorded(folder)
+    if files is None:
+        card = folder / CARD
+        is_export = card.is_file() and SIGNATURE.search(_text(card)) is not None
+        known = UNRECORDED if is_export and (folder / "config.json").is_file() else ()
+        return [n for n in entries(folder) if not any(fnmatchcase(n, one) for one in known)]
+    found = []
+    for name in entries(folder):
+        if name == RECORD:
+            continue
+        if name not in files:
+            found.append(name)
+        elif _describe(folder / name) != files[name]:
+            found.append(f"{name} (changed since)")
+    return found
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    if size > HASHED_BYTES:
+        return {"bytes": size}
+    return {"bytes": size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """The files that the record names; None without a record that can be read."""
+    try:
+        value = json.loads((folder / RECORD).read_text(encoding="utf-8-sig"))
+        files = value["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return files if isinstance(files, dict) else None
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8-sig", errors="replace")

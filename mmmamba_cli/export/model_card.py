@@ -1,0 +1,283 @@
+"""The model card: what a model is, what it came from, what it was taught and what it scored.
+
+Nothing in it names a place on the machine it was made on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmmamba_cli import __version__
+from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_name_of
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.export.hub_upload import check_repository
+from mmmamba_cli.export.layouts import HOVLE, HUB, RELEASED
+from mmmamba_cli.model import LINEAR
+from mmmamba_cli.runs import Manifest
+from mmmamba_cli.runs.provenance import (
+    PUBLISHED,
+    provenance_of,
+    public_command,
+    public_name,
+    public_recipe,
+    public_text,
+    public_value,
+)
+
+TITLES = {
+    HUB: "mmmamba's own layout, with the code that reads it",
+    RELEASED: "the layout mmMamba was published in",
+    HOVLE: "HoVLE's layout",
+}
+LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]*")
+METHOD = "arxiv:2502.13145"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A suite's headline number by one rule; `low` and `high` bound it at `level`."""
+
+    suite: str
+    rule: str
+    metric: str
+    value: float
+    rows: int
+    low: float | None = None
+    high: float | None = None
+    level: float = 0.95
+    # Whether only the first part of the suite was asked.
+    partial: bool = False
+    # The teacher's number by the same rule for the same questions; None if it was not asked.
+    teacher: float | None = None
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the card tells beside the tensors; `lineage` are the product's ancestors, oldest first.
+
+    `manifest` is None for a checkpoint that is no product. Raises `CheckpointError` for a licence,
+    title or base that the card cannot hold.
+    """
+
+    manifest: Manifest | None = None
+    lineage: tuple[Manifest, ...] = ()
+    scores: tuple[Score, ...] = ()
+    licence: str | None = None
+    title: str | None = None
+    # The teacher's repository on the Hub, OWNER/NAME.
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.licence is not None and LICENCE.fullmatch(self.licence) is None:
+            raise CheckpointError(
+                f"{self.licence!r} is no name of a licence", "expected one such as apache-2.0"
+            )
+        if self.title is not None and not self.title.isprintable():
+            raise CheckpointError(f"{self.title!r} is no title", "give one line of text")
+        if self.base is not None:
+            check_repository(self.base)
+
+
+def card_text(checkpoint: Checkpoint, name: str, dtype: str, parameters: int, story: Story) -> str:
+    """README.md of an export in format `name`."""
+    config = checkpoint.config
+    title = story.title or public_name_of(checkpoint.path) or checkpoint.path.resolve().name
+    kept = config.attention_layers
+    total = config.num_hidden_layers
+    lines = [
+        *_front_matter(checkpoint, title, story),
+        f"# {title}",
+        "",
+        f"{_kind(kept, total)}. {parameters / 1e6:,.1f} M parameters in {dtype}, in "
+        f"{TITLES[name]}.",
+        *_honesty(checkpoint, story.manifest),
+        "",
+        *_use(checkpoint, name),
+        *_lineage(story),
+        *_scores(story.scores),
+        *_recipe(story.manifest),
+        f"Written by mmmamba {__version__}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def public_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manifest:
+    """The manifest of an exported product: paths shortened to names, wherever they stand."""
+    parents = tuple(
+        parent.model_copy(update={"name": public_name(parent.name)}) for parent in manifest.parents
+    )
+    changes = {
+        "parents": parents,
+        "command": public_command(manifest.command),
+        "dtype": dtype,
+        "content_hash": content_hash,
+        "recipe": public_recipe(manifest.recipe),
+        "notes": tuple(map(public_text, manifest.notes)),
+        "metrics": public_value(manifest.metrics),
+    }
+    return manifest.model_copy(update=changes)
+
+
+def _kind(kept: Sequence[int], total: int) -> str:
+    if not kept:
+        return f"A linear model: Mamba-2 in all {total} layers"
+    if len(kept) == total:
+        return f"A model with attention in all {total} layers"
+    listed = ", ".join(map(str, kept))
+    return f"A hybrid: attention in layers {listed} of {total}, Mamba-2 in the others"
+
+
+def _front_matter(checkpoint: Checkpoint, title: str, story: Story) -> list[str]:
+    """The card's metadata; huggingface_hub writes it as the Hub reads it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = "image-text-to-text" if checkpoint.config.vision is not None else "text-generation"
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", score.suite.lower()).strip("-"),
+            dataset_name=score.suite,
+            metric_type=score.metric,
+            metric_name=f"{score.metric} by the rule {score.rule}",
+            metric_value=round(score.value, 4),
+        )
+        for score in story.scores
+        if not score.partial
+    ]
+    fields: dict[str, Any] = {"tags": ["mmmamba", METHOD]}
+    if results:
+        fields |= {"model_name": title, "eval_results": results}
+    data = ModelCardData(
+        base_model=_base_model(story),
+        license=story.licence,
+        library_name="transformers",
+        pipeline_tag=task,
+        **fields,
+    )
+    return ["---", data.to_yaml(), "---", ""]
+
+
+def _base_model(story: Story) -> str | None:
+    """The teacher's repository on the Hub: as it was given, or that of the cache it came from.
+
+    The Hub takes no other names, so that a teacher on a disk has none.
+    """
+    if story.base is not None or story.manifest is None:
+        return story.base
+    first = (*story.lineage, story.manifest)[0]
+    for role in ("teacher", "origin"):
+        for parent in first.parents:
+            name = public_name(parent.name).partition("@")[0]
+            if parent.role == role and hub_name(parent.name) is not None:
+                return name
+    return None
+
+
+def _honesty(checkpoint: Checkpoint, manifest: Manifest | None) -> list[str]:
+    """How far the model was distilled, where that needs saying."""
+    if manifest is None and LINEAR not in checkpoint.config.layer_types:
+        return []
+    known = provenance_of(checkpoint) if manifest is None else manifest
+    if known.final is None:
+        return ["How far it was distilled is not known."]
+    if known.final:
+        return ["It was published as distilled end to end, which was not checked."] * (
+            PUBLISHED in known.notes
+        )
+    done = ", ".join(known.stages) or "none"
+    return [
+        "",
+        "**This model was never distilled end to end**, so its answers are not those of a trained "
+        f"model. Stages done: {done}.",
+    ]
+
+
+def _use(checkpoint: Checkpoint, name: str) -> list[str]:
+    if name == HUB:
+        return ["## Use", "", "```python", *_program(checkpoint), "```", ""]
+    return [
+        "## Use",
+        "",
+        "```python",
+        "import mmmamba_cli",
+        "",
+        'model = mmmamba_cli.load("this folder")',
+        "```",
+        "",
+        "or with the code its layout was published with, which `auto_map` in config.json names.",
+        *_reading_notes(checkpoint, name),
+        "",
+    ]
+
+
+def _reading_notes(checkpoint: Checkpoint, name: str) -> Iterator[str]:
+    scaled = [s for s in (checkpoint.config.embedding, checkpoint.config.language) if s]
+    if name == RELEASED and any(s.rope_scaling for s in scaled):
+        yield (
+            "That code leaves out the RoPE scaling of the attention layers that were kept, which "
+            "matters beyond the trained length only."
+        )
+
+
+def _program(checkpoint: Checkpoint) -> list[str]:
+    pictures = checkpoint.config.vision is not None
+    auto = "AutoModelForImageTextToText" if pictures else "AutoModelForCausalLM"
+    question = '"What is shown?", images=["picture.jpg"]' if pictures else '"Who are you?"'
+    return [
+        f"from transformers import {auto}, AutoProcessor",
+        "",
+        'folder = "this folder, or its name on the Hub"',
+        f'model = {auto}.from_pretrained(folder, dtype="auto", trust_remote_code=True)',
+        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)",
+        f"inputs = processor.chat({question})",
+        "tokens = model.generate(**inputs, max_new_tokens=100)",
+        'answer = tokens[0, inputs["input_ids"].shape[1]:]',
+        "print(processor.tokenizer.decode(answer, skip_special_tokens=True))",
+    ]
+
+
+def _lineage(story: Story) -> list[str]:
+    if story.manifest is None:
+        return []
+    chain = (*story.lineage, story.manifest)
+    lines = ["## Lineage", ""]
+    for parent in chain[0].parents:
+        if parent.role in ("teacher", "origin"):
+            name = public_name(parent.name)
+            lines.append(f"- {parent.role}: {name} (`{parent.content_hash[:12]}`)")
+    for manifest in chain:
+        stages = ", ".join(manifest.stages) or "no stage done"
+        lines.append(
+            f"- {manifest.name}: {manifest.kind}, by {manifest.made_by}, {stages} "
+            f"(`{manifest.content_hash[:12]}`)"
+        )
+    notes = [f"- note: {public_text(note)}" for note in story.manifest.notes]
+    versions = ", ".join(f"{k} {v}" for k, v in story.manifest.versions.items())
+    return [*lines, *notes, *([f"- made with {versions}"] if versions else []), ""]
+
+
+def _scores(scores: Sequence[Score]) -> list[str]:
+    if not scores:
+        return []
+    beside = any(score.teacher is not None for score in scores)
+    columns = ("suite", "rule", "metric", "value", *(["teacher"] if beside else []), "rows")
+    lines = ["## Scores", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for score in scores:
+        bounds = "" if score.low is None else f" ({score.low:.4g} to {score.high:.4g})"
+        rows = f"{score.rows}, a part" if score.partial else f"{score.rows}"
+        taught = "not asked" if score.teacher is None else f"{score.teacher:.4g}"
+        value = f"{score.value:.4g}{bounds}"
+        cells = (score.suite, score.rule, score.metric, value, *([taught] if beside else []), rows)
+        lines.append(f"| {' | '.join(cells)} |")
+    if any(score.low is not None for score in scores):
+        lines += ["", f"In brackets: {scores[0].level:.0%} intervals, by bootstrap over the rows."]
+    return [*lines, ""]
+
+
+def _recipe(manifest: Manifest | None) -> list[str]:
+    if manifest is None:
+        return []
+    return ["## Recipe", "", "```yaml", *public_recipe(manifest.recipe).splitlines(), "```", ""]

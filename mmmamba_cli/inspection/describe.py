@@ -1,0 +1,194 @@
+"""What a checkpoint is, from its headers alone: layout, layers, parameters, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture
+from mmmamba_cli.checkpoint import OWN, Checkpoint, hovle, llama_family, mmmamba_hf
+from mmmamba_cli.checkpoint.name_map import Shape
+from mmmamba_cli.recipe import plan_kind
+
+EMBEDDING, LANGUAGE = "embedding", "language"
+UNUSED = "kept for exports, used by no forward"
+# Parts in the order in which a token passes them.
+PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+    (UNUSED, lambda name: name.startswith("unused.")),
+    ("patch embedding", lambda name: name.startswith("model.vision.")),
+    ("token embedding", lambda name: name.startswith("model.text_embedding.")),
+    ("MLPs", lambda name: ".mlp." in name),
+    ("norms", lambda name: "_norm." in name and ".mixer." not in name),
+    ("final norm", lambda name: name.startswith("model.norm.")),
+    ("output head", lambda name: name.startswith("lm_head.")),
+)
+ATTENTION_PART, LINEAR_PART = "attention mixers", "linear mixers"
+ORDER = (
+    "patch embedding",
+    "token embedding",
+    ATTENTION_PART,
+    LINEAR_PART,
+    "MLPs",
+    "norms",
+    "final norm",
+    "output head",
+    UNUSED,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of one kind. `layers` is 0 for what does not belong to a layer."""
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    layers: int = 0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of blocks, and which of its layers, counted through both stacks, are attention."""
+
+    name: str
+    first_layer: int
+    num_layers: int
+    attention_layers: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What `inspect` says of a checkpoint. `dtypes` maps a name to tensors and bytes."""
+
+    path: str
+    layout: str
+    container: str
+    files: int
+    file_bytes: int
+    kind: str
+    layer_types: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+    hidden_size: int
+    vocab_size: int
+    parameters: int
+    parts: tuple[Part, ...]
+    dtypes: Mapping[str, tuple[int, int]]
+    tokenizer: str | None
+    vision: Mapping[str, object] | None
+    mixer: Mapping[str, object]
+    assumed: tuple[str, ...]
+
+
+def describe(checkpoint: Checkpoint) -> Anatomy:
+    """Look a checkpoint over; no tensor is read."""
+    config = checkpoint.architecture
+    parts = parts_of(checkpoint)
+    source = checkpoint.source
+    dtypes: dict[str, tuple[int, int]] = {}
+    for name in source.names:
+        info = source.info(name)
+        tensors, nbytes = dtypes.get(info.element, (0, 0))
+        dtypes[info.element] = (tensors + 1, nbytes + info.nbytes)
+    tokenizer = checkpoint.tokenizer_file
+    return Anatomy(
+        path=str(checkpoint.path),
+        layout=layout_name(checkpoint.model_type),
+        container=source.kind,
+        files=len(source.files),
+        file_bytes=sum(Path(file).stat().st_size for file in source.files),
+        kind=plan_kind(len(config.attention_layers), config.num_hidden_layers),
+        layer_types=tuple(config.layer_types),
+        stacks=stacks_of(config),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        parameters=sum(part.parameters for part in parts if part.name != UNUSED),
+        parts=parts,
+        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
+        tokenizer=None if tokenizer is None else tokenizer.name,
+        vision=None if config.vision is None else dict(config.vision),
+        mixer=vars(config.mixer_config) if LINEAR in config.layer_types else {},
+        assumed=checkpoint.assumed,
+    )
+
+
+def layout_name(model_type: str) -> str:
+    """A layout as people call it."""
+    if model_type in llama_family.MODEL_TYPES:
+        return f"language model ({model_type})"
+    names = {
+        OWN: "mmmamba",
+        hovle.MODEL_TYPE: "HoVLE",
+        mmmamba_hf.MODEL_TYPE: "mmMamba as published",
+    }
+    return names[model_type]
+
+
+def stacks_of(config: Architecture) -> tuple[Stack, ...]:
+    """The stacks a model has: one for a plain language model, else two."""
+    found, first = [], 0
+    named = ((EMBEDDING, config.embedding), (LANGUAGE, config.language))
+    for name, stack in named:
+        if stack is None:
+            continue
+        layers = range(first, first + stack.num_layers)
+        found.append(
+            Stack(
+                name,
+                first,
+                stack.num_layers,
+                tuple(i for i in layers if config.layer_types[i] == ATTENTION),
+                stack.num_heads,
+                stack.num_kv_heads,
+                stack.head_dim,
+                stack.intermediate_size,
+            )
+        )
+        first += stack.num_layers
+    return tuple(found)
+
+
+def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """Parameters by part, as they are stored."""
+    return _parts(
+        checkpoint.architecture, checkpoint.shapes, lambda name: checkpoint.info(name).nbytes
+    )
+
+
+def _parts(
+    config: Architecture, shapes: Mapping[str, Shape], nbytes: Callable[[str], int]
+) -> tuple[Part, ...]:
+    names: dict[str, list[str]] = {}
+    for name in shapes:
+        names.setdefault(part_of(name, config), []).append(name)
+    return tuple(
+        Part(
+            part,
+            len(names[part]),
+            sum(prod(shapes[name]) for name in names[part]),
+            sum(map(nbytes, names[part])),
+            len({layer_of(name) for name in names[part]} - {None}),
+        )
+        for part in ORDER
+        if part in names
+    )
+
+
+def part_of(name: str, config: Architecture) -> str:
+    """The part a tensor of ours belongs to."""
+    layer = layer_of(name)
+    if layer is not None and ".mixer." in name:
+        return ATTENTION_PART if config.layer_types[layer] == ATTENTION else LINEAR_PART
+    return next(part for part, belongs in PARTS if belongs(name))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor, counted through both stacks."""
+    words = name.split(".")
+    return int(words[2]) if words[:2] == ["model", "layers"] else None

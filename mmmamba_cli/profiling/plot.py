@@ -1,0 +1,166 @@
+"""A profile as a picture, where matplotlib is installed."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, EAGER, STATIC_TEACHER, TUNED
+from mmmamba_cli.profiling.report import TITLES, memory_name
+from mmmamba_cli.profiling.result import DECODE, OUT_OF_MEMORY, PREFILL, Profile, SubjectPart, Task
+
+PIP = "pip install 'mmmamba[tracking]'"
+
+# Baselines are grey, students in colours that colour-blind readers tell apart (Okabe and Ito).
+GREYS = {
+    AS_SHIPPED: ("#222222", "-", "s"),
+    STATIC_TEACHER: ("#777777", "--", "D"),
+    TUNED: ("#777777", "--", "D"),
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+PANEL_WIDTH, HEIGHT, DPI = 4.6, 4.8, 150
+# Seconds and bytes in the units of the axes.
+SCALES = {"milliseconds": 1e-3, "seconds": 1, "MiB": 2**20, "GiB": 2**30}
+# Ticks of the context axis, at most.
+TICKS = 6
+
+
+def picture(profile: Profile, kind: str = "png") -> bytes | None:
+    """`figure_of` as "png" or "svg", with what was compared in its description.
+
+    None without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+
+        figure = figure_of(profile)
+    except ImportError:
+        return None
+    file = io.BytesIO()
+    metadata = {"Description": f"{profile.compared}. Memory: {memory_name(profile)}."}
+    if kind == "svg":
+        metadata |= {"Date": profile.created}
+    # The same profile gives the same file.
+    with rc_context({"svg.hashsalt": "mmmamba"}):
+        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
+    return file.getvalue()
+
+
+def figure_of(profile: Profile) -> Any:
+    """Latency, memory and prefill against context as a matplotlib Figure, all axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    tasks: list[Task] = [DECODE, PREFILL] if profile.plan.prefill else [DECODE]
+    panels = len(tasks) + 1
+    figure = Figure(figsize=(PANEL_WIDTH * panels, HEIGHT), layout="constrained")
+    axes = list(figure.subplots(1, panels))
+    axes[0].set(title="next token", ylabel=_draw(axes[0], profile, DECODE, "latency"))
+    unit = _draw(axes[1], profile, DECODE, "memory")
+    counted = "peak memory" if profile.device.type == "cuda" else "weights and cache"
+    axes[1].set(title=f"{counted} while decoding", ylabel=unit)
+    if len(tasks) > 1:
+        unit = _draw(axes[2], profile, PREFILL, "latency")
+        axes[2].set(title=TITLES[PREFILL], ylabel=unit)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False
+    )
+    ways = {subject.way for subject in profile.subjects if subject.role != AS_SHIPPED}
+    how = ", eager" if ways == {EAGER} else ""
+    figure.suptitle(
+        f"{profile.device.name}, {profile.dtype}, batch {profile.plan.batch}{how}", fontsize=11
+    )
+    return figure
+
+
+def _draw(axes: Any, profile: Profile, task: Task, what: str) -> str:
+    """A line for each subject, ending where it was out of memory; returns the unit of its values"""
+    unit = _unit(profile, task, what)
+    colours = iter(COLOURS * len(profile.subjects))
+    contexts = profile.plan.lengths(task)
+    for subject in profile.subjects:
+        colour, line, marker = GREYS.get(subject.role) or (next(colours), "-", "o")
+        points = _points(profile, subject, task, unit)
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            color=colour,
+            linestyle=line,
+            marker=marker,
+            markersize=4.5,
+            linewidth=1.8,
+            label=subject.name,
+        )
+        refused = [
+            c
+            for c in contexts
+            if (found := profile.find(subject.name, task, c)) and found.status == OUT_OF_MEMORY
+        ]
+        if refused:
+            axes.axvline(refused[0], color=colour, linestyle=":", linewidth=1, alpha=0.7)
+            axes.annotate(
+                f"{subject.name}:\nout of memory",
+                (refused[0], 0.03),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                fontsize=7,
+                color=colour,
+                ha="right",
+                va="bottom",
+            )
+    _frame(axes, contexts)
+    return unit
+
+
+def _unit(profile: Profile, task: Task, what: str) -> str:
+    if what == "latency":
+        return "milliseconds" if task == DECODE else "seconds"
+    largest = max((m.memory.total for m in profile.measurements if m.memory), default=0)
+    return "MiB" if largest < SCALES["GiB"] else "GiB"
+
+
+def _points(
+    profile: Profile, subject: SubjectPart, task: Task, unit: str
+) -> list[tuple[int, float]]:
+    found = []
+    for context in profile.plan.lengths(task):
+        one = profile.find(subject.name, task, context)
+        if one is None or one.median is None or one.memory is None:
+            continue
+        value = one.memory.total if unit in ("MiB", "GiB") else one.median
+        found.append((context, value / SCALES[unit]))
+    return found
+
+
+def _frame(axes: Any, contexts: list[int]) -> None:
+    """Logarithmic axes with plain numbers on them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    stride = -(-len(contexts) // TICKS)
+    shown = contexts[::-1][::stride]
+    axes.set_xticks(shown, [_tokens(context) for context in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if len(contexts) > 1:
+        axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.15)
+    low, high = axes.get_ylim()
+    # A flat line is flat to the eye: no axis shows less than a factor of four.
+    if high < 4 * low:
+        middle = (low * high) ** 0.5
+        axes.set_ylim(middle / 2, middle * 2)
+    axes.set_xlabel("context, tokens")
+    axes.grid(alpha=0.25, which="major")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _tokens(context: int) -> str:
+    """8192 as 8K, 1048576 as 1M, other numbers as they are."""
+    for unit, letter in ((2**20, "M"), (2**10, "K")):
+        if context % unit == 0:
+            return f"{context // unit}{letter}"
+    return f"{context:,}"

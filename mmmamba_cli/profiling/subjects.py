@@ -1,0 +1,381 @@
+"""Subjects: products of a run and its teacher, any checkpoint, architectures without weights.
+
+Weights of several models in memory at once, every tensor that two of them share held once.
+
+Subjects are measured in turn, so all of them want to be loaded. Teacher and student have the same
+MLPs, norms, token table and head, which is most of a model.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mmmamba_cli.checkpoint import (
+    Checkpoint,
+    expected_tensors,
+    hovle,
+    open_checkpoint,
+    pick_dtype,
+    stored_dtype,
+)
+from mmmamba_cli.checkpoint.tensor_io import cast
+from mmmamba_cli.devices import pick_device
+from mmmamba_cli.errors import DataError, RunError
+from mmmamba_cli.inference import quantize
+from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.profiling.eager_decoder import CachedDecoder
+from mmmamba_cli.profiling.fast_decoder import GeneratingDecoder
+from mmmamba_cli.profiling.interfaces import (
+    AS_SHIPPED,
+    EAGER,
+    GENERATOR,
+    GROWING,
+    STATIC,
+    STATIC_TEACHER,
+    STUDENT,
+    TUNED,
+    About,
+    Decoder,
+    Subject,
+)
+from mmmamba_cli.profiling.timers import or_out_of_memory, require
+from mmmamba_cli.recipe import place, plan_kind
+from mmmamba_cli.recipe.problems import join_or, nearest
+from mmmamba_cli.runs import Manifest, Run, path_name
+
+# Bounds of softplus^-1(dt) that decay neither at once nor never.
+STEP_BIAS = (-6.0, -2.0)
+
+
+class WeightStore:
+    """Builds models on one device in one dtype; forgets a tensor when no model has it any more."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self._parameters: WeakValueDictionary[tuple[str, str], nn.Parameter] = WeakValueDictionary()
+
+    def load(self, checkpoint: Checkpoint) -> HolisticVLM:
+        """The model of a checkpoint. Raises `OutOfMemory`, and `CheckpointError` as reading does.
+
+        Tensors that no forward uses, as a HoVLE's second token table, are not read.
+        """
+        return self._model(checkpoint.config, str(checkpoint.path), checkpoint.read)
+
+    def random(self, config: HolisticVLMConfig, family: str, seed: int) -> HolisticVLM:
+        """A model with random weights that depend on their names alone; raises `OutOfMemory`.
+
+        Models of one `family` share what they have in common, as teacher and student do.
+        """
+        shapes = expected_tensors(config)
+        return self._model(config, family, lambda name: self._noise(name, shapes[name], seed))
+
+    def _model(
+        self, config: HolisticVLMConfig, owner: str, read: Callable[[str], Tensor]
+    ) -> HolisticVLM:
+        def build() -> HolisticVLM:
+            with torch.device("meta"):
+                model = HolisticVLM(config)
+            for name in expected_tensors(config):
+                place, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(place), leaf, self._take(owner, name, read))
+            if config.tie_word_embeddings:
+                model.tie_weights()
+            return model.eval()
+
+        return or_out_of_memory(build)
+
+    def _take(self, owner: str, name: str, read: Callable[[str], Tensor]) -> nn.Parameter:
+        """The parameter of that name: its owner's, else another's that is equal, else a new one."""
+        held = self._parameters.get((owner, name))
+        if held is not None:
+            return held
+        tensor = read(name)
+        dtype = stored_dtype(name, self.dtype)
+        require(self.device, tensor.numel() * dtype.itemsize, name)
+        placed = nn.Parameter(cast(tensor, dtype, name, self.device), requires_grad=False)
+        for (_, other), parameter in list(self._parameters.items()):
+            same = other == name and parameter.shape == placed.shape
+            if same and torch.equal(parameter, placed):
+                placed = parameter
+                break
+        self._parameters[owner, name] = placed
+        return placed
+
+    def _noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Values of such sizes that every part of a model matters to its logits.
+
+        Drawn on the device, in the dtype they will have: billions would take a CPU a minute.
+        """
+        device, dtype = self.device, stored_dtype(name, self.dtype)
+        rng = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        if "norm" in name or name.endswith("A_log"):
+            return torch.ones(shape, device=device, dtype=dtype)
+        values = torch.empty(shape, device=device, dtype=dtype)
+        if name.endswith("dt_bias"):
+            return values.uniform_(*STEP_BIAS, generator=rng)
+        fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
+        return values.normal_(std=fan_in**-0.5, generator=rng)
+
+
+# A quarter of the layers, as the paper's hybrid.
+HYBRID_SHARE = 4
+PLACEMENT = "head-interleaved"
+
+_SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def architectures() -> dict[str, dict[str, Any]]:
+    """Configs by name, for `random_subjects`: HoVLE as published, and one for a laptop."""
+    large = hovle.ARCHITECTURES["hovle-2.6b"]
+    small = {**large, "force_image_size": 224}
+    small["embedding_config"] = {
+        **large["embedding_config"],
+        **_SMALL,
+        "num_hidden_layers": 2,
+        "image_size": 224,
+        "img_context_token_id": 2046,
+        "llm_vocab_size": 2048,
+        "llm_hidden_size": 256,
+    }
+    small["llm_config"] = {
+        **large["llm_config"],
+        **_SMALL,
+        "num_hidden_layers": 6,
+        "vocab_size": 2048,
+    }
+    return {"hovle-2.6b": large, "hovle-8m": small}
+
+
+def weight_store(device: str | None = None, dtype: str = "auto") -> WeightStore:
+    """Where subjects of one profile are loaded to; dtype "auto" is bf16 on CUDA, fp32 on a CPU.
+
+    Raises `CheckpointError` for a device or dtype that is not known or not there.
+    """
+    chosen = pick_device(device)
+    return WeightStore(chosen, pick_dtype(dtype, chosen))
+
+
+def teacher_subjects(
+    store: WeightStore, checkpoint: Checkpoint, known: str = "", *, eager: bool = False
+) -> list[Subject]:
+    """The two baselines: a checkpoint's model as it is shipped, and by the students' decoder.
+
+    `eager`: the second is eager too, with a static cache.
+    """
+    return [
+        _subject(
+            role,
+            role,
+            checkpoint.config,
+            partial(store.load, checkpoint),
+            str(checkpoint.path),
+            eager=eager,
+            content_hash=known or None,
+        )
+        for role in _baselines(eager)
+    ]
+
+
+def run_subjects(
+    store: WeightStore,
+    folder: Path,
+    products: Sequence[str] = (),
+    *,
+    teacher: bool | None = None,
+    teacher_path: Path | None = None,
+    eager: bool = False,
+) -> list[Subject]:
+    """A run's teacher, both ways, and products; without names the newest of each layer plan.
+
+    `teacher` None is as the run has one: students may be imported without. `eager`: with PyTorch's
+    own kernels, launched one by one. Raises `RunError` for a product that is not there, or a
+    teacher that has moved.
+    """
+    run = Run(folder)
+    has_teacher = run.record.teacher is not None
+    named = [run.product(name) for name in dict.fromkeys(products)] or _newest(run)
+    found: list[Subject] = []
+    if has_teacher if teacher is None else teacher:
+        found += run_teacher(store, folder, teacher_path, eager=eager)
+    for manifest in named:
+        checkpoint = run.open_product(manifest.name)
+        found.append(
+            _subject(
+                manifest.name,
+                STUDENT,
+                checkpoint.config,
+                partial(store.load, checkpoint),
+                str(checkpoint.path),
+                eager=eager,
+                content_hash=manifest.content_hash,
+                final=manifest.final,
+            )
+        )
+    return found
+
+
+def run_teacher(
+    store: WeightStore, folder: Path, moved_to: Path | None = None, *, eager: bool = False
+) -> list[Subject]:
+    """The two baselines of a run. Raises `RunError` if its teacher is not there, or never was."""
+    run = Run(folder)
+    known = run.teacher.content_hash
+    return teacher_subjects(store, run.open_teacher(moved_to), known, eager=eager)
+
+
+def path_subjects(
+    store: WeightStore, paths: Iterable[Path], *, eager: bool = False
+) -> list[Subject]:
+    """Any checkpoints, as students. Raises `CheckpointError`."""
+    found: list[Subject] = []
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        found.append(
+            _subject(
+                path_name(path),
+                STUDENT,
+                checkpoint.config,
+                partial(store.load, checkpoint),
+                str(path),
+                eager=eager,
+            )
+        )
+    return found
+
+
+def random_subjects(
+    store: WeightStore,
+    name: str,
+    attention: Sequence[int] | None = None,
+    *,
+    teacher: bool = True,
+    seed: int = 0,
+    eager: bool = False,
+) -> list[Subject]:
+    """An architecture without weights: its teacher, and a student for each count of attention.
+
+    None is the linear student and the one with a quarter of the layers. Raises `DataError` for a
+    name that is not known, `RecipeError` for more attention than there are layers.
+    """
+    known = architectures()
+    if name not in known:
+        raise DataError(
+            f"no architecture is called {name}: give {join_or(sorted(known))}{nearest(name, known)}"
+        )
+    full = hovle.to_config(known[name], f"architecture {name}")
+    layers = full.num_hidden_layers
+    counts = (0, layers // HYBRID_SHARE) if attention is None else dict.fromkeys(attention)
+    plans = [(role, role, full) for role in _baselines(eager)] if teacher else []
+    for count in counts:
+        kept = place(PLACEMENT, count, layers)
+        title = "linear" if count == 0 else f"hybrid-{count}"
+        plans.append((title, STUDENT, _with_attention(full, kept)))
+    return [
+        _subject(
+            title,
+            role,
+            config,
+            partial(store.random, config, name, seed),
+            "random",
+            eager=eager,
+        )
+        for title, role, config in plans
+    ]
+
+
+def int8_subjects(subjects: Sequence[Subject]) -> list[Subject]:
+    """The students among `subjects` once more, their weights made int8 after loading.
+
+    Raises `DataError` for eager ones: only `mmmamba_cli.inference` has kernels for such weights.
+    """
+    students = [one for one in subjects if one.about.role == STUDENT]
+    if any(one.about.way == EAGER for one in students):
+        raise DataError(
+            "int8 weights are decoded by mmmamba's own decoder, not eagerly",
+            "leave out --int8 or --eager",
+        )
+    return [
+        Subject(
+            f"{one.name} int8",
+            replace(one.about, precision="int8"),
+            lambda one=one: _made_int8(one.build()),  # type: ignore[misc]
+        )
+        for one in students
+    ]
+
+
+def check_names(subjects: Sequence[Subject]) -> None:
+    """Raise `DataError` if two of them have one name, under which results stand."""
+    names = [subject.name for subject in subjects]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"more than one model is called {', '.join(twice)}, and numbers stand under that name",
+            "profile them one after the other, with different --out, or rename a folder",
+        )
+
+
+def _baselines(eager: bool) -> tuple[str, str]:
+    return (AS_SHIPPED, STATIC_TEACHER if eager else TUNED)
+
+
+def _subject(
+    name: str,
+    role: str,
+    config: HolisticVLMConfig,
+    load: Callable[[], HolisticVLM],
+    weights: str,
+    *,
+    eager: bool,
+    content_hash: str | None = None,
+    final: bool | None = None,
+) -> Subject:
+    kept, total = config.attention_layers, config.num_hidden_layers
+    kind = plan_kind(len(kept), total)
+    cache = GROWING if role == AS_SHIPPED else STATIC
+    way = EAGER if eager or role == AS_SHIPPED else GENERATOR
+    about = About(role, cache, kind, kept, total, weights, content_hash, final, way)
+
+    def build() -> Decoder:
+        return CachedDecoder(load(), cache) if way == EAGER else GeneratingDecoder(load())
+
+    return Subject(name, about, build)
+
+
+def _made_int8(decoder: Decoder) -> Decoder:
+    """The same over int8 weights; what it held itself is let go."""
+    assert isinstance(decoder, GeneratingDecoder)
+    model = decoder.model
+    del decoder
+    quantize(model)
+    return GeneratingDecoder(model)
+
+
+def _with_attention(full: HolisticVLMConfig, kept: Sequence[int]) -> HolisticVLMConfig:
+    config = HolisticVLMConfig.from_dict(full.to_dict())
+    config.layer_types = [
+        kind if layer in kept else LINEAR for layer, kind in enumerate(full.layer_types)
+    ]
+    return config
+
+
+def _newest(run: Run) -> list[Manifest]:
+    """The newest product of each layer plan: the others are as fast. Raises `RunError` if none."""
+    plans = {manifest.attention_layers: manifest for manifest in run.products().values()}
+    if not plans:
+        raise RunError(f"{run.folder} has no product yet", "mmmamba seed makes the first")
+    return sorted(plans.values(), key=lambda manifest: len(manifest.attention_layers))

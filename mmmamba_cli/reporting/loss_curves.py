@@ -1,0 +1,134 @@
+"""The section on training: a panel for each stage, with every student that went through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from mmmamba_cli.recipe import Stage
+from mmmamba_cli.reporting.charts import Line, lines, swatch
+from mmmamba_cli.reporting.html import Markup, figure, section, table, tag
+from mmmamba_cli.reporting.run_contents import Trained
+
+# Points of a curve: more are not seen, and make the page large.
+POINTS = 300
+LOSSES = {
+    "mixer-mse": "squared error of the mixers' outputs",
+    "kl": "KL(teacher, student), nats a token",
+    "matrix-orientation": "distance of the mixing matrices",
+    "hidden-alignment": "squared error of the layers' outputs",
+}
+
+
+def losses_section(trained: Sequence[Trained], series: Mapping[str, int]) -> Markup:
+    """Loss over steps, stage by stage, in training; held-out numbers in the table."""
+    stages = list(dict.fromkeys(one.stage for one in trained))
+    panels = [
+        _panel(name, [one for one in trained if one.stage == name], series) for name in stages
+    ]
+    return section(
+        "losses",
+        f"Loss of each stage: {', '.join(one.label for one in trained if one.stage == stages[-1])}",
+        figure(
+            tag("div", *panels, class_="panels"),
+            "Lower is better. Losses of different stages are not comparable; lines in one panel "
+            "are, where their recipes are the same.",
+            _numbers(trained),
+        ),
+    )
+
+
+def stage_of(one: Trained) -> Stage | None:
+    """The stage as its recipe has it; None where the recipe knows no such stage."""
+    return next((stage for stage in one.recipe.stages if stage.name == one.stage), None)
+
+
+def _panel(name: str, trained: Sequence[Trained], series: Mapping[str, int]) -> Markup:
+    stage = stage_of(trained[0])
+    what = "loss" if stage is None else LOSSES[stage.loss]
+    if stage is not None and stage.loss_scale != 1:
+        what += f", times {stage.loss_scale:g}"
+    drawn = [Line(one.label, series[one.label], thinned(points(one.rows))) for one in trained]
+    drawn = [line for line in drawn if any(math.isfinite(y) for _, y in line.points)]
+    if not drawn:
+        return tag("div", tag("h3", name), tag("p", "No finite loss was written down."))
+    legend = [tag("li", swatch(line.series, lined=True), " ", line.label) for line in drawn]
+    return tag(
+        "div",
+        tag("h3", name),
+        tag("p", what, class_="axis"),
+        lines(f"{name}: {what}", drawn, x_name="step", y_name=what, log_y=True),
+        tag("ul", *legend, class_="legend"),
+    )
+
+
+def points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(step, loss); a loss that was no number is NaN, which leaves a gap."""
+    return [(float(row["step"]), _number(row["loss"])) for row in rows]
+
+
+def thinned(
+    curve: Sequence[tuple[float, float]], most: int = POINTS
+) -> tuple[tuple[float, float], ...]:
+    """At most `most` points: means of neighbours, in both coordinates.
+
+    Values that are not finite are left out of a mean; a mean of such values only is NaN.
+    """
+    if len(curve) <= most:
+        return tuple(curve)
+    edges = [round(i * len(curve) / most) for i in range(most + 1)]
+    parts = [curve[a:b] for a, b in pairwise(edges)]
+    return tuple(_mean(part) for part in parts)
+
+
+def _mean(part: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    known = [point for point in part if math.isfinite(point[1])]
+    x = sum(x for x, _ in known or part) / len(known or part)
+    return x, sum(y for _, y in known) / len(known) if known else math.nan
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _numbers(trained: Sequence[Trained]) -> Markup:
+    rows = []
+    for one in trained:
+        stage, metrics = stage_of(one), one.product.metrics
+        held_out = metrics.get("held_out") or {}
+        curve = points(one.rows)
+        rows.append(
+            (
+                f"{one.label}, {one.stage}",
+                f"{len(one.rows):,}",
+                None if stage is None else f"{stage.batch_size:,}",
+                None if stage is None else f"{stage.lr:g}",
+                _told(metrics.get("tokens"), "{:,.0f}"),
+                f"{curve[0][1]:.4g}",
+                f"{curve[-1][1]:.4g}",
+                _told(held_out.get("loss"), "{:.4g}"),
+                _told(held_out.get("agreement"), "{:.1%}"),
+                _told(metrics.get("seconds"), "{:,.0f}"),
+            )
+        )
+    heading = (
+        "product, stage",
+        "steps",
+        "batch",
+        "peak rate",
+        "tokens",
+        "first loss",
+        "last loss",
+        "held-out loss",
+        "same next token as the teacher, held out",
+        "seconds",
+    )
+    return table("What each stage was given and came to", heading, rows)
+
+
+def _told(value: Any, form: str) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return form.format(value)

@@ -1,0 +1,184 @@
+"""Sections on where everything comes from: lineage, commands, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import PurePath
+
+from mmmamba_cli.checkpoint import public_name_of
+from mmmamba_cli.reporting.html import Markup, joined, paragraph, section, table, tag
+from mmmamba_cli.reporting.run_contents import Material, Told
+from mmmamba_cli.runs import Manifest
+from mmmamba_cli.runs.provenance import public_command, public_name, public_recipe
+
+DIGITS = 12
+
+
+def lineage_section(material: Material) -> Markup:
+    """What came from what: a list in a list for each run, and its products as a table."""
+    parts: list[Markup] = []
+    for run in material.runs:
+        title = "This run" if run.name is None else f"Compared with: {run.name}"
+        parts += [tag("h3", title), _tree(run), _products(run), *_recipes(run)]
+    return section("lineage", "What came from what, by content hash", *parts)
+
+
+def _tree(run: Told) -> Markup:
+    above: dict[str, list[Manifest]] = {}
+    for product in run.products.values():
+        parent = next((p.name for p in product.parents if p.role == "student"), "")
+        above.setdefault(parent if parent in run.products else "", []).append(product)
+
+    def branch(name: str) -> Markup | None:
+        grown = [
+            tag("li", _node(product, run), branch(product.name))
+            for product in above.get(name, [])
+            if product.name != name
+        ]
+        return tag("ul", *grown) if grown else None
+
+    return tag("ul", tag("li", _teacher(run), branch("")), class_="tree")
+
+
+def _teacher(run: Told) -> Markup:
+    if run.teacher is None:
+        return tag("span", "no teacher: the student was imported", class_="node")
+    return tag(
+        "span",
+        tag("strong", "teacher "),
+        f"{place(run.teacher.path)} ",
+        tag("code", run.teacher.content_hash[:DIGITS]),
+        class_="node",
+    )
+
+
+def _node(product: Manifest, run: Told) -> Markup:
+    how = [f"by {product.made_by}", product.kind]
+    if product.name == run.current:
+        how.append("current")
+    return tag(
+        "span",
+        tag("strong", f"{run.label(product.name)} "),
+        f"{', '.join(how)} ",
+        tag("code", product.content_hash[:DIGITS]),
+        class_="node",
+    )
+
+
+def place(path: str) -> str:
+    """What a teacher is called: a public name, or its folder's name; not where it lies here."""
+    return public_name_of(path) or PurePath(public_name(path)).name or path
+
+
+def _products(run: Told) -> Markup:
+    rows = []
+    for product in run.products.values():
+        recipe = run.recipes.get(product.name)
+        rows.append(
+            (
+                product.name,
+                ", ".join(map(str, product.attention_layers)) or "none",
+                ", ".join(product.stages) or ("not known" if product.final is None else "none"),
+                "not known" if product.final is None else "yes" if product.final else "no",
+                f"{product.parameters:,}",
+                product.dtype,
+                None if recipe is None else recipe.mixer.init,
+                None if recipe is None else str(recipe.seed),
+                product.created[:19].replace("T", " "),
+            )
+        )
+    heading = (
+        "product",
+        "attention layers",
+        "stages done",
+        "distilled end to end",
+        "parameters",
+        "dtype",
+        "mixer begins as",
+        "seed",
+        "made (UTC)",
+    )
+    return table("Products", heading, rows, words=True)
+
+
+def _recipes(run: Told) -> Iterator[Markup]:
+    """The recipes of those products of which nothing else was made."""
+    parents = {p.name for product in run.products.values() for p in product.parents}
+    for product in run.products.values():
+        if product.name not in parents:
+            summary = tag("summary", f"Recipe of {run.label(product.name)}")
+            yield tag(
+                "details",
+                summary,
+                tag("pre", tag("code", public_recipe(product.recipe)), tabindex=0),
+            )
+
+
+def commands_section(material: Material) -> Markup:
+    """Every command that made something shown here, in the order of time."""
+    found = dict(sorted(_commands(material)))
+    return section(
+        "commands",
+        "The commands that repeat each part",
+        paragraph("In the order in which they ran; of absolute paths the last part."),
+        tag("pre", tag("code", joined(found.values(), by="\n")), tabindex=0),
+    )
+
+
+def _commands(material: Material) -> Iterator[tuple[str, str]]:
+    """(time, command); one command that made several things comes once, with its first."""
+    seen: dict[str, str] = {}
+    for run in material.runs:
+        told = [(product.created, product.command) for product in run.products.values()]
+        told += [
+            (one.finished, one.command) for one in run.evaluated if one.finished and one.command
+        ]
+        if run.profile is not None:
+            told.append((run.profile.created, run.profile.command))
+        for when, command in told:
+            if command not in seen or _moment(when) < _moment(seen[command]):
+                seen[command] = when
+    for one in material.comparisons:
+        seen.setdefault(one.command, one.created)
+    for command, when in seen.items():
+        yield _moment(when), public_command(command)
+
+
+def _moment(text: str) -> str:
+    """A time that sorts, whatever its zone is written like."""
+    try:
+        return datetime.fromisoformat(text).isoformat()
+    except ValueError:
+        return text
+
+
+def versions_section(material: Material, created: str) -> Markup:
+    """Versions, devices, seeds and dates; one column where all parts agree."""
+    columns: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for what, found in _versions(material):
+        columns.setdefault(tuple(sorted(found.items())), []).append(what)
+    rows = [
+        (", ".join(whats), ", ".join(f"{name} {value}" for name, value in found))
+        for found, whats in columns.items()
+    ]
+    return section(
+        "versions",
+        "Versions, devices and dates",
+        table("What ran with what", ("part", "versions and settings"), rows, words=True),
+        paragraph(f"This page was written {created} UTC, from files only: no model was asked."),
+    )
+
+
+def _versions(material: Material) -> Iterator[tuple[str, dict[str, str]]]:
+    for run in material.runs:
+        for product in run.products.values():
+            yield f"making {run.label(product.name)}", dict(product.versions)
+        for one in run.evaluated:
+            settings = {k: str(one.result.settings.get(k)) for k in ("device", "dtype")}
+            seed = {"seed of intervals": str(one.result.seed)}
+            label = f"asking {one.label} {one.result.suite}"
+            yield label, {**one.result.versions, **settings, **seed}
+        if run.profile is not None:
+            device = {"device": run.profile.device.name, "dtype": run.profile.dtype}
+            yield "profile", {**run.profile.versions, **device, "seed": str(run.profile.seed)}

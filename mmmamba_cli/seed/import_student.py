@@ -1,0 +1,159 @@
+"""Taking a student that was made elsewhere into a run: a published mmMamba, or a folder of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mmmamba_cli.checkpoint import (
+    Checkpoint,
+    TensorHasher,
+    check_finite,
+    checked_reader,
+    combined_hash,
+    public_name_of,
+)
+from mmmamba_cli.errors import CheckpointError, RunError
+from mmmamba_cli.model import LINEAR, HolisticVLMConfig
+from mmmamba_cli.model.config import INHERITED_FIELDS
+from mmmamba_cli.recipe import dump_recipe, load_recipe
+from mmmamba_cli.runs.manifest import Manifest, Parent
+from mmmamba_cli.runs.product import Draft, write_product
+from mmmamba_cli.runs.provenance import Provenance, manifest_beside, provenance_of
+from mmmamba_cli.runs.run import PRODUCT_NAME, Run, RunRecord, Teacher
+
+NAME = "imported"
+RECIPE = "mmmamba-linear"
+
+
+def import_student(
+    run: Run,
+    student: Checkpoint,
+    teacher: Checkpoint | None = None,
+    *,
+    name: str = NAME,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Write `student` into the run as product `name` and make it the current one.
+
+    The run is started if it is none yet; one that has a teacher keeps it. How far the student was
+    distilled is what the student says of itself (`provenance_of`).
+    `dtype` None keeps the student's. `advance` is told of bytes as they are written.
+
+    Raises `CheckpointError` for a model whose layers are all attention, or that does not fit the
+    teacher; `RunError` if the teacher is not the run's, or the product exists and `overwrite` is
+    not given.
+    """
+    if LINEAR not in student.config.layer_types:
+        raise CheckpointError(
+            f"{student.path} is no student: all its layers are attention",
+            f"`mmmamba seed {student.path}` makes one of it",
+        )
+    if PRODUCT_NAME.fullmatch(name) is None:
+        raise RunError(
+            f"{name!r} cannot be a product's name", "use letters, digits, '.', '_' and '-'"
+        )
+    known = _teacher_of(run, student, teacher)
+    before, provenance = manifest_beside(student), provenance_of(student)
+    with TensorHasher() as hasher:
+        draft = Draft(
+            name=name,
+            made_by="import",
+            config=student.config,
+            shapes=student.shapes,
+            read=checked_reader(student, hasher),
+            origin=student,
+            dtype=dtype or student.dtype("model.text_embedding.weight"),
+            recipe=_plain_recipe(student.config) if before is None else before.recipe,
+            parents=lambda: (
+                Parent("origin", _place(student), hasher.result()),
+                *(() if known is None else (Parent("teacher", known.path, known.content_hash),)),
+            ),
+            stages=provenance.stages,
+            final=provenance.final,
+            metrics={} if before is None else before.metrics,
+            notes=_notes(provenance, before),
+        )
+        manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
+    run.write_record(RunRecord(teacher=known, current=name))
+    return manifest
+
+
+def _teacher_of(run: Run, student: Checkpoint, given: Checkpoint | None) -> Teacher | None:
+    """The teacher that the run keeps: its own, else the one given, which the student must fit."""
+    known = run.record.teacher if run.exists else None
+    if given is None:
+        if known is not None and Path(known.path).exists():
+            _check_fit(student, run.open_teacher())
+        return known
+    _check_fit(student, given)
+    found = _digest(given)
+    if known is not None and known.content_hash != found.content_hash:
+        raise RunError(
+            f"{given.path} is not the teacher of {run.folder}",
+            "leave out --teacher, or import into another --run",
+        )
+    return known or found
+
+
+def _check_fit(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Raise `CheckpointError` unless the student can have come from the teacher."""
+    if LINEAR in teacher.config.layer_types:
+        raise CheckpointError(
+            f"{teacher.path} is not a teacher: some of its layers are linear already",
+            "give the model the student was made from",
+        )
+    one, two = student.config, teacher.config
+    field = next((f for f in INHERITED_FIELDS if getattr(one, f) != getattr(two, f)), None)
+    if field is not None:
+        raise CheckpointError(
+            f"{student.path} was not made from {teacher.path}: {field} is {getattr(one, field)} in "
+            f"the one and {getattr(two, field)} in the other",
+            "give the model the student was made from, or leave out --teacher",
+        )
+
+
+def _digest(teacher: Checkpoint) -> Teacher:
+    """The teacher as a run keeps it: every tensor checked and hashed."""
+    with TensorHasher() as hasher:
+        for name in teacher.source.names:
+            tensor = teacher.source.read(name)
+            check_finite(tensor, name)
+            hasher.submit(name, tensor)
+        digests = hasher.digests()
+    return Teacher(
+        path=str(teacher.path.resolve()),
+        config=None,
+        arch=None,
+        content_hash=combined_hash(digests),
+        digests={name: digest.hex() for name, digest in digests.items()},
+    )
+
+
+def _notes(provenance: Provenance, before: Manifest | None) -> tuple[str, ...]:
+    """The notes of the student, and the one on its import."""
+    if before is not None:
+        return (*provenance.notes, f"imported: product {before.name!r} of another run")
+    return tuple(f"imported: {note}" for note in provenance.notes or ("by a field of its config",))
+
+
+def _plain_recipe(config: HolisticVLMConfig) -> str:
+    """The paper's recipe with the student's own layers and mixer."""
+    options = config.mixer_config
+    overrides = {
+        "layers.attention": list(config.attention_layers),
+        "mixer.conv_width": options.conv_width,
+        "mixer.d_skip": options.d_skip,
+        "mixer.qk_norm": options.qk_norm,
+        "mixer.rope": options.rope,
+    }
+    return dump_recipe(load_recipe(RECIPE, (), overrides))
+
+
+def _place(checkpoint: Checkpoint) -> str:
+    """Where a checkpoint came from: its repository on the Hub, or its path."""
+    return public_name_of(checkpoint.path) or str(checkpoint.path)

@@ -1,0 +1,126 @@
+"""Step 1: a linear student out of a trained teacher, tensor by tensor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.checkpoint import (
+    Checkpoint,
+    TensorHasher,
+    checked_reader,
+    combined_hash,
+    expected_tensors,
+)
+from mmmamba_cli.errors import CheckpointError, RunError
+from mmmamba_cli.model import LINEAR, HolisticVLMConfig
+from mmmamba_cli.recipe import Recipe, dump_recipe
+from mmmamba_cli.runs import Draft, Manifest, Parent, Run, RunRecord, Teacher, write_product
+from mmmamba_cli.seed.init import INHERITED, initial_value
+
+NAME = "seed"
+
+
+def student_config(teacher: HolisticVLMConfig, recipe: Recipe) -> HolisticVLMConfig:
+    """The teacher's config with a Mamba-2 mixer, with the recipe's options, in every layer."""
+    mixer = recipe.mixer
+    return HolisticVLMConfig.from_dict(
+        {
+            **teacher.to_dict(),
+            "layer_types": [LINEAR] * teacher.num_hidden_layers,
+            "mixer": {
+                "conv_width": mixer.conv_width,
+                "d_skip": mixer.d_skip,
+                "qk_norm": mixer.qk_norm,
+                "rope": mixer.rope,
+            },
+        }
+    )
+
+
+def seed_student(
+    run: Run,
+    teacher: Checkpoint,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype,
+    overwrite: bool = False,
+    discard: bool = False,
+    config_file: Path | None = None,
+    arch: str | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Start `run` with a seeded student of `teacher`. See `Draft` and `write_product`.
+
+    Every tensor of the teacher is read once, checked for NaN and infinity, and hashed. `overwrite`
+    replaces the run's seed, `discard` also removes its other products. Raises `RunError` if the run
+    has products and `overwrite` is not given, or others than the seed and `discard` is not given.
+    """
+    if LINEAR in teacher.config.layer_types:
+        raise CheckpointError(
+            f"{teacher.path} is not a teacher: some of its layers are linear already",
+            "it is a student already: `mmmamba import` takes it into a run",
+        )
+    others = [name for name in run.products() if name != NAME]
+    if run.products() and not overwrite:
+        raise RunError(
+            f"{run.folder} already has products ({', '.join(run.products())})",
+            "start over with --overwrite, or choose another --run",
+        )
+    if others and not discard:
+        raise RunError(
+            f"{run.folder} has products that a new seed would orphan: {', '.join(others)}",
+            "choose another --run to keep them, or remove them with --overwrite --discard",
+        )
+    config = student_config(teacher.config, recipe)
+    kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
+    shapes = {**expected_tensors(config), **kept}
+    with TensorHasher() as hasher:
+        draft = Draft(
+            name=NAME,
+            made_by="seed",
+            config=config,
+            shapes=shapes,
+            read=_reader(teacher, hasher, recipe, shapes),
+            origin=teacher,
+            dtype=dtype,
+            recipe=dump_recipe(recipe),
+            # Asked for when every tensor was read, and so hashed.
+            parents=lambda: (Parent("teacher", str(teacher.path), hasher.result()),),
+            notes=tuple(f"assumed, not read: {field}" for field in teacher.assumed),
+        )
+        manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
+        digests = hasher.digests()
+    record = Teacher(
+        path=str(teacher.path.resolve()),
+        config=None if config_file is None else str(config_file.resolve()),
+        arch=arch,
+        content_hash=combined_hash(digests),
+        digests={name: digest.hex() for name, digest in digests.items()},
+    )
+    # What was made of the seed before this one has lost its parent.
+    for name in others:
+        shutil.rmtree(run.product_folder(name))
+    run.write_record(RunRecord(teacher=record, current=NAME))
+    return manifest
+
+
+def _reader(
+    teacher: Checkpoint, hasher: TensorHasher, recipe: Recipe, shapes: dict[str, tuple[int, ...]]
+) -> Callable[[str], Tensor]:
+    """How to get each tensor of the student: the teacher's, checked and hashed, or a new one."""
+    init, seed = recipe.mixer.init, recipe.seed
+    read_teacher = checked_reader(teacher, hasher)
+
+    def read(name: str) -> Tensor:
+        if name in teacher:
+            tensor = read_teacher(name)
+            if init != "scratch" or not name.endswith(INHERITED):
+                return tensor
+        return initial_value(name, shapes[name], init, seed)
+
+    return read

@@ -1,0 +1,168 @@
+"""A loaded model's answers to a conversation: fast where it is packed, the same where it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mmmamba_cli.chat import Answer, Conversation, Settings, Speaker, load_speaker, locate
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.inference import Generator
+from mmmamba_cli.runs import Run
+
+SETTINGS = Settings(12)
+QUESTIONS = ("What is in the picture?", "Is there a dog? Please answer yes or no.", "And now?")
+
+
+def load(name: str = "scenes-hybrid") -> Speaker:
+    (place,) = locate(Run(Path("runs/none")), [name])
+    return load_speaker(place, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def speaker() -> Speaker:
+    return load()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    files = [tmp_path / "first.png", tmp_path / "second.png"]
+    Image.linear_gradient("L").resize((90, 60)).save(files[0])
+    Image.radial_gradient("L").resize((60, 90)).save(files[1])
+    return files
+
+
+def say(speaker: Speaker, talk: Conversation, settings: Settings = SETTINGS) -> str:
+    found = Answer()
+    said = "".join(speaker.answer(talk, settings, found))
+    assert said == found.text
+    assert found.finished == (found.tokens < settings.max_new_tokens)
+    return said
+
+
+def by_generate(speaker: Speaker, talk: Conversation) -> str:
+    """The same answer from `model.generate`."""
+    batch = speaker.processor.chat(talk.messages(speaker.name), talk.pictures, padding=False)
+    batch.pop("num_tiles", None)
+    ends = sorted(set(speaker.processor.stop_token_ids))
+    tokens = speaker.model.generate(
+        **batch, max_new_tokens=SETTINGS.max_new_tokens, do_sample=False, eos_token_id=ends
+    )
+    ids = tokens[0, batch["input_ids"].shape[1] :].tolist()
+    text: str = speaker.processor.tokenizer.decode(ids, skip_special_tokens=True)
+    return text.strip()
+
+
+def hold_against_generate(speaker: Speaker, pictures: list[Path]) -> list[str]:
+    """Answers of several turns, the first two about pictures."""
+    talk = Conversation((speaker.name,))
+    for number, question in enumerate(QUESTIONS):
+        for file in pictures[number : number + 1]:
+            talk.add_picture(file)
+        talk.ask(question)
+        said = say(speaker, talk)
+        assert said.rstrip() == by_generate(speaker, talk)
+        talk.hear(speaker.name, said)
+    return talk.answers[speaker.name]
+
+
+@pytest.mark.parametrize("name", ["scenes-teacher", "scenes-linear", "scenes-hybrid"])
+def test_turns_with_pictures_are_what_generate_answers(name: str, pictures: list[Path]) -> None:
+    speaker = load(name)
+    assert isinstance(speaker.generator, Generator)
+    answers = hold_against_generate(speaker, pictures)
+    assert all(answers)
+
+
+def test_adapters_are_answered_with(
+    speaker: Speaker, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    from mmmamba_cli.chat import chat_model as loading
+
+    plain = loading.load_model
+
+    def adapted(*words: Any, **options: Any) -> Any:
+        model = plain(*words, **options)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["o_proj", "v_proj"])
+        peft.inject_adapter_in_model(config, model)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        return model.eval().requires_grad_(False)
+
+    monkeypatch.setattr(loading, "load_model", adapted)
+    other = load()
+    assert other.generator is None
+    answers = hold_against_generate(other, pictures)
+    assert answers != hold_against_generate(speaker, pictures)
+    talk = Conversation((other.name,))
+    talk.ask(QUESTIONS[1])
+    drawn = [say(other, talk, Settings(12, 5.0, top_k=50, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_drawn_repeat_under_a_seed(speaker: Speaker) -> None:
+    talk = Conversation((speaker.name,))
+    talk.ask(QUESTIONS[0])
+    drawn = [say(speaker, talk, Settings(12, 1.5, top_p=0.95, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def break_at(token: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise in the middle of a step, its layers half done."""
+    from mmmamba_cli.inference import decode_step
+
+    plain, calls = decode_step._block, [0]
+
+    def block(*words: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 8 * token + 4:
+            raise error
+        return plain(*words)
+
+    monkeypatch.setattr(decode_step, "_block", block)
+
+
+def test_after_ctrl_c_the_conversation_goes_on(
+    speaker: Speaker, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Conversation((speaker.name,))
+    talk.add_picture(pictures[0])
+    talk.ask(QUESTIONS[0])
+    expected = say(speaker, talk)
+    found = Answer()
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        break_at(1, KeyboardInterrupt(), broken)
+        list(speaker.answer(talk, SETTINGS, found))
+    assert found.tokens == 2 and not found.finished
+    talk.take_back()
+    assert talk.waiting == [pictures[0]]
+    talk.ask(QUESTIONS[0])
+    assert say(speaker, talk) == expected
+    # One that is stopped between two tokens is kept as far as it got.
+    stopped = Answer()
+    talk.ask(QUESTIONS[1])
+    pieces = speaker.answer(talk, Settings(12, eos=()), stopped)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    talk.hear(speaker.name, stopped.text)
+    talk.ask(QUESTIONS[2])
+    assert say(speaker, talk).rstrip() == by_generate(speaker, talk)
+
+
+def test_without_memory_nothing_is_held(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Conversation((speaker.name,))
+    talk.ask(QUESTIONS[0])
+    expected = say(speaker, talk)
+    assert speaker.generator is not None and speaker.generator.cache_bytes > 0
+    with monkeypatch.context() as broken, pytest.raises(DataError, match="no memory left"):
+        break_at(0, torch.OutOfMemoryError(), broken)
+        list(speaker.answer(talk, SETTINGS, Answer()))
+    assert speaker.generator.cache_bytes == 0
+    assert say(speaker, talk) == expected

@@ -1,0 +1,145 @@
+"""What a conversation keeps, shows to each model, and takes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmmamba_cli.chat import Conversation
+from mmmamba_cli.cli.chat_session import printable
+from mmmamba_cli.data import open_corpus
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.processing import image_size
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file in files:
+        Image.new("RGB", (4, 3)).save(file)
+    return files
+
+
+def test_every_model_has_its_own_history() -> None:
+    talk = Conversation(("a", "b"), system="be brief")
+    talk.ask("one?")
+    talk.hear("a", "yes \n")
+    talk.hear("b", "no")
+    talk.ask("two?")
+    assert talk.messages("b") == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "two?"},
+    ]
+    assert talk.messages("a")[2]["content"] == "yes"
+    talk.reset()
+    assert talk.messages("a") == [{"role": "system", "content": "be brief"}]
+
+
+def test_pictures_go_with_the_next_question(pictures: list[Path]) -> None:
+    talk = Conversation(("a",))
+    assert talk.add_picture(pictures[0]) == (4, 3)
+    talk.ask("first")
+    talk.hear("a", "x")
+    talk.ask("none")
+    talk.hear("a", "x")
+    talk.add_picture(pictures[1])
+    talk.add_picture(pictures[2])
+    talk.ask("more")
+    assert talk.questions == ["first", "none", "more"]
+    assert talk.pictures == pictures
+    assert talk.waiting == []
+    assert [talk.pictures_of(number) for number in range(3)] == [pictures[:1], [], pictures[1:]]
+    asked = [m["content"] for m in talk.messages("a") if m["role"] == "user"]
+    image = {"type": "image"}
+    assert asked == [
+        [image, {"type": "text", "text": "first"}],
+        "none",
+        [
+            {"type": "text", "text": "Image-1: "},
+            image,
+            {"type": "text", "text": "Image-2: "},
+            image,
+            {"type": "text", "text": "more"},
+        ],
+    ]
+
+
+def test_what_failed_is_taken_back_and_its_pictures_wait_again(pictures: list[Path]) -> None:
+    talk = Conversation(("a", "b"))
+    talk.add_picture(pictures[0])
+    talk.ask("one")
+    talk.hear("a", "x")
+    talk.hear("b", "y")
+    talk.add_picture(pictures[1])
+    talk.ask("two")
+    talk.hear("a", "half an answer")
+    talk.take_back()
+    assert (talk.pictures, talk.waiting) == (pictures[:1], pictures[1:2])
+    assert (talk.questions, talk.answers) == (["one"], {"a": ["x"], "b": ["y"]})
+    # A question that says <image> has brought no picture.
+    talk.waiting = []
+    talk.ask("what is <image>?")
+    talk.take_back()
+    assert (talk.pictures, talk.waiting) == (pictures[:1], [])
+
+
+def test_mistakes_change_nothing(pictures: list[Path], tmp_path: Path) -> None:
+    talk = Conversation(("a",))
+    with pytest.raises(DataError, match="nothing to save"):
+        talk.save(tmp_path / "file")
+    with pytest.raises(DataError, match="empty"):
+        talk.ask("  ")
+    with pytest.raises(DataError, match="nowhere"):
+        talk.add_picture(tmp_path / "nowhere.png")
+    talk.add_picture(pictures[0])
+    assert (talk.questions, talk.waiting) == ([], pictures[:1])
+    talk.ask("so?")
+    with pytest.raises(DataError, match="no folder that exists"):
+        talk.save(tmp_path / "no" / "file")
+
+
+def test_a_saved_file_is_training_data(pictures: list[Path], tmp_path: Path) -> None:
+    """Pictures beside the file are named there, others are copied; typed `<image>` is text."""
+    (tmp_path / "data").mkdir()
+    near = tmp_path / "data" / "near.png"
+    Image.new("RGB", (7, 5)).save(near)
+    talk = Conversation(("a", "b"))
+    talk.add_picture(pictures[0])
+    talk.add_picture(near)
+    talk.ask("what does <image> mean?")
+    talk.hear("a", "a tag, <image>")
+    talk.hear("b", "x")
+    talk.add_picture(pictures[0])
+    talk.ask("and now?")
+    talk.hear("a", "y")
+    talk.hear("b", "y")
+    file = tmp_path / "data" / "talk.jsonl"
+    talk.save(file)
+    corpus = open_corpus(file)
+    assert len(corpus) == 2
+    first = corpus[0]
+    assert [one.name for one in first.images] == ["1-0.png", "near.png", "3-0.png"]
+    assert [image_size(one) for one in first.images] == [(4, 3), (7, 5), (4, 3)]
+    assert [dict(message) for message in first.messages] == talk.messages("a")
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "near.png",
+        "talk-images",
+        "talk.jsonl",
+    ]
+    with pytest.raises(DataError, match=r"talk\.jsonl exists already"):
+        talk.save(file)
+    file.unlink()
+    with pytest.raises(DataError, match="talk-images exists already"):
+        talk.save(file)
+    pictures[0].unlink()
+    with pytest.raises(DataError, match=r"0\.png does not exist any more"):
+        talk.save(tmp_path / "data" / "other.jsonl")
+    assert not list((tmp_path / "data").glob("*other*"))
+
+
+def test_a_model_cannot_move_the_cursor() -> None:
+    assert printable("a\x1b[2Jb\rc\td\n\x9b") == "a�[2Jb�c\td\n�"

@@ -1,0 +1,166 @@
+"""Bytes, finiteness and hashes of tensors, and the bounded background pool."""
+
+import hashlib
+import json
+import threading
+import time
+
+import pytest
+import torch
+
+from mmmamba_cli.checkpoint.hashing import BoundedPool, TensorHasher, combined_hash, tensor_digest
+from mmmamba_cli.checkpoint.safetensors_file import DTYPES as DTYPE_ELEMENTS
+from mmmamba_cli.checkpoint.tensor_info import quoted, torch_dtype
+from mmmamba_cli.checkpoint.tensor_io import byte_chunks, check_finite, slices
+from mmmamba_cli.errors import CheckpointError
+
+DTYPES = {name: torch_dtype(element) for name, element in DTYPE_ELEMENTS.items()}
+STRIDED = {
+    "contiguous": torch.arange(60.0).view(3, 4, 5),
+    "transposed": torch.arange(60.0).view(3, 4, 5).transpose(0, 2),
+    "stepped": torch.arange(120.0).view(12, 10)[::2, 1::3],
+    "expanded": torch.arange(5.0).expand(7, 5),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.empty(0, 4),
+}
+
+
+@pytest.mark.parametrize("tensor", STRIDED.values(), ids=STRIDED.keys())
+@pytest.mark.parametrize("limit", [1, 8, 24, 1 << 20])
+def test_slices_cover_the_tensor_in_row_order(tensor: torch.Tensor, limit: int) -> None:
+    pieces = list(slices(tensor, limit))
+    assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces]), tensor.reshape(-1))
+    assert all(piece.nbytes <= max(limit, 4) for piece in pieces)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_bytes_are_those_in_memory(dtype: torch.dtype) -> None:
+    raw = torch.randint(0, 2, (6, 16), dtype=torch.uint8)
+    tensor = raw.view(dtype)
+    assert b"".join(byte_chunks(tensor)) == bytes(raw.flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2],
+    ids=str,
+)
+def test_not_finite_values_are_counted(dtype: torch.dtype) -> None:
+    values = torch.ones(3, 700_000)
+    values[0, 5] = values[2, 699_999] = float("nan")
+    values[1, 0], values[1, 1], values[2, 2] = float("inf"), float("-inf"), float("inf")
+    with pytest.raises(
+        CheckpointError, match=r"'a\.b' holds 2 NaN and 3 infinite values of 2100000"
+    ):
+        check_finite(values.to(dtype), "a.b")
+    with pytest.raises(CheckpointError, match="2 NaN and 3 infinite"):
+        check_finite(values.to(dtype).T, "a.b")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_finite_values_whose_sum_overflows_pass(dtype: torch.dtype) -> None:
+    check_finite(torch.full((9000,), torch.finfo(dtype).max, dtype=dtype), "large")
+
+
+def test_integers_and_empty_tensors_are_finite() -> None:
+    check_finite(torch.tensor([1, 2]), "integers")
+    check_finite(torch.tensor([True]), "flags")
+    check_finite(torch.empty(0), "empty")
+
+
+def test_opposite_infinities_do_not_cancel() -> None:
+    with pytest.raises(CheckpointError, match="0 NaN and 2 infinite"):
+        check_finite(torch.tensor([float("inf"), float("-inf")]), "a")
+
+
+def test_digest_is_sha256_of_description_and_bytes() -> None:
+    tensor = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
+    expected = hashlib.sha256(json.dumps(["w", "bfloat16", [1, 2]]).encode())
+    expected.update(bytes([0x80, 0x3F, 0x00, 0x40]))
+    assert tensor_digest("w", tensor) == expected.digest()
+
+
+def test_digest_tells_name_dtype_shape_and_values_apart() -> None:
+    base = torch.zeros(2, 3)
+    variants = [
+        ("b", base),
+        ("a", base.view(3, 2)),
+        ("a", base.view(torch.int32)),
+        ("a", base.index_fill(0, torch.tensor([1]), 1.0)),
+    ]
+    digests = {tensor_digest("a", base), *(tensor_digest(*variant) for variant in variants)}
+    assert len(digests) == 5
+
+
+@pytest.mark.parametrize("tensor", STRIDED.values(), ids=STRIDED.keys())
+def test_digest_does_not_see_strides(tensor: torch.Tensor) -> None:
+    assert tensor_digest("a", tensor) == tensor_digest("a", tensor.clone().contiguous())
+
+
+def test_hasher_does_not_see_the_order_of_submission() -> None:
+    tensors = {f"layer.{i}": torch.randn(i + 1, 50) for i in range(20)}
+    results = []
+    for names in (list(tensors), list(reversed(tensors))):
+        with TensorHasher(max_pending_bytes=2000) as hasher:
+            for name in names:
+                hasher.submit(name, tensors[name])
+            results.append(hasher.result())
+    expected = combined_hash({name: tensor_digest(name, t) for name, t in tensors.items()})
+    assert results == [expected, expected]
+    assert len(expected) == 64
+
+
+def test_hasher_refuses_a_name_twice() -> None:
+    with TensorHasher() as hasher:
+        hasher.submit("a", torch.zeros(1))
+        with pytest.raises(ValueError, match="already hashed"):
+            hasher.submit("a", torch.zeros(1))
+
+
+def test_pool_never_holds_more_than_its_bound() -> None:
+    pool, lock = BoundedPool(workers=4, max_pending_bytes=100), threading.Lock()
+    running, most = 0, 0
+
+    def job(nbytes: int) -> None:
+        nonlocal running, most
+        with lock:
+            running += nbytes
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= nbytes
+
+    jobs = [pool.submit(40, lambda: job(40)) for _ in range(20)]
+    jobs.append(pool.submit(500, lambda: job(500)))  # larger than the bound: runs alone
+    for future in jobs:
+        future.result()
+    pool.close()
+    assert most == 500
+    assert running == 0
+
+
+def test_pool_bounds_many_small_jobs() -> None:
+    pool, gate = BoundedPool(workers=1, max_pending_bytes=100), threading.Event()
+    pool.submit(60, gate.wait)
+    waiting = threading.Thread(target=lambda: pool.submit(60, lambda: None))
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    gate.set()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    pool.close()
+
+
+def test_pool_passes_errors_on_and_frees_their_room() -> None:
+    pool = BoundedPool(workers=1, max_pending_bytes=10)
+    failed = pool.submit(10, lambda: 1 // 0)
+    assert pool.submit(10, lambda: 7).result(timeout=5) == 7
+    with pytest.raises(ZeroDivisionError):
+        failed.result()
+    pool.close()
+
+
+def test_names_from_files_are_made_printable_and_short() -> None:
+    assert quoted("a\x1b[31m\ud800") == r"'a\x1b[31m\ud800'"
+    assert len(quoted("x" * 5000)) < 200

@@ -1,0 +1,201 @@
+"""Teacher, student and batches for the tests of distillation, made in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from small import IMAGE_ID, small_model
+from torch import Tensor
+
+from mmmamba_cli.data import IGNORED, BadSample, Batch, StepBatches
+from mmmamba_cli.distill.stages import objective_of
+from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.trainable import learning_names
+from mmmamba_cli.distill.trainer import Job
+from mmmamba_cli.distill.training_state import StateFolder
+from mmmamba_cli.distributed import World, shard_mixers
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.recipe import Schedule, Stage
+
+# What learns: matrix orientation depends on neither values nor gate.
+LEARNS = {
+    "matrix-orientation": tuple(
+        f"*.{name}" for name in ("[qk]_proj.*", "dt_*", "conv1d.*", "A_log")
+    )
+}
+
+
+def pair_of(teacher: HolisticVLM, student: HolisticVLM, learning: Iterable[str]) -> Pair:
+    """A pair in fp32 in which just `learning` learns."""
+    names = tuple(sorted(learning))
+    teacher.requires_grad_(False)
+    student.requires_grad_(False)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in names)
+        parameter.grad = None
+    return Pair(teacher.eval(), student.eval(), "fp32", names)
+
+
+def batch_of(
+    input_ids: Tensor,
+    pixel_values: Tensor | None = None,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    samples: int | None = None,
+) -> Batch:
+    """A batch; without `labels` every token but the first of a row is an answer's."""
+    if labels is None:
+        labels = input_ids.clone()
+        labels[:, 0] = IGNORED
+        if mask is not None:
+            labels[~mask] = IGNORED
+    return Batch(
+        input_ids,
+        labels,
+        mask,
+        seq_idx,
+        pixel_values,
+        num_samples=input_ids.shape[0] if samples is None else samples,
+        num_tokens=input_ids.numel() if mask is None else int(mask.sum()),
+        names=tuple(f"row {i}" for i in range(input_ids.shape[0])),
+    )
+
+
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows (T_i,) as ids (B, T) and mask (B, T), padded on the right."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return ids, mask
+
+
+class RandomLoader:
+    """Batches of random texts of unequal length, a pure function of the step, as StepLoader's are.
+
+    `packed` puts the samples of a micro batch into one row; of the steps `unreadable` no sample can
+    be read.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        batch_size: int = 4,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        packed: bool = False,
+        seed: int = 0,
+        unreadable_steps: Collection[int] = (),
+    ):
+        self.vocabulary = vocabulary
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world_size = world_size
+        self.packed = packed
+        self.seed = seed
+        self.unreadable_steps = unreadable_steps
+        self.steps_per_pass = 2
+
+    def unreadable(self) -> None:
+        """As a StepLoader says of a set with samples that can be read."""
+
+    def samples(self, step: int) -> list[Tensor]:
+        rng = torch.Generator().manual_seed(1000 * self.seed + step)
+        lengths = torch.randint(3, 12, (self.batch_size,), generator=rng).tolist()
+        # Ids below 8 stay clear of a small model's special tokens.
+        return [torch.randint(8, self.vocabulary, (n,), generator=rng) for n in lengths]
+
+    def steps(self, first: int, stop: int) -> Iterable[StepBatches]:
+        for step in range(first, stop):
+            parts = self.world_size * self.accumulation
+            dealt = [self.samples(step)[i::parts] for i in range(parts)]
+            own = dealt[self.rank * self.accumulation : (self.rank + 1) * self.accumulation]
+            lost = step in self.unreadable_steps
+            micro = tuple(self._micro([] if lost else rows) for rows in own)
+            # Each process finds those of its own part, as of pictures.
+            count = sum(map(len, own)) if lost else 0
+            bad = [BadSample(f"{self.rank}:{i}", "is damaged", False) for i in range(count)]
+            yield StepBatches(step, micro, tuple(bad), self.batch_size)
+
+    def _micro(self, rows: list[Tensor]) -> Batch:
+        if not rows:
+            nothing = torch.zeros(1, 1, dtype=torch.bool)
+            return batch_of(torch.zeros(1, 1, dtype=torch.long), mask=nothing, samples=0)
+        if not self.packed:
+            ids, mask = padded(rows)
+            return batch_of(ids, mask=mask)
+        return packed(rows)
+
+
+def packed(rows: Sequence[Tensor]) -> Batch:
+    """All rows as one."""
+    ids = torch.cat(list(rows))[None]
+    numbers = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])[None]
+    labels = ids.clone()
+    labels[:, 1:][numbers[:, 1:] != numbers[:, :-1]] = IGNORED
+    labels[:, 0] = IGNORED
+    return batch_of(ids, labels=labels, seq_idx=numbers, samples=len(rows))
+
+
+def make_job(
+    folder: Path,
+    loss: str,
+    *,
+    steps: int,
+    batch_size: int = 4,
+    accumulation: int = 1,
+    packed: bool = False,
+    plan: str = "mmmm",
+    lr: float = 1e-2,
+    world: World | None = None,
+    evaluate_every: int | None = None,
+    save_every: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    learns: str | tuple[str, ...] | None = None,
+) -> Job:
+    """A small stage over random texts, the same for the same arguments."""
+    world = world or World(torch.device("cpu"))
+    stage = Stage(
+        name="s",
+        learns=learns or LEARNS.get(loss, "new+qkv"),
+        loss=loss,
+        inputs="student" if loss == "kl" else "teacher",
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        lr=lr,
+        precision="fp32",
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+        schedule=Schedule(warmup=0.3, decay=0.3),
+    )
+    teacher, student = small_model("a" * len(plan)), small_model(plan, seed=1)
+    shared = {n: t for n, t in teacher.state_dict().items() if ".mixer." not in n}
+    student.load_state_dict(shared, strict=False)
+    names = [name for name, _ in student.named_parameters()]
+    learning = learning_names(stage, student.config, names)
+    pair = pair_of(teacher.to(dtype), student.to(dtype), learning)
+    objective = objective_of(stage, student.config, pair.learning)
+    entries = ("mix", "mixing_matrix") if objective.layer_local else ()
+    shard_mixers([block.mixer for block in student.model.layers], world, entries)
+    return Job(
+        stage=stage,
+        pair=pair,
+        objective=objective,
+        loader=RandomLoader(
+            IMAGE_ID, batch_size, accumulation, world.rank, world.size, packed=packed
+        ),
+        held_out=None,
+        max_bad_share=0.0,
+        seed=0,
+        world=world,
+        states=StateFolder(folder, world),
+        settings={"stage": {}, "data": {}},
+    )

@@ -1,0 +1,278 @@
+"""The loop: accumulation, resuming, trouble, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from small_distillation import RandomLoader, make_job
+from torch import Tensor
+
+from mmmamba_cli.data import BadSample, Batch, StepBatches
+from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, share_of_peak
+from mmmamba_cli.distill.trainer import Job, StepResult, Stopped, _trouble, train
+from mmmamba_cli.distill.training_state import Progress
+from mmmamba_cli.distributed import host_threads
+from mmmamba_cli.errors import DataError, MmmambaError, RunError
+from mmmamba_cli.recipe import Schedule
+
+STEPS = 6
+
+
+def run(
+    job: Job, progress: Progress | None = None, stop_at: int | None = None
+) -> tuple[list[StepResult], dict[str, Tensor]]:
+    """Train from `progress`; the results and the learned parameters."""
+    results: list[StepResult] = []
+    progress = progress or Progress()
+    try:
+        train(job, progress, results.append, lambda: progress.step == stop_at)
+    except Stopped:
+        assert stop_at is not None
+    learned = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
+    return results, learned
+
+
+def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+class Spoilt:
+    """A loader whose batches of some steps are changed."""
+
+    def __init__(self, loader: RandomLoader, change: Callable[[StepBatches], StepBatches]):
+        self.loader, self.change = loader, change
+        self.steps_per_pass, self.unreadable = loader.steps_per_pass, loader.unreadable
+
+    def steps(self, first: int, stop: int) -> Iterable[StepBatches]:
+        return map(self.change, self.loader.steps(first, stop))
+
+
+@pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
+def test_stopped_and_resumed_is_the_same_bits(loss: str, tmp_path: Path) -> None:
+    whole, learned = run(make_job(tmp_path / "a", loss, steps=STEPS))
+    begun, _ = run(make_job(tmp_path / "b", loss, steps=STEPS), stop_at=3)
+    job = make_job(tmp_path / "b", loss, steps=STEPS)
+    assert job.states.steps() == [3]
+    progress = job.states.record("step-00000003").progress
+    ended, again = run(job, progress)
+    assert equal(learned, again)
+    assert [r.loss for r in begun + ended] == [r.loss for r in whole]
+    assert whole[-1].loss != whole[0].loss
+    assert progress.step == STEPS
+
+
+@pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
+def test_learning_changes_what_learns_and_nothing_else(loss: str, tmp_path: Path) -> None:
+    job = make_job(tmp_path, loss, steps=STEPS)
+    before = {n: p.detach().clone() for n, p in job.pair.student.named_parameters()}
+    results, _ = run(job)
+    for name, parameter in job.pair.student.named_parameters():
+        assert torch.equal(parameter, before[name]) != (name in job.pair.learning), name
+    assert results[-1].learning_rate < results[2].learning_rate == job.stage.lr
+
+
+@pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_accumulation_is_the_whole_batch(loss: str, packed: bool, tmp_path: Path) -> None:
+    """8 samples at once, in four parts of unequal tokens, and packed: one optimiser step each."""
+    shape = {"steps": 3, "batch_size": 8, "dtype": torch.float64}
+    whole, learned = run(make_job(tmp_path / "a", loss, **shape))
+    job = make_job(tmp_path / "b", loss, accumulation=4, packed=packed, **shape)
+    parts, again = run(job)
+    for one, two in zip(whole, parts, strict=True):
+        assert two.loss == pytest.approx(one.loss, rel=1e-8)
+        assert two.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-8)
+    difference = max(float((learned[n] - again[n]).abs().max()) for n in learned)
+    assert difference < 1e-8
+
+
+def test_a_step_without_a_finite_loss_is_skipped(tmp_path: Path) -> None:
+    def spoil(batches: StepBatches) -> StepBatches:
+        return poisoned(batches) if batches.step == 2 else batches
+
+    job = make_job(tmp_path, "mixer-mse", steps=4)
+    seen: list[dict[str, Tensor]] = []
+    results: list[StepResult] = []
+    job = replace(job, loader=Spoilt(job.loader, spoil))
+
+    def report(result: StepResult) -> None:
+        results.append(result)
+        seen.append({n: p.detach().clone() for n, p in job.pair.learning_parameters().items()})
+
+    with explosive(job):
+        progress = train(job, Progress(), report, lambda: False)
+    assert "loss is nan in layer 0" in str(results[2].skipped)
+    assert equal(seen[1], seen[2])
+    assert not equal(seen[2], seen[3])
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (1, 0)
+
+
+def test_several_in_a_row_stop_the_stage(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "mixer-mse", steps=20)
+    job = replace(job, loader=Spoilt(job.loader, poisoned))
+    with explosive(job), pytest.raises(MmmambaError) as caught:
+        run(job)
+    assert "step 5" in str(caught.value)
+    assert "layer 0" in str(caught.value)
+    assert "row 0" in str(caught.value)
+
+
+def test_too_many_bad_samples_stop_the_stage(tmp_path: Path) -> None:
+    def spoil(batches: StepBatches) -> StepBatches:
+        return replace(batches, bad=(BadSample("set.jsonl:3", "no such image"),))
+
+    job = make_job(tmp_path, "mixer-mse", steps=200)
+    job = replace(job, loader=Spoilt(job.loader, spoil), max_bad_share=0.1)
+    with pytest.raises(DataError, match=r"set\.jsonl:3: no such image"):
+        run(job)
+    patient = make_job(tmp_path / "b", "mixer-mse", steps=30)
+    patient = replace(patient, loader=Spoilt(patient.loader, spoil), max_bad_share=0.5)
+    progress = Progress()
+    run(patient, progress)
+    assert progress.bad_samples == 30
+
+
+def test_the_best_student_is_kept(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "mixer-mse", steps=4, evaluate_every=1, lr=1.0)
+    held_out = RandomLoader(90, batch_size=4, seed=7)
+    job = replace(job, held_out=held_out)
+    progress = Progress()
+    results, _ = run(job, progress)
+    losses = [r.held_out.loss for r in results if r.held_out]
+    assert len(losses) == 4
+    assert progress.best_loss == min(losses)
+    assert progress.best_step == 1 + losses.index(min(losses))
+    last = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
+    name = job.states.best(progress.best_step)
+    job.states.load(name, job.pair.learning_parameters(), None)
+    best = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
+    assert equal(best, last) == (progress.best_step == 4)
+    assert 0 <= results[0].held_out.agreement <= 1
+    assert results[0].held_out.student_nll > 0
+
+
+def test_the_best_of_a_saved_state_outlives_what_came_after_it(tmp_path: Path) -> None:
+    """A kill after a better student, but before the next state: the state's own best is there."""
+
+    def job() -> Job:
+        made = make_job(tmp_path, "mixer-mse", steps=6, evaluate_every=1, save_every=3)
+        return replace(made, held_out=RandomLoader(90, batch_size=4, seed=7))
+
+    killed, progress = job(), Progress()
+
+    def report(result: StepResult) -> None:
+        if result.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, progress, report, lambda: False)
+    saved = killed.states.record("step-00000003").progress
+    assert saved.best_step < progress.best_step == 5
+    assert (killed.states.folder / killed.states.best(saved.best_step)).is_dir()
+    again = replace(saved)
+    run(job(), again)
+    names = sorted(p.name for p in killed.states.folder.iterdir())
+    assert names == [killed.states.best(again.best_step), "step-00000006"]
+
+
+def test_an_infinite_term_is_named(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "mixer-mse", steps=1)
+    sums = torch.tensor([1.0, 2.0, float("inf"), 3.0], dtype=torch.float64)
+    assert _trouble(job, float("inf"), 1.0, sums) == "the loss is inf in layer 2"
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    run(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
+    job = make_job(tmp_path, "mixer-mse", steps=4)
+    (victim,) = job.states.path(2).glob("*.distcp")
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    with pytest.raises(RunError, match="step-00000002 is damaged: it cannot be read"):
+        run(job, Progress(step=2))
+
+
+def test_a_half_written_state_is_ignored_and_named(tmp_path: Path) -> None:
+    run(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
+    job = make_job(tmp_path, "mixer-mse", steps=4)
+    job.states.path(3).mkdir()
+    (job.states.folder / ".step-00000004.partial-host-1").mkdir()
+    assert job.states.steps() == [2]
+    assert job.states.half_written() == [".step-00000004.partial-host-1", "step-00000003"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("wsd", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.55]),
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_schedules(kind: str, expected: list[float], tmp_path: Path) -> None:
+    schedule = Schedule(kind=kind, warmup=0.2, decay=0.2, final=0.1)
+    shares = [share_of_peak(schedule, step, 10) for step in range(10)]
+    assert shares == pytest.approx(expected)
+    stage = make_job(tmp_path, "kl", steps=10).stage
+    assert learning_rate(stage, 9) == pytest.approx(stage.lr * share_of_peak(stage.schedule, 9, 10))
+
+
+def test_decay_and_rates_of_the_optimiser(tmp_path: Path) -> None:
+    """Matrices decay; biases, norms, A_log and dt_bias do not."""
+    job = make_job(tmp_path, "kl", steps=4)
+    parameters = job.pair.learning_parameters()
+    optimiser = build_optimiser(job.stage, parameters)
+    names = {id(p): n for n, p in parameters.items()}
+    decays = {
+        names[id(p)].partition(".mixer.")[2]: group["weight_decay"]
+        for group in optimiser.param_groups
+        for p in group["params"]
+    }
+    free = {"A_log", "dt_bias", "conv1d.bias", "g_norm.weight"}
+    assert {name for name, decay in decays.items() if decay == 0} == free
+    assert set(decays.values()) == {0.0, 0.05}
+    assert "q_proj.weight" in decays
+    assert optimiser.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_cosine_falls_from_the_peak_to_its_share() -> None:
+    schedule = Schedule(kind="cosine", warmup=0.1, final=0.1)
+    shares = [share_of_peak(schedule, step, 100) for step in range(100)]
+    assert shares[9] == shares[10] == 1
+    assert all(a > b for a, b in pairwise(shares[10:]))
+    assert shares[55] == pytest.approx(0.55)
+    assert 0.1 < shares[99] < 0.11
+
+
+def test_threads_of_the_host_are_few_beside_a_gpu_only() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with host_threads(torch.device("cpu")):
+            assert torch.get_num_threads() == 4
+        with pytest.raises(ValueError, match="inside"), host_threads(torch.device("cuda")):
+            assert torch.get_num_threads() == 2
+            raise ValueError("inside")
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def poisoned(batches: StepBatches) -> StepBatches:
+    """Every token is the one that `explosive` gives an infinite embedding."""
+
+    def spoil(micro: Batch) -> Batch:
+        return replace(micro, input_ids=torch.full_like(micro.input_ids, 3))
+
+    return replace(batches, micro=tuple(spoil(micro) for micro in batches.micro))
+
+
+@contextmanager
+def explosive(job: Job) -> Iterator[None]:
+    """Make token 3's embedding infinite; only poisoned batches hold it."""
+    for model in (job.pair.teacher, job.pair.student):
+        model.model.text_embedding.weight.data[3] = float("inf")
+    yield

@@ -1,0 +1,327 @@
+"""What the doctor looks at, and that it finds what is wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmmamba_cli import ops
+from mmmamba_cli.doctor import diagnosis, environment, library_checks, missing_extras, op_checks
+from mmmamba_cli.doctor.environment import EXTRAS, PURPOSES
+from mmmamba_cli.doctor.known_issues import Facts, examine_versions, known_problems
+from mmmamba_cli.doctor.op_cases import Op, all_ops
+from mmmamba_cli.doctor.op_checks import _worst, check_backend, check_ops, relative_error
+from mmmamba_cli.doctor.report import Check, Device, OpCheck, Package, Report
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.ops.norm import reference
+from mmmamba_cli.versions import NEEDED, release, satisfies
+
+CPU = torch.device("cpu")
+FP32 = (torch.float32,)
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+GOOD = {name: bound or "1" for name, bound in NEEDED.items()} | {
+    "torch": "2.13.0+cpu",
+    "transformers": "5.23.0",
+}
+GOOD = {name: re.sub(r"^>=", "", version).partition(",")[0] for name, version in GOOD.items()}
+
+
+def op(name: str) -> Op:
+    return next(found for found in all_ops() if found.name == name)
+
+
+def test_what_is_needed_is_what_the_project_asks_for() -> None:
+    def cut(text: str) -> tuple[str, str]:
+        match = re.match(r"([\w-]+)(.*)", text.partition(";")[0].strip())
+        assert match is not None
+        return match[1], match[2]
+
+    assert dict(map(cut, PROJECT["dependencies"])) == NEEDED
+    extras = {k: v for k, v in PROJECT["optional-dependencies"].items() if k != "dev"}
+    assert {k: tuple(cut(name)[0] for name in v) for k, v in extras.items()} == EXTRAS
+    assert set(PURPOSES) == set(EXTRAS)
+
+
+def test_every_public_op_has_backends_and_cases() -> None:
+    functions = {name for name in ops.__all__ if name != "BACKENDS"}
+    assert set(ops.BACKENDS) == functions
+    for found in all_ops():
+        assert found.cases, found.name
+        assert found.reference in found.backends
+    lengths = {int(c.name.split()[0]) for c in op("ssd").cases if c.name.endswith("tokens")}
+    assert lengths == {1, 37, 131}
+    assert {"mask", "seq_idx"} <= {case.name for case in op("ssd").cases}
+
+
+def test_all_ops_are_right_here_in_both_dtypes() -> None:
+    every = list(check_ops(CPU, (torch.float32, torch.bfloat16)))
+    # Kernels may be installed where there is no GPU to run them on, or on a CPU beside one.
+    kernels = {"triton", "products", "flash", "mamba_ssm", "fla"}
+    assert all(check.status == "skipped" for check in every if check.backend in kernels)
+    found = [check for check in every if check.backend not in kernels]
+    assert all(check.status == "ok" for check in found), [c.sentence for c in found]
+    choosing = [c for c in found if c.op == "likeliest"]
+    found = [c for c in found if c.op != "likeliest"]
+    assert [(c.forward, c.backward) for c in choosing] == [(0.0, 0.0)] * 2
+    assert all(c.backward is not None and c.forward is not None for c in found)
+    backends = {(c.op, c.backend) for c in every}
+    registered = {(name, b) for name, table in ops.BACKENDS.items() for b in table}
+    assert backends == registered
+    # Errors of rounding, not of nothing: bf16 has 8 bits.
+    assert all(c.forward and c.forward > 1e-4 for c in found if c.dtype == "bfloat16")
+
+
+def test_a_backend_that_is_registered_later_is_found_and_found_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slightly_off(y: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return reference.gated_norm(y, *rest) * 1.001
+
+    monkeypatch.setitem(ops.BACKENDS["gated_rms_norm"], "fused", slightly_off)  # type: ignore[arg-type]
+    found = {c.backend: c for c in check_ops(CPU, FP32, [op("gated_rms_norm")])}
+    assert (found["reference"].status, found["fused"].status) == ("ok", "failed")
+    assert found["fused"].forward == pytest.approx(1e-3, rel=0.01)
+    assert found["fused"].sentence.startswith("gated_rms_norm, fused, float32: forward error 0.001")
+
+
+def test_whoever_waits_for_another_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(op: Any, backend: str, device: torch.device, dtype: torch.dtype) -> OpCheck:
+        return OpCheck(op.name, backend, str(dtype), "ok", 0.0, 0.0, 1.0, 1)
+
+    monkeypatch.setattr(op_checks, "check_backend", unchecked)
+    slow = replace(op("ssd"), backends={"chunked": print, "fla": print}, optional={"fla"})
+    for device, told in (("cuda", ["checking ssd by fla, which may"]), ("cpu", [])):
+        said: list[str] = []
+        assert len(list(check_ops(torch.device(device), FP32, [slow], said.append))) == 2
+        assert [text.partition(" tune")[0] for text in said] == told
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 1.01 * gradient
+
+
+def broken(kind: str) -> Any:
+    def backend(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if kind == "gradient":
+            return reference.norm(_WrongGradient.apply(x), weight, eps)
+        if kind == "no gradient":
+            return reference.norm(x.detach(), weight.detach(), eps)
+        if kind == "nan":
+            return reference.norm(x, weight, eps) * math.nan
+        if kind == "raises":
+            raise RuntimeError("no kernel image\nis available")
+        if kind == "refuses long" and x.shape[1] > 100:
+            raise NotImplementedError("at most 100 tokens")
+        if kind == "refuses":
+            raise MmmambaError("never")
+        return reference.norm(x, weight, eps)
+
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "said"),
+    [
+        ("gradient", "failed", "backward error 0.01"),
+        ("no gradient", "failed", "has no gradients"),
+        ("nan", "failed", "forward error nan"),
+        ("raises", "failed", "1 tokens: RuntimeError: no kernel image"),
+        ("refuses long", "ok", ""),
+        ("refuses", "skipped", "refuses 131 tokens: never"),
+    ],
+)
+def test_whatever_a_kernel_does_wrong_is_said(
+    monkeypatch: pytest.MonkeyPatch, kind: str, status: str, said: str
+) -> None:
+    monkeypatch.setitem(ops.BACKENDS["rms_norm"], "fused", broken(kind))  # type: ignore[index]
+    found = check_backend(op("rms_norm"), "fused", CPU, torch.float32)
+    assert (found.status, said in found.sentence) == (status, True), found.sentence
+    assert found.cases == {"ok": 2, "failed": 0 if kind == "raises" else 3, "skipped": 0}[status]
+
+
+def test_an_op_without_a_case_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops.BACKENDS, "new_op", {"reference": reference.norm})
+    (found,) = (c for c in check_ops(CPU, FP32, [op("new_op")]))
+    assert (found.status, found.said) == ("failed", "the doctor has no case")
+
+
+def test_a_wrong_attention_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    table: Any = ops.BACKENDS["attention"]
+    right = table["sdpa"]
+
+    def blind(*inputs: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        """Sees padding."""
+        mask = None if mask is None else torch.ones_like(mask).tril()
+        return right(*inputs, mask=mask, **options)
+
+    monkeypatch.setitem(table, "sdpa", blind)
+    found = {check.backend: check for check in check_ops(CPU, FP32, [op("attention")])}
+    assert (found["sdpa"].status, found["sdpa"].cases) == ("failed", 6)
+    assert found["reference"].status == "ok"
+
+
+def test_checking_leaves_the_number_of_threads_alone() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        list(check_ops(CPU, FP32, [op("rms_norm")]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_relative_errors() -> None:
+    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == 0.1
+    assert relative_error(torch.tensor([2.0]), torch.tensor([0.0])) == 2
+    assert math.isnan(_worst([0.1, math.nan]))
+
+
+def test_versions_are_numbers() -> None:
+    assert release("2.13.0+cpu") == (2, 13, 0)
+    assert release("3.7.0.post1") == (3, 7, 0)
+    assert satisfies("5.17.0", ">=5.17,<6")
+    assert not satisfies("5.9.1", ">=5.17,<6")
+    assert not satisfies("6.0", ">=5.17,<6")
+    assert satisfies("anything", "")
+
+
+def facts(device: Device, device_name: str = "cpu", **versions: str) -> Facts:
+    return Facts({**GOOD, **versions}, (Device("cpu", "a CPU", bf16=True), device), device_name)
+
+
+H100 = Device("cuda:0", "H100", capability=(9, 0), bf16=True)
+A100 = Device("cuda:0", "A100", capability=(8, 0), bf16=True)
+CASES: list[tuple[Device, dict[str, str], bool]] = [
+    (H100, {"fla-core": "0.4", "triton": "3.4.0"}, True),
+    (H100, {"fla-core": "0.4", "triton": "3.7.0"}, True),
+    (H100, {"flash-linear-attention": "0.4", "triton": "3.6.0"}, True),
+    (H100, {"fla-core": "0.4", "triton": "3.7.1"}, False),
+    (H100, {"fla-core": "0.4", "triton": "3.3.1"}, False),
+    (H100, {"triton": "3.6.0"}, False),
+    (A100, {"fla-core": "0.4", "triton": "3.6.0"}, False),
+]
+
+
+@pytest.mark.parametrize(("device", "versions", "bad"), CASES)
+def test_the_pair_of_hopper_and_triton_is_named(
+    device: Device, versions: dict[str, str], bad: bool
+) -> None:
+    found = [check.sentence for check in known_problems(facts(device, "cuda:0", **versions))]
+    assert bool(found) == bad
+    assert all("gated backward on Hopper with Triton" in sentence for sentence in found)
+
+
+def test_other_known_problems() -> None:
+    slow = Device("cpu", "an old CPU", bf16=False)
+    on_cpu = known_problems(Facts(GOOD, (slow,), "cpu"))
+    assert [check.name for check in on_cpu] == ["bf16 on this CPU"]
+    assert not list(known_problems(Facts(GOOD, (slow, A100), "cuda:0", driver=True)))
+    (no_cuda,) = known_problems(Facts(GOOD, (Device("cpu", "a CPU"),), "cpu", driver=True))
+    assert "torch finds no GPU" in no_cuda.sentence
+    (tf32,) = known_problems(Facts(GOOD, (A100,), "cuda:0", fast_fp32=True))
+    assert tf32.name == "TF32"
+
+
+def test_versions_that_are_too_old_fail_with_the_pip_line() -> None:
+    (good,) = examine_versions(Facts(GOOD, (), "cpu"))
+    assert good.status == "ok"
+    old = Facts({**GOOD, "transformers": "5.16.2", "torch": "2.8.1"}, (), "cpu")
+    assert [check.sentence for check in examine_versions(old)] == [
+        "torch: is 2.8.1, needed is >=2.9 (pip install 'torch>=2.9')",
+        "transformers: is 5.16.2, needed is >=5.17,<6 (pip install 'transformers>=5.17,<6')",
+    ]
+    without = {name: version for name, version in GOOD.items() if name != "pillow"}
+    (missing,) = examine_versions(Facts(without, (), "cpu"))
+    assert (missing.name, missing.status, missing.said) == ("pillow", "failed", "is not installed")
+
+
+def test_missing_extras() -> None:
+    packages = (Package("a", "1", extra="x"), Package("b", None, extra="x"), Package("c", None))
+    assert missing_extras(packages) == {"x": ("b",)}
+
+
+def test_the_cpu_is_read_as_the_system_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, memory = tmp_path / "cpuinfo", tmp_path / "meminfo"
+    info.write_text("model name\t: Old One\nflags\t: fpu avx512f\n\nmodel name\t: Second\n")
+    memory.write_text("MemTotal: 8 kB\nMemAvailable:    4 kB\n")
+    monkeypatch.setattr(environment, "CPUINFO", info)
+    monkeypatch.setattr(environment, "MEMINFO", memory)
+    found = environment.cpu()
+    assert found.description.startswith("Old One, ")
+    assert (found.free, found.bf16) == (4096, False)
+    info.write_text("model name\t: New One\nflags\t: fpu amx_bf16\n")
+    assert environment.cpu().bf16 is True
+    info.unlink()
+    memory.unlink()
+    found = environment.cpu()
+    assert (found.free, found.bf16) == (None, None)
+
+
+def test_libraries_are_well_here() -> None:
+    assert library_checks.check_tokenizer().status == "ok"
+    assert library_checks.check_resizing().status == "ok"
+
+
+def test_a_tokenizer_that_changes_texts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sentencepiece
+
+    right = sentencepiece.SentencePieceProcessor.decode
+    monkeypatch.setattr(
+        sentencepiece.SentencePieceProcessor, "decode", lambda self, ids: right(self, ids).strip()
+    )
+    found = library_checks.check_tokenizer()
+    assert found.status == "failed"
+    assert found.said == "'  two  spaces' comes back as 'two  spaces'"
+
+
+def test_other_pixels_are_a_warning_and_changing_ones_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library_checks, "_resized", lambda: "other")
+    assert library_checks.check_resizing().status == "warning"
+    digests = iter("ab")
+    monkeypatch.setattr(library_checks, "_resized", lambda: next(digests))
+    assert library_checks.check_resizing().status == "failed"
+
+
+def test_a_broken_installation_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    report = diagnosis.examine()
+    assert [s for s in report.failures if s.startswith("transformers: cannot be imported")]
+    assert report.ops == ()
+
+
+def test_a_device_that_is_not_there_is_the_users_mistake() -> None:
+    with pytest.raises(MmmambaError, match="abacus"):
+        diagnosis.examine("abacus")
+
+
+def test_failures_are_what_is_needed_and_broken() -> None:
+    report = Report(
+        (),
+        (),
+        "cpu",
+        (Check("a", "ok", "x"), Check("b", "failed", "y", "mend"), Check("c", "warning", "z")),
+        (
+            OpCheck("o", "p", "q", "failed", 1.0, None, 0.5, 1),
+            OpCheck("o", "p", "q", "ok", 0, 0, 1, 1),
+        ),
+    )
+    assert list(report.failures) == ["b: y (mend)", "o, p, q: forward error 1, allowed is 0.5"]
+    assert list(report.warnings) == ["c: z"]

@@ -1,0 +1,156 @@
+"""Our own model behind the contract: batched as one by one, choices by their likelihood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from suite_tables import mme_rows, write_tsv
+
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate import Encoded, Identity, Options, OutOfMemory, Prompt, find_suite
+from mmmamba_cli.evaluate import open_suite as opened
+from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel, fitting
+from mmmamba_cli.evaluate.open_models import product_candidate, teacher_candidate
+from mmmamba_cli.evaluate.prompts import prompt_of
+from mmmamba_cli.runs import Run
+
+MME = find_suite("mme")
+
+
+@pytest.fixture(scope="module", params=["student", "teacher"])
+def model(request: pytest.FixtureRequest, small_run: Path) -> HolisticEvalModel:
+    run = Run(small_run)
+    if request.param == "student":
+        return product_candidate(run, None, "cpu", "fp32").open()
+    return teacher_candidate(run, None, "cpu", "fp32").open()
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[Prompt]:
+    """Twelve questions about pictures of one tile and of four, to be answered Yes or No."""
+    write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=3, categories=("OCR", "count")))
+    table, rows = opened(MME, Options(data=tmp_path))
+    return [prompt_of(row, MME, table, max_tiles=4, by_likelihood=True) for row in rows]
+
+
+def test_batched_is_one_by_one(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+    encoded = [model.encode(prompt) for prompt in prompts]
+    assert len({one.length for one in encoded}) > 3
+    together = model.generate(encoded, 6)
+    assert together == [answer for one in encoded for answer in model.generate([one], 6)]
+    assert len(set(together)) > 3
+    scores = model.score_choices(encoded)
+    alone = [model.score_choices([one])[0] for one in encoded]
+    torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-5)
+    assert len({round(score, 3) for row in scores for score in row}) > 12
+
+
+def test_the_measure_goes_with_the_length(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+    constant = {model.encode(prompt).length - model.measure(prompt) for prompt in prompts}
+    assert len(constant) == 1
+    few = Prompt("0", prompts[4].text, prompts[4].pictures, max_tiles=1)
+    # 130 x 40 pixels are three tiles and a thumbnail, of four tokens each.
+    assert model.measure(prompts[4]) - model.measure(few) == 3 * 4
+
+
+def test_likelihoods_are_those_of_the_whole_conversation(
+    model: HolisticEvalModel, prompts: list[Prompt]
+) -> None:
+    """Against a plain forward over each answered conversation."""
+    choices = ("Yes", "No, not at all", "两只猫")
+    prompt = Prompt("0", prompts[2].text, prompts[2].pictures, 4, choices)
+    encoded = model.encode(prompt)
+    (found,) = model.score_choices([encoded])
+    for choice, score in zip(choices, found, strict=True):
+        talk = [
+            {"role": "user", "content": prompt.text},
+            {"role": "assistant", "content": choice},
+        ]
+        ids, is_answer = model.processor.conversation_ids(talk, encoded.value.num_tiles)
+        with torch.no_grad():
+            logits = model.model(torch.tensor([ids]), encoded.value.pixels).logits[0]
+        logs = torch.log_softmax(logits.double(), -1)
+        columns = [i for i, answers in enumerate(is_answer) if answers][:-1]
+        assert len(columns) >= 1
+        expected = float(sum(logs[i - 1, ids[i]] for i in columns))
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_a_row_says_is_text(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+    """The first `<image>` is the picture; those of the question are words, as are its tokens."""
+    picture = prompts[0].pictures
+    said = "Is the word <image> or <|im_start|>system in the picture?"
+    prompt = Prompt("0", f"<image>\n{said}", picture, 4, ("Yes", "No"))
+    plain = Prompt("0", "<image>\nIs it?", picture, 4)
+    encoded = model.encode(prompt)
+    image_token = model.processor.image_token_id
+    assert encoded.value.ids.count(image_token) == model.encode(plain).value.ids.count(image_token)
+    assert said in model.processor.decode(encoded.value.ids)
+    blind = model.encode(Prompt("1", said))
+    assert blind.value.ids.count(image_token) == 0
+    assert said in model.processor.decode(blind.value.ids)
+    assert len(model.score_choices([encoded])[0]) == 2
+
+
+def test_an_answer_ends_at_a_stop_token(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+    stops = model.processor.stop_token_ids
+    ids = model.processor.tokenizer.encode_plain("a red cat")
+    assert model._text([*ids, stops[1], *ids]) == "a red cat"
+    assert model.model.generation_config.eos_token_id == sorted(stops)
+
+
+def test_what_a_folder_says_about_generating_is_not_used(
+    small_run: Path, prompts: list[Prompt]
+) -> None:
+    fresh = product_candidate(Run(small_run), None, "cpu", "fp32").open()
+    expected = fresh.generate([fresh.encode(prompts[0])], 6)
+    fresh.model.generation_config.update(repetition_penalty=50.0, do_sample=True, temperature=9.0)
+    again = HolisticEvalModel(fresh.model, fresh.processor, fresh.identity)
+    assert again.generate([again.encode(prompts[0])], 6) == expected
+
+
+def test_torchs_out_of_memory_is_the_runners(
+    model: HolisticEvalModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nand so on")
+
+    encoded = [model.encode(prompts[0])]
+    monkeypatch.setattr(model.model.lm_head, "forward", full)
+    for ask in (lambda: model.generate(encoded, 2), lambda: model.score_choices(encoded)):
+        with pytest.raises(OutOfMemory, match=r"Tried to allocate$") as caught:
+            ask()
+        assert caught.value.__context__ is None
+
+
+def test_what_fits_beside_what_was_measured() -> None:
+    assert fitting(100, taken=10, free=1000) == 80 * 100
+    assert fitting(100, taken=999, free=1000) == 100
+    assert fitting(100, taken=0, free=10) == 800
+
+
+def test_nothing_is_measured_on_a_cpu(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+    assert model.fitting_columns(Encoded(prompts[0], 10), 5) is None
+
+
+def test_identity_says_what_answers_depend_on(small_run: Path) -> None:
+    run = Run(small_run)
+    kinds = [
+        product_candidate(run, None, "cpu", dtype).open().identity for dtype in ("fp32", "bf16")
+    ]
+    assert kinds[0].content_hash == kinds[1].content_hash == run.product("seed").content_hash
+    assert kinds[0].answers_depend_on["dtype"] == "float32"
+    assert kinds[1].answers_depend_on["dtype"] == "bfloat16"
+    assert isinstance(kinds[0], Identity)
+
+
+def test_a_model_that_reads_text_only_says_so(prompts: list[Prompt]) -> None:
+    from mmmamba_cli.processing import HolisticTextProcessor
+
+    blind = HolisticEvalModel.__new__(HolisticEvalModel)
+    blind.processor = HolisticTextProcessor.__new__(HolisticTextProcessor)
+    blind.identity = Identity("plain", "hash")
+    with pytest.raises(DataError, match="row 0 has a picture, but plain reads text only"):
+        blind.encode(prompts[0])

@@ -1,0 +1,165 @@
+"""One case: a folder of its own, a command in it, and what must be true of how it ended."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from ended import Done
+from sandbox import watched
+
+from mmmamba_cli.cli import main
+
+# MMMAMBA_FUZZ=10 draws ten times as many cases of every kind; the first are always the same ones.
+TIMES = int(os.environ.get("MMMAMBA_FUZZ", "1"))
+LONGEST = 2500
+# Answers stay where `eval` was stopped, so that it goes on from there.
+KEPT = re.compile(r"out(/student(/pope(/predictions-\w+\.jsonl)?)?)?$")
+# Lines on stderr that are no error: remarks, and progress where there is no terminal.
+REMARK = re.compile(r"warning: .*|.+: \d+/\d+( \w+)?|loading .+")
+# What Python says to programmers; it helps nobody who typed a command.
+PYTHON = re.compile(
+    r"Traceback|<class '|object at 0x|'NoneType'|object has no attribute|not subscriptable|"
+    r"unexpected keyword|positional argument|not supported between|is not iterable|"
+    r"unhashable|has no len\(\)|object is not callable"
+)
+
+
+def numbers(count: int) -> range:
+    """Numbers of the cases of one kind."""
+    return range(count * TIMES)
+
+
+class Case:
+    """A case by its kind and number, which fix all that is random in it."""
+
+    def __init__(self, kind: str, number: int, home: Path):
+        self.kind, self.number, self.home = kind, number, home
+        self.rng = random.Random(f"{kind} {number}")
+        # What was done to the input; shown where the case fails.
+        self.done: list[str] = []
+        self.canary = home / "canary"
+        self.last = Done(0, "", "")
+        (home / "tmp").mkdir()
+
+    def copy(self, source: Path, name: str = "input") -> Path:
+        """A copy of a file or folder to spoil."""
+        target = self.home / name
+        if source.is_dir():
+            return shutil.copytree(source, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copyfile(source, target))
+
+    def command(self, *words: object, encoding: str = "utf-8") -> Done:
+        """The command, watched, with streams of that encoding.
+
+        Anything that leaves it but an exit code is a failure.
+        """
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="") for _ in "oe")
+        before, state = sys.argv, self._state()
+        sys.argv = ["mmmamba", *map(str, words)]
+        code: Any = 0
+        try:
+            with watched(self.home), redirect_stdout(out), redirect_stderr(err):
+                main()
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException as error:
+            error.add_note(self.story(words))
+            raise
+        finally:
+            sys.argv = before
+        done = self.last = Done(code or 0, *(written(stream, encoding) for stream in (out, err)))
+        try:
+            self._judge(done, state)
+        except AssertionError as error:
+            error.add_note(f"{self.story(words)}\nstdout: {done.out}\nstderr: {done.err}")
+            raise
+        return done
+
+    def call(self, function: Callable[[], Any], allowed: type[Exception]) -> Any:
+        """A function of the library, watched; returns what it does, or the error it may raise."""
+        found: Any
+        try:
+            with watched(self.home):
+                found = function()
+        except allowed as error:
+            found = error
+            judge_sentence(str(error))
+        except BaseException as error:
+            error.add_note(self.story(()))
+            raise
+        assert not self.canary.exists(), self.story(())
+        return found
+
+    def story(self, words: tuple[object, ...]) -> str:
+        """How to see this case again."""
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+        return (
+            f"case {self.kind}-{self.number}: {'; '.join(self.done) or 'nothing changed'}\n"
+            f"command: mmmamba {' '.join(map(str, words))}\n"
+            f"again: MMMAMBA_FUZZ={TIMES} pytest '{test}'"
+        )
+
+    def _judge(self, done: Done, before: dict[str, tuple[int, ...]]) -> None:
+        assert not self.canary.exists(), "code of the input was run"
+        assert done.code in (0, 2), f"ended with {done.code}"
+        lines = done.err.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        strange = [x for x in lines if x not in errors and not REMARK.fullmatch(x)]
+        assert not strange, strange
+        after = self._state()
+        halves = [name for name in after if "partial" in name or ".old-" in name]
+        assert not halves, f"left half-written: {halves}"
+        assert not list((self.home / "tmp").iterdir()), "left temporary files"
+        if done.code == 0:
+            assert not errors, "an error and the exit code 0"
+            return
+        # Of a recipe everything that is wrong is said, a line each.
+        many = bool(errors) and ".yaml: " in errors[0]
+        assert len(errors) == 1 or many, f"{len(errors)} sentences"
+        for sentence in errors:
+            judge_sentence(sentence)
+        changed = {name for name, _ in after.items() ^ before.items()}
+        assert not {name for name in changed if not KEPT.match(name)}, f"changed: {changed}"
+
+    def _state(self) -> dict[str, tuple[int, ...]]:
+        """Everything in the case's folder; a run's lock may come and go."""
+        found = {}
+        for folder, folders, files in os.walk(self.home):
+            for name in (*folders, *files):
+                path = Path(folder, name)
+                known = path.lstat()
+                if name != ".lock":
+                    fixed = (known.st_size, known.st_mtime_ns) if name in files else (0, 0)
+                    found[str(path.relative_to(self.home))] = fixed
+        return found
+
+
+def written(stream: io.TextIOWrapper, encoding: str) -> str:
+    """What was written, every byte of it in the encoding."""
+    stream.flush()
+    buffer = stream.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode(encoding)
+
+
+def judge_sentence(text: str) -> None:
+    """One line for a person: neither endless, nor Python's, nor an order to the terminal."""
+    assert 15 < len(text) <= LONGEST, f"a sentence of {len(text)} characters"
+    assert not PYTHON.search(text), f"Python's words: {text}"
+    assert text.isprintable(), f"signs that a terminal obeys: {text!r}"
+
+
+def outcome(done: Done) -> Any:
+    """What `--json` said."""
+    return json.loads(done.out)

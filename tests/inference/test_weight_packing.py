@@ -1,0 +1,337 @@
+"""Packed weights are the model's own, elsewhere; int8 weights are read as the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import distance, pad_batch, prompt, small_model
+from torch import nn
+
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.inference import Generator, Int8Linear, pack, quantize
+from mmmamba_cli.inference.packed_model import plan_of
+from mmmamba_cli.inference.weight_packing import joined, mixer_inputs, mlp_inputs
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.attention import Attention
+from mmmamba_cli.model.norm import RMSNorm
+from mmmamba_cli.ops.projection import dequantize
+from mmmamba_cli.ops.projection import quantize as quantized
+
+NEW = 8
+
+
+def pointers(model: Any) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def with_biases(model: Any) -> Any:
+    """Biases for q and v, none for k, and one for the output."""
+    rng = torch.Generator().manual_seed(5)
+    for block in model.model.blocks:
+        for name in ("q_proj", "v_proj", "o_proj"):
+            layer = getattr(block.mixer, name)
+            layer.bias = nn.Parameter(torch.randn(layer.out_features, generator=rng))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
+def test_forward_does_not_change_by_a_bit(plan: str) -> None:
+    model = small_model(plan)
+    ids, pixels = prompt(2, 9)
+    before = model(ids, pixels).logits
+    kept = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    pack(model)
+    assert torch.equal(model(ids, pixels).logits, before)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, kept[name]), name
+
+
+def test_weights_are_views_of_the_packed_ones() -> None:
+    model = small_model("am")
+    size = sum(p.numel() for p in model.parameters())
+    pack(model)
+    groups = [mixer_inputs(block.mixer) for block in model.model.blocks]
+    groups += [mlp_inputs(block.mlp) for block in model.model.blocks]
+    for layers in groups:
+        whole = joined([layer.weight for layer in layers])
+        assert whole is not None
+        assert torch.equal(whole, torch.cat([layer.weight for layer in layers]))
+        # No second copy: what is written there is read here.
+        whole[-1, -1] = 123.0
+        assert layers[-1].weight[-1, -1] == 123.0
+        assert whole.data_ptr() == layers[0].weight.data_ptr()
+        assert whole.untyped_storage().nbytes() == whole.nbytes
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    assert sum(storage.nbytes() for storage in storages.values()) == 4 * size
+    for layer in plan_of(model).language.layers:
+        names = [layer.mixer.inputs, layer.mlp_inputs]
+        assert all(place.weight.data_ptr() in pointers(model).values() for place in names)
+
+
+def test_packing_twice_moves_nothing() -> None:
+    model = small_model("amam")
+    pack(model)
+    before = pointers(model)
+    parameters = list(model.parameters())
+    pack(model)
+    Generator(model)
+    assert pointers(model) == before
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+def test_models_that_share_weights() -> None:
+    teacher, student = small_model("aaaa"), small_model("mmmm", seed=1)
+    for one, other in zip(teacher.model.blocks, student.model.blocks, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(other.mixer, name).weight = getattr(one.mixer, name).weight
+        other.mlp = one.mlp
+    ids, _ = prompt(0, 6)
+    expected = [
+        m.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 6:] for m in (teacher, student)
+    ]
+    # Each wants q, k and v in another order; what is made later takes them from what was before.
+    made = [Generator(teacher), Generator(student), Generator(teacher)]
+    for generator, tokens in zip(made, (*expected, expected[0]), strict=True):
+        assert torch.equal(generator.generate(ids, max_new_tokens=NEW), tokens)
+    shared = [
+        plan_of(m).language.layers[0].mlp_inputs.weight.data_ptr() for m in (teacher, student)
+    ]
+    assert shared[0] == shared[1]
+
+
+def test_weights_that_were_moved_are_packed_anew() -> None:
+    model = small_model("amam")
+    pack(model)
+    ids, _ = prompt(0, 6)
+    model.double()
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :]
+    assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW), expected)
+
+
+@pytest.mark.parametrize("plan", ["aaaa", "mmmm"])
+def test_biases_where_some_have_none(plan: str) -> None:
+    model = with_biases(small_model(plan))
+    ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
+    inputs = {"attention_mask": mask}
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False, **inputs)[:, 9:]
+    found = Generator(model).generate(ids, **inputs, max_new_tokens=NEW)
+    assert torch.equal(found, expected)
+    for block in model.model.blocks:
+        block.mixer.q_proj.bias.add_(1.0)
+    assert not torch.equal(Generator(model).generate(ids, **inputs, max_new_tokens=NEW), expected)
+
+
+def test_a_packed_model_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = small_model("amam")
+    kept = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    pack(model)
+    model.save_pretrained(tmp_path)
+    again = HolisticVLM.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == kept.keys()
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+class Adapted(nn.Linear):
+    """A stand-in for a low-rank adapter."""
+
+
+def test_what_is_not_plain_is_refused_before_anything_moves() -> None:
+    model = small_model("amam")
+    model.model.layers[2].mixer.o_proj = Adapted(32, 32, bias=False)
+    before = pointers(model)
+    for work in (pack, quantize, Generator):
+        with pytest.raises(MmmambaError, match=r"model.layers.2.mixer.o_proj is a Adapted.*merge"):
+            work(model)
+    assert pointers(model) == before
+
+
+def test_weights_of_several_dtypes_are_refused_before_anything_moves() -> None:
+    model = small_model("amam")
+    model.model.layers[3].mixer.g_proj.bfloat16()
+    before = pointers(model)
+    with pytest.raises(MmmambaError, match=r"layers.3.mixer.g_proj is torch.bfloat16.*v_proj"):
+        pack(model)
+    assert pointers(model) == before
+
+
+def readers(model: Any) -> list[tuple[nn.Module, RMSNorm | None]]:
+    """Each layer that becomes int8, and the norm in front of it."""
+    found: list[tuple[nn.Module, RMSNorm | None]] = [(model.lm_head, model.model.norm)]
+    for block in model.model.blocks:
+        mixer, mlp = block.mixer, block.mlp
+        found += [(layer, block.mixer_norm) for layer in mixer_inputs(mixer)]
+        found += [(layer, block.mlp_norm) for layer in mlp_inputs(mlp)]
+        found += [(mixer.o_proj, getattr(mixer, "g_norm", None)), (mlp.down_proj, None)]
+    return found
+
+
+def folded(layer: nn.Module, norm: RMSNorm | None) -> torch.Tensor:
+    """The layer's weight, each column times what the norm would multiply that input by."""
+    if norm is None:
+        return layer.weight
+    repeats = layer.in_features // len(norm.weight)
+    return layer.weight * torch.cat([norm.weight] * repeats)
+
+
+def rounded(model: Any) -> Any:
+    """The weights that `quantize` reads, norms included, as the plain model's."""
+    found = readers(model)
+    for layer, norm in found:
+        layer.weight.copy_(dequantize(quantized(folded(layer, norm)), layer.weight.dtype))
+    for _, norm in found:
+        if norm is not None:
+            norm.weight.fill_(1)
+    return model
+
+
+def with_head_norms(model: Any) -> Any:
+    """Norms on the heads of attention too."""
+    rng = torch.Generator().manual_seed(6)
+    for mixer in (block.mixer for block in model.model.blocks):
+        if isinstance(mixer, Attention):
+            mixer.q_norm, mixer.k_norm = RMSNorm(8, 1e-5), RMSNorm(8, 1e-5)
+            for norm in (mixer.q_norm, mixer.k_norm):
+                norm.weight.data += 0.5 * torch.randn(8, generator=rng)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
+def test_int8_is_a_model_of_rounded_weights(plan: str) -> None:
+    ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
+    expected = rounded(with_biases(small_model(plan))).double()
+    model = with_biases(small_model(plan))
+    plain = model(ids, attention_mask=mask).logits
+    quantize(model)
+    logits = model(ids, attention_mask=mask).logits
+    assert distance(logits, expected(ids, attention_mask=mask).logits) < 1e-4
+    assert 1e-3 < distance(logits, plain) < 0.3
+    # The fast path reads the very numbers that the modules read.
+    generator = Generator(model)
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    found = generator.generate(ids, attention_mask=mask, max_new_tokens=NEW)
+    assert torch.equal(found, tokens[:, 9:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
+def test_norms_become_part_of_int8_weights(plan: str, dtype: torch.dtype) -> None:
+    model = with_head_norms(small_model(plan, qk_norm=plan == "amam")).to(dtype)
+    expected = [folded(layer, norm).double() for layer, norm in readers(model)]
+    heads = {n: p.clone() for n, p in model.named_parameters() if ".q_norm" in n or ".k_norm" in n}
+    assert len(heads) == 2 * plan.count("a") + 2 * plan.count("m") * (plan == "amam")
+    held = [p for n, p in model.named_parameters() if "norm" in n]
+    kept = [p.clone() for p in held]
+    quantize(model)
+    for (layer, norm), wanted in zip(readers(model), expected, strict=True):
+        found = dequantize(layer.as_weight(), torch.float64)
+        half = 0.5 * layer.scales.double().unsqueeze(1)
+        assert ((found - wanted).abs() <= 1.0001 * half).all()
+        assert norm is None or torch.equal(norm.weight, torch.ones_like(norm.weight))
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], weight) for name, weight in heads.items())
+    # Whoever else holds the old weights keeps them.
+    assert all(torch.equal(old, copy) for old, copy in zip(held, kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_int8_without_norms_weights_is_the_same_model(dtype: torch.dtype) -> None:
+    ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
+    for plan in ("aaaa", "mmmm", "amam"):
+        model = with_head_norms(small_model(plan, qk_norm=plan == "amam")).to(dtype)
+        plain = model(ids, attention_mask=mask).logits
+        quantize(model)
+        logits = model(ids, attention_mask=mask).logits
+        assert 1e-3 < distance(logits[mask.bool()], plain[mask.bool()]) < 0.3, plan
+        generator = Generator(model)
+        found = generator.prefill(ids[:, :-1], attention_mask=mask[:, :-1])
+        assert distance(found, logits[:, -2]) < 1e-5
+        assert distance(generator.step(ids[:, -1:]), logits[:, -1]) < 1e-5
+
+
+def test_a_step_over_int8_reads_no_norm() -> None:
+    model = small_model("am")
+    assert plan_of(model).norm.weight is not None
+    quantize(model)
+    plan = plan_of(model)
+    (attention,), (scan,) = (stack.layers for stack in plan.stacks)
+    norms = [plan.norm, *(n for one in (attention, scan) for n in (one.mixer_norm, one.mlp_norm))]
+    norms.append(scan.mixer.gated_norm)
+    assert [(norm.weight, norm.dim) for norm in norms] == [(None, 32)] * 5 + [(None, 8)]
+    # One that was changed since is read.
+    model.model.layers[1].mixer_norm.weight.fill_(2)
+    ids, _ = prompt(0, 6)
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 6:]
+    assert plan_of(model).language.layers[0].mixer_norm.weight is not None
+    assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW), expected)
+
+
+def test_quantizing_twice_changes_nothing() -> None:
+    model = small_model("amam")
+    quantize(model)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize(model)
+    assert model.state_dict().keys() == kept.keys()
+    assert all(torch.equal(model.state_dict()[name], kept[name]) for name in kept)
+
+
+def test_a_tied_head_is_int8_and_the_embedding_as_it_was() -> None:
+    model = small_model("mmmm")
+    model.lm_head.weight = model.model.text_embedding.weight
+    ids, _ = prompt(0, 9)
+    kept, plain = model.model.text_embedding.weight.clone(), model(ids).logits
+    quantize(model)
+    assert torch.equal(model.model.text_embedding.weight, kept)
+    assert 1e-3 < distance(model(ids).logits, plain) < 0.1
+
+
+def test_a_model_that_shares_norms_keeps_them() -> None:
+    teacher, student = small_model("aaaa"), small_model("mmmm", seed=1)
+    for one, other in zip(teacher.model.blocks, student.model.blocks, strict=True):
+        other.mixer_norm.weight, other.mlp_norm.weight = one.mixer_norm.weight, one.mlp_norm.weight
+    ids, _ = prompt(0, 6)
+    before = teacher(ids).logits
+    early = Generator(student)
+    early.prefill(ids)
+    expected = early.step(ids[:, :1]).clone()
+    quantize(student)
+    assert torch.equal(teacher(ids).logits, before)
+    # What was packed before holds its weights still.
+    early.prefill(ids)
+    assert torch.equal(early.step(ids[:, :1]), expected)
+
+
+def test_int8_lets_go_of_the_weights() -> None:
+    model = small_model("amam")
+    before = Generator(model).weight_bytes
+    gone = [model.lm_head.weight, model.model.layers[1].mlp.up_proj.weight]
+    quantize(model)
+    # Of the projections, only those of the vision part are what they were.
+    plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert plain == ["model.vision.projector.0", "model.vision.projector.2"]
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 2 * 7 + 2 * 9 + 1
+    held = set(pointers(model).values())
+    assert all(weight.data_ptr() not in held for weight in gone)
+    after = Generator(model).weight_bytes
+    # A byte for each of four, and a scale of four bytes for each row.
+    assert before / 4 < after < before / 2.5
+    heads = model.lm_head
+    quantize(model)
+    assert model.lm_head is heads and Generator(model).weight_bytes == after
+
+
+def test_int8_groups_share_one_weight() -> None:
+    model = small_model("am")
+    quantize(model)
+    values = [layer.values for layer in mixer_inputs(model.model.layers[1].mixer)]
+    assert joined(values) is not None
+    weight = plan_of(model).language.layers[0].mixer.inputs.weight
+    assert weight.values.data_ptr() == values[0].data_ptr()
+    ids, _ = prompt(0, 6)
+    expected = Generator(model).generate(ids, max_new_tokens=NEW)
+    # Each buffer moved by itself, as another device would have it.
+    for layer in mixer_inputs(model.model.layers[1].mixer):
+        layer.values, layer.scales = layer.values.clone(), layer.scales.clone()
+    assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW), expected)

@@ -1,0 +1,89 @@
+"""Run a command again and again, killed at a file operation each time, until it ends by itself.
+
+Argument: a JSON file with `words` of the command, `folder` below which operations count, and
+`kills`: a list of places, each the number of an operation, or [event, part of the path, how many-th
+such operation]. Prints one JSON line for each start: where it was killed, or its exit code and the
+number of operations. Starts are forks of this process, so that torch is imported once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mmmamba_cli.cli.distill
+import mmmamba_cli.distill.pipeline  # noqa: F401
+from mmmamba_cli.cli import main
+
+EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+class Killer:
+    """An audit hook that counts what is written below `folder`, and kills at one place."""
+
+    def __init__(self, folder: str, place: Any, report: int):
+        self.folder, self.place, self.report = folder, place, report
+        self.count = self.matching = 0
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & 0o3
+        if not writes and event not in EVENTS:
+            return
+        path = str(arguments[0])
+        if event == "os.rename":
+            path = f"{path} -> {arguments[1]}"
+        # What is removed within a folder is named without the folder.
+        if self.folder not in path and path.startswith("/"):
+            return
+        self.count += 1
+        if isinstance(self.place, list):
+            wanted_event, part, number = self.place
+            self.matching += event == wanted_event and part in path
+            hit = self.matching == number
+        else:
+            hit = self.count == self.place
+        if hit:
+            self.say(
+                {"killed": f"{event} {path.replace(self.folder, '')}", "operation": self.count}
+            )
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def say(self, record: dict[str, Any]) -> None:
+        os.write(self.report, (json.dumps(record) + "\n").encode())
+
+
+def start(words: list[str], folder: str, place: Any) -> bool:
+    """One start; whether it ended by itself."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return not os.WIFSIGNALED(status)
+    report = os.dup(1)
+    os.dup2(2, 1)
+    killer = Killer(folder, place, report)
+    sys.addaudithook(killer)
+    sys.argv = ["mmmamba", *words]
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code or 0
+    killer.say({"exit": code, "operations": killer.count})
+    os._exit(0)
+
+
+def run() -> None:
+    torch.set_num_threads(1)
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    for place in [*spec["kills"], 0]:
+        if start(spec["words"], spec["folder"], place):
+            return
+
+
+run()

@@ -1,0 +1,67 @@
+"""Signal handlers that write, and the end of one process among several."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmmamba_cli.distributed.stop_signals import write_from_handler
+
+
+class SignalledFile(io.FileIO):
+    """A file during each write of which a signal arrives, while the buffer above it is locked."""
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        count = super().write(data)
+        signal.raise_signal(signal.SIGUSR1)
+        return count
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs a signal of its own")
+def test_a_handler_writes_during_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "stderr"
+    file = SignalledFile(path, "w")
+    stream = io.TextIOWrapper(io.BufferedWriter(file), line_buffering=True)  # type: ignore[type-var]
+    monkeypatch.setattr(sys, "stderr", stream)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: write_from_handler("stopping\n"))
+    try:
+        stream.write("in step 3\n")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert path.read_text() == "in step 3\nstopping\n"
+
+
+# Python calls the finaliser of a global object while it shuts down.
+PROCESS = """
+import sys
+from mmmamba_cli.distributed.stop_signals import skip_interpreter_shutdown
+class Global:
+    def __del__(self):
+        print("shut down")
+kept = Global()
+succeed = skip_interpreter_shutdown()
+if sys.argv[1] == "0":
+    succeed()
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("code", "output"), [("0", ""), ("3", "shut down\n")])
+def test_the_interpreter_is_not_shut_down_after_success(code: str, output: str) -> None:
+    words = [sys.executable, "-c", PROCESS, code]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (int(code), output, "")
+
+
+def test_a_command_among_several_processes_flushes_its_output() -> None:
+    words = [sys.executable, "-m", "mmmamba_cli", "--version"]
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0
+    assert result.stdout.startswith("mmmamba ")
