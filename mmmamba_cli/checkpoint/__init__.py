@@ -30,7 +30,7 @@ from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
     from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
-    from mmmamba_cli.checkpoint.load_model import (
+    from mmmamba_cli.checkpoint.model_loader import (
         default_generation_config,
         generation_config,
         load_model,
@@ -80,7 +80,7 @@ __getattr__ = lazy_attributes(
             "TensorHasher",
             "combined_hash",
         ),
-        "load_model": (
+        "model_loader": (
             "default_generation_config",
             "generation_config",
             "load_model",

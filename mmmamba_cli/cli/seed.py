@@ -94,7 +94,7 @@ def command(
 ) -> None:
     """Seed a linear student out of a trained teacher, and start a run with it."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
-    from mmmamba_cli.checkpoint.load_model import recommended_settings
+    from mmmamba_cli.checkpoint.model_loader import recommended_settings
     from mmmamba_cli.recipe import load_recipe
     from mmmamba_cli.runs import Run
     from mmmamba_cli.seed import seed_student

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmmamba_cli.inspection.describe import Anatomy, describe
 from mmmamba_cli.inspection.lineage import Lineage, Product, Score, read_lineage
 from mmmamba_cli.inspection.memory import DEFAULT_CONTEXT, Memory, all_attention, memory_at
+from mmmamba_cli.inspection.summary import Anatomy, describe
 from mmmamba_cli.inspection.text_plots import layer_plan, legend, marks_for, size, sparkline
 from mmmamba_cli.lazy_imports import lazy_attributes
 

@@ -9,7 +9,8 @@ from mmmamba_cli.processing.chat_template import content_with_images
 from mmmamba_cli.processing.detokenizer import TextStream
 from mmmamba_cli.processing.image_processor import ImageProcessor
 from mmmamba_cli.processing.images import ImageSource, image_size, open_image
-from mmmamba_cli.processing.load_processor import (
+from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_per_tile
+from mmmamba_cli.processing.processor_loader import (
     alone,
     as_ids,
     build_tokenizer,
@@ -17,7 +18,6 @@ from mmmamba_cli.processing.load_processor import (
     processor_from_hovle,
     processor_from_language_model,
 )
-from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_per_tile
 from mmmamba_cli.processing.text_processor import HolisticTextProcessor, TextOnlyMarker
 from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles, normalize
 from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer

@@ -29,8 +29,8 @@ from mmmamba_cli.inspection import (
     spans,
     sparkline,
 )
-from mmmamba_cli.inspection.describe import ATTENTION_PART, LINEAR_PART
 from mmmamba_cli.inspection.diff import difference
+from mmmamba_cli.inspection.summary import ATTENTION_PART, LINEAR_PART
 from mmmamba_cli.inspection.text_plots import ASCII, UNICODE
 from mmmamba_cli.model import HolisticVLM, new_cache
 

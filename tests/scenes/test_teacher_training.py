@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import mmmamba_cli
 from mmmamba_cli.processing.chat_template import place_images
-from mmmamba_cli.processing.load_processor import processor_from_folder
+from mmmamba_cli.processing.processor_loader import processor_from_folder
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.gpu import Composer, Layouter
 from mmmamba_evals.scenes.lessons import draw_lesson
