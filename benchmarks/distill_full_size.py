@@ -98,14 +98,18 @@ def transcribed_mixer_loss(pair: Pair, batch: Batch, scale: float) -> Tensor:
     hidden = decoder.embed(prompt)
     losses = []
     for index, block in enumerate(decoder.blocks):
-        columns = prompt.embedding if index < decoder.num_embedding_layers else prompt.language
+        columns = (
+            prompt.embedding_layout
+            if index < decoder.num_embedding_layers
+            else prompt.language_layout
+        )
         if index == decoder.num_embedding_layers:
-            hidden = decoder.bridge(hidden, prompt)
+            hidden = decoder.embedding_to_language(hidden, prompt)
         normed = block.mixer_norm(hidden)
         taught = materialised_attention(block.mixer, normed, columns)
         learned = pair.student.model.blocks[index].mixer.mix(normed, columns)
         losses.append(F.mse_loss(learned.float(), taught.float()))
-        hidden = block.finish(hidden, block.mixer.o_proj(taught))
+        hidden = block.after_mixer(hidden, block.mixer.o_proj(taught))
     return scale * torch.stack(losses).mean()
 
 
@@ -116,11 +120,15 @@ def transcribed_kl(pair: Pair, batch: Batch) -> Tensor:
         decoder = pair.teacher.model
         hidden = decoder.embed(prompt)
         for index, block in enumerate(decoder.blocks):
-            columns = prompt.embedding if index < decoder.num_embedding_layers else prompt.language
+            columns = (
+                prompt.embedding_layout
+                if index < decoder.num_embedding_layers
+                else prompt.language_layout
+            )
             if index == decoder.num_embedding_layers:
-                hidden = decoder.bridge(hidden, prompt)
+                hidden = decoder.embedding_to_language(hidden, prompt)
             mixed = materialised_attention(block.mixer, block.mixer_norm(hidden), columns)
-            hidden = block.finish(hidden, block.mixer.o_proj(mixed))
+            hidden = block.after_mixer(hidden, block.mixer.o_proj(mixed))
         expected = pair.teacher.lm_head(decoder.norm(hidden)).float()
     pair.student.model.checkpoint_layers(False)
     actual = pair.student.lm_head(pair.student.model(prompt)).float()

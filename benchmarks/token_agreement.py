@@ -96,7 +96,7 @@ def compare(models: Sequence[HolisticVLM], batch: Batch) -> tuple[Tensor, Tensor
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
     )
     taught, *learned = (
-        model.lm_head(model.model.run_prompt(prompt)[scored]).double().softmax(-1)
+        model.lm_head(model.model.forward_prepared(prompt)[scored]).double().softmax(-1)
         for model in models
     )
     found = {

@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from mmmamba_cli.cli.app import COMMANDS, PLUGINS, build_app
 from mmmamba_cli.recipe import Recipe, load_recipe, recipe_names
-from mmmamba_cli.recipe.problems import allowed, show
+from mmmamba_cli.recipe.problems import describe_allowed, format_value
 
 PAGE = Path(__file__).resolve().parent / "reference.md"
 COMMAND = "python docs/make_reference.py"
@@ -110,7 +110,9 @@ def _default(parameter: Any) -> str:
 
 def _recipes() -> str:
     loaded = [(name, load_recipe(name)) for name in recipe_names()]
-    rows = [(f"`{name}`", one.description, show(one.layers.attention)) for name, one in loaded]
+    rows = [
+        (f"`{name}`", one.description, format_value(one.layers.attention)) for name, one in loaded
+    ]
     heading = ("recipe", "is", "attention layers")
     said = "`mmmamba recipe show NAME` prints one in full."
     return "\n".join([*_table(heading, rows), "", said, ""])
@@ -134,7 +136,12 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 
 def _section(path: str, model: type[BaseModel]) -> str:
     rows = [
-        (f"`{name}`", _field_default(field), allowed(field.annotation, field.metadata), words)
+        (
+            f"`{name}`",
+            _field_default(field),
+            describe_allowed(field.annotation, field.metadata),
+            words,
+        )
         for name, field in model.model_fields.items()
         if _model_of(field.annotation) is None
         for words in [field.description]
@@ -148,7 +155,7 @@ def _field_default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
     value = field.default
-    return f"`{show(list(value) if isinstance(value, tuple) else value)}`"
+    return f"`{format_value(list(value) if isinstance(value, tuple) else value)}`"
 
 
 def _table(heading: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> list[str]:

@@ -8,15 +8,15 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command line. SIGINT is handled before anything else is imported."""
     try:
-        from mmmamba_cli.interrupts import catch_interrupts, end_on_interrupt
+        from mmmamba_cli.interrupts import exit_on_interrupt, handle_interrupts
 
-        catch_interrupts()
+        handle_interrupts()
         from mmmamba_cli.cli import main as run
 
         try:
             run()
         finally:
-            end_on_interrupt()
+            exit_on_interrupt()
     except KeyboardInterrupt:
         os._exit(INTERRUPTED)
 

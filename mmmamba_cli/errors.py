@@ -13,7 +13,7 @@ class MmmambaError(Exception):
     """
 
     # Whether another process of the same command prints it.
-    is_said_elsewhere = False
+    is_reported_elsewhere = False
 
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message if hint is None else f"{message} ({hint})")

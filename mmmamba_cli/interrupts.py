@@ -1,6 +1,6 @@
 """Ctrl-C as exit code 130 without a traceback, from the first import to the end of the process.
 
-Little is imported here: a Ctrl-C before `catch_interrupts` is not handled by it.
+Little is imported here: a Ctrl-C before `handle_interrupts` is not handled by it.
 """
 
 import os
@@ -21,7 +21,7 @@ RAISE_AGAIN_AFTER = 0.01
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap"
 
 
-def catch_interrupts() -> None:
+def handle_interrupts() -> None:
     """Handle SIGINT in the main process of a command; one that is ignored stays ignored.
 
     During an import the process ends at once: what imports may take a KeyboardInterrupt for a
@@ -34,22 +34,22 @@ def catch_interrupts() -> None:
 
     def interrupt(number: int, frame: "FrameType | None") -> None:
         if os.getpid() != main_process or is_importing(frame):
-            leave_interrupted()
+            exit_interrupted()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = _raise_again
 
 
-def end_on_interrupt() -> None:
+def exit_on_interrupt() -> None:
     """From here on SIGINT ends the process: for the end of a command."""
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
-        signal.signal(signal.SIGINT, lambda number, frame: leave_interrupted())
+        signal.signal(signal.SIGINT, lambda number, frame: exit_interrupted())
 
 
 @contextmanager
-def interrupts_held() -> "Iterator[None]":
-    """Hold SIGINT back, and from the processes started meanwhile until `take_interrupts`.
+def block_interrupts() -> "Iterator[None]":
+    """Hold SIGINT back, and from the processes started meanwhile until `unblock_interrupts`.
 
     Ctrl-C reaches every process of a terminal. Workers started in here do not see it, not even
     while they import: the main process ends them. One that arrives meanwhile is taken afterwards.
@@ -64,7 +64,7 @@ def interrupts_held() -> "Iterator[None]":
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def take_interrupts() -> None:
+def unblock_interrupts() -> None:
     """Let SIGINT in again, in a process that was started with interrupts held.
 
     Raises `KeyboardInterrupt` if one arrived meanwhile.
@@ -73,7 +73,7 @@ def take_interrupts() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def leave_interrupted() -> "NoReturn":
+def exit_interrupted() -> "NoReturn":
     """End the process with exit code 130, without handlers that could print a traceback."""
     for stream in (sys.stdout, sys.stderr):
         try:

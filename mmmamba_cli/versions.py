@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from mmmamba_cli.errors import MmmambaError, MmmambaWarning
 
 # As in pyproject.toml; a test holds the two together.
-NEEDED = {
+REQUIREMENTS = {
     "torch": ">=2.9",
     "transformers": ">=5.17,<6",
     "safetensors": ">=0.5",
@@ -34,7 +34,7 @@ NEWEST_TESTED = {"transformers": (5, 24)}
 
 
 @dataclass(frozen=True)
-class KnownPair:
+class KnownIncompatibility:
     """Packages that do not work together, each within its bounds (`satisfies`).
 
     One of `beside` must be installed too, in any version; with `capability` a GPU of that major
@@ -64,9 +64,9 @@ class KnownPair:
 
 
 HOPPER = 9
-KNOWN_PAIRS = (
+KNOWN_INCOMPATIBILITIES = (
     # flash-linear-attention refuses its gated backward there itself: it was silently wrong.
-    KnownPair(
+    KnownIncompatibility(
         "flash-linear-attention",
         {"triton": ">=3.4,<3.7.1"},
         "refuses its gated backward on Hopper with Triton {triton}, where it was wrong",
@@ -106,13 +106,13 @@ def is_untested(name: str, text: str) -> bool:
 def problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
     """Why the model cannot run with `versions`, those of what is installed."""
     found = versions.get("transformers")
-    if found is not None and not satisfies(found, NEEDED["transformers"]):
-        needs = NEEDED["transformers"]
+    if found is not None and not satisfies(found, REQUIREMENTS["transformers"]):
+        needs = REQUIREMENTS["transformers"]
         yield MmmambaError(
             f"transformers {found} is installed, mmmamba needs {needs}",
             f"pip install 'transformers{needs}'",
         )
-    for pair in KNOWN_PAIRS:
+    for pair in KNOWN_INCOMPATIBILITIES:
         if pair.refused and pair.applies(versions):
             yield MmmambaError(f"{pair.name}: {pair.sentence(versions)}", pair.remedy)
 
@@ -120,8 +120,8 @@ def problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
 @cache
 def require_versions() -> None:
     """Raise `MmmambaError` for versions the model cannot run with; warn once of untested ones."""
-    names = {"transformers", *(name for pair in KNOWN_PAIRS for name in pair.packages)}
-    names |= {name for pair in KNOWN_PAIRS for name in pair.beside}
+    names = {"transformers", *(name for pair in KNOWN_INCOMPATIBILITIES for name in pair.packages)}
+    names |= {name for pair in KNOWN_INCOMPATIBILITIES for name in pair.beside}
     versions = {name: text for name in names if (text := installed(name)) is not None}
     for problem in problems(versions):
         raise problem

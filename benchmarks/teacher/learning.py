@@ -13,15 +13,15 @@ from batches import IGNORED, LARGE, LESSON, Lessons
 from torch import Tensor
 
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.rope import inverse_frequencies, rotation
-from mmmamba_cli.model.sequence_layout import Columns
+from mmmamba_cli.model.rope import inverse_frequencies, rope_cos_sin
+from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.processing.tiling import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba_evals.scenes.compose import SIDE
 from mmmamba_evals.scenes.gpu import Augmentation, Composer
 
 
 @dataclass(frozen=True)
-class Branched(Columns):
+class Branched(SequenceLayout):
     """Columns of which each sees what came before it in its own branch and in the trunk, 0."""
 
     branch: Tensor | None = None
@@ -54,7 +54,7 @@ def answer_logits(
     ):
         assert stack is not None
         frequencies = inverse_frequencies(stack, ids.shape[1], ids.device)
-        seen = Branched(*rotation(positions, frequencies, hidden.dtype), 0, branch=branch)
+        seen = Branched(*rope_cos_sin(positions, frequencies, hidden.dtype), 0, branch=branch)
         for block in blocks:
             hidden = block(hidden, seen)
     hidden = decoder.norm(hidden)

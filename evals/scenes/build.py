@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmmamba_cli.interrupts import interrupts_held
+from mmmamba_cli.interrupts import block_interrupts
 from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.lessons import draw_lesson
@@ -112,7 +112,7 @@ def write_lessons(
             # Not forked: a process that has threads, as torch starts them, may not be.
             pool = ProcessPoolExecutor(workers, get_context("spawn"))
             stack.callback(pool.shutdown, cancel_futures=True)
-            with interrupts_held():
+            with block_interrupts():
                 lines = pool.map(draw, parts)
         else:
             lines = map(draw, parts)

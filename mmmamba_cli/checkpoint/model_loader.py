@@ -24,7 +24,7 @@ from mmmamba_cli.checkpoint.tensor_io import cast
 from mmmamba_cli.devices import check_device
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
-from mmmamba_cli.processing import as_ids
+from mmmamba_cli.processing import as_id_set
 
 GENERATION = "generation_config.json"
 # Settings of a generation that mean the same for a student of the same vocabulary.
@@ -111,7 +111,7 @@ def generation_config(opened: Checkpoint) -> GenerationConfig:
         ends = token_ids(
             {"eos_token_id": _saved(folder).eos_token_id}, "eos_token_id", str(folder / GENERATION)
         )
-        found.eos_token_id = sorted(as_ids(found.eos_token_id) | as_ids(ends)) or None
+        found.eos_token_id = sorted(as_id_set(found.eos_token_id) | as_id_set(ends)) or None
     return found
 
 
@@ -151,7 +151,7 @@ def _saved(folder: Path) -> GenerationConfig:
 
 def default_generation_config(config: HolisticVLMConfig) -> GenerationConfig:
     """Greedy, stopping at the chat template's stop tokens; image context is never generated."""
-    ends, vision = as_ids(config.eos_token_id), config.vision_config
+    ends, vision = as_id_set(config.eos_token_id), config.vision_config
     if vision is not None and config.vocab_size > max(CHAT_STOP_IDS):
         ends |= set(CHAT_STOP_IDS)
     return GenerationConfig(

@@ -39,7 +39,7 @@ def main() -> None:
     try:
         _run()
     except MmmambaError as error:
-        _leave(None if error.is_said_elsewhere else error, USER_MISTAKE)
+        _leave(None if error.is_reported_elsewhere else error, USER_MISTAKE)
     except KeyboardInterrupt:
         _leave(None, INTERRUPTED)
     except BrokenPipeError:

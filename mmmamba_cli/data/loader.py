@@ -19,7 +19,7 @@ from mmmamba_cli.data.dataset import Corpus
 from mmmamba_cli.data.sampler import Order
 from mmmamba_cli.data.tokenize import Encoded, Encoder, decode_images
 from mmmamba_cli.errors import DataError, MmmambaError
-from mmmamba_cli.interrupts import interrupts_held
+from mmmamba_cli.interrupts import block_interrupts
 from mmmamba_cli.processing import TrainingProcessor
 
 
@@ -93,7 +93,7 @@ class StepLoader:
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_main,
         )
-        with interrupts_held():
+        with block_interrupts():
             running = iter(loader)
         # At its exit Python waits for workers, and ours ignore its SIGTERM: tell them before.
         # torch does when the iterator is collected, which a traceback may put off.

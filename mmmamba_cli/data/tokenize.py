@@ -34,7 +34,7 @@ class Encoder:
         self.max_length = max_length
         images = processor.image_processor
         if images is not None and max_tiles is not None:
-            images = images.with_tiles(min(images.min_tiles, max_tiles), max_tiles)
+            images = images.with_tile_limits(min(images.min_tiles, max_tiles), max_tiles)
         self.images: ImageProcessor | None = images
 
     def __call__(self, sample: Sample) -> Encoded:
@@ -81,7 +81,7 @@ def decode_images(sample: Encoded, images: ImageProcessor | None) -> list[Tensor
     """
     if not sample.images or images is None:
         return []
-    pixels, num_tiles = images.as_bytes([load_picture(image) for image in sample.images])
+    pixels, num_tiles = images.tile_uint8([load_picture(image) for image in sample.images])
     if tuple(num_tiles) != sample.num_tiles:
         raise DataError(f"its images have {num_tiles} tiles, their headers said otherwise")
     return [pixels]

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmmamba_cli.data import IGNORED, Batch
 from mmmamba_cli.distill.layer_losses import prepare
 from mmmamba_cli.distill.teacher_student import Pair
-from mmmamba_cli.ops.backends import widened
+from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.recipe import KL
 
 # Elements of the logits that exist at a time: 256 MiB of fp32.
@@ -74,9 +74,9 @@ class LogitsKL:
         prompt = prepare(pair, batch)
         with pair.autocast():
             with torch.no_grad():
-                taught = pair.teacher.model.run_prompt(prompt)[chosen]
+                taught = pair.teacher.model.forward_prepared(prompt)[chosen]
             with torch.set_grad_enabled(learns):
-                learned = pair.student.model.run_prompt(prompt)[chosen]
+                learned = pair.student.model.forward_prepared(prompt)[chosen]
         kl_here = self.scored(batch)[chosen]
         total = torch.zeros(len(self.terms), dtype=torch.float64)
         gradient = torch.zeros_like(learned) if learns else None
@@ -101,8 +101,8 @@ class LogitsKL:
     ) -> Tensor:
         """Sums of each term over (N, D) hidden states; the KL scores those of `kl_here` (N,)."""
         with torch.no_grad():
-            expected = widened(pair.teacher.lm_head(taught))
-        actual = widened(pair.student.lm_head(learned))
+            expected = upcast(pair.teacher.lm_head(taught))
+        actual = upcast(pair.student.lm_head(learned))
         settings = self.settings
         kl = divergence(expected, actual, settings.direction, settings.temperature)
         sums = [(kl * kl_here).sum()]

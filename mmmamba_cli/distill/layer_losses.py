@@ -30,9 +30,9 @@ from torch import Tensor
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.teacher_student import Pair
 from mmmamba_cli.model.block import Block
-from mmmamba_cli.model.prompt import Prompt
-from mmmamba_cli.model.sequence_layout import Columns
-from mmmamba_cli.ops.backends import widened
+from mmmamba_cli.model.prepared_inputs import PreparedInputs
+from mmmamba_cli.model.sequence_layout import SequenceLayout
+from mmmamba_cli.ops.backends import upcast
 
 # Parameters that a mixer's output before W_O depends on.
 MIX_PARAMETERS = (
@@ -59,7 +59,7 @@ class Layer:
     student: Block
     hidden: Tensor  # (B, T, D)
     normed: Tensor  # (B, T, D), the mixer's input
-    columns: Columns
+    columns: SequenceLayout
 
     def masked_sum(self, values: Tensor) -> Tensor:
         """Sum of (B, T, ...) over everything but padding."""
@@ -142,8 +142,8 @@ class Layerwise:
         for index, block in enumerate(source.blocks):
             # A context a layer: autocast keeps its bf16 copies of the master weights to its end.
             with torch.no_grad(), pair.autocast():
-                if index == source.num_embedding_layers and prompt.embedding is not None:
-                    hidden = source.bridge(hidden, prompt)
+                if index == source.num_embedding_layers and prompt.embedding_layout is not None:
+                    hidden = source.embedding_to_language(hidden, prompt)
                 layer = self._layer(pair, index, hidden, prompt)
                 if index not in self.layers:
                     mixed = block.mixer.mix(layer.normed, layer.columns)
@@ -151,11 +151,11 @@ class Layerwise:
                     weight = None if weights is None else float(weights[len(found)])
                     loss, mixed = self._learn(layer, weight)
                     found.append(loss)
-                hidden = block.finish(hidden, block.mixer.o_proj(mixed))
+                hidden = block.after_mixer(hidden, block.mixer.o_proj(mixed))
             del layer, mixed
         return torch.stack(found).double().cpu()
 
-    def _layer(self, pair: Pair, index: int, hidden: Tensor, prompt: Prompt) -> Layer:
+    def _layer(self, pair: Pair, index: int, hidden: Tensor, prompt: PreparedInputs) -> Layer:
         teacher, student = pair.teacher.model.blocks[index], pair.student.model.blocks[index]
         norm = (teacher if self.inputs == "teacher" else student).mixer_norm
         return Layer(teacher, student, hidden, norm(hidden), _columns(pair, prompt, index))
@@ -169,19 +169,19 @@ class Layerwise:
         return loss.detach(), taught if self.inputs == "teacher" else learned.detach()
 
 
-def prepare(pair: Pair, batch: Batch) -> Prompt:
+def prepare(pair: Pair, batch: Batch) -> PreparedInputs:
     """What the stacks of either model see of a batch; teacher and student agree on it."""
     prompt = pair.teacher.model.prepare(
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
     )
     if batch.segments is None:
         return prompt
-    embedding = prompt.embedding
+    embedding = prompt.embedding_layout
     # Where patches stand in the place of image tokens, the embedding stack has columns of its own.
     if embedding is not None and prompt.expansion is None:
-        embedding = replace(embedding, known_segments=batch.segments)
-    language = replace(prompt.language, known_segments=batch.segments)
-    return replace(prompt, embedding=embedding, language=language)
+        embedding = replace(embedding, precomputed_segments=batch.segments)
+    language = replace(prompt.language_layout, precomputed_segments=batch.segments)
+    return replace(prompt, embedding_layout=embedding, language_layout=language)
 
 
 def count_tokens(pair: Pair, batch: Batch) -> tuple[int, int]:
@@ -200,10 +200,10 @@ def count_tokens(pair: Pair, batch: Batch) -> tuple[int, int]:
     return tokens + (vision.merge**2 - 1) * image_tokens, tokens
 
 
-def _columns(pair: Pair, prompt: Prompt, layer: int) -> Columns:
-    if prompt.embedding is not None and layer < pair.teacher.model.num_embedding_layers:
-        return prompt.embedding
-    return prompt.language
+def _columns(pair: Pair, prompt: PreparedInputs, layer: int) -> SequenceLayout:
+    if prompt.embedding_layout is not None and layer < pair.teacher.model.num_embedding_layers:
+        return prompt.embedding_layout
+    return prompt.language_layout
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class MixerMSE:
         with torch.no_grad():
             taught = layer.teacher.mixer.mix(layer.normed, layer.columns)
         learned = layer.student.mixer.mix(layer.normed, layer.columns)
-        difference = widened(learned) - widened(taught)
+        difference = upcast(learned) - upcast(taught)
         return layer.masked_sum(difference.square()), taught, learned
 
 
@@ -274,8 +274,8 @@ class HiddenAlignment:
         teacher, student = layer.teacher, layer.student
         with torch.no_grad():
             taught = teacher.mixer.mix(layer.normed, layer.columns)
-            expected = teacher.finish(layer.hidden, teacher.mixer.o_proj(taught))
+            expected = teacher.after_mixer(layer.hidden, teacher.mixer.o_proj(taught))
         learned = student.mixer.mix(layer.normed, layer.columns)
-        actual = student.finish(layer.hidden, student.mixer.o_proj(learned))
-        difference = widened(actual) - widened(expected)
+        actual = student.after_mixer(layer.hidden, student.mixer.o_proj(learned))
+        difference = upcast(actual) - upcast(expected)
         return layer.masked_sum(difference.square()), taught, learned

@@ -119,7 +119,7 @@ def _compare(pair: Pair, batch: Batch) -> Tensor:
     targets = next_tokens(batch)[real]
     with pair.autocast():
         taught, learned = (
-            one.model.run_prompt(prompt)[real] for one in (pair.teacher, pair.student)
+            one.model.forward_prepared(prompt)[real] for one in (pair.teacher, pair.student)
         )
     total = torch.zeros(5, dtype=torch.float64)
     chunk = max(1, CHUNK_ELEMENTS // pair.student.lm_head.out_features)

@@ -40,10 +40,10 @@ from mmmamba_cli.distributed.stop_signals import (
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.interrupts import (
     INTERRUPTED,
-    interrupts_held,
+    block_interrupts,
+    exit_interrupted,
     is_importing,
-    leave_interrupted,
-    take_interrupts,
+    unblock_interrupts,
 )
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
         stack.enter_context(_one_thread_each())
         try:
             # While they import, processes could not end well: `_run` lets interrupts in.
-            with interrupts_held():
+            with block_interrupts():
                 context = start_processes(
                     "mmmamba",
                     _run,
@@ -215,18 +215,18 @@ def _take_interrupts() -> None:
         is_second = repeats.is_repeat()
         is_first = repeats.count == 1
         if is_second or (is_first and is_importing(frame)):
-            leave_interrupted()
+            exit_interrupted()
         if is_first:
             raise KeyboardInterrupt
 
     def end_in_finaliser(failure: UnraisableHookArgs) -> None:
         if issubclass(failure.exc_type, KeyboardInterrupt):
-            leave_interrupted()
+            exit_interrupted()
         sys.__unraisablehook__(failure)
 
     sys.unraisablehook = end_in_finaliser
     signal.signal(signal.SIGINT, interrupt)
-    take_interrupts()
+    unblock_interrupts()
 
 
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:

@@ -115,7 +115,7 @@ class World:
                 raise
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
-            box[1].is_said_elsewhere = True
+            box[1].is_reported_elsewhere = True
             raise box[1]
         return box[0]
 

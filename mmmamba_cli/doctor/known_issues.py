@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mmmamba_cli.doctor.report import FAILED, OK, WARNING, Check, Device
-from mmmamba_cli.versions import KNOWN_PAIRS, NEEDED, NEWEST_TESTED, is_untested, satisfies
+from mmmamba_cli.versions import (
+    KNOWN_INCOMPATIBILITIES,
+    NEWEST_TESTED,
+    REQUIREMENTS,
+    is_untested,
+    satisfies,
+)
 
 # Where its driver shows an NVIDIA GPU, whether or not torch can use it.
 DRIVER = "/proc/driver/nvidia/version"
@@ -26,7 +32,7 @@ class Facts:
 def examine_versions(facts: Facts) -> Iterator[Check]:
     """What is needed and missing or of a wrong version; one line if all is well."""
     broken = False
-    for name, needs in NEEDED.items():
+    for name, needs in REQUIREMENTS.items():
         found = facts.versions.get(name)
         if found is None:
             broken = True
@@ -45,13 +51,13 @@ def examine_versions(facts: Facts) -> Iterator[Check]:
                 f"where something fails, pip install {name}~={newest}.0",
             )
     if not broken:
-        yield Check("versions", OK, f"{len(NEEDED)} libraries as needed")
+        yield Check("versions", OK, f"{len(REQUIREMENTS)} libraries as needed")
 
 
 def known_problems(facts: Facts) -> Iterator[Check]:
     """Every known bad pair that this machine has."""
     majors = {d.capability[0] for d in facts.devices if d.capability}
-    for pair in KNOWN_PAIRS:
+    for pair in KNOWN_INCOMPATIBILITIES:
         on_device = pair.capability is None or pair.capability in majors
         if on_device and pair.applies(facts.versions):
             level = FAILED if pair.refused else WARNING

@@ -22,7 +22,7 @@ from mmmamba_cli.checkpoint import atomic_folder
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.suite import Suite, parse_suite
 from mmmamba_cli.plugins import Load, entry_points, load_reference
-from mmmamba_cli.recipe.problems import join_or, nearest
+from mmmamba_cli.recipe.problems import join_or, suggest
 
 CACHE = Path("mmmamba") / "suites"
 
@@ -69,7 +69,7 @@ def find_suite(name: str) -> Suite:
     files = _suite_files()
     if name not in files:
         names = sorted(files)
-        raise DataError(f"no suite is called {name}: give {join_or(names)}{nearest(name, names)}")
+        raise DataError(f"no suite is called {name}: give {join_or(names)}{suggest(name, names)}")
     file = files[name]
     suite = parse_suite(file.read_text(encoding="utf-8-sig"), f"suite {file}")
     if suite.name != name:
@@ -95,7 +95,7 @@ def find_evaluator(name: str) -> Callable[..., Any]:
     if name not in known:
         raise DataError(
             f"--with {name} is not known: give {join_or(sorted(known)) or 'nothing, none is there'}"
-            f"{nearest(name, known)}"
+            f"{suggest(name, known)}"
         )
     found: Callable[..., Any] = known[name]()
     return found

@@ -119,7 +119,7 @@ class HolisticEvalModel:
         if not prompt.pictures:
             return text
         processor = self._sighted(prompt)
-        tiling = processor.image_processor.with_tiles(None, prompt.max_tiles).tiling
+        tiling = processor.image_processor.with_tile_limits(None, prompt.max_tiles).tiling
         tiles = sum(count_tiles(*picture.size(), tiling) for picture in prompt.pictures)
         return text + tiles * processor.tokens_per_tile
 

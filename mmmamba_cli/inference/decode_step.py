@@ -32,8 +32,8 @@ from mmmamba_cli.inference.packed_model import (
 )
 from mmmamba_cli.inference.static_cache import KeysValues, ScanState, StackMemory, States
 from mmmamba_cli.model.block import Block
-from mmmamba_cli.model.rope import rotate, rotation
-from mmmamba_cli.model.sequence_layout import Columns
+from mmmamba_cli.model.rope import apply_rope, rope_cos_sin
+from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops import causal_conv, causal_conv_step, rms_norm, ssd, ssd_step
 from mmmamba_cli.ops.decode import attention_step, mixer_step
 from mmmamba_cli.ops.projection import project
@@ -66,7 +66,7 @@ def advance(states: States, backend: str = "auto") -> None:
 def _through(stack: StackMemory, hidden: Tensor, backend: str) -> Tensor:
     cos = sin = None
     if stack.plan.rotates:
-        cos, sin = (x[:, 0] for x in rotation(stack.position, stack.inv_freq, hidden.dtype))
+        cos, sin = (x[:, 0] for x in rope_cos_sin(stack.position, stack.inv_freq, hidden.dtype))
     token = Token(stack.column, stack.starts, cos, sin, backend)
     for layer, memory in zip(stack.plan.layers, stack.layers, strict=True):
         hidden = _block(layer, memory, hidden, token)
@@ -138,7 +138,7 @@ def _scan_apart(
     if mixer.rope:
         assert token.cos is not None and token.sin is not None
         cos, sin = token.cos.unsqueeze(1), token.sin.unsqueeze(1)
-        q, k = (rotate(x.unsqueeze(1), cos, sin).squeeze(1) for x in (q, k))
+        q, k = (apply_rope(x.unsqueeze(1), cos, sin).squeeze(1) for x in (q, k))
     y, state = ssd_step(
         v,
         dt,
@@ -233,7 +233,7 @@ def read_stacks(
     states: States,
     blocks: Sequence[Block],
     hidden: Tensor,
-    columns: Sequence[Columns | None],
+    columns: Sequence[SequenceLayout | None],
     cache: Any,
     padding: Padding | None,
 ) -> Tensor:
@@ -255,7 +255,7 @@ def read_part(
     stack: StackMemory,
     blocks: Sequence[Block],
     hidden: Tensor,
-    columns: Columns | None,
+    columns: SequenceLayout | None,
     cache: Any,
     padding: Padding | None = None,
 ) -> Tensor:

@@ -18,7 +18,7 @@ from mmmamba_cli.inference.prefill import extra_columns, read, real_columns
 from mmmamba_cli.inference.sampling import Choice, Chooser, Settings, ends_of
 from mmmamba_cli.inference.static_cache import States
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.prompt import require_columns
+from mmmamba_cli.model.prepared_inputs import check_not_empty
 
 # Room is made in steps of so many columns, so that prompts of like length share a graph, and there
 # is always enough to warm up in.
@@ -278,7 +278,7 @@ class Generator:
         if chunk is not None and chunk < 1:
             raise DataError(f"chunk is {chunk}, expected at least 1", "leave it out")
         input_ids, pixel_values, attention_mask = inputs
-        require_columns(input_ids)
+        check_not_empty(input_ids)
         mask = real_columns(input_ids, attention_mask)
         extra = extra_columns(self.model, input_ids, pixel_values)
         reading = self._begin(input_ids.shape[0], wanted, capacity, extra, choice)

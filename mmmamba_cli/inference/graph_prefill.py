@@ -29,7 +29,7 @@ from mmmamba_cli.inference.packed_model import AttentionPlan, ModelPlan, ScanPla
 from mmmamba_cli.inference.static_cache import PrefillCache, States
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.rope import depends_on_length
-from mmmamba_cli.model.sequence_layout import StackState, describe_columns
+from mmmamba_cli.model.sequence_layout import StackState, next_layout
 
 # Tokens of a part, all rows together, largest first: the more, the faster for each. What is left of
 # a prompt is one part, of a multiple of so many columns.
@@ -194,7 +194,7 @@ class _Whole:
         self._hidden = inputs[: states.batch * columns * size].view(states.batch, columns, size)
         self._length = torch.ones(1, dtype=torch.int64, device=like.device)
         self._columns = [
-            describe_columns(
+            next_layout(
                 stack.plan.config,
                 StackState(),
                 columns,

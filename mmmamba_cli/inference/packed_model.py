@@ -19,7 +19,7 @@ from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.config import StackConfig
 from mmmamba_cli.model.mamba2 import Mamba2
 from mmmamba_cli.model.norm import RMSNorm
-from mmmamba_cli.ops.backends import widened
+from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
 
@@ -194,7 +194,7 @@ def _mixer_weights(mixer: Mamba2) -> MixerWeights:
     return MixerWeights(
         conv_weight=mixer.conv1d.weight.detach().squeeze(1),
         conv_bias=None if bias is None else bias.detach(),
-        A=widened(-torch.exp(mixer.A_log.detach())),
+        A=upcast(-torch.exp(mixer.A_log.detach())),
         dt_bias=mixer.dt_bias.detach(),
         D=None if skip is None else skip.detach(),
     )

@@ -14,7 +14,7 @@ from mmmamba_cli.errors import DataError
 from mmmamba_cli.inference.decode_step import read_part
 from mmmamba_cli.inference.static_cache import PrefillCache, States
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.prompt import Prompt
+from mmmamba_cli.model.prepared_inputs import PreparedInputs
 
 # Tokens at a time, of all rows, of a model whose memory does not grow: on a GPU so many that it
 # computes for longer than the host takes to say what. And columns, at least.
@@ -137,13 +137,15 @@ def read(
     return states.logits.copy_(logits)
 
 
-def _last(model: HolisticVLM, states: States, prompt: Prompt, cache: Any, chunk: int) -> Tensor:
+def _last(
+    model: HolisticVLM, states: States, prompt: PreparedInputs, cache: Any, chunk: int
+) -> Tensor:
     """Hidden states (B, D) of the prompt's last column, before the norm."""
     decoder = model.model
     blocks, split = decoder.blocks, decoder.num_embedding_layers
     first, last = states.stacks[0], states.stacks[-1]
     hidden = decoder.embed(prompt)
-    both = prompt.embedding
+    both = prompt.embedding_layout
     if both is not None and prompt.expansion is not None:
         # All columns of an image are there before any of them is merged.
         parts = [
@@ -152,15 +154,15 @@ def _last(model: HolisticVLM, states: States, prompt: Prompt, cache: Any, chunk:
             )
             for part in _parts(both.length, chunk)
         ]
-        hidden, both = decoder.bridge(torch.cat(parts, dim=1), prompt), None
-    for part in _parts(prompt.language.length, chunk):
+        hidden, both = decoder.embedding_to_language(torch.cat(parts, dim=1), prompt), None
+    for part in _parts(prompt.language_layout.length, chunk):
         found = hidden[:, part]
         if both is not None:
             found = read_part(
                 first, blocks[:split], found, both.chunk(part.start, part.stop), cache
             )
-            found = decoder.bridge(found, prompt)
-        seen = prompt.language.chunk(part.start, part.stop)
+            found = decoder.embedding_to_language(found, prompt)
+        seen = prompt.language_layout.chunk(part.start, part.stop)
         found = read_part(last, blocks[split:], found, seen, cache)
     return found[:, -1]
 

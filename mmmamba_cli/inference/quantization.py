@@ -17,7 +17,7 @@ from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.mamba2 import Mamba2
 from mmmamba_cli.model.norm import RMSNorm
-from mmmamba_cli.ops.backends import widened
+from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.ops.projection import Int8Weight, project
 from mmmamba_cli.ops.projection import quantize as quantized
 
@@ -125,5 +125,5 @@ def _quantize_together(layers: Sequence[nn.Linear], norm: RMSNorm | None) -> lis
 
 def _scaled(weight: Tensor, norm: RMSNorm) -> Tensor:
     """The weight (O, D) times the norm's, in fp32 or fp64; one of heads (P,) is that of all H."""
-    scales = widened(norm.weight)
-    return widened(weight) * scales.repeat(weight.shape[1] // len(scales))
+    scales = upcast(norm.weight)
+    return upcast(weight) * scales.repeat(weight.shape[1] // len(scales))

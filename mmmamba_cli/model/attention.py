@@ -13,11 +13,11 @@ from transformers import Cache
 
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.norm import RMSNorm
-from mmmamba_cli.model.rope import rotate
-from mmmamba_cli.model.sequence_layout import Columns
+from mmmamba_cli.model.rope import apply_rope
+from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops import attention
 from mmmamba_cli.ops.attention import attention_weights, takes_segments
-from mmmamba_cli.ops.backends import widened
+from mmmamba_cli.ops.backends import upcast
 
 
 class Attention(nn.Module):
@@ -43,16 +43,16 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        columns: Columns,
+        layout: SequenceLayout,
         cache: Cache | None = None,
         weights: list[Tensor] | None = None,
     ) -> Tensor:
-        return self.o_proj(self.mix(hidden, columns, cache, weights))
+        return self.o_proj(self.mix(hidden, layout, cache, weights))
 
     def mix(
         self,
         hidden: Tensor,
-        columns: Columns,
+        layout: SequenceLayout,
         cache: Cache | None = None,
         weights: list[Tensor] | None = None,
     ) -> Tensor:
@@ -61,17 +61,17 @@ class Attention(nn.Module):
         Attention is PyTorch's or a kernel's, or written out where attn_implementation is "eager";
         the softmax (B, H, T, keys) is then appended to `weights` if that is given.
         """
-        q, k, v = (x.transpose(1, 2) for x in self.queries_keys_values(hidden, columns))
+        q, k, v = (x.transpose(1, 2) for x in self.queries_keys_values(hidden, layout))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        is_causal = columns.length > 1 and columns.is_plain_causal(k.shape[2])
+        is_causal = layout.length > 1 and layout.is_plain_causal(k.shape[2])
         eager = self.config._attn_implementation == "eager"
         segments = None
         if not is_causal and not eager and takes_segments(q):
-            segments = columns.segments(k.shape[2])
+            segments = layout.segments(k.shape[2])
         mask = None
         if not is_causal and segments is None:
-            mask = columns.attention_mask(k.shape[2])
+            mask = layout.attention_mask(k.shape[2])
         if weights is None:
             backend = "reference" if eager else "auto"
             y = attention(
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
     def queries_keys_values(
-        self, hidden: Tensor, columns: Columns
+        self, hidden: Tensor, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, T, H, P), k and v (B, T, K, P); q and k normed if so configured, and rotated."""
         batch, length, _ = hidden.shape
@@ -92,16 +92,16 @@ class Attention(nn.Module):
         v = self.v_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, columns.cos, columns.sin), rotate(k, columns.cos, columns.sin), v
+        return apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin), v
 
-    def mixing_matrix(self, hidden: Tensor, columns: Columns) -> Tensor:
+    def mixing_matrix(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         """softmax(q k^T / sqrt(P)), (B, H, T, T) fp32, 0 wherever a query may not look."""
-        q, k, _ = self.queries_keys_values(hidden, columns)
-        scores = all_products(widened(q), widened(k)) / math.sqrt(self.head_dim)
-        return torch.softmax(scores.masked_fill(~columns.allowed(), -math.inf), dim=-1)
+        q, k, _ = self.queries_keys_values(hidden, layout)
+        scores = query_key_products(upcast(q), upcast(k)) / math.sqrt(self.head_dim)
+        return torch.softmax(scores.masked_fill(~layout.allowed(), -math.inf), dim=-1)
 
 
-def all_products(q: Tensor, k: Tensor) -> Tensor:
+def query_key_products(q: Tensor, k: Tensor) -> Tensor:
     """q_t . k_s for every t and s, (B, H, T, T), from (B, T, H, P) and (B, T, K, P)."""
     groups = q.shape[2] // k.shape[2]
     return torch.einsum("bthp,bshp->bhts", q, k.repeat_interleave(groups, dim=2))

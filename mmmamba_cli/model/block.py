@@ -11,7 +11,7 @@ from mmmamba_cli.model.attention import Attention
 from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
 from mmmamba_cli.model.mamba2 import Mamba2
 from mmmamba_cli.model.norm import RMSNorm
-from mmmamba_cli.model.sequence_layout import Columns
+from mmmamba_cli.model.sequence_layout import SequenceLayout
 
 
 class SwiGLU(nn.Module):
@@ -48,19 +48,15 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self,
         hidden: Tensor,
-        columns: Columns,
+        layout: SequenceLayout,
         cache: Cache | None = None,
         weights: list[Tensor] | None = None,
     ) -> Tensor:
         """`weights` collects the softmax of an attention layer; a Mamba-2 layer has none."""
-        normed = self.mixer_norm(hidden)
-        if weights is not None and isinstance(self.mixer, Attention):
-            mixed = self.mixer(normed, columns, cache, weights)
-        else:
-            mixed = self.mixer(normed, columns, cache)
-        return self.finish(hidden, mixed)
+        mixed = self.mixer(self.mixer_norm(hidden), layout, cache, weights)
+        return self.after_mixer(hidden, mixed)
 
-    def finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+    def after_mixer(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """What follows the mixer: both residual connections and the MLP.
 
         `mixed` is the mixer's output after W_O. A training loop that runs the mixer itself goes on

@@ -8,7 +8,6 @@ prefill. Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,13 +49,17 @@ class DecodingState:
     images: ImageColumns | None = None
     static_columns: int | None = None
 
-    def tiles(self) -> Tensor | None:
+    def count_row_tiles(self) -> Tensor | None:
         """(B,) tiles whose columns were seen, or None if nothing was."""
         if self.language.length == 0:
             return None
-        return torch.zeros(1, dtype=torch.long) if self.images is None else self.images.tiles()
+        return (
+            torch.zeros(1, dtype=torch.long)
+            if self.images is None
+            else self.images.count_row_tiles()
+        )
 
-    def note_images(
+    def record_images(
         self, is_image: Tensor, tokens_per_tile: int, expansion: Expansion | None
     ) -> None:
         """Remember the images (B, T) of a call; comes before its columns are counted."""
@@ -74,18 +77,20 @@ class DecodingState:
         if self.images is not None:
             self.images.select_rows(rows)
 
-    def embedding_columns(self, columns: int) -> int:
+    def count_embedding_columns(self, columns: int) -> int:
         """The embedding stack's part of the first `columns` columns; `DataError` if it has none."""
         if self.images is None:
             return columns if self.embedding.length else 0
-        return self.images.embedding_columns(columns, self.language.length, self.embedding.length)
+        return self.images.count_embedding_columns(
+            columns, self.language.length, self.embedding.length
+        )
 
     def crop(self, columns: int) -> None:
         """Keep the first `columns` columns; nothing changes where that raises `DataError`."""
         if columns == 0:
             self.reset()
             return
-        embedding_columns = self.embedding_columns(columns)
+        embedding_columns = self.count_embedding_columns(columns)
         self.embedding.crop(embedding_columns)
         self.language.crop(columns)
         if self.images is not None:
@@ -261,7 +266,7 @@ class HybridCache(Cache):
             return
         columns = state.language.length - (longest - max(found))
         if not recurrent and 0 < columns < state.language.length:
-            expected = {columns, state.embedding_columns(columns)}
+            expected = {columns, state.count_embedding_columns(columns)}
             if found <= expected:
                 state.crop(columns)
                 return
@@ -281,7 +286,7 @@ def new_cache(config: HolisticVLMConfig, max_length: int | None = None) -> Hybri
     return HybridCache(StaticCache(config=config, max_cache_len=max_length))
 
 
-def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+def resolve_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     """The cache that was given under either of its names."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("past_key_values and cache are two names of one argument: give one")
@@ -327,13 +332,18 @@ def write_ssm_state(
     cache.update_recurrent_state(ssm_state, layer_idx)
 
 
-def widen_static_layers(layers: Iterable[Any], columns: int) -> None:
-    """Give static layers room for at least `columns` columns, keeping what they hold.
+def widen_static_layers(cache: Cache, num_layers: int, extra_columns: int) -> None:
+    """Give the first `num_layers` layers of a static cache room for `extra_columns` new columns.
 
-    With the pixel shuffle between the stacks the embedding stack sees every patch, while the
-    length a static cache is made for counts merged tokens.
+    With the pixel shuffle between the stacks, the embedding stack sees every patch, while the
+    length of a static cache counts merged tokens. Stored keys and values are kept.
     """
-    for layer in layers:
+    state = decoding_state(cache)
+    if state.static_columns is None:
+        return
+    columns = state.static_columns + extra_columns
+    columns += state.embedding.length - state.language.length
+    for layer in cache.layers[:num_layers]:
         more = columns - getattr(layer, "max_cache_len", columns)
         if more <= 0:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, field
+from dataclasses import asdict, field, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -53,14 +53,7 @@ class HolisticVisionConfig(PreTrainedConfig):
 
     @property
     def shape(self) -> VisionConfig:
-        return VisionConfig(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_channels=self.num_channels,
-            downsample_ratio=self.downsample_ratio,
-            pixel_shuffle=self.pixel_shuffle,
-            image_token_id=self.image_token_id,
-        )
+        return VisionConfig(**{one.name: getattr(self, one.name) for one in fields(VisionConfig)})
 
     @property
     def grid(self) -> int:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.model.config import HolisticVisionConfig
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Expansion:
     def extra_columns(self) -> int:
         return self.source.shape[1] - self.last.shape[1]
 
-    def spread(self, values: Tensor, fill: int) -> Tensor:
+    def expand(self, values: Tensor, fill: int) -> Tensor:
         """Values (B, T) of the prompt's columns, laid out as (B, E)."""
         spread = values.flatten()[self.source.clamp(min=0)]
         return torch.where(self.source < 0, torch.full_like(spread, fill), spread)
 
 
-def expand(is_image: Tensor, ratio: int) -> Expansion:
+def expand_image_columns(is_image: Tensor, ratio: int) -> Expansion:
     """Make `ratio` columns of each image column; `is_image` is (B, T) bool."""
     rows, length = is_image.shape
     counts = torch.where(is_image, ratio, 1)
@@ -60,7 +61,41 @@ def expand(is_image: Tensor, ratio: int) -> Expansion:
     return Expansion(source, last - counts + 1, last)
 
 
-def count_tiles(is_image: Tensor, tokens_per_tile: int, num_tiles: int) -> None:
+def require_vision(vision: HolisticVisionConfig | None) -> HolisticVisionConfig:
+    """Return the vision config; raise `DataError` for a model without one."""
+    if vision is None:
+        raise DataError("this model has no vision part", "leave out pixel_values")
+    return vision
+
+
+def image_token_mask(
+    vision: HolisticVisionConfig | None,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    text_embedding: nn.Embedding,
+) -> Tensor:
+    """(B, T) bool, True at image tokens.
+
+    In `inputs_embeds`, an image token is a column equal to the embedding of the context id.
+
+    Raises:
+        DataError: a model without vision, or `inputs_embeds` with the pixel shuffle "post".
+    """
+    vision = require_vision(vision)
+    if input_ids is not None:
+        return input_ids == vision.image_token_id
+    assert inputs_embeds is not None
+    if vision.pixel_shuffle == "post":
+        raise DataError(
+            "inputs_embeds cannot hold pictures where the pixel shuffle comes after the "
+            "embedding stack, which sees every patch of them",
+            "pass input_ids with the pixel_values",
+        )
+    context = torch.tensor([vision.image_token_id], device=inputs_embeds.device)
+    return (inputs_embeds == text_embedding(context)).all(-1)
+
+
+def check_tile_count(is_image: Tensor, tokens_per_tile: int, num_tiles: int) -> None:
     """Check that the context ids of a prompt are just those its tiles need.
 
     Raises `DataError` if their number differs, in all or by a fraction of a tile in a row.
@@ -81,7 +116,9 @@ def count_tiles(is_image: Tensor, tokens_per_tile: int, num_tiles: int) -> None:
         )
 
 
-def new_tiles(pixel_values: Tensor, is_image: Tensor, tokens_per_tile: int, seen: Tensor) -> Tensor:
+def select_new_tiles(
+    pixel_values: Tensor, is_image: Tensor, tokens_per_tile: int, seen: Tensor
+) -> Tensor:
     """The tiles of `pixel_values` that belong to the columns `is_image` (B, T) of this call.
 
     `seen` (B,) counts the tiles whose columns a cache holds. The pixels may be those of the new
@@ -90,7 +127,7 @@ def new_tiles(pixel_values: Tensor, is_image: Tensor, tokens_per_tile: int, seen
     Raises `DataError` if their number is neither.
     """
     counts = is_image.sum(1) // tokens_per_tile
-    per_row = tiles_of_rows(counts, seen, len(pixel_values))
+    per_row = tiles_per_row(counts, seen, len(pixel_values))
     if torch.equal(per_row, counts):
         return pixel_values
     rows = pixel_values.split(per_row.tolist())
@@ -99,7 +136,7 @@ def new_tiles(pixel_values: Tensor, is_image: Tensor, tokens_per_tile: int, seen
     )
 
 
-def tiles_of_rows(counts: Tensor, seen: Tensor, num_tiles: int) -> Tensor:
+def tiles_per_row(counts: Tensor, seen: Tensor, num_tiles: int) -> Tensor:
     """How many of `num_tiles` belong to each row, (B,): `counts`, or these and those `seen`."""
     new, before = int(counts.sum()), int(seen.sum())
     if num_tiles == new:
@@ -126,7 +163,7 @@ class ImageColumns:
     begins: Tensor | None = None
     ends: Tensor | None = None
 
-    def tiles(self) -> Tensor:
+    def count_row_tiles(self) -> Tensor:
         """(B,) int64: tiles of each row."""
         return self.is_image.sum(1) // self.tokens_per_tile
 
@@ -156,7 +193,7 @@ class ImageColumns:
             if value is not None:
                 setattr(self, name, value.index_select(0, rows.to(value.device)))
 
-    def embedding_columns(self, columns: int, length: int, embedding_length: int) -> int:
+    def count_embedding_columns(self, columns: int, length: int, embedding_length: int) -> int:
         """Columns of the embedding stack that the first `columns` of `length` stand for.
 
         Raises `DataError` where they end within an image, or where rows differ in this.

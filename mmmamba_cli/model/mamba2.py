@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from mmmamba_cli.model.attention import all_products
+from mmmamba_cli.model.attention import query_key_products
 from mmmamba_cli.model.cache import read_ssm_state, write_ssm_state
 from mmmamba_cli.model.config import MixerConfig, StackConfig
 from mmmamba_cli.model.norm import GatedRMSNorm, RMSNorm
-from mmmamba_cli.model.rope import rotate
-from mmmamba_cli.model.sequence_layout import Columns
+from mmmamba_cli.model.rope import apply_rope
+from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops import causal_conv, ssd
-from mmmamba_cli.ops.backends import widened
+from mmmamba_cli.ops.backends import upcast
 
 GATED_NORM_EPS = 1e-5
 
@@ -34,15 +34,15 @@ class CausalConv(nn.Conv1d):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, columns: Columns, state: Tensor | None = None
+        self, x: Tensor, layout: SequenceLayout, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return causal_conv(
             x,
             self.weight.squeeze(1),
             self.bias,
             initial_state=state,
-            mask=columns.mask,
-            seq_idx=columns.seq_idx,
+            mask=layout.mask,
+            seq_idx=layout.seq_idx,
         )
 
 
@@ -78,14 +78,21 @@ class Mamba2(nn.Module):
         self.q_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(stack.head_dim, stack.rms_norm_eps) if qk_norm else None
 
-    def forward(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
-        return self.o_proj(self.mix(hidden, columns, cache))
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        cache: Cache | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        """`weights` collects the softmax of attention layers; this mixer adds nothing to it."""
+        return self.o_proj(self.mix(hidden, layout, cache))
 
-    def mix(self, hidden: Tensor, columns: Columns, cache: Cache | None = None) -> Tensor:
+    def mix(self, hidden: Tensor, layout: SequenceLayout, cache: Cache | None = None) -> Tensor:
         """The gated, normed read-out before W_O, (B, T, H * P)."""
         batch, length, _ = hidden.shape
         conv_state, ssm_state = read_ssm_state(cache, self.layer_idx)
-        v, k, q, conv_state = self.values_keys_queries(hidden, columns, conv_state)
+        v, k, q, conv_state = self.values_keys_queries(hidden, layout, conv_state)
         y, ssm_state = ssd(
             v,
             self.dt_proj(hidden),
@@ -96,20 +103,20 @@ class Mamba2(nn.Module):
             dt_softplus=True,
             D=self.D,
             initial_state=ssm_state,
-            mask=columns.mask,
-            seq_idx=columns.seq_idx,
+            mask=layout.mask,
+            seq_idx=layout.seq_idx,
         )
         write_ssm_state(cache, self.layer_idx, conv_state, ssm_state)
         gate = self.g_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
         return self.g_norm(y, gate).reshape(batch, length, self.width)
 
     def values_keys_queries(
-        self, hidden: Tensor, columns: Columns, conv_state: Tensor | None = None
+        self, hidden: Tensor, layout: SequenceLayout, conv_state: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """v and k (B, T, K, P), q (B, T, H, P), as the scan takes them, and the conv's state."""
         batch, length, _ = hidden.shape
         vkq = torch.cat((self.v_proj(hidden), self.k_proj(hidden), self.q_proj(hidden)), dim=-1)
-        vkq, conv_state = self.conv1d(vkq, columns, conv_state)
+        vkq, conv_state = self.conv1d(vkq, layout, conv_state)
         v, k, q = vkq.split((self.kv_width, self.kv_width, self.width), dim=-1)
         v = v.view(batch, length, self.num_kv_heads, self.head_dim)
         k = k.view(batch, length, self.num_kv_heads, self.head_dim)
@@ -117,21 +124,21 @@ class Mamba2(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
-            q = rotate(q, columns.cos, columns.sin)
-            k = rotate(k, columns.cos, columns.sin)
+            q = apply_rope(q, layout.cos, layout.sin)
+            k = apply_rope(k, layout.cos, layout.sin)
         return v, k, q, conv_state
 
-    def mixing_matrix(self, hidden: Tensor, columns: Columns) -> Tensor:
+    def mixing_matrix(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         """What maps values to read-outs, (B, H, T, T) fp32 (arXiv 2405.21060, section 4).
 
         (q_t . k_s) exp(sum_{s < r <= t} dt_r A) dt_s, and 0 wherever a query may not look.
         """
-        _, k, q, _ = self.values_keys_queries(hidden, columns)
-        dt = F.softplus(widened(self.dt_proj(hidden)) + self.dt_bias).transpose(1, 2)
-        if columns.mask is not None:
+        _, k, q, _ = self.values_keys_queries(hidden, layout)
+        dt = F.softplus(upcast(self.dt_proj(hidden)) + self.dt_bias).transpose(1, 2)
+        if layout.mask is not None:
             # Padding neither writes to the state nor lets it decay.
-            dt = dt * columns.mask.unsqueeze(1)
+            dt = dt * layout.mask.unsqueeze(1)
         decay = (dt * -torch.exp(self.A_log).unsqueeze(-1)).cumsum(-1)
         passed = decay.unsqueeze(-1) - decay.unsqueeze(-2)
-        passed = passed.masked_fill(~columns.allowed(), -math.inf).exp()
-        return all_products(widened(q), widened(k)) * passed * dt.unsqueeze(-2)
+        passed = passed.masked_fill(~layout.allowed(), -math.inf).exp()
+        return query_key_products(upcast(q), upcast(k)) * passed * dt.unsqueeze(-2)

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.cache import CACHE_NAME, HybridCache, as_hybrid
 from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
 from mmmamba_cli.model.decoder import HolisticDecoder
-from mmmamba_cli.model.image_tokens import count_tiles, tiles_of_rows
+from mmmamba_cli.model.image_tokens import (
+    check_tile_count,
+    image_token_mask,
+    require_vision,
+    tiles_per_row,
+)
 from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
 
 __all__ = ["HolisticDecoder", "HolisticVLM"]
@@ -230,7 +234,12 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         if expand_size > 1 and inputs is not None:
             cache = as_hybrid(_renamed(model_kwargs).get(CACHE_NAME))
             if pixels is not None:
-                is_image = self.model.context_columns(input_ids if embeds is None else None, embeds)
+                is_image = image_token_mask(
+                    self.config.vision_config,
+                    input_ids if embeds is None else None,
+                    embeds,
+                    self.model.text_embedding,
+                )
                 tiles = self._tiles_of_rows(is_image, len(pixels), cache)
                 pixels = torch.cat(
                     [row.repeat(expand_size, 1, 1, 1) for row in pixels.split(tiles)]
@@ -251,13 +260,10 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         self, is_image: Tensor, num_tiles: int, cache: HybridCache | None
     ) -> list[int]:
         """How many of the tiles belong to each row; `DataError` if their number does not fit."""
-        vision = self.config.vision_config
-        if vision is None:
-            raise DataError("this model has no vision part", "leave out pixel_values")
-        per_tile = vision.tokens_per_tile
-        seen = None if cache is None else cache.decoding_state.tiles()
+        per_tile = require_vision(self.config.vision_config).tokens_per_tile
+        seen = None if cache is None else cache.decoding_state.count_row_tiles()
         if cache is None or seen is None:
-            count_tiles(is_image, per_tile, num_tiles)
+            check_tile_count(is_image, per_tile, num_tiles)
             return (is_image.sum(1) // per_tile).tolist()
         counts, length = is_image.sum(1) // per_tile, cache.get_seq_length()
         # The ids are those of the whole conversation, or those that follow the cache.
@@ -267,7 +273,7 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         )
         if is_whole and num_tiles != int(seen.sum() + counts.sum()):
             counts = is_image[:, length:].sum(1) // per_tile
-        return tiles_of_rows(counts, seen, num_tiles).tolist()
+        return tiles_per_row(counts, seen, num_tiles).tolist()
 
 
 def _renamed(arguments: dict[str, Any]) -> dict[str, Any]:

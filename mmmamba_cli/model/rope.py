@@ -54,14 +54,14 @@ def depends_on_length(stack: StackConfig) -> bool:
     return (stack.rope_scaling or {}).get("type") == "dynamic"
 
 
-def rotation(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine (B, T, P) for `positions` (B, T); angles are computed in fp32."""
     angles = positions.float().unsqueeze(-1) * inv_freq
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, T, heads, P) by the angles whose cosine and sine (B, T, P) are given."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)

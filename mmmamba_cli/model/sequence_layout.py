@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.config import StackConfig
-from mmmamba_cli.model.rope import depends_on_length, inverse_frequencies, rotation
+from mmmamba_cli.model.rope import depends_on_length, inverse_frequencies, rope_cos_sin
 from mmmamba_cli.ops.attention import Segments, segments_of
 
 
@@ -29,8 +29,8 @@ class StackState:
     # (B or 1, 1) position of the next token, or None while it is `length` in every row.
     next_position: Tensor | None = None
     # Whether positions were given by the caller, and whether the next one has to be.
-    has_given_positions: bool = False
-    wants_positions: bool = False
+    uses_position_ids: bool = False
+    needs_position_ids: bool = False
     # RoPE frequencies, fixed by the prompt they were first asked for with.
     inv_freq: Tensor | None = None
 
@@ -49,7 +49,7 @@ class StackState:
 
         Positions that a caller gave are not kept, so what follows has to come with its own.
         """
-        self.wants_positions = self.has_given_positions
+        self.needs_position_ids = self.uses_position_ids
         if self.mask is not None:
             if self.next_position is not None:
                 removed = self.mask[:, columns:].sum(1, keepdim=True)
@@ -59,7 +59,7 @@ class StackState:
 
 
 @dataclass(frozen=True)
-class Columns:
+class SequenceLayout:
     """T columns of a batch as one stack sees them.
 
     `mask` (B, T) bool marks real tokens (None: all real), `seq_idx` (B, T) tells packed sequences
@@ -75,13 +75,13 @@ class Columns:
     key_mask: Tensor | None = None
     key_seq_idx: Tensor | None = None
     # The sequences of `mask` and `seq_idx`, where the caller knows them.
-    known_segments: Segments | None = None
+    precomputed_segments: Segments | None = None
 
     @property
     def length(self) -> int:
         return self.cos.shape[1]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Columns:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceLayout:
         """The same columns for layers on `device`, made once for each device.
 
         accelerate calls it for every layer of a model that is spread over devices.
@@ -99,11 +99,11 @@ class Columns:
         return self._moved[device]
 
     @cached_property
-    def _moved(self) -> dict[torch.device, Columns]:
+    def _moved(self) -> dict[torch.device, SequenceLayout]:
         return {}
 
-    def chunk(self, start: int, stop: int) -> Columns:
-        """Columns `start` to `stop`, the ones before them having become the past."""
+    def chunk(self, start: int, stop: int) -> SequenceLayout:
+        """SequenceLayout `start` to `stop`, the ones before them having become the past."""
         if start == 0 and stop >= self.length:
             return self
         return replace(
@@ -113,7 +113,7 @@ class Columns:
             past=self.past + start,
             mask=None if self.mask is None else self.mask[:, start:stop],
             seq_idx=None if self.seq_idx is None else self.seq_idx[:, start:stop],
-            known_segments=None,
+            precomputed_segments=None,
         )
 
     def is_plain_causal(self, num_keys: int) -> bool:
@@ -139,8 +139,8 @@ class Columns:
     @cached_property
     def _own_segments(self) -> Segments | None:
         """Made once, since every layer of a stack asks for them."""
-        if self.known_segments is not None:
-            return self.known_segments
+        if self.precomputed_segments is not None:
+            return self.precomputed_segments
         return segments_of(self.mask, self.seq_idx)
 
     def attention_mask(self, num_keys: int) -> Tensor | None:
@@ -183,7 +183,7 @@ class Columns:
         return mask.to(self.cos.device)
 
 
-def describe_columns(
+def next_layout(
     stack: StackConfig,
     state: StackState,
     num_columns: int,
@@ -194,7 +194,7 @@ def describe_columns(
     position_ids: Tensor | None = None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Columns:
+) -> SequenceLayout:
     """Describe the next `num_columns` columns and advance `state` past them.
 
     `mask` and `seq_idx` are (B, T) for these columns only. `prompt_lengths` (B,) fixes the RoPE
@@ -202,7 +202,7 @@ def describe_columns(
     (B or 1, T) takes the place of positions counted from the mask.
     """
     past = state.length
-    if position_ids is None and state.wants_positions:
+    if position_ids is None and state.needs_position_ids:
         raise DataError(
             "the cache was filled with position_ids and cropped since, so the next position is "
             "not known",
@@ -212,7 +212,7 @@ def describe_columns(
     bound: int | None = past + num_columns
     if position_ids is not None:
         positions = position_ids.to(device)
-        state.has_given_positions, state.wants_positions = True, False
+        state.uses_position_ids, state.needs_position_ids = True, False
         state.next_position = positions.amax(1, keepdim=True) + 1
         lengths, bound = torch.maximum(lengths, state.next_position), None
     if state.inv_freq is None:
@@ -220,9 +220,9 @@ def describe_columns(
             lengths, bound = prompt_lengths.to(device).unsqueeze(1), None
         state.inv_freq = _frequencies(stack, lengths, bound)
     key_mask = _extend_mask(state, num_columns, mask)
-    cos, sin = rotation(positions, state.inv_freq, dtype)
+    cos, sin = rope_cos_sin(positions, state.inv_freq, dtype)
     state.length, state.mask = past + num_columns, key_mask
-    return Columns(cos, sin, past, mask, seq_idx, key_mask, seq_idx)
+    return SequenceLayout(cos, sin, past, mask, seq_idx, key_mask, seq_idx)
 
 
 def _frequencies(stack: StackConfig, lengths: Tensor, bound: int | None) -> Tensor:

@@ -12,7 +12,7 @@ from mmmamba_cli.processing.images import ImageSource, image_size, open_image
 from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_per_tile
 from mmmamba_cli.processing.processor_loader import (
     alone,
-    as_ids,
+    as_id_set,
     build_tokenizer,
     processor_from_folder,
     processor_from_hovle,
@@ -40,7 +40,7 @@ __all__ = [
     "Tiling",
     "TrainingProcessor",
     "alone",
-    "as_ids",
+    "as_id_set",
     "build_tokenizer",
     "choose_grid",
     "content_with_images",

@@ -57,7 +57,7 @@ class ImageProcessor(BaseImageProcessor):
         """How a picture is cut."""
         return Tiling(self.image_size, self.min_tiles, self.max_tiles, self.use_thumbnail)
 
-    def with_tiles(self, min_tiles: int | None, max_tiles: int | None) -> ImageProcessor:
+    def with_tile_limits(self, min_tiles: int | None, max_tiles: int | None) -> ImageProcessor:
         """The same with other numbers of tiles; None keeps a number."""
         return ImageProcessor(
             self.image_size,
@@ -90,21 +90,21 @@ class ImageProcessor(BaseImageProcessor):
             )
         listed: list[Any] = list(as_list(images))
         flat = [one for item in listed for one in (item if is_list(item) else [item])]
-        pixels, counts = self.with_tiles(min_tiles, max_tiles).cut(flat)
+        pixels, counts = self.with_tile_limits(min_tiles, max_tiles).tile(flat)
         found: dict[str, Any] = {"pixel_values": as_tensors(pixels, return_tensors)}
         if return_num_tiles:
             found["num_tiles"] = counts
         return ImageFeature(found)
 
-    def cut(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
+    def tile(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
         """Pictures -> their tiles (sum of tiles, 3, S, S) in float32, and the tiles of each.
 
         Raises `DataError` for a picture that cannot be used, see `open_image`.
         """
-        pixels, counts = self.as_bytes(images)
+        pixels, counts = self.tile_uint8(images)
         return normalize(pixels), counts
 
-    def as_bytes(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
+    def tile_uint8(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
         """The same before `normalize`, as uint8: a quarter of the bytes to hand on."""
         size, tiling = self.image_size, self.tiling
         pixels = [torch.empty(0, 3, size, size, dtype=torch.uint8)]

@@ -244,7 +244,7 @@ class HolisticVLMProcessor(ProcessorMixin):
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
         """Context tokens of pictures of those (height, width), as serving engines ask for them."""
-        tiling = self.image_processor.with_tiles(
+        tiling = self.image_processor.with_tile_limits(
             kwargs.get("min_tiles"), kwargs.get("max_tiles")
         ).tiling
         if image_sizes is None:
@@ -270,10 +270,10 @@ class HolisticVLMProcessor(ProcessorMixin):
         # Before any picture is opened, which takes longer.
         for parts, pictures in zip(prompts, images, strict=True):
             check_images(parts, len(pictures))
-        tiler = self.image_processor.with_tiles(
+        tiler = self.image_processor.with_tile_limits(
             image_kwargs.get("min_tiles"), image_kwargs.get("max_tiles")
         )
-        pixels, num_tiles = tiler.cut(list(chain.from_iterable(images)))
+        pixels, num_tiles = tiler.tile(list(chain.from_iterable(images)))
         context = iter([count * self.tokens_per_tile for count in num_tiles])
         of_pictures = self.tokenizer.convert_tokens_to_ids([IMAGE_START, IMAGE_CONTEXT, IMAGE_END])
         added = text_kwargs.get("add_special_tokens")

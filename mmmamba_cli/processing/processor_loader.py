@@ -55,7 +55,7 @@ def processor_from_language_model(
             f"{config['vocab_size']}"
         )
     processor = HolisticTextProcessor(tokenizer)
-    ends = {*processor.stop_token_ids, *as_ids(config.get("eos_token_id"))}
+    ends = {*processor.stop_token_ids, *as_id_set(config.get("eos_token_id"))}
     settings = tokenizer_file.with_name("generation_config.json")
     if settings.is_file() and tokenizer_file.suffix != GGUF_SUFFIX:
         ends |= _ids_in(read_json(settings).get("eos_token_id"), settings)
@@ -67,7 +67,7 @@ def _ids_in(ids: Any, file: Path) -> set[int]:
     listed = ids if isinstance(ids, list) else [ids]
     if ids is not None and not all(type(one) is int for one in listed):
         raise CheckpointError(f"{file}: eos_token_id is {ids!r:.60}, expected ids of tokens")
-    return as_ids(ids)
+    return as_id_set(ids)
 
 
 def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
@@ -142,7 +142,7 @@ def unmarked(folder: Path) -> Iterator[Path]:
         yield Path(made)
 
 
-def as_ids(ids: int | list[int] | None) -> set[int]:
+def as_id_set(ids: int | list[int] | None) -> set[int]:
     """Token ids as configs write them: one, several or none."""
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 

@@ -48,8 +48,8 @@ from mmmamba_cli.profiling.interfaces import (
     Subject,
 )
 from mmmamba_cli.profiling.timers import or_out_of_memory, require
-from mmmamba_cli.recipe import place, plan_kind
-from mmmamba_cli.recipe.problems import join_or, nearest
+from mmmamba_cli.recipe import place_attention, plan_kind
+from mmmamba_cli.recipe.problems import join_or, suggest
 from mmmamba_cli.runs import Manifest, Run, path_name
 
 # Bounds of softplus^-1(dt) that decay neither at once nor never.
@@ -274,14 +274,14 @@ def random_subjects(
     known = architectures()
     if name not in known:
         raise DataError(
-            f"no architecture is called {name}: give {join_or(sorted(known))}{nearest(name, known)}"
+            f"no architecture is called {name}: give {join_or(sorted(known))}{suggest(name, known)}"
         )
     full = hovle.to_config(known[name], f"architecture {name}")
     layers = full.num_hidden_layers
     counts = (0, layers // HYBRID_SHARE) if attention is None else dict.fromkeys(attention)
     plans = [(role, role, full) for role in _baselines(eager)] if teacher else []
     for count in counts:
-        kept = place(PLACEMENT, count, layers)
+        kept = place_attention(PLACEMENT, count, layers)
         title = "linear" if count == 0 else f"hybrid-{count}"
         plans.append((title, STUDENT, _with_attention(full, kept)))
     return [

@@ -1,6 +1,6 @@
 """Recipes: everything a distillation is told, in one typed, frozen value. No torch here."""
 
-from mmmamba_cli.recipe.layers import PLACEMENTS, attention_layers, place, plan_kind
+from mmmamba_cli.recipe.layers import PLACEMENTS, attention_layers, place_attention, plan_kind
 from mmmamba_cli.recipe.loader import (
     dump_recipe,
     load_recipe,
@@ -35,7 +35,7 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "parse_recipe",
-    "place",
+    "place_attention",
     "plan_kind",
     "recipe_folder",
     "recipe_names",

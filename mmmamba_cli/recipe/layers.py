@@ -48,7 +48,7 @@ PLACEMENTS: Mapping[str, Callable[[int, int], tuple[int, ...]]] = {
 }
 
 
-def place(placement: str, n: int, num_layers: int) -> tuple[int, ...]:
+def place_attention(placement: str, n: int, num_layers: int) -> tuple[int, ...]:
     """Indices of the n attention layers of `num_layers`, ascending.
 
     Raises RecipeError for an unknown placement, or n outside 0 .. num_layers.
@@ -74,7 +74,9 @@ def plan_kind(kept: int, num_layers: int) -> str:
     return "all attention" if kept == num_layers else f"hybrid ({kept} attention)"
 
 
-def list_problem(layers: Sequence[int], num_layers: int | None = None) -> tuple[int, str] | None:
+def layer_list_problem(
+    layers: Sequence[int], num_layers: int | None = None
+) -> tuple[int, str] | None:
     """What is wrong with an explicit list of layers: a position in it and a sentence, or None.
 
     Without `num_layers`, as in a recipe that has not met its teacher yet, only the lower end of
@@ -100,8 +102,8 @@ def attention_layers(plan: LayerPlan, num_layers: int) -> tuple[int, ...]:
     Raises RecipeError naming field, index and value for a count or a list that does not fit.
     """
     if isinstance(plan.attention, int):
-        return place(plan.placement, plan.attention, num_layers)
-    problem = list_problem(plan.attention, num_layers)
+        return place_attention(plan.placement, plan.attention, num_layers)
+    problem = layer_list_problem(plan.attention, num_layers)
     if problem is not None:
         position, sentence = problem
         raise RecipeError(f"layers.attention[{position}]: {sentence}")

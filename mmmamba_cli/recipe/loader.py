@@ -18,11 +18,11 @@ from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.recipe.problems import (
     Location,
     Problem,
-    dotted,
+    format_location,
+    format_value,
     join_or,
-    nearest,
     problems_of,
-    show,
+    suggest,
 )
 from mmmamba_cli.recipe.schema import Recipe
 from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
@@ -62,7 +62,7 @@ def shipped_recipe(name: str) -> Traversable:
     if name not in names:
         raise RecipeError(
             f"no recipe is called {name}: give {join_or(names)}, or the path of a .yaml file"
-            f"{nearest(name, names)}"
+            f"{suggest(name, names)}"
         )
     return recipe_folder() / f"{name}{SUFFIX}"
 
@@ -105,7 +105,7 @@ def parse_recipe(
     """As `load_recipe`, from YAML text such as a manifest carries; `source` names it in errors."""
     tree = read_yaml(text, source)
     if not isinstance(tree, dict):
-        what = "is empty" if tree is None else f"is {show(tree)}"
+        what = "is empty" if tree is None else f"is {format_value(tree)}"
         keys = ", ".join(Recipe.model_fields)
         raise RecipeError(f"{source}: {what}, must be a section with the keys {keys}")
     laid_over: list[tuple[Location, str]] = []
@@ -151,7 +151,7 @@ def _split_assignment(assignment: str) -> tuple[str, Any]:
     field, equals, value = assignment.partition("=")
     if not equals:
         raise RecipeError(
-            f"{SET}: is {show(assignment)}, must be section.field=value, "
+            f"{SET}: is {format_value(assignment)}, must be section.field=value, "
             "such as data.max_length=4096"
         )
     return field.strip(), read_yaml(value, f"{SET} {field.strip()}")
@@ -160,7 +160,8 @@ def _split_assignment(assignment: str) -> tuple[str, Any]:
 def _split_field(field: str, source: str) -> Location:
     if not FIELD.fullmatch(field):
         raise RecipeError(
-            f"{source}: {show(field)} is no field, must be like data.max_length or stages[2].lr"
+            f"{source}: {format_value(field)} is no field, "
+            "must be like data.max_length or stages[2].lr"
         )
     return tuple(
         int(match[1]) if match[1] is not None else match[2] for match in FIELD_PART.finditer(field)
@@ -181,7 +182,7 @@ def _assign(tree: dict[str, Any], field: str, value: Any, source: str) -> Locati
         if isinstance(node, dict) and node.get(key) is None:
             if isinstance(parts[position + 1], int):
                 raise RecipeError(
-                    f"{source}: {dotted(location)}: has no entries in the recipe, "
+                    f"{source}: {format_location(location)}: has no entries in the recipe, "
                     "must be set as a whole list"
                 )
             node[key] = {}
@@ -191,14 +192,14 @@ def _assign(tree: dict[str, Any], field: str, value: Any, source: str) -> Locati
 
 def _key_in(node: Any, part: str | int, location: Location, source: str) -> str | int:
     """The key of dict or the index of list `node` that `part` of a field means."""
-    where = dotted(location)
+    where = format_location(location)
     if isinstance(node, dict):
         if isinstance(part, str):
             return part
         raise RecipeError(f"{source}: {where}: is a section, [{part}] is no key of it")
     if not isinstance(node, list):
         needed = f"a section to set {part}" if isinstance(part, str) else f"a list to set [{part}]"
-        raise RecipeError(f"{source}: {where}: is {show(node)}, must be {needed}")
+        raise RecipeError(f"{source}: {where}: is {format_value(node)}, must be {needed}")
     if isinstance(part, str) and part.isdecimal():
         part = int(part)
     names = [item.get("name") if isinstance(item, dict) else None for item in node]

@@ -38,10 +38,11 @@ class Problem:
 
     def line(self, source: str) -> str:
         """`source: section.field: sentence`; a problem of the whole recipe names no field."""
-        return ": ".join(part for part in (source, dotted(self.location), self.sentence) if part)
+        parts = (source, format_location(self.location), self.sentence)
+        return ": ".join(part for part in parts if part)
 
 
-def dotted(location: Location) -> str:
+def format_location(location: Location) -> str:
     """`("stages", 1, "lr")` as `stages[1].lr`."""
     text = ""
     for part in location:
@@ -52,7 +53,7 @@ def dotted(location: Location) -> str:
     return text
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one would write it in YAML, shortened to what fits in a sentence."""
     if isinstance(value, str):
         # In quotes, so that the text '1e-3' is not taken for the number.
@@ -62,7 +63,8 @@ def show(value: Any) -> str:
     elif isinstance(value, dict):
         text = "a section" if value else "an empty section"
     elif isinstance(value, list | tuple):
-        text = f"[{', '.join(show(item) for item in value[:10])}{', ...' if value[10:] else ''}]"
+        shown = ", ".join(format_value(item) for item in value[:10])
+        text = f"[{shown}{', ...' if value[10:] else ''}]"
     else:
         text = str(value)
     text = text.replace("\n", " ")
@@ -76,7 +78,7 @@ def join_or(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def suggest(name: str, names: Iterable[str]) -> str:
     """`; did you mean X?` where one of the names is close, else nothing."""
     close = get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -97,16 +99,16 @@ def _problem(details: Any, model: type[BaseModel]) -> Problem:
     if details["type"] == "extra_forbidden":
         names = list(_section_at(model, location[:-1]).model_fields)
         key = str(location[-1])
-        sentence = f"unknown key, allowed are {', '.join(names)}{nearest(key, names)}"
+        sentence = f"unknown key, allowed are {', '.join(names)}{suggest(key, names)}"
         return Problem(location, sentence)
     annotation, metadata = _field_at(model, location)
-    words = allowed(annotation, metadata)
+    words = describe_allowed(annotation, metadata)
     if details["type"] == "missing":
         return Problem(location, f"is missing, must be {words}")
     value = details["input"]
     choices = _choices(annotation)
-    hint = nearest(value, choices) if isinstance(value, str) else ""
-    return Problem(location, f"is {show(value)}, must be {words}{hint}")
+    hint = suggest(value, choices) if isinstance(value, str) else ""
+    return Problem(location, f"is {format_value(value)}, must be {words}{hint}")
 
 
 def _field_at(model: type[BaseModel], location: Location) -> tuple[Any, list[Any]]:
@@ -153,7 +155,7 @@ def _choices(annotation: Any) -> list[str]:
     return [str(choice) for choice in get_args(bare)] if get_origin(bare) is Literal else []
 
 
-def allowed(annotation: Any, metadata: list[Any]) -> str:
+def describe_allowed(annotation: Any, metadata: list[Any]) -> str:
     """What a value may be: `a whole number from 1 to 16 or null`."""
     bare, constraints = _unwrap(annotation, metadata)
     null = " or null" if _nullable(annotation) else ""
@@ -173,9 +175,9 @@ def allowed(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(bare) is tuple:
         items = get_args(bare)
         if items[-1] is not Ellipsis:
-            return f"a list of {len(items)}, each {allowed(items[0], [])}{null}"
+            return f"a list of {len(items)}, each {describe_allowed(items[0], [])}{null}"
         some = ", not empty" if _not_empty(constraints) else ""
-        return f"a list{some}, each {allowed(items[0], [])}{null}"
+        return f"a list{some}, each {describe_allowed(items[0], [])}{null}"
     if isinstance(bare, type) and issubclass(bare, BaseModel):
         return f"a section with the keys {', '.join(bare.model_fields)}{null}"
     raise TypeError(f"no words for what {bare} allows")

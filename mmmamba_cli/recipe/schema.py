@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mmmamba_cli.recipe.layers import list_problem
-from mmmamba_cli.recipe.problems import Allowed, show
+from mmmamba_cli.recipe.layers import layer_list_problem
+from mmmamba_cli.recipe.problems import Allowed, format_value
 
 MAX_SEED = 2**32 - 1
 
@@ -34,15 +34,15 @@ STAGE_NAME = Allowed("a name of lower-case letters, digits, '-' and '_' that beg
 
 def _check_attention(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, bool) or not isinstance(value, int | list | tuple):
-        raise _refuse(f"is {show(value)}, must be {ATTENTION.words}")
+        raise _refuse(f"is {format_value(value)}, must be {ATTENTION.words}")
     if isinstance(value, int):
         if value < 0:
             raise _refuse(f"is {value}, must be {ATTENTION.words}")
         return value
     for position, layer in enumerate(value):
         if isinstance(layer, bool) or not isinstance(layer, int):
-            raise _refuse(f"is {show(layer)}, must be a layer index, at least 0", position)
-    problem = list_problem(value)
+            raise _refuse(f"is {format_value(layer)}, must be a layer index, at least 0", position)
+    problem = layer_list_problem(value)
     if problem is not None:
         position, sentence = problem
         raise _refuse(sentence, position)
@@ -53,19 +53,19 @@ def _check_learns(value: Any) -> str | tuple[str, ...]:
     if isinstance(value, list | tuple):
         for position, pattern in enumerate(value):
             if not isinstance(pattern, str) or not pattern:
-                raise _refuse(f"is {show(pattern)}, must be a pattern", position)
+                raise _refuse(f"is {format_value(pattern)}, must be a pattern", position)
         if value:
             return tuple(value)
     elif value in ("new", "new+qkv"):
         return str(value)
-    raise _refuse(f"is {show(value)}, must be {LEARNS.words}")
+    raise _refuse(f"is {format_value(value)}, must be {LEARNS.words}")
 
 
 def _check_stage_name(value: Any) -> str:
     # Lower-case ASCII, since products and folders are named after stages.
     if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", value):
         return value
-    raise _refuse(f"is {show(value)}, must be {STAGE_NAME.words}")
+    raise _refuse(f"is {format_value(value)}, must be {STAGE_NAME.words}")
 
 
 AttentionLayers = Annotated[int | tuple[int, ...], BeforeValidator(_check_attention), ATTENTION]

@@ -41,12 +41,16 @@ def measure_fidelity(
     _fill(decoder, teacher, "model.", skip="layers.")
     mask = calibration.attention_mask
     prompt = decoder.prepare(calibration.input_ids, calibration.pixel_values, mask)
-    hidden, columns = decoder.embed(prompt), prompt.embedding or prompt.language
+    hidden, columns = decoder.embed(prompt), prompt.embedding_layout or prompt.language_layout
     results = []
     for layer in range(teacher.config.num_hidden_layers):
         if layer == decoder.num_embedding_layers:
-            hidden = decoder.bridge(hidden, prompt) if prompt.embedding is not None else hidden
-            columns = prompt.language
+            hidden = (
+                decoder.embedding_to_language(hidden, prompt)
+                if prompt.embedding_layout is not None
+                else hidden
+            )
+            columns = prompt.language_layout
         with torch.device("meta"):
             block = Block(teacher.config, layer)
             mixer = Mamba2(

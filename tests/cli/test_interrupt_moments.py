@@ -20,10 +20,10 @@ MAIN = "from mmmamba_cli.__main__ import main\nmain()\n"
 # place before it imports anything.
 READY_MAIN = (
     "import sys\nfrom mmmamba_cli import interrupts\n"
-    "catch = interrupts.catch_interrupts\n"
+    "catch = interrupts.handle_interrupts\n"
     "def catch_and_say():\n"
     "    catch()\n    assert 'mmmamba_cli.cli' not in sys.modules\n    os.write(1, b'.')\n"
-    "interrupts.catch_interrupts = catch_and_say\n"
+    "interrupts.handle_interrupts = catch_and_say\n"
 ) + MAIN
 
 
@@ -116,11 +116,11 @@ CASES = {
         "import multiprocessing, os, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from contextlib import ExitStack\n"
-        "from mmmamba_cli.interrupts import interrupts_held\n"
+        "from mmmamba_cli.interrupts import block_interrupts\n"
         "with ExitStack() as stack:\n"
         "    pool = ProcessPoolExecutor(2, multiprocessing.get_context('spawn'))\n"
         "    stack.callback(pool.shutdown, cancel_futures=True)\n"
-        "    with interrupts_held():\n"
+        "    with block_interrupts():\n"
         "        results = pool.map(time.sleep, [3] * 10)\n"
         "    os.write(1, b'.')\n"
         "    list(results)\n"

@@ -255,7 +255,8 @@ def one_by_one(
         scored = next_tokens(batch) != IGNORED
         prompt = models[0].model.prepare(batch.input_ids, batch.pixel_values, None, None)
         p, q = (
-            model.lm_head(model.model.run_prompt(prompt)[scored]).softmax(-1) for model in models
+            model.lm_head(model.model.forward_prepared(prompt)[scored]).softmax(-1)
+            for model in models
         )
         same = (p.argmax(-1) == q.argmax(-1)).sum()
         shared = (1 - (p - q).abs().sum(-1) / 2).sum()

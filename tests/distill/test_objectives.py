@@ -23,7 +23,7 @@ from mmmamba_cli.distill.trainable import learning_names
 from mmmamba_cli.distill.trainer import StepResult, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.errors import RecipeError
-from mmmamba_cli.model.sequence_layout import Columns
+from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops.attention import segments_of
 from mmmamba_cli.recipe import KL, Stage
 
@@ -159,8 +159,8 @@ def test_segments_of_a_batch_are_not_looked_for_again(
     plain = prepare(pair, batch)
     prepared = prepare(pair, replace(batch, segments=segments_of(mask, None)))
     for before, after in (
-        (plain.embedding, prepared.embedding),
-        (plain.language, prepared.language),
+        (plain.embedding_layout, prepared.embedding_layout),
+        (plain.language_layout, prepared.language_layout),
     ):
         looked_for.clear()
         expected = before.segments(before.length)
@@ -168,9 +168,9 @@ def test_segments_of_a_batch_are_not_looked_for_again(
         found = after.segments(after.length)
         assert torch.equal(found.bounds, expected.bounds)
         assert found.longest == expected.longest
-        again = after is prepared.embedding and shuffle == "post"
+        again = after is prepared.embedding_layout and shuffle == "post"
         assert len(looked_for) == (2 if again else 1)
-    part = prepared.language.chunk(0, 3)
+    part = prepared.language_layout.chunk(0, 3)
     assert torch.equal(part.segments(3).bounds, segments_of(mask[:, :3], None).bounds)
 
 
@@ -185,7 +185,7 @@ def test_tokens_are_counted_without_the_model(shuffle: str) -> None:
         rows = batch.input_ids.shape[0]
         expected = [
             rows * columns.length if columns.mask is None else int(columns.mask.sum())
-            for columns in (seen.embedding, seen.language)
+            for columns in (seen.embedding_layout, seen.language_layout)
         ]
         assert list(count_tokens(pair, batch)) == expected
 
@@ -214,7 +214,7 @@ def test_whose_hidden_states(inputs: str) -> None:
     objective = objective_of(settings, pair.student.config, pair.learning)
     batch = batch_of(ROWS[0][None])
     source = pair.teacher if inputs == "teacher" else pair.student
-    seen: list[tuple[Tensor, Columns]] = []
+    seen: list[tuple[Tensor, SequenceLayout]] = []
     mixer = source.model.layers[3].mixer
     handle = mixer.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
     source(batch.input_ids, use_cache=False)
@@ -328,7 +328,7 @@ def test_mixing_matrices_mix_as_the_mixers_do(options: dict[str, bool]) -> None:
     within = torch.zeros_like(mask)
     within[:, 1] = True
     mask = mask & ~within
-    columns = model.model.prepare(ids, attention_mask=mask, seq_idx=seq_idx).language
+    columns = model.model.prepare(ids, attention_mask=mask, seq_idx=seq_idx).language_layout
     hidden = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(0))
     attention, mamba = model.model.layers[0].mixer, model.model.layers[1].mixer
     _, _, v = attention.queries_keys_values(hidden, columns)

@@ -11,7 +11,7 @@ from pages import ROOT
 
 from mmmamba_cli.model.config import MixerConfig, StackConfig
 from mmmamba_cli.model.mamba2 import GATED_NORM_EPS, Mamba2
-from mmmamba_cli.model.sequence_layout import Columns
+from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.seed import initial_value
 from mmmamba_cli.seed.init import DT_MAX, DT_MIN
 
@@ -51,7 +51,7 @@ def test_a_seeded_mixer_is_linear_attention_that_forgets(seeded: Mamba2) -> None
     normed = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     expected = normed.transpose(0, 1).reshape(LENGTH, -1) * F.silu(seeded.g_proj(hidden)[0])
     empty = torch.zeros(1, LENGTH, width)
-    actual = seeded.mix(hidden, Columns(cos=empty, sin=empty, past=0))[0]
+    actual = seeded.mix(hidden, SequenceLayout(cos=empty, sin=empty, past=0))[0]
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
     assert GATED_NORM_EPS == 1e-5
     assert "10^{-5}" in PAGE

@@ -22,12 +22,12 @@ from mmmamba_cli.doctor.op_checks import _worst, check_backend, check_ops, relat
 from mmmamba_cli.doctor.report import Check, Device, OpCheck, Package, Report
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.norm import reference
-from mmmamba_cli.versions import NEEDED, release, satisfies
+from mmmamba_cli.versions import REQUIREMENTS, release, satisfies
 
 CPU = torch.device("cpu")
 FP32 = (torch.float32,)
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-GOOD = {name: bound or "1" for name, bound in NEEDED.items()} | {
+GOOD = {name: bound or "1" for name, bound in REQUIREMENTS.items()} | {
     "torch": "2.13.0+cpu",
     "transformers": "5.23.0",
 }
@@ -44,7 +44,7 @@ def test_what_is_needed_is_what_the_project_asks_for() -> None:
         assert match is not None
         return match[1], match[2]
 
-    assert dict(map(cut, PROJECT["dependencies"])) == NEEDED
+    assert dict(map(cut, PROJECT["dependencies"])) == REQUIREMENTS
     extras = {k: v for k, v in PROJECT["optional-dependencies"].items() if k != "dev"}
     assert {k: tuple(cut(name)[0] for name in v) for k, v in extras.items()} == EXTRAS
     assert set(PURPOSES) == set(EXTRAS)

@@ -60,7 +60,7 @@ def test_layers_on_disk(saved: tuple[Any, Path], tmp_path: Path) -> None:
 def test_columns_are_moved_once_for_each_device() -> None:
     """accelerate moves what it hands to a layer by `to`, for every layer."""
     mask = torch.ones_like(IDS)
-    columns = small_model().model.prepare(IDS, attention_mask=mask).language
+    columns = small_model().model.prepare(IDS, attention_mask=mask).language_layout
     assert columns.to("cpu") is columns
     moved = columns.to("meta")
     assert moved is columns.to(torch.device("meta")) is not columns

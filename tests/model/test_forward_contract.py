@@ -31,8 +31,8 @@ def test_hidden_states_are_those_of_the_walk(plan: str, shuffle: str) -> None:
     expected = [hidden]
     for index, block in enumerate(model.model.blocks):
         if index == 2:
-            hidden = model.model.bridge(hidden, seen)
-        hidden = block(hidden, seen.embedding if index < 2 else seen.language)
+            hidden = model.model.embedding_to_language(hidden, seen)
+        hidden = block(hidden, seen.embedding_layout if index < 2 else seen.language_layout)
         expected.append(hidden)
     expected[-1] = model.model.norm(hidden)
     assert len(out.hidden_states) == len(plan) + 1
@@ -228,7 +228,7 @@ def test_eager_attention_returns_its_weights(plan: str) -> None:
     seen = model.model.prepare(ids, attention_mask=mask)
     hidden, found = model.model.embed(seen), iter(out.attentions)
     for index, block in enumerate(model.model.blocks):
-        columns = seen.embedding if index < 2 else seen.language
+        columns = seen.embedding_layout if index < 2 else seen.language_layout
         if index in layers:
             expected = block.mixer.mixing_matrix(block.mixer_norm(hidden), columns)
             assert distance(next(found), expected) < 1e-5

@@ -16,7 +16,7 @@ from small import small_model
 from mmmamba_cli import versions
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.errors import MmmambaError, MmmambaWarning
-from mmmamba_cli.versions import KnownPair, require_versions
+from mmmamba_cli.versions import KnownIncompatibility, require_versions
 
 
 @pytest.fixture
@@ -54,11 +54,13 @@ def test_newer_releases_are_warned_of_once(found: dict[str, str], text: str) -> 
 
 
 def test_known_pairs_are_refused(found: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = KnownPair(
+    pair = KnownIncompatibility(
         "odd", {"transformers": ">=5.23,<5.23.1", "peft": ">=0.1"}, "peft {peft} breaks", "update",
         beside=("accelerate",), refused=True,
     )  # fmt: skip
-    monkeypatch.setattr(versions, "KNOWN_PAIRS", (*versions.KNOWN_PAIRS, pair))
+    monkeypatch.setattr(
+        versions, "KNOWN_INCOMPATIBILITIES", (*versions.KNOWN_INCOMPATIBILITIES, pair)
+    )
     require_versions()
     require_versions.cache_clear()
     found["peft"] = "0.5"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLMConfig
-from mmmamba_cli.model.sequence_layout import StackState, describe_columns
+from mmmamba_cli.model.sequence_layout import StackState, next_layout
 from mmmamba_cli.ops import attention
 from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, flash, segments_of, takes_segments
 
@@ -133,15 +133,15 @@ def test_columns_of_a_prompt_have_segments_and_later_ones_have_not() -> None:
     state = StackState()
     mask = rows_of([0, 1, 1], [1, 1, 1]).bool()
     options = {"seq_idx": None, "prompt_lengths": None, "device": "cpu", "dtype": torch.float32}
-    columns = describe_columns(stack, state, 3, mask=mask, **options)
+    columns = next_layout(stack, state, 3, mask=mask, **options)
     found = columns.segments(3)
     assert found is not None
     assert found.bounds.tolist() == [0, 1, 3, 6]
     assert columns.segments(3) is found
     assert columns.segments(4) is None
     assert columns.chunk(1, 3).segments(3) is None
-    assert describe_columns(stack, state, 1, mask=mask[:, :1], **options).segments(4) is None
-    plain = describe_columns(stack, StackState(), 3, mask=None, **options)
+    assert next_layout(stack, state, 1, mask=mask[:, :1], **options).segments(4) is None
+    plain = next_layout(stack, StackState(), 3, mask=None, **options)
     assert plain.segments(3) is None
 
 

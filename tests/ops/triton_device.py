@@ -55,7 +55,7 @@ def faithful_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         interpreter._patch_lang_tensor,
     )
 
-    def widened(tile):
+    def upcast(tile):
         if tile.dtype.scalar != tl.bfloat16:
             return tile
         bits = np.ascontiguousarray(tile.data).astype(np.uint32) << 16
@@ -63,7 +63,7 @@ def faithful_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def cast(self, source, to):
         if to.scalar == tl.float32 and source.dtype.scalar == tl.bfloat16:
-            return widened(source)
+            return upcast(source)
         if to.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
             bits = np.ascontiguousarray(source.data).view(np.uint32)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -72,7 +72,7 @@ def faithful_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return plain_cast(self, source, to)
 
     def dot(self, a, b, *rest):
-        return plain_dot(self, widened(a), widened(b), *rest)
+        return plain_dot(self, upcast(a), upcast(b), *rest)
 
     def patch(tensor, scope):
         plain_patch(tensor, scope)

@@ -75,14 +75,14 @@ def test_the_seeded_mixer_reads_with_the_teachers_biases_and_norms(
     prompt = theirs.model.prepare(torch.arange(3, 30)[None])
     one, two = student.model.blocks[0].mixer, theirs.model.blocks[0].mixer
     normed = theirs.model.blocks[0].mixer_norm(theirs.model.embed(prompt))
-    v, k, q, _ = one.values_keys_queries(normed, prompt.language)
+    v, k, q, _ = one.values_keys_queries(normed, prompt.language_layout)
     for found, name in ((q, "q"), (k, "k"), (v, "v")):
         expected = silu(two.get_submodule(f"{name}_proj")(normed)).view(found.shape)
         norm = getattr(two, f"{name}_norm", None)
         assert distance(found, expected if norm is None else norm(expected)) < 1e-6
-    mixed = one.mix(normed, prompt.language)
+    mixed = one.mix(normed, prompt.language_layout)
     bias = 0 if two.o_proj.bias is None else two.o_proj.bias
-    assert distance(one(normed, prompt.language), mixed @ two.o_proj.weight.T + bias) < 1e-6
+    assert distance(one(normed, prompt.language_layout), mixed @ two.o_proj.weight.T + bias) < 1e-6
 
 
 def test_all_attention_again_is_the_teacher(teacher: tuple[Path, set[str]], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmmamba_cli.errors import RecipeError
-from mmmamba_cli.recipe import PLACEMENTS, Layers, attention_layers, place
+from mmmamba_cli.recipe import PLACEMENTS, Layers, attention_layers, place_attention
 
 counts = st.integers(0, 80).flatmap(lambda L: st.tuples(st.integers(0, L), st.just(L)))
 
@@ -16,7 +16,7 @@ counts = st.integers(0, 80).flatmap(lambda L: st.tuples(st.integers(0, L), st.ju
 @given(counts, st.sampled_from(sorted(PLACEMENTS)))
 def test_a_placement_is_n_different_layers_in_order(count: tuple[int, int], placement: str) -> None:
     n, num_layers = count
-    layers = place(placement, n, num_layers)
+    layers = place_attention(placement, n, num_layers)
     assert len(layers) == n
     assert list(layers) == sorted(set(layers))
     assert set(layers) <= set(range(num_layers))
@@ -26,12 +26,14 @@ def test_a_placement_is_n_different_layers_in_order(count: tuple[int, int], plac
 @given(counts)
 def test_placements_follow_their_formulas(count: tuple[int, int]) -> None:
     n, L = count
-    assert place("head-interleaved", n, L) == tuple(math.floor(i * L / n) for i in range(n))
-    assert place("tail-interleaved", n, L) == tuple(
+    assert place_attention("head-interleaved", n, L) == tuple(
+        math.floor(i * L / n) for i in range(n)
+    )
+    assert place_attention("tail-interleaved", n, L) == tuple(
         math.floor((i + 1) * L / n) - 1 for i in range(n)
     )
-    assert place("head-stacked", n, L) == tuple(i for i in range(L) if i < n)
-    assert place("tail-stacked", n, L) == tuple(i for i in range(L) if i >= L - n)
+    assert place_attention("head-stacked", n, L) == tuple(i for i in range(L) if i < n)
+    assert place_attention("tail-stacked", n, L) == tuple(i for i in range(L) if i >= L - n)
 
 
 @pytest.mark.parametrize(
@@ -44,29 +46,29 @@ def test_placements_follow_their_formulas(count: tuple[int, int]) -> None:
     ],
 )
 def test_eight_of_thirty_two(placement: str, expected: tuple[int, ...]) -> None:
-    assert place(placement, 8, 32) == expected
+    assert place_attention(placement, 8, 32) == expected
 
 
 def test_layers_that_do_not_divide_evenly() -> None:
-    assert place("head-interleaved", 3, 7) == (0, 2, 4)
-    assert place("tail-interleaved", 3, 7) == (1, 3, 6)
+    assert place_attention("head-interleaved", 3, 7) == (0, 2, 4)
+    assert place_attention("tail-interleaved", 3, 7) == (1, 3, 6)
 
 
 @pytest.mark.parametrize("placement", sorted(PLACEMENTS))
 def test_none_is_the_linear_student_and_all_the_teacher(placement: str) -> None:
-    assert place(placement, 0, 6) == ()
-    assert place(placement, 6, 6) == (0, 1, 2, 3, 4, 5)
+    assert place_attention(placement, 0, 6) == ()
+    assert place_attention(placement, 6, 6) == (0, 1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize("n", [-1, 7])
 def test_a_count_out_of_range_names_field_value_and_range(n: int) -> None:
     with pytest.raises(RecipeError, match=rf"^layers.attention: is {n}, must be from 0 to 6,"):
-        place("head-stacked", n, 6)
+        place_attention("head-stacked", n, 6)
 
 
 def test_an_unknown_placement_names_those_there_are() -> None:
     with pytest.raises(RecipeError, match=r"layers.placement: is 'middle', .*tail-interleaved"):
-        place("middle", 1, 6)
+        place_attention("middle", 1, 6)
 
 
 def test_a_plan_is_a_count_placed_or_a_list_sorted() -> None:

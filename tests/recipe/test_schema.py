@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from mmmamba_cli.recipe import PLACEMENTS, Recipe, Stage, schema
-from mmmamba_cli.recipe.problems import dotted, problems_of
+from mmmamba_cli.recipe.problems import format_location, problems_of
 
 SECTIONS = (
     schema.Recipe,
@@ -39,7 +39,7 @@ def problems(model: type[BaseModel], values: Any) -> list[tuple[str, str]]:
     try:
         model.model_validate(values)
     except ValidationError as error:
-        return [(dotted(p.location), p.sentence) for p in problems_of(error, model)]
+        return [(format_location(p.location), p.sentence) for p in problems_of(error, model)]
     return []
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import widened
+from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.ops.conv import reference as conv
 from mmmamba_cli.ops.ssd import reference as ssd
 
@@ -91,4 +91,4 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def likeliest(logits: Tensor, unwanted: Tensor) -> Tensor:
     """Shapes as in `ops.likeliest`."""
-    return widened(logits).masked_fill(unwanted, -math.inf).argmax(-1)
+    return upcast(logits).masked_fill(unwanted, -math.inf).argmax(-1)

@@ -24,7 +24,7 @@ def weights(at, k, D: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def widened(tile, NATIVE: tl.constexpr):
+def upcast_tile(tile, NATIVE: tl.constexpr):
     """Weights in fp32. By PTX where it is understood: it is less, and not done before it is wanted.
 
     The compiler would wait for a tile to unpack it before it asks for anything else, and has a slow
@@ -144,14 +144,14 @@ def project(
             x_ptr, norm_ptr, gate_ptr, gate, b, k + first, x_b, gate_b, eps,
             B, D, P, NORM, WEIGHTED, EVEN, BLOCK_B, BLOCK_K, SETTLED,
         )  # fmt: skip
-        total += widened(tile, NATIVE) * x
+        total += upcast_tile(tile, NATIVE) * x
         length += squares
         tile = coming
     x, squares = inputs(
         x_ptr, norm_ptr, gate_ptr, gate, b, k + (STEPS - 1) * BLOCK_K, x_b, gate_b, eps,
         B, D, P, NORM, WEIGHTED, EVEN, BLOCK_B, BLOCK_K, SETTLED,
     )  # fmt: skip
-    y = tl.sum(total + widened(tile, NATIVE) * x, axis=2)
+    y = tl.sum(total + upcast_tile(tile, NATIVE) * x, axis=2)
     if NORM and P == 0:
         y *= tl.rsqrt(tl.sum(length + squares, axis=2) / D + eps)
     if HAS_SCALE:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import widened
+from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.ops.norm import gated_rms_norm, rms_norm
 
 LARGEST = 127
@@ -34,7 +34,7 @@ def quantize(weight: Tensor) -> Int8Weight:
     The largest magnitude of a row becomes 127, so that the error is at most half a scale; a row of
     zeros stays one.
     """
-    wide = widened(weight.detach())
+    wide = upcast(weight.detach())
     scales = wide.abs().amax(1) / LARGEST
     steps = wide / torch.where(scales > 0, scales, 1).unsqueeze(1)
     values = steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)

@@ -6,18 +6,20 @@ Legend: B batch, T columns of the prompt, E columns the embedding stack sees, D 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.model.config import HolisticVisionConfig, StackConfig
+from mmmamba_cli.model.cache import DecodingState
+from mmmamba_cli.model.config import HolisticVisionConfig, HolisticVLMConfig
 from mmmamba_cli.model.image_tokens import Expansion
-from mmmamba_cli.model.sequence_layout import Columns, StackState, describe_columns
+from mmmamba_cli.model.sequence_layout import SequenceLayout, StackState, next_layout
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PreparedInputs:
     """Inputs as the stacks will see them; made by `HolisticDecoder.prepare`."""
 
     input_ids: Tensor | None
@@ -27,13 +29,13 @@ class Prompt:
     # None unless the embedding stack sees more columns than the language stack.
     expansion: Expansion | None
     # None for a plain language model.
-    embedding: Columns | None
-    language: Columns
+    embedding_layout: SequenceLayout | None
+    language_layout: SequenceLayout
     # (B, T, D) in place of the text embeddings of `input_ids`.
     inputs_embeds: Tensor | None = None
 
 
-def checked_inputs(
+def check_inputs(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor:
     """The one of the two inputs that was given, (B, T) or (B, T, D).
@@ -49,11 +51,11 @@ def checked_inputs(
         )
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     assert inputs is not None
-    require_columns(inputs, "input_ids" if inputs_embeds is None else "inputs_embeds")
+    check_not_empty(inputs, "input_ids" if inputs_embeds is None else "inputs_embeds")
     return inputs
 
 
-def require_columns(inputs: Tensor, name: str = "input_ids") -> None:
+def check_not_empty(inputs: Tensor, name: str = "input_ids") -> None:
     """Raise `DataError` for an empty prompt (B, T) or (B, T, D)."""
     if inputs.numel() == 0:
         raise DataError(
@@ -71,7 +73,7 @@ def check_tile_shape(vision: HolisticVisionConfig, pixel_values: Tensor) -> None
         )
 
 
-def refuse_lost_images(vision: HolisticVisionConfig | None, input_ids: Tensor) -> None:
+def check_pixels_given(vision: HolisticVisionConfig | None, input_ids: Tensor) -> None:
     """Raise `DataError` for a tile's worth of context ids without pixels: no text has them.
 
     A compiled graph does not branch on values and leaves this out.
@@ -89,7 +91,7 @@ def refuse_lost_images(vision: HolisticVisionConfig | None, input_ids: Tensor) -
         )
 
 
-def refuse_positions(position_ids: Tensor | None, mask: Tensor | None, state: StackState) -> None:
+def check_position_ids(position_ids: Tensor | None, mask: Tensor | None, state: StackState) -> None:
     """Positions of the prompt's columns say nothing of the patches that "post" makes of them.
 
     Those that count the real tokens, as data collators write them, are what is used anyway.
@@ -110,9 +112,9 @@ def refuse_positions(position_ids: Tensor | None, mask: Tensor | None, state: St
         )
 
 
-def embedding_columns(
-    stack: StackConfig,
-    state: StackState,
+def stack_layouts(
+    config: HolisticVLMConfig,
+    state: DecodingState,
     inputs: Tensor,
     *,
     mask: Tensor | None,
@@ -121,33 +123,39 @@ def embedding_columns(
     position_ids: Tensor | None,
     expansion: Expansion | None,
     dtype: torch.dtype,
-) -> Columns:
-    """What the embedding stack sees: the prompt, with patches for image tokens if it is expanded.
+) -> tuple[SequenceLayout | None, SequenceLayout]:
+    """Layouts of the embedding stack (None without one) and of the language stack.
 
-    `inputs` is (B, T) or (B, T, D); the rest is as for `describe_columns`.
+    `inputs` is (B, T) or (B, T, D); the other arguments are those of `next_layout`. Advances both
+    states of `state`. With an `expansion`, the embedding stack sees patches.
     """
-    rows, width = inputs.shape[:2]
-    length = width
-    if expansion is not None:
-        position_ids = None
-        length += expansion.extra_columns
-        unpadded = bool((expansion.source >= 0).all())
-        if mask is not None or not unpadded:
-            real = torch.ones(rows, width, dtype=torch.bool, device=inputs.device)
-            mask = expansion.spread(real if mask is None else mask, fill=0)
-        if prompt_lengths is not None:
-            columns_per_row = (expansion.source >= 0).sum(1)
-            prompt_lengths = prompt_lengths + columns_per_row - width
-        if seq_idx is not None:
-            seq_idx = expansion.spread(seq_idx, fill=-1)
-    return describe_columns(
-        stack,
-        state,
-        length,
+    rows, length = inputs.shape[:2]
+    describe = partial(next_layout, device=inputs.device, dtype=dtype)
+    unexpanded = partial(
+        describe,
+        num_columns=length,
         mask=mask,
         seq_idx=seq_idx,
         prompt_lengths=prompt_lengths,
         position_ids=position_ids,
-        device=inputs.device,
-        dtype=dtype,
     )
+    embedding = None
+    if config.embedding is not None and expansion is None:
+        embedding = unexpanded(config.embedding, state.embedding)
+    elif config.embedding is not None and expansion is not None:
+        is_real = expansion.source >= 0
+        patch_mask = None
+        if mask is not None or not bool(is_real.all()):
+            real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device)
+            patch_mask = expansion.expand(real if mask is None else mask, fill=0)
+        if prompt_lengths is not None:
+            prompt_lengths = prompt_lengths + is_real.sum(1) - length
+        embedding = describe(
+            config.embedding,
+            state.embedding,
+            length + expansion.extra_columns,
+            mask=patch_mask,
+            seq_idx=None if seq_idx is None else expansion.expand(seq_idx, fill=-1),
+            prompt_lengths=prompt_lengths,
+        )
+    return embedding, unexpanded(config.language, state.language)
