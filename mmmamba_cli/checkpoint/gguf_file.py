@@ -17,15 +17,14 @@ import struct
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
 from mmmamba_cli.checkpoint.tensor_source import TensorSource
 from mmmamba_cli.errors import CheckpointError, name_some
-from mmmamba_cli.processing import alone
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -144,8 +143,11 @@ def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
     architecture, or holds what transformers would leave out.
     """
     count = _inspect(path)
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from mmmamba_cli.processing import alone
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

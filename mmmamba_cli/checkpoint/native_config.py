@@ -11,9 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
-
-from huggingface_hub.errors import StrictDataclassError
+from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.architecture import (
     LAYER_TYPES,
@@ -32,7 +30,9 @@ from mmmamba_cli.checkpoint.config_fields import (
     token_ids,
 )
 from mmmamba_cli.errors import CheckpointError, MmmambaWarning
-from mmmamba_cli.model import HolisticVLMConfig
+
+if TYPE_CHECKING:
+    from mmmamba_cli.model import HolisticVLMConfig
 
 SECTIONS = {
     "language_stack": StackConfig,
@@ -165,7 +165,6 @@ _MISFITS = (
     AttributeError,
     LookupError,
     RuntimeError,
-    StrictDataclassError,
     TypeError,
     ValueError,
 )
@@ -173,6 +172,8 @@ _MISFITS = (
 
 def to_model_config(architecture: Architecture) -> HolisticVLMConfig:
     """The config of a model of that architecture."""
+    from mmmamba_cli.model import HolisticVLMConfig
+
     return HolisticVLMConfig(**architecture.values, architectures=["HolisticVLM"])
 
 
@@ -181,11 +182,15 @@ def own_model_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
 
     Raises `CheckpointError` for fields that transformers refuses.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from mmmamba_cli.model import HolisticVLMConfig
+
     try:
         # Code that lies in an exported folder is ours; what is made of it here goes without.
         known = {k: v for k, v in raw.items() if k not in EXPORTED_FIELDS}
         return HolisticVLMConfig.from_dict(known)
-    except _MISFITS as error:
+    except (*_MISFITS, StrictDataclassError) as error:
         raise CheckpointError(
             f"{where} has fields that transformers cannot read as a model's config", REMEDY
         ) from error

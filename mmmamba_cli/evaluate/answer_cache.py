@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from mmmamba_cli.errors import DataError, RunError
-from mmmamba_cli.evaluate.model_adapter import Limit
+from mmmamba_cli.evaluate.batching import Limit
 
 INDEX, PREDICTION, LIKELIHOODS, LIMIT = "index", "prediction", "log_likelihoods", "limit"
 HEADER = "answers_to"

@@ -12,8 +12,8 @@ from types import TracebackType
 
 from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, name_some
 from mmmamba_cli.evaluate.answer_cache import Answer, AnswerStore
+from mmmamba_cli.evaluate.batching import MOST_PROMPTS, Limit, plan_batches
 from mmmamba_cli.evaluate.interfaces import Encoded, EvalModel, OutOfMemory, Prompt
-from mmmamba_cli.evaluate.model_adapter import MOST_PROMPTS, Limit, plan_batches
 
 # Where nobody knows what fits, as on a CPU.
 DEFAULT_PROMPTS = 8

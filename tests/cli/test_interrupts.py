@@ -45,10 +45,16 @@ def test_export_and_profile(
     mmmamba: Command, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr("mmmamba_cli.export.export_checkpoint", interrupt)
-    line = said(mmmamba, "export", "--run", student_run, "--format", "hub", "--out", out)
+    words: tuple[object, ...] = ("--run", student_run, "--format", "hub", "--out")
+    with monkeypatch.context() as patch:
+        patch.setattr("mmmamba_cli.export.export_checkpoint", interrupt)
+        line = said(mmmamba, "export", *words, out)
     assert line == f"nothing was written to {out}; repeat the command"
     assert not out.exists()
+    monkeypatch.setattr("mmmamba_cli.export.push", interrupt)
+    line = said(mmmamba, "export", *words, tmp_path / "hub", "--push", "someone/model")
+    assert line.startswith(f"the export in {tmp_path / 'hub'} is complete, its upload may not be")
+    assert (tmp_path / "hub" / "config.json").is_file()
     monkeypatch.setattr("mmmamba_cli.profiling.profile", interrupt)
     words = ("--run", student_run, "--contexts", "8", "--device", "cpu", "--out", out)
     line = said(mmmamba, "profile", *words)

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import openpyxl
 import pytest
@@ -143,6 +143,31 @@ def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(
     scripted["student"] = ScriptedModel(mostly_right, name="student")
     assert mmmamba("eval", *words).code == 0
     assert len(scripted["student"].asked) == 40
+
+
+def test_an_interrupt_before_the_first_answer_says_how_to_go_on(
+    mmmamba: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> NoReturn:
+        raise KeyboardInterrupt
+
+    def candidate(path: Path, device: str | None, dtype: str) -> open_models.Candidate:
+        return open_models.Candidate(path.name, interrupt)
+
+    monkeypatch.setattr(open_models, "path_candidate", candidate)
+    out = tmp_path / "out"
+    words = ["--suite", "mme", "--model", "student", "--data", data, "--out", out]
+    done = mmmamba("eval", *words)
+    assert (done.code, done.out) == (130, "")
+    assert done.err.splitlines()[-1] == (
+        f"interrupted: student was not asked yet; answers that are kept in {out} stay, and the "
+        "same command goes on"
+    )
+    monkeypatch.setattr("mmmamba_cli.evaluate.find_evaluator", lambda kit: None)
+    done = mmmamba("eval", *words, "--with", "lm-eval")
+    assert (done.code, done.out) == (130, "")
+    assert "interrupted: lm-eval was asking student, whose scores are not written" in done.err
+    assert not list(out.rglob("result.json"))
 
 
 def test_an_animated_picture_is_shown_by_its_first_frame_and_named(

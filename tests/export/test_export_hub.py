@@ -186,13 +186,16 @@ def test_golden_logits_apart(golden_case: Path, tmp_path: Path) -> None:
     mmmamba("export", "--model", folder, "--format", "hub", "--out", tmp_path / "hub")
     program = """
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText
 from safetensors.torch import load_file, save_file
 torch.set_num_threads(1)
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 golden = load_file(sys.argv[2])
+inputs = golden["input.input_ids"], golden["input.pixel_values"]
 with torch.no_grad():
-    logits = model.eval()(golden["input.input_ids"], golden["input.pixel_values"]).logits
+    logits = model.eval()(*inputs).logits
+    assert torch.equal(model.lm_head(base.eval()(*inputs).last_hidden_state), logits)
 save_file({"logits": logits}, sys.argv[3])
 """
     (tmp_path / "home").mkdir()

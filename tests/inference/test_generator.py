@@ -10,7 +10,7 @@ from small import IMAGE_ID, VOCABULARY, distance, join_pixels, pad_batch, prompt
 
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.inference import Generator, Settings
-from mmmamba_cli.inference.static_cache import states_size
+from mmmamba_cli.inference.static_cache import KeysValues, States, states_size
 from mmmamba_cli.model import new_cache
 
 NEW = 8
@@ -160,6 +160,16 @@ def test_few_memories_are_held() -> None:
     assert states_size(plan, batch, (room, room)) == 4 * 2 * (2 * room * 8) * 4
     held._make_way(2**31)
     assert not held._states and not held._steps
+
+
+@pytest.mark.parametrize("plan", ["aaaa", "amam", "mmmm"])
+def test_the_size_of_states_is_that_of_their_keys_and_values(plan: str) -> None:
+    found = Generator(small_model(plan).bfloat16())._plan
+    states = States(found, 3, (5, 7))
+    layers = [layer for stack in states.stacks for layer in stack.layers]
+    grown = [t.nbytes for layer in layers if isinstance(layer, KeysValues) for t in layer.tensors]
+    assert len(grown) == 2 * plan.count("a")
+    assert states_size(found, 3, (5, 7)) == sum(grown)
 
 
 def test_a_normed_embedding_output() -> None:

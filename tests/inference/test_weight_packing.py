@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small import distance, pad_batch, prompt, small_model
@@ -69,6 +70,15 @@ def test_weights_are_views_of_the_packed_ones() -> None:
     for layer in plan_of(model).language.layers:
         names = [layer.mixer.inputs, layer.mlp_inputs]
         assert all(place.weight.data_ptr() in pointers(model).values() for place in names)
+
+
+def test_neighbours_in_two_storages_are_not_joined() -> None:
+    rows = np.arange(12.0).reshape(4, 3)
+    parts = [torch.from_numpy(rows[:2]), torch.from_numpy(rows[2:])]
+    assert parts[1].data_ptr() == parts[0].data_ptr() + parts[0].nbytes
+    assert joined(parts) is None
+    whole = torch.from_numpy(rows)
+    assert joined([whole[:2], whole[2:]]) is not None
 
 
 def test_packing_twice_moves_nothing() -> None:

@@ -54,7 +54,7 @@ def test_json_is_the_file(mmmamba: Command, profiled_run: Path, tmp_path: Path) 
     assert not (profiled_run / "profile").exists()
 
 
-@pytest.mark.parametrize("name", ["profile.json", "profile.png"])
+@pytest.mark.parametrize("name", ["profile.json", "profile.png", "profile.svg"])
 def test_only_a_profile_is_replaced(mmmamba: Command, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"mine": 1}')
     done = mmmamba("profile", "--random", "hovle-8m", *QUICK, "--out", tmp_path)

@@ -327,6 +327,21 @@ def test_what_is_there_is_kept_or_replaced(tmp_path: Path, npm: Npm) -> None:
     assert (tmp_path / "atlas" / "noto" / "dog" / "noto.png").is_file()
 
 
+def test_what_arrives_during_the_download_is_kept(tmp_path: Path, npm: Npm) -> None:
+    npm.serves(tar(google(CLASSES)))
+    old = tmp_path / "atlas" / "noto"
+    old.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"did not write: mine.txt"):
+        fetch(
+            tmp_path / "atlas",
+            ["noto"],
+            CLASSES,
+            overwrite=True,
+            say=lambda text: (old / "mine.txt").touch(),
+        )
+    assert [path.name for path in old.iterdir()] == ["mine.txt"]
+
+
 def test_a_failed_replacement_leaves_the_old(tmp_path: Path, npm: Npm) -> None:
     npm.fails("ENOSPC", "no space left on device", 228)
     old = tmp_path / "atlas" / "noto" / "old"
