@@ -53,11 +53,9 @@ class DecodingState:
         """(B,) tiles whose columns were seen, or None if nothing was."""
         if self.language.length == 0:
             return None
-        return (
-            torch.zeros(1, dtype=torch.long)
-            if self.images is None
-            else self.images.count_row_tiles()
-        )
+        if self.images is None:
+            return torch.zeros(1, dtype=torch.long)
+        return self.images.count_row_tiles()
 
     def record_images(
         self, is_image: Tensor, tokens_per_tile: int, expansion: Expansion | None
@@ -81,9 +79,8 @@ class DecodingState:
         """The embedding stack's part of the first `columns` columns; `DataError` if it has none."""
         if self.images is None:
             return columns if self.embedding.length else 0
-        return self.images.count_embedding_columns(
-            columns, self.language.length, self.embedding.length
-        )
+        length, embedding_length = self.language.length, self.embedding.length
+        return self.images.count_embedding_columns(columns, length, embedding_length)
 
     def crop(self, columns: int) -> None:
         """Keep the first `columns` columns; nothing changes where that raises `DataError`."""

@@ -33,6 +33,10 @@ INHERITED_FIELDS = (
 )
 
 
+# A constant, since torch.compile does not trace `fields` of a class.
+VISION_FIELDS = tuple(one.name for one in fields(VisionConfig))
+
+
 class HolisticVisionConfig(PreTrainedConfig):
     """The patch embedding as a sub-config: the fields and sizes of `VisionConfig`.
 
@@ -53,7 +57,7 @@ class HolisticVisionConfig(PreTrainedConfig):
 
     @property
     def shape(self) -> VisionConfig:
-        return VisionConfig(**{one.name: getattr(self, one.name) for one in fields(VisionConfig)})
+        return VisionConfig(**{name: getattr(self, name) for name in VISION_FIELDS})
 
     @property
     def grid(self) -> int:

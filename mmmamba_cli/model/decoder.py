@@ -50,10 +50,7 @@ from mmmamba_cli.model.prepared_inputs import (
     stack_layouts,
 )
 from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
-from mmmamba_cli.model.sequence_layout import (
-    SequenceLayout,
-    packed_sequences,
-)
+from mmmamba_cli.model.sequence_layout import SequenceLayout, StackState, packed_sequences
 
 logger = logging.get_logger(__name__)
 
@@ -236,7 +233,10 @@ class HolisticDecoder(HolisticPreTrainedModel):
         """
         inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         rows, length = inputs.shape[:2]
-        state = DecodingState() if cache is None else decoding_state(cache)
+        # torch.compile does not trace the default factories of `DecodingState`.
+        state = (
+            DecodingState(StackState(), StackState()) if cache is None else decoding_state(cache)
+        )
         if isinstance(cache, HybridCache):
             cache.require_fit(rows, length)
         if seq_idx is not None and state.language.length > 0:
