@@ -31,8 +31,8 @@ from mmmamba_cli.evaluate import (
     open_suite,
 )
 from mmmamba_cli.evaluate.answer_cache import Answer, AnswerStore
+from mmmamba_cli.evaluate.batching import Limit, plan_batches
 from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest
-from mmmamba_cli.evaluate.model_adapter import Limit, plan_batches
 from mmmamba_cli.evaluate.runner import _answer
 from mmmamba_cli.evaluate.tables import remarks
 

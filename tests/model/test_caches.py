@@ -194,7 +194,7 @@ class TestCrop:
                 cache.crop(before)
             found = model(third[0], third[1], past_key_values=cache).logits
             assert distance(found, full[:, before:]) < CLOSE
-            assert cache.decoding_state.count_tiles().tolist() == [2]
+            assert cache.decoding_state.count_row_tiles().tolist() == [2]
 
     @pytest.mark.parametrize("shuffle", SHUFFLES)
     def test_padded_rows_with_images(self, shuffle: str) -> None:
