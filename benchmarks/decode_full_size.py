@@ -26,8 +26,8 @@ from mmmamba_cli.checkpoint import atomic_write_text  # noqa: E402
 from mmmamba_cli.profiling import (  # noqa: E402
     Plan,
     Profile,
+    ProfileProgress,
     Subject,
-    Watch,
     int8_subjects,
     profile,
     random_subjects,
@@ -188,16 +188,16 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
         warm_up=4,
         prefill_contexts=(options.short, options.at),
         warm_prefill=True,
-        gate_at=(options.at,),
+        check_lengths=(options.at,),
         throughput=(options.at,),
-        throughput_of=names,
+        throughput_subjects=names,
         largest_batch=options.most,
         seed=options.seed,
     )
     found = profile(
         subjects_of(random_subjects(store, options.random, (0, *HYBRIDS), seed=options.seed)),
         plan,
-        watch=Watch(say=say),
+        progress=ProfileProgress(log=say),
         on_wrong="measure",
         deadline=BEGAN + options.seconds,
     )
@@ -205,7 +205,7 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
     show(found, rows)
     told = {
         "rows": [{**asdict(row), "verdict": row.verdict} for row in rows],
-        "host": report.host_lines(found),
+        "host": report.launch_overhead_lines(found),
         "seconds": round(time.monotonic() - BEGAN, 1),
         "profile": found.model_dump(mode="json"),
     }
@@ -228,7 +228,11 @@ def show(found: Profile, rows: Sequence[Row], out: Callable[[str], object] = pri
         for cells_of_row in (heading, *cells):
             out(" | ".join("-" if cell is None else str(cell) for cell in cells_of_row))
     out(f"\nCompared: {found.compared}.")
-    for line in (report.gate_line(found), *report.host_lines(found), *report.remarks(found)):
+    for line in (
+        report.correctness_line(found),
+        *report.launch_overhead_lines(found),
+        *report.remarks(found),
+    ):
         out(line)
     failed = [one for one in found.throughput if one.status != MEASURED]
     for one in failed:

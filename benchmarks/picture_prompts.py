@@ -29,7 +29,7 @@ from mmmamba_cli.inference import Generator
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.profiling import random_subjects, weight_store
 from mmmamba_cli.profiling.interfaces import AS_SHIPPED, TUNED
-from mmmamba_cli.profiling.timers import instruments_of
+from mmmamba_cli.profiling.timers import device_timer
 from mmmamba_cli.runs.manifest import versions
 
 HYBRID = 8
@@ -91,7 +91,7 @@ def measure(ways: Ways, columns: int, given: argparse.Namespace) -> Any:
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4)
         generator, chunk = ways[name]
-        kernels = instruments_of(generator.model.device).kernel_seconds(
+        kernels = device_timer(generator.model.device).kernel_seconds(
             lambda g=generator, c=chunk, n=name: g.prefill(*inputs[n], chunk=c)
         )
         found[name] |= {

@@ -36,6 +36,9 @@ FP32_PARAMETERS = (
     "norm",
 )
 
+# SSM states are fp32 in every model dtype.
+FP32_BYTES = 4
+
 
 @dataclass(frozen=True)
 class StackConfig:
@@ -195,6 +198,38 @@ class Architecture:
         if self.embedding is not None and layer < self.embedding.num_layers:
             return self.embedding
         return self.language
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a decoding cache, summed over the layers."""
+
+    kv_cache: int
+    conv_state: int
+    ssm_state: int
+
+
+def kv_cache_bytes(stack: StackConfig, batch: int, columns: int, itemsize: int) -> int:
+    """Bytes of keys and values of one attention layer, (B, K, `columns`, P) each."""
+    return 2 * batch * stack.num_kv_heads * columns * stack.head_dim * itemsize
+
+
+def cache_bytes(model: ModelShape, batch: int, columns: int, itemsize: int) -> CacheBytes:
+    """Count the bytes of a cache after `columns` columns; `itemsize` is that of the model's dtype.
+
+    A Mamba-2 layer holds the last W - 1 inputs of its convolution, (B, Ch, W - 1) in the model's
+    dtype, and an SSM state (B, H, P, P) in fp32.
+    """
+    kv = conv = ssm = 0
+    for layer, kind in enumerate(model.layer_types):
+        stack = model.stack_of(layer)
+        if kind == ATTENTION:
+            kv += kv_cache_bytes(stack, batch, columns, itemsize)
+        else:
+            channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
+            conv += batch * channels * (model.mixer_config.conv_width - 1) * itemsize
+            ssm += batch * stack.num_heads * stack.head_dim**2 * FP32_BYTES
+    return CacheBytes(kv, conv, ssm)
 
 
 def is_fp32_parameter(name: str) -> bool:

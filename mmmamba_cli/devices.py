@@ -1,8 +1,11 @@
-"""The device that a command or a caller asks for, checked before anything is loaded onto it."""
+"""Devices: selection by name, free memory, and out-of-memory errors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from mmmamba_cli.errors import MmmambaError
 
@@ -12,6 +15,23 @@ if TYPE_CHECKING:
 # Devices that commands run on. `mmmamba_cli.load` takes any that torch has.
 COMMAND_DEVICES = ("cpu", "cuda")
 REMEDY = "give cpu or cuda"
+# Share of the free CPU memory that one allocation may take.
+MAX_CPU_MEMORY_SHARE = 0.9
+# torch's CPU allocator has no exception class of its own; its message contains this word.
+CPU_ALLOCATOR_MESSAGE = "DefaultCPUAllocator"
+
+Result = TypeVar("Result")
+
+
+class OutOfMemory(Exception):
+    """A model, cache or prompt is too large for the device. No memory is held when it is raised.
+
+    `hopeless`: it would not fit on an empty device either.
+    """
+
+    def __init__(self, message: str, hopeless: bool = False):
+        super().__init__(message)
+        self.hopeless = hopeless
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -62,3 +82,78 @@ def _gpus(count: int) -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch was built without CUDA"
     return "torch finds no GPU"
+
+
+def translate_out_of_memory(work: Callable[[], Result]) -> Result:
+    """Return `work()`; raise `OutOfMemory` for every kind of out-of-memory error of torch."""
+    import torch
+
+    try:
+        return work()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = str(error).partition("\n")[0] or "out of memory"
+    except RuntimeError as error:
+        if CPU_ALLOCATOR_MESSAGE not in str(error):
+            raise
+        message = str(error).partition("\n")[0]
+    # The traceback and its frames, which keep the tensors alive, are only gone after the handler.
+    gc.collect()
+    raise OutOfMemory(message)
+
+
+def require_memory(device: torch.device, nbytes: int, what: str) -> None:
+    """Check that `nbytes` fit into the free memory of a CPU, or the total memory of a GPU.
+
+    A CPU allocation succeeds lazily and the kernel kills the process on first use, so it is checked
+    beforehand. A GPU's allocator reports its free memory itself.
+
+    Raises:
+        OutOfMemory: if they do not fit.
+    """
+    import torch
+
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if nbytes > total:
+            raise OutOfMemory(
+                f"{what} needs {nbytes / 2**30:.1f} GiB, the device has {total / 2**30:.1f} GiB",
+                hopeless=True,
+            )
+    if device.type != "cpu":
+        return
+    free = free_cpu_memory()
+    if free is not None and nbytes > MAX_CPU_MEMORY_SHARE * free:
+        raise OutOfMemory(
+            f"{what} needs {nbytes / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB left of this "
+            f"machine's memory at most {MAX_CPU_MEMORY_SHARE:.0%} are used"
+        )
+
+
+def free_cpu_memory() -> int | None:
+    """Bytes that this process may still allocate on this machine and in its control group."""
+    known = [value for value in (_machine_free(), _cgroup_free()) if value is not None]
+    return min(known, default=None)
+
+
+def _machine_free() -> int | None:
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    for line in info.read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_free() -> int | None:
+    """Bytes left in the container's control group, version 2 or 1."""
+    root = Path("/sys/fs/cgroup")
+    for limit, used in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    ):
+        if limit.is_file() and used.is_file():
+            text = limit.read_text(encoding="utf-8").strip()
+            if text.isdigit():
+                return max(0, int(text) - int(used.read_text(encoding="utf-8")))
+    return None

@@ -105,10 +105,10 @@ def _say(report: Report) -> None:
 
 
 def _device_row(device: Device) -> tuple[str | None, ...]:
-    from mmmamba_cli.inspection.text_plots import size
+    from mmmamba_cli.inspection.text_plots import format_bytes
 
     bf16 = {None: None, True: "yes", False: "no"}[device.bf16]
-    memory, free = (None if n is None else size(n) for n in (device.memory, device.free))
+    memory, free = (None if n is None else format_bytes(n) for n in (device.memory, device.free))
     return device.name, device.description, memory, free, bf16
 
 

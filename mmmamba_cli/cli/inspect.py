@@ -1,4 +1,4 @@
-"""`mmmamba inspect`: what a checkpoint is, what it takes in memory, how two differ."""
+"""`mmmamba inspect`: layers, parameters and memory of a checkpoint, and differences of two."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmmamba_cli.checkpoint import Checkpoint
-    from mmmamba_cli.inspection import Anatomy, Memory, TensorDifference
-    from mmmamba_cli.runs import Named
+    from mmmamba_cli.inspection import CheckpointSummary, MemoryEstimate, TensorDifference
 
-NUMBERS = ("layers", "tensors", "parameters", "size")
+NUMBER_COLUMNS = ("layers", "tensors", "parameters", "size")
 
 
 def command(
@@ -64,14 +63,14 @@ def command(
     Only headers are read, but with --against. A GGUF file or a PyTorch state dict is opened by
     torch, which takes some seconds more.
     """
-    from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe
+    from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe, memory_of_checkpoint
     from mmmamba_cli.runs import Run, open_named
 
-    tokens = DEFAULT_CONTEXT if context is None else _only_length(context)
+    tokens = DEFAULT_CONTEXT if context is None else _single_length(context)
     target = Run(run)
     found = open_named(target, name or target.record.current)
-    anatomy = describe(found.checkpoint)
-    memory = _memory(found, tokens, dtype)
+    summary = describe(found.checkpoint)
+    memory = memory_of_checkpoint(found.name, found.checkpoint, tokens, dtype)
     differences = None
     if against is not None:
         differences = _compare(found.checkpoint, open_named(target, against).checkpoint)
@@ -79,7 +78,7 @@ def command(
         record: dict[str, Any] = {
             "name": found.name,
             "distilled_end_to_end": found.final,
-            **asdict(anatomy),
+            **asdict(summary),
             "context": tokens,
             "memory": [{**asdict(one), "total": one.total} for one in memory],
         }
@@ -90,32 +89,17 @@ def command(
         return
     if found.final is False:
         print_warning(f"{found.name} was never distilled end to end")
-    _say_what(found.name, anatomy)
-    _say_memory(memory, tokens)
+    _print_summary(found.name, summary)
+    _print_memory(memory, tokens)
     if differences is not None:
-        _say_differences(differences, found.name, str(against))
+        _print_differences(differences, found.name, str(against))
 
 
-def _only_length(text: str) -> int:
+def _single_length(text: str) -> int:
     found = read_lengths(text, "--context")
     if len(found) > 1:
         raise DataError(f"--context is {text}, expected one length", "as in --context 8k")
     return found[0]
-
-
-def _memory(found: Named, context: int, dtype: str | None) -> list[Memory]:
-    """Of the model, and of the same one with attention everywhere if it is not that already."""
-    from mmmamba_cli.checkpoint import parse_element
-    from mmmamba_cli.inspection import all_attention, memory_at
-
-    config = found.checkpoint.architecture
-    wanted = found.checkpoint.info("model.text_embedding.weight").element
-    if dtype is not None:
-        wanted = parse_element(dtype)
-    counted = [memory_at(found.name, config, context, wanted)]
-    if counted[0].linear_layers:
-        counted.append(memory_at("all attention", all_attention(config), context, wanted))
-    return counted
 
 
 def _compare(here: Checkpoint, there: Checkpoint) -> list[TensorDifference]:
@@ -127,23 +111,26 @@ def _compare(here: Checkpoint, there: Checkpoint) -> list[TensorDifference]:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity and no NaN: a word stands for each."""
+    """Replace infinities and NaN, which JSON does not have, by words."""
     odd = ("inf", "nan")
     return {k: str(v) if isinstance(v, float) and str(v) in odd else v for k, v in record.items()}
 
 
-def _say_what(name: str, anatomy: Anatomy) -> None:
-    from mmmamba_cli.inspection import layer_plan, legend, marks_for, size
+def _print_summary(name: str, summary: CheckpointSummary) -> None:
+    from mmmamba_cli.inspection import format_bytes, layer_plan, legend, marks_for
 
     marks = marks_for(out().encoding)
-    files = f"{anatomy.files} file{'s' if anatomy.files > 1 else ''}"
-    print_line(f"{name}: {anatomy.kind}, {anatomy.parameters / 1e6:,.1f} M parameters", "bold")
+    files = f"{summary.files} file{'s' if summary.files > 1 else ''}"
+    print_line(f"{name}: {summary.kind}, {summary.parameters / 1e6:,.1f} M parameters", "bold")
     lines = [
-        ("path", anatomy.path),
-        ("layout", f"{anatomy.layout}, {anatomy.container}, {files}, {size(anatomy.file_bytes)}"),
-        ("sizes", f"hidden {anatomy.hidden_size:,}, vocabulary {anatomy.vocab_size:,}"),
+        ("path", summary.path),
+        (
+            "layout",
+            f"{summary.layout}, {summary.container}, {files}, {format_bytes(summary.file_bytes)}",
+        ),
+        ("sizes", f"hidden {summary.hidden_size:,}, vocabulary {summary.vocab_size:,}"),
     ]
-    for stack in anatomy.stacks:
+    for stack in summary.stacks:
         first = stack.first_layer
         plan = layer_plan(stack.num_layers, {i - first for i in stack.attention_layers}, marks)
         last = first + stack.num_layers - 1
@@ -153,22 +140,28 @@ def _say_what(name: str, anatomy: Anatomy) -> None:
             ("", f"{heads} of {stack.head_dim}, MLP {stack.intermediate_size:,}"),
         ]
     lines.append(("", legend(marks)))
-    dtypes = (f"{key} {n} tensors, {size(b)}" for key, (n, b) in anatomy.dtypes.items())
+    dtypes = (f"{key} {n} tensors, {format_bytes(b)}" for key, (n, b) in summary.dtypes.items())
     lines.append(("stored as", "; ".join(dtypes)))
-    lines.append(("tokenizer", anatomy.tokenizer or "none"))
-    lines.append(("vision", _vision(anatomy)))
-    if anatomy.assumed:
-        lines.append(("assumed", f"{', '.join(anatomy.assumed)} (it has no config)"))
+    lines.append(("tokenizer", summary.tokenizer or "none"))
+    lines.append(("vision", _vision(summary)))
+    if summary.assumed:
+        lines.append(("assumed", f"{', '.join(summary.assumed)} (it has no config)"))
     _print_pairs(lines)
     rows = [
-        (part.name, part.layers or None, part.tensors, f"{part.parameters:,}", size(part.nbytes))
-        for part in anatomy.parts
+        (
+            part.name,
+            part.layers or None,
+            part.tensors,
+            f"{part.parameters:,}",
+            format_bytes(part.nbytes),
+        )
+        for part in summary.parts
     ]
-    print_table(("part", "layers", "tensors", "parameters", "size"), rows, right=NUMBERS)
+    print_table(("part", "layers", "tensors", "parameters", "size"), rows, right=NUMBER_COLUMNS)
 
 
-def _vision(anatomy: Anatomy) -> str:
-    vision = anatomy.vision
+def _vision(summary: CheckpointSummary) -> str:
+    vision = summary.vision
     if vision is None:
         return "none, text only"
     return (
@@ -178,7 +171,7 @@ def _vision(anatomy: Anatomy) -> str:
 
 
 def _print_pairs(lines: Sequence[tuple[str, str]]) -> None:
-    """Lines of a name and what it is, wrapped where a terminal ends."""
+    """Print names and descriptions in two columns, wrapped to the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -193,19 +186,26 @@ def _print_pairs(lines: Sequence[tuple[str, str]]) -> None:
     console.print()
 
 
-def _share(value: int, layers: int) -> str:
-    """Bytes, and of how many layers they are the sum."""
-    from mmmamba_cli.inspection import size
+def _bytes_per_layer(value: int, layers: int) -> str:
+    """Bytes, with the bytes per layer if they are a sum over layers."""
+    from mmmamba_cli.inspection import format_bytes
 
     if not value:
         return "-"
-    return size(value) if not layers else f"{size(value)} ({layers} x {size(value / layers)})"
+    return (
+        format_bytes(value)
+        if not layers
+        else f"{format_bytes(value)} ({layers} x {format_bytes(value / layers)})"
+    )
 
 
-def _say_memory(memory: Sequence[Memory], context: int) -> None:
+def _print_memory(memory: Sequence[MemoryEstimate], context: int) -> None:
     def row(what: str, values: list[int], layers: list[int] | None = None) -> list[str]:
         counts = layers or [0] * len(values)
-        return [what, *(_share(value, n) for value, n in zip(values, counts, strict=True))]
+        return [
+            what,
+            *(_bytes_per_layer(value, n) for value, n in zip(values, counts, strict=True)),
+        ]
 
     attention = [one.attention_layers for one in memory]
     linear = [one.linear_layers for one in memory]
@@ -228,18 +228,18 @@ def _say_memory(memory: Sequence[Memory], context: int) -> None:
         )
 
 
-def _say_differences(differences: Sequence[TensorDifference], here: str, there: str) -> None:
-    from mmmamba_cli.inspection import grouped, spans
+def _print_differences(differences: Sequence[TensorDifference], here: str, there: str) -> None:
+    from mmmamba_cli.inspection import format_ranges, group_by_layer
     from mmmamba_cli.inspection.diff import EQUAL, ONLY_HERE, ONLY_THERE
 
-    groups = grouped(differences)
+    groups = group_by_layer(differences)
     equal = sum(group.tensors for group in groups if group.status == EQUAL)
     called = {ONLY_HERE: "only in a", ONLY_THERE: "only in b"}
     rows = [
         (
             group.name.removeprefix("model.").removeprefix("layers.*."),
             called.get(group.status, group.status),
-            spans(group.layers) or None,
+            format_ranges(group.layers) or None,
             None if group.largest is None else f"{group.largest:.3g}",
             None if group.relative is None else f"{group.relative:.3g}",
         )

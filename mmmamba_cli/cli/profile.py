@@ -1,4 +1,4 @@
-"""`mmmamba profile`: what a token costs in time and memory, beside the teacher's."""
+"""`mmmamba profile`: time and memory over context lengths, compared with the teacher."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
     from mmmamba_cli.profiling import Plan, Profile, Subject
-    from mmmamba_cli.profiling.subjects import WeightStore
 
 FOLDER = "profile"
 
@@ -45,7 +44,7 @@ def command(
         typer.Option(
             "--from",
             metavar="PRODUCT",
-            help="Product of the run; else the newest of each layer plan. May be repeated.",
+            help="Product of the run (default: the newest of each layer plan). May be repeated.",
             autocompletion=complete_products,
         ),
     ] = None,
@@ -53,88 +52,93 @@ def command(
         bool | None,
         typer.Option(
             "--teacher/--no-teacher",
-            help="Measure the teacher too, as shipped and tuned; so unless --model.",
+            help="Also profile the teacher, as shipped and tuned (default without --model).",
         ),
     ] = None,
     teacher_path: TeacherPath = None,
     model: Models = None,
     random: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="An architecture with random weights, as hovle-2.6b."),
+        typer.Option(
+            metavar="NAME", help="Profile an architecture with random weights, such as hovle-2.6b."
+        ),
     ] = None,
     attn_layers: Annotated[
         str | None,
         typer.Option(
             metavar="N,...",
-            help="With --random: students with N attention layers; else 0 and a quarter.",
+            help="With --random: students with N attention layers (default: 0 and a quarter).",
         ),
     ] = None,
     contexts: Annotated[
         str | None,
-        typer.Option(metavar="N,...", help="Tokens, as 512,8k,1m; the device's if not given."),
+        typer.Option(
+            metavar="N,...", help="Context lengths, such as 512,8k,1m (default: by device)."
+        ),
     ] = None,
     prefill: Annotated[
         bool,
-        typer.Option("--prefill/--no-prefill", help="Measure the reading of the context too."),
+        typer.Option("--prefill/--no-prefill", help="Also measure prefill."),
     ] = True,
     prefill_chunk: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="Tokens read at a time; as suits each model if not given."
-        ),
+        typer.Option(min=1, metavar="N", help="Prefill chunk size in tokens (default: by model)."),
     ] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Each student once more, its weights made int8.")
+        bool, typer.Option("--int8", help="Also profile int8-quantized students.")
     ] = False,
     eager: Annotated[
         bool,
         typer.Option(
             "--eager",
-            help="Students and the second teacher by PyTorch's own kernels, launched one by one.",
+            help="Decode students and the second teacher eagerly, with PyTorch's kernels.",
         ),
     ] = False,
     throughput: Annotated[
         str | None,
         typer.Option(
             metavar="N,...",
-            help="Contexts at which batches are doubled for the most tokens a second; 0 for none.",
+            help="Context lengths at which to search for the best batch size; 0 for none.",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Rows decoded together.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Batch size.")] = 1,
     repeats: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tokens timed for each model and context."),
+        typer.Option(min=1, metavar="N", help="Timed repeats per model and context length."),
     ] = None,
     budget: Annotated[
         float | None,
         typer.Option(
-            min=1, metavar="SECONDS", help="Stop measuring then; 35 on a CPU, none on CUDA."
+            min=1, metavar="SECONDS", help="Time limit (default: 35 on a CPU, none on CUDA)."
         ),
     ] = None,
     device: Device = None,
     dtype: DType = "auto",
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Of random weights, caches and tokens.")
+        int, typer.Option(metavar="N", help="Seed of random weights, caches and tokens.")
     ] = 0,
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Where the files go; else the run's profile, or ./profile."
+            "--out",
+            metavar="DIR",
+            help="Output folder (default: profile/ of the run, or ./profile).",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure prefill, next token, memory, throughput and energy over context lengths.
+    """Measure prefill, decoding, memory, throughput and energy over context lengths.
 
-    All models in one run, in turns, once they are found right. What does not fit is told.
+    All models are checked for correctness first and then measured in turns in one run. A model or
+    context that does not fit into memory is reported as such.
     """
     lengths = None if contexts is None else read_lengths(contexts)
-    crowds = _crowds(throughput)
+    batch_contexts = _throughput_contexts(throughput)
     if int8 and eager:
         raise DataError(
             "--int8 is decoded by mmmamba's own decoder, not eagerly", "leave out one of the two"
         )
-    counts = None if attn_layers is None else _counts(attn_layers)
+    counts = None if attn_layers is None else _read_counts(attn_layers)
     if random is not None and (model or product or teacher_path):
         raise DataError(
             "--random has its own teacher and students",
@@ -148,6 +152,7 @@ def command(
         default_plan,
         int8_subjects,
         random_subjects,
+        select_subjects,
         weight_store,
         write_profile,
     )
@@ -161,7 +166,15 @@ def command(
             store, random, counts, teacher=teacher is not False, seed=seed, eager=eager
         )
     else:
-        subjects = _subjects(store, run, product or (), teacher, teacher_path, model or (), eager)
+        subjects = select_subjects(
+            store,
+            run,
+            product or (),
+            model or (),
+            teacher=teacher,
+            teacher_path=teacher_path,
+            eager=eager,
+        )
     if int8:
         subjects = [*subjects, *int8_subjects(subjects)]
     default = default_plan(store.device)
@@ -172,7 +185,7 @@ def command(
         repeats=repeats or default.repeats,
         prefill=prefill,
         prefill_contexts=None if lengths else default.prefill_contexts,
-        throughput=default.throughput if crowds is None else crowds,
+        throughput=default.throughput if batch_contexts is None else batch_contexts,
         prefill_chunk=prefill_chunk,
         budget=budget or default.budget,
         seed=seed,
@@ -186,18 +199,18 @@ def command(
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
-        _say(found)
-    _say_files(files)
+        _print_profile(found)
+    _print_files(files)
 
 
-def _crowds(text: str | None) -> tuple[int, ...] | None:
-    """Contexts for throughput; None where the device's own are meant."""
+def _throughput_contexts(text: str | None) -> tuple[int, ...] | None:
+    """Contexts of the batch size search; None for the device's default."""
     if text is None:
         return None
     return () if text.strip() == "0" else read_lengths(text, "--throughput")
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _read_counts(text: str) -> tuple[int, ...]:
     words = [part.strip() for part in text.split(",")]
     if not all(word.isascii() and word.isdigit() for word in words):
         raise DataError(
@@ -206,62 +219,36 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def _subjects(
-    store: WeightStore,
-    run: Path,
-    products: Sequence[str],
-    teacher: bool | None,
-    teacher_path: Path | None,
-    models: Sequence[Path],
-    eager: bool,
-) -> list[Subject]:
-    """Of a run, of paths, or of both where both are named."""
-    from mmmamba_cli.profiling import path_subjects, run_subjects
-    from mmmamba_cli.profiling.subjects import run_teacher
-
-    moved = teacher_path is not None
-    found: list[Subject] = []
-    if not models or products:
-        wanted = True if moved else False if models and teacher is None else teacher
-        found = run_subjects(
-            store, run, products, teacher=wanted, teacher_path=teacher_path, eager=eager
-        )
-    elif teacher or moved:
-        found = run_teacher(store, run, teacher_path, eager=eager)
-    return [*found, *path_subjects(store, models, eager=eager)]
-
-
 def _profile(subjects: Sequence[Subject], plan: Plan) -> Profile:
-    from mmmamba_cli.profiling import Watch, profile
+    from mmmamba_cli.profiling import ProfileProgress, profile
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         err().print(text, markup=False, highlight=False, soft_wrap=True)
 
-    prompts = len(plan.prefill_contexts or plan.contexts) if plan.prefill else 0
-    turns = plan.turns * (len(plan.contexts) + prompts) * len(subjects)
-    with progress("profiling", turns, "turns") as advance:
-        return profile(subjects, plan, watch=Watch(say=say, advance=advance))
+    total = plan.num_measurements(len(subjects))
+    with progress("profiling", total, "turns") as advance:
+        return profile(subjects, plan, progress=ProfileProgress(log=log, advance=advance))
 
 
-def _say(found: Profile) -> None:
+def _print_profile(found: Profile) -> None:
     from mmmamba_cli.profiling import report
 
     for title, heading, rows in report.tables(found):
         print_table(heading, rows, title=title, right=heading)
         out().print()
-    lines = [f"Compared: {found.compared}.", report.gate_line(found)]
-    lines += [f"{line}." for line in report.host_lines(found)]
+    lines = [f"Compared: {found.compared}.", report.correctness_line(found)]
+    lines += [f"{line}." for line in report.launch_overhead_lines(found)]
     for line in (*lines, *(f"Note: {note}." for note in found.notes)):
         out().print(line, markup=False, highlight=False, soft_wrap=True)
     for remark in report.remarks(found):
         print_warning(remark)
 
 
-def _say_files(files: Sequence[Path]) -> None:
-    from mmmamba_cli.profiling.plot import PIP
-    from mmmamba_cli.profiling.result import PICTURE
+def _print_files(files: Sequence[Path]) -> None:
+    from mmmamba_cli.profiling.plot import MATPLOTLIB_INSTALL
+    from mmmamba_cli.profiling.result import PNG_FILE
 
     for file in files:
         err().print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
-    if not any(file.name == PICTURE for file in files):
-        print_warning(f"no {PICTURE}: it is drawn with matplotlib; {PIP}")
+    if not any(file.name == PNG_FILE for file in files):
+        print_warning(f"no {PNG_FILE}: it is drawn with matplotlib; {MATPLOTLIB_INSTALL}")

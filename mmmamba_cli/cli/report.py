@@ -45,13 +45,13 @@ def command(
     The file needs no network and no other file. What was not run is left out, and named.
     """
     from mmmamba_cli.checkpoint import atomic_write_text
-    from mmmamba_cli.reporting import build_page, check_replaceable, read_material
+    from mmmamba_cli.reporting import build_page, check_replaceable, read_report_data
 
     place = file or run / FILE
     check_replaceable(place)
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
     page = build_page(
-        read_material(run, beside or ()), created=created, title=title, note=note, data=data
+        read_report_data(run, beside or ()), created=created, title=title, note=note, data=data
     )
     place.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(place, page.html)

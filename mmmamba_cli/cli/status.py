@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from rich.tree import Tree
 
-    from mmmamba_cli.inspection import Lineage, Product, Score
+    from mmmamba_cli.inspection import Lineage, ProductSummary, SuiteScore
     from mmmamba_cli.inspection.text_plots import Marks
 
 
@@ -82,10 +82,10 @@ def _draw(lineage: Lineage, encoding: str) -> Tree:
     return root
 
 
-def _label(product: Product, is_current: bool, marks: Marks) -> Text:
+def _label(product: ProductSummary, is_current: bool, marks: Marks) -> Text:
     from rich.text import Text
 
-    from mmmamba_cli.inspection import layer_plan, size
+    from mmmamba_cli.inspection import format_bytes, layer_plan
 
     manifest = product.manifest
     plan = layer_plan(
@@ -97,7 +97,7 @@ def _label(product: Product, is_current: bool, marks: Marks) -> Text:
     lines = [
         plan,
         f"{manifest.kind}, {manifest.parameters / 1e6:,.1f} M, {manifest.dtype}, "
-        f"{size(product.nbytes)}, {manifest.content_hash[:12]}",
+        f"{format_bytes(product.nbytes)}, {manifest.content_hash[:12]}",
         "; ".join(part for part in (stages, manifest.progress) if part),
     ]
     lines += _held_out(product.held_out, marks)
@@ -127,7 +127,7 @@ def _lines(texts: Sequence[str]) -> list[str]:
     return [f"\n{text}" for text in texts]
 
 
-def _scored(scores: Sequence[Score]) -> list[str]:
+def _scored(scores: Sequence[SuiteScore]) -> list[str]:
     """A line for each suite: the first rule's headline, then the others'."""
     by_suite: dict[str, list[str]] = {}
     for score in scores:

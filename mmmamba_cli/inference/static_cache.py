@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmmamba_cli.architecture import kv_cache_bytes
 from mmmamba_cli.inference.packed_model import AttentionPlan, LayerPlan, ModelPlan, StackPlan
 from mmmamba_cli.model.cache import DecodingState
 from mmmamba_cli.model.rope import inverse_frequencies
@@ -174,7 +175,7 @@ def states_size(plan: ModelPlan, batch: int, rooms: tuple[int, ...]) -> int:
     """Bytes that keys and values of such `States` will take; all else is small beside them."""
     size = plan.text_embedding.element_size()
     return sum(
-        2 * batch * layer.mixer.kv_heads * room * layer.mixer.head_dim * size
+        kv_cache_bytes(stack.config, batch, room, size)
         for stack, room in zip(plan.stacks, rooms, strict=True)
         for layer in stack.layers
         if isinstance(layer.mixer, AttentionPlan)

@@ -1,37 +1,55 @@
-"""Looking: what a checkpoint is, what it takes in memory, how two differ, what a run has made."""
+"""Descriptions of checkpoints and runs: layers, memory, differences, lineage."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmmamba_cli.inspection.lineage import Lineage, Product, Score, read_lineage
-from mmmamba_cli.inspection.memory import DEFAULT_CONTEXT, Memory, all_attention, memory_at
-from mmmamba_cli.inspection.summary import Anatomy, describe
-from mmmamba_cli.inspection.text_plots import layer_plan, legend, marks_for, size, sparkline
+from mmmamba_cli.inspection.lineage import Lineage, ProductSummary, SuiteScore, read_lineage
+from mmmamba_cli.inspection.memory import (
+    DEFAULT_CONTEXT,
+    MemoryEstimate,
+    all_attention,
+    memory_at,
+    memory_of_checkpoint,
+)
+from mmmamba_cli.inspection.summary import CheckpointSummary, describe
+from mmmamba_cli.inspection.text_plots import (
+    format_bytes,
+    layer_plan,
+    legend,
+    marks_for,
+    sparkline,
+)
 from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from mmmamba_cli.inspection.diff import TensorDifference, compare, grouped, spans
+    from mmmamba_cli.inspection.diff import (
+        TensorDifference,
+        compare,
+        format_ranges,
+        group_by_layer,
+    )
 
 __all__ = [
     "DEFAULT_CONTEXT",
-    "Anatomy",
+    "CheckpointSummary",
     "Lineage",
-    "Memory",
-    "Product",
-    "Score",
+    "MemoryEstimate",
+    "ProductSummary",
+    "SuiteScore",
     "TensorDifference",
     "all_attention",
     "compare",
     "describe",
-    "grouped",
+    "format_bytes",
+    "format_ranges",
+    "group_by_layer",
     "layer_plan",
     "legend",
     "marks_for",
     "memory_at",
+    "memory_of_checkpoint",
     "read_lineage",
-    "size",
-    "spans",
     "sparkline",
 ]
 
@@ -41,8 +59,8 @@ __getattr__ = lazy_attributes(
         "diff": (
             "TensorDifference",
             "compare",
-            "grouped",
-            "spans",
+            "format_ranges",
+            "group_by_layer",
         ),
     },
 )

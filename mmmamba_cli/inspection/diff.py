@@ -39,7 +39,7 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class Group:
+class DifferenceGroup:
     """The same tensor of several layers: how many are equal and changed, and the worst of these."""
 
     name: str
@@ -71,10 +71,10 @@ def _one(here: Checkpoint, there: Checkpoint, name: str) -> TensorDifference:
     ours, theirs = here.shapes[name], there.shapes[name]
     if ours != theirs:
         return TensorDifference(name, OTHER_SHAPE, note=f"{list(ours)} and {list(theirs)}")
-    return difference(name, here.read(name), there.read(name))
+    return compare_tensors(name, here.read(name), there.read(name))
 
 
-def difference(name: str, here: Tensor, there: Tensor) -> TensorDifference:
+def compare_tensors(name: str, here: Tensor, there: Tensor) -> TensorDifference:
     """Two tensors of one shape, compared in fp64. NaN differs from everything, itself too."""
     narrow = min(here.dtype, there.dtype, key=lambda dtype: dtype.itemsize)
     largest = squares = norm = 0.0
@@ -107,7 +107,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def grouped(differences: Iterable[TensorDifference]) -> list[Group]:
+def group_by_layer(differences: Iterable[TensorDifference]) -> list[DifferenceGroup]:
     """Rows for people: the same name in several layers is one row for each status."""
     rows: dict[tuple[str, Status], list[tuple[int | None, TensorDifference]]] = {}
     for found in differences:
@@ -116,7 +116,7 @@ def grouped(differences: Iterable[TensorDifference]) -> list[Group]:
             layer, words[2] = int(words[2]), "*"
         rows.setdefault((".".join(words), found.status), []).append((layer, found))
     return [
-        Group(
+        DifferenceGroup(
             name,
             status,
             tuple(layer for layer, _ in members if layer is not None),
@@ -135,7 +135,7 @@ def _worst(values: Iterable[float | None]) -> float | None:
     return math.nan if any(map(math.isnan, known)) else max(known)
 
 
-def spans(layers: Iterable[int]) -> str:
+def format_ranges(layers: Iterable[int]) -> str:
     """`0-3, 6` for 0, 1, 2, 3, 6."""
     runs: list[list[int]] = []
     for layer in sorted(layers):

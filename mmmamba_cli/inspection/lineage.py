@@ -18,7 +18,7 @@ HELD_OUT = "held_out/loss"
 
 
 @dataclass(frozen=True)
-class Score:
+class SuiteScore:
     """A suite by one rule; `partial` says that not all rows were asked."""
 
     suite: str
@@ -29,7 +29,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Product:
+class ProductSummary:
     """A product and what lies in its folder. `held_out` are the losses of the stage it ends."""
 
     manifest: Manifest
@@ -37,7 +37,7 @@ class Product:
     embedding_layers: int
     nbytes: int
     held_out: tuple[float, ...]
-    scores: tuple[Score, ...]
+    scores: tuple[SuiteScore, ...]
 
     @property
     def above(self) -> str | None:
@@ -51,9 +51,9 @@ class Lineage:
 
     folder: Path
     teacher: Teacher | None
-    teacher_scores: tuple[Score, ...]
+    teacher_scores: tuple[SuiteScore, ...]
     current: str
-    products: Mapping[str, Product]
+    products: Mapping[str, ProductSummary]
     # Results that are not among the scores, a sentence each.
     left_out: tuple[str, ...] = ()
 
@@ -65,11 +65,11 @@ def read_lineage(run: Run) -> Lineage:
     scores = list(_scores(evaluated.results.values()))
     teacher = record.teacher
 
-    def of(content_hash: str) -> tuple[Score, ...]:
+    def of(content_hash: str) -> tuple[SuiteScore, ...]:
         return tuple(score for found, score in scores if found == content_hash)
 
     products = {
-        name: Product(
+        name: ProductSummary(
             manifest,
             run.product_folder(name),
             _embedding_layers(run.product_folder(name)),
@@ -89,13 +89,13 @@ def read_lineage(run: Run) -> Lineage:
     )
 
 
-def _scores(results: Iterable[Result]) -> Iterator[tuple[str, Score]]:
+def _scores(results: Iterable[Result]) -> Iterator[tuple[str, SuiteScore]]:
     """The content hash of a model, and each of its scores that has a value."""
     for result in results:
         for part in result.rules:
             value = part.metrics[part.metric]
             if value is not None:
-                score = Score(result.title, part.rule, part.metric, value, result.data.partial)
+                score = SuiteScore(result.title, part.rule, part.metric, value, result.data.partial)
                 yield result.model.content_hash, score
 
 

@@ -1,25 +1,28 @@
-"""Memory at a context length, computed from the config: weights, keys and values, states.
-
-Legend: T tokens of context, H query heads, K key/value heads, P head dim, W conv width.
-"""
+"""Memory at a context length, computed from the config: weights, KV cache, conv and SSM states."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
 
-from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture, ModelShape, parameter_shapes
-from mmmamba_cli.checkpoint import stored_element
+from mmmamba_cli.architecture import (
+    ATTENTION,
+    LINEAR,
+    Architecture,
+    ModelShape,
+    cache_bytes,
+    parameter_shapes,
+)
+from mmmamba_cli.checkpoint import Checkpoint, parse_element, stored_element
 from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES
 from mmmamba_cli.errors import DataError
 
-FP32_BYTES = 4
 DEFAULT_CONTEXT = 103_424
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one row of a batch at one context length; activations are not counted."""
+class MemoryEstimate:
+    """Bytes at one context length for batch size 1; activations are not counted."""
 
     name: str
     weights: int
@@ -31,7 +34,7 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """All that decoding remembers."""
+        """Bytes of the cache: keys and values, conv states and SSM states."""
         return self.kv_cache + self.conv_state + self.ssm_state
 
     @property
@@ -39,39 +42,51 @@ class Memory:
         return self.weights + self.state
 
 
-def memory_at(name: str, config: ModelShape, context: int, element: str) -> Memory:
-    """What a model takes at `context` tokens if it is loaded in `element`, torch's name of a dtype.
+def memory_at(name: str, config: ModelShape, context: int, element: str) -> MemoryEstimate:
+    """Estimate the memory of a model at `context` tokens, loaded in `element` (a torch dtype name).
 
-    The embedding stack is taken to see as many columns as the language stack, which is short of
-    the truth for pictures where the pixel shuffle lies behind it. Raises `DataError` for a context
-    below 1.
+    The embedding stack is assumed to see as many columns as the language stack. This is too low
+    for images if the pixel shuffle follows the embedding stack.
+
+    Raises:
+        DataError: if `context` is below 1.
     """
     if context < 1:
         raise DataError(f"--context is {context}, expected at least 1 token")
-    width = ITEMSIZES[element]
-    options = config.mixer_config
-    kv = conv = ssm = 0
-    for layer, kind in enumerate(config.layer_types):
-        stack = config.stack_of(layer)
-        if kind == ATTENTION:
-            kv += 2 * stack.num_kv_heads * stack.head_dim * context * width
-        else:
-            channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
-            conv += channels * (options.conv_width - 1) * width
-            ssm += stack.num_heads * stack.head_dim**2 * FP32_BYTES
-    return Memory(
+    cache = cache_bytes(config, 1, context, ITEMSIZES[element])
+    return MemoryEstimate(
         name,
         weight_bytes(config, element),
-        kv,
-        conv,
-        ssm,
+        cache.kv_cache,
+        cache.conv_state,
+        cache.ssm_state,
         list(config.layer_types).count(ATTENTION),
         list(config.layer_types).count(LINEAR),
     )
 
 
+def memory_of_checkpoint(
+    name: str, checkpoint: Checkpoint, context: int, dtype: str | None = None
+) -> list[MemoryEstimate]:
+    """Estimate the memory of a checkpoint and, unless it is all attention, of its teacher.
+
+    `dtype` defaults to the dtype in which the token embedding is stored.
+
+    Raises:
+        CheckpointError: if `dtype` is not known.
+    """
+    config = checkpoint.architecture
+    element = checkpoint.info("model.text_embedding.weight").element
+    if dtype is not None:
+        element = parse_element(dtype)
+    estimates = [memory_at(name, config, context, element)]
+    if estimates[0].linear_layers:
+        estimates.append(memory_at("all attention", all_attention(config), context, element))
+    return estimates
+
+
 def weight_bytes(config: ModelShape, element: str) -> int:
-    """Of all parameters of a model with this config, small ones in fp32; nothing is allocated."""
+    """Bytes of all parameters of a model with this config; small parameters are fp32."""
     return sum(
         prod(shape) * ITEMSIZES[stored_element(name, element)]
         for name, shape in parameter_shapes(config).items()

@@ -39,7 +39,7 @@ ORDER = (
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSummary:
     """Tensors of one kind. `layers` is 0 for what does not belong to a layer."""
 
     name: str
@@ -50,7 +50,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackSummary:
     """One stack of blocks, and which of its layers, counted through both stacks, are attention."""
 
     name: str
@@ -64,7 +64,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class CheckpointSummary:
     """What `inspect` says of a checkpoint. `dtypes` maps a name to tensors and bytes."""
 
     path: str
@@ -74,11 +74,11 @@ class Anatomy:
     file_bytes: int
     kind: str
     layer_types: tuple[str, ...]
-    stacks: tuple[Stack, ...]
+    stacks: tuple[StackSummary, ...]
     hidden_size: int
     vocab_size: int
     parameters: int
-    parts: tuple[Part, ...]
+    parts: tuple[PartSummary, ...]
     dtypes: Mapping[str, tuple[int, int]]
     tokenizer: str | None
     vision: Mapping[str, object] | None
@@ -86,7 +86,7 @@ class Anatomy:
     assumed: tuple[str, ...]
 
 
-def describe(checkpoint: Checkpoint) -> Anatomy:
+def describe(checkpoint: Checkpoint) -> CheckpointSummary:
     """Look a checkpoint over; no tensor is read."""
     config = checkpoint.architecture
     parts = parts_of(checkpoint)
@@ -97,7 +97,7 @@ def describe(checkpoint: Checkpoint) -> Anatomy:
         tensors, nbytes = dtypes.get(info.element, (0, 0))
         dtypes[info.element] = (tensors + 1, nbytes + info.nbytes)
     tokenizer = checkpoint.tokenizer_file
-    return Anatomy(
+    return CheckpointSummary(
         path=str(checkpoint.path),
         layout=layout_name(checkpoint.model_type),
         container=source.kind,
@@ -130,7 +130,7 @@ def layout_name(model_type: str) -> str:
     return names[model_type]
 
 
-def stacks_of(config: Architecture) -> tuple[Stack, ...]:
+def stacks_of(config: Architecture) -> tuple[StackSummary, ...]:
     """The stacks a model has: one for a plain language model, else two."""
     found, first = [], 0
     named = ((EMBEDDING, config.embedding), (LANGUAGE, config.language))
@@ -139,7 +139,7 @@ def stacks_of(config: Architecture) -> tuple[Stack, ...]:
             continue
         layers = range(first, first + stack.num_layers)
         found.append(
-            Stack(
+            StackSummary(
                 name,
                 first,
                 stack.num_layers,
@@ -154,7 +154,7 @@ def stacks_of(config: Architecture) -> tuple[Stack, ...]:
     return tuple(found)
 
 
-def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
+def parts_of(checkpoint: Checkpoint) -> tuple[PartSummary, ...]:
     """Parameters by part, as they are stored."""
     return _parts(
         checkpoint.architecture, checkpoint.shapes, lambda name: checkpoint.info(name).nbytes
@@ -163,12 +163,12 @@ def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
 
 def _parts(
     config: Architecture, shapes: Mapping[str, Shape], nbytes: Callable[[str], int]
-) -> tuple[Part, ...]:
+) -> tuple[PartSummary, ...]:
     names: dict[str, list[str]] = {}
     for name in shapes:
         names.setdefault(part_of(name, config), []).append(name)
     return tuple(
-        Part(
+        PartSummary(
             part,
             len(names[part]),
             sum(prod(shapes[name]) for name in names[part]),

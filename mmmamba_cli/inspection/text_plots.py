@@ -70,7 +70,7 @@ def sparkline(values: Sequence[float], marks: Marks = UNICODE, width: int = 24) 
     )
 
 
-def size(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """Bytes as people read them, in powers of 1024."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:

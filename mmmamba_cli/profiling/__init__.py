@@ -1,20 +1,22 @@
-"""Profiling: what a token costs, in time and memory, against the teacher and its context."""
+"""Profiling: time and memory of decoding and prefill over the context length."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmmamba_cli.devices import OutOfMemory
 from mmmamba_cli.lazy_imports import lazy_attributes
 from mmmamba_cli.profiling.result import Measurement, Profile, read_profile
 
 if TYPE_CHECKING:
-    from mmmamba_cli.profiling.benchmark import Plan, Watch, measure
+    from mmmamba_cli.profiling.benchmark import Plan, ProfileProgress, measure
     from mmmamba_cli.profiling.correctness import WrongDecoder
-    from mmmamba_cli.profiling.interfaces import About, Decoder, OutOfMemory, Subject
+    from mmmamba_cli.profiling.interfaces import Decoder, Subject, SubjectInfo
     from mmmamba_cli.profiling.profiler import (
         check_replaceable,
         default_plan,
         profile,
+        select_subjects,
         write_profile,
     )
     from mmmamba_cli.profiling.subjects import (
@@ -26,14 +28,14 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "About",
     "Decoder",
     "Measurement",
     "OutOfMemory",
     "Plan",
     "Profile",
+    "ProfileProgress",
     "Subject",
-    "Watch",
+    "SubjectInfo",
     "WrongDecoder",
     "check_replaceable",
     "default_plan",
@@ -44,6 +46,7 @@ __all__ = [
     "random_subjects",
     "read_profile",
     "run_subjects",
+    "select_subjects",
     "weight_store",
     "write_profile",
 ]
@@ -52,15 +55,14 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "interfaces": (
-            "About",
             "Decoder",
-            "OutOfMemory",
             "Subject",
+            "SubjectInfo",
         ),
         "correctness": ("WrongDecoder",),
         "benchmark": (
             "Plan",
-            "Watch",
+            "ProfileProgress",
             "measure",
         ),
         "subjects": (
@@ -74,6 +76,7 @@ __getattr__ = lazy_attributes(
             "check_replaceable",
             "default_plan",
             "profile",
+            "select_subjects",
             "write_profile",
         ),
     },

@@ -1,8 +1,8 @@
-"""The order in which things are measured, and what becomes of those that do not fit.
+"""The benchmark: order of the measurements, time budget, and handling of out-of-memory errors.
 
-Rounds lie outermost, then contexts, then subjects, and the first subject is another one in every
-turn: what drifts, as a clock that heats up, touches all alike. Decoding comes before prefill,
-because it is the question, and cheap: its cache is filled, not computed.
+Rounds are the outermost loop, then contexts, then subjects. The first subject rotates, so that
+drift of the device, such as its temperature, affects all subjects alike. Decoding comes before
+prefill: it matters most and is cheap, because its cache is filled with random numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmmamba_cli.profiling.interfaces import Cost, Decoder, OutOfMemory, Subject
+from mmmamba_cli.devices import OutOfMemory, translate_out_of_memory
+from mmmamba_cli.profiling.interfaces import Cost, Decoder, Subject
 from mmmamba_cli.profiling.result import (
     DECODE,
     MEASURED,
@@ -21,39 +22,39 @@ from mmmamba_cli.profiling.result import (
     OVER_BUDGET,
     PREFILL,
     TOO_LONG,
-    CeilingsPart,
     Measurement,
     Memory,
+    RooflinePart,
     Status,
     Task,
-    summarised,
+    median_and_quartiles,
 )
-from mmmamba_cli.profiling.roofline import floor_of
-from mmmamba_cli.profiling.timed_repeat import (
-    READS_IF_SHORT,
-    SHORT,
-    WARM_READS,
-    Turn,
-    decode_turn,
-    prefill_turn,
+from mmmamba_cli.profiling.roofline import roofline_seconds
+from mmmamba_cli.profiling.timers import (
+    PREFILL_WARM_UPS,
+    SHORT_PREFILL_REPEATS,
+    SHORT_PREFILL_SECONDS,
+    DeviceTimer,
+    TimedRepeat,
+    device_timer,
+    time_decode,
+    time_prefill,
 )
-from mmmamba_cli.profiling.timers import Instruments, instruments_of, or_out_of_memory
 
-# Share of the budget that decoding may have, if a prefill is to follow.
-DECODE_SHARE = 0.5
-# A prefill that takes longer than so many of its floors is not foreseen.
-FLOORS = 4
-# Columns of the prefill that warms a model up and says how fast it is.
-WARM_COLUMNS = 128
+# Share of the budget for decoding if prefill is measured too.
+DECODE_BUDGET_SHARE = 0.5
+# Predicted time of a first measurement: at most this many times its roofline bound.
+MAX_ROOFLINE_FACTOR = 4
+# Prompt length of the untimed prefill that warms a subject up and predicts longer ones.
+WARM_UP_COLUMNS = 128
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `repeats` are for each context and subject, spread over `rounds`.
+    """What to measure. `repeats` is per context and subject, spread over `rounds`.
 
-    A repeat of decoding is `burst` tokens one behind the other, and their mean; a prefill is
-    measured once a round, a short one a few times. `budget` is in seconds, None for as long as it
-    takes.
+    A repeat of decoding is the mean of `burst` consecutive tokens. Prefill is measured once per
+    round, a short one several times. `budget` is in seconds, None for no limit.
     """
 
     contexts: tuple[int, ...]
@@ -61,71 +62,76 @@ class Plan:
     repeats: int = 12
     rounds: int = 3
     burst: int = 1
-    # Tokens decoded before the first that is timed, in every turn.
+    # Untimed tokens before each measurement.
     warm_up: int = 3
     prefill: bool = True
-    # Lengths of prompts; None is `contexts`.
+    # Prompt lengths of prefill; None is `contexts`.
     prefill_contexts: tuple[int, ...] | None = None
-    # Columns that a prefill reads at a time; None is as suits each model.
+    # Chunk size of prefill in columns; None is each model's default.
     prefill_chunk: int | None = None
-    # Whether each length is read once before it is timed, as a GPU's allocator wants it.
+    # Read each prompt untimed first; the allocator and the compilers of a GPU need it.
     warm_prefill: bool = False
     budget: float | None = None
     seed: int = 0
-    # Lengths of prompts that the gate reads besides its short one, with decoders not eager.
-    gate_at: tuple[int, ...] = ()
-    # Contexts at which batches are tried for the most tokens a second, and of whom; () is of all.
+    # Longer prompts of the correctness check, for decoders that are not eager.
+    check_lengths: tuple[int, ...] = ()
+    # Contexts of the search for the best batch size, and its subjects; () is all subjects.
     throughput: tuple[int, ...] = ()
-    throughput_of: tuple[str, ...] = ()
+    throughput_subjects: tuple[str, ...] = ()
     largest_batch: int = 4096
-    # Whether the device's rates are measured, and with them floors.
-    floors: bool = True
-    # Whether a GPU's memory, launches and energy are read, which takes turns of their own.
-    gauges: bool = True
+    # Measure the device's copy and matmul rates, and compare each time with the roofline.
+    roofline: bool = True
+    # Measure a GPU's memory, launch overhead and energy, in repeats of their own.
+    gpu_metrics: bool = True
 
     @property
-    def turns(self) -> int:
+    def num_rounds(self) -> int:
         return max(1, min(self.rounds, self.repeats))
 
     @property
-    def repeats_a_turn(self) -> int:
-        return -(-self.repeats // self.turns)
+    def repeats_per_round(self) -> int:
+        return -(-self.repeats // self.num_rounds)
 
     def lengths(self, task: Task) -> list[int]:
-        """Contexts at which a task is measured, ascending."""
+        """Contexts of a task, ascending."""
         own = self.prefill_contexts if task == PREFILL else None
         return sorted(self.contexts if own is None else own)
 
-
-@dataclass
-class Watch:
-    """What the caller hears of progress; each may do nothing."""
-
-    say: Callable[[str], None] = lambda text: None
-    advance: Callable[[int], None] = lambda more: None
+    def num_measurements(self, num_subjects: int) -> int:
+        """Number of calls of `ProfileProgress.advance`."""
+        prompts = len(self.prefill_contexts or self.contexts) if self.prefill else 0
+        return self.num_rounds * (len(self.contexts) + prompts) * num_subjects
 
 
 @dataclass
-class Loaded:
-    """Decoders that are in memory, by the subject's name."""
+class ProfileProgress:
+    """Callbacks: a message, and the number of finished measurements."""
+
+    log: Callable[[str], None] = lambda text: None
+    advance: Callable[[int], None] = lambda count: None
+
+
+@dataclass
+class LoadedDecoders:
+    """Decoders in memory, by the subject's name."""
 
     decoders: dict[str, Decoder] = field(default_factory=dict)
     weight_bytes: dict[str, int] = field(default_factory=dict)
-    # From when a subject fitted only without the others: they take turns in memory.
-    crowded: bool = False
+    # Set once a subject fits only without the others: then one decoder is kept at a time.
+    one_at_a_time: bool = False
 
     def get(self, subject: Subject) -> Decoder:
-        """The subject's decoder, built if need be. Raises `OutOfMemory`."""
-        if self.crowded:
+        """The subject's decoder, loaded if necessary. Raises `OutOfMemory`."""
+        if self.one_at_a_time:
             self.keep_only(subject)
         if subject.name not in self.decoders:
-            decoder = or_out_of_memory(subject.build)
+            decoder = translate_out_of_memory(subject.build)
             self.decoders[subject.name] = decoder
             self.weight_bytes[subject.name] = decoder.weight_bytes
         return self.decoders[subject.name]
 
     def keep_only(self, subject: Subject) -> bool:
-        """Let go of the others; whether there were any."""
+        """Free the other decoders; return whether there were any."""
         others = [name for name in self.decoders if name != subject.name]
         for name in others:
             del self.decoders[name]
@@ -134,68 +140,69 @@ class Loaded:
 
 @dataclass
 class _Record:
-    """A measurement in the making."""
+    """A measurement that collects its rounds."""
 
     status: Status = MEASURED
     rounds: list[tuple[float, ...]] = field(default_factory=list)
     memory: Memory | None = None
     alone: bool = False
     note: str = ""
-    need: Cost | None = None
-    # How long the last turn took, everything included.
-    cost: float = 0.0
+    cost: Cost | None = None
+    # Duration of the last round, including setup.
+    seconds: float = 0.0
 
 
 def measure(
     subjects: Sequence[Subject],
     plan: Plan,
-    instruments: Instruments | None = None,
-    watch: Watch | None = None,
-    loaded: Loaded | None = None,
-    ceilings: CeilingsPart | None = None,
+    timer: DeviceTimer | None = None,
+    progress: ProfileProgress | None = None,
+    loaded: LoadedDecoders | None = None,
+    roofline: RooflinePart | None = None,
 ) -> list[Measurement]:
-    """Everything the plan asks for, in the order task, context, subject.
+    """Measure everything in `plan`; results are ordered by task, context, subject.
 
-    What does not fit the device's memory or the budget is a measurement too, and its `status` says
-    which; the same subject's longer contexts are then not tried. `loaded` holds decoders that are
-    there already, as the gate's. Floors are by `ceilings`. Other errors are not caught.
+    What does not fit the memory or the budget is a measurement too, with that `status`; longer
+    contexts of the same subject are then skipped. `loaded` passes decoders that are already in
+    memory, `roofline` the device's rates. Other errors are not caught.
     """
-    bench = _Bench(subjects, plan, instruments, watch or Watch(), loaded or Loaded(), ceilings)
-    return bench.run()
+    return _Benchmark(
+        subjects, plan, timer, progress or ProfileProgress(), loaded or LoadedDecoders(), roofline
+    ).run()
 
 
-class _Bench:
+class _Benchmark:
     def __init__(
         self,
         subjects: Sequence[Subject],
         plan: Plan,
-        instruments: Instruments | None,
-        watch: Watch,
-        loaded: Loaded,
-        ceilings: CeilingsPart | None,
+        timer: DeviceTimer | None,
+        progress: ProfileProgress,
+        loaded: LoadedDecoders,
+        roofline: RooflinePart | None,
     ):
-        self.subjects, self.plan, self.watch, self.loaded = subjects, plan, watch, loaded
-        self.ceilings = ceilings
-        self._instruments = instruments
+        self.subjects, self.plan, self.progress, self.loaded = subjects, plan, progress, loaded
+        self.roofline = roofline
+        self._timer = timer
         self.records: dict[tuple[Task, int, str], _Record] = {}
-        # Seconds a column, from the prefill that warms a subject up.
+        # Seconds per column of the warm-up prefill, by subject.
         self.rates: dict[str, float] = {}
         self.rng = torch.Generator().manual_seed(plan.seed)
 
     def run(self) -> list[Measurement]:
         plan = self.plan
         tasks: tuple[Task, ...] = (DECODE, PREFILL) if plan.prefill else (DECODE,)
-        began = None if self._instruments is None else self._instruments.now()
+        began = None if self._timer is None else self._timer.now()
         for task in tasks:
-            share = DECODE_SHARE if plan.prefill and task == DECODE else 1.0
-            for round_ in range(plan.turns):
-                for place, context in enumerate(plan.lengths(task)):
-                    shift = (round_ + place) % len(self.subjects)
+            share = DECODE_BUDGET_SHARE if plan.prefill and task == DECODE else 1.0
+            for round_ in range(plan.num_rounds):
+                for index, context in enumerate(plan.lengths(task)):
+                    shift = (round_ + index) % len(self.subjects)
                     for subject in (*self.subjects[shift:], *self.subjects[:shift]):
                         if began is None:
-                            began = self.instruments(subject).now()
-                        self._turn(subject, task, context, round_, began, share)
-                        self.watch.advance(1)
+                            began = self.timer(subject).now()
+                        self._measure_round(subject, task, context, round_, began, share)
+                        self.progress.advance(1)
         return [
             self._measurement(task, context, subject.name)
             for task in tasks
@@ -203,42 +210,42 @@ class _Bench:
             for subject in self.subjects
         ]
 
-    def instruments(self, subject: Subject) -> Instruments:
-        """Those given, else those of the device that the first subject was loaded to."""
-        if self._instruments is None:
-            self._instruments = instruments_of(self.loaded.get(subject).device)
-        return self._instruments
+    def timer(self, subject: Subject) -> DeviceTimer:
+        """The given timer, or that of the device on which the first subject is loaded."""
+        if self._timer is None:
+            self._timer = device_timer(self.loaded.get(subject).device)
+        return self._timer
 
-    def _turn(
+    def _measure_round(
         self, subject: Subject, task: Task, context: int, round_: int, began: float, share: float
     ) -> None:
-        """Measure a subject once at one context, or note why not."""
+        """Measure one subject at one context in one round, or record why not."""
         record = self.records.setdefault((task, context, subject.name), _Record())
         if round_ == 0:
-            record.status, record.note = self._barred(subject.name, task, context)
+            record.status, record.note = self._initial_status(subject.name, task, context)
         if record.status != MEASURED:
             return
-        meter = self.instruments(subject)
+        timer = self.timer(subject)
         if task == PREFILL:
-            self._warm(subject, meter)
-        begin = meter.now()
+            self._warm_up_prefill(subject, timer)
+        begin = timer.now()
         if self.plan.budget is not None:
-            ahead = self._predicted(subject, task, context)
-            if begin - began + ahead > share * self.plan.budget:
+            predicted = self._predict_seconds(subject, task, context)
+            if begin - began + predicted > share * self.plan.budget:
                 if not record.rounds:
                     record.status = OVER_BUDGET
-                    record.note = f"about {ahead:.1f} s more would have passed the budget"
+                    record.note = f"about {predicted:.1f} s more would have passed the budget"
                 return
         try:
-            self._measure_or_alone(subject, task, context, round_, record)
+            self._measure_or_alone(subject, task, context, record)
         except OutOfMemory as error:
-            # A later round may find less room than the first did; what was measured stays.
+            # A later round may have less free memory than the first; earlier rounds are kept.
             if not record.rounds:
                 record.status, record.note = OUT_OF_MEMORY, str(error)
-        record.cost = meter.now() - begin
+        record.seconds = timer.now() - begin
 
-    def _barred(self, name: str, task: Task, context: int) -> tuple[Status, str]:
-        """Whether a shorter context has shown that this one is not to be tried."""
+    def _initial_status(self, name: str, task: Task, context: int) -> tuple[Status, str]:
+        """Skip a context if a shorter one was out of memory or over budget."""
         for (other_task, other, other_name), record in self.records.items():
             if (other_task, other_name) == (task, name) and other < context:
                 if record.status in (OUT_OF_MEMORY, TOO_LONG):
@@ -247,130 +254,131 @@ class _Bench:
                     return OVER_BUDGET, "as a shorter one was"
         return MEASURED, ""
 
-    def _warm(self, subject: Subject, meter: Instruments) -> None:
-        """Read a short prompt twice, once for each subject: the first is cold, the second timed."""
+    def _warm_up_prefill(self, subject: Subject, timer: DeviceTimer) -> None:
+        """Prefill a short prompt twice, once per subject; the second run gives its rate."""
         if subject.name in self.rates:
             return
         self.rates[subject.name] = 0.0
 
-        def read_twice() -> float:
+        def seconds_per_column() -> float:
             decoder = self.loaded.get(subject)
-            ids = decoder.prompt(self.plan.batch, WARM_COLUMNS, self.rng)
-
+            ids = decoder.random_prompt(self.plan.batch, WARM_UP_COLUMNS, self.rng)
             for _ in range(2):
-                decoder.start(self.plan.batch, WARM_COLUMNS)
-                seconds = meter.seconds(lambda: decoder.read(ids))
-            decoder.stop()
-            return seconds / WARM_COLUMNS
+                decoder.start(self.plan.batch, WARM_UP_COLUMNS)
+                seconds = timer.seconds(lambda: decoder.prefill(ids))
+            decoder.release()
+            return seconds / WARM_UP_COLUMNS
 
         try:
-            self.rates[subject.name] = or_out_of_memory(read_twice)
+            self.rates[subject.name] = translate_out_of_memory(seconds_per_column)
         except OutOfMemory:
-            # Then the prompts that are asked for will not fit either, and that is said there.
-            self._clean(subject)
+            # The requested prompts will not fit either and are recorded as out of memory there.
+            self._free_memory(subject)
 
-    def _predicted(self, subject: Subject, task: Task, context: int) -> float:
-        """Seconds that a turn will take, by what shorter or earlier ones took."""
+    def _predict_seconds(self, subject: Subject, task: Task, context: int) -> float:
+        """Predicted duration of a round, from earlier rounds or shorter contexts."""
         own = self.records[task, context, subject.name]
         if own.rounds:
-            return own.cost
-        before = [
-            (other, record.cost)
+            return own.seconds
+        shorter_runs = [
+            (other, record.seconds)
             for (other_task, other, name), record in self.records.items()
             if (other_task, name) == (task, subject.name) and record.rounds and other < context
         ]
-        if before:
-            shorter, cost = max(before)
-            growth = 2 if task == PREFILL and subject.about.attention_layers else 1
-            ahead = cost * (context / shorter) ** growth
+        if shorter_runs:
+            shorter, seconds = max(shorter_runs)
+            growth = 2 if task == PREFILL and subject.info.attention_layers else 1
+            predicted = seconds * (context / shorter) ** growth
         else:
-            cost = math.inf
-            ahead = self.rates.get(subject.name, 0.0) * context if task == PREFILL else 0.0
-        return min(ahead, self._allowance(subject, task, context, cost))
+            seconds = math.inf
+            predicted = self.rates.get(subject.name, 0.0) * context if task == PREFILL else 0.0
+        return min(predicted, self._roofline_limit(subject, task, context, seconds))
 
-    def _allowance(self, subject: Subject, task: Task, context: int, launches: float) -> float:
-        """Seconds of a first turn by its floor: a short one's are launches, which do not grow."""
+    def _roofline_limit(self, subject: Subject, task: Task, context: int, shorter: float) -> float:
+        """Upper estimate of a first round by the roofline.
+
+        `shorter` is the duration at a shorter context: launch overhead, which does not grow.
+        """
         decoder, plan = self.loaded.decoders.get(subject.name), self.plan
-        if decoder is None or self.ceilings is None:
+        if decoder is None or self.roofline is None:
             return math.inf
-        floor = floor_of(decoder.cost(plan.batch, context, task == PREFILL), self.ceilings)
+        bound = roofline_seconds(decoder.cost(plan.batch, context, task == PREFILL), self.roofline)
         if task == PREFILL:
-            reads = READS_IF_SHORT if floor <= SHORT else 1
-            return (reads + (WARM_READS if plan.warm_prefill else 0)) * FLOORS * floor
-        tokens = plan.warm_up + plan.repeats_a_turn * plan.burst
-        return launches + tokens * FLOORS * floor
+            reads = SHORT_PREFILL_REPEATS if bound <= SHORT_PREFILL_SECONDS else 1
+            warm_ups = PREFILL_WARM_UPS if plan.warm_prefill else 0
+            return (reads + warm_ups) * MAX_ROOFLINE_FACTOR * bound
+        tokens = plan.warm_up + plan.repeats_per_round * plan.burst
+        return shorter + tokens * MAX_ROOFLINE_FACTOR * bound
 
     def _measure_or_alone(
-        self, subject: Subject, task: Task, context: int, round_: int, record: _Record
+        self, subject: Subject, task: Task, context: int, record: _Record
     ) -> None:
-        """Measure; where memory does not suffice, once more without the other models."""
+        """Measure; if memory does not suffice, retry without the other models."""
         try:
-            self._measure(subject, task, context, round_, record)
+            self._measure(subject, task, context, record)
             return
         except OutOfMemory as error:
-            first, hopeless = str(error), error.hopeless
-        self._clean(subject)
+            message, hopeless = str(error), error.hopeless
+        self._free_memory(subject)
         if hopeless or not self.loaded.keep_only(subject):
-            raise OutOfMemory(first)
-        self._clean(subject)
+            raise OutOfMemory(message)
+        self._free_memory(subject)
         try:
-            self._measure(subject, task, context, round_, record)
+            self._measure(subject, task, context, record)
         except OutOfMemory as error:
-            first = str(error)
+            message = str(error)
         else:
-            self.loaded.crowded = record.alone = True
+            self.loaded.one_at_a_time = record.alone = True
             return
-        self._clean(subject)
-        raise OutOfMemory(first)
+        self._free_memory(subject)
+        raise OutOfMemory(message)
 
-    def _clean(self, subject: Subject) -> None:
+    def _free_memory(self, subject: Subject) -> None:
         decoder = self.loaded.decoders.get(subject.name)
         if decoder is not None:
-            decoder.stop()
-        if self._instruments is not None:
-            self._instruments.clean()
+            decoder.release()
+        if self._timer is not None:
+            self._timer.empty_cache()
 
-    def _measure(
-        self, subject: Subject, task: Task, context: int, round_: int, record: _Record
-    ) -> None:
+    def _measure(self, subject: Subject, task: Task, context: int, record: _Record) -> None:
         decoder, plan = self.loaded.get(subject), self.plan
-        meter = self.instruments(subject)
+        timer = self.timer(subject)
 
-        def work() -> Turn:
+        def work() -> TimedRepeat:
             if task == PREFILL:
-                return prefill_turn(
+                return time_prefill(
                     decoder,
-                    meter,
+                    timer,
                     batch=plan.batch,
                     context=context,
                     chunk=plan.prefill_chunk,
-                    # In every round: with its cache, a decoder lets go of what it captured.
+                    # In every round: releasing the cache also releases the captured graphs.
                     warm=plan.warm_prefill,
                     rng=self.rng,
                 )
-            return decode_turn(
+            return time_decode(
                 decoder,
-                meter,
+                timer,
                 batch=plan.batch,
                 context=context,
                 warm_up=plan.warm_up,
-                repeats=plan.repeats_a_turn,
+                repeats=plan.repeats_per_round,
                 burst=plan.burst,
                 rng=self.rng,
             )
 
-        seconds, memory = or_out_of_memory(work)
+        seconds, memory = translate_out_of_memory(work)
         record.rounds.append(seconds)
-        record.need = decoder.cost(plan.batch, context, task == PREFILL)
+        record.cost = decoder.cost(plan.batch, context, task == PREFILL)
         if record.memory is None or memory.total > record.memory.total:
             record.memory = memory
 
     def _measurement(self, task: Task, context: int, name: str) -> Measurement:
         record = self.records[task, context, name]
-        median, quartiles = summarised(record.rounds) if record.rounds else (None, None)
+        median, quartiles = median_and_quartiles(record.rounds) if record.rounds else (None, None)
         floor = None
-        if record.need is not None and self.ceilings is not None:
-            floor = floor_of(record.need, self.ceilings)
+        if record.cost is not None and self.roofline is not None:
+            floor = roofline_seconds(record.cost, self.roofline)
         return Measurement(
             subject=name,
             task=task,

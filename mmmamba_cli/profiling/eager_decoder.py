@@ -1,4 +1,4 @@
-"""The model's own forward with one of transformers' caches: the plainest decoder there is.
+"""Eager decoder: the model's forward pass with a transformers cache.
 
 Legend: B batch, T tokens, V vocabulary, K key/value heads, H query heads, P head dim.
 """
@@ -11,25 +11,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mmmamba_cli.architecture import FP32_BYTES, cache_bytes
+from mmmamba_cli.devices import require_memory
 from mmmamba_cli.model import ATTENTION, HolisticVLM, HolisticVLMConfig, HybridCache, new_cache
 from mmmamba_cli.model.cache import write_ssm_state
 from mmmamba_cli.profiling.interfaces import CACHES, STATIC, Cost
-from mmmamba_cli.profiling.roofline import cost_of, read_weights
-from mmmamba_cli.profiling.timers import require
+from mmmamba_cli.profiling.roofline import count_weights, minimum_cost
 
-# Columns that a model without attention reads at a time. One with attention reads the whole
-# prompt: only there does the causal flag of scaled_dot_product_attention say all of its mask.
-CHUNK = 8192
-# Random contents are drawn once and repeated: it is their size that takes time.
-BLOCK = 1024
-# Activations that are alive at the same time in a prefill: so many rows of a SwiGLU's width, and
-# so many of the model's.
-INNER_ROWS, MODEL_ROWS = 3, 6
-FP32_BYTES = 4
+# Prefill chunk in columns of a model without attention. A model with attention reads the whole
+# prompt at once, because `is_causal=True` describes the mask only then.
+PREFILL_CHUNK = 8192
+# Random contents of a cache repeat after this many columns, because drawing them takes time.
+RANDOM_COLUMNS = 1024
+# Activations alive at the same time in a prefill: tensors as wide as the MLP, and as the model.
+MLP_ACTIVATIONS, HIDDEN_ACTIVATIONS = 3, 6
 
 
-class CachedDecoder:
-    """A `Decoder`: eager, one forward a token, with a growing or a static cache."""
+class EagerDecoder:
+    """A `Decoder` with one forward pass per token and a growing or a static cache."""
 
     def __init__(self, model: HolisticVLM, cache: str):
         self.model = model
@@ -47,43 +46,43 @@ class CachedDecoder:
 
     @property
     def weight_bytes(self) -> int:
-        return weights_of(self.model)
+        return model_bytes(self.model)
 
     @property
     def cache_bytes(self) -> int:
         return 0 if self.cache is None else sum(map(_layer_bytes, self.cache.layers))
 
     def cost(self, batch: int, context: int, prefill: bool) -> Cost:
-        weights = read_weights(self.model)
-        return cost_of(self.model.config, weights, self.dtype, batch, context, prefill)
+        weights = count_weights(self.model)
+        return minimum_cost(self.model.config, weights, self.dtype, batch, context, prefill)
 
-    def prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
-        return random_text(self.model.config, batch, length, rng).to(self.device)
+    def random_prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
+        return random_ids(self.model.config, batch, length, rng).to(self.device)
 
     def start(self, batch: int, columns: int) -> None:
-        self.stop()
-        size = cache_size(self.model.config, batch, columns, self.dtype)
-        require(self.device, size, f"a cache of {columns:,} columns")
+        self.release()
+        size = expected_cache_bytes(self.model.config, batch, columns, self.dtype)
+        require_memory(self.device, size, f"a cache of {columns:,} columns")
         self.cache = new_cache(self.model.config, columns if self.kind == STATIC else None)
 
     @torch.no_grad()
-    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+    def prefill(self, ids: Tensor, chunk: int | None = None) -> Tensor:
         length, config = ids.shape[1], self.model.config
         if chunk is None and not config.attention_layers:
-            chunk = CHUNK
+            chunk = PREFILL_CHUNK
         columns = length if chunk is None else min(chunk, length)
-        size = activations_size(config, ids.shape[0], columns, self.dtype)
-        require(self.device, size, f"a prefill of {length:,} columns")
+        size = activation_bytes(config, ids.shape[0], columns, self.dtype)
+        require_memory(self.device, size, f"a prefill of {length:,} columns")
         return self._forward(ids, columns if columns < length else None)
 
     @torch.no_grad()
-    def fill(self, batch: int, columns: int, rng: torch.Generator) -> None:
+    def fill_random(self, batch: int, columns: int, rng: torch.Generator) -> None:
         assert self.cache is not None, "start comes first"
-        # Advances what the cache knows of both stacks, RoPE's frequencies with it, as a prefill.
-        self.model.model.prepare(self.prompt(batch, columns, rng), cache=self.cache)
-        self.last = self.prompt(batch, 1, rng)
+        # Advances the lengths and RoPE frequencies of both stacks, as a prefill does.
+        self.model.model.prepare(self.random_prompt(batch, columns, rng), cache=self.cache)
+        self.last = self.random_prompt(batch, 1, rng)
         config = self.model.config
-        # Drawn where it is wanted: a long context's noise would take a CPU seconds.
+        # Drawn on the device: a CPU would take seconds for a long context.
         rng = torch.Generator(self.device).manual_seed(rng.initial_seed())
         for layer, kind in enumerate(config.layer_types):
             stack = config.stack_of(layer)
@@ -107,24 +106,24 @@ class CachedDecoder:
         return self._forward(ids, None)
 
     @torch.no_grad()
-    def tokens(self, count: int) -> Tensor:
+    def decode(self, count: int) -> Tensor:
         assert self.last is not None, "fill comes first"
         for _ in range(count):
             self.last = self._forward(self.last, None).argmax(-1, keepdim=True)
         return self.last
 
-    def stop(self) -> None:
+    def release(self) -> None:
         self.cache = self.last = None
 
-    def without_cache(self, ids: Tensor, last: int) -> Tensor:
+    def forward_without_cache(self, ids: Tensor, last: int) -> Tensor:
         return forward_without_cache(self.model, ids, last)
 
-    def in_fp32(self) -> CachedDecoder:
-        return type(self)(widened_copy(self.model), self.kind)
+    def in_fp32(self) -> EagerDecoder:
+        return type(self)(fp32_copy(self.model), self.kind)
 
-    def ways(self) -> Mapping[str, CachedDecoder]:
+    def variants(self) -> Mapping[str, EagerDecoder]:
         others = (kind for kind in CACHES if kind != self.kind)
-        return {f"{kind} cache": CachedDecoder(self.model, kind) for kind in others}
+        return {f"{kind} cache": EagerDecoder(self.model, kind) for kind in others}
 
     def _forward(self, ids: Tensor, chunk: int | None) -> Tensor:
         assert self.cache is not None, "start comes first"
@@ -139,72 +138,72 @@ class CachedDecoder:
         return logits
 
     def _noise(self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Normal numbers of `shape`, repeated along the third dimension where that is long."""
+        """Normal numbers of `shape`, repeated along the third dimension after RANDOM_COLUMNS."""
         length = shape[2]
-        drawn = (*shape[:2], min(length, BLOCK), *shape[3:])
+        drawn = (*shape[:2], min(length, RANDOM_COLUMNS), *shape[3:])
         block = torch.randn(drawn, generator=rng, device=self.device).to(dtype)
-        if length <= BLOCK:
+        if length <= RANDOM_COLUMNS:
             return block
-        times = (length + BLOCK - 1) // BLOCK
+        times = -(-length // RANDOM_COLUMNS)
         return block.repeat(1, 1, times, *([1] * (len(shape) - 3)))[:, :, :length]
 
 
-def random_text(config: HolisticVLMConfig, batch: int, length: int, rng: torch.Generator) -> Tensor:
+def random_ids(config: HolisticVLMConfig, batch: int, length: int, rng: torch.Generator) -> Tensor:
     """Ids (B, T) without images, on the CPU."""
     ids = torch.randint(0, config.vocab_size, (batch, length), generator=rng)
     vision = config.vision_config
     if vision is None:
         return ids
-    # Any other token: a context id would want pixels.
+    # Any other token: an image token needs pixels.
     other = (vision.image_token_id + 1) % config.vocab_size
     return ids.masked_fill(ids == vision.image_token_id, other)
 
 
 @torch.no_grad()
 def forward_without_cache(model: HolisticVLM, ids: Tensor, last: int) -> Tensor:
-    """Logits (B, last, V) behind the last columns of ids (B, T), at once."""
+    """Logits (B, last, V) of the last columns of ids (B, T), in one forward pass."""
     logits: Tensor = model(ids, use_cache=False, logits_to_keep=last).logits
     return logits
 
 
-def widened_copy(model: HolisticVLM) -> HolisticVLM:
-    """The model once more, in fp32; int8 weights stay. Raises `OutOfMemory` without room for it."""
-    # The copy is made as it is, and widened tensor by tensor.
-    size = weights_of(model)
+def fp32_copy(model: HolisticVLM) -> HolisticVLM:
+    """A copy of the model in fp32; int8 weights stay int8.
+
+    Raises:
+        OutOfMemory: if the copy does not fit.
+    """
+    # The copy is made in the model's dtype and then converted tensor by tensor.
+    size = model_bytes(model)
     device = model.model.text_embedding.weight.device
-    require(device, size + size * FP32_BYTES // model.dtype.itemsize, "a copy of it in fp32")
+    require_memory(device, size + size * FP32_BYTES // model.dtype.itemsize, "a copy of it in fp32")
     return copy.deepcopy(model).float()
 
 
-def weights_of(model: HolisticVLM) -> int:
-    """Bytes of a model's parameters, and of int8 weights in their place."""
-    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in held.values())
+def model_bytes(model: HolisticVLM) -> int:
+    """Bytes of a model's parameters, or of the int8 weights in their place."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def cache_size(config: HolisticVLMConfig, batch: int, columns: int, dtype: torch.dtype) -> int:
-    """Bytes of a cache that has seen so many columns, conv states left out, which are nothing."""
-    size = 0
-    for layer, kind in enumerate(config.layer_types):
-        stack = config.stack_of(layer)
-        if kind == ATTENTION:
-            size += 2 * batch * stack.num_kv_heads * columns * stack.head_dim * dtype.itemsize
-        else:
-            size += batch * stack.num_heads * stack.head_dim**2 * FP32_BYTES
-    return size
-
-
-def activations_size(
+def expected_cache_bytes(
     config: HolisticVLMConfig, batch: int, columns: int, dtype: torch.dtype
 ) -> int:
-    """About how many bytes of activations a prefill holds at its height."""
+    """Bytes of a cache after `columns` columns, without the conv states, which are negligible."""
+    size = cache_bytes(config, batch, columns, dtype.itemsize)
+    return size.kv_cache + size.ssm_state
+
+
+def activation_bytes(
+    config: HolisticVLMConfig, batch: int, columns: int, dtype: torch.dtype
+) -> int:
+    """Approximate peak bytes of activations of a prefill."""
     inner = max(config.stack_of(i).intermediate_size for i in range(config.num_hidden_layers))
-    width = INNER_ROWS * inner + MODEL_ROWS * config.hidden_size
+    width = MLP_ACTIVATIONS * inner + HIDDEN_ACTIVATIONS * config.hidden_size
     return batch * columns * width * dtype.itemsize
 
 
 def _layer_bytes(layer: object) -> int:
-    """Of one of transformers' cache layers, whichever kind it is."""
+    """Bytes of a transformers cache layer of any kind."""
     tensors = [getattr(layer, name, None) for name in ("keys", "values")]
     for name in ("conv_states", "recurrent_states"):
         tensors += getattr(layer, name, {}).values()

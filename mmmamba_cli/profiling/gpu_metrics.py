@@ -1,6 +1,6 @@
-"""What a GPU tells besides time: memory of a model that has it to itself, launches, energy.
+"""GPU metrics besides time: memory of one model alone, launch overhead, energy.
 
-Each is read in turns of its own, so that the timed ones are not disturbed.
+Each is measured in repeats of its own, so that the timed ones are not disturbed.
 """
 
 from __future__ import annotations
@@ -10,41 +10,41 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from mmmamba_cli.profiling.benchmark import Loaded, Plan
-from mmmamba_cli.profiling.interfaces import EAGER, Decoder, OutOfMemory, Subject
+from mmmamba_cli.devices import OutOfMemory, translate_out_of_memory
+from mmmamba_cli.profiling.benchmark import LoadedDecoders, Plan
+from mmmamba_cli.profiling.interfaces import EAGER, Decoder, Subject
 from mmmamba_cli.profiling.result import DECODE, Energy, Launches, Measurement, Memory
-from mmmamba_cli.profiling.timed_repeat import decode_turn
-from mmmamba_cli.profiling.timers import Instruments, or_out_of_memory
+from mmmamba_cli.profiling.timers import DeviceTimer, time_decode
 
-WARM_UP = 2
-# Tokens behind one another whose kernels are summed.
-PROFILED = 3
-# Counters of energy move in steps of some tens of milliseconds: a second makes these small.
-ENERGY_SECONDS = 1.0
+WARM_UP_TOKENS = 2
+# Consecutive tokens whose kernel times are summed.
+PROFILED_TOKENS = 3
+# The energy counter advances in steps of tens of milliseconds, which is little of one second.
+MIN_ENERGY_SECONDS = 1.0
 
 
-def memory_apart(
-    subject: Subject, plan: Plan, loaded: Loaded, meter: Instruments
+def isolated_memory(
+    subject: Subject, plan: Plan, loaded: LoadedDecoders, timer: DeviceTimer
 ) -> dict[int, Memory]:
-    """Of decoding at each context, no other model being in memory; without those that do not fit.
+    """Memory of decoding by context with no other model loaded, up to the first that does not fit.
 
-    Nothing where the device does not tell its peak.
+    Empty if the device does not count its peak memory.
     """
-    if meter.peak() is None:
+    if timer.peak() is None:
         return {}
     loaded.keep_only(subject)
-    meter.clean()
+    timer.empty_cache()
     found: dict[int, Memory] = {}
     for context in sorted(plan.contexts):
         rng = torch.Generator().manual_seed(plan.seed)
 
         def work(context: int = context, rng: torch.Generator = rng) -> Memory:
-            _, memory = decode_turn(
+            _, memory = time_decode(
                 loaded.get(subject),
-                meter,
+                timer,
                 batch=plan.batch,
                 context=context,
-                warm_up=WARM_UP,
+                warm_up=WARM_UP_TOKENS,
                 repeats=1,
                 burst=1,
                 rng=rng,
@@ -53,45 +53,45 @@ def memory_apart(
             return memory
 
         try:
-            found[context] = or_out_of_memory(work)
+            found[context] = translate_out_of_memory(work)
         except OutOfMemory:
-            # `measure` finds it again, and says it.
-            loaded.get(subject).stop()
-            meter.clean()
+            # `measure` runs into this again and records it.
+            loaded.get(subject).release()
+            timer.empty_cache()
             break
-        meter.clean()
+        timer.empty_cache()
     return found
 
 
-def launches(
+def measure_launches(
     subjects: Sequence[Subject],
     measured: Sequence[Measurement],
     plan: Plan,
-    loaded: Loaded,
-    meter: Instruments,
+    loaded: LoadedDecoders,
+    timer: DeviceTimer,
 ) -> list[Launches]:
-    """The host's share of a token, of eager subjects at their shortest and longest context."""
+    """Launch overhead of eager subjects at their shortest and longest context."""
     found = []
-    for subject, ends in _measured_at(subjects, measured):
-        if subject.about.way != EAGER:
+    for subject, ends in _decode_measurements(subjects, measured):
+        if subject.info.way != EAGER:
             continue
         for context, one in {ends[0].context: ends[0], ends[-1].context: ends[-1]}.items():
             assert one.median is not None
 
             def work(subject: Subject = subject, context: int = context) -> float | None:
-                decoder = _ready(subject, context, PROFILED, plan, loaded)
-                seconds = meter.kernel_seconds(lambda: decoder.tokens(PROFILED))
-                decoder.stop()
+                decoder = _warm_decoder(subject, context, PROFILED_TOKENS, plan, loaded)
+                seconds = timer.kernel_seconds(lambda: decoder.decode(PROFILED_TOKENS))
+                decoder.release()
                 return seconds
 
             try:
-                seconds = or_out_of_memory(work)
+                seconds = translate_out_of_memory(work)
             except OutOfMemory:
-                loaded.get(subject).stop()
-                meter.clean()
+                loaded.get(subject).release()
+                timer.empty_cache()
                 continue
             if seconds is not None:
-                kernels = seconds / PROFILED
+                kernels = seconds / PROFILED_TOKENS
                 found.append(
                     Launches(
                         subject=subject.name, context=context, kernels=kernels, wall=one.median
@@ -100,31 +100,31 @@ def launches(
     return found
 
 
-def energy(
+def measure_energy(
     subjects: Sequence[Subject],
     measured: Sequence[Measurement],
     plan: Plan,
-    loaded: Loaded,
-    meter: Instruments,
+    loaded: LoadedDecoders,
+    timer: DeviceTimer,
 ) -> list[Energy]:
-    """Of a token: at the first context of `plan.throughput`, else at the longest measured."""
+    """Energy of decoding at the first context of `plan.throughput`, or the longest measured."""
     found: list[Energy] = []
-    if meter.joules() is None:
+    if timer.joules() is None:
         return found
-    for subject, rows in _measured_at(subjects, measured):
-        asked = [row for row in rows if row.context in plan.throughput[:1]]
-        row = asked[0] if asked else rows[-1]
+    for subject, rows in _decode_measurements(subjects, measured):
+        preferred = [row for row in rows if row.context in plan.throughput[:1]]
+        row = preferred[0] if preferred else rows[-1]
         assert row.median is not None
-        count = max(WARM_UP, math.ceil(ENERGY_SECONDS / row.median))
+        count = max(WARM_UP_TOKENS, math.ceil(MIN_ENERGY_SECONDS / row.median))
 
         def work(
             subject: Subject = subject, context: int = row.context, count: int = count
         ) -> Energy:
-            decoder = _ready(subject, context, count, plan, loaded)
-            begin, before = meter.now(), meter.joules()
-            decoder.tokens(count)
-            end, after = meter.now(), meter.joules()
-            decoder.stop()
+            decoder = _warm_decoder(subject, context, count, plan, loaded)
+            begin, before = timer.now(), timer.joules()
+            decoder.decode(count)
+            end, after = timer.now(), timer.joules()
+            decoder.release()
             assert before is not None and after is not None
             return Energy(
                 subject=subject.name,
@@ -135,26 +135,28 @@ def energy(
             )
 
         try:
-            found.append(or_out_of_memory(work))
+            found.append(translate_out_of_memory(work))
         except OutOfMemory:
-            loaded.get(subject).stop()
-            meter.clean()
+            loaded.get(subject).release()
+            timer.empty_cache()
     return found
 
 
-def _ready(subject: Subject, context: int, tokens: int, plan: Plan, loaded: Loaded) -> Decoder:
-    """A warm decoder behind `context` columns, with room for so many tokens."""
+def _warm_decoder(
+    subject: Subject, context: int, tokens: int, plan: Plan, loaded: LoadedDecoders
+) -> Decoder:
+    """A warm decoder after `context` columns, with room for `tokens` more."""
     decoder = loaded.get(subject)
-    decoder.start(plan.batch, context + WARM_UP + tokens)
-    decoder.fill(plan.batch, context, torch.Generator().manual_seed(plan.seed))
-    decoder.tokens(WARM_UP)
+    decoder.start(plan.batch, context + WARM_UP_TOKENS + tokens)
+    decoder.fill_random(plan.batch, context, torch.Generator().manual_seed(plan.seed))
+    decoder.decode(WARM_UP_TOKENS)
     return decoder
 
 
-def _measured_at(
+def _decode_measurements(
     subjects: Sequence[Subject], measured: Sequence[Measurement]
 ) -> Iterable[tuple[Subject, list[Measurement]]]:
-    """Subjects of which decoding was measured, with that, shortest context first."""
+    """Subjects with their successful decode measurements, shortest context first."""
     for subject in subjects:
         rows = [
             one

@@ -1,7 +1,7 @@
-"""What can be profiled: a subject, and the decoder it becomes once its weights are loaded.
+"""Interfaces of the profiler: a subject, and the decoder it loads.
 
-Whatever keeps `Decoder`'s promises can be measured; measuring and reporting know nothing else of
-it. Legend: B batch, T tokens, V vocabulary.
+The benchmark and the report use nothing else, so any implementation of `Decoder` can be profiled.
+Legend: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,41 +14,30 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# How a cache holds keys and values: anew with every token, as transformers' DynamicCache
-# concatenates them, or in place, in room that was made for them.
+# How a cache stores keys and values: concatenated with every token, as in transformers'
+# DynamicCache, or written in place into preallocated memory.
 GROWING, STATIC = "growing", "static"
 CACHES = (GROWING, STATIC)
 
-# How a token is made: one launch for every operation, or by `mmmamba_cli.inference`.
+# How a token is decoded: one launch per operation, or by `mmmamba_cli.inference`.
 EAGER, GENERATOR = "eager", "generator"
 
-# The baselines, and what is held against them.
+# Roles: the baselines, and the models compared with them.
 AS_SHIPPED, TUNED, STUDENT = "teacher as shipped", "teacher tuned", "student"
 STATIC_TEACHER = "teacher with a static cache"
 BASELINES = (AS_SHIPPED, STATIC_TEACHER, TUNED)
 
 
-class OutOfMemory(Exception):
-    """A model, cache or prompt was too large for the device; its raiser holds no memory of it.
-
-    `hopeless`: an empty device would be too small as well.
-    """
-
-    def __init__(self, message: str, hopeless: bool = False):
-        super().__init__(message)
-        self.hopeless = hopeless
-
-
 @dataclass(frozen=True)
 class Cost:
-    """What cannot be done without: bytes read or written, and operations of matrix products."""
+    """Lower bound of the work: bytes read or written, and operations of matrix products."""
 
     bytes: int
     operations: int
 
 
 class Decoder(Protocol):
-    """A loaded model with one cache of its own, empty until `start`."""
+    """A loaded model with its own cache, which is empty until `start`."""
 
     @property
     def device(self) -> torch.device: ...
@@ -58,61 +47,65 @@ class Decoder(Protocol):
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights this decoder reads, also where another decoder shares them."""
+        """Bytes of all weights this decoder reads, including those shared with other decoders."""
 
     @property
     def cache_bytes(self) -> int:
-        """Of keys, values and states as they are held now."""
+        """Bytes of the keys, values and states held now."""
 
-    def prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
-        """Random text, (B, T) ids."""
+    def random_prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
+        """Random text, ids (B, T)."""
 
     def cost(self, batch: int, context: int, prefill: bool) -> Cost:
-        """Of one more token of each row after `context` others, or of reading these."""
+        """Cost of one decode step after `context` tokens, or of their prefill."""
 
     def start(self, batch: int, columns: int) -> None:
-        """Begin with an empty cache, with room for so many columns where it does not grow."""
+        """Start with an empty cache; a static one gets room for `columns` columns."""
 
-    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
-        """Prefill with ids (B, T) after `start`; the logits (B, V) after the last.
+    def prefill(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+        """Prefill with ids (B, T) after `start`; return the last logits (B, V).
 
-        `chunk` columns at a time; None is as suits the model.
+        `chunk` is the chunk size in columns; by default the decoder chooses it.
         """
 
-    def fill(self, batch: int, columns: int, rng: torch.Generator) -> None:
-        """After `start`: put the cache where reading so many columns would, with random contents.
+    def fill_random(self, batch: int, columns: int, rng: torch.Generator) -> None:
+        """Fill the cache with random contents, as a prefill of `columns` tokens would leave it.
 
-        `tokens` comes next.
+        Called after `start` and followed by `decode`.
         """
 
     def step(self, ids: Tensor) -> Tensor:
-        """The logits (B, V) after one more token, (B, 1) ids; after `read`.
+        """Return the logits (B, V) after one more token, ids (B, 1); called after `prefill`.
 
-        The next step may write into the same tensor.
+        The next step may overwrite the returned tensor.
         """
 
-    def tokens(self, count: int) -> Tensor:
-        """So many tokens, each the likeliest after the one before; the last ids (B, 1).
+    def decode(self, count: int) -> Tensor:
+        """Decode `count` tokens greedily after `fill_random`; return the last ids (B, 1).
 
-        After `fill`. Waits for the device no more than decoding has to.
+        Synchronizes no more than decoding requires.
         """
 
-    def stop(self) -> None:
-        """Let go of the cache."""
+    def release(self) -> None:
+        """Free the cache."""
 
-    def without_cache(self, ids: Tensor, last: int) -> Tensor:
-        """The logits (B, last, V) behind the last columns, of a forward pass without a cache."""
+    def forward_without_cache(self, ids: Tensor, last: int) -> Tensor:
+        """Logits (B, last, V) of the last columns, by one forward pass without a cache."""
 
     def in_fp32(self) -> Decoder:
-        """The same over a copy of its weights in fp32; raises `OutOfMemory` without room for it."""
+        """This decoder over an fp32 copy of its weights.
 
-    def ways(self) -> Mapping[str, Decoder]:
-        """By name, other decoders over these weights whose logits must be the reference's too."""
+        Raises:
+            OutOfMemory: if the copy does not fit.
+        """
+
+    def variants(self) -> Mapping[str, Decoder]:
+        """Other decoders of these weights by name, whose logits must agree with the reference."""
 
 
 @dataclass(frozen=True)
-class About:
-    """What a subject is, for the reader of a result."""
+class SubjectInfo:
+    """What a subject is. The fields appear in a profile's JSON, see `result.SubjectPart`."""
 
     role: str
     cache: str
@@ -120,21 +113,21 @@ class About:
     kind: str
     attention_layers: tuple[int, ...]
     num_layers: int
-    # "random", or where they are.
+    # "random", or the path of the weights.
     weights: str
     content_hash: str | None = None
-    # None where nobody says whether the model was distilled end to end.
+    # Whether the model was distilled end to end; None if unknown.
     final: bool | None = None
     # EAGER or GENERATOR.
     way: str = EAGER
-    # "int8" where the weights are narrower than the profile's dtype.
+    # "int8" if the weights are narrower than the profile's dtype.
     precision: str | None = None
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to measure, not loaded yet; `build` loads it and may raise `OutOfMemory`."""
+    """A model to profile, not loaded yet; `build` loads it and may raise `OutOfMemory`."""
 
     name: str
-    about: About
+    info: SubjectInfo
     build: Callable[[], Decoder]

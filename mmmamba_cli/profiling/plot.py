@@ -1,4 +1,4 @@
-"""A profile as a picture, where matplotlib is installed."""
+"""Plot of a profile by matplotlib: latency, memory and prefill over the context."""
 
 from __future__ import annotations
 
@@ -9,45 +9,41 @@ from mmmamba_cli.profiling.interfaces import AS_SHIPPED, EAGER, STATIC_TEACHER, 
 from mmmamba_cli.profiling.report import TITLES, memory_name
 from mmmamba_cli.profiling.result import DECODE, OUT_OF_MEMORY, PREFILL, Profile, SubjectPart, Task
 
-PIP = "pip install 'mmmamba[tracking]'"
+MATPLOTLIB_INSTALL = "pip install 'mmmamba[tracking]'"
 
-# Baselines are grey, students in colours that colour-blind readers tell apart (Okabe and Ito).
-GREYS = {
+# Baselines are grey, students in colours for colour-blind readers (Okabe and Ito, 2008).
+BASELINE_STYLES = {
     AS_SHIPPED: ("#222222", "-", "s"),
     STATIC_TEACHER: ("#777777", "--", "D"),
     TUNED: ("#777777", "--", "D"),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PANEL_WIDTH, HEIGHT, DPI = 4.6, 4.8, 150
-# Seconds and bytes in the units of the axes.
-SCALES = {"milliseconds": 1e-3, "seconds": 1, "MiB": 2**20, "GiB": 2**30}
-# Ticks of the context axis, at most.
-TICKS = 6
+# Units of the axes, in seconds or bytes.
+UNITS = {"milliseconds": 1e-3, "seconds": 1, "MiB": 2**20, "GiB": 2**30}
+MAX_CONTEXT_TICKS = 6
 
 
-def picture(profile: Profile, kind: str = "png") -> bytes | None:
-    """`figure_of` as "png" or "svg", with what was compared in its description.
-
-    None without matplotlib.
-    """
+def render_plot(profile: Profile, kind: str = "png") -> bytes | None:
+    """The figure as "png" or "svg" with the comparison as metadata; None without matplotlib."""
     try:
         from matplotlib import rc_context
 
-        figure = figure_of(profile)
+        figure = make_figure(profile)
     except ImportError:
         return None
     file = io.BytesIO()
     metadata = {"Description": f"{profile.compared}. Memory: {memory_name(profile)}."}
     if kind == "svg":
         metadata |= {"Date": profile.created}
-    # The same profile gives the same file.
+    # A fixed salt makes the SVG reproducible.
     with rc_context({"svg.hashsalt": "mmmamba"}):
         figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     return file.getvalue()
 
 
-def figure_of(profile: Profile) -> Any:
-    """Latency, memory and prefill against context as a matplotlib Figure, all axes logarithmic."""
+def make_figure(profile: Profile) -> Any:
+    """A matplotlib Figure of latency, memory and prefill over the context, all axes logarithmic."""
     from matplotlib.figure import Figure
 
     tasks: list[Task] = [DECODE, PREFILL] if profile.plan.prefill else [DECODE]
@@ -74,12 +70,12 @@ def figure_of(profile: Profile) -> Any:
 
 
 def _draw(axes: Any, profile: Profile, task: Task, what: str) -> str:
-    """A line for each subject, ending where it was out of memory; returns the unit of its values"""
+    """Draw a line per subject up to its out-of-memory context; return the unit of the values."""
     unit = _unit(profile, task, what)
     colours = iter(COLOURS * len(profile.subjects))
     contexts = profile.plan.lengths(task)
     for subject in profile.subjects:
-        colour, line, marker = GREYS.get(subject.role) or (next(colours), "-", "o")
+        colour, line, marker = BASELINE_STYLES.get(subject.role) or (next(colours), "-", "o")
         points = _points(profile, subject, task, unit)
         axes.plot(
             [x for x, _ in points],
@@ -108,7 +104,7 @@ def _draw(axes: Any, profile: Profile, task: Task, what: str) -> str:
                 ha="right",
                 va="bottom",
             )
-    _frame(axes, contexts)
+    _format_axes(axes, contexts)
     return unit
 
 
@@ -116,7 +112,7 @@ def _unit(profile: Profile, task: Task, what: str) -> str:
     if what == "latency":
         return "milliseconds" if task == DECODE else "seconds"
     largest = max((m.memory.total for m in profile.measurements if m.memory), default=0)
-    return "MiB" if largest < SCALES["GiB"] else "GiB"
+    return "MiB" if largest < UNITS["GiB"] else "GiB"
 
 
 def _points(
@@ -128,19 +124,19 @@ def _points(
         if one is None or one.median is None or one.memory is None:
             continue
         value = one.memory.total if unit in ("MiB", "GiB") else one.median
-        found.append((context, value / SCALES[unit]))
+        found.append((context, value / UNITS[unit]))
     return found
 
 
-def _frame(axes: Any, contexts: list[int]) -> None:
-    """Logarithmic axes with plain numbers on them."""
+def _format_axes(axes: Any, contexts: list[int]) -> None:
+    """Set logarithmic axes with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    stride = -(-len(contexts) // TICKS)
+    stride = -(-len(contexts) // MAX_CONTEXT_TICKS)
     shown = contexts[::-1][::stride]
-    axes.set_xticks(shown, [_tokens(context) for context in shown])
+    axes.set_xticks(shown, [_format_tokens(context) for context in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
@@ -148,7 +144,7 @@ def _frame(axes: Any, contexts: list[int]) -> None:
     if len(contexts) > 1:
         axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.15)
     low, high = axes.get_ylim()
-    # A flat line is flat to the eye: no axis shows less than a factor of four.
+    # An axis spans at least a factor of four, so that a flat line looks flat.
     if high < 4 * low:
         middle = (low * high) ** 0.5
         axes.set_ylim(middle / 2, middle * 2)
@@ -158,8 +154,8 @@ def _frame(axes: Any, contexts: list[int]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _tokens(context: int) -> str:
-    """8192 as 8K, 1048576 as 1M, other numbers as they are."""
+def _format_tokens(context: int) -> str:
+    """Format 8192 as 8K, 1048576 as 1M and other numbers in full."""
     for unit, letter in ((2**20, "M"), (2**10, "K")):
         if context % unit == 0:
             return f"{context // unit}{letter}"

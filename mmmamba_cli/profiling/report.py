@@ -1,4 +1,4 @@
-"""A profile as tables: headings and rows of text, for whoever prints them."""
+"""Tables and sentences of a profile, as text for the terminal and the HTML report."""
 
 from __future__ import annotations
 
@@ -44,33 +44,41 @@ TEACHERS = {
     STATIC_TEACHER: "the teacher with a static cache (eager)",
     TUNED: "the teacher tuned (by the same decoder as the students, cache in place)",
 }
-SHORT = {AS_SHIPPED: "as shipped", STATIC_TEACHER: "static cache", TUNED: "tuned"}
-# Quartiles this far apart, by the median, are worth a remark.
-NOISY = 0.25
+SHORT_NAMES = {AS_SHIPPED: "as shipped", STATIC_TEACHER: "static cache", TUNED: "tuned"}
+# A measurement is noisy if its interquartile range exceeds this share of the median.
+MAX_QUARTILE_RANGE = 0.25
 
 
 def tables(profile: Profile) -> list[Table]:
-    """Latency, memory, prefill, each beside its ratios to the teacher; then what else there is."""
-    found = [_latency(profile, DECODE), *_floors(profile, DECODE), *_times(profile, DECODE)]
-    found += [_memory(profile), *_shares(profile)]
+    """Latency, memory and prefill with their ratios to the teacher, then throughput and energy."""
+    found = [
+        _latency(profile, DECODE),
+        *_roofline(profile, DECODE),
+        *_speed_ratios(profile, DECODE),
+    ]
+    found += [_memory(profile), *_memory_ratios(profile)]
     if profile.plan.prefill:
-        found += [_latency(profile, PREFILL), *_floors(profile, PREFILL), *_times(profile, PREFILL)]
+        found += [
+            _latency(profile, PREFILL),
+            *_roofline(profile, PREFILL),
+            *_speed_ratios(profile, PREFILL),
+        ]
     return [*found, *_throughput(profile), *_energy(profile)]
 
 
 def remarks(profile: Profile) -> list[str]:
-    """What went otherwise than asked for, a sentence each."""
-    found = [f"WRONG: {told}" for told in profile.gate.wrong.values()]
+    """Warnings about the measurements, one sentence each."""
+    found = [f"WRONG: {message}" for message in profile.gate.wrong.values()]
     for one in profile.measurements:
         if one.status != MEASURED and one.note:
-            found.append(f"{_place(one)}: {one.status} ({one.note})")
+            found.append(f"{_label(one)}: {one.status} ({one.note})")
         if one.alone:
-            found.append(f"{_place(one)}: fitted only without the other models in memory")
+            found.append(f"{_label(one)}: fitted only without the other models in memory")
     noisy = [one for one in profile.measurements if _is_noisy(one)]
     if noisy:
         found.append(
-            f"noisy, the quartiles more than {NOISY:.0%} of the median apart, are "
-            f"{len(noisy)} of {len(profile.measurements)}: {name_some(map(_place, noisy), 4)}; "
+            f"noisy, the quartiles more than {MAX_QUARTILE_RANGE:.0%} of the median apart, are "
+            f"{len(noisy)} of {len(profile.measurements)}: {name_some(map(_label, noisy), 4)}; "
             "let nothing else run on the machine, or take more --repeats"
         )
     if any(one.status == OVER_BUDGET for one in profile.measurements):
@@ -78,8 +86,8 @@ def remarks(profile: Profile) -> list[str]:
     return found
 
 
-def gate_line(profile: Profile) -> str:
-    """Whether the decoders were found right before anything was timed."""
+def correctness_line(profile: Profile) -> str:
+    """Result of the correctness check in one line."""
     gate = profile.gate
     distances = [value for ways in gate.distances.values() for value in ways.values()]
     worst = math.nan if any(map(math.isnan, distances)) else max(distances)
@@ -92,15 +100,15 @@ def gate_line(profile: Profile) -> str:
 
 
 def comparison(subjects: Sequence[SubjectPart]) -> str:
-    """What is compared with what, in one sentence."""
+    """The models compared, in one sentence."""
     students = [
         f"{one.name} ({len(one.attention_layers)} of {one.num_layers} layers attention)"
         for one in subjects
         if one.role not in BASELINES
     ]
-    held = [TEACHERS[one.role] for one in subjects if one.role in BASELINES]
-    against = f"against {' and against '.join(held)}" if held else "against no teacher"
-    what = f"{', '.join(students)}, {against}" if students else " and ".join(held)
+    baselines = [TEACHERS[one.role] for one in subjects if one.role in BASELINES]
+    against = f"against {' and against '.join(baselines)}" if baselines else "against no teacher"
+    what = f"{', '.join(students)}, {against}" if students else " and ".join(baselines)
     ways = {one.way for one in subjects if one.role != AS_SHIPPED}
     if ways == {GENERATOR}:
         how = "students by mmmamba's own decoder"
@@ -112,7 +120,7 @@ def comparison(subjects: Sequence[SubjectPart]) -> str:
 
 
 def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list[str]:
-    """What must be known to read the numbers, a sentence each."""
+    """What the numbers mean, one sentence each."""
     burst = f"the mean of {plan.burst} behind one another" if plan.burst > 1 else "timed alone"
     found = [
         "decoding begins from a cache filled with random numbers, as long as the context: the time "
@@ -121,7 +129,7 @@ def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list
         "weights shared by models are held once, and counted for each",
         "tensors that no forward uses, as a second token table, are loaded on neither side",
     ]
-    roles, ways = ({getattr(one.about, key) for one in subjects} for key in ("role", "way"))
+    roles, ways = ({getattr(one.info, key) for one in subjects} for key in ("role", "way"))
     if AS_SHIPPED in roles:
         found.append(
             f"{AS_SHIPPED}: this project's model with transformers' DynamicCache, which copies "
@@ -137,13 +145,13 @@ def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list
             f"mmmamba's own decoder: packed weights, memory in place, {kernels}; teacher and "
             "students alike"
         )
-    if any(one.about.precision for one in subjects):
+    if any(one.info.precision for one in subjects):
         found.append("int8: weights alone, a scale for each row; activations stay as they are")
     if device.type == "cpu":
         found.append(
             "memory is counted, weights and cache: a CPU tells the peak of the whole process only"
         )
-    elif plan.gauges:
+    elif plan.gpu_metrics:
         found.append(
             "memory while decoding was read with no other model on the device, in turns of its own"
         )
@@ -153,7 +161,7 @@ def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list
             "thousand columns at a time, unless prefill_chunk says otherwise; caches that stay in "
             "place have just the prompt's room, and are made before the clock starts"
         )
-    undone = [one.name for one in subjects if one.about.final is False]
+    undone = [one.name for one in subjects if one.info.final is False]
     if undone:
         found.append(
             f"never distilled end to end: {', '.join(undone)}; speed does not depend on it"
@@ -161,15 +169,15 @@ def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list
     return found
 
 
-def milliseconds(seconds: float) -> str:
-    """With three significant digits or all those before the point."""
+def format_ms(seconds: float) -> str:
+    """Seconds as milliseconds with three significant digits, or all digits before the point."""
     value = seconds * 1000
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:,.{digits}f}"
 
 
-def size(value: int) -> str:
-    """Bytes in MiB, from one GiB on in GiB."""
+def format_memory(value: int) -> str:
+    """Bytes in MiB, or in GiB from one GiB on."""
     mebibytes = value / 2**20
     return f"{mebibytes:,.1f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:,.2f} GiB"
 
@@ -177,64 +185,66 @@ def size(value: int) -> str:
 def _latency(profile: Profile, task: Task) -> Table:
     def cell(one: Measurement) -> str:
         if one.median is None or one.quartiles is None:
-            return _why(one)
+            return _missing_reason(one)
         if len(one.repeats) == 1:
-            return f"{milliseconds(one.median)} (once)"
+            return f"{format_ms(one.median)} (once)"
         spread = (one.quartiles[1] - one.quartiles[0]) / 2
-        plain = milliseconds(one.median)
+        plain = format_ms(one.median)
         digits = len(plain.partition(".")[2])
         return f"{plain} ± {spread * 1000:,.{digits}f}"
 
     title = f"{TITLES[task]}, ms: median ± half the distance of the quartiles"
-    return _by_context(profile, task, title, cell)
+    return _context_table(profile, task, title, cell)
 
 
 def _memory(profile: Profile) -> Table:
     def cell(one: Measurement) -> str:
-        return _why(one) if one.memory is None else size(one.memory.total)
+        return _missing_reason(one) if one.memory is None else format_memory(one.memory.total)
 
     title = f"memory while decoding: {memory_name(profile)}"
-    return _by_context(profile, DECODE, title, cell)
+    return _context_table(profile, DECODE, title, cell)
 
 
 def memory_name(profile: Profile) -> str:
-    """What the numbers of memory are: not the same on a GPU and on a CPU."""
+    """What a memory number includes, which differs between GPU and CPU."""
     if profile.device.type == "cuda":
         return "peak of weights, cache and activations, by the allocator"
     return "weights and cache, counted; without activations"
 
 
-def _times(profile: Profile, task: Task) -> list[Table]:
+def _speed_ratios(profile: Profile, task: Task) -> list[Table]:
     title = f"{TITLES[task]}: how many times faster than the teacher"
-    return _ratios(profile, task, title, lambda ratio: f"{_short(ratio.times_faster)}x")
+    return _ratio_tables(
+        profile, task, title, lambda ratio: f"{_format_ratio(ratio.times_faster)}x"
+    )
 
 
-def _shares(profile: Profile) -> list[Table]:
+def _memory_ratios(profile: Profile) -> list[Table]:
     title = "memory while decoding, against the teacher"
-    return _ratios(profile, DECODE, title, lambda ratio: f"{ratio.memory - 1:+.0%}")
+    return _ratio_tables(profile, DECODE, title, lambda ratio: f"{ratio.memory - 1:+.0%}")
 
 
-def _floors(profile: Profile, task: Task) -> list[Table]:
-    """How near each subject is to what the device allows; nothing where that was not measured."""
-    rates = profile.ceilings
-    if rates is None:
+def _roofline(profile: Profile, task: Task) -> list[Table]:
+    """Roofline bound of each subject and its share of the time; empty if not measured."""
+    roofline = profile.ceilings
+    if roofline is None:
         return []
 
     def cell(one: Measurement) -> str | None:
         if one.floor is None or one.share is None:
             return None
-        return f"{milliseconds(one.floor)} ({one.share:.0%})"
+        return f"{format_ms(one.floor)} ({one.share:.0%})"
 
     title = (
         f"{TITLES[task]}: floor, ms, and share of the time that it is; copies run at "
-        f"{rates.copy_rate / 1e9:,.0f} GB/s, matrix products at {rates.matmul_rate / 1e9:,.0f} "
-        "GFLOP/s"
+        f"{roofline.copy_rate / 1e9:,.0f} GB/s, "
+        f"matrix products at {roofline.matmul_rate / 1e9:,.0f} GFLOP/s"
     )
-    return [_by_context(profile, task, title, cell)]
+    return [_context_table(profile, task, title, cell)]
 
 
 def _throughput(profile: Profile) -> list[Table]:
-    """The best batch of each subject, and why there was no larger one."""
+    """The best batch size of each subject, and why no larger one was better."""
     rows: list[tuple[object, ...]] = []
     for best in (one for one in profile.throughput if one.best):
         own = [
@@ -252,9 +262,9 @@ def _throughput(profile: Profile) -> list[Table]:
                 f"{best.context:,}",
                 f"{best.batch:,}",
                 f"{best.rate:,.0f}",
-                milliseconds(best.seconds),
+                format_ms(best.seconds),
                 None if best.floor is None else f"{best.floor / best.seconds:.0%}",
-                None if best.peak is None else size(best.peak),
+                None if best.peak is None else format_memory(best.peak),
                 OVER_BUDGET if cut else end,
             )
         )
@@ -278,20 +288,20 @@ def _energy(profile: Profile) -> list[Table]:
     return [(title, ("model", CONTEXT, "J a token", "W"), rows)] if rows else []
 
 
-def host_lines(profile: Profile) -> list[str]:
-    """How much of an eager token's time the device waits for the host, a sentence each."""
+def launch_overhead_lines(profile: Profile) -> list[str]:
+    """Launch overhead of eager subjects, one sentence each."""
     return [
-        f"{one.subject} at {one.context:,}: its kernels take {milliseconds(one.kernels)} of "
-        f"{milliseconds(one.wall)} ms, so {one.share:.0%} is launches by the host (kernel times "
+        f"{one.subject} at {one.context:,}: its kernels take {format_ms(one.kernels)} of "
+        f"{format_ms(one.wall)} ms, so {one.share:.0%} is launches by the host (kernel times "
         "summed by torch.profiler, over the median without it)"
         for one in profile.launches
     ]
 
 
-def _by_context(
+def _context_table(
     profile: Profile, task: Task, title: str, cell: Callable[[Measurement], str | None]
 ) -> Table:
-    """A row for each context, a column for each subject."""
+    """A row per context and a column per subject."""
     names = [subject.name for subject in profile.subjects]
     rows: list[tuple[object, ...]] = []
     for context in profile.plan.lengths(task):
@@ -300,8 +310,10 @@ def _by_context(
     return title, (CONTEXT, *names), rows
 
 
-def _ratios(profile: Profile, task: Task, title: str, cell: Callable[[Ratio], str]) -> list[Table]:
-    """A row for each context, a column for each student and baseline; nothing without a teacher."""
+def _ratio_tables(
+    profile: Profile, task: Task, title: str, cell: Callable[[Ratio], str]
+) -> list[Table]:
+    """A row per context and a column per student and baseline; empty without a baseline."""
     pairs = [
         (student.name, teacher.name, teacher.role)
         for student in profile.subjects
@@ -318,24 +330,24 @@ def _ratios(profile: Profile, task: Task, title: str, cell: Callable[[Ratio], st
     for context in profile.plan.lengths(task):
         found = [known.get((student, teacher, context)) for student, teacher, _ in pairs]
         rows.append((f"{context:,}", *(None if one is None else cell(one) for one in found)))
-    heading = tuple(f"{student} / {SHORT[role]}" for student, _, role in pairs)
+    heading = tuple(f"{student} / {SHORT_NAMES[role]}" for student, _, role in pairs)
     return [(title, (CONTEXT, *heading), rows)]
 
 
-def _why(one: Measurement) -> str:
-    """In a cell, why there is no number."""
+def _missing_reason(one: Measurement) -> str:
+    """The cell of a measurement without a number."""
     return "skipped" if one.status == TOO_LONG else one.status
 
 
 def _is_noisy(one: Measurement) -> bool:
     if one.median is None or one.quartiles is None:
         return False
-    return one.quartiles[1] - one.quartiles[0] > NOISY * one.median
+    return one.quartiles[1] - one.quartiles[0] > MAX_QUARTILE_RANGE * one.median
 
 
-def _place(one: Measurement) -> str:
+def _label(one: Measurement) -> str:
     return f"{one.subject} ({TITLES[one.task]} at {one.context:,})"
 
 
-def _short(value: float) -> str:
+def _format_ratio(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""A profile as it is written: typed, with every repeat of every measurement."""
+"""The contents of `profile.json`, with every repeat of every measurement."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmmamba_cli.errors import RunError
 from mmmamba_cli.profiling.interfaces import BASELINES, EAGER
 from mmmamba_cli.runs.manifest import parse_model
 
-PROFILE, PICTURE, DRAWING = "profile.json", "profile.png", "profile.svg"
-# 2 added floors, throughput, energy and launches; a file of format 1 has none of them.
+PROFILE_FILE, PNG_FILE, SVG_FILE = "profile.json", "profile.png", "profile.svg"
+# Format 2 added floors, throughput, energy and launches.
 FORMAT = 2
 FORMATS = (1, FORMAT)
 
@@ -36,11 +36,11 @@ class _Part(BaseModel):
 
 
 class Memory(_Part):
-    """Bytes. `weights` and `cache` are counted, tensor by tensor.
+    """Bytes. `weights` and `cache` are summed over their tensors.
 
-    `peak` is the most that the device's allocator held, None on a CPU, where only the peak of the
-    whole process could be read. If `apart`, no other model was in memory meanwhile; else what the
-    allocator held before this cache was made is taken off, and `weights` added.
+    `peak` is the peak of the device's allocator, None on a CPU, which only reports the peak of the
+    whole process. If `apart`, no other model was in memory; otherwise `peak` is the increase over
+    the memory held before this cache was allocated, plus `weights`.
     """
 
     weights: int
@@ -50,14 +50,14 @@ class Memory(_Part):
 
     @property
     def total(self) -> int:
-        """The peak where there is one, else weights and cache, which leave out activations."""
+        """The peak if measured, else weights and cache without activations."""
         return self.weights + self.cache if self.peak is None else self.peak
 
 
 class Measurement(_Part):
     """One subject, task and context. `rounds` holds the seconds of each repeat, by round.
 
-    `alone` says that the other models had to leave the device's memory for it.
+    `alone`: the other models had to be freed first.
     """
 
     subject: str
@@ -68,15 +68,15 @@ class Measurement(_Part):
     memory: Memory | None = None
     alone: bool = False
     note: str = ""
-    # Of all repeats, in seconds: the median, and the quartiles around it.
+    # Median and quartiles of all repeats, in seconds.
     median: float | None = None
     quartiles: tuple[float, float] | None = None
-    # Seconds by `Cost` and `Profile.ceilings`; None where there are none, or nothing was measured.
+    # Roofline bound in seconds; None without `Profile.ceilings` or without a measurement.
     floor: float | None = None
 
     @property
     def share(self) -> float | None:
-        """How much of the time the floor explains: 1 is as fast as the device allows."""
+        """Floor over median: 1 is as fast as the device allows."""
         return None if self.floor is None or self.median is None else self.floor / self.median
 
     @property
@@ -85,7 +85,7 @@ class Measurement(_Part):
 
 
 class SubjectPart(_Part):
-    """As `contract.About`; `weight_bytes` is None if the model was never loaded."""
+    """As `contract.SubjectInfo`; `weight_bytes` is None if the model was never loaded."""
 
     name: str
     role: str
@@ -102,7 +102,7 @@ class SubjectPart(_Part):
 
 
 class DevicePart(_Part):
-    """`threads` are torch's, and mean something on a CPU; `memory` is a GPU's, in bytes."""
+    """`threads` is torch's number of CPU threads, `memory` the bytes of a GPU."""
 
     type: str
     name: str
@@ -111,7 +111,7 @@ class DevicePart(_Part):
 
 
 class PlanPart(_Part):
-    """How often, in what order and how long it was allowed to take; see `measuring.Plan`."""
+    """The plan of the measurements, see `benchmark.Plan`."""
 
     contexts: tuple[int, ...]
     batch: int
@@ -127,16 +127,16 @@ class PlanPart(_Part):
     throughput: tuple[int, ...] = ()
 
     def lengths(self, task: Task) -> list[int]:
-        """Contexts at which a task was measured, ascending."""
+        """Contexts of a task, ascending."""
         own = self.prefill_contexts if task == PREFILL else None
         return sorted(self.contexts if own is None else own)
 
 
-class GatePart(_Part):
-    """What was compared before anything was timed: relative distances of logits, by way.
+class CorrectnessPart(_Part):
+    """Result of the correctness check: relative distances of logits by subject and decoder.
 
-    `allowed` is that of each subject, `tolerance` the largest. `wrong` are subjects that failed,
-    and why.
+    `allowed` is the tolerance of each subject, `tolerance` the largest of them. `wrong` maps
+    subjects that failed to the message.
     """
 
     green: bool
@@ -148,9 +148,12 @@ class GatePart(_Part):
     what: str
 
 
-class CeilingsPart(_Part):
-    """Bytes a second, read and written ones, of copying `size` bytes; operations a second of
-    multiplying two square matrices of `side` in the profile's dtype, a product and a sum being two.
+class RooflinePart(_Part):
+    """Measured rates of the device.
+
+    `copy_rate` is in bytes per second, read plus written, for a copy of `size` bytes. `matmul_rate`
+    is in operations per second, two per multiply-add, for square matrices of side `side` in the
+    profile's dtype.
     """
 
     copy_rate: float
@@ -160,13 +163,13 @@ class CeilingsPart(_Part):
 
 
 class Throughput(_Part):
-    """Tokens a second of all rows together, at one batch. `best` marks a subject's highest."""
+    """Decoding at one batch size. `best` marks the highest rate of a subject and context."""
 
     subject: str
     context: int
     batch: int
     status: Status
-    # Median seconds of a token of every row.
+    # Median seconds of one decode step of all rows.
     seconds: float | None = None
     floor: float | None = None
     # Bytes, as `Memory.peak`.
@@ -176,14 +179,15 @@ class Throughput(_Part):
 
     @property
     def rate(self) -> float | None:
+        """Tokens per second of all rows together."""
         return None if self.seconds is None else self.batch / self.seconds
 
 
 class Launches(_Part):
-    """How much of a token's time the device waits for the host, at batch `PlanPart.batch`.
+    """Launch overhead of a token at batch size `PlanPart.batch`.
 
-    `kernels` are seconds in which the device worked, summed over a token's kernels and copies;
-    `wall` is the median of the same token, measured without the profiler.
+    `kernels` is the sum of the seconds of a token's kernels and copies, `wall` the median seconds
+    of the token, measured without the profiler.
     """
 
     subject: str
@@ -193,11 +197,12 @@ class Launches(_Part):
 
     @property
     def share(self) -> float:
+        """Share of the time in which the device waits for the host."""
         return max(0.0, 1 - self.kernels / self.wall)
 
 
 class Energy(_Part):
-    """Of the whole device, by its own counter, over a loop of `tokens` that took `seconds`."""
+    """Energy of the whole device by its own counter, while `tokens` were decoded in `seconds`."""
 
     subject: str
     context: int
@@ -207,7 +212,7 @@ class Energy(_Part):
 
 
 class Ratio(_Part):
-    """A subject against a baseline of the same profile, both measured at the same context.
+    """A subject relative to a baseline of the same profile at the same context.
 
     `times_faster` is the baseline's median over the subject's, `memory` the subject's total over
     the baseline's.
@@ -233,13 +238,14 @@ class Profile(_Part):
     seed: int
     versions: dict[str, str]
     plan: PlanPart
-    # What must be known to read the numbers, a sentence each.
+    # What the numbers mean, one sentence each.
     notes: tuple[str, ...]
-    gate: GatePart
+    gate: CorrectnessPart
     subjects: tuple[SubjectPart, ...]
     measurements: tuple[Measurement, ...]
     ratios: tuple[Ratio, ...]
-    ceilings: CeilingsPart | None = None
+    # Named `ceilings` in the file format.
+    ceilings: RooflinePart | None = None
     throughput: tuple[Throughput, ...] = ()
     launches: tuple[Launches, ...] = ()
     energy: tuple[Energy, ...] = ()
@@ -252,8 +258,8 @@ class Profile(_Part):
         )
 
 
-def summarised(rounds: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float]]:
-    """Median and quartiles of all repeats; a single one is all three."""
+def median_and_quartiles(rounds: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float]]:
+    """Median and quartiles of all repeats; a single repeat is all three."""
     values = [seconds for one in rounds for seconds in one]
     if len(values) == 1:
         return values[0], (values[0], values[0])
@@ -262,9 +268,9 @@ def summarised(rounds: Sequence[Sequence[float]]) -> tuple[float, tuple[float, f
 
 
 def ratios(measurements: Sequence[Measurement], roles: dict[str, str]) -> tuple[Ratio, ...]:
-    """Every student against each baseline that was measured at the same task and context.
+    """Ratios of every student to each baseline measured at the same task and context.
 
-    `roles` gives the role of each subject by its name.
+    `roles` maps the name of each subject to its role.
     """
     done = {(m.subject, m.task, m.context): m for m in measurements if m.median is not None}
     found = []
@@ -291,7 +297,7 @@ def ratios(measurements: Sequence[Measurement], roles: dict[str, str]) -> tuple[
 
 
 def read_profile(file: Path) -> Profile:
-    """Raises `RunError` if the file is not there or no profile."""
+    """Read `profile.json`. Raises `RunError` if it is missing or not a profile."""
     if not file.is_file():
         raise RunError(f"{file} is not there", "run mmmamba profile first")
     return parse_model(file, Profile, FORMATS)

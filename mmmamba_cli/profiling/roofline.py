@@ -1,9 +1,8 @@
-"""The least that a token or a prompt costs: what has to be read, and what has to be multiplied.
+"""Roofline: lower bound of the time of a token or prompt, from bytes, operations and device rates.
 
-A floor is no promise: it leaves out activations, norms, convolutions and every launch. Legend: B
-batch, T columns, H query heads, K key/value heads, P head dim, which is the state's width too.
-
-How fast this device copies and multiplies: what floors are made of, measured, not looked up.
+The rates are measured, not looked up. The bound leaves out activations, norms, convolutions and
+launch overhead. Legend: B batch, T columns, H query heads, K key/value heads, P head dim and state
+width.
 """
 
 from __future__ import annotations
@@ -15,63 +14,71 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmmamba_cli.architecture import cache_bytes
+from mmmamba_cli.devices import translate_out_of_memory
 from mmmamba_cli.model import ATTENTION, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.interfaces import Cost
-from mmmamba_cli.profiling.result import CeilingsPart
-from mmmamba_cli.profiling.timers import Instruments, or_out_of_memory
+from mmmamba_cli.profiling.result import RooflinePart
+from mmmamba_cli.profiling.timers import DeviceTimer
 
-# Bytes that are copied, far above any cache, and the side of the square matrices.
-CUDA_BYTES, CPU_BYTES = 2**30, 2**28
-CUDA_SIDE, CPU_SIDE = 8192, 1024
-REPEATS, WARM_UP = 7, 3
-
-
-def measure_ceilings(
-    device: torch.device, dtype: torch.dtype, meter: Instruments, seed: int = 0
-) -> CeilingsPart:
-    """Medians of a few large copies and matrix products in `dtype`. Raises `OutOfMemory`."""
-    is_cuda = device.type == "cuda"
-    size, side = (CUDA_BYTES, CUDA_SIDE) if is_cuda else (CPU_BYTES, CPU_SIDE)
-
-    def work() -> CeilingsPart:
-        rng = torch.Generator(device).manual_seed(seed)
-        source = torch.ones(size, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        copied = _median(lambda: target.copy_(source), meter)
-        a, b = (torch.randn(side, side, generator=rng, device=device).to(dtype) for _ in range(2))
-        product = torch.empty_like(a)
-        multiplied = _median(lambda: torch.mm(a, b, out=product), meter)
-        # Each byte is read and written.
-        return CeilingsPart(
-            copy_rate=2 * size / copied, matmul_rate=2 * side**3 / multiplied, side=side, size=size
-        )
-
-    found = or_out_of_memory(work)
-    meter.clean()
-    return found
-
-
-def floor_of(cost: Cost, ceilings: CeilingsPart) -> float:
-    """Seconds: of moving the bytes and of multiplying, whichever takes longer."""
-    return max(cost.bytes / ceilings.copy_rate, cost.operations / ceilings.matmul_rate)
-
-
-def _median(work: Callable[[], object], meter: Instruments) -> float:
-    for _ in range(WARM_UP):
-        work()
-    return statistics.median(meter.seconds(work) for _ in range(REPEATS))
-
-
-STATE_BYTES = 4
-# A product and a sum.
+# Bytes to copy, far more than any cache holds, and the side of the square matrices to multiply.
+CUDA_COPY_BYTES, CPU_COPY_BYTES = 2**30, 2**28
+CUDA_MATRIX_SIDE, CPU_MATRIX_SIDE = 8192, 1024
+REPEATS, WARM_UPS = 7, 3
+# Operations of a multiply-add.
 MULTIPLY_ADD = 2
 
 
-@dataclass(frozen=True)
-class ReadWeights:
-    """Of the blocks with the norm behind them, and of the head: bytes, and elements of matrices.
+def measure_roofline(
+    device: torch.device, dtype: torch.dtype, timer: DeviceTimer, seed: int = 0
+) -> RooflinePart:
+    """Measure the copy rate and the matmul rate in `dtype`: medians of a few large ones.
 
-    The token table is left out, of which a row is read, and what only images pass.
+    Raises:
+        OutOfMemory: if there is no memory for them.
+    """
+    is_cuda = device.type == "cuda"
+    size, side = (
+        (CUDA_COPY_BYTES, CUDA_MATRIX_SIDE) if is_cuda else (CPU_COPY_BYTES, CPU_MATRIX_SIDE)
+    )
+
+    def work() -> RooflinePart:
+        rng = torch.Generator(device).manual_seed(seed)
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copy_seconds = _median(lambda: target.copy_(source), timer)
+        a, b = (torch.randn(side, side, generator=rng, device=device).to(dtype) for _ in range(2))
+        product = torch.empty_like(a)
+        matmul_seconds = _median(lambda: torch.mm(a, b, out=product), timer)
+        # Each byte is read and written.
+        return RooflinePart(
+            copy_rate=2 * size / copy_seconds,
+            matmul_rate=MULTIPLY_ADD * side**3 / matmul_seconds,
+            side=side,
+            size=size,
+        )
+
+    found = translate_out_of_memory(work)
+    timer.empty_cache()
+    return found
+
+
+def roofline_seconds(cost: Cost, roofline: RooflinePart) -> float:
+    """Seconds to move the bytes or to do the operations, whichever is longer."""
+    return max(cost.bytes / roofline.copy_rate, cost.operations / roofline.matmul_rate)
+
+
+def _median(work: Callable[[], object], timer: DeviceTimer) -> float:
+    for _ in range(WARM_UPS):
+        work()
+    return statistics.median(timer.seconds(work) for _ in range(REPEATS))
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Weights read per token: bytes and matrix elements of blocks (with the final norm) and head.
+
+    The token table, of which one row is read, and the vision weights are left out.
     """
 
     block_bytes: int
@@ -84,10 +91,10 @@ class ReadWeights:
         return self.block_bytes + self.head_bytes
 
 
-def read_weights(model: HolisticVLM) -> ReadWeights:
-    blocks = _held((*model.model.blocks, model.model.norm))
-    head = _held((model.lm_head,))
-    return ReadWeights(
+def count_weights(model: HolisticVLM) -> WeightCounts:
+    blocks = _unique_tensors((*model.model.blocks, model.model.norm))
+    head = _unique_tensors((model.lm_head,))
+    return WeightCounts(
         block_bytes=sum(t.nbytes for t in blocks),
         block_elements=sum(t.numel() for t in blocks if t.dim() == 2),
         head_bytes=sum(t.nbytes for t in head),
@@ -95,41 +102,39 @@ def read_weights(model: HolisticVLM) -> ReadWeights:
     )
 
 
-def cost_of(
+def minimum_cost(
     config: HolisticVLMConfig,
-    weights: ReadWeights,
+    weights: WeightCounts,
     dtype: torch.dtype,
     batch: int,
     context: int,
     prefill: bool,
 ) -> Cost:
-    """Of one more token of each row after `context` others; with `prefill`, of reading these.
+    """Minimum cost of one decode step after `context` tokens, or of their prefill.
 
-    A token reads all weights once, keys and values of its context, and reads and writes each state.
-    A prompt writes its keys, values and states, and multiplies: of T x T scores a causal half, and
-    no more for a state than its updates and read-outs one by one.
+    A decode step reads all weights once and the keys and values of its context, and reads and
+    writes each SSM state. A prefill writes keys, values and states; it computes the causal half of
+    the T x T scores, and one update and one read-out of the state per column.
     """
     columns = context if prefill else 1
-    size = weights.bytes
+    cache = cache_bytes(config, batch, context, dtype.itemsize)
+    size = weights.bytes + cache.kv_cache + cache.ssm_state * (1 if prefill else 2)
     rows = batch * columns
-    # Of a prompt, only the last column wants logits.
+    # Only the last column of a prompt needs logits.
     operations = MULTIPLY_ADD * (rows * weights.block_elements + batch * weights.head_elements)
     for layer, kind in enumerate(config.layer_types):
         stack = config.stack_of(layer)
         heads, width = stack.num_heads, stack.head_dim
         if kind == ATTENTION:
-            size += 2 * batch * context * stack.num_kv_heads * width * dtype.itemsize
             pairs = context * (context + 1) // 2 if prefill else context
             operations += batch * 2 * MULTIPLY_ADD * pairs * heads * width
         else:
-            state = heads * width**2
-            size += batch * state * STATE_BYTES * (1 if prefill else 2)
-            operations += rows * 2 * MULTIPLY_ADD * state
+            operations += rows * 2 * MULTIPLY_ADD * heads * width**2
     return Cost(size, operations)
 
 
-def _held(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Parameters, and the buffers of int8 layers, each once."""
+def _unique_tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters, and the buffers of int8 layers, without duplicates."""
     found: dict[int, Tensor] = {}
     for module in modules:
         found.update({id(t): t for t in (*module.parameters(), *module.buffers())})

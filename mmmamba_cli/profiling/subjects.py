@@ -28,12 +28,12 @@ from mmmamba_cli.checkpoint import (
     stored_dtype,
 )
 from mmmamba_cli.checkpoint.tensor_io import cast
-from mmmamba_cli.devices import pick_device
+from mmmamba_cli.devices import pick_device, require_memory, translate_out_of_memory
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.inference import quantize
 from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
-from mmmamba_cli.profiling.eager_decoder import CachedDecoder
-from mmmamba_cli.profiling.fast_decoder import GeneratingDecoder
+from mmmamba_cli.profiling.eager_decoder import EagerDecoder
+from mmmamba_cli.profiling.fast_decoder import FastDecoder
 from mmmamba_cli.profiling.interfaces import (
     AS_SHIPPED,
     EAGER,
@@ -43,11 +43,10 @@ from mmmamba_cli.profiling.interfaces import (
     STATIC_TEACHER,
     STUDENT,
     TUNED,
-    About,
     Decoder,
     Subject,
+    SubjectInfo,
 )
-from mmmamba_cli.profiling.timers import or_out_of_memory, require
 from mmmamba_cli.recipe import place_attention, plan_kind
 from mmmamba_cli.recipe.problems import join_or, suggest
 from mmmamba_cli.runs import Manifest, Run, path_name
@@ -91,7 +90,7 @@ class WeightStore:
                 model.tie_weights()
             return model.eval()
 
-        return or_out_of_memory(build)
+        return translate_out_of_memory(build)
 
     def _take(self, owner: str, name: str, read: Callable[[str], Tensor]) -> nn.Parameter:
         """The parameter of that name: its owner's, else another's that is equal, else a new one."""
@@ -100,7 +99,7 @@ class WeightStore:
             return held
         tensor = read(name)
         dtype = stored_dtype(name, self.dtype)
-        require(self.device, tensor.numel() * dtype.itemsize, name)
+        require_memory(self.device, tensor.numel() * dtype.itemsize, name)
         placed = nn.Parameter(cast(tensor, dtype, name, self.device), requires_grad=False)
         for (_, other), parameter in list(self._parameters.items()):
             same = other == name and parameter.shape == placed.shape
@@ -302,8 +301,8 @@ def int8_subjects(subjects: Sequence[Subject]) -> list[Subject]:
 
     Raises `DataError` for eager ones: only `mmmamba_cli.inference` has kernels for such weights.
     """
-    students = [one for one in subjects if one.about.role == STUDENT]
-    if any(one.about.way == EAGER for one in students):
+    students = [one for one in subjects if one.info.role == STUDENT]
+    if any(one.info.way == EAGER for one in students):
         raise DataError(
             "int8 weights are decoded by mmmamba's own decoder, not eagerly",
             "leave out --int8 or --eager",
@@ -311,7 +310,7 @@ def int8_subjects(subjects: Sequence[Subject]) -> list[Subject]:
     return [
         Subject(
             f"{one.name} int8",
-            replace(one.about, precision="int8"),
+            replace(one.info, precision="int8"),
             lambda one=one: _made_int8(one.build()),  # type: ignore[misc]
         )
         for one in students
@@ -348,21 +347,21 @@ def _subject(
     kind = plan_kind(len(kept), total)
     cache = GROWING if role == AS_SHIPPED else STATIC
     way = EAGER if eager or role == AS_SHIPPED else GENERATOR
-    about = About(role, cache, kind, kept, total, weights, content_hash, final, way)
+    info = SubjectInfo(role, cache, kind, kept, total, weights, content_hash, final, way)
 
     def build() -> Decoder:
-        return CachedDecoder(load(), cache) if way == EAGER else GeneratingDecoder(load())
+        return EagerDecoder(load(), cache) if way == EAGER else FastDecoder(load())
 
-    return Subject(name, about, build)
+    return Subject(name, info, build)
 
 
 def _made_int8(decoder: Decoder) -> Decoder:
     """The same over int8 weights; what it held itself is let go."""
-    assert isinstance(decoder, GeneratingDecoder)
+    assert isinstance(decoder, FastDecoder)
     model = decoder.model
     del decoder
     quantize(model)
-    return GeneratingDecoder(model)
+    return FastDecoder(model)
 
 
 def _with_attention(full: HolisticVLMConfig, kept: Sequence[int]) -> HolisticVLMConfig:

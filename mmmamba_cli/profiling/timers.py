@@ -1,10 +1,4 @@
-"""Clocks and gauges of a device, and the device's own description.
-
-A GPU's energy counter, from the library that comes with NVIDIA's driver.
-
-Called through ctypes: three functions are no reason for a package more (NVML API Reference,
-nvmlDeviceGetTotalEnergyConsumption, from Volta on).
-"""
+"""Device timers with memory and energy counters, and one timed repeat of decoding or prefill."""
 
 from __future__ import annotations
 
@@ -14,88 +8,59 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch.autograd import DeviceType
 
-from mmmamba_cli.profiling.interfaces import OutOfMemory
+from mmmamba_cli.profiling.interfaces import Decoder
+from mmmamba_cli.profiling.result import Memory
 
-LIBRARY = "libnvidia-ml.so.1"
-SUCCESS = 0
-MILLI = 1e-3
+# Comes with NVIDIA's driver; called through ctypes to avoid a dependency for four functions.
+NVML_LIBRARY = "libnvidia-ml.so.1"
+NVML_SUCCESS = 0
+JOULES_PER_MILLIJOULE = 1e-3
 
+# Untimed reads of a prompt on a device that compiles or captures on first use.
+PREFILL_WARM_UPS = 2
+# A prefill below SHORT_PREFILL_SECONDS is repeated, because a hiccup of the host is as long. If the
+# first read takes at most HICCUP_SECONDS, a second one decides whether the prefill is short.
+SHORT_PREFILL_SECONDS, SHORT_PREFILL_REPEATS, HICCUP_SECONDS = 0.2, 5, 0.5
 
-def energy_counter(device: torch.device) -> Callable[[], float] | None:
-    """A function that tells the joules the device has taken since its driver was loaded.
-
-    None where that cannot be read: no such library, an older GPU, a machine that hides it.
-    """
-    if device.type != "cuda":
-        return None
-    try:
-        library = ctypes.CDLL(LIBRARY)
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = ctypes.c_void_p()
-        started = library.nvmlInit_v2()
-        found = library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle))
-    except (OSError, AttributeError):
-        return None
-    if started != SUCCESS or found != SUCCESS:
-        return None
-
-    def joules() -> float:
-        total = ctypes.c_ulonglong()
-        code = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(total))
-        if code != SUCCESS:
-            raise OSError(f"NVML gave {code} for the energy counter")
-        return total.value * MILLI
-
-    try:
-        joules()
-    except (OSError, AttributeError):
-        return None
-    return joules
+# Seconds of each repeat, and the memory held meanwhile.
+TimedRepeat = tuple[tuple[float, ...], Memory]
 
 
-Result = TypeVar("Result")
-
-# Share of what a CPU's memory has left that a cache or prompt may take.
-SHARE = 0.9
-# How torch's CPU allocator says that it got nothing; it has no exception of its own for it.
-CPU_REFUSAL = "DefaultCPUAllocator"
-
-
-class Instruments(Protocol):
-    """What measuring reads; a stand-in of a test says what it likes."""
+class DeviceTimer(Protocol):
+    """Clock, memory and energy counters of one device."""
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """How long the device took for `work`."""
+        """Time `work` on the device."""
 
     def now(self) -> float:
-        """Seconds on a clock that only goes forward, for the budget."""
+        """Seconds on a monotonic clock, for the budget."""
 
     def allocated(self) -> int | None:
-        """Bytes of the device that tensors hold; None where that cannot be read."""
+        """Bytes held by tensors; None if the device does not count them."""
 
     def reset_peak(self) -> None:
-        """Begin to watch `peak` anew."""
+        """Restart the measurement of `peak`."""
 
     def peak(self) -> int | None:
-        """The most bytes that tensors held since `reset_peak`; None where it cannot be read."""
+        """Highest number of bytes held by tensors since `reset_peak`; None if not counted."""
 
-    def clean(self) -> None:
-        """Give memory that nothing holds back to the device."""
+    def empty_cache(self) -> None:
+        """Return unused memory to the device."""
 
     def kernel_seconds(self, work: Callable[[], object]) -> float | None:
-        """How long the device itself was at work in `work`; None where it is the host."""
+        """Sum of the kernel times of `work`; None on a CPU."""
 
     def joules(self) -> float | None:
-        """What the device has taken since some moment; None where that cannot be read."""
+        """Energy the device has used since an arbitrary moment; None if it cannot be read."""
 
 
-class CPUInstruments:
-    """`perf_counter`; a CPU's peak memory is that of the whole process, so it is not read."""
+class CPUTimer:
+    """`perf_counter`. The peak memory of a CPU is that of the whole process and is not read."""
 
     def seconds(self, work: Callable[[], object]) -> float:
         begin = time.perf_counter()
@@ -114,7 +79,7 @@ class CPUInstruments:
     def peak(self) -> int | None:
         return None
 
-    def clean(self) -> None:
+    def empty_cache(self) -> None:
         gc.collect()
 
     def kernel_seconds(self, work: Callable[[], object]) -> float | None:
@@ -124,8 +89,8 @@ class CPUInstruments:
         return None
 
 
-class CUDAInstruments:
-    """CUDA events around the work, so that launches by the host count where the device waits."""
+class CUDATimer:
+    """CUDA events around the work, so that launch overhead counts where the device waits for it."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -153,7 +118,7 @@ class CUDAInstruments:
     def peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device)
 
-    def clean(self) -> None:
+    def empty_cache(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -161,23 +126,56 @@ class CUDAInstruments:
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize(self.device)
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
             work()
             torch.cuda.synchronize(self.device)
-        on_device = [e for e in found.events() or () if e.device_type == DeviceType.CUDA]
-        # Without CUPTI, the profiler sees nothing and says nothing.
+        on_device = [e for e in trace.events() or () if e.device_type == DeviceType.CUDA]
+        # Without CUPTI the profiler records no events and raises nothing.
         return sum(e.time_range.elapsed_us() for e in on_device) / 1e6 if on_device else None
 
     def joules(self) -> float | None:
         return None if self._joules is None else self._joules()
 
 
-def instruments_of(device: torch.device) -> Instruments:
-    return CUDAInstruments(device) if device.type == "cuda" else CPUInstruments()
+def device_timer(device: torch.device) -> DeviceTimer:
+    return CUDATimer(device) if device.type == "cuda" else CPUTimer()
+
+
+def energy_counter(device: torch.device) -> Callable[[], float] | None:
+    """A function that returns the joules used since the driver was loaded.
+
+    NVML API Reference, nvmlDeviceGetTotalEnergyConsumption (Volta or later). None if the library,
+    the GPU or the machine does not offer the counter.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        library = ctypes.CDLL(NVML_LIBRARY)
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = ctypes.c_void_p()
+        started = library.nvmlInit_v2()
+        found = library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle))
+    except (OSError, AttributeError):
+        return None
+    if started != NVML_SUCCESS or found != NVML_SUCCESS:
+        return None
+
+    def joules() -> float:
+        total = ctypes.c_ulonglong()
+        code = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(total))
+        if code != NVML_SUCCESS:
+            raise OSError(f"NVML gave {code} for the energy counter")
+        return total.value * JOULES_PER_MILLIJOULE
+
+    try:
+        joules()
+    except (OSError, AttributeError):
+        return None
+    return joules
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """The vendor's name of the GPU or CPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     info = Path("/proc/cpuinfo")
@@ -186,69 +184,81 @@ def device_name(device: torch.device) -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def or_out_of_memory(work: Callable[[], Result]) -> Result:
-    """What `work` returns; whichever way memory was refused, as `OutOfMemory`."""
-    try:
-        return work()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        refused = str(error).partition("\n")[0] or "out of memory"
-    except RuntimeError as error:
-        if CPU_REFUSAL not in str(error):
-            raise
-        refused = str(error).partition("\n")[0]
-    # Only here are the frames gone that kept the tensors alive.
-    gc.collect()
-    raise OutOfMemory(refused)
+def time_decode(
+    decoder: Decoder,
+    timer: DeviceTimer,
+    *,
+    batch: int,
+    context: int,
+    warm_up: int,
+    repeats: int,
+    burst: int,
+    rng: torch.Generator,
+    apart: bool = False,
+) -> TimedRepeat:
+    """Time `repeats` bursts of greedy decoding after `context` tokens; seconds are per token.
 
-
-def require(device: torch.device, wanted: int, what: str) -> None:
-    """Raise `OutOfMemory` if a CPU has not so many bytes left, or a GPU has not so many at all.
-
-    A CPU's allocator promises more than there is, and the system ends the process when it is used.
-    What a GPU has left is asked of its allocator itself.
+    `apart`: no other model is in memory, so the peak is all that the allocator held. The cache is
+    released afterwards. Out-of-memory errors are not translated.
     """
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        if wanted > total:
-            raise OutOfMemory(
-                f"{what} needs {wanted / 2**30:.1f} GiB, the device has {total / 2**30:.1f} GiB",
-                hopeless=True,
-            )
-    if device.type != "cpu":
-        return
-    left = available_bytes()
-    if left is not None and wanted > SHARE * left:
-        raise OutOfMemory(
-            f"{what} needs {wanted / 2**30:.1f} GiB, of {left / 2**30:.1f} GiB left of this "
-            f"machine's memory at most {SHARE:.0%} are used"
-        )
+    before = timer.allocated()
+    timer.reset_peak()
+    decoder.start(batch, context + warm_up + repeats * burst)
+    # The memory pool of a CUDA graph is allocated here and not counted during replays.
+    captured = timer.peak()
+    decoder.fill_random(batch, context, rng)
+    timer.reset_peak()
+    if warm_up:
+        decoder.decode(warm_up)
+    seconds = tuple(timer.seconds(lambda: decoder.decode(burst)) / burst for _ in range(repeats))
+    return seconds, _release_and_measure(decoder, timer, before, captured, apart)
 
 
-def available_bytes() -> int | None:
-    """What this process may still take, by the machine and by its control group; None if unknown"""
-    found = [value for value in (_machine_left(), _group_left()) if value is not None]
-    return min(found, default=None)
+def time_prefill(
+    decoder: Decoder,
+    timer: DeviceTimer,
+    *,
+    batch: int,
+    context: int,
+    chunk: int | None,
+    warm: bool,
+    rng: torch.Generator,
+) -> TimedRepeat:
+    """Time the prefill of `context` tokens up to the last logits; a short prefill is repeated.
 
-
-def _machine_left() -> int | None:
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    for line in info.read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _group_left() -> int | None:
-    """What the control group of a container leaves, by either of the two layouts."""
-    root = Path("/sys/fs/cgroup")
-    for limit, used in (
-        (root / "memory.max", root / "memory.current"),
-        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    `warm` adds untimed reads that compile kernels and capture graphs. The cache is released
+    afterwards. Out-of-memory errors are not translated.
+    """
+    ids = decoder.random_prompt(batch, context, rng)
+    before = timer.allocated()
+    timer.reset_peak()
+    for _ in range(PREFILL_WARM_UPS if warm else 0):
+        decoder.start(batch, context)
+        decoder.prefill(ids, chunk)
+    seconds: list[float] = []
+    while len(seconds) < SHORT_PREFILL_REPEATS and (
+        not seconds
+        or min(seconds) <= SHORT_PREFILL_SECONDS
+        or (len(seconds) == 1 and seconds[0] <= HICCUP_SECONDS)
     ):
-        if limit.is_file() and used.is_file():
-            text = limit.read_text(encoding="utf-8").strip()
-            if text.isdigit():
-                return max(0, int(text) - int(used.read_text(encoding="utf-8")))
-    return None
+        decoder.start(batch, context)
+        seconds.append(timer.seconds(lambda: decoder.prefill(ids, chunk)))
+    return tuple(seconds), _release_and_measure(decoder, timer, before)
+
+
+def _release_and_measure(
+    decoder: Decoder,
+    timer: DeviceTimer,
+    before: int | None,
+    captured: int | None = None,
+    apart: bool = False,
+) -> Memory:
+    """The memory held since `before`, as described by `Memory`; releases the decoder's cache."""
+    peak = timer.peak()
+    weights, cache = decoder.weight_bytes, decoder.cache_bytes
+    decoder.release()
+    if peak is None or before is None:
+        return Memory(weights=weights, cache=cache)
+    highest = max(peak, captured or 0)
+    total = highest if apart else weights + highest - before
+    return Memory(weights=weights, cache=cache, peak=total, apart=apart)

@@ -1,6 +1,6 @@
-"""A run as one page to be read and sent: answers, scores, losses, costs, origins."""
+"""HTML report on a run: answers, scores, losses, costs, provenance."""
 
 from mmmamba_cli.reporting.page import Page, build_page, check_replaceable
-from mmmamba_cli.reporting.run_contents import Material, read_material
+from mmmamba_cli.reporting.run_contents import ReportData, read_report_data
 
-__all__ = ["Material", "Page", "build_page", "check_replaceable", "read_material"]
+__all__ = ["Page", "ReportData", "build_page", "check_replaceable", "read_report_data"]

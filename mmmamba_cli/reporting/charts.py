@@ -1,9 +1,7 @@
-"""Charts as plain SVG: panels of one width that a page puts side by side, or below each other.
+"""Bar and line charts as SVG of one width, with their scales and ticks.
 
-Colours are classes of the page's style (`s0`, `s1` ...), so that they follow light and dark; a
-series is told by its label, marker and dashes too, never by its colour alone.
-
-Numbers to places on a picture, and the ticks between them.
+Colours are CSS classes (`s0`, `s1`, ...), so that they follow light and dark mode. Label, marker
+and dashes also distinguish a series, so that colour is never needed.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from mmmamba_cli.reporting.html import Markup, tag
 
 @dataclass(frozen=True)
 class Scale:
-    """Values `low` to `high` onto coordinates `begin` to `end`; by their logarithms if `log`."""
+    """Maps values from `low` to `high` to coordinates from `begin` to `end`, linearly or by log."""
 
     low: float
     high: float
@@ -31,7 +29,7 @@ class Scale:
         return self.begin + share * (self.end - self.begin)
 
     def ticks(self, wanted: int = 4) -> list[float]:
-        """Round values inside the scale, about as many as `wanted`."""
+        """Round values within the scale, about `wanted` of them."""
         if self.log:
             return _decades(self.low, self.high)
         step = _round_step((self.high - self.low) / max(1, wanted))
@@ -41,7 +39,7 @@ class Scale:
 
 
 def around(values: Sequence[float], *, log: bool = False) -> tuple[float, float]:
-    """A range that holds all values with round ends; from zero on unless `log`."""
+    """A range with round ends that contains all values, and zero unless `log`."""
     low, high = min(values), max(values)
     if log:
         bottom, top = _round_below(low), _round_above(high)
@@ -51,7 +49,7 @@ def around(values: Sequence[float], *, log: bool = False) -> tuple[float, float]
 
 
 def _round_below(value: float) -> float:
-    """The next of 1, 2 and 5 times a power of ten, at most a positive value."""
+    """The largest of 1, 2 and 5 times a power of ten that is at most a positive value."""
     return max(step for step in _steps(value) if step <= value * (1 + 1e-9))
 
 
@@ -65,7 +63,7 @@ def _steps(value: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten; only the powers where these are many."""
+    """1, 2 and 5 times powers of ten; only the powers if there are more than three."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [
         factor * 10.0**power
@@ -85,7 +83,7 @@ def _log(value: float) -> float:
 
 
 def short(value: float) -> str:
-    """A number as a tick or label: three digits that say something, thousands with a letter."""
+    """Format a number as a tick or label: three significant digits, k, M and G for large ones."""
     size = abs(value)
     if not math.isfinite(value):
         return str(value)
@@ -97,20 +95,23 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if size >= 100 else f"{value:.3g}"
 
 
+# All sizes are in pixels.
 WIDTH = 340
 MARGIN = 8
-# Of a bar: its label's line, and the bar itself.
-LABEL, BAR, GAP = 15, 10, 7
-# Of a line chart: the plot's edges, and the marks at which lines are told apart.
-LEFT, RIGHT, TOP, BOTTOM, PLOT = 46, 12, 12, 36, 150
+# Heights in a bar chart.
+LABEL_HEIGHT, BAR_HEIGHT, BAR_GAP = 15, 10, 7
+# Edges and plot height of a line chart.
+LEFT, RIGHT, TOP, BOTTOM, PLOT_HEIGHT = 46, 12, 12, 36, 150
+MARKER_RADIUS = 3.2
+MIN_TICK_DISTANCE = 34
+# Series repeat their colour, dashes and marker after this many.
+NUM_STYLES = 6
 DASHES = (None, "6 3", "2 3", "8 3 2 3", "4 2", "1 2")
-SERIES = 6
-MARK = 3.2
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A value with its interval, if it has one; `series` picks the colour."""
+    """A value and optionally its interval; `series` selects the style."""
 
     label: str
     value: float
@@ -120,7 +121,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Line:
-    """Points by ascending x; those that are not finite are gaps."""
+    """Points with ascending x; values that are not finite are gaps."""
 
     label: str
     series: int
@@ -136,33 +137,33 @@ def bars(
     reference: tuple[float, str] | None = None,
     show: Callable[[float], str] = short,
 ) -> Markup:
-    """Horizontal bars from zero, each with its label, its value and its interval as a whisker.
+    """Horizontal bars from zero with label, value and the interval as a whisker.
 
-    `reference` is a value that all are read against, drawn through them, and what it is.
+    `reference` is a value and its description, drawn as a vertical line.
     """
     ends = [row.interval[1] for row in rows if row.interval] + [row.value for row in rows]
     known = [end for end in ends if math.isfinite(end)]
     top = high if high is not None else around(known)[1] if known else 1.0
     x = Scale(0, top, MARGIN, WIDTH - 52)
-    height = 4 + len(rows) * (LABEL + BAR + GAP) + 26
+    height = 4 + len(rows) * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP) + 26
     bottom = height - 24
     parts = [*_x_axis(x, bottom, 4)]
     if reference is not None:
         parts += _reference(x, reference, bottom)
     for number, row in enumerate(rows):
-        parts.append(_bar(row, x, 4 + number * (LABEL + BAR + GAP), show))
-    return _picture(title, _read_bars(title, rows, show), height, parts)
+        parts.append(_bar(row, x, 4 + number * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP), show))
+    return _svg(title, _describe_bars(title, rows, show), height, parts)
 
 
 def _bar(row: Bar, x: Scale, top: float, show: Callable[[float], str]) -> Markup:
-    y = top + LABEL
+    y = top + LABEL_HEIGHT
     if not math.isfinite(row.value):
         return tag(
             "g",
             tag("text", row.label, x=MARGIN, y=top + 11, class_="label"),
             tag("text", show(row.value), x=x(0) + 5, y=y + 9, class_="value"),
         )
-    # Where a bar ends and its whisker does: what is written stands behind both.
+    # The value is written behind the bar and its whisker.
     reach = row.interval[1] if row.interval else row.value
     end = max(x(row.value), x(reach) if math.isfinite(reach) else 0.0)
     parts = [
@@ -172,13 +173,13 @@ def _bar(row: Bar, x: Scale, top: float, show: Callable[[float], str]) -> Markup
             x=x(0),
             y=y,
             width=max(0.0, x(row.value) - x(0)),
-            height=BAR,
-            class_=f"fill s{row.series % SERIES}",
+            height=BAR_HEIGHT,
+            class_=f"fill s{row.series % NUM_STYLES}",
         ),
     ]
     if row.interval is not None and all(map(math.isfinite, row.interval)):
         low, high = map(x, row.interval)
-        middle = y + BAR / 2
+        middle = y + BAR_HEIGHT / 2
         path = f"M{low:.2f} {middle - 4}v8M{high:.2f} {middle - 4}v8M{low:.2f} {middle}H{high:.2f}"
         parts.append(tag("path", d=path, class_="whisker"))
     parts.append(tag("text", show(row.value), x=end + 5, y=y + 9, class_="value"))
@@ -204,7 +205,7 @@ def lines(
     show: Callable[[float], str] = short,
     x_ticks: Sequence[float] | None = None,
 ) -> Markup:
-    """Lines over a common x; logarithmic axes only where all values allow them."""
+    """Lines over a common x axis; an axis is logarithmic only if all its values are positive."""
     points = [point for line in series for point in line.points if math.isfinite(point[1])]
     if not points:
         raise ValueError(f"{title}: there is nothing to draw")
@@ -213,20 +214,22 @@ def lines(
     xs = [point[0] for point in points]
     low, high = around([point[1] for point in points], log=log_y)
     x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
-    y = Scale(low, high, TOP + PLOT, TOP, log_y)
-    parts = [*_y_axis(y, show), *_x_axis(x, TOP + PLOT, TOP, x_ticks)]
+    y = Scale(low, high, TOP + PLOT_HEIGHT, TOP, log_y)
+    parts = [*_y_axis(y, show), *_x_axis(x, TOP + PLOT_HEIGHT, TOP, x_ticks)]
     parts.append(
         tag(
             "text",
             x_name,
             x=(LEFT + WIDTH - RIGHT) / 2,
-            y=TOP + PLOT + 32,
+            y=TOP + PLOT_HEIGHT + 32,
             class_="tick",
             text_anchor="middle",
         )
     )
     parts += [_line(line, x, y) for line in series]
-    return _picture(title, _read_lines(series, x_name, y_name, show), TOP + PLOT + BOTTOM, parts)
+    return _svg(
+        title, _describe_lines(series, x_name, y_name, show), TOP + PLOT_HEIGHT + BOTTOM, parts
+    )
 
 
 def _line(line: Line, x: Scale, y: Scale) -> Markup:
@@ -239,7 +242,7 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
         finite.append((x(at), y(value)))
         path.append(f"{pen}{finite[-1][0]:.2f} {finite[-1][1]:.2f}")
         pen = "L"
-    kind = line.series % SERIES
+    kind = line.series % NUM_STYLES
     parts = (
         [tag("path", d="".join(path), class_=f"stroke s{kind}", stroke_dasharray=DASHES[kind])]
         if path
@@ -251,8 +254,8 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
 
 
 def marker(series: int, x: float, y: float) -> Markup:
-    """The shape of a series: circle, square, triangle, diamond, cross, ring."""
-    kind, r = series % SERIES, MARK
+    """The marker of a series: circle, square, triangle, diamond, cross or ring."""
+    kind, r = series % NUM_STYLES, MARKER_RADIUS
     if kind == 0:
         return tag("circle", cx=x, cy=y, r=r, class_="fill s0")
     if kind == 5:
@@ -270,8 +273,8 @@ def marker(series: int, x: float, y: float) -> Markup:
 
 
 def swatch(series: int, lined: bool) -> Markup:
-    """A series in a legend: a piece of its line with its marker, or of its bar."""
-    kind = series % SERIES
+    """The sample of a series in a legend: its line and marker, or its colour."""
+    kind = series % NUM_STYLES
     if not lined:
         inner = [tag("rect", x=0, y=1, width=14, height=10, class_=f"fill s{kind}")]
     else:
@@ -295,9 +298,9 @@ def _x_axis(
     x: Scale, bottom: float, top: float, ticks: Sequence[float] | None = None
 ) -> list[Markup]:
     parts = []
-    for value in _thinned(x, x.ticks() if ticks is None else ticks):
+    for value in _spaced_ticks(x, x.ticks() if ticks is None else ticks):
         place = x(value)
-        # At the edges a centred number would be cut.
+        # A centred number would be cut off at the edges.
         anchor = "middle" if 14 < place < WIDTH - 14 else "start" if place <= 14 else "end"
         parts += [
             tag("line", x1=place, x2=place, y1=top, y2=bottom, class_="grid"),
@@ -306,11 +309,11 @@ def _x_axis(
     return parts
 
 
-def _thinned(x: Scale, ticks: Sequence[float]) -> list[float]:
-    """Those ticks whose numbers have room beside the one before."""
+def _spaced_ticks(x: Scale, ticks: Sequence[float]) -> list[float]:
+    """The ticks that are far enough from the one before for their numbers."""
     kept: list[float] = []
     for value in ticks:
-        if not kept or abs(x(value) - x(kept[-1])) >= 34:
+        if not kept or abs(x(value) - x(kept[-1])) >= MIN_TICK_DISTANCE:
             kept.append(value)
     return kept
 
@@ -325,7 +328,7 @@ def _y_axis(y: Scale, show: Callable[[float], str]) -> list[Markup]:
     return parts
 
 
-def _picture(title: str, read: str, height: float, parts: Sequence[Markup]) -> Markup:
+def _svg(title: str, description: str, height: float, parts: Sequence[Markup]) -> Markup:
     return tag(
         "svg",
         *parts,
@@ -333,12 +336,12 @@ def _picture(title: str, read: str, height: float, parts: Sequence[Markup]) -> M
         width=WIDTH,
         height=f"{height:g}",
         role="img",
-        aria_label=f"{title}. {read}",
+        aria_label=f"{title}. {description}",
     )
 
 
-def _read_bars(title: str, rows: Sequence[Bar], show: Callable[[float], str]) -> str:
-    """What the picture says, for those who do not see it."""
+def _describe_bars(title: str, rows: Sequence[Bar], show: Callable[[float], str]) -> str:
+    """The chart in words, for screen readers."""
     return "; ".join(
         f"{row.label}: {show(row.value)}"
         + (f", {show(row.interval[0])} to {show(row.interval[1])}" if row.interval else "")
@@ -346,13 +349,13 @@ def _read_bars(title: str, rows: Sequence[Bar], show: Callable[[float], str]) ->
     )
 
 
-def _read_lines(
+def _describe_lines(
     series: Sequence[Line], x_name: str, y_name: str, show: Callable[[float], str]
 ) -> str:
-    told = []
+    sentences = []
     for line in series:
         finite = [point for point in line.points if math.isfinite(point[1])]
         if finite:
             (a, b), (c, d) = finite[0], finite[-1]
-            told.append(f"{line.label}: {show(b)} at {short(a)} to {show(d)} at {short(c)}")
-    return f"{y_name} over {x_name}. " + "; ".join(told)
+            sentences.append(f"{line.label}: {show(b)} at {short(a)} to {show(d)} at {short(c)}")
+    return f"{y_name} over {x_name}. " + "; ".join(sentences)

@@ -1,4 +1,4 @@
-"""The section on what a token costs: memory and time over context lengths."""
+"""The section on costs: memory and time over the context length."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mmmamba_cli.profiling.result import DECODE, PREFILL, Ratio, Task
 from mmmamba_cli.reporting.charts import Line, lines, swatch
 from mmmamba_cli.reporting.html import Markup, figure, joined, paragraph, section, table, tag
 
-MEBIBYTE = 2**20
+MIB = 2**20
 
 
 def costs_section(profile: Profile, series: Mapping[str, int]) -> Markup:
-    """Three panels over the context, what is compared, and how it was measured."""
+    """Three panels over the context, the models compared, and the conditions."""
     names = [subject.name for subject in profile.subjects]
     panels = [
         _panel(profile, series, "memory while decoding, MiB", DECODE, _memory),
@@ -30,9 +30,12 @@ def costs_section(profile: Profile, series: Mapping[str, int]) -> Markup:
             f"seed {profile.seed}",
         )
     )
-    told = [report.gate_line(profile), *(f"{line}." for line in report.host_lines(profile))]
-    told += [f"{note}." for note in profile.notes]
-    told += [f"{remark}." for remark in report.remarks(profile)]
+    sentences = [
+        report.correctness_line(profile),
+        *(f"{line}." for line in report.launch_overhead_lines(profile)),
+    ]
+    sentences += [f"{note}." for note in profile.notes]
+    sentences += [f"{remark}." for remark in report.remarks(profile)]
     return section(
         "costs",
         f"Memory and time against context: {', '.join(names)}",
@@ -51,7 +54,7 @@ def costs_section(profile: Profile, series: Mapping[str, int]) -> Markup:
                 for title, heading, rows in report.tables(profile)
             ),
         ),
-        tag("ul", *(tag("li", line) for line in told), class_="small"),
+        tag("ul", *(tag("li", line) for line in sentences), class_="small"),
     )
 
 
@@ -69,7 +72,7 @@ def _panel(
             drawn.append(Line(subject.name, series[subject.name], points, marked=True))
     if not drawn:
         return None
-    picture = lines(
+    chart = lines(
         f"{title}, by context",
         drawn,
         x_name="context, tokens",
@@ -78,7 +81,7 @@ def _panel(
         log_y=True,
         x_ticks=profile.plan.lengths(task),
     )
-    return tag("div", tag("h3", title), picture)
+    return tag("div", tag("h3", title), chart)
 
 
 def _points(
@@ -94,7 +97,7 @@ def _points(
 
 
 def _memory(one: Measurement) -> float | None:
-    return None if one.memory is None else one.memory.total / MEBIBYTE
+    return None if one.memory is None else one.memory.total / MIB
 
 
 def _milliseconds(one: Measurement) -> float | None:
@@ -102,7 +105,7 @@ def _milliseconds(one: Measurement) -> float | None:
 
 
 def headline(profile: Profile) -> list[str]:
-    """For each student and baseline, how they compare at the longest context both reached."""
+    """A sentence per student and baseline, at the longest context that both reached."""
     longest: dict[tuple[str, str], Ratio] = {}
     for ratio in sorted(profile.ratios, key=lambda one: one.context):
         if ratio.task == DECODE:

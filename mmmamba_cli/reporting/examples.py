@@ -1,4 +1,4 @@
-"""Questions with their pictures and what each model said: the first ones, not the best ones."""
+"""Example questions with their images and each model's answers: the first ones, not the best."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring.yes_no import read_words
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.evaluate.vlmeval_table import Table
-from mmmamba_cli.reporting.run_contents import Evaluated
+from mmmamba_cli.reporting.run_contents import ModelResult
 
-# Pixels of the longer side of a shown picture, and questions shown about one.
-SIDE, QUESTIONS = 336, 4
-JPEG = 80
+# Pixels of the longer side of an image, and questions per image.
+MAX_IMAGE_SIDE, MAX_QUESTIONS = 336, 4
+JPEG_QUALITY = 80
 
 
 @dataclass(frozen=True)
-class Said:
-    """One model's answer; `right` is None where no rule of ours can tell."""
+class ModelAnswer:
+    """One model's answer; `right` is None if no rule can decide it."""
 
     label: str
     text: str
@@ -34,29 +34,29 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question, the right answer, and what was said."""
+class QuestionAnswers:
+    """A question, the right answer, and each model's answer."""
 
     question: str
     answer: str
-    said: tuple[Said, ...]
+    answers: tuple[ModelAnswer, ...]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, as a data URI, None where there is none, and questions about it."""
+    """An image as a data URI, None if there is none, and questions about it."""
 
     category: str
     number: str
     picture: str | None
-    asked: tuple[Asked, ...]
+    questions: tuple[QuestionAnswers, ...]
     left_out: int
 
 
 def find_examples(
-    suite: Suite, table: Table, rows: Sequence[Row], results: Sequence[Evaluated]
+    suite: Suite, table: Table, rows: Sequence[Row], results: Sequence[ModelResult]
 ) -> list[Example]:
-    """The first picture of each category that every model was asked about."""
+    """The first image of each category about which every model was asked."""
     units: dict[str, list[Row]] = {}
     for row in rows:
         if all(row.index in one.answers for one in results):
@@ -67,10 +67,11 @@ def find_examples(
     return [_example(suite, table, unit, results) for unit in first.values()]
 
 
-def open_table(results: Sequence[Evaluated], data: Path | None) -> tuple[Suite, Table, list[Row]]:
-    """The table that results of one suite were asked from, and its rows that all of them answer.
+def open_table(results: Sequence[ModelResult], data: Path | None) -> tuple[Suite, Table, list[Row]]:
+    """Open the table of a suite's results, and select the rows that all of them answer.
 
-    Raises `DataError` if it cannot be had, or is another one.
+    Raises:
+        DataError: if the table is not found, or is not the one the results are from.
     """
     result = results[0].result
     suite = find_suite(result.suite)
@@ -81,45 +82,45 @@ def open_table(results: Sequence[Evaluated], data: Path | None) -> tuple[Suite, 
             "name its folder with --data",
         )
     if result.data.partial:
-        # Which rows a limit took depends on the version that asked.
+        # The rows that --limit selects depend on the version that ran the evaluation.
         rows = [row for row in rows if all(row.index in one.answers for one in results)]
     return suite, table, rows
 
 
 def _refuse_to_build(text: str) -> NoReturn:
-    # Had the answers been to the suite's own table, it would be in the cache.
+    # Answers to the suite's built table would have left that table in the cache.
     raise DataError("the table of questions is not there", "name its folder with --data")
 
 
 def judge(suite: Suite) -> Callable[[str, str], bool | None]:
-    """Whether an answer is right, by (right answer, answer): of questions of yes and no."""
+    """A function (right answer, answer) -> right or not, for yes/no suites; None for others."""
     if suite.choices != ("Yes", "No"):
-        return lambda answer, said: None
-    return lambda answer, said: read_words(said) == answer.lower()
+        return lambda expected, answer: None
+    return lambda expected, answer: read_words(answer) == expected.lower()
 
 
 def _example(
-    suite: Suite, table: Table, rows: Sequence[Row], results: Sequence[Evaluated]
+    suite: Suite, table: Table, rows: Sequence[Row], results: Sequence[ModelResult]
 ) -> Example:
     is_right = judge(suite)
-    asked = []
-    for row in rows[:QUESTIONS]:
-        said = []
+    questions = []
+    for row in rows[:MAX_QUESTIONS]:
+        answers = []
         for one in results:
             text = one.answers[row.index]["prediction"]
-            said.append(Said(one.label, text, is_right(row.answer, text)))
-        asked.append(Asked(row.question, row.answer, tuple(said)))
+            answers.append(ModelAnswer(one.label, text, is_right(row.answer, text)))
+        questions.append(QuestionAnswers(row.question, row.answer, tuple(answers)))
     return Example(
         rows[0].category,
         rows[0].index,
         _picture(suite, table, rows[0]),
-        tuple(asked),
-        len(rows) - len(asked),
+        tuple(questions),
+        len(rows) - len(questions),
     )
 
 
 def _picture(suite: Suite, table: Table, row: Row) -> str | None:
-    """The first picture of a row, drawn anew: nothing of the file gets into the page."""
+    """The first image of a row, re-encoded so that no metadata of the file gets into the page."""
     try:
         pictures = pictures_of(table, table.cells[row.place], suite.dataset, suite.enlarge)
         if not pictures:
@@ -127,7 +128,7 @@ def _picture(suite: Suite, table: Table, row: Row) -> str | None:
         image = pictures[0].open()
     except MmmambaError:
         return None
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=JPEG)
+    image.save(file, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

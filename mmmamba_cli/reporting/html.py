@@ -1,21 +1,16 @@
-"""The page's looks: one text of CSS, light and dark, on screens of any width and on paper.
-
-HTML and SVG as text in which everything is escaped that did not come from `tag`.
-
-Parts of a page: tables that can be read aloud, figures with their numbers beside them.
-"""
+"""HTML and SVG markup with escaping, elements of a page, and its CSS."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# Elements of HTML that have no end tag.
-VOID = frozenset(("img", "meta", "br", "hr"))
+# HTML elements without an end tag.
+VOID_ELEMENTS = frozenset(("img", "meta", "br", "hr"))
 
 
 class Markup(str):
-    """Text that is markup already. Only `tag` and `joined` make it."""
+    """Text that is already escaped. Only `tag` and `joined` create it."""
 
     __slots__ = ()
 
@@ -24,25 +19,26 @@ Child = Markup | str | int | float | None
 
 
 def tag(name: str, /, *children: Child, **attributes: str | int | float | None) -> Markup:
-    """An element. Children that are not markup are escaped; None is left out, among both.
+    """An element. Children that are not `Markup` are escaped; None is omitted.
 
-    `class_` is written `class`, and an underscore within a name is a hyphen: `stroke_width`.
+    In attribute names a trailing underscore is dropped (`class_`) and others become hyphens
+    (`stroke_width`).
     """
     words = [name]
     for key, value in attributes.items():
         if value is not None:
             words.append(f'{key.rstrip("_").replace("_", "-")}="{escape(plain(value))}"')
     opened = f"<{' '.join(words)}>"
-    return Markup(opened if name in VOID else f"{opened}{joined(children)}</{name}>")
+    return Markup(opened if name in VOID_ELEMENTS else f"{opened}{joined(children)}</{name}>")
 
 
 def joined(children: Iterable[Child], by: str = "") -> Markup:
-    """Children one after the other."""
+    """Concatenate children, escaping those that are not `Markup`."""
     return Markup(escape(by).join(_text(child) for child in children if child is not None))
 
 
 def plain(value: str | int | float) -> str:
-    """A coordinate with at most two decimals; other values as they are."""
+    """A float with at most two decimals; other values unchanged."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
@@ -61,9 +57,9 @@ def table(
     *,
     words: bool = False,
 ) -> Markup:
-    """A table with a caption; the first cell of a row names it. None is shown as a dash.
+    """A table with a caption; the first cell of a row is its heading. None is shown as a dash.
 
-    Cells are aligned right, as numbers are; left if they are `words`.
+    Cells are aligned right for numbers, or left if they are `words`.
     """
     head = tag("tr", *(tag("th", cell, scope="col") for cell in heading))
     body = []
@@ -77,12 +73,12 @@ def table(
         tag("tbody", *body),
         class_="words" if words else None,
     )
-    # A wide table scrolls by itself, with the keyboard too; the page does not.
+    # A wide table scrolls on its own, also by keyboard, instead of the page.
     return tag("div", inner, class_="scrolls", tabindex=0, role="group", aria_label=caption)
 
 
 def figure(picture: Markup, caption: Child, numbers: Markup | None = None) -> Markup:
-    """A picture, what it shows, and the numbers of it, folded."""
+    """A picture, its caption, and its numbers in a collapsed element."""
     folded = None
     if numbers is not None:
         folded = tag("details", tag("summary", "The numbers as a table"), numbers)
@@ -90,25 +86,17 @@ def figure(picture: Markup, caption: Child, numbers: Markup | None = None) -> Ma
 
 
 def section(name: str, title: str, *children: Child) -> Markup:
-    """A part of the page under its heading; `name` is its anchor."""
+    """A section with a heading; `name` is its anchor."""
     head = tag("h2", title, id=f"{name}-title")
     return tag("section", head, *children, id=name, aria_labelledby=f"{name}-title")
-
-
-def code(text: str) -> Markup:
-    return tag("code", text)
 
 
 def listed(items: Iterable[Child], ordered: bool = False) -> Markup:
     return tag("ol" if ordered else "ul", *(tag("li", item) for item in items))
 
 
-def lines(items: Iterable[Child]) -> Markup:
-    return joined(items, by="\n")
-
-
-# Six colours that stay apart for most kinds of colour blindness (after Okabe and Ito, 2008),
-# darkened or lightened until they stand out against their background by 3 to 1.
+# Six colours for colour-blind readers (after Okabe and Ito, 2008), darkened or lightened to a
+# contrast of 3:1 with the background.
 LIGHT = ("#0072b2", "#b35900", "#007a5a", "#a63c7f", "#6b5d00", "#5b5bd6")
 DARK = ("#6bb7ec", "#f2a65a", "#4fc9a2", "#e79ac4", "#d8c64a", "#a9a9ff")
 

@@ -1,4 +1,4 @@
-"""The section on training: a panel for each stage, with every student that went through it."""
+"""The section on training: a panel per stage with the loss curve of every student."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from mmmamba_cli.recipe import Stage
 from mmmamba_cli.reporting.charts import Line, lines, swatch
 from mmmamba_cli.reporting.html import Markup, figure, section, table, tag
-from mmmamba_cli.reporting.run_contents import Trained
+from mmmamba_cli.reporting.run_contents import TrainedStage
 
-# Points of a curve: more are not seen, and make the page large.
-POINTS = 300
+# More points per curve would enlarge the page without being visible.
+MAX_POINTS = 300
 LOSSES = {
     "mixer-mse": "squared error of the mixers' outputs",
     "kl": "KL(teacher, student), nats a token",
@@ -22,8 +22,8 @@ LOSSES = {
 }
 
 
-def losses_section(trained: Sequence[Trained], series: Mapping[str, int]) -> Markup:
-    """Loss over steps, stage by stage, in training; held-out numbers in the table."""
+def losses_section(trained: Sequence[TrainedStage], series: Mapping[str, int]) -> Markup:
+    """Training loss over steps by stage; held-out numbers in the table."""
     stages = list(dict.fromkeys(one.stage for one in trained))
     panels = [
         _panel(name, [one for one in trained if one.stage == name], series) for name in stages
@@ -40,12 +40,12 @@ def losses_section(trained: Sequence[Trained], series: Mapping[str, int]) -> Mar
     )
 
 
-def stage_of(one: Trained) -> Stage | None:
-    """The stage as its recipe has it; None where the recipe knows no such stage."""
+def stage_of(one: TrainedStage) -> Stage | None:
+    """The stage in the product's recipe; None if the recipe has no stage of that name."""
     return next((stage for stage in one.recipe.stages if stage.name == one.stage), None)
 
 
-def _panel(name: str, trained: Sequence[Trained], series: Mapping[str, int]) -> Markup:
+def _panel(name: str, trained: Sequence[TrainedStage], series: Mapping[str, int]) -> Markup:
     stage = stage_of(trained[0])
     what = "loss" if stage is None else LOSSES[stage.loss]
     if stage is not None and stage.loss_scale != 1:
@@ -65,16 +65,16 @@ def _panel(name: str, trained: Sequence[Trained], series: Mapping[str, int]) -> 
 
 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(step, loss); a loss that was no number is NaN, which leaves a gap."""
+    """(step, loss); a loss that is not a number becomes NaN, a gap in the curve."""
     return [(float(row["step"]), _number(row["loss"])) for row in rows]
 
 
 def thinned(
-    curve: Sequence[tuple[float, float]], most: int = POINTS
+    curve: Sequence[tuple[float, float]], most: int = MAX_POINTS
 ) -> tuple[tuple[float, float], ...]:
-    """At most `most` points: means of neighbours, in both coordinates.
+    """Reduce a curve to at most `most` points by averaging neighbours in both coordinates.
 
-    Values that are not finite are left out of a mean; a mean of such values only is NaN.
+    A mean leaves out values that are not finite, and is NaN if there are no others.
     """
     if len(curve) <= most:
         return tuple(curve)
@@ -93,7 +93,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _numbers(trained: Sequence[Trained]) -> Markup:
+def _numbers(trained: Sequence[TrainedStage]) -> Markup:
     rows = []
     for one in trained:
         stage, metrics = stage_of(one), one.product.metrics
@@ -105,12 +105,12 @@ def _numbers(trained: Sequence[Trained]) -> Markup:
                 f"{len(one.rows):,}",
                 None if stage is None else f"{stage.batch_size:,}",
                 None if stage is None else f"{stage.lr:g}",
-                _told(metrics.get("tokens"), "{:,.0f}"),
+                _formatted(metrics.get("tokens"), "{:,.0f}"),
                 f"{curve[0][1]:.4g}",
                 f"{curve[-1][1]:.4g}",
-                _told(held_out.get("loss"), "{:.4g}"),
-                _told(held_out.get("agreement"), "{:.1%}"),
-                _told(metrics.get("seconds"), "{:,.0f}"),
+                _formatted(held_out.get("loss"), "{:.4g}"),
+                _formatted(held_out.get("agreement"), "{:.1%}"),
+                _formatted(metrics.get("seconds"), "{:,.0f}"),
             )
         )
     heading = (
@@ -128,7 +128,7 @@ def _numbers(trained: Sequence[Trained]) -> Markup:
     return table("What each stage was given and came to", heading, rows)
 
 
-def _told(value: Any, form: str) -> str | None:
+def _formatted(value: Any, form: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return form.format(value)

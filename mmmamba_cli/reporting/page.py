@@ -1,4 +1,4 @@
-"""One self-contained page: no script, nothing loaded, every part that there is material for."""
+"""The page of a report: one self-contained HTML file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from pathlib import Path
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.evaluate import Suite
 from mmmamba_cli.evaluate.result import RulePart
+from mmmamba_cli.reporting.comparisons import (
+    ScoreDifference,
+    difference_sentence,
+    external_differences,
+    external_section,
+    product_pairs,
+    score_difference,
+)
 from mmmamba_cli.reporting.costs import costs_section, headline
-from mmmamba_cli.reporting.differences import Difference, difference, pairs, sentence
 from mmmamba_cli.reporting.examples import find_examples, open_table
-from mmmamba_cli.reporting.external_section import comparison_section
-from mmmamba_cli.reporting.external_section import differences as measured_differences
 from mmmamba_cli.reporting.html import (
     CSS,
     Child,
@@ -29,10 +34,10 @@ from mmmamba_cli.reporting.loss_curves import losses_section
 from mmmamba_cli.reporting.provenance import (
     commands_section,
     lineage_section,
-    place,
+    teacher_name,
     versions_section,
 )
-from mmmamba_cli.reporting.run_contents import Evaluated, Material, parts_by_label
+from mmmamba_cli.reporting.run_contents import ModelResult, ReportData, parts_by_label
 from mmmamba_cli.reporting.scores import accuracy_section, examples_section
 from mmmamba_cli.runs.provenance import public_text
 
@@ -41,7 +46,7 @@ MARK = "mmmamba report"
 
 @dataclass(frozen=True)
 class Page:
-    """The text of the file; `shown` and `left_out` are the parts, `left_out` with the reason."""
+    """The HTML, the names of the parts shown, and the parts left out with the reason."""
 
     html: str
     shown: tuple[str, ...]
@@ -49,50 +54,50 @@ class Page:
 
 
 def build_page(
-    material: Material,
+    report: ReportData,
     *,
     created: str,
     title: str | None = None,
     note: str | None = None,
     data: Path | None = None,
 ) -> Page:
-    """The report on `material`. `data` is the folder of the suites' tables, for the pictures;
-    `note` is what a reader must know first.
+    """Build the page. `data` is the folder of the suites' tables, which hold the images; `note` is
+    a sentence below the heading.
 
-    Parts without material are left out, and the page says so.
+    Parts without content are left out, and the page names them.
     """
-    series = _series(material)
+    series = _series(report)
     parts: dict[str, Markup] = {}
     left_out: dict[str, str] = {}
-    differences: list[Difference] = []
-    for suite in _suites(material):
-        results = [one for one in material.evaluated if one.result.suite == suite]
-        parts |= _answers(material, results, series, data, differences, left_out)
-    for number, comparison in enumerate(material.comparisons, start=1):
-        parts[comparison.title] = comparison_section(number, comparison, series)
-        differences += measured_differences(comparison)
-    if not material.evaluated:
+    differences: list[ScoreDifference] = []
+    for suite in _suites(report):
+        results = [one for one in report.evaluated if one.result.suite == suite]
+        parts |= _suite_sections(report, results, series, data, differences, left_out)
+    for number, comparison in enumerate(report.comparisons, start=1):
+        parts[comparison.title] = external_section(number, comparison, series)
+        differences += external_differences(comparison)
+    if not report.evaluated:
         left_out["scores and examples"] = "nothing was evaluated: `mmmamba eval --suite scenes`"
-    if material.trained:
-        parts["losses"] = losses_section(material.trained, series)
+    if report.trained:
+        parts["losses"] = losses_section(report.trained, series)
     else:
         left_out["losses"] = "no stage of distillation was run: `mmmamba distill --data FILE`"
-    if material.main.profile is not None:
-        parts["costs"] = costs_section(material.main.profile, series)
+    if report.main.profile is not None:
+        parts["costs"] = costs_section(report.main.profile, series)
     else:
         left_out["costs"] = "nothing was measured: `mmmamba profile`"
-    parts["lineage"] = lineage_section(material)
-    parts["commands"] = commands_section(material)
-    parts["versions"] = versions_section(material, created)
-    if left_out or material.remarks:
-        parts["left out"] = _left_out(left_out, material.remarks)
-    heading = title or _title(material)
-    body = joined((_head(heading, note, material, differences), *parts.values()))
+    parts["lineage"] = lineage_section(report)
+    parts["commands"] = commands_section(report)
+    parts["versions"] = versions_section(report, created)
+    if left_out or report.remarks:
+        parts["left out"] = _left_out(left_out, report.remarks)
+    heading = title or _title(report)
+    body = joined((_head(heading, note, report, differences), *parts.values()))
     return Page(_document(heading, body), tuple(parts), left_out)
 
 
 def check_replaceable(file: Path) -> None:
-    """Raise `RunError` if `file` is there and is no report, which a report may replace."""
+    """Raise `RunError` if `file` exists and is not a report."""
     try:
         if not file.exists() or f">{MARK}<".encode() in file.read_bytes():
             return
@@ -101,39 +106,39 @@ def check_replaceable(file: Path) -> None:
     raise RunError(f"{file} is there and is no report of mmmamba", "choose another file")
 
 
-def _suites(material: Material) -> list[str]:
-    return list(dict.fromkeys(one.result.suite for one in material.evaluated))
+def _suites(report: ReportData) -> list[str]:
+    return list(dict.fromkeys(one.result.suite for one in report.evaluated))
 
 
-def _series(material: Material) -> dict[str, int]:
-    """A colour for each model, the same in all parts; a product of which another was made and
-    evaluated has the colour of that one."""
-    labels = list(material.labels)
-    if material.main.profile is not None:
-        labels += [subject.name for subject in material.main.profile.subjects]
+def _series(report: ReportData) -> dict[str, int]:
+    """A colour number per model, the same in all parts. A product takes the colour of the evaluated
+    product that was made from it."""
+    labels = list(report.labels)
+    if report.main.profile is not None:
+        labels += [subject.name for subject in report.main.profile.subjects]
     found = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    for run in material.runs:
+    for run in report.runs:
         for one in run.trained:
-            heirs = list(map(run.label, run.heirs(one.product.name)))
-            known = next((found[label] for label in heirs if label in found), None)
+            descendants = list(map(run.label, run.descendants(one.product.name)))
+            known = next((found[label] for label in descendants if label in found), None)
             found.setdefault(one.label, len(found) if known is None else known)
     return found
 
 
-def _answers(
-    material: Material,
-    results: Sequence[Evaluated],
+def _suite_sections(
+    report: ReportData,
+    results: Sequence[ModelResult],
     series: dict[str, int],
     data: Path | None,
-    differences: list[Difference],
+    differences: list[ScoreDifference],
     left_out: dict[str, str],
 ) -> dict[str, Markup]:
-    """The sections on one suite; adds to `differences` and `left_out`."""
+    """The sections of one suite; adds to `differences` and `left_out`."""
     name = results[0].result.suite
     suite: Suite | None = None
-    found: list[Difference] = []
+    found: list[ScoreDifference] = []
     parts: dict[str, Markup] = {}
-    # What was asked otherwise is another measurement: the questions of most models are shown.
+    # Results over other questions are not comparable: the largest comparable group is shown.
     groups = [
         [one for one in results if one.result.data.same_questions(first.result.data)]
         for first in results
@@ -141,7 +146,9 @@ def _answers(
     alike = max(groups, key=len)
     try:
         suite, table_, rows = open_table(alike, data)
-        compared = [difference(suite, rows, one, other) for one, other in pairs(material, alike)]
+        compared = [
+            score_difference(suite, rows, one, other) for one, other in product_pairs(report, alike)
+        ]
         found = [one for one in compared if one is not None]
         answered = [one for one in alike if one.answers]
         examples = find_examples(suite, table_, rows, answered) if answered else []
@@ -159,37 +166,37 @@ def _answers(
     return {f"scores, {name}": scores, **parts}
 
 
-def _title(material: Material) -> str:
-    students = [name for name, one in material.main.products.items() if one.final]
-    teacher = material.main.teacher
-    against = "" if teacher is None else f" against {place(teacher.path)}"
-    return f"{', '.join(students) or ', '.join(material.main.products)}{against}"
+def _title(report: ReportData) -> str:
+    students = [name for name, one in report.main.products.items() if one.final]
+    teacher = report.main.teacher
+    against = "" if teacher is None else f" against {teacher_name(teacher.path)}"
+    return f"{', '.join(students) or ', '.join(report.main.products)}{against}"
 
 
 def _head(
-    title: str, note: str | None, material: Material, differences: Sequence[Difference]
+    title: str, note: str | None, report: ReportData, differences: Sequence[ScoreDifference]
 ) -> Markup:
-    """What this is and what it came to, before anything else."""
-    titles = dict.fromkeys(one.result.title for one in material.evaluated if one.result.rules)
+    """Title, headline scores and differences."""
+    titles = dict.fromkeys(one.result.title for one in report.evaluated if one.result.rules)
     tables = [
-        _headlines(title, [one for one in material.evaluated if one.result.title == title])
+        _headlines(title, [one for one in report.evaluated if one.result.title == title])
         for title in titles
     ]
-    said: list[Child] = [sentence(one) for one in differences]
-    if material.main.profile is not None:
-        said += headline(material.main.profile)
+    sentences: list[Child] = [difference_sentence(one) for one in differences]
+    if report.main.profile is not None:
+        sentences += headline(report.main.profile)
     return tag(
         "header",
         paragraph(MARK, class_="small"),
         tag("h1", title),
         None if note is None else paragraph(note, class_="lead"),
         *tables,
-        listed(said) if said else None,
+        listed(sentences) if sentences else None,
     )
 
 
-def _headlines(title: str, results: Sequence[Evaluated]) -> Markup:
-    """The headline of every model in one suite; which rule it is by where that differs."""
+def _headlines(title: str, results: Sequence[ModelResult]) -> Markup:
+    """The headline score of every model in one suite, with the rule if rules differ."""
     parts = parts_by_label(results)
     differ = len({part.rule for part in parts.values()}) > 1
     rows = [
@@ -230,7 +237,7 @@ def _document(title: str, body: Markup) -> str:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        # Nothing may be loaded, whatever slipped into the page.
+        # Blocks every request, even if foreign markup got into the page.
         tag(
             "meta",
             http_equiv="Content-Security-Policy",

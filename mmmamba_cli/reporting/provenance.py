@@ -1,4 +1,4 @@
-"""Sections on where everything comes from: lineage, commands, versions."""
+"""Sections on provenance: lineage, commands, versions."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import PurePath
 
 from mmmamba_cli.checkpoint import public_name_of
 from mmmamba_cli.reporting.html import Markup, joined, paragraph, section, table, tag
-from mmmamba_cli.reporting.run_contents import Material, Told
+from mmmamba_cli.reporting.run_contents import ReportData, RunContents
 from mmmamba_cli.runs import Manifest
 from mmmamba_cli.runs.provenance import public_command, public_name, public_recipe
 
-DIGITS = 12
+HASH_DIGITS = 12
 
 
-def lineage_section(material: Material) -> Markup:
-    """What came from what: a list in a list for each run, and its products as a table."""
+def lineage_section(report: ReportData) -> Markup:
+    """Lineage of each run as a nested list, and its products as a table."""
     parts: list[Markup] = []
-    for run in material.runs:
+    for run in report.runs:
         title = "This run" if run.name is None else f"Compared with: {run.name}"
         parts += [tag("h3", title), _tree(run), _products(run), *_recipes(run)]
     return section("lineage", "What came from what, by content hash", *parts)
 
 
-def _tree(run: Told) -> Markup:
+def _tree(run: RunContents) -> Markup:
     above: dict[str, list[Manifest]] = {}
     for product in run.products.values():
         parent = next((p.name for p in product.parents if p.role == "student"), "")
@@ -41,19 +41,19 @@ def _tree(run: Told) -> Markup:
     return tag("ul", tag("li", _teacher(run), branch("")), class_="tree")
 
 
-def _teacher(run: Told) -> Markup:
+def _teacher(run: RunContents) -> Markup:
     if run.teacher is None:
         return tag("span", "no teacher: the student was imported", class_="node")
     return tag(
         "span",
         tag("strong", "teacher "),
-        f"{place(run.teacher.path)} ",
-        tag("code", run.teacher.content_hash[:DIGITS]),
+        f"{teacher_name(run.teacher.path)} ",
+        tag("code", run.teacher.content_hash[:HASH_DIGITS]),
         class_="node",
     )
 
 
-def _node(product: Manifest, run: Told) -> Markup:
+def _node(product: Manifest, run: RunContents) -> Markup:
     how = [f"by {product.made_by}", product.kind]
     if product.name == run.current:
         how.append("current")
@@ -61,17 +61,17 @@ def _node(product: Manifest, run: Told) -> Markup:
         "span",
         tag("strong", f"{run.label(product.name)} "),
         f"{', '.join(how)} ",
-        tag("code", product.content_hash[:DIGITS]),
+        tag("code", product.content_hash[:HASH_DIGITS]),
         class_="node",
     )
 
 
-def place(path: str) -> str:
-    """What a teacher is called: a public name, or its folder's name; not where it lies here."""
+def teacher_name(path: str) -> str:
+    """The public name of a teacher, or its folder's name, without its location on this machine."""
     return public_name_of(path) or PurePath(public_name(path)).name or path
 
 
-def _products(run: Told) -> Markup:
+def _products(run: RunContents) -> Markup:
     rows = []
     for product in run.products.values():
         recipe = run.recipes.get(product.name)
@@ -102,8 +102,8 @@ def _products(run: Told) -> Markup:
     return table("Products", heading, rows, words=True)
 
 
-def _recipes(run: Told) -> Iterator[Markup]:
-    """The recipes of those products of which nothing else was made."""
+def _recipes(run: RunContents) -> Iterator[Markup]:
+    """The recipes of products from which no other product was made."""
     parents = {p.name for product in run.products.values() for p in product.parents}
     for product in run.products.values():
         if product.name not in parents:
@@ -115,9 +115,9 @@ def _recipes(run: Told) -> Iterator[Markup]:
             )
 
 
-def commands_section(material: Material) -> Markup:
-    """Every command that made something shown here, in the order of time."""
-    found = dict(sorted(_commands(material)))
+def commands_section(report: ReportData) -> Markup:
+    """Every command behind the page, in chronological order."""
+    found = dict(sorted(_commands(report)))
     return section(
         "commands",
         "The commands that repeat each part",
@@ -126,37 +126,37 @@ def commands_section(material: Material) -> Markup:
     )
 
 
-def _commands(material: Material) -> Iterator[tuple[str, str]]:
-    """(time, command); one command that made several things comes once, with its first."""
+def _commands(report: ReportData) -> Iterator[tuple[str, str]]:
+    """(time, command); a command with several results is listed once, at its first."""
     seen: dict[str, str] = {}
-    for run in material.runs:
-        told = [(product.created, product.command) for product in run.products.values()]
-        told += [
+    for run in report.runs:
+        commands = [(product.created, product.command) for product in run.products.values()]
+        commands += [
             (one.finished, one.command) for one in run.evaluated if one.finished and one.command
         ]
         if run.profile is not None:
-            told.append((run.profile.created, run.profile.command))
-        for when, command in told:
+            commands.append((run.profile.created, run.profile.command))
+        for when, command in commands:
             if command not in seen or _moment(when) < _moment(seen[command]):
                 seen[command] = when
-    for one in material.comparisons:
+    for one in report.comparisons:
         seen.setdefault(one.command, one.created)
     for command, when in seen.items():
         yield _moment(when), public_command(command)
 
 
 def _moment(text: str) -> str:
-    """A time that sorts, whatever its zone is written like."""
+    """A sortable form of a time, independent of how its zone is written."""
     try:
         return datetime.fromisoformat(text).isoformat()
     except ValueError:
         return text
 
 
-def versions_section(material: Material, created: str) -> Markup:
-    """Versions, devices, seeds and dates; one column where all parts agree."""
+def versions_section(report: ReportData, created: str) -> Markup:
+    """Versions, devices, seeds and dates; parts that agree share a row."""
     columns: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for what, found in _versions(material):
+    for what, found in _versions(report):
         columns.setdefault(tuple(sorted(found.items())), []).append(what)
     rows = [
         (", ".join(whats), ", ".join(f"{name} {value}" for name, value in found))
@@ -170,8 +170,8 @@ def versions_section(material: Material, created: str) -> Markup:
     )
 
 
-def _versions(material: Material) -> Iterator[tuple[str, dict[str, str]]]:
-    for run in material.runs:
+def _versions(report: ReportData) -> Iterator[tuple[str, dict[str, str]]]:
+    for run in report.runs:
         for product in run.products.values():
             yield f"making {run.label(product.name)}", dict(product.versions)
         for one in run.evaluated:

@@ -1,4 +1,4 @@
-"""What a report is made of: read from runs, without a model, and without believing all is there."""
+"""Contents of runs for a report, read from their files; parts that are missing are left out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmmamba_cli.checkpoint import shipped_models
 from mmmamba_cli.distill import METRICS, read_metrics
@@ -15,18 +17,60 @@ from mmmamba_cli.evaluate import Result
 from mmmamba_cli.evaluate.predictions import read_predictions
 from mmmamba_cli.evaluate.result import TIMING, RulePart, find_results
 from mmmamba_cli.profiling import Profile, read_profile
-from mmmamba_cli.profiling.result import PROFILE
+from mmmamba_cli.profiling.result import PROFILE_FILE
 from mmmamba_cli.recipe import Recipe, parse_recipe
-from mmmamba_cli.reporting.external_comparisons import Comparison, read_comparisons
 from mmmamba_cli.runs import TEACHER, Manifest, Run
+from mmmamba_cli.runs.manifest import parse_model
 from mmmamba_cli.runs.run import Teacher
 
-EVALS, PROFILES, ANSWERS = "evals", "profile", "predictions.tsv"
+EVALS, PROFILES, COMPARISONS = "evals", "profile", "comparisons"
+ANSWERS = "predictions.tsv"
+
+Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ExternalComparison(BaseModel):
+    """Scores that another program measured unit by unit: a file `comparisons/*.json` of a run.
+
+        {"format": 1, "title": "...", "metric": "...", "unit": "lesson", "command": "...",
+         "created": "...", "models": {"linear": [[right, asked], ...], "x": [...]},
+         "compare": [["linear", "x"]]}
+
+    Each pair of numbers is one unit; the score of a model is 100 * sum(right) / sum(asked). The
+    bootstrap draws units jointly, so all models must have been asked the same ones.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1]
+    title: str
+    metric: str
+    unit: str
+    command: str
+    created: str
+    models: dict[str, list[tuple[Count, Count]]] = Field(min_length=1)
+    compare: list[tuple[str, str]] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> ExternalComparison:
+        asked = {tuple(of for _, of in units) for units in self.models.values()}
+        if any(right > of for units in self.models.values() for right, of in units):
+            raise ValueError("a unit has more right than were asked")
+        if len(asked) != 1 or not sum(next(iter(asked))):
+            raise ValueError("the models were not asked the same units, or none")
+        unknown = {name for pair in self.compare for name in pair} - set(self.models)
+        if unknown:
+            raise ValueError(f"compare names {', '.join(sorted(unknown))}, which models has not")
+        return self
+
+    @property
+    def units(self) -> int:
+        return len(next(iter(self.models.values())))
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A product that a stage of distillation made, and the lines of its metrics."""
+class TrainedStage:
+    """A product that a stage of distillation made, and the rows of its metrics file."""
 
     label: str
     product: Manifest
@@ -39,8 +83,8 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What a model scored in a suite, and its answers by index, cells of `predictions.tsv`."""
+class ModelResult:
+    """Result of a model in a suite, and its rows of `predictions.tsv` by index."""
 
     label: str
     result: Result
@@ -50,8 +94,8 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one run says about itself. `name` is None for the run that the report is about."""
+class RunContents:
+    """Contents of one run. `name` is None for the main run, the subject of the report."""
 
     folder: Path
     name: str | None
@@ -59,18 +103,18 @@ class Told:
     current: str
     products: Mapping[str, Manifest]
     recipes: Mapping[str, Recipe]
-    trained: Sequence[Trained] = ()
-    evaluated: Sequence[Evaluated] = ()
+    trained: Sequence[TrainedStage] = ()
+    evaluated: Sequence[ModelResult] = ()
     profile: Profile | None = None
-    # What could not be read, or does not fit, a sentence each.
+    # Problems while reading, one sentence each.
     remarks: tuple[str, ...] = ()
 
     def label(self, name: str) -> str:
-        """What a model of this run is called beside those of other runs."""
+        """Name of a model of this run in a report on several runs."""
         return name if self.name is None else f"{name} ({self.name})"
 
-    def heirs(self, name: str) -> list[str]:
-        """Products made of a product, directly or by others, oldest first."""
+    def descendants(self, name: str) -> list[str]:
+        """Products made from a product, directly or indirectly, oldest first."""
         found = {name}
         for other, product in self.products.items():
             if any(p.role == "student" and p.name in found for p in product.parents):
@@ -79,47 +123,47 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Material:
-    """Several runs; the first is the one the report is about."""
+class ReportData:
+    """Contents of all runs of a report; the first run is the main one."""
 
-    runs: Sequence[Told]
-    comparisons: Sequence[Comparison] = ()
+    runs: Sequence[RunContents]
+    comparisons: Sequence[ExternalComparison] = ()
     remarks: tuple[str, ...] = ()
 
     @property
-    def main(self) -> Told:
+    def main(self) -> RunContents:
         return self.runs[0]
 
     @property
-    def evaluated(self) -> list[Evaluated]:
-        """All results, the teacher's first, then in the order the models were made."""
+    def evaluated(self) -> list[ModelResult]:
+        """All results: the teacher's first, then in the order in which the models were made."""
         found = [one for run in self.runs for one in run.evaluated]
         return sorted(found, key=lambda one: self.order(one.label))
 
     @property
-    def trained(self) -> list[Trained]:
+    def trained(self) -> list[TrainedStage]:
         return [one for run in self.runs for one in run.trained]
 
     @property
     def labels(self) -> list[str]:
-        """Every model that has a result, in the order in which they are shown first."""
+        """Every model with a result, in the order of its first appearance."""
         labels = [one.label for one in self.evaluated]
         labels += [name for comparison in self.comparisons for name in comparison.models]
         return list(dict.fromkeys(labels))
 
     def order(self, label: str) -> tuple[int, int]:
-        """Where a model stands: teacher, products as they were made, models from elsewhere."""
+        """Sort key: the teacher, products as they were made, other models."""
         if label == TEACHER:
             return 0, 0
         made = [run.label(name) for run in self.runs for name in run.products]
         return (1, made.index(label)) if label in made else (2, 0)
 
 
-def parts_by_label(results: Sequence[Evaluated]) -> dict[str, RulePart]:
-    """Each result's part by the first rule that all of them were scored by.
+def parts_by_label(results: Sequence[ModelResult]) -> dict[str, RulePart]:
+    """Each result's scores by the first rule that all results have in common.
 
-    Where they have no rule in common it is the first rule of each: see `RulePart.rule`. Results
-    without rules are left out.
+    Without a common rule it is the first rule of each, see `RulePart.rule`. Results without rules
+    are left out.
     """
     scored = [one for one in results if one.result.rules]
     if not scored:
@@ -135,11 +179,13 @@ def parts_by_label(results: Sequence[Evaluated]) -> dict[str, RulePart]:
     return {one.label: one.result.rule(first) or one.result.rules[0] for one in scored}
 
 
-def read_material(run: Path, beside: Sequence[Path] = ()) -> Material:
-    """Read a run, and others that its models are to be compared with.
+def read_report_data(run: Path, beside: Sequence[Path] = ()) -> ReportData:
+    """Read a run, and other runs to compare its models with.
 
-    Raises `RunError` if one of them is no run, or two are called alike. What is damaged inside of
-    one is left out and told in `remarks`.
+    Damaged files are left out and named in `remarks`.
+
+    Raises:
+        RunError: if a folder is not a run, or two runs have the same name.
     """
     names = [folder.resolve().name for folder in beside]
     if len(set(names)) < len(names):
@@ -147,14 +193,25 @@ def read_material(run: Path, beside: Sequence[Path] = ()) -> Material:
             f"two runs to compare with are called {', '.join(sorted(names))}",
             "their folders' names tell their models apart: rename one",
         )
-    told = [_read_run(run, None)]
-    told += [_read_run(folder, name) for folder, name in zip(beside, names, strict=True)]
+    runs = [_read_run(run, None)]
+    runs += [_read_run(folder, name) for folder, name in zip(beside, names, strict=True)]
     remarks: list[str] = []
     comparisons = read_comparisons(run, remarks)
-    return Material(told, comparisons, (*(r for one in told for r in one.remarks), *remarks))
+    return ReportData(runs, comparisons, (*(r for one in runs for r in one.remarks), *remarks))
 
 
-def _read_run(folder: Path, name: str | None) -> Told:
+def read_comparisons(run: Path, remarks: list[str]) -> list[ExternalComparison]:
+    """The external comparisons of a run by file name; unreadable files are added to `remarks`."""
+    found = []
+    for file in sorted((run / COMPARISONS).glob("*.json")):
+        try:
+            found.append(parse_model(file, ExternalComparison))
+        except MmmambaError as error:
+            remarks.append(error.message)
+    return found
+
+
+def _read_run(folder: Path, name: str | None) -> RunContents:
     run = Run(folder)
     record, products = run.record, run.products()
     remarks: list[str] = []
@@ -164,55 +221,55 @@ def _read_run(folder: Path, name: str | None) -> Told:
             recipes[key] = parse_recipe(product.recipe, f"recipe of {key}")
         except MmmambaError as error:
             remarks.append(f"{key}: {error.message}")
-    told = Told(folder, name, record.teacher, record.current, products, recipes)
+    contents = RunContents(folder, name, record.teacher, record.current, products, recipes)
     return replace(
-        told,
-        trained=list(_trained(run, told)),
-        evaluated=list(_evaluated(told, remarks)),
-        profile=_profile(told, remarks),
+        contents,
+        trained=list(_trained(run, contents)),
+        evaluated=list(_evaluated(contents, remarks)),
+        profile=_profile(contents, remarks),
         remarks=tuple(remarks),
     )
 
 
-def _trained(run: Run, told: Told) -> Iterator[Trained]:
-    for name, product in told.products.items():
+def _trained(run: Run, contents: RunContents) -> Iterator[TrainedStage]:
+    for name, product in contents.products.items():
         file = run.product_folder(name) / METRICS
         rows = [row for row in read_metrics(file) if _is_step(row)]
-        if rows and product.stages and name in told.recipes:
-            yield Trained(told.label(name), product, told.recipes[name], rows)
+        if rows and product.stages and name in contents.recipes:
+            yield TrainedStage(contents.label(name), product, contents.recipes[name], rows)
 
 
 def _is_step(row: Any) -> bool:
     return isinstance(row, dict) and isinstance(row.get("step"), int) and "loss" in row
 
 
-def _evaluated(told: Told, remarks: list[str]) -> Iterator[Evaluated]:
-    evaluated = find_results(told.folder / EVALS)
+def _evaluated(contents: RunContents, remarks: list[str]) -> Iterator[ModelResult]:
+    evaluated = find_results(contents.folder / EVALS)
     remarks += evaluated.left_out
     for file, result in evaluated.results.items():
-        product = told.products.get(result.model.name)
+        product = contents.products.get(result.model.name)
         if product is not None and product.content_hash != result.model.content_hash:
             remarks.append(
-                f"{told.label(product.name)} was made again after it was asked {result.suite}: "
+                f"{contents.label(product.name)} was made again after it was asked {result.suite}: "
                 "its answers, of the earlier weights, are left out"
             )
             continue
-        timing = _json(file.parent / TIMING)
-        label = _own_label(told, result)
-        yield Evaluated(
+        timing = _read_json(file.parent / TIMING)
+        label = _result_label(contents, result)
+        yield ModelResult(
             label,
             result,
-            _text(timing.get("command")),
-            _text(timing.get("finished")),
+            _string(timing.get("command")),
+            _string(timing.get("finished")),
             _answers(file.parent / ANSWERS, remarks),
         )
 
 
-def _own_label(told: Told, result: Result) -> str:
-    """Products are called by their run too; a model that ships is the same in every run."""
+def _result_label(contents: RunContents, result: Result) -> str:
+    """Label with the run's name, except for the teacher and shipped models."""
     name = result.model.name
-    same = name == TEACHER or (name not in told.products and name in shipped_models())
-    return name if same else told.label(name)
+    same = name == TEACHER or (name not in contents.products and name in shipped_models())
+    return name if same else contents.label(name)
 
 
 def _answers(file: Path, remarks: list[str]) -> dict[str, Mapping[str, str]]:
@@ -225,8 +282,8 @@ def _answers(file: Path, remarks: list[str]) -> dict[str, Mapping[str, str]]:
         return {}
 
 
-def _profile(told: Told, remarks: list[str]) -> Profile | None:
-    file = told.folder / PROFILES / PROFILE
+def _profile(contents: RunContents, remarks: list[str]) -> Profile | None:
+    file = contents.folder / PROFILES / PROFILE_FILE
     if not file.is_file():
         return None
     try:
@@ -235,23 +292,23 @@ def _profile(told: Told, remarks: list[str]) -> Profile | None:
         remarks.append(error.message)
         return None
     for subject in found.subjects:
-        product = told.products.get(subject.name)
+        product = contents.products.get(subject.name)
         if product is not None and subject.content_hash not in (None, product.content_hash):
             remarks.append(
-                f"{told.label(subject.name)} was made again after it was profiled: its costs are "
-                "those of the earlier weights"
+                f"{contents.label(subject.name)} was made again after it was profiled: its costs "
+                "are those of the earlier weights"
             )
     return found
 
 
-def _json(file: Path) -> Mapping[str, Any]:
+def _read_json(file: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
-        # Times are extra: a result without them is a result.
+        # Times are optional.
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _text(value: Any) -> str | None:
+def _string(value: Any) -> str | None:
     return value if isinstance(value, str) else None

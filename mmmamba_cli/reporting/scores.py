@@ -1,4 +1,4 @@
-"""Sections on answers: examples side by side, and what they add up to."""
+"""Sections on answers: examples side by side, and scores."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from mmmamba_cli.evaluate.result import RulePart
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
-from mmmamba_cli.reporting.differences import Difference, sentence
-from mmmamba_cli.reporting.examples import Example, Said
+from mmmamba_cli.reporting.comparisons import ScoreDifference, difference_sentence
+from mmmamba_cli.reporting.examples import Example, ModelAnswer
 from mmmamba_cli.reporting.html import Markup, figure, paragraph, section, table, tag
-from mmmamba_cli.reporting.run_contents import Evaluated, parts_by_label
+from mmmamba_cli.reporting.run_contents import ModelResult, parts_by_label
 
 GUESSING = (50.0, "guessing")
 RIGHT, WRONG = "✓", "✗"
 
 
 def examples_section(suite: Suite, examples: Sequence[Example]) -> Markup:
-    """Pictures, questions and each model's answers."""
-    labels = [said.label for said in examples[0].asked[0].said]
+    """Images, questions and each model's answers."""
+    labels = [answer.label for answer in examples[0].questions[0].answers]
     return section(
         f"examples-{suite.name}",
         f"Answers side by side: {', '.join(labels)}",
@@ -33,7 +33,7 @@ def examples_section(suite: Suite, examples: Sequence[Example]) -> Markup:
 def _example(example: Example) -> Markup:
     picture = None
     if example.picture is not None:
-        # What can be seen is told by the questions; there is no other description of a scene.
+        # The questions describe the image; there is no other description.
         picture = tag(
             "img",
             src=example.picture,
@@ -41,10 +41,8 @@ def _example(example: Example) -> Markup:
             "the table below asks about it",
             loading="lazy",
         )
-    labels = [said.label for said in example.asked[0].said]
-    rows = [
-        (one.question, one.answer, *(_said(said) for said in one.said)) for one in example.asked
-    ]
+    labels = [answer.label for answer in example.questions[0].answers]
+    rows = [(one.question, one.answer, *map(_answer, one.answers)) for one in example.questions]
     caption = example.category
     if example.left_out:
         caption += f" ({example.left_out} more questions not shown)"
@@ -56,27 +54,27 @@ def _example(example: Example) -> Markup:
     )
 
 
-def _said(said: Said) -> Markup:
-    shown = said.text if said.text.strip() else "(nothing)"
-    if said.right is None:
+def _answer(answer: ModelAnswer) -> Markup:
+    shown = answer.text if answer.text.strip() else "(nothing)"
+    if answer.right is None:
         return tag("span", shown)
-    mark, word = (RIGHT, "right: ") if said.right else (WRONG, "wrong: ")
+    mark, word = (RIGHT, "right: ") if answer.right else (WRONG, "wrong: ")
     return tag(
         "span",
         tag("span", f"{mark} ", aria_hidden="true"),
         tag("span", word, class_="unseen"),
         shown,
-        class_="right" if said.right else "wrong",
+        class_="right" if answer.right else "wrong",
     )
 
 
 def accuracy_section(
     suite: Suite | None,
-    results: Sequence[Evaluated],
+    results: Sequence[ModelResult],
     series: Mapping[str, int],
-    differences: Sequence[Difference],
+    differences: Sequence[ScoreDifference],
 ) -> Markup:
-    """A panel of bars for each metric of the first rule, with intervals; numbers beside them."""
+    """A panel of bars with intervals per metric of the first rule, and the numbers as a table."""
     first = results[0].result
     parts = parts_by_label(results)
     if not parts:
@@ -111,7 +109,7 @@ def accuracy_section(
         ),
         _different_rules(parts) if rules[1:] else None,
         paragraph(suite.note) if suite is not None and suite.note else None,
-        *(paragraph(sentence(one), class_="found") for one in differences),
+        *(paragraph(difference_sentence(one), class_="found") for one in differences),
         figure(
             tag("div", *panels, class_="panels"),
             "Higher is better."
@@ -144,7 +142,7 @@ def _panel(
         if (value := part.metrics.get(metric)) is not None
     ]
     highest = max(row.value for row in rows)
-    # Shares are shown against all there is to have; sums of points against the best.
+    # Percentages end at 100, sums of points at the highest.
     high = 100.0 if highest <= 100 else None
     return bars(
         f"{title}, {metric}",
@@ -168,15 +166,15 @@ def _numbers(metrics: Sequence[str], parts: Mapping[str, RulePart]) -> Markup:
     return table("Score and 95 % interval", ("", *parts), rows)
 
 
-def _same_answer(results: Sequence[Evaluated]) -> list[Markup]:
-    """Who says the same to every question looks at nothing, which its interval does not tell."""
+def _same_answer(results: Sequence[ModelResult]) -> list[Markup]:
+    """Flag models that give one constant answer; confidence intervals do not show it."""
     found = []
     for one in results:
-        said = {cell["prediction"].strip() for cell in one.answers.values()}
-        if len(said) == 1 and len(one.answers) > 1:
+        texts = {cell["prediction"].strip() for cell in one.answers.values()}
+        if len(texts) == 1 and len(one.answers) > 1:
             found.append(
                 paragraph(
-                    f"{one.label} answered {said.pop()!r} to all {len(one.answers):,} questions: "
+                    f"{one.label} answered {texts.pop()!r} to all {len(one.answers):,} questions: "
                     "its score says how often that is right, and nothing of what it sees."
                 )
             )
@@ -184,7 +182,7 @@ def _same_answer(results: Sequence[Evaluated]) -> list[Markup]:
 
 
 def _unreadable(parts: Mapping[str, RulePart]) -> list[Markup]:
-    """Answers that no rule could read count as wrong, which must be said."""
+    """Flag answers that the rule could not parse; they count as wrong."""
     return [
         paragraph(
             f"{label}: {part.counts['unreadable']} answers could not be read and count as wrong, "

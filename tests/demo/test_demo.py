@@ -25,7 +25,7 @@ from mmmamba_cli.distill.kl_loss import next_tokens
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import load_recipe
-from mmmamba_cli.reporting.external_comparisons import read_comparisons
+from mmmamba_cli.reporting.run_contents import read_comparisons
 from mmmamba_cli.runs import Run, open_processor
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -1,4 +1,4 @@
-"""Anatomy, memory, difference and drawings, against models that are really made."""
+"""CheckpointSummary, memory, difference and drawings, against models that are really made."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from mmmamba_cli.inspection import (
     all_attention,
     compare,
     describe,
-    grouped,
+    format_bytes,
+    format_ranges,
+    group_by_layer,
     layer_plan,
     marks_for,
     memory_at,
-    size,
-    spans,
     sparkline,
 )
-from mmmamba_cli.inspection.diff import difference
+from mmmamba_cli.inspection.diff import compare_tensors
 from mmmamba_cli.inspection.summary import ATTENTION_PART, LINEAR_PART
 from mmmamba_cli.inspection.text_plots import ASCII, UNICODE
 from mmmamba_cli.model import HolisticVLM, new_cache
@@ -133,7 +133,7 @@ def test_a_changed_tensor_is_found_and_measured(tmp_path: Path) -> None:
     found = compare(open_checkpoint(tmp_path / "a"), open_checkpoint(b), done.append)
     assert sum(done) == len(found)
     assert [one.name for one in found if one.status != "equal"] == ["model.norm.weight"]
-    (row,) = [row for row in grouped(found) if row.status != "equal"]
+    (row,) = [row for row in group_by_layer(found) if row.status != "equal"]
     assert row.largest == pytest.approx(0.5)
     assert row.relative == pytest.approx(0.5 / float(other.norm()))
 
@@ -142,23 +142,23 @@ def test_models_of_other_layers_differ_by_name(tmp_path: Path) -> None:
     for name, plan in (("hybrid", "amma"), ("linear", "mmmm")):
         small_model(plan).save_pretrained(tmp_path / name)
     here, there = (open_checkpoint(tmp_path / name) for name in ("hybrid", "linear"))
-    only = {g.name: g for g in grouped(compare(here, there)) if g.status == "only there"}
+    only = {g.name: g for g in group_by_layer(compare(here, there)) if g.status == "only there"}
     assert only["model.layers.*.mixer.A_log"].layers == (0, 3)
-    back = {g.name: g for g in grouped(compare(there, here)) if g.status == "only here"}
+    back = {g.name: g for g in group_by_layer(compare(there, here)) if g.status == "only here"}
     assert set(back) == set(only)
 
 
 def test_another_dtype_is_no_change_but_rounding() -> None:
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    assert difference("x", x, x.double()).status == "equal"
-    rounded = difference("x", x, x.bfloat16())
+    assert compare_tensors("x", x, x.double()).status == "equal"
+    rounded = compare_tensors("x", x, x.bfloat16())
     assert (rounded.status, rounded.note) == ("rounded", "in bfloat16")
     assert rounded.relative is not None and 0 < rounded.relative < 2**-8
-    assert difference("x", x, (1.1 * x).bfloat16()).status == "changed"
-    assert difference("x", x, torch.zeros(64)).relative == math.inf
+    assert compare_tensors("x", x, (1.1 * x).bfloat16()).status == "changed"
+    assert compare_tensors("x", x, torch.zeros(64)).relative == math.inf
     strange = x.clone()
     strange[5] = math.nan
-    assert math.isnan(difference("x", strange, strange).largest or 0)
+    assert math.isnan(compare_tensors("x", strange, strange).largest or 0)
 
 
 def test_long_tensors_are_compared_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,18 +166,18 @@ def test_long_tensors_are_compared_to_the_end(monkeypatch: pytest.MonkeyPatch) -
     x = torch.zeros(3, 9)
     y = x.clone()
     y[0, 0], y[2, 8] = 3, 4
-    found = difference("x", x.T, y.T)
+    found = compare_tensors("x", x.T, y.T)
     assert (found.largest, found.relative) == (4, 1)
     # Changed at its beginning, rounded at its end.
     z = torch.full((27,), 0.1)
     w = z.bfloat16()
     w[0] = 9
-    assert difference("x", z, w).status == "changed"
+    assert compare_tensors("x", z, w).status == "changed"
 
 
 def test_spans() -> None:
-    assert spans([0, 1, 2, 6, 4]) == "0-2, 4, 6"
-    assert spans([]) == ""
+    assert format_ranges([0, 1, 2, 6, 4]) == "0-2, 4, 6"
+    assert format_ranges([]) == ""
 
 
 def test_plans_are_drawn_with_marks_that_fit_the_encoding() -> None:
@@ -202,7 +202,7 @@ def test_sparklines_take_any_numbers(values: list[float], width: int) -> None:
 
 
 def test_sizes() -> None:
-    assert [size(n) for n in (0, 1023, 1024, 1.5 * 2**20, 3 * 2**30)] == [
+    assert [format_bytes(n) for n in (0, 1023, 1024, 1.5 * 2**20, 3 * 2**30)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",

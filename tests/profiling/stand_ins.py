@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmmamba_cli.profiling import About, OutOfMemory, Subject
+from mmmamba_cli.profiling import OutOfMemory, Subject, SubjectInfo
 from mmmamba_cli.profiling.interfaces import EAGER, STATIC, STUDENT, Cost
 
 VOCABULARY = 16
@@ -16,14 +16,14 @@ VOCABULARY = 16
 
 @dataclass
 class Bench:
-    """Instruments: work takes as long as the decoder that does it says."""
+    """DeviceTimer: work takes as long as the decoder that does it says."""
 
     clock: float = 0.0
     held: int = 0
     highest: int = 0
     # (subject, task, context) in the order in which they were measured.
     turns: list[tuple[str, str, int]] = field(default_factory=list)
-    has_gauge: bool = True
+    counts_memory: bool = True
     # Of an eager token's time, what the device itself is at work.
     kernel_share: float = 0.25
     watts: float | None = 300.0
@@ -37,15 +37,15 @@ class Bench:
         return self.clock
 
     def allocated(self) -> int | None:
-        return self.held if self.has_gauge else None
+        return self.held if self.counts_memory else None
 
     def reset_peak(self) -> None:
         self.highest = self.held
 
     def peak(self) -> int | None:
-        return self.highest if self.has_gauge else None
+        return self.highest if self.counts_memory else None
 
-    def clean(self) -> None:
+    def empty_cache(self) -> None:
         pass
 
     def kernel_seconds(self, work: Callable[[], object]) -> float | None:
@@ -85,11 +85,11 @@ class StandIn:
     # Added to every logit that comes out of the cache.
     error: float = 0.0
 
-    def prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
+    def random_prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
         return torch.randint(0, VOCABULARY, (batch, length), generator=rng)
 
     def start(self, batch: int, columns: int) -> None:
-        self.stop()
+        self.release()
         self.batch = batch
         if batch * columns >= self.too_large:
             raise OutOfMemory(f"{batch} rows of {columns} columns are too many")
@@ -101,14 +101,14 @@ class StandIn:
         self.bench.take(10 * columns)
         self.cache_bytes += 10 * columns
 
-    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+    def prefill(self, ids: Tensor, chunk: int | None = None) -> Tensor:
         self._grow(ids.shape[1])
         self.bench.clock += self.read_seconds(ids.shape[1])
         if ids.shape[1] != 128:
             self.bench.turns.append((self.name, "prefill", ids.shape[1]))
         return self._logits(ids[:, -1])
 
-    def fill(self, batch: int, columns: int, rng: torch.Generator) -> None:
+    def fill_random(self, batch: int, columns: int, rng: torch.Generator) -> None:
         self._grow(columns)
         self.bench.turns.append((self.name, "decode", columns))
         self.filled = columns
@@ -119,7 +119,7 @@ class StandIn:
         self.bench.clock += self.step_seconds(self.context) + self.row_seconds(self.batch)
         return self._logits(ids[:, -1])
 
-    def tokens(self, count: int) -> Tensor:
+    def decode(self, count: int) -> Tensor:
         ids = torch.zeros(1, 1, dtype=torch.int64)
         for _ in range(count):
             ids = self.step(ids).argmax(-1, keepdim=True)
@@ -128,18 +128,18 @@ class StandIn:
     def cost(self, batch: int, context: int, prefill: bool) -> Cost:
         return Cost(bytes=100 * context + batch, operations=context if prefill else 0)
 
-    def stop(self) -> None:
+    def release(self) -> None:
         self.bench.held -= self.cache_bytes
         self.cache_bytes = self.context = 0
         self.batch = 1
 
-    def without_cache(self, ids: Tensor, last: int) -> Tensor:
+    def forward_without_cache(self, ids: Tensor, last: int) -> Tensor:
         return torch.nn.functional.one_hot(ids[:, -last:], VOCABULARY).float()
 
     def in_fp32(self) -> StandIn:
         raise OutOfMemory("there is none")
 
-    def ways(self) -> Mapping[str, StandIn]:
+    def variants(self) -> Mapping[str, StandIn]:
         return self.others
 
     def _logits(self, ids: Tensor) -> Tensor:
@@ -154,5 +154,5 @@ def subject_of(
     way: str = EAGER,
 ) -> Subject:
     kind = "hybrid" if attention else "linear"
-    about = About(role, cache, kind, attention, 8, "planted", way=way)
-    return Subject(decoder.name, about, lambda: decoder)
+    info = SubjectInfo(role, cache, kind, attention, 8, "planted", way=way)
+    return Subject(decoder.name, info, lambda: decoder)

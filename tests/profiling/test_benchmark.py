@@ -9,6 +9,7 @@ import pytest
 import torch
 from stand_ins import Bench, StandIn, subject_of
 
+from mmmamba_cli.devices import require_memory, translate_out_of_memory
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.profiling import Measurement, OutOfMemory, Plan, Subject, WrongDecoder, measure
 from mmmamba_cli.profiling import profiler as one_profile
@@ -19,13 +20,14 @@ from mmmamba_cli.profiling.result import (
     OUT_OF_MEMORY,
     OVER_BUDGET,
     TOO_LONG,
+    median_and_quartiles,
     ratios,
-    summarised,
 )
-from mmmamba_cli.profiling.timers import or_out_of_memory, require
 
 # The clock of a stand-in stands still while real memory is copied: no floors.
-PLAN = Plan(contexts=(10, 20, 40), repeats=6, rounds=3, warm_up=1, floors=False, gauges=False)
+PLAN = Plan(
+    contexts=(10, 20, 40), repeats=6, rounds=3, warm_up=1, roofline=False, gpu_metrics=False
+)
 
 
 def by_place(found: list[Measurement]) -> dict[tuple[str, str, int], Measurement]:
@@ -55,15 +57,15 @@ def test_every_subject_task_and_context_has_its_planted_numbers() -> None:
     assert read.rounds == ((0.25,) * 2,) * 3
 
 
-def test_without_a_gauge_memory_is_weights_and_cache() -> None:
-    bench = Bench(has_gauge=False)
+def test_without_a_memory_counter_memory_is_weights_and_cache() -> None:
+    bench = Bench(counts_memory=False)
     found = by_place(measure([subject_of(StandIn("only", bench))], PLAN, bench))
     memory = found["only", "decode", 40].memory
     assert memory is not None
     assert (memory.peak, memory.total) == (None, 1400)
 
 
-def test_rounds_are_outermost_and_another_subject_begins_each_turn() -> None:
+def test_rounds_are_outermost_and_another_subject_begins_each_round_and_context() -> None:
     bench = Bench()
     subjects = [subject_of(StandIn(name, bench)) for name in "abc"]
     plan = Plan(contexts=(20, 10), repeats=2, rounds=2, prefill=False)
@@ -135,10 +137,10 @@ def test_what_fits_only_alone_is_measured_alone() -> None:
     class Crowded(StandIn):
         """Its longest context fits while no other model is loaded."""
 
-        def fill(self, batch: int, columns: int, rng: torch.Generator) -> None:
+        def fill_random(self, batch: int, columns: int, rng: torch.Generator) -> None:
             if columns == 40 and len(alive) > 1:
                 raise OutOfMemory("crowded")
-            super().fill(batch, columns, rng)
+            super().fill_random(batch, columns, rng)
 
         def __del__(self) -> None:
             alive.discard(self.name)
@@ -148,7 +150,7 @@ def test_what_fits_only_alone_is_measured_alone() -> None:
             alive.add(name)
             return Crowded(name, bench)
 
-        return Subject(name, subject_of(StandIn(name, bench)).about, build)
+        return Subject(name, subject_of(StandIn(name, bench)).info, build)
 
     plan = Plan(contexts=(10, 40), repeats=1, rounds=1, prefill=False)
     found = by_place(measure([subject("a"), subject("b")], plan, bench))
@@ -211,7 +213,7 @@ def test_every_refusal_of_memory_is_one(error: Exception) -> None:
         raise error
 
     with pytest.raises(OutOfMemory) as caught:
-        or_out_of_memory(work)
+        translate_out_of_memory(work)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
@@ -219,8 +221,8 @@ def test_every_refusal_of_memory_is_one(error: Exception) -> None:
 
 def test_a_cpu_is_asked_before_it_promises() -> None:
     with pytest.raises(OutOfMemory, match=r"a cache of 9 columns needs 1048576\.0 GiB"):
-        require(torch.device("cpu"), 2**50, "a cache of 9 columns")
-    require(torch.device("cpu"), 2**10, "little")
+        require_memory(torch.device("cpu"), 2**50, "a cache of 9 columns")
+    require_memory(torch.device("cpu"), 2**10, "little")
 
 
 def test_ratios_are_the_baselines_over_the_students() -> None:
@@ -230,7 +232,7 @@ def test_ratios_are_the_baselines_over_the_students() -> None:
     student = StandIn("student", bench, lambda context: 3.0, weight_bytes=100, too_long=40)
     subjects = [subject_of(shipped, AS_SHIPPED, cache=GROWING), subject_of(tuned, TUNED)]
     subjects.append(subject_of(student))
-    roles = {one.name: one.about.role for one in subjects}
+    roles = {one.name: one.info.role for one in subjects}
     plan = Plan(contexts=(10, 20, 40), repeats=3, rounds=1, prefill=False)
     found = ratios(measure(subjects, plan, bench), roles)
     assert {(one.subject, one.baseline, one.context) for one in found} == {
@@ -246,8 +248,8 @@ def test_ratios_are_the_baselines_over_the_students() -> None:
 
 
 def test_median_and_quartiles_are_of_all_repeats() -> None:
-    assert summarised([(1.0, 2.0), (3.0, 4.0), (100.0,)]) == (3.0, (2.0, 4.0))
-    assert summarised([(5.0,)]) == (5.0, (5.0, 5.0))
+    assert median_and_quartiles([(1.0, 2.0), (3.0, 4.0), (100.0,)]) == (3.0, (2.0, 4.0))
+    assert median_and_quartiles([(5.0,)]) == (5.0, (5.0, 5.0))
 
 
 def test_the_gate_lets_right_decoders_pass_and_no_others() -> None:
@@ -271,8 +273,8 @@ class Rounding(StandIn):
     rounding = 0.0
     wide: StandIn | None = None
 
-    def without_cache(self, ids: torch.Tensor, last: int) -> torch.Tensor:
-        return super().without_cache(ids, last).bfloat16() * (1 + self.rounding)
+    def forward_without_cache(self, ids: torch.Tensor, last: int) -> torch.Tensor:
+        return super().forward_without_cache(ids, last).bfloat16() * (1 + self.rounding)
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         return super()._logits(ids) * (1 + self.rounding)
@@ -329,14 +331,14 @@ def test_a_wrong_decoder_is_measured_without_the_copy_that_showed_it() -> None:
             self.copy = weakref.ref(copy)
             return copy
 
-        def fill(self, batch: int, columns: int, rng: torch.Generator) -> None:
+        def fill_random(self, batch: int, columns: int, rng: torch.Generator) -> None:
             gc.collect()
             alive.append(self.copy() is not None)
-            super().fill(batch, columns, rng)
+            super().fill_random(batch, columns, rng)
 
     subject = subject_of(Watched("one", Bench()))
-    plan = Plan(contexts=(10,), repeats=1, rounds=1, prefill=False, floors=False)
-    found = one_profile.profile([subject], plan, instruments=Bench(), on_wrong="measure")
+    plan = Plan(contexts=(10,), repeats=1, rounds=1, prefill=False, roofline=False)
+    found = one_profile.profile([subject], plan, timer=Bench(), on_wrong="measure")
     assert list(found.gate.wrong) == ["one"]
     assert alive
     assert not any(alive)
@@ -344,8 +346,8 @@ def test_a_wrong_decoder_is_measured_without_the_copy_that_showed_it() -> None:
 
 def test_weights_without_sense_are_the_users() -> None:
     class Senseless(StandIn):
-        def without_cache(self, ids: torch.Tensor, last: int) -> torch.Tensor:
-            return super().without_cache(ids, last) * float("inf")
+        def forward_without_cache(self, ids: torch.Tensor, last: int) -> torch.Tensor:
+            return super().forward_without_cache(ids, last) * float("inf")
 
     with pytest.raises(CheckpointError, match="mine gives logits that are not finite"):
         check_decoder("mine", Senseless("mine", Bench()))
@@ -355,7 +357,7 @@ def test_nothing_is_measured_behind_a_red_gate() -> None:
     bench = Bench()
     subjects = [subject_of(StandIn("right", bench)), subject_of(StandIn("wrong", bench, error=1))]
     with pytest.raises(WrongDecoder):
-        one_profile.profile(subjects, PLAN, instruments=bench)
+        one_profile.profile(subjects, PLAN, timer=bench)
     assert not any(task == "decode" for _, task, _ in bench.turns)
 
 
@@ -365,14 +367,14 @@ def test_a_model_that_never_fits_is_said_and_the_others_are_measured() -> None:
 
     bench = Bench()
     fits = subject_of(StandIn("fits", bench))
-    large = Subject("large", fits.about, refuse)
-    found = one_profile.profile([large, fits], PLAN, instruments=bench)
+    large = Subject("large", fits.info, refuse)
+    found = one_profile.profile([large, fits], PLAN, timer=bench)
     assert (found.gate.green, found.gate.unchecked) == (False, ("large",))
     first = found.find("large", "decode", 10)
     assert first is not None
     assert (first.status, first.note) == (OUT_OF_MEMORY, "weights of 9 TiB")
     with pytest.raises(DataError, match="no model fits the device's memory: weights of 9 TiB"):
-        one_profile.profile([large], PLAN, instruments=bench)
+        one_profile.profile([large], PLAN, timer=bench)
 
 
 def test_two_models_of_one_name_are_refused() -> None:

@@ -9,26 +9,26 @@ from torch import Tensor
 
 from mmmamba_cli.profiling import WrongDecoder
 from mmmamba_cli.profiling.correctness import check_decoder
-from mmmamba_cli.profiling.eager_decoder import CachedDecoder
+from mmmamba_cli.profiling.eager_decoder import EagerDecoder
 from mmmamba_cli.profiling.interfaces import GROWING, STATIC
 
 
-class OffByOne(CachedDecoder):
+class OffByOne(EagerDecoder):
     """Reads its last prompt token's keys and values over the first's place."""
 
-    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
-        logits = super().read(ids, chunk)
+    def prefill(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+        logits = super().prefill(ids, chunk)
         assert self.cache is not None
         for layer in self.cache.layers:
             layer.keys[:, :, 0] = layer.keys[:, :, ids.shape[1] - 1]
         return logits
 
 
-class Forgetful(CachedDecoder):
+class Forgetful(EagerDecoder):
     """Loses the SSM state of one layer between prefill and the next token."""
 
-    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
-        logits = super().read(ids, chunk)
+    def prefill(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+        logits = super().prefill(ids, chunk)
         assert self.cache is not None
         self.cache.layers[2].recurrent_states[0].zero_()
         return logits
@@ -39,10 +39,10 @@ class Forgetful(CachedDecoder):
     ("plan", "wrong"), [("aaaa", OffByOne), ("mmmm", Forgetful), ("amma", Forgetful)]
 )
 def test_the_gate_catches_a_planted_wrong_cache(
-    plan: str, wrong: type[CachedDecoder], dtype: torch.dtype
+    plan: str, wrong: type[EagerDecoder], dtype: torch.dtype
 ) -> None:
     model = small_model(plan).to(dtype)
-    checked = check_decoder("right", CachedDecoder(model, STATIC))
+    checked = check_decoder("right", EagerDecoder(model, STATIC))
     assert {"as measured", "growing cache"} <= set(checked.distances)
     with pytest.raises(WrongDecoder, match=r"wrong, as measured(, in fp32)?: logits are"):
         check_decoder("wrong", wrong(model, STATIC))
@@ -51,7 +51,7 @@ def test_the_gate_catches_a_planted_wrong_cache(
 def test_the_gate_looks_at_the_other_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model("aaaa")
     monkeypatch.setattr(
-        CachedDecoder, "ways", lambda self: {"growing cache": OffByOne(self.model, GROWING)}
+        EagerDecoder, "variants", lambda self: {"growing cache": OffByOne(self.model, GROWING)}
     )
     with pytest.raises(WrongDecoder, match="static, growing cache: logits are"):
-        check_decoder("static", CachedDecoder(model, STATIC))
+        check_decoder("static", EagerDecoder(model, STATIC))

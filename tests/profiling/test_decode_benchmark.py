@@ -45,8 +45,8 @@ def planted(error: float = 0.0) -> Any:
         (one("linear int8", 0.001, 0.9, 1000), "student"),
     ]
     subjects = [subject_of(decoder, role) for decoder, role in decoders]
-    plan = Plan(contexts=(10, 40), repeats=1, floors=False, gauges=False)
-    found = profile(subjects, plan, instruments=bench, on_wrong="measure")
+    plan = Plan(contexts=(10, 40), repeats=1, roofline=False, gpu_metrics=False)
+    found = profile(subjects, plan, timer=bench, on_wrong="measure")
     best = Throughput(
         subject="linear", context=40, batch=64, status="measured", seconds=0.003, best=True
     )

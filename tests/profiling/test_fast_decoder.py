@@ -25,8 +25,8 @@ from mmmamba_cli.profiling import (
     weight_store,
 )
 from mmmamba_cli.profiling.correctness import check_decoder
-from mmmamba_cli.profiling.eager_decoder import CachedDecoder
-from mmmamba_cli.profiling.fast_decoder import GeneratingDecoder
+from mmmamba_cli.profiling.eager_decoder import EagerDecoder
+from mmmamba_cli.profiling.fast_decoder import FastDecoder
 from mmmamba_cli.profiling.interfaces import (
     AS_SHIPPED,
     GENERATOR,
@@ -35,17 +35,17 @@ from mmmamba_cli.profiling.interfaces import (
     STUDENT,
     TUNED,
 )
-from mmmamba_cli.profiling.report import gate_line, remarks, tables
+from mmmamba_cli.profiling.report import correctness_line, remarks, tables
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-PLAN = Plan(contexts=(16,), repeats=2, rounds=1, prefill=False, floors=False, gauges=False)
+PLAN = Plan(contexts=(16,), repeats=2, rounds=1, prefill=False, roofline=False, gpu_metrics=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
 def test_it_passes_the_gate_at_every_length(plan: str, dtype: torch.dtype) -> None:
-    decoder = GeneratingDecoder(small_model(plan).to(dtype))
-    checked = check_decoder("one", decoder, columns=(40, 300))
+    decoder = FastDecoder(small_model(plan).to(dtype))
+    checked = check_decoder("one", decoder, lengths=(40, 300))
     in_fp32 = ["as measured, in fp32"] if dtype == torch.bfloat16 else []
     assert list(checked.distances) == [
         *in_fp32,
@@ -58,22 +58,22 @@ def test_it_passes_the_gate_at_every_length(plan: str, dtype: torch.dtype) -> No
 
 def test_in_fp32_every_operation_is_and_the_model_stays_as_it_was() -> None:
     model = small_model("am").bfloat16()
-    decoder = GeneratingDecoder(model)
-    ids = decoder.prompt(2, 9, torch.Generator().manual_seed(0))
-    before = decoder.without_cache(ids, 3)
-    found = decoder.in_fp32().without_cache(ids, 3)
+    decoder = FastDecoder(model)
+    ids = decoder.random_prompt(2, 9, torch.Generator().manual_seed(0))
+    before = decoder.forward_without_cache(ids, 3)
+    found = decoder.in_fp32().forward_without_cache(ids, 3)
     wanted = small_model("am").bfloat16().float()(ids).logits[:, -3:]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted)
     assert decoder.dtype == torch.bfloat16
-    assert torch.equal(decoder.without_cache(ids, 3), before)
+    assert torch.equal(decoder.forward_without_cache(ids, 3), before)
 
 
-class Forgetful(GeneratingDecoder):
+class Forgetful(FastDecoder):
     """Loses what it knew of prompts longer than 100 columns."""
 
-    def read(self, ids: Tensor, chunk: int | None = None) -> Tensor:
-        logits = super().read(ids, chunk)
+    def prefill(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+        logits = super().prefill(ids, chunk)
         if ids.shape[1] > 100:
             reading = self.generator._reading
             assert reading is not None
@@ -85,22 +85,22 @@ class Forgetful(GeneratingDecoder):
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm"])
 def test_a_decoder_that_is_wrong_only_far_on_is_found(plan: str) -> None:
     decoder = Forgetful(small_model(plan))
-    check_decoder("one", decoder, columns=(40,))
+    check_decoder("one", decoder, lengths=(40,))
     with pytest.raises(WrongDecoder, match="one, as measured, after 300 tokens: logits are"):
-        check_decoder("one", decoder, columns=(40, 300))
+        check_decoder("one", decoder, lengths=(40, 300))
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
 def test_filled_it_goes_on_as_a_static_cache_does(plan: str) -> None:
     """Room, columns seen and the number of rows; contents are random."""
-    decoder = GeneratingDecoder(small_model(plan))
+    decoder = FastDecoder(small_model(plan))
     rng = torch.Generator().manual_seed(0)
     decoder.start(3, 40)
-    decoder.fill(3, 30, rng)
+    decoder.fill_random(3, 30, rng)
     reading = decoder.generator._reading
     assert reading is not None
     assert reading.seen == 30
-    last = decoder.tokens(10)
+    last = decoder.decode(10)
     assert last.shape == (3, 1)
     # Ten different rows of random contents end in tokens, and none is cut short by an end.
     assert reading.seen == 40
@@ -108,20 +108,20 @@ def test_filled_it_goes_on_as_a_static_cache_does(plan: str) -> None:
     assert decoder.cache_bytes > 0
     if "a" in plan:
         with pytest.raises(DataError, match="room for 40 columns"):
-            decoder.tokens(1)
-    decoder.stop()
+            decoder.decode(1)
+    decoder.release()
     assert decoder.cache_bytes == 0
 
 
 def test_tokens_are_the_likeliest_each_after_the_one_before() -> None:
     """Over the same contents, step by step and by the choosing graph."""
-    decoder = GeneratingDecoder(small_model("amam"))
+    decoder = FastDecoder(small_model("amam"))
     rng = torch.Generator().manual_seed(0)
     decoder.start(2, 40)
-    decoder.fill(2, 30, rng)
-    chosen = torch.cat([decoder.tokens(1).clone() for _ in range(4)], dim=1)
+    decoder.fill_random(2, 30, rng)
+    chosen = torch.cat([decoder.decode(1).clone() for _ in range(4)], dim=1)
     decoder.start(2, 40)
-    decoder.fill(2, 30, rng)
+    decoder.fill_random(2, 30, rng)
     states = decoder.generator._reading.states  # type: ignore[union-attr]
     unwanted = decoder.model.generation_config.suppress_tokens
     for column in range(4):
@@ -136,7 +136,7 @@ def test_weights_of_two_decoders_of_one_model_are_held_once() -> None:
     store = weight_store("cpu")
     decoders = {one.name: one.build() for one in random_subjects(store, "hovle-8m")}
     shipped, tuned = (decoders[name].model for name in (AS_SHIPPED, TUNED))  # type: ignore[attr-defined]
-    assert isinstance(decoders[AS_SHIPPED], CachedDecoder)
+    assert isinstance(decoders[AS_SHIPPED], EagerDecoder)
     ours, theirs = (dict(one.named_parameters()) for one in (tuned, shipped))
     assert all(ours[name] is value for name, value in theirs.items())
     # All that share them still compute what they did.
@@ -148,16 +148,16 @@ def test_int8_twins() -> None:
     subjects = random_subjects(weight_store("cpu"), "hovle-8m")
     twins = int8_subjects(subjects)
     assert [one.name for one in twins] == ["linear int8", "hybrid-2 int8"]
-    assert {(one.about.role, one.about.precision) for one in twins} == {(STUDENT, "int8")}
+    assert {(one.info.role, one.info.precision) for one in twins} == {(STUDENT, "int8")}
     wide, narrow = subjects[2].build(), twins[0].build()
     assert narrow.weight_bytes < 0.4 * wide.weight_bytes
     assert narrow.dtype == torch.float32
     assert narrow.cost(1, 100, False).bytes < 0.4 * wide.cost(1, 100, False).bytes
     check_decoder("narrow", narrow)
-    ids = wide.prompt(1, 20, torch.Generator().manual_seed(1))
-    apart = wide.without_cache(ids, 1) - narrow.without_cache(ids, 1)
+    ids = wide.random_prompt(1, 20, torch.Generator().manual_seed(1))
+    apart = wide.forward_without_cache(ids, 1) - narrow.forward_without_cache(ids, 1)
     # Another model, but not far away: logits that have nothing in common are 1.4 apart.
-    assert 1e-4 < float(apart.norm() / wide.without_cache(ids, 1).norm()) < 0.3
+    assert 1e-4 < float(apart.norm() / wide.forward_without_cache(ids, 1).norm()) < 0.3
     with pytest.raises(DataError, match="leave out --int8 or --eager"):
         int8_subjects(random_subjects(weight_store("cpu"), "hovle-8m", eager=True))
 
@@ -165,7 +165,7 @@ def test_int8_twins() -> None:
 def test_who_is_decoded_how() -> None:
     def ways(**options: Any) -> dict[str, tuple[str, str]]:
         found = random_subjects(weight_store("cpu"), "hovle-8m", (0,), **options)
-        return {one.name: (one.about.way, one.about.cache) for one in found}
+        return {one.name: (one.info.way, one.info.cache) for one in found}
 
     assert ways() == {
         AS_SHIPPED: ("eager", "growing"),
@@ -187,20 +187,20 @@ def wrong_and_right() -> list[Subject]:
 
 def test_a_wrong_decoder_is_left_out_or_measured_but_always_told() -> None:
     with pytest.raises(WrongDecoder, match="wrong, as measured: logits are"):
-        profile(wrong_and_right(), PLAN, instruments=Bench())
-    left = profile(wrong_and_right(), PLAN, instruments=Bench(), on_wrong="leave out")
+        profile(wrong_and_right(), PLAN, timer=Bench())
+    left = profile(wrong_and_right(), PLAN, timer=Bench(), on_wrong="leave out")
     assert [one.name for one in left.subjects] == ["right"]
     assert {one.subject for one in left.measurements} == {"right"}
-    measured = profile(wrong_and_right(), PLAN, instruments=Bench(), on_wrong="measure")
+    measured = profile(wrong_and_right(), PLAN, timer=Bench(), on_wrong="measure")
     assert {one.subject for one in measured.measurements} == {"right", "wrong"}
     for found in (left, measured):
         assert not found.gate.green
         assert list(found.gate.wrong) == ["wrong"]
         assert found.gate.distances["wrong"]["as measured"] > found.gate.tolerance
-        assert gate_line(found).endswith("WRONG, believe no number of: wrong.")
+        assert correctness_line(found).endswith("WRONG, believe no number of: wrong.")
         assert remarks(found)[0].startswith("WRONG: wrong, as measured: logits are")
     with pytest.raises(WrongDecoder):
-        profile(wrong_and_right()[1:], PLAN, instruments=Bench(), on_wrong="leave out")
+        profile(wrong_and_right()[1:], PLAN, timer=Bench(), on_wrong="leave out")
 
 
 def test_only_decoders_that_are_not_eager_read_long_prompts_in_the_gate() -> None:
@@ -209,16 +209,16 @@ def test_only_decoders_that_are_not_eager_read_long_prompts_in_the_gate() -> Non
         subject_of(StandIn("eager", bench)),
         subject_of(StandIn("graph", bench), cache=STATIC, way=GENERATOR),
     ]
-    found = profile(subjects, replace(PLAN, gate_at=(77,)), instruments=bench)
+    found = profile(subjects, replace(PLAN, check_lengths=(77,)), timer=bench)
     assert {name: list(ways) for name, ways in found.gate.distances.items()} == {
         "eager": ["as measured"],
         "graph": ["as measured", "as measured, after 77 tokens"],
     }
-    assert "a prompt of 24 tokens, and of 77, and 4 more" in gate_line(found)
+    assert "a prompt of 24 tokens, and of 77, and 4 more" in correctness_line(found)
 
 
 def test_a_deadline_leaves_no_budget() -> None:
-    found = profile(wrong_and_right()[:1], PLAN, deadline=0.0, instruments=Bench())
+    found = profile(wrong_and_right()[:1], PLAN, deadline=0.0, timer=Bench())
     assert found.plan.budget == 0
     # Nothing was foreseen to take time, so the first row of it is still measured.
     assert {one.status for one in found.measurements} == {"measured"}

@@ -10,13 +10,13 @@ import torch
 from stand_ins import Bench, StandIn, subject_of
 
 from mmmamba_cli.profiling import Plan, Subject, measure, profile
-from mmmamba_cli.profiling.benchmark import Loaded
-from mmmamba_cli.profiling.gpu_metrics import energy, launches, memory_apart
+from mmmamba_cli.profiling.benchmark import LoadedDecoders
+from mmmamba_cli.profiling.gpu_metrics import isolated_memory, measure_energy, measure_launches
 from mmmamba_cli.profiling.interfaces import GENERATOR
-from mmmamba_cli.profiling.report import host_lines, tables
+from mmmamba_cli.profiling.report import launch_overhead_lines, tables
 from mmmamba_cli.profiling.timers import energy_counter
 
-PLAN = Plan(contexts=(10, 20, 40), repeats=2, rounds=1, warm_up=1, prefill=False, floors=False)
+PLAN = Plan(contexts=(10, 20, 40), repeats=2, rounds=1, warm_up=1, prefill=False, roofline=False)
 
 
 class Weighty(StandIn):
@@ -31,17 +31,17 @@ class Weighty(StandIn):
 
 
 def subject(name: str, bench: Bench, **options: Any) -> Subject:
-    about = subject_of(StandIn(name, bench)).about
-    return Subject(name, about, lambda: Weighty(name, bench, **options))
+    info = subject_of(StandIn(name, bench)).info
+    return Subject(name, info, lambda: Weighty(name, bench, **options))
 
 
 def test_others_are_let_go_before_memory_is_read() -> None:
     bench = Bench(held=50)
-    loaded = Loaded()
+    loaded = LoadedDecoders()
     large, small = subject("large", bench, weight_bytes=10**6), subject("small", bench)
     loaded.get(large)
     loaded.get(small)
-    found = memory_apart(small, PLAN, loaded, bench)
+    found = isolated_memory(small, PLAN, loaded, bench)
     assert list(loaded.decoders) == ["small"]
     assert sorted(found) == [10, 20, 40]
     # All that the device holds, its 50 bytes of something else too.
@@ -53,26 +53,26 @@ def test_others_are_let_go_before_memory_is_read() -> None:
     }
 
 
-def test_memory_stops_where_it_ends_and_is_not_read_without_a_gauge() -> None:
+def test_memory_stops_where_it_ends_and_is_not_read_without_a_memory_counter() -> None:
     bench = Bench()
-    loaded = Loaded()
-    found = memory_apart(subject("one", bench, too_long=20), PLAN, loaded, bench)
+    loaded = LoadedDecoders()
+    found = isolated_memory(subject("one", bench, too_long=20), PLAN, loaded, bench)
     assert (sorted(found), list(loaded.decoders)) == ([10], ["one"])
     assert bench.held == 1000
-    blind = Bench(has_gauge=False)
-    assert memory_apart(subject("one", blind), PLAN, Loaded(), blind) == {}
+    blind = Bench(counts_memory=False)
+    assert isolated_memory(subject("one", blind), PLAN, LoadedDecoders(), blind) == {}
 
 
 def test_a_profile_tells_the_memory_that_was_read_apart() -> None:
     bench = Bench()
     subjects = [subject("a", bench), subject("b", bench, weight_bytes=5000)]
-    found = profile(subjects, PLAN, instruments=bench)
+    found = profile(subjects, PLAN, timer=bench)
     for name, weights in (("a", 1000), ("b", 5000)):
         one = found.find(name, "decode", 40)
         assert one is not None and one.memory is not None
         assert one.memory.apart
         assert one.memory.total == weights + 400 + 7
-    bare = profile(subjects, replace(PLAN, gauges=False), instruments=bench)
+    bare = profile(subjects, replace(PLAN, gpu_metrics=False), timer=bench)
     assert not any(one.memory.apart for one in bare.measurements if one.memory)
 
 
@@ -80,33 +80,33 @@ def test_the_host_has_what_kernels_leave_of_an_eager_token() -> None:
     bench = Bench(kernel_share=0.25)
     eager = subject_of(StandIn("eager", bench, lambda n: 0.1 * n))
     graph = subject_of(StandIn("graph", bench), way=GENERATOR)
-    subjects, loaded = [eager, graph], Loaded()
+    subjects, loaded = [eager, graph], LoadedDecoders()
     measured = measure(subjects, PLAN, bench, loaded=loaded)
-    found = launches(subjects, measured, PLAN, loaded, bench)
+    found = measure_launches(subjects, measured, PLAN, loaded, bench)
     assert [(one.subject, one.context) for one in found] == [("eager", 10), ("eager", 40)]
     assert found[1].wall == pytest.approx(4.0)
     assert found[1].kernels == pytest.approx(1.0)
     assert found[1].share == pytest.approx(0.75)
-    told = profile(subjects, replace(PLAN, gauges=False), instruments=bench)
-    line = host_lines(told.model_copy(update={"launches": tuple(found)}))[1]
+    told = profile(subjects, replace(PLAN, gpu_metrics=False), timer=bench)
+    line = launch_overhead_lines(told.model_copy(update={"launches": tuple(found)}))[1]
     assert line.startswith("eager at 40: its kernels take 1,000 of 4,000 ms, so 75% is launches")
 
 
 def test_energy_is_of_a_second_of_tokens() -> None:
     bench = Bench(watts=300.0)
-    subjects, loaded = [subject_of(StandIn("one", bench, lambda n: 0.125))], Loaded()
+    subjects, loaded = [subject_of(StandIn("one", bench, lambda n: 0.125))], LoadedDecoders()
     measured = measure(subjects, PLAN, bench, loaded=loaded)
-    (found,) = energy(subjects, measured, PLAN, loaded, bench)
+    (found,) = measure_energy(subjects, measured, PLAN, loaded, bench)
     assert (found.context, found.tokens) == (40, 8)
     assert found.seconds == pytest.approx(1.0)
     assert found.joules == pytest.approx(300)
-    (asked,) = energy(subjects, measured, replace(PLAN, throughput=(20,)), loaded, bench)
+    (asked,) = measure_energy(subjects, measured, replace(PLAN, throughput=(20,)), loaded, bench)
     assert asked.context == 20
-    told = profile(subjects, replace(PLAN, gauges=False), instruments=bench)
+    told = profile(subjects, replace(PLAN, gpu_metrics=False), timer=bench)
     rows = tables(told.model_copy(update={"energy": (found,)}))[-1][2]
     assert rows == [("one", "40", "37.5", "300")]
     bench.watts = None
-    assert energy(subjects, measured, PLAN, loaded, bench) == []
+    assert measure_energy(subjects, measured, PLAN, loaded, bench) == []
 
 
 def test_a_cpu_has_no_counter_of_nvidia() -> None:

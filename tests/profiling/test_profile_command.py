@@ -154,16 +154,16 @@ def test_over_budget_is_said(mmmamba: Command, tmp_path: Path) -> None:
 def test_out_of_memory_is_a_row_and_exit_0(
     mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmmamba_cli.profiling.eager_decoder import CachedDecoder
+    from mmmamba_cli.profiling.eager_decoder import EagerDecoder
 
-    fill = CachedDecoder.fill
+    fill = EagerDecoder.fill_random
 
-    def full(self: CachedDecoder, batch: int, columns: int, rng: object) -> None:
+    def full(self: EagerDecoder, batch: int, columns: int, rng: object) -> None:
         if columns > 20 and self.kind == "growing":
             raise OutOfMemory("no room")
         fill(self, batch, columns, rng)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CachedDecoder, "fill", full)
+    monkeypatch.setattr(EagerDecoder, "fill_random", full)
     words = ["--random", "hovle-8m", "--no-prefill", "--out", tmp_path]
     done = mmmamba("profile", *words, "--contexts", "16,32,64", "--repeats", 1)
     assert done.code == 0, done.err

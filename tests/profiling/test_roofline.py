@@ -11,11 +11,16 @@ from mmmamba_cli.inference import quantize
 from mmmamba_cli.profiling import Plan, measure, profile
 from mmmamba_cli.profiling.interfaces import Cost
 from mmmamba_cli.profiling.report import tables
-from mmmamba_cli.profiling.result import CeilingsPart
-from mmmamba_cli.profiling.roofline import cost_of, floor_of, measure_ceilings, read_weights
-from mmmamba_cli.profiling.timers import CPUInstruments
+from mmmamba_cli.profiling.result import RooflinePart
+from mmmamba_cli.profiling.roofline import (
+    count_weights,
+    measure_roofline,
+    minimum_cost,
+    roofline_seconds,
+)
+from mmmamba_cli.profiling.timers import CPUTimer
 
-RATES = CeilingsPart(copy_rate=1000.0, matmul_rate=10.0, size=1, side=1)
+RATES = RooflinePart(copy_rate=1000.0, matmul_rate=10.0, size=1, side=1)
 # 4 heads of 8, 2 key/value heads, hidden size 32, 48 within the MLP.
 MLP, HEAD = 3 * 48 * 32, VOCABULARY * 32
 ATTENTION_LAYER = 32 * 32 * 2 + 16 * 32 * 2 + MLP
@@ -24,7 +29,7 @@ SCAN_LAYER = 32 * 32 * 3 + 16 * 32 * 2 + 4 * 32 + MLP
 
 def test_a_token_reads_weights_keys_and_states() -> None:
     model = small_model("amam").to(torch.bfloat16)
-    weights = read_weights(model)
+    weights = count_weights(model)
     matrices = 2 * (ATTENTION_LAYER + SCAN_LAYER)
     assert (weights.block_elements, weights.head_elements) == (matrices, HEAD)
     # Vectors, and what stays in fp32, are little; the token table and the patches are left out.
@@ -32,7 +37,7 @@ def test_a_token_reads_weights_keys_and_states() -> None:
     assert weights.head_bytes == 2 * HEAD
 
     def cost(batch: int, context: int) -> Cost:
-        return cost_of(model.config, weights, torch.bfloat16, batch, context, False)
+        return minimum_cost(model.config, weights, torch.bfloat16, batch, context, False)
 
     # Everything that `generate` reads once a token, from the files' point of view.
     vision = sum(p.nbytes for p in model.model.vision.parameters())
@@ -52,27 +57,27 @@ def test_a_token_reads_weights_keys_and_states() -> None:
 
 def test_a_prompt_multiplies_a_causal_half_and_one_row_for_logits() -> None:
     model = small_model("aa")
-    weights = read_weights(model)
-    prompt = cost_of(model.config, weights, torch.float32, 1, 10, True)
+    weights = count_weights(model)
+    prompt = minimum_cost(model.config, weights, torch.float32, 1, 10, True)
     scores = 2 * 2 * 2 * 55 * 4 * 8
     assert prompt.operations == 2 * (10 * 2 * ATTENTION_LAYER + HEAD) + scores
     linear = small_model("mm")
-    ours = cost_of(linear.config, read_weights(linear), torch.float32, 1, 10, True)
+    ours = minimum_cost(linear.config, count_weights(linear), torch.float32, 1, 10, True)
     # A prompt writes its keys and values once, of 10 columns.
     assert prompt.bytes == weights.bytes + 2 * 2 * 10 * 2 * 8 * 4
-    assert cost_of(model.config, weights, torch.float32, 3, 10, True).bytes - weights.bytes == 3 * (
-        prompt.bytes - weights.bytes
-    )
+    assert minimum_cost(
+        model.config, weights, torch.float32, 3, 10, True
+    ).bytes - weights.bytes == 3 * (prompt.bytes - weights.bytes)
     state = 4 * 8 * 8
     assert ours.operations == 2 * (10 * 2 * SCAN_LAYER + HEAD) + 2 * 10 * 4 * state
-    assert ours.bytes == read_weights(linear).bytes + 2 * state * 4
+    assert ours.bytes == count_weights(linear).bytes + 2 * state * 4
 
 
 def test_int8_weights_are_read_at_a_byte_each() -> None:
     model = small_model("mm")
-    wide = read_weights(model)
+    wide = count_weights(model)
     quantize(model)
-    narrow = read_weights(model)
+    narrow = count_weights(model)
     assert narrow.block_elements == wide.block_elements
     # A byte each, a scale for each row.
     assert narrow.head_bytes == HEAD + 4 * VOCABULARY
@@ -82,12 +87,12 @@ def test_int8_weights_are_read_at_a_byte_each() -> None:
 
 
 def test_a_floor_is_of_what_takes_longer() -> None:
-    assert floor_of(Cost(bytes=5000, operations=20), RATES) == 5
-    assert floor_of(Cost(bytes=5000, operations=200), RATES) == 20
+    assert roofline_seconds(Cost(bytes=5000, operations=20), RATES) == 5
+    assert roofline_seconds(Cost(bytes=5000, operations=200), RATES) == 20
 
 
 def test_rates_are_those_of_the_device() -> None:
-    class Slow(CPUInstruments):
+    class Slow(CPUTimer):
         """Everything takes two seconds."""
 
         def seconds(self, work: object) -> float:
@@ -95,7 +100,7 @@ def test_rates_are_those_of_the_device() -> None:
             work()
             return 2.0
 
-    found = measure_ceilings(torch.device("cpu"), torch.float32, Slow())
+    found = measure_roofline(torch.device("cpu"), torch.float32, Slow())
     assert found.copy_rate == found.size
     assert found.matmul_rate == found.side**3
 
@@ -106,7 +111,7 @@ def test_each_measurement_has_its_floor_and_share() -> None:
     plan = Plan(contexts=(10, 20), repeats=2, rounds=1)
     found = {
         (one.task, one.context): one
-        for one in measure([subject_of(decoder)], plan, bench, ceilings=RATES)
+        for one in measure([subject_of(decoder)], plan, bench, roofline=RATES)
     }
     # 100 bytes a column and one more; a prompt's operations are its columns.
     assert found["decode", 20].floor == pytest.approx(2.001)
@@ -119,8 +124,10 @@ def test_each_measurement_has_its_floor_and_share() -> None:
 def test_floors_are_told() -> None:
     bench = Bench()
     decoder = StandIn("one", bench, lambda n: 4.0)
-    plan = Plan(contexts=(20,), repeats=2, rounds=1, floors=False, gauges=False, prefill=False)
-    bare = profile([subject_of(decoder)], plan, instruments=bench)
+    plan = Plan(
+        contexts=(20,), repeats=2, rounds=1, roofline=False, gpu_metrics=False, prefill=False
+    )
+    bare = profile([subject_of(decoder)], plan, timer=bench)
     assert not any("floor" in title for title, _, _ in tables(bare))
     rows = (bare.measurements[0].model_copy(update={"floor": 1.0}),)
     found = bare.model_copy(update={"ceilings": RATES, "measurements": rows})
@@ -130,21 +137,21 @@ def test_floors_are_told() -> None:
 
 def test_a_long_prompt_is_foreseen_by_its_floor_where_short_ones_are_launches() -> None:
     # 64 s for 128 columns would make 500 s of 1000; four floors are 200 s.
-    rates = CeilingsPart(copy_rate=2000.0, matmul_rate=1e9, size=1, side=1)
+    rates = RooflinePart(copy_rate=2000.0, matmul_rate=1e9, size=1, side=1)
     plan = Plan(contexts=(1000,), repeats=1, rounds=1, budget=400)
-    for ceilings, status in ((rates, "measured"), (None, "skipped: over budget")):
+    for rates_or_none, status in ((rates, "measured"), (None, "skipped: over budget")):
         bench = Bench()
         decoder = StandIn("slow start", bench, lambda n: 0.0, lambda n: 64.0)
-        found = measure([subject_of(decoder)], plan, bench, ceilings=ceilings)
+        found = measure([subject_of(decoder)], plan, bench, roofline=rates_or_none)
         assert found[-1].status == status
 
 
 def test_a_long_context_is_foreseen_by_a_short_ones_launches_and_its_own_floor() -> None:
     # 5 s a token at 10 columns would make 500 s at 1,000; launches stay, and four floors are 200 s.
-    rates = CeilingsPart(copy_rate=2000.0, matmul_rate=1e9, size=1, side=1)
+    rates = RooflinePart(copy_rate=2000.0, matmul_rate=1e9, size=1, side=1)
     plan = Plan(contexts=(10, 1000), repeats=1, rounds=1, warm_up=0, budget=300, prefill=False)
-    for ceilings, status in ((rates, "measured"), (None, "skipped: over budget")):
+    for rates_or_none, status in ((rates, "measured"), (None, "skipped: over budget")):
         bench = Bench()
         decoder = StandIn("eager", bench, lambda n: 5.0)
-        found = measure([subject_of(decoder)], plan, bench, ceilings=ceilings)
+        found = measure([subject_of(decoder)], plan, bench, roofline=rates_or_none)
         assert [one.status for one in found] == ["measured", status]

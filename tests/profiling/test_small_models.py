@@ -27,10 +27,10 @@ from mmmamba_cli.profiling import (
     weight_store,
     write_profile,
 )
-from mmmamba_cli.profiling.eager_decoder import CachedDecoder, cache_size
+from mmmamba_cli.profiling.eager_decoder import EagerDecoder, expected_cache_bytes
 from mmmamba_cli.profiling.interfaces import AS_SHIPPED, GROWING, STATIC, TUNED
-from mmmamba_cli.profiling.plot import figure_of, picture
-from mmmamba_cli.profiling.report import milliseconds, remarks, size, tables
+from mmmamba_cli.profiling.plot import make_figure, render_plot
+from mmmamba_cli.profiling.report import format_memory, format_ms, remarks, tables
 
 PLAN = Plan(contexts=(32, 64), repeats=2, rounds=2, warm_up=1)
 NTK = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16}
@@ -50,8 +50,8 @@ def planted() -> Profile:
     tuned = StandIn("tuned", bench, lambda n: 0.005 * n, weight_bytes=5000)
     student = StandIn("student", bench, lambda n: 1.0, weight_bytes=5000)
     subjects = [subject_of(shipped, AS_SHIPPED, (0,), GROWING), subject_of(tuned, TUNED, (0,))]
-    plan = Plan(contexts=(1024, 2048, 4096), repeats=3, rounds=3, floors=False, gauges=False)
-    return profile([*subjects, subject_of(student)], plan, instruments=bench)
+    plan = Plan(contexts=(1024, 2048, 4096), repeats=3, rounds=3, roofline=False, gpu_metrics=False)
+    return profile([*subjects, subject_of(student)], plan, timer=bench)
 
 
 def test_all_numbers_are_there_and_positive(found: Profile) -> None:
@@ -98,15 +98,15 @@ def test_a_cache_costs_what_its_layers_do(found: Profile) -> None:
 def test_a_filled_cache_is_one_that_was_read_but_for_its_contents(
     kind: str, plan: str, options: dict[str, Any]
 ) -> None:
-    decoder = CachedDecoder(small_model(plan, **options), kind)
+    decoder = EagerDecoder(small_model(plan, **options), kind)
     rng = torch.Generator().manual_seed(0)
 
     def seen(fill: bool) -> tuple[Any, ...]:
         decoder.start(2, 40)
         if fill:
-            decoder.fill(2, 30, rng)
+            decoder.fill_random(2, 30, rng)
         else:
-            decoder.read(decoder.prompt(2, 30, rng))
+            decoder.prefill(decoder.random_prompt(2, 30, rng))
         cache = decoder.cache
         assert cache is not None
         held = [
@@ -118,7 +118,7 @@ def test_a_filled_cache_is_one_that_was_read_but_for_its_contents(
         state = cache.decoding_state
         lengths = (state.embedding.length, state.language.length, decoder.cache_bytes)
         frequencies = (state.embedding.inv_freq, state.language.inv_freq)
-        logits = decoder.step(decoder.prompt(2, 1, rng))
+        logits = decoder.step(decoder.random_prompt(2, 1, rng))
         assert logits.isfinite().all()
         assert (cache.decoding_state.language.length, logits.shape[0]) == (31, 2)
         return held, lengths, frequencies
@@ -132,31 +132,31 @@ def test_a_filled_cache_is_one_that_was_read_but_for_its_contents(
 
 def test_a_growing_cache_is_copied_with_every_token_and_a_static_one_is_not() -> None:
     for kind, lengths, moves in ((GROWING, (30, 31), True), (STATIC, (40, 40), False)):
-        decoder = CachedDecoder(small_model("aaaa"), kind)
+        decoder = EagerDecoder(small_model("aaaa"), kind)
         rng = torch.Generator().manual_seed(0)
         decoder.start(1, 40)
-        decoder.fill(1, 30, rng)
+        decoder.fill_random(1, 30, rng)
         assert decoder.cache is not None
         before = decoder.cache.layers[0].keys
-        decoder.step(decoder.prompt(1, 1, rng))
+        decoder.step(decoder.random_prompt(1, 1, rng))
         after = decoder.cache.layers[0].keys
         assert (before.shape[2], after.shape[2]) == lengths
         assert (before.data_ptr() != after.data_ptr()) is moves
 
 
 def test_the_size_that_is_asked_for_is_the_size_that_is_taken() -> None:
-    decoder = CachedDecoder(small_model("amam"), STATIC)
+    decoder = EagerDecoder(small_model("amam"), STATIC)
     decoder.start(3, 50)
-    decoder.fill(3, 50, torch.Generator().manual_seed(0))
+    decoder.fill_random(3, 50, torch.Generator().manual_seed(0))
     conv_states = 2 * 3 * 64 * 4
-    expected = cache_size(decoder.model.config, 3, 50, torch.float32) + conv_states
+    expected = expected_cache_bytes(decoder.model.config, 3, 50, torch.float32) + conv_states
     assert decoder.cache_bytes == expected
 
 
 def test_noise_that_is_repeated_has_the_length_asked_for() -> None:
-    decoder = CachedDecoder(small_model("aa"), GROWING)
+    decoder = EagerDecoder(small_model("aa"), GROWING)
     decoder.start(1, 2500)
-    decoder.fill(1, 2500, torch.Generator().manual_seed(0))
+    decoder.fill_random(1, 2500, torch.Generator().manual_seed(0))
     assert decoder.cache is not None
     keys = decoder.cache.layers[0].keys
     assert keys.shape == (1, 2, 2500, 8)
@@ -166,8 +166,8 @@ def test_noise_that_is_repeated_has_the_length_asked_for() -> None:
 
 def test_chunks_are_as_asked_for_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model("mmmm")
-    decoder = CachedDecoder(model, STATIC)
-    ids = decoder.prompt(1, 30, torch.Generator().manual_seed(0))
+    decoder = EagerDecoder(model, STATIC)
+    ids = decoder.random_prompt(1, 30, torch.Generator().manual_seed(0))
     chunks = []
     forward = model.forward
 
@@ -179,12 +179,12 @@ def test_chunks_are_as_asked_for_and_change_nothing(monkeypatch: pytest.MonkeyPa
     logits = []
     for chunk in (None, 8):
         decoder.start(1, 30)
-        logits.append(decoder.read(ids, chunk))
+        logits.append(decoder.prefill(ids, chunk))
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     assert chunks == [None, 8]
-    monkeypatch.setattr("mmmamba_cli.profiling.eager_decoder.CHUNK", 16)
+    monkeypatch.setattr("mmmamba_cli.profiling.eager_decoder.PREFILL_CHUNK", 16)
     decoder.start(1, 30)
-    decoder.read(ids)
+    decoder.prefill(ids)
     assert chunks[-1] == 16
 
 
@@ -263,7 +263,7 @@ def test_a_profile_is_what_its_file_says(found: Profile, tmp_path: Path) -> None
 
 
 def test_the_picture_is_one(planted: Profile) -> None:
-    drawn = picture(planted)
+    drawn = render_plot(planted)
     assert drawn is not None
     image = Image.open(io.BytesIO(drawn))
     assert image.format == "PNG"
@@ -275,7 +275,7 @@ def test_the_picture_is_one(planted: Profile) -> None:
 
 
 def test_the_picture_shows_every_number_on_logarithmic_axes(planted: Profile) -> None:
-    latency, memory, prefill = figure_of(planted).axes
+    latency, memory, prefill = make_figure(planted).axes
     for axes, unit in ((latency, "milliseconds"), (memory, "MiB"), (prefill, "seconds")):
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("context, tokens", unit)
@@ -319,8 +319,8 @@ def test_without_matplotlib_no_picture_remains(
 
 def test_a_single_repeat_has_no_spread() -> None:
     bench = Bench()
-    plan = Plan(contexts=(10,), repeats=1, rounds=1, floors=False, gauges=False)
-    found = profile([subject_of(StandIn("one", bench))], plan, instruments=bench)
+    plan = Plan(contexts=(10,), repeats=1, rounds=1, roofline=False, gpu_metrics=False)
+    found = profile([subject_of(StandIn("one", bench))], plan, timer=bench)
     assert tables(found)[0][2] == [("10", "1,000 (once)")]
     assert "against no teacher" in found.compared
     assert found.ratios == ()
@@ -336,11 +336,11 @@ def test_noise_is_said_once() -> None:
         rounds=1,
         warm_up=0,
         prefill=False,
-        floors=False,
-        gauges=False,
+        roofline=False,
+        gpu_metrics=False,
     )
     shaky = StandIn("shaky", bench, lambda context: next(costs))
-    said = remarks(profile([subject_of(shaky)], plan, instruments=bench))
+    said = remarks(profile([subject_of(shaky)], plan, timer=bench))
     assert len(said) == 1
     assert said[0].startswith(
         "noisy, the quartiles more than 25% of the median apart, are 1 of 3: "
@@ -349,9 +349,9 @@ def test_noise_is_said_once() -> None:
 
 
 def test_numbers_for_people() -> None:
-    shown = [milliseconds(seconds) for seconds in (1.2345, 0.012345, 0.0012345, 0.00012345)]
+    shown = [format_ms(seconds) for seconds in (1.2345, 0.012345, 0.0012345, 0.00012345)]
     assert shown == ["1,234", "12.3", "1.23", "0.123"]
-    assert (size(3 * 2**20), size(1536 * 2**20)) == ("3.0 MiB", "1.50 GiB")
+    assert (format_memory(3 * 2**20), format_memory(1536 * 2**20)) == ("3.0 MiB", "1.50 GiB")
 
 
 def test_an_architecture_that_is_not_known() -> None:

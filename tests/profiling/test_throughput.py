@@ -7,18 +7,20 @@ from collections.abc import Callable
 from stand_ins import Bench, StandIn, subject_of
 
 from mmmamba_cli.profiling import OutOfMemory, Plan, profile
-from mmmamba_cli.profiling.benchmark import Loaded
+from mmmamba_cli.profiling.benchmark import LoadedDecoders
 from mmmamba_cli.profiling.report import tables
-from mmmamba_cli.profiling.result import CeilingsPart, Throughput
-from mmmamba_cli.profiling.throughput import search
+from mmmamba_cli.profiling.result import RooflinePart, Throughput
+from mmmamba_cli.profiling.throughput import search_batch_size
 
-PLAN = Plan(contexts=(10,), throughput=(10,), floors=False, gauges=False)
+PLAN = Plan(contexts=(10,), throughput=(10,), roofline=False, gpu_metrics=False)
 
 
 def found(
-    decoder: StandIn, until: float | None = None, ceilings: CeilingsPart | None = None
+    decoder: StandIn, until: float | None = None, roofline: RooflinePart | None = None
 ) -> list[Throughput]:
-    return search([subject_of(decoder)], PLAN, Loaded(), decoder.bench, ceilings, until)
+    return search_batch_size(
+        [subject_of(decoder)], PLAN, LoadedDecoders(), decoder.bench, roofline, until
+    )
 
 
 def planted(row_seconds: Callable[[int], float], too_large: int = 10**9) -> StandIn:
@@ -74,11 +76,11 @@ def test_over_budget_is_a_row() -> None:
 def test_each_has_the_memory_to_itself_and_its_floor() -> None:
     bench = Bench()
     subjects = [subject_of(StandIn(name, bench, lambda n: 2.0, too_large=40)) for name in "ab"]
-    loaded = Loaded()
+    loaded = LoadedDecoders()
     for subject in subjects:
         loaded.get(subject)
-    rates = CeilingsPart(copy_rate=100.0, matmul_rate=1.0, size=1, side=1)
-    tried = search(subjects, PLAN, loaded, bench, rates, None)
+    rates = RooflinePart(copy_rate=100.0, matmul_rate=1.0, size=1, side=1)
+    tried = search_batch_size(subjects, PLAN, loaded, bench, rates, None)
     assert list(loaded.decoders) == ["b"]
     assert {one.subject for one in tried} == {"a", "b"}
     # Ten columns of 100 bytes and one for each row.
@@ -96,12 +98,12 @@ def test_a_profile_tells_the_best_and_why_there_is_no_larger_one() -> None:
         contexts=(10,),
         repeats=1,
         prefill=False,
-        floors=False,
-        gauges=False,
+        roofline=False,
+        gpu_metrics=False,
         throughput=(10,),
-        throughput_of=("full",),
+        throughput_subjects=("full",),
     )
-    one = profile(subjects, plan, instruments=bench)
+    one = profile(subjects, plan, timer=bench)
     assert {row.subject for row in one.throughput} == {"full"}
     title, heading, rows = tables(one)[-1]
     assert title.startswith("most tokens a second")

@@ -17,8 +17,8 @@ from mmmamba_cli.evaluate.evaluator import _write, score
 from mmmamba_cli.evaluate.result import DataPart
 from mmmamba_cli.profiling.interfaces import AS_SHIPPED, STUDENT
 from mmmamba_cli.profiling.result import (
+    CorrectnessPart,
     DevicePart,
-    GatePart,
     Measurement,
     Memory,
     PlanPart,
@@ -188,7 +188,9 @@ def write_small_profile(run: Path) -> None:
             budget=None,
         ),
         notes=("a note",),
-        gate=GatePart(green=True, tolerance=1e-4, distances={"x": {"y": 1e-7}}, what="logits"),
+        gate=CorrectnessPart(
+            green=True, tolerance=1e-4, distances={"x": {"y": 1e-7}}, what="logits"
+        ),
         subjects=tuple(
             SubjectPart(
                 name=name,

@@ -13,15 +13,15 @@ from report_case import HOSTILE, Balanced
 from mmmamba_cli.evaluate.bootstrap import difference_interval
 from mmmamba_cli.evaluate.scoring.metrics import accuracy_tally
 from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Scale, around, bars, lines
-from mmmamba_cli.reporting.external_comparisons import Comparison
-from mmmamba_cli.reporting.external_section import differences
+from mmmamba_cli.reporting.comparisons import external_differences
 from mmmamba_cli.reporting.html import tag
 from mmmamba_cli.reporting.loss_curves import thinned
+from mmmamba_cli.reporting.run_contents import ExternalComparison
 
 BEGIN, END = MARGIN, WIDTH - 52
 
 
-def place(value: float) -> float:
+def teacher_name(value: float) -> float:
     """Where a share stands in a panel that ends at 100."""
     return BEGIN + value / 100 * (END - BEGIN)
 
@@ -30,13 +30,13 @@ def test_bars_and_whiskers_stand_where_their_numbers_are() -> None:
     rows = [Bar("one", 80.0, 0, (70.0, 95.0)), Bar("two", 50.0, 1)]
     svg = Balanced(bars("scores", rows, high=100.0, reference=(50.0, "guessing")))
     widths = [float(rect["width"] or 0) for rect in svg.all("rect")]
-    assert widths == pytest.approx([place(80) - BEGIN, place(50) - BEGIN], abs=0.01)
+    assert widths == pytest.approx([teacher_name(80) - BEGIN, teacher_name(50) - BEGIN], abs=0.01)
     (whisker,) = [p["d"] or "" for p in svg.all("path") if p.get("class") == "whisker"]
     ends = [float(x) for x in re.findall(r"M([\d.]+) ", whisker)]
-    assert ends == pytest.approx([place(70), place(95), place(70)], abs=0.01)
-    assert float(whisker.rpartition("H")[2]) == pytest.approx(place(95), abs=0.01)
+    assert ends == pytest.approx([teacher_name(70), teacher_name(95), teacher_name(70)], abs=0.01)
+    assert float(whisker.rpartition("H")[2]) == pytest.approx(teacher_name(95), abs=0.01)
     (guess,) = [one for one in svg.all("line") if one.get("class") == "reference"]
-    assert float(guess["x1"] or 0) == pytest.approx(place(50), abs=0.01)
+    assert float(guess["x1"] or 0) == pytest.approx(teacher_name(50), abs=0.01)
     (picture,) = svg.all("svg")
     assert "one: 80, 70 to 95; two: 50" in (picture["aria-label"] or "")
 
@@ -133,7 +133,7 @@ def test_a_difference_is_drawn_together() -> None:
         difference_interval(one, fewer, "accuracy")
 
 
-def comparison(**changed: object) -> Comparison:
+def comparison(**changed: object) -> ExternalComparison:
     values = {
         "format": 1,
         "title": "t",
@@ -144,13 +144,13 @@ def comparison(**changed: object) -> Comparison:
         "models": {"a": [[3, 4]] * 30, "b": [[1, 4]] * 30},
         "compare": [["a", "b"]],
     }
-    return Comparison.model_validate({**values, **changed})
+    return ExternalComparison.model_validate({**values, **changed})
 
 
 def test_a_comparison_is_a_share_of_all_units() -> None:
-    (found,) = differences(comparison())
-    assert (found.value, found.interval, found.sure) == (50.0, (50.0, 50.0), True)
-    assert found.asked == "30 lessons"
+    (found,) = external_differences(comparison())
+    assert (found.value, found.interval, found.significant) == (50.0, (50.0, 50.0), True)
+    assert found.sample == "30 lessons"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from report_case import HOSTILE, Balanced, answer, hash_of, product, write_run
 
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import dump_recipe, load_recipe
-from mmmamba_cli.reporting import build_page, read_material
+from mmmamba_cli.reporting import build_page, read_report_data
 
 Full = tuple[Path, Path, Path]
 # What makes a browser ask somebody else.
@@ -27,7 +27,7 @@ LOADING = ("src", "srcset", "data", "poster", "background", "action", "xlink:hre
 @pytest.fixture(scope="module")
 def page(full: Full) -> Balanced:
     run, other, data = full
-    found = build_page(read_material(run, [other]), created="2026-01-10 00:00", data=data)
+    found = build_page(read_report_data(run, [other]), created="2026-01-10 00:00", data=data)
     assert found.left_out == {}
     return Balanced(found.html)
 
@@ -48,7 +48,7 @@ def test_scores_by_different_rules_are_not_set_beside_each_other_in_silence(
     shutil.copytree(source, run)
 
     def words() -> str:
-        found = build_page(read_material(run, []), created="2026-01-10 00:00", data=data)
+        found = build_page(read_report_data(run, []), created="2026-01-10 00:00", data=data)
         return Balanced(found.html).text
 
     assert "no rule in common" not in words()
@@ -78,7 +78,7 @@ def test_a_profile_of_earlier_weights_is_named(full: Full, tmp_path: Path) -> No
         value = json.loads(file.read_text())
         value["subjects"][1]["content_hash"] = content_hash
         file.write_text(json.dumps(value))
-        remarks = read_material(run).remarks
+        remarks = read_report_data(run).remarks
         assert len(remarks) == count, remarks
     assert remarks[0].startswith("linear-stage3 was made again after it was profiled")
 
@@ -89,7 +89,7 @@ def test_other_kits_results_are_named(full: Full, tmp_path: Path) -> None:
     shutil.copytree(source, run)
     (run / "evals" / "teacher" / "lm-eval").mkdir()
     (run / "evals" / "teacher" / "lm-eval" / "result.json").write_text('{"kit": "lm-eval"}')
-    (remark,) = read_material(run).remarks
+    (remark,) = read_report_data(run).remarks
     assert "has the scores of lm-eval" in remark
 
 
@@ -155,7 +155,7 @@ def test_curves_of_a_stage_stand_in_one_panel(page: Balanced) -> None:
 
 def test_parts_without_material_are_left_out_and_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [product("seed", 1)])
-    found = build_page(read_material(run), created="now")
+    found = build_page(read_report_data(run), created="now")
     assert set(found.left_out) == {"scores and examples", "losses", "costs"}
     page = Balanced(found.html)
     assert "mmmamba profile" in page.text and "What is not on this page" in page.text
@@ -164,7 +164,7 @@ def test_parts_without_material_are_left_out_and_named(tmp_path: Path) -> None:
 
 def test_the_table_may_be_elsewhere(full: Full, tmp_path: Path) -> None:
     run, _, _ = full
-    found = build_page(read_material(run), created="now", data=tmp_path)
+    found = build_page(read_report_data(run), created="now", data=tmp_path)
     assert list(found.left_out) == ["examples, scenes"]
     assert "scores, scenes" in found.shown and "examples, scenes" not in found.shown
 
@@ -173,7 +173,7 @@ def test_another_table_is_not_taken_for_the_one_that_was_asked(full: Full, tmp_p
     run, _, data = full
     text = (data / "SCENES.tsv").read_text().replace("Question 1?", "Question 1, altered?")
     (tmp_path / "SCENES.tsv").write_text(text)
-    found = build_page(read_material(run), created="now", data=tmp_path)
+    found = build_page(read_report_data(run), created="now", data=tmp_path)
     assert "is not the table" in found.left_out["examples, scenes"]
 
 
@@ -181,9 +181,9 @@ def test_answers_of_earlier_weights_are_left_out(full: Full, tmp_path: Path) -> 
     run, _, data = full
     shutil.copytree(run, tmp_path / "run")
     answer(tmp_path / "run", data, "linear-stage3", ["Yes"] * 12, content_hash="e" * 64)
-    material = read_material(tmp_path / "run")
-    assert [one.label for one in material.evaluated] == ["teacher"]
-    assert "was made again" in build_page(material, created="now", data=data).html
+    report = read_report_data(tmp_path / "run")
+    assert [one.label for one in report.evaluated] == ["teacher"]
+    assert "was made again" in build_page(report, created="now", data=data).html
 
 
 def test_a_damaged_part_is_told_and_the_rest_is_shown(full: Full, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_damaged_part_is_told_and_the_rest_is_shown(full: Full, tmp_path: Path
     (tmp_path / "run/profile/profile.json").write_text("{")
     (tmp_path / "run/comparisons").mkdir()
     (tmp_path / "run/comparisons/x.json").write_text(json.dumps({"format": 1}))
-    found = build_page(read_material(tmp_path / "run"), created="now", data=data)
+    found = build_page(read_report_data(tmp_path / "run"), created="now", data=data)
     assert "costs" in found.left_out and "scores, scenes" in found.shown
     assert "profile.json is not valid JSON" in found.html
     assert "x.json is damaged" in found.html
@@ -201,7 +201,7 @@ def test_a_damaged_part_is_told_and_the_rest_is_shown(full: Full, tmp_path: Path
 def test_runs_of_one_name_cannot_be_told_apart(full: Full) -> None:
     run, other, _ = full
     with pytest.raises(RunError, match="two runs to compare with are called other, other"):
-        read_material(run, [other, other])
+        read_report_data(run, [other, other])
 
 
 def test_the_command_writes_one_file(full: Full, tmp_path: Path, mmmamba: Command) -> None:
@@ -233,7 +233,7 @@ def test_nothing_on_the_page_says_where_it_was_made(full: Full, tmp_path: Path) 
         command = shlex.join(["mmmamba", "distill", "--data", long, f"--set=x={long}"])
         file.write_text(json.dumps(raw | {"recipe": recipe, "command": command, "final": None}))
     (run / "profile/profile.json").write_text("no JSON")
-    found = build_page(read_material(run), created="now", data=full[2])
+    found = build_page(read_report_data(run), created="now", data=full[2])
     text = Balanced(found.html).text
     assert "my: data.jsonl" in text and "not known" in text
     assert "profile.json is not valid JSON" in text
@@ -268,5 +268,5 @@ def test_a_model_that_ships_is_not_called_by_the_run_it_was_asked_in(
     asked = shutil.copytree(other, tmp_path / "other")
     for name in ("scenes-linear", "elsewhere"):
         answer(asked, data, name, ["Yes"] * len((data / "SCENES.tsv").read_text().splitlines()[1:]))
-    labels = read_material(run, [asked]).labels
+    labels = read_report_data(run, [asked]).labels
     assert {"scenes-linear", "elsewhere (other)"} <= set(labels)

@@ -1,0 +1,163 @@
+"""Differences of two models over the same units, and the section on external comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmmamba_cli.evaluate.bootstrap import DRAWS, difference_interval, intervals
+from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.scoring import find_rule
+from mmmamba_cli.evaluate.scoring.metrics import Tally, divide
+from mmmamba_cli.evaluate.suite import Suite
+from mmmamba_cli.reporting.charts import Bar, bars
+from mmmamba_cli.reporting.html import Markup, figure, joined, paragraph, section, table, tag
+from mmmamba_cli.reporting.run_contents import ExternalComparison, ModelResult, ReportData
+
+
+@dataclass(frozen=True)
+class ScoreDifference:
+    """`one` minus `other` in a metric of a rule, with its 95 % interval (paired bootstrap)."""
+
+    one: str
+    other: str
+    metric: str
+    value: float
+    interval: tuple[float, float]
+    # The sample, for example "448 questions".
+    sample: str
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.interval[0] > 0 or self.interval[1] < 0
+
+
+def product_pairs(
+    report: ReportData, results: Sequence[ModelResult]
+) -> list[tuple[ModelResult, ModelResult]]:
+    """Results of products of the main run, each with the product of that name in another run."""
+    by_label = {one.label: one for one in results}
+    pairs = []
+    for name in report.main.products:
+        for run in report.runs[1:]:
+            one, other = by_label.get(name), by_label.get(run.label(name))
+            if one is not None and other is not None:
+                pairs.append((one, other))
+    return pairs
+
+
+def score_difference(
+    suite: Suite, rows: Sequence[Row], one: ModelResult, other: ModelResult
+) -> ScoreDifference | None:
+    """Difference by the suite's first rule; None unless both models answered all rows."""
+    if not suite.rules or any(
+        row.index not in answers for row in rows for answers in (one.answers, other.answers)
+    ):
+        return None
+    rule = find_rule(next(iter(suite.rules.values())))
+    left, right = (
+        rule(rows, [result.answers[row.index]["prediction"] for row in rows])
+        for result in (one, other)
+    )
+    metric = left.headline
+    mine, theirs = left.values()[metric], right.values()[metric]
+    if mine is None or theirs is None:
+        return None
+    return ScoreDifference(
+        one.label,
+        other.label,
+        metric,
+        mine - theirs,
+        difference_interval(left, right, metric, seed=one.result.seed),
+        f"{len(rows):,} questions",
+    )
+
+
+def difference_sentence(difference: ScoreDifference) -> Markup:
+    """The difference in a sentence, with a remark on chance."""
+    if round(difference.value, 1) == 0:
+        how = f"{difference.one} and {difference.other} come to the same"
+    else:
+        more = "above" if difference.value > 0 else "below"
+        points = abs(difference.value)
+        how = f"{difference.one} is {points:.1f} points {more} {difference.other}"
+    verdict = (
+        "The interval leaves zero out."
+        if difference.significant
+        else "The interval holds zero: on these questions it may be chance."
+    )
+    low, high = difference.interval
+    return joined(
+        (
+            tag("strong", how),
+            f" in {difference.metric} (95 % interval over {difference.sample}, drawn together: "
+            f"{low:+.1f} to {high:+.1f}). {verdict}",
+        )
+    )
+
+
+def external_differences(comparison: ExternalComparison) -> list[ScoreDifference]:
+    """Differences of the pairs that an external comparison names."""
+    tallies = {name: _tally(units) for name, units in comparison.models.items()}
+    return [
+        ScoreDifference(
+            one,
+            other,
+            comparison.metric,
+            _share_of(tallies[one]) - _share_of(tallies[other]),
+            difference_interval(tallies[one], tallies[other], "share"),
+            f"{comparison.units:,} {comparison.unit}s",
+        )
+        for one, other in comparison.compare
+    ]
+
+
+def external_section(
+    number: int, comparison: ExternalComparison, series: Mapping[str, int]
+) -> Markup:
+    """A panel of bars with intervals, and a sentence on each pair."""
+    rows = []
+    for name, units in comparison.models.items():
+        tally = _tally(units)
+        rows.append(Bar(name, _share_of(tally), series[name], intervals(tally)["share"]))
+    cells = [
+        (row.label, f"{row.value:.1f}", f"{row.interval[0]:.1f} to {row.interval[1]:.1f}")
+        for row in rows
+        if row.interval is not None
+    ]
+    chart = bars(
+        f"{comparison.title}: {comparison.metric}", rows, high=100, show=lambda v: f"{v:.1f}"
+    )
+    sentences = map(difference_sentence, external_differences(comparison))
+    return section(
+        f"comparison-{number}",
+        f"{comparison.title}: {', '.join(comparison.models)}",
+        paragraph(
+            f"{comparison.metric}. Whiskers are 95% intervals over {DRAWS:,} seeded draws of "
+            f"whole {comparison.unit}s, {comparison.units:,} of them."
+        ),
+        *(paragraph(one, class_="found") for one in sentences),
+        figure(
+            tag("div", tag("div", chart), class_="panels"),
+            "Higher is better.",
+            table(comparison.metric, ("", "share, %", "95 %"), cells),
+        ),
+    )
+
+
+def _tally(units: Sequence[tuple[float, float]]) -> Tally:
+    numbers = np.array(units, dtype=np.float64)
+    return Tally(numbers, _share, ("",) * len(units), {})
+
+
+def _share_of(tally: Tally) -> float:
+    value = tally.values()["share"]
+    assert value is not None
+    return value
+
+
+def _share(sums: np.ndarray) -> dict[str, np.ndarray]:
+    return {"share": 100 * divide(sums[..., 0], sums[..., 1])}
