@@ -30,10 +30,10 @@ from torch import Tensor
 import mmmamba_cli
 from mmmamba_cli.checkpoint import hovle
 from mmmamba_cli.data import Batch
-from mmmamba_cli.distill.optimiser import build_optimiser, clip
-from mmmamba_cli.distill.stages import objective_of
-from mmmamba_cli.distill.teacher_student import Pair
-from mmmamba_cli.distill.trainable import learning_names
+from mmmamba_cli.distill.objective import build_objective
+from mmmamba_cli.distill.optimiser import build_optimiser, clip_gradients
+from mmmamba_cli.distill.teacher_student import TeacherStudent
+from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.model import FP32_PARAMETERS, LINEAR, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.model.block import SwiGLU
 from mmmamba_cli.recipe import Stage, load_recipe
@@ -41,7 +41,7 @@ from mmmamba_cli.seed.init import initial_value
 
 WARMUP, REPEATS = 2, 5
 # By name, what makes a step of a pair in a stage.
-Ways = dict[str, Callable[[Pair, Stage], Callable[[Batch], float]]]
+Ways = dict[str, Callable[[TeacherStudent, Stage], Callable[[Batch], float]]]
 GIB = 2**30
 
 
@@ -61,7 +61,7 @@ def random_model(config: HolisticVLMConfig, device: str) -> HolisticVLM:
     return model.requires_grad_(False).eval()
 
 
-def make_pair(raw: dict[str, Any], stage: Stage, device: str, precision: str) -> Pair:
+def make_pair(raw: dict[str, Any], stage: Stage, device: str, precision: str) -> TeacherStudent:
     """A random teacher and its seeded linear student; frozen tensors are shared."""
     torch.manual_seed(0)
     teacher = random_model(hovle.to_config(raw), device)
@@ -72,7 +72,7 @@ def make_pair(raw: dict[str, Any], stage: Stage, device: str, precision: str) ->
     with torch.device("meta"):
         student = HolisticVLM(config)
     theirs = dict(teacher.named_parameters())
-    names = learning_names(stage, config, [name for name, _ in student.named_parameters()])
+    names = trainable_names(stage, config, [name for name, _ in student.named_parameters()])
     for name, shape in [(n, tuple(p.shape)) for n, p in student.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
         value = theirs.get(name)
@@ -82,7 +82,7 @@ def make_pair(raw: dict[str, Any], stage: Stage, device: str, precision: str) ->
         if name in names:
             value = torch.nn.Parameter(value.detach().clone().float())
         setattr(student.get_submodule(owner), leaf, value)
-    return Pair(teacher, student.eval(), precision, tuple(names))
+    return TeacherStudent(teacher, student.eval(), precision, tuple(names))
 
 
 def text_batch(length: int, vocabulary: int, device: str) -> Batch:
@@ -91,7 +91,7 @@ def text_batch(length: int, vocabulary: int, device: str) -> Batch:
     return Batch(ids, ids.clone(), None, None, None, 1, length)
 
 
-def transcribed_mixer_loss(pair: Pair, batch: Batch, scale: float) -> Tensor:
+def transcribed_mixer_loss(pair: TeacherStudent, batch: Batch, scale: float) -> Tensor:
     """Stages 1 and 2 the reference's way: one graph over all layers."""
     decoder = pair.teacher.model
     prompt = decoder.prepare(batch.input_ids)
@@ -113,7 +113,7 @@ def transcribed_mixer_loss(pair: Pair, batch: Batch, scale: float) -> Tensor:
     return scale * torch.stack(losses).mean()
 
 
-def transcribed_kl(pair: Pair, batch: Batch) -> Tensor:
+def transcribed_kl(pair: TeacherStudent, batch: Batch) -> Tensor:
     """Stage 3 the reference's way: whole logits of both, activations of all layers kept."""
     prompt = pair.teacher.model.prepare(batch.input_ids)
     with torch.no_grad():
@@ -148,20 +148,20 @@ def materialised_attention(mixer: Any, hidden: Tensor, columns: Any) -> Tensor:
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def ours(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
+def ours(pair: TeacherStudent, stage: Stage) -> Callable[[Batch], float]:
     """Loss and gradients as the loop computes them."""
-    objective = objective_of(stage, pair.student.config, pair.learning)
+    objective = build_objective(stage, pair.student.config, pair.trainable)
 
     def run(batch: Batch) -> float:
         pair.student.train()
         pair.student.model.checkpoint_layers(not objective.layer_local)
-        weights = objective.weigh(objective.count(pair, batch))
-        return float((weights * objective.sums(pair, batch, weights)).sum())
+        weights = objective.term_weights(objective.count_units(pair, batch))
+        return float((weights * objective.loss_sums(pair, batch, weights)).sum())
 
     return run
 
 
-def transcription(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
+def transcription(pair: TeacherStudent, stage: Stage) -> Callable[[Batch], float]:
     def run(batch: Batch) -> float:
         with pair.autocast():
             if stage.loss == "kl":
@@ -174,7 +174,7 @@ def transcription(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
     return run
 
 
-def compiled(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
+def compiled(pair: TeacherStudent, stage: Stage) -> Callable[[Batch], float]:
     """Ours, with the MLPs of both models compiled: what stands between two products is fused."""
     run, plain = ours(pair, stage), SwiGLU.forward
     fast = torch.compile(plain, dynamic=False)
@@ -189,9 +189,11 @@ def compiled(pair: Pair, stage: Stage) -> Callable[[Batch], float]:
     return through_the_compiler
 
 
-def measure(pair: Pair, stage: Stage, compute: Callable[[Batch], float], batch: Batch) -> Any:
+def measure(
+    pair: TeacherStudent, stage: Stage, compute: Callable[[Batch], float], batch: Batch
+) -> Any:
     """Median seconds of a whole optimiser step, and the peak beyond what any step must hold."""
-    parameters = pair.learning_parameters()
+    parameters = pair.trainable_parameters()
     optimiser = build_optimiser(stage, parameters)
     owned = {id(p): p.nbytes for m in (pair.teacher, pair.student) for p in m.parameters()}
     held = sum(owned.values()) + 3 * sum(p.nbytes for p in parameters.values())
@@ -201,7 +203,7 @@ def measure(pair: Pair, stage: Stage, compute: Callable[[Batch], float], batch: 
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss = compute(batch)
-        clip(parameters, stage.optimiser.clip)
+        clip_gradients(parameters, stage.optimiser.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
@@ -235,10 +237,10 @@ def gate(raw: dict[str, Any], stage: Stage, length: int) -> dict[str, float]:
     batch = text_batch(length, pair.teacher.config.vocab_size, "cuda")
     found = []
     for compute in (ours(pair, stage), transcription(pair, stage)):
-        for parameter in pair.learning_parameters().values():
+        for parameter in pair.trainable_parameters().values():
             parameter.grad = None
         loss = compute(batch)
-        grads = [p.grad.flatten().cpu() for p in pair.learning_parameters().values()]
+        grads = [p.grad.flatten().cpu() for p in pair.trainable_parameters().values()]
         found.append((loss, torch.cat(grads)))
     (loss, gradient), (other, expected) = found
     distance = float((gradient - expected).norm() / expected.norm())

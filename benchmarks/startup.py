@@ -141,14 +141,14 @@ def child(folder: Path, device: str) -> None:
     import torch  # noqa: F401
 
     mark("torch_imported")
-    from mmmamba_cli.distill import Options, Watch, distill
+    from mmmamba_cli.distill import DistillOptions, StageCallbacks, distill
     from mmmamba_cli.distributed import join_world
     from mmmamba_cli.recipe import load_recipe
     from mmmamba_cli.runs import Run
 
     run = Run(folder / "run")
     recipe = load_recipe("scenes-linear", overrides=settings(folder))
-    watch = Watch(
+    watch = StageCallbacks(
         lambda line: None,
         lambda *_: mark("models_loaded"),
         lambda result: mark("first_step"),
@@ -156,7 +156,9 @@ def child(folder: Path, device: str) -> None:
     )
     with join_world(device) as world, run.lock_existing():
         mark("mmmamba_imported")
-        distill(run, recipe, world, watch, wanted=("stage1",), options=Options(overwrite=True))
+        distill(
+            run, recipe, world, watch, wanted=("stage1",), options=DistillOptions(overwrite=True)
+        )
     mark("product_written")
     print(json.dumps({"seconds_until": marks, **counters.summary()}))
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import Checkpoint, load_model
-from mmmamba_cli.data import IGNORED, Batch, open_corpus
+from mmmamba_cli.data import IGNORE_INDEX, Batch, open_corpus
 from mmmamba_cli.data.collate import collate
-from mmmamba_cli.data.tokenize import Encoder
-from mmmamba_cli.distill.kl_loss import next_tokens
+from mmmamba_cli.data.tokenize import SampleEncoder
+from mmmamba_cli.distill.kl_loss import shift_labels
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.runs import open_processor
@@ -55,7 +55,7 @@ def by_lesson(
         raise RunError(f"{teacher.path} has no tokenizer")
     opened = [teacher, *students.values()]
     models = [load_model(one.path, dtype="fp32", frozen=True, checkpoint=one) for one in opened]
-    encoder = Encoder(processor, MAX_LENGTH, max_tiles=1)
+    encoder = SampleEncoder(processor, MAX_LENGTH, max_tiles=1)
     corpus = open_corpus(lessons)
     owners = lesson_numbers(lessons)
     right = torch.zeros(len(students), len(COMPARISONS), int(owners.max()) + 1).double()
@@ -91,7 +91,7 @@ def lesson_numbers(lessons: Path) -> Tensor:
 def compare(models: Sequence[HolisticVLM], batch: Batch) -> tuple[Tensor, Tensor]:
     """How right each model but the first is, which is the teacher, (M, C, N), and the row of each
     place, (N,)."""
-    scored = next_tokens(batch) != IGNORED
+    scored = shift_labels(batch) != IGNORE_INDEX
     prompt = models[0].model.prepare(
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
     )

@@ -120,7 +120,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from mmmamba_cli.checkpoint import open_checkpoint
     from mmmamba_cli.data import StepLoader
-    from mmmamba_cli.distill import Options, Watch, distill
+    from mmmamba_cli.distill import DistillOptions, StageCallbacks, distill
     from mmmamba_cli.distributed import join_world
     from mmmamba_cli.recipe import load_recipe
     from mmmamba_cli.runs import Run
@@ -144,13 +144,15 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     def train(stages: tuple[str, ...], workers: int, meter: Meter) -> None:
         chosen = load_recipe("scenes-linear", overrides={**settings, "data.workers": workers})
-        watch = Watch(lambda line: None, lambda *_: None, meter.report, lambda: False)
+        watch = StageCallbacks(lambda line: None, lambda *_: None, meter.report, lambda: False)
         with (
             join_world(given.device) as world,
             run.lock_existing(),
             mock.patch.object(StepLoader, "steps", meter.timed(StepLoader.steps)),
         ):
-            distill(run, chosen, world, watch, wanted=stages, options=Options(overwrite=True))
+            distill(
+                run, chosen, world, watch, wanted=stages, options=DistillOptions(overwrite=True)
+            )
 
     train(("stage1", "stage2"), max(given.workers), Meter())
     found: list[dict[str, Any]] = []
@@ -187,7 +189,7 @@ def searched() -> Any:
         mock.patch("mmmamba_cli.data.collate.segments_of", lambda mask, seq_idx: None)
     )
     stack.enter_context(
-        mock.patch("mmmamba_cli.distill.trainer.host_threads", lambda device: nullcontext())
+        mock.patch("mmmamba_cli.distill.trainer.limit_cpu_threads", lambda device: nullcontext())
     )
     return stack
 

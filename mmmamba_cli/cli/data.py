@@ -69,17 +69,17 @@ def check(
 
     Exit code 2 if more samples are bad than --max-bad-share allows.
     """
-    from mmmamba_cli.data import NAMED, Encoder, check_data, open_corpus
+    from mmmamba_cli.data import MAX_NAMED, SampleEncoder, check_data, open_corpus
 
     corpus = open_corpus(source, image_root)
-    encoder = Encoder(_processor(run, model), max_length, max_tiles)
+    encoder = SampleEncoder(_processor(run, model), max_length, max_tiles)
     total = min(len(corpus), limit or len(corpus))
     with progress("checking", total, "samples") as advance:
         report = check_data(corpus, encoder, limit=limit, decode=decode, advance=advance)
     if as_json:
-        print_json(report.as_dict(None if every else NAMED))
+        print_json(report.as_dict(None if every else MAX_NAMED))
     else:
-        _show(report, max_length, None if every else NAMED)
+        _show(report, max_length, None if every else MAX_NAMED)
     if report.bad_share > max_bad_share:
         raise typer.Exit(PROBLEMS)
 

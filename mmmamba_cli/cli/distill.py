@@ -104,7 +104,7 @@ def command(
     from mmmamba_cli.distributed.launcher import count_processes, launch
 
     processes = count_processes(gpus, device)
-    job = Job(
+    job = DistillCommand(
         run=run,
         stage=stage,
         parent=parent,
@@ -128,7 +128,7 @@ def command(
 
 
 @dataclass(frozen=True)
-class Job:
+class DistillCommand:
     """The command as it was given, for each process that trains."""
 
     run: Path
@@ -146,11 +146,11 @@ class Job:
     launched: bool
 
 
-def train(job: Job) -> list[Manifest] | None:
+def train(job: DistillCommand) -> list[Manifest] | None:
     """Train, as one process or one of several; the products on process 0, None if stopped."""
     from mmmamba_cli.cli import escape_what_cannot_be_encoded
     from mmmamba_cli.cli.distill_display import StopRequest, TrainingDisplay
-    from mmmamba_cli.distill import Options, Stopped, distill, wanted_stages
+    from mmmamba_cli.distill import DistillOptions, Stopped, distill, parse_stage_names
     from mmmamba_cli.distributed import join_world
     from mmmamba_cli.runs import Run
 
@@ -161,9 +161,9 @@ def train(job: Job) -> list[Manifest] | None:
             escape_what_cannot_be_encoded()
             stack.enter_context(plain_warnings())
         world = stack.enter_context(join_world(job.device))
-        world.on_main(lambda: _take_lock(stack, target))
-        plan = world.on_main(lambda: _recipe(target, job))
-        wanted = world.on_main(lambda: wanted_stages(plan, job.stage))
+        world.run_on_main(lambda: _take_lock(stack, target))
+        plan = world.run_on_main(lambda: _recipe(target, job))
+        wanted = world.run_on_main(lambda: parse_stage_names(plan, job.stage))
         if not world.is_main:
             # Every process warns of the same things.
             stack.enter_context(warnings.catch_warnings(action="ignore"))
@@ -174,10 +174,10 @@ def train(job: Job) -> list[Manifest] | None:
                 target,
                 plan,
                 world,
-                display.watch,
+                display.callbacks,
                 wanted=wanted,
                 start=job.parent,
-                options=Options(job.teacher, job.overwrite, job.force, job.restart),
+                options=DistillOptions(job.teacher, job.overwrite, job.force, job.restart),
             )
         except Stopped:
             display.say("stopped and saved; the same command goes on from here")
@@ -189,7 +189,7 @@ def _take_lock(stack: ExitStack, run: Run) -> None:
     stack.enter_context(run.lock_existing())
 
 
-def _recipe(run: Run, job: Job) -> Recipe:
+def _recipe(run: Run, job: DistillCommand) -> Recipe:
     """The recipe named, or that of the product to start from, with what was given laid over it."""
     from mmmamba_cli.recipe import load_recipe, parse_recipe
 
@@ -201,7 +201,7 @@ def _recipe(run: Run, job: Job) -> Recipe:
 
 
 def _say(run: Run, made: list[Manifest], as_json: bool) -> None:
-    from mmmamba_cli.distill import PICTURE
+    from mmmamba_cli.distill import LOSS_PLOT
 
     if as_json:
         products = [product.model_dump(mode="json") for product in made]
@@ -210,8 +210,8 @@ def _say(run: Run, made: list[Manifest], as_json: bool) -> None:
     for product in made:
         folder = run.product_folder(product.name)
         print_text(f"{product.name}: {product.kind}, {folder}")
-        if (folder / PICTURE).is_file():
-            print_text(f"  losses: {folder / PICTURE}")
+        if (folder / LOSS_PLOT).is_file():
+            print_text(f"  losses: {folder / LOSS_PLOT}")
     last = made[-1]
     what = "mmmamba eval --suite mme,pope" if last.final else "mmmamba distill"
     print_text(f"next: {what}")

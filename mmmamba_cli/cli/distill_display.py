@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-    from mmmamba_cli.distill import Progress, StepResult, Watch
-    from mmmamba_cli.distributed.stop_signals import Repeats
+    from mmmamba_cli.distill import Progress, StageCallbacks, StepResult
+    from mmmamba_cli.distributed.stop_signals import StopSignalCounter
     from mmmamba_cli.recipe import Stage
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -32,7 +32,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
 
     def __init__(self, speaks: bool = True) -> None:
         self.speaks = speaks
-        self._repeats: Repeats | None = None
+        self._repeats: StopSignalCounter | None = None
         self._before: dict[int, Any] = {}
 
     @property
@@ -40,9 +40,9 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         return self._repeats is not None and self._repeats.count > 0
 
     def __enter__(self) -> StopRequest:
-        from mmmamba_cli.distributed.stop_signals import SIGNALS, Repeats
+        from mmmamba_cli.distributed.stop_signals import SIGNALS, StopSignalCounter
 
-        self._repeats = Repeats()
+        self._repeats = StopSignalCounter()
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -56,11 +56,11 @@ class StopRequest(AbstractContextManager["StopRequest"]):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        from mmmamba_cli.distributed.stop_signals import end_by, write_from_handler
+        from mmmamba_cli.distributed.stop_signals import exit_by_signal, write_from_handler
 
         assert self._repeats is not None
         if self._repeats.is_repeat():
-            end_by(number)
+            exit_by_signal(number)
         if self._repeats.count == 1 and self.speaks:
             write_from_handler("\nstopping after this step; once more stops at once\n")
 
@@ -78,10 +78,10 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         self._said: set[str] = set()
 
     @property
-    def watch(self) -> Watch:
-        from mmmamba_cli.distill import Watch
+    def callbacks(self) -> StageCallbacks:
+        from mmmamba_cli.distill import StageCallbacks
 
-        return Watch(self.say, self.begin, self.report, lambda: self.stop.wanted)
+        return StageCallbacks(self.say, self.begin, self.report, lambda: self.stop.wanted)
 
     def __exit__(
         self,
@@ -98,7 +98,7 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
 
     def begin(self, stage: Stage, learning: Mapping[str, Any], progress: Progress) -> None:
         """List what learns, then show the stage from its first step on."""
-        from mmmamba_cli.distill import describe
+        from mmmamba_cli.distill import layers_per_parameter
 
         self._end_live()
         self._stage = stage
@@ -107,9 +107,9 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
             return
         sizes: dict[str, int] = {}
         for name, parameter in learning.items():
-            (inner,) = describe([name])
+            (inner,) = layers_per_parameter([name])
             sizes[inner] = sizes.get(inner, 0) + parameter.numel()
-        counts = describe(learning)
+        counts = layers_per_parameter(learning)
         rows = [(name, counts[name], f"{sizes[name]:,}") for name in sorted(counts)]
         rows.append(("total", len(learning), f"{sum(sizes.values()):,}"))
         self.say(

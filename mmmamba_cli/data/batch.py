@@ -1,4 +1,4 @@
-"""What a training loop is given: micro batches, and what could not be read.
+"""Micro batches, and the samples that could not be read.
 
 Legend: B rows, T columns, N tiles, S side of a tile in pixels.
 """
@@ -15,15 +15,15 @@ from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import Segments
 from mmmamba_cli.processing import normalize
 
-# Label of a token that is not part of an answer.
-IGNORED = -100
+# Label of a token that is not part of an answer; the losses of PyTorch ignore it.
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used. `name` is like `set.jsonl:17`.
+    """A sample that could not be used; `name` is, for example, `set.jsonl:17`.
 
-    `seen_by_all` says whether every process found it out, or only the one that names it here.
+    `seen_by_all` tells whether every process found the problem, or only this one.
     """
 
     name: str
@@ -32,24 +32,23 @@ class BadSample:
 
 
 def bad_sample(error: DataError, name: str, seen_by_all: bool = True) -> BadSample:
-    """What `error`, which may begin with the name, says of sample `name`."""
+    """The sample `name` with the message of `error`, without a leading name."""
     return BadSample(name, error.message.removeprefix(f"{name}: "), seen_by_all)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch of one process; rows are padded on the right.
+    """One micro batch of one process, right-padded.
 
     input_ids: (B, T) int64.
-    labels: (B, T) int64, the token itself where it belongs to an answer, else IGNORED; not shifted.
-    attention_mask: (B, T) bool, False for padding; None if there is none.
-    seq_idx: (B, T) int64, the number of the sample within its row; None if each row holds one.
-    segments: where samples and padding begin in the rows laid end to end; None if there is neither
-        padding nor packing. Attention takes packed rows by these, and finding them on a device
-        would make the host wait for it.
-    pixel_values: (N, 3, S, S), tiles in the order of the rows; None without images. uint8 as they
-        come from the loader, and float32, normalised, once `to` has brought them to a device.
-    num_tokens: tokens that are not padding.
+    labels: (B, T) int64, not shifted; the token id in answers, else IGNORE_INDEX.
+    attention_mask: (B, T) bool, False for padding; None without padding.
+    seq_idx: (B, T) int64, index of the sample within its row; None if each row holds one sample.
+    segments: boundaries of samples and padding in the flattened rows; None without padding and
+        packing. Computed on the CPU: computing them on a GPU synchronizes.
+    pixel_values: (N, 3, S, S) tiles in row order; None without images. uint8 from the loader,
+        normalised float32 after `to`.
+    num_tokens: number of tokens without padding.
     """
 
     input_ids: Tensor
@@ -63,17 +62,17 @@ class Batch:
     segments: Segments | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`, pixels normalised there."""
-        # A copy out of pinned memory need not be waited for; the GPU does things in order.
-        early = torch.device(device).type == "cuda"
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=early))
+        """Move the tensors to `device` and normalise the pixels there."""
+        # The stream orders the copy from pinned memory before later kernels.
+        non_blocking = torch.device(device).type == "cuda"
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         pixels = moved.pixel_values
         if pixels is None or pixels.dtype != torch.uint8:
             return moved
         return replace(moved, pixel_values=normalize(pixels))
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory that a GPU reads while the host goes on."""
+        """Copy the tensors to pinned memory, from which copies to a GPU are asynchronous."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -99,14 +98,16 @@ class Batch:
 class StepBatches:
     """The micro batches of one optimiser step on one process.
 
-    `num_planned` is the number of samples the global batch was meant to have.
+    `num_planned` is the number of samples of the global batch, including the unreadable ones.
     """
 
     step: int
-    micro: tuple[Batch, ...]
+    micro_batches: tuple[Batch, ...]
     bad: tuple[BadSample, ...]
     num_planned: int
 
     def pin_memory(self) -> StepBatches:
-        """The same with pinned micro batches; torch's loader calls it by this name."""
-        return replace(self, micro=tuple(micro.pin_memory() for micro in self.micro))
+        """Pin all micro batches; torch's `DataLoader` calls this method by its name."""
+        return replace(
+            self, micro_batches=tuple(micro.pin_memory() for micro in self.micro_batches)
+        )

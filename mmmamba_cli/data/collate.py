@@ -10,16 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmmamba_cli.data.batch import IGNORED, BadSample, Batch, bad_sample
-from mmmamba_cli.data.tokenize import Encoded, decode_images
+from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, bad_sample
+from mmmamba_cli.data.tokenize import EncodedSample, decode_images
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import segments_of
 from mmmamba_cli.processing import ImageProcessor
 
-Row = list[Encoded]
+Row = list[EncodedSample]
 
 
-def make_rows(samples: Sequence[Encoded], batching: str, max_length: int) -> list[Row]:
+def make_rows(samples: Sequence[EncodedSample], batching: str, max_length: int) -> list[Row]:
     """The rows of a global batch, however many processes there are.
 
     `padded`: a sample a row, in the order given; `bucketed`: the longest first; `packed`: each
@@ -44,7 +44,9 @@ def make_rows(samples: Sequence[Encoded], batching: str, max_length: int) -> lis
     return rows
 
 
-def deal(rows: Sequence[Row], rank: int, world_size: int, accumulation: int) -> list[list[Row]]:
+def assign_rows(
+    rows: Sequence[Row], rank: int, world_size: int, accumulation: int
+) -> list[list[Row]]:
     """The rows of each of this process's `accumulation` micro batches.
 
     Neighbouring rows, which are of similar length, come into one micro batch, and the largest micro
@@ -100,15 +102,15 @@ def collate(
                 bad.append(bad_sample(error, sample.name, seen_by_all=False))
         if good:
             kept.append(good)
-    return (_batch(kept, pixels, pad_id) if kept else blank(pad_id)), bad
+    return (_batch(kept, pixels, pad_id) if kept else empty_batch(pad_id)), bad
 
 
-def blank(pad_id: int) -> Batch:
+def empty_batch(pad_id: int) -> Batch:
     """A row without a sample, for a process that must keep step with the others."""
     mask = torch.zeros(1, 1, dtype=torch.bool)
     return Batch(
         input_ids=torch.full((1, 1), pad_id),
-        labels=torch.full((1, 1), IGNORED),
+        labels=torch.full((1, 1), IGNORE_INDEX),
         attention_mask=mask,
         seq_idx=None,
         pixel_values=None,
@@ -121,7 +123,7 @@ def blank(pad_id: int) -> Batch:
 def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
     lengths = [_row_length(row) for row in rows]
     shape = (len(rows), max(lengths))
-    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE_INDEX)
     numbers, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     for r, row in enumerate(rows):
         column = 0
@@ -129,7 +131,7 @@ def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
             place = slice(column, column + len(sample))
             ids = torch.tensor(sample.ids)
             input_ids[r, place] = ids
-            labels[r, place] = ids.masked_fill(~torch.tensor(sample.is_answer), IGNORED)
+            labels[r, place] = ids.masked_fill(~torch.tensor(sample.is_answer), IGNORE_INDEX)
             numbers[r, place], real[r, place] = number, True
             column = place.stop
     mask = None if bool(real.all()) else real

@@ -1,4 +1,4 @@
-"""Sets of samples by number, whatever they are stored in."""
+"""Datasets of conversations, indexed by sample: JSON files, webdataset shards, mixtures."""
 
 from __future__ import annotations
 
@@ -12,71 +12,79 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmmamba_cli.data.jsonl import JsonLines, JsonList, is_json_list
-from mmmamba_cli.data.sample import Picture, Sample, given, inside, parse_sample
+from mmmamba_cli.data.sample import (
+    ImageLocation,
+    Sample,
+    first_present,
+    parse_sample,
+    resolve_image,
+)
 from mmmamba_cli.data.webdataset import Shard, expand_shards
 from mmmamba_cli.errors import DataError, MmmambaWarning, name_some
 
-# No file system has longer names; one would raise an error of its own for them.
-LONGEST_NAME = 255
+# The limit of common file systems, which raise their own error for longer names.
+MAX_NAME_CHARACTERS = 255
 
 
 class Corpus(Protocol):
-    """Samples by index; one that cannot be read raises `DataError` naming it."""
+    """Samples by index. An unreadable sample raises `DataError` with its name."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
 
     def name(self, index: int) -> str:
-        """What a sample is called, `set.jsonl:17`, also if it cannot be read."""
+        """The name of a sample, `set.jsonl:17`, also of an unreadable one."""
         ...
 
     @property
-    def parts(self) -> Sequence[Part]:
-        """How many samples each part has, in order, and how often a pass takes each."""
+    def parts(self) -> Sequence[CorpusPart]:
+        """The parts in order, with their sample counts and repeats."""
         ...
 
     @property
     def ignored(self) -> Sequence[str]:
-        """What lies in the files and belongs to no sample, by name, with the reason."""
+        """Names of members that belong to no sample, with the reason."""
         ...
 
     @property
-    def pictures(self) -> Mapping[str, Picture]:
-        """The pictures that lie in the same files as the samples, by name."""
+    def pictures(self) -> Mapping[str, ImageLocation]:
+        """The pictures stored in the same files as the samples, by name."""
         ...
 
     @property
     def files(self) -> Sequence[Path]:
-        """The files that hold the samples; files of pictures are not among them."""
+        """The files that hold the samples, without separate picture files."""
         ...
 
 
 @dataclass(frozen=True)
-class Part:
-    """`repeats` below 1 takes that share of the part's samples in each pass, another each time."""
+class CorpusPart:
+    """`repeats` below 1 draws that share of the samples, newly in each pass."""
 
     name: str
     samples: int
     repeats: float = 1.0
 
 
-class Conversations:
-    """A file of JSON lines, or one JSON list if it is called `.json`; `shown` is its name in names
-    of samples. Images lie in `root`, or beside the file.
+class ConversationFile:
+    """A `.jsonl` file, or a `.json` file with one list.
+
+    `display_name` is the name of the file in sample names. Image paths are relative to `root`, or
+    to the folder of the file.
     """
 
-    def __init__(self, file: Path, root: Path | None, shown: str | None = None):
+    def __init__(self, file: Path, root: Path | None, display_name: str | None = None):
         if root is not None and not root.is_dir():
             raise DataError(
                 f"the image root {root} is not a folder", "check --image-root (data.image_root)"
             )
         is_list = file.suffix.lower() == ".json" and is_json_list(file)
-        self.records = JsonList(file, shown) if is_list else JsonLines(file, shown)
+        self.records = JsonList(file, display_name) if is_list else JsonLines(file, display_name)
         self.root = file.parent if root is None else root
         self.ignored: tuple[str, ...] = ()
-        self.pictures: dict[str, Picture] = {}
-        self.parts = (Part(file.name, len(self.records)),)
+        self.pictures: dict[str, ImageLocation] = {}
+        self.parts = (CorpusPart(file.name, len(self.records)),)
         self.files = (file,)
 
     def __len__(self) -> int:
@@ -84,21 +92,21 @@ class Conversations:
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        return parse_sample(record, self.name(index), lambda name: inside(self.root, name))
+        return parse_sample(record, self.name(index), lambda name: resolve_image(self.root, name))
 
     def name(self, index: int) -> str:
         return self.records.name(index)
 
 
-class Shards:
-    """webdataset shards, one after the other."""
+class ShardedCorpus:
+    """webdataset shards, concatenated."""
 
     def __init__(self, files: Sequence[Path]):
         self.shards = [Shard(file) for file in files]
         self._ends = list(accumulate(len(shard) for shard in self.shards))
-        self.parts = (Part(files[0].name, len(self)),)
+        self.parts = (CorpusPart(files[0].name, len(self)),)
         self.ignored = tuple(name for shard in self.shards for name in shard.ignored)
-        self.pictures: dict[str, Picture] = {
+        self.pictures: dict[str, ImageLocation] = {
             f"{shard.file.name}/{name}": picture
             for shard in self.shards
             for name, picture in shard.pictures.items()
@@ -117,13 +125,13 @@ class Shards:
         return self.shards[shard].name(number)
 
 
-class Union:
-    """Several sets as one, each taken as often as its part says."""
+class MixedCorpus:
+    """Several datasets as one, each with its own `repeats`."""
 
     def __init__(self, sets: Sequence[tuple[str, Corpus, float]]):
         self.sets = [corpus for _, corpus, _ in sets]
         self._ends = list(accumulate(len(corpus) for corpus in self.sets))
-        self.parts = tuple(Part(name, len(corpus), repeats) for name, corpus, repeats in sets)
+        self.parts = tuple(CorpusPart(name, len(corpus), repeats) for name, corpus, repeats in sets)
         self.ignored = tuple(name for corpus in self.sets for name in corpus.ignored)
         self.pictures = {name: one for corpus in self.sets for name, one in corpus.pictures.items()}
         self.files = tuple(file for corpus in self.sets for file in corpus.files)
@@ -141,21 +149,23 @@ class Union:
 
 
 def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
-    """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, or `.tar` shards
-    ({000..099}).
+    """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, or `.tar` shards.
 
-    Warns with a `MmmambaWarning` of members of shards that belong to no sample. Raises `DataError`
-    if something is missing, of another kind, or without a sample.
+    `part-{000..099}.tar` names a range of shards. Warns with a `MmmambaWarning` about members of
+    shards that belong to no sample.
+
+    Raises:
+        DataError: a file is missing, of an unknown kind, or has no sample.
     """
     text = str(source)
     suffix = Path(text).suffix.lower()
     corpus: Corpus
     if suffix == ".jsonl":
-        corpus = Conversations(Path(text), image_root)
+        corpus = ConversationFile(Path(text), image_root)
     elif suffix == ".tar":
-        corpus = Shards(expand_shards(text))
+        corpus = ShardedCorpus(expand_shards(text))
     elif suffix == ".json" and is_json_list(Path(text)):
-        corpus = Conversations(Path(text), image_root)
+        corpus = ConversationFile(Path(text), image_root)
     elif suffix == ".json":
         corpus = _open_meta(Path(text), image_root)
     else:
@@ -179,16 +189,16 @@ def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
 
 
 def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:
-    """Which of several parts, ending at `ends`, holds sample `index`, and its number therein."""
+    """The part, of those ending at `ends`, that holds sample `index`, and its index in it."""
     which = bisect_right(ends, index)
     return which, index - (ends[which - 1] if which else 0)
 
 
 def _open_meta(file: Path, image_root: Path | None) -> Corpus:
-    """`{set: {"annotation": file, "root": folder, "repeat_time": times}}`, as InternVL has it.
+    """Open an InternVL meta file, `{set: {"annotation": file, "root": folder, "repeat_time": n}}`.
 
-    Paths count from the working directory, as InternVL's do, or else from the meta file's folder; a
-    relative root lies in `image_root` where that is given. `weight` multiplies `repeat_time`.
+    Paths are relative to the working directory, as in InternVL, or else to the folder of the meta
+    file; a relative root is joined to `image_root` if given. `weight` multiplies `repeat_time`.
     """
     meta = _read_object(file)
     sets = []
@@ -198,7 +208,9 @@ def _open_meta(file: Path, image_root: Path | None) -> Corpus:
             raise DataError(f"{where}: has no annotation, expected the path of a .jsonl file")
         root = entry.get("root")
         for path in (entry["annotation"], root or ""):
-            if not isinstance(path, str) or any(len(x) > LONGEST_NAME for x in path.split("/")):
+            if not isinstance(path, str) or any(
+                len(x) > MAX_NAME_CHARACTERS for x in path.split("/")
+            ):
                 raise DataError(
                     f"{where}: {path!r:.60} is no path", "give annotation and root as paths"
                 )
@@ -211,8 +223,8 @@ def _open_meta(file: Path, image_root: Path | None) -> Corpus:
         times = _positive(entry.get("repeat_time", 1), f"{where}: repeat_time")
         times *= _positive(entry.get("weight", 1), f"{where}: weight")
         try:
-            # Called as in the meta file: files of several sets often have the same name.
-            corpus = Conversations(annotation, folder, entry["annotation"])
+            # Sample names show the path of the meta file: file names of sets are often equal.
+            corpus = ConversationFile(annotation, folder, entry["annotation"])
         except DataError as error:
             raise DataError(f"{where}: {error.message}", error.hint) from error
         if len(corpus) == 0:
@@ -220,7 +232,7 @@ def _open_meta(file: Path, image_root: Path | None) -> Corpus:
         sets.append((name, corpus, times))
     if not sets:
         raise DataError(f"{file} names no sets")
-    return Union(sets)
+    return MixedCorpus(sets)
 
 
 def _read_object(file: Path) -> Mapping[str, Any]:
@@ -239,7 +251,7 @@ def _read_object(file: Path) -> Mapping[str, Any]:
             f"{file} is a {type(value).__name__}, expected a list of conversations or a meta file "
             "of several sets"
         )
-    if given(value, "conversations", "messages") is not None:
+    if first_present(value, "conversations", "messages") is not None:
         raise DataError(
             f"{file} is one conversation, expected a list of them or a meta file of several sets",
             "put it in [ ]",

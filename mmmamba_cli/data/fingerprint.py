@@ -12,7 +12,7 @@ from mmmamba_cli.errors import DataError
 
 # Files of JSON are read whole: opening them reads each byte too. Of a larger shard, the size and
 # this many evenly spaced blocks are read.
-WHOLE_FILE_BYTES = 64 << 20
+MAX_WHOLE_FILE_BYTES = 64 << 20
 BLOCK_BYTES = 64 << 10
 NUM_BLOCKS = 256
 # Pictures of this many evenly spaced samples are looked at; of every `READ_EVERY`-th of these
@@ -61,7 +61,7 @@ def _digest_files(corpus: Corpus) -> str:
 def _blocks(file: Path, size: int) -> Iterator[bytes]:
     """The contents of a file, or evenly spaced blocks of a large shard, the ends among them."""
     with file.open("rb") as handle:
-        if file.suffix.lower() != ".tar" or size <= WHOLE_FILE_BYTES:
+        if file.suffix.lower() != ".tar" or size <= MAX_WHOLE_FILE_BYTES:
             while block := handle.read(1 << 20):
                 yield block
             return

@@ -1,6 +1,6 @@
-"""Lines of JSON, read where they lie.
+"""Random access to the records of a JSON file without loading it: JSON lines, or one JSON list.
 
-A file that is one JSON list, as LLaVA publishes its conversations, read item by item.
+LLaVA publishes its conversations as one list.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ import numpy as np
 
 from mmmamba_cli.errors import DataError
 
-BLOCK = 1 << 24
-# Lines up to this long are looked at: they may be blank.
-MAX_BLANK = 64
+LINE_BLOCK_BYTES = 1 << 24
+# Only lines up to this length are read to find out whether they are blank.
+MAX_BLANK_LINE_BYTES = 64
 
 
 class JsonLines:
-    """The lines of a file that are not blank, each read when it is asked for.
+    """The lines of a file that are not blank, read on access.
 
-    Only where lines begin is held in memory, 16 bytes a line. `shown` is what the file is called in
-    names of samples. Raises `DataError` if the file cannot be read, or for a line that is no JSON.
+    Only the line offsets are kept in memory, 16 bytes per line. `display_name` is the name of the
+    file in sample names.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON.
     """
 
-    def __init__(self, file: Path, shown: str | None = None):
+    def __init__(self, file: Path, display_name: str | None = None):
         self.file = file
-        self.shown = shown or file.name
+        self.display_name = display_name or file.name
         try:
             self._starts, self._numbers = _index(file)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -48,16 +51,16 @@ class JsonLines:
 
     def name(self, index: int) -> str:
         """`file:line`, lines counted from 1."""
-        return f"{self.shown}:{int(self._numbers[index])}"
+        return f"{self.display_name}:{int(self._numbers[index])}"
 
     def __getitem__(self, index: int) -> Any:
         start = int(self._starts[index])
-        # Opened each time, so that a forked worker shares no position with its parent.
+        # Opened on each access: forked workers would share a file position.
         try:
             with self.file.open("rb") as handle:
                 handle.seek(start)
                 line = handle.readline()
-            # A byte order mark, as some editors put before the first line.
+            # Some editors write a byte order mark before the first line.
             return json.loads(line.removeprefix(codecs.BOM_UTF8) if start == 0 else line)
         except OSError as error:
             raise DataError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
@@ -66,18 +69,22 @@ class JsonLines:
 
 
 def _index(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Where each line that is not blank begins, and its number."""
+    """The offset and the number of each line that is not blank."""
     size = file.stat().st_size
     ends = [np.array([-1], dtype=np.int64)]
     with file.open("rb") as handle:
-        for place in range(0, size, BLOCK):
-            block = np.frombuffer(handle.read(BLOCK), dtype=np.uint8)
+        for place in range(0, size, LINE_BLOCK_BYTES):
+            block = np.frombuffer(handle.read(LINE_BLOCK_BYTES), dtype=np.uint8)
             ends.append(np.flatnonzero(block == ord("\n")).astype(np.int64) + place)
     starts = np.concatenate(ends) + 1
     lengths = np.diff(np.append(starts, size + 1)) - 1
     keep = np.flatnonzero(lengths > 0)
     with file.open("rb") as handle:
-        blank = [i for i in keep[lengths[keep] <= MAX_BLANK] if _is_blank(handle, int(starts[i]))]
+        blank = [
+            i
+            for i in keep[lengths[keep] <= MAX_BLANK_LINE_BYTES]
+            if _is_blank(handle, int(starts[i]))
+        ]
     keep = np.setdiff1d(keep, blank)
     return starts[keep], keep + 1
 
@@ -87,15 +94,15 @@ def _is_blank(handle: Any, start: int) -> bool:
     return not handle.readline().removeprefix(codecs.BOM_UTF8).strip()
 
 
-LIST_BLOCK = 1 << 22
-# Bytes of an item up to which more is read before it is called no JSON.
-MAX_ITEM = 1 << 26
+LIST_BLOCK_BYTES = 1 << 22
+# An item that is incomplete after this many characters is not JSON.
+MAX_ITEM_CHARACTERS = 1 << 26
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SCANNER = json.JSONDecoder()
 
 
 def is_json_list(file: Path) -> bool:
-    """Whether the first character that is no space is `[`; False for a file that cannot be read."""
+    """Whether the first character except spaces is `[`; False for an unreadable file."""
     try:
         with file.open("rb") as handle:
             start = handle.read(4096).removeprefix(codecs.BOM_UTF8)
@@ -105,16 +112,18 @@ def is_json_list(file: Path) -> bool:
 
 
 class JsonList:
-    """The items of a JSON list, each read when it is asked for.
+    """The items of a JSON list, read on access.
 
-    Opening reads the file once, a block at a time; only where items begin and end is held in
-    memory, 16 bytes an item. `shown` is what the file is called in names of samples. Raises
-    `DataError` if the file cannot be read or is no list.
+    Opening reads the file once, in blocks; only item offsets are kept in memory, 16 bytes per item.
+    `display_name` is the name of the file in sample names.
+
+    Raises:
+        DataError: the file cannot be read or is not a list.
     """
 
-    def __init__(self, file: Path, shown: str | None = None):
+    def __init__(self, file: Path, display_name: str | None = None):
         self.file = file
-        self.shown = shown or file.name
+        self.display_name = display_name or file.name
         self._starts, self._ends = array("q"), array("q")
         try:
             for start, end in _items(file):
@@ -136,12 +145,12 @@ class JsonList:
 
     def name(self, index: int) -> str:
         """`file:item`, items counted from 1."""
-        return f"{self.shown}:{index + 1}"
+        return f"{self.display_name}:{index + 1}"
 
     def __getitem__(self, index: int) -> Any:
         start, end = self._starts[index], self._ends[index]
         try:
-            # Opened for each item, so that a forked worker shares no position with its parent.
+            # Opened on each access: forked workers would share a file position.
             with self.file.open("rb") as handle:
                 handle.seek(start)
                 return json.loads(handle.read(end - start))
@@ -151,8 +160,8 @@ class JsonList:
             raise DataError(f"{self.name(index)}: is not JSON: {error}") from error
 
 
-class _Text:
-    """The text of a file from a position on; `place` is that position in bytes."""
+class _TextStream:
+    """The text of a file from the current position on; `place` is the position in bytes."""
 
     def __init__(self, file: Path):
         self._handle = file.open("rb")
@@ -166,20 +175,20 @@ class _Text:
         self._handle.close()
 
     def _read(self) -> None:
-        """Add a block; what was passed is let go."""
-        block = self._handle.read(LIST_BLOCK)
+        """Read another block, and drop the text before the position."""
+        block = self._handle.read(LIST_BLOCK_BYTES)
         self._ended = not block
         self._text = self._text[self._at :] + self._decoder.decode(block, final=self._ended)
         self._at = 0
 
     def skip(self, characters: int) -> None:
-        """Go on by so many characters of what was read."""
+        """Advance by `characters` of the text that was read."""
         end = self._at + characters
         self.place += len(self._text[self._at : end].encode())
         self._at = end
 
-    def next_sign(self) -> str:
-        """The next character that is no space, where the position then is; empty at the end."""
+    def next_character(self) -> str:
+        """Advance to the next character that is not a space and return it; empty at the end."""
         while True:
             found = _SPACE.match(self._text, self._at)
             self.skip(found.end() - self._at if found else 0)
@@ -188,44 +197,44 @@ class _Text:
             self._read()
 
     def item_length(self) -> int:
-        """Characters of the value that begins here. Raises `ValueError` if it is no JSON."""
+        """Length of the value that begins here. Raises `ValueError` if it is not JSON."""
         while True:
             left = len(self._text) - self._at
             try:
                 _, end = _SCANNER.raw_decode(self._text, self._at)
             except ValueError as error:
-                if self._ended or left > MAX_ITEM:
+                if self._ended or left > MAX_ITEM_CHARACTERS:
                     raise ValueError(_reason(error)) from error
             else:
-                # A number may go on in the next block.
+                # A number may continue in the next block.
                 if end < len(self._text) or self._ended:
                     return end - self._at
             self._read()
 
 
 def _reason(error: ValueError) -> str:
-    """The decoder's words without its line and column, which count from the block."""
+    """The decoder's message without line and column, which are relative to the block."""
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _items(file: Path) -> Iterator[tuple[int, int]]:
-    """First byte of each item, and the one behind it."""
-    with closing(_Text(file)) as text:
-        if text.next_sign() != "[":
+    """Yield the byte range (start, end) of each item."""
+    with closing(_TextStream(file)) as text:
+        if text.next_character() != "[":
             raise ValueError("expected [")
         text.skip(1)
-        sign = text.next_sign()
-        while sign != "]":
+        character = text.next_character()
+        while character != "]":
             start = text.place
             text.skip(text.item_length())
             yield start, text.place
-            sign = text.next_sign()
-            if sign not in (",", "]") or not sign:
+            character = text.next_character()
+            if character not in (",", "]") or not character:
                 raise ValueError("expected , or ] behind it")
-            if sign == ",":
+            if character == ",":
                 text.skip(1)
-                if text.next_sign() == "]":
+                if text.next_character() == "]":
                     raise ValueError("expected a conversation behind the comma")
         text.skip(1)
-        if text.next_sign():
+        if text.next_character():
             raise ValueError("there is more behind the list")

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from torch.utils.data import DataLoader, Dataset
 
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
-from mmmamba_cli.data.collate import collate, deal, make_rows
+from mmmamba_cli.data.collate import assign_rows, collate, make_rows
 from mmmamba_cli.data.dataset import Corpus
-from mmmamba_cli.data.sampler import Order
-from mmmamba_cli.data.tokenize import Encoded, Encoder, decode_images
+from mmmamba_cli.data.sampler import SampleOrder
+from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.interrupts import block_interrupts
 from mmmamba_cli.processing import TrainingProcessor
@@ -58,8 +58,8 @@ class StepLoader:
         self.pin_memory = pin_memory
         self.rank = rank
         self.world_size = world_size
-        self._encoder = Encoder(processor, max_length, max_tiles)
-        self._order = Order(corpus.parts, seed, shuffle)
+        self._encoder = SampleEncoder(processor, max_length, max_tiles)
+        self._order = SampleOrder(corpus.parts, seed, shuffle)
         self._end = self._order.length if single_pass else None
 
     @property
@@ -113,7 +113,7 @@ class StepLoader:
         samples, bad = self._plan(step)
         rows = make_rows(samples, self.batching, self._encoder.max_length)
         micro = []
-        for part in deal(rows, self.rank, self.world_size, self.accumulation):
+        for part in assign_rows(rows, self.rank, self.world_size, self.accumulation):
             pad_id = self._encoder.processor.pad_token_id
             batch, undecodable = collate(part, self._encoder.images, pad_id)
             micro.append(batch)
@@ -125,7 +125,7 @@ class StepLoader:
         stop = (step + 1) * self.batch_size
         return range(step * self.batch_size, stop if self._end is None else min(stop, self._end))
 
-    def _plan(self, step: int) -> tuple[list[Encoded], list[BadSample]]:
+    def _plan(self, step: int) -> tuple[list[EncodedSample], list[BadSample]]:
         """The global batch's samples, and those that already its texts and headers rule out."""
         samples, bad = [], []
         for number in self._numbers(step):

@@ -16,7 +16,7 @@ from mmmamba_cli.processing import ImageSource
 from mmmamba_cli.processing.chat_template import IMAGE_PLACEHOLDER
 
 # Who speaks, in LLaVA's words and in those of chat messages.
-SPEAKERS = {
+ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -24,17 +24,17 @@ SPEAKERS = {
     "system": "system",
 }
 # Where an image part names its picture.
-NAMES = ("image", "path", "url", "image_url")
+IMAGE_PATH_KEYS = ("image", "path", "url", "image_url")
 
 Content = str | list[dict[str, str]]
 
 
-def given(record: Mapping[str, Any], *keys: str) -> Any:
+def first_present(record: Mapping[str, Any], *keys: str) -> Any:
     """The first of these that the record has and that is not null."""
     return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
-def kind_of(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """What a value is, for a sentence."""
     return "null" if value is None else f"a {type(value).__name__}"
 
@@ -64,17 +64,17 @@ def parse_turns(
 def _turn(turn: Any, where: str) -> tuple[str, Content, list[str | None]]:
     """Role, content, and the picture that each image part names."""
     if not isinstance(turn, Mapping):
-        raise DataError(f"{where} is {kind_of(turn)}, expected a JSON object")
-    speaker, said = given(turn, "from", "role"), given(turn, "value", "content")
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise DataError(f"{where} is from {speaker!r:.60}, allowed are {', '.join(SPEAKERS)}")
+        raise DataError(f"{where} is {describe_type(turn)}, expected a JSON object")
+    speaker, said = first_present(turn, "from", "role"), first_present(turn, "value", "content")
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise DataError(f"{where} is from {speaker!r:.60}, allowed are {', '.join(ROLES)}")
     if isinstance(said, str):
-        return SPEAKERS[speaker], said, []
+        return ROLES[speaker], said, []
     if not isinstance(said, list):
         raise DataError(f"{where} says {said!r:.60}, expected text or a list of parts")
-    parts = list(_parts(said, SPEAKERS[speaker], where))
+    parts = list(_parts(said, ROLES[speaker], where))
     return (
-        SPEAKERS[speaker],
+        ROLES[speaker],
         [part for part, _ in parts],
         [image for part, image in parts if part["type"] == "image"],
     )
@@ -101,10 +101,10 @@ def _parts(
 
 def _named(part: Mapping[str, Any], where: str) -> str | None:
     """The picture of an image part; None if the part names none."""
-    image = given(part, *NAMES)
+    image = first_present(part, *IMAGE_PATH_KEYS)
     if isinstance(image, Mapping):
         # As in OpenAI's messages: {"image_url": {"url": ...}}.
-        image = given(image, "url", "path")
+        image = first_present(image, "url", "path")
     if image is None and not set(part) - {"type"}:
         return None
     if not isinstance(image, str) or not image:
@@ -117,7 +117,7 @@ def _named(part: Mapping[str, Any], where: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Stored:
+class FileSlice:
     """A picture within a file, read only when it is needed."""
 
     file: Path
@@ -134,8 +134,8 @@ class Stored:
             raise DataError(f"{self.file} cannot be read: {error.strerror}") from error
 
 
-Picture = Path | Stored
-FindImage = Callable[[str], Picture]
+ImageLocation = Path | FileSlice
+ImageFinder = Callable[[str], ImageLocation]
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class Sample:
     name: str
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageLocation, ...] = ()
 
 
-def parse_sample(record: Any, name: str, find_image: FindImage) -> Sample:
+def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
     """A sample from JSON as LLaVA and InternVL write it, as chat messages, or as plain text.
 
     `{"image": path or list, "conversations": [{"from": "human", "value": ...}, ...]}`, the same
@@ -161,15 +161,15 @@ def parse_sample(record: Any, name: str, find_image: FindImage) -> Sample:
     key that is null is taken as absent. Raises `DataError` that names the sample.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"{name}: is {kind_of(record)}, expected a JSON object")
-    if given(record, "video", "videos"):
+        raise DataError(f"{name}: is {describe_type(record)}, expected a JSON object")
+    if first_present(record, "video", "videos"):
         raise DataError(f"{name}: has a video, and only images are read")
-    turns, text = given(record, "conversations", "messages"), record.get("text")
+    turns, text = first_present(record, "conversations", "messages"), record.get("text")
     # Beside turns, a text is a remark on the sample: some sets have captions there.
     if turns is None and text is not None:
         if not isinstance(text, str) or not text:
             raise DataError(f"{name}: text is {text!r:.60}, expected text")
-        if given(record, "image", "images"):
+        if first_present(record, "image", "images"):
             raise DataError(f"{name}: has an image and no turns, expected a list of conversations")
         return Sample(name, text=text)
     if not isinstance(turns, list) or not turns:
@@ -182,12 +182,12 @@ def parse_sample(record: Any, name: str, find_image: FindImage) -> Sample:
     return Sample(name, messages, images=_find_all(images, name, find_image))
 
 
-def load_picture(picture: Picture) -> ImageSource:
+def read_image(picture: ImageLocation) -> ImageSource:
     """What a picture is opened from. Raises `DataError` if its file cannot be read any more."""
-    return picture.read() if isinstance(picture, Stored) else picture
+    return picture.read() if isinstance(picture, FileSlice) else picture
 
 
-def inside(root: Path, name: str) -> Path:
+def resolve_image(root: Path, name: str) -> Path:
     """The path of image `name`, which must lie in `root`.
 
     Links in `root` are followed wherever they lead: they were put there by its owner, not by the
@@ -230,7 +230,7 @@ def _check_order(messages: Sequence[Mapping[str, Any]], name: str) -> None:
 
 def _listed_images(record: Mapping[str, Any], name: str) -> list[str]:
     """The pictures that the sample names beside its turns."""
-    named = given(record, "image", "images")
+    named = first_present(record, "image", "images")
     # InternVL's sets have an empty path in samples without an image.
     if named is None or named == "":
         return []
@@ -241,7 +241,7 @@ def _listed_images(record: Mapping[str, Any], name: str) -> list[str]:
     return listed
 
 
-def _find_all(names: Sequence[str], name: str, find: FindImage) -> tuple[Picture, ...]:
+def _find_all(names: Sequence[str], name: str, find: ImageFinder) -> tuple[ImageLocation, ...]:
     found = []
     for image in names:
         try:

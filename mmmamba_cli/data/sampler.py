@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmmamba_cli.data.dataset import Part
+from mmmamba_cli.data.dataset import CorpusPart
 
 
-class Order:
+class SampleOrder:
     """An endless stream of passes over the parts, each shuffled by (seed, pass) or in file order.
 
     A part with `repeats` 2.5 is taken twice whole in each pass, and a half of it, drawn anew each
     pass, once more. Every pass has the same length.
     """
 
-    def __init__(self, parts: Sequence[Part], seed: int, shuffle: bool):
+    def __init__(self, parts: Sequence[CorpusPart], seed: int, shuffle: bool):
         self._parts = tuple(parts)
         self._seed = seed
         self._shuffle = shuffle
@@ -33,11 +33,11 @@ class Order:
         return int(self._drawn[count][place])
 
     @staticmethod
-    def _whole(part: Part) -> int:
+    def _whole(part: CorpusPart) -> int:
         return int(part.repeats) * part.samples
 
     @staticmethod
-    def _extra(part: Part) -> int:
+    def _extra(part: CorpusPart) -> int:
         share = part.repeats - int(part.repeats)
         extra = round(share * part.samples)
         # A share of a small set is not none of it, unless it is empty.

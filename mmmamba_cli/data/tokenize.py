@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mmmamba_cli.data.sample import Picture, Sample, load_picture
+from mmmamba_cli.data.sample import ImageLocation, Sample, read_image
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import ImageProcessor, TrainingProcessor, count_tiles, image_size
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSample:
     """A sample as ids. `is_answer` marks what labels are made of, `cut` is how many it has lost."""
 
     name: str
     ids: list[int]
     is_answer: list[bool]
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageLocation, ...] = ()
     num_tiles: tuple[int, ...] = ()
     cut: int = 0
 
@@ -26,7 +26,7 @@ class Encoded:
         return len(self.ids)
 
 
-class Encoder:
+class SampleEncoder:
     """Encodes samples for one model, cut to `max_length` tokens."""
 
     def __init__(self, processor: TrainingProcessor, max_length: int, max_tiles: int | None):
@@ -37,29 +37,29 @@ class Encoder:
             images = images.with_tile_limits(min(images.min_tiles, max_tiles), max_tiles)
         self.images: ImageProcessor | None = images
 
-    def __call__(self, sample: Sample) -> Encoded:
+    def __call__(self, sample: Sample) -> EncodedSample:
         """Raises `DataError` that names the sample."""
         try:
             return self._cut(self._encode(sample))
         except DataError as error:
             raise DataError(f"{sample.name}: {error.message}") from error
 
-    def _encode(self, sample: Sample) -> Encoded:
+    def _encode(self, sample: Sample) -> EncodedSample:
         if sample.text is not None:
             ids = self.processor.text_ids(sample.text)
             if not ids:
                 raise DataError("the text has no tokens")
-            return Encoded(sample.name, ids, [False] + [True] * (len(ids) - 1))
+            return EncodedSample(sample.name, ids, [False] + [True] * (len(ids) - 1))
         num_tiles = tuple(self._count_tiles(image) for image in sample.images)
         ids, is_answer = self.processor.conversation_ids(sample.messages, num_tiles)
-        return Encoded(sample.name, ids, is_answer, sample.images, num_tiles)
+        return EncodedSample(sample.name, ids, is_answer, sample.images, num_tiles)
 
-    def _count_tiles(self, image: Picture) -> int:
+    def _count_tiles(self, image: ImageLocation) -> int:
         if self.images is None:
             raise DataError("the sample has an image, and the model reads text only")
-        return count_tiles(*image_size(load_picture(image)), self.images.tiling)
+        return count_tiles(*image_size(read_image(image)), self.images.tiling)
 
-    def _cut(self, sample: Encoded) -> Encoded:
+    def _cut(self, sample: EncodedSample) -> EncodedSample:
         limit = self.max_length
         if len(sample) <= limit:
             return sample
@@ -74,14 +74,14 @@ class Encoder:
         return replace(sample, ids=ids, is_answer=is_answer, cut=len(sample) - limit)
 
 
-def decode_images(sample: Encoded, images: ImageProcessor | None) -> list[Tensor]:
+def decode_images(sample: EncodedSample, images: ImageProcessor | None) -> list[Tensor]:
     """The tiles of a sample's pictures, uint8 (N, 3, S, S), in a list; empty without pictures.
 
     Raises `DataError` if a picture cannot be decoded.
     """
     if not sample.images or images is None:
         return []
-    pixels, num_tiles = images.tile_uint8([load_picture(image) for image in sample.images])
+    pixels, num_tiles = images.tile_uint8([read_image(image) for image in sample.images])
     if tuple(num_tiles) != sample.num_tiles:
         raise DataError(f"its images have {num_tiles} tiles, their headers said otherwise")
     return [pixels]

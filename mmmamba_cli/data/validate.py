@@ -10,10 +10,10 @@ from typing import Any
 
 from mmmamba_cli.data.batch import BadSample, bad_sample
 from mmmamba_cli.data.dataset import Corpus
-from mmmamba_cli.data.tokenize import Encoder, decode_images
+from mmmamba_cli.data.tokenize import SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError
 
-NAMED = 10
+MAX_NAMED = 10
 
 
 @dataclass
@@ -52,7 +52,7 @@ class DataReport:
         """How many samples each kind of problem has, the commonest first."""
         return dict(Counter(_kind(sample.reason) for sample in self.bad).most_common())
 
-    def as_dict(self, named: int | None = NAMED) -> dict[str, Any]:
+    def as_dict(self, named: int | None = MAX_NAMED) -> dict[str, Any]:
         """For machines; at most `named` bad samples and ignored members by name, None for all."""
         return {
             "samples": self.samples,
@@ -81,7 +81,7 @@ class DataReport:
 
 def check_data(
     corpus: Corpus,
-    encoder: Encoder,
+    encoder: SampleEncoder,
     *,
     limit: int | None = None,
     decode: bool = True,

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from mmmamba_cli.data.sample import Sample, Stored, given, parse_sample
+from mmmamba_cli.data.sample import FileSlice, Sample, first_present, parse_sample
 from mmmamba_cli.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -56,9 +56,9 @@ class Shard:
 
     def __init__(self, file: Path):
         self.file = file
-        self._members: dict[str, Stored] = {}
+        self._members: dict[str, FileSlice] = {}
         self.ignored: list[str] = []
-        self.pictures: dict[str, Stored] = {}
+        self.pictures: dict[str, FileSlice] = {}
         try:
             self._index()
         except FileNotFoundError as error:
@@ -78,14 +78,16 @@ class Shard:
                 if member.isreg():
                     if member.name in self._members:
                         self._ignore(member.name, "an earlier member of the same name")
-                    self._members[member.name] = Stored(self.file, member.offset_data, member.size)
+                    self._members[member.name] = FileSlice(
+                        self.file, member.offset_data, member.size
+                    )
                 elif member.islnk() and member.linkname in self._members:
                     self._members[member.name] = self._members[member.linkname]
                 elif not member.isdir():
                     self._ignore(member.name, "no file")
             end = tar.offset
         # tarfile takes a header it cannot read for the end, which is a block of zeros.
-        if any(Stored(self.file, end, tarfile.BLOCKSIZE).read()):
+        if any(FileSlice(self.file, end, tarfile.BLOCKSIZE).read()):
             raise tarfile.ReadError(f"it is damaged at byte {end}")
 
     def _sort_members(self) -> None:
@@ -136,12 +138,12 @@ class Shard:
             raise DataError(f"{name}: {error.message}") from error
         key = member[: -len(RECORD)]
         own = self._pictures.get(key)
-        if isinstance(record, dict) and own and given(record, "image", "images") is None:
+        if isinstance(record, dict) and own and first_present(record, "image", "images") is None:
             record = {**record, "image": own}
         return parse_sample(record, name, self._finder(key))
 
-    def _finder(self, key: str) -> Callable[[str], Stored]:
-        def find(image: str) -> Stored:
+    def _finder(self, key: str) -> Callable[[str], FileSlice]:
+        def find(image: str) -> FileSlice:
             # By its member name, beside the sample, or under the sample's own key.
             beside = str(PurePosixPath(key).parent / image)
             under_key = f"{key}.{PurePosixPath(image).name.partition('.')[2]}"

@@ -1,4 +1,4 @@
-"""Steps 2 to 4: distilling a student, stage by stage."""
+"""Distillation of a student, stage by stage (steps 2 to 4)."""
 
 from __future__ import annotations
 
@@ -8,49 +8,44 @@ from mmmamba_cli.distill.metrics import METRICS, read_metrics
 from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from mmmamba_cli.distill.metrics import PICTURE
-    from mmmamba_cli.distill.pipeline import distill
-    from mmmamba_cli.distill.stage_runner import Options, Watch
-    from mmmamba_cli.distill.stages import choose_start, stages_to_run, wanted_stages
-    from mmmamba_cli.distill.trainable import describe
+    from mmmamba_cli.distill.metrics import LOSS_PLOT
+    from mmmamba_cli.distill.pipeline import (
+        choose_start_product,
+        distill,
+        parse_stage_names,
+        stages_to_run,
+    )
+    from mmmamba_cli.distill.stage_attempt import DistillOptions
+    from mmmamba_cli.distill.stage_runner import StageCallbacks
+    from mmmamba_cli.distill.trainable import layers_per_parameter
     from mmmamba_cli.distill.trainer import StepResult, Stopped
     from mmmamba_cli.distill.training_state import Progress
 
 __all__ = [
+    "LOSS_PLOT",
     "METRICS",
-    "PICTURE",
-    "Options",
+    "DistillOptions",
     "Progress",
+    "StageCallbacks",
     "StepResult",
     "Stopped",
-    "Watch",
-    "choose_start",
-    "describe",
+    "choose_start_product",
     "distill",
+    "layers_per_parameter",
+    "parse_stage_names",
     "read_metrics",
     "stages_to_run",
-    "wanted_stages",
 ]
 
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "trainable": ("describe",),
-        "trainer": (
-            "StepResult",
-            "Stopped",
-        ),
-        "stages": (
-            "choose_start",
-            "stages_to_run",
-            "wanted_stages",
-        ),
-        "metrics": ("PICTURE",),
-        "stage_runner": (
-            "Options",
-            "Watch",
-        ),
+        "trainable": ("layers_per_parameter",),
+        "trainer": ("StepResult", "Stopped"),
+        "metrics": ("LOSS_PLOT",),
+        "stage_attempt": ("DistillOptions",),
+        "stage_runner": ("StageCallbacks",),
         "training_state": ("Progress",),
-        "pipeline": ("distill",),
+        "pipeline": ("choose_start_product", "distill", "parse_stage_names", "stages_to_run"),
     },
 )

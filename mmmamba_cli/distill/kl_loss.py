@@ -1,8 +1,8 @@
-"""Stage 3: the student's distribution over the next token against the teacher's, end to end.
+"""Stage 3: end-to-end KL divergence between the next-token distributions of student and teacher.
 
-Both models run over the student's own hidden states, layers with activation checkpointing; logits
-exist for a few hundred tokens at a time only. Legend: B batch, T columns, N scored positions,
-D hidden size, V vocabulary.
+Each model runs over its own hidden states. The student uses activation checkpointing, and logits
+are computed in chunks, so that whole logits never exist. Legend: B batch, T columns, N scored
+positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.data import IGNORED, Batch
-from mmmamba_cli.distill.layer_losses import prepare
-from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.data import IGNORE_INDEX, Batch
+from mmmamba_cli.distill.layer_losses import prepare_prompt
+from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.recipe import KL
 
-# Elements of the logits that exist at a time: 256 MiB of fp32.
-CHUNK_ELEMENTS = 1 << 26
+# Elements of one chunk of logits: 256 MiB in fp32.
+LOGITS_PER_CHUNK = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -36,87 +36,96 @@ class LogitsKL:
     def terms(self) -> tuple[str, ...]:
         return ("kl", "ce") if self.settings.ce_weight else ("kl",)
 
-    def reaches(self, name: str) -> bool:
-        """Every parameter: the loss is one of the whole model's output."""
+    def depends_on(self, name: str) -> bool:
+        """True: the output of the model depends on every parameter."""
         return True
 
-    def reaches_part(self, name: str) -> bool:
+    def depends_on_part_of(self, name: str) -> bool:
         return False
 
-    def count(self, pair: Pair, batch: Batch) -> Tensor:
+    def count_units(self, pair: TeacherStudent, batch: Batch) -> Tensor:
         paper = self.settings.reduction == "paper"
-        scored = batch.num_samples if paper else int(self.scored(batch).sum())
-        units = [scored, int((next_tokens(batch) != IGNORED).sum())]
+        scored = batch.num_samples if paper else int(self.score_mask(batch).sum())
+        units = [scored, int((shift_labels(batch) != IGNORE_INDEX).sum())]
         return torch.tensor(units[: len(self.terms)], dtype=torch.float64)
 
-    def weigh(self, units: Tensor) -> Tensor:
+    def term_weights(self, units: Tensor) -> Tensor:
         share = self.settings.ce_weight
         parts = torch.tensor([1 - share, share], dtype=torch.float64)[: len(self.terms)]
         return self.scale * parts / units.clamp(min=1)
 
-    def scored(self, batch: Batch) -> Tensor:
-        """(B, T) bool: columns whose prediction is compared.
+    def score_mask(self, batch: Batch) -> Tensor:
+        """(B, T) bool mask of the columns whose predictions are compared.
 
-        `all`: every column that is not padding; `answer`: those that predict an answer's token.
+        `all`: every column that is not padding; `answer`: columns that predict an answer token.
         """
         if self.settings.mask == "answer" and self.settings.reduction == "token":
-            return next_tokens(batch) != IGNORED
+            return shift_labels(batch) != IGNORE_INDEX
         if batch.attention_mask is None:
             return torch.ones_like(batch.input_ids, dtype=torch.bool)
         return batch.attention_mask.bool()
 
-    def sums(self, pair: Pair, batch: Batch, weights: Tensor | None) -> Tensor:
-        learns = weights is not None
-        targets = next_tokens(batch)
-        chosen = self.scored(batch)
+    def loss_sums(self, pair: TeacherStudent, batch: Batch, weights: Tensor | None) -> Tensor:
+        needs_grad = weights is not None
+        targets = shift_labels(batch)
+        chosen = self.score_mask(batch)
         if len(self.terms) > 1:
-            chosen = chosen | (targets != IGNORED)
-        prompt = prepare(pair, batch)
+            chosen = chosen | (targets != IGNORE_INDEX)
+        prompt = prepare_prompt(pair, batch)
         with pair.autocast():
             with torch.no_grad():
-                taught = pair.teacher.model.forward_prepared(prompt)[chosen]
-            with torch.set_grad_enabled(learns):
-                learned = pair.student.model.forward_prepared(prompt)[chosen]
-        kl_here = self.scored(batch)[chosen]
+                teacher_hidden = pair.teacher.model.forward_prepared(prompt)[chosen]
+            with torch.set_grad_enabled(needs_grad):
+                student_hidden = pair.student.model.forward_prepared(prompt)[chosen]
+        in_kl = self.score_mask(batch)[chosen]
         total = torch.zeros(len(self.terms), dtype=torch.float64)
-        gradient = torch.zeros_like(learned) if learns else None
-        chunk = max(1, CHUNK_ELEMENTS // pair.student.lm_head.out_features)
-        for start in range(0, learned.shape[0], chunk):
+        gradient = torch.zeros_like(student_hidden) if needs_grad else None
+        chunk = max(1, LOGITS_PER_CHUNK // pair.student.lm_head.out_features)
+        for start in range(0, student_hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            leaf = learned[part].detach().requires_grad_(learns)
-            with pair.autocast(), torch.set_grad_enabled(learns):
-                sums = self._chunk(pair, taught[part], leaf, targets[chosen][part], kl_here[part])
+            leaf = student_hidden[part].detach().requires_grad_(needs_grad)
+            with pair.autocast(), torch.set_grad_enabled(needs_grad):
+                sums = self._chunk_sums(
+                    pair, teacher_hidden[part], leaf, targets[chosen][part], in_kl[part]
+                )
             if weights is not None and gradient is not None:
                 (sums * weights.to(sums)).sum().backward()
                 assert leaf.grad is not None
                 gradient[part] = leaf.grad
             total += sums.detach().double().cpu()
-        # Without a picture, nothing depends on a vision part that alone learns.
-        if gradient is not None and learned.requires_grad:
-            learned.backward(gradient)
+        # If only vision parameters are trainable, a batch without images has no graph.
+        if gradient is not None and student_hidden.requires_grad:
+            student_hidden.backward(gradient)
         return total
 
-    def _chunk(
-        self, pair: Pair, taught: Tensor, learned: Tensor, targets: Tensor, kl_here: Tensor
+    def _chunk_sums(
+        self,
+        pair: TeacherStudent,
+        teacher_hidden: Tensor,
+        student_hidden: Tensor,
+        targets: Tensor,
+        in_kl: Tensor,
     ) -> Tensor:
-        """Sums of each term over (N, D) hidden states; the KL scores those of `kl_here` (N,)."""
+        """Sum each term over (N, D) hidden states; the (N,) mask `in_kl` limits the KL."""
         with torch.no_grad():
-            expected = upcast(pair.teacher.lm_head(taught))
-        actual = upcast(pair.student.lm_head(learned))
+            teacher_logits = upcast(pair.teacher.lm_head(teacher_hidden))
+        student_logits = upcast(pair.student.lm_head(student_hidden))
         settings = self.settings
-        kl = divergence(expected, actual, settings.direction, settings.temperature)
-        sums = [(kl * kl_here).sum()]
+        kl = divergence(teacher_logits, student_logits, settings.direction, settings.temperature)
+        sums = [(kl * in_kl).sum()]
         if len(self.terms) > 1:
-            sums.append(F.cross_entropy(actual, targets, ignore_index=IGNORED, reduction="sum"))
+            sums.append(
+                F.cross_entropy(student_logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            )
         return torch.stack(sums)
 
 
 def divergence(teacher: Tensor, student: Tensor, direction: str, temperature: float) -> Tensor:
-    """(N,) divergences of the distributions given by logits (N, V), in nats.
+    """(N,) divergences in nats between the distributions of two logits (N, V).
 
-    `forward` KL(teacher || student), `reverse` KL(student || teacher), `jsd` the mean of both
-    against their mixture. With a temperature the result is multiplied by its square, which keeps
-    gradients at their size (Hinton et al., arXiv 1503.02531).
+    `forward` is KL(teacher || student), `reverse` KL(student || teacher), and `jsd` the mean of the
+    KL of each against their mixture. The result is multiplied by the squared temperature, which
+    keeps the magnitude of gradients (Hinton et al., arXiv 1503.02531).
     """
     p = torch.log_softmax(teacher / temperature, dim=-1)
     q = torch.log_softmax(student / temperature, dim=-1)
@@ -134,8 +143,8 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
 
 
-def next_tokens(batch: Batch) -> Tensor:
-    """(B, T): at each column the answer token it predicts, -100 where there is none."""
-    targets = torch.full_like(batch.labels, IGNORED)
+def shift_labels(batch: Batch) -> Tensor:
+    """(B, T) labels shifted left: the answer token that each column predicts, else IGNORE_INDEX."""
+    targets = torch.full_like(batch.labels, IGNORE_INDEX)
     targets[:, :-1] = batch.labels[:, 1:]
     return targets

@@ -1,22 +1,8 @@
-"""Losses of one layer at a time: forward, loss, backward and release, then the next layer.
+"""Layer losses: each layer runs forward, loss and backward, then is freed before the next one.
 
-No gradient crosses layers, so nothing of a layer outlives its turn, and memory does not grow with
-depth. The walk is the decoder's own path (`embed`, blocks, `bridge`); teacher outputs are captured
-around the mixer, whose input is the normed hidden state. Legend: B batch, T columns, D hidden size.
-
-Stages 1 and 2: the student's mixer imitates the teacher's attention, layer by layer.
-
-Mean squared error between the mixers' outputs, both before W_O (mmMamba, arXiv 2502.13145).
-
-Matrix orientation: the mixing matrices of student and teacher, for short sequences.
-
-The first step of MOHAWK (Bick et al., arXiv 2408.10189): the squared Frobenius distance of the two
-T x T matrices of a head, here per row, so that sequences of unequal length weigh by their tokens.
-Memory grows with T^2.
-
-Hidden-state alignment: outputs of whole layers, student against teacher.
-
-The second step of MOHAWK (Bick et al., arXiv 2408.10189), as a mean squared error over elements.
+Gradients do not cross layers, so peak memory does not grow with depth. The walk follows the
+decoder's own path (`embed`, blocks, `embedding_to_language`), and both mixers read the same normed
+hidden state. Legend: B batch, T columns, D hidden size, H heads, P head dim.
 """
 
 from __future__ import annotations
@@ -28,13 +14,13 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.data import Batch
-from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.prepared_inputs import PreparedInputs
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops.backends import upcast
 
-# Parameters that a mixer's output before W_O depends on.
+# Parameters that the output of a mixer before W_O depends on.
 MIX_PARAMETERS = (
     "mixer.q_proj",
     "mixer.k_proj",
@@ -52,17 +38,17 @@ MIX_PARAMETERS = (
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer of both models and what it reads."""
+class LayerInputs:
+    """One layer of both models, and its inputs."""
 
     teacher: Block
     student: Block
     hidden: Tensor  # (B, T, D)
-    normed: Tensor  # (B, T, D), the mixer's input
+    normed: Tensor  # (B, T, D), input of the mixer
     columns: SequenceLayout
 
     def masked_sum(self, values: Tensor) -> Tensor:
-        """Sum of (B, T, ...) over everything but padding."""
+        """Sum (B, T, ...) over all columns except padding."""
         mask = self.columns.mask
         if mask is not None:
             values = values.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - 2)), 0)
@@ -70,35 +56,35 @@ class Layer:
 
 
 class LayerLoss(Protocol):
-    """How far a layer of the student is from the teacher's."""
+    """The distance between a layer of the student and the same layer of the teacher."""
 
     @property
-    def reached(self) -> tuple[str, ...]:
-        """Names, or their first parts, inside a block, of parameters that the loss depends on."""
+    def parameters(self) -> tuple[str, ...]:
+        """Names, or prefixes of names, of the block's parameters that the loss depends on."""
         ...
 
     @property
-    def reached_in_part(self) -> tuple[str, ...]:
-        """Those of which it depends on some elements only."""
+    def partial_parameters(self) -> tuple[str, ...]:
+        """Those of which the loss depends on some elements only."""
         ...
 
-    def units(self, block: Block) -> int:
-        """Units per token that the mean is taken over."""
+    def units_per_token(self, block: Block) -> int:
+        """Number of loss elements per token; the loss is the mean over all of them."""
         ...
 
-    def __call__(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss, and both mixers' outputs before W_O, (B, T, H * P)."""
+    def __call__(self, layer: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The summed loss, and the (B, T, H * P) outputs of both mixers before W_O."""
         ...
 
 
 @dataclass(frozen=True)
-class Layerwise:
-    """An `Objective`: `scale` times the mean over layers of each layer's mean loss."""
+class LayerwiseLoss:
+    """An `Objective`: `scale` times the mean over layers of the mean loss of each layer."""
 
     loss: LayerLoss
-    # Layers that learn, counted through both stacks.
+    # Trainable layers, numbered through both stacks.
     layers: tuple[int, ...]
-    # Whose mixer outputs go on into the next layer.
+    # The model, "teacher" or "student", whose mixer outputs feed the next layer.
     inputs: str
     scale: float
     layer_local: bool = True
@@ -107,132 +93,120 @@ class Layerwise:
     def terms(self) -> tuple[str, ...]:
         return tuple(f"layer {layer}" for layer in self.layers)
 
-    def reaches(self, name: str) -> bool:
-        return self._is_one_of(name, self.loss.reached)
+    def depends_on(self, name: str) -> bool:
+        return self._matches(name, self.loss.parameters)
 
-    def reaches_part(self, name: str) -> bool:
-        return self._is_one_of(name, self.loss.reached_in_part)
+    def depends_on_part_of(self, name: str) -> bool:
+        return self._matches(name, self.loss.partial_parameters)
 
-    def _is_one_of(self, name: str, inner_names: tuple[str, ...]) -> bool:
+    def _matches(self, name: str, prefixes: tuple[str, ...]) -> bool:
         parts = name.split(".")
         if parts[:2] != ["model", "layers"] or int(parts[2]) not in self.layers:
             return False
         inner = ".".join(parts[3:])
-        return any(f"{inner}.".startswith(f"{prefix}.") for prefix in inner_names)
+        return any(f"{inner}.".startswith(f"{prefix}.") for prefix in prefixes)
 
-    def count(self, pair: Pair, batch: Batch) -> Tensor:
+    def count_units(self, pair: TeacherStudent, batch: Batch) -> Tensor:
         first = pair.teacher.model.num_embedding_layers
-        in_embedding, in_language = count_tokens(pair, batch)
+        in_embedding, in_language = count_stack_tokens(pair, batch)
         blocks = pair.student.model.blocks
-        units = [
-            (in_embedding if layer < first else in_language) * self.loss.units(blocks[layer])
-            for layer in self.layers
-        ]
+        units = []
+        for layer in self.layers:
+            tokens = in_embedding if layer < first else in_language
+            units.append(tokens * self.loss.units_per_token(blocks[layer]))
         return torch.tensor(units, dtype=torch.float64)
 
-    def weigh(self, units: Tensor) -> Tensor:
+    def term_weights(self, units: Tensor) -> Tensor:
         return self.scale / len(self.layers) / units.clamp(min=1)
 
-    def sums(self, pair: Pair, batch: Batch, weights: Tensor | None) -> Tensor:
+    def loss_sums(self, pair: TeacherStudent, batch: Batch, weights: Tensor | None) -> Tensor:
         source = pair.teacher.model if self.inputs == "teacher" else pair.student.model
-        prompt = prepare(pair, batch)
-        found: list[Tensor] = []
+        prompt = prepare_prompt(pair, batch)
+        losses: list[Tensor] = []
         with torch.no_grad(), pair.autocast():
             hidden = source.embed(prompt)
         for index, block in enumerate(source.blocks):
-            # A context a layer: autocast keeps its bf16 copies of the master weights to its end.
+            # One autocast context per layer: it keeps bf16 copies of master weights until it exits.
             with torch.no_grad(), pair.autocast():
                 if index == source.num_embedding_layers and prompt.embedding_layout is not None:
                     hidden = source.embedding_to_language(hidden, prompt)
-                layer = self._layer(pair, index, hidden, prompt)
+                layer = self._layer_inputs(pair, index, hidden, prompt)
                 if index not in self.layers:
                     mixed = block.mixer.mix(layer.normed, layer.columns)
                 else:
-                    weight = None if weights is None else float(weights[len(found)])
-                    loss, mixed = self._learn(layer, weight)
-                    found.append(loss)
+                    weight = None if weights is None else float(weights[len(losses)])
+                    loss, mixed = self._forward_backward(layer, weight)
+                    losses.append(loss)
                 hidden = block.after_mixer(hidden, block.mixer.o_proj(mixed))
             del layer, mixed
-        return torch.stack(found).double().cpu()
+        return torch.stack(losses).double().cpu()
 
-    def _layer(self, pair: Pair, index: int, hidden: Tensor, prompt: PreparedInputs) -> Layer:
+    def _layer_inputs(
+        self, pair: TeacherStudent, index: int, hidden: Tensor, prompt: PreparedInputs
+    ) -> LayerInputs:
         teacher, student = pair.teacher.model.blocks[index], pair.student.model.blocks[index]
         norm = (teacher if self.inputs == "teacher" else student).mixer_norm
-        return Layer(teacher, student, hidden, norm(hidden), _columns(pair, prompt, index))
+        columns = prompt.language_layout
+        if prompt.embedding_layout is not None and index < pair.teacher.model.num_embedding_layers:
+            columns = prompt.embedding_layout
+        return LayerInputs(teacher, student, hidden, norm(hidden), columns)
 
-    def _learn(self, layer: Layer, weight: float | None) -> tuple[Tensor, Tensor]:
-        """The summed loss of a layer, its gradients added, and the mixer output that goes on."""
+    def _forward_backward(self, layer: LayerInputs, weight: float | None) -> tuple[Tensor, Tensor]:
+        """Compute the summed loss and, with `weight`, its gradients.
+
+        Returns the loss and the mixer output that feeds the next layer, both detached.
+        """
         with torch.set_grad_enabled(weight is not None):
-            loss, taught, learned = self.loss(layer)
+            loss, teacher_mixed, student_mixed = self.loss(layer)
             if weight is not None:
                 (loss * weight).backward()
-        return loss.detach(), taught if self.inputs == "teacher" else learned.detach()
+        return loss.detach(), teacher_mixed if self.inputs == "teacher" else student_mixed.detach()
 
 
-def prepare(pair: Pair, batch: Batch) -> PreparedInputs:
-    """What the stacks of either model see of a batch; teacher and student agree on it."""
+def prepare_prompt(pair: TeacherStudent, batch: Batch) -> PreparedInputs:
+    """Embed and lay out a batch; the result is the same for teacher and student."""
     prompt = pair.teacher.model.prepare(
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
     )
     if batch.segments is None:
         return prompt
     embedding = prompt.embedding_layout
-    # Where patches stand in the place of image tokens, the embedding stack has columns of its own.
+    # Where patches replace image tokens, the embedding stack has its own columns.
     if embedding is not None and prompt.expansion is None:
         embedding = replace(embedding, precomputed_segments=batch.segments)
     language = replace(prompt.language_layout, precomputed_segments=batch.segments)
     return replace(prompt, embedding_layout=embedding, language_layout=language)
 
 
-def count_tokens(pair: Pair, batch: Batch) -> tuple[int, int]:
-    """Columns that are not padding, of the embedding stack and of the language stack.
+def count_stack_tokens(pair: TeacherStudent, batch: Batch) -> tuple[int, int]:
+    """Count the columns, without padding, of the embedding stack and of the language stack.
 
-    The batch may be on the CPU; on a GPU, its counts would have to be waited for.
+    Pass the batch on the CPU: counting on a GPU synchronizes.
     """
     mask, ids = batch.attention_mask, batch.input_ids
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     tokens = int(real.sum())
     vision, pixels = pair.teacher.config.vision_config, batch.pixel_values
-    has_pictures = vision is not None and pixels is not None and pixels.shape[0] > 0
-    if not has_pictures or vision.pixel_shuffle != "post":
+    has_images = vision is not None and pixels is not None and pixels.shape[0] > 0
+    if not has_images or vision.pixel_shuffle != "post":
         return tokens, tokens
     image_tokens = int((real & (ids == vision.image_token_id)).sum())
     return tokens + (vision.merge**2 - 1) * image_tokens, tokens
 
 
-def _columns(pair: Pair, prompt: PreparedInputs, layer: int) -> SequenceLayout:
-    if prompt.embedding_layout is not None and layer < pair.teacher.model.num_embedding_layers:
-        return prompt.embedding_layout
-    return prompt.language_layout
-
-
-@dataclass(frozen=True)
-class MixerMSE:
-    """A `LayerLoss`: mean over the elements of (B, T, H * P)."""
-
-    reached: tuple[str, ...] = MIX_PARAMETERS
-    reached_in_part: tuple[str, ...] = ()
-
-    def units(self, block: Block) -> int:
-        return block.mixer.num_heads * block.mixer.head_dim
-
-    def __call__(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            taught = layer.teacher.mixer.mix(layer.normed, layer.columns)
-        learned = layer.student.mixer.mix(layer.normed, layer.columns)
-        difference = upcast(learned) - upcast(taught)
-        return layer.masked_sum(difference.square()), taught, learned
-
-
 @dataclass(frozen=True)
 class MatrixOrientation:
-    """A `LayerLoss`: mean over tokens and heads of the squared distance of matrix rows.
+    """A `LayerLoss`: squared distance between rows of the mixing matrices, mean over (B, T, H).
 
-    A mixing matrix is made of queries, keys and the decay. Neither the values nor what follows the
-    read-out are in it: W_V, the gate, the gated norm, D, and the convolution's channels of values.
+    The first step of MOHAWK (Bick et al., arXiv 2408.10189): the squared Frobenius distance between
+    the T x T mixing matrices of each head, here per row, so that sequences of unequal length are
+    weighted by tokens. Memory grows with T^2.
+
+    The mixing matrix is made of queries, keys and decay. It does not depend on W_V, the value
+    channels of the convolution, D, the gate or the gated norm.
     """
 
-    reached: tuple[str, ...] = (
+    parameters: tuple[str, ...] = (
         "mixer.q_proj",
         "mixer.k_proj",
         "mixer.dt_proj",
@@ -242,40 +216,62 @@ class MatrixOrientation:
         "mixer.q_norm",
         "mixer.k_norm",
     )
-    reached_in_part: tuple[str, ...] = ("mixer.conv1d",)
+    partial_parameters: tuple[str, ...] = ("mixer.conv1d",)
 
-    def units(self, block: Block) -> int:
+    def units_per_token(self, block: Block) -> int:
         return block.mixer.num_heads
 
-    def __call__(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, layer: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            taught = layer.teacher.mixer.mix(layer.normed, layer.columns)
-            learned = layer.student.mixer.mix(layer.normed, layer.columns)
+            teacher_mixed = layer.teacher.mixer.mix(layer.normed, layer.columns)
+            student_mixed = layer.student.mixer.mix(layer.normed, layer.columns)
             expected = layer.teacher.mixer.mixing_matrix(layer.normed, layer.columns)
         actual = layer.student.mixer.mixing_matrix(layer.normed, layer.columns)
         rows = (actual - expected).square().sum(-1).transpose(1, 2)
-        return layer.masked_sum(rows), taught, learned
+        return layer.masked_sum(rows), teacher_mixed, student_mixed
+
+
+@dataclass(frozen=True)
+class MixerMSE:
+    """A `LayerLoss`: mean squared error between mixer outputs before W_O, over (B, T, H * P).
+
+    Stages 1 and 2 of mmMamba (arXiv 2502.13145).
+    """
+
+    parameters: tuple[str, ...] = MIX_PARAMETERS
+    partial_parameters: tuple[str, ...] = ()
+
+    def units_per_token(self, block: Block) -> int:
+        return block.mixer.num_heads * block.mixer.head_dim
+
+    def __call__(self, layer: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            teacher_mixed = layer.teacher.mixer.mix(layer.normed, layer.columns)
+        student_mixed = layer.student.mixer.mix(layer.normed, layer.columns)
+        difference = upcast(student_mixed) - upcast(teacher_mixed)
+        return layer.masked_sum(difference.square()), teacher_mixed, student_mixed
 
 
 @dataclass(frozen=True)
 class HiddenAlignment:
-    """A `LayerLoss`: mean over the elements of (B, T, D), residual connections and MLP included.
+    """A `LayerLoss`: mean squared error between layer outputs (residual and MLP), over (B, T, D).
 
-    The norm before the mixer makes the hidden state that both mixers read, and gets no gradient.
+    The second step of MOHAWK (Bick et al., arXiv 2408.10189). The norm before the mixer gets no
+    gradient: it produces the hidden state that both mixers read.
     """
 
-    reached: tuple[str, ...] = (*MIX_PARAMETERS, "mixer.o_proj", "mlp_norm", "mlp")
-    reached_in_part: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = (*MIX_PARAMETERS, "mixer.o_proj", "mlp_norm", "mlp")
+    partial_parameters: tuple[str, ...] = ()
 
-    def units(self, block: Block) -> int:
+    def units_per_token(self, block: Block) -> int:
         return block.mixer.o_proj.out_features
 
-    def __call__(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, layer: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
         teacher, student = layer.teacher, layer.student
         with torch.no_grad():
-            taught = teacher.mixer.mix(layer.normed, layer.columns)
-            expected = teacher.after_mixer(layer.hidden, teacher.mixer.o_proj(taught))
-        learned = student.mixer.mix(layer.normed, layer.columns)
-        actual = student.after_mixer(layer.hidden, student.mixer.o_proj(learned))
+            teacher_mixed = teacher.mixer.mix(layer.normed, layer.columns)
+            expected = teacher.after_mixer(layer.hidden, teacher.mixer.o_proj(teacher_mixed))
+        student_mixed = student.mixer.mix(layer.normed, layer.columns)
+        actual = student.after_mixer(layer.hidden, student.mixer.o_proj(student_mixed))
         difference = upcast(actual) - upcast(expected)
-        return layer.masked_sum(difference.square()), taught, learned
+        return layer.masked_sum(difference.square()), teacher_mixed, student_mixed

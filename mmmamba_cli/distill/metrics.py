@@ -1,6 +1,6 @@
-"""What a stage tells while it runs: one JSON line a step, and TensorBoard where it is installed.
+"""Metrics of a stage: `metrics.jsonl`, TensorBoard files and a plot of the losses.
 
-Loss curves of a stage as a picture, where matplotlib is installed.
+TensorBoard and matplotlib are optional.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from mmmamba_cli.distill.trainer import StepResult
 
 METRICS = "metrics.jsonl"
+LOSS_PLOT = "losses.png"
 
 
 def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; one that a crash cut short ends it."""
+    """Yield the rows of a metrics file, up to a line that a crash cut short."""
     if not file.is_file():
         return
     with file.open(encoding="utf-8-sig") as lines:
@@ -32,7 +33,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def metrics_row(result: StepResult) -> dict[str, Any]:
-    """A step as a flat row: held-out numbers under `held_out/...`, terms as a mapping."""
+    """A step as a row of `metrics.jsonl`; held-out metrics are named `held_out/...`."""
     row = {
         "step": result.step,
         "loss": result.loss,
@@ -55,9 +56,9 @@ def metrics_row(result: StepResult) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` in `folder`, and to TensorBoard files in `board`.
+    """Appends to `metrics.jsonl` in `folder` and to TensorBoard files in `board`.
 
-    Lines after the step that is resumed from are dropped first.
+    Rows after `resumed_step` are removed first.
     """
 
     def __init__(self, folder: Path, resumed_step: int, board: Path):
@@ -83,15 +84,15 @@ class MetricsLog:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps({key: finite(value) for key, value in row.items()}) + "\n"
+    return json.dumps({key: nonfinite_as_text(value) for key, value in row.items()}) + "\n"
 
 
-def finite(value: Any) -> Any:
-    """The value with "nan", "inf" and "-inf" for numbers that JSON does not have."""
+def nonfinite_as_text(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have, by "nan", "inf" and "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {key: nonfinite_as_text(inner) for key, inner in value.items()}
     return value
 
 
@@ -103,13 +104,10 @@ def _tensorboard(folder: Path, resumed_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
 
-PICTURE = "losses.png"
-
-
 def plot_losses(folder: Path) -> Path | None:
-    """Draw `losses.png` beside the folder's metrics.jsonl; None without matplotlib or metrics.
+    """Plot `losses.png` beside the folder's `metrics.jsonl`; None without matplotlib or metrics.
 
-    Left the loss and the held-out loss over the steps, right the terms (layers) of the last step.
+    Left: training and held-out loss by step. Right: the terms (layers) of the last step.
     """
     rows = list(read_metrics(folder / METRICS))
     try:
@@ -120,13 +118,13 @@ def plot_losses(folder: Path) -> Path | None:
         return None
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _curves(left, rows)
-    _terms(right, rows[-1]["terms"])
-    figure.savefig(folder / PICTURE, dpi=120)
-    return folder / PICTURE
+    _plot_curves(left, rows)
+    _plot_terms(right, rows[-1]["terms"])
+    figure.savefig(folder / LOSS_PLOT, dpi=120)
+    return folder / LOSS_PLOT
 
 
-def _curves(axes: Any, rows: list[dict[str, Any]]) -> None:
+def _plot_curves(axes: Any, rows: list[dict[str, Any]]) -> None:
     values = [(row["step"], _number(row["loss"])) for row in rows]
     axes.plot(*zip(*values, strict=True), linewidth=1, label="training")
     held_out = [(r["step"], _number(r["held_out/loss"])) for r in rows if "held_out/loss" in r]
@@ -139,7 +137,7 @@ def _curves(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _terms(axes: Any, terms: dict[str, Any]) -> None:
+def _plot_terms(axes: Any, terms: dict[str, Any]) -> None:
     names = [name.removeprefix("layer ") for name in terms]
     axes.bar(names, [_number(value) for value in terms.values()])
     axes.set(xlabel="layer" if len(names) > 2 else "term", ylabel="mean loss at the last step")

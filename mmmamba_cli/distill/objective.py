@@ -1,18 +1,37 @@
-"""What a loss is to the loop: sums over units that may be spread over batches and processes.
+"""The interface of a stage's loss, and the loss that each stage of a recipe names.
 
-A loss is sum_j weight_j sum_j over its terms j (layers, or a divergence and a cross-entropy). The
-weights come from the units of the whole global batch, so that a mean is a mean over all of it and
-never a mean of means, however the batch was cut.
+A loss is a weighted sum over terms (layers, or a divergence and a cross-entropy), and a term is a
+sum over units (tokens, elements or samples) of the global batch. Term weights are computed from the
+units of the whole global batch, so that the loss is a mean over all units, not a mean of means,
+whatever the split into micro batches and processes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from mmmamba_cli.data import Batch
-from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.kl_loss import LogitsKL
+from mmmamba_cli.distill.layer_losses import (
+    HiddenAlignment,
+    LayerLoss,
+    LayerwiseLoss,
+    MatrixOrientation,
+    MixerMSE,
+)
+from mmmamba_cli.distill.teacher_student import TeacherStudent
+from mmmamba_cli.errors import RecipeError
+from mmmamba_cli.model import LINEAR, HolisticVLMConfig
+from mmmamba_cli.recipe import KL, Stage
+
+LAYER_LOSSES: dict[str, LayerLoss] = {
+    "mixer-mse": MixerMSE(),
+    "matrix-orientation": MatrixOrientation(),
+    "hidden-alignment": HiddenAlignment(),
+}
 
 
 class Objective(Protocol):
@@ -20,36 +39,82 @@ class Objective(Protocol):
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of the terms, as logs show them."""
+        """Names of the terms in logs."""
         ...
 
     @property
     def layer_local(self) -> bool:
-        """Whether layers are run one by one, and mixers entered at `mix`."""
+        """Whether layers run one by one, and mixers are called by `mix` instead of `forward`."""
         ...
 
-    def reaches(self, name: str) -> bool:
-        """Whether the loss depends on the student's parameter of that name."""
+    def depends_on(self, name: str) -> bool:
+        """Whether the loss depends on the student's parameter `name`."""
         ...
 
-    def reaches_part(self, name: str) -> bool:
-        """Whether it depends on some of the parameter's elements only.
+    def depends_on_part_of(self, name: str) -> bool:
+        """Whether the loss depends on some elements of the parameter only.
 
-        Weight decay alone would shrink the others, so the parameter is not decayed.
+        Such a parameter gets no weight decay, which alone would shrink the other elements.
         """
         ...
 
-    def count(self, pair: Pair, batch: Batch) -> Tensor:
-        """Units of each term in a micro batch, which may be on the CPU, (terms,) float64 there."""
+    def count_units(self, pair: TeacherStudent, batch: Batch) -> Tensor:
+        """Count the units of each term in a micro batch: (terms,) float64 on the CPU.
+
+        The batch may be on the CPU.
+        """
         ...
 
-    def weigh(self, units: Tensor) -> Tensor:
+    def term_weights(self, units: Tensor) -> Tensor:
         """Weight of each term, (terms,), given the units of the global batch."""
         ...
 
-    def sums(self, pair: Pair, batch: Batch, weights: Tensor | None) -> Tensor:
-        """Sum of each term, (terms,) float64 on the CPU.
+    def loss_sums(self, pair: TeacherStudent, batch: Batch, weights: Tensor | None) -> Tensor:
+        """Sum each term over a micro batch: (terms,) float64 on the CPU.
 
-        With `weights`, the gradient of sum_j weight_j sum_j is added to the parameters' as well.
+        With `weights`, run the backward pass of the weighted sum too, adding to the gradients.
         """
         ...
+
+
+def build_objective(stage: Stage, config: HolisticVLMConfig, trainable: Sequence[str]) -> Objective:
+    """Build the loss of a stage for a student of `config` with the parameters `trainable`.
+
+    Layer losses apply to linear layers that have a trainable parameter.
+
+    Raises:
+        RecipeError: no linear layer has a trainable parameter, or the loss does not depend on a
+            trainable parameter, which weight decay alone would change.
+    """
+    if stage.loss == "kl":
+        return LogitsKL(stage.kl or KL(), stage.loss_scale)
+    owners = {int(n.split(".")[2]) for n in trainable if n.startswith("model.layers.")}
+    linear = {i for i, kind in enumerate(config.layer_types) if kind == LINEAR}
+    layers = tuple(sorted(owners & linear))
+    if not layers:
+        raise RecipeError(
+            f"stages.{stage.name}.learns: no linear layer learns, and loss {stage.loss} is one of "
+            "linear layers",
+            "name parameters of their mixers, or take loss: kl",
+        )
+    objective = LayerwiseLoss(LAYER_LOSSES[stage.loss], layers, stage.inputs, stage.loss_scale)
+    unreached = [name for name in trainable if not objective.depends_on(name)]
+    if unreached:
+        others = f" and {len(unreached) - 1} more" if len(unreached) > 1 else ""
+        raise RecipeError(
+            f"stages.{stage.name}.learns: loss {stage.loss} does not depend on "
+            f"{unreached[0]}{others}; weight decay alone would change them",
+            _suggest_learns(stage, objective, trainable, config),
+        )
+    return objective
+
+
+def _suggest_learns(
+    stage: Stage, objective: LayerwiseLoss, trainable: Sequence[str], config: HolisticVLMConfig
+) -> str:
+    """The `--set` option that restricts `learns` to the parameters the loss depends on."""
+    reached = [name for name in trainable if objective.depends_on(name)]
+    # In a hybrid, a pattern over all layers would also match the projections of attention.
+    if len(objective.layers) == len(config.layer_types):
+        reached = [f"*.{'.'.join(name.split('.')[3:])}" for name in reached]
+    return f"--set 'stages.{stage.name}.learns=[{', '.join(sorted(set(reached)))}]'"

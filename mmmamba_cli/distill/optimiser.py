@@ -1,4 +1,4 @@
-"""AdamW over fp32 master weights, and the learning rate over the steps of a stage."""
+"""AdamW over fp32 master weights, learning-rate schedules, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmmamba_cli.distill.trainable import decays
+from mmmamba_cli.distill.trainable import has_weight_decay
 from mmmamba_cli.distributed import is_sharded
 from mmmamba_cli.recipe import Schedule, Stage
 
 
 def build_optimiser(
-    stage: Stage, parameters: Mapping[str, nn.Parameter], undecayed: Collection[str] = ()
+    stage: Stage, parameters: Mapping[str, nn.Parameter], no_decay: Collection[str] = ()
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with decay where `decays` says so.
+    """Build AdamW (Loshchilov & Hutter, arXiv 1711.05101) with zero moments.
 
-    The parameters named in `undecayed` are not decayed either.
-
-    States exist from the start, so that a saved state can be read into them.
+    Weight decay applies to parameters for which `has_weight_decay` is true and that are not in
+    `no_decay`. Moments exist before the first step, so that a saved state can be read into them.
     """
     settings = stage.optimiser
     groups = [
@@ -29,7 +28,7 @@ def build_optimiser(
             "params": [
                 p
                 for name, p in parameters.items()
-                if (decays(name) and name not in undecayed) == decayed
+                if (has_weight_decay(name) and name not in no_decay) == decayed
             ],
             "weight_decay": settings.weight_decay if decayed else 0.0,
         }
@@ -51,17 +50,17 @@ def build_optimiser(
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """The rate of step `step`, counted from 0: warm-up, then as the schedule's kind says.
+    """The learning rate of step `step`, counted from 0.
 
-    Warm-up is linear and reaches the peak at its last step; `wsd` is stable, then falls linearly;
-    `cosine` falls all the way. Both would reach their final share one step after the last, so that
-    no step is taken with a rate of 0.
+    Warm-up is linear and reaches the peak at its last step. After it, `constant` stays at the peak,
+    `wsd` stays and then falls linearly, and `cosine` falls over all steps. Both would reach
+    `schedule.final` one step after the last, so that no step has a rate of 0.
     """
-    return stage.lr * share_of_peak(stage.schedule, step, stage.steps)
+    return stage.lr * lr_factor(stage.schedule, step, stage.steps)
 
 
-def share_of_peak(schedule: Schedule, step: int, steps: int) -> float:
-    """The learning rate at `step` of `steps`, as a share of its peak."""
+def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
+    """The learning rate at `step` of `steps`, divided by the peak."""
     warmup = round(schedule.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -75,13 +74,13 @@ def share_of_peak(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.final + (1 - schedule.final) * min(1.0, left)
 
 
-def clip(parameters: Mapping[str, nn.Parameter], limit: float | None) -> float:
-    """Scale the gradients down to norm `limit` if they exceed it; returns the norm they had."""
+def clip_gradients(parameters: Mapping[str, nn.Parameter], limit: float | None) -> float:
+    """Clip the global gradient norm to `limit`; return the norm before clipping."""
     learning = [p for p in parameters.values() if p.grad is not None]
-    # torch takes no mixture of what is spread over processes and what is whole.
+    # torch does not mix sharded and unsharded tensors in one norm.
     kinds = [[p for p in learning if is_sharded(p) == sharded] for sharded in (True, False)]
     norms = [
-        whole(torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]))
+        full_tensor(torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]))
         for kind in kinds
         if kind
     ]
@@ -94,6 +93,6 @@ def clip(parameters: Mapping[str, nn.Parameter], limit: float | None) -> float:
     return float(norm)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded over processes, as one."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that may be sharded over processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

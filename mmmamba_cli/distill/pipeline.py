@@ -1,17 +1,22 @@
-"""All stages that are wanted, one after the other, with the layer plan put in where it belongs."""
+"""`distill`: run the stages of a recipe in order, and apply its layer plan between them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmmamba_cli.distill.stage_attempt import OverwriteLog, command_digest
-from mmmamba_cli.distill.stage_runner import TRAINING, Options, Watch, run_stage
-from mmmamba_cli.distill.stages import choose_start, stages_to_run
+from mmmamba_cli.distill.stage_attempt import DistillOptions, OverwriteLog, command_digest
+from mmmamba_cli.distill.stage_runner import (
+    TRAINING_FOLDER,
+    StageCallbacks,
+    StageContext,
+    run_stage,
+)
 from mmmamba_cli.distill.trainer import Stopped
 from mmmamba_cli.distill.training_state import data_digests
 from mmmamba_cli.distributed import World
+from mmmamba_cli.errors import RunError
 from mmmamba_cli.hybridize import hybridize, planned_name
-from mmmamba_cli.recipe import Recipe, attention_layers, dump_recipe
+from mmmamba_cli.recipe import Recipe, Stage, attention_layers, dump_recipe
 from mmmamba_cli.runs import Manifest, Run
 
 
@@ -19,45 +24,46 @@ def distill(
     run: Run,
     recipe: Recipe,
     world: World,
-    watch: Watch,
+    callbacks: StageCallbacks,
     *,
     wanted: Sequence[str] | None = None,
     start: str | None = None,
-    options: Options | None = None,
+    options: DistillOptions | None = None,
 ) -> list[Manifest]:
-    """Run the wanted stages of the recipe, or all that are missing; returns their products.
+    """Run the stages `wanted`, or all that are not done yet; return their products.
 
-    Starts from product `start`, or chooses it (`choose_start`). Before the first stage with
-    `layers: planned`, a student without attention gets the attention layers of the recipe's plan.
-    The caller holds the run's lock. See `run_stage` for what is raised.
+    The first stage starts from product `start`, or from `choose_start_product`. Before the first
+    stage with `layers: planned`, a student without attention gets the attention layers of the
+    recipe's plan. The caller holds the lock of the run. Raises what `run_stage` raises.
     """
-    options = options or Options()
+    options = options or DistillOptions()
     names = None if wanted is None else tuple(wanted)
-    product = world.on_main(lambda: choose_start(run, recipe, names, start))
-    watch.say(f"starting from {product.name} ({product.kind})")
+    product = world.run_on_main(lambda: choose_start_product(run, recipe, names, start))
+    callbacks.log(f"starting from {product.name} ({product.kind})")
     stages = stages_to_run(recipe, product, names)
-    digests = world.on_main(lambda: data_digests(recipe.data))
+    digests = world.run_on_main(lambda: data_digests(recipe.data))
     log = None
     if options.overwrite or options.restart:
         command = command_digest(recipe, stages, product, digests)
-        log = world.on_main(lambda: OverwriteLog(run, TRAINING, command, options.restart))
+        folder = run.folder / TRAINING_FOLDER
+        log = world.run_on_main(lambda: OverwriteLog(folder, command, options.restart))
+    context = StageContext(run, recipe, world, options, callbacks, digests, log)
     made: list[Manifest] = []
     for stage in stages:
-        if made and world.any(watch.wants_to_stop()):
+        if made and world.any(callbacks.should_stop()):
             raise Stopped
         if stage.layers == "planned" and not product.attention_layers:
-            product = _apply_plan(run, product, recipe, world, options, watch)
-        product = run_stage(run, product, recipe, stage, world, options, watch, digests, log)
+            product = _apply_plan(context, product)
+        product = run_stage(context, product, stage)
         made.append(product)
     if log is not None and world.is_main:
         log.remove()
     return made
 
 
-def _apply_plan(
-    run: Run, product: Manifest, recipe: Recipe, world: World, options: Options, watch: Watch
-) -> Manifest:
-    """The hybrid of the recipe's plan, made now or before; the product itself for a linear plan."""
+def _apply_plan(context: StageContext, product: Manifest) -> Manifest:
+    """Return the hybrid of the recipe's plan, made now or earlier; `product` for a linear plan."""
+    run, recipe, options = context.run, context.recipe, context.options
     layers = attention_layers(recipe.layers, product.num_layers)
     if not layers:
         return product
@@ -68,7 +74,9 @@ def _apply_plan(
         parents = () if known is None else [p.content_hash for p in known.parents]
         if known is not None and product.content_hash in parents:
             return known
-        watch.say(f"putting the teacher's attention back into {len(layers)} layers: {name}")
+        context.callbacks.log(
+            f"putting the teacher's attention back into {len(layers)} layers: {name}"
+        )
         return hybridize(
             run,
             product,
@@ -79,4 +87,103 @@ def _apply_plan(
             recipe=dump_recipe(recipe),
         )
 
-    return world.on_main(make)
+    return context.world.run_on_main(make)
+
+
+def parse_stage_names(recipe: Recipe, text: str | None) -> tuple[str, ...] | None:
+    """Parse `--stage`: stage names and numbers with commas, "stage3" or "1,2"; None for None.
+
+    Raises:
+        RunError: the recipe has no such stage, or the stages do not follow one another.
+    """
+    if text is None:
+        return None
+    names = [stage.name for stage in recipe.stages]
+    chosen: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        by_number = part.isdecimal() and part not in names and 1 <= int(part) <= len(names)
+        name = names[int(part) - 1] if by_number else part
+        if name not in names:
+            raise RunError(
+                f"--stage {part!r}: the recipe has no such stage, it has {', '.join(names)}",
+                "give names, or numbers counted from 1, with commas",
+            )
+        chosen.append(name)
+    first = names.index(chosen[0])
+    if chosen != names[first : first + len(chosen)]:
+        raise RunError(
+            f"--stage {text!r}: stages are run in the recipe's order: {', '.join(names)}",
+            "give stages that follow one another, in that order",
+        )
+    return tuple(chosen)
+
+
+def choose_start_product(
+    run: Run, recipe: Recipe, wanted: tuple[str, ...] | None, named: str | None
+) -> Manifest:
+    """Choose the product that the first stage starts from.
+
+    It is the product `named`, or the current product if the first wanted stage is its next one, or
+    else the newest product for which this holds, preferably an ancestor of the current one.
+
+    Raises:
+        RunError: a stage before the first wanted one has not been run.
+    """
+    names = [stage.name for stage in recipe.stages]
+    current = run.product(named or run.record.current)
+    _check_stages_done(current, names)
+    if wanted is None:
+        if len(current.stages) == len(names):
+            raise RunError(
+                f"nothing is left to do: product {current.name!r} has been through all stages of "
+                "its recipe",
+                f"repeat one with --stage {names[-1]} --overwrite, or start from another product "
+                "with --from",
+            )
+        return current
+    before = tuple(names[: names.index(wanted[0])])
+    if current.stages == before:
+        return current
+    if named is None:
+        ready = [p for p in run.products().values() if p.stages == before]
+        ancestors = _ancestors(run, current)
+        ready = [p for p in ready if p.name in ancestors] or ready
+        if ready:
+            return ready[-1]
+    has = ", ".join(current.stages) or "no stage"
+    raise RunError(
+        f"stage {wanted[0]} starts from a product that has done "
+        f"{', '.join(before) or 'no stage'}; {current.name!r} has done {has}",
+        f"run `mmmamba distill --stage {','.join(before)}` first"
+        if len(before) > len(current.stages)
+        else "name another product with --from",
+    )
+
+
+def stages_to_run(
+    recipe: Recipe, start: Manifest, wanted: tuple[str, ...] | None
+) -> tuple[Stage, ...]:
+    """The wanted stages, or all that `start` has not done."""
+    if wanted is not None:
+        return tuple(stage for stage in recipe.stages if stage.name in wanted)
+    return recipe.stages[len(start.stages) :]
+
+
+def _check_stages_done(product: Manifest, names: Sequence[str]) -> None:
+    done = list(product.stages)
+    if done != list(names[: len(done)]):
+        raise RunError(
+            f"product {product.name!r} has done {', '.join(done)}, which is not how the recipe "
+            f"begins: {', '.join(names)}",
+            "take the recipe it was made with, or start from another product with --from",
+        )
+
+
+def _ancestors(run: Run, product: Manifest) -> set[str]:
+    """Names of the product and of the students it was made from."""
+    products, found = run.products(), set()
+    name: str | None = product.name
+    while name in products and name not in found:
+        found.add(name)
+        name = next((p.name for p in products[name].parents if p.role == "student"), None)
+    return found

@@ -1,13 +1,8 @@
-"""What is to be done about a stage: keep its product, go on from a state, or begin at step 1.
+"""Plan of one stage: keep its finished product, resume from a state, or begin at step 1.
 
-While a stage is trained, `attempt.json` beside its states says which product it will replace. So a
-product that an interrupted `--overwrite` has yet to replace is told apart from one that the
-interrupted command wrote as its last act.
-
-Which stages an unfinished `distill --overwrite` has repeated already.
-
-Without it, the same command after an interruption in its second stage would repeat the first one
-again, and a job that is requeued at every time limit would never end.
+While a stage trains, `attempt.json` beside its states records the product that it will replace.
+This distinguishes a product that an interrupted `--overwrite` has not replaced yet from the product
+that the interrupted command wrote just before it ended.
 """
 
 from __future__ import annotations
@@ -16,82 +11,34 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mmmamba_cli.checkpoint import atomic_folder, atomic_write_text
+from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.distill.training_state import (
-    STATE,
+    STATE_FILE,
     Digests,
     Progress,
     StateFolder,
-    comparable,
-    differences,
+    diff_settings,
     product_settings,
+    result_settings,
     same_held_out,
-    settings_of,
+    stage_settings,
 )
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import Recipe, Stage
 from mmmamba_cli.runs import Manifest, Run
 from mmmamba_cli.runs.manifest import parse_model
 
-OVERWRITE_LOG = "overwrite.json"
+ATTEMPT_FILE = "attempt.json"
+OVERWRITE_FILE = "overwrite.json"
 
 
-class _Record(BaseModel):
-    """The contents of the file. `done` has `created` of each product that was repeated."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: int = 1
-    command: str
-    done: dict[str, str] = {}
-
-
-class OverwriteLog:
-    """The log of one command, in the training folder of its run while the command is unfinished."""
-
-    def __init__(self, run: Run, folder: str, command: str, restart: bool):
-        self._file = run.folder / folder / OVERWRITE_LOG
-        if restart:
-            self.remove()
-        known = parse_model(self._file, _Record) if self._file.is_file() else None
-        self._record = _Record(command=command)
-        if known is not None and known.command == command:
-            self._record = known
-
-    def created(self, product: str) -> str | None:
-        """`created` of a product that this command has repeated, or None."""
-        return self._record.done.get(product)
-
-    def add(self, product: Manifest) -> None:
-        """Note that a product is repeated."""
-        done = {**self._record.done, product.name: product.created}
-        self._record = self._record.model_copy(update={"done": done})
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self._file, self._record.model_dump_json(indent=2) + "\n")
-
-    def remove(self) -> None:
-        """The command is finished: from now on the same command repeats every stage."""
-        self._file.unlink(missing_ok=True)
-
-
-def command_digest(
-    recipe: Recipe, stages: Sequence[Stage], start: Manifest, digests: Digests | None
-) -> str:
-    """Equal for two commands of the same stages with the same settings and first parent."""
-    settings = [comparable(settings_of(recipe, stage, start, digests)) for stage in stages]
-    plan = recipe.layers.model_dump(mode="json")
-    return hashlib.sha256(json.dumps([settings, plan], sort_keys=True).encode()).hexdigest()
-
-
-ATTEMPT = "attempt.json"
-
-
-class Attempt(BaseModel):
-    """The contents of `attempt.json`. `replaces` is `created` of the product there was, if any."""
+class AttemptRecord(BaseModel):
+    """Contents of `attempt.json`. `replaces` is `created` of the product to be replaced, if any."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -100,113 +47,110 @@ class Attempt(BaseModel):
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of one stage.
+class DistillOptions:
+    """Options of `distill` that are not part of the recipe."""
 
-    `overwrite` repeats a finished stage and goes on with a repetition that was interrupted;
-    `restart` begins at step 1 in any case; `force` goes on although settings differ. `repeated` is
-    `created` of the product if this very command has repeated the stage before it was interrupted.
+    teacher: Path | None = None
+    # Repeat finished stages; resume a repetition that was interrupted.
+    overwrite: bool = False
+    # Resume although the settings have changed.
+    force: bool = False
+    # Begin every stage at step 1, whatever states and products exist.
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """A stage to run, with its settings.
+
+    `repeated` is `created` of the product if this command repeated the stage before it was
+    interrupted.
     """
 
     name: str
     parent: Manifest
     stage: Stage
     settings: Mapping[str, Any]
-    overwrite: bool = False
-    restart: bool = False
-    force: bool = False
+    options: DistillOptions = DistillOptions()
     repeated: str | None = None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is done about a stage.
+class StagePlan:
+    """The decision about a stage.
 
-    `done` is its product where there is nothing to train, and `fresh` says that this product was
-    written by the interrupted command, whose metrics have yet to be moved. Otherwise training goes
-    on after `progress`. `overwrite` allows that there is a product; `replaces` is its `created`.
+    `finished` is its product if there is nothing to train; with `from_states`, the interrupted
+    command wrote it, and its metrics are not copied yet. Otherwise training resumes after
+    `progress`. `overwrite` allows an existing product to be replaced; `replaces` is its `created`.
     """
 
-    done: Manifest | None = None
-    fresh: bool = False
+    finished: Manifest | None = None
+    from_states: bool = False
     progress: Progress = field(default_factory=Progress)
     overwrite: bool = False
     replaces: str | None = None
-    remarks: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
 
-def make_plan(run: Run, states: StateFolder, request: Request) -> Plan:
-    """Decide what is to be done; changes nothing. Called by process 0 alone.
+def plan_stage(run: Run, states: StateFolder, request: StageRequest) -> StagePlan:
+    """Decide what to do about a stage, changing nothing. Called on process 0 only.
 
-    Raises `RunError` for a finished or begun stage of other settings or another parent, and for a
-    finished one of which a repetition was interrupted, unless the request allows it.
+    Raises:
+        RunError: the stage is finished or begun with other settings or another parent, or is
+            finished and a repetition of it was interrupted, and the options do not allow it.
     """
-    product = run.products().get(request.name)
+    product, options = run.products().get(request.name), request.options
     steps = states.steps()
     newest = steps[-1] if steps else None
-    remarks = [
+    messages = [
         f"ignored: {states.folder / name} was not written to its end"
-        for name in states.half_written()
+        for name in states.incomplete()
     ]
-    if request.restart:
-        return _first_step(product, remarks)
-    fresh = product is not None and _is_fresh(states, product, newest)
+    if options.restart:
+        return _plan_first_step(product, messages)
+    from_states = product is not None and _wrote_product(states, product, newest)
     if product is not None and (
-        fresh or not request.overwrite or product.created == request.repeated
+        from_states or not options.overwrite or product.created == request.repeated
     ):
-        if not fresh and newest is not None and not request.overwrite:
+        if not from_states and newest is not None and not options.overwrite:
             raise RunError(
                 f"{request.name} is finished, and a repetition of it with --overwrite was "
                 f"interrupted after step {newest} of {request.stage.steps}",
                 f"go on with --overwrite, or keep the finished one and remove {states.folder}",
             )
-        problem = _problem_of(product, request)
-        if problem is None:
-            remark = f"{request.name} is finished already; --overwrite repeats it"
-            return Plan(product, fresh, remarks=(*remarks, remark))
-        if not request.overwrite:
-            raise problem
-        return _first_step(product, remarks)
+        mismatch = _find_mismatch(product, request)
+        if mismatch is None:
+            message = f"{request.name} is finished already; --overwrite repeats it"
+            return StagePlan(product, from_states, messages=(*messages, message))
+        if not options.overwrite:
+            raise mismatch
+        return _plan_first_step(product, messages)
     if newest is None:
-        return _first_step(product, remarks)
-    return _next_step(states, product, request, newest, remarks)
+        return _plan_first_step(product, messages)
+    return _plan_resume(states, product, request, newest, messages)
 
 
-def begin(states: StateFolder, plan: Plan) -> None:
-    """Make the folder ready for training from step 1; one to be resumed is left as it is.
-
-    An old product stays where it is until the new one is complete.
-    """
-    if plan.progress.step:
-        return
-    states.clear()
-    text = Attempt(replaces=plan.replaces).model_dump_json(indent=2) + "\n"
-    # A folder without this file is taken for one of an older version.
-    with atomic_folder(states.folder) as partial:
-        (partial / ATTEMPT).write_text(text, encoding="utf-8")
-
-
-def _first_step(product: Manifest | None, remarks: list[str]) -> Plan:
+def _plan_first_step(product: Manifest | None, messages: list[str]) -> StagePlan:
     replaces = None if product is None else product.created
-    return Plan(overwrite=product is not None, replaces=replaces, remarks=tuple(remarks))
+    return StagePlan(overwrite=product is not None, replaces=replaces, messages=tuple(messages))
 
 
-def _next_step(
+def _plan_resume(
     states: StateFolder,
     product: Manifest | None,
-    request: Request,
+    request: StageRequest,
     newest: int,
-    remarks: list[str],
-) -> Plan:
-    record = states.record(states.path(newest).name)
-    changed = differences(record.settings, request.settings)
-    if changed and not request.force:
-        if request.overwrite:
-            remarks.append(
+    messages: list[str],
+) -> StagePlan:
+    record = states.read_record(states.path(newest).name)
+    changed = diff_settings(record.settings, request.settings)
+    if changed and not request.options.force:
+        if request.options.overwrite:
+            messages.append(
                 f"beginning at step 1: the state after step {newest} was made with other settings: "
                 + "; ".join(changed)
             )
-            return _first_step(product, remarks)
+            return _plan_first_step(product, messages)
         raise RunError(
             "the training state to resume was made with other settings: " + "; ".join(changed),
             "go on with these settings by --force, begin at step 1 with --overwrite, or take the "
@@ -214,35 +158,36 @@ def _next_step(
         )
     progress = record.progress
     if not same_held_out(record.settings, request.settings):
-        # Losses on other samples do not compare.
+        # Losses on other samples are not comparable.
         progress.best_step = progress.best_loss = None
     best = progress.best_step
-    if best is not None and not (states.folder / states.best(best) / STATE).is_file():
+    if best is not None and not (states.folder / states.best_name(best) / STATE_FILE).is_file():
         raise RunError(
-            f"{states.folder} lacks {states.best(best)}, the student of the lowest held-out loss",
+            f"{states.folder} lacks {states.best_name(best)}, "
+            "the student of the lowest held-out loss",
             "begin at step 1 with --restart",
         )
-    attempt = _read(states)
+    attempt = _read_attempt(states)
     replaces = product is not None or (attempt is not None and attempt.replaces is not None)
-    remarks.append(f"resuming after step {newest}")
-    return Plan(progress=progress, overwrite=replaces, remarks=tuple(remarks))
+    messages.append(f"resuming after step {newest}")
+    return StagePlan(progress=progress, overwrite=replaces, messages=tuple(messages))
 
 
-def _is_fresh(states: StateFolder, product: Manifest, newest: int | None) -> bool:
-    """Whether the product was written by the training whose states are still there."""
-    attempt = _read(states)
+def _wrote_product(states: StateFolder, product: Manifest, newest: int | None) -> bool:
+    """Whether the training whose states still exist wrote the product."""
+    attempt = _read_attempt(states)
     if attempt is not None:
         return attempt.replaces != product.created
     if newest is None:
-        # What is left of a training of an older version: its states went before its metrics.
+        # Older versions removed the states before the metrics.
         return states.folder.is_dir()
-    # States of an older version, which cleared them before it repeated a stage.
-    record = states.record(states.path(newest).name)
+    # Older versions removed the states before a stage was repeated.
+    record = states.read_record(states.path(newest).name)
     return newest == product.metrics.get("step") and record.written <= product.created
 
 
-def _problem_of(product: Manifest, request: Request) -> RunError | None:
-    """Why a finished product is not what was asked for, or None if it is."""
+def _find_mismatch(product: Manifest, request: StageRequest) -> RunError | None:
+    """The difference between a finished product and the request, as an error; None if none."""
     origin = next((p.content_hash for p in product.parents if p.role == "student"), None)
     parent, stage = request.parent, request.stage
     if origin != parent.content_hash or product.stages[-1:] != (stage.name,):
@@ -252,7 +197,7 @@ def _problem_of(product: Manifest, request: Request) -> RunError | None:
             "replace it with --overwrite, or choose another --run",
         )
     settings = product_settings(product, stage, parent)
-    changed = [] if settings is None else differences(settings, request.settings)
+    changed = [] if settings is None else diff_settings(settings, request.settings)
     if not changed:
         return None
     return RunError(
@@ -261,6 +206,57 @@ def _problem_of(product: Manifest, request: Request) -> RunError | None:
     )
 
 
-def _read(states: StateFolder) -> Attempt | None:
-    file = states.folder / ATTEMPT
-    return parse_model(file, Attempt) if file.is_file() else None
+def _read_attempt(states: StateFolder) -> AttemptRecord | None:
+    file = states.folder / ATTEMPT_FILE
+    return parse_model(file, AttemptRecord) if file.is_file() else None
+
+
+class _OverwriteRecord(BaseModel):
+    """Contents of `overwrite.json`. `done` maps each repeated product to its `created`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = 1
+    command: str
+    done: dict[str, str] = {}
+
+
+class OverwriteLog:
+    """The stages that an unfinished `distill --overwrite` has repeated, kept in `folder`.
+
+    Without it, a command that is interrupted in its second stage and run again would repeat the
+    first stage, and a job that is requeued at every time limit would never end.
+    """
+
+    def __init__(self, folder: Path, command: str, restart: bool):
+        self._file = folder / OVERWRITE_FILE
+        if restart:
+            self.remove()
+        known = parse_model(self._file, _OverwriteRecord) if self._file.is_file() else None
+        self._record = _OverwriteRecord(command=command)
+        if known is not None and known.command == command:
+            self._record = known
+
+    def created(self, product: str) -> str | None:
+        """`created` of a product that this command has repeated, or None."""
+        return self._record.done.get(product)
+
+    def add(self, product: Manifest) -> None:
+        """Record that a product has been repeated."""
+        done = {**self._record.done, product.name: product.created}
+        self._record = self._record.model_copy(update={"done": done})
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self._file, self._record.model_dump_json(indent=2) + "\n")
+
+    def remove(self) -> None:
+        """Remove the file once the command is finished: run again, it repeats every stage."""
+        self._file.unlink(missing_ok=True)
+
+
+def command_digest(
+    recipe: Recipe, stages: Sequence[Stage], start: Manifest, digests: Digests | None
+) -> str:
+    """SHA-256 that is equal for commands of the same stages, settings and first parent."""
+    settings = [result_settings(stage_settings(recipe, stage, start, digests)) for stage in stages]
+    plan = recipe.layers.model_dump(mode="json")
+    return hashlib.sha256(json.dumps([settings, plan], sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,4 @@
-"""One stage of a run, from its parent product to its own.
-
-What to say when the device's memory is too small for a stage.
-"""
+"""Run one stage: plan it, train, write its product."""
 
 from __future__ import annotations
 
@@ -13,144 +10,174 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, expected_tensors
+from mmmamba_cli.checkpoint import (
+    Checkpoint,
+    atomic_folder,
+    atomic_write_text,
+    expected_tensors,
+)
 from mmmamba_cli.data import StepLoader, open_corpus
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row, plot_losses, read_metrics
-from mmmamba_cli.distill.optimiser import whole
-from mmmamba_cli.distill.stage_attempt import OverwriteLog, Plan, Request, begin, make_plan
-from mmmamba_cli.distill.stages import is_final, objective_of, stage_product
-from mmmamba_cli.distill.teacher_student import load_pair
-from mmmamba_cli.distill.trainable import adapted, attach, is_adapter, learning_names, updates
-from mmmamba_cli.distill.trainer import Job, Report, StepResult, train
-from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFolder, settings_of
+from mmmamba_cli.distill.objective import build_objective
+from mmmamba_cli.distill.optimiser import full_tensor
+from mmmamba_cli.distill.stage_attempt import (
+    ATTEMPT_FILE,
+    AttemptRecord,
+    DistillOptions,
+    OverwriteLog,
+    StagePlan,
+    StageRequest,
+    plan_stage,
+)
+from mmmamba_cli.distill.teacher_student import load_teacher_student
+from mmmamba_cli.distill.trainable import (
+    attach_lora,
+    is_adapter,
+    lora_deltas,
+    lora_weight_names,
+    trainable_names,
+)
+from mmmamba_cli.distill.trainer import (
+    StepCallback,
+    StepResult,
+    TrainingJob,
+    out_of_memory_error,
+    train,
+)
+from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFolder, stage_settings
 from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
-from mmmamba_cli.errors import CheckpointError, MmmambaError, RunError
+from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
 from mmmamba_cli.runs import Draft, Manifest, Parent, Run, open_processor, write_product
 from mmmamba_cli.runs.product import check_product_folder
 
-
-def out_of_memory(
-    stage: Stage, recipe: Recipe, progress: Progress, error: Exception
-) -> MmmambaError:
-    """An error that names the three settings that would help most, with values to try."""
-    length = stage.max_length or recipe.data.max_length
-    name = f"stages.{stage.name}"
-    remedies = []
-    parts = _next_divisor(stage.batch_size, stage.accumulation)
-    if parts is not None:
-        remedies.append(f"--set {name}.accumulation={parts}")
-    if stage.precision != "bf16":
-        remedies.append(f"--set {name}.precision=bf16")
-    remedies.append(f"--set {name}.max_length={max(2, length // 2)}")
-    if recipe.data.max_tiles != 1:
-        tiles = recipe.data.max_tiles or 12
-        remedies.append(f"--set data.max_tiles={max(1, tiles // 2)}")
-    remedies.append("or shard over more GPUs with torchrun")
-    first = str(error).splitlines()[0] if str(error) else "out of memory"
-    return MmmambaError(
-        f"stage {stage.name} ran out of device memory after step {progress.step}: {first}",
-        "what would help most: " + "; ".join(remedies[:3]) + " (accumulation changes no result; "
-        "the others make the saved state another one, so begin anew with --overwrite)",
-    )
-
-
-def _next_divisor(batch: int, parts: int) -> int | None:
-    """The next larger number of equal parts of a batch, or None."""
-    return next((n for n in range(max(parts * 2, parts + 1), batch + 1) if batch % n == 0), None)
-
-
-TRAINING = "training"
+TRAINING_FOLDER = "training"
 
 
 @dataclass(frozen=True)
-class Watch:
-    """What the caller sees and says while a stage runs; every method may do nothing."""
+class StageCallbacks:
+    """Functions of the caller that a stage calls while it runs."""
 
-    # A line of text: what is being done, what was found.
-    say: Callable[[str], None]
-    # Called once with the stage and the names of what learns, before the first step.
-    begin: Callable[[Stage, Mapping[str, Tensor], Progress], None]
-    report: Report
-    wants_to_stop: Callable[[], bool]
+    # Prints one line of text.
+    log: Callable[[str], None]
+    # Called once before the first step, with the trainable parameters by name.
+    on_stage_begin: Callable[[Stage, Mapping[str, Tensor], Progress], None]
+    on_step_end: StepCallback
+    should_stop: Callable[[], bool]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the caller decides beside the recipe."""
+class StageContext:
+    """What all stages of one command share.
 
-    teacher: Path | None = None
-    # Repeat finished stages, and go on with a repetition that was interrupted.
-    overwrite: bool = False
-    # Resume although the settings have changed.
-    force: bool = False
-    # Begin every stage at step 1, whatever states and products there are.
-    restart: bool = False
-
-
-def run_stage(
-    run: Run,
-    parent: Manifest,
-    recipe: Recipe,
-    stage: Stage,
-    world: World,
-    options: Options,
-    watch: Watch,
-    digests: Digests | None = None,
-    log: OverwriteLog | None = None,
-) -> Manifest:
-    """Train one stage and write its product, or return the product if it is finished already.
-
-    Continues from the newest training state of the same settings and data (`digests`). `log` is
-    that of the command, where it overwrites. The caller holds the run's lock. Raises `RunError` if
-    parent, teacher, state or a finished product do not fit, and `Stopped` if the user asked to
-    stop.
+    `digests` are those of the data, None if unknown; `overwrite_log` exists with `--overwrite` and
+    `--restart` only.
     """
-    name = stage_product(parent, stage)
-    states = StateFolder(run.folder / TRAINING / name, world)
-    request = Request(
+
+    run: Run
+    recipe: Recipe
+    world: World
+    options: DistillOptions
+    callbacks: StageCallbacks
+    digests: Digests | None = None
+    overwrite_log: OverwriteLog | None = None
+
+
+@dataclass(frozen=True)
+class _StageOutput:
+    """What the products of a stage are written from."""
+
+    name: str
+    parent: Manifest
+    student: Checkpoint
+    plan: StagePlan
+    job: TrainingJob
+    progress: Progress
+    # Weights whose adapters are merged into them.
+    lora_weights: Sequence[str]
+
+
+def stage_product_name(parent: Manifest, stage: Stage) -> str:
+    """Name the product of a stage: `stage1`, `stage2`, `linear-stage3`, `hybrid-8-stage3`."""
+    base = parent.name
+    if parent.stages:
+        base = base.removesuffix(f"-{parent.stages[-1]}")
+    if parent.attention_layers:
+        return f"{base}-{stage.name}"
+    return f"linear-{stage.name}" if stage.layers == "planned" else stage.name
+
+
+def is_final(stage: Stage) -> bool:
+    """Whether a student has been distilled end to end after `stage`."""
+    return stage.inputs == "student" and stage.loss == "kl"
+
+
+def run_stage(context: StageContext, parent: Manifest, stage: Stage) -> Manifest:
+    """Train one stage and write its product; return the existing product of a finished stage.
+
+    Training resumes from the newest state of the same settings and data. The caller holds the lock
+    of the run.
+
+    Raises:
+        RunError: parent, teacher, state or a finished product do not match the request.
+        Stopped: the user asked to stop.
+    """
+    name = stage_product_name(parent, stage)
+    log = context.overwrite_log
+    states = StateFolder(context.run.folder / TRAINING_FOLDER / name, context.world)
+    request = StageRequest(
         name=name,
         parent=parent,
         stage=stage,
-        settings=settings_of(recipe, stage, parent, digests),
-        overwrite=options.overwrite,
-        restart=options.restart,
-        force=options.force,
+        settings=stage_settings(context.recipe, stage, parent, context.digests),
+        options=context.options,
         repeated=None if log is None else log.created(name),
     )
-    plan = world.on_main(lambda: make_plan(run, states, request))
-    for remark in plan.remarks:
-        watch.say(remark)
-    if plan.done is not None:
-        _finish(run, plan.done, states, world, watch, log, fresh=plan.fresh)
-        return plan.done
-    teacher, student = run.open_teacher(options.teacher), run.open_product(parent.name)
+    plan = context.world.run_on_main(lambda: plan_stage(context.run, states, request))
+    for message in plan.messages:
+        context.callbacks.log(message)
+    if plan.finished is not None:
+        _finish(context, plan.finished, states, from_states=plan.from_states)
+        return plan.finished
+    output = _train_stage(context, request, plan, states)
+    manifest = _write_products(context, output)
+    _finish(context, manifest, states, from_states=True)
+    return manifest
+
+
+def _train_stage(
+    context: StageContext, request: StageRequest, plan: StagePlan, states: StateFolder
+) -> _StageOutput:
+    """Check everything a stage needs, load both models, and train."""
+    run, recipe, world, callbacks = context.run, context.recipe, context.world, context.callbacks
+    stage, parent = request.stage, request.parent
+    teacher, student = run.open_teacher(context.options.teacher), run.open_product(parent.name)
     names = expected_tensors(student.config)
-    learning = learning_names(stage, student.config, names)
-    adapters = adapted(stage, learning, names)
-    objective = objective_of(stage, student.config, learning)
-    loader, held_out = _loaders(student, recipe, stage, world)
-    world.on_main(lambda: _verify(run, teacher, parent, watch))
+    trainable = trainable_names(stage, student.config, names)
+    lora_weights = lora_weight_names(stage, trainable, names)
+    objective = build_objective(stage, student.config, trainable)
+    loader, held_out = _build_loaders(student, recipe, stage, world)
+    world.run_on_main(lambda: _verify_hashes(run, teacher, parent, callbacks))
     if plan.overwrite:
-        # Now, and not when the new product is to take its place.
-        world.on_main(lambda: check_product_folder(run.product_folder(name)))
-    world.on_main(lambda: begin(states, plan))
-    watch.say(f"loading teacher and student ({len(learning)} tensors learn)")
-    pair = load_pair(
+        # Before training, although the new product replaces the folder only afterwards.
+        world.run_on_main(lambda: check_product_folder(run.product_folder(request.name)))
+    world.run_on_main(lambda: _start_attempt(states, plan))
+    callbacks.log(f"loading teacher and student ({len(trainable)} tensors learn)")
+    pair = load_teacher_student(
         teacher,
         student,
-        [name for name in learning if name not in adapters],
+        [name for name in trainable if name not in lora_weights],
         product_dtype=getattr(torch, parent.dtype),
         precision=stage.precision,
         device=world.device,
     )
     if stage.lora is not None:
         seed_everything(step_seed(recipe.seed, stage.name, "adapters"))
-        pair = attach(pair, stage.lora, adapters)
-    watch.begin(stage, pair.learning_parameters(), plan.progress)
-    entries = ("mix", "mixing_matrix") if objective.layer_local else ()
-    shard_mixers([block.mixer for block in pair.student.model.blocks], world, entries)
-    job = Job(
+        pair = attach_lora(pair, stage.lora, lora_weights)
+    callbacks.on_stage_begin(stage, pair.trainable_parameters(), plan.progress)
+    methods = ("mix", "mixing_matrix") if objective.layer_local else ()
+    shard_mixers([block.mixer for block in pair.student.model.blocks], world, methods)
+    job = TrainingJob(
         stage=stage,
         pair=pair,
         objective=objective,
@@ -162,39 +189,36 @@ def run_stage(
         states=states,
         settings=request.settings,
     )
-    progress = _train(job, plan.progress, recipe, run.folder / "tensorboard" / name, watch)
-    made = _Made(run, name, parent, recipe, stage, student, plan, adapters, digests or {})
-    manifest = _write(made, job, progress, watch)
-    _finish(run, manifest, states, world, watch, log, fresh=True)
-    return manifest
+    progress = _train_with_metrics(context, job, plan.progress, request.name)
+    return _StageOutput(request.name, parent, student, plan, job, progress, lora_weights)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What a product is made from, for writing it."""
-
-    run: Run
-    name: str
-    parent: Manifest
-    recipe: Recipe
-    stage: Stage
-    student: Checkpoint
-    plan: Plan
-    # Weights that have an adapter to be merged in.
-    adapters: Sequence[str]
-    digests: Digests
-
-
-def _verify(run: Run, teacher: Checkpoint, parent: Manifest, watch: Watch) -> None:
-    watch.say(f"checking teacher and {parent.name} against their hashes")
+def _verify_hashes(
+    run: Run, teacher: Checkpoint, parent: Manifest, callbacks: StageCallbacks
+) -> None:
+    callbacks.log(f"checking teacher and {parent.name} against their hashes")
     run.verify_teacher(teacher)
     run.verify_product(parent.name)
 
 
-def _loaders(
+def _start_attempt(states: StateFolder, plan: StagePlan) -> None:
+    """Clear the state folder and write `attempt.json`, unless training resumes.
+
+    An existing product stays until the new one is complete.
+    """
+    if plan.progress.step:
+        return
+    states.clear()
+    text = AttemptRecord(replaces=plan.replaces).model_dump_json(indent=2) + "\n"
+    # A folder without this file counts as one of an older version.
+    with atomic_folder(states.folder) as partial:
+        (partial / ATTEMPT_FILE).write_text(text, encoding="utf-8")
+
+
+def _build_loaders(
     student: Checkpoint, recipe: Recipe, stage: Stage, world: World
 ) -> tuple[StepLoader, StepLoader | None]:
-    """Batches to learn from, and held-out ones if the recipe names any."""
+    """Training batches, and held-out batches if the recipe names a held-out set."""
     data = recipe.data
     if data.train is None:
         raise RunError(
@@ -230,73 +254,132 @@ def _loaders(
     return loader(data.train, data.shuffle), held_out
 
 
-def _train(job: Job, progress: Progress, recipe: Recipe, board: Path, watch: Watch) -> Progress:
+def _train_with_metrics(
+    context: StageContext, job: TrainingJob, progress: Progress, name: str
+) -> Progress:
+    """Train, logging each step to `metrics.jsonl` and TensorBoard on process 0."""
+    board = context.run.folder / "tensorboard" / name
     log = MetricsLog(job.states.folder, progress.step, board) if job.world.is_main else None
 
-    def report(result: StepResult) -> None:
+    def on_step_end(result: StepResult) -> None:
         if log is not None:
             log.write(metrics_row(result))
-        watch.report(result)
+        context.callbacks.on_step_end(result)
 
     try:
-        return train(job, progress, report, watch.wants_to_stop)
+        return train(job, progress, on_step_end, context.callbacks.should_stop)
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(job.stage, recipe, progress, error) from error
+        raise out_of_memory_error(job.stage, context.recipe, progress, error) from error
     finally:
         if log is not None:
             log.close()
 
 
-def _write(made: _Made, job: Job, progress: Progress, watch: Watch) -> Manifest:
-    """The best student, if it is not the last, then the stage's product.
+def _write_products(context: StageContext, output: _StageOutput) -> Manifest:
+    """Write the best student, if it is not the last one, then the product of the stage.
 
-    In this order: the stage is done when its product is there.
+    The order matters: a stage counts as finished once its product exists.
     """
-    best = progress.best_step
-    if best is None or best == progress.step:
-        return _write_one(made, job, progress, made.name, watch)
-    last = _gather(job, made)
-    job.states.load(job.states.best(best), job.pair.learning_parameters(), None)
-    note = f"the student at step {best}, where the held-out loss was lowest"
-    _write_one(made, job, progress, f"{made.name}-{BEST}", watch, note)
-    return _write_one(made, job, progress, made.name, watch, learned=last)
+    job, best = output.job, output.progress.best_step
+    last = _gather_weights(output)
+    if best is not None and best != output.progress.step:
+        job.states.load(job.states.best_name(best), job.pair.trainable_parameters(), None)
+        note = f"the student at step {best}, where the held-out loss was lowest"
+        _write_one(context, output, f"{output.name}-{BEST}", _gather_weights(output), note)
+    return _write_one(context, output, output.name, last)
+
+
+def _write_one(
+    context: StageContext,
+    output: _StageOutput,
+    name: str,
+    weights: Mapping[str, Tensor],
+    note: str | None = None,
+) -> Manifest:
+    """Write a product from the trained `weights` and the unchanged ones of the parent."""
+    context.callbacks.log(f"writing {name}")
+    student, parent, stage = output.student, output.parent, output.job.stage
+
+    def read(key: str) -> Tensor:
+        return weights[key] if key in weights else student.read(key)
+
+    def parents() -> tuple[Parent, ...]:
+        record = context.run.teacher
+        return (
+            Parent("student", parent.name, parent.content_hash),
+            Parent("teacher", record.path, record.content_hash),
+        )
+
+    final = is_final(stage)
+    # A student that is distilled end to end is no longer "not yet distilled".
+    notes = [n for n in parent.notes if not (final and n.startswith("not yet"))]
+    unused = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
+    draft = Draft(
+        name=name,
+        made_by="distill",
+        config=student.config,
+        shapes={**expected_tensors(student.config), **unused},
+        read=read,
+        origin=student,
+        dtype=getattr(torch, parent.dtype),
+        recipe=dump_recipe(context.recipe),
+        parents=parents,
+        stages=(*parent.stages, stage.name),
+        notes=(*notes, *([note] if note else [])),
+        final=final,
+        metrics=vars(output.progress),
+        data=context.digests or {},
+    )
+    overwrite = output.plan.overwrite or note is not None
+    return context.world.run_on_main(lambda: write_product(context.run, draft, overwrite=overwrite))
+
+
+def _gather_weights(output: _StageOutput) -> dict[str, Tensor]:
+    """Gather the trained weights on process 0, adapters merged; empty on the other processes."""
+    job = output.job
+    weights: dict[str, Tensor] = {}
+    for name, parameter in job.pair.trainable_parameters().items():
+        tensor = full_tensor(parameter.detach())
+        if job.world.is_main and not is_adapter(name):
+            weights[name] = tensor.cpu()
+    if job.stage.lora is not None:
+        deltas = lora_deltas(job.pair, job.stage.lora, output.lora_weights, full_tensor)
+        for name, delta in deltas.items():
+            if job.world.is_main:
+                weights[name] = output.student.read(name).float() + delta
+    return weights
 
 
 def _finish(
-    run: Run,
-    product: Manifest,
-    states: StateFolder,
-    world: World,
-    watch: Watch,
-    log: OverwriteLog | None,
-    fresh: bool,
+    context: StageContext, product: Manifest, states: StateFolder, from_states: bool
 ) -> None:
-    """Make the product current, and let the training states go.
+    """Make the product current and remove the training states.
 
-    A `fresh` product, which was written from these states, gets their metrics first. All of it may
-    have been done already, wholly or in part.
+    With `from_states`, the product was trained from these states, and their metrics are copied to
+    it first. Safe to repeat: an interrupted command may have done some or all of this.
     """
+    run, world = context.run, context.world
     if world.is_main:
-        if fresh:
-            _move_metrics(states.folder / METRICS, run.product_folder(product.name), product)
-            _remove_stale_best(run, product, watch)
+        if from_states:
+            _copy_metrics(states.folder / METRICS, run.product_folder(product.name), product)
+            _remove_stale_best(run, product, context.callbacks)
         run.set_current(product.name)
-        if log is not None:
-            log.add(product)
-    world.wait()
+        if context.overwrite_log is not None:
+            context.overwrite_log.add(product)
+    world.barrier()
     states.clear()
 
 
-def _move_metrics(file: Path, folder: Path, product: Manifest) -> None:
-    """Copy the training's metrics to its product, unless they are another training's."""
+def _copy_metrics(file: Path, folder: Path, product: Manifest) -> None:
+    """Copy the metrics to the product's folder, unless they belong to another training."""
     rows = list(read_metrics(file))
     if rows and rows[-1]["step"] == product.metrics.get("step"):
         atomic_write_text(folder / METRICS, file.read_text(encoding="utf-8"))
         plot_losses(folder)
 
 
-def _remove_stale_best(run: Run, product: Manifest, watch: Watch) -> None:
-    """Remove the best student of a training that this product's has replaced."""
+def _remove_stale_best(run: Run, product: Manifest, callbacks: StageCallbacks) -> None:
+    """Remove the best student of an earlier training, whose product has been replaced."""
     name = f"{product.name}-{BEST}"
     best = product.metrics.get("best_step")
     if name in run.products() and (best is None or best == product.metrics.get("step")):
@@ -304,72 +387,7 @@ def _remove_stale_best(run: Run, product: Manifest, watch: Watch) -> None:
         try:
             check_product_folder(folder)
         except CheckpointError as error:
-            watch.say(f"{name} belongs to the {product.name} that was replaced; {error}")
+            callbacks.log(f"{name} belongs to the {product.name} that was replaced; {error}")
             return
         shutil.rmtree(folder)
-        watch.say(f"removed {name}: it belonged to the {product.name} that was replaced")
-
-
-def _write_one(
-    made: _Made,
-    job: Job,
-    progress: Progress,
-    name: str,
-    watch: Watch,
-    note: str | None = None,
-    learned: dict[str, Tensor] | None = None,
-) -> Manifest:
-    """Write `learned`, or the master weights as they are, with what stayed as it was."""
-    watch.say(f"writing {name}")
-    learned = _gather(job, made) if learned is None else learned
-    student, parent = made.student, made.parent
-
-    def read(key: str) -> Tensor:
-        return learned[key] if key in learned else student.read(key)
-
-    def parents() -> tuple[Parent, ...]:
-        record = made.run.teacher
-        return (
-            Parent("student", parent.name, parent.content_hash),
-            Parent("teacher", record.path, record.content_hash),
-        )
-
-    kept = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
-    draft = Draft(
-        name=name,
-        made_by="distill",
-        config=student.config,
-        shapes={**expected_tensors(student.config), **kept},
-        read=read,
-        origin=student,
-        dtype=getattr(torch, parent.dtype),
-        recipe=dump_recipe(made.recipe),
-        parents=parents,
-        stages=(*parent.stages, made.stage.name),
-        notes=(*parent_notes(parent, made.stage), *([note] if note else [])),
-        final=is_final(made.stage),
-        metrics=vars(progress),
-        data=made.digests,
-    )
-    return job.world.on_main(
-        lambda: write_product(made.run, draft, overwrite=made.plan.overwrite or note is not None)
-    )
-
-
-def _gather(job: Job, made: _Made) -> dict[str, Tensor]:
-    """What was learned, by the student's own names, on process 0; nothing elsewhere."""
-    learned: dict[str, Tensor] = {}
-    for name, parameter in job.pair.learning_parameters().items():
-        tensor = whole(parameter.detach())
-        if job.world.is_main and not is_adapter(name):
-            learned[name] = tensor.cpu()
-    if job.stage.lora is not None:
-        for name, update in updates(job.pair, job.stage.lora, made.adapters, whole).items():
-            if job.world.is_main:
-                learned[name] = made.student.read(name).float() + update
-    return learned if job.world.is_main else {}
-
-
-def parent_notes(parent: Manifest, stage: Stage) -> tuple[str, ...]:
-    """The parent's notes that are still true."""
-    return tuple(n for n in parent.notes if not (is_final(stage) and n.startswith("not yet")))
+        callbacks.log(f"removed {name}: it belonged to the {product.name} that was replaced")

@@ -1,4 +1,4 @@
-"""A teacher and its student in memory, every frozen tensor of the student being the teacher's."""
+"""Teacher and student in memory; equal frozen tensors are shared."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from mmmamba_cli.model import HolisticVLM
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Teacher and student on one device; `precision` is that of matrix products, bf16 or fp32."""
+class TeacherStudent:
+    """Teacher and student on one device; matrix products run in `precision`, bf16 or fp32."""
 
     teacher: HolisticVLM
     student: HolisticVLM
     precision: str = "fp32"
-    # Names of the student's parameters that learn.
-    learning: tuple[str, ...] = field(default=())
+    # Names of the student's trainable parameters.
+    trainable: tuple[str, ...] = field(default=())
 
     @property
     def device(self) -> torch.device:
         return self.teacher.lm_head.weight.device
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Where forward passes run: bf16 products over fp32 master weights, or nothing."""
+        """Context of forward passes: bf16 products over fp32 master weights; no-op in fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def learning_parameters(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.student.named_parameters())
-        return {name: parameters[name] for name in self.learning}
+        return {name: parameters[name] for name in self.trainable}
 
 
-def load_pair(
+def load_teacher_student(
     teacher: Checkpoint,
     student: Checkpoint,
-    learning: Collection[str],
+    trainable: Collection[str],
     *,
     product_dtype: torch.dtype,
     precision: str,
     device: torch.device,
-) -> Pair:
-    """Read both, tensor by tensor; what learns becomes an fp32 master weight of the student's own.
+) -> TeacherStudent:
+    """Load both models, tensor by tensor; the `trainable` parameters become fp32 master weights.
 
-    A frozen tensor of the student that equals the teacher's, after the cast that seeding made
-    (`product_dtype`), is the teacher's object in memory. The models are in eval mode; nothing but
-    `learning` requires gradients.
+    A frozen tensor of the student shares the teacher's memory if both are equal after the cast to
+    `product_dtype` that seeding made. The models are in eval mode, and only `trainable` parameters
+    require gradients.
     """
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
@@ -59,25 +59,30 @@ def load_pair(
         placed = cast(tensor, stored_dtype(name, dtype), name, device)
         return nn.Parameter(placed, requires_grad=False)
 
-    theirs: dict[str, nn.Parameter] = {}
-    ours: dict[str, nn.Parameter] = {}
+    teacher_parameters: dict[str, nn.Parameter] = {}
+    student_parameters: dict[str, nn.Parameter] = {}
     in_student = expected_tensors(student.config)
     for name in {**expected_tensors(teacher.config), **in_student}:
-        taught = None
+        cast_tensor = None
         if name in teacher:
-            taught = cast(teacher.read(name), stored_dtype(name, product_dtype), name)
-            theirs[name] = place(name, taught, frozen_dtype)
+            cast_tensor = cast(teacher.read(name), stored_dtype(name, product_dtype), name)
+            teacher_parameters[name] = place(name, cast_tensor, frozen_dtype)
         if name not in in_student:
             continue
         tensor = student.read(name)
-        if name in learning:
-            ours[name] = place(name, tensor, torch.float32)
-            ours[name].requires_grad_()
-        elif taught is not None and torch.equal(tensor, taught):
-            ours[name] = theirs[name]
+        if name in trainable:
+            student_parameters[name] = place(name, tensor, torch.float32)
+            student_parameters[name].requires_grad_()
+        elif cast_tensor is not None and torch.equal(tensor, cast_tensor):
+            student_parameters[name] = teacher_parameters[name]
         else:
-            ours[name] = place(name, tensor, frozen_dtype)
-    return Pair(_build(teacher, theirs), _build(student, ours), precision, tuple(sorted(learning)))
+            student_parameters[name] = place(name, tensor, frozen_dtype)
+    return TeacherStudent(
+        _build(teacher, teacher_parameters),
+        _build(student, student_parameters),
+        precision,
+        tuple(sorted(trainable)),
+    )
 
 
 def _build(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> HolisticVLM:
@@ -89,7 +94,7 @@ def _build(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> Ho
         setattr(model.get_submodule(owner), leaf, parameter)
     if tied:
         model.tie_weights()
-    lost = [name for name, p in model.named_parameters() if p.is_meta]
-    if lost:
-        raise MmmambaError(f"no tensor was read for {', '.join(lost[:10])}")
+    unset = [name for name, p in model.named_parameters() if p.is_meta]
+    if unset:
+        raise MmmambaError(f"no tensor was read for {', '.join(unset[:10])}")
     return model.eval()

@@ -1,6 +1,6 @@
-"""What learns in a stage, and which of it is decayed.
+"""Trainable parameters of a stage, their weight decay, and low-rank adapters.
 
-Low-rank adapters (Hu et al., arXiv 2106.09685) on matrices of the mixer, through peft.
+Adapters (LoRA, Hu et al., arXiv 2106.09685) apply to matrices of the mixer, through peft.
 """
 
 from __future__ import annotations
@@ -13,103 +13,29 @@ from typing import Any
 from torch import Tensor
 
 from mmmamba_cli.architecture import is_fp32_parameter
-from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.errors import MmmambaError, RecipeError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import LoRA, Stage
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# Inherited with W_Q and W_K where the attention of the teacher has them.
+QK_NORMS = ("q_norm", "k_norm")
+OUTPUT = ("o_proj",)
+FROZEN_IN_PAPER = ("A_log", "dt_bias")
+# Name that peft gives the adapter inside a module.
 ADAPTER = "default"
 
 
-def adapted(stage: Stage, learning: Collection[str], names: Collection[str]) -> list[str]:
-    """Names of the weights that get an adapter: the targets, in layers where something learns.
+def trainable_names(stage: Stage, config: HolisticVLMConfig, names: Collection[str]) -> list[str]:
+    """Select the trainable parameters of `stage` from all `names` of the student's parameters.
 
-    Raises `RecipeError` for a target that no such layer has.
-    """
-    if stage.lora is None:
-        return []
-    mixers = {name.rpartition(".mixer.")[0] + ".mixer." for name in learning if ".mixer." in name}
-    found: list[str] = []
-    for position, target in enumerate(stage.lora.targets):
-        weights = [f"{mixer}{target}.weight" for mixer in sorted(mixers)]
-        present = [weight for weight in weights if weight in names]
-        if not present:
-            raise RecipeError(
-                f"stages.{stage.name}.lora.targets[{position}]: is {target!r}, and no mixer that "
-                "learns has such a matrix",
-                "matrices are q_proj, k_proj, v_proj, o_proj, g_proj and dt_proj",
-            )
-        found += present
-    return found
+    `learns: new` selects the parameters that a Mamba-2 mixer has and attention has not; `new+qkv`
+    adds W_Q, W_K and W_V with their biases and norms; both in linear layers only. Patterns are
+    shell patterns over all names.
 
-
-def attach(pair: Pair, settings: LoRA, weights: Sequence[str]) -> Pair:
-    """The same pair with adapters on the student's `weights`, which stay frozen below them.
-
-    Adapters are fp32 and begin as no change. Raises `MmmambaError` without peft.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MmmambaError(
-            "stages with lora need the package peft, which is not installed",
-            "pip install 'mmmamba[lora]'",
-        ) from error
-    modules = [weight.removesuffix(".weight") for weight in weights]
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=modules,
-    )
-    # peft freezes everything but its adapters.
-    before = {name for name, p in pair.student.named_parameters() if p.requires_grad}
-    inject_adapter_in_model(config, pair.student, adapter_name=ADAPTER)
-    learning = set(before)
-    for name, parameter in pair.student.named_parameters():
-        parameter.requires_grad_(is_adapter(name) or name in before)
-        if is_adapter(name):
-            parameter.data = parameter.data.float().to(pair.device)
-            learning.add(name)
-    return replace(pair, learning=tuple(sorted(learning)))
-
-
-def updates(
-    pair: Pair, settings: LoRA, weights: Sequence[str], whole: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """What each adapter adds to its weight, fp32 on the CPU: (alpha / rank) B A.
-
-    `whole` gathers a tensor that is spread over processes. The weight in memory may be rounded to
-    bf16, as all that is frozen is under that precision; the sum is made with the parent's own.
-    """
-    found = {}
-    for weight in weights:
-        layer: Any = pair.student.get_submodule(weight.removesuffix(".weight"))
-        down, up = (
-            whole(part[ADAPTER].weight.detach()).float() for part in (layer.lora_A, layer.lora_B)
-        )
-        found[weight] = (settings.alpha / settings.rank * (up @ down)).cpu()
-    return found
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is an adapter's."""
-    return f".{ADAPTER}." in name
-
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-# Attention's too where the teacher has them, and then inherited with W_Q and W_K.
-QK_NORMS = ("q_norm", "k_norm")
-OUTPUT = ("o_proj",)
-LEFT_OUT_BY_PAPER = ("A_log", "dt_bias")
-
-
-def learning_names(stage: Stage, config: HolisticVLMConfig, names: Collection[str]) -> list[str]:
-    """Names, out of all `names` of the student's parameters, that learn in `stage`.
-
-    `new` is what a Mamba-2 mixer has and attention has not, `new+qkv` W_Q, W_K and W_V as well,
-    with their biases and norms, both in linear layers only; patterns are of the shell's kind and
-    may name anything. Raises `RecipeError` if a pattern matches nothing, or nothing learns.
+    Raises:
+        RecipeError: a pattern matches nothing, or no parameter is selected.
     """
     if isinstance(stage.learns, str):
         with_qkv = stage.learns == "new+qkv"
@@ -117,7 +43,7 @@ def learning_names(stage: Stage, config: HolisticVLMConfig, names: Collection[st
     else:
         chosen = _matching(stage, names)
     if stage.trainable == "paper" and stage.loss == "kl":
-        chosen = [n for n in chosen if not n.endswith(LEFT_OUT_BY_PAPER)]
+        chosen = [n for n in chosen if not n.endswith(FROZEN_IN_PAPER)]
     if not chosen:
         raise RecipeError(
             f"stages.{stage.name}.learns: nothing learns: the student has no linear layer",
@@ -126,14 +52,14 @@ def learning_names(stage: Stage, config: HolisticVLMConfig, names: Collection[st
     return sorted(chosen)
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies: not to biases, norms, A_log, dt_bias or D."""
+def has_weight_decay(name: str) -> bool:
+    """False for biases, norms, A_log, dt_bias and D."""
     parts = name.split(".")
     return not (parts[-1].endswith("bias") or is_fp32_parameter(name))
 
 
-def describe(names: Iterable[str]) -> dict[str, int]:
-    """How many layers have each learning parameter, by its name inside the layer."""
+def layers_per_parameter(names: Iterable[str]) -> dict[str, int]:
+    """Count the layers that have each parameter, by its name inside the layer."""
     counts: dict[str, int] = {}
     for name in names:
         parts = name.split(".")
@@ -166,3 +92,89 @@ def _matching(stage: Stage, names: Collection[str]) -> list[str]:
             )
         chosen |= found
     return list(chosen)
+
+
+def lora_weight_names(
+    stage: Stage, trainable: Collection[str], names: Collection[str]
+) -> list[str]:
+    """Names of the weights that get an adapter: the targets in mixers with a trainable parameter.
+
+    Raises:
+        RecipeError: no such mixer has the target.
+    """
+    if stage.lora is None:
+        return []
+    mixers = {name.rpartition(".mixer.")[0] + ".mixer." for name in trainable if ".mixer." in name}
+    found: list[str] = []
+    for position, target in enumerate(stage.lora.targets):
+        weights = [f"{mixer}{target}.weight" for mixer in sorted(mixers)]
+        present = [weight for weight in weights if weight in names]
+        if not present:
+            raise RecipeError(
+                f"stages.{stage.name}.lora.targets[{position}]: is {target!r}, and no mixer that "
+                "learns has such a matrix",
+                "matrices are q_proj, k_proj, v_proj, o_proj, g_proj and dt_proj",
+            )
+        found += present
+    return found
+
+
+def attach_lora(pair: TeacherStudent, settings: LoRA, weights: Sequence[str]) -> TeacherStudent:
+    """Return the pair with trainable fp32 adapters on the student's frozen `weights`.
+
+    A new adapter leaves the output unchanged.
+
+    Raises:
+        MmmambaError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MmmambaError(
+            "stages with lora need the package peft, which is not installed",
+            "pip install 'mmmamba[lora]'",
+        ) from error
+    modules = [weight.removesuffix(".weight") for weight in weights]
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=modules,
+    )
+    # peft freezes all parameters except its adapters.
+    before = {name for name, p in pair.student.named_parameters() if p.requires_grad}
+    inject_adapter_in_model(config, pair.student, adapter_name=ADAPTER)
+    trainable = set(before)
+    for name, parameter in pair.student.named_parameters():
+        parameter.requires_grad_(is_adapter(name) or name in before)
+        if is_adapter(name):
+            parameter.data = parameter.data.float().to(pair.device)
+            trainable.add(name)
+    return replace(pair, trainable=tuple(sorted(trainable)))
+
+
+def lora_deltas(
+    pair: TeacherStudent,
+    settings: LoRA,
+    weights: Sequence[str],
+    full_tensor: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Weight deltas of the adapters, (alpha / rank) B A, fp32 on the CPU.
+
+    `full_tensor` gathers a sharded tensor. Add a delta to the weight of the parent product: the
+    frozen weight in memory is rounded to bf16 under `precision: bf16`.
+    """
+    found = {}
+    for weight in weights:
+        layer: Any = pair.student.get_submodule(weight.removesuffix(".weight"))
+        down, up = (
+            full_tensor(part[ADAPTER].weight.detach()).float()
+            for part in (layer.lora_A, layer.lora_B)
+        )
+        found[weight] = (settings.alpha / settings.rank * (up @ down)).cpu()
+    return found
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter belongs to an adapter."""
+    return f".{ADAPTER}." in name

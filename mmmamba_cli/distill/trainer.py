@@ -1,4 +1,4 @@
-"""The one training loop: every stage is a value given to it."""
+"""The training loop of all stages; a stage is a value that the loop receives."""
 
 from __future__ import annotations
 
@@ -12,32 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba_cli.data import StepBatches, StepLoader
-from mmmamba_cli.distill.metrics import finite
+from mmmamba_cli.distill.metrics import nonfinite_as_text
 from mmmamba_cli.distill.objective import Objective
-from mmmamba_cli.distill.optimiser import build_optimiser, clip, learning_rate
-from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.optimiser import build_optimiser, clip_gradients, learning_rate
+from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.training_state import Progress, StateFolder, state_record
-from mmmamba_cli.distill.validation import HeldOut, all_bad, check_held_out, evaluate
-from mmmamba_cli.distributed import World, average_whole, host_threads, seed_everything, step_seed
+from mmmamba_cli.distill.validation import (
+    HeldOutMetrics,
+    check_held_out,
+    evaluate_held_out,
+    gather_bad_samples,
+)
+from mmmamba_cli.distributed import (
+    World,
+    average_unsharded_gradients,
+    limit_cpu_threads,
+    seed_everything,
+    step_seed,
+)
 from mmmamba_cli.errors import DataError, MmmambaError
-from mmmamba_cli.recipe import Stage
+from mmmamba_cli.recipe import Recipe, Stage
 
-# Steps in a row that may be skipped before a stage ends with an error.
-MAX_SKIPPED = 5
-# A few bad samples at the start of a run say nothing about a share.
+# A stage fails after this many skipped steps in a row.
+MAX_SKIPPED_STEPS = 5
+# The share of bad samples is checked from this many samples on.
 MIN_SAMPLES_FOR_SHARE = 100
 
 
 class Stopped(Exception):
-    """Raised when the user asked the loop to stop and the state was saved."""
+    """The user asked to stop; the state has been saved."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that a stage needs to run."""
+class TrainingJob:
+    """Models, loss, data and settings of one stage."""
 
     stage: Stage
-    pair: Pair
+    pair: TeacherStudent
     objective: Objective
     loader: StepLoader
     # One pass over the held-out samples, or None.
@@ -46,13 +57,13 @@ class Job:
     seed: int
     world: World
     states: StateFolder
-    # What a resumed state must have been made with.
+    # Settings that a resumed state must have been made with.
     settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step, as logs and displays see it."""
+    """Results of one step, for logs and displays."""
 
     step: int
     loss: float
@@ -63,36 +74,41 @@ class StepResult:
     tokens_per_second: float
     bad: tuple[str, ...] = ()
     skipped: str | None = None
-    held_out: HeldOut | None = None
+    held_out: HeldOutMetrics | None = None
     memory_gib: float | None = None
 
 
-Report = Callable[[StepResult], None]
+StepCallback = Callable[[StepResult], None]
 
 
 def train(
-    job: Job, progress: Progress, report: Report, wants_to_stop: Callable[[], bool]
+    job: TrainingJob,
+    progress: Progress,
+    on_step_end: StepCallback,
+    should_stop: Callable[[], bool],
 ) -> Progress:
-    """Run the steps of the stage that `progress` lacks; the newest state must be loaded already.
+    """Train from `progress` to the last step, resuming from the state of `progress.step` if not 0.
 
-    A step none of whose samples could be read is skipped, as one without a finite loss is: its
-    place in the stream stays its own, so that resumed runs and other numbers of processes see the
-    same steps.
+    A step without a finite loss or without a readable sample is skipped. It keeps its place in the
+    sample stream, so that resumed runs and other process counts see the same steps. `progress` is
+    updated in place.
 
-    Raises `Stopped` when `wants_to_stop` said so, after saving; `MmmambaError` when losses stay
-    non-finite, or too many samples are unreadable.
+    Raises:
+        Stopped: `should_stop` returned True; the state has been saved.
+        DataError: too many samples are unreadable.
+        MmmambaError: too many steps in a row were skipped, or all of them.
     """
     if job.held_out is not None:
         check_held_out(job.held_out, job.world)
-    parameters = job.pair.learning_parameters()
-    in_part = {name for name in parameters if job.objective.reaches_part(name)}
-    optimiser = build_optimiser(job.stage, parameters, in_part)
+    parameters = job.pair.trainable_parameters()
+    no_decay = {name for name in parameters if job.objective.depends_on_part_of(name)}
+    optimiser = build_optimiser(job.stage, parameters, no_decay)
     if progress.step:
         job.states.load(job.states.path(progress.step).name, parameters, optimiser)
     decoder = job.pair.student.model
     decoder.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
-    with host_threads(job.world.device):
-        _run_steps(job, parameters, optimiser, progress, report, wants_to_stop)
+    with limit_cpu_threads(job.world.device):
+        _run_steps(job, parameters, optimiser, progress, on_step_end, should_stop)
     if progress.skipped_steps >= progress.step > 0:
         raise MmmambaError(
             f"stage {job.stage.name} learned nothing: all of its {progress.step} steps were "
@@ -103,23 +119,23 @@ def train(
 
 
 def _run_steps(
-    job: Job,
+    job: TrainingJob,
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.AdamW,
     progress: Progress,
-    report: Report,
-    wants_to_stop: Callable[[], bool],
+    on_step_end: StepCallback,
+    should_stop: Callable[[], bool],
 ) -> None:
-    """The steps that `progress` lacks, with what is due behind each, and a state at the end."""
+    """Run the remaining steps, with the evaluations and saves due after each."""
     saved = progress.step
     started = time.perf_counter()
     for batches in job.loader.steps(progress.step, job.stage.steps):
         result = _step(job, parameters, optimiser, batches, progress, started)
         if _is_due(job.stage.evaluate_every, progress.step, job.stage.steps):
-            result = _with_held_out(job, parameters, result, progress)
+            result = _evaluate(job, parameters, result, progress)
         if job.world.is_main:
-            report(result)
-        stop = job.world.any(wants_to_stop())
+            on_step_end(result)
+        stop = job.world.any(should_stop())
         if stop or _is_due(job.stage.save_every, progress.step, job.stage.steps):
             saved = _save(job, parameters, optimiser, progress)
         if stop and progress.step < job.stage.steps:
@@ -130,27 +146,27 @@ def _run_steps(
 
 
 def _step(
-    job: Job,
+    job: TrainingJob,
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.AdamW,
     batches: StepBatches,
     progress: Progress,
     started: float,
 ) -> StepResult:
-    """One optimiser step over the global batch, and its place in the books."""
+    """Run one optimiser step over the global batch and update `progress`."""
     step, world = batches.step, job.world
     seed_everything(step_seed(job.seed, job.stage.name, step, world.rank))
     sums, units, counts = _accumulate(job, batches)
     tokens, samples, bad = (int(x) for x in counts)
     if bool(units.any()):
-        loss = float((job.objective.weigh(units) * sums).sum())
-        norm = clip(parameters, job.stage.optimiser.clip)
-        trouble = _trouble(job, loss, norm, sums)
+        loss = float((job.objective.term_weights(units) * sums).sum())
+        norm = clip_gradients(parameters, job.stage.optimiser.clip)
+        skip_reason = _find_nonfinite(job, loss, norm, sums)
     else:
         loss = norm = math.nan
-        trouble = _nothing_to_learn(samples, batches)
+        skip_reason = _explain_empty_step(samples, batches)
     rate = learning_rate(job.stage, step)
-    if trouble is None:
+    if skip_reason is None:
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.step()
@@ -161,18 +177,21 @@ def _step(
     progress.samples += samples
     progress.bad_samples += bad
     progress.seconds += seconds
-    _count_skipped(progress, trouble, unreadable=samples == 0)
-    # The sum over processes is known to each of them, so that either all gather or none does.
-    named = all_bad(batches.bad, world) if bad else []
+    progress.skipped_steps += skip_reason is not None
+    # `max_bad_share` limits steps without a readable sample.
+    if samples:
+        progress.skipped_in_a_row = 0 if skip_reason is None else progress.skipped_in_a_row + 1
+    # `bad` is summed over processes, so that either all of them gather or none does.
+    named = gather_bad_samples(batches.bad, world) if bad else []
     _check_bad_share(job, progress, named)
-    if progress.skipped_in_a_row >= MAX_SKIPPED:
-        names = [name for micro in batches.micro for name in micro.names]
+    if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        names = [name for micro in batches.micro_batches for name in micro.names]
         raise MmmambaError(
-            f"stage {job.stage.name} stopped at step {step + 1}: {MAX_SKIPPED} steps in a row "
-            f"were skipped; {trouble}; samples of the last: {', '.join(names[:10])}",
+            f"stage {job.stage.name} stopped at step {step + 1}: {MAX_SKIPPED_STEPS} steps in a "
+            f"row were skipped; {skip_reason}; samples of the last: {', '.join(names[:10])}",
             "lower the stage's lr, or look at these samples with `mmmamba data check`",
         )
-    # 0 / 0, the mean of a term over nothing, is NaN.
+    # The mean of a term without units is NaN (0 / 0).
     per_term = (sums / units).tolist()
     return StepResult(
         step=progress.step,
@@ -183,19 +202,20 @@ def _step(
         tokens=tokens,
         tokens_per_second=tokens / seconds,
         bad=tuple(named),
-        skipped=trouble,
-        memory_gib=_peak_memory(world),
+        skipped=skip_reason,
+        memory_gib=_peak_memory_gib(world),
     )
 
 
-def _accumulate(job: Job, batches: StepBatches) -> tuple[Tensor, Tensor, Tensor]:
-    """Add up gradients over the micro batches; sums and units of each term, and counts, globally.
+def _accumulate(job: TrainingJob, batches: StepBatches) -> tuple[Tensor, Tensor, Tensor]:
+    """Accumulate gradients over the micro batches.
 
-    Units are counted over the whole global batch before the first loss, since they are what its
-    gradients are divided by.
+    Returns, summed over processes: sums (terms,), units (terms,) and the counts of tokens, samples
+    and bad samples. Units are counted over the global batch before the first loss, because they
+    divide its gradients.
     """
     world, pair, objective = job.world, job.pair, job.objective
-    micros = [micro.to(pair.device) for micro in batches.micro]
+    micros = [micro.to(pair.device) for micro in batches.micro_batches]
     counts = torch.tensor(
         [
             sum(micro.num_tokens for micro in micros),
@@ -204,30 +224,31 @@ def _accumulate(job: Job, batches: StepBatches) -> tuple[Tensor, Tensor, Tensor]
         ],
         dtype=torch.float64,
     )
-    # Counted where the loader left them, on the CPU: a count on a GPU would be waited for.
-    own = torch.stack([objective.count(pair, micro) for micro in batches.micro]).sum(0)
-    together = world.add_up(torch.cat((own, counts)))
-    units, counts = together[: len(own)], together[len(own) :]
+    # Units are counted on the CPU batches: counting on a GPU synchronizes.
+    local = [objective.count_units(pair, micro) for micro in batches.micro_batches]
+    total = world.all_reduce_sum(torch.cat((torch.stack(local).sum(0), counts)))
+    num_terms = len(objective.terms)
+    units, counts = total[:num_terms], total[num_terms:]
     if not bool(units.any()):
         return torch.zeros_like(units), units, counts
-    # FSDP averages gradients over processes; here they are parts of one sum.
-    weights = objective.weigh(units) * world.size
+    # FSDP averages gradients over processes; this loss is a sum over them.
+    weights = objective.term_weights(units) * world.size
     pair.student.train()
     sums = torch.zeros_like(units)
     for micro in micros:
-        sums += objective.sums(pair, micro, weights)
-    average_whole(pair.learning_parameters().values(), world)
-    return world.add_up(sums), units, counts
+        sums += objective.loss_sums(pair, micro, weights)
+    average_unsharded_gradients(pair.trainable_parameters().values(), world)
+    return world.all_reduce_sum(sums), units, counts
 
 
-def _trouble(job: Job, loss: float, norm: float, sums: Tensor) -> str | None:
-    """Why the step must not be taken, or None."""
+def _find_nonfinite(job: TrainingJob, loss: float, norm: float, sums: Tensor) -> str | None:
+    """Describe a loss or gradient that is not finite; None if all are finite."""
     if not math.isfinite(loss):
         named = zip(job.objective.terms, sums.tolist(), strict=True)
         bad = [term for term, value in named if not math.isfinite(value)]
         return f"the loss is {loss}" + (f" in {bad[0]}" if bad else "")
     if not math.isfinite(norm):
-        for name, parameter in job.pair.learning_parameters().items():
+        for name, parameter in job.pair.trainable_parameters().items():
             gradient = parameter.grad
             if gradient is not None and not bool(torch.isfinite(gradient).all()):
                 return f"the gradient of {name} is not finite"
@@ -235,21 +256,14 @@ def _trouble(job: Job, loss: float, norm: float, sums: Tensor) -> str | None:
     return None
 
 
-def _count_skipped(progress: Progress, trouble: str | None, *, unreadable: bool) -> None:
-    progress.skipped_steps += trouble is not None
-    # Steps without a readable sample are limited by max_bad_share instead.
-    if not unreadable:
-        progress.skipped_in_a_row = 0 if trouble is None else progress.skipped_in_a_row + 1
-
-
-def _nothing_to_learn(samples: int, batches: StepBatches) -> str:
-    """Why a step has nothing that a loss could be taken over."""
+def _explain_empty_step(samples: int, batches: StepBatches) -> str:
+    """The reason why a step has no unit that the loss scores."""
     if samples == 0:
         return f"none of its {batches.num_planned} samples could be read"
     return f"none of its {samples} samples has a token that the loss scores"
 
 
-def _check_bad_share(job: Job, progress: Progress, named: Sequence[str]) -> None:
+def _check_bad_share(job: TrainingJob, progress: Progress, named: Sequence[str]) -> None:
     seen = progress.samples + progress.bad_samples
     share = progress.bad_samples / max(1, seen)
     too_early = seen < MIN_SAMPLES_FOR_SHARE and progress.step < job.stage.steps
@@ -264,39 +278,39 @@ def _check_bad_share(job: Job, progress: Progress, named: Sequence[str]) -> None
     )
 
 
-def _with_held_out(
-    job: Job, parameters: Mapping[str, nn.Parameter], result: StepResult, progress: Progress
+def _evaluate(
+    job: TrainingJob, parameters: Mapping[str, nn.Parameter], result: StepResult, progress: Progress
 ) -> StepResult:
-    """The result with held-out numbers; the best student so far is kept aside."""
+    """Add held-out metrics to the result, and save the student if it is the best so far."""
     if job.held_out is None:
         return result
     job.pair.student.eval()
     steps = job.held_out.steps(0, job.held_out.steps_per_pass)
-    found = evaluate(job.pair, job.objective, steps, job.world)
-    progress.held_out = {"step": progress.step, **finite(found.as_dict())}
+    found = evaluate_held_out(job.pair, job.objective, steps, job.world)
+    progress.held_out = {"step": progress.step, **nonfinite_as_text(found.as_dict())}
     if _is_better(found.loss, progress.best_loss):
         progress.best_step, progress.best_loss = progress.step, found.loss
-        name = job.states.best(progress.step)
+        name = job.states.best_name(progress.step)
         job.states.save(name, parameters, None, state_record(progress, job.settings))
     return replace(result, held_out=found)
 
 
 def _is_better(loss: float, best: float | None) -> bool:
-    """Whether a held-out loss is the lowest so far; one that is not finite never is."""
+    """Whether a held-out loss is finite and the lowest so far."""
     if not math.isfinite(loss):
         return False
     return best is None or not math.isfinite(best) or loss < best
 
 
 def _save(
-    job: Job,
+    job: TrainingJob,
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.AdamW,
     progress: Progress,
 ) -> int:
     name = job.states.path(progress.step).name
     job.states.save(name, parameters, optimiser, state_record(progress, job.settings))
-    job.states.drop_others(progress.step, progress.best_step)
+    job.states.prune(progress.step, progress.best_step)
     return progress.step
 
 
@@ -304,7 +318,34 @@ def _is_due(every: int | None, step: int, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
-def _peak_memory(world: World) -> float | None:
+def _peak_memory_gib(world: World) -> float | None:
     if world.device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(world.device) / 2**30
+
+
+def out_of_memory_error(
+    stage: Stage, recipe: Recipe, progress: Progress, error: Exception
+) -> MmmambaError:
+    """An error that names the three settings that reduce memory most, with values to try."""
+    length = stage.max_length or recipe.data.max_length
+    name = f"stages.{stage.name}"
+    remedies = []
+    # The next larger number of micro batches that divides the batch.
+    more = range(max(stage.accumulation * 2, stage.accumulation + 1), stage.batch_size + 1)
+    accumulation = next((n for n in more if stage.batch_size % n == 0), None)
+    if accumulation is not None:
+        remedies.append(f"--set {name}.accumulation={accumulation}")
+    if stage.precision != "bf16":
+        remedies.append(f"--set {name}.precision=bf16")
+    remedies.append(f"--set {name}.max_length={max(2, length // 2)}")
+    if recipe.data.max_tiles != 1:
+        tiles = recipe.data.max_tiles or 12
+        remedies.append(f"--set data.max_tiles={max(1, tiles // 2)}")
+    remedies.append("or shard over more GPUs with torchrun")
+    first = str(error).splitlines()[0] if str(error) else "out of memory"
+    return MmmambaError(
+        f"stage {stage.name} ran out of device memory after step {progress.step}: {first}",
+        "what would help most: " + "; ".join(remedies[:3]) + " (accumulation changes no result; "
+        "the others make the saved state another one, so begin anew with --overwrite)",
+    )

@@ -1,9 +1,9 @@
-"""Training states on disk: complete or not there, readable by any number of processes.
+"""Training states on disk, and the settings they were made with.
 
-A state is a folder `step-NNNNNNNN` of torch.distributed.checkpoint files (master weights and
-AdamW's moments by parameter name) with `state.json`, which says how far the stage had come.
-
-The settings that a stage's result depends on, and how two sets of them differ.
+A state is a folder `step-NNNNNNNN` of torch.distributed.checkpoint files (master weights and AdamW
+moments by parameter name) with `state.json` (progress and settings). States are written atomically
+and can be read by any number of processes. A state is resumed only if the settings that affect the
+result are the same.
 """
 
 from __future__ import annotations
@@ -26,22 +26,42 @@ from torch import nn
 
 from mmmamba_cli.checkpoint import atomic_folder
 from mmmamba_cli.data import fingerprint, open_corpus
-from mmmamba_cli.distill.training_state_reader import DAMAGE, HINT, StateReader, damaged
+from mmmamba_cli.distill.training_state_reader import (
+    DAMAGE_ERRORS,
+    HINT,
+    StateReader,
+    damaged_state,
+)
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import DataError, MmmambaWarning, RecipeError, RunError
 from mmmamba_cli.recipe import Data, Recipe, Stage, parse_recipe
 from mmmamba_cli.runs import Manifest
 
-STATE = "state.json"
-FOLDER = re.compile(r"step-(\d{8})")
+STATE_FILE = "state.json"
+STEP_FOLDER = re.compile(r"step-(\d{8})")
 BEST = "best"
-STATES = re.compile(rf"(step|{BEST})-\d{{8}}")
+STATE_FOLDER = re.compile(rf"(step|{BEST})-\d{{8}}")
+# Settings that change how a stage is computed or logged, but not its result.
+SETTINGS_WITHOUT_EFFECT = (
+    "stage.accumulation",
+    "stage.checkpointing",
+    "stage.evaluate_every",
+    "stage.save_every",
+    "data.held_out",
+    "data.workers",
+    "data.max_bad_share",
+    "digests.held_out",
+)
+# Ignored if the digests of the data are known.
+DATA_PATH_SETTINGS = ("data.train", "data.image_root")
+
+Digests = dict[str, dict[str, str]]
 
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass
 class Progress:
-    """How far a stage has come; `step` is the number of steps done."""
+    """Progress of a stage; `step` counts the steps done."""
 
     step: int = 0
     tokens: int = 0
@@ -52,13 +72,13 @@ class Progress:
     seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
-    # The last held-out numbers and their step.
+    # The last held-out metrics, with their step.
     held_out: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StateRecord:
-    """The contents of `state.json`; `written` is when it was, as a manifest's `created`."""
+    """Contents of `state.json`; `written` is its time, in the format of a manifest's `created`."""
 
     progress: Progress
     settings: dict[str, Any]
@@ -66,27 +86,31 @@ class StateRecord:
 
 
 class StateFolder:
-    """Where the training states of one stage lie."""
+    """The folder with the training states of one stage."""
 
     def __init__(self, folder: Path, world: World):
         self.folder = folder
         self.world = world
 
     def steps(self) -> list[int]:
-        """Steps of the complete states, ascending."""
+        """Steps of the complete states, in ascending order."""
         if not self.folder.is_dir():
             return []
-        found = [FOLDER.fullmatch(p.name) for p in self.folder.iterdir() if (p / STATE).is_file()]
+        found = [
+            STEP_FOLDER.fullmatch(p.name)
+            for p in self.folder.iterdir()
+            if (p / STATE_FILE).is_file()
+        ]
         return sorted(int(match[1]) for match in found if match)
 
-    def half_written(self) -> list[str]:
-        """Names of folders that a crash left incomplete; they are never read."""
+    def incomplete(self) -> list[str]:
+        """Names of the folders that a crash left incomplete; they are never read."""
         if not self.folder.is_dir():
             return []
         return sorted(
             p.name
             for p in self.folder.iterdir()
-            if p.is_dir() and (p.name.startswith(".") or not (p / STATE).is_file())
+            if p.is_dir() and (p.name.startswith(".") or not (p / STATE_FILE).is_file())
         )
 
     def path(self, step: int) -> Path:
@@ -99,23 +123,26 @@ class StateFolder:
         optimiser: torch.optim.Optimizer | None,
         record: Mapping[str, Any],
     ) -> None:
-        """Write one state under `name`, all processes together; an old one of that name goes."""
-        with self._writing(self.folder / name) as partial, _without_advice():
+        """Write a state as `name`, replacing an existing one. Call it on all processes."""
+        with (
+            self._atomic_folder_of_all(self.folder / name) as partial,
+            _ignore_single_process_warning(),
+        ):
             dcp.save(
-                _tensors(parameters, optimiser),
+                _state_dict(parameters, optimiser),
                 checkpoint_id=str(partial),
                 no_dist=self.world.size == 1,
             )
             if self.world.is_main:
                 text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-                (partial / STATE).write_text(text, encoding="utf-8")
+                (partial / STATE_FILE).write_text(text, encoding="utf-8")
 
-    def record(self, name: str) -> StateRecord:
-        """The contents of `state.json`. Raises `RunError` if it is damaged."""
-        file = self.folder / name / STATE
+    def read_record(self, name: str) -> StateRecord:
+        """Read `state.json`. Raises `RunError` if it is damaged."""
+        file = self.folder / name / STATE_FILE
         try:
             value = json.loads(file.read_text(encoding="utf-8-sig"))
-            # Half of a surrogate pair cannot be written again as UTF-8.
+            # Reject lone surrogates (`\ud800`): they cannot be encoded as UTF-8.
             json.dumps(value, ensure_ascii=False).encode()
             progress = TypeAdapter(Progress).validate_python(value["progress"])
             settings = value["settings"]
@@ -134,42 +161,44 @@ class StateFolder:
         parameters: Mapping[str, nn.Parameter],
         optimiser: torch.optim.Optimizer | None,
     ) -> None:
-        """Read a state into parameters and optimiser; nothing in it is run.
+        """Read a state into parameters and optimiser, running no code from it.
 
-        Raises `RunError` if it is damaged, of other tensors, or would run code.
+        Raises:
+            RunError: the state is damaged, has other tensors, or contains code.
         """
-        tensors, folder = _tensors(parameters, optimiser), self.folder / name
+        tensors, folder = _state_dict(parameters, optimiser), self.folder / name
         reader = StateReader(folder, dict(_shapes(tensors)))
         try:
-            with _without_advice():
+            with _ignore_single_process_warning():
                 dcp.load(tensors, storage_reader=reader, no_dist=self.world.size == 1)
         except dcp.CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             for cause in causes:
-                if not isinstance(cause, DAMAGE):
+                if not isinstance(cause, DAMAGE_ERRORS):
                     raise cause from error
-            raise damaged(folder) from error
-        except DAMAGE as error:
-            raise damaged(folder) from error
+            raise damaged_state(folder) from error
+        except DAMAGE_ERRORS as error:
+            raise damaged_state(folder) from error
 
-    def best(self, step: int) -> str:
-        """The name of the weights of `step`, where the held-out loss was lowest so far."""
+    def best_name(self, step: int) -> str:
+        """Folder name of the weights of `step`, where the held-out loss was lowest so far."""
         return f"{BEST}-{step:08d}"
 
-    def drop_others(self, newest: int, best_step: int | None) -> None:
-        """Remove all states but the newest and the best that it knows of.
+    def prune(self, newest: int, best_step: int | None) -> None:
+        """Remove all states except the newest and the best one of its record.
 
-        Only now: a run that is killed goes on from a state whose best must still be there.
+        Call it after saving the newest state: a killed run resumes from a state and needs the best
+        one of that state's record.
         """
         if not self.world.is_main:
             return
-        kept = {self.path(newest).name, None if best_step is None else self.best(best_step)}
+        kept = {self.path(newest).name, None if best_step is None else self.best_name(best_step)}
         for folder in self.folder.iterdir():
-            if STATES.fullmatch(folder.name) and folder.name not in kept:
+            if STATE_FOLDER.fullmatch(folder.name) and folder.name not in kept:
                 shutil.rmtree(folder)
 
     def clear(self) -> None:
-        """Remove the whole folder, under its name at once."""
+        """Remove the folder; its name is free at once."""
         if not self.world.is_main:
             return
         gone = self.folder.parent / f".{self.folder.name}.removed"
@@ -179,37 +208,37 @@ class StateFolder:
         shutil.rmtree(gone, ignore_errors=True)
 
     @contextmanager
-    def _writing(self, target: Path) -> Iterator[Path]:
-        """An atomic folder that all processes write into; process 0 puts it in place."""
+    def _atomic_folder_of_all(self, target: Path) -> Iterator[Path]:
+        """An atomic folder that all processes write into and process 0 renames into place."""
         if self.world.size == 1:
             with atomic_folder(target, overwrite=True) as partial:
                 yield partial
             return
         if self.world.is_main:
             with atomic_folder(target, overwrite=True) as partial:
-                self.world.on_main(lambda: str(partial))
+                self.world.run_on_main(lambda: str(partial))
                 yield partial
-                self.world.wait()
+                self.world.barrier()
         else:
-            yield Path(self.world.on_main(str))
-            self.world.wait()
-        self.world.wait()
+            yield Path(self.world.run_on_main(str))
+            self.world.barrier()
+        self.world.barrier()
 
 
 def state_record(progress: Progress, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `state.json` holds: how far, and under which settings."""
+    """Contents of `state.json`: progress and settings."""
     return {"format": 1, "progress": asdict(progress), "settings": dict(settings)}
 
 
 def _is_settings(value: Any) -> bool:
-    """Whether this has the fields that are compared with today's settings."""
+    """Whether the value has the sections that `diff_settings` compares."""
     return isinstance(value, dict) and all(
         isinstance(value.get(section), dict) for section in ("stage", "data")
     )
 
 
 def _shapes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names of tensors as torch.distributed.checkpoint flattens them, with their shapes."""
+    """Tensor names as torch.distributed.checkpoint flattens them, with shapes."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _shapes(value, f"{prefix}{key}.")
@@ -218,14 +247,14 @@ def _shapes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tu
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
-    """Quiet about what a single process is told each time: that it is one."""
+def _ignore_single_process_warning() -> Iterator[None]:
+    """Ignore the warning that torch.distributed is disabled, given for a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
-def _tensors(
+def _state_dict(
     parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer | None
 ) -> dict[str, Any]:
     tensors: dict[str, Any] = {"master": {n: p.detach() for n, p in parameters.items()}}
@@ -234,27 +263,10 @@ def _tensors(
     return tensors
 
 
-# Settings that change how a stage is computed or watched, and not what it learns.
-HARMLESS = (
-    "stage.accumulation",
-    "stage.checkpointing",
-    "stage.evaluate_every",
-    "stage.save_every",
-    "data.held_out",
-    "data.workers",
-    "data.max_bad_share",
-    "digests.held_out",
-)
-# Where data lies says nothing once its digest is known.
-PLACES = ("data.train", "data.image_root")
-
-Digests = dict[str, dict[str, str]]
-
-
-def settings_of(
+def stage_settings(
     recipe: Recipe, stage: Stage, parent: Manifest, digests: Digests | None = None
 ) -> dict[str, Any]:
-    """Everything a stage's result depends on, as plain JSON; without `digests` where unknown."""
+    """All settings that the result of a stage depends on, as JSON; no `digests` if unknown."""
     settings: dict[str, Any] = {
         "stage": stage.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json"),
@@ -265,20 +277,20 @@ def settings_of(
 
 
 def product_settings(product: Manifest, stage: Stage, parent: Manifest) -> dict[str, Any] | None:
-    """The settings a finished stage was made with; None where its recipe does not say them."""
+    """Settings that a finished stage was made with; None if its recipe lacks them."""
     try:
         recipe = parse_recipe(product.recipe, f"recipe of {product.name}")
     except RecipeError:
         return None
     made = next((made for made in recipe.stages if made.name == stage.name), None)
-    return None if made is None else settings_of(recipe, made, parent, product.data)
+    return None if made is None else stage_settings(recipe, made, parent, product.data)
 
 
 def data_digests(data: Data) -> Digests | None:
-    """Digests of the recipe's data by `train` and `held_out`; None if it cannot be opened."""
+    """Digests of the data sets `train` and `held_out`; None if one cannot be opened."""
     root = None if data.image_root is None else Path(data.image_root)
     sources = {"train": data.train, "held_out": data.held_out}
-    # Training opens the data itself and says what is wrong with it; a finished stage needs none.
+    # Training opens the data again and reports its problems; a finished stage needs no data.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MmmambaWarning)
         try:
@@ -291,40 +303,40 @@ def data_digests(data: Data) -> Digests | None:
             return None
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings of a state or product and those of today, as text.
+def diff_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe the differences between the settings of a state or product and the current ones.
 
-    Data is compared by digest where both sides have one, else by its path.
+    Data sets are compared by digest if both sides have one, else by path.
     """
-    before, after = _flat(_with_defaults(saved)), _flat(now)
-    left_out: tuple[str, ...] = HARMLESS
+    before, after = _flatten(_with_defaults(saved)), _flatten(now)
+    left_out: tuple[str, ...] = SETTINGS_WITHOUT_EFFECT
     if "digests" not in saved or "digests" not in now:
         left_out += ("digests.",)
     else:
-        left_out += PLACES
+        left_out += DATA_PATH_SETTINGS
     return [
-        _described(key, before.get(key), after.get(key), now)
+        _describe_change(key, before.get(key), after.get(key), now)
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith(left_out)
     ]
 
 
 def same_held_out(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether held-out losses of both compare: they are of the same samples."""
+    """Whether both have the same held-out samples, so that their losses are comparable."""
     digests = [settings.get("digests", {}).get("held_out") for settings in (saved, now)]
     if None not in digests:
         return digests[0] == digests[1]
     return saved["data"].get("held_out") == now["data"].get("held_out")
 
 
-def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that matter for the result, flat; two equal ones give the same bits."""
-    left_out = HARMLESS + (PLACES if "digests" in settings else ())
-    return {key: value for key, value in _flat(settings).items() if not key.startswith(left_out)}
+def result_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that affect the result, flattened; equal settings give the same bits."""
+    left_out = SETTINGS_WITHOUT_EFFECT + (DATA_PATH_SETTINGS if "digests" in settings else ())
+    return {key: value for key, value in _flatten(settings).items() if not key.startswith(left_out)}
 
 
 def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings of an older version with the defaults of fields that it did not have."""
+    """Settings of an older version, with defaults for fields it did not have."""
     try:
         stage, data = Stage.model_validate(saved["stage"]), Data.model_validate(saved["data"])
     except (KeyError, ValidationError):
@@ -332,18 +344,18 @@ def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**saved, "stage": stage.model_dump(mode="json"), "data": data.model_dump(mode="json")}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _described(key: str, before: Any, after: Any, settings: Mapping[str, Any]) -> str:
-    """The field as one would set it, `stages.stage1.lr: 0.1 -> 0.2` for `stage.lr`."""
+def _describe_change(key: str, before: Any, after: Any, settings: Mapping[str, Any]) -> str:
+    """The change as a user would set it: `stages.stage1.lr: 0.1 -> 0.2` for `stage.lr`."""
     section, _, rest = key.partition(".")
     if section == "digests":
         what = rest.partition(".")[2]

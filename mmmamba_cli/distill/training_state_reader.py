@@ -1,7 +1,7 @@
-"""Reading a training state of torch.distributed.checkpoint without running what it holds.
+"""A reader of torch.distributed.checkpoint states that runs no code from them.
 
-Its index, `.metadata`, is a pickle, and torch unpickles it as it is. Here it is unpickled into
-records that do nothing, and torch's own objects are built from what was checked in them.
+The index, `.metadata`, is a pickle, which torch unpickles without restriction. Here it is unpickled
+into inert records, and torch's own objects are built from their checked contents.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 from mmmamba_cli.errors import RunError, name_some
 
 INDEX = ".metadata"
-# What a damaged or foreign index makes the unpickler and the checks below raise.
-DAMAGE = (
+# Exceptions that the unpickler and the checks below raise for a damaged or foreign index.
+DAMAGE_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     ArithmeticError,
@@ -62,8 +62,8 @@ _SHARD = re.compile(r"__\d+_\d+\.distcp")
 _MAX_INDEX_BYTES = 1 << 30
 
 
-class _Record:
-    """Stands for any object of the index: keeps what it is made of, and does nothing with it."""
+class _InertObject:
+    """Stands for any object of the index: stores its arguments and state, and runs nothing."""
 
     def __init__(self, *arguments: Any):
         self.arguments = arguments
@@ -74,18 +74,18 @@ class _Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes a `_Record` of every object that an index may hold; refuses any other global."""
+    """Replaces every object that an index may hold by an `_InertObject`; rejects other globals."""
 
     def __init__(self, file: Any, path: Path):
         super().__init__(file)
         self._path = path
-        # Classes of this one reading: a pickle can set attributes of a class.
-        self._classes: dict[str, type[_Record]] = {}
+        # New classes for each file: a pickle can set attributes of a class.
+        self._classes: dict[str, type[_InertObject]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         wanted = f"{module}.{name}"
         if _RECORDS.fullmatch(wanted):
-            return self._classes.setdefault(wanted, type(name, (_Record,), {}))
+            return self._classes.setdefault(wanted, type(name, (_InertObject,), {}))
         dtype = getattr(torch, name, None) if module == "torch" and "." not in name else None
         if isinstance(dtype, torch.dtype):
             return dtype
@@ -96,10 +96,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 class StateReader(FileSystemReader):
-    """torch's reader of the shards in `folder`, with an index that was checked before.
+    """torch's reader of the shards in `folder`, with a checked index.
 
-    `expected` has the shapes of all tensors that will be asked for. Raises `RunError` for an index
-    that asks for code, lacks a tensor, or leads out of the folder, and for shards that are packed.
+    `expected` maps the names of all tensors to be read to their shapes.
+
+    Raises:
+        RunError: the index asks for code, lacks a tensor or leads out of the folder, or a shard is
+            compressed.
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, tuple[int, ...]]):
@@ -111,12 +114,12 @@ class StateReader(FileSystemReader):
             with path.open("rb") as file:
                 self._metadata = _metadata(_Unpickler(file, path).load())
             _check_shards(folder, self._metadata.storage_data)
-        except DAMAGE as error:
-            raise damaged(folder) from error
+        except DAMAGE_ERRORS as error:
+            raise damaged_state(folder) from error
         _check_names(folder, self._metadata, expected)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index. Takes what torch's own method takes."""
+        """The index. The arguments are those of torch's method, and are ignored."""
         self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return self._metadata
 
@@ -138,9 +141,9 @@ def _check_names(folder: Path, metadata: Metadata, expected: Mapping[str, tuple[
 
 
 def _check_shards(folder: Path, storage: Mapping[MetadataIndex, _StorageInfo]) -> None:
-    """Raise one of `DAMAGE` unless each entry is an archive within its file, stored as it is.
+    """Raise one of `DAMAGE_ERRORS` unless each entry is an uncompressed archive inside its file.
 
-    A packed entry can be a thousand times larger in memory than in the file.
+    A compressed entry can be a thousand times larger in memory than in the file.
     """
     sizes: dict[str, int] = {}
     for entry in storage.values():
@@ -158,7 +161,7 @@ def _check_shards(folder: Path, storage: Mapping[MetadataIndex, _StorageInfo]) -
 
 
 class _Slice(io.RawIOBase):
-    """The bytes of one entry of a shard, as a file."""
+    """File object over the bytes of one entry of a shard."""
 
     def __init__(self, stream: BinaryIO, entry: _StorageInfo):
         self._stream, self._start, self._length = stream, entry.offset, entry.length
@@ -184,12 +187,12 @@ class _Slice(io.RawIOBase):
         return len(part)
 
 
-def damaged(folder: Path) -> RunError:
+def damaged_state(folder: Path) -> RunError:
     return RunError(f"the training state {folder} is damaged: it cannot be read", HINT)
 
 
 def _metadata(loaded: Any) -> Metadata:
-    """torch's index out of its records. Raises one of `DAMAGE` for anything unexpected."""
+    """Build torch's index from its records. Raises one of `DAMAGE_ERRORS` if it is malformed."""
     fields = _fields(loaded, "Metadata")
     tensors: dict[str, STORAGE_TYPES] = {
         _text(name): _tensor(value) for name, value in _items(fields["state_dict_metadata"])
@@ -200,7 +203,7 @@ def _metadata(loaded: Any) -> Metadata:
 
 
 def _fields(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, _Record) or type(value).__name__ != name:
+    if not isinstance(value, _InertObject) or type(value).__name__ != name:
         raise ValueError(f"no {name}")
     if not isinstance(value.state, dict):
         raise ValueError(f"{name} without fields")
@@ -226,7 +229,7 @@ def _number(value: Any) -> int:
 
 
 def _size(value: Any) -> torch.Size:
-    if not isinstance(value, _Record) or type(value).__name__ != "Size":
+    if not isinstance(value, _InertObject) or type(value).__name__ != "Size":
         raise ValueError("no shape")
     (numbers,) = value.arguments
     if not isinstance(numbers, tuple):
@@ -235,7 +238,7 @@ def _size(value: Any) -> torch.Size:
 
 
 def _tensor(value: Any) -> TensorStorageMetadata:
-    """A tensor whose chunks cover it; what torch pickles of anything else is refused."""
+    """Metadata of a tensor that its chunks cover; entries of any other kind are rejected."""
     fields = _fields(value, "TensorStorageMetadata")
     dtype = fields["properties"].state[0]
     if not isinstance(dtype, torch.dtype):

@@ -1,4 +1,4 @@
-"""How the student does on samples it does not learn from."""
+"""Evaluation on held-out samples during training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.data import IGNORED, BadSample, Batch, StepBatches, StepLoader
-from mmmamba_cli.distill.kl_loss import CHUNK_ELEMENTS, next_tokens
-from mmmamba_cli.distill.layer_losses import prepare
+from mmmamba_cli.data import IGNORE_INDEX, BadSample, Batch, StepBatches, StepLoader
+from mmmamba_cli.distill.kl_loss import LOGITS_PER_CHUNK, shift_labels
+from mmmamba_cli.distill.layer_losses import prepare_prompt
 from mmmamba_cli.distill.objective import Objective
-from mmmamba_cli.distill.teacher_student import Pair
+from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import DataError
 
@@ -21,12 +21,12 @@ HINT = "see all of them with `mmmamba data check`, or name another set with --he
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutMetrics:
     """Means over all held-out tokens.
 
-    `loss` is the stage's own; `agreement` the share of tokens whose most likely successor is the
-    teacher's too; `student_nll` and `teacher_nll` the nats per answer token (None without answers).
-    `bad` names each sample that could not be read and says why.
+    `loss` is the stage's loss; `agreement` the share of tokens at which the top-1 predictions of
+    student and teacher agree; `student_nll` and `teacher_nll` are in nats per answer token (None
+    without answers). `bad` lists the unreadable samples with their reasons.
     """
 
     loss: float
@@ -38,26 +38,26 @@ class HeldOut:
     bad: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """The numbers; of `bad` only how many, as `bad_samples`."""
+        """All fields, with the number `bad_samples` in place of `bad`."""
         numbers = asdict(self)
         numbers["bad_samples"] = len(numbers.pop("bad"))
         return numbers
 
 
 def check_held_out(loader: StepLoader, world: World) -> None:
-    """Raise `DataError` if not a single held-out sample can be read.
+    """Raise `DataError` if no held-out sample can be read.
 
-    Called before training, since the first evaluation may be hours away.
+    Called before training: the first evaluation may be hours later.
     """
-    bad = world.on_main(loader.unreadable)
+    bad = world.run_on_main(loader.unreadable)
     if bad is not None:
         raise _unreadable([f"{sample.name}: {sample.reason}" for sample in bad])
 
 
-def all_bad(bad: Iterable[BadSample], world: World) -> list[str]:
-    """`name: reason` of the unreadable samples of every process, each once, on each process."""
-    own = [sample for sample in bad if world.is_main or not sample.seen_by_all]
-    return [f"{sample.name}: {sample.reason}" for sample in world.gather(own)]
+def gather_bad_samples(bad: Iterable[BadSample], world: World) -> list[str]:
+    """`name: reason` of the unreadable samples of all processes, without duplicates."""
+    local = [sample for sample in bad if world.is_main or not sample.seen_by_all]
+    return [f"{sample.name}: {sample.reason}" for sample in world.all_gather(local)]
 
 
 def _unreadable(bad: list[str]) -> DataError:
@@ -68,29 +68,30 @@ def _unreadable(bad: list[str]) -> DataError:
 
 
 @torch.no_grad()
-def evaluate(
-    pair: Pair, objective: Objective, steps: Iterable[StepBatches], world: World
-) -> HeldOut:
-    """One pass over `steps`, in the student's forward mode, end to end for all but the loss.
+def evaluate_held_out(
+    pair: TeacherStudent, objective: Objective, steps: Iterable[StepBatches], world: World
+) -> HeldOutMetrics:
+    """Evaluate both models over `steps`; all metrics but the loss are end to end.
 
-    Raises `DataError` if no sample can be read, or a term of the loss has nothing to be taken over.
+    Raises:
+        DataError: no sample can be read, or a term of the loss has no unit.
     """
     sums = torch.zeros(len(objective.terms), dtype=torch.float64)
     units, counts = torch.zeros_like(sums), torch.zeros(6, dtype=torch.float64)
     bad: list[BadSample] = []
     for step in steps:
         bad += step.bad
-        for micro in step.micro:
-            units += objective.count(pair, micro)
+        for micro in step.micro_batches:
+            units += objective.count_units(pair, micro)
             batch = micro.to(pair.device)
-            sums += objective.sums(pair, batch, None)
-            counts[:5] += _compare(pair, batch)
+            sums += objective.loss_sums(pair, batch, None)
+            counts[:5] += _count_predictions(pair, batch)
             counts[5] += batch.num_samples
-    units, sums, counts = (world.add_up(x) for x in (units, sums, counts))
-    named = all_bad(bad, world)
+    units, sums, counts = (world.all_reduce_sum(x) for x in (units, sums, counts))
+    bad_names = gather_bad_samples(bad, world)
     same, tokens, student, teacher, answers, samples = counts.tolist()
     if not samples:
-        raise _unreadable(named)
+        raise _unreadable(bad_names)
     for term, number in zip(objective.terms, units.tolist(), strict=True):
         if not number:
             raise DataError(
@@ -99,41 +100,41 @@ def evaluate(
                 "name conversations with answers with --held-out, or raise data.max_length, which "
                 "may cut them off",
             )
-    return HeldOut(
-        loss=float((objective.weigh(units) * sums).sum()),
+    return HeldOutMetrics(
+        loss=float((objective.term_weights(units) * sums).sum()),
         agreement=same / tokens,
         student_nll=student / answers if answers else None,
         teacher_nll=teacher / answers if answers else None,
         tokens=int(tokens),
         samples=int(samples),
-        bad=tuple(named),
+        bad=tuple(bad_names),
     )
 
 
-def _compare(pair: Pair, batch: Batch) -> Tensor:
-    """Sums over a micro batch: same top-1, tokens, both NLLs, answer tokens."""
-    prompt = prepare(pair, batch)
+def _count_predictions(pair: TeacherStudent, batch: Batch) -> Tensor:
+    """Sums over a micro batch: top-1 agreements, tokens, both NLLs, answer tokens."""
+    prompt = prepare_prompt(pair, batch)
     real = torch.ones_like(batch.input_ids, dtype=torch.bool)
     if batch.attention_mask is not None:
         real = batch.attention_mask.bool()
-    targets = next_tokens(batch)[real]
+    targets = shift_labels(batch)[real]
     with pair.autocast():
-        taught, learned = (
+        teacher_hidden, student_hidden = (
             one.model.forward_prepared(prompt)[real] for one in (pair.teacher, pair.student)
         )
     total = torch.zeros(5, dtype=torch.float64)
-    chunk = max(1, CHUNK_ELEMENTS // pair.student.lm_head.out_features)
+    chunk = max(1, LOGITS_PER_CHUNK // pair.student.lm_head.out_features)
     for start in range(0, targets.shape[0], chunk):
         part = slice(start, start + chunk)
         with pair.autocast():
-            theirs = pair.teacher.lm_head(taught[part]).float()
-            ours = pair.student.lm_head(learned[part]).float()
+            teacher_logits = pair.teacher.lm_head(teacher_hidden[part]).float()
+            student_logits = pair.student.lm_head(student_hidden[part]).float()
         answers = targets[part]
         nll = [
-            F.cross_entropy(x, answers, ignore_index=IGNORED, reduction="sum")
-            for x in (ours, theirs)
+            F.cross_entropy(x, answers, ignore_index=IGNORE_INDEX, reduction="sum")
+            for x in (student_logits, teacher_logits)
         ]
-        same = (theirs.argmax(-1) == ours.argmax(-1)).sum()
-        here = [same, torch.tensor(len(answers)), *nll, (answers != IGNORED).sum()]
+        same = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).sum()
+        here = [same, torch.tensor(len(answers)), *nll, (answers != IGNORE_INDEX).sum()]
         total += torch.tensor([float(x) for x in here], dtype=torch.float64)
     return total

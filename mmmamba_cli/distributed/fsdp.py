@@ -21,7 +21,7 @@ def shard_mixers(mixers: Iterable[nn.Module], world: World, entries: Collection[
     learns). `entries` are methods that the loss calls in the place of `forward`, as "mix" for the
     output before W_O; W_O, which they do not reach, then stays whole too. A world of one is left as
     it is. Gradients are averaged over processes by FSDP, and those of what is whole by
-    `average_whole`, so whoever wants a sum multiplies the loss by `world.size`.
+    `average_unsharded_gradients`, so whoever wants a sum multiplies the loss by `world.size`.
     """
     if world.mesh is None:
         return
@@ -35,7 +35,7 @@ def shard_mixers(mixers: Iterable[nn.Module], world: World, entries: Collection[
             register_fsdp_forward_method(mixer, entry)
 
 
-def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
+def average_unsharded_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Average over processes the gradients of learning parameters that are not sharded.
 
     A parameter without a gradient on any process stays without one, so that the optimiser leaves
@@ -44,7 +44,7 @@ def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
     if world.size == 1:
         return
     whole = [parameter for parameter in parameters if not is_sharded(parameter)]
-    counts = world.add_up(torch.tensor([float(p.grad is not None) for p in whole]))
+    counts = world.all_reduce_sum(torch.tensor([float(p.grad is not None) for p in whole]))
     for parameter, count in zip(whole, counts.tolist(), strict=True):
         if not count:
             continue

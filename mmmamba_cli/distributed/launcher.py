@@ -32,8 +32,8 @@ from torch.distributed.elastic.multiprocessing import (
 
 from mmmamba_cli.distributed.stop_signals import (
     SIGNALS,
-    Repeats,
-    end_by,
+    StopSignalCounter,
+    exit_by_signal,
     skip_interpreter_shutdown,
     write_from_handler,
 )
@@ -70,28 +70,28 @@ class _Failure:
     text: str
     hint: str | None
     trace: str
-    is_mistake: bool
+    is_user_error: bool
     # Whether it only lost its connection to a process that had ended before.
-    is_consequence: bool
+    is_lost_connection: bool
     # Arguments of an OSError.
-    refusal: tuple[int | None, str | None, str | None] | None
+    os_error: tuple[int | None, str | None, str | None] | None
 
     def exception(self) -> BaseException:
         """The error as the process that started this one raises it."""
-        if self.is_mistake:
+        if self.is_user_error:
             return MmmambaError(self.text, self.hint)
         error = (
-            OSError(*self.refusal) if self.refusal else RuntimeError(f"{self.kind}: {self.text}")
+            OSError(*self.os_error) if self.os_error else RuntimeError(f"{self.kind}: {self.text}")
         )
         error.add_note(f"in process {self.rank}:\n{self.trace}")
         return error
 
 
 def _failure(error: BaseException) -> _Failure:
-    refusal = None
+    os_error = None
     if isinstance(error, OSError):
         name = error.filename
-        refusal = (error.errno, error.strerror, None if name is None else str(name))
+        os_error = (error.errno, error.strerror, None if name is None else str(name))
     mistake = error if isinstance(error, MmmambaError) else None
     text = (str(error) if mistake is None else mistake.message)[:MAX_TRACE_CHARACTERS]
     return _Failure(
@@ -101,9 +101,9 @@ def _failure(error: BaseException) -> _Failure:
         text=text,
         hint=None if mistake is None else mistake.hint,
         trace=traceback.format_exc()[-MAX_TRACE_CHARACTERS:],
-        is_mistake=mistake is not None,
-        is_consequence=isinstance(error, dist.DistError) or "gloo" in text.lower(),
-        refusal=refusal,
+        is_user_error=mistake is not None,
+        is_lost_connection=isinstance(error, dist.DistError) or "gloo" in text.lower(),
+        os_error=os_error,
     )
 
 
@@ -146,8 +146,8 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
     ranks = range(processes)
     with ExitStack() as stack:
         logs = stack.enter_context(TemporaryDirectory(prefix="mmmamba-"))
-        stack.enter_context(_quiet_torch())
-        stack.enter_context(_one_thread_each())
+        stack.enter_context(_silence_torch_loggers())
+        stack.enter_context(_single_threaded_cpu_ops())
         try:
             # While they import, processes could not end well: `_run` lets interrupts in.
             with block_interrupts():
@@ -159,20 +159,20 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
                     logs_specs=DefaultLogsSpecs(log_dir=logs),
                     start_method="spawn",
                 )
-                requests = stack.enter_context(_passed_on(context))
-            result = _wait(context, requests)
+                stop_signals = stack.enter_context(_forward_signals(context))
+            result = _wait(context, stop_signals)
         except SignalException as error:
             # Before the handlers here were in place.
-            end_by(error.sigval)
+            exit_by_signal(error.sigval)
     if not result.is_failed():
         return result.return_values[0]
     failures = []
     while not errors.empty():
         failures.append(errors.get())
-    if requests.first is not None and all(failure.is_consequence for failure in failures):
+    if stop_signals.first is not None and all(failure.is_lost_connection for failure in failures):
         # It came before there was anything to save.
-        end_by(requests.first)
-    raise _cause(failures, result.failures)
+        exit_by_signal(stop_signals.first)
+    raise _root_cause(failures, result.failures)
 
 
 def _run(
@@ -209,7 +209,7 @@ def _take_interrupts() -> None:
     is ignored: it would interrupt the cleanup. A later one ends the process, as does one that
     arrives in a finaliser, from which no exception can leave.
     """
-    repeats = Repeats()
+    repeats = StopSignalCounter()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         is_second = repeats.is_repeat()
@@ -244,12 +244,12 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 @dataclass
-class _Requests:
+class _StopSignals:
     """Signals that arrived: the first one, and the one that asked a second time."""
 
     first: int | None = None
     second: int | None = None
-    repeats: Repeats = field(default_factory=Repeats)
+    repeats: StopSignalCounter = field(default_factory=StopSignalCounter)
 
     def note(self, number: int) -> None:
         if self.repeats.is_repeat():
@@ -260,12 +260,12 @@ class _Requests:
 
 
 @contextmanager
-def _passed_on(context: PContext) -> Iterator[_Requests]:
+def _forward_signals(context: PContext) -> Iterator[_StopSignals]:
     """Pass signals on to the processes, and note them."""
-    requests = _Requests()
+    stop_signals = _StopSignals()
 
     def forward(number: int, frame: FrameType | None) -> None:
-        requests.note(number)
+        stop_signals.note(number)
         for pid in context.pids().values():
             try:
                 os.kill(pid, number)
@@ -274,27 +274,29 @@ def _passed_on(context: PContext) -> Iterator[_Requests]:
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        yield requests
+        yield stop_signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait(context: PContext, requests: _Requests) -> Any:
+def _wait(context: PContext, stop_signals: _StopSignals) -> Any:
     """torch's result of all processes; does not return once a second signal asked to stop."""
     while True:
         result = context.wait(timeout=1, period=0.1)
-        if requests.second is not None:
-            context.close(signal.Signals(requests.second), timeout=STOPPED_SECONDS)
-            end_by(requests.second)
+        if stop_signals.second is not None:
+            context.close(signal.Signals(stop_signals.second), timeout=STOPPED_SECONDS)
+            exit_by_signal(stop_signals.second)
         if result is not None:
             return result
 
 
-def _cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseException:
+def _root_cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseException:
     """What to raise for processes that failed: the first error that no other one caused."""
-    first = min(failures, key=lambda failure: (failure.is_consequence, failure.time), default=None)
-    if first is None or first.is_consequence:
+    first = min(
+        failures, key=lambda failure: (failure.is_lost_connection, failure.time), default=None
+    )
+    if first is None or first.is_lost_connection:
         named = [f"process {rank} by {x.signal_name()}" for rank, x in exits.items()]
         killed = any(x.exitcode < 0 for x in exits.values())
         return RunError(
@@ -305,7 +307,7 @@ def _cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseException:
 
 
 @contextmanager
-def _quiet_torch() -> Iterator[None]:
+def _silence_torch_loggers() -> Iterator[None]:
     """Without torch's own account of processes that failed or are ended."""
     loggers = [
         logging.getLogger("torch.distributed.elastic.multiprocessing.api"),
@@ -322,7 +324,7 @@ def _quiet_torch() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def _single_threaded_cpu_ops() -> Iterator[None]:
     """CPU operations of each process in one thread, as under torchrun, unless it is set."""
     name = "OMP_NUM_THREADS"
     if name in os.environ:

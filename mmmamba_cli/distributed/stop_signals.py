@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_SECONDS = 1.0
 
 
-class Repeats:
+class StopSignalCounter:
     """Tells a second request from a second copy of the first."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def write_from_handler(text: str) -> None:
         sys.stderr.write(text)
 
 
-def end_by(number: int) -> NoReturn:
+def exit_by_signal(number: int) -> NoReturn:
     """End as a shell reports a process that the signal ended: 130 for SIGINT, 143 for SIGTERM.
 
     What is half-written is cleared away on the way.

@@ -24,19 +24,19 @@ from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import MmmambaError
 
 # Enough for the small CPU tensors of a step; more wait for each other beside busy loader workers.
-HOST_THREADS = 2
+MAX_CPU_THREADS = 2
 
 
 @contextmanager
-def host_threads(device: torch.device) -> Iterator[None]:
-    """Limit PyTorch's CPU threads of this process to HOST_THREADS while `device` is a GPU.
+def limit_cpu_threads(device: torch.device) -> Iterator[None]:
+    """Limit PyTorch's CPU threads of this process to MAX_CPU_THREADS while `device` is a GPU.
 
     On a CPU the threads are those that compute, and stay as they are. The limit is the process's;
     what it was before is put back.
     """
     before = torch.get_num_threads()
     if device.type != "cpu":
-        torch.set_num_threads(min(before, HOST_THREADS))
+        torch.set_num_threads(min(before, MAX_CPU_THREADS))
     try:
         yield
     finally:
@@ -71,7 +71,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over all processes of a CPU tensor, the same on each."""
         total = values.detach().cpu().clone()
         if self.size > 1:
@@ -80,9 +80,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so, so that all of them act alike."""
-        return bool(self.add_up(torch.tensor(float(flag))) > 0)
+        return bool(self.all_reduce_sum(torch.tensor(float(flag))) > 0)
 
-    def gather(self, values: Sequence[Result]) -> list[Result]:
+    def all_gather(self, values: Sequence[Result]) -> list[Result]:
         """The values of every process, in the order of ranks, on each process.
 
         The values are pickled between the processes of one run.
@@ -93,12 +93,12 @@ class World:
         dist.all_gather_object(parts, list(values))
         return [value for part in parts for value in part]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier()
 
-    def on_main(self, work: Callable[[], Result]) -> Result:
+    def run_on_main(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on process 0, on every process; its MmmambaError is raised on each.
 
         So nobody waits for a process that has given up.

@@ -13,7 +13,7 @@ from rich.console import Console
 from mmmamba_cli.cli import distill_display
 from mmmamba_cli.cli.distill_display import StopRequest, TrainingDisplay
 from mmmamba_cli.distill import Progress, StepResult
-from mmmamba_cli.distill.validation import HeldOut
+from mmmamba_cli.distill.validation import HeldOutMetrics
 from mmmamba_cli.recipe import Stage
 
 NAN, INF = math.nan, math.inf
@@ -54,7 +54,7 @@ def test_a_step_without_a_finite_loss_in_a_terminal(loss: float, terminal: Conso
         gradient_norm=loss,
         terms={**GOOD.terms, "layer 1": loss},
         skipped=f"the loss is {loss} in layer 1",
-        held_out=HeldOut(loss, 0.5, loss, loss, 10, 2),
+        held_out=HeldOutMetrics(loss, 0.5, loss, loss, 10, 2),
     )
     with TrainingDisplay(True, StopRequest()) as display:
         display.begin(STAGE, {}, Progress())
@@ -81,7 +81,7 @@ def test_bars_of_any_numbers(terms: dict[str, float], expected: str) -> None:
 
 
 def test_held_out_samples_are_named_once_and_always_counted(terminal: Console) -> None:
-    found = HeldOut(1.0, 0.5, None, None, 10, 3, bad=("set.jsonl:7: no such image",))
+    found = HeldOutMetrics(1.0, 0.5, None, None, 10, 3, bad=("set.jsonl:7: no such image",))
     with TrainingDisplay(True, StopRequest()) as display:
         display.begin(STAGE, {}, Progress())
         for step in (1, 2):

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmmamba_cli.data import Encoder, Sample, StepLoader, check_data, open_corpus
-from mmmamba_cli.data.dataset import Part
+from mmmamba_cli.data import Sample, SampleEncoder, StepLoader, check_data, open_corpus
+from mmmamba_cli.data.dataset import CorpusPart
 from mmmamba_cli.data.sample import parse_sample
-from mmmamba_cli.data.sampler import Order
+from mmmamba_cli.data.sampler import SampleOrder
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor
 
@@ -38,9 +38,9 @@ def bad_of(
     loader = StepLoader(corpus, processor, batch_size=count, max_length=300, shuffle=False)
     (step,) = loader.steps(0, 1)
     found = {sample.name: sample.reason for sample in step.bad}
-    checked = check_data(corpus, Encoder(processor, 300, None), limit=count).bad
+    checked = check_data(corpus, SampleEncoder(processor, 300, None), limit=count).bad
     assert {sample.name: sample.reason for sample in checked} == found
-    assert step.micro[0].num_samples == count - len(found)
+    assert step.micro_batches[0].num_samples == count - len(found)
     return found
 
 
@@ -161,7 +161,7 @@ def test_sets_that_are_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("repeats", [0.5, 1.0, 2.5])
 def test_a_part_without_samples_adds_nothing(repeats: float) -> None:
-    order = Order([Part("a", 4), Part("b", 0, repeats)], seed=0, shuffle=True)
+    order = SampleOrder([CorpusPart("a", 4), CorpusPart("b", 0, repeats)], seed=0, shuffle=True)
     assert sorted(order[i] for i in range(8)) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -209,7 +209,7 @@ def test_pictures_of_a_shard(tmp_path: Path, processor: HolisticVLMProcessor) ->
     data = {n: v if isinstance(v, bytes) else json.dumps(v).encode() for n, v in members.items()}
     file = write_shard(tmp_path / "a.tar", data)
     assert list(bad_of(file, None, processor, 3)) == ["a.tar/1.json"]
-    encoded = Encoder(processor, 300, None)(open_corpus(file)[0])
+    encoded = SampleEncoder(processor, 300, None)(open_corpus(file)[0])
     assert encoded.num_tiles == (3,)
 
 

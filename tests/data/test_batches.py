@@ -12,8 +12,15 @@ import torch
 from conversations import write_conversations
 from small import distance, small_model
 
-from mmmamba_cli.data import IGNORED, Batch, Encoded, StepBatches, StepLoader, open_corpus
-from mmmamba_cli.data.collate import blank, collate, deal, make_rows
+from mmmamba_cli.data import (
+    IGNORE_INDEX,
+    Batch,
+    EncodedSample,
+    StepBatches,
+    StepLoader,
+    open_corpus,
+)
+from mmmamba_cli.data.collate import assign_rows, collate, empty_batch, make_rows
 from mmmamba_cli.ops.attention import Segments, segments_of
 from mmmamba_cli.processing import HolisticVLMProcessor
 
@@ -38,7 +45,7 @@ def equal(one: Batch, two: Batch) -> bool:
 
 
 def names(steps: list[StepBatches]) -> list[str]:
-    return sorted(name for step in steps for micro in step.micro for name in micro.names)
+    return sorted(name for step in steps for micro in step.micro_batches for name in micro.names)
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
@@ -50,7 +57,7 @@ def test_a_pass_takes_every_sample_once(
     expected = sorted(f"train.jsonl:{n + 1}" for n in range(23))
     assert names(steps[:1]) == names(steps[1:]) == expected
     if batching == "padded":  # the others sort a batch, which here is the whole pass
-        assert steps[0].micro[0].names != steps[1].micro[0].names
+        assert steps[0].micro_batches[0].names != steps[1].micro_batches[0].names
     assert not steps[0].bad
 
 
@@ -67,7 +74,9 @@ def test_workers_and_resuming_change_nothing(
         )
         assert [s.step for s in again] == list(range(first, 6))
         for one, two in zip(whole[first:], again, strict=True):
-            assert all(equal(a, b) for a, b in zip(one.micro, two.micro, strict=True))
+            assert all(
+                equal(a, b) for a, b in zip(one.micro_batches, two.micro_batches, strict=True)
+            )
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
@@ -85,9 +94,9 @@ def test_processes_share_out_the_same_batch(
     ]
     for step, *shares in zip(alone, *parts, strict=True):
         assert names([step]) == names(shares)
-        assert all(len(share.micro) == 2 for share in shares)
-        tokens = sum(m.num_tokens for share in shares for m in share.micro)
-        assert tokens == step.micro[0].num_tokens
+        assert all(len(share.micro_batches) == 2 for share in shares)
+        tokens = sum(m.num_tokens for share in shares for m in share.micro_batches)
+        assert tokens == step.micro_batches[0].num_tokens
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
@@ -103,7 +112,7 @@ def test_a_batch_knows_its_segments(
             accumulation=2,
         )  # fmt: skip
         for step in source.steps(0, 3):
-            for micro in step.micro:
+            for micro in step.micro_batches:
                 if micro.attention_mask is None and micro.seq_idx is None:
                     assert micro.segments is None
                     continue
@@ -114,7 +123,7 @@ def test_a_batch_knows_its_segments(
                 assert micro.segments.longest == found.longest
                 assert torch.equal(micro.to("cpu").segments.bounds, found.bounds)  # type: ignore[union-attr]
     assert known
-    assert blank(0).segments is not None
+    assert empty_batch(0).segments is not None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,7 +166,9 @@ def test_a_pass_is_as_long_as_its_parts_say(
 def test_the_seed_decides_the_order(folder: Path, processor: HolisticVLMProcessor) -> None:
     def first(**given: Any) -> tuple[str, ...]:
         return (
-            next(loader(folder, processor, batching="padded", **given).steps(0, 1)).micro[0].names
+            next(loader(folder, processor, batching="padded", **given).steps(0, 1))
+            .micro_batches[0]
+            .names
         )
 
     assert first(seed=1) == first(seed=1) != first(seed=2)
@@ -200,14 +211,14 @@ def test_plain_text_is_scored_whole(folder: Path, processor: HolisticVLMProcesso
     file.write_text(json.dumps({"text": "the old table"}) + "\n")
     batch = next(
         StepLoader(open_corpus(file), processor, batch_size=1, max_length=50).steps(0, 1)
-    ).micro[0]
-    assert batch.labels[0, 0] == IGNORED
+    ).micro_batches[0]
+    assert batch.labels[0, 0] == IGNORE_INDEX
     assert torch.equal(batch.labels[0, 1:], batch.input_ids[0, 1:])
     assert batch.attention_mask is None
 
 
 def test_packing_fills_rows() -> None:
-    samples = [Encoded(str(n), [1] * n, [True] * n) for n in (3, 9, 5, 2, 6, 1)]
+    samples = [EncodedSample(str(n), [1] * n, [True] * n) for n in (3, 9, 5, 2, 6, 1)]
     rows = make_rows(samples, "packed", 10)
     assert [[len(s) for s in row] for row in rows] == [[9, 1], [6, 3], [5, 2]]
     assert [len(row[0]) for row in make_rows(samples, "bucketed", 10)] == [9, 6, 5, 3, 2, 1]
@@ -215,9 +226,9 @@ def test_packing_fills_rows() -> None:
 
 
 def test_dealing_gives_every_row_once() -> None:
-    rows = [[Encoded(str(n), [1], [True])] for n in range(7)]
+    rows = [[EncodedSample(str(n), [1], [True])] for n in range(7)]
     for world, parts in ((1, 1), (2, 2), (3, 1), (4, 4)):
-        dealt = [deal(rows, rank, world, parts) for rank in range(world)]
+        dealt = [assign_rows(rows, rank, world, parts) for rank in range(world)]
         found = sorted(row[0].name for rank in dealt for micro in rank for row in micro)
         assert found == [str(n) for n in range(7)]
         assert all(len(rank) == parts for rank in dealt)
@@ -227,11 +238,13 @@ def test_a_process_without_rows_gets_a_blank_batch(
     folder: Path, processor: HolisticVLMProcessor
 ) -> None:
     shares = [
-        next(loader(folder, processor, batch_size=1, rank=rank, world_size=2).steps(0, 1)).micro[0]
+        next(
+            loader(folder, processor, batch_size=1, rank=rank, world_size=2).steps(0, 1)
+        ).micro_batches[0]
         for rank in range(2)
     ]
     empty, full = sorted(shares, key=lambda batch: batch.num_samples)
-    assert equal(empty, blank(processor.pad_token_id))
+    assert equal(empty, empty_batch(processor.pad_token_id))
     assert full.num_samples == 1
 
 
@@ -267,7 +280,7 @@ def test_packed_rows_through_a_model(
     table = torch.randn(535, 32, generator=torch.Generator().manual_seed(3))
     model.model.text_embedding.weight = torch.nn.Parameter(table, requires_grad=False)
     source = loader(folder, processor, batching="packed", batch_size=5, max_length=900)
-    (batch,) = (micro.to("cpu") for micro in next(source.steps(0, 1)).micro)
+    (batch,) = (micro.to("cpu") for micro in next(source.steps(0, 1)).micro_batches)
     assert batch.seq_idx is not None
     together = model(
         batch.input_ids, batch.pixel_values, batch.attention_mask, seq_idx=batch.seq_idx
@@ -291,7 +304,7 @@ def test_packed_rows_through_a_model(
 
 
 def test_moving_a_batch_keeps_the_rest(folder: Path, processor: HolisticVLMProcessor) -> None:
-    batch = next(loader(folder, processor).steps(0, 1)).micro[0]
+    batch = next(loader(folder, processor).steps(0, 1)).micro_batches[0]
     moved = batch.to("cpu")
     assert batch.pixel_values is not None and batch.pixel_values.dtype == torch.uint8
     expected = batch.pixel_values.float().div(255).sub(MEAN).div(DEVIATION)

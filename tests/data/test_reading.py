@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmmamba_cli.data import Encoder, Sample, check_data, open_corpus
+from mmmamba_cli.data import Sample, SampleEncoder, check_data, open_corpus
 from mmmamba_cli.data.jsonl import JsonLines, JsonList
 from mmmamba_cli.data.sample import parse_sample
-from mmmamba_cli.data.sampler import Order
+from mmmamba_cli.data.sampler import SampleOrder
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor
 
@@ -131,7 +131,7 @@ def test_links_in_the_root_are_followed(
     file = lines(tmp_path / "a.jsonl", *({**GOOD, "image": name} for name in names))
     monkeypatch.chdir(tmp_path)
     for base in (root, linked, Path("linked")):
-        report = check_data(open_corpus(file, base), Encoder(processor, 400, None))
+        report = check_data(open_corpus(file, base), SampleEncoder(processor, 400, None))
         assert (report.bad, report.images) == ([], len(names))
 
 
@@ -155,7 +155,7 @@ def test_what_encoding_refuses(tmp_path: Path, processor: HolisticVLMProcessor) 
         "{broken",
         GOOD,
     )
-    report = check_data(open_corpus(file, tmp_path), Encoder(processor, 400, None))
+    report = check_data(open_corpus(file, tmp_path), SampleEncoder(processor, 400, None))
     names = [sample.name for sample in report.bad]
     assert names == [f"a.jsonl:{n}" for n in (1, 2, 4, 6)]
     reasons = {sample.name: sample.reason for sample in report.bad}
@@ -165,7 +165,7 @@ def test_what_encoding_refuses(tmp_path: Path, processor: HolisticVLMProcessor) 
     assert (report.samples, len(report.bad), report.with_images) == (7, 4, 2)
     assert report.images == 2
     assert report.tiles == 4
-    short = Encoder(processor, 20, None)
+    short = SampleEncoder(processor, 20, None)
     assert "lose part of an image" in refused(lambda: short(open_corpus(file, tmp_path)[2]))
     assert len(short(open_corpus(file, tmp_path)[6])) == 20
 
@@ -184,7 +184,7 @@ def test_meta_files(tmp_path: Path) -> None:
     corpus = open_corpus(meta)
     assert [(p.samples, p.repeats) for p in corpus.parts] == [(4, 2.0), (10, 0.3)]
     assert [Path(str(corpus[i].images[0])).parent.name for i in (0, 3, 4, 13)] == list("aabb")
-    order = Order(corpus.parts, seed=0, shuffle=True)
+    order = SampleOrder(corpus.parts, seed=0, shuffle=True)
     assert order.length == 11
     for number in range(3):
         stream = [order[i] for i in range(11 * number, 11 * number + 11)]
@@ -220,7 +220,7 @@ def test_shards(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
                     tar.addfile(info, io.BytesIO(data))
     corpus = open_corpus(str(tmp_path / "part-{00..01}.tar"))
     assert len(corpus) == 6
-    encoder = Encoder(processor, 400, None)
+    encoder = SampleEncoder(processor, 400, None)
     assert encoder(corpus[4]).num_tiles == (3,)
     assert encoder(corpus[3]).num_tiles == ()
     assert "part-01.tar/d/2.json: image gone.png is not in the shard" in refused(lambda: corpus[5])
@@ -327,7 +327,7 @@ def test_contents_in_parts(
     corpus = open_corpus(lines(tmp_path / "a.jsonl", record), tmp_path)
     sample = corpus[0]
     assert [Path(str(one)).name for one in sample.images] == images
-    encoded = Encoder(processor, 400, None)(sample)
+    encoded = SampleEncoder(processor, 400, None)(sample)
     assert encoded.ids.count(processor.image_token_id) == 4 * len(images)
     assert PART["text"] in processor.decode(encoded.ids)
     assert processor.decode(

@@ -15,15 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmmamba_cli.data import Encoded, Sample, StepBatches, StepLoader, open_corpus
-from mmmamba_cli.data.collate import Row, deal
-from mmmamba_cli.data.dataset import Part
+from mmmamba_cli.data import EncodedSample, Sample, StepBatches, StepLoader, open_corpus
+from mmmamba_cli.data.collate import Row, assign_rows
+from mmmamba_cli.data.dataset import CorpusPart
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.processing import HolisticVLMProcessor
 
 
 def rows_of(lengths: list[int]) -> list[Row]:
-    return [[Encoded(str(n), [1] * length, [True] * length)] for n, length in enumerate(lengths)]
+    return [
+        [EncodedSample(str(n), [1] * length, [True] * length)] for n, length in enumerate(lengths)
+    ]
 
 
 def area(lengths: list[int]) -> int:
@@ -44,7 +46,7 @@ def test_the_largest_micro_batch_is_as_small_as_can_be(
 ) -> None:
     """Against every way to cut the rows; and none is lost, moved, or kept from an idle process."""
     parts = world * accumulation
-    dealt = [deal(rows_of(lengths), rank, world, accumulation) for rank in range(world)]
+    dealt = [assign_rows(rows_of(lengths), rank, world, accumulation) for rank in range(world)]
     in_order = [dealt[part % world][part // world] for part in range(parts)]
     found = [[len(row[0]) for row in part] for part in in_order]
     assert [length for part in found for length in part] == lengths
@@ -56,7 +58,7 @@ def test_the_largest_micro_batch_is_as_small_as_can_be(
 def real_rows(steps: list[StepBatches]) -> list[tuple[int, ...]]:
     """The ids of each row without its padding."""
     found = []
-    for micro in (micro for step in steps for micro in step.micro if micro.num_samples):
+    for micro in (micro for step in steps for micro in step.micro_batches if micro.num_samples):
         for r, ids in enumerate(micro.input_ids):
             real = slice(None) if micro.attention_mask is None else micro.attention_mask[r]
             found.append(tuple(ids[real].tolist()))
@@ -87,10 +89,10 @@ def test_rows_do_not_depend_on_who_computes_them(
     alone = shares(1, 1)
     for world, accumulation in ((1, 4), (2, 1), (3, 2), (8, 2)):
         assert real_rows(shares(world, accumulation)) == real_rows(alone)
-    tiles = [m.pixel_values for share in shares(3, 2) for m in share.micro]
+    tiles = [m.pixel_values for share in shares(3, 2) for m in share.micro_batches]
     total = sum(len(t) for t in tiles if t is not None)
-    assert alone[0].micro[0].pixel_values is not None
-    assert total == len(alone[0].micro[0].pixel_values) > 0
+    assert alone[0].micro_batches[0].pixel_values is not None
+    assert total == len(alone[0].micro_batches[0].pixel_values) > 0
 
 
 def test_a_loader_can_be_sent_to_another_process(
@@ -101,14 +103,14 @@ def test_a_loader_can_be_sent_to_another_process(
     loader = StepLoader(corpus, processor, batch_size=5, max_length=400)
     first = loader.step(0)
     sent = pickle.loads(pickle.dumps(loader)).step(0)
-    assert sent.micro[0].names == first.micro[0].names
-    assert torch.equal(sent.micro[0].input_ids, first.micro[0].input_ids)
+    assert sent.micro_batches[0].names == first.micro_batches[0].names
+    assert torch.equal(sent.micro_batches[0].input_ids, first.micro_batches[0].input_ids)
 
 
 class Failing:
     """A corpus whose reading is broken from sample 3 on, by what it is told to raise."""
 
-    parts = (Part("failing", 8),)
+    parts = (CorpusPart("failing", 8),)
 
     def __init__(self, error: Exception):
         self.error = error
@@ -198,7 +200,7 @@ def test_a_sample_without_tokens_is_bad() -> None:
     loader = StepLoader(corpus, Silent([]), batch_size=3, max_length=50, shuffle=False)
     step = loader.step(0)
     assert [sample.name for sample in step.bad] == ["failing:1", "failing:2", "failing:3"]
-    assert step.micro[0].num_samples == 0
+    assert step.micro_batches[0].num_samples == 0
 
 
 def test_ids_and_mask_by_hand(processor: HolisticVLMProcessor) -> None:

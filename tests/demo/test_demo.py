@@ -20,8 +20,8 @@ from torch import Tensor
 from typer.main import get_command
 
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.data import IGNORED, StepLoader, open_corpus
-from mmmamba_cli.distill.kl_loss import next_tokens
+from mmmamba_cli.data import IGNORE_INDEX, StepLoader, open_corpus
+from mmmamba_cli.distill.kl_loss import shift_labels
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import load_recipe
@@ -251,8 +251,8 @@ def one_by_one(
     )
     sums: dict[str, Tensor] = {name: torch.zeros(3) for name in names}
     for name, step in zip(names, loader.steps(0, len(names)), strict=True):
-        batch = step.micro[0]
-        scored = next_tokens(batch) != IGNORED
+        batch = step.micro_batches[0]
+        scored = shift_labels(batch) != IGNORE_INDEX
         prompt = models[0].model.prepare(batch.input_ids, batch.pixel_values, None, None)
         p, q = (
             model.lm_head(model.model.forward_prepared(prompt)[scored]).softmax(-1)

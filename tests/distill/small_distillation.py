@@ -9,11 +9,11 @@ import torch
 from small import IMAGE_ID, small_model
 from torch import Tensor
 
-from mmmamba_cli.data import IGNORED, BadSample, Batch, StepBatches
-from mmmamba_cli.distill.stages import objective_of
-from mmmamba_cli.distill.teacher_student import Pair
-from mmmamba_cli.distill.trainable import learning_names
-from mmmamba_cli.distill.trainer import Job
+from mmmamba_cli.data import IGNORE_INDEX, BadSample, Batch, StepBatches
+from mmmamba_cli.distill.objective import build_objective
+from mmmamba_cli.distill.teacher_student import TeacherStudent
+from mmmamba_cli.distill.trainable import trainable_names
+from mmmamba_cli.distill.trainer import TrainingJob
 from mmmamba_cli.distill.training_state import StateFolder
 from mmmamba_cli.distributed import World, shard_mixers
 from mmmamba_cli.model import HolisticVLM
@@ -27,7 +27,7 @@ LEARNS = {
 }
 
 
-def pair_of(teacher: HolisticVLM, student: HolisticVLM, learning: Iterable[str]) -> Pair:
+def pair_of(teacher: HolisticVLM, student: HolisticVLM, learning: Iterable[str]) -> TeacherStudent:
     """A pair in fp32 in which just `learning` learns."""
     names = tuple(sorted(learning))
     teacher.requires_grad_(False)
@@ -35,7 +35,7 @@ def pair_of(teacher: HolisticVLM, student: HolisticVLM, learning: Iterable[str])
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in names)
         parameter.grad = None
-    return Pair(teacher.eval(), student.eval(), "fp32", names)
+    return TeacherStudent(teacher.eval(), student.eval(), "fp32", names)
 
 
 def batch_of(
@@ -49,9 +49,9 @@ def batch_of(
     """A batch; without `labels` every token but the first of a row is an answer's."""
     if labels is None:
         labels = input_ids.clone()
-        labels[:, 0] = IGNORED
+        labels[:, 0] = IGNORE_INDEX
         if mask is not None:
-            labels[~mask] = IGNORED
+            labels[~mask] = IGNORE_INDEX
     return Batch(
         input_ids,
         labels,
@@ -139,8 +139,8 @@ def packed(rows: Sequence[Tensor]) -> Batch:
     ids = torch.cat(list(rows))[None]
     numbers = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])[None]
     labels = ids.clone()
-    labels[:, 1:][numbers[:, 1:] != numbers[:, :-1]] = IGNORED
-    labels[:, 0] = IGNORED
+    labels[:, 1:][numbers[:, 1:] != numbers[:, :-1]] = IGNORE_INDEX
+    labels[:, 0] = IGNORE_INDEX
     return batch_of(ids, labels=labels, seq_idx=numbers, samples=len(rows))
 
 
@@ -159,7 +159,7 @@ def make_job(
     save_every: int | None = None,
     dtype: torch.dtype = torch.float32,
     learns: str | tuple[str, ...] | None = None,
-) -> Job:
+) -> TrainingJob:
     """A small stage over random texts, the same for the same arguments."""
     world = world or World(torch.device("cpu"))
     stage = Stage(
@@ -180,12 +180,12 @@ def make_job(
     shared = {n: t for n, t in teacher.state_dict().items() if ".mixer." not in n}
     student.load_state_dict(shared, strict=False)
     names = [name for name, _ in student.named_parameters()]
-    learning = learning_names(stage, student.config, names)
+    learning = trainable_names(stage, student.config, names)
     pair = pair_of(teacher.to(dtype), student.to(dtype), learning)
-    objective = objective_of(stage, student.config, pair.learning)
+    objective = build_objective(stage, student.config, pair.trainable)
     entries = ("mix", "mixing_matrix") if objective.layer_local else ()
     shard_mixers([block.mixer for block in student.model.layers], world, entries)
-    return Job(
+    return TrainingJob(
         stage=stage,
         pair=pair,
         objective=objective,

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import mmmamba_cli
 from mmmamba_cli.distill.kl_loss import LogitsKL
-from mmmamba_cli.distill.layer_losses import Layerwise, MixerMSE
-from mmmamba_cli.distill.stages import objective_of
-from mmmamba_cli.distill.teacher_student import Pair
-from mmmamba_cli.distill.trainable import learning_names
+from mmmamba_cli.distill.layer_losses import LayerwiseLoss, MixerMSE
+from mmmamba_cli.distill.objective import build_objective
+from mmmamba_cli.distill.teacher_student import TeacherStudent
+from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import load_recipe
 
@@ -51,7 +51,7 @@ def golden_gradients(golden: dict[str, Tensor], prefix: str, first: int) -> dict
     }
 
 
-def golden_pair(case: Path, stage: str, attention: list[int]) -> Pair:
+def golden_pair(case: Path, stage: str, attention: list[int]) -> TeacherStudent:
     """Teacher and golden student in fp32; what learns is what the paper's recipe says."""
     model = student(case, attention)
     if stage == "stage2":
@@ -59,7 +59,7 @@ def golden_pair(case: Path, stage: str, attention: list[int]) -> Pair:
     settings = load_recipe("mmmamba-hybrid", overrides={"stages.stage3.trainable": "paper"}).stages[
         int(stage[-1]) - 1
     ]
-    names = learning_names(settings, model.config, [n for n, _ in model.named_parameters()])
+    names = trainable_names(settings, model.config, [n for n, _ in model.named_parameters()])
     return pair_of(mmmamba_cli.load(str(case)), model, names)
 
 
@@ -69,7 +69,7 @@ def overlay(model: HolisticVLM, tensors: dict[str, Tensor]) -> None:
     assert not model.load_state_dict(state, strict=False).unexpected_keys
 
 
-def compare(pair: Pair, expected: dict[str, Tensor]) -> None:
+def compare(pair: TeacherStudent, expected: dict[str, Tensor]) -> None:
     """Every gradient the reference has, and none that it has not."""
     gradients = {n: p.grad for n, p in pair.student.named_parameters() if p.grad is not None}
     assert set(gradients) == set(expected)
@@ -83,19 +83,19 @@ def test_golden_mixer_stages(golden_case: Path, stage: str) -> None:
     pair = golden_pair(golden_case, stage, [])
     batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
     settings = load_recipe("mmmamba-linear").stages[int(stage[-1]) - 1]
-    objective = objective_of(settings, pair.student.config, pair.learning)
-    assert isinstance(objective, Layerwise)
+    objective = build_objective(settings, pair.student.config, pair.trainable)
+    assert isinstance(objective, LayerwiseLoss)
     assert isinstance(objective.loss, MixerMSE)
-    units = objective.count(pair, batch)
-    weights = objective.weigh(units)
-    sums = objective.sums(pair, batch, weights)
+    units = objective.count_units(pair, batch)
+    weights = objective.term_weights(units)
+    sums = objective.loss_sums(pair, batch, weights)
     assert distance((weights * sums).sum(), golden[f"{stage}.loss"]) <= TOLERANCE
     assert distance(sums / units, golden[f"{stage}.per_layer_mse"]) <= TOLERANCE
     expected = golden_gradients(golden, f"{stage}.grad.", pair.student.config.num_embedding_layers)
     if stage == "stage2":
         # The reference's file lists the gradients that stage 2 adds; the others learn as well.
         learning = dict(pair.student.named_parameters())
-        for name in set(pair.learning) - set(expected):
+        for name in set(pair.trainable) - set(expected):
             assert learning[name].grad is not None
             learning[name].grad = None
     compare(pair, expected)
@@ -109,14 +109,14 @@ def test_golden_stage2_in_fp64(golden_case: Path) -> None:
     pair.student.double()
     batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"].double())
     settings = load_recipe("mmmamba-linear").stages[1]
-    objective = objective_of(settings, pair.student.config, pair.learning)
-    weights = objective.weigh(objective.count(pair, batch))
-    sums = objective.sums(pair, batch, weights)
+    objective = build_objective(settings, pair.student.config, pair.trainable)
+    weights = objective.term_weights(objective.count_units(pair, batch))
+    sums = objective.loss_sums(pair, batch, weights)
     assert distance((weights * sums).sum(), golden["stage2.loss"].double()) <= 1e-6
     expected = golden_gradients(golden, "stage2.grad.", pair.student.config.num_embedding_layers)
     rounded = ROUNDED_BY_REFERENCE[golden_case.name]
     assert rounded < set(expected)
-    learned = pair.learning_parameters()
+    learned = pair.trainable_parameters()
     for name, value in expected.items():
         gradient = learned[name].grad
         assert gradient is not None and gradient.dtype == torch.float64
@@ -130,17 +130,17 @@ def test_golden_stage3(golden_case: Path, kind: str, monkeypatch: pytest.MonkeyP
     kept = golden["stage3.hybrid.softmax_layers"].tolist() if kind == "hybrid" else []
     pair = golden_pair(golden_case, "stage3", kept)
     # Several chunks of logits, the last of them shorter.
-    monkeypatch.setattr("mmmamba_cli.distill.kl_loss.CHUNK_ELEMENTS", 300 * 20)
+    monkeypatch.setattr("mmmamba_cli.distill.kl_loss.LOGITS_PER_CHUNK", 300 * 20)
     pair.student.train()
     pair.student.model.checkpoint_layers(True)
     batch = batch_of(golden["input.input_ids"], golden["input.pixel_values"])
     settings = load_recipe(
         "mmmamba-linear", overrides={"stages.stage3.kl.reduction": "paper"}
     ).stages[2]
-    objective = objective_of(settings, pair.student.config, pair.learning)
+    objective = build_objective(settings, pair.student.config, pair.trainable)
     assert isinstance(objective, LogitsKL)
-    weights = objective.weigh(objective.count(pair, batch))
-    sums = objective.sums(pair, batch, weights)
+    weights = objective.term_weights(objective.count_units(pair, batch))
+    sums = objective.loss_sums(pair, batch, weights)
     assert distance((weights * sums).sum(), golden[f"stage3.{kind}.kl"]) <= TOLERANCE
     expected = golden_gradients(
         golden, f"stage3.{kind}.grad.", pair.student.config.num_embedding_layers

@@ -12,9 +12,9 @@ from small_distillation import batch_of, make_job
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import open_checkpoint
-from mmmamba_cli.distill.stage_runner import out_of_memory
-from mmmamba_cli.distill.teacher_student import load_pair
-from mmmamba_cli.distill.trainable import learning_names
+from mmmamba_cli.distill.teacher_student import load_teacher_student
+from mmmamba_cli.distill.trainable import trainable_names
+from mmmamba_cli.distill.trainer import out_of_memory_error
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.model import FP32_PARAMETERS
 from mmmamba_cli.recipe import load_recipe
@@ -33,8 +33,8 @@ def run(hovle_folder: Path) -> Run:
 def test_frozen_tensors_are_the_teachers_own(run: Run, precision: str) -> None:
     student = run.open_product("seed")
     stage = load_recipe("smoke").stages[1]
-    names = learning_names(stage, student.config, list(student.shapes))
-    pair = load_pair(
+    names = trainable_names(stage, student.config, list(student.shapes))
+    pair = load_teacher_student(
         run.open_teacher(),
         student,
         names,
@@ -74,9 +74,9 @@ def saved_bytes(plan: str, loss: str, folder: Path) -> int:
 
     ids = torch.randint(8, IMAGE_ID, (1, 200), generator=torch.Generator().manual_seed(0))
     batch = batch_of(ids)
-    weights = job.objective.weigh(job.objective.count(job.pair, batch))
+    weights = job.objective.term_weights(job.objective.count_units(job.pair, batch))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        job.objective.sums(job.pair, batch, weights)
+        job.objective.loss_sums(job.pair, batch, weights)
     return peak
 
 
@@ -97,10 +97,10 @@ def test_layer_losses_hold_one_layer_at_a_time(loss: str, tmp_path: Path) -> Non
 def test_out_of_memory_names_what_would_help() -> None:
     recipe = load_recipe("mmmamba-linear")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
-    text = str(out_of_memory(recipe.stages[2], recipe, Progress(step=7), error))
+    text = str(out_of_memory_error(recipe.stages[2], recipe, Progress(step=7), error))
     assert "stage3 ran out of device memory after step 7: CUDA out of memory" in text
     assert "--set stages.stage3.accumulation=2" in text
     assert "--set stages.stage3.max_length=4096" in text
     assert "--set data.max_tiles=6" in text
     one = recipe.stages[0].model_copy(update={"batch_size": 3, "accumulation": 3})
-    assert "accumulation=" not in str(out_of_memory(one, recipe, Progress(), error))
+    assert "accumulation=" not in str(out_of_memory_error(one, recipe, Progress(), error))

@@ -13,13 +13,12 @@ from small_distillation import LEARNS, RandomLoader, batch_of, make_job, packed,
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from mmmamba_cli.data import IGNORED, Batch
+from mmmamba_cli.data import IGNORE_INDEX, Batch
 from mmmamba_cli.distill.kl_loss import LogitsKL, divergence
-from mmmamba_cli.distill.layer_losses import count_tokens, prepare
-from mmmamba_cli.distill.objective import Objective
-from mmmamba_cli.distill.stages import LAYER_LOSSES, objective_of
-from mmmamba_cli.distill.teacher_student import Pair
-from mmmamba_cli.distill.trainable import learning_names
+from mmmamba_cli.distill.layer_losses import count_stack_tokens, prepare_prompt
+from mmmamba_cli.distill.objective import LAYER_LOSSES, Objective, build_objective
+from mmmamba_cli.distill.teacher_student import TeacherStudent
+from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.distill.trainer import StepResult, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.errors import RecipeError
@@ -40,36 +39,38 @@ def stage(loss: str, **settings: Any) -> Stage:
     )  # fmt: skip
 
 
-def make_pair(plan: str = "mmmm", loss: str = "kl", **options: Any) -> Pair:
+def make_pair(plan: str = "mmmm", loss: str = "kl", **options: Any) -> TeacherStudent:
     """A random teacher, and a student of another seed that shares what both have, in fp64."""
     teacher, student = small_model("a" * len(plan)), small_model(plan, seed=1, **options)
     shared = {n: t for n, t in teacher.state_dict().items() if ".mixer." not in n}
     student.load_state_dict(shared, strict=False)
     names = [name for name, _ in student.named_parameters()]
-    learning = learning_names(stage(loss), student.config, names)
+    learning = trainable_names(stage(loss), student.config, names)
     return pair_of(teacher.double(), student.double(), learning)
 
 
-def gradients(objective: Objective, pair: Pair, batches: list[Batch]) -> tuple[float, Tensor]:
+def gradients(
+    objective: Objective, pair: TeacherStudent, batches: list[Batch]
+) -> tuple[float, Tensor]:
     """The loss of the global batch that `batches` make up, and its gradient as one vector."""
-    parameters = pair.learning_parameters()
+    parameters = pair.trainable_parameters()
     for parameter in parameters.values():
         parameter.grad = None
-    units = torch.stack([objective.count(pair, batch) for batch in batches]).sum(0)
-    weights = objective.weigh(units)
-    loss = sum((weights * objective.sums(pair, batch, weights)).sum() for batch in batches)
+    units = torch.stack([objective.count_units(pair, batch) for batch in batches]).sum(0)
+    weights = objective.term_weights(units)
+    loss = sum((weights * objective.loss_sums(pair, batch, weights)).sum() for batch in batches)
     return float(loss), flat_gradient(pair)
 
 
-def flat_gradient(pair: Pair) -> Tensor:
-    parameters = pair.learning_parameters().values()
+def flat_gradient(pair: TeacherStudent) -> Tensor:
+    parameters = pair.trainable_parameters().values()
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_layouts_agree(loss: str) -> None:
     pair = make_pair(loss=loss)
-    objective = objective_of(stage(loss), pair.student.config, pair.learning)
+    objective = build_objective(stage(loss), pair.student.config, pair.trainable)
     alone, gradient = gradients(objective, pair, [batch_of(row[None]) for row in ROWS])
     ids, mask = padded(ROWS)
     layouts = {
@@ -92,9 +93,9 @@ def test_layouts_agree(loss: str) -> None:
 def test_image_rows_weigh_by_their_columns(loss: str, shuffle: str) -> None:
     teacher, student = small_model("aaaa", shuffle), small_model("mmmm", shuffle, seed=1)
     names = [name for name, _ in student.named_parameters()]
-    learning = learning_names(stage(loss), student.config, names)
+    learning = trainable_names(stage(loss), student.config, names)
     pair = pair_of(teacher.double(), student.double(), learning)
-    objective = objective_of(stage(loss), student.config, pair.learning)
+    objective = build_objective(stage(loss), student.config, pair.trainable)
     (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
     alone, gradient = gradients(objective, pair, [batch_of(one, pixels), batch_of(two)])
     ids, mask = padded([one[0], two[0]])
@@ -109,15 +110,15 @@ def test_divergence_against_plain_distributions(
     mask: str, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The chunked loss and its gradient against the definition over whole logits."""
-    monkeypatch.setattr("mmmamba_cli.distill.kl_loss.CHUNK_ELEMENTS", 96 * 3)
+    monkeypatch.setattr("mmmamba_cli.distill.kl_loss.LOGITS_PER_CHUNK", 96 * 3)
     pair = make_pair("amma")
     settings = KL(mask=mask, direction=direction, temperature=1.7, ce_weight=0.25)
     objective = LogitsKL(settings, scale=2.0)
-    ids, labels = torch.stack([ROWS[0][:3], ROWS[1][:3]]), torch.full((2, 3), IGNORED)
+    ids, labels = torch.stack([ROWS[0][:3], ROWS[1][:3]]), torch.full((2, 3), IGNORE_INDEX)
     labels[0, 2], labels[1, 1:] = ids[0, 2], ids[1, 1:]
     loss, gradient = gradients(objective, pair, [batch_of(ids, labels=labels)])
 
-    for parameter in pair.learning_parameters().values():
+    for parameter in pair.trainable_parameters().values():
         parameter.grad = None
     theirs, ours = (m(ids, use_cache=False).logits for m in (pair.teacher, pair.student))
     p, q = (Categorical(logits=x / 1.7) for x in (theirs, ours))
@@ -131,7 +132,7 @@ def test_divergence_against_plain_distributions(
     if mask == "answer":
         scored = torch.tensor([[False, True, False], [True, True, False]])
     nll = torch.nn.functional.cross_entropy(
-        ours[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+        ours[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
     )
     expected = 2.0 * (0.75 * values[scored].mean() + 0.25 * nll)
     expected.backward()
@@ -156,8 +157,8 @@ def test_segments_of_a_batch_are_not_looked_for_again(
     (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
     ids, mask = padded([one[0], two[0]])
     batch = batch_of(ids, pixels, mask=mask)
-    plain = prepare(pair, batch)
-    prepared = prepare(pair, replace(batch, segments=segments_of(mask, None)))
+    plain = prepare_prompt(pair, batch)
+    prepared = prepare_prompt(pair, replace(batch, segments=segments_of(mask, None)))
     for before, after in (
         (plain.embedding_layout, prepared.embedding_layout),
         (plain.language_layout, prepared.language_layout),
@@ -181,13 +182,13 @@ def test_tokens_are_counted_without_the_model(shuffle: str) -> None:
     (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
     ids, mask = padded([one[0], two[0]])
     for batch in (batch_of(ids, pixels, mask=mask), batch_of(one, pixels), packed(ROWS)):
-        seen = prepare(pair, batch)
+        seen = prepare_prompt(pair, batch)
         rows = batch.input_ids.shape[0]
         expected = [
             rows * columns.length if columns.mask is None else int(columns.mask.sum())
             for columns in (seen.embedding_layout, seen.language_layout)
         ]
-        assert list(count_tokens(pair, batch)) == expected
+        assert list(count_stack_tokens(pair, batch)) == expected
 
 
 def test_paper_reduction_divides_by_samples() -> None:
@@ -211,7 +212,7 @@ def test_whose_hidden_states(inputs: str) -> None:
     """The last layer's loss, against mixers run by hand on whole forward passes."""
     pair = make_pair()
     settings = stage("mixer-mse", inputs=inputs)
-    objective = objective_of(settings, pair.student.config, pair.learning)
+    objective = build_objective(settings, pair.student.config, pair.trainable)
     batch = batch_of(ROWS[0][None])
     source = pair.teacher if inputs == "teacher" else pair.student
     seen: list[tuple[Tensor, SequenceLayout]] = []
@@ -221,30 +222,30 @@ def test_whose_hidden_states(inputs: str) -> None:
     handle.remove()
     outputs = [m.model.layers[3].mixer.mix(*seen[0]) for m in (pair.teacher, pair.student)]
     expected = (outputs[0] - outputs[1]).square().sum()
-    assert objective.sums(pair, batch, None)[3] == pytest.approx(expected.item(), rel=1e-6)
+    assert objective.loss_sums(pair, batch, None)[3] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_attention_layers_of_a_hybrid_have_no_loss() -> None:
     pair = make_pair("mama")
-    objective = objective_of(stage("mixer-mse"), pair.student.config, pair.learning)
+    objective = build_objective(stage("mixer-mse"), pair.student.config, pair.trainable)
     assert objective.terms == ("layer 0", "layer 2")
     gradients(objective, pair, [batch_of(ROWS[0][None])])
 
 
 @pytest.mark.parametrize("loss", LAYER_LOSSES)
 def test_a_loss_depends_on_what_it_says(loss: str) -> None:
-    """Parameter by parameter: a gradient that is not zero where the loss reaches it, else none."""
+    """A parameter has a nonzero gradient exactly if the loss depends on it."""
     pair = make_pair(plan="mmam", loss="hidden-alignment", d_skip=True, qk_norm=True)
-    objective = objective_of(stage("hidden-alignment"), pair.student.config, pair.learning)
+    objective = build_objective(stage("hidden-alignment"), pair.student.config, pair.trainable)
     objective = replace(objective, loss=LAYER_LOSSES[loss])
-    pair = replace(pair, learning=tuple(name for name, _ in pair.student.named_parameters()))
+    pair = replace(pair, trainable=tuple(name for name, _ in pair.student.named_parameters()))
     pair.student.requires_grad_()
     gradients(objective, pair, [batch_of(ROWS[0][None])])
     for name, parameter in pair.student.named_parameters():
         gradient = parameter.grad
-        assert objective.reaches(name) == (gradient is not None and bool(gradient.any())), name
-        if gradient is not None and objective.reaches(name):
-            assert objective.reaches_part(name) == bool((gradient == 0).any()), name
+        assert objective.depends_on(name) == (gradient is not None and bool(gradient.any())), name
+        if gradient is not None and objective.depends_on(name):
+            assert objective.depends_on_part_of(name) == bool((gradient == 0).any()), name
 
 
 @pytest.mark.parametrize(
@@ -259,15 +260,15 @@ def test_what_a_loss_does_not_reach_is_refused(loss: str, learns: Any, named: st
     config = small_model("mmmm", d_skip=True).config
     names = [name for name, _ in small_model("mmmm", d_skip=True).named_parameters()]
     settings = stage(loss, learns=learns)
-    learning = learning_names(settings, config, names)
+    learning = trainable_names(settings, config, names)
     expected = rf"^stages\.s\.learns: loss {loss} does not depend on {named}"
     with pytest.raises(RecipeError, match=expected) as caught:
-        objective_of(settings, config, learning)
+        build_objective(settings, config, learning)
     hint = str(caught.value.hint)
     assert hint.startswith("--set 'stages.s.learns=[*.")
     patterns = tuple(hint.partition("=[")[2].removesuffix("]'").split(", "))
     settings = stage(loss, learns=patterns)
-    objective_of(settings, config, learning_names(settings, config, names))
+    build_objective(settings, config, trainable_names(settings, config, names))
 
 
 def test_channels_without_a_gradient_are_not_decayed(tmp_path: Path) -> None:
@@ -284,12 +285,12 @@ def test_channels_without_a_gradient_are_not_decayed(tmp_path: Path) -> None:
 def test_texts_do_not_reach_a_vision_part_that_alone_learns(tmp_path: Path) -> None:
     """A step without a picture leaves it as it is, and is a step all the same."""
     job = make_job(tmp_path, "kl", steps=2, learns=("model.vision.*",))
-    before = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
+    before = {n: p.detach().clone() for n, p in job.pair.trainable_parameters().items()}
     results: list[StepResult] = []
     train(job, Progress(), results.append, lambda: False)
     assert [result.gradient_norm for result in results] == [0.0, 0.0]
     assert results[-1].skipped is None
-    after = job.pair.learning_parameters()
+    after = job.pair.trainable_parameters()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
@@ -297,16 +298,16 @@ def test_attention_that_learns_is_refused_by_layer_losses() -> None:
     pair = make_pair("mama")
     names = [name for name, _ in pair.student.named_parameters()]
     settings = stage("mixer-mse", learns=("*.mixer.q_proj.weight",))
-    learning = learning_names(settings, pair.student.config, names)
+    learning = trainable_names(settings, pair.student.config, names)
     with pytest.raises(RecipeError, match=r"model\.layers\.1\.mixer\.q_proj\.weight and 1 more"):
-        objective_of(settings, pair.student.config, learning)
+        build_objective(settings, pair.student.config, learning)
 
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "matrix-orientation", "hidden-alignment"])
 def test_no_gradient_crosses_layers(loss: str) -> None:
     """A layer's gradient does not depend on what the student's other layers are."""
     pair = make_pair(loss=loss)
-    objective = objective_of(stage(loss), pair.student.config, pair.learning)
+    objective = build_objective(stage(loss), pair.student.config, pair.trainable)
     gradients(objective, pair, [batch_of(ROWS[0][None])])
     before = pair.student.model.layers[2].mixer.k_proj.weight.grad.clone()
     with torch.no_grad():

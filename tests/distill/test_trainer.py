@@ -14,10 +14,10 @@ from small_distillation import RandomLoader, make_job
 from torch import Tensor
 
 from mmmamba_cli.data import BadSample, Batch, StepBatches
-from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, share_of_peak
-from mmmamba_cli.distill.trainer import Job, StepResult, Stopped, _trouble, train
+from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, lr_factor
+from mmmamba_cli.distill.trainer import StepResult, Stopped, TrainingJob, _find_nonfinite, train
 from mmmamba_cli.distill.training_state import Progress
-from mmmamba_cli.distributed import host_threads
+from mmmamba_cli.distributed import limit_cpu_threads
 from mmmamba_cli.errors import DataError, MmmambaError, RunError
 from mmmamba_cli.recipe import Schedule
 
@@ -25,7 +25,7 @@ STEPS = 6
 
 
 def run(
-    job: Job, progress: Progress | None = None, stop_at: int | None = None
+    job: TrainingJob, progress: Progress | None = None, stop_at: int | None = None
 ) -> tuple[list[StepResult], dict[str, Tensor]]:
     """Train from `progress`; the results and the learned parameters."""
     results: list[StepResult] = []
@@ -34,7 +34,7 @@ def run(
         train(job, progress, results.append, lambda: progress.step == stop_at)
     except Stopped:
         assert stop_at is not None
-    learned = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
+    learned = {n: p.detach().clone() for n, p in job.pair.trainable_parameters().items()}
     return results, learned
 
 
@@ -59,7 +59,7 @@ def test_stopped_and_resumed_is_the_same_bits(loss: str, tmp_path: Path) -> None
     begun, _ = run(make_job(tmp_path / "b", loss, steps=STEPS), stop_at=3)
     job = make_job(tmp_path / "b", loss, steps=STEPS)
     assert job.states.steps() == [3]
-    progress = job.states.record("step-00000003").progress
+    progress = job.states.read_record("step-00000003").progress
     ended, again = run(job, progress)
     assert equal(learned, again)
     assert [r.loss for r in begun + ended] == [r.loss for r in whole]
@@ -73,7 +73,7 @@ def test_learning_changes_what_learns_and_nothing_else(loss: str, tmp_path: Path
     before = {n: p.detach().clone() for n, p in job.pair.student.named_parameters()}
     results, _ = run(job)
     for name, parameter in job.pair.student.named_parameters():
-        assert torch.equal(parameter, before[name]) != (name in job.pair.learning), name
+        assert torch.equal(parameter, before[name]) != (name in job.pair.trainable), name
     assert results[-1].learning_rate < results[2].learning_rate == job.stage.lr
 
 
@@ -103,7 +103,7 @@ def test_a_step_without_a_finite_loss_is_skipped(tmp_path: Path) -> None:
 
     def report(result: StepResult) -> None:
         results.append(result)
-        seen.append({n: p.detach().clone() for n, p in job.pair.learning_parameters().items()})
+        seen.append({n: p.detach().clone() for n, p in job.pair.trainable_parameters().items()})
 
     with explosive(job):
         progress = train(job, Progress(), report, lambda: False)
@@ -148,10 +148,10 @@ def test_the_best_student_is_kept(tmp_path: Path) -> None:
     assert len(losses) == 4
     assert progress.best_loss == min(losses)
     assert progress.best_step == 1 + losses.index(min(losses))
-    last = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
-    name = job.states.best(progress.best_step)
-    job.states.load(name, job.pair.learning_parameters(), None)
-    best = {n: p.detach().clone() for n, p in job.pair.learning_parameters().items()}
+    last = {n: p.detach().clone() for n, p in job.pair.trainable_parameters().items()}
+    name = job.states.best_name(progress.best_step)
+    job.states.load(name, job.pair.trainable_parameters(), None)
+    best = {n: p.detach().clone() for n, p in job.pair.trainable_parameters().items()}
     assert equal(best, last) == (progress.best_step == 4)
     assert 0 <= results[0].held_out.agreement <= 1
     assert results[0].held_out.student_nll > 0
@@ -160,7 +160,7 @@ def test_the_best_student_is_kept(tmp_path: Path) -> None:
 def test_the_best_of_a_saved_state_outlives_what_came_after_it(tmp_path: Path) -> None:
     """A kill after a better student, but before the next state: the state's own best is there."""
 
-    def job() -> Job:
+    def job() -> TrainingJob:
         made = make_job(tmp_path, "mixer-mse", steps=6, evaluate_every=1, save_every=3)
         return replace(made, held_out=RandomLoader(90, batch_size=4, seed=7))
 
@@ -172,19 +172,19 @@ def test_the_best_of_a_saved_state_outlives_what_came_after_it(tmp_path: Path) -
 
     with pytest.raises(KeyboardInterrupt):
         train(killed, progress, report, lambda: False)
-    saved = killed.states.record("step-00000003").progress
+    saved = killed.states.read_record("step-00000003").progress
     assert saved.best_step < progress.best_step == 5
-    assert (killed.states.folder / killed.states.best(saved.best_step)).is_dir()
+    assert (killed.states.folder / killed.states.best_name(saved.best_step)).is_dir()
     again = replace(saved)
     run(job(), again)
     names = sorted(p.name for p in killed.states.folder.iterdir())
-    assert names == [killed.states.best(again.best_step), "step-00000006"]
+    assert names == [killed.states.best_name(again.best_step), "step-00000006"]
 
 
 def test_an_infinite_term_is_named(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=1)
     sums = torch.tensor([1.0, 2.0, float("inf"), 3.0], dtype=torch.float64)
-    assert _trouble(job, float("inf"), 1.0, sums) == "the loss is inf in layer 2"
+    assert _find_nonfinite(job, float("inf"), 1.0, sums) == "the loss is inf in layer 2"
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_half_written_state_is_ignored_and_named(tmp_path: Path) -> None:
     job.states.path(3).mkdir()
     (job.states.folder / ".step-00000004.partial-host-1").mkdir()
     assert job.states.steps() == [2]
-    assert job.states.half_written() == [".step-00000004.partial-host-1", "step-00000003"]
+    assert job.states.incomplete() == [".step-00000004.partial-host-1", "step-00000003"]
 
 
 @pytest.mark.parametrize(
@@ -214,16 +214,16 @@ def test_a_half_written_state_is_ignored_and_named(tmp_path: Path) -> None:
 )
 def test_schedules(kind: str, expected: list[float], tmp_path: Path) -> None:
     schedule = Schedule(kind=kind, warmup=0.2, decay=0.2, final=0.1)
-    shares = [share_of_peak(schedule, step, 10) for step in range(10)]
+    shares = [lr_factor(schedule, step, 10) for step in range(10)]
     assert shares == pytest.approx(expected)
     stage = make_job(tmp_path, "kl", steps=10).stage
-    assert learning_rate(stage, 9) == pytest.approx(stage.lr * share_of_peak(stage.schedule, 9, 10))
+    assert learning_rate(stage, 9) == pytest.approx(stage.lr * lr_factor(stage.schedule, 9, 10))
 
 
 def test_decay_and_rates_of_the_optimiser(tmp_path: Path) -> None:
     """Matrices decay; biases, norms, A_log and dt_bias do not."""
     job = make_job(tmp_path, "kl", steps=4)
-    parameters = job.pair.learning_parameters()
+    parameters = job.pair.trainable_parameters()
     optimiser = build_optimiser(job.stage, parameters)
     names = {id(p): n for n, p in parameters.items()}
     decays = {
@@ -240,7 +240,7 @@ def test_decay_and_rates_of_the_optimiser(tmp_path: Path) -> None:
 
 def test_cosine_falls_from_the_peak_to_its_share() -> None:
     schedule = Schedule(kind="cosine", warmup=0.1, final=0.1)
-    shares = [share_of_peak(schedule, step, 100) for step in range(100)]
+    shares = [lr_factor(schedule, step, 100) for step in range(100)]
     assert shares[9] == shares[10] == 1
     assert all(a > b for a, b in pairwise(shares[10:]))
     assert shares[55] == pytest.approx(0.55)
@@ -251,9 +251,9 @@ def test_threads_of_the_host_are_few_beside_a_gpu_only() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with host_threads(torch.device("cpu")):
+        with limit_cpu_threads(torch.device("cpu")):
             assert torch.get_num_threads() == 4
-        with pytest.raises(ValueError, match="inside"), host_threads(torch.device("cuda")):
+        with pytest.raises(ValueError, match="inside"), limit_cpu_threads(torch.device("cuda")):
             assert torch.get_num_threads() == 2
             raise ValueError("inside")
         assert torch.get_num_threads() == 4
@@ -267,11 +267,11 @@ def poisoned(batches: StepBatches) -> StepBatches:
     def spoil(micro: Batch) -> Batch:
         return replace(micro, input_ids=torch.full_like(micro.input_ids, 3))
 
-    return replace(batches, micro=tuple(spoil(micro) for micro in batches.micro))
+    return replace(batches, micro_batches=tuple(spoil(micro) for micro in batches.micro_batches))
 
 
 @contextmanager
-def explosive(job: Job) -> Iterator[None]:
+def explosive(job: TrainingJob) -> Iterator[None]:
     """Make token 3's embedding infinite; only poisoned batches hold it."""
     for model in (job.pair.teacher, job.pair.student):
         model.model.text_embedding.weight.data[3] = float("inf")

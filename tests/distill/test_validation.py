@@ -16,12 +16,12 @@ from small_distillation import RandomLoader, batch_of, make_job
 from test_trainer import Spoilt, run
 from torch import Tensor
 
-from mmmamba_cli.data import IGNORED, BadSample, StepBatches
+from mmmamba_cli.data import IGNORE_INDEX, BadSample, StepBatches
 from mmmamba_cli.distill import trainer, validation
 from mmmamba_cli.distill.metrics import metrics_row, plot_losses, read_metrics
-from mmmamba_cli.distill.trainer import Job
+from mmmamba_cli.distill.trainer import TrainingJob
 from mmmamba_cli.distill.training_state import Progress
-from mmmamba_cli.distill.validation import HeldOut, evaluate
+from mmmamba_cli.distill.validation import HeldOutMetrics, evaluate_held_out
 from mmmamba_cli.errors import DataError
 
 BAD = BadSample("set.jsonl:3", "no such image")
@@ -42,9 +42,13 @@ class Rows:
             yield StepBatches(step, micro, self.bad if step == 0 else (), len(micro))
 
 
-def measured(job: Job, steps: list[list[Tensor]], bad: tuple[BadSample, ...] = ()) -> HeldOut:
+def measured(
+    job: TrainingJob, steps: list[list[Tensor]], bad: tuple[BadSample, ...] = ()
+) -> HeldOutMetrics:
     source = Rows(steps, bad)
-    return evaluate(job.pair, job.objective, source.steps(0, source.steps_per_pass), job.world)
+    return evaluate_held_out(
+        job.pair, job.objective, source.steps(0, source.steps_per_pass), job.world
+    )
 
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
@@ -93,9 +97,9 @@ def test_a_set_without_a_readable_sample_is_no_measure(loss: str, tmp_path: Path
 def test_a_set_without_answers_is_no_measure_of_answers(tmp_path: Path) -> None:
     job = make_job(tmp_path, "kl", steps=1)
     settings = replace(job.objective, settings=job.stage.kl.model_copy(update={"mask": "answer"}))
-    batch = batch_of(torch.tensor([[8, 9, 10]]), labels=torch.full((1, 3), IGNORED))
+    batch = batch_of(torch.tensor([[8, 9, 10]]), labels=torch.full((1, 3), IGNORE_INDEX))
     with pytest.raises(DataError, match="held-out loss kl has nothing to be a mean of: none of"):
-        evaluate(job.pair, settings, [StepBatches(0, (batch,), (), 1)], job.world)
+        evaluate_held_out(job.pair, settings, [StepBatches(0, (batch,), (), 1)], job.world)
 
 
 def test_training_does_not_begin_with_an_unreadable_set(tmp_path: Path) -> None:
@@ -113,15 +117,15 @@ def test_a_first_loss_that_is_not_finite_is_not_the_best(
 ) -> None:
     losses = iter([first, 3.0, 2.0, first, 2.5])
 
-    def scripted(*_: Any) -> HeldOut:
-        return HeldOut(next(losses), 0.5, None, None, 10, 2)
+    def scripted(*_: Any) -> HeldOutMetrics:
+        return HeldOutMetrics(next(losses), 0.5, None, None, 10, 2)
 
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(trainer, "evaluate_held_out", scripted)
     job = make_job(tmp_path, "mixer-mse", steps=5, evaluate_every=1)
     progress = Progress()
     run(replace(job, held_out=RandomLoader(90, batch_size=4)), progress)
     assert (progress.best_step, progress.best_loss) == (3, 2.0)
-    assert (job.states.folder / job.states.best(3)).is_dir()
+    assert (job.states.folder / job.states.best_name(3)).is_dir()
 
 
 def test_a_saved_best_that_is_not_finite_gives_way() -> None:
@@ -133,7 +137,9 @@ def test_a_saved_best_that_is_not_finite_gives_way() -> None:
 
 def test_a_state_holds_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON has none; what reads a manifest strictly would stumble over it."""
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: HeldOut(math.nan, 0.5, None, None, 10, 2))
+    monkeypatch.setattr(
+        trainer, "evaluate_held_out", lambda *_: HeldOutMetrics(math.nan, 0.5, None, None, 10, 2)
+    )
     job = make_job(tmp_path, "mixer-mse", steps=1)
     run(replace(job, held_out=RandomLoader(90, batch_size=4)))
     text = (job.states.path(1) / "state.json").read_text()
@@ -149,7 +155,7 @@ def unreadable_step(number: int) -> Any:
         if batches.step != number:
             return batches
         bad = tuple(replace(BAD, name=f"set.jsonl:{line}") for line in range(batches.num_planned))
-        return replace(batches, micro=(blank,) * len(batches.micro), bad=bad)
+        return replace(batches, micro_batches=(blank,) * len(batches.micro_batches), bad=bad)
 
     return spoil
 
@@ -159,7 +165,7 @@ def test_a_step_without_a_readable_sample_is_no_step(loss: str, tmp_path: Path) 
     """Neither weights nor moments change, and the row says so instead of a loss of 0."""
     seen: list[dict[str, Tensor]] = []
 
-    def job(name: str) -> Job:
+    def job(name: str) -> TrainingJob:
         made = make_job(tmp_path / name, loss, steps=5, save_every=1)
         return replace(made, max_bad_share=1.0, loader=Spoilt(made.loader, unreadable_step(2)))
 
@@ -168,7 +174,7 @@ def test_a_step_without_a_readable_sample_is_no_step(loss: str, tmp_path: Path) 
 
     def report(result: Any) -> None:
         rows.append(metrics_row(result))
-        seen.append({n: p.detach().clone() for n, p in whole.pair.learning_parameters().items()})
+        seen.append({n: p.detach().clone() for n, p in whole.pair.trainable_parameters().items()})
 
     trainer.train(whole, progress, report, lambda: False)
     assert rows[2]["skipped"] == "none of its 4 samples could be read"
@@ -181,7 +187,7 @@ def test_a_step_without_a_readable_sample_is_no_step(loss: str, tmp_path: Path) 
     # Stopped before the step and resumed, with the skipped one among the rest: the same bits.
     run(job("b"), stop_at=2)
     again = job("b")
-    resumed = again.states.record("step-00000002").progress
+    resumed = again.states.read_record("step-00000002").progress
     _, learned = run(again, resumed)
     assert all(torch.equal(learned[name], seen[-1][name]) for name in learned)
     assert resumed.skipped_steps == 1
@@ -193,7 +199,7 @@ def test_moments_stay_as_they_are_over_a_skipped_step(tmp_path: Path) -> None:
         job = make_job(tmp_path / str(stop), "mixer-mse", steps=4)
         job = replace(job, max_bad_share=1.0, loader=Spoilt(job.loader, unreadable_step(2)))
         run(job, Progress(), stop_at=stop)
-        parameters = job.pair.learning_parameters()
+        parameters = job.pair.trainable_parameters()
         optimiser = trainer.build_optimiser(job.stage, parameters)
         job.states.load(f"step-{stop:08d}", parameters, optimiser)
         kept.append({name: optimiser.state[p] for name, p in parameters.items()})
@@ -205,7 +211,7 @@ def test_moments_stay_as_they_are_over_a_skipped_step(tmp_path: Path) -> None:
 def test_unreadable_steps_in_a_row_are_max_bad_shares_business(tmp_path: Path) -> None:
     """Nine of ten steps unreadable: allowed by a share of 0.95, refused by one of 0.5."""
 
-    def job(name: str, share: float) -> Job:
+    def job(name: str, share: float) -> TrainingJob:
         made = make_job(tmp_path / name, "mixer-mse", steps=50)
 
         def most(batches: StepBatches) -> StepBatches:
@@ -239,8 +245,11 @@ def test_steps_without_a_scored_token_end_the_stage(tmp_path: Path) -> None:
     objective = replace(job.objective, settings=job.stage.kl.model_copy(update={"mask": "answer"}))
 
     def unanswered(batches: StepBatches) -> StepBatches:
-        micro = [replace(m, labels=torch.full_like(m.labels, IGNORED)) for m in batches.micro]
-        return replace(batches, micro=tuple(micro))
+        micro = [
+            replace(m, labels=torch.full_like(m.labels, IGNORE_INDEX))
+            for m in batches.micro_batches
+        ]
+        return replace(batches, micro_batches=tuple(micro))
 
     job = replace(job, objective=objective, loader=Spoilt(job.loader, unanswered))
     expected = "step 5: 5 steps in a row were skipped; none of its 4 samples has a token that"
@@ -267,9 +276,9 @@ def test_names_of_bad_samples_come_from_every_process() -> None:
 
         is_main = True
 
-        def gather(self, own: list[BadSample]) -> list[BadSample]:
+        def all_gather(self, own: list[BadSample]) -> list[BadSample]:
             return [*own, BadSample("set.jsonl:9", "is damaged", seen_by_all=False)]
 
-    named = validation.all_bad([BAD, replace(BAD, seen_by_all=False)], Two())  # type: ignore[arg-type]
+    named = validation.gather_bad_samples([BAD, replace(BAD, seen_by_all=False)], Two())  # type: ignore[arg-type]
     assert named == ["set.jsonl:3: no such image"] * 2 + ["set.jsonl:9: is damaged"]
     assert not list(read_metrics(Path("there is no such file")))

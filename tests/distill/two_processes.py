@@ -20,7 +20,7 @@ import torch
 from small import IMAGE_ID
 from small_distillation import RandomLoader, make_job
 
-from mmmamba_cli.distill.optimiser import whole
+from mmmamba_cli.distill.optimiser import full_tensor
 from mmmamba_cli.distill.trainer import StepResult, Stopped, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import World, join_world
@@ -58,11 +58,11 @@ def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any
 
     if job.states.steps():
         newest = job.states.path(job.states.steps()[-1]).name
-        progress = job.states.record(newest).progress
+        progress = job.states.read_record(newest).progress
     with suppress(Stopped):
         train(job, progress, report, lambda: progress.step == stop_at)
-    learned = job.pair.learning_parameters()
-    total = {name: float(whole(p.detach()).abs().sum()) for name, p in learned.items()}
+    learned = job.pair.trainable_parameters()
+    total = {name: float(full_tensor(p.detach()).abs().sum()) for name, p in learned.items()}
     return {"steps": rows, "learned": total, "tokens": progress.tokens, "bad": len(bad)}
 
 

@@ -20,7 +20,7 @@ from mutations import spoil_bytes, spoil_json
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from verdicts import Case, numbers
 
-from mmmamba_cli.distill.stage_attempt import Request, make_plan
+from mmmamba_cli.distill.stage_attempt import DistillOptions, StageRequest, plan_stage
 from mmmamba_cli.distill.training_state import Progress, StateFolder, state_record
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import MmmambaError
@@ -272,8 +272,10 @@ def test_records(case_of: CaseOf, state: Path, materials: Any, number: int) -> N
     parent = read_manifest(run.product_folder("seed"))
     stage = load_recipe("smoke").stages[0]
     settings = {"stage": {"name": "stage1"}, "data": {}, "seed": 0, "parent": "x"}
-    request = Request("stage1", parent, stage, settings, overwrite=number % 2 == 0)
-    case.call(lambda: make_plan(run, StateFolder(folder, WORLD), request), MmmambaError)
+    request = StageRequest(
+        "stage1", parent, stage, settings, DistillOptions(overwrite=number % 2 == 0)
+    )
+    case.call(lambda: plan_stage(run, StateFolder(folder, WORLD), request), MmmambaError)
 
 
 def test_calls_are_calls(tmp_path: Path) -> None:

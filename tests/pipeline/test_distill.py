@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import mmmamba_cli
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.distill import Stopped, Watch
+from mmmamba_cli.distill import StageCallbacks, Stopped
 from mmmamba_cli.distill import distill as library_distill
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import MmmambaError
@@ -294,7 +294,7 @@ def test_a_stop_between_stages_begins_no_other(work: Path, seeded: Path) -> None
     run = Run(work / "run")
     overrides = {"data.train": str(seeded / "train.jsonl"), "data.image_root": str(seeded)}
     recipe = load_recipe("smoke", overrides=overrides)
-    watch = Watch(
+    watch = StageCallbacks(
         lambda text: None,
         lambda *_: None,
         lambda result: None,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mmmamba_cli
 from mmmamba_cli.checkpoint import expected_tensors, open_checkpoint
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.distill.trainable import learning_names
+from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
 
@@ -134,8 +134,8 @@ def test_what_learns_counts_inherited_norms_with_their_matrices(tmp_path: Path) 
         names = list(expected_tensors(config))
         norm = "model.layers.0.mixer.q_norm.weight"
         assert norm in names
-        assert (norm in learning_names(first, config, names)) == (not inherited)
-        assert norm in learning_names(second, config, names)
+        assert (norm in trainable_names(first, config, names)) == (not inherited)
+        assert norm in trainable_names(second, config, names)
 
 
 def test_biases_learn_with_their_matrices(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_biases_learn_with_their_matrices(tmp_path: Path) -> None:
     config = Run(run).open_product("seed").config
     stages, names = load_recipe("mmmamba-linear").stages, list(expected_tensors(config))
     bias = "model.layers.0.mixer.q_proj.bias"
-    learning = {s.learns: bias in learning_names(s, config, names) for s in stages}
+    learning = {s.learns: bias in trainable_names(s, config, names) for s in stages}
     assert learning["new"] is False and learning["new+qkv"] is True
 
 
