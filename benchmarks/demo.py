@@ -28,7 +28,7 @@ from mmmamba_cli.checkpoint import atomic_write_text, shipped_models
 from mmmamba_cli.cli import main as run_command
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.runs import Run
-from mmmamba_cli.runs.manifest import now
+from mmmamba_cli.runs.manifest import utc_timestamp
 
 TEACHER, RECIPE = "scenes-teacher", "scenes-demo"
 SCENES, HELD_OUT, SEEDED, UNSEEDED = "scenes", "held-out", "seeded", "unseeded"
@@ -157,7 +157,7 @@ def measure(folder: Path) -> None:
             "metric": metric,
             "unit": "lesson",
             "command": "python benchmarks/demo.py",
-            "created": now(),
+            "created": utc_timestamp(),
             "models": {label: shares[name] for label, shares in found.items()},
             "compare": [[LINEAR, unseeded]],
         }

@@ -32,7 +32,7 @@ from mmmamba_cli.evaluate import (
 )
 from mmmamba_cli.evaluate.open_models import path_candidate
 from mmmamba_cli.inference import quantize
-from mmmamba_cli.runs.manifest import versions
+from mmmamba_cli.runs.manifest import package_versions
 
 PREDICTIONS = "predictions.tsv"
 
@@ -87,7 +87,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/int8_quality.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "versions": versions(),
+        "versions": package_versions(),
         "seed": given.seed,
         "models": {},
     }

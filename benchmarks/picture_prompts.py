@@ -30,7 +30,7 @@ from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.profiling import random_subjects, weight_store
 from mmmamba_cli.profiling.interfaces import AS_SHIPPED, TUNED
 from mmmamba_cli.profiling.timers import device_timer
-from mmmamba_cli.runs.manifest import versions
+from mmmamba_cli.runs.manifest import package_versions
 
 HYBRID = 8
 ONE_BY_ONE = ", launched one by one"
@@ -128,7 +128,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/picture_prompts.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if is_gpu else "CPU",
-        "versions": versions(),
+        "versions": package_versions(),
         "seed": given.seed,
         "rows": rows,
     }

@@ -32,7 +32,7 @@ from mmmamba_cli.model import HolisticVLM, new_cache
 from mmmamba_cli.plugins import load_reference
 from mmmamba_cli.processing import HolisticTextProcessor
 from mmmamba_cli.runs import Run, open_named, open_processor
-from mmmamba_cli.runs.manifest import versions
+from mmmamba_cli.runs.manifest import package_versions
 
 PROMPTS, NEW_TOKENS = 200, 24
 # Every fourth prompt is a text, of so many sentences: about 70 to 6000 tokens.
@@ -183,7 +183,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/same_tokens.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if is_gpu else "CPU",
-        "versions": versions(),
+        "versions": package_versions(),
         "seed": given.seed,
         "near": NEAR,
         "models": {name: examine(name, given) for name in given.models},

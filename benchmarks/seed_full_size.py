@@ -28,11 +28,11 @@ SHARD_BYTES = 4_000_000_000
 def write_teacher(folder: Path) -> int:
     """Random fp32 weights of the 2.6 B architecture; returns their bytes."""
     raw = hovle.ARCHITECTURES["hovle-2.6b"]
-    rules = hovle.rules(raw, hovle.to_config(raw))
+    name_map = hovle.name_map(raw, hovle.to_config(raw))
     plan = {
         name: TensorInfo.of(torch.float32, shape)
-        for rule in rules
-        for name, shape in rule.foreign.items()
+        for mapping in name_map
+        for name, shape in mapping.foreign.items()
     }
     folder.mkdir(parents=True)
     rng = torch.Generator().manual_seed(0)

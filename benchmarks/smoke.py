@@ -51,11 +51,11 @@ def write_teacher(folder: Path) -> None:
     import json
 
     raw = small_config()
-    rules = hovle.rules(raw, hovle.to_config(raw))
+    name_map = hovle.name_map(raw, hovle.to_config(raw))
     rng = torch.Generator().manual_seed(0)
     tensors = {}
-    for rule in rules:
-        for name, shape in rule.foreign.items():
+    for mapping in name_map:
+        for name, shape in mapping.foreign.items():
             noise = torch.randn(shape, generator=rng) / max(shape[-1], 1) ** 0.5
             tensors[name] = 1 + 0.1 * noise if "norm" in name else noise
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,10 +54,10 @@ def write_teacher(folder: Path, raw: Mapping[str, Any], model: HolisticVLM) -> N
         "unused.language_token_embedding.weight": torch.zeros(rows, hidden),
     }
     ours = {**{name: value.cpu() for name, value in model.state_dict().items()}, **unused}
-    rules = hovle.rules(raw, model.config)
+    name_map = hovle.name_map(raw, model.config)
     tensors = {
         name: tensor.to(torch.bfloat16).contiguous().clone()
-        for name, tensor in foreign_tensors(rules, ours.__getitem__)
+        for name, tensor in foreign_tensors(name_map, ours.__getitem__)
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

@@ -73,7 +73,7 @@ def build(
 ) -> None:
     """Write SCENES.tsv to evaluate on and lessons.jsonl with pictures to train on."""
     from mmmamba_cli.checkpoint import atomic_folder
-    from mmmamba_cli.checkpoint.atomic import check_replaceable, files_beside
+    from mmmamba_cli.checkpoint.atomic import check_replaceable, unlisted_files
     from mmmamba_evals.scenes.build import LESSONS, PICTURES, TABLE, write_lessons, write_suite
     from mmmamba_evals.scenes.sampling import SPLITS, askable
 
@@ -81,7 +81,7 @@ def build(
     known = (TABLE, LESSONS, f"{PICTURES}/*.png")
 
     def check(place: Path) -> None:
-        check_replaceable(place, lambda found: files_beside(found, known), "mmmamba scenes build")
+        check_replaceable(place, lambda found: unlisted_files(found, known), "mmmamba scenes build")
 
     with (
         if_interrupted(f"nothing was written to {folder}; repeat the command"),

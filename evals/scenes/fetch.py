@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import yaml
 from PIL import Image
 
-from mmmamba_cli.checkpoint.atomic import atomic_folder, check_replaceable, files_beside
+from mmmamba_cli.checkpoint.atomic import atomic_folder, check_replaceable, unlisted_files
 from mmmamba_cli.errors import CheckpointError, DataError, name_some
 from mmmamba_evals.scenes.classes import ObjectClass, class_table
 
@@ -120,7 +120,7 @@ def fetch(
 
 def _check_replaceable(folder: Path, style: str) -> None:
     known = ("NOTICE", "LICENSE", f"*/{style}.png")
-    check_replaceable(folder, lambda place: files_beside(place, known), "mmmamba scenes fetch")
+    check_replaceable(folder, lambda place: unlisted_files(place, known), "mmmamba scenes fetch")
 
 
 def _chosen_styles(styles: Sequence[str] | None) -> dict[str, Package]:

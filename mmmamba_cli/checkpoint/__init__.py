@@ -6,25 +6,23 @@ from typing import TYPE_CHECKING
 
 from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_bytes, atomic_write_text
 from mmmamba_cli.checkpoint.checkpoint import (
-    OWN,
+    NATIVE_MODEL_TYPE,
     SOURCE_CONFIG,
     Checkpoint,
     checked_reader,
-    expected_tensors,
-    iterate,
     open_checkpoint,
     stored_dtype,
-    stored_element,
+    stored_dtype_name,
     tensor_plan,
 )
 from mmmamba_cli.checkpoint.resolve import (
     hub_name,
     is_hub_id,
-    located,
-    public_name_of,
+    public_model_name,
+    resolve_path,
     shipped_models,
 )
-from mmmamba_cli.checkpoint.tensor_info import TensorInfo, parse_element
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo, parse_dtype_name
 from mmmamba_cli.checkpoint.tensor_source import open_source
 from mmmamba_cli.lazy_imports import lazy_attributes
 
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from mmmamba_cli.checkpoint.writer import ShardedWriter
 
 __all__ = [
-    "OWN",
+    "NATIVE_MODEL_TYPE",
     "SOURCE_CONFIG",
     "Checkpoint",
     "ShardedWriter",
@@ -54,22 +52,20 @@ __all__ = [
     "checked_reader",
     "combined_hash",
     "default_generation_config",
-    "expected_tensors",
     "generation_config",
     "hub_name",
     "is_hub_id",
-    "iterate",
     "load_model",
-    "located",
     "open_checkpoint",
     "open_source",
     "parse_dtype",
-    "parse_element",
+    "parse_dtype_name",
     "pick_dtype",
-    "public_name_of",
+    "public_model_name",
+    "resolve_path",
     "shipped_models",
     "stored_dtype",
-    "stored_element",
+    "stored_dtype_name",
     "tensor_plan",
 ]
 

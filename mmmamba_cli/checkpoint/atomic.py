@@ -22,7 +22,7 @@ from pathlib import Path
 from mmmamba_cli.errors import CheckpointError, name_some
 
 # A hidden sibling: the name it stands for, its role, the machine and the process that made it.
-HIDDEN = re.compile(
+HIDDEN_SIBLING = re.compile(
     r"\.(?P<name>.+)\.(?P<role>partial|old)-(?P<machine>[\w.]+)-(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?"
 )
 # Tokens of the hidden folders that this process is writing.
@@ -52,16 +52,16 @@ def atomic_folder(
     _active.add(token)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _recover(target)
+        _clean_up_leftovers(target)
         _refuse_existing(target, overwrite, check)
-        with _named_as(target, partial):
+        with _report_target_path(target, partial):
             partial.mkdir()
             yield partial
             _sync_tree(partial)
         if overwrite and target.exists():
             _refuse_existing(target, overwrite, check)
             target.rename(aside)
-        _put_in_place(partial, target)
+        _rename_into_place(partial, target)
     except BaseException:
         if aside.exists() and not target.exists():
             aside.rename(target)
@@ -77,7 +77,7 @@ def atomic_folder(
     _sync_folder(target.parent)
 
 
-def set_aside(folder: Path) -> dict[str, Path]:
+def interrupted_replacements(folder: Path) -> dict[str, Path]:
     """Folders below `folder` that were moved aside to be replaced and never were, by name.
 
     A process that is killed between the two moves of a replacement leaves the old folder hidden
@@ -86,7 +86,7 @@ def set_aside(folder: Path) -> dict[str, Path]:
     found = {}
     with suppress(OSError):
         for path in sorted(Path(folder).iterdir()):
-            match = HIDDEN.fullmatch(path.name)
+            match = HIDDEN_SIBLING.fullmatch(path.name)
             if match is not None and match["role"] == "old":
                 place = path.with_name(match["name"])
                 if not place.exists() and path.is_dir():
@@ -94,18 +94,18 @@ def set_aside(folder: Path) -> dict[str, Path]:
     return found
 
 
-def restore(target: Path) -> Path | None:
+def restore_interrupted(target: Path) -> Path | None:
     """Put the folder `target` back if a killed process of this machine has left it set aside.
 
     Returns the hidden folder if one is there and stays there, because another machine may be
     writing or because the disk refuses the move; None otherwise.
     """
     target = Path(target)
-    hidden = set_aside(target.parent).get(target.name)
+    hidden = interrupted_replacements(target.parent).get(target.name)
     if hidden is None:
         return None
-    match = HIDDEN.fullmatch(hidden.name)
-    if match is None or not _is_dead(match):
+    match = HIDDEN_SIBLING.fullmatch(hidden.name)
+    if match is None or not _owner_is_dead(match):
         return hidden
     try:
         hidden.rename(target)
@@ -115,9 +115,9 @@ def restore(target: Path) -> Path | None:
     return None
 
 
-def put_back(hidden: Path) -> str:
-    """What to do about a folder that `restore` left where it is."""
-    match = HIDDEN.fullmatch(hidden.name)
+def restore_hint(hidden: Path) -> str:
+    """What to do about a folder that `restore_interrupted` left where it is."""
+    match = HIDDEN_SIBLING.fullmatch(hidden.name)
     name = hidden.name if match is None else match["name"]
     move = shlex.join(["mv", str(hidden), str(hidden.with_name(name))])
     return f"if no other machine is writing it, put it back: {move}"
@@ -139,14 +139,14 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
     partial = _sibling(path, "partial", token)
     _active.add(token)
     try:
-        with _named_as(path, partial):
+        with _report_target_path(path, partial):
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
         with suppress(OSError):
-            _recover(path)
+            _clean_up_leftovers(path)
     finally:
         _active.discard(token)
         # A folder that cannot be written to holds nothing to take away.
@@ -156,7 +156,7 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _named_as(target: Path, partial: Path) -> Iterator[None]:
+def _report_target_path(target: Path, partial: Path) -> Iterator[None]:
     """Errors of the system about the hidden `partial`, or a file in it, name the target instead.
 
     A failed write names no file; it is given the target too.
@@ -189,15 +189,15 @@ def _refuse_existing(
 
 def _sibling(target: Path, role: str, token: str) -> Path:
     """A hidden name that no other process has, and that says whose it is."""
-    return target.parent / f".{target.name}.{role}-{_machine()}-{os.getpid()}-{token}"
+    return target.parent / f".{target.name}.{role}-{_machine_id()}-{os.getpid()}-{token}"
 
 
-def _host() -> str:
+def _host_name() -> str:
     return re.sub(r"[^\w.]", "_", socket.gethostname())[:32]
 
 
 @cache
-def _machine() -> str:
+def _machine_id() -> str:
     """The host, its boot and its process namespace: where a process id means one process.
 
     Containers on one disk may share a host name, and number their processes alike.
@@ -206,17 +206,17 @@ def _machine() -> str:
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return f"{_host()}.{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:8]}"
+    return f"{_host_name()}.{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:8]}"
 
 
-def _recover(target: Path) -> None:
+def _clean_up_leftovers(target: Path) -> None:
     """Undo what dead processes left: remove partial folders, put an old folder back or away.
 
     A process id of another machine on a shared disk says nothing here, so those are left alone.
     """
     for path in sorted(target.parent.iterdir()):
-        match = HIDDEN.fullmatch(path.name)
-        if match is None or match["name"] != target.name or not _is_dead(match):
+        match = HIDDEN_SIBLING.fullmatch(path.name)
+        if match is None or match["name"] != target.name or not _owner_is_dead(match):
             continue
         if match["role"] == "old" and not target.exists():
             path.rename(target)
@@ -224,13 +224,13 @@ def _recover(target: Path) -> None:
             _remove(path)
 
 
-def _is_dead(hidden: re.Match[str]) -> bool:
+def _owner_is_dead(hidden: re.Match[str]) -> bool:
     """Whether the process that made this hidden folder is known to have ended."""
     pid = int(hidden["pid"])
     if hidden["token"] is None:
         # As earlier versions named them; this process is not one of those.
-        return hidden["machine"] == _host() and (pid == os.getpid() or not _is_alive(pid))
-    if hidden["machine"] != _machine():
+        return hidden["machine"] == _host_name() and (pid == os.getpid() or not _is_alive(pid))
+    if hidden["machine"] != _machine_id():
         return False
     return hidden["token"] not in _active if pid == os.getpid() else not _is_alive(pid)
 
@@ -245,7 +245,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def _rename_into_place(partial: Path, target: Path) -> None:
     try:
         partial.rename(target)
     except OSError as error:
@@ -285,38 +285,38 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-ELSEWHERE = "move what is to be kept, or choose another folder"
-NAMED = 5
+HINT_ELSEWHERE = "move what is to be kept, or choose another folder"
+MAX_NAMED_FILES = 5
 
 
 def check_replaceable(
-    folder: Path, strangers: Callable[[Path], Iterable[str]], writer: str
+    folder: Path, foreign_entries: Callable[[Path], Iterable[str]], writer: str
 ) -> None:
     """Raise `CheckpointError` unless `folder` may be replaced by what `writer` is about to write.
 
-    It may not if it is or holds the working directory or the home folder, or if `strangers` names
-    anything in it. `writer` is the command, as "mmmamba export".
+    Refused are the working directory, the home folder and their parents, and a folder in which
+    `foreign_entries` finds something. `writer` is the command, for example "mmmamba export".
     """
     folder = Path(folder).resolve()
     for place, what in ((Path.cwd(), "the working directory"), (Path.home(), "the home folder")):
         if place.resolve().is_relative_to(folder):
             relation = "is" if place.resolve() == folder else "holds"
             raise CheckpointError(f"{folder} {relation} {what}", "choose another folder")
-    found = list(strangers(folder))
+    found = list(foreign_entries(folder))
     if found:
         raise CheckpointError(
             f"{folder} would be replaced, and with it what {writer} did not write: "
-            f"{name_some(found, NAMED)}",
-            ELSEWHERE,
+            f"{name_some(found, MAX_NAMED_FILES)}",
+            HINT_ELSEWHERE,
         )
 
 
-def entries(folder: Path) -> list[str]:
+def folder_entries(folder: Path) -> list[str]:
     """The names of what lies in `folder`, folders with a slash behind."""
     return sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
 
 
-def files_beside(folder: Path, patterns: Iterable[str]) -> list[str]:
+def unlisted_files(folder: Path, patterns: Iterable[str]) -> list[str]:
     """Files below `folder` whose path within it matches none of `patterns` (`*` crosses `/`)."""
     known = tuple(patterns)
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())

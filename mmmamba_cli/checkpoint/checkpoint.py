@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmmamba_cli.architecture import Architecture, ModelShape, is_fp32_parameter, parameter_shapes
+from mmmamba_cli.architecture import Architecture, is_fp32_parameter, parameter_shapes
 from mmmamba_cli.checkpoint import hovle, llama_family, mmmamba_hf, native_config
 from mmmamba_cli.checkpoint.gguf_file import is_gguf
-from mmmamba_cli.checkpoint.name_map import Rule, Shape, check_names, rename
-from mmmamba_cli.checkpoint.resolve import located
+from mmmamba_cli.checkpoint.name_map import Shape, TensorMapping, check_names, rename
+from mmmamba_cli.checkpoint.resolve import resolve_path
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
 from mmmamba_cli.checkpoint.tensor_source import TensorSource, open_source
 from mmmamba_cli.errors import CheckpointError
@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from mmmamba_cli.checkpoint.hashing import TensorHasher
     from mmmamba_cli.model import HolisticVLMConfig
 
-OWN = native_config.MODEL_TYPE
-KNOWN_TYPES = (hovle.MODEL_TYPE, mmmamba_hf.MODEL_TYPE, *llama_family.MODEL_TYPES, OWN)
+NATIVE_MODEL_TYPE = native_config.MODEL_TYPE
+KNOWN_MODEL_TYPES = (
+    hovle.MODEL_TYPE,
+    mmmamba_hf.MODEL_TYPE,
+    *llama_family.MODEL_TYPES,
+    NATIVE_MODEL_TYPE,
+)
 SOURCE_CONFIG = "source_config.json"
 # In the order in which transformers prefers them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-UNUSED = {"unused.class_embedding", "unused.language_token_embedding.weight"}
+UNUSED_TENSORS = {"unused.class_embedding", "unused.language_token_embedding.weight"}
 # Bytes that torch can count of one tensor, at four bytes an element.
 MAX_ELEMENTS = (1 << 63) // 4
 
@@ -51,54 +56,56 @@ class Checkpoint:
     architecture: Architecture
     raw_config: Mapping[str, Any]
     source: TensorSource
-    rules: list[Rule]
+    name_map: list[TensorMapping]
     tokenizer_file: Path | None = None
     assumed: tuple[str, ...] = ()
     # The file that the config was read from, and what it holds; the config of a product has more
     # fields than its architecture.
     config_file: str = "config.json"
-    own_config: Mapping[str, Any] | None = None
-    _rule_of: dict[str, tuple[Rule, int]] = field(default_factory=dict, repr=False)
+    native_config_values: Mapping[str, Any] | None = None
+    _mapping_of: dict[str, tuple[TensorMapping, int]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for rule in self.rules:
-            for position, name in enumerate(rule.ours):
-                self._rule_of[name] = (rule, position)
+        for mapping in self.name_map:
+            for position, name in enumerate(mapping.native):
+                self._mapping_of[name] = (mapping, position)
 
     @cached_property
     def config(self) -> HolisticVLMConfig:
         """The model's config. Raises `CheckpointError` for fields that transformers refuses."""
-        from mmmamba_cli.checkpoint.native_config import own_model_config, to_model_config
+        from mmmamba_cli.checkpoint.native_config import native_model_config, to_model_config
 
-        if self.own_config is None:
+        if self.native_config_values is None:
             return to_model_config(self.architecture)
-        return own_model_config(self.own_config, self.config_file)
+        return native_model_config(self.native_config_values, self.config_file)
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Our names and shapes."""
-        return {name: shape for rule in self.rules for name, shape in rule.ours.items()}
+        return {name: shape for mapping in self.name_map for name, shape in mapping.native.items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._rule_of
+        return name in self._mapping_of
 
     def info(self, name: str) -> TensorInfo:
         """Shape under our name, and the dtype of the first tensor of the file it is made of."""
-        rule, _ = self._rule_of[name]
-        element = self.source.info(next(iter(rule.foreign))).element
-        return TensorInfo(element, rule.ours[name])
+        mapping, _ = self._mapping_of[name]
+        dtype_name = self.source.info(next(iter(mapping.foreign))).dtype_name
+        return TensorInfo(dtype_name, mapping.native[name])
 
     def dtype(self, name: str) -> torch.dtype:
         return self.info(name).dtype
 
     def read(self, name: str) -> Tensor:
         """One tensor under our name; mapped from the file where the format allows it."""
-        rule, position = self._rule_of[name]
-        return rule.to_ours(*(self.source.read(foreign) for foreign in rule.foreign))[position]
+        mapping, position = self._mapping_of[name]
+        return mapping.to_native(*(self.source.read(foreign) for foreign in mapping.foreign))[
+            position
+        ]
 
     def foreign_names(self, name: str) -> tuple[str, ...]:
         """Names, in the file, of the tensors that `name` is made of."""
-        return tuple(self._rule_of[name][0].foreign)
+        return tuple(self._mapping_of[name][0].foreign)
 
 
 def open_checkpoint(
@@ -117,7 +124,7 @@ def open_checkpoint(
     from `arch`; a GGUF file carries its own. safetensors are opened without torch; a GGUF file and
     a PyTorch state dict need it. Raises `CheckpointError`.
     """
-    path = located(path)
+    path = resolve_path(path)
     home = path if path.is_dir() else path.parent
     assumed: tuple[str, ...] = ()
     if is_gguf(path):
@@ -131,32 +138,36 @@ def open_checkpoint(
         source = open_source(path)
         raw, where, assumed = _find_config(path, home, config_file, arch)
     kind = _model_type(raw, where)
-    own_config = raw if kind == OWN else None
-    if kind == OWN:
-        found, rules = _own(raw, source, where)
-        native_config.warn_of_old_code(raw, where)
+    native_config_values = raw if kind == NATIVE_MODEL_TYPE else None
+    if kind == NATIVE_MODEL_TYPE:
+        found, name_map = _native_name_map(raw, source, where)
+        native_config.warn_outdated_code(raw, where)
         raw = _read_json(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
     elif kind == hovle.MODEL_TYPE:
         found = hovle.to_architecture(raw, where)
-        rules = hovle.rules(raw, found, source.names)
+        name_map = hovle.name_map(raw, found, source.names)
     elif kind == mmmamba_hf.MODEL_TYPE:
         found = mmmamba_hf.to_architecture(raw, where)
-        rules = mmmamba_hf.rules(raw, found, source.names)
+        name_map = mmmamba_hf.name_map(raw, found, source.names)
     else:
-        source.leave_out(llama_family.DERIVED_SUFFIX)
+        source.drop_suffix(llama_family.DERIVED_SUFFIX)
         found = llama_family.to_architecture(raw, where)
-        rules = llama_family.rules(raw, found, source.names)
+        name_map = llama_family.name_map(raw, found, source.names)
     shapes = {name: source.info(name).shape for name in source.names}
-    check_names(rules, shapes, str(path))
+    check_names(name_map, shapes, str(path))
     tokenizer = _find_tokenizer(path, found, tokenizer_file)
     return Checkpoint(
-        path, kind, found, raw, source, rules, tokenizer, assumed, where, own_config=own_config
+        path,
+        kind,
+        found,
+        raw,
+        source,
+        name_map,
+        tokenizer,
+        assumed,
+        where,
+        native_config_values=native_config_values,
     )
-
-
-def expected_tensors(config: ModelShape) -> dict[str, Shape]:
-    """Names and shapes of the parameters of a model with this config; nothing is allocated."""
-    return parameter_shapes(config)
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -166,33 +177,34 @@ def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_fp32_parameter(name) and dtype != torch.float64 else dtype
 
 
-def stored_element(name: str, element: str) -> str:
+def stored_dtype_name(name: str, dtype_name: str) -> str:
     """As `stored_dtype`, by torch's names of the dtypes."""
-    return "float32" if is_fp32_parameter(name) and element != "float64" else element
+    return "float32" if is_fp32_parameter(name) and dtype_name != "float64" else dtype_name
 
 
 def tensor_plan(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, TensorInfo]:
     """What a writer has to know ahead of the tensors `shapes`, kept in `dtype`."""
-    element = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     return {
-        name: TensorInfo(stored_element(name, element), shape) for name, shape in shapes.items()
+        name: TensorInfo(stored_dtype_name(name, dtype_name), shape)
+        for name, shape in shapes.items()
     }
 
 
-def _own(
+def _native_name_map(
     raw: Mapping[str, Any], source: TensorSource, where: str
-) -> tuple[Architecture, list[Rule]]:
+) -> tuple[Architecture, list[TensorMapping]]:
     config = native_config.to_architecture(raw, where)
     if config.num_hidden_layers > len(source.names):
         raise CheckpointError(
             f"{where} has {config.num_hidden_layers} layers, its weights are "
             f"{len(source.names)} tensors",
-            native_config.REMEDY,
+            native_config.HINT,
         )
     shapes = parameter_shapes(config)
     if any(prod(shape) > MAX_ELEMENTS for shape in shapes.values()):
-        raise CheckpointError(f"{where} has sizes that no tensor can have", native_config.REMEDY)
-    kept = {name: source.info(name).shape for name in source.names if name in UNUSED}
+        raise CheckpointError(f"{where} has sizes that no tensor can have", native_config.HINT)
+    kept = {name: source.info(name).shape for name in source.names if name in UNUSED_TENSORS}
     return config, [rename(name, name, shape) for name, shape in {**shapes, **kept}.items()]
 
 
@@ -217,7 +229,7 @@ def _find_config(
     if arch not in hovle.ARCHITECTURES:
         known = ", ".join(hovle.ARCHITECTURES)
         raise CheckpointError(f"architecture {arch!r} is not known, known are: {known}")
-    return hovle.ARCHITECTURES[arch], f"--arch {arch}", hovle.ASSUMED
+    return hovle.ARCHITECTURES[arch], f"--arch {arch}", hovle.ASSUMED_FIELDS
 
 
 def _find_tokenizer(path: Path, config: Architecture, given: Path | None) -> Path | None:
@@ -235,9 +247,9 @@ def _find_tokenizer(path: Path, config: Architecture, given: Path | None) -> Pat
 
 def _model_type(raw: Mapping[str, Any], where: str) -> str:
     kind = raw.get("model_type")
-    if kind not in KNOWN_TYPES:
+    if kind not in KNOWN_MODEL_TYPES:
         raise CheckpointError(
-            f"{where}: model_type is {kind!r:.60}, known are {', '.join(KNOWN_TYPES)}",
+            f"{where}: model_type is {kind!r:.60}, known are {', '.join(KNOWN_MODEL_TYPES)}",
             "give the config.json of such a model, or of a folder mmmamba wrote",
         )
     return str(kind)
@@ -276,9 +288,3 @@ def checked_reader(checkpoint: Checkpoint, hasher: TensorHasher) -> Callable[[st
         return checkpoint.read(name)
 
     return read
-
-
-def iterate(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """All tensors under our names, in the table's order."""
-    for name in checkpoint.shapes:
-        yield name, checkpoint.read(name)

@@ -15,11 +15,11 @@ from mmmamba_cli.errors import CheckpointError
 Section = Mapping[str, Any]
 
 # No size is as large, and one that is would be counted to before any tensor is found missing.
-LARGEST = 1 << 31
-MOST_LAYERS = 10_000
+MAX_INT = 1 << 31
+MAX_LAYERS = 10_000
 
 # RoPE scalings the model knows, and the numbers each needs.
-SCALINGS = {
+ROPE_SCALINGS = {
     "dynamic": ("factor",),
     "linear": ("factor",),
     "llama3": (
@@ -31,27 +31,29 @@ SCALINGS = {
 }
 
 
-def place(where: str, name: str, key: str) -> str:
+def field_path(where: str, name: str, key: str) -> str:
     """`config.json: llm_config.hidden_size`."""
     return f"{where}: {name}.{key}" if name else f"{where}: {key}"
 
 
-def integer(section: Section, key: str, where: str, name: str = "") -> int:
+def positive_int(section: Section, key: str, where: str, name: str = "") -> int:
     """A whole number above zero. Raises `CheckpointError`."""
     value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_INT:
         raise CheckpointError(
-            f"{place(where, name, key)} is {value!r:.60}, expected a whole number above zero"
+            f"{field_path(where, name, key)} is {value!r:.60}, expected a whole number above zero"
         )
     return value
 
 
-def number(section: Section, key: str, default: float | None, where: str, name: str = "") -> float:
+def positive_float(
+    section: Section, key: str, default: float | None, where: str, name: str = ""
+) -> float:
     """A number above zero; without a default it must be there. Raises `CheckpointError`."""
     value = section.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise CheckpointError(
-            f"{place(where, name, key)} is {value!r:.60}, expected a number above zero"
+            f"{field_path(where, name, key)} is {value!r:.60}, expected a number above zero"
         )
     return float(value)
 
@@ -60,31 +62,31 @@ def token_ids(section: Section, key: str, where: str, name: str = "") -> int | l
     """A token's id, several where one of them ends a text, or None. Raises `CheckpointError`."""
     value = section.get(key)
     listed = value if isinstance(value, list) else [value]
-    if value is not None and not all(type(one) is int and 0 <= one < LARGEST for one in listed):
+    if value is not None and not all(type(one) is int and 0 <= one < MAX_INT for one in listed):
         raise CheckpointError(
-            f"{place(where, name, key)} is {value!r:.60}, expected the id of a token"
+            f"{field_path(where, name, key)} is {value!r:.60}, expected the id of a token"
         )
     return value
 
 
-def require(section: Section, key: str, value: Any, where: str, name: str = "") -> None:
+def require_value(section: Section, key: str, value: Any, where: str, name: str = "") -> None:
     """Stop at an option that changes the computation, unless it is absent or has just `value`."""
     if section.get(key, value) != value:
         raise CheckpointError(
-            f"{place(where, name, key)} is {section[key]!r:.60}, only {value!r} is supported"
+            f"{field_path(where, name, key)} is {section[key]!r:.60}, only {value!r} is supported"
         )
 
 
 def stack_fields(section: Section, where: str, name: str = "") -> dict[str, Any]:
     """A `StackConfig` as the words of Llama and its kin describe it, less biases and norms."""
-    hidden = integer(section, "hidden_size", where, name)
-    heads = integer(section, "num_attention_heads", where, name)
+    hidden = positive_int(section, "hidden_size", where, name)
+    heads = positive_int(section, "num_attention_heads", where, name)
     kv_heads, head_dim = heads, hidden // heads
     if section.get("num_key_value_heads") is not None:
-        kv_heads = integer(section, "num_key_value_heads", where, name)
+        kv_heads = positive_int(section, "num_key_value_heads", where, name)
     explicit = section.get("head_dim") is not None
     if explicit:
-        head_dim = integer(section, "head_dim", where, name)
+        head_dim = positive_int(section, "head_dim", where, name)
     if (hidden % heads and not explicit) or heads % kv_heads or head_dim % 2:
         subject = f"{name} has " if name else ""
         raise CheckpointError(
@@ -92,12 +94,13 @@ def stack_fields(section: Section, where: str, name: str = "") -> dict[str, Any]
             f"num_key_value_heads {kv_heads}, expected each to divide the one before, and an even "
             f"head size, which is {head_dim}"
         )
-    layers = integer(section, "num_hidden_layers", where, name)
-    if layers > MOST_LAYERS:
+    layers = positive_int(section, "num_hidden_layers", where, name)
+    if layers > MAX_LAYERS:
         raise CheckpointError(
-            f"{place(where, name, 'num_hidden_layers')} is {layers}, expected at most {MOST_LAYERS}"
+            f"{field_path(where, name, 'num_hidden_layers')} is {layers}, expected at most "
+            f"{MAX_LAYERS}"
         )
-    maximum = integer(
+    maximum = positive_int(
         {"max_position_embeddings": 2048, **section}, "max_position_embeddings", where, name
     )
     return {
@@ -105,26 +108,26 @@ def stack_fields(section: Section, where: str, name: str = "") -> dict[str, Any]
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "intermediate_size": integer(section, "intermediate_size", where, name),
-        "rms_norm_eps": number(section, "rms_norm_eps", 1e-5, where, name),
+        "intermediate_size": positive_int(section, "intermediate_size", where, name),
+        "rms_norm_eps": positive_float(section, "rms_norm_eps", 1e-5, where, name),
         "max_position_embeddings": maximum,
         **_rope(section, maximum, where, name),
     }
 
 
-def check_scaling(scaling: Any, where: str) -> None:
+def check_rope_scaling(scaling: Any, where: str) -> None:
     """RoPE scaling as our own config has it: None, or its type with the numbers that one needs."""
     if scaling is None:
         return
     kind = scaling.get("type") if isinstance(scaling, dict) else None
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        known = ", ".join(map(repr, SCALINGS))
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        known = ", ".join(map(repr, ROPE_SCALINGS))
         raise CheckpointError(
-            f"{place(where, '', 'rope_scaling')} is {scaling!r:.60}, expected null or a table with "
-            f"one of the types {known}"
+            f"{field_path(where, '', 'rope_scaling')} is {scaling!r:.60}, expected null or a table "
+            f"with one of the types {known}"
         )
-    for key in SCALINGS[kind]:
-        number(scaling, key, None, where, "rope_scaling")
+    for key in ROPE_SCALINGS[kind]:
+        positive_float(scaling, key, None, where, "rope_scaling")
 
 
 def _rope(section: Section, maximum: int, where: str, name: str) -> dict[str, Any]:
@@ -132,26 +135,28 @@ def _rope(section: Section, maximum: int, where: str, name: str) -> dict[str, An
     scaling, together = section.get("rope_scaling"), section.get("rope_parameters")
     key = "rope_scaling" if together is None else "rope_parameters"
     if together is not None and not isinstance(together, dict):
-        raise CheckpointError(f"{place(where, name, key)} is {together!r:.60}, expected a table")
+        raise CheckpointError(
+            f"{field_path(where, name, key)} is {together!r:.60}, expected a table"
+        )
     if scaling is not None and not isinstance(scaling, dict):
         raise CheckpointError(
-            f"{place(where, name, 'rope_scaling')} is {scaling!r:.60}, expected a table"
+            f"{field_path(where, name, 'rope_scaling')} is {scaling!r:.60}, expected a table"
         )
     inside = f"{name}.{key}".lstrip(".")
     both = {**(together or {}), **(scaling or {})}
-    require(section, "partial_rotary_factor", 1.0, where, name)
-    require(both, "partial_rotary_factor", 1.0, where, inside)
+    require_value(section, "partial_rotary_factor", 1.0, where, name)
+    require_value(both, "partial_rotary_factor", 1.0, where, inside)
     bases = {"rope_theta": section.get("rope_theta", 10000.0), **both}
-    theta = number(bases, "rope_theta", None, where, name)
+    theta = positive_float(bases, "rope_theta", None, where, name)
     kind = both.get("type", both.get("rope_type", "default" if scaling is None else None))
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        known = ", ".join(map(repr, SCALINGS))
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        known = ", ".join(map(repr, ROPE_SCALINGS))
         raise CheckpointError(
-            f"{place(where, name, key)} is of type {kind!r:.60}, known are {known}",
+            f"{field_path(where, name, key)} is of type {kind!r:.60}, known are {known}",
             "the model's positions cannot be computed as it was trained",
         )
     values = {"original_max_position_embeddings": maximum, **both}
-    found = {k: number(values, k, None, where, inside) for k in SCALINGS[kind]}
+    found = {k: positive_float(values, k, None, where, inside) for k in ROPE_SCALINGS[kind]}
     return {"rope_theta": theta, "rope_scaling": {"type": kind, **found}}

@@ -30,11 +30,11 @@ SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 # Bytes of a value by its kind; text and arrays have lengths of their own.
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, ARRAY = 8, 9
 # The least a tensor takes in the head: the lengths of its name, dimensions, kind and place.
-TENSOR_BYTES = 8 + 4 + 4 + 8
-DEEPEST = 4
+MIN_TENSOR_ENTRY_BYTES = 8 + 4 + 4 + 8
+MAX_ARRAY_DEPTH = 4
 
 
 def is_gguf(path: Path) -> bool:
@@ -48,82 +48,82 @@ def check_header(path: Path) -> None:
         if file.read(len(MAGIC)) != MAGIC:
             raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF")
         try:
-            _walk(file, size)
-        except (_Damage, struct.error) as error:
+            _check_fields(file, size)
+        except (_DamagedHeader, struct.error) as error:
             raise CheckpointError(
                 f"{path} cannot be read as GGUF: {error if str(error) else 'it ends too early'}",
                 "download it again, it may be cut off",
             ) from error
 
 
-class _Damage(Exception):
+class _DamagedHeader(Exception):
     """What is wrong with the head."""
 
 
-def _walk(file: BinaryIO, size: int) -> None:
-    version = _number(file, "<I")
+def _check_fields(file: BinaryIO, size: int) -> None:
+    version = _read_number(file, "<I")
     if version not in VERSIONS:
-        raise _Damage(f"its version is {version}, known are {', '.join(map(str, VERSIONS))}")
-    tensors, fields = _number(file, "<Q"), _number(file, "<Q")
-    _fits(file, size, tensors * TENSOR_BYTES, "tensors")
+        raise _DamagedHeader(f"its version is {version}, known are {', '.join(map(str, VERSIONS))}")
+    tensors, fields = _read_number(file, "<Q"), _read_number(file, "<Q")
+    _check_fits(file, size, tensors * MIN_TENSOR_ENTRY_BYTES, "tensors")
     for _ in range(fields):
         _skip_text(file, size)
-        _skip_value(file, size, _number(file, "<I"), 0)
+        _skip_value(file, size, _read_number(file, "<I"), 0)
 
 
 def _skip_value(file: BinaryIO, size: int, kind: int, depth: int) -> None:
     if kind == TEXT:
         _skip_text(file, size)
-    elif kind == ARRAY and depth < DEEPEST:
-        inner, count = _number(file, "<I"), _number(file, "<Q")
-        if inner in SIZES:
-            _skip(file, size, count * SIZES[inner])
+    elif kind == ARRAY and depth < MAX_ARRAY_DEPTH:
+        inner, count = _read_number(file, "<I"), _read_number(file, "<Q")
+        if inner in VALUE_BYTES:
+            _skip(file, size, count * VALUE_BYTES[inner])
             return
         # Text and arrays have at least a length each.
-        _fits(file, size, count * 8, "items of an array")
+        _check_fits(file, size, count * 8, "items of an array")
         for _ in range(count):
             _skip_value(file, size, inner, depth + 1)
-    elif kind in SIZES:
-        _skip(file, size, SIZES[kind])
+    elif kind in VALUE_BYTES:
+        _skip(file, size, VALUE_BYTES[kind])
     else:
-        raise _Damage(f"a field has a value of unknown kind {kind}")
+        raise _DamagedHeader(f"a field has a value of unknown kind {kind}")
 
 
-def _number(file: BinaryIO, form: str) -> int:
+def _read_number(file: BinaryIO, form: str) -> int:
     raw = file.read(struct.calcsize(form))
     (value,) = struct.unpack(form, raw)
     return int(value)
 
 
 def _skip_text(file: BinaryIO, size: int) -> None:
-    _skip(file, size, _number(file, "<Q"))
+    _skip(file, size, _read_number(file, "<Q"))
 
 
 def _skip(file: BinaryIO, size: int, count: int) -> None:
-    _fits(file, size, count, "bytes of a field")
+    _check_fits(file, size, count, "bytes of a field")
     file.seek(count, 1)
 
 
-def _fits(file: BinaryIO, size: int, count: int, what: str) -> None:
+def _check_fits(file: BinaryIO, size: int, count: int, what: str) -> None:
     if count > size - file.tell():
-        raise _Damage(f"it announces more {what} than it holds")
+        raise _DamagedHeader(f"it announces more {what} than it holds")
 
 
-PACKAGES = ("gguf", "accelerate")
+REQUIRED_PACKAGES = ("gguf", "accelerate")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # What the file may say only with this value, if it says it at all.
-ONLY = {
+SUPPORTED_VALUES = {
     "rope.scaling.type": "none",
     "expert_count": 0,
 }
 # What transformers takes for Qwen3, whatever the file says.
 QWEN3_HEAD_DIM = 128
 # Of no use in the teacher's config: where the file was, and how it was packed.
-FILE_FIELDS = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
+FILE_ONLY_FIELDS = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
 
 
-class Dequantised:
-    """The tensors of a GGUF file in memory, fp32, under transformers' names; a `Reader`."""
+class DequantizedTensors:
+    """The tensors of a GGUF file in memory, fp32, under transformers' names; a `TensorReader`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = dict(tensors)
@@ -142,7 +142,7 @@ def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
     Raises `CheckpointError` if the packages for it are missing, or the file is damaged, of another
     architecture, or holds what transformers would leave out.
     """
-    count = _inspect(path)
+    count = _count_tensors(path)
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -169,16 +169,16 @@ def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
             f"{len(tensors)}{named}",
             "check that it was downloaded completely, or give the model's safetensors",
         )
-    config = {key: value for key, value in raw.items() if key not in FILE_FIELDS}
-    return config, TensorSource("gguf", {path: Dequantised(tensors)})
+    config = {key: value for key, value in raw.items() if key not in FILE_ONLY_FIELDS}
+    return config, TensorSource("gguf", {path: DequantizedTensors(tensors)})
 
 
-def _inspect(path: Path) -> int:
+def _count_tensors(path: Path) -> int:
     """How many tensors the file holds, if it is one that transformers reads wholly."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is not a regular file", "check the path")
     check_header(path)
-    absent = [name for name in PACKAGES if find_spec(name) is None]
+    absent = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
     if absent:
         raise CheckpointError(
             f"{path} is a GGUF file, which takes the packages {' and '.join(absent)} to read",
@@ -188,17 +188,17 @@ def _inspect(path: Path) -> int:
 
     try:
         reader = GGUFReader(path)
-        fields = {name: reader.fields[name].contents() for name in _short(reader.fields)}
+        fields = {name: reader.fields[name].contents() for name in _model_fields(reader.fields)}
         names = [tensor.name for tensor in reader.tensors]
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise CheckpointError(
             f"{path} cannot be read as GGUF: {error}", "download it again, it may be cut off"
         ) from error
-    _refuse(path, fields, names)
+    _check_supported(path, fields, names)
     return len(names)
 
 
-def _share(fields: Mapping[str, Any], kind: str) -> int | None:
+def _default_head_dim(fields: Mapping[str, Any], kind: str) -> int | None:
     """Size of a head where no field gives it: the width over the heads."""
     width, heads = (
         fields.get(f"{kind}.embedding_length"),
@@ -207,18 +207,18 @@ def _share(fields: Mapping[str, Any], kind: str) -> int | None:
     return width // heads if width and heads else None
 
 
-def _short(fields: Mapping[str, Any]) -> list[str]:
+def _model_fields(fields: Mapping[str, Any]) -> list[str]:
     """Names of the fields that describe the model, without the vocabulary."""
     return [name for name in fields if not name.startswith(("tokenizer.", "GGUF."))]
 
 
-def _refuse(path: Path, fields: Mapping[str, Any], names: list[str]) -> None:
+def _check_supported(path: Path, fields: Mapping[str, Any], names: list[str]) -> None:
     kind = fields.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise CheckpointError(
             f"{path}: general.architecture is {kind!r:.60}, known are {', '.join(ARCHITECTURES)}"
         )
-    for key, value in ONLY.items():
+    for key, value in SUPPORTED_VALUES.items():
         found = fields.get(f"{kind}.{key}", value)
         if found != value:
             raise CheckpointError(
@@ -230,7 +230,7 @@ def _refuse(path: Path, fields: Mapping[str, Any], names: list[str]) -> None:
             f"{path} scales its positions by rope_freqs.weight, which transformers does not read",
             "give the model's safetensors with its config.json",
         )
-    head = QWEN3_HEAD_DIM if kind == "qwen3" else _share(fields, kind)
+    head = QWEN3_HEAD_DIM if kind == "qwen3" else _default_head_dim(fields, kind)
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         found = fields.get(f"{kind}.{key}", head)
         if found != head:

@@ -60,7 +60,7 @@ class BoundedPool:
 
 def start_digest(name: str, info: TensorInfo) -> Any:
     """A SHA-256 object that has taken in the name, dtype and shape; the bytes come next."""
-    return hashlib.sha256(json.dumps([name, info.element, list(info.shape)]).encode())
+    return hashlib.sha256(json.dumps([name, info.dtype_name, list(info.shape)]).encode())
 
 
 def tensor_digest(name: str, tensor: Tensor) -> bytes:

@@ -1,4 +1,4 @@
-"""HoVLE (`model_type: internvl_chat`): its config and tensor names against ours, both ways."""
+"""HoVLE (`model_type: internvl_chat`): its config and tensor names against native, both ways."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.architecture import ATTENTION, Architecture, ModelShape
-from mmmamba_cli.checkpoint.config_fields import integer, number, require, stack_fields, token_ids
-from mmmamba_cli.checkpoint.name_map import Rule, Shape, packed_qkv, rename, stacked_rows
+from mmmamba_cli.checkpoint.config_fields import (
+    positive_float,
+    positive_int,
+    require_value,
+    stack_fields,
+    token_ids,
+)
+from mmmamba_cli.checkpoint.name_map import Shape, TensorMapping, packed_qkv, rename, stacked_rows
 from mmmamba_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,7 +23,7 @@ MODEL_TYPE = "internvl_chat"
 EMBEDDING_TYPE = "holistic_embedding"
 
 # For a bare state dict without its config: `--arch hovle-2.6b`. Shapes cannot confirm everything
-# here; `ASSUMED` names what has to be believed.
+# here; `ASSUMED_FIELDS` names what has to be believed.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hovle-2.6b": {
         "model_type": MODEL_TYPE,
@@ -70,7 +76,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     }
 }
 
-ASSUMED = (
+ASSUMED_FIELDS = (
     "normalize_encoder_output",
     "embedding_config.pixel_shuffle_loc",
     "embedding_config.rope_theta",
@@ -80,7 +86,7 @@ ASSUMED = (
 )
 
 # Foreign and our prefix of a layer, the config and the layer's number to the layer's rules.
-BlockRules = Callable[[str, str, ModelShape, int], list[Rule]]
+BlockMapping = Callable[[str, str, ModelShape, int], list[TensorMapping]]
 
 # Stop tokens of the chat template in InternLM2's vocabulary; smaller vocabularies lack some.
 CHAT_STOP_IDS = (2, 1163, 92543, 92542)
@@ -107,29 +113,29 @@ def to_architecture(
         raise CheckpointError(
             f"{where}: embedding_config.model_type is {kind!r}, known is {embedding_type!r}"
         )
-    _refuse_unknown_parts(embedding, language, where)
+    _check_supported(embedding, language, where)
     first = stack_fields(embedding, where, "embedding_config")
     second = stack_fields(language, where, "llm_config")
-    hidden = integer(language, "hidden_size", where, "llm_config")
-    if integer(embedding, "hidden_size", where, "embedding_config") != hidden:
+    hidden = positive_int(language, "hidden_size", where, "llm_config")
+    if positive_int(embedding, "hidden_size", where, "embedding_config") != hidden:
         raise CheckpointError(
             f"{where}: embedding_config.hidden_size is {embedding['hidden_size']} and "
             f"llm_config.hidden_size is {hidden}, expected them equal"
         )
-    text_rows = integer(embedding, "llm_vocab_size", where, "embedding_config")
+    text_rows = positive_int(embedding, "llm_vocab_size", where, "embedding_config")
     special = embedding.get("special_token_maps") or {}
     if not isinstance(special, dict):
         raise CheckpointError(
             f"{where}: embedding_config.special_token_maps is {special!r:.60}, expected a table"
         )
-    integer(language, "vocab_size", where, "llm_config")
+    positive_int(language, "vocab_size", where, "llm_config")
     return Architecture(
         vocab_size=text_rows + len(special),
         hidden_size=hidden,
         layer_types=[ATTENTION] * (first["num_layers"] + second["num_layers"]),
         embedding_stack=first,
         language_stack=second,
-        vision=_vision(raw, embedding, where),
+        vision=_vision_fields(raw, embedding, where),
         normalize_embedding_output=bool(raw.get("normalize_encoder_output", False)),
         bos_token_id=token_ids(language, "bos_token_id", where, "llm_config"),
         eos_token_id=token_ids(language, "eos_token_id", where, "llm_config"),
@@ -137,12 +143,12 @@ def to_architecture(
     )
 
 
-def rules(
+def name_map(
     raw: Mapping[str, Any],
     config: ModelShape,
     names: Collection[str] | None = None,
-    block: BlockRules | None = None,
-) -> list[Rule]:
+    block: BlockMapping | None = None,
+) -> list[TensorMapping]:
     """The name table of a HoVLE with this config (all layers attention).
 
     `names`, of the tensors at hand, tells whether a tied head was written out as well; `block`
@@ -151,7 +157,7 @@ def rules(
     block = block or internlm2_block
     embedding, language = raw["embedding_config"], raw["llm_config"]
     hidden, first = config.hidden_size, config.num_embedding_layers
-    table = _front(embedding, config)
+    table = _embedding_mappings(embedding, config)
     for layer in range(config.num_hidden_layers):
         foreign = (
             f"embedding_model.encoder.{layer}"
@@ -164,7 +170,7 @@ def rules(
     kept, head = "unused.language_token_embedding.weight", "language_model.output.weight"
     table.append(rename("language_model.model.norm.weight", "model.norm.weight", (hidden,)))
     if is_tied(raw) and names is not None and head not in names:
-        table.append(_tied_head(tokens, kept, vocabulary))
+        table.append(_tied_head_mapping(tokens, kept, vocabulary))
     else:
         table.append(rename(tokens, kept, vocabulary))
         table.append(rename(head, "lm_head.weight", vocabulary))
@@ -176,9 +182,9 @@ def is_tied(raw: Mapping[str, Any]) -> bool:
     return bool(raw["llm_config"].get("tie_word_embeddings", False))
 
 
-def _tied_head(tokens: str, kept: str, shape: Shape) -> Rule:
+def _tied_head_mapping(tokens: str, kept: str, shape: Shape) -> TensorMapping:
     """One table that serves as the language model's token embedding and as its head."""
-    return Rule(
+    return TensorMapping(
         {tokens: shape},
         {kept: shape, "lm_head.weight": shape},
         lambda table: (table, table),
@@ -186,22 +192,22 @@ def _tied_head(tokens: str, kept: str, shape: Shape) -> Rule:
     )
 
 
-def _front(embedding: Mapping[str, Any], config: ModelShape) -> list[Rule]:
+def _embedding_mappings(embedding: Mapping[str, Any], config: ModelShape) -> list[TensorMapping]:
     """Pixels and text up to the first layer."""
     vision, hidden = config.vision_config, config.hidden_size
     assert vision is not None
-    source, ours = "embedding_model.vision_embeddings", "model.vision"
+    source, native = "embedding_model.vision_embeddings", "model.vision"
     patch = (hidden, vision.num_channels, vision.patch_size, vision.patch_size)
     positions = (1, vision.grid**2 + 1, hidden)
     table = [
         rename(f"{source}.class_embedding", "unused.class_embedding", (1, 1, hidden)),
-        rename(f"{source}.position_embedding", f"{ours}.position_embedding", positions),
-        rename(f"{source}.patch_embedding.weight", f"{ours}.patch_embedding.weight", patch),
-        rename(f"{source}.patch_embedding.bias", f"{ours}.patch_embedding.bias", (hidden,)),
+        rename(f"{source}.position_embedding", f"{native}.position_embedding", positions),
+        rename(f"{source}.patch_embedding.weight", f"{native}.patch_embedding.weight", patch),
+        rename(f"{source}.patch_embedding.bias", f"{native}.patch_embedding.bias", (hidden,)),
     ]
     merged = hidden * vision.merge**2
     for index, width in ((0, merged), (2, hidden)):
-        old, new = f"embedding_model.pixel_shuffle_proj.{index}", f"{ours}.projector.{index}"
+        old, new = f"embedding_model.pixel_shuffle_proj.{index}", f"{native}.projector.{index}"
         table.append(rename(f"{old}.weight", f"{new}.weight", (hidden, width)))
         table.append(rename(f"{old}.bias", f"{new}.bias", (hidden,)))
     text: dict[str, tuple[int, ...]] = {
@@ -214,11 +220,13 @@ def _front(embedding: Mapping[str, Any], config: ModelShape) -> list[Rule]:
     return table
 
 
-def internlm2_block(foreign: str, ours: str, config: ModelShape, layer: int) -> list[Rule]:
+def internlm2_block(
+    foreign: str, native: str, config: ModelShape, layer: int
+) -> list[TensorMapping]:
     """The seven tensors of one attention layer, as InternLM2 names them."""
     stack, hidden = config.stack_of(layer), config.hidden_size
     wide, inner = stack.num_heads * stack.head_dim, stack.intermediate_size
-    qkv = [f"{ours}.mixer.{name}_proj.weight" for name in "qkv"]
+    qkv = [f"{native}.mixer.{name}_proj.weight" for name in "qkv"]
     return [
         packed_qkv(
             f"{foreign}.attention.wqkv.weight",
@@ -228,20 +236,20 @@ def internlm2_block(foreign: str, ours: str, config: ModelShape, layer: int) -> 
             stack.head_dim,
             hidden,
         ),
-        rename(f"{foreign}.attention.wo.weight", f"{ours}.mixer.o_proj.weight", (hidden, wide)),
-        *block_frame(foreign, ours, hidden, inner),
+        rename(f"{foreign}.attention.wo.weight", f"{native}.mixer.o_proj.weight", (hidden, wide)),
+        *mlp_and_norms(foreign, native, hidden, inner),
     ]
 
 
-def block_frame(foreign: str, ours: str, hidden: int, inner: int) -> list[Rule]:
+def mlp_and_norms(foreign: str, native: str, hidden: int, inner: int) -> list[TensorMapping]:
     """What surrounds the mixer of a layer: SwiGLU and the two norms."""
-    feed, mlp = f"{foreign}.feed_forward", f"{ours}.mlp"
+    feed, mlp = f"{foreign}.feed_forward", f"{native}.mlp"
     return [
         rename(f"{feed}.w1.weight", f"{mlp}.gate_proj.weight", (inner, hidden)),
         rename(f"{feed}.w2.weight", f"{mlp}.down_proj.weight", (hidden, inner)),
         rename(f"{feed}.w3.weight", f"{mlp}.up_proj.weight", (inner, hidden)),
-        rename(f"{foreign}.attention_norm.weight", f"{ours}.mixer_norm.weight", (hidden,)),
-        rename(f"{foreign}.ffn_norm.weight", f"{ours}.mlp_norm.weight", (hidden,)),
+        rename(f"{foreign}.attention_norm.weight", f"{native}.mixer_norm.weight", (hidden,)),
+        rename(f"{foreign}.ffn_norm.weight", f"{native}.mlp_norm.weight", (hidden,)),
     ]
 
 
@@ -252,16 +260,20 @@ def _section(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]
     return section
 
 
-def _vision(raw: Mapping[str, Any], embedding: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _vision_fields(
+    raw: Mapping[str, Any], embedding: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     name = "embedding_config"
     place = embedding.get("pixel_shuffle_loc", "pre")
     if place not in ("pre", "post"):
         raise CheckpointError(
             f"{where}: {name}.pixel_shuffle_loc is {place!r}, known are 'pre' and 'post'"
         )
-    ratio = number({"downsample_ratio": 0.5, **raw, **embedding}, "downsample_ratio", None, where)
-    image = integer(embedding, "image_size", where, name)
-    patch = integer(embedding, "patch_size", where, name)
+    ratio = positive_float(
+        {"downsample_ratio": 0.5, **raw, **embedding}, "downsample_ratio", None, where
+    )
+    image = positive_int(embedding, "image_size", where, name)
+    patch = positive_int(embedding, "patch_size", where, name)
     merge = round(1 / ratio) if ratio * image >= 1 else 0
     if merge < 1 or merge * ratio != 1 or image % (patch * merge):
         raise CheckpointError(
@@ -271,16 +283,14 @@ def _vision(raw: Mapping[str, Any], embedding: Mapping[str, Any], where: str) ->
     return {
         "image_size": image,
         "patch_size": patch,
-        "num_channels": integer({"num_channels": 3, **embedding}, "num_channels", where, name),
+        "num_channels": positive_int({"num_channels": 3, **embedding}, "num_channels", where, name),
         "downsample_ratio": float(ratio),
         "pixel_shuffle": place,
-        "image_token_id": integer(embedding, "img_context_token_id", where, name),
+        "image_token_id": positive_int(embedding, "img_context_token_id", where, name),
     }
 
 
-def _refuse_unknown_parts(
-    embedding: Mapping[str, Any], language: Mapping[str, Any], where: str
-) -> None:
+def _check_supported(embedding: Mapping[str, Any], language: Mapping[str, Any], where: str) -> None:
     """Stop at options that would change the computation and that this model does not have."""
     wanted = (
         ("embedding_config", embedding, "attention_bias", False),
@@ -292,4 +302,4 @@ def _refuse_unknown_parts(
         ("llm_config", language, "hidden_act", "silu"),
     )
     for name, section, key, value in wanted:
-        require(section, key, value, where, name)
+        require_value(section, key, value, where, name)

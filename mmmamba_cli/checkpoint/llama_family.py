@@ -1,6 +1,6 @@
 """Plain language models as teachers: Llama, Qwen2, Qwen3, InternLM2.
 
-Their block is ours; they differ in names, in biases, in a norm on q and k, and in what a config
+Their block is native; they differ in names, in biases, in a norm on q and k, and in what a config
 that says nothing means. What would change the computation and is not known here is refused by name.
 """
 
@@ -11,9 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.architecture import ATTENTION, Architecture, ModelShape, StackConfig
-from mmmamba_cli.checkpoint.config_fields import integer, require, stack_fields, token_ids
+from mmmamba_cli.checkpoint.config_fields import (
+    positive_int,
+    require_value,
+    stack_fields,
+    token_ids,
+)
 from mmmamba_cli.checkpoint.hovle import internlm2_block
-from mmmamba_cli.checkpoint.name_map import Rule, Shape, Tensors, rename
+from mmmamba_cli.checkpoint.name_map import Shape, TensorMapping, Tensors, rename
 from mmmamba_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,14 +32,14 @@ DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one `model_type` from another.
+    """How the checkpoints of one `model_type` differ from those of the others.
 
-    `defaults` are the values of fields that a config leaves out; `only` the fields of which just
-    one value is supported. `packed`: InternLM2's names, with q, k and v in one tensor.
+    `defaults` are the values of fields that a config leaves out. `required` are fields with only
+    one supported value. `packed` selects InternLM2's names, with q, k and v in one tensor.
     """
 
     defaults: Mapping[str, Any]
-    only: Mapping[str, Any]
+    required: Mapping[str, Any]
     qkv_bias: bool = False
     qk_norm: bool = False
     # Whether `attention_bias` in the config gives all four projections a bias.
@@ -59,13 +64,13 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        only={"hidden_act": "silu", "mlp_bias": False},
+        required={"hidden_act": "silu", "mlp_bias": False},
         optional_bias=True,
     ),
-    "qwen2": Family(defaults=QWEN_DEFAULTS, only={"hidden_act": "silu"}, qkv_bias=True),
+    "qwen2": Family(defaults=QWEN_DEFAULTS, required={"hidden_act": "silu"}, qkv_bias=True),
     "qwen3": Family(
         defaults={**QWEN_DEFAULTS, "head_dim": 128},
-        only={"hidden_act": "silu"},
+        required={"hidden_act": "silu"},
         qk_norm=True,
         optional_bias=True,
     ),
@@ -77,7 +82,7 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        only={"hidden_act": "silu", "bias": False},
+        required={"hidden_act": "silu", "bias": False},
         packed=True,
         names={"tokens": "model.tok_embeddings.weight", "head": "output.weight"},
     ),
@@ -100,14 +105,14 @@ def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Archi
     """
     family = FAMILIES[raw["model_type"]]
     section = {**family.defaults, **raw}
-    for key, value in family.only.items():
-        require(section, key, value, where)
-    _refuse_windows(section, where)
+    for key, value in family.required.items():
+        require_value(section, key, value, where)
+    _check_no_sliding_window(section, where)
     shape = stack_fields(section, where)
     biased = family.optional_bias and bool(section.get("attention_bias", False))
     return Architecture(
-        vocab_size=integer(section, "vocab_size", where),
-        hidden_size=integer(section, "hidden_size", where),
+        vocab_size=positive_int(section, "vocab_size", where),
+        hidden_size=positive_int(section, "hidden_size", where),
         layer_types=[ATTENTION] * shape["num_layers"],
         language_stack={
             **shape,
@@ -122,9 +127,9 @@ def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Archi
     )
 
 
-def rules(
+def name_map(
     raw: Mapping[str, Any], config: ModelShape, names: Collection[str] | None = None
-) -> list[Rule]:
+) -> list[TensorMapping]:
     """The name table of such a model (all layers attention).
 
     `names`, of the tensors at hand, tells whether a tied head was written out as well.
@@ -137,7 +142,7 @@ def rules(
         table.append(rename(tokens, "model.text_embedding.weight", vocabulary))
         table.append(rename(head, "lm_head.weight", vocabulary))
     elif names is not None and head in names:
-        table.append(_written_twice(tokens, head, vocabulary))
+        table.append(_duplicated_head(tokens, head, vocabulary))
     else:
         table.append(rename(tokens, "model.text_embedding.weight", vocabulary))
     for layer in range(config.num_hidden_layers):
@@ -145,12 +150,12 @@ def rules(
         if family.packed:
             table += internlm2_block(name, name, config, layer)
         else:
-            table += _block(name, config.hidden_size, config.language)
+            table += _attention_block(name, config.hidden_size, config.language)
     table.append(rename("model.norm.weight", "model.norm.weight", (config.hidden_size,)))
     return table
 
 
-def _block(name: str, hidden: int, stack: StackConfig) -> list[Rule]:
+def _attention_block(name: str, hidden: int, stack: StackConfig) -> list[TensorMapping]:
     """One layer of Llama, Qwen2 or Qwen3."""
     wide, narrow = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
     inner = stack.intermediate_size
@@ -179,7 +184,7 @@ def _block(name: str, hidden: int, stack: StackConfig) -> list[Rule]:
     ]
 
 
-def _written_twice(tokens: str, head: str, shape: Shape) -> Rule:
+def _duplicated_head(tokens: str, head: str, shape: Shape) -> TensorMapping:
     """A tied head that is in the file beside the token table it must equal."""
 
     def one(table: Tensor, copy: Tensor) -> Tensors:
@@ -192,11 +197,11 @@ def _written_twice(tokens: str, head: str, shape: Shape) -> Rule:
             )
         return (table,)
 
-    ours = {"model.text_embedding.weight": shape}
-    return Rule({tokens: shape, head: shape}, ours, one, lambda table: (table, table))
+    native = {"model.text_embedding.weight": shape}
+    return TensorMapping({tokens: shape, head: shape}, native, one, lambda table: (table, table))
 
 
-def _refuse_windows(section: Mapping[str, Any], where: str) -> None:
+def _check_no_sliding_window(section: Mapping[str, Any], where: str) -> None:
     """Attention here sees everything before it; a window that some layer has is refused."""
     kinds = section.get("layer_types")
     if kinds is not None:
@@ -210,7 +215,7 @@ def _refuse_windows(section: Mapping[str, Any], where: str) -> None:
         return
     if not section.get("use_sliding_window"):
         return
-    layers = integer(section, "num_hidden_layers", where)
+    layers = positive_int(section, "num_hidden_layers", where)
     first = section.get("max_window_layers", 0)
     if not isinstance(first, int) or first < layers:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""The layout mmMamba was published in (`model_type: mmMamba_chat`): names against ours, both ways.
+"""The published mmMamba layout (`model_type: mmMamba_chat`): its config and its name map.
 
-It is HoVLE's but for the mixers: `layers_block_type` says which layers are Mamba-2, and these have
-their five input projections in one tensor. The training code's names, before that fusion, are read
-too. Legend: H query heads, K key/value heads, P head dim, D hidden size.
+The layout is HoVLE's except for the mixers: `layers_block_type` marks the Mamba-2 layers, whose
+five input projections are one tensor. The unfused names of the training code are read too.
+Legend: H query heads, K key/value heads, P head dim, D hidden size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture, ModelShape, StackConfig
 from mmmamba_cli.checkpoint import hovle
-from mmmamba_cli.checkpoint.name_map import Rule, Tensors, rename
+from mmmamba_cli.checkpoint.name_map import TensorMapping, Tensors, rename
 from mmmamba_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "mmMamba_chat"
 # The repository whose code reads this layout; transformers takes it from there.
-CODE = "hustvl/mmMamba-linear"
+CODE_REPOSITORY = "hustvl/mmMamba-linear"
 EMBEDDING_TYPE = "mmMamba_embedding"
 LANGUAGE_TYPE = "mmMamba"
-KINDS = {"mha": ATTENTION, "mamba2": LINEAR}
-NAMES = {ours: theirs for theirs, ours in KINDS.items()}
+LAYER_TYPES = {"mha": ATTENTION, "mamba2": LINEAR}
+BLOCK_TYPES = {native: theirs for theirs, native in LAYER_TYPES.items()}
 # The one width there is: the published convolution has two taps.
 CONV_WIDTH = 2
 
@@ -49,63 +49,65 @@ def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Archi
         )
     first = found.num_embedding_layers
     kinds = [
-        *_kinds(raw, "embedding_config", first, where),
-        *_kinds(raw, "llm_config", found.num_hidden_layers - first, where),
+        *_layer_types(raw, "embedding_config", first, where),
+        *_layer_types(raw, "llm_config", found.num_hidden_layers - first, where),
     ]
     return replace(found, layer_types=kinds)
 
 
-def rules(
+def name_map(
     raw: Mapping[str, Any], config: ModelShape, names: Collection[str] | None = None
-) -> list[Rule]:
+) -> list[TensorMapping]:
     """The name table of a model with this config.
 
     `names`, of the tensors at hand, tells for each layer whether its projections are fused, and
     whether a tied head was written out as well; without them they are fused.
     """
 
-    def block(foreign: str, ours: str, config: ModelShape, layer: int) -> list[Rule]:
+    def block(foreign: str, native: str, config: ModelShape, layer: int) -> list[TensorMapping]:
         if config.layer_types[layer] == ATTENTION:
-            return hovle.internlm2_block(foreign, ours, config, layer)
+            return hovle.internlm2_block(foreign, native, config, layer)
         stack, hidden = config.stack_of(layer), config.hidden_size
-        theirs, mixer = f"{foreign}.attention", f"{ours}.mixer"
+        theirs, mixer = f"{foreign}.attention", f"{native}.mixer"
         fused = names is None or f"{theirs}.q_proj.weight" not in names
         return [
-            *(_fused if fused else _apart)(theirs, mixer, stack, hidden),
-            *_small(theirs, mixer, stack, hidden),
-            *hovle.block_frame(foreign, ours, hidden, stack.intermediate_size),
+            *(_fused_projections if fused else _separate_projections)(theirs, mixer, stack, hidden),
+            *_other_tensors(theirs, mixer, stack, hidden),
+            *hovle.mlp_and_norms(foreign, native, hidden, stack.intermediate_size),
         ]
 
-    return hovle.rules(raw, config, names, block=block)
+    return hovle.name_map(raw, config, names, block=block)
 
 
-def _kinds(raw: Mapping[str, Any], section: str, count: int, where: str) -> list[str]:
+def _layer_types(raw: Mapping[str, Any], section: str, count: int, where: str) -> list[str]:
     """`layers_block_type` of one stack, in our words."""
     listed = raw[section].get("layers_block_type")
     if not isinstance(listed, list) or len(listed) != count:
         raise CheckpointError(
             f"{where}: {section}.layers_block_type is {listed!r:.60}, expected a list with one of "
-            f"{', '.join(map(repr, KINDS))} for each of the {count} layers"
+            f"{', '.join(map(repr, LAYER_TYPES))} for each of the {count} layers"
         )
     for index, kind in enumerate(listed):
-        if not isinstance(kind, str) or kind not in KINDS:
+        if not isinstance(kind, str) or kind not in LAYER_TYPES:
             raise CheckpointError(
                 f"{where}: {section}.layers_block_type[{index}] is {kind!r:.60}, known are "
-                f"{', '.join(map(repr, KINDS))}"
+                f"{', '.join(map(repr, LAYER_TYPES))}"
             )
-    return [KINDS[kind] for kind in listed]
+    return [LAYER_TYPES[kind] for kind in listed]
 
 
-def _rows(stack: StackConfig) -> dict[str, int]:
+def _projection_rows(stack: StackConfig) -> dict[str, int]:
     """Our projections in the order of the fused rows: v, k, q, gate, dt."""
     wide, narrow = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
     return {"v": narrow, "k": narrow, "q": wide, "g": wide, "dt": stack.num_heads}
 
 
-def _fused(foreign: str, ours: str, stack: StackConfig, hidden: int) -> list[Rule]:
+def _fused_projections(
+    foreign: str, native: str, stack: StackConfig, hidden: int
+) -> list[TensorMapping]:
     """One tensor (2 K P + 2 H P + H, D) against five, and the published name of the gated norm."""
-    rows = _rows(stack)
-    shapes = {f"{ours}.{name}_proj.weight": (size, hidden) for name, size in rows.items()}
+    rows = _projection_rows(stack)
+    shapes = {f"{native}.{name}_proj.weight": (size, hidden) for name, size in rows.items()}
 
     def split(wvkqgdt: Tensor) -> Tensors:
         return tuple(wvkqgdt.split(list(rows.values())))
@@ -117,36 +119,42 @@ def _fused(foreign: str, ours: str, stack: StackConfig, hidden: int) -> list[Rul
 
     norm = f"{foreign}.g_norm_swish_gate.weight"
     return [
-        Rule({f"{foreign}.wvkqgdt.weight": (sum(rows.values()), hidden)}, shapes, split, fuse),
-        rename(norm, f"{ours}.g_norm.weight", (stack.head_dim,)),
+        TensorMapping(
+            {f"{foreign}.wvkqgdt.weight": (sum(rows.values()), hidden)}, shapes, split, fuse
+        ),
+        rename(norm, f"{native}.g_norm.weight", (stack.head_dim,)),
     ]
 
 
-def _apart(foreign: str, ours: str, stack: StackConfig, hidden: int) -> list[Rule]:
+def _separate_projections(
+    foreign: str, native: str, stack: StackConfig, hidden: int
+) -> list[TensorMapping]:
     """The training code's names."""
     theirs = {"dt": "in_proj"}
     return [
         *(
             rename(
                 f"{foreign}.{theirs.get(name, f'{name}_proj')}.weight",
-                f"{ours}.{name}_proj.weight",
+                f"{native}.{name}_proj.weight",
                 (size, hidden),
             )
-            for name, size in _rows(stack).items()
+            for name, size in _projection_rows(stack).items()
         ),
-        rename(f"{foreign}.g_norm.weight", f"{ours}.g_norm.weight", (stack.head_dim,)),
+        rename(f"{foreign}.g_norm.weight", f"{native}.g_norm.weight", (stack.head_dim,)),
     ]
 
 
-def _small(foreign: str, ours: str, stack: StackConfig, hidden: int) -> list[Rule]:
+def _other_tensors(
+    foreign: str, native: str, stack: StackConfig, hidden: int
+) -> list[TensorMapping]:
     """What has the same name before and after the fusion; channels are v, k, q, as ours are."""
-    rows = _rows(stack)
+    rows = _projection_rows(stack)
     channels = rows["v"] + rows["k"] + rows["q"]
     heads = (stack.num_heads,)
     return [
-        rename(f"{foreign}.conv1d.weight", f"{ours}.conv1d.weight", (channels, 1, CONV_WIDTH)),
-        rename(f"{foreign}.conv1d.bias", f"{ours}.conv1d.bias", (channels,)),
-        rename(f"{foreign}.dt_bias", f"{ours}.dt_bias", heads),
-        rename(f"{foreign}.A_log_bias", f"{ours}.A_log", heads),
-        rename(f"{foreign}.o_proj.weight", f"{ours}.o_proj.weight", (hidden, rows["q"])),
+        rename(f"{foreign}.conv1d.weight", f"{native}.conv1d.weight", (channels, 1, CONV_WIDTH)),
+        rename(f"{foreign}.conv1d.bias", f"{native}.conv1d.bias", (channels,)),
+        rename(f"{foreign}.dt_bias", f"{native}.dt_bias", heads),
+        rename(f"{foreign}.A_log_bias", f"{native}.A_log", heads),
+        rename(f"{foreign}.o_proj.weight", f"{native}.o_proj.weight", (hidden, rows["q"])),
     ]

@@ -8,27 +8,27 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import llama_family
 from mmmamba_cli.checkpoint.checkpoint import (
-    OWN,
+    NATIVE_MODEL_TYPE,
     Checkpoint,
-    expected_tensors,
     open_checkpoint,
     stored_dtype,
 )
 from mmmamba_cli.checkpoint.config_fields import token_ids
 from mmmamba_cli.checkpoint.gguf_file import is_gguf
 from mmmamba_cli.checkpoint.hovle import CHAT_STOP_IDS
-from mmmamba_cli.checkpoint.tensor_info import parse_element, torch_dtype
+from mmmamba_cli.checkpoint.tensor_info import parse_dtype_name, torch_dtype
 from mmmamba_cli.checkpoint.tensor_io import cast
 from mmmamba_cli.devices import check_device
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.processing import as_id_set
 
-GENERATION = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 # Settings of a generation that mean the same for a student of the same vocabulary.
-CARRIED = frozenset(
+INHERITED_SETTINGS = frozenset(
     {
         *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
         *("epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size"),
@@ -39,7 +39,7 @@ CARRIED = frozenset(
         *("forced_bos_token_id", "forced_eos_token_id", "stop_strings"),
     }
 )
-NOT_SETTINGS = frozenset(
+TOKEN_AND_FILE_FIELDS = frozenset(
     {
         *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
         *("transformers_version", "_from_model_config"),
@@ -64,7 +64,7 @@ def load_model(
     with torch.device("meta"):
         model = HolisticVLM(opened.config)
     state = {}
-    for name in expected_tensors(opened.config):
+    for name in parameter_shapes(opened.config):
         tensor = opened.read(name)
         # A tensor that needs no cast is copied, so that the model does not hang on the file.
         state[name] = cast(tensor, stored_dtype(name, wanted), name, device)
@@ -89,7 +89,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """A floating dtype from torch's name or ours (bf16, fp16, fp32). Raises `CheckpointError`."""
     if isinstance(name, torch.dtype):
         return name
-    return torch_dtype(parse_element(name))
+    return torch_dtype(parse_dtype_name(name))
 
 
 def generation_config(opened: Checkpoint) -> GenerationConfig:
@@ -99,52 +99,54 @@ def generation_config(opened: Checkpoint) -> GenerationConfig:
     their `generation_config.json` recommends (`recommended_settings`).
     """
     folder = opened.path if opened.path.is_dir() else opened.path.parent
-    if opened.model_type == OWN and (folder / GENERATION).is_file():
-        return _saved(folder)
+    if opened.model_type == NATIVE_MODEL_TYPE and (folder / GENERATION_CONFIG).is_file():
+        return _read_generation_config(folder)
     found = default_generation_config(opened.config)
     carried, _ = recommended_settings(opened)
     suppressed = {*(found.suppress_tokens or ()), *carried.pop("suppress_tokens", ())}
     found.suppress_tokens = sorted(suppressed) or None
     found.update(**carried)
-    if opened.model_type in llama_family.MODEL_TYPES and _has_settings(opened):
+    if opened.model_type in llama_family.MODEL_TYPES and _has_generation_config(opened):
         # A chat model ends its turn with more tokens than its config names.
         ends = token_ids(
-            {"eos_token_id": _saved(folder).eos_token_id}, "eos_token_id", str(folder / GENERATION)
+            {"eos_token_id": _read_generation_config(folder).eos_token_id},
+            "eos_token_id",
+            str(folder / GENERATION_CONFIG),
         )
         found.eos_token_id = sorted(as_id_set(found.eos_token_id) | as_id_set(ends)) or None
     return found
 
 
 def recommended_settings(opened: Checkpoint) -> tuple[dict[str, Any], list[str]]:
-    """What a teacher's `generation_config.json` recommends, and names of what is not carried over.
+    """Settings of a teacher's `generation_config.json`: those a student inherits, and other names.
 
-    Carried over are the fields of `CARRIED`. Token ids that end or begin a text are not counted:
-    the config and the tokenizer give them. Raises `CheckpointError` for a file that cannot be read.
+    A student inherits the fields of `INHERITED_SETTINGS`. Token ids are in neither result: the
+    config and the tokenizer give them. Raises `CheckpointError` for a file that cannot be read.
     """
-    if opened.model_type == OWN or not _has_settings(opened):
+    if opened.model_type == NATIVE_MODEL_TYPE or not _has_generation_config(opened):
         return {}, []
     folder = opened.path if opened.path.is_dir() else opened.path.parent
-    saved, plain = _saved(folder).to_dict(), GenerationConfig().to_dict()
+    saved, plain = _read_generation_config(folder).to_dict(), GenerationConfig().to_dict()
     stated = {
         key: value
         for key, value in saved.items()
-        if key not in NOT_SETTINGS and value is not None and value != plain.get(key)
+        if key not in TOKEN_AND_FILE_FIELDS and value is not None and value != plain.get(key)
     }
-    carried = {key: value for key, value in stated.items() if key in CARRIED}
+    carried = {key: value for key, value in stated.items() if key in INHERITED_SETTINGS}
     return carried, sorted(set(stated) - set(carried))
 
 
-def _has_settings(opened: Checkpoint) -> bool:
+def _has_generation_config(opened: Checkpoint) -> bool:
     folder = opened.path if opened.path.is_dir() else opened.path.parent
-    return not is_gguf(opened.path) and (folder / GENERATION).is_file()
+    return not is_gguf(opened.path) and (folder / GENERATION_CONFIG).is_file()
 
 
-def _saved(folder: Path) -> GenerationConfig:
+def _read_generation_config(folder: Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(folder)
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / GENERATION} cannot be read as settings of a generation",
+            f"{folder / GENERATION_CONFIG} cannot be read as settings of a generation",
             "remove it, or take it from where the model came from",
         ) from error
 

@@ -1,13 +1,11 @@
-"""Name tables: how a foreign checkpoint's tensors become ours, and back.
+"""Name maps: tensors of a foreign checkpoint to native tensors and back.
 
-A table is a list of `Rule`s. Each ties a few foreign tensors to a few of ours by a pair of exact
-inverse functions, so that one table serves both directions and every tensor is accounted for. A
-table needs no torch until a tensor is read.
+A name map is a list of `TensorMapping`s. Each maps a few foreign tensors to a few native ones by a
+pair of exact inverse functions, so that one map serves both directions and every tensor is
+accounted for. torch is imported only when a tensor is read.
 
-Module names that training wrappers add to a state dict: DDP, torch.compile, FSDP, checkpointing.
-
-DDP adds `module.` in front of every name. The others add a name of their own in front of what they
-wrap, which may be the model or single layers of it.
+`unwrapped_names` removes the module names that training wrappers (DDP, torch.compile, FSDP,
+activation checkpointing) add to a state dict.
 """
 
 from __future__ import annotations
@@ -28,21 +26,21 @@ Tensors = tuple["Tensor", ...]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """`to_ours` maps the foreign tensors to ours, in order; `to_foreign` is its exact inverse.
+class TensorMapping:
+    """`to_native` maps the foreign tensors to native, in order; `to_foreign` is its exact inverse.
 
     `foreign` gives the shape each foreign tensor must have.
     """
 
     foreign: Mapping[str, Shape]
-    ours: Mapping[str, Shape]
-    to_ours: Callable[..., Tensors]
+    native: Mapping[str, Shape]
+    to_native: Callable[..., Tensors]
     to_foreign: Callable[..., Tensors]
 
 
-def rename(foreign: str, ours: str, shape: Shape) -> Rule:
+def rename(foreign: str, native: str, shape: Shape) -> TensorMapping:
     """The same tensor under another name."""
-    return Rule({foreign: shape}, {ours: shape}, _same, _same)
+    return TensorMapping({foreign: shape}, {native: shape}, _same, _same)
 
 
 def _same(*tensors: Tensor) -> Tensors:
@@ -50,11 +48,16 @@ def _same(*tensors: Tensor) -> Tensors:
 
 
 def packed_qkv(
-    foreign: str, ours: Sequence[str], num_heads: int, num_kv_heads: int, head_dim: int, hidden: int
-) -> Rule:
+    foreign: str,
+    native: Sequence[str],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    hidden: int,
+) -> TensorMapping:
     """Rows packed per key/value head as [q x H/K, k, v] blocks of P rows, against q, k and v.
 
-    Foreign (K (H/K + 2) P, D); ours q (H P, D), k (K P, D), v (K P, D). Splitting makes views.
+    Foreign (K (H/K + 2) P, D); native q (H P, D), k (K P, D), v (K P, D). Splitting makes views.
     """
     group = num_heads // num_kv_heads
 
@@ -73,12 +76,12 @@ def packed_qkv(
 
     wide, narrow = num_heads * head_dim, num_kv_heads * head_dim
     shapes = ((wide, hidden), (narrow, hidden), (narrow, hidden))
-    return Rule(
-        {foreign: (wide + 2 * narrow, hidden)}, dict(zip(ours, shapes, strict=True)), split, fuse
+    return TensorMapping(
+        {foreign: (wide + 2 * narrow, hidden)}, dict(zip(native, shapes, strict=True)), split, fuse
     )
 
 
-def stacked_rows(foreign: Mapping[str, Shape], ours: str) -> Rule:
+def stacked_rows(foreign: Mapping[str, Shape], native: str) -> TensorMapping:
     """Several foreign tables stacked by rows into one of ours."""
     sizes = [shape[0] for shape in foreign.values()]
     width = next(iter(foreign.values()))[1:]
@@ -91,25 +94,28 @@ def stacked_rows(foreign: Mapping[str, Shape], ours: str) -> Rule:
     def cut(table: Tensor) -> Tensors:
         return tuple(table.split(sizes))
 
-    return Rule(dict(foreign), {ours: (sum(sizes), *width)}, stack, cut)
+    return TensorMapping(dict(foreign), {native: (sum(sizes), *width)}, stack, cut)
 
 
 def foreign_tensors(
-    rules: Sequence[Rule], read: Callable[[str], Tensor]
+    name_map: Sequence[TensorMapping], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The table's other direction: foreign names and tensors, from ours as `read` gives them."""
-    for rule in rules:
-        yield from zip(rule.foreign, rule.to_foreign(*map(read, rule.ours)), strict=True)
+    """The table's other direction: foreign names and tensors, from native as `read` gives them."""
+    for mapping in name_map:
+        yield from zip(mapping.foreign, mapping.to_foreign(*map(read, mapping.native)), strict=True)
 
 
 def check_names(
-    rules: Sequence[Rule], shapes: Mapping[str, Shape], where: str, what: str = "checkpoint"
+    name_map: Sequence[TensorMapping],
+    shapes: Mapping[str, Shape],
+    where: str,
+    what: str = "checkpoint",
 ) -> None:
     """Compare the tensors at hand with those the table asks for.
 
     Raises `CheckpointError` that names missing, unexpected and misshaped tensors, ten of each.
     """
-    wanted = {name: shape for rule in rules for name, shape in rule.foreign.items()}
+    wanted = {name: shape for mapping in name_map for name, shape in mapping.foreign.items()}
     compare_tensors(wanted, shapes, f"{where} is not a complete {what}")
 
 
@@ -137,12 +143,12 @@ def compare_tensors(wanted: Mapping[str, Shape], shapes: Mapping[str, Shape], ti
 
 
 # No model has submodules of these names, so they are removed wherever they occur.
-ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPER_MODULES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # An ordinary word: removed in front only.
-LEADING = ANYWHERE | {"module"}
+LEADING_MODULES = WRAPPER_MODULES | {"module"}
 PEFT_PREFIX = "base_model.model."
 PEFT_PARTS = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
-MERGE = (
+MERGE_HINT = (
     "merge the adapter into its base model first: load both with peft, call merge_and_unload() and "
     "save_pretrained(FOLDER) on the result"
 )
@@ -158,9 +164,11 @@ def unwrapped_names(names: Iterable[str], path: Path) -> dict[str, str]:
     fronts: dict[str, str] = {}
     for name in names:
         parts = name.split(".")
-        count = next((i for i, part in enumerate(parts) if part not in LEADING), len(parts) - 1)
+        count = next(
+            (i for i, part in enumerate(parts) if part not in LEADING_MODULES), len(parts) - 1
+        )
         fronts.setdefault("".join(f"{part}." for part in parts[:count]), name)
-        inner = ".".join(part for part in parts[count:] if part not in ANYWHERE)
+        inner = ".".join(part for part in parts[count:] if part not in WRAPPER_MODULES)
         if inner in own:
             raise CheckpointError(
                 f"{path}: tensors {quoted(own[inner])} and {quoted(name)} are both {quoted(inner)}",
@@ -178,7 +186,7 @@ def unwrapped_names(names: Iterable[str], path: Path) -> dict[str, str]:
     adapted = [name for inner, name in own.items() if _is_peft(inner)]
     if adapted:
         raise CheckpointError(
-            f"{path} holds a peft adapter: {name_some(map(quoted, adapted), 3)}", MERGE
+            f"{path} holds a peft adapter: {name_some(map(quoted, adapted), 3)}", MERGE_HINT
         )
     return own
 

@@ -22,11 +22,11 @@ from mmmamba_cli.architecture import (
     derived_fields,
 )
 from mmmamba_cli.checkpoint.config_fields import (
-    MOST_LAYERS,
-    check_scaling,
-    integer,
-    number,
-    place,
+    MAX_LAYERS,
+    check_rope_scaling,
+    field_path,
+    positive_float,
+    positive_int,
     token_ids,
 )
 from mmmamba_cli.errors import CheckpointError, MmmambaWarning
@@ -40,14 +40,14 @@ SECTIONS = {
     "vision": VisionConfig,
     "mixer": MixerConfig,
 }
-REMEDY = "take the config.json that was written with the weights"
+HINT = "take the config.json that was written with the weights"
 MODEL_TYPE = "mmmamba"
 
 
 def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
     """The config of a folder that mmmamba wrote. Raises `CheckpointError` that names the field."""
     for key in ("vocab_size", "hidden_size"):
-        integer(raw, key, where)
+        positive_int(raw, key, where)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token_ids(raw, key, where)
     for name, kind in SECTIONS.items():
@@ -55,9 +55,9 @@ def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
         if section is None and name != "language_stack":
             continue
         if not isinstance(section, dict):
-            raise CheckpointError(f"{where}: {name} is {section!r:.60}, expected a table", REMEDY)
-        _check(section, kind, where, name)
-    _check_parts(raw, where)
+            raise CheckpointError(f"{where}: {name} is {section!r:.60}, expected a table", HINT)
+        _check_section(section, kind, where, name)
+    _check_layers(raw, where)
     known = {field.name for field in fields(Architecture)}
     found = Architecture(
         **{key: value for key, value in raw.items() if key in known and value is not None}
@@ -65,12 +65,12 @@ def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
     for key, value in derived_fields(found).items():
         if key in raw and raw[key] != value:
             raise CheckpointError(
-                f"{where}: {key} is {raw[key]!r:.60}, but its stacks give {value}", REMEDY
+                f"{where}: {key} is {raw[key]!r:.60}, but its stacks give {value}", HINT
             )
     return found
 
 
-def warn_of_old_code(raw: Mapping[str, Any], where: str) -> None:
+def warn_outdated_code(raw: Mapping[str, Any], where: str) -> None:
     """Warn of an export in the format hub whose code newer releases of transformers do not run.
 
     transformers 5.24 renamed an argument of every model. Code that takes both names came with the
@@ -87,46 +87,47 @@ def warn_of_old_code(raw: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _check(section: Mapping[str, Any], kind: type, where: str, name: str) -> None:
+def _check_section(section: Mapping[str, Any], kind: type, where: str, name: str) -> None:
     """Every field of the dataclass `kind`, by its annotation, and no other."""
     known = {field.name: field for field in fields(kind)}
     strange = [key for key in section if key not in known]
     if strange:
         raise CheckpointError(
-            f"{place(where, name, f'{strange[0]:.60}')} is not known, known are {', '.join(known)}",
-            REMEDY,
+            f"{field_path(where, name, f'{strange[0]:.60}')} is not known, known are "
+            f"{', '.join(known)}",
+            HINT,
         )
     for key, field in known.items():
         if key not in section and field.default is not MISSING:
             continue
         value = section.get(key)
         if key not in section:
-            raise CheckpointError(f"{place(where, name, key)} is missing", REMEDY)
+            raise CheckpointError(f"{field_path(where, name, key)} is missing", HINT)
         if field.type == "int":
-            integer(section, key, where, name)
+            positive_int(section, key, where, name)
         elif field.type == "float":
-            number(section, key, None, where, name)
+            positive_float(section, key, None, where, name)
         elif field.type == "bool" and not isinstance(value, bool):
             raise CheckpointError(
-                f"{place(where, name, key)} is {value!r:.60}, expected true or false", REMEDY
+                f"{field_path(where, name, key)} is {value!r:.60}, expected true or false", HINT
             )
 
 
-def _check_parts(raw: Mapping[str, Any], where: str) -> None:
+def _check_layers(raw: Mapping[str, Any], where: str) -> None:
     """What no field says alone: layers and their kinds, heads, patches."""
     stacks = [raw[name] for name in ("embedding_stack", "language_stack") if raw.get(name)]
     layers = sum(stack["num_layers"] for stack in stacks)
     kinds = raw.get("layer_types")
-    if layers > MOST_LAYERS or not isinstance(kinds, list) or len(kinds) != layers:
+    if layers > MAX_LAYERS or not isinstance(kinds, list) or len(kinds) != layers:
         found = f"{len(kinds)} entries" if isinstance(kinds, list) else f"{kinds!r:.60}"
         raise CheckpointError(
-            f"{where}: layer_types has {found}, the stacks have {layers} layers", REMEDY
+            f"{where}: layer_types has {found}, the stacks have {layers} layers", HINT
         )
     for index, kind in enumerate(kinds):
         if kind not in LAYER_TYPES:
             known = ", ".join(LAYER_TYPES)
             raise CheckpointError(
-                f"{where}: layer_types[{index}] is {kind!r:.60}, known are {known}", REMEDY
+                f"{where}: layer_types[{index}] is {kind!r:.60}, known are {known}", HINT
             )
     for stack in stacks:
         scaling = stack.get("rope_scaling")
@@ -134,13 +135,13 @@ def _check_parts(raw: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(
                 f"{where}: a stack has {stack['num_heads']} heads of {stack['head_dim']} for "
                 f"{stack['num_kv_heads']} key-value heads, expected whole groups of even heads",
-                REMEDY,
+                HINT,
             )
-        check_scaling(scaling, where)
+        check_rope_scaling(scaling, where)
     for key in ("normalize_embedding_output", "tie_word_embeddings"):
         if not isinstance(raw.get(key, False), bool):
             raise CheckpointError(
-                f"{where}: {key} is {raw[key]!r:.60}, expected true or false", REMEDY
+                f"{where}: {key} is {raw[key]!r:.60}, expected true or false", HINT
             )
     if raw.get("vision") is not None:
         _check_vision(raw["vision"], where)
@@ -153,14 +154,14 @@ def _check_vision(vision: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(
             f"{where}: vision has image_size {image}, patch_size {patch}, downsample_ratio {ratio} "
             f"and pixel_shuffle {vision['pixel_shuffle']!r:.60}, which give no whole patches",
-            REMEDY,
+            HINT,
         )
 
 
 # What an export adds: where its code is, and how far the model was distilled.
 EXPORTED_FIELDS = ("auto_map", "mmmamba")
 # What transformers raises for fields of its own, a dtype say, that make no sense.
-_MISFITS = (
+_CONFIG_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -177,7 +178,7 @@ def to_model_config(architecture: Architecture) -> HolisticVLMConfig:
     return HolisticVLMConfig(**architecture.values, architectures=["HolisticVLM"])
 
 
-def own_model_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
+def native_model_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
     """The config of a folder that mmmamba wrote, `raw` having passed `own.to_architecture`.
 
     Raises `CheckpointError` for fields that transformers refuses.
@@ -190,7 +191,7 @@ def own_model_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
         # Code that lies in an exported folder is ours; what is made of it here goes without.
         known = {k: v for k, v in raw.items() if k not in EXPORTED_FIELDS}
         return HolisticVLMConfig.from_dict(known)
-    except (*_MISFITS, StrictDataclassError) as error:
+    except (*_CONFIG_ERRORS, StrictDataclassError) as error:
         raise CheckpointError(
-            f"{where} has fields that transformers cannot read as a model's config", REMEDY
+            f"{where} has fields that transformers cannot read as a model's config", HINT
         ) from error

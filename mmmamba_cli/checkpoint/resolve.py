@@ -13,17 +13,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mmmamba_cli.checkpoint.atomic import put_back, restore
+from mmmamba_cli.checkpoint.atomic import restore_hint, restore_interrupted
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.plugins import entry_points
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?")
 # The Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
-SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]+)")
+HUB_SNAPSHOT_PATH = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]+)")
 # Names with these endings are files, whether they are there or not.
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json")
-WEIGHTS, OLD_WEIGHTS = "*.safetensors", "*.bin"
-COMPANIONS = ("*.json", "*.model", "*.jinja")
+SAFETENSORS_PATTERN, PICKLE_PATTERN = "*.safetensors", "*.bin"
+SIDECAR_PATTERNS = ("*.json", "*.model", "*.jinja")
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -36,7 +36,7 @@ def is_hub_id(name: str | Path) -> bool:
     return not Path(text).exists() and not Path(match[1]).is_dir()
 
 
-def fetched(name: str | Path) -> Path:
+def download_from_hub(name: str | Path) -> Path:
     """A path on this disk: the one given, or the folder a repository was downloaded to.
 
     Configs, tokenizers and weights are fetched, PyTorch files only where there are no safetensors,
@@ -50,17 +50,17 @@ def fetched(name: str | Path) -> Path:
 
 def hub_name(path: str | Path) -> str | None:
     """`OWNER/NAME@COMMIT` of a folder in the Hub's cache, None for any other path."""
-    match = SNAPSHOT.search(Path(path).as_posix())
+    match = HUB_SNAPSHOT_PATH.search(Path(path).as_posix())
     return None if match is None else f"{match[1]}/{match[2]}@{match[3][:12]}"
 
 
 def _download(repository: str, revision: str | None) -> Path:
     try:
-        folder = _snapshot(repository, revision, WEIGHTS)
-        if not any(folder.glob(WEIGHTS)):
-            folder = _snapshot(repository, revision, OLD_WEIGHTS)
+        folder = _snapshot(repository, revision, SAFETENSORS_PATTERN)
+        if not any(folder.glob(SAFETENSORS_PATTERN)):
+            folder = _snapshot(repository, revision, PICKLE_PATTERN)
     except (OSError, ValueError) as error:
-        raise CheckpointError(*_refusal(repository, revision, error)) from error
+        raise CheckpointError(*_download_error(repository, revision, error)) from error
     return folder
 
 
@@ -71,14 +71,14 @@ def _snapshot(repository: str, revision: str | None, weights: str) -> Path:
         huggingface_hub.snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=[*COMPANIONS, weights],
+            allow_patterns=[*SIDECAR_PATTERNS, weights],
             # Folders inside a repository hold other formats of the model, or training states.
             ignore_patterns=["*/*"],
         )
     )
 
 
-def _refusal(repository: str, revision: str | None, error: Exception) -> tuple[str, str]:
+def _download_error(repository: str, revision: str | None, error: Exception) -> tuple[str, str]:
     """A sentence and a hint. What the Hub itself says is left out: it may quote the request."""
     from huggingface_hub import errors
 
@@ -101,53 +101,53 @@ def _refusal(repository: str, revision: str | None, error: Exception) -> tuple[s
     )
 
 
-MODELS = "mmmamba.models"
+MODELS_GROUP = "mmmamba.models"
 
 
 def shipped_models() -> dict[str, Path]:
     """Folders by name of the models that are installed, the project's own first."""
     folders: dict[str, Path] = {}
-    for _, load in entry_points(MODELS):
+    for _, load in entry_points(MODELS_GROUP):
         found = load()
         for name, folder in (found() if callable(found) else found).items():
             folders.setdefault(name, Path(folder))
     return folders
 
 
-def located(name: str | Path) -> Path:
+def resolve_path(name: str | Path) -> Path:
     """A path on this disk: the one given, a shipped model's folder, or what the Hub had.
 
     A folder that a killed command has left set aside is put back first. Raises `CheckpointError` if
     there is no such thing, naming the models that ship.
     """
     path = Path(name).expanduser()
-    if _is_there(path):
+    if _exists(path):
         return path
-    hidden = restore(path)
-    if _is_there(path):
+    hidden = restore_interrupted(path)
+    if _exists(path):
         return path
     if hidden is not None:
         raise CheckpointError(
-            f"{path} was being replaced and is kept as {hidden}", put_back(hidden)
+            f"{path} was being replaced and is kept as {hidden}", restore_hint(hidden)
         )
     if is_hub_id(name):
-        return fetched(name)
+        return download_from_hub(name)
     shipped = shipped_models()
     if str(name) in shipped:
         return shipped[str(name)]
-    raise CheckpointError(f"{path} does not exist", _remedy(path, shipped))
+    raise CheckpointError(f"{path} does not exist", _missing_path_hint(path, shipped))
 
 
-def public_name_of(path: str | Path) -> str | None:
+def public_model_name(path: str | Path) -> str | None:
     """What a folder is called elsewhere too: its name on the Hub, or that of a shipped model."""
     known = hub_name(path)
     if known is not None:
         return known
     shipped = shipped_models().items()
-    return next((name for name, folder in shipped if _is_same(folder, Path(path))), None)
+    return next((name for name, folder in shipped if _same_folder(folder, Path(path))), None)
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
@@ -155,14 +155,14 @@ def _is_there(path: Path) -> bool:
         return True
 
 
-def _is_same(one: Path, other: Path) -> bool:
+def _same_folder(one: Path, other: Path) -> bool:
     try:
         return one.resolve() == other.resolve()
     except OSError:
         return False
 
 
-def _remedy(path: Path, shipped: dict[str, Path]) -> str:
+def _missing_path_hint(path: Path, shipped: dict[str, Path]) -> str:
     if not shipped or path.name.endswith(FILE_SUFFIXES):
         return "check the path"
     return f"check the path, or give a model that ships: {', '.join(shipped)}"

@@ -42,11 +42,11 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-DTYPE_NAMES = {element: name for name, element in DTYPES.items()}
+DTYPE_NAMES = {dtype_name: name for name, dtype_name in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 64  # PyTorch's own limit
-AGAIN = "download or copy it again"
+DOWNLOAD_AGAIN = "download or copy it again"
 
 # A private mapping may be written to without touching the file, which keeps a slip from crashing;
 # without NORESERVE the kernel would want as much free memory as the file is large.
@@ -103,7 +103,7 @@ def build_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]
         end = start + info.nbytes
         places[name] = start
         entries[name] = {
-            "dtype": DTYPE_NAMES[info.element],
+            "dtype": DTYPE_NAMES[info.dtype_name],
             "shape": list(info.shape),
             "data_offsets": [start, end],
         }
@@ -131,30 +131,30 @@ def parse_json(text: bytes, where: str) -> Any:
             text.decode(), object_pairs_hook=refuse_repeats, parse_constant=refuse_constant
         )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON", AGAIN) from error
+        raise CheckpointError(f"{where} is not valid JSON", DOWNLOAD_AGAIN) from error
 
 
 def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[int, dict[str, Any]]:
     """Return where the data starts and the header. Allocates only what the file really holds."""
     if size == 0:
-        raise CheckpointError(f"{path} is empty, expected a safetensors file", AGAIN)
+        raise CheckpointError(f"{path} is empty, expected a safetensors file", DOWNLOAD_AGAIN)
     if size < 8:
-        raise CheckpointError(f"{path} ends within its first 8 bytes", AGAIN)
+        raise CheckpointError(f"{path} ends within its first 8 bytes", DOWNLOAD_AGAIN)
     (length,) = struct.unpack("<Q", file.read(8))
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path} announces a header of {length} bytes, more than the "
             f"{MAX_HEADER_BYTES} allowed: it is damaged or not a safetensors file",
-            AGAIN,
+            DOWNLOAD_AGAIN,
         )
     if length > size - 8:
         raise CheckpointError(
             f"{path} ends within its header: it announces {length} bytes, {size - 8} are there",
-            AGAIN,
+            DOWNLOAD_AGAIN,
         )
     header = parse_json(file.read(length), f"the header of {path}")
     if not isinstance(header, dict):
-        raise CheckpointError(f"the header of {path} is not a table of tensors", AGAIN)
+        raise CheckpointError(f"the header of {path} is not a table of tensors", DOWNLOAD_AGAIN)
     return 8 + length, header
 
 
@@ -164,7 +164,7 @@ def _read_entries(
     """Check every entry; return descriptions and offsets in the order of the data."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"the header of {path} has metadata that is not text", AGAIN)
+        raise CheckpointError(f"the header of {path} has metadata that is not text", DOWNLOAD_AGAIN)
     infos: dict[str, TensorInfo] = {}
     ranges: dict[str, tuple[int, int]] = {}
     for name, entry in header.items():
@@ -173,7 +173,9 @@ def _read_entries(
             infos[name], ranges[name] = _read_entry(entry)
         except ValueError as error:
             problem = error if not isinstance(error, UnicodeError) else "its name is not UTF-8"
-            raise CheckpointError(f"{path}: tensor {quoted(name)}: {problem}", AGAIN) from error
+            raise CheckpointError(
+                f"{path}: tensor {quoted(name)}: {problem}", DOWNLOAD_AGAIN
+            ) from error
     ordered = sorted(ranges, key=lambda name: ranges[name])
     end = 0
     for name in ordered:
@@ -182,14 +184,14 @@ def _read_entries(
             raise CheckpointError(
                 f"{path}: tensor {quoted(name)} starts at byte {start} of the data where the one "
                 f"before it ends at {end}: tensors overlap or leave a gap",
-                AGAIN,
+                DOWNLOAD_AGAIN,
             )
         end = stop
     if end != data_bytes:
         raise CheckpointError(
             f"{path} holds {data_bytes} bytes of tensors, its header speaks of {end}: "
             f"{'it was cut off' if end > data_bytes else 'something was appended'}",
-            AGAIN,
+            DOWNLOAD_AGAIN,
         )
     return {name: infos[name] for name in ordered}, {name: ranges[name][0] for name in ordered}
 
@@ -198,18 +200,18 @@ def _read_entry(entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     """One tensor's description and its range of bytes. Raises `ValueError` saying what is wrong."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("expected dtype, shape and data_offsets, and nothing else")
-    element = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if element is None:
+    dtype_name = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype_name is None:
         raise ValueError(f"unknown dtype {quoted(entry['dtype'])}, known are {', '.join(DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _is_whole_numbers(shape) or len(shape) > MAX_DIMS:
         raise ValueError(f"shape {quoted(shape)} is not at most {MAX_DIMS} whole numbers")
     # An empty tensor may be given absurd other sizes; PyTorch multiplies them all.
-    if math.prod(max(size, 1) for size in shape) * ITEMSIZES[element] >= 2**63:
+    if math.prod(max(size, 1) for size in shape) * ITEMSIZES[dtype_name] >= 2**63:
         raise ValueError(f"shape {quoted(shape)} is too large")
     if not _is_whole_numbers(offsets) or len(offsets) != 2 or max(offsets) >= 2**63:
         raise ValueError(f"data_offsets {quoted(offsets)} are not two whole numbers")
-    info = TensorInfo(element, tuple(shape))
+    info = TensorInfo(dtype_name, tuple(shape))
     if offsets[1] - offsets[0] != info.nbytes:
         raise ValueError(
             f"data_offsets {quoted(offsets)} span {offsets[1] - offsets[0]} bytes, its shape and "

@@ -45,7 +45,7 @@ OPTION_DTYPES = ("bf16", "fp16", "fp32")
 class TensorInfo:
     """What is known of a tensor before it is read; `element` is torch's name of its dtype."""
 
-    element: str
+    dtype_name: str
     shape: tuple[int, ...]
 
     @classmethod
@@ -56,32 +56,32 @@ class TensorInfo:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype as torch's own object."""
-        return torch_dtype(self.element)
+        return torch_dtype(self.dtype_name)
 
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return ITEMSIZES[self.element]
+        return ITEMSIZES[self.dtype_name]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
 
 
-def torch_dtype(element: str) -> torch.dtype:
+def torch_dtype(dtype_name: str) -> torch.dtype:
     """torch's dtype of that name."""
     import torch
 
-    found: torch.dtype = getattr(torch, element)
+    found: torch.dtype = getattr(torch, dtype_name)
     return found
 
 
-def parse_element(name: str) -> str:
+def parse_dtype_name(name: str) -> str:
     """torch's name of a floating dtype, from that name or an alias. Raises `CheckpointError`."""
-    element = DTYPE_ALIASES.get(name, name)
-    if element not in ITEMSIZES or not element.lstrip("b").startswith("float"):
+    dtype_name = DTYPE_ALIASES.get(name, name)
+    if dtype_name not in ITEMSIZES or not dtype_name.lstrip("b").startswith("float"):
         raise CheckpointError(f"dtype {name!r} is not known, known are: {', '.join(OPTION_DTYPES)}")
-    return element
+    return dtype_name
 
 
 def quoted(name: object, limit: int = 120) -> str:

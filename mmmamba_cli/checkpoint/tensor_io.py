@@ -18,10 +18,10 @@ from mmmamba_cli.errors import CheckpointError
 CHUNK_BYTES = 4 << 20
 # Below the 32768 elements from which PyTorch splits an operation over its threads. Those wait for
 # each other at the end of every call, which beside our own threads costs many times the work.
-SERIAL_ELEMENTS = 30_000
+MAX_SERIAL_ELEMENTS = 30_000
 
 
-def slices(tensor: Tensor, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:
+def row_slices(tensor: Tensor, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:
     """Views of `tensor`, each of about `limit` bytes or less, together all of it in row order."""
     if tensor.is_contiguous():
         yield from tensor.reshape(-1).split(max(1, limit // tensor.dtype.itemsize))
@@ -31,12 +31,12 @@ def slices(tensor: Tensor, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:
         yield from tensor.split(rows)
     else:
         for row in tensor:
-            yield from slices(row, limit)
+            yield from row_slices(row, limit)
 
 
 def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """The tensor's elements as bytes in row order, without copying what is contiguous."""
-    for piece in slices(tensor.detach()):
+    for piece in row_slices(tensor.detach()):
         yield piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -45,10 +45,10 @@ def cast_chunks(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[memor
 
     Raises `CheckpointError` if a finite value becomes infinite in the new dtype.
     """
-    for piece in slices(tensor.detach(), SERIAL_ELEMENTS * tensor.dtype.itemsize):
+    for piece in row_slices(tensor.detach(), MAX_SERIAL_ELEMENTS * tensor.dtype.itemsize):
         converted = piece.to(dtype)
         if not _is_finite(converted) and _is_finite(piece):
-            raise _does_not_fit(name, dtype)
+            raise _overflow_error(name, dtype)
         yield from byte_chunks(converted)
 
 
@@ -61,11 +61,11 @@ def cast(
     """
     converted = tensor.to(device or tensor.device, dtype, copy=True)
     if dtype != tensor.dtype and not _is_finite(converted) and _is_finite(tensor):
-        raise _does_not_fit(name, dtype)
+        raise _overflow_error(name, dtype)
     return converted
 
 
-def _does_not_fit(name: str, dtype: torch.dtype) -> CheckpointError:
+def _overflow_error(name: str, dtype: torch.dtype) -> CheckpointError:
     return CheckpointError(
         f"tensor {quoted(name)} holds values that do not fit into "
         f"{str(dtype).removeprefix('torch.')}",
@@ -79,7 +79,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
     Any shape; dtypes without such values pass. Needs memory for one chunk only.
     """
     nans = infinities = 0
-    for piece in slices(tensor.detach(), SERIAL_ELEMENTS * tensor.dtype.itemsize):
+    for piece in row_slices(tensor.detach(), MAX_SERIAL_ELEMENTS * tensor.dtype.itemsize):
         if not _is_finite(piece):
             values = piece.float() if piece.dtype.itemsize == 1 else piece
             nans += int(values.isnan().sum())

@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from mmmamba_cli.checkpoint.name_map import MERGE, unwrapped_names
+from mmmamba_cli.checkpoint.name_map import MERGE_HINT, unwrapped_names
 from mmmamba_cli.checkpoint.safetensors_file import (
-    AGAIN,
+    DOWNLOAD_AGAIN,
     MAX_HEADER_BYTES,
     SafetensorsFile,
     parse_json,
@@ -20,15 +20,15 @@ from mmmamba_cli.errors import CheckpointError, name_some
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["safetensors", "pickle", "gguf"]
+FileFormat = Literal["safetensors", "pickle", "gguf"]
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX_SUFFIX = ".index.json"
 # peft's name of a file of adapter weights, less its suffix.
-ADAPTER = "adapter_model"
+ADAPTER_STEM = "adapter_model"
 # In the order in which transformers prefers them.
-FOLDER_NAMES = (
+WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -36,7 +36,7 @@ FOLDER_NAMES = (
 )
 
 
-class Reader(Protocol):
+class TensorReader(Protocol):
     """One opened file of tensors."""
 
     infos: dict[str, TensorInfo]
@@ -55,10 +55,13 @@ class TensorSource:
     """
 
     def __init__(
-        self, kind: Kind, readers: Mapping[Path, Reader], stored: Mapping[str, str] | None = None
+        self,
+        kind: FileFormat,
+        readers: Mapping[Path, TensorReader],
+        stored: Mapping[str, str] | None = None,
     ):
         """`stored` maps the names of the tensors to those in the files, where they differ."""
-        self.kind: Kind = kind
+        self.kind: FileFormat = kind
         self.files = tuple(readers)
         self._readers = tuple(readers.values())
         owner = {name: reader for reader in self._readers for name in reader.infos}
@@ -76,7 +79,7 @@ class TensorSource:
         reader, inside = self._owner[name]
         return reader.read(inside)
 
-    def leave_out(self, suffix: str) -> None:
+    def drop_suffix(self, suffix: str) -> None:
         """Forget tensors whose names end so: neither read nor asked for, they are not the model."""
         self._owner = {n: place for n, place in self._owner.items() if not n.endswith(suffix)}
         self.names = tuple(self._owner)
@@ -129,25 +132,25 @@ def open_source(path: str | Path) -> TensorSource:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if path.name.endswith(INDEX_SUFFIX):
         return _open_index(path)
-    return _checked(_kind_of(path), {path: _open_file(path)}, path)
+    return _unwrapped_source(_kind_of(path), {path: _open_file(path)}, path)
 
 
 def _find_in_folder(folder: Path) -> Path:
-    for name in FOLDER_NAMES:
+    for name in WEIGHT_FILES:
         if (folder / name).exists():
             return folder / name
     weights = sorted(path.name for path in folder.iterdir() if _has_known_suffix(path))
     if not weights:
         raise CheckpointError(
-            f"{folder} holds no checkpoint, looked for {', '.join(FOLDER_NAMES)}",
+            f"{folder} holds no checkpoint, looked for {', '.join(WEIGHT_FILES)}",
             "give the folder or the file that holds the weights",
         )
-    adapters = [name for name in weights if Path(name).stem == ADAPTER]
+    adapters = [name for name in weights if Path(name).stem == ADAPTER_STEM]
     if adapters == weights:
-        raise CheckpointError(f"{folder} holds a peft adapter: {name_some(adapters)}", MERGE)
+        raise CheckpointError(f"{folder} holds a peft adapter: {name_some(adapters)}", MERGE_HINT)
     raise CheckpointError(
         f"{folder} holds {name_some(weights)} and no index that says which of them belong together",
-        f"give one file, or add its {FOLDER_NAMES[1]}",
+        f"give one file, or add its {WEIGHT_FILES[1]}",
     )
 
 
@@ -155,7 +158,7 @@ def _has_known_suffix(path: Path) -> bool:
     return path.suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
 
 
-def _kind_of(path: Path) -> Kind:
+def _kind_of(path: Path) -> FileFormat:
     if not _has_known_suffix(path):
         raise CheckpointError(
             f"{path} is of unknown kind, expected a folder, {SAFETENSORS_SUFFIX} or "
@@ -164,7 +167,7 @@ def _kind_of(path: Path) -> Kind:
     return "safetensors" if path.suffix == SAFETENSORS_SUFFIX else "pickle"
 
 
-def _open_file(path: Path) -> Reader:
+def _open_file(path: Path) -> TensorReader:
     # Anything but a regular file, a named pipe say, might keep us waiting for ever.
     if not path.is_file():
         raise CheckpointError(f"{path} is not a regular file")
@@ -177,7 +180,7 @@ def _open_file(path: Path) -> Reader:
 
 def _open_index(path: Path) -> TensorSource:
     weight_map = _read_index(path)
-    readers: dict[Path, Reader] = {}
+    readers: dict[Path, TensorReader] = {}
     owner: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         reader = _open_file(path.parent / shard)
@@ -194,19 +197,19 @@ def _open_index(path: Path) -> TensorSource:
         raise CheckpointError(
             f"{path} names tensors that are not in their shards: "
             f"{name_some(f'{quoted(name)} in {quoted(weight_map[name])}' for name in absent)}",
-            AGAIN,
+            DOWNLOAD_AGAIN,
         )
     unnamed = [name for name in owner if name not in weight_map]
     if unnamed:
         raise CheckpointError(
             f"{path} does not name {len(unnamed)} tensors that its shards hold: "
             f"{name_some(map(quoted, unnamed))}",
-            AGAIN,
+            DOWNLOAD_AGAIN,
         )
     kinds = {_kind_of(shard) for shard in readers}
     if len(kinds) > 1:
         raise CheckpointError(f"{path} mixes safetensors and PyTorch files")
-    return _checked(kinds.pop(), readers, path)
+    return _unwrapped_source(kinds.pop(), readers, path)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -221,9 +224,11 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map of tensor to file", AGAIN)
+        raise CheckpointError(f"{path} has no weight_map of tensor to file", DOWNLOAD_AGAIN)
     if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{path} has a weight_map whose files are not all names", AGAIN)
+        raise CheckpointError(
+            f"{path} has a weight_map whose files are not all names", DOWNLOAD_AGAIN
+        )
     shards = list(dict.fromkeys(weight_map.values()))
     outside = [shard for shard in shards if not _is_inside(shard)]
     if outside:
@@ -231,10 +236,11 @@ def _read_index(path: Path) -> dict[str, str]:
             f"{path} names files outside its folder, which are never read: "
             f"{name_some(map(quoted, outside))}"
         )
-    missing = [shard for shard in shards if not _is_there(path.parent / shard)]
+    missing = [shard for shard in shards if not _is_file(path.parent / shard)]
     if missing:
         raise CheckpointError(
-            f"{path} names shards that are missing: {name_some(map(quoted, missing))}", AGAIN
+            f"{path} names shards that are missing: {name_some(map(quoted, missing))}",
+            DOWNLOAD_AGAIN,
         )
     return weight_map
 
@@ -251,14 +257,16 @@ def _is_inside(shard: str) -> bool:
     )
 
 
-def _is_there(path: Path) -> bool:
+def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name too long, or not one the system can encode
         return False
 
 
-def _checked(kind: Kind, readers: Mapping[Path, Reader], path: Path) -> TensorSource:
+def _unwrapped_source(
+    kind: FileFormat, readers: Mapping[Path, TensorReader], path: Path
+) -> TensorSource:
     if not any(reader.infos for reader in readers.values()):
         raise CheckpointError(f"{path} holds no tensors")
     names = [name for reader in readers.values() for name in reader.infos]

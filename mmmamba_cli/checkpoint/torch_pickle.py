@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint.safetensors_file import AGAIN, DTYPE_NAMES
+from mmmamba_cli.checkpoint.safetensors_file import DOWNLOAD_AGAIN, DTYPE_NAMES
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo, quoted
 from mmmamba_cli.errors import CheckpointError, name_some
 
-NESTS = ("state_dict", "model_state_dict", "model")
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
 # What damaged input makes the unpickler and the zip reader raise; a pickle is a small program, and
 # a broken one fails in as many ways as programs do.
-_DAMAGE = (
+UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     ArithmeticError,
@@ -89,7 +89,7 @@ class PickleFile:
 
 def _load(path: Path, size: int) -> Any:
     if size == 0:
-        raise CheckpointError(f"{path} is empty, expected a PyTorch state dict", AGAIN)
+        raise CheckpointError(f"{path} is empty, expected a PyTorch state dict", DOWNLOAD_AGAIN)
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
@@ -99,8 +99,8 @@ def _load(path: Path, size: int) -> Any:
             # What it warns of, such as other pickle protocols, it then reads or refuses.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except _DAMAGE as error:
-        code = _code_in(path)
+    except UNPICKLING_ERRORS as error:
+        code = _find_code(path)
         if code:
             raise CheckpointError(
                 f"{path} holds code, which is never run here: it asks for {name_some(code)}",
@@ -108,7 +108,7 @@ def _load(path: Path, size: int) -> Any:
             ) from error
         raise CheckpointError(
             f"{path} is damaged, or is no state dict written by torch.save",
-            f"{AGAIN}, or write its tensors as safetensors: {_conversion(path)}",
+            f"{DOWNLOAD_AGAIN}, or write its tensors as safetensors: {_conversion(path)}",
         ) from error
 
 
@@ -141,7 +141,8 @@ def _check_zip(path: Path, size: int) -> None:
     beyond = [entry.filename for entry in entries if entry.header_offset + entry.file_size > size]
     if beyond:
         raise CheckpointError(
-            f"{path} has entries that reach beyond its end: {name_some(map(quoted, beyond))}", AGAIN
+            f"{path} has entries that reach beyond its end: {name_some(map(quoted, beyond))}",
+            DOWNLOAD_AGAIN,
         )
 
 
@@ -150,14 +151,14 @@ def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
     seen: set[int] = set()
     while isinstance(loaded, Mapping) and not any(isinstance(v, Tensor) for v in loaded.values()):
         seen.add(id(loaded))
-        nested = [loaded[nest] for nest in NESTS if isinstance(loaded.get(nest), Mapping)]
+        nested = [loaded[nest] for nest in STATE_DICT_KEYS if isinstance(loaded.get(nest), Mapping)]
         if not nested or id(nested[0]) in seen:
             break
         loaded = nested[0]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
             f"{path} holds one object of type {type(loaded).__name__}, expected a state dict "
-            f"(names to tensors), or one under {', '.join(NESTS)}"
+            f"(names to tensors), or one under {', '.join(STATE_DICT_KEYS)}"
         )
     return loaded
 
@@ -177,36 +178,39 @@ def _check_tensors(state: Mapping[Any, Any], size: int, path: Path) -> None:
     if other:
         raise CheckpointError(
             f"{path}: expected a state dict of tensors only, found {name_some(other)}",
-            f"save only the state dict, at the top level or under one of {', '.join(NESTS)}",
+            "save only the state dict, at the top level or under one of "
+            f"{', '.join(STATE_DICT_KEYS)}",
         )
     for name, tensor in state.items():
-        problem = _problem_of(name, tensor, size)
+        problem = _tensor_problem(name, tensor, size)
         if problem:
-            raise CheckpointError(f"{path}: tensor {quoted(name)} {problem}", AGAIN)
+            raise CheckpointError(f"{path}: tensor {quoted(name)} {problem}", DOWNLOAD_AGAIN)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in state.values()
     }
     if sum(storages.values()) > size:
-        raise CheckpointError(f"{path}: its tensors claim more bytes than the file holds", AGAIN)
+        raise CheckpointError(
+            f"{path}: its tensors claim more bytes than the file holds", DOWNLOAD_AGAIN
+        )
 
 
-def _problem_of(name: str, tensor: Tensor, size: int) -> str | None:
+def _tensor_problem(name: str, tensor: Tensor, size: int) -> str | None:
     if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
         return "has a name that is not UTF-8"
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
         return "is sparse, nested or quantized, expected a plain one"
     if tensor.device.type != "cpu":
         return "comes without data"
-    element = str(tensor.dtype).removeprefix("torch.")
-    if element not in DTYPE_NAMES:
-        return f"has unknown dtype {element}, known are {', '.join(DTYPE_NAMES)}"
+    dtype_name = str(tensor.dtype).removeprefix("torch.")
+    if dtype_name not in DTYPE_NAMES:
+        return f"has unknown dtype {dtype_name}, known are {', '.join(DTYPE_NAMES)}"
     if tensor.nbytes > size:
         return f"claims {tensor.nbytes} bytes, the file has {size}"
     return None
 
 
-def _code_in(path: Path) -> list[str]:
+def _find_code(path: Path) -> list[str]:
     """Globals that the pickles in a file ask for beyond those of a state dict, without loading."""
     found: dict[str, None] = {}
     try:
@@ -219,7 +223,7 @@ def _code_in(path: Path) -> list[str]:
         else:
             with path.open("rb") as file:
                 _find_globals(file.read(_SCAN_BYTES), found, pickles=_OLD_FORMAT_PICKLES)
-    except _DAMAGE:
+    except UNPICKLING_ERRORS:
         pass  # damaged after this point; what was found so far stands
     return list(found)
 

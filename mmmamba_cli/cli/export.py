@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mmmamba_cli.checkpoint import Checkpoint
     from mmmamba_cli.evaluate.result import Result, RulePart
-    from mmmamba_cli.export import Exported, Score, Story
+    from mmmamba_cli.export import CardInfo, CardScore, ExportResult
     from mmmamba_cli.runs import Manifest, Run
 
 EVALS = "evals"
@@ -71,22 +71,28 @@ def command(
 ) -> None:
     """Write a model in another layout, with a model card; all of it or nothing."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
-    from mmmamba_cli.export import Story, check_repository, export_checkpoint, layout_of, plan_of
+    from mmmamba_cli.export import (
+        CardInfo,
+        check_repository_id,
+        export_checkpoint,
+        make_layout,
+        planned_tensors,
+    )
     from mmmamba_cli.runs import Run
-    from mmmamba_cli.runs.provenance import manifest_beside
+    from mmmamba_cli.runs.provenance import find_manifest
 
     if model is not None and product is not None:
         raise RunError("--from and --model exclude each other", "give one of them")
     if push is not None:
-        check_repository(push)
+        check_repository_id(push)
     if model is not None:
         checkpoint = open_checkpoint(model)
-        story = Story(manifest_beside(checkpoint), licence=licence, title=title, base=base)
+        info = CardInfo(find_manifest(checkpoint), licence=licence, title=title, base=base)
     else:
         target = Run(run)
         name = product or target.record.current
         manifest = target.product(name)
-        story = Story(
+        info = CardInfo(
             manifest=manifest,
             lineage=tuple(reversed(list(_ancestors(target, manifest)))),
             scores=tuple(_scores(target, manifest)),
@@ -96,15 +102,17 @@ def command(
         )
         checkpoint = target.open_product(name)
     wanted = None if dtype is None else parse_dtype(dtype)
-    size = sum(info.nbytes for info in plan_of(layout_of(checkpoint, form, wanted)).values())
+    size = sum(
+        info.nbytes for info in planned_tensors(make_layout(checkpoint, form, wanted)).values()
+    )
     with (
         if_interrupted(f"nothing was written to {out}; repeat the command"),
         progress("exporting", size, "B") as advance,
     ):
         found = export_checkpoint(
-            checkpoint, form, out, story=story, dtype=wanted, overwrite=overwrite, advance=advance
+            checkpoint, form, out, info=info, dtype=wanted, overwrite=overwrite, advance=advance
         )
-    _warn(checkpoint, story)
+    _warn(checkpoint, info)
     with if_interrupted(
         f"the export in {out} is complete, its upload may not be; repeat it with --overwrite"
     ):
@@ -128,10 +136,10 @@ def _ancestors(run: Run, manifest: Manifest) -> Iterator[Manifest]:
         yield manifest
 
 
-def _scores(run: Run, manifest: Manifest) -> Iterator[Score]:
+def _scores(run: Run, manifest: Manifest) -> Iterator[CardScore]:
     """What `mmmamba eval` has found of just this product, its teacher's scores beside."""
     from mmmamba_cli.evaluate.result import find_results
-    from mmmamba_cli.export import Score
+    from mmmamba_cli.export import CardScore
 
     evaluated = find_results(run.folder / EVALS)
     for sentence in evaluated.left_out:
@@ -150,7 +158,7 @@ def _scores(run: Run, manifest: Manifest) -> Iterator[Score]:
             low, high = part.intervals.get(part.metric, (None, None))
             if value is None:
                 continue
-            yield Score(
+            yield CardScore(
                 suite=result.title,
                 rule=part.rule,
                 metric=part.metric,
@@ -174,20 +182,20 @@ def _of_teacher(taught: Sequence[Result], result: Result, part: RulePart) -> flo
     return None
 
 
-def _warn(checkpoint: Checkpoint, story: Story) -> None:
+def _warn(checkpoint: Checkpoint, info: CardInfo) -> None:
     if checkpoint.tokenizer_file is None:
         print_warning(f"{checkpoint.path} has no tokenizer: the export has none either")
-    if story.manifest is not None and story.manifest.final is False:
-        print_warning(f"{story.manifest.name} was never distilled end to end; its card says so")
+    if info.manifest is not None and info.manifest.final is False:
+        print_warning(f"{info.manifest.name} was never distilled end to end; its card says so")
 
 
 def _push(folder: Path, repository: str | None, private: bool) -> str | None:
-    from mmmamba_cli.export import push
+    from mmmamba_cli.export import push_to_hub
 
-    return None if repository is None else push(folder, repository, private=private)
+    return None if repository is None else push_to_hub(folder, repository, private=private)
 
 
-def _say(found: Exported, address: str | None, as_json: bool) -> None:
+def _say(found: ExportResult, address: str | None, as_json: bool) -> None:
     if as_json:
         print_json({**asdict(found), "folder": str(found.folder), "pushed": address})
         return

@@ -46,7 +46,7 @@ def command(
     Starts from the run's stage-2 student if there is one, else from the current product. Without
     --attn-layers or --layers the plan of the run's recipe is taken.
     """
-    from mmmamba_cli.hybridize import choose_parent, hybridize, planned_name
+    from mmmamba_cli.hybridize import choose_parent, hybridize, planned_product_name
     from mmmamba_cli.recipe import attention_layers, dump_recipe, parse_recipe
     from mmmamba_cli.runs import Run
 
@@ -59,7 +59,7 @@ def command(
         plan = _plan(attn_layers, layers, placement)
         recipe = parse_recipe(source.recipe, f"recipe of {source.name}", (), plan)
         chosen = attention_layers(recipe.layers, source.num_layers)
-        name = planned_name(recipe, chosen, source.num_layers)
+        name = planned_product_name(recipe, chosen, source.num_layers)
         size = _product_bytes(target, source)
         with progress("writing", size, "B") as advance:
             manifest = hybridize(

@@ -159,10 +159,11 @@ def _warn(teacher: Checkpoint) -> None:
 
 
 def _student_bytes(teacher: Checkpoint, recipe: Recipe, dtype: Any) -> int:
-    from mmmamba_cli.checkpoint import expected_tensors, tensor_plan
+    from mmmamba_cli.architecture import parameter_shapes
+    from mmmamba_cli.checkpoint import tensor_plan
     from mmmamba_cli.seed import student_config
 
-    shapes = expected_tensors(student_config(teacher.config, recipe))
+    shapes = parameter_shapes(student_config(teacher.config, recipe))
     kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
     return sum(info.nbytes for info in tensor_plan({**shapes, **kept}, dtype).values())
 
@@ -171,10 +172,10 @@ def _fidelity(run: Run, teacher: Checkpoint, file: Path | None) -> list[LayerFid
     """Measure, and keep the numbers beside the product's weights."""
     from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.runs import open_processor
-    from mmmamba_cli.seed import built_in, measure_fidelity, read_calibration
+    from mmmamba_cli.seed import built_in_calibration, measure_fidelity, read_calibration
 
     processor = open_processor(teacher)
-    batch = built_in(teacher.config, processor)
+    batch = built_in_calibration(teacher.config, processor)
     if file is not None:
         batch = read_calibration(file, processor)
     with progress("comparing mixers", teacher.config.num_hidden_layers, "layers") as advance:

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 def command(run: RunFolder = DEFAULT_RUN, as_json: AsJson = False) -> None:
     """Draw the run's lineage: its teacher, its products, and which one is current."""
-    from mmmamba_cli.checkpoint.atomic import put_back
+    from mmmamba_cli.checkpoint.atomic import restore_hint
     from mmmamba_cli.inspection import read_lineage
     from mmmamba_cli.runs import Run
 
     lineage = read_lineage(Run(run))
-    for name, hidden in Run(run).hidden_products().items():
+    for name, hidden in Run(run).interrupted_products().items():
         print_warning(f"product {name!r} was being replaced and is kept as {hidden}")
-        print_warning(put_back(hidden))
+        print_warning(restore_hint(hidden))
     if as_json:
         print_json(_record(lineage))
         return

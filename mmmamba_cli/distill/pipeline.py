@@ -15,7 +15,7 @@ from mmmamba_cli.distill.trainer import Stopped
 from mmmamba_cli.distill.training_state import data_digests
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.hybridize import hybridize, planned_name
+from mmmamba_cli.hybridize import hybridize, planned_product_name
 from mmmamba_cli.recipe import Recipe, Stage, attention_layers, dump_recipe
 from mmmamba_cli.runs import Manifest, Run
 
@@ -67,7 +67,7 @@ def _apply_plan(context: StageContext, product: Manifest) -> Manifest:
     layers = attention_layers(recipe.layers, product.num_layers)
     if not layers:
         return product
-    name = planned_name(recipe, layers, product.num_layers)
+    name = planned_product_name(recipe, layers, product.num_layers)
 
     def make() -> Manifest:
         known = run.products().get(name)

@@ -31,7 +31,7 @@ from mmmamba_cli.distill.training_state import (
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import Recipe, Stage
 from mmmamba_cli.runs import Manifest, Run
-from mmmamba_cli.runs.manifest import parse_model
+from mmmamba_cli.runs.manifest import read_json_as
 
 ATTEMPT_FILE = "attempt.json"
 OVERWRITE_FILE = "overwrite.json"
@@ -208,7 +208,7 @@ def _find_mismatch(product: Manifest, request: StageRequest) -> RunError | None:
 
 def _read_attempt(states: StateFolder) -> AttemptRecord | None:
     file = states.folder / ATTEMPT_FILE
-    return parse_model(file, AttemptRecord) if file.is_file() else None
+    return read_json_as(file, AttemptRecord) if file.is_file() else None
 
 
 class _OverwriteRecord(BaseModel):
@@ -232,7 +232,7 @@ class OverwriteLog:
         self._file = folder / OVERWRITE_FILE
         if restart:
             self.remove()
-        known = parse_model(self._file, _OverwriteRecord) if self._file.is_file() else None
+        known = read_json_as(self._file, _OverwriteRecord) if self._file.is_file() else None
         self._record = _OverwriteRecord(command=command)
         if known is not None and known.command == command:
             self._record = known

@@ -10,12 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import (
-    Checkpoint,
-    atomic_folder,
-    atomic_write_text,
-    expected_tensors,
-)
+from mmmamba_cli.architecture import parameter_shapes
+from mmmamba_cli.checkpoint import Checkpoint, atomic_folder, atomic_write_text
 from mmmamba_cli.data import StepLoader, open_corpus
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row, plot_losses, read_metrics
 from mmmamba_cli.distill.objective import build_objective
@@ -48,7 +44,7 @@ from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFol
 from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
-from mmmamba_cli.runs import Draft, Manifest, Parent, Run, open_processor, write_product
+from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, open_processor, write_product
 from mmmamba_cli.runs.product import check_product_folder
 
 TRAINING_FOLDER = "training"
@@ -152,7 +148,7 @@ def _train_stage(
     run, recipe, world, callbacks = context.run, context.recipe, context.world, context.callbacks
     stage, parent = request.stage, request.parent
     teacher, student = run.open_teacher(context.options.teacher), run.open_product(parent.name)
-    names = expected_tensors(student.config)
+    names = parameter_shapes(student.config)
     trainable = trainable_names(stage, student.config, names)
     lora_weights = lora_weight_names(stage, trainable, names)
     objective = build_objective(stage, student.config, trainable)
@@ -314,11 +310,11 @@ def _write_one(
     # A student that is distilled end to end is no longer "not yet distilled".
     notes = [n for n in parent.notes if not (final and n.startswith("not yet"))]
     unused = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
-    draft = Draft(
+    spec = ProductSpec(
         name=name,
         made_by="distill",
         config=student.config,
-        shapes={**expected_tensors(student.config), **unused},
+        shapes={**parameter_shapes(student.config), **unused},
         read=read,
         origin=student,
         dtype=getattr(torch, parent.dtype),
@@ -331,7 +327,7 @@ def _write_one(
         data=context.digests or {},
     )
     overwrite = output.plan.overwrite or note is not None
-    return context.world.run_on_main(lambda: write_product(context.run, draft, overwrite=overwrite))
+    return context.world.run_on_main(lambda: write_product(context.run, spec, overwrite=overwrite))
 
 
 def _gather_weights(output: _StageOutput) -> dict[str, Tensor]:

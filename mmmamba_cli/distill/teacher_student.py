@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mmmamba_cli.checkpoint import Checkpoint, expected_tensors, stored_dtype
+from mmmamba_cli.architecture import parameter_shapes
+from mmmamba_cli.checkpoint import Checkpoint, stored_dtype
 from mmmamba_cli.checkpoint.tensor_io import cast
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLM
@@ -61,8 +62,8 @@ def load_teacher_student(
 
     teacher_parameters: dict[str, nn.Parameter] = {}
     student_parameters: dict[str, nn.Parameter] = {}
-    in_student = expected_tensors(student.config)
-    for name in {**expected_tensors(teacher.config), **in_student}:
+    in_student = parameter_shapes(student.config)
+    for name in {**parameter_shapes(teacher.config), **in_student}:
         cast_tensor = None
         if name in teacher:
             cast_tensor = cast(teacher.read(name), stored_dtype(name, product_dtype), name)

@@ -37,7 +37,7 @@ from mmmamba_cli.evaluate.runner import Asked, Watch, ask_all
 from mmmamba_cli.evaluate.scoring import Tally, find_rule, versioned
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.evaluate.vlmeval_table import Table
-from mmmamba_cli.runs.manifest import command_line, now
+from mmmamba_cli.runs.manifest import command_line, utc_timestamp
 
 SEED = 0
 ENVIRONMENT = "LMUData"
@@ -330,7 +330,7 @@ def _write_timing(folder: Path, asked: Asked, seconds: float) -> None:
     import json
 
     timing = {
-        "finished": now(),
+        "finished": utc_timestamp(),
         "command": command_line(),
         "answered": asked.answered,
         "seconds": round(seconds, 3),

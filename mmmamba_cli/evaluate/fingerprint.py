@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mmmamba_cli.evaluate.images import Picture
-from mmmamba_cli.runs.manifest import versions
+from mmmamba_cli.runs.manifest import package_versions
 
 # The rooms of code that turn a row and a checkpoint into an answer.
 ROOMS = ("checkpoint", "evaluate", "inference", "model", "ops", "processing")
@@ -34,7 +34,7 @@ READERS = 8
 
 def answering_versions() -> dict[str, str]:
     """Versions of what asks and answers: mmmamba, Python and the libraries."""
-    found = versions()
+    found = package_versions()
     for name in LIBRARIES:
         try:
             found[name] = version(name)

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.checkpoint.atomic import entries
+from mmmamba_cli.checkpoint.atomic import folder_entries
 
-RECORD = "mmmamba_export.json"
-CARD = "README.md"
+RECORD_FILE = "mmmamba_export.json"
+CARD_FILE = "README.md"
 # Larger files are weights: compared by size, since hashing them takes as long as reading them.
-HASHED_BYTES = 16 << 20
+MAX_HASHED_BYTES = 16 << 20
 # Exports of earlier versions have no record; their card ends with this line.
-SIGNATURE = re.compile(r"^Written by mmmamba \S+\.$", re.MULTILINE)
-UNRECORDED = (
-    CARD,
+CARD_SIGNATURE = re.compile(r"^Written by mmmamba \S+\.$", re.MULTILINE)
+OLD_EXPORT_FILES = (
+    CARD_FILE,
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
@@ -50,23 +50,23 @@ def write_record(folder: Path, layout: str) -> None:
     """List the files of a finished export in it."""
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     record = {"format": 1, "mmmamba": __version__, "layout": layout, "files": files}
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def strangers(folder: Path) -> list[str]:
+def unrecorded_files(folder: Path) -> list[str]:
     """What lies in `folder` beside an export's own files as they were written.
 
     Everything, if the folder is no export.
     """
-    files = _recorded(folder)
+    files = _read_record(folder)
     if files is None:
-        card = folder / CARD
-        is_export = card.is_file() and SIGNATURE.search(_text(card)) is not None
-        known = UNRECORDED if is_export and (folder / "config.json").is_file() else ()
-        return [n for n in entries(folder) if not any(fnmatchcase(n, one) for one in known)]
+        card = folder / CARD_FILE
+        is_export = card.is_file() and CARD_SIGNATURE.search(_read_text(card)) is not None
+        known = OLD_EXPORT_FILES if is_export and (folder / "config.json").is_file() else ()
+        return [n for n in folder_entries(folder) if not any(fnmatchcase(n, one) for one in known)]
     found = []
-    for name in entries(folder):
-        if name == RECORD:
+    for name in folder_entries(folder):
+        if name == RECORD_FILE:
             continue
         if name not in files:
             found.append(name)
@@ -77,20 +77,20 @@ def strangers(folder: Path) -> list[str]:
 
 def _describe(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
-    if size > HASHED_BYTES:
+    if size > MAX_HASHED_BYTES:
         return {"bytes": size}
     return {"bytes": size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
-def _recorded(folder: Path) -> dict[str, Any] | None:
+def _read_record(folder: Path) -> dict[str, Any] | None:
     """The files that the record names; None without a record that can be read."""
     try:
-        value = json.loads((folder / RECORD).read_text(encoding="utf-8-sig"))
+        value = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8-sig"))
         files = value["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return files if isinstance(files, dict) else None
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8-sig", errors="replace")

@@ -13,12 +13,12 @@ from mmmamba_cli.checkpoint import Checkpoint, hovle, mmmamba_hf
 from mmmamba_cli.model import HolisticVLMConfig, StackConfig
 from mmmamba_cli.processing import HolisticVLMProcessor
 from mmmamba_cli.runs import open_processor
-from mmmamba_cli.runs.provenance import FIELD
+from mmmamba_cli.runs.provenance import PROVENANCE_FIELD
 
 # Repositories whose code reads these layouts; transformers takes it from there.
-HOVLE_CODE, RELEASED_CODE = "OpenGVLab/HoVLE", mmmamba_hf.CODE
+HOVLE_CODE, MMMAMBA_HF_CODE = "OpenGVLab/HoVLE", mmmamba_hf.CODE_REPOSITORY
 # What transformers writes about where a config came from, and code that would not be there.
-STRANGERS = ("_name_or_path", "_commit_hash", "auto_map", "dtype", FIELD)
+DROPPED_FIELDS = ("_name_or_path", "_commit_hash", "auto_map", "dtype", PROVENANCE_FIELD)
 
 
 def hovle_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
@@ -41,11 +41,11 @@ def hovle_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def released_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+def mmmamba_hf_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
     """The config of a published mmMamba; its architectures are plain strings, as published."""
     raw = _base(checkpoint)
     config = checkpoint.config
-    kinds = [mmmamba_hf.NAMES[kind] for kind in config.layer_types]
+    kinds = [mmmamba_hf.BLOCK_TYPES[kind] for kind in config.layer_types]
     first = config.num_embedding_layers
     raw["embedding_config"] |= {
         "model_type": mmmamba_hf.EMBEDDING_TYPE,
@@ -62,9 +62,9 @@ def released_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any
         "architectures": "mmMambaChatModel",
         "torch_dtype": _name(dtype),
         "auto_map": {
-            "AutoConfig": f"{RELEASED_CODE}--configuration_mmMamba_chat.mmMambaChatConfig",
-            "AutoModel": f"{RELEASED_CODE}--modeling_mmMamba_chat.mmMambaChatModel",
-            "AutoModelForCausalLM": f"{RELEASED_CODE}--modeling_mmMamba_chat.mmMambaChatModel",
+            "AutoConfig": f"{MMMAMBA_HF_CODE}--configuration_mmMamba_chat.mmMambaChatConfig",
+            "AutoModel": f"{MMMAMBA_HF_CODE}--modeling_mmMamba_chat.mmMambaChatModel",
+            "AutoModelForCausalLM": f"{MMMAMBA_HF_CODE}--modeling_mmMamba_chat.mmMambaChatModel",
         },
     }
 
@@ -72,16 +72,16 @@ def released_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any
 def _base(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields both layouts share, to be changed."""
     if checkpoint.raw_config.get("model_type") in (hovle.MODEL_TYPE, mmmamba_hf.MODEL_TYPE):
-        return without_strangers(checkpoint.raw_config)
+        return drop_local_fields(checkpoint.raw_config)
     return _from_ours(checkpoint)
 
 
-def without_strangers(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a teacher's config, down to its parts, less `STRANGERS`."""
+def drop_local_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a teacher's config, down to its parts, less `DROPPED_FIELDS`."""
     return {
-        key: without_strangers(value) if isinstance(value, dict) else copy.deepcopy(value)
+        key: drop_local_fields(value) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in raw.items()
-        if key not in STRANGERS
+        if key not in DROPPED_FIELDS
     }
 
 

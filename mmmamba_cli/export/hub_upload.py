@@ -10,14 +10,14 @@ from mmmamba_cli.errors import CheckpointError
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
-def check_repository(name: str) -> None:
+def check_repository_id(name: str) -> None:
     """Raise `CheckpointError` unless `name` is OWNER/NAME."""
     match = HUB_ID.fullmatch(name)
     if match is None or match[3] is not None:
         raise CheckpointError(f"{name!r} is no repository", "expected OWNER/NAME")
 
 
-def push(folder: Path, repository: str, *, private: bool = False) -> str:
+def push_to_hub(folder: Path, repository: str, *, private: bool = False) -> str:
     """Upload a folder as a model repository, made if it is not there; returns its address.
 
     The token is huggingface_hub's own. Raises `CheckpointError` if the Hub refuses or cannot be
@@ -26,7 +26,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
-    check_repository(repository)
+    check_repository_id(repository)
     try:
         place = huggingface_hub.create_repo(repository, private=private, exist_ok=True)
         huggingface_hub.upload_folder(

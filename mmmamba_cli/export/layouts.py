@@ -13,60 +13,60 @@ from typing import Any
 import torch
 
 from mmmamba_cli.checkpoint import Checkpoint, hovle, mmmamba_hf, stored_dtype
-from mmmamba_cli.checkpoint.name_map import Rule, rename
+from mmmamba_cli.checkpoint.name_map import TensorMapping, rename
 from mmmamba_cli.errors import CheckpointError, name_some
-from mmmamba_cli.export.foreign_config import hovle_config, released_config
+from mmmamba_cli.export.foreign_config import hovle_config, mmmamba_hf_config
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.model.config import INHERITED_FIELDS
 
-BODY = "model.text_embedding.weight"
+DTYPE_TENSOR = "model.text_embedding.weight"
 LANGUAGE_TOKENS = "unused.language_token_embedding.weight"
-HUB, RELEASED, HOVLE = "hub", "mmmamba-hf", "hovle"
-FORMATS = (HUB, RELEASED, HOVLE)
+HUB, MMMAMBA_HF, HOVLE = "hub", "mmmamba-hf", "hovle"
+FORMATS = (HUB, MMMAMBA_HF, HOVLE)
 # What the published code computes; ours knows more.
-PUBLISHED_SCALINGS = ("dynamic", "linear")
+PUBLISHED_ROPE_SCALINGS = ("dynamic", "linear")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint is written: `rules` read backwards, and the `config.json` (None: our own).
+    """How a checkpoint is written: a name map, and a `config.json` (None: the native one).
 
     `dtype` gives what a tensor under our name is kept in.
     """
 
     name: str
-    rules: list[Rule]
+    name_map: list[TensorMapping]
     config: dict[str, Any] | None
     dtype: Callable[[str], torch.dtype]
 
 
-def layout_of(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Layout:
+def make_layout(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Layout:
     """How `checkpoint` is written in format `name`; `dtype` None keeps every tensor's.
 
     Raises `CheckpointError` for an unknown format, or that names what the format cannot hold.
     """
     if name not in FORMATS:
         raise CheckpointError(f"format {name!r} is not known, known are: {', '.join(FORMATS)}")
-    body = dtype or checkpoint.dtype(BODY)
+    body = dtype or checkpoint.dtype(DTYPE_TENSOR)
     if name == HUB:
-        rules = [rename(key, key, shape) for key, shape in checkpoint.shapes.items()]
-        return Layout(name, rules, None, lambda key: stored_dtype(key, body))
-    problems = list(_not_held(checkpoint.config, name))
+        name_map = [rename(key, key, shape) for key, shape in checkpoint.shapes.items()]
+        return Layout(name, name_map, None, lambda key: stored_dtype(key, body))
+    problems = list(_unsupported_features(checkpoint.config, name))
     if problems:
         raise CheckpointError(
             f"format {name} cannot hold {checkpoint.path}: it has no {'; no '.join(problems)}",
             f"--format {HUB} holds everything",
         )
-    raw = (hovle_config if name == HOVLE else released_config)(checkpoint, body)
+    raw = (hovle_config if name == HOVLE else mmmamba_hf_config)(checkpoint, body)
     _check_config(checkpoint, raw, name)
-    table = (hovle if name == HOVLE else mmmamba_hf).rules(
+    table = (hovle if name == HOVLE else mmmamba_hf).name_map(
         raw, checkpoint.config, _written_names(checkpoint, raw)
     )
     _check_complete(checkpoint, table, name)
     return Layout(name, table, raw, lambda key: dtype or checkpoint.dtype(key))
 
 
-def _not_held(config: HolisticVLMConfig, name: str) -> Iterator[str]:
+def _unsupported_features(config: HolisticVLMConfig, name: str) -> Iterator[str]:
     """What the model has that HoVLE's layout, or the one derived from it, has no place for."""
     if config.vision is None or config.embedding is None:
         yield "place for a language model without vision"
@@ -93,7 +93,7 @@ def _not_held(config: HolisticVLMConfig, name: str) -> Iterator[str]:
         if stack.num_heads * stack.head_dim != config.hidden_size:
             yield f"head size other than hidden size / heads ({where} stack)"
         scaling = (stack.rope_scaling or {}).get("type")
-        if scaling not in (None, *PUBLISHED_SCALINGS):
+        if scaling not in (None, *PUBLISHED_ROPE_SCALINGS):
             yield f"RoPE scaling {scaling!r} ({where} stack)"
 
 
@@ -121,8 +121,8 @@ def _written_names(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Collection
     return () if same else None
 
 
-def _check_complete(checkpoint: Checkpoint, rules: list[Rule], name: str) -> None:
-    missing = [key for rule in rules for key in rule.ours if key not in checkpoint]
+def _check_complete(checkpoint: Checkpoint, name_map: list[TensorMapping], name: str) -> None:
+    missing = [key for mapping in name_map for key in mapping.native if key not in checkpoint]
     if missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks what format {name} keeps though no forward uses it: "

@@ -11,33 +11,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_name_of
+from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_model_name
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.export.hub_upload import check_repository
-from mmmamba_cli.export.layouts import HOVLE, HUB, RELEASED
+from mmmamba_cli.export.hub_upload import check_repository_id
+from mmmamba_cli.export.layouts import HOVLE, HUB, MMMAMBA_HF
 from mmmamba_cli.model import LINEAR
 from mmmamba_cli.runs import Manifest
 from mmmamba_cli.runs.provenance import (
-    PUBLISHED,
+    PUBLISHED_NOTE,
     provenance_of,
-    public_command,
-    public_name,
-    public_recipe,
-    public_text,
-    public_value,
+    redact_command,
+    redact_path,
+    redact_recipe,
+    redact_text,
+    redact_value,
 )
 
-TITLES = {
+FORMAT_TITLES = {
     HUB: "mmmamba's own layout, with the code that reads it",
-    RELEASED: "the layout mmMamba was published in",
+    MMMAMBA_HF: "the layout mmMamba was published in",
     HOVLE: "HoVLE's layout",
 }
-LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]*")
-METHOD = "arxiv:2502.13145"
+LICENCE_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+PAPER_TAG = "arxiv:2502.13145"
 
 
 @dataclass(frozen=True)
-class Score:
+class CardScore:
     """A suite's headline number by one rule; `low` and `high` bound it at `level`."""
 
     suite: str
@@ -55,7 +55,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Story:
+class CardInfo:
     """What the card tells beside the tensors; `lineage` are the product's ancestors, oldest first.
 
     `manifest` is None for a checkpoint that is no product. Raises `CheckpointError` for a licence,
@@ -64,64 +64,66 @@ class Story:
 
     manifest: Manifest | None = None
     lineage: tuple[Manifest, ...] = ()
-    scores: tuple[Score, ...] = ()
+    scores: tuple[CardScore, ...] = ()
     licence: str | None = None
     title: str | None = None
     # The teacher's repository on the Hub, OWNER/NAME.
     base: str | None = None
 
     def __post_init__(self) -> None:
-        if self.licence is not None and LICENCE.fullmatch(self.licence) is None:
+        if self.licence is not None and LICENCE_NAME.fullmatch(self.licence) is None:
             raise CheckpointError(
                 f"{self.licence!r} is no name of a licence", "expected one such as apache-2.0"
             )
         if self.title is not None and not self.title.isprintable():
             raise CheckpointError(f"{self.title!r} is no title", "give one line of text")
         if self.base is not None:
-            check_repository(self.base)
+            check_repository_id(self.base)
 
 
-def card_text(checkpoint: Checkpoint, name: str, dtype: str, parameters: int, story: Story) -> str:
+def card_text(
+    checkpoint: Checkpoint, name: str, dtype: str, parameters: int, info: CardInfo
+) -> str:
     """README.md of an export in format `name`."""
     config = checkpoint.config
-    title = story.title or public_name_of(checkpoint.path) or checkpoint.path.resolve().name
+    title = info.title or public_model_name(checkpoint.path) or checkpoint.path.resolve().name
     kept = config.attention_layers
     total = config.num_hidden_layers
     lines = [
-        *_front_matter(checkpoint, title, story),
+        *_front_matter(checkpoint, title, info),
         f"# {title}",
         "",
-        f"{_kind(kept, total)}. {parameters / 1e6:,.1f} M parameters in {dtype}, in "
-        f"{TITLES[name]}.",
-        *_honesty(checkpoint, story.manifest),
+        f"{_describe_layers(kept, total)}. {parameters / 1e6:,.1f} M parameters in {dtype}, in "
+        f"{FORMAT_TITLES[name]}.",
+        *_distillation_note(checkpoint, info.manifest),
         "",
-        *_use(checkpoint, name),
-        *_lineage(story),
-        *_scores(story.scores),
-        *_recipe(story.manifest),
+        *_usage_section(checkpoint, name),
+        *_lineage_section(info),
+        *_scores_section(info.scores),
+        *_recipe_section(info.manifest),
         f"Written by mmmamba {__version__}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def public_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manifest:
+def redact_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manifest:
     """The manifest of an exported product: paths shortened to names, wherever they stand."""
     parents = tuple(
-        parent.model_copy(update={"name": public_name(parent.name)}) for parent in manifest.parents
+        parent.model_copy(update={"name": redact_path(parent.name)}) for parent in manifest.parents
     )
     changes = {
         "parents": parents,
-        "command": public_command(manifest.command),
+        "command": redact_command(manifest.command),
         "dtype": dtype,
         "content_hash": content_hash,
-        "recipe": public_recipe(manifest.recipe),
-        "notes": tuple(map(public_text, manifest.notes)),
-        "metrics": public_value(manifest.metrics),
+        "recipe": redact_recipe(manifest.recipe),
+        "notes": tuple(map(redact_text, manifest.notes)),
+        "metrics": redact_value(manifest.metrics),
     }
     return manifest.model_copy(update=changes)
 
 
-def _kind(kept: Sequence[int], total: int) -> str:
+def _describe_layers(kept: Sequence[int], total: int) -> str:
     if not kept:
         return f"A linear model: Mamba-2 in all {total} layers"
     if len(kept) == total:
@@ -130,7 +132,7 @@ def _kind(kept: Sequence[int], total: int) -> str:
     return f"A hybrid: attention in layers {listed} of {total}, Mamba-2 in the others"
 
 
-def _front_matter(checkpoint: Checkpoint, title: str, story: Story) -> list[str]:
+def _front_matter(checkpoint: Checkpoint, title: str, info: CardInfo) -> list[str]:
     """The card's metadata; huggingface_hub writes it as the Hub reads it."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -144,15 +146,15 @@ def _front_matter(checkpoint: Checkpoint, title: str, story: Story) -> list[str]
             metric_name=f"{score.metric} by the rule {score.rule}",
             metric_value=round(score.value, 4),
         )
-        for score in story.scores
+        for score in info.scores
         if not score.partial
     ]
-    fields: dict[str, Any] = {"tags": ["mmmamba", METHOD]}
+    fields: dict[str, Any] = {"tags": ["mmmamba", PAPER_TAG]}
     if results:
         fields |= {"model_name": title, "eval_results": results}
     data = ModelCardData(
-        base_model=_base_model(story),
-        license=story.licence,
+        base_model=_base_model(info),
+        license=info.licence,
         library_name="transformers",
         pipeline_tag=task,
         **fields,
@@ -160,23 +162,23 @@ def _front_matter(checkpoint: Checkpoint, title: str, story: Story) -> list[str]
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _base_model(story: Story) -> str | None:
+def _base_model(info: CardInfo) -> str | None:
     """The teacher's repository on the Hub: as it was given, or that of the cache it came from.
 
     The Hub takes no other names, so that a teacher on a disk has none.
     """
-    if story.base is not None or story.manifest is None:
-        return story.base
-    first = (*story.lineage, story.manifest)[0]
+    if info.base is not None or info.manifest is None:
+        return info.base
+    first = (*info.lineage, info.manifest)[0]
     for role in ("teacher", "origin"):
         for parent in first.parents:
-            name = public_name(parent.name).partition("@")[0]
+            name = redact_path(parent.name).partition("@")[0]
             if parent.role == role and hub_name(parent.name) is not None:
                 return name
     return None
 
 
-def _honesty(checkpoint: Checkpoint, manifest: Manifest | None) -> list[str]:
+def _distillation_note(checkpoint: Checkpoint, manifest: Manifest | None) -> list[str]:
     """How far the model was distilled, where that needs saying."""
     if manifest is None and LINEAR not in checkpoint.config.layer_types:
         return []
@@ -185,7 +187,7 @@ def _honesty(checkpoint: Checkpoint, manifest: Manifest | None) -> list[str]:
         return ["How far it was distilled is not known."]
     if known.final:
         return ["It was published as distilled end to end, which was not checked."] * (
-            PUBLISHED in known.notes
+            PUBLISHED_NOTE in known.notes
         )
     done = ", ".join(known.stages) or "none"
     return [
@@ -195,9 +197,9 @@ def _honesty(checkpoint: Checkpoint, manifest: Manifest | None) -> list[str]:
     ]
 
 
-def _use(checkpoint: Checkpoint, name: str) -> list[str]:
+def _usage_section(checkpoint: Checkpoint, name: str) -> list[str]:
     if name == HUB:
-        return ["## Use", "", "```python", *_program(checkpoint), "```", ""]
+        return ["## Use", "", "```python", *_usage_code(checkpoint), "```", ""]
     return [
         "## Use",
         "",
@@ -215,14 +217,14 @@ def _use(checkpoint: Checkpoint, name: str) -> list[str]:
 
 def _reading_notes(checkpoint: Checkpoint, name: str) -> Iterator[str]:
     scaled = [s for s in (checkpoint.config.embedding, checkpoint.config.language) if s]
-    if name == RELEASED and any(s.rope_scaling for s in scaled):
+    if name == MMMAMBA_HF and any(s.rope_scaling for s in scaled):
         yield (
             "That code leaves out the RoPE scaling of the attention layers that were kept, which "
             "matters beyond the trained length only."
         )
 
 
-def _program(checkpoint: Checkpoint) -> list[str]:
+def _usage_code(checkpoint: Checkpoint) -> list[str]:
     pictures = checkpoint.config.vision is not None
     auto = "AutoModelForImageTextToText" if pictures else "AutoModelForCausalLM"
     question = '"What is shown?", images=["picture.jpg"]' if pictures else '"Who are you?"'
@@ -239,14 +241,14 @@ def _program(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _lineage(story: Story) -> list[str]:
-    if story.manifest is None:
+def _lineage_section(info: CardInfo) -> list[str]:
+    if info.manifest is None:
         return []
-    chain = (*story.lineage, story.manifest)
+    chain = (*info.lineage, info.manifest)
     lines = ["## Lineage", ""]
     for parent in chain[0].parents:
         if parent.role in ("teacher", "origin"):
-            name = public_name(parent.name)
+            name = redact_path(parent.name)
             lines.append(f"- {parent.role}: {name} (`{parent.content_hash[:12]}`)")
     for manifest in chain:
         stages = ", ".join(manifest.stages) or "no stage done"
@@ -254,12 +256,12 @@ def _lineage(story: Story) -> list[str]:
             f"- {manifest.name}: {manifest.kind}, by {manifest.made_by}, {stages} "
             f"(`{manifest.content_hash[:12]}`)"
         )
-    notes = [f"- note: {public_text(note)}" for note in story.manifest.notes]
-    versions = ", ".join(f"{k} {v}" for k, v in story.manifest.versions.items())
+    notes = [f"- note: {redact_text(note)}" for note in info.manifest.notes]
+    versions = ", ".join(f"{k} {v}" for k, v in info.manifest.versions.items())
     return [*lines, *notes, *([f"- made with {versions}"] if versions else []), ""]
 
 
-def _scores(scores: Sequence[Score]) -> list[str]:
+def _scores_section(scores: Sequence[CardScore]) -> list[str]:
     if not scores:
         return []
     beside = any(score.teacher is not None for score in scores)
@@ -277,7 +279,7 @@ def _scores(scores: Sequence[Score]) -> list[str]:
     return [*lines, ""]
 
 
-def _recipe(manifest: Manifest | None) -> list[str]:
+def _recipe_section(manifest: Manifest | None) -> list[str]:
     if manifest is None:
         return []
-    return ["## Recipe", "", "```yaml", *public_recipe(manifest.recipe).splitlines(), "```", ""]
+    return ["## Recipe", "", "```yaml", *redact_recipe(manifest.recipe).splitlines(), "```", ""]

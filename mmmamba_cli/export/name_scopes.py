@@ -46,7 +46,7 @@ def bound_names(body: list[ast.stmt]) -> set[str]:
     return found
 
 
-def renaming(
+def rename_edits(
     tree: ast.Module,
     module: Bindings,
     imports: Callable[[ast.stmt], Bindings],
@@ -56,12 +56,12 @@ def renaming(
 
     `module` gives what each of its names stands for, `imports` what an import statement binds.
     """
-    walker = _Walker(module, imports, final)
+    walker = _RenameVisitor(module, imports, final)
     walker.visit(tree)
     yield from walker.edits
 
 
-class _Walker(ast.NodeVisitor):
+class _RenameVisitor(ast.NodeVisitor):
     def __init__(
         self,
         module: Bindings,
@@ -82,7 +82,7 @@ class _Walker(ast.NodeVisitor):
                 return names[name]
         return None
 
-    def _put(self, node: ast.AST, old: str, target: Target) -> None:
+    def _rename(self, node: ast.AST, old: str, target: Target) -> None:
         text = self._final(target)
         if text != old:
             self.edits.append(Edit(node, old, text))
@@ -93,51 +93,53 @@ class _Walker(ast.NodeVisitor):
             return
         if target[1] is None:
             raise ValueError(f"module {target[0]} is used as a value, as {node.id}")
-        self._put(node, node.id, target)
+        self._rename(node, node.id, target)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         value = node.value
         target = self._lookup(value.id) if isinstance(value, ast.Name) else None
         if isinstance(value, ast.Name) and target is not None and target[1] is None:
-            self._put(node, f"{value.id}.{node.attr}", (target[0], node.attr))
+            self._rename(node, f"{value.id}.{node.attr}", (target[0], node.attr))
         else:
             self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self._definition(node)
+        self._visit_function(node)
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
-        self._definition(node)
+        self._visit_function(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        self._named(node)
+        self._rename_definition(node)
         for part in (*node.decorator_list, *node.bases, *node.keywords):
             self.visit(part)
-        self._inside(self._bindings(node.body), True, node.body)
+        self._visit_scope(self._bindings(node.body), True, node.body)
 
     def visit_Lambda(self, node: ast.Lambda) -> None:
-        self._arguments(node.args)
-        self._inside(dict.fromkeys(_parameters(node.args)), False, [node.body])
+        self._visit_arguments(node.args)
+        self._visit_scope(dict.fromkeys(_parameters(node.args)), False, [node.body])
 
-    def _definition(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        self._named(node)
+    def _visit_function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self._rename_definition(node)
         for part in node.decorator_list:
             self.visit(part)
-        self._arguments(node.args)
+        self._visit_arguments(node.args)
         if node.returns is not None:
             self.visit(node.returns)
         names = {**dict.fromkeys(_parameters(node.args)), **self._bindings(node.body)}
         for inner in ast.walk(node):
             if isinstance(inner, ast.Global):
                 names = {name: found for name, found in names.items() if name not in inner.names}
-        self._inside(names, False, node.body)
+        self._visit_scope(names, False, node.body)
 
-    def _named(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
+    def _rename_definition(
+        self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    ) -> None:
         target = self._lookup(node.name)
         if target is not None:
-            self._put(node, node.name, target)
+            self._rename(node, node.name, target)
 
-    def _arguments(self, arguments: ast.arguments) -> None:
+    def _visit_arguments(self, arguments: ast.arguments) -> None:
         """Defaults and annotations, which belong to the scope around."""
         for part in (*arguments.defaults, *filter(None, arguments.kw_defaults)):
             self.visit(part)
@@ -156,7 +158,7 @@ class _Walker(ast.NodeVisitor):
                 waiting += ast.iter_child_nodes(node)
         return found
 
-    def _inside(self, names: Bindings, is_class: bool, body: Sequence[ast.AST]) -> None:
+    def _visit_scope(self, names: Bindings, is_class: bool, body: Sequence[ast.AST]) -> None:
         self._scopes.append((names, is_class))
         for part in body:
             self.visit(part)
@@ -165,7 +167,7 @@ class _Walker(ast.NodeVisitor):
     def _comprehension(self, node: Comprehensions) -> None:
         targets = [n for part in node.generators for n in ast.walk(part.target)]
         names: Bindings = {n.id: None for n in targets if isinstance(n, ast.Name)}
-        self._inside(names, False, list(ast.iter_child_nodes(node)))
+        self._visit_scope(names, False, list(ast.iter_child_nodes(node)))
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
 
@@ -179,12 +181,14 @@ def _parameters(arguments: ast.arguments) -> list[str]:
     return [argument.arg for argument in _all_arguments(arguments)]
 
 
-def apply(text: str, edits: list[Edit], lines_out: Mapping[int, tuple[int, str]]) -> str:
-    """The text with the edits made.
+def apply_edits(text: str, edits: list[Edit], replaced_lines: Mapping[int, tuple[int, str]]) -> str:
+    """Apply the edits to the source text.
 
-    `lines_out` maps the number of a first line to that of the last and what stands in their place.
+    `replaced_lines` maps the first line number of a replaced block to its last line number and its
+    replacement.
 
-    Raises `ValueError` where the text is not what the tree says, as inside f-strings before 3.12.
+    Raises `ValueError` where the text and the positions of the tree disagree, as they do inside
+    f-strings before Python 3.12.
     """
     lines = [line.encode() for line in text.splitlines()]
     spans = []
@@ -204,8 +208,8 @@ def apply(text: str, edits: list[Edit], lines_out: Mapping[int, tuple[int, str]]
     kept: list[str] = []
     row = 0
     while row < len(lines):
-        if row + 1 in lines_out:
-            row, replacement = lines_out[row + 1]
+        if row + 1 in replaced_lines:
+            row, replacement = replaced_lines[row + 1]
             kept += [replacement] if replacement else []
             continue
         kept.append(lines[row].decode())

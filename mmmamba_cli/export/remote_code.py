@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.export.name_scopes import Bindings, Target, apply, bound_names, renaming
+from mmmamba_cli.export.name_scopes import Bindings, Target, apply_edits, bound_names, rename_edits
 
 PACKAGE = "mmmamba_cli"
-ENTRIES = (
+ENTRY_MODULES = (
     f"{PACKAGE}.model.config",
     f"{PACKAGE}.model.modeling",
     f"{PACKAGE}.processing.processor",
@@ -35,14 +35,14 @@ CONFIGURATION, MODELING, PROCESSING = (
     "modeling_mmmamba",
     "processing_mmmamba",
 )
-ROOMS = (MODELING, PROCESSING, "mmmamba_ops")
+ROOM_FILES = (MODELING, PROCESSING, "mmmamba_ops")
 # What the code may import besides Python's own modules and itself; jinja2 comes with torch.
 DEPENDENCIES = frozenset(
     {"PIL", "jinja2", "numpy", "safetensors", "sentencepiece", "torch", "transformers"}
 )
 
 
-def bundled_files(entries: Iterable[str] = ENTRIES) -> dict[str, str]:
+def bundle_files(entries: Iterable[str] = ENTRY_MODULES) -> dict[str, str]:
     """File name to text: the modules that `entries` need, themselves included.
 
     Raises `ValueError`, which is our bug, for a module that imports more than `DEPENDENCIES`, and
@@ -108,8 +108,8 @@ def _collect(entries: Iterable[str]) -> dict[str, _Module]:
         module = _Module(name, source, ast.parse(source))
         _check_dependencies(name, module.tree)
         first = {id(node) for node in module.tree.body}
-        for node in _our_imports(module.tree):
-            needed = _needed(node)
+        for node in _package_imports(module.tree):
+            needed = _imported_module_names(node)
             if id(node) in first:
                 for one in needed:
                     add(one)
@@ -142,73 +142,78 @@ class _Bundle:
             for name, target in module.bindings.items()
             if target is None
         }
-        self._final: dict[Target, str] = {}
+        self._exported_names: dict[Target, str] = {}
         for name, holders in owners.items():
             # The one nearest to the top keeps the name.
             ordered = sorted(holders, key=lambda holder: (holder.count("."), holder))
             for place, holder in enumerate(ordered):
                 keeps = place == 0 and name not in foreign
-                self._final[(holder, name)] = name if keeps else _longer(name, holder)
-        if len(set(self._final.values())) != len(self._final):
+                self._exported_names[(holder, name)] = (
+                    name if keeps else _qualified_name(name, holder)
+                )
+        if len(set(self._exported_names.values())) != len(self._exported_names):
             raise ValueError("two modules' names cannot be told apart in the exported code")
         for name, held in self.files.items():
-            _check_foreign(name, held)
+            _check_third_party(name, held)
 
     def file_of(self, module: str) -> str:
         """The file that holds `module`: its room's, or one of its own.
 
         A room's file has annotations as text, so that a module that reads them has its own.
         """
-        if self._modules[module].reads_annotations and file_of(module) in ROOMS:
+        if self._modules[module].reads_annotations and file_of(module) in ROOM_FILES:
             return "_".join(["mmmamba", *module.split(".")[1:]])
         return file_of(module)
 
     def text(self, file: str) -> str:
         """One file: what it needs of others, then its modules."""
-        parts = [self._part(module, file) for module in self.files[file]]
+        parts = [self._module_text(module, file) for module in self.files[file]]
         needed: dict[str, set[str]] = defaultdict(set)
         for module in self.files[file]:
             for node in module.tree.body:
                 for target in self._targets(node):
                     if self.file_of(target[0]) != file:
-                        needed[self.file_of(target[0])].add(self.final(target))
+                        needed[self.file_of(target[0])].add(self.exported_name(target))
         for other in needed:
-            self._check_order(file, other)
+            self._check_no_cycle(file, other)
         plain = any(module.reads_annotations for module in self.files[file])
         return "\n".join(
             [
                 f"# Code of mmmamba {__version__}, written out by `mmmamba export`.",
                 "" if plain else "from __future__ import annotations\n",
-                *(_import(other, names) for other, names in sorted(needed.items())),
+                *(_import_line(other, names) for other, names in sorted(needed.items())),
                 *parts,
                 "",
             ]
         )
 
-    def final(self, target: Target) -> str:
+    def exported_name(self, target: Target) -> str:
         """What a thing is called in the exported code."""
         module, name = target
-        while (module, name) not in self._final:
+        while (module, name) not in self._exported_names:
             found = self._modules[module].bindings.get(name or "")
             if found is None or found[1] is None:
                 raise ValueError(f"{module} has no {name} that exported code could use")
             module, name = found
-        return self._final[(module, name)]
+        return self._exported_names[(module, name)]
 
-    def _part(self, module: _Module, file: str) -> str:
-        edits = list(renaming(module.tree, module.bindings, imported, self.final))
+    def _module_text(self, module: _Module, file: str) -> str:
+        edits = list(rename_edits(module.tree, module.bindings, imported, self.exported_name))
         out: dict[int, tuple[int, str]] = {}
-        for ours in _our_imports(module.tree):
-            out[ours.lineno] = (ours.end_lineno or ours.lineno, self._kept(ours, file))
+        for ours in _package_imports(module.tree):
+            out[ours.lineno] = (
+                ours.end_lineno or ours.lineno,
+                self._replacement_import(ours, file),
+            )
         for node in module.tree.body:
             future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
             listed = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             if future or listed:
                 out[node.lineno] = (node.end_lineno or node.lineno, "")
         place = module.name.replace(".", "/")
-        return f"\n# {place}\n{apply(module.source, edits, out)}"
+        return f"\n# {place}\n{apply_edits(module.source, edits, out)}"
 
-    def _kept(self, node: ast.ImportFrom, file: str) -> str:
+    def _replacement_import(self, node: ast.ImportFrom, file: str) -> str:
         """The statement that replaces an import of this package: none at module level."""
         if node.col_offset == 0:
             return ""
@@ -216,31 +221,31 @@ class _Bundle:
         others: dict[str, set[str]] = defaultdict(set)
         for target in self._targets(node):
             if self.file_of(target[0]) != file:
-                others[self.file_of(target[0])].add(self.final(target))
-        lines = [indent + _import(other, names) for other, names in sorted(others.items())]
+                others[self.file_of(target[0])].add(self.exported_name(target))
+        lines = [indent + _import_line(other, names) for other, names in sorted(others.items())]
         return "\n".join(lines) or f"{indent}pass"
 
     def _targets(self, node: ast.stmt) -> Iterator[Target]:
         """The names that an import of this package binds; of a module, those that are used."""
-        if not isinstance(node, ast.ImportFrom) or not _is_ours(node.module):
+        if not isinstance(node, ast.ImportFrom) or not _is_package_module(node.module):
             return
         for target in imported(node).values():
             assert target is not None
             if target[1] is not None:
-                yield self._home(target)
+                yield self._defining_module(target)
             else:
                 yield from ((target[0], name) for name in self._modules[target[0]].defined)
 
-    def _home(self, target: Target) -> Target:
+    def _defining_module(self, target: Target) -> Target:
         module, name = target
-        while (module, name) not in self._final:
+        while (module, name) not in self._exported_names:
             found = self._modules[module].bindings.get(name or "")
             if found is None:
                 raise ValueError(f"{module} has no {name} that exported code could use")
             module, name = found
         return module, name
 
-    def _check_order(self, file: str, other: str) -> None:
+    def _check_no_cycle(self, file: str, other: str) -> None:
         """Raise `ValueError` if `other` imports `file` in turn, when it is imported."""
         for module in self.files[other]:
             for node in module.tree.body:
@@ -248,7 +253,7 @@ class _Bundle:
                     raise ValueError(f"{file} and {other} would import each other: {module.name}")
 
 
-def _check_foreign(file: str, modules: Iterable[_Module]) -> None:
+def _check_third_party(file: str, modules: Iterable[_Module]) -> None:
     """Raise `ValueError` if two modules of a file mean different things by a name of others."""
     meant: dict[str, Any] = {}
     for module in modules:
@@ -259,7 +264,7 @@ def _check_foreign(file: str, modules: Iterable[_Module]) -> None:
                 if isinstance(node, ast.Import):
                     name = alias.asname or alias.name.partition(".")[0]
                     found = importlib.import_module(alias.name if alias.asname else name)
-                elif _is_ours(node.module) or node.module is None:
+                elif _is_package_module(node.module) or node.module is None:
                     continue
                 else:
                     name = alias.asname or alias.name
@@ -275,12 +280,12 @@ def _attribute(module: str, name: str) -> Any:
     return importlib.import_module(f"{module}.{name}")
 
 
-def _longer(name: str, module: str) -> str:
+def _qualified_name(name: str, module: str) -> str:
     suffix = "_".join(module.split(".")[2:] or module.split(".")[-1:])
     return f"{name}_{suffix.upper() if name.isupper() else suffix}"
 
 
-def _import(file: str, names: Iterable[str]) -> str:
+def _import_line(file: str, names: Iterable[str]) -> str:
     return f"from .{file} import {', '.join(sorted(names))}"
 
 
@@ -300,7 +305,7 @@ def imported(node: ast.stmt) -> Bindings:
     assert isinstance(node, ast.Import | ast.ImportFrom)
     if isinstance(node, ast.Import):
         return {alias.asname or alias.name.partition(".")[0]: None for alias in node.names}
-    if not _is_ours(node.module):
+    if not _is_package_module(node.module):
         return {alias.asname or alias.name: None for alias in node.names}
     assert node.module is not None
     modules = _imported_modules(node)
@@ -319,17 +324,17 @@ def _source(module: str) -> Path:
     return Path(spec.origin)
 
 
-def _our_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+def _package_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
+        if isinstance(node, ast.ImportFrom) and _is_package_module(node.module):
             yield node
 
 
-def _is_ours(module: str | None) -> bool:
+def _is_package_module(module: str | None) -> bool:
     return module is not None and module.partition(".")[0] == PACKAGE
 
 
-def _needed(node: ast.ImportFrom) -> list[str]:
+def _imported_module_names(node: ast.ImportFrom) -> list[str]:
     assert node.module is not None
     modules = _imported_modules(node)
     rest = [node.module] if len(modules) < len(node.names) else []
@@ -345,7 +350,7 @@ def _imported_modules(node: ast.ImportFrom) -> dict[str, str]:
     spec = importlib.util.find_spec(node.module)
     if spec is None or spec.submodule_search_locations is None:
         return {}
-    said = _names_taken_over(node.module)
+    said = _reexported_names(node.module)
     found = {}
     for alias in node.names:
         module = f"{node.module}.{alias.name}"
@@ -354,7 +359,7 @@ def _imported_modules(node: ast.ImportFrom) -> dict[str, str]:
     return found
 
 
-def _names_taken_over(package: str) -> set[str]:
+def _reexported_names(package: str) -> set[str]:
     """What a package takes over from its modules by name."""
     tree = ast.parse(_source(package).read_text(encoding="utf-8"))
     return {
@@ -371,7 +376,7 @@ def _check_dependencies(module: str, tree: ast.AST) -> None:
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-            if any(_is_ours(name) for name in names):
+            if any(_is_package_module(name) for name in names):
                 raise ValueError(f"{module} imports {names[0]} whole; import names from it")
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names = [node.module]

@@ -9,22 +9,31 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import OWN, SOURCE_CONFIG, Checkpoint, generation_config
-from mmmamba_cli.export.foreign_config import HOVLE_CODE, RELEASED_CODE, without_strangers
+from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, SOURCE_CONFIG, Checkpoint, generation_config
+from mmmamba_cli.export.foreign_config import HOVLE_CODE, MMMAMBA_HF_CODE, drop_local_fields
 from mmmamba_cli.export.layouts import HOVLE, HUB, Layout
-from mmmamba_cli.export.remote_code import CONFIGURATION, MODELING, PROCESSING, bundled_files
+from mmmamba_cli.export.remote_code import CONFIGURATION, MODELING, PROCESSING, bundle_files
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, HolisticVLMTokenizer
-from mmmamba_cli.runs import open_processor, write_companions
-from mmmamba_cli.runs.provenance import FIELD, Provenance, provenance_field, public_value
+from mmmamba_cli.runs import open_processor, write_model_files
+from mmmamba_cli.runs.provenance import PROVENANCE_FIELD, Provenance, provenance_field, redact_value
 
-GENERATION = "generation_config.json"
-CONFIG, PROCESSOR, TOKENIZER = "config.json", "processor_config.json", "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+CONFIG_FILE, PROCESSOR_FILE, TOKENIZER_FILE = (
+    "config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
 # What a teacher's tokenizer is made of.
-TOKENIZER_FILES = ("tokenizer.model", TOKENIZER, "added_tokens.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    TOKENIZER_FILE,
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 TOKENIZER_CLASS = "tokenization_internlm2.InternLM2Tokenizer"
 
 
-def write_beside(
+def write_sidecar_files(
     folder: Path,
     checkpoint: Checkpoint,
     layout: Layout,
@@ -33,29 +42,29 @@ def write_beside(
 ) -> None:
     """Everything but the weights and the card."""
     if layout.name == HUB:
-        _write_hub(folder, checkpoint, dtype)
+        _write_hub_files(folder, checkpoint, dtype)
     else:
         assert layout.config is not None
-        _write_json(folder / CONFIG, layout.config)
+        _write_json(folder / CONFIG_FILE, layout.config)
         generation_config(checkpoint).save_pretrained(folder)
         _write_foreign_tokenizer(
-            folder, checkpoint, HOVLE_CODE if layout.name == HOVLE else RELEASED_CODE
+            folder, checkpoint, HOVLE_CODE if layout.name == HOVLE else MMMAMBA_HF_CODE
         )
-    for name in (CONFIG, SOURCE_CONFIG, PROCESSOR, TOKENIZER):
+    for name in (CONFIG_FILE, SOURCE_CONFIG, PROCESSOR_FILE, TOKENIZER_FILE):
         if (folder / name).is_file():
             value = json.loads((folder / name).read_text(encoding="utf-8-sig"))
-            _write_json(folder / name, public_value(value))
-    _add_field(folder / CONFIG, FIELD, provenance_field(provenance))
+            _write_json(folder / name, redact_value(value))
+    _add_field(folder / CONFIG_FILE, PROVENANCE_FIELD, provenance_field(provenance))
 
 
-def _write_hub(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def _write_hub_files(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Our own layout, and code that reads it where this package is not installed."""
-    write_companions(folder, checkpoint.config, checkpoint, dtype)
-    _write_json(folder / SOURCE_CONFIG, without_strangers(checkpoint.raw_config))
-    own = checkpoint.path / GENERATION
-    if checkpoint.model_type == OWN and own.is_file():
-        shutil.copyfile(own, folder / GENERATION)
-    for name, text in bundled_files().items():
+    write_model_files(folder, checkpoint.config, checkpoint, dtype)
+    _write_json(folder / SOURCE_CONFIG, drop_local_fields(checkpoint.raw_config))
+    own = checkpoint.path / GENERATION_CONFIG
+    if checkpoint.model_type == NATIVE_MODEL_TYPE and own.is_file():
+        shutil.copyfile(own, folder / GENERATION_CONFIG)
+    for name, text in bundle_files().items():
         (folder / name).write_text(text, encoding="utf-8")
     model = f"{MODELING}.HolisticVLM"
     maps: dict[str, Any] = {
@@ -70,14 +79,14 @@ def _write_hub(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None
         kind = "HolisticTextProcessor" if is_text else "HolisticVLMProcessor"
         name = f"{PROCESSING}.{kind}"
         maps["AutoProcessor"] = name
-        _add_map(folder / PROCESSOR, {"AutoProcessor": name})
+        _add_auto_map(folder / PROCESSOR_FILE, {"AutoProcessor": name})
         if isinstance(processor.tokenizer, HolisticVLMTokenizer):
             tokenizer = [f"{PROCESSING}.HolisticVLMTokenizer", None]
-            _add_map(folder / TOKENIZER, {"AutoTokenizer": tokenizer})
-    _add_map(folder / CONFIG, maps)
+            _add_auto_map(folder / TOKENIZER_FILE, {"AutoTokenizer": tokenizer})
+    _add_auto_map(folder / CONFIG_FILE, maps)
 
 
-def _add_map(file: Path, entries: dict[str, Any]) -> None:
+def _add_auto_map(file: Path, entries: dict[str, Any]) -> None:
     _add_field(file, "auto_map", entries)
 
 
@@ -91,17 +100,19 @@ def _write_foreign_tokenizer(folder: Path, checkpoint: Checkpoint, code: str) ->
     file = checkpoint.tokenizer_file
     if file is None:
         return
-    if checkpoint.model_type == OWN:
-        _write_tokenizer(folder, checkpoint)
+    if checkpoint.model_type == NATIVE_MODEL_TYPE:
+        _convert_tokenizer(folder, checkpoint)
     else:
         for name in TOKENIZER_FILES:
             if file.with_name(name).is_file():
                 shutil.copyfile(file.with_name(name), folder / name)
-    if (folder / TOKENIZER).is_file():
-        _add_map(folder / TOKENIZER, {"AutoTokenizer": [f"{code}--{TOKENIZER_CLASS}", None]})
+    if (folder / TOKENIZER_FILE).is_file():
+        _add_auto_map(
+            folder / TOKENIZER_FILE, {"AutoTokenizer": [f"{code}--{TOKENIZER_CLASS}", None]}
+        )
 
 
-def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+def _convert_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     processor = open_processor(checkpoint)
     assert isinstance(processor, HolisticVLMProcessor)
     tokenizer = processor.tokenizer
@@ -116,7 +127,7 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     _write_json(folder / "special_tokens_map.json", {**named, "additional_special_tokens": special})
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     _write_json(
-        folder / TOKENIZER,
+        folder / TOKENIZER_FILE,
         {
             "tokenizer_class": TOKENIZER_CLASS.rpartition(".")[2],
             **named,

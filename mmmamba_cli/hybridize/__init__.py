@@ -3,9 +3,9 @@
 from mmmamba_cli.hybridize.attention_layers import (
     choose_parent,
     hybridize,
-    mixer_stages,
-    planned_name,
+    layer_stages,
+    planned_product_name,
     product_name,
 )
 
-__all__ = ["choose_parent", "hybridize", "mixer_stages", "planned_name", "product_name"]
+__all__ = ["choose_parent", "hybridize", "layer_stages", "planned_product_name", "product_name"]

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import Checkpoint, expected_tensors, parse_dtype
+from mmmamba_cli.architecture import parameter_shapes
+from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
 from mmmamba_cli.checkpoint.hashing import tensor_digest
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import Recipe, parse_recipe
-from mmmamba_cli.runs import Draft, Manifest, Parent, Run, write_product
+from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, write_product
 
-USUAL_PLACEMENT = "head-interleaved"
+DEFAULT_PLACEMENT = "head-interleaved"
 
 
-def mixer_stages(recipe: Recipe) -> tuple[str, ...]:
+def layer_stages(recipe: Recipe) -> tuple[str, ...]:
     """Names of the stages that come before the recipe's layer plan takes effect."""
     return tuple(stage.name for stage in recipe.stages if stage.layers == "all")
 
@@ -34,7 +35,7 @@ def choose_parent(run: Run, wanted: str | None = None) -> Manifest:
         p
         for p in run.products().values()
         if p.stages
-        and p.stages == mixer_stages(parse_recipe(p.recipe, f"recipe of {p.name}"))
+        and p.stages == layer_stages(parse_recipe(p.recipe, f"recipe of {p.name}"))
         and not p.attention_layers
     ]
     return ready[-1] if ready else run.product(run.record.current)
@@ -47,11 +48,11 @@ def product_name(layers: Sequence[int], num_layers: int, placed: bool) -> str:
     return f"hybrid-{len(layers)}" if placed else "hybrid-at-" + "-".join(map(str, layers))
 
 
-def planned_name(recipe: Recipe, layers: Sequence[int], num_layers: int) -> str:
+def planned_product_name(recipe: Recipe, layers: Sequence[int], num_layers: int) -> str:
     """`product_name` of the recipe's plan, with its placement where that is not the usual one."""
     plan = recipe.layers
     name = product_name(layers, num_layers, isinstance(plan.attention, int))
-    usual = not isinstance(plan.attention, int) or plan.placement == USUAL_PLACEMENT
+    usual = not isinstance(plan.attention, int) or plan.placement == DEFAULT_PLACEMENT
     return name if usual else f"{name}-{plan.placement}"
 
 
@@ -78,15 +79,15 @@ def hybridize(
             "name the product to start from with --from",
         )
     student = run.open_product(parent.name)
-    config = _with_layers(student.config, layers)
-    teacher = run.open_teacher(teacher_path) if _restored(student.config, config) else None
-    donors = _donors(run, parent, student, config)
+    config = _with_attention_layers(student.config, layers)
+    teacher = run.open_teacher(teacher_path) if _restored_layers(student.config, config) else None
+    donors = _mixer_donors(run, parent, student, config)
     kept = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
-    draft = Draft(
+    spec = ProductSpec(
         name=name,
         made_by="hybridize",
         config=config,
-        shapes={**expected_tensors(config), **kept},
+        shapes={**parameter_shapes(config), **kept},
         read=_reader(run, student, teacher, donors, config),
         origin=student,
         dtype=parse_dtype(parent.dtype),
@@ -98,28 +99,28 @@ def hybridize(
         stages=_stages_kept(parent),
         notes=("not yet distilled end to end",),
     )
-    manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
+    manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
     run.set_current(name)
     return manifest
 
 
 def _stages_kept(parent: Manifest) -> tuple[str, ...]:
     """Stages of the parent that still count: end to end it was distilled with other layers."""
-    before = mixer_stages(parse_recipe(parent.recipe, f"recipe of {parent.name}"))
+    before = layer_stages(parse_recipe(parent.recipe, f"recipe of {parent.name}"))
     return tuple(stage for stage in parent.stages if stage in before)
 
 
-def _with_layers(config: HolisticVLMConfig, layers: Sequence[int]) -> HolisticVLMConfig:
+def _with_attention_layers(config: HolisticVLMConfig, layers: Sequence[int]) -> HolisticVLMConfig:
     kinds = [ATTENTION if i in layers else LINEAR for i in range(config.num_hidden_layers)]
     return HolisticVLMConfig.from_dict({**config.to_dict(), "layer_types": kinds})
 
 
-def _restored(old: HolisticVLMConfig, new: HolisticVLMConfig) -> list[int]:
+def _restored_layers(old: HolisticVLMConfig, new: HolisticVLMConfig) -> list[int]:
     """Layers that are attention now and were not."""
     return [i for i in new.attention_layers if i not in old.attention_layers]
 
 
-def _donors(
+def _mixer_donors(
     run: Run, parent: Manifest, student: Checkpoint, config: HolisticVLMConfig
 ) -> dict[int, Checkpoint]:
     """For each layer that turns linear again, the nearest ancestor with a mixer for it."""
@@ -155,7 +156,7 @@ def _reader(
     donors: dict[int, Checkpoint],
     config: HolisticVLMConfig,
 ) -> Callable[[str], Tensor]:
-    restored = set(_restored(student.config, config))
+    restored = set(_restored_layers(student.config, config))
 
     def read(name: str) -> Tensor:
         layer = _mixer_layer(name)

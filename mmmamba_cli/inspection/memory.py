@@ -13,7 +13,7 @@ from mmmamba_cli.architecture import (
     cache_bytes,
     parameter_shapes,
 )
-from mmmamba_cli.checkpoint import Checkpoint, parse_element, stored_element
+from mmmamba_cli.checkpoint import Checkpoint, parse_dtype_name, stored_dtype_name
 from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES
 from mmmamba_cli.errors import DataError
 
@@ -42,7 +42,7 @@ class MemoryEstimate:
         return self.weights + self.state
 
 
-def memory_at(name: str, config: ModelShape, context: int, element: str) -> MemoryEstimate:
+def memory_at(name: str, config: ModelShape, context: int, dtype_name: str) -> MemoryEstimate:
     """Estimate the memory of a model at `context` tokens, loaded in `element` (a torch dtype name).
 
     The embedding stack is assumed to see as many columns as the language stack. This is too low
@@ -53,10 +53,10 @@ def memory_at(name: str, config: ModelShape, context: int, element: str) -> Memo
     """
     if context < 1:
         raise DataError(f"--context is {context}, expected at least 1 token")
-    cache = cache_bytes(config, 1, context, ITEMSIZES[element])
+    cache = cache_bytes(config, 1, context, ITEMSIZES[dtype_name])
     return MemoryEstimate(
         name,
-        weight_bytes(config, element),
+        weight_bytes(config, dtype_name),
         cache.kv_cache,
         cache.conv_state,
         cache.ssm_state,
@@ -76,19 +76,19 @@ def memory_of_checkpoint(
         CheckpointError: if `dtype` is not known.
     """
     config = checkpoint.architecture
-    element = checkpoint.info("model.text_embedding.weight").element
+    dtype_name = checkpoint.info("model.text_embedding.weight").dtype_name
     if dtype is not None:
-        element = parse_element(dtype)
-    estimates = [memory_at(name, config, context, element)]
+        dtype_name = parse_dtype_name(dtype)
+    estimates = [memory_at(name, config, context, dtype_name)]
     if estimates[0].linear_layers:
-        estimates.append(memory_at("all attention", all_attention(config), context, element))
+        estimates.append(memory_at("all attention", all_attention(config), context, dtype_name))
     return estimates
 
 
-def weight_bytes(config: ModelShape, element: str) -> int:
+def weight_bytes(config: ModelShape, dtype_name: str) -> int:
     """Bytes of all parameters of a model with this config; small parameters are fp32."""
     return sum(
-        prod(shape) * ITEMSIZES[stored_element(name, element)]
+        prod(shape) * ITEMSIZES[stored_dtype_name(name, dtype_name)]
         for name, shape in parameter_shapes(config).items()
     )
 

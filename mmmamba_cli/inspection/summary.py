@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture
-from mmmamba_cli.checkpoint import OWN, Checkpoint, hovle, llama_family, mmmamba_hf
+from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, Checkpoint, hovle, llama_family, mmmamba_hf
 from mmmamba_cli.checkpoint.name_map import Shape
 from mmmamba_cli.recipe import plan_kind
 
@@ -94,8 +94,8 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
     dtypes: dict[str, tuple[int, int]] = {}
     for name in source.names:
         info = source.info(name)
-        tensors, nbytes = dtypes.get(info.element, (0, 0))
-        dtypes[info.element] = (tensors + 1, nbytes + info.nbytes)
+        tensors, nbytes = dtypes.get(info.dtype_name, (0, 0))
+        dtypes[info.dtype_name] = (tensors + 1, nbytes + info.nbytes)
     tokenizer = checkpoint.tokenizer_file
     return CheckpointSummary(
         path=str(checkpoint.path),
@@ -123,7 +123,7 @@ def layout_name(model_type: str) -> str:
     if model_type in llama_family.MODEL_TYPES:
         return f"language model ({model_type})"
     names = {
-        OWN: "mmmamba",
+        NATIVE_MODEL_TYPE: "mmmamba",
         hovle.MODEL_TYPE: "HoVLE",
         mmmamba_hf.MODEL_TYPE: "mmMamba as published",
     }

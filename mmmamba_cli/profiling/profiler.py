@@ -46,7 +46,7 @@ from mmmamba_cli.profiling.subjects import (
 )
 from mmmamba_cli.profiling.throughput import search_batch_size
 from mmmamba_cli.profiling.timers import DeviceTimer, device_name, device_timer
-from mmmamba_cli.runs.manifest import command_line, now, versions
+from mmmamba_cli.runs.manifest import command_line, package_versions, utc_timestamp
 
 CPU_CONTEXTS = (1024, 2048, 4096, 8192)
 # Context length of the comparison in the mmMamba paper.
@@ -141,12 +141,12 @@ def profile(
     )
     return Profile(
         command=command_line(),
-        created=now(),
+        created=utc_timestamp(),
         compared=comparison(parts),
         device=_device_part(checked.device),
         dtype=str(checked.dtype).removeprefix("torch."),
         seed=plan.seed,
-        versions=versions(),
+        versions=package_versions(),
         plan=_plan_part(plan),
         notes=tuple(notes(subjects, plan, checked.device)),
         gate=checked.part(plan.check_lengths),

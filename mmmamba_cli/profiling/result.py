@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.profiling.interfaces import BASELINES, EAGER
-from mmmamba_cli.runs.manifest import parse_model
+from mmmamba_cli.runs.manifest import read_json_as
 
 PROFILE_FILE, PNG_FILE, SVG_FILE = "profile.json", "profile.png", "profile.svg"
 # Format 2 added floors, throughput, energy and launches.
@@ -300,4 +300,4 @@ def read_profile(file: Path) -> Profile:
     """Read `profile.json`. Raises `RunError` if it is missing or not a profile."""
     if not file.is_file():
         raise RunError(f"{file} is not there", "run mmmamba profile first")
-    return parse_model(file, Profile, FORMATS)
+    return read_json_as(file, Profile, FORMATS)

@@ -19,9 +19,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import (
     Checkpoint,
-    expected_tensors,
     hovle,
     open_checkpoint,
     pick_dtype,
@@ -74,7 +74,7 @@ class WeightStore:
 
         Models of one `family` share what they have in common, as teacher and student do.
         """
-        shapes = expected_tensors(config)
+        shapes = parameter_shapes(config)
         return self._model(config, family, lambda name: self._noise(name, shapes[name], seed))
 
     def _model(
@@ -83,7 +83,7 @@ class WeightStore:
         def build() -> HolisticVLM:
             with torch.device("meta"):
                 model = HolisticVLM(config)
-            for name in expected_tensors(config):
+            for name in parameter_shapes(config):
                 place, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(place), leaf, self._take(owner, name, read))
             if config.tie_word_embeddings:

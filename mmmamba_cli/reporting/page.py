@@ -39,7 +39,7 @@ from mmmamba_cli.reporting.provenance import (
 )
 from mmmamba_cli.reporting.run_contents import ModelResult, ReportData, parts_by_label
 from mmmamba_cli.reporting.scores import accuracy_section, examples_section
-from mmmamba_cli.runs.provenance import public_text
+from mmmamba_cli.runs.provenance import redact_text
 
 MARK = "mmmamba report"
 
@@ -228,7 +228,7 @@ def _final(value: bool | None) -> str | None:
 def _left_out(reasons: dict[str, str], remarks: Sequence[str]) -> Markup:
     items = [joined((tag("strong", f"{what}: "), f"{reason}")) for what, reason in reasons.items()]
     return section(
-        "left-out", "What is not on this page", listed([*items, *map(public_text, remarks)])
+        "left-out", "What is not on this page", listed([*items, *map(redact_text, remarks)])
     )
 
 

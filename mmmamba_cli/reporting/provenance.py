@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import PurePath
 
-from mmmamba_cli.checkpoint import public_name_of
+from mmmamba_cli.checkpoint import public_model_name
 from mmmamba_cli.reporting.html import Markup, joined, paragraph, section, table, tag
 from mmmamba_cli.reporting.run_contents import ReportData, RunContents
 from mmmamba_cli.runs import Manifest
-from mmmamba_cli.runs.provenance import public_command, public_name, public_recipe
+from mmmamba_cli.runs.provenance import redact_command, redact_path, redact_recipe
 
 HASH_DIGITS = 12
 
@@ -68,7 +68,7 @@ def _node(product: Manifest, run: RunContents) -> Markup:
 
 def teacher_name(path: str) -> str:
     """The public name of a teacher, or its folder's name, without its location on this machine."""
-    return public_name_of(path) or PurePath(public_name(path)).name or path
+    return public_model_name(path) or PurePath(redact_path(path)).name or path
 
 
 def _products(run: RunContents) -> Markup:
@@ -111,7 +111,7 @@ def _recipes(run: RunContents) -> Iterator[Markup]:
             yield tag(
                 "details",
                 summary,
-                tag("pre", tag("code", public_recipe(product.recipe)), tabindex=0),
+                tag("pre", tag("code", redact_recipe(product.recipe)), tabindex=0),
             )
 
 
@@ -142,7 +142,7 @@ def _commands(report: ReportData) -> Iterator[tuple[str, str]]:
     for one in report.comparisons:
         seen.setdefault(one.command, one.created)
     for command, when in seen.items():
-        yield _moment(when), public_command(command)
+        yield _moment(when), redact_command(command)
 
 
 def _moment(text: str) -> str:

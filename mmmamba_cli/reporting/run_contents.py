@@ -20,7 +20,7 @@ from mmmamba_cli.profiling import Profile, read_profile
 from mmmamba_cli.profiling.result import PROFILE_FILE
 from mmmamba_cli.recipe import Recipe, parse_recipe
 from mmmamba_cli.runs import TEACHER, Manifest, Run
-from mmmamba_cli.runs.manifest import parse_model
+from mmmamba_cli.runs.manifest import read_json_as
 from mmmamba_cli.runs.run import Teacher
 
 EVALS, PROFILES, COMPARISONS = "evals", "profile", "comparisons"
@@ -205,7 +205,7 @@ def read_comparisons(run: Path, remarks: list[str]) -> list[ExternalComparison]:
     found = []
     for file in sorted((run / COMPARISONS).glob("*.json")):
         try:
-            found.append(parse_model(file, ExternalComparison))
+            found.append(read_json_as(file, ExternalComparison))
         except MmmambaError as error:
             remarks.append(error.message)
     return found

@@ -10,14 +10,19 @@ from mmmamba_cli.runs.models import TEACHER, Named, open_named, path_name
 from mmmamba_cli.runs.run import Run, RunRecord, Teacher
 
 if TYPE_CHECKING:
-    from mmmamba_cli.runs.product import Draft, open_processor, write_companions, write_product
+    from mmmamba_cli.runs.product import (
+        ProductSpec,
+        open_processor,
+        write_model_files,
+        write_product,
+    )
 
 __all__ = [
     "TEACHER",
-    "Draft",
     "Manifest",
     "Named",
     "Parent",
+    "ProductSpec",
     "Run",
     "RunRecord",
     "Teacher",
@@ -25,7 +30,7 @@ __all__ = [
     "open_processor",
     "path_name",
     "read_manifest",
-    "write_companions",
+    "write_model_files",
     "write_product",
 ]
 
@@ -33,9 +38,9 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "product": (
-            "Draft",
+            "ProductSpec",
             "open_processor",
-            "write_companions",
+            "write_model_files",
             "write_product",
         ),
     },

@@ -83,7 +83,7 @@ class Manifest(BaseModel):
         return "distilled end to end" if self.final else "not distilled end to end"
 
 
-def now() -> str:
+def utc_timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
@@ -92,7 +92,7 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions that can change a result."""
     found = {"mmmamba": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "safetensors"):
@@ -105,14 +105,14 @@ def versions() -> dict[str, str]:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises `RunError` if the folder has no manifest, or one that cannot be read."""
-    return parse_model(folder / MANIFEST, Manifest)
+    return read_json_as(folder / MANIFEST, Manifest)
 
 
 def manifest_text(manifest: Manifest) -> str:
     return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
-def parse_model(file: Path, kind: type[Model], formats: Collection[int] = (FORMAT,)) -> Model:
+def read_json_as(file: Path, kind: type[Model], formats: Collection[int] = (FORMAT,)) -> Model:
     """A JSON file as `kind`. Raises `RunError` that names the file and the first thing wrong."""
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import (
-    OWN,
+    NATIVE_MODEL_TYPE,
     SOURCE_CONFIG,
     Checkpoint,
     ShardedWriter,
@@ -21,7 +21,7 @@ from mmmamba_cli.checkpoint import (
     generation_config,
     tensor_plan,
 )
-from mmmamba_cli.checkpoint.atomic import check_replaceable, files_beside
+from mmmamba_cli.checkpoint.atomic import check_replaceable, unlisted_files
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.processing import (
@@ -37,14 +37,14 @@ from mmmamba_cli.runs.manifest import (
     Parent,
     command_line,
     manifest_text,
-    now,
-    versions,
+    package_versions,
+    utc_timestamp,
 )
 from mmmamba_cli.runs.run import Run
 
 # Everything that mmmamba writes into a product's folder, and the tokenizer files of a teacher that
 # may be put beside it.
-FILES = (
+PRODUCT_FILES = (
     MANIFEST,
     SOURCE_CONFIG,
     "added_tokens.json",
@@ -72,7 +72,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Draft:
+class ProductSpec:
     """A product before it is written: what it is, and how to get each of its tensors."""
 
     name: str
@@ -94,63 +94,67 @@ class Draft:
 
 
 def write_product(
-    run: Run, draft: Draft, *, overwrite: bool = False, advance: Callable[[int], None] | None = None
+    run: Run,
+    spec: ProductSpec,
+    *,
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Write a product into the run, atomically. `advance` is told of bytes as they are written.
 
-    Tensors come one at a time from `draft.read` and are let go. The caller holds the run's lock.
+    Tensors come one at a time from `spec.read` and are let go. The caller holds the run's lock.
     Raises `RunError` if the product exists and `overwrite` is not given; `CheckpointError` if its
     folder holds files that are no product's, or a value does not fit into the product's dtype.
     """
-    target = run.product_folder(draft.name)
+    target = run.product_folder(spec.name)
     if target.exists() and not overwrite:
         raise RunError(
-            f"{run.folder} already has a product {draft.name!r}",
+            f"{run.folder} already has a product {spec.name!r}",
             "replace it with --overwrite, or choose another --run",
         )
-    plan = tensor_plan(draft.shapes, draft.dtype)
+    plan = tensor_plan(spec.shapes, spec.dtype)
 
     with atomic_folder(target, overwrite, check_product_folder) as folder:
         with ShardedWriter(folder, plan) as writer:
             for name, info in plan.items():
-                writer.write(name, draft.read(name), cast=True)
+                writer.write(name, spec.read(name), cast=True)
                 if advance is not None:
                     advance(info.nbytes)
             content_hash = writer.finish()
-        manifest = _manifest(draft, content_hash)
-        write_companions(folder, draft.config, draft.origin, draft.dtype)
+        manifest = _manifest(spec, content_hash)
+        write_model_files(folder, spec.config, spec.origin, spec.dtype)
         (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     return manifest
 
 
 def check_product_folder(folder: Path) -> None:
     """Raise `CheckpointError` if the folder of a product holds what mmmamba did not write."""
-    check_replaceable(folder, lambda found: files_beside(found, FILES), "mmmamba")
+    check_replaceable(folder, lambda found: unlisted_files(found, PRODUCT_FILES), "mmmamba")
 
 
-def _manifest(draft: Draft, content_hash: str) -> Manifest:
+def _manifest(spec: ProductSpec, content_hash: str) -> Manifest:
     return Manifest(
-        name=draft.name,
-        made_by=draft.made_by,
-        created=now(),
+        name=spec.name,
+        made_by=spec.made_by,
+        created=utc_timestamp(),
         command=command_line(),
         content_hash=content_hash,
-        parents=draft.parents(),
-        attention_layers=draft.config.attention_layers,
-        num_layers=draft.config.num_hidden_layers,
-        stages=draft.stages,
-        dtype=str(draft.dtype).removeprefix("torch."),
-        parameters=sum(prod(s) for n, s in draft.shapes.items() if not n.startswith("unused.")),
-        recipe=draft.recipe,
-        notes=draft.notes,
-        final=draft.final,
-        metrics=dict(draft.metrics),
-        data=dict(draft.data),
-        versions=versions(),
+        parents=spec.parents(),
+        attention_layers=spec.config.attention_layers,
+        num_layers=spec.config.num_hidden_layers,
+        stages=spec.stages,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        parameters=sum(prod(s) for n, s in spec.shapes.items() if not n.startswith("unused.")),
+        recipe=spec.recipe,
+        notes=spec.notes,
+        final=spec.final,
+        metrics=dict(spec.metrics),
+        data=dict(spec.data),
+        versions=package_versions(),
     )
 
 
-def write_companions(
+def write_model_files(
     folder: Path, config: HolisticVLMConfig, origin: Checkpoint, dtype: torch.dtype
 ) -> None:
     """What else transformers wants in a model folder, and the teacher's own config for exports.
@@ -176,7 +180,7 @@ def open_processor(checkpoint: Checkpoint) -> HolisticVLMProcessor | HolisticTex
     file = checkpoint.tokenizer_file
     if file is None:
         return None
-    if checkpoint.model_type == OWN:
+    if checkpoint.model_type == NATIVE_MODEL_TYPE:
         processor = processor_from_folder(file.parent)
         # Code that lies in an exported folder is ours; what is made of it here goes without.
         processor.tokenizer.init_kwargs.pop("auto_map", None)

@@ -16,85 +16,87 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.checkpoint import OWN, Checkpoint, mmmamba_hf, public_name_of
+from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, Checkpoint, mmmamba_hf, public_model_name
 from mmmamba_cli.errors import CheckpointError, RecipeError
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, read_manifest
 
-DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 # An absolute path within a sentence: up to the next space or quote. Not the slashes of an address.
-EMBEDDED = re.compile(r"(?<![\w:/.~\\-])(?:~?/|[A-Za-z]:\\|\.{1,2}/)[^\s'\"`,;()]*[^\s'\"`,;().:]")
+PATH_IN_TEXT = re.compile(
+    r"(?<![\w:/.~\\-])(?:~?/|[A-Za-z]:\\|\.{1,2}/)[^\s'\"`,;()]*[^\s'\"`,;().:]"
+)
 
 
-def public_name(text: str) -> str:
+def redact_path(text: str) -> str:
     """A path's last part, or the repository of a folder in the Hub's cache; other text as it is."""
-    known = public_name_of(text)
+    known = public_model_name(text)
     if known is not None:
         return known
     option, equals, value = text.partition("=")
     if equals and re.fullmatch(r"[\w.-]+", option):
-        return f"{option}={public_name(value)}"
-    if DRIVE.match(text):
+        return f"{option}={redact_path(value)}"
+    if WINDOWS_PATH.match(text):
         return PureWindowsPath(text).name or text
     if PurePath(text).is_absolute() or text.startswith((".", "~")):
         return PurePath(text).name or text
     return text
 
 
-def public_text(text: str) -> str:
+def redact_text(text: str) -> str:
     """A sentence whose paths are shortened to their last part."""
     if "\n" not in text and _is_path(text):
-        return public_name(text)
-    return EMBEDDED.sub(lambda found: public_name(found[0]), text)
+        return redact_path(text)
+    return PATH_IN_TEXT.sub(lambda found: redact_path(found[0]), text)
 
 
-def public_value(value: Any, shorten: Callable[[str], str] | None = None) -> Any:
+def redact_value(value: Any, shorten: Callable[[str], str] | None = None) -> Any:
     """A copy of JSON or YAML data with `shorten` applied to every string.
 
     By default strings that are a path as a whole are shortened, and no others: a chat template has
     slashes of its own.
     """
     if isinstance(value, str):
-        return _public_path(value) if shorten is None else shorten(value)
+        return _redact_whole_path(value) if shorten is None else shorten(value)
     if isinstance(value, dict):
-        return {key: public_value(inner, shorten) for key, inner in value.items()}
+        return {key: redact_value(inner, shorten) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [public_value(inner, shorten) for inner in value]
+        return [redact_value(inner, shorten) for inner in value]
     return value
 
 
-def _public_path(text: str) -> str:
-    return public_name(text) if "\n" not in text and _is_path(text) else text
+def _redact_whole_path(text: str) -> str:
+    return redact_path(text) if "\n" not in text and _is_path(text) else text
 
 
-def public_command(command: str) -> str:
+def redact_command(command: str) -> str:
     """A command whose paths are shortened, quoted as a shell reads it."""
     try:
         words = shlex.split(command)
     except ValueError:
         # Commands were once kept without quotes.
         words = command.split()
-    return shlex.join(public_name(word) for word in words)
+    return shlex.join(redact_path(word) for word in words)
 
 
-def public_recipe(text: str) -> str:
+def redact_recipe(text: str) -> str:
     """A recipe without the places of teacher and data, in the form in which recipes are written."""
     try:
-        return write_yaml(public_value(read_yaml(text, "the recipe"), public_text))
+        return write_yaml(redact_value(read_yaml(text, "the recipe"), redact_text))
     except (RecipeError, RecursionError):
         # Not YAML as recipes are written: as it is, its paths found by their form.
-        return public_text(text)
+        return redact_text(text)
 
 
 def _is_path(text: str) -> bool:
-    return bool(DRIVE.match(text)) or text.startswith(("/", "~/", "./", "../"))
+    return bool(WINDOWS_PATH.match(text)) or text.startswith(("/", "~/", "./", "../"))
 
 
-FIELD = "mmmamba"
+PROVENANCE_FIELD = "mmmamba"
 PUBLISHED_RECIPE = "mmmamba-linear"
-PUBLISHED = "published as distilled end to end, which was not checked here"
-NOT_KNOWN = "how far it was distilled is not known"
+PUBLISHED_NOTE = "published as distilled end to end, which was not checked here"
+UNKNOWN_NOTE = "how far it was distilled is not known"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Provenance:
 
 
 def provenance_field(provenance: Provenance) -> dict[str, Any]:
-    """The value of `FIELD` in an exported config."""
+    """The value of `PROVENANCE_FIELD` in an exported config."""
     return {
         "version": __version__,
         "stages": list(provenance.stages),
@@ -123,45 +125,49 @@ def provenance_of(checkpoint: Checkpoint) -> Provenance:
     layout counts as published unless mmmamba or a training wrote it. Raises `RunError` for a
     manifest and `CheckpointError` for a field that cannot be read.
     """
-    manifest = manifest_beside(checkpoint)
+    manifest = find_manifest(checkpoint)
     if manifest is not None:
         return Provenance(manifest.stages, manifest.final, manifest.notes)
-    raw = _written_config(checkpoint)
-    if FIELD in raw:
-        return _parse(raw[FIELD], checkpoint.path)
+    raw = _stored_config(checkpoint)
+    if PROVENANCE_FIELD in raw:
+        return _parse_field(raw[PROVENANCE_FIELD], checkpoint.path)
     if checkpoint.model_type == mmmamba_hf.MODEL_TYPE and _is_published(checkpoint):
         stages = tuple(stage.name for stage in load_recipe(PUBLISHED_RECIPE).stages)
-        return Provenance(stages, True, (PUBLISHED,))
-    return Provenance(notes=(NOT_KNOWN,))
+        return Provenance(stages, True, (PUBLISHED_NOTE,))
+    return Provenance(notes=(UNKNOWN_NOTE,))
 
 
-def manifest_beside(checkpoint: Checkpoint) -> Manifest | None:
+def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
     """The manifest of a folder that mmmamba wrote, if it has one."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if checkpoint.model_type != OWN or not (folder / MANIFEST).is_file():
+    if checkpoint.model_type != NATIVE_MODEL_TYPE or not (folder / MANIFEST).is_file():
         return None
     return read_manifest(folder)
 
 
-def _written_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def _stored_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The `config.json` beside the weights; a product's `raw_config` is its teacher's."""
-    return checkpoint.raw_config if checkpoint.own_config is None else checkpoint.own_config
+    return (
+        checkpoint.raw_config
+        if checkpoint.native_config_values is None
+        else checkpoint.native_config_values
+    )
 
 
 def _is_published(checkpoint: Checkpoint) -> bool:
-    """Whether nothing shows that mmmamba exported it, or that it is a state of a training.
+    """Whether the checkpoint is neither an export of mmmamba nor a training state.
 
-    Exports before `FIELD` name the repository of the code in `auto_map`. A training has the mixers'
-    projections in tensors of their own; the published models have them fused.
+    Exports older than `PROVENANCE_FIELD` name the code repository in `auto_map`. A training state
+    has separate tensors for the mixer projections; the published models have them fused.
     """
-    maps = _written_config(checkpoint).get("auto_map")
+    maps = _stored_config(checkpoint).get("auto_map")
     references = maps.values() if isinstance(maps, Mapping) else ()
-    exported = any(str(one).startswith(f"{mmmamba_hf.CODE}--") for one in references)
+    exported = any(str(one).startswith(f"{mmmamba_hf.CODE_REPOSITORY}--") for one in references)
     training = any(name.endswith(".attention.in_proj.weight") for name in checkpoint.source.names)
     return not exported and not training
 
 
-def _parse(value: Any, path: Path) -> Provenance:
+def _parse_field(value: Any, path: Path) -> Provenance:
     fields = value if isinstance(value, Mapping) else {}
     stages, final = fields.get("stages"), fields.get("distilled_end_to_end")
     notes = fields.get("notes", [])
@@ -170,7 +176,7 @@ def _parse(value: Any, path: Path) -> Provenance:
         final is not None and not isinstance(final, bool)
     ):
         raise CheckpointError(
-            f"{path}: {FIELD} of config.json is {value!r:.80}, expected stages, "
+            f"{path}: {PROVENANCE_FIELD} of config.json is {value!r:.80}, expected stages, "
             "distilled_end_to_end and notes as `mmmamba export` writes them",
             "take the config.json that was written with the weights, or remove the field",
         )

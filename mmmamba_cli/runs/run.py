@@ -11,17 +11,21 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, located, open_checkpoint
-from mmmamba_cli.checkpoint.atomic import put_back, restore, set_aside
+from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, open_checkpoint, resolve_path
+from mmmamba_cli.checkpoint.atomic import (
+    interrupted_replacements,
+    restore_hint,
+    restore_interrupted,
+)
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.runs.manifest import MANIFEST, Manifest, parse_model, read_manifest
+from mmmamba_cli.runs.manifest import MANIFEST, Manifest, read_json_as, read_manifest
 
-RECORD = "run.json"
+RUN_RECORD = "run.json"
 LOCK = ".lock"
 PRODUCTS = "products"
 PRODUCT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # Where a model is asked, --teacher is a switch, and the path has an option of its own.
-OPTION = "--teacher (--teacher-path of eval, profile and chat)"
+TEACHER_OPTIONS = "--teacher (--teacher-path of eval, profile and chat)"
 
 
 class Teacher(BaseModel):
@@ -54,17 +58,17 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        return (self.folder / RECORD).is_file()
+        return (self.folder / RUN_RECORD).is_file()
 
     @property
     def record(self) -> RunRecord:
         """Raises `RunError` if this is no run."""
         if not self.exists:
             raise RunError(
-                f"{self.folder} is not a run: it has no {RECORD}",
+                f"{self.folder} is not a run: it has no {RUN_RECORD}",
                 "start one with `mmmamba seed CHECKPOINT`, or name another with --run",
             )
-        return parse_model(self.folder / RECORD, RunRecord)
+        return read_json_as(self.folder / RUN_RECORD, RunRecord)
 
     @property
     def teacher(self) -> Teacher:
@@ -80,13 +84,15 @@ class Run:
     def product_folder(self, name: str) -> Path:
         return self.folder / PRODUCTS / name
 
-    def hidden_products(self) -> dict[str, Path]:
+    def interrupted_products(self) -> dict[str, Path]:
         """Products that a command was replacing when it ended, and the folders that hold them.
 
         Those that a killed process of this machine left are put back and are not among them.
         """
         folder = self.folder / PRODUCTS
-        found = {name: restore(folder / name) for name in set_aside(folder)}
+        found = {
+            name: restore_interrupted(folder / name) for name in interrupted_replacements(folder)
+        }
         return {name: hidden for name, hidden in found.items() if hidden is not None}
 
     def products(self) -> dict[str, Manifest]:
@@ -94,18 +100,18 @@ class Run:
         folder = self.folder / PRODUCTS
         if not folder.is_dir():
             return {}
-        self.hidden_products()
+        self.interrupted_products()
         names = [p.name for p in folder.iterdir() if (p / MANIFEST).is_file()]
         found = {name: self._manifest(name) for name in names if not name.startswith(".")}
         return dict(sorted(found.items(), key=lambda item: (item[1].created, item[0])))
 
     def product(self, name: str) -> Manifest:
         """Raises `RunError` if there is none of that name."""
-        hidden = self.hidden_products().get(name)
+        hidden = self.interrupted_products().get(name)
         if hidden is not None:
             raise RunError(
                 f"product {name!r} of {self.folder} was being replaced and is kept as {hidden}",
-                put_back(hidden),
+                restore_hint(hidden),
             )
         if not PRODUCT_NAME.fullmatch(name) or not (self.product_folder(name) / MANIFEST).is_file():
             known = ", ".join(self.products()) or "none"
@@ -123,7 +129,7 @@ class Run:
         return manifest
 
     def write_record(self, record: RunRecord) -> None:
-        atomic_write_text(self.folder / RECORD, record.model_dump_json(indent=2) + "\n")
+        atomic_write_text(self.folder / RUN_RECORD, record.model_dump_json(indent=2) + "\n")
 
     def set_current(self, name: str) -> None:
         self.write_record(self.record.model_copy(update={"current": name}))
@@ -137,11 +143,11 @@ class Run:
         Raises `RunError` if it is no longer there.
         """
         teacher = self.teacher
-        path = Path(teacher.path) if moved_to is None else located(moved_to)
+        path = Path(teacher.path) if moved_to is None else resolve_path(moved_to)
         if not path.exists():
             raise RunError(
                 f"the teacher of {self.folder} is no longer at {path}",
-                f"say where it is now with {OPTION}",
+                f"say where it is now with {TEACHER_OPTIONS}",
             )
         config = None if teacher.config is None else Path(teacher.config)
         if config is not None and not config.is_file():
@@ -157,7 +163,7 @@ class Run:
             raise RunError(
                 f"{teacher.path} is not the teacher of {self.folder}: its tensors are not those "
                 f"the run was seeded from{named}",
-                f"name the right one with {OPTION}, or seed a new --run from this one",
+                f"name the right one with {TEACHER_OPTIONS}, or seed a new --run from this one",
             )
 
     def verify_product(self, name: str) -> None:
@@ -188,7 +194,7 @@ class Run:
             yield
         finally:
             os.close(handle)
-            self._remove_empty(made)
+            self._remove_empty_folders(made)
 
     @contextmanager
     def lock_existing(self) -> Iterator[None]:
@@ -197,7 +203,7 @@ class Run:
         with self.lock():
             yield
 
-    def _remove_empty(self, made: list[Path]) -> None:
+    def _remove_empty_folders(self, made: list[Path]) -> None:
         """Take back folders this command made, if it came to nothing."""
         if not made or any(p.name != LOCK for p in self.folder.iterdir()):
             return

@@ -1,6 +1,6 @@
 """Step 1 of the method: seed a Mamba-2 student out of a trained teacher."""
 
-from mmmamba_cli.seed.calibration import Calibration, built_in, read_calibration
+from mmmamba_cli.seed.calibration import Calibration, built_in_calibration, read_calibration
 from mmmamba_cli.seed.fidelity import LayerFidelity, measure_fidelity
 from mmmamba_cli.seed.init import INITS, initial_value
 from mmmamba_cli.seed.weight_transfer import seed_student, student_config
@@ -9,7 +9,7 @@ __all__ = [
     "INITS",
     "Calibration",
     "LayerFidelity",
-    "built_in",
+    "built_in_calibration",
     "initial_value",
     "measure_fidelity",
     "read_calibration",

@@ -23,7 +23,7 @@ TEXTS = (
     "How many shapes are on the table, and which of them is red? Two are: a square and a circle.",
     "Describe the way from the station to the market, naming every street and what is sold there.",
 )
-PLAIN_TOKENS = 48
+NUM_RANDOM_TOKENS = 48
 
 Processor = HolisticVLMProcessor | HolisticTextProcessor
 
@@ -37,7 +37,7 @@ class Calibration:
     pixel_values: Tensor | None
 
 
-def built_in(config: HolisticVLMConfig, processor: Processor | None) -> Calibration:
+def built_in_calibration(config: HolisticVLMConfig, processor: Processor | None) -> Calibration:
     """Two questions about a drawing, or two texts; without a processor, ids drawn at random."""
     if processor is None:
         return _without_tokenizer(config)
@@ -102,7 +102,7 @@ def _without_tokenizer(config: HolisticVLMConfig) -> Calibration:
     rng = torch.Generator().manual_seed(0)
     vision = config.vision_config
     high = config.vocab_size if vision is None else min(config.vocab_size, vision.image_token_id)
-    ids = torch.randint(0, high, (1, PLAIN_TOKENS), generator=rng)
+    ids = torch.randint(0, high, (1, NUM_RANDOM_TOKENS), generator=rng)
     pixels = None
     if vision is not None:
         pixels = torch.randn(

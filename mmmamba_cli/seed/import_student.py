@@ -13,19 +13,19 @@ from mmmamba_cli.checkpoint import (
     check_finite,
     checked_reader,
     combined_hash,
-    public_name_of,
+    public_model_name,
 )
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.model.config import INHERITED_FIELDS
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.runs.manifest import Manifest, Parent
-from mmmamba_cli.runs.product import Draft, write_product
-from mmmamba_cli.runs.provenance import Provenance, manifest_beside, provenance_of
+from mmmamba_cli.runs.product import ProductSpec, write_product
+from mmmamba_cli.runs.provenance import Provenance, find_manifest, provenance_of
 from mmmamba_cli.runs.run import PRODUCT_NAME, Run, RunRecord, Teacher
 
-NAME = "imported"
-RECIPE = "mmmamba-linear"
+IMPORTED_PRODUCT = "imported"
+PUBLISHED_RECIPE = "mmmamba-linear"
 
 
 def import_student(
@@ -33,7 +33,7 @@ def import_student(
     student: Checkpoint,
     teacher: Checkpoint | None = None,
     *,
-    name: str = NAME,
+    name: str = IMPORTED_PRODUCT,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
@@ -58,9 +58,9 @@ def import_student(
             f"{name!r} cannot be a product's name", "use letters, digits, '.', '_' and '-'"
         )
     known = _teacher_of(run, student, teacher)
-    before, provenance = manifest_beside(student), provenance_of(student)
+    before, provenance = find_manifest(student), provenance_of(student)
     with TensorHasher() as hasher:
-        draft = Draft(
+        spec = ProductSpec(
             name=name,
             made_by="import",
             config=student.config,
@@ -68,9 +68,9 @@ def import_student(
             read=checked_reader(student, hasher),
             origin=student,
             dtype=dtype or student.dtype("model.text_embedding.weight"),
-            recipe=_plain_recipe(student.config) if before is None else before.recipe,
+            recipe=_published_recipe(student.config) if before is None else before.recipe,
             parents=lambda: (
-                Parent("origin", _place(student), hasher.result()),
+                Parent("origin", _origin_name(student), hasher.result()),
                 *(() if known is None else (Parent("teacher", known.path, known.content_hash),)),
             ),
             stages=provenance.stages,
@@ -78,7 +78,7 @@ def import_student(
             metrics={} if before is None else before.metrics,
             notes=_notes(provenance, before),
         )
-        manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
+        manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
     run.write_record(RunRecord(teacher=known, current=name))
     return manifest
 
@@ -91,7 +91,7 @@ def _teacher_of(run: Run, student: Checkpoint, given: Checkpoint | None) -> Teac
             _check_fit(student, run.open_teacher())
         return known
     _check_fit(student, given)
-    found = _digest(given)
+    found = _digest_teacher(given)
     if known is not None and known.content_hash != found.content_hash:
         raise RunError(
             f"{given.path} is not the teacher of {run.folder}",
@@ -117,7 +117,7 @@ def _check_fit(student: Checkpoint, teacher: Checkpoint) -> None:
         )
 
 
-def _digest(teacher: Checkpoint) -> Teacher:
+def _digest_teacher(teacher: Checkpoint) -> Teacher:
     """The teacher as a run keeps it: every tensor checked and hashed."""
     with TensorHasher() as hasher:
         for name in teacher.source.names:
@@ -141,7 +141,7 @@ def _notes(provenance: Provenance, before: Manifest | None) -> tuple[str, ...]:
     return tuple(f"imported: {note}" for note in provenance.notes or ("by a field of its config",))
 
 
-def _plain_recipe(config: HolisticVLMConfig) -> str:
+def _published_recipe(config: HolisticVLMConfig) -> str:
     """The paper's recipe with the student's own layers and mixer."""
     options = config.mixer_config
     overrides = {
@@ -151,9 +151,9 @@ def _plain_recipe(config: HolisticVLMConfig) -> str:
         "mixer.qk_norm": options.qk_norm,
         "mixer.rope": options.rope,
     }
-    return dump_recipe(load_recipe(RECIPE, (), overrides))
+    return dump_recipe(load_recipe(PUBLISHED_RECIPE, (), overrides))
 
 
-def _place(checkpoint: Checkpoint) -> str:
+def _origin_name(checkpoint: Checkpoint) -> str:
     """Where a checkpoint came from: its repository on the Hub, or its path."""
-    return public_name_of(checkpoint.path) or str(checkpoint.path)
+    return public_model_name(checkpoint.path) or str(checkpoint.path)

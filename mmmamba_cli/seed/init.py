@@ -20,7 +20,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BIASES = tuple(f"{name}.bias" for name in PROJECTIONS)
 QK_NORMS = ("q_norm.weight", "k_norm.weight")
 # What attention may have too; a teacher without biases or norms leaves theirs out.
-INHERITED = (*(f"{name}.weight" for name in PROJECTIONS), *BIASES, *QK_NORMS)
+INHERITED_PARAMETERS = (*(f"{name}.weight" for name in PROJECTIONS), *BIASES, *QK_NORMS)
 
 
 def initial_value(name: str, shape: tuple[int, ...], init: str, seed: int) -> Tensor:
@@ -41,9 +41,13 @@ def initial_value(name: str, shape: tuple[int, ...], init: str, seed: int) -> Te
         return torch.ones(shape)
     if part in BIASES:
         return torch.zeros(shape)
-    if part in INHERITED:
+    if part in INHERITED_PARAMETERS:
         return _linear(shape, rng)
-    return _mimic(part, shape, rng) if init == "inherit+mimic" else _usual(part, shape, rng)
+    return (
+        _attention_like(part, shape, rng)
+        if init == "inherit+mimic"
+        else _mamba2_default(part, shape, rng)
+    )
 
 
 def dt_bias(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
@@ -53,7 +57,7 @@ def dt_bias(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     return dt + torch.log(-torch.expm1(-dt))
 
 
-def _mimic(part: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+def _attention_like(part: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     if part == "A_log":
         return torch.ones(shape)
     if part == "g_proj.weight":
@@ -65,7 +69,7 @@ def _mimic(part: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     return value
 
 
-def _usual(part: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+def _mamba2_default(part: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     if part == "A_log":
         return torch.log(torch.rand(shape, generator=rng) * 15 + 1)
     if part == "D":

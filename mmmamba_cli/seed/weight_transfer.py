@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import (
     Checkpoint,
     TensorHasher,
     checked_reader,
     combined_hash,
-    expected_tensors,
 )
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import Recipe, dump_recipe
-from mmmamba_cli.runs import Draft, Manifest, Parent, Run, RunRecord, Teacher, write_product
-from mmmamba_cli.seed.init import INHERITED, initial_value
+from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, RunRecord, Teacher, write_product
+from mmmamba_cli.seed.init import INHERITED_PARAMETERS, initial_value
 
-NAME = "seed"
+SEED_PRODUCT = "seed"
 
 
 def student_config(teacher: HolisticVLMConfig, recipe: Recipe) -> HolisticVLMConfig:
@@ -54,7 +54,7 @@ def seed_student(
     arch: str | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Manifest:
-    """Start `run` with a seeded student of `teacher`. See `Draft` and `write_product`.
+    """Start `run` with a seeded student of `teacher`. See `ProductSpec` and `write_product`.
 
     Every tensor of the teacher is read once, checked for NaN and infinity, and hashed. `overwrite`
     replaces the run's seed, `discard` also removes its other products. Raises `RunError` if the run
@@ -65,7 +65,7 @@ def seed_student(
             f"{teacher.path} is not a teacher: some of its layers are linear already",
             "it is a student already: `mmmamba import` takes it into a run",
         )
-    others = [name for name in run.products() if name != NAME]
+    others = [name for name in run.products() if name != SEED_PRODUCT]
     if run.products() and not overwrite:
         raise RunError(
             f"{run.folder} already has products ({', '.join(run.products())})",
@@ -78,10 +78,10 @@ def seed_student(
         )
     config = student_config(teacher.config, recipe)
     kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
-    shapes = {**expected_tensors(config), **kept}
+    shapes = {**parameter_shapes(config), **kept}
     with TensorHasher() as hasher:
-        draft = Draft(
-            name=NAME,
+        spec = ProductSpec(
+            name=SEED_PRODUCT,
             made_by="seed",
             config=config,
             shapes=shapes,
@@ -93,7 +93,7 @@ def seed_student(
             parents=lambda: (Parent("teacher", str(teacher.path), hasher.result()),),
             notes=tuple(f"assumed, not read: {field}" for field in teacher.assumed),
         )
-        manifest = write_product(run, draft, overwrite=overwrite, advance=advance)
+        manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
         digests = hasher.digests()
     record = Teacher(
         path=str(teacher.path.resolve()),
@@ -105,7 +105,7 @@ def seed_student(
     # What was made of the seed before this one has lost its parent.
     for name in others:
         shutil.rmtree(run.product_folder(name))
-    run.write_record(RunRecord(teacher=record, current=NAME))
+    run.write_record(RunRecord(teacher=record, current=SEED_PRODUCT))
     return manifest
 
 
@@ -119,7 +119,7 @@ def _reader(
     def read(name: str) -> Tensor:
         if name in teacher:
             tensor = read_teacher(name)
-            if init != "scratch" or not name.endswith(INHERITED):
+            if init != "scratch" or not name.endswith(INHERITED_PARAMETERS):
                 return tensor
         return initial_value(name, shapes[name], init, seed)
 

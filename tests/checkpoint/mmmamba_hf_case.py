@@ -32,7 +32,7 @@ def released_tensors(case: Path, kind: str) -> dict[str, Tensor]:
     return frame | load_file(case / f"{file}.safetensors")
 
 
-def released_config(case: Path, kind: str) -> dict[str, Any]:
+def mmmamba_hf_config(case: Path, kind: str) -> dict[str, Any]:
     """The teacher's config as the published models have it."""
     raw: dict[str, Any] = json.loads((case / "config.json").read_text())
     embedding, language = raw["embedding_config"], raw["llm_config"]
@@ -50,7 +50,7 @@ def released_config(case: Path, kind: str) -> dict[str, Any]:
 def write_released(folder: Path, case: Path, kind: str, **changes: Any) -> Path:
     """The checkpoint as a folder; `changes` replace fields of the config."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(released_config(case, kind) | changes))
+    (folder / "config.json").write_text(json.dumps(mmmamba_hf_config(case, kind) | changes))
     tensors = {name: tensor.contiguous() for name, tensor in released_tensors(case, kind).items()}
     save_file(tensors, folder / "model.safetensors")
     return folder

@@ -13,7 +13,7 @@ from small import small_model
 from mmmamba_cli.architecture import Architecture, parameter_shapes
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.checkpoint.safetensors_file import DTYPES
-from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES, TensorInfo, parse_element, torch_dtype
+from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES, TensorInfo, parse_dtype_name, torch_dtype
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 
@@ -83,7 +83,7 @@ def test_an_element_is_as_wide_as_torch_says(element: str) -> None:
     dtype = torch_dtype(element)
     assert ITEMSIZES[element] == dtype.itemsize
     info = TensorInfo.of(dtype, (3, 5))
-    assert (info.element, info.dtype, info.nbytes) == (element, dtype, 15 * dtype.itemsize)
+    assert (info.dtype_name, info.dtype, info.nbytes) == (element, dtype, 15 * dtype.itemsize)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_an_element_is_as_wide_as_torch_says(element: str) -> None:
     [("bf16", "bfloat16"), ("float16", "float16"), ("double", "float64"), ("fp32", "float32")],
 )
 def test_names_of_floating_dtypes(name: str, element: str) -> None:
-    assert parse_element(name) == element
+    assert parse_dtype_name(name) == element
 
 
 @pytest.mark.parametrize("name", ["int8", "bool", "", "torch", "fp4", "nn"])
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="known are: bf16, fp16, fp32"):
-        parse_element(name)
+        parse_dtype_name(name)

@@ -159,7 +159,7 @@ def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    host, here, dead, alive = atomic._host(), atomic._machine(), dead_pid(), os.getppid()
+    host, here, dead, alive = atomic._host_name(), atomic._machine_id(), dead_pid(), os.getppid()
     leftovers = {
         f".out.partial-{host}-{dead}": False,
         f".out.partial-{host}-{os.getpid()}": False,
@@ -187,7 +187,7 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
 
 
 def test_an_old_folder_left_aside_is_put_back(tmp_path: Path) -> None:
-    aside = tmp_path / f".out.old-{atomic._host()}-{dead_pid()}"
+    aside = tmp_path / f".out.old-{atomic._host_name()}-{dead_pid()}"
     shutil.move(old_folder(tmp_path), aside)
     with pytest.raises(CheckpointError, match="already exists"), atomic_folder(tmp_path / "out"):
         raise AssertionError("the block must not run")
@@ -195,7 +195,7 @@ def test_an_old_folder_left_aside_is_put_back(tmp_path: Path) -> None:
 
 
 def test_an_old_folder_that_was_replaced_is_removed(tmp_path: Path) -> None:
-    aside = tmp_path / f".out.old-{atomic._host()}-{dead_pid()}"
+    aside = tmp_path / f".out.old-{atomic._host_name()}-{dead_pid()}"
     shutil.move(old_folder(tmp_path), aside)
     old_folder(tmp_path)
     with atomic_folder(tmp_path / "out", overwrite=True) as folder:
@@ -210,7 +210,7 @@ def test_containers_that_number_processes_alike(
     """Two processes of one number on one disk, each in a container: neither touches the other's."""
     with atomic_folder(tmp_path / "out") as mine:
         fill(mine)
-        monkeypatch.setattr(atomic, "_machine", lambda: f"{atomic._host()}.00000000")
+        monkeypatch.setattr(atomic, "_machine_id", lambda: f"{atomic._host_name()}.00000000")
         monkeypatch.setattr(atomic, "_active", set())
         with atomic_folder(tmp_path / "out") as other:
             assert other != mine
@@ -232,20 +232,23 @@ def test_two_threads_of_a_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_reader_puts_an_old_folder_back(tmp_path: Path, legacy: bool) -> None:
-    where = atomic._host() if legacy else atomic._machine()
+    where = atomic._host_name() if legacy else atomic._machine_id()
     aside = tmp_path / f".out.old-{where}-{dead_pid()}{'' if legacy else '-0123abcd'}"
     shutil.move(old_folder(tmp_path), aside)
-    assert atomic.set_aside(tmp_path) == {"out": aside}
-    assert atomic.restore(tmp_path / "out") is None
+    assert atomic.interrupted_replacements(tmp_path) == {"out": aside}
+    assert atomic.restore_interrupted(tmp_path / "out") is None
     assert tree(tmp_path) == {"out/old.txt": "old"}
-    assert atomic.set_aside(tmp_path) == {} and atomic.restore(tmp_path / "out") is None
+    assert (
+        atomic.interrupted_replacements(tmp_path) == {}
+        and atomic.restore_interrupted(tmp_path / "out") is None
+    )
 
 
 @pytest.mark.parametrize("owner", ["another machine", "a live process", "a disk that refuses"])
 def test_an_old_folder_that_may_not_be_moved_is_named(
     tmp_path: Path, owner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = "elsewhere.00000000" if owner == "another machine" else atomic._machine()
+    where = "elsewhere.00000000" if owner == "another machine" else atomic._machine_id()
     pid = os.getppid() if owner == "a live process" else dead_pid()
     aside = tmp_path / f".out.old-{where}-{pid}-0123abcd"
     shutil.move(old_folder(tmp_path), aside)
@@ -255,9 +258,9 @@ def test_an_old_folder_that_may_not_be_moved_is_named(
 
     if owner == "a disk that refuses":
         monkeypatch.setattr(Path, "rename", fail)
-    assert atomic.restore(tmp_path / "out") == aside
+    assert atomic.restore_interrupted(tmp_path / "out") == aside
     assert tree(tmp_path) == {f"{aside.name}/old.txt": "old"}
-    assert f"mv {aside} {tmp_path / 'out'}" in atomic.put_back(aside)
+    assert f"mv {aside} {tmp_path / 'out'}" in atomic.restore_hint(aside)
 
 
 def test_a_check_stops_the_replacement_early_and_late(tmp_path: Path) -> None:
@@ -444,7 +447,7 @@ def test_a_full_disk_names_the_target(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_leftovers_of_a_text_are_removed(tmp_path: Path) -> None:
     """A process that is killed between writing and renaming leaves the hidden file."""
     target, other = tmp_path / "run.json", f".run.json2.partial-x-{dead_pid()}-0123abcd"
-    dead = tmp_path / f".run.json.partial-{atomic._machine()}-{dead_pid()}-0123abcd"
+    dead = tmp_path / f".run.json.partial-{atomic._machine_id()}-{dead_pid()}-0123abcd"
     dead.write_text("half")
     (tmp_path / other).write_text("another's")
     atomic_write_text(target, "new")

@@ -276,8 +276,8 @@ def test_it_is_asked_like_any_other_checkpoint(questions: Path, tmp_path: Path) 
     rng = torch.Generator().manual_seed(0)
     state = {
         name: torch.randn(shape, generator=rng) / 6
-        for rule in mmmamba_hf.rules(raw, config)
-        for name, shape in rule.foreign.items()
+        for mapping in mmmamba_hf.name_map(raw, config)
+        for name, shape in mapping.foreign.items()
     }
     save_file(state, folder / "model.safetensors")
     assert (folder / "tokenizer.model").read_bytes() == SMALL_MODEL.read_bytes()

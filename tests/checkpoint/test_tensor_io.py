@@ -11,7 +11,7 @@ import torch
 from mmmamba_cli.checkpoint.hashing import BoundedPool, TensorHasher, combined_hash, tensor_digest
 from mmmamba_cli.checkpoint.safetensors_file import DTYPES as DTYPE_ELEMENTS
 from mmmamba_cli.checkpoint.tensor_info import quoted, torch_dtype
-from mmmamba_cli.checkpoint.tensor_io import byte_chunks, check_finite, slices
+from mmmamba_cli.checkpoint.tensor_io import byte_chunks, check_finite, row_slices
 from mmmamba_cli.errors import CheckpointError
 
 DTYPES = {name: torch_dtype(element) for name, element in DTYPE_ELEMENTS.items()}
@@ -28,7 +28,7 @@ STRIDED = {
 @pytest.mark.parametrize("tensor", STRIDED.values(), ids=STRIDED.keys())
 @pytest.mark.parametrize("limit", [1, 8, 24, 1 << 20])
 def test_slices_cover_the_tensor_in_row_order(tensor: torch.Tensor, limit: int) -> None:
-    pieces = list(slices(tensor, limit))
+    pieces = list(row_slices(tensor, limit))
     assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces]), tensor.reshape(-1))
     assert all(piece.nbytes <= max(limit, 4) for piece in pieces)
 

@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, RunError
-from mmmamba_cli.export import Score, Story, export_checkpoint
+from mmmamba_cli.export import CardInfo, CardScore, export_checkpoint
 from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
 from mmmamba_cli.runs import Run
 from mmmamba_cli.runs.manifest import command_line
-from mmmamba_cli.runs.provenance import public_command, public_name, public_recipe, public_text
+from mmmamba_cli.runs.provenance import redact_command, redact_path, redact_recipe, redact_text
 
 CASE = Path(__file__).parents[1] / "golden/hovle_pre"
 
@@ -286,14 +286,14 @@ def test_nothing_says_where_it_was_made(tmp_path: Path, kind: str) -> None:
 
 
 def test_names_are_shortened_and_repositories_kept() -> None:
-    assert public_name("/home/someone/models/hovle.ckpt") == "hovle.ckpt"
-    assert public_name("~/models/hovle") == "hovle" and public_name("../x/y") == "y"
+    assert redact_path("/home/someone/models/hovle.ckpt") == "hovle.ckpt"
+    assert redact_path("~/models/hovle") == "hovle" and redact_path("../x/y") == "y"
     cached = "/c/hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
-    assert public_name(cached) == "some/model@0123456789ab"
-    assert public_name("some/model") == "some/model"
-    assert public_name("--out=/home/someone/x") == "--out=x"
+    assert redact_path(cached) == "some/model@0123456789ab"
+    assert redact_path("some/model") == "some/model"
+    assert redact_path("--out=/home/someone/x") == "--out=x"
     text = "teacher: /home/someone/hovle\ndata:\n  train: ~/secret/train.jsonl\nlr: 1e-3\n"
-    assert public_recipe(text) == "teacher: hovle\ndata:\n  train: train.jsonl\nlr: 0.001\n"
+    assert redact_recipe(text) == "teacher: hovle\ndata:\n  train: train.jsonl\nlr: 0.001\n"
 
 
 def test_paths_are_shortened_wherever_they_stand() -> None:
@@ -304,15 +304,15 @@ def test_paths_are_shortened_wherever_they_stand() -> None:
             "data": {"train": [long, "~/b: c/d.tar"], "image_root": "C:\\Users\\me\\images"},
         }
     )
-    found = public_recipe(text)
+    found = redact_recipe(text)
     assert "someone" not in found and "Users" not in found and "b: c" not in found
     data = read_yaml(found, "it")["data"]
     assert data == {"train": ["train: all.jsonl", "d.tar"], "image_root": "images"}
     command = shlex.join(["mmmamba", "distill", "--data", "/home/me/a b/t.jsonl", "--set", "x=1"])
-    assert public_command(command) == "mmmamba distill --data t.jsonl --set x=1"
-    assert public_command("mmmamba seed /home/me/isn't/x") == "mmmamba seed x"
-    assert public_text("imported: '/home/me/x y.txt' of and/or") == "imported: 'x y.txt' of and/or"
-    assert public_text("the file /home/me/x.json: is damaged") == "the file x.json: is damaged"
+    assert redact_command(command) == "mmmamba distill --data t.jsonl --set x=1"
+    assert redact_command("mmmamba seed /home/me/isn't/x") == "mmmamba seed x"
+    assert redact_text("imported: '/home/me/x y.txt' of and/or") == "imported: 'x y.txt' of and/or"
+    assert redact_text("the file /home/me/x.json: is damaged") == "the file x.json: is damaged"
 
 
 def test_a_command_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +400,7 @@ def test_a_final_product_is_not_called_untrained(tmp_path: Path) -> None:
         open_checkpoint(folder),
         "mmmamba-hf",
         tmp_path / "direct",
-        story=Story(scores=(Score("MME", "kit", "total", 1300.0, 14),)),
+        info=CardInfo(scores=(CardScore("MME", "kit", "total", 1300.0, 14),)),
     )
     text = (found.folder / "README.md").read_text()
     assert "published as distilled end to end, which was not checked" in text

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import mmmamba_cli
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.export.remote_code import bundled_files
+from mmmamba_cli.export.remote_code import bundle_files
 from mmmamba_cli.runs import Run, open_processor
 
 # Says what a model answers, and keeps its logits: to words, and to words about a picture.
@@ -170,8 +170,8 @@ def write_internlm2(folder: Path) -> None:
     rng = torch.Generator().manual_seed(0)
     state = {
         name: torch.randn(shape, generator=rng) / 6
-        for rule in llama_family.rules(raw, llama_family.to_config(raw))
-        for name, shape in rule.foreign.items()
+        for mapping in llama_family.name_map(raw, llama_family.to_config(raw))
+        for name, shape in mapping.foreign.items()
     }
     save_file(state, folder / "model.safetensors")
     shutil.copy(SMALL_MODEL, folder / "tokenizer.model")
@@ -232,7 +232,7 @@ def test_it_is_a_checkpoint_of_ours_too(tmp_path: Path) -> None:
 
 
 def test_the_bundle_is_whole_and_asks_for_little() -> None:
-    files = bundled_files()
+    files = bundle_files()
     asked = set()
     for name, text in files.items():
         for node in ast.walk(ast.parse(text)):
@@ -344,11 +344,11 @@ import types
 export = types.ModuleType("mmmamba_cli.export")
 export.__path__ = [sys.argv[2] + "/export"]
 sys.modules["mmmamba_cli.export"] = export
-from mmmamba_cli.export.remote_code import bundled_files
+from mmmamba_cli.export.remote_code import bundle_files
 out = Path(sys.argv[3])
 out.mkdir()
 (out / "__init__.py").touch()
-for name, text in bundled_files(["mmmamba_cli.model.modeling"]).items():
+for name, text in bundle_files(["mmmamba_cli.model.modeling"]).items():
     (out / name).write_text(text)
     print(name)
 """
@@ -380,4 +380,4 @@ def test_code_that_asks_for_more_is_our_bug(
     (tmp_path / "odd_module.py").write_text(f"def run():\n    pass\n{line}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match=r"odd_module imports .*, which exported code may not"):
-        bundled_files(["odd_module"])
+        bundle_files(["odd_module"])

@@ -15,7 +15,7 @@ from small_checkpoint import CONFIG, write_hovle
 from small_language_models import write_tokenizer
 
 from mmmamba_cli.checkpoint import hovle, llama_family
-from mmmamba_cli.checkpoint.name_map import Rule
+from mmmamba_cli.checkpoint.name_map import TensorMapping
 from mmmamba_cli.cli import main
 
 STACK = {
@@ -65,10 +65,10 @@ QWEN2 = {**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "max_windo
 INTERNLM2 = {**LLAMA, "model_type": "internlm2", "vocab_size": 535, "bias": False}
 
 
-def tensors_of(table: list[Rule]) -> dict[str, torch.Tensor]:
+def tensors_of(table: list[TensorMapping]) -> dict[str, torch.Tensor]:
     """Random tensors under the foreign names of a table."""
     rng = torch.Generator().manual_seed(0)
-    shapes = {name: shape for rule in table for name, shape in rule.foreign.items()}
+    shapes = {name: shape for mapping in table for name, shape in mapping.foreign.items()}
     return {name: torch.randn(shape, generator=rng) / 6 for name, shape in shapes.items()}
 
 
@@ -76,7 +76,7 @@ def write_teacher(folder: Path) -> Path:
     """A HoVLE of three layers with its tokenizer."""
     write_hovle(folder)
     (folder / "config.json").write_text(json.dumps(HOVLE))
-    table = hovle.rules(HOVLE, hovle.to_config(HOVLE))
+    table = hovle.name_map(HOVLE, hovle.to_config(HOVLE))
     save_file(tensors_of(table), folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -84,7 +84,7 @@ def write_teacher(folder: Path) -> Path:
 def write_language_model(folder: Path, raw: dict[str, Any]) -> Path:
     """A language model of two layers with a tokenizer."""
     folder.mkdir()
-    table = llama_family.rules(raw, llama_family.to_config(raw))
+    table = llama_family.name_map(raw, llama_family.to_config(raw))
     save_file(tensors_of(table), folder / "model.safetensors", {"format": "pt"})
     if raw["model_type"] == "internlm2":
         write_hovle(folder)

@@ -45,8 +45,8 @@ def write_teacher(folder: Path) -> Path:
     rng = torch.Generator().manual_seed(0)
     state = {
         f"module.{name}": torch.randn(shape, generator=rng) / 6
-        for rule in hovle.rules(raw, hovle.to_config(raw))
-        for name, shape in rule.foreign.items()
+        for mapping in hovle.name_map(raw, hovle.to_config(raw))
+        for name, shape in mapping.foreign.items()
     }
     torch.save({"state_dict": state}, folder / "hovle.ckpt")
     return folder

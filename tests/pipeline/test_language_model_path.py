@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import mmmamba_cli
-from mmmamba_cli.checkpoint import expected_tensors, open_checkpoint
+from mmmamba_cli.architecture import parameter_shapes
+from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.recipe import load_recipe
@@ -131,7 +132,7 @@ def test_what_learns_counts_inherited_norms_with_their_matrices(tmp_path: Path) 
         write(folder, kind, options)
         mmmamba("seed", folder, "--run", run, "--no-report", *sets)
         config = Run(run).open_product("seed").config
-        names = list(expected_tensors(config))
+        names = list(parameter_shapes(config))
         norm = "model.layers.0.mixer.q_norm.weight"
         assert norm in names
         assert (norm in trainable_names(first, config, names)) == (not inherited)
@@ -143,7 +144,7 @@ def test_biases_learn_with_their_matrices(tmp_path: Path) -> None:
     run = tmp_path / "run"
     mmmamba("seed", tmp_path / "teacher", "--run", run, "--no-report")
     config = Run(run).open_product("seed").config
-    stages, names = load_recipe("mmmamba-linear").stages, list(expected_tensors(config))
+    stages, names = load_recipe("mmmamba-linear").stages, list(parameter_shapes(config))
     bias = "model.layers.0.mixer.q_proj.bias"
     learning = {s.learns: bias in trainable_names(s, config, names) for s in stages}
     assert learning["new"] is False and learning["new+qkv"] is True

@@ -236,7 +236,7 @@ def test_a_product_hidden_by_a_killed_replacement(
     """It is put back where the process is known to be dead, and named where it is not."""
     run = tmp_path / "run"
     seed(hovle_folder, run)
-    machine = atomic._machine() if where == "here" else where
+    machine = atomic._machine_id() if where == "here" else where
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
     hidden = run / f"products/.seed.old-{machine}-{killed.pid}-0123abcd"
@@ -357,7 +357,7 @@ def test_the_name_table_gives_the_teacher_back(hovle_folder: Path, tmp_path: Pat
     mmmamba("hybridize", "--attn-layers", LAYERS, "--run", run)
     teacher = open_checkpoint(hovle_folder)
     state = weights(run, f"hybrid-{LAYERS}")
-    written = dict(foreign_tensors(teacher.rules, state.__getitem__))
+    written = dict(foreign_tensors(teacher.name_map, state.__getitem__))
     expected = load_file(hovle_folder / "model.safetensors")
     assert set(written) == set(expected)
     assert all(torch.equal(written[name], expected[name]) for name in expected)

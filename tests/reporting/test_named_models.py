@@ -54,13 +54,13 @@ def test_a_name_nobody_ships_lists_those_that_ship(
 def test_a_hub_id_is_no_shipped_name(
     ships: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resolve, "fetched", lambda name: ships["other"])
+    monkeypatch.setattr(resolve, "download_from_hub", lambda name: ships["other"])
     assert open_checkpoint("someone/small").path == ships["other"]
 
 
 def test_a_run_remembers_the_name_in_public(ships: dict[str, Path]) -> None:
-    assert resolve.public_name_of(ships["other"]) == "other"
-    assert resolve.public_name_of(ships["other"].parent) is None
+    assert resolve.public_model_name(ships["other"]) == "other"
+    assert resolve.public_model_name(ships["other"].parent) is None
 
 
 def test_what_ships_can_be_opened() -> None:
