@@ -30,8 +30,9 @@ from mmmamba_cli.evaluate import (
     find_suite,
     open_suite,
 )
-from mmmamba_cli.evaluate.open_models import path_candidate
+from mmmamba_cli.evaluate.model_adapter import load_eval_model
 from mmmamba_cli.inference import quantize
+from mmmamba_cli.runs import resolve_path
 from mmmamba_cli.runs.manifest import package_versions
 
 PREDICTIONS = "predictions.tsv"
@@ -47,7 +48,7 @@ def answered(model: Any, name: str, options: Options, folder: Path) -> tuple[Sco
 
 def examine(name: str, given: argparse.Namespace, work: Path) -> dict[str, Any]:
     options = Options(limit=given.limit, seed=given.seed)
-    model = path_candidate(Path(name), given.device, given.dtype).open()
+    model = load_eval_model(resolve_path(Path(name)), given.device, given.dtype)
     plain = {
         suite: answered(model, suite, options, work / f"{suite} plain") for suite in given.suites
     }

@@ -31,7 +31,7 @@ from mmmamba_cli.inference import Generator, quantize
 from mmmamba_cli.model import HolisticVLM, new_cache
 from mmmamba_cli.plugins import load_reference
 from mmmamba_cli.processing import HolisticTextProcessor
-from mmmamba_cli.runs import Run, open_named, open_processor
+from mmmamba_cli.runs import open_processor, resolve_path
 from mmmamba_cli.runs.manifest import package_versions
 
 PROMPTS, NEW_TOKENS = 200, 24
@@ -143,7 +143,7 @@ def compare(model: HolisticVLM, made: list[Batch], tokens: int) -> dict[str, Any
 def examine(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """One model in both dtypes."""
     path = Path(name)
-    named = open_named(Run(Path("no-run")), path)
+    named = resolve_path(path)
     processor = open_processor(named.checkpoint)
     if processor is None:
         raise SystemExit(f"{name} has no tokenizer, so it cannot be asked anything")

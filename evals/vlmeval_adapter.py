@@ -259,9 +259,10 @@ def _numbers(value: Any) -> Any:
 
 
 def _load(path: str) -> EvalModel:
-    from mmmamba_cli.evaluate.open_models import path_candidate
+    from mmmamba_cli.evaluate.model_adapter import load_eval_model
+    from mmmamba_cli.runs import resolve_path
 
-    return path_candidate(Path(path), None, "auto").open()
+    return load_eval_model(resolve_path(Path(path)))
 
 
 def _import_vlmeval() -> Any:

@@ -1,18 +1,29 @@
-"""Talking to models: one conversation, one or several that answer it."""
+"""Chat: a conversation, and one or several models that answer it."""
 
-from mmmamba_cli.chat.chat_model import Answer, Speaker, generate_ids, load_speaker, locate
+from mmmamba_cli.chat.chat_model import (
+    Answer,
+    ChatModel,
+    generate_ids,
+    load_chat_model,
+    resolve_models,
+)
 from mmmamba_cli.chat.conversation import Conversation
 from mmmamba_cli.chat.side_by_side import SideBySide, column_width
 from mmmamba_cli.inference import Settings
 
+# The names up to 0.1, kept for one release.
+load_speaker, locate = load_chat_model, resolve_models
+
 __all__ = [
     "Answer",
+    "ChatModel",
     "Conversation",
     "Settings",
     "SideBySide",
-    "Speaker",
     "column_width",
     "generate_ids",
+    "load_chat_model",
     "load_speaker",
     "locate",
+    "resolve_models",
 ]

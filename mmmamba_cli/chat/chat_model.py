@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.chat.conversation import Conversation
-from mmmamba_cli.checkpoint import load_model, pick_dtype
-from mmmamba_cli.devices import pick_device
-from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError
+from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.inference import Generator, Settings
 from mmmamba_cli.inference.sampling import Chooser, ends_of
 from mmmamba_cli.model import HolisticVLM, new_cache
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, TextStream
-from mmmamba_cli.runs import Named, Run, open_named, open_processor
+from mmmamba_cli.runs import ResolvedModel, Run, check_unique_names, resolve_model
 
 
 def generate_ids(
@@ -90,7 +88,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ChatModel:
     """A loaded model under the name it is called by; it gives one answer at a time.
 
     `generator` decodes in the model's place; None for models that it does not take.
@@ -165,38 +163,28 @@ def _taken(pieces: list[str], found: Answer) -> Iterator[str]:
     pieces.clear()
 
 
-def locate(run: Run, wanted: Sequence[str | Path], teacher_path: Path | None = None) -> list[Named]:
-    """What is to be talked to, named as `open_named` takes it. Raises as that does, and `DataError`
-    if two have one name.
-    """
-    found = [open_named(run, one, teacher_path) for one in wanted]
-    called = [where.name for where in found]
-    twice = [name for name in dict.fromkeys(called) if called.count(name) > 1]
-    if twice:
-        raise DataError(
-            f"more than one model is called {', '.join(twice)}",
-            "name each of them once, or rename a folder",
-        )
+def resolve_models(
+    run: Run, names: Sequence[str | Path], teacher_path: Path | None = None
+) -> list[ResolvedModel]:
+    """Open models by name as `resolve_model` does. Raises `DataError` if two have one name."""
+    found = [resolve_model(run, name, teacher_path) for name in names]
+    check_unique_names(
+        [one.name for one in found], hint="name each of them once, or rename a folder"
+    )
     return found
 
 
-def load_speaker(where: Named, device: str | None = None, dtype: str = "auto") -> Speaker:
-    """Load a model to talk to. `device` None is CUDA where there is one; dtype "auto" is bf16
+def load_chat_model(
+    found: ResolvedModel, device: str | None = None, dtype: str = "auto"
+) -> ChatModel:
+    """Load a model to chat with. `device` None is CUDA where there is one; dtype "auto" is bf16
     there, and fp32 on a CPU. Raises `CheckpointError` if it has no tokenizer.
     """
-    checkpoint = where.checkpoint
-    processor = open_processor(checkpoint)
-    if processor is None:
-        raise CheckpointError(
-            f"{checkpoint.path} has no tokenizer, so it cannot be talked to",
-            "put the teacher's tokenizer beside it, or seed again with --tokenizer FILE",
-        )
-    chosen = pick_device(device)
-    wanted = pick_dtype(dtype, chosen)
-    model = load_model(
-        checkpoint.path, device=chosen, dtype=wanted, frozen=True, checkpoint=checkpoint
+    processor = found.require_processor(
+        "talked to", "put the teacher's tokenizer beside it, or seed again with --tokenizer FILE"
     )
-    return Speaker(where.name, model, processor, where.kind, where.final, _generator(model))
+    model = found.load(device, dtype)
+    return ChatModel(found.name, model, processor, found.kind, found.final, _generator(model))
 
 
 def _generator(model: HolisticVLM) -> Generator | None:

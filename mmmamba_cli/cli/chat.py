@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmmamba_cli.cli.console import print_json, print_line, print_warning
+from mmmamba_cli.cli.console import print_json, print_line, warn_not_final
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
     AsJson,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from mmmamba_cli.chat import Settings
     from mmmamba_cli.cli.chat_session import Talk
-    from mmmamba_cli.runs import Named
+    from mmmamba_cli.runs import ResolvedModel
 
 
 def command(
@@ -82,7 +82,7 @@ def command(
     """
     if as_json and prompt is None:
         raise DataError("--json needs a question", "give it with --prompt QUESTION")
-    from mmmamba_cli.chat import Settings, locate
+    from mmmamba_cli.chat import Settings, resolve_models
     from mmmamba_cli.runs import Run
 
     settings = Settings(max_new_tokens, temperature, top_k, top_p, seed=seed)
@@ -91,7 +91,7 @@ def command(
     others = [*(compare or ()), *(["teacher"] if teacher or teacher_path is not None else [])]
     if not wanted and len(compare or ()) < 2:
         wanted.append(target.record.current)
-    places = locate(target, [*wanted, *dict.fromkeys(others)], teacher_path)
+    places = resolve_models(target, [*wanted, *dict.fromkeys(others)], teacher_path)
     _warn(places)
     talk = _open(places, settings, system, image or (), device, dtype)
     if as_json:
@@ -108,21 +108,21 @@ def command(
         talk.read_questions(sys.stdin)
 
 
-def _warn(places: Sequence[Named]) -> None:
+def _warn(places: Sequence[ResolvedModel]) -> None:
     for where in places:
         if where.final is False:
-            print_warning(f"{where.name} was never distilled end to end; do not expect much")
+            warn_not_final(where.name)
 
 
 def _open(
-    places: Sequence[Named],
+    places: Sequence[ResolvedModel],
     settings: Settings,
     system: str | None,
     images: Sequence[Path],
     device: str | None,
     dtype: str,
 ) -> Talk:
-    from mmmamba_cli.chat import Conversation, load_speaker
+    from mmmamba_cli.chat import Conversation, load_chat_model
     from mmmamba_cli.cli.chat_session import Talk, blind
 
     conversation = Conversation(tuple(where.name for where in places), system)
@@ -135,5 +135,5 @@ def _open(
     speakers = []
     for where in places:
         print_line(f"loading {where.name}", to_stderr=True)
-        speakers.append(load_speaker(where, device, dtype))
+        speakers.append(load_chat_model(where, device, dtype))
     return Talk(speakers, conversation, settings)

@@ -20,7 +20,7 @@ from mmmamba_cli.cli.console import print_error, print_line, print_warning
 from mmmamba_cli.errors import DataError, MmmambaError
 
 if TYPE_CHECKING:
-    from mmmamba_cli.chat import Answer, Conversation, Settings, SideBySide, Speaker
+    from mmmamba_cli.chat import Answer, ChatModel, Conversation, Settings, SideBySide
 
 INTERRUPTED = 130
 PROMPT = "> "
@@ -66,7 +66,7 @@ class Talk:
     """A conversation with one or more loaded models."""
 
     def __init__(
-        self, speakers: Sequence[Speaker], conversation: Conversation, settings: Settings
+        self, speakers: Sequence[ChatModel], conversation: Conversation, settings: Settings
     ) -> None:
         self.speakers = tuple(speakers)
         self.conversation = conversation
@@ -231,7 +231,7 @@ class Talk:
         stopped = "stopped; " if self._stop.pressed else ""
         _remark(f"{stopped}{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s")
 
-    def _speak(self, speaker: Speaker, write: Callable[[str], object]) -> Answer:
+    def _speak(self, speaker: ChatModel, write: Callable[[str], object]) -> Answer:
         from mmmamba_cli.chat import Answer
 
         found = Answer()
@@ -239,7 +239,7 @@ class Talk:
             write(piece)
         return found
 
-    def _stream(self, speakers: Sequence[Speaker], table: SideBySide) -> list[Answer]:
+    def _stream(self, speakers: Sequence[ChatModel], table: SideBySide) -> list[Answer]:
         """A token of each model in turn, each in its column."""
         from mmmamba_cli.chat import Answer
 
@@ -258,7 +258,7 @@ class Talk:
                     _write(table.add(column, printable(piece)))
         return answers
 
-    def _warn_if_cut(self, speaker: Speaker, found: Answer) -> None:
+    def _warn_if_cut(self, speaker: ChatModel, found: Answer) -> None:
         if not found.finished:
             print_warning(
                 f"{speaker.name}: cut after {found.tokens} tokens; --max-new-tokens allows more"

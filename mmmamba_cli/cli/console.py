@@ -61,6 +61,11 @@ def print_warning(message: str) -> None:
     _print_marked("warning", "bold yellow", message)
 
 
+def warn_not_final(name: str) -> None:
+    """Warn of a product that has not been through the last stage."""
+    print_warning(f"{name} was not distilled end to end; its answers will be poor")
+
+
 def _print_marked(mark: str, style: str, message: str) -> None:
     from rich.text import Text
 

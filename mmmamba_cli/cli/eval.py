@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from mmmamba_cli.cli.console import (
     print_table,
     print_warning,
     progress,
+    warn_not_final,
 )
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
@@ -30,8 +32,8 @@ from mmmamba_cli.cli.options import (
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from mmmamba_cli.evaluate import Options, Result, Retention, Scored, Suite
-    from mmmamba_cli.evaluate.open_models import Candidate
+    from mmmamba_cli.evaluate import EvalModel, Options, Result, Retention, Scored, Suite
+    from mmmamba_cli.runs import ResolvedModel
 
 EVALS = "evals"
 RIGHT = ("score", "rows", "unreadable", "teacher", "retention")
@@ -121,11 +123,12 @@ def command(
         scored = [_from_file(predictions, name, folder, options) for name in names]
         _say([one.result for one in scored], [], compare, as_json)
         return
-    candidates = _candidates(run, product, model, teacher, teacher_path, device, dtype)
+    models = _models(run, product, model, teacher, teacher_path)
+    load = partial(_load, device=device, dtype=dtype)
     if kit is not None:
-        _with_kit(kit, candidates, names, options, folder, as_json)
+        _with_kit(kit, models, load, names, options, folder, as_json)
         return
-    results, kept = _ask(candidates, names, options, folder)
+    results, kept = _ask(models, load, names, options, folder)
     _say(results, kept, compare, as_json)
 
 
@@ -144,65 +147,70 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
-def _candidates(
+def _models(
     run: Path,
     product: str | None,
-    models: Sequence[Path] | None,
+    paths: Sequence[Path] | None,
     teacher: bool,
     teacher_path: Path | None,
-    device: str | None,
-    dtype: str,
-) -> list[Candidate]:
-    """The models to ask, each under a name of its own, the teacher last."""
-    from mmmamba_cli.evaluate import open_models
-    from mmmamba_cli.runs import Run
+) -> list[ResolvedModel]:
+    """The models to evaluate, under unique names, the teacher last."""
+    from mmmamba_cli import runs
 
-    if models and product is not None:
+    if paths and product is not None:
         raise DataError("--from names a product of the run, --model a path", "give one of them")
-    found = [open_models.path_candidate(path, device, dtype) for path in models or ()]
-    if not models:
-        found.append(open_models.product_candidate(Run(run), product, device, dtype))
+    found = [runs.resolve_path(path) for path in paths or ()]
+    if not paths:
+        found.append(runs.resolve_product(runs.Run(run), product))
     if teacher or teacher_path is not None:
-        found.append(open_models.teacher_candidate(Run(run), teacher_path, device, dtype))
-    names = [candidate.name for candidate in found]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise DataError(
-            f"more than one model is called {', '.join(twice)}, and results lie under that name",
-            "evaluate them with different --out, or rename a folder",
-        )
-    for candidate in found:
-        if candidate.final is False:
-            print_warning(f"{candidate.name} was never distilled end to end; do not expect much")
+        found.append(runs.resolve_teacher(runs.Run(run), teacher_path))
+    runs.check_unique_names(
+        [one.name for one in found],
+        ", and results lie under that name",
+        hint="evaluate them with different --out, or rename a folder",
+    )
+    for one in found:
+        if one.origin == "product" and one.final is False:
+            warn_not_final(one.name)
     return found
 
 
+def _load(found: ResolvedModel, device: str | None, dtype: str) -> EvalModel:
+    from mmmamba_cli.evaluate import model_adapter
+
+    return model_adapter.load_eval_model(found, device, dtype)
+
+
 def _ask(
-    candidates: Sequence[Candidate], names: Sequence[str], options: Options, folder: Path
+    models: Sequence[ResolvedModel],
+    load: Callable[[ResolvedModel], EvalModel],
+    names: Sequence[str],
+    options: Options,
+    folder: Path,
 ) -> tuple[list[Result], list[Retention]]:
     """Every model every suite; retention by the last one, if that is the teacher."""
     from mmmamba_cli.evaluate import compare_with_teacher, find_suite, open_suite, write_retention
-    from mmmamba_cli.evaluate.open_models import TEACHER
+    from mmmamba_cli.runs import TEACHER
 
     suites = [find_suite(name) for name in names]
     # All tables before any model: what is wrong with them is found in time.
     opened = [open_suite(suite, options, _tell) for suite in suites]
     scored: dict[str, list[Scored]] = {suite.name: [] for suite in suites}
-    for candidate in candidates:
-        _tell(f"loading {candidate.name}")
+    for one in models:
+        _tell(f"loading {one.name}")
         with if_interrupted(
-            f"{candidate.name} was not asked yet; answers that are kept in {folder} stay, and the "
+            f"{one.name} was not asked yet; answers that are kept in {folder} stay, and the "
             "same command goes on"
         ):
-            model = candidate.open()
+            model = load(one)
         for suite, (table, rows) in zip(suites, opened, strict=True):
-            place = folder / candidate.name / suite.name
+            place = folder / one.name / suite.name
             scored[suite.name].append(_ask_one(model, suite, table, rows, place, options))
         # Before the next one is loaded: two may not fit.
         del model
         gc.collect()
     kept: list[Retention] = []
-    if candidates[-1].name == TEACHER:
+    if models[-1].name == TEACHER:
         for name, found in scored.items():
             for student in found[:-1]:
                 parts = compare_with_teacher([student], found[-1], options.seed)
@@ -249,7 +257,8 @@ def _from_file(file: Path, name: str, folder: Path, options: Options) -> Scored:
 
 def _with_kit(
     kit: str,
-    candidates: Sequence[Candidate],
+    models: Sequence[ResolvedModel],
+    load: Callable[[ResolvedModel], EvalModel],
     names: Sequence[str],
     options: Options,
     folder: Path,
@@ -261,13 +270,13 @@ def _with_kit(
 
     evaluate = find_evaluator(kit)
     found = []
-    for candidate in candidates:
-        place = folder / candidate.name / kit
+    for one in models:
+        place = folder / one.name / kit
         with if_interrupted(
-            f"{kit} was asking {candidate.name}, whose scores are not written; those of models "
+            f"{kit} was asking {one.name}, whose scores are not written; those of models "
             f"before it are in {folder}, and the same command begins with what {kit} keeps itself"
         ):
-            model = candidate.open()
+            model = load(one)
             place.mkdir(parents=True, exist_ok=True)
             scores = evaluate(model, names, options, place)
         found.append(kit_result(kit, model.identity, scores, options))

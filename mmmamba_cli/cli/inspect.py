@@ -64,16 +64,16 @@ def command(
     torch, which takes some seconds more.
     """
     from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe, memory_of_checkpoint
-    from mmmamba_cli.runs import Run, open_named
+    from mmmamba_cli.runs import Run, resolve_model
 
     tokens = DEFAULT_CONTEXT if context is None else _single_length(context)
     target = Run(run)
-    found = open_named(target, name or target.record.current)
+    found = resolve_model(target, name or target.record.current)
     summary = describe(found.checkpoint)
     memory = memory_of_checkpoint(found.name, found.checkpoint, tokens, dtype)
     differences = None
     if against is not None:
-        differences = _compare(found.checkpoint, open_named(target, against).checkpoint)
+        differences = _compare(found.checkpoint, resolve_model(target, against).checkpoint)
     if as_json:
         record: dict[str, Any] = {
             "name": found.name,

@@ -6,6 +6,8 @@ Legend: B rows of a batch, T columns, V vocabulary.
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,12 +25,14 @@ from mmmamba_cli.processing import (
     content_with_images,
     count_tiles,
 )
+from mmmamba_cli.runs import TEACHER, ResolvedModel, pick_placement
 
 Result = TypeVar("Result")
 
 # Share of free memory that a batch may take: what is left is for fragments and longer answers.
 SHARE = 0.8
 PROBE_TOKENS = 8
+DIGEST_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,45 @@ class HolisticEvalModel:
         taken = _peak_beyond_weights(try_it, self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
         return fitting(longest.length, taken, free)
+
+
+def load_eval_model(
+    found: ResolvedModel, device: str | None = None, dtype: str = "auto"
+) -> HolisticEvalModel:
+    """Verify and load a model for evaluation; its tensors are hashed if their hash is not known.
+
+    `device` None is CUDA where there is one; dtype "auto" is bf16 there, and fp32 on a CPU. Raises
+    `RunError` if its run recorded other tensors, `CheckpointError` if it has no tokenizer.
+    """
+    found.verify()
+    processor = found.require_processor(
+        "asked anything",
+        "put the teacher's tokenizer.model there, or seed again with --tokenizer FILE",
+    )
+    chosen, kept = pick_placement(device, dtype)
+    product = found.origin == "product"
+    identity = Identity(
+        name=found.name,
+        content_hash=found.content_hash or found.checkpoint.source.content_hash(),
+        # A checkpoint from elsewhere is known by its tensors alone, whatever lies beside them.
+        kind=found.kind if product else TEACHER if found.origin == TEACHER else "",
+        final=found.final if product else None,
+        answers_depend_on={
+            "config": _digest(found.checkpoint.config.to_dict()),
+            "processor": _digest(processor.to_dict()),
+            "device": chosen.type,
+            "dtype": str(kept).removeprefix("torch."),
+        },
+    )
+    return HolisticEvalModel(found.load(chosen, kept), processor, identity)
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    """A short hash of a config, without the fields that depend on who wrote it."""
+    ignored = ("transformers_version", "dtype", "architectures", "_name_or_path")
+    kept = {key: value for key, value in settings.items() if key not in ignored}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
 
 
 def _question(prompt: Prompt) -> dict[str, Any]:

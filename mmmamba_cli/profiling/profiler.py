@@ -42,7 +42,7 @@ from mmmamba_cli.profiling.subjects import (
     check_names,
     path_subjects,
     run_subjects,
-    run_teacher,
+    teacher_subjects,
 )
 from mmmamba_cli.profiling.throughput import search_batch_size
 from mmmamba_cli.profiling.timers import DeviceTimer, device_name, device_timer
@@ -98,7 +98,7 @@ def select_subjects(
             store, run, products, teacher=wanted, teacher_path=teacher_path, eager=eager
         )
     elif teacher or moved:
-        found = run_teacher(store, run, teacher_path, eager=eager)
+        found = teacher_subjects(store, run, teacher_path, eager=eager)
     return [*found, *path_subjects(store, models, eager=eager)]
 
 

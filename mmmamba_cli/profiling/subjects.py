@@ -23,12 +23,10 @@ from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import (
     Checkpoint,
     hovle,
-    open_checkpoint,
-    pick_dtype,
     stored_dtype,
 )
 from mmmamba_cli.checkpoint.tensor_io import cast
-from mmmamba_cli.devices import pick_device, require_memory, translate_out_of_memory
+from mmmamba_cli.devices import require_memory, translate_out_of_memory
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.inference import quantize
 from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
@@ -49,7 +47,15 @@ from mmmamba_cli.profiling.interfaces import (
 )
 from mmmamba_cli.recipe import place_attention, plan_kind
 from mmmamba_cli.recipe.problems import join_or, suggest
-from mmmamba_cli.runs import Manifest, Run, path_name
+from mmmamba_cli.runs import (
+    ResolvedModel,
+    Run,
+    check_unique_names,
+    pick_placement,
+    resolve_path,
+    resolve_product,
+    resolve_teacher,
+)
 
 # Bounds of softplus^-1(dt) that decay neither at once nor never.
 STEP_BIAS = (-6.0, -2.0)
@@ -164,29 +170,7 @@ def weight_store(device: str | None = None, dtype: str = "auto") -> WeightStore:
 
     Raises `CheckpointError` for a device or dtype that is not known or not there.
     """
-    chosen = pick_device(device)
-    return WeightStore(chosen, pick_dtype(dtype, chosen))
-
-
-def teacher_subjects(
-    store: WeightStore, checkpoint: Checkpoint, known: str = "", *, eager: bool = False
-) -> list[Subject]:
-    """The two baselines: a checkpoint's model as it is shipped, and by the students' decoder.
-
-    `eager`: the second is eager too, with a static cache.
-    """
-    return [
-        _subject(
-            role,
-            role,
-            checkpoint.config,
-            partial(store.load, checkpoint),
-            str(checkpoint.path),
-            eager=eager,
-            content_hash=known or None,
-        )
-        for role in _baselines(eager)
-    ]
+    return WeightStore(*pick_placement(device, dtype))
 
 
 def run_subjects(
@@ -206,54 +190,35 @@ def run_subjects(
     """
     run = Run(folder)
     has_teacher = run.record.teacher is not None
-    named = [run.product(name) for name in dict.fromkeys(products)] or _newest(run)
+    names = [run.product(name).name for name in dict.fromkeys(products)] or _newest(run)
     found: list[Subject] = []
     if has_teacher if teacher is None else teacher:
-        found += run_teacher(store, folder, teacher_path, eager=eager)
-    for manifest in named:
-        checkpoint = run.open_product(manifest.name)
-        found.append(
-            _subject(
-                manifest.name,
-                STUDENT,
-                checkpoint.config,
-                partial(store.load, checkpoint),
-                str(checkpoint.path),
-                eager=eager,
-                content_hash=manifest.content_hash,
-                final=manifest.final,
-            )
-        )
-    return found
+        found += teacher_subjects(store, folder, teacher_path, eager=eager)
+    return found + [
+        _opened(store, resolve_product(run, name), STUDENT, eager=eager) for name in names
+    ]
 
 
-def run_teacher(
+def teacher_subjects(
     store: WeightStore, folder: Path, moved_to: Path | None = None, *, eager: bool = False
 ) -> list[Subject]:
-    """The two baselines of a run. Raises `RunError` if its teacher is not there, or never was."""
-    run = Run(folder)
-    known = run.teacher.content_hash
-    return teacher_subjects(store, run.open_teacher(moved_to), known, eager=eager)
+    """A run's teacher as shipped, and decoded as the students are.
+
+    `eager`: the second is eager too, with a static cache. Raises `RunError` if the run has no
+    teacher, or it is no longer there.
+    """
+    model = resolve_teacher(Run(folder), moved_to)
+    return [_opened(store, model, role, role, eager=eager) for role in _baselines(eager)]
 
 
 def path_subjects(
     store: WeightStore, paths: Iterable[Path], *, eager: bool = False
 ) -> list[Subject]:
     """Any checkpoints, as students. Raises `CheckpointError`."""
-    found: list[Subject] = []
-    for path in paths:
-        checkpoint = open_checkpoint(path)
-        found.append(
-            _subject(
-                path_name(path),
-                STUDENT,
-                checkpoint.config,
-                partial(store.load, checkpoint),
-                str(path),
-                eager=eager,
-            )
-        )
-    return found
+    return [
+        _opened(store, resolve_path(path), STUDENT, weights=str(path), eager=eager)
+        for path in paths
+    ]
 
 
 def random_subjects(
@@ -318,18 +283,39 @@ def int8_subjects(subjects: Sequence[Subject]) -> list[Subject]:
 
 
 def check_names(subjects: Sequence[Subject]) -> None:
-    """Raise `DataError` if two of them have one name, under which results stand."""
-    names = [subject.name for subject in subjects]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise DataError(
-            f"more than one model is called {', '.join(twice)}, and numbers stand under that name",
-            "profile them one after the other, with different --out, or rename a folder",
-        )
+    """Raise `DataError` if two subjects have one name, under which results stand."""
+    check_unique_names(
+        [subject.name for subject in subjects],
+        ", and numbers stand under that name",
+        hint="profile them one after the other, with different --out, or rename a folder",
+    )
 
 
 def _baselines(eager: bool) -> tuple[str, str]:
     return (AS_SHIPPED, STATIC_TEACHER if eager else TUNED)
+
+
+def _opened(
+    store: WeightStore,
+    model: ResolvedModel,
+    role: str,
+    name: str | None = None,
+    *,
+    weights: str | None = None,
+    eager: bool,
+) -> Subject:
+    """A subject whose weights are those of a checkpoint."""
+    checkpoint = model.checkpoint
+    return _subject(
+        name or model.name,
+        role,
+        checkpoint.config,
+        partial(store.load, checkpoint),
+        weights or str(checkpoint.path),
+        eager=eager,
+        content_hash=model.content_hash,
+        final=None if model.run is None else model.final,
+    )
 
 
 def _subject(
@@ -372,9 +358,10 @@ def _with_attention(full: HolisticVLMConfig, kept: Sequence[int]) -> HolisticVLM
     return config
 
 
-def _newest(run: Run) -> list[Manifest]:
-    """The newest product of each layer plan: the others are as fast. Raises `RunError` if none."""
+def _newest(run: Run) -> list[str]:
+    """Names of the newest product of each layer plan: the others are as fast. Raises `RunError`."""
     plans = {manifest.attention_layers: manifest for manifest in run.products().values()}
     if not plans:
         raise RunError(f"{run.folder} has no product yet", "mmmamba seed makes the first")
-    return sorted(plans.values(), key=lambda manifest: len(manifest.attention_layers))
+    newest = sorted(plans.values(), key=lambda manifest: len(manifest.attention_layers))
+    return [manifest.name for manifest in newest]

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 from mmmamba_cli.lazy_imports import lazy_attributes
 from mmmamba_cli.runs.manifest import Manifest, Parent, read_manifest
-from mmmamba_cli.runs.models import TEACHER, Named, open_named, path_name
+from mmmamba_cli.runs.models import (
+    TEACHER,
+    ResolvedModel,
+    check_unique_names,
+    pick_placement,
+    resolve_model,
+    resolve_path,
+    resolve_product,
+    resolve_teacher,
+)
 from mmmamba_cli.runs.run import Run, RunRecord, Teacher
 
 if TYPE_CHECKING:
@@ -20,16 +29,20 @@ if TYPE_CHECKING:
 __all__ = [
     "TEACHER",
     "Manifest",
-    "Named",
     "Parent",
     "ProductSpec",
+    "ResolvedModel",
     "Run",
     "RunRecord",
     "Teacher",
-    "open_named",
+    "check_unique_names",
     "open_processor",
-    "path_name",
+    "pick_placement",
     "read_manifest",
+    "resolve_model",
+    "resolve_path",
+    "resolve_product",
+    "resolve_teacher",
     "write_model_files",
     "write_product",
 ]

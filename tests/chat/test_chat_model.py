@@ -9,22 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
-from mmmamba_cli.chat import Answer, Conversation, Settings, Speaker, load_speaker, locate
+from mmmamba_cli.chat import Answer, ChatModel, Conversation, Settings, load_chat_model
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.inference import Generator
-from mmmamba_cli.runs import Run
+from mmmamba_cli.runs import Run, resolve_model
 
 SETTINGS = Settings(12)
 QUESTIONS = ("What is in the picture?", "Is there a dog? Please answer yes or no.", "And now?")
 
 
-def load(name: str = "scenes-hybrid") -> Speaker:
-    (place,) = locate(Run(Path("runs/none")), [name])
-    return load_speaker(place, device="cpu")
+def load(name: str = "scenes-hybrid") -> ChatModel:
+    return load_chat_model(resolve_model(Run(Path("runs/none")), name), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def speaker() -> Speaker:
+def speaker() -> ChatModel:
     return load()
 
 
@@ -36,7 +35,7 @@ def pictures(tmp_path: Path) -> list[Path]:
     return files
 
 
-def say(speaker: Speaker, talk: Conversation, settings: Settings = SETTINGS) -> str:
+def say(speaker: ChatModel, talk: Conversation, settings: Settings = SETTINGS) -> str:
     found = Answer()
     said = "".join(speaker.answer(talk, settings, found))
     assert said == found.text
@@ -44,7 +43,7 @@ def say(speaker: Speaker, talk: Conversation, settings: Settings = SETTINGS) -> 
     return said
 
 
-def by_generate(speaker: Speaker, talk: Conversation) -> str:
+def by_generate(speaker: ChatModel, talk: Conversation) -> str:
     """The same answer from `model.generate`."""
     batch = speaker.processor.chat(talk.messages(speaker.name), talk.pictures, padding=False)
     batch.pop("num_tiles", None)
@@ -57,7 +56,7 @@ def by_generate(speaker: Speaker, talk: Conversation) -> str:
     return text.strip()
 
 
-def hold_against_generate(speaker: Speaker, pictures: list[Path]) -> list[str]:
+def hold_against_generate(speaker: ChatModel, pictures: list[Path]) -> list[str]:
     """Answers of several turns, the first two about pictures."""
     talk = Conversation((speaker.name,))
     for number, question in enumerate(QUESTIONS):
@@ -79,12 +78,12 @@ def test_turns_with_pictures_are_what_generate_answers(name: str, pictures: list
 
 
 def test_adapters_are_answered_with(
-    speaker: Speaker, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    speaker: ChatModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peft = pytest.importorskip("peft")
-    from mmmamba_cli.chat import chat_model as loading
+    from mmmamba_cli import checkpoint
 
-    plain = loading.load_model
+    plain = checkpoint.load_model
 
     def adapted(*words: Any, **options: Any) -> Any:
         model = plain(*words, **options)
@@ -96,7 +95,7 @@ def test_adapters_are_answered_with(
                 torch.nn.init.normal_(parameter, std=0.05)
         return model.eval().requires_grad_(False)
 
-    monkeypatch.setattr(loading, "load_model", adapted)
+    monkeypatch.setattr(checkpoint, "load_model", adapted)
     other = load()
     assert other.generator is None
     answers = hold_against_generate(other, pictures)
@@ -107,7 +106,7 @@ def test_adapters_are_answered_with(
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_the_drawn_repeat_under_a_seed(speaker: Speaker) -> None:
+def test_the_drawn_repeat_under_a_seed(speaker: ChatModel) -> None:
     talk = Conversation((speaker.name,))
     talk.ask(QUESTIONS[0])
     drawn = [say(speaker, talk, Settings(12, 1.5, top_p=0.95, seed=seed)) for seed in (1, 1, 2)]
@@ -130,7 +129,7 @@ def break_at(token: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_after_ctrl_c_the_conversation_goes_on(
-    speaker: Speaker, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    speaker: ChatModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talk = Conversation((speaker.name,))
     talk.add_picture(pictures[0])
@@ -156,7 +155,9 @@ def test_after_ctrl_c_the_conversation_goes_on(
     assert say(speaker, talk).rstrip() == by_generate(speaker, talk)
 
 
-def test_without_memory_nothing_is_held(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_nothing_is_held(
+    speaker: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     talk = Conversation((speaker.name,))
     talk.ask(QUESTIONS[0])
     expected = say(speaker, talk)

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import openpyxl
@@ -17,7 +18,8 @@ from ended import Command
 from PIL import Image
 from suite_tables import ScriptedModel, mme_rows, write_tsv
 
-from mmmamba_cli.evaluate import Encoded, Prompt, open_models
+from mmmamba_cli import runs
+from mmmamba_cli.evaluate import Encoded, Prompt, model_adapter
 from mmmamba_cli.evaluate.result import read_result
 
 MME_RIGHT = {"perception": 2000.0, "reasoning": 800.0}
@@ -41,11 +43,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedModel]:
     """Any checkpoint that is named is a scripted model, by the name of its folder."""
     made: dict[str, ScriptedModel] = {}
 
-    def candidate(path: Path, device: str | None, dtype: str) -> open_models.Candidate:
-        model = made.setdefault(path.name, ScriptedModel(mostly_right, name=path.name))
-        return open_models.Candidate(path.name, lambda: model)  # type: ignore[arg-type, return-value]
+    def resolve(path: Path) -> SimpleNamespace:
+        made.setdefault(path.name, ScriptedModel(mostly_right, name=path.name))
+        return SimpleNamespace(name=path.name, origin="path")
 
-    monkeypatch.setattr(open_models, "path_candidate", candidate)
+    monkeypatch.setattr(runs, "resolve_path", resolve)
+    monkeypatch.setattr(model_adapter, "load_eval_model", lambda found, *where: made[found.name])
     return made
 
 
@@ -146,15 +149,16 @@ def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(
 
 
 def test_an_interrupt_before_the_first_answer_says_how_to_go_on(
-    mmmamba: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mmmamba: Command,
+    data: Path,
+    tmp_path: Path,
+    scripted: dict[str, ScriptedModel],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt() -> NoReturn:
+    def interrupt(*words: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    def candidate(path: Path, device: str | None, dtype: str) -> open_models.Candidate:
-        return open_models.Candidate(path.name, interrupt)
-
-    monkeypatch.setattr(open_models, "path_candidate", candidate)
+    monkeypatch.setattr(model_adapter, "load_eval_model", interrupt)
     out = tmp_path / "out"
     words = ["--suite", "mme", "--model", "student", "--data", data, "--out", out]
     done = mmmamba("eval", *words)
@@ -208,7 +212,7 @@ def test_a_small_real_model_and_its_teacher(
     words += ["--device", "cpu"]
     done = mmmamba("eval", *words, "--teacher")
     assert done.code == 0, done.err
-    assert "seed was never distilled end to end" in done.err
+    assert "seed was not distilled end to end" in done.err
     folder = run / "evals" / "seed" / "mme"
     result = read_result(folder / "result.json")
     manifest = json.loads((run / "products/seed/manifest.json").read_text())

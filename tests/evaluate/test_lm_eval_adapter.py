@@ -11,8 +11,8 @@ from ended import Command
 from small_language_models import write, write_tokenizer
 
 from mmmamba_cli.evaluate import Options, find_evaluator
-from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel
-from mmmamba_cli.evaluate.open_models import path_candidate
+from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel, load_eval_model
+from mmmamba_cli.runs import resolve_path
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'mmmamba[eval]'")
 find_evaluator("lm-eval")
@@ -79,7 +79,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def opened(path: Path) -> HolisticEvalModel:
-    return path_candidate(path, "cpu", "fp32").open()
+    return load_eval_model(resolve_path(path), "cpu", "fp32")
 
 
 def scored(harness: Any, tasks: Path, name: str = "local_choose") -> Any:

@@ -11,10 +11,9 @@ from suite_tables import mme_rows, write_tsv
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate import Encoded, Identity, Options, OutOfMemory, Prompt, find_suite
 from mmmamba_cli.evaluate import open_suite as opened
-from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel, fitting
-from mmmamba_cli.evaluate.open_models import product_candidate, teacher_candidate
+from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel, fitting, load_eval_model
 from mmmamba_cli.evaluate.prompts import prompt_of
-from mmmamba_cli.runs import Run
+from mmmamba_cli.runs import Run, resolve_product, resolve_teacher
 
 MME = find_suite("mme")
 
@@ -23,8 +22,8 @@ MME = find_suite("mme")
 def model(request: pytest.FixtureRequest, small_run: Path) -> HolisticEvalModel:
     run = Run(small_run)
     if request.param == "student":
-        return product_candidate(run, None, "cpu", "fp32").open()
-    return teacher_candidate(run, None, "cpu", "fp32").open()
+        return load_eval_model(resolve_product(run), "cpu", "fp32")
+    return load_eval_model(resolve_teacher(run), "cpu", "fp32")
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_an_answer_ends_at_a_stop_token(model: HolisticEvalModel, prompts: list[
 def test_what_a_folder_says_about_generating_is_not_used(
     small_run: Path, prompts: list[Prompt]
 ) -> None:
-    fresh = product_candidate(Run(small_run), None, "cpu", "fp32").open()
+    fresh = load_eval_model(resolve_product(Run(small_run)), "cpu", "fp32")
     expected = fresh.generate([fresh.encode(prompts[0])], 6)
     fresh.model.generation_config.update(repetition_penalty=50.0, do_sample=True, temperature=9.0)
     again = HolisticEvalModel(fresh.model, fresh.processor, fresh.identity)
@@ -138,7 +137,7 @@ def test_nothing_is_measured_on_a_cpu(model: HolisticEvalModel, prompts: list[Pr
 def test_identity_says_what_answers_depend_on(small_run: Path) -> None:
     run = Run(small_run)
     kinds = [
-        product_candidate(run, None, "cpu", dtype).open().identity for dtype in ("fp32", "bf16")
+        load_eval_model(resolve_product(run), "cpu", dtype).identity for dtype in ("fp32", "bf16")
     ]
     assert kinds[0].content_hash == kinds[1].content_hash == run.product("seed").content_hash
     assert kinds[0].answers_depend_on["dtype"] == "float32"

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from materials import Materials
 from suite_tables import ScriptedModel
 from verdicts import Case
 
+from mmmamba_cli import runs
 from mmmamba_cli.cli import app as frame
-from mmmamba_cli.evaluate import open_models
+from mmmamba_cli.evaluate import model_adapter
 
 
 def whole_command_line() -> Any:
@@ -45,9 +47,10 @@ def case_of(tmp_path: Path) -> Callable[[str, int], Case]:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any checkpoint that is named says yes to everything, after a look at the picture."""
-
-    def candidate(path: Path, device: str | None, dtype: str) -> open_models.Candidate:
-        model: Any = ScriptedModel(lambda prompt: "Yes", name="student")
-        return open_models.Candidate("student", lambda: model)
-
-    monkeypatch.setattr(open_models, "path_candidate", candidate)
+    found = SimpleNamespace(name="student", origin="path")
+    monkeypatch.setattr(runs, "resolve_path", lambda path: found)
+    monkeypatch.setattr(
+        model_adapter,
+        "load_eval_model",
+        lambda *words: ScriptedModel(lambda prompt: "Yes", name="student"),
+    )
