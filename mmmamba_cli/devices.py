@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Devices that commands run on. `mmmamba_cli.load` takes any that torch has.
 COMMAND_DEVICES = ("cpu", "cuda")
-REMEDY = "give cpu or cuda"
+DEVICE_HINT = "give cpu or cuda"
 # Share of the free CPU memory that one allocation may take.
 MAX_CPU_MEMORY_SHARE = 0.9
 # torch's CPU allocator has no exception class of its own; its message contains this word.
@@ -43,9 +43,9 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = _parsed(name)
+    device = _parse_device(name)
     if device.type not in COMMAND_DEVICES:
-        raise MmmambaError(f"device {str(name)!r} cannot be used", REMEDY)
+        raise MmmambaError(f"device {str(name)!r} cannot be used", DEVICE_HINT)
     return check_device(device)
 
 
@@ -53,28 +53,30 @@ def check_device(name: str | int | torch.device) -> torch.device:
     """The device of that name, of any kind, if this machine has it. Raises `MmmambaError`."""
     import torch
 
-    device = _parsed(name)
+    device = _parse_device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise MmmambaError(f"device {device} is not there: {_gpus(count)}", "give cpu")
+            raise MmmambaError(f"device {device} is not there: {_describe_gpus(count)}", "give cpu")
     elif device.type not in ("cpu", "meta"):
         known = torch.accelerator.current_accelerator(check_available=True)
         if known is None or known.type != device.type:
-            raise MmmambaError(f"device {device} is not there: torch finds no such device", REMEDY)
+            raise MmmambaError(
+                f"device {device} is not there: torch finds no such device", DEVICE_HINT
+            )
     return device
 
 
-def _parsed(name: str | int | torch.device) -> torch.device:
+def _parse_device(name: str | int | torch.device) -> torch.device:
     import torch
 
     try:
         return torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise MmmambaError(f"device {name!r} is not known", REMEDY) from error
+        raise MmmambaError(f"device {name!r} is not known", DEVICE_HINT) from error
 
 
-def _gpus(count: int) -> str:
+def _describe_gpus(count: int) -> str:
     import torch
 
     if count:

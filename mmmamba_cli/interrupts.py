@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 # Seconds after which an interrupt that could not leave a callback is raised once more.
-RAISE_AGAIN_AFTER = 0.01
+RERAISE_DELAY_SECONDS = 0.01
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap"
 
 
@@ -38,7 +38,7 @@ def handle_interrupts() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
-    sys.unraisablehook = _raise_again
+    sys.unraisablehook = _reraise_interrupt
 
 
 def exit_on_interrupt() -> None:
@@ -105,14 +105,14 @@ def is_importing(frame: "FrameType | None") -> bool:
     return False
 
 
-def _raise_again(failure: "UnraisableHookArgs") -> None:
+def _reraise_interrupt(failure: "UnraisableHookArgs") -> None:
     """A finaliser or callback cannot pass an interrupt on: raise it again once that has ended."""
     if not issubclass(failure.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(failure)
         return
     import threading
 
-    again = threading.Timer(RAISE_AGAIN_AFTER, _interrupt_main_thread)
+    again = threading.Timer(RERAISE_DELAY_SECONDS, _interrupt_main_thread)
     again.daemon = True
     again.start()
 

@@ -47,9 +47,9 @@ class KnownIncompatibility:
     packages: Mapping[str, str]
     problem: str
     remedy: str
-    beside: tuple[str, ...] = ()
+    requires_any: tuple[str, ...] = ()
     capability: int | None = None
-    refused: bool = False
+    is_fatal: bool = False
 
     def applies(self, versions: Mapping[str, str]) -> bool:
         """Whether these `versions`, of what is installed, are such a pair."""
@@ -57,7 +57,9 @@ class KnownIncompatibility:
             name in versions and satisfies(versions[name], bounds)
             for name, bounds in self.packages.items()
         )
-        return within and (not self.beside or any(name in versions for name in self.beside))
+        return within and (
+            not self.requires_any or any(name in versions for name in self.requires_any)
+        )
 
     def sentence(self, versions: Mapping[str, str]) -> str:
         return self.problem.format_map(versions)
@@ -71,13 +73,13 @@ KNOWN_INCOMPATIBILITIES = (
         {"triton": ">=3.4,<3.7.1"},
         "refuses its gated backward on Hopper with Triton {triton}, where it was wrong",
         "train with the plain backend, or with Triton newer than 3.7.0",
-        beside=("fla-core", "flash-linear-attention"),
+        requires_any=("fla-core", "flash-linear-attention"),
         capability=HOPPER,
     ),
 )
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The version of a distribution, None if it is not installed."""
     try:
         return version(name)
@@ -85,7 +87,7 @@ def installed(name: str) -> str | None:
         return None
 
 
-def release(text: str) -> tuple[int, ...]:
+def release_numbers(text: str) -> tuple[int, ...]:
     """The numbers a version begins with: (2, 13, 0) of `2.13.0+cpu`."""
     match = re.match(r"\d+(\.\d+)*", text)
     return tuple(map(int, match[0].split("."))) if match else ()
@@ -94,16 +96,18 @@ def release(text: str) -> tuple[int, ...]:
 def satisfies(text: str, needs: str) -> bool:
     """Whether a version is what `needs` asks for: bounds with >= and <, joined by commas."""
     bounds = re.findall(r"(>=|<)([\d.]+)", needs)
-    return all((release(text) >= release(b)) == (sign == ">=") for sign, b in bounds)
+    return all(
+        (release_numbers(text) >= release_numbers(b)) == (sign == ">=") for sign, b in bounds
+    )
 
 
 def is_untested(name: str, text: str) -> bool:
     """Whether a version is newer than the newest release that the test suite ran on."""
     newest = NEWEST_TESTED.get(name)
-    return newest is not None and release(text)[: len(newest)] > newest
+    return newest is not None and release_numbers(text)[: len(newest)] > newest
 
 
-def problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
+def version_problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
     """Why the model cannot run with `versions`, those of what is installed."""
     found = versions.get("transformers")
     if found is not None and not satisfies(found, REQUIREMENTS["transformers"]):
@@ -113,7 +117,7 @@ def problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
             f"pip install 'transformers{needs}'",
         )
     for pair in KNOWN_INCOMPATIBILITIES:
-        if pair.refused and pair.applies(versions):
+        if pair.is_fatal and pair.applies(versions):
             yield MmmambaError(f"{pair.name}: {pair.sentence(versions)}", pair.remedy)
 
 
@@ -121,9 +125,9 @@ def problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
 def require_versions() -> None:
     """Raise `MmmambaError` for versions the model cannot run with; warn once of untested ones."""
     names = {"transformers", *(name for pair in KNOWN_INCOMPATIBILITIES for name in pair.packages)}
-    names |= {name for pair in KNOWN_INCOMPATIBILITIES for name in pair.beside}
-    versions = {name: text for name in names if (text := installed(name)) is not None}
-    for problem in problems(versions):
+    names |= {name for pair in KNOWN_INCOMPATIBILITIES for name in pair.requires_any}
+    versions = {name: text for name in names if (text := installed_version(name)) is not None}
+    for problem in version_problems(versions):
         raise problem
     found = versions.get("transformers")
     if found is not None and is_untested("transformers", found):

@@ -147,12 +147,12 @@ def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from mmmamba_cli.processing import alone
+    from mmmamba_cli.processing import isolated
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with alone(path) as folder:
+        with isolated(path) as folder:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
             )

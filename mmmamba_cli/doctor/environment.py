@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmmamba_cli.doctor.report import Device, Package
-from mmmamba_cli.versions import REQUIREMENTS, installed
+from mmmamba_cli.versions import REQUIREMENTS, installed_version
 
 EXTRAS = {
     "cuda": ("triton", "fla-core", "einops"),
@@ -35,9 +35,9 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 def packages() -> tuple[Package, ...]:
     """Python, what is needed, and what extras bring, installed or not."""
     found = [Package("python", platform.python_version(), ">=3.11")]
-    found += [Package(name, installed(name), needs) for name, needs in REQUIREMENTS.items()]
+    found += [Package(name, installed_version(name), needs) for name, needs in REQUIREMENTS.items()]
     found += [
-        Package(name, installed(name), extra=extra)
+        Package(name, installed_version(name), extra=extra)
         for extra, names in EXTRAS.items()
         for name in names
     ]

@@ -60,7 +60,7 @@ def known_problems(facts: Facts) -> Iterator[Check]:
     for pair in KNOWN_INCOMPATIBILITIES:
         on_device = pair.capability is None or pair.capability in majors
         if on_device and pair.applies(facts.versions):
-            level = FAILED if pair.refused else WARNING
+            level = FAILED if pair.is_fatal else WARNING
             yield Check(pair.name, level, pair.sentence(facts.versions), pair.remedy)
     on_cpu = next((d for d in facts.devices if d.name == facts.device == "cpu"), None)
     if on_cpu is not None and on_cpu.bf16 is False:

@@ -98,7 +98,7 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(P)), (B, H, T, T) fp32, 0 wherever a query may not look."""
         q, k, _ = self.queries_keys_values(hidden, layout)
         scores = query_key_products(upcast(q), upcast(k)) / math.sqrt(self.head_dim)
-        return torch.softmax(scores.masked_fill(~layout.allowed(), -math.inf), dim=-1)
+        return torch.softmax(scores.masked_fill(~layout.visible_keys(), -math.inf), dim=-1)
 
 
 def query_key_products(q: Tensor, k: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from mmmamba_cli.model.image_tokens import (
     select_new_tiles,
 )
 from mmmamba_cli.model.norm import RMSNorm
-from mmmamba_cli.model.patch_embedding import Vision
+from mmmamba_cli.model.patch_embedding import VisionEmbedding
 from mmmamba_cli.model.prepared_inputs import (
     PreparedInputs,
     check_inputs,
@@ -73,7 +73,7 @@ class HolisticDecoder(HolisticPreTrainedModel):
         self.num_embedding_layers = config.num_embedding_layers
         self.text_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         vision = config.vision_config
-        self.vision = None if vision is None else Vision(vision, config.hidden_size)
+        self.vision = None if vision is None else VisionEmbedding(vision, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.language.rms_norm_eps)
         self.gradient_checkpointing = False

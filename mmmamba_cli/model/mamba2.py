@@ -140,5 +140,5 @@ class Mamba2(nn.Module):
             dt = dt * layout.mask.unsqueeze(1)
         decay = (dt * -torch.exp(self.A_log).unsqueeze(-1)).cumsum(-1)
         passed = decay.unsqueeze(-1) - decay.unsqueeze(-2)
-        passed = passed.masked_fill(~layout.allowed(), -math.inf).exp()
+        passed = passed.masked_fill(~layout.visible_keys(), -math.inf).exp()
         return query_key_products(upcast(q), upcast(k)) * passed * dt.unsqueeze(-2)

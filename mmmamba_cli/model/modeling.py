@@ -169,7 +169,7 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
             input_ids,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
-            **_renamed(kwargs),
+            **_with_cache_name(kwargs),
         )
         cache = inputs.get(CACHE_NAME)
         goes_on = cache is not None and cache.get_seq_length() > 0 and not is_first_iteration
@@ -182,7 +182,7 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        given = _renamed(model_kwargs)
+        given = _with_cache_name(model_kwargs)
         model_kwargs.clear()
         model_kwargs.update(given)
         result = super()._prepare_cache_for_generation(
@@ -232,7 +232,7 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         embeds = model_kwargs.get("inputs_embeds")
         inputs = input_ids if embeds is None else embeds
         if expand_size > 1 and inputs is not None:
-            cache = as_hybrid(_renamed(model_kwargs).get(CACHE_NAME))
+            cache = as_hybrid(_with_cache_name(model_kwargs).get(CACHE_NAME))
             if pixels is not None:
                 is_image = image_token_mask(
                     self.config.vision_config,
@@ -276,7 +276,7 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         return tiles_per_row(counts, seen, num_tiles).tolist()
 
 
-def _renamed(arguments: dict[str, Any]) -> dict[str, Any]:
+def _with_cache_name(arguments: dict[str, Any]) -> dict[str, Any]:
     """A cache given under its other name is given under that of this release."""
     other = "past_key_values" if CACHE_NAME == "cache" else "cache"
     if arguments.get(other) is None:

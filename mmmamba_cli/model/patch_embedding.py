@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmmamba_cli.model.config import VisionConfig
 
 
-class Vision(nn.Module):
+class VisionEmbedding(nn.Module):
     """Patch embedding with learned positions, and the pixel shuffle with its projection."""
 
     def __init__(self, config: VisionConfig, hidden_size: int):

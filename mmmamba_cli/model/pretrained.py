@@ -13,7 +13,7 @@ from transformers import initialization as init
 from mmmamba_cli.architecture import FP32_PARAMETERS, is_fp32_parameter
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.mamba2 import Mamba2
-from mmmamba_cli.model.patch_embedding import Vision
+from mmmamba_cli.model.patch_embedding import VisionEmbedding
 
 
 class HolisticPreTrainedModel(PreTrainedModel):
@@ -49,7 +49,7 @@ class HolisticPreTrainedModel(PreTrainedModel):
             init.zeros_(module.dt_bias)
             if module.D is not None:
                 init.zeros_(module.D)
-        elif isinstance(module, Vision):
+        elif isinstance(module, VisionEmbedding):
             init.zeros_(module.position_embedding)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -25,7 +25,7 @@ def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch
     exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
     scaling = stack.rope_scaling or {}
     if scaling.get("type") == "llama3":
-        return _by_wavelength(stack.rope_theta**-exponents, scaling)
+        return _llama3_frequencies(stack.rope_theta**-exponents, scaling)
     factor = float(scaling.get("factor", 1.0))
     maximum = stack.max_position_embeddings
     if scaling.get("type") == "linear":
@@ -38,7 +38,7 @@ def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch
     return base.unsqueeze(-1) ** -exponents
 
 
-def _by_wavelength(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
     """Llama 3.1's scaling (arXiv 2407.21783): `factor` slows the slow rotations, fast ones stay.
 
     Between wavelengths M / high_freq_factor and M / low_freq_factor, M the length trained with

@@ -175,7 +175,7 @@ class SequenceLayout:
             allowed = allowed & (ids[:, self.past : known, None] == ids[:, None, :num_keys])
         return allowed.unsqueeze(1)
 
-    def allowed(self) -> Tensor:
+    def visible_keys(self) -> Tensor:
         """(B or 1, 1, T, T) bool: where among these columns a query may look."""
         mask = self.attention_mask(self.length)
         if mask is None:

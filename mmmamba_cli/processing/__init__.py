@@ -4,16 +4,19 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 
-from mmmamba_cli.processing.answer_mask import TrainingProcessor
 from mmmamba_cli.processing.chat_template import content_with_images
 from mmmamba_cli.processing.detokenizer import TextStream
 from mmmamba_cli.processing.image_processor import ImageProcessor
 from mmmamba_cli.processing.images import ImageSource, image_size, open_image
-from mmmamba_cli.processing.processor import HolisticVLMProcessor, count_tokens_per_tile
+from mmmamba_cli.processing.processor import (
+    HolisticVLMProcessor,
+    TrainingProcessor,
+    count_tokens_per_tile,
+)
 from mmmamba_cli.processing.processor_loader import (
-    alone,
     as_id_set,
     build_tokenizer,
+    isolated,
     processor_from_folder,
     processor_from_hovle,
     processor_from_language_model,
@@ -39,7 +42,6 @@ __all__ = [
     "TextStream",
     "Tiling",
     "TrainingProcessor",
-    "alone",
     "as_id_set",
     "build_tokenizer",
     "choose_grid",
@@ -47,6 +49,7 @@ __all__ = [
     "count_tiles",
     "count_tokens_per_tile",
     "image_size",
+    "isolated",
     "normalize",
     "open_image",
     "processor_from_folder",

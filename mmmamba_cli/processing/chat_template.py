@@ -37,6 +37,7 @@ IMAGE_START = "<img>"
 IMAGE_END = "</img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 REQUIRED_TOKENS = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+ANSWER_HEADER = "assistant\n"
 GROUNDING_TOKENS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 
 CHAT_TEMPLATE = (
@@ -56,10 +57,12 @@ CHAT_TEMPLATE = (
 )
 
 Message = Mapping[str, Any]
+# A question, or a list of messages.
+ConversationInput = str | Sequence[Message]
 
 
 @dataclass(frozen=True)
-class Special:
+class SpecialToken:
     """A special token that is meant as one, once or several times in a row."""
 
     token: str
@@ -73,7 +76,7 @@ class ImageSlot:
     source: Any = None
 
 
-Part = str | Special | ImageSlot
+PromptPart = str | SpecialToken | ImageSlot
 Content = list[str | ImageSlot]
 
 
@@ -146,7 +149,7 @@ def render_chat(
     *,
     system: str | None = None,
     add_generation_prompt: bool = True,
-) -> list[Part]:
+) -> list[PromptPart]:
     """Turns -> the parts of their prompt, without the begin token.
 
     `system` is the system text of a conversation that does not start with its own; None is
@@ -156,11 +159,11 @@ def render_chat(
     listed = list(turns)
     if not listed or listed[0].role != "system":
         listed.insert(0, Turn("system", (DEFAULT_SYSTEM if system is None else system,)))
-    parts: list[Part] = []
+    parts: list[PromptPart] = []
     for turn in listed:
-        parts += [Special(TURN_START), f"{turn.role}\n", *turn.content, Special(TURN_END)]
+        parts += [SpecialToken(TURN_START), f"{turn.role}\n", *turn.content, SpecialToken(TURN_END)]
     if add_generation_prompt:
-        parts += [Special(TURN_START), "assistant\n"]
+        parts += [SpecialToken(TURN_START), "assistant\n"]
     return join_text(parts)
 
 
@@ -182,9 +185,9 @@ def content_with_images(text: str, num_images: int) -> list[Any]:
     return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
-def join_text(parts: Iterable[Part]) -> list[Part]:
+def join_text(parts: Iterable[PromptPart]) -> list[PromptPart]:
     """Put neighbouring texts together, so that they are encoded as one, and drop empty ones."""
-    joined: list[Part] = []
+    joined: list[PromptPart] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] += part
@@ -193,7 +196,7 @@ def join_text(parts: Iterable[Part]) -> list[Part]:
     return joined
 
 
-def check_images(parts: Iterable[Part], num_images: int) -> None:
+def check_images(parts: Iterable[PromptPart], num_images: int) -> None:
     """Raise `DataError` unless there is one slot for each picture."""
     slots = sum(isinstance(part, ImageSlot) for part in parts)
     if slots != num_images:
@@ -204,15 +207,41 @@ def check_images(parts: Iterable[Part], num_images: int) -> None:
         )
 
 
-def expand_images(parts: Iterable[Part], context_tokens: Iterable[int]) -> Iterator[str | Special]:
+def expand_images(
+    parts: Iterable[PromptPart], context_tokens: Iterable[int]
+) -> Iterator[str | SpecialToken]:
     """Replace the slots by `<img>`, n times `<IMG_CONTEXT>` and `</img>`, n as given for each."""
     counts = iter(context_tokens)
     for part in parts:
         if isinstance(part, ImageSlot):
-            yield from (Special(IMAGE_START), Special(IMAGE_CONTEXT, next(counts)))
-            yield Special(IMAGE_END)
+            yield from (SpecialToken(IMAGE_START), SpecialToken(IMAGE_CONTEXT, next(counts)))
+            yield SpecialToken(IMAGE_END)
         else:
             yield part
+
+
+def mark_answers(
+    parts: Iterable[str | SpecialToken], encode: Any, special: Any
+) -> Iterator[tuple[int, bool]]:
+    """Yield (id, whether it belongs to an answer) for each token of a rendered conversation.
+
+    `encode(text)` and `special(token)` return ids. An answer is the assistant's text and the token
+    that ends its turn. Header and answer are encoded as one text, so the answer begins at the first
+    id that differs from the ids of the header alone.
+    """
+    opened = answering = False
+    for part in parts:
+        if isinstance(part, SpecialToken):
+            ends = part.token == TURN_END
+            yield from [(special(part.token), answering and ends)] * part.times
+            opened, answering = part.token == TURN_START, answering and not ends
+            continue
+        ids, known = encode(part), 0
+        if opened and part.startswith(ANSWER_HEADER):
+            answering = True
+            known = _common_prefix(ids, encode(ANSWER_HEADER))
+        yield from ((token, answering and i >= known) for i, token in enumerate(ids))
+        opened = False
 
 
 def _turn(message: Any, index: int) -> Turn:
@@ -250,3 +279,10 @@ def _parts(item: Any, where: str, role: str) -> Content:
         '{"type": "text", "text": ...} or, from the user, {"type": "image"}',
         "pass the pictures themselves as images",
     )
+
+
+def _common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
+    for i, (a, b) in enumerate(zip(one, two, strict=False)):
+        if a != b:
+            return i
+    return min(len(one), len(two))

@@ -39,15 +39,15 @@ class ControlTokens:
         self._token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._mark = re.compile(f"\ufdd0{self._nonce}:(\\d+)\ufdd1")
 
-    def mark(self, text: str) -> str:
+    def escape(self, text: str) -> str:
         """The text of a message, its control tokens replaced by marks."""
-        return self._token.sub(lambda found: self._written("\ufdd0", found[0]), text)
+        return self._token.sub(lambda found: self._placeholder("\ufdd0", found[0]), text)
 
     def has_tokens(self, text: str) -> bool:
         """Whether control tokens stand in a text."""
         return self._token.search(text) is not None
 
-    def unmark(self, text: str) -> str:
+    def unescape(self, text: str) -> str:
         """The text with the typed characters in place of marks."""
         return self._mark.sub(lambda found: self.by_id[int(found[1])], text)
 
@@ -60,7 +60,7 @@ class ControlTokens:
         if self._mark.search(rendered) is None:
             return list(self._tokenizer(rendered, add_special_tokens=False).input_ids)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        ids = self._by_pieces(rendered) if backend is None else self._by_copy(rendered)
+        ids = self._encode_pieces(rendered) if backend is None else self._encode_with_copy(rendered)
         wanted = [self._ids[token] for token in self._token.findall(rendered)]
         if [index for index in ids if index in self.by_id] != wanted:
             typed = self.by_id[int(self._mark.findall(rendered)[0])]
@@ -82,12 +82,12 @@ class ControlTokens:
         )
         length = len(alone)
         start = next(i for i in range(len(around)) if around[i : i + length] == alone)
-        return [*around[:start], *self.encode(self.mark(text)), *around[start + length :]]
+        return [*around[:start], *self.encode(self.escape(text)), *around[start + length :]]
 
-    def _written(self, kind: str, token: str) -> str:
+    def _placeholder(self, kind: str, token: str) -> str:
         return f"{kind}{self._nonce}:{self._ids[token]}\ufdd1"
 
-    def _by_pieces(self, rendered: str) -> list[int]:
+    def _encode_pieces(self, rendered: str) -> list[int]:
         """Of a tokenizer in Python: each text between control tokens on its own."""
         ids: list[int] = []
         end = 0
@@ -97,7 +97,7 @@ class ControlTokens:
         return ids + self._plain(rendered[end:])
 
     def _plain(self, piece: str) -> list[int]:
-        text, tokenizer = self.unmark(piece), self._tokenizer
+        text, tokenizer = self.unescape(piece), self._tokenizer
         if not text:
             return []
         if isinstance(tokenizer, HolisticVLMTokenizer):
@@ -105,11 +105,11 @@ class ControlTokens:
         tokens = tokenizer.tokenize(text, split_special_tokens=True)
         return list(tokenizer.convert_tokens_to_ids(tokens))
 
-    def _by_copy(self, rendered: str) -> list[int]:
+    def _encode_with_copy(self, rendered: str) -> list[int]:
         """Of a tokenizer in Rust: by a copy that knows the control tokens under other names."""
         copy, ids = self._copy
-        text = self._token.sub(lambda found: self._written("\ufdd2", found[0]), rendered)
-        found = copy.encode(self.unmark(text), add_special_tokens=False).ids
+        text = self._token.sub(lambda found: self._placeholder("\ufdd2", found[0]), rendered)
+        found = copy.encode(self.unescape(text), add_special_tokens=False).ids
         return [ids.get(index, index) for index in found]
 
     @cached_property
@@ -126,7 +126,7 @@ class ControlTokens:
             name, index = token["content"], token["id"]
             chosen = {flag: token[flag] for flag in flags}
             if name in self._ids:
-                name = self._written("\ufdd2", name)
+                name = self._placeholder("\ufdd2", name)
                 copy.add_special_tokens([AddedToken(name, normalized=False, **chosen)])
             else:
                 copy.add_tokens([AddedToken(name, normalized=token["normalized"], **chosen)])

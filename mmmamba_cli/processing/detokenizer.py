@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mmmamba_cli.processing.tokenizer import MISSING, HolisticVLMTokenizer
+from mmmamba_cli.processing.tokenizer import REPLACEMENT_CHARACTER, HolisticVLMTokenizer
 
 
 class TextStream:
@@ -42,7 +42,7 @@ class TextStream:
         self._ids += ids
         text = self._decode()
         # The bytes of an unfinished character; complete text never changes any more.
-        self._hand_on(text[: len(text.rstrip(MISSING))])
+        self._hand_on(text[: len(text.rstrip(REPLACEMENT_CHARACTER))])
 
     def end(self) -> None:
         """Hand on the rest, and be ready for another answer."""

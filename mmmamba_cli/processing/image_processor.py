@@ -11,12 +11,18 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_processing_utils import BatchFeature as ImageFeature
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.processing.images import MAX_PIXELS, ImageSource, as_list, is_list, open_image
+from mmmamba_cli.processing.images import (
+    MAX_PIXELS,
+    ImageSource,
+    as_image_list,
+    is_list,
+    open_image,
+)
 from mmmamba_cli.processing.processor_kwargs import TILING_KWARGS, HolisticVLMImagesKwargs
 from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize, stack_tiles
 
 # What transformers writes into the file beside the settings.
-_SAVED = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
+_SAVED_METADATA = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
 
 
 class ImageProcessor(BaseImageProcessor):
@@ -40,7 +46,7 @@ class ImageProcessor(BaseImageProcessor):
         max_pixels: int = MAX_PIXELS,
         **kwargs: Any,
     ):
-        unknown = [name for name in kwargs if name not in _SAVED]
+        unknown = [name for name in kwargs if name not in _SAVED_METADATA]
         if unknown:
             raise TypeError(f"ImageProcessor has no setting {unknown[0]!r}")
         super().__init__()
@@ -88,10 +94,10 @@ class ImageProcessor(BaseImageProcessor):
                 f"the image processor does not take {(*changed, 'positional options')[0]}",
                 f"keywords are {', '.join(sorted(TILING_KWARGS))} and return_tensors",
             )
-        listed: list[Any] = list(as_list(images))
+        listed: list[Any] = list(as_image_list(images))
         flat = [one for item in listed for one in (item if is_list(item) else [item])]
         pixels, counts = self.with_tile_limits(min_tiles, max_tiles).tile(flat)
-        found: dict[str, Any] = {"pixel_values": as_tensors(pixels, return_tensors)}
+        found: dict[str, Any] = {"pixel_values": to_requested_type(pixels, return_tensors)}
         if return_num_tiles:
             found["num_tiles"] = counts
         return ImageFeature(found)
@@ -114,7 +120,7 @@ class ImageProcessor(BaseImageProcessor):
         return torch.cat(pixels), [len(tiles) for tiles in pixels[1:]]
 
 
-def as_tensors(pixels: Tensor, return_tensors: str | None) -> Any:
+def to_requested_type(pixels: Tensor, return_tensors: str | None) -> Any:
     """float32 pixels as the caller wants them; without a wish they stay a tensor."""
     kind = getattr(return_tensors, "value", return_tensors)
     return pixels.numpy() if kind == "np" else pixels

@@ -37,7 +37,12 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError, MmmambaWarning
-from mmmamba_cli.processing.chat_template import IMAGE_PLACEHOLDER, ImageSlot, Message, Part
+from mmmamba_cli.processing.chat_template import (
+    IMAGE_PLACEHOLDER,
+    ConversationInput,
+    ImageSlot,
+    PromptPart,
+)
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 
@@ -51,10 +56,18 @@ STILL_FORMATS = frozenset({"MPO"})
 CHANNELS = (1, 3, 4)
 
 # What PIL's decoders raise for damaged data.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 # Values that stand for white where a file does not say which: of shares, of 8 and of 16 bits.
-WHITES = (1, 255, 65535)
+WHITE_VALUES = (1, 255, 65535)
 
 
 class ImageNote(MmmambaWarning):
@@ -156,7 +169,7 @@ def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
         raise DataError(f"{name} does not exist") from error
     except (IsADirectoryError, PermissionError) as error:
         raise DataError(f"{name} cannot be read: {error.strerror}") from error
-    except _DAMAGE as error:
+    except _DECODE_ERRORS as error:
         raise DataError(f"{name} is damaged: {error}") from error
     with image:
         yield image
@@ -167,7 +180,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int, from_file: bool = Fa
     try:
         _load(image, name, from_file)
         return _convert(image, name)
-    except _DAMAGE as error:
+    except _DECODE_ERRORS as error:
         raise DataError(f"{name} is damaged or truncated: {error}") from error
 
 
@@ -178,7 +191,7 @@ def _load(image: Image.Image, name: str, from_file: bool) -> None:
         image.load()
         # Of a PIL image the caller has chosen the frame.
         if from_file and frames > 1 and image.format not in STILL_FORMATS:
-            _note(f"{name} has {frames} frames or pages; the first is taken")
+            _warn(f"{name} has {frames} frames or pages; the first is taken")
     except (IndexError, KeyError, TypeError) as error:
         # PIL's own opening takes these for damage too; its decoding lets them out.
         raise DataError(f"{name} is damaged: {error}") from error
@@ -209,7 +222,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
     if mode in ("I", "F"):
         return _scale_wide(np.asarray(image, dtype=np.float64), name)
     if mode == "LAB":
-        _note(f"{name} has Lab colours; they are converted to sRGB")
+        _warn(f"{name} has Lab colours; they are converted to sRGB")
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None
@@ -233,9 +246,9 @@ def _scale_wide(values: np.ndarray, name: str) -> Image.Image:
             f"{name} has values that are not finite numbers", "save it again as 8-bit or 16-bit"
         )
     low, high = float(values.min()), float(values.max())
-    fitting = [white for white in WHITES if high <= white]
+    fitting = [white for white in WHITE_VALUES if high <= white]
     black, white = (0.0, float(fitting[0])) if fitting and low >= 0 else (low, high)
-    _note(
+    _warn(
         f"{name} has values from {low:g} to {high:g} without a fixed range; {black:g} is taken for "
         f"black and {white:g} for white"
     )
@@ -243,12 +256,11 @@ def _scale_wide(values: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
-def _note(text: str) -> None:
+def _warn(text: str) -> None:
     warnings.warn(ImageNote(text), stacklevel=2)
 
 
-Conversation = str | Sequence[Message]
-Images = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
+ImagesInput = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
 
 
 def is_list(value: object) -> bool:
@@ -258,20 +270,20 @@ def is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def as_list(images: Any) -> list[ImageSource]:
+def as_image_list(images: Any) -> list[ImageSource]:
     """None, one picture or a list of them, as a list."""
     if images is None:
         return []
     return list(images) if is_list(images) else [images]
 
 
-def deal_images(images: Any, wanted: list[int]) -> list[list[ImageSource]]:
+def split_images_by_text(images: Any, wanted: list[int]) -> list[list[ImageSource]]:
     """A list of pictures for each text, of which text i has `wanted[i]` places."""
-    listed = as_list(images)
+    listed = as_image_list(images)
     if any(is_list(one) for one in listed):
         if len(listed) != len(wanted):
             raise DataError(f"there are {len(wanted)} texts and {len(listed)} lists of images")
-        return [as_list(one) for one in listed]
+        return [as_image_list(one) for one in listed]
     if sum(wanted) != len(listed):
         raise DataError(
             f"the text has {sum(wanted)} {IMAGE_PLACEHOLDER} but {len(listed)} images are given",
@@ -281,17 +293,17 @@ def deal_images(images: Any, wanted: list[int]) -> list[list[ImageSource]]:
     return [[next(rest) for _ in range(count)] for count in wanted]
 
 
-def deal_conversations(
+def split_images_by_conversation(
     conversation: Any, images: Any
-) -> tuple[list[Conversation], list[list[ImageSource]]]:
+) -> tuple[list[ConversationInput], list[list[ImageSource]]]:
     """Conversations and the pictures of each, from one of them or several."""
     if not isinstance(conversation, str) and not conversation:
         raise DataError("there is no conversation", "pass a question or at least one message")
     if isinstance(conversation, str) or isinstance(conversation[0], Mapping):
-        pictures = as_list(images)
+        pictures = as_image_list(images)
         # `[[picture]]` for a single conversation, as transformers nests them.
         nested = len(pictures) == 1 and is_list(pictures[0])
-        return [conversation], [as_list(pictures[0]) if nested else pictures]
+        return [conversation], [as_image_list(pictures[0]) if nested else pictures]
     if images is None:
         return list(conversation), [[] for _ in conversation]
     if not is_list(images) or len(images) != len(conversation):
@@ -299,10 +311,10 @@ def deal_conversations(
             f"there are {len(conversation)} conversations, but images is not a list of as many "
             "lists of images"
         )
-    return list(conversation), [as_list(one) for one in images]
+    return list(conversation), [as_image_list(one) for one in images]
 
 
-def fill_slots(parts: Sequence[Part], given: Sequence[ImageSource]) -> list[ImageSource]:
+def fill_slots(parts: Sequence[PromptPart], given: Sequence[ImageSource]) -> list[ImageSource]:
     """The pictures of a prompt in the order of its slots, `given` ones where a slot has none.
 
     What is given beyond the slots stays at the end, for `check_images` to find.

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData, Unpack
 
 from mmmamba_cli.errors import CheckpointError, DataError
-from mmmamba_cli.processing.answer_mask import mark_answers
 from mmmamba_cli.processing.chat_template import (
     CHAT_TEMPLATE,
     GROUNDING_TOKENS,
@@ -26,23 +25,24 @@ from mmmamba_cli.processing.chat_template import (
     TEMPLATES,
     TURN_END,
     TURN_START,
+    ConversationInput,
     Message,
-    Part,
-    Special,
+    PromptPart,
+    SpecialToken,
     as_turns,
     check_images,
     expand_images,
+    mark_answers,
     render_chat,
     split_images,
 )
-from mmmamba_cli.processing.image_processor import ImageProcessor, as_tensors
+from mmmamba_cli.processing.image_processor import ImageProcessor, to_requested_type
 from mmmamba_cli.processing.images import (
-    Conversation,
-    Images,
+    ImagesInput,
     ImageSource,
-    deal_conversations,
-    deal_images,
     fill_slots,
+    split_images_by_conversation,
+    split_images_by_text,
 )
 from mmmamba_cli.processing.processor_kwargs import (
     HolisticVLMProcessorKwargs,
@@ -53,9 +53,27 @@ from mmmamba_cli.processing.processor_kwargs import (
 from mmmamba_cli.processing.tiling import count_tiles
 from mmmamba_cli.processing.tokenizer import VOCABULARY_FILE, HolisticVLMTokenizer
 
-INPUTS = "text and images"
+ACCEPTED_INPUTS = "text and images"
 # InternLM2's published stop ids have one more: an ordinary piece of its vocabulary.
 INTERNLM2_TURN_END, INTERNLM2_EXTRA_STOP = 92542, 1163
+
+
+class TrainingProcessor(Protocol):
+    """Methods of a processor that training data is prepared with."""
+
+    @property
+    def image_processor(self) -> ImageProcessor | None:
+        """None for a model without vision."""
+        ...
+
+    @property
+    def pad_token_id(self) -> int: ...
+
+    def conversation_ids(
+        self, messages: Sequence[Message], num_tiles: Sequence[int]
+    ) -> tuple[list[int], list[bool]]: ...
+
+    def text_ids(self, text: str) -> list[int]: ...
 
 
 class HolisticVLMProcessor(ProcessorMixin):
@@ -142,7 +160,7 @@ class HolisticVLMProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Images | None = None,
+        images: ImagesInput | None = None,
         text: str | Sequence[str] | None = None,
         **kwargs: Unpack[HolisticVLMProcessorKwargs],
     ) -> BatchFeature:
@@ -167,13 +185,15 @@ class HolisticVLMProcessor(ProcessorMixin):
         used, or truncation would cut one; `TypeError` for a keyword that is not known, `ValueError`
         for one that is given twice.
         """
-        options = merge_kwargs(self, kwargs, INPUTS)
+        options = merge_kwargs(self, kwargs, ACCEPTED_INPUTS)
         if text is None:
-            raise DataError(f"the processor reads {INPUTS}", "pass text=... and images=...")
+            raise DataError(
+                f"the processor reads {ACCEPTED_INPUTS}", "pass text=... and images=..."
+            )
         texts = [text] if isinstance(text, str) else list(text)
         return self._encode(
             [split_images(one) for one in texts],
-            deal_images(images, [one.count(IMAGE_PLACEHOLDER) for one in texts]),
+            split_images_by_text(images, [one.count(IMAGE_PLACEHOLDER) for one in texts]),
             options,
             [one.startswith(self.tokenizer.bos_token) for one in texts],
             typed_tokens=True,
@@ -181,8 +201,8 @@ class HolisticVLMProcessor(ProcessorMixin):
 
     def chat(
         self,
-        conversation: Conversation | Sequence[Conversation],
-        images: Images | None = None,
+        conversation: ConversationInput | Sequence[ConversationInput],
+        images: ImagesInput | None = None,
         *,
         system: str | None = None,
         add_generation_prompt: bool = True,
@@ -197,8 +217,8 @@ class HolisticVLMProcessor(ProcessorMixin):
         `GROUNDING_TOKENS`, and neither has `<image>` in a content part or where no pictures are
         given. All else, what is returned and what is raised, is as for calling the processor.
         """
-        options = merge_kwargs(self, kwargs, INPUTS)
-        conversations, dealt = deal_conversations(conversation, images)
+        options = merge_kwargs(self, kwargs, ACCEPTED_INPUTS)
+        conversations, dealt = split_images_by_conversation(conversation, images)
         prompts = [
             render_chat(
                 as_turns(one, len(pictures)),
@@ -255,7 +275,7 @@ class HolisticVLMProcessor(ProcessorMixin):
 
     def _encode(
         self,
-        prompts: Sequence[Sequence[Part]],
+        prompts: Sequence[Sequence[PromptPart]],
         images: list[list[ImageSource]],
         options: tuple[dict[str, Any], dict[str, Any]],
         begun: list[bool],
@@ -287,17 +307,17 @@ class HolisticVLMProcessor(ProcessorMixin):
         features = pad_rows(self.tokenizer, rows, text_kwargs, self.image_token_id)
         # The model refuses an empty tensor: without pictures there is none.
         if num_tiles:
-            features["pixel_values"] = as_tensors(pixels, image_kwargs.get("return_tensors"))
+            features["pixel_values"] = to_requested_type(pixels, image_kwargs.get("return_tensors"))
         if image_kwargs.get("return_num_tiles"):
             features["num_tiles"] = num_tiles
         return BatchFeature(features)
 
-    def _ids(self, parts: Iterable[str | Special], *, typed_tokens: bool) -> Iterable[int]:
+    def _ids(self, parts: Iterable[str | SpecialToken], *, typed_tokens: bool) -> Iterable[int]:
         tokenizer = self.tokenizer
         vocabulary = tokenizer.get_added_vocab()
         grounding = tuple(token for token in GROUNDING_TOKENS if token in vocabulary)
         for part in parts:
-            if isinstance(part, Special):
+            if isinstance(part, SpecialToken):
                 yield from [vocabulary[part.token]] * part.times
             elif typed_tokens:
                 yield from tokenizer.convert_tokens_to_ids(tokenizer.tokenize(part))

@@ -27,11 +27,11 @@ from mmmamba_cli.processing.tokenizer import (
 )
 
 GGUF_SUFFIX = ".gguf"
-FAST_FILE = "tokenizer.json"
+FAST_TOKENIZER_FILE = "tokenizer.json"
 # Its own tokenizer's ids are SentencePiece's, which transformers' classes do not give.
 INTERNLM2 = "internlm2"
 # Of a tokenizer: settings, vocabulary, merges, chat template.
-TEXTS = frozenset({".json", ".txt", ".jinja"})
+TEXT_SUFFIXES = frozenset({".json", ".txt", ".jinja"})
 
 
 def processor_from_language_model(
@@ -79,8 +79,8 @@ def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase
     try:
         if file.suffix == GGUF_SUFFIX:
             return _from_gguf(config, file)
-        with unmarked(file.parent) as folder:
-            if file.name == FAST_FILE:
+        with without_byte_order_marks(file.parent) as folder:
+            if file.name == FAST_TOKENIZER_FILE:
                 # Read as it is; the classes named for a model rebuild it from its parts.
                 return PreTrainedTokenizerFast.from_pretrained(folder)
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -98,7 +98,7 @@ def _from_gguf(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase
     """The file's tokenizer; which tokens begin, end and pad is said by the ids of its config."""
     from gguf import GGUFReader
 
-    with alone(file) as folder:
+    with isolated(file) as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     # Some versions of transformers take the begin token for the end token, and put none in front.
     for name in ("bos_token", "eos_token", "pad_token"):
@@ -112,7 +112,7 @@ def _from_gguf(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase
 
 
 @contextmanager
-def alone(file: Path) -> Iterator[Path]:
+def isolated(file: Path) -> Iterator[Path]:
     """A folder with nothing but this file in it: transformers reads what lies beside a GGUF too."""
     with TemporaryDirectory(prefix="mmmamba-") as folder:
         Path(folder, file.name).symlink_to(file.resolve())
@@ -120,12 +120,12 @@ def alone(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def unmarked(folder: Path) -> Iterator[Path]:
+def without_byte_order_marks(folder: Path) -> Iterator[Path]:
     """The folder, or one like it without byte order marks, which transformers does not read."""
     marked = {
         file.name: content.removeprefix(codecs.BOM_UTF8)
         for file in folder.iterdir()
-        if file.suffix in TEXTS and file.is_file()
+        if file.suffix in TEXT_SUFFIXES and file.is_file()
         for content in [file.read_bytes()]
         if content.startswith(codecs.BOM_UTF8)
     }
@@ -151,7 +151,7 @@ PROCESSOR_FILE = "processor_config.json"
 
 Saved = TypeVar("Saved", HolisticVLMProcessor, HolisticTextProcessor)
 # What settings of wrong kinds make transformers raise.
-UNREADABLE = (
+LOAD_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -204,7 +204,7 @@ def _saved(kind: type[Saved], folder: Path) -> Saved:
     """A processor as it was saved. Raises `CheckpointError` if the files were damaged since."""
     try:
         return kind.from_pretrained(folder)
-    except UNREADABLE as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(
             f"the tokenizer or {PROCESSOR_FILE} of {folder} cannot be read: it is not as it was "
             "saved",

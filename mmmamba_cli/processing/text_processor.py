@@ -15,7 +15,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import Unpack
 
 from mmmamba_cli.errors import CheckpointError, DataError
-from mmmamba_cli.processing.chat_template import Message, as_turns
+from mmmamba_cli.processing.chat_template import ConversationInput, Message, as_turns
 from mmmamba_cli.processing.control_tokens import ControlTokens
 from mmmamba_cli.processing.processor_kwargs import (
     HolisticTextProcessorKwargs,
@@ -23,11 +23,11 @@ from mmmamba_cli.processing.processor_kwargs import (
     pad_rows,
     truncate,
 )
+from mmmamba_cli.processing.tokenizer import check_unicode
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-Conversation = str | Sequence[Message]
-INPUTS = "text"
-PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+ACCEPTED_INPUTS = "text"
+PROBE_CONVERSATION = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
 class TextOnlyMarker(PreTrainedConfig):
@@ -65,7 +65,7 @@ class HolisticTextProcessor(ProcessorMixin):
             tokenizer.chat_template = chat_template
         super().__init__(tokenizer, chat_template=tokenizer.chat_template)
         self._control_tokens = ControlTokens(tokenizer)
-        self.stop_token_ids = sorted(set(stop_token_ids or self._own_stops()))
+        self.stop_token_ids = sorted(set(stop_token_ids or self._template_stops()))
 
     @classmethod
     def from_pretrained(
@@ -109,7 +109,7 @@ class HolisticTextProcessor(ProcessorMixin):
         Raises `DataError` for images, or text that is not valid Unicode; `TypeError` for a keyword
         that is not known.
         """
-        text_kwargs, _ = merge_kwargs(self, kwargs, INPUTS)
+        text_kwargs, _ = merge_kwargs(self, kwargs, ACCEPTED_INPUTS)
         _refuse_images(images)
         if text is None:
             raise DataError("the processor reads text", "pass text=...")
@@ -119,7 +119,7 @@ class HolisticTextProcessor(ProcessorMixin):
 
     def chat(
         self,
-        conversation: Conversation | Sequence[Conversation],
+        conversation: ConversationInput | Sequence[ConversationInput],
         images: Sequence[Any] | None = None,
         *,
         system: str | None = None,
@@ -133,7 +133,7 @@ class HolisticTextProcessor(ProcessorMixin):
         `images`, which other models' processors take, must be empty. Returns and raises what
         calling the processor does; `CheckpointError` if the model has no template.
         """
-        text_kwargs, _ = merge_kwargs(self, kwargs, INPUTS)
+        text_kwargs, _ = merge_kwargs(self, kwargs, ACCEPTED_INPUTS)
         _refuse_images(images)
         one = isinstance(conversation, str) or isinstance(next(iter(conversation), None), Mapping)
         listed: Sequence[Any] = [conversation] if one else conversation
@@ -143,7 +143,7 @@ class HolisticTextProcessor(ProcessorMixin):
         for talk in listed:
             messages = self._messages(talk)
             if system is not None and messages[0]["role"] != "system":
-                content = self._control_tokens.mark(system)
+                content = self._control_tokens.escape(system)
                 messages.insert(0, {"role": "system", "content": content})
             rows.append(self._rendered_ids(self._render(messages, add_generation_prompt)))
         return self._batch(rows, text_kwargs)
@@ -173,10 +173,10 @@ class HolisticTextProcessor(ProcessorMixin):
 
         Control tokens in it are text.
         """
-        _check_unicode(text)
+        check_unicode(text)
         return self._control_tokens.encode_text(text)
 
-    def _messages(self, conversation: Conversation) -> list[dict[str, str]]:
+    def _messages(self, conversation: ConversationInput) -> list[dict[str, str]]:
         """Messages of plain text, in which control tokens are marked as typed."""
         turns = as_turns(conversation, 0)
         if any(turn.slots for turn in turns):
@@ -184,7 +184,7 @@ class HolisticTextProcessor(ProcessorMixin):
         return [
             {
                 "role": turn.role,
-                "content": self._control_tokens.mark("".join(map(str, turn.content))),
+                "content": self._control_tokens.escape("".join(map(str, turn.content))),
             }
             for turn in turns
         ]
@@ -212,12 +212,12 @@ class HolisticTextProcessor(ProcessorMixin):
             raise DataError(f"{where}: the chat template changes what the answer says")
         return len(header), end + 1
 
-    def _own_stops(self) -> set[int]:
+    def _template_stops(self) -> set[int]:
         """The end token, and the token with which the template ends an answer."""
         found = {self.tokenizer.eos_token_id} - {None}
         if self.tokenizer.chat_template is not None:
             try:
-                ids, is_answer = self.conversation_ids(PROBE)
+                ids, is_answer = self.conversation_ids(PROBE_CONVERSATION)
             except DataError:
                 return found
             found.add(max((i, token) for i, token in enumerate(ids) if is_answer[i])[1])
@@ -238,7 +238,7 @@ class HolisticTextProcessor(ProcessorMixin):
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """Ids of a finished prompt."""
-        _check_unicode(text)
+        check_unicode(text)
         begin = self.tokenizer.bos_token
         if begin and text.startswith(begin):
             add_special_tokens = False
@@ -246,22 +246,12 @@ class HolisticTextProcessor(ProcessorMixin):
 
     def _rendered_ids(self, text: str) -> list[int]:
         """Ids of what the template made of marked messages."""
-        _check_unicode(self._control_tokens.unmark(text))
+        check_unicode(self._control_tokens.unescape(text))
         return self._control_tokens.encode(text)
 
     def _batch(self, rows: list[list[int]], text_kwargs: Mapping[str, Any]) -> BatchFeature:
         cut = [truncate(self.tokenizer, row, text_kwargs, 0, ()) for row in rows]
         return BatchFeature(pad_rows(self.tokenizer, cut, text_kwargs, None))
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
-            f"{error.start}, which is not valid Unicode"
-        ) from error
 
 
 def _refuse_images(images: Sequence[Any] | None) -> None:

@@ -20,7 +20,7 @@ from mmmamba_cli.errors import CheckpointError, DataError
 VOCABULARY_FILE = "tokenizer.model"
 
 # A row of the model's vocabulary that has no token: only an untrained model generates one.
-MISSING = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class HolisticVLMTokenizer(PreTrainedTokenizer):
@@ -96,13 +96,7 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
         return ids
 
     def _encode_piece(self, text: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
-                f"{error.start}, which is not valid Unicode"
-            ) from error
+        check_unicode(text)
         ids = self.sp_model.encode(text)
         if self._replaced_pieces.isdisjoint(ids):
             return ids
@@ -136,7 +130,11 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self.sp_model.id_to_piece(index) if 0 <= index < self.vocab_size else MISSING
+        return (
+            self.sp_model.id_to_piece(index)
+            if 0 <= index < self.vocab_size
+            else REPLACEMENT_CHARACTER
+        )
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -182,7 +180,7 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
             text.append(self.sp_model.decode(run))
             run = []
             if index not in skipped:
-                text.append(MISSING if added is None else added.content)
+                text.append(REPLACEMENT_CHARACTER if added is None else added.content)
         text.append(self.sp_model.decode(run))
         return (" " if spaces_between_special_tokens else "").join(filter(None, text))
 
@@ -194,6 +192,17 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
         file = Path(save_directory, prefix + VOCABULARY_FILE)
         file.write_bytes(self._model_bytes)
         return (str(file),)
+
+
+def check_unicode(text: str) -> None:
+    """Raise `DataError` for a lone surrogate, which cannot be encoded as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}, which is not valid Unicode"
+        ) from error
 
 
 def read_vocabulary(file: Path) -> bytes:

@@ -67,10 +67,10 @@ def shipped_recipe(name: str) -> Traversable:
     return recipe_folder() / f"{name}{SUFFIX}"
 
 
-SET = "--set"
+SET_OPTION = "--set"
 COMMAND_LINE = "command line"
-FIELD = re.compile(r"[\w-]+(\[\d+\])*(\.[\w-]+(\[\d+\])*)*")
-FIELD_PART = re.compile(r"\[(\d+)\]|([\w-]+)")
+FIELD_PATTERN = re.compile(r"[\w-]+(\[\d+\])*(\.[\w-]+(\[\d+\])*)*")
+FIELD_PART_PATTERN = re.compile(r"\[(\d+)\]|([\w-]+)")
 
 
 def load_recipe(
@@ -108,17 +108,17 @@ def parse_recipe(
         what = "is empty" if tree is None else f"is {format_value(tree)}"
         keys = ", ".join(Recipe.model_fields)
         raise RecipeError(f"{source}: {what}, must be a section with the keys {keys}")
-    laid_over: list[tuple[Location, str]] = []
+    changes: list[tuple[Location, str]] = []
     for assignment in sets:
         field, value = _split_assignment(assignment)
-        laid_over.append((_assign(tree, field, value, SET), SET))
+        changes.append((_assign(tree, field, value, SET_OPTION), SET_OPTION))
     for field, value in (overrides or {}).items():
-        laid_over.append((_assign(tree, field, value, COMMAND_LINE), COMMAND_LINE))
+        changes.append((_assign(tree, field, value, COMMAND_LINE), COMMAND_LINE))
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         lines = [
-            problem.line(_source_of(problem, laid_over, source))
+            problem.line(_source_of(problem, changes, source))
             for problem in problems_of(error, Recipe)
         ]
         raise RecipeError("\n".join(lines)) from None
@@ -139,9 +139,9 @@ def find_recipe(name_or_path: str | Path) -> Path | Traversable:
     return shipped_recipe(name_or_path)
 
 
-def _source_of(problem: Problem, laid_over: list[tuple[Location, str]], file: str) -> str:
+def _source_of(problem: Problem, changes: list[tuple[Location, str]], file: str) -> str:
     """Who gave the value that is wrong: the last to set it, what is around it, or in it."""
-    for location, source in reversed(laid_over):
+    for location, source in reversed(changes):
         if all(a == b for a, b in zip(location, problem.location, strict=False)):
             return source
     return file
@@ -151,20 +151,21 @@ def _split_assignment(assignment: str) -> tuple[str, Any]:
     field, equals, value = assignment.partition("=")
     if not equals:
         raise RecipeError(
-            f"{SET}: is {format_value(assignment)}, must be section.field=value, "
+            f"{SET_OPTION}: is {format_value(assignment)}, must be section.field=value, "
             "such as data.max_length=4096"
         )
-    return field.strip(), read_yaml(value, f"{SET} {field.strip()}")
+    return field.strip(), read_yaml(value, f"{SET_OPTION} {field.strip()}")
 
 
 def _split_field(field: str, source: str) -> Location:
-    if not FIELD.fullmatch(field):
+    if not FIELD_PATTERN.fullmatch(field):
         raise RecipeError(
             f"{source}: {format_value(field)} is no field, "
             "must be like data.max_length or stages[2].lr"
         )
     return tuple(
-        int(match[1]) if match[1] is not None else match[2] for match in FIELD_PART.finditer(field)
+        int(match[1]) if match[1] is not None else match[2]
+        for match in FIELD_PART_PATTERN.finditer(field)
     )
 
 

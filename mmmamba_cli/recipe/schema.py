@@ -27,17 +27,21 @@ def _refuse(sentence: str, *within: str | int) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{sentence}", {"sentence": sentence, "within": within})
 
 
-ATTENTION = Allowed("a whole number of layers, at least 0, or a list of layer indices")
-LEARNS = Allowed("new, new+qkv, or a list of patterns of parameter names, as ['*.mixer.A_log']")
-STAGE_NAME = Allowed("a name of lower-case letters, digits, '-' and '_' that begins with a letter")
+ATTENTION_ALLOWED = Allowed("a whole number of layers, at least 0, or a list of layer indices")
+LEARNS_ALLOWED = Allowed(
+    "new, new+qkv, or a list of patterns of parameter names, as ['*.mixer.A_log']"
+)
+STAGE_NAME_ALLOWED = Allowed(
+    "a name of lower-case letters, digits, '-' and '_' that begins with a letter"
+)
 
 
 def _check_attention(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, bool) or not isinstance(value, int | list | tuple):
-        raise _refuse(f"is {format_value(value)}, must be {ATTENTION.words}")
+        raise _refuse(f"is {format_value(value)}, must be {ATTENTION_ALLOWED.words}")
     if isinstance(value, int):
         if value < 0:
-            raise _refuse(f"is {value}, must be {ATTENTION.words}")
+            raise _refuse(f"is {value}, must be {ATTENTION_ALLOWED.words}")
         return value
     for position, layer in enumerate(value):
         if isinstance(layer, bool) or not isinstance(layer, int):
@@ -58,21 +62,23 @@ def _check_learns(value: Any) -> str | tuple[str, ...]:
             return tuple(value)
     elif value in ("new", "new+qkv"):
         return str(value)
-    raise _refuse(f"is {format_value(value)}, must be {LEARNS.words}")
+    raise _refuse(f"is {format_value(value)}, must be {LEARNS_ALLOWED.words}")
 
 
 def _check_stage_name(value: Any) -> str:
     # Lower-case ASCII, since products and folders are named after stages.
     if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", value):
         return value
-    raise _refuse(f"is {format_value(value)}, must be {STAGE_NAME.words}")
+    raise _refuse(f"is {format_value(value)}, must be {STAGE_NAME_ALLOWED.words}")
 
 
-AttentionLayers = Annotated[int | tuple[int, ...], BeforeValidator(_check_attention), ATTENTION]
+AttentionLayers = Annotated[
+    int | tuple[int, ...], BeforeValidator(_check_attention), ATTENTION_ALLOWED
+]
 Placement = Literal["head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked"]
-StageName = Annotated[str, BeforeValidator(_check_stage_name), STAGE_NAME]
+StageName = Annotated[str, BeforeValidator(_check_stage_name), STAGE_NAME_ALLOWED]
 Learns = Annotated[
-    Literal["new", "new+qkv"] | tuple[str, ...], BeforeValidator(_check_learns), LEARNS
+    Literal["new", "new+qkv"] | tuple[str, ...], BeforeValidator(_check_learns), LEARNS_ALLOWED
 ]
 
 

@@ -16,7 +16,7 @@ from mmmamba_cli.errors import RecipeError
 # An anchor repeated in an anchor grows without bound; no recipe comes near this.
 MAX_NODES = 20_000
 # What PyYAML lets out where a value does not fit the tag that is written before it.
-_MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_CONSTRUCTION_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 UNICODE_BREAKS = "\x85\u2028\u2029"
 
 _CORE_TAGS = (
@@ -97,7 +97,7 @@ def read_yaml(text: str, source: str) -> Any:
         # A SafeLoader with fewer scalars; S506 knows the safe ones by name only.
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506
         _check_size(tree, source)
-        return _unshared(tree)
+        return _copy_aliases(tree)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = 1 if mark is None else mark.line + 1
@@ -107,7 +107,7 @@ def read_yaml(text: str, source: str) -> Any:
         sentence = f"character #x{ord(text[error.position]):04x} is not allowed"
     except RecursionError:
         raise RecipeError(f"{source}: is nested too deeply") from None
-    except _MISFITS:
+    except _CONSTRUCTION_ERRORS:
         raise RecipeError(
             f"{source}: not valid YAML: a value does not fit the tag before it, such as !!int x"
         ) from None
@@ -131,12 +131,12 @@ def _check_size(tree: Any, source: str) -> None:
             waiting.extend(node)
 
 
-def _unshared(node: Any) -> Any:
+def _copy_aliases(node: Any) -> Any:
     """A copy in which aliases of an anchor are values of their own, so that one can be changed."""
     if isinstance(node, dict):
-        return {key: _unshared(value) for key, value in node.items()}
+        return {key: _copy_aliases(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_unshared(item) for item in node]
+        return [_copy_aliases(item) for item in node]
     return node
 
 

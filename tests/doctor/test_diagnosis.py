@@ -22,7 +22,7 @@ from mmmamba_cli.doctor.op_checks import _worst, check_backend, check_ops, relat
 from mmmamba_cli.doctor.report import Check, Device, OpCheck, Package, Report
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.norm import reference
-from mmmamba_cli.versions import REQUIREMENTS, release, satisfies
+from mmmamba_cli.versions import REQUIREMENTS, release_numbers, satisfies
 
 CPU = torch.device("cpu")
 FP32 = (torch.float32,)
@@ -191,8 +191,8 @@ def test_relative_errors() -> None:
 
 
 def test_versions_are_numbers() -> None:
-    assert release("2.13.0+cpu") == (2, 13, 0)
-    assert release("3.7.0.post1") == (3, 7, 0)
+    assert release_numbers("2.13.0+cpu") == (2, 13, 0)
+    assert release_numbers("3.7.0.post1") == (3, 7, 0)
     assert satisfies("5.17.0", ">=5.17,<6")
     assert not satisfies("5.9.1", ">=5.17,<6")
     assert not satisfies("6.0", ">=5.17,<6")

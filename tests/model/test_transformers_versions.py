@@ -23,7 +23,7 @@ from mmmamba_cli.versions import KnownIncompatibility, require_versions
 def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Versions as if they were installed."""
     installed = {"transformers": "5.23.0"}
-    monkeypatch.setattr(versions, "installed", installed.get)
+    monkeypatch.setattr(versions, "installed_version", installed.get)
     require_versions.cache_clear()
     yield installed
     require_versions.cache_clear()
@@ -56,7 +56,7 @@ def test_newer_releases_are_warned_of_once(found: dict[str, str], text: str) -> 
 def test_known_pairs_are_refused(found: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     pair = KnownIncompatibility(
         "odd", {"transformers": ">=5.23,<5.23.1", "peft": ">=0.1"}, "peft {peft} breaks", "update",
-        beside=("accelerate",), refused=True,
+        requires_any=("accelerate",), is_fatal=True,
     )  # fmt: skip
     monkeypatch.setattr(
         versions, "KNOWN_INCOMPATIBILITIES", (*versions.KNOWN_INCOMPATIBILITIES, pair)

@@ -11,7 +11,7 @@ from mmmamba_cli.processing import HolisticVLMProcessor
 from mmmamba_cli.processing.chat_template import (
     DEFAULT_SYSTEM,
     ImageSlot,
-    Special,
+    SpecialToken,
     Turn,
     as_turns,
     check_images,
@@ -29,7 +29,7 @@ def as_text(parts: Any) -> str:
     """Parts as one string, slots as `<image>`."""
     pieces = []
     for part in parts:
-        if isinstance(part, Special):
+        if isinstance(part, SpecialToken):
             pieces.append(part.token * part.times)
         else:
             pieces.append("<image>" if isinstance(part, ImageSlot) else part)
