@@ -2,9 +2,9 @@
 
     python docs/make_architecture.py
 
-Rows are the layers of the import contract in pyproject.toml; the small rooms at the bottom, which any
-other may import, share a band. An arrow is an import; one that follows from others (a room imports a
-second, which imports the third) is left out.
+Rows are the layers of the import contract in pyproject.toml; the small rooms at the bottom, which
+any other may import, share a band. An arrow is an import; one that follows from others (a room
+imports a second, which imports the third) is left out.
 """
 
 from __future__ import annotations
