@@ -33,35 +33,37 @@ def command(
         str | None,
         typer.Argument(
             metavar="PATH|PRODUCT",
-            help="Any checkpoint, a product of the run, or `teacher`; else the current product.",
+            help="A checkpoint, a product of the run, or `teacher` (default: the current product).",
             autocompletion=complete_models,
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
     context: Annotated[
         str | None,
-        typer.Option(metavar="T", help="Tokens at which memory is counted, as 8k; else 103424."),
+        typer.Option(
+            metavar="T", help="Context length for the memory, such as 8k (default: 103424)."
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="DTYPE", help="Count memory in bf16, fp16 or fp32; as stored if not given."
+            metavar="DTYPE", help="Dtype for the memory: bf16, fp16 or fp32 (default: as stored)."
         ),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
             metavar="PATH|PRODUCT",
-            help="Read both, and say which tensors differ.",
+            help="Compare all tensors with another checkpoint.",
             autocompletion=complete_models,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look into a checkpoint: layers, parameters, memory at a context length.
+    """Describe a checkpoint: layers, parameters, memory at a context length.
 
-    Only headers are read, but with --against. A GGUF file or a PyTorch state dict is opened by
-    torch, which takes some seconds more.
+    Reads only headers, except with --against. GGUF files and PyTorch state dicts take some seconds
+    longer, because torch opens them.
     """
     from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe, memory_of_checkpoint
     from mmmamba_cli.runs import Run, resolve_model

@@ -25,24 +25,24 @@ def command(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the suites' TSVs, for the pictures."),
+        typer.Option(metavar="DIR", help="Folder with the suites' TSV files, for the images."),
     ] = None,
     title: Annotated[str | None, typer.Option(metavar="TITLE", help="Heading of the page.")] = None,
     note: Annotated[
         str | None,
-        typer.Option(
-            metavar="SENTENCE", help="A sentence below it: what a reader must know first."
-        ),
+        typer.Option(metavar="SENTENCE", help="A sentence below the heading."),
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="HTML to write; else the run's report.html."),
+        typer.Option(
+            "--out", metavar="FILE", help="HTML file to write (default: report.html of the run)."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML file about a run: answers, scores, losses, costs, lineage, commands.
+    """Write an HTML report on a run: answers, scores, losses, costs, lineage, commands.
 
-    The file needs no network and no other file. What was not run is left out, and named.
+    The file is self-contained. Parts without results are left out and listed.
     """
     from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.reporting import build_page, check_replaceable, read_report_data

@@ -1,4 +1,4 @@
-"""Two checkpoints against each other, tensor by tensor, under our names."""
+"""Comparison of two checkpoints, tensor by tensor, by the names of mmmamba's layout."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ CHANGED: Status = "changed"
 OTHER_SHAPE: Status = "other shape"
 ONLY_HERE: Status = "only here"
 ONLY_THERE: Status = "only there"
-# Elements compared at a time: both as fp64 take 16 times so many bytes.
-CHUNK = 1 << 21
+# Elements compared at a time; two fp64 copies take 32 MiB.
+COMPARE_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One name. `largest` is max |a - b|, `relative` |a - b| / |b| by their 2-norms.
+    """Difference of one tensor: `largest` is max |a - b|, `relative` |a - b| / |b| in 2-norms.
 
-    Both are None but for what changed or was rounded; `relative` is infinite where b is 0. Tensors
-    of different dtypes are equal if their values are, and rounded if one is the other in its dtype.
+    Both are None unless the tensor is changed or rounded; `relative` is infinite if b is 0. Tensors
+    of different dtypes are equal if their values are, and rounded if casting one to the narrower
+    dtype gives the other.
     """
 
     name: str
@@ -40,7 +41,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class DifferenceGroup:
-    """The same tensor of several layers: how many are equal and changed, and the worst of these."""
+    """The same tensor in several layers with the same status, and its largest differences."""
 
     name: str
     status: Status
@@ -53,17 +54,17 @@ class DifferenceGroup:
 def compare(
     here: Checkpoint, there: Checkpoint, advance: Callable[[int], None] | None = None
 ) -> list[TensorDifference]:
-    """Every tensor of both, read one at a time; `advance` is told of tensors as they are done."""
+    """Compare every tensor of both; `advance` is called with 1 after each tensor."""
     ours, theirs = here.shapes, there.shapes
     found = []
     for name in [*ours, *(name for name in theirs if name not in ours)]:
-        found.append(_one(here, there, name))
+        found.append(_compare_name(here, there, name))
         if advance is not None:
             advance(1)
     return found
 
 
-def _one(here: Checkpoint, there: Checkpoint, name: str) -> TensorDifference:
+def _compare_name(here: Checkpoint, there: Checkpoint, name: str) -> TensorDifference:
     if name not in there:
         return TensorDifference(name, ONLY_HERE)
     if name not in here:
@@ -75,16 +76,16 @@ def _one(here: Checkpoint, there: Checkpoint, name: str) -> TensorDifference:
 
 
 def compare_tensors(name: str, here: Tensor, there: Tensor) -> TensorDifference:
-    """Two tensors of one shape, compared in fp64. NaN differs from everything, itself too."""
+    """Compare two tensors of one shape in fp64. NaN differs from everything, including NaN."""
     narrow = min(here.dtype, there.dtype, key=lambda dtype: dtype.itemsize)
     largest = squares = norm = 0.0
     equal = rounded = True
-    for a, b in zip(_pieces(here), _pieces(there), strict=True):
+    for a, b in zip(_chunks(here), _chunks(there), strict=True):
         wide = b.double()
         norm += float(wide.square().sum())
         gap = (a.double() - wide).abs()
         top = float(gap.max()) if gap.numel() else 0.0
-        # A NaN is not below anything.
+        # NaN is not equal to 0 and counts as a difference.
         if top == 0:
             continue
         equal = False
@@ -95,20 +96,20 @@ def compare_tensors(name: str, here: Tensor, there: Tensor) -> TensorDifference:
         return TensorDifference(name, EQUAL)
     relative = math.sqrt(squares / norm) if norm else math.inf
     if rounded and here.dtype != there.dtype:
-        return TensorDifference(name, ROUNDED, largest, relative, f"in {_short(narrow)}")
+        return TensorDifference(name, ROUNDED, largest, relative, f"in {_dtype_name(narrow)}")
     return TensorDifference(name, CHANGED, largest, relative)
 
 
-def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    return tensor.detach().reshape(-1).split(CHUNK)
+def _chunks(tensor: Tensor) -> Iterable[Tensor]:
+    return tensor.detach().reshape(-1).split(COMPARE_ELEMENTS)
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def group_by_layer(differences: Iterable[TensorDifference]) -> list[DifferenceGroup]:
-    """Rows for people: the same name in several layers is one row for each status."""
+    """Group differences by name and status over the layers."""
     rows: dict[tuple[str, Status], list[tuple[int | None, TensorDifference]]] = {}
     for found in differences:
         words, layer = found.name.split("."), None
@@ -121,14 +122,14 @@ def group_by_layer(differences: Iterable[TensorDifference]) -> list[DifferenceGr
             status,
             tuple(layer for layer, _ in members if layer is not None),
             len(members),
-            _worst(found.largest for _, found in members),
-            _worst(found.relative for _, found in members),
+            _largest(found.largest for _, found in members),
+            _largest(found.relative for _, found in members),
         )
         for (name, status), members in rows.items()
     ]
 
 
-def _worst(values: Iterable[float | None]) -> float | None:
+def _largest(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -136,7 +137,7 @@ def _worst(values: Iterable[float | None]) -> float | None:
 
 
 def format_ranges(layers: Iterable[int]) -> str:
-    """`0-3, 6` for 0, 1, 2, 3, 6."""
+    """Format 0, 1, 2, 3, 6 as `0-3, 6`."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][-1] + 1:

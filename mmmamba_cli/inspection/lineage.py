@@ -1,4 +1,4 @@
-"""A run as its folders tell it: products, what was learned, what was scored; nothing is loaded."""
+"""Lineage of a run from its files: products, held-out losses and scores. No model is loaded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mmmamba_cli.evaluate.result import Result, find_results
 from mmmamba_cli.runs import Manifest, Run, Teacher
 
 EVALS = "evals"
-HELD_OUT = "held_out/loss"
+HELD_OUT_LOSS = "held_out/loss"
 
 
 @dataclass(frozen=True)
 class SuiteScore:
-    """A suite by one rule; `partial` says that not all rows were asked."""
+    """Score of a suite by one rule; `partial` if only a part of the rows was asked."""
 
     suite: str
     rule: str
@@ -30,7 +30,7 @@ class SuiteScore:
 
 @dataclass(frozen=True)
 class ProductSummary:
-    """A product and what lies in its folder. `held_out` are the losses of the stage it ends."""
+    """A product and its folder. `held_out` are the held-out losses of the stage that made it."""
 
     manifest: Manifest
     folder: Path
@@ -41,31 +41,31 @@ class ProductSummary:
 
     @property
     def above(self) -> str | None:
-        """The product it was made from, if it was made from one."""
+        """The name of the product it was made from, if any."""
         return next((p.name for p in self.manifest.parents if p.role == "student"), None)
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """A run: its teacher if it has one, its products, oldest first, and the current one's name."""
+    """A run: its teacher, if any, its products, oldest first, and the name of the current one."""
 
     folder: Path
     teacher: Teacher | None
     teacher_scores: tuple[SuiteScore, ...]
     current: str
     products: Mapping[str, ProductSummary]
-    # Results that are not among the scores, a sentence each.
+    # Results that are left out, one sentence each.
     left_out: tuple[str, ...] = ()
 
 
 def read_lineage(run: Run) -> Lineage:
-    """Everything of a run that can be told without its weights. Raises `RunError`."""
+    """Read the lineage of a run. Raises `RunError` if it is not a run or is damaged."""
     record = run.record
     evaluated = find_results(run.folder / EVALS)
     scores = list(_scores(evaluated.results.values()))
     teacher = record.teacher
 
-    def of(content_hash: str) -> tuple[SuiteScore, ...]:
+    def scores_of(content_hash: str) -> tuple[SuiteScore, ...]:
         return tuple(score for found, score in scores if found == content_hash)
 
     products = {
@@ -75,14 +75,14 @@ def read_lineage(run: Run) -> Lineage:
             _embedding_layers(run.product_folder(name)),
             _folder_bytes(run.product_folder(name)),
             tuple(_held_out(run.product_folder(name) / METRICS)),
-            of(manifest.content_hash),
+            scores_of(manifest.content_hash),
         )
         for name, manifest in run.products().items()
     }
     return Lineage(
         run.folder,
         teacher,
-        () if teacher is None else of(teacher.content_hash),
+        () if teacher is None else scores_of(teacher.content_hash),
         record.current,
         products,
         evaluated.left_out,
@@ -90,7 +90,7 @@ def read_lineage(run: Run) -> Lineage:
 
 
 def _scores(results: Iterable[Result]) -> Iterator[tuple[str, SuiteScore]]:
-    """The content hash of a model, and each of its scores that has a value."""
+    """(content hash of a model, score) for every score that has a value."""
     for result in results:
         for part in result.rules:
             value = part.metrics[part.metric]
@@ -101,16 +101,16 @@ def _scores(results: Iterable[Result]) -> Iterator[tuple[str, SuiteScore]]:
 
 def _held_out(file: Path) -> Iterator[float]:
     for row in read_metrics(file):
-        value = row.get(HELD_OUT)
+        value = row.get(HELD_OUT_LOSS)
         if isinstance(value, int | float):
             yield float(value)
         elif value is not None:
-            # JSON has no NaN: a loss that was none is written as a word.
+            # JSON has no NaN: such a loss is written as a string.
             yield math.nan
 
 
 def _embedding_layers(folder: Path) -> int:
-    """Layers of the embedding stack; 0 if it has none, or nobody can tell."""
+    """Number of layers of the embedding stack; 0 if it has none or the config is unreadable."""
     try:
         config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
         return int((config.get("embedding_stack") or {}).get("num_layers", 0))

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers alone: layout, layers, parameters, dtypes."""
+"""Summary of a checkpoint from its headers: layout, layers, parameters, dtypes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 
 from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture
 from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, Checkpoint, hovle, llama_family, mmmamba_hf
-from mmmamba_cli.checkpoint.name_map import Shape
 from mmmamba_cli.recipe import plan_kind
 
 EMBEDDING, LANGUAGE = "embedding", "language"
 UNUSED = "kept for exports, used by no forward"
-# Parts in the order in which a token passes them.
-PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+# Parts of a model by the names of their tensors; the first match counts.
+PART_RULES: tuple[tuple[str, Callable[[str], bool]], ...] = (
     (UNUSED, lambda name: name.startswith("unused.")),
     ("patch embedding", lambda name: name.startswith("model.vision.")),
     ("token embedding", lambda name: name.startswith("model.text_embedding.")),
@@ -25,7 +24,8 @@ PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("output head", lambda name: name.startswith("lm_head.")),
 )
 ATTENTION_PART, LINEAR_PART = "attention mixers", "linear mixers"
-ORDER = (
+# In the order of the forward pass.
+PART_ORDER = (
     "patch embedding",
     "token embedding",
     ATTENTION_PART,
@@ -40,7 +40,7 @@ ORDER = (
 
 @dataclass(frozen=True)
 class PartSummary:
-    """Tensors of one kind. `layers` is 0 for what does not belong to a layer."""
+    """Tensors of one kind. `layers` is the number of layers that have some, 0 outside of layers."""
 
     name: str
     tensors: int
@@ -51,7 +51,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class StackSummary:
-    """One stack of blocks, and which of its layers, counted through both stacks, are attention."""
+    """One stack of blocks. Layers are numbered through both stacks."""
 
     name: str
     first_layer: int
@@ -65,7 +65,7 @@ class StackSummary:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What `inspect` says of a checkpoint. `dtypes` maps a name to tensors and bytes."""
+    """Summary of a checkpoint. `dtypes` maps a dtype to the number of tensors and bytes."""
 
     path: str
     layout: str
@@ -87,7 +87,7 @@ class CheckpointSummary:
 
 
 def describe(checkpoint: Checkpoint) -> CheckpointSummary:
-    """Look a checkpoint over; no tensor is read."""
+    """Summarize a checkpoint from its headers; no tensor is read."""
     config = checkpoint.architecture
     parts = parts_of(checkpoint)
     source = checkpoint.source
@@ -119,7 +119,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
 
 
 def layout_name(model_type: str) -> str:
-    """A layout as people call it."""
+    """The display name of a layout."""
     if model_type in llama_family.MODEL_TYPES:
         return f"language model ({model_type})"
     names = {
@@ -131,7 +131,7 @@ def layout_name(model_type: str) -> str:
 
 
 def stacks_of(config: Architecture) -> tuple[StackSummary, ...]:
-    """The stacks a model has: one for a plain language model, else two."""
+    """The stacks of a model: one for a plain language model, otherwise two."""
     found, first = [], 0
     named = ((EMBEDDING, config.embedding), (LANGUAGE, config.language))
     for name, stack in named:
@@ -155,40 +155,33 @@ def stacks_of(config: Architecture) -> tuple[StackSummary, ...]:
 
 
 def parts_of(checkpoint: Checkpoint) -> tuple[PartSummary, ...]:
-    """Parameters by part, as they are stored."""
-    return _parts(
-        checkpoint.architecture, checkpoint.shapes, lambda name: checkpoint.info(name).nbytes
-    )
-
-
-def _parts(
-    config: Architecture, shapes: Mapping[str, Shape], nbytes: Callable[[str], int]
-) -> tuple[PartSummary, ...]:
+    """Parameters by part, with the bytes as stored."""
+    shapes = checkpoint.shapes
     names: dict[str, list[str]] = {}
     for name in shapes:
-        names.setdefault(part_of(name, config), []).append(name)
+        names.setdefault(part_of(name, checkpoint.architecture), []).append(name)
     return tuple(
         PartSummary(
             part,
             len(names[part]),
             sum(prod(shapes[name]) for name in names[part]),
-            sum(map(nbytes, names[part])),
+            sum(checkpoint.info(name).nbytes for name in names[part]),
             len({layer_of(name) for name in names[part]} - {None}),
         )
-        for part in ORDER
+        for part in PART_ORDER
         if part in names
     )
 
 
 def part_of(name: str, config: Architecture) -> str:
-    """The part a tensor of ours belongs to."""
+    """The part of a tensor, by its name in mmmamba's layout."""
     layer = layer_of(name)
     if layer is not None and ".mixer." in name:
         return ATTENTION_PART if config.layer_types[layer] == ATTENTION else LINEAR_PART
-    return next(part for part, belongs in PARTS if belongs(name))
+    return next(part for part, belongs in PART_RULES if belongs(name))
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a tensor, counted through both stacks."""
+    """The layer of a tensor, numbered through both stacks; None outside of layers."""
     words = name.split(".")
     return int(words[2]) if words[:2] == ["model", "layers"] else None

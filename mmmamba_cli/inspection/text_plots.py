@@ -1,4 +1,4 @@
-"""Pictures made of characters: a layer plan as a row of marks, a series as a sparkline."""
+"""Text plots: a layer plan as a row of marks, a series as a sparkline, and byte sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Marks:
-    """The characters of a layer plan, and of a sparkline."""
+    """The characters of a layer plan and of a sparkline."""
 
     attention: str
     linear: str
@@ -25,7 +25,7 @@ ASCII = Marks("#", ".", "|", "_.-=+*%@", "x")
 
 
 def marks_for(encoding: str | None) -> Marks:
-    """What a terminal or file of that encoding can hold."""
+    """The marks that `encoding` can represent."""
     try:
         "".join((UNICODE.attention, UNICODE.border, UNICODE.bars)).encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -36,7 +36,7 @@ def marks_for(encoding: str | None) -> Marks:
 def layer_plan(
     num_layers: int, attention: Collection[int], marks: Marks = UNICODE, embedding: int = 0
 ) -> str:
-    """A mark for each layer, with a border behind the `embedding` layers of the first stack."""
+    """One mark per layer, with a border after the `embedding` layers of the first stack."""
     row = [marks.attention if i in attention else marks.linear for i in range(num_layers)]
     if 0 < embedding < num_layers:
         row.insert(embedding, marks.border)
@@ -48,9 +48,9 @@ def legend(marks: Marks = UNICODE) -> str:
 
 
 def sparkline(values: Sequence[float], marks: Marks = UNICODE, width: int = 24) -> str:
-    """A bar for each value from the lowest to the highest, a cross for what is not finite.
+    """One bar per value between the minimum and maximum, a cross for values that are not finite.
 
-    More than `width` values are thinned out; the first and the last are always among them.
+    More than `width` values are subsampled, keeping the first and the last.
     """
     if len(values) > width:
         step = (len(values) - 1) / (width - 1)
@@ -58,7 +58,7 @@ def sparkline(values: Sequence[float], marks: Marks = UNICODE, width: int = 24) 
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return marks.gap * len(values)
-    # In parts of the largest: the difference of two huge numbers could be infinite.
+    # Scaled by the largest value, because the difference of two huge ones could overflow.
     unit = max(map(abs, known)) or 1.0
     low, high = min(known) / unit, max(known) / unit
     top = len(marks.bars) - 1
@@ -71,7 +71,7 @@ def sparkline(values: Sequence[float], marks: Marks = UNICODE, width: int = 24) 
 
 
 def format_bytes(nbytes: float) -> str:
-    """Bytes as people read them, in powers of 1024."""
+    """Format a number of bytes in B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

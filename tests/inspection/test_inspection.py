@@ -162,7 +162,7 @@ def test_another_dtype_is_no_change_but_rounding() -> None:
 
 
 def test_long_tensors_are_compared_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmmamba_cli.inspection.diff.CHUNK", 10)
+    monkeypatch.setattr("mmmamba_cli.inspection.diff.COMPARE_ELEMENTS", 10)
     x = torch.zeros(3, 9)
     y = x.clone()
     y[0, 0], y[2, 8] = 3, 4
