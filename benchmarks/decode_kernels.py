@@ -173,7 +173,7 @@ def make_chain(int8: bool) -> tuple[Callable[[str], Tensor], int]:
             row = ops.project(x, layer["v|k|q|gate|dt"], **first, backend=backend)
             vkq, opened, dt = row.split((CHANNELS, HEADS * DIM, HEADS), 1)
             # States were written a token ago, and the gate with vkq.
-            early = {"settled": True, "backend": backend}
+            early = {"inputs_ready": True, "backend": backend}
             y = ops.mixer_step(vkq, dt, ring, state, at, weights, **early).flatten(1)
             options = {**head_norms[number], "gate": opened, "residual": x, "out": x, **early}
             ops.project(y, layer["W_O"], **options)

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmmamba_cli import ops
 from mmmamba_cli.ops import triton_utils
 from mmmamba_cli.ops.decode import MixerWeights
-from mmmamba_cli.ops.projection import Int8Weight, quantize
+from mmmamba_cli.ops.projection import Int8Weight, quantize_rows
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 LAYERS, WIDTH, HEADS, KV_HEADS, DIM, FFN, VOCABULARY, TAPS = 32, 2048, 16, 8, 128, 8192, 92553, 2
@@ -78,7 +78,7 @@ def norm_options(size: int, int8: bool) -> dict[str, Any]:
 def make_weights(product: Product, int8: bool, copies: int | None = None) -> list[Weight]:
     scale = product.dim**-0.5
     made = (normal(product.rows, product.dim, scale=scale) for _ in range(copies or product.copies))
-    return [quantize(weight) if int8 else weight for weight in made]
+    return [quantize_rows(weight) if int8 else weight for weight in made]
 
 
 def graph_ms(call: Callable[[], object], seconds: float = 0.25) -> float:

@@ -134,13 +134,13 @@ def tune_steps(batch: int, seconds: float) -> list[Any]:
         for arguments in copies:
             ops.mixer_step(*arguments, weights, backend="triton")
 
-    kept = decode.VALUES_OF_FEW, decode.VALUES_OF_MANY, decode.MIXER_WARPS
+    kept = decode.SMALL_BATCH_BLOCK_P, decode.LARGE_BATCH_BLOCK_P, decode.MIXER_WARPS
     for values, warps in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8)):
         if time.perf_counter() < until and 16 <= values * DIM / (32 * warps) <= 128:
-            decode.VALUES_OF_FEW = decode.VALUES_OF_MANY = values
+            decode.SMALL_BATCH_BLOCK_P = decode.LARGE_BATCH_BLOCK_P = values
             decode.MIXER_WARPS = warps
             found.append((round(1e3 * graph_ms(call, 0.05) / LAYERS, 2), values, warps))
-    decode.VALUES_OF_FEW, decode.VALUES_OF_MANY, decode.MIXER_WARPS = kept
+    decode.SMALL_BATCH_BLOCK_P, decode.LARGE_BATCH_BLOCK_P, decode.MIXER_WARPS = kept
     return sorted(found)[:5]
 
 
@@ -154,19 +154,31 @@ def tune_attention(seconds: float) -> list[Any]:
         for arguments in copies:
             ops.attention_step(*arguments, None, cos, cos, backend="triton")
 
-    kept = decode.PROGRAMS, decode.COLUMNS, decode.ATTENTION_WARPS, decode.STAGES
+    kept = (
+        decode.ATTENTION_PROGRAMS,
+        decode.ATTENTION_BLOCK_S,
+        decode.ATTENTION_WARPS,
+        decode.ATTENTION_STAGES,
+    )
     choices = list(
         itertools.product((132, 264, 396, 528, 1056), (32, 64, 128), (2, 4, 8), (2, 3, 4))
     )
     random.Random(0).shuffle(choices)
     for choice in choices:
         if time.perf_counter() < until:
-            decode.PROGRAMS, columns, decode.ATTENTION_WARPS, decode.STAGES = choice
-            decode.COLUMNS = {**kept[1], 2: columns}
+            decode.ATTENTION_PROGRAMS, columns, decode.ATTENTION_WARPS, decode.ATTENTION_STAGES = (
+                choice
+            )
+            decode.ATTENTION_BLOCK_S = {**kept[1], 2: columns}
             ms = attempt(lambda: graph_ms(call, 0.03))
             if isinstance(ms, float):
                 found.append((round(1e3 * ms / CACHE_COPIES, 1), *choice))
-    decode.PROGRAMS, decode.COLUMNS, decode.ATTENTION_WARPS, decode.STAGES = kept
+    (
+        decode.ATTENTION_PROGRAMS,
+        decode.ATTENTION_BLOCK_S,
+        decode.ATTENTION_WARPS,
+        decode.ATTENTION_STAGES,
+    ) = kept
     return sorted(found)[:8]
 
 

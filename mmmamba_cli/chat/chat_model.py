@@ -15,7 +15,7 @@ from torch import Tensor
 from mmmamba_cli.chat.conversation import Conversation
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.inference import Generator, Settings
-from mmmamba_cli.inference.sampling import Chooser, ends_of
+from mmmamba_cli.inference.sampling import Sampler, eos_ids
 from mmmamba_cli.model import HolisticVLM, new_cache
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, TextStream
 from mmmamba_cli.runs import ResolvedModel, Run, check_unique_names, resolve_model
@@ -39,9 +39,9 @@ def generate_ids(
     if generator is None:
         ids = _forward(model, input_ids, pixel_values, settings)
     else:
-        rows = generator.stream(input_ids, pixel_values, **vars(settings))
+        rows = generator.stream_answer((input_ids, pixel_values, None), settings)
         ids = (token for (token,) in rows)
-    ends = ends_of(settings, model.generation_config)
+    ends = eos_ids(settings, model.generation_config)
     for token in ids:
         if token in ends:
             return
@@ -50,7 +50,7 @@ def generate_ids(
 
 @dataclass
 class _Row:
-    """What a `Chooser` reads and writes, of one answer."""
+    """What a `Sampler` reads and writes, of one answer."""
 
     logits: Tensor
     ids: Tensor
@@ -69,12 +69,12 @@ def _forward(
     row = _Row(
         logits, input_ids[:, -1].clone(), torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     )
-    chooser = Chooser(logits.shape[-1], logits.device)
-    chooser.prepare(settings, model.generation_config)
+    sampler = Sampler(logits.shape[-1], logits.device)
+    sampler.configure(settings, model.generation_config)
     for count in range(settings.max_new_tokens):
         if count > 0:
             row.logits = model(row.ids.unsqueeze(1), past_key_values=cache).logits[:, -1]
-        chooser.choose(row, settings.choice)
+        sampler.sample(row, settings.mode)
         yield int(row.ids)
 
 

@@ -283,13 +283,13 @@ def _attention_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tens
 
 def _choices() -> list[Case]:
     logits = _Random(0).normal(BATCH, 1000)
-    unwanted = torch.zeros(1000, dtype=torch.bool)
-    unwanted[logits.argmax(-1)] = True
-    return [Case("greedy", _choose, {"logits": logits}, {"unwanted": unwanted})]
+    suppressed = torch.zeros(1000, dtype=torch.bool)
+    suppressed[logits.argmax(-1)] = True
+    return [Case("greedy", _choose, {"logits": logits}, {"suppressed": suppressed})]
 
 
 def _choose(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    ids = ops.likeliest(values["logits"], fixed["unwanted"], backend=backend)
+    ids = ops.greedy_argmax(values["logits"], fixed["suppressed"], backend=backend)
     # The logit of the id: where bf16 makes two equal, either may be taken.
     return (values["logits"].gather(1, ids.unsqueeze(1)),)
 

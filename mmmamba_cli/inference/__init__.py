@@ -1,4 +1,4 @@
-"""Fast decoding: packed or int8 weights, memory that stays in place, one CUDA graph a token."""
+"""Fast decoding: packed or int8 weights, a static cache, and one CUDA graph per token."""
 
 from mmmamba_cli.inference.generator import Generator
 from mmmamba_cli.inference.quantization import Int8Linear, quantize

@@ -1,100 +1,97 @@
-"""States kept with the graphs captured over them, for the next prompt of their size."""
+"""LRU pool of static caches, each with the CUDA graphs captured over it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
-from mmmamba_cli.inference.cuda_graphs import GraphPool
-from mmmamba_cli.inference.decode_step import advance
-from mmmamba_cli.inference.graph_prefill import PartReader, WholeReader, suits, suits_whole
-from mmmamba_cli.inference.packed_model import ModelPlan
-from mmmamba_cli.inference.prefill import Reader
-from mmmamba_cli.inference.sampling import Choice, Chooser
-from mmmamba_cli.inference.static_cache import States, states_size
+from mmmamba_cli.inference.cuda_graphs import GraphPool, Run
+from mmmamba_cli.inference.decode_step import decode_step
+from mmmamba_cli.inference.graph_prefill import (
+    ChunkGraphs,
+    PromptGraphs,
+    supports_chunk_graphs,
+    supports_prompt_graphs,
+)
+from mmmamba_cli.inference.packed_model import PackedModel
+from mmmamba_cli.inference.prefill import GraphPrefill
+from mmmamba_cli.inference.sampling import Sampler, SamplingMode
+from mmmamba_cli.inference.static_cache import StaticCache, kv_nbytes
 from mmmamba_cli.model import HolisticVLM
 
-# How many are kept, and their bytes together; the one in use may be larger.
-MOST, MOST_BYTES = 4, 2 * 2**30
+# Limits on the pooled caches, in number and in total bytes; the cache in use may exceed the latter.
+MAX_CACHES = 4
+MAX_POOL_BYTES = 2 * 2**30
 
-Step = Callable[[], None]
 
-
-class Shelf:
-    """States by batch and room, and what advances each of them by a token."""
+class CachePool:
+    """Static caches by batch size and capacities, and the functions that advance them."""
 
     def __init__(
-        self, model: HolisticVLM, plan: ModelPlan, chooser: Chooser, graphs: bool, backend: str
+        self, model: HolisticVLM, packed: PackedModel, sampler: Sampler, graphs: bool, backend: str
     ):
         self._model = model
-        self._plan = plan
-        self._chooser = chooser
+        self._packed = packed
+        self._sampler = sampler
         self._graphs = graphs
         self._backend = backend
-        self._pool: GraphPool | None = None
-        self._states: dict[tuple[int, tuple[int, ...]], States] = {}
-        self._steps: dict[tuple[States, Choice | None], Step] = {}
-        self._readers: dict[States, Reader] = {}
+        self._graph_pool: GraphPool | None = None
+        self._caches: dict[tuple[int, tuple[int, ...]], StaticCache] = {}
+        self._steps: dict[tuple[StaticCache, SamplingMode | None], Run] = {}
+        self._prefills: dict[StaticCache, GraphPrefill] = {}
 
     def take(
-        self, batch: int, rooms: tuple[int, ...], choice: Choice | None
-    ) -> tuple[States, Step]:
-        """States that hold whatever they held, and a step that advances them.
+        self, batch: int, capacities: tuple[int, ...], mode: SamplingMode | None
+    ) -> tuple[StaticCache, Run]:
+        """A cache with arbitrary contents, and the function that advances it by one token.
 
-        The step reads a token and, with a `choice`, chooses the next. Capturing one runs it a few
-        times.
+        The function is `decode_step`, with sampling if there is a `mode`, or the replay of its
+        graph.
         """
-        states = self._states.pop((batch, rooms), None)
-        if states is None:
-            self._make_way(states_size(self._plan, batch, rooms))
-            states = States(self._plan, batch, rooms)
-        # The last in order is the last that was used.
-        self._states[batch, rooms] = states
-        step = self._steps.get((states, choice))
-        if step is None:
-            step = self._steps[states, choice] = self._made(states, choice)
-        return states, step
+        cache = self._caches.pop((batch, capacities), None)
+        if cache is None:
+            self._evict(kv_nbytes(self._packed, batch, capacities))
+            cache = StaticCache(self._packed, batch, capacities)
+        # Reinsert at the end: the dict is ordered by last use.
+        self._caches[batch, capacities] = cache
+        if (cache, mode) not in self._steps:
+            step: Run = partial(decode_step, cache, self._backend, self._sampler, mode)
+            if self._graphs:
+                # Reset the cache first: warm-up steps write a few columns.
+                cache.clear()
+                step = self._capture(step)
+            self._steps[cache, mode] = step
+        return cache, self._steps[cache, mode]
 
-    def reader(self, states: States) -> Reader | None:
-        """What reads prompts into these states by graphs, if that is how this model is read."""
-        if not (self._graphs and suits_whole(self._plan)):
+    def graph_prefill(self, cache: StaticCache) -> GraphPrefill | None:
+        """The prefill graphs over `cache`; None without graphs, or for unsupported mixers."""
+        if not (self._graphs and supports_prompt_graphs(self._packed)):
             return None
-        if states not in self._readers:
-            kind = PartReader if suits(self._plan) else WholeReader
-            self._readers[states] = kind(self._model, states, self._captured)
-        return self._readers[states]
+        if cache not in self._prefills:
+            kind = ChunkGraphs if supports_chunk_graphs(self._packed) else PromptGraphs
+            self._prefills[cache] = kind(self._model, cache, self._capture)
+        return self._prefills[cache]
 
     def clear(self) -> None:
+        """Free all caches and graphs."""
         self._steps.clear()
-        self._readers.clear()
-        self._states.clear()
-        self._pool = None
+        self._prefills.clear()
+        self._caches.clear()
+        self._graph_pool = None
 
-    def _made(self, states: States, choice: Choice | None) -> Step:
-        def step() -> None:
-            advance(states, self._backend)
-            if choice is not None:
-                self._chooser.choose(states, choice)
+    def _capture(self, run: Run) -> Run:
+        if self._graph_pool is None:
+            self._graph_pool = GraphPool(self._packed.text_embedding.device)
+        return self._graph_pool.capture(run, self._sampler.rng)
 
-        if not self._graphs:
-            return step
-        # Whatever was there before, warming up wants room for its few columns.
-        states.clear()
-        return self._captured(step)
-
-    def _captured(self, work: Step) -> Step:
-        if self._pool is None:
-            self._pool = GraphPool(self._plan.text_embedding.device)
-        return self._pool.capture(work, self._chooser.rng)
-
-    def _make_way(self, size: int) -> None:
-        """Let go of the oldest until there is room for states of `size` bytes."""
-        while self._states and (
-            len(self._states) >= MOST
-            or size + sum(states.nbytes for states in self._states.values()) > MOST_BYTES
+    def _evict(self, nbytes: int) -> None:
+        """Free the least recently used caches until one of `nbytes` fits the limits."""
+        while self._caches and (
+            len(self._caches) >= MAX_CACHES
+            or nbytes + sum(cache.nbytes for cache in self._caches.values()) > MAX_POOL_BYTES
         ):
-            oldest = self._states.pop(next(iter(self._states)))
+            oldest = self._caches.pop(next(iter(self._caches)))
             self._steps = {key: step for key, step in self._steps.items() if key[0] is not oldest}
-            self._readers.pop(oldest, None)
-        if not self._states:
-            # A pool that no graph uses any more is not taken up again.
+            self._prefills.pop(oldest, None)
+        if not self._caches:
+            # CUDA does not reuse a graph pool after its last graph is gone.
             self.clear()

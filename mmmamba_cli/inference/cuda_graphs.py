@@ -1,4 +1,4 @@
-"""CUDA graphs: work of a fixed size, captured once, then launched as a whole."""
+"""CUDA graph capture in a shared memory pool, and an LRU cache of graphs by shape."""
 
 from __future__ import annotations
 
@@ -10,88 +10,89 @@ from typing import Generic, TypeVar
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
-Made = TypeVar("Made", bound=Callable[[], None])
-Work = Callable[[], None]
-Capture = Callable[[Work], Work]
+Task = TypeVar("Task", bound=Callable[[], None])
+Run = Callable[[], None]
+Capture = Callable[[Run], Run]
 
-# Triton compiles, and libraries take their workspaces, before anything is captured.
+# Warm-up lets Triton compile and libraries allocate their workspaces before the capture.
 WARM_UP_STEPS = 3
-# So much work is kept; what was done longest ago goes first.
-MOST_WORKS = 16
-# So many times one work at once are worth a graph; fewer, when it is asked for a second time.
-ENOUGH = 6
+# Shapes kept by a `GraphCache`; the least recently used goes first.
+MAX_CACHED_SHAPES = 16
+# Capture a graph if a shape is used at least this often in one prompt, or on its second use.
+MIN_CAPTURE_USES = 6
 
 
 class GraphPool:
-    """Memory that graphs share: they never run at the same time, and keep nothing there."""
+    """Memory shared by graphs that never run concurrently and keep no results in it."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.handle = torch.cuda.graph_pool_handle()
-        # One for all: memory is taken up again on the stream that it was given to.
+        # One stream for all captures: the allocator reuses a block only on its own stream.
         self.stream = torch.cuda.Stream(device)
 
-    def capture(self, work: Work, rng: torch.Generator | None = None) -> Work:
-        """A function that does on the device what `work` does, without its launches.
+    def capture(self, run: Run, rng: torch.Generator | None = None) -> Run:
+        """Capture `run` as a CUDA graph and return its replay.
 
-        `work` runs a few times and changes what it changes; capturing itself computes nothing.
-        It may draw numbers from `rng`, which goes on from replay to replay.
+        `run` is executed `WARM_UP_STEPS` times with all its side effects; the capture itself
+        computes nothing. `run` may draw from `rng`, which advances with every replay.
         """
         with torch.cuda.device(self.device):
             side = self.stream
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP_STEPS):
-                    work()
+                    run()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             if rng is not None:
                 graph.register_generator_state(rng)
-            with _keeping_garbage(), torch.cuda.graph(graph, pool=self.handle, stream=side):
-                work()
+            with _no_gc(), torch.cuda.graph(graph, pool=self.handle, stream=side):
+                run()
         return graph.replay
 
 
 @contextmanager
-def _keeping_garbage() -> Iterator[None]:
-    """Without collecting: what lets go of another graph spoils the one that is being captured."""
-    collects = gc.isenabled()
+def _no_gc() -> Iterator[None]:
+    """Disable garbage collection: destroying another graph invalidates the current capture."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collects:
+        if was_enabled:
             gc.enable()
 
 
-class Works(Generic[Key, Made]):
-    """Work by what it is made for, as graphs where it comes often, and not all that ever was."""
+class GraphCache(Generic[Key, Task]):
+    """LRU cache of tasks by shape, each captured as a CUDA graph once its shape recurs."""
 
-    def __init__(self, make: Callable[[Key], Made], capture: Capture):
+    def __init__(self, make: Callable[[Key], Task], capture: Capture):
         self._make = make
         self._capture = capture
-        self._made: dict[Key, Made] = {}
-        self._runs: dict[Key, Work] = {}
+        self._tasks: dict[Key, Task] = {}
+        self._runs: dict[Key, Run] = {}
 
-    def prepared(self, key: Key, count: int = 1) -> tuple[Made, Work]:
-        """The work and what runs it, which will be done `count` times.
+    def get(self, key: Key, uses: int = 1) -> tuple[Task, Run]:
+        """The task of a shape, and the function that runs it (a graph replay, or the task itself).
 
-        Capturing runs the work, and so leaves what it changes anyhow.
+        `uses` is how often the caller will run it now. A capture runs the task, so its buffers must
+        be set afterwards.
         """
-        made = self._made.pop(key, None)
-        known = made is not None
-        if made is None:
-            while len(self._made) >= MOST_WORKS:
-                oldest = next(iter(self._made))
-                del self._made[oldest]
+        task = self._tasks.pop(key, None)
+        recurs = task is not None
+        if task is None:
+            while len(self._tasks) >= MAX_CACHED_SHAPES:
+                oldest = next(iter(self._tasks))
+                del self._tasks[oldest]
                 self._runs.pop(oldest, None)
-            made = self._make(key)
-        # The last in order is the last that was asked for.
-        self._made[key] = made
-        if key not in self._runs and (known or count >= ENOUGH):
+            task = self._make(key)
+        # Reinsert at the end: the dict is ordered by last use.
+        self._tasks[key] = task
+        if key not in self._runs and (recurs or uses >= MIN_CAPTURE_USES):
             try:
-                self._runs[key] = self._capture(made)
+                self._runs[key] = self._capture(task)
             except torch.OutOfMemoryError:
-                # Launched one by one it needs less.
-                self._runs[key] = made
-        return made, self._runs.get(key, made)
+                # Eager launches need less memory than a graph.
+                self._runs[key] = task
+        return task, self._runs.get(key, task)

@@ -1,4 +1,4 @@
-"""Answers from a model as fast as its memory is read: packed weights, static memory, graphs.
+"""Token generation with packed weights, a static cache and CUDA graphs.
 
 Legend: B batch, T columns of the prompt, V vocabulary, N new tokens.
 """
@@ -7,44 +7,49 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError, MmmambaError
-from mmmamba_cli.inference.cache_pool import Shelf, Step
-from mmmamba_cli.inference.packed_model import plan_of, weights_size
-from mmmamba_cli.inference.prefill import extra_columns, read, real_columns
-from mmmamba_cli.inference.sampling import Choice, Chooser, Settings, ends_of
-from mmmamba_cli.inference.static_cache import States
+from mmmamba_cli.inference.cache_pool import CachePool
+from mmmamba_cli.inference.cuda_graphs import Run
+from mmmamba_cli.inference.packed_model import pack_model, weight_nbytes
+from mmmamba_cli.inference.prefill import check_prompt, prefill
+from mmmamba_cli.inference.sampling import Sampler, SamplingMode, Settings, eos_ids
+from mmmamba_cli.inference.static_cache import StaticCache
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.prepared_inputs import check_not_empty
 
-# Room is made in steps of so many columns, so that prompts of like length share a graph, and there
-# is always enough to warm up in.
-ROUNDED_TO = 256
-# Room behind a prompt whose caller does not say how much; for an answer that becomes longer it is
-# doubled on the way. Most end early, and what is not there need not be read or taken.
-ANSWER = 1024
-# Tokens between two looks at whether all rows have ended: each look waits for the device, and what
-# was launched in vain is waited for too.
-LOOK_EVERY = 4
+# Capacities are multiples of this many columns, so that prompts of similar length share a graph and
+# the warm-up steps of a capture always fit.
+PAD_CAPACITY_TO = 256
+# Columns reserved for an answer if no capacity is given; doubled when an answer outgrows them. Most
+# answers end early, and a smaller cache takes less memory and time to read.
+ANSWER_COLUMNS = 1024
+# Check for EOS every this many tokens: each check synchronizes with the device.
+EOS_CHECK_INTERVAL = 4
 
-# Ids, pixels and mask, as `prefill` takes them.
+# input_ids, pixel_values and attention_mask, as `Generator.prefill` takes them.
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Generator:
-    """Decodes with `model`, whose weights it packs in place (`decoding.pack`).
+    """Generates tokens with `model`, whose weights it packs in place (`pack`).
 
-    The model goes on working; after its weights were moved, cast or trained, make a new one. A
-    model whose weights were made int8 (`decoding.quantize`) is decoded as such. There is one
-    sequence of prompts and answers: not for several threads at a time.
+    The model stays usable. Make a new generator after its weights were moved, cast or trained. A
+    quantized model (`quantize`) is decoded from its int8 weights. A generator holds one batch of
+    sequences at a time and is not thread-safe.
 
-    `graphs`: whether each step is one CUDA graph; None where the model is on a GPU and there is
-    Triton. `backend` as in `mmmamba_cli.ops`, of steps; prompts are read as "auto" does.
+    Args:
+        model: the model to decode with.
+        graphs: whether each step is one CUDA graph; None is True if the model is on a GPU and
+            Triton is installed.
+        backend: backend of the ops of a decoding step, as in `mmmamba_cli.ops`; prefill uses
+            "auto".
 
-    Raises `MmmambaError` for a model that cannot be packed, or graphs without a GPU.
+    Raises:
+        MmmambaError: a model that cannot be packed, or `graphs` without a GPU.
     """
 
     def __init__(self, model: HolisticVLM, *, graphs: bool | None = None, backend: str = "auto"):
@@ -55,25 +60,26 @@ class Generator:
                 "move it there first, or leave graphs out",
             )
         self.model = model
-        self._plan = plan_of(model)
-        self._chooser = Chooser(len(self._plan.text_embedding), device)
-        captures = _suits_graphs(self._plan.text_embedding, backend) if graphs is None else graphs
-        self._shelf = Shelf(model, self._plan, self._chooser, captures, backend)
-        self._reading: _Reading | None = None
+        self._packed = pack_model(model)
+        table = self._packed.text_embedding
+        self._sampler = Sampler(len(table), device)
+        captures = _supports_graphs(table, backend) if graphs is None else graphs
+        self._pool = CachePool(model, self._packed, self._sampler, captures, backend)
+        self._sequence: _Sequence | None = None
 
     @property
     def weight_bytes(self) -> int:
-        """Of the projections and the head, which every step reads in full."""
-        return weights_size(self._plan)
+        """Bytes of the projections and the LM head, which every step reads in full."""
+        return weight_nbytes(self._packed)
 
     @property
     def cache_bytes(self) -> int:
-        """Of the memory in use: keys, values and states, room included."""
-        return 0 if self._reading is None else self._reading.states.nbytes
+        """Bytes of the cache in use (KV cache and states) at its full capacity."""
+        return 0 if self._sequence is None else self._sequence.cache.nbytes
 
     def start(self, batch: int, capacity: int) -> None:
-        """Make room for `capacity` columns, and what a step needs, ahead of a `prefill` of text."""
-        self._begin(batch, capacity, capacity, 0, None)
+        """Allocate a cache of `capacity` columns and capture its step before a text `prefill`."""
+        self._allocate(batch, capacity, capacity, 0, None)
 
     @torch.no_grad()
     def prefill(
@@ -85,43 +91,41 @@ class Generator:
         capacity: int | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """Read a prompt and forget what was before; the logits (B, V) after its last column.
+        """Read a prompt into a cleared cache; returns the logits (B, V) after its last column.
 
         Args:
             input_ids: (B, T); rows of unequal length are padded on the left.
             pixel_values: as in the model's forward.
             attention_mask: (B, T), 1 for real tokens.
-            capacity: columns there is room for, prompt included; None leaves room for an answer.
-                A model without attention remembers as much whatever it has read: there is no limit.
-            chunk: columns that pass the model at a time; None is as suits it. The result does not
-                depend on it.
+            capacity: columns of the cache, prompt included; None leaves room for an answer.
+                Ignored without attention, where the state has a fixed size.
+            chunk: columns that pass the model at a time; None picks a size. Does not change the
+                result.
 
         Raises:
-            DataError: a prompt longer than `capacity`, padding elsewhere than at the left, image
-                context tokens and tiles that do not agree.
+            DataError: a prompt longer than `capacity`, padding that is not on the left, or image
+                tokens that do not match `pixel_values`.
         """
         inputs = (input_ids, pixel_values, attention_mask)
         length = input_ids.shape[1]
-        wanted = length if capacity is not None else length + ANSWER
-        return self._read(inputs, wanted, capacity, chunk, None).states.logits
+        columns = length if capacity is not None else length + ANSWER_COLUMNS
+        return self._prefill(inputs, columns, capacity, chunk, None).cache.logits
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """The logits (B, V) after one more token of each row, ids (B, 1).
+        """Decode one more token of each row, ids (B, 1); returns the next logits (B, V).
 
-        The next step, or prompt, writes into the same tensor. Raises `DataError` if there is no
-        room left.
+        The next call overwrites the returned tensor. Raises `DataError` if the cache is full.
         """
-        reading = self._reading
-        if reading is None or reading.chooses:
+        sequence = self._sequence
+        if sequence is None or sequence.mode is not None:
             raise ValueError("step: prefill comes first")
-        if ids.shape != (reading.states.batch, 1):
-            raise ValueError(
-                f"step: ids are {tuple(ids.shape)}, expected ({reading.states.batch}, 1)"
-            )
-        reading.states.ids.copy_(ids[:, 0])
-        reading.advance()
-        return reading.states.logits
+        cache = sequence.cache
+        if ids.shape != (cache.batch, 1):
+            raise ValueError(f"step: ids are {tuple(ids.shape)}, expected ({cache.batch}, 1)")
+        cache.ids.copy_(ids[:, 0])
+        sequence.advance()
+        return cache.logits
 
     @torch.no_grad()
     def generate(
@@ -139,33 +143,35 @@ class Generator:
         capacity: int | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """Answers to prompts, (B, N) new ids without the prompt; N is as far as the longest goes.
+        """Generate answers to prompts; returns the new ids (B, N), N that of the longest answer.
 
-        Greedy at temperature 0: the tokens of `model.generate`. Else drawn from the `top_k`
-        likeliest, or the likeliest that have probability `top_p` together, or all; a seed gives the
-        same tokens again on the same device. A row ends with a token of `eos`, and is padded from
-        there: None is as the model's generation config says, () is never. Tokens which that config
-        suppresses are never chosen. The rest as in `prefill`.
+        Temperature 0 is greedy and gives the tokens of `model.generate`. Otherwise tokens are
+        sampled; the same seed gives the same tokens on the same device. A row ends with one of
+        `eos` and is padded from there. Tokens that the generation config suppresses are never
+        chosen. Parameters are those of `Settings` and `prefill`.
 
-        Raises `DataError` as `prefill` does, and for settings that mean nothing.
+        Raises:
+            DataError: as `prefill` and `Settings` do.
         """
         settings = Settings(max_new_tokens, temperature, top_k, top_p, eos, seed)
         inputs = (input_ids, pixel_values, attention_mask)
-        reading = self._open(inputs, settings, capacity, chunk)
-        ends = bool(ends_of(settings, self.model.generation_config))
-        found = [reading.states.ids.clone()]
+        sequence = self._begin_answer(inputs, settings, capacity, chunk)
+        has_eos = bool(eos_ids(settings, self.model.generation_config))
+        found = [sequence.cache.ids.clone()]
         while len(found) < max_new_tokens:
-            if ends and len(found) % LOOK_EVERY == 0 and bool(reading.states.finished.all()):
+            is_check = has_eos and len(found) % EOS_CHECK_INTERVAL == 0
+            if is_check and bool(sequence.cache.finished.all()):
                 break
-            self._go_on(reading)
-            found.append(reading.states.ids.clone())
+            if sequence.is_full:
+                self._grow(sequence)
+            sequence.advance()
+            found.append(sequence.cache.ids.clone())
         tokens = torch.stack(found, dim=1)
-        if not bool(reading.states.finished.all()):
+        if not bool(sequence.cache.finished.all()):
             return tokens
-        last = self._chooser.ends[tokens].int().argmax(1).max()
+        last = self._sampler.is_eos[tokens].int().argmax(1).max()
         return tokens[:, : int(last) + 1]
 
-    @torch.no_grad()
     def stream(
         self,
         input_ids: Tensor,
@@ -181,24 +187,40 @@ class Generator:
         capacity: int | None = None,
         chunk: int | None = None,
     ) -> Iterator[list[int]]:
-        """`generate` token by token: the next id of each of the B rows, as soon as it is there."""
+        """`generate` token by token: yields the next id of each of the B rows."""
         settings = Settings(max_new_tokens, temperature, top_k, top_p, eos, seed)
         inputs = (input_ids, pixel_values, attention_mask)
-        reading = self._open(inputs, settings, capacity, chunk)
-        for count in range(max_new_tokens):
-            if self._reading is not reading:
+        yield from self.stream_answer(inputs, settings, capacity, chunk)
+
+    @torch.no_grad()
+    def stream_answer(
+        self,
+        inputs: Inputs,
+        settings: Settings,
+        capacity: int | None = None,
+        chunk: int | None = None,
+    ) -> Iterator[list[int]]:
+        """`stream` with its sampling parameters as `Settings`.
+
+        `inputs` are input_ids, pixel_values and attention_mask.
+        """
+        sequence = self._begin_answer(inputs, settings, capacity, chunk)
+        for count in range(settings.max_new_tokens):
+            if self._sequence is not sequence:
                 raise ValueError("stream: another prompt was read before this answer had its end")
             if count > 0:
-                self._go_on(reading)
-            states = reading.states
-            # One wait for both.
-            ids, finished = torch.stack((states.ids, states.finished.long())).tolist()
+                if sequence.is_full:
+                    self._grow(sequence)
+                sequence.advance()
+            cache = sequence.cache
+            # One synchronization for both.
+            ids, finished = torch.stack((cache.ids, cache.finished.long())).tolist()
             yield ids
             if all(finished):
                 return
 
     @torch.no_grad()
-    def pretend(
+    def fill_random(
         self,
         batch: int,
         columns: int,
@@ -206,152 +228,145 @@ class Generator:
         seed: int = 0,
         settings: Settings | None = None,
     ) -> None:
-        """Be as after a prompt of `columns` tokens, with random contents: for measuring.
+        """Fill the cache with random contents, as if after `columns` tokens; for benchmarks.
 
-        With `settings`, tokens are chosen as they say, and `advance` goes on; without, `step` does.
+        Continue with `decode_tokens` if `settings` are given, otherwise with `step`.
         """
-        choice = None if settings is None else settings.choice
-        reading = self._begin(batch, columns, capacity, 0, choice)
-        reading.seen = columns
-        device = reading.states.ids.device
-        reading.states.clear()
-        reading.states.pretend(columns, torch.Generator(device).manual_seed(seed))
+        mode = None if settings is None else settings.mode
+        sequence = self._allocate(batch, columns, capacity, 0, mode)
+        sequence.length = columns
+        cache = sequence.cache
+        cache.clear()
+        cache.fill_random(columns, torch.Generator(cache.ids.device).manual_seed(seed))
         if settings is not None:
-            self._chooser.prepare(settings, self.model.generation_config)
+            self._sampler.configure(settings, self.model.generation_config)
 
     @torch.no_grad()
-    def advance(self, tokens: int) -> Tensor:
-        """Read the token chosen last, choose the next, so many times; the last ids (B, 1).
+    def decode_tokens(self, count: int) -> Tensor:
+        """Decode `count` tokens after `fill_random` with settings; returns the last ids (B, 1).
 
-        Waits for nothing. Comes after `pretend` with settings. Raises `DataError` if there is no
-        room left.
+        Does not synchronize. Raises `DataError` if the cache is full.
         """
-        reading = self._reading
-        if reading is None or not reading.chooses:
-            raise ValueError("advance: pretend with settings comes first")
-        for _ in range(tokens):
-            reading.advance()
-        return reading.states.ids.unsqueeze(1)
+        sequence = self._sequence
+        if sequence is None or sequence.mode is None:
+            raise ValueError("decode_tokens: fill_random with settings comes first")
+        for _ in range(count):
+            sequence.advance()
+        return sequence.cache.ids.unsqueeze(1)
 
     def release(self) -> None:
-        """Let go of all memory but the weights."""
-        self._reading = None
-        self._shelf.clear()
+        """Free all memory but the weights."""
+        self._sequence = None
+        self._pool.clear()
 
-    def _open(
+    def _begin_answer(
         self, inputs: Inputs, settings: Settings, capacity: int | None, chunk: int | None
-    ) -> _Reading:
-        """Read a prompt and choose the first token."""
-        # The last token is chosen and never read.
+    ) -> _Sequence:
+        """Read a prompt and sample the first token."""
+        # The last token is sampled and never read.
         answer = settings.max_new_tokens - 1
-        wanted = inputs[0].shape[1] + (answer if capacity is not None else min(answer, ANSWER))
-        reading = self._read(inputs, wanted, capacity, chunk, settings.choice)
-        self._chooser.prepare(settings, self.model.generation_config)
-        self._chooser.choose(reading.states, settings.choice)
-        return reading
+        reserved = answer if capacity is not None else min(answer, ANSWER_COLUMNS)
+        columns = inputs[0].shape[1] + reserved
+        sequence = self._prefill(inputs, columns, capacity, chunk, settings.mode)
+        self._sampler.configure(settings, self.model.generation_config)
+        self._sampler.sample(sequence.cache, settings.mode)
+        return sequence
 
-    def _go_on(self, reading: _Reading) -> None:
-        """Read the token chosen last and choose the next, with more room where it is used up.
-
-        That is never so where the caller gave a capacity: all of the answer has room there.
-        """
-        if reading.is_full:
-            room = 2 * reading.seen
-            states, choice = reading.states, reading.choice
-            # Capturing draws numbers that the answer does not.
-            drawn = self._chooser.rng.get_state()
-            rooms = self._rooms(room, reading.extra)
-            reading.states, reading.step = self._shelf.take(states.batch, rooms, choice)
-            self._chooser.rng.set_state(drawn)
-            reading.states.take_over(states)
-            reading.limit = room
-        reading.advance()
-
-    def _read(
+    def _prefill(
         self,
         inputs: Inputs,
-        wanted: int,
+        columns: int,
         capacity: int | None,
         chunk: int | None,
-        choice: Choice | None,
-    ) -> _Reading:
+        mode: SamplingMode | None,
+    ) -> _Sequence:
         if chunk is not None and chunk < 1:
             raise DataError(f"chunk is {chunk}, expected at least 1", "leave it out")
         input_ids, pixel_values, attention_mask = inputs
-        check_not_empty(input_ids)
-        mask = real_columns(input_ids, attention_mask)
-        extra = extra_columns(self.model, input_ids, pixel_values)
-        reading = self._begin(input_ids.shape[0], wanted, capacity, extra, choice)
-        reading.seen = input_ids.shape[1]
-        states, reader = reading.states, self._shelf.reader(reading.states)
-        read(self.model, states, input_ids, pixel_values, mask, chunk, reader)
-        return reading
+        mask, extra = check_prompt(self.model, input_ids, pixel_values, attention_mask)
+        sequence = self._allocate(input_ids.shape[0], columns, capacity, extra, mode)
+        sequence.length = input_ids.shape[1]
+        cache, graphs = sequence.cache, self._pool.graph_prefill(sequence.cache)
+        prefill(self.model, cache, input_ids, pixel_values, mask, chunk, graphs)
+        return sequence
 
-    def _begin(
-        self, batch: int, wanted: int, capacity: int | None, extra: int, choice: Choice | None
-    ) -> _Reading:
-        """Memory with room for `wanted` columns, and for `extra` ones in the embedding stack."""
-        self._reading = None
-        room = _rounded(wanted) if capacity is None else capacity
-        limit = room if self._plan.grows else None
-        _require_room(wanted, limit)
-        states, step = self._shelf.take(batch, self._rooms(room, extra), choice)
-        self._reading = _Reading(states, step, limit, choice, extra)
-        return self._reading
+    def _allocate(
+        self, batch: int, columns: int, capacity: int | None, extra: int, mode: SamplingMode | None
+    ) -> _Sequence:
+        """Start a sequence whose cache holds `columns`, plus `extra` in the embedding stack."""
+        self._sequence = None
+        capacity = _round_up(columns) if capacity is None else capacity
+        limit = capacity if self._packed.has_attention else None
+        _require_capacity(columns, limit)
+        cache, step = self._pool.take(batch, self._stack_capacities(capacity, extra), mode)
+        self._sequence = _Sequence(cache, step, limit, mode, extra)
+        return self._sequence
 
-    def _rooms(self, room: int, extra: int) -> tuple[int, ...]:
-        """Of each stack, in columns; the embedding stack is the first of two."""
-        rooms = [_rounded(room)] * len(self._plan.stacks)
-        rooms[0] += _rounded(extra)
-        grown = [stack.grows for stack in self._plan.stacks]
-        return tuple(room if grows else 0 for room, grows in zip(rooms, grown, strict=True))
+    def _grow(self, sequence: _Sequence) -> None:
+        """Move a full sequence into a cache of twice its length.
 
+        Never needed with a `capacity` from the caller, which covers the whole answer.
+        """
+        old, limit = sequence.cache, 2 * sequence.length
+        # Warm-up steps of a capture draw random numbers; the answer's must not change.
+        rng_state = self._sampler.rng.get_state()
+        capacities = self._stack_capacities(limit, sequence.extra)
+        sequence.cache, sequence.step = self._pool.take(old.batch, capacities, sequence.mode)
+        self._sampler.rng.set_state(rng_state)
+        sequence.cache.copy_from(old)
+        sequence.limit = limit
 
-class _Reading:
-    """One prompt and its answer as far as it is: `seen` columns were read of `limit`.
-
-    `extra` are columns of the embedding stack alone.
-    """
-
-    def __init__(
-        self, states: States, step: Step, limit: int | None, choice: Choice | None, extra: int
-    ):
-        self.states = states
-        self.step = step
-        self.limit = limit
-        self.choice = choice
-        self.extra = extra
-        self.seen = 0
-
-    @property
-    def chooses(self) -> bool:
-        return self.choice is not None
-
-    @property
-    def is_full(self) -> bool:
-        return self.limit is not None and self.seen >= self.limit
-
-    def advance(self) -> None:
-        """Read the token in `states.ids`. Raises `DataError` if there is no room."""
-        _require_room(self.seen + 1, self.limit)
-        self.seen += 1
-        self.step()
-
-
-def _require_room(wanted: int, limit: int | None) -> None:
-    if limit is not None and wanted > limit:
-        raise DataError(
-            f"there is room for {limit} columns, prompt and answer together, and {wanted} are "
-            "wanted",
-            f"give capacity={wanted} or more",
+    def _stack_capacities(self, capacity: int, extra: int) -> tuple[int, ...]:
+        """Columns of each stack; the embedding stack is the first of two and has `extra` more."""
+        stacks = self._packed.stacks
+        columns = [_round_up(capacity)] * len(stacks)
+        columns[0] += _round_up(extra)
+        return tuple(
+            count if stack.has_attention else 0
+            for count, stack in zip(columns, stacks, strict=True)
         )
 
 
-def _rounded(columns: int) -> int:
-    return -(-columns // ROUNDED_TO) * ROUNDED_TO
+@dataclass
+class _Sequence:
+    """One batch of prompts and answers: `length` columns were read, of at most `limit`.
+
+    `step` advances `cache` by one token and, with a `mode`, samples the next one. `extra` is the
+    number of columns that only the embedding stack has.
+    """
+
+    cache: StaticCache
+    step: Run
+    limit: int | None
+    mode: SamplingMode | None
+    extra: int
+    length: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.limit is not None and self.length >= self.limit
+
+    def advance(self) -> None:
+        """Read the tokens in `cache.ids`. Raises `DataError` if the cache is full."""
+        _require_capacity(self.length + 1, self.limit)
+        self.length += 1
+        self.step()
 
 
-def _suits_graphs(weight: Tensor, backend: str) -> bool:
-    """Whether a step is best captured: with kernels, that is, and where they run."""
+def _require_capacity(columns: int, limit: int | None) -> None:
+    if limit is not None and columns > limit:
+        raise DataError(
+            f"there is room for {limit} columns, prompt and answer together, and {columns} are "
+            "wanted",
+            f"give capacity={columns} or more",
+        )
+
+
+def _round_up(columns: int) -> int:
+    return -(-columns // PAD_CAPACITY_TO) * PAD_CAPACITY_TO
+
+
+def _supports_graphs(weight: Tensor, backend: str) -> bool:
+    """Whether to capture steps by default: on a GPU, with Triton kernels."""
     has_triton = importlib.util.find_spec("triton") is not None and backend != "reference"
     return weight.is_cuda and weight.dtype != torch.float64 and has_triton

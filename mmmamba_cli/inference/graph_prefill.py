@@ -1,16 +1,14 @@
-"""Prompts of a model without attention, in parts of fixed sizes, each one CUDA graph.
+"""Prefill by CUDA graphs, which saves the launch overhead of prompts that are short to compute.
 
-Launching the kernels of a few thousand columns one by one takes the host longer than they run. All
-that a part needs is what the last one left, so the same graph serves wherever a part lies; what is
-missing to whole parts is padding in front, which leaves no trace in any memory. Legend: B batch,
-T columns of the prompt, N columns of a part, D hidden size.
+Models without attention read a prompt in chunks of few fixed sizes (`ChunkGraphs`). A chunk depends
+only on the states that the previous one left, so the same graph serves anywhere in a prompt; the
+prompt is left-padded to whole chunks, which leaves all states unchanged.
 
-Prompts of models with attention, whole: each number of columns, rounded up, one CUDA graph.
+Models with attention read the whole prompt at once, so that `is_causal=True` is enough
+(`PromptGraphs`). It is right-padded to a multiple of 128 columns, which causal attention never sees
+and the next tokens' keys and values overwrite; Mamba-2 states ignore padding. Longer prompts hide
+the launch overhead without a graph.
 
-A causal flag is all of the mask only where a prompt passes whole, and what is missing to a round
-number of columns stands behind it, where no real token sees it. It leaves no trace in the memory of
-Mamba-2 layers, and in that of attention lies where the next tokens' keys and values come to lie.
-Longer prompts keep the device busy for longer than the host takes to launch them one by one.
 Legend: B batch, T columns of the prompt, N columns of the graph, D hidden size.
 """
 
@@ -23,41 +21,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.inference.cuda_graphs import Capture, Works
-from mmmamba_cli.inference.decode_step import Padding, embedded, read_stacks
-from mmmamba_cli.inference.packed_model import AttentionPlan, ModelPlan, ScanPlan
-from mmmamba_cli.inference.static_cache import PrefillCache, States
+from mmmamba_cli.inference.cuda_graphs import Capture, GraphCache
+from mmmamba_cli.inference.decode_step import ChunkPadding, embed, prefill_stacks
+from mmmamba_cli.inference.packed_model import PackedAttention, PackedMamba2, PackedModel
+from mmmamba_cli.inference.static_cache import PrefillCache, StaticCache
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.rope import depends_on_length
 from mmmamba_cli.model.sequence_layout import StackState, next_layout
 
-# Tokens of a part, all rows together, largest first: the more, the faster for each. What is left of
-# a prompt is one part, of a multiple of so many columns.
-TOKENS, ROUNDED_TO = (16384, 4096), 512
-LEAST_COLUMNS = 64
+# Chunk sizes in tokens (batch x columns), largest first; larger chunks are faster per token. The
+# remainder of a prompt is one chunk, a multiple of `PAD_CHUNK_TO` columns.
+CHUNK_TOKENS = (16384, 4096)
+PAD_CHUNK_TO = 512
+MIN_CHUNK_COLUMNS = 64
+# Longest prompt in tokens (batch x columns) that `PromptGraphs` runs, and the multiple of columns
+# it is padded to.
+MAX_GRAPH_TOKENS = 8192
+PAD_PROMPT_TO = 128
 
 
-class Kind(NamedTuple):
-    """What a graph is made for: columns of a part, and whether some may be padding."""
+class ChunkShape(NamedTuple):
+    """Key of a chunk's graph: its columns, and whether some may be padding."""
 
     columns: int
     padded: bool
 
 
-def suits(plan: ModelPlan) -> bool:
-    """Whether every mixer is stepped by one op: nothing then asks for positions or keys."""
-    layers = [layer for stack in plan.stacks for layer in stack.layers]
-    return all(isinstance(one.mixer, ScanPlan) and one.mixer.is_plain for one in layers)
+def supports_chunk_graphs(packed: PackedModel) -> bool:
+    """Whether every mixer is a Mamba-2 mixer with a fused step, which needs no positions."""
+    layers = [layer for stack in packed.stacks for layer in stack.layers]
+    return all(
+        isinstance(layer.mixer, PackedMamba2) and layer.mixer.has_fused_step for layer in layers
+    )
 
 
-def cut(length: int, padding: int, batch: int) -> list[Kind]:
-    """Parts of a prompt of `length` columns, the first `padding` of which are padded in some row.
+def split_prompt(length: int, padding: int, batch: int) -> list[ChunkShape]:
+    """Chunks of a prompt of `length` columns, the first `padding` of which are padded in some row.
 
-    Together they may have more columns than the prompt: what is missing stands in front.
+    The chunks may have more columns than the prompt; the difference is left padding.
     """
     rows = 1 << (batch - 1).bit_length()
-    large = [max(LEAST_COLUMNS, tokens // rows) for tokens in TOKENS]
-    step = min(ROUNDED_TO, large[-1])
+    large = [max(MIN_CHUNK_COLUMNS, tokens // rows) for tokens in CHUNK_TOKENS]
+    step = min(PAD_CHUNK_TO, large[-1])
     sizes, rest = [], length
     for columns in large:
         sizes += [columns] * (rest // columns)
@@ -65,166 +70,168 @@ def cut(length: int, padding: int, batch: int) -> list[Kind]:
     if rest:
         sizes.append(-(-rest // step) * step)
     sizes.sort()
-    in_front = sum(sizes) - length
+    left_padding = sum(sizes) - length
     found, start = [], 0
     for columns in sizes:
-        # Without padding a part is a little faster; what is left is not worth another graph.
-        found.append(Kind(columns, columns < large[-1] or start < in_front + padding))
+        # A chunk without padding is slightly faster; small ones are not worth a second graph.
+        found.append(ChunkShape(columns, columns < large[-1] or start < left_padding + padding))
         start += columns
     return found
 
 
-class PartReader:
-    """Reads prompts into `states`, over which its graphs are made by `capture`."""
+class ChunkGraphs:
+    """Prefill of `cache` in chunks, each captured by `capture` as its shape recurs."""
 
-    def __init__(self, model: HolisticVLM, states: States, capture: Capture):
-        self._states = states
-        self._works: Works[Kind, _Part] = Works(lambda kind: _Part(model, states, kind), capture)
+    def __init__(self, model: HolisticVLM, cache: StaticCache, capture: Capture):
+        self._cache = cache
+        self._graphs: GraphCache[ChunkShape, _Chunk] = GraphCache(
+            lambda shape: _Chunk(model, cache, shape), capture
+        )
 
-    def takes(self, length: int, mask: Tensor | None) -> bool:
-        """Whether it reads such prompts; as `Reader` asks."""
+    def accepts(self, length: int, mask: Tensor | None) -> bool:
+        """True: all prompts run. See `GraphPrefill`."""
         return True
 
-    def read(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """As `Reader` says."""
+    def run(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """See `GraphPrefill`."""
         batch, length = inputs.shape[:2]
         padding = 0 if mask is None else int((~mask).sum(1).max())
-        kinds = cut(length, padding, batch)
-        counted = Counter(kinds).items()
-        works = {kind: self._works.prepared(kind, count) for kind, count in counted}
-        in_front = sum(kind.columns for kind in kinds) - length
+        shapes = split_prompt(length, padding, batch)
+        uses = Counter(shapes).items()
+        # All captures come first: they overwrite the cache.
+        graphs = {shape: self._graphs.get(shape, count) for shape, count in uses}
+        left_padding = sum(shape.columns for shape in shapes) - length
         real = inputs.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
-        padded = ~F.pad(real, (in_front, 0)).unsqueeze(-1)
-        self._states.clear()
+        padded = ~F.pad(real, (left_padding, 0)).unsqueeze(-1)
+        self._cache.clear()
         start = 0
-        for kind in kinds:
-            (part, run), stop = works[kind], start + kind.columns
-            # The first part is larger than what is missing.
-            columns = inputs[:, max(0, start - in_front) : stop - in_front]
-            part.fill(embedded(self._states, columns))
-            if part.padding is not None:
-                part.padding.columns.copy_(padded[:, start:stop])
+        for shape in shapes:
+            (chunk, run), stop = graphs[shape], start + shape.columns
+            # The left padding is smaller than the first chunk.
+            columns = inputs[:, max(0, start - left_padding) : stop - left_padding]
+            chunk.set_inputs(embed(self._cache, columns))
+            if chunk.padding is not None:
+                chunk.padding.columns.copy_(padded[:, start:stop])
             run()
             start = stop
-        self._states.seen(length)
-        return part.last
+        self._cache.set_length(length)
+        return chunk.last
 
 
-class _Part:
-    """The work of one part: what `fill` puts in, and `padding`; `last` (B, D) comes out.
+class _Chunk:
+    """Task of one chunk shape: inputs by `set_inputs` and `padding`, output in `last` (B, D).
 
-    The work may write over its input, which is filled anew for each.
+    Running it may overwrite the inputs.
     """
 
-    def __init__(self, model: HolisticVLM, states: States, kind: Kind):
-        like, shape = states.plan.text_embedding, (states.batch, kind.columns)
+    def __init__(self, model: HolisticVLM, cache: StaticCache, shape: ChunkShape):
+        like, size = cache.packed.text_embedding, (cache.batch, shape.columns)
         self._blocks = model.model.blocks
-        self._states = states
-        self._hidden = like.new_zeros(*shape, model.config.hidden_size)
-        self.padding: Padding | None = None
-        if kind.padded:
-            self.padding = Padding(like.new_zeros(*shape, 1, dtype=torch.bool))
-        self.last = like.new_zeros(states.batch, model.config.hidden_size)
+        self._cache = cache
+        self._hidden = like.new_zeros(*size, model.config.hidden_size)
+        self.padding: ChunkPadding | None = None
+        if shape.padded:
+            self.padding = ChunkPadding(like.new_zeros(*size, 1, dtype=torch.bool))
+        self.last = like.new_zeros(cache.batch, model.config.hidden_size)
 
-    def fill(self, hidden: Tensor) -> None:
-        """What the first layer sees of the last columns (B, N or fewer, D); zeros before."""
-        missing = self._hidden.shape[1] - hidden.shape[1]
-        self._hidden[:, :missing].zero_()
-        self._hidden[:, missing:].copy_(hidden)
+    def set_inputs(self, hidden: Tensor) -> None:
+        """Set inputs of the first layer (B, up to N, D), left-padded with zeros."""
+        padding = self._hidden.shape[1] - hidden.shape[1]
+        self._hidden[:, :padding].zero_()
+        self._hidden[:, padding:].copy_(hidden)
 
     def __call__(self) -> None:
-        unseen = [None] * len(self._states.stacks)
-        hidden = read_stacks(self._states, self._blocks, self._hidden, unseen, None, self.padding)
+        no_columns = [None] * len(self._cache.stacks)
+        hidden = prefill_stacks(
+            self._cache, self._blocks, self._hidden, no_columns, None, self.padding
+        )
         self.last.copy_(hidden[:, -1])
 
 
-# Tokens of a prompt, all rows together, that a graph is made for at most; what N is a multiple of.
-MOST, PAD_PROMPT_TO = 8192, 128
+def supports_prompt_graphs(packed: PackedModel) -> bool:
+    """Whether every mixer is attention, or a Mamba-2 mixer with a fused step."""
+    mixers = [layer.mixer for stack in packed.stacks for layer in stack.layers]
+    return all(isinstance(mixer, PackedAttention) or mixer.has_fused_step for mixer in mixers)
 
 
-def suits_whole(plan: ModelPlan) -> bool:
-    """Whether all that is asked for more than its inputs is attention."""
-    mixers = [layer.mixer for stack in plan.stacks for layer in stack.layers]
-    return all(isinstance(mixer, AttentionPlan) or mixer.is_plain for mixer in mixers)
+class PromptGraphs:
+    """Prefill of `cache` with whole unpadded prompts, captured by `capture` as lengths recur."""
 
-
-class WholeReader:
-    """Reads prompts without padding into `states`, over which its graphs are made by `capture`."""
-
-    def __init__(self, model: HolisticVLM, states: States, capture: Capture):
-        self._states = states
-        # One for all of them: many lengths come in an evaluation.
-        inputs = states.plan.text_embedding.new_zeros(MOST * model.config.hidden_size)
-        self._works: Works[int, _Whole] = Works(
-            lambda columns: _Whole(model, states, columns, inputs), capture
+    def __init__(self, model: HolisticVLM, cache: StaticCache, capture: Capture):
+        self._cache = cache
+        # One input buffer for all graphs: an evaluation has prompts of many lengths.
+        inputs = cache.packed.text_embedding.new_zeros(MAX_GRAPH_TOKENS * model.config.hidden_size)
+        self._graphs: GraphCache[int, _WholePrompt] = GraphCache(
+            lambda columns: _WholePrompt(model, cache, columns, inputs), capture
         )
 
-    def takes(self, length: int, mask: Tensor | None) -> bool:
-        """Whether it reads such prompts; as `Reader` asks."""
-        columns = _rounded(length)
-        if mask is not None or columns * self._states.batch > MOST:
+    def accepts(self, length: int, mask: Tensor | None) -> bool:
+        """Whether the prompt is unpadded, short enough and fits the cache. See `GraphPrefill`."""
+        columns = _padded_length(length)
+        if mask is not None or columns * self._cache.batch > MAX_GRAPH_TOKENS:
             return False
-        for stack in self._states.stacks:
-            config = stack.plan.config
-            if stack.plan.grows and columns > stack.room:
+        for stack in self._cache.stacks:
+            config = stack.packed.config
+            if stack.packed.has_attention and columns > stack.capacity:
                 return False
-            # There the angles are another prompt's others.
+            # Dynamic NTK: RoPE frequencies depend on the prompt length, so a captured graph does
+            # not apply.
             if depends_on_length(config) and length > config.max_position_embeddings:
                 return False
         return True
 
-    def read(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """As `Reader` says."""
+    def run(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """See `GraphPrefill`."""
         length = inputs.shape[1]
-        work, run = self._works.prepared(_rounded(length))
-        self._states.clear()
-        work.fill(embedded(self._states, inputs))
+        prompt, run = self._graphs.get(_padded_length(length))
+        self._cache.clear()
+        prompt.set_inputs(embed(self._cache, inputs))
         run()
-        self._states.seen(length)
-        return work.last
+        self._cache.set_length(length)
+        return prompt.last
 
 
-class _Whole:
-    """The work of a prompt: what `fill` puts in; `last` (B, D) comes out."""
+class _WholePrompt:
+    """Task of one padded prompt length: inputs by `set_inputs`, output in `last` (B, D)."""
 
-    def __init__(self, model: HolisticVLM, states: States, columns: int, inputs: Tensor):
-        like, size = states.plan.text_embedding, model.config.hidden_size
+    def __init__(self, model: HolisticVLM, cache: StaticCache, columns: int, inputs: Tensor):
+        like, size = cache.packed.text_embedding, model.config.hidden_size
         self._blocks = model.model.blocks
-        self._states = states
-        self._hidden = inputs[: states.batch * columns * size].view(states.batch, columns, size)
+        self._cache = cache
+        self._hidden = inputs[: cache.batch * columns * size].view(cache.batch, columns, size)
         self._length = torch.ones(1, dtype=torch.int64, device=like.device)
         self._columns = [
             next_layout(
-                stack.plan.config,
+                stack.packed.config,
                 StackState(),
                 columns,
                 mask=None,
                 seq_idx=None,
-                # Short enough for the angles that all short ones have.
+                # RoPE frequencies of a short prompt; `accepts` excludes those that need others.
                 prompt_lengths=self._length,
                 device=like.device,
                 dtype=like.dtype,
             )
-            for stack in states.stacks
+            for stack in cache.stacks
         ]
-        self.last = like.new_zeros(states.batch, size)
+        self.last = like.new_zeros(cache.batch, size)
 
-    def fill(self, hidden: Tensor) -> None:
-        """What the first layer sees of the prompt (B, T, D), T at most N; zeros behind."""
+    def set_inputs(self, hidden: Tensor) -> None:
+        """Set inputs of the first layer (B, T, D) with T up to N, right-padded with zeros."""
         length = hidden.shape[1]
         self._hidden[:, :length].copy_(hidden)
         self._hidden[:, length:].zero_()
         self._length.fill_(length)
 
     def __call__(self) -> None:
-        places = torch.arange(self._hidden.shape[1], device=self._length.device)
-        padding = Padding((places >= self._length).view(1, -1, 1), self._length)
-        cache = PrefillCache(self._states)
-        hidden = read_stacks(
-            self._states, self._blocks, self._hidden, self._columns, cache, padding
+        positions = torch.arange(self._hidden.shape[1], device=self._length.device)
+        padding = ChunkPadding((positions >= self._length).view(1, -1, 1), self._length)
+        module_cache = PrefillCache(self._cache)
+        hidden = prefill_stacks(
+            self._cache, self._blocks, self._hidden, self._columns, module_cache, padding
         )
         self.last.copy_(hidden.index_select(1, self._length - 1).squeeze(1))
 
 
-def _rounded(length: int) -> int:
+def _padded_length(length: int) -> int:
     return -(-length // PAD_PROMPT_TO) * PAD_PROMPT_TO

@@ -1,19 +1,25 @@
-"""The model as one token passes it: what each layer reads, packed, and nothing that is looked up.
+"""The packed weights of a model, as a tree of stacks and layers that a decoding step reads.
 
-Legend: D hidden size, H query heads, K key/value heads, P head dim.
+Legend: D hidden size, P head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmmamba_cli.inference.quantization import Int8Linear, joined_int8
-from mmmamba_cli.inference.weight_packing import joined, mixer_inputs, mlp_inputs, pack, packed_bias
+from mmmamba_cli.inference.quantization import Int8Linear, packed_int8
+from mmmamba_cli.inference.weight_packing import (
+    mixer_inputs,
+    mlp_inputs,
+    pack,
+    packed_bias,
+    packed_view,
+)
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.config import StackConfig
@@ -26,26 +32,30 @@ from mmmamba_cli.ops.projection import Int8Weight
 Weight = Tensor | Int8Weight
 
 
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm of `dim` numbers; its weight is None where it was multiplied into what follows."""
+class ProjectOptions(TypedDict):
+    """Keyword arguments of `ops.project` that are the same for every call of a projection."""
 
-    weight: Tensor | None
+    bias: Tensor | None
+    norm: Tensor | None
+    norm_dim: int | None
     eps: float
-    dim: int
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A packed weight, and its bias."""
+class PackedProjection:
+    """A packed weight, its bias and the RMSNorm in front of it.
+
+    `options` has `norm_dim` in place of `norm` where `quantize` folded the norm's weight into the
+    projection, and neither where there is no norm.
+    """
 
     weight: Weight
-    bias: Tensor | None
+    options: ProjectOptions
 
 
 @dataclass(frozen=True)
-class HeadNorms:
-    """Weights (P,) of the norms on each head of q and of k, and their epsilon."""
+class QKNorm:
+    """Weights (P,) of the RMSNorms on each head of q and of k, and their epsilon."""
 
     q: Tensor
     k: Tensor
@@ -53,32 +63,31 @@ class HeadNorms:
 
 
 @dataclass(frozen=True)
-class ScanPlan:
-    """A Mamba-2 mixer; `inputs` are [v|k|q|g|dt]."""
+class PackedMamba2:
+    """A Mamba-2 mixer; `inputs` is [v|k|q|g|dt], `output` is W_O behind the gated norm."""
 
-    inputs: Projection
-    output: Projection
+    inputs: PackedProjection
+    output: PackedProjection
     weights: MixerWeights
-    gated_norm: Norm
-    head_norms: HeadNorms | None
+    qk_norm: QKNorm | None
     rope: bool
     heads: int
     kv_heads: int
     head_dim: int
 
     @property
-    def is_plain(self) -> bool:
-        """Whether nothing comes between convolution and scan: one op does both then."""
-        return self.head_norms is None and not self.rope
+    def has_fused_step(self) -> bool:
+        """Whether `ops.mixer_step` applies: no norm or RoPE between convolution and scan."""
+        return self.qk_norm is None and not self.rope
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """An attention mixer; `inputs` are [q|k|v]."""
+class PackedAttention:
+    """An attention mixer; `inputs` is [q|k|v]."""
 
-    inputs: Projection
-    output: Projection
-    head_norms: HeadNorms | None
+    inputs: PackedProjection
+    output: PackedProjection
+    qk_norm: QKNorm | None
     heads: int
     kv_heads: int
     head_dim: int
@@ -86,76 +95,76 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """A block; `mlp_inputs` are [gate|up]."""
+class PackedLayer:
+    """A block; `mlp_inputs` is [gate|up]. Each projection includes the norm in front of it."""
 
-    mixer_norm: Norm
-    mixer: ScanPlan | AttentionPlan
-    mlp_norm: Norm
-    mlp_inputs: Projection
-    mlp_output: Projection
+    mixer: PackedMamba2 | PackedAttention
+    mlp_inputs: PackedProjection
+    mlp_output: PackedProjection
 
 
 @dataclass(frozen=True)
-class StackPlan:
+class PackedStack:
     """The layers of one stack."""
 
     config: StackConfig
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[PackedLayer, ...]
 
     @property
-    def grows(self) -> bool:
-        """Whether its memory grows with the columns it has seen."""
-        return any(isinstance(layer.mixer, AttentionPlan) for layer in self.layers)
+    def has_attention(self) -> bool:
+        """Whether the stack has a KV cache, which grows with the sequence length."""
+        return any(isinstance(layer.mixer, PackedAttention) for layer in self.layers)
 
     @property
-    def rotates(self) -> bool:
-        """Whether any of its mixers wants to know the token's position."""
+    def uses_rope(self) -> bool:
+        """Whether any mixer needs the token's position."""
         return any(layer.mixer.rope for layer in self.layers)
 
 
 @dataclass(frozen=True)
-class ModelPlan:
-    """Both stacks, and what stands before, between and behind them."""
+class PackedModel:
+    """Text embedding, the stacks, and the LM head with the final norm."""
 
     text_embedding: Tensor
-    embedding: StackPlan | None
-    language: StackPlan
+    embedding: PackedStack | None
+    language: PackedStack
     normalize_embedding_output: bool
-    norm: Norm
-    head: Projection
+    head: PackedProjection
 
     @property
-    def stacks(self) -> tuple[StackPlan, ...]:
+    def stacks(self) -> tuple[PackedStack, ...]:
         return (self.language,) if self.embedding is None else (self.embedding, self.language)
 
     @property
-    def grows(self) -> bool:
-        return any(stack.grows for stack in self.stacks)
+    def has_attention(self) -> bool:
+        return any(stack.has_attention for stack in self.stacks)
 
 
 @torch.no_grad()
-def plan_of(model: HolisticVLM) -> ModelPlan:
-    """Pack the model, unless that was done, and say what a step reads. Raises as `pack` does."""
+def pack_model(model: HolisticVLM) -> PackedModel:
+    """Pack the weights of `model` in place if they are not, and return them as a tree.
+
+    Raises `MmmambaError` as `pack` does.
+    """
     if not isinstance(model.lm_head, Int8Linear):
         pack(model)
     decoder, config = model.model, model.config
     layers = tuple(_layer(block) for block in decoder.blocks)
     split = decoder.num_embedding_layers
-    return ModelPlan(
+    embedding = None if config.embedding is None else PackedStack(config.embedding, layers[:split])
+    return PackedModel(
         text_embedding=decoder.text_embedding.weight.detach(),
-        embedding=None if config.embedding is None else StackPlan(config.embedding, layers[:split]),
-        language=StackPlan(config.language, layers[split:]),
+        embedding=embedding,
+        language=PackedStack(config.language, layers[split:]),
         normalize_embedding_output=config.normalize_embedding_output,
-        norm=_norm(decoder.norm, model.lm_head),
-        head=_projection([model.lm_head]),
+        head=_projection([model.lm_head], decoder.norm),
     )
 
 
-def weights_size(plan: ModelPlan) -> int:
-    """Bytes of weights that a step reads in full: projections and the head."""
-    found = [plan.head]
-    for layer in (layer for stack in plan.stacks for layer in stack.layers):
+def weight_nbytes(packed: PackedModel) -> int:
+    """Bytes of the weights that every step reads in full: all projections and the LM head."""
+    found = [packed.head]
+    for layer in (layer for stack in packed.stacks for layer in stack.layers):
         found += [layer.mixer.inputs, layer.mixer.output, layer.mlp_inputs, layer.mlp_output]
     size = 0
     for projection in found:
@@ -164,27 +173,23 @@ def weights_size(plan: ModelPlan) -> int:
     return size
 
 
-def _layer(block: Block) -> LayerPlan:
+def _layer(block: Block) -> PackedLayer:
     mixer = block.mixer
-    inputs, output = _projection(mixer_inputs(mixer)), _projection([mixer.o_proj])
-    head_norms = None
+    inputs = _projection(mixer_inputs(mixer), block.mixer_norm)
+    qk_norm = None
     if mixer.q_norm is not None and mixer.k_norm is not None:
         q, k = mixer.q_norm, mixer.k_norm
-        head_norms = HeadNorms(q.weight.detach(), k.weight.detach(), q.eps)
-    found: ScanPlan | AttentionPlan
+        qk_norm = QKNorm(q.weight.detach(), k.weight.detach(), q.eps)
+    packed: PackedMamba2 | PackedAttention
     shape = (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim)
     if isinstance(mixer, Mamba2):
-        norm = _norm(mixer.g_norm, mixer.o_proj)
-        found = ScanPlan(
-            inputs, output, _mixer_weights(mixer), norm, head_norms, mixer.rope, *shape
-        )
+        output, weights = _projection([mixer.o_proj], mixer.g_norm), _mixer_weights(mixer)
+        packed = PackedMamba2(inputs, output, weights, qk_norm, mixer.rope, *shape)
     else:
-        found = AttentionPlan(inputs, output, head_norms, *shape)
-    return LayerPlan(
-        mixer_norm=_norm(block.mixer_norm, mixer_inputs(mixer)[0]),
-        mixer=found,
-        mlp_norm=_norm(block.mlp_norm, mlp_inputs(block.mlp)[0]),
-        mlp_inputs=_projection(mlp_inputs(block.mlp)),
+        packed = PackedAttention(inputs, _projection([mixer.o_proj]), qk_norm, *shape)
+    return PackedLayer(
+        mixer=packed,
+        mlp_inputs=_projection(mlp_inputs(block.mlp), block.mlp_norm),
         mlp_output=_projection([block.mlp.down_proj]),
     )
 
@@ -200,19 +205,17 @@ def _mixer_weights(mixer: Mamba2) -> MixerWeights:
     )
 
 
-def _norm(norm: RMSNorm, reader: nn.Module) -> Norm:
-    """A norm that only `reader`, and what is packed with it, comes after."""
-    weight = norm.weight.detach()
-    # As `quantize` leaves them: ones need not be read.
-    is_folded = isinstance(reader, Int8Linear) and bool((weight == 1).all())
-    return Norm(None if is_folded else weight, norm.eps, len(weight))
-
-
-def _projection(layers: Sequence[Any]) -> Projection:
-    """Of layers that were packed together, or of a single one."""
-    bias = packed_bias(layers)
-    if isinstance(layers[0], Int8Linear):
-        return Projection(joined_int8(layers), bias)
-    weight = joined([layer.weight for layer in layers])
+def _projection(layers: Sequence[Any], norm: RMSNorm | None = None) -> PackedProjection:
+    """Layers that are packed together, or a single one, and the norm in front of them."""
+    options = ProjectOptions(bias=packed_bias(layers), norm=None, norm_dim=None, eps=0.0)
+    is_int8 = isinstance(layers[0], Int8Linear)
+    if norm is not None:
+        options["norm"], options["eps"] = norm.weight.detach(), norm.eps
+        # `quantize` leaves norm weights of ones; a step need not read them.
+        if is_int8 and bool((norm.weight == 1).all()):
+            options["norm"], options["norm_dim"] = None, len(norm.weight)
+    if is_int8:
+        return PackedProjection(packed_int8(layers), options)
+    weight = packed_view([layer.weight for layer in layers])
     assert weight is not None, "the layers are packed"
-    return Projection(weight, bias)
+    return PackedProjection(weight, options)

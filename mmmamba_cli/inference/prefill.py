@@ -1,6 +1,6 @@
-"""Reading a prompt in parts, into memory that stays where it is.
+"""Prefill: a prompt runs through the packed model in chunks, or by CUDA graphs.
 
-Legend: B batch, T columns of the prompt, D hidden size.
+Legend: B batch, T columns of the prompt, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,44 +11,64 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.inference.decode_step import read_part
-from mmmamba_cli.inference.static_cache import PrefillCache, States
+from mmmamba_cli.inference.decode_step import prefill_chunk
+from mmmamba_cli.inference.static_cache import PrefillCache, StaticCache
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.prepared_inputs import PreparedInputs
+from mmmamba_cli.model.prepared_inputs import PreparedInputs, check_not_empty
 
-# Tokens at a time, of all rows, of a model whose memory does not grow: on a GPU so many that it
-# computes for longer than the host takes to say what. And columns, at least.
-CHUNK, GPU_CHUNK, LEAST_CHUNK = 4096, 16384, 64
-# With attention the prompt passes whole: only there is a causal flag all of the mask. Longer ones,
-# and padded ones, are cut so that the mask of a part has no more entries than this.
-WHOLE = 2**17
-MASK_ENTRIES = 2**30
+# Chunk size in tokens (batch x columns) for models without attention; large enough on a GPU to hide
+# the launch overhead. And the fewest columns of a chunk.
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 4096, 16384
+MIN_CHUNK_COLUMNS = 64
+# With attention, an unpadded prompt of up to this many tokens is one chunk, whose mask is just
+# `is_causal=True`. Other prompts are split so that a chunk's mask has at most this many entries.
+MAX_WHOLE_PROMPT_TOKENS = 2**17
+MAX_MASK_ENTRIES = 2**30
 
 
-class Reader(Protocol):
-    """Reads prompts into memory by graphs."""
+class GraphPrefill(Protocol):
+    """Prefill of one static cache by CUDA graphs."""
 
-    def takes(self, length: int, mask: Tensor | None) -> bool:
-        """Whether it reads prompts of so many columns, padded where `mask` (B, T) is False."""
+    def accepts(self, length: int, mask: Tensor | None) -> bool:
+        """Whether prompts of `length` columns with padding where `mask` (B, T) is False run."""
         ...
 
-    def read(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states (B, D) of the prompt's last column, before the norm.
+    def run(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Fill the cache; returns hidden states (B, D) of the last column, before the final norm.
 
         Args:
-            inputs: ids (B, T) of text, or what the first layer sees (B, T, D).
-            mask: (B, T) bool, which columns are real, all padding at the left; None if all are.
+            inputs: ids (B, T) of text, or inputs of the first layer (B, T, D).
+            mask: (B, T) bool, True for real columns, padding at the left; None without padding.
         """
         ...
 
 
-def real_columns(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """(B, T) bool, or None if nothing is padding. Raises `DataError` unless padding is at the left.
+def check_prompt(
+    model: HolisticVLM,
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor | None, int]:
+    """Validate a prompt before a cache is allocated.
 
-    Decoding goes on at the right, where every row has to end with a real token.
+    Returns:
+        The mask (B, T) bool, None without padding, and the columns that the embedding stack has
+        beyond the language stack: it sees every patch of a tile if the pixel shuffle comes after.
+
+    Raises:
+        DataError: no rows or columns, or padding that is not on the left: decoding appends on the
+            right, where every row has to end with a real token.
     """
-    if attention_mask is None:
-        return None
+    check_not_empty(input_ids)
+    mask = None if attention_mask is None else _left_padding_mask(input_ids, attention_mask)
+    vision = model.config.vision_config
+    if pixel_values is None or vision is None or not _expands_images(model):
+        return mask, 0
+    longest = int((input_ids == vision.image_token_id).sum(1).max())
+    return mask, longest * (vision.merge**2 - 1)
+
+
+def _left_padding_mask(input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
     if attention_mask.shape != input_ids.shape:
         raise DataError(
             f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are "
@@ -66,106 +86,103 @@ def real_columns(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | N
     return mask
 
 
-def extra_columns(model: HolisticVLM, input_ids: Tensor, pixel_values: Tensor | None) -> int:
-    """Columns that the embedding stack will see beyond the language stack's.
-
-    With the pixel shuffle behind it, it sees every patch of a tile.
-    """
-    vision = model.config.vision_config
-    if pixel_values is None or vision is None or not _widens(model):
-        return 0
-    longest = int((input_ids == vision.image_token_id).sum(1).max())
-    return longest * (vision.merge**2 - 1)
-
-
-def _widens(model: HolisticVLM) -> bool:
-    """Whether a picture has more columns in the embedding stack than in the other."""
-    vision = model.config.vision_config
-    return vision is not None and vision.pixel_shuffle == "post"
-
-
-def pick_chunk(states: States, length: int, padded: bool) -> int:
-    """Columns of a prompt that pass the stacks at a time."""
-    if not states.plan.grows:
-        tokens = GPU_CHUNK if states.logits.is_cuda else CHUNK
-        return max(LEAST_CHUNK, tokens // states.batch)
-    if states.batch * length <= WHOLE and not padded:
-        return length
-    return max(1, MASK_ENTRIES // (states.batch * length))
-
-
-def read(
+def prefill(
     model: HolisticVLM,
-    states: States,
+    cache: StaticCache,
     input_ids: Tensor,
     pixel_values: Tensor | None,
     mask: Tensor | None,
     chunk: int | None,
-    reader: Reader | None = None,
+    graphs: GraphPrefill | None = None,
 ) -> Tensor:
-    """Put the prompt into `states`; the logits (B, V) after its last column.
+    """Fill `cache` with a prompt; returns the logits (B, V) after its last column.
 
-    Each part goes through both stacks before the next one begins. Text is looked at part by part,
-    so that nothing is as long as the prompt but what it leaves behind. A `reader` reads what it
-    takes, but for prompts with an asked `chunk`, or with more columns in the embedding stack.
+    Each chunk passes all stacks before the next one begins. Text is embedded chunk by chunk, so
+    that no activation is as long as the prompt. `graphs` run the prompts they accept, unless a
+    `chunk` is given or the embedding stack has more columns than the language stack.
     """
     decoder, length = model.model, input_ids.shape[1]
     is_text = decoder.find_images(input_ids, pixel_values) is None
-    is_even = is_text or not _widens(model)
-    if reader is not None and chunk is None and is_even and reader.takes(length, mask):
+    same_columns = is_text or not _expands_images(model)
+    if graphs is not None and chunk is None and same_columns and graphs.accepts(length, mask):
         inputs = input_ids
         if not is_text:
             inputs = decoder.embed(decoder.prepare(input_ids, pixel_values, mask))
-        hidden = reader.read(inputs, mask)
-        return states.logits.copy_(model.lm_head(decoder.norm(hidden)))
+        hidden = graphs.run(inputs, mask)
+        return cache.logits.copy_(model.lm_head(decoder.norm(hidden)))
     lengths = torch.full_like(input_ids[:, 0], length) if mask is None else mask.sum(1)
-    step = chunk or pick_chunk(states, length, mask is not None)
-    states.clear()
-    cache: Any = PrefillCache(states)
+    step = chunk or _chunk_columns(cache, length, mask is not None)
+    cache.clear()
+    module_cache: Any = PrefillCache(cache)
     if is_text:
-        for start in range(0, length, step):
-            part = slice(start, start + step)
-            seen = None if mask is None else mask[:, part]
-            ids = input_ids[:, part]
-            prompt = decoder.prepare(ids, None, seen, prompt_lengths=lengths, cache=cache)
-            hidden = _last(model, states, prompt, cache, step)
+        for columns in _chunks(length, step):
+            chunk_mask = None if mask is None else mask[:, columns]
+            prompt = decoder.prepare(
+                input_ids[:, columns],
+                None,
+                chunk_mask,
+                prompt_lengths=lengths,
+                cache=module_cache,
+            )
+            hidden = _run_prompt(model, cache, prompt, module_cache, step)
     else:
-        prompt = decoder.prepare(input_ids, pixel_values, mask, prompt_lengths=lengths, cache=cache)
-        hidden = _last(model, states, prompt, cache, step)
-    states.settle(cache.decoding_state)
+        prompt = decoder.prepare(
+            input_ids, pixel_values, mask, prompt_lengths=lengths, cache=module_cache
+        )
+        hidden = _run_prompt(model, cache, prompt, module_cache, step)
+    cache.finish_prefill(module_cache.decoding_state)
     logits: Tensor = model.lm_head(decoder.norm(hidden))
-    return states.logits.copy_(logits)
+    return cache.logits.copy_(logits)
 
 
-def _last(
-    model: HolisticVLM, states: States, prompt: PreparedInputs, cache: Any, chunk: int
+def _run_prompt(
+    model: HolisticVLM, cache: StaticCache, prompt: PreparedInputs, module_cache: Any, chunk: int
 ) -> Tensor:
-    """Hidden states (B, D) of the prompt's last column, before the norm."""
+    """Hidden states (B, D) of the prompt's last column, before the final norm."""
     decoder = model.model
     blocks, split = decoder.blocks, decoder.num_embedding_layers
-    first, last = states.stacks[0], states.stacks[-1]
+    first, last = cache.stacks[0], cache.stacks[-1]
     hidden = decoder.embed(prompt)
-    both = prompt.embedding_layout
-    if both is not None and prompt.expansion is not None:
-        # All columns of an image are there before any of them is merged.
+    embedding = prompt.embedding_layout
+    if embedding is not None and prompt.expansion is not None:
+        # The pixel shuffle merges columns of an image, so it needs all of them.
         parts = [
-            read_part(
-                first, blocks[:split], hidden[:, part], both.chunk(part.start, part.stop), cache
+            prefill_chunk(
+                first,
+                blocks[:split],
+                hidden[:, columns],
+                embedding.chunk(columns.start, columns.stop),
+                module_cache,
             )
-            for part in _parts(both.length, chunk)
+            for columns in _chunks(embedding.length, chunk)
         ]
-        hidden, both = decoder.embedding_to_language(torch.cat(parts, dim=1), prompt), None
-    for part in _parts(prompt.language_layout.length, chunk):
-        found = hidden[:, part]
-        if both is not None:
-            found = read_part(
-                first, blocks[:split], found, both.chunk(part.start, part.stop), cache
-            )
+        hidden, embedding = decoder.embedding_to_language(torch.cat(parts, dim=1), prompt), None
+    for columns in _chunks(prompt.language_layout.length, chunk):
+        found = hidden[:, columns]
+        if embedding is not None:
+            described = embedding.chunk(columns.start, columns.stop)
+            found = prefill_chunk(first, blocks[:split], found, described, module_cache)
             found = decoder.embedding_to_language(found, prompt)
-        seen = prompt.language_layout.chunk(part.start, part.stop)
-        found = read_part(last, blocks[split:], found, seen, cache)
+        described = prompt.language_layout.chunk(columns.start, columns.stop)
+        found = prefill_chunk(last, blocks[split:], found, described, module_cache)
     return found[:, -1]
 
 
-def _parts(length: int, chunk: int) -> list[slice]:
+def _expands_images(model: HolisticVLM) -> bool:
+    """Whether an image has more columns in the embedding stack than in the language stack."""
+    vision = model.config.vision_config
+    return vision is not None and vision.pixel_shuffle == "post"
+
+
+def _chunk_columns(cache: StaticCache, length: int, padded: bool) -> int:
+    """Default columns of a chunk for a prompt of `length` columns."""
+    if not cache.packed.has_attention:
+        tokens = GPU_CHUNK_TOKENS if cache.logits.is_cuda else CPU_CHUNK_TOKENS
+        return max(MIN_CHUNK_COLUMNS, tokens // cache.batch)
+    if cache.batch * length <= MAX_WHOLE_PROMPT_TOKENS and not padded:
+        return length
+    return max(1, MAX_MASK_ENTRIES // (cache.batch * length))
+
+
+def _chunks(length: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]

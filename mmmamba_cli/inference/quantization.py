@@ -1,8 +1,8 @@
-"""Weight-only int8 for decoding: a step reads half the bytes of bf16.
+"""Weight-only int8 quantization for decoding: a step reads half the bytes of bf16.
 
-Rows are scaled symmetrically (`ops.quantize`), and each norm's weights become part of the weights
-that read it, so that a step need not read them; activations, embeddings and the vision part stay as
-they are. Legend: O rows of a weight, D hidden size, H heads, P head dim.
+Rows are scaled symmetrically (`ops.projection.quantize_rows`). Norm weights are folded into the
+projections behind them, so that a step need not read them. Activations, embeddings and the vision
+part keep their dtype. Legend: O rows of a weight, D hidden size, H heads, P head dim.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmmamba_cli.inference.weight_packing import groups_of, joined, linears_of, require_plain
+from mmmamba_cli.inference.weight_packing import (
+    block_projections,
+    packed_groups,
+    packed_view,
+    require_plain_linears,
+)
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.mamba2 import Mamba2
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.ops.backends import upcast
-from mmmamba_cli.ops.projection import Int8Weight, project
-from mmmamba_cli.ops.projection import quantize as quantized
+from mmmamba_cli.ops.projection import Int8Weight, project, quantize_rows
 
 
 class Int8Linear(nn.Module):
     """A linear layer, (..., D) -> (..., O), over rows of an int8 weight that others may share.
 
-    With many rows of input, as at prefill, the weight is widened for the moment of the product.
+    With many rows of input, as in prefill, the weight is dequantized for each product.
     """
 
     values: Tensor
@@ -50,62 +54,63 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: HolisticVLM) -> None:
-    """Replace every linear layer of the blocks, and the head, by an `Int8Linear`.
+    """Replace all linear layers of the blocks and the LM head by `Int8Linear`, in place.
 
-    In place and for good; the weights are freed one after the other. What is quantized already is
-    left alone. Such a model generates as before, it cannot be trained or saved.
+    The original weights are freed one by one. A model that is quantized already is left alone. A
+    quantized model generates as before; it cannot be trained or saved.
 
-    Norms in front of these layers get weights of ones, new parameters, since other models may hold
-    the old ones: what they were is multiplied into the columns of the layers, before rounding.
-    Nothing else reads these norms, but for the decoder's last: hidden states that `model.model`
-    returns are then without its weights, and the logits as before. Norms on heads of q and k stay.
+    The norms in front of these layers get new parameters of ones (other models may share the old
+    ones): their weights are multiplied into the columns of the layers before rounding. Only the
+    final norm has another reader: hidden states that `model.model` returns lack its weight, while
+    logits keep it. QK norms stay as they are.
 
-    Raises `MmmambaError` for layers that are not plain linear ones, as with adapters; nothing has
-    been changed then.
+    Raises:
+        MmmambaError: layers that are not plain linear layers, for example adapters. The model is
+            unchanged then.
     """
     if isinstance(model.lm_head, Int8Linear):
         return
-    require_plain(model)
+    require_plain_linears(model)
     for block in model.model.blocks:
         _quantize_block(block)
-    (head,) = _quantize_together([model.lm_head], model.model.norm)
+    (head,) = _quantize_group([model.lm_head], model.model.norm)
     model.set_output_embeddings(head)
     if model.get_input_embeddings().weight.is_cuda:
         torch.cuda.empty_cache()
 
 
-def joined_int8(layers: Sequence[Int8Linear]) -> Int8Weight:
-    """The packed weight that the layers are rows of; a copy if the model was moved since."""
-    parts = [[layer.values for layer in layers], [layer.scales for layer in layers]]
-    whole = [joined(part) for part in parts]
+def packed_int8(layers: Sequence[Int8Linear]) -> Int8Weight:
+    """The packed weight of the layers; a copy if they are no longer adjacent in memory."""
+    groups = [[layer.values for layer in layers], [layer.scales for layer in layers]]
+    views = [packed_view(group) for group in groups]
     values, scales = (
-        torch.cat(part) if found is None else found
-        for part, found in zip(parts, whole, strict=True)
+        torch.cat(group) if view is None else view
+        for group, view in zip(groups, views, strict=True)
     )
     return Int8Weight(values, scales)
 
 
 def _quantize_block(block: Block) -> None:
-    mixer_inputs, mlp_inputs = groups_of(block)
-    gated = block.mixer.g_norm if isinstance(block.mixer, Mamba2) else None
+    mixer_inputs, mlp_inputs = packed_groups(block)
+    gated_norm = block.mixer.g_norm if isinstance(block.mixer, Mamba2) else None
     groups: tuple[tuple[list[nn.Linear], RMSNorm | None], ...] = (
         (mixer_inputs, block.mixer_norm),
         (mlp_inputs, block.mlp_norm),
-        ([block.mixer.o_proj], gated),
+        ([block.mixer.o_proj], gated_norm),
         ([block.mlp.down_proj], None),
     )
-    places = {id(layer): name for name, layer in linears_of(block).items()}
+    names = {id(layer): name for name, layer in block_projections(block).items()}
     for layers, norm in groups:
-        for layer, replacement in zip(layers, _quantize_together(layers, norm), strict=True):
-            part, _, name = places[id(layer)].partition(".")
+        for layer, replacement in zip(layers, _quantize_group(layers, norm), strict=True):
+            part, _, name = names[id(layer)].partition(".")
             setattr(getattr(block, part), name, replacement)
 
 
 @torch.no_grad()
-def _quantize_together(layers: Sequence[nn.Linear], norm: RMSNorm | None) -> list[Int8Linear]:
-    """One int8 weight over all of them, and a layer for each of its parts.
+def _quantize_group(layers: Sequence[nn.Linear], norm: RMSNorm | None) -> list[Int8Linear]:
+    """Quantize layers into one packed int8 weight; returns an `Int8Linear` for each.
 
-    All that `norm` passes on goes into these layers: its weights become part of theirs.
+    `norm` feeds only these layers; its weight is folded into theirs.
     """
     rows = [layer.out_features for layer in layers]
     device, width = layers[0].weight.device, layers[0].in_features
@@ -114,7 +119,8 @@ def _quantize_together(layers: Sequence[nn.Linear], norm: RMSNorm | None) -> lis
     parts = zip(layers, values.split(rows), scales.split(rows), strict=True)
     made = []
     for layer, own_values, own_scales in parts:
-        found = quantized(layer.weight.detach() if norm is None else _scaled(layer.weight, norm))
+        weight = layer.weight.detach() if norm is None else _fold_norm(layer.weight, norm)
+        found = quantize_rows(weight)
         own_values.copy_(found.values)
         own_scales.copy_(found.scales)
         made.append(Int8Linear(own_values, own_scales, layer.bias))
@@ -123,7 +129,7 @@ def _quantize_together(layers: Sequence[nn.Linear], norm: RMSNorm | None) -> lis
     return made
 
 
-def _scaled(weight: Tensor, norm: RMSNorm) -> Tensor:
-    """The weight (O, D) times the norm's, in fp32 or fp64; one of heads (P,) is that of all H."""
+def _fold_norm(weight: Tensor, norm: RMSNorm) -> Tensor:
+    """The weight (O, D) times the norm's, in fp32 or fp64; a norm of heads (P,) repeats H times."""
     scales = upcast(norm.weight)
     return upcast(weight) * scales.repeat(weight.shape[1] // len(scales))

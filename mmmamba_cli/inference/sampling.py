@@ -1,7 +1,8 @@
-"""The next token from its logits, on the device, so that a captured graph can choose it.
+"""Sampling settings, and the selection of the next token on the device, inside a CUDA graph.
 
-Drawing divides probabilities by exponential noise and takes the largest: a sample from them without
-a cumulative sum or a wait for the device. Legend: B batch, V vocabulary.
+Sampling divides probabilities by exponential noise and takes the argmax (the exponential race form
+of the Gumbel-max trick), which needs neither a cumulative sum nor a synchronization. Legend:
+B batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,16 +16,23 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.ops.decode import likeliest
+from mmmamba_cli.ops.decode import greedy_argmax
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is made: at most `max_new_tokens` long, greedily at temperature 0.
+    """Length, sampling parameters and end tokens of an answer.
 
-    Else tokens are drawn with `seed` from the `top_k` likeliest, or from the likeliest that
-    together have probability `top_p`, or from all. A row ends with one of `eos`: None is as in the
-    model's generation config, () is never.
+    Attributes:
+        max_new_tokens: the most tokens of an answer.
+        temperature: 0 decodes greedily; above 0 samples.
+        top_k: sample from the k most likely tokens only.
+        top_p: sample from the most likely tokens that together reach this probability.
+        eos: tokens that end a row; None takes those of the generation config, () is none.
+        seed: seed of the random numbers.
+
+    Raises:
+        DataError: a value out of range, or `top_k` or `top_p` at temperature 0.
     """
 
     max_new_tokens: int = 512
@@ -39,7 +47,7 @@ class Settings:
             raise DataError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
         if not 0 <= self.seed < 2**63:
             raise DataError(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1")
-        # A NaN is refused too.
+        # Rejects NaN as well.
         if not 0 <= self.temperature < math.inf:
             raise DataError(
                 f"temperature is {self.temperature}, expected a number from 0 on",
@@ -59,88 +67,87 @@ class Settings:
             )
 
     @property
-    def choice(self) -> Choice:
+    def mode(self) -> SamplingMode:
         nucleus = self.top_p is not None and self.top_p < 1
-        return Choice(self.temperature > 0, self.top_k, nucleus)
+        return SamplingMode(self.temperature > 0, self.top_k, nucleus)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """As much of `Settings` as changes what is launched; the numbers lie in a `Chooser`."""
+class SamplingMode:
+    """The part of `Settings` that selects a different graph; values live in `Sampler` tensors."""
 
-    draws: bool
+    do_sample: bool
     top_k: int | None
     nucleus: bool
 
 
-class Rows(Protocol):
-    """What is chosen from and into: logits (B, V), ids (B,), finished (B,) for rows that ended."""
+class DecodeBuffers(Protocol):
+    """Inputs and outputs of a `Sampler`: logits (B, V), ids (B,), finished (B,) bool."""
 
     logits: Tensor
     ids: Tensor
     finished: Tensor
 
 
-class Chooser:
-    """What choosing reads beside logits, in memory that stays: one for each model."""
+class Sampler:
+    """Samples next tokens; its parameters are tensors at fixed addresses, one set per model."""
 
-    def __init__(self, vocabulary: int, device: torch.device):
+    def __init__(self, vocab_size: int, device: torch.device):
         self.rng = torch.Generator(device)
         self.temperature = torch.ones(1, device=device)
         self.top_p = torch.ones(1, device=device)
-        self.unwanted = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self.ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self.pad = torch.zeros(1, dtype=torch.int64, device=device)
+        self.suppressed = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.is_eos = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.pad_id = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def prepare(self, settings: Settings, config: Any) -> None:
-        """Set all of it from settings and a generation config."""
-        ends, unwanted = ends_of(settings, config), config.suppress_tokens or ()
+    def configure(self, settings: Settings, config: Any) -> None:
+        """Set all parameters from `settings` and a generation config, and seed `rng`."""
+        eos, suppressed = eos_ids(settings, config), config.suppress_tokens or ()
         pad = config.pad_token_id
         self.rng.manual_seed(settings.seed)
-        # Greedy choice does not read it.
+        # Greedy decoding does not read the temperature.
         self.temperature.fill_(settings.temperature or 1.0)
         self.top_p.fill_(1.0 if settings.top_p is None else settings.top_p)
-        self.pad.fill_(min(ends, default=0) if pad is None else pad)
-        for table, ids in ((self.unwanted, unwanted), (self.ends, ends)):
+        self.pad_id.fill_(min(eos, default=0) if pad is None else pad)
+        for table, ids in ((self.suppressed, suppressed), (self.is_eos, eos)):
             table.zero_()
-            # Ids beyond the vocabulary never come up.
+            # Ignore ids beyond the vocabulary.
             table[[token for token in ids if 0 <= token < len(table)]] = True
 
-    def choose(self, rows: Rows, choice: Choice) -> None:
-        """Put the next token of each row into `rows.ids`; rows that have ended get padding."""
-        if choice.draws:
-            scores = rows.logits.float().masked_fill(self.unwanted, -math.inf)
-            tokens = self._draw(scores, choice)
+    def sample(self, buffers: DecodeBuffers, mode: SamplingMode) -> None:
+        """Write the next token of each row into `buffers.ids`; finished rows get padding."""
+        if mode.do_sample:
+            scores = buffers.logits.float().masked_fill(self.suppressed, -math.inf)
+            tokens = self._draw(scores, mode)
         else:
-            tokens = likeliest(rows.logits, self.unwanted)
-        tokens = torch.where(rows.finished, self.pad, tokens)
-        rows.ids.copy_(tokens)
-        rows.finished.logical_or_(self.ends[tokens])
+            tokens = greedy_argmax(buffers.logits, self.suppressed)
+        tokens = torch.where(buffers.finished, self.pad_id, tokens)
+        buffers.ids.copy_(tokens)
+        buffers.finished.logical_or_(self.is_eos[tokens])
 
-    def _draw(self, scores: Tensor, choice: Choice) -> Tensor:
-        # The highest is brought to 0 first: a tiny temperature would otherwise make infinities of
-        # all.
+    def _draw(self, scores: Tensor, mode: SamplingMode) -> Tensor:
+        # Shift the maximum to 0 first: dividing by a tiny temperature would overflow to infinity.
         scores = (scores - scores.amax(-1, keepdim=True)) / self.temperature
-        if choice.top_k is not None and choice.top_k < scores.shape[-1]:
-            lowest = scores.topk(choice.top_k, dim=-1).values[:, -1:]
+        if mode.top_k is not None and mode.top_k < scores.shape[-1]:
+            lowest = scores.topk(mode.top_k, dim=-1).values[:, -1:]
             scores = scores.masked_fill(scores < lowest, -math.inf)
         probabilities = scores.softmax(-1)
-        if choice.nucleus:
-            probabilities = self._nucleus(probabilities)
+        if mode.nucleus:
+            probabilities = self._keep_nucleus(probabilities)
         noise = torch.empty_like(probabilities).exponential_(generator=self.rng)
-        # Noise of exactly 0 would make NaN of a probability of 0.
+        # Noise of exactly 0 would turn a probability of 0 into NaN.
         return (probabilities / noise.clamp_(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
 
-    def _nucleus(self, probabilities: Tensor) -> Tensor:
-        """0 for tokens before which likelier ones reach `top_p` already (arXiv 1904.09751)."""
+    def _keep_nucleus(self, probabilities: Tensor) -> Tensor:
+        """Zero the tokens outside the nucleus of probability `top_p` (arXiv 1904.09751)."""
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         kept = ordered.masked_fill(before >= self.top_p, 0)
         return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
-def ends_of(settings: Settings, config: Any) -> frozenset[int]:
-    """Tokens that end a row, by settings and a generation config."""
+def eos_ids(settings: Settings, config: Any) -> frozenset[int]:
+    """End-of-sequence ids: those of `settings`, or of the generation config if it has none."""
     found = config.eos_token_id if settings.eos is None else settings.eos
     if found is None:
         return frozenset()

@@ -1,11 +1,7 @@
-"""What decoding remembers, in memory that never moves: a captured graph finds it again.
+"""KV cache and SSM states at fixed addresses, so that captured CUDA graphs find them.
 
-Legend: B batch, K key/value heads, H query heads, P head dim, S room in columns, Ch channels of the
-convolution, W its width, V vocabulary.
-
-Memory of ours as a model's modules know it, while they read a prompt into it.
-
-Legend: B batch, K key/value heads, T columns, P head dim.
+Legend: B batch, K key/value heads, H query heads, P head dim, S capacity in columns, T columns of a
+chunk, Ch channels of the convolution, W its width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,21 +13,27 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.architecture import kv_cache_bytes
-from mmmamba_cli.inference.packed_model import AttentionPlan, LayerPlan, ModelPlan, StackPlan
+from mmmamba_cli.inference.packed_model import (
+    PackedAttention,
+    PackedLayer,
+    PackedModel,
+    PackedStack,
+)
 from mmmamba_cli.model.cache import DecodingState
 from mmmamba_cli.model.rope import inverse_frequencies
 from mmmamba_cli.model.sequence_layout import StackState
 from mmmamba_cli.ops.backends import compute_dtype
-from mmmamba_cli.ops.decode import ring_of
+from mmmamba_cli.ops.decode import to_ring_buffer
 
-# Random contents are drawn once and repeated: it is their size that takes time.
-BLOCK = 1024
-ALIGNED_TO = 16
+# `fill_random` draws this many columns and repeats them: drawing whole caches takes too long.
+RANDOM_COLUMNS = 1024
+# Rows of logits start at multiples of this many elements, so that GEMMs can write them aligned.
+PAD_LOGITS_TO = 16
 
 
 @dataclass(frozen=True)
-class KeysValues:
-    """Of an attention layer, (B, K, S, P) each."""
+class KVCache:
+    """Keys and values of an attention layer, (B, K, S, P) each."""
 
     keys: Tensor
     values: Tensor
@@ -42,11 +44,12 @@ class KeysValues:
 
 
 @dataclass(frozen=True)
-class ScanState:
-    """Of a Mamba-2 layer: the convolution's last inputs, and the state (B, H, P, P) in fp32.
+class Mamba2Cache:
+    """Convolution and SSM states of a Mamba-2 layer.
 
-    `conv` (B, Ch, W - 1) holds them oldest first, as prefill leaves them. A mixer that one op steps
-    has them in `ring` (B, Ch, W) while decoding: there, column t lies in slot t % W.
+    `conv` (B, Ch, W - 1) holds the last inputs of the convolution, oldest first, as prefill leaves
+    them. A mixer with a fused step decodes from `ring` (B, Ch, W) instead: column t is in slot
+    t % W. `ssm` is (B, H, P, P) in fp32.
     """
 
     conv: Tensor
@@ -58,185 +61,199 @@ class ScanState:
         return (self.conv, self.ssm) if self.ring is None else (self.conv, self.ring, self.ssm)
 
 
-class StackMemory:
-    """Of one stack: its layers' memory, and where it is.
+class StackCache:
+    """Layer caches and position of one stack.
 
-    `column` (1,) and `position` (B, 1), int64, are those of the next token, in the cache and for
-    RoPE; `starts` (B,) is the first column of each row that is not padding, `inv_freq` (B, 1, P/2)
-    what the prompt fixed. `room` is S, 0 where nothing grows.
+    Attributes:
+        capacity: S; 0 for a stack without attention.
+        column: (1,) int64, the next token's column in the cache.
+        position: (B, 1) int64, the next token's position for RoPE.
+        starts: (B,) int64, the first column of each row that is not padding.
+        inv_freq: (B, 1, P / 2), RoPE frequencies, fixed by the prompt.
     """
 
-    def __init__(self, plan: StackPlan, like: Tensor, counters: Tensor, room: int):
+    def __init__(self, packed: PackedStack, like: Tensor, counters: Tensor, capacity: int):
         batch = counters.shape[0] - 1
-        self.plan = plan
-        self.room = room if plan.grows else 0
-        self.layers = [_empty_layer(layer, like, batch, room) for layer in plan.layers]
+        self.packed = packed
+        self.capacity = capacity if packed.has_attention else 0
+        self.layers = [_empty_layer(layer, like, batch, capacity) for layer in packed.layers]
         self.column = counters[:1]
         self.position = counters[1:].view(batch, 1)
         self.starts = torch.zeros_like(counters[1:])
-        half = plan.config.head_dim // 2
+        half = packed.config.head_dim // 2
         self.inv_freq = torch.zeros(batch, 1, half, device=like.device)
 
-    def settle(self, seen: StackState) -> None:
-        """Take over what prefill left, and lay the convolutions' inputs into their rings."""
-        self.column.fill_(seen.length)
-        self.position.fill_(seen.length)
-        if seen.next_position is not None:
-            self.position.copy_(seen.next_position)
+    def finish_prefill(self, state: StackState) -> None:
+        """Copy positions and frequencies from `state`, and fill the ring buffers."""
+        self.column.fill_(state.length)
+        self.position.fill_(state.length)
+        if state.next_position is not None:
+            self.position.copy_(state.next_position)
         self.starts.zero_()
-        if seen.mask is not None:
-            self.starts.copy_(seen.mask.logical_not().sum(1))
-        assert seen.inv_freq is not None, "prefill describes the stack"
-        self.inv_freq.copy_(seen.inv_freq)
+        if state.mask is not None:
+            self.starts.copy_(state.mask.logical_not().sum(1))
+        assert state.inv_freq is not None, "prefill describes the stack"
+        self.inv_freq.copy_(state.inv_freq)
         for layer in self.layers:
-            if isinstance(layer, ScanState) and layer.ring is not None:
-                layer.ring.copy_(ring_of(layer.conv, seen.length))
+            if isinstance(layer, Mamba2Cache) and layer.ring is not None:
+                layer.ring.copy_(to_ring_buffer(layer.conv, state.length))
 
 
-class States:
-    """The memory of one batch of sequences.
+class StaticCache:
+    """All decoding state of one batch of sequences.
 
-    `ids` (B,) is what the next step reads, `logits` (B, V) what it leaves; `finished` (B,) marks
-    rows that have ended, for whoever chooses tokens.
+    `ids` (B,) is the input of the next step and `logits` (B, V) its output; `finished` (B,) bool
+    marks rows that have ended.
     """
 
-    def __init__(self, plan: ModelPlan, batch: int, rooms: tuple[int, ...]):
-        """`rooms`: S of each stack."""
-        like = plan.text_embedding
-        self.plan = plan
+    def __init__(self, packed: PackedModel, batch: int, capacities: tuple[int, ...]):
+        """`capacities`: S of each stack."""
+        like = packed.text_embedding
+        self.packed = packed
         self.batch = batch
-        # One tensor, so that one launch advances all of it.
-        self.counters = torch.zeros(len(rooms), 1 + batch, dtype=torch.int64, device=like.device)
+        # One tensor, so that one kernel launch advances all counters.
+        self.counters = torch.zeros(
+            len(capacities), 1 + batch, dtype=torch.int64, device=like.device
+        )
         self.stacks = [
-            StackMemory(stack, like, counters, room)
-            for stack, counters, room in zip(plan.stacks, self.counters, rooms, strict=True)
+            StackCache(stack, like, counters, capacity)
+            for stack, counters, capacity in zip(
+                packed.stacks, self.counters, capacities, strict=True
+            )
         ]
         self.ids = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=like.device)
-        # Rows begin where matrix products can write them whole.
-        width = -(-like.shape[0] // ALIGNED_TO) * ALIGNED_TO
+        width = -(-like.shape[0] // PAD_LOGITS_TO) * PAD_LOGITS_TO
         self.logits = like.new_zeros(batch, width)[:, : like.shape[0]]
 
     @property
     def nbytes(self) -> int:
-        """Of keys, values, convolution inputs and states."""
+        """Bytes of KV caches, convolution states and SSM states."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> list[Tensor]:
+        """The tensors of all layer caches."""
         layers = (layer for stack in self.stacks for layer in stack.layers)
         return [tensor for layer in layers for tensor in layer.tensors]
 
     def clear(self) -> None:
-        """Nothing has been seen."""
+        """Reset to the state before the first token."""
         self.counters.zero_()
         self.ids.zero_()
         self.finished.zero_()
         for tensor in self.tensors:
             tensor.zero_()
 
-    def settle(self, seen: DecodingState) -> None:
-        """Prefill is over."""
-        found = (seen.embedding, seen.language)[-len(self.stacks) :]
-        for stack, state in zip(self.stacks, found, strict=True):
-            stack.settle(state)
+    def finish_prefill(self, state: DecodingState) -> None:
+        """Prepare every stack for decoding after a prompt that ended in `state`."""
+        states = (state.embedding, state.language)[-len(self.stacks) :]
+        for stack, stack_state in zip(self.stacks, states, strict=True):
+            stack.finish_prefill(stack_state)
 
-    def take_over(self, other: States) -> None:
-        """Be where `other` is, of as many rows and with no more room."""
-        for own, theirs in zip(self._small, other._small, strict=True):
+    def copy_from(self, other: StaticCache) -> None:
+        """Copy the state of `other`, which has the same batch size and no larger capacity."""
+        for own, theirs in zip(self._buffers, other._buffers, strict=True):
             own.copy_(theirs)
         for own, theirs in zip(self.tensors, other.tensors, strict=True):
-            # Keys and values are shorter there in their third dimension, all else is as long.
+            # Only keys and values may be shorter in `other`, along their third dimension.
             own[:, :, : theirs.shape[2]].copy_(theirs)
 
     @property
-    def _small(self) -> list[Tensor]:
-        """What there is beside the layers' memory."""
+    def _buffers(self) -> list[Tensor]:
+        """All tensors beside the layer caches."""
         found = [self.counters, self.ids, self.finished, self.logits]
         return found + [x for stack in self.stacks for x in (stack.starts, stack.inv_freq)]
 
-    def pretend(self, columns: int, rng: torch.Generator) -> None:
-        """Be as after a prompt of so many columns, with random contents; `rng` of our device."""
+    def fill_random(self, columns: int, rng: torch.Generator) -> None:
+        """Fill with random contents, as if after a prompt of `columns` columns; for benchmarks.
+
+        `rng` is a generator of the cache's device.
+        """
         for tensor in self.tensors:
             _randomize(tensor, rng)
-        self.seen(columns)
+        self.set_length(columns)
 
-    def seen(self, columns: int) -> None:
-        """`settle` after so many columns, as many in every row."""
+    def set_length(self, columns: int) -> None:
+        """Set all positions as after an unpadded prompt of `columns` columns in every row."""
         state = DecodingState()
-        found = (state.embedding, state.language)[-len(self.stacks) :]
-        for stack, one in zip(self.stacks, found, strict=True):
-            one.length = columns
-            one.inv_freq = inverse_frequencies(stack.plan.config, columns, self.ids.device)
-        self.settle(state)
+        states = (state.embedding, state.language)[-len(self.stacks) :]
+        for stack, stack_state in zip(self.stacks, states, strict=True):
+            stack_state.length = columns
+            stack_state.inv_freq = inverse_frequencies(
+                stack.packed.config, columns, self.ids.device
+            )
+        self.finish_prefill(state)
 
 
-def states_size(plan: ModelPlan, batch: int, rooms: tuple[int, ...]) -> int:
-    """Bytes that keys and values of such `States` will take; all else is small beside them."""
-    size = plan.text_embedding.element_size()
+def kv_nbytes(packed: PackedModel, batch: int, capacities: tuple[int, ...]) -> int:
+    """Bytes of all keys and values of a `StaticCache`; the rest is small beside them."""
+    size = packed.text_embedding.element_size()
     return sum(
-        kv_cache_bytes(stack.config, batch, room, size)
-        for stack, room in zip(plan.stacks, rooms, strict=True)
+        kv_cache_bytes(stack.config, batch, capacity, size)
+        for stack, capacity in zip(packed.stacks, capacities, strict=True)
         for layer in stack.layers
-        if isinstance(layer.mixer, AttentionPlan)
+        if isinstance(layer.mixer, PackedAttention)
     )
 
 
-def _empty_layer(layer: LayerPlan, like: Tensor, batch: int, room: int) -> KeysValues | ScanState:
+def _empty_layer(
+    layer: PackedLayer, like: Tensor, batch: int, capacity: int
+) -> KVCache | Mamba2Cache:
     mixer = layer.mixer
-    if isinstance(mixer, AttentionPlan):
-        shape = (batch, mixer.kv_heads, room, mixer.head_dim)
-        return KeysValues(like.new_zeros(shape), like.new_zeros(shape))
+    if isinstance(mixer, PackedAttention):
+        shape = (batch, mixer.kv_heads, capacity, mixer.head_dim)
+        return KVCache(like.new_zeros(shape), like.new_zeros(shape))
     channels, width = mixer.weights.conv_weight.shape
     shape = (batch, mixer.heads, mixer.head_dim, mixer.head_dim)
-    return ScanState(
+    return Mamba2Cache(
         conv=like.new_zeros(batch, channels, width - 1),
-        ring=like.new_zeros(batch, channels, width) if mixer.is_plain else None,
+        ring=like.new_zeros(batch, channels, width) if mixer.has_fused_step else None,
         ssm=torch.zeros(shape, dtype=compute_dtype(like), device=like.device),
     )
 
 
 def _randomize(tensor: Tensor, rng: torch.Generator) -> None:
-    """Normal numbers, repeated along the third dimension where that is long."""
+    """Fill with normal numbers, repeated along the third dimension where it is long."""
     shape = list(tensor.shape)
-    shape[2] = min(shape[2], BLOCK)
+    shape[2] = min(shape[2], RANDOM_COLUMNS)
     block = torch.randn(shape, generator=rng, device=tensor.device).to(tensor)
-    for start in range(0, tensor.shape[2], BLOCK):
-        part = tensor[:, :, start : start + BLOCK]
+    for start in range(0, tensor.shape[2], RANDOM_COLUMNS):
+        part = tensor[:, :, start : start + RANDOM_COLUMNS]
         part.copy_(block[:, :, : part.shape[2]])
 
 
-class _Keys:
-    """An attention layer's memory while a prompt is read."""
+class _KVLayer:
+    """A `KVCache` during prefill."""
 
-    def __init__(self, memory: KeysValues):
-        self.memory = memory
-        self.seen = 0
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.length = 0
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, K, T, P); all that was seen."""
-        begin, self.seen = self.seen, self.seen + keys.shape[2]
-        self.memory.keys[:, :, begin : self.seen].copy_(keys)
-        self.memory.values[:, :, begin : self.seen].copy_(values)
-        return self.memory.keys[:, :, : self.seen], self.memory.values[:, :, : self.seen]
+        """Append keys and values (B, K, T, P); returns all columns so far."""
+        begin, self.length = self.length, self.length + keys.shape[2]
+        self.cache.keys[:, :, begin : self.length].copy_(keys)
+        self.cache.values[:, :, begin : self.length].copy_(values)
+        return self.cache.keys[:, :, : self.length], self.cache.values[:, :, : self.length]
 
 
-class _Scan:
-    """A Mamba-2 layer's memory while a prompt is read, named as transformers' layers name it."""
+class _Mamba2Layer:
+    """A `Mamba2Cache` during prefill, with the attribute names of transformers' cache layers."""
 
-    def __init__(self, memory: ScanState):
+    def __init__(self, cache: Mamba2Cache):
         self.has_previous_state = [False]
-        self.conv_states, self.recurrent_states = [memory.conv], [memory.ssm]
+        self.conv_states, self.recurrent_states = [cache.conv], [cache.ssm]
 
 
 class PrefillCache:
-    """As much of a transformers cache as the mixers ask for, over memory of ours."""
+    """Minimal transformers-cache interface backed by a `StaticCache`, for the model's modules."""
 
-    def __init__(self, states: States):
+    def __init__(self, cache: StaticCache):
         self.decoding_state = DecodingState()
         self.layers = [
-            _Keys(layer) if isinstance(layer, KeysValues) else _Scan(layer)
-            for stack in states.stacks
+            _KVLayer(layer) if isinstance(layer, KVCache) else _Mamba2Layer(layer)
+            for stack in cache.stacks
             for layer in stack.layers
         ]
 

@@ -1,7 +1,7 @@
-"""Projections that read the same input as one tensor, without a second copy of the weights.
+"""Packing of projections with the same input into one weight, without a second copy.
 
-The modules keep their parameters; these become row slices of the packed tensor, so that the model's
-own forward computes what it did. Legend: O rows of a packed weight, D hidden size.
+The modules keep their parameters as row slices of the packed tensor, so the model's own forward is
+unchanged bit for bit. Legend: O rows of a packed weight, D hidden size.
 """
 
 from __future__ import annotations
@@ -17,47 +17,49 @@ from mmmamba_cli.model.attention import Attention
 from mmmamba_cli.model.block import Block, SwiGLU
 from mmmamba_cli.model.mamba2 import Mamba2
 
-SCAN_INPUTS = ("v_proj", "k_proj", "q_proj", "g_proj", "dt_proj")
+MAMBA2_INPUTS = ("v_proj", "k_proj", "q_proj", "g_proj", "dt_proj")
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP_INPUTS = ("gate_proj", "up_proj")
 
 
 def pack(model: HolisticVLM) -> None:
-    """Lay [v|k|q|g|dt] or [q|k|v] of each mixer, and [gate|up] of each MLP, side by side in memory.
+    """Pack [v|k|q|g|dt] or [q|k|v] of each mixer and [gate|up] of each MLP, in place.
 
-    In place, for good, and at most one group of weights larger for a moment. What is packed already
-    is left alone, so it may be called again; moving or casting the model afterwards undoes it.
+    Needs extra memory for one group of weights at a time. Groups that are packed already are left
+    alone; moving or casting the model undoes the packing.
 
-    Raises `MmmambaError` for projections that are not plain linear layers of one dtype on one
-    device, as with adapters or sharded weights; nothing has been changed then.
+    Raises:
+        MmmambaError: projections that are not plain linear layers of one dtype on one device, for
+            example adapters or sharded weights. The model is unchanged then.
     """
-    require_plain(model)
-    groups = [group for block in model.model.blocks for group in groups_of(block)]
+    require_plain_linears(model)
+    groups = [group for block in model.model.blocks for group in packed_groups(block)]
     for layers in groups:
-        _require_alike(model, layers)
+        _require_same_dtype_and_device(model, layers)
     for layers in groups:
         weights = [layer.weight for layer in layers]
-        if joined(weights) is None:
-            _join(weights)
+        if packed_view(weights) is None:
+            _pack_weights(weights)
 
 
-def groups_of(block: Block) -> tuple[list[nn.Linear], list[nn.Linear]]:
+def packed_groups(block: Block) -> tuple[list[nn.Linear], list[nn.Linear]]:
     """The projections of a block that are packed together: the mixer's, and the MLP's."""
     return mixer_inputs(block.mixer), mlp_inputs(block.mlp)
 
 
 def mixer_inputs(mixer: Attention | Mamba2) -> list[nn.Linear]:
-    """The projections that read a mixer's input, in their packed order."""
-    names = SCAN_INPUTS if isinstance(mixer, Mamba2) else ATTENTION_INPUTS
+    """The input projections of a mixer, in packed order."""
+    names = MAMBA2_INPUTS if isinstance(mixer, Mamba2) else ATTENTION_INPUTS
     return [getattr(mixer, name) for name in names]
 
 
 def mlp_inputs(mlp: SwiGLU) -> list[nn.Linear]:
+    """The input projections of an MLP, in packed order."""
     return [getattr(mlp, name) for name in MLP_INPUTS]
 
 
-def joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """One tensor (O, ...) over tensors that lie one behind the other in one storage, else None."""
+def packed_view(weights: Sequence[Tensor]) -> Tensor | None:
+    """A view (O, ...) of weights that are adjacent in one storage; None if they are not."""
     first = weights[0]
     expected = first.data_ptr()
     for weight in weights:
@@ -70,10 +72,7 @@ def joined(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 def packed_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
-    """The biases behind one another, 0 where a layer has none; None if no layer has one.
-
-    A copy: biases are small.
-    """
+    """A concatenated copy of the biases, 0 where a layer has none; None if no layer has one."""
     if all(layer.bias is None for layer in layers):
         return None
     like = next(layer.bias for layer in layers if layer.bias is not None)
@@ -84,8 +83,8 @@ def packed_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
     return torch.cat(parts)
 
 
-def linears_of(block: Block) -> dict[str, nn.Module]:
-    """Each projection of a block, whatever class it has, by its name within the block."""
+def block_projections(block: Block) -> dict[str, nn.Module]:
+    """All projections of a block, of any class, by their name within the block."""
     return {
         f"{part}.{name}": layer
         for part in ("mixer", "mlp")
@@ -94,9 +93,9 @@ def linears_of(block: Block) -> dict[str, nn.Module]:
     }
 
 
-def require_plain(model: HolisticVLM) -> None:
-    """Raise `MmmambaError` that names the first projection, or head, that is no plain layer."""
-    layers = [layer for block in model.model.blocks for layer in linears_of(block).values()]
+def require_plain_linears(model: HolisticVLM) -> None:
+    """Raise `MmmambaError` naming the first projection or LM head that is not a plain layer."""
+    layers = [layer for block in model.model.blocks for layer in block_projections(block).values()]
     for layer in (*layers, model.lm_head):
         found = layer.weight.data if type(layer) is nn.Linear else layer
         if type(found) not in (Tensor, nn.Linear):
@@ -108,7 +107,7 @@ def require_plain(model: HolisticVLM) -> None:
             )
 
 
-def _require_alike(model: HolisticVLM, layers: Sequence[nn.Linear]) -> None:
+def _require_same_dtype_and_device(model: HolisticVLM, layers: Sequence[nn.Linear]) -> None:
     first = layers[0].weight
     for layer in layers[1:]:
         if (layer.weight.dtype, layer.weight.device) != (first.dtype, first.device):
@@ -119,19 +118,20 @@ def _require_alike(model: HolisticVLM, layers: Sequence[nn.Linear]) -> None:
             )
 
 
-def _name(model: HolisticVLM, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+def _name(model: HolisticVLM, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
 @torch.no_grad()
-def _join(weights: Sequence[Tensor]) -> None:
+def _pack_weights(weights: Sequence[Tensor]) -> None:
     first = weights[0]
     rows = [weight.shape[0] for weight in weights]
-    whole = first.new_empty(sum(rows), first.shape[1])
-    for weight, part in zip(weights, whole.split(rows), strict=True):
+    packed = first.new_empty(sum(rows), first.shape[1])
+    for weight, part in zip(weights, packed.split(rows), strict=True):
         part.copy_(weight)
-        # The parameter stays the object it was; its old memory is free from here on.
+        # Keeps the Parameter object and frees its old storage.
         weight.data = part
     if first.is_cuda:
-        # Pieces of that size are never wanted again: kept, they would double what is reserved.
+        # Return the freed blocks: no later allocation has their size, so the allocator would
+        # otherwise reserve twice the weights.
         torch.cuda.empty_cache()

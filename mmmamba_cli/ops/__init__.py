@@ -11,10 +11,10 @@ from mmmamba_cli.ops.conv import CONV_BACKENDS, causal_conv, causal_conv_step
 from mmmamba_cli.ops.conv import STEP_BACKENDS as CONV_STEP_BACKENDS
 from mmmamba_cli.ops.decode import (
     ATTENTION_STEP_BACKENDS,
-    LIKELIEST_BACKENDS,
+    GREEDY_ARGMAX_BACKENDS,
     MIXER_STEP_BACKENDS,
     attention_step,
-    likeliest,
+    greedy_argmax,
     mixer_step,
 )
 from mmmamba_cli.ops.norm import GATED_BACKENDS, PLAIN_BACKENDS, gated_rms_norm, rms_norm
@@ -30,7 +30,8 @@ BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "causal_conv": CONV_BACKENDS,
     "causal_conv_step": CONV_STEP_BACKENDS,
     "gated_rms_norm": GATED_BACKENDS,
-    "likeliest": LIKELIEST_BACKENDS,
+    # Named as in reports of `mmmamba doctor`.
+    "likeliest": GREEDY_ARGMAX_BACKENDS,
     "mixer_step": MIXER_STEP_BACKENDS,
     "project": PROJECT_BACKENDS,
     "rms_norm": PLAIN_BACKENDS,
@@ -45,7 +46,7 @@ __all__ = [
     "causal_conv",
     "causal_conv_step",
     "gated_rms_norm",
-    "likeliest",
+    "greedy_argmax",
     "mixer_step",
     "project",
     "rms_norm",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmmamba_cli.devices import require_memory
 from mmmamba_cli.inference import Generator
-from mmmamba_cli.inference.prefill import GPU_CHUNK
+from mmmamba_cli.inference.prefill import GPU_CHUNK_TOKENS
 from mmmamba_cli.inference.sampling import Settings
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.profiling.eager_decoder import (
@@ -82,20 +82,20 @@ class FastDecoder:
         batch, length = ids.shape
         config = self.model.config
         whole = bool(config.attention_layers) and chunk is None
-        columns = length if whole else min(length, chunk or GPU_CHUNK)
+        columns = length if whole else min(length, chunk or GPU_CHUNK_TOKENS)
         size = activation_bytes(config, batch, columns, self.dtype)
         require_memory(self.device, size, f"a prefill of {length:,} columns")
         return self.generator.prefill(ids, capacity=self.columns, chunk=chunk)
 
     def fill_random(self, batch: int, columns: int, rng: torch.Generator) -> None:
         seed = rng.initial_seed()
-        self.generator.pretend(batch, columns, self.columns, seed, GREEDY)
+        self.generator.fill_random(batch, columns, self.columns, seed, GREEDY)
 
     def step(self, ids: Tensor) -> Tensor:
         return self.generator.step(ids)
 
     def decode(self, count: int) -> Tensor:
-        return self.generator.advance(count)
+        return self.generator.decode_tokens(count)
 
     def release(self) -> None:
         self._size = (0, 0)

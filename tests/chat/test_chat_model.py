@@ -117,7 +117,7 @@ def break_at(token: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) 
     """Raise in the middle of a step, its layers half done."""
     from mmmamba_cli.inference import decode_step
 
-    plain, calls = decode_step._block, [0]
+    plain, calls = decode_step._layer_step, [0]
 
     def block(*words: Any) -> Any:
         calls[0] += 1
@@ -125,7 +125,7 @@ def break_at(token: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) 
             raise error
         return plain(*words)
 
-    monkeypatch.setattr(decode_step, "_block", block)
+    monkeypatch.setattr(decode_step, "_layer_step", block)
 
 
 def test_after_ctrl_c_the_conversation_goes_on(

@@ -9,7 +9,13 @@ from functools import partial
 import pytest
 import torch
 
-from mmmamba_cli.inference.cuda_graphs import ENOUGH, MOST_WORKS, WARM_UP_STEPS, GraphPool, Works
+from mmmamba_cli.inference.cuda_graphs import (
+    MAX_CACHED_SHAPES,
+    MIN_CAPTURE_USES,
+    WARM_UP_STEPS,
+    GraphCache,
+    GraphPool,
+)
 
 
 class Counts:
@@ -31,29 +37,29 @@ def test_work_is_captured_when_it_comes_often() -> None:
         captured.append(work)
         return lambda: None
 
-    works: Works[int, Counts] = Works(Counts, capture)
-    made, run = works.prepared(1)
+    graphs: GraphCache[int, Counts] = GraphCache(Counts, capture)
+    task, run = graphs.get(1)
     run()
-    assert (made.key, made.done, captured) == (1, 1, [])
-    again, run = works.prepared(1)
+    assert (task.key, task.done, captured) == (1, 1, [])
+    again, run = graphs.get(1)
     run()
-    assert again is made
-    assert (made.done, captured) == (1, [made])
-    assert works.prepared(1)[1] is run
-    many, _ = works.prepared(2, ENOUGH)
-    assert captured == [made, many]
+    assert again is task
+    assert (task.done, captured) == (1, [task])
+    assert graphs.get(1)[1] is run
+    many, _ = graphs.get(2, MIN_CAPTURE_USES)
+    assert captured == [task, many]
 
 
 def test_what_was_done_longest_ago_is_let_go_of() -> None:
-    works: Works[int, Counts] = Works(Counts, lambda work: work)
-    first, _ = works.prepared(0)
-    second, _ = works.prepared(1)
-    for key in range(2, MOST_WORKS):
-        works.prepared(key)
-    assert works.prepared(0)[0] is first
-    works.prepared(MOST_WORKS)
-    assert works.prepared(0)[0] is first
-    assert works.prepared(1)[0] is not second
+    graphs: GraphCache[int, Counts] = GraphCache(Counts, lambda work: work)
+    first, _ = graphs.get(0)
+    second, _ = graphs.get(1)
+    for key in range(2, MAX_CACHED_SHAPES):
+        graphs.get(key)
+    assert graphs.get(0)[0] is first
+    graphs.get(MAX_CACHED_SHAPES)
+    assert graphs.get(0)[0] is first
+    assert graphs.get(1)[0] is not second
 
 
 def test_without_memory_for_a_graph_work_runs_as_it_is() -> None:
@@ -63,11 +69,11 @@ def test_without_memory_for_a_graph_work_runs_as_it_is() -> None:
         asked.append(work)
         raise torch.OutOfMemoryError("no room")
 
-    works: Works[int, Counts] = Works(Counts, refuse)
+    graphs: GraphCache[int, Counts] = GraphCache(Counts, refuse)
     for _ in range(4):
-        made, run = works.prepared(0)
+        task, run = graphs.get(0)
         run()
-    assert (made.done, len(asked)) == (4, 1)
+    assert (task.done, len(asked)) == (4, 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs want a GPU")

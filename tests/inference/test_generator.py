@@ -10,7 +10,7 @@ from small import IMAGE_ID, VOCABULARY, distance, join_pixels, pad_batch, prompt
 
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.inference import Generator, Settings
-from mmmamba_cli.inference.static_cache import KeysValues, States, states_size
+from mmmamba_cli.inference.static_cache import KVCache, StaticCache, kv_nbytes
 from mmmamba_cli.model import new_cache
 
 NEW = 8
@@ -138,11 +138,11 @@ def test_what_is_left_over_is_not_read() -> None:
     generator = Generator(small_model("amam", conv_width=4))
     ids, inputs = batch()
     expected = generator.generate(ids, **inputs, max_new_tokens=NEW)
-    states = generator._reading.states
+    states = generator._sequence.cache
     for tensor in (*states.tensors, states.logits):
         tensor.fill_(torch.nan)
     assert torch.equal(generator.generate(ids, **inputs, max_new_tokens=NEW), expected)
-    assert generator._reading.states is states
+    assert generator._sequence.cache is states
 
 
 def test_few_memories_are_held() -> None:
@@ -152,24 +152,24 @@ def test_few_memories_are_held() -> None:
     for rows in range(2, 9):
         found = generator.generate(ids.repeat(rows, 1), max_new_tokens=NEW)
         assert torch.equal(found, expected.repeat(rows, 1))
-    held = generator._shelf
-    assert [states.batch for states in held._states.values()] == [5, 6, 7, 8]
+    held = generator._pool
+    assert [states.batch for states in held._caches.values()] == [5, 6, 7, 8]
     assert {states.batch for states, _ in held._steps} == {5, 6, 7, 8}
     # 2 GiB are all that is kept beside what is in use.
-    plan, batch, room = generator._plan, 1, 2**21
-    assert states_size(plan, batch, (room, room)) == 4 * 2 * (2 * room * 8) * 4
-    held._make_way(2**31)
-    assert not held._states and not held._steps
+    plan, batch, room = generator._packed, 1, 2**21
+    assert kv_nbytes(plan, batch, (room, room)) == 4 * 2 * (2 * room * 8) * 4
+    held._evict(2**31)
+    assert not held._caches and not held._steps
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "amam", "mmmm"])
 def test_the_size_of_states_is_that_of_their_keys_and_values(plan: str) -> None:
-    found = Generator(small_model(plan).bfloat16())._plan
-    states = States(found, 3, (5, 7))
+    found = Generator(small_model(plan).bfloat16())._packed
+    states = StaticCache(found, 3, (5, 7))
     layers = [layer for stack in states.stacks for layer in stack.layers]
-    grown = [t.nbytes for layer in layers if isinstance(layer, KeysValues) for t in layer.tensors]
+    grown = [t.nbytes for layer in layers if isinstance(layer, KVCache) for t in layer.tensors]
     assert len(grown) == 2 * plan.count("a")
-    assert states_size(found, 3, (5, 7)) == sum(grown)
+    assert kv_nbytes(found, 3, (5, 7)) == sum(grown)
 
 
 def test_a_normed_embedding_output() -> None:
@@ -241,8 +241,8 @@ def test_room_grows_with_an_answer(
     new, columns = 40, ids.shape[1]
     wide = Generator(model)
     expected = wide.generate(ids, **inputs, max_new_tokens=new, capacity=columns + new, **options)
-    monkeypatch.setattr("mmmamba_cli.inference.generator.ROUNDED_TO", 4)
-    monkeypatch.setattr("mmmamba_cli.inference.generator.ANSWER", 2)
+    monkeypatch.setattr("mmmamba_cli.inference.generator.PAD_CAPACITY_TO", 4)
+    monkeypatch.setattr("mmmamba_cli.inference.generator.ANSWER_COLUMNS", 2)
     generator = Generator(model)
     for _ in range(2):
         # The second time, what it grows into has been used before.
@@ -286,7 +286,7 @@ def test_without_attention_there_is_no_limit() -> None:
 def test_memory_is_made_ahead_and_let_go() -> None:
     generator = Generator(small_model("aaaa"))
     generator.start(2, 300)
-    # Four layers of keys and values in fp32, two heads of 8; room is made 256 columns at a time.
+    # Four layers of keys and values in fp32, two heads of 8; capacity is a multiple of 256 columns.
     assert generator.cache_bytes == 4 * 2 * (2 * 2 * 512 * 8) * 4
     generator.release()
     assert generator.cache_bytes == 0
@@ -297,21 +297,21 @@ def test_memory_is_made_ahead_and_let_go() -> None:
 def test_pretending_is_like_reading() -> None:
     model = small_model("amam", rope_scaling={"type": "dynamic", "factor": 2.0})
     generator = Generator(model)
-    generator.pretend(1, 20, capacity=22)
+    generator.fill_random(1, 20, capacity=22)
     # Both stacks, and each row's position, stand behind the columns that were not read.
-    assert (generator._reading.states.counters == 20).all()
+    assert (generator._sequence.cache.counters == 20).all()
     first = generator.step(torch.tensor([[4]])).clone()
     generator.step(torch.tensor([[4]]))
     with pytest.raises(DataError, match="room for 22"):
         generator.step(torch.tensor([[4]]))
     assert first.isfinite().all()
-    generator.pretend(1, 20, capacity=22)
+    generator.fill_random(1, 20, capacity=22)
     assert torch.equal(generator.step(torch.tensor([[4]])), first)
 
 
 def test_measured_tokens_are_chosen_as_others_are() -> None:
     generator = Generator(small_model("amam"))
-    generator.pretend(2, 20, capacity=24)
+    generator.fill_random(2, 20, capacity=24)
     token = torch.zeros(2, 1, dtype=torch.long)
     for _ in range(4):
         logits = generator.step(token)
@@ -319,16 +319,16 @@ def test_measured_tokens_are_chosen_as_others_are() -> None:
         token = logits.argmax(-1, keepdim=True)
     # What an answer before left in the tables of ends and padding must not count.
     generator.generate(prompt(0, 5)[0], max_new_tokens=1, eos=range(VOCABULARY))
-    generator.pretend(2, 20, capacity=24, settings=Settings(eos=()))
+    generator.fill_random(2, 20, capacity=24, settings=Settings(eos=()))
     with pytest.raises(ValueError, match="prefill comes first"):
         generator.step(token)
-    generator._reading.states.ids.zero_()
-    assert torch.equal(generator.advance(4), token)
+    generator._sequence.cache.ids.zero_()
+    assert torch.equal(generator.decode_tokens(4), token)
     with pytest.raises(DataError, match="room for 24"):
-        generator.advance(1)
+        generator.decode_tokens(1)
     generator.prefill(prompt(0, 5)[0])
-    with pytest.raises(ValueError, match="pretend with settings comes first"):
-        generator.advance(1)
+    with pytest.raises(ValueError, match="fill_random with settings comes first"):
+        generator.decode_tokens(1)
 
 
 def test_what_cannot_be_read_is_refused() -> None:

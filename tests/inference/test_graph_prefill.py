@@ -9,27 +9,27 @@ import torch
 from small import VOCABULARY, distance, join_pixels, pad_batch, prompt, small_model
 
 from mmmamba_cli.inference import Generator, cuda_graphs, graph_prefill
-from mmmamba_cli.inference.decode_step import advance
+from mmmamba_cli.inference.decode_step import decode_step
 from mmmamba_cli.inference.graph_prefill import (
-    Kind,
-    PartReader,
-    WholeReader,
-    cut,
-    suits,
-    suits_whole,
+    ChunkGraphs,
+    ChunkShape,
+    PromptGraphs,
+    split_prompt,
+    supports_chunk_graphs,
+    supports_prompt_graphs,
 )
-from mmmamba_cli.inference.prefill import read
+from mmmamba_cli.inference.prefill import prefill
 
 EXACT = 1e-10
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_prefill, "TOKENS", (32, 16))
-    monkeypatch.setattr(graph_prefill, "ROUNDED_TO", 4)
-    monkeypatch.setattr(graph_prefill, "LEAST_COLUMNS", 4)
-    monkeypatch.setattr(graph_prefill, "ROUNDED_TO", 8)
-    monkeypatch.setattr(graph_prefill, "MOST", 96)
+    monkeypatch.setattr(graph_prefill, "CHUNK_TOKENS", (32, 16))
+    monkeypatch.setattr(graph_prefill, "PAD_CHUNK_TO", 4)
+    monkeypatch.setattr(graph_prefill, "MIN_CHUNK_COLUMNS", 4)
+    monkeypatch.setattr(graph_prefill, "PAD_PROMPT_TO", 8)
+    monkeypatch.setattr(graph_prefill, "MAX_GRAPH_TOKENS", 96)
 
 
 def text(batch: int, length: int) -> torch.Tensor:
@@ -53,23 +53,23 @@ class Captures:
 @pytest.mark.parametrize(
     ("length", "padding", "batch", "kinds"),
     [
-        (1, 0, 1, [Kind(4, True)]),
-        (8, 0, 1, [Kind(8, True)]),
-        (9, 0, 1, [Kind(12, True)]),
-        (16, 0, 1, [Kind(16, False)]),
-        (16, 1, 1, [Kind(16, True)]),
-        (37, 0, 1, [Kind(8, True), Kind(32, False)]),
-        (53, 7, 1, [Kind(8, True), Kind(16, True), Kind(32, False)]),
-        (53, 17, 1, [Kind(8, True), Kind(16, True), Kind(32, False)]),
-        (53, 27, 1, [Kind(8, True), Kind(16, True), Kind(32, True)]),
-        (45, 4, 1, [Kind(16, True), Kind(32, False)]),
-        (20, 0, 2, [Kind(4, True), Kind(16, False)]),
-        (9, 0, 3, [Kind(4, True), Kind(8, False)]),
-        (80, 0, 1, [Kind(16, False), Kind(32, False), Kind(32, False)]),
+        (1, 0, 1, [ChunkShape(4, True)]),
+        (8, 0, 1, [ChunkShape(8, True)]),
+        (9, 0, 1, [ChunkShape(12, True)]),
+        (16, 0, 1, [ChunkShape(16, False)]),
+        (16, 1, 1, [ChunkShape(16, True)]),
+        (37, 0, 1, [ChunkShape(8, True), ChunkShape(32, False)]),
+        (53, 7, 1, [ChunkShape(8, True), ChunkShape(16, True), ChunkShape(32, False)]),
+        (53, 17, 1, [ChunkShape(8, True), ChunkShape(16, True), ChunkShape(32, False)]),
+        (53, 27, 1, [ChunkShape(8, True), ChunkShape(16, True), ChunkShape(32, True)]),
+        (45, 4, 1, [ChunkShape(16, True), ChunkShape(32, False)]),
+        (20, 0, 2, [ChunkShape(4, True), ChunkShape(16, False)]),
+        (9, 0, 3, [ChunkShape(4, True), ChunkShape(8, False)]),
+        (80, 0, 1, [ChunkShape(16, False), ChunkShape(32, False), ChunkShape(32, False)]),
     ],
 )
 def test_prompts_are_cut_into_few_kinds(length, padding, batch, kinds) -> None:
-    assert cut(length, padding, batch) == kinds
+    assert split_prompt(length, padding, batch) == kinds
 
 
 @pytest.mark.parametrize("length", [1, 4, 7, 9, 16, 37, 45])
@@ -79,13 +79,13 @@ def test_logits_and_memory_are_those_of_other_parts(length: int, options: dict) 
     ids = text(2, length)
     plain, parted = Generator(model), Generator(model)
     expected = plain.prefill(ids)
-    states = plain._reading.states
+    states = plain._sequence.cache
     parted.start(2, 64)
-    mine = parted._reading.states
+    mine = parted._sequence.cache
     captures = Captures()
-    reader = PartReader(model, mine, captures)
+    reader = ChunkGraphs(model, mine, captures)
     for _ in range(2):
-        hidden = reader.read(ids, None)
+        hidden = reader.run(ids, None)
         logits = model.lm_head(model.model.norm(hidden))
         assert distance(logits, expected) < EXACT
         for a, b in zip(mine.tensors, states.tensors, strict=True):
@@ -94,7 +94,7 @@ def test_logits_and_memory_are_those_of_other_parts(length: int, options: dict) 
     assert captures.count > 0
     for one in (mine, states):
         one.ids.copy_(ids[:, 0])
-        advance(one)
+        decode_step(one)
     assert distance(mine.logits, states.logits) < EXACT
 
 
@@ -104,8 +104,8 @@ def test_rows_padded_on_the_left_are_as_alone() -> None:
     ids, mask = pad_batch(rows)
     generator = Generator(model)
     generator.start(3, 64)
-    reader = PartReader(model, generator._reading.states, Captures())
-    hidden = reader.read(ids, mask.bool())
+    reader = ChunkGraphs(model, generator._sequence.cache, Captures())
+    hidden = reader.run(ids, mask.bool())
     for number, row in enumerate(rows):
         expected = model(row).logits[:, -1]
         logits = model.lm_head(model.model.norm(hidden[number : number + 1]))
@@ -122,10 +122,10 @@ def test_pictures_are_read_where_both_stacks_see_as_many_columns(
     pixels = join_pixels([given for _, given in prompts]).double()
     generator, captures = Generator(model), Captures()
     generator.start(3, 64)
-    states = generator._reading.states
-    reader = PartReader(model, states, captures)
+    states = generator._sequence.cache
+    reader = ChunkGraphs(model, states, captures)
     for _ in range(2):
-        logits = read(model, states, ids, pixels, mask.bool(), None, reader).clone()
+        logits = prefill(model, states, ids, pixels, mask.bool(), None, reader).clone()
         for number, (row, given) in enumerate(prompts):
             alone = model(row, None if given is None else given.double()).logits[:, -1]
             assert distance(logits[number : number + 1], alone) < EXACT
@@ -137,14 +137,14 @@ def test_graphs_are_made_for_what_comes_often() -> None:
     generator = Generator(model)
     generator.start(1, 64)
     captures = Captures()
-    reader = PartReader(model, generator._reading.states, captures)
-    reader.read(text(1, 17), None)
+    reader = ChunkGraphs(model, generator._sequence.cache, captures)
+    reader.run(text(1, 17), None)
     assert captures.count == 0
-    reader.read(text(1, 3), None)
+    reader.run(text(1, 3), None)
     assert captures.count == 1
-    reader.read(text(1, 32 * cuda_graphs.ENOUGH), None)
+    reader.run(text(1, 32 * cuda_graphs.MIN_CAPTURE_USES), None)
     assert captures.count == 2
-    reader.read(text(1, 32 * cuda_graphs.ENOUGH + 1), None)
+    reader.run(text(1, 32 * cuda_graphs.MIN_CAPTURE_USES + 1), None)
     assert captures.count == 2
 
 
@@ -158,10 +158,10 @@ def test_without_memory_for_a_graph_parts_are_launched_one_by_one() -> None:
         asked.append(work)
         raise torch.OutOfMemoryError("no room")
 
-    reader = PartReader(model, generator._reading.states, refuse)
+    reader = ChunkGraphs(model, generator._sequence.cache, refuse)
     ids = text(1, 7)
     for _ in range(3):
-        hidden = reader.read(ids, None)
+        hidden = reader.run(ids, None)
     assert len(asked) == 1
     assert distance(model.lm_head(model.model.norm(hidden)), model(ids).logits[:, -1]) < EXACT
 
@@ -174,9 +174,9 @@ def test_only_plain_mixers_are_read_so() -> None:
         ("mmam", {"rope": True}, False, False),
         ("mmmm", {"qk_norm": True}, False, False),
     ):
-        model_plan = Generator(small_model(plan, **options))._plan
-        assert suits(model_plan) is in_parts
-        assert suits_whole(model_plan) is as_a_whole
+        model_plan = Generator(small_model(plan, **options))._packed
+        assert supports_chunk_graphs(model_plan) is in_parts
+        assert supports_prompt_graphs(model_plan) is as_a_whole
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "mmam", "amam"])
@@ -186,22 +186,22 @@ def test_with_attention_prompts_are_read_whole(plan: str, options: dict, tiles: 
     model = small_model(plan, **options).double()
     plain, wholly = Generator(model), Generator(model)
     wholly.start(2, 64)
-    mine, captures = wholly._reading.states, Captures()
-    reader = WholeReader(model, mine, captures)
+    mine, captures = wholly._sequence.cache, Captures()
+    reader = PromptGraphs(model, mine, captures)
     # Fewer than the convolution is wide, a few, a round number, many; then as one already known.
     for length in (1, 5, 8, 37, 3):
         rows = [prompt(tiles, length, seed) for seed in range(2)]
         ids = torch.cat([row for row, _ in rows])
         pixels = None if tiles == 0 else join_pixels([given for _, given in rows]).double()
         expected = plain.prefill(ids, pixels, capacity=64)
-        states = plain._reading.states
-        assert reader.takes(ids.shape[1], None)
-        assert distance(read(model, mine, ids, pixels, None, None, reader), expected) < EXACT
+        states = plain._sequence.cache
+        assert reader.accepts(ids.shape[1], None)
+        assert distance(prefill(model, mine, ids, pixels, None, None, reader), expected) < EXACT
         assert torch.equal(mine.counters, states.counters)
-        for _ in range(2 * graph_prefill.ROUNDED_TO):
+        for _ in range(2 * graph_prefill.PAD_PROMPT_TO):
             for one in (mine, states):
                 one.ids.copy_(ids[:, 0])
-                advance(one)
+                decode_step(one)
             assert distance(mine.logits, states.logits) < EXACT
     assert captures.count > 0
 
@@ -212,12 +212,12 @@ def test_a_normed_embedding_output_makes_nothing_of_padding(plan: str) -> None:
     model.config.normalize_embedding_output = True
     generator = Generator(model)
     generator.start(1, 64)
-    states = generator._reading.states
-    kind = PartReader if plan == "mmmm" else WholeReader
+    states = generator._sequence.cache
+    kind = ChunkGraphs if plan == "mmmm" else PromptGraphs
     reader = kind(model, states, Captures())
     for length in (3, 37):
         ids = text(1, length)
-        hidden = reader.read(ids, None)
+        hidden = reader.run(ids, None)
         logits = model.lm_head(model.model.norm(hidden))
         assert distance(logits, model(ids).logits[:, -1]) < EXACT
         assert all(bool(memory.isfinite().all()) for memory in states.tensors)
@@ -228,10 +228,10 @@ def test_what_is_not_read_whole() -> None:
     for options, longest in (({}, 48), (scaled, 20)):
         generator = Generator(small_model("amam", **options))
         generator.start(2, 64)
-        reader = WholeReader(generator.model, generator._reading.states, Captures())
-        assert reader.takes(longest, None)
-        assert not reader.takes(longest + 1, None)
-        assert not reader.takes(4, torch.ones(2, 4, dtype=torch.bool))
+        reader = PromptGraphs(generator.model, generator._sequence.cache, Captures())
+        assert reader.accepts(longest, None)
+        assert not reader.accepts(longest + 1, None)
+        assert not reader.accepts(4, torch.ones(2, 4, dtype=torch.bool))
 
 
 def test_scaled_angles_are_those_of_short_prompts() -> None:
@@ -239,9 +239,9 @@ def test_scaled_angles_are_those_of_short_prompts() -> None:
     model = small_model("amam", **scaled).double()
     generator = Generator(model)
     generator.start(1, 64)
-    reader = WholeReader(model, generator._reading.states, Captures())
+    reader = PromptGraphs(model, generator._sequence.cache, Captures())
     # 24 columns are more than are given the angles of short prompts, 19 tokens are not.
-    hidden = reader.read(text(1, 19), None)
+    hidden = reader.run(text(1, 19), None)
     logits = model.lm_head(model.model.norm(hidden))
     assert distance(logits, model(text(1, 19)).logits[:, -1]) < EXACT
 
@@ -264,4 +264,4 @@ def test_graphs_give_the_tokens_of_the_model(length: int, tiles: int, plan: str)
     for _ in range(3):
         found = generator.generate(ids, pixels, max_new_tokens=8, eos=())
         assert torch.equal(found, expected[:, ids.shape[1] :])
-    assert generator._shelf._readers
+    assert generator._pool._prefills

@@ -58,28 +58,28 @@ def model_on(device: str, plan: str, int8: bool = False, **options: Any) -> Any:
 
 def test_a_step_is_made_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    settled: list[bool] = []
+    inputs_ready: list[bool] = []
     for op in ("project", "mixer_step", "attention_step"):
         plain = BACKENDS[op]["triton"]
 
         def noted(*arguments: Any, op: str = op, plain: Any = plain, **options: Any) -> Any:
             used.append(op)
             if op == "mixer_step" or options.get("gate") is not None:
-                settled.append(options["settled"])
+                inputs_ready.append(options["inputs_ready"])
             return plain(*arguments, **options)
 
         monkeypatch.setitem(BACKENDS[op], "triton", noted)
     generator = Generator(model_on(DEVICE, "aamm"), graphs=False, backend="triton")
     generator.prefill(prompt(0, 5)[0].to(DEVICE))
     used.clear()
-    settled.clear()
+    inputs_ready.clear()
     generator.step(torch.tensor([[4]], device=DEVICE))
     layer = ["project", "mixer", "project", "project", "project"]
     attention, scan = (
         [name.replace("mixer", op) for name in layer] for op in ("attention_step", "mixer_step")
     )
     assert used == [*attention, *attention, *scan, *scan, "project"]
-    assert settled == [True] * 4
+    assert inputs_ready == [True] * 4
 
 
 @on_gpu
@@ -139,8 +139,8 @@ def test_a_graph_captured_on_the_way_changes_nothing(
     capacity = ids.shape[1] + new
     wide = Generator(model, graphs=True)
     expected = wide.generate(ids, **inputs, max_new_tokens=new, capacity=capacity, **options)
-    monkeypatch.setattr("mmmamba_cli.inference.generator.ROUNDED_TO", 16)
-    monkeypatch.setattr("mmmamba_cli.inference.generator.ANSWER", 2)
+    monkeypatch.setattr("mmmamba_cli.inference.generator.PAD_CAPACITY_TO", 16)
+    monkeypatch.setattr("mmmamba_cli.inference.generator.ANSWER_COLUMNS", 2)
     generator = Generator(model, graphs=True)
     for _ in range(2):
         found = generator.generate(ids, **inputs, max_new_tokens=new, **options)
@@ -153,5 +153,5 @@ def test_packing_frees_what_it_replaces() -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     Generator(model)
-    # Chooser's tables and MixerWeights.A; blocks of 512 bytes.
+    # Sampler's tables and MixerWeights.A; blocks of 512 bytes.
     assert torch.cuda.memory_allocated() < before + 64 * 512

@@ -12,7 +12,7 @@ from small import prompt, small_model
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.inference import Generator
-from mmmamba_cli.inference.sampling import Chooser, Settings
+from mmmamba_cli.inference.sampling import Sampler, Settings
 
 DRAWS = 40_000
 # Probabilities of eight tokens, of which one is never wanted.
@@ -22,17 +22,17 @@ SUPPRESSED = 7
 
 def drawn(**settings: Any) -> torch.Tensor:
     """Shares of the eight tokens among many draws."""
-    chooser = Chooser(8, torch.device("cpu"))
+    sampler = Sampler(8, torch.device("cpu"))
     chosen = Settings(**settings)
     config = SimpleNamespace(eos_token_id=None, pad_token_id=None, suppress_tokens=[SUPPRESSED, 99])
-    chooser.prepare(chosen, config)
+    sampler.configure(chosen, config)
     logits = torch.cat((WANTED.log() + 3, torch.tensor([50.0])))
     states: Any = SimpleNamespace(
         logits=logits.expand(DRAWS, 8),
         finished=torch.zeros(DRAWS, dtype=torch.bool),
         ids=torch.zeros(DRAWS, dtype=torch.long),
     )
-    chooser.choose(states, chosen.choice)
+    sampler.sample(states, chosen.mode)
     return states.ids.bincount(minlength=8) / DRAWS
 
 
@@ -114,14 +114,14 @@ def test_settings_that_mean_nothing(settings: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_one_less_than_all_is_one_less(top_k: int) -> None:
-    chooser = Chooser(3, torch.device("cpu"))
+    sampler = Sampler(3, torch.device("cpu"))
     settings = Settings(temperature=1.0, top_k=top_k)
     none = SimpleNamespace(eos_token_id=None, pad_token_id=None, suppress_tokens=None)
-    chooser.prepare(settings, none)
+    sampler.configure(settings, none)
     rows: Any = SimpleNamespace(
         logits=torch.tensor([0.3, 0.4, 0.2]).expand(4000, 3),
         finished=torch.zeros(4000, dtype=torch.bool),
         ids=torch.zeros(4000, dtype=torch.long),
     )
-    chooser.choose(rows, settings.choice)
+    sampler.sample(rows, settings.mode)
     assert sorted(rows.ids.unique().tolist()) == sorted([1, 0, 2][:top_k])

@@ -13,13 +13,12 @@ from torch import nn
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.inference import Generator, Int8Linear, pack, quantize
-from mmmamba_cli.inference.packed_model import plan_of
-from mmmamba_cli.inference.weight_packing import joined, mixer_inputs, mlp_inputs
+from mmmamba_cli.inference.packed_model import pack_model
+from mmmamba_cli.inference.weight_packing import mixer_inputs, mlp_inputs, packed_view
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.attention import Attention
 from mmmamba_cli.model.norm import RMSNorm
-from mmmamba_cli.ops.projection import dequantize
-from mmmamba_cli.ops.projection import quantize as quantized
+from mmmamba_cli.ops.projection import dequantize, quantize_rows
 
 NEW = 8
 
@@ -57,7 +56,7 @@ def test_weights_are_views_of_the_packed_ones() -> None:
     groups = [mixer_inputs(block.mixer) for block in model.model.blocks]
     groups += [mlp_inputs(block.mlp) for block in model.model.blocks]
     for layers in groups:
-        whole = joined([layer.weight for layer in layers])
+        whole = packed_view([layer.weight for layer in layers])
         assert whole is not None
         assert torch.equal(whole, torch.cat([layer.weight for layer in layers]))
         # No second copy: what is written there is read here.
@@ -67,7 +66,7 @@ def test_weights_are_views_of_the_packed_ones() -> None:
         assert whole.untyped_storage().nbytes() == whole.nbytes
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
     assert sum(storage.nbytes() for storage in storages.values()) == 4 * size
-    for layer in plan_of(model).language.layers:
+    for layer in pack_model(model).language.layers:
         names = [layer.mixer.inputs, layer.mlp_inputs]
         assert all(place.weight.data_ptr() in pointers(model).values() for place in names)
 
@@ -76,9 +75,9 @@ def test_neighbours_in_two_storages_are_not_joined() -> None:
     rows = np.arange(12.0).reshape(4, 3)
     parts = [torch.from_numpy(rows[:2]), torch.from_numpy(rows[2:])]
     assert parts[1].data_ptr() == parts[0].data_ptr() + parts[0].nbytes
-    assert joined(parts) is None
+    assert packed_view(parts) is None
     whole = torch.from_numpy(rows)
-    assert joined([whole[:2], whole[2:]]) is not None
+    assert packed_view([whole[:2], whole[2:]]) is not None
 
 
 def test_packing_twice_moves_nothing() -> None:
@@ -107,7 +106,7 @@ def test_models_that_share_weights() -> None:
     for generator, tokens in zip(made, (*expected, expected[0]), strict=True):
         assert torch.equal(generator.generate(ids, max_new_tokens=NEW), tokens)
     shared = [
-        plan_of(m).language.layers[0].mlp_inputs.weight.data_ptr() for m in (teacher, student)
+        pack_model(m).language.layers[0].mlp_inputs.weight.data_ptr() for m in (teacher, student)
     ]
     assert shared[0] == shared[1]
 
@@ -190,7 +189,7 @@ def rounded(model: Any) -> Any:
     """The weights that `quantize` reads, norms included, as the plain model's."""
     found = readers(model)
     for layer, norm in found:
-        layer.weight.copy_(dequantize(quantized(folded(layer, norm)), layer.weight.dtype))
+        layer.weight.copy_(dequantize(quantize_rows(folded(layer, norm)), layer.weight.dtype))
     for _, norm in found:
         if norm is not None:
             norm.weight.fill_(1)
@@ -263,18 +262,21 @@ def test_int8_without_norms_weights_is_the_same_model(dtype: torch.dtype) -> Non
 
 def test_a_step_over_int8_reads_no_norm() -> None:
     model = small_model("am")
-    assert plan_of(model).norm.weight is not None
+    assert pack_model(model).head.options["norm"] is not None
     quantize(model)
-    plan = plan_of(model)
-    (attention,), (scan,) = (stack.layers for stack in plan.stacks)
-    norms = [plan.norm, *(n for one in (attention, scan) for n in (one.mixer_norm, one.mlp_norm))]
-    norms.append(scan.mixer.gated_norm)
-    assert [(norm.weight, norm.dim) for norm in norms] == [(None, 32)] * 5 + [(None, 8)]
+    packed = pack_model(model)
+    (attention,), (mamba2,) = (stack.layers for stack in packed.stacks)
+    projections = [packed.head]
+    for layer in (attention, mamba2):
+        projections += [layer.mixer.inputs, layer.mlp_inputs]
+    projections.append(mamba2.mixer.output)
+    norms = [(one.options["norm"], one.options["norm_dim"]) for one in projections]
+    assert norms == [(None, 32)] * 5 + [(None, 8)]
     # One that was changed since is read.
     model.model.layers[1].mixer_norm.weight.fill_(2)
     ids, _ = prompt(0, 6)
     expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 6:]
-    assert plan_of(model).language.layers[0].mixer_norm.weight is not None
+    assert pack_model(model).language.layers[0].mixer.inputs.options["norm"] is not None
     assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW), expected)
 
 
@@ -336,8 +338,8 @@ def test_int8_groups_share_one_weight() -> None:
     model = small_model("am")
     quantize(model)
     values = [layer.values for layer in mixer_inputs(model.model.layers[1].mixer)]
-    assert joined(values) is not None
-    weight = plan_of(model).language.layers[0].mixer.inputs.weight
+    assert packed_view(values) is not None
+    weight = pack_model(model).language.layers[0].mixer.inputs.weight
     assert weight.values.data_ptr() == values[0].data_ptr()
     ids, _ = prompt(0, 6)
     expected = Generator(model).generate(ids, max_new_tokens=NEW)

@@ -74,6 +74,11 @@ def whole_mixer(
     return y, conv_state, state
 
 
+def from_ring_buffer(conv_ring: Tensor, position: int) -> Tensor:
+    """Inverse of `to_ring_buffer`: the W - 1 tokens before `position`, (B, Ch, W - 1)."""
+    return conv_ring.roll(-(position % conv_ring.shape[-1]), dims=-1)[..., 1:]
+
+
 def angles(columns: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine (columns, P), both halves the same."""
     turns = columns.double().unsqueeze(1) * 0.7 ** torch.arange(dim // 2)

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from decode_cases import Sizes, angles, attention, mixer_weights, random, rotate, whole_mixer
+from decode_cases import (
+    Sizes,
+    angles,
+    attention,
+    from_ring_buffer,
+    mixer_weights,
+    random,
+    rotate,
+    whole_mixer,
+)
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops import attention_step, causal_conv, likeliest, mixer_step
-from mmmamba_cli.ops.decode import conv_state_of, ring_of
+from mmmamba_cli.ops import attention_step, causal_conv, greedy_argmax, mixer_step
+from mmmamba_cli.ops.decode import to_ring_buffer
 
 
 def position(number: int) -> torch.Tensor:
@@ -22,15 +31,15 @@ def test_step_by_step_is_the_whole_sequence(taps, without):
     y, _, _ = whole_mixer(vkq, dt, sizes, weights)
     _, conv_state, state = whole_mixer(vkq[:, :5], dt[:, :5], sizes, weights)
     _, conv_after, state_after = whole_mixer(vkq, dt, sizes, weights)
-    ring = ring_of(conv_state, 5)
+    ring = to_ring_buffer(conv_state, 5)
     kept = ring.data_ptr(), state.data_ptr()
     for t in range(5, 11):
         given = (vkq[:, t], dt[:, t], ring, state, position(t), weights)
         # To the reference it is all the same.
-        found = mixer_step(*given, settled=t % 2 == 0)
+        found = mixer_step(*given, inputs_ready=t % 2 == 0)
         torch.testing.assert_close(found, y[:, t])
     torch.testing.assert_close(state, state_after)
-    torch.testing.assert_close(conv_state_of(ring, 11), conv_after)
+    torch.testing.assert_close(from_ring_buffer(ring, 11), conv_after)
     assert kept == (ring.data_ptr(), state.data_ptr())
 
 
@@ -39,12 +48,12 @@ def test_step_by_step_is_the_whole_sequence(taps, without):
 def test_a_ring_holds_each_token_in_its_slot(taps, length):
     inputs = torch.arange(1.0, length + 1).view(1, length, 1)
     _, conv_state = causal_conv(inputs, torch.ones(1, taps))
-    ring = ring_of(conv_state, length)
+    ring = to_ring_buffer(conv_state, length)
     assert ring.shape == (1, 1, taps)
     for t in range(max(0, length - taps + 1), length):
         assert ring[0, 0, t % taps] == t + 1
     assert ring[0, 0, length % taps] == 0
-    assert torch.equal(conv_state_of(ring, length), conv_state)
+    assert torch.equal(from_ring_buffer(ring, length), conv_state)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -134,12 +143,12 @@ def test_shapes_of_attention_that_do_not_fit_are_named(name, shape, said):
 def test_the_likeliest_token_that_is_wanted():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [5.0, 1.0, 4.0, 3.0]])
     nothing = torch.zeros(4, dtype=torch.bool)
-    assert likeliest(logits, nothing).tolist() == [1, 0]
-    assert likeliest(logits, torch.tensor([True, True, False, False])).tolist() == [2, 2]
+    assert greedy_argmax(logits, nothing).tolist() == [1, 0]
+    assert greedy_argmax(logits, torch.tensor([True, True, False, False])).tolist() == [2, 2]
 
 
 def test_the_likeliest_of_other_shapes_is_refused():
-    with pytest.raises(ValueError, match=r"likeliest: logits are \(4,\), expected \(B, V\)"):
-        likeliest(torch.zeros(4), torch.zeros(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"likeliest: unwanted is \(5,\), expected \(4,\)"):
-        likeliest(torch.zeros(2, 4), torch.zeros(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"greedy_argmax: logits are \(4,\), expected \(B, V\)"):
+        greedy_argmax(torch.zeros(4), torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"greedy_argmax: suppressed is \(5,\), expected \(4,\)"):
+        greedy_argmax(torch.zeros(2, 4), torch.zeros(5, dtype=torch.bool))

@@ -111,15 +111,15 @@ def test_steps(grids: Grids, batch: int) -> None:
     keys, values = (meta(batch, kv_heads, 640, dim) for _ in range(2))
     cos, sin = (meta(1, dim, dtype=FP32) for _ in range(2))
     decode.attention_step(q, k, v, keys, values, meta(1, dtype=torch.long), None, cos, sin)
-    assert programs_of(grids, "combine") == [batch * heads * 2]
-    decode.likeliest(meta(batch, 500), meta(500, dtype=torch.bool))
-    assert programs_of(grids, "largest_of_parts") == [batch * 32]
+    assert programs_of(grids, "merge_splits") == [batch * heads * 2]
+    decode.greedy_argmax(meta(batch, 500), meta(500, dtype=torch.bool))
+    assert programs_of(grids, "argmax_split") == [batch * 32]
     sizes = Sizes(batch=batch)
     decode.mixer_step(
         meta(batch, sizes.channels), meta(batch, sizes.heads),
         meta(batch, sizes.channels, sizes.taps),
         meta(batch, sizes.heads, sizes.P, sizes.N, dtype=FP32), meta(1, dtype=torch.long),
-        mixer_weights(sizes, BF16), settled=False,
+        mixer_weights(sizes, BF16), inputs_ready=False,
     )  # fmt: skip
     require_launchable(grids)
 

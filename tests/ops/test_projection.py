@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops import gated_rms_norm, project, projection
-from mmmamba_cli.ops.projection import dequantize, quantize
+from mmmamba_cli.ops.projection import dequantize, quantize_rows
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -37,7 +37,7 @@ def test_heads_are_normed_and_gated_each():
 
 def test_a_norm_without_weights_is_one_of_ones():
     x, weight, gate = normal(2, 12), normal(7, 12), normal(2, 12, seed=1)
-    for dim, options in ((12, {}), (4, {"gate": gate}), (12, {"gate": gate, "settled": True})):
+    for dim, options in ((12, {}), (4, {"gate": gate}), (12, {"gate": gate, "inputs_ready": True})):
         wanted = project(x, weight, norm=torch.ones(dim, dtype=FP64), eps=0.1, **options)
         found = project(x, weight, norm_dim=dim, eps=0.1, **options)
         torch.testing.assert_close(found, wanted)
@@ -82,7 +82,7 @@ def test_half_precision_rounds_as_the_modules_do():
 def test_int8_is_at_most_half_a_step_away(dtype):
     weight = normal(9, 40, dtype=dtype)
     weight[3] = 0
-    small = quantize(weight)
+    small = quantize_rows(weight)
     assert small.values.dtype == torch.int8
     assert small.scales.dtype == FP32
     assert small.shape == (9, 40)
@@ -93,7 +93,7 @@ def test_int8_is_at_most_half_a_step_away(dtype):
 
 
 def test_int8_weights_multiply_as_what_they_stand_for():
-    x, small = normal(2, 40, dtype=FP32), quantize(normal(9, 40, dtype=FP32))
+    x, small = normal(2, 40, dtype=FP32), quantize_rows(normal(9, 40, dtype=FP32))
     wanted = x.double() @ (small.values.double() * small.scales.double().unsqueeze(1)).T
     torch.testing.assert_close(project(x, small).double(), wanted, rtol=1e-5, atol=1e-5)
     assert dequantize(small, BF16).dtype == BF16

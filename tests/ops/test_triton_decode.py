@@ -15,7 +15,7 @@ from triton_device import (
 )
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops import attention_step, likeliest, mixer_step
+from mmmamba_cli.ops import attention_step, greedy_argmax, mixer_step
 from mmmamba_cli.ops.decode import MixerWeights, fused
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -42,7 +42,7 @@ def check_mixer(
     *,
     tokens: int = 1,
     without: str = "",
-    settled: bool = False,
+    inputs_ready: bool = False,
 ) -> None:
     normal, tolerance = random(0, dtype), TOLERANCE[dtype]
     weights = mixer_weights(sizes, dtype, without=without)
@@ -57,10 +57,10 @@ def check_mixer(
         given = (vkq.double(), dt.double(), ring, state, torch.tensor([t]))
         wanted = mixer_step(*given, moved(weights, torch.float64), backend="reference")
         here, at = moved(weights), torch.tensor([t], device=DEVICE)
-        # The last that is made, as `settled` wants it.
+        # The last that is made, as `inputs_ready` wants it.
         vkq, dt, _ = side_by_side(vkq, dt, torch.full_like(vkq, torch.nan))
         found = mixer_step(
-            vkq, dt, ring_here, state_here, at, here, settled=settled, backend="triton"
+            vkq, dt, ring_here, state_here, at, here, inputs_ready=inputs_ready, backend="triton"
         )
         assert found.dtype == dtype
         assert relative_error(found.cpu(), wanted) < tolerance, t
@@ -78,8 +78,8 @@ def test_mixer_steps_equal_the_reference(taps, without, dtype):
 @dtypes
 @pytest.mark.parametrize("without", ["", "conv_bias"])
 def test_settled_mixer_steps_equal_the_reference(without, dtype):
-    check_mixer(Sizes(), dtype, tokens=5, without=without, settled=True)
-    check_mixer(Sizes(batch=5, kv_heads=3, share=1, P=40, N=3, taps=1), dtype, settled=True)
+    check_mixer(Sizes(), dtype, tokens=5, without=without, inputs_ready=True)
+    check_mixer(Sizes(batch=5, kv_heads=3, share=1, P=40, N=3, taps=1), dtype, inputs_ready=True)
 
 
 def one_program(normal) -> tuple[list[Tensor], MixerWeights]:
@@ -91,8 +91,8 @@ def one_program(normal) -> tuple[list[Tensor], MixerWeights]:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter stops where a kernel waits")
-@pytest.mark.parametrize("settled", [False, True])
-def test_what_is_read_before_the_launch_before_has_ended(monkeypatch, settled):
+@pytest.mark.parametrize("inputs_ready", [False, True])
+def test_what_is_read_before_the_launch_before_has_ended(monkeypatch, inputs_ready):
     given, weights = one_program(random(0, FP32))
     wanted, given = [t.clone() for t in given], [t.clone() for t in given]
     y = mixer_step(*wanted, weights, backend="reference")
@@ -106,13 +106,13 @@ def test_what_is_read_before_the_launch_before_has_ended(monkeypatch, settled):
     def ended(overlap: object) -> None:
         for tensor, value in zip(given, right, strict=True):
             tensor.copy_(value)
-        if settled:
+        if inputs_ready:
             # Whoever reads them now reads them too late.
             spoil(states)
 
-    spoil(made if settled else given)
+    spoil(made if inputs_ready else given)
     monkeypatch.setattr(fused.kernels, "wait_for_inputs", ended)
-    found = mixer_step(*given, weights, settled=settled, backend="triton")
+    found = mixer_step(*given, weights, inputs_ready=inputs_ready, backend="triton")
     torch.testing.assert_close(found, y)
     torch.testing.assert_close(given[3], wanted[3])
     slot = 6 % right[2].shape[-1]
@@ -130,14 +130,14 @@ def test_a_copied_weight_is_not_settled(monkeypatch):
     class Watched:
         def __getitem__(self, grid):
             def run(*arguments, **options):
-                taken.append(options["SETTLED"])
+                taken.append(options["INPUTS_READY"])
                 return launch[grid](*arguments, **options)
 
             return run
 
     monkeypatch.setattr(fused.kernels, "mixer_step", Watched())
     for chosen in (weights, turned):
-        mixer_step(*given, chosen, settled=True, backend="triton")
+        mixer_step(*given, chosen, inputs_ready=True, backend="triton")
     assert taken == [True, False]
 
 
@@ -152,7 +152,7 @@ def test_a_copied_weight_is_not_settled(monkeypatch):
     ],
 )
 def test_mixers_of_any_size(monkeypatch, sizes, dtype):
-    monkeypatch.setattr(fused, "VALUES_OF_MANY", 8)
+    monkeypatch.setattr(fused, "LARGE_BATCH_BLOCK_P", 8)
     check_mixer(sizes, dtype, tokens=2)
 
 
@@ -220,15 +220,15 @@ def check_attention(
 @dtypes
 @pytest.mark.parametrize("programs", [1, 8, 264])
 def test_attention_equals_the_reference(monkeypatch, programs, dtype):
-    monkeypatch.setattr(fused, "PROGRAMS", programs)
-    monkeypatch.setattr(fused, "COLUMNS", {2: 16, 4: 16})
+    monkeypatch.setattr(fused, "ATTENTION_PROGRAMS", programs)
+    monkeypatch.setattr(fused, "ATTENTION_BLOCK_S", {2: 16, 4: 16})
     check_attention(dtype, columns=(0, 1, 16, 17, 33, 49))
 
 
 @dtypes
 @pytest.mark.parametrize("batch", [1, 3])
 def test_rows_begin_where_their_padding_ends(monkeypatch, batch, dtype):
-    monkeypatch.setattr(fused, "COLUMNS", {2: 16, 4: 16})
+    monkeypatch.setattr(fused, "ATTENTION_BLOCK_S", {2: 16, 4: 16})
     starts = (30, 0, 7)[:batch]
     check_attention(dtype, batch=batch, starts=starts, columns=(30, 31, 49))
 
@@ -273,20 +273,20 @@ def test_a_cache_that_lies_the_wrong_way_is_refused():
 def test_the_likeliest_of_any_number(batch, size, dtype):
     # Whole numbers up to 200 are exact in bf16; many are equal, and the first of them is taken.
     logits = (random(0, FP32)(batch, size) * 100).round().clamp(-200, 200).to(dtype)
-    unwanted = torch.zeros(size, dtype=torch.bool)
+    suppressed = torch.zeros(size, dtype=torch.bool)
     for _ in range(3):
-        wanted = logits.double().masked_fill(unwanted, -torch.inf)
+        wanted = logits.double().masked_fill(suppressed, -torch.inf)
         first = (wanted == wanted.amax(-1, keepdim=True)).int().argmax(-1)
         wide = torch.full((batch, size + 7), torch.nan, dtype=dtype)
         wide[:, :size] = logits
-        found = likeliest(wide.to(DEVICE)[:, :size], unwanted.to(DEVICE), backend="triton")
+        found = greedy_argmax(wide.to(DEVICE)[:, :size], suppressed.to(DEVICE), backend="triton")
         assert torch.equal(found.cpu(), first)
-        unwanted[first[: size - 1]] = True
+        suppressed[first[: size - 1]] = True
 
 
 def test_where_nothing_is_wanted_it_is_an_id_still():
-    logits, unwanted = torch.zeros(2, 70, device=DEVICE), torch.ones(70, dtype=torch.bool)
-    found = likeliest(logits, unwanted.to(DEVICE), backend="triton")
+    logits, suppressed = torch.zeros(2, 70, device=DEVICE), torch.ones(70, dtype=torch.bool)
+    found = greedy_argmax(logits, suppressed.to(DEVICE), backend="triton")
     assert all(0 <= token < 70 for token in found.tolist())
 
 
@@ -311,6 +311,6 @@ def test_more_rows_of_heads_than_the_second_axis_of_a_launch():
     found = attention_step(*(t.clone() for t in given), position, None, cos, sin, backend="triton")
     assert relative_error(found.cpu(), wanted.cpu()) < TOLERANCE[BF16]
     logits = normal(70_000, 40).to(DEVICE)
-    unwanted = torch.zeros(40, dtype=torch.bool, device=DEVICE)
-    best = likeliest(logits, unwanted, backend="triton")
+    suppressed = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    best = greedy_argmax(logits, suppressed, backend="triton")
     assert torch.equal(logits.gather(1, best[:, None])[:, 0], logits.amax(1))

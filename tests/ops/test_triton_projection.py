@@ -18,7 +18,7 @@ from triton_device import (
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops import project
-from mmmamba_cli.ops.projection import Int8Weight, fused, quantize
+from mmmamba_cli.ops.projection import Int8Weight, fused, quantize_rows
 from mmmamba_cli.ops.projection.fused import Tile
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def tiled(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
-    monkeypatch.setattr(fused, "COMMON", fused.COMMON._replace(**changes))
+    monkeypatch.setattr(fused, "DEFAULT_TILE", fused.DEFAULT_TILE._replace(**changes))
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any, dict[str, Any]], None]) -> None:
@@ -106,7 +106,7 @@ def test_products_of_any_size(monkeypatch, batch, rows, dim, dtype):
 @pytest.mark.parametrize("dim", [50, 64, 200])
 def test_norms_see_the_whole_row(monkeypatch, dim, dtype):
     tiled(monkeypatch, inputs=64)
-    monkeypatch.setattr(fused, "LEAST_INPUTS", 32)
+    monkeypatch.setattr(fused, "MIN_TILE_INPUTS", 32)
     norm = normal(dim, seed=1)
     check(normal(3, dim).to(dtype), normal(9, dim).to(dtype), norm=norm, eps=0.1)
 
@@ -115,7 +115,7 @@ def test_norms_see_the_whole_row(monkeypatch, dim, dtype):
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 16), (5, 32)])
 def test_heads_are_gated(monkeypatch, heads, head_dim, dtype):
     tiled(monkeypatch, inputs=128)
-    monkeypatch.setattr(fused, "LEAST_INPUTS", 16)
+    monkeypatch.setattr(fused, "MIN_TILE_INPUTS", 16)
     dim = heads * head_dim
     gate, norm = normal(2, dim, seed=1).to(dtype), normal(head_dim, seed=2)
     residual = normal(2, 9).to(dtype)
@@ -127,27 +127,27 @@ def test_heads_are_gated(monkeypatch, heads, head_dim, dtype):
 @dtypes
 @pytest.mark.parametrize("steps", [1, 2])
 def test_settled_gates_are_gates(monkeypatch, steps, dtype):
-    monkeypatch.setattr(fused, "LEAST_INPUTS", 128 // steps)
-    settled = []
-    watch(monkeypatch, lambda grid, options: settled.append(options["SETTLED"]))
+    monkeypatch.setattr(fused, "MIN_TILE_INPUTS", 128 // steps)
+    inputs_ready = []
+    watch(monkeypatch, lambda grid, options: inputs_ready.append(options["INPUTS_READY"]))
     gate, norm = normal(2, 80, seed=1).to(dtype), normal(16, seed=2)
     x, weight = normal(2, 80).to(dtype), normal(9, 80).to(dtype)
-    check(x, weight, norm=norm, eps=1e-5, gate=gate, settled=True)
-    check(x, weight, norm_dim=16, eps=1e-5, gate=gate, settled=True)
-    check(x, weight, norm=norm[:1], eps=0.1, gate=gate, settled=True)
-    assert settled == [steps == 1] * 3
+    check(x, weight, norm=norm, eps=1e-5, gate=gate, inputs_ready=True)
+    check(x, weight, norm_dim=16, eps=1e-5, gate=gate, inputs_ready=True)
+    check(x, weight, norm=norm[:1], eps=0.1, gate=gate, inputs_ready=True)
+    assert inputs_ready == [steps == 1] * 3
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter stops where a kernel waits")
-@pytest.mark.parametrize(("inputs", "settled"), [(128, False), (128, True), (32, True)])
+@pytest.mark.parametrize(("inputs", "inputs_ready"), [(128, False), (128, True), (32, True)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_when_a_gate_is_read(monkeypatch, inputs, settled, weighted):
+def test_when_a_gate_is_read(monkeypatch, inputs, inputs_ready, weighted):
     tiled(monkeypatch, rows=8, inputs=4 * inputs)
     x, weight, gate, norm = normal(1, 64), normal(8, 64), normal(1, 64, seed=1), normal(16)
     options = {"norm": norm} if weighted else {"norm_dim": 16}
     wanted = project(x, weight, gate=gate, **options, eps=0.1)
     right = [x.clone(), gate.clone()]
-    early = settled and inputs >= 64
+    early = inputs_ready and inputs >= 64
 
     def ended(overlap: object) -> None:
         x.copy_(right[0])
@@ -159,7 +159,9 @@ def test_when_a_gate_is_read(monkeypatch, inputs, settled, weighted):
     for tensor in (x,) if early else (x, gate):
         tensor.fill_(torch.nan)
     monkeypatch.setattr(fused.kernels, "wait_for_inputs", ended)
-    found = project(x, weight, gate=gate, **options, eps=0.1, settled=settled, backend="triton")
+    found = project(
+        x, weight, gate=gate, **options, eps=0.1, inputs_ready=inputs_ready, backend="triton"
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -167,10 +169,10 @@ def test_when_a_gate_is_read(monkeypatch, inputs, settled, weighted):
 @pytest.mark.parametrize("dim", [48, 64, 200])
 def test_norms_without_weights(monkeypatch, dim, dtype):
     tiled(monkeypatch, inputs=64)
-    monkeypatch.setattr(fused, "LEAST_INPUTS", 32)
+    monkeypatch.setattr(fused, "MIN_TILE_INPUTS", 32)
     x, weight = normal(3, dim).to(dtype), normal(10, dim).to(dtype)
     check(x, weight, norm_dim=dim, eps=0.1)
-    check(x, quantize(normal(10, dim)), norm_dim=dim, eps=0.1, swiglu=True)
+    check(x, quantize_rows(normal(10, dim)), norm_dim=dim, eps=0.1, swiglu=True)
     gate = normal(3, dim, seed=1).to(dtype)
     check(x, weight, norm_dim=8, eps=1e-5, gate=gate)
     check(x, weight, norm_dim=8, eps=0.0, gate=gate, residual=normal(3, 10).to(dtype))
@@ -194,14 +196,14 @@ def test_swiglu_takes_both_halves(half, dtype):
 @pytest.mark.parametrize("dim", [64, 70, 136])
 def test_int8_weights(monkeypatch, dim, dtype):
     tiled(monkeypatch, inputs=64)
-    x, weight = normal(2, dim).to(dtype), quantize(normal(10, dim))
+    x, weight = normal(2, dim).to(dtype), quantize_rows(normal(10, dim))
     check(x, weight)
     check(x, weight, swiglu=True, norm=normal(dim), eps=1e-5, bias=normal(10).to(dtype))
 
 
 def test_fp16_and_rows_that_begin_anywhere():
     check(normal(2, 40).half(), normal(6, 40).half(), tolerance=2e-3)
-    small = quantize(normal(8, 40))
+    small = quantize_rows(normal(8, 40))
     values = torch.zeros(8 * 40 + 3, dtype=torch.int8)[3:].view(8, 40).copy_(small.values)
     check(normal(2, 40), Int8Weight(values, small.scales))
 
@@ -221,9 +223,9 @@ def test_many_tokens_on_tensor_cores(batch, dtype):
     check(x, weight, swiglu=True, residual=residual[:, :13], **many)
     gate = normal(batch, dim, seed=1).to(dtype)
     check(x, weight, norm=normal(24, seed=2), eps=1e-5, gate=gate, residual=residual, **many)
-    check(x, weight, norm_dim=24, eps=1e-5, gate=gate, settled=True, residual=residual, **many)
-    check(x, quantize(normal(rows, dim)), norm=norm, eps=0.1, swiglu=True, **many)
-    check(x, quantize(normal(rows, dim)), norm_dim=dim, eps=0.1, swiglu=True, **many)
+    check(x, weight, norm_dim=24, eps=1e-5, gate=gate, inputs_ready=True, residual=residual, **many)
+    check(x, quantize_rows(normal(rows, dim)), norm=norm, eps=0.1, swiglu=True, **many)
+    check(x, quantize_rows(normal(rows, dim)), norm_dim=dim, eps=0.1, swiglu=True, **many)
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1025])
@@ -248,14 +250,14 @@ def test_tiles_of_the_table_are_taken_by_shape_and_bytes(monkeypatch):
         lambda grid, options: taken.append((grid[0], options["BLOCK_R"], options["BLOCK_K"])),
     )
     check(normal(1, 64), normal(6, 64))
-    check(normal(1, 64), quantize(normal(6, 64)))
-    check(normal(1, 64), quantize(normal(6, 64)), swiglu=True)
+    check(normal(1, 64), quantize_rows(normal(6, 64)))
+    check(normal(1, 64), quantize_rows(normal(6, 64)), swiglu=True)
     assert taken == [(3, 2, 32), (6, 1, 64), (3, 2, 64)]
 
 
 def test_a_copied_gate_is_not_settled(monkeypatch):
     taken = []
-    watch(monkeypatch, lambda grid, options: taken.append(options["SETTLED"]))
+    watch(monkeypatch, lambda grid, options: taken.append(options["INPUTS_READY"]))
     x, weight, gate = (t.to(DEVICE) for t in (normal(1, 64), normal(6, 64), normal(1, 64, seed=1)))
     norm = normal(32, seed=2).to(DEVICE)[::2]
     turned = torch.stack((gate, gate), -1)[..., 0]
@@ -266,7 +268,7 @@ def test_a_copied_gate_is_not_settled(monkeypatch):
         {"norm": norm, "gate": gate},
         {"norm_dim": 64},
     ):
-        project(x, weight, eps=0.1, settled=True, **options, backend="triton")
+        project(x, weight, eps=0.1, inputs_ready=True, **options, backend="triton")
     assert taken == [True, False, True, False, False]
 
 
@@ -304,8 +306,8 @@ def test_auto_takes_kernels_by_rows_and_without_gradients():
     for rows, given, wanted in (
         (2, weight, "triton"),
         (3, weight, "products"),
-        (8, quantize(weight), "triton"),
-        (9, quantize(weight), "products"),
+        (8, quantize_rows(weight), "triton"),
+        (9, quantize_rows(weight), "products"),
     ):
         norm = torch.rand(64, device="cuda")
         found = project(x[:rows], given, norm=norm, eps=1e-5)

@@ -75,9 +75,9 @@ class Forgetful(FastDecoder):
     def prefill(self, ids: Tensor, chunk: int | None = None) -> Tensor:
         logits = super().prefill(ids, chunk)
         if ids.shape[1] > 100:
-            reading = self.generator._reading
-            assert reading is not None
-            for tensor in reading.states.tensors:
+            sequence = self.generator._sequence
+            assert sequence is not None
+            for tensor in sequence.cache.tensors:
                 tensor.zero_()
         return logits
 
@@ -97,14 +97,14 @@ def test_filled_it_goes_on_as_a_static_cache_does(plan: str) -> None:
     rng = torch.Generator().manual_seed(0)
     decoder.start(3, 40)
     decoder.fill_random(3, 30, rng)
-    reading = decoder.generator._reading
-    assert reading is not None
-    assert reading.seen == 30
+    sequence = decoder.generator._sequence
+    assert sequence is not None
+    assert sequence.length == 30
     last = decoder.decode(10)
     assert last.shape == (3, 1)
     # Ten different rows of random contents end in tokens, and none is cut short by an end.
-    assert reading.seen == 40
-    assert not reading.states.finished.any()
+    assert sequence.length == 40
+    assert not sequence.cache.finished.any()
     assert decoder.cache_bytes > 0
     if "a" in plan:
         with pytest.raises(DataError, match="room for 40 columns"):
@@ -122,14 +122,14 @@ def test_tokens_are_the_likeliest_each_after_the_one_before() -> None:
     chosen = torch.cat([decoder.decode(1).clone() for _ in range(4)], dim=1)
     decoder.start(2, 40)
     decoder.fill_random(2, 30, rng)
-    states = decoder.generator._reading.states  # type: ignore[union-attr]
-    unwanted = decoder.model.generation_config.suppress_tokens
+    cache = decoder.generator._sequence.cache  # type: ignore[union-attr]
+    suppressed = decoder.model.generation_config.suppress_tokens
     for column in range(4):
-        decoder.generator._reading.step()  # type: ignore[union-attr]
-        logits = states.logits.clone()
-        logits[:, unwanted] = float("-inf")
-        assert torch.equal(logits.argmax(-1), states.ids)
-        assert torch.equal(states.ids, chosen[:, column])
+        decoder.generator._sequence.step()  # type: ignore[union-attr]
+        logits = cache.logits.clone()
+        logits[:, suppressed] = float("-inf")
+        assert torch.equal(logits.argmax(-1), cache.ids)
+        assert torch.equal(cache.ids, chosen[:, column])
 
 
 def test_weights_of_two_decoders_of_one_model_are_held_once() -> None:

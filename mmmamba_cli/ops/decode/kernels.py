@@ -1,4 +1,4 @@
-"""Triton kernels of one decoding step of a mixer; `fused.py` launches them.
+"""Triton kernels of one decoding step of a mixer and of argmax; `fused.py` launches them.
 
 Legend: B batch, H query heads, K key/value heads, P value dim, N state dim, Ch channels, W taps.
 """
@@ -11,19 +11,16 @@ from mmmamba_cli.ops.triton_utils import call_next, wait_for_inputs
 
 
 @triton.jit
-def remembered(
+def conv_history(
     ring_ptr, weight_ptr, bias_ptr, ch, keep, position, W: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
-    """What bias and the tokens before bring to the convolution at some channels, fp32.
-
-    And the token's own weight there.
-    """
+    """Bias and previous tokens in the convolution at channels `ch`, and the newest tap; fp32."""
     own = tl.load(weight_ptr + ch * W + W - 1, mask=keep, other=0.0).to(tl.float32)
     y = tl.zeros_like(own)
     if HAS_BIAS:
         y += tl.load(bias_ptr + ch, mask=keep, other=0.0).to(tl.float32)
     for past in tl.static_range(W - 1):
-        # The slot after the token's own is the oldest.
+        # The slot after the token's own holds the oldest input.
         old = tl.load(ring_ptr + ch * W + (position + 1 + past) % W, mask=keep, other=0.0)
         weight = tl.load(weight_ptr + ch * W + past, mask=keep, other=0.0)
         y += old.to(tl.float32) * weight.to(tl.float32)
@@ -31,11 +28,11 @@ def remembered(
 
 
 @triton.jit
-def convolved(x_ptr, ring_ptr, before, own, ch, keep, writes, position, W: tl.constexpr):
-    """SiLU of the convolution, what is `remembered` and the token, rounded to the input's dtype.
+def conv_silu_step(x_ptr, ring_ptr, before, own, ch, keep, writes, position, W: tl.constexpr):
+    """SiLU of the convolution (`conv_history` plus the token), rounded to the input's dtype.
 
-    Fills the token's slot. Heads that share keys and values compute them again each; `writes` says
-    who stores them. Nobody reads the slot that is written.
+    Stores the token into its slot, which no program reads, where `writes` is set: heads that share
+    keys and values each compute them, but only one stores them.
     """
     x = tl.load(x_ptr + ch, mask=keep, other=0.0)
     y = before + x.to(tl.float32) * own
@@ -49,41 +46,41 @@ def mixer_step(
     x_ptr, dt_ptr, ring_ptr, state_ptr, position_ptr, out_ptr,
     weight_ptr, bias_ptr, A_ptr, dt_bias_ptr, D_ptr,
     heads, channels, x_b, dt_b,
-    SHARE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_D: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, INPUTS_READY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some values of one head of one row: their part of the state is read once, written once.
+    """BLOCK_P values of one head of one row; their part of the state is read and written once.
 
-    SETTLED: all but x and dt was there before the launch before began, and is read while that one
-    still runs. Nothing is written until it has ended.
+    INPUTS_READY: everything but x and dt was written before the previous launch began, and is read
+    while that launch runs. Nothing is written until it has ended.
     """
     part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    shared, kv_heads = head // SHARE, heads // SHARE
+    shared, kv_heads = head // GROUP, heads // GROUP
     p, n = part * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    of_p, of_n = p < P, n < N
+    mask_p, mask_n = p < P, n < N
     state_at = state_ptr + (row * heads + head) * P * N + p[:, None] * N + n[None, :]
-    keep = of_p[:, None] & of_n[None, :]
+    keep = mask_p[:, None] & mask_n[None, :]
     x_ptr += row * x_b
     ring_ptr += row * channels * W
-    if not SETTLED:
+    if not INPUTS_READY:
         wait_for_inputs(OVERLAP)
-    # Asked for first: it takes the longest.
+    # The largest load comes first, to hide its latency.
     state = tl.load(state_at, mask=keep, other=0.0)
     position = (tl.load(position_ptr) % W).to(tl.int32)
-    of_v, of_k = shared * P + p, kv_heads * P + shared * N + n
-    of_q = kv_heads * (P + N) + head * N + n
-    v, own_v = remembered(ring_ptr, weight_ptr, bias_ptr, of_v, of_p, position, W, HAS_BIAS)
-    k, own_k = remembered(ring_ptr, weight_ptr, bias_ptr, of_k, of_n, position, W, HAS_BIAS)
-    q, own_q = remembered(ring_ptr, weight_ptr, bias_ptr, of_q, of_n, position, W, HAS_BIAS)
+    ch_v, ch_k = shared * P + p, kv_heads * P + shared * N + n
+    ch_q = kv_heads * (P + N) + head * N + n
+    v, w_v = conv_history(ring_ptr, weight_ptr, bias_ptr, ch_v, mask_p, position, W, HAS_BIAS)
+    k, w_k = conv_history(ring_ptr, weight_ptr, bias_ptr, ch_k, mask_n, position, W, HAS_BIAS)
+    q, w_q = conv_history(ring_ptr, weight_ptr, bias_ptr, ch_q, mask_n, position, W, HAS_BIAS)
     rate = tl.load(A_ptr + head).to(tl.float32)
-    if SETTLED:
+    if INPUTS_READY:
         wait_for_inputs(OVERLAP)
     call_next(OVERLAP)
-    for_all, first = head % SHARE == 0, part == 0
-    v = convolved(x_ptr, ring_ptr, v, own_v, of_v, of_p, for_all, position, W)
-    k = convolved(x_ptr, ring_ptr, k, own_k, of_k, of_n, for_all & first, position, W)
-    q = convolved(x_ptr, ring_ptr, q, own_q, of_q, of_n, first, position, W)
+    for_all, first = head % GROUP == 0, part == 0
+    v = conv_silu_step(x_ptr, ring_ptr, v, w_v, ch_v, mask_p, for_all, position, W)
+    k = conv_silu_step(x_ptr, ring_ptr, k, w_k, ch_k, mask_n, for_all & first, position, W)
+    q = conv_silu_step(x_ptr, ring_ptr, q, w_q, ch_q, mask_n, first, position, W)
     step = tl.load(dt_ptr + row * dt_b + head).to(tl.float32)
     if HAS_DT_BIAS:
         step += tl.load(dt_bias_ptr + head).to(tl.float32)
@@ -95,12 +92,12 @@ def mixer_step(
     if HAS_D:
         y += tl.load(D_ptr + head).to(tl.float32) * v
     out = out_ptr + (row * heads + head) * P + p
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=of_p)
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask_p)
 
 
 @triton.jit
-def rotated(x_ptr, cos_ptr, sin_ptr, p, keep, P: tl.constexpr):
-    """Numbers p of a vector of P, turned by their angles, fp32: the halves against each other."""
+def apply_rope(x_ptr, cos_ptr, sin_ptr, p, keep, P: tl.constexpr):
+    """Elements p of a vector of P after RoPE with rotated halves, fp32."""
     HALF: tl.constexpr = P // 2
     second = p >= HALF
     x = tl.load(x_ptr + p, mask=keep, other=0.0).to(tl.float32)
@@ -112,24 +109,24 @@ def rotated(x_ptr, cos_ptr, sin_ptr, p, keep, P: tl.constexpr):
 
 
 @triton.jit
-def attend(
+def attention_split(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, position_ptr, starts_ptr, cos_ptr, sin_ptr,
     part_ptr, top_ptr, sum_ptr,
     q_b, k_b, v_b, keys_b, keys_h, keys_s, values_b, values_h, values_s, angle_b, scale,
-    SHARE: tl.constexpr, P: tl.constexpr, HAS_STARTS: tl.constexpr, DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, P: tl.constexpr, HAS_STARTS: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The query heads of one key/value head over one share of the columns before the token.
+    """The query heads of one key/value head over one split of the columns before the token.
 
-    The token's own column goes from registers into the first share's sums, and into the cache:
-    nobody reads it there. `part` (B, H, shares, P) are the sums of weighted values, `sum` those of
-    weights (B, H, shares), both times 2 ** -top.
+    The first split adds the token's own column from registers and stores it into the cache, where
+    no program reads it. Per split: `part` (B, H, splits, P) is the sum of weighted values and `sum`
+    (B, H, splits) that of weights, both scaled by 2 ** -top, with `top` the largest score.
     """
-    share, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    shares, kv_heads = tl.num_programs(0), tl.num_programs(1)
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
     g, p, s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
-    of_g, of_p = g < SHARE, p < P
-    keep = of_g[:, None] & of_p[None, :]
+    mask_g, mask_p = g < GROUP, p < P
+    keep = mask_g[:, None] & mask_p[None, :]
     cos_ptr += row * angle_b
     sin_ptr += row * angle_b
     keys_ptr += row * keys_b + head.to(tl.int64) * keys_h
@@ -138,18 +135,18 @@ def attend(
     call_next(OVERLAP)
     position = tl.load(position_ptr).to(tl.int32)
     start = tl.load(starts_ptr + row).to(tl.int32) if HAS_STARTS else position * 0
-    q = rotated(
-        q_ptr + row * q_b + (head * SHARE + g)[:, None] * P, cos_ptr, sin_ptr, p[None, :], keep, P
+    q = apply_rope(
+        q_ptr + row * q_b + (head * GROUP + g)[:, None] * P, cos_ptr, sin_ptr, p[None, :], keep, P
     )
     q = q.to(DTYPE)
-    k = rotated(k_ptr + row * k_b + head * P, cos_ptr, sin_ptr, p, of_p, P)
+    k = apply_rope(k_ptr + row * k_b + head * P, cos_ptr, sin_ptr, p, mask_p, P)
     k = k.to(keys_ptr.dtype.element_ty)
-    v = tl.load(v_ptr + row * v_b + head * P + p, mask=of_p, other=0.0)
+    v = tl.load(v_ptr + row * v_b + head * P + p, mask=mask_p, other=0.0)
     v = v.to(values_ptr.dtype.element_ty)
-    first = share == 0
+    first = split == 0
     own = position.to(tl.int64)
-    tl.store(keys_ptr + own * keys_s + p, k, mask=of_p & first)
-    tl.store(values_ptr + own * values_s + p, v, mask=of_p & first)
+    tl.store(keys_ptr + own * keys_s + p, k, mask=mask_p & first)
+    tl.store(values_ptr + own * values_s + p, v, mask=mask_p & first)
 
     score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
     top = tl.where(first, score, -float("inf"))
@@ -157,14 +154,14 @@ def attend(
     sums = tl.where(first, v.to(tl.float32)[None, :], 0.0) + tl.zeros(
         (BLOCK_G, BLOCK_P), tl.float32
     )
-    tiles = tl.cdiv(tl.cdiv(position - start, BLOCK_S), shares)
-    low = start + share * tiles * BLOCK_S
+    tiles = tl.cdiv(tl.cdiv(position - start, BLOCK_S), splits)
+    low = start + split * tiles * BLOCK_S
     high = tl.minimum(low + tiles * BLOCK_S, position)
     for column in range(low, high, BLOCK_S):
         c = column + s
         at = c.to(tl.int64)
         inside = c < high
-        mask = inside[:, None] & of_p[None, :]
+        mask = inside[:, None] & mask_p[None, :]
         keys = tl.load(keys_ptr + at[:, None] * keys_s + p[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(keys).to(DTYPE), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, -float("inf"))
@@ -176,73 +173,73 @@ def attend(
         product = tl.dot(weights.to(DTYPE), values.to(DTYPE), input_precision="ieee")
         sums = sums * shrink[:, None] + product
         top = higher
-    at = ((row * kv_heads + head) * SHARE + g) * shares + share
-    tl.store(top_ptr + at, top, mask=of_g)
-    tl.store(sum_ptr + at, total, mask=of_g)
+    at = ((row * kv_heads + head) * GROUP + g) * splits + split
+    tl.store(top_ptr + at, top, mask=mask_g)
+    tl.store(sum_ptr + at, total, mask=mask_g)
     tl.store(part_ptr + at[:, None] * P + p[None, :], sums, mask=keep)
 
 
 @triton.jit
-def combine(
-    part_ptr, top_ptr, sum_ptr, out_ptr, shares,
+def merge_splits(
+    part_ptr, top_ptr, sum_ptr, out_ptr, splits,
     P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some numbers of one head's read-out from the shares of `attend`."""
+    """Merge the splits of `attention_split` into BLOCK_P elements of one head's output."""
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     head = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    of_c, of_p = c < shares, p < P
+    mask_c, mask_p = c < splits, p < P
     wait_for_inputs(OVERLAP)
     call_next(OVERLAP)
-    at = head * shares + c
-    top = tl.load(top_ptr + at, mask=of_c, other=-float("inf"))
-    total = tl.load(sum_ptr + at, mask=of_c, other=0.0)
-    keep = of_c[:, None] & of_p[None, :]
+    at = head * splits + c
+    top = tl.load(top_ptr + at, mask=mask_c, other=-float("inf"))
+    total = tl.load(sum_ptr + at, mask=mask_c, other=0.0)
+    keep = mask_c[:, None] & mask_p[None, :]
     sums = tl.load(part_ptr + at[:, None] * P + p[None, :], mask=keep, other=0.0)
-    # The first share is never empty, so that the highest is finite.
+    # The first split is never empty, so the maximum is finite.
     weights = tl.exp2(top - tl.max(top, axis=0))
     y = tl.sum(sums * weights[:, None], axis=0) / tl.sum(total * weights, axis=0)
-    tl.store(out_ptr + head * P + p, y.to(out_ptr.dtype.element_ty), mask=of_p)
+    tl.store(out_ptr + head * P + p, y.to(out_ptr.dtype.element_ty), mask=mask_p)
 
 
 @triton.jit
-def largest(value, index, best, at):
-    """The larger of two, and of equal ones that with the smaller index."""
+def argmax_pair(value, index, best, at):
+    """The larger of two values with its index; of equal values the smaller index."""
     takes = (value > best) | ((value == best) & (index < at))
     return tl.where(takes, value, best), tl.where(takes, index, at)
 
 
 @triton.jit(do_not_specialize=["size"])
-def largest_of_parts(
-    logits_ptr, unwanted_ptr, best_ptr, at_ptr, size, logits_b, PARTS: tl.constexpr,
+def argmax_split(
+    logits_ptr, suppressed_ptr, best_ptr, at_ptr, size, logits_b, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The largest wanted logit of every PARTS-th block, and its index: (B, PARTS) each."""
-    part, row = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    """Largest logit that is not suppressed in every SPLITS-th block, and its index: (B, SPLITS)."""
+    part, row = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     wait_for_inputs(OVERLAP)
     call_next(OVERLAP)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     at = tl.full((BLOCK,), 2147483647, tl.int32)
-    for start in range(part * BLOCK, size, PARTS * BLOCK):
+    for start in range(part * BLOCK, size, SPLITS * BLOCK):
         index = start + tl.arange(0, BLOCK)
         keep = index < size
-        keep = keep & (tl.load(unwanted_ptr + index, mask=keep, other=1) == 0)
+        keep = keep & (tl.load(suppressed_ptr + index, mask=keep, other=1) == 0)
         value = tl.load(
             logits_ptr + row.to(tl.int64) * logits_b + index, mask=keep, other=-float("inf")
         )
-        best, at = largest(value.to(tl.float32), index, best, at)
-    best, at = tl.reduce((best, at), 0, largest)
-    tl.store(best_ptr + row * PARTS + part, best)
-    tl.store(at_ptr + row * PARTS + part, at)
+        best, at = argmax_pair(value.to(tl.float32), index, best, at)
+    best, at = tl.reduce((best, at), 0, argmax_pair)
+    tl.store(best_ptr + row * SPLITS + part, best)
+    tl.store(at_ptr + row * SPLITS + part, at)
 
 
 @triton.jit(do_not_specialize=["size"])
-def largest_of_all(best_ptr, at_ptr, out_ptr, size, PARTS: tl.constexpr, OVERLAP: tl.constexpr):
-    """The index of a row's largest, (B,); that of the last where nothing was wanted."""
+def argmax_merge(best_ptr, at_ptr, out_ptr, size, SPLITS: tl.constexpr, OVERLAP: tl.constexpr):
+    """Merge the splits of `argmax_split` into ids (B,); the last id where all are suppressed."""
     row = tl.program_id(0)
     wait_for_inputs(OVERLAP)
     call_next(OVERLAP)
-    part = row * PARTS + tl.arange(0, PARTS)
-    _, at = tl.reduce((tl.load(best_ptr + part), tl.load(at_ptr + part)), 0, largest)
+    part = row * SPLITS + tl.arange(0, SPLITS)
+    _, at = tl.reduce((tl.load(best_ptr + part), tl.load(at_ptr + part)), 0, argmax_pair)
     tl.store(out_ptr + row, tl.minimum(at, size - 1).to(tl.int64))

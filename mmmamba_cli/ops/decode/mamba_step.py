@@ -1,7 +1,7 @@
-"""One token of a Mamba-2 mixer: convolution, SiLU and the scan, between the projections.
+"""One token of a Mamba-2 mixer between its projections: convolution, SiLU and scan.
 
-Source: the mixer of mmMamba, arXiv 2502.13145, section 3. Its gated norm is done by the projection
-that follows, `ops.project`.
+Source: the mixer of mmMamba, arXiv 2502.13145, section 3. Its gated norm is part of the following
+projection, `ops.project`.
 """
 
 from typing import NamedTuple, Protocol
@@ -15,7 +15,7 @@ from mmmamba_cli.ops.decode import reference
 
 
 class MixerWeights(NamedTuple):
-    """What a mixer has between its projections; channels are those of [v, k, q].
+    """Weights of a mixer between its projections; channels are those of [v, k, q].
 
     `conv_weight` (Ch, W) and `conv_bias` (Ch,) as in `causal_conv`; A (negative), `dt_bias` and D
     (H,) as in `ssd` with softplus.
@@ -29,7 +29,7 @@ class MixerWeights(NamedTuple):
 
 
 class MixerStepBackend(Protocol):
-    """What `mixer_step` hands to a backend: its own arguments, checked."""
+    """Signature of a backend: the validated arguments of `mixer_step`."""
 
     def __call__(
         self,
@@ -40,7 +40,7 @@ class MixerStepBackend(Protocol):
         position: Tensor,
         weights: MixerWeights,
         *,
-        settled: bool,
+        inputs_ready: bool,
     ) -> Tensor: ...
 
 
@@ -48,10 +48,10 @@ MIXER_STEP_BACKENDS: dict[str, MixerStepBackend] = {
     "reference": reference.mixer_step,
     **kernel_backends("decode", "mixer_step"),
 }
-# A program holds whole rows of a head's state.
-MOST_TRITON_DIMS = 256
-# Timed on an H200 up to so many; more were not tried.
-MOST_TRITON_ROWS = 1024
+# Each program holds whole rows of a head's state in registers.
+MAX_TRITON_DIM = 256
+# The largest batch that was benchmarked (H200).
+MAX_TRITON_BATCH = 1024
 
 
 def mixer_step(
@@ -62,32 +62,32 @@ def mixer_step(
     position: Tensor,
     weights: MixerWeights,
     *,
-    settled: bool = False,
+    inputs_ready: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """One token of `causal_conv` with SiLU and of `ssd` with softplus; both states in place.
+    """One token of `causal_conv` with SiLU and `ssd` with softplus; updates both states in place.
 
-    There is no room for a norm or a rotation of q and k: mixers with these call the ops one by
+    A mixer with a norm or RoPE on q and k, which come between the two, has to call the ops one by
     one.
 
     Args:
-        vkq: projections of the token side by side, (B, Ch), Ch = K P + K N + H N; rows may lie
-            apart, as those of a slice do.
-        dt: (B, H), before bias and softplus; rows may lie apart.
-        conv_ring: inputs of the last W tokens, (B, Ch, W), token t in slot t mod W: this token's
-            are written into its slot, the other slots hold the W - 1 tokens before (`ring_of`).
-        ssm_state: (B, H, P, N), fp32; becomes the state after the token.
-        position: (1,) integer, the token's number t, read on the device.
-        weights: what the mixer has between its projections.
-        settled: whether states and position were written before the launch that made vkq and dt:
-            the kernel then reads them while that one still runs.
-        backend: "reference", "triton", which has no gradient, or "auto": triton on a GPU if it is
-            installed, no dim is larger than 256, there are at most 1024 rows and no gradient of the
-            tensors is wanted.
+        vkq: packed projections of the token, (B, Ch), Ch = K P + K N + H N; only the last dimension
+            has to be contiguous, as in a slice.
+        dt: (B, H), before bias and softplus; only the last dimension has to be contiguous.
+        conv_ring: inputs of the last W tokens, (B, Ch, W), token t in slot t mod W. This token's
+            inputs are written into its slot; the others hold the previous W - 1 tokens
+            (`to_ring_buffer`).
+        ssm_state: (B, H, P, N), fp32; overwritten by the state after the token.
+        position: (1,) integer on the device, the token's index t.
+        weights: weights of the mixer between its projections.
+        inputs_ready: whether states and position were written before the launch that made vkq and
+            dt. The kernel then reads them while that launch still runs.
+        backend: "reference", "triton" (no gradient), or "auto": triton on a GPU if it is installed,
+            P and N are at most 256, B at most 1024 and no tensor requires a gradient.
 
     Returns:
-        The read-out (B, H, P) in vkq's dtype, before norm and gate; the same numbers as the two
-        ops give, roundings between them included.
+        The scan's output (B, H, P) in vkq's dtype, before norm and gate; the same numbers as the
+        two ops, including the roundings between them.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -96,27 +96,23 @@ def mixer_step(
     _check(vkq, dt, conv_ring, ssm_state, position, weights)
     if backend == "auto":
         tensors = (vkq, dt, conv_ring, ssm_state)
-        small = max(ssm_state.shape[2:]) <= MOST_TRITON_DIMS and len(vkq) <= MOST_TRITON_ROWS
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        fused = "triton" in MIXER_STEP_BACKENDS and small and not learns and suits_triton(*tensors)
+        fits = max(ssm_state.shape[2:]) <= MAX_TRITON_DIM and len(vkq) <= MAX_TRITON_BATCH
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        has_triton = "triton" in MIXER_STEP_BACKENDS
+        fused = has_triton and fits and not needs_grad and suits_triton(*tensors)
         backend = "triton" if fused else "reference"
     step = pick_backend("mixer_step", backend, MIXER_STEP_BACKENDS)
-    return step(vkq, dt, conv_ring, ssm_state, position, weights, settled=settled)
+    return step(vkq, dt, conv_ring, ssm_state, position, weights, inputs_ready=inputs_ready)
 
 
-def ring_of(conv_state: Tensor, position: int) -> Tensor:
-    """The ring (B, Ch, W) from which token `position` goes on.
+def to_ring_buffer(conv_state: Tensor, position: int) -> Tensor:
+    """Convert a convolution state to the ring buffer (B, Ch, W) that token `position` reads.
 
-    `conv_state` (B, Ch, W - 1) is what `causal_conv` returns: the tokens before, oldest first.
+    `conv_state` (B, Ch, W - 1), as `causal_conv` returns it, holds previous tokens, oldest first.
     """
-    # Slot i of the unrolled ring is token position - W + i; slot 0 waits for the token to come.
+    # Before the roll, slot i holds token position - W + i; slot 0 is free for the next token.
     ring = F.pad(conv_state, (1, 0))
     return ring.roll(position % ring.shape[-1], dims=-1)
-
-
-def conv_state_of(conv_ring: Tensor, position: int) -> Tensor:
-    """What `ring_of` was made from: the W - 1 tokens before `position`, (B, Ch, W - 1)."""
-    return conv_ring.roll(-(position % conv_ring.shape[-1]), dims=-1)[..., 1:]
 
 
 def _check(

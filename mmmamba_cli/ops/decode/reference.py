@@ -1,6 +1,6 @@
-"""One token through a mixer in plain PyTorch: any device, autograd, nothing read back.
+"""One decoding step of a mixer in plain PyTorch: any device, with autograd, no synchronization.
 
-Legend as in the room's first file.
+Legend as in `ops.decode`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def mixer_step(
     position: Tensor,
     weights: MixerWeights,
     *,
-    settled: bool,
+    inputs_ready: bool,
 ) -> Tensor:
-    """Shapes as in `ops.mixer_step`; `settled` or not, nothing is read ahead of time."""
+    """Shapes as in `ops.mixer_step`; `inputs_ready` has no effect."""
     heads, value_dim, state_dim = ssm_state.shape[1:]
     kv_heads = (vkq.shape[1] - heads * state_dim) // (value_dim + state_dim)
     taps = conv_ring.shape[-1]
-    # The slot after the token's own is the oldest.
+    # The slot after the token's own holds the oldest input.
     before = (position + torch.arange(1, taps, device=position.device)) % taps
     past = conv_ring.index_select(-1, before)
     mixed, _ = conv.step(vkq, weights.conv_weight, weights.conv_bias, past, activation="silu")
@@ -45,7 +45,7 @@ def mixer_step(
         weights.A,
         k.unflatten(-1, (kv_heads, state_dim)),
         q.unflatten(-1, (heads, state_dim)),
-        # A gradient wants the state as it was.
+        # Autograd needs the state from before the in-place update.
         ssm_state.clone(),
         dt_bias=weights.dt_bias,
         dt_softplus=True,
@@ -67,7 +67,7 @@ def attention_step(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """Shapes as in `ops.attention_step`. Every column is scored, those out of reach masked."""
+    """Shapes as in `ops.attention_step`. Scores all columns and masks invalid ones."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     keys.index_copy_(2, position, k.unsqueeze(2).to(keys.dtype))
@@ -84,11 +84,11 @@ def attention_step(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, heads, P), its first half against its second."""
+    """Apply RoPE to x (B, heads, P) with rotated halves."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def likeliest(logits: Tensor, unwanted: Tensor) -> Tensor:
-    """Shapes as in `ops.likeliest`."""
-    return upcast(logits).masked_fill(unwanted, -math.inf).argmax(-1)
+def greedy_argmax(logits: Tensor, suppressed: Tensor) -> Tensor:
+    """Shapes as in `ops.greedy_argmax`."""
+    return upcast(logits).masked_fill(suppressed, -math.inf).argmax(-1)

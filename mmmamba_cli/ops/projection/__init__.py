@@ -1,8 +1,8 @@
-"""A linear layer with the norm before it and the activation or sum behind it, without gradients.
+"""A linear layer fused with the norm in front of it and the activation or residual sum behind it.
 
-A decoding step reads every weight once and does little else, so with a few tokens whatever stands
-between two products is done by the product itself. Legend: B rows (tokens), D input size, O rows of
-the weight, P head dim.
+With few tokens a decoding step is bound by reading the weights, so the elementwise work between
+two products is fused into them. Legend: B rows (tokens), D input size, O rows of the weight, P head
+dim.
 """
 
 from typing import Protocol
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from mmmamba_cli.ops.backends import check_shape, kernel_backends, pick_backend, suits_triton
 from mmmamba_cli.ops.projection import reference
-from mmmamba_cli.ops.projection.reference import Int8Weight, dequantize, quantize
+from mmmamba_cli.ops.projection.reference import Int8Weight, dequantize, quantize_rows
 
 __all__ = [
     "PROJECT_BACKENDS",
     "Int8Weight",
     "dequantize",
     "project",
-    "quantize",
+    "quantize_rows",
 ]
 
 
 class ProjectBackend(Protocol):
-    """What `project` hands to a backend: its own arguments, checked."""
+    """Signature of a backend: the validated arguments of `project`."""
 
     def __call__(
         self,
@@ -39,7 +39,7 @@ class ProjectBackend(Protocol):
         residual: Tensor | None,
         swiglu: bool,
         out: Tensor | None,
-        settled: bool,
+        inputs_ready: bool,
     ) -> Tensor: ...
 
 
@@ -48,9 +48,9 @@ PROJECT_BACKENDS: dict[str, ProjectBackend] = {
     **kernel_backends("projection", "project"),
     **kernel_backends("projection", "project", name="products", module="products"),
 }
-# With more, each weight is used often enough that matrix products on tensor cores win: seen on an
-# H100 from 4 rows on. int8 has no such product, and would be widened first.
-MOST_TRITON_ROWS, MOST_INT8_ROWS = 2, 8
+# Most rows for the fused kernel; with more, tensor cores win (measured on an H100 from 4 rows on).
+# int8 weights would have to be dequantized for tensor cores first.
+MAX_TRITON_ROWS, MAX_TRITON_INT8_ROWS = 2, 8
 
 
 def project(
@@ -65,35 +65,34 @@ def project(
     residual: Tensor | None = None,
     swiglu: bool = False,
     out: Tensor | None = None,
-    settled: bool = False,
+    inputs_ready: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """x times the weight transposed, for decoding: act(prologue(x) W^T + bias) + residual.
+    """Fused linear layer for decoding: act(norm(x) W^T + bias) + residual.
 
     Args:
-        x: (B, D); rows may lie apart in memory, as those of a slice do.
+        x: (B, D); only the last dimension has to be contiguous, as in a slice.
         weight: (O, D) in x's dtype, or int8 with a scale for each row.
         bias: (O,).
-        norm: weights of the RMS norm that x goes through first: (D,), or with `gate` (P,), P
-            dividing D: then each head of P is normed and gated as `gated_rms_norm` does it.
-        norm_dim: how many numbers are normed together where `norm` is None: D, or with `gate` P;
-            weights were multiplied into `weight` before.
-        eps: added to the mean square.
+        norm: weight of the RMSNorm applied to x: (D,), or with `gate` (P,), P dividing D: each head
+            of P is then normalized and gated as in `gated_rms_norm`.
+        norm_dim: with `norm` None, apply an RMSNorm without weight over this many elements: D, or
+            with `gate` P. For norms whose weight is folded into `weight`.
+        eps: epsilon of the norm.
         gate: (B, D), before SiLU; only with `norm` or `norm_dim`.
-        residual: added at the end, of the result's shape.
-        swiglu: whether the rows of the weight are two halves of O / 2 and the result is
-            silu(first) * second.
-        out: where to write the result; it may be `residual`, but not x.
-        settled: whether `gate` was written before the launch that made x: a kernel that takes all
-            inputs at once then reads it while that one still runs.
-        backend: "reference"; "triton", for few rows, and "products", for many, which have no
-            gradient; or "auto": on a GPU, if Triton is installed, nothing is fp64 and no gradient
-            is wanted, triton for at most 2 rows (8 of an int8 weight) and products for more.
+        residual: added last, in the shape of the result.
+        swiglu: apply silu(first) * second to the two halves of the weight's rows, O / 2 each.
+        out: tensor to write the result to; may be `residual`, but not x.
+        inputs_ready: whether `gate` was written before the launch that made x. A kernel that loads
+            a whole row at once then reads it while that launch still runs.
+        backend: "reference"; "triton" for few rows or "products" for many (no gradients); or
+            "auto": on a GPU, if Triton is installed, no tensor is fp64 and none requires a
+            gradient, triton for at most 2 rows (8 with an int8 weight) and products for more.
 
     Returns:
-        (B, O), or (B, O / 2) with `swiglu`, in x's dtype. The reference rounds wherever the modules
-        of a model do, triton sums in fp32 and rounds once, at the end, and products once for each
-        of norm, product with its sum, and activation.
+        (B, O), or (B, O / 2) with `swiglu`, in x's dtype. The reference rounds where a model's
+        modules do; triton accumulates in fp32 and rounds once; products rounds after the norm,
+        after the product with its sum, and after the activation.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -104,10 +103,11 @@ def project(
     check_shape("project", "residual", residual, (x.shape[0], num_rows))
     check_shape("project", "out", out, (x.shape[0], num_rows))
     if backend == "auto":
-        head_dim = None if gate is None else _normed_together(norm, norm_dim)
-        backend = _chosen(x, weight, bias, norm, gate, residual, head_dim)
-    found = pick_backend("project", backend, PROJECT_BACKENDS)
-    return found(
+        head_dim = None
+        if gate is not None:
+            head_dim = norm_dim if norm is None else norm.numel()
+        backend = _choose_backend(x, weight, bias, norm, gate, residual, head_dim)
+    return pick_backend("project", backend, PROJECT_BACKENDS)(
         x,
         weight,
         bias=bias,
@@ -118,11 +118,11 @@ def project(
         residual=residual,
         swiglu=swiglu,
         out=out,
-        settled=settled,
+        inputs_ready=inputs_ready,
     )
 
 
-def _chosen(
+def _choose_backend(
     x: Tensor,
     weight: Tensor | Int8Weight,
     bias: Tensor | None,
@@ -133,17 +133,13 @@ def _chosen(
 ) -> str:
     parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
     tensors = [t for t in (x, *parts, bias, norm, gate, residual) if t is not None]
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if "triton" not in PROJECT_BACKENDS or not len(x) or learns or not suits_triton(*tensors):
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if "triton" not in PROJECT_BACKENDS or not len(x) or needs_grad or not suits_triton(*tensors):
         return "reference"
-    most = MOST_INT8_ROWS if isinstance(weight, Int8Weight) else MOST_TRITON_ROWS
-    # Heads fill a program's tile if there is a power of two in each.
-    few = x.shape[0] <= most and (head_dim is None or head_dim.bit_count() == 1)
-    return "triton" if few else "products"
-
-
-def _normed_together(norm: Tensor | None, norm_dim: int | None) -> int | None:
-    return norm_dim if norm is None else norm.numel()
+    limit = MAX_TRITON_INT8_ROWS if isinstance(weight, Int8Weight) else MAX_TRITON_ROWS
+    # Tiles hold whole heads only if the head dim is a power of two.
+    fits = x.shape[0] <= limit and (head_dim is None or head_dim.bit_count() == 1)
+    return "triton" if fits else "products"
 
 
 def _check(

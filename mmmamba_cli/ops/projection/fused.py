@@ -1,4 +1,4 @@
-"""The product of a few tokens in one launch, norm, gate, activation and sum included."""
+"""Launcher of the fused linear kernel for few tokens, with norm, gate, activation and sum."""
 
 from typing import NamedTuple
 
@@ -19,16 +19,15 @@ from mmmamba_cli.ops.triton_utils import (
 
 
 class Tile(NamedTuple):
-    """What a program does at once: rows of the weight, inputs of each, and by how many warps."""
+    """Tile of a program: rows of the weight, inputs of each row, and warps."""
 
     rows: int
     inputs: int
     warps: int
 
 
-# By rows, inputs and bytes of a weight, for one token on an H100, HoVLE-2.6B's shapes; of one byte
-# with norms without weights, as a quantized model has them. Fixed, not searched for at run time:
-# `benchmarks/decode_kernels.py --tune` times the alternatives.
+# Tiles by (rows, inputs, element size) of the weight, for one token of HoVLE-2.6B on an H100; int8
+# weights with folded norms, as in quantized models. Tuned by `benchmarks/decode_kernels.py --tune`.
 TILES: dict[tuple[int, int, int], Tile] = {
     (2048, 2048, 1): Tile(8, 2048, 4),
     (2048, 2048, 2): Tile(8, 2048, 8),
@@ -41,10 +40,10 @@ TILES: dict[tuple[int, int, int], Tile] = {
     (92553, 2048, 1): Tile(4, 2048, 2),
     (92553, 2048, 2): Tile(4, 1024, 4),
 }
-# A tile where the table has none, its inputs in bytes; and the fewest inputs where tokens are many,
-# and the most sums that a thread has registers for.
-COMMON = Tile(rows=4, inputs=4096, warps=4)
-LEAST_INPUTS, MOST_SUMS, MOST_WARPS = 512, 128, 8
+# Tile of other shapes, with its inputs in bytes; the fewest inputs of a tile in larger batches; and
+# the most sums that fit a thread's registers.
+DEFAULT_TILE = Tile(rows=4, inputs=4096, warps=4)
+MIN_TILE_INPUTS, MAX_SUMS_PER_THREAD, MAX_WARPS = 512, 128, 8
 
 
 def project(
@@ -59,7 +58,7 @@ def project(
     residual: Tensor | None,
     swiglu: bool,
     out: Tensor | None,
-    settled: bool,
+    inputs_ready: bool,
 ) -> Tensor:
     """Shapes as in `ops.project`; no gradients."""
     values, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
@@ -76,8 +75,10 @@ def project(
         out = buffer(batch, num_out, like=x, dtype=x.dtype)
     tile = _tile(batch, values, swiglu, head_dim)
     x, values = dense_rows(x), values.contiguous()
-    # A copy that is made here is not there before the launch before.
-    settled &= gate is not None and gate.stride(-1) == 1 and (norm is None or norm.is_contiguous())
+    # A copy made here is launched too late to count as ready.
+    inputs_ready &= (
+        gate is not None and gate.stride(-1) == 1 and (norm is None or norm.is_contiguous())
+    )
     gate = None if gate is None else dense_rows(gate)
     residual = None if residual is None else dense_rows(residual)
     aligned = dim % 8 == 0 and values.data_ptr() % 8 == 0
@@ -88,11 +89,11 @@ def project(
             x.stride(0),
             0 if gate is None else gate.stride(0),
             0 if residual is None else residual.stride(0), out.stride(0), eps,
-            B=batch, D=dim, P=head_dim, NORM=together is not None, WEIGHTED=norm is not None,
+            B=batch, D=dim, P=head_dim, NORM=together is not None, HAS_WEIGHT=norm is not None,
             SWIGLU=swiglu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
             HAS_SCALE=scales is not None, BLOCK_B=next_power_of_2(batch), BLOCK_R=tile.rows,
-            BLOCK_K=tile.inputs, SETTLED=settled and tile.inputs >= dim,
-            EIGHTS=scales is not None and aligned, NATIVE=NATIVE,
+            BLOCK_K=tile.inputs, INPUTS_READY=inputs_ready and tile.inputs >= dim,
+            ALIGNED_BY_8=scales is not None and aligned, NATIVE=NATIVE,
             num_warps=tile.warps, **overlapping(x),
         )  # fmt: skip
     return out
@@ -101,16 +102,16 @@ def project(
 def _tile(batch: int, values: Tensor, swiglu: bool, head_dim: int) -> Tile:
     size = values.element_size()
     known = TILES.get((*values.shape, size))
-    rows, inputs, warps = known or COMMON._replace(inputs=COMMON.inputs // size)
+    rows, inputs, warps = known or DEFAULT_TILE._replace(inputs=DEFAULT_TILE.inputs // size)
     inputs = min(inputs, next_power_of_2(values.shape[1]))
-    # More tokens want more registers, for their inputs and sums.
+    # Each doubling of the batch needs twice the registers for inputs and sums.
     for _ in range(next_power_of_2(batch).bit_length() - 1):
-        if inputs > LEAST_INPUTS:
+        if inputs > MIN_TILE_INPUTS:
             inputs //= 2
         elif rows > 2:
             rows //= 2
     tile = Tile(max(rows, 2 if swiglu else 1), max(inputs, head_dim), warps)
     sums = tile.rows * tile.inputs * next_power_of_2(batch)
-    while sums > 32 * tile.warps * MOST_SUMS and tile.warps < MOST_WARPS:
+    while sums > 32 * tile.warps * MAX_SUMS_PER_THREAD and tile.warps < MAX_WARPS:
         tile = tile._replace(warps=2 * tile.warps)
     return tile

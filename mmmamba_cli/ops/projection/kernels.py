@@ -1,10 +1,8 @@
-"""Triton kernels of a product with few tokens, and of SwiGLU behind one with many.
+"""Triton kernels of a linear layer with few tokens (`fused.py`), and of SwiGLU (`products.py`).
 
-`fused.py` launches the first, `products.py` the second.
-
-A step of decoding reads each weight once, so all that counts is how many bytes are under way: a
-program asks for a tile of weights, with the next one already on its way, and all else is small.
-Tiles are (B, R, K): tokens, rows of the weight, inputs.
+A decoding step reads each weight once and is bound by memory bandwidth: each program prefetches the
+next tile of weights while it multiplies the current one. Tiles are (B, R, K): tokens, rows of the
+weight, inputs.
 """
 
 import triton
@@ -14,8 +12,8 @@ from mmmamba_cli.ops.triton_utils import call_next, wait_for_inputs
 
 
 @triton.jit
-def weights(at, k, D: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of weights (1, R, K), the first to leave the cache: nobody asks for it again."""
+def load_weights(at, k, D: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of weights (1, R, K); evicted first from the L2 cache, as it is read only once."""
     if EVEN:
         tile = tl.load(at, eviction_policy="evict_first")
     else:
@@ -24,11 +22,11 @@ def weights(at, k, D: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def upcast_tile(tile, NATIVE: tl.constexpr):
-    """Weights in fp32. By PTX where it is understood: it is less, and not done before it is wanted.
+def to_fp32(tile, NATIVE: tl.constexpr):
+    """Weights in fp32, by inline PTX where it is available.
 
-    The compiler would wait for a tile to unpack it before it asks for anything else, and has a slow
-    instruction for int8: put into the mantissa of 2 ** 23, a byte is that plus itself.
+    The compiler would unpack a tile before it issues further loads, and converts int8 with a slow
+    instruction. The PTX instead puts a byte into the mantissa of 2 ** 23 and subtracts 2 ** 23.
     """
     if NATIVE and tile.dtype == tl.bfloat16:
         wide = tl.inline_asm_elementwise(
@@ -57,29 +55,29 @@ def upcast_tile(tile, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def opened(
+def load_gate(
     gate_ptr, norm_ptr, b, k, gate_b,
-    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, WEIGHTED: tl.constexpr,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of the gate (B, 1, K), times the norm's weights if there are any."""
+    """SiLU of the gate (B, 1, K), times the norm's weight if there is one."""
     gate = tl.load(gate_ptr + b * gate_b + k, mask=(b < B) & (k < D), other=0.0).to(tl.float32)
     gate *= tl.sigmoid(gate)
-    if WEIGHTED:
+    if HAS_WEIGHT:
         gate *= tl.load(norm_ptr + k % P).to(tl.float32)
     return gate
 
 
 @triton.jit
-def inputs(
+def load_inputs(
     x_ptr, norm_ptr, gate_ptr, gate, b, k, x_b, gate_b, eps,
     B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr,
-    WEIGHTED: tl.constexpr, EVEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-    SETTLED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, EVEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    INPUTS_READY: tl.constexpr,
 ):  # fmt: skip
-    """x (B, 1, K) as the weights meet it, and its squares; a plain norm's scale is still missing.
+    """x (B, 1, K) before the product, and its squares; the scale of a plain norm is applied later.
 
-    With P, each head of P is normed and gated whole; with SETTLED, by the `gate` that was read
-    before.
+    With P, each head of P is normalized and gated here; with INPUTS_READY, by the `gate` that was
+    loaded earlier.
     """
     keep = (b < B) & (k < D)
     x = tl.load(x_ptr + b * x_b + k, mask=keep, other=0.0).to(tl.float32)
@@ -88,13 +86,13 @@ def inputs(
         mean = tl.sum(tl.reshape(squares, (BLOCK_B, BLOCK_K // P, P)), axis=2) / P
         scale = tl.rsqrt(mean + eps)[:, :, None].broadcast_to(BLOCK_B, BLOCK_K // P, P)
         x *= tl.reshape(scale, (BLOCK_B, 1, BLOCK_K))
-        if not SETTLED:
-            gate = opened(gate_ptr, norm_ptr, b, k, gate_b, B, D, P, WEIGHTED)
+        if not INPUTS_READY:
+            gate = load_gate(gate_ptr, norm_ptr, b, k, gate_b, B, D, P, HAS_WEIGHT)
         x *= gate
         if not EVEN:
-            # Without eps, what lies behind the last head is 0 / 0.
+            # Without eps, elements after the last head are 0 / 0.
             x = tl.where(k < D, x, 0.0)
-    elif NORM and WEIGHTED:
+    elif NORM and HAS_WEIGHT:
         x *= tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
     return x, squares
 
@@ -103,20 +101,21 @@ def inputs(
 def project(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, norm_ptr, gate_ptr, residual_ptr, out_ptr,
     num_out, x_b, gate_b, residual_b, out_b, eps,
-    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SWIGLU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_SCALE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    SETTLED: tl.constexpr, EIGHTS: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    INPUTS_READY: tl.constexpr, ALIGNED_BY_8: tl.constexpr, NATIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """R rows of the weight for all tokens: every second one of the other half, with SWIGLU.
+    """R rows of the weight for all tokens; with SWIGLU, rows of both halves alternate.
 
-    SETTLED: the gate was there before the launch before began, and K are all inputs.
+    INPUTS_READY: the gate was written before the previous launch began, and K covers all inputs.
     """
     EVEN: tl.constexpr = D % BLOCK_K == 0
     STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     OUTS: tl.constexpr = BLOCK_R // 2 if SWIGLU else BLOCK_R
     r = tl.arange(0, BLOCK_R)
-    # Rows behind the last are the last once more.
+    # Rows beyond the last repeat it; their results are not stored.
     if SWIGLU:
         row = tl.minimum(tl.program_id(0) * OUTS + r // 2, num_out - 1) + r % 2 * num_out
     else:
@@ -124,14 +123,14 @@ def project(
     b = tl.arange(0, BLOCK_B)[:, None, None]
     k = tl.arange(0, BLOCK_K)[None, None, :]
     at = weight_ptr + row.to(tl.int64)[None, :, None] * D + k
-    if EIGHTS:
-        # Eight at once, as x is loaded: numbers of a thread then meet without changing hands.
+    if ALIGNED_BY_8:
+        # Vectors of eight, as x is loaded, so that a thread's weights and inputs match.
         at = tl.multiple_of(at, [8, 8, 8])
-    tile = weights(at, k, D, EVEN)
+    tile = load_weights(at, k, D, EVEN)
     gate = 0.0
-    if SETTLED:
-        gate = opened(gate_ptr, norm_ptr, b, k, gate_b, B, D, P, WEIGHTED)
-    # Weights are there from the beginning; all else may be what the launch before writes.
+    if INPUTS_READY:
+        gate = load_gate(gate_ptr, norm_ptr, b, k, gate_b, B, D, P, HAS_WEIGHT)
+    # The previous launch may write everything but the weights.
     wait_for_inputs(OVERLAP)
     call_next(OVERLAP)
 
@@ -139,19 +138,19 @@ def project(
     length = tl.zeros((BLOCK_B, 1, BLOCK_K), tl.float32)
     for step in range(STEPS - 1):
         first = step * BLOCK_K
-        coming = weights(at + first + BLOCK_K, k + first + BLOCK_K, D, EVEN)
-        x, squares = inputs(
+        coming = load_weights(at + first + BLOCK_K, k + first + BLOCK_K, D, EVEN)
+        x, squares = load_inputs(
             x_ptr, norm_ptr, gate_ptr, gate, b, k + first, x_b, gate_b, eps,
-            B, D, P, NORM, WEIGHTED, EVEN, BLOCK_B, BLOCK_K, SETTLED,
+            B, D, P, NORM, HAS_WEIGHT, EVEN, BLOCK_B, BLOCK_K, INPUTS_READY,
         )  # fmt: skip
-        total += upcast_tile(tile, NATIVE) * x
+        total += to_fp32(tile, NATIVE) * x
         length += squares
         tile = coming
-    x, squares = inputs(
+    x, squares = load_inputs(
         x_ptr, norm_ptr, gate_ptr, gate, b, k + (STEPS - 1) * BLOCK_K, x_b, gate_b, eps,
-        B, D, P, NORM, WEIGHTED, EVEN, BLOCK_B, BLOCK_K, SETTLED,
+        B, D, P, NORM, HAS_WEIGHT, EVEN, BLOCK_B, BLOCK_K, INPUTS_READY,
     )  # fmt: skip
-    y = tl.sum(total + upcast_tile(tile, NATIVE) * x, axis=2)
+    y = tl.sum(total + to_fp32(tile, NATIVE) * x, axis=2)
     if NORM and P == 0:
         y *= tl.rsqrt(tl.sum(length + squares, axis=2) / D + eps)
     if HAS_SCALE:
@@ -171,7 +170,7 @@ def project(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def swiglu(y_ptr, out_ptr, num_rows, size, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """silu(first half) * second half of each row of y (R, 2 * size), to (R, size); rounded once."""
+    """silu(first half) * second half of each row of y (R, 2 * size), (R, size); rounded once."""
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     keep = (r < num_rows) & (d < size)

@@ -1,6 +1,6 @@
-"""The product of many tokens on tensor cores, with kernels for what stands before and behind it.
+"""Linear layers of many tokens: cuBLAS products, with kernels for norm, gate and SwiGLU.
 
-The library multiplies; the sum with a residual is part of the multiplication.
+The residual sum is part of the product (`addmm`).
 """
 
 import torch
@@ -13,7 +13,7 @@ from mmmamba_cli.ops.projection import kernels
 from mmmamba_cli.ops.projection.reference import Int8Weight, dequantize
 from mmmamba_cli.ops.triton_utils import buffer, check_inputs, on_device
 
-# Rows and columns of the result that a program of SwiGLU holds, and how many warps share them.
+# Tile of the SwiGLU kernel in rows and columns of the result, and its warps.
 BLOCK_R, BLOCK_D, WARPS = 4, 1024, 8
 
 
@@ -29,9 +29,9 @@ def project(
     residual: Tensor | None,
     swiglu: bool,
     out: Tensor | None,
-    settled: bool,
+    inputs_ready: bool,
 ) -> Tensor:
-    """Shapes as in `ops.project`; no gradients, and nothing is read ahead of time."""
+    """Shapes as in `ops.project`; no gradients. `inputs_ready` has no effect."""
     if norm_dim is not None:
         norm = x.new_ones(norm_dim)
     parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)

@@ -1,8 +1,6 @@
-"""The product of a few tokens in plain PyTorch: any device, autograd, any number of rows.
+"""The fused linear layer in plain PyTorch, and symmetric int8 weights with one scale per row.
 
 Rounds where a model's modules do: after the norm, the product, the activation and the sum.
-
-Weights of one byte: symmetric, with one scale for each output row.
 """
 
 from typing import NamedTuple
@@ -14,7 +12,8 @@ from torch import Tensor
 from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.ops.norm import gated_rms_norm, rms_norm
 
-LARGEST = 127
+# -128 is unused, so that the range is symmetric.
+INT8_MAX = 127
 
 
 class Int8Weight(NamedTuple):
@@ -28,21 +27,21 @@ class Int8Weight(NamedTuple):
         return self.values.shape
 
 
-def quantize(weight: Tensor) -> Int8Weight:
-    """Round each row of a floating weight (O, D) to the nearest of 255 steps, -127 to 127.
+def quantize_rows(weight: Tensor) -> Int8Weight:
+    """Quantize each row of a floating-point weight (O, D) to int8 in -127..127, round to nearest.
 
-    The largest magnitude of a row becomes 127, so that the error is at most half a scale; a row of
-    zeros stays one.
+    The largest magnitude of a row maps to 127, so the error is at most half a scale. A row of zeros
+    stays zero.
     """
     wide = upcast(weight.detach())
-    scales = wide.abs().amax(1) / LARGEST
+    scales = wide.abs().amax(1) / INT8_MAX
     steps = wide / torch.where(scales > 0, scales, 1).unsqueeze(1)
-    values = steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+    values = steps.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
     return Int8Weight(values, scales.float())
 
 
 def dequantize(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
-    """The weight (O, D) in `dtype`, each product rounded once."""
+    """The weight (O, D) in `dtype`; each element is rounded once."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
     scales = weight.scales.double() if dtype == torch.float64 else weight.scales
     return torch.mul(weight.values, scales.unsqueeze(1), out=out)
@@ -60,9 +59,9 @@ def project(
     residual: Tensor | None,
     swiglu: bool,
     out: Tensor | None,
-    settled: bool,
+    inputs_ready: bool,
 ) -> Tensor:
-    """Shapes as in `ops.project`; `settled` or not, nothing is read ahead of time."""
+    """Shapes as in `ops.project`; `inputs_ready` has no effect."""
     if norm_dim is not None:
         norm = x.new_ones(norm_dim)
     if gate is not None and norm is not None:

@@ -19,7 +19,7 @@ from mmmamba_cli.ops.decode import reference
 
 
 class AttentionStepBackend(Protocol):
-    """What `attention_step` hands to a backend: its own arguments, checked."""
+    """Signature of a backend: the validated arguments of `attention_step`."""
 
     def __call__(
         self,
@@ -39,8 +39,8 @@ ATTENTION_STEP_BACKENDS: dict[str, AttentionStepBackend] = {
     "reference": reference.attention_step,
     **kernel_backends("decode", "attention_step"),
 }
-# A program holds a tile of as many columns as it has registers for.
-MOST_TRITON_DIM = 256
+# A tile of keys with a larger head dim does not fit the registers of a program.
+MAX_TRITON_HEAD_DIM = 256
 
 
 def attention_step(
@@ -58,20 +58,19 @@ def attention_step(
 ) -> Tensor:
     """softmax(q K^T / sqrt(P)) V over the columns starts[b] to `position` of a cache.
 
-    q and k are turned by their angle (halves rotated, as in Llama) first, and k and v stored in
-    column `position`; query head h looks at key/value head h // (H / K).
+    RoPE is applied to q and k first (rotated halves, as in Llama), and k and v are stored in column
+    `position`. Query head h attends to key/value head h // (H / K).
 
     Args:
-        q: (B, H, P); like k and v a slice of one wide projection, heads side by side in a row.
+        q: (B, H, P); like k and v it may be a slice of a packed projection with contiguous heads.
         k, v: (B, K, P).
-        keys, values: the cache, (B, K, S, P); written in one column.
-        position: (1,) integer below S, the token's column, read on the device.
-        starts: (B,) integers, each row's first column that is no padding, at most `position`; 0
-            if None.
-        cos, sin: cosine and sine of the token's angles, (B, P) or (1, P), both halves the same.
-        backend: "reference", "triton", which has no gradient, or "auto": triton on a GPU if it is
-            installed, P is 256 at most, B is 65,535 at most, nothing is fp64 and no gradient is
-            wanted.
+        keys, values: the KV cache, (B, K, S, P); one column is written in place.
+        position: (1,) integer below S on the device, the token's column.
+        starts: (B,) integers, the first column of each row that is not padding, at most `position`;
+            None is 0.
+        cos, sin: RoPE factors of the token, (B, P) or (1, P), both halves equal.
+        backend: "reference", "triton" (no gradient), or "auto": triton on a GPU if it is installed,
+            P is at most 256, B at most 65,535, no tensor is fp64 and none requires a gradient.
 
     Returns:
         y (B, H * P) in q's dtype; scores and sums are fp32, or fp64 where q is fp64.
@@ -83,10 +82,10 @@ def attention_step(
     _check(q, k, v, keys, values, position, starts, cos, sin)
     if backend == "auto":
         tensors = (q, k, v, keys, values)
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        small = q.shape[2] <= MOST_TRITON_DIM and fits_grid(len(q))
-        known = "triton" in ATTENTION_STEP_BACKENDS
-        fused = known and small and not learns and suits_triton(*tensors)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        fits = q.shape[2] <= MAX_TRITON_HEAD_DIM and fits_grid(len(q))
+        has_triton = "triton" in ATTENTION_STEP_BACKENDS
+        fused = has_triton and fits and not needs_grad and suits_triton(*tensors)
         backend = "triton" if fused else "reference"
     step = pick_backend("attention_step", backend, ATTENTION_STEP_BACKENDS)
     return step(q, k, v, keys, values, position, starts, cos, sin)
