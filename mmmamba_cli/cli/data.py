@@ -1,4 +1,4 @@
-"""`mmmamba data`: a look at training data before anything is trained on it."""
+"""`mmmamba data`: validation of training data."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check(
     if as_json:
         print_json(report.as_dict(None if every else MAX_NAMED))
     else:
-        _show(report, max_length, None if every else MAX_NAMED)
+        _print_report(report, max_length, None if every else MAX_NAMED)
     if report.bad_share > max_bad_share:
         raise typer.Exit(PROBLEMS)
 
@@ -102,7 +102,7 @@ def _processor(run: Path, model: Path | None) -> TrainingProcessor:
     return processor
 
 
-def _show(report: DataReport, max_length: int, named: int | None) -> None:
+def _print_report(report: DataReport, max_length: int, named: int | None) -> None:
     found = report.as_dict(named)
     length = found["length"]
     rows = [
@@ -125,12 +125,12 @@ def _show(report: DataReport, max_length: int, named: int | None) -> None:
     if report.bad:
         print_table(("samples", "problem"), [(n, reason) for reason, n in report.reasons().items()])
         print_table(("sample", "what is wrong"), [(b["name"], b["reason"]) for b in found["named"]])
-        _say_more(found["unnamed"], "bad samples")
+        _print_rest(found["unnamed"], "bad samples")
     if report.ignored:
         print_table(("members of no sample",), [(name,) for name in found["ignored_names"]])
-        _say_more(len(report.ignored) - len(found["ignored_names"]), "members")
+        _print_rest(len(report.ignored) - len(found["ignored_names"]), "members")
 
 
-def _say_more(count: int, things: str) -> None:
+def _print_rest(count: int, things: str) -> None:
     if count:
         print_line(f"and {count:,} more {things}; --all names every one")

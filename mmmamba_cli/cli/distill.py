@@ -124,12 +124,12 @@ def command(
     if made:
         from mmmamba_cli.runs import Run
 
-        _say(Run(run), made, as_json)
+        _print_products(Run(run), made, as_json)
 
 
 @dataclass(frozen=True)
 class DistillCommand:
-    """The command as it was given, for each process that trains."""
+    """The arguments of the command, for each process."""
 
     run: Path
     stage: str | None
@@ -142,12 +142,12 @@ class DistillCommand:
     overwrite: bool
     force: bool
     restart: bool
-    # Whether the process that started this one speaks of signals.
+    # Whether a launcher started this process, which then prints messages about signals.
     launched: bool
 
 
 def train(job: DistillCommand) -> list[Manifest] | None:
-    """Train, as one process or one of several; the products on process 0, None if stopped."""
+    """Train in this process or as one of several; products on process 0, None if stopped."""
     from mmmamba_cli.cli import escape_what_cannot_be_encoded
     from mmmamba_cli.cli.distill_display import StopRequest, TrainingDisplay
     from mmmamba_cli.distill import DistillOptions, Stopped, distill, parse_stage_names
@@ -157,7 +157,7 @@ def train(job: DistillCommand) -> list[Manifest] | None:
     target = Run(job.run)
     with ExitStack() as stack:
         if job.launched:
-            # As the process that started this one did for itself.
+            # The launcher did this for itself only.
             escape_what_cannot_be_encoded()
             stack.enter_context(plain_warnings())
         world = stack.enter_context(join_world(job.device))
@@ -165,9 +165,9 @@ def train(job: DistillCommand) -> list[Manifest] | None:
         plan = world.run_on_main(lambda: _recipe(target, job))
         wanted = world.run_on_main(lambda: parse_stage_names(plan, job.stage))
         if not world.is_main:
-            # Every process warns of the same things.
+            # Every process would print the same warnings.
             stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stop = stack.enter_context(StopRequest(speaks=world.is_main and not job.launched))
+        stop = stack.enter_context(StopRequest(prints=world.is_main and not job.launched))
         display = stack.enter_context(TrainingDisplay(world.is_main, stop))
         try:
             made = distill(
@@ -190,7 +190,7 @@ def _take_lock(stack: ExitStack, run: Run) -> None:
 
 
 def _recipe(run: Run, job: DistillCommand) -> Recipe:
-    """The recipe named, or that of the product to start from, with what was given laid over it."""
+    """The recipe of `--recipe`, or of the start product, with the overrides of the command."""
     from mmmamba_cli.recipe import load_recipe, parse_recipe
 
     overrides: dict[str, Any] = {k: v for k, v in job.given.items() if v is not None}
@@ -200,7 +200,7 @@ def _recipe(run: Run, job: DistillCommand) -> Recipe:
     return parse_recipe(product.recipe, f"recipe of {product.name}", job.sets, overrides)
 
 
-def _say(run: Run, made: list[Manifest], as_json: bool) -> None:
+def _print_products(run: Run, made: list[Manifest], as_json: bool) -> None:
     from mmmamba_cli.distill import LOSS_PLOT
 
     if as_json:

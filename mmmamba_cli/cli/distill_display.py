@@ -1,4 +1,4 @@
-"""What a person sees of a training, and how they stop it."""
+"""Live display of a training, and its stop by Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):
-    """Notes the first Ctrl-C or SIGTERM; the second ends the process with 130 or 143.
+    """Records the first Ctrl-C or SIGTERM; the second ends the process with 130 or 143.
 
-    A signal within a second of the first is a copy of the same request. Of several processes only
-    one says what happens (`speaks`).
+    A signal within a second of the first is a copy of the same request. One of several processes
+    `prints` the message.
     """
 
-    def __init__(self, speaks: bool = True) -> None:
-        self.speaks = speaks
-        self._repeats: StopSignalCounter | None = None
+    def __init__(self, prints: bool = True) -> None:
+        self.prints = prints
+        self._signals: StopSignalCounter | None = None
         self._before: dict[int, Any] = {}
 
     @property
-    def wanted(self) -> bool:
-        return self._repeats is not None and self._repeats.count > 0
+    def received(self) -> bool:
+        return self._signals is not None and self._signals.count > 0
 
     def __enter__(self) -> StopRequest:
         from mmmamba_cli.distributed.stop_signals import SIGNALS, StopSignalCounter
 
-        self._repeats = StopSignalCounter()
+        self._signals = StopSignalCounter()
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -58,15 +58,15 @@ class StopRequest(AbstractContextManager["StopRequest"]):
     def _note(self, number: int, frame: FrameType | None) -> None:
         from mmmamba_cli.distributed.stop_signals import exit_by_signal, write_from_handler
 
-        assert self._repeats is not None
-        if self._repeats.is_repeat():
+        assert self._signals is not None
+        if self._signals.is_repeat():
             exit_by_signal(number)
-        if self._repeats.count == 1 and self.speaks:
+        if self._signals.count == 1 and self.prints:
             write_from_handler("\nstopping after this step; once more stops at once\n")
 
 
 class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
-    """A live panel on a terminal, plain lines elsewhere, nothing on processes but the first."""
+    """A live panel in a terminal, plain lines elsewhere; process 0 only."""
 
     def __init__(self, is_main: bool, stop: StopRequest):
         self.is_main = is_main
@@ -75,13 +75,15 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         self._stage: Stage | None = None
         self._last_line = 0.0
         self._started = (0.0, 0)
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
     @property
     def callbacks(self) -> StageCallbacks:
         from mmmamba_cli.distill import StageCallbacks
 
-        return StageCallbacks(self.say, self.begin, self.report, lambda: self.stop.wanted)
+        return StageCallbacks(
+            self.say, self.on_stage_begin, self.on_step_end, lambda: self.stop.received
+        )
 
     def __exit__(
         self,
@@ -96,8 +98,10 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         if self.is_main:
             err().print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self, stage: Stage, learning: Mapping[str, Any], progress: Progress) -> None:
-        """List what learns, then show the stage from its first step on."""
+    def on_stage_begin(
+        self, stage: Stage, trainable: Mapping[str, Any], progress: Progress
+    ) -> None:
+        """Print the trainable parameters and start the display of the stage."""
         from mmmamba_cli.distill import layers_per_parameter
 
         self._end_live()
@@ -106,12 +110,12 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         if not self.is_main:
             return
         sizes: dict[str, int] = {}
-        for name, parameter in learning.items():
+        for name, parameter in trainable.items():
             (inner,) = layers_per_parameter([name])
             sizes[inner] = sizes.get(inner, 0) + parameter.numel()
-        counts = layers_per_parameter(learning)
+        counts = layers_per_parameter(trainable)
         rows = [(name, counts[name], f"{sizes[name]:,}") for name in sorted(counts)]
-        rows.append(("total", len(learning), f"{sum(sizes.values()):,}"))
+        rows.append(("total", len(trainable), f"{sum(sizes.values()):,}"))
         self.say(
             f"{stage.name}: {stage.loss}, {stage.steps} steps, batch {stage.batch_size}, "
             f"lr {stage.lr:g}"
@@ -128,14 +132,14 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
             self._live = Live(console=err(), refresh_per_second=4, transient=False)
             self._live.start()
 
-    def report(self, result: StepResult) -> None:
-        """Show one step; what went wrong in it is always said."""
+    def on_step_end(self, result: StepResult) -> None:
+        """Show one step; print its problems in any case."""
         for sample in result.bad:
             self.say(f"skipped sample {sample}")
         for sample in result.held_out.bad if result.held_out else ():
-            # Every evaluation meets the same ones.
-            if sample not in self._said:
-                self._said.add(sample)
+            # Every evaluation reports the same samples.
+            if sample not in self._reported:
+                self._reported.add(sample)
                 self.say(f"skipped held-out sample {sample}")
         if result.skipped is not None:
             self.say(f"step {result.step} skipped: {result.skipped}")
@@ -204,7 +208,7 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
 
 
 def _bars(terms: Mapping[str, float]) -> str:
-    """Per-layer losses as a row of bars, the highest named; "?" where a loss is not finite."""
+    """Per-layer losses as a row of bars, with the highest one; "?" where not finite."""
     finite = {name: value for name, value in terms.items() if math.isfinite(value)}
     worst = max(finite, key=lambda name: finite[name], default=None)
     top = 0.0 if worst is None else finite[worst]

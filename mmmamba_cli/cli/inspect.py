@@ -85,8 +85,10 @@ def command(
             "memory": [{**asdict(one), "total": one.total} for one in memory],
         }
         if differences is not None:
+            from mmmamba_cli.distill.metrics import nonfinite_as_text
+
             record["against"] = against
-            record["differences"] = [_finite(asdict(one)) for one in differences]
+            record["differences"] = [nonfinite_as_text(asdict(one)) for one in differences]
         print_json(record)
         return
     if found.final is False:
@@ -110,12 +112,6 @@ def _compare(here: Checkpoint, there: Checkpoint) -> list[TensorDifference]:
     total = len({*here.shapes, *there.shapes})
     with progress("comparing", total, "tensors") as advance:
         return compare(here, there, advance)
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Replace infinities and NaN, which JSON does not have, by words."""
-    odd = ("inf", "nan")
-    return {k: str(v) if isinstance(v, float) and str(v) in odd else v for k, v in record.items()}
 
 
 def _print_summary(name: str, summary: CheckpointSummary) -> None:

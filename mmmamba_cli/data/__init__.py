@@ -1,4 +1,4 @@
-"""Training data: conversations with images, in batches that depend on seed and step alone."""
+"""Training data: conversations with images, in batches that depend only on seed and step."""
 
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, StepBatches
 from mmmamba_cli.data.dataset import Corpus, CorpusPart, open_corpus

@@ -1,4 +1,4 @@
-"""From encoded samples to micro batches: rows, who computes which, and padding.
+"""Micro batches from encoded samples: rows, their assignment to processes, and padding.
 
 Legend: B rows, T columns of a micro batch.
 """
@@ -20,10 +20,10 @@ Row = list[EncodedSample]
 
 
 def make_rows(samples: Sequence[EncodedSample], batching: str, max_length: int) -> list[Row]:
-    """The rows of a global batch, however many processes there are.
+    """Make the rows of a global batch, independent of the number of processes.
 
-    `padded`: a sample a row, in the order given; `bucketed`: the longest first; `packed`: each
-    sample, the longest first, into the first row it fits.
+    `padded`: one sample per row, in order; `bucketed`: one sample per row, longest first; `packed`:
+    first-fit-decreasing packing into rows of `max_length` tokens.
     """
     if batching == "padded":
         return [[sample] for sample in samples]
@@ -47,11 +47,10 @@ def make_rows(samples: Sequence[EncodedSample], batching: str, max_length: int) 
 def assign_rows(
     rows: Sequence[Row], rank: int, world_size: int, accumulation: int
 ) -> list[list[Row]]:
-    """The rows of each of this process's `accumulation` micro batches.
+    """Assign contiguous rows to the `accumulation` micro batches of process `rank`.
 
-    Neighbouring rows, which are of similar length, come into one micro batch, and the largest micro
-    batch, in tokens with padding, is as small as it can be: all processes wait for it, and memory
-    must hold it. With fewer rows than micro batches the last ones are empty.
+    Minimises the largest micro batch, counted in tokens with padding: it bounds the time of a step
+    and the peak memory. If there are fewer rows than micro batches, the last ones are empty.
     """
     parts = world_size * accumulation
     lengths = [_row_length(row) for row in rows]
@@ -69,9 +68,9 @@ def assign_rows(
 
 
 def _ends(lengths: Sequence[int], parts: int, limit: int) -> list[int]:
-    """Where parts end that each take as many rows as stay within `limit` tokens with padding.
+    """End indices of greedy parts of at most `limit` tokens with padding each.
 
-    They leave a row for each part behind them, so that none is empty without need.
+    Each part leaves at least one row for every later part, so that no part is empty needlessly.
     """
     ends: list[int] = []
     start = longest = 0
@@ -88,7 +87,7 @@ def _ends(lengths: Sequence[int], parts: int, limit: int) -> list[int]:
 def collate(
     rows: Sequence[Row], images: ImageProcessor | None, pad_id: int
 ) -> tuple[Batch, list[BadSample]]:
-    """A micro batch of the rows whose pictures can be decoded, and the samples it lacks."""
+    """Pad rows into a micro batch, without the samples whose pictures cannot be decoded."""
     bad: list[BadSample] = []
     kept: list[Row] = []
     pixels: list[Tensor] = []
@@ -102,11 +101,11 @@ def collate(
                 bad.append(bad_sample(error, sample.name, seen_by_all=False))
         if good:
             kept.append(good)
-    return (_batch(kept, pixels, pad_id) if kept else empty_batch(pad_id)), bad
+    return (_pad_rows(kept, pixels, pad_id) if kept else empty_batch(pad_id)), bad
 
 
 def empty_batch(pad_id: int) -> Batch:
-    """A row without a sample, for a process that must keep step with the others."""
+    """One padding token, for a process without rows, which takes part in collectives."""
     mask = torch.zeros(1, 1, dtype=torch.bool)
     return Batch(
         input_ids=torch.full((1, 1), pad_id),
@@ -120,7 +119,7 @@ def empty_batch(pad_id: int) -> Batch:
     )
 
 
-def _batch(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
+def _pad_rows(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
     lengths = [_row_length(row) for row in rows]
     shape = (len(rows), max(lengths))
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""Digests of training data, by which a resumed run notices that its data changed."""
+"""Digests of training data, which detect changed data when a run resumes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from mmmamba_cli.data.dataset import Corpus
 from mmmamba_cli.errors import DataError
 
-# Files of JSON are read whole: opening them reads each byte too. Of a larger shard, the size and
-# this many evenly spaced blocks are read.
+# JSON files are hashed in full, since opening them reads every byte anyway. Of a larger shard, the
+# size and this many evenly spaced blocks are hashed.
 MAX_WHOLE_FILE_BYTES = 64 << 20
 BLOCK_BYTES = 64 << 10
 NUM_BLOCKS = 256
-# Pictures of this many evenly spaced samples are looked at; of every `READ_EVERY`-th of these
-# samples the contents are read, of the others only the sizes.
+# Pictures of this many evenly spaced samples are covered: their contents in every `READ_EVERY`-th
+# of these samples, and their sizes in the others.
 NUM_SAMPLES = 1024
 READ_EVERY = 16
 
@@ -39,7 +39,7 @@ class Fingerprint:
 
 
 def fingerprint(corpus: Corpus) -> Fingerprint:
-    """The digests of a corpus. Raises `DataError` if one of its files cannot be read."""
+    """Compute the digests. Raises `DataError` if a file of the corpus cannot be read."""
     return Fingerprint(_digest_files(corpus), _digest_pictures(corpus))
 
 
@@ -59,7 +59,7 @@ def _digest_files(corpus: Corpus) -> str:
 
 
 def _blocks(file: Path, size: int) -> Iterator[bytes]:
-    """The contents of a file, or evenly spaced blocks of a large shard, the ends among them."""
+    """The contents of a file, or evenly spaced blocks of a large shard, including both ends."""
     with file.open("rb") as handle:
         if file.suffix.lower() != ".tar" or size <= MAX_WHOLE_FILE_BYTES:
             while block := handle.read(1 << 20):
@@ -78,19 +78,19 @@ def _digest_pictures(corpus: Corpus) -> str:
         try:
             images: Sequence[object] = corpus[number * len(corpus) // count].images
         except DataError:
-            # The line itself is part of the other digest.
+            # The digest of conversations covers the line itself.
             continue
         for image in images:
-            # A picture within a shard is part of the other digest.
+            # The digest of conversations covers pictures inside shards.
             if isinstance(image, Path):
-                digest.update(_picture(image, whole=number % every == 0))
+                digest.update(_digest_picture(image, with_contents=number % every == 0))
     return digest.hexdigest()
 
 
-def _picture(file: Path, whole: bool) -> bytes:
+def _digest_picture(file: Path, with_contents: bool) -> bytes:
     try:
         size = file.stat().st_size
-        content = hashlib.sha256(file.read_bytes()).hexdigest() if whole else ""
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if with_contents else ""
     except OSError:
         return b"unreadable\n"
     return f"{size} {content}\n".encode()

@@ -1,7 +1,7 @@
 """The batches of each optimiser step, a pure function of seed and step.
 
-Every process plans the whole global batch alike, from texts and image headers, and decodes the
-pictures of its own part only. So there is no state to save: a run resumes at any step, with any
+Every process plans the whole global batch from texts and image headers, and decodes only the
+pictures of its own rows. The loader has no state to save: a run resumes at any step, with any
 number of processes or workers.
 """
 
@@ -26,10 +26,11 @@ from mmmamba_cli.processing import TrainingProcessor
 class StepLoader:
     """Batches for one process of `world_size`.
 
-    `batch_size` samples make a global batch; each process gets its share in `accumulation` micro
-    batches. `workers` processes prepare steps ahead, 0 prepares each when it is asked for; what
-    comes out is the same. `pin_memory` is for batches that go to a GPU. With `single_pass` the
-    stream ends after one pass over the corpus, and its last step holds the samples that are left.
+    A global batch has `batch_size` samples; each process gets its share in `accumulation` micro
+    batches. `workers` is the number of worker processes that prepare steps ahead; 0 prepares each
+    step on demand, with the same batches. `pin_memory` is for batches that go to a GPU. With
+    `single_pass` the stream ends after one pass over the corpus, and the last step holds the
+    remaining samples.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class StepLoader:
 
     @property
     def steps_per_pass(self) -> int:
-        """Steps that one pass over the corpus takes; the last of them may begin the next pass."""
+        """Steps of one pass over the corpus; the last one may include samples of the next pass."""
         return -(-self._order.length // self.batch_size)
 
     def unreadable(self) -> list[BadSample] | None:
-        """Every sample of a pass, if none of them can be read; None from the first that can."""
+        """All samples of a pass if none of them can be read; None once one is readable."""
         bad = []
         for number in range(self._order.length):
             index = self._order[number]
@@ -81,7 +82,7 @@ class StepLoader:
         return bad
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
-        """The batches of steps `first` to `stop` - 1. Bad samples are left out and told."""
+        """Yield the batches of steps `first` to `stop` - 1; bad samples are left out and listed."""
         if self.workers == 0 or stop - first < 2:
             yield from map(self.step, range(first, stop))
             return
@@ -91,12 +92,12 @@ class StepLoader:
             sampler=range(first, stop),
             num_workers=self.workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=_leave_signals_to_main,
+            worker_init_fn=_ignore_signals,
         )
         with block_interrupts():
             running = iter(loader)
-        # At its exit Python waits for workers, and ours ignore its SIGTERM: tell them before.
-        # torch does when the iterator is collected, which a traceback may put off.
+        # At exit Python sends SIGTERM to workers, which ignore it, and waits: shut them down first.
+        # torch does so when the iterator is collected, which a traceback may delay.
         end_workers: Callable[[], None] = running._shutdown_workers  # type: ignore[attr-defined]
         atexit.register(end_workers)
         try:
@@ -121,12 +122,12 @@ class StepLoader:
         return StepBatches(step, tuple(micro), tuple(bad), len(self._numbers(step)))
 
     def _numbers(self, step: int) -> range:
-        """The places in the stream of a step's samples."""
+        """Positions of a step's samples in the stream."""
         stop = (step + 1) * self.batch_size
         return range(step * self.batch_size, stop if self._end is None else min(stop, self._end))
 
     def _plan(self, step: int) -> tuple[list[EncodedSample], list[BadSample]]:
-        """The global batch's samples, and those that already its texts and headers rule out."""
+        """Encoded samples of the global batch, and those with bad texts or image headers."""
         samples, bad = [], []
         for number in self._numbers(step):
             index = self._order[number]
@@ -138,7 +139,7 @@ class StepLoader:
 
 
 class _Steps(Dataset):
-    """Steps by number, for torch's worker processes."""
+    """Map-style dataset of steps, for the worker processes of torch's `DataLoader`."""
 
     def __init__(self, loader: StepLoader):
         self.loader = loader
@@ -147,14 +148,14 @@ class _Steps(Dataset):
         try:
             return self.loader.step(step)
         except MmmambaError as error:
-            # Raised, it would come back as text with the worker's traceback in it.
+            # torch would re-raise it as text with the worker's traceback.
             return error
 
 
-def _leave_signals_to_main(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach all processes; only the main one decides.
+def _ignore_signals(_: int) -> None:
+    """Ignore SIGINT and SIGTERM, which reach all processes; the main process handles them.
 
-    A worker ends when it is told to, or finds its parent gone.
+    A worker ends when the loader shuts it down or its parent is gone.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

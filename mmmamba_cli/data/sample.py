@@ -1,7 +1,4 @@
-"""One sample: a conversation with pictures, or plain text.
-
-The turns of a conversation as files write them: roles, texts, and which picture stands where.
-"""
+"""Parsing of one sample: a conversation with pictures, or plain text."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import ImageSource
 from mmmamba_cli.processing.chat_template import IMAGE_PLACEHOLDER
 
-# Who speaks, in LLaVA's words and in those of chat messages.
+# Roles of LLaVA's conversations and of chat messages, by the role of the chat template.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -23,46 +20,47 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-# Where an image part names its picture.
+# Keys of an image part that may hold the path.
 IMAGE_PATH_KEYS = ("image", "path", "url", "image_url")
 
 Content = str | list[dict[str, str]]
 
 
 def first_present(record: Mapping[str, Any], *keys: str) -> Any:
-    """The first of these that the record has and that is not null."""
+    """The value of the first key that is present and not null; None if there is none."""
     return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
 def describe_type(value: Any) -> str:
-    """What a value is, for a sentence."""
+    """The type of a JSON value, as part of a sentence."""
     return "null" if value is None else f"a {type(value).__name__}"
 
 
 def parse_turns(
     turns: Sequence[Any], listed: Sequence[str], name: str
 ) -> tuple[tuple[dict[str, Any], ...], list[str]]:
-    """Messages of role and content, and the pictures' names in the order of their places.
+    """Parse turns into messages of role and content, and picture names in prompt order.
 
-    An image part may name its own picture; other parts, and each `<image>` of the user's plain
-    texts, take the next of those `listed` beside the turns. What is left of these comes last.
-    Raises `DataError` that names the sample and the turn.
+    An image part may name its own picture. Other image parts, and each `<image>` in plain texts of
+    the user, take the next of the names `listed` beside the turns; unused names come last.
+
+    Raises:
+        DataError: a turn is malformed; the message names the sample and the turn.
     """
     rest = iter(listed)
     messages, images = [], []
     for position, turn in enumerate(turns):
         where = f"{name}: turn {position + 1}"
-        role, content, own = _turn(turn, where)
+        role, content, named = _parse_turn(turn, where)
         messages.append({"role": role, "content": content})
-        places = own
         if isinstance(content, str):
-            places = [None] * (content.count(IMAGE_PLACEHOLDER) if role == "user" else 0)
-        images += [next(rest, None) if place is None else place for place in places]
+            named = [None] * (content.count(IMAGE_PLACEHOLDER) if role == "user" else 0)
+        images += [next(rest, None) if image is None else image for image in named]
     return tuple(messages), [image for image in images if image is not None] + list(rest)
 
 
-def _turn(turn: Any, where: str) -> tuple[str, Content, list[str | None]]:
-    """Role, content, and the picture that each image part names."""
+def _parse_turn(turn: Any, where: str) -> tuple[str, Content, list[str | None]]:
+    """Role, content, and for each image part the picture it names, or None."""
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} is {describe_type(turn)}, expected a JSON object")
     speaker, said = first_present(turn, "from", "role"), first_present(turn, "value", "content")
@@ -72,7 +70,7 @@ def _turn(turn: Any, where: str) -> tuple[str, Content, list[str | None]]:
         return ROLES[speaker], said, []
     if not isinstance(said, list):
         raise DataError(f"{where} says {said!r:.60}, expected text or a list of parts")
-    parts = list(_parts(said, ROLES[speaker], where))
+    parts = list(_parse_parts(said, ROLES[speaker], where))
     return (
         ROLES[speaker],
         [part for part, _ in parts],
@@ -80,16 +78,16 @@ def _turn(turn: Any, where: str) -> tuple[str, Content, list[str | None]]:
     )
 
 
-def _parts(
+def _parse_parts(
     said: Sequence[Any], role: str, where: str
 ) -> Iterator[tuple[dict[str, str], str | None]]:
-    """Each part as the processor takes it, and the picture it names."""
+    """Yield each part in the processor's format, and the picture it names."""
     for part in said:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             yield {"type": "text", "text": part["text"]}, None
         elif kind in ("image", "image_url") and role == "user":
-            yield {"type": "image"}, _named(part, where)
+            yield {"type": "image"}, _image_path(part, where)
         elif kind in ("image", "image_url"):
             raise DataError(f"{where} has an image, and only the user shows any")
         else:
@@ -99,11 +97,11 @@ def _parts(
             )
 
 
-def _named(part: Mapping[str, Any], where: str) -> str | None:
-    """The picture of an image part; None if the part names none."""
+def _image_path(part: Mapping[str, Any], where: str) -> str | None:
+    """The path in an image part; None if the part names no picture."""
     image = first_present(part, *IMAGE_PATH_KEYS)
     if isinstance(image, Mapping):
-        # As in OpenAI's messages: {"image_url": {"url": ...}}.
+        # OpenAI's format: {"image_url": {"url": ...}}.
         image = first_present(image, "url", "path")
     if image is None and not set(part) - {"type"}:
         return None
@@ -118,14 +116,14 @@ def _named(part: Mapping[str, Any], where: str) -> str | None:
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A picture within a file, read only when it is needed."""
+    """A picture inside another file, read on access."""
 
     file: Path
     offset: int
     size: int
 
     def read(self) -> bytes:
-        """Raises `DataError` if the file cannot be read any more."""
+        """Read the bytes. Raises `DataError` if the file cannot be read."""
         try:
             with self.file.open("rb") as handle:
                 handle.seek(self.offset)
@@ -140,10 +138,10 @@ ImageFinder = Callable[[str], ImageLocation]
 
 @dataclass(frozen=True)
 class Sample:
-    """`messages` of role and content, or `text` where it is no conversation; pictures in order.
+    """A conversation (`messages` of role and content) or a plain `text`, with pictures in order.
 
-    A content is a text, in which `<image>` stands for a picture if the user says it, or a list of
-    `{"type": "text", "text": ...}` and `{"type": "image"}`, in whose texts it does not.
+    A content is a string, in which `<image>` of the user stands for a picture, or a list of
+    `{"type": "text", "text": ...}` and `{"type": "image"}`, in which `<image>` is plain text.
     """
 
     name: str
@@ -153,19 +151,22 @@ class Sample:
 
 
 def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
-    """A sample from JSON as LLaVA and InternVL write it, as chat messages, or as plain text.
+    """Parse the JSON formats of LLaVA and InternVL, chat messages, and plain text.
 
     `{"image": path or list, "conversations": [{"from": "human", "value": ...}, ...]}`, the same
     with `"messages": [{"role": ..., "content": ...}]`, or `{"text": ...}`. A content may be a list
-    of parts, as in chat APIs; an image part that names no picture takes the next of the sample's. A
-    key that is null is taken as absent. Raises `DataError` that names the sample.
+    of parts, as in chat APIs; an image part without a path takes the next picture of the sample. A
+    null value counts as absent.
+
+    Raises:
+        DataError: the record is malformed; the message names the sample.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{name}: is {describe_type(record)}, expected a JSON object")
     if first_present(record, "video", "videos"):
         raise DataError(f"{name}: has a video, and only images are read")
     turns, text = first_present(record, "conversations", "messages"), record.get("text")
-    # Beside turns, a text is a remark on the sample: some sets have captions there.
+    # Beside turns, `text` is ignored: some datasets store captions there.
     if turns is None and text is not None:
         if not isinstance(text, str) or not text:
             raise DataError(f"{name}: text is {text!r:.60}, expected text")
@@ -183,18 +184,19 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
 
 
 def read_image(picture: ImageLocation) -> ImageSource:
-    """What a picture is opened from. Raises `DataError` if its file cannot be read any more."""
+    """The path or bytes of a picture. Raises `DataError` if its file cannot be read."""
     return picture.read() if isinstance(picture, FileSlice) else picture
 
 
 def resolve_image(root: Path, name: str) -> Path:
-    """The path of image `name`, which must lie in `root`.
+    """The path of image `name`, which must be inside `root`.
 
-    Links in `root` are followed wherever they lead: they were put there by its owner, not by the
-    data. Raises `DataError` for a name that leads out of it by `..` or as a whole path, or that is
-    not there.
+    Symbolic links in `root` are followed anywhere: the owner of the folder made them, not the data.
+
+    Raises:
+        DataError: the name leads out of `root` by `..` or as an absolute path, or does not exist.
     """
-    # Not `resolve`, which follows links: of `link/../a.png` it would take what the link leads to.
+    # `Path.resolve` would follow links: `link/../a.png` would be relative to the link's target.
     base = Path(os.path.normpath(Path.cwd() / root))
     path = Path(os.path.normpath(base / name))
     is_inside = path.is_relative_to(base) or (
@@ -211,12 +213,12 @@ def resolve_image(root: Path, name: str) -> Path:
 
 
 def _resolved(path: Path) -> Path:
-    # Not `Path.resolve`, which raises an error of its own for links that lead in a circle.
+    # `Path.resolve` raises its own error for circular links.
     return Path(os.path.realpath(path))
 
 
 def _check_order(messages: Sequence[Mapping[str, Any]], name: str) -> None:
-    """After an optional system turn, user and assistant take turns, and the assistant ends."""
+    """After an optional system turn, user and assistant alternate, and the assistant is last."""
     roles = [message["role"] for message in messages]
     body = roles[1:] if roles[0] == "system" else roles
     for position, role in enumerate(body):
@@ -229,9 +231,9 @@ def _check_order(messages: Sequence[Mapping[str, Any]], name: str) -> None:
 
 
 def _listed_images(record: Mapping[str, Any], name: str) -> list[str]:
-    """The pictures that the sample names beside its turns."""
+    """Names of the pictures that the sample lists beside its turns."""
     named = first_present(record, "image", "images")
-    # InternVL's sets have an empty path in samples without an image.
+    # InternVL writes an empty path in samples without an image.
     if named is None or named == "":
         return []
     listed = named if isinstance(named, list) else [named]

@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of the seed and the sample's number in the stream."""
+"""The order of samples, a pure function of the seed and the position in the stream."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mmmamba_cli.data.dataset import CorpusPart
 class SampleOrder:
     """An endless stream of passes over the parts, each shuffled by (seed, pass) or in file order.
 
-    A part with `repeats` 2.5 is taken twice whole in each pass, and a half of it, drawn anew each
-    pass, once more. Every pass has the same length.
+    With `repeats` 2.5, each pass takes every sample of a part twice, and a random half of them once
+    more. All passes have the same length.
     """
 
     def __init__(self, parts: Sequence[CorpusPart], seed: int, shuffle: bool):
@@ -24,10 +24,10 @@ class SampleOrder:
         self._drawn: dict[int, np.ndarray] = {}
 
     def __getitem__(self, number: int) -> int:
-        """Index, in the whole corpus, of sample `number` of the stream."""
+        """Index in the corpus of sample `number` of the stream."""
         count, place = divmod(number, self.length)
         if count not in self._drawn:
-            # Two passes meet in a batch; older ones are not asked for again.
+            # A batch may span two passes; older permutations are not needed again.
             self._drawn = {n: p for n, p in self._drawn.items() if n == count - 1}
             self._drawn[count] = self._draw(count)
         return int(self._drawn[count][place])
@@ -40,7 +40,7 @@ class SampleOrder:
     def _extra(part: CorpusPart) -> int:
         share = part.repeats - int(part.repeats)
         extra = round(share * part.samples)
-        # A share of a small set is not none of it, unless it is empty.
+        # A share of a small part rounds to at least one sample, unless the part is empty.
         return min(max(extra, 1), part.samples) if part.repeats < 1 else extra
 
     def _draw(self, number: int) -> np.ndarray:

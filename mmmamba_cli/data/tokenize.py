@@ -1,4 +1,4 @@
-"""From a sample to its ids; of pictures only the headers are read, which tell their tiles."""
+"""Encoding of samples to token ids; tile counts come from image headers, without decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmmamba_cli.processing import ImageProcessor, TrainingProcessor, count_tile
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as ids. `is_answer` marks what labels are made of, `cut` is how many it has lost."""
+    """Token ids of a sample; `is_answer` marks answer tokens, `cut` counts truncated tokens."""
 
     name: str
     ids: list[int]
@@ -27,7 +27,7 @@ class EncodedSample:
 
 
 class SampleEncoder:
-    """Encodes samples for one model, cut to `max_length` tokens."""
+    """Encodes samples for one model, truncated to `max_length` tokens."""
 
     def __init__(self, processor: TrainingProcessor, max_length: int, max_tiles: int | None):
         self.processor = processor
@@ -38,9 +38,9 @@ class SampleEncoder:
         self.images: ImageProcessor | None = images
 
     def __call__(self, sample: Sample) -> EncodedSample:
-        """Raises `DataError` that names the sample."""
+        """Encode a sample. Raises `DataError` that names the sample."""
         try:
-            return self._cut(self._encode(sample))
+            return self._truncate(self._encode(sample))
         except DataError as error:
             raise DataError(f"{sample.name}: {error.message}") from error
 
@@ -59,7 +59,7 @@ class SampleEncoder:
             raise DataError("the sample has an image, and the model reads text only")
         return count_tiles(*image_size(read_image(image)), self.images.tiling)
 
-    def _cut(self, sample: EncodedSample) -> EncodedSample:
+    def _truncate(self, sample: EncodedSample) -> EncodedSample:
         limit = self.max_length
         if len(sample) <= limit:
             return sample
@@ -75,9 +75,10 @@ class SampleEncoder:
 
 
 def decode_images(sample: EncodedSample, images: ImageProcessor | None) -> list[Tensor]:
-    """The tiles of a sample's pictures, uint8 (N, 3, S, S), in a list; empty without pictures.
+    """Decode a sample's pictures: a list of one uint8 (N, 3, S, S) tensor, empty without pictures.
 
-    Raises `DataError` if a picture cannot be decoded.
+    Raises:
+        DataError: a picture cannot be decoded.
     """
     if not sample.images or images is None:
         return []

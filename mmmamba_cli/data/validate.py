@@ -1,4 +1,4 @@
-"""A look at a data set before anything is trained on it."""
+"""Validation of a dataset before training: lengths, images and problems."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from mmmamba_cli.data.dataset import Corpus
 from mmmamba_cli.data.tokenize import SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError
 
+# Bad samples that a report lists by name.
 MAX_NAMED = 10
 
 
 @dataclass
 class DataReport:
-    """What was found: the samples that can be used, and what is wrong with the others."""
+    """Counts of usable samples, and the problems of the others."""
 
     samples: int = 0
     with_images: int = 0
@@ -26,12 +27,12 @@ class DataReport:
     tiles: int = 0
     tokens: int = 0
     answer_tokens: int = 0
-    # Samples that were cut to the longest length.
+    # Samples truncated to the maximum length.
     cut: int = 0
-    # In tokens, before cutting; `tokens` and `answer_tokens` are what is left.
+    # In tokens before truncation; `tokens` and `answer_tokens` count after it.
     lengths: list[int] = field(default_factory=list, repr=False)
     bad: list[BadSample] = field(default_factory=list, repr=False)
-    # What lies in the files and is part of no sample, by name, with the reason.
+    # Names of members that belong to no sample, with the reason.
     ignored: list[str] = field(default_factory=list, repr=False)
 
     @property
@@ -43,17 +44,17 @@ class DataReport:
         return self.cut / max(1, self.samples)
 
     def length_at(self, percent: int) -> int | None:
-        """The length below which `percent` of the samples are; None without samples."""
+        """The percentile of lengths; None without samples."""
         if len(self.lengths) < 2:
             return self.lengths[0] if self.lengths else None
         return round(quantiles(self.lengths, n=100, method="inclusive")[percent - 1])
 
     def reasons(self) -> dict[str, int]:
-        """How many samples each kind of problem has, the commonest first."""
+        """Number of samples by kind of problem, most common first."""
         return dict(Counter(_kind(sample.reason) for sample in self.bad).most_common())
 
     def as_dict(self, named: int | None = MAX_NAMED) -> dict[str, Any]:
-        """For machines; at most `named` bad samples and ignored members by name, None for all."""
+        """The report as JSON; `named` limits the lists of bad samples and ignored members."""
         return {
             "samples": self.samples,
             "with_images": self.with_images,
@@ -87,20 +88,19 @@ def check_data(
     decode: bool = True,
     advance: Callable[[int], None] | None = None,
 ) -> DataReport:
-    """Read every sample as training would, or the first `limit`; pictures too if `decode`.
+    """Read every sample, or the first `limit`, as training would; decode pictures if `decode`.
 
-    Where all are read, pictures that lie beside the samples and that none of them shows are ignored
-    by name too.
+    If all samples are read, pictures that no sample uses are reported among `ignored`.
     """
     report = DataReport(ignored=list(corpus.ignored))
-    unshown = {picture: name for name, picture in corpus.pictures.items()}
+    unused = {picture: name for name, picture in corpus.pictures.items()}
     count = min(len(corpus), limit or len(corpus))
     for index in range(count):
         report.samples += 1
         try:
             sample = corpus[index]
             for picture in sample.images:
-                unshown.pop(picture, None)
+                unused.pop(picture, None)
             encoded = encoder(sample)
             if decode:
                 decode_images(encoded, encoder.images)
@@ -117,12 +117,12 @@ def check_data(
         if advance is not None:
             advance(1)
     if count == len(corpus):
-        report.ignored += [f"{name}: a picture that no sample shows" for name in unshown.values()]
+        report.ignored += [f"{name}: a picture that no sample shows" for name in unused.values()]
     return report
 
 
 def _kind(reason: str) -> str:
-    """A reason without what differs from sample to sample: paths, numbers."""
+    """A reason with paths and numbers, which differ by sample, replaced by `...`."""
     words = [
         "..." if "/" in word or any(map(str.isdigit, word)) else word for word in reason.split()
     ]

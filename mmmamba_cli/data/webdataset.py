@@ -1,4 +1,4 @@
-"""webdataset shards: tar files whose members of one key make a sample."""
+"""webdataset shards: tar files in which members with the same key form a sample."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmmamba_cli.errors import DataError
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 RECORD = ".json"
 MAX_SHARDS = 1_000_000
-# Longer numbers name no shard.
+# Numbers of more digits are not shard numbers.
 RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
 DIGITS = re.compile(r"([0-9]+)")
 
 
 def expand_shards(source: str) -> list[Path]:
-    """`part-{000..002}.tar` as three paths. Raises `DataError` for a range that runs backwards."""
+    """Expand `part-{000..002}.tar` to three paths. Raises `DataError` for a bad range."""
     match = RANGE.search(source)
     if match is None:
         return [Path(source)]
@@ -37,9 +37,9 @@ def expand_shards(source: str) -> list[Path]:
 
 
 def natural_key(name: str) -> tuple[tuple[int, str, int], ...]:
-    """A key that sorts the numbers in names as numbers: `a.2.png` before `a.10.png`."""
-    # Text and numbers in turn. A number is compared by its digits, since `int` bounds their count;
-    # of equal numbers the one with fewer zeros in front comes first.
+    """Sort key that compares numbers in names by value: `a.2.png` before `a.10.png`."""
+    # Text and numbers alternate. Numbers are compared as digit strings, because `int` limits their
+    # length; of equal numbers the one with fewer leading zeros comes first.
     return tuple(
         (len(piece.lstrip("0")), piece.lstrip("0"), len(piece)) if place % 2 else (0, piece, 0)
         for place, piece in enumerate(DIGITS.split(name))
@@ -47,11 +47,11 @@ def natural_key(name: str) -> tuple[tuple[int, str, int], ...]:
 
 
 class Shard:
-    """One tar file. Members are indexed once and read where they lie; nothing is extracted.
+    """One tar file. Members are indexed once and read in place, without extraction.
 
-    A member `key.json` is a sample, and pictures `key.png`, `key.0.png`, ... are its own, in the
-    order of their names with numbers as numbers. A key may contain dots: a picture belongs to the
-    longest key that its name begins with. `ignored` names every member that is neither, and why.
+    A member `key.json` is a sample; `key.png`, `key.0.png`, ... are its pictures, in natural order
+    of their names. A key may contain dots: a picture belongs to the longest key that is a prefix of
+    its name. `ignored` lists all other members with the reason.
     """
 
     def __init__(self, file: Path):
@@ -72,7 +72,7 @@ class Shard:
         self._sort_members()
 
     def _index(self) -> None:
-        """Where the content of each member lies."""
+        """Record offset and size of each member."""
         with tarfile.open(self.file, "r:") as tar:
             for member in tar:
                 if member.isreg():
@@ -86,19 +86,19 @@ class Shard:
                 elif not member.isdir():
                     self._ignore(member.name, "no file")
             end = tar.offset
-        # tarfile takes a header it cannot read for the end, which is a block of zeros.
+        # tarfile stops at an unreadable header as if it were the end, which is a block of zeros.
         if any(FileSlice(self.file, end, tarfile.BLOCKSIZE).read()):
             raise tarfile.ReadError(f"it is damaged at byte {end}")
 
     def _sort_members(self) -> None:
-        """Which members are samples, and the pictures of each; the rest is ignored by name."""
+        """Sort members into samples, pictures of each sample, and ignored members."""
         records = {
             name[: -len(RECORD)]: name
             for name in self._members
             if name.lower().endswith(RECORD) and PurePosixPath(name).stem
         }
         for key, name in records.items():
-            # `a.seg.json` beside `a.json` is something about sample a, not a sample.
+            # `a.seg.json` beside `a.json` is an annotation of sample `a`, not a sample.
             if any(shorter in records for shorter in _shorter_keys(key)):
                 self._ignore(name, "a second .json of its sample")
             else:
@@ -112,7 +112,7 @@ class Shard:
                 continue
             self.pictures[name] = self._members[name]
             key = next((one for one in _shorter_keys(name) if one in keys), "")
-            # A sample may name it whatever it is called, so it is not ignored.
+            # Without a key it is not ignored: a sample may still name it.
             if key:
                 self._pictures.setdefault(key, []).append(name)
         for names in self._pictures.values():
@@ -137,14 +137,18 @@ class Shard:
         except DataError as error:
             raise DataError(f"{name}: {error.message}") from error
         key = member[: -len(RECORD)]
-        own = self._pictures.get(key)
-        if isinstance(record, dict) and own and first_present(record, "image", "images") is None:
-            record = {**record, "image": own}
+        pictures = self._pictures.get(key)
+        if (
+            isinstance(record, dict)
+            and pictures
+            and first_present(record, "image", "images") is None
+        ):
+            record = {**record, "image": pictures}
         return parse_sample(record, name, self._finder(key))
 
     def _finder(self, key: str) -> Callable[[str], FileSlice]:
         def find(image: str) -> FileSlice:
-            # By its member name, beside the sample, or under the sample's own key.
+            # By member name, relative to the sample, or by the sample's key and the suffix.
             beside = str(PurePosixPath(key).parent / image)
             under_key = f"{key}.{PurePosixPath(image).name.partition('.')[2]}"
             for candidate in (image, beside, under_key):
@@ -156,9 +160,7 @@ class Shard:
 
 
 def _shorter_keys(name: str) -> Iterator[str]:
-    """What a member's name begins with, at its dots, the longest first: `a/b.0.png`: `a/b.0`,
-    `a/b`.
-    """
+    """Prefixes of a member's name at its dots, longest first: `a/b.0.png` gives `a/b.0`, `a/b`."""
     folder, slash, base = name.rpartition("/")
     while "." in base:
         base = base.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""One process or many: the group of processes, sharding a built model, seeds."""
+"""Process group, FSDP sharding and seeds, for one process or several."""
 
 from mmmamba_cli.distributed.fsdp import average_unsharded_gradients, is_sharded, shard_mixers
 from mmmamba_cli.distributed.world import (

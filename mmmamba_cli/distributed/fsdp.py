@@ -1,4 +1,4 @@
-"""FSDP2 as a pass over a built model (torch.distributed.fsdp.fully_shard)."""
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`) applied to the mixers of a built model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from torch.distributed.tensor import DTensor
 from mmmamba_cli.distributed.world import World
 
 
-def shard_mixers(mixers: Iterable[nn.Module], world: World, entries: Collection[str] = ()) -> None:
-    """Shard the learning parameters of each mixer, their gradients and optimiser states.
+def shard_mixers(
+    mixers: Iterable[nn.Module], world: World, forward_methods: Collection[str] = ()
+) -> None:
+    """Shard the trainable parameters of each mixer, with their gradients and optimiser states.
 
-    What is frozen stays whole on every process: teacher and student share it, and gathering it
-    anew for every layer would cost more than it takes (2 bytes a parameter, against 16 for one that
-    learns). `entries` are methods that the loss calls in the place of `forward`, as "mix" for the
-    output before W_O; W_O, which they do not reach, then stays whole too. A world of one is left as
-    it is. Gradients are averaged over processes by FSDP, and those of what is whole by
-    `average_unsharded_gradients`, so whoever wants a sum multiplies the loss by `world.size`.
+    Frozen parameters are replicated: teacher and student share them, and gathering them for every
+    layer would cost more than the 2 bytes per parameter saved (a trainable one takes 16).
+    `forward_methods` are methods that the loss calls instead of `forward`, for example "mix" for
+    the output before W_O; W_O, which they do not use, is then replicated too. Does nothing for a
+    single process.
+
+    FSDP averages gradients over processes, and `average_unsharded_gradients` does so for replicated
+    parameters: multiply the loss by `world.size` to get the sum.
     """
     if world.mesh is None:
         return
@@ -29,23 +33,23 @@ def shard_mixers(mixers: Iterable[nn.Module], world: World, entries: Collection[
         frozen = {p for p in mixer.parameters() if not p.requires_grad}
         if len(frozen) == len(list(mixer.parameters())):
             continue
-        beyond = set(mixer.get_submodule("o_proj").parameters()) if entries else set()
-        fully_shard(mixer, mesh=world.mesh, ignored_params=frozen | beyond)
-        for entry in entries:
-            register_fsdp_forward_method(mixer, entry)
+        unused = set(mixer.get_submodule("o_proj").parameters()) if forward_methods else set()
+        fully_shard(mixer, mesh=world.mesh, ignored_params=frozen | unused)
+        for method in forward_methods:
+            register_fsdp_forward_method(mixer, method)
 
 
 def average_unsharded_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Average over processes the gradients of learning parameters that are not sharded.
+    """Average the gradients of parameters that are not sharded over processes.
 
-    A parameter without a gradient on any process stays without one, so that the optimiser leaves
-    it alone, as it does on a single process.
+    A parameter without a gradient on every process keeps none, so that the optimiser skips it as on
+    a single process.
     """
     if world.size == 1:
         return
-    whole = [parameter for parameter in parameters if not is_sharded(parameter)]
-    counts = world.all_reduce_sum(torch.tensor([float(p.grad is not None) for p in whole]))
-    for parameter, count in zip(whole, counts.tolist(), strict=True):
+    replicated = [parameter for parameter in parameters if not is_sharded(parameter)]
+    counts = world.all_reduce_sum(torch.tensor([float(p.grad is not None) for p in replicated]))
+    for parameter, count in zip(replicated, counts.tolist(), strict=True):
         if not count:
             continue
         if parameter.grad is None:

@@ -1,7 +1,7 @@
-"""Starting the processes of a run on this machine, by torch's elastic multiprocessing.
+"""Launcher of the processes of `--gpus` on this machine, with torch's elastic multiprocessing.
 
-torchrun does the same for one machine or several; here the command that was typed stays in charge,
-so that Ctrl-C, the exit code and the one error message are those of a single process.
+torchrun does the same for one or several machines. Here the launching command handles Ctrl-C, the
+exit code and the error message, so that they are those of a single process.
 """
 
 from __future__ import annotations
@@ -53,16 +53,15 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 HOST = "127.0.0.1"
-# How long processes may take to end once another has failed, or a second signal came.
-FAILED_SECONDS = 30
-STOPPED_SECONDS = 5
-# Of a traceback; the queue between the processes holds 64 KiB.
+# Seconds until processes are killed after a second stop signal.
+KILL_AFTER_SECONDS = 5
+# Limit of a traceback: the queue between the processes holds 64 KiB.
 MAX_TRACE_CHARACTERS = 3000
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """What ended one process, in plain values: not every exception can be pickled."""
+    """The exception that ended a process, as plain values: some exceptions cannot be pickled."""
 
     time: float
     rank: int
@@ -71,13 +70,13 @@ class _Failure:
     hint: str | None
     trace: str
     is_user_error: bool
-    # Whether it only lost its connection to a process that had ended before.
+    # Whether the process only lost its connection to one that had ended before.
     is_lost_connection: bool
     # Arguments of an OSError.
     os_error: tuple[int | None, str | None, str | None] | None
 
     def exception(self) -> BaseException:
-        """The error as the process that started this one raises it."""
+        """The exception that the launching process raises."""
         if self.is_user_error:
             return MmmambaError(self.text, self.hint)
         error = (
@@ -108,7 +107,7 @@ def _failure(error: BaseException) -> _Failure:
 
 
 def count_processes(gpus: int | None, device: str | None) -> int:
-    """How many processes `--gpus` asks for on this device. Raises `MmmambaError` for too many."""
+    """The number of processes for `--gpus`. Raises `MmmambaError` if there are too few GPUs."""
     if gpus is None:
         return 1
     if gpus < 1:
@@ -132,16 +131,18 @@ def count_processes(gpus: int | None, device: str | None) -> int:
 
 
 def launch(work: Callable[[Argument], Result], argument: Argument, processes: int) -> Result:
-    """Call `work(argument)` in new processes; returns what it returns in process 0.
+    """Call `work(argument)` in new processes and return the result of process 0.
 
-    `join_world` finds its place among them by the environment, as under torchrun. SIGINT and
-    SIGTERM are passed on; the second one ends the processes at once. If one fails, the others are
-    ended, and its error is raised here: an `MmmambaError` or `OSError` as one, any other exception
-    as a `RuntimeError` with that process's traceback as a note. Raises `RunError` for a process
-    that was killed.
+    `join_world` reads rank and size from the environment, as under torchrun. SIGINT and SIGTERM are
+    forwarded; a second one ends the processes at once. If a process fails, the others are ended.
+
+    Raises:
+        MmmambaError, OSError: the error of the process that failed first.
+        RuntimeError: any other exception of that process, with its traceback as a note.
+        RunError: a process was killed.
     """
     errors: SimpleQueue[_Failure] = get_context("spawn").SimpleQueue()
-    # The store of the process group lives here: it has a free port, and outlives every process.
+    # The launcher hosts the store of the process group: it gets a free port and outlives all ranks.
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     ranks = range(processes)
     with ExitStack() as stack:
@@ -149,7 +150,7 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
         stack.enter_context(_silence_torch_loggers())
         stack.enter_context(_single_threaded_cpu_ops())
         try:
-            # While they import, processes could not end well: `_run` lets interrupts in.
+            # An interrupt during imports would end a process badly: `_run` unblocks interrupts.
             with block_interrupts():
                 context = start_processes(
                     "mmmamba",
@@ -162,7 +163,7 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
                 stop_signals = stack.enter_context(_forward_signals(context))
             result = _wait(context, stop_signals)
         except SignalException as error:
-            # Before the handlers here were in place.
+            # The signal arrived before the handlers were installed.
             exit_by_signal(error.sigval)
     if not result.is_failed():
         return result.return_values[0]
@@ -170,7 +171,7 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
     while not errors.empty():
         failures.append(errors.get())
     if stop_signals.first is not None and all(failure.is_lost_connection for failure in failures):
-        # It came before there was anything to save.
+        # The signal arrived before there was anything to save.
         exit_by_signal(stop_signals.first)
     raise _root_cause(failures, result.failures)
 
@@ -181,33 +182,33 @@ def _run(
     errors: SimpleQueue[_Failure],
     starter: int,
 ) -> Result:
-    """The whole of one process."""
+    """Entry point of one process."""
     succeed = skip_interpreter_shutdown()
     try:
         _take_interrupts()
         result = work(argument)
     except KeyboardInterrupt as error:
-        # torch ends such a process with exit code 0, and waits for its result without end.
+        # torch would exit with code 0 and wait for the result forever.
         raise SystemExit(INTERRUPTED) from error
     except SystemExit:
         raise
     except BaseException as error:
         errors.put(_failure(error))
-        # Reported by the process that started this one.
+        # The launching process reports the error.
         raise SystemExit(1) from error
     if os.getppid() != starter:
-        # It was killed; torch interrupted this one, and would now wait for it without end.
+        # The launcher was killed; torch interrupted this process and would wait for it forever.
         os._exit(1)
     succeed()
     return result
 
 
 def _take_interrupts() -> None:
-    """Let SIGINT in: the first one raises `KeyboardInterrupt`, or ends the process in an import.
+    """Handle SIGINT: the first raises `KeyboardInterrupt`, or ends the process during an import.
 
-    A terminal and the starting process each send one, so a second one within a second is a copy and
-    is ignored: it would interrupt the cleanup. A later one ends the process, as does one that
-    arrives in a finaliser, from which no exception can leave.
+    The terminal and the launcher both send one, so a second one within a second is a copy and is
+    ignored, as it would interrupt the cleanup. A later one ends the process, as does one that
+    arrives in a finaliser, which cannot propagate exceptions.
     """
     repeats = StopSignalCounter()
 
@@ -237,7 +238,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": HOST,
         "MASTER_PORT": str(port),
-        # No process is to open a store at that port: there is one.
+        # The launcher hosts the store at that port.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
@@ -245,7 +246,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 @dataclass
 class _StopSignals:
-    """Signals that arrived: the first one, and the one that asked a second time."""
+    """The first stop signal received, and the one that repeated the request."""
 
     first: int | None = None
     second: int | None = None
@@ -261,7 +262,7 @@ class _StopSignals:
 
 @contextmanager
 def _forward_signals(context: PContext) -> Iterator[_StopSignals]:
-    """Pass signals on to the processes, and note them."""
+    """Forward signals to the processes and record them."""
     stop_signals = _StopSignals()
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -281,18 +282,18 @@ def _forward_signals(context: PContext) -> Iterator[_StopSignals]:
 
 
 def _wait(context: PContext, stop_signals: _StopSignals) -> Any:
-    """torch's result of all processes; does not return once a second signal asked to stop."""
+    """Wait for the result of all processes; exit after a second stop signal."""
     while True:
         result = context.wait(timeout=1, period=0.1)
         if stop_signals.second is not None:
-            context.close(signal.Signals(stop_signals.second), timeout=STOPPED_SECONDS)
+            context.close(signal.Signals(stop_signals.second), timeout=KILL_AFTER_SECONDS)
             exit_by_signal(stop_signals.second)
         if result is not None:
             return result
 
 
 def _root_cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseException:
-    """What to raise for processes that failed: the first error that no other one caused."""
+    """The exception to raise for failed processes: the first that no other one caused."""
     first = min(
         failures, key=lambda failure: (failure.is_lost_connection, failure.time), default=None
     )
@@ -308,7 +309,7 @@ def _root_cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseExceptio
 
 @contextmanager
 def _silence_torch_loggers() -> Iterator[None]:
-    """Without torch's own account of processes that failed or are ended."""
+    """Silence torch's log messages about processes that failed or are ended."""
     loggers = [
         logging.getLogger("torch.distributed.elastic.multiprocessing.api"),
         logging.getLogger("torch.multiprocessing.spawn"),
@@ -325,7 +326,7 @@ def _silence_torch_loggers() -> Iterator[None]:
 
 @contextmanager
 def _single_threaded_cpu_ops() -> Iterator[None]:
-    """CPU operations of each process in one thread, as under torchrun, unless it is set."""
+    """Set OMP_NUM_THREADS=1 for the processes, as torchrun does, unless it is set."""
     name = "OMP_NUM_THREADS"
     if name in os.environ:
         yield

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: the first politely, the second at once."""
+"""Handling of SIGINT and SIGTERM: the first one stops after the step, the second at once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Callable
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Schedulers signal every process of a job, and launchers pass the signal on to theirs: one request
-# arrives twice.
+# A process may receive one request twice: schedulers signal every process of a job, and launchers
+# forward the signal to their processes.
 SAME_REQUEST_SECONDS = 1.0
 
 
 class StopSignalCounter:
-    """Tells a second request from a second copy of the first."""
+    """Counts stop signals, and distinguishes a second request from a copy of the first."""
 
     def __init__(self) -> None:
         self.count = 0
         self._first = 0.0
 
     def is_repeat(self) -> bool:
-        """Count a signal that has arrived; whether it is a second request to stop."""
+        """Count a signal; return whether it is a second request to stop."""
         self.count += 1
         if self.count == 1:
             self._first = time.monotonic()
@@ -34,19 +34,19 @@ class StopSignalCounter:
 def write_from_handler(text: str) -> None:
     """Write to stderr from a signal handler.
 
-    `sys.stderr` may be in the middle of a write, which a handler cannot enter (`RuntimeError`).
+    A handler may interrupt a write of `sys.stderr`, whose buffer is not reentrant (`RuntimeError`).
     """
     try:
         os.write(sys.stderr.fileno(), text.encode())
     except (AttributeError, OSError, ValueError):
-        # stderr is no file, as where a test captures it, or it is closed.
+        # stderr has no file descriptor, for example in a test that captures it, or is closed.
         sys.stderr.write(text)
 
 
 def exit_by_signal(number: int) -> NoReturn:
-    """End as a shell reports a process that the signal ended: 130 for SIGINT, 143 for SIGTERM.
+    """Exit with the code of a process that the signal ended: 130 for SIGINT, 143 for SIGTERM.
 
-    What is half-written is cleared away on the way.
+    Raises an exception, so that context managers remove incomplete files.
     """
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -54,10 +54,10 @@ def exit_by_signal(number: int) -> NoReturn:
 
 
 def skip_interpreter_shutdown() -> Callable[[], None]:
-    """Let this process end without Python's shutdown; returns a function to call on success.
+    """Skip Python's shutdown when this process ends; returns a function to call on success.
 
-    A thread of gloo that releases a tensor during the shutdown aborts the process. To be called
-    early: exit handlers run in reverse order, and the one registered here must be the last.
+    A gloo thread that releases a tensor during the shutdown aborts the process. Call it early: exit
+    handlers run in reverse order, and this one must run last.
     """
     done = False
 

@@ -1,9 +1,4 @@
-"""The processes of a run. A single process is a world of one, without a process group.
-
-Threads of the host beside a GPU.
-
-Random numbers that depend on where one is, not on how one got there.
-"""
+"""Process group of a run, seeds, and CPU threads. A single process has no process group."""
 
 from __future__ import annotations
 
@@ -23,16 +18,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import MmmambaError
 
-# Enough for the small CPU tensors of a step; more wait for each other beside busy loader workers.
+# Enough for the small CPU tensors of a training step; more threads compete with loader workers.
 MAX_CPU_THREADS = 2
 
 
 @contextmanager
 def limit_cpu_threads(device: torch.device) -> Iterator[None]:
-    """Limit PyTorch's CPU threads of this process to MAX_CPU_THREADS while `device` is a GPU.
+    """Limit PyTorch's CPU threads to MAX_CPU_THREADS if `device` is a GPU, and restore them after.
 
-    On a CPU the threads are those that compute, and stay as they are. The limit is the process's;
-    what it was before is put back.
+    The limit holds for the whole process.
     """
     before = torch.get_num_threads()
     if device.type != "cpu":
@@ -44,7 +38,7 @@ def limit_cpu_threads(device: torch.device) -> Iterator[None]:
 
 
 def step_seed(seed: int, *place: str | int) -> int:
-    """A 63-bit seed from the run's seed and a place such as ("stage1", step, rank)."""
+    """A 63-bit seed from the run's seed and a place, for example ("stage1", step, rank)."""
     text = "/".join(map(str, (seed, *place)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
@@ -60,7 +54,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `mesh` is None where there is only one."""
+    """Rank, size, device and mesh of this process; `mesh` is None for a single process."""
 
     device: torch.device
     rank: int = 0
@@ -72,20 +66,20 @@ class World:
         return self.rank == 0
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes of a CPU tensor, the same on each."""
+        """Sum a tensor over all processes, on the CPU; every process gets the sum."""
         total = values.detach().cpu().clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so, so that all of them act alike."""
+        """Whether the flag is set on any process; the same on all of them."""
         return bool(self.all_reduce_sum(torch.tensor(float(flag))) > 0)
 
     def all_gather(self, values: Sequence[Result]) -> list[Result]:
-        """The values of every process, in the order of ranks, on each process.
+        """Concatenate the values of all processes in rank order; every process gets the list.
 
-        The values are pickled between the processes of one run.
+        Values are pickled.
         """
         if self.size == 1:
             return list(values)
@@ -94,14 +88,15 @@ class World:
         return [value for part in parts for value in part]
 
     def barrier(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
     def run_on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on process 0, on every process; its MmmambaError is raised on each.
+        """Run `work` on process 0 and broadcast its result.
 
-        So nobody waits for a process that has given up.
+        An exception of `work` is raised on every process, as an `MmmambaError` on the others, so
+        that none waits for process 0.
         """
         if self.size == 1:
             return work()
@@ -122,12 +117,13 @@ class World:
 
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
-    """The world torchrun describes in the environment, or a world of one.
+    """Join the process group that torchrun describes in the environment, or run as one process.
 
-    `device` is "cpu", "cuda" or None for the best there is; with several processes each takes the
-    GPU of its local rank. CPU tensors go over gloo, GPU tensors over nccl.
+    `device` is "cpu", "cuda" or None for the best available one; with several processes each uses
+    the GPU of its local rank. Collectives use gloo for CPU tensors and NCCL for GPU tensors.
 
-    Raises `MmmambaError` for another device, and if a GPU is asked for and there is none.
+    Raises:
+        MmmambaError: the device is unknown or not available.
     """
     chosen = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -135,20 +131,20 @@ def join_world(device: str | None = None) -> Iterator[World]:
         yield World(chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    own = torch.device("cuda", local) if chosen.type == "cuda" else chosen
-    if own.type == "cuda":
+    local_device = torch.device("cuda", local) if chosen.type == "cuda" else chosen
+    if local_device.type == "cuda":
         gpus = torch.cuda.device_count()
         if local >= gpus:
             raise MmmambaError(
                 f"process {local} of this machine has no GPU of its own: there are {gpus}",
                 "start torchrun with --nproc-per-node of at most that",
             )
-        torch.cuda.set_device(own)
-    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        torch.cuda.set_device(local_device)
+    backend = "cpu:gloo,cuda:nccl" if local_device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size)
     try:
-        yield World(own, rank, size, init_device_mesh(own.type, (size,)))
-        # Nobody takes the group down while another still reads from it.
+        yield World(local_device, rank, size, init_device_mesh(local_device.type, (size,)))
+        # The group is destroyed only after all processes have finished their collectives.
         dist.barrier()
     finally:
         dist.destroy_process_group()

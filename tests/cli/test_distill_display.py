@@ -57,9 +57,9 @@ def test_a_step_without_a_finite_loss_in_a_terminal(loss: float, terminal: Conso
         held_out=HeldOutMetrics(loss, 0.5, loss, loss, 10, 2),
     )
     with TrainingDisplay(True, StopRequest()) as display:
-        display.begin(STAGE, {}, Progress())
-        display.report(GOOD)
-        display.report(bad)
+        display.on_stage_begin(STAGE, {}, Progress())
+        display.on_step_end(GOOD)
+        display.on_step_end(bad)
     text = shown(terminal)
     assert f"step 2 skipped: the loss is {loss} in layer 1" in text
     assert f"layers ▂?█  highest layer 2: 8  layer 1: {loss}" in text
@@ -83,9 +83,9 @@ def test_bars_of_any_numbers(terms: dict[str, float], expected: str) -> None:
 def test_held_out_samples_are_named_once_and_always_counted(terminal: Console) -> None:
     found = HeldOutMetrics(1.0, 0.5, None, None, 10, 3, bad=("set.jsonl:7: no such image",))
     with TrainingDisplay(True, StopRequest()) as display:
-        display.begin(STAGE, {}, Progress())
+        display.on_stage_begin(STAGE, {}, Progress())
         for step in (1, 2):
-            display.report(replace(GOOD, step=step, held_out=found))
+            display.on_step_end(replace(GOOD, step=step, held_out=found))
     text = shown(terminal)
     assert text.count("skipped held-out sample set.jsonl:7: no such image") == 1
     assert "1 of 4 samples could not be read" in text

@@ -46,7 +46,7 @@ def test_lines_are_found_where_they_begin(tmp_path: Path) -> None:
 
 def test_blocks_do_not_cut_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = lines(tmp_path / "a.jsonl", *({"n": n, "x": "y" * (n % 7)} for n in range(50)))
-    monkeypatch.setattr("mmmamba_cli.data.jsonl.BLOCK", 5)
+    monkeypatch.setattr("mmmamba_cli.data.jsonl.LINE_BLOCK_BYTES", 5)
     found = JsonLines(file)
     assert [found[i]["n"] for i in range(len(found))] == list(range(50))
 
@@ -369,14 +369,14 @@ def test_a_list_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         file = tmp_path / f"{number}.json"
         file.write_text(text, encoding="utf-8")
         for block in (1, 7, 1 << 22):
-            monkeypatch.setattr("mmmamba_cli.data.jsonl.BLOCK", block)
+            monkeypatch.setattr("mmmamba_cli.data.jsonl.LIST_BLOCK_BYTES", block)
             corpus = open_corpus(file)
             assert [corpus.records[i] for i in range(len(corpus))] == items  # type: ignore[attr-defined]
             assert corpus.name(2) == f"{number}.json:3"
             assert corpus[39].messages == ({"role": "user", "content": "Hi"}, corpus[0].messages[1])
     numbers = tmp_path / "numbers.json"
     numbers.write_text("[1, 23, 456]")
-    monkeypatch.setattr("mmmamba_cli.data.jsonl.BLOCK", 1)
+    monkeypatch.setattr("mmmamba_cli.data.jsonl.LIST_BLOCK_BYTES", 1)
     assert [JsonList(numbers)[i] for i in range(3)] == [1, 23, 456]
     assert "numbers.json:2: is a int" in refused(lambda: open_corpus(numbers)[1])
 

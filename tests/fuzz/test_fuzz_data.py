@@ -315,7 +315,9 @@ def test_lists_of_conversations(
     case = case_of("list", number)
     file = case.home / case.rng.choice(("mix.json", "mix.json", "mix.jsonl"))
     file.write_bytes(spoil_list(case.rng, case.done))
-    monkeypatch.setattr("mmmamba_cli.data.jsonl.BLOCK", case.rng.choice((1, 64, 1 << 22)))
+    monkeypatch.setattr(
+        "mmmamba_cli.data.jsonl.LIST_BLOCK_BYTES", case.rng.choice((1, 64, 1 << 22))
+    )
     check(case, materials, file)
 
 
