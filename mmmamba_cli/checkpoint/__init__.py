@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_bytes, atomic_write_text
 from mmmamba_cli.checkpoint.checkpoint import (
+    DTYPE_TENSOR,
     NATIVE_MODEL_TYPE,
     SOURCE_CONFIG,
     Checkpoint,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mmmamba_cli.checkpoint.writer import ShardedWriter
 
 __all__ = [
+    "DTYPE_TENSOR",
     "NATIVE_MODEL_TYPE",
     "SOURCE_CONFIG",
     "Checkpoint",

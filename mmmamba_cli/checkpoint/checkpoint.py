@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.architecture import Architecture, is_fp32_parameter, parameter_shapes
 from mmmamba_cli.checkpoint import hovle, llama_family, mmmamba_hf, native_config
-from mmmamba_cli.checkpoint.gguf_file import is_gguf
+from mmmamba_cli.checkpoint.config_fields import read_json
+from mmmamba_cli.checkpoint.gguf_file import is_gguf, open_gguf
 from mmmamba_cli.checkpoint.name_map import Shape, TensorMapping, check_names, rename
 from mmmamba_cli.checkpoint.resolve import resolve_path
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
@@ -34,6 +34,8 @@ KNOWN_MODEL_TYPES = (
     NATIVE_MODEL_TYPE,
 )
 SOURCE_CONFIG = "source_config.json"
+# The tensor whose dtype stands for the model's: parameters such as A_log are always fp32.
+DTYPE_TENSOR = "model.text_embedding.weight"
 # In the order in which transformers prefers them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 UNUSED_TENSORS = {"unused.class_embedding", "unused.language_token_embedding.weight"}
@@ -69,6 +71,11 @@ class Checkpoint:
         for mapping in self.name_map:
             for position, name in enumerate(mapping.native):
                 self._mapping_of[name] = (mapping, position)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the weights, the config and the tokenizer."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
     def config(self) -> HolisticVLMConfig:
@@ -130,8 +137,6 @@ def open_checkpoint(
     if is_gguf(path):
         if config_file is not None or arch is not None:
             raise CheckpointError(f"{path} carries its own config", "leave out --config and --arch")
-        from mmmamba_cli.checkpoint.gguf_file import open_gguf
-
         raw, source = open_gguf(path)
         where = str(path)
     else:
@@ -142,7 +147,7 @@ def open_checkpoint(
     if kind == NATIVE_MODEL_TYPE:
         found, name_map = _native_name_map(raw, source, where)
         native_config.warn_outdated_code(raw, where)
-        raw = _read_json(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
+        raw = _read_config(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
     elif kind == hovle.MODEL_TYPE:
         found = hovle.to_architecture(raw, where)
         name_map = hovle.name_map(raw, found, source.names)
@@ -155,7 +160,7 @@ def open_checkpoint(
         name_map = llama_family.name_map(raw, found, source.names)
     shapes = {name: source.info(name).shape for name in source.names}
     check_names(name_map, shapes, str(path))
-    tokenizer = _find_tokenizer(path, found, tokenizer_file)
+    tokenizer = _find_tokenizer(path, home, found, tokenizer_file)
     return Checkpoint(
         path,
         kind,
@@ -216,10 +221,10 @@ def _find_config(
     path: Path, home: Path, config_file: Path | None, arch: str | None
 ) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:
     if config_file is not None:
-        return _read_json(config_file), str(config_file), ()
+        return _read_config(config_file), str(config_file), ()
     beside = home / "config.json"
     if beside.is_file():
-        return _read_json(beside), str(beside), ()
+        return _read_config(beside), str(beside), ()
     if arch is None:
         raise CheckpointError(
             f"{path} comes without a config: there is no {beside}",
@@ -232,14 +237,15 @@ def _find_config(
     return hovle.ARCHITECTURES[arch], f"--arch {arch}", hovle.ASSUMED_FIELDS
 
 
-def _find_tokenizer(path: Path, config: Architecture, given: Path | None) -> Path | None:
+def _find_tokenizer(
+    path: Path, home: Path, config: Architecture, given: Path | None
+) -> Path | None:
     if given is not None:
         if not given.is_file():
             raise CheckpointError(f"tokenizer {given} is not there", "check the path")
         return given
     if is_gguf(path):
         return path
-    home = path if path.is_dir() else path.parent
     # With vision the tokenizer is HoVLE's, which is the SentencePiece model.
     names = TOKENIZER_FILES if config.vision is None else TOKENIZER_FILES[1:]
     return next((home / name for name in names if (home / name).is_file()), None)
@@ -255,11 +261,9 @@ def _model_type(raw: Mapping[str, Any], where: str) -> str:
     return str(kind)
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
+def _read_config(file: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
-        # Half of a letter can be written as an escape, and nowhere else: not into a copy of this.
-        json.dumps(value, ensure_ascii=False).encode()
+        value = read_json(file)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is not there", "check the path") from error
     except (ValueError, RecursionError) as error:

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mmmamba_cli.errors import CheckpointError
@@ -29,6 +31,17 @@ ROPE_SCALINGS = {
         "original_max_position_embeddings",
     ),
 }
+
+
+def read_json(file: Path) -> Any:
+    """Parse a JSON file, with or without a byte order mark.
+
+    Raises `OSError`, and `ValueError` or `RecursionError` for what is not JSON. Lone surrogates
+    (`\\ud800`) are rejected: they cannot be encoded as UTF-8.
+    """
+    value = json.loads(file.read_text(encoding="utf-8-sig"))
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def field_path(where: str, name: str, key: str) -> str:

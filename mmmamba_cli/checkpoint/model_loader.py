@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import llama_family
 from mmmamba_cli.checkpoint.checkpoint import (
+    DTYPE_TENSOR,
     NATIVE_MODEL_TYPE,
     Checkpoint,
     open_checkpoint,
@@ -57,23 +58,23 @@ def load_model(
 ) -> HolisticVLM:
     """The model of a checkpoint, in eval mode. See `mmmamba_cli.load`."""
     device = check_device(device)
-    opened = open_checkpoint(path) if checkpoint is None else checkpoint
-    wanted = opened.dtype("model.text_embedding.weight")
+    if checkpoint is None:
+        checkpoint = open_checkpoint(path)
+    wanted = checkpoint.dtype(DTYPE_TENSOR)
     if dtype != "auto":
         wanted = parse_dtype(dtype)
     with torch.device("meta"):
-        model = HolisticVLM(opened.config)
+        model = HolisticVLM(checkpoint.config)
     state = {}
-    for name in parameter_shapes(opened.config):
-        tensor = opened.read(name)
+    for name in parameter_shapes(checkpoint.config):
+        tensor = checkpoint.read(name)
         # A tensor that needs no cast is copied, so that the model does not hang on the file.
         state[name] = cast(tensor, stored_dtype(name, wanted), name, device)
-    model.load_state_dict(state, strict=not opened.config.tie_word_embeddings, assign=True)
+    model.load_state_dict(state, strict=not checkpoint.config.tie_word_embeddings, assign=True)
     model.tie_weights()
     model.config.dtype = wanted
+    model.generation_config = generation_config(checkpoint)
     # As `from_pretrained` sets it; adapters name their base model by it.
-    model.name_or_path = str(path)
-    model.generation_config = generation_config(opened)
     model.name_or_path = model.config.name_or_path = str(path)
     return model.requires_grad_(not frozen).eval()
 
@@ -92,41 +93,45 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     return torch_dtype(parse_dtype_name(name))
 
 
-def generation_config(opened: Checkpoint) -> GenerationConfig:
+def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     """What stops a generation and how tokens are drawn.
 
     A folder that mmmamba wrote keeps its own. Others get the chat template's stop tokens, and what
     their `generation_config.json` recommends (`recommended_settings`).
     """
-    folder = opened.path if opened.path.is_dir() else opened.path.parent
-    if opened.model_type == NATIVE_MODEL_TYPE and (folder / GENERATION_CONFIG).is_file():
-        return _read_generation_config(folder)
-    found = default_generation_config(opened.config)
-    carried, _ = recommended_settings(opened)
+    if (
+        checkpoint.model_type == NATIVE_MODEL_TYPE
+        and (checkpoint.folder / GENERATION_CONFIG).is_file()
+    ):
+        return _read_generation_config(checkpoint.folder)
+    found = default_generation_config(checkpoint.config)
+    carried, _ = recommended_settings(checkpoint)
     suppressed = {*(found.suppress_tokens or ()), *carried.pop("suppress_tokens", ())}
     found.suppress_tokens = sorted(suppressed) or None
     found.update(**carried)
-    if opened.model_type in llama_family.MODEL_TYPES and _has_generation_config(opened):
+    if checkpoint.model_type in llama_family.MODEL_TYPES and _has_generation_config(checkpoint):
         # A chat model ends its turn with more tokens than its config names.
         ends = token_ids(
-            {"eos_token_id": _read_generation_config(folder).eos_token_id},
+            {"eos_token_id": _read_generation_config(checkpoint.folder).eos_token_id},
             "eos_token_id",
-            str(folder / GENERATION_CONFIG),
+            str(checkpoint.folder / GENERATION_CONFIG),
         )
         found.eos_token_id = sorted(as_id_set(found.eos_token_id) | as_id_set(ends)) or None
     return found
 
 
-def recommended_settings(opened: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+def recommended_settings(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     """Settings of a teacher's `generation_config.json`: those a student inherits, and other names.
 
     A student inherits the fields of `INHERITED_SETTINGS`. Token ids are in neither result: the
     config and the tokenizer give them. Raises `CheckpointError` for a file that cannot be read.
     """
-    if opened.model_type == NATIVE_MODEL_TYPE or not _has_generation_config(opened):
+    if checkpoint.model_type == NATIVE_MODEL_TYPE or not _has_generation_config(checkpoint):
         return {}, []
-    folder = opened.path if opened.path.is_dir() else opened.path.parent
-    saved, plain = _read_generation_config(folder).to_dict(), GenerationConfig().to_dict()
+    saved, plain = (
+        _read_generation_config(checkpoint.folder).to_dict(),
+        GenerationConfig().to_dict(),
+    )
     stated = {
         key: value
         for key, value in saved.items()
@@ -136,9 +141,8 @@ def recommended_settings(opened: Checkpoint) -> tuple[dict[str, Any], list[str]]
     return carried, sorted(set(stated) - set(carried))
 
 
-def _has_generation_config(opened: Checkpoint) -> bool:
-    folder = opened.path if opened.path.is_dir() else opened.path.parent
-    return not is_gguf(opened.path) and (folder / GENERATION_CONFIG).is_file()
+def _has_generation_config(checkpoint: Checkpoint) -> bool:
+    return not is_gguf(checkpoint.path) and (checkpoint.folder / GENERATION_CONFIG).is_file()
 
 
 def _read_generation_config(folder: Path) -> GenerationConfig:

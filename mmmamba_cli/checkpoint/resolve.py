@@ -54,6 +54,13 @@ def hub_name(path: str | Path) -> str | None:
     return None if match is None else f"{match[1]}/{match[2]}@{match[3][:12]}"
 
 
+def check_repository_id(name: str) -> None:
+    """Raise `CheckpointError` unless `name` is OWNER/NAME."""
+    match = HUB_ID.fullmatch(name)
+    if match is None or match[3] is not None:
+        raise CheckpointError(f"{name!r} is no repository", "expected OWNER/NAME")
+
+
 def _download(repository: str, revision: str | None) -> Path:
     try:
         folder = _snapshot(repository, revision, SAFETENSORS_PATTERN)

@@ -27,8 +27,8 @@ from mmmamba_cli.errors import CheckpointError, name_some
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
-# What damaged input makes the unpickler and the zip reader raise; a pickle is a small program, and
-# a broken one fails in as many ways as programs do.
+# Exceptions of the unpickler and the zip reader for damaged input. A pickle is a program, so that a
+# damaged one fails in many ways.
 UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,

@@ -13,14 +13,8 @@ from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromCurrent, Overwrite,
 from mmmamba_cli.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from mmmamba_cli.checkpoint import Checkpoint
-    from mmmamba_cli.evaluate.result import Result, RulePart
-    from mmmamba_cli.export import CardInfo, CardScore, ExportResult
-    from mmmamba_cli.runs import Manifest, Run
-
-EVALS = "evals"
+    from mmmamba_cli.export import CardInfo, ExportResult
 
 
 def command(
@@ -71,13 +65,15 @@ def command(
 ) -> None:
     """Write a model in another layout, with a model card; all of it or nothing."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
+    from mmmamba_cli.checkpoint.resolve import check_repository_id
     from mmmamba_cli.export import (
         CardInfo,
-        check_repository_id,
+        export_bytes,
         export_checkpoint,
-        make_layout,
-        planned_tensors,
+        push_to_hub,
+        unchanged_ancestors,
     )
+    from mmmamba_cli.inspection import card_scores
     from mmmamba_cli.runs import Run
     from mmmamba_cli.runs.provenance import find_manifest
 
@@ -87,112 +83,44 @@ def command(
         check_repository_id(push)
     if model is not None:
         checkpoint = open_checkpoint(model)
-        info = CardInfo(find_manifest(checkpoint), licence=licence, title=title, base=base)
+        card = CardInfo(find_manifest(checkpoint), licence=licence, title=title, base_model=base)
     else:
         target = Run(run)
         name = product or target.record.current
         manifest = target.product(name)
-        info = CardInfo(
+        scores, left_out = card_scores(target, manifest)
+        for sentence in left_out:
+            print_warning(f"{sentence}: the card has none of it")
+        card = CardInfo(
             manifest=manifest,
-            lineage=tuple(reversed(list(_ancestors(target, manifest)))),
-            scores=tuple(_scores(target, manifest)),
+            lineage=unchanged_ancestors(target, manifest),
+            scores=scores,
             licence=licence,
             title=title,
-            base=base,
+            base_model=base,
         )
         checkpoint = target.open_product(name)
     wanted = None if dtype is None else parse_dtype(dtype)
-    size = sum(
-        info.nbytes for info in planned_tensors(make_layout(checkpoint, form, wanted)).values()
-    )
     with (
         if_interrupted(f"nothing was written to {out}; repeat the command"),
-        progress("exporting", size, "B") as advance,
+        progress("exporting", export_bytes(checkpoint, form, wanted), "B") as advance,
     ):
         found = export_checkpoint(
-            checkpoint, form, out, info=info, dtype=wanted, overwrite=overwrite, advance=advance
+            checkpoint, form, out, card=card, dtype=wanted, overwrite=overwrite, advance=advance
         )
-    _warn(checkpoint, info)
+    _warn(checkpoint, card)
     with if_interrupted(
         f"the export in {out} is complete, its upload may not be; repeat it with --overwrite"
     ):
-        address = _push(out, push, private)
+        address = None if push is None else push_to_hub(out, push, private=private)
     _say(found, address, as_json)
 
 
-def _ancestors(run: Run, manifest: Manifest) -> Iterator[Manifest]:
-    """Products this one was made from, the nearest first, as long as they are what they were."""
-    products = run.products()
-    # A product that was made anew from its own descendant is among its ancestors.
-    seen = {manifest.name}
-    while True:
-        above = next((p for p in manifest.parents if p.role == "student"), None)
-        if above is None or above.name not in products or above.name in seen:
-            return
-        seen.add(above.name)
-        manifest = products[above.name]
-        if manifest.content_hash != above.content_hash:
-            return
-        yield manifest
-
-
-def _scores(run: Run, manifest: Manifest) -> Iterator[CardScore]:
-    """What `mmmamba eval` has found of just this product, its teacher's scores beside."""
-    from mmmamba_cli.evaluate.result import find_results
-    from mmmamba_cli.export import CardScore
-
-    evaluated = find_results(run.folder / EVALS)
-    for sentence in evaluated.left_out:
-        print_warning(f"{sentence}: the card has none of it")
-    teacher = run.record.teacher
-    taught = [
-        result
-        for result in evaluated.results.values()
-        if teacher is not None and result.model.content_hash == teacher.content_hash
-    ]
-    for result in evaluated.results.values():
-        if result.model.content_hash != manifest.content_hash:
-            continue
-        for part in result.rules:
-            value = part.metrics[part.metric]
-            low, high = part.intervals.get(part.metric, (None, None))
-            if value is None:
-                continue
-            yield CardScore(
-                suite=result.title,
-                rule=part.rule,
-                metric=part.metric,
-                value=value,
-                rows=result.data.used,
-                low=low,
-                high=high,
-                level=result.level,
-                partial=result.data.partial,
-                teacher=_of_teacher(taught, result, part),
-            )
-
-
-def _of_teacher(taught: Sequence[Result], result: Result, part: RulePart) -> float | None:
-    """The teacher's number by the same rule for the same questions, if it was asked them."""
-    for one in taught:
-        theirs = one.rule(part.rule)
-        same = one.suite == result.suite and one.data.same_questions(result.data)
-        if same and theirs is not None:
-            return theirs.metrics.get(part.metric)
-    return None
-
-
-def _warn(checkpoint: Checkpoint, info: CardInfo) -> None:
+def _warn(checkpoint: Checkpoint, card: CardInfo) -> None:
     if checkpoint.tokenizer_file is None:
         print_warning(f"{checkpoint.path} has no tokenizer: the export has none either")
-    if info.manifest is not None and info.manifest.final is False:
-        print_warning(f"{info.manifest.name} was never distilled end to end; its card says so")
-
-
-def _push(folder: Path, repository: str | None, private: bool) -> str | None:
-    from mmmamba_cli.export import push_to_hub
-
-    return None if repository is None else push_to_hub(folder, repository, private=private)
+    if card.manifest is not None and card.manifest.final is False:
+        print_warning(f"{card.manifest.name} was never distilled end to end; its card says so")
 
 
 def _say(found: ExportResult, address: str | None, as_json: bool) -> None:

@@ -59,7 +59,7 @@ def command(
         plan = _plan(attn_layers, layers, placement)
         recipe = parse_recipe(source.recipe, f"recipe of {source.name}", (), plan)
         chosen = attention_layers(recipe.layers, source.num_layers)
-        name = planned_product_name(recipe, chosen, source.num_layers)
+        name = planned_product_name(recipe, chosen)
         size = _product_bytes(target, source)
         with progress("writing", size, "B") as advance:
             manifest = hybridize(

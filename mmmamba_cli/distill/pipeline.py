@@ -67,7 +67,7 @@ def _apply_plan(context: StageContext, product: Manifest) -> Manifest:
     layers = attention_layers(recipe.layers, product.num_layers)
     if not layers:
         return product
-    name = planned_product_name(recipe, layers, product.num_layers)
+    name = planned_product_name(recipe, layers)
 
     def make() -> Manifest:
         known = run.products().get(name)
@@ -146,7 +146,7 @@ def choose_start_product(
         return current
     if named is None:
         ready = [p for p in run.products().values() if p.stages == before]
-        ancestors = _ancestors(run, current)
+        ancestors = {current.name, *(product.name for _, product in run.ancestors(current))}
         ready = [p for p in ready if p.name in ancestors] or ready
         if ready:
             return ready[-1]
@@ -177,13 +177,3 @@ def _check_stages_done(product: Manifest, names: Sequence[str]) -> None:
             f"begins: {', '.join(names)}",
             "take the recipe it was made with, or start from another product with --from",
         )
-
-
-def _ancestors(run: Run, product: Manifest) -> set[str]:
-    """Names of the product and of the students it was made from."""
-    products, found = run.products(), set()
-    name: str | None = product.name
-    while name in products and name not in found:
-        found.add(name)
-        name = next((p.name for p in products[name].parents if p.role == "student"), None)
-    return found

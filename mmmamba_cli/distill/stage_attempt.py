@@ -188,7 +188,7 @@ def _wrote_product(states: StateFolder, product: Manifest, newest: int | None) -
 
 def _find_mismatch(product: Manifest, request: StageRequest) -> RunError | None:
     """The difference between a finished product and the request, as an error; None if none."""
-    origin = next((p.content_hash for p in product.parents if p.role == "student"), None)
+    origin = None if product.derived_from is None else product.derived_from.content_hash
     parent, stage = request.parent, request.stage
     if origin != parent.content_hash or product.stages[-1:] != (stage.name,):
         return RunError(

@@ -27,27 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from mmmamba_cli.checkpoint.torch_pickle import UNPICKLING_ERRORS
 from mmmamba_cli.errors import RunError, name_some
 
 INDEX = ".metadata"
 # Exceptions that the unpickler and the checks below raise for a damaged or foreign index.
-DAMAGE_ERRORS = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+DAMAGE_ERRORS = (*UNPICKLING_ERRORS, OSError)
 HINT = "remove its folder; the stage then goes on from an older state or begins at step 1"
 
 _MODULE = "torch.distributed.checkpoint"

@@ -1,9 +1,13 @@
-"""Leaving for other tools: published layouts, and folders that load without this package."""
+"""Exports: published layouts, and folders that load without this package."""
 
-from mmmamba_cli.export.exporter import ExportResult, export_checkpoint, planned_tensors
-from mmmamba_cli.export.hub_upload import check_repository_id, push_to_hub
-from mmmamba_cli.export.layouts import FORMATS, HOVLE, HUB, MMMAMBA_HF, make_layout
-from mmmamba_cli.export.model_card import CardInfo, CardScore
+from mmmamba_cli.export.exporter import (
+    ExportResult,
+    export_bytes,
+    export_checkpoint,
+    push_to_hub,
+)
+from mmmamba_cli.export.layouts import FORMATS, HOVLE, HUB, MMMAMBA_HF
+from mmmamba_cli.export.model_card import CardInfo, CardScore, unchanged_ancestors
 
 __all__ = [
     "FORMATS",
@@ -13,9 +17,8 @@ __all__ = [
     "CardInfo",
     "CardScore",
     "ExportResult",
-    "check_repository_id",
+    "export_bytes",
     "export_checkpoint",
-    "make_layout",
-    "planned_tensors",
     "push_to_hub",
+    "unchanged_ancestors",
 ]

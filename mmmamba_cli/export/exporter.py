@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mmmamba_cli.checkpoint import (
+    DTYPE_TENSOR,
     Checkpoint,
     ShardedWriter,
     TensorHasher,
@@ -19,14 +20,17 @@ from mmmamba_cli.checkpoint import (
 )
 from mmmamba_cli.checkpoint.atomic import check_replaceable
 from mmmamba_cli.checkpoint.name_map import foreign_tensors
+from mmmamba_cli.checkpoint.resolve import check_repository_id
 from mmmamba_cli.checkpoint.writer import MAX_SHARD_BYTES
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.export.export_record import CARD_FILE, unrecorded_files, write_record
-from mmmamba_cli.export.layouts import DTYPE_TENSOR, HUB, Layout, make_layout
+from mmmamba_cli.export.layouts import HUB, Layout, make_layout
 from mmmamba_cli.export.model_card import CardInfo, card_text, redact_manifest
 from mmmamba_cli.export.sidecar_files import write_sidecar_files
 from mmmamba_cli.runs.manifest import MANIFEST, manifest_text
 from mmmamba_cli.runs.provenance import Provenance, provenance_of, redact_text
+
+LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def export_checkpoint(
     name: str,
     target: Path,
     *,
-    info: CardInfo | None = None,
+    card: CardInfo | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -54,7 +58,7 @@ def export_checkpoint(
 ) -> ExportResult:
     """Write `checkpoint` in format `name` (one of `FORMATS`) as folder `target`, all or nothing.
 
-    `info` is what the model card tells; `dtype` None keeps what is stored. `advance` is told of
+    `card` is what the model card tells; `dtype` None keeps what is stored. `advance` is told of
     bytes as they are written. Raises `CheckpointError` if the format cannot hold the model, a
     tensor holds NaN or infinity, or the target exists and `overwrite` is not given or it holds
     anything but an export's own files; `RunError` if the tensors are not those that the info's
@@ -67,7 +71,7 @@ def export_checkpoint(
     layout = make_layout(checkpoint, name, dtype)
     plan = planned_tensors(layout)
     body = layout.dtype(DTYPE_TENSOR)
-    info = info or CardInfo()
+    card = card or CardInfo()
 
     def check(found: Path) -> None:
         check_replaceable(found, unrecorded_files, "mmmamba export")
@@ -82,8 +86,8 @@ def export_checkpoint(
                 if advance is not None:
                     advance(plan[key].nbytes)
             content_hash = writer.finish()
-            _check_unchanged(checkpoint, info, hasher.result())
-        write_sidecar_files(folder, checkpoint, layout, body, _provenance(checkpoint, info))
+            _check_unchanged(checkpoint, card, hasher.result())
+        write_sidecar_files(folder, checkpoint, layout, body, _provenance(checkpoint, card))
         found = ExportResult(
             folder=target,
             format=name,
@@ -92,14 +96,52 @@ def export_checkpoint(
             nbytes=sum(info.nbytes for info in plan.values()),
             content_hash=content_hash,
         )
-        if name == HUB and info.manifest is not None:
-            manifest = redact_manifest(info.manifest, found.dtype, content_hash)
+        if name == HUB and card.manifest is not None:
+            manifest = redact_manifest(card.manifest, found.dtype, content_hash)
             (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
         (folder / CARD_FILE).write_text(
-            card_text(checkpoint, name, found.dtype, _parameters(layout), info), encoding="utf-8"
+            card_text(checkpoint, name, found.dtype, _parameters(layout), card), encoding="utf-8"
         )
         write_record(folder, name)
     return found
+
+
+def push_to_hub(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Upload a folder as a model repository, made if it is not there; returns its address.
+
+    The token is huggingface_hub's own. Raises `CheckpointError` if the Hub refuses or cannot be
+    reached; nothing it says is repeated, since it may quote the request.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    check_repository_id(repository)
+    try:
+        place = huggingface_hub.create_repo(repository, private=private, exist_ok=True)
+        huggingface_hub.upload_folder(
+            repo_id=repository, folder_path=str(folder), commit_message="mmmamba export"
+        )
+    except errors.LocalTokenNotFoundError as error:
+        raise CheckpointError(f"{folder} was not pushed: there is no token", LOGIN_HINT) from error
+    except (OSError, ValueError) as error:
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        if code in (401, 403):
+            raise CheckpointError(
+                f"{folder} was not pushed: the Hub does not let you write to {repository}",
+                LOGIN_HINT,
+            ) from error
+        told = type(error).__name__ if code is None else f"status {code}"
+        raise CheckpointError(
+            f"{folder} was not pushed: the Hugging Face Hub could not be written to ({told})",
+            "the folder is complete; push it again with `hf upload`",
+        ) from error
+    return str(place)
+
+
+def export_bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the tensors that `export_checkpoint` would write."""
+    plan = planned_tensors(make_layout(checkpoint, name, dtype))
+    return sum(info.nbytes for info in plan.values())
 
 
 def planned_tensors(layout: Layout) -> dict[str, TensorInfo]:
@@ -111,15 +153,15 @@ def planned_tensors(layout: Layout) -> dict[str, TensorInfo]:
     }
 
 
-def _provenance(checkpoint: Checkpoint, info: CardInfo) -> Provenance:
-    manifest = info.manifest
+def _provenance(checkpoint: Checkpoint, card: CardInfo) -> Provenance:
+    manifest = card.manifest
     if manifest is None:
         return provenance_of(checkpoint)
     return Provenance(manifest.stages, manifest.final, tuple(map(redact_text, manifest.notes)))
 
 
-def _check_unchanged(checkpoint: Checkpoint, info: CardInfo, content_hash: str) -> None:
-    if info.manifest is not None and info.manifest.content_hash != content_hash:
+def _check_unchanged(checkpoint: Checkpoint, card: CardInfo, content_hash: str) -> None:
+    if card.manifest is not None and card.manifest.content_hash != content_hash:
         raise RunError(
             f"{checkpoint.path} was changed since it was written",
             "make it again with --overwrite, or export another product with --from",

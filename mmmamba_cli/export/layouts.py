@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import Checkpoint, hovle, mmmamba_hf, stored_dtype
+from mmmamba_cli.checkpoint import DTYPE_TENSOR, Checkpoint, hovle, mmmamba_hf, stored_dtype
 from mmmamba_cli.checkpoint.name_map import TensorMapping, rename
 from mmmamba_cli.errors import CheckpointError, name_some
 from mmmamba_cli.export.foreign_config import hovle_config, mmmamba_hf_config
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.model.config import INHERITED_FIELDS
 
-DTYPE_TENSOR = "model.text_embedding.weight"
 LANGUAGE_TOKENS = "unused.language_token_embedding.weight"
 HUB, MMMAMBA_HF, HOVLE = "hub", "mmmamba-hf", "hovle"
 FORMATS = (HUB, MMMAMBA_HF, HOVLE)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from mmmamba_cli import __version__
 from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_model_name
+from mmmamba_cli.checkpoint.resolve import check_repository_id
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.export.hub_upload import check_repository_id
 from mmmamba_cli.export.layouts import HOVLE, HUB, MMMAMBA_HF
 from mmmamba_cli.model import LINEAR
-from mmmamba_cli.runs import Manifest
+from mmmamba_cli.runs import Manifest, Run
 from mmmamba_cli.runs.provenance import (
     PUBLISHED_NOTE,
     provenance_of,
@@ -68,7 +69,7 @@ class CardInfo:
     licence: str | None = None
     title: str | None = None
     # The teacher's repository on the Hub, OWNER/NAME.
-    base: str | None = None
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         if self.licence is not None and LICENCE_NAME.fullmatch(self.licence) is None:
@@ -77,30 +78,38 @@ class CardInfo:
             )
         if self.title is not None and not self.title.isprintable():
             raise CheckpointError(f"{self.title!r} is no title", "give one line of text")
-        if self.base is not None:
-            check_repository_id(self.base)
+        if self.base_model is not None:
+            check_repository_id(self.base_model)
+
+
+def unchanged_ancestors(run: Run, product: Manifest) -> tuple[Manifest, ...]:
+    """The products that `product` was made from, oldest first; none overwritten since."""
+    unchanged = takewhile(
+        lambda link: link[0].content_hash == link[1].content_hash, run.ancestors(product)
+    )
+    return tuple(ancestor for _, ancestor in unchanged)[::-1]
 
 
 def card_text(
-    checkpoint: Checkpoint, name: str, dtype: str, parameters: int, info: CardInfo
+    checkpoint: Checkpoint, name: str, dtype: str, parameters: int, card: CardInfo
 ) -> str:
     """README.md of an export in format `name`."""
     config = checkpoint.config
-    title = info.title or public_model_name(checkpoint.path) or checkpoint.path.resolve().name
+    title = card.title or public_model_name(checkpoint.path) or checkpoint.path.resolve().name
     kept = config.attention_layers
     total = config.num_hidden_layers
     lines = [
-        *_front_matter(checkpoint, title, info),
+        *_front_matter(checkpoint, title, card),
         f"# {title}",
         "",
         f"{_describe_layers(kept, total)}. {parameters / 1e6:,.1f} M parameters in {dtype}, in "
         f"{FORMAT_TITLES[name]}.",
-        *_distillation_note(checkpoint, info.manifest),
+        *_distillation_note(checkpoint, card.manifest),
         "",
         *_usage_section(checkpoint, name),
-        *_lineage_section(info),
-        *_scores_section(info.scores),
-        *_recipe_section(info.manifest),
+        *_lineage_section(card),
+        *_scores_section(card.scores),
+        *_recipe_section(card.manifest),
         f"Written by mmmamba {__version__}.",
     ]
     return "\n".join(lines) + "\n"
@@ -132,7 +141,7 @@ def _describe_layers(kept: Sequence[int], total: int) -> str:
     return f"A hybrid: attention in layers {listed} of {total}, Mamba-2 in the others"
 
 
-def _front_matter(checkpoint: Checkpoint, title: str, info: CardInfo) -> list[str]:
+def _front_matter(checkpoint: Checkpoint, title: str, card: CardInfo) -> list[str]:
     """The card's metadata; huggingface_hub writes it as the Hub reads it."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -146,15 +155,15 @@ def _front_matter(checkpoint: Checkpoint, title: str, info: CardInfo) -> list[st
             metric_name=f"{score.metric} by the rule {score.rule}",
             metric_value=round(score.value, 4),
         )
-        for score in info.scores
+        for score in card.scores
         if not score.partial
     ]
     fields: dict[str, Any] = {"tags": ["mmmamba", PAPER_TAG]}
     if results:
         fields |= {"model_name": title, "eval_results": results}
     data = ModelCardData(
-        base_model=_base_model(info),
-        license=info.licence,
+        base_model=_base_model(card),
+        license=card.licence,
         library_name="transformers",
         pipeline_tag=task,
         **fields,
@@ -162,14 +171,14 @@ def _front_matter(checkpoint: Checkpoint, title: str, info: CardInfo) -> list[st
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _base_model(info: CardInfo) -> str | None:
+def _base_model(card: CardInfo) -> str | None:
     """The teacher's repository on the Hub: as it was given, or that of the cache it came from.
 
     The Hub takes no other names, so that a teacher on a disk has none.
     """
-    if info.base is not None or info.manifest is None:
-        return info.base
-    first = (*info.lineage, info.manifest)[0]
+    if card.base_model is not None or card.manifest is None:
+        return card.base_model
+    first = (*card.lineage, card.manifest)[0]
     for role in ("teacher", "origin"):
         for parent in first.parents:
             name = redact_path(parent.name).partition("@")[0]
@@ -241,10 +250,10 @@ def _usage_code(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _lineage_section(info: CardInfo) -> list[str]:
-    if info.manifest is None:
+def _lineage_section(card: CardInfo) -> list[str]:
+    if card.manifest is None:
         return []
-    chain = (*info.lineage, info.manifest)
+    chain = (*card.lineage, card.manifest)
     lines = ["## Lineage", ""]
     for parent in chain[0].parents:
         if parent.role in ("teacher", "origin"):
@@ -256,8 +265,8 @@ def _lineage_section(info: CardInfo) -> list[str]:
             f"- {manifest.name}: {manifest.kind}, by {manifest.made_by}, {stages} "
             f"(`{manifest.content_hash[:12]}`)"
         )
-    notes = [f"- note: {redact_text(note)}" for note in info.manifest.notes]
-    versions = ", ".join(f"{k} {v}" for k, v in info.manifest.versions.items())
+    notes = [f"- note: {redact_text(note)}" for note in card.manifest.notes]
+    versions = ", ".join(f"{k} {v}" for k, v in card.manifest.versions.items())
     return [*lines, *notes, *([f"- made with {versions}"] if versions else []), ""]
 
 

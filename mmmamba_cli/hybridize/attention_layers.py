@@ -18,8 +18,8 @@ from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, write_product
 DEFAULT_PLACEMENT = "head-interleaved"
 
 
-def layer_stages(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the stages that come before the recipe's layer plan takes effect."""
+def _stages_before_plan(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the stages that train every layer, before the recipe's layer plan takes effect."""
     return tuple(stage.name for stage in recipe.stages if stage.layers == "all")
 
 
@@ -35,23 +35,23 @@ def choose_parent(run: Run, wanted: str | None = None) -> Manifest:
         p
         for p in run.products().values()
         if p.stages
-        and p.stages == layer_stages(parse_recipe(p.recipe, f"recipe of {p.name}"))
+        and p.stages == _stages_before_plan(parse_recipe(p.recipe, f"recipe of {p.name}"))
         and not p.attention_layers
     ]
     return ready[-1] if ready else run.product(run.record.current)
 
 
-def product_name(layers: Sequence[int], num_layers: int, placed: bool) -> str:
-    """`linear`, `hybrid-N` for N placed layers, or `hybrid-at-I-J-...` for a list of one's own."""
+def _product_name(layers: Sequence[int], placed: bool) -> str:
+    """`linear`, `hybrid-N` for N placed layers, or `hybrid-at-I-J-...` for listed layers."""
     if not layers:
         return "linear"
     return f"hybrid-{len(layers)}" if placed else "hybrid-at-" + "-".join(map(str, layers))
 
 
-def planned_product_name(recipe: Recipe, layers: Sequence[int], num_layers: int) -> str:
-    """`product_name` of the recipe's plan, with its placement where that is not the usual one."""
+def planned_product_name(recipe: Recipe, layers: Sequence[int]) -> str:
+    """Name the product of the recipe's layer plan, with its placement if not the default."""
     plan = recipe.layers
-    name = product_name(layers, num_layers, isinstance(plan.attention, int))
+    name = _product_name(layers, isinstance(plan.attention, int))
     usual = not isinstance(plan.attention, int) or plan.placement == DEFAULT_PLACEMENT
     return name if usual else f"{name}-{plan.placement}"
 
@@ -106,7 +106,7 @@ def hybridize(
 
 def _stages_kept(parent: Manifest) -> tuple[str, ...]:
     """Stages of the parent that still count: end to end it was distilled with other layers."""
-    before = layer_stages(parse_recipe(parent.recipe, f"recipe of {parent.name}"))
+    before = _stages_before_plan(parse_recipe(parent.recipe, f"recipe of {parent.name}"))
     return tuple(stage for stage in parent.stages if stage in before)
 
 
@@ -126,23 +126,20 @@ def _mixer_donors(
     """For each layer that turns linear again, the nearest ancestor with a mixer for it."""
     missing = [i for i in student.config.attention_layers if i not in config.attention_layers]
     donors: dict[int, Checkpoint] = {}
-    ancestor, seen = parent, {parent.name}
+    ancestors = run.ancestors(parent)
     while missing:
-        above = next((p.name for p in ancestor.parents if p.role == "student"), None)
-        if above is None or above not in run.products() or above in seen:
+        recorded, ancestor = next(ancestors, (None, None))
+        if recorded is None or ancestor is None:
             raise RunError(
                 f"no ancestor of {parent.name!r} has a Mamba-2 mixer for layers {missing}",
                 "start from another product with --from",
             )
-        wanted = next(p.content_hash for p in ancestor.parents if p.role == "student")
-        ancestor = run.product(above)
-        seen.add(above)
-        if ancestor.content_hash != wanted:
+        if ancestor.content_hash != recorded.content_hash:
             raise RunError(
-                f"product {above!r} is not the one {parent.name!r} was made from",
-                "it was written anew since; start from another product with --from",
+                f"product {ancestor.name!r} is not the one {parent.name!r} was made from",
+                "it was overwritten since; start from another product with --from",
             )
-        opened = run.open_product(above)
+        opened = run.open_product(ancestor.name)
         found = [i for i in missing if opened.config.layer_types[i] == LINEAR]
         donors.update(dict.fromkeys(found, opened))
         missing = [i for i in missing if i not in found]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmmamba_cli.inspection.lineage import Lineage, ProductSummary, SuiteScore, read_lineage
+from mmmamba_cli.inspection.lineage import (
+    Lineage,
+    ProductSummary,
+    SuiteScore,
+    card_scores,
+    read_lineage,
+)
 from mmmamba_cli.inspection.memory import (
     DEFAULT_CONTEXT,
     MemoryEstimate,
@@ -39,6 +45,7 @@ __all__ = [
     "SuiteScore",
     "TensorDifference",
     "all_attention",
+    "card_scores",
     "compare",
     "describe",
     "format_bytes",

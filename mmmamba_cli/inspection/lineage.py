@@ -7,11 +7,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.distill import METRICS, read_metrics
-from mmmamba_cli.evaluate.result import Result, find_results
+from mmmamba_cli.evaluate.result import Result, RulePart, find_results
 from mmmamba_cli.runs import Manifest, Run, Teacher
+
+if TYPE_CHECKING:
+    from mmmamba_cli.export import CardScore
 
 EVALS = "evals"
 HELD_OUT_LOSS = "held_out/loss"
@@ -42,7 +45,8 @@ class ProductSummary:
     @property
     def above(self) -> str | None:
         """The name of the product it was made from, if any."""
-        return next((p.name for p in self.manifest.parents if p.role == "student"), None)
+        parent = self.manifest.derived_from
+        return None if parent is None else parent.name
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,49 @@ def read_lineage(run: Run) -> Lineage:
         products,
         evaluated.left_out,
     )
+
+
+def card_scores(run: Run, product: Manifest) -> tuple[tuple[CardScore, ...], tuple[str, ...]]:
+    """Scores of `product` for its model card, and a sentence for each result that is left out."""
+    from mmmamba_cli.export import CardScore
+
+    evaluated = find_results(run.folder / EVALS)
+    results, teacher = evaluated.results.values(), run.record.teacher
+    of_teacher = [
+        result
+        for result in results
+        if teacher is not None and result.model.content_hash == teacher.content_hash
+    ]
+    scores = tuple(
+        CardScore(
+            suite=result.title,
+            rule=part.rule,
+            metric=part.metric,
+            value=value,
+            rows=result.data.used,
+            low=low,
+            high=high,
+            level=result.level,
+            partial=result.data.partial,
+            teacher=_teacher_score(of_teacher, result, part),
+        )
+        for result in results
+        if result.model.content_hash == product.content_hash
+        for part in result.rules
+        if (value := part.metrics[part.metric]) is not None
+        for low, high in [part.intervals.get(part.metric, (None, None))]
+    )
+    return scores, evaluated.left_out
+
+
+def _teacher_score(of_teacher: Iterable[Result], result: Result, part: RulePart) -> float | None:
+    """The teacher's score by the same rule on the same questions; None without one."""
+    for one in of_teacher:
+        theirs = one.rule(part.rule)
+        same = one.suite == result.suite and one.data.same_questions(result.data)
+        if same and theirs is not None:
+            return theirs.metrics.get(part.metric)
+    return None
 
 
 def _scores(results: Iterable[Result]) -> Iterator[tuple[str, SuiteScore]]:

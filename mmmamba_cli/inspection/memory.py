@@ -13,7 +13,7 @@ from mmmamba_cli.architecture import (
     cache_bytes,
     parameter_shapes,
 )
-from mmmamba_cli.checkpoint import Checkpoint, parse_dtype_name, stored_dtype_name
+from mmmamba_cli.checkpoint import DTYPE_TENSOR, Checkpoint, parse_dtype_name, stored_dtype_name
 from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES
 from mmmamba_cli.errors import DataError
 
@@ -76,7 +76,7 @@ def memory_of_checkpoint(
         CheckpointError: if `dtype` is not known.
     """
     config = checkpoint.architecture
-    dtype_name = checkpoint.info("model.text_embedding.weight").dtype_name
+    dtype_name = checkpoint.info(DTYPE_TENSOR).dtype_name
     if dtype is not None:
         dtype_name = parse_dtype_name(dtype)
     estimates = [memory_at(name, config, context, dtype_name)]

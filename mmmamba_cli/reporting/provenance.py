@@ -27,8 +27,9 @@ def lineage_section(report: ReportData) -> Markup:
 def _tree(run: RunContents) -> Markup:
     above: dict[str, list[Manifest]] = {}
     for product in run.products.values():
-        parent = next((p.name for p in product.parents if p.role == "student"), "")
-        above.setdefault(parent if parent in run.products else "", []).append(product)
+        parent = product.derived_from
+        known = parent is not None and parent.name in run.products
+        above.setdefault(parent.name if parent and known else "", []).append(product)
 
     def branch(name: str) -> Markup | None:
         grown = [

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmmamba_cli import __version__
+from mmmamba_cli.checkpoint.config_fields import read_json
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import plan_kind
 
@@ -71,6 +72,11 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
 
     @property
+    def derived_from(self) -> Parent | None:
+        """The product that this one was made from; None after a seed or an import."""
+        return next((parent for parent in self.parents if parent.role == "student"), None)
+
+    @property
     def kind(self) -> str:
         """`linear`, `hybrid (4 attention)` or `all attention`."""
         return plan_kind(len(self.attention_layers), self.num_layers)
@@ -115,9 +121,7 @@ def manifest_text(manifest: Manifest) -> str:
 def read_json_as(file: Path, kind: type[Model], formats: Collection[int] = (FORMAT,)) -> Model:
     """A JSON file as `kind`. Raises `RunError` that names the file and the first thing wrong."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
-        # Half of a letter can be written as an escape, and nowhere else: not into a copy of this.
-        json.dumps(value, ensure_ascii=False).encode()
+        value = read_json(file)
         if isinstance(value, Mapping) and value.get("format", FORMAT) not in formats:
             known = " and ".join(map(str, formats))
             raise RunError(

@@ -139,7 +139,7 @@ def provenance_of(checkpoint: Checkpoint) -> Provenance:
 
 def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
     """The manifest of a folder that mmmamba wrote, if it has one."""
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    folder = checkpoint.folder
     if checkpoint.model_type != NATIVE_MODEL_TYPE or not (folder / MANIFEST).is_file():
         return None
     return read_manifest(folder)

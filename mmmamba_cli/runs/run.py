@@ -18,7 +18,7 @@ from mmmamba_cli.checkpoint.atomic import (
     restore_interrupted,
 )
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.runs.manifest import MANIFEST, Manifest, read_json_as, read_manifest
+from mmmamba_cli.runs.manifest import MANIFEST, Manifest, Parent, read_json_as, read_manifest
 
 RUN_RECORD = "run.json"
 LOCK = ".lock"
@@ -104,6 +104,22 @@ class Run:
         names = [p.name for p in folder.iterdir() if (p / MANIFEST).is_file()]
         found = {name: self._manifest(name) for name in names if not name.startswith(".")}
         return dict(sorted(found.items(), key=lambda item: (item[1].created, item[0])))
+
+    def ancestors(self, product: Manifest) -> Iterator[tuple[Parent, Manifest]]:
+        """Walk to the products that `product` was made from, the nearest first.
+
+        Yields each parent as its child records it, with the product that has its name now; their
+        content hashes differ if that product was overwritten since. Ends where a product has no
+        parent in the run, or at a name that came before: a product may have been overwritten by one
+        made from it.
+        """
+        products, seen = self.products(), {product.name}
+        while (parent := product.derived_from) is not None:
+            if parent.name not in products or parent.name in seen:
+                return
+            seen.add(parent.name)
+            product = products[parent.name]
+            yield parent, product
 
     def product(self, name: str) -> Manifest:
         """Raises `RunError` if there is none of that name."""

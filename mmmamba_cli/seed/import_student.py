@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mmmamba_cli.checkpoint import (
+    DTYPE_TENSOR,
     Checkpoint,
     TensorHasher,
     check_finite,
@@ -67,7 +68,7 @@ def import_student(
             shapes=student.shapes,
             read=checked_reader(student, hasher),
             origin=student,
-            dtype=dtype or student.dtype("model.text_embedding.weight"),
+            dtype=dtype or student.dtype(DTYPE_TENSOR),
             recipe=_published_recipe(student.config) if before is None else before.recipe,
             parents=lambda: (
                 Parent("origin", _origin_name(student), hasher.result()),

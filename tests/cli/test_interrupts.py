@@ -51,7 +51,7 @@ def test_export_and_profile(
         line = said(mmmamba, "export", *words, out)
     assert line == f"nothing was written to {out}; repeat the command"
     assert not out.exists()
-    monkeypatch.setattr("mmmamba_cli.export.push", interrupt)
+    monkeypatch.setattr("mmmamba_cli.export.push_to_hub", interrupt)
     line = said(mmmamba, "export", *words, tmp_path / "hub", "--push", "someone/model")
     assert line.startswith(f"the export in {tmp_path / 'hub'} is complete, its upload may not be")
     assert (tmp_path / "hub" / "config.json").is_file()

@@ -400,7 +400,7 @@ def test_a_final_product_is_not_called_untrained(tmp_path: Path) -> None:
         open_checkpoint(folder),
         "mmmamba-hf",
         tmp_path / "direct",
-        info=CardInfo(scores=(CardScore("MME", "kit", "total", 1300.0, 14),)),
+        card=CardInfo(scores=(CardScore("MME", "kit", "total", 1300.0, 14),)),
     )
     text = (found.folder / "README.md").read_text()
     assert "published as distilled end to end, which was not checked" in text

@@ -20,7 +20,9 @@ from mmmamba_cli.checkpoint import atomic, open_checkpoint
 from mmmamba_cli.checkpoint.name_map import foreign_tensors
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, MmmambaError, RunError
-from mmmamba_cli.runs import Run
+from mmmamba_cli.export import unchanged_ancestors
+from mmmamba_cli.runs import Manifest, Parent, Run
+from mmmamba_cli.runs.manifest import manifest_text
 from mmmamba_cli.seed import initial_value
 
 LAYERS = 5
@@ -148,6 +150,46 @@ def test_linear_hybrid_linear_and_a_changed_set(hovle_folder: Path, tmp_path: Pa
     first, back = weights(run, "seed"), weights(run, "linear")
     assert set(first) == set(back)
     assert all(torch.equal(first[name], back[name]) for name in first)
+
+
+def test_ancestors_of_a_product(tmp_path: Path) -> None:
+    def write(name: str, content_hash: str, parent: Parent | None = None) -> Manifest:
+        folder = tmp_path / "products" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest(
+            name=name,
+            made_by="seed",
+            created=name,
+            command="",
+            content_hash=content_hash,
+            parents=(Parent("teacher", "t", "0"), *([] if parent is None else [parent])),
+            attention_layers=(),
+            num_layers=1,
+            dtype="float32",
+            parameters=0,
+            recipe="",
+        )
+        (folder / "manifest.json").write_text(manifest_text(manifest))
+        return manifest
+
+    run, first = Run(tmp_path), write("a", "1")
+    second = write("b", "2", Parent("student", "a", "1"))
+    third = write("c", "3", Parent("student", "b", "2"))
+    assert first.derived_from is None and list(run.ancestors(first)) == []
+    assert [found for _, found in run.ancestors(third)] == [second, first]
+    assert unchanged_ancestors(run, third) == (first, second)
+    # Overwritten: what was made from it names the old content hash.
+    changed = write("b", "4", Parent("student", "a", "1"))
+    assert list(run.ancestors(third)) == [
+        (Parent("student", "b", "2"), changed),
+        (Parent("student", "a", "1"), first),
+    ]
+    assert unchanged_ancestors(run, third) == ()
+    # Overwritten by a product made from its own descendant.
+    write("a", "5", Parent("student", "c", "3"))
+    assert [found.name for _, found in run.ancestors(third)] == ["b", "a"]
+    shutil.rmtree(tmp_path / "products" / "b")
+    assert list(run.ancestors(third)) == []
 
 
 def test_hybridize_prefers_the_stage_2_student(hovle_folder: Path, tmp_path: Path) -> None:
