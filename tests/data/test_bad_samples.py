@@ -1,4 +1,4 @@
-"""Samples and sets that cannot be used: each is named, none ends a run with a traceback."""
+"""Bad samples and datasets are reported by name and never end a run with a traceback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(file: Path, *records: Any) -> Path:
 def bad_of(
     source: Path | str, root: Path | None, processor: HolisticVLMProcessor, count: int
 ) -> dict[str, str]:
-    """Name and reason of what a loader and `check_data` both leave out of the first `count`."""
+    """Names and reasons of the bad samples, which a loader and `check_data` report alike."""
     corpus = open_corpus(source, root)
     loader = StepLoader(corpus, processor, batch_size=count, max_length=300, shuffle=False)
     (step,) = loader.steps(0, 1)
@@ -44,8 +44,8 @@ def bad_of(
     return found
 
 
-def test_names_and_reasons_are_told_apart(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
-    """Also in a file whose name has a space, and where the processor finds the fault."""
+def test_names_are_separated_from_reasons(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+    """Also for a file name with a space, and for an error of the processor."""
     surrogate = '{"text": "a\\ud800"}'
     talk = (
         '{"conversations": [{"from": "human", "value": "\\udc00"}, {"from": "gpt", "value": ""}]}'
@@ -56,7 +56,9 @@ def test_names_and_reasons_are_told_apart(tmp_path: Path, processor: HolisticVLM
     assert all(reason.startswith(("is not JSON", "the text has")) for reason in found.values())
 
 
-def test_files_of_one_name_in_a_meta_file(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+def test_files_with_equal_names_in_a_meta_file(
+    tmp_path: Path, processor: HolisticVLMProcessor
+) -> None:
     for name in ("one", "two"):
         write(tmp_path / name / "train.jsonl", GOOD, "{broken")
     entries = {n: {"annotation": f"{n}/train.jsonl", "root": n} for n in ("one", "two")}
@@ -65,14 +67,14 @@ def test_files_of_one_name_in_a_meta_file(tmp_path: Path, processor: HolisticVLM
 
 
 @pytest.mark.parametrize("speaker", [[], {}, ["human"], 3, None])
-def test_speakers_that_are_no_names(speaker: Any) -> None:
+def test_roles_that_are_not_strings(speaker: Any) -> None:
     record = {"conversations": [{"from": speaker, "value": "Hi"}]}
     with pytest.raises(DataError, match=r"^set:1: turn 1 is from"):
         parse_sample(record, "set:1", Path)
 
 
 def test_keys_that_are_null_or_empty() -> None:
-    """As sets have them whose records were once columns of a table."""
+    """Datasets exported from tables have such keys."""
     plain = parse_sample(GOOD, "x", Path)
     nulls = {"text": None, "image": None, "messages": None, "video": None}
     assert parse_sample({**nulls, **GOOD}, "x", Path) == plain
@@ -93,22 +95,22 @@ def test_keys_that_are_null_or_empty() -> None:
         ({"text": ""}, "text is ''"),
     ],
 )
-def test_what_would_be_left_out_in_silence(record: Any, message: str) -> None:
+def test_content_that_would_be_ignored_silently(record: Any, message: str) -> None:
     with pytest.raises(DataError, match=f"^x: {message}"):
         parse_sample(record, "x", Path)
 
 
-def test_links_in_a_circle(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+def test_circular_links(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
     (tmp_path / "a.png").symlink_to("b.png")
     (tmp_path / "b.png").symlink_to("a.png")
     file = write(tmp_path / "set.jsonl", {**GOOD, "image": "a.png"}, GOOD)
     assert "does not exist" in bad_of(file, tmp_path, processor, 2)["set.jsonl:1"]
 
 
-def test_damage_that_pil_calls_by_other_names(
+def test_damaged_images_with_other_pil_errors(
     tmp_path: Path, processor: HolisticVLMProcessor
 ) -> None:
-    """A TIFF whose place of pixels is said to be a text opens; decoding raises a TypeError."""
+    """A TIFF with a text as the offset of its pixels opens, and raises a TypeError on decoding."""
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "TIFF")
     number, text = (struct.pack("<HH", 273, kind) for kind in (4, 2))
@@ -119,7 +121,7 @@ def test_damage_that_pil_calls_by_other_names(
     assert "a.tif is damaged" in bad_of(file, tmp_path, processor, 2)["set.jsonl:1"]
 
 
-def test_a_file_that_goes_away(tmp_path: Path) -> None:
+def test_a_file_that_is_removed(tmp_path: Path) -> None:
     file = write(tmp_path / "set.jsonl", GOOD)
     corpus = open_corpus(file)
     file.unlink()
@@ -132,7 +134,7 @@ def test_a_file_that_goes_away(tmp_path: Path) -> None:
         corpus[0]
 
 
-def test_sets_that_are_refused_at_once(tmp_path: Path) -> None:
+def test_datasets_that_fail_to_open(tmp_path: Path) -> None:
     file = write(tmp_path / "set.jsonl", GOOD)
     empty = write(tmp_path / "empty.jsonl", "")
 
@@ -184,7 +186,7 @@ def write_shard(file: Path, members: dict[str, bytes]) -> Path:
     ids=["header", "cut in a header", "cut in a member"],
 )
 def test_shards_that_would_lose_samples(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    """tarfile takes a header it cannot read for the end; members are 512 + 512 bytes here."""
+    """tarfile stops at an unreadable header; members have 512 + 512 bytes here."""
     sample = json.dumps(GOOD).encode()
     file = write_shard(tmp_path / "a.tar", {f"{n}.json": sample for n in range(4)})
     assert len(open_corpus(file)) == 4
@@ -193,14 +195,14 @@ def test_shards_that_would_lose_samples(damage: Callable[[bytes], bytes], tmp_pa
         open_corpus(file)
 
 
-def test_a_shard_without_an_end_mark_is_whole(tmp_path: Path) -> None:
+def test_a_shard_without_an_end_mark_is_complete(tmp_path: Path) -> None:
     file = write_shard(tmp_path / "a.tar", {"0.json": json.dumps(GOOD).encode()})
     file.write_bytes(file.read_bytes()[:1024])
     assert len(open_corpus(file)) == 1
 
 
 def test_pictures_of_a_shard(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
-    """By their key also where `image` is null; damaged ones are named by their sample."""
+    """Found by key if `image` is null; damaged ones are reported by sample."""
     picture = io.BytesIO()
     Image.new("RGB", (90, 45), "red").save(picture, "PNG")
     good, cut = picture.getvalue(), picture.getvalue()[:60]
@@ -220,8 +222,8 @@ def test_pax_names_in_a_shard(tmp_path: Path) -> None:
     assert open_corpus(file).name(0) == f"a.tar/{long}"
 
 
-def test_whether_any_sample_can_be_read(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
-    """Up to the pictures; the first that can ends the search."""
+def test_unreadable_datasets(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+    """Pictures are decoded too; the first readable sample ends the search."""
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
 
     def unreadable(*records: Any) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Batches: a function of seed and step alone, each sample once, however they are cut."""
+"""Batches depend only on seed and step, and hold each sample once for any split."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mmmamba_cli.ops.attention import Segments, segments_of
 from mmmamba_cli.processing import HolisticVLMProcessor
 
 BATCHINGS = ("padded", "bucketed", "packed")
-# ImageNet's, over the three colours.
+# Mean and standard deviation of ImageNet, per colour.
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 DEVIATION = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
 
-def loader(folder: Path, processor: HolisticVLMProcessor, **given: Any) -> StepLoader:
-    options = {"batch_size": 6, "max_length": 400, "max_tiles": 2, **given}
+def loader(folder: Path, processor: HolisticVLMProcessor, **overrides: Any) -> StepLoader:
+    options = {"batch_size": 6, "max_length": 400, "max_tiles": 2, **overrides}
     return StepLoader(open_corpus(folder / "train.jsonl", folder), processor, **options)
 
 
@@ -56,7 +56,7 @@ def test_a_pass_takes_every_sample_once(
     steps = list(source.steps(0, 2))
     expected = sorted(f"train.jsonl:{n + 1}" for n in range(23))
     assert names(steps[:1]) == names(steps[1:]) == expected
-    if batching == "padded":  # the others sort a batch, which here is the whole pass
+    if batching == "padded":  # the others sort the batch, which is the whole pass here
         assert steps[0].micro_batches[0].names != steps[1].micro_batches[0].names
     assert not steps[0].bad
 
@@ -80,7 +80,7 @@ def test_workers_and_resuming_change_nothing(
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_processes_share_out_the_same_batch(
+def test_processes_split_the_same_batch(
     batching: str, folder: Path, processor: HolisticVLMProcessor
 ) -> None:
     alone = list(loader(folder, processor, batching=batching).steps(0, 4))
@@ -101,10 +101,10 @@ def test_processes_share_out_the_same_batch(
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_batch_knows_its_segments(
+def test_segments_of_a_batch(
     batching: str, world_size: int, folder: Path, processor: HolisticVLMProcessor
 ) -> None:
-    """Those that attention would look for on the device, also behind a worker process."""
+    """Equal to what `segments_of` computes from the masks, also from a worker process."""
     known = 0
     for rank in range(world_size):
         source = loader(
@@ -127,10 +127,10 @@ def test_a_batch_knows_its_segments(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_single_pass_ends_with_what_is_left(
+def test_a_single_pass_ends_with_a_short_step(
     workers: int, folder: Path, processor: HolisticVLMProcessor
 ) -> None:
-    """23 samples in steps of 6: the last has 5, on every number of processes."""
+    """23 samples in steps of 6: the last step has 5, for any number of processes."""
     for world_size in (1, 2, 7):
         found: list[StepBatches] = []
         for rank in range(world_size):
@@ -148,10 +148,10 @@ def test_an_endless_stream_has_no_short_step(folder: Path, processor: HolisticVL
     assert len(names([loader(folder, processor).step(3)])) == 6
 
 
-def test_a_pass_is_as_long_as_its_parts_say(
+def test_pass_length_follows_the_repeats(
     folder: Path, processor: HolisticVLMProcessor, tmp_path: Path
 ) -> None:
-    """Half of a set is measured once, not twice."""
+    """With `repeat_time` 0.5, half of the set is taken once."""
     meta = {"half": {"annotation": str(folder / "train.jsonl"), "root": str(folder)}}
     meta["half"]["repeat_time"] = 0.5  # type: ignore[assignment]
     (tmp_path / "meta.json").write_text(json.dumps(meta))
@@ -164,9 +164,9 @@ def test_a_pass_is_as_long_as_its_parts_say(
 
 
 def test_the_seed_decides_the_order(folder: Path, processor: HolisticVLMProcessor) -> None:
-    def first(**given: Any) -> tuple[str, ...]:
+    def first(**overrides: Any) -> tuple[str, ...]:
         return (
-            next(loader(folder, processor, batching="padded", **given).steps(0, 1))
+            next(loader(folder, processor, batching="padded", **overrides).steps(0, 1))
             .micro_batches[0]
             .names
         )
@@ -199,14 +199,14 @@ def test_ids_and_labels_of_a_conversation(processor: HolisticVLMProcessor) -> No
     texts = [processor.tokenizer.convert_tokens_to_string(run) for run in runs]
     assert [text.removesuffix("<|im_end|>").strip() for text in texts] == ["A cat.", "Yes"]
     assert all(run[-1] == "<|im_end|>" for run in runs)
-    # What the model is asked to go on from ends just where the answer begins.
+    # The generation prompt ends where the answer begins.
     prompt = processor.chat(messages[:1], [picture])["input_ids"][0].tolist()
     assert ids[: len(prompt)] == prompt
     assert not any(is_answer[: len(prompt)])
     assert is_answer[len(prompt)]
 
 
-def test_plain_text_is_scored_whole(folder: Path, processor: HolisticVLMProcessor) -> None:
+def test_every_token_of_plain_text_is_scored(folder: Path, processor: HolisticVLMProcessor) -> None:
     file = folder / "text.jsonl"
     file.write_text(json.dumps({"text": "the old table"}) + "\n")
     batch = next(
@@ -225,16 +225,16 @@ def test_packing_fills_rows() -> None:
     assert [len(row[0]) for row in make_rows(samples, "padded", 10)] == [3, 9, 5, 2, 6, 1]
 
 
-def test_dealing_gives_every_row_once() -> None:
+def test_every_row_is_assigned_once() -> None:
     rows = [[EncodedSample(str(n), [1], [True])] for n in range(7)]
     for world, parts in ((1, 1), (2, 2), (3, 1), (4, 4)):
-        dealt = [assign_rows(rows, rank, world, parts) for rank in range(world)]
-        found = sorted(row[0].name for rank in dealt for micro in rank for row in micro)
+        assigned = [assign_rows(rows, rank, world, parts) for rank in range(world)]
+        found = sorted(row[0].name for rank in assigned for micro in rank for row in micro)
         assert found == [str(n) for n in range(7)]
-        assert all(len(rank) == parts for rank in dealt)
+        assert all(len(rank) == parts for rank in assigned)
 
 
-def test_a_process_without_rows_gets_a_blank_batch(
+def test_a_process_without_rows_gets_an_empty_batch(
     folder: Path, processor: HolisticVLMProcessor
 ) -> None:
     shares = [
@@ -248,7 +248,9 @@ def test_a_process_without_rows_gets_a_blank_batch(
     assert full.num_samples == 1
 
 
-def test_bad_samples_are_told_once_each(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+def test_bad_samples_are_reported_once_each(
+    tmp_path: Path, processor: HolisticVLMProcessor
+) -> None:
     file = write_conversations(tmp_path, 8)
     pictures = sorted((tmp_path / "images").iterdir())
     pictures[0].write_bytes(pictures[0].read_bytes()[:60])
@@ -259,12 +261,12 @@ def test_bad_samples_are_told_once_each(tmp_path: Path, processor: HolisticVLMPr
         next(loader(tmp_path, processor, batch_size=8, rank=rank, world_size=2).steps(0, 1))
         for rank in range(2)
     ]
-    told = [sample for share in shares for sample in share.bad]
+    reported = [sample for share in shares for sample in share.bad]
     counted = [
         s for rank, share in enumerate(shares) for s in share.bad if rank == 0 or not s.seen_by_all
     ]
     assert sorted(s.name for s in counted) == ["train.jsonl:2", "train.jsonl:3"]
-    assert len(told) == 3
+    assert len(reported) == 3
     assert len(names(shares)) == 6
 
 
@@ -273,7 +275,7 @@ def test_bad_samples_are_told_once_each(tmp_path: Path, processor: HolisticVLMPr
 def test_packed_rows_through_a_model(
     shuffle: str, folder: Path, processor: HolisticVLMProcessor
 ) -> None:
-    """Logits of every sample in a packed row are those of the sample alone."""
+    """Logits of every sample in a packed row equal those of the sample alone."""
     model = small_model("amam", shuffle)
     vision = {**model.config.vision, "image_token_id": processor.image_token_id}
     model.config.vision = vision
@@ -303,7 +305,9 @@ def test_packed_rows_through_a_model(
             assert torch.equal(batch.labels[row][here], alone.labels[0])
 
 
-def test_moving_a_batch_keeps_the_rest(folder: Path, processor: HolisticVLMProcessor) -> None:
+def test_moving_a_batch_normalises_pixels_only(
+    folder: Path, processor: HolisticVLMProcessor
+) -> None:
     batch = next(loader(folder, processor).steps(0, 1)).micro_batches[0]
     moved = batch.to("cpu")
     assert batch.pixel_values is not None and batch.pixel_values.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""Sources of samples: lines, meta files, shards; and everything that can be wrong with them."""
+"""Reading of samples from JSON lines, lists, meta files and shards, and their errors."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def refused(action: Any) -> str:
     return str(caught.value)
 
 
-def test_lines_are_found_where_they_begin(tmp_path: Path) -> None:
-    """Blank lines, Windows ends, no newline at the end, non-ASCII text."""
+def test_offsets_of_lines(tmp_path: Path) -> None:
+    """Blank lines, CRLF, no final newline, non-ASCII text."""
     file = tmp_path / "a.jsonl"
     file.write_bytes('{"a": 1}\n\n \r\n{"ä": "→"}\r\n   \n{"b": 2}'.encode())
     found = JsonLines(file)
@@ -44,14 +44,14 @@ def test_lines_are_found_where_they_begin(tmp_path: Path) -> None:
     assert [found.name(i) for i in range(3)] == ["a.jsonl:1", "a.jsonl:4", "a.jsonl:6"]
 
 
-def test_blocks_do_not_cut_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_may_span_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = lines(tmp_path / "a.jsonl", *({"n": n, "x": "y" * (n % 7)} for n in range(50)))
     monkeypatch.setattr("mmmamba_cli.data.jsonl.LINE_BLOCK_BYTES", 5)
     found = JsonLines(file)
     assert [found[i]["n"] for i in range(len(found))] == list(range(50))
 
 
-def test_three_shapes_of_a_sample() -> None:
+def test_three_formats_of_a_sample() -> None:
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     expected = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
     for record in (GOOD, chat):
@@ -76,13 +76,13 @@ def test_three_shapes_of_a_sample() -> None:
         ({**GOOD, "image": ["a.png", ""]}, "image is ''"),
     ],
 )
-def test_samples_that_are_none(record: Any, message: str) -> None:
+def test_malformed_samples(record: Any, message: str) -> None:
     text = refused(lambda: parse_sample(record, "set.jsonl:3", Path))
     assert text.startswith("set.jsonl:3")
     assert message in text
 
 
-def test_files_that_are_no_sets(tmp_path: Path) -> None:
+def test_files_that_are_not_datasets(tmp_path: Path) -> None:
     assert "does not exist" in refused(lambda: open_corpus(tmp_path / "gone.jsonl"))
     assert "does not exist" in refused(lambda: open_corpus(tmp_path / "gone.json"))
     assert "does not exist" in refused(lambda: open_corpus(tmp_path / "gone.tar"))
@@ -115,7 +115,7 @@ def test_images_may_not_leave_their_root(tmp_path: Path) -> None:
 def test_links_in_the_root_are_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processor: HolisticVLMProcessor
 ) -> None:
-    """Of a picture, of a folder on another disk, and where the root itself is one."""
+    """Links to a picture, to a folder on another disk, and as the root itself."""
     store, root = tmp_path / "disk2", tmp_path / "data"
     (root / "deep").mkdir(parents=True)
     store.mkdir()
@@ -126,7 +126,7 @@ def test_links_in_the_root_are_followed(
     (root / "deep" / "up").symlink_to(store)
     linked = tmp_path / "linked"
     linked.symlink_to(root)
-    # By the name, `deep/up/..` is `deep`; what the link leads to has a parent of its own.
+    # `deep/up/..` is `deep` by name, but the target of the link has another parent.
     names = ["one.png", "coco/x.png", "deep/up/x.png", "deep/up/../../y.png", str(root / "y.png")]
     file = lines(tmp_path / "a.jsonl", *({**GOOD, "image": name} for name in names))
     monkeypatch.chdir(tmp_path)
@@ -136,7 +136,7 @@ def test_links_in_the_root_are_followed(
 
 
 @pytest.mark.filterwarnings("ignore::mmmamba_cli.processing.images.ImageNote")
-def test_what_encoding_refuses(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+def test_encoding_errors(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
     Image.new("RGB", (90, 45)).save(tmp_path / "wide.png")
     data = (tmp_path / "wide.png").read_bytes()
     (tmp_path / "short.png").write_bytes(data[: len(data) // 2])
@@ -269,7 +269,7 @@ def test_any_bytes_are_lines_or_a_clean_error(data: bytes) -> None:
                 assert str(error).startswith("a.jsonl:")
 
 
-def test_images_count_from_the_file_s_folder(
+def test_image_paths_are_relative_to_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "data"
@@ -319,7 +319,7 @@ def in_parts(*parts: Any) -> list[Any]:
         ({"image": "a.png", "messages": in_parts(PART)}, ["a.png"]),
     ],
 )
-def test_contents_in_parts(
+def test_contents_as_lists_of_parts(
     record: Any, images: list[str], tmp_path: Path, processor: HolisticVLMProcessor
 ) -> None:
     for number, name in enumerate(("a.png", "b.png", "c.png")):
@@ -346,7 +346,7 @@ def test_contents_in_parts(
         ([{"type": "image", "url": "https://x.org/a.png"}], "download it first"),
     ],
 )
-def test_parts_that_are_none(parts: Any, message: str) -> None:
+def test_malformed_parts(parts: Any, message: str) -> None:
     text = refused(lambda: parse_sample({"messages": in_parts(*parts)}, "set.jsonl:3", Path))
     assert text.startswith("set.jsonl:3")
     assert message in text
@@ -357,7 +357,7 @@ def test_parts_that_are_none(parts: Any, message: str) -> None:
 
 
 def test_a_list_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that end within items, within characters of several bytes, and between digits."""
+    """Blocks may end inside items, inside multi-byte characters and between digits."""
     items = [{**GOOD, "id": n, "remark": "ö→🐼" * (n % 5), "n": 10**n} for n in range(40)]
     for number, text in enumerate(
         (
@@ -393,7 +393,7 @@ def test_a_list_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("[]", "has no samples"),
     ],
 )
-def test_lists_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+def test_malformed_lists(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "mix.json"
     file.write_text(text)
     assert message in refused(lambda: open_corpus(file))
@@ -409,7 +409,7 @@ def test_a_list_in_a_meta_file(tmp_path: Path) -> None:
 
 
 def test_a_list_is_not_held_in_memory(tmp_path: Path) -> None:
-    """Of 24 MB of conversations far less is ever held, while it is indexed as after it."""
+    """Indexing and reading 24 MB of conversations needs far less memory."""
     talk = {"conversations": [{"from": "human", "value": "x" * 20_000}, GOOD["conversations"][1]]}
     file = tmp_path / "mix.json"
     file.write_text(json.dumps([talk] * 1200))

@@ -1,4 +1,4 @@
-"""Who computes which rows, and in which process they are made."""
+"""Assignment of rows to processes, and errors of worker processes."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def cuts(lengths: list[int], parts: int) -> Iterator[list[list[int]]]:
 def test_the_largest_micro_batch_is_as_small_as_can_be(
     lengths: list[int], world: int, accumulation: int
 ) -> None:
-    """Against every way to cut the rows; and none is lost, moved, or kept from an idle process."""
+    """Optimal among all splits; no row is lost or moved, and no process is idle needlessly."""
     parts = world * accumulation
-    dealt = [assign_rows(rows_of(lengths), rank, world, accumulation) for rank in range(world)]
-    in_order = [dealt[part % world][part // world] for part in range(parts)]
+    assigned = [assign_rows(rows_of(lengths), rank, world, accumulation) for rank in range(world)]
+    in_order = [assigned[part % world][part // world] for part in range(parts)]
     found = [[len(row[0]) for row in part] for part in in_order]
     assert [length for part in found for length in part] == lengths
     assert sum(map(bool, found)) == min(parts, len(lengths))
@@ -66,7 +66,7 @@ def real_rows(steps: list[StepBatches]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("batching", ["padded", "bucketed", "packed"])
-def test_rows_do_not_depend_on_who_computes_them(
+def test_rows_do_not_depend_on_the_processes(
     batching: str, folder: Path, processor: HolisticVLMProcessor
 ) -> None:
     def shares(world: int, accumulation: int) -> list[StepBatches]:
@@ -95,10 +95,8 @@ def test_rows_do_not_depend_on_who_computes_them(
     assert total == len(alone[0].micro_batches[0].pixel_values) > 0
 
 
-def test_a_loader_can_be_sent_to_another_process(
-    folder: Path, processor: HolisticVLMProcessor
-) -> None:
-    """Where processes are not forked, workers get it so."""
+def test_a_loader_can_be_pickled(folder: Path, processor: HolisticVLMProcessor) -> None:
+    """Workers that are not forked receive it pickled."""
     corpus = open_corpus(folder / "train.jsonl", folder)
     loader = StepLoader(corpus, processor, batch_size=5, max_length=400)
     first = loader.step(0)
@@ -108,7 +106,7 @@ def test_a_loader_can_be_sent_to_another_process(
 
 
 class Failing:
-    """A corpus whose reading is broken from sample 3 on, by what it is told to raise."""
+    """A corpus that raises `error` from sample 3 on."""
 
     parts = (CorpusPart("failing", 8),)
 
@@ -129,16 +127,16 @@ class Failing:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("ours"), CheckpointError("no template", "take another")]
+    "error", [ZeroDivisionError("a bug"), CheckpointError("no template", "take another")]
 )
-def test_what_breaks_a_worker_is_raised_here(
+def test_errors_of_workers_are_raised(
     error: Exception, workers: int, processor: HolisticVLMProcessor
 ) -> None:
-    """A mistake of ours keeps its kind; a user's keeps its sentence, without a worker's trace."""
+    """A bug keeps its exception type; a user error keeps its message, without the traceback."""
     options: dict[str, Any] = {"max_length": 50, "shuffle": False, "workers": workers}
     loader = StepLoader(Failing(error), processor, batch_size=1, **options)
     got = []
-    with pytest.raises(type(error), match=r"ours|no template") as caught:
+    with pytest.raises(type(error), match=r"a bug|no template") as caught:
         for batches in loader.steps(0, 8):
             got.append(batches.step)
     assert got == [0, 1, 2]
@@ -160,15 +158,15 @@ def train(corpus):
     for batches in steps:
         print(batches.step, flush=True)
         if batches.step == 1 and sys.argv[1] == "here":
-            raise ZeroDivisionError("ours")
+            raise ZeroDivisionError("a bug")
 
-train(Failing(ZeroDivisionError("ours")))
+train(Failing(ZeroDivisionError("a bug")))
 """
 
 
 @pytest.mark.parametrize("where", ["here", "in a worker"])
 def test_an_error_ends_the_program(where: str) -> None:
-    """Workers do not keep it, though they ignore signals and the traceback holds the batches."""
+    """Workers do not prevent exit, although they ignore signals and the traceback holds batches."""
     done = subprocess.run(
         [sys.executable, "-c", ENDING, where, *filter(None, sys.path)],
         capture_output=True,
@@ -176,12 +174,12 @@ def test_an_error_ends_the_program(where: str) -> None:
         timeout=120,
     )
     assert done.returncode == 1
-    assert "ZeroDivisionError: ours" in done.stderr
+    assert "ZeroDivisionError: a bug" in done.stderr
     assert done.stdout.split() == (["0", "1"] if where == "here" else ["0", "1", "2"])
 
 
 class Silent:
-    """A text-only processor that finds the same tokens in everything."""
+    """A text-only processor that returns the same tokens for every input."""
 
     pad_token_id, image_processor = 0, None
 
@@ -204,7 +202,7 @@ def test_a_sample_without_tokens_is_bad() -> None:
 
 
 def test_ids_and_mask_by_hand(processor: HolisticVLMProcessor) -> None:
-    """Written down piece by piece; `<|im_end|>` typed in an answer does not end it."""
+    """Expected tokens written by hand; `<|im_end|>` typed in an answer does not end it."""
     messages = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "<image>\nWho?"},
@@ -224,5 +222,5 @@ def test_ids_and_mask_by_hand(processor: HolisticVLMProcessor) -> None:
     tokens = [token for text, _ in expected for token in text.split(" ")]
     assert processor.tokenizer.convert_ids_to_tokens(ids) == tokens
     assert is_answer == [mark for text, mark in expected for _ in text.split(" ")]
-    # The turn's end is the special token, the typed one its characters.
+    # The end of a turn is the special token; the typed one is split into characters.
     assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5

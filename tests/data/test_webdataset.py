@@ -1,4 +1,4 @@
-"""webdataset shards: whose picture is whose, in which order, and what belongs to no sample."""
+"""webdataset shards: pictures of each sample, their order, and members of no sample."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def picture(width: int) -> bytes:
 
 
 def write_shard(file: Path, *members: tuple[str, bytes | str]) -> Path:
-    """Files, and hard links where the content is a name."""
+    """Write files, and hard links for contents that are names."""
     with tarfile.open(file, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -46,8 +46,8 @@ def widths(sample: Any) -> list[int]:
     return [Image.open(io.BytesIO(one.read())).width for one in sample.images]
 
 
-def test_pictures_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    """However the members lie; from the one without a number to those of two digits."""
+def test_pictures_are_in_natural_order(tmp_path: Path) -> None:
+    """For any order of the members; names without a number and with one and two digits."""
     names = ["a.png", *(f"a.{number}.png" for number in range(12)), "a.x.png"]
     members = [(name, picture(place + 1)) for place, name in enumerate(names)]
     file = write_shard(tmp_path / "s.tar", *members[::-1], ("a.json", TALK))
@@ -58,7 +58,7 @@ def test_pictures_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**30), st.integers(0, 3))))
-def test_natural_order_is_that_of_numbers(numbers: list[tuple[int, int]]) -> None:
+def test_natural_order_compares_numbers_by_value(numbers: list[tuple[int, int]]) -> None:
     names = [f"a/talk.{'0' * zeros}{number}.png" for number, zeros in numbers]
     ordered = sorted(names, key=natural_key)
     values = [int(name.split(".")[1]) for name in ordered]
@@ -71,7 +71,7 @@ def test_a_number_of_5000_digits_is_a_number() -> None:
 
 
 def test_keys_with_dots(tmp_path: Path) -> None:
-    """Each picture is that of the longest key its name begins with; folders may have dots too."""
+    """A picture belongs to the longest key that is a prefix; folders may have dots too."""
     file = write_shard(
         tmp_path / "s.tar",
         ("v1.2/img.v1.2.json", TALK),
@@ -92,7 +92,7 @@ def test_keys_with_dots(tmp_path: Path) -> None:
     assert corpus.ignored == ()
 
 
-def test_what_is_not_understood_is_named_and_counted(
+def test_ignored_members_are_listed_and_counted(
     tmp_path: Path, processor: HolisticVLMProcessor
 ) -> None:
     named = json.loads(TALK) | {"image": "shared/one.png"}
@@ -124,7 +124,7 @@ def test_what_is_not_understood_is_named_and_counted(
     found = report.as_dict()
     assert found["ignored"] == 5
     assert found["ignored_names"] == report.ignored
-    # Of a part it is not known what the rest shows.
+    # After a part of the samples, unused pictures are unknown.
     part = check_data(corpus, SampleEncoder(processor, 300, None), limit=1)
     assert len(part.ignored) == 4
 

@@ -1,4 +1,4 @@
-"""Losses: however a batch is laid out, the same sums and the same gradients."""
+"""Losses give the same sums and gradients for any layout of a batch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stage(loss: str, **settings: Any) -> Stage:
 
 
 def make_pair(plan: str = "mmmm", loss: str = "kl", **options: Any) -> TeacherStudent:
-    """A random teacher, and a student of another seed that shares what both have, in fp64."""
+    """A random fp64 teacher, and a student of another seed with the same shared parameters."""
     teacher, student = small_model("a" * len(plan)), small_model(plan, seed=1, **options)
     shared = {n: t for n, t in teacher.state_dict().items() if ".mixer." not in n}
     student.load_state_dict(shared, strict=False)
@@ -52,7 +52,7 @@ def make_pair(plan: str = "mmmm", loss: str = "kl", **options: Any) -> TeacherSt
 def gradients(
     objective: Objective, pair: TeacherStudent, batches: list[Batch]
 ) -> tuple[float, Tensor]:
-    """The loss of the global batch that `batches` make up, and its gradient as one vector."""
+    """The loss of the global batch of all `batches`, and its gradient as one vector."""
     parameters = pair.trainable_parameters()
     for parameter in parameters.values():
         parameter.grad = None
@@ -77,7 +77,7 @@ def test_layouts_agree(loss: str) -> None:
         "padded": [batch_of(ids, mask=mask)],
         "packed": [packed(ROWS)],
         "in two parts": [packed(ROWS[:3]), packed(ROWS[3:])],
-        "with a blank part": [
+        "with an empty part": [
             packed(ROWS),
             batch_of(ids[:1, :2], mask=torch.zeros(1, 2, dtype=torch.bool), samples=0),
         ],
@@ -90,7 +90,7 @@ def test_layouts_agree(loss: str) -> None:
 
 @pytest.mark.parametrize("shuffle", ["pre", "post"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_image_rows_weigh_by_their_columns(loss: str, shuffle: str) -> None:
+def test_rows_with_images_are_weighted_by_columns(loss: str, shuffle: str) -> None:
     teacher, student = small_model("aaaa", shuffle), small_model("mmmm", shuffle, seed=1)
     names = [name for name, _ in student.named_parameters()]
     learning = trainable_names(stage(loss), student.config, names)
@@ -109,7 +109,7 @@ def test_image_rows_weigh_by_their_columns(loss: str, shuffle: str) -> None:
 def test_divergence_against_plain_distributions(
     mask: str, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The chunked loss and its gradient against the definition over whole logits."""
+    """The chunked loss and its gradient match the definition over full logits."""
     monkeypatch.setattr("mmmamba_cli.distill.kl_loss.LOGITS_PER_CHUNK", 96 * 3)
     pair = make_pair("amma")
     settings = KL(mask=mask, direction=direction, temperature=1.7, ce_weight=0.25)
@@ -141,14 +141,14 @@ def test_divergence_against_plain_distributions(
 
 
 @pytest.mark.parametrize("shuffle", ["pre", "post"])
-def test_segments_of_a_batch_are_not_looked_for_again(
+def test_segments_of_a_batch_are_not_recomputed(
     shuffle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both stacks take them as they are; patches in the place of tokens have others."""
-    looked_for = []
+    """Both stacks use those of the batch, unless patches replace tokens."""
+    computed = []
 
     def counted(*columns: Any) -> Any:
-        looked_for.append(columns)
+        computed.append(columns)
         return segments_of(*columns)
 
     monkeypatch.setattr("mmmamba_cli.model.sequence_layout.segments_of", counted)
@@ -163,21 +163,21 @@ def test_segments_of_a_batch_are_not_looked_for_again(
         (plain.embedding_layout, prepared.embedding_layout),
         (plain.language_layout, prepared.language_layout),
     ):
-        looked_for.clear()
+        computed.clear()
         expected = before.segments(before.length)
-        assert len(looked_for) == 1
+        assert len(computed) == 1
         found = after.segments(after.length)
         assert torch.equal(found.bounds, expected.bounds)
         assert found.longest == expected.longest
         again = after is prepared.embedding_layout and shuffle == "post"
-        assert len(looked_for) == (2 if again else 1)
+        assert len(computed) == (2 if again else 1)
     part = prepared.language_layout.chunk(0, 3)
     assert torch.equal(part.segments(3).bounds, segments_of(mask[:, :3], None).bounds)
 
 
 @pytest.mark.parametrize("shuffle", ["pre", "post"])
 def test_tokens_are_counted_without_the_model(shuffle: str) -> None:
-    """As many as the stacks' own columns say, for padded, packed and plain rows, with pictures."""
+    """Equal to the columns of both stacks, for padded, packed and plain rows, with images."""
     pair = pair_of(small_model("aaaa", shuffle), small_model("mmmm", shuffle), ())
     (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
     ids, mask = padded([one[0], two[0]])
@@ -208,8 +208,8 @@ def test_a_divergence_of_equal_logits_is_zero() -> None:
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])
-def test_whose_hidden_states(inputs: str) -> None:
-    """The last layer's loss, against mixers run by hand on whole forward passes."""
+def test_hidden_states_of_teacher_or_student(inputs: str) -> None:
+    """The loss of the last layer matches mixers run by hand on full forward passes."""
     pair = make_pair()
     settings = stage("mixer-mse", inputs=inputs)
     objective = build_objective(settings, pair.student.config, pair.trainable)
@@ -233,7 +233,7 @@ def test_attention_layers_of_a_hybrid_have_no_loss() -> None:
 
 
 @pytest.mark.parametrize("loss", LAYER_LOSSES)
-def test_a_loss_depends_on_what_it_says(loss: str) -> None:
+def test_a_loss_depends_on_its_declared_parameters(loss: str) -> None:
     """A parameter has a nonzero gradient exactly if the loss depends on it."""
     pair = make_pair(plan="mmam", loss="hidden-alignment", d_skip=True, qk_norm=True)
     objective = build_objective(stage("hidden-alignment"), pair.student.config, pair.trainable)
@@ -256,7 +256,9 @@ def test_a_loss_depends_on_what_it_says(loss: str) -> None:
         ("hidden-alignment", ("*.q_proj.*", "lm_head.weight"), r"lm_head\.weight;"),
     ],
 )
-def test_what_a_loss_does_not_reach_is_refused(loss: str, learns: Any, named: str) -> None:
+def test_trainable_parameters_without_gradient_are_refused(
+    loss: str, learns: Any, named: str
+) -> None:
     config = small_model("mmmm", d_skip=True).config
     names = [name for name, _ in small_model("mmmm", d_skip=True).named_parameters()]
     settings = stage(loss, learns=learns)
@@ -272,7 +274,7 @@ def test_what_a_loss_does_not_reach_is_refused(loss: str, learns: Any, named: st
 
 
 def test_channels_without_a_gradient_are_not_decayed(tmp_path: Path) -> None:
-    """Matrix orientation does not see what the convolution does to values."""
+    """Matrix orientation does not depend on the value channels of the convolution."""
     job = make_job(tmp_path, "matrix-orientation", steps=5, lr=0.1)
     mixer = job.pair.student.model.layers[1].mixer
     before = mixer.conv1d.weight.detach().clone()
@@ -282,8 +284,8 @@ def test_channels_without_a_gradient_are_not_decayed(tmp_path: Path) -> None:
     assert not torch.equal(mixer.conv1d.weight, before)
 
 
-def test_texts_do_not_reach_a_vision_part_that_alone_learns(tmp_path: Path) -> None:
-    """A step without a picture leaves it as it is, and is a step all the same."""
+def test_a_trainable_vision_part_without_images(tmp_path: Path) -> None:
+    """A step without images changes nothing, but counts as a step."""
     job = make_job(tmp_path, "kl", steps=2, learns=("model.vision.*",))
     before = {n: p.detach().clone() for n, p in job.pair.trainable_parameters().items()}
     results: list[StepResult] = []
@@ -294,7 +296,7 @@ def test_texts_do_not_reach_a_vision_part_that_alone_learns(tmp_path: Path) -> N
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_attention_that_learns_is_refused_by_layer_losses() -> None:
+def test_layer_losses_refuse_trainable_attention() -> None:
     pair = make_pair("mama")
     names = [name for name, _ in pair.student.named_parameters()]
     settings = stage("mixer-mse", learns=("*.mixer.q_proj.weight",))
@@ -305,7 +307,7 @@ def test_attention_that_learns_is_refused_by_layer_losses() -> None:
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "matrix-orientation", "hidden-alignment"])
 def test_no_gradient_crosses_layers(loss: str) -> None:
-    """A layer's gradient does not depend on what the student's other layers are."""
+    """The gradient of a layer does not depend on the other layers of the student."""
     pair = make_pair(loss=loss)
     objective = build_objective(stage(loss), pair.student.config, pair.trainable)
     gradients(objective, pair, [batch_of(ROWS[0][None])])

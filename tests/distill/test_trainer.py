@@ -1,4 +1,4 @@
-"""The loop: accumulation, resuming, trouble, and what is kept."""
+"""The training loop: accumulation, resuming, skipped steps, saved states."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
-class Spoilt:
-    """A loader whose batches of some steps are changed."""
+class ChangedLoader:
+    """A loader with a function applied to its batches."""
 
     def __init__(self, loader: RandomLoader, change: Callable[[StepBatches], StepBatches]):
         self.loader, self.change = loader, change
@@ -54,7 +54,7 @@ class Spoilt:
 
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
-def test_stopped_and_resumed_is_the_same_bits(loss: str, tmp_path: Path) -> None:
+def test_stopping_and_resuming_gives_the_same_bits(loss: str, tmp_path: Path) -> None:
     whole, learned = run(make_job(tmp_path / "a", loss, steps=STEPS))
     begun, _ = run(make_job(tmp_path / "b", loss, steps=STEPS), stop_at=3)
     job = make_job(tmp_path / "b", loss, steps=STEPS)
@@ -68,7 +68,7 @@ def test_stopped_and_resumed_is_the_same_bits(loss: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
-def test_learning_changes_what_learns_and_nothing_else(loss: str, tmp_path: Path) -> None:
+def test_only_trainable_parameters_change(loss: str, tmp_path: Path) -> None:
     job = make_job(tmp_path, loss, steps=STEPS)
     before = {n: p.detach().clone() for n, p in job.pair.student.named_parameters()}
     results, _ = run(job)
@@ -79,8 +79,8 @@ def test_learning_changes_what_learns_and_nothing_else(loss: str, tmp_path: Path
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_accumulation_is_the_whole_batch(loss: str, packed: bool, tmp_path: Path) -> None:
-    """8 samples at once, in four parts of unequal tokens, and packed: one optimiser step each."""
+def test_accumulation_equals_one_batch(loss: str, packed: bool, tmp_path: Path) -> None:
+    """One step over 8 samples equals four micro batches of unequal length, padded or packed."""
     shape = {"steps": 3, "batch_size": 8, "dtype": torch.float64}
     whole, learned = run(make_job(tmp_path / "a", loss, **shape))
     job = make_job(tmp_path / "b", loss, accumulation=4, packed=packed, **shape)
@@ -99,7 +99,7 @@ def test_a_step_without_a_finite_loss_is_skipped(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=4)
     seen: list[dict[str, Tensor]] = []
     results: list[StepResult] = []
-    job = replace(job, loader=Spoilt(job.loader, spoil))
+    job = replace(job, loader=ChangedLoader(job.loader, spoil))
 
     def report(result: StepResult) -> None:
         results.append(result)
@@ -113,9 +113,9 @@ def test_a_step_without_a_finite_loss_is_skipped(tmp_path: Path) -> None:
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (1, 0)
 
 
-def test_several_in_a_row_stop_the_stage(tmp_path: Path) -> None:
+def test_several_skipped_steps_in_a_row_stop_the_stage(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=20)
-    job = replace(job, loader=Spoilt(job.loader, poisoned))
+    job = replace(job, loader=ChangedLoader(job.loader, poisoned))
     with explosive(job), pytest.raises(MmmambaError) as caught:
         run(job)
     assert "step 5" in str(caught.value)
@@ -128,11 +128,11 @@ def test_too_many_bad_samples_stop_the_stage(tmp_path: Path) -> None:
         return replace(batches, bad=(BadSample("set.jsonl:3", "no such image"),))
 
     job = make_job(tmp_path, "mixer-mse", steps=200)
-    job = replace(job, loader=Spoilt(job.loader, spoil), max_bad_share=0.1)
+    job = replace(job, loader=ChangedLoader(job.loader, spoil), max_bad_share=0.1)
     with pytest.raises(DataError, match=r"set\.jsonl:3: no such image"):
         run(job)
     patient = make_job(tmp_path / "b", "mixer-mse", steps=30)
-    patient = replace(patient, loader=Spoilt(patient.loader, spoil), max_bad_share=0.5)
+    patient = replace(patient, loader=ChangedLoader(patient.loader, spoil), max_bad_share=0.5)
     progress = Progress()
     run(patient, progress)
     assert progress.bad_samples == 30
@@ -157,8 +157,8 @@ def test_the_best_student_is_kept(tmp_path: Path) -> None:
     assert results[0].held_out.student_nll > 0
 
 
-def test_the_best_of_a_saved_state_outlives_what_came_after_it(tmp_path: Path) -> None:
-    """A kill after a better student, but before the next state: the state's own best is there."""
+def test_the_best_student_of_a_saved_state_is_kept(tmp_path: Path) -> None:
+    """Killed after a better student but before the next state, the older best still exists."""
 
     def job() -> TrainingJob:
         made = make_job(tmp_path, "mixer-mse", steps=6, evaluate_every=1, save_every=3)
@@ -247,7 +247,7 @@ def test_cosine_falls_from_the_peak_to_its_share() -> None:
     assert 0.1 < shares[99] < 0.11
 
 
-def test_threads_of_the_host_are_few_beside_a_gpu_only() -> None:
+def test_cpu_threads_are_limited_on_a_gpu_only() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -262,7 +262,7 @@ def test_threads_of_the_host_are_few_beside_a_gpu_only() -> None:
 
 
 def poisoned(batches: StepBatches) -> StepBatches:
-    """Every token is the one that `explosive` gives an infinite embedding."""
+    """Replace every token by the one with an infinite embedding in `explosive`."""
 
     def spoil(micro: Batch) -> Batch:
         return replace(micro, input_ids=torch.full_like(micro.input_ids, 3))
@@ -272,7 +272,7 @@ def poisoned(batches: StepBatches) -> StepBatches:
 
 @contextmanager
 def explosive(job: TrainingJob) -> Iterator[None]:
-    """Make token 3's embedding infinite; only poisoned batches hold it."""
+    """Make the embedding of token 3 infinite; only poisoned batches contain it."""
     for model in (job.pair.teacher, job.pair.student):
         model.model.text_embedding.weight.data[3] = float("inf")
     yield

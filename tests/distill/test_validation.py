@@ -1,4 +1,4 @@
-"""Held-out numbers: means over the whole set, samples that cannot be read, the best student."""
+"""Held-out metrics: means over the set, unreadable samples, the best student."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from small_distillation import RandomLoader, batch_of, make_job
-from test_trainer import Spoilt, run
+from test_trainer import ChangedLoader, run
 from torch import Tensor
 
 from mmmamba_cli.data import IGNORE_INDEX, BadSample, StepBatches
@@ -28,21 +28,21 @@ BAD = BadSample("set.jsonl:3", "no such image")
 
 
 class Rows:
-    """A set whose steps are given as lists of rows of token ids."""
+    """A loader of steps given as lists of rows of token ids."""
 
     def __init__(self, steps: list[list[Tensor]], bad: tuple[BadSample, ...] = ()):
-        self.given, self.bad = steps, bad
+        self.rows, self.bad = steps, bad
         self.steps_per_pass = len(steps)
 
     def unreadable(self) -> None: ...
 
     def steps(self, first: int, stop: int) -> Iterable[StepBatches]:
         for step in range(first, stop):
-            micro = tuple(batch_of(row[None]) for row in self.given[step])
+            micro = tuple(batch_of(row[None]) for row in self.rows[step])
             yield StepBatches(step, micro, self.bad if step == 0 else (), len(micro))
 
 
-def measured(
+def held_out_metrics(
     job: TrainingJob, steps: list[list[Tensor]], bad: tuple[BadSample, ...] = ()
 ) -> HeldOutMetrics:
     source = Rows(steps, bad)
@@ -52,21 +52,21 @@ def measured(
 
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
-def test_a_short_last_step_weighs_by_its_tokens(loss: str, tmp_path: Path) -> None:
-    """Seven rows of unequal length in steps of three: the numbers of all rows in one step."""
+def test_a_short_last_step_is_weighted_by_tokens(loss: str, tmp_path: Path) -> None:
+    """Seven rows of unequal length in steps of three give the metrics of one step."""
     job = make_job(tmp_path, loss, steps=1, dtype=torch.float64)
     rows = RandomLoader(90, batch_size=7, seed=3).samples(0)
-    whole = measured(job, [rows])
-    parts = measured(job, [rows[:3], rows[3:6], rows[6:]])
+    whole = held_out_metrics(job, [rows])
+    parts = held_out_metrics(job, [rows[:3], rows[3:6], rows[6:]])
     assert parts.loss == pytest.approx(whole.loss, rel=1e-10)
     assert parts.agreement == pytest.approx(whole.agreement, rel=1e-10)
     assert parts.student_nll == pytest.approx(whole.student_nll, rel=1e-6)
     assert (parts.tokens, parts.samples) == (sum(map(len, rows)), 7)
-    without_the_last = measured(job, [rows[:3], rows[3:6]])
+    without_the_last = held_out_metrics(job, [rows[:3], rows[3:6]])
     assert without_the_last.loss != pytest.approx(whole.loss, rel=1e-3)
 
 
-def test_the_loop_measures_a_whole_pass(tmp_path: Path) -> None:
+def test_the_loop_evaluates_a_full_pass(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=2)
     rows = RandomLoader(90, batch_size=5, seed=3).samples(0)
     results, _ = run(replace(job, held_out=Rows([rows[:4], rows[4:]])))
@@ -75,7 +75,7 @@ def test_the_loop_measures_a_whole_pass(tmp_path: Path) -> None:
     assert results[-1].held_out.tokens == sum(map(len, rows))
 
 
-def test_unreadable_samples_are_named_and_counted(tmp_path: Path) -> None:
+def test_unreadable_samples_are_listed_and_counted(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=2)
     rows = RandomLoader(90, batch_size=3, seed=3).samples(0)
     progress = Progress()
@@ -88,13 +88,13 @@ def test_unreadable_samples_are_named_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
-def test_a_set_without_a_readable_sample_is_no_measure(loss: str, tmp_path: Path) -> None:
+def test_a_set_without_a_readable_sample_is_refused(loss: str, tmp_path: Path) -> None:
     job = make_job(tmp_path, loss, steps=1)
     with pytest.raises(DataError, match=r"none of the 1 held-out samples can be read; .*image"):
-        measured(job, [[]], (BAD,))
+        held_out_metrics(job, [[]], (BAD,))
 
 
-def test_a_set_without_answers_is_no_measure_of_answers(tmp_path: Path) -> None:
+def test_an_answer_loss_needs_answers(tmp_path: Path) -> None:
     job = make_job(tmp_path, "kl", steps=1)
     settings = replace(job.objective, settings=job.stage.kl.model_copy(update={"mask": "answer"}))
     batch = batch_of(torch.tensor([[8, 9, 10]]), labels=torch.full((1, 3), IGNORE_INDEX))
@@ -128,7 +128,7 @@ def test_a_first_loss_that_is_not_finite_is_not_the_best(
     assert (job.states.folder / job.states.best_name(3)).is_dir()
 
 
-def test_a_saved_best_that_is_not_finite_gives_way() -> None:
+def test_a_saved_best_that_is_not_finite_is_replaced() -> None:
     assert trainer._is_better(5.0, math.nan)
     assert trainer._is_better(5.0, None)
     assert not trainer._is_better(math.nan, 5.0)
@@ -136,7 +136,7 @@ def test_a_saved_best_that_is_not_finite_gives_way() -> None:
 
 
 def test_a_state_holds_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """JSON has none; what reads a manifest strictly would stumble over it."""
+    """JSON has no NaN; strict readers of a manifest would fail."""
     monkeypatch.setattr(
         trainer, "evaluate_held_out", lambda *_: HeldOutMetrics(math.nan, 0.5, None, None, 10, 2)
     )
@@ -147,7 +147,7 @@ def test_a_state_holds_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def unreadable_step(number: int) -> Any:
-    """Makes step `number` one of whose samples none could be read."""
+    """A change that makes all samples of step `number` unreadable."""
     nothing = torch.zeros(1, 1, dtype=torch.long)
     blank = batch_of(nothing, mask=torch.zeros(1, 1, dtype=torch.bool), samples=0)
 
@@ -161,13 +161,15 @@ def unreadable_step(number: int) -> Any:
 
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
-def test_a_step_without_a_readable_sample_is_no_step(loss: str, tmp_path: Path) -> None:
-    """Neither weights nor moments change, and the row says so instead of a loss of 0."""
+def test_a_step_without_a_readable_sample_is_skipped(loss: str, tmp_path: Path) -> None:
+    """Weights and moments stay unchanged, and the metrics row gives the reason and a NaN loss."""
     seen: list[dict[str, Tensor]] = []
 
     def job(name: str) -> TrainingJob:
         made = make_job(tmp_path / name, loss, steps=5, save_every=1)
-        return replace(made, max_bad_share=1.0, loader=Spoilt(made.loader, unreadable_step(2)))
+        return replace(
+            made, max_bad_share=1.0, loader=ChangedLoader(made.loader, unreadable_step(2))
+        )
 
     whole, progress = job("a"), Progress()
     rows = []
@@ -184,7 +186,7 @@ def test_a_step_without_a_readable_sample_is_no_step(loss: str, tmp_path: Path) 
     assert all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
     assert not all(torch.equal(seen[2][name], seen[3][name]) for name in seen[1])
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (1, 0)
-    # Stopped before the step and resumed, with the skipped one among the rest: the same bits.
+    # Stopping before the skipped step and resuming gives the same bits.
     run(job("b"), stop_at=2)
     again = job("b")
     resumed = again.states.read_record("step-00000002").progress
@@ -193,11 +195,11 @@ def test_a_step_without_a_readable_sample_is_no_step(loss: str, tmp_path: Path) 
     assert resumed.skipped_steps == 1
 
 
-def test_moments_stay_as_they_are_over_a_skipped_step(tmp_path: Path) -> None:
+def test_moments_are_unchanged_by_a_skipped_step(tmp_path: Path) -> None:
     kept = []
     for stop in (2, 3):
         job = make_job(tmp_path / str(stop), "mixer-mse", steps=4)
-        job = replace(job, max_bad_share=1.0, loader=Spoilt(job.loader, unreadable_step(2)))
+        job = replace(job, max_bad_share=1.0, loader=ChangedLoader(job.loader, unreadable_step(2)))
         run(job, Progress(), stop_at=stop)
         parameters = job.pair.trainable_parameters()
         optimiser = trainer.build_optimiser(job.stage, parameters)
@@ -208,8 +210,8 @@ def test_moments_stay_as_they_are_over_a_skipped_step(tmp_path: Path) -> None:
         assert before["step"] == 2
 
 
-def test_unreadable_steps_in_a_row_are_max_bad_shares_business(tmp_path: Path) -> None:
-    """Nine of ten steps unreadable: allowed by a share of 0.95, refused by one of 0.5."""
+def test_max_bad_share_limits_unreadable_steps(tmp_path: Path) -> None:
+    """With nine of ten steps unreadable, a share of 0.95 passes and one of 0.5 fails."""
 
     def job(name: str, share: float) -> TrainingJob:
         made = make_job(tmp_path / name, "mixer-mse", steps=50)
@@ -217,7 +219,7 @@ def test_unreadable_steps_in_a_row_are_max_bad_shares_business(tmp_path: Path) -
         def most(batches: StepBatches) -> StepBatches:
             return batches if batches.step % 10 == 9 else unreadable_step(batches.step)(batches)
 
-        return replace(made, max_bad_share=share, loader=Spoilt(made.loader, most))
+        return replace(made, max_bad_share=share, loader=ChangedLoader(made.loader, most))
 
     progress = Progress()
     run(job("a", 0.95), progress)
@@ -232,7 +234,7 @@ def test_a_stage_of_skipped_steps_makes_no_product(tmp_path: Path) -> None:
     def all_of_them(batches: StepBatches) -> StepBatches:
         return unreadable_step(batches.step)(batches)
 
-    job = replace(job, max_bad_share=1.0, loader=Spoilt(job.loader, all_of_them))
+    job = replace(job, max_bad_share=1.0, loader=ChangedLoader(job.loader, all_of_them))
     with pytest.raises(
         trainer.MmmambaError, match="learned nothing: all of its 3 steps were skipped"
     ):
@@ -240,7 +242,7 @@ def test_a_stage_of_skipped_steps_makes_no_product(tmp_path: Path) -> None:
 
 
 def test_steps_without_a_scored_token_end_the_stage(tmp_path: Path) -> None:
-    """Readable samples without answers, under a loss of answers: not a mean of 0 each time."""
+    """Readable samples without answers give an answer loss no unit."""
     job = make_job(tmp_path, "kl", steps=20)
     objective = replace(job.objective, settings=job.stage.kl.model_copy(update={"mask": "answer"}))
 
@@ -251,13 +253,13 @@ def test_steps_without_a_scored_token_end_the_stage(tmp_path: Path) -> None:
         ]
         return replace(batches, micro_batches=tuple(micro))
 
-    job = replace(job, objective=objective, loader=Spoilt(job.loader, unanswered))
+    job = replace(job, objective=objective, loader=ChangedLoader(job.loader, unanswered))
     expected = "step 5: 5 steps in a row were skipped; none of its 4 samples has a token that"
     with pytest.raises(trainer.MmmambaError, match=expected):
         run(job)
 
 
-def test_the_picture_of_losses_takes_any_number(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_are_plotted(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     terms = {"layer 0": "nan", "layer 1": math.inf, "layer 2": 1.0}
     rows = [
@@ -270,9 +272,9 @@ def test_the_picture_of_losses_takes_any_number(tmp_path: Path) -> None:
         assert plot_losses(tmp_path) is not None
 
 
-def test_names_of_bad_samples_come_from_every_process() -> None:
+def test_bad_samples_are_gathered_from_all_processes() -> None:
     class Two:
-        """Process 0 of two, the other having found one sample more."""
+        """Process 0 of two; the other one found one more bad sample."""
 
         is_main = True
 
