@@ -3,7 +3,7 @@
     python benchmarks/int8_quality.py MODEL... [--suites scenes ...] [--limit N] [--out FILE]
 
 MODEL is a checkpoint's folder or the name of one that ships. Each model answers each suite twice,
-as `mmmamba eval` asks it: with its own weights, and after `decoding.quantize`. Prints one JSON
+as `mmmamba eval` asks it: with its own weights, and after `inference.quantize`. Prints one JSON
 object: scores by the suite's rules, retention with its interval, and how many answers changed.
 """
 

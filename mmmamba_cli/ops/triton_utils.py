@@ -126,9 +126,10 @@ def place_in_grid(programs, FOLDED: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr) -> None:
-    """Until all that was launched before has ended.
+    """Wait until all previous launches have ended (programmatic dependent launch).
 
-    Before it only weights may be read, and what a caller says was settled before the last launch.
+    Before this call a kernel may read only weights and inputs marked `inputs_ready`, which were
+    written before the previous launch.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
