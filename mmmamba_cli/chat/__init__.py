@@ -1,7 +1,7 @@
 """Chat: a conversation, and one or several models that answer it."""
 
 from mmmamba_cli.chat.chat_model import (
-    Answer,
+    ChatAnswer,
     ChatModel,
     generate_ids,
     load_chat_model,
@@ -11,11 +11,13 @@ from mmmamba_cli.chat.conversation import Conversation
 from mmmamba_cli.chat.side_by_side import SideBySide, column_width
 from mmmamba_cli.inference import Settings
 
-# The names up to 0.1, kept for one release.
+# Former names, kept for one release.
+Answer = ChatAnswer
 load_speaker, locate = load_chat_model, resolve_models
 
 __all__ = [
     "Answer",
+    "ChatAnswer",
     "ChatModel",
     "Conversation",
     "Settings",

@@ -1,7 +1,4 @@
-"""A model one can talk to: where it comes from, and its answer to a conversation.
-
-One answer, token by token, so that it can be shown, stopped, and set beside another model's.
-"""
+"""A loaded model that answers a conversation, token by token."""
 
 from __future__ import annotations
 
@@ -29,28 +26,33 @@ def generate_ids(
     turn: int = 0,
     generator: Generator | None = None,
 ) -> Iterator[int]:
-    """The ids of an answer to input_ids (1, T), as they are made; the end is not handed on.
+    """Generate the token ids of one answer; the stop token is not yielded.
 
-    The same tokens as `model.generate` takes greedily. Drawing depends on the seed and on `turn`,
-    so that a question asked twice may be answered differently. `pixel_values` as in the model's
-    forward. `generator` is the model's own and faster; None decodes any model by its forward.
+    Greedy ids equal those of `model.generate`. Sampling is seeded with `settings.seed + turn`, so
+    that a repeated question may get another answer.
+
+    Args:
+        input_ids: the prompt, (1, T).
+        pixel_values: image tiles (N, 3, S, S) or None.
+        turn: index of the question in its conversation.
+        generator: the fast decoder of this model; None decodes with the model's forward.
     """
     settings = replace(settings, seed=(settings.seed + turn) % 2**63)
     if generator is None:
-        ids = _forward(model, input_ids, pixel_values, settings)
+        ids = _decode_by_forward(model, input_ids, pixel_values, settings)
     else:
         rows = generator.stream_answer((input_ids, pixel_values, None), settings)
         ids = (token for (token,) in rows)
-    ends = eos_ids(settings, model.generation_config)
+    stop_ids = eos_ids(settings, model.generation_config)
     for token in ids:
-        if token in ends:
+        if token in stop_ids:
             return
         yield token
 
 
 @dataclass
 class _Row:
-    """What a `Sampler` reads and writes, of one answer."""
+    """Sampler state of one answer: logits (1, V), ids (1,), finished (1,)."""
 
     logits: Tensor
     ids: Tensor
@@ -58,10 +60,10 @@ class _Row:
 
 
 @torch.no_grad()
-def _forward(
+def _decode_by_forward(
     model: HolisticVLM, input_ids: Tensor, pixel_values: Tensor | None, settings: Settings
 ) -> Iterator[int]:
-    """What `Generator.stream` gives, by the model's forward."""
+    """Yield what `Generator.stream` yields, for models that it cannot pack."""
     cache = new_cache(model.config)
     logits = model(
         input_ids, pixel_values=pixel_values, past_key_values=cache, logits_to_keep=1
@@ -79,8 +81,8 @@ def _forward(
 
 
 @dataclass
-class Answer:
-    """An answer as it grows; `finished` once the model ended it by itself."""
+class ChatAnswer:
+    """An answer while it is generated; `finished` once the model emitted a stop token."""
 
     text: str = ""
     tokens: int = 0
@@ -89,9 +91,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A loaded model under the name it is called by; it gives one answer at a time.
+    """A loaded model under its name; it generates one answer at a time.
 
-    `generator` decodes in the model's place; None for models that it does not take.
+    `generator` is its fast decoder, None for models that cannot be packed.
     """
 
     name: str
@@ -102,20 +104,21 @@ class ChatModel:
     generator: Generator | None = None
 
     @property
-    def sees(self) -> bool:
-        """Whether it can be shown pictures."""
+    def has_vision(self) -> bool:
         return not isinstance(self.processor, HolisticTextProcessor)
 
     def answer(
-        self, conversation: Conversation, settings: Settings, found: Answer
+        self, conversation: Conversation, settings: Settings, answer: ChatAnswer
     ) -> Iterator[str]:
-        """The answer to the last question, in pieces of text; `found` keeps it as it grows.
+        """Stream the answer to the last question as pieces of text; `answer` accumulates it.
 
-        It ends where the tokenizer says a turn does, unless the settings name other ends.
-        Raises `DataError` for pictures that cannot be read, or shown to this model, and for a
-        conversation that its device has no memory for.
+        The answer ends at the tokenizer's stop tokens unless `settings.eos` is given.
+
+        Raises:
+            DataError: unreadable pictures, pictures for a text-only model, or a conversation that
+                does not fit into the device's memory.
         """
-        if conversation.pictures and not self.sees:
+        if conversation.pictures and not self.has_vision:
             raise DataError(
                 f"{self.name} reads text only", "start again without --image, or use /reset"
             )
@@ -124,12 +127,12 @@ class ChatModel:
         )
         device, dtype = self.model.lm_head.weight.device, self.model.lm_head.weight.dtype
         pixels = batch.get("pixel_values")
-        ends = frozenset(self.processor.stop_token_ids) if settings.eos is None else settings.eos
+        eos = frozenset(self.processor.stop_token_ids) if settings.eos is None else settings.eos
         ids = generate_ids(
             self.model,
             batch["input_ids"].to(device),
             None if pixels is None else pixels.to(device, dtype),
-            replace(settings, eos=ends),
+            replace(settings, eos=eos),
             turn=len(conversation.questions) - 1,
             generator=self.generator,
         )
@@ -137,27 +140,27 @@ class ChatModel:
         stream = TextStream(self.processor.tokenizer, pieces.append, skip_prompt=False)
         try:
             for token in ids:
-                found.tokens += 1
+                answer.tokens += 1
                 stream.put(torch.tensor([token]))
-                yield from _taken(pieces, found)
+                yield from _drain(pieces, answer)
         except torch.OutOfMemoryError as error:
             if self.generator is not None:
                 self.generator.release()
-            length = batch["input_ids"].shape[1] + found.tokens
+            length = batch["input_ids"].shape[1] + answer.tokens
             raise DataError(
                 f"{self.name}: {device} has no memory left for a conversation of {length} tokens",
-                "begin anew with /reset, or give --dtype bf16",
+                "start again with /reset, or give --dtype bf16",
             ) from error
         stream.end()
-        found.finished = found.tokens < settings.max_new_tokens
-        yield from _taken(pieces, found)
+        answer.finished = answer.tokens < settings.max_new_tokens
+        yield from _drain(pieces, answer)
 
 
-def _taken(pieces: list[str], found: Answer) -> Iterator[str]:
-    """The pieces that are there, as they are removed; none before the first that is no space."""
+def _drain(pieces: list[str], answer: ChatAnswer) -> Iterator[str]:
+    """Move the pieces to the answer and yield them, without the answer's leading white space."""
     for piece in pieces:
-        shown = piece if found.text else piece.lstrip()
-        found.text += shown
+        shown = piece if answer.text else piece.lstrip()
+        answer.text += shown
         if shown:
             yield shown
     pieces.clear()
@@ -177,8 +180,9 @@ def resolve_models(
 def load_chat_model(
     found: ResolvedModel, device: str | None = None, dtype: str = "auto"
 ) -> ChatModel:
-    """Load a model to chat with. `device` None is CUDA where there is one; dtype "auto" is bf16
-    there, and fp32 on a CPU. Raises `CheckpointError` if it has no tokenizer.
+    """Load a model to chat with. Raises `CheckpointError` if it has no tokenizer.
+
+    `device` None is CUDA where there is one; dtype "auto" is bf16 there, and fp32 on a CPU.
     """
     processor = found.require_processor(
         "talked to", "put the teacher's tokenizer beside it, or seed again with --tokenizer FILE"
@@ -188,7 +192,7 @@ def load_chat_model(
 
 
 def _generator(model: HolisticVLM) -> Generator | None:
-    """None for a model that is not packed as it is, as with adapters: its own forward answers."""
+    """The fast decoder; None for a model that cannot be packed, for example with adapters."""
     try:
         return Generator(model)
     except MmmambaError:

@@ -1,4 +1,4 @@
-"""What was said so far, pictures included."""
+"""A conversation: questions, pictures, and each model's answers."""
 
 from __future__ import annotations
 
@@ -17,87 +17,89 @@ from mmmamba_cli.processing.chat_template import IMAGE_PLACEHOLDER, ImageSlot, i
 
 @dataclass
 class Conversation:
-    """Questions, each model's answers to them, and pictures in the order in which they came.
+    """Questions, each model's answers to them, and pictures in the order they were added.
 
-    Every model has its own history: it is shown its own answers. `waiting` are pictures that go
-    with the next question.
+    Every model has its own history: its prompts hold its own answers only. `pending` are the
+    pictures that go with the next question.
     """
 
     names: tuple[str, ...]
     system: str | None = None
     questions: list[str] = field(default_factory=list)
-    # One list of answers for each model; shorter than `questions` only while one is answered.
+    # One list for each model, shorter than `questions` only while a question is being answered.
     answers: dict[str, list[str]] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
-    waiting: list[Path] = field(default_factory=list)
-    # How many of `pictures` came with each question.
-    _shown: list[int] = field(default_factory=list)
+    pending: list[Path] = field(default_factory=list)
+    # Number of pictures of each question.
+    _num_pictures: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.answers = {name: [] for name in self.names}
 
     def add_picture(self, file: Path) -> tuple[int, int]:
-        """Keep a picture for the next question; its width and height.
+        """Add a picture to the next question; returns its width and height in pixels.
 
         Raises `DataError` if it cannot be read.
         """
         size = image_size(file)
-        self.waiting.append(file)
+        self.pending.append(file)
         return size
 
     def ask(self, question: str) -> None:
-        """Put a question, with the pictures that waited for one in front of it.
+        """Add a question, behind the pending pictures.
 
-        What is typed is text, `<image>` too. Raises `DataError` for a question without words.
+        `<image>` in the question is plain text. Raises `DataError` for an empty question.
         """
         if not question.strip():
             raise DataError("the question is empty", "type one")
         self.questions.append(question)
-        self._shown.append(len(self.waiting))
-        self.pictures += self.waiting
-        self.waiting = []
+        self._num_pictures.append(len(self.pending))
+        self.pictures += self.pending
+        self.pending = []
 
-    def hear(self, name: str, answer: str) -> None:
-        """Keep what a model answered to the last question."""
+    def add_answer(self, name: str, answer: str) -> None:
+        """Record a model's answer to the last question."""
         self.answers[name].append(answer.rstrip())
 
-    def take_back(self) -> None:
-        """Forget the last question and what was answered to it; its pictures wait again."""
+    def undo(self) -> None:
+        """Remove the last question and its answers; its pictures are pending again."""
         self.questions.pop()
-        for heard in self.answers.values():
-            del heard[len(self.questions) :]
-        kept = len(self.pictures) - self._shown.pop()
-        self.waiting = self.pictures[kept:] + self.waiting
+        for answers in self.answers.values():
+            del answers[len(self.questions) :]
+        kept = len(self.pictures) - self._num_pictures.pop()
+        self.pending = self.pictures[kept:] + self.pending
         del self.pictures[kept:]
 
     def pictures_of(self, number: int) -> list[Path]:
-        """The pictures that came with a question, counted from 0."""
-        start = sum(self._shown[:number])
-        return self.pictures[start : start + self._shown[number]]
+        """The pictures of a question, counted from 0."""
+        start = sum(self._num_pictures[:number])
+        return self.pictures[start : start + self._num_pictures[number]]
 
     def messages(self, name: str) -> list[dict[str, Any]]:
-        """The conversation as model `name` knows it, up to the last question."""
-        talk: list[dict[str, Any]] = []
+        """The chat messages of model `name`, up to the last question."""
+        messages: list[dict[str, Any]] = []
         if self.system is not None:
-            talk.append({"role": "system", "content": self.system})
-        heard = self.answers[name]
+            messages.append({"role": "system", "content": self.system})
+        answers = self.answers[name]
         for number, question in enumerate(self.questions):
-            talk.append({"role": "user", "content": _content(question, self._shown[number])})
-            if number < len(heard):
-                talk.append({"role": "assistant", "content": heard[number]})
-        return talk
+            messages.append(
+                {"role": "user", "content": _content(question, self._num_pictures[number])}
+            )
+            if number < len(answers):
+                messages.append({"role": "assistant", "content": answers[number]})
+        return messages
 
     def reset(self) -> None:
-        """Forget everything but the system text."""
-        self.questions, self.pictures, self.waiting, self._shown = [], [], [], []
+        """Remove everything but the system prompt."""
+        self.questions, self.pictures, self.pending, self._num_pictures = [], [], [], []
         self.answers = {name: [] for name in self.names}
 
     def save(self, file: Path) -> None:
-        """Write JSON lines, one for each model, which `mmmamba data check` and `distill` read.
+        """Write JSON Lines that `mmmamba data check` and `distill` read, one line for each model.
 
-        Pictures below the file's folder are named as they lie there; others are copied into a
-        folder beside the file, `NAME-images`. Raises `DataError` if there is nothing to write, the
-        file or that folder exists, or a picture cannot be read any more.
+        Pictures below the file's folder are referenced by relative path; others are copied into
+        the folder `NAME-images` beside the file. Raises `DataError` if there is nothing to write,
+        the file or that folder exists, or a picture has disappeared.
         """
         if not self.questions:
             raise DataError("there is nothing to save yet")
@@ -106,12 +108,12 @@ class Conversation:
         if not file.parent.is_dir():
             raise DataError(f"{file} is in no folder that exists", "check the path")
         folder = file.with_name(f"{file.stem}-images")
-        names, copied = _names(self.pictures, file.parent.resolve(), folder.name)
+        names, copied = _plan_pictures(self.pictures, file.parent.resolve(), folder.name)
         if copied and folder.exists():
             raise DataError(f"{folder} exists already", "choose another name")
         lines = [json.dumps(self._record(name, names), ensure_ascii=False) for name in self.names]
         if copied:
-            _copy(copied, folder)
+            _copy_pictures(copied, folder)
         try:
             atomic_write_text(file, "".join(f"{line}\n" for line in lines))
         except OSError:
@@ -127,7 +129,7 @@ class Conversation:
 
 
 def _content(question: str, num_images: int) -> str | list[dict[str, str]]:
-    """A question as a message's content: in parts where `<image>` would be taken for a picture."""
+    """A question as message content, in parts where `<image>` would be read as a picture."""
     if num_images == 0 and IMAGE_PLACEHOLDER not in question:
         return question
     parts = [*(image_lines(num_images) if num_images else []), question]
@@ -136,15 +138,15 @@ def _content(question: str, num_images: int) -> str | list[dict[str, str]]:
         if isinstance(part, ImageSlot):
             content.append({"type": "image"})
         elif part != "\n" or not content or content[-1] != {"type": "image"}:
-            # The line end behind a picture belongs to its part.
+            # The newline after a picture belongs to the picture's part.
             content.append({"type": "text", "text": part})
     return content
 
 
-def _names(
+def _plan_pictures(
     pictures: Sequence[Path], home: Path, folder: str
 ) -> tuple[list[str], list[tuple[Path, str]]]:
-    """What pictures are called in a file of `home`, and which are copied under what names."""
+    """Each picture's path in a file in `home`, and the pictures to copy with their new names."""
     names, copied = [], []
     for number, picture in enumerate(pictures, start=1):
         path = picture.resolve()
@@ -156,7 +158,7 @@ def _names(
     return names, copied
 
 
-def _copy(pictures: Sequence[tuple[Path, str]], folder: Path) -> None:
+def _copy_pictures(pictures: Sequence[tuple[Path, str]], folder: Path) -> None:
     with atomic_folder(folder) as partial:
         for path, name in pictures:
             try:

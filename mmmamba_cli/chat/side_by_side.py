@@ -1,7 +1,7 @@
-"""Several texts side by side while they grow, row by row, as a terminal can show them.
+"""Streamed texts side by side in a terminal, written row by row.
 
-A row is final as soon as no column can change it any more; only the one row below is drawn again
-and again. So nothing that scrolled away is ever touched, however long the answers are.
+A row is final once no column can change it any more; only the row below it is redrawn. Rows that
+have scrolled away are never rewritten.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from collections.abc import Sequence
 from rich.cells import cell_len, chop_cells, set_cell_size
 
 GAP = " │ "
-# Columns narrower than this cannot be read; there the answers come one after the other.
+# Cells of the narrowest readable column; narrower terminals show the answers one after another.
 MIN_WIDTH = 34
 CLEAR_ROW = "\r\x1b[K"
-# Spaces are kept with the word behind them, so that indented lines stay indented.
+# Spaces belong to the word after them, which keeps indentation.
 _WORDS = re.compile(r"\s*\S+")
 
 
 def column_width(terminal: int, columns: int) -> int | None:
-    """Cells of each of `columns` columns, None where they would be too narrow to read."""
-    # The last cell of a row stays empty: some terminals break the line there.
+    """Cells of each of `columns` columns; None if they would be too narrow to read."""
+    # The last cell of a row stays empty: some terminals wrap the line there.
     width = (terminal - 1 - (columns - 1) * cell_len(GAP)) // columns
     return width if width >= MIN_WIDTH else None
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells; wide characters count two. More text changes the last only,
-    or goes on below it.
+    """Wrap text to lines of at most `width` cells; wide characters count as two.
+
+    Appending text changes the last line only, or adds lines.
     """
     lines = []
     for paragraph in text.expandtabs(4).split("\n"):
@@ -43,16 +44,15 @@ def _wrap_paragraph(paragraph: str, width: int) -> list[str]:
             lines[-1] += word
             continue
         pieces = chop_cells(word if lines == [""] else word.lstrip(), width)
-        # A word that is wider than a line begins where there is room: Chinese has no spaces.
+        # A word wider than a line starts on the current one: Chinese has no spaces.
         lines = lines + pieces if lines[-1] else lines[:-1] + pieces
     return lines
 
 
 class SideBySide:
-    """Texts that grow in columns of `width` cells. What its methods return is to be written as is.
+    """Growing texts in columns of `width` cells; methods return the output to write.
 
-    `live`: whether the row that still changes is drawn too, with a carriage return, as a terminal
-    wants it.
+    `live` also draws the row that may still change and redraws it after a carriage return.
     """
 
     def __init__(self, names: Sequence[str], width: int, live: bool = True):
@@ -69,13 +69,13 @@ class SideBySide:
         return f"{self._row(self._names)}\n{'─┼─'.join(rule)}\n"
 
     def add(self, column: int, text: str) -> str:
-        """More of one column."""
+        """Append text to a column."""
         self._texts[column] += text
         self._lines[column] = wrap(self._texts[column], self._width)
         return self._redraw()
 
     def end(self, column: int, note: str = "") -> str:
-        """No more of this column; `note` stands in a row of its own below."""
+        """Finish a column; `note` follows in rows of its own."""
         self._ended[column] = True
         self._texts[column] = self._texts[column].rstrip()
         self._lines[column] = wrap(self._texts[column], self._width)
@@ -84,17 +84,17 @@ class SideBySide:
         return self._redraw()
 
     def _redraw(self) -> str:
-        ready = self._ready()
-        rows = [self._row(self._at(row)) for row in range(self._final, ready)]
-        self._final = max(self._final, ready)
+        final = self._num_final()
+        rows = [self._row(self._cells(row)) for row in range(self._final, final)]
+        self._final = max(self._final, final)
         written = "".join(f"{row}\n" for row in rows)
         if not self._live:
             return written
-        rest = "" if all(self._ended) else self._row(self._at(self._final))
+        rest = "" if all(self._ended) else self._row(self._cells(self._final))
         return f"{CLEAR_ROW}{written}{rest}"
 
-    def _ready(self) -> int:
-        """Rows that nothing changes any more."""
+    def _num_final(self) -> int:
+        """Number of rows that are final."""
         open_columns = [
             len(lines) - 1
             for lines, ended in zip(self._lines, self._ended, strict=True)
@@ -102,7 +102,7 @@ class SideBySide:
         ]
         return min(open_columns) if open_columns else max(map(len, self._lines))
 
-    def _at(self, row: int) -> list[str]:
+    def _cells(self, row: int) -> list[str]:
         return [lines[row] if row < len(lines) else "" for lines in self._lines]
 
     def _row(self, cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""`mmmamba chat`: talk to a model in the terminal, or to several at once."""
+"""`mmmamba chat`: chat with one or several models in the terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmmamba_cli.chat import Settings
-    from mmmamba_cli.cli.chat_session import Talk
+    from mmmamba_cli.cli.chat_session import ChatSession
     from mmmamba_cli.runs import ResolvedModel
 
 
@@ -39,13 +39,14 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Ask this product (or `teacher`, or a path) too, and show both answers side by "
-            "side. May be repeated.",
+            help="Also ask this product, `teacher` or path, and show the answers side by side. "
+            "May be repeated.",
             autocompletion=complete_models,
         ),
     ] = None,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Ask the run's teacher too: --compare teacher.")
+        bool,
+        typer.Option("--teacher", help="Also ask the run's teacher; same as --compare teacher."),
     ] = False,
     teacher_path: TeacherPath = None,
     image: Annotated[
@@ -54,31 +55,35 @@ def command(
     ] = None,
     system: Annotated[
         str | None,
-        typer.Option(metavar="PROMPT", help="System text; the model's own if not given."),
+        typer.Option(metavar="PROMPT", help="System prompt; default: the model's own."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Maximum length of an answer, in tokens.")
+    ] = 512,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the likeliest token; above 0 draws.")
+        float, typer.Option(metavar="T", help="Sampling temperature; 0 decodes greedily.")
     ] = 0.0,
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Draw from the K likeliest tokens only.")
+        int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens.")
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Draw from the likeliest tokens that together have P."),
+        typer.Option(
+            metavar="P", help="Sample from the most likely tokens with total probability P."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Sampling seed.")] = 0,
     prompt: Annotated[
-        str | None, typer.Option(metavar="QUESTION", help="Ask this one question, and end.")
+        str | None, typer.Option(metavar="QUESTION", help="Ask one question and exit.")
     ] = None,
     device: Device = None,
     dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Talk to a model, about pictures too; its answers are shown as they come.
+    """Chat with a model about text and pictures; answers are streamed.
 
-    In a terminal /help lists what else can be typed. Ctrl-C stops an answer, twice leaves; Ctrl-D
-    leaves. From a pipe every line is a question, and answers are plain on stdout.
+    In a terminal, /help lists commands. Ctrl-C stops an answer, twice exits; Ctrl-D exits. From a
+    pipe every line is a question, and answers go to stdout as plain text.
     """
     if as_json and prompt is None:
         raise DataError("--json needs a question", "give it with --prompt QUESTION")
@@ -91,49 +96,45 @@ def command(
     others = [*(compare or ()), *(["teacher"] if teacher or teacher_path is not None else [])]
     if not wanted and len(compare or ()) < 2:
         wanted.append(target.record.current)
-    places = resolve_models(target, [*wanted, *dict.fromkeys(others)], teacher_path)
-    _warn(places)
-    talk = _open(places, settings, system, image or (), device, dtype)
+    found = resolve_models(target, [*wanted, *dict.fromkeys(others)], teacher_path)
+    for one in found:
+        if one.final is False:
+            warn_not_final(one.name)
+    session = _load_session(found, settings, system, image or (), device, dtype)
     if as_json:
         assert prompt is not None
-        print_json(talk.as_record(prompt))
+        print_json(session.answer_as_json(prompt))
     elif prompt is not None:
-        talk.ask(prompt)
+        session.ask(prompt)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        talk.converse()
+        session.run_interactive()
     else:
         if isinstance(sys.stdin, io.TextIOWrapper):
-            # Files of questions are UTF-8, whatever the locale.
+            # Question files are UTF-8 in every locale.
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-        talk.read_questions(sys.stdin)
+        session.read_questions(sys.stdin)
 
 
-def _warn(places: Sequence[ResolvedModel]) -> None:
-    for where in places:
-        if where.final is False:
-            warn_not_final(where.name)
-
-
-def _open(
-    places: Sequence[ResolvedModel],
+def _load_session(
+    found: Sequence[ResolvedModel],
     settings: Settings,
     system: str | None,
     images: Sequence[Path],
     device: str | None,
     dtype: str,
-) -> Talk:
+) -> ChatSession:
     from mmmamba_cli.chat import Conversation, load_chat_model
-    from mmmamba_cli.cli.chat_session import Talk, blind
+    from mmmamba_cli.cli.chat_session import ChatSession, text_only_error
 
-    conversation = Conversation(tuple(where.name for where in places), system)
-    # Before minutes are spent on loading.
+    conversation = Conversation(tuple(one.name for one in found), system)
+    # Check pictures first: loading may take minutes.
     for file in images:
         conversation.add_picture(file)
-        for where in places:
-            if where.checkpoint.config.vision is None:
-                raise blind(where.name, file)
-    speakers = []
-    for where in places:
-        print_line(f"loading {where.name}", to_stderr=True)
-        speakers.append(load_chat_model(where, device, dtype))
-    return Talk(speakers, conversation, settings)
+        for one in found:
+            if one.checkpoint.config.vision is None:
+                raise text_only_error(one.name, file)
+    models = []
+    for one in found:
+        print_line(f"loading {one.name}", to_stderr=True)
+        models.append(load_chat_model(one, device, dtype))
+    return ChatSession(models, conversation, settings)

@@ -1,4 +1,4 @@
-"""What a person sees of a conversation, what they can type, and how they stop it."""
+"""The interactive chat session: input, slash commands, streamed output, interrupts."""
 
 from __future__ import annotations
 
@@ -18,85 +18,85 @@ import typer
 
 from mmmamba_cli.cli.console import print_error, print_line, print_warning
 from mmmamba_cli.errors import DataError, MmmambaError
+from mmmamba_cli.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
-    from mmmamba_cli.chat import Answer, ChatModel, Conversation, Settings, SideBySide
+    from mmmamba_cli.chat import ChatAnswer, ChatModel, Conversation, Settings, SideBySide
 
-INTERRUPTED = 130
 PROMPT = "> "
-# Cells of a line in a terminal that says it has hardly any.
-NARROWEST = 8
-HELP = {
-    "/image FILE": "show a picture with the next question",
+# Cells of a line in a terminal that reports fewer.
+MIN_COLUMNS = 8
+COMMAND_HELP = {
+    "/image FILE": "add a picture to the next question",
     "/reset": "forget the conversation",
     "/history": "print the conversation",
-    "/save FILE": "write it as JSON lines, as training data has them",
-    "/quit": "leave; so does Ctrl-D",
-    "/help": "this list; a question that begins with / wants a space before it",
+    "/save FILE": "write it as JSON Lines, the format of training data",
+    "/quit": "exit; so does Ctrl-D",
+    "/help": 'list commands; start a question that begins with "/" with a space',
 }
-# What could move the cursor or change the terminal; a model may say anything.
+# Control characters in an answer could move the cursor or reconfigure the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class Leave(Exception):
-    """The conversation is over."""
+class EndOfChat(Exception):
+    """The user ended the session."""
 
 
 @dataclass
-class _StopKey:
-    """Notes the first Ctrl-C while an answer is given; the second one leaves."""
+class _InterruptHandler:
+    """Records the first Ctrl-C during an answer; the second one raises `KeyboardInterrupt`."""
 
     pressed: bool = False
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.pressed:
             raise KeyboardInterrupt
         self.pressed = True
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        before = signal.signal(signal.SIGINT, self.note)
+    def installed(self) -> Iterator[None]:
+        previous = signal.signal(signal.SIGINT, self.handle)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, previous)
 
 
-class Talk:
-    """A conversation with one or more loaded models."""
+class ChatSession:
+    """A conversation with one or several loaded models, on a terminal or a pipe."""
 
     def __init__(
-        self, speakers: Sequence[ChatModel], conversation: Conversation, settings: Settings
+        self, models: Sequence[ChatModel], conversation: Conversation, settings: Settings
     ) -> None:
-        self.speakers = tuple(speakers)
+        self.models = tuple(models)
         self.conversation = conversation
         self.settings = settings
-        self._stop = _StopKey()
+        self._interrupt = _InterruptHandler()
 
-    def show(self, file: Path) -> str:
-        """Keep a picture for the next question, and say so."""
-        for speaker in self.speakers:
-            if not speaker.sees:
-                raise blind(speaker.name, file)
+    def add_picture(self, file: Path) -> str:
+        """Add a picture to the next question; returns a line for the user."""
+        for model in self.models:
+            if not model.has_vision:
+                raise text_only_error(model.name, file)
         width, height = self.conversation.add_picture(file)
         return f"{file.name}, {width} x {height}, goes with the next question"
 
-    def as_record(self, question: str) -> dict[str, Any]:
-        """One question and its answers, for machines."""
+    def answer_as_json(self, question: str) -> dict[str, Any]:
+        """Answer one question; returns the record that --json prints."""
         self.conversation.ask(question)
         answers = []
-        for speaker in self.speakers:
-            begun = time.perf_counter()
-            found = self._speak(speaker, lambda piece: None)
-            seconds = time.perf_counter() - begun
+        for model in self.models:
+            start = time.perf_counter()
+            answer = self._generate(model, lambda piece: None)
+            seconds = time.perf_counter() - start
             answers.append(
                 {
-                    "model": speaker.name,
-                    "kind": speaker.kind,
-                    "distilled_end_to_end": speaker.final,
-                    "answer": found.text.rstrip(),
-                    "tokens": found.tokens,
-                    "finished": found.finished,
+                    "model": model.name,
+                    "kind": model.kind,
+                    "distilled_end_to_end": model.final,
+                    "answer": answer.text.rstrip(),
+                    "tokens": answer.tokens,
+                    "finished": answer.finished,
                     "seconds": round(seconds, 3),
                 }
             )
@@ -104,53 +104,54 @@ class Talk:
             "prompt": question,
             "images": [str(file) for file in self.conversation.pictures],
             "system": self.conversation.system,
-            # Where an answer ends is the tokenizer's, not the user's.
+            # The stop tokens come from the tokenizer, not from the user.
             "settings": {k: v for k, v in vars(self.settings).items() if k != "eos"},
             "answers": answers,
         }
 
     def ask(self, question: str) -> None:
-        """One question, and its answers on stdout.
+        """Ask one question and print the answers to stdout.
 
-        In a terminal as in a conversation; elsewhere plain, behind `[name]` if several answer.
+        A terminal shows them as in a conversation; a pipe gets plain text, after `[name]` if
+        several models answer.
         """
         self.conversation.ask(question)
         if sys.stdout.isatty():
             self._answer()
             return
-        for speaker in self.speakers:
-            if len(self.speakers) > 1:
-                _write(f"[{speaker.name}] ")
-            found = self._speak(speaker, _write)
+        for model in self.models:
+            if len(self.models) > 1:
+                _write(f"[{model.name}] ")
+            answer = self._generate(model, _write)
             _write("\n")
-            self.conversation.hear(speaker.name, found.text)
-            self._warn_if_cut(speaker, found)
+            self.conversation.add_answer(model.name, answer.text)
+            self._warn_if_truncated(model, answer)
 
     def read_questions(self, lines: Iterable[str]) -> None:
-        """Every line is a question or a command; what is wrong with one ends it all."""
+        """Run each line as a question or slash command; the first error ends the session."""
         try:
             for number, line in enumerate(lines):
-                # Editors of Windows begin a file of questions with a byte order mark.
+                # Windows editors write a byte order mark first.
                 line = line.removeprefix("\ufeff") if number == 0 else line
                 if not line.strip():
                     continue
                 if line.startswith("/"):
-                    self._command(line.strip())
+                    self._run_command(line.strip())
                 else:
                     self.ask(line.strip())
-        except Leave:
+        except EndOfChat:
             return
         except UnicodeDecodeError as error:
             raise DataError(
                 "the questions are not valid UTF-8", "convert them, for example with iconv"
             ) from error
 
-    def converse(self) -> None:
-        """Questions from the terminal until Ctrl-D or /quit; twice Ctrl-C leaves with 130."""
-        # Gives `input` a line that can be edited, and arrow keys to earlier ones.
+    def run_interactive(self) -> None:
+        """Read questions from the terminal until Ctrl-D or /quit; exit with 130 on two Ctrl-C."""
+        # Line editing and history for `input`.
         with suppress(ImportError):
             import readline  # noqa: F401
-        self._introduce()
+        self._print_introduction()
         while True:
             try:
                 line = input(PROMPT)
@@ -159,15 +160,15 @@ class Talk:
                 return
             except KeyboardInterrupt:
                 sys.stdout.write("\n")
-                if self._stop.pressed:
+                if self._interrupt.pressed:
                     raise typer.Exit(INTERRUPTED) from None
-                self._stop.pressed = True
-                _remark("once more leaves")
+                self._interrupt.pressed = True
+                _print_status("press Ctrl-C again to exit")
                 continue
-            self._stop.pressed = False
+            self._interrupt.pressed = False
             try:
-                self._take(line)
-            except Leave:
+                self._run_line(line)
+            except EndOfChat:
                 return
             except KeyboardInterrupt:
                 sys.stdout.write("\n")
@@ -175,82 +176,82 @@ class Talk:
             except MmmambaError as error:
                 print_error(str(error))
 
-    def _introduce(self) -> None:
-        for speaker in self.speakers:
-            weight = speaker.model.lm_head.weight
-            size = speaker.model.num_parameters() / 1e6
+    def _print_introduction(self) -> None:
+        for model in self.models:
+            weight = model.model.lm_head.weight
+            size = model.model.num_parameters() / 1e6
             dtype = str(weight.dtype).removeprefix("torch.")
-            _remark(
-                f"{speaker.name}: {speaker.kind}, {size:,.1f} M parameters, {dtype} on "
-                f"{weight.device.type}{'' if speaker.sees else ', text only'}"
+            _print_status(
+                f"{model.name}: {model.kind}, {size:,.1f} M parameters, {dtype} on "
+                f"{weight.device.type}{'' if model.has_vision else ', text only'}"
             )
-        if self.conversation.waiting:
-            _remark(f"with {', '.join(file.name for file in self.conversation.waiting)}")
-        _remark("/help lists commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        if self.conversation.pending:
+            _print_status(f"with {', '.join(file.name for file in self.conversation.pending)}")
+        _print_status("/help lists commands; Ctrl-C stops an answer, Ctrl-D exits")
 
-    def _take(self, line: str) -> None:
+    def _run_line(self, line: str) -> None:
         if not line.strip():
             return
         if line.startswith("/"):
-            self._command(line.strip())
+            self._run_command(line.strip())
             return
         self.conversation.ask(line.strip())
         try:
-            with self._stop.watched():
+            with self._interrupt.installed():
                 self._answer()
         except BaseException:
             sys.stdout.write("\n")
-            self.conversation.take_back()
+            self.conversation.undo()
             raise
 
     def _answer(self) -> None:
-        """All answers, side by side where there is room, else one after the other."""
+        """Stream all answers, side by side if the terminal is wide enough, else in turn."""
         from mmmamba_cli.chat import SideBySide, column_width
 
         columns = shutil.get_terminal_size().columns
-        begun = time.perf_counter()
-        width = column_width(columns, len(self.speakers))
-        if len(self.speakers) > 1 and width is not None:
+        start = time.perf_counter()
+        width = column_width(columns, len(self.models))
+        if len(self.models) > 1 and width is not None:
             table = SideBySide(self.conversation.names, width)
             _write(table.heading())
-            answers = self._stream(self.speakers, table)
+            answers = self._stream(self.models, table)
         else:
             answers = []
-            for speaker in self.speakers:
-                if len(self.speakers) > 1:
-                    _write(f"── {speaker.name} ──\n")
-                # Stopped is stopped: who has not spoken yet says nothing.
-                alone = SideBySide((speaker.name,), max(NARROWEST, columns - 1))
-                answers += self._stream((speaker,), alone)
-        seconds = time.perf_counter() - begun
-        for speaker, found in zip(self.speakers, answers, strict=True):
-            self.conversation.hear(speaker.name, found.text)
-            if not self._stop.pressed:
-                self._warn_if_cut(speaker, found)
-        tokens = sum(found.tokens for found in answers)
-        stopped = "stopped; " if self._stop.pressed else ""
-        _remark(f"{stopped}{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s")
+            for model in self.models:
+                if len(self.models) > 1:
+                    _write(f"── {model.name} ──\n")
+                # After an interrupt, the remaining models stay silent.
+                alone = SideBySide((model.name,), max(MIN_COLUMNS, columns - 1))
+                answers += self._stream((model,), alone)
+        seconds = time.perf_counter() - start
+        for model, answer in zip(self.models, answers, strict=True):
+            self.conversation.add_answer(model.name, answer.text)
+            if not self._interrupt.pressed:
+                self._warn_if_truncated(model, answer)
+        tokens = sum(answer.tokens for answer in answers)
+        stopped = "stopped; " if self._interrupt.pressed else ""
+        _print_status(f"{stopped}{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s")
 
-    def _speak(self, speaker: ChatModel, write: Callable[[str], object]) -> Answer:
-        from mmmamba_cli.chat import Answer
+    def _generate(self, model: ChatModel, write: Callable[[str], object]) -> ChatAnswer:
+        from mmmamba_cli.chat import ChatAnswer
 
-        found = Answer()
-        for piece in speaker.answer(self.conversation, self.settings, found):
+        answer = ChatAnswer()
+        for piece in model.answer(self.conversation, self.settings, answer):
             write(piece)
-        return found
+        return answer
 
-    def _stream(self, speakers: Sequence[ChatModel], table: SideBySide) -> list[Answer]:
-        """A token of each model in turn, each in its column."""
-        from mmmamba_cli.chat import Answer
+    def _stream(self, models: Sequence[ChatModel], table: SideBySide) -> list[ChatAnswer]:
+        """Generate with all models at once, one token each in turn, each in its column."""
+        from mmmamba_cli.chat import ChatAnswer
 
-        answers = [Answer() for _ in speakers]
+        answers = [ChatAnswer() for _ in models]
         streams = {
-            column: speaker.answer(self.conversation, self.settings, answers[column])
-            for column, speaker in enumerate(speakers)
+            column: model.answer(self.conversation, self.settings, answers[column])
+            for column, model in enumerate(models)
         }
         while streams:
             for column in list(streams):
-                piece = None if self._stop.pressed else next(streams[column], None)
+                piece = None if self._interrupt.pressed else next(streams[column], None)
                 if piece is None:
                     del streams[column]
                     _write(table.end(column))
@@ -258,37 +259,38 @@ class Talk:
                     _write(table.add(column, printable(piece)))
         return answers
 
-    def _warn_if_cut(self, speaker: ChatModel, found: Answer) -> None:
-        if not found.finished:
+    def _warn_if_truncated(self, model: ChatModel, answer: ChatAnswer) -> None:
+        if not answer.finished:
             print_warning(
-                f"{speaker.name}: cut after {found.tokens} tokens; --max-new-tokens allows more"
+                f"{model.name}: cut after {answer.tokens} tokens; --max-new-tokens allows more"
             )
 
-    def _command(self, line: str) -> None:
-        """Do what a line that begins with / says. Raises `Leave`, or `DataError`."""
+    def _run_command(self, line: str) -> None:
+        """Run a slash command. Raises `EndOfChat` or `DataError`."""
         name, _, rest = line.partition(" ")
         rest = rest.strip().strip("'\"")
         if name in ("/image", "/save") and not rest:
             raise DataError(f"{name} needs a file", f"as in {name} FILE")
         match name:
             case "/image":
-                _remark(self.show(Path(rest).expanduser()))
+                _print_status(self.add_picture(Path(rest).expanduser()))
             case "/save":
                 self.conversation.save(Path(rest).expanduser())
-                _remark(f"saved {rest}")
+                _print_status(f"saved {rest}")
             case "/reset":
                 self.conversation.reset()
-                _remark("the conversation begins anew")
+                _print_status("conversation reset")
             case "/history":
                 self._print_history()
             case "/help":
-                for typed, does in HELP.items():
-                    _remark(f"{typed:<12} {does}")
+                for usage, description in COMMAND_HELP.items():
+                    _print_status(f"{usage:<12} {description}")
             case "/quit":
-                raise Leave
+                raise EndOfChat
             case _:
                 raise DataError(
-                    f"there is no {name}", "/help lists commands; a question wants a space before /"
+                    f"there is no {name}",
+                    '/help lists commands; start a question that begins with "/" with a space',
                 )
 
     def _print_history(self) -> None:
@@ -297,20 +299,20 @@ class Talk:
             shown = "".join(f"[{file.name}] " for file in conversation.pictures_of(number))
             _write(f"you: {shown}{question}\n")
             for name in conversation.names:
-                heard = conversation.answers[name]
-                if number < len(heard):
-                    _write(f"{name}: {printable(heard[number])}\n")
+                answers = conversation.answers[name]
+                if number < len(answers):
+                    _write(f"{name}: {printable(answers[number])}\n")
 
 
-def blind(name: str, file: Path) -> DataError:
-    """For a picture that is to be shown to a model without eyes."""
+def text_only_error(name: str, file: Path) -> DataError:
+    """The error for a picture given to a text-only model."""
     return DataError(
         f"{name} reads text only, it cannot be shown {file}", "ask a model that has vision"
     )
 
 
 def printable(text: str) -> str:
-    """`text` without control characters but for newline and tab."""
+    """Replace control characters except newline and tab."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -319,5 +321,5 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _remark(text: str) -> None:
+def _print_status(text: str) -> None:
     print_line(text, style="dim", to_stderr=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmmamba_cli.chat import Answer, ChatModel, Conversation, Settings, load_chat_model
+from mmmamba_cli.chat import ChatAnswer, ChatModel, Conversation, Settings, load_chat_model
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.inference import Generator
 from mmmamba_cli.runs import Run, resolve_model
@@ -23,7 +23,7 @@ def load(name: str = "scenes-hybrid") -> ChatModel:
 
 
 @pytest.fixture(scope="module")
-def speaker() -> ChatModel:
+def model() -> ChatModel:
     return load()
 
 
@@ -35,50 +35,50 @@ def pictures(tmp_path: Path) -> list[Path]:
     return files
 
 
-def say(speaker: ChatModel, talk: Conversation, settings: Settings = SETTINGS) -> str:
-    found = Answer()
-    said = "".join(speaker.answer(talk, settings, found))
+def say(model: ChatModel, talk: Conversation, settings: Settings = SETTINGS) -> str:
+    found = ChatAnswer()
+    said = "".join(model.answer(talk, settings, found))
     assert said == found.text
     assert found.finished == (found.tokens < settings.max_new_tokens)
     return said
 
 
-def by_generate(speaker: ChatModel, talk: Conversation) -> str:
+def by_generate(model: ChatModel, talk: Conversation) -> str:
     """The same answer from `model.generate`."""
-    batch = speaker.processor.chat(talk.messages(speaker.name), talk.pictures, padding=False)
+    batch = model.processor.chat(talk.messages(model.name), talk.pictures, padding=False)
     batch.pop("num_tiles", None)
-    ends = sorted(set(speaker.processor.stop_token_ids))
-    tokens = speaker.model.generate(
+    ends = sorted(set(model.processor.stop_token_ids))
+    tokens = model.model.generate(
         **batch, max_new_tokens=SETTINGS.max_new_tokens, do_sample=False, eos_token_id=ends
     )
     ids = tokens[0, batch["input_ids"].shape[1] :].tolist()
-    text: str = speaker.processor.tokenizer.decode(ids, skip_special_tokens=True)
+    text: str = model.processor.tokenizer.decode(ids, skip_special_tokens=True)
     return text.strip()
 
 
-def hold_against_generate(speaker: ChatModel, pictures: list[Path]) -> list[str]:
+def hold_against_generate(model: ChatModel, pictures: list[Path]) -> list[str]:
     """Answers of several turns, the first two about pictures."""
-    talk = Conversation((speaker.name,))
+    talk = Conversation((model.name,))
     for number, question in enumerate(QUESTIONS):
         for file in pictures[number : number + 1]:
             talk.add_picture(file)
         talk.ask(question)
-        said = say(speaker, talk)
-        assert said.rstrip() == by_generate(speaker, talk)
-        talk.hear(speaker.name, said)
-    return talk.answers[speaker.name]
+        said = say(model, talk)
+        assert said.rstrip() == by_generate(model, talk)
+        talk.add_answer(model.name, said)
+    return talk.answers[model.name]
 
 
 @pytest.mark.parametrize("name", ["scenes-teacher", "scenes-linear", "scenes-hybrid"])
 def test_turns_with_pictures_are_what_generate_answers(name: str, pictures: list[Path]) -> None:
-    speaker = load(name)
-    assert isinstance(speaker.generator, Generator)
-    answers = hold_against_generate(speaker, pictures)
+    model = load(name)
+    assert isinstance(model.generator, Generator)
+    answers = hold_against_generate(model, pictures)
     assert all(answers)
 
 
 def test_adapters_are_answered_with(
-    speaker: ChatModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    model: ChatModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peft = pytest.importorskip("peft")
     from mmmamba_cli import checkpoint
@@ -99,17 +99,17 @@ def test_adapters_are_answered_with(
     other = load()
     assert other.generator is None
     answers = hold_against_generate(other, pictures)
-    assert answers != hold_against_generate(speaker, pictures)
+    assert answers != hold_against_generate(model, pictures)
     talk = Conversation((other.name,))
     talk.ask(QUESTIONS[1])
     drawn = [say(other, talk, Settings(12, 5.0, top_k=50, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_the_drawn_repeat_under_a_seed(speaker: ChatModel) -> None:
-    talk = Conversation((speaker.name,))
+def test_the_drawn_repeat_under_a_seed(model: ChatModel) -> None:
+    talk = Conversation((model.name,))
     talk.ask(QUESTIONS[0])
-    drawn = [say(speaker, talk, Settings(12, 1.5, top_p=0.95, seed=seed)) for seed in (1, 1, 2)]
+    drawn = [say(model, talk, Settings(12, 1.5, top_p=0.95, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -129,41 +129,39 @@ def break_at(token: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_after_ctrl_c_the_conversation_goes_on(
-    speaker: ChatModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    model: ChatModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    talk = Conversation((speaker.name,))
+    talk = Conversation((model.name,))
     talk.add_picture(pictures[0])
     talk.ask(QUESTIONS[0])
-    expected = say(speaker, talk)
-    found = Answer()
+    expected = say(model, talk)
+    found = ChatAnswer()
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
         break_at(1, KeyboardInterrupt(), broken)
-        list(speaker.answer(talk, SETTINGS, found))
+        list(model.answer(talk, SETTINGS, found))
     assert found.tokens == 2 and not found.finished
-    talk.take_back()
-    assert talk.waiting == [pictures[0]]
+    talk.undo()
+    assert talk.pending == [pictures[0]]
     talk.ask(QUESTIONS[0])
-    assert say(speaker, talk) == expected
+    assert say(model, talk) == expected
     # One that is stopped between two tokens is kept as far as it got.
-    stopped = Answer()
+    stopped = ChatAnswer()
     talk.ask(QUESTIONS[1])
-    pieces = speaker.answer(talk, Settings(12, eos=()), stopped)
+    pieces = model.answer(talk, Settings(12, eos=()), stopped)
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    talk.hear(speaker.name, stopped.text)
+    talk.add_answer(model.name, stopped.text)
     talk.ask(QUESTIONS[2])
-    assert say(speaker, talk).rstrip() == by_generate(speaker, talk)
+    assert say(model, talk).rstrip() == by_generate(model, talk)
 
 
-def test_without_memory_nothing_is_held(
-    speaker: ChatModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    talk = Conversation((speaker.name,))
+def test_without_memory_nothing_is_held(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Conversation((model.name,))
     talk.ask(QUESTIONS[0])
-    expected = say(speaker, talk)
-    assert speaker.generator is not None and speaker.generator.cache_bytes > 0
+    expected = say(model, talk)
+    assert model.generator is not None and model.generator.cache_bytes > 0
     with monkeypatch.context() as broken, pytest.raises(DataError, match="no memory left"):
         break_at(0, torch.OutOfMemoryError(), broken)
-        list(speaker.answer(talk, SETTINGS, Answer()))
-    assert speaker.generator.cache_bytes == 0
-    assert say(speaker, talk) == expected
+        list(model.answer(talk, SETTINGS, ChatAnswer()))
+    assert model.generator.cache_bytes == 0
+    assert say(model, talk) == expected

@@ -25,8 +25,8 @@ def pictures(tmp_path: Path) -> list[Path]:
 def test_every_model_has_its_own_history() -> None:
     talk = Conversation(("a", "b"), system="be brief")
     talk.ask("one?")
-    talk.hear("a", "yes \n")
-    talk.hear("b", "no")
+    talk.add_answer("a", "yes \n")
+    talk.add_answer("b", "no")
     talk.ask("two?")
     assert talk.messages("b") == [
         {"role": "system", "content": "be brief"},
@@ -43,15 +43,15 @@ def test_pictures_go_with_the_next_question(pictures: list[Path]) -> None:
     talk = Conversation(("a",))
     assert talk.add_picture(pictures[0]) == (4, 3)
     talk.ask("first")
-    talk.hear("a", "x")
+    talk.add_answer("a", "x")
     talk.ask("none")
-    talk.hear("a", "x")
+    talk.add_answer("a", "x")
     talk.add_picture(pictures[1])
     talk.add_picture(pictures[2])
     talk.ask("more")
     assert talk.questions == ["first", "none", "more"]
     assert talk.pictures == pictures
-    assert talk.waiting == []
+    assert talk.pending == []
     assert [talk.pictures_of(number) for number in range(3)] == [pictures[:1], [], pictures[1:]]
     asked = [m["content"] for m in talk.messages("a") if m["role"] == "user"]
     image = {"type": "image"}
@@ -72,19 +72,19 @@ def test_what_failed_is_taken_back_and_its_pictures_wait_again(pictures: list[Pa
     talk = Conversation(("a", "b"))
     talk.add_picture(pictures[0])
     talk.ask("one")
-    talk.hear("a", "x")
-    talk.hear("b", "y")
+    talk.add_answer("a", "x")
+    talk.add_answer("b", "y")
     talk.add_picture(pictures[1])
     talk.ask("two")
-    talk.hear("a", "half an answer")
-    talk.take_back()
-    assert (talk.pictures, talk.waiting) == (pictures[:1], pictures[1:2])
+    talk.add_answer("a", "half an answer")
+    talk.undo()
+    assert (talk.pictures, talk.pending) == (pictures[:1], pictures[1:2])
     assert (talk.questions, talk.answers) == (["one"], {"a": ["x"], "b": ["y"]})
     # A question that says <image> has brought no picture.
-    talk.waiting = []
+    talk.pending = []
     talk.ask("what is <image>?")
-    talk.take_back()
-    assert (talk.pictures, talk.waiting) == (pictures[:1], [])
+    talk.undo()
+    assert (talk.pictures, talk.pending) == (pictures[:1], [])
 
 
 def test_mistakes_change_nothing(pictures: list[Path], tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_mistakes_change_nothing(pictures: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         talk.add_picture(tmp_path / "nowhere.png")
     talk.add_picture(pictures[0])
-    assert (talk.questions, talk.waiting) == ([], pictures[:1])
+    assert (talk.questions, talk.pending) == ([], pictures[:1])
     talk.ask("so?")
     with pytest.raises(DataError, match="no folder that exists"):
         talk.save(tmp_path / "no" / "file")
@@ -111,12 +111,12 @@ def test_a_saved_file_is_training_data(pictures: list[Path], tmp_path: Path) -> 
     talk.add_picture(pictures[0])
     talk.add_picture(near)
     talk.ask("what does <image> mean?")
-    talk.hear("a", "a tag, <image>")
-    talk.hear("b", "x")
+    talk.add_answer("a", "a tag, <image>")
+    talk.add_answer("b", "x")
     talk.add_picture(pictures[0])
     talk.ask("and now?")
-    talk.hear("a", "y")
-    talk.hear("b", "y")
+    talk.add_answer("a", "y")
+    talk.add_answer("b", "y")
     file = tmp_path / "data" / "talk.jsonl"
     talk.save(file)
     corpus = open_corpus(file)

@@ -181,7 +181,7 @@ def conversation(columns: int, *words: object) -> Terminal:
 
 def test_a_conversation_in_a_terminal(llama: Path) -> None:
     terminal = conversation(80, "--model", llama, "--max-new-tokens", 400_000)
-    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("Ctrl-D exits")
     terminal.wait_for(READY)
     terminal.type("the cat\n")
     terminal.wait_for("the cat\r\n")
@@ -208,7 +208,7 @@ def test_a_conversation_in_a_terminal(llama: Path) -> None:
     # Between writing a prompt and reading, Python heeds no signal; nobody's hand is that quick.
     time.sleep(0.5)
     terminal.type(CTRL_C)
-    terminal.wait_for("once more leaves")
+    terminal.wait_for("press Ctrl-C again to exit")
     terminal.wait_for(READY)
     time.sleep(0.5)
     terminal.type(CTRL_C)
