@@ -19,7 +19,7 @@ from suite_tables import pope_rows, write_tsv
 
 import mmmamba_cli
 from mmmamba_cli.checkpoint import open_checkpoint
-from mmmamba_cli.cli.chat_session import Talk
+from mmmamba_cli.cli.chat_session import ChatSession
 from mmmamba_cli.data import open_corpus
 from mmmamba_cli.evaluate import Options, find_suite, library, open_suite
 from mmmamba_cli.evaluate.predictions import read_predictions
@@ -150,7 +150,7 @@ def test_questions_from_a_pipe(
     language_model: Path, mmmamba: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(Talk, "ask", lambda talk, question: asked.append(question))
+    monkeypatch.setattr(ChatSession, "ask", lambda talk, question: asked.append(question))
     typed = codecs.BOM_UTF8 + b"the cat\nsat\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     done = mmmamba("chat", "--model", language_model, "--device", "cpu")
