@@ -1,4 +1,4 @@
-"""Devices by name: what is there is taken, all else is a sentence."""
+"""Devices by name and their errors; out-of-memory errors and checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import mmmamba_cli
-from mmmamba_cli.devices import check_device, pick_device
+from mmmamba_cli.devices import (
+    OutOfMemory,
+    check_device,
+    pick_device,
+    require_memory,
+    translate_out_of_memory,
+)
 from mmmamba_cli.distributed import join_world
 from mmmamba_cli.errors import MmmambaError
 
@@ -65,3 +71,28 @@ def test_what_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 0)
     assert pick_device(None) == torch.device("cpu")
     assert next(mmmamba_cli.load(LINEAR, device="cpu").parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_every_out_of_memory_error_is_translated(error: Exception) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(OutOfMemory) as caught:
+        translate_out_of_memory(work)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+def test_cpu_memory_is_checked_before_allocation() -> None:
+    with pytest.raises(OutOfMemory, match=r"a cache of 9 columns needs 1048576\.0 GiB"):
+        require_memory(torch.device("cpu"), 2**50, "a cache of 9 columns")
+    require_memory(torch.device("cpu"), 2**10, "little")

@@ -1,4 +1,4 @@
-"""`mmmamba inspect` as people and scripts read it."""
+"""The output of `mmmamba inspect`, as text and JSON."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_a_product_is_described(inspect: Inspect, student_run: Path) -> None:
     assert "seed was never distilled end to end" in done.err
 
 
-def test_the_current_product_is_meant_if_none_is_named(inspect: Inspect, student_run: Path) -> None:
+def test_default_is_the_current_product(inspect: Inspect, student_run: Path) -> None:
     resolve = inspect("seed", "--run", student_run)
     assert inspect("--run", student_run).out == resolve.out
     by_path = inspect(student_run / "products" / "seed")
     assert by_path.out == resolve.out
 
 
-def test_for_machines(inspect: Inspect, student_run: Path, llama: Path) -> None:
+def test_json_output(inspect: Inspect, student_run: Path, llama: Path) -> None:
     short = inspect("--run", student_run, "--json", "--context", "8k")
     assert json.loads(short.out)["context"] == 8192
     words = ("--run", student_run, "--json", "--context", 1000)
@@ -63,7 +63,7 @@ def test_for_machines(inspect: Inspect, student_run: Path, llama: Path) -> None:
     assert "differences" not in only
 
 
-def test_a_student_and_its_teacher(inspect: Inspect, student_run: Path) -> None:
+def test_comparison_of_student_and_teacher(inspect: Inspect, student_run: Path) -> None:
     done = inspect("seed", "--run", student_run, "--against", "teacher", "--json")
     found = json.loads(done.out)["differences"]
     status = {one["name"]: one["status"] for one in found}
@@ -81,7 +81,7 @@ def test_a_student_and_its_teacher(inspect: Inspect, student_run: Path) -> None:
     assert row == ["mixer.A_log", "only", "in", "a", "0-7", "-", "-"]
 
 
-def test_a_name_is_a_product_before_it_is_anything_else(
+def test_a_product_takes_precedence_over_other_names(
     inspect: Inspect, student_run: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (llama.parent / "seed").symlink_to(llama)
@@ -103,7 +103,7 @@ def test_a_name_is_a_product_before_it_is_anything_else(
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
-def test_a_terminal_is_never_too_narrow(student_run: Path, columns: int) -> None:
+def test_output_fits_the_terminal(student_run: Path, columns: int) -> None:
     terminal = Terminal(columns, "inspect", "--run", student_run, "--against", "teacher")
     shown = terminal.wait_for("tensors are equal")
     assert terminal.ended() == 0
@@ -119,7 +119,7 @@ def test_a_terminal_is_never_too_narrow(student_run: Path, columns: int) -> None
         assert whole in words
 
 
-def test_colours_are_left_out_where_nobody_wants_them(
+def test_no_color_disables_colours(
     student_run: Path,
 ) -> None:
     terminal = Terminal(80, "status", "--run", student_run, NO_COLOR="1")
@@ -151,7 +151,7 @@ def test_mistakes_are_sentences(
     assert said in done.err
 
 
-def test_the_module_does_not_hide_pythons_own() -> None:
+def test_module_does_not_shadow_the_standard_library() -> None:
     code = "import mmmamba_cli.cli.app, inspect; print(inspect.getsource is not None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr

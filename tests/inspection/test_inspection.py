@@ -1,4 +1,4 @@
-"""CheckpointSummary, memory, difference and drawings, against models that are really made."""
+"""Summary, memory, differences and text plots, compared with real models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from mmmamba_cli.model import HolisticVLM, new_cache
 
 
 def cache_bytes(model: HolisticVLM, length: int) -> tuple[int, int, int]:
-    """Bytes of keys and values, conv states and SSM states after reading so many tokens."""
+    """Bytes of keys and values, conv states and SSM states after `length` tokens."""
     cache = new_cache(model.config)
     with torch.no_grad():
         model(torch.full((1, length), 9), past_key_values=cache)
@@ -51,7 +51,7 @@ def cache_bytes(model: HolisticVLM, length: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("element", ["float32", "bfloat16"])
-def test_memory_is_what_a_cache_takes(element: str) -> None:
+def test_memory_equals_that_of_a_real_cache(element: str) -> None:
     for plan in ("amma", "mmmm", "aaaa"):
         model = small_model(plan).to(torch_dtype(element))
         found = memory_at("it", model.config, 37, element)
@@ -64,7 +64,7 @@ def test_memory_is_what_a_cache_takes(element: str) -> None:
     assert (teacher.linear_layers, teacher.ssm_state) == (0, 0)
 
 
-def test_weights_are_those_of_a_model_as_it_is_loaded(tmp_path: Path) -> None:
+def test_weight_bytes_equal_those_of_a_loaded_model(tmp_path: Path) -> None:
     model = small_model("mamm")
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -76,7 +76,7 @@ def test_weights_are_those_of_a_model_as_it_is_loaded(tmp_path: Path) -> None:
         memory_at("it", checkpoint.architecture, 0, "bfloat16")
 
 
-def test_anatomy_counts_every_parameter_once(tmp_path: Path) -> None:
+def test_every_parameter_is_counted_once(tmp_path: Path) -> None:
     model = small_model("amma")
     model.save_pretrained(tmp_path)
     found = describe(open_checkpoint(tmp_path))
@@ -97,7 +97,7 @@ def test_anatomy_counts_every_parameter_once(tmp_path: Path) -> None:
     assert sum(p.nbytes for p in found.parts) == sum(b for _, b in found.dtypes.values())
 
 
-def test_nothing_is_read_to_describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describe_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "Llama", {})
     checkpoint = open_checkpoint(tmp_path)
 
@@ -138,7 +138,7 @@ def test_a_changed_tensor_is_found_and_measured(tmp_path: Path) -> None:
     assert row.relative == pytest.approx(0.5 / float(other.norm()))
 
 
-def test_models_of_other_layers_differ_by_name(tmp_path: Path) -> None:
+def test_tensors_of_other_layer_types_are_only_on_one_side(tmp_path: Path) -> None:
     for name, plan in (("hybrid", "amma"), ("linear", "mmmm")):
         small_model(plan).save_pretrained(tmp_path / name)
     here, there = (open_checkpoint(tmp_path / name) for name in ("hybrid", "linear"))
@@ -148,7 +148,7 @@ def test_models_of_other_layers_differ_by_name(tmp_path: Path) -> None:
     assert set(back) == set(only)
 
 
-def test_another_dtype_is_no_change_but_rounding() -> None:
+def test_another_dtype_is_rounding() -> None:
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
     assert compare_tensors("x", x, x.double()).status == "equal"
     rounded = compare_tensors("x", x, x.bfloat16())
@@ -175,12 +175,12 @@ def test_long_tensors_are_compared_to_the_end(monkeypatch: pytest.MonkeyPatch) -
     assert compare_tensors("x", z, w).status == "changed"
 
 
-def test_spans() -> None:
+def test_format_ranges() -> None:
     assert format_ranges([0, 1, 2, 6, 4]) == "0-2, 4, 6"
     assert format_ranges([]) == ""
 
 
-def test_plans_are_drawn_with_marks_that_fit_the_encoding() -> None:
+def test_layer_plans_use_marks_of_the_encoding() -> None:
     assert layer_plan(8, {0, 5}, UNICODE, embedding=2) == "■·│···■··"
     assert layer_plan(4, {3}, ASCII) == "...#"
     assert marks_for("utf-8") == UNICODE
@@ -201,7 +201,7 @@ def test_sparklines_take_any_numbers(values: list[float], width: int) -> None:
     assert len(sparkline(values, width=width)) == min(width, len(values))
 
 
-def test_sizes() -> None:
+def test_format_bytes() -> None:
     assert [format_bytes(n) for n in (0, 1023, 1024, 1.5 * 2**20, 3 * 2**30)] == [
         "0 B",
         "1023 B",

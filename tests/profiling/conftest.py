@@ -14,7 +14,7 @@ from mmmamba_cli.cli import main
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these tests say of budgets, contexts and dtypes is said of a CPU."""
+    """Default budgets, contexts and dtypes in these tests are those of a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

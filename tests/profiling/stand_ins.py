@@ -1,4 +1,4 @@
-"""Decoders and instruments whose times and memory are planted."""
+"""A simulated timer and decoder with given times and memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ VOCABULARY = 16
 
 @dataclass
 class Bench:
-    """DeviceTimer: work takes as long as the decoder that does it says."""
+    """A `DeviceTimer` with a simulated clock that the decoders advance."""
 
     clock: float = 0.0
     held: int = 0
     highest: int = 0
-    # (subject, task, context) in the order in which they were measured.
+    # (subject, task, context) in the order of measurement.
     turns: list[tuple[str, str, int]] = field(default_factory=list)
     counts_memory: bool = True
-    # Of an eager token's time, what the device itself is at work.
+    # Share of kernels in the time of a token.
     kernel_share: float = 0.25
     watts: float | None = 300.0
 
@@ -61,7 +61,7 @@ class Bench:
 
 @dataclass
 class StandIn:
-    """A decoder that costs `step_seconds(context)` a token and `read_seconds(columns)` a prompt."""
+    """A `Decoder` with simulated times: `step_seconds(context)` and `read_seconds(columns)`."""
 
     name: str
     bench: Bench
@@ -69,20 +69,20 @@ class StandIn:
     read_seconds: Callable[[int], float] = lambda columns: 1.0
     weight_bytes: int = 1000
     cache_bytes: int = 0
-    # Contexts from here on do not fit.
+    # Contexts from this length on are out of memory.
     too_long: int = 10**9
-    # So many columns of all rows together do not fit either.
+    # So is a cache of this many columns, summed over the rows.
     too_large: int = 10**9
-    # Seconds a token on top, by the number of rows.
+    # Additional seconds per step, by batch size.
     row_seconds: Callable[[int], float] = lambda rows: 0.0
     batch: int = 1
-    # Bytes that a step holds beside weights and cache.
+    # Bytes of activations during a step.
     transient: int = 7
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     context: int = 0
     others: Mapping[str, StandIn] = field(default_factory=dict)
-    # Added to every logit that comes out of the cache.
+    # Added to every logit that is computed with the cache.
     error: float = 0.0
 
     def random_prompt(self, batch: int, length: int, rng: torch.Generator) -> Tensor:

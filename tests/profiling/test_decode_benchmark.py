@@ -1,4 +1,4 @@
-"""The full-size benchmark: its marks, on planted numbers, and all of it on a small model."""
+"""The full-size benchmark: its marks with simulated decoders, and a whole run on a small model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def planted(error: float = 0.0) -> Any:
     return found.model_copy(update={"throughput": (best,)})
 
 
-def test_marks_are_held_against_what_was_measured(full_size: Any) -> None:
+def test_marks_are_compared_with_measurements(full_size: Any) -> None:
     rows = {row.what: row for row in full_size.Marks(planted(), 40, 10).rows()}
     verdicts = {what: row.verdict for what, row in rows.items()}
     assert verdicts["a token at 40: linear"] == "reached"
@@ -79,7 +79,7 @@ def test_marks_are_held_against_what_was_measured(full_size: Any) -> None:
     assert all(row.gate == 0 for row in rows.values() if row.value is not None)
 
 
-def test_a_red_gate_reaches_no_mark(full_size: Any) -> None:
+def test_a_wrong_decoder_reaches_no_mark(full_size: Any) -> None:
     rows = {row.what: row for row in full_size.Marks(planted(error=1.0), 40, 10).rows()}
     verdicts = {what: row.verdict for what, row in rows.items()}
     assert verdicts["a token at 40: linear"] == "GATE RED"
@@ -87,7 +87,7 @@ def test_a_red_gate_reaches_no_mark(full_size: Any) -> None:
     assert verdicts["a token at 40: linear int8"] == "reached"
 
 
-def test_all_of_it_on_a_small_model(
+def test_whole_benchmark_on_a_small_model(
     full_size: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.json"

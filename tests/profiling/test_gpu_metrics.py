@@ -1,4 +1,4 @@
-"""Memory with nothing else loaded, the host's share of a token, and energy; all planted."""
+"""Memory of one model alone, launch overhead and energy, with simulated decoders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAN = Plan(contexts=(10, 20, 40), repeats=2, rounds=1, warm_up=1, prefill=False
 
 
 class Weighty(StandIn):
-    """Its weights are on the device for as long as it is."""
+    """Holds the memory of its weights while it exists."""
 
     def __init__(self, name: str, bench: Bench, **options: Any):
         super().__init__(name, bench, **options)
@@ -35,7 +35,7 @@ def subject(name: str, bench: Bench, **options: Any) -> Subject:
     return Subject(name, info, lambda: Weighty(name, bench, **options))
 
 
-def test_others_are_let_go_before_memory_is_read() -> None:
+def test_other_models_are_freed_before_memory_is_measured() -> None:
     bench = Bench(held=50)
     loaded = LoadedDecoders()
     large, small = subject("large", bench, weight_bytes=10**6), subject("small", bench)
@@ -44,7 +44,7 @@ def test_others_are_let_go_before_memory_is_read() -> None:
     found = isolated_memory(small, PLAN, loaded, bench)
     assert list(loaded.decoders) == ["small"]
     assert sorted(found) == [10, 20, 40]
-    # All that the device holds, its 50 bytes of something else too.
+    # All memory of the device, including 50 bytes of other data.
     assert found[20].model_dump() == {
         "weights": 1000,
         "cache": 200,
@@ -53,7 +53,7 @@ def test_others_are_let_go_before_memory_is_read() -> None:
     }
 
 
-def test_memory_stops_where_it_ends_and_is_not_read_without_a_memory_counter() -> None:
+def test_memory_ends_at_the_first_context_that_does_not_fit() -> None:
     bench = Bench()
     loaded = LoadedDecoders()
     found = isolated_memory(subject("one", bench, too_long=20), PLAN, loaded, bench)
@@ -63,7 +63,7 @@ def test_memory_stops_where_it_ends_and_is_not_read_without_a_memory_counter() -
     assert isolated_memory(subject("one", blind), PLAN, LoadedDecoders(), blind) == {}
 
 
-def test_a_profile_tells_the_memory_that_was_read_apart() -> None:
+def test_profile_contains_the_memory_of_each_model_alone() -> None:
     bench = Bench()
     subjects = [subject("a", bench), subject("b", bench, weight_bytes=5000)]
     found = profile(subjects, PLAN, timer=bench)
@@ -76,7 +76,7 @@ def test_a_profile_tells_the_memory_that_was_read_apart() -> None:
     assert not any(one.memory.apart for one in bare.measurements if one.memory)
 
 
-def test_the_host_has_what_kernels_leave_of_an_eager_token() -> None:
+def test_launch_overhead_is_the_time_without_kernels() -> None:
     bench = Bench(kernel_share=0.25)
     eager = subject_of(StandIn("eager", bench, lambda n: 0.1 * n))
     graph = subject_of(StandIn("graph", bench), way=GENERATOR)
@@ -92,7 +92,7 @@ def test_the_host_has_what_kernels_leave_of_an_eager_token() -> None:
     assert line.startswith("eager at 40: its kernels take 1,000 of 4,000 ms, so 75% is launches")
 
 
-def test_energy_is_of_a_second_of_tokens() -> None:
+def test_energy_is_measured_over_one_second_of_tokens() -> None:
     bench = Bench(watts=300.0)
     subjects, loaded = [subject_of(StandIn("one", bench, lambda n: 0.125))], LoadedDecoders()
     measured = measure(subjects, PLAN, bench, loaded=loaded)
@@ -109,5 +109,5 @@ def test_energy_is_of_a_second_of_tokens() -> None:
     assert measure_energy(subjects, measured, PLAN, loaded, bench) == []
 
 
-def test_a_cpu_has_no_counter_of_nvidia() -> None:
+def test_a_cpu_has_no_energy_counter() -> None:
     assert energy_counter(torch.device("cpu")) is None

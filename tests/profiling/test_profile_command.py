@@ -62,7 +62,7 @@ def test_only_a_profile_is_replaced(mmmamba: Command, tmp_path: Path, name: str)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_any_checkpoint_in_the_runs_place(
+def test_a_checkpoint_without_a_run(
     mmmamba: Command, hovle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -138,7 +138,7 @@ def test_defaults_suit_a_cpu_and_take_less_than_a_minute(mmmamba: Command, tmp_p
     assert all(one.median for one in found.measurements)
 
 
-def test_over_budget_is_said(mmmamba: Command, tmp_path: Path) -> None:
+def test_over_budget_gives_a_warning(mmmamba: Command, tmp_path: Path) -> None:
     words = ["--random", "hovle-8m", "--contexts", "16,256k", "--budget", 3, "--no-teacher"]
     done = mmmamba("profile", *words, "--attn-layers", 0, "--repeats", 1, "--out", tmp_path)
     assert done.code == 0, done.err
@@ -180,7 +180,7 @@ def test_out_of_memory_is_a_row_and_exit_0(
     assert len([one for one in found.ratios if one.context == 32]) == 2
 
 
-def test_a_missing_matplotlib_is_said_with_the_pip_line(
+def test_without_matplotlib_the_pip_command_is_shown(
     mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
@@ -224,7 +224,7 @@ def test_mistakes_are_sentences(
     assert not (profiled_run / "profile").exists()
 
 
-def test_a_run_that_is_none(mmmamba: Command, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run(mmmamba: Command, tmp_path: Path) -> None:
     done = mmmamba("profile", "--run", tmp_path / "none")
     assert done.code == 2
     assert "is not a run" in done.err

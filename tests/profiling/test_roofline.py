@@ -1,4 +1,4 @@
-"""The least that a token costs, and how it is told."""
+"""The roofline: bytes and operations of a token, and predictions from it."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ ATTENTION_LAYER = 32 * 32 * 2 + 16 * 32 * 2 + MLP
 SCAN_LAYER = 32 * 32 * 3 + 16 * 32 * 2 + 4 * 32 + MLP
 
 
-def test_a_token_reads_weights_keys_and_states() -> None:
+def test_a_decode_step_reads_weights_keys_and_states() -> None:
     model = small_model("amam").to(torch.bfloat16)
     weights = count_weights(model)
     matrices = 2 * (ATTENTION_LAYER + SCAN_LAYER)
     assert (weights.block_elements, weights.head_elements) == (matrices, HEAD)
-    # Vectors, and what stays in fp32, are little; the token table and the patches are left out.
+    # Vectors and fp32 parameters add little; the token table and vision weights are left out.
     assert 2 * matrices < weights.block_bytes < 2.2 * matrices
     assert weights.head_bytes == 2 * HEAD
 
     def cost(batch: int, context: int) -> Cost:
         return minimum_cost(model.config, weights, torch.bfloat16, batch, context, False)
 
-    # Everything that `generate` reads once a token, from the files' point of view.
+    # All parameters except vision weights and the token table.
     vision = sum(p.nbytes for p in model.model.vision.parameters())
     table = model.model.text_embedding.weight.nbytes
     assert weights.bytes == sum(p.nbytes for p in model.parameters()) - vision - table
@@ -55,7 +55,7 @@ def test_a_token_reads_weights_keys_and_states() -> None:
     assert more.operations == 3 * cost(1, 100).operations
 
 
-def test_a_prompt_multiplies_a_causal_half_and_one_row_for_logits() -> None:
+def test_prefill_counts_causal_scores_and_one_row_of_logits() -> None:
     model = small_model("aa")
     weights = count_weights(model)
     prompt = minimum_cost(model.config, weights, torch.float32, 1, 10, True)
@@ -73,7 +73,7 @@ def test_a_prompt_multiplies_a_causal_half_and_one_row_for_logits() -> None:
     assert ours.bytes == count_weights(linear).bytes + 2 * state * 4
 
 
-def test_int8_weights_are_read_at_a_byte_each() -> None:
+def test_int8_weights_count_one_byte_each() -> None:
     model = small_model("mm")
     wide = count_weights(model)
     quantize(model)
@@ -86,12 +86,12 @@ def test_int8_weights_are_read_at_a_byte_each() -> None:
     assert narrow.bytes == narrow.block_bytes + narrow.head_bytes
 
 
-def test_a_floor_is_of_what_takes_longer() -> None:
+def test_roofline_is_the_longer_of_bytes_and_operations() -> None:
     assert roofline_seconds(Cost(bytes=5000, operations=20), RATES) == 5
     assert roofline_seconds(Cost(bytes=5000, operations=200), RATES) == 20
 
 
-def test_rates_are_those_of_the_device() -> None:
+def test_rates_are_measured_on_the_device() -> None:
     class Slow(CPUTimer):
         """Everything takes two seconds."""
 
@@ -121,7 +121,7 @@ def test_each_measurement_has_its_floor_and_share() -> None:
     assert (bare.floor, bare.share) == (None, None)
 
 
-def test_floors_are_told() -> None:
+def test_floors_are_in_the_tables() -> None:
     bench = Bench()
     decoder = StandIn("one", bench, lambda n: 4.0)
     plan = Plan(
@@ -135,7 +135,7 @@ def test_floors_are_told() -> None:
     assert table[2] == [("20", "1,000 (25%)")]
 
 
-def test_a_long_prompt_is_foreseen_by_its_floor_where_short_ones_are_launches() -> None:
+def test_roofline_limits_the_prediction_of_a_long_prompt() -> None:
     # 64 s for 128 columns would make 500 s of 1000; four floors are 200 s.
     rates = RooflinePart(copy_rate=2000.0, matmul_rate=1e9, size=1, side=1)
     plan = Plan(contexts=(1000,), repeats=1, rounds=1, budget=400)
@@ -146,7 +146,7 @@ def test_a_long_prompt_is_foreseen_by_its_floor_where_short_ones_are_launches() 
         assert found[-1].status == status
 
 
-def test_a_long_context_is_foreseen_by_a_short_ones_launches_and_its_own_floor() -> None:
+def test_roofline_limits_the_prediction_of_a_long_context() -> None:
     # 5 s a token at 10 columns would make 500 s at 1,000; launches stay, and four floors are 200 s.
     rates = RooflinePart(copy_rate=2000.0, matmul_rate=1e9, size=1, side=1)
     plan = Plan(contexts=(10, 1000), repeats=1, rounds=1, warm_up=0, budget=300, prefill=False)

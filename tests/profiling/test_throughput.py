@@ -1,4 +1,4 @@
-"""Batches are doubled until memory ends or nothing is gained; all times are planted."""
+"""The search for the best batch size, with simulated decoders."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def planted(row_seconds: Callable[[int], float], too_large: int = 10**9) -> Stan
     )
 
 
-def test_batches_are_doubled_until_nothing_is_gained_twice() -> None:
-    # Free up to 8 rows, a row a second from there on.
+def test_batch_size_is_doubled_until_two_doublings_gain_nothing() -> None:
+    # Up to 8 rows cost the same, each further row costs time.
     tried = found(planted(lambda rows: max(1.0, rows / 8)))
     assert [one.batch for one in tried] == [1, 2, 4, 8, 16, 32]
     assert [one.rate for one in tried] == [1, 2, 4, 8, 8, 8]
     assert [one.batch for one in tried if one.best] == [8]
 
 
-def test_a_gain_that_pauses_is_found() -> None:
+def test_search_continues_after_one_doubling_without_gain() -> None:
     seconds = {1: 1.0, 2: 1.0, 4: 2.0, 8: 2.0, 16: 4.0, 32: 8.0}
     tried = found(planted(seconds.__getitem__))
     assert [one.batch for one in tried] == [1, 2, 4, 8, 16, 32]
     assert [one.batch for one in tried if one.best] == [8]
 
 
-def test_the_end_of_memory_is_a_row_and_looked_for_more_closely() -> None:
+def test_out_of_memory_is_recorded_and_bisected() -> None:
     # 15 columns with warm-up and repeats: 6 rows fit, 7 do not.
     decoder = planted(lambda rows: 1.0, too_large=7 * 15)
     tried = found(decoder)
@@ -61,19 +61,19 @@ def test_the_end_of_memory_is_a_row_and_looked_for_more_closely() -> None:
     assert tried[3].rate is None
 
 
-def test_what_does_not_fit_once_has_no_best() -> None:
+def test_no_batch_is_best_if_none_fits() -> None:
     tried = found(planted(lambda rows: 1.0, too_large=5))
     assert [(one.batch, one.status, one.best) for one in tried] == [(1, "out of memory", False)]
 
 
-def test_over_budget_is_a_row() -> None:
+def test_over_budget_is_recorded() -> None:
     tried = found(planted(lambda rows: 1.0), until=12)
     # Five tokens of a second each for a batch.
     assert [one.status for one in tried] == ["measured"] * 3 + ["skipped: over budget"]
     assert [one.batch for one in tried if one.best] == [4]
 
 
-def test_each_has_the_memory_to_itself_and_its_floor() -> None:
+def test_one_model_is_in_memory_and_has_its_roofline() -> None:
     bench = Bench()
     subjects = [subject_of(StandIn(name, bench, lambda n: 2.0, too_large=40)) for name in "ab"]
     loaded = LoadedDecoders()
@@ -88,7 +88,7 @@ def test_each_has_the_memory_to_itself_and_its_floor() -> None:
     assert tried[0].peak == 100 + 7
 
 
-def test_a_profile_tells_the_best_and_why_there_is_no_larger_one() -> None:
+def test_table_shows_the_best_batch_and_why_no_larger_one() -> None:
     bench = Bench()
     subjects = [
         subject_of(StandIn("full", bench, lambda n: 2.0, too_large=40)),
@@ -113,7 +113,7 @@ def test_a_profile_tells_the_best_and_why_there_is_no_larger_one() -> None:
     assert shown["larger ones"] == "out of memory at 3"
 
 
-def test_an_empty_device_that_is_too_small_is_told_at_once() -> None:
+def test_search_ends_if_an_empty_device_is_too_small() -> None:
     class Hopeless(StandIn):
         def start(self, batch: int, columns: int) -> None:
             raise OutOfMemory("no room for anything", hopeless=True)

@@ -1,4 +1,4 @@
-"""A run with all that a report can tell, and one to compare it with."""
+"""A run with every part of a report, and a run to compare it with."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ VOID = {"img", "meta", "br", "hr"}
 
 
 class Balanced(HTMLParser):
-    """Elements with their attributes and text; fails on an end tag that ends something else."""
+    """Parser of elements, attributes and text; fails on end tags that do not match."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -115,7 +115,7 @@ def write_losses(run: Path, name: str, losses: Sequence[object]) -> None:
 
 
 def write_table(folder: Path) -> Path:
-    """SCENES.tsv: a picture of each category, two questions about each, Yes then No."""
+    """Write SCENES.tsv: images of two categories, with two questions each, Yes then No."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "SCENES.tsv").open("w", newline="") as handle:
         writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
@@ -135,7 +135,7 @@ def write_table(folder: Path) -> Path:
 def answer(
     run: Path, data: Path, name: str, said: Sequence[str], content_hash: str | None = None
 ) -> None:
-    """Score `said` and write what `mmmamba eval` writes."""
+    """Score the answers `said` and write the files of `mmmamba eval`."""
     suite = find_suite("scenes")
     options = Options(data=data)
     table, rows = open_suite(suite, options)

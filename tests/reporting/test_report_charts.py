@@ -1,4 +1,4 @@
-"""Charts: every value and interval at its place, and nothing drawn that is no number."""
+"""Positions of values and intervals in charts, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BEGIN, END = MARGIN, WIDTH - 52
 
 
 def teacher_name(value: float) -> float:
-    """Where a share stands in a panel that ends at 100."""
+    """The x coordinate of a percentage in a panel that ends at 100."""
     return BEGIN + value / 100 * (END - BEGIN)
 
 
-def test_bars_and_whiskers_stand_where_their_numbers_are() -> None:
+def test_positions_of_bars_and_whiskers() -> None:
     rows = [Bar("one", 80.0, 0, (70.0, 95.0)), Bar("two", 50.0, 1)]
     svg = Balanced(bars("scores", rows, high=100.0, reference=(50.0, "guessing")))
     widths = [float(rect["width"] or 0) for rect in svg.all("rect")]
@@ -42,7 +42,7 @@ def test_bars_and_whiskers_stand_where_their_numbers_are() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_bar_without_a_finite_value_is_written_and_not_drawn(value: float) -> None:
+def test_a_value_that_is_not_finite_is_written_but_has_no_bar(value: float) -> None:
     rows = [Bar("one", value, 0, (value, value)), Bar("two", 50.0, 1, (40.0, value))]
     for high in (100.0, None):
         svg = Balanced(bars("scores", rows, high=high))
@@ -53,8 +53,8 @@ def test_a_bar_without_a_finite_value_is_written_and_not_drawn(value: float) -> 
     assert bars("scores", rows[:1]).count(str(value)) >= 2
 
 
-def test_a_loss_that_is_not_finite_does_not_take_its_neighbours_along() -> None:
-    """Of a mean of several points only the known ones count; a run of unknown ones is a gap."""
+def test_thinning_leaves_out_values_that_are_not_finite() -> None:
+    """A mean uses the finite points only; a mean of none is a gap."""
     curve = [(float(i), math.nan if i in (3, 6, 7, 8) else 2.0) for i in range(12)]
     found = thinned(curve, most=4)
     assert [y for _, y in found[:2]] == [2.0, 2.0]
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_does_not_take_its_neighbours_along() -> None:
     assert found[1][0] == pytest.approx(4.5)
 
 
-def test_points_stand_where_their_numbers_are() -> None:
+def test_positions_of_points() -> None:
     drawn = Line("one", 0, ((1.0, 1.0), (2.0, 10.0), (4.0, 100.0)))
     svg = Balanced(lines("t", [drawn], x_name="x", y_name="y", log_x=True, log_y=True))
     (path,) = [p["d"] or "" for p in svg.all("path") if "stroke" in (p.get("class") or "")]
@@ -73,7 +73,7 @@ def test_points_stand_where_their_numbers_are() -> None:
     assert points[0][1] > points[2][1], "more stands higher"
 
 
-def test_a_value_that_is_no_number_is_a_gap() -> None:
+def test_a_value_that_is_not_finite_is_a_gap() -> None:
     drawn = Line("one", 0, ((1.0, 2.0), (2.0, math.nan), (3.0, 1.0), (4.0, math.inf)))
     text = lines("t", [drawn], x_name="x", y_name="y", log_y=True)
     assert "nan" not in text and "inf" not in text
@@ -81,7 +81,7 @@ def test_a_value_that_is_no_number_is_a_gap() -> None:
     assert path.count("M") == 2
 
 
-def test_nothing_finite_is_refused_and_zero_is_not_logarithmic() -> None:
+def test_no_finite_value_raises_and_zero_gives_a_linear_axis() -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         lines("t", [Line("one", 0, ((1.0, math.nan),))], x_name="x", y_name="y")
     text = lines(
@@ -94,7 +94,7 @@ def test_nothing_finite_is_refused_and_zero_is_not_logarithmic() -> None:
     st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=8),
     st.booleans(),
 )
-def test_ranges_hold_their_values_and_ticks_lie_within(values: list[float], log: bool) -> None:
+def test_ranges_contain_values_and_ticks(values: list[float], log: bool) -> None:
     low, high = around(values, log=log)
     assert low <= min(values) * (1 + 1e-6) and high >= max(values) * (1 - 1e-6) and low < high
     ticks = Scale(low, high, 0, 1, log).ticks()
@@ -119,8 +119,8 @@ def test_thinning_keeps_the_mean() -> None:
     assert thinned(curve[:50], 100) == tuple(curve[:50])
 
 
-def test_a_difference_is_drawn_together() -> None:
-    # Whoever is right is right on the same half: apart both vary, together their distance does not.
+def test_difference_interval_is_paired() -> None:
+    # Both are right on the same half: each score varies over draws, their difference does not.
     units = [str(i) for i in range(40)]
     one = accuracy_tally([1.0] * 20 + [0.0] * 20, units, [""] * 40)
     same = accuracy_tally([1.0] * 20 + [0.0] * 20, units, [""] * 40)
@@ -147,7 +147,7 @@ def comparison(**changed: object) -> ExternalComparison:
     return ExternalComparison.model_validate({**values, **changed})
 
 
-def test_a_comparison_is_a_share_of_all_units() -> None:
+def test_an_external_comparison_is_a_share_of_all_units() -> None:
     (found,) = external_differences(comparison())
     assert (found.value, found.interval, found.significant) == (50.0, (50.0, 50.0), True)
     assert found.sample == "30 lessons"
@@ -162,6 +162,6 @@ def test_a_comparison_is_a_share_of_all_units() -> None:
         {"compare": [["a", "stranger"]]},
     ],
 )
-def test_a_comparison_that_compares_nothing_is_refused(changed: dict[str, object]) -> None:
+def test_an_invalid_external_comparison_is_rejected(changed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"same units|more right|stranger"):
         comparison(**changed)

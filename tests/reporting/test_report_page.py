@@ -1,4 +1,4 @@
-"""The page as a whole: self-contained, balanced, escaped, with what there is and no more."""
+"""The whole page: self-contained, well-formed, escaped, and complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.reporting import build_page, read_report_data
 
 Full = tuple[Path, Path, Path]
-# What makes a browser ask somebody else.
+# Attributes that make a browser load a resource.
 LOADING = ("src", "srcset", "data", "poster", "background", "action", "xlink:href")
 
 
@@ -33,16 +33,14 @@ def page(full: Full) -> Balanced:
 
 
 def rescored(run: Path, name: str, **part: object) -> None:
-    """Change what a result says of its first rule."""
+    """Edit the first rule's scores in a result."""
     file = run / "evals" / name / "scenes" / "result.json"
     value = json.loads(file.read_text())
     value["rules"][0] |= part
     file.write_text(json.dumps(value))
 
 
-def test_scores_by_different_rules_are_not_set_beside_each_other_in_silence(
-    full: Full, tmp_path: Path
-) -> None:
+def test_scores_by_different_rules_are_flagged(full: Full, tmp_path: Path) -> None:
     source, _, data = full
     run = tmp_path / "run"
     shutil.copytree(source, run)
@@ -93,7 +91,7 @@ def test_other_kits_results_are_named(full: Full, tmp_path: Path) -> None:
     assert "has the scores of lm-eval" in remark
 
 
-def test_nothing_is_loaded_and_nothing_runs(page: Balanced) -> None:
+def test_page_has_no_scripts_and_no_external_resources(page: Balanced) -> None:
     names = {tag for tag, _ in page.elements}
     assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
     for tag, attributes in page.elements:
@@ -109,12 +107,12 @@ def test_nothing_is_loaded_and_nothing_runs(page: Balanced) -> None:
     assert (policy["content"] or "").startswith("default-src 'none'")
 
 
-def test_what_a_model_said_is_text(page: Balanced) -> None:
+def test_answers_are_escaped(page: Balanced) -> None:
     assert page.text.count(HOSTILE) == 1
     assert not [a for a in page.all("img") if a.get("src") == "x"]
 
 
-def test_pictures_are_those_of_the_table_and_have_words(page: Balanced) -> None:
+def test_images_are_those_of_the_table_and_have_alt_texts(page: Balanced) -> None:
     pictures = page.all("img")
     assert len(pictures) == 2
     colours = []
@@ -129,31 +127,31 @@ def test_pictures_are_those_of_the_table_and_have_words(page: Balanced) -> None:
     assert all(s.get("role") == "img" or s.get("aria-hidden") for s in page.all("svg"))
 
 
-def test_right_and_wrong_are_told_in_words(page: Balanced) -> None:
+def test_right_and_wrong_are_marked_in_words(page: Balanced) -> None:
     words = [data for _, data in page.texts if data in ("right: ", "wrong: ")]
     # Two examples of two questions, three models: the unseeded one misses every Yes.
     assert (words.count("right: "), words.count("wrong: ")) == (9, 3)
 
 
-def test_a_constant_answer_is_named_and_the_difference_told(page: Balanced) -> None:
+def test_constant_answers_and_differences_are_named(page: Balanced) -> None:
     assert "linear-stage3 (other) answered 'No' to all 12 questions" in page.text
     assert "linear-stage3 is 41.7 points above linear-stage3 (other)" in page.text
 
 
-def test_lineage_names_parents_and_not_where_the_teacher_lies(page: Balanced) -> None:
+def test_lineage_does_not_show_the_path_of_the_teacher(page: Balanced) -> None:
     assert "my-teacher" in page.text and "/somewhere/" not in page.text
     assert hash_of("stage1")[:12] in page.text
     for name in ("seed", "stage1", "linear-stage3"):
         assert f"mmmamba make {name}" in page.text
 
 
-def test_curves_of_a_stage_stand_in_one_panel(page: Balanced) -> None:
+def test_curves_of_a_stage_are_in_one_panel(page: Balanced) -> None:
     labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("role") == "img"]
     (stage3,) = [label for label in labels if label.startswith("stage3: ")]
     assert "linear-stage3: 2 at 1 to 0.5 at 3; linear-stage3 (other): 3 at 1" in stage3
 
 
-def test_parts_without_material_are_left_out_and_named(tmp_path: Path) -> None:
+def test_parts_without_content_are_left_out_and_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [product("seed", 1)])
     found = build_page(read_report_data(run), created="now")
     assert set(found.left_out) == {"scores and examples", "losses", "costs"}
@@ -162,14 +160,14 @@ def test_parts_without_material_are_left_out_and_named(tmp_path: Path) -> None:
     assert not page.all("svg")
 
 
-def test_the_table_may_be_elsewhere(full: Full, tmp_path: Path) -> None:
+def test_a_missing_table_leaves_out_the_examples(full: Full, tmp_path: Path) -> None:
     run, _, _ = full
     found = build_page(read_report_data(run), created="now", data=tmp_path)
     assert list(found.left_out) == ["examples, scenes"]
     assert "scores, scenes" in found.shown and "examples, scenes" not in found.shown
 
 
-def test_another_table_is_not_taken_for_the_one_that_was_asked(full: Full, tmp_path: Path) -> None:
+def test_another_table_is_rejected(full: Full, tmp_path: Path) -> None:
     run, _, data = full
     text = (data / "SCENES.tsv").read_text().replace("Question 1?", "Question 1, altered?")
     (tmp_path / "SCENES.tsv").write_text(text)
@@ -186,7 +184,7 @@ def test_answers_of_earlier_weights_are_left_out(full: Full, tmp_path: Path) -> 
     assert "was made again" in build_page(report, created="now", data=data).html
 
 
-def test_a_damaged_part_is_told_and_the_rest_is_shown(full: Full, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_and_the_rest_is_shown(full: Full, tmp_path: Path) -> None:
     run, _, data = full
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run/profile/profile.json").write_text("{")
@@ -198,7 +196,7 @@ def test_a_damaged_part_is_told_and_the_rest_is_shown(full: Full, tmp_path: Path
     assert "x.json is damaged" in found.html
 
 
-def test_runs_of_one_name_cannot_be_told_apart(full: Full) -> None:
+def test_runs_of_one_name_are_rejected(full: Full) -> None:
     run, other, _ = full
     with pytest.raises(RunError, match="two runs to compare with are called other, other"):
         read_report_data(run, [other, other])
@@ -222,7 +220,7 @@ def test_the_command_writes_one_file(full: Full, tmp_path: Path, mmmamba: Comman
     assert re.search(r"https?://", text) is None
 
 
-def test_nothing_on_the_page_says_where_it_was_made(full: Full, tmp_path: Path) -> None:
+def test_page_contains_no_path_of_this_machine(full: Full, tmp_path: Path) -> None:
     """Commands, recipes that fold their lines, and remarks."""
     run = tmp_path / "secret-place" / "run"
     shutil.copytree(full[0], run)
@@ -255,15 +253,13 @@ def test_only_a_report_is_replaced(full: Full, tmp_path: Path, mmmamba: Command)
         assert mmmamba("report", "--run", run, "--out", file).code == 0
 
 
-def test_no_run_is_a_sentence(tmp_path: Path, mmmamba: Command) -> None:
+def test_a_folder_without_a_run(tmp_path: Path, mmmamba: Command) -> None:
     done = mmmamba("report", "--run", tmp_path / "nothing")
     assert done.code == 2 and "is not a run" in done.err
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_model_that_ships_is_not_called_by_the_run_it_was_asked_in(
-    full: Full, tmp_path: Path
-) -> None:
+def test_shipped_models_are_labelled_without_the_run(full: Full, tmp_path: Path) -> None:
     run, other, data = full
     asked = shutil.copytree(other, tmp_path / "other")
     for name in ("scenes-linear", "elsewhere"):

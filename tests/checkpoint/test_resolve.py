@@ -1,4 +1,4 @@
-"""What a checkpoint may be called: a path first, then a shipped model, then an id on the Hub."""
+"""Resolution of checkpoint names: a path, a shipped model, or an id on the Hub, in this order."""
 
 from __future__ import annotations
 
@@ -30,19 +30,17 @@ def ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     return models
 
 
-def test_a_name_opens_the_folder_that_ships(ships: dict[str, Path]) -> None:
+def test_a_shipped_name_opens_its_folder(ships: dict[str, Path]) -> None:
     assert open_checkpoint("small").path == ships["small"]
     assert resolve.shipped_models()["third"].name == "third"
 
 
-def test_what_is_on_the_disk_comes_first(ships: dict[str, Path]) -> None:
+def test_a_path_takes_precedence_over_a_shipped_name(ships: dict[str, Path]) -> None:
     shutil.copytree(ships["other"], "small")
     assert open_checkpoint("small").path == Path("small")
 
 
-def test_a_name_nobody_ships_lists_those_that_ship(
-    ships: dict[str, Path], mmmamba: Command
-) -> None:
+def test_an_unknown_name_lists_the_shipped_ones(ships: dict[str, Path], mmmamba: Command) -> None:
     done = mmmamba("seed", "smal", "--run", "run")
     assert done.code == 2
     assert "smal does not exist" in done.err and "small, other, third" in done.err
@@ -51,19 +49,19 @@ def test_a_name_nobody_ships_lists_those_that_ship(
         open_checkpoint("x.safetensors")
 
 
-def test_a_hub_id_is_no_shipped_name(
+def test_a_hub_id_is_not_a_shipped_name(
     ships: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolve, "download_from_hub", lambda name: ships["other"])
     assert open_checkpoint("someone/small").path == ships["other"]
 
 
-def test_a_run_remembers_the_name_in_public(ships: dict[str, Path]) -> None:
+def test_public_name_of_a_shipped_folder(ships: dict[str, Path]) -> None:
     assert resolve.public_model_name(ships["other"]) == "other"
     assert resolve.public_model_name(ships["other"].parent) is None
 
 
-def test_what_ships_can_be_opened() -> None:
+def test_every_shipped_model_opens() -> None:
     found = resolve.shipped_models()
     assert "scenes-teacher" in found
     for name in found:
@@ -71,9 +69,7 @@ def test_what_ships_can_be_opened() -> None:
         assert checkpoint.tokenizer_file is not None, name
 
 
-def test_only_folders_that_are_there_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_folders_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mmmamba_evals
 
     (tmp_path / "scenes/models/hybrid").mkdir(parents=True)
