@@ -1,12 +1,12 @@
 """Turn trained quadratic vision-language models into linear and hybrid state-space models.
 
-Importing this package is light: no torch, no transformers. `mmmamba_cli.model` brings both and
-registers the model classes; `mmmamba_cli.load(path)` and `load_processor(path)` do that for you.
+Importing this package imports neither torch nor transformers. `mmmamba_cli.model` imports both and
+registers the model classes; `mmmamba_cli.load(path)` and `load_processor(path)` import it.
 """
 
 from __future__ import annotations
 
-# As type checkers know it; importing `typing` takes longer than all else here.
+# Type checkers treat it as `typing.TYPE_CHECKING`; importing `typing` would dominate this import.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -20,13 +20,16 @@ __version__ = "0.1.0"
 def load(
     path: str, *, device: Any = "cpu", dtype: Any = "auto", frozen: bool = False
 ) -> HolisticVLM:
-    """Load a model, in eval mode, from any checkpoint `mmmamba` reads.
+    """Load a model in eval mode from any checkpoint that `mmmamba` reads.
 
-    `path` is one of our own folders, a published mmMamba, a teacher (HoVLE, or a plain language
-    model), or the name of such a repository on the Hub. `device` and `dtype` are what torch
-    takes for them, as objects or names; dtype "auto" keeps what is stored. Parameters require
-    gradients, as after `from_pretrained`, unless `frozen`. Raises
-    `CheckpointError` for what cannot be read, `MmmambaError` for a device that is not there.
+    `path` is a folder written by mmmamba, a published mmMamba, a teacher (HoVLE, or a plain
+    language model), or the name of such a repository on the Hub. `device` and `dtype` are torch
+    objects or their names; dtype "auto" keeps the stored dtype. Parameters require gradients, as
+    after `from_pretrained`, unless `frozen`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        MmmambaError: the device is not available.
     """
     from mmmamba_cli.checkpoint import load_model
 
@@ -36,8 +39,10 @@ def load(
 def load_processor(path: str) -> HolisticVLMProcessor | HolisticTextProcessor:
     """Load the processor of a checkpoint: tokenizer, chat template and, with vision, tiling.
 
-    `path` is what `load` takes. Raises `CheckpointError` for what cannot be read, or has no
-    tokenizer.
+    `path` is that of `load`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or has no tokenizer.
     """
     from mmmamba_cli.checkpoint import open_checkpoint
     from mmmamba_cli.errors import CheckpointError

@@ -6,7 +6,7 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line. SIGINT is handled before anything else is imported."""
+    """Run the command line; handle SIGINT before other imports."""
     try:
         from mmmamba_cli.interrupts import exit_on_interrupt, handle_interrupts
 

@@ -1,7 +1,7 @@
-"""The shape of a model as plain values: sizes, stacks, layer types, and the parameters they give.
+"""Model architecture as plain values: sizes, stacks, layer types, parameter shapes.
 
-This module imports neither torch nor transformers, so that a checkpoint can be described from its
-config and headers alone. `model.config.HolisticVLMConfig` has the same fields for transformers.
+This module imports neither torch nor transformers, so that checkpoints can be described from config
+and headers alone. `model.config.HolisticVLMConfig` holds the same fields for transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 ATTENTION = "full_attention"
 LINEAR = "linear_attention"
 LAYER_TYPES = (ATTENTION, LINEAR)
-# Sizes that `config.json` has beside the stacks they follow from, under transformers' names.
+# Sizes of the language stack that `config.json` repeats under transformers' names.
 DERIVED_FIELDS = (
     "num_hidden_layers",
     "num_attention_heads",
@@ -23,7 +23,7 @@ DERIVED_FIELDS = (
     "max_position_embeddings",
 )
 
-# Small parameters whose updates bf16 would swallow, and which cost nothing in fp32.
+# Small parameters kept in fp32: bf16 would round their updates away.
 FP32_PARAMETERS = (
     "A_log",
     "dt_bias",
@@ -51,7 +51,7 @@ class StackConfig:
     intermediate_size: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    # None, or {"type": "dynamic" | "linear" | "llama3", "factor": float}; "llama3" has besides
+    # None, or {"type": "dynamic" | "linear" | "llama3", "factor": float}; "llama3" also has
     # low_freq_factor, high_freq_factor and original_max_position_embeddings.
     rope_scaling: dict[str, Any] | None = None
     max_position_embeddings: int = 4096
@@ -63,10 +63,10 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The patch embedding, and where its pixels are shuffled into channels.
+    """Sizes of the patch embedding and the position of the pixel shuffle.
 
-    `pixel_shuffle` "pre": before the embedding stack, which then sees `tokens_per_tile` tokens;
-    "post": behind it, so that it sees all `patches_per_tile` of them.
+    `pixel_shuffle` "pre": before the embedding stack, which sees `tokens_per_tile` tokens per tile;
+    "post": after it, so that it sees all `patches_per_tile` patches.
     """
 
     image_size: int
@@ -99,7 +99,7 @@ class VisionConfig:
 class MixerConfig:
     """Options of the Mamba-2 mixer; the defaults are the paper's.
 
-    `qk_norm` is for teachers without: where the stack has the norm, the mixer inherits it.
+    `qk_norm` adds the norm if the stack has none; otherwise the mixer inherits the stack's.
     """
 
     conv_width: int = 2
@@ -109,7 +109,7 @@ class MixerConfig:
 
 
 class ModelShape(Protocol):
-    """What decides the tensors of a model; `Architecture` and `HolisticVLMConfig` both have it."""
+    """Fields that determine the tensors of a model: `Architecture` and `HolisticVLMConfig`."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -136,10 +136,10 @@ class ModelShape(Protocol):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The fields of a model's config that a checkpoint of any layout provides.
+    """Config fields that a checkpoint of any layout provides.
 
-    The nested values are plain JSON, as in `config.json`; `embedding`, `language`, `vision_config`
-    and `mixer_config` are their typed views. `values` gives the fields to build a config from.
+    Nested values are plain JSON, as in `config.json`; `embedding`, `language`, `vision_config` and
+    `mixer_config` are their typed views. `values` are the fields to build a config from.
     """
 
     vocab_size: int
@@ -157,12 +157,12 @@ class Architecture:
 
     @classmethod
     def of(cls, config: Any) -> Architecture:
-        """The architecture in a `HolisticVLMConfig`."""
+        """The architecture of a `HolisticVLMConfig`."""
         return cls(**{one.name: getattr(config, one.name) for one in fields(cls)})
 
     @property
     def values(self) -> dict[str, Any]:
-        """Every field by its name."""
+        """All fields by name."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @property
@@ -194,7 +194,7 @@ class Architecture:
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == ATTENTION)
 
     def stack_of(self, layer: int) -> StackConfig:
-        """The stack that layer `layer`, counted through both, belongs to."""
+        """The stack of layer `layer`, counted through both."""
         if self.embedding is not None and layer < self.embedding.num_layers:
             return self.embedding
         return self.language
@@ -233,12 +233,12 @@ def cache_bytes(model: ModelShape, batch: int, columns: int, itemsize: int) -> C
 
 
 def is_fp32_parameter(name: str) -> bool:
-    """Whether a parameter is kept in fp32 when the model is in a narrower dtype."""
+    """Whether a parameter stays fp32 in a model of a narrower dtype."""
     return any(part in FP32_PARAMETERS for part in name.split("."))
 
 
 def derived_fields(model: ModelShape) -> dict[str, int]:
-    """`DERIVED_FIELDS`: layers of both stacks, and the other sizes of the language stack."""
+    """Values of `DERIVED_FIELDS`: layers of both stacks, other sizes of the language stack."""
     stack = model.language
     sizes = (
         model.num_hidden_layers,
@@ -252,10 +252,7 @@ def derived_fields(model: ModelShape) -> dict[str, int]:
 
 
 def parameter_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters, in the order of the model's `state_dict`.
-
-    A head tied to the token embedding is not listed.
-    """
+    """Names and shapes of the parameters in `state_dict` order, without a tied head."""
     hidden = model.hidden_size
     found: dict[str, tuple[int, ...]] = {"model.text_embedding.weight": (model.vocab_size, hidden)}
     if model.vision_config is not None:

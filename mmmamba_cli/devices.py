@@ -35,9 +35,9 @@ class OutOfMemory(Exception):
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of that name for a command; CUDA where there is one, if None.
+    """The device for a command; for None, CUDA if available, else CPU.
 
-    Raises `MmmambaError` for a name that is not known, and for a device that is not there.
+    Raises `MmmambaError` for an unknown name or a device that is not available.
     """
     import torch
 
@@ -50,7 +50,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def check_device(name: str | int | torch.device) -> torch.device:
-    """The device of that name, of any kind, if this machine has it. Raises `MmmambaError`."""
+    """The device of any type; `MmmambaError` if this machine does not have it."""
     import torch
 
     device = _parse_device(name)

@@ -1,18 +1,18 @@
-"""Errors that are the user's to mend: one sentence and a remedy, exit code 2.
+"""Errors that the user can fix: one sentence and a remedy, exit code 2.
 
-A bug of ours is any other exception; it keeps its traceback.
+Any other exception is a bug in mmmamba and keeps its traceback.
 """
 
 from collections.abc import Iterable
 
 
 class MmmambaError(Exception):
-    """A mistake in what we were given.
+    """Invalid input or environment.
 
-    `message` names the thing and what was expected of it; `hint`, when given, says what to do.
+    `message` names the problem and the expected value; `hint` is the remedy.
     """
 
-    # Whether another process of the same command prints it.
+    # Whether another process of the command prints the error.
     is_reported_elsewhere = False
 
     def __init__(self, message: str, hint: str | None = None):
@@ -22,11 +22,11 @@ class MmmambaError(Exception):
 
 
 class RecipeError(MmmambaError):
-    """A recipe, or a value laid over one, that is not valid."""
+    """An invalid recipe or override."""
 
 
 class CheckpointError(MmmambaError):
-    """A checkpoint, config or tensor that cannot be read or does not fit."""
+    """A checkpoint, config or tensor that cannot be read or does not match."""
 
 
 class DataError(MmmambaError):
@@ -34,15 +34,15 @@ class DataError(MmmambaError):
 
 
 class RunError(MmmambaError):
-    """A run directory or product that is missing, busy, or of another parent."""
+    """A run directory or product that is missing, in use, or has another parent."""
 
 
 class MmmambaWarning(UserWarning):
-    """Something was taken otherwise than it was given: one sentence that names it."""
+    """An input was interpreted differently from how it was given."""
 
 
 def name_some(names: Iterable[str], limit: int = 10) -> str:
-    """Join at most `limit` names, then say how many more there are: `a, b and 3 more`."""
+    """Join at most `limit` names and count the rest: `a, b and 3 more`."""
     listed = list(names)
     shown = ", ".join(listed[:limit])
     rest = len(listed) - limit

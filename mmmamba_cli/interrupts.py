@@ -1,6 +1,6 @@
 """Ctrl-C as exit code 130 without a traceback, from the first import to the end of the process.
 
-Little is imported here: a Ctrl-C before `handle_interrupts` is not handled by it.
+This module imports little, since a Ctrl-C before `handle_interrupts` is not handled.
 """
 
 import os
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 INTERRUPTED = 130
-# Seconds after which an interrupt that could not leave a callback is raised once more.
+# Delay before an interrupt that could not leave a callback is raised again.
 RERAISE_DELAY_SECONDS = 0.01
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap"
 
 
 def handle_interrupts() -> None:
-    """Handle SIGINT in the main process of a command; one that is ignored stays ignored.
+    """Handle SIGINT in the main process of a command; an ignored SIGINT stays ignored.
 
-    During an import the process ends at once: what imports may take a KeyboardInterrupt for a
-    missing package, or go on without it. Later it is raised, so that files are put in order. In a
-    forked child the process ends at once too.
+    During an import the process exits at once, since importing code may treat a KeyboardInterrupt
+    as a missing package. Afterwards KeyboardInterrupt is raised, so that files are cleaned up. A
+    forked child exits at once.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
@@ -42,17 +42,17 @@ def handle_interrupts() -> None:
 
 
 def exit_on_interrupt() -> None:
-    """From here on SIGINT ends the process: for the end of a command."""
+    """Exit at once on SIGINT from now on; called at the end of a command."""
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, lambda number, frame: exit_interrupted())
 
 
 @contextmanager
 def block_interrupts() -> "Iterator[None]":
-    """Hold SIGINT back, and from the processes started meanwhile until `unblock_interrupts`.
+    """Block SIGINT, and in processes started in this context until `unblock_interrupts`.
 
-    Ctrl-C reaches every process of a terminal. Workers started in here do not see it, not even
-    while they import: the main process ends them. One that arrives meanwhile is taken afterwards.
+    Ctrl-C reaches every process of a terminal. Workers started in this context do not receive it,
+    even while they import; the main process ends them. A pending SIGINT is delivered afterwards.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -65,9 +65,9 @@ def block_interrupts() -> "Iterator[None]":
 
 
 def unblock_interrupts() -> None:
-    """Let SIGINT in again, in a process that was started with interrupts held.
+    """Unblock SIGINT in a process started under `block_interrupts`.
 
-    Raises `KeyboardInterrupt` if one arrived meanwhile.
+    Raises `KeyboardInterrupt` if one is pending.
     """
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -80,13 +80,13 @@ def exit_interrupted() -> "NoReturn":
             if stream is not None:
                 stream.flush()
         except (OSError, RuntimeError, ValueError):
-            # Nobody reads it, it is closed, or it was being written to.
+            # The reader is gone, the stream is closed, or a write was in progress.
             continue
     os._exit(INTERRUPTED)
 
 
 def is_interrupted(error: BaseException | None) -> bool:
-    """Whether an exception was raised while a KeyboardInterrupt was being handled, or is one."""
+    """Whether an exception is a KeyboardInterrupt or was raised while one was handled."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):
@@ -97,7 +97,7 @@ def is_interrupted(error: BaseException | None) -> bool:
 
 
 def is_importing(frame: "FrameType | None") -> bool:
-    """Whether an import statement is being executed in `frame` or a caller of it."""
+    """Whether `frame` or one of its callers is executing an import."""
     while frame is not None:
         if frame.f_code.co_filename.startswith(_IMPORT_SYSTEM):
             return True
@@ -106,7 +106,7 @@ def is_importing(frame: "FrameType | None") -> bool:
 
 
 def _reraise_interrupt(failure: "UnraisableHookArgs") -> None:
-    """A finaliser or callback cannot pass an interrupt on: raise it again once that has ended."""
+    """Raise an interrupt again that a finaliser or callback could not propagate."""
     if not issubclass(failure.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(failure)
         return
@@ -121,7 +121,7 @@ def _interrupt_main_thread() -> None:
     import _thread
     import threading
 
-    # A signal to the thread ends its wait for a file, a lock or the clock.
+    # A signal to the thread interrupts its wait for a file, a lock or a timer.
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
     else:

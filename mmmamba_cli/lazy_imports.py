@@ -1,6 +1,6 @@
-"""Names of a package whose modules are imported when the name is first used (PEP 562).
+"""Lazy package attributes: a submodule is imported on first use of its names (PEP 562).
 
-Rooms keep what needs torch behind this, so that what needs none of it starts at once.
+Packages use this for modules that import torch, so that commands without torch start fast.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def lazy_attributes(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of `package`; `modules` gives the names that each submodule provides."""
+    """Return the `__getattr__` of `package`; `modules` maps submodules to their names."""
     module_of = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""What other packages add to ours, found through entry points.
+"""Plugins of other packages, found through entry points.
 
-Groups: `mmmamba.suites`, `mmmamba.evaluators`, `mmmamba.commands`, `mmmamba.models`. In a checkout
-the project's own entry points are read from its pyproject.toml, ahead of those of what is
-installed: its code must not run with the parts of another version.
+Groups: `mmmamba.suites`, `mmmamba.evaluators`, `mmmamba.commands`, `mmmamba.models`. In a checkout,
+the project's own entry points come from its pyproject.toml instead of the installed metadata, which
+may be those of another version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Load = Callable[[], Any]
 
 
 def entry_points(group: str) -> Iterator[tuple[str, Load]]:
-    """(name, how to load it) of each entry point of a group; the project's own first."""
+    """Yield (name, loader) for each entry point of a group, the project's own first."""
     root = _checkout()
     if root is not None:
         yield from _checkout_entries(root, group)
@@ -31,7 +31,7 @@ def entry_points(group: str) -> Iterator[tuple[str, Load]]:
 
 
 def load_reference(reference: str) -> Any:
-    """What `package.module:attribute` names, the project's own packages found in a checkout too.
+    """Import the object `package.module:attribute`, also from the packages of a checkout.
 
     Raises ImportError or AttributeError.
     """
@@ -74,7 +74,7 @@ def _loader(root: Path, folders: dict[str, str], module: str, attribute: str) ->
 
 
 def _import_from(package: str, folder: Path) -> None:
-    """Import a package from a folder of another name, as an installation would find it."""
+    """Import a package from a folder of another name, as in an installation."""
     there = sys.modules.get(package)
     if there is not None and Path(str(there.__file__)).parent == folder:
         return

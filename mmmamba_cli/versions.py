@@ -1,6 +1,6 @@
-"""Versions of other packages: needed, tested with, and known not to work together.
+"""Versions of other packages: required, tested, and known incompatibilities.
 
-Nothing is imported to find them: they are read from the metadata of what is installed.
+Versions are read from the metadata of installed distributions, without importing them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mmmamba_cli.errors import MmmambaError, MmmambaWarning
 
-# As in pyproject.toml; a test holds the two together.
+# A test compares these with pyproject.toml.
 REQUIREMENTS = {
     "torch": ">=2.9",
     "transformers": ">=5.17,<6",
@@ -29,7 +29,7 @@ REQUIREMENTS = {
     "typer": ">=0.15",
     "rich": ">=13",
 }
-# The newest release of each that the test suite ran on, for packages that change under us.
+# Newest release that the test suite ran on, for packages with frequent breaking changes.
 NEWEST_TESTED = {"transformers": (5, 24)}
 
 
@@ -37,10 +37,10 @@ NEWEST_TESTED = {"transformers": (5, 24)}
 class KnownIncompatibility:
     """Packages that do not work together, each within its bounds (`satisfies`).
 
-    One of `beside` must be installed too, in any version; with `capability` a GPU of that major
-    compute capability must be there, which only `mmmamba doctor` looks at. `refused` stops the
-    import of the model; anything else is a warning of `mmmamba doctor`. `problem` may name the
-    version of a package in braces.
+    One of `requires_any` must also be installed, in any version. With `capability`, a GPU of that
+    major compute capability must be present, which only `mmmamba doctor` checks. `is_fatal` stops
+    the import of the model; otherwise `mmmamba doctor` warns. `problem` may contain the version of
+    a package in braces.
     """
 
     name: str
@@ -52,7 +52,7 @@ class KnownIncompatibility:
     is_fatal: bool = False
 
     def applies(self, versions: Mapping[str, str]) -> bool:
-        """Whether these `versions`, of what is installed, are such a pair."""
+        """Whether the installed `versions` are incompatible."""
         within = all(
             name in versions and satisfies(versions[name], bounds)
             for name, bounds in self.packages.items()
@@ -67,7 +67,7 @@ class KnownIncompatibility:
 
 HOPPER = 9
 KNOWN_INCOMPATIBILITIES = (
-    # flash-linear-attention refuses its gated backward there itself: it was silently wrong.
+    # flash-linear-attention itself refuses its gated backward there, which was silently wrong.
     KnownIncompatibility(
         "flash-linear-attention",
         {"triton": ">=3.4,<3.7.1"},
@@ -80,7 +80,7 @@ KNOWN_INCOMPATIBILITIES = (
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a distribution, None if it is not installed."""
+    """Version of a distribution; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -88,13 +88,13 @@ def installed_version(name: str) -> str | None:
 
 
 def release_numbers(text: str) -> tuple[int, ...]:
-    """The numbers a version begins with: (2, 13, 0) of `2.13.0+cpu`."""
+    """Leading numbers of a version: (2, 13, 0) of `2.13.0+cpu`."""
     match = re.match(r"\d+(\.\d+)*", text)
     return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def satisfies(text: str, needs: str) -> bool:
-    """Whether a version is what `needs` asks for: bounds with >= and <, joined by commas."""
+    """Whether a version satisfies `needs`: bounds with >= and <, separated by commas."""
     bounds = re.findall(r"(>=|<)([\d.]+)", needs)
     return all(
         (release_numbers(text) >= release_numbers(b)) == (sign == ">=") for sign, b in bounds
@@ -102,13 +102,13 @@ def satisfies(text: str, needs: str) -> bool:
 
 
 def is_untested(name: str, text: str) -> bool:
-    """Whether a version is newer than the newest release that the test suite ran on."""
+    """Whether a version is newer than `NEWEST_TESTED`."""
     newest = NEWEST_TESTED.get(name)
     return newest is not None and release_numbers(text)[: len(newest)] > newest
 
 
 def version_problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
-    """Why the model cannot run with `versions`, those of what is installed."""
+    """Errors for installed `versions` that the model cannot run with."""
     found = versions.get("transformers")
     if found is not None and not satisfies(found, REQUIREMENTS["transformers"]):
         needs = REQUIREMENTS["transformers"]
@@ -123,7 +123,7 @@ def version_problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
 
 @cache
 def require_versions() -> None:
-    """Raise `MmmambaError` for versions the model cannot run with; warn once of untested ones."""
+    """Raise `MmmambaError` for unusable versions; warn once about untested ones."""
     names = {"transformers", *(name for pair in KNOWN_INCOMPATIBILITIES for name in pair.packages)}
     names |= {name for pair in KNOWN_INCOMPATIBILITIES for name in pair.requires_any}
     versions = {name: text for name in names if (text := installed_version(name)) is not None}

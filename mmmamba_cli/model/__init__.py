@@ -1,5 +1,5 @@
-"""The model: importing this package registers it with transformers' Auto classes."""
-# ruff: noqa: E402 -- another transformers may lack what is imported from it below.
+"""The model; importing this package registers it with transformers' Auto classes."""
+# ruff: noqa: E402 -- versions are checked first: other releases lack names imported below.
 
 from mmmamba_cli.versions import require_versions
 

@@ -1,4 +1,4 @@
-"""Grouped-query softmax attention with RoPE: the teacher's mixer.
+"""Grouped-query softmax attention with RoPE, the mixer of the teacher.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, P head dim, D hidden size.
 """
@@ -21,12 +21,12 @@ from mmmamba_cli.ops.backends import upcast
 
 
 class Attention(nn.Module):
-    """Causal attention, (B, T, D) -> (B, T, D); `mix` stops before the output projection."""
+    """Causal attention, (B, T, D) -> (B, T, D); `mix` omits the output projection."""
 
     def __init__(self, config: HolisticVLMConfig, layer_idx: int):
         super().__init__()
         stack, hidden_size = config.stack_of(layer_idx), config.hidden_size
-        # The model's own config, whose attn_implementation may change later.
+        # Shared with the model, since its attn_implementation may change later.
         self.config = config
         self.layer_idx = layer_idx
         self.num_heads = stack.num_heads
@@ -56,10 +56,10 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         weights: list[Tensor] | None = None,
     ) -> Tensor:
-        """softmax(q k^T / sqrt(P)) v before W_O, (B, T, H * P).
+        """Compute softmax(q k^T / sqrt(P)) v before W_O, (B, T, H * P).
 
-        Attention is PyTorch's or a kernel's, or written out where attn_implementation is "eager";
-        the softmax (B, H, T, keys) is then appended to `weights` if that is given.
+        Uses PyTorch's attention or a kernel; the reference if attn_implementation is "eager". The
+        softmax (B, H, T, keys) is appended to `weights` if given.
         """
         q, k, v = (x.transpose(1, 2) for x in self.queries_keys_values(hidden, layout))
         if cache is not None:
@@ -85,7 +85,7 @@ class Attention(nn.Module):
     def queries_keys_values(
         self, hidden: Tensor, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, T, H, P), k and v (B, T, K, P); q and k normed if so configured, and rotated."""
+        """q (B, T, H, P), k and v (B, T, K, P), after the optional norm and RoPE of q and k."""
         batch, length, _ = hidden.shape
         q = self.q_proj(hidden).view(batch, length, self.num_heads, self.head_dim)
         k = self.k_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
@@ -95,13 +95,13 @@ class Attention(nn.Module):
         return apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin), v
 
     def mixing_matrix(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
-        """softmax(q k^T / sqrt(P)), (B, H, T, T) fp32, 0 wherever a query may not look."""
+        """softmax(q k^T / sqrt(P)), (B, H, T, T) fp32, 0 at masked keys."""
         q, k, _ = self.queries_keys_values(hidden, layout)
         scores = query_key_products(upcast(q), upcast(k)) / math.sqrt(self.head_dim)
         return torch.softmax(scores.masked_fill(~layout.visible_keys(), -math.inf), dim=-1)
 
 
 def query_key_products(q: Tensor, k: Tensor) -> Tensor:
-    """q_t . k_s for every t and s, (B, H, T, T), from (B, T, H, P) and (B, T, K, P)."""
+    """q_t . k_s for all t and s, (B, H, T, T), from q (B, T, H, P) and k (B, T, K, P)."""
     groups = q.shape[2] // k.shape[2]
     return torch.einsum("bthp,bshp->bhts", q, k.repeat_interleave(groups, dim=2))

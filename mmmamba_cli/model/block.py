@@ -30,7 +30,7 @@ class SwiGLU(nn.Module):
 class Block(GradientCheckpointingLayer):
     """Layer `layer_idx`, counted through both stacks, (B, T, D) -> (B, T, D).
 
-    `GradientCheckpointingLayer` is how transformers turns activation checkpointing on.
+    transformers enables activation checkpointing by the class `GradientCheckpointingLayer`.
     """
 
     def __init__(self, config: HolisticVLMConfig, layer_idx: int):
@@ -52,15 +52,15 @@ class Block(GradientCheckpointingLayer):
         cache: Cache | None = None,
         weights: list[Tensor] | None = None,
     ) -> Tensor:
-        """`weights` collects the softmax of an attention layer; a Mamba-2 layer has none."""
+        """Apply the layer; an attention layer appends its softmax to `weights`."""
         mixed = self.mixer(self.mixer_norm(hidden), layout, cache, weights)
         return self.after_mixer(hidden, mixed)
 
     def after_mixer(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """What follows the mixer: both residual connections and the MLP.
+        """Add `mixed` to the residual stream and apply the MLP.
 
-        `mixed` is the mixer's output after W_O. A training loop that runs the mixer itself goes on
-        from here.
+        `mixed` (B, T, D) is the mixer's output after W_O. Layer-local training runs the mixer
+        itself and continues here.
         """
         hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden))

@@ -1,9 +1,8 @@
-"""Caches of decoding: transformers' layer caches, and the state of both stacks beside them.
+"""Decoding caches: transformers' cache layers plus the decoding state of both stacks.
 
-Keys, values, conv and SSM states live in transformers' cache layers. A `DecodingState` holds what
-these layers do not know: the columns each of the two stacks has seen (they differ when the pixel
-shuffle sits between the stacks), where images lie among them, and the RoPE frequencies fixed at
-prefill. Legend: B batch.
+Keys, values, conv and SSM states live in transformers' cache layers. A `DecodingState` holds the
+rest: the columns each stack has seen (they differ if the pixel shuffle sits between the stacks),
+the positions of images, and the RoPE frequencies fixed at prefill. Legend: B batch.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.image_tokens import Expansion, ImageColumns
 from mmmamba_cli.model.sequence_layout import StackState
 
-# What this release of transformers calls the cache in its outputs and in `generate`: "cache" from
-# 5.24 on, "past_key_values" before.
+# Name of the cache in transformers' outputs and in `generate`: "cache" since 5.24,
+# "past_key_values" before.
 CACHE_NAME = (
     "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 )
@@ -38,10 +37,10 @@ ROLLBACK_HINT = "keep a copy of the cache (copy.deepcopy), or use a model of att
 
 @dataclass
 class DecodingState:
-    """Columns seen so far, for the embedding stack and for the language stack.
+    """Columns seen so far by the embedding stack and by the language stack.
 
-    `images` says which of them belong to images, None while none does. `static_columns` is the room
-    of a static cache in columns of the language stack, None for a cache that grows.
+    `images` marks those that belong to images, None without images. `static_columns` is the
+    capacity of a static cache in columns of the language stack, None for a dynamic cache.
     """
 
     embedding: StackState = field(default_factory=StackState)
@@ -50,7 +49,7 @@ class DecodingState:
     static_columns: int | None = None
 
     def count_row_tiles(self) -> Tensor | None:
-        """(B,) tiles whose columns were seen, or None if nothing was."""
+        """Number of tiles seen in each row, (B,) or (1,); None before the first call."""
         if self.language.length == 0:
             return None
         if self.images is None:
@@ -60,7 +59,7 @@ class DecodingState:
     def record_images(
         self, is_image: Tensor, tokens_per_tile: int, expansion: Expansion | None
     ) -> None:
-        """Remember the images (B, T) of a call; comes before its columns are counted."""
+        """Record the image tokens (B, T) of a call, before `next_layout` advances the state."""
         length, embedding_length = self.language.length, self.embedding.length
         if self.images is None:
             nothing = is_image[:, :0]
@@ -76,14 +75,18 @@ class DecodingState:
             self.images.select_rows(rows)
 
     def count_embedding_columns(self, columns: int) -> int:
-        """The embedding stack's part of the first `columns` columns; `DataError` if it has none."""
+        """Columns of the embedding stack that the first `columns` columns correspond to.
+
+        Raises:
+            DataError: they end within an image, or rows differ in this number.
+        """
         if self.images is None:
             return columns if self.embedding.length else 0
         length, embedding_length = self.language.length, self.embedding.length
         return self.images.count_embedding_columns(columns, length, embedding_length)
 
     def crop(self, columns: int) -> None:
-        """Keep the first `columns` columns; nothing changes where that raises `DataError`."""
+        """Keep the first `columns` columns; the state is unchanged if this raises `DataError`."""
         if columns == 0:
             self.reset()
             return
@@ -94,19 +97,21 @@ class DecodingState:
             self.images.crop(columns)
 
     def reset(self) -> None:
-        """Forget every column; the room of a static cache stays."""
+        """Forget all columns; the capacity of a static cache stays."""
         self.embedding, self.language, self.images = StackState(), StackState(), None
 
 
 class HybridCache(Cache):
-    """A cache around transformers' layers, with the state of both stacks.
+    """A transformers cache with the decoding state of both stacks.
 
-    A plain `DynamicCache` cannot say its length when every layer is linear attention, which
-    `generate` asks at prefill; this one knows it from the decoding state. Every method that changes
-    the layers changes the decoding state with them, or raises `MmmambaError`.
+    A plain `DynamicCache` cannot report its length, which `generate` reads at prefill, if every
+    layer is linear attention; this one takes it from the decoding state. Each method that changes
+    the layers also changes the decoding state, or raises `MmmambaError`.
 
-    Raises `DataError` if the layers of `inner` hold other columns than its decoding state, as after
-    keys and values were put into them by hand.
+    Raises:
+        DataError: the layers of `inner` hold other columns than its decoding state, for example
+            after keys and values were set by hand.
+        MmmambaError: the layers record past states.
     """
 
     def __init__(self, inner: Cache):
@@ -116,57 +121,57 @@ class HybridCache(Cache):
             offloading=offloading,
             offload_only_non_sliding=bool(getattr(inner, "only_non_sliding", True)),
         )
-        # A `DynamicCache` without a config adds layers as they are asked for.
+        # A `DynamicCache` without a config adds layers on demand.
         self.layer_class_to_replicate = inner.layer_class_to_replicate
         self.decoding_state = decoding_state(inner)
         if any(getattr(layer, "record_past", False) for layer in self.layers):
             raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
         self._follow_layers()
 
-    # Graphs are captured by our own decoder, not by `generate`'s automatic compilation, and masks
-    # stay two-dimensional: both follow from this answer.
+    # False disables `generate`'s automatic compilation and keeps masks two-dimensional; CUDA graphs
+    # are captured by `mmmamba_cli.inference`.
     @property
     def is_compileable(self) -> bool:
         return False
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` takes back what was decoded: where all layers hold keys and values."""
+        """Whether `crop` is supported: all layers hold keys and values."""
         return all(type(layer) in CROPPABLE_LAYERS for layer in self.layers)
 
     @property
     def rows(self) -> int | None:
-        """B, or None before the first call."""
+        """Batch size; None before the first call."""
         found = (_rows(layer) for layer in self.layers)
         return next((rows for rows in found if rows is not None), None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns the language stack has seen, padding included."""
+        """Columns seen by the language stack, padding included."""
         return self.decoding_state.language.length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Columns of the language stack that fit into a static cache; -1 for a cache that grows."""
+        """Capacity of a static cache in columns of the language stack; -1 for a dynamic cache."""
         columns = self.decoding_state.static_columns
         return -1 if columns is None else columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Keys that a layer of the language stack gives for so many queries, and their offset."""
+        """Number of keys of a language-stack layer for `query_length` queries, and their offset."""
         columns = self.decoding_state.static_columns
         return self.get_seq_length() + query_length if columns is None else columns, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -n columns for a negative n, keep the first n for a positive one.
+        """Remove the last -n columns for a negative n; keep the first n for a positive n.
 
-        0 removes nothing, and so does an n beyond the length.
+        0 and an n beyond the length remove nothing.
 
         Raises:
-            MmmambaError: layers with a recurrent state, or with quantized keys.
-            DataError: more columns than there are, or an end within an image.
+            MmmambaError: layers with a recurrent state or with quantized keys.
+            DataError: more columns than the cache holds, or an end within an image.
         """
-        # `generate` gives a tensor on some versions of transformers.
+        # `generate` passes a tensor in some versions of transformers.
         length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)
         columns = length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if columns >= length:
@@ -191,13 +196,13 @@ class HybridCache(Cache):
             found = int(layer.get_seq_length())
             kept = state.embedding.length if found == embedding else state.language.length
             if isinstance(layer, StaticLayer):
-                # Columns behind this are masked until they are written again.
+                # Later columns are masked until they are overwritten.
                 layer.cumulative_length.sub_(found - kept)
             else:
                 layer.crop(kept - found)
 
     def activate_past_recording(self) -> None:
-        """Nothing to do for attention; `MmmambaError` where a layer has a recurrent state."""
+        """Do nothing for attention; raise `MmmambaError` if a layer has a recurrent state."""
         if self._recurrent_layers:
             raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
 
@@ -210,27 +215,27 @@ class HybridCache(Cache):
         self.decoding_state.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row of the batch `repeats` times, side by side."""
+        """Repeat each row of the batch `repeats` times, as `repeat_interleave` does."""
         if self.rows is not None:
             self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows of these indices, or those where a (B,) bool tensor is True."""
+        """Keep the rows at `indices`, or where a (B,) bool tensor is True."""
         if self.rows is not None:
             self.reorder_cache(torch.arange(self.rows)[torch.as_tensor(indices).cpu()])
 
     def reset(self) -> None:
-        """Forget every column; a static cache keeps its memory."""
+        """Forget all columns; a static cache keeps its memory."""
         super().reset()
         for layer in self.layers:
             if not hasattr(layer, "recurrent_states") and not hasattr(layer, "max_cache_len"):
-                # Older versions of transformers leave these as long as they were.
+                # Older versions of transformers do not shorten these.
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self.decoding_state.reset()
 
     def require_fit(self, rows: int, columns: int) -> None:
-        """Raise `DataError` unless so many more columns of so many rows can follow."""
+        """Raise `DataError` unless `columns` more columns of `rows` rows fit."""
         if self.rows not in (None, rows):
             raise DataError(
                 f"input_ids has {rows} rows, but the cache holds {self.rows}",
@@ -249,7 +254,7 @@ class HybridCache(Cache):
         return [layer for layer in self.layers if hasattr(layer, "recurrent_states")]
 
     def _follow_layers(self) -> None:
-        """Bring the decoding state to where a caller left the layers by `crop` or `reset`."""
+        """Adjust the decoding state if the caller cropped or reset the layers directly."""
         state, recurrent = self.decoding_state, self._recurrent_layers
         found = {
             int(layer.get_seq_length()) for layer in self.layers if hasattr(layer, "get_seq_length")
@@ -277,28 +282,28 @@ class HybridCache(Cache):
 
 
 def new_cache(config: HolisticVLMConfig, max_length: int | None = None) -> HybridCache:
-    """A fresh cache: growing, or static with room for `max_length` columns."""
+    """Create a dynamic cache, or a static one with room for `max_length` columns."""
     if max_length is None:
         return HybridCache(DynamicCache(config=config))
     return HybridCache(StaticCache(config=config, max_cache_len=max_length))
 
 
 def resolve_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache that was given under either of its names."""
+    """Return the cache passed under either name; `ValueError` for two different caches."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("past_key_values and cache are two names of one argument: give one")
     return past_key_values if cache is None else cache
 
 
 def as_hybrid(cache: Cache | None) -> HybridCache | None:
-    """`cache` itself, or a `HybridCache` over the layers of another one."""
+    """Wrap a transformers cache as a `HybridCache`; return one unchanged."""
     return cache if cache is None or isinstance(cache, HybridCache) else HybridCache(cache)
 
 
 def decoding_state(cache: Cache) -> DecodingState:
-    """The decoding state that belongs to `cache`, made on first use.
+    """Return the decoding state of `cache`, created on first use.
 
-    It is an attribute of the cache, so that any transformers cache can be handed to the model.
+    It is stored as an attribute, so that the model accepts any transformers cache.
     """
     state = getattr(cache, "decoding_state", None)
     if state is None:
@@ -309,7 +314,7 @@ def decoding_state(cache: Cache) -> DecodingState:
 
 
 def read_ssm_state(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
-    """Conv state (B, channels, W - 1) and SSM state (B, H, P, N) of a layer, or None and None."""
+    """Conv state (B, channels, W - 1) and SSM state (B, H, P, N) of a layer; None before use."""
     if cache is None:
         return None, None
     layer = cache.layers[layer_idx]
@@ -321,10 +326,10 @@ def read_ssm_state(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, 
 def write_ssm_state(
     cache: Cache | None, layer_idx: int, conv_state: Tensor, ssm_state: Tensor
 ) -> None:
-    """Store the states after the last column."""
+    """Store the states after the last column; do nothing without a cache."""
     if cache is None:
         return
-    # A state as wide as the one stored replaces it: the layer keeps the last columns it is given.
+    # The layer keeps the last columns, so a state of full width replaces the stored one.
     cache.update_conv_state(conv_state, layer_idx)
     cache.update_recurrent_state(ssm_state, layer_idx)
 
@@ -351,6 +356,6 @@ def widen_static_layers(cache: Cache, num_layers: int, extra_columns: int) -> No
 
 
 def _rows(layer: Any) -> int | None:
-    """B of what a cache layer holds, None before the first call."""
+    """Batch size of a cache layer; None before the first call."""
     found = layer.recurrent_states[0] if hasattr(layer, "recurrent_states") else layer.keys
     return None if found is None or found.dim() != 4 else len(found)

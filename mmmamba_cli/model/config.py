@@ -1,4 +1,4 @@
-"""Configuration of the one model class; `layer_types` tells teacher, hybrid and student apart."""
+"""Configuration of teacher, hybrid and student, which differ in `layer_types`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mmmamba_cli.architecture import (
 )
 from mmmamba_cli.versions import require_versions
 
-# Code of an export runs this as well, where `mmmamba_cli.model` is not imported.
+# Repeated here for exported code, which does not import `mmmamba_cli.model`.
 require_versions()
 
-# What of its config a student has from its teacher unchanged.
+# Config fields that a student takes from its teacher unchanged.
 INHERITED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -38,14 +38,14 @@ VISION_FIELDS = tuple(one.name for one in fields(VisionConfig))
 
 
 class HolisticVisionConfig(PreTrainedConfig):
-    """The patch embedding as a sub-config: the fields and sizes of `VisionConfig`.
+    """The fields and sizes of `VisionConfig` as a transformers sub-config.
 
-    In `config.json` it is the section `vision`, of these fields and nothing else.
+    The section `vision` of `config.json` holds these fields and no others.
     """
 
     model_type: ClassVar[str] = "mmmamba_vision"
     base_config_key: ClassVar[str] = "vision"
-    # Older releases write a config by its difference from one made of defaults.
+    # Older releases of transformers write the difference from a config of defaults.
     has_no_defaults_at_init: ClassVar[bool] = True
 
     image_size: int
@@ -79,17 +79,16 @@ class HolisticVisionConfig(PreTrainedConfig):
 
 
 class HolisticVLMConfig(PreTrainedConfig):
-    """A decoder-only vision-language model of two stacks of the same block.
+    """Config of a decoder-only vision-language model of two stacks of the same block.
 
     The embedding stack reads image patches and text together; the language stack follows it. Layers
-    are counted through both, embedding stack first, and `layer_types[i]` says which mixer layer i
-    has: "full_attention" or "linear_attention" (Mamba-2). `embedding_stack` and `vision_config` are
-    None for a plain language model. The stacks and `mixer` are dicts so that the config is plain
+    are counted through both stacks, embedding stack first. `layer_types[i]` is the mixer of layer
+    i: "full_attention" or "linear_attention" (Mamba-2). `embedding_stack` and `vision_config` are
+    None for a plain language model. The stacks and `mixer` are dicts, so that the config is plain
     JSON; `embedding`, `language` and `mixer_config` are their typed views.
 
-    `config.json` keeps `vision_config` under the name `vision`. It also has the sizes in
-    `DERIVED_FIELDS`, which other programs look for; they follow from the stacks, and a file in
-    which the two disagree is refused (`ValueError`).
+    `config.json` stores `vision_config` as `vision`. It also stores the sizes in `DERIVED_FIELDS`
+    for other programs. They follow from the stacks; a contradiction raises `ValueError`.
     """
 
     model_type: ClassVar[str] = "mmmamba"
@@ -163,7 +162,7 @@ class HolisticVLMConfig(PreTrainedConfig):
 
     @property
     def vision(self) -> dict[str, Any] | None:
-        """`vision_config` as `config.json` keeps it."""
+        """`vision_config` as stored in `config.json`."""
         vision = self.vision_config
         return None if vision is None else asdict(vision.shape)
 
@@ -180,7 +179,7 @@ class HolisticVLMConfig(PreTrainedConfig):
         return 0 if self.embedding is None else self.embedding.num_layers
 
     def stack_of(self, layer: int) -> StackConfig:
-        """The stack that layer `layer`, counted through both, belongs to."""
+        """The stack of layer `layer`, counted through both."""
         if self.embedding is not None and layer < self.embedding.num_layers:
             return self.embedding
         return self.language
@@ -193,8 +192,8 @@ class HolisticVLMConfig(PreTrainedConfig):
     def image_token_id(self) -> int | None:
         return None if self.vision_config is None else self.vision_config.image_token_id
 
-    # Names under which transformers and other programs look for sizes: those of the language
-    # stack, but for the layers, which are counted through both.
+    # Sizes under the names that transformers and other programs read: those of the language stack,
+    # except for `num_hidden_layers`, which counts both stacks.
     @property
     def num_hidden_layers(self) -> int:
         return self.num_embedding_layers + self.language.num_layers

@@ -1,12 +1,10 @@
-"""Where image tokens sit in a prompt, and the longer sequence the embedding stack may see.
+"""Image tokens in a prompt, and their expansion into patches for the embedding stack.
 
-Legend: B batch, T columns of the prompt as the caller gives it, E columns as the embedding stack
-sees it, r patches that become one image token, N tiles.
-
-Callers give `tokens_per_tile` context ids a tile. With the pixel shuffle behind the embedding
-stack ("post") that stack sees every patch: each context id stands for r columns there. Rows then
-differ in length by their images, and are padded on the left, so that decoding can go on at the
-right.
+Callers pass `tokens_per_tile` context ids per tile. With the pixel shuffle after the embedding
+stack ("post"), that stack sees every patch: a context id becomes r columns. Rows with images of
+different sizes then differ in length and are padded on the left, so that decoding continues on the
+right. Legend: B batch, T columns of the prompt, E columns of the embedding stack, r patches per
+image token, N tiles.
 """
 
 from __future__ import annotations
@@ -23,10 +21,10 @@ from mmmamba_cli.model.config import HolisticVisionConfig
 
 @dataclass(frozen=True)
 class Expansion:
-    """The prompt as the embedding stack sees it.
+    """Mapping between the columns of a prompt and those of the embedding stack.
 
-    `source` (B, E) is the flat index into the (B * T) columns that each column stands for, -1 for
-    padding; `first` and `last` (B, T) are the columns of each original column, inclusive.
+    `source` (B, E) is the flat index into the (B * T) prompt columns, -1 for padding; `first` and
+    `last` (B, T) are the first and last embedding column of each prompt column.
     """
 
     source: Tensor
@@ -38,13 +36,13 @@ class Expansion:
         return self.source.shape[1] - self.last.shape[1]
 
     def expand(self, values: Tensor, fill: int) -> Tensor:
-        """Values (B, T) of the prompt's columns, laid out as (B, E)."""
+        """Repeat values (B, T) of prompt columns over their embedding columns, (B, E)."""
         spread = values.flatten()[self.source.clamp(min=0)]
         return torch.where(self.source < 0, torch.full_like(spread, fill), spread)
 
 
 def expand_image_columns(is_image: Tensor, ratio: int) -> Expansion:
-    """Make `ratio` columns of each image column; `is_image` is (B, T) bool."""
+    """Expand each image column of `is_image` (B, T) bool into `ratio` columns."""
     rows, length = is_image.shape
     counts = torch.where(is_image, ratio, 1)
     ends = counts.cumsum(1)
@@ -96,9 +94,10 @@ def image_token_mask(
 
 
 def check_tile_count(is_image: Tensor, tokens_per_tile: int, num_tiles: int) -> None:
-    """Check that the context ids of a prompt are just those its tiles need.
+    """Check that the number of context ids matches the number of tiles.
 
-    Raises `DataError` if their number differs, in all or by a fraction of a tile in a row.
+    Raises:
+        DataError: the total differs, or a row holds a fraction of a tile.
     """
     per_row = is_image.sum(1)
     total = int(per_row.sum())
@@ -119,12 +118,13 @@ def check_tile_count(is_image: Tensor, tokens_per_tile: int, num_tiles: int) -> 
 def select_new_tiles(
     pixel_values: Tensor, is_image: Tensor, tokens_per_tile: int, seen: Tensor
 ) -> Tensor:
-    """The tiles of `pixel_values` that belong to the columns `is_image` (B, T) of this call.
+    """Select the tiles of `pixel_values` that belong to the columns `is_image` (B, T) of this call.
 
-    `seen` (B,) counts the tiles whose columns a cache holds. The pixels may be those of the new
-    columns, or those of the whole conversation, row after row.
+    `seen` (B,) counts the tiles in the cache. `pixel_values` holds the tiles of the new columns, or
+    of the whole conversation, row by row.
 
-    Raises `DataError` if their number is neither.
+    Raises:
+        DataError: the number of tiles matches neither.
     """
     counts = is_image.sum(1) // tokens_per_tile
     per_row = tiles_per_row(counts, seen, len(pixel_values))
@@ -137,7 +137,11 @@ def select_new_tiles(
 
 
 def tiles_per_row(counts: Tensor, seen: Tensor, num_tiles: int) -> Tensor:
-    """How many of `num_tiles` belong to each row, (B,): `counts`, or these and those `seen`."""
+    """Number of the `num_tiles` tiles in each row, (B,): `counts`, or `counts + seen`.
+
+    Raises:
+        DataError: `num_tiles` matches neither.
+    """
     new, before = int(counts.sum()), int(seen.sum())
     if num_tiles == new:
         return counts
@@ -152,10 +156,10 @@ def tiles_per_row(counts: Tensor, seen: Tensor, num_tiles: int) -> Tensor:
 
 @dataclass
 class ImageColumns:
-    """Where images lie among the columns that a cache has seen; columns after these n are text.
+    """Positions of images among the columns of a cache; columns after these n are text.
 
-    `is_image` (B, n) bool; `begins` and `ends` (B, n) are the embedding stack's columns that each
-    column stands for, None while both stacks see the same ones.
+    `is_image` is (B, n) bool. `begins` and `ends` (B, n) delimit the embedding columns of each
+    column, None while both stacks see the same columns.
     """
 
     tokens_per_tile: int
@@ -164,14 +168,16 @@ class ImageColumns:
     ends: Tensor | None = None
 
     def count_row_tiles(self) -> Tensor:
-        """(B,) int64: tiles of each row."""
+        """Number of tiles in each row, (B,) int64."""
         return self.is_image.sum(1) // self.tokens_per_tile
 
     def extend(
         self, is_image: Tensor, expansion: Expansion | None, length: int, embedding_length: int
     ) -> None:
-        """Append the columns (B, T) of a call that follow `length` columns, `embedding_length` of
-        the embedding stack."""
+        """Append the columns (B, T) of a call.
+
+        They follow `length` columns, and `embedding_length` columns of the embedding stack.
+        """
         text = length - self.is_image.shape[1]
         if expansion is not None:
             ends = expansion.last + 1 + embedding_length
@@ -194,9 +200,10 @@ class ImageColumns:
                 setattr(self, name, value.index_select(0, rows.to(value.device)))
 
     def count_embedding_columns(self, columns: int, length: int, embedding_length: int) -> int:
-        """Columns of the embedding stack that the first `columns` of `length` stand for.
+        """Columns of the embedding stack that the first `columns` of `length` correspond to.
 
-        Raises `DataError` where they end within an image, or where rows differ in this.
+        Raises:
+            DataError: they end within an image, or rows differ in this number.
         """
         if columns >= self.is_image.shape[1]:
             return embedding_length - (length - columns)

@@ -1,9 +1,9 @@
-"""The Mamba-2 mixer that attention is turned into (mmMamba, arXiv 2502.13145, section 3).
+"""Mamba-2 mixer that replaces attention (mmMamba, arXiv 2502.13145, section 3).
 
-W_Q -> C, W_K -> B, W_V -> x and W_O are the teacher's, with their biases and the norm on q and k
-where it has them; new are the decay and input step dt, a
-short convolution over [v, k, q], and a gated norm on the output. Legend: B batch, T tokens, H query
-heads, K key/value heads shared by H / K query heads each, P head dim = state dim, W conv width.
+W_Q -> C, W_K -> B, W_V -> x and W_O come from the teacher, with its biases and its norm on q and k
+if present. New are the decay and input step dt, a short convolution over [v, k, q], and a gated
+norm on the output. Legend: B batch, T tokens, H query heads, K key/value heads shared by H / K
+query heads each, P head dim = state dim, W conv width.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GATED_NORM_EPS = 1e-5
 class CausalConv(nn.Conv1d):
     """Depthwise causal convolution and SiLU over the channels of [v, k, q], (B, T, channels).
 
-    A module of its own, so that hooks which bring weights to a device see it called.
+    A separate module, so that hooks that move weights to a device (accelerate) see its call.
     """
 
     def forward(  # type: ignore[override]
@@ -47,10 +47,10 @@ class CausalConv(nn.Conv1d):
 
 
 class Mamba2(nn.Module):
-    """Selective state-space mixer, (B, T, D) -> (B, T, D); `mix` stops before W_O.
+    """Selective state-space mixer, (B, T, D) -> (B, T, D); `mix` omits W_O.
 
     S_t = exp(-dt_t exp(A_log)) S_{t-1} + dt_t v_t k_t^T and y_t = S_t q_t, with
-    dt = softplus(x W_dt + dt_bias); the state (B, H, P, P) is fp32 whatever the weights are.
+    dt = softplus(x W_dt + dt_bias); the state (B, H, P, P) is fp32 for weights of any dtype.
     """
 
     def __init__(self, hidden_size: int, stack: StackConfig, options: MixerConfig, layer_idx: int):
@@ -85,11 +85,11 @@ class Mamba2(nn.Module):
         cache: Cache | None = None,
         weights: list[Tensor] | None = None,
     ) -> Tensor:
-        """`weights` collects the softmax of attention layers; this mixer adds nothing to it."""
+        """Apply the mixer. `weights` is ignored: it collects the softmax of attention layers."""
         return self.o_proj(self.mix(hidden, layout, cache))
 
     def mix(self, hidden: Tensor, layout: SequenceLayout, cache: Cache | None = None) -> Tensor:
-        """The gated, normed read-out before W_O, (B, T, H * P)."""
+        """Compute the gated, normed read-out before W_O, (B, T, H * P)."""
         batch, length, _ = hidden.shape
         conv_state, ssm_state = read_ssm_state(cache, self.layer_idx)
         v, k, q, conv_state = self.values_keys_queries(hidden, layout, conv_state)
@@ -113,7 +113,7 @@ class Mamba2(nn.Module):
     def values_keys_queries(
         self, hidden: Tensor, layout: SequenceLayout, conv_state: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """v and k (B, T, K, P), q (B, T, H, P), as the scan takes them, and the conv's state."""
+        """v and k (B, T, K, P), q (B, T, H, P), the inputs of the scan, and the conv state."""
         batch, length, _ = hidden.shape
         vkq = torch.cat((self.v_proj(hidden), self.k_proj(hidden), self.q_proj(hidden)), dim=-1)
         vkq, conv_state = self.conv1d(vkq, layout, conv_state)
@@ -129,14 +129,14 @@ class Mamba2(nn.Module):
         return v, k, q, conv_state
 
     def mixing_matrix(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
-        """What maps values to read-outs, (B, H, T, T) fp32 (arXiv 2405.21060, section 4).
+        """Matrix that maps values to read-outs, (B, H, T, T) fp32 (arXiv 2405.21060, section 4).
 
-        (q_t . k_s) exp(sum_{s < r <= t} dt_r A) dt_s, and 0 wherever a query may not look.
+        (q_t . k_s) exp(sum_{s < r <= t} dt_r A) dt_s, and 0 at masked keys.
         """
         _, k, q, _ = self.values_keys_queries(hidden, layout)
         dt = F.softplus(upcast(self.dt_proj(hidden)) + self.dt_bias).transpose(1, 2)
         if layout.mask is not None:
-            # Padding neither writes to the state nor lets it decay.
+            # Padding neither writes to the state nor decays it.
             dt = dt * layout.mask.unsqueeze(1)
         decay = (dt * -torch.exp(self.A_log).unsqueeze(-1)).cumsum(-1)
         passed = decay.unsqueeze(-1) - decay.unsqueeze(-2)

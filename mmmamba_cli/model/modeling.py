@@ -1,4 +1,4 @@
-"""The model with its language-model head, as transformers knows it."""
+"""The model with its language-modeling head, as a transformers model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ IGNORED_LABEL = -100
 
 
 class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
-    """Teacher, hybrid or linear student: `config.layer_types` tells which.
+    """Teacher, hybrid or linear student, depending on `config.layer_types`.
 
-    The name avoids "mamba", which `generate` takes as a sign of another cache argument.
+    The name avoids "mamba": `generate` passes another cache argument to classes of such names.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.text_embedding.weight"}  # noqa: RUF012
-    # `Trainer` passes `num_items_in_batch`, by which the loss is divided.
+    # `Trainer` then passes `num_items_in_batch`, the divisor of the loss.
     accepts_loss_kwargs = True
 
     def __init__(self, config: HolisticVLMConfig):
@@ -44,7 +44,7 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
 
     @property
     def _is_stateful(self) -> bool:
-        """Whether decoding cannot be taken back, as assisted decoding does: not with attention."""
+        """Whether the cache cannot be rolled back for assisted decoding: with linear layers."""
         return any(kind != ATTENTION for kind in self.config.layer_types)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -53,8 +53,8 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.lm_head = new_embeddings
 
-    # `**kwargs` takes what transformers' own models take: `generate`, `Trainer` and peft pass
-    # arguments that not every model reads.
+    # `**kwargs`, as in transformers' own models: `generate`, `Trainer` and peft pass arguments that
+    # not every model reads.
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -76,30 +76,34 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
-        """Next-token logits (B, T, V).
+        """Compute next-token logits (B, T, V), and the loss if `labels` are given.
 
-        input_ids: (B, T) ids; each image stands as `tokens_per_tile` context ids a tile.
-        pixel_values: (tiles of the whole batch, 3, S, S), in the order of their context ids.
-        attention_mask: (B, T), or (B, past + T), 1 for real tokens; padding left or right.
-        past_key_values, cache: what was seen before; one argument under its two names.
-        labels: (B, T) ids, -100 where nothing is scored; `num_items_in_batch` among `kwargs` is
-            what the loss is divided by, in place of their number. 0 if there are none.
-        seq_idx: (B, T) ids that tell packed sequences apart; mixers and positions start anew.
-        prompt_lengths: (B,) whole prompt lengths, which fix dynamic-NTK RoPE; needed only where a
-            prompt is fed in parts by the caller.
-        prefill_chunk_size: columns that pass a stack at a time, to bound memory.
-        logits_to_keep: the last so many columns, or an index tensor; 0 for all.
-        inputs_embeds: (B, T, D) in place of `input_ids`, as the first layer reads them.
-        position_ids: (B or 1, T) for RoPE, in place of a count of the real tokens. Positions that
-            start over, without a mask and a cache, tell packed sequences apart.
-        output_hidden_states: the input of the first layer, then the output of each layer, the last
-            one normed as the head reads it. With the pixel shuffle "post" those of the embedding
-            stack have a column for every patch.
-        output_attentions: (B, H, T, keys) of each attention layer, none of a linear one; needs
-            attn_implementation="eager".
+        Args:
+            input_ids: (B, T) ids; an image is `tokens_per_tile` context ids per tile.
+            pixel_values: (tiles of the whole batch, 3, S, S), in the order of their context ids.
+            attention_mask: (B, T) or (B, past + T), 1 at real tokens; left or right padding.
+            past_key_values, cache: the cache; two names of one argument.
+            labels: (B, T) ids, -100 at positions that are not scored. The loss is divided by
+                `num_items_in_batch` if `kwargs` has it, else by the number of scored labels; it is
+                0 without scored labels.
+            seq_idx: (B, T) ids of packed sequences; states and positions restart at each.
+            prompt_lengths: (B,) whole prompt lengths, which fix dynamic-NTK RoPE; needed only if
+                the caller passes a prompt in parts.
+            prefill_chunk_size: columns that pass through a stack at a time, to bound memory.
+            logits_to_keep: number of last columns, or an index tensor; 0 for all.
+            inputs_embeds: (B, T, D), replaces `input_ids` as the input of the first layer.
+            position_ids: (B or 1, T) for RoPE, replaces a count of the real tokens. Without mask
+                and cache, positions that restart mark packed sequences.
+            output_hidden_states: return the input of the first layer and the output of each layer,
+                the last one normed. With the pixel shuffle "post", those of the embedding stack
+                have one column per patch.
+            output_attentions: return (B, H, T, keys) of each attention layer; needs
+                attn_implementation="eager".
 
-        Raises `DataError` when context ids and tiles do not agree, and for what cannot go with
-        pictures; `ValueError` for arguments that do not go together.
+        Raises:
+            DataError: context ids and tiles do not match, or an argument cannot be used with
+                images.
+            ValueError: arguments exclude each other.
         """
         outputs = self.model(
             input_ids,
@@ -135,9 +139,9 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         return output if as_dict else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        """Cross-entropy of predicting `labels` (B, T) one column ahead, by transformers' function.
+        """Cross-entropy of next-token prediction of `labels` (B, T), by transformers' function.
 
-        The divisor is always given and at least 1: a mean over no label would be NaN.
+        The divisor is passed explicitly and is at least 1: a mean over no label would be NaN.
         """
         count = kwargs.pop("num_items_in_batch", None)
         if count is None:
@@ -161,9 +165,9 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers does it; with a cache, images belong to the first call of each turn.
+        """Extend transformers' method; with a cache, pass images in the first call of a turn only.
 
-        `generate` looks for the name `inputs_embeds` among these arguments.
+        `generate` inspects this signature for `inputs_embeds`.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -172,10 +176,10 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
             **_with_cache_name(kwargs),
         )
         cache = inputs.get(CACHE_NAME)
-        goes_on = cache is not None and cache.get_seq_length() > 0 and not is_first_iteration
-        # transformers leaves images out of an assistant's first call as well.
-        inputs["pixel_values"] = None if goes_on else kwargs.get("pixel_values")
-        # Positions follow from the mask, for each stack on its own.
+        continues = cache is not None and cache.get_seq_length() > 0 and not is_first_iteration
+        # transformers also drops the images of the first call in assisted decoding.
+        inputs["pixel_values"] = None if continues else kwargs.get("pixel_values")
+        # Each stack counts its positions from the mask.
         inputs.pop("position_ids", None)
         return inputs
 
@@ -201,10 +205,9 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Fix the prompt's length for RoPE, and chunk inside the model.
+        """Pass the prompt lengths for RoPE, and leave chunking to the model.
 
-        Cutting the ids before the model sees them would cut images, which the embedding stack may
-        have to see whole.
+        Chunks of ids would cut images, which the embedding stack may need whole.
         """
         if model_kwargs.get("prompt_lengths") is None:
             mask = model_kwargs.get("attention_mask")
@@ -224,7 +227,7 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat rows for beams, with a filled cache's.
+        """Repeat rows, and those of a filled cache, for beam search.
 
         The tiles of a row are repeated together, not one by one.
         """
@@ -259,14 +262,14 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
     def _tiles_of_rows(
         self, is_image: Tensor, num_tiles: int, cache: HybridCache | None
     ) -> list[int]:
-        """How many of the tiles belong to each row; `DataError` if their number does not fit."""
+        """Number of tiles in each row; `DataError` if `num_tiles` does not match."""
         per_tile = require_vision(self.config.vision_config).tokens_per_tile
         seen = None if cache is None else cache.decoding_state.count_row_tiles()
         if cache is None or seen is None:
             check_tile_count(is_image, per_tile, num_tiles)
             return (is_image.sum(1) // per_tile).tolist()
         counts, length = is_image.sum(1) // per_tile, cache.get_seq_length()
-        # The ids are those of the whole conversation, or those that follow the cache.
+        # The ids are those of the whole conversation or those after the cache.
         before = is_image[:, :length].sum(1) // per_tile
         is_whole = is_image.shape[1] > length and torch.equal(
             before, seen.to(before.device).expand_as(before)
@@ -277,7 +280,7 @@ class HolisticVLM(HolisticPreTrainedModel, GenerationMixin):
 
 
 def _with_cache_name(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A cache given under its other name is given under that of this release."""
+    """Pass a cache under the name that this release of transformers uses."""
     other = "past_key_values" if CACHE_NAME == "cache" else "cache"
     if arguments.get(other) is None:
         return {name: value for name, value in arguments.items() if name != other}

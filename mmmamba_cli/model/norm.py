@@ -1,4 +1,4 @@
-"""RMSNorm as a module; the arithmetic is `ops.rms_norm`."""
+"""RMSNorm modules around `ops.rms_norm` and `ops.gated_rms_norm`."""
 
 import torch
 from torch import Tensor, nn

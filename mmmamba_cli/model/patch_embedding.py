@@ -1,6 +1,6 @@
-"""From pixels to image tokens.
+"""Patch embedding and pixel shuffle: pixels to image tokens.
 
-Legend: N tiles, S side in pixels, g patches a side, D hidden size.
+Legend: N tiles, S side in pixels, g patches per side, D hidden size.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from mmmamba_cli.model.config import VisionConfig
 
 
 class VisionEmbedding(nn.Module):
-    """Patch embedding with learned positions, and the pixel shuffle with its projection."""
+    """Patch embedding with learned positions; pixel shuffle with a projector."""
 
     def __init__(self, config: VisionConfig, hidden_size: int):
         super().__init__()
         self.config = config
         patch, merged = config.patch_size, hidden_size * config.merge**2
         self.patch_embedding = nn.Conv2d(config.num_channels, hidden_size, patch, stride=patch)
-        # Row 0 belongs to a class token that the multimodal path does not have.
+        # Row 0 belongs to a class token, which the multimodal path does not use.
         self.position_embedding = nn.Parameter(torch.zeros(1, config.grid**2 + 1, hidden_size))
         self.projector = nn.Sequential(
             nn.Linear(merged, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Patches with their positions, (N, 3, S, S) -> (N, g * g, D), row by row."""
+        """Embed patches and add positions, (N, 3, S, S) -> (N, g * g, D), row by row."""
         pixels = pixel_values.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixels)
         height, width = patches.shape[-2:]
@@ -43,7 +43,7 @@ class VisionEmbedding(nn.Module):
         return self.projector(squares.reshape(tiles, count // m**2, size * m**2))
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """(1, height * width, D): the learned grid, resized bicubically in fp32 if it differs."""
+        """Learned positions (1, height * width, D), resized bicubically in fp32 to another grid."""
         grid, table = self.config.grid, self.position_embedding[:, 1:]
         if (height, width) == (grid, grid):
             return table

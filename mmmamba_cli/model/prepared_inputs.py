@@ -1,6 +1,6 @@
-"""A prompt as the stacks see it, and the checks of what it is made from.
+"""Checked model inputs with the layout of each stack.
 
-Legend: B batch, T columns of the prompt, E columns the embedding stack sees, D hidden size.
+Legend: B batch, T columns of the prompt, E columns of the embedding stack, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from mmmamba_cli.model.sequence_layout import SequenceLayout, StackState, next_l
 
 @dataclass(frozen=True)
 class PreparedInputs:
-    """Inputs as the stacks will see them; made by `HolisticDecoder.prepare`."""
+    """Inputs of both stacks, made by `HolisticDecoder.prepare`."""
 
     input_ids: Tensor | None
     pixel_values: Tensor | None
-    # (B, T) bool, or None where there is no image to place.
+    # (B, T) bool, True at image tokens; None without images.
     is_image: Tensor | None
-    # None unless the embedding stack sees more columns than the language stack.
+    # Set if the embedding stack sees more columns than the language stack.
     expansion: Expansion | None
     # None for a plain language model.
     embedding_layout: SequenceLayout | None
     language_layout: SequenceLayout
-    # (B, T, D) in place of the text embeddings of `input_ids`.
+    # (B, T, D), replaces the text embeddings of `input_ids`.
     inputs_embeds: Tensor | None = None
 
 
 def check_inputs(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor:
-    """The one of the two inputs that was given, (B, T) or (B, T, D).
+    """Return the one of `input_ids` (B, T) and `inputs_embeds` (B, T, D) that is not None.
 
-    Raises `ValueError` unless it is one of them, and for a mask of another shape than
-    (B, columns); `DataError` for an empty prompt.
+    Raises:
+        ValueError: both or neither were passed, or the mask is not (B, columns).
+        DataError: an empty prompt.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give one of input_ids and inputs_embeds")
@@ -74,9 +75,9 @@ def check_tile_shape(vision: HolisticVisionConfig, pixel_values: Tensor) -> None
 
 
 def check_pixels_given(vision: HolisticVisionConfig | None, input_ids: Tensor) -> None:
-    """Raise `DataError` for a tile's worth of context ids without pixels: no text has them.
+    """Raise `DataError` for context ids of at least one tile without `pixel_values`.
 
-    A compiled graph does not branch on values and leaves this out.
+    Skipped in a compiled graph, which cannot branch on values.
     """
     if vision is None or input_ids.shape[1] < vision.tokens_per_tile:
         return
@@ -92,9 +93,10 @@ def check_pixels_given(vision: HolisticVisionConfig | None, input_ids: Tensor) -
 
 
 def check_position_ids(position_ids: Tensor | None, mask: Tensor | None, state: StackState) -> None:
-    """Positions of the prompt's columns say nothing of the patches that "post" makes of them.
+    """Raise `DataError` for positions that differ from a count of the real tokens.
 
-    Those that count the real tokens, as data collators write them, are what is used anyway.
+    With the pixel shuffle "post", position_ids do not determine the positions of patches. Counted
+    positions, as data collators write them, are the default anyway.
     """
     if position_ids is None:
         return

@@ -1,4 +1,4 @@
-"""What the base model and the model with a head have in common as transformers models."""
+"""Base class of the transformers models: declarations and weight initialisation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from mmmamba_cli.model.patch_embedding import VisionEmbedding
 
 
 class HolisticPreTrainedModel(PreTrainedModel):
-    """Declarations for transformers: names of modules, what is supported, how weights begin.
+    """Declarations for transformers: module names, supported features, weight initialisation.
 
-    A base class is transformers' own way of sharing these between `AutoModel` and the model with
-    a head.
+    transformers shares these between `AutoModel` and the model with a head by a base class.
     """
 
     config_class = HolisticVLMConfig
@@ -32,11 +31,11 @@ class HolisticPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("Block",)
     _skip_keys_device_placement = ("past_key_values", "cache")
     _supports_sdpa = True
-    # Tensors of a teacher that no forward uses; they are kept on disk for exports.
+    # Tensors of a teacher that the model does not use; checkpoints keep them for exports.
     _keys_to_ignore_on_load_unexpected = (r"^unused\.",)
 
     def post_init(self) -> None:
-        """As transformers; `FP32_PARAMETERS` that this model has are kept in fp32 when loaded."""
+        """Extend transformers' method: keep the model's `FP32_PARAMETERS` in fp32 when loading."""
         parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
         self._keep_in_fp32_modules_strict = sorted(parts.intersection(FP32_PARAMETERS))
         super().post_init()
@@ -53,12 +52,12 @@ class HolisticPreTrainedModel(PreTrainedModel):
             init.zeros_(module.position_embedding)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As torch does it for `to`, `half` and `bfloat16`; `FP32_PARAMETERS` stay fp32.
+        """Implement `to`, `half` and `bfloat16`, keeping `FP32_PARAMETERS` in fp32.
 
-        transformers' `_keep_in_fp32_modules_strict` counts in `from_pretrained` alone.
+        transformers applies `_keep_in_fp32_modules_strict` in `from_pretrained` only.
         """
         parameters = [p for name, p in self.named_parameters() if is_fp32_parameter(name)]
-        # Tensors are compared by identity; the values keep them alive meanwhile.
+        # Keyed by identity; the values keep the tensors alive, so that no id is reused.
         kept = {id(t): t for p in parameters for t in (p, p.grad) if t is not None}
 
         def apply(tensor: Tensor) -> Tensor:

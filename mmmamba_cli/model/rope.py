@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated, and its scalings.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) of rotated halves, and its scalings.
 
 Legend: B batch, T tokens, P head dim.
 """
@@ -15,11 +15,11 @@ from mmmamba_cli.model.config import StackConfig
 
 
 def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch.device) -> Tensor:
-    """Inverse frequencies, fp32, for sequences of `lengths` tokens.
+    """Inverse frequencies in fp32 for sequences of `lengths` tokens.
 
-    `lengths` is an int or an integer tensor of any shape; the result has that shape plus (P/2,),
-    or is just (P/2,) where the length does not matter. Dynamic NTK replaces the base by
-    base * (f T / M - (f - 1)) ** (P / (P - 2)) where the length T exceeds the trained maximum M.
+    `lengths` is an int or an integer tensor of any shape. The result is (*lengths.shape, P/2) for
+    dynamic NTK, else (P/2,). Dynamic NTK replaces the base by
+    base * (f T / M - (f - 1)) ** (P / (P - 2)) if the length T exceeds the trained maximum M.
     """
     dim = stack.head_dim
     exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
@@ -39,10 +39,10 @@ def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch
 
 
 def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3.1's scaling (arXiv 2407.21783): `factor` slows the slow rotations, fast ones stay.
+    """Llama 3.1 scaling (arXiv 2407.21783): divide low frequencies by `factor`, keep high ones.
 
-    Between wavelengths M / high_freq_factor and M / low_freq_factor, M the length trained with
-    before, the share of the unscaled frequency falls linearly in M / wavelength.
+    Between wavelengths M / high_freq_factor and M / low_freq_factor, where M is the original
+    maximum length, the share of the unscaled frequency is linear in M / wavelength.
     """
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -51,6 +51,7 @@ def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
 
 
 def depends_on_length(stack: StackConfig) -> bool:
+    """Whether RoPE frequencies depend on the prompt length (dynamic NTK)."""
     return (stack.rope_scaling or {}).get("type") == "dynamic"
 
 
@@ -62,7 +63,7 @@ def rope_cos_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tup
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, T, heads, P) by the angles whose cosine and sine (B, T, P) are given."""
+    """Rotate x (B, T, heads, P) by the angles with cosine and sine (B, T, P)."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)

@@ -1,4 +1,4 @@
-"""What the layers of one stack must know about the columns they are given.
+"""Sequence layout of a batch: RoPE angles, padding masks, packed sequences, past length.
 
 A *column* is one position along the time axis of a batch, padding included. Legend: B batch,
 T columns of this call, S columns seen before, P head dim.
@@ -21,33 +21,33 @@ from mmmamba_cli.ops.attention import Segments, segments_of
 
 @dataclass
 class StackState:
-    """What a cache has to remember for one stack, beside keys, values and SSM states."""
+    """Decoding state of one stack, without its keys, values and SSM states."""
 
     length: int = 0
-    # (B, length) bool, or None while every column seen was a real token.
+    # (B, length) bool, True at real tokens; None while no padding was seen.
     mask: Tensor | None = None
-    # (B or 1, 1) position of the next token, or None while it is `length` in every row.
+    # (B or 1, 1) position of the next token; None while it equals `length` in every row.
     next_position: Tensor | None = None
-    # Whether positions were given by the caller, and whether the next one has to be.
+    # Whether the caller passed position_ids, and whether the next call must pass them.
     uses_position_ids: bool = False
     needs_position_ids: bool = False
-    # RoPE frequencies, fixed by the prompt they were first asked for with.
+    # RoPE inverse frequencies, fixed by the first prompt.
     inv_freq: Tensor | None = None
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep, reorder or repeat the rows of the batch (beam search)."""
         for name in ("mask", "next_position"):
             value = getattr(self, name)
-            # One position for all rows stays that.
+            # A position shared by all rows stays shared.
             if value is not None and (name == "mask" or len(value) > 1):
                 setattr(self, name, value.index_select(0, rows.to(value.device)))
         if self.inv_freq is not None and self.inv_freq.dim() > 1 and self.inv_freq.shape[0] > 1:
             self.inv_freq = self.inv_freq.index_select(0, rows.to(self.inv_freq.device))
 
     def crop(self, columns: int) -> None:
-        """Keep the first `columns` columns. RoPE frequencies stay those of the prompt.
+        """Keep the first `columns` columns and the prompt's RoPE frequencies.
 
-        Positions that a caller gave are not kept, so what follows has to come with its own.
+        Positions passed by the caller are not stored, so the next call must pass position_ids too.
         """
         self.needs_position_ids = self.uses_position_ids
         if self.mask is not None:
@@ -60,11 +60,11 @@ class StackState:
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """T columns of a batch as one stack sees them.
+    """Layout of T columns of a batch in one stack.
 
-    `mask` (B, T) bool marks real tokens (None: all real), `seq_idx` (B, T) tells packed sequences
-    apart (None: one per row), `past` is S, `key_mask` (B, S + T) and `key_seq_idx` are the same
-    for everything attention may look at.
+    `cos` and `sin` (B, T, P) are RoPE angles, `past` is S. `mask` (B, T) bool is True at real
+    tokens (None: no padding); `seq_idx` (B, T) numbers packed sequences (None: one per row).
+    `key_mask` and `key_seq_idx` (B, S + T) hold the same for all keys of attention.
     """
 
     cos: Tensor
@@ -74,7 +74,7 @@ class SequenceLayout:
     seq_idx: Tensor | None = None
     key_mask: Tensor | None = None
     key_seq_idx: Tensor | None = None
-    # The sequences of `mask` and `seq_idx`, where the caller knows them.
+    # The sequences of `mask` and `seq_idx`, if the caller computed them.
     precomputed_segments: Segments | None = None
 
     @property
@@ -82,9 +82,9 @@ class SequenceLayout:
         return self.cos.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceLayout:
-        """The same columns for layers on `device`, made once for each device.
+        """Copy the tensors to `device`, once for each device.
 
-        accelerate calls it for every layer of a model that is spread over devices.
+        accelerate calls this for every layer of a model that is spread over devices.
         """
         device = torch.device(device)
         if self.cos.device == device:
@@ -103,7 +103,7 @@ class SequenceLayout:
         return {}
 
     def chunk(self, start: int, stop: int) -> SequenceLayout:
-        """SequenceLayout `start` to `stop`, the ones before them having become the past."""
+        """Slice columns `start` to `stop`; earlier columns become the past."""
         if start == 0 and stop >= self.length:
             return self
         return replace(
@@ -117,7 +117,7 @@ class SequenceLayout:
         )
 
     def is_plain_causal(self, num_keys: int) -> bool:
-        """Whether a whole, unpadded, unpacked prefill is at hand: a causal flag says it all."""
+        """Whether `is_causal=True` is enough: a whole prefill without padding or packing."""
         return (
             self.past == 0
             and num_keys == self.length
@@ -126,9 +126,10 @@ class SequenceLayout:
         )
 
     def segments(self, num_keys: int) -> Segments | None:
-        """The sequences that padded or packed columns hold, where attention sees nothing else.
+        """Return the sequences of padded or packed columns for variable-length attention.
 
-        None in a compiled graph, since their number depends on values: attention takes a mask.
+        None with past columns, without padding and packing, and in a compiled graph, which cannot
+        branch on the number of sequences; attention then takes a mask.
         """
         if torch.compiler.is_compiling():
             return None
@@ -138,26 +139,26 @@ class SequenceLayout:
 
     @cached_property
     def _own_segments(self) -> Segments | None:
-        """Made once, since every layer of a stack asks for them."""
+        """Cached for the other layers of the stack."""
         if self.precomputed_segments is not None:
             return self.precomputed_segments
         return segments_of(self.mask, self.seq_idx)
 
     def attention_mask(self, num_keys: int) -> Tensor | None:
-        """(B or 1, 1, T, num_keys) bool, True where a query may look; None if it may look anywhere.
+        """(B or 1, 1, T, num_keys) bool, True where a query attends to a key; None for no mask.
 
-        `num_keys` is S + T, or more for a static cache, whose unused end is masked.
+        `num_keys` is S + T, or the capacity of a static cache, whose unused end is masked.
         """
         if self.length == 1 and num_keys == self.past + 1 and self.key_mask is None:
             return None
-        # A compiled graph cannot enter the lock of a cached property.
+        # torch.compile does not trace the lock of a cached property.
         if num_keys == self.past + self.length and not torch.compiler.is_compiling():
             return self._own_attention_mask
         return self._attention_mask(num_keys)
 
     @cached_property
     def _own_attention_mask(self) -> Tensor:
-        """Without unused keys; made once, since every layer of a stack asks for it."""
+        """The mask over S + T keys, cached for the other layers of the stack."""
         return self._attention_mask(self.past + self.length)
 
     def _attention_mask(self, num_keys: int) -> Tensor:
@@ -168,7 +169,7 @@ class SequenceLayout:
         if self.key_mask is not None:
             real = self.key_mask[:, : min(known, num_keys)]
             real = torch.nn.functional.pad(real, (0, num_keys - real.shape[1]))
-            # A padding query still sees itself: a row of softmax over nothing would be NaN.
+            # A padding query attends to itself: softmax over no key would be NaN.
             allowed = allowed & (real[:, None, :] | (keys[None, :] == queries[:, None])[None])
         if self.key_seq_idx is not None:
             ids = self.key_seq_idx
@@ -176,7 +177,7 @@ class SequenceLayout:
         return allowed.unsqueeze(1)
 
     def visible_keys(self) -> Tensor:
-        """(B or 1, 1, T, T) bool: where among these columns a query may look."""
+        """(B or 1, 1, T, T) bool, True where a query attends to a key of the same call."""
         mask = self.attention_mask(self.length)
         if mask is None:
             mask = torch.ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
@@ -195,11 +196,14 @@ def next_layout(
     device: torch.device,
     dtype: torch.dtype,
 ) -> SequenceLayout:
-    """Describe the next `num_columns` columns and advance `state` past them.
+    """Return the layout of the next `num_columns` columns and advance `state` past them.
 
-    `mask` and `seq_idx` are (B, T) for these columns only. `prompt_lengths` (B,) fixes the RoPE
-    base of dynamic NTK; without it each row's own length at the first call does. `position_ids`
-    (B or 1, T) takes the place of positions counted from the mask.
+    `mask` and `seq_idx` are (B, T), of these columns only. `prompt_lengths` (B,) fixes the RoPE
+    base of dynamic NTK; by default each row's length at the first call does. `position_ids`
+    (B or 1, T) replaces positions counted from the mask.
+
+    Raises:
+        DataError: the next position is unknown and `position_ids` is None.
     """
     past = state.length
     if position_ids is None and state.needs_position_ids:
@@ -226,7 +230,7 @@ def next_layout(
 
 
 def _frequencies(stack: StackConfig, lengths: Tensor, bound: int | None) -> Tensor:
-    """Frequencies for `lengths`; a `bound` on them that is short enough spares the work per row."""
+    """RoPE frequencies for `lengths`, shared by all rows if `bound`, their maximum, allows it."""
     short = bound is not None and bound <= stack.max_position_embeddings
     if short or not depends_on_length(stack):
         return inverse_frequencies(stack, 0, lengths.device)
@@ -254,7 +258,7 @@ def _positions(
     seq_idx: Tensor | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Positions (B or 1, T), and the lengths they belong to, (B or 1, 1)."""
+    """Positions (B or 1, T), and the sequence lengths (B or 1, 1) or (B, T) for RoPE."""
     if mask is None and seq_idx is None and state.next_position is None:
         positions = torch.arange(state.length, state.length + num_columns, device=device)[None]
         return positions, torch.full((1, 1), state.length + num_columns, device=device)
@@ -275,7 +279,7 @@ def _positions(
 
 
 def _packed_positions(real: Tensor, counted: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions that start anew, and the length of its own sequence, at every column."""
+    """Positions that restart in each packed sequence, and its length at every column, (B, T)."""
     boundary = torch.zeros_like(real, dtype=torch.bool)
     boundary[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     before = counted - real
@@ -286,7 +290,7 @@ def _packed_positions(real: Tensor, counted: Tensor, seq_idx: Tensor) -> tuple[T
 
 
 def packed_sequences(position_ids: Tensor | None) -> Tensor | None:
-    """(B, T) ids of the sequences that positions which start over tell apart, None for one a row.
+    """Derive (B, T) sequence ids from positions that restart; None for one sequence per row.
 
     Collators that pack sequences without padding describe them by `position_ids` alone.
     """
@@ -294,7 +298,7 @@ def packed_sequences(position_ids: Tensor | None) -> Tensor | None:
         return None
     begins = torch.zeros_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    # A compiled graph does not branch on values: one sequence a row is then a case of several.
+    # A compiled graph cannot branch on values, so one sequence per row gets ids too.
     if not torch.compiler.is_compiling() and not bool(begins.any()):
         return None
     return begins.long().cumsum(1)

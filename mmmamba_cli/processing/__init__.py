@@ -1,4 +1,4 @@
-"""Texts and pictures to the model's inputs: tokenizer, tiling, chat template and processor."""
+"""Preprocessing of text and images: tokenizer, tiling, chat template and processor."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
 
 
 def register_processing(config_class: type[Any]) -> None:
-    """Let transformers' AutoTokenizer and AutoProcessor find ours for models of that config."""
+    """Register tokenizer and processors with transformers' Auto classes for `config_class`."""
     AutoTokenizer.register(config_class, HolisticVLMTokenizer, exist_ok=True)
     AutoProcessor.register(config_class, HolisticVLMProcessor, exist_ok=True)
     AutoProcessor.register(TextOnlyMarker, HolisticTextProcessor, exist_ok=True)

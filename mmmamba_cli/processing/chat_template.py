@@ -1,17 +1,16 @@
-"""The chat template `internlm2-chat`: from a conversation to a prompt.
+"""Chat template `internlm2-chat`: conversation to prompt.
 
-A prompt is a list of parts: text, special tokens, and slots for pictures. Keeping them apart until
-they are ids means that a message cannot contain a special token by typing its characters: what a
-message says is text, and `<|im_end|>` in a question is ten ordinary characters. The tokens with
-which the model points at things (`GROUNDING_TOKENS`) are the exception, they are part of its
-language.
+A prompt is a list of parts: text, special tokens, and image slots. They stay apart until they are
+encoded, so that a message cannot inject a special token by typing its characters: `<|im_end|>` in a
+question is ten ordinary characters. `GROUNDING_TOKENS` are the exception, since the model uses them
+in its answers.
 
-The characters `<image>` stand for a picture in one place only: in a user's message that is a plain
-string, where pictures are given that no content part places. In the text of a content part, in a
-conversation without pictures, and in what the system and the assistant say, they are text.
+`<image>` is an image placeholder only in a user message that is a plain string, and only for images
+that no content part places. In the text of a content part, in a conversation without images, and in
+system and assistant messages, it is text.
 
-`CHAT_TEMPLATE` is the same template for transformers' `apply_chat_template`, which makes one string
-of it: there, as everywhere in transformers, special tokens in messages are taken for what they are.
+`CHAT_TEMPLATE` is the same template for transformers' `apply_chat_template`, which renders one
+string. There, as everywhere in transformers, special tokens in messages are special tokens.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ ConversationInput = str | Sequence[Message]
 
 @dataclass(frozen=True)
 class SpecialToken:
-    """A special token that is meant as one, once or several times in a row."""
+    """A special token, repeated `times` times."""
 
     token: str
     times: int = 1
@@ -71,7 +70,7 @@ class SpecialToken:
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """The place of a picture; of the next one given where `source` is None."""
+    """Slot of an image; of the next image passed beside the messages if `source` is None."""
 
     source: Any = None
 
@@ -82,7 +81,7 @@ Content = list[str | ImageSlot]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says: texts, and the places of pictures between them."""
+    """Message of one role: texts with image slots between them."""
 
     role: str
     content: tuple[str | ImageSlot, ...]
@@ -95,16 +94,17 @@ class Turn:
 def as_turns(
     conversation: str | Sequence[Message], num_images: int, *, placeholders: bool = False
 ) -> list[Turn]:
-    """A question or a list of messages -> turns in which every picture has its place.
+    """Convert a question or a list of messages to turns with a slot for every image.
 
-    A message is `{"role": ..., "content": ...}`; its content is text, or a list of
-    `{"type": "text", "text": ...}` and, from the user, `{"type": "image"}`, which may carry its
-    picture as `image` or `path`. `num_images` pictures are given beside the messages. Those that no
-    content part places belong to the `<image>` in the user's plain strings; if there are none
-    either, they are put in front of the first user message, see `place_images`. With
-    `placeholders`, as in files of training data, `<image>` in a plain string stands for a picture
-    whether one is left for it or not. Raises `DataError` for anything else; whether the numbers of
-    places and pictures agree is for `check_images` to say.
+    A message is `{"role": ..., "content": ...}`. Its content is text, or a list of
+    `{"type": "text", "text": ...}` and, from the user, `{"type": "image"}`, optionally with the
+    image as `image` or `path`. `num_images` images are passed beside the messages. Images without a
+    content part take the `<image>` in the user's plain strings; without any, they go before the
+    first user message, see `image_lines`. With `placeholders`, as in training data, every `<image>`
+    in a plain string is a slot. `check_images` compares the numbers of slots and images.
+
+    Raises:
+        DataError: a message of another form.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
@@ -125,9 +125,9 @@ def as_turns(
 
 
 def image_lines(num_images: int) -> Content:
-    """The places of pictures before a question, as the published evaluations write them.
+    """Image slots before a question, in the format of the published evaluations.
 
-    One picture: a line of its own; several: a line `Image-1: `, `Image-2: `, ... for each.
+    One image takes a line of its own; several take lines `Image-1: `, `Image-2: `, ...
     """
     if num_images == 1:
         return [ImageSlot(), "\n"]
@@ -138,7 +138,7 @@ def image_lines(num_images: int) -> Content:
 
 
 def place_images(question: str, num_images: int) -> str:
-    """`image_lines` before a question, as one string in which `<image>` stands for a picture."""
+    """Prepend `image_lines` to a question, as a string with `<image>` placeholders."""
     lines = image_lines(num_images) if num_images else []
     shown = [IMAGE_PLACEHOLDER if isinstance(part, ImageSlot) else part for part in lines]
     return "".join(shown) + question
@@ -150,11 +150,10 @@ def render_chat(
     system: str | None = None,
     add_generation_prompt: bool = True,
 ) -> list[PromptPart]:
-    """Turns -> the parts of their prompt, without the begin token.
+    """Render turns as the parts of a prompt, without the begin token.
 
-    `system` is the system text of a conversation that does not start with its own; None is
-    `DEFAULT_SYSTEM`. There is no newline between turns. `add_generation_prompt` opens the
-    assistant's turn.
+    `system` is the system text of a conversation without one; None is `DEFAULT_SYSTEM`. Turns are
+    not separated by newlines. `add_generation_prompt` opens the assistant's turn.
     """
     listed = list(turns)
     if not listed or listed[0].role != "system":
@@ -168,7 +167,7 @@ def render_chat(
 
 
 def split_images(text: str, at_most: int = -1) -> Content:
-    """Text -> text and a slot for each `<image>` in it, or for the first `at_most`."""
+    """Split text at each `<image>`, or at the first `at_most`, into texts and image slots."""
     first, *rest = text.split(IMAGE_PLACEHOLDER, at_most) if at_most else (text,)
     parts: Content = [first]
     for piece in rest:
@@ -177,16 +176,13 @@ def split_images(text: str, at_most: int = -1) -> Content:
 
 
 def content_with_images(text: str, num_images: int) -> list[Any]:
-    """Text -> a message's content in which its first `num_images` `<image>` are places of pictures.
-
-    Further ones are text.
-    """
+    """Message content of a text; its first `num_images` `<image>` are slots, others are text."""
     parts = split_images(text, num_images)
     return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
 def join_text(parts: Iterable[PromptPart]) -> list[PromptPart]:
-    """Put neighbouring texts together, so that they are encoded as one, and drop empty ones."""
+    """Join adjacent texts, so that they are encoded as one, and drop empty texts."""
     joined: list[PromptPart] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
@@ -197,7 +193,7 @@ def join_text(parts: Iterable[PromptPart]) -> list[PromptPart]:
 
 
 def check_images(parts: Iterable[PromptPart], num_images: int) -> None:
-    """Raise `DataError` unless there is one slot for each picture."""
+    """Raise `DataError` unless there is one slot per image."""
     slots = sum(isinstance(part, ImageSlot) for part in parts)
     if slots != num_images:
         raise DataError(
@@ -210,7 +206,7 @@ def check_images(parts: Iterable[PromptPart], num_images: int) -> None:
 def expand_images(
     parts: Iterable[PromptPart], context_tokens: Iterable[int]
 ) -> Iterator[str | SpecialToken]:
-    """Replace the slots by `<img>`, n times `<IMG_CONTEXT>` and `</img>`, n as given for each."""
+    """Replace each slot by `<img>`, its number of `<IMG_CONTEXT>`, and `</img>`."""
     counts = iter(context_tokens)
     for part in parts:
         if isinstance(part, ImageSlot):
@@ -262,7 +258,7 @@ def _turn(message: Any, index: int) -> Turn:
 
 
 def _parts(item: Any, where: str, role: str) -> Content:
-    """The parts of one item of a message's content; a picture is followed by a newline."""
+    """Parts of one content item of a message; an image is followed by a newline."""
     match item:
         case ImageSlot() if role == "user":
             return [item]

@@ -1,8 +1,8 @@
-"""Control tokens of a plain language model, and texts in which their characters are only text.
+"""Escaping of control tokens typed in messages to a plain language model.
 
-A chat template makes one string of a conversation, so that the token `<|im_start|>` and the ten
-characters that a message may contain look the same in it. Here the typed ones are replaced by marks
-before the template is applied, and become text again where ids are made of the result.
+A chat template renders a conversation as one string, in which the token `<|im_start|>` and the same
+characters typed in a message are equal. Typed ones are replaced by placeholders before the template
+is applied, and are encoded as text afterwards.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
 class ControlTokens:
     """The special tokens of a tokenizer.
 
-    Added tokens that the tokenizer does not mark as special, such as `<think>` in many families,
-    are part of the model's language and keep their meaning.
+    Added tokens that are not special, for example `<think>` in many families, are not escaped.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -32,30 +31,33 @@ class ControlTokens:
         added = tokenizer.added_tokens_decoder
         self.by_id = {index: str(token) for index, token in added.items() if token.special}
         self._ids = {token: index for index, token in self.by_id.items() if token}
-        # Drawn at random, so that a message cannot contain a mark.
+        # Random, so that a message cannot contain a placeholder.
         self._nonce = secrets.token_hex(8)
         longest_first = sorted(self._ids, key=len, reverse=True)
-        # An empty alternative would match everywhere.
+        # `(?!)` matches nothing; an empty pattern would match everywhere.
         self._token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._mark = re.compile(f"\ufdd0{self._nonce}:(\\d+)\ufdd1")
 
     def escape(self, text: str) -> str:
-        """The text of a message, its control tokens replaced by marks."""
+        """Replace the control tokens in a message by placeholders."""
         return self._token.sub(lambda found: self._placeholder("\ufdd0", found[0]), text)
 
     def has_tokens(self, text: str) -> bool:
-        """Whether control tokens stand in a text."""
+        """Whether a text contains control tokens."""
         return self._token.search(text) is not None
 
     def unescape(self, text: str) -> str:
-        """The text with the typed characters in place of marks."""
+        """Replace placeholders by the typed characters."""
         return self._mark.sub(lambda found: self.by_id[int(found[1])], text)
 
     def encode(self, rendered: str) -> list[int]:
-        """Ids of a rendered conversation: marks as text, control tokens as tokens.
+        """Encode a rendered conversation: placeholders as text, control tokens as tokens.
 
-        Nothing is put around it. Raises `DataError` if the tokenizer has a typed token as an
-        ordinary piece of its vocabulary, so that it cannot be written as text.
+        No begin or end token is added.
+
+        Raises:
+            DataError: the tokenizer cannot encode a typed token as text, since it is an ordinary
+                piece of its vocabulary.
         """
         if self._mark.search(rendered) is None:
             return list(self._tokenizer(rendered, add_special_tokens=False).input_ids)
@@ -71,9 +73,7 @@ class ControlTokens:
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a plain text in which control tokens are text, with what the tokenizer puts around
-        it, such as a begin token.
-        """
+        """Encode plain text with the tokenizer's begin and end tokens; control tokens are text."""
         if not self.has_tokens(text):
             return list(self._tokenizer(text, add_special_tokens=True).input_ids)
         around, alone = (
@@ -88,7 +88,7 @@ class ControlTokens:
         return f"{kind}{self._nonce}:{self._ids[token]}\ufdd1"
 
     def _encode_pieces(self, rendered: str) -> list[int]:
-        """Of a tokenizer in Python: each text between control tokens on its own."""
+        """Encode the texts between control tokens one by one (tokenizers in Python)."""
         ids: list[int] = []
         end = 0
         for found in self._token.finditer(rendered):
@@ -106,7 +106,7 @@ class ControlTokens:
         return list(tokenizer.convert_tokens_to_ids(tokens))
 
     def _encode_with_copy(self, rendered: str) -> list[int]:
-        """Of a tokenizer in Rust: by a copy that knows the control tokens under other names."""
+        """Encode with a copy of a Rust tokenizer, in which control tokens have other names."""
         copy, ids = self._copy
         text = self._token.sub(lambda found: self._placeholder("\ufdd2", found[0]), rendered)
         found = copy.encode(self.unescape(text), add_special_tokens=False).ids
@@ -114,7 +114,7 @@ class ControlTokens:
 
     @cached_property
     def _copy(self) -> tuple[Any, Mapping[int, int]]:
-        """The tokenizer with control tokens of other names, and its ids of added tokens as ours."""
+        """The copy with renamed control tokens, and the original id of each of its added tokens."""
         backend = self._tokenizer.backend_tokenizer
         state = json.loads(backend.to_str())
         described: Sequence[dict[str, Any]] = state["added_tokens"]

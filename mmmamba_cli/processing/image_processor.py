@@ -1,4 +1,4 @@
-"""From pictures to the tensor the model reads. PIL only, whether torchvision is there or not."""
+"""Image processor: images to `pixel_values`. Uses PIL only, with or without torchvision."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ from mmmamba_cli.processing.images import (
 from mmmamba_cli.processing.processor_kwargs import TILING_KWARGS, HolisticVLMImagesKwargs
 from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize, stack_tiles
 
-# What transformers writes into the file beside the settings.
+# Keys that transformers adds to the saved settings.
 _SAVED_METADATA = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
 
 
 class ImageProcessor(BaseImageProcessor):
-    """Opens, tiles and normalises pictures; saved and loaded as transformers' image processors are.
+    """Open, tile and normalise images; saved and loaded like transformers' image processors.
 
-    `image_size` is S, the side of a tile in pixels; a picture becomes `min_tiles` to `max_tiles`
-    tiles, the thumbnail of `use_thumbnail` not counted. Pictures of more than `max_pixels` pixels
-    are refused. Raises `DataError` for numbers that fit no grid.
+    `image_size` is S, the side of a tile in pixels. An image is cut into `min_tiles` to `max_tiles`
+    tiles, plus the thumbnail if `use_thumbnail`. Images of more than `max_pixels` pixels are
+    refused.
+
+    Raises:
+        DataError: no grid has these numbers of tiles.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
     valid_kwargs = HolisticVLMImagesKwargs
 
-    # `kwargs` is what transformers saves with an image processor and hands back when loading it.
+    # `kwargs` holds the keys that transformers saves with an image processor.
     def __init__(
         self,
         image_size: int = 448,
@@ -55,16 +58,16 @@ class ImageProcessor(BaseImageProcessor):
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
         self.max_pixels = max_pixels
-        # Refuses numbers that fit no grid.
+        # Raises for numbers of tiles that fit no grid.
         self.tiling  # noqa: B018
 
     @property
     def tiling(self) -> Tiling:
-        """How a picture is cut."""
+        """The settings of tiling."""
         return Tiling(self.image_size, self.min_tiles, self.max_tiles, self.use_thumbnail)
 
     def with_tile_limits(self, min_tiles: int | None, max_tiles: int | None) -> ImageProcessor:
-        """The same with other numbers of tiles; None keeps a number."""
+        """Copy with other numbers of tiles; None keeps a number."""
         return ImageProcessor(
             self.image_size,
             self.min_tiles if min_tiles is None else min_tiles,
@@ -83,10 +86,12 @@ class ImageProcessor(BaseImageProcessor):
         max_tiles: int | None = None,
         **kwargs: Any,
     ) -> ImageFeature:
-        """`pixel_values` (sum of tiles, 3, S, S), float32, and `num_tiles` of each if asked for.
+        """Return `pixel_values` (sum of tiles, 3, S, S), float32, and optionally `num_tiles`.
 
-        `images` is one picture or a list of them. Raises `DataError` for a picture that cannot be
-        used and for keywords that would change how pictures are cut and normalised.
+        `images` is an image or a list of images.
+
+        Raises:
+            DataError: an image cannot be used, or a keyword would change tiling or normalisation.
         """
         changed = [name for name, value in kwargs.items() if value is not None]
         if args or changed:
@@ -103,15 +108,16 @@ class ImageProcessor(BaseImageProcessor):
         return ImageFeature(found)
 
     def tile(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
-        """Pictures -> their tiles (sum of tiles, 3, S, S) in float32, and the tiles of each.
+        """Tiles of the images (sum of tiles, 3, S, S), normalised float32, and tiles per image.
 
-        Raises `DataError` for a picture that cannot be used, see `open_image`.
+        Raises:
+            DataError: an image cannot be used, see `open_image`.
         """
         pixels, counts = self.tile_uint8(images)
         return normalize(pixels), counts
 
     def tile_uint8(self, images: Sequence[ImageSource]) -> tuple[Tensor, list[int]]:
-        """The same before `normalize`, as uint8: a quarter of the bytes to hand on."""
+        """Tiles as by `tile` before `normalize`, uint8: a quarter of the bytes to transfer."""
         size, tiling = self.image_size, self.tiling
         pixels = [torch.empty(0, 3, size, size, dtype=torch.uint8)]
         for index, source in enumerate(images, start=1):
@@ -121,6 +127,6 @@ class ImageProcessor(BaseImageProcessor):
 
 
 def to_requested_type(pixels: Tensor, return_tensors: str | None) -> Any:
-    """float32 pixels as the caller wants them; without a wish they stay a tensor."""
+    """Convert float32 pixels to `return_tensors`, "np" or a tensor."""
     kind = getattr(return_tensors, "value", return_tensors)
     return pixels.numpy() if kind == "np" else pixels

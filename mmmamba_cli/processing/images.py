@@ -1,23 +1,20 @@
-"""Opening pictures: from a path, from bytes, as PIL images or as arrays, always as 8-bit RGB.
+"""Image input: paths, bytes, PIL images and arrays as 8-bit RGB; nested lists of images.
 
-The rules are those of `Image.open(...).convert("RGB")`, with which the published models were
-trained and evaluated, wherever that is well defined:
+Images are converted as by `Image.open(...).convert("RGB")`, with which the published models were
+trained and evaluated:
 
 - the EXIF orientation is not applied;
-- transparency is dropped: the colours stored below it show, nothing is composited;
-- CMYK is converted by PIL's plain formula, without colour profiles;
-- 1-bit and palette pictures become their colours.
+- transparency is dropped, and the stored colours below it are kept;
+- CMYK is converted by PIL's formula, without colour profiles;
+- 1-bit and palette images are converted to their colours.
 
-It is not well defined, and differs between PIL versions, for 16-bit greys: they are scaled to
-8 bits here (65535 is white), never clipped. What is shown otherwise than in the file comes with an
-`ImageNote`, a warning that names the picture:
+PIL versions differ for 16-bit greys; here they are scaled to 8 bits (65535 is white), not clipped.
+Conversions that lose information warn with an `ImageNote`, which names the image:
 
-- of several frames or pages the first is taken (of a PIL image the one it is at, without a note);
-- of 32-bit and floating-point values white is 1, 255 or 65535, the first of them that none exceeds;
-  beyond that, and below 0, the lowest value is black and the highest white;
-- Lab is converted to sRGB, for which PIL has no plain formula.
-
-Which pictures belong to which text, for the ways in which callers nest them.
+- of several frames or pages the first is taken (of a PIL image the current one, without a warning);
+- for 32-bit and floating-point values, white is the first of 1, 255 and 65535 that no value
+  exceeds; with larger or negative values, the minimum is black and the maximum white;
+- Lab is converted to sRGB by a colour profile.
 """
 
 from __future__ import annotations
@@ -45,17 +42,13 @@ from mmmamba_cli.processing.chat_template import (
 )
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
-
-# From here on PIL warns of a decompression bomb; as 8-bit RGB it is 256 MiB.
+# PIL's limit before its decompression bomb warning; 256 MiB as 8-bit RGB.
 MAX_PIXELS = 89_478_485
-
-# Camera files whose further frames are previews or the other eye of a stereo pair.
+# Camera formats whose further frames are previews or the other image of a stereo pair.
 STILL_FORMATS = frozenset({"MPO"})
-
-# Grey, colour, and colour with transparency.
+# Numbers of channels: grey, RGB, RGBA.
 CHANNELS = (1, 3, 4)
-
-# What PIL's decoders raise for damaged data.
+# Exceptions of PIL's decoders for damaged data.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -65,25 +58,28 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
-
-# Values that stand for white where a file does not say which: of shares, of 8 and of 16 bits.
+# Candidates for white without a fixed range: floats from 0 to 1, 8-bit and 16-bit values.
 WHITE_VALUES = (1, 255, 65535)
+ImagesInput = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
 
 
 class ImageNote(MmmambaWarning):
-    """A picture was shown otherwise than its file says; see the module."""
+    """The conversion to 8-bit RGB lost information; see the module."""
 
 
 def open_image(
     source: ImageSource, *, label: str = "the image", max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Open one picture as 8-bit RGB; a PIL image that is given is left as it was.
+    """Open an image as 8-bit RGB; a PIL image is not modified.
 
     `source` is a path, the bytes of an image file, a PIL image, or an array or tensor (H, W),
-    (H, W, C) or (C, H, W) of uint8 or of floats from 0 to 1. `label` names it in errors where it
-    has no path. Warns with an `ImageNote` if it is animated or paged, or has values whose white
-    is not fixed. Raises `DataError`, in one sentence naming the picture, if it is missing, damaged,
-    truncated, empty, larger than `max_pixels`, or has values that are not finite numbers.
+    (H, W, C) or (C, H, W) of uint8 or of floats from 0 to 1. `label` names an image without a path
+    in messages. Warns with an `ImageNote` for several frames or pages, for values without a fixed
+    range and for Lab colours.
+
+    Raises:
+        DataError: the image is missing, damaged, truncated, empty, larger than `max_pixels`, or has
+            values that are not finite.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, label, max_pixels)
@@ -106,9 +102,9 @@ def open_image(
 
 
 def image_size(source: ImageSource, *, label: str = "the image") -> tuple[int, int]:
-    """(width, height) as the file's header says; its pixels are not decoded.
+    """(width, height) from the file header, without decoding the pixels.
 
-    Raises `DataError` as `open_image` does, as far as the header tells.
+    Raises `DataError` for the errors of `open_image` that show in the header.
     """
     if isinstance(source, np.ndarray | torch.Tensor):
         source = _from_array(source, label)
@@ -121,8 +117,70 @@ def image_size(source: ImageSource, *, label: str = "the image") -> tuple[int, i
         return image.size
 
 
+def is_list(value: object) -> bool:
+    """Whether `value` is a list, or an array or tensor of several images."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.ndim == 4
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def as_image_list(images: Any) -> list[ImageSource]:
+    """None, an image or a list of images as a list."""
+    if images is None:
+        return []
+    return list(images) if is_list(images) else [images]
+
+
+def split_images_by_text(images: Any, wanted: list[int]) -> list[list[ImageSource]]:
+    """Assign images to texts; text i has `wanted[i]` slots."""
+    listed = as_image_list(images)
+    if any(is_list(one) for one in listed):
+        if len(listed) != len(wanted):
+            raise DataError(f"there are {len(wanted)} texts and {len(listed)} lists of images")
+        return [as_image_list(one) for one in listed]
+    if sum(wanted) != len(listed):
+        raise DataError(
+            f"the text has {sum(wanted)} {IMAGE_PLACEHOLDER} but {len(listed)} images are given",
+            f"write {IMAGE_PLACEHOLDER} once for each image",
+        )
+    rest = iter(listed)
+    return [[next(rest) for _ in range(count)] for count in wanted]
+
+
+def split_images_by_conversation(
+    conversation: Any, images: Any
+) -> tuple[list[ConversationInput], list[list[ImageSource]]]:
+    """Lists of conversations and of the images of each, from one conversation or several."""
+    if not isinstance(conversation, str) and not conversation:
+        raise DataError("there is no conversation", "pass a question or at least one message")
+    if isinstance(conversation, str) or isinstance(conversation[0], Mapping):
+        pictures = as_image_list(images)
+        # `[[image]]` for a single conversation, as in transformers.
+        nested = len(pictures) == 1 and is_list(pictures[0])
+        return [conversation], [as_image_list(pictures[0]) if nested else pictures]
+    if images is None:
+        return list(conversation), [[] for _ in conversation]
+    if not is_list(images) or len(images) != len(conversation):
+        raise DataError(
+            f"there are {len(conversation)} conversations, but images is not a list of as many "
+            "lists of images"
+        )
+    return list(conversation), [as_image_list(one) for one in images]
+
+
+def fill_slots(parts: Sequence[PromptPart], given: Sequence[ImageSource]) -> list[ImageSource]:
+    """Images of a prompt in the order of its slots; `given` images fill slots without one.
+
+    Surplus images stay at the end, so that `check_images` reports them.
+    """
+    rest = iter(given)
+    slots = [part for part in parts if isinstance(part, ImageSlot)]
+    found = [next(rest, None) if slot.source is None else slot.source for slot in slots]
+    return [one for one in found if one is not None] + list(rest)
+
+
 def _from_array(values: np.ndarray | torch.Tensor, label: str) -> Image.Image:
-    """A picture from its values; channels come first where both ends could be channels."""
+    """Image from an array; channels come first if both ends could be channels."""
     if isinstance(values, torch.Tensor):
         # NumPy has no bfloat16.
         values = values.detach().cpu()
@@ -139,7 +197,7 @@ def _from_array(values: np.ndarray | torch.Tensor, label: str) -> Image.Image:
         raise DataError(f"{label} is empty: an array of shape {tuple(shape)}")
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
-        # A comparison that NaN fails too.
+        # Written so that NaN fails the comparison.
         if not (low >= 0 and high <= 1):
             raise DataError(
                 f"{label} has floating-point values from {low:g} to {high:g}, expected 0 to 1",
@@ -158,7 +216,7 @@ def _from_array(values: np.ndarray | torch.Tensor, label: str) -> Image.Image:
 
 @contextmanager
 def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
-    """`Image.open`, which reads the header only, with its errors as ours."""
+    """`Image.open`, which reads the header only, with its errors as `DataError`."""
     try:
         image = Image.open(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -186,14 +244,14 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int, from_file: bool = Fa
 
 def _load(image: Image.Image, name: str, from_file: bool) -> None:
     try:
-        # Before the pixels: PIL closes a TIFF after loading unless its pages were counted.
+        # Counted first: otherwise PIL closes a TIFF after loading.
         frames = getattr(image, "n_frames", 1)
         image.load()
-        # Of a PIL image the caller has chosen the frame.
+        # The caller has chosen the frame of a PIL image.
         if from_file and frames > 1 and image.format not in STILL_FORMATS:
             _warn(f"{name} has {frames} frames or pages; the first is taken")
     except (IndexError, KeyError, TypeError) as error:
-        # PIL's own opening takes these for damage too; its decoding lets them out.
+        # PIL treats these as damage when opening, but not when decoding.
         raise DataError(f"{name} is damaged: {error}") from error
 
 
@@ -228,7 +286,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
         assert converted is not None
         return converted
     if mode == "P":
-        # The same colours as straight to RGB, without PIL's warning about transparency.
+        # Avoids PIL's warning about transparency; the colours are the same.
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -240,7 +298,7 @@ def _scale_16_bit(values: np.ndarray) -> Image.Image:
 
 
 def _scale_wide(values: np.ndarray, name: str) -> Image.Image:
-    """Greys of any range to 0..255, rounded to nearest; says what was taken for black and white."""
+    """Greys of any range to 0..255, rounded to nearest, with a warning that names the range."""
     if not np.isfinite(values).all():
         raise DataError(
             f"{name} has values that are not finite numbers", "save it again as 8-bit or 16-bit"
@@ -258,68 +316,3 @@ def _scale_wide(values: np.ndarray, name: str) -> Image.Image:
 
 def _warn(text: str) -> None:
     warnings.warn(ImageNote(text), stacklevel=2)
-
-
-ImagesInput = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
-
-
-def is_list(value: object) -> bool:
-    """Whether it is a list of things, and not a thing: a batch of pictures as one array is."""
-    if isinstance(value, np.ndarray | Tensor):
-        return value.ndim == 4
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def as_image_list(images: Any) -> list[ImageSource]:
-    """None, one picture or a list of them, as a list."""
-    if images is None:
-        return []
-    return list(images) if is_list(images) else [images]
-
-
-def split_images_by_text(images: Any, wanted: list[int]) -> list[list[ImageSource]]:
-    """A list of pictures for each text, of which text i has `wanted[i]` places."""
-    listed = as_image_list(images)
-    if any(is_list(one) for one in listed):
-        if len(listed) != len(wanted):
-            raise DataError(f"there are {len(wanted)} texts and {len(listed)} lists of images")
-        return [as_image_list(one) for one in listed]
-    if sum(wanted) != len(listed):
-        raise DataError(
-            f"the text has {sum(wanted)} {IMAGE_PLACEHOLDER} but {len(listed)} images are given",
-            f"write {IMAGE_PLACEHOLDER} once for each image",
-        )
-    rest = iter(listed)
-    return [[next(rest) for _ in range(count)] for count in wanted]
-
-
-def split_images_by_conversation(
-    conversation: Any, images: Any
-) -> tuple[list[ConversationInput], list[list[ImageSource]]]:
-    """Conversations and the pictures of each, from one of them or several."""
-    if not isinstance(conversation, str) and not conversation:
-        raise DataError("there is no conversation", "pass a question or at least one message")
-    if isinstance(conversation, str) or isinstance(conversation[0], Mapping):
-        pictures = as_image_list(images)
-        # `[[picture]]` for a single conversation, as transformers nests them.
-        nested = len(pictures) == 1 and is_list(pictures[0])
-        return [conversation], [as_image_list(pictures[0]) if nested else pictures]
-    if images is None:
-        return list(conversation), [[] for _ in conversation]
-    if not is_list(images) or len(images) != len(conversation):
-        raise DataError(
-            f"there are {len(conversation)} conversations, but images is not a list of as many "
-            "lists of images"
-        )
-    return list(conversation), [as_image_list(one) for one in images]
-
-
-def fill_slots(parts: Sequence[PromptPart], given: Sequence[ImageSource]) -> list[ImageSource]:
-    """The pictures of a prompt in the order of its slots, `given` ones where a slot has none.
-
-    What is given beyond the slots stays at the end, for `check_images` to find.
-    """
-    rest = iter(given)
-    slots = [part for part in parts if isinstance(part, ImageSlot)]
-    found = [next(rest, None) if slot.source is None else slot.source for slot in slots]
-    return [one for one in found if one is not None] + list(rest)

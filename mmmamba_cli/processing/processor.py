@@ -1,4 +1,4 @@
-"""The processor: texts and pictures in, the model's inputs out.
+"""Processor of a vision-language model: text and images to model inputs.
 
 Legend: B prompts of a batch, T tokens, N tiles of the whole batch, S side of a tile in pixels.
 """
@@ -54,7 +54,7 @@ from mmmamba_cli.processing.tiling import count_tiles
 from mmmamba_cli.processing.tokenizer import VOCABULARY_FILE, HolisticVLMTokenizer
 
 ACCEPTED_INPUTS = "text and images"
-# InternLM2's published stop ids have one more: an ordinary piece of its vocabulary.
+# InternLM2's published stop ids include an ordinary piece of its vocabulary.
 INTERNLM2_TURN_END, INTERNLM2_EXTRA_STOP = 92542, 1163
 
 
@@ -77,11 +77,11 @@ class TrainingProcessor(Protocol):
 
 
 class HolisticVLMProcessor(ProcessorMixin):
-    """Tokenizer, tiling and chat template of one model, saved and loaded with it.
+    """Tokenizer, tiling and chat template of a model, saved and loaded with it.
 
     `processor(text=..., images=...)` takes finished prompts, `processor.chat(...)` questions and
-    conversations. Each picture becomes `min_tiles` to `max_tiles` tiles, with a thumbnail if there
-    are several, of `tokens_per_tile` context tokens each.
+    conversations. An image becomes `min_tiles` to `max_tiles` tiles, plus a thumbnail if there are
+    several, of `tokens_per_tile` context tokens each.
     """
 
     image_token = IMAGE_PLACEHOLDER
@@ -131,7 +131,7 @@ class HolisticVLMProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> HolisticVLMProcessor:
-        """As transformers' own; a folder without a tokenizer is a `CheckpointError`."""
+        """Load as in transformers; `CheckpointError` for a folder without a tokenizer."""
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir():
             require_tokenizer(folder / VOCABULARY_FILE)
@@ -139,19 +139,19 @@ class HolisticVLMProcessor(ProcessorMixin):
 
     @property
     def image_token_id(self) -> int:
-        """Id of `<IMG_CONTEXT>`, whose places the model fills with the tiles' tokens."""
+        """Id of `<IMG_CONTEXT>`, which the model replaces by image tokens."""
         return self.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Ids at which an answer ends."""
+        """Ids that end an answer."""
         turn = self.tokenizer.convert_tokens_to_ids([TURN_END, TURN_START])
         extra = [INTERNLM2_EXTRA_STOP] if turn[0] == INTERNLM2_TURN_END else []
         return [self.tokenizer.eos_token_id, *turn, *extra]
 
     @property
     def image_processor(self) -> ImageProcessor:
-        """What opens and cuts pictures, with this processor's settings."""
+        """Image processor with this processor's settings."""
         return ImageProcessor(self.image_size, self.min_tiles, self.max_tiles, self.use_thumbnail)
 
     @property
@@ -164,26 +164,26 @@ class HolisticVLMProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         **kwargs: Unpack[HolisticVLMProcessorKwargs],
     ) -> BatchFeature:
-        """Encode one finished prompt, or a batch of them, with its pictures.
+        """Encode a finished prompt, or a batch of prompts, with images.
 
-        Every `<image>` in a text stands for a picture. `images` is one picture, a list of them
-        dealt out to the texts in order, or a list for each text. Special tokens in a text are
-        taken for what they are. The begin token is put in front of a text that does not start with
-        it, unless `add_special_tokens=False`.
+        Every `<image>` in a text is a slot. `images` is one image, a list assigned to the slots of
+        all texts in order, or a list for each text. Special tokens in a text are parsed. The begin
+        token is prepended to a text that does not start with it, unless `add_special_tokens=False`.
 
-        Keywords are transformers' for texts (`padding`, `truncation`, `max_length`,
-        `padding_side`, `return_tensors`, ...), given as they are or in `text_kwargs`, and for
-        pictures `min_tiles`, `max_tiles` and `return_num_tiles`, as they are or in
-        `images_kwargs`.
+        Keywords for text are transformers' (`padding`, `truncation`, `max_length`, `padding_side`,
+        `return_tensors`, ...), passed directly or in `text_kwargs`. Keywords for images are
+        `min_tiles`, `max_tiles` and `return_num_tiles`, passed directly or in `images_kwargs`.
 
         Returns `input_ids` and `attention_mask` (B, T), int64, padded on the left, or lists with
-        `return_tensors=None`; `pixel_values` (N, 3, S, S), float32, unless there are no pictures;
-        with `return_num_tiles` also `num_tiles`, a list of the tiles of each picture, which
-        `model(...)` does not take.
+        `return_tensors=None`; with images `pixel_values` (N, 3, S, S), float32; with
+        `return_num_tiles` also `num_tiles`, the number of tiles of each image, which `model(...)`
+        does not take.
 
-        Raises `DataError` if pictures and `<image>` do not match in number, a picture cannot be
-        used, or truncation would cut one; `TypeError` for a keyword that is not known, `ValueError`
-        for one that is given twice.
+        Raises:
+            DataError: the numbers of images and `<image>` differ, an image cannot be used, or
+                truncation would cut one.
+            TypeError: an unknown keyword.
+            ValueError: a keyword passed twice.
         """
         options = merge_kwargs(self, kwargs, ACCEPTED_INPUTS)
         if text is None:
@@ -210,12 +210,11 @@ class HolisticVLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Encode a question or conversation, or a list of them, with the chat template.
 
-        A conversation is a question or a list of messages, see `as_turns`; `system` replaces
-        the default system text of those without their own. Pictures that no message places come
-        before the first user message. A list of conversations takes a list of lists of pictures.
-        What messages say is text: special tokens typed in them have no power, except
-        `GROUNDING_TOKENS`, and neither has `<image>` in a content part or where no pictures are
-        given. All else, what is returned and what is raised, is as for calling the processor.
+        A conversation is a question or a list of messages, see `as_turns`; `system` replaces the
+        default system text of conversations without one. Images without a slot go before the first
+        user message. A list of conversations takes a list of lists of images. Special tokens typed
+        in messages are text, except `GROUNDING_TOKENS`; `<image>` is text in a content part and in
+        a conversation without images. Keywords, returns and errors are those of `__call__`.
         """
         options = merge_kwargs(self, kwargs, ACCEPTED_INPUTS)
         conversations, dealt = split_images_by_conversation(conversation, images)
@@ -237,12 +236,14 @@ class HolisticVLMProcessor(ProcessorMixin):
     def conversation_ids(
         self, messages: Sequence[Message], num_tiles: Sequence[int] = ()
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a whole conversation, as `chat` gives them, and which belong to an answer.
+        """Ids of a whole conversation, as `chat` encodes it, and whether each belongs to an answer.
 
-        `num_tiles` are the tiles of each picture, in order; pictures themselves are not needed.
-        As in files of conversations, every `<image>` in the user's plain strings stands for a
-        picture; in content parts it is text. Raises `DataError` for messages that are none, or if
-        pictures and their places do not match.
+        `num_tiles` holds the number of tiles of each image, in order; the images are not needed. As
+        in training data, every `<image>` in the user's plain strings is a slot; in content parts it
+        is text.
+
+        Raises:
+            DataError: invalid messages, or the numbers of images and slots differ.
         """
         turns = as_turns(messages, len(num_tiles), placeholders=True)
         parts = render_chat(turns, add_generation_prompt=False)
@@ -257,13 +258,13 @@ class HolisticVLMProcessor(ProcessorMixin):
         return [self.tokenizer.bos_token_id, *ids], [False, *is_answer]
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text behind the begin token."""
+        """Ids of plain text, after the begin token."""
         return [self.tokenizer.bos_token_id, *self._ids([text], typed_tokens=False)]
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Context tokens of pictures of those (height, width), as serving engines ask for them."""
+        """Context tokens of images of the given (height, width); called by serving engines."""
         tiling = self.image_processor.with_tile_limits(
             kwargs.get("min_tiles"), kwargs.get("max_tiles")
         ).tiling
@@ -282,12 +283,12 @@ class HolisticVLMProcessor(ProcessorMixin):
         *,
         typed_tokens: bool,
     ) -> BatchFeature:
-        """The batch of all prompts and pictures; `begun` prompts start with the begin token.
+        """Encode all prompts and images; `begun` marks prompts that start with the begin token.
 
-        `typed_tokens`: special tokens that stand in a text are meant.
+        `typed_tokens`: parse special tokens in text.
         """
         text_kwargs, image_kwargs = options
-        # Before any picture is opened, which takes longer.
+        # Checked first, since opening images is slower.
         for parts, pictures in zip(prompts, images, strict=True):
             check_images(parts, len(pictures))
         tiler = self.image_processor.with_tile_limits(
@@ -305,7 +306,7 @@ class HolisticVLMProcessor(ProcessorMixin):
             whole = of_pictures if pictures else ()
             rows.append(begin + truncate(self.tokenizer, row, text_kwargs, len(begin), whole))
         features = pad_rows(self.tokenizer, rows, text_kwargs, self.image_token_id)
-        # The model refuses an empty tensor: without pictures there is none.
+        # Left out without images: an empty tensor fits no prompt.
         if num_tiles:
             features["pixel_values"] = to_requested_type(pixels, image_kwargs.get("return_tensors"))
         if image_kwargs.get("return_num_tiles"):
@@ -328,7 +329,7 @@ class HolisticVLMProcessor(ProcessorMixin):
 def count_tokens_per_tile(image_size: int, patch_size: int, downsample_ratio: float) -> int:
     """(image_size / patch_size * downsample_ratio)^2: 256 for 448, 14 and 0.5.
 
-    Raises `CheckpointError` if the squares of patches that become one token do not fill a tile.
+    Raises `CheckpointError` if squares of patches, one per token, do not fill a tile.
     """
     grid, merge = image_size // patch_size, round(1 / downsample_ratio)
     if grid < 1 or grid % merge or abs(merge * downsample_ratio - 1) > 1e-6:
@@ -340,7 +341,7 @@ def count_tokens_per_tile(image_size: int, patch_size: int, downsample_ratio: fl
 
 
 def require_tokenizer(file: Path | None) -> Path:
-    """The tokenizer's file, if it is there; else `CheckpointError`."""
+    """Return the tokenizer file; raise `CheckpointError` if it is missing."""
     if file is None or not file.is_file():
         where = "this model" if file is None else str(file.parent)
         raise CheckpointError(

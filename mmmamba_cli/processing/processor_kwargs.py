@@ -1,4 +1,4 @@
-"""Keyword arguments of the processors, as transformers groups and names them.
+"""Keyword arguments of the processors, in transformers' groups and names.
 
 No `from __future__ import annotations` here: transformers reads the annotations as types.
 """
@@ -12,8 +12,8 @@ from mmmamba_cli.errors import DataError
 
 
 class HolisticVLMImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """`min_tiles` and `max_tiles` replace the processor's own for a call; `return_num_tiles` adds
-    the number of tiles of each picture to what is returned.
+    """`min_tiles` and `max_tiles` override the processor's; `return_num_tiles` also returns the
+    number of tiles of each image.
     """
 
     min_tiles: int | None
@@ -22,7 +22,7 @@ class HolisticVLMImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
 
 
 class HolisticVLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """Prompts of a batch are padded and returned as tensors unless the caller says otherwise."""
+    """By default, prompts are padded and returned as tensors."""
 
     images_kwargs: HolisticVLMImagesKwargs
     _defaults = {  # noqa: RUF012 (transformers reads a plain dict)
@@ -32,7 +32,7 @@ class HolisticVLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore
 
 
 class HolisticTextProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """As `HolisticVLMProcessorKwargs`, for a model that reads text only."""
+    """Keywords of the processor of a text-only model."""
 
     _defaults = {  # noqa: RUF012
         "text_kwargs": {"padding": True},
@@ -43,7 +43,7 @@ class HolisticTextProcessorKwargs(ProcessingKwargs, total=False):  # type: ignor
 TILING_KWARGS = frozenset(HolisticVLMImagesKwargs.__annotations__) - frozenset(
     ImagesKwargs.__annotations__
 )
-# Named by transformers for other processors; given a value, they would be ignored in silence.
+# Keywords of transformers' other processors, which would be ignored silently.
 _OTHER_INPUTS = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
 _UNSUPPORTED_TEXT = (
     "text_pair",
@@ -62,11 +62,14 @@ _UNSUPPORTED_TEXT = (
 def merge_kwargs(
     processor: ProcessorMixin, kwargs: Mapping[str, Any], inputs: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(text_kwargs, images_kwargs) of a call, defaults included.
+    """Return (text_kwargs, images_kwargs) of a call, including defaults.
 
-    `inputs` names what the processor reads. Raises `TypeError` for a name that transformers does
-    not know either, `ValueError` for a name given twice or a value of a wrong type, `DataError` for
-    what this processor does not do.
+    `inputs` names the inputs of the processor in messages.
+
+    Raises:
+        TypeError: a keyword that transformers does not define.
+        ValueError: a keyword passed twice, or a value of a wrong type.
+        DataError: a feature that this processor does not support.
     """
     kwargs = dict(kwargs)
     for name in _OTHER_INPUTS:
@@ -86,7 +89,7 @@ def merge_kwargs(
         known, tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **kwargs
     )
     text, images = dict(merged["text_kwargs"]), dict(merged["images_kwargs"])
-    # A text keyword in older versions of transformers, the processor's own in newer ones.
+    # A text keyword in older versions of transformers, a processor keyword in newer ones.
     text["return_mm_token_type_ids"] = merged.get("return_mm_token_type_ids", False) or text.get(
         "return_mm_token_type_ids"
     )
@@ -112,10 +115,13 @@ def _groups(known: type) -> dict[str, type]:
 def truncate(
     tokenizer: Any, row: list[int], text_kwargs: Mapping[str, Any], room: int, whole: Iterable[int]
 ) -> list[int]:
-    """`row`, cut to `max_length` less `room` tokens where `truncation` asks for it.
+    """Truncate `row` to `max_length` minus `room` tokens if `truncation` is set.
 
-    The tokenizer's `truncation_side` loses tokens. `whole` are ids of which none may be lost: those
-    of pictures. Raises `DataError` if one would be.
+    Tokens are removed at the tokenizer's `truncation_side`. `whole` are ids that must be kept,
+    those of images.
+
+    Raises:
+        DataError: truncation would remove one of `whole`.
     """
     limit = _limit(tokenizer, text_kwargs)
     if limit is None or len(row) + room <= limit:
@@ -134,14 +140,14 @@ def truncate(
 
 
 def _limit(tokenizer: Any, text_kwargs: Mapping[str, Any]) -> int | None:
-    """The longest row in tokens; None where rows are not cut."""
+    """Maximum row length in tokens; None without truncation."""
     truncation = text_kwargs.get("truncation")
     truncation = getattr(truncation, "value", truncation)
     if not truncation or truncation == "do_not_truncate":
         return None
     limit = text_kwargs.get("max_length")
     limit = tokenizer.model_max_length if limit is None else limit
-    # Without a length of its own, a tokenizer says 10^30.
+    # 10^30 is transformers' value for a tokenizer without a maximum.
     return int(limit) if limit < 2**31 else None
 
 
@@ -151,7 +157,7 @@ def pad_rows(
     text_kwargs: Mapping[str, Any],
     image_token_id: int | None,
 ) -> dict[str, Any]:
-    """Rows of ids as a batch: `input_ids`, and what else the keywords ask for."""
+    """Pad rows of ids to a batch: `input_ids`, and the outputs selected by `text_kwargs`."""
     batch: dict[str, Any] = {"input_ids": rows}
     padding = text_kwargs.get("padding")
     padding = getattr(padding, "value", padding)
@@ -173,12 +179,12 @@ def pad_rows(
     if text_kwargs.get("return_length"):
         found["length"] = [len(row) for row in rows]
     if text_kwargs.get("return_mm_token_type_ids"):
-        found["mm_token_type_ids"] = _marked(found["input_ids"], image_token_id)
+        found["mm_token_type_ids"] = _token_types(found["input_ids"], image_token_id)
     return found
 
 
-def _marked(ids: Any, image_token_id: int | None) -> Any:
-    """1 where the model puts a picture's tokens, else 0; the same kind as `ids`."""
+def _token_types(ids: Any, image_token_id: int | None) -> Any:
+    """1 at image tokens, else 0; of the same type as `ids`."""
     if isinstance(ids, list):
         return [[int(index == image_token_id) for index in row] for row in ids]
     return (ids == (-1 if image_token_id is None else image_token_id)) * 1

@@ -1,7 +1,4 @@
-"""A processor from a folder on disk: one we saved, or a HoVLE teacher's.
-
-The processor of a plain language model, from what its makers put beside its weights.
-"""
+"""Processors from the files of a checkpoint: saved by mmmamba, HoVLE's, or a language model's."""
 
 from __future__ import annotations
 
@@ -28,19 +25,114 @@ from mmmamba_cli.processing.tokenizer import (
 
 GGUF_SUFFIX = ".gguf"
 FAST_TOKENIZER_FILE = "tokenizer.json"
-# Its own tokenizer's ids are SentencePiece's, which transformers' classes do not give.
+# Its ids are SentencePiece's, which transformers' tokenizer classes do not reproduce.
 INTERNLM2 = "internlm2"
-# Of a tokenizer: settings, vocabulary, merges, chat template.
+# Text files of a tokenizer: settings, vocabulary, merges, chat template.
 TEXT_SUFFIXES = frozenset({".json", ".txt", ".jinja"})
+PROCESSOR_FILE = "processor_config.json"
+Saved = TypeVar("Saved", HolisticVLMProcessor, HolisticTextProcessor)
+# Exceptions of transformers for settings of wrong types.
+LOAD_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+# Ids of InternVL's special tokens in InternLM2's vocabulary of 92553 tokens. The first six replace
+# unused pieces of the SentencePiece model.
+INTERNVL_VOCABULARY = 92553
+INTERNVL_TOKENS = {
+    "<|plugin|>": 92538,
+    "<|interpreter|>": 92539,
+    "<|action_end|>": 92540,
+    "<|action_start|>": 92541,
+    "<|im_end|>": 92542,
+    "<|im_start|>": 92543,
+    "<img>": 92544,
+    "</img>": 92545,
+    "<IMG_CONTEXT>": 92546,
+    "<quad>": 92547,
+    "</quad>": 92548,
+    "<ref>": 92549,
+    "</ref>": 92550,
+    "<box>": 92551,
+    "</box>": 92552,
+}
+
+
+def processor_from_folder(folder: str | Path) -> HolisticVLMProcessor | HolisticTextProcessor:
+    """Load the processor of a model folder: mmmamba's, HoVLE's or a published mmMamba's.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer, or its files do not match.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if (folder / PROCESSOR_FILE).is_file() and config.get("vision") is None:
+        return _saved(HolisticTextProcessor, folder)
+    if (folder / PROCESSOR_FILE).is_file():
+        processor = _saved(HolisticVLMProcessor, folder)
+        image_token_id = (config.get("vision") or {}).get("image_token_id")
+        _check_image_token(processor.tokenizer, image_token_id, "vision.image_token_id")
+        return processor
+    return processor_from_hovle(config, folder / VOCABULARY_FILE)
+
+
+def _saved(kind: type[Saved], folder: Path) -> Saved:
+    """Load a saved processor; `CheckpointError` for damaged files."""
+    try:
+        return kind.from_pretrained(folder)
+    except LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"the tokenizer or {PROCESSOR_FILE} of {folder} cannot be read: it is not as it was "
+            "saved",
+            "take these files from where the model came from",
+        ) from error
+
+
+def processor_from_hovle(
+    config: Mapping[str, Any], tokenizer_file: Path | None
+) -> HolisticVLMProcessor:
+    """Load the processor described by HoVLE's `config.json` and `tokenizer.model`.
+
+    Special tokens come from `tokenizer_config.json` and `added_tokens.json` beside
+    `tokenizer_file`, others from `INTERNVL_TOKENS` if the vocabulary is InternVL's.
+
+    Raises:
+        CheckpointError: a file or field is missing or does not match.
+    """
+    file = require_tokenizer(tokenizer_file)
+    vocab_size = _get(config, "llm_config.vocab_size", int)
+    tokenizer = build_tokenizer(file, vocab_size)
+    context_id = _get(config, "embedding_config.img_context_token_id", int)
+    _check_image_token(tokenizer, context_id, "embedding_config.img_context_token_id")
+    dynamic = config.get("dynamic_image_size", True)
+    own_size = _get(config, "embedding_config.image_size", int)
+    return HolisticVLMProcessor(
+        tokenizer,
+        image_size=_get(config, "force_image_size", int, own_size),
+        patch_size=_get(config, "embedding_config.patch_size", int),
+        downsample_ratio=_get(config, "downsample_ratio", float),
+        # Without dynamic sizes an image is one tile.
+        min_tiles=_get(config, "min_dynamic_patch", int, 1) if dynamic else 1,
+        max_tiles=_get(config, "max_dynamic_patch", int, 12) if dynamic else 1,
+        use_thumbnail=config.get("use_thumbnail", True),
+        template=_get(config, "template", str),
+    )
 
 
 def processor_from_language_model(
     config: Mapping[str, Any], tokenizer_file: Path
 ) -> HolisticTextProcessor:
-    """The processor of a model with that `config.json`; its tokenizer is `tokenizer_file`.
+    """Load the processor of a language model from its `config.json` and `tokenizer_file`.
 
-    That is a `tokenizer.json` or `tokenizer.model` with its settings beside it, or a GGUF file,
-    which holds all. Raises `CheckpointError` if it cannot be read or does not fit the config.
+    The file is a `tokenizer.json` or `tokenizer.model` with its settings beside it, or a GGUF file.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read or does not fit the config.
     """
     tokenizer = _tokenizer(config, tokenizer_file)
     longest = tokenizer.model_max_length
@@ -63,191 +155,13 @@ def processor_from_language_model(
     return processor
 
 
-def _ids_in(ids: Any, file: Path) -> set[int]:
-    listed = ids if isinstance(ids, list) else [ids]
-    if ids is not None and not all(type(one) is int for one in listed):
-        raise CheckpointError(f"{file}: eos_token_id is {ids!r:.60}, expected ids of tokens")
-    return as_id_set(ids)
-
-
-def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
-    if file.suffix == ".model" and config.get("model_type") == INTERNLM2:
-        tokenizer = build_tokenizer(file, config["vocab_size"], required=())
-        settings = read_json(file.with_name("tokenizer_config.json"), required=False)
-        tokenizer.chat_template = settings.get("chat_template")
-        return tokenizer
-    try:
-        if file.suffix == GGUF_SUFFIX:
-            return _from_gguf(config, file)
-        with without_byte_order_marks(file.parent) as folder:
-            if file.name == FAST_TOKENIZER_FILE:
-                # Read as it is; the classes named for a model rebuild it from its parts.
-                return PreTrainedTokenizerFast.from_pretrained(folder)
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        # The tokenizers library raises nothing more special for a file that it cannot read.
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        known = isinstance(error, OSError | ValueError) or type(error) is Exception
-        raise CheckpointError(
-            f"the tokenizer {file} cannot be read{f': {first}' if known else ''}",
-            "give another with --tokenizer FILE",
-        ) from error
-
-
-def _from_gguf(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
-    """The file's tokenizer; which tokens begin, end and pad is said by the ids of its config."""
-    from gguf import GGUFReader
-
-    with isolated(file) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    # Some versions of transformers take the begin token for the end token, and put none in front.
-    for name in ("bos_token", "eos_token", "pad_token"):
-        index = config.get(f"{name}_id")
-        if index is not None:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
-    begins = GGUFReader(file).fields.get("tokenizer.ggml.add_bos_token")
-    if begins is not None:
-        tokenizer.add_bos_token = bool(begins.contents())
-    return tokenizer
-
-
-@contextmanager
-def isolated(file: Path) -> Iterator[Path]:
-    """A folder with nothing but this file in it: transformers reads what lies beside a GGUF too."""
-    with TemporaryDirectory(prefix="mmmamba-") as folder:
-        Path(folder, file.name).symlink_to(file.resolve())
-        yield Path(folder)
-
-
-@contextmanager
-def without_byte_order_marks(folder: Path) -> Iterator[Path]:
-    """The folder, or one like it without byte order marks, which transformers does not read."""
-    marked = {
-        file.name: content.removeprefix(codecs.BOM_UTF8)
-        for file in folder.iterdir()
-        if file.suffix in TEXT_SUFFIXES and file.is_file()
-        for content in [file.read_bytes()]
-        if content.startswith(codecs.BOM_UTF8)
-    }
-    if not marked:
-        yield folder
-        return
-    with TemporaryDirectory(prefix="mmmamba-") as made:
-        for file in folder.iterdir():
-            copy = Path(made, file.name)
-            if file.name in marked:
-                copy.write_bytes(marked[file.name])
-            elif file.is_file():
-                copy.symlink_to(file.resolve())
-        yield Path(made)
-
-
-def as_id_set(ids: int | list[int] | None) -> set[int]:
-    """Token ids as configs write them: one, several or none."""
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
-
-
-PROCESSOR_FILE = "processor_config.json"
-
-Saved = TypeVar("Saved", HolisticVLMProcessor, HolisticTextProcessor)
-# What settings of wrong kinds make transformers raise.
-LOAD_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-
-# Ids of InternVL's special tokens over InternLM2's vocabulary, which has 92553 with them. The first
-# six replace unused pieces of the SentencePiece model.
-INTERNVL_VOCABULARY = 92553
-INTERNVL_TOKENS = {
-    "<|plugin|>": 92538,
-    "<|interpreter|>": 92539,
-    "<|action_end|>": 92540,
-    "<|action_start|>": 92541,
-    "<|im_end|>": 92542,
-    "<|im_start|>": 92543,
-    "<img>": 92544,
-    "</img>": 92545,
-    "<IMG_CONTEXT>": 92546,
-    "<quad>": 92547,
-    "</quad>": 92548,
-    "<ref>": 92549,
-    "</ref>": 92550,
-    "<box>": 92551,
-    "</box>": 92552,
-}
-
-
-def processor_from_folder(folder: str | Path) -> HolisticVLMProcessor | HolisticTextProcessor:
-    """The processor of a model folder: ours, HoVLE's or a released mmMamba's.
-
-    Raises `CheckpointError` if the folder has no tokenizer, or its parts do not fit together.
-    """
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    if (folder / PROCESSOR_FILE).is_file() and config.get("vision") is None:
-        return _saved(HolisticTextProcessor, folder)
-    if (folder / PROCESSOR_FILE).is_file():
-        processor = _saved(HolisticVLMProcessor, folder)
-        image_token_id = (config.get("vision") or {}).get("image_token_id")
-        _check_image_token(processor.tokenizer, image_token_id, "vision.image_token_id")
-        return processor
-    return processor_from_hovle(config, folder / VOCABULARY_FILE)
-
-
-def _saved(kind: type[Saved], folder: Path) -> Saved:
-    """A processor as it was saved. Raises `CheckpointError` if the files were damaged since."""
-    try:
-        return kind.from_pretrained(folder)
-    except LOAD_ERRORS as error:
-        raise CheckpointError(
-            f"the tokenizer or {PROCESSOR_FILE} of {folder} cannot be read: it is not as it was "
-            "saved",
-            "take these files from where the model came from",
-        ) from error
-
-
-def processor_from_hovle(
-    config: Mapping[str, Any], tokenizer_file: Path | None
-) -> HolisticVLMProcessor:
-    """The processor that HoVLE's `config.json` and `tokenizer.model` describe.
-
-    Special tokens are read from `tokenizer_config.json` and `added_tokens.json` beside
-    `tokenizer_file`; what neither names has InternVL's usual id if the vocabulary is InternVL's.
-    Raises `CheckpointError` if something is missing or does not fit.
-    """
-    file = require_tokenizer(tokenizer_file)
-    vocab_size = _get(config, "llm_config.vocab_size", int)
-    tokenizer = build_tokenizer(file, vocab_size)
-    context_id = _get(config, "embedding_config.img_context_token_id", int)
-    _check_image_token(tokenizer, context_id, "embedding_config.img_context_token_id")
-    dynamic = config.get("dynamic_image_size", True)
-    own_size = _get(config, "embedding_config.image_size", int)
-    return HolisticVLMProcessor(
-        tokenizer,
-        image_size=_get(config, "force_image_size", int, own_size),
-        patch_size=_get(config, "embedding_config.patch_size", int),
-        downsample_ratio=_get(config, "downsample_ratio", float),
-        # Without dynamic sizes a picture is one tile, whatever the numbers say.
-        min_tiles=_get(config, "min_dynamic_patch", int, 1) if dynamic else 1,
-        max_tiles=_get(config, "max_dynamic_patch", int, 12) if dynamic else 1,
-        use_thumbnail=config.get("use_thumbnail", True),
-        template=_get(config, "template", str),
-    )
-
-
 def build_tokenizer(
     file: Path, vocab_size: int, required: Collection[str] = REQUIRED_TOKENS
 ) -> HolisticVLMTokenizer:
-    """The tokenizer of a SentencePiece model and the special-token files beside it.
+    """Load the tokenizer of a SentencePiece model and the special-token files beside it.
 
-    `vocab_size` is the number of rows of the model's token table, which must hold every id;
-    `required` are special tokens that must be known.
+    `vocab_size` is the number of rows of the token embedding, which bounds the ids; `required` are
+    special tokens that must have an id.
     """
     settings = read_json(file.with_name("tokenizer_config.json"), required=False)
     added = _read_added_tokens(file, settings, vocab_size, required)
@@ -275,7 +189,7 @@ def build_tokenizer(
 def _read_added_tokens(
     file: Path, settings: Mapping[str, Any], vocab_size: int, required: Collection[str]
 ) -> dict[int, AddedToken]:
-    """Special tokens by id, from the files that name them or InternVL's table."""
+    """Special tokens by id, from the files beside `file` or `INTERNVL_TOKENS`."""
     described = settings.get("added_tokens_decoder", {})
     if not isinstance(described, dict) or not all(map(_is_described, described.items())):
         raise CheckpointError(
@@ -289,7 +203,7 @@ def _read_added_tokens(
         raise CheckpointError(
             f"{file.with_name('added_tokens.json')} is not a table of tokens and their ids"
         )
-    # Where one source names a token, those behind it are not asked.
+    # Later sources take precedence.
     ids = {**usual, **_special_pieces(file), **listed, **ids}
     for content, index in listed.items():
         if ids[content] != index:
@@ -321,7 +235,7 @@ def _is_described(entry: tuple[str, Any]) -> bool:
 
 
 def _special_pieces(file: Path) -> dict[str, int]:
-    """Special tokens that the SentencePiece model itself has as pieces."""
+    """Ids of the special tokens that are pieces of the SentencePiece model."""
     model = load_sentencepiece(read_vocabulary(file), file)
     ids = {content: model.piece_to_id(content) for content in INTERNVL_TOKENS}
     return {content: index for content, index in ids.items() if index != model.unk_id()}
@@ -337,12 +251,12 @@ def _check_image_token(tokenizer: HolisticVLMTokenizer, expected: Any, field: st
 
 
 def _content(token: Any) -> Any:
-    """A token as `tokenizer_config.json` writes it: a string, or a dict with its content."""
+    """Text of a token in `tokenizer_config.json`: a string, or a dict with its content."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _get(config: Mapping[str, Any], field: str, kind: type, default: Any = None) -> Any:
-    """The value at `a.b` of the config; `CheckpointError` if it is not of that kind."""
+    """Value of `a.b` in the config; `CheckpointError` if its type is not `kind`."""
     value: Any = config
     for key in field.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -352,7 +266,92 @@ def _get(config: Mapping[str, Any], field: str, kind: type, default: Any = None)
     return value
 
 
+def _tokenizer(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
+    if file.suffix == ".model" and config.get("model_type") == INTERNLM2:
+        tokenizer = build_tokenizer(file, config["vocab_size"], required=())
+        settings = read_json(file.with_name("tokenizer_config.json"), required=False)
+        tokenizer.chat_template = settings.get("chat_template")
+        return tokenizer
+    try:
+        if file.suffix == GGUF_SUFFIX:
+            return _from_gguf(config, file)
+        with without_byte_order_marks(file.parent) as folder:
+            if file.name == FAST_TOKENIZER_FILE:
+                # Loaded as is; model-specific tokenizer classes rebuild it from its parts.
+                return PreTrainedTokenizerFast.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        # The tokenizers library raises plain `Exception` for an unreadable file.
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        known = isinstance(error, OSError | ValueError) or type(error) is Exception
+        raise CheckpointError(
+            f"the tokenizer {file} cannot be read{f': {first}' if known else ''}",
+            "give another with --tokenizer FILE",
+        ) from error
+
+
+def _from_gguf(config: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a GGUF file; `config` gives the begin, end and padding ids."""
+    from gguf import GGUFReader
+
+    with isolated(file) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    # Some versions of transformers use the begin token as the end token, and prepend none.
+    for name in ("bos_token", "eos_token", "pad_token"):
+        index = config.get(f"{name}_id")
+        if index is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+    begins = GGUFReader(file).fields.get("tokenizer.ggml.add_bos_token")
+    if begins is not None:
+        tokenizer.add_bos_token = bool(begins.contents())
+    return tokenizer
+
+
+def _ids_in(ids: Any, file: Path) -> set[int]:
+    listed = ids if isinstance(ids, list) else [ids]
+    if ids is not None and not all(type(one) is int for one in listed):
+        raise CheckpointError(f"{file}: eos_token_id is {ids!r:.60}, expected ids of tokens")
+    return as_id_set(ids)
+
+
+def as_id_set(ids: int | list[int] | None) -> set[int]:
+    """Set of the token ids of a config field: an id, a list or None."""
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+@contextmanager
+def isolated(file: Path) -> Iterator[Path]:
+    """A folder with only this file: transformers also reads the files beside a GGUF file."""
+    with TemporaryDirectory(prefix="mmmamba-") as folder:
+        Path(folder, file.name).symlink_to(file.resolve())
+        yield Path(folder)
+
+
+@contextmanager
+def without_byte_order_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or a copy without byte order marks, which transformers cannot read."""
+    marked = {
+        file.name: content.removeprefix(codecs.BOM_UTF8)
+        for file in folder.iterdir()
+        if file.suffix in TEXT_SUFFIXES and file.is_file()
+        for content in [file.read_bytes()]
+        if content.startswith(codecs.BOM_UTF8)
+    }
+    if not marked:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="mmmamba-") as made:
+        for file in folder.iterdir():
+            copy = Path(made, file.name)
+            if file.name in marked:
+                copy.write_bytes(marked[file.name])
+            elif file.is_file():
+                copy.symlink_to(file.resolve())
+        yield Path(made)
+
+
 def read_json(file: Path, *, required: bool = True) -> dict[str, Any]:
+    """Read a JSON object; {} for a missing file that is not `required`."""
     if not required and not file.is_file():
         return {}
     try:

@@ -1,7 +1,7 @@
-"""The processor of a plain language model: its own tokenizer and chat template, no pictures.
+"""Processor of a plain language model: its own tokenizer and chat template, no images.
 
-What messages and training texts say is text: control tokens typed in them have no power, see
-`ControlTokens`. In a finished prompt that is passed to the processor they are meant.
+Control tokens typed in messages and training texts are text, see `ControlTokens`; in a finished
+prompt they are parsed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROBE_CONVERSATION = ({"role": "user", "content": "a"}, {"role": "assistant", "c
 
 
 class TextOnlyMarker(PreTrainedConfig):
-    """Nobody's config: transformers finds a processor by its name among those with a config."""
+    """Config of no model; transformers finds a processor class by the name of a config."""
 
     model_type = "mmmamba-text"
 
@@ -39,8 +39,8 @@ class TextOnlyMarker(PreTrainedConfig):
 class HolisticTextProcessor(ProcessorMixin):
     """Tokenizer and chat template of a plain language model, saved and loaded with it.
 
-    `stop_token_ids` are where an answer ends; without them, the tokenizer's end token and what the
-    template puts behind an answer.
+    `stop_token_ids` end an answer; by default the tokenizer's end token and the token that the
+    template puts after an answer.
     """
 
     valid_processor_kwargs = HolisticTextProcessorKwargs
@@ -52,7 +52,7 @@ class HolisticTextProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ):
         tokenizer.padding_side = "left"
-        # What a tokenizer is saved with is what it was made with.
+        # `save_pretrained` writes init_kwargs.
         tokenizer.init_kwargs["padding_side"] = "left"
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -71,7 +71,7 @@ class HolisticTextProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> HolisticTextProcessor:
-        """As transformers' own; a folder without a tokenizer is a `CheckpointError`."""
+        """Load as in transformers; `CheckpointError` for a folder without a tokenizer."""
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir() and not (folder / TOKENIZER_CONFIG).is_file():
             raise CheckpointError(
@@ -99,15 +99,17 @@ class HolisticTextProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         **kwargs: Unpack[HolisticTextProcessorKwargs],
     ) -> BatchFeature:
-        """Encode one finished prompt, or a batch of them.
+        """Encode a finished prompt, or a batch of prompts.
 
-        Special tokens in a text are taken for what they are; the begin token is put in front if the
-        tokenizer does that and the text does not start with it, unless `add_special_tokens=False`.
-        Keywords are transformers' for texts (`padding`, `truncation`, `max_length`,
-        `padding_side`, `return_tensors`, ...), as they are or in `text_kwargs`. Returns `input_ids`
-        and `attention_mask` (B, T), int64, padded on the left, or lists with `return_tensors=None`.
-        Raises `DataError` for images, or text that is not valid Unicode; `TypeError` for a keyword
-        that is not known.
+        Special tokens in a text are parsed. The tokenizer's begin token, if it has one, is
+        prepended to a text that does not start with it, unless `add_special_tokens=False`. Keywords
+        are transformers' (`padding`, `truncation`, `max_length`, `padding_side`, `return_tensors`,
+        ...), passed directly or in `text_kwargs`. Returns `input_ids` and `attention_mask` (B, T),
+        int64, padded on the left, or lists with `return_tensors=None`.
+
+        Raises:
+            DataError: images, or text that is not valid Unicode.
+            TypeError: an unknown keyword.
         """
         text_kwargs, _ = merge_kwargs(self, kwargs, ACCEPTED_INPUTS)
         _refuse_images(images)
@@ -128,10 +130,10 @@ class HolisticTextProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Encode a question or conversation, or a list of them, with the model's chat template.
 
-        A conversation is a question or a list of messages; `system` is put in front of those
-        without their own. What messages say is text: control tokens typed in them have no power.
-        `images`, which other models' processors take, must be empty. Returns and raises what
-        calling the processor does; `CheckpointError` if the model has no template.
+        A conversation is a question or a list of messages; `system` is the system text of those
+        without one. Control tokens typed in messages are text. `images`, which other processors
+        take, must be empty. Returns and errors are those of `__call__`; `CheckpointError` if the
+        model has no template.
         """
         text_kwargs, _ = merge_kwargs(self, kwargs, ACCEPTED_INPUTS)
         _refuse_images(images)
@@ -151,11 +153,12 @@ class HolisticTextProcessor(ProcessorMixin):
     def conversation_ids(
         self, messages: Sequence[Message], num_tiles: Sequence[int] = ()
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a whole conversation, as `chat` gives them, and which belong to an answer.
+        """Ids of a whole conversation, as `chat` encodes it, and whether each belongs to an answer.
 
-        An answer is what the template makes of the assistant's text, up to and with the special
-        token behind it. Raises `DataError` where its tokens cannot be told exactly from those
-        around it, or if there are images.
+        An answer is the rendered assistant text, including the special token after it.
+
+        Raises:
+            DataError: images, or the tokens of an answer cannot be separated from those around it.
         """
         _refuse_images(num_tiles)
         talk = self._messages(messages)
@@ -169,15 +172,12 @@ class HolisticTextProcessor(ProcessorMixin):
         return ids, is_answer
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text, with what the tokenizer puts around it, such as a begin token.
-
-        Control tokens in it are text.
-        """
+        """Ids of plain text with the tokenizer's begin and end tokens; control tokens are text."""
         check_unicode(text)
         return self._control_tokens.encode_text(text)
 
     def _messages(self, conversation: ConversationInput) -> list[dict[str, str]]:
-        """Messages of plain text, in which control tokens are marked as typed."""
+        """Messages of plain text with escaped control tokens."""
         turns = as_turns(conversation, 0)
         if any(turn.slots for turn in turns):
             raise DataError("the model reads text only", "leave out the images")
@@ -192,7 +192,7 @@ class HolisticTextProcessor(ProcessorMixin):
     def _answer(
         self, talk: list[dict[str, str]], index: int, text: str, ids: list[int]
     ) -> tuple[int, int]:
-        """First column of answer `index`, and the one behind its end token."""
+        """Start of answer `index` in `ids`, and the position after its end token."""
         content, where = talk[index]["content"], f"message {index + 1}"
         before = self._render(talk[:index], add_generation_prompt=True)
         header = self._rendered_ids(before)
@@ -207,13 +207,13 @@ class HolisticTextProcessor(ProcessorMixin):
             raise DataError(f"{where}: the chat template ends the answer with no special token")
         stop = text.index(special[ids[end]], len(before))
         said, meant = text[len(before) : stop].strip(), content.strip()
-        # A template may put empty thoughts before an answer, or leave old thoughts out of it.
+        # A template may put an empty thinking block before an answer, or drop an earlier one.
         if not said.endswith(meant) and not (said and meant.endswith(said)):
             raise DataError(f"{where}: the chat template changes what the answer says")
         return len(header), end + 1
 
     def _template_stops(self) -> set[int]:
-        """The end token, and the token with which the template ends an answer."""
+        """The end token, and the token that the template puts after an answer."""
         found = {self.tokenizer.eos_token_id} - {None}
         if self.tokenizer.chat_template is not None:
             try:
@@ -245,7 +245,7 @@ class HolisticTextProcessor(ProcessorMixin):
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def _rendered_ids(self, text: str) -> list[int]:
-        """Ids of what the template made of marked messages."""
+        """Ids of rendered messages with escaped control tokens."""
         check_unicode(self._control_tokens.unescape(text))
         return self._control_tokens.encode(text)
 
@@ -255,6 +255,6 @@ class HolisticTextProcessor(ProcessorMixin):
 
 
 def _refuse_images(images: Sequence[Any] | None) -> None:
-    """Raise `DataError` if there are images, be it in lists of lists."""
+    """Raise `DataError` for images, including images in nested lists."""
     if images is not None and any(not isinstance(i, list | tuple) or i for i in images):
         raise DataError("the model reads text only", "leave out the images")

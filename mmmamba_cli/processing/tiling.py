@@ -1,4 +1,4 @@
-"""Cutting a picture into square tiles, as InternVL's dynamic preprocessing does.
+"""Tiling of images into squares, as in InternVL's dynamic preprocessing.
 
 Legend: N tiles, S side of a tile in pixels.
 """
@@ -22,7 +22,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a picture is cut. `image_size` is S; the thumbnail is not counted in `max_tiles`."""
+    """Settings of tiling. `image_size` is S; `max_tiles` does not count the thumbnail."""
 
     image_size: int
     min_tiles: int = 1
@@ -41,7 +41,7 @@ class Tiling:
 
 @lru_cache
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All grids (columns, rows) of allowed size, smallest area first, then fewest columns."""
+    """All grids (columns, rows) of allowed size, by area, then by columns."""
     grids = [
         (columns, rows)
         for columns in range(1, max_tiles + 1)
@@ -54,8 +54,8 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
 def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
     """(columns, rows) of the grid whose aspect ratio is closest to width / height.
 
-    Of equally close grids the larger wins if the picture has more than half its pixels. The
-    differences are compared as floats, because the published models' code does.
+    Of equally close grids, the larger is chosen if the image has more than half its pixels.
+    Differences are compared as floats, as in the code of the published models.
     """
     aspect, area = width / height, width * height
     best, best_difference = (1, 1), float("inf")
@@ -68,16 +68,16 @@ def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
 
 
 def count_tiles(width: int, height: int, tiling: Tiling) -> int:
-    """Tiles of a picture of that size, the thumbnail included."""
+    """Number of tiles of an image of that size in pixels, including the thumbnail."""
     columns, rows = choose_grid(width, height, tiling)
     cells = columns * rows
     return cells + 1 if tiling.use_thumbnail and cells > 1 else cells
 
 
 def cut_tiles(image: Image.Image, tiling: Tiling) -> list[Image.Image]:
-    """Tiles of S x S, row by row, and behind them the thumbnail if there is more than one.
+    """Cut an image into S x S tiles, row by row; the thumbnail follows if there are several.
 
-    The picture is first resized (bicubic) to fill the grid, which may stretch it.
+    The image is first resized (bicubic) to the grid, which may change its aspect ratio.
     """
     size = tiling.image_size
     columns, rows = choose_grid(*image.size, tiling)
@@ -93,15 +93,14 @@ def cut_tiles(image: Image.Image, tiling: Tiling) -> list[Image.Image]:
 
 
 def stack_tiles(tiles: Sequence[Image.Image]) -> Tensor:
-    """RGB tiles -> (N, 3, S, S) uint8."""
+    """Stack RGB tiles as (N, 3, S, S) uint8."""
     pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 (N, 3, S, S) -> float32 on the same device: 0..1, less ImageNet's mean, over its
-    deviation."""
-    # Tensors, since a GPU divides by a plain number as a product with its inverse: other bits.
+    """Normalise uint8 (N, 3, S, S) by ImageNet's mean and deviation; float32, same device."""
+    # Tensors, since CUDA divides by a Python number by multiplying with its inverse: other bits.
     full, mean, deviation = (
         torch.tensor(values, device=pixels.device).view(-1, 1, 1)
         for values in ((255.0,), IMAGENET_MEAN, IMAGENET_STD)

@@ -1,8 +1,8 @@
-"""The tokenizer of InternLM2 models: SentencePiece's own ids, and special tokens around them.
+"""Tokenizer of InternLM2 models: SentencePiece with special tokens.
 
-A text is split at its special tokens, and every piece between them is encoded by SentencePiece on
-its own. So, where the SentencePiece model asks for a dummy prefix, each piece has one; decoding
-takes it away again piece by piece, and `decode(encode(text))` is `text`.
+A text is split at special tokens, and each piece between them is encoded separately. If the
+SentencePiece model adds a dummy prefix, each piece has one; decoding removes it piece by piece, so
+that `decode(encode(text))` is `text`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from mmmamba_cli.errors import CheckpointError, DataError
 
 VOCABULARY_FILE = "tokenizer.model"
 
-# A row of the model's vocabulary that has no token: only an untrained model generates one.
+# Text of an id without a token; only an untrained model generates one.
 REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class HolisticVLMTokenizer(PreTrainedTokenizer):
     """SentencePiece with special tokens.
 
-    `tokenizer(text)` takes special tokens in the text for what they are and puts the begin token in
-    front, unless `add_special_tokens=False`; `encode_plain` takes them as ordinary text. Batches
-    are padded on the left.
+    `tokenizer(text)` parses special tokens in the text and prepends the begin token, unless
+    `add_special_tokens=False`; `encode_plain` encodes them as ordinary text. Batches are padded on
+    the left.
 
-    Raises `CheckpointError` if `vocab_file` is not a SentencePiece model, `DataError` for text that
-    is not valid Unicode.
+    Raises:
+        CheckpointError: `vocab_file` is not a SentencePiece model.
+        DataError: text that is not valid Unicode.
     """
 
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     padding_side = "left"
 
-    # `kwargs` is what transformers saves with a tokenizer and hands back when loading it.
+    # `kwargs` holds the settings that transformers saves with a tokenizer.
     def __init__(
         self,
         vocab_file: str,
@@ -54,7 +55,7 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
         added = dict(added_tokens_decoder or {})
         _check_added(added)
         named = {str(token) for token in (unk_token, bos_token, eos_token, pad_token)}
-        # Only what is named here is left out of a text by `skip_special_tokens`.
+        # `skip_special_tokens` skips the tokens listed here.
         kwargs["extra_special_tokens"] = [
             token for _, token in sorted(added.items()) if token.special and str(token) not in named
         ]
@@ -69,26 +70,23 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Pieces of the SentencePiece model; `len(tokenizer)` counts special tokens too."""
+        """Number of SentencePiece pieces; `len(tokenizer)` also counts special tokens."""
         return self.sp_model.get_piece_size()
 
     def get_vocab(self) -> dict[str, int]:
-        """Token to id. A special token may have taken the place of an unused piece."""
+        """Token to id. A special token may replace an unused piece."""
         taken = self._added_tokens_decoder
         pieces = (index for index in range(self.vocab_size) if index not in taken)
         vocab = {self.sp_model.id_to_piece(index): index for index in pieces}
         return {**vocab, **self._added_tokens_encoder}
 
     def encode_plain(self, text: str, keep: tuple[str, ...] = ()) -> list[int]:
-        """Ids of `text` in which special tokens are ordinary characters, except those in `keep`.
-
-        No begin token is added.
-        """
+        """Encode `text` without a begin token; special tokens are text, except those in `keep`."""
         if not keep:
             return self._encode_piece(text)
         ids = []
         for index, piece in enumerate(re.split(f"({'|'.join(map(re.escape, keep))})", text)):
-            # Splitting with a group gives text and separators in turn.
+            # `re.split` with a group alternates text and separators.
             if index % 2:
                 ids.append(self._added_tokens_encoder[piece])
             else:
@@ -105,15 +103,15 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
 
     @cached_property
     def _replaced_pieces(self) -> frozenset[int]:
-        """Pieces of the SentencePiece model whose ids are those of special tokens.
+        """SentencePiece pieces whose ids special tokens use.
 
-        InternLM2's are texts such as `[UNUSED_TOKEN_145]`: typed, they must not become the token.
+        In InternLM2 they are texts like `[UNUSED_TOKEN_145]`, which must not encode to the token.
         """
         added = (index for index in self._added_tokens_decoder if index < self.vocab_size)
         return frozenset(index for index in added if index != self.sp_model.unk_id())
 
     def _spell(self, index: int) -> list[int]:
-        """Ids of the characters of a piece, or of their bytes where a character is no piece."""
+        """Ids of the characters of a piece; of the bytes of a character that is no piece."""
         found: list[int] = []
         for letter in self.sp_model.id_to_piece(index):
             piece = self.sp_model.piece_to_id(letter)
@@ -139,7 +137,7 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """The begin token, then the ids; a second sequence follows without a separator."""
+        """Prepend the begin token; a second sequence follows without a separator."""
         return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
 
     def get_special_tokens_mask(
@@ -148,7 +146,7 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
         token_ids_1: list[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """1 for a special token, 0 for text, over the ids as built."""
+        """1 at special tokens, 0 at text, for ids with the begin token."""
         if already_has_special_tokens:
             special = set(self.all_special_ids)
             return [int(index in special) for index in token_ids_0]
@@ -165,9 +163,9 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool = False,
     ) -> str:
-        """Text of ids. Safe to call on a growing list: complete characters never change.
+        """Decode ids. On a growing list, complete characters do not change.
 
-        Bytes of a character that is not complete yet are U+FFFD. Spaces are never cleaned up.
+        Bytes of an incomplete character become U+FFFD. Spaces are not cleaned up.
         """
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
@@ -187,7 +185,7 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Write the SentencePiece model, byte for byte as it was read."""
+        """Write the bytes of the SentencePiece model as read."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         file = Path(save_directory, prefix + VOCABULARY_FILE)
         file.write_bytes(self._model_bytes)
@@ -206,7 +204,7 @@ def check_unicode(text: str) -> None:
 
 
 def read_vocabulary(file: Path) -> bytes:
-    """Bytes of a `tokenizer.model`; `CheckpointError` if it cannot be read."""
+    """Read the bytes of a `tokenizer.model`; `CheckpointError` if that fails."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -214,7 +212,7 @@ def read_vocabulary(file: Path) -> bytes:
 
 
 def load_sentencepiece(model: bytes, file: str | Path) -> SentencePieceProcessor:
-    """A SentencePiece model from its bytes; `CheckpointError` naming `file` if it is not one."""
+    """Load a SentencePiece model from its bytes; `CheckpointError` names `file`."""
     processor = SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(model)
@@ -227,7 +225,7 @@ def load_sentencepiece(model: bytes, file: str | Path) -> SentencePieceProcessor
 
 
 def _check_added(added: dict[int, AddedToken]) -> None:
-    """Refuse what would make ids depend on the neighbours of a special token."""
+    """Refuse flags by which ids would depend on the neighbours of a special token."""
     for index, token in added.items():
         if token.lstrip or token.rstrip or token.single_word:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Recipes: everything a distillation is told, in one typed, frozen value. No torch here."""
+"""Recipes: all settings of a distillation as one typed, frozen value, without torch."""
 
 from mmmamba_cli.recipe.layers import PLACEMENTS, attention_layers, place_attention, plan_kind
 from mmmamba_cli.recipe.loader import (

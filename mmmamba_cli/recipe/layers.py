@@ -1,7 +1,7 @@
-"""Which layers stay attention: placements of n of L layers, and the check of an explicit list.
+"""Attention layers of a hybrid: placements of n of L layers, and explicit lists.
 
 Layers are counted from 0 through both stacks, embedding stack first. n = 0 is the linear student,
-n = L the teacher. Placements are those compared in mmMamba (arXiv 2502.13145, ablations).
+n = L the teacher. Placements are those of mmMamba's ablations (arXiv 2502.13145).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from mmmamba_cli.errors import RecipeError
 
 
 class LayerPlan(Protocol):
-    """What decides the attention layers; the recipe's `layers` section is one."""
+    """Settings that determine the attention layers, for example the recipe's `layers` section."""
 
     @property
     def attention(self) -> int | tuple[int, ...]: ...
@@ -66,7 +66,7 @@ def place_attention(placement: str, n: int, num_layers: int) -> tuple[int, ...]:
 
 
 def plan_kind(kept: int, num_layers: int) -> str:
-    """What `kept` attention layers of `num_layers` make: `linear`, `hybrid (4 attention)` or
+    """Kind of a model with `kept` attention layers: `linear`, `hybrid (4 attention)` or
     `all attention`.
     """
     if kept == 0:
@@ -77,10 +77,10 @@ def plan_kind(kept: int, num_layers: int) -> str:
 def layer_list_problem(
     layers: Sequence[int], num_layers: int | None = None
 ) -> tuple[int, str] | None:
-    """What is wrong with an explicit list of layers: a position in it and a sentence, or None.
+    """First problem of an explicit list of layers: its position and a sentence; None if valid.
 
-    Without `num_layers`, as in a recipe that has not met its teacher yet, only the lower end of
-    the range is checked.
+    Without `num_layers`, for a recipe whose teacher is not known yet, only the lower bound is
+    checked.
     """
     first_seen: dict[int, int] = {}
     for position, layer in enumerate(layers):
@@ -97,7 +97,7 @@ def layer_list_problem(
 
 
 def attention_layers(plan: LayerPlan, num_layers: int) -> tuple[int, ...]:
-    """Indices of the layers that are attention in a model of `num_layers` > 0, ascending.
+    """Indices of the attention layers in a model of `num_layers` > 0, ascending.
 
     Raises RecipeError naming field, index and value for a count or a list that does not fit.
     """

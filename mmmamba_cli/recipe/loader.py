@@ -1,6 +1,6 @@
-"""Reading a recipe: command line over `--set section.field=value` over recipe over defaults.
+"""Recipe loader: files and shipped recipes, `--set` assignments and command-line overrides.
 
-The recipes that come with the package, by name.
+Precedence: command line, then `--set section.field=value`, then the recipe, then defaults.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from mmmamba_cli.recipe.schema import Recipe
 from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
 
 SUFFIX = ".yaml"
-# What the folder `recipes` at the top of the repository is called where it is installed.
+# Package name of the repository's folder `recipes` in an installation.
 INSTALLED = "mmmamba_recipes"
 
 
 def recipe_folder() -> Traversable:
-    """Where the shipped recipes lie: beside the package in a checkout, else as package data.
+    """Folder of the shipped recipes: `recipes` of a checkout, else package data.
 
-    The checkout comes first: its code must not read the recipes of another version that is
-    installed too, and importlib.resources cannot read those of an editable install, whose
-    namespace is a hook and no folder. Raises RecipeError if an installation lacks them.
+    The checkout comes first, since its code must not read the recipes of another installed version,
+    and importlib.resources cannot read an editable install, whose namespace is an import hook.
+    Raises RecipeError if the installation has no recipes.
     """
     root = Path(__file__).resolve().parents[2]
     if (root / "pyproject.toml").is_file() and (root / "recipes").is_dir():
@@ -57,7 +57,7 @@ def recipe_names() -> list[str]:
 
 
 def shipped_recipe(name: str) -> Traversable:
-    """The YAML file of a shipped recipe. Raises RecipeError naming those that there are."""
+    """The YAML file of a shipped recipe. Raises RecipeError, listing the names, if unknown."""
     names = recipe_names()
     if name not in names:
         raise RecipeError(
@@ -76,12 +76,14 @@ FIELD_PART_PATTERN = re.compile(r"\[(\d+)\]|([\w-]+)")
 def load_recipe(
     name_or_path: str | Path, sets: Iterable[str] = (), overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """Read a shipped recipe by name, or a YAML file, and lay what was given over it.
+    """Load a shipped recipe by name, or a YAML file, and apply `sets` and `overrides`.
 
-    `sets` are texts like `stages[2].lr=1e-5` or `stages.stage3.lr=1e-5`, their values in YAML.
-    `overrides` are values by the same field names; they win, and an option that was not given
-    must be left out of them. Raises RecipeError with a line for each problem:
-    `file: section.field: what is wrong, what is allowed`.
+    `sets` are texts like `stages[2].lr=1e-5` or `stages.stage3.lr=1e-5`, with YAML values.
+    `overrides` maps the same field names to values and takes precedence; leave out options that
+    were not passed.
+
+    Raises:
+        RecipeError: one line per problem, `file: section.field: problem, allowed values`.
     """
     file = find_recipe(name_or_path)
     label = str(name_or_path)
@@ -102,7 +104,7 @@ def parse_recipe(
     sets: Iterable[str] = (),
     overrides: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """As `load_recipe`, from YAML text such as a manifest carries; `source` names it in errors."""
+    """Parse YAML text as `load_recipe` does; `source` names the text in errors."""
     tree = read_yaml(text, source)
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else f"is {format_value(tree)}"
@@ -125,12 +127,12 @@ def parse_recipe(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The complete recipe as YAML, defaults and all; `parse_recipe` reads it back equal."""
+    """The complete recipe as YAML, including defaults; `parse_recipe` restores it."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
 def find_recipe(name_or_path: str | Path) -> Path | Traversable:
-    """The file meant: a path if it looks like one, else a shipped recipe, else a file so called."""
+    """Resolve a path or a name: a path, else a shipped recipe, else a file of that name."""
     path = Path(name_or_path).expanduser()
     if isinstance(name_or_path, Path) or path.suffix in (".yaml", ".yml") or len(path.parts) != 1:
         return path
@@ -140,7 +142,7 @@ def find_recipe(name_or_path: str | Path) -> Path | Traversable:
 
 
 def _source_of(problem: Problem, changes: list[tuple[Location, str]], file: str) -> str:
-    """Who gave the value that is wrong: the last to set it, what is around it, or in it."""
+    """Source of an invalid value: the last change of its field, an outer or an inner field."""
     for location, source in reversed(changes):
         if all(a == b for a, b in zip(location, problem.location, strict=False)):
             return source
@@ -170,7 +172,7 @@ def _split_field(field: str, source: str) -> Location:
 
 
 def _assign(tree: dict[str, Any], field: str, value: Any, source: str) -> Location:
-    """Put `value` where `field` says, making the sections on the way; returns its location."""
+    """Assign `value` to `field`, creating missing sections; return its location."""
     parts = _split_field(field, source)
     node: Any = tree
     location: Location = ()
@@ -192,7 +194,7 @@ def _assign(tree: dict[str, Any], field: str, value: Any, source: str) -> Locati
 
 
 def _key_in(node: Any, part: str | int, location: Location, source: str) -> str | int:
-    """The key of dict or the index of list `node` that `part` of a field means."""
+    """Key of dict `node`, or index of list `node`, for one part of a field name."""
     where = format_location(location)
     if isinstance(node, dict):
         if isinstance(part, str):

@@ -1,6 +1,6 @@
-"""What is wrong with a recipe, in our own sentences: where, what it is, what is allowed.
+"""Error messages of recipe validation: location, value, allowed values.
 
-What is allowed is read off the schema's annotations, so that it cannot drift from what is checked.
+Allowed values are read from the schema's annotations, so that messages match the checks.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from pydantic.fields import FieldInfo
 
 Location = tuple[str | int, ...]
 
-SHOWN_LENGTH = 60
+MAX_SHOWN_CHARACTERS = 60
 # Attributes of pydantic's constraints, lower bounds first.
 BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Says what a field allows, in the metadata of one whose check is a function of ours."""
+    """Allowed values in words, as metadata of a field with a custom validator."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and where in the recipe."""
+    """A problem and its location in the recipe."""
 
     location: Location
     sentence: str
 
     def line(self, source: str) -> str:
-        """`source: section.field: sentence`; a problem of the whole recipe names no field."""
+        """`source: section.field: sentence`; without field for a problem of the whole recipe."""
         parts = (source, format_location(self.location), self.sentence)
         return ": ".join(part for part in parts if part)
 
@@ -54,9 +54,9 @@ def format_location(location: Location) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as one would write it in YAML, shortened to what fits in a sentence."""
+    """A value in YAML notation, truncated to `MAX_SHOWN_CHARACTERS`."""
     if isinstance(value, str):
-        # In quotes, so that the text '1e-3' is not taken for the number.
+        # Quoted, to distinguish the text '1e-3' from the number.
         text = f"'{value}'"
     elif value is None or isinstance(value, bool | int | float):
         text = json.dumps(value)
@@ -68,7 +68,9 @@ def format_value(value: Any) -> str:
     else:
         text = str(value)
     text = text.replace("\n", " ")
-    return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 3]}..."
+    if len(text) <= MAX_SHOWN_CHARACTERS:
+        return text
+    return f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
 
 
 def join_or(names: Sequence[str]) -> str:
@@ -79,15 +81,15 @@ def join_or(names: Sequence[str]) -> str:
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?` where one of the names is close, else nothing."""
+    """`; did you mean X?` if a name is close, else an empty string."""
     close = get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """Every problem that pydantic found in the input of `model`, once each."""
+    """All problems that pydantic found in the input of `model`, without duplicates."""
     found = [_problem(details, model) for details in error.errors(include_url=False)]
-    # A list whose every entry is wrong is reported as too short besides.
+    # pydantic also reports a list as too short if all its entries are invalid.
     beneath = {p.location[:depth] for p in found for depth in range(len(p.location))}
     return [p for p in dict.fromkeys(found) if p.location not in beneath]
 
@@ -133,7 +135,7 @@ def _section_at(model: type[BaseModel], location: Location) -> Any:
 
 
 def _unwrap(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:
-    """Strip `Annotated` and `| None`, keeping the constraints met on the way."""
+    """Strip `Annotated` and `| None`, and collect the constraints."""
     while True:
         if get_origin(annotation) is Annotated:
             annotation, *extra = get_args(annotation)
@@ -156,7 +158,7 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def describe_allowed(annotation: Any, metadata: list[Any]) -> str:
-    """What a value may be: `a whole number from 1 to 16 or null`."""
+    """Allowed values in words, for example `a whole number from 1 to 16 or null`."""
     bare, constraints = _unwrap(annotation, metadata)
     null = " or null" if _nullable(annotation) else ""
     for item in constraints:

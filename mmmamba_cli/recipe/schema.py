@@ -1,7 +1,7 @@
-"""The one shape of a recipe: typed, frozen, unknown keys refused.
+"""Recipe schema: typed, frozen pydantic models that reject unknown keys.
 
-Defaults are the paper's (mmMamba, arXiv 2502.13145) where it gives a number. What a stage must
-state for itself (what learns, which loss, how long, how fast) has no default.
+Defaults are the paper's (mmMamba, arXiv 2502.13145) where it gives a number. Fields without a
+default must be set for each stage: parameters, loss, steps, batch size, learning rate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _refuse(sentence: str, *within: str | int) -> PydanticCustomError:
-    """An error in our own words; `within` leads from the value being checked to the culprit."""
+    """A validation error; `within` is the path from the validated value to the invalid one."""
     return PydanticCustomError("recipe", "{sentence}", {"sentence": sentence, "within": within})
 
 
@@ -66,7 +66,7 @@ def _check_learns(value: Any) -> str | tuple[str, ...]:
 
 
 def _check_stage_name(value: Any) -> str:
-    # Lower-case ASCII, since products and folders are named after stages.
+    # Lower-case ASCII, since stage names become names of products and folders.
     if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", value):
         return value
     raise _refuse(f"is {format_value(value)}, must be {STAGE_NAME_ALLOWED.words}")
@@ -83,7 +83,7 @@ Learns = Annotated[
 
 
 class Section(BaseModel):
-    """Settings shared by all parts: nothing is coerced, changed later, or taken unknown."""
+    """Base of all sections: strict types, frozen, unknown keys rejected."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
@@ -319,7 +319,7 @@ class Stage(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: Any) -> Any:
-        # So that a resolved recipe is complete, a kl stage shows the settings it runs with.
+        # Added explicitly, so that a resolved recipe shows the settings of a kl stage.
         if isinstance(values, dict) and values.get("loss") == "kl" and values.get("kl") is None:
             return {**values, "kl": {}}
         return values

@@ -1,7 +1,7 @@
-"""YAML as people write recipes: safe, keys unique, `1e-5` a number and `no` a word.
+"""Safe YAML with unique keys and the scalars of YAML 1.2.
 
-PyYAML follows YAML 1.1, where `1e-5` is text, `010` is eight and `no` is false. Scalars are read
-here by the core schema of YAML 1.2 instead; what is written reads back the same under both.
+PyYAML follows YAML 1.1, where `1e-5` is text, `010` is eight and `no` is false. Scalars are parsed
+by the core schema of YAML 1.2 instead; written text has the same meaning in both versions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import yaml
 
 from mmmamba_cli.errors import RecipeError
 
-# An anchor repeated in an anchor grows without bound; no recipe comes near this.
+# Limit for anchors nested in anchors, which grow exponentially; recipes are far smaller.
 MAX_NODES = 20_000
-# What PyYAML lets out where a value does not fit the tag that is written before it.
+# Exceptions of PyYAML for a value that does not match its explicit tag.
 _CONSTRUCTION_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 UNICODE_BREAKS = "\x85\u2028\u2029"
 
@@ -33,19 +33,19 @@ _CORE_TAGS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader with the scalars above and checked keys; PyYAML is configured by subclassing."""
+    """SafeLoader with `_CORE_TAGS` and checked keys; PyYAML is configured by subclassing."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's own attribute
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        # Here and not when values are made: merging (<<) adds keys to a node by then.
+        # Checked before construction, when merging (<<) adds keys to the node.
         node = super().compose_mapping_node(anchor)
         _check_keys(node)
         return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would not read back as text."""
+    """SafeDumper that quotes text which YAML 1.1 or 1.2 would parse as another scalar."""
 
 
 def _read_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -57,7 +57,7 @@ def _read_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 
 
 def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Breaks that PyYAML folds to spaces unless they stand escaped between double quotes.
+    # PyYAML folds these breaks to spaces unless they are escaped in double quotes.
     style = '"' if any(sign in text for sign in UNICODE_BREAKS) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -87,14 +87,15 @@ _Dumper.add_representer(str, _write_text)
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """The one document in `text` as plain dicts, lists and scalars, none of them shared.
+    """Parse the single document in `text` into dicts, lists and scalars without shared values.
 
-    Raises RecipeError with `source`, and the line where there are several, for what is not YAML,
-    for a key that is repeated or not text, and for anchors that contain themselves or repeat
-    without measure.
+    Raises:
+        RecipeError: invalid YAML, a key that is repeated or not text, an anchor that contains
+            itself, or more than `MAX_NODES` values. Names `source`, and the line if there are
+            several.
     """
     try:
-        # A SafeLoader with fewer scalars; S506 knows the safe ones by name only.
+        # `_Loader` is a SafeLoader; S506 recognises safe loaders by name only.
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506
         _check_size(tree, source)
         return _copy_aliases(tree)
@@ -132,7 +133,7 @@ def _check_size(tree: Any, source: str) -> None:
 
 
 def _copy_aliases(node: Any) -> Any:
-    """A copy in which aliases of an anchor are values of their own, so that one can be changed."""
+    """Copy aliases of an anchor, so that each can be changed separately."""
     if isinstance(node, dict):
         return {key: _copy_aliases(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -141,5 +142,5 @@ def _copy_aliases(node: Any) -> Any:
 
 
 def write_yaml(tree: Any) -> str:
-    """`tree` as YAML text that `read_yaml` reads back equal."""
+    """Write `tree` as YAML text, which `read_yaml` restores."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -35,7 +35,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def save_product(processor: HolisticVLMProcessor, folder: Path) -> Path:
-    """A folder as a model of ours has it, without weights."""
+    """A model folder without weights, in the native layout."""
     processor.save_pretrained(folder)
     stack = {
         "num_layers": 1,
