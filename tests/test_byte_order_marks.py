@@ -159,6 +159,7 @@ def test_questions_from_a_pipe(
 
 # What the system writes, and the project for itself.
 PLAIN = {
+    "devices.py",
     "distill/stage_runner.py",
     "doctor/environment.py",
     "profiling/timers.py",
