@@ -1,4 +1,4 @@
-"""Graphs: kept for what comes often, and not spoiled by those that are let go of."""
+"""CUDA graphs: captured for recurring shapes, evicted by last use, in shared memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmmamba_cli.inference.cuda_graphs import (
 
 
 class Counts:
-    """Work that counts."""
+    """A task that counts its runs."""
 
     def __init__(self, key: int):
         self.key = key
@@ -29,7 +29,7 @@ class Counts:
         self.done += 1
 
 
-def test_work_is_captured_when_it_comes_often() -> None:
+def test_a_recurring_shape_is_captured() -> None:
     captured: list[Counts] = []
 
     def capture(work: Callable[[], None]) -> Callable[[], None]:
@@ -50,7 +50,7 @@ def test_work_is_captured_when_it_comes_often() -> None:
     assert captured == [task, many]
 
 
-def test_what_was_done_longest_ago_is_let_go_of() -> None:
+def test_the_least_recently_used_shape_is_evicted() -> None:
     graphs: GraphCache[int, Counts] = GraphCache(Counts, lambda work: work)
     first, _ = graphs.get(0)
     second, _ = graphs.get(1)
@@ -62,7 +62,7 @@ def test_what_was_done_longest_ago_is_let_go_of() -> None:
     assert graphs.get(1)[0] is not second
 
 
-def test_without_memory_for_a_graph_work_runs_as_it_is() -> None:
+def test_out_of_memory_in_a_capture_runs_the_task_eagerly() -> None:
     asked: list[Callable[[], None]] = []
 
     def refuse(work: Callable[[], None]) -> Callable[[], None]:
@@ -76,12 +76,12 @@ def test_without_memory_for_a_graph_work_runs_as_it_is() -> None:
     assert (task.done, len(asked)) == (4, 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs want a GPU")
-def test_a_graph_that_is_let_go_of_does_not_spoil_another() -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU")
+def test_freeing_a_graph_does_not_break_a_capture() -> None:
     pool = GraphPool(torch.device("cuda"))
     number = torch.zeros(1, device="cuda")
     holders: list[dict[str, object]] = [{"replay": pool.capture(partial(number.fill_, 0))}]
-    # Only a collection finds it.
+    # A reference cycle: only garbage collection frees it.
     holders[0]["itself"] = holders[0]
     calls = []
 
@@ -90,7 +90,7 @@ def test_a_graph_that_is_let_go_of_does_not_spoil_another() -> None:
         calls.append(1)
         if len(calls) > WARM_UP_STEPS:
             holders.clear()
-            # Enough that a collection is due.
+            # Enough allocations to trigger a collection.
             calls.extend([[] for _ in range(10)])
 
     thresholds = gc.get_threshold()
@@ -105,8 +105,8 @@ def test_a_graph_that_is_let_go_of_does_not_spoil_another() -> None:
     assert number.item() == before + 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs want a GPU")
-def test_graphs_take_up_the_memory_of_others() -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU")
+def test_graphs_share_pool_memory() -> None:
     pool = GraphPool(torch.device("cuda"))
     inputs = torch.ones(1 << 22, device="cuda")
     outputs = torch.zeros_like(inputs)

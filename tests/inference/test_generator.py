@@ -1,4 +1,4 @@
-"""A Generator gives what the model gives, however a prompt is read and whatever it consists of."""
+"""A Generator gives the tokens and logits of the model, for any prompt, chunk size and padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmmamba_cli.inference.static_cache import KVCache, StaticCache, kv_nbytes
 from mmmamba_cli.model import new_cache
 
 NEW = 8
-# Sums in another order, of fp64 and of fp32.
+# Differences by the order of summation, in fp64 and in fp32.
 EXACT, CLOSE = 1e-10, 2e-5
 MIXERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -41,7 +41,7 @@ def greedy(model: Any, ids: torch.Tensor, new: int = NEW, **inputs: Any) -> torc
 @pytest.mark.parametrize("shuffle", ["pre", "post"])
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_tokens_are_those_of_the_model(shuffle: str, plan: str, scaled: bool) -> None:
+def test_tokens_equal_model_generate(shuffle: str, plan: str, scaled: bool) -> None:
     options: dict[str, Any] = {}
     if scaled:
         options = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}
@@ -58,8 +58,8 @@ def test_tokens_are_those_of_the_model(shuffle: str, plan: str, scaled: bool) ->
 
 @pytest.mark.parametrize("mixer", list(MIXERS))
 @pytest.mark.parametrize("plan", ["mmmm", "amam"])
-def test_logits_are_those_of_the_model(mixer: str, plan: str) -> None:
-    # In fp64: small gates make much of a rounding in fp32.
+def test_logits_equal_the_model(mixer: str, plan: str) -> None:
+    # In fp64: small gates amplify rounding errors of fp32.
     model = small_model(plan, "post", **MIXERS[mixer]).double()
     ids, inputs = batch()
     mask = inputs["attention_mask"]
@@ -79,8 +79,10 @@ def test_logits_are_those_of_the_model(mixer: str, plan: str) -> None:
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
 @pytest.mark.parametrize("options", [{}, {"rope": True, "qk_norm": True}], ids=["plain", "own"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunks_do_not_matter(plan: str, chunk: int, options: dict[str, bool]) -> None:
-    """Mixers with options of their own go through the model's modules, part by part."""
+def test_chunk_size_does_not_change_the_result(
+    plan: str, chunk: int, options: dict[str, bool]
+) -> None:
+    """Mixers with a norm or RoPE on q and k run by the model's modules, chunk by chunk."""
     model = small_model(plan, "pre", **options)
     ids, inputs = batch()
     generator = Generator(model)
@@ -95,7 +97,7 @@ def test_chunks_do_not_matter(plan: str, chunk: int, options: dict[str, bool]) -
     assert torch.equal(found, tokens)
 
 
-def test_parts_of_a_prompt_share_its_length() -> None:
+def test_all_chunks_use_the_rope_frequencies_of_the_whole_prompt() -> None:
     model = small_model(
         "aaaa", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=8
     )
@@ -105,13 +107,13 @@ def test_parts_of_a_prompt_share_its_length() -> None:
     assert distance(found, whole) < CLOSE
 
 
-def test_lost_images_are_refused_in_parts_too() -> None:
+def test_missing_pixel_values_are_refused_with_chunks() -> None:
     ids, _ = prompt(1, 6)
     with pytest.raises(DataError, match="no pixel_values were given"):
         Generator(small_model("amam")).prefill(ids, chunk=2)
 
 
-def test_the_prompt_before_leaves_nothing() -> None:
+def test_a_previous_prompt_does_not_change_the_next_answer() -> None:
     model = small_model("amam")
     generator = Generator(model)
     ids, inputs = batch()
@@ -122,57 +124,57 @@ def test_the_prompt_before_leaves_nothing() -> None:
     assert torch.equal(generator.generate(first, max_new_tokens=NEW), expected)
 
 
-def test_padding_and_ends_are_forgotten() -> None:
+def test_padding_and_eos_of_a_previous_prompt_are_reset() -> None:
     model = small_model("amam")
     generator = Generator(model)
     ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
     whole = torch.cat((prompt(0, 9)[0], prompt(0, 9, 2)[0]))
     expected = greedy(model, whole)
-    # Both rows end at once, one behind four columns of padding, in the memory of the next.
+    # Both rows end at once, one with four columns of padding; the next prompt reuses the cache.
     padded = generator.generate(ids, attention_mask=mask, max_new_tokens=1, eos=range(VOCABULARY))
     assert padded.shape == (2, 1)
     assert torch.equal(generator.generate(whole, max_new_tokens=NEW), expected)
 
 
-def test_what_is_left_over_is_not_read() -> None:
+def test_stale_cache_contents_are_not_read() -> None:
     generator = Generator(small_model("amam", conv_width=4))
     ids, inputs = batch()
     expected = generator.generate(ids, **inputs, max_new_tokens=NEW)
-    states = generator._sequence.cache
-    for tensor in (*states.tensors, states.logits):
+    cache = generator._sequence.cache
+    for tensor in (*cache.tensors, cache.logits):
         tensor.fill_(torch.nan)
     assert torch.equal(generator.generate(ids, **inputs, max_new_tokens=NEW), expected)
-    assert generator._sequence.cache is states
+    assert generator._sequence.cache is cache
 
 
-def test_few_memories_are_held() -> None:
+def test_the_pool_evicts_the_least_recently_used_caches() -> None:
     generator = Generator(small_model("aaaa"))
     ids, _ = prompt(0, 5)
     expected = generator.generate(ids, max_new_tokens=NEW)
     for rows in range(2, 9):
         found = generator.generate(ids.repeat(rows, 1), max_new_tokens=NEW)
         assert torch.equal(found, expected.repeat(rows, 1))
-    held = generator._pool
-    assert [states.batch for states in held._caches.values()] == [5, 6, 7, 8]
-    assert {states.batch for states, _ in held._steps} == {5, 6, 7, 8}
-    # 2 GiB are all that is kept beside what is in use.
-    plan, batch, room = generator._packed, 1, 2**21
-    assert kv_nbytes(plan, batch, (room, room)) == 4 * 2 * (2 * room * 8) * 4
-    held._evict(2**31)
-    assert not held._caches and not held._steps
+    pool = generator._pool
+    assert [cache.batch for cache in pool._caches.values()] == [5, 6, 7, 8]
+    assert {cache.batch for cache, _ in pool._steps} == {5, 6, 7, 8}
+    # The pool keeps at most 2 GiB beside the cache in use.
+    columns = 2**21
+    assert kv_nbytes(generator._packed, 1, (columns, columns)) == 4 * 2 * (2 * columns * 8) * 4
+    pool._evict(2**31)
+    assert not pool._caches and not pool._steps
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "amam", "mmmm"])
-def test_the_size_of_states_is_that_of_their_keys_and_values(plan: str) -> None:
+def test_kv_nbytes_equals_the_allocated_keys_and_values(plan: str) -> None:
     found = Generator(small_model(plan).bfloat16())._packed
-    states = StaticCache(found, 3, (5, 7))
-    layers = [layer for stack in states.stacks for layer in stack.layers]
+    cache = StaticCache(found, 3, (5, 7))
+    layers = [layer for stack in cache.stacks for layer in stack.layers]
     grown = [t.nbytes for layer in layers if isinstance(layer, KVCache) for t in layer.tensors]
     assert len(grown) == 2 * plan.count("a")
     assert kv_nbytes(found, 3, (5, 7)) == sum(grown)
 
 
-def test_a_normed_embedding_output() -> None:
+def test_normalize_embedding_output() -> None:
     model = small_model("amam")
     model.config.normalize_embedding_output = True
     ids, inputs = batch()
@@ -180,11 +182,11 @@ def test_a_normed_embedding_output() -> None:
     assert torch.equal(found, greedy(model, ids, **inputs))
 
 
-def test_rows_end_and_are_padded() -> None:
+def test_rows_stop_at_eos_and_are_padded() -> None:
     model = small_model("mmmm", seed=3)
     ids, inputs = batch()
     expected = greedy(model, ids, new=40, **inputs)
-    # A token that ends the first row early, and another row later or never.
+    # A token that ends the first row early, and the other rows later or never.
     end = int(expected[0, 2])
     model.generation_config.pad_token_id = 7
     theirs = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=end, **inputs)
@@ -199,7 +201,7 @@ def test_rows_end_and_are_padded() -> None:
     assert streamed == found.T.tolist()
 
 
-def test_the_generation_config_names_ends_and_suppressed_tokens() -> None:
+def test_eos_and_suppressed_tokens_of_the_generation_config() -> None:
     model = small_model("mmmm")
     ids, _ = prompt(0, 6)
     plain = greedy(model, ids)[0].tolist()
@@ -214,7 +216,7 @@ def test_the_generation_config_names_ends_and_suppressed_tokens() -> None:
     assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW, eos=()), other)
 
 
-def test_there_is_only_so_much_room() -> None:
+def test_a_full_cache_is_refused() -> None:
     model = small_model("amam")
     generator = Generator(model)
     ids, _ = prompt(0, 6)
@@ -231,7 +233,7 @@ def test_there_is_only_so_much_room() -> None:
 
 @pytest.mark.parametrize("plan", ["aaaa", "amam", "mmaa"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
-def test_room_grows_with_an_answer(
+def test_the_cache_grows_with_an_answer(
     plan: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = dict(options)
@@ -245,7 +247,7 @@ def test_room_grows_with_an_answer(
     monkeypatch.setattr("mmmamba_cli.inference.generator.ANSWER_COLUMNS", 2)
     generator = Generator(model)
     for _ in range(2):
-        # The second time, what it grows into has been used before.
+        # The second time, the larger caches are in the pool.
         found = generator.generate(ids, **inputs, max_new_tokens=new, **options)
         assert torch.equal(found, expected)
         streamed = list(generator.stream(ids, **inputs, max_new_tokens=new, **options))
@@ -253,25 +255,25 @@ def test_room_grows_with_an_answer(
     small = Generator(model)
     next(small.stream(ids, **inputs, max_new_tokens=10**6, **options))
     assert small.cache_bytes < generator.cache_bytes
-    # A row that has ended says nothing more after that.
+    # A finished row stays padded in the larger cache.
     options["eos"] = int(expected[0, 1])
     ended = wide.generate(ids, **inputs, max_new_tokens=new, capacity=columns + new, **options)
     assert (ended[0, 2:] == 0).all() and ended.shape[1] > 12
     found = generator.generate(ids, **inputs, max_new_tokens=new, **options)
     assert torch.equal(found, ended)
-    # Who gives a capacity gets no more.
+    # A given capacity is not exceeded.
     with pytest.raises(DataError, match="room for"):
         small.generate(ids, **inputs, max_new_tokens=new, capacity=columns + 5)
 
 
-def test_patches_of_many_tiles_have_room_in_the_embedding_stack() -> None:
+def test_the_embedding_stack_has_capacity_for_all_patches() -> None:
     model = small_model("aaaa", "post")
     ids, pixels = prompt(61, 6)
     found = Generator(model).generate(ids, pixels, max_new_tokens=6, capacity=255)
     assert torch.equal(found, greedy(model, ids, new=6, pixel_values=pixels))
 
 
-def test_without_attention_there_is_no_limit() -> None:
+def test_without_attention_the_cache_has_no_limit() -> None:
     model = small_model("mmmm")
     generator = Generator(model)
     ids, _ = prompt(0, 6)
@@ -283,10 +285,10 @@ def test_without_attention_there_is_no_limit() -> None:
     assert Generator(small_model("amam")).cache_bytes == 0
 
 
-def test_memory_is_made_ahead_and_let_go() -> None:
+def test_start_allocates_and_release_frees() -> None:
     generator = Generator(small_model("aaaa"))
     generator.start(2, 300)
-    # Four layers of keys and values in fp32, two heads of 8; capacity is a multiple of 256 columns.
+    # Four layers of keys and values in fp32, two heads of 8; capacity is rounded up to 512 columns.
     assert generator.cache_bytes == 4 * 2 * (2 * 2 * 512 * 8) * 4
     generator.release()
     assert generator.cache_bytes == 0
@@ -294,11 +296,11 @@ def test_memory_is_made_ahead_and_let_go() -> None:
         generator.step(torch.tensor([[4]]))
 
 
-def test_pretending_is_like_reading() -> None:
+def test_fill_random_is_like_a_prefill() -> None:
     model = small_model("amam", rope_scaling={"type": "dynamic", "factor": 2.0})
     generator = Generator(model)
     generator.fill_random(1, 20, capacity=22)
-    # Both stacks, and each row's position, stand behind the columns that were not read.
+    # Both stacks and the position of each row are after the 20 columns.
     assert (generator._sequence.cache.counters == 20).all()
     first = generator.step(torch.tensor([[4]])).clone()
     generator.step(torch.tensor([[4]]))
@@ -309,7 +311,7 @@ def test_pretending_is_like_reading() -> None:
     assert torch.equal(generator.step(torch.tensor([[4]])), first)
 
 
-def test_measured_tokens_are_chosen_as_others_are() -> None:
+def test_decode_tokens_samples_like_step_and_argmax() -> None:
     generator = Generator(small_model("amam"))
     generator.fill_random(2, 20, capacity=24)
     token = torch.zeros(2, 1, dtype=torch.long)
@@ -317,7 +319,7 @@ def test_measured_tokens_are_chosen_as_others_are() -> None:
         logits = generator.step(token)
         logits[:, IMAGE_ID] = -torch.inf
         token = logits.argmax(-1, keepdim=True)
-    # What an answer before left in the tables of ends and padding must not count.
+    # EOS and padding settings of a previous answer must not apply.
     generator.generate(prompt(0, 5)[0], max_new_tokens=1, eos=range(VOCABULARY))
     generator.fill_random(2, 20, capacity=24, settings=Settings(eos=()))
     with pytest.raises(ValueError, match="prefill comes first"):
@@ -331,7 +333,7 @@ def test_measured_tokens_are_chosen_as_others_are() -> None:
         generator.decode_tokens(1)
 
 
-def test_what_cannot_be_read_is_refused() -> None:
+def test_invalid_inputs_are_refused() -> None:
     model = small_model("amam")
     generator = Generator(model)
     ids, mask = pad_batch([prompt(0, 5)[0], prompt(0, 8)[0]], side="right")
@@ -356,7 +358,7 @@ def test_what_cannot_be_read_is_refused() -> None:
         generator.step(ids)
 
 
-def test_an_answer_cut_short_by_another() -> None:
+def test_a_stream_fails_after_another_prefill() -> None:
     generator = Generator(small_model("mmmm"))
     ids, _ = prompt(0, 5)
     answer = generator.stream(ids, max_new_tokens=NEW)

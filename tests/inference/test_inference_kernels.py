@@ -1,4 +1,4 @@
-"""A step by kernels, and as a captured graph, gives the tokens of the reference."""
+"""Steps by Triton kernels, eager and captured as a CUDA graph, equal the reference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch(device: str) -> tuple[torch.Tensor, dict[str, Any]]:
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("plan", ["amam", "mmmm"])
-def test_kernels_give_the_logits_of_the_reference(plan: str, int8: bool) -> None:
+def test_kernels_equal_the_reference(plan: str, int8: bool) -> None:
     ids, inputs = batch("cpu")
     model = small_model(plan, "post", conv_width=3, d_skip=True)
     if int8:
@@ -44,7 +44,7 @@ def test_kernels_give_the_logits_of_the_reference(plan: str, int8: bool) -> None
     for _ in range(NEW):
         token = logits.argmax(-1, keepdim=True)
         logits = expected.step(token)
-        # Small gates make much of roundings, and each step inherits those before.
+        # Small gates amplify rounding errors, which accumulate over the steps.
         assert distance(found.step(token.to(DEVICE)).cpu(), logits) < 1e-3
 
 
@@ -56,36 +56,36 @@ def model_on(device: str, plan: str, int8: bool = False, **options: Any) -> Any:
     return model
 
 
-def test_a_step_is_made_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[str] = []
+def test_the_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
     inputs_ready: list[bool] = []
     for op in ("project", "mixer_step", "attention_step"):
-        plain = BACKENDS[op]["triton"]
+        kernel = BACKENDS[op]["triton"]
 
-        def noted(*arguments: Any, op: str = op, plain: Any = plain, **options: Any) -> Any:
-            used.append(op)
+        def recorded(*arguments: Any, op: str = op, kernel: Any = kernel, **options: Any) -> Any:
+            launched.append(op)
             if op == "mixer_step" or options.get("gate") is not None:
                 inputs_ready.append(options["inputs_ready"])
-            return plain(*arguments, **options)
+            return kernel(*arguments, **options)
 
-        monkeypatch.setitem(BACKENDS[op], "triton", noted)
+        monkeypatch.setitem(BACKENDS[op], "triton", recorded)
     generator = Generator(model_on(DEVICE, "aamm"), graphs=False, backend="triton")
     generator.prefill(prompt(0, 5)[0].to(DEVICE))
-    used.clear()
+    launched.clear()
     inputs_ready.clear()
     generator.step(torch.tensor([[4]], device=DEVICE))
     layer = ["project", "mixer", "project", "project", "project"]
     attention, scan = (
         [name.replace("mixer", op) for name in layer] for op in ("attention_step", "mixer_step")
     )
-    assert used == [*attention, *attention, *scan, *scan, "project"]
+    assert launched == [*attention, *attention, *scan, *scan, "project"]
     assert inputs_ready == [True] * 4
 
 
 @on_gpu
 @pytest.mark.parametrize("plan", ["aaaa", "amam", "mmmm"])
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "rope": True}])
-def test_a_graph_gives_what_its_launches_give(plan: str, options: dict[str, Any]) -> None:
+def test_a_captured_step_equals_eager_launches(plan: str, options: dict[str, Any]) -> None:
     model = model_on("cuda", plan, **options)
     ids, inputs = batch("cuda")
     eager, captured = Generator(model, graphs=False), Generator(model, graphs=True)
@@ -99,7 +99,7 @@ def test_a_graph_gives_what_its_launches_give(plan: str, options: dict[str, Any]
 
 
 @on_gpu
-def test_graphs_of_several_sizes_share_their_memory() -> None:
+def test_graphs_of_several_sizes_share_memory() -> None:
     model = model_on("cuda", "amam")
     eager, captured = Generator(model, graphs=False), Generator(model, graphs=True)
     prompts = [prompt(0, 5)[0], prompt(0, 300)[0], prompt(0, 700)[0], batch("cpu")[0][1:2]]
@@ -116,7 +116,7 @@ def test_graphs_of_several_sizes_share_their_memory() -> None:
 
 
 @on_gpu
-def test_drawing_goes_on_from_replay_to_replay() -> None:
+def test_sampling_advances_the_rng_between_replays() -> None:
     generator = Generator(model_on("cuda", "mmmm"), graphs=True)
     ids, _ = prompt(0, 5)
     ids = ids.to("cuda")
@@ -130,7 +130,7 @@ def test_drawing_goes_on_from_replay_to_replay() -> None:
 
 @on_gpu
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
-def test_a_graph_captured_on_the_way_changes_nothing(
+def test_a_capture_during_an_answer_does_not_change_it(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_on("cuda", "amam")
@@ -148,7 +148,7 @@ def test_a_graph_captured_on_the_way_changes_nothing(
 
 
 @on_gpu
-def test_packing_frees_what_it_replaces() -> None:
+def test_packing_frees_the_old_weights() -> None:
     model = small_model("mmmm").to("cuda")
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Tokens are drawn as the probabilities say, from where they may be drawn."""
+"""Sampled tokens follow the probabilities, restricted by top-k, top-p and suppressed tokens."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from mmmamba_cli.inference import Generator
 from mmmamba_cli.inference.sampling import Sampler, Settings
 
 DRAWS = 40_000
-# Probabilities of eight tokens, of which one is never wanted.
-WANTED = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0])
+# Probabilities of seven tokens; an eighth is suppressed.
+PROBABILITIES = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0])
 SUPPRESSED = 7
 
 
-def drawn(**settings: Any) -> torch.Tensor:
-    """Shares of the eight tokens among many draws."""
+def sampled(**settings: Any) -> torch.Tensor:
+    """Frequencies of the eight tokens in many draws."""
     sampler = Sampler(8, torch.device("cpu"))
-    chosen = Settings(**settings)
+    parsed = Settings(**settings)
     config = SimpleNamespace(eos_token_id=None, pad_token_id=None, suppress_tokens=[SUPPRESSED, 99])
-    sampler.configure(chosen, config)
-    logits = torch.cat((WANTED.log() + 3, torch.tensor([50.0])))
-    states: Any = SimpleNamespace(
+    sampler.configure(parsed, config)
+    logits = torch.cat((PROBABILITIES.log() + 3, torch.tensor([50.0])))
+    buffers: Any = SimpleNamespace(
         logits=logits.expand(DRAWS, 8),
         finished=torch.zeros(DRAWS, dtype=torch.bool),
         ids=torch.zeros(DRAWS, dtype=torch.long),
     )
-    sampler.sample(states, chosen.mode)
-    return states.ids.bincount(minlength=8) / DRAWS
+    sampler.sample(buffers, parsed.mode)
+    return buffers.ids.bincount(minlength=8) / DRAWS
 
 
 def expected(probabilities: torch.Tensor, kept: int) -> torch.Tensor:
@@ -64,26 +64,26 @@ def expected(probabilities: torch.Tensor, kept: int) -> torch.Tensor:
         ({"temperature": 1.0, "top_k": 7}, 6),
         ({"temperature": 1.0, "top_p": 1e-6}, 1),
         ({"temperature": 1.0, "top_p": 1.0}, 6),
-        # Half of the two that are left is the first.
+        # The first of the two remaining tokens has more than half of the probability.
         ({"temperature": 1.0, "top_k": 2, "top_p": 0.5}, 1),
         ({"temperature": 1e-30}, 1),
         ({}, 1),
     ],
 )
-def test_shares_are_the_probabilities(settings: dict[str, Any], kept: int) -> None:
-    found = drawn(**settings, seed=4)
-    # Five standard errors of the likeliest.
-    assert (found - expected(WANTED, kept)).abs().max() < 5 * math.sqrt(0.25 / DRAWS)
+def test_frequencies_equal_the_probabilities(settings: dict[str, Any], kept: int) -> None:
+    found = sampled(**settings, seed=4)
+    # Five standard errors at a probability of 0.5.
+    assert (found - expected(PROBABILITIES, kept)).abs().max() < 5 * math.sqrt(0.25 / DRAWS)
     assert (found[kept:] == 0).all()
 
 
-def test_temperature_flattens() -> None:
-    found = drawn(temperature=2.0)
-    wanted = expected(WANTED.sqrt(), 6)
-    assert (found - wanted).abs().max() < 5 * math.sqrt(0.25 / DRAWS)
+def test_temperature_flattens_the_distribution() -> None:
+    found = sampled(temperature=2.0)
+    distribution = expected(PROBABILITIES.sqrt(), 6)
+    assert (found - distribution).abs().max() < 5 * math.sqrt(0.25 / DRAWS)
 
 
-def test_a_seed_gives_the_same_again() -> None:
+def test_a_seed_repeats_an_answer() -> None:
     generator = Generator(small_model("amam"))
     ids, _ = prompt(0, 6)
     first = generator.generate(ids, max_new_tokens=12, temperature=1.0, seed=1)
@@ -107,21 +107,21 @@ def test_a_seed_gives_the_same_again() -> None:
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_settings_that_mean_nothing(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Settings(**settings)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_one_less_than_all_is_one_less(top_k: int) -> None:
+def test_top_k_below_the_vocabulary_size(top_k: int) -> None:
     sampler = Sampler(3, torch.device("cpu"))
     settings = Settings(temperature=1.0, top_k=top_k)
     none = SimpleNamespace(eos_token_id=None, pad_token_id=None, suppress_tokens=None)
     sampler.configure(settings, none)
-    rows: Any = SimpleNamespace(
+    buffers: Any = SimpleNamespace(
         logits=torch.tensor([0.3, 0.4, 0.2]).expand(4000, 3),
         finished=torch.zeros(4000, dtype=torch.bool),
         ids=torch.zeros(4000, dtype=torch.long),
     )
-    sampler.sample(rows, settings.mode)
-    assert sorted(rows.ids.unique().tolist()) == sorted([1, 0, 2][:top_k])
+    sampler.sample(buffers, settings.mode)
+    assert sorted(buffers.ids.unique().tolist()) == sorted([1, 0, 2][:top_k])

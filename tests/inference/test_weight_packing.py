@@ -1,4 +1,4 @@
-"""Packed weights are the model's own, elsewhere; int8 weights are read as the same numbers."""
+"""Packed weights are the model's own; int8 weights equal a model with rounded weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pointers(model: Any) -> dict[str, int]:
 
 
 def with_biases(model: Any) -> Any:
-    """Biases for q and v, none for k, and one for the output."""
+    """Add biases to q, v and the output projection, but not to k."""
     rng = torch.Generator().manual_seed(5)
     for block in model.model.blocks:
         for name in ("q_proj", "v_proj", "o_proj"):
@@ -38,7 +38,7 @@ def with_biases(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
-def test_forward_does_not_change_by_a_bit(plan: str) -> None:
+def test_packing_keeps_the_forward_bit_for_bit(plan: str) -> None:
     model = small_model(plan)
     ids, pixels = prompt(2, 9)
     before = model(ids, pixels).logits
@@ -49,7 +49,7 @@ def test_forward_does_not_change_by_a_bit(plan: str) -> None:
         assert torch.equal(parameter, kept[name]), name
 
 
-def test_weights_are_views_of_the_packed_ones() -> None:
+def test_weights_are_views_of_packed_weights() -> None:
     model = small_model("am")
     size = sum(p.numel() for p in model.parameters())
     pack(model)
@@ -59,7 +59,7 @@ def test_weights_are_views_of_the_packed_ones() -> None:
         whole = packed_view([layer.weight for layer in layers])
         assert whole is not None
         assert torch.equal(whole, torch.cat([layer.weight for layer in layers]))
-        # No second copy: what is written there is read here.
+        # No second copy: a write to the packed weight is visible in the module.
         whole[-1, -1] = 123.0
         assert layers[-1].weight[-1, -1] == 123.0
         assert whole.data_ptr() == layers[0].weight.data_ptr()
@@ -91,7 +91,7 @@ def test_packing_twice_moves_nothing() -> None:
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
 
 
-def test_models_that_share_weights() -> None:
+def test_models_with_shared_weights() -> None:
     teacher, student = small_model("aaaa"), small_model("mmmm", seed=1)
     for one, other in zip(teacher.model.blocks, student.model.blocks, strict=True):
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -101,7 +101,7 @@ def test_models_that_share_weights() -> None:
     expected = [
         m.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 6:] for m in (teacher, student)
     ]
-    # Each wants q, k and v in another order; what is made later takes them from what was before.
+    # Attention and Mamba-2 pack q, k and v in different orders; a new generator packs them again.
     made = [Generator(teacher), Generator(student), Generator(teacher)]
     for generator, tokens in zip(made, (*expected, expected[0]), strict=True):
         assert torch.equal(generator.generate(ids, max_new_tokens=NEW), tokens)
@@ -111,7 +111,7 @@ def test_models_that_share_weights() -> None:
     assert shared[0] == shared[1]
 
 
-def test_weights_that_were_moved_are_packed_anew() -> None:
+def test_cast_weights_are_packed_again() -> None:
     model = small_model("amam")
     pack(model)
     ids, _ = prompt(0, 6)
@@ -121,7 +121,7 @@ def test_weights_that_were_moved_are_packed_anew() -> None:
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm"])
-def test_biases_where_some_have_none(plan: str) -> None:
+def test_projections_with_and_without_bias(plan: str) -> None:
     model = with_biases(small_model(plan))
     ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
     inputs = {"attention_mask": mask}
@@ -133,7 +133,7 @@ def test_biases_where_some_have_none(plan: str) -> None:
     assert not torch.equal(Generator(model).generate(ids, **inputs, max_new_tokens=NEW), expected)
 
 
-def test_a_packed_model_is_saved_as_it_was(tmp_path: Path) -> None:
+def test_a_packed_model_saves_the_same_tensors(tmp_path: Path) -> None:
     model = small_model("amam")
     kept = {name: parameter.clone() for name, parameter in model.state_dict().items()}
     pack(model)
@@ -147,7 +147,7 @@ class Adapted(nn.Linear):
     """A stand-in for a low-rank adapter."""
 
 
-def test_what_is_not_plain_is_refused_before_anything_moves() -> None:
+def test_adapters_are_refused_and_the_model_is_unchanged() -> None:
     model = small_model("amam")
     model.model.layers[2].mixer.o_proj = Adapted(32, 32, bias=False)
     before = pointers(model)
@@ -157,7 +157,7 @@ def test_what_is_not_plain_is_refused_before_anything_moves() -> None:
     assert pointers(model) == before
 
 
-def test_weights_of_several_dtypes_are_refused_before_anything_moves() -> None:
+def test_mixed_dtypes_are_refused_and_the_model_is_unchanged() -> None:
     model = small_model("amam")
     model.model.layers[3].mixer.g_proj.bfloat16()
     before = pointers(model)
@@ -167,7 +167,7 @@ def test_weights_of_several_dtypes_are_refused_before_anything_moves() -> None:
 
 
 def readers(model: Any) -> list[tuple[nn.Module, RMSNorm | None]]:
-    """Each layer that becomes int8, and the norm in front of it."""
+    """Each layer that is quantized, with the norm in front of it."""
     found: list[tuple[nn.Module, RMSNorm | None]] = [(model.lm_head, model.model.norm)]
     for block in model.model.blocks:
         mixer, mlp = block.mixer, block.mlp
@@ -178,7 +178,7 @@ def readers(model: Any) -> list[tuple[nn.Module, RMSNorm | None]]:
 
 
 def folded(layer: nn.Module, norm: RMSNorm | None) -> torch.Tensor:
-    """The layer's weight, each column times what the norm would multiply that input by."""
+    """The layer's weight with the norm's weight multiplied into its columns."""
     if norm is None:
         return layer.weight
     repeats = layer.in_features // len(norm.weight)
@@ -186,7 +186,7 @@ def folded(layer: nn.Module, norm: RMSNorm | None) -> torch.Tensor:
 
 
 def rounded(model: Any) -> Any:
-    """The weights that `quantize` reads, norms included, as the plain model's."""
+    """The model with folded norms and weights rounded to int8, in its own dtype."""
     found = readers(model)
     for layer, norm in found:
         layer.weight.copy_(dequantize(quantize_rows(folded(layer, norm)), layer.weight.dtype))
@@ -197,7 +197,7 @@ def rounded(model: Any) -> Any:
 
 
 def with_head_norms(model: Any) -> Any:
-    """Norms on the heads of attention too."""
+    """Add QK norms to the attention layers."""
     rng = torch.Generator().manual_seed(6)
     for mixer in (block.mixer for block in model.model.blocks):
         if isinstance(mixer, Attention):
@@ -208,7 +208,7 @@ def with_head_norms(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
-def test_int8_is_a_model_of_rounded_weights(plan: str) -> None:
+def test_int8_equals_a_model_with_rounded_weights(plan: str) -> None:
     ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
     expected = rounded(with_biases(small_model(plan))).double()
     model = with_biases(small_model(plan))
@@ -217,7 +217,7 @@ def test_int8_is_a_model_of_rounded_weights(plan: str) -> None:
     logits = model(ids, attention_mask=mask).logits
     assert distance(logits, expected(ids, attention_mask=mask).logits) < 1e-4
     assert 1e-3 < distance(logits, plain) < 0.3
-    # The fast path reads the very numbers that the modules read.
+    # The generator and the modules read the same weights.
     generator = Generator(model)
     tokens = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
     found = generator.generate(ids, attention_mask=mask, max_new_tokens=NEW)
@@ -226,7 +226,7 @@ def test_int8_is_a_model_of_rounded_weights(plan: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("plan", ["aaaa", "mmmm", "amam"])
-def test_norms_become_part_of_int8_weights(plan: str, dtype: torch.dtype) -> None:
+def test_norms_are_folded_into_int8_weights(plan: str, dtype: torch.dtype) -> None:
     model = with_head_norms(small_model(plan, qk_norm=plan == "amam")).to(dtype)
     expected = [folded(layer, norm).double() for layer, norm in readers(model)]
     heads = {n: p.clone() for n, p in model.named_parameters() if ".q_norm" in n or ".k_norm" in n}
@@ -241,12 +241,12 @@ def test_norms_become_part_of_int8_weights(plan: str, dtype: torch.dtype) -> Non
         assert norm is None or torch.equal(norm.weight, torch.ones_like(norm.weight))
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], weight) for name, weight in heads.items())
-    # Whoever else holds the old weights keeps them.
+    # Other references to the old norm weights are unchanged.
     assert all(torch.equal(old, copy) for old, copy in zip(held, kept, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_int8_without_norms_weights_is_the_same_model(dtype: torch.dtype) -> None:
+def test_int8_with_folded_norms_approximates_the_model(dtype: torch.dtype) -> None:
     ids, mask = pad_batch([prompt(0, 9)[0], prompt(0, 5, 1)[0]])
     for plan in ("aaaa", "mmmm", "amam"):
         model = with_head_norms(small_model(plan, qk_norm=plan == "amam")).to(dtype)
@@ -260,7 +260,7 @@ def test_int8_without_norms_weights_is_the_same_model(dtype: torch.dtype) -> Non
         assert distance(generator.step(ids[:, -1:]), logits[:, -1]) < 1e-5
 
 
-def test_a_step_over_int8_reads_no_norm() -> None:
+def test_an_int8_step_reads_no_norm_weight() -> None:
     model = small_model("am")
     assert pack_model(model).head.options["norm"] is not None
     quantize(model)
@@ -272,7 +272,7 @@ def test_a_step_over_int8_reads_no_norm() -> None:
     projections.append(mamba2.mixer.output)
     norms = [(one.options["norm"], one.options["norm_dim"]) for one in projections]
     assert norms == [(None, 32)] * 5 + [(None, 8)]
-    # One that was changed since is read.
+    # A norm that was changed after `quantize` is read.
     model.model.layers[1].mixer_norm.weight.fill_(2)
     ids, _ = prompt(0, 6)
     expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 6:]
@@ -289,7 +289,7 @@ def test_quantizing_twice_changes_nothing() -> None:
     assert all(torch.equal(model.state_dict()[name], kept[name]) for name in kept)
 
 
-def test_a_tied_head_is_int8_and_the_embedding_as_it_was() -> None:
+def test_a_tied_head_is_quantized_without_the_embedding() -> None:
     model = small_model("mmmm")
     model.lm_head.weight = model.model.text_embedding.weight
     ids, _ = prompt(0, 9)
@@ -299,7 +299,7 @@ def test_a_tied_head_is_int8_and_the_embedding_as_it_was() -> None:
     assert 1e-3 < distance(model(ids).logits, plain) < 0.1
 
 
-def test_a_model_that_shares_norms_keeps_them() -> None:
+def test_shared_norms_of_another_model_are_unchanged() -> None:
     teacher, student = small_model("aaaa"), small_model("mmmm", seed=1)
     for one, other in zip(teacher.model.blocks, student.model.blocks, strict=True):
         other.mixer_norm.weight, other.mlp_norm.weight = one.mixer_norm.weight, one.mlp_norm.weight
@@ -310,31 +310,31 @@ def test_a_model_that_shares_norms_keeps_them() -> None:
     expected = early.step(ids[:, :1]).clone()
     quantize(student)
     assert torch.equal(teacher(ids).logits, before)
-    # What was packed before holds its weights still.
+    # An earlier generator still holds its weights.
     early.prefill(ids)
     assert torch.equal(early.step(ids[:, :1]), expected)
 
 
-def test_int8_lets_go_of_the_weights() -> None:
+def test_quantize_frees_the_weights() -> None:
     model = small_model("amam")
     before = Generator(model).weight_bytes
     gone = [model.lm_head.weight, model.model.layers[1].mlp.up_proj.weight]
     quantize(model)
-    # Of the projections, only those of the vision part are what they were.
+    # Only the projections of the vision part are still plain linear layers.
     plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     assert plain == ["model.vision.projector.0", "model.vision.projector.2"]
     assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 2 * 7 + 2 * 9 + 1
     held = set(pointers(model).values())
     assert all(weight.data_ptr() not in held for weight in gone)
     after = Generator(model).weight_bytes
-    # A byte for each of four, and a scale of four bytes for each row.
+    # One byte instead of four per weight, and a scale of four bytes per row.
     assert before / 4 < after < before / 2.5
     heads = model.lm_head
     quantize(model)
     assert model.lm_head is heads and Generator(model).weight_bytes == after
 
 
-def test_int8_groups_share_one_weight() -> None:
+def test_int8_groups_share_one_packed_weight() -> None:
     model = small_model("am")
     quantize(model)
     values = [layer.values for layer in mixer_inputs(model.model.layers[1].mixer)]
@@ -343,7 +343,7 @@ def test_int8_groups_share_one_weight() -> None:
     assert weight.values.data_ptr() == values[0].data_ptr()
     ids, _ = prompt(0, 6)
     expected = Generator(model).generate(ids, max_new_tokens=NEW)
-    # Each buffer moved by itself, as another device would have it.
+    # Move each buffer separately, as `model.to` does.
     for layer in mixer_inputs(model.model.layers[1].mixer):
         layer.values, layer.scales = layer.values.clone(), layer.scales.clone()
     assert torch.equal(Generator(model).generate(ids, max_new_tokens=NEW), expected)
