@@ -33,8 +33,15 @@ from PIL import Image
 
 import mmmamba_cli
 from mmmamba_cli.checkpoint import hovle
-from mmmamba_cli.evaluate import Identity, Options, Watch, evaluate_model, find_suite, open_suite
-from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel
+from mmmamba_cli.evaluate import (
+    EvalCallbacks,
+    EvalOptions,
+    ModelIdentity,
+    evaluate_model,
+    find_suite,
+    open_suite,
+)
+from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter
 from mmmamba_cli.evaluate.scoring.yes_no import PERCEPTION, REASONING
 from mmmamba_cli.model import FP32_PARAMETERS, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.processing import processor_from_hovle
@@ -115,18 +122,18 @@ def random_model(raw: dict[str, Any], device: str, dtype: torch.dtype, seed: int
     assert config.vision is not None
     model.generation_config.suppress_tokens = [config.vision["image_token_id"]]
     processor = processor_from_hovle(raw, TOKENIZER)
-    identity = Identity(
+    identity = ModelIdentity(
         name="random", content_hash=f"seed {seed}", answers_depend_on={"dtype": str(dtype)}
     )
-    return HolisticEvalModel(model.requires_grad_(False).eval(), processor, identity)
+    return HolisticVLMAdapter(model.requires_grad_(False).eval(), processor, identity)
 
 
 def run(
-    model: HolisticEvalModel, data: Path, folder: Path, **options: Any
+    model: HolisticVLMAdapter, data: Path, folder: Path, **options: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Evaluate once; what it took, and the answers."""
     said: list[str] = []
-    chosen = Options(data=data, **options)
+    chosen = EvalOptions(data=data, **options)
     suite = find_suite(SUITE)
     table, rows = open_suite(suite, chosen)
     gc.collect()
@@ -134,7 +141,7 @@ def run(
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    watch = Watch(say=said.append, warn=said.append)
+    watch = EvalCallbacks(say=said.append, warn=said.append)
     evaluate_model(model, suite, table, rows, folder, chosen, watch)
     timing = json.loads((folder / "timing.json").read_text())
     found = {
@@ -178,7 +185,7 @@ def compare(given: argparse.Namespace, raw: dict[str, Any], device: str) -> dict
         model = random_model(raw, device, dtype, seed=0)
         suite = find_suite(SUITE)
         options = {"max_tiles": given.max_tiles, "max_new_tokens": given.max_new_tokens}
-        _, rows = open_suite(suite, Options(data=folder))
+        _, rows = open_suite(suite, EvalOptions(data=folder))
         found: dict[str, Any] = {}
         answers = {}
         # Once before anything is timed: kernels are chosen and compiled then.
@@ -202,15 +209,15 @@ def compare(given: argparse.Namespace, raw: dict[str, Any], device: str) -> dict
         }
 
 
-def tile_counts(model: HolisticEvalModel, data: Path, max_tiles: int) -> dict[str, int]:
+def tile_counts(model: HolisticVLMAdapter, data: Path, max_tiles: int) -> dict[str, int]:
     """How many rows have how many tiles, thumbnails included."""
-    from mmmamba_cli.evaluate.prompts import prompt_of
+    from mmmamba_cli.evaluate.prompts import build_eval_prompt
 
     suite = find_suite(SUITE)
-    table, rows = open_suite(suite, Options(data=data))
+    table, rows = open_suite(suite, EvalOptions(data=data))
     counts: Counter[int] = Counter()
     for row in rows:
-        prompt = prompt_of(row, suite, table, max_tiles=max_tiles, by_likelihood=False)
+        prompt = build_eval_prompt(row, suite, table, max_tiles=max_tiles, by_likelihood=False)
         counts[sum(model.encode(prompt).value.num_tiles)] += 1
     return {str(tiles): counts[tiles] for tiles in sorted(counts)}
 

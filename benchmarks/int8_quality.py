@@ -22,9 +22,9 @@ import torch
 
 from mmmamba_cli.checkpoint import pick_device
 from mmmamba_cli.evaluate import (
-    Options,
-    Scored,
-    Watch,
+    EvalCallbacks,
+    EvalOptions,
+    ScoredSuite,
     compare_with_teacher,
     evaluate_model,
     find_suite,
@@ -38,16 +38,18 @@ from mmmamba_cli.runs.manifest import package_versions
 PREDICTIONS = "predictions.tsv"
 
 
-def answered(model: Any, name: str, options: Options, folder: Path) -> tuple[Scored, list[str]]:
+def answered(
+    model: Any, name: str, options: EvalOptions, folder: Path
+) -> tuple[ScoredSuite, list[str]]:
     """The suite's scores, and each answer's line."""
     suite = find_suite(name)
     table, rows = open_suite(suite, options, lambda text: print(text, file=sys.stderr))
-    scored = evaluate_model(model, suite, table, rows, folder, options, Watch())
+    scored = evaluate_model(model, suite, table, rows, folder, options, EvalCallbacks())
     return scored, (folder / PREDICTIONS).read_text().splitlines()[1:]
 
 
 def examine(name: str, given: argparse.Namespace, work: Path) -> dict[str, Any]:
-    options = Options(limit=given.limit, seed=given.seed)
+    options = EvalOptions(limit=given.limit, seed=given.seed)
     model = load_eval_model(resolve_path(Path(name)), given.device, given.dtype)
     plain = {
         suite: answered(model, suite, options, work / f"{suite} plain") for suite in given.suites

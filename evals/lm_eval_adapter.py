@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.evaluate import Options
-from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel
+from mmmamba_cli.evaluate import EvalOptions
+from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter
 
 DEFAULT_BATCH = 8
 
 
-def harness_model(model: HolisticEvalModel, batch: int | None = None) -> Any:
+def harness_model(model: HolisticVLMAdapter, batch: int | None = None) -> Any:
     """The harness's view of our model. Raises `DataError` if it is not installed."""
     try:
         from lm_eval.models.huggingface import HFLM
@@ -36,7 +36,7 @@ def harness_model(model: HolisticEvalModel, batch: int | None = None) -> Any:
 
 
 def evaluate(
-    model: HolisticEvalModel, names: Sequence[str], options: Options, folder: Path
+    model: HolisticVLMAdapter, names: Sequence[str], options: EvalOptions, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of the harness; returns its numbers by task.
 

@@ -22,11 +22,11 @@ from typing import Any
 import yaml
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.evaluate import EvalModel, Options, Prompt, find_suite, suite_names
+from mmmamba_cli.evaluate import EvalModel, EvalOptions, EvalPrompt, find_suite, suite_names
 from mmmamba_cli.evaluate.answer_cache import settings_key
-from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest, file_digest
+from mmmamba_cli.evaluate.fingerprint import code_digest, file_digest, library_versions
 from mmmamba_cli.evaluate.images import Picture
-from mmmamba_cli.evaluate.prompts import question_text, tiles_for_each
+from mmmamba_cli.evaluate.prompts import question_text, tiles_per_picture
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.suite import PromptStyle
 
@@ -160,11 +160,11 @@ def model_class() -> Any:
                 Picture(str(file), file=file, enlarge=1 if i else enlarge)
                 for i, file in enumerate(files)
             )
-            prompt = Prompt(
+            prompt = EvalPrompt(
                 index=dataset or "message",
                 text=arrange(message),
                 pictures=pictures,
-                max_tiles=tiles_for_each(most, len(pictures)),
+                max_tiles=tiles_per_picture(most, len(pictures)),
             )
             (answer,) = self.model.generate([self.model.encode(prompt)], self.max_new_tokens)
             return answer
@@ -182,7 +182,7 @@ def register(name: str, model: EvalModel | str, **options: Any) -> Any:
 
 
 def evaluate(
-    model: EvalModel, names: Sequence[str], options: Options, folder: Path
+    model: EvalModel, names: Sequence[str], options: EvalOptions, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Have VLMEvalKit ask and score data sets: ours by suite, any by its own name there.
 
@@ -218,7 +218,7 @@ def evaluate(
     return found
 
 
-def _answers_key(model: EvalModel, title: str, options: Options) -> str:
+def _answers_key(model: EvalModel, title: str, options: EvalOptions) -> str:
     """A short hash of the model, the table where there is one, the settings and the versions."""
     table = Path(os.environ.get(ENVIRONMENT) or "~/LMUData").expanduser() / f"{title}.tsv"
     try:
@@ -232,7 +232,7 @@ def _answers_key(model: EvalModel, title: str, options: Options) -> str:
             "max_tiles": options.max_tiles,
             "max_new_tokens": options.max_new_tokens,
             "code": code_digest(),
-            "versions": {**answering_versions(), "vlmeval": kit},
+            "versions": {**library_versions(), "vlmeval": kit},
             **model.identity.answers_depend_on,
         }
     )

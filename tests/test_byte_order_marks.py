@@ -21,7 +21,7 @@ import mmmamba_cli
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.cli.chat_session import ChatSession
 from mmmamba_cli.data import open_corpus
-from mmmamba_cli.evaluate import Options, find_suite, library, open_suite
+from mmmamba_cli.evaluate import EvalOptions, find_suite, library, open_suite
 from mmmamba_cli.evaluate.predictions import read_predictions
 from mmmamba_cli.evaluate.result import read_result
 from mmmamba_cli.recipe import dump_recipe, load_recipe
@@ -96,9 +96,9 @@ def test_questions_for_calibration(language_model: Path, tmp_path: Path) -> None
 def test_a_table_of_questions(tmp_path: Path) -> None:
     suite = find_suite("pope")
     file = write_tsv(tmp_path / "POPE.tsv", pope_rows())
-    _, rows = open_suite(suite, Options(data=tmp_path))
+    _, rows = open_suite(suite, EvalOptions(data=tmp_path))
     mark(file)
-    table, found = open_suite(suite, Options(data=tmp_path))
+    table, found = open_suite(suite, EvalOptions(data=tmp_path))
     assert found == rows
     assert table.image_cell("0")
 

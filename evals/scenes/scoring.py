@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.metrics import Tally, by_unit, divide, strata_of
+from mmmamba_cli.evaluate.scoring.metrics import UnitScores, safe_divide, strata_of, sum_by_unit
 from mmmamba_cli.evaluate.scoring.yes_no import read_words
 from mmmamba_evals.scenes.sampling import SPLITS
 
@@ -20,7 +20,7 @@ from mmmamba_evals.scenes.sampling import SPLITS
 PER_CATEGORY = 7
 
 
-def accuracy_by_category(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def accuracy_by_category(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """The headline is the mean of the categories' accuracies, each x 100."""
     said = [read_words(answer) for answer in answers]
     names = list(dict.fromkeys(row.category for row in rows))
@@ -31,13 +31,13 @@ def accuracy_by_category(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
         yes = (true and claimed, claimed and not true, true and not claimed)
         numbers[i, column[row.category]] = (row.answer.lower() == answer, 1, 0, 0, *yes)
     units = [row.unit for row in rows]
-    summed, unit_names = by_unit(units, numbers.reshape(len(rows), -1))
+    summed, unit_names = sum_by_unit(units, numbers.reshape(len(rows), -1))
     parts = summed.reshape(len(unit_names), len(names), PER_CATEGORY)
     parts[..., 3] = parts[..., 1] > 0
     parts[..., 2] = (parts[..., 0] == parts[..., 1]) & (parts[..., 1] > 0)
     unread = tuple(row.index for row, answer in zip(rows, said, strict=True) if answer is None)
     right = int(parts[..., 0].sum())
-    return Tally(
+    return UnitScores(
         numbers=summed,
         metrics=_metrics(names),
         strata=strata_of(units, [row.category for row in rows], unit_names),
@@ -56,7 +56,7 @@ def _metrics(names: Sequence[str]) -> Callable[[np.ndarray], dict[str, np.ndarra
 
     def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
         parts = sums.reshape(*sums.shape[:-1], len(names), PER_CATEGORY)
-        accuracy = 100 * divide(parts[..., 0], parts[..., 1])
+        accuracy = 100 * safe_divide(parts[..., 0], parts[..., 1])
         return {
             "mean": accuracy.mean(-1),
             **{name: accuracy[..., i] for i, name in enumerate(names)},

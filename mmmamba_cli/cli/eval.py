@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,10 +31,10 @@ from mmmamba_cli.cli.options import (
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from mmmamba_cli.evaluate import EvalModel, Options, Result, Retention, Scored, Suite
+    from mmmamba_cli.evaluate import EvalCallbacks, EvalModel, Result, Retention
+    from mmmamba_cli.evaluate.external_results import ExternalResult
     from mmmamba_cli.runs import ResolvedModel
 
-EVALS = "evals"
 RIGHT = ("score", "rows", "unreadable", "teacher", "retention")
 
 
@@ -103,10 +102,16 @@ def command(
 
     Goes on where it was stopped. Answers and results are kept in the run, under evals/.
     """
-    from mmmamba_cli.evaluate import Options
+    from mmmamba_cli.evaluate import (
+        EvalOptions,
+        evaluate_files,
+        evaluate_models,
+        evaluate_with_kit,
+    )
+    from mmmamba_cli.evaluate.result import EVALS
 
     names = _names(suite)
-    options = Options(
+    options = EvalOptions(
         data=data,
         limit=limit,
         batch=_batch(batch),
@@ -120,16 +125,16 @@ def command(
     if predictions is not None:
         if model or teacher or kit or product:
             raise DataError("--predictions needs no model", "leave out the options that name one")
-        scored = [_from_file(predictions, name, folder, options) for name in names]
-        _say([one.result for one in scored], [], compare, as_json)
+        _print_results(evaluate_files(predictions, names, folder, options), [], compare, as_json)
         return
     models = _models(run, product, model, teacher, teacher_path)
     load = partial(_load, device=device, dtype=dtype)
     if kit is not None:
-        _with_kit(kit, models, load, names, options, folder, as_json)
+        found = evaluate_with_kit(kit, models, load, names, folder, options, _callbacks())
+        _print_external_results(kit, found, as_json)
         return
-    results, kept = _ask(models, load, names, options, folder)
-    _say(results, kept, compare, as_json)
+    results, kept = evaluate_models(models, load, names, folder, options, _callbacks())
+    _print_results(results, kept, compare, as_json)
 
 
 def _names(text: str) -> list[str]:
@@ -181,108 +186,18 @@ def _load(found: ResolvedModel, device: str | None, dtype: str) -> EvalModel:
     return model_adapter.load_eval_model(found, device, dtype)
 
 
-def _ask(
-    models: Sequence[ResolvedModel],
-    load: Callable[[ResolvedModel], EvalModel],
-    names: Sequence[str],
-    options: Options,
-    folder: Path,
-) -> tuple[list[Result], list[Retention]]:
-    """Every model every suite; retention by the last one, if that is the teacher."""
-    from mmmamba_cli.evaluate import compare_with_teacher, find_suite, open_suite, write_retention
-    from mmmamba_cli.runs import TEACHER
+def _callbacks() -> EvalCallbacks:
+    from mmmamba_cli.evaluate import EvalCallbacks
 
-    suites = [find_suite(name) for name in names]
-    # All tables before any model: what is wrong with them is found in time.
-    opened = [open_suite(suite, options, _tell) for suite in suites]
-    scored: dict[str, list[Scored]] = {suite.name: [] for suite in suites}
-    for one in models:
-        _tell(f"loading {one.name}")
-        with if_interrupted(
-            f"{one.name} was not asked yet; answers that are kept in {folder} stay, and the "
-            "same command goes on"
-        ):
-            model = load(one)
-        for suite, (table, rows) in zip(suites, opened, strict=True):
-            place = folder / one.name / suite.name
-            scored[suite.name].append(_ask_one(model, suite, table, rows, place, options))
-        # Before the next one is loaded: two may not fit.
-        del model
-        gc.collect()
-    kept: list[Retention] = []
-    if models[-1].name == TEACHER:
-        for name, found in scored.items():
-            for student in found[:-1]:
-                parts = compare_with_teacher([student], found[-1], options.seed)
-                write_retention(folder / student.result.model.name / name, parts)
-                kept += parts
-    return [one.result for found in scored.values() for one in found], kept
+    return EvalCallbacks(
+        say=lambda text: err().print(text, markup=False, highlight=False, soft_wrap=True),
+        warn=print_warning,
+        progress=lambda title, total: progress(title, total, "answers"),
+        if_interrupted=if_interrupted,
+    )
 
 
-def _tell(text: str) -> None:
-    err().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _ask_one(
-    model: Any, suite: Suite, table: Any, rows: Any, folder: Path, options: Options
-) -> Scored:
-    from mmmamba_cli.evaluate import Watch, evaluate_model
-
-    kept = 0
-
-    def count(more: int) -> None:
-        nonlocal kept
-        kept += more
-        advance(more)
-
-    with (
-        if_interrupted(
-            lambda: (
-                f"{kept} of {len(rows)} answers to {suite.name} are kept in {folder}; the same "
-                "command goes on"
-            )
-        ),
-        progress(f"{model.identity.name}: {suite.title}", len(rows), "answers") as advance,
-    ):
-        watch = Watch(say=_tell, warn=print_warning, advance=count)
-        return evaluate_model(model, suite, table, rows, folder, options, watch)
-
-
-def _from_file(file: Path, name: str, folder: Path, options: Options) -> Scored:
-    from mmmamba_cli.evaluate import evaluate_predictions, find_suite
-
-    suite = find_suite(name)
-    return evaluate_predictions(file, suite, folder / file.stem / suite.name, options)
-
-
-def _with_kit(
-    kit: str,
-    models: Sequence[ResolvedModel],
-    load: Callable[[ResolvedModel], EvalModel],
-    names: Sequence[str],
-    options: Options,
-    folder: Path,
-    as_json: bool,
-) -> None:
-    from mmmamba_cli.checkpoint import atomic_write_text
-    from mmmamba_cli.evaluate import find_evaluator
-    from mmmamba_cli.evaluate.external_results import kit_result
-
-    evaluate = find_evaluator(kit)
-    found = []
-    for one in models:
-        place = folder / one.name / kit
-        with if_interrupted(
-            f"{kit} was asking {one.name}, whose scores are not written; those of models "
-            f"before it are in {folder}, and the same command begins with what {kit} keeps itself"
-        ):
-            model = load(one)
-            place.mkdir(parents=True, exist_ok=True)
-            scores = evaluate(model, names, options, place)
-        found.append(kit_result(kit, model.identity, scores, options))
-        del model
-        gc.collect()
-        atomic_write_text(place / "result.json", found[-1].json_text())
+def _print_external_results(kit: str, found: Sequence[ExternalResult], as_json: bool) -> None:
     if as_json:
         print_json([one.as_dict() for one in found])
         return
@@ -295,32 +210,31 @@ def _with_kit(
     print_table(("model", "task", "metric", f"score by {kit}"), rows)
 
 
-def _say(
+def _print_results(
     results: Sequence[Result], kept: Sequence[Retention], compare: bool, as_json: bool
 ) -> None:
-    from mmmamba_cli.evaluate import find_suite, published_rows
-    from mmmamba_cli.evaluate import tables as report
+    from mmmamba_cli.evaluate import find_suite, published_rows, tables
 
-    tables = published_rows() if compare else []
+    published = published_rows() if compare else []
     if as_json:
         found = {
             "results": [result.model_dump(mode="json") for result in results],
             "retention": [part.model_dump(mode="json") for part in kept],
         }
-        print_json({**found, "published": tables} if compare else found)
+        print_json({**found, "published": published} if compare else found)
         return
-    print_table(*report.summary(results), right=RIGHT)
+    print_table(*tables.summary(results), right=RIGHT)
     for result in results:
         for part in result.rules:
             if part.categories:
-                heading, rows = report.categories(result, part)
+                heading, rows = tables.categories(result, part)
                 print_table(heading, rows, title=result.model.name, right=heading[1:])
     if kept:
-        print_table(*report.retention_table(kept), right=RIGHT)
+        print_table(*tables.retention_table(kept), right=RIGHT)
     if compare:
         suites = {result.suite: find_suite(result.suite) for result in results}
-        heading, rows = report.comparison(results, suites, tables)
+        heading, rows = tables.comparison(results, suites, published)
         print_table(heading, rows, right=heading[1:-1])
     for result in results:
-        for remark in report.remarks(result):
+        for remark in tables.remarks(result):
             print_warning(f"{result.model.name}, {remark}")

@@ -1,39 +1,42 @@
-"""Evaluation: suites of questions, how they are asked and how answers are scored."""
+"""Evaluation of models on suites: prompts, batched inference, scoring rules and results."""
 
+from mmmamba_cli.devices import OutOfMemory
 from mmmamba_cli.evaluate.evaluator import (
-    Options,
-    Scored,
-    compare_with_teacher,
+    EvalOptions,
+    evaluate_files,
     evaluate_model,
+    evaluate_models,
     evaluate_predictions,
     open_suite,
-    write_retention,
 )
-from mmmamba_cli.evaluate.interfaces import Encoded, EvalModel, Identity, OutOfMemory, Prompt
+from mmmamba_cli.evaluate.external_results import evaluate_with_kit
+from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalModel, EvalPrompt, ModelIdentity
 from mmmamba_cli.evaluate.library import find_evaluator, find_suite, published_rows, suite_names
-from mmmamba_cli.evaluate.result import Result, Retention
-from mmmamba_cli.evaluate.runner import Watch
+from mmmamba_cli.evaluate.result import Result, Retention, ScoredSuite, compare_with_teacher
+from mmmamba_cli.evaluate.runner import EvalCallbacks
 from mmmamba_cli.evaluate.suite import Suite
 
 __all__ = [
-    "Encoded",
+    "EncodedPrompt",
+    "EvalCallbacks",
     "EvalModel",
-    "Identity",
-    "Options",
+    "EvalOptions",
+    "EvalPrompt",
+    "ModelIdentity",
     "OutOfMemory",
-    "Prompt",
     "Result",
     "Retention",
-    "Scored",
+    "ScoredSuite",
     "Suite",
-    "Watch",
     "compare_with_teacher",
+    "evaluate_files",
     "evaluate_model",
+    "evaluate_models",
     "evaluate_predictions",
+    "evaluate_with_kit",
     "find_evaluator",
     "find_suite",
     "open_suite",
     "published_rows",
     "suite_names",
-    "write_retention",
 ]

@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import IO, Any
 
 from mmmamba_cli.errors import DataError, RunError
-from mmmamba_cli.evaluate.batching import Limit
+from mmmamba_cli.evaluate.batching import BatchLimit
 
 INDEX, PREDICTION, LIKELIHOODS, LIMIT = "index", "prediction", "log_likelihoods", "limit"
 HEADER = "answers_to"
 # What differs without anybody having asked for it: named when kept answers are not taken.
-UNASKED = ("model", "questions", "data", "pictures", "code", "versions")
+IMPLICIT_SETTINGS = ("model", "questions", "data", "pictures", "code", "versions")
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -33,7 +33,7 @@ def settings_key(settings: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerRecord:
     """What a model said to one row; `log_likelihoods` of the choices it had, if it had any."""
 
     index: str
@@ -41,7 +41,7 @@ class Answer:
     log_likelihoods: tuple[float, ...] = ()
 
 
-class AnswerStore(AbstractContextManager["AnswerStore"]):
+class AnswerCache(AbstractContextManager["AnswerCache"]):
     """The answers of one model to one suite under one set of settings.
 
     `answers` by index are those already there; `limit` how the last batches were made, and
@@ -59,15 +59,15 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
         say: Callable[[str], None] = lambda text: None,
     ):
         self.file = folder / f"predictions-{settings_key(settings)}.jsonl"
-        self.answers: dict[str, Answer] = {}
-        self.limit: Limit | None = None
+        self.answers: dict[str, AnswerRecord] = {}
+        self.limit: BatchLimit | None = None
         self.before_limit: frozenset[str] = frozenset()
         self._settings = dict(settings)
         self._warn = warn
         self._say = say
         self._handle: IO[bytes] | None = None
 
-    def __enter__(self) -> AnswerStore:
+    def __enter__(self) -> AnswerCache:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         handle = self.file.open("a+b")
         try:
@@ -98,7 +98,7 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
             self._handle.close()
             self._handle = None
 
-    def add(self, answers: list[Answer]) -> None:
+    def add(self, answers: list[AnswerRecord]) -> None:
         """Append answers and bring them to the disk."""
         records = []
         for answer in answers:
@@ -109,7 +109,7 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
             records.append(record)
         self._append(records)
 
-    def set_limit(self, limit: Limit) -> None:
+    def set_limit(self, limit: BatchLimit) -> None:
         """Note how batches are made from here on."""
         self.limit, self.before_limit = limit, frozenset(self.answers)
         self._append([{LIMIT: limit.as_dict()}])
@@ -134,16 +134,16 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
                     )
                 self._warn(f"{self.file}: the last line was cut short and is dropped")
                 break
-            self._take(record, number)
+            self._add_record(record, number)
             good += len(line)
         # The end of what is whole; writing appends there.
         handle.truncate(good)
         handle.seek(0, os.SEEK_END)
         if good == 0:
-            self._name_others()
+            self._report_unused_files()
             self._append([{HEADER: self._settings}])
 
-    def _name_others(self) -> None:
+    def _report_unused_files(self) -> None:
         """Report kept answers that are not reused because pictures, code or versions changed."""
         for file in sorted(self.file.parent.glob("predictions-*.jsonl")):
             if file == self.file:
@@ -152,15 +152,17 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
                 header = (_parse(handle.readline()) or {}).get(HEADER)
             if not isinstance(header, dict):
                 continue
-            differ = [key for key in UNASKED if header.get(key) != self._settings.get(key)]
-            chosen = [key for key in self._settings if key not in UNASKED]
+            differ = [
+                key for key in IMPLICIT_SETTINGS if header.get(key) != self._settings.get(key)
+            ]
+            chosen = [key for key in self._settings if key not in IMPLICIT_SETTINGS]
             if differ and all(header.get(key) == self._settings[key] for key in chosen):
                 self._say(
                     f"answers kept in {file.name} are not taken, all are asked again: "
                     f"{', '.join(differ)} changed since"
                 )
 
-    def _take(self, record: dict[str, Any], number: int) -> None:
+    def _add_record(self, record: dict[str, Any], number: int) -> None:
         if number == 1:
             if record.get(HEADER) != self._settings:
                 raise DataError(
@@ -169,11 +171,11 @@ class AnswerStore(AbstractContextManager["AnswerStore"]):
                     "move it away to begin anew",
                 )
         elif LIMIT in record:
-            self.limit = Limit(**record[LIMIT])
+            self.limit = BatchLimit(**record[LIMIT])
             self.before_limit = frozenset(self.answers)
         else:
             scores = tuple(record.get(LIKELIHOODS, ()))
-            answer = Answer(record[INDEX], record[PREDICTION], scores)
+            answer = AnswerRecord(record[INDEX], record[PREDICTION], scores)
             self.answers[answer.index] = answer
 
 

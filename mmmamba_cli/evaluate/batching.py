@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 # More at once gains little once the device is busy, and loses more when a batch is done again.
-MOST_PROMPTS = 64
+MAX_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Limit:
+class BatchLimit:
     """At most so many prompts in a batch, and so many padded tokens; 0 is any number of tokens.
 
     `given` is the number of prompts that was asked for, 0 where the limit was found by measuring. A
@@ -29,15 +29,15 @@ class Limit:
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
 
-    def halved(self, prompts: int, longest: int) -> Limit:
+    def halved(self, prompts: int, longest: int) -> BatchLimit:
         """The limit after a batch of so many prompts, so long, did not fit."""
         half = max(1, prompts // 2)
         if self.columns:
-            return Limit(self.prompts, half * longest, self.given)
-        return Limit(half, 0, self.given)
+            return BatchLimit(self.prompts, half * longest, self.given)
+        return BatchLimit(half, 0, self.given)
 
 
-def plan_batches(lengths: Sequence[int], limit: Limit) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], limit: BatchLimit) -> list[list[int]]:
     """Places in `lengths`, in batches: longest first, ties in their order."""
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     batches: list[list[int]] = []

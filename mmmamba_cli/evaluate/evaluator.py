@@ -1,53 +1,53 @@
-"""One call of `mmmamba eval`: models x suites, answers, scores, retention, files."""
+"""Evaluation of models on suites: answers, scores, retention and the files of results."""
 
 from __future__ import annotations
 
-import csv
-import io
-import os
+import gc
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mmmamba_cli.checkpoint import atomic_write_text
-from mmmamba_cli.errors import DataError
-from mmmamba_cli.evaluate.answer_cache import AnswerStore, settings_key
-from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest, pictures_digest
-from mmmamba_cli.evaluate.interfaces import EvalModel, Identity
-from mmmamba_cli.evaluate.library import built_table
+from mmmamba_cli.evaluate.answer_cache import AnswerCache, settings_key
+from mmmamba_cli.evaluate.fingerprint import code_digest, library_versions, pictures_digest
+from mmmamba_cli.evaluate.interfaces import EvalModel, ModelIdentity
+from mmmamba_cli.evaluate.library import existing_table, find_suite, find_table
 from mmmamba_cli.evaluate.predictions import read_predictions
-from mmmamba_cli.evaluate.prompts import prompt_of
+from mmmamba_cli.evaluate.prompts import build_eval_prompt
 from mmmamba_cli.evaluate.result import (
-    RESULT,
+    DEFAULT_SEED,
     RETENTION,
     TIMING,
-    DataPart,
-    ModelPart,
-    NotAsked,
+    DataInfo,
+    ModelInfo,
     Result,
     Retention,
+    ScoredSuite,
+    SkippedRow,
+    compare_with_teacher,
     json_text,
-    retention,
-    rule_part,
+    rule_result,
+    write_result,
 )
 from mmmamba_cli.evaluate.rows import Row, belongs, limit_rows, read_rows
-from mmmamba_cli.evaluate.runner import Asked, Watch, ask_all
-from mmmamba_cli.evaluate.scoring import Tally, find_rule, versioned
+from mmmamba_cli.evaluate.runner import EvalCallbacks, InferenceStats, answer_prompts
+from mmmamba_cli.evaluate.scoring import find_rule, versioned
 from mmmamba_cli.evaluate.suite import Suite
-from mmmamba_cli.evaluate.vlmeval_table import Table
+from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
+from mmmamba_cli.runs import TEACHER, ResolvedModel
 from mmmamba_cli.runs.manifest import command_line, utc_timestamp
-
-SEED = 0
-ENVIRONMENT = "LMUData"
-HOME = Path("~/LMUData")
-LOCAL = "_local"
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the caller decides beside models and suites."""
+class EvalOptions:
+    """Settings of an evaluation beside its models and suites; None means the suite's own value.
+
+    `limit` is a number of rows per suite, `batch` a number of prompts (None: as many as fit), and
+    `seed` that of the bootstrap.
+    """
 
     data: Path | None = None
     limit: int | None = None
@@ -56,84 +56,103 @@ class Options:
     max_new_tokens: int | None = None
     by_likelihood: bool = False
     rule: str | None = None
-    seed: int = SEED
-
-
-class Named(Protocol):
-    """A model that is loaded when its turn comes."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def open(self) -> Callable[[], EvalModel]: ...
-
-
-@dataclass
-class Scored:
-    """A result, and what retention needs of it."""
-
-    result: Result
-    tallies: dict[str, Tally]
-    rows: Sequence[Row] = field(default_factory=list)
-
-
-def find_table(
-    suite: Suite, data: Path | None, say: Callable[[str], None] = lambda text: None
-) -> Path:
-    """The suite's TSV, made first where the suite can make it and no --data is given.
-
-    Raises `DataError` that says where it was looked for.
-    """
-    found = _table_file(suite, data)
-    if found is None and suite.build and data is None:
-        found = built_table(suite, say)
-    if found is None:
-        raise DataError(
-            f"suite {suite.name} needs {suite.dataset}.tsv, which is not in {_data_folder(data)}; "
-            f"it is looked for in --data DIR, else ${ENVIRONMENT}, else {HOME}",
-            "it is VLMEvalKit's table: tab-separated, with the columns "
-            f"{', '.join(suite.columns)} and image (base64, or another row's index) or image_path",
-        )
-    return found
-
-
-def _table_file(suite: Suite, data: Path | None) -> Path | None:
-    folder = _data_folder(data)
-    places = [folder / f"{suite.dataset}{ending}.tsv" for ending in ("", LOCAL)]
-    return next((place for place in places if place.is_file()), None)
-
-
-def _data_folder(data: Path | None) -> Path:
-    return data or Path(os.environ.get(ENVIRONMENT) or HOME).expanduser()
+    seed: int = DEFAULT_SEED
 
 
 def open_suite(
-    suite: Suite, options: Options, say: Callable[[str], None] = lambda text: None
-) -> tuple[Table, list[Row]]:
-    """The suite's table and the rows to be asked; `say` is told if the table is being made.
+    suite: Suite, options: EvalOptions, say: Callable[[str], None] = lambda text: None
+) -> tuple[VLMEvalTable, list[Row]]:
+    """The suite's table and the rows to be asked; `say` announces that the table is being built.
 
     Raises `DataError`.
     """
     suite.scoring(options.rule)
-    table = Table(find_table(suite, options.data, say), suite.columns)
+    table = VLMEvalTable(find_table(suite, options.data, say), suite.columns)
     rows = read_rows(table.cells, suite, str(table.file))
     return table, limit_rows(rows, suite, options.limit)
+
+
+def evaluate_models(
+    models: Sequence[ResolvedModel],
+    load: Callable[[ResolvedModel], EvalModel],
+    suites: Sequence[str],
+    folder: Path,
+    options: EvalOptions,
+    callbacks: EvalCallbacks,
+) -> tuple[list[Result], list[Retention]]:
+    """Evaluate every model on every suite; files go to `folder`/MODEL/SUITE.
+
+    `load` loads a model when its turn comes; one at a time is in memory. If the last model is the
+    teacher, the retention of the others is computed against it. Returns the results by suite, then
+    by model, and the retention.
+    """
+    opened = []
+    # Open all tables before the first model is loaded, so that a bad table is reported early.
+    for suite in [find_suite(name) for name in suites]:
+        opened.append((suite, *open_suite(suite, options, callbacks.say)))
+    scored: dict[str, list[ScoredSuite]] = {suite.name: [] for suite, _, _ in opened}
+    for resolved in models:
+        callbacks.say(f"loading {resolved.name}")
+        with callbacks.if_interrupted(
+            f"{resolved.name} was not asked yet; answers that are kept in {folder} stay, and the "
+            "same command goes on"
+        ):
+            model = load(resolved)
+        for suite, table, rows in opened:
+            place = folder / resolved.name / suite.name
+            scored[suite.name].append(
+                _evaluate_with_progress(model, suite, table, rows, place, options, callbacks)
+            )
+        # Free the model before the next one is loaded: two may not fit.
+        del model
+        gc.collect()
+    kept = _write_retentions(scored, folder, options) if models[-1].name == TEACHER else []
+    return [one.result for found in scored.values() for one in found], kept
+
+
+def _evaluate_with_progress(
+    model: EvalModel,
+    suite: Suite,
+    table: VLMEvalTable,
+    rows: Sequence[Row],
+    folder: Path,
+    options: EvalOptions,
+    callbacks: EvalCallbacks,
+) -> ScoredSuite:
+    """`evaluate_model`, with a progress display and a message for an interrupt."""
+    answered = 0
+
+    def count(more: int) -> None:
+        nonlocal answered
+        answered += more
+        advance(more)
+
+    with (
+        callbacks.if_interrupted(
+            lambda: (
+                f"{answered} of {len(rows)} answers to {suite.name} are kept in {folder}; the same "
+                "command goes on"
+            )
+        ),
+        callbacks.progress(f"{model.identity.name}: {suite.title}", len(rows)) as advance,
+    ):
+        counting = replace(callbacks, advance=count)
+        return evaluate_model(model, suite, table, rows, folder, options, counting)
 
 
 def evaluate_model(
     model: EvalModel,
     suite: Suite,
-    table: Table,
+    table: VLMEvalTable,
     rows: Sequence[Row],
     folder: Path,
-    options: Options,
-    watch: Watch,
-) -> Scored:
-    """Ask one model one suite, score it, and write everything into `folder`."""
+    options: EvalOptions,
+    callbacks: EvalCallbacks,
+) -> ScoredSuite:
+    """Evaluate one model on one suite and write all files into `folder`."""
     settings = _settings(model, suite, options)
     prompts = [
-        prompt_of(
+        build_eval_prompt(
             row, suite, table, max_tiles=options.max_tiles, by_likelihood=options.by_likelihood
         )
         for row in rows
@@ -145,46 +164,46 @@ def evaluate_model(
         "questions": suite.questions_digest,
         "data": table.sha256,
         "pictures": pictures,
-        "versions": answering_versions(),
+        "versions": library_versions(),
         **settings,
     }
     began = time.perf_counter()
-    with AnswerStore(folder, answers_to, watch.warn, watch.say) as store:
-        asked = ask_all(
+    with AnswerCache(folder, answers_to, callbacks.warn, callbacks.say) as cache:
+        stats = answer_prompts(
             model,
             prompts,
-            store,
+            cache,
             max_new_tokens=settings["max_new_tokens"],
             batch=options.batch,
-            watch=watch,
+            callbacks=callbacks,
         )
-        # A row that could not be asked has an empty answer; `score` counts it as wrong.
+        # A row that could not be asked has an empty answer; `score_answers` counts it as wrong.
         answers = {
-            row.index: "" if row.index in asked.not_asked else store.answers[row.index].text
+            row.index: "" if row.index in stats.not_asked else cache.answers[row.index].text
             for row in rows
         }
     seconds = time.perf_counter() - began
-    data = _data_part(suite, table.file.name, table.sha256, table.cells, rows).model_copy(
+    data = _data_info(suite, table.file.name, table.sha256, table.cells, rows).model_copy(
         update={
             "pictures": pictures,
             "without_image": sum(not prompt.pictures for prompt in prompts),
         }
     )
-    not_asked = tuple(NotAsked(index=i, reason=why) for i, why in asked.not_asked.items())
-    if not_asked:
-        watch.warn(
-            f"{len(not_asked):,} of {len(rows):,} rows could not be asked and count as wrong; "
-            f"row {not_asked[0].index}: {not_asked[0].reason}"
+    skipped = tuple(SkippedRow(index=i, reason=why) for i, why in stats.not_asked.items())
+    if skipped:
+        callbacks.warn(
+            f"{len(skipped):,} of {len(rows):,} rows could not be asked and count as wrong; "
+            f"row {skipped[0].index}: {skipped[0].reason}"
         )
-    scored = score(suite, rows, answers, data, model.identity, settings, options, not_asked)
-    _write(folder, scored, answers)
-    if asked.answered:
-        _write_timing(folder, asked, seconds)
+    scored = score_answers(suite, rows, answers, data, model.identity, settings, options, skipped)
+    write_result(folder, scored, answers)
+    if stats.answered:
+        _write_timing(folder, stats, seconds)
     return scored
 
 
-def _settings(model: EvalModel, suite: Suite, options: Options) -> dict[str, Any]:
-    """What answers depend on beside the model's weights and the questions."""
+def _settings(model: EvalModel, suite: Suite, options: EvalOptions) -> dict[str, Any]:
+    """Everything beside weights and questions that can change an answer."""
     return {
         "max_tiles": options.max_tiles or suite.max_tiles,
         "max_new_tokens": options.max_new_tokens or suite.max_new_tokens,
@@ -195,18 +214,18 @@ def _settings(model: EvalModel, suite: Suite, options: Options) -> dict[str, Any
     }
 
 
-def _data_part(
+def _data_info(
     suite: Suite,
     file: str,
     sha256: str,
     cells: Sequence[Mapping[str, str]],
     rows: Sequence[Row],
-) -> DataPart:
-    """What of a table was asked; `cells` are all its rows, `rows` those asked."""
+) -> DataInfo:
+    """The record of which rows of a table were asked; `cells` are all its rows."""
     own = [cell for cell in cells if belongs(cell, suite)]
     asked = {row.category for row in rows}
     left = dict.fromkeys(cell.get("category", "") for cell in own)
-    return DataPart(
+    return DataInfo(
         file=file,
         sha256=sha256,
         rows=len(own),
@@ -216,16 +235,28 @@ def _data_part(
     )
 
 
-def evaluate_predictions(file: Path, suite: Suite, folder: Path, options: Options) -> Scored:
-    """Score answers that are in a file; the suite's TSV tells the questions where it is there.
+def evaluate_files(
+    file: Path, suites: Sequence[str], folder: Path, options: EvalOptions
+) -> list[Result]:
+    """Score the answers in a file for each suite; files go to `folder`/NAME/SUITE."""
+    return [
+        evaluate_predictions(file, suite, folder / file.stem / suite.name, options).result
+        for suite in map(find_suite, suites)
+    ]
 
-    Without it the file's own columns do. With a limit, rows are taken from those the file answers.
-    Raises `DataError` for what is missing in either.
+
+def evaluate_predictions(
+    file: Path, suite: Suite, folder: Path, options: EvalOptions
+) -> ScoredSuite:
+    """Score the answers in a file against the suite's TSV, or the file's own columns without one.
+
+    With a limit, rows are taken from those that the file answers. Raises `DataError` if the file or
+    the table lacks rows or columns.
     """
     suite.scoring(options.rule)
     given = read_predictions(file)
     needed = [*suite.columns, *(["image_path"] if suite.unit in ("pair", "picture") else [])]
-    if _table_file(suite, options.data) is not None or not given.has(needed):
+    if existing_table(suite, options.data) is not None or not given.has(needed):
         table, rows = open_suite(suite, replace(options, limit=None))
         cells, name, digest = table.cells, table.file.name, table.sha256
     else:
@@ -233,34 +264,35 @@ def evaluate_predictions(file: Path, suite: Suite, folder: Path, options: Option
         rows = read_rows(cells, suite, str(file))
     if options.limit is not None:
         rows = limit_rows(given.answered_units(rows) or rows, suite, options.limit)
-    data = _data_part(suite, name, digest, cells, rows)
+    data = _data_info(suite, name, digest, cells, rows)
     answers = given.answers(rows)
-    identity = Identity(name=file.name, content_hash=given.sha256, kind="predictions")
-    scored = score(suite, rows, answers, data, identity, {"answers": "from a file"}, options)
-    _write(folder, scored, answers)
+    identity = ModelIdentity(name=file.name, content_hash=given.sha256, kind="predictions")
+    settings = {"answers": "from a file"}
+    scored = score_answers(suite, rows, answers, data, identity, settings, options)
+    write_result(folder, scored, answers)
     return scored
 
 
-def score(
+def score_answers(
     suite: Suite,
     rows: Sequence[Row],
     answers: dict[str, str],
-    data: DataPart,
-    identity: Identity,
+    data: DataInfo,
+    identity: ModelIdentity,
     settings: dict[str, Any],
-    options: Options,
-    not_asked: tuple[NotAsked, ...] = (),
-) -> Scored:
-    """The suite's rules, or one of them, over answers by index."""
-    refused = {one.index for one in not_asked}
-    said = [
+    options: EvalOptions,
+    skipped: tuple[SkippedRow, ...] = (),
+) -> ScoredSuite:
+    """Score answers, given by row index, by the suite's rules or by `options.rule`."""
+    refused = {one.index for one in skipped}
+    texts = [
         _wrong_answer(suite, row) if row.index in refused else answers[row.index] for row in rows
     ]
     scoring = suite.scoring(options.rule)
-    tallies = {name: find_rule(function)(rows, said) for name, function in scoring.items()}
-    parts = [
-        rule_part(name, versioned(scoring[name]), tally, answers, options.seed)
-        for name, tally in tallies.items()
+    unit_scores = {name: find_rule(function)(rows, texts) for name, function in scoring.items()}
+    rules = [
+        rule_result(name, versioned(scoring[name]), scores, answers, options.seed)
+        for name, scores in unit_scores.items()
     ]
     result = Result(
         suite=suite.name,
@@ -268,76 +300,53 @@ def score(
         version=suite.version,
         suite_digest=suite.digest,
         data=data,
-        model=ModelPart(
+        model=ModelInfo(
             name=identity.name,
             content_hash=identity.content_hash,
             kind=identity.kind,
             final=identity.final,
         ),
         settings=settings,
-        rules=tuple(parts),
-        not_asked=not_asked,
+        rules=tuple(rules),
+        not_asked=skipped,
         seed=options.seed,
-        versions=answering_versions(),
+        versions=library_versions(),
     )
-    return Scored(result, tallies, rows)
+    return ScoredSuite(result, unit_scores, rows)
 
 
 def _wrong_answer(suite: Suite, row: Row) -> str:
-    """An answer that no rule takes for a right one: POPE's takes an empty answer for yes."""
+    """An answer that every rule counts as wrong; InternVL's rule for POPE reads "" as yes."""
     if suite.choices == ("Yes", "No"):
         return "No" if row.answer.lower() == "yes" else "Yes"
     return ""
 
 
-def compare_with_teacher(
-    students: Iterable[Scored], teacher: Scored, seed: int = SEED
+def _write_retentions(
+    scored: Mapping[str, Sequence[ScoredSuite]], folder: Path, options: EvalOptions
 ) -> list[Retention]:
-    """Retention of each student by each rule of the suite."""
-    suite, name = teacher.result.suite, teacher.result.model.name
-    return [
-        retention(
-            suite,
-            rule,
-            (student.result.model.name, student.tallies[rule]),
-            (name, tally),
-            len(teacher.rows),
-            seed,
-        )
-        for student in students
-        for rule, tally in teacher.tallies.items()
-    ]
+    """The retention of every student by suite, the teacher being the last model; also as files."""
+    found = []
+    for suite, (*students, teacher) in scored.items():
+        for student in students:
+            parts = compare_with_teacher([student], teacher, options.seed)
+            place = folder / student.result.model.name / suite
+            atomic_write_text(place / RETENTION, json_text(parts))
+            found += parts
+    return found
 
 
-def write_retention(folder: Path, parts: Sequence[Retention]) -> None:
-    atomic_write_text(folder / RETENTION, json_text(parts))
-
-
-def _write(folder: Path, scored: Scored, answers: dict[str, str]) -> None:
-    """`result.json`, and the answers as the kits write them, for a judge or another scorer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / RESULT, json_text(scored.result))
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(["index", "question", "answer", "category", "prediction"])
-    for row in scored.rows:
-        writer.writerow([row.index, row.question, row.answer, row.category, answers[row.index]])
-    atomic_write_text(folder / "predictions.tsv", text.getvalue())
-
-
-def _write_timing(folder: Path, asked: Asked, seconds: float) -> None:
-    """What is not the same twice: when, how long, in what batches."""
-    import json
-
+def _write_timing(folder: Path, stats: InferenceStats, seconds: float) -> None:
+    """Write what differs between equal runs: date, duration and batch sizes."""
     timing = {
         "finished": utc_timestamp(),
         "command": command_line(),
-        "answered": asked.answered,
+        "answered": stats.answered,
         "seconds": round(seconds, 3),
-        "samples_per_second": round(asked.answered / max(seconds, 1e-9), 3),
-        "batches": len(asked.batches),
-        "largest_batch": max(asked.batches, default=0),
-        "limit": asked.limit.as_dict(),
-        "halved": asked.halved,
+        "samples_per_second": round(stats.answered / max(seconds, 1e-9), 3),
+        "batches": len(stats.batch_sizes),
+        "largest_batch": max(stats.batch_sizes, default=0),
+        "limit": stats.limit.as_dict(),
+        "halved": stats.halvings,
     }
     atomic_write_text(folder / TIMING, json.dumps(timing, indent=2) + "\n")

@@ -1,6 +1,6 @@
-"""What answers depend on beside the model and the table: picture files, code and libraries.
+"""Digests of the code, library versions and picture files that answers depend on.
 
-Answers that are kept are taken only for the same of all three.
+Cached answers are reused only if all three are unchanged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from mmmamba_cli.evaluate.images import Picture
 from mmmamba_cli.runs.manifest import package_versions
 
-# The rooms of code that turn a row and a checkpoint into an answer.
-ROOMS = ("checkpoint", "evaluate", "inference", "model", "ops", "processing")
-# Code of `evaluate` behind the answers: it scores and shows them.
-BEHIND = (
+# Packages whose code turns a row and a checkpoint into an answer.
+DIGESTED_ROOMS = ("checkpoint", "evaluate", "inference", "model", "ops", "processing")
+# Code of `evaluate` that only scores and shows answers, and so is left out of the digest.
+NOT_DIGESTED = (
     "scoring",
     "bootstrap.py",
     "external_results.py",
@@ -28,12 +28,12 @@ BEHIND = (
 )
 # Pictures are decoded and resized by Pillow.
 LIBRARIES = ("pillow", "tokenizers")
-DIGITS = 16
-READERS = 8
+DIGEST_DIGITS = 16
+HASH_THREADS = 8
 
 
-def answering_versions() -> dict[str, str]:
-    """Versions of what asks and answers: mmmamba, Python and the libraries."""
+def library_versions() -> dict[str, str]:
+    """Versions of mmmamba, Python and the libraries that prompts and answers depend on."""
     found = package_versions()
     for name in LIBRARIES:
         try:
@@ -45,33 +45,36 @@ def answering_versions() -> dict[str, str]:
 
 @cache
 def code_digest() -> str:
-    """Changes with any source file that an answer depends on: prompts, processing, the model."""
+    """A digest of all source files that an answer depends on: prompts, processing, the model."""
     package = Path(__file__).resolve().parents[1]
-    files = [*package.glob("*.py"), *(f for room in ROOMS for f in (package / room).rglob("*.py"))]
+    files = [
+        *package.glob("*.py"),
+        *(f for room in DIGESTED_ROOMS for f in (package / room).rglob("*.py")),
+    ]
     digest = hashlib.sha256()
     for name, file in sorted((file.relative_to(package).as_posix(), file) for file in files):
         room, _, rest = name.partition("/")
-        if room == "evaluate" and rest.partition("/")[0] in BEHIND:
+        if room == "evaluate" and rest.partition("/")[0] in NOT_DIGESTED:
             continue
         digest.update(f"{name}\n".encode())
         digest.update(file_digest(file))
-    return digest.hexdigest()[:DIGITS]
+    return digest.hexdigest()[:DIGEST_DIGITS]
 
 
 def pictures_digest(pictures: Iterable[Picture]) -> str | None:
-    """Of the contents of all picture files, in their order; None if there are no files.
+    """A digest of the contents of all picture files, in order; None without files.
 
-    Pictures in a table are left out: the table's own hash has them. A file that cannot be read
-    counts as zeros; asking names it.
+    Pictures inside a table are left out because the table's hash covers them. An unreadable file
+    counts as zeros; inference names it.
     """
     files = list(dict.fromkeys(one.file for one in pictures if one.file is not None))
     if not files:
         return None
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
         for found in pool.map(file_digest, files):
             digest.update(found)
-    return digest.hexdigest()[:DIGITS]
+    return digest.hexdigest()[:DIGEST_DIGITS]
 
 
 def file_digest(file: Path) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.evaluate.vlmeval_table import PICTURE, Table, split_cell
+from mmmamba_cli.evaluate.vlmeval_table import PICTURE, VLMEvalTable, split_cell
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +25,7 @@ class Picture:
 
     row: str
     file: Path | None = None
-    table: Table | None = None
+    table: VLMEvalTable | None = None
     owner: str = ""
     part: int = 0
     enlarge: int = 1
@@ -59,7 +59,7 @@ class Picture:
 
 
 def pictures_of(
-    table: Table, cell: Mapping[str, str], dataset: str, enlarge: int = 1
+    table: VLMEvalTable, cell: Mapping[str, str], dataset: str, enlarge: int = 1
 ) -> tuple[Picture, ...]:
     """The pictures of a row, the first one enlarged. Raises `DataError` if a file is missing."""
     index, owner = cell["index"], cell[PICTURE]

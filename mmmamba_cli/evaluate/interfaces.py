@@ -10,7 +10,7 @@ from mmmamba_cli.evaluate.images import Picture
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EvalPrompt:
     """One question as a model is asked it.
 
     `text` is what the user says; its first `<image>`, as many as there are pictures, stand for
@@ -27,16 +27,16 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPrompt:
     """A prompt ready for the model: `length` in tokens, `value` is the model's own affair."""
 
-    prompt: Prompt
+    prompt: EvalPrompt
     length: int
     value: Any = field(repr=False, default=None)
 
 
 @dataclass(frozen=True)
-class Identity:
+class ModelIdentity:
     """Which model it is. `answers_depend_on` is what else of it changes answers: dtype, device."""
 
     name: str
@@ -47,32 +47,28 @@ class Identity:
     answers_depend_on: dict[str, str] = field(default_factory=dict)
 
 
-class OutOfMemory(Exception):
-    """A batch was too large for the device; whoever raises it has let go of its memory."""
-
-
 class EvalModel(Protocol):
     """A model that answers questions about pictures."""
 
     @property
-    def identity(self) -> Identity: ...
+    def identity(self) -> ModelIdentity: ...
 
-    def measure(self, prompt: Prompt) -> int:
+    def prompt_length(self, prompt: EvalPrompt) -> int:
         """The length in tokens that `encode` will give, or close to it; decodes no pixels."""
         ...
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: EvalPrompt) -> EncodedPrompt:
         """Called in background threads."""
         ...
 
-    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
         """An answer for each, greedily. Raises `OutOfMemory`."""
         ...
 
-    def score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+    def score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
         """Log-likelihood, in nats, of each prompt's choices as its answer. Raises `OutOfMemory`."""
         ...
 
-    def fitting_columns(self, longest: Encoded, max_new_tokens: int) -> int | None:
+    def max_batch_tokens(self, longest: EncodedPrompt, max_new_tokens: int) -> int | None:
         """Tokens of a whole padded batch that the device has room for; None if nobody knows."""
         ...

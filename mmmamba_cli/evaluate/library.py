@@ -1,9 +1,7 @@
-"""The suites and adapters there are, found through entry points.
+"""Installed suites, their tables, and adapters to other evaluation kits.
 
-A package adds suites with an entry point in the group `mmmamba.suites` that leads to a folder of
-YAML files, or to a function that returns one, and adapters to other kits in `mmmamba.evaluators`.
-
-Tables that a suite makes itself, in the user's cache.
+A package adds suites with an entry point in the group `mmmamba.suites` that names a folder of YAML
+files, or a function that returns one, and adapters to other kits in `mmmamba.evaluators`.
 """
 
 from __future__ import annotations
@@ -24,21 +22,102 @@ from mmmamba_cli.evaluate.suite import Suite, parse_suite
 from mmmamba_cli.plugins import Load, entry_points, load_reference
 from mmmamba_cli.recipe.problems import join_or, suggest
 
+SUITES = "mmmamba.suites"
+EVALUATORS = "mmmamba.evaluators"
+SUFFIX = ".yaml"
+PUBLISHED = "published.yaml"
+# The folder of tables, as in VLMEvalKit.
+DATA_VARIABLE = "LMUData"
+DEFAULT_DATA_FOLDER = Path("~/LMUData")
+LOCAL_SUFFIX = "_local"
 CACHE = Path("mmmamba") / "suites"
 
 
+def suite_names() -> list[str]:
+    """Names of all installed suites, sorted."""
+    return sorted(_suite_files())
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of that name. Raises `DataError` that lists the known names and the nearest."""
+    files = _suite_files()
+    if name not in files:
+        names = sorted(files)
+        raise DataError(f"no suite is called {name}: give {join_or(names)}{suggest(name, names)}")
+    file = files[name]
+    suite = parse_suite(file.read_text(encoding="utf-8-sig"), f"suite {file}")
+    if suite.name != name:
+        raise DataError(f"suite {file} calls itself {suite.name}", f"its name must be {name}")
+    return suite
+
+
+def published_rows() -> list[dict[str, Any]]:
+    """Tables of published results from the suite folders: source, and rows by model."""
+    found = []
+    for folder in _suite_folders():
+        file = folder / PUBLISHED
+        if file.is_file():
+            found += yaml.safe_load(file.read_text(encoding="utf-8-sig"))["tables"]
+    return found
+
+
+def find_evaluator(name: str) -> Callable[..., Any]:
+    """The adapter to another evaluation kit. Raises `DataError` that lists the known ones."""
+    known: dict[str, Load] = {}
+    for entry, load in entry_points(EVALUATORS):
+        known.setdefault(entry, load)
+    if name not in known:
+        raise DataError(
+            f"--with {name} is not known: give {join_or(sorted(known)) or 'nothing, none is there'}"
+            f"{suggest(name, known)}"
+        )
+    found: Callable[..., Any] = known[name]()
+    return found
+
+
+def data_folder(data: Path | None) -> Path:
+    """The folder of tables: `data`, else `$LMUData`, else ~/LMUData."""
+    return data or Path(os.environ.get(DATA_VARIABLE) or DEFAULT_DATA_FOLDER).expanduser()
+
+
+def existing_table(suite: Suite, data: Path | None) -> Path | None:
+    """The suite's TSV in the data folder, if it is there."""
+    folder = data_folder(data)
+    places = [folder / f"{suite.dataset}{ending}.tsv" for ending in ("", LOCAL_SUFFIX)]
+    return next((place for place in places if place.is_file()), None)
+
+
+def find_table(
+    suite: Suite, data: Path | None, say: Callable[[str], None] = lambda text: None
+) -> Path:
+    """The suite's TSV, built first if the suite has a `build` function and `data` is None.
+
+    Raises `DataError` that names the places searched.
+    """
+    found = existing_table(suite, data)
+    if found is None and suite.build and data is None:
+        found = built_table(suite, say)
+    if found is None:
+        raise DataError(
+            f"suite {suite.name} needs {suite.dataset}.tsv, which is not in {data_folder(data)}; "
+            f"it is looked for in --data DIR, else ${DATA_VARIABLE}, else {DEFAULT_DATA_FOLDER}",
+            "it is VLMEvalKit's table: tab-separated, with the columns "
+            f"{', '.join(suite.columns)} and image (base64, or another row's index) or image_path",
+        )
+    return found
+
+
 def cache_folder() -> Path:
-    """Where built tables are kept: `$XDG_CACHE_HOME`, else `~/.cache`."""
+    """The folder of built tables: `$XDG_CACHE_HOME`/mmmamba/suites, else below ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path("~/.cache").expanduser()) / CACHE
 
 
 def built_table(suite: Suite, say: Callable[[str], None]) -> Path:
-    """The suite's table, made once for each version of the suite and of this package.
+    """The suite's table in the cache, built once per version of the suite and of this package.
 
-    `say` is told when that begins, since it may take a minute.
-
-    Raises `DataError` if the function that makes it cannot be imported.
+    Building can take a minute; `say` announces it. Raises `DataError` if the build function cannot
+    be imported.
     """
     folder = cache_folder() / f"{suite.name}-{mmmamba_cli.__version__}-{suite.digest}"
     table = folder / f"{suite.dataset}.tsv"
@@ -53,61 +132,13 @@ def built_table(suite: Suite, say: Callable[[str], None]) -> Path:
     return table
 
 
-SUITES = "mmmamba.suites"
-EVALUATORS = "mmmamba.evaluators"
-SUFFIX = ".yaml"
-PUBLISHED = "published.yaml"
-
-
-def suite_names() -> list[str]:
-    """Names of all suites, sorted."""
-    return sorted(_suite_files())
-
-
-def find_suite(name: str) -> Suite:
-    """A suite by its name. Raises `DataError` that names those there are, and the nearest."""
-    files = _suite_files()
-    if name not in files:
-        names = sorted(files)
-        raise DataError(f"no suite is called {name}: give {join_or(names)}{suggest(name, names)}")
-    file = files[name]
-    suite = parse_suite(file.read_text(encoding="utf-8-sig"), f"suite {file}")
-    if suite.name != name:
-        raise DataError(f"suite {file} calls itself {suite.name}", f"its name must be {name}")
-    return suite
-
-
-def published_rows() -> list[dict[str, Any]]:
-    """The tables of published results that lie beside the suites: source, rows by model."""
-    found = []
-    for folder in _suite_folders():
-        file = folder / PUBLISHED
-        if file.is_file():
-            found += yaml.safe_load(file.read_text(encoding="utf-8-sig"))["tables"]
-    return found
-
-
-def find_evaluator(name: str) -> Callable[..., Any]:
-    """The adapter to another kit. Raises `DataError` naming those there are."""
-    known: dict[str, Load] = {}
-    for entry, load in entry_points(EVALUATORS):
-        known.setdefault(entry, load)
-    if name not in known:
-        raise DataError(
-            f"--with {name} is not known: give {join_or(sorted(known)) or 'nothing, none is there'}"
-            f"{suggest(name, known)}"
-        )
-    found: Callable[..., Any] = known[name]()
-    return found
-
-
 @cache
 def _suite_files() -> dict[str, Traversable]:
     files: dict[str, Traversable] = {}
     for folder in _suite_folders():
         for item in folder.iterdir():
             if item.name.endswith(SUFFIX) and item.name != PUBLISHED:
-                # The project's own come first, and keep their names.
+                # Suites of this project come first: a plugin cannot replace one.
                 files.setdefault(item.name.removesuffix(SUFFIX), item)
     if not files:
         raise DataError("no suites are installed", "reinstall the package mmmamba")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from mmmamba_cli.devices import OutOfMemory
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.evaluate.interfaces import Encoded, Identity, OutOfMemory, Prompt
+from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalPrompt, ModelIdentity
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.processing import (
     HolisticTextProcessor,
@@ -30,7 +31,7 @@ from mmmamba_cli.runs import TEACHER, ResolvedModel, pick_placement
 Result = TypeVar("Result")
 
 # Share of free memory that a batch may take: what is left is for fragments and longer answers.
-SHARE = 0.8
+FREE_MEMORY_SHARE = 0.8
 PROBE_TOKENS = 8
 DIGEST_DIGITS = 8
 
@@ -44,14 +45,14 @@ class _Inputs:
     num_tiles: tuple[int, ...]
 
 
-class HolisticEvalModel:
+class HolisticVLMAdapter:
     """A loaded model and its processor. `identity` says which model it is."""
 
     def __init__(
         self,
         model: HolisticVLM,
         processor: HolisticVLMProcessor | HolisticTextProcessor,
-        identity: Identity,
+        identity: ModelIdentity,
     ):
         self.model = model
         self.processor = processor
@@ -59,7 +60,7 @@ class HolisticEvalModel:
         # What a folder says about generating (penalties, sampling) is not what suites ask for.
         self.model.generation_config = GenerationConfig(
             do_sample=False,
-            eos_token_id=self._stops,
+            eos_token_id=self._stop_ids,
             pad_token_id=processor.pad_token_id,
             suppress_tokens=model.generation_config.suppress_tokens,
         )
@@ -68,20 +69,20 @@ class HolisticEvalModel:
     def device(self) -> torch.device:
         return self.model.device
 
-    def measure(self, prompt: Prompt) -> int:
+    def prompt_length(self, prompt: EvalPrompt) -> int:
         """Tokens of the prompt, but for the constant ones of the chat template."""
         text = len(self.processor.text_ids(prompt.text))
         if not prompt.pictures:
             return text
-        processor = self._sighted(prompt)
+        processor = self._vision_processor(prompt)
         tiling = processor.image_processor.with_tile_limits(None, prompt.max_tiles).tiling
         tiles = sum(count_tiles(*picture.size(), tiling) for picture in prompt.pictures)
         return text + tiles * processor.tokens_per_tile
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: EvalPrompt) -> EncodedPrompt:
         """Ids, and the pictures' tiles in the model's dtype."""
         if prompt.pictures:
-            batch = self._sighted(prompt).chat(
+            batch = self._vision_processor(prompt).chat(
                 [_question(prompt)],
                 [picture.open() for picture in prompt.pictures],
                 padding=False,
@@ -95,9 +96,11 @@ class HolisticEvalModel:
         pixels = batch.get("pixel_values")
         if pixels is not None:
             pixels = pixels.to(self.model.dtype)
-        return Encoded(prompt, len(ids), _Inputs(ids, pixels, tuple(batch.get("num_tiles", ()))))
+        return EncodedPrompt(
+            prompt, len(ids), _Inputs(ids, pixels, tuple(batch.get("num_tiles", ())))
+        )
 
-    def _sighted(self, prompt: Prompt) -> HolisticVLMProcessor:
+    def _vision_processor(self, prompt: EvalPrompt) -> HolisticVLMProcessor:
         if isinstance(self.processor, HolisticTextProcessor):
             raise DataError(
                 f"row {prompt.index} has a picture, but {self.identity.name} reads text only",
@@ -105,37 +108,37 @@ class HolisticEvalModel:
             )
         return self.processor
 
-    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
         """Greedy answers, without special tokens and outer spaces."""
-        return _or_too_large(lambda: self._generate(batch, max_new_tokens))
+        return _or_out_of_memory(lambda: self._generate(batch, max_new_tokens))
 
     @torch.no_grad()
-    def _generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def _generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
         inputs = self._inputs([encoded.value.ids for encoded in batch], batch)
         tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
         return [self._text(row) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
 
     @property
-    def _stops(self) -> list[int]:
+    def _stop_ids(self) -> list[int]:
         return sorted(set(self.processor.stop_token_ids))
 
     def _text(self, ids: list[int]) -> str:
-        stops = set(self._stops)
+        stops = set(self._stop_ids)
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         text: str = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return text.strip()
 
-    def score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+    def score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
         """Sum of log p over each choice's tokens, in nats; the token that ends a turn is left out.
 
         Prompts with all their choices go through the model in one batch.
         """
-        return _or_too_large(lambda: self._score_choices(batch))
+        return _or_out_of_memory(lambda: self._score_choices(batch))
 
     @torch.no_grad()
-    def _score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+    def _score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
         rows = [
-            (encoded, *self._continue(encoded, choice))
+            (encoded, *self._answered_ids(encoded, choice))
             for encoded in batch
             for choice in encoded.prompt.choices
         ]
@@ -144,29 +147,29 @@ class HolisticEvalModel:
         keep = max(len(ids) - start for _, ids, start in rows) + 1
         logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
         scores = iter(
-            self._sum(found, ids, start)
+            self._log_likelihood(found, ids, start)
             for found, (_, ids, start) in zip(logits, rows, strict=True)
         )
         return [[next(scores) for _ in encoded.prompt.choices] for encoded in batch]
 
-    def _continue(self, encoded: Encoded, choice: str) -> tuple[list[int], int]:
+    def _answered_ids(self, encoded: EncodedPrompt, choice: str) -> tuple[list[int], int]:
         """Ids of the prompt answered with `choice`, and where the answer begins."""
         talk = [_question(encoded.prompt), {"role": "assistant", "content": choice}]
         ids, is_answer = self.processor.conversation_ids(talk, encoded.value.num_tiles)
         columns = [i for i, answers in enumerate(is_answer) if answers]
-        stops = set(self._stops)
+        stops = set(self._stop_ids)
         end = next((i for i in columns if ids[i] in stops), len(ids))
         return ids[:end], columns[0]
 
     @staticmethod
-    def _sum(logits: Tensor, ids: list[int], start: int) -> float:
+    def _log_likelihood(logits: Tensor, ids: list[int], start: int) -> float:
         """Of one row's last logits (columns, V): log p of ids[start:], which end it."""
         count = len(ids) - start
         predicted = torch.log_softmax(logits[-count - 1 : -1].double(), dim=-1)
         wanted = torch.tensor(ids[start:], device=logits.device).unsqueeze(1)
         return float(predicted.gather(1, wanted).sum())
 
-    def _inputs(self, ids: Sequence[list[int]], encoded: Sequence[Encoded]) -> dict[str, Any]:
+    def _inputs(self, ids: Sequence[list[int]], encoded: Sequence[EncodedPrompt]) -> dict[str, Any]:
         """One batch, padded on the left, on the model's device."""
         width = max(map(len, ids))
         pad = self.processor.pad_token_id
@@ -178,7 +181,7 @@ class HolisticEvalModel:
             inputs["pixel_values"] = torch.cat([one.to(self.device) for one in pixels])
         return inputs
 
-    def fitting_columns(self, longest: Encoded, max_new_tokens: int) -> int | None:
+    def max_batch_tokens(self, longest: EncodedPrompt, max_new_tokens: int) -> int | None:
         """Measured on the longest prompt alone: what it takes, and what is free. CUDA only."""
         if self.device.type != "cuda":
             return None
@@ -189,14 +192,14 @@ class HolisticEvalModel:
             else:
                 self.generate([longest], min(max_new_tokens, PROBE_TOKENS))
 
-        taken = _peak_beyond_weights(try_it, self.device)
+        taken = _peak_extra_bytes(try_it, self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
-        return fitting(longest.length, taken, free)
+        return tokens_that_fit(longest.length, taken, free)
 
 
 def load_eval_model(
     found: ResolvedModel, device: str | None = None, dtype: str = "auto"
-) -> HolisticEvalModel:
+) -> HolisticVLMAdapter:
     """Verify and load a model for evaluation; its tensors are hashed if their hash is not known.
 
     `device` None is CUDA where there is one; dtype "auto" is bf16 there, and fp32 on a CPU. Raises
@@ -209,7 +212,7 @@ def load_eval_model(
     )
     chosen, kept = pick_placement(device, dtype)
     product = found.origin == "product"
-    identity = Identity(
+    identity = ModelIdentity(
         name=found.name,
         content_hash=found.content_hash or found.checkpoint.source.content_hash(),
         # A checkpoint from elsewhere is known by its tensors alone, whatever lies beside them.
@@ -222,7 +225,7 @@ def load_eval_model(
             "dtype": str(kept).removeprefix("torch."),
         },
     )
-    return HolisticEvalModel(found.load(chosen, kept), processor, identity)
+    return HolisticVLMAdapter(found.load(chosen, kept), processor, identity)
 
 
 def _digest(settings: dict[str, Any]) -> str:
@@ -233,18 +236,18 @@ def _digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
 
 
-def _question(prompt: Prompt) -> dict[str, Any]:
+def _question(prompt: EvalPrompt) -> dict[str, Any]:
     """The user's message, in which only the pictures' places are no text."""
     content = content_with_images(prompt.text, len(prompt.pictures))
     return {"role": "user", "content": content}
 
 
-def fitting(length: int, taken: int, free: int) -> int:
+def tokens_that_fit(length: int, taken: int, free: int) -> int:
     """Columns that fit into `free` bytes if `length` columns take `taken`; at least `length`."""
-    return max(1, int(SHARE * free / max(1, taken))) * length
+    return max(1, int(FREE_MEMORY_SHARE * free / max(1, taken))) * length
 
 
-def _peak_beyond_weights(work: Callable[[], None], device: torch.device) -> int:
+def _peak_extra_bytes(work: Callable[[], None], device: torch.device) -> int:
     """Bytes that `work` takes at its height beyond what was there before."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -256,7 +259,7 @@ def _peak_beyond_weights(work: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def _or_too_large(work: Callable[[], Result]) -> Result:
+def _or_out_of_memory(work: Callable[[], Result]) -> Result:
     """What `work` returns; torch's out-of-memory error becomes the runner's."""
     try:
         return work()

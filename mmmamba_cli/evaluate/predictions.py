@@ -15,7 +15,7 @@ from mmmamba_cli.errors import DataError, name_some
 from mmmamba_cli.evaluate.answer_cache import HEADER, LIMIT
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.vlmeval_table import (
-    MAX_CELL,
+    MAX_CELL_CHARS,
     check_heading,
     plain_index,
     records,
@@ -109,7 +109,7 @@ def _text(value: Any) -> str:
 
 
 def _read_table(file: Path, delimiter: str) -> Iterator[Mapping[str, str]]:
-    csv.field_size_limit(MAX_CELL)
+    csv.field_size_limit(MAX_CELL_CHARS)
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
             reader = records(handle, delimiter)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 
 from mmmamba_cli.evaluate.images import pictures_of
-from mmmamba_cli.evaluate.interfaces import Prompt
+from mmmamba_cli.evaluate.interfaces import EvalPrompt
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.suite import PromptStyle, Suite
-from mmmamba_cli.evaluate.vlmeval_table import Table
+from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
-LETTER = {
+LETTER_INSTRUCTION = {
     False: "\nAnswer with the option's letter from the given choices directly.",
     True: "\n请直接回答选项字母。",
 }
-DIRECTLY = {False: "\nAnswer the question directly.", True: "\n请直接回答问题。"}
+DIRECT_INSTRUCTION = {False: "\nAnswer the question directly.", True: "\n请直接回答问题。"}
 # As MMMU writes where a picture belongs.
-REFERENCE = re.compile(r"<image (\d+)>")
+IMAGE_REFERENCE = re.compile(r"<image (\d+)>")
 # No more tiles than this for all pictures of a question together.
-MOST_TILES = 64
+MAX_TILES_PER_PROMPT = 64
 
 
 def question_text(row: Row, style: PromptStyle) -> str:
@@ -32,7 +32,7 @@ def question_text(row: Row, style: PromptStyle) -> str:
             text = f"{row.hint}\n{text}"
         text += "".join(f"\n{letter}. {option}" for letter, option in row.options.items())
         is_chinese = CHINESE.search(text) is not None
-        text += LETTER[is_chinese] if row.options else DIRECTLY[is_chinese]
+        text += LETTER_INSTRUCTION[is_chinese] if row.options else DIRECT_INSTRUCTION[is_chinese]
     return text + style.append
 
 
@@ -46,23 +46,23 @@ def place_pictures(text: str, pictures: int) -> str:
     if pictures == 1:
         return f"<image>\n{text}"
     lines = "".join(f"Image-{i}: <image>\n" for i in range(1, pictures + 1))
-    return lines + REFERENCE.sub(r"<Image-\1>", text)
+    return lines + IMAGE_REFERENCE.sub(r"<Image-\1>", text)
 
 
-def tiles_for_each(max_tiles: int, pictures: int) -> int:
+def tiles_per_picture(max_tiles: int, pictures: int) -> int:
     """The most tiles of one picture of several."""
-    return max(1, min(max_tiles, MOST_TILES // max(1, pictures)))
+    return max(1, min(max_tiles, MAX_TILES_PER_PROMPT // max(1, pictures)))
 
 
-def prompt_of(
-    row: Row, suite: Suite, table: Table, *, max_tiles: int | None, by_likelihood: bool
-) -> Prompt:
+def build_eval_prompt(
+    row: Row, suite: Suite, table: VLMEvalTable, *, max_tiles: int | None, by_likelihood: bool
+) -> EvalPrompt:
     """What a model is asked for a row; `max_tiles` replaces the suite's own."""
     pictures = pictures_of(table, table.cells[row.place], suite.dataset, suite.enlarge)
-    return Prompt(
+    return EvalPrompt(
         index=row.index,
         text=place_pictures(question_text(row, suite.prompt), len(pictures)),
         pictures=pictures,
-        max_tiles=tiles_for_each(max_tiles or suite.max_tiles, len(pictures)),
+        max_tiles=tiles_per_picture(max_tiles or suite.max_tiles, len(pictures)),
         choices=(tuple(row.options) or suite.choices) if by_likelihood else (),
     )

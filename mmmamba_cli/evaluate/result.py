@@ -1,21 +1,34 @@
-"""A result as it is written: typed, and the same bytes whenever the same was measured."""
+"""Results of an evaluation as typed, reproducible JSON, and the reader of a run's results."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.evaluate.bootstrap import DRAWS, LEVEL, intervals, ratio_interval
-from mmmamba_cli.evaluate.scoring.metrics import Tally
+from mmmamba_cli.evaluate.bootstrap import (
+    CONFIDENCE_LEVEL,
+    NUM_RESAMPLES,
+    intervals,
+    ratio_interval,
+)
+from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.scoring.metrics import UnitScores
 
+# The folder of a run that results are written to, and the files of one model and suite.
+EVALS = "evals"
 RESULT, RETENTION, TIMING = "result.json", "retention.json", "timing.json"
+PREDICTIONS = "predictions.tsv"
 SHOWN_ANSWERS = 5
+DEFAULT_SEED = 0
 
 # Results written before versions of a rule had dates name the scoring function without one.
 UNDATED_SCORING = {"choice_rows": "2025-08", "choice_circular": "2025-08", "vqa_words": "2024-01"}
@@ -23,12 +36,12 @@ UNDATED_SCORING = {"choice_rows": "2025-08", "choice_circular": "2025-08", "vqa_
 Interval = tuple[float, float]
 
 
-class _Part(BaseModel):
+class _JsonModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelPart(_Part):
-    """Which model answered; of a predictions file, the file's name and hash."""
+class ModelInfo(_JsonModel):
+    """The evaluated model; for a predictions file, the file's name and hash."""
 
     name: str
     content_hash: str
@@ -36,14 +49,14 @@ class ModelPart(_Part):
     final: bool | None = None
 
 
-class DataPart(_Part):
-    """Which questions were asked.
+class DataInfo(_JsonModel):
+    """The questions that were asked.
 
-    `sha256` is of the table, `rows` of the suite are in it, `used` were asked, and `without_image`
-    are among them. `asked` is a digest of the indexes of the rows asked, None for all rows.
-    `pictures` is a digest of the picture files that these rows name, None where all pictures are in
-    the table, or it is not known. `categories_not_asked` are those of the table of which no row was
-    asked.
+    `sha256` is that of the table. The table has `rows` rows of the suite, of which `used` were
+    asked, `without_image` of them without a picture. `asked` is a digest of the indexes of the rows
+    asked, None for all rows. `pictures` is a digest of the picture files of these rows, None if all
+    pictures are in the table or if it is unknown. `categories_not_asked` lists the table's
+    categories without a row asked.
     """
 
     file: str
@@ -57,49 +70,54 @@ class DataPart(_Part):
 
     @property
     def partial(self) -> bool:
-        """Whether not all rows of the suite were asked."""
+        """Whether only some rows of the suite were asked."""
         return self.used < self.rows
 
-    def same_questions(self, other: DataPart) -> bool:
-        """Whether both were asked the same rows with the same pictures, as far as it is known."""
+    def same_questions(self, other: DataInfo) -> bool:
+        """Whether both have the same rows and, as far as known, the same pictures."""
         pictures = {one.pictures for one in (self, other)} - {None}
         compared = {"file", "sha256", "used", "without_image", "asked"}
         mine, theirs = self.model_dump(include=compared), other.model_dump(include=compared)
         return mine == theirs and len(pictures) < 2
 
 
-class Unreadable(_Part):
-    """An answer that a rule could not make sense of."""
+class UnreadableAnswer(_JsonModel):
+    """An answer that a rule could not parse."""
 
     index: str
     answer: str
 
 
-class NotAsked(_Part):
-    """A row that the model could not be asked, such as one with a damaged picture."""
+class SkippedRow(_JsonModel):
+    """A row that could not be asked, for example because of a damaged picture."""
 
     index: str
     reason: str
 
 
-class RulePart(_Part):
-    """A suite by one rule. `metric` names the headline, which is also in `metrics`."""
+class RuleResult(_JsonModel):
+    """Scores of a suite by one rule. `metric` names the headline metric in `metrics`."""
 
     rule: str
     scoring: str
     metric: str
-    # None where nothing was asked that the metric is about; it then has no interval.
+    # None, without an interval, if no row that the metric covers was asked.
     metrics: dict[str, float | None]
     intervals: dict[str, Interval]
     counts: dict[str, int]
     categories: dict[str, dict[str, int | float]]
-    unreadable: tuple[Unreadable, ...] = ()
+    unreadable: tuple[UnreadableAnswer, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> float | None:
+        """The value of the headline metric."""
+        return self.metrics[self.metric]
 
     @model_validator(mode="before")
     @classmethod
     def _add_date(cls, value: Any) -> Any:
-        """Name the version of a rule in a result that was written without it."""
+        """Add the version of the rule to a result that was written without it."""
         date = UNDATED_SCORING.get(str(value.get("scoring"))) if isinstance(value, dict) else None
         if date is None:
             return value
@@ -109,34 +127,34 @@ class RulePart(_Part):
         return dated
 
 
-class Result(_Part):
-    """The contents of `result.json`: no times, so that the same run gives the same file."""
+class Result(_JsonModel):
+    """The contents of `result.json`: no times, so that equal runs give equal files."""
 
     format: int = 1
     suite: str
     title: str
     version: int
     suite_digest: str
-    data: DataPart
-    model: ModelPart
-    # Everything beside the model and the data that can change an answer.
+    data: DataInfo
+    model: ModelInfo
+    # Everything beside model and data that can change an answer.
     settings: dict[str, Any]
-    rules: tuple[RulePart, ...]
-    # Every row that could not be asked; its answer is empty and counts as wrong.
-    not_asked: tuple[NotAsked, ...] = ()
+    rules: tuple[RuleResult, ...]
+    # Rows that could not be asked; their answers are empty and count as wrong.
+    not_asked: tuple[SkippedRow, ...] = ()
     seed: int
-    draws: int = DRAWS
-    level: float = LEVEL
+    draws: int = NUM_RESAMPLES
+    level: float = CONFIDENCE_LEVEL
     versions: dict[str, str]
 
-    def rule(self, name: str) -> RulePart | None:
+    def rule(self, name: str) -> RuleResult | None:
         return next((part for part in self.rules if part.rule == name), None)
 
 
-class Retention(_Part):
-    """How much of the teacher's score a student has, by one rule.
+class Retention(_JsonModel):
+    """The student's score relative to the teacher's, by one rule.
 
-    `ratio` is None where the teacher has 0, or nothing was asked that the metric is about.
+    `ratio` is None if the teacher's score is 0 or either score is None.
     """
 
     suite: str
@@ -152,34 +170,34 @@ class Retention(_Part):
     seed: int
 
 
-def rule_part(
-    name: str, scoring: str, tally: Tally, answers: dict[str, str], seed: int
-) -> RulePart:
-    """A tally as it is written, with the intervals of its metrics."""
-    metrics = tally.values()
-    shown = tally.unreadable[:SHOWN_ANSWERS]
-    return RulePart(
+def rule_result(
+    name: str, scoring: str, scores: UnitScores, answers: dict[str, str], seed: int
+) -> RuleResult:
+    """Scores as they are written, with the confidence intervals of their metrics."""
+    metrics = scores.values()
+    shown = scores.unreadable[:SHOWN_ANSWERS]
+    return RuleResult(
         rule=name,
         scoring=scoring,
-        metric=tally.headline,
+        metric=scores.headline,
         metrics=metrics,
-        intervals=intervals(tally, seed=seed),
-        counts=dict(tally.counts),
-        categories={key: dict(value) for key, value in tally.categories.items()},
-        unreadable=tuple(Unreadable(index=i, answer=answers[i]) for i in shown),
-        notes=tally.notes,
+        intervals=intervals(scores, seed=seed),
+        counts=dict(scores.counts),
+        categories={key: dict(value) for key, value in scores.categories.items()},
+        unreadable=tuple(UnreadableAnswer(index=i, answer=answers[i]) for i in shown),
+        notes=scores.notes,
     )
 
 
 def retention(
     suite: str,
     rule: str,
-    student: tuple[str, Tally],
-    teacher: tuple[str, Tally],
+    student: tuple[str, UnitScores],
+    teacher: tuple[str, UnitScores],
     rows: int,
     seed: int,
 ) -> Retention:
-    """Student over teacher by a rule's headline, both answering the same rows."""
+    """Student over teacher by a rule's headline metric; both answered the same rows."""
     metric = teacher[1].headline
     ours, theirs = student[1].values()[metric], teacher[1].values()[metric]
     ratio = ours / theirs if ours is not None and theirs else None
@@ -200,8 +218,36 @@ def retention(
     )
 
 
+@dataclass
+class ScoredSuite:
+    """The result of one model on one suite, and the unit scores that retention is computed from."""
+
+    result: Result
+    unit_scores: dict[str, UnitScores]
+    rows: Sequence[Row] = field(default_factory=list)
+
+
+def compare_with_teacher(
+    students: Iterable[ScoredSuite], teacher: ScoredSuite, seed: int = DEFAULT_SEED
+) -> list[Retention]:
+    """The retention of each student by each rule of the suite."""
+    suite, name = teacher.result.suite, teacher.result.model.name
+    return [
+        retention(
+            suite,
+            rule,
+            (student.result.model.name, student.unit_scores[rule]),
+            (name, scores),
+            len(teacher.rows),
+            seed,
+        )
+        for student in students
+        for rule, scores in teacher.unit_scores.items()
+    ]
+
+
 def json_text(parts: BaseModel | Sequence[BaseModel]) -> str:
-    """As written to disk."""
+    """The JSON text that is written to disk."""
     value = (
         parts.model_dump(mode="json")
         if isinstance(parts, BaseModel)
@@ -210,8 +256,23 @@ def json_text(parts: BaseModel | Sequence[BaseModel]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def write_result(folder: Path, scored: ScoredSuite, answers: Mapping[str, str]) -> None:
+    """Write `result.json`, and `predictions.tsv` in VLMEvalKit's columns for other scorers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / RESULT, json_text(scored.result))
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(["index", "question", "answer", "category", "prediction"])
+    for row in scored.rows:
+        writer.writerow([row.index, row.question, row.answer, row.category, answers[row.index]])
+    atomic_write_text(folder / PREDICTIONS, text.getvalue())
+
+
 def read_result(file: Path) -> Result:
-    """Raises `RunError` if the file is not there, is no result, or is one of another kit."""
+    """Read a `result.json`.
+
+    Raises `RunError` if the file does not exist, is damaged, or was written for another kit.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -231,7 +292,7 @@ def read_result(file: Path) -> Result:
 
 
 def _kit_of(text: str) -> str | None:
-    """The kit that wrote a `result.json`; None for mmmamba, and for what cannot be read."""
+    """The kit whose scores a `result.json` has; None for mmmamba's own and for damaged text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -241,23 +302,40 @@ def _kit_of(text: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class FoundResults:
-    """The results below a folder, by file; `left_out` has a sentence for each that is not used."""
+class RunResults:
+    """The results of a run by file; `left_out` has a sentence for each file that is not used."""
 
-    results: dict[Path, Result]
+    results: Mapping[Path, Result]
     left_out: tuple[str, ...]
 
+    def of_model(self, content_hash: str | None) -> list[Result]:
+        """The results of the model with these weights."""
+        return [one for one in self.results.values() if one.model.content_hash == content_hash]
 
-def find_results(folder: Path) -> FoundResults:
-    """Every `result.json` below `folder`, in the order of their paths.
+
+def read_run_results(run_folder: Path) -> RunResults:
+    """Every `result.json` below a run's `evals` folder, sorted by path.
 
     Results of other kits, which have the same file name, and damaged files are left out by name.
     """
     results: dict[Path, Result] = {}
     left_out = []
-    for file in sorted(folder.rglob(RESULT)):
+    for file in sorted((run_folder / EVALS).rglob(RESULT)):
         try:
             results[file] = read_result(file)
         except RunError as error:
             left_out.append(error.message)
-    return FoundResults(results, tuple(left_out))
+    return RunResults(results, tuple(left_out))
+
+
+def matching_value(results: Iterable[Result], result: Result, part: RuleResult) -> float | None:
+    """The metric of `part` in the first result with the same questions and rule, if there is one.
+
+    `result` is the result that `part` belongs to; `results` are those of another model.
+    """
+    for other in results:
+        theirs = other.rule(part.rule)
+        same = other.suite == result.suite and other.data.same_questions(result.data)
+        if same and theirs is not None:
+            return theirs.metrics.get(part.metric)
+    return None

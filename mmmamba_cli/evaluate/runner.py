@@ -4,95 +4,113 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from mmmamba_cli.devices import OutOfMemory
 from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, name_some
-from mmmamba_cli.evaluate.answer_cache import Answer, AnswerStore
-from mmmamba_cli.evaluate.batching import MOST_PROMPTS, Limit, plan_batches
-from mmmamba_cli.evaluate.interfaces import Encoded, EvalModel, OutOfMemory, Prompt
+from mmmamba_cli.evaluate.answer_cache import AnswerCache, AnswerRecord
+from mmmamba_cli.evaluate.batching import MAX_BATCH_SIZE, BatchLimit, plan_batches
+from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalModel, EvalPrompt
 
 # Where nobody knows what fits, as on a CPU.
-DEFAULT_PROMPTS = 8
+DEFAULT_BATCH_SIZE = 8
 # Batches whose pictures are decoded ahead of the model.
-AHEAD = 2
-WORKERS = 8
+PREFETCH_BATCHES = 2
+MAX_ENCODER_THREADS = 8
 
 
-@dataclass
-class Watch:
-    """What the caller hears while a suite is run; each may do nothing."""
+@contextmanager
+def _no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda more: None
+
+
+@contextmanager
+def _no_message(message: str | Callable[[], str]) -> Iterator[None]:
+    yield
+
+
+@dataclass(frozen=True)
+class EvalCallbacks:
+    """Hooks of the caller of an evaluation; by default they do nothing.
+
+    `say` and `warn` take a sentence, `advance` a number of further answers. `progress(title,
+    total)` is a context whose value is such an `advance`. `if_interrupted(message)` is a context
+    that shows the message if a `KeyboardInterrupt` leaves it.
+    """
 
     say: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
     advance: Callable[[int], None] = lambda more: None
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
+    if_interrupted: Callable[[str | Callable[[], str]], AbstractContextManager[None]] = _no_message
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How it went, beside the answers: batches in order, by their sizes."""
+class InferenceStats:
+    """Batch sizes in order, halvings after out of memory, and the number of new answers."""
 
-    limit: Limit
-    batches: list[int] = field(default_factory=list)
-    halved: int = 0
+    limit: BatchLimit
+    batch_sizes: list[int] = field(default_factory=list)
+    halvings: int = 0
     answered: int = 0
-    # Rows that the model could not be asked, and why, such as a picture that is damaged.
+    # Rows that could not be asked, for example because of a damaged picture, and the reason.
     not_asked: Mapping[str, str] = field(default_factory=dict)
 
 
-def ask_all(
+def answer_prompts(
     model: EvalModel,
-    prompts: Sequence[Prompt],
-    store: AnswerStore,
+    prompts: Sequence[EvalPrompt],
+    cache: AnswerCache,
     *,
     max_new_tokens: int,
     batch: int | None,
-    watch: Watch,
-) -> Asked:
-    """Answer every prompt that `store` has no answer to yet, and put the answers there.
+    callbacks: EvalCallbacks,
+) -> InferenceStats:
+    """Answer every prompt that `cache` has no answer to yet, and put the answers there.
 
     `batch` prompts at a time, or as many as fit (None). A batch that does not fit is halved, and
     all after it are as small; that is said once. A row that cannot be asked is left out and counted
     among those returned. Raises `MmmambaError` if a single prompt does not fit, `DataError` if no
     row can be asked.
     """
-    watch.advance(sum(prompt.index in store.answers for prompt in prompts))
-    todo = [prompt for prompt in prompts if prompt.index not in store.answers]
+    callbacks.advance(sum(prompt.index in cache.answers for prompt in prompts))
+    todo = [prompt for prompt in prompts if prompt.index not in cache.answers]
     if not todo:
-        return Asked(store.limit or Limit(batch or DEFAULT_PROMPTS))
-    lengths, refused = _measure(model, prompts)
+        return InferenceStats(cache.limit or BatchLimit(batch or DEFAULT_BATCH_SIZE))
+    lengths, refused = _prompt_lengths(model, prompts)
     prompts = [prompt for prompt in prompts if prompt.index not in refused]
     _require_rows(prompts, refused)
-    limit = _start_limit(model, prompts, lengths, store, batch, max_new_tokens, watch, refused)
+    limit = _start_limit(model, prompts, lengths, cache, batch, max_new_tokens, callbacks, refused)
     sizes: list[int] = []
     halved = 0
-    with _Decoder(model) as decoder:
+    with _PromptEncoder(model) as encoder:
         while True:
             failed = _run_plan(
-                model, prompts, lengths, store, max_new_tokens, decoder, watch, sizes, refused
+                model, prompts, lengths, cache, max_new_tokens, encoder, callbacks, sizes, refused
             )
             if failed is None:
                 break
             halved += 1
-            limit = _smaller(limit, failed, lengths, halved, watch)
-            store.set_limit(limit)
+            limit = _smaller(limit, failed, lengths, halved, callbacks)
+            cache.set_limit(limit)
     _require_rows([prompt for prompt in prompts if prompt.index not in refused], refused)
-    watch.advance(len(refused))
+    callbacks.advance(len(refused))
     reasons = {index: str(error) for index, error in refused.items()}
-    return Asked(limit, sizes, halved, len(todo) - len(refused), reasons)
+    return InferenceStats(limit, sizes, halved, len(todo) - len(refused), reasons)
 
 
 def _run_plan(
     model: EvalModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EvalPrompt],
     lengths: Sequence[int],
-    store: AnswerStore,
+    cache: AnswerCache,
     max_new_tokens: int,
-    decoder: _Decoder,
-    watch: Watch,
+    encoder: _PromptEncoder,
+    callbacks: EvalCallbacks,
     sizes: list[int],
     refused: dict[str, DataError],
 ) -> list[int] | None:
@@ -104,30 +122,32 @@ def _run_plan(
     was stopped makes the same batches as one that was not. A batch of which some are answered is
     done again as a whole.
     """
-    assert store.limit is not None
-    planned = [i for i, p in enumerate(prompts) if p.index not in store.before_limit]
-    plan = plan_batches([lengths[i] for i in planned], store.limit)
+    assert cache.limit is not None
+    planned = [i for i, p in enumerate(prompts) if p.index not in cache.before_limit]
+    plan = plan_batches([lengths[i] for i in planned], cache.limit)
     batches = [[planned[place] for place in batch] for batch in plan]
-    done = {*store.answers, *refused}
+    done = {*cache.answers, *refused}
     batches = [b for b in batches if any(prompts[i].index not in done for i in b)]
     for number, batch in enumerate(batches):
-        for coming in batches[number : number + 1 + AHEAD]:
-            decoder.order([prompts[i] for i in coming])
-        encoded = decoder.take([prompts[i] for i in batch], refused)
+        for coming in batches[number : number + 1 + PREFETCH_BATCHES]:
+            encoder.prefetch([prompts[i] for i in coming])
+        encoded = encoder.results([prompts[i] for i in batch], refused)
         try:
-            answers = _answer(model, encoded, max_new_tokens)
+            answers = _answer_batch(model, encoded, max_new_tokens)
         except OutOfMemory:
             return batch
-        new = [answer for answer in answers if answer.index not in store.answers]
-        store.add(new)
+        new = [answer for answer in answers if answer.index not in cache.answers]
+        cache.add(new)
         if encoded:
             sizes.append(len(encoded))
-        decoder.drop([prompts[i] for i in batch])
-        watch.advance(len(new))
+        encoder.discard([prompts[i] for i in batch])
+        callbacks.advance(len(new))
     return None
 
 
-def _answer(model: EvalModel, batch: list[Encoded], max_new_tokens: int) -> list[Answer]:
+def _answer_batch(
+    model: EvalModel, batch: list[EncodedPrompt], max_new_tokens: int
+) -> list[AnswerRecord]:
     chosen = [encoded for encoded in batch if encoded.prompt.choices]
     spoken = [encoded for encoded in batch if not encoded.prompt.choices]
     answers = []
@@ -142,25 +162,29 @@ def _answer(model: EvalModel, batch: list[Encoded], max_new_tokens: int) -> list
                     "check its weights, or its --dtype",
                 )
             best = scores.index(max(scores))
-            answers.append(Answer(prompt.index, prompt.choices[best], tuple(scores)))
+            answers.append(AnswerRecord(prompt.index, prompt.choices[best], tuple(scores)))
     if spoken:
         texts = model.generate(spoken, max_new_tokens)
-        answers += [Answer(e.prompt.index, text) for e, text in zip(spoken, texts, strict=True)]
+        answers += [
+            AnswerRecord(e.prompt.index, text) for e, text in zip(spoken, texts, strict=True)
+        ]
     return answers
 
 
-def _measure(model: EvalModel, prompts: Sequence[Prompt]) -> tuple[list[int], dict[str, DataError]]:
+def _prompt_lengths(
+    model: EvalModel, prompts: Sequence[EvalPrompt]
+) -> tuple[list[int], dict[str, DataError]]:
     """The length of each prompt that can be measured, and what is wrong with the others."""
     lengths, refused = [], {}
     for prompt in prompts:
         try:
-            lengths.append(model.measure(prompt))
+            lengths.append(model.prompt_length(prompt))
         except DataError as error:
             refused[prompt.index] = error
     return lengths, refused
 
 
-def _require_rows(prompts: Sequence[Prompt], refused: Mapping[str, DataError]) -> None:
+def _require_rows(prompts: Sequence[EvalPrompt], refused: Mapping[str, DataError]) -> None:
     """Raise `DataError` if no row is left: then it is not a row that is wrong."""
     if prompts:
         return
@@ -175,42 +199,42 @@ def _require_rows(prompts: Sequence[Prompt], refused: Mapping[str, DataError]) -
 
 def _start_limit(
     model: EvalModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EvalPrompt],
     lengths: Sequence[int],
-    store: AnswerStore,
+    cache: AnswerCache,
     batch: int | None,
     max_new_tokens: int,
-    watch: Watch,
+    callbacks: EvalCallbacks,
     refused: dict[str, DataError],
-) -> Limit:
+) -> BatchLimit:
     """The limit to begin with, or to go on with, which is then the store's."""
-    held = store.limit
+    held = cache.limit
     if held is not None and held.given == (batch or 0):
         return held
     if batch is not None:
-        store.set_limit(Limit(batch, given=batch))
+        cache.set_limit(BatchLimit(batch, given=batch))
     else:
         longest, encoded = _longest(model, prompts, lengths, refused)
         try:
-            columns = model.fitting_columns(encoded, max_new_tokens)
+            columns = model.max_batch_tokens(encoded, max_new_tokens)
         except OutOfMemory as error:
             raise _too_long(lengths[longest]) from error
         if columns is None:
-            store.set_limit(Limit(DEFAULT_PROMPTS))
+            cache.set_limit(BatchLimit(DEFAULT_BATCH_SIZE))
         else:
-            store.set_limit(Limit(MOST_PROMPTS, columns))
-            fits = max(1, min(MOST_PROMPTS, columns // lengths[longest]))
-            watch.say(f"batches of up to {columns:,} tokens fit: {fits} of the longest prompts")
-    assert store.limit is not None
-    return store.limit
+            cache.set_limit(BatchLimit(MAX_BATCH_SIZE, columns))
+            fits = max(1, min(MAX_BATCH_SIZE, columns // lengths[longest]))
+            callbacks.say(f"batches of up to {columns:,} tokens fit: {fits} of the longest prompts")
+    assert cache.limit is not None
+    return cache.limit
 
 
 def _longest(
     model: EvalModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EvalPrompt],
     lengths: Sequence[int],
     refused: dict[str, DataError],
-) -> tuple[int, Encoded]:
+) -> tuple[int, EncodedPrompt]:
     """The longest prompt that can be encoded, and its place; others are added to `refused`."""
     for place in sorted(range(len(prompts)), key=lambda i: (-lengths[i], i)):
         try:
@@ -222,12 +246,16 @@ def _longest(
 
 
 def _smaller(
-    limit: Limit, batch: list[int], lengths: Sequence[int], halved: int, watch: Watch
-) -> Limit:
+    limit: BatchLimit,
+    batch: list[int],
+    lengths: Sequence[int],
+    halved: int,
+    callbacks: EvalCallbacks,
+) -> BatchLimit:
     if len(batch) == 1:
         raise _too_long(lengths[batch[0]])
     if halved == 1:
-        watch.warn(
+        callbacks.warn(
             f"a batch of {len(batch)} prompts did not fit into the device's memory; going on with "
             "smaller ones"
         )
@@ -241,32 +269,34 @@ def _too_long(length: int) -> MmmambaError:
     )
 
 
-class _Decoder(AbstractContextManager["_Decoder"]):
+class _PromptEncoder(AbstractContextManager["_PromptEncoder"]):
     """Encodes prompts in background threads, each once until it is dropped."""
 
     def __init__(self, model: EvalModel):
         self._model = model
-        self._pool = ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1))
-        self._coming: dict[str, Future[Encoded]] = {}
+        self._pool = ThreadPoolExecutor(min(MAX_ENCODER_THREADS, os.cpu_count() or 1))
+        self._pending: dict[str, Future[EncodedPrompt]] = {}
 
-    def order(self, prompts: Sequence[Prompt]) -> None:
+    def prefetch(self, prompts: Sequence[EvalPrompt]) -> None:
         for prompt in prompts:
-            if prompt.index not in self._coming:
-                self._coming[prompt.index] = self._pool.submit(self._model.encode, prompt)
+            if prompt.index not in self._pending:
+                self._pending[prompt.index] = self._pool.submit(self._model.encode, prompt)
 
-    def take(self, prompts: Sequence[Prompt], refused: dict[str, DataError]) -> list[Encoded]:
+    def results(
+        self, prompts: Sequence[EvalPrompt], refused: dict[str, DataError]
+    ) -> list[EncodedPrompt]:
         """Those that can be encoded; the others are added to `refused`."""
         found = []
         for prompt in prompts:
             try:
-                found.append(self._coming[prompt.index].result())
+                found.append(self._pending[prompt.index].result())
             except DataError as error:
                 refused[prompt.index] = error
         return found
 
-    def drop(self, prompts: Sequence[Prompt]) -> None:
+    def discard(self, prompts: Sequence[EvalPrompt]) -> None:
         for prompt in prompts:
-            self._coming.pop(prompt.index, None)
+            self._pending.pop(prompt.index, None)
 
     def __exit__(
         self,

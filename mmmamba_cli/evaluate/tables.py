@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmmamba_cli.errors import name_some
-from mmmamba_cli.evaluate.result import Result, Retention, RulePart
+from mmmamba_cli.evaluate.result import Result, Retention, RuleResult
 from mmmamba_cli.evaluate.suite import Suite
 
-Table = tuple[tuple[str, ...], list[tuple[object, ...]]]
+TextTable = tuple[tuple[str, ...], list[tuple[object, ...]]]
 
 
-def summary(results: Iterable[Result]) -> Table:
+def summary(results: Iterable[Result]) -> TextTable:
     """A row for each model, suite, rule and metric, the headline of a rule first."""
     rows: list[tuple[object, ...]] = []
     for result in results:
@@ -35,7 +35,7 @@ def summary(results: Iterable[Result]) -> Table:
     return heading, rows
 
 
-def categories(result: Result, part: RulePart) -> Table:
+def categories(result: Result, part: RuleResult) -> TextTable:
     """A row for each category of a suite by one rule."""
     metrics = list(dict.fromkeys(key for one in part.categories.values() for key in one))
     rows: list[tuple[object, ...]] = [
@@ -45,7 +45,7 @@ def categories(result: Result, part: RulePart) -> Table:
     return (f"{result.suite} by {part.rule}", *metrics), rows
 
 
-def retention_table(parts: Iterable[Retention]) -> Table:
+def retention_table(parts: Iterable[Retention]) -> TextTable:
     """A row for each student, suite and rule."""
     rows: list[tuple[object, ...]] = [
         (
@@ -66,7 +66,7 @@ def retention_table(parts: Iterable[Retention]) -> Table:
 
 def comparison(
     results: Sequence[Result], suites: Mapping[str, Suite], tables: Iterable[Mapping[str, Any]]
-) -> Table:
+) -> TextTable:
     """Our numbers over the published ones, one column for each suite that has been published.
 
     Only what was scored by the published numbers' own rule is shown.

@@ -18,15 +18,15 @@ from pathlib import Path
 from mmmamba_cli.errors import DataError, name_some
 
 # A picture's cell of up to so many characters is the index of the row that has the picture.
-LONGEST_REFERENCE = 64
+MAX_REFERENCE_CHARS = 64
 IMAGE = "image"
 # The column told by who has the picture: an index, or "" where there is none.
 PICTURE = "picture"
-MAX_CELL = 1 << 30
+MAX_CELL_CHARS = 1 << 30
 WHOLE_NUMBER = re.compile(r"^(\d+)\.0+$")
 
 
-class _Lines:
+class _HashedLines:
     """Decoded lines of a file; counts the bytes and hashes what it has handed out."""
 
     def __init__(self, file: Path):
@@ -50,7 +50,7 @@ class _Lines:
                 yield text.removeprefix("\ufeff") if self.number == 1 else text
 
 
-class Table:
+class VLMEvalTable:
     """A TSV as rows of cells (all text, "" where empty), and the pictures behind them.
 
     `cells` have no `image`, but a `picture`: the index of the row that holds the picture, "" where
@@ -66,8 +66,8 @@ class Table:
         self.pictures: dict[str, int] = {}
         self._spans: list[tuple[int, int]] = []
         self._references: dict[str, str] = {}
-        csv.field_size_limit(MAX_CELL)
-        lines = _Lines(file)
+        csv.field_size_limit(MAX_CELL_CHARS)
+        lines = _HashedLines(file)
         try:
             self._read(lines, columns)
         except csv.Error as error:
@@ -78,14 +78,14 @@ class Table:
         self._place = {cell["index"]: i for i, cell in enumerate(self.cells)}
         self._resolve()
 
-    def _read(self, lines: _Lines, columns: Sequence[str]) -> None:
+    def _read(self, lines: _HashedLines, columns: Sequence[str]) -> None:
         reader = records(lines, "\t")
         self.columns = tuple(check_heading(self.file, next(reader, [])))
         self._check_columns(columns)
         begin = lines.offset
         for number, values in enumerate(reader, start=1):
             if values:
-                self._take(values, number)
+                self._add_record(values, number)
                 self._spans.append((begin, lines.offset))
             begin = lines.offset
 
@@ -101,7 +101,7 @@ class Table:
                 f"{', '.join([*wanted, IMAGE])}",
             )
 
-    def _take(self, values: list[str], number: int) -> None:
+    def _add_record(self, values: list[str], number: int) -> None:
         if len(values) != len(self.columns):
             raise DataError(
                 f"{self.file}: row {number} has {len(values)} cells, the heading has "
@@ -111,7 +111,7 @@ class Table:
         cell = dict(zip(self.columns, values, strict=True))
         cell["index"] = cell["index"].strip()
         picture = cell.pop(IMAGE, "").strip()
-        if len(picture) > LONGEST_REFERENCE or picture.startswith("["):
+        if len(picture) > MAX_REFERENCE_CHARS or picture.startswith("["):
             self.pictures[cell["index"]] = len(split_cell(picture))
         elif picture:
             self._references[cell["index"]] = picture

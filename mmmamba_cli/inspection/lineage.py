@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.distill import METRICS, read_metrics
-from mmmamba_cli.evaluate.result import Result, RulePart, find_results
+from mmmamba_cli.evaluate.result import Result, matching_value, read_run_results
 from mmmamba_cli.runs import Manifest, Run, Teacher
 
 if TYPE_CHECKING:
     from mmmamba_cli.export import CardScore
 
-EVALS = "evals"
 HELD_OUT_LOSS = "held_out/loss"
 
 
@@ -65,12 +64,11 @@ class Lineage:
 def read_lineage(run: Run) -> Lineage:
     """Read the lineage of a run. Raises `RunError` if it is not a run or is damaged."""
     record = run.record
-    evaluated = find_results(run.folder / EVALS)
-    scores = list(_scores(evaluated.results.values()))
+    evaluated = read_run_results(run.folder)
     teacher = record.teacher
 
     def scores_of(content_hash: str) -> tuple[SuiteScore, ...]:
-        return tuple(score for found, score in scores if found == content_hash)
+        return tuple(_scores(evaluated.of_model(content_hash)))
 
     products = {
         name: ProductSummary(
@@ -97,13 +95,9 @@ def card_scores(run: Run, product: Manifest) -> tuple[tuple[CardScore, ...], tup
     """Scores of `product` for its model card, and a sentence for each result that is left out."""
     from mmmamba_cli.export import CardScore
 
-    evaluated = find_results(run.folder / EVALS)
-    results, teacher = evaluated.results.values(), run.record.teacher
-    of_teacher = [
-        result
-        for result in results
-        if teacher is not None and result.model.content_hash == teacher.content_hash
-    ]
+    evaluated = read_run_results(run.folder)
+    teacher = run.record.teacher
+    of_teacher = [] if teacher is None else evaluated.of_model(teacher.content_hash)
     scores = tuple(
         CardScore(
             suite=result.title,
@@ -115,35 +109,23 @@ def card_scores(run: Run, product: Manifest) -> tuple[tuple[CardScore, ...], tup
             high=high,
             level=result.level,
             partial=result.data.partial,
-            teacher=_teacher_score(of_teacher, result, part),
+            teacher=matching_value(of_teacher, result, part),
         )
-        for result in results
-        if result.model.content_hash == product.content_hash
+        for result in evaluated.of_model(product.content_hash)
         for part in result.rules
-        if (value := part.metrics[part.metric]) is not None
+        if (value := part.headline) is not None
         for low, high in [part.intervals.get(part.metric, (None, None))]
     )
     return scores, evaluated.left_out
 
 
-def _teacher_score(of_teacher: Iterable[Result], result: Result, part: RulePart) -> float | None:
-    """The teacher's score by the same rule on the same questions; None without one."""
-    for one in of_teacher:
-        theirs = one.rule(part.rule)
-        same = one.suite == result.suite and one.data.same_questions(result.data)
-        if same and theirs is not None:
-            return theirs.metrics.get(part.metric)
-    return None
-
-
-def _scores(results: Iterable[Result]) -> Iterator[tuple[str, SuiteScore]]:
-    """(content hash of a model, score) for every score that has a value."""
+def _scores(results: Iterable[Result]) -> Iterator[SuiteScore]:
+    """The headline metric of each rule that has a value."""
     for result in results:
         for part in result.rules:
-            value = part.metrics[part.metric]
+            value = part.headline
             if value is not None:
-                score = SuiteScore(result.title, part.rule, part.metric, value, result.data.partial)
-                yield result.model.content_hash, score
+                yield SuiteScore(result.title, part.rule, part.metric, value, result.data.partial)
 
 
 def _held_out(file: Path) -> Iterator[float]:

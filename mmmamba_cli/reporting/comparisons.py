@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmmamba_cli.evaluate.bootstrap import DRAWS, difference_interval, intervals
+from mmmamba_cli.evaluate.bootstrap import NUM_RESAMPLES, difference_interval, intervals
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring import find_rule
-from mmmamba_cli.evaluate.scoring.metrics import Tally, divide
+from mmmamba_cli.evaluate.scoring.metrics import UnitScores, safe_divide
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
 from mmmamba_cli.reporting.html import Markup, figure, joined, paragraph, section, table, tag
@@ -136,8 +136,8 @@ def external_section(
         f"comparison-{number}",
         f"{comparison.title}: {', '.join(comparison.models)}",
         paragraph(
-            f"{comparison.metric}. Whiskers are 95% intervals over {DRAWS:,} seeded draws of "
-            f"whole {comparison.unit}s, {comparison.units:,} of them."
+            f"{comparison.metric}. Whiskers are 95% intervals over {NUM_RESAMPLES:,} seeded draws "
+            f"of whole {comparison.unit}s, {comparison.units:,} of them."
         ),
         *(paragraph(one, class_="found") for one in sentences),
         figure(
@@ -148,16 +148,16 @@ def external_section(
     )
 
 
-def _tally(units: Sequence[tuple[float, float]]) -> Tally:
+def _tally(units: Sequence[tuple[float, float]]) -> UnitScores:
     numbers = np.array(units, dtype=np.float64)
-    return Tally(numbers, _share, ("",) * len(units), {})
+    return UnitScores(numbers, _share, ("",) * len(units), {})
 
 
-def _share_of(tally: Tally) -> float:
+def _share_of(tally: UnitScores) -> float:
     value = tally.values()["share"]
     assert value is not None
     return value
 
 
 def _share(sums: np.ndarray) -> dict[str, np.ndarray]:
-    return {"share": 100 * divide(sums[..., 0], sums[..., 1])}
+    return {"share": 100 * safe_divide(sums[..., 0], sums[..., 1])}

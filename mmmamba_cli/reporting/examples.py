@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmmamba_cli.errors import DataError, MmmambaError
-from mmmamba_cli.evaluate import Options, find_suite
+from mmmamba_cli.evaluate import EvalOptions, find_suite
 from mmmamba_cli.evaluate.evaluator import open_suite
 from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring.yes_no import read_words
 from mmmamba_cli.evaluate.suite import Suite
-from mmmamba_cli.evaluate.vlmeval_table import Table
+from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
 from mmmamba_cli.reporting.run_contents import ModelResult
 
 # Pixels of the longer side of an image, and questions per image.
@@ -54,7 +54,7 @@ class Example:
 
 
 def find_examples(
-    suite: Suite, table: Table, rows: Sequence[Row], results: Sequence[ModelResult]
+    suite: Suite, table: VLMEvalTable, rows: Sequence[Row], results: Sequence[ModelResult]
 ) -> list[Example]:
     """The first image of each category about which every model was asked."""
     units: dict[str, list[Row]] = {}
@@ -67,7 +67,9 @@ def find_examples(
     return [_example(suite, table, unit, results) for unit in first.values()]
 
 
-def open_table(results: Sequence[ModelResult], data: Path | None) -> tuple[Suite, Table, list[Row]]:
+def open_table(
+    results: Sequence[ModelResult], data: Path | None
+) -> tuple[Suite, VLMEvalTable, list[Row]]:
     """Open the table of a suite's results, and select the rows that all of them answer.
 
     Raises:
@@ -75,7 +77,7 @@ def open_table(results: Sequence[ModelResult], data: Path | None) -> tuple[Suite
     """
     result = results[0].result
     suite = find_suite(result.suite)
-    table, rows = open_suite(suite, Options(data=data), _refuse_to_build)
+    table, rows = open_suite(suite, EvalOptions(data=data), _refuse_to_build)
     if table.sha256 != result.data.sha256:
         raise DataError(
             f"{table.file} is not the table that {result.suite} was asked from",
@@ -100,7 +102,7 @@ def judge(suite: Suite) -> Callable[[str, str], bool | None]:
 
 
 def _example(
-    suite: Suite, table: Table, rows: Sequence[Row], results: Sequence[ModelResult]
+    suite: Suite, table: VLMEvalTable, rows: Sequence[Row], results: Sequence[ModelResult]
 ) -> Example:
     is_right = judge(suite)
     questions = []
@@ -119,7 +121,7 @@ def _example(
     )
 
 
-def _picture(suite: Suite, table: Table, row: Row) -> str | None:
+def _picture(suite: Suite, table: VLMEvalTable, row: Row) -> str | None:
     """The first image of a row, re-encoded so that no metadata of the file gets into the page."""
     try:
         pictures = pictures_of(table, table.cells[row.place], suite.dataset, suite.enlarge)

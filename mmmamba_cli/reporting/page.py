@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.evaluate import Suite
-from mmmamba_cli.evaluate.result import RulePart
+from mmmamba_cli.evaluate.result import RuleResult
 from mmmamba_cli.reporting.comparisons import (
     ScoreDifference,
     difference_sentence,
@@ -215,7 +215,7 @@ def _headlines(title: str, results: Sequence[ModelResult]) -> Markup:
     return table(title, heading, rows, words=True)
 
 
-def _headline(part: RulePart) -> tuple[str | None, str | None]:
+def _headline(part: RuleResult) -> tuple[str | None, str | None]:
     interval, value = part.intervals.get(part.metric), part.metrics[part.metric]
     span = None if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
     return None if value is None else f"{value:.1f}", span

@@ -15,7 +15,7 @@ from mmmamba_cli.distill import METRICS, read_metrics
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.evaluate import Result
 from mmmamba_cli.evaluate.predictions import read_predictions
-from mmmamba_cli.evaluate.result import TIMING, RulePart, find_results
+from mmmamba_cli.evaluate.result import PREDICTIONS, TIMING, RuleResult, read_run_results
 from mmmamba_cli.profiling import Profile, read_profile
 from mmmamba_cli.profiling.result import PROFILE_FILE
 from mmmamba_cli.recipe import Recipe, parse_recipe
@@ -23,8 +23,7 @@ from mmmamba_cli.runs import TEACHER, Manifest, Run
 from mmmamba_cli.runs.manifest import read_json_as
 from mmmamba_cli.runs.run import Teacher
 
-EVALS, PROFILES, COMPARISONS = "evals", "profile", "comparisons"
-ANSWERS = "predictions.tsv"
+PROFILES, COMPARISONS = "profile", "comparisons"
 
 Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -159,10 +158,10 @@ class ReportData:
         return (1, made.index(label)) if label in made else (2, 0)
 
 
-def parts_by_label(results: Sequence[ModelResult]) -> dict[str, RulePart]:
+def parts_by_label(results: Sequence[ModelResult]) -> dict[str, RuleResult]:
     """Each result's scores by the first rule that all results have in common.
 
-    Without a common rule it is the first rule of each, see `RulePart.rule`. Results without rules
+    Without a common rule it is the first rule of each, see `RuleResult.rule`. Results without rules
     are left out.
     """
     scored = [one for one in results if one.result.rules]
@@ -244,7 +243,7 @@ def _is_step(row: Any) -> bool:
 
 
 def _evaluated(contents: RunContents, remarks: list[str]) -> Iterator[ModelResult]:
-    evaluated = find_results(contents.folder / EVALS)
+    evaluated = read_run_results(contents.folder)
     remarks += evaluated.left_out
     for file, result in evaluated.results.items():
         product = contents.products.get(result.model.name)
@@ -261,7 +260,7 @@ def _evaluated(contents: RunContents, remarks: list[str]) -> Iterator[ModelResul
             result,
             _string(timing.get("command")),
             _string(timing.get("finished")),
-            _answers(file.parent / ANSWERS, remarks),
+            _answers(file.parent / PREDICTIONS, remarks),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mmmamba_cli.evaluate.result import RulePart
+from mmmamba_cli.evaluate.result import RuleResult
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
 from mmmamba_cli.reporting.comparisons import ScoreDifference, difference_sentence
@@ -121,7 +121,7 @@ def accuracy_section(
     )
 
 
-def _different_rules(parts: Mapping[str, RulePart]) -> Markup:
+def _different_rules(parts: Mapping[str, RuleResult]) -> Markup:
     listed = ", ".join(f"{label} by “{part.rule}”" for label, part in parts.items())
     return paragraph(
         f"The models have no rule in common: {listed}. These scores are not comparable; "
@@ -132,7 +132,7 @@ def _different_rules(parts: Mapping[str, RulePart]) -> Markup:
 def _panel(
     title: str,
     metric: str,
-    parts: Mapping[str, RulePart],
+    parts: Mapping[str, RuleResult],
     series: Mapping[str, int],
     guessing: tuple[float, str] | None,
 ) -> Markup:
@@ -153,7 +153,7 @@ def _panel(
     )
 
 
-def _numbers(metrics: Sequence[str], parts: Mapping[str, RulePart]) -> Markup:
+def _numbers(metrics: Sequence[str], parts: Mapping[str, RuleResult]) -> Markup:
     rows = []
     for metric in metrics:
         cells = []
@@ -181,7 +181,7 @@ def _same_answer(results: Sequence[ModelResult]) -> list[Markup]:
     return found
 
 
-def _unreadable(parts: Mapping[str, RulePart]) -> list[Markup]:
+def _unreadable(parts: Mapping[str, RuleResult]) -> list[Markup]:
     """Flag answers that the rule could not parse; they count as wrong."""
     return [
         paragraph(

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmmamba_cli.evaluate import Encoded, Identity, OutOfMemory, Prompt
+from mmmamba_cli.evaluate import EncodedPrompt, EvalPrompt, ModelIdentity, OutOfMemory
 from mmmamba_cli.evaluate.scoring.yes_no import PERCEPTION, REASONING
 
 ENDING = " Please answer yes or no."
@@ -97,31 +97,31 @@ class ScriptedModel:
 
     def __init__(
         self,
-        answers: Mapping[str, str] | Callable[[Prompt], str],
+        answers: Mapping[str, str] | Callable[[EvalPrompt], str],
         name: str = "scripted",
         most_columns: int | None = None,
         columns: int | None = None,
     ):
         self.answers = answers
-        self.identity = Identity(name, f"hash of {name}")
+        self.identity = ModelIdentity(name, f"hash of {name}")
         self.most_columns = most_columns
         self.columns = columns
-        self.asked: list[Prompt] = []
+        self.asked: list[EvalPrompt] = []
         self.batches: list[list[str]] = []
         self.threads: set[str] = set()
 
-    def measure(self, prompt: Prompt) -> int:
+    def prompt_length(self, prompt: EvalPrompt) -> int:
         for one in prompt.pictures:
             one.size()
         return len(prompt.text)
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: EvalPrompt) -> EncodedPrompt:
         self.threads.add(threading.current_thread().name)
         for one in prompt.pictures:
             one.open()
-        return Encoded(prompt, len(prompt.text))
+        return EncodedPrompt(prompt, len(prompt.text))
 
-    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
         wide = len(batch) * max(one.length for one in batch)
         if self.most_columns is not None and wide > self.most_columns:
             raise OutOfMemory("too wide")
@@ -129,17 +129,17 @@ class ScriptedModel:
         self.batches.append([one.prompt.index for one in batch])
         return [self.answer(one.prompt) for one in batch]
 
-    def answer(self, prompt: Prompt) -> str:
+    def answer(self, prompt: EvalPrompt) -> str:
         if callable(self.answers):
             return self.answers(prompt)
         return self.answers[prompt.index]
 
-    def score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+    def score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
         self.batches.append([one.prompt.index for one in batch])
         return [
             [0.0 if choice == self.answer(one.prompt) else -1.0 for choice in one.prompt.choices]
             for one in batch
         ]
 
-    def fitting_columns(self, longest: Encoded, max_new_tokens: int) -> int | None:
+    def max_batch_tokens(self, longest: EncodedPrompt, max_new_tokens: int) -> int | None:
         return self.columns

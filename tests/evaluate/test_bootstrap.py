@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmmamba_cli.evaluate.bootstrap import draw_counts, intervals, ratio_interval
+from mmmamba_cli.evaluate.bootstrap import intervals, ratio_interval, resample_counts
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring import find_rule
-from mmmamba_cli.evaluate.scoring.metrics import Tally, accuracy_tally
+from mmmamba_cli.evaluate.scoring.metrics import UnitScores, accuracy_scores
 
 
-def tally(points: list[float]) -> Tally:
-    return accuracy_tally(points, [str(i) for i in range(len(points))], [""] * len(points))
+def tally(points: list[float]) -> UnitScores:
+    return accuracy_scores(points, [str(i) for i in range(len(points))], [""] * len(points))
 
 
 def test_every_stratum_keeps_its_size() -> None:
     strata = ["a"] * 7 + ["b"] * 2
-    blocks = list(draw_counts(strata, 120, seed=0))
+    blocks = list(resample_counts(strata, 120, seed=0))
     assert [len(block) for block in blocks] == [50, 50, 20]
     counts = np.concatenate(blocks)
     assert (counts[:, :7].sum(1) == 7).all()

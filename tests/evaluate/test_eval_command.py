@@ -19,17 +19,17 @@ from PIL import Image
 from suite_tables import ScriptedModel, mme_rows, write_tsv
 
 from mmmamba_cli import runs
-from mmmamba_cli.evaluate import Encoded, Prompt, model_adapter
+from mmmamba_cli.evaluate import EncodedPrompt, EvalPrompt, model_adapter
 from mmmamba_cli.evaluate.result import read_result
 
 MME_RIGHT = {"perception": 2000.0, "reasoning": 800.0}
 
 
-def of_mme(prompt: Prompt) -> bool:
+def of_mme(prompt: EvalPrompt) -> bool:
     return "in the image?" not in prompt.text
 
 
-def mostly_right(prompt: Prompt) -> str:
+def mostly_right(prompt: EvalPrompt) -> str:
     """MME: right but for "Nope" to the second question of each first picture. POPE: see below."""
     number = int(prompt.index)
     if of_mme(prompt):
@@ -125,7 +125,7 @@ def test_one_rule_and_the_wrong_one(
 class Interrupted(ScriptedModel):
     """Ctrl-C in the middle of the third batch."""
 
-    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
         if len(self.batches) == 2:
             raise KeyboardInterrupt
         return super().generate(batch, max_new_tokens)
@@ -167,7 +167,7 @@ def test_an_interrupt_before_the_first_answer_says_how_to_go_on(
         f"interrupted: student was not asked yet; answers that are kept in {out} stay, and the "
         "same command goes on"
     )
-    monkeypatch.setattr("mmmamba_cli.evaluate.find_evaluator", lambda kit: None)
+    monkeypatch.setattr("mmmamba_cli.evaluate.external_results.find_evaluator", lambda kit: None)
     done = mmmamba("eval", *words, "--with", "lm-eval")
     assert (done.code, done.out) == (130, "")
     assert "interrupted: lm-eval was asking student, whose scores are not written" in done.err

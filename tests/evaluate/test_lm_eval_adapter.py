@@ -10,8 +10,8 @@ import pytest
 from ended import Command
 from small_language_models import write, write_tokenizer
 
-from mmmamba_cli.evaluate import Options, find_evaluator
-from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel, load_eval_model
+from mmmamba_cli.evaluate import EvalOptions, find_evaluator
+from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter, load_eval_model
 from mmmamba_cli.runs import resolve_path
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'mmmamba[eval]'")
@@ -78,7 +78,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def opened(path: Path) -> HolisticEvalModel:
+def opened(path: Path) -> HolisticVLMAdapter:
     return load_eval_model(resolve_path(path), "cpu", "fp32")
 
 
@@ -115,13 +115,13 @@ def test_the_adapter_gives_the_harness_own_numbers(
     folder, _ = language_model
     model = opened(folder)
     names = ["local_choose", "local_say"]
-    scores = adapter.evaluate(model, names, Options(data=tasks), tmp_path)
+    scores = adapter.evaluate(model, names, EvalOptions(data=tasks), tmp_path)
     assert set(scores) == set(names)
     expected = scored(adapter.harness_model(model), tasks)["results"]["local_choose"]
     assert scores["local_choose"]["acc,none"] == expected["acc,none"]
     assert 0 < scores["local_choose"]["acc,none"] < 1
     assert scores["local_say"]["exact_match,none"] == 0.0
-    few = adapter.evaluate(model, ["local_choose"], Options(data=tasks, limit=3), tmp_path)
+    few = adapter.evaluate(model, ["local_choose"], EvalOptions(data=tasks, limit=3), tmp_path)
     assert few["local_choose"]["acc,none"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
 
 

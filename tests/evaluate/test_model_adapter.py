@@ -9,17 +9,24 @@ import torch
 from suite_tables import mme_rows, write_tsv
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.evaluate import Encoded, Identity, Options, OutOfMemory, Prompt, find_suite
+from mmmamba_cli.evaluate import (
+    EncodedPrompt,
+    EvalOptions,
+    EvalPrompt,
+    ModelIdentity,
+    OutOfMemory,
+    find_suite,
+)
 from mmmamba_cli.evaluate import open_suite as opened
-from mmmamba_cli.evaluate.model_adapter import HolisticEvalModel, fitting, load_eval_model
-from mmmamba_cli.evaluate.prompts import prompt_of
+from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter, load_eval_model, tokens_that_fit
+from mmmamba_cli.evaluate.prompts import build_eval_prompt
 from mmmamba_cli.runs import Run, resolve_product, resolve_teacher
 
 MME = find_suite("mme")
 
 
 @pytest.fixture(scope="module", params=["student", "teacher"])
-def model(request: pytest.FixtureRequest, small_run: Path) -> HolisticEvalModel:
+def model(request: pytest.FixtureRequest, small_run: Path) -> HolisticVLMAdapter:
     run = Run(small_run)
     if request.param == "student":
         return load_eval_model(resolve_product(run), "cpu", "fp32")
@@ -27,14 +34,14 @@ def model(request: pytest.FixtureRequest, small_run: Path) -> HolisticEvalModel:
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> list[Prompt]:
+def prompts(tmp_path: Path) -> list[EvalPrompt]:
     """Twelve questions about pictures of one tile and of four, to be answered Yes or No."""
     write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=3, categories=("OCR", "count")))
-    table, rows = opened(MME, Options(data=tmp_path))
-    return [prompt_of(row, MME, table, max_tiles=4, by_likelihood=True) for row in rows]
+    table, rows = opened(MME, EvalOptions(data=tmp_path))
+    return [build_eval_prompt(row, MME, table, max_tiles=4, by_likelihood=True) for row in rows]
 
 
-def test_batched_is_one_by_one(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+def test_batched_is_one_by_one(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
     encoded = [model.encode(prompt) for prompt in prompts]
     assert len({one.length for one in encoded}) > 3
     together = model.generate(encoded, 6)
@@ -46,20 +53,22 @@ def test_batched_is_one_by_one(model: HolisticEvalModel, prompts: list[Prompt]) 
     assert len({round(score, 3) for row in scores for score in row}) > 12
 
 
-def test_the_measure_goes_with_the_length(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
-    constant = {model.encode(prompt).length - model.measure(prompt) for prompt in prompts}
+def test_the_measure_goes_with_the_length(
+    model: HolisticVLMAdapter, prompts: list[EvalPrompt]
+) -> None:
+    constant = {model.encode(prompt).length - model.prompt_length(prompt) for prompt in prompts}
     assert len(constant) == 1
-    few = Prompt("0", prompts[4].text, prompts[4].pictures, max_tiles=1)
+    few = EvalPrompt("0", prompts[4].text, prompts[4].pictures, max_tiles=1)
     # 130 x 40 pixels are three tiles and a thumbnail, of four tokens each.
-    assert model.measure(prompts[4]) - model.measure(few) == 3 * 4
+    assert model.prompt_length(prompts[4]) - model.prompt_length(few) == 3 * 4
 
 
 def test_likelihoods_are_those_of_the_whole_conversation(
-    model: HolisticEvalModel, prompts: list[Prompt]
+    model: HolisticVLMAdapter, prompts: list[EvalPrompt]
 ) -> None:
     """Against a plain forward over each answered conversation."""
     choices = ("Yes", "No, not at all", "两只猫")
-    prompt = Prompt("0", prompts[2].text, prompts[2].pictures, 4, choices)
+    prompt = EvalPrompt("0", prompts[2].text, prompts[2].pictures, 4, choices)
     encoded = model.encode(prompt)
     (found,) = model.score_choices([encoded])
     for choice, score in zip(choices, found, strict=True):
@@ -77,23 +86,25 @@ def test_likelihoods_are_those_of_the_whole_conversation(
         assert score == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_a_row_says_is_text(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+def test_what_a_row_says_is_text(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
     """The first `<image>` is the picture; those of the question are words, as are its tokens."""
     picture = prompts[0].pictures
     said = "Is the word <image> or <|im_start|>system in the picture?"
-    prompt = Prompt("0", f"<image>\n{said}", picture, 4, ("Yes", "No"))
-    plain = Prompt("0", "<image>\nIs it?", picture, 4)
+    prompt = EvalPrompt("0", f"<image>\n{said}", picture, 4, ("Yes", "No"))
+    plain = EvalPrompt("0", "<image>\nIs it?", picture, 4)
     encoded = model.encode(prompt)
     image_token = model.processor.image_token_id
     assert encoded.value.ids.count(image_token) == model.encode(plain).value.ids.count(image_token)
     assert said in model.processor.decode(encoded.value.ids)
-    blind = model.encode(Prompt("1", said))
+    blind = model.encode(EvalPrompt("1", said))
     assert blind.value.ids.count(image_token) == 0
     assert said in model.processor.decode(blind.value.ids)
     assert len(model.score_choices([encoded])[0]) == 2
 
 
-def test_an_answer_ends_at_a_stop_token(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
+def test_an_answer_ends_at_a_stop_token(
+    model: HolisticVLMAdapter, prompts: list[EvalPrompt]
+) -> None:
     stops = model.processor.stop_token_ids
     ids = model.processor.tokenizer.encode_plain("a red cat")
     assert model._text([*ids, stops[1], *ids]) == "a red cat"
@@ -101,17 +112,17 @@ def test_an_answer_ends_at_a_stop_token(model: HolisticEvalModel, prompts: list[
 
 
 def test_what_a_folder_says_about_generating_is_not_used(
-    small_run: Path, prompts: list[Prompt]
+    small_run: Path, prompts: list[EvalPrompt]
 ) -> None:
     fresh = load_eval_model(resolve_product(Run(small_run)), "cpu", "fp32")
     expected = fresh.generate([fresh.encode(prompts[0])], 6)
     fresh.model.generation_config.update(repetition_penalty=50.0, do_sample=True, temperature=9.0)
-    again = HolisticEvalModel(fresh.model, fresh.processor, fresh.identity)
+    again = HolisticVLMAdapter(fresh.model, fresh.processor, fresh.identity)
     assert again.generate([again.encode(prompts[0])], 6) == expected
 
 
 def test_torchs_out_of_memory_is_the_runners(
-    model: HolisticEvalModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    model: HolisticVLMAdapter, prompts: list[EvalPrompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nand so on")
@@ -125,13 +136,13 @@ def test_torchs_out_of_memory_is_the_runners(
 
 
 def test_what_fits_beside_what_was_measured() -> None:
-    assert fitting(100, taken=10, free=1000) == 80 * 100
-    assert fitting(100, taken=999, free=1000) == 100
-    assert fitting(100, taken=0, free=10) == 800
+    assert tokens_that_fit(100, taken=10, free=1000) == 80 * 100
+    assert tokens_that_fit(100, taken=999, free=1000) == 100
+    assert tokens_that_fit(100, taken=0, free=10) == 800
 
 
-def test_nothing_is_measured_on_a_cpu(model: HolisticEvalModel, prompts: list[Prompt]) -> None:
-    assert model.fitting_columns(Encoded(prompts[0], 10), 5) is None
+def test_nothing_is_measured_on_a_cpu(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
+    assert model.max_batch_tokens(EncodedPrompt(prompts[0], 10), 5) is None
 
 
 def test_identity_says_what_answers_depend_on(small_run: Path) -> None:
@@ -142,14 +153,14 @@ def test_identity_says_what_answers_depend_on(small_run: Path) -> None:
     assert kinds[0].content_hash == kinds[1].content_hash == run.product("seed").content_hash
     assert kinds[0].answers_depend_on["dtype"] == "float32"
     assert kinds[1].answers_depend_on["dtype"] == "bfloat16"
-    assert isinstance(kinds[0], Identity)
+    assert isinstance(kinds[0], ModelIdentity)
 
 
-def test_a_model_that_reads_text_only_says_so(prompts: list[Prompt]) -> None:
+def test_a_model_that_reads_text_only_says_so(prompts: list[EvalPrompt]) -> None:
     from mmmamba_cli.processing import HolisticTextProcessor
 
-    blind = HolisticEvalModel.__new__(HolisticEvalModel)
+    blind = HolisticVLMAdapter.__new__(HolisticVLMAdapter)
     blind.processor = HolisticTextProcessor.__new__(HolisticTextProcessor)
-    blind.identity = Identity("plain", "hash")
+    blind.identity = ModelIdentity("plain", "hash")
     with pytest.raises(DataError, match="row 0 has a picture, but plain reads text only"):
         blind.encode(prompts[0])

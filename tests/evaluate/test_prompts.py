@@ -10,29 +10,29 @@ from suite_tables import picture, write_tsv
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate import (
-    Options,
-    Prompt,
+    EvalOptions,
+    EvalPrompt,
     find_suite,
     open_suite,
     published_rows,
     suite_names,
 )
-from mmmamba_cli.evaluate.prompts import prompt_of
+from mmmamba_cli.evaluate.prompts import build_eval_prompt
 from mmmamba_cli.evaluate.scoring import find_rule
 from mmmamba_cli.evaluate.suite import parse_suite
 
 WORD = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
-def asked(folder: Path, suite: str, by_likelihood: bool = False, **cells: Any) -> Prompt:
+def asked(folder: Path, suite: str, by_likelihood: bool = False, **cells: Any) -> EvalPrompt:
     """The prompt of a single row of a suite's table."""
     found = find_suite(suite)
     row = {"index": 1, "image": picture(1), "question": "Q?", "answer": "A", **cells}
     row = {**dict.fromkeys(found.columns, ""), **row}
     write_tsv(folder / f"{found.dataset}.tsv", [row])
-    table, rows = open_suite(found, Options(data=folder))
-    return prompt_of(rows[0], found, table, max_tiles=None, by_likelihood=by_likelihood)
+    table, rows = open_suite(found, EvalOptions(data=folder))
+    return build_eval_prompt(rows[0], found, table, max_tiles=None, by_likelihood=by_likelihood)
 
 
 def test_mme_has_no_space_before_what_is_appended(tmp_path: Path) -> None:
@@ -49,11 +49,13 @@ def test_mme_has_no_space_before_what_is_appended(tmp_path: Path) -> None:
         for i in (0, 1)
     ]
     write_tsv(tmp_path / "MME.tsv", rows)
-    table, found = open_suite(suite, Options(data=tmp_path))
-    prompt = prompt_of(found[1], suite, table, max_tiles=None, by_likelihood=True)
+    table, found = open_suite(suite, EvalOptions(data=tmp_path))
+    prompt = build_eval_prompt(found[1], suite, table, max_tiles=None, by_likelihood=True)
     assert prompt.text == f"<image>\n{question}{WORD}"
     assert (prompt.max_tiles, prompt.choices) == (6, ("Yes", "No"))
-    assert prompt_of(found[1], suite, table, max_tiles=3, by_likelihood=False).max_tiles == 3
+    assert (
+        build_eval_prompt(found[1], suite, table, max_tiles=3, by_likelihood=False).max_tiles == 3
+    )
 
 
 def test_pope(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_pope(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suite", ["mmbench", "seed", "scienceqa"])
 def test_multiple_choice(tmp_path: Path, suite: str) -> None:
     prompt = asked(tmp_path, suite, True, A="one", B="two", C="", hint="Mind this.")
-    assert prompt.text == f"<image>\nMind this.\nQ?\nA. one\nB. two\n{LETTER}"
+    assert prompt.text == f"<image>\nMind this.\nQ?\nA. one\nB. two\n{LETTER_INSTRUCTION}"
     assert (prompt.max_tiles, prompt.choices) == (6, ("A", "B"))
 
 
@@ -81,7 +83,7 @@ def test_multiple_choice_in_chinese(tmp_path: Path) -> None:
 
 def test_mmmu_with_and_without_options(tmp_path: Path) -> None:
     one = asked(tmp_path, "mmmu", question="See <image 1>?", A="x", B="y", split="validation")
-    assert one.text == f"<image>\nSee <image 1>?\nA. x\nB. y\n{LETTER}"
+    assert one.text == f"<image>\nSee <image 1>?\nA. x\nB. y\n{LETTER_INSTRUCTION}"
     assert (one.max_tiles, one.pictures[0].enlarge) == (12, 2)
     open_one = asked(tmp_path, "mmmu", True, question="How many?", answer="3", split="validation")
     assert open_one.text == "<image>\nHow many?\nAnswer the question directly."
@@ -92,7 +94,7 @@ def test_several_pictures(tmp_path: Path) -> None:
     cells = {"image": str([picture(i) for i in range(7)]), "split": "validation"}
     prompt = asked(tmp_path, "mmmu", question="Compare <image 1> and <image 7>.", A="x", **cells)
     lines = "".join(f"Image-{i}: <image>\n" for i in range(1, 8))
-    assert prompt.text == f"{lines}Compare <Image-1> and <Image-7>.\nA. x\n{LETTER}"
+    assert prompt.text == f"{lines}Compare <Image-1> and <Image-7>.\nA. x\n{LETTER_INSTRUCTION}"
     assert [one.enlarge for one in prompt.pictures] == [2, 1, 1, 1, 1, 1, 1]
     # At most 64 tiles in all.
     assert prompt.max_tiles == 9

@@ -19,32 +19,36 @@ from suite_tables import ScriptedModel, mme_rows, picture, pope_rows, write_tsv
 
 from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, RunError
 from mmmamba_cli.evaluate import (
-    Encoded,
-    Options,
+    EncodedPrompt,
+    EvalCallbacks,
+    EvalOptions,
+    EvalPrompt,
     OutOfMemory,
-    Prompt,
-    Watch,
     evaluate_model,
     evaluator,
     find_suite,
     fingerprint,
     open_suite,
 )
-from mmmamba_cli.evaluate.answer_cache import Answer, AnswerStore
-from mmmamba_cli.evaluate.batching import Limit, plan_batches
-from mmmamba_cli.evaluate.fingerprint import answering_versions, code_digest
-from mmmamba_cli.evaluate.runner import _answer
+from mmmamba_cli.evaluate.answer_cache import AnswerCache, AnswerRecord
+from mmmamba_cli.evaluate.batching import BatchLimit, plan_batches
+from mmmamba_cli.evaluate.fingerprint import code_digest, library_versions
+from mmmamba_cli.evaluate.runner import _answer_batch
 from mmmamba_cli.evaluate.tables import remarks
 
 MME = find_suite("mme")
 
 
 def run(
-    data: Path, folder: Path, model: ScriptedModel, watch: Watch | None = None, **options: Any
+    data: Path,
+    folder: Path,
+    model: ScriptedModel,
+    watch: EvalCallbacks | None = None,
+    **options: Any,
 ) -> Any:
-    chosen = Options(data=data, **options)
+    chosen = EvalOptions(data=data, **options)
     table, rows = open_suite(MME, chosen)
-    return evaluate_model(model, MME, table, rows, folder, chosen, watch or Watch())
+    return evaluate_model(model, MME, table, rows, folder, chosen, watch or EvalCallbacks())
 
 
 def right(index: str) -> str:
@@ -67,7 +71,7 @@ def data(tmp_path: Path) -> Path:
 def test_a_plan_has_every_prompt_once_and_keeps_the_limit(
     lengths: list[int], prompts: int, columns: int
 ) -> None:
-    plan = plan_batches(lengths, Limit(prompts, columns))
+    plan = plan_batches(lengths, BatchLimit(prompts, columns))
     assert sorted(place for batch in plan for place in batch) == list(range(len(lengths)))
     found = [lengths[place] for batch in plan for place in batch]
     assert found == sorted(lengths, reverse=True)
@@ -79,7 +83,7 @@ def test_a_plan_has_every_prompt_once_and_keeps_the_limit(
 
 def test_no_batch_could_have_taken_one_more() -> None:
     lengths = [5, 5, 5, 5, 2, 2, 2, 2, 2]
-    assert plan_batches(lengths, Limit(4, 10)) == [[0, 1], [2, 3], [4, 5, 6, 7], [8]]
+    assert plan_batches(lengths, BatchLimit(4, 10)) == [[0, 1], [2, 3], [4, 5, 6, 7], [8]]
 
 
 def test_pictures_are_decoded_in_the_background_and_like_lengths_together(
@@ -95,18 +99,18 @@ def test_pictures_are_decoded_in_the_background_and_like_lengths_together(
 
 def test_progress_counts_every_answer_once(data: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    run(data, tmp_path / "out", scripted(), Watch(advance=seen.append))
+    run(data, tmp_path / "out", scripted(), EvalCallbacks(advance=seen.append))
     assert sum(seen) == 56
     again: list[int] = []
     model = scripted()
-    run(data, tmp_path / "out", model, Watch(advance=again.append))
+    run(data, tmp_path / "out", model, EvalCallbacks(advance=again.append))
     assert (again, model.asked) == ([56], [])
 
 
 def test_out_of_memory_halves_and_says_so_once(data: Path, tmp_path: Path) -> None:
     warned: list[str] = []
     model = scripted(most_columns=500)
-    watch = Watch(warn=warned.append)
+    watch = EvalCallbacks(warn=warned.append)
     result = run(data, tmp_path / "out", model, watch, batch=32).result
     assert result.rules[0].metrics == {"perception": 2000.0, "reasoning": 800.0}
     assert len(warned) == 1
@@ -120,7 +124,7 @@ def test_out_of_memory_halves_and_says_so_once(data: Path, tmp_path: Path) -> No
 def test_found_batches_are_halved_too(data: Path, tmp_path: Path) -> None:
     model = scripted(columns=10_000, most_columns=2_000)
     said: list[str] = []
-    run(data, tmp_path / "out", model, Watch(say=said.append))
+    run(data, tmp_path / "out", model, EvalCallbacks(say=said.append))
     assert said == ["batches of up to 10,000 tokens fit: 64 of the longest prompts"]
     sizes = [len(batch) for batch in model.batches]
     assert sum(sizes) == 56
@@ -134,7 +138,7 @@ def test_a_prompt_that_does_not_fit_alone_is_a_sentence(data: Path, tmp_path: Pa
         run(data, tmp_path / "out", scripted(most_columns=10), batch=2)
 
     class Full(ScriptedModel):
-        def fitting_columns(self, longest: Encoded, max_new_tokens: int) -> int | None:
+        def max_batch_tokens(self, longest: EncodedPrompt, max_new_tokens: int) -> int | None:
             raise OutOfMemory("at once")
 
     with pytest.raises(MmmambaError, match=said):
@@ -159,7 +163,7 @@ def test_rows_that_cannot_be_asked_are_counted_and_named(
     warned: list[str] = []
     seen: list[int] = []
     model = scripted(columns=None if options else 10_000)
-    watch = Watch(warn=warned.append, advance=seen.append)
+    watch = EvalCallbacks(warn=warned.append, advance=seen.append)
     result = run(tmp_path, tmp_path / "out", model, watch, **options).result
     bad = ["4", "5", "8", "9", "12", "13"]
     assert sorted((one.index for one in result.not_asked), key=int) == bad
@@ -190,11 +194,13 @@ def test_a_row_that_cannot_be_asked_is_wrong_by_every_rule(tmp_path: Path) -> No
     rows = pope_rows()
     rows[0]["image"] = "!" + picture(0)
     write_tsv(tmp_path / "POPE.tsv", rows)
-    suite, options = find_suite("pope"), Options(data=tmp_path)
+    suite, options = find_suite("pope"), EvalOptions(data=tmp_path)
     table, asked = open_suite(suite, options)
     right = {row.index: row.answer for row in asked}
     model = ScriptedModel(right)
-    found = evaluate_model(model, suite, table, asked, tmp_path / "out", options, Watch()).result
+    found = evaluate_model(
+        model, suite, table, asked, tmp_path / "out", options, EvalCallbacks()
+    ).result
     bad = [row["index"] for row in rows if row["image_path"] == "0.jpg"]
     assert [one.index for one in found.not_asked] == [str(index) for index in bad]
     for part in found.rules:
@@ -216,7 +222,7 @@ def test_where_no_row_can_be_asked_nothing_is_scored(tmp_path: Path) -> None:
 class Dies(ScriptedModel):
     """Ends its process in the middle of a batch."""
 
-    def generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
         if len(self.batches) == 3:
             os._exit(9)
         return super().generate(batch, max_new_tokens)
@@ -249,7 +255,7 @@ def test_killed_and_resumed_gives_the_same_files(data: Path, tmp_path: Path) -> 
         handle.write(b'{"index": "5", "predic')
     warned: list[str] = []
     rest = scripted(most_columns=500)
-    run(data, tmp_path / "killed", rest, Watch(warn=warned.append), batch=8)
+    run(data, tmp_path / "killed", rest, EvalCallbacks(warn=warned.append), batch=8)
     assert warned == [f"{file}: the last line was cut short and is dropped"]
     assert rest.batches == whole.batches[3:]
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
@@ -263,7 +269,7 @@ def test_a_batch_of_which_some_are_answered_is_done_as_a_whole(data: Path, tmp_p
     file.write_text("".join(lines[: 2 + 8 + 3]))
     rest = scripted()
     seen: list[int] = []
-    run(data, tmp_path / "out", rest, Watch(advance=seen.append), batch=8)
+    run(data, tmp_path / "out", rest, EvalCallbacks(advance=seen.append), batch=8)
     assert rest.batches == whole.batches[1:]
     assert sum(seen) == 56
     assert file.read_text() == "".join(lines)
@@ -314,7 +320,7 @@ def test_other_pictures_behind_the_same_names_are_asked_about_again(
     assert again.asked == []
     file.write_bytes(base64.b64decode(picture(77)))
     said: list[str] = []
-    changed = run(data, tmp_path / "out", again, Watch(say=said.append)).result
+    changed = run(data, tmp_path / "out", again, EvalCallbacks(say=said.append)).result
     assert len(again.asked) == 56
     assert changed.data.pictures != first.data.pictures
     (old,) = [
@@ -333,7 +339,7 @@ def test_other_pictures_behind_the_same_names_are_asked_about_again(
     ("name", "value", "key"),
     [
         ("code_digest", lambda: "other code", "code"),
-        ("answering_versions", lambda: {"mmmamba": "99"}, "versions"),
+        ("library_versions", lambda: {"mmmamba": "99"}, "versions"),
     ],
 )
 def test_answers_of_another_mmmamba_are_not_taken(
@@ -341,15 +347,15 @@ def test_answers_of_another_mmmamba_are_not_taken(
 ) -> None:
     first = run(data, tmp_path / "out", scripted()).result
     assert first.settings["code"] == code_digest()
-    assert first.versions == answering_versions()
+    assert first.versions == library_versions()
     monkeypatch.setattr(evaluator, name, value)
     model, said = scripted(), list[str]()
-    result = run(data, tmp_path / "out", model, Watch(say=said.append)).result
+    result = run(data, tmp_path / "out", model, EvalCallbacks(say=said.append)).result
     assert len(model.asked) == 56
     assert said[0].endswith(f": {key} changed since")
     assert (result.settings["code"], result.versions) == (
         evaluator.code_digest(),
-        evaluator.answering_versions(),
+        evaluator.library_versions(),
     )
 
 
@@ -357,10 +363,17 @@ def test_another_rule_asks_nothing_again(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path / "out", scripted())
     suite = MME.model_copy(update={"rules": {"internvl": "mme_first_letters"}})
     model = scripted()
-    options = Options(data=data)
+    options = EvalOptions(data=data)
     table, rows = open_suite(suite, options)
-    found = evaluate_model(model, suite, table, rows, tmp_path / "out", options, Watch())
-    assert (model.asked, list(found.tallies)) == ([], ["internvl"])
+    found = evaluate_model(model, suite, table, rows, tmp_path / "out", options, EvalCallbacks())
+    assert (model.asked, list(found.unit_scores)) == ([], ["internvl"])
+
+
+def test_every_file_left_out_of_the_code_digest_exists() -> None:
+    folder = Path(fingerprint.__file__).parent
+    assert [name for name in fingerprint.NOT_DIGESTED if not (folder / name).exists()] == []
+    package = folder.parent
+    assert [room for room in fingerprint.DIGESTED_ROOMS if not (package / room).is_dir()] == []
 
 
 def test_the_code_digest_is_of_what_answers(
@@ -397,13 +410,13 @@ def test_choices_are_taken_by_their_likelihood(data: Path, tmp_path: Path) -> No
     assert sorted(record["log_likelihoods"]) == [-1.0, 0.0]
 
 
-def store(folder: Path, warned: list[str] | None = None) -> AnswerStore:
-    return AnswerStore(folder, {"model": "m"}, (warned if warned is not None else []).append)
+def store(folder: Path, warned: list[str] | None = None) -> AnswerCache:
+    return AnswerCache(folder, {"model": "m"}, (warned if warned is not None else []).append)
 
 
 def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
     with store(tmp_path) as kept:
-        kept.add([Answer("1", "Yes"), Answer("2", "是\u2028\n")])
+        kept.add([AnswerRecord("1", "Yes"), AnswerRecord("2", "是\u2028\n")])
         file = kept.file
     with store(tmp_path) as kept:
         assert kept.answers["2"].text == "是\u2028\n"
@@ -425,7 +438,7 @@ def test_a_heading_that_was_cut_short_begins_anew(tmp_path: Path) -> None:
         file = kept.file
     file.write_bytes(file.read_bytes()[:-5])
     with store(tmp_path, warned) as kept:
-        kept.add([Answer("1", "Yes")])
+        kept.add([AnswerRecord("1", "Yes")])
     assert len(warned) == 1
     with store(tmp_path, warned) as kept:
         assert list(kept.answers) == ["1"]
@@ -445,9 +458,9 @@ def test_scores_that_are_no_numbers_choose_nothing(data: Path, tmp_path: Path) -
     """max() of scores with a NaN is the first choice, whatever the picture shows."""
 
     class Broken(ScriptedModel):
-        def score_choices(self, batch: Sequence[Encoded]) -> list[list[float]]:
+        def score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
             return [[float("nan")] * len(one.prompt.choices) for one in batch]
 
-    prompt = Prompt("7", "q", (), choices=("A", "B"))
+    prompt = EvalPrompt("7", "q", (), choices=("A", "B"))
     with pytest.raises(CheckpointError, match="row 7: the model scores the choices as nan, nan"):
-        _answer(Broken(lambda prompt: "A"), [Encoded(prompt, 1)], 4)
+        _answer_batch(Broken(lambda prompt: "A"), [EncodedPrompt(prompt, 1)], 4)

@@ -9,7 +9,7 @@ import pytest
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.bootstrap import intervals
-from mmmamba_cli.evaluate.result import retention, rule_part
+from mmmamba_cli.evaluate.result import retention, rule_result
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring import NEWEST, RULES, find_rule
 from mmmamba_cli.evaluate.scoring.choices import (
@@ -135,7 +135,7 @@ def test_the_headline_is_what_was_asked() -> None:
         "reasoning",
         {"perception": None, "reasoning": 200.0},
     )
-    part = rule_part("vlmevalkit", "mme_words", tally, {}, seed=0)
+    part = rule_result("vlmevalkit", "mme_words", tally, {}, seed=0)
     assert (part.metric, part.metrics["perception"]) == ("reasoning", None)
     assert '"perception": null' in part.model_dump_json(indent=1)
     kept = retention("mme", "vlmevalkit", ("student", tally), ("teacher", tally), 2, seed=0)

@@ -23,13 +23,13 @@ rules: {{theirs: "somebody:always_right"}}
 """
 MODULE = """
 from pathlib import Path
-from mmmamba_cli.evaluate.scoring.metrics import accuracy_tally
+from mmmamba_cli.evaluate.scoring.metrics import accuracy_scores
 
 def folder():
     return Path(__file__).parent / "their_suites"
 
 def always_right(rows, answers):
-    return accuracy_tally([1.0] * len(rows), [r.unit for r in rows], [""] * len(rows))
+    return accuracy_scores([1.0] * len(rows), [r.unit for r in rows], [""] * len(rows))
 
 def evaluate(model, names, options, folder):
     return {"asked": list(names)}

@@ -21,7 +21,7 @@ find_evaluator("vlmeval")
 import mmmamba_evals.vlmeval_adapter as adapter  # noqa: E402
 
 WORD = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 MISSING = float("nan")
 
 
@@ -64,12 +64,12 @@ PROMPTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "MMBench_DEV_EN",
         {"question": "Q?", "hint": "H.", "A": "x", "B": 2, "C": MISSING, "D": MISSING},
-        f"H.\nQ?\nA. x\nB. 2\n{LETTER}",
+        f"H.\nQ?\nA. x\nB. 2\n{LETTER_INSTRUCTION}",
     ),
     (
         "MMStar",
         {"question": "Q?", "hint": MISSING, "A": "x", "B": "y"},
-        f"Q?\nA. x\nB. y\n{LETTER}",
+        f"Q?\nA. x\nB. y\n{LETTER_INSTRUCTION}",
     ),
     ("MMMU_DEV_VAL", {"question": "Q?"}, "Q?\nAnswer the question directly."),
     (
@@ -187,10 +187,10 @@ def test_the_kit_asks_and_scores(
 def test_a_perfect_model_is_perfect(kit: None, tmp_path: Path, monkeypatch: Any) -> None:
     write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=1))
     model = ScriptedModel(lambda prompt: "No" if " no 1" in prompt.text else "Yes")
-    from mmmamba_cli.evaluate import Options
+    from mmmamba_cli.evaluate import EvalOptions
 
     monkeypatch.delenv("LMUData", raising=False)
-    scores = adapter.evaluate(model, ["MME"], Options(data=tmp_path), tmp_path / "out")
+    scores = adapter.evaluate(model, ["MME"], EvalOptions(data=tmp_path), tmp_path / "out")
     assert scores == {"MME": {"Overall": 100.0}}
     import os
 
@@ -201,20 +201,20 @@ def test_a_perfect_model_is_perfect(kit: None, tmp_path: Path, monkeypatch: Any)
 def test_answers_of_another_model_or_table_are_not_taken(
     kit: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmmamba_cli.evaluate import Options
+    from mmmamba_cli.evaluate import EvalOptions
 
     write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=1))
     monkeypatch.delenv("LMUData", raising=False)
 
     def asked(name: str, **options: Any) -> int:
         model = ScriptedModel(lambda prompt: "Yes", name=name)
-        adapter.evaluate(model, ["MME"], Options(data=tmp_path, **options), tmp_path / "out")
+        adapter.evaluate(model, ["MME"], EvalOptions(data=tmp_path, **options), tmp_path / "out")
         return len(model.asked)
 
     assert (asked("one"), asked("one"), asked("one", max_tiles=2)) == (28, 0, 28)
     other = ScriptedModel(lambda prompt: "Yes", name="one")
     other.identity = replace(other.identity, content_hash="other weights")
-    adapter.evaluate(other, ["MME"], Options(data=tmp_path), tmp_path / "out")
+    adapter.evaluate(other, ["MME"], EvalOptions(data=tmp_path), tmp_path / "out")
     assert len(other.asked) == 28
     write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=2))
     assert asked("one") == 56

@@ -13,17 +13,17 @@ from PIL import Image
 from suite_tables import mme_rows, picture, pope_rows, write_tsv
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.evaluate import Options, find_suite, open_suite
+from mmmamba_cli.evaluate import EvalOptions, find_suite, open_suite
 from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.rows import Row, limit_rows
 from mmmamba_cli.evaluate.scoring.yes_no import PERCEPTION, REASONING
-from mmmamba_cli.evaluate.vlmeval_table import Table
+from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
 
 COLUMNS = ("index", "question", "answer", "category")
 
 
-def opened(folder: Path, suite: str = "mme", **options: Any) -> tuple[Table, list[Row]]:
-    return open_suite(find_suite(suite), Options(data=folder, **options))
+def opened(folder: Path, suite: str = "mme", **options: Any) -> tuple[VLMEvalTable, list[Row]]:
+    return open_suite(find_suite(suite), EvalOptions(data=folder, **options))
 
 
 def complaint(folder: Path, rows: list[Any], suite: str = "mme") -> str:
@@ -37,7 +37,7 @@ def complaint(folder: Path, rows: list[Any], suite: str = "mme") -> str:
 
 def test_pictures_are_shared_by_reference_and_read_when_needed(tmp_path: Path) -> None:
     file = write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=3))
-    table = Table(file, COLUMNS)
+    table = VLMEvalTable(file, COLUMNS)
     assert len(table.cells) == 84
     (own,) = pictures_of(table, table.cells[4], "MME")
     (shared,) = pictures_of(table, table.cells[5], "MME")
@@ -51,7 +51,7 @@ def test_cells_may_hold_tabs_quotes_and_line_ends(tmp_path: Path) -> None:
     rows = mme_rows()
     odd = 'Is "this"\ta\nquestion\u2028 with everything? 这是什么'
     rows[0]["question"] = odd
-    table = Table(write_tsv(tmp_path / "MME.tsv", rows), COLUMNS)
+    table = VLMEvalTable(write_tsv(tmp_path / "MME.tsv", rows), COLUMNS)
     assert table.cells[0]["question"] == odd
     for place in (0, 2):
         (one,) = pictures_of(table, table.cells[place], "MME")
@@ -138,18 +138,18 @@ def test_where_a_missing_table_is_looked_for(
 ) -> None:
     suite = find_suite("pope")
     with pytest.raises(DataError) as caught:
-        open_suite(suite, Options(data=tmp_path))
+        open_suite(suite, EvalOptions(data=tmp_path))
     said = str(caught.value)
     for part in (f"POPE.tsv, which is not in {tmp_path}", "--data DIR, else $LMUData, else ~/LMU"):
         assert part in said
     assert "columns index, question, answer, category and image" in said
     write_tsv(tmp_path / "there" / "POPE.tsv", pope_rows())
     monkeypatch.setenv("LMUData", str(tmp_path / "there"))
-    assert len(open_suite(suite, Options())[1]) == 12
+    assert len(open_suite(suite, EvalOptions())[1]) == 12
     monkeypatch.delenv("LMUData")
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "there").rename(tmp_path / "LMUData")
-    assert len(open_suite(suite, Options())[1]) == 12
+    assert len(open_suite(suite, EvalOptions())[1]) == 12
 
 
 def test_missing_columns(tmp_path: Path) -> None:

@@ -336,10 +336,10 @@ def test_the_teacher_is_the_base_model_where_the_hub_has_it(tmp_path: Path) -> N
 
 
 def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None:
-    from mmmamba_cli.evaluate.result import DataPart, ModelPart, Result, RulePart, json_text
+    from mmmamba_cli.evaluate.result import DataInfo, ModelInfo, Result, RuleResult, json_text
 
     def write(name: str, content_hash: str, value: float, used: int = 10) -> None:
-        part = RulePart(
+        part = RuleResult(
             rule="kit",
             scoring="yes-no",
             metric="accuracy",
@@ -353,8 +353,8 @@ def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None
             title="POPE",
             version=1,
             suite_digest="0",
-            data=DataPart(file="POPE.tsv", sha256="0", rows=20, used=used),
-            model=ModelPart(name=name, content_hash=content_hash),
+            data=DataInfo(file="POPE.tsv", sha256="0", rows=20, used=used),
+            model=ModelInfo(name=name, content_hash=content_hash),
             settings={},
             rules=(part,),
             seed=0,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmmamba_cli.evaluate import Identity, Options, find_suite, open_suite
-from mmmamba_cli.evaluate.evaluator import _write, score
-from mmmamba_cli.evaluate.result import DataPart
+from mmmamba_cli.evaluate import EvalOptions, ModelIdentity, find_suite, open_suite
+from mmmamba_cli.evaluate.evaluator import score_answers
+from mmmamba_cli.evaluate.result import DataInfo, write_result
 from mmmamba_cli.profiling.interfaces import AS_SHIPPED, STUDENT
 from mmmamba_cli.profiling.result import (
     CorrectnessPart,
@@ -137,17 +137,17 @@ def answer(
 ) -> None:
     """Score the answers `said` and write the files of `mmmamba eval`."""
     suite = find_suite("scenes")
-    options = Options(data=data)
+    options = EvalOptions(data=data)
     table, rows = open_suite(suite, options)
     answers = {row.index: text for row, text in zip(rows, said, strict=True)}
-    found = DataPart(
+    found = DataInfo(
         file="SCENES.tsv", sha256=table.sha256, rows=len(rows), used=len(rows), without_image=0
     )
-    identity = Identity(name=name, content_hash=content_hash or hash_of(name), kind="linear")
+    identity = ModelIdentity(name=name, content_hash=content_hash or hash_of(name), kind="linear")
     settings = {"limit": None, "device": "cpu", "dtype": "float32"}
-    scored = score(suite, rows, answers, found, identity, settings, options)
+    scored = score_answers(suite, rows, answers, found, identity, settings, options)
     folder = run / "evals" / name / "scenes"
-    _write(folder, scored, answers)
+    write_result(folder, scored, answers)
     timing = {"finished": WHEN.format(8), "command": f"mmmamba eval {name}"}
     (folder / "timing.json").write_text(json.dumps(timing))
 

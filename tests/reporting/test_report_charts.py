@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from report_case import HOSTILE, Balanced
 
 from mmmamba_cli.evaluate.bootstrap import difference_interval
-from mmmamba_cli.evaluate.scoring.metrics import accuracy_tally
+from mmmamba_cli.evaluate.scoring.metrics import accuracy_scores
 from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Scale, around, bars, lines
 from mmmamba_cli.reporting.comparisons import external_differences
 from mmmamba_cli.reporting.html import tag
@@ -122,13 +122,13 @@ def test_thinning_keeps_the_mean() -> None:
 def test_difference_interval_is_paired() -> None:
     # Both are right on the same half: each score varies over draws, their difference does not.
     units = [str(i) for i in range(40)]
-    one = accuracy_tally([1.0] * 20 + [0.0] * 20, units, [""] * 40)
-    same = accuracy_tally([1.0] * 20 + [0.0] * 20, units, [""] * 40)
+    one = accuracy_scores([1.0] * 20 + [0.0] * 20, units, [""] * 40)
+    same = accuracy_scores([1.0] * 20 + [0.0] * 20, units, [""] * 40)
     assert difference_interval(one, same, "accuracy") == (0.0, 0.0)
-    worse = accuracy_tally([1.0] * 10 + [0.0] * 30, units, [""] * 40)
+    worse = accuracy_scores([1.0] * 10 + [0.0] * 30, units, [""] * 40)
     low, high = difference_interval(one, worse, "accuracy")
     assert 5 < low < 25 < high < 45
-    fewer = accuracy_tally([1.0], ["0"], [""])
+    fewer = accuracy_scores([1.0], ["0"], [""])
     with pytest.raises(ValueError, match="not of the same rows"):
         difference_interval(one, fewer, "accuracy")
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmmamba_cli.evaluate import Options, find_suite, open_suite
+from mmmamba_cli.evaluate import EvalOptions, find_suite, open_suite
 from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.processing.chat_template import place_images
@@ -34,7 +34,7 @@ def test_a_suite_is_a_table_the_runner_reads(tmp_path: Path, atlas: Atlas, world
     questions = write_suite(tmp_path / "SCENES.tsv", atlas, world, 0, of_split=2, of_pair=3)
     assert questions == 2 * 6 * len(SPLITS) + 3 * 2 * len(PAIRS)
     suite = find_suite("scenes")
-    table, rows = open_suite(suite, Options(data=tmp_path))
+    table, rows = open_suite(suite, EvalOptions(data=tmp_path))
     assert len(rows) == questions
     counts = Counter(row.category for row in rows)
     assert counts == {**dict.fromkeys(SPLITS, 12), **dict.fromkeys(PAIRS, 6)}
@@ -62,12 +62,12 @@ def test_a_suite_without_data_is_drawn_once_into_the_cache(
     assert build.write_suite is shipped.write_suite
     for name in ("scenes", "scenes-unseen"):
         said: list[str] = []
-        table, rows = open_suite(find_suite(name), Options(), said.append)
+        table, rows = open_suite(find_suite(name), EvalOptions(), said.append)
         assert said == [f"making the table of suite {name}, once, in {table.file.parent}"]
         assert table.file.is_relative_to(tmp_path / "cache")
         assert len(rows) == 6 * len(SPLITS) + 2 * len(PAIRS)
         before = table.file.stat().st_mtime_ns
-        table, _ = open_suite(find_suite(name), Options(), said.append)
+        table, _ = open_suite(find_suite(name), EvalOptions(), said.append)
         assert table.file.stat().st_mtime_ns == before
         assert len(said) == 1
 
@@ -75,7 +75,7 @@ def test_a_suite_without_data_is_drawn_once_into_the_cache(
 def test_long_inputs_as_a_table(tmp_path: Path, atlas: Atlas, world: World) -> None:
     questions = write_long_suite(tmp_path, atlas, world, 0, each=1, pool=60)
     suite = find_suite("scenes-long")
-    table, rows = open_suite(suite, Options(data=tmp_path))
+    table, rows = open_suite(suite, EvalOptions(data=tmp_path))
     assert len(rows) == questions == 2 * (len(PICTURES_OF) + 3 + len(SENTENCES_OF))
     by_category = {row.category: row for row in rows}
     shown = {

@@ -14,7 +14,7 @@ from mmmamba_cli.evaluate.scoring.choices import (
     choice_rows_2025_08,
     choice_rows_2026_06,
 )
-from mmmamba_cli.evaluate.scoring.metrics import Tally
+from mmmamba_cli.evaluate.scoring.metrics import UnitScores
 from mmmamba_cli.evaluate.scoring.vqa import (
     exact_gqa,
     exact_plain,
@@ -30,7 +30,7 @@ from mmmamba_cli.evaluate.scoring.yes_no import (
 )
 from mmmamba_cli.plugins import load_reference
 
-Rule = Callable[[Sequence[Row], Sequence[str]], Tally]
+Rule = Callable[[Sequence[Row], Sequence[str]], UnitScores]
 
 RULES: Mapping[str, Rule] = {
     rule.__name__: rule
@@ -81,4 +81,7 @@ def find_rule(name: str) -> Rule:
     raise DataError(f"no scoring rule is called {name}, known are {', '.join([*RULES, *NEWEST])}")
 
 
-__all__ = ["NEWEST", "RULES", "Rule", "Tally", "find_rule", "versioned"]
+# The name of `UnitScores` in earlier releases, for scoring rules of other packages.
+Tally = UnitScores
+
+__all__ = ["NEWEST", "RULES", "Rule", "Tally", "UnitScores", "find_rule", "versioned"]

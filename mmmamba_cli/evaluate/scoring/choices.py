@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.metrics import Tally, accuracy_tally
+from mmmamba_cli.evaluate.scoring.metrics import UnitScores, accuracy_scores
 
 # What may stand around a letter, as in "(A)." or "**A**".
-AROUND = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 NO_CHOICE = "Z"
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -68,7 +68,7 @@ def _by_letter(answer: str, options: Mapping[str, str], rule: ChoiceRule) -> str
         return None
     if any(refusal in answer for refusal in REFUSALS):
         return NO_CHOICE
-    words = answer.translate(AROUND).split()
+    words = answer.translate(PUNCTUATION_TO_SPACE).split()
     found = [letter for letter in options if letter in words]
     if len(found) == 1:
         first_place = 0 if rule.last_words is None else len(words) - rule.last_words
@@ -114,39 +114,39 @@ def _read(
     return right, unreadable
 
 
-def choice_rows_2026_06(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def choice_rows_2026_06(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """Accuracy over rows, as VLMEvalKit reads answers since June 2026."""
     return _by_row(rows, answers, SINCE_2026_06)
 
 
-def choice_rows_2025_08(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def choice_rows_2025_08(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """Accuracy over rows, as VLMEvalKit read answers from August 2025 to June 2026."""
     return _by_row(rows, answers, SINCE_2025_08)
 
 
-def choice_rows_2024_02(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def choice_rows_2024_02(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """Accuracy over rows, as VLMEvalKit read answers from February 2024 to August 2025."""
     return _by_row(rows, answers, SINCE_2024_02)
 
 
-def choice_circular_2026_06(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def choice_circular_2026_06(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """MMBench's accuracy, answers read as in `choice_rows_2026_06`."""
     return _circular(rows, answers, SINCE_2026_06)
 
 
-def choice_circular_2025_08(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def choice_circular_2025_08(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """MMBench's accuracy, answers read as in `choice_rows_2025_08`."""
     return _circular(rows, answers, SINCE_2025_08)
 
 
-def choice_circular_2024_02(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def choice_circular_2024_02(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """MMBench's accuracy, answers read as in `choice_rows_2024_02`."""
     return _circular(rows, answers, SINCE_2024_02)
 
 
-def _by_row(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> Tally:
+def _by_row(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> UnitScores:
     right, unreadable = _read(rows, answers, rule)
-    return accuracy_tally(
+    return accuracy_scores(
         [float(r) for r in right],
         [row.unit for row in rows],
         [row.category for row in rows],
@@ -154,7 +154,7 @@ def _by_row(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> Ta
     )
 
 
-def _circular(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> Tally:
+def _circular(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> UnitScores:
     """A question counts as right if it is in every order of its options."""
     right, unreadable = _read(rows, answers, rule)
     all_right: dict[str, bool] = {}
@@ -163,7 +163,7 @@ def _circular(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> 
         all_right[row.unit] = all_right.get(row.unit, True) and is_right
         category.setdefault(row.unit, row.category)
     units = list(all_right)
-    tally = accuracy_tally(
+    tally = accuracy_scores(
         [float(all_right[unit]) for unit in units], units, [category[unit] for unit in units]
     )
     rows_right = int(np.sum(right))

@@ -17,7 +17,7 @@ Metrics = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Tally:
+class UnitScores:
     """Answers counted by one rule.
 
     `numbers` (U, S) float64; units are drawn again within their stratum. `counts` are of rows.
@@ -46,13 +46,13 @@ class Tally:
         )
 
 
-def divide(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+def safe_divide(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     """upper / lower, and 0 where lower is 0."""
     safe = np.where(lower == 0, 1, lower)
     return np.where(lower == 0, 0.0, upper / safe)
 
 
-def by_unit(units: Sequence[str], numbers: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def sum_by_unit(units: Sequence[str], numbers: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Sum rows (R, S) into units (U, S), in the order in which units first appear."""
     names = list(dict.fromkeys(units))
     place = {name: i for i, name in enumerate(names)}
@@ -71,26 +71,26 @@ def strata_of(units: Sequence[str], labels: Sequence[str], names: Iterable[str])
     return tuple("|".join(sorted(found[name])) for name in names)
 
 
-def accuracy_tally(
+def accuracy_scores(
     points: Sequence[float],
     units: Sequence[str],
     labels: Sequence[str],
     unreadable: Sequence[str] = (),
     name: str = "accuracy",
-) -> Tally:
+) -> UnitScores:
     """Mean points x 100, overall and for each category label (a row without one has "")."""
     categories = sorted({label for label in labels if label})
     numbers = np.zeros((len(points), 2))
     numbers[:, 0], numbers[:, 1] = points, 1
-    summed, names = by_unit(units, numbers)
+    summed, names = sum_by_unit(units, numbers)
     found: dict[str, dict[str, float]] = {}
     for category in categories:
         mine = [p for p, label in zip(points, labels, strict=True) if label == category]
         found[category] = {name: 100 * sum(mine) / len(mine), "rows": len(mine)}
     right = sum(p > 0 for p in points)
-    return Tally(
+    return UnitScores(
         numbers=summed,
-        metrics=lambda s: {name: 100 * divide(s[..., 0], s[..., 1])},
+        metrics=lambda s: {name: 100 * safe_divide(s[..., 0], s[..., 1])},
         strata=("",) * len(names),
         counts={
             "right": int(right),

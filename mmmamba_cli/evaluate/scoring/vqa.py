@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.metrics import Tally, accuracy_tally
+from mmmamba_cli.evaluate.scoring.metrics import UnitScores, accuracy_scores
 from mmmamba_cli.evaluate.vlmeval_table import split_cell
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -21,7 +21,7 @@ COMMA_IN_NUMBER = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
 FULL_STOP_2025_05 = re.compile(r"(?<!\d)\.(?!\d)")
 # All of them pass a flag in the place of a count, and so remove no more full stops than this.
-MOST_FULL_STOPS = 32
+MAX_FULL_STOPS = 32
 
 COUNTED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 NUMBERS = {**{word: str(number) for number, word in enumerate(COUNTED)}, "none": "0"}
@@ -63,7 +63,7 @@ def strip_punctuation(text: str, full_stop: re.Pattern[str] = FULL_STOP_2025_05)
     for mark in PUNCTUATION:
         at_space = f"{mark} " in text or f" {mark}" in text
         found = found.replace(mark, "" if at_space or drop_all else " ")
-    return full_stop.sub("", found, count=MOST_FULL_STOPS)
+    return full_stop.sub("", found, count=MAX_FULL_STOPS)
 
 
 def plain_words(text: str) -> str:
@@ -92,27 +92,27 @@ def evalai_answer(text: str) -> str:
     return vqa_answer(text, FULL_STOP)
 
 
-def vqa_words_2025_05(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def vqa_words_2025_05(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """Soft accuracy over the people's answers, as VLMEvalKit scores TextVQA since May 2025."""
     return _soft(rows, answers, vqa_answer)
 
 
-def vqa_words_2024_01(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def vqa_words_2024_01(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """The same, as VLMEvalKit scored it before May 2025: no full stop stays behind a digit."""
     return _soft(rows, answers, vqa_answer_2024_01)
 
 
-def vqa_evalai(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def vqa_evalai(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """The same, answers prepared as InternVL's kit does it."""
     return _soft(rows, answers, evalai_answer)
 
 
-def _soft(rows: Sequence[Row], answers: Sequence[str], prepare: Callable[[str], str]) -> Tally:
+def _soft(rows: Sequence[Row], answers: Sequence[str], prepare: Callable[[str], str]) -> UnitScores:
     points = [
         soft_accuracy(prepare(answer), [prepare(text) for text in split_cell(row.answer)])
         for row, answer in zip(rows, answers, strict=True)
     ]
-    return accuracy_tally(points, [row.unit for row in rows], [row.category for row in rows])
+    return accuracy_scores(points, [row.unit for row in rows], [row.category for row in rows])
 
 
 def soft_accuracy(answer: str, people: Sequence[str]) -> float:
@@ -126,12 +126,12 @@ def soft_accuracy(answer: str, people: Sequence[str]) -> float:
     return agreed / len(people)
 
 
-def exact_plain(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def exact_plain(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """Exact match but for case and outer spaces, as VLMEvalKit scores GQA."""
     return _exact(rows, answers, lambda text: text.strip().lower())
 
 
-def exact_gqa(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def exact_gqa(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """Exact match after dropping final full stops and case: InternVL's kit and the official tool.
 
     Source: OpenGVLab/InternVL, internvl_chat/eval/vqa/convert_gqa_for_eval.py.
@@ -139,9 +139,11 @@ def exact_gqa(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
     return _exact(rows, answers, lambda text: text.rstrip(".").lower())
 
 
-def _exact(rows: Sequence[Row], answers: Sequence[str], prepare: Callable[[str], str]) -> Tally:
+def _exact(
+    rows: Sequence[Row], answers: Sequence[str], prepare: Callable[[str], str]
+) -> UnitScores:
     points = [
         float(prepare(answer) in {one.strip().lower() for one in split_cell(row.answer)})
         for row, answer in zip(rows, answers, strict=True)
     ]
-    return accuracy_tally(points, [row.unit for row in rows], [row.category for row in rows])
+    return accuracy_scores(points, [row.unit for row in rows], [row.category for row in rows])

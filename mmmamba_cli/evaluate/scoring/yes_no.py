@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.metrics import Tally, by_unit, divide, strata_of
+from mmmamba_cli.evaluate.scoring.metrics import UnitScores, safe_divide, strata_of, sum_by_unit
 from mmmamba_cli.evaluate.scoring.vqa import strip_punctuation
 
 PERCEPTION = (
@@ -78,17 +78,17 @@ def read_denial(answer: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def mme_words(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def mme_words(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """MME as VLMEvalKit scores it."""
     return _mme(rows, answers, read_words)
 
 
-def mme_first_letters(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def mme_first_letters(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """MME as its authors' tool scores it, which InternVL's kit uses."""
     return _mme(rows, answers, read_first_letters)
 
 
-def _mme(rows: Sequence[Row], answers: Sequence[str], read: ReadAnswer) -> Tally:
+def _mme(rows: Sequence[Row], answers: Sequence[str], read: ReadAnswer) -> UnitScores:
     """Accuracy x 100 + share of pictures with both questions right x 100, summed over categories.
 
     Perception has 10 categories (at most 2000), reasoning 4 (at most 800). Rows are in pairs, which
@@ -102,14 +102,16 @@ def _mme(rows: Sequence[Row], answers: Sequence[str], read: ReadAnswer) -> Tally
     numbers = np.zeros((len(rows), len(names), 4))
     for i, row in enumerate(rows):
         numbers[i, column[row.category], :2] = hits[i], 1
-    summed, unit_names = by_unit(units, numbers.reshape(len(rows), -1))
+    summed, unit_names = sum_by_unit(units, numbers.reshape(len(rows), -1))
     pairs = summed.reshape(len(unit_names), len(names), 4)
     pairs[..., 2] = (pairs[..., 0] == pairs[..., 1]) & (pairs[..., 1] > 0)
     pairs[..., 3] = pairs[..., 1] > 0
 
     def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
         parts = sums.reshape(*sums.shape[:-1], len(names), 4)
-        scores = 100 * (divide(parts[..., 0], parts[..., 1]) + divide(parts[..., 2], parts[..., 3]))
+        scores = 100 * (
+            safe_divide(parts[..., 0], parts[..., 1]) + safe_divide(parts[..., 2], parts[..., 3])
+        )
         found = {}
         for total, wanted in (("perception", PERCEPTION), ("reasoning", REASONING)):
             asked = [column[name] for name in wanted if name in column]
@@ -119,7 +121,7 @@ def _mme(rows: Sequence[Row], answers: Sequence[str], read: ReadAnswer) -> Tally
         return found
 
     unknown = tuple(row.index for s, row in zip(said, rows, strict=True) if s is None)
-    return Tally(
+    return UnitScores(
         numbers=summed,
         metrics=metrics,
         strata=strata_of(units, [row.category for row in rows], unit_names),
@@ -151,7 +153,7 @@ def _missing_categories(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def pope_all_rows(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def pope_all_rows(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """POPE as VLMEvalKit scores it: F1 x 100 over all rows.
 
     A row in several splits counts once in each. An unknown answer is wrong for the accuracy and no
@@ -161,12 +163,12 @@ def pope_all_rows(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
     return _pope(rows, said, mean_of_splits=False)
 
 
-def pope_mean_of_splits(rows: Sequence[Row], answers: Sequence[str]) -> Tally:
+def pope_mean_of_splits(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """POPE as InternVL's kit scores it: the mean of the splits' F1, x 100."""
     return _pope(rows, [read_denial(answer) for answer in answers], mean_of_splits=True)
 
 
-def _pope(rows: Sequence[Row], said: Sequence[str | None], *, mean_of_splits: bool) -> Tally:
+def _pope(rows: Sequence[Row], said: Sequence[str | None], *, mean_of_splits: bool) -> UnitScores:
     labels = [[part.strip() for part in row.category.split(",")] for row in rows]
     splits = sorted({part for parts in labels for part in parts})
     column = {name: i for i, name in enumerate(splits)}
@@ -176,7 +178,7 @@ def _pope(rows: Sequence[Row], said: Sequence[str | None], *, mean_of_splits: bo
         one = (true and claimed, claimed and not true, true and not claimed)
         for part in labels[i]:
             numbers[i, column[part]] = (*one, answer == row.answer.lower(), 1)
-    summed, names = by_unit([row.unit for row in rows], numbers.reshape(len(rows), -1))
+    summed, names = sum_by_unit([row.unit for row in rows], numbers.reshape(len(rows), -1))
 
     def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
         parts = sums.reshape(*sums.shape[:-1], len(splits), 5)
@@ -188,7 +190,7 @@ def _pope(rows: Sequence[Row], said: Sequence[str | None], *, mean_of_splits: bo
     unknown = tuple(row.index for s, row in zip(said, rows, strict=True) if s is None)
     right = np.array([s == row.answer.lower() for s, row in zip(said, rows, strict=True)])
     each = numbers.sum(0)
-    return Tally(
+    return UnitScores(
         numbers=summed,
         metrics=metrics,
         strata=strata_of([r.unit for r in rows], [",".join(parts) for parts in labels], names),
@@ -207,10 +209,10 @@ def _pope(rows: Sequence[Row], said: Sequence[str | None], *, mean_of_splits: bo
 def _f1_and_more(parts: np.ndarray) -> dict[str, np.ndarray]:
     """Of (..., 5): true positives, false positives, false negatives, right, rows."""
     true, false, missed, right, rows = (parts[..., i] for i in range(5))
-    precision, recall = divide(true, true + false), divide(true, true + missed)
+    precision, recall = safe_divide(true, true + false), safe_divide(true, true + missed)
     return {
-        "F1": 100 * divide(2 * precision * recall, precision + recall),
-        "accuracy": 100 * divide(right, rows),
+        "F1": 100 * safe_divide(2 * precision * recall, precision + recall),
+        "accuracy": 100 * safe_divide(right, rows),
         "precision": 100 * precision,
         "recall": 100 * recall,
     }
