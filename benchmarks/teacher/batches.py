@@ -17,11 +17,11 @@ import sentencepiece
 
 from mmmamba_cli.processing.chat_template import DEFAULT_SYSTEM, place_images
 from mmmamba_evals.scenes.compose import SIDE
-from mmmamba_evals.scenes.gpu import Layouter, Layouts
-from mmmamba_evals.scenes.lessons import MOST_THINGS, draw_lesson
+from mmmamba_evals.scenes.gpu import SceneBatch, SceneEncoder
+from mmmamba_evals.scenes.lessons import MAX_THINGS, draw_lesson
 from mmmamba_evals.scenes.long import (
     PICTURES,
-    ROOM,
+    PIXELS_PER_THING,
     TILES,
     WHAT_NEEDLE,
     draw_large,
@@ -77,7 +77,7 @@ class Lessons:
     targets: np.ndarray
     category: np.ndarray
     weights: np.ndarray
-    layouts: Layouts | None
+    layouts: SceneBatch | None
     grid: tuple[int, int] | None = None
 
 
@@ -85,7 +85,7 @@ class Batcher:
     """Makes batch `step` of a seed, the same whoever asks."""
 
     def __init__(
-        self, model: bytes, special: dict[str, int], layouter: Layouter, world: World, seed: int
+        self, model: bytes, special: dict[str, int], layouter: SceneEncoder, world: World, seed: int
     ):
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.special = special
@@ -102,7 +102,7 @@ class Batcher:
         prefix = self.prefix("<image>", 1)
         for row, (_, asked) in enumerate(drawn):
             self._fill(arrays, row, prefix, asked)
-        layouts = self.layouter.layouts([scene for scene, _ in drawn], MOST_THINGS)
+        layouts = self.layouter.layouts([scene for scene, _ in drawn], MAX_THINGS)
         return Lessons(LESSON, *arrays, layouts)
 
     def large(self, step: int, pictures: int) -> Lessons:
@@ -122,7 +122,7 @@ class Batcher:
         arrays = _arrays(rows, len(prefix) + LESSON_COLUMNS - TOKENS_PER_TILE)
         for row, (_, asked) in enumerate(drawn):
             self._fill(arrays, row, prefix, asked)
-        most = max(MOST_THINGS, grid[0] * grid[1] * SIDE**2 // ROOM)
+        most = max(MAX_THINGS, grid[0] * grid[1] * SIDE**2 // PIXELS_PER_THING)
         layouts = self.layouter.layouts([scene for scene, _ in drawn], most)
         return Lessons(LARGE, *arrays, layouts, grid)
 
@@ -136,7 +136,7 @@ class Batcher:
         for row, (_, pair) in enumerate(drawn):
             self._fill(arrays, row, prefix, list(pair))
         scenes = [scene for shown, _ in drawn for scene in shown]
-        return Lessons(MANY, *arrays, self.layouter.layouts(scenes, MOST_THINGS))
+        return Lessons(MANY, *arrays, self.layouter.layouts(scenes, MAX_THINGS))
 
     def text(self, step: int, rows: int, sentences: int) -> Lessons:
         """A long text, asked for its secret."""

@@ -17,7 +17,7 @@ from mmmamba_cli.model.rope import inverse_frequencies, rope_cos_sin
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.processing.tiling import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba_evals.scenes.compose import SIDE
-from mmmamba_evals.scenes.gpu import Augmentation, Composer
+from mmmamba_evals.scenes.gpu import Augmentation, BatchRenderer
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def answer_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 class Pictures:
     """Tiles of a batch's pictures on the device, as the processor would cut and normalise them."""
 
-    def __init__(self, composer: Composer):
+    def __init__(self, composer: BatchRenderer):
         self.composer = composer
         self.mean = torch.tensor(IMAGENET_MEAN, device=composer.device).view(3, 1, 1)
         self.deviation = torch.tensor(IMAGENET_STD, device=composer.device).view(3, 1, 1)

@@ -28,7 +28,7 @@ from world import training_world
 
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
-from mmmamba_evals.scenes.gpu import Augmentation, Composer, Layouter, to_device
+from mmmamba_evals.scenes.gpu import Augmentation, BatchRenderer, SceneEncoder, to_device
 from mmmamba_evals.scenes.shipped import UNSEEN_STYLE, shipped_atlas
 from mmmamba_evals.scenes.world import World, make_world
 
@@ -110,9 +110,9 @@ def held_out(given: argparse.Namespace, tokenizer: bytes, special: dict[str, int
         ("unseen", shipped_atlas(UNSEEN_STYLE), UNSEEN),
     ):
         world = make_world(atlas, fonts_of(split))
-        layouter = Layouter(atlas, world)
+        layouter = SceneEncoder(atlas, world)
         batcher = Batcher(tokenizer, special, layouter, world, given.seed)
-        pictures = Pictures(Composer(layouter, given.device))
+        pictures = Pictures(BatchRenderer(layouter, given.device))
         found.append((name, batcher.lessons(HELD_OUT_STEP, given.held_out), pictures))
     return found
 
@@ -131,9 +131,9 @@ def train(given: argparse.Namespace) -> None:
     raw = teacher_config(special, max(special.values()) + 1)
     model = random_teacher(raw, given.seed).to(device)
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}), flush=True)
-    layouter = Layouter(atlas, world)
+    layouter = SceneEncoder(atlas, world)
     batcher = Batcher(tokenizer, special, layouter, world, given.seed)
-    pictures = Pictures(Composer(layouter, device))
+    pictures = Pictures(BatchRenderer(layouter, device))
     optimiser = build_optimiser(model, given.lr)
     if given.begin is not None:
         read_teacher(given.begin, model)

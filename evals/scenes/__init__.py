@@ -1,1 +1,1 @@
-"""Composed scenes of real drawings with honest questions, and suites of them."""
+"""Composed scenes of emoji drawings, questions about them, and evaluation suites."""

@@ -1,7 +1,6 @@
-"""An atlas: a folder with a folder for each class of things, `CLASS/*.png`, of any origin.
+"""An atlas of sprites: a folder with one subfolder of pictures per class, `CLASS/*.png`.
 
-Pictures with transparency are cut-outs. A photograph has none, and stands in a scene as it is, a
-rectangle.
+Pictures with transparency are cut-outs; opaque ones, such as photographs, are drawn as rectangles.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from mmmamba_cli.processing import open_image
 from mmmamba_evals.scenes.hues import dominant_hue
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
-# A sprite is kept no larger than it can appear, and one smaller than this shows nothing.
-LARGEST, SMALLEST = 128, 16
-# Alpha from which on a pixel counts as seen.
-SEEN = 16
+# Longest side of a sprite in pixels: no scene shows a larger one, and a smaller one is unreadable.
+MAX_SPRITE_SIDE, MIN_SPRITE_SIDE = 128, 16
+# Smallest alpha (0 to 255) of a visible pixel.
+MIN_ALPHA = 16
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """One drawing: `pixels` (h, w, 4) uint8, cut to what can be seen.
+    """One drawing: `pixels` (h, w, 4) uint8 RGBA, cropped to the visible part.
 
-    `hue` in turns, if one saturated hue dominates.
+    `hue` is the dominant saturated hue in turns, None without one.
     """
 
     file: Path
@@ -47,10 +46,10 @@ class Atlas:
 
 
 def open_atlas(folder: Path) -> Atlas:
-    """Read an atlas. A class folder's name is the noun, `_` for a space.
+    """Read an atlas. The name of a class folder is the noun, with `_` for a space.
 
-    Raises `DataError`, in one sentence, for a folder without classes, a class without pictures, and
-    pictures that are damaged, empty, or too small to show anything.
+    Raises `DataError` for a folder without classes, a class without pictures, and pictures that are
+    damaged, fully transparent or too small.
     """
     if not folder.is_dir():
         raise DataError(f"atlas {folder} does not exist", "expected a folder with CLASS/*.png")
@@ -78,29 +77,29 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def read_sprite(file: Path) -> Sprite:
-    """One picture, cut to what is seen of it and scaled down to at most LARGEST."""
+    """Read one picture, crop it to the visible part and scale it down to MAX_SPRITE_SIDE."""
     image = _open(file)
     pixels = np.asarray(image)
-    seen = pixels[..., 3] >= SEEN
-    if not seen.any():
+    visible = pixels[..., 3] >= MIN_ALPHA
+    if not visible.any():
         raise DataError(f"{file} is fully transparent", "remove it from the atlas")
-    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     image = image.crop(box)
-    if max(image.size) < SMALLEST:
+    if max(image.size) < MIN_SPRITE_SIDE:
         raise DataError(
-            f"{file} shows {image.width} x {image.height} pixels, at least {SMALLEST} on its "
-            "longer side are needed",
+            f"{file} shows {image.width} x {image.height} pixels, at least {MIN_SPRITE_SIDE} on "
+            "its longer side are needed",
             "remove it from the atlas",
         )
-    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    image.thumbnail((MAX_SPRITE_SIDE, MAX_SPRITE_SIDE), Image.Resampling.LANCZOS)
     array = np.asarray(image).copy()
     return Sprite(file, array, dominant_hue(array))
 
 
 def _open(file: Path) -> Image.Image:
-    """RGBA; opaque where the file has no transparency."""
-    # Checks the file as every picture is checked, and names it if it is damaged.
+    """The picture as RGBA; opaque without transparency in the file."""
+    # Raises `DataError` that names the file if it is damaged.
     plain = open_image(file)
     with Image.open(file) as image:
         has_alpha = "A" in image.getbands() or "transparency" in image.info
@@ -117,7 +116,7 @@ def _digest(sprites: Mapping[str, tuple[Sprite, ...]]) -> str:
 
 
 def merge_atlases(atlases: Sequence[Atlas]) -> Atlas:
-    """Several styles as one atlas: a class has the drawings of all that know it, in this order."""
+    """Merge atlases: a class has the sprites of all of them, in order."""
     sprites: dict[str, tuple[Sprite, ...]] = {}
     for atlas in atlases:
         for name, drawings in atlas.sprites.items():

@@ -1,7 +1,7 @@
-"""The blind baseline: how well answers can be told from questions alone.
+"""The blind baseline: accuracy of a text-only classifier that does not see the pictures.
 
-A suite is worth something only if the answer is near 50 %. Logistic regression on words and on runs
-of two and three of them learns from some questions and is tested on others; pictures are not drawn.
+A suite is valid only if the baseline is near 50 %. Logistic regression on word 1- to 3-grams is
+trained on some questions and tested on others.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from dataclasses import dataclass
 from random import Random
 
 from mmmamba_cli.errors import DataError
-from mmmamba_evals.scenes import questions as say
+from mmmamba_evals.scenes import questions as templates
 from mmmamba_evals.scenes.questions import NO, YES
 from mmmamba_evals.scenes.sampling import (
     DRAWS,
     SPLITS,
-    Asked,
+    SceneQuestions,
     ask_about_objects,
     ask_count_pair,
-    askable,
+    available_categories,
 )
 from mmmamba_evals.scenes.scene import Question
 from mmmamba_evals.scenes.world import World
 
-# Words of the longest run that is looked at.
-LONGEST_RUN = 3
+MAX_NGRAM = 3
+# Significance level of the binomial test.
 LEVEL = 0.01
 WORD = r"\S+"
 CONTROL = "leaky control"
 
-Draw = Callable[[Random, World], Asked]
+Draw = Callable[[Random, World], SceneQuestions]
 
 
 @dataclass(frozen=True)
-class Blind:
-    """Right answers of `n`; `p` is how often a coin would be as far from a half, two-sided."""
+class BlindResult:
+    """Correct answers of `n` questions, and the two-sided binomial test against 50 %."""
 
     right: int
     n: int
@@ -46,28 +46,28 @@ class Blind:
 
     @property
     def p(self) -> float:
-        """Exact, from the binomial distribution."""
+        """The exact two-sided p-value."""
         from scipy.stats import binomtest
 
         return float(binomtest(self.right, self.n, 0.5).pvalue)
 
 
-def draws_of(world: World) -> dict[str, Draw]:
-    """Every category a world can be asked about, the splits of existence among them."""
+def category_draws(world: World) -> dict[str, Draw]:
+    """The scene generator of each category that the world supports, existence by split."""
 
     def split_draw(split: str) -> Draw:
         return lambda rng, world: ask_about_objects(rng, world, split)
 
     return {
         **{split: split_draw(split) for split in SPLITS},
-        **{name: DRAWS[name] for name in askable(world)},
+        **{name: DRAWS[name] for name in available_categories(world)},
     }
 
 
 def blind_accuracy(
     world: World, draw: Draw, name: str, seeds: Sequence[int], questions: int
-) -> Blind:
-    """For each seed, learn from `questions` and answer as many others; the answers pooled."""
+) -> BlindResult:
+    """Train on `questions` questions and test on as many others, pooled over the seeds."""
     right = asked = 0
     for seed in seeds:
         learned = collect(world, draw, Random(f"blind {name} {seed} learn"), questions)
@@ -75,16 +75,16 @@ def blind_accuracy(
         guesses = guess(learned, [one.text for one in tested])
         right += sum(a == one.answer for a, one in zip(guesses, tested, strict=True))
         asked += len(tested)
-    return Blind(right, asked)
+    return BlindResult(right, asked)
 
 
 def collect(world: World, draw: Draw, rng: Random, count: int) -> list[Question]:
-    """One question of each of `count` scenes, so that no two of them know of each other."""
+    """One question of each of `count` scenes, so that the questions are independent."""
     return [rng.choice(draw(rng, world)[1]) for _ in range(count)]
 
 
 def guess(learned: Sequence[Question], texts: Sequence[str]) -> list[str]:
-    """Answers to questions nobody looked up. Raises `DataError` without scikit-learn."""
+    """Predict answers from the text. Raises `DataError` if scikit-learn is not installed."""
     try:
         from sklearn.feature_extraction.text import CountVectorizer
         from sklearn.linear_model import LogisticRegression
@@ -92,28 +92,28 @@ def guess(learned: Sequence[Question], texts: Sequence[str]) -> list[str]:
         raise DataError(
             f"the blind baseline needs scikit-learn: {error}", "pip install 'mmmamba[scenes]'"
         ) from error
-    words = CountVectorizer(ngram_range=(1, LONGEST_RUN), token_pattern=WORD, binary=True)
+    words = CountVectorizer(ngram_range=(1, MAX_NGRAM), token_pattern=WORD, binary=True)
     model = LogisticRegression(max_iter=1000)
     model.fit(words.fit_transform([one.text for one in learned]), [one.answer for one in learned])
     return [str(answer) for answer in model.predict(words.transform(texts))]
 
 
-def ask_leakily(rng: Random, world: World) -> Asked:
-    """What a careless generator does: the number asked about is right where it is small."""
+def ask_with_bias(rng: Random, world: World) -> SceneQuestions:
+    """Positive control, a biased generator: small numbers are the right answer."""
     scene, asked = ask_count_pair(rng, world)
     name = scene.things[0].name
     number = rng.choice((1, 1, 1, 2)) if rng.random() < 0.5 else rng.choice((3, 3, 4, 2))
     answer = YES if number <= 2 else NO
-    text = say.ask_count(rng, name, number)
+    text = templates.ask_count(rng, name, number)
     return scene, [Question(asked[0].category, text, answer)]
 
 
 def blind_table(
     worlds: Mapping[str, World], seeds: Sequence[int], questions: int
-) -> Iterator[tuple[str, str, Blind]]:
-    """(split, category, result) of each world, and of the control, which must not be near 50 %."""
+) -> Iterator[tuple[str, str, BlindResult]]:
+    """(split, category, result) for each world, then the control, which must not be near 50 %."""
     for split, world in worlds.items():
-        for name, draw in draws_of(world).items():
+        for name, draw in category_draws(world).items():
             yield split, name, blind_accuracy(world, draw, f"{split} {name}", seeds, questions)
     first = next(iter(worlds.values()))
-    yield CONTROL, "count", blind_accuracy(first, ask_leakily, "control", seeds, questions)
+    yield CONTROL, "count", blind_accuracy(first, ask_with_bias, "control", seeds, questions)

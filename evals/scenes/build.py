@@ -1,4 +1,4 @@
-"""Scenes as files: tables in VLMEvalKit's layout to evaluate on, conversations to train on."""
+"""Writers of scenes: evaluation tables in VLMEvalKit's layout, and training conversations."""
 
 from __future__ import annotations
 
@@ -23,33 +23,39 @@ from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.long import draw_pictures, draw_text
 from mmmamba_evals.scenes.render import render
-from mmmamba_evals.scenes.sampling import DRAWS, SPLITS, Asked, ask_about_objects, askable
+from mmmamba_evals.scenes.sampling import (
+    DRAWS,
+    SPLITS,
+    SceneQuestions,
+    ask_about_objects,
+    available_categories,
+)
 from mmmamba_evals.scenes.scene import Question, Scene
 from mmmamba_evals.scenes.world import World
 
 COLUMNS = ("index", "image", "image_path", "question", "answer", "category")
 TABLE, LESSONS, PICTURES = "SCENES.tsv", "lessons.jsonl", "pictures"
-# Pictures of each split, with six questions, and of each other category, with two.
+# Pictures per split (six questions each) and per other category (two questions each).
 PICTURES_OF_SPLIT, PICTURES_OF_PAIR = 40, 100
-# Lessons that a worker draws at a time.
-PART = 64
-# Questions of a conversation: later ones can be answered from earlier answers, so no more of them.
-TURNS = 4
-# Of so many lessons, one seeks a detail in several pictures, and one in a text.
+# Lessons per task of a worker process.
+LESSONS_PER_TASK = 64
+# Few questions per conversation, because later ones can be answered from earlier answers.
+QUESTIONS_PER_CONVERSATION = 4
+# Of LONG_EVERY lessons, one asks about several pictures and one about a long text.
 LONG_EVERY = 12
-MOST_PICTURES, MOST_SENTENCES = 12, 100
+MAX_PICTURES, MAX_SENTENCES = 12, 100
 
 Say = Callable[[int], None]
 
 
 def draw_suite(
     world: World, seed: int, of_split: int = PICTURES_OF_SPLIT, of_pair: int = PICTURES_OF_PAIR
-) -> Iterator[tuple[str, Asked]]:
-    """(category, scene and questions) of a suite; the same for the same seed and world."""
+) -> Iterator[tuple[str, SceneQuestions]]:
+    """Yield (category, (scene, questions)) of a suite, deterministic in seed and world."""
     for split in SPLITS:
         for number in range(of_split):
             yield split, ask_about_objects(Random(f"{seed} {split} {number}"), world, split)
-    for category in askable(world):
+    for category in available_categories(world):
         for number in range(of_pair):
             yield category, DRAWS[category](Random(f"{seed} {category} {number}"), world)
 
@@ -63,7 +69,7 @@ def write_suite(
     of_pair: int = PICTURES_OF_PAIR,
     say: Say = lambda pictures: None,
 ) -> int:
-    """The table of a suite; returns its number of questions. `say` is told of each picture."""
+    """Write the table of a suite and return its number of questions; `say(1)` per picture."""
     index = 0
     with file.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
@@ -82,7 +88,7 @@ def write_suite(
 def write_questions(
     writer: Any, first: int, cell: str, path: str, asked: Sequence[Question]
 ) -> None:
-    """Rows of one picture: the first holds it, the others name the first."""
+    """Write the rows of one picture: the first row holds it, the others refer to the first."""
     for turn, one in enumerate(asked):
         image = cell if turn == 0 else str(first)
         writer.writerow([first + turn, image, path, one.text, one.answer, one.category])
@@ -98,18 +104,21 @@ def write_lessons(
     workers: int = 0,
     short: bool = False,
 ) -> None:
-    """`lessons.jsonl`, one conversation a line, and `pictures/` beside it, to train on.
+    """Write training data: `lessons.jsonl`, one conversation a line, and `pictures/`.
 
-    A scene with many questions comes in several conversations; some lessons seek one detail among
-    several pictures or in a text, unless all are to be `short`. A lesson is a function of the seed
-    and its number: `workers` processes, or none, write the same.
+    A scene with many questions is split into several conversations. Without `short`, some lessons
+    ask about one detail in several pictures or in a long text. A lesson depends only on the seed
+    and its number, so any number of `workers` writes the same files.
     """
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
+    parts = [
+        range(first, min(first + LESSONS_PER_TASK, count))
+        for first in range(0, count, LESSONS_PER_TASK)
+    ]
     with (folder / LESSONS).open("w", encoding="utf-8") as handle, ExitStack() as stack:
         draw = partial(_draw_part, folder, atlas, world, seed, short)
         if workers:
-            # Not forked: a process that has threads, as torch starts them, may not be.
+            # Spawned: forking a process with threads, such as torch's, is unsafe.
             pool = ProcessPoolExecutor(workers, get_context("spawn"))
             stack.callback(pool.shutdown, cancel_futures=True)
             with block_interrupts():
@@ -124,7 +133,7 @@ def write_lessons(
 def _draw_part(
     folder: Path, atlas: Atlas, world: World, seed: int, short: bool, numbers: range
 ) -> str:
-    """Pictures of some lessons as files, and their lines."""
+    """Write the pictures of some lessons; return their lines of JSON."""
     lines = []
     for number in numbers:
         before, scenes, asked = _draw_one(
@@ -133,9 +142,12 @@ def _draw_part(
         names = [f"{PICTURES}/{number:07d}-{i}.png" for i in range(len(scenes))]
         for name, scene in zip(names, scenes, strict=True):
             render(scene, atlas).save(folder / name, compress_level=1)
-        for first in range(0, len(asked), TURNS):
+        for first in range(0, len(asked), QUESTIONS_PER_CONVERSATION):
             line = conversation(
-                f"scene-{number}-{first}", names, asked[first : first + TURNS], before
+                f"scene-{number}-{first}",
+                names,
+                asked[first : first + QUESTIONS_PER_CONVERSATION],
+                before,
             )
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
@@ -144,15 +156,15 @@ def _draw_part(
 def _draw_one(
     rng: Random, world: World, number: int | None
 ) -> tuple[str, Sequence[Scene], Sequence[Question]]:
-    """Text that comes before the first question, pictures, and questions of lesson `number`.
+    """Text before the first question, scenes and questions of lesson `number`.
 
-    Without a number it is about one picture, never a long one.
+    None for `number` gives a lesson about one picture.
     """
     if number is not None and number % LONG_EVERY == 1:
-        scenes, pair = draw_pictures(rng, world, rng.randint(2, MOST_PICTURES))
+        scenes, pair = draw_pictures(rng, world, rng.randint(2, MAX_PICTURES))
         return "", scenes, pair
     if number is not None and number % LONG_EVERY == 2 and world.words:
-        text, pair, _ = draw_text(rng, world, rng.randint(4, MOST_SENTENCES))
+        text, pair, _ = draw_text(rng, world, rng.randint(4, MAX_SENTENCES))
         return f"{text}\n", (), pair
     scene, asked = draw_lesson(rng, world)
     return "", (scene,), asked
@@ -161,7 +173,7 @@ def _draw_one(
 def conversation(
     name: str, pictures: Sequence[str], asked: Sequence[Question], before: str = ""
 ) -> dict[str, object]:
-    """A line of training data: pictures and text come with the first question."""
+    """One training record; pictures and the text `before` belong to the first question."""
     turns: list[dict[str, str]] = []
     for one in asked:
         text = one.text if turns else before + one.text

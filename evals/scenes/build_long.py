@@ -1,7 +1,6 @@
-"""The suite of long inputs as a table, its pictures as files beside it.
+"""Writer of the long-input suite: a table, with the pictures in files beside it.
 
-Pictures come from one pool, so that a row of 480 of them costs no more on disk than one: which of
-them a row shows, and in what order, is its own.
+All rows share one pool of pictures, so that a row with hundreds of them takes little disk space.
 """
 
 from __future__ import annotations
@@ -29,20 +28,26 @@ from mmmamba_evals.scenes.scene import Question
 from mmmamba_evals.scenes.world import World
 
 LONG_TABLE, POOL_FOLDER = "SCENES_LONG.tsv", "pool"
-# Pictures, tiles along a side, and sentences, for about so many tokens of the shipped teacher.
+# Number of pictures, tiles per side and sentences by approximate prompt length in tokens of the
+# shipped teacher.
 PICTURES_OF = {"1K": 14, "2K": 28, "4K": 57, "8K": 115, "16K": 230, "32K": 460}
 SIDE_OF = {"1K": 3, "2K": 5, "4K": 8}
 SENTENCES_OF = {"1K": 72, "2K": 150, "4K": 300, "8K": 600, "16K": 1200, "32K": 2400}
-# Pictures or texts of each length, with two questions each.
-EACH = 25
-# Scenes of the pool, by the class that none of them shows.
-POOL = 512
+# Inputs per length, with two questions each.
+INPUTS_PER_LENGTH = 25
+# Scenes in the pool.
+POOL_SIZE = 512
 
 
 def write_long_suite(
-    folder: Path, atlas: Atlas, world: World, seed: int, each: int = EACH, pool: int = POOL
+    folder: Path,
+    atlas: Atlas,
+    world: World,
+    seed: int,
+    each: int = INPUTS_PER_LENGTH,
+    pool: int = POOL_SIZE,
 ) -> int:
-    """The table and its pool of pictures; returns the number of questions."""
+    """Write the table and its pool of pictures; return the number of questions."""
     (folder / POOL_FOLDER).mkdir()
     index = 0
     with (folder / LONG_TABLE).open("w", encoding="utf-8", newline="") as handle:
@@ -68,7 +73,7 @@ Row = tuple[str, str, Any, str]
 def _write_pool(
     folder: Path, atlas: Atlas, world: World, seed: int, pool: int
 ) -> list[frozenset[str]]:
-    """Scenes with nothing asked about them; returns what each shows."""
+    """Write the pool of scenes; return the classes that each shows."""
     shown = []
     for number in range(pool):
         rng = Random(f"{seed} pool {number}")
@@ -82,7 +87,7 @@ def _write_pool(
 def _many(
     folder: Path, atlas: Atlas, world: World, seed: int, each: int, shown: list[frozenset[str]]
 ) -> Iterator[Row]:
-    """Rows of many pictures: all but one from the pool, those that show neither thing asked."""
+    """Rows of many pictures; all but one are from the pool and show neither of the two classes."""
     for length, pictures in PICTURES_OF.items():
         for number in range(each):
             rng = Random(f"{seed} {PICTURES} {length} {number}")

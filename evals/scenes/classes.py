@@ -1,4 +1,4 @@
-"""The table of things that can be drawn, and how English speaks of them."""
+"""The table of object classes, and English articles, plurals and number words."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from importlib import resources
 import inflect
 import yaml
 
-# Plurals that the library forms otherwise than people do.
-OWN_PLURALS = {"burrito": "burritos", "flamingo": "flamingos"}
+# Plurals that inflect gets wrong.
+PLURAL_OVERRIDES = {"burrito": "burritos", "flamingo": "flamingos"}
 
 
 @dataclass(frozen=True)
 class ObjectClass:
-    """A noun; `themes` are the places where one meets the thing, `code` its emoji's code points.
+    """A noun with its themes (places where it is found) and its emoji's code points.
 
-    `ships` where it is in the shipped atlas.
+    `ships`: whether it is in the shipped atlas.
     """
 
     name: str
@@ -42,7 +42,7 @@ def class_table() -> Mapping[str, ObjectClass]:
 @cache
 def _english() -> inflect.engine:
     engine = inflect.engine()
-    for noun, plural_form in OWN_PLURALS.items():
+    for noun, plural_form in PLURAL_OVERRIDES.items():
         engine.defnoun(noun, plural_form)
     return engine
 
@@ -55,7 +55,7 @@ def with_article(noun: str) -> str:
 
 @cache
 def plural(noun: str) -> str:
-    """`apples`, `buses`, `knives`; the noun itself where both are one, `sheep`."""
+    """`apples`, `buses`, `knives`; `sheep` for `sheep`."""
     return str(_english().plural_noun(noun))
 
 

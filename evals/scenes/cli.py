@@ -75,7 +75,7 @@ def build(
     from mmmamba_cli.checkpoint import atomic_folder
     from mmmamba_cli.checkpoint.atomic import check_replaceable, unlisted_files
     from mmmamba_evals.scenes.build import LESSONS, PICTURES, TABLE, write_lessons, write_suite
-    from mmmamba_evals.scenes.sampling import SPLITS, askable
+    from mmmamba_evals.scenes.sampling import SPLITS, available_categories
 
     drawn, world = _open(atlas, style)
     known = (TABLE, LESSONS, f"{PICTURES}/*.png")
@@ -87,7 +87,7 @@ def build(
         if_interrupted(f"nothing was written to {folder}; repeat the command"),
         atomic_folder(folder, overwrite, check) as partial,
     ):
-        total = pictures * (len(SPLITS) + len(askable(world)))
+        total = pictures * (len(SPLITS) + len(available_categories(world)))
         with progress("drawing the suite", total, "pictures") as advance:
             asked = write_suite(partial / TABLE, drawn, world, seed, pictures, pictures, advance)
         if lessons:
@@ -124,13 +124,13 @@ def sheet(
     from random import Random
 
     from mmmamba_cli.errors import DataError
-    from mmmamba_evals.scenes.blind import draws_of
+    from mmmamba_evals.scenes.blind import category_draws
     from mmmamba_evals.scenes.render import contact_sheet, render
 
     if file.exists() and not overwrite:
         raise DataError(f"{file} already exists", "--overwrite replaces it")
     drawn, world = _open(atlas, style)
-    draws = draws_of(world)
+    draws = category_draws(world)
     pictures = []
     for row in range(rows):
         for name, draw in draws.items():

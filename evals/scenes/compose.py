@@ -1,4 +1,4 @@
-"""From what a scene is to have to a scene: backgrounds, sizes, places."""
+"""Composition of scenes from their contents: backgrounds, sizes and positions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from mmmamba_evals.scenes.scene import RGB, Background, Lettering, Scene, Thing
 from mmmamba_evals.scenes.world import World
 
 SIDE = 224
-# Longest side of a thing in a picture of SIDE, and where there are many of them.
-SIZES, SIZES_OF_MANY, MANY = (40.0, 100.0), (36.0, 72.0), 5
-TILT = 12.0
-LETTERS_HIGH = (28.0, 48.0)
-# Width of a letter's box in units of its height, and the most of the picture a word may take.
-LETTER_WIDTH, MOST_WIDTH = 0.7, 0.88
-# Brightness (0 to 255) that a word differs in from what is behind it.
-CONTRAST = 110.0
+# Longest side of a thing in pixels, and that in scenes with more than CROWDED things.
+SIZE_RANGE, CROWDED_SIZE_RANGE, CROWDED = (40.0, 100.0), (36.0, 72.0), 5
+MAX_TILT_DEGREES = 12.0
+LETTER_HEIGHT_RANGE = (28.0, 48.0)
+# Letter width relative to its height, and the largest share of the picture's width for a word.
+LETTER_ASPECT, MAX_WORD_WIDTH = 0.7, 0.88
+# Smallest difference in brightness (0 to 255) between a word and its background.
+MIN_CONTRAST = 110.0
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """`count` things of a class, turned to a colour if one is named."""
+    """`count` things of a class, recoloured to `colour` if it is given."""
 
     name: str
     count: int = 1
@@ -38,15 +38,16 @@ def compose(
     width: int = SIDE,
     height: int = SIDE,
 ) -> Scene:
-    """A scene with just these contents, at random sizes and places. Pixels as in `scene`."""
+    """A scene with these contents at random sizes and positions, in pixels."""
     background = _background(rng)
     wanted = [one for one in contents for _ in range(one.count)]
-    low, high = SIZES_OF_MANY if len(wanted) > MANY else SIZES
+    low, high = CROWDED_SIZE_RANGE if len(wanted) > CROWDED else SIZE_RANGE
     sizes = [rng.uniform(low, high) for _ in wanted]
     boxes = [(size, size) for size in sizes]
     for word in words:
-        letters = rng.uniform(*LETTERS_HIGH)
-        boxes.append((min(letters * LETTER_WIDTH * len(word), MOST_WIDTH * width), letters))
+        letters = rng.uniform(*LETTER_HEIGHT_RANGE)
+        word_width = min(letters * LETTER_ASPECT * len(word), MAX_WORD_WIDTH * width)
+        boxes.append((word_width, letters))
     places = place_boxes(rng, boxes, width, height)
     letterings = tuple(
         _lettering(rng, world, word, box, _readable(rng, background))
@@ -69,7 +70,7 @@ def _thing(rng: Random, world: World, one: Content, x: float, y: float, size: fl
         variant = rng.randrange(world.variants[one.name])
     else:
         variant = rng.choice(world.colourable[one.name])
-    angle, flip = rng.uniform(-TILT, TILT), rng.random() < 0.5
+    angle, flip = rng.uniform(-MAX_TILT_DEGREES, MAX_TILT_DEGREES), rng.random() < 0.5
     return Thing(one.name, variant, x, y, size, angle, flip, one.colour)
 
 
@@ -78,14 +79,14 @@ def _background(rng: Random) -> Background:
     first = _muted(rng)
     if kind == "flat":
         return Background(kind, first, first)
-    # Shades that lie near each other: a background is no drawing.
+    # Similar shades, so that the background is not mistaken for an object.
     second = tuple(min(255, max(0, part + rng.randint(-45, 45))) for part in first)
     angle, frequency = rng.uniform(0, 180), rng.uniform(1.5, 8.0)
     return Background(kind, first, (second[0], second[1], second[2]), angle, frequency)
 
 
 def _muted(rng: Random) -> RGB:
-    """Any brightness, little saturation: no hue that somebody may be asked about."""
+    """A random colour of low saturation, which has none of the hues that questions name."""
     grey, spread = rng.randint(40, 245), 32
     parts = [min(255, max(0, grey + rng.randint(-spread, spread))) for _ in range(3)]
     return parts[0], parts[1], parts[2]
@@ -95,10 +96,10 @@ def _readable(rng: Random, background: Background) -> RGB:
     behind = (brightness(background.first) + brightness(background.second)) / 2
     while True:
         colour = (rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
-        if abs(brightness(colour) - behind) >= CONTRAST:
+        if abs(brightness(colour) - behind) >= MIN_CONTRAST:
             return colour
 
 
 def brightness(colour: RGB) -> float:
-    """Of 0 to 255, as ITU-R BT.601 weighs the parts."""
+    """Luma of 0 to 255 (ITU-R BT.601)."""
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]

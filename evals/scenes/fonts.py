@@ -1,4 +1,4 @@
-"""Fonts for words in pictures: those that ship, by index, and words as masks."""
+"""The shipped fonts, by index, and word masks drawn with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEEN, UNSEEN = "seen", "unseen"
 
 @dataclass(frozen=True)
 class Font:
-    """A file in `fonts/`; `split` says whether the shipped teacher was trained on it."""
+    """A file in `fonts/`. `split`: whether the shipped teacher was trained on it."""
 
     file: str
     family: str
@@ -38,13 +38,13 @@ def fonts_of(split: str) -> tuple[int, ...]:
 @cache
 def _load(index: int, size: int) -> ImageFont.FreeTypeFont:
     data = (resources.files(__package__) / "fonts" / all_fonts()[index].file).read_bytes()
-    # Pillow shapes words (kerning, ligatures) only where it finds a library of the system's: on a
-    # bare machine a suite would be drawn in another way.
+    # Basic layout: Pillow's complex layout needs a system library, and pictures must not depend on
+    # the machine.
     return ImageFont.truetype(BytesIO(data), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def word_mask(word: str, font: int, size: int = 48) -> np.ndarray:
-    """The word in black on nothing: (h, w) uint8, cut to its letters; `size` in pixels an em."""
+    """The word's coverage mask (h, w) uint8, cropped to the letters; `size` in pixels per em."""
     face = _load(font, size)
     left, top, right, bottom = face.getbbox(word)
     image = Image.new("L", (int(right - left) + 4, int(bottom - top) + 4))

@@ -1,9 +1,8 @@
-"""Drawing thousands of scenes a second with torch, on whatever device is there.
+"""Batched rendering of scenes with torch, on any device.
 
-What `render` draws with PIL one by one, this draws in batches, to within interpolation. In training
-every drawing is altered besides (`Augmentation`), so that a model learns things and not one
-vendor's manner. Legend: B scenes, N things and W words at most, S side of a texture, H and W of the
-picture.
+Equal to `render.render` up to interpolation. `Augmentation` alters every sprite in training, so
+that a model does not overfit to one vendor's style. Legend: B scenes, N things and W words at most,
+S side of a texture, H and W of the picture.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from mmmamba_evals.scenes.render import turned_size
 from mmmamba_evals.scenes.scene import Scene, Thing
 from mmmamba_evals.scenes.world import COLOURS, World
 
-TEXTURE = 64
+TEXTURE_SIDE = 64
 WORD_HEIGHT, WORD_WIDTH = 32, 224
 KINDS = ("flat", "gradient", "texture")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far drawings are altered: each value is the most it changes, uniformly drawn.
+    """Largest changes of the augmentation; each is drawn uniformly.
 
-    `aspect`, `brightness`, `saturation` and `contrast` are factors around 1, `tint` a shift of
-    each colour channel, `hue` in turns (things whose colour is asked about keep theirs), `blur`
-    the share of pictures that are softened, `noise` the deviation of what is added to pixels.
+    `aspect`, `brightness`, `saturation` and `contrast` are factors around 1, `tint` a shift of each
+    colour channel, `hue` in turns (recoloured things keep theirs), `angle` in degrees, `blur` the
+    share of blurred pictures, `noise` the standard deviation of Gaussian pixel noise.
     """
 
     aspect: float = 0.2
@@ -50,10 +49,13 @@ class Augmentation:
 
 
 @dataclass
-class Layouts:
-    """Scenes as arrays. `things` (B, N, 6): texture or -1, x, y, pixels of output for one of the
-    texture, angle in radians, 1 or -1 for mirrored; `hue` (B, N) turns to turn by; `keeps` (B, N)
-    whether its colour matters; `grounds` (B, 9); `words` (B, W, 8)."""
+class SceneBatch:
+    """A batch of scenes as arrays.
+
+    `things` (B, N, 6): texture index or -1, x, y, output pixels per texture pixel, angle in
+    radians, -1 if mirrored else 1. `hue` (B, N): hue rotation in turns. `keeps` (B, N): whether the
+    colour is asked about. `grounds` (B, 9): backgrounds. `words` (B, W, 8).
+    """
 
     width: int
     height: int
@@ -64,8 +66,8 @@ class Layouts:
     words: np.ndarray
 
 
-class Layouter:
-    """From scenes to arrays: knows the number of each texture and word, needs no device."""
+class SceneEncoder:
+    """Encodes scenes as arrays of texture and word indexes, on the CPU."""
 
     def __init__(self, atlas: Atlas, world: World):
         self.sprites = [
@@ -78,8 +80,8 @@ class Layouter:
         self.words = [(word, font) for word in world.words for font in world.fonts]
         self._word = {key: i for i, key in enumerate(self.words)}
 
-    def layouts(self, scenes: Sequence[Scene], most_things: int) -> Layouts:
-        """Arrays of scenes of one size, each of at most `most_things`."""
+    def layouts(self, scenes: Sequence[Scene], most_things: int) -> SceneBatch:
+        """Encode scenes of one size, each with at most `most_things` things."""
         batch = len(scenes)
         things = np.zeros((batch, most_things, 6), np.float32)
         things[..., 0], things[..., 3] = -1, 1
@@ -99,15 +101,15 @@ class Layouter:
             for w, one in enumerate(scene.letterings):
                 number = self._word[one.word, one.font]
                 words[b, w] = (number, one.x, one.y, one.width, one.height, *one.colour)
-        return Layouts(scenes[0].width, scenes[0].height, things, hue, keeps, grounds, words)
+        return SceneBatch(scenes[0].width, scenes[0].height, things, hue, keeps, grounds, words)
 
     def _thing(self, thing: Thing) -> tuple[tuple[float, ...], float, bool]:
         sprite = self.atlas.sprites[thing.name][thing.variant]
         height, width = sprite.pixels.shape[:2]
-        # The texture shows the drawing with its longer side as long as the texture.
+        # The longer side of the sprite fills the texture.
         longest = max(width, height)
         box = turned_size(width / longest, height / longest, thing.angle)
-        scale = thing.size / (max(box) * TEXTURE)
+        scale = thing.size / (max(box) * TEXTURE_SIDE)
         turned, keeps = 0.0, thing.colour is not None
         if thing.colour is not None and sprite.hue is not None:
             turned = COLOURS[thing.colour] - sprite.hue
@@ -122,10 +124,10 @@ class Layouter:
         return row, turned, keeps
 
 
-class Composer:
-    """Textures of an atlas and masks of words on a device, and what draws with them."""
+class BatchRenderer:
+    """Renders batches of scenes with textures of an atlas and word masks on a device."""
 
-    def __init__(self, layouter: Layouter, device: torch.device | str):
+    def __init__(self, layouter: SceneEncoder, device: torch.device | str):
         self.device = torch.device(device)
         textures = [texture(layouter.atlas.sprites[n][v].pixels) for n, v in layouter.sprites]
         self.textures = torch.from_numpy(np.stack(textures)).to(self.device)
@@ -138,20 +140,20 @@ class Composer:
     @torch.no_grad()
     def draw(
         self,
-        layouts: Layouts,
+        layouts: SceneBatch,
         augmentation: Augmentation | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """(B, 3, H, W) float of 0..1."""
+        """Render scenes as (B, 3, H, W) float in 0..1."""
         parts: Mapping[str, Tensor] = {
             name: to_device(getattr(layouts, name), self.device)
             for name in ("things", "hue", "keeps", "grounds", "words")
         }
         x, y = _pixels(layouts.width, layouts.height, self.device)
         picture = _grounds(parts["grounds"], x / layouts.width, y / layouts.width)
-        # A thing is drawn into a window that holds it however it is turned; the window of one at
-        # the edge reaches beyond the picture.
-        window = math.ceil(float(layouts.things[..., 3].max()) * TEXTURE * 2**0.5) + 4
+        # Each thing is drawn in a window that holds it at any rotation; at the edge the window
+        # reaches beyond the picture.
+        window = math.ceil(float(layouts.things[..., 3].max()) * TEXTURE_SIDE * 2**0.5) + 4
         picture = self._put_things(picture, parts, window, augmentation, generator)
         for words in parts["words"].unbind(1):
             picture = self._write(picture, words, x, y)
@@ -167,7 +169,7 @@ class Composer:
         augmentation: Augmentation | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """The picture (B, 3, H, W) with all things in it."""
+        """The picture (B, 3, H, W) with all things pasted."""
         batch, most = parts["hue"].shape
         things = parts["things"].flatten(0, 1)
         left = (things[:, 1] - window / 2).floor().long().view(-1, 1, 1)
@@ -197,12 +199,12 @@ class Composer:
         augmentation: Augmentation | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Of M things, colours times alpha, and alpha, (M, 4, h, w) at pixels x, y (M, h, w)."""
+        """Premultiplied colours and alpha (M, 4, h, w) of M things at pixels x, y (M, h, w)."""
         number = things[:, 0].long()
         image = self.textures[number.clamp(min=0)].float() / 255
         angle, stretch = things[:, 4], torch.ones_like(hue)
         if augmentation is not None:
-            draw = Draws(len(hue), generator, self.device)
+            draw = RandomFactors(len(hue), generator, self.device)
             hue = hue + draw.around_zero(augmentation.hue) * (~keeps)
             angle = angle + math.radians(augmentation.angle) * draw.around_zero(1.0)
             stretch = draw.around_one(augmentation.aspect)
@@ -218,7 +220,7 @@ class Composer:
         mask = self.masks[number.clamp(min=0)].float().unsqueeze(1) / 255
         mask = mask * (number >= 0).view(-1, 1, 1, 1)
         size = self.mask_sizes[number.clamp(min=0)]
-        # The word fills its box in width or in height.
+        # Fit the word into its box.
         scale = torch.minimum(words[:, 3] / size[:, 0], words[:, 4] / size[:, 1])
         u = (x - words[:, 1].view(-1, 1, 1) + 0.5) / scale.view(-1, 1, 1)
         v = (y - words[:, 2].view(-1, 1, 1) + 0.5) / scale.view(-1, 1, 1)
@@ -228,8 +230,8 @@ class Composer:
 
 
 @dataclass
-class Draws:
-    """Random numbers for each of `count` scenes."""
+class RandomFactors:
+    """Random numbers, one for each of `count` things or scenes."""
 
     count: int
     generator: torch.Generator | None
@@ -240,12 +242,12 @@ class Draws:
         return (2 * unit - 1) * most
 
     def around_one(self, most: float) -> Tensor:
-        """A factor: as often 1 / (1 + most) as 1 + most."""
+        """A factor, log-uniform between 1 / (1 + most) and 1 + most."""
         return torch.exp(self.around_zero(math.log1p(most)))
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy there; on a GPU without waiting for what it still does."""
+    """Copy an array to a device; asynchronous on a GPU."""
     values = torch.from_numpy(array)
     if device.type != "cuda":
         return values.to(device)
@@ -263,18 +265,18 @@ def _pixels(width: int, height: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def texture(pixels: np.ndarray) -> np.ndarray:
-    """A drawing (h, w, 4) in the middle of (4, S, S) uint8, its longer side as long as that."""
+    """A sprite (h, w, 4) centred in (4, S, S) uint8, with its longer side scaled to S."""
     height, width = pixels.shape[:2]
-    scale = TEXTURE / max(height, width)
+    scale = TEXTURE_SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     image = Image.fromarray(pixels, "RGBA").resize(size, Image.Resampling.BICUBIC)
-    canvas = Image.new("RGBA", (TEXTURE, TEXTURE))
-    canvas.paste(image, ((TEXTURE - size[0]) // 2, (TEXTURE - size[1]) // 2))
+    canvas = Image.new("RGBA", (TEXTURE_SIDE, TEXTURE_SIDE))
+    canvas.paste(image, ((TEXTURE_SIDE - size[0]) // 2, (TEXTURE_SIDE - size[1]) // 2))
     return np.asarray(canvas).transpose(2, 0, 1)
 
 
 def _fitted_mask(word: str, font: int) -> tuple[np.ndarray, tuple[float, float]]:
-    """A word's mask in the middle of one size for all, and its own (width, height) there."""
+    """A word's mask centred in (WORD_HEIGHT, WORD_WIDTH), and its (width, height) there."""
     mask = Image.fromarray(word_mask(word, font), "L")
     scale = min(WORD_WIDTH / mask.width, WORD_HEIGHT / mask.height)
     size = (max(1, round(mask.width * scale)), max(1, round(mask.height * scale)))
@@ -285,18 +287,18 @@ def _fitted_mask(word: str, font: int) -> tuple[np.ndarray, tuple[float, float]]
 
 
 def _grid(things: Tensor, angle: Tensor, stretch: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Where in its texture each pixel of the picture lies, (B, H, W, 2) of -1..1."""
+    """Sampling coordinates of each pixel in its texture, (B, H, W, 2) in -1..1."""
     _, centre_x, centre_y, scale, _, mirrored = (part.view(-1, 1, 1) for part in things.unbind(1))
     cosine, sine = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
-    # A pixel's middle lies half a pixel inside it; y runs down, angles run anticlockwise.
+    # Pixel centres are at half integers; y runs down, angles run anticlockwise.
     dx, dy = x + 0.5 - centre_x, y + 0.5 - centre_y
     u = (dx * cosine - dy * sine) / scale * mirrored * stretch.view(-1, 1, 1)
     v = (dx * sine + dy * cosine) / scale / stretch.view(-1, 1, 1)
-    return torch.stack((u, v), -1) * (2 / TEXTURE)
+    return torch.stack((u, v), -1) * (2 / TEXTURE_SIDE)
 
 
 def _grounds(grounds: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(B, 3, H, W); x and y in units of the picture's width, see `Background`."""
+    """Backgrounds (B, 3, H, W); x and y in units of the picture's width, see `Background`."""
     kind, angle, frequency = (grounds[:, i].view(-1, 1, 1) for i in (0, 7, 8))
     along = x * angle.cos() + y * angle.sin()
     across = y * angle.cos() - x * angle.sin()
@@ -308,7 +310,7 @@ def _grounds(grounds: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def turn_hue(rgb: Tensor, by: Tensor) -> Tensor:
-    """(B, 3, ...) RGB of 0..1 with hues turned by (B,) turns; as `hues.turn_hue`."""
+    """Rotate the hues of (B, 3, ...) RGB in 0..1 by (B,) turns, as `hues.turn_hue`."""
     high, low = rgb.amax(1), rgb.amin(1)
     spread = high - low
     safe = torch.where(spread == 0, 1.0, spread)
@@ -326,8 +328,8 @@ def turn_hue(rgb: Tensor, by: Tensor) -> Tensor:
     return torch.stack(parts, 1)
 
 
-def _alter(rgb: Tensor, how: Augmentation, keeps: Tensor, draw: Draws) -> Tensor:
-    """Brightness, contrast, saturation and tint of (B, 3, S, S); asked colours change less."""
+def _alter(rgb: Tensor, how: Augmentation, keeps: Tensor, draw: RandomFactors) -> Tensor:
+    """Augment brightness, contrast, saturation and tint of (B, 3, S, S), less if `keeps`."""
 
     def each(values: Tensor) -> Tensor:
         return values.view(-1, 1, 1, 1)
@@ -343,8 +345,8 @@ def _alter(rgb: Tensor, how: Augmentation, keeps: Tensor, draw: Draws) -> Tensor
 
 
 def _soften(picture: Tensor, how: Augmentation, generator: torch.Generator | None) -> Tensor:
-    """Some pictures blurred, all of them a little noisy."""
-    draw = Draws(len(picture), generator, picture.device)
+    """Blur a share of the pictures and add noise to all."""
+    draw = RandomFactors(len(picture), generator, picture.device)
     blurred = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, 1)
     soft = (draw.around_zero(0.5) + 0.5 < how.blur).view(-1, 1, 1, 1)
     noise = torch.randn(picture.shape, generator=generator, device=picture.device)

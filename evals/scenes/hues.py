@@ -1,18 +1,19 @@
-"""Hues of drawings: which one dominates, and turning a drawing to another one."""
+"""The dominant hue of a drawing, and hue rotation."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# A pixel has a hue worth naming from this saturation and brightness on (0 to 1).
-SATURATED, BRIGHT = 0.45, 0.55
-# Of the seen pixels, so many must be like that; of those, so many within NEAR of one hue (turns).
-COLOURED, AGREEING, NEAR = 0.55, 0.85, 14 / 360
-BINS = 72
+# Smallest saturation and value (0 to 1) of a coloured pixel.
+MIN_SATURATION, MIN_VALUE = 0.45, 0.55
+# Smallest share of coloured pixels among the visible ones, and of those within MAX_HUE_OFFSET
+# (turns) of the dominant hue.
+MIN_COLOURED_SHARE, MIN_AGREEING_SHARE, MAX_HUE_OFFSET = 0.55, 0.85, 14 / 360
+HUE_BINS = 72
 
 
 def to_hsv(rgb: np.ndarray) -> np.ndarray:
-    """(..., 3) RGB of 0..1 to hue, saturation, value, each of 0..1."""
+    """Convert (..., 3) RGB to hue, saturation and value, all in 0..1."""
     high, low = rgb.max(-1), rgb.min(-1)
     spread = high - low
     safe = np.where(spread == 0, 1, spread)
@@ -27,38 +28,38 @@ def to_hsv(rgb: np.ndarray) -> np.ndarray:
 
 
 def to_rgb(hsv: np.ndarray) -> np.ndarray:
-    """The way back: value less the share of saturation that a hue lacks in each part."""
+    """Convert (..., 3) hue, saturation and value to RGB, all in 0..1."""
     hue, saturation, value = (hsv[..., i : i + 1] for i in range(3))
     k = (np.array([5.0, 3.0, 1.0]) + hue * 6) % 6
     return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
 
 
 def dominant_hue(pixels: np.ndarray) -> float | None:
-    """The hue in turns that a drawing (h, w, 4) uint8 has, if anyone would call it by one colour.
+    """The dominant hue, in turns, of a drawing (h, w, 4) uint8 RGBA.
 
-    None if it is pale or dark, or of several hues. Browns, which are dark oranges, are left out.
+    None if the drawing is pale, dark or of several hues. Browns (dark oranges) count as dark.
     """
-    seen = pixels[..., 3] >= 128
-    if not seen.any():
+    visible = pixels[..., 3] >= 128
+    if not visible.any():
         return None
-    hsv = to_hsv(pixels[seen][:, :3] / 255)
-    coloured = (hsv[:, 1] >= SATURATED) & (hsv[:, 2] >= BRIGHT)
-    if coloured.mean() < COLOURED:
+    hsv = to_hsv(pixels[visible][:, :3] / 255)
+    coloured = (hsv[:, 1] >= MIN_SATURATION) & (hsv[:, 2] >= MIN_VALUE)
+    if coloured.mean() < MIN_COLOURED_SHARE:
         return None
     hues = hsv[coloured, 0]
-    counts, edges = np.histogram(hues, BINS, (0, 1))
-    # Smoothed around the circle, so that a hue between two bins is not split.
+    counts, edges = np.histogram(hues, HUE_BINS, (0, 1))
+    # Smooth circularly, so that a hue between two bins is not split.
     smooth = counts + np.roll(counts, 1) + np.roll(counts, -1)
-    peak = edges[int(smooth.argmax())] + 0.5 / BINS
+    peak = edges[int(smooth.argmax())] + 0.5 / HUE_BINS
     offsets = (hues - peak + 0.5) % 1 - 0.5
-    near = np.abs(offsets) <= NEAR
-    if near.mean() < AGREEING:
+    near = np.abs(offsets) <= MAX_HUE_OFFSET
+    if near.mean() < MIN_AGREEING_SHARE:
         return None
     return float((peak + np.median(offsets[near])) % 1)
 
 
 def turn_hue(rgb: np.ndarray, by: float) -> np.ndarray:
-    """(..., 3) RGB of 0..1 with every hue turned by so many turns."""
+    """Rotate the hues of (..., 3) RGB in 0..1 by `by` turns."""
     hsv = to_hsv(rgb)
     hsv[..., 0] = (hsv[..., 0] + by) % 1
     return to_rgb(hsv)

@@ -1,4 +1,4 @@
-"""Where things go, so that none covers another. Boxes are (x, y, width, height) by centre."""
+"""Random placement of boxes without overlap. A box is (x, y, width, height) by its centre."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from mmmamba_cli.errors import DataError
 
 Box = tuple[float, float, float, float]
 
-# Pixels between any two boxes, and between a box and the edge.
-GAP = 3.0
-TRIES = 30
-SHRINK = 0.85
-ROUNDS = 12
+# Smallest distance in pixels between two boxes, and between a box and the edge.
+MIN_GAP = 3.0
+TRIES_PER_BOX = 30
+SHRINK_FACTOR = 0.85
+MAX_ROUNDS = 12
 
 
 def place_boxes(
     rng: Random, sizes: Sequence[tuple[float, float]], width: float, height: float
 ) -> list[Box]:
-    """A place for each (width, height), none over another or the edge.
+    """Place a box of each (width, height) without overlaps.
 
-    Where they do not fit, all are made smaller. Raises `DataError` if even that does not help.
+    All boxes shrink if they do not fit. Raises `DataError` after MAX_ROUNDS.
     """
     scale = 1.0
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ROUNDS):
         found = _try_to_place(rng, sizes, scale, width, height)
         if found is not None:
             return found
-        scale *= SHRINK
+        scale *= SHRINK_FACTOR
     raise DataError(
         f"{len(sizes)} things do not fit into a picture of {width:.0f} x {height:.0f}",
         "ask for fewer things or a larger picture",
@@ -42,7 +42,7 @@ def _try_to_place(
     width: float,
     height: float,
 ) -> list[Box] | None:
-    # The large ones first: they have the fewest places left.
+    # Large boxes first: they have the fewest free positions.
     order = sorted(range(len(sizes)), key=lambda i: -max(sizes[i]))
     boxes: dict[int, Box] = {}
     for i in order:
@@ -57,12 +57,12 @@ def _try_to_place(
 def _find_place(
     rng: Random, w: float, h: float, others: Sequence[Box], width: float, height: float
 ) -> Box | None:
-    room_x, room_y = width - w - 2 * GAP, height - h - 2 * GAP
+    room_x, room_y = width - w - 2 * MIN_GAP, height - h - 2 * MIN_GAP
     if room_x < 0 or room_y < 0:
         return None
-    for _ in range(TRIES):
-        x = GAP + w / 2 + rng.random() * room_x
-        y = GAP + h / 2 + rng.random() * room_y
+    for _ in range(TRIES_PER_BOX):
+        x = MIN_GAP + w / 2 + rng.random() * room_x
+        y = MIN_GAP + h / 2 + rng.random() * room_y
         box = (x, y, w, h)
         if not any(overlap(box, other) for other in others):
             return box
@@ -70,8 +70,8 @@ def _find_place(
 
 
 def overlap(one: Box, other: Box) -> bool:
-    """Whether two boxes come closer than the gap."""
+    """Whether two boxes are closer than MIN_GAP."""
     return (
-        abs(one[0] - other[0]) < (one[2] + other[2]) / 2 + GAP
-        and abs(one[1] - other[1]) < (one[3] + other[3]) / 2 + GAP
+        abs(one[0] - other[0]) < (one[2] + other[2]) / 2 + MIN_GAP
+        and abs(one[1] - other[1]) < (one[3] + other[3]) / 2 + MIN_GAP
     )

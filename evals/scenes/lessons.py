@@ -1,15 +1,15 @@
-"""Scenes to learn from: one picture, many questions, and a list of everything in it.
+"""Training scenes: one picture with many questions and a list of everything in it.
 
-The questions are those of `sampling`, asked about one scene at once: what is true and what is not
-in one breath, since it is their difference that teaches. The same is asked openly, because an
-answer of one word teaches more than yes or no, and lists of all things and of all words teach most.
+The yes/no questions are those of `sampling`, true and false ones about the same scene. Open
+questions are added because a word carries more training signal than yes or no, and a list of all
+things or words carries most.
 """
 
 from __future__ import annotations
 
 from random import Random
 
-from mmmamba_evals.scenes import questions as say
+from mmmamba_evals.scenes import questions as templates
 from mmmamba_evals.scenes.classes import number_word
 from mmmamba_evals.scenes.compose import SIDE, Content, compose
 from mmmamba_evals.scenes.questions import NO, YES
@@ -23,12 +23,12 @@ from mmmamba_evals.scenes.sampling import (
 from mmmamba_evals.scenes.scene import Question, Scene
 from mmmamba_evals.scenes.world import COLOURS, NUMBERS, World
 
-# How often a class is there to be counted, a thing is turned to another colour, a word is written,
-# and how often a picture is mostly words.
-SEVERAL, RECOLOURED, WRITTEN, READING = 0.8, 0.5, 0.6, 0.4
-MOST_THINGS, MOST_WORDS = 7, 4
-# Of what is asked openly about numbers, how often nothing is there; of a word, how often letters.
-NOTHING, SPELLED = 0.3, 0.3
+# Probabilities: of a class that appears several times, of a recoloured thing, of a word in a
+# picture of things, and of a picture that is mostly words.
+P_SEVERAL, P_RECOLOURED, P_WORD, P_READING = 0.8, 0.5, 0.6, 0.4
+MAX_THINGS, MAX_WORDS = 7, 4
+# Probabilities: of "how many" about an absent class, and of spelling instead of naming a word.
+P_ABSENT, P_SPELLING = 0.3, 0.3
 
 
 def draw_lesson(
@@ -36,7 +36,7 @@ def draw_lesson(
 ) -> tuple[Scene, list[Question]]:
     """A scene, and questions about it in random order."""
     readable = bool(world.words and world.fonts)
-    if readable and rng.random() < READING:
+    if readable and rng.random() < P_READING:
         scene, asked = _of_words(rng, world, width, height)
     else:
         scene, asked = _of_things(rng, world, readable, width, height)
@@ -49,10 +49,10 @@ def _of_things(
     split = rng.choice((RANDOM, ADVERSARIAL))
     present, absent = draw_present_and_absent(rng, world, split)
     contents = _contents(rng, world, present)
-    words = [rng.choice(world.words)] if readable and rng.random() < WRITTEN else []
+    words = [rng.choice(world.words)] if readable and rng.random() < P_WORD else []
     scene = compose(rng, world, contents, words, width, height)
     return scene, [
-        Question("list", say.LIST_ALL, list_of(scene)),
+        Question("list", templates.LIST_ALL, list_of(scene)),
         *_existence(rng, contents, absent),
         *_positions(rng, scene, contents),
         *_counts(rng, contents[0], absent),
@@ -63,29 +63,29 @@ def _of_things(
 
 
 def _of_words(rng: Random, world: World, width: int, height: int) -> tuple[Scene, list[Question]]:
-    """Several words, and a thing or two among them."""
+    """A scene of several words and one or two things."""
     present, _ = draw_present_and_absent(rng, world, RANDOM)
     contents = [Content(name) for name in present[: rng.randint(1, 2)]]
-    words = rng.sample(world.words, rng.randint(2, MOST_WORDS))
+    words = rng.sample(world.words, rng.randint(2, MAX_WORDS))
     missing = rng.sample([word for word in world.words if word not in words], 2)
     scene = compose(rng, world, contents, words, width, height)
     return scene, [
-        Question("reading", say.READ, words_of(scene)),
-        Question("list", say.LIST_ALL, list_of(scene)),
-        *(Question("OCR", say.ask_word(rng, word), YES) for word in words[:2]),
-        *(Question("OCR", say.ask_word(rng, word), NO) for word in missing),
+        Question("reading", templates.READ, words_of(scene)),
+        Question("list", templates.LIST_ALL, list_of(scene)),
+        *(Question("OCR", templates.ask_word(rng, word), YES) for word in words[:2]),
+        *(Question("OCR", templates.ask_word(rng, word), NO) for word in missing),
         *_where(rng, scene, contents),
     ]
 
 
 def _contents(rng: Random, world: World, present: list[str]) -> list[Content]:
-    """The first class is the one to be counted, the others come once."""
-    count = rng.choice(NUMBERS) if rng.random() < SEVERAL else 1
-    # From one kind of things to many: who has never seen few of them cannot count them.
-    names = present[: rng.randint(1, min(len(present), MOST_THINGS - count))]
+    """The classes of the scene; the first may appear several times, the others once."""
+    count = rng.choice(NUMBERS) if rng.random() < P_SEVERAL else 1
+    # From one class to many: counting needs training scenes with few things too.
+    names = present[: rng.randint(1, min(len(present), MAX_THINGS - count))]
     found = []
     for i, name in enumerate(names):
-        turned = name in world.colourable and rng.random() < RECOLOURED
+        turned = name in world.colourable and rng.random() < P_RECOLOURED
         colour = rng.choice(list(COLOURS)) if turned else None
         found.append(Content(name, count if i == 0 else 1, colour))
     return found
@@ -104,13 +104,13 @@ def words_of(scene: Scene) -> str:
 def _existence(rng: Random, contents: list[Content], absent: list[str]) -> list[Question]:
     there, missing = rng.choice(contents).name, rng.choice(absent)
     return [
-        Question("existence", say.ask_existence(rng, there), YES),
-        Question("existence", say.ask_existence(rng, missing), NO),
+        Question("existence", templates.ask_existence(rng, there), YES),
+        Question("existence", templates.ask_existence(rng, missing), NO),
     ]
 
 
 def _positions(rng: Random, scene: Scene, contents: list[Content]) -> list[Question]:
-    """About two pairs of things: on which side, and the right and the wrong side, yes or no."""
+    """About two pairs of things: an open question, and yes/no about the right and wrong side."""
     single = [one.name for one in contents if one.count == 1]
     if len(single) < 2:
         return []
@@ -119,9 +119,9 @@ def _positions(rng: Random, scene: Scene, contents: list[Content]) -> list[Quest
         one, other = rng.sample(single, 2)
         right, wrong = sides_of(rng, scene.named(one)[0], scene.named(other)[0])
         found += [
-            Question("side", *say.ask_side(one, right, other)),
-            Question("position", say.ask_position(rng, one, right, other), YES),
-            Question("position", say.ask_position(rng, one, wrong, other), NO),
+            Question("side", *templates.ask_side(one, right, other)),
+            Question("position", templates.ask_position(rng, one, right, other), YES),
+            Question("position", templates.ask_position(rng, one, wrong, other), NO),
         ]
     return found
 
@@ -129,12 +129,12 @@ def _positions(rng: Random, scene: Scene, contents: list[Content]) -> list[Quest
 def _counts(rng: Random, one: Content, absent: list[str]) -> list[Question]:
     wrong = rng.choice([number for number in NUMBERS if number != one.count])
     name, number = one.name, one.count
-    if rng.random() < NOTHING:
+    if rng.random() < P_ABSENT:
         name, number = rng.choice(absent), 0
     return [
-        Question("count", say.ask_how_many(name), number_word(number)),
-        Question("count", say.ask_count(rng, one.name, one.count), YES),
-        Question("count", say.ask_count(rng, one.name, wrong), NO),
+        Question("count", templates.ask_how_many(name), number_word(number)),
+        Question("count", templates.ask_count(rng, one.name, one.count), YES),
+        Question("count", templates.ask_count(rng, one.name, wrong), NO),
     ]
 
 
@@ -146,33 +146,33 @@ def _colours(rng: Random, contents: list[Content]) -> list[Question]:
     assert one.colour is not None
     wrong = rng.choice([colour for colour in COLOURS if colour != one.colour])
     return [
-        Question("colour", say.ask_which_colour(one.name), one.colour),
-        Question("colour", say.ask_colour(rng, one.name, one.colour), YES),
-        Question("colour", say.ask_colour(rng, one.name, wrong), NO),
+        Question("colour", templates.ask_which_colour(one.name), one.colour),
+        Question("colour", templates.ask_colour(rng, one.name, one.colour), YES),
+        Question("colour", templates.ask_colour(rng, one.name, wrong), NO),
     ]
 
 
 def _word(rng: Random, world: World, scene: Scene) -> list[Question]:
-    """Whether it is this word, and the word itself, or its letters one by one."""
+    """Yes/no about the word and another one, and an open question for the word or its letters."""
     if not scene.letterings:
         return []
     word = scene.letterings[0].word
     wrong = rng.choice([other for other in world.words if other != word])
     found = [
-        Question("OCR", say.ask_word(rng, word), YES),
-        Question("OCR", say.ask_word(rng, wrong), NO),
+        Question("OCR", templates.ask_word(rng, word), YES),
+        Question("OCR", templates.ask_word(rng, wrong), NO),
     ]
-    if rng.random() < SPELLED:
-        return [*found, Question("spelling", say.ask_to_spell(), " ".join(word))]
-    return [*found, Question("OCR", say.ask_which_word(), word)]
+    if rng.random() < P_SPELLING:
+        return [*found, Question("spelling", templates.ask_to_spell(), " ".join(word))]
+    return [*found, Question("OCR", templates.ask_which_word(), word)]
 
 
 def _where(rng: Random, scene: Scene, contents: list[Content]) -> list[Question]:
-    """In which ninth of the picture the middle of a thing lies."""
+    """In which cell of a 3 x 3 grid the centre of a thing lies."""
     single = [one.name for one in contents if one.count == 1]
     if not single:
         return []
     name = rng.choice(single)
     (thing,) = scene.named(name)
     row, column = int(3 * thing.y / scene.height), int(3 * thing.x / scene.width)
-    return [Question("place", say.ask_where(name), say.PLACES[row][column])]
+    return [Question("place", templates.ask_where(name), templates.PLACES[row][column])]

@@ -1,13 +1,13 @@
-"""One detail in a long input: many pictures, one picture of many tiles, or a long text.
+"""Needle-in-a-haystack inputs: many pictures, one picture of many tiles, or a long text.
 
-The detail asked about and the one that is not there are two draws of one law, as everywhere here.
+The present and the absent detail are drawn from the same distribution, as in `sampling`.
 """
 
 from __future__ import annotations
 
 from random import Random
 
-from mmmamba_evals.scenes import questions as say
+from mmmamba_evals.scenes import questions as templates
 from mmmamba_evals.scenes.compose import SIDE, Content, compose
 from mmmamba_evals.scenes.questions import NO, YES, YES_OR_NO
 from mmmamba_evals.scenes.sampling import shuffled
@@ -15,9 +15,10 @@ from mmmamba_evals.scenes.scene import Question, Scene
 from mmmamba_evals.scenes.world import COLOURS, World
 
 PICTURES, TILES, TEXT = "pictures", "tiles", "text"
-THINGS = (2, 4)
-# Pixels of the picture for each thing in a large one.
-ROOM = 15_000
+# Smallest and largest number of classes of a scene.
+CLASSES_RANGE = (2, 4)
+# Pixels per thing in a large picture.
+PIXELS_PER_THING = 15_000
 
 SENTENCE = "The {colour} {one} is {side} the {other}."
 NEEDLE = 'The secret word is "{word}".'
@@ -28,7 +29,7 @@ ABOUT_NEEDLE = 'Is the secret word "{word}"?'
 def draw_pictures(
     rng: Random, world: World, pictures: int
 ) -> tuple[list[Scene], tuple[Question, Question]]:
-    """Scenes, one of which shows a thing that no other shows; asked about it, and about another."""
+    """Scenes of which one shows the class asked about; questions on it and on an absent class."""
     there, missing = rng.sample(world.classes, 2)
     place = rng.randrange(pictures)
     scenes = []
@@ -43,10 +44,10 @@ def draw_pictures(
 def draw_large(
     rng: Random, world: World, columns: int, rows: int
 ) -> tuple[Scene, tuple[Question, Question]]:
-    """One picture of `columns` x `rows` tiles full of things, none larger than in a small one."""
+    """One picture of `columns` x `rows` tiles full of things of the usual size, and questions."""
     there, missing = rng.sample(world.classes, 2)
     width, height = columns * SIDE, rows * SIDE
-    number = max(2, width * height // ROOM)
+    number = max(2, width * height // PIXELS_PER_THING)
     names = [there]
     while len(names) < number:
         names += names_without(rng, world, {there, missing})
@@ -57,9 +58,9 @@ def draw_large(
 def draw_text(
     rng: Random, world: World, sentences: int
 ) -> tuple[str, tuple[Question, Question], str]:
-    """Sentences of no consequence with one secret among them; asked about it, and another word.
+    """Filler sentences with one secret word among them.
 
-    Returns the text, both questions, and the secret word.
+    Returns the text, the questions about the secret and about another word, and the secret.
     """
     secret, other = rng.sample(world.words, 2)
     lines = [_sentence(rng, world) for _ in range(sentences)]
@@ -75,24 +76,24 @@ def draw_text(
 def _sentence(rng: Random, world: World) -> str:
     one, other = rng.sample(world.classes, 2)
     return SENTENCE.format(
-        colour=rng.choice(list(COLOURS)), one=one, side=rng.choice(say.SIDES), other=other
+        colour=rng.choice(list(COLOURS)), one=one, side=rng.choice(templates.SIDES), other=other
     )
 
 
 def names_without(rng: Random, world: World, without: set[str]) -> list[str]:
-    """Two to four different classes of one theme, none of those in `without`."""
+    """Two to four classes of one theme, none in `without`."""
     theme = [name for name in rng.choice(list(world.themes.values())) if name not in without]
-    return rng.sample(theme, min(rng.randint(*THINGS), len(theme)))
+    return rng.sample(theme, min(rng.randint(*CLASSES_RANGE), len(theme)))
 
 
 def found_pair(
     rng: Random, category: str, there: str, missing: str, pictures: int
 ) -> tuple[Question, Question]:
-    """Whether a thing that is there is there, and one that is not, of so many pictures."""
-    where = say.ONE if pictures == 1 else say.SEVERAL
+    """The questions about the present and the absent class, in random order."""
+    where = templates.ONE_PICTURE if pictures == 1 else templates.ANY_PICTURE
     asked = [
-        Question(category, say.ask_existence(rng, there, where), YES),
-        Question(category, say.ask_existence(rng, missing, where), NO),
+        Question(category, templates.ask_existence(rng, there, where), YES),
+        Question(category, templates.ask_existence(rng, missing, where), NO),
     ]
     first, second = shuffled(rng, asked)
     return first, second

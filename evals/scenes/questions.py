@@ -1,4 +1,4 @@
-"""How a fact about a scene is asked: several wordings, chosen without looking at the answer."""
+"""Question templates; a wording is chosen independently of the answer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mmmamba_evals.scenes.classes import number_word, plural, with_article
 YES, NO = "Yes", "No"
 YES_OR_NO = " Please answer yes or no."
 
-# What the picture is called, and what several of them are.
-ONE, SEVERAL = "the picture", "any of the pictures"
+# The phrase for one picture and for several.
+ONE_PICTURE, ANY_PICTURE = "the picture", "any of the pictures"
 
 EXISTENCE = ("Is there {a} in {where}?", "Can you see {a} in {where}?", "Is {a} shown in {where}?")
 COUNT_ONE = ("Is there exactly one {noun} in {where}?", "Does {where} show exactly one {noun}?")
@@ -34,22 +34,22 @@ ACROSS = "Is the {one} left or right of the {other}?"
 UPRIGHT = "Is the {one} above or below the {other}?"
 WHERE_IS = "Where in {where} is the {noun}?"
 
-# Rows and columns of the ninths of a picture.
+# Cells of a 3 x 3 grid over the picture, by row and column.
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "middle", "right"),
     ("bottom left", "bottom", "bottom right"),
 )
 SIDES = ("to the left of", "to the right of", "above", "below")
-# What a side is called as an answer.
+# The sides as answers.
 SIDE_NAMES = ("left", "right", "above", "below")
 
 
-def ask_existence(rng: Random, name: str, where: str = ONE) -> str:
+def ask_existence(rng: Random, name: str, where: str = ONE_PICTURE) -> str:
     return rng.choice(EXISTENCE).format(a=with_article(name), where=where) + YES_OR_NO
 
 
-def ask_count(rng: Random, name: str, number: int, where: str = ONE) -> str:
+def ask_count(rng: Random, name: str, number: int, where: str = ONE_PICTURE) -> str:
     forms = COUNT_ONE if number == 1 else COUNT_MANY
     text = rng.choice(forms).format(
         noun=name, nouns=plural(name), number=number_word(number), where=where
@@ -58,19 +58,21 @@ def ask_count(rng: Random, name: str, number: int, where: str = ONE) -> str:
 
 
 def ask_position(rng: Random, one: str, side: str, other: str) -> str:
-    return rng.choice(POSITION).format(one=one, side=side, other=other, where=ONE) + YES_OR_NO
+    return (
+        rng.choice(POSITION).format(one=one, side=side, other=other, where=ONE_PICTURE) + YES_OR_NO
+    )
 
 
 def ask_colour(rng: Random, name: str, colour: str) -> str:
-    return rng.choice(COLOUR).format(noun=name, colour=colour, where=ONE) + YES_OR_NO
+    return rng.choice(COLOUR).format(noun=name, colour=colour, where=ONE_PICTURE) + YES_OR_NO
 
 
 def ask_word(rng: Random, word: str) -> str:
-    return rng.choice(WRITTEN).format(word=word, where=ONE) + YES_OR_NO
+    return rng.choice(WRITTEN).format(word=word, where=ONE_PICTURE) + YES_OR_NO
 
 
 def ask_how_many(name: str) -> str:
-    return HOW_MANY.format(nouns=plural(name), where=ONE)
+    return HOW_MANY.format(nouns=plural(name), where=ONE_PICTURE)
 
 
 def ask_which_colour(name: str) -> str:
@@ -78,18 +80,18 @@ def ask_which_colour(name: str) -> str:
 
 
 def ask_which_word() -> str:
-    return WHICH_WORD.format(where=ONE)
+    return WHICH_WORD.format(where=ONE_PICTURE)
 
 
 def ask_to_spell() -> str:
-    return SPELL.format(where=ONE)
+    return SPELL.format(where=ONE_PICTURE)
 
 
 def ask_side(one: str, side: str, other: str) -> tuple[str, str]:
-    """Which of the two sides of its direction, and the answer if it is `side`."""
+    """The question for the side along its axis, and the answer if it is `side`."""
     form = ACROSS if side in SIDES[:2] else UPRIGHT
     return form.format(one=one, other=other), SIDE_NAMES[SIDES.index(side)]
 
 
 def ask_where(name: str) -> str:
-    return WHERE_IS.format(noun=name, where=ONE)
+    return WHERE_IS.format(noun=name, where=ONE_PICTURE)

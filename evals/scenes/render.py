@@ -1,4 +1,4 @@
-"""Drawing a scene with PIL: the reference of what a scene looks like."""
+"""The reference renderer of scenes, with PIL."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def draw_background(background: Background, width: int, height: int) -> np.ndarr
 
 
 def _drawing(thing: Thing, atlas: Atlas) -> Image.Image:
-    """The sprite as it will be pasted: turned, mirrored, coloured, of its size."""
+    """The sprite recoloured, mirrored, scaled and rotated, ready to be pasted."""
     sprite = atlas.sprites[thing.name][thing.variant]
     pixels = sprite.pixels
     if thing.colour is not None and sprite.hue is not None:
@@ -63,7 +63,7 @@ def _drawing(thing: Thing, atlas: Atlas) -> Image.Image:
 
 
 def turned_size(width: float, height: float, angle: float) -> tuple[float, float]:
-    """Width and height of the box around a box turned by `angle` degrees."""
+    """Width and height of the bounding box of a box rotated by `angle` degrees."""
     sine, cosine = abs(math.sin(math.radians(angle))), abs(math.cos(math.radians(angle)))
     return width * cosine + height * sine, width * sine + height * cosine
 
@@ -78,7 +78,7 @@ def _write(picture: Image.Image, lettering: Lettering) -> None:
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size side by side, with a line between them."""
+    """Pictures of equal size in a grid, with a line between them."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + 2), rows * (height + 2)), "white")

@@ -1,9 +1,9 @@
-"""Scenes with questions whose answer cannot be told without looking.
+"""Scenes with questions that cannot be answered from the text alone.
 
-What a question names is drawn before it is decided whether it is right. A scene's contents and
-what it lacks are two draws of one law, A and B, thrown away together where they share a class:
-(A, B) and (B, A) are equally likely, so no phrase leans to yes or no. Which of two things is on the
-left, which of two numbers, colours or words is the right one, is settled in the same way.
+The content of a question is drawn before its answer. The classes of a scene and the absent classes
+are two draws A and B from the same distribution, both rejected if they share a class. (A, B) and
+(B, A) are equally likely, so no wording is correlated with yes or no. The same holds for the order
+of two things, and for the right one of two numbers, colours or words.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from zlib import crc32
 
-from mmmamba_evals.scenes import questions as say
+from mmmamba_evals.scenes import questions as templates
 from mmmamba_evals.scenes.compose import Content, compose
 from mmmamba_evals.scenes.questions import NO, YES
 from mmmamba_evals.scenes.scene import Question, Scene, Thing
@@ -22,15 +22,15 @@ RANDOM, POPULAR, ADVERSARIAL = "random", "popular", "adversarial"
 SPLITS = (RANDOM, POPULAR, ADVERSARIAL)
 PAIRS = ("existence", "count", "position", "colour", "OCR")
 
-Asked = tuple[Scene, list[Question]]
-Draw = Callable[[Random, World], Asked]
+SceneQuestions = tuple[Scene, list[Question]]
+Draw = Callable[[Random, World], SceneQuestions]
 
 
 def draw_classes(rng: Random, theme: Sequence[str], number: int, popular: bool) -> list[str]:
-    """Different classes of a theme; popular ones come with the weight of 1 / rank."""
+    """Distinct classes of a theme, uniformly, or with weight 1 / rank if `popular`."""
     if not popular:
         return rng.sample(theme, number)
-    # A rank that has nothing to do with the alphabet, the same on every machine.
+    # A rank independent of the alphabet, and the same on every machine.
     ranked = sorted(theme, key=lambda name: crc32(name.encode()))
     weights = [1 / rank for rank in range(1, len(ranked) + 1)]
     found: list[str] = []
@@ -44,8 +44,11 @@ def draw_classes(rng: Random, theme: Sequence[str], number: int, popular: bool) 
 def draw_present_and_absent(
     rng: Random, world: World, split: str, most: int = 5
 ) -> tuple[list[str], list[str]]:
-    """Classes a scene has, and as many that it lacks: by `split`, those of some other scene, those
-    of some other scene where popular ones are frequent, or those that often come with it."""
+    """Classes of a scene, and equally many absent ones, with POPE's negatives by `split`.
+
+    Random and popular: from a random theme, popular with weight 1 / rank. Adversarial: from the
+    theme of the scene.
+    """
     themes = list(world.themes.values())
     number = rng.randint(3, max(3, most))
     while True:
@@ -61,64 +64,64 @@ def draw_present_and_absent(
             return present, absent
 
 
-def ask_about_objects(rng: Random, world: World, split: str, each: int = 3) -> Asked:
-    """As POPE: up to `each` questions about what is there, as many about what is not."""
+def ask_about_objects(rng: Random, world: World, split: str, each: int = 3) -> SceneQuestions:
+    """As POPE: up to `each` questions about present classes and as many about absent ones."""
     present, absent = draw_present_and_absent(rng, world, split)
     scene = compose(rng, world, [Content(name) for name in present])
-    asked = [Question(split, say.ask_existence(rng, name), YES) for name in present[:each]]
-    asked += [Question(split, say.ask_existence(rng, name), NO) for name in absent[:each]]
+    asked = [Question(split, templates.ask_existence(rng, name), YES) for name in present[:each]]
+    asked += [Question(split, templates.ask_existence(rng, name), NO) for name in absent[:each]]
     return scene, shuffled(rng, asked)
 
 
-def ask_existence_pair(rng: Random, world: World) -> Asked:
+def ask_existence_pair(rng: Random, world: World) -> SceneQuestions:
     scene, asked = ask_about_objects(rng, world, RANDOM, each=1)
     return scene, [Question("existence", one.text, one.answer) for one in asked]
 
 
-def ask_count_pair(rng: Random, world: World) -> Asked:
-    """The right number and another one; both uniform."""
+def ask_count_pair(rng: Random, world: World) -> SceneQuestions:
+    """About the right number and a wrong one, both uniform."""
     names, _ = draw_present_and_absent(rng, world, RANDOM, most=3)
     right, wrong = rng.sample(NUMBERS, 2)
     contents = [Content(names[0], right), *(Content(n) for n in names[1 : rng.randint(1, 3)])]
     asked = [
-        Question("count", say.ask_count(rng, names[0], right), YES),
-        Question("count", say.ask_count(rng, names[0], wrong), NO),
+        Question("count", templates.ask_count(rng, names[0], right), YES),
+        Question("count", templates.ask_count(rng, names[0], wrong), NO),
     ]
     return compose(rng, world, contents), shuffled(rng, asked)
 
 
-def ask_position_pair(rng: Random, world: World) -> Asked:
+def ask_position_pair(rng: Random, world: World) -> SceneQuestions:
     names, _ = draw_present_and_absent(rng, world, RANDOM)
     scene = compose(rng, world, [Content(name) for name in names])
     one, other = rng.sample(names, 2)
     right, wrong = sides_of(rng, scene.named(one)[0], scene.named(other)[0])
     asked = [
-        Question("position", say.ask_position(rng, one, right, other), YES),
-        Question("position", say.ask_position(rng, one, wrong, other), NO),
+        Question("position", templates.ask_position(rng, one, right, other), YES),
+        Question("position", templates.ask_position(rng, one, wrong, other), NO),
     ]
     return scene, shuffled(rng, asked)
 
 
-def ask_colour_pair(rng: Random, world: World) -> Asked:
-    """About a thing of one saturated hue, turned to a colour that has nothing to do with it."""
+def ask_colour_pair(rng: Random, world: World) -> SceneQuestions:
+    """About a thing of one saturated hue, recoloured at random."""
     name = rng.choice(sorted(world.colourable))
     right, wrong = rng.sample(list(COLOURS), 2)
     others, _ = draw_present_and_absent(rng, world, RANDOM, most=3)
     contents = [Content(name, 1, right), *(Content(n) for n in others[:3] if n != name)]
     asked = [
-        Question("colour", say.ask_colour(rng, name, right), YES),
-        Question("colour", say.ask_colour(rng, name, wrong), NO),
+        Question("colour", templates.ask_colour(rng, name, right), YES),
+        Question("colour", templates.ask_colour(rng, name, wrong), NO),
     ]
     return compose(rng, world, contents), shuffled(rng, asked)
 
 
-def ask_word_pair(rng: Random, world: World) -> Asked:
+def ask_word_pair(rng: Random, world: World) -> SceneQuestions:
     right, wrong = rng.sample(world.words, 2)
     names, _ = draw_present_and_absent(rng, world, RANDOM, most=3)
     scene = compose(rng, world, [Content(name) for name in names[: rng.randint(1, 3)]], [right])
     asked = [
-        Question("OCR", say.ask_word(rng, right), YES),
-        Question("OCR", say.ask_word(rng, wrong), NO),
+        Question("OCR", templates.ask_word(rng, right), YES),
+        Question("OCR", templates.ask_word(rng, wrong), NO),
     ]
     return scene, shuffled(rng, asked)
 
@@ -132,23 +135,23 @@ DRAWS: dict[str, Draw] = {
 }
 
 
-def askable(world: World) -> list[str]:
-    """Which pairs can be asked in a world: no colours without a thing that takes one, and so on."""
+def available_categories(world: World) -> list[str]:
+    """The pair categories that a world supports: colours need a recolourable class, OCR fonts."""
     lacking = {"colour": not world.colourable, "OCR": not (world.fonts and world.words)}
     return [name for name in PAIRS if not lacking.get(name, False)]
 
 
 def sides_of(rng: Random, one: Thing, other: Thing) -> tuple[str, str]:
-    """A side of `other` that `one` is on for certain, and the opposite one.
+    """A side of `other` on which `one` lies unambiguously, and the opposite side.
 
-    Boxes do not overlap, so there is a line between them that runs across or up and down.
+    Boxes do not overlap, so a horizontal or a vertical line separates them.
     """
     apart = (one.size + other.size) / 2
     found = []
     if abs(one.x - other.x) >= apart:
-        found.append(say.SIDES[:2] if one.x < other.x else say.SIDES[1::-1])
+        found.append(templates.SIDES[:2] if one.x < other.x else templates.SIDES[1::-1])
     if abs(one.y - other.y) >= apart:
-        found.append(say.SIDES[2:] if one.y < other.y else say.SIDES[:1:-1])
+        found.append(templates.SIDES[2:] if one.y < other.y else templates.SIDES[:1:-1])
     right, wrong = rng.choice(found)
     return right, wrong
 

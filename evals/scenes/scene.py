@@ -1,7 +1,7 @@
-"""What a picture shows, before anyone has drawn it.
+"""Descriptions of scenes, independent of the renderer.
 
-Lengths are in pixels of the picture, x to the right and y down; angles in degrees, anticlockwise;
-colours are RGB of 0 to 255. Who draws it, on paper of PIL or on a GPU, decides nothing.
+Lengths are in pixels, x to the right and y down; angles in degrees, anticlockwise; colours are RGB
+of 0 to 255.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """`first` and `second` mixed by a wave or a ramp; a flat one has them equal.
+    """A flat colour, or `first` and `second` blended by a gradient or a texture.
 
-    The share of `second` at (x, y) is, with s = x cos a + y sin a in units of the picture's width
-    and c the same turned by 90 degrees: s clipped to 0..1 for a gradient; (1 + sin(2 pi f s)
-    sin(2 pi f c)) / 2 for a texture of frequency f.
+    The share of `second` at (x, y) is s clipped to 0..1 for a gradient, and (1 + sin(2 pi f s)
+    sin(2 pi f c)) / 2 for a texture of frequency f, where s = x cos a + y sin a in units of the
+    picture's width and c is s rotated by 90 degrees.
     """
 
     kind: str
@@ -29,9 +29,9 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One drawing in the picture: number `variant` of its class, its longest side `size`.
+    """One sprite in the picture: `variant` of class `name`, with centre (x, y).
 
-    (x, y) is its centre. `colour` is the name of the hue it was turned to, None as it was drawn.
+    `size` is the longest side. `colour` names the hue it is recoloured to, None for its own.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Lettering:
-    """A word in a font; `height` is that of its letters' box, `width` what is left for it."""
+    """A word in a font, fitted into a box of `width` x `height` with centre (x, y)."""
 
     word: str
     font: int
@@ -59,7 +59,7 @@ class Lettering:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture of `width` x `height`; nothing in it covers anything else in it."""
+    """A picture of `width` x `height` whose objects do not overlap."""
 
     width: int
     height: int

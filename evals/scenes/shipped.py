@@ -1,4 +1,4 @@
-"""The atlas that ships: about a hundred things, drawn by two vendors."""
+"""The shipped atlas (about a hundred classes in two vendors' styles) and its suites."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
 from mmmamba_evals.scenes.world import make_world
 
 FOLDER = Path(__file__).parent / "atlas"
-# The shipped teacher was trained on the first and has never seen the second.
+# The shipped teacher was trained on the first style only.
 SEEN_STYLE, UNSEEN_STYLE = "noto", "fluent"
 STYLES = (SEEN_STYLE, UNSEEN_STYLE)
-# Nothing is trained on scenes of this seed.
+# The seed of the test suites; no training data uses it.
 TEST_SEED = 77_000_077
 
 
 def shipped_atlas(style: str = SEEN_STYLE) -> Atlas:
-    """Raises `DataError` for a style that does not ship."""
+    """The atlas of a shipped style. Raises `DataError` for another style."""
     if style not in STYLES:
         raise DataError(f"style {style} does not ship", f"give {' or '.join(STYLES)}, or a folder")
     return open_atlas(FOLDER / style)
 
 
 def build_scenes(folder: Path) -> None:
-    """`SCENES.tsv`, of the style and fonts that the shipped teacher knows."""
+    """Write `SCENES.tsv`, in the style and fonts that the shipped teacher was trained on."""
     _build(folder / TABLE, SEEN_STYLE, SEEN)
 
 
 def build_scenes_unseen(folder: Path) -> None:
-    """`SCENES_UNSEEN.tsv`, of the style and fonts that it does not."""
+    """Write `SCENES_UNSEEN.tsv`, in a style and fonts that the teacher has not seen."""
     _build(folder / "SCENES_UNSEEN.tsv", UNSEEN_STYLE, UNSEEN)
 
 
 def build_scenes_long(folder: Path) -> None:
-    """`SCENES_LONG.tsv`, of the style that it knows."""
+    """Write `SCENES_LONG.tsv`, in the style that the teacher was trained on."""
     atlas = shipped_atlas(SEEN_STYLE)
     world = make_world(atlas, fonts_of(SEEN))
     write_long_suite(folder, atlas, world, TEST_SEED)

@@ -1,4 +1,4 @@
-"""What there is to draw with: pictures of things, words, fonts, colours, and what goes together."""
+"""The vocabulary of scenes: classes by theme, words, fonts and colours."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.classes import class_table
 
-# A scene and what it lacks must be two draws from one theme, so a theme needs twice this many.
-SMALLEST_THEME = 6
-# Where classes have no theme of this size, all of them are one.
+# Present and absent classes are drawn from one theme, so a theme needs room for both.
+MIN_THEME_CLASSES = 6
+# The theme of all classes, for classes without a large enough theme.
 EVERYTHING = "everything"
 
-# Name -> hue in turns. They lie so far apart that no two of them are taken for each other.
+# Name -> hue in turns, far enough apart to be told apart.
 COLOURS: Mapping[str, float] = {
     "red": 0.0,
     "orange": 24 / 360,
@@ -30,9 +30,9 @@ NUMBERS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class World:
-    """Classes by theme, and of each class how many drawings; indexes of fonts that may be used.
+    """Classes by theme, the number of sprites per class, words, and indexes of fonts.
 
-    `colourable` are (class, variant) of one saturated hue, which can be turned to any colour.
+    `colourable` maps a class to its variants with one saturated hue, which can be recoloured.
     """
 
     themes: Mapping[str, tuple[str, ...]]
@@ -47,11 +47,11 @@ class World:
 
 
 def make_world(atlas: Atlas, fonts: Sequence[int]) -> World:
-    """The world of an atlas. Raises `DataError` if it has too few classes to ask about."""
+    """The world of an atlas. Raises `DataError` if the atlas has too few classes."""
     names = sorted(atlas.sprites)
-    if len(names) < SMALLEST_THEME:
+    if len(names) < MIN_THEME_CLASSES:
         raise DataError(
-            f"the atlas {atlas.folder} has {len(names)} classes, at least {SMALLEST_THEME} are "
+            f"the atlas {atlas.folder} has {len(names)} classes, at least {MIN_THEME_CLASSES} are "
             "needed",
             "every class is a folder CLASS/*.png",
         )
@@ -71,7 +71,7 @@ def make_world(atlas: Atlas, fonts: Sequence[int]) -> World:
 
 
 def _themes(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Classes by theme; those in no theme of some size are in one with everybody."""
+    """Classes by theme; a class without a large enough theme adds the theme of all classes."""
     table = class_table()
     found: dict[str, list[str]] = {}
     for name in names:
@@ -80,7 +80,7 @@ def _themes(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     themes = {
         theme: tuple(members)
         for theme, members in sorted(found.items())
-        if len(members) >= SMALLEST_THEME
+        if len(members) >= MIN_THEME_CLASSES
     }
     placed = {name for members in themes.values() for name in members}
     if not placed.issuperset(names):
@@ -90,6 +90,6 @@ def _themes(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 @cache
 def all_words() -> tuple[str, ...]:
-    """The words that may be written into a picture."""
+    """The words that scenes may show."""
     text = (resources.files(__package__) / "words.txt").read_text(encoding="utf-8")
     return tuple(text.split())

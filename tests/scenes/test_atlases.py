@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from mmmamba_cli.errors import DataError
-from mmmamba_evals.scenes.atlas import LARGEST, merge_atlases, open_atlas, read_sprite
+from mmmamba_evals.scenes.atlas import MAX_SPRITE_SIDE, merge_atlases, open_atlas, read_sprite
 from mmmamba_evals.scenes.render import render
-from mmmamba_evals.scenes.sampling import DRAWS, SPLITS, ask_about_objects, askable
+from mmmamba_evals.scenes.sampling import DRAWS, SPLITS, ask_about_objects, available_categories
 from mmmamba_evals.scenes.shipped import STYLES, shipped_atlas
 from mmmamba_evals.scenes.world import EVERYTHING, make_world
 
@@ -48,7 +48,7 @@ def test_photographs_need_no_change_of_code(photographs: Path) -> None:
     world = make_world(atlas, fonts=(0, 1))
     assert set(world.themes) == {EVERYTHING}
     assert "strange part a" in world.classes
-    for draw in [DRAWS[name] for name in askable(world)]:
+    for draw in [DRAWS[name] for name in available_categories(world)]:
         scene, asked = draw(Random(0), world)
         assert render(scene, atlas).size == (224, 224)
         assert {one.answer for one in asked} == {"Yes", "No"}
@@ -62,7 +62,7 @@ def test_a_photograph_stands_there_as_a_rectangle(photographs: Path) -> None:
     file = next(photographs.glob("*/photo.jpg"))
     pixels = read_sprite(file).pixels
     assert (pixels[..., 3] == 255).all()
-    assert max(pixels.shape[:2]) == LARGEST
+    assert max(pixels.shape[:2]) == MAX_SPRITE_SIDE
 
 
 def test_transparency_is_cut_off(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_without_fonts_and_vivid_things_those_questions_are_left_out(photographs
     for file in photographs.glob("*/photo.jpg"):
         Image.open(file).convert("L").save(file)
     world = make_world(open_atlas(photographs), ())
-    assert askable(world) == ["existence", "count", "position"]
+    assert available_categories(world) == ["existence", "count", "position"]
 
 
 def test_styles_can_be_drawn_from_together() -> None:

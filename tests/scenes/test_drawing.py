@@ -16,10 +16,10 @@ from PIL import ImageFont
 from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes import fonts
 from mmmamba_evals.scenes.atlas import Atlas
-from mmmamba_evals.scenes.compose import CONTRAST, Content, brightness, compose
-from mmmamba_evals.scenes.gpu import Augmentation, Composer, Layouter
+from mmmamba_evals.scenes.compose import MIN_CONTRAST, Content, brightness, compose
+from mmmamba_evals.scenes.gpu import Augmentation, BatchRenderer, SceneEncoder
 from mmmamba_evals.scenes.hues import dominant_hue, to_hsv, to_rgb, turn_hue
-from mmmamba_evals.scenes.layout import GAP, overlap, place_boxes
+from mmmamba_evals.scenes.layout import MIN_GAP, overlap, place_boxes
 from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.render import contact_sheet, draw_background, render
 from mmmamba_evals.scenes.scene import Background, Scene
@@ -47,8 +47,8 @@ def test_boxes_that_cannot_fit_are_an_error() -> None:
 
 def test_overlap_counts_the_gap() -> None:
     box = (50.0, 50.0, 20.0, 20.0)
-    assert overlap(box, (70.0 + GAP - 0.1, 50.0, 20.0, 20.0))
-    assert not overlap(box, (70.0 + GAP, 50.0, 20.0, 20.0))
+    assert overlap(box, (70.0 + MIN_GAP - 0.1, 50.0, 20.0, 20.0))
+    assert not overlap(box, (70.0 + MIN_GAP, 50.0, 20.0, 20.0))
 
 
 def test_things_cover_nothing_of_each_other(world: World, atlas: Atlas) -> None:
@@ -104,7 +104,7 @@ def test_words_stand_out(world: World) -> None:
         (lettering,) = scene.letterings
         ground = scene.background
         behind = (brightness(ground.first) + brightness(ground.second)) / 2
-        assert abs(brightness(lettering.colour) - behind) >= CONTRAST
+        assert abs(brightness(lettering.colour) - behind) >= MIN_CONTRAST
 
 
 def test_hsv_there_and_back() -> None:
@@ -139,8 +139,8 @@ def test_backgrounds_follow_their_formula() -> None:
 
 def test_drawn_in_batches_as_one_by_one(world: World, atlas: Atlas) -> None:
     scenes = [draw_lesson(Random(number), world)[0] for number in range(16)]
-    layouter = Layouter(atlas, world)
-    drawn = Composer(layouter, "cpu").draw(layouter.layouts(scenes, 7))
+    layouter = SceneEncoder(atlas, world)
+    drawn = BatchRenderer(layouter, "cpu").draw(layouter.layouts(scenes, 7))
     for scene, ours in zip(scenes, drawn, strict=True):
         reference = np.asarray(render(scene, atlas)).astype(float)
         difference = np.abs(ours.permute(1, 2, 0).numpy() * 255 - reference)
@@ -152,8 +152,8 @@ def test_drawn_in_batches_as_one_by_one(world: World, atlas: Atlas) -> None:
 
 def test_a_batch_does_not_change_its_scenes(world: World, atlas: Atlas) -> None:
     scenes = [draw_lesson(Random(number), world)[0] for number in range(6)]
-    layouter = Layouter(atlas, world)
-    composer = Composer(layouter, "cpu")
+    layouter = SceneEncoder(atlas, world)
+    composer = BatchRenderer(layouter, "cpu")
     together = composer.draw(layouter.layouts(scenes, 7))
     alone = [composer.draw(layouter.layouts([scene], 9))[0] for scene in scenes]
     assert torch.allclose(together, torch.stack(alone), atol=1e-5)
@@ -161,8 +161,8 @@ def test_a_batch_does_not_change_its_scenes(world: World, atlas: Atlas) -> None:
 
 def test_augmentation_is_a_function_of_its_generator(world: World, atlas: Atlas) -> None:
     scenes = [draw_lesson(Random(number), world)[0] for number in range(3)]
-    layouter = Layouter(atlas, world)
-    composer, layouts = Composer(layouter, "cpu"), layouter.layouts(scenes, 7)
+    layouter = SceneEncoder(atlas, world)
+    composer, layouts = BatchRenderer(layouter, "cpu"), layouter.layouts(scenes, 7)
 
     def draw(seed: int) -> torch.Tensor:
         return composer.draw(layouts, Augmentation(), torch.Generator().manual_seed(seed))

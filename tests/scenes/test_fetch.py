@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError
 from mmmamba_evals.scenes import fetch as fetching
 from mmmamba_evals.scenes.classes import class_table
-from mmmamba_evals.scenes.fetch import Package, fetch, pinned_packages
+from mmmamba_evals.scenes.fetch import EmojiPackage, fetch, pinned_packages
 
 CLASSES = ["dog", "ice cream", "spider"]
 # Puts the tarball, if there is one, where npm puts it: into the folder it is called in.
@@ -96,7 +96,7 @@ class Npm:
         path.write_bytes(tarball)
         self._tell(path, "", 0)
         package = vars(pinned_packages()[style]) | {"integrity": pinned or integrity(tarball)}
-        packages = {**pinned_packages(), style: Package(**package)}
+        packages = {**pinned_packages(), style: EmojiPackage(**package)}
         self.monkeypatch.setattr(fetching, "pinned_packages", lambda: packages)
 
     def asked(self) -> list[str]:

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from mmmamba_evals.scenes.blind import draws_of
+from mmmamba_evals.scenes.blind import category_draws
 from mmmamba_evals.scenes.classes import number_word, plural
 from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.long import draw_large, draw_pictures, draw_text
@@ -70,7 +70,7 @@ def yes(value: bool) -> str:
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_answers_are_true(world: World, category: str) -> None:
-    draw = draws_of(world)[category]
+    draw = category_draws(world)[category]
     for number in range(150):
         scene, asked = draw(Random(f"true {number}"), world)
         assert asked
@@ -81,7 +81,7 @@ def test_answers_are_true(world: World, category: str) -> None:
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_yes_and_no_are_even(world: World, category: str) -> None:
-    draw = draws_of(world)[category]
+    draw = category_draws(world)[category]
     for number in range(50):
         answers = Counter(one.answer for one in draw(Random(number), world)[1])
         assert answers["Yes"] == answers["No"] == (3 if category in SPLITS else 1)
@@ -192,6 +192,6 @@ def test_long_inputs_hide_one_detail(world: World) -> None:
 
 
 def test_the_same_seed_asks_the_same(world: World) -> None:
-    for draw in draws_of(world).values():
+    for draw in category_draws(world).values():
         assert draw(Random("x"), world) == draw(Random("x"), world)
         assert draw(Random("x"), world) != draw(Random("y"), world)

@@ -18,8 +18,8 @@ from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_evals.scenes import blind
 from mmmamba_evals.scenes.atlas import Atlas
-from mmmamba_evals.scenes.blind import Blind, ask_leakily, blind_accuracy, draws_of
-from mmmamba_evals.scenes.build import TURNS, write_lessons, write_suite
+from mmmamba_evals.scenes.blind import BlindResult, ask_with_bias, blind_accuracy, category_draws
+from mmmamba_evals.scenes.build import QUESTIONS_PER_CONVERSATION, write_lessons, write_suite
 from mmmamba_evals.scenes.build_long import LONG_TABLE, PICTURES_OF, SENTENCES_OF, write_long_suite
 from mmmamba_evals.scenes.cli import command
 from mmmamba_evals.scenes.lessons import draw_lesson
@@ -100,7 +100,7 @@ def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -
     for line, number in zip(lines, numbers, strict=True):
         said = [turn["from"] for turn in line["conversations"]]
         assert said == ["human", "gpt"] * (len(said) // 2)
-        assert len(said) <= 2 * TURNS
+        assert len(said) <= 2 * QUESTIONS_PER_CONVERSATION
         names = line.get("image", [])
         names = [names] if isinstance(names, str) else names
         assert (len(names) > 1, len(names) == 0) == (number == "1", number == "2")
@@ -177,22 +177,22 @@ def test_scores_by_hand() -> None:
 @pytest.mark.parametrize("category", (*SPLITS, *PAIRS))
 def test_nothing_can_be_guessed(world: World, category: str) -> None:
     pytest.importorskip("sklearn")
-    found = blind_accuracy(world, draws_of(world)[category], category, [0], 1500)
+    found = blind_accuracy(world, category_draws(world)[category], category, [0], 1500)
     # Four deviations of a coin; the control below is found at once.
     assert abs(found.accuracy - 50) < 100 * 4 * 0.5 / 1500**0.5
 
 
 def test_what_leaks_is_found(world: World) -> None:
     pytest.importorskip("sklearn")
-    assert blind_accuracy(world, ask_leakily, "control", [0], 600).accuracy >= 70
+    assert blind_accuracy(world, ask_with_bias, "control", [0], 600).accuracy >= 70
 
 
 def test_an_exact_test() -> None:
     pytest.importorskip("scipy")
-    assert Blind(50, 100).p == 1
-    assert Blind(5, 10).accuracy == 50
+    assert BlindResult(50, 100).p == 1
+    assert BlindResult(5, 10).accuracy == 50
     # Ten of ten: 2 / 2^10.
-    assert Blind(10, 10).p == pytest.approx(2 / 1024)
+    assert BlindResult(10, 10).p == pytest.approx(2 / 1024)
 
 
 def test_without_scikit_learn_the_extra_is_named(

@@ -19,7 +19,7 @@ import mmmamba_cli
 from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_cli.processing.processor_loader import processor_from_folder
 from mmmamba_evals.scenes.atlas import Atlas
-from mmmamba_evals.scenes.gpu import Composer, Layouter
+from mmmamba_evals.scenes.gpu import BatchRenderer, SceneEncoder
 from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.long import draw_text
 from mmmamba_evals.scenes.scene import Question
@@ -53,7 +53,7 @@ def teacher(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batcher(teacher: Path, atlas: Atlas, world: World) -> Batcher:
     special = json.loads((teacher / "added_tokens.json").read_text())
     model = (teacher / "tokenizer.model").read_bytes()
-    return Batcher(model, special, Layouter(atlas, world), world, 0)
+    return Batcher(model, special, SceneEncoder(atlas, world), world, 0)
 
 
 def whole(
@@ -98,7 +98,7 @@ def test_a_branch_is_as_if_it_were_alone(teacher: Path, batcher: Batcher, world:
     model = mmmamba_cli.load(teacher, dtype="fp32")
     lessons = batcher.lessons(0, 2)
     assert uses_branches(lessons)
-    pictures = Pictures(Composer(batcher.layouter, "cpu"))
+    pictures = Pictures(BatchRenderer(batcher.layouter, "cpu"))
     pixels = pictures(lessons, None, None)
     assert pixels is not None
     with torch.no_grad():
