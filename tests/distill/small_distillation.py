@@ -1,4 +1,4 @@
-"""Teacher, student and batches for the tests of distillation, made in memory."""
+"""Small teachers, students and batches in memory, for the tests of distillation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmmamba_cli.distributed import World, shard_mixers
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import Schedule, Stage
 
-# What learns: matrix orientation depends on neither values nor gate.
+# Trainable parameters by loss: matrix orientation does not depend on values and gate.
 LEARNS = {
     "matrix-orientation": tuple(
         f"*.{name}" for name in ("[qk]_proj.*", "dt_*", "conv1d.*", "A_log")
@@ -27,9 +27,9 @@ LEARNS = {
 }
 
 
-def pair_of(teacher: HolisticVLM, student: HolisticVLM, learning: Iterable[str]) -> TeacherStudent:
-    """A pair in fp32 in which just `learning` learns."""
-    names = tuple(sorted(learning))
+def pair_of(teacher: HolisticVLM, student: HolisticVLM, trainable: Iterable[str]) -> TeacherStudent:
+    """An fp32 pair in which only `trainable` parameters are trainable."""
+    names = tuple(sorted(trainable))
     teacher.requires_grad_(False)
     student.requires_grad_(False)
     for name, parameter in student.named_parameters():
@@ -46,7 +46,7 @@ def batch_of(
     seq_idx: Tensor | None = None,
     samples: int | None = None,
 ) -> Batch:
-    """A batch; without `labels` every token but the first of a row is an answer's."""
+    """A batch; without `labels`, all tokens except the first of a row are answer tokens."""
     if labels is None:
         labels = input_ids.clone()
         labels[:, 0] = IGNORE_INDEX
@@ -76,10 +76,10 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class RandomLoader:
-    """Batches of random texts of unequal length, a pure function of the step, as StepLoader's are.
+    """A `StepLoader` stand-in: batches of random texts of unequal length, by step.
 
-    `packed` puts the samples of a micro batch into one row; of the steps `unreadable` no sample can
-    be read.
+    `packed` puts the samples of a micro batch into one row. All samples of `unreadable_steps` are
+    unreadable.
     """
 
     def __init__(
@@ -104,22 +104,22 @@ class RandomLoader:
         self.steps_per_pass = 2
 
     def unreadable(self) -> None:
-        """As a StepLoader says of a set with samples that can be read."""
+        """None, as for a set with readable samples."""
 
     def samples(self, step: int) -> list[Tensor]:
         rng = torch.Generator().manual_seed(1000 * self.seed + step)
         lengths = torch.randint(3, 12, (self.batch_size,), generator=rng).tolist()
-        # Ids below 8 stay clear of a small model's special tokens.
+        # Ids below 8 are special tokens of the small model.
         return [torch.randint(8, self.vocabulary, (n,), generator=rng) for n in lengths]
 
     def steps(self, first: int, stop: int) -> Iterable[StepBatches]:
         for step in range(first, stop):
             parts = self.world_size * self.accumulation
-            dealt = [self.samples(step)[i::parts] for i in range(parts)]
-            own = dealt[self.rank * self.accumulation : (self.rank + 1) * self.accumulation]
+            assigned = [self.samples(step)[i::parts] for i in range(parts)]
+            own = assigned[self.rank * self.accumulation : (self.rank + 1) * self.accumulation]
             lost = step in self.unreadable_steps
             micro = tuple(self._micro([] if lost else rows) for rows in own)
-            # Each process finds those of its own part, as of pictures.
+            # Each process reports its own, as for undecodable pictures.
             count = sum(map(len, own)) if lost else 0
             bad = [BadSample(f"{self.rank}:{i}", "is damaged", False) for i in range(count)]
             yield StepBatches(step, micro, tuple(bad), self.batch_size)
@@ -135,7 +135,7 @@ class RandomLoader:
 
 
 def packed(rows: Sequence[Tensor]) -> Batch:
-    """All rows as one."""
+    """One packed row of all rows."""
     ids = torch.cat(list(rows))[None]
     numbers = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])[None]
     labels = ids.clone()
@@ -180,8 +180,8 @@ def make_job(
     shared = {n: t for n, t in teacher.state_dict().items() if ".mixer." not in n}
     student.load_state_dict(shared, strict=False)
     names = [name for name, _ in student.named_parameters()]
-    learning = trainable_names(stage, student.config, names)
-    pair = pair_of(teacher.to(dtype), student.to(dtype), learning)
+    trainable = trainable_names(stage, student.config, names)
+    pair = pair_of(teacher.to(dtype), student.to(dtype), trainable)
     objective = build_objective(stage, student.config, pair.trainable)
     entries = ("mix", "mixing_matrix") if objective.layer_local else ()
     shard_mixers([block.mixer for block in student.model.layers], world, entries)

@@ -1,4 +1,4 @@
-"""Digests of data are taken before a training, which opens the same data and speaks of it."""
+"""Digests of data are computed before training, without warnings that training repeats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmmamba_cli.distill.training_state import data_digests
 from mmmamba_cli.recipe import Data
 
 
-def test_members_without_a_sample_are_not_warned_of_twice(tmp_path: Path) -> None:
+def test_no_warning_about_members_without_a_sample(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
     members = {"a.json": json.dumps({"conversations": turns}), "notes.txt": "by hand"}
     with tarfile.open(tmp_path / "s.tar", "w") as tar:

@@ -1,4 +1,4 @@
-"""What is shared, what is let go, and what is said when memory is too small."""
+"""Memory of distillation: shared tensors, one layer at a time, out-of-memory messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(hovle_folder: Path) -> Run:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_frozen_tensors_are_the_teachers_own(run: Run, precision: str) -> None:
+def test_frozen_tensors_share_the_teachers_memory(run: Run, precision: str) -> None:
     student = run.open_product("seed")
     stage = load_recipe("smoke").stages[1]
     names = trainable_names(stage, student.config, list(student.shapes))
@@ -54,13 +54,13 @@ def test_frozen_tensors_are_the_teachers_own(run: Run, precision: str) -> None:
             small = any(part in FP32_PARAMETERS for part in name.split("."))
             wide = small or precision == "fp32"
             assert parameter.dtype == (torch.float32 if wide else torch.bfloat16)
-    # The teacher is what the student was seeded from: after the same cast.
+    # The teacher gets the same cast as the student got at seeding.
     name = "model.layers.0.mixer.q_proj.weight"
     assert torch.equal(theirs[name], pair.student.get_parameter(name).to(theirs[name].dtype))
 
 
 def saved_bytes(plan: str, loss: str, folder: Path) -> int:
-    """Most bytes that autograd holds at a time while a loss of that many layers is computed."""
+    """Peak bytes of tensors that autograd saves during the loss of a student with that `plan`."""
     job = make_job(folder, loss, steps=1, plan=plan)
     live: weakref.WeakSet[Holder] = weakref.WeakSet()
     peak = 0
@@ -81,7 +81,7 @@ def saved_bytes(plan: str, loss: str, folder: Path) -> int:
 
 
 class Holder:
-    """A saved tensor that can be watched for being let go."""
+    """A weakly referenceable holder of a saved tensor."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -94,7 +94,7 @@ def test_layer_losses_hold_one_layer_at_a_time(loss: str, tmp_path: Path) -> Non
     assert deep == shallow > 0
 
 
-def test_out_of_memory_names_what_would_help() -> None:
+def test_out_of_memory_suggests_settings() -> None:
     recipe = load_recipe("mmmamba-linear")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
     text = str(out_of_memory_error(recipe.stages[2], recipe, Progress(step=7), error))

@@ -1,4 +1,4 @@
-"""The same steps on one process, on two, and on two and then one."""
+"""The same training steps on one process, on two, and on two and then one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from small import small_model
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STEPS = 20
-# The last three let parameters learn that no mixer's `mix` or `forward` reaches; the vision part of
-# the last gets no gradient from these texts.
+# Some stages train parameters that no `mix` or `forward` of a mixer uses; the vision parameters get
+# no gradient from these texts.
 STAGES = (
     "mixer-mse:padded:new+qkv",
     "kl:packed:new+qkv",
@@ -30,7 +30,7 @@ STAGES = (
 
 
 def train(folder: Path, processes: int, stop_at: int = 0) -> Any:
-    """What process 0 printed, by loss; all stages in one start, which takes longer than they do."""
+    """Run all stages in one start, which dominates the time; return the output of process 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -81,8 +81,8 @@ def test_one_and_two_processes(alone: Any, tmp_path: Path) -> None:
     assert two[STAGES[-1]]["bad"] == 10
 
 
-def test_what_gets_no_gradient_stays_as_it_is(alone: Any, tmp_path: Path) -> None:
-    """Weight decay does not reach it, on one process or on two."""
+def test_parameters_without_gradient_are_unchanged(alone: Any, tmp_path: Path) -> None:
+    """Weight decay does not apply, on one process or on two."""
     before = {
         name: float(parameter.double().abs().sum())
         for name, parameter in small_model("aaaa").named_parameters()
@@ -94,7 +94,7 @@ def test_what_gets_no_gradient_stays_as_it_is(alone: Any, tmp_path: Path) -> Non
         assert {name: learned[name] for name in before} == before
 
 
-def test_begun_on_two_and_ended_on_one(alone: Any, tmp_path: Path) -> None:
+def test_resuming_on_one_process_after_two(alone: Any, tmp_path: Path) -> None:
     begun = train(tmp_path, 2, stop_at=7)
     ended = train(tmp_path, 1)
     for stage in STAGES:

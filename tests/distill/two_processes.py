@@ -1,4 +1,4 @@
-"""Run as one of several processes: train small stages and print what each step gave, as JSON.
+"""Run as one of several processes: train small stages and print the result of each step as JSON.
 
 Arguments: folder, total steps, step to stop after (0 for none), and stages as loss:layout:learns,
 the layout being "packed", "padded" or "gaps" (padded, two steps without a readable sample), and
@@ -27,7 +27,7 @@ from mmmamba_cli.distributed import World, join_world
 
 
 def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any:
-    """Train one stage, or go on with it; what each step gave, and a sum over each parameter."""
+    """Train or resume one stage; return the results of steps and a sum of each parameter."""
     loss, layout, learns = stage.split(":")
     job = make_job(
         folder / stage.translate(str.maketrans(":*.+[]", "______")),
@@ -35,7 +35,7 @@ def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any
         learns=learns if learns == "new+qkv" else tuple(learns.split("+")),
         steps=steps,
         batch_size=5,
-        # Small, so that rounding is not amplified over the steps.
+        # Small, because steps amplify rounding.
         lr=1e-3,
         world=world,
         packed=layout == "packed",
@@ -52,7 +52,7 @@ def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any
         found = result.held_out
         extra = [found.loss, found.agreement, found.student_nll] if found else []
         numbers = [result.step, result.loss, result.gradient_norm, *extra]
-        # A NaN equals nothing, not even in the same place.
+        # NaN compares unequal.
         rows.append([x if math.isfinite(x) else -1.0 for x in numbers])
         bad.extend(result.bad)
 
@@ -78,6 +78,5 @@ def main() -> None:
 
 
 main()
-# gloo's threads may still release tensors: one that waits for the interpreter while that is taken
-# down aborts the process.
+# A gloo thread that releases a tensor during the interpreter's shutdown would abort the process.
 os._exit(0)

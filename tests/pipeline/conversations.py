@@ -12,7 +12,7 @@ WORDS = ("a", "red", "cat", "sits", "on", "the", "old", "table", "near", "green"
 
 
 def write_conversations(folder: Path, samples: int, seed: int = 0, name: str = "train") -> Path:
-    """`name.jsonl` of questions, every other about a picture in `images/`; returns its path."""
+    """Write `name.jsonl` of questions, every second one with a picture in `images/`."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []

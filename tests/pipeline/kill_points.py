@@ -25,7 +25,7 @@ EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 class Killer:
-    """An audit hook that counts what is written below `folder`, and kills at one place."""
+    """An audit hook that counts write operations below `folder` and kills at one of them."""
 
     def __init__(self, folder: str, place: Any, report: int):
         self.folder, self.place, self.report = folder, place, report
@@ -38,7 +38,7 @@ class Killer:
         path = str(arguments[0])
         if event == "os.rename":
             path = f"{path} -> {arguments[1]}"
-        # What is removed within a folder is named without the folder.
+        # Removals inside a folder have paths relative to it.
         if self.folder not in path and path.startswith("/"):
             return
         self.count += 1
@@ -59,7 +59,7 @@ class Killer:
 
 
 def start(words: list[str], folder: str, place: Any) -> bool:
-    """One start; whether it ended by itself."""
+    """Start the command once; return whether it ended by itself."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""The command `mmmamba` with a training whose third step does not end."""
+"""The command `mmmamba` with a third training step that does not end."""
 
 from __future__ import annotations
 

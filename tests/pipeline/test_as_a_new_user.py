@@ -1,4 +1,4 @@
-"""A bare state dict with config and tokenizer beside it, the three commands, and a question."""
+"""Three commands from a bare state dict with config and tokenizer, and a question."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(processor.batch_decode(tokens, skip_special_tokens=True)[1])
 
 
 def write_teacher(folder: Path) -> Path:
-    """A random HoVLE with a tokenizer that fits, as a bare `hovle.ckpt`."""
+    """Write a random HoVLE with a matching tokenizer as a bare `hovle.ckpt`."""
     write_hovle(folder)
     embedding = {**CONFIG["embedding_config"], **SIZES, "num_hidden_layers": 2}
     embedding |= {"llm_vocab_size": 535, "model_type": "holistic_embedding"}
@@ -55,17 +55,17 @@ def write_teacher(folder: Path) -> Path:
 def test_three_commands_and_a_question(tmp_path: Path) -> None:
     folder = write_teacher(tmp_path / "work")
     program = [sys.executable, "-m", "mmmamba_cli"]
-    said = []
+    outputs = []
     for words in (["seed", "hovle.ckpt"], ["hybridize", "--attn-layers", "4"], ["status"]):
         done = subprocess.run(
             [*program, *words], cwd=folder, check=True, capture_output=True, text=True
         )
-        said.append(done.stdout)
-        # Of ours: libraries may have something to say of the machine.
+        outputs.append(done.stdout)
+        # Warnings of mmmamba only: libraries may warn about the machine.
         assert not [x for x in done.stderr.splitlines() if x.startswith("warning:")], done.stderr
-    assert "8 layers seeded" in said[0]
-    assert "attention in layers 0, 2, 4, 6 of 8" in said[1]
-    assert "hybrid-4" in said[2]
+    assert "8 layers seeded" in outputs[0]
+    assert "attention in layers 0, 2, 4, 6 of 8" in outputs[1]
+    assert "hybrid-4" in outputs[2]
     product = folder / "runs/default/products/hybrid-4"
     settings = json.loads((product / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [2, 524, 525]

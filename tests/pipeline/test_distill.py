@@ -1,4 +1,4 @@
-"""`mmmamba distill` as it is used: the recipe, stages by name, killing, resuming, refusals."""
+"""`mmmamba distill` end to end: recipes, stages by name, kills, resuming, errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
 
 SETTINGS = ("--set", "data.max_length=400")
-# How often the long-running test kills; the whole of it is run with MMMAMBA_KILLS=20.
+# Number of kills in the long-running test; use MMMAMBA_KILLS=20 for the full test.
 KILLS = int(os.environ.get("MMMAMBA_KILLS", "3"))
 
 
@@ -51,7 +51,7 @@ def refused(*words: object) -> str:
 
 
 def distill(work: Path, seeded: Path, *more: object) -> tuple[object, ...]:
-    """The words of a command over the folder's data."""
+    """The words of a `distill` command on the data of `seeded`."""
     data = ("--data", seeded / "train.jsonl", "--image-root", seeded)
     return ("distill", "--run", work / "run", *data, *SETTINGS, *more)
 
@@ -93,7 +93,7 @@ def test_the_whole_recipe(work: Path, seeded: Path) -> None:
 DT = {f"model.layers.{i}.mixer.dt_proj.weight" for i in range(8)}
 
 
-def test_stage_by_stage_is_the_whole(work: Path, seeded: Path) -> None:
+def test_stage_by_stage_equals_one_command(work: Path, seeded: Path) -> None:
     whole = work.parent / "whole"
     shutil.copytree(work, whole)
     done(*distill(whole, seeded))
@@ -109,7 +109,7 @@ def test_a_linear_plan_makes_no_hybrid(work: Path, seeded: Path) -> None:
     assert Run(work / "run").record.current == "linear-stage3"
 
 
-def test_a_hybrid_of_the_seed_gets_what_it_lacks(work: Path, seeded: Path) -> None:
+def test_a_hybrid_of_the_seed_goes_through_all_stages(work: Path, seeded: Path) -> None:
     done("hybridize", "--run", work / "run", "--layers", "1,4")
     done(*distill(work, seeded))
     product = Run(work / "run").product("hybrid-at-1-4-stage3")
@@ -127,13 +127,13 @@ def test_an_earlier_stage_is_found_and_repeated(work: Path, seeded: Path) -> Non
     repeated = ("--stage", "1", "--overwrite", "--set", "stages.stage1.lr=1e-2")
     done(*distill(work, seeded, *repeated))
     assert not same(first, weights(work, "stage1"))
-    # What was made of the old stage1 is no longer its child.
+    # Products of the old stage1 are not children of the new one.
     assert "made from another parent" in refused(
         *distill(work, seeded, "--stage", "2", "--from", "stage1")
     )
 
 
-def test_refusals_before_anything_is_loaded(work: Path, seeded: Path) -> None:
+def test_errors_before_loading(work: Path, seeded: Path) -> None:
     message = refused(*distill(work, seeded, "--stage", "3"))
     assert "stage3 starts from a product that has done stage1, stage2" in message
     assert "no such stage" in refused(*distill(work, seeded, "--stage", "stage9"))
@@ -194,20 +194,20 @@ def test_too_many_unreadable_samples(work: Path, seeded: Path) -> None:
 
 
 def killed_at(work: Path, seeded: Path, product: str, step: int) -> None:
-    """Run the command and kill it when the state of `step` is there; its product must not be."""
+    """Run the command and kill it once the state of `step` exists, before the product does."""
     process = start(work, seeded, "--set", "stages.stage1.steps=400")
     state = work / f"run/training/{product}/step-{step:08d}/state.json"
     wait_for(process, state.exists)
     process.kill()
     process.wait()
-    # The long stage was only there to be caught in; go on as if it had been of the usual length.
+    # The stage was long so that the kill hits it; resume it with the usual length.
     for file in (work / "run/training" / product).glob("step-*/state.json"):
         record = json.loads(file.read_text())
         record["settings"]["stage"]["steps"] = 4
         file.write_text(json.dumps(record))
     for folder in (work / "run/training" / product).glob("step-*"):
         if int(folder.name[5:]) > 4:
-            pytest.fail("the stage ran on too far to be resumed")
+            pytest.fail("the stage ran too far to be resumed")
 
 
 def start(work: Path, seeded: Path, *more: object) -> subprocess.Popen[str]:
@@ -230,8 +230,8 @@ def wait_for(process: subprocess.Popen[Any], ready: Any) -> None:
         time.sleep(0.002)
 
 
-def test_killed_anywhere_and_resumed_is_the_same_bits(work: Path, seeded: Path) -> None:
-    """SIGKILL at random moments of the whole recipe, resumed each time."""
+def test_kills_and_resuming_give_the_same_bits(work: Path, seeded: Path) -> None:
+    """SIGKILL at random moments of the recipe, resumed each time."""
     whole = work.parent / "whole"
     shutil.copytree(work, whole)
     more = ("--set", "stages.stage2.save_every=1", "--held-out", seeded / "held_out.jsonl")
@@ -260,7 +260,7 @@ def test_killed_anywhere_and_resumed_is_the_same_bits(work: Path, seeded: Path) 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_130(number: int, workers: int, work: Path, seeded: Path) -> None:
-    """Sent to all processes of the command, as a terminal and schedulers do."""
+    """Sent to all processes of the command, as by a terminal or scheduler."""
     many = ("--set", "stages.stage1.steps=100000", "--set", f"data.workers={workers}")
     process = start(work, seeded, *many, "--stage", "1")
     training = work / "run/training/stage1"
@@ -275,8 +275,8 @@ def test_a_signal_saves_and_exits_130(number: int, workers: int, work: Path, see
     assert metrics[-1]["step"] == int(state.name[5:])
 
 
-def test_a_kill_behind_the_product_leaves_nothing_undone(work: Path, seeded: Path) -> None:
-    """The product is there; it is not current yet, and the training states are not gone yet."""
+def test_a_kill_after_writing_the_product_is_completed(work: Path, seeded: Path) -> None:
+    """The product exists, but is not current, and the training states still exist."""
     done(*distill(work, seeded, "--stage", "1"))
     run, product = Run(work / "run"), work / "run/products/stage1"
     training = work / "run/training/stage1"
@@ -290,23 +290,23 @@ def test_a_kill_behind_the_product_leaves_nothing_undone(work: Path, seeded: Pat
     assert (product / "metrics.jsonl").is_file()
 
 
-def test_a_stop_between_stages_begins_no_other(work: Path, seeded: Path) -> None:
+def test_a_stop_between_stages(work: Path, seeded: Path) -> None:
     run = Run(work / "run")
     overrides = {"data.train": str(seeded / "train.jsonl"), "data.image_root": str(seeded)}
     recipe = load_recipe("smoke", overrides=overrides)
-    watch = StageCallbacks(
+    callbacks = StageCallbacks(
         lambda text: None,
         lambda *_: None,
         lambda result: None,
         lambda: "stage1" in run.products(),
     )
     with pytest.raises(Stopped):
-        library_distill(run, recipe, World(torch.device("cpu")), watch)
+        library_distill(run, recipe, World(torch.device("cpu")), callbacks)
     assert run.record.current == "stage1"
     assert not list((work / "run/training").iterdir())
 
 
-def test_another_held_out_set_begins_the_best_anew(work: Path, seeded: Path) -> None:
+def test_another_held_out_set_resets_the_best_student(work: Path, seeded: Path) -> None:
     killed_at(work, seeded, "stage1", 2)
     for file in (work / "run/training/stage1").glob("step-*/state.json"):
         record = json.loads(file.read_text())
@@ -319,12 +319,12 @@ def test_another_held_out_set_begins_the_best_anew(work: Path, seeded: Path) -> 
     assert metrics["best_step"] > 1
 
 
-def test_layer_losses_need_a_layer_that_learns(work: Path, seeded: Path) -> None:
+def test_layer_losses_need_a_trainable_layer(work: Path, seeded: Path) -> None:
     norm = ("--set", "stages.stage1.learns=[model.norm.weight]")
     assert "no linear layer learns" in refused(*distill(work, seeded, *norm))
 
 
-def test_metrics_after_the_resumed_step_are_dropped(work: Path, seeded: Path) -> None:
+def test_metrics_after_the_resumed_step_are_removed(work: Path, seeded: Path) -> None:
     killed_at(work, seeded, "stage1", 2)
     metrics = work / "run/training/stage1/metrics.jsonl"
     with metrics.open("a") as file:
@@ -338,7 +338,7 @@ def test_metrics_after_the_resumed_step_are_dropped(work: Path, seeded: Path) ->
 LORA = ("--set", "stages.stage3.lora={rank: 4, alpha: 400.0}")
 
 
-def test_adapters_are_merged_into_what_they_sat_on(work: Path, seeded: Path) -> None:
+def test_adapters_are_merged(work: Path, seeded: Path) -> None:
     result = done(*distill(work, seeded, *LORA))
     assert "mixer.q_proj.lora_A.default.weight" in result.output
     assert "mixer.q_proj.base_layer" not in result.output
@@ -347,7 +347,7 @@ def test_adapters_are_merged_into_what_they_sat_on(work: Path, seeded: Path) -> 
     name = "model.layers.3.mixer.q_proj.weight"
     change = (after[name] - before[name]).float()
     assert change.abs().max() > 0
-    # bf16 rounds what is stored; beside that the change has the adapter's rank.
+    # Up to bf16 rounding, the change has the rank of the adapter.
     values = torch.linalg.svdvals(change)
     assert values[4] < 0.2 * values[0]
     assert torch.equal(before[name.replace("q_", "o_")], after[name.replace("q_", "o_")])
@@ -364,8 +364,8 @@ def test_adapters_need_peft_and_a_matrix(
     assert "pip install 'mmmamba[lora]'" in refused(*distill(work, seeded, *LORA))
 
 
-def test_a_merged_adapter_does_not_round_what_it_sits_on(seeded: Path, tmp_path: Path) -> None:
-    """Under bf16 the frozen matrix in memory is rounded; the fp32 product's is the parent's own."""
+def test_merging_does_not_round_the_weight(seeded: Path, tmp_path: Path) -> None:
+    """The frozen matrix in memory is bf16, but the product adds to the parent's fp32 weight."""
     done(
         "seed", seeded / "hovle.ckpt", "--run", tmp_path / "run", "--recipe", "smoke",
         "--no-report", "--dtype", "fp32",
@@ -377,13 +377,13 @@ def test_a_merged_adapter_does_not_round_what_it_sits_on(seeded: Path, tmp_path:
     name = "model.layers.3.mixer.q_proj.weight"
     assert after[name].dtype == torch.float32
     values = torch.linalg.svdvals((after[name] - before[name]).double())
-    # Four ranks and what fp32 rounds; bf16 would leave 2e-3 of each weight in every direction.
+    # Rank 4 up to fp32 rounding; bf16 rounding would leave 2e-3 of each weight.
     assert values[0] > 0
     assert values[4] < 1e-6 * before[name].norm()
 
 
-def test_held_out_samples_that_cannot_be_read(work: Path, seeded: Path, tmp_path: Path) -> None:
-    """Some: named and counted. All: a sentence before the first step, and nothing is written."""
+def test_unreadable_held_out_samples(work: Path, seeded: Path, tmp_path: Path) -> None:
+    """Some: listed and counted. All: an error before the first step, and nothing is written."""
     lines = (seeded / "held_out.jsonl").read_text().splitlines()
     some, none = tmp_path / "some.jsonl", tmp_path / "none.jsonl"
     some.write_text("\n".join(["{broken", *lines[1:]]) + "\n")
@@ -398,15 +398,15 @@ def test_held_out_samples_that_cannot_be_read(work: Path, seeded: Path, tmp_path
     assert list(Run(work / "run").products())[-1] == "stage1"
 
 
-def test_a_loss_that_does_not_reach_what_learns(work: Path, seeded: Path) -> None:
+def test_a_loss_that_does_not_depend_on_trainable_parameters(work: Path, seeded: Path) -> None:
     oriented = ("--set", "stages.stage1.loss=matrix-orientation")
     message = refused(*distill(work, seeded, "--stage", "1", *oriented))
     assert "stages.stage1.learns: loss matrix-orientation does not depend on" in message
     assert not (work / "run/training").exists()
 
 
-def test_a_stage_is_replaced_with_all_that_lies_beside_it(work: Path, seeded: Path) -> None:
-    """Its metrics and the picture of its losses are the stage's own."""
+def test_overwriting_a_stage_replaces_its_metrics_and_plot(work: Path, seeded: Path) -> None:
+    """Metrics and loss plot belong to the new training."""
     done(*distill(work, seeded, "--stage", "1"))
     assert (work / "run/products/stage1/losses.png").is_file()
     done(*distill(work, seeded, "--stage", "1", "--overwrite"))

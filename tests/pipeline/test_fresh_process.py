@@ -1,4 +1,4 @@
-"""What we write loads through transformers' Auto classes in a process that only imports us."""
+"""Products load through transformers' Auto classes in a process that only imports mmmamba."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_auto_classes_give_the_same_logits(hovle_folder: Path, tmp_path: Path) -
     subprocess.run([*command, "--run", str(run)], check=True, capture_output=True)
     product, out = run / "products/seed", tmp_path / "logits.safetensors"
     program = [sys.executable, "-c", PROGRAM, str(product), str(golden), str(out)]
-    # As many threads as here, for the same sums.
+    # The same number of threads, for the same sums.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run(program, check=True, capture_output=True, env=environment)
     inputs, model = load_file(golden), mmmamba_cli.load(str(product))

@@ -1,4 +1,4 @@
-"""Language models whose attention has biases or norms: what a student inherits, and gives back."""
+"""Students of language models whose attention has biases or norms."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def mmmamba(*words: object) -> str:
 
 
 def mixers(product: Path) -> dict[str, torch.Tensor]:
-    """Mixer parameters of layer 1, by their names inside the mixer."""
+    """Mixer parameters of layer 1 by local name."""
     state, prefix = load_file(product / "model.safetensors"), "model.layers.1.mixer."
     return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
 
 @pytest.mark.parametrize("init", ["inherit+mimic", "scratch"])
-def test_biases_and_norms_go_with_their_matrices(
+def test_biases_and_norms_are_inherited_with_their_matrices(
     teacher: tuple[Path, set[str]], tmp_path: Path, init: str
 ) -> None:
     folder, extra = teacher
@@ -66,10 +66,10 @@ def test_biases_and_norms_go_with_their_matrices(
 
 
 @torch.no_grad()
-def test_the_seeded_mixer_reads_with_the_teachers_biases_and_norms(
+def test_the_seeded_mixer_uses_the_teachers_biases_and_norms(
     teacher: tuple[Path, set[str]], tmp_path: Path
 ) -> None:
-    """The seeded convolution lets all pass but for its SiLU, which comes before the norms."""
+    """The seeded convolution is the identity, up to its SiLU before the norms."""
     folder, _ = teacher
     mmmamba("seed", folder, "--run", tmp_path / "run", "--dtype", "fp32", "--no-report")
     student, theirs = mmmamba_cli.load(tmp_path / "run/products/seed"), mmmamba_cli.load(folder)
@@ -99,8 +99,10 @@ def test_all_attention_again_is_the_teacher(teacher: tuple[Path, set[str]], tmp_
 
 
 @torch.no_grad()
-def test_a_hybrid_decodes_as_it_reads(teacher: tuple[Path, set[str]], tmp_path: Path) -> None:
-    """Prefill and single steps, in a left-padded batch, give what one full pass gives."""
+def test_decoding_of_a_hybrid_equals_one_forward_pass(
+    teacher: tuple[Path, set[str]], tmp_path: Path
+) -> None:
+    """Prefill and single steps in a left-padded batch match one full forward pass."""
     folder, _ = teacher
     run = tmp_path / "run"
     mmmamba("seed", folder, "--run", run, "--dtype", "fp32", "--no-report")
@@ -121,7 +123,7 @@ def test_a_hybrid_decodes_as_it_reads(teacher: tuple[Path, set[str]], tmp_path: 
     assert distance(alone[0, -1], full[0, -1]) < 1e-5
 
 
-def test_what_learns_counts_inherited_norms_with_their_matrices(tmp_path: Path) -> None:
+def test_inherited_norms_are_trainable_with_their_matrices(tmp_path: Path) -> None:
     stage = load_recipe("mmmamba-linear").stages
     first, second = (next(s for s in stage if s.learns == word) for word in ("new", "new+qkv"))
     for kind, options, sets, inherited in (
@@ -139,7 +141,7 @@ def test_what_learns_counts_inherited_norms_with_their_matrices(tmp_path: Path) 
         assert norm in trainable_names(second, config, names)
 
 
-def test_biases_learn_with_their_matrices(tmp_path: Path) -> None:
+def test_biases_are_trainable_with_their_matrices(tmp_path: Path) -> None:
     write(tmp_path / "teacher", "Qwen2", {})
     run = tmp_path / "run"
     mmmamba("seed", tmp_path / "teacher", "--run", run, "--no-report")
@@ -151,7 +153,7 @@ def test_biases_learn_with_their_matrices(tmp_path: Path) -> None:
 
 
 def test_a_tied_student_in_bf16_is_loaded_in_bf16(tmp_path: Path) -> None:
-    """Its norms are kept in fp32, and it has no head of its own to tell the dtype by."""
+    """Its norms are fp32, and it has no separate head that tells the dtype."""
     write(tmp_path / "teacher", "Llama", {"tie_word_embeddings": True})
     mmmamba("seed", tmp_path / "teacher", "--run", tmp_path / "run")
     model = mmmamba_cli.load(tmp_path / "run/products/seed")
@@ -160,7 +162,7 @@ def test_a_tied_student_in_bf16_is_loaded_in_bf16(tmp_path: Path) -> None:
     assert model.model.norm.weight.dtype == torch.float32
 
 
-def test_tables_of_angles_in_old_files_are_not_the_model(tmp_path: Path) -> None:
+def test_rope_tables_in_old_files_are_ignored(tmp_path: Path) -> None:
     folder, run = tmp_path / "teacher", tmp_path / "run"
     write(folder, "Llama", {})
     state = load_file(folder / "model.safetensors")
@@ -174,7 +176,7 @@ def test_tables_of_angles_in_old_files_are_not_the_model(tmp_path: Path) -> None
     Run(run).verify_teacher(Run(run).open_teacher())
 
 
-def test_a_template_less_or_tokenizer_less_teacher_is_seeded_too(tmp_path: Path) -> None:
+def test_teachers_without_template_or_tokenizer(tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     write(folder, "Llama", {})
     said = CliRunner().invoke(app, ["seed", str(folder), "--run", str(tmp_path / "a")])

@@ -1,4 +1,4 @@
-"""Stages that are repeated, interrupted and gone on with; settings and data that changed since."""
+"""Stages that are repeated, interrupted and resumed; changed settings and data."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ import mmmamba_cli
 from mmmamba_cli.distill.training_state import StateFolder
 from mmmamba_cli.runs import Run
 
-# Fields of a metrics line that differ from one process to another: speed, and GPU memory, of which
-# a process that resumed has allocated less.
+# Fields of a metrics row that differ between runs: speed, and GPU memory, which is lower after
+# resuming.
 MEASURED = {"tokens_per_second", "memory_gib"}
-# How often the long-running test kills; the whole of it is run with MMMAMBA_KILLS=20.
+# Number of kills in the long-running test; use MMMAMBA_KILLS=20 for the full test.
 KILLS = max(4, int(os.environ.get("MMMAMBA_KILLS", "4")))
 STAGE = ("--stage", "1")
 OTHER = ("--set", "stages.stage1.lr=2e-3")
-# So high that the held-out loss rises again, and there is a best student beside the last.
+# So high that the held-out loss rises again, and the best student is not the last one.
 TOO_HIGH = ("--set", "stages.stage1.lr=1.0", "--set", "stages.stage1.evaluate_every=1")
 
 
-# Where a kill may cost the most, by how far the command has come: event, part of the path, and how
-# many such operations come first. The four most delicate stand at the front.
+# The most critical places for a kill: position in the command, event, part of the path, and number
+# of the matching operation. The four most critical come first.
 PLACES = (
     (1, "open", "/training/stage1/metrics.jsonl", 1),
     (3, "open", "/training/stage1/.step-00000004", 1),
@@ -61,16 +61,16 @@ PLACES = (
 
 
 class Interrupt(BaseException):
-    """Stands for a kill: nothing of the package may catch it."""
+    """Stands for a kill: the package must not catch it."""
 
 
 @contextmanager
 def interrupted_after(step: int, stage: str = "stage1") -> Iterator[None]:
-    """End the command as soon as the state of `step` of a stage is written."""
-    whole = StateFolder.save
+    """End the command once the state of `step` of a stage is written."""
+    original = StateFolder.save
 
     def save(self: StateFolder, name: str, *rest: Any) -> None:
-        whole(self, name, *rest)
+        original(self, name, *rest)
         if (self.folder.name, name) == (stage, f"step-{step:08d}"):
             raise Interrupt
 
@@ -87,7 +87,7 @@ def interrupt(
 
 
 def metrics(work: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of a product's log without what is measured."""
+    """The metrics rows of a product without measured fields."""
     rows = [json.loads(x) for x in (work / f"run/products/{name}/metrics.jsonl").open()]
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
@@ -99,7 +99,7 @@ def finished(work: Path, seeded: Path) -> Path:
     return work
 
 
-def test_an_interrupted_overwrite_goes_on(finished: Path, seeded: Path) -> None:
+def test_an_interrupted_overwrite_resumes(finished: Path, seeded: Path) -> None:
     undisturbed = finished.parent / "undisturbed"
     shutil.copytree(finished, undisturbed)
     repeat = (*STAGE, *OTHER, "--overwrite")
@@ -123,7 +123,7 @@ def test_an_interrupted_overwrite_goes_on(finished: Path, seeded: Path) -> None:
     assert not list((finished / "run/training").iterdir())
 
 
-def test_overwrite_goes_on_with_a_first_training_too(work: Path, seeded: Path) -> None:
+def test_overwrite_resumes_a_first_training_too(work: Path, seeded: Path) -> None:
     interrupt(work, seeded, *STAGE)
     assert "resuming after step 2" in done(*distill(work, seeded, *STAGE, "--overwrite")).output
 
@@ -166,8 +166,8 @@ def test_an_overwrite_killed_before_its_first_state_costs_nothing(
     assert not (finished / "run/training/stage1").exists()
 
 
-def test_a_disk_that_was_full_at_the_beginning_costs_nothing(finished: Path, seeded: Path) -> None:
-    """What cannot be begun is not taken for a repetition that was finished."""
+def test_a_full_disk_at_the_beginning_costs_nothing(finished: Path, seeded: Path) -> None:
+    """A repetition that could not begin does not count as finished."""
     words = distill(finished, seeded, *STAGE, "--overwrite")
     before, sync = Run(finished / "run").product("stage1"), os.fsync
 
@@ -194,12 +194,12 @@ def test_a_requeued_overwrite_of_several_stages_ends(work: Path, seeded: Path) -
     assert "stage1 is finished already" in output
     assert Run(work / "run").product("stage1") == first
     assert Run(work / "run").record.current == "stage2"
-    # The command came to its end: given once more it repeats all.
+    # The command finished; run again, it repeats all stages.
     done(*distill(work, seeded, *repeat))
     assert Run(work / "run").product("stage1").created > first.created
 
 
-def test_the_best_of_a_replaced_stage_goes(work: Path, seeded: Path) -> None:
+def test_the_best_student_of_a_replaced_stage_is_removed(work: Path, seeded: Path) -> None:
     held_out = ("--held-out", seeded / "held_out.jsonl")
     done(*distill(work, seeded, *STAGE, *held_out, *TOO_HIGH))
     run = Run(work / "run")
@@ -225,7 +225,7 @@ def test_a_finished_stage_of_other_settings_is_refused(finished: Path, seeded: P
     assert "stage1 is finished, and was made with other settings" in message
     assert "stages.stage1.lr: 0.001 -> 0.002" in message
     assert "--overwrite" in message
-    # What does not change the result may differ, and so may the place of the data.
+    # Settings without effect on the result and the path of the data may differ.
     workers = ("--set", "data.workers=1", "--set", "stages.stage1.accumulation=2")
     done(*distill(finished, seeded, *STAGE, *workers))
     moved = finished.parent / "moved"
@@ -250,7 +250,7 @@ def test_data_that_changed_is_noticed(work: Path, seeded: Path, tmp_path: Path) 
     file.write_text(text.replace("What", "That", 1))
     assert "conversations of data.train" in refused(*distill(work, own, *STAGE))
     done(*distill(work, own, *STAGE, "--force"))
-    # The finished stage was made with what is there now.
+    # The finished stage was made with the current data.
     done(*distill(work, own, *STAGE))
     file.write_text(text)
     assert "conversations of data.train" in refused(*distill(work, own, *STAGE))
@@ -271,10 +271,10 @@ def test_other_held_out_data_behind_the_same_path(work: Path, seeded: Path, tmp_
 
 
 def killed(work: Path, words: tuple[object, ...], places: list[Any]) -> list[dict[str, Any]]:
-    """What `killing.py` says of each start of a command."""
+    """The report of `kill_points.py` for each start of a command."""
     spec = work / "spec.json"
-    told = {"words": [*map(str, words)], "folder": str(work / "run"), "kills": places}
-    spec.write_text(json.dumps(told))
+    settings = {"words": [*map(str, words)], "folder": str(work / "run"), "kills": places}
+    spec.write_text(json.dumps(settings))
     process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("kill_points.py")), str(spec)],
         capture_output=True,
@@ -288,11 +288,11 @@ def killed(work: Path, words: tuple[object, ...], places: list[Any]) -> list[dic
     return found
 
 
-def test_killed_while_overwriting_is_the_same_bits(work: Path, seeded: Path) -> None:
-    """SIGKILL at places where the most is at stake, and at random ones; always the same command.
+def test_kills_while_overwriting_give_the_same_bits(work: Path, seeded: Path) -> None:
+    """SIGKILL at the most critical and at random places, always with the same command.
 
-    In the state's files, in a product's, between the two renames that replace a product, before the
-    first state, and in the books that are kept of it.
+    While writing a state or a product, between the two renames that replace a product, before the
+    first state, and while updating `attempt.json`, `overwrite.json` and `run.json`.
     """
     more = ("--held-out", seeded / "held_out.jsonl", "--stage", "1,2,3")
     done(*distill(work, seeded, *more))
@@ -300,7 +300,7 @@ def test_killed_while_overwriting_is_the_same_bits(work: Path, seeded: Path) -> 
     shutil.copytree(work, whole)
     repeat = (*more, "--overwrite", *TOO_HIGH)
     (undisturbed,) = killed(whole, distill(whole, seeded, *repeat), [])
-    # The first of them where no more is asked for; each is reached from the one before.
+    # In the order of the command, so that each place is reached from the one before.
     places = sorted(PLACES[:KILLS], key=lambda place: place[0])
     rng = random.Random(KILLS)
     most = undisturbed["operations"] // 10

@@ -1,4 +1,4 @@
-"""`distill --gpus`, torchrun, and signals, as a terminal and schedulers send them."""
+"""`distill --gpus`, torchrun, and signals from terminals and schedulers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ended(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def workers(pid: int) -> list[int]:
-    """The processes that `--gpus` started, in the order of their ranks."""
+    """The processes that `--gpus` started, in rank order."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     cmdlines = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
     return sorted(child for child, line in cmdlines.items() if "spawn_main" in line)
@@ -47,7 +47,7 @@ def is_running(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
     except FileNotFoundError:
         return False
-    # A zombie has ended, and its exit code was not read yet.
+    # A zombie has ended, but its exit code has not been read.
     return state != "Z"
 
 
@@ -80,7 +80,9 @@ def test_one_error_of_two_processes(work: Path, seeded: Path) -> None:
         (("--gpus", "99"), "--gpus 99: this machine has"),
     ],
 )
-def test_gpus_that_cannot_be(more: tuple[str, ...], message: str, work: Path, seeded: Path) -> None:
+def test_invalid_numbers_of_gpus(
+    more: tuple[str, ...], message: str, work: Path, seeded: Path
+) -> None:
     result = ended(command("mmmamba_cli", *distill(work, seeded, *more)))
     assert result.returncode == 2
     assert message in result.stderr
@@ -91,7 +93,7 @@ def test_gpus_that_cannot_be(more: tuple[str, ...], message: str, work: Path, se
 def test_a_signal_saves_and_stops_both(
     number: int, to_group: bool, work: Path, seeded: Path
 ) -> None:
-    """To the whole group, as from a terminal, where each process gets it twice; and to one."""
+    """Sent to the process group as by a terminal (each gets it twice), and to one process."""
     process = start(work, seeded, *STAGE, *LONG, *TWO)
     wait_for(process, has_state(work))
     (os.killpg if to_group else os.kill)(process.pid, number)
@@ -110,13 +112,13 @@ def test_a_signal_saves_and_stops_both(
 def test_a_signal_before_training_ends_all(
     number: int, code: int, seconds: int, work: Path, seeded: Path
 ) -> None:
-    """While the processes import, and when they are about to train."""
+    """During the imports of the processes, and just before training."""
     process = start(work, seeded, *STAGE, *LONG, *TWO)
     wait_for(process, lambda: len(workers(process.pid)) == 2)
     time.sleep(seconds)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    # It may have come when there was a step to finish and a state to save.
+    # The signal may arrive during training, when there is a state to save.
     assert process.returncode == (130 if "stopped and saved" in output else code), output
     assert "Traceback" not in output
     assert "error: " not in output
@@ -134,7 +136,7 @@ def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_processes_end_with_the_one_that_started_them(work: Path, seeded: Path) -> None:
+def test_processes_end_with_their_launcher(work: Path, seeded: Path) -> None:
     process = start(work, seeded, *STAGE, *LONG, *TWO)
     wait_for(process, has_state(work))
     running = workers(process.pid)
@@ -148,7 +150,7 @@ def test_processes_end_with_the_one_that_started_them(work: Path, seeded: Path) 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_stops_at_once(number: int, code: int, work: Path, seeded: Path) -> None:
-    """In a step that does not end; what was saved before remains, and nothing half-written."""
+    """In a step that does not end: saved states remain, and nothing incomplete."""
     words = [*map(str, distill(work, seeded, *STAGE))]
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("slow_steps.py")), *words],
@@ -161,7 +163,7 @@ def test_a_second_signal_stops_at_once(number: int, code: int, work: Path, seede
         if line == "in step 3\n":
             break
     process.send_signal(number)
-    # A copy of the same request, as launchers pass on.
+    # A copy of the same request, as launchers forward it.
     process.send_signal(number)
     time.sleep(1.3)
     assert process.poll() is None
@@ -173,7 +175,7 @@ def test_a_second_signal_stops_at_once(number: int, code: int, work: Path, seede
 
 
 def documented() -> list[list[str]]:
-    """The torchrun commands of the how-to page, as words."""
+    """The torchrun commands of the how-to page, split into words."""
     text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
     found = re.findall(r"^(?:srun )?torchrun --.*$", text, re.MULTILINE)
     filled = {'"$SLURM_NNODES"': "2", '"$SLURM_JOB_ID"': "7", '"$head:29500"': "head:29500"}
@@ -190,7 +192,7 @@ def test_torchrun_takes_the_documented_commands(words: list[str]) -> None:
     assert (parsed.module, parsed.training_script) == (True, "mmmamba_cli")
     rest = [word for word in parsed.training_script_args if word != "--"]
     assert rest[:2] == ["distill", "--run"]
-    # Without it, Python 3.11 finds --run ambiguous.
+    # Without "--", argparse of Python 3.11 finds --run ambiguous.
     assert words[words.index("distill") - 1] == "--"
 
 

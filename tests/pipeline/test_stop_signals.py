@@ -1,4 +1,4 @@
-"""Signal handlers that write, and the end of one process among several."""
+"""Writing from signal handlers, and the exit of one process among several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmmamba_cli.distributed.stop_signals import write_from_handler
 
 
 class SignalledFile(io.FileIO):
-    """A file during each write of which a signal arrives, while the buffer above it is locked."""
+    """A file that raises a signal during each write, while the buffer above it is locked."""
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         count = super().write(data)
@@ -37,7 +37,7 @@ def test_a_handler_writes_during_a_write(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_text() == "in step 3\nstopping\n"
 
 
-# Python calls the finaliser of a global object while it shuts down.
+# Python calls the finaliser of a global object during shutdown.
 PROCESS = """
 import sys
 from mmmamba_cli.distributed.stop_signals import skip_interpreter_shutdown
