@@ -1,4 +1,4 @@
-"""A byte order mark, with which editors of Windows begin UTF-8, is read over in every text file."""
+"""UTF-8 byte order marks, written by editors on Windows, are skipped in every text file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_conversations_and_a_meta_file(tmp_path: Path) -> None:
     lines.write_text(f"{json.dumps(TALK)}\n{json.dumps(TALK)}\n")
     assert len(open_corpus(mark(lines))) == 2
     assert open_corpus(lines)[0].messages[0]["content"] == "Hi"
-    # A first line with nothing but the mark is blank.
+    # A first line of only the mark is blank.
     blank = tmp_path / "blank.jsonl"
     blank.write_text(f"\n{json.dumps(TALK)}\n")
     assert len(open_corpus(mark(blank))) == 1
@@ -85,7 +85,7 @@ def test_a_checkpoint_with_its_tokenizer(language_model: Path) -> None:
 def test_questions_for_calibration(language_model: Path, tmp_path: Path) -> None:
     processor = open_processor(open_checkpoint(language_model))
     file = tmp_path / "questions.jsonl"
-    # A line separator of Unicode is text, and ends no line of JSON.
+    # A Unicode line separator is text and does not end a JSON line.
     lines = [{"question": "the cat"}, {"question": "sat\u2028on the mat"}]
     file.write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
@@ -157,7 +157,7 @@ def test_questions_from_a_pipe(
     assert (done.code, asked) == (0, ["the cat", "sat"]), done.err
 
 
-# What the system writes, and the project for itself.
+# Modules that read files of the system or of the project itself.
 PLAIN = {
     "devices.py",
     "distill/stage_runner.py",
@@ -177,5 +177,5 @@ def plain_readers() -> Iterator[str]:
             yield name
 
 
-def test_no_reader_of_text_takes_the_mark_for_text() -> None:
+def test_readers_of_user_text_skip_the_mark() -> None:
     assert list(plain_readers()) == [], 'read text that users may edit with encoding="utf-8-sig"'

@@ -39,7 +39,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         ("", 1, "device '' is not known"),
     ],
 )
-def test_what_is_not_there_is_a_sentence(
+def test_unavailable_devices_raise_an_error(
     device: str, count: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(monkeypatch, count)
@@ -63,7 +63,7 @@ def test_commands_run_on_cpu_and_cuda_only(monkeypatch: pytest.MonkeyPatch) -> N
         check_device("mps")
 
 
-def test_what_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_devices_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cpu") == check_device(torch.device("cpu")) == torch.device("cpu")
     gpus(monkeypatch, 2)
     assert pick_device(None) == torch.device("cuda")

@@ -1,4 +1,4 @@
-"""The licence of the project, and those of what ships with it."""
+"""Licences of the project and of the files that ship with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTICE = (ROOT / "NOTICE").read_text()
 
 
 def listed(heading: str) -> dict[str, str]:
-    """The entries of NOTICE below `heading`: first word, and the rest of the line."""
+    """Entries of NOTICE under `heading`: first word and rest of the line."""
     _, _, below = NOTICE.partition(f"\n{heading}, ")
     lines = below[: below.find("\n\n", below.find("\n\n") + 2)].splitlines()
     rows = (line.split(None, 1) for line in lines if line[:3].strip(" ") and line[:2] == "  ")
@@ -66,7 +66,7 @@ def test_every_model_is_in_the_notice_under_its_cards_licence() -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the source distribution of the files as they are."""
+    """A folder with the wheel and the source distribution of the working tree."""
     source = tmp_path_factory.mktemp("built") / "source"
     source.mkdir()
     ignored = shutil.ignore_patterns("__pycache__")

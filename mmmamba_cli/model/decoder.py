@@ -256,7 +256,7 @@ class HolisticDecoder(HolisticPreTrainedModel):
                 if expansion is not None:
                     widen_static_layers(cache, self.num_embedding_layers, expansion.extra_columns)
                 state.record_images(is_image, vision.tokens_per_tile, expansion)
-        embedding_layout, language_layout = stack_layouts(
+        layouts = stack_layouts(
             self.config,
             state,
             inputs,
@@ -267,15 +267,7 @@ class HolisticDecoder(HolisticPreTrainedModel):
             expansion=expansion,
             dtype=self.text_embedding.weight.dtype,
         )
-        return PreparedInputs(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            is_image=is_image,
-            expansion=expansion,
-            embedding_layout=embedding_layout,
-            language_layout=language_layout,
-            inputs_embeds=inputs_embeds,
-        )
+        return PreparedInputs(input_ids, pixel_values, is_image, expansion, *layouts, inputs_embeds)
 
     def embed(self, inputs: PreparedInputs) -> Tensor:
         """Embed the text and insert the image tokens or patches, (B, E, D)."""

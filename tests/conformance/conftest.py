@@ -1,7 +1,6 @@
-"""transformers' common tests run only where `make conformance` has laid them out.
+"""transformers' common tests run only if `make conformance` has prepared them.
 
-Failures that are choices stand in choices.yaml, each with its reason; they are expected. Any other
-failure fails the run.
+Expected failures are listed in choices.yaml with their reasons. Any other failure fails the run.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def choices() -> list[dict[str, str | list[str]]]:
 
 
 def function_name(name: str) -> str:
-    """The test function without what `parameterized` adds: `test_x_03_fp16` is `test_x`."""
+    """The test function without the suffix of `parameterized`: `test_x` for `test_x_03_fp16`."""
     return re.sub(r"(_\d+(_.*)?|\[.*\])$", "", name)
 
 

@@ -13,14 +13,14 @@ from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tens
 
 from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLM, HolisticVLMConfig
 
-# Below the ids that are drawn, so that it is still there when a test shrinks the vocabulary.
+# Below the drawn ids, so that it exists when a test shrinks the vocabulary.
 IMAGE_TOKEN = 3
 IMAGE_SIZE = 8
 TOKENS_PER_TILE = 4
 
 
 class SmallModels:
-    """What the mixins call a model tester: small random configs and inputs of one variant."""
+    """Model tester of the mixins: small random configs and inputs of one variant."""
 
     batch_size, seq_length, is_training = 3, 9, True
     vocab_size, hidden_size, num_attention_heads, num_key_value_heads = 99, 32, 4, 2
@@ -88,7 +88,7 @@ class Common(ModelTesterMixin, GenerationTesterMixin):
     def _prepare_for_class(
         self, inputs_dict: dict[str, Any], model_class: type, return_labels: bool = False
     ) -> dict[str, Any]:
-        """With labels if asked: the mixin gives them to classes of transformers' own tables."""
+        """Add labels if requested; the mixin does so only for transformers' own classes."""
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
         if return_labels:
             inputs["labels"] = torch.zeros_like(inputs["input_ids"])
@@ -106,7 +106,7 @@ class Common(ModelTesterMixin, GenerationTesterMixin):
         )
 
     def test_config(self) -> None:
-        """All checks but one: config.json keeps `vision_config` under the name `vision`."""
+        """All checks but one: config.json stores `vision_config` as `vision`."""
         with mock.patch.object(
             self.config_tester, "create_and_test_config_from_and_save_pretrained_composite"
         ):
@@ -140,5 +140,5 @@ class LinearPictures(Common, unittest.TestCase):
     pixel_shuffle = "post"
 
 
-# The mixins are no tests by themselves.
+# Removed, so that pytest does not collect the mixins.
 del Common, ModelTesterMixin, GenerationTesterMixin

@@ -34,7 +34,7 @@ SETTINGS = (
 
 @pytest.fixture(autouse=True, scope="module")
 def _at_the_upstream_tests() -> Iterator[None]:
-    """The mixins, setUpClass included, name files by paths from the folder that holds `tests`."""
+    """Run in the folder that holds `tests`, since the mixins use relative paths."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(os.environ["MMMAMBA_UPSTREAM_TESTS"])
         yield
@@ -46,7 +46,7 @@ class Processor(ProcessorTesterMixin, unittest.TestCase):
 
     @staticmethod
     def prepare_processor_dict() -> dict[str, Any]:
-        """What a processor needs beside its tokenizer."""
+        """Arguments of a processor beside its tokenizer."""
         saved = json.loads(Path(FOLDER, "processor_config.json").read_text())
         return {name: saved[name] for name in SETTINGS}
 
@@ -72,5 +72,5 @@ class SentencePiece(SentencePieceBackendTesterMixin, unittest.TestCase):
         cls.tmpdirname = tempfile.mkdtemp()
 
 
-# The mixins are no tests by themselves.
+# Removed, so that pytest does not collect the mixins.
 del ProcessorTesterMixin, TokenizerTesterMixin, SentencePieceBackendTesterMixin

@@ -1,10 +1,10 @@
-"""transformers' own common tests, laid out in a folder that Python can import `tests` from.
+"""transformers' common tests, written to a folder from which Python imports `tests`.
 
     python tests/conformance/upstream.py        # prints the folder
 
 The source distribution of the installed transformers holds the common model, processor and
-tokenizer tests. Its subfolders are left out of it: a checkout named by `TRANSFORMERS_TESTS` adds
-them, and with them the generation tests; without one, empty stand-ins let the rest be imported.
+tokenizer tests, without subfolders. A checkout named by `TRANSFORMERS_TESTS` adds them and the
+generation tests; otherwise empty stand-ins make the rest importable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "conformance"
 CHECKOUT = "TRANSFORMERS_TESTS"
-# What the common tests import from the subfolders, where no checkout provides it.
+# Stand-ins for imports from the subfolders, without a checkout.
 STAND_INS = {
     "tests/__init__.py": "",
     "tests/generation/__init__.py": "",
@@ -32,7 +32,7 @@ STAND_INS = {
     "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     "tests/fixtures/sample_text.txt": "A red cube lies here.\nTwo blue balls are beside it.\n",
 }
-# Pictures that the processor tests name by URL are drawn instead.
+# The processor tests load images by URL; these are drawn instead.
 PICTURES = """from pathlib import Path
 
 from PIL import Image
@@ -82,12 +82,12 @@ def _copy_checkout(checkout: Path, folder: Path) -> None:
 
 
 def _source_distribution(version: str) -> Path:
-    """The sdist of that version, downloaded by pip unless it is there."""
+    """The sdist of a version, downloaded by pip if it is not cached."""
     file = CACHE / f"transformers-{version}.tar.gz"
     if file.is_file():
         return file
     CACHE.mkdir(parents=True, exist_ok=True)
-    # A download that breaks off must not be taken for the file.
+    # Downloaded elsewhere first, so that a partial file is not used.
     with tempfile.TemporaryDirectory(dir=CACHE) as partial:
         words = ["download", "--quiet", "--no-deps", "--no-binary", "transformers"]
         requirement = f"transformers=={version}"

@@ -1,4 +1,4 @@
-"""Small random models in which every parameter matters."""
+"""Small random models in which every parameter affects the output."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ KINDS = {"a": "full_attention", "m": "linear_attention"}
 
 
 def small_model(plan: str = "amam", shuffle: str = "pre", seed: int = 0, **options: Any) -> Any:
-    """A model of len(plan) layers, half of them in each stack; "a" attention, "m" Mamba-2.
+    """A model of len(plan) layers, half in each stack; "a" is attention, "m" Mamba-2.
 
-    Options: `rope_scaling` and `max_position_embeddings` of both stacks, the rest is the mixer's.
+    Options: `rope_scaling` and `max_position_embeddings` of both stacks; others are the mixer's.
     """
     half = len(plan) // 2
     stack = {
@@ -57,7 +57,7 @@ def small_model(plan: str = "amam", shuffle: str = "pre", seed: int = 0, **optio
 
 
 def prompt(tiles: int, text: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(1, T) ids with `tiles` tiles of four context ids among `text` text ids, and the pixels."""
+    """(1, T) ids of `text` text ids and `tiles` tiles of four context ids, and their pixels."""
     rng = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(2, IMAGE_ID, (1, text), generator=rng)
     if tiles == 0:
@@ -68,7 +68,7 @@ def prompt(tiles: int, text: int, seed: int = 0) -> tuple[torch.Tensor, torch.Te
 
 
 def pad_batch(rows: list[torch.Tensor], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (1, t) of ids as one (B, T) batch, and its mask."""
+    """Pad rows (1, t) of ids to a (B, T) batch with its mask."""
     width = max(row.shape[1] for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The model by transformers' own ways: Auto classes, device maps, Trainer, peft."""
+"""The model through transformers' interfaces: Auto classes, device maps, Trainer, peft."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
 
 
 @torch.no_grad()
-def test_the_base_model_by_its_auto_class(saved: tuple[Any, Path], tmp_path: Path) -> None:
+def test_base_model_by_its_auto_class(saved: tuple[Any, Path], tmp_path: Path) -> None:
     model, folder = saved
     ids, pixels = prompt(1, 9)
     base = AutoModel.from_pretrained(folder)
@@ -57,8 +57,8 @@ def test_layers_on_disk(saved: tuple[Any, Path], tmp_path: Path) -> None:
         assert torch.equal(made, model.generate(ids, pixel_values=pixels, max_new_tokens=4))
 
 
-def test_columns_are_moved_once_for_each_device() -> None:
-    """accelerate moves what it hands to a layer by `to`, for every layer."""
+def test_layouts_are_moved_once_per_device() -> None:
+    """accelerate calls `to` of a layer's arguments for every layer."""
     mask = torch.ones_like(IDS)
     columns = small_model().model.prepare(IDS, attention_mask=mask).language_layout
     assert columns.to("cpu") is columns

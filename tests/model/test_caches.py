@@ -1,4 +1,4 @@
-"""Caches: second turns with images, cropping, selected rows, static memory, drafts."""
+"""Caches: second turns with images, crop, row selection, static caches, assisted decoding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prompt(tiles: int, text: int, seed: int = 0) -> tuple[Tensor, Tensor | None]
 
 
 def filled(model: Any, *parts: tuple[Tensor, Tensor | None], cache: Any = None) -> Any:
-    """A cache after these parts, fed one after the other."""
+    """A cache filled with these parts in turn."""
     cache = new_cache(model.config) if cache is None else cache
     for ids, pixels in parts:
         model(ids, pixels, past_key_values=cache)
@@ -49,10 +49,10 @@ class TestSecondTurn:
     @pytest.mark.parametrize("plan", PLANS)
     @pytest.mark.parametrize("room", [None, 60])
     @pytest.mark.parametrize("first", [(0, 5), (2, 5)])
-    def test_images_on_a_filled_cache_are_the_full_forward(
+    def test_images_on_a_filled_cache_equal_the_full_forward(
         self, shuffle: str, plan: str, room: int | None, first: tuple[int, int]
     ) -> None:
-        """Also with a static cache, whose embedding stack has to grow while it holds keys."""
+        """Includes a static cache, whose embedding layers are widened while they hold keys."""
         model = model_of(plan, shuffle)
         parts = [prompt(*first), prompt(0, 4, 1), prompt(1, 6, 2), (MORE, None), prompt(2, 3, 3)]
         full = model(*whole(*parts)).logits
@@ -67,8 +67,10 @@ class TestSecondTurn:
     @pytest.mark.parametrize("shuffle", SHUFFLES)
     @pytest.mark.parametrize("plan", PLANS)
     @pytest.mark.parametrize("second", [[(1, 9), (2, 5)], [(2, 6), (0, 4)]])
-    def test_rows_that_differ(self, shuffle: str, plan: str, second: list[tuple[int, int]]) -> None:
-        """Rows padded on the left in the first turn, and between the turns in the second."""
+    def test_rows_of_different_length(
+        self, shuffle: str, plan: str, second: list[tuple[int, int]]
+    ) -> None:
+        """Rows are left-padded in the first turn, and between the turns in the second."""
         model = model_of(plan, shuffle)
         turns = [
             [prompt(1, 5, 0), prompt(2, 9, 1)],
@@ -117,7 +119,7 @@ class TestSecondTurn:
         assert torch.equal(found[:, -6:], wanted[:, -6:])
 
     @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
-    def test_beams_of_the_first_images_after_a_turn_of_text(self, device: str) -> None:
+    def test_beam_search_with_images_after_a_text_turn(self, device: str) -> None:
         model = model_of("amam").to(device)
         parts = [prompt(0, 7, 0), prompt(1, 5, 1)]
         ids, pixels = (x.to(device) for x in whole(*parts) if x is not None)
@@ -127,7 +129,7 @@ class TestSecondTurn:
         found = model.generate(ids, pixel_values=pixels, past_key_values=cache, **beams)
         assert torch.equal(found[:, -6:], wanted[:, -6:])
 
-    def test_a_turn_without_images_may_be_given_those_before(self) -> None:
+    def test_earlier_images_may_be_passed_in_a_turn_without_images(self) -> None:
         model = model_of("amam")
         parts = [prompt(1, 7, 0), prompt(0, 5, 1)]
         ids, pixels = whole(*parts)
@@ -136,7 +138,7 @@ class TestSecondTurn:
         found = model.generate(ids, pixel_values=pixels, past_key_values=cache, max_new_tokens=6)
         assert torch.equal(found, wanted)
 
-    def test_tiles_that_do_not_agree_are_refused(self) -> None:
+    def test_wrong_numbers_of_tiles_are_refused(self) -> None:
         model = model_of("amam")
         first, second = prompt(2, 7, 0), prompt(1, 5, 1)
         pixels = torch.cat((first[1], second[1]))  # type: ignore[arg-type]
@@ -164,8 +166,8 @@ class TestSecondTurn:
 class TestCrop:
     @pytest.mark.parametrize("shuffle", SHUFFLES)
     @pytest.mark.parametrize("kept", [7, 4, 3, 1, 0, -1])
-    def test_what_follows_is_the_full_forward(self, shuffle: str, kept: int) -> None:
-        """`kept` columns of the second part; -1 is the end of the first."""
+    def test_continuing_after_a_crop_equals_the_full_forward(self, shuffle: str, kept: int) -> None:
+        """Keep `kept` columns of the second part; -1 is the end of the first."""
         model = model_of("aaaa", shuffle)
         first, second = prompt(1, 6, 0), (prompt(0, 8, 1))
         taken = first[0].shape[1] + max(kept, -1)
@@ -179,7 +181,7 @@ class TestCrop:
             assert distance(found, wanted) < CLOSE
 
     @pytest.mark.parametrize("shuffle", SHUFFLES)
-    def test_back_over_an_image_and_on_with_another(self, shuffle: str) -> None:
+    def test_crop_an_image_and_continue_with_another(self, shuffle: str) -> None:
         model = model_of("aaaa", shuffle)
         first, second, third = prompt(1, 6, 0), prompt(2, 5, 1), prompt(1, 4, 2)
         before = first[0].shape[1] + 2
@@ -212,7 +214,7 @@ class TestCrop:
             assert distance(found[i], alone[0, -3:]) < CLOSE
 
     @pytest.mark.parametrize("shuffle", SHUFFLES)
-    def test_within_an_image_is_refused_and_changes_nothing(self, shuffle: str) -> None:
+    def test_crop_within_an_image_is_refused_and_changes_nothing(self, shuffle: str) -> None:
         model = model_of("aaaa", shuffle)
         given = prompt(2, 6)
         full = model(*whole(given, (MORE, None))).logits
@@ -223,7 +225,7 @@ class TestCrop:
         found = model(MORE, past_key_values=cache).logits
         assert distance(found, full[:, -3:]) < CLOSE
 
-    def test_rows_whose_images_end_elsewhere_are_refused_with_post(self) -> None:
+    def test_crop_of_images_of_different_sizes_is_refused_with_post(self) -> None:
         model = model_of("aaaa", "post")
         ids, pixels = prompt(1, 9, 0)
         moved = torch.cat((ids[:, 6:12], ids[:, 2:6], ids[:, 12:], ids[:, :2]), 1)
@@ -235,7 +237,7 @@ class TestCrop:
         cache.crop(2)
         assert cache.decoding_state.embedding.length == 2
 
-    def test_more_than_there_is(self) -> None:
+    def test_crop_of_more_than_the_length(self) -> None:
         model = model_of("aaaa")
         cache = filled(model, prompt(0, 5))
         cache.crop(9)
@@ -262,7 +264,7 @@ class TestCrop:
         cache.crop(0)
         assert cache.get_seq_length() == 5
 
-    def test_positions_that_were_given_are_given_again(self) -> None:
+    def test_position_ids_are_required_again_after_a_crop(self) -> None:
         model = model_of("aaaa")
         ids, _ = prompt(0, 8)
         at = 7 + torch.arange(11)[None]
@@ -286,8 +288,8 @@ class TestCrop:
         found = model(*third, past_key_values=cache).logits
         assert distance(found, full[:, before:]) < CLOSE
 
-    def test_layers_that_hold_something_else_are_refused(self) -> None:
-        """As quantized ones, of which a part alone is there to be cropped."""
+    def test_crop_of_other_layer_classes_is_refused(self) -> None:
+        """For example quantized layers, which hold only a part of the keys to crop."""
 
         class Packed(DynamicLayer):
             pass
@@ -301,8 +303,8 @@ class TestCrop:
             cache.crop(-1)
 
     @pytest.mark.parametrize("shuffle", SHUFFLES)
-    def test_layers_cropped_by_their_own_cache_are_followed_or_refused(self, shuffle: str) -> None:
-        """A `DynamicCache` knows nothing of the decoding state beside it."""
+    def test_layers_cropped_directly_are_followed_or_refused(self, shuffle: str) -> None:
+        """A `DynamicCache` does not update the decoding state."""
         model = model_of("aaaa", shuffle)
         first = prompt(1, 6)
         taken = first[0].shape[1] - 2
@@ -328,8 +330,8 @@ def _rows(cache: Any) -> None:
     cache.batch_select_indices(torch.tensor([False, True, True]))
 
 
-# How a public method of `Cache` is held to what the decoding state says: "reads" leaves the cache
-# as it is, "layers" is called by the mixers, all others are tested below by their name.
+# Public methods of `Cache`: "reads" do not change the cache, "layers" are called by the mixers,
+# "changes" are tested below by name.
 METHODS = {
     "batch_repeat_interleave": "changes",
     "batch_select_indices": "changes",
@@ -366,12 +368,12 @@ METHODS = {
 
 
 class TestMethodsOfCache:
-    def test_every_method_is_accounted_for(self) -> None:
-        """A newer transformers may add one that changes layers without the decoding state."""
+    def test_every_method_is_listed(self) -> None:
+        """A newer transformers may add a method that changes layers without the decoding state."""
         public = {name for name in dir(Cache) if not name.startswith("_")}
         assert public - METHODS.keys() == set()
 
-    def test_methods_that_change_layers_are_our_own(self) -> None:
+    def test_methods_that_change_layers_are_overridden(self) -> None:
         changing = {name for name, kind in METHODS.items() if kind == "changes"}
         assert changing <= vars(HybridCache).keys()
 
@@ -397,7 +399,7 @@ class TestMethodsOfCache:
         change: Callable[[Any], None],
         rows: list[int],
     ) -> None:
-        """Rows with padding and images go on as each would alone, with images again."""
+        """Rows with padding and images continue as each row alone, with further images."""
         model = model_of(plan, shuffle)
         inputs = [prompt(2, 6, 0), prompt(0, 5, 1), prompt(1, 9, 2)]
         ids, mask = pad_batch([row for row, _ in inputs])
@@ -418,7 +420,7 @@ class TestMethodsOfCache:
     @pytest.mark.parametrize("shuffle", SHUFFLES)
     @pytest.mark.parametrize("plan", PLANS)
     @pytest.mark.parametrize("room", [None, 20])
-    def test_reset_is_a_fresh_cache(self, shuffle: str, plan: str, room: int | None) -> None:
+    def test_reset_equals_a_new_cache(self, shuffle: str, plan: str, room: int | None) -> None:
         model = model_of(plan, shuffle)
         cache = new_cache(model.config, room)
         for seed in range(3):
@@ -461,7 +463,7 @@ class TestMethodsOfCache:
     @pytest.mark.parametrize("shuffle", SHUFFLES)
     @pytest.mark.parametrize("plan", PLANS)
     @pytest.mark.parametrize("room", [None, 20])
-    def test_what_reads_says_the_language_stack(
+    def test_reading_methods_report_the_language_stack(
         self, shuffle: str, plan: str, room: int | None
     ) -> None:
         model = model_of(plan, shuffle)
@@ -477,7 +479,7 @@ class TestMethodsOfCache:
 
 class TestStatic:
     @pytest.mark.parametrize("plan", ["aaaa", "amam", "maam"])
-    def test_more_than_its_room_is_refused(self, plan: str) -> None:
+    def test_exceeding_the_capacity_is_refused(self, plan: str) -> None:
         model = model_of(plan, "post")
         cache = filled(model, prompt(1, 5), cache=new_cache(model.config, 11))
         with pytest.raises(DataError, match="room for 11 columns, but 9 are taken and 3 more"):
@@ -492,7 +494,7 @@ class TestStatic:
         found = [model(*part, past_key_values=cache).logits for part in parts]
         assert distance(torch.cat(found, 1), full) < CLOSE
 
-    def test_a_cache_that_makes_its_layers_itself(self) -> None:
+    def test_a_cache_that_creates_its_layers(self) -> None:
         model = model_of("aaaa", "post")
         parts = [prompt(1, 5), prompt(1, 4, 1)]
         full = model(*whole(*parts)).logits
@@ -526,9 +528,7 @@ class TestBadSizes:
 class TestDrafts:
     @pytest.mark.parametrize("shuffle", SHUFFLES)
     @pytest.mark.parametrize("tiles", [0, 1])
-    def test_prompt_lookup_and_assistants_give_the_greedy_tokens(
-        self, shuffle: str, tiles: int
-    ) -> None:
+    def test_assisted_decoding_gives_the_greedy_tokens(self, shuffle: str, tiles: int) -> None:
         model = model_of("aaaa", shuffle)
         ids, pixels = prompt(tiles, 12)
         ids = torch.cat((ids, ids[:, -8:]), 1)
@@ -552,7 +552,7 @@ class TestDrafts:
             model.generate(ids, assistant_model=drafts, max_new_tokens=4)
 
 
-def test_image_tokens_of_a_prompt_are_not_drafted_into_the_answer() -> None:
+def test_image_tokens_are_not_drafted_into_the_answer() -> None:
     model = model_of("aaaa")
     ids, pixels = prompt(1, 6)
     found = model.generate(ids, pixel_values=pixels, prompt_lookup_num_tokens=3, max_new_tokens=9)

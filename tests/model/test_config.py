@@ -1,4 +1,4 @@
-"""The config as transformers reads and writes it, and `config.json` as it was before."""
+"""The config in transformers, and `config.json` of older versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.config import HolisticVisionConfig
 
-# As mmmamba wrote it before the vision part was a sub-config.
+# Written before the vision part became a sub-config.
 BEFORE: dict[str, Any] = {
     "architectures": ["HolisticVLM"],
     "bos_token_id": 1,
@@ -67,7 +67,7 @@ def saved(config: HolisticVLMConfig, folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_config_of_before_is_written_as_it_was_read_with_sizes_beside(tmp_path: Path) -> None:
+def test_an_older_config_is_rewritten_with_derived_sizes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BEFORE))
     config = HolisticVLMConfig.from_pretrained(tmp_path)
     assert config.vision == BEFORE["vision"]
@@ -79,7 +79,7 @@ def test_a_config_of_before_is_written_as_it_was_read_with_sizes_beside(tmp_path
     assert to_architecture(written, "x") == to_architecture(BEFORE, "x")
 
 
-def test_sizes_stand_under_the_names_of_transformers() -> None:
+def test_sizes_have_the_names_of_transformers() -> None:
     config = HolisticVLMConfig(**{k: v for k, v in BEFORE.items() if k != "model_type"})
     assert {name: getattr(config, name) for name in DERIVED} == DERIVED
     assert config.get_text_config() is config
@@ -110,7 +110,7 @@ def test_the_vision_part_is_a_sub_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DERIVED)
-def test_sizes_that_disagree_with_the_stacks_are_refused(name: str) -> None:
+def test_sizes_that_contradict_the_stacks_are_refused(name: str) -> None:
     wrong = {**BEFORE, **DERIVED, name: 7}
     with pytest.raises(ValueError, match=f"{name} is 7, but it follows from the stacks"):
         HolisticVLMConfig.from_dict(wrong)

@@ -1,4 +1,4 @@
-"""Token tables that are replaced and resized, and survive being saved."""
+"""Token embeddings: replacing, resizing, saving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefill + decode = full; row in a batch = row alone; packed = apart; chunked = whole."""
+"""Equalities: prefill + decode = full, row in a batch = row alone, packed = separate, chunked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmmamba_cli.model import HolisticVLM, new_cache
 
-# All in fp64: what these random weights make of fp32's rounding differs between processors.
+# fp64, since these random weights amplify fp32 rounding differently on each processor.
 CLOSE = 1e-10
 PLANS = ["aaaa", "mmmm", "amam", "maam"]
 SHUFFLES = ["pre", "post"]
@@ -37,7 +37,7 @@ rows_of_prompts = st.lists(st.tuples(st.integers(0, 2), st.integers(3, 9)), min_
 @pytest.mark.parametrize("side", ["left", "right"])
 @settings(max_examples=12, deadline=None)
 @given(rows=rows_of_prompts, plan=st.sampled_from(PLANS))
-def test_row_in_a_batch_is_row_alone(
+def test_a_row_in_a_batch_equals_the_row_alone(
     shuffle: str, side: str, rows: list[tuple[int, int]], plan: str
 ) -> None:
     model = small_model(plan, shuffle)
@@ -52,7 +52,7 @@ def test_row_in_a_batch_is_row_alone(
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @settings(max_examples=12, deadline=None)
 @given(rows=rows_of_prompts, plan=st.sampled_from(PLANS))
-def test_packed_sequences_do_not_see_each_other(
+def test_packed_sequences_equal_separate_ones(
     shuffle: str, rows: list[tuple[int, int]], plan: str
 ) -> None:
     model = small_model(plan, shuffle)
@@ -69,7 +69,7 @@ def test_packed_sequences_do_not_see_each_other(
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("static", [False, True])
-def test_prefill_and_decode_is_full(shuffle: str, plan: str, static: bool) -> None:
+def test_prefill_and_decode_equal_the_full_forward(shuffle: str, plan: str, static: bool) -> None:
     model = small_model(plan, shuffle)
     inputs = [prompt(2, 5, 0), prompt(0, 9, 1), prompt(1, 4, 2)]
     ids, mask = pad_batch([row for row, _ in inputs])
@@ -92,7 +92,7 @@ def test_prefill_and_decode_is_full(shuffle: str, plan: str, static: bool) -> No
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunked_prefill_is_full(shuffle: str, plan: str, chunk: int) -> None:
+def test_chunked_prefill_equals_the_full_forward(shuffle: str, plan: str, chunk: int) -> None:
     model = small_model(plan, shuffle)
     inputs = [prompt(3, 11, 0), prompt(1, 6, 1)]
     ids, mask = pad_batch([row for row, _ in inputs])
@@ -122,7 +122,7 @@ def test_conv_widths_chunk_and_decode(width: int) -> None:
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_dynamic_ntk_is_fixed_by_the_prompt(shuffle: str) -> None:
-    """Beyond the trained length the base grows with the prompt, and stays while generating."""
+    """Beyond the trained length, the base depends on the prompt length and then stays fixed."""
     scaling = {"type": "dynamic", "factor": 2.0}
     scaled = small_model("aaaa", shuffle, rope_scaling=scaling, max_position_embeddings=8)
     plain = small_model("aaaa", shuffle, max_position_embeddings=8)

@@ -1,4 +1,4 @@
-"""What transformers, Trainer and peft pass to a model's forward, and what they get back."""
+"""Arguments that transformers, Trainer and peft pass to a model's forward, and its outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLANS = ["aaaa", "amam", "mmmm"]
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("shuffle", ["pre", "post"])
 @torch.no_grad()
-def test_hidden_states_are_those_of_the_walk(plan: str, shuffle: str) -> None:
+def test_hidden_states_equal_those_of_a_layer_loop(plan: str, shuffle: str) -> None:
     model = small_model(plan, shuffle)
     ids, pixels = prompt(1, 9)
     out = model(ids, pixels, output_hidden_states=True)
@@ -62,7 +62,7 @@ def test_generate_returns_hidden_states_of_every_step() -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 @torch.no_grad()
-def test_embeddings_stand_for_ids(plan: str) -> None:
+def test_inputs_embeds_equal_input_ids(plan: str) -> None:
     model = small_model(plan)
     ids, pixels = prompt(2, 9)
     for given, tiles in ((IDS, None), (ids, pixels)):
@@ -78,7 +78,7 @@ def test_embeddings_stand_for_ids(plan: str) -> None:
         assert torch.equal(made, model.generate(given, **beams)[:, given.shape[1] :])
 
 
-def test_embeddings_and_pictures_behind_the_embedding_stack_are_refused() -> None:
+def test_inputs_embeds_with_images_and_post_are_refused() -> None:
     model = small_model("amam", "post")
     ids, pixels = prompt(1, 9)
     embeds = model.get_input_embeddings()(ids)
@@ -97,21 +97,21 @@ def test_embeddings_and_pictures_behind_the_embedding_stack_are_refused() -> Non
 
 
 @torch.no_grad()
-def test_positions_are_taken() -> None:
+def test_position_ids_are_used() -> None:
     model = small_model("aaaa")
     expected = model(IDS).logits
     counted = torch.arange(20)[None]
     assert torch.equal(model(IDS, position_ids=counted).logits, expected)
-    # Rotations are relative: all of them moved alike change nothing, one gap does.
+    # RoPE is relative: a common offset changes nothing, a gap does.
     assert distance(model(IDS, position_ids=counted + 5).logits, expected) < 1e-4
     mask, gap = torch.ones_like(IDS), counted + 3 * (counted > 9)
     assert distance(model(IDS, position_ids=gap, attention_mask=mask).logits, expected) > 1e-3
-    # A padded row with the positions that collators write for it.
+    # A padded row with positions as written by collators.
     ids, mask = pad_batch([IDS, IDS[:, :13]])
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
     padded = model(ids, attention_mask=mask, position_ids=positions).logits[1, 7:]
     assert distance(padded, model(IDS[:, :13]).logits[0]) < 1e-5
-    # Decoding goes on from the last of them.
+    # Decoding continues from the last position.
     cache = new_cache(model.config)
     model(IDS[:, :12], position_ids=counted[:, :12] + 7, past_key_values=cache)
     rest = model(IDS[:, 12:], past_key_values=cache).logits
@@ -120,7 +120,7 @@ def test_positions_are_taken() -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 @torch.no_grad()
-def test_positions_that_start_over_tell_packed_sequences_apart(plan: str) -> None:
+def test_positions_that_restart_mark_packed_sequences(plan: str) -> None:
     model = small_model(plan)
     positions = torch.cat((torch.arange(8), torch.arange(12)))[None]
     packed = model(IDS, position_ids=positions).logits
@@ -130,7 +130,7 @@ def test_positions_that_start_over_tell_packed_sequences_apart(plan: str) -> Non
     assert torch.equal(packed, by_name)
 
 
-def test_positions_with_pictures_behind_the_embedding_stack() -> None:
+def test_position_ids_with_images_and_post() -> None:
     model = small_model("amam", "post")
     ids, pixels = prompt(1, 9)
     counted = torch.arange(ids.shape[1])[None]
@@ -155,7 +155,7 @@ def test_both_names_of_the_cache() -> None:
         model(IDS, past_key_values=new_cache(model.config), cache=new_cache(model.config))
 
 
-def test_tuples_where_the_config_says_so() -> None:
+def test_tuples_with_return_dict_false() -> None:
     model = small_model()
     logits = model(IDS).logits
     found = model(IDS, return_dict=False)
@@ -165,13 +165,13 @@ def test_tuples_where_the_config_says_so() -> None:
     assert torch.equal(model(IDS, return_dict=True).logits, logits)
 
 
-def test_a_name_that_no_model_reads_is_passed_over_as_transformers_does() -> None:
+def test_unknown_arguments_are_ignored_as_in_transformers() -> None:
     model = small_model()
     out = model(IDS, token_type_ids=None, cache_position=torch.arange(20), output_router_logits=1)
     assert torch.equal(out.logits, model(IDS).logits)
 
 
-def test_the_loss_is_divided_by_what_trainer_gives() -> None:
+def test_the_loss_is_divided_by_num_items_in_batch() -> None:
     model = small_model()
     labels = IDS.clone()
     labels[:, :5] = -100
@@ -184,8 +184,8 @@ def test_the_loss_is_divided_by_what_trainer_gives() -> None:
     assert torch.allclose(model(IDS, labels=labels, shift_labels=shifted).loss, total / 15)
 
 
-def test_gradient_accumulation_is_one_batch() -> None:
-    """Micro batches of unlike lengths, as Trainer sums them, against the whole batch."""
+def test_gradient_accumulation_equals_one_batch() -> None:
+    """Micro batches of different lengths, summed as by Trainer, equal the whole batch."""
     model = small_model().requires_grad_(True)
     ids, mask = pad_batch([IDS, IDS[:, 3:9]], side="right")
     labels = ids.masked_fill(mask == 0, -100)
@@ -206,7 +206,7 @@ def test_gradient_accumulation_is_one_batch() -> None:
             assert distance(p.grad, whole[name]) < 1e-4, name
 
 
-def test_labels_that_are_all_ignored_give_zero_with_a_graph() -> None:
+def test_ignored_labels_give_a_zero_loss_with_a_graph() -> None:
     model = small_model().requires_grad_(True)
     for extra in ({}, {"num_items_in_batch": torch.tensor(0)}):
         loss = model(IDS, labels=torch.full_like(IDS, -100), **extra).loss
@@ -240,7 +240,7 @@ def test_eager_attention_returns_its_weights(plan: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "backend"), [("eager", "reference"), ("sdpa", "auto")])
-def test_the_implementation_that_was_asked_for_computes(
+def test_the_requested_attention_implementation_runs(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -256,7 +256,7 @@ def test_the_implementation_that_was_asked_for_computes(
     assert asked == [backend] * 2
 
 
-def test_fused_attention_says_that_it_has_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_attention_warns_that_it_returns_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(decoder.logger, "warning_once", said.append)
     assert small_model()(IDS, output_attentions=True).attentions is None
@@ -265,13 +265,13 @@ def test_fused_attention_says_that_it_has_no_weights(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "nonsense"])
-def test_attention_that_is_not_supported_is_refused(name: str) -> None:
+def test_unsupported_attention_is_refused(name: str) -> None:
     config = small_model().config
     with pytest.raises((ValueError, ImportError)):
         HolisticVLM._from_config(config, attn_implementation=name)
 
 
-def test_checkpointing_uses_the_function_that_transformers_gives() -> None:
+def test_checkpointing_uses_the_function_of_transformers() -> None:
     model = small_model().requires_grad_(True).train()
     plain = model(IDS, labels=IDS)
     plain.loss.backward()
@@ -353,8 +353,8 @@ def test_one_graph_without_a_cache(plan: str) -> None:
     assert model.model.blocks[0].mixer.q_proj.weight.grad.any()
 
 
-def test_context_ids_are_no_text() -> None:
-    """Without a graph they are counted; `IMAGE_ID` alone may be typed."""
+def test_context_ids_without_pixels_are_refused() -> None:
+    """They are counted outside of compiled graphs; a single `IMAGE_ID` may be typed."""
     model = small_model()
     with pytest.raises(DataError, match="no pixel_values were given"):
         model(torch.full((1, 9), IMAGE_ID))

@@ -1,4 +1,4 @@
-"""Greedy generation gives the same tokens whatever remembers the past."""
+"""Greedy generation gives the same tokens with every kind of cache."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_sampling_is_repeatable() -> None:
     assert torch.equal(*outputs)
 
 
-def test_images_and_context_tokens_must_agree() -> None:
+def test_images_and_context_tokens_must_match() -> None:
     model = small_model("amam")
     ids, pixels = prompt(2, 6)
     with pytest.raises(DataError, match="8 image context tokens, but 1 tiles"):

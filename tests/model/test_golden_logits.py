@@ -1,4 +1,4 @@
-"""Logits against tensors computed with the method's reference implementation, fp32, CPU."""
+"""Logits equal those of the method's reference implementation, fp32, CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import mmmamba_cli
 from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLM, HolisticVLMConfig
 
 TOLERANCE = 1e-4
-# The reference's names of a student mixer's parameters, against ours.
+# Parameter names of a student mixer: the reference's and ours.
 MIXER = {
     "q_proj.weight": "q_proj.weight",
     "k_proj.weight": "k_proj.weight",
@@ -30,7 +30,7 @@ MIXER = {
 
 
 def student(case: Path, attention: list[int]) -> HolisticVLM:
-    """The golden student with the teacher's attention in some layers."""
+    """The golden student with the teacher's attention in the layers `attention`."""
     teacher = mmmamba_cli.load(str(case))
     total, first = teacher.config.num_hidden_layers, teacher.config.num_embedding_layers
     kinds = [ATTENTION if i in attention else LINEAR for i in range(total)]

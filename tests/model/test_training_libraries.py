@@ -1,4 +1,4 @@
-"""What users of transformers do with a model: peft, Trainer, TRL; trained, saved, loaded again."""
+"""Training libraries: peft, Trainer, TRL; train, save, load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEW = 6
 
 @pytest.fixture(autouse=True)
 def same_adapters() -> None:
-    """Adapters and virtual tokens begin at random."""
+    """Adapters and virtual tokens are initialised randomly."""
     torch.manual_seed(0)
 
 
@@ -29,7 +29,7 @@ def trainable(plan: str, shuffle: str = "pre") -> Any:
 
 
 def rows(count: int, length: int = 10, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Samples of text without padding; the labels are the ids."""
+    """Text samples without padding; labels are the ids."""
     found = [prompt(0, length, seed + i)[0][0] for i in range(count)]
     return [{"input_ids": ids, "labels": ids.clone()} for ids in found]
 
@@ -43,7 +43,7 @@ def kept(model: Any) -> dict[str, Tensor]:
 
 
 def step(model: Any, batch: dict[str, Any], rate: float = 0.1) -> float:
-    """One step of plain gradient descent; the loss before it."""
+    """One step of gradient descent; return the loss before it."""
     model.train()
     learning = [p for p in model.parameters() if p.requires_grad]
     loss = model(**batch).loss
@@ -64,7 +64,7 @@ def batch_with_a_picture() -> dict[str, Any]:
 
 def answer(model: Any) -> Tensor:
     ids, pixels = prompt(1, 9)
-    # peft takes ids by name only.
+    # peft passes ids by keyword only.
     given = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
     return model.generate(**given, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)[
         :, -NEW:
@@ -78,7 +78,7 @@ class TestPeft:
     @pytest.mark.parametrize("shuffle", ["pre", "post"])
     @pytest.mark.parametrize("whole", [False, True])
     def test_lora(self, plan: str, shuffle: str, whole: bool, tmp_path: Path) -> None:
-        """With and without modules that learn as a whole; merged and from its folder alike."""
+        """With and without fully trained modules; merged and loaded adapters agree."""
         config = self.peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=4,
@@ -113,7 +113,7 @@ class TestPeft:
         model = self.peft.get_peft_model(copy.deepcopy(base), config)
         ids, _ = prompt(0, 9)
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        # A small rate: with these random weights the loss is steep in what stands first.
+        # A small learning rate, since the loss is steep in the first columns of these weights.
         losses = [step(model, batch, rate=1e-5) for _ in range(4)]
         assert losses[-1] < losses[0]
         assert changed(model.base_model, before) == set()
@@ -128,7 +128,7 @@ class TestPeft:
         with torch.no_grad():
             tuned = model(**batch)
             assert torch.equal(again(**batch).logits, tuned.logits)
-            # The virtual tokens stand before the prompt: what they add is what the labels skip.
+            # The virtual tokens precede the prompt; labels skip their columns.
             embedded = base.get_input_embeddings()(ids)
             virtual = model.get_prompt(batch_size=1)
             plain = base(inputs_embeds=torch.cat((virtual, embedded), 1)).logits
@@ -158,7 +158,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 
 def trained(model: Any, folder: Path, data: list[dict[str, Tensor]], **options: Any) -> list[float]:
-    """Losses of the steps of a `Trainer` over samples in their order."""
+    """Losses of a `Trainer` over samples in order."""
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *arguments: Any, **keywords: Any) -> Any:
@@ -172,7 +172,7 @@ def trained(model: Any, folder: Path, data: list[dict[str, Tensor]], **options: 
 
 
 def by_hand(model: Any, data: list[dict[str, Tensor]], size: int, steps: int) -> list[float]:
-    """The same losses by whole batches of `size`, without a library."""
+    """The same losses from whole batches of `size`, without a library."""
     found = []
     for number in range(steps):
         batch = stack(data[number * size : (number + 1) * size])
@@ -183,10 +183,10 @@ def by_hand(model: Any, data: list[dict[str, Tensor]], size: int, steps: int) ->
 class TestTrainer:
     @pytest.mark.parametrize("plan", PLANS)
     @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_accumulated_and_checkpointed_steps_are_those_of_whole_batches(
+    def test_accumulated_and_checkpointed_steps_equal_whole_batches(
         self, plan: str, checkpointing: bool, tmp_path: Path
     ) -> None:
-        # In fp64: what these random weights make of fp32's rounding grows with every step.
+        # fp64, since these random weights amplify fp32 rounding with every step.
         data, first = rows(12), trainable(plan).double()
         wanted, before = copy.deepcopy(first), kept(first)
         expected = by_hand(wanted, data, size=4, steps=3)
@@ -200,16 +200,16 @@ class TestTrainer:
             gradient_accumulation_steps=2,
             gradient_checkpointing=checkpointing,
         )
-        # A checkpointed layer is run once more for its gradient.
+        # A checkpointed layer runs a second time in the backward pass.
         assert len(calls) == 3 * 2 * (2 if checkpointing else 1)
         assert losses == pytest.approx(expected, rel=1e-3)
         for name, parameter in wanted.state_dict().items():
             assert distance(first.state_dict()[name], parameter) < 1e-9, name
-        # A text reaches every tensor but those of the vision part.
+        # Text gives gradients to all parameters except the vision part.
         still = before.keys() - changed(first, before)
         assert all(name.startswith("model.vision.") for name in still)
 
-    def test_labels_of_unequal_number_weigh_by_tokens(self, tmp_path: Path) -> None:
+    def test_unequal_numbers_of_labels_are_weighted_by_tokens(self, tmp_path: Path) -> None:
         data, first = rows(4), trainable("amam")
         data[0]["labels"][:7] = -100
         wanted = copy.deepcopy(first)
@@ -220,7 +220,7 @@ class TestTrainer:
         for name, parameter in wanted.state_dict().items():
             assert distance(first.state_dict()[name], parameter) < 1e-4, name
 
-    def test_saved_and_loaded_it_says_the_same(self, tmp_path: Path) -> None:
+    def test_a_saved_and_loaded_model_gives_the_same_answers(self, tmp_path: Path) -> None:
         model = trainable("amam")
         before = answer(model)
         trained(
@@ -234,7 +234,7 @@ class TestTrainer:
         again.generation_config.suppress_tokens = [IMAGE_ID]
         assert torch.equal(answer(again), said)
 
-    def test_it_goes_on_from_its_checkpoint(self, tmp_path: Path) -> None:
+    def test_training_resumes_from_a_checkpoint(self, tmp_path: Path) -> None:
         data, whole = rows(12), trainable("amam")
         options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
         parts = copy.deepcopy(whole)
@@ -262,7 +262,7 @@ class TestTrainer:
         losses = trained(model, tmp_path, rows(4) * 8, max_steps=8, learning_rate=0.5, **options)
         assert losses[-1] < losses[0]
         weights = {name for name, p in model.named_parameters() if p.requires_grad and p.any()}
-        # lora_B begins with zeros: all of them have moved.
+        # lora_B starts at zero, so every one was trained.
         assert sum("lora_B" in name for name in weights) == 2 * 4
         plain = {
             n.replace(".base_layer", ""): p for n, p in model.base_model.model.named_parameters()
@@ -282,7 +282,7 @@ def test_trl(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="w2", bos_token="w1", pad_token="w0"
     )
-    # A fingerprint, so that the library need not pickle what it was made of.
+    # A fixed fingerprint, so that the library does not pickle the generator.
     table = datasets.table.InMemoryTable.from_pydict(
         {"input_ids": [sample["input_ids"].tolist() for sample in rows(8)]}
     )

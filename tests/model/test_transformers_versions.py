@@ -1,4 +1,4 @@
-"""Which releases of transformers are taken, warned of and refused, from one table."""
+"""Releases of transformers that are accepted, warned about and refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmmamba_cli.versions import KnownIncompatibility, require_versions
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Versions as if they were installed."""
+    """Fake installed versions."""
     installed = {"transformers": "5.23.0"}
     monkeypatch.setattr(versions, "installed_version", installed.get)
     require_versions.cache_clear()
@@ -37,7 +37,7 @@ def test_releases_outside_the_bounds_are_refused(found: dict[str, str], text: st
 
 
 @pytest.mark.parametrize("text", ["5.17.0", "5.23.0", "5.24.0", "5.24.3"])
-def test_tested_releases_are_taken_without_a_word(found: dict[str, str], text: str) -> None:
+def test_tested_releases_do_not_warn(found: dict[str, str], text: str) -> None:
     found["transformers"] = text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -45,7 +45,7 @@ def test_tested_releases_are_taken_without_a_word(found: dict[str, str], text: s
 
 
 @pytest.mark.parametrize("text", ["5.25.0", "5.25.0.dev0", "5.100.1"])
-def test_newer_releases_are_warned_of_once(found: dict[str, str], text: str) -> None:
+def test_newer_releases_warn_once(found: dict[str, str], text: str) -> None:
     found["transformers"] = text
     with pytest.warns(MmmambaWarning, match=rf"transformers {text} is newer than 5\.24") as said:
         require_versions()
@@ -53,7 +53,9 @@ def test_newer_releases_are_warned_of_once(found: dict[str, str], text: str) -> 
     assert len(said) == 1
 
 
-def test_known_pairs_are_refused(found: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_incompatibilities_are_refused(
+    found: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = KnownIncompatibility(
         "odd", {"transformers": ">=5.23,<5.23.1", "peft": ">=0.1"}, "peft {peft} breaks", "update",
         requires_any=("accelerate",), is_fatal=True,
@@ -72,7 +74,7 @@ def test_known_pairs_are_refused(found: dict[str, str], monkeypatch: pytest.Monk
 
 
 def test_import_of_the_model_is_refused_with_one_sentence() -> None:
-    """Before anything is imported that an older transformers may lack."""
+    """The check precedes imports that an older transformers lacks."""
     program = """
 import importlib.metadata as metadata, sys
 real = metadata.version
@@ -99,7 +101,7 @@ except MmmambaError as error:
         ({"AutoConfig": "c.C", "AutoModel": "m.B", "AutoModelForCausalLM": "m.M"}, False),
     ],
 )
-def test_an_export_with_code_of_before_says_export_again(
+def test_an_export_with_older_code_asks_to_export_again(
     tmp_path: Path, classes: Any, old: bool
 ) -> None:
     small_model().save_pretrained(tmp_path)

@@ -14,7 +14,7 @@ from mmmamba_cli.processing import HolisticVLMProcessor, HolisticVLMTokenizer, p
 
 @pytest.fixture(scope="session")
 def no_prefix_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model with the dummy prefix switched off."""
+    """The small model without the dummy prefix."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(SMALL_MODEL.read_bytes())
     proto.normalizer_spec.add_dummy_prefix = False
     file = tmp_path_factory.mktemp("no_prefix") / "tokenizer.model"
@@ -42,7 +42,7 @@ def processor(hovle: Path) -> HolisticVLMProcessor:
 def tokenizer_of(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Path], HolisticVLMTokenizer]:
-    """The tokenizer that a HoVLE folder with the given SentencePiece model has."""
+    """The tokenizer of a HoVLE folder with the given SentencePiece model."""
 
     def build(model: Path) -> HolisticVLMTokenizer:
         folder = write_hovle(tmp_path_factory.mktemp("tokenizer"), model)

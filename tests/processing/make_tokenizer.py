@@ -1,6 +1,6 @@
-"""Makes small.model, the SentencePiece model of the tests: `python make_tokenizer.py`.
+"""Train small.model, the SentencePiece model of the tests: `python make_tokenizer.py`.
 
-It follows InternLM2's conventions (BPE, byte fallback, <unk> <s> </s> at 0 1 2, text left as it is)
+It follows InternLM2's conventions (BPE, byte fallback, <unk> <s> </s> at 0 1 2, no normalisation)
 at a size that can be committed. Golden ids in golden_prompts.json depend on it.
 """
 

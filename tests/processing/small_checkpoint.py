@@ -1,4 +1,4 @@
-"""Small checkpoints without weights, and an oracle for ids that uses sentencepiece alone."""
+"""Small checkpoints without weights, and a reference encoder that uses only sentencepiece."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sentencepiece
 SMALL_MODEL = Path(__file__).with_name("small.model")
 PIECES = 520
 
-# As InternVL orders them, behind the pieces of the small model.
+# In InternVL's order, after the pieces of the small model.
 SPECIAL = {
     "<|plugin|>": 520,
     "<|interpreter|>": 521,
@@ -48,7 +48,7 @@ TOKENS_PER_TILE = 4
 
 
 def oracle_ids(text: str, model: Path = SMALL_MODEL) -> list[int]:
-    """Ids of a text whose special tokens are meant: each piece between them on its own."""
+    """Reference ids of a text: special tokens parsed, pieces between them encoded separately."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     special = {**SPECIAL, **NAMED}
     ids: list[int] = []
@@ -58,7 +58,7 @@ def oracle_ids(text: str, model: Path = SMALL_MODEL) -> list[int]:
 
 
 def write_hovle(folder: Path, model: Path = SMALL_MODEL) -> Path:
-    """A HoVLE folder as far as the processor reads it."""
+    """A HoVLE folder with the files that the processor reads."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.read_bytes())
     (folder / "config.json").write_text(json.dumps(CONFIG))

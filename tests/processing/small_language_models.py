@@ -1,4 +1,4 @@
-"""Small random language models of transformers' own, and a tokenizer for them, as folders."""
+"""Folders of small random language models of transformers, with a tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 def write(folder: Path, kind: str, options: dict[str, Any]) -> Any:
-    """A random model of transformers' own in which every parameter matters, saved; returned."""
+    """Save and return a random transformers model in which every parameter affects the output."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

@@ -1,4 +1,4 @@
-"""Control tokens that a message says: characters, whatever kind the tokenizer is."""
+"""Control tokens typed in messages are text for every kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fast(tmp_path: Path) -> HolisticTextProcessor:
 
 @pytest.fixture
 def slow(tmp_path: Path) -> HolisticTextProcessor:
-    """InternLM2's, in Python."""
+    """InternLM2's tokenizer, written in Python."""
     folder = write_hovle(tmp_path)
     added = {END: PIECES, START: PIECES + 1}
     (folder / "added_tokens.json").write_text(json.dumps(added))
@@ -65,21 +65,21 @@ def test_a_typed_token_opens_no_turn(processor: HolisticTextProcessor, role: str
             assert count(processor, ids, token) == count(processor, plain, token)
         text = processor.tokenizer.decode(ids)
         assert ATTACK in text
-        # All around the message is as before.
+        # Tokens around the message are unchanged.
         start = next(i for i, (a, b) in enumerate(zip(ids, plain, strict=False)) if a != b)
         assert ids[:start] == plain[:start]
         tail = plain[start + 4 :]
         assert ids[len(ids) - len(tail) :] == tail
 
 
-def test_a_typed_system_text_too(processor: HolisticTextProcessor) -> None:
+def test_typed_tokens_in_a_system_text_are_text(processor: HolisticTextProcessor) -> None:
     plain = processor.chat("hi", system="Be brief.").input_ids[0].tolist()
     ids = processor.chat("hi", system=ATTACK).input_ids[0].tolist()
     assert count(processor, ids, START) == count(processor, plain, START) == 3
 
 
-def test_training_takes_it_for_text(processor: HolisticTextProcessor) -> None:
-    """An answer that writes of the end of turns ends where its turn does."""
+def test_typed_tokens_in_training_data_are_text(processor: HolisticTextProcessor) -> None:
+    """An answer with a typed end-of-turn token ends at its own end of turn."""
     answer = f"Turns end with {END}, and begin with {START}."
     talk = [
         {"role": "user", "content": ATTACK},
@@ -100,13 +100,13 @@ def test_training_takes_it_for_text(processor: HolisticTextProcessor) -> None:
     assert said == [f"{answer}{END}", f"cat{END}"]
 
 
-def test_plain_training_texts_too(processor: HolisticTextProcessor) -> None:
+def test_typed_tokens_in_plain_training_texts_are_text(processor: HolisticTextProcessor) -> None:
     begin = processor.text_ids("the")[:-1] if processor.tokenizer.bos_token_id == 1 else []
     ids = processor.text_ids(ATTACK)
     assert count(processor, ids, START) == count(processor, ids, END) == 0
     assert ids[: len(begin)] == begin
     assert processor.tokenizer.decode(ids[len(begin) :]) == ATTACK
-    # In a finished prompt they are meant.
+    # In a finished prompt they are parsed.
     meant = processor(text=ATTACK).input_ids[0].tolist()
     assert (count(processor, meant, START), count(processor, meant, END)) == (2, 2)
 
@@ -118,7 +118,7 @@ def test_without_typed_tokens_nothing_changes(processor: HolisticTextProcessor) 
     assert processor.chat(talk).input_ids[0].tolist() == expected
 
 
-def test_what_is_put_around_a_text_stays(fast: HolisticTextProcessor) -> None:
+def test_begin_and_end_tokens_are_kept(fast: HolisticTextProcessor) -> None:
     fast.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A <|im_end|>",
         special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)],
@@ -128,7 +128,7 @@ def test_what_is_put_around_a_text_stays(fast: HolisticTextProcessor) -> None:
     assert count(fast, ids, START) == 0 and count(fast, ids, END) == 1
 
 
-def test_it_goes_to_a_worker(processor: HolisticTextProcessor) -> None:
+def test_a_processor_is_pickled_for_a_worker(processor: HolisticTextProcessor) -> None:
     expected = processor.chat(ATTACK).input_ids.tolist()
     again = pickle.loads(pickle.dumps(processor))
     assert again.chat(ATTACK).input_ids.tolist() == expected
@@ -156,7 +156,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_spaces_around_tokens_are_the_tokenizers() -> None:
+def test_spaces_around_tokens_follow_the_tokenizer() -> None:
     processor = HolisticTextProcessor(metaspace_tokenizer())
     tokenizer = processor.tokenizer
     ids = processor.chat("a </s> <think>b").input_ids[0].tolist()
@@ -170,7 +170,7 @@ def test_spaces_around_tokens_are_the_tokenizers() -> None:
 
 
 def test_a_token_that_is_a_piece_of_the_vocabulary_is_refused() -> None:
-    """A unigram model finds `</s>` among its pieces, however it is asked."""
+    """A unigram model always encodes `</s>` as its piece."""
     pieces = [("<unk>", -9.0), ("</s>", -1.0), *((chr(code), -5.0) for code in range(32, 127))]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), eos_token="</s>"
@@ -182,8 +182,8 @@ def test_a_token_that_is_a_piece_of_the_vocabulary_is_refused() -> None:
         processor.chat("a </s> b")
 
 
-def test_pieces_whose_ids_a_special_token_took() -> None:
-    """InternLM2's vocabulary has texts, `[UNUSED_TOKEN_145]`, at the ids of its control tokens."""
+def test_pieces_with_the_id_of_a_special_token() -> None:
+    """InternLM2's vocabulary has pieces like `[UNUSED_TOKEN_145]` at the ids of control tokens."""
     from transformers import AddedToken as Added
 
     plain = HolisticVLMTokenizer(str(SMALL_MODEL))

@@ -1,4 +1,4 @@
-"""Opening pictures: every kind either becomes the right RGB pixels or one clear sentence."""
+"""Opening images: every kind gives the right RGB pixels or a clear error."""
 
 import io
 import struct
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims to be that large, 1 bit a pixel, with hardly any data."""
+    """A PNG header of a large 1-bit image with almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + data))
@@ -54,7 +54,7 @@ def test_path_bytes_and_pil_give_the_same_pixels(tmp_path: Path) -> None:
         assert pixels(opened) == pixels(image)
 
 
-def test_a_given_pil_image_is_left_as_it_was() -> None:
+def test_a_pil_image_is_not_modified() -> None:
     image = noise("RGBA")
     before = image.tobytes()
     open_image(image)
@@ -138,7 +138,7 @@ def test_values_without_a_fixed_range_are_scaled_with_a_note(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_no_numbers_are_refused(value: float) -> None:
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
     values = np.array([[0.0, value]], "f")
     with pytest.raises(
         DataError, match=r"image 3 has values that are not finite numbers \(save it"
@@ -162,7 +162,7 @@ def test_exif_orientation_is_not_applied() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF"])
-def test_of_several_frames_the_first_is_taken_with_a_note(kind: str, tmp_path: Path) -> None:
+def test_the_first_of_several_frames_is_taken_with_a_note(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "frames"
     first, second = noise(), noise().rotate(180)
     file.write_bytes(encoded(first, kind, save_all=True, append_images=[second]))
@@ -171,7 +171,7 @@ def test_of_several_frames_the_first_is_taken_with_a_note(kind: str, tmp_path: P
         assert pixels(open_image(file)) == alone
     with pytest.warns(ImageNote, match=r"image 5 \(\d+ bytes\) has 2 frames"):
         assert pixels(open_image(file.read_bytes(), label="image 5")) == alone
-    # Whoever gives a PIL image has chosen the frame.
+    # The caller has chosen the frame of a PIL image.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image = Image.open(file)
@@ -212,7 +212,7 @@ def test_a_pil_image_over_a_truncated_file() -> None:
 def test_damaged_inside(last: bool) -> None:
     data = bytearray(encoded(noise(size=(300, 300)), "PNG"))
     if last:
-        # PIL reports a chunk without a proper name in its own way.
+        # PIL raises another exception for an invalid chunk name.
         data[data.rindex(b"IDAT")] = 0
     else:
         data[data.index(b"IDAT") + 20] ^= 0xFF
@@ -228,7 +228,7 @@ def test_not_an_image(data: bytes, tmp_path: Path) -> None:
         open_image(file)
 
 
-# The first passes PIL's own check, with a warning; the second does not.
+# PIL warns about the first size and refuses the second.
 @pytest.mark.parametrize("side", [10_000, 20_000])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_huge(side: int, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_grey_arrays(shape: tuple[int, ...]) -> None:
     assert np.array_equal(np.asarray(open_image(values))[:, :, 2], COLOURS[:, :, 0])
 
 
-def test_where_both_ends_could_be_channels_they_come_first() -> None:
+def test_ambiguous_channels_come_first() -> None:
     """As in transformers' `infer_channel_dimension_format`."""
     values = np.arange(3 * 8 * 3, dtype=np.uint8).reshape(3, 8, 3)
     assert image_size(values) == (3, 8)
@@ -318,6 +318,6 @@ def test_where_both_ends_could_be_channels_they_come_first() -> None:
         (torch.zeros(3, 5, 9, dtype=torch.int32), "array of int32"),
     ],
 )
-def test_arrays_that_are_no_pictures(values: np.ndarray, problem: str) -> None:
+def test_invalid_arrays(values: np.ndarray, problem: str) -> None:
     with pytest.raises(DataError, match=f"image 2.*{problem}"):
         open_image(values, label="image 2")

@@ -1,4 +1,4 @@
-"""Prompts and pictures to the model's inputs: golden ids, batches, and what is refused."""
+"""Processor: golden ids, batches, refused inputs."""
 
 import json
 import pickle
@@ -47,7 +47,7 @@ def test_golden_prompts(case: dict[str, Any], processor: HolisticVLMProcessor) -
     assert tiles * TOKENS_PER_TILE == sum(counts) == case["ids"].count(528)
 
 
-def test_golden_ids_are_sentencepieces() -> None:
+def test_golden_ids_equal_sentencepiece_ids() -> None:
     for case in GOLDEN:
         context = r"<IMG_CONTEXT\*(\d+)>"
         prompt = re.sub(context, lambda m: "<IMG_CONTEXT>" * int(m.group(1)), case["prompt"])
@@ -76,14 +76,14 @@ def test_a_batch_of_texts_with_and_without_pictures(processor: HolisticVLMProces
     assert batch.pixel_values.equal(pixels)
 
 
-def test_pixels_are_the_pictures_tiles(processor: HolisticVLMProcessor) -> None:
+def test_pixels_equal_the_tiles_of_the_images(processor: HolisticVLMProcessor) -> None:
     image = picture(100, 70)
     expected = normalize_tiles(cut_tiles(image, Tiling(56, 1, 6)))
     assert len(expected) > 1
     assert processor.chat("?", image).pixel_values.equal(expected)
 
 
-def test_only_what_the_model_takes_is_returned(processor: HolisticVLMProcessor) -> None:
+def test_outputs_are_model_inputs(processor: HolisticVLMProcessor) -> None:
     assert set(processor.chat("hi")) == {"input_ids", "attention_mask"}
     assert set(processor.chat("hi", picture())) == set(processor.model_input_names)
     assert processor.chat("hi", return_num_tiles=True).num_tiles == []
@@ -101,7 +101,7 @@ def test_ways_to_pass_pictures(processor: HolisticVLMProcessor) -> None:
         assert (batch.input_ids == 528).sum(1).tolist() == [16, 0]
     split = processor(text=["<image>", "<image>"], images=[first, second])
     assert (split.input_ids == 528).sum(1).tolist() == [4, 12]
-    # As transformers hands them over: first by place, and nested.
+    # As in transformers: positional first argument, and nested lists.
     assert processor([first], "<image>").pixel_values.equal(both[:1])
     assert processor.chat("?", [[first, second]]).pixel_values.equal(both)
 
@@ -114,15 +114,15 @@ def test_ways_to_pass_pictures(processor: HolisticVLMProcessor) -> None:
         (["<image>", "<image>"], 3, "text has 2 <image> but 3 images"),
     ],
 )
-def test_pictures_that_do_not_match(
+def test_wrong_numbers_of_images(
     text: Any, images: int, problem: str, processor: HolisticVLMProcessor
 ) -> None:
     with pytest.raises(DataError, match=problem):
         processor(text=text, images=[picture() for _ in range(images)])
 
 
-def test_nested_pictures_that_do_not_match(processor: HolisticVLMProcessor) -> None:
-    # In number all is well, but the picture belongs to the other text.
+def test_wrong_nesting_of_images(processor: HolisticVLMProcessor) -> None:
+    # The total matches, but the image belongs to the other text.
     with pytest.raises(DataError, match="prompt has 1 <image> but 0 images"):
         processor(text=["<image>", "a"], images=[[], [picture()]])
     with pytest.raises(DataError, match="2 texts and 1 lists of images"):
@@ -134,7 +134,9 @@ def test_nested_pictures_that_do_not_match(processor: HolisticVLMProcessor) -> N
         processor.chat([])
 
 
-def test_the_image_processor_has_the_processors_settings(processor: HolisticVLMProcessor) -> None:
+def test_the_image_processor_has_the_settings_of_the_processor(
+    processor: HolisticVLMProcessor,
+) -> None:
     found = processor.image_processor([picture(120, 60), picture()], return_num_tiles=True)
     assert found.num_tiles == [3, 1]
     expected = processor.chat("?", [picture(120, 60), picture()]).pixel_values
@@ -232,7 +234,7 @@ def test_tokens_per_tile(image: int, patch: int, ratio: float, tokens: int) -> N
 
 
 @pytest.mark.parametrize(("image", "patch", "ratio"), [(42, 14, 0.5), (126, 14, 0.34), (10, 14, 1)])
-def test_no_whole_number_of_tokens(image: int, patch: int, ratio: float) -> None:
+def test_sizes_without_a_whole_number_of_tokens(image: int, patch: int, ratio: float) -> None:
     with pytest.raises(CheckpointError, match=f"image_size {image}, patch_size {patch}"):
         count_tokens_per_tile(image, patch, ratio)
 
@@ -240,8 +242,8 @@ def test_no_whole_number_of_tokens(image: int, patch: int, ratio: float) -> None
 LONG = "a longer text about nothing at all"
 
 
-def test_keywords_are_transformers(processor: HolisticVLMProcessor) -> None:
-    """Flat or grouped, they do what a tokenizer's call does."""
+def test_keywords_work_as_in_transformers(processor: HolisticVLMProcessor) -> None:
+    """Flat or grouped keywords act as in a tokenizer's call."""
     texts = ["a", LONG]
     for keywords in (
         {"padding": "max_length", "max_length": 20},
@@ -270,7 +272,7 @@ def test_keywords_are_transformers(processor: HolisticVLMProcessor) -> None:
 
 
 def test_truncation_never_cuts_a_picture(processor: HolisticVLMProcessor) -> None:
-    """Four tokens between `<img>` and `</img>`, behind the begin token: seven, then text."""
+    """Begin token, `<img>`, four context tokens and `</img>` are seven tokens, then text."""
     text = f"<image>{LONG}"
     whole = processor(text=text, images=picture()).input_ids[0].tolist()
     assert whole.index(processor.image_token_id) == 2
@@ -291,7 +293,7 @@ def test_truncation_never_cuts_a_picture(processor: HolisticVLMProcessor) -> Non
     assert behind.input_ids.shape == (1, 9)
 
 
-def test_the_two_step_call_is_the_one_step_call(processor: HolisticVLMProcessor) -> None:
+def test_template_then_call_equals_chat(processor: HolisticVLMProcessor) -> None:
     talk = [
         {
             "role": "user",
@@ -311,7 +313,7 @@ def test_the_two_step_call_is_the_one_step_call(processor: HolisticVLMProcessor)
 
 
 def test_context_tokens_by_type_and_by_size(processor: HolisticVLMProcessor) -> None:
-    """What serving engines count beforehand is what a call gives."""
+    """The counts for serving engines equal those of a call."""
     sizes = [(40, 40), (60, 120), (300, 300)]
     pictures = [picture(width, height) for height, width in sizes]
     batch = processor(text=["<image> a"] * 3, images=pictures, return_mm_token_type_ids=True)

@@ -1,4 +1,4 @@
-"""Processors from folders: HoVLE's, ours in a fresh process, and folders that do not fit."""
+"""Loading processors: HoVLE folders, saved folders in a new process, invalid folders."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ PROMPT = "<|im_start|>user\n  图片 🐼\n<|im_end|> x"
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """The config with another value at `a.b`; None takes it away."""
+    """The config with another value at `a.b`; None removes it."""
     config = copy.deepcopy(CONFIG)
     *outer, last = path.split(".")
     section = config
@@ -80,7 +80,7 @@ print(json.dumps({
 """
 
 
-def test_in_a_fresh_process_auto_classes_give_the_same(
+def test_auto_classes_in_a_new_process_give_the_same(
     processor: HolisticVLMProcessor, tmp_path: Path
 ) -> None:
     folder = save_product(processor, tmp_path / "product")
@@ -106,7 +106,7 @@ def test_in_a_fresh_process_auto_classes_give_the_same(
     }
 
 
-def test_saved_settings_come_back(hovle: Path, tmp_path: Path) -> None:
+def test_saved_settings_are_loaded(hovle: Path, tmp_path: Path) -> None:
     own = processor_from_hovle(
         {**CONFIG, "min_dynamic_patch": 2, "max_dynamic_patch": 3, "use_thumbnail": False},
         hovle / "tokenizer.model",
@@ -127,7 +127,7 @@ def test_saved_settings_come_back(hovle: Path, tmp_path: Path) -> None:
         "tokenizer_config.json",
     ]
     settings = [json.loads((tmp_path / x / "tokenizer_config.json").read_text()) for x in "ab"]
-    # transformers notes how a tokenizer was loaded.
+    # transformers records how a tokenizer was loaded.
     for one in settings:
         one.pop("is_local", None)
         one.pop("local_files_only", None)
@@ -143,7 +143,7 @@ def test_hovle_settings_are_read(hovle: Path) -> None:
     assert processor.tokens_per_tile == 4
 
 
-def test_own_image_size_if_none_is_forced_and_one_tile_if_not_dynamic(hovle: Path) -> None:
+def test_default_image_size_and_one_tile_without_dynamic_size(hovle: Path) -> None:
     file = hovle / "tokenizer.model"
     config = changed("embedding_config.image_size", 112)
     assert processor_from_hovle(config, file).image_size == 56
@@ -179,7 +179,7 @@ def test_special_tokens_that_are_pieces_of_the_model(tmp_path: Path) -> None:
     assert tokenizer(PROMPT).input_ids == [1, *oracle_ids(PROMPT)]
 
 
-def test_internvls_table_for_internvls_vocabulary(tmp_path: Path) -> None:
+def test_internvl_ids_for_an_internvl_vocabulary(tmp_path: Path) -> None:
     folder = write_hovle(tmp_path)
     (folder / "added_tokens.json").unlink()
     proto = sentencepiece_model_pb2.ModelProto.FromString(SMALL_MODEL.read_bytes())
@@ -251,7 +251,7 @@ def test_image_token_of_another_checkpoint(
         ("force_image_size", 50, "no whole number of tokens per tile"),
     ],
 )
-def test_configs_that_do_not_fit(path: str, value: Any, problem: str, hovle: Path) -> None:
+def test_invalid_configs(path: str, value: Any, problem: str, hovle: Path) -> None:
     with pytest.raises(CheckpointError, match=problem):
         processor_from_hovle(changed(path, value), hovle / "tokenizer.model")
 
@@ -273,7 +273,7 @@ def test_configs_that_do_not_fit(path: str, value: Any, problem: str, hovle: Pat
         ("config.json", "", "config.json is not JSON"),
     ],
 )
-def test_files_that_do_not_fit(name: str, content: str, problem: str, tmp_path: Path) -> None:
+def test_invalid_tokenizer_files(name: str, content: str, problem: str, tmp_path: Path) -> None:
     folder = write_hovle(tmp_path)
     (folder / name).write_text(content)
     with pytest.raises(CheckpointError, match=problem):

@@ -1,4 +1,4 @@
-"""The text-only processor: ids, padding, answers, and the Auto classes in a fresh process."""
+"""Text-only processor: ids, padding, answers, Auto classes in a new process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TALK = [
     {"role": "user", "content": "the dog"},
     {"role": "assistant", "content": "too"},
 ]
-# As Qwen3's: the last answer begins with empty thoughts, earlier ones have none.
+# As in Qwen3: the last answer begins with an empty thinking block, earlier answers have none.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -77,7 +77,7 @@ def test_batches_are_padded_on_the_left(folder: Path) -> None:
         processor(text="a \ud800")
 
 
-def test_a_template_is_the_tokenizers_own(folder: Path) -> None:
+def test_the_template_is_that_of_the_tokenizer(folder: Path) -> None:
     processor = processor_from_language_model(CONFIG, folder / "tokenizer.json")
     theirs = AutoTokenizer.from_pretrained(folder)
     text = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
@@ -110,7 +110,7 @@ def test_the_begin_token_is_in_texts_and_not_twice_in_chats(folder: Path) -> Non
     assert batch == [chat, processor.text_ids("the")]
 
 
-def test_thoughts_that_a_template_adds_belong_to_the_answer(folder: Path) -> None:
+def test_thinking_blocks_added_by_a_template_belong_to_the_answer(folder: Path) -> None:
     assert said(processor_with(folder, THINKING), TALK) == [
         "sat on<|im_end|>",
         "<think>\n\n</think>\n\ntoo<|im_end|>",
@@ -134,7 +134,7 @@ def test_thoughts_that_a_template_adds_belong_to_the_answer(folder: Path) -> Non
         ("{{ raise_exception('no talk') }}", "sat", "refuses the conversation: no talk"),
     ],
 )
-def test_answers_that_cannot_be_told_exactly_are_refused(
+def test_answers_that_cannot_be_separated_are_refused(
     folder: Path, template: str, answer: str, message: str
 ) -> None:
     processor = processor_with(folder, template)
@@ -143,8 +143,8 @@ def test_answers_that_cannot_be_told_exactly_are_refused(
         processor.conversation_ids(talk)
 
 
-def test_an_answer_whose_first_token_is_half_the_headers_is_refused(folder: Path) -> None:
-    """The tokenizer makes one token of the header's last letters and the answer's first."""
+def test_an_answer_that_shares_a_token_with_the_header_is_refused(folder: Path) -> None:
+    """The tokenizer merges the end of the header and the start of the answer into one token."""
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %} th{% endif %}"
         "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %} th{% endif %}"
@@ -156,7 +156,7 @@ def test_an_answer_whose_first_token_is_half_the_headers_is_refused(folder: Path
         processor.conversation_ids([question, {"role": "assistant", "content": "e"}])
 
 
-def test_without_a_template_only_texts_are_read(folder: Path) -> None:
+def test_without_a_template_only_plain_text_is_read(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     processor = processor_from_language_model(CONFIG, folder / "tokenizer.json")
     assert processor.text_ids("the cat")
@@ -164,7 +164,7 @@ def test_without_a_template_only_texts_are_read(folder: Path) -> None:
         processor.chat("the cat")
 
 
-def test_stop_ids_are_all_that_config_generation_and_template_name(folder: Path) -> None:
+def test_stop_ids_come_from_config_generation_config_and_template(folder: Path) -> None:
     file = folder / "tokenizer.json"
     settings = folder / "generation_config.json"
     settings.write_text(json.dumps({"eos_token_id": [2, 7]}))
@@ -176,11 +176,11 @@ def test_stop_ids_are_all_that_config_generation_and_template_name(folder: Path)
     settings.unlink()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.eos_token = "<|endoftext|>"
-    # What ends a turn is found even where the tokenizer's end token is another.
+    # The end of a turn is found even if the tokenizer's end token differs.
     assert HolisticTextProcessor(tokenizer).stop_token_ids == [0, 2]
 
 
-def test_tokenizers_that_do_not_fit(folder: Path) -> None:
+def test_tokenizers_that_do_not_match(folder: Path) -> None:
     file = folder / "tokenizer.json"
     largest = len(PreTrainedTokenizerFast.from_pretrained(folder)) - 1
     assert processor_from_language_model({**CONFIG, "vocab_size": largest + 1}, file)
@@ -194,7 +194,7 @@ def test_tokenizers_that_do_not_fit(folder: Path) -> None:
         HolisticTextProcessor.from_pretrained(folder.parent)
 
 
-def test_internlm2s_ids_are_sentencepieces(tmp_path: Path) -> None:
+def test_internlm2_ids_equal_sentencepiece_ids(tmp_path: Path) -> None:
     folder = write_hovle(tmp_path)
     (folder / "added_tokens.json").write_text(
         json.dumps({"<|im_end|>": PIECES, "<|im_start|>": PIECES + 1})
@@ -228,10 +228,10 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("name", ["TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer"])
-def test_in_a_fresh_process_auto_classes_give_the_same(
+def test_auto_classes_in_a_new_process_give_the_same(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
-    """Whatever class the teacher's own settings name for the same tokenizer.json."""
+    """For every class that the teacher's settings name for the same tokenizer.json."""
     settings: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
     config = {**CONFIG, "eos_token_id": [2, 5]}

@@ -1,4 +1,4 @@
-"""Grids against a hand-made table and a brute-force oracle; tiles against single pixels."""
+"""Tiling: grids against a table and a brute-force reference, tiles against single pixels."""
 
 import itertools
 from fractions import Fraction
@@ -49,7 +49,7 @@ def test_table(width: int, height: int, most: int, columns: int, rows: int, tile
 
 
 def oracle(width: int, height: int, tiling: Tiling, turned: bool) -> tuple[int, int]:
-    """All closest grids, then the last that is covered by half, else the first."""
+    """Reference: the last of the closest grids covered by half, else the first."""
     sides = range(1, tiling.max_tiles + 1)
     grids = [
         grid
@@ -78,19 +78,19 @@ def test_oracle(width: int, height: int, least: int, more: int, size: int) -> No
 
 @pytest.mark.parametrize("most", range(1, 41))
 def test_grids_of_equal_area_never_tie_from_one_tile_on(most: int) -> None:
-    """So the order among them, which published code leaves to a set, cannot matter."""
+    """Their order, which is that of a set in published code, does not matter."""
     tiling = Tiling(image_size=28, max_tiles=most)
     ratios = sorted({Fraction(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1)})
     for low, high in itertools.pairwise(ratios):
         middle = (low + high) / 2
-        # Small and large pictures of the aspect ratio half-way between neighbours.
+        # Small and large images with an aspect ratio half-way between two grids.
         for scale in (1, 1000):
             width, height = middle.numerator * scale, middle.denominator * scale
             expected = oracle(width, height, tiling, turned=True)
             assert choose_grid(width, height, tiling) == expected
 
 
-def test_of_equal_area_and_distance_the_first_has_fewest_columns() -> None:
+def test_ties_of_equal_area_take_the_fewest_columns() -> None:
     assert choose_grid(125, 100, Tiling(image_size=448, min_tiles=2, max_tiles=2)) == (1, 2)
     assert choose_grid(1250, 1000, Tiling(image_size=448, min_tiles=2, max_tiles=2)) == (2, 1)
 
@@ -137,6 +137,6 @@ def test_normalisation() -> None:
     assert (values.shape, values.dtype) == ((2, 3, 2, 2), torch.float32)
     expected = torch.tensor([-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, 0.594 / 0.225])
     torch.testing.assert_close(values[1, :, 0, 0], expected, rtol=0, atol=1e-6)
-    # Rows are rows and columns columns.
+    # Rows and columns are not swapped.
     assert values[0, 0, 0, 1] == pytest.approx((1 - 0.485) / 0.229, abs=1e-6)
     assert values[0, 0, 1, 0] == pytest.approx((0 - 0.485) / 0.229, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Ids are SentencePiece's own, with special tokens between; decoding gives the text back."""
+"""Tokenizer: ids equal SentencePiece's around special tokens; decoding restores the text."""
 
 import pickle
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def tokenizer(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_sentencepieces(
+def test_ids_equal_sentencepiece_ids(
     text: str, tokenizer: HolisticVLMTokenizer, model_file: Path
 ) -> None:
     expected = oracle_ids(text, model_file)
@@ -63,7 +63,7 @@ def test_ids_are_sentencepieces(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_plain_ids_are_sentencepieces_even_of_special_tokens(
+def test_plain_ids_equal_sentencepiece_ids_even_of_special_tokens(
     text: str, tokenizer: HolisticVLMTokenizer, model_file: Path
 ) -> None:
     model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
@@ -97,13 +97,13 @@ def stream(tokenizer: HolisticVLMTokenizer, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("text", [*TEXTS[:-1], "Hello  world 🐼 and\n 图片中有🐼一辆 汽车。\n x"])
-def test_streaming_gives_what_decoding_gives(text: str, tokenizer: HolisticVLMTokenizer) -> None:
+def test_streaming_equals_decoding(text: str, tokenizer: HolisticVLMTokenizer) -> None:
     chunks = stream(tokenizer, tokenizer(text, add_special_tokens=False).input_ids)
     assert "".join(chunks) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in chunk for chunk in chunks)
 
 
-def test_streaming_does_not_wait_and_ends_with_what_is_there(
+def test_streaming_is_immediate_and_flushes_at_the_end(
     tokenizer: HolisticVLMTokenizer,
 ) -> None:
     ids = tokenizer.encode_plain("a🐼b🐼")
@@ -112,7 +112,7 @@ def test_streaming_does_not_wait_and_ends_with_what_is_there(
     assert "".join(chunks) == tokenizer.decode(ids[:-1])
 
 
-def test_a_stream_skips_the_prompt_and_serves_another_answer(
+def test_a_stream_skips_the_prompt_and_is_reusable(
     tokenizer: HolisticVLMTokenizer,
 ) -> None:
     chunks: list[str] = []
@@ -192,8 +192,8 @@ def test_batches_are_padded_on_the_left(tokenizer: HolisticVLMTokenizer) -> None
     assert batch.attention_mask.tolist() == [[0] * fill + [1] * len(short), [1] * len(long)]
 
 
-def test_a_special_token_may_take_the_place_of_a_piece(hovle: Path) -> None:
-    """As InternLM2's first six do."""
+def test_a_special_token_may_replace_a_piece(hovle: Path) -> None:
+    """As the first six of InternLM2."""
     token = AddedToken("<|im_end|>", special=True, normalized=False)
     tokenizer = HolisticVLMTokenizer(str(SMALL_MODEL), added_tokens_decoder={519: token})
     assert len(tokenizer) == 520
@@ -202,7 +202,7 @@ def test_a_special_token_may_take_the_place_of_a_piece(hovle: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
-def test_tokens_that_change_their_neighbours_are_refused(flag: str) -> None:
+def test_tokens_with_stripping_flags_are_refused(flag: str) -> None:
     token = AddedToken("<img>", **{flag: True})
     with pytest.raises(CheckpointError, match=r"<img> \(520\) is marked"):
         HolisticVLMTokenizer(str(SMALL_MODEL), added_tokens_decoder={520: token})
@@ -229,7 +229,7 @@ def test_lone_surrogates(processor: HolisticVLMProcessor) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.example/spec/v1\n"])
-def test_files_that_are_no_model(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_a_sentencepiece_model(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.model"
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"tokenizer {file} is not a SentencePiece model"):

@@ -1,4 +1,4 @@
-"""Placement of attention layers, and lists of them that do not fit."""
+"""Placements of attention layers, and invalid lists."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_a_count_out_of_range_names_field_value_and_range(n: int) -> None:
         place_attention("head-stacked", n, 6)
 
 
-def test_an_unknown_placement_names_those_there_are() -> None:
+def test_an_unknown_placement_lists_the_known_ones() -> None:
     with pytest.raises(RecipeError, match=r"layers.placement: is 'middle', .*tail-interleaved"):
         place_attention("middle", 1, 6)
 
@@ -79,7 +79,7 @@ def test_a_plan_is_a_count_placed_or_a_list_sorted() -> None:
 
 
 class Plan:
-    """A plan that no recipe checked."""
+    """A plan without validation."""
 
     placement = "head-interleaved"
 
@@ -95,9 +95,7 @@ class Plan:
         ((3, 0, 3), r"^layers.attention\[2\]: is 3, which stands at \[0\] already"),
     ],
 )
-def test_a_list_that_does_not_fit_names_index_and_value(
-    layers: tuple[int, ...], message: str
-) -> None:
+def test_an_invalid_list_names_index_and_value(layers: tuple[int, ...], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         attention_layers(Plan(*layers), 6)
 

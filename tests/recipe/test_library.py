@@ -1,4 +1,4 @@
-"""The shipped recipes: all load, hold the published numbers, and are found when installed."""
+"""Shipped recipes: loading, published numbers, installation."""
 
 import json
 import shutil
@@ -88,7 +88,7 @@ def test_the_smoke_recipe_is_small() -> None:
     assert len(attention_layers(recipe.layers, 3)) == 1
 
 
-def test_an_unknown_name_lists_those_there_are() -> None:
+def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
         RecipeError, match=r"no recipe is called mmamba-linear: give .*smoke.*mean mm"
     ):
@@ -96,7 +96,7 @@ def test_an_unknown_name_lists_those_there_are() -> None:
 
 
 def _install(target: Path) -> None:
-    """What an installation holds of this room: the package, and the recipes as package data."""
+    """Installed files: the package, and the recipes as package data."""
     for module in ("__init__.py", "errors.py"):
         (target / "mmmamba_cli").mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / "mmmamba_cli" / module, target / "mmmamba_cli")

@@ -1,4 +1,4 @@
-"""Reading recipes: precedence, `--set`, and sentences that say where, what and what is allowed."""
+"""Recipe loader: precedence, `--set`, error messages."""
 
 import warnings
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_a_stage_is_addressed_by_index_or_name(recipe_file: Path, field: str) ->
     assert [stage.lr for stage in recipe.stages] == [1e-3, 1e-5]
 
 
-def test_set_reaches_what_the_recipe_does_not_mention(recipe_file: Path) -> None:
+def test_set_creates_fields_that_the_recipe_leaves_out(recipe_file: Path) -> None:
     sets = ["layers.attention=[4, 0]", "stages.one.optimiser.clip=null", "stages[1].steps=7"]
     sets += ["stages.two.optimiser.betas[1]=0.95", "teacher=folder/a=b", "description="]
     recipe = load_recipe(recipe_file, [*sets, 'description="1e5"'])
@@ -141,12 +141,12 @@ stages:
         ("data.train=[", "--set data.train: not valid YAML: "),
     ],
 )
-def test_what_is_wrong_with_a_set_is_said_of_the_set(assignment: str, line: str) -> None:
+def test_problems_of_a_set_name_the_set(assignment: str, line: str) -> None:
     (found,) = lines(RECIPE, (assignment,))
     assert found.startswith(line)
 
 
-def test_a_problem_is_said_of_who_gave_the_value() -> None:
+def test_a_problem_names_the_source_of_the_value() -> None:
     text = RECIPE.replace("conv_width: 3", "conv_width: 0")
     sets = ("data.max_length=0", "data.workers=-1")
     found = lines(text, sets, **{"data.max_length": 1})
@@ -169,7 +169,7 @@ def test_no_foreign_words_or_addresses() -> None:
     ("text", "message"),
     [("", "f.yaml: is empty, must be a section"), ("- 1\n", "f.yaml: is [1], must be a section")],
 )
-def test_a_recipe_that_is_no_section(text: str, message: str) -> None:
+def test_a_recipe_that_is_not_a_section(text: str, message: str) -> None:
     assert lines(text)[0].startswith(message)
 
 

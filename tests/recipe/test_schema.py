@@ -1,4 +1,4 @@
-"""The shape: every field documented, bounded, strict and frozen."""
+"""Recipe schema: every field is documented, bounded, strict and frozen."""
 
 from typing import Any, get_args
 
@@ -44,7 +44,7 @@ def problems(model: type[BaseModel], values: Any) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("section", "name"), fields())
-def test_every_field_says_what_it_is_and_what_it_allows(
+def test_every_field_has_a_description_and_allowed_values(
     section: type[BaseModel], name: str
 ) -> None:
     assert section.model_fields[name].description
@@ -154,11 +154,11 @@ def test_a_recipe_refuses(section: str, values: list[Any]) -> None:
         assert found and found[0][0].startswith(section), (value, found)
 
 
-def test_placements_of_the_schema_are_those_there_are() -> None:
+def test_placements_of_the_schema_match_the_functions() -> None:
     assert get_args(schema.Placement) == tuple(PLACEMENTS)
 
 
-def test_stage_names_are_unique_and_the_plan_is_not_taken_back() -> None:
+def test_stage_names_are_unique_and_layers_stay_planned() -> None:
     planned = {**STAGE, "layers": "planned"}
     assert problems(Recipe, {"stages": [STAGE, STAGE]}) == [
         ("stages[1].name", "is s, which names stages[0] already")
@@ -175,7 +175,7 @@ def test_a_kl_stage_shows_its_settings_and_no_other_has_them() -> None:
     assert Stage.model_validate(STAGE).kl is None
 
 
-def test_a_decay_longer_than_what_the_warm_up_leaves_matters_to_wsd_only() -> None:
+def test_only_wsd_limits_the_decay_by_the_warmup() -> None:
     shares = {"warmup": 0.95, "decay": 0.1}
     assert problems(schema.Schedule, shares) == [
         ("decay", "is 0.1, must be at most 1 - warmup = 0.05")
@@ -183,6 +183,6 @@ def test_a_decay_longer_than_what_the_warm_up_leaves_matters_to_wsd_only() -> No
     assert not problems(schema.Schedule, {**shares, "kind": "cosine"})
 
 
-def test_every_wrong_entry_is_named_and_the_list_around_it_is_not() -> None:
+def test_every_invalid_entry_is_named_without_its_list() -> None:
     found = problems(Recipe, {"stages": [3, {**STAGE, "lr": 0}]})
     assert [where for where, _ in found] == ["stages[0]", "stages[1].lr"]

@@ -1,4 +1,4 @@
-"""YAML as people write it, and what is wrong with it by line."""
+"""YAML reader and writer, and errors with line numbers."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
         ("[1, 2e1]", [1, 20.0]),
     ],
 )
-def test_scalars_mean_what_they_look_like(text: str, value: Any) -> None:
+def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
     read = read_yaml(text, "x")
     assert read == value
     assert type(read) is type(value)
@@ -59,12 +59,12 @@ trees = st.recursive(
 
 @settings(deadline=None)  # the machine may be busy
 @given(trees)
-def test_what_is_written_reads_back_equal(tree: Any) -> None:
+def test_written_text_reads_back_equal(tree: Any) -> None:
     assert read_yaml(write_yaml(tree), "x") == tree
 
 
 @pytest.mark.parametrize("sign", ["\x85", "\u2028", "\u2029", "\ufeff", "\r", "\t", "\n", "\x00"])
-def test_no_sign_is_lost(sign: str) -> None:
+def test_no_character_is_lost(sign: str) -> None:
     for text in (sign, f"a{sign}b", f" a: {sign}"):
         assert read_yaml(write_yaml({"k": text, text: 1}), "x") == {"k": text, text: 1}
 
@@ -78,7 +78,7 @@ def test_written_numbers_are_numbers_to_other_readers_too() -> None:
     assert yaml.safe_load(write_yaml({"lr": 1e-5, "clip": 5.0})) == {"lr": 1e-5, "clip": 5.0}
 
 
-def test_an_alias_is_a_value_of_its_own() -> None:
+def test_an_alias_is_a_separate_value() -> None:
     tree = read_yaml("a: &x {k: [1]}\nb: *x\n", "f")
     tree["a"]["k"].append(2)
     assert tree["b"] == {"k": [1]}
@@ -107,13 +107,13 @@ def test_merging_overrides_without_being_a_repeated_key() -> None:
         ("[" * 5000, "f: is nested too deeply"),
     ],
 )
-def test_what_is_not_valid_names_file_and_line(text: str, message: str) -> None:
+def test_invalid_yaml_names_file_and_line(text: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         read_yaml(text, "f")
     assert str(caught.value).startswith(message)
 
 
-def test_anchors_that_repeat_without_measure_are_refused() -> None:
+def test_exponential_anchors_are_refused() -> None:
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     with pytest.raises(RecipeError, match="more than 20000 values"):
