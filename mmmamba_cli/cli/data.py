@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_BAD_SHARE = 0.01
 PROBLEMS = 2
 
-command = typer.Typer(help="Look at training data.", invoke_without_command=True)
+command = typer.Typer(help="Check training data.", invoke_without_command=True)
 command.callback()(help_if_bare)
 
 
@@ -33,35 +33,37 @@ def check(
     image_root: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder that image paths count from; else that of the data."
+            metavar="DIR",
+            help="Folder that image paths are relative to (default: the folder of the data).",
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Model whose tokenizer to use, in the place of a run's."),
+        typer.Option(metavar="PATH", help="Model whose tokenizer to use instead of the run's."),
     ] = None,
     max_length: Annotated[
-        int, typer.Option(metavar="N", help="Longest sequence in tokens.", min=2)
+        int, typer.Option(metavar="N", help="Maximum sequence length in tokens.", min=2)
     ] = 8192,
     max_tiles: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Most tiles per image; the model's if not given.", min=1),
+        typer.Option(metavar="N", help="Maximum tiles per image (default: the model's).", min=1),
     ] = None,
     max_bad_share: Annotated[
         float,
         typer.Option(
-            metavar="SHARE", help="Share of bad samples that is still fine.", min=0, max=1
+            metavar="SHARE", help="Highest share of bad samples that passes.", min=0, max=1
         ),
     ] = MAX_BAD_SHARE,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Look at the first so many samples only.", min=1)
+        int | None, typer.Option(metavar="N", help="Check only the first N samples.", min=1)
     ] = None,
     decode: Annotated[
-        bool, typer.Option("--decode/--headers-only", help="Decode every picture, or not.")
+        bool,
+        typer.Option("--decode/--headers-only", help="Decode every picture, or read headers only."),
     ] = True,
     every: Annotated[
-        bool, typer.Option("--all", help="Name every bad sample, not only the first ten.")
+        bool, typer.Option("--all", help="List every bad sample, not only the first ten.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -33,7 +33,7 @@ def command(
         str | None,
         typer.Option(
             metavar="STAGE,...",
-            help="Stages to run, by name or number; all that are missing if not given.",
+            help="Stages to run, by name or number (default: all remaining stages).",
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
@@ -44,37 +44,37 @@ def command(
             # By name: typer 0.27.0 completes nothing for one it makes itself.
             "--recipe",
             metavar="RECIPE",
-            help="Another recipe than the product's own.",
+            help="Recipe to use instead of the product's.",
             autocompletion=complete_recipes,
         ),
     ] = None,
     sets: Sets = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Conversations to learn from (data.train)."),
+        typer.Option(metavar="FILE", help="Training conversations (data.train)."),
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Conversations to be measured on (data.held_out)."),
+        typer.Option(metavar="FILE", help="Held-out conversations (data.held_out)."),
     ] = None,
     image_root: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of the images, held-out ones too (data.image_root); if not given, the "
-            "one in the recipe of the product that is started from, else that of each data file.",
+            help="Folder of all images, including held-out ones (data.image_root; default: the one "
+            "in the recipe of the start product, else the folder of each data file).",
         ),
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
+        Path | None, typer.Option(metavar="PATH", help="Path of the teacher, if it has moved.")
     ] = None,
     device: Device = None,
     gpus: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Train on N GPUs of this machine, by a process each; with --device cpu, by N "
-            "processes on the CPU. One if not given.",
+            help="Train on N GPUs of this machine, with one process each; with --device cpu, with "
+            "N processes on the CPU (default: 1).",
         ),
     ] = None,
     force: Annotated[
@@ -84,21 +84,21 @@ def command(
         bool,
         typer.Option(
             "--overwrite",
-            help="Repeat stages that are finished. If interrupted, the same command goes on; the "
-            "old product stays until the new one is complete.",
+            help="Repeat finished stages. If interrupted, run the same command to resume; the old "
+            "product stays until the new one is complete.",
         ),
     ] = False,
     restart: Annotated[
         bool,
         typer.Option(
-            "--restart", help="Begin each stage at step 1, whatever products and states there are."
+            "--restart", help="Begin each stage at step 1, ignoring existing products and states."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Distill the student: the stages of the recipe, or some of them.
 
-    Goes on where it stopped. Ctrl-C saves and stops; a second one stops at once. For several
+    Resumes where it stopped. Ctrl-C saves and stops; a second one stops at once. For several
     machines start it under torchrun: torchrun ... -m mmmamba_cli -- distill ...
     """
     from mmmamba_cli.distributed.launcher import count_processes, launch
@@ -180,7 +180,7 @@ def train(job: DistillCommand) -> list[Manifest] | None:
                 options=DistillOptions(job.teacher, job.overwrite, job.force, job.restart),
             )
         except Stopped:
-            display.say("stopped and saved; the same command goes on from here")
+            display.say("stopped and saved; run the same command to resume")
             return None
     return made if world.is_main else []
 

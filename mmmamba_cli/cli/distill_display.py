@@ -56,13 +56,17 @@ class StopRequest(AbstractContextManager["StopRequest"]):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        from mmmamba_cli.distributed.stop_signals import exit_by_signal, write_from_handler
+        from mmmamba_cli.distributed.stop_signals import (
+            STOPPING_MESSAGE,
+            exit_by_signal,
+            write_from_handler,
+        )
 
         assert self._signals is not None
         if self._signals.is_repeat():
             exit_by_signal(number)
         if self._signals.count == 1 and self.prints:
-            write_from_handler("\nstopping after this step; once more stops at once\n")
+            write_from_handler(STOPPING_MESSAGE)
 
 
 class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):

@@ -346,6 +346,6 @@ def out_of_memory_error(
     first = str(error).splitlines()[0] if str(error) else "out of memory"
     return MmmambaError(
         f"stage {stage.name} ran out of device memory after step {progress.step}: {first}",
-        "what would help most: " + "; ".join(remedies[:3]) + " (accumulation changes no result; "
-        "the others make the saved state another one, so begin anew with --overwrite)",
+        "what would help most: " + "; ".join(remedies[:3]) + " (accumulation does not change "
+        "the result; with the other settings, start again with --overwrite)",
     )

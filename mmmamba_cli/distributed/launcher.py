@@ -32,6 +32,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from mmmamba_cli.distributed.stop_signals import (
     SIGNALS,
+    STOPPING_MESSAGE,
     StopSignalCounter,
     exit_by_signal,
     skip_interpreter_shutdown,
@@ -257,7 +258,7 @@ class _StopSignals:
             self.second = number
         elif self.repeats.count == 1:
             self.first = number
-            write_from_handler("\nstopping after this step; once more stops at once\n")
+            write_from_handler(STOPPING_MESSAGE)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A process may receive one request twice: schedulers signal every process of a job, and launchers
 # forward the signal to their processes.
 SAME_REQUEST_SECONDS = 1.0
+STOPPING_MESSAGE = "\nstopping after this step; press Ctrl-C again to stop at once\n"
 
 
 class StopSignalCounter:
