@@ -135,7 +135,7 @@ def attempt(call: Callable[[], Any]) -> Any:
 
 
 def overlapped(on: bool) -> None:
-    triton_utils.OVERLAP = on
+    triton_utils.ENABLE_PDL = on
 
 
 def wide(options: dict[str, Any]) -> dict[str, Any]:

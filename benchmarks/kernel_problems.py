@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli import ops
-from mmmamba_cli.ops.attention import Segments, segments_of
+from mmmamba_cli.ops.attention import VarlenMetadata, varlen_metadata
 from mmmamba_cli.ops.ssd.mamba_ssm import library_kernels as mamba_kernels
 
 HEADS, KV_HEADS, DIM, WIDTH, TAPS, EPS = 16, 8, 128, 2048, 2, 1e-5
@@ -120,18 +120,18 @@ def _attention(backend: str) -> Call:
 
 
 def _packed(backend: str) -> Call:
-    return lambda t: (ops.attention(**t, segments=_segments(t["q"]), backend=backend),)
+    return lambda t: (ops.attention(**t, varlen=_varlen(t["q"]), backend=backend),)
 
 
-def _segments(q: Tensor) -> Segments:
+def _varlen(q: Tensor) -> VarlenMetadata:
     return _packing(q.shape[0], q.shape[2], q.device)
 
 
 @cache
-def _packing(batch: int, length: int, device: torch.device) -> Segments:
+def _packing(batch: int, length: int, device: torch.device) -> VarlenMetadata:
     """Rows that are full of samples of `SAMPLE` tokens."""
     ids = torch.arange(length, device=device).div(SAMPLE, rounding_mode="floor")
-    found = segments_of(None, ids.expand(batch, -1))
+    found = varlen_metadata(None, ids.expand(batch, -1))
     assert found is not None
     return found
 

@@ -186,7 +186,7 @@ def searched() -> Any:
 
     stack = ExitStack()
     stack.enter_context(
-        mock.patch("mmmamba_cli.data.collate.segments_of", lambda mask, seq_idx: None)
+        mock.patch("mmmamba_cli.data.collate.varlen_metadata", lambda mask, seq_idx: None)
     )
     stack.enter_context(
         mock.patch("mmmamba_cli.distill.trainer.limit_cpu_threads", lambda device: nullcontext())

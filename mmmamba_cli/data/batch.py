@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.ops.attention import Segments
+from mmmamba_cli.ops.attention import VarlenMetadata
 from mmmamba_cli.processing import normalize
 
 # Label of a token that is not part of an answer; the losses of PyTorch ignore it.
@@ -44,7 +44,7 @@ class Batch:
     labels: (B, T) int64, not shifted; the token id in answers, else IGNORE_INDEX.
     attention_mask: (B, T) bool, False for padding; None without padding.
     seq_idx: (B, T) int64, index of the sample within its row; None if each row holds one sample.
-    segments: boundaries of samples and padding in the flattened rows; None without padding and
+    varlen: boundaries of samples and padding in the flattened rows; None without padding and
         packing. Computed on the CPU: computing them on a GPU synchronizes.
     pixel_values: (N, 3, S, S) tiles in row order; None without images. uint8 from the loader,
         normalised float32 after `to`.
@@ -59,7 +59,7 @@ class Batch:
     num_samples: int
     num_tokens: int
     names: tuple[str, ...] = ()
-    segments: Segments | None = None
+    varlen: VarlenMetadata | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Move the tensors to `device` and normalise the pixels there."""
@@ -86,10 +86,10 @@ class Batch:
             attention_mask=changed(self.attention_mask),
             seq_idx=changed(self.seq_idx),
             pixel_values=changed(self.pixel_values),
-            segments=(
+            varlen=(
                 None
-                if self.segments is None
-                else self.segments._replace(bounds=change(self.segments.bounds))
+                if self.varlen is None
+                else self.varlen._replace(cu_seqlens=change(self.varlen.cu_seqlens))
             ),
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, bad_sample
 from mmmamba_cli.data.tokenize import EncodedSample, decode_images
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.ops.attention import segments_of
+from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.processing import ImageProcessor
 
 Row = list[EncodedSample]
@@ -115,7 +115,7 @@ def empty_batch(pad_id: int) -> Batch:
         pixel_values=None,
         num_samples=0,
         num_tokens=0,
-        segments=segments_of(mask, None),
+        varlen=varlen_metadata(mask, None),
     )
 
 
@@ -144,7 +144,7 @@ def _pad_rows(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
         num_samples=sum(map(len, rows)),
         num_tokens=sum(lengths),
         names=tuple(sample.name for row in rows for sample in row),
-        segments=None if mask is None and seq_idx is None else segments_of(mask, seq_idx),
+        varlen=None if mask is None and seq_idx is None else varlen_metadata(mask, seq_idx),
     )
 
 

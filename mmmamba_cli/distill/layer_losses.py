@@ -168,13 +168,13 @@ def prepare_prompt(pair: TeacherStudent, batch: Batch) -> PreparedInputs:
     prompt = pair.teacher.model.prepare(
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
     )
-    if batch.segments is None:
+    if batch.varlen is None:
         return prompt
     embedding = prompt.embedding_layout
     # Where patches replace image tokens, the embedding stack has its own columns.
     if embedding is not None and prompt.expansion is None:
-        embedding = replace(embedding, precomputed_segments=batch.segments)
-    language = replace(prompt.language_layout, precomputed_segments=batch.segments)
+        embedding = replace(embedding, precomputed_varlen=batch.varlen)
+    language = replace(prompt.language_layout, precomputed_varlen=batch.varlen)
     return replace(prompt, embedding_layout=embedding, language_layout=language)
 
 

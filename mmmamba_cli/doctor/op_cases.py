@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli import ops
-from mmmamba_cli.ops.attention import segments_of
+from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
 from mmmamba_cli.ops.ssd.dispatch import LIMITS
@@ -363,7 +363,7 @@ def _attend(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]
 
 
 def _attend_segments(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    segments = segments_of(fixed["real"], fixed.get("seq_idx"))
-    y = ops.attention(**values, segments=segments, backend=backend)
+    varlen = varlen_metadata(fixed["real"], fixed.get("seq_idx"))
+    y = ops.attention(**values, varlen=varlen, backend=backend)
     # Whatever is at padding is nobody's.
     return (y.where(fixed["real"][:, None, :, None], 0),)

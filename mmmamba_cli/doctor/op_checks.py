@@ -17,7 +17,8 @@ from mmmamba_cli.doctor.op_cases import Case, Op, Tensors, all_ops
 from mmmamba_cli.doctor.report import FAILED, OK, SKIPPED, WARNING, Check, OpCheck
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS
-from mmmamba_cli.ops.ssd.dispatch import Scan, choose
+from mmmamba_cli.ops.ssd.dispatch import select_backend
+from mmmamba_cli.ops.ssd.reference import ScanInputs
 
 # Relative errors that rounding explains, with room for another order of summation.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -186,18 +187,21 @@ def _taken(device: torch.device, dtype: torch.dtype, trains: bool) -> str:
         return torch.zeros(shape, dtype=dtype, device=device, requires_grad=trains)
 
     tokens = (BATCH, LENGTH)
-    asked = Scan(
+    inputs = ScanInputs(
         x=zeros(*tokens, KV_HEADS, DIM, dtype=dtype),
         dt=zeros(*tokens, HEADS, dtype=dtype),
         A=zeros(HEADS),
         B=zeros(*tokens, KV_HEADS, DIM, dtype=dtype),
         C=zeros(*tokens, HEADS, DIM, dtype=dtype),
         dt_bias=None,
+        dt_softplus=True,
         D=None,
         initial_state=None,
+        mask=None,
         seq_idx=None,
+        chunk_size=64,
     )
-    return choose(SCAN_BACKENDS, asked)
+    return select_backend(SCAN_BACKENDS, inputs)
 
 
 def _in_words(taken: dict[tuple[torch.dtype, bool], str]) -> str:

@@ -16,7 +16,7 @@ from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import apply_rope
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops import attention
-from mmmamba_cli.ops.attention import attention_weights, takes_segments
+from mmmamba_cli.ops.attention import attention_weights, supports_varlen
 from mmmamba_cli.ops.backends import upcast
 
 
@@ -66,17 +66,15 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer_idx)
         is_causal = layout.length > 1 and layout.is_plain_causal(k.shape[2])
         eager = self.config._attn_implementation == "eager"
-        segments = None
-        if not is_causal and not eager and takes_segments(q):
-            segments = layout.segments(k.shape[2])
+        varlen = None
+        if not is_causal and not eager and supports_varlen(q):
+            varlen = layout.varlen(k.shape[2])
         mask = None
-        if not is_causal and segments is None:
+        if not is_causal and varlen is None:
             mask = layout.attention_mask(k.shape[2])
         if weights is None:
             backend = "reference" if eager else "auto"
-            y = attention(
-                q, k, v, is_causal=is_causal, mask=mask, segments=segments, backend=backend
-            )
+            y = attention(q, k, v, is_causal=is_causal, mask=mask, varlen=varlen, backend=backend)
         else:
             weights.append(attention_weights(q, k, is_causal=is_causal, mask=mask).to(v.dtype))
             y = weights[-1] @ v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.config import StackConfig
 from mmmamba_cli.model.rope import depends_on_length, inverse_frequencies, rope_cos_sin
-from mmmamba_cli.ops.attention import Segments, segments_of
+from mmmamba_cli.ops.attention import VarlenMetadata, varlen_metadata
 
 
 @dataclass
@@ -75,7 +75,7 @@ class SequenceLayout:
     key_mask: Tensor | None = None
     key_seq_idx: Tensor | None = None
     # The sequences of `mask` and `seq_idx`, if the caller computed them.
-    precomputed_segments: Segments | None = None
+    precomputed_varlen: VarlenMetadata | None = None
 
     @property
     def length(self) -> int:
@@ -113,7 +113,7 @@ class SequenceLayout:
             past=self.past + start,
             mask=None if self.mask is None else self.mask[:, start:stop],
             seq_idx=None if self.seq_idx is None else self.seq_idx[:, start:stop],
-            precomputed_segments=None,
+            precomputed_varlen=None,
         )
 
     def is_plain_causal(self, num_keys: int) -> bool:
@@ -125,7 +125,7 @@ class SequenceLayout:
             and self.key_seq_idx is None
         )
 
-    def segments(self, num_keys: int) -> Segments | None:
+    def varlen(self, num_keys: int) -> VarlenMetadata | None:
         """Return the sequences of padded or packed columns for variable-length attention.
 
         None with past columns, without padding and packing, and in a compiled graph, which cannot
@@ -135,14 +135,14 @@ class SequenceLayout:
             return None
         if self.past or num_keys != self.length or (self.mask is None and self.seq_idx is None):
             return None
-        return self._own_segments
+        return self._varlen
 
     @cached_property
-    def _own_segments(self) -> Segments | None:
+    def _varlen(self) -> VarlenMetadata | None:
         """Cached for the other layers of the stack."""
-        if self.precomputed_segments is not None:
-            return self.precomputed_segments
-        return segments_of(self.mask, self.seq_idx)
+        if self.precomputed_varlen is not None:
+            return self.precomputed_varlen
+        return varlen_metadata(self.mask, self.seq_idx)
 
     def attention_mask(self, num_keys: int) -> Tensor | None:
         """(B or 1, 1, T, num_keys) bool, True where a query attends to a key; None for no mask.

@@ -1,14 +1,18 @@
-"""The arithmetic of a mixer: one public function per op, a plain PyTorch reference behind each.
+"""The ops of a mixer: one public function per op, each with a reference in plain PyTorch.
 
-Every function takes `backend="auto"`; callers never ask which device or kernel they run on.
+Every function takes `backend="auto"`, so callers do not depend on the device or the kernels.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, attention
-from mmmamba_cli.ops.conv import CONV_BACKENDS, causal_conv, causal_conv_step
-from mmmamba_cli.ops.conv import STEP_BACKENDS as CONV_STEP_BACKENDS
+from mmmamba_cli.ops.conv import (
+    CONV_BACKENDS,
+    CONV_STEP_BACKENDS,
+    causal_conv,
+    causal_conv_step,
+)
 from mmmamba_cli.ops.decode import (
     ATTENTION_STEP_BACKENDS,
     GREEDY_ARGMAX_BACKENDS,
@@ -17,24 +21,28 @@ from mmmamba_cli.ops.decode import (
     greedy_argmax,
     mixer_step,
 )
-from mmmamba_cli.ops.norm import GATED_BACKENDS, PLAIN_BACKENDS, gated_rms_norm, rms_norm
+from mmmamba_cli.ops.norm import (
+    GATED_RMS_NORM_BACKENDS,
+    RMS_NORM_BACKENDS,
+    gated_rms_norm,
+    rms_norm,
+)
 from mmmamba_cli.ops.projection import PROJECT_BACKENDS, project
-from mmmamba_cli.ops.ssd import SCAN_BACKENDS, ssd, ssd_step
-from mmmamba_cli.ops.ssd import STEP_BACKENDS as SCAN_STEP_BACKENDS
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS, SCAN_STEP_BACKENDS, ssd, ssd_step
 
-# What is registered for each public function, as it is looked up at each call: whoever checks or
-# measures backends finds here also those that were registered after import.
+# The registry of each public function. Functions look backends up at each call, so the registries
+# include those added after import.
 BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "attention": ATTENTION_BACKENDS,
     "attention_step": ATTENTION_STEP_BACKENDS,
     "causal_conv": CONV_BACKENDS,
     "causal_conv_step": CONV_STEP_BACKENDS,
-    "gated_rms_norm": GATED_BACKENDS,
+    "gated_rms_norm": GATED_RMS_NORM_BACKENDS,
     # Named as in reports of `mmmamba doctor`.
     "likeliest": GREEDY_ARGMAX_BACKENDS,
     "mixer_step": MIXER_STEP_BACKENDS,
     "project": PROJECT_BACKENDS,
-    "rms_norm": PLAIN_BACKENDS,
+    "rms_norm": RMS_NORM_BACKENDS,
     "ssd": SCAN_BACKENDS,
     "ssd_step": SCAN_STEP_BACKENDS,
 }

@@ -1,4 +1,4 @@
-"""What every op needs: picking a backend, the dtype to compute in, and where sequences begin."""
+"""Shared by all ops: backend registries, dtypes of computation, shape checks, packed sequences."""
 
 import importlib
 import importlib.util
@@ -13,12 +13,12 @@ from mmmamba_cli.errors import MmmambaError
 
 Backend = TypeVar("Backend")
 
-# Programs along the second and third axis of a launch, where kernels have the rows of a batch.
+# CUDA's limit for the second and third axis of a grid; kernels have the batch rows there.
 MAX_GRID_ROWS = 65_535
 
 
-def pick_backend(op: str, name: str, backends: Mapping[str, Backend]) -> Backend:
-    """The backend of that name; MmmambaError naming the available ones if there is none."""
+def get_backend(op: str, name: str, backends: Mapping[str, Backend]) -> Backend:
+    """The backend `name`; raises MmmambaError with the available names if there is none."""
     if name not in backends:
         available = ", ".join(["auto", *backends])
         raise MmmambaError(
@@ -27,40 +27,30 @@ def pick_backend(op: str, name: str, backends: Mapping[str, Backend]) -> Backend
     return backends[name]
 
 
-def kernel_backends(
-    op: str, launcher: str, *, name: str = "triton", module: str = "fused", library: str = "triton"
+def optional_backend(
+    name: str, module: str, function: str, library: str = "triton"
 ) -> dict[str, Callable[..., Any]]:
-    """{name: launcher of `op`, in its `module`}, or {} where the kernels cannot be had.
+    """{name: `function` of `module`}, or {} if the library or the module is not installed.
 
-    That is where their `library` is not installed, and in the files of an exported model, which are
-    plain PyTorch: the module is found by its name, so that nothing there imports it.
-    """
-    return backend_of(name, library, f"{__package__}.{op}.{module}", launcher)
-
-
-def backend_of(
-    name: str, library: str, module: str, function: str
-) -> dict[str, Callable[..., Any]]:
-    """{name: that function of our module} where both the library and the module are there, else {}.
-
-    Neither is imported before the first call.
+    Both are imported on the first call. The module is missing in the files of an exported model,
+    which are plain PyTorch; it is a string so that nothing in them imports it.
     """
     try:
         found = importlib.util.find_spec(library) and importlib.util.find_spec(module)
-    except (ModuleNotFoundError, ValueError):
-        # ValueError: something put a module without a spec there.
+    except (ImportError, ValueError):
+        # ValueError: sys.modules has a module of that name without a spec.
         found = None
     if not found:
         return {}
 
-    def call(*arguments: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*arguments, **options)
+    def imported(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
-    return {name: call}
+    return {name: imported}
 
 
-def suits_triton(*tensors: Tensor | None) -> bool:
-    """Whether `auto` takes kernels for these: on a GPU that has bf16, in no dtype above fp32."""
+def supports_triton(*tensors: Tensor | None) -> bool:
+    """Whether `auto` may use Triton kernels: all tensors on a GPU with bf16, none of them fp64."""
     given = [tensor for tensor in tensors if tensor is not None]
     if any(not tensor.is_cuda or tensor.dtype == torch.float64 for tensor in given):
         return False
@@ -68,7 +58,7 @@ def suits_triton(*tensors: Tensor | None) -> bool:
 
 
 def fits_grid(rows: int) -> bool:
-    """Whether kernels can be launched for a batch of so many rows."""
+    """Whether a batch of `rows` rows fits the second and third axis of a launch grid."""
     return rows <= MAX_GRID_ROWS
 
 
@@ -77,13 +67,13 @@ def _has_bf16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether a result of these will be differentiated."""
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """ValueError unless `tensor` is None or of that shape: broadcasting would hide a mistake."""
+    """Raise ValueError unless `tensor` is None or has `shape`, which rules out broadcasting."""
     if tensor is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {shape}")
 
@@ -94,21 +84,21 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the dtype to compute in."""
+    """x in its `compute_dtype`."""
     return x.to(compute_dtype(x))
 
 
-def repeat_heads(tokens: Tensor, share: int) -> Tensor:
-    """(B, T, K, dim) as (B, T, K * share, dim): head h is what was head h // share."""
-    return tokens if share == 1 else tokens.repeat_interleave(share, dim=2)
+def repeat_heads(tokens: Tensor, group_size: int) -> Tensor:
+    """(B, T, K, dim) -> (B, T, K * group_size, dim); head h is head h // group_size of `tokens`."""
+    return tokens if group_size == 1 else tokens.repeat_interleave(group_size, dim=2)
 
 
 def segment_ordinals(seq_idx: Tensor, mask: Tensor | None) -> Tensor:
     """Number the packed sequences of each row 0, 1, 2, ... in order, (B, T) int64.
 
-    A sequence begins at a real token whose id in `seq_idx` (B, T) differs from that of the real
-    token before it. Padding (`mask` 0) begins nothing, whatever its id, and counts to the sequence
-    before it; the first real token of a row always belongs to sequence 0.
+    A sequence starts at each real token whose id in `seq_idx` (B, T) differs from that of the
+    previous real token. Padding (`mask` 0) starts no sequence, whatever its id, and belongs to the
+    sequence before it; the first real token of a row belongs to sequence 0.
     """
     changed = torch.zeros_like(seq_idx, dtype=torch.bool)
     if mask is None:

@@ -1,4 +1,4 @@
-"""What every launcher of Triton kernels needs; imported only where Triton is."""
+"""Helpers of the Triton kernels and their launchers; import it only if Triton is installed."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -12,22 +12,22 @@ from triton import knobs, next_power_of_2
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.backends import MAX_GRID_ROWS
 
-# Whether the kernels of a decoding step may begin before the launch before them has ended
-# (programmatic dependent launch, from Hopper on).
-OVERLAP = True
-# Whether kernels may speak PTX.
-NATIVE = not (knobs.runtime.interpret or torch.version.hip)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Programs along the first axis of a launch; the other two take far fewer.
+# Programmatic dependent launch (PDL) for the kernels of a decoding step: a kernel may start before
+# the previous one has ended. Needs compute capability 9.0 (Hopper).
+ENABLE_PDL = True
+# Whether kernels may use inline PTX: not in the interpreter and not on AMD GPUs.
+USE_PTX = not (knobs.runtime.interpret or torch.version.hip)
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# CUDA's limit for the first axis of a grid; that of the other two is MAX_GRID_ROWS.
 MAX_GRID_PROGRAMS = 2**31 - 1
 
 
 def check_inputs(op: str, *tensors: Tensor | None) -> None:
-    """MmmambaError for tensors that the kernels cannot run on here."""
+    """Raise MmmambaError if a tensor has a dtype or device that the kernels do not support."""
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        if tensor.is_floating_point() and tensor.dtype not in TRITON_DTYPES:
             raise MmmambaError(
                 f"{op}: the triton backend takes bf16, fp16 and fp32, not {tensor.dtype}",
                 hint="leave the backend on auto",
@@ -40,10 +40,9 @@ def check_inputs(op: str, *tensors: Tensor | None) -> None:
 
 
 def launch_grid(op: str, programs: int, *others: int) -> tuple[int, ...]:
-    """The grid of a launch: `programs` along the first axis, and the counts of the other two.
+    """The grid (programs, *others) of a launch; raises MmmambaError if it exceeds CUDA's limits.
 
-    What grows with the prompt, or with rows times heads, belongs on the first axis.
-    MmmambaError for more programs than an axis has.
+    Counts that grow with the prompt length, or with rows times heads, belong on the first axis.
     """
     if programs > MAX_GRID_PROGRAMS or any(count > MAX_GRID_ROWS for count in others):
         counts = " x ".join(f"{count:,}" for count in (programs, *others))
@@ -58,11 +57,11 @@ def launch_grid(op: str, programs: int, *others: int) -> tuple[int, ...]:
 def folded_grid(
     op: str, programs: int, others: int, rows: int
 ) -> tuple[tuple[int, ...], dict[str, bool]]:
-    """The grid of a kernel that calls `place_in_grid`, and the option for it.
+    """The grid of a kernel that calls `grid_position`, and the kernel's FOLDED argument.
 
-    `others`, which grows with the prompt, has the second axis, and the first with `programs` where
-    it has grown beyond the second. Folding always would cost 8 to 13 percent of the scan and the
-    convolution on an H200.
+    `others` grows with the prompt length. It is the second axis, and is folded into the first if
+    it exceeds the limit of the second. Always folding would slow the scan and the convolution by 8
+    to 13 percent on an H200.
     """
     folded = others > MAX_GRID_ROWS
     grid = (programs * others, 1, rows) if folded else (programs, others, rows)
@@ -70,54 +69,54 @@ def folded_grid(
 
 
 def dot_type(*tensors: Tensor) -> tl.dtype:
-    """What tensor cores multiply: bf16 if all tensors are, else fp32.
+    """The input dtype of `tl.dot`: bf16 if all tensors are bf16, else fp32.
 
-    fp16 is widened: a state or a sum of scores may pass its range.
+    fp16 is upcast, because states and sums of scores may exceed its range.
     """
-    halves = all(tensor.dtype == torch.bfloat16 for tensor in tensors)
-    return tl.bfloat16 if halves else tl.float32
+    all_bf16 = all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    return tl.bfloat16 if all_bf16 else tl.float32
 
 
 def buffer(*shape: int, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory that a kernel fills completely; tests poison it."""
+    """An uninitialized tensor on the device of `like`; the kernel must write every element."""
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only if its last dimension is not contiguous."""
+    """The tensor, copied if its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def either(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer that is not read stands for a tensor that is not there."""
-    return other if tensor is None else tensor.contiguous()
+def or_dummy(tensor: Tensor | None, dummy: Tensor) -> Tensor:
+    """The tensor, contiguous, or if it is None a dummy pointer that the kernel does not read."""
+    return dummy if tensor is None else tensor.contiguous()
 
 
-def block(size: int, least: int = 16) -> int:
-    """The power of two that holds `size`; tl.dot wants 16 at least."""
+def block_size(size: int, least: int = 16) -> int:
+    """The smallest power of two that is at least `size` and `least`; `tl.dot` needs 16."""
     return max(least, next_power_of_2(size))
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
+def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def overlapping(tensor: Tensor) -> dict[str, bool]:
-    """Options of a launch of a kernel that calls `wait_for_inputs`."""
-    if not (OVERLAP and tensor.is_cuda and _overlaps(tensor.device)):
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
+def pdl_options(tensor: Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that calls `wait_for_inputs`: PDL if the device supports it."""
+    if not (ENABLE_PDL and tensor.is_cuda and _supports_pdl(tensor.device)):
+        return {"USE_PDL": False}
+    return {"USE_PDL": True, "launch_pdl": True}
 
 
 @cache
-def _overlaps(device: torch.device) -> bool:
+def _supports_pdl(device: torch.device) -> bool:
     return not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
-def place_in_grid(programs, FOLDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's numbers on the first two axes of a `folded_grid` with so many on the first."""
+def grid_position(programs, FOLDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Program ids on the first two axes of a `folded_grid` with `programs` on the first."""
     first, second = tl.program_id(0), tl.program_id(1)
     if FOLDED:
         first, second = first % programs, first // programs
@@ -125,22 +124,22 @@ def place_in_grid(programs, FOLDED: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def wait_for_inputs(OVERLAP: tl.constexpr) -> None:
+def wait_for_inputs(USE_PDL: tl.constexpr) -> None:
     """Wait until all previous launches have ended (programmatic dependent launch).
 
     Before this call a kernel may read only weights and inputs marked `inputs_ready`, which were
     written before the previous launch.
     """
-    if OVERLAP:
+    if USE_PDL:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def call_next(OVERLAP: tl.constexpr) -> None:
-    """Lets the launch after this one begin, where there is room.
+def launch_dependents(USE_PDL: tl.constexpr) -> None:
+    """Allow the next launch to start on free SMs.
 
-    Called only after `wait_for_inputs`: so when that one begins, everything up to the launch
-    before this one has been written.
+    Call it only after `wait_for_inputs`. The next kernel then starts after the writes of all
+    launches before this one.
     """
-    if OVERLAP:
+    if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()

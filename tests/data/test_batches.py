@@ -21,7 +21,7 @@ from mmmamba_cli.data import (
     open_corpus,
 )
 from mmmamba_cli.data.collate import assign_rows, collate, empty_batch, make_rows
-from mmmamba_cli.ops.attention import Segments, segments_of
+from mmmamba_cli.ops.attention import VarlenMetadata, varlen_metadata
 from mmmamba_cli.processing import HolisticVLMProcessor
 
 BATCHINGS = ("padded", "bucketed", "packed")
@@ -37,8 +37,8 @@ def loader(folder: Path, processor: HolisticVLMProcessor, **overrides: Any) -> S
 
 def equal(one: Batch, two: Batch) -> bool:
     def alike(a: Any, b: Any) -> bool:
-        if isinstance(a, Segments) and isinstance(b, Segments):
-            return torch.equal(a.bounds, b.bounds) and a.longest == b.longest
+        if isinstance(a, VarlenMetadata) and isinstance(b, VarlenMetadata):
+            return torch.equal(a.cu_seqlens, b.cu_seqlens) and a.max_seqlen == b.max_seqlen
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
     return all(alike(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
@@ -104,7 +104,7 @@ def test_processes_split_the_same_batch(
 def test_segments_of_a_batch(
     batching: str, world_size: int, folder: Path, processor: HolisticVLMProcessor
 ) -> None:
-    """Equal to what `segments_of` computes from the masks, also from a worker process."""
+    """Equal to what `varlen_metadata` computes from the masks, also from a worker process."""
     known = 0
     for rank in range(world_size):
         source = loader(
@@ -114,16 +114,16 @@ def test_segments_of_a_batch(
         for step in source.steps(0, 3):
             for micro in step.micro_batches:
                 if micro.attention_mask is None and micro.seq_idx is None:
-                    assert micro.segments is None
+                    assert micro.varlen is None
                     continue
                 known += 1
-                found = segments_of(micro.attention_mask, micro.seq_idx)
-                assert found is not None and micro.segments is not None
-                assert torch.equal(micro.segments.bounds, found.bounds)
-                assert micro.segments.longest == found.longest
-                assert torch.equal(micro.to("cpu").segments.bounds, found.bounds)  # type: ignore[union-attr]
+                found = varlen_metadata(micro.attention_mask, micro.seq_idx)
+                assert found is not None and micro.varlen is not None
+                assert torch.equal(micro.varlen.cu_seqlens, found.cu_seqlens)
+                assert micro.varlen.max_seqlen == found.max_seqlen
+                assert torch.equal(micro.to("cpu").varlen.cu_seqlens, found.cu_seqlens)  # type: ignore[union-attr]
     assert known
-    assert empty_batch(0).segments is not None
+    assert empty_batch(0).varlen is not None
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -23,7 +23,7 @@ from mmmamba_cli.distill.trainer import StepResult, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.model.sequence_layout import SequenceLayout
-from mmmamba_cli.ops.attention import segments_of
+from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.recipe import KL, Stage
 
 LOSSES = ("mixer-mse", "matrix-orientation", "hidden-alignment", "kl")
@@ -149,30 +149,30 @@ def test_segments_of_a_batch_are_not_recomputed(
 
     def counted(*columns: Any) -> Any:
         computed.append(columns)
-        return segments_of(*columns)
+        return varlen_metadata(*columns)
 
-    monkeypatch.setattr("mmmamba_cli.model.sequence_layout.segments_of", counted)
+    monkeypatch.setattr("mmmamba_cli.model.sequence_layout.varlen_metadata", counted)
     model = small_model("aaaa", shuffle)
     pair = pair_of(model, small_model("mmmm", shuffle), ())
     (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
     ids, mask = padded([one[0], two[0]])
     batch = batch_of(ids, pixels, mask=mask)
     plain = prepare_prompt(pair, batch)
-    prepared = prepare_prompt(pair, replace(batch, segments=segments_of(mask, None)))
+    prepared = prepare_prompt(pair, replace(batch, varlen=varlen_metadata(mask, None)))
     for before, after in (
         (plain.embedding_layout, prepared.embedding_layout),
         (plain.language_layout, prepared.language_layout),
     ):
         computed.clear()
-        expected = before.segments(before.length)
+        expected = before.varlen(before.length)
         assert len(computed) == 1
-        found = after.segments(after.length)
-        assert torch.equal(found.bounds, expected.bounds)
-        assert found.longest == expected.longest
+        found = after.varlen(after.length)
+        assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
+        assert found.max_seqlen == expected.max_seqlen
         again = after is prepared.embedding_layout and shuffle == "post"
         assert len(computed) == (2 if again else 1)
     part = prepared.language_layout.chunk(0, 3)
-    assert torch.equal(part.segments(3).bounds, segments_of(mask[:, :3], None).bounds)
+    assert torch.equal(part.varlen(3).cu_seqlens, varlen_metadata(mask[:, :3], None).cu_seqlens)
 
 
 @pytest.mark.parametrize("shuffle", ["pre", "post"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -15,19 +14,20 @@ from mmmamba_cli.doctor.op_checks import check_backend, check_choice
 from mmmamba_cli.doctor.report import Report
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS, reference
+from mmmamba_cli.ops.ssd.reference import ScanInputs
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
 
-def wrong(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    y, state = reference.chunked(*arguments, **options)
+def wrong(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    y, state = reference.chunked(inputs)
     return 2 * y, state
 
 
-def forward_only(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if arguments[0].requires_grad:
+def forward_only(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    if inputs.x.requires_grad:
         raise MmmambaError("no gradients")
-    return reference.chunked(*arguments, **options)
+    return reference.chunked(inputs)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmmamba_cli.ops.backends import backend_of
+from mmmamba_cli.ops.backends import optional_backend
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS, dispatch
 from mmmamba_cli.ops.ssd import __name__ as PACKAGE
 from mmmamba_cli.ops.ssd.dispatch import LIMITS
@@ -109,7 +109,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()
     for name in ("mamba_ssm", "fla"):
-        (found,) = backend_of(name, name, f"{PACKAGE}.{name}", "scan").items()
+        (found,) = optional_backend(name, f"{PACKAGE}.{name}", "scan", name).items()
         monkeypatch.setitem(SCAN_BACKENDS, *found)
 
 
@@ -124,19 +124,19 @@ def none_imported() -> Iterator[None]:
         names = [n for n in sys.modules if n.partition(".")[0] in ("mamba_ssm", "fla")]
         return {name: sys.modules.pop(name) for name in names}
 
-    before, tried = forget(), dict(dispatch._passed)
-    dispatch._passed.clear()
+    before, tried = forget(), dict(dispatch._results)
+    dispatch._results.clear()
     try:
         yield
     finally:
         forget()
         sys.modules.update(before)
-        dispatch._passed.clear()
-        dispatch._passed.update(tried)
+        dispatch._results.clear()
+        dispatch._results.update(tried)
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *more: torch.dtype) -> None:
     """The CPU counts as a GPU, and `more` dtypes as ones that the libraries can do."""
-    monkeypatch.setattr(dispatch, "suits_triton", lambda *tensors: True)
+    monkeypatch.setattr(dispatch, "supports_triton", lambda *tensors: True)
     for name, its in LIMITS.items():
-        monkeypatch.setitem(LIMITS, name, its._replace(dtypes=(*its.dtypes, *more), multiple=1))
+        monkeypatch.setitem(LIMITS, name, its._replace(dtypes=(*its.dtypes, *more), dim_multiple=1))

@@ -17,7 +17,7 @@ from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.sequence_layout import StackState, next_layout
 from mmmamba_cli.ops import attention
-from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, flash, segments_of, takes_segments
+from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, flash, supports_varlen, varlen_metadata
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -43,7 +43,7 @@ def packed(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 def test_segments_are_the_mask_of_real_columns(given: tuple[Tensor, Tensor]) -> None:
     ids, real = given
     length = ids.shape[1]
-    found = segments_of(real, ids)
+    found = varlen_metadata(real, ids)
     assert found is not None
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = (ids[:, :, None] == ids[:, None, :]) & real[:, None, :] & causal
@@ -51,20 +51,20 @@ def test_segments_are_the_mask_of_real_columns(given: tuple[Tensor, Tensor]) -> 
     assert torch.equal(seen & real[:, :, None], same & real[:, :, None])
     # Padding sees something, so that nothing is divided by zero.
     assert bool(seen.any(-1).all())
-    assert found.bounds.dtype == torch.int32
-    assert found.bounds[-1] == ids.numel()
-    assert found.longest == int(found.bounds.diff().max())
+    assert found.cu_seqlens.dtype == torch.int32
+    assert found.cu_seqlens[-1] == ids.numel()
+    assert found.max_seqlen == int(found.cu_seqlens.diff().max())
 
 
 def test_one_sequence_a_row_needs_no_ids() -> None:
     real = rows_of([0, 1, 1, 1], [1, 1, 0, 0]).bool()
-    found = segments_of(real, None)
+    found = varlen_metadata(real, None)
     assert found is not None
-    assert found.bounds.tolist() == [0, 1, 4, 6, 8]
-    ids = segments_of(None, rows_of([3, 3, 7, 7], [3, 3, 3, 3]))
+    assert found.cu_seqlens.tolist() == [0, 1, 4, 6, 8]
+    ids = varlen_metadata(None, rows_of([3, 3, 7, 7], [3, 3, 3, 3]))
     assert ids is not None
-    assert ids.bounds.tolist() == [0, 2, 4, 8]
-    assert ids.longest == 4
+    assert ids.cu_seqlens.tolist() == [0, 2, 4, 8]
+    assert ids.max_seqlen == 4
 
 
 @pytest.mark.parametrize(
@@ -76,19 +76,19 @@ def test_one_sequence_a_row_needs_no_ids() -> None:
     ],
 )
 def test_sequences_in_pieces_have_none(real: list[int], ids: list[int]) -> None:
-    assert segments_of(rows_of(real).bool(), rows_of(ids)) is None
+    assert varlen_metadata(rows_of(real).bool(), rows_of(ids)) is None
 
 
 def test_ints_mark_as_bools_do_and_nothing_has_no_segments() -> None:
     real, ids = rows_of([0, 1, 1, 1]), rows_of([5, 5, 5, 6])
     for seq_idx in (ids, ids.int(), None):
-        found, expected = segments_of(real, seq_idx), segments_of(real.bool(), seq_idx)
+        found, expected = varlen_metadata(real, seq_idx), varlen_metadata(real.bool(), seq_idx)
         assert found is not None
         assert expected is not None
-        assert torch.equal(found.bounds, expected.bounds)
+        assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
     for empty in (ids[:0], ids[:, :0]):
-        assert segments_of(None, empty) is None
-        assert segments_of(empty.bool(), None) is None
+        assert varlen_metadata(None, empty) is None
+        assert varlen_metadata(empty.bool(), None) is None
 
 
 def test_what_does_not_fit_is_an_error() -> None:
@@ -115,7 +115,7 @@ def test_decoding_sees_everything_before() -> None:
     k, v = torch.randn(2, 2, 2, 9, 8, generator=rng)
     weights = torch.softmax((q @ k.repeat_interleave(2, 1).mT) / math.sqrt(8), -1)
     torch.testing.assert_close(attention(q, k, v), weights @ v.repeat_interleave(2, 1))
-    assert not takes_segments(q)
+    assert not supports_varlen(q)
 
 
 def test_columns_of_a_prompt_have_segments_and_later_ones_have_not() -> None:
@@ -135,15 +135,15 @@ def test_columns_of_a_prompt_have_segments_and_later_ones_have_not() -> None:
     mask = rows_of([0, 1, 1], [1, 1, 1]).bool()
     options = {"seq_idx": None, "prompt_lengths": None, "device": "cpu", "dtype": torch.float32}
     columns = next_layout(stack, state, 3, mask=mask, **options)
-    found = columns.segments(3)
+    found = columns.varlen(3)
     assert found is not None
-    assert found.bounds.tolist() == [0, 1, 3, 6]
-    assert columns.segments(3) is found
-    assert columns.segments(4) is None
-    assert columns.chunk(1, 3).segments(3) is None
-    assert next_layout(stack, state, 1, mask=mask[:, :1], **options).segments(4) is None
+    assert found.cu_seqlens.tolist() == [0, 1, 3, 6]
+    assert columns.varlen(3) is found
+    assert columns.varlen(4) is None
+    assert columns.chunk(1, 3).varlen(3) is None
+    assert next_layout(stack, state, 1, mask=mask[:, :1], **options).varlen(4) is None
     plain = next_layout(stack, StackState(), 3, mask=None, **options)
-    assert plain.segments(3) is None
+    assert plain.varlen(3) is None
 
 
 # GPU: FlashAttention's kernels.
@@ -178,7 +178,7 @@ def learned(shape: tuple[int, ...], dtype: torch.dtype, backend: str, way: str) 
     options: dict = {"is_causal": True}
     if way != "causal":
         real, ids = packing(shape[0], shape[3])
-        options = {"segments": segments_of(real, ids if way == "packed" else None)}
+        options = {"varlen": varlen_metadata(real, ids if way == "packed" else None)}
         dy = dy * real[:, None, :, None]
     y = attention(*leaves, **options, backend=backend)
     gradients = torch.autograd.grad(y, leaves, dy)
@@ -224,10 +224,10 @@ def test_auto_takes_flash_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setitem(ATTENTION_BACKENDS, name, noted)
     q, k, v, _ = problem((2, 4, 2, 64, 32), torch.bfloat16)
-    segments = segments_of(*packing(2, 64))
+    varlen = varlen_metadata(*packing(2, 64))
     attention(q, k, v, is_causal=True)
-    attention(q, k, v, segments=segments)
-    attention(q.float(), k.float(), v.float(), segments=segments)
+    attention(q, k, v, varlen=varlen)
+    attention(q.float(), k.float(), v.float(), varlen=varlen)
     attention(q.requires_grad_(), k, v, is_causal=True)
     with torch.autocast("cuda", torch.bfloat16):
         attention(q.float(), k.float(), v.float(), is_causal=True)
@@ -238,7 +238,7 @@ class TestFixedOrder:
     """PyTorch's process-wide switch is on for the moment of a launch only."""
 
     def switch(self) -> tuple[bool, bool, bool]:
-        return (*flash._switch(), torch.utils.deterministic.fill_uninitialized_memory)
+        return (*flash._determinism(), torch.utils.deterministic.fill_uninitialized_memory)
 
     @pytest.fixture(autouse=True)
     def put_back(self) -> Iterator[None]:
@@ -251,22 +251,22 @@ class TestFixedOrder:
     def test_it_is_what_it_was_afterwards(self, asked: tuple[bool, bool]) -> None:
         torch._C._set_deterministic_algorithms(asked[0], warn_only=asked[1])
         before = self.switch()
-        with flash.fixed_order():
+        with flash.deterministic_mode():
             assert self.switch()[:2] == (True, False)
         assert self.switch() == before
-        with pytest.raises(RuntimeError, match="kernel"), flash.fixed_order():
+        with pytest.raises(RuntimeError, match="kernel"), flash.deterministic_mode():
             raise RuntimeError("kernel")
         assert self.switch() == before
 
     def test_a_process_that_has_it_on_keeps_what_else_it_set(self) -> None:
         torch._C._set_deterministic_algorithms(True, warn_only=False)
         torch.utils.deterministic.fill_uninitialized_memory = True
-        with flash.fixed_order():
+        with flash.deterministic_mode():
             assert self.switch() == (True, False, True)
 
     def test_what_someone_else_sets_meanwhile_stays(self) -> None:
         torch._C._set_deterministic_algorithms(False, warn_only=False)
-        with flash.fixed_order():
+        with flash.deterministic_mode():
             torch._C._set_deterministic_algorithms(True, warn_only=True)
         assert self.switch()[:2] == (True, True)
 
@@ -276,7 +276,7 @@ class TestFixedOrder:
 
         def launch() -> None:
             for _ in range(20):
-                with flash.fixed_order():
+                with flash.deterministic_mode():
                     inside[0] += 1
                     most[0] = max(most[0], inside[0])
                     # Lets the others run, where a launch would.

@@ -10,7 +10,7 @@ from ops_cases import Scan, make_scan, relative_error
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops import backends, ssd
-from mmmamba_cli.ops.backends import backend_of
+from mmmamba_cli.ops.backends import optional_backend
 from mmmamba_cli.ops.ssd import dispatch
 
 LENGTH = 23
@@ -122,16 +122,16 @@ def test_what_a_backend_cannot_do_it_refuses_in_words():
 def test_a_cpu_and_fp32_are_refused_in_words(backend, monkeypatch):
     with pytest.raises(MmmambaError, match=rf"the {backend} backend multiplies x, B and C in bf"):
         ssd(**problem(6).to(torch.float32).tensors(), backend=backend)
-    monkeypatch.setattr(dispatch, "suits_triton", backends.suits_triton)
+    monkeypatch.setattr(dispatch, "supports_triton", backends.supports_triton)
     with pytest.raises(MmmambaError, match=rf"ssd: the {backend} backend wants tensors on a GPU"):
         ssd(**problem(6).to(torch.bfloat16).tensors(), backend=backend)
 
 
 def test_a_library_that_is_not_there_is_no_backend():
     where = "mmmamba_cli.ops.ssd.fla"
-    assert backend_of("fla", "fla_that_is_not_there", where, "scan") == {}
-    assert backend_of("fla", "fla", where + "_of_an_export", "scan") == {}
-    assert backend_of("fla", "fla", "folder_of_an_export.ssd.fla", "scan") == {}
+    assert optional_backend("fla", where, "scan", "fla_that_is_not_there") == {}
+    assert optional_backend("fla", where + "_of_an_export", "scan", "fla") == {}
+    assert optional_backend("fla", "folder_of_an_export.ssd.fla", "scan", "fla") == {}
 
 
 def test_nothing_is_imported_before_the_first_call():

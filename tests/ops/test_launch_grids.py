@@ -19,6 +19,7 @@ from mmmamba_cli.ops.conv import fused as conv
 from mmmamba_cli.ops.decode import fused as decode
 from mmmamba_cli.ops.ssd import backward
 from mmmamba_cli.ops.ssd import fused as ssd
+from mmmamba_cli.ops.ssd.reference import ScanInputs
 from mmmamba_cli.ops.triton_utils import MAX_GRID_PROGRAMS, launch_grid
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -74,14 +75,18 @@ def test_scans(grids: Grids, batch: int, length: int, dtype: torch.dtype) -> Non
     heads, kv_heads, dim = 16, 4, 64
     x, B = (meta(batch, length, kv_heads, dim, dtype=dtype, learns=True) for _ in range(2))
     C = meta(batch, length, heads, dim, dtype=dtype, learns=True)
-    y, _ = ssd.scan(
-        x, meta(batch, length, heads, learns=True), meta(heads, dtype=FP32), B, C,
-        dt_bias=None, dt_softplus=True, D=None, initial_state=None, mask=None, seq_idx=None,
-        chunk_size=64,
-    )  # fmt: skip
+    dt, A = meta(batch, length, heads, learns=True), meta(heads, dtype=FP32)
+    optional = dict.fromkeys(("dt_bias", "D", "initial_state", "mask", "seq_idx"))
+    y, _ = ssd.scan(ScanInputs(x, dt, A, B, C, dt_softplus=True, chunk_size=64, **optional))
     y.backward(meta(*y.shape, dtype=dtype))
     require_launchable(grids)
-    assert grids.keys() >= {"prepare", "span_states", "pass_states", "span_outputs", "sum_heads"}
+    assert grids.keys() >= {
+        "prepare_decays",
+        "span_states",
+        "pass_states",
+        "span_outputs",
+        "sum_heads",
+    }
     # A program for each block of 1024 numbers of each head's state, once each way.
     assert programs_of(grids, "pass_states") == 2 * [batch * heads * 4]
     assert programs_of(grids, "decay_gradients") == [batch * heads * -(-length // 64)]

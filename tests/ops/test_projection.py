@@ -136,7 +136,7 @@ def test_few_rows_go_to_triton_if_their_heads_fill_a_tile(monkeypatch):
         monkeypatch.setitem(
             projection.PROJECT_BACKENDS, name, lambda *_, n=name, **__: taken.append(n)
         )
-    monkeypatch.setattr(projection, "suits_triton", lambda *_: True)
+    monkeypatch.setattr(projection, "supports_triton", lambda *_: True)
     x, weight, gate = normal(2, 12), normal(7, 12), normal(2, 12, seed=1)
     for options in (
         {"norm_dim": 12},

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmmamba_cli.ops import ssd
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS, dispatch, reference
-from mmmamba_cli.ops.ssd.dispatch import LENGTH, TOLERANCES, Trial, passes
+from mmmamba_cli.ops.ssd.dispatch import LENGTH, TOLERANCES, SelfTest, passes
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FUSED = ("triton", "mamba_ssm", "fla")
@@ -24,9 +24,9 @@ class Stand:
         self.lengths = []
         self.fault = fault
 
-    def __call__(self, *arguments, **options):
-        self.lengths.append(arguments[0].shape[1])
-        y, state = reference.chunked(*arguments, **options)
+    def __call__(self, inputs):
+        self.lengths.append(inputs.x.shape[1])
+        y, state = reference.chunked(inputs)
         return (y, state) if self.fault is None else self.fault(y, state)
 
     @property
@@ -231,11 +231,11 @@ def test_what_is_only_recorded_is_not_tried(stands, monkeypatch):
     with Mode():
         assert taken(stands) == "triton"
     assert stands["triton"].trials == 0
-    cuda = Trial("triton", "cuda:0", BF16, False)
+    cuda = SelfTest("triton", "cuda:0", BF16, False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert passes(cuda, stands["triton"]) and stands["triton"].trials == 0
     # What is known already counts there too.
-    monkeypatch.setitem(dispatch._passed, cuda, False)
+    monkeypatch.setitem(dispatch._results, cuda, False)
     assert not passes(cuda, stands["triton"])
     assert taken(stands) == "triton"
     assert stands["triton"].trials == 1
@@ -254,4 +254,4 @@ def test_a_compiler_goes_through_the_choice(stands):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_reference_passes_the_trial(dtype, trains):
-    assert dispatch._fault(Trial("triton", "cpu", dtype, trains), reference.chunked) is None
+    assert dispatch._failure(SelfTest("triton", "cpu", dtype, trains), reference.chunked) is None

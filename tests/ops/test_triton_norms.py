@@ -40,7 +40,7 @@ def test_norms_equal_the_reference(shape, dtype):
 
 
 def test_few_programs_take_many_rows_each(monkeypatch):
-    monkeypatch.setattr(fused, "MOST_PARTS", 3)
+    monkeypatch.setattr(fused, "MAX_BACKWARD_PROGRAMS", 3)
     made = make_norm((37, 600), torch.float32)
     check(gated_rms_norm, made, TOLERANCE[torch.float32], eps=EPS)
     check(rms_norm, plain(made), TOLERANCE[torch.float32], eps=EPS)
@@ -60,7 +60,7 @@ def test_a_gate_may_be_a_slice_of_a_packed_projection(leading):
     gate = packed[..., 20 : 20 + heads * dim].unflatten(-1, (heads, dim))
     y, weight = (torch.randn(*size, generator=rng).to(DEVICE) for size in (gate.shape, (dim,)))
     wanted = gated_rms_norm(y, gate, weight, EPS, backend="reference")
-    assert fused._heads(gate)[0] is gate
+    assert fused._gate_layout(gate)[0] is gate
     found = gated_rms_norm(y, gate, weight, EPS, backend="triton")
     assert relative_error(found, wanted) < TOLERANCE[torch.float32]
     uneven = gate[:, ::2] if len(leading) > 1 else gate[::2]

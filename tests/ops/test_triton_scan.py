@@ -16,7 +16,7 @@ from triton_device import (
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops import ssd
-from mmmamba_cli.ops.ssd.launch_config import TUNING, plan
+from mmmamba_cli.ops.ssd.launch_config import TUNING, plan_scan
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -160,10 +160,10 @@ def test_weak_decays_pass_through_long_spans_in_bf16(monkeypatch):
 def test_spans_are_cut_so_that_all_processors_work_to_the_end(batch, length, chunks):
     x, B = (torch.empty(batch, length, 8, 128, dtype=BF16, device="meta") for _ in range(2))
     C = torch.empty(batch, length, 16, 128, dtype=BF16, device="meta")
-    sizes = plan(x, B, C, trains=True)
-    assert sizes.per_span == chunks
-    assert sizes.spans * sizes.per_span >= sizes.chunks > (sizes.spans - 1) * sizes.per_span
-    assert plan(x.float(), B.float(), C.float(), trains=True).per_span == 1
+    plan = plan_scan(x, B, C, trains=True)
+    assert plan.per_span == chunks
+    assert plan.spans * plan.per_span >= plan.chunks > (plan.spans - 1) * plan.per_span
+    assert plan_scan(x.float(), B.float(), C.float(), trains=True).per_span == 1
 
 
 @pytest.mark.parametrize("used", [0, 1])

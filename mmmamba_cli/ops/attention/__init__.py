@@ -1,46 +1,32 @@
-"""Softmax attention over whole sequences, padded or packed: of teachers, and of layers that remain.
+"""Softmax attention over whole sequences, padded or packed, for teachers and hybrid layers.
 
 Legend: B batch, T queries, S keys, H query heads, K key/value heads, P head dim.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 from torch import Tensor
 
 from mmmamba_cli.ops.attention import reference
-from mmmamba_cli.ops.attention.flash import suits_flash
-from mmmamba_cli.ops.attention.varlen import Segments, segments_of
-from mmmamba_cli.ops.backends import check_shape, kernel_backends, pick_backend, wants_gradients
+from mmmamba_cli.ops.attention.flash import supports_flash
+from mmmamba_cli.ops.attention.varlen import VarlenMetadata, varlen_metadata
+from mmmamba_cli.ops.backends import check_shape, get_backend, needs_grad, optional_backend
 
 __all__ = [
     "ATTENTION_BACKENDS",
-    "Segments",
+    "VarlenMetadata",
     "attention",
     "attention_weights",
-    "segments_of",
-    "takes_segments",
+    "supports_varlen",
+    "varlen_metadata",
 ]
 
 
-class AttentionBackend(Protocol):
-    """What `attention` hands to a backend: its own arguments, checked."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        is_causal: bool,
-        mask: Tensor | None,
-        segments: Segments | None,
-    ) -> Tensor: ...
-
-
-ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
-    "reference": reference.written_out,
-    "sdpa": reference.scaled_dot_product,
-    **kernel_backends("attention", "attend", name="flash", module="flash", library="torch"),
+# Called as `attention`, without `backend` and with all keyword arguments, after validation.
+ATTENTION_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.eager_attention,
+    "sdpa": reference.sdpa,
+    **optional_backend("flash", f"{__package__}.flash", "flash_attention", library="torch"),
 }
 
 
@@ -51,31 +37,31 @@ def attention(
     *,
     is_causal: bool = False,
     mask: Tensor | None = None,
-    segments: Segments | None = None,
+    varlen: VarlenMetadata | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(P)) v, each key/value head serving H / K query heads.
+    """Compute softmax(q k^T / sqrt(P)) v; each key/value head is shared by H / K query heads.
 
     Args:
         q: (B, H, T, P), any floating dtype.
         k, v: (B, K, S, P).
-        is_causal: query t sees keys 0 to t; T = S.
-        mask: (B or 1, 1, T, S) bool, True where a query may look, in place of `is_causal`.
-        segments: in place of both, the sequences that the rows hold, each causal in itself
-            (`segments_of`); T = S. What comes out at padding means nothing.
-        backend: "reference", "sdpa" (PyTorch's choice among its kernels), "flash", or "auto":
-            flash where it can be had for segments, and for whatever is causal and differentiated.
+        is_causal: query t attends to keys 0 to t; T = S.
+        mask: (B or 1, 1, T, S) bool, True where a query may attend, instead of `is_causal`.
+        varlen: the sequences in the rows, each with causal attention, from `varlen_metadata`;
+            instead of both, T = S. The output at padding is undefined.
+        backend: "reference", "sdpa" (PyTorch selects the kernel), "flash", or "auto": flash, if it
+            supports q, for `varlen` and for causal attention with gradients, else sdpa.
 
-    flash is FlashAttention-2 as PyTorch has it. Its gradients are sums in a fixed order here, and
-    so the same bits each time; those that "sdpa" chooses need not be, on a GPU.
+    "flash" is PyTorch's FlashAttention-2 with deterministic gradients. On a GPU, the gradients of
+    "sdpa" may differ from run to run.
 
     Returns:
-        (B, H, T, P), in the dtype of q, or the one of autocast where that is on.
+        (B, H, T, P) in the dtype of q, or in autocast's dtype if autocast is enabled.
 
     Raises:
-        ValueError: shapes that do not fit together; more than one of the three that say who sees.
-        MmmambaError: a backend that does not exist here.
-        NotImplementedError: a backend that cannot do this.
+        ValueError: inconsistent shapes, or more than one of `is_causal`, `mask` and `varlen`.
+        MmmambaError: a backend that is not available.
+        NotImplementedError: a backend that does not support the inputs.
     """
     if q.dim() != 4 or k.dim() != 4 or q.shape[1] % max(1, k.shape[1]):
         raise ValueError(
@@ -84,27 +70,26 @@ def attention(
         )
     check_shape("attention", "k", k, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]))
     check_shape("attention", "v", v, tuple(k.shape))
-    ways = [is_causal, mask is not None, segments is not None]
-    if sum(ways) > 1:
-        raise ValueError("attention: give one of is_causal, mask and segments")
-    if (is_causal or segments is not None) and q.shape[2] != k.shape[2]:
+    if sum((is_causal, mask is not None, varlen is not None)) > 1:
+        raise ValueError("attention: give one of is_causal, mask and varlen")
+    if (is_causal or varlen is not None) and q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention: {q.shape[2]} queries and {k.shape[2]} keys, expected as many of both"
         )
     if backend == "auto":
-        wanted = segments is not None or (is_causal and wants_gradients(q, k, v))
-        backend = "flash" if wanted and takes_segments(q) else "sdpa"
-    attend = pick_backend("attention", backend, ATTENTION_BACKENDS)
-    return attend(q, k, v, is_causal=is_causal, mask=mask, segments=segments)
+        prefers_flash = varlen is not None or (is_causal and needs_grad(q, k, v))
+        backend = "flash" if prefers_flash and supports_varlen(q) else "sdpa"
+    attend = get_backend("attention", backend, ATTENTION_BACKENDS)
+    return attend(q, k, v, is_causal=is_causal, mask=mask, varlen=varlen)
 
 
 def attention_weights(
     q: Tensor, k: Tensor, *, is_causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
     """softmax(q k^T / sqrt(P)), (B, H, T, S) fp64; arguments as in `attention`."""
-    return reference.softmax_weights(q, k, is_causal=is_causal, mask=mask, segments=None)
+    return reference.softmax_weights(q, k, is_causal=is_causal, mask=mask, varlen=None)
 
 
-def takes_segments(q: Tensor) -> bool:
-    """Whether `attention` takes queries (..., P) by sequences, where a mask would be slow."""
-    return "flash" in ATTENTION_BACKENDS and suits_flash(q)
+def supports_varlen(q: Tensor) -> bool:
+    """Whether `attention` has a varlen kernel for q (..., P); otherwise it builds a slow mask."""
+    return "flash" in ATTENTION_BACKENDS and supports_flash(q)

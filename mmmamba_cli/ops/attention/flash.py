@@ -1,12 +1,10 @@
-"""FlashAttention-2 as PyTorch has it, over sequences laid end to end, gradients in a fixed order.
+"""PyTorch's FlashAttention-2 over variable-length sequences, with deterministic gradients.
 
-`scaled_dot_product_attention` has the same kernels for rows of one length only, and elsewhere
-takes others, whose gradients are added up in whatever order they come. Legend: B batch, T columns,
-H query heads, K key/value heads, P head dim, N sequences.
+`F.scaled_dot_product_attention` uses this kernel only for rows of equal length, and selects other
+kernels otherwise, whose gradients are sums in varying order. Legend: B batch, T columns, H query
+heads, K key/value heads, P head dim.
 
 Source: Dao, FlashAttention-2, arXiv 2307.08691.
-
-What FlashAttention, as PyTorch has it, can do here.
 """
 
 import threading
@@ -18,31 +16,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.attention.varlen import Segments
+from mmmamba_cli.ops.attention.varlen import VarlenMetadata
 
-# Beyond 192 some GPUs have no gradients.
-MULTIPLE, MOST = 8, 192
-DTYPES = (torch.float16, torch.bfloat16)
+# Head dims are multiples of 8. Above 192 some GPUs have no backward kernel.
+HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 8, 192
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def suits_flash(q: Tensor) -> bool:
-    """Whether the kernels run for queries (..., P): an NVIDIA GPU with bf16, half precision."""
+def supports_flash(q: Tensor) -> bool:
+    """Whether the kernels support q (..., P): half precision on an NVIDIA GPU that has bf16."""
     dim = q.shape[-1]
-    if not q.is_cuda or computed_in(q) not in DTYPES or dim % MULTIPLE or dim > MOST:
+    if not q.is_cuda or autocast_dtype(q) not in FLASH_DTYPES:
         return False
-    return torch.backends.cuda.flash_sdp_enabled() and _is_there(q.device)
+    if dim % HEAD_DIM_MULTIPLE or dim > MAX_HEAD_DIM:
+        return False
+    return torch.backends.cuda.flash_sdp_enabled() and _is_available(q.device)
 
 
-def computed_in(q: Tensor) -> torch.dtype:
-    """The dtype that autocast asks for, or the tensor's own; fp64 stays."""
-    kind = q.device.type
-    if q.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+def autocast_dtype(q: Tensor) -> torch.dtype:
+    """Autocast's dtype if autocast is enabled and q is not fp64, else the dtype of q."""
+    device_type = q.device.type
+    if q.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return q.dtype
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(device_type)
 
 
 @cache
-def _is_there(device: torch.device) -> bool:
+def _is_available(device: torch.device) -> bool:
     return (
         torch.version.cuda is not None
         and torch.backends.cuda.is_flash_attention_available()
@@ -50,103 +50,111 @@ def _is_there(device: torch.device) -> bool:
     )
 
 
-_SWITCH = threading.Lock()
+# Held while PyTorch's deterministic mode is changed.
+_DETERMINISM_LOCK = threading.Lock()
 
 
-def attend(
+def flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     is_causal: bool,
     mask: Tensor | None,
-    segments: Segments | None,
+    varlen: VarlenMetadata | None,
 ) -> Tensor:
-    """As `ops.attention`; NotImplementedError for a mask, and where the kernels do not run."""
-    if mask is not None or not (is_causal or segments is not None):
+    """Compute `ops.attention` for `is_causal` or `varlen`.
+
+    Raises:
+        NotImplementedError: a mask, or inputs for which `supports_flash` is False.
+    """
+    if mask is not None or not (is_causal or varlen is not None):
         raise NotImplementedError("flash attention takes causal sequences, not a mask")
-    if not suits_flash(q):
+    if not supports_flash(q):
         raise NotImplementedError(
             f"flash attention takes half precision on an NVIDIA GPU and head dims that are "
-            f"multiples of 8 up to 192, not {computed_in(q)} of {q.shape[-1]} on {q.device}"
+            f"multiples of 8 up to 192, not {autocast_dtype(q)} of {q.shape[-1]} on {q.device}"
         )
-    dtype, (batch, _, length, _) = computed_in(q), q.shape
+    dtype, (batch, _, length, _) = autocast_dtype(q), q.shape
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
-    if segments is None:
+    if varlen is None:
         y: Tensor = _Flash.apply(q, k, v, None, length)
     else:
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        y = _Flash.apply(*flat, segments.bounds, segments.longest)
+        y = _Flash.apply(*flat, varlen.cu_seqlens, varlen.max_seqlen)
         y = y.unflatten(0, (batch, length))
     return y.transpose(1, 2)
 
 
 class _Flash(torch.autograd.Function):
-    """q (B, T, H, P) and k, v (B, T, K, P) without `bounds`; with, the same without B."""
+    """Causal attention of q (B, T, H, P) and k, v (B, T, K, P).
+
+    With `cu_seqlens` (N + 1,), B and T are flattened to B * T columns.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, longest: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int
     ) -> Tensor:
         y, logsumexp, *random, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, bounds, bounds, longest, longest, 0.0, True, False
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False
         )
-        ctx.save_for_backward(q, k, v, y, logsumexp, bounds, *random)
-        ctx.longest = longest
+        ctx.save_for_backward(q, k, v, y, logsumexp, cu_seqlens, *random)
+        ctx.max_seqlen = max_seqlen
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, logsumexp, bounds, *random = ctx.saved_tensors
-        longest = ctx.longest
-        with fixed_order():
+        q, k, v, y, logsumexp, cu_seqlens, *random = ctx.saved_tensors
+        max_seqlen = ctx.max_seqlen
+        with deterministic_mode():
             gradients = torch.ops.aten._flash_attention_backward(
-                dy.contiguous(), q, k, v, y, logsumexp, bounds, bounds, longest, longest, 0.0, True,
-                *random,
+                dy.contiguous(), q, k, v, y, logsumexp, cu_seqlens, cu_seqlens,
+                max_seqlen, max_seqlen, 0.0, True, *random,
             )  # fmt: skip
         return *gradients, None, None
 
 
 @contextmanager
-def fixed_order() -> Iterator[None]:
-    """Within it, kernels that read PyTorch's switch for deterministic algorithms sum in one order.
+def deterministic_mode() -> Iterator[None]:
+    """Enable PyTorch's deterministic algorithms, which the kernels read when they are launched.
 
-    PyTorch has this switch once for a process, and the kernels take no argument in its place. So it
-    is on only while they are launched, one thread at a time (gradients of several devices are
-    computed by a thread each), is not touched where the process has it on already, and is set back
-    unless someone else changed it meanwhile. Other threads may see it on for that moment.
+    The mode is global to the process, and the kernels have no argument for it. It is enabled only
+    during the launch and by one thread at a time (autograd runs one thread per device), stays
+    untouched if it is already enabled, and is restored unless another thread changed it meanwhile.
+    Other threads may see it enabled during the launch.
     """
-    with _SWITCH:
-        before = _switch()
-        if before == ON:
+    with _DETERMINISM_LOCK:
+        before = _determinism()
+        if before == ENABLED:
             yield
             return
-        filling: Any = torch.utils.deterministic
-        fills = filling.fill_uninitialized_memory
-        # Not torch.use_deterministic_algorithms, which imports and changes the compiler as well.
-        torch._C._set_deterministic_algorithms(ON.enabled, warn_only=ON.warn_only)
-        # All of what the kernels leave is written.
-        filling.fill_uninitialized_memory = False
+        settings: Any = torch.utils.deterministic
+        fill_before = settings.fill_uninitialized_memory
+        # torch.use_deterministic_algorithms would also import and configure the compiler.
+        torch._C._set_deterministic_algorithms(ENABLED.enabled, warn_only=ENABLED.warn_only)
+        # Filling is not needed: the kernels write every element of their outputs.
+        settings.fill_uninitialized_memory = False
         try:
             yield
         finally:
-            if _switch() == ON:
+            if _determinism() == ENABLED:
                 torch._C._set_deterministic_algorithms(before.enabled, warn_only=before.warn_only)
-            filling.fill_uninitialized_memory = fills
+            settings.fill_uninitialized_memory = fill_before
 
 
-class Switch(NamedTuple):
-    """PyTorch's switch for deterministic algorithms; `warn_only` keeps the kernels' own order."""
+class Determinism(NamedTuple):
+    """PyTorch's global deterministic mode; with `warn_only` the kernels stay nondeterministic."""
 
     enabled: bool
     warn_only: bool
 
 
-ON = Switch(enabled=True, warn_only=False)
+ENABLED = Determinism(enabled=True, warn_only=False)
 
 
-def _switch() -> Switch:
-    return Switch(
+def _determinism() -> Determinism:
+    return Determinism(
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )

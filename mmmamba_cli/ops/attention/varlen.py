@@ -1,6 +1,6 @@
-"""Where sequences begin and end in rows of columns.
+"""Sequence boundaries of padded and packed rows, for variable-length attention kernels.
 
-Legend: B batch, T columns of a row, N sequences of all rows.
+Legend: B rows, T columns per row, N sequences of all rows.
 """
 
 from typing import NamedTuple
@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 
 
-class Segments(NamedTuple):
-    """Sequences of B rows of T columns, the rows laid end to end; padding is one of them too.
+class VarlenMetadata(NamedTuple):
+    """Boundaries of N sequences in B rows of T columns, flattened to B * T columns.
 
-    `bounds` (N + 1,) int32: sequence n is columns bounds[n] to bounds[n + 1]; `longest` of them in
-    columns.
+    cu_seqlens: (N + 1,) int32; sequence n is columns cu_seqlens[n] to cu_seqlens[n + 1]. A run of
+        padding counts as a sequence.
+    max_seqlen: length of the longest sequence in columns.
     """
 
-    bounds: Tensor
-    longest: int
+    cu_seqlens: Tensor
+    max_seqlen: int
 
     def mask(self, rows: int) -> Tensor:
-        """The same as (B, 1, T, T) bool, True where a query may look."""
-        columns = torch.arange(int(self.bounds[-1]), device=self.bounds.device)
-        number = torch.bucketize(columns, self.bounds[1:], right=True).view(rows, -1)
-        length = number.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=number.device).tril()
-        return (causal & (number[:, :, None] == number[:, None, :])).unsqueeze(1)
+        """The equivalent attention mask (B, 1, T, T) bool, True where a query may attend."""
+        columns = torch.arange(int(self.cu_seqlens[-1]), device=self.cu_seqlens.device)
+        sequence = torch.bucketize(columns, self.cu_seqlens[1:], right=True).view(rows, -1)
+        length = sequence.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=sequence.device).tril()
+        return (causal & (sequence[:, :, None] == sequence[:, None, :])).unsqueeze(1)
 
 
-def segments_of(mask: Tensor | None, seq_idx: Tensor | None) -> Segments | None:
-    """Of columns whose `mask` (B, T), bool or int, marks real ones, and whose `seq_idx` (B, T)
-    tells packed sequences apart; not both None.
+def varlen_metadata(mask: Tensor | None, seq_idx: Tensor | None) -> VarlenMetadata | None:
+    """The sequences of rows with padding `mask` (B, T), bool or int, and ids `seq_idx` (B, T).
 
-    None where that cannot be said: a sequence with a gap, ids that do not ascend in a row, nothing.
-    Waits for the device, once.
+    At least one of the two must be given. Returns None if the rows are empty, or if a sequence is
+    interrupted or the ids of a row do not ascend. Synchronizes with the device once.
     """
-    ids = _ids(mask, seq_idx)
+    ids = _sequence_ids(mask, seq_idx)
     device, ids = ids.device, ids.cpu()
     rows, length = ids.shape
     if ids.numel() == 0:
@@ -43,20 +43,21 @@ def segments_of(mask: Tensor | None, seq_idx: Tensor | None) -> Segments | None:
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     real = ids >= 0
-    # Larger in later rows: a sequence in one piece is a step up where it begins, and only there.
-    ordered = (ids + torch.arange(rows).unsqueeze(1) * (ids.max() + 1))[real].diff()
-    pieces = int((begins & real).sum())
-    if bool((ordered < 0).any()) or pieces > int((ordered > 0).sum()) + 1:
+    # Offset ids by row, so that each contiguous sequence starts with exactly one increase.
+    increases = (ids + torch.arange(rows).unsqueeze(1) * (ids.max() + 1))[real].diff()
+    runs = int((begins & real).sum())
+    if bool((increases < 0).any()) or runs > int((increases > 0).sum()) + 1:
         return None
-    bounds = torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([rows * length])))
-    longest = int(bounds.diff().max())
-    return Segments(bounds.int().to(device), longest)
+    starts = begins.flatten().nonzero().flatten()
+    cu_seqlens = torch.cat((starts, torch.tensor([rows * length])))
+    max_seqlen = int(cu_seqlens.diff().max())
+    return VarlenMetadata(cu_seqlens.int().to(device), max_seqlen)
 
 
-def _ids(mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+def _sequence_ids(mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     """(B, T) int64 from 0, -1 for padding."""
     if seq_idx is None:
-        assert mask is not None, "all columns are one sequence a row"
+        assert mask is not None, "give mask or seq_idx"
         return mask.bool().long() - 1
     ids = seq_idx.long()
     if ids.numel() > 0:

@@ -1,6 +1,6 @@
-"""Short causal depthwise convolution with a state, as in front of the SSD scan.
+"""Short causal depthwise convolution with a state, which precedes the SSD scan.
 
-Source: Mamba-2 (Dao & Gu), arXiv 2405.21060, section 7; over the channels of [v, k, q] with SiLU:
+Sources: Mamba-2 (Dao & Gu), arXiv 2405.21060, section 7; over the channels of [v, k, q] with SiLU:
 mmMamba, arXiv 2502.13145.
 """
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from mmmamba_cli.ops.backends import (
     check_shape,
     fits_grid,
-    kernel_backends,
-    pick_backend,
-    suits_triton,
+    get_backend,
+    optional_backend,
+    supports_triton,
 )
 from mmmamba_cli.ops.conv import reference
 
@@ -21,7 +21,7 @@ Activation = Literal["silu"] | None
 
 
 class ConvBackend(Protocol):
-    """What `causal_conv` hands to a backend: its own arguments, checked, with T >= 1."""
+    """A backend of `causal_conv`, called with its arguments after validation, with T >= 1."""
 
     def __call__(
         self,
@@ -37,7 +37,7 @@ class ConvBackend(Protocol):
 
 
 class ConvStepBackend(Protocol):
-    """What `causal_conv_step` hands to a backend: its own arguments, checked."""
+    """A backend of `causal_conv_step`, called with its arguments after validation."""
 
     def __call__(
         self,
@@ -52,9 +52,9 @@ class ConvStepBackend(Protocol):
 
 CONV_BACKENDS: dict[str, ConvBackend] = {
     "reference": reference.convolve,
-    **kernel_backends("conv", "convolve"),
+    **optional_backend("triton", f"{__package__}.fused", "convolve"),
 }
-STEP_BACKENDS: dict[str, ConvStepBackend] = {"reference": reference.step}
+CONV_STEP_BACKENDS: dict[str, ConvStepBackend] = {"reference": reference.step}
 
 
 def causal_conv(
@@ -68,7 +68,7 @@ def causal_conv(
     seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Convolve every channel with its own W taps, each token with the W - 1 before it.
+    """Convolve each channel with its own W taps, over the token and the W - 1 before it.
 
         y_t = act(bias + sum_{w < W} weight[:, w] * x_{t - (W - 1) + w})
 
@@ -76,27 +76,27 @@ def causal_conv(
 
     Args:
         x: (B, T, Ch), any floating dtype.
-        weight: (Ch, W), the last tap for the token itself.
+        weight: (Ch, W); the last tap multiplies the token itself.
         bias: (Ch,).
         activation: "silu", or None for none.
         initial_state: (B, Ch, W - 1), the inputs before this call, oldest first; zeros if None.
-        mask: (B, T) bool or int, 0 for padding, anywhere in a row: padding counts as not there, so
-            the real tokens around it are neighbours, and y is exactly 0 there. Whatever padding
-            holds, NaN included, changes nothing.
-        seq_idx: (B, T) integer ids of packed sequences. One begins at each real token whose id
-            differs from that of the real token before it, and no tap reaches across;
+        mask: (B, T) bool or int, 0 at padding, which may be anywhere in a row. Padding is skipped:
+            the taps connect the real tokens on both sides of it. Its y is exactly 0, and its
+            inputs are ignored, NaN included.
+        seq_idx: (B, T) integer ids of packed sequences. A sequence starts at each real token whose
+            id differs from that of the previous real token, and no tap crosses the start;
             `initial_state` belongs to the first sequence of the row.
-        backend: "reference", "triton", or "auto": triton on a GPU if it is installed, nothing is
-            fp64 and there are at most 65,535 rows.
+        backend: "reference", "triton", or "auto": triton on a GPU if it is installed, no tensor is
+            fp64 and B is at most 65,535.
 
     Returns:
-        y (B, T, Ch) in x's dtype, computed in fp32, or fp64 where x is fp64; and the state, the
-        last W - 1 inputs as they came (B, Ch, W - 1), in x's dtype, zeros where the last sequence
-        has fewer.
+        y (B, T, Ch) in x's dtype, computed in fp32, or fp64 if x is fp64; and the state
+        (B, Ch, W - 1) in x's dtype, the last W - 1 inputs of the last sequence, preceded by zeros
+        if it has fewer.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown activation.
-        MmmambaError: a backend that does not exist here.
+        ValueError: inconsistent shapes, or an unknown activation.
+        MmmambaError: a backend that is not available.
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] < 1:
         raise ValueError(
@@ -112,10 +112,10 @@ def causal_conv(
     check_shape("causal_conv", "seq_idx", seq_idx, (batch, length))
     _check_activation("causal_conv", activation)
     if backend == "auto":
-        known = "triton" in CONV_BACKENDS and fits_grid(batch)
-        fused = known and suits_triton(x, weight, bias, initial_state)
+        has_triton = "triton" in CONV_BACKENDS and fits_grid(batch)
+        fused = has_triton and supports_triton(x, weight, bias, initial_state)
         backend = "triton" if fused else "reference"
-    conv = pick_backend("causal_conv", backend, CONV_BACKENDS)
+    conv = get_backend("causal_conv", backend, CONV_BACKENDS)
     if length == 0:
         state = x.new_zeros(batch, channels, past) if initial_state is None else initial_state
         return x, state.to(x.dtype)
@@ -139,20 +139,20 @@ def causal_conv_step(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of `causal_conv`, for decoding.
+    """Run one token of `causal_conv`, for decoding.
 
     Args:
         x: (B, Ch).
         weight, bias, activation: as in `causal_conv`.
-        state: the inputs before this token, oldest first, (B, Ch, W - 1); not changed in place.
+        state: the inputs before this token, oldest first, (B, Ch, W - 1); not modified.
         backend: "reference" or "auto".
 
     Returns:
         y (B, Ch) and the new state (B, Ch, W - 1), both in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown activation.
-        MmmambaError: a backend that does not exist here.
+        ValueError: inconsistent shapes, or an unknown activation.
+        MmmambaError: a backend that is not available.
     """
     if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] < 1:
         raise ValueError(
@@ -166,7 +166,7 @@ def causal_conv_step(
     check_shape("causal_conv_step", "state", state, (batch, channels, past))
     _check_activation("causal_conv_step", activation)
     name = "reference" if backend == "auto" else backend
-    step = pick_backend("causal_conv_step", name, STEP_BACKENDS)
+    step = get_backend("causal_conv_step", name, CONV_STEP_BACKENDS)
     return step(x, weight, bias, state, activation=activation)
 
 

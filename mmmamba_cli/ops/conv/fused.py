@@ -1,4 +1,4 @@
-"""The convolution on Triton kernels: SiLU and bias inside, one launch each way.
+"""The convolution on Triton kernels, with bias and SiLU: one launch forward, one backward.
 
 Legend: B batch, T tokens, Ch channels, W taps.
 """
@@ -13,10 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from mmmamba_cli.ops.backends import segment_ordinals
 from mmmamba_cli.ops.conv import kernels
-from mmmamba_cli.ops.triton_utils import buffer, check_inputs, dense_rows, folded_grid, on_device
+from mmmamba_cli.ops.triton_utils import buffer, check_inputs, dense_rows, device_guard, folded_grid
 
-# The best of fourteen on an H100, for 4096 channels.
-BLOCK_T, BLOCK_C, WARPS = 32, 64, 4
+# Tokens and channels per program, and num_warps: the fastest of 14 on an H100 for 4096 channels.
+BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 4
 
 
 def convolve(
@@ -29,7 +29,7 @@ def convolve(
     mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `ops.causal_conv`."""
+    """Compute `ops.causal_conv`; shapes as there."""
     check_inputs("causal_conv", x, weight, bias, initial_state)
     segments = None if seq_idx is None else segment_ordinals(seq_idx, mask).int()
     silu = activation == "silu"
@@ -38,7 +38,7 @@ def convolve(
         y = _Conv.apply(x, weight, bias, first, segments, silu)
         return y, _last_inputs(x, first, segments, weight.shape[1] - 1, None)
 
-    # Padding is moved behind the real tokens of its row, which makes these neighbours, and back.
+    # Move the padding of each row to its end, so that the real tokens are adjacent, and back.
     padding = ~mask.bool()
     order = padding.byte().argsort(dim=1, stable=True)
     x = _take_rows(x.masked_fill(padding.unsqueeze(-1), 0), order)
@@ -70,7 +70,7 @@ class _Conv(torch.autograd.Function):
         batch, length, channels = x.shape
         blocks = triton.cdiv(channels, BLOCK_C)
         grid, folded = folded_grid("causal_conv", blocks, triton.cdiv(length, BLOCK_T), batch)
-        with on_device(x):
+        with device_guard(x):
             kernels.convolve[grid](
                 *_pointers(x, first, weight, bias, segments), y, length, channels,
                 *x.stride()[:2],
@@ -94,7 +94,7 @@ class _Conv(torch.autograd.Function):
         dbias = buffer(batch * programs, channels, like=x) if bias is not None else None
         blocks = triton.cdiv(channels, BLOCK_C)
         grid, folded = folded_grid("causal_conv", blocks, programs, batch)
-        with on_device(x):
+        with device_guard(x):
             kernels.gradients[grid](
                 *_pointers(x, first, weight, bias, segments), dy, dx,
                 x if dfirst is None else dfirst, dweight, x if dbias is None else dbias,
@@ -112,7 +112,7 @@ class _Conv(torch.autograd.Function):
 
 
 def _pointers(x: Tensor, *others: Tensor | None) -> list[Tensor]:
-    """x and the others; a pointer that is not read stands for one that is not there."""
+    """x and the others, with x as a dummy pointer for those that are None."""
     return [x, *(x if tensor is None else tensor for tensor in others)]
 
 
@@ -126,7 +126,7 @@ def _options(
         "HAS_SEGMENTS": segments is not None,
         "BLOCK_T": BLOCK_T,
         "BLOCK_C": BLOCK_C,
-        "num_warps": WARPS,
+        "num_warps": NUM_WARPS,
     }
 
 
@@ -137,14 +137,14 @@ def _last_inputs(
     past: int,
     num_real: Tensor | None,
 ) -> Tensor:
-    """State (B, Ch, W - 1): the last W - 1 of the first `num_real` (B, 1) tokens, or of all T.
+    """State (B, Ch, W - 1): the last W - 1 inputs, 0 where outside the last token's segment.
 
-    What came before this call stands before them; zeros for what is of another sequence than the
-    last real token.
+    The inputs are `first` (B, Ch, W - 1) or zeros, then the first `num_real` (B, 1) tokens of x, or
+    all T if that is None.
     """
     batch, length, _ = x.shape
     if num_real is None and segments is None and 0 < past <= length:
-        # As with every whole part of a prompt: one launch for a dozen.
+        # Fast path of prefill: one launch instead of a dozen.
         return x[:, -past:].mT.clone(memory_format=torch.contiguous_format)
     if num_real is None:
         num_real = torch.full((batch, 1), length, dtype=torch.long, device=x.device)
@@ -164,5 +164,5 @@ def _last_inputs(
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (B, T, Ch) at `rows` (B, R) of each batch entry, (B, R, Ch)."""
+    """Gather tokens `rows` (B, R) of x (B, T, Ch): (B, R, Ch)."""
     return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))

@@ -1,26 +1,26 @@
 """Triton kernels of the causal depthwise convolution with SiLU; `fused.py` launches them.
 
-Legend: B batch, T tokens, Ch channels, W taps. Nothing is kept for the gradient but the inputs: the
-sum before SiLU is taken again.
+Legend: B batch, T tokens, Ch channels, W taps. Only the inputs are saved for the backward pass,
+which recomputes the sum before SiLU. Suffixes of strides: _b batch, _t token.
 """
 
 import triton
 import triton.language as tl
 
-from mmmamba_cli.ops.triton_utils import place_in_grid
+from mmmamba_cli.ops.triton_utils import grid_position
 
 
 @triton.jit
 def input_rows(
     x_ptr, first_ptr, t, least, of_t, ch, of_ch, x_t, W: tl.constexpr, HAS_FIRST: tl.constexpr
 ):
-    """Inputs at times t, which from -(W - 1) to -1 are those of the state before this call.
+    """Inputs at times t; those from -(W - 1) to -1 come from the initial state.
 
-    `least` is the smallest of t: few programs reach that far back.
+    `least` is the smallest t, which lets most programs skip the state.
     """
     at = x_ptr + t.to(tl.int64)[:, None] * x_t + ch[None, :]
     rows = tl.load(at, mask=(of_t & (t >= 0))[:, None] & of_ch[None, :], other=0.0).to(tl.float32)
-    # The first is decided when it is compiled.
+    # Nested, because HAS_FIRST is a compile-time constant and `least` is not.
     if HAS_FIRST:  # noqa: SIM102
         if least < 0:
             at = first_ptr + ch[None, :] * (W - 1) + (t + W - 1)[:, None]
@@ -31,7 +31,7 @@ def input_rows(
 
 @triton.jit
 def segment_of(segment_ptr, t, length):
-    """The packed sequence at times t; what came before this call belongs to sequence 0."""
+    """Ordinal of the packed sequence at times t; times before 0 belong to sequence 0."""
     within = tl.minimum(tl.maximum(t, 0), length - 1)
     return tl.where(t < 0, 0, tl.load(segment_ptr + within))
 
@@ -42,7 +42,7 @@ def sums_of_taps(
     W: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The convolution at times t, before the activation, in fp32."""
+    """The convolution at times t before the activation, (BLOCK_T, BLOCK_C) in fp32."""
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if HAS_BIAS:
         total += tl.load(bias_ptr + ch, mask=of_ch, other=0.0).to(tl.float32)[None, :]
@@ -64,9 +64,9 @@ def convolve(
     W: tl.constexpr, SILU: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """y (B, T, Ch)."""
+    """Compute y (B, T, Ch); a program has BLOCK_T tokens of BLOCK_C channels."""
     row = tl.program_id(2).to(tl.int64)
-    of_channels, of_time = place_in_grid(tl.cdiv(channels, BLOCK_C), FOLDED)
+    of_channels, of_time = grid_position(tl.cdiv(channels, BLOCK_C), FOLDED)
     start = of_time * BLOCK_T
     t = start + tl.arange(0, BLOCK_T)
     ch = of_channels * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -89,13 +89,14 @@ def gradients(
     W: tl.constexpr, SILU: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the inputs, those before this call included, and parts of the parameters'.
+    """Gradients of x and initial state, and partial gradients of weight and bias.
 
-    The parts, one for each program along T and each row, are (B * programs, Ch, W) and without W.
+    Each program along T writes one partial gradient per row: (B * programs, Ch, W) for the weight,
+    (B * programs, Ch) for the bias.
     """
     row = tl.program_id(2).to(tl.int64)
-    of_channels, of_time = place_in_grid(tl.cdiv(channels, BLOCK_C), FOLDED)
-    # Times begin with those of the state: what it gave is its gradient.
+    of_channels, of_time = grid_position(tl.cdiv(channels, BLOCK_C), FOLDED)
+    # Times start at -(W - 1): dx at negative times is the gradient of the initial state.
     start = of_time * BLOCK_T - (W - 1)
     t = start + tl.arange(0, BLOCK_T)
     ch = of_channels * BLOCK_C + tl.arange(0, BLOCK_C)

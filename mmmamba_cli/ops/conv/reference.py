@@ -1,7 +1,7 @@
-"""Causal depthwise convolution in plain PyTorch: any device, autograd.
+"""Causal depthwise convolution in plain PyTorch, on any device, with autograd.
 
-Legend: B batch, T tokens, Ch channels, W taps. A sum of W shifted products, taken in fp32, or in
-fp64 for fp64 inputs, bias and activation included.
+Legend: B batch, T tokens, Ch channels, W taps. It is a sum of W shifted products; sum, bias and
+activation are computed in fp32, or in fp64 for fp64 inputs.
 """
 
 import torch
@@ -21,7 +21,7 @@ def convolve(
     mask: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `ops.causal_conv`."""
+    """Compute `ops.causal_conv`; shapes as there."""
     batch, length, channels = x.shape
     past = weight.shape[1] - 1
     if initial_state is None:
@@ -34,7 +34,7 @@ def convolve(
         y = _sum_of_taps(inputs, weight, bias, activation, segments)
         return y, _last_inputs(inputs[:, length:], segments, past, None)
 
-    # Padding is moved behind the real tokens of its row, which makes these neighbours, and back.
+    # Move the padding of each row to its end, so that the real tokens are adjacent, and back.
     padding = ~mask.bool()
     order = padding.byte().argsort(dim=1, stable=True)
     x = _take_rows(x.masked_fill(padding.unsqueeze(-1), 0), order)
@@ -51,7 +51,7 @@ def convolve(
 def step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, activation: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `ops.causal_conv_step`."""
+    """Compute `ops.causal_conv_step`; shapes as there."""
     window = torch.cat((state.to(x.dtype), x.unsqueeze(-1)), dim=-1)
     dtype = compute_dtype(x)
     y = (window.to(dtype) * weight.to(dtype)).sum(-1)
@@ -67,7 +67,7 @@ def _sum_of_taps(
     activation: str | None,
     segments: Tensor | None,
 ) -> Tensor:
-    """y (B, T, Ch) from inputs (B, W - 1 + T, Ch), with no tap across a change of `segments`."""
+    """y (B, T, Ch) from inputs (B, W - 1 + T, Ch); taps do not cross sequences (`segments`)."""
     dtype = compute_dtype(inputs)
     past = weight.shape[1] - 1
     length = inputs.shape[1] - past
@@ -90,7 +90,7 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
 def _after_history(
     history: Tensor, x: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """x (B, T, Ch) and its segments, behind W - 1 inputs of the past that belong to segment 0."""
+    """x (B, T, Ch) and its segments after the W - 1 inputs of the past, which are in segment 0."""
     if segments is not None:
         segments = F.pad(segments, (history.shape[1], 0))
     return torch.cat((history, x), dim=1), segments
@@ -99,22 +99,22 @@ def _after_history(
 def _last_inputs(
     rows: Tensor, segments: Tensor | None, past: int, num_real: Tensor | None
 ) -> Tensor:
-    """State (B, Ch, W - 1) from the last W - 1 inputs, zeros where they are of another segment.
+    """State (B, Ch, W - 1): the last W - 1 inputs, 0 where outside the last token's segment.
 
-    That is, of another than the last real token. `segments` (B, W - 1 + T) are those of all inputs,
-    the first `num_real` (B, 1) after the past being real tokens; None stands for T.
+    `segments` (B, W - 1 + T) covers the past as well. `num_real` (B, 1) is the number of real
+    tokens, which come first; None means T.
     """
     if segments is not None and past:
         if num_real is None:
             num_real = rows.new_full((rows.shape[0], 1), segments.shape[1] - past, dtype=torch.long)
         of_rows = segments.gather(1, num_real + torch.arange(past, device=rows.device))
         rows = rows.masked_fill((of_rows != of_rows[:, -1:]).unsqueeze(-1), 0)
-    # A copy: a view would keep the inputs of the whole call alive in a cache.
+    # Copy: a view in a cache would keep the inputs of the whole call alive.
     return rows.mT.clone(memory_format=torch.contiguous_format)
 
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (B, T, Ch) at `rows` (B, R) of each batch entry, (B, R, Ch)."""
+    """Gather tokens `rows` (B, R) of x (B, T, Ch): (B, R, Ch)."""
     batch, length, _ = x.shape
     offsets = length * torch.arange(batch, device=x.device).unsqueeze(1)
     return x.flatten(0, 1).index_select(0, (rows + offsets).flatten()).unflatten(0, rows.shape)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import check_shape, kernel_backends, pick_backend, suits_triton
+from mmmamba_cli.ops.backends import check_shape, get_backend, optional_backend, supports_triton
 from mmmamba_cli.ops.decode import reference
 from mmmamba_cli.ops.decode.cached_attention import ATTENTION_STEP_BACKENDS, attention_step
 from mmmamba_cli.ops.decode.mamba_step import (
@@ -33,7 +33,7 @@ __all__ = [
 
 GREEDY_ARGMAX_BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reference": reference.greedy_argmax,
-    **kernel_backends("decode", "greedy_argmax"),
+    **optional_backend("triton", f"{__package__}.fused", "greedy_argmax"),
 }
 
 
@@ -56,6 +56,6 @@ def greedy_argmax(logits: Tensor, suppressed: Tensor, *, backend: str = "auto") 
     check_shape("greedy_argmax", "suppressed", suppressed, tuple(logits.shape[1:]))
     if backend == "auto":
         has_triton = "triton" in GREEDY_ARGMAX_BACKENDS
-        fused = has_triton and logits.numel() > 0 and suits_triton(logits)
+        fused = has_triton and logits.numel() > 0 and supports_triton(logits)
         backend = "triton" if fused else "reference"
-    return pick_backend("greedy_argmax", backend, GREEDY_ARGMAX_BACKENDS)(logits, suppressed)
+    return get_backend("greedy_argmax", backend, GREEDY_ARGMAX_BACKENDS)(logits, suppressed)

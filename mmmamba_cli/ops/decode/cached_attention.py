@@ -5,15 +5,15 @@ Split over the columns of the cache as in Flash-Decoding (Dao et al., 2023).
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from mmmamba_cli.ops.backends import (
     check_shape,
     fits_grid,
-    kernel_backends,
-    pick_backend,
-    suits_triton,
+    get_backend,
+    needs_grad,
+    optional_backend,
+    supports_triton,
 )
 from mmmamba_cli.ops.decode import reference
 
@@ -37,7 +37,7 @@ class AttentionStepBackend(Protocol):
 
 ATTENTION_STEP_BACKENDS: dict[str, AttentionStepBackend] = {
     "reference": reference.attention_step,
-    **kernel_backends("decode", "attention_step"),
+    **optional_backend("triton", f"{__package__}.fused", "attention_step"),
 }
 # A tile of keys with a larger head dim does not fit the registers of a program.
 MAX_TRITON_HEAD_DIM = 256
@@ -82,12 +82,11 @@ def attention_step(
     _check(q, k, v, keys, values, position, starts, cos, sin)
     if backend == "auto":
         tensors = (q, k, v, keys, values)
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         fits = q.shape[2] <= MAX_TRITON_HEAD_DIM and fits_grid(len(q))
         has_triton = "triton" in ATTENTION_STEP_BACKENDS
-        fused = has_triton and fits and not needs_grad and suits_triton(*tensors)
+        fused = has_triton and fits and not needs_grad(*tensors) and supports_triton(*tensors)
         backend = "triton" if fused else "reference"
-    step = pick_backend("attention_step", backend, ATTENTION_STEP_BACKENDS)
+    step = get_backend("attention_step", backend, ATTENTION_STEP_BACKENDS)
     return step(q, k, v, keys, values, position, starts, cos, sin)
 
 

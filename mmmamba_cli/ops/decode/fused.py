@@ -10,14 +10,14 @@ from triton import cdiv, next_power_of_2
 from mmmamba_cli.ops.decode import kernels
 from mmmamba_cli.ops.decode.mamba_step import MixerWeights
 from mmmamba_cli.ops.triton_utils import (
-    block,
+    block_size,
     buffer,
     check_inputs,
     dense_rows,
-    either,
+    device_guard,
     launch_grid,
-    on_device,
-    overlapping,
+    or_dummy,
+    pdl_options,
 )
 
 # All launch parameters are fixed, tuned for an H100. Values of a head per program: fewer for small
@@ -60,15 +60,15 @@ def mixer_step(
     values = min(values, next_power_of_2(value_dim))
     # A copy made here is launched too late to count as ready.
     inputs_ready &= all(weight is None or weight.is_contiguous() for weight in weights)
-    with on_device(vkq):
+    with device_guard(vkq):
         kernels.mixer_step[launch_grid("mixer_step", cdiv(value_dim, values), heads, batch)](
             vkq, dt, conv_ring, ssm_state, position, out,
-            weights.conv_weight.contiguous(), either(bias, vkq), weights.A.contiguous(),
-            either(dt_bias, vkq), either(D, vkq), heads, channels, vkq.stride(0), dt.stride(0),
+            weights.conv_weight.contiguous(), or_dummy(bias, vkq), weights.A.contiguous(),
+            or_dummy(dt_bias, vkq), or_dummy(D, vkq), heads, channels, vkq.stride(0), dt.stride(0),
             GROUP=heads // kv_heads, P=value_dim, N=state_dim, W=taps,
             HAS_BIAS=bias is not None, HAS_DT_BIAS=dt_bias is not None, HAS_D=D is not None,
             BLOCK_P=values, BLOCK_N=next_power_of_2(state_dim), INPUTS_READY=inputs_ready,
-            num_warps=MIXER_WARPS, **overlapping(vkq),
+            num_warps=MIXER_WARPS, **pdl_options(vkq),
         )  # fmt: skip
     return out
 
@@ -97,21 +97,21 @@ def attention_step(
     part = buffer(batch, heads, splits, dim, like=q)
     top, total = (buffer(batch, heads, splits, like=q) for _ in range(2))
     out = buffer(batch, heads * dim, like=q, dtype=q.dtype)
-    with on_device(q):
+    with device_guard(q):
         kernels.attention_split[launch_grid("attention_step", splits, kv_heads, batch)](
             q, k, v, keys, values, position, position if starts is None else starts, cos, sin,
             part, top, total, q.stride(0), k.stride(0), v.stride(0),
             *keys.stride()[:3], *values.stride()[:3], 0 if len(cos) == 1 else dim,
             math.log2(math.e) / math.sqrt(dim),
             GROUP=heads // kv_heads, P=dim, HAS_STARTS=starts is not None,
-            DTYPE=_product_type(q, keys, values), BLOCK_G=block(heads // kv_heads),
-            BLOCK_P=block(dim), BLOCK_S=columns, num_warps=ATTENTION_WARPS,
-            num_stages=ATTENTION_STAGES, **overlapping(q),
+            DTYPE=_product_type(q, keys, values), BLOCK_G=block_size(heads // kv_heads),
+            BLOCK_P=block_size(dim), BLOCK_S=columns, num_warps=ATTENTION_WARPS,
+            num_stages=ATTENTION_STAGES, **pdl_options(q),
         )  # fmt: skip
         blocks = cdiv(dim, MERGE_BLOCK_P)
         kernels.merge_splits[launch_grid("attention_step", batch * heads * blocks)](
             part, top, total, out, splits, P=dim, BLOCK_C=next_power_of_2(splits),
-            BLOCK_P=MERGE_BLOCK_P, num_warps=MERGE_WARPS, **overlapping(q),
+            BLOCK_P=MERGE_BLOCK_P, num_warps=MERGE_WARPS, **pdl_options(q),
         )  # fmt: skip
     return out
 
@@ -136,12 +136,12 @@ def greedy_argmax(logits: Tensor, suppressed: Tensor) -> Tensor:
     best = buffer(batch, ARGMAX_SPLITS, like=logits)
     at = buffer(batch, ARGMAX_SPLITS, like=logits, dtype=torch.int32)
     out = buffer(batch, like=logits, dtype=torch.int64)
-    with on_device(logits):
+    with device_guard(logits):
         kernels.argmax_split[launch_grid("greedy_argmax", ARGMAX_SPLITS * batch)](
             logits, suppressed, best, at, size, logits.stride(0), SPLITS=ARGMAX_SPLITS,
-            BLOCK=ARGMAX_BLOCK, num_warps=ARGMAX_WARPS, **overlapping(logits),
+            BLOCK=ARGMAX_BLOCK, num_warps=ARGMAX_WARPS, **pdl_options(logits),
         )  # fmt: skip
         kernels.argmax_merge[launch_grid("greedy_argmax", batch)](
-            best, at, out, size, SPLITS=ARGMAX_SPLITS, num_warps=1, **overlapping(logits)
+            best, at, out, size, SPLITS=ARGMAX_SPLITS, num_warps=1, **pdl_options(logits)
         )
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmmamba_cli.ops.ssd.kernels import softplus
-from mmmamba_cli.ops.triton_utils import call_next, wait_for_inputs
+from mmmamba_cli.ops.triton_utils import launch_dependents, wait_for_inputs
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def mixer_step(
     heads, channels, x_b, dt_b,
     GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_D: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, INPUTS_READY: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, INPUTS_READY: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P values of one head of one row; their part of the state is read and written once.
 
@@ -64,7 +64,7 @@ def mixer_step(
     x_ptr += row * x_b
     ring_ptr += row * channels * W
     if not INPUTS_READY:
-        wait_for_inputs(OVERLAP)
+        wait_for_inputs(USE_PDL)
     # The largest load comes first, to hide its latency.
     state = tl.load(state_at, mask=keep, other=0.0)
     position = (tl.load(position_ptr) % W).to(tl.int32)
@@ -75,8 +75,8 @@ def mixer_step(
     q, w_q = conv_history(ring_ptr, weight_ptr, bias_ptr, ch_q, mask_n, position, W, HAS_BIAS)
     rate = tl.load(A_ptr + head).to(tl.float32)
     if INPUTS_READY:
-        wait_for_inputs(OVERLAP)
-    call_next(OVERLAP)
+        wait_for_inputs(USE_PDL)
+    launch_dependents(USE_PDL)
     for_all, first = head % GROUP == 0, part == 0
     v = conv_silu_step(x_ptr, ring_ptr, v, w_v, ch_v, mask_p, for_all, position, W)
     k = conv_silu_step(x_ptr, ring_ptr, k, w_k, ch_k, mask_n, for_all & first, position, W)
@@ -114,7 +114,7 @@ def attention_split(
     part_ptr, top_ptr, sum_ptr,
     q_b, k_b, v_b, keys_b, keys_h, keys_s, values_b, values_h, values_s, angle_b, scale,
     GROUP: tl.constexpr, P: tl.constexpr, HAS_STARTS: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one key/value head over one split of the columns before the token.
 
@@ -131,8 +131,8 @@ def attention_split(
     sin_ptr += row * angle_b
     keys_ptr += row * keys_b + head.to(tl.int64) * keys_h
     values_ptr += row * values_b + head.to(tl.int64) * values_h
-    wait_for_inputs(OVERLAP)
-    call_next(OVERLAP)
+    wait_for_inputs(USE_PDL)
+    launch_dependents(USE_PDL)
     position = tl.load(position_ptr).to(tl.int32)
     start = tl.load(starts_ptr + row).to(tl.int32) if HAS_STARTS else position * 0
     q = apply_rope(
@@ -182,7 +182,7 @@ def attention_split(
 @triton.jit
 def merge_splits(
     part_ptr, top_ptr, sum_ptr, out_ptr, splits,
-    P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
+    P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of `attention_split` into BLOCK_P elements of one head's output."""
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -190,8 +190,8 @@ def merge_splits(
     c = tl.arange(0, BLOCK_C)
     p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_c, mask_p = c < splits, p < P
-    wait_for_inputs(OVERLAP)
-    call_next(OVERLAP)
+    wait_for_inputs(USE_PDL)
+    launch_dependents(USE_PDL)
     at = head * splits + c
     top = tl.load(top_ptr + at, mask=mask_c, other=-float("inf"))
     total = tl.load(sum_ptr + at, mask=mask_c, other=0.0)
@@ -213,12 +213,12 @@ def argmax_pair(value, index, best, at):
 @triton.jit(do_not_specialize=["size"])
 def argmax_split(
     logits_ptr, suppressed_ptr, best_ptr, at_ptr, size, logits_b, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Largest logit that is not suppressed in every SPLITS-th block, and its index: (B, SPLITS)."""
     part, row = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
-    wait_for_inputs(OVERLAP)
-    call_next(OVERLAP)
+    wait_for_inputs(USE_PDL)
+    launch_dependents(USE_PDL)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     at = tl.full((BLOCK,), 2147483647, tl.int32)
     for start in range(part * BLOCK, size, SPLITS * BLOCK):
@@ -235,11 +235,11 @@ def argmax_split(
 
 
 @triton.jit(do_not_specialize=["size"])
-def argmax_merge(best_ptr, at_ptr, out_ptr, size, SPLITS: tl.constexpr, OVERLAP: tl.constexpr):
+def argmax_merge(best_ptr, at_ptr, out_ptr, size, SPLITS: tl.constexpr, USE_PDL: tl.constexpr):
     """Merge the splits of `argmax_split` into ids (B,); the last id where all are suppressed."""
     row = tl.program_id(0)
-    wait_for_inputs(OVERLAP)
-    call_next(OVERLAP)
+    wait_for_inputs(USE_PDL)
+    launch_dependents(USE_PDL)
     part = row * SPLITS + tl.arange(0, SPLITS)
     _, at = tl.reduce((tl.load(best_ptr + part), tl.load(at_ptr + part)), 0, argmax_pair)
     tl.store(out_ptr + row, tl.minimum(at, size - 1).to(tl.int64))

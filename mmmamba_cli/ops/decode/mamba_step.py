@@ -6,11 +6,16 @@ projection, `ops.project`.
 
 from typing import NamedTuple, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import check_shape, kernel_backends, pick_backend, suits_triton
+from mmmamba_cli.ops.backends import (
+    check_shape,
+    get_backend,
+    needs_grad,
+    optional_backend,
+    supports_triton,
+)
 from mmmamba_cli.ops.decode import reference
 
 
@@ -46,7 +51,7 @@ class MixerStepBackend(Protocol):
 
 MIXER_STEP_BACKENDS: dict[str, MixerStepBackend] = {
     "reference": reference.mixer_step,
-    **kernel_backends("decode", "mixer_step"),
+    **optional_backend("triton", f"{__package__}.fused", "mixer_step"),
 }
 # Each program holds whole rows of a head's state in registers.
 MAX_TRITON_DIM = 256
@@ -97,11 +102,10 @@ def mixer_step(
     if backend == "auto":
         tensors = (vkq, dt, conv_ring, ssm_state)
         fits = max(ssm_state.shape[2:]) <= MAX_TRITON_DIM and len(vkq) <= MAX_TRITON_BATCH
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         has_triton = "triton" in MIXER_STEP_BACKENDS
-        fused = has_triton and fits and not needs_grad and suits_triton(*tensors)
+        fused = has_triton and fits and not needs_grad(*tensors) and supports_triton(*tensors)
         backend = "triton" if fused else "reference"
-    step = pick_backend("mixer_step", backend, MIXER_STEP_BACKENDS)
+    step = get_backend("mixer_step", backend, MIXER_STEP_BACKENDS)
     return step(vkq, dt, conv_ring, ssm_state, position, weights, inputs_ready=inputs_ready)
 
 

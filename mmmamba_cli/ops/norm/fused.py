@@ -1,4 +1,4 @@
-"""RMSNorm on Triton kernels, gated and plain: one launch each way."""
+"""RMSNorm on Triton kernels, plain and gated: one launch forward, one backward."""
 
 from typing import Any
 
@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmmamba_cli.ops.norm import kernels
-from mmmamba_cli.ops.triton_utils import block, buffer, check_inputs, on_device
+from mmmamba_cli.ops.triton_utils import block_size, buffer, check_inputs, device_guard
 
-# Numbers a program holds of each tensor, and how many warps share them.
-ELEMENTS, WARPS = 4096, 4
-# Parts of the weight's gradient: eight programs for each of an H100's 132 processors.
-MOST_PARTS = 1056
+# Elements of each tensor that a program holds, and its num_warps.
+BLOCK_ELEMENTS, NUM_WARPS = 4096, 4
+# Maximum programs of the backward pass, each of which writes one partial weight gradient: eight on
+# each of an H100's 132 SMs.
+MAX_BACKWARD_PROGRAMS = 1056
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,13 +33,13 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        gate, heads, gate_t = (None, 1, 0) if gate is None else _heads(gate)
+        gate, heads, gate_t = (None, 1, 0) if gate is None else _gate_layout(gate)
         out = buffer(*x.shape, like=x, dtype=x.dtype)
         num_rows = x.numel() // x.shape[-1]
-        with on_device(x):
+        with device_guard(x):
             kernels.norm[_grid(num_rows, x.shape[-1])](
                 x, x if gate is None else gate, weight, out, num_rows, eps, gate_t,
-                HEADS=heads, GATED=gate is not None, **_cut(x.shape[-1]),
+                HEADS=heads, GATED=gate is not None, **_block_options(x.shape[-1]),
             )  # fmt: skip
         ctx.save_for_backward(x, gate, weight)
         ctx.eps = eps
@@ -51,39 +52,44 @@ class _Norm(torch.autograd.Function):
         gate = None if gate is None else gate.contiguous()
         dim = x.shape[-1]
         num_rows = x.numel() // dim
-        grid = (min(*_grid(num_rows, dim), MOST_PARTS),)
+        grid = (min(*_grid(num_rows, dim), MAX_BACKWARD_PROGRAMS),)
         dx = buffer(*x.shape, like=x, dtype=x.dtype)
         dgate = None if gate is None else buffer(*x.shape, like=x, dtype=gate.dtype)
         dweight = buffer(*grid, dim, like=x)
-        with on_device(x):
+        with device_guard(x):
             kernels.gradients[grid](
                 x, x if gate is None else gate, weight, dout.contiguous(), dx,
                 x if dgate is None else dgate, dweight, num_rows, ctx.eps,
-                GATED=gate is not None, **_cut(dim),
+                GATED=gate is not None, **_block_options(dim),
             )  # fmt: skip
         return dx, dgate, dweight.sum(0).to(weight.dtype), None
 
 
-def _heads(gate: Tensor) -> tuple[Tensor, int, int]:
-    """The gate (..., H, P), how many rows lie side by side in it, and the step to the next such.
+def _gate_layout(gate: Tensor) -> tuple[Tensor, int, int]:
+    """The gate (..., H, P), the number of contiguous rows per token, and the stride of a token.
 
-    A slice of a packed projection (B, T, H, P) is read where it is; what else is not contiguous is
+    A slice (B, T, H, P) of a packed projection is read in place; other non-contiguous gates are
     copied.
     """
     dim = gate.shape[-1]
     if gate.dim() > 2 and gate.stride(-1) == 1 and gate.stride(-2) == dim:
         try:
             flat = gate.view(-1, *gate.shape[-2:])
-        except RuntimeError:  # Tokens do not lie at equal steps.
+        except RuntimeError:  # The tokens have no common stride.
             return gate.contiguous(), 1, dim
         return gate, gate.shape[-2], flat.stride(0)
     return gate.contiguous(), 1, dim
 
 
-def _cut(dim: int) -> dict[str, int]:
-    size = block(dim, 1)
-    return {"D": dim, "BLOCK_R": max(1, ELEMENTS // size), "BLOCK_D": size, "num_warps": WARPS}
+def _block_options(dim: int) -> dict[str, int]:
+    size = block_size(dim, 1)
+    return {
+        "D": dim,
+        "BLOCK_R": max(1, BLOCK_ELEMENTS // size),
+        "BLOCK_D": size,
+        "num_warps": NUM_WARPS,
+    }
 
 
 def _grid(num_rows: int, dim: int) -> tuple[int]:
-    return (triton.cdiv(num_rows, _cut(dim)["BLOCK_R"]),)
+    return (triton.cdiv(num_rows, _block_options(dim)["BLOCK_R"]),)

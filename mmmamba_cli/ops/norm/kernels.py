@@ -1,6 +1,7 @@
-"""Triton kernels of RMSNorm, gated and plain, and of their gradients; `fused.py` launches them.
+"""Triton kernels of RMSNorm, plain and gated, and of its gradients; `fused.py` launches them.
 
-A program holds a few whole rows (R, D). Nothing is kept for the gradient but the inputs.
+Legend: R rows, D size of the normalized dimension. A program holds BLOCK_R whole rows. Only the
+inputs are saved for the backward pass.
 """
 
 import triton
@@ -8,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def rows(ptr, r, d, keep, D: tl.constexpr):
+def load_rows(ptr, r, d, keep, D: tl.constexpr):
     at = ptr + r.to(tl.int64)[:, None] * D + d[None, :]
     return tl.load(at, mask=keep, other=0.0).to(tl.float32)
 
@@ -19,15 +20,16 @@ def norm(
     GATED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x over its root mean square, times weight; GATED, times SiLU(gate), and rounded only then.
+    """RMSNorm(x) * weight, (R, D); if GATED, times SiLU(gate).
 
-    The plain one is rounded to x's dtype before the weight, as Llama does. HEADS rows of the gate
-    lie side by side, and `gate_t` apart from the next such.
+    The plain norm is rounded to x's dtype before the weight, as in Llama; the gated one is rounded
+    once, at the end. HEADS rows of the gate are contiguous, and `gate_t` is the stride between such
+    groups.
     """
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     keep = (r < num_rows)[:, None] & (d < D)[None, :]
-    x = rows(x_ptr, r, d, keep, D)
+    x = load_rows(x_ptr, r, d, keep, D)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     out = x * scale[:, None]
@@ -46,9 +48,10 @@ def gradients(
     x_ptr, gate_ptr, weight_ptr, dout_ptr, dx_ptr, dgate_ptr, dweight_ptr, num_rows, eps,
     GATED: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and gate (R, D), and each program's part of the weight's (programs, D).
+    """Gradients of x and gate (R, D), and partial gradients of the weight, (programs, D).
 
-    A program takes every so many rows: as many parts as rows would be as much to write as x.
+    Grid-stride loop over rows, with one partial weight gradient per program: one per row would be
+    as much memory traffic as x.
     """
     d = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -56,17 +59,17 @@ def gradients(
     for first in range(tl.program_id(0) * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         keep = (r < num_rows)[:, None] & (d < D)[None, :]
-        x = rows(x_ptr, r, d, keep, D)
-        dout = rows(dout_ptr, r, d, keep, D)
+        x = load_rows(x_ptr, r, d, keep, D)
+        dout = load_rows(dout_ptr, r, d, keep, D)
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
         normed = x * scale[:, None]
         at = r.to(tl.int64)[:, None] * D + d[None, :]
         if GATED:
-            gate = rows(gate_ptr, r, d, keep, D)
-            opened = tl.sigmoid(gate)
-            dgate = dout * normed * weight[None, :] * (opened * (1.0 + gate * (1.0 - opened)))
+            gate = load_rows(gate_ptr, r, d, keep, D)
+            sig = tl.sigmoid(gate)
+            dgate = dout * normed * weight[None, :] * (sig * (1.0 + gate * (1.0 - sig)))
             tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=keep)
-            dout *= gate * opened
+            dout *= gate * sig
         dweight += tl.sum(dout * normed, axis=0)
         dnormed = dout * weight[None, :]
         along = tl.sum(dnormed * normed, axis=1) / D

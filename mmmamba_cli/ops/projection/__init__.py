@@ -7,10 +7,15 @@ dim.
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import check_shape, kernel_backends, pick_backend, suits_triton
+from mmmamba_cli.ops.backends import (
+    check_shape,
+    get_backend,
+    needs_grad,
+    optional_backend,
+    supports_triton,
+)
 from mmmamba_cli.ops.projection import reference
 from mmmamba_cli.ops.projection.reference import Int8Weight, dequantize, quantize_rows
 
@@ -45,8 +50,8 @@ class ProjectBackend(Protocol):
 
 PROJECT_BACKENDS: dict[str, ProjectBackend] = {
     "reference": reference.project,
-    **kernel_backends("projection", "project"),
-    **kernel_backends("projection", "project", name="products", module="products"),
+    **optional_backend("triton", f"{__package__}.fused", "project"),
+    **optional_backend("products", f"{__package__}.products", "project"),
 }
 # Most rows for the fused kernel; with more, tensor cores win (measured on an H100 from 4 rows on).
 # int8 weights would have to be dequantized for tensor cores first.
@@ -107,7 +112,7 @@ def project(
         if gate is not None:
             head_dim = norm_dim if norm is None else norm.numel()
         backend = _choose_backend(x, weight, bias, norm, gate, residual, head_dim)
-    return pick_backend("project", backend, PROJECT_BACKENDS)(
+    return get_backend("project", backend, PROJECT_BACKENDS)(
         x,
         weight,
         bias=bias,
@@ -133,8 +138,12 @@ def _choose_backend(
 ) -> str:
     parts = tuple(weight) if isinstance(weight, Int8Weight) else (weight,)
     tensors = [t for t in (x, *parts, bias, norm, gate, residual) if t is not None]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if "triton" not in PROJECT_BACKENDS or not len(x) or needs_grad or not suits_triton(*tensors):
+    if (
+        "triton" not in PROJECT_BACKENDS
+        or not len(x)
+        or needs_grad(*tensors)
+        or not supports_triton(*tensors)
+    ):
         return "reference"
     limit = MAX_TRITON_INT8_ROWS if isinstance(weight, Int8Weight) else MAX_TRITON_ROWS
     # Tiles hold whole heads only if the head dim is a power of two.

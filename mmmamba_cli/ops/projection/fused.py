@@ -8,13 +8,13 @@ from triton import cdiv, next_power_of_2
 from mmmamba_cli.ops.projection import kernels
 from mmmamba_cli.ops.projection.reference import Int8Weight
 from mmmamba_cli.ops.triton_utils import (
-    NATIVE,
+    USE_PTX,
     buffer,
     check_inputs,
     dense_rows,
-    either,
-    on_device,
-    overlapping,
+    device_guard,
+    or_dummy,
+    pdl_options,
 )
 
 
@@ -82,9 +82,9 @@ def project(
     gate = None if gate is None else dense_rows(gate)
     residual = None if residual is None else dense_rows(residual)
     aligned = dim % 8 == 0 and values.data_ptr() % 8 == 0
-    with on_device(x):
+    with device_guard(x):
         kernels.project[(cdiv(values.shape[0], tile.rows),)](
-            x, values, either(scales, x), either(bias, x), either(norm, x),
+            x, values, or_dummy(scales, x), or_dummy(bias, x), or_dummy(norm, x),
             x if gate is None else gate, x if residual is None else residual, out, num_out,
             x.stride(0),
             0 if gate is None else gate.stride(0),
@@ -93,8 +93,8 @@ def project(
             SWIGLU=swiglu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
             HAS_SCALE=scales is not None, BLOCK_B=next_power_of_2(batch), BLOCK_R=tile.rows,
             BLOCK_K=tile.inputs, INPUTS_READY=inputs_ready and tile.inputs >= dim,
-            ALIGNED_BY_8=scales is not None and aligned, NATIVE=NATIVE,
-            num_warps=tile.warps, **overlapping(x),
+            ALIGNED_BY_8=scales is not None and aligned, USE_PTX=USE_PTX,
+            num_warps=tile.warps, **pdl_options(x),
         )  # fmt: skip
     return out
 

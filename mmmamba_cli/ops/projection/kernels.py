@@ -8,7 +8,7 @@ weight, inputs.
 import triton
 import triton.language as tl
 
-from mmmamba_cli.ops.triton_utils import call_next, wait_for_inputs
+from mmmamba_cli.ops.triton_utils import launch_dependents, wait_for_inputs
 
 
 @triton.jit
@@ -22,18 +22,18 @@ def load_weights(at, k, D: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def to_fp32(tile, NATIVE: tl.constexpr):
+def to_fp32(tile, USE_PTX: tl.constexpr):
     """Weights in fp32, by inline PTX where it is available.
 
     The compiler would unpack a tile before it issues further loads, and converts int8 with a slow
     instruction. The PTX instead puts a byte into the mantissa of 2 ** 23 and subtracts 2 ** 23.
     """
-    if NATIVE and tile.dtype == tl.bfloat16:
+    if USE_PTX and tile.dtype == tl.bfloat16:
         wide = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
             "=r,=r,r", [tile], dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
-    elif NATIVE and tile.dtype == tl.int8:
+    elif USE_PTX and tile.dtype == tl.int8:
         wide = tl.inline_asm_elementwise(
             """{
             .reg .b32 bytes, a, b, c, d;
@@ -104,8 +104,8 @@ def project(
     B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SWIGLU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_SCALE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    INPUTS_READY: tl.constexpr, ALIGNED_BY_8: tl.constexpr, NATIVE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    INPUTS_READY: tl.constexpr, ALIGNED_BY_8: tl.constexpr, USE_PTX: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of the weight for all tokens; with SWIGLU, rows of both halves alternate.
 
@@ -131,8 +131,8 @@ def project(
     if INPUTS_READY:
         gate = load_gate(gate_ptr, norm_ptr, b, k, gate_b, B, D, P, HAS_WEIGHT)
     # The previous launch may write everything but the weights.
-    wait_for_inputs(OVERLAP)
-    call_next(OVERLAP)
+    wait_for_inputs(USE_PDL)
+    launch_dependents(USE_PDL)
 
     total = tl.zeros((BLOCK_B, BLOCK_R, BLOCK_K), tl.float32)
     length = tl.zeros((BLOCK_B, 1, BLOCK_K), tl.float32)
@@ -143,14 +143,14 @@ def project(
             x_ptr, norm_ptr, gate_ptr, gate, b, k + first, x_b, gate_b, eps,
             B, D, P, NORM, HAS_WEIGHT, EVEN, BLOCK_B, BLOCK_K, INPUTS_READY,
         )  # fmt: skip
-        total += to_fp32(tile, NATIVE) * x
+        total += to_fp32(tile, USE_PTX) * x
         length += squares
         tile = coming
     x, squares = load_inputs(
         x_ptr, norm_ptr, gate_ptr, gate, b, k + (STEPS - 1) * BLOCK_K, x_b, gate_b, eps,
         B, D, P, NORM, HAS_WEIGHT, EVEN, BLOCK_B, BLOCK_K, INPUTS_READY,
     )  # fmt: skip
-    y = tl.sum(total + to_fp32(tile, NATIVE) * x, axis=2)
+    y = tl.sum(total + to_fp32(tile, USE_PTX) * x, axis=2)
     if NORM and P == 0:
         y *= tl.rsqrt(tl.sum(length + squares, axis=2) / D + eps)
     if HAS_SCALE:

@@ -11,7 +11,7 @@ from triton import cdiv
 from mmmamba_cli.ops.norm import gated_rms_norm, rms_norm
 from mmmamba_cli.ops.projection import kernels
 from mmmamba_cli.ops.projection.reference import Int8Weight, dequantize
-from mmmamba_cli.ops.triton_utils import buffer, check_inputs, on_device
+from mmmamba_cli.ops.triton_utils import buffer, check_inputs, device_guard
 
 # Tile of the SwiGLU kernel in rows and columns of the result, and its warps.
 BLOCK_R, BLOCK_D, WARPS = 4, 1024, 8
@@ -64,7 +64,7 @@ def _swiglu(y: Tensor) -> Tensor:
     """silu(first half) * second half of the rows of y (B, 2 * O), contiguous."""
     rows, size = y.shape[0], y.shape[1] // 2
     out = buffer(rows, size, like=y, dtype=y.dtype)
-    with on_device(y):
+    with device_guard(y):
         kernels.swiglu[(cdiv(rows, BLOCK_R), cdiv(size, BLOCK_D))](
             y, out, rows, size, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=WARPS
         )

@@ -1,51 +1,26 @@
 """The Mamba-2 scan: state-space duality with grouped keys and values.
 
-Source: Dao & Gu, "Transformers are SSMs" (Mamba-2), arXiv 2405.21060; as a stand-in for attention,
-with queries C, keys B and values x: mmMamba, arXiv 2502.13145.
+Sources: Dao & Gu, "Transformers are SSMs" (Mamba-2), arXiv 2405.21060; as a replacement of
+attention, with queries C, keys B and values x: mmMamba, arXiv 2502.13145.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import (
-    backend_of,
-    check_shape,
-    compute_dtype,
-    kernel_backends,
-    pick_backend,
-)
+from mmmamba_cli.ops.backends import check_shape, compute_dtype, get_backend, optional_backend
 from mmmamba_cli.ops.ssd import reference
-from mmmamba_cli.ops.ssd.dispatch import Scan, choose
+from mmmamba_cli.ops.ssd.dispatch import select_backend
+from mmmamba_cli.ops.ssd.reference import ScanInputs
 
-
-class ScanBackend(Protocol):
-    """What `ssd` hands to a backend: its own arguments, checked, with T >= 1.
-
-    `mask` and `seq_idx` mean what they mean in `ssd`; a backend must honour or refuse each.
-    """
-
-    def __call__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        *,
-        dt_bias: Tensor | None,
-        dt_softplus: bool,
-        D: Tensor | None,
-        initial_state: Tensor | None,
-        mask: Tensor | None,
-        seq_idx: Tensor | None,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor]: ...
+# y (B, T, H, P) and the final state (B, H, P, N).
+ScanBackend = Callable[[ScanInputs], tuple[Tensor, Tensor]]
 
 
 class StepBackend(Protocol):
-    """What `ssd_step` hands to a backend: its own arguments, checked."""
+    """A backend of `ssd_step`, called with its arguments after validation."""
 
     def __call__(
         self,
@@ -65,11 +40,11 @@ class StepBackend(Protocol):
 SCAN_BACKENDS: dict[str, ScanBackend] = {
     "chunked": reference.chunked,
     "recurrent": reference.recurrent,
-    **kernel_backends("ssd", "scan"),
-    **backend_of("mamba_ssm", "mamba_ssm", f"{__name__}.mamba_ssm", "scan"),
-    **backend_of("fla", "fla", f"{__name__}.fla", "scan"),
+    **optional_backend("triton", f"{__package__}.fused", "scan"),
+    **optional_backend("mamba_ssm", f"{__package__}.mamba_ssm", "scan", "mamba_ssm"),
+    **optional_backend("fla", f"{__package__}.fla", "scan", "fla"),
 }
-STEP_BACKENDS: dict[str, StepBackend] = {"reference": reference.step}
+SCAN_STEP_BACKENDS: dict[str, StepBackend] = {"reference": reference.step}
 
 
 def ssd(
@@ -106,27 +81,29 @@ def ssd(
         dt_softplus: whether the step size is softplus(dt + dt_bias), computed in fp32.
         D: skip connection (H,).
         initial_state: (B, H, P, N).
-        mask: (B, T) bool or int, 0 for padding, anywhere in a row: there the state stays as it is
-            and y is exactly 0. Whatever padding holds, NaN included, changes nothing.
+        mask: (B, T) bool or int, 0 at padding, which may be anywhere in a row. Padding leaves the
+            state unchanged and its y is exactly 0; its inputs are ignored, NaN included.
         seq_idx: (B, T) integer ids of packed sequences. The state is reset to 0 at each real token
-            whose id differs from that of the real token before it; `initial_state` belongs to the
+            whose id differs from that of the previous real token; `initial_state` belongs to the
             first sequence of the row.
-        chunk_size: tokens per chunk of the chunked backend, at most; the fused take their own.
-        backend: "chunked", "recurrent"; where they are installed "triton", "mamba_ssm" and "fla",
-            on a GPU; or "auto": recurrent for a single token, else the first of triton, mamba_ssm
-            and fla that takes the call and computed what it should here, else chunked.
+        chunk_size: maximum tokens per chunk of the chunked backend; the fused backends use fixed
+            chunk sizes.
+        backend: "chunked" or "recurrent"; on a GPU also "triton", "mamba_ssm" and "fla" if they
+            are installed; or "auto": recurrent for a single token, else the first of triton,
+            mamba_ssm and fla that supports the inputs and passed its self-test, else chunked.
 
     Returns:
         y (B, T, H, P) in x's dtype, and the state after the last token, (B, H, P, N). The state
-        and all arithmetic are fp32, or fp64 where x is fp64; the fused backends multiply tensors
-        in bf16, with fp32 sums, where x, B and C are bf16.
+        and all arithmetic are fp32, or fp64 if x is fp64; the fused backends multiply in bf16
+        with fp32 accumulation if x, B and C are bf16.
 
     Raises:
-        ValueError: shapes that do not fit together, or a chunk size below 1.
-        MmmambaError: a backend that does not exist here, or does not take the call; mamba_ssm
-            takes bf16 only, fla bf16 without gradients and without `seq_idx`.
+        ValueError: inconsistent shapes, or a chunk size below 1.
+        MmmambaError: a backend that is not available or does not support the inputs; mamba_ssm
+            supports bf16 only, fla bf16 without gradients and without `seq_idx`.
 
-    Warns, once, of a backend that `auto` passes over because it computed something else here.
+    Warns:
+        RuntimeWarning: "auto" skips a backend that failed its self-test; once per process.
     """
     batch, length, _, value_dim = _check_shapes("ssd", x, dt, A, B, C, time_dims=1)
     heads, state_dim = C.shape[-2:]
@@ -137,26 +114,13 @@ def ssd(
     check_shape("ssd", "seq_idx", seq_idx, (batch, length))
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size is {chunk_size}, expected at least 1")
-    if backend == "auto":
-        asked = Scan(x, dt, A, B, C, dt_bias, D, initial_state, seq_idx)
-        backend = choose(SCAN_BACKENDS, asked)
-    scan = pick_backend("ssd", backend, SCAN_BACKENDS)
-    if length == 0:
-        return _scan_nothing(x, C, initial_state)
-    return scan(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        D=D,
-        initial_state=initial_state,
-        mask=mask,
-        seq_idx=seq_idx,
-        chunk_size=chunk_size,
+    inputs = ScanInputs(
+        x, dt, A, B, C, dt_bias, dt_softplus, D, initial_state, mask, seq_idx, chunk_size
     )
+    if backend == "auto":
+        backend = select_backend(SCAN_BACKENDS, inputs)
+    scan = get_backend("ssd", backend, SCAN_BACKENDS)
+    return scan(inputs) if length else _empty_scan(inputs)
 
 
 def ssd_step(
@@ -172,7 +136,7 @@ def ssd_step(
     D: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of `ssd`, for decoding.
+    """Run one token of `ssd`, for decoding.
 
     Args:
         x: value (B, K, P).
@@ -180,32 +144,34 @@ def ssd_step(
         A: decay rates (H,), negative.
         B: key (B, K, N).
         C: query (B, H, N).
-        state: state after the token before, (B, H, P, N); it is not changed in place.
+        state: state after the previous token, (B, H, P, N); not modified.
         dt_bias, dt_softplus, D: as in `ssd`.
         backend: "reference" or "auto".
 
     Returns:
-        y (B, H, P) in x's dtype, and the new state (B, H, P, N) in fp32, or fp64 where x is fp64.
+        y (B, H, P) in x's dtype, and the new state (B, H, P, N) in fp32, or fp64 if x is fp64.
 
     Raises:
-        ValueError: shapes that do not fit together.
-        MmmambaError: a backend that does not exist here.
+        ValueError: inconsistent shapes.
+        MmmambaError: a backend that is not available.
     """
     batch, _, value_dim = _check_shapes("ssd_step", x, dt, A, B, C, time_dims=0)
     heads, state_dim = C.shape[-2:]
     check_shape("ssd_step", "dt_bias", dt_bias, (heads,))
     check_shape("ssd_step", "D", D, (heads,))
     check_shape("ssd_step", "state", state, (batch, heads, value_dim, state_dim))
-    step = pick_backend("ssd_step", "reference" if backend == "auto" else backend, STEP_BACKENDS)
+    name = "reference" if backend == "auto" else backend
+    step = get_backend("ssd_step", name, SCAN_STEP_BACKENDS)
     return step(x, dt, A, B, C, state, dt_bias=dt_bias, dt_softplus=dt_softplus, D=D)
 
 
-def _scan_nothing(x: Tensor, C: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What no token at all gives: an empty y and the state as it was."""
+def _empty_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The result for T = 0: an empty y and the initial state."""
+    x, C, state = inputs.x, inputs.C, inputs.initial_state
     batch, _, heads, state_dim = C.shape
     y = x.new_zeros(batch, 0, heads, x.shape[-1])
-    if initial_state is not None:
-        return y, initial_state.to(compute_dtype(x))
+    if state is not None:
+        return y, state.to(compute_dtype(x))
     shape = (batch, heads, x.shape[-1], state_dim)
     return y, torch.zeros(shape, dtype=compute_dtype(x), device=x.device)
 
@@ -213,7 +179,10 @@ def _scan_nothing(x: Tensor, C: Tensor, initial_state: Tensor | None) -> tuple[T
 def _check_shapes(
     op: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, time_dims: int
 ) -> tuple[int, ...]:
-    """Shape of x, after the others were held against it."""
+    """Check all shapes against those of x and C; returns the shape of x.
+
+    `time_dims` is 1 for tensors with a T dimension, 0 for those of a single step.
+    """
     if x.dim() != 3 + time_dims or C.dim() != 3 + time_dims:
         raise ValueError(
             f"{op}: x is {tuple(x.shape)} and C {tuple(C.shape)}, "

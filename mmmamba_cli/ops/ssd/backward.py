@@ -1,4 +1,4 @@
-"""Launches of the scan's backward pass that the forward pass has no use for.
+"""Launches of the kernels that only the scan's backward pass needs.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N state dim.
 """
@@ -11,11 +11,12 @@ import triton
 from torch import Tensor
 
 from mmmamba_cli.ops.ssd import backward_kernels as kernels
-from mmmamba_cli.ops.ssd.launch_config import Sizes, Steps
-from mmmamba_cli.ops.triton_utils import block, buffer, either, launch_grid
+from mmmamba_cli.ops.ssd.launch_config import Decays, ScanPlan
+from mmmamba_cli.ops.triton_utils import block_size, buffer, launch_grid, or_dummy
 
-# A decay below what fp32 leaves of the products beside it counts as none, in a gradient only.
-LEAST_DECAY = 2.0**-20
+# A chunk decay below this is treated as 0 in the gradient: fp32 rounding of the terms it is
+# subtracted from is larger.
+MIN_DECAY = 2.0**-20
 
 
 class Tokens(NamedTuple):
@@ -28,98 +29,107 @@ class Tokens(NamedTuple):
 
     @property
     def strides(self) -> list[int]:
-        """Of batch, time and head; numbers of a row lie side by side."""
+        """Strides of batch, time and head of each; the last dimension is contiguous."""
         return [stride for tensor in self for stride in tensor.stride()[:3]]
 
 
-class Dots(NamedTuple):
-    """What tokens `got` from states (by tiles of N), `gave` to them and gave in all, `direct`.
+class StateDots(NamedTuple):
+    """Row-wise dot products of outputs and gradients, by tiles, (tiles, B, H, padded T) each.
 
-    (tiles, B, H, padded T) each; the last two by tiles of P.
+    read: C . dC, for the part of dC that comes from the state at the start of the chunk; by tiles
+        of N.
+    written: dt x . dx, for the part of dx that goes through the state at the end of the chunk; by
+        tiles of P.
+    direct: x . dx before the factor dt, without the skip connection; by tiles of P.
     """
 
-    got: Tensor
-    gave: Tensor
+    read: Tensor
+    written: Tensor
     direct: Tensor
 
     @classmethod
-    def empty(cls, sizes: Sizes, like: Tensor) -> Dots:
-        shape = (sizes.batch, sizes.heads, sizes.padded)
-        tile = sizes.tuning.backward.tile
-        got = triton.cdiv(sizes.N, min(tile, block(sizes.N)))
-        gave = triton.cdiv(sizes.P, min(tile, block(sizes.P)))
-        return cls(*(buffer(tiles, *shape, like=like) for tiles in (got, gave, gave)))
+    def empty(cls, plan: ScanPlan, like: Tensor) -> StateDots:
+        shape = (plan.batch, plan.heads, plan.padded)
+        tile = plan.tuning.backward.tile
+        n_tiles = triton.cdiv(plan.N, min(tile, block_size(plan.N)))
+        p_tiles = triton.cdiv(plan.P, min(tile, block_size(plan.P)))
+        return cls(*(buffer(tiles, *shape, like=like) for tiles in (n_tiles, p_tiles, p_tiles)))
 
 
-class Pairs(NamedTuple):
-    """What pairs within chunks put on decays, and x dy summed over each chunk, (B, H, chunks).
+class PairSums(NamedTuple):
+    """Sums over pairs of tokens within a chunk, computed by `kernels.span_outputs`.
 
-    `change` is (2, tiles of N, B, H, padded T): the first of two is to be added, the second taken
-    away.
+    decay: (2, tiles of N, B, H, padded T), gradients of the cumulative log decay of each token as
+        the reader (to be added) and as the writer of a pair (to be subtracted).
+    skip: (B, H, chunks), x . dy summed over each chunk.
     """
 
-    change: Tensor
+    decay: Tensor
     skip: Tensor
 
     @classmethod
-    def empty(cls, sizes: Sizes, like: Tensor) -> Pairs | None:
-        """Memory for them; None where `decay_gradients` finds them itself."""
-        if not sizes.paired:
+    def empty(cls, plan: ScanPlan, like: Tensor) -> PairSums | None:
+        """Empty buffers; None if `decay_gradients` computes the sums itself."""
+        if not plan.pairs_in_outputs:
             return None
-        tiles = triton.cdiv(sizes.N, min(sizes.tuning.backward.tile, block(sizes.N)))
-        shape = (2, tiles, sizes.batch, sizes.heads, sizes.padded)
-        skip = buffer(sizes.batch, sizes.heads, sizes.chunks, like=like)
+        tiles = triton.cdiv(plan.N, min(plan.tuning.backward.tile, block_size(plan.N)))
+        shape = (2, tiles, plan.batch, plan.heads, plan.padded)
+        skip = buffer(plan.batch, plan.heads, plan.chunks, like=like)
         return cls(buffer(*shape, like=like), skip)
 
 
 def decay_gradients(
-    sizes: Sizes,
-    steps_of: tuple[Tensor, Tensor, Tensor | None],
+    plan: ScanPlan,
+    parameters: tuple[Tensor, Tensor, Tensor | None],
     tokens: Tokens,
-    steps: Steps,
+    decays: Decays,
     real: Tensor | None,
     segments: Tensor | None,
-    dots: Dots,
-    pairs: Pairs | None,
+    dots: StateDots,
+    pairs: PairSums | None,
     products: Tensor,
     softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of dt, A, dt_bias and D; the last three in fp32."""
-    dt, A, dt_bias = steps_of
+    """Gradients of dt (B, T, H) and, in fp32, of A, dt_bias and D (H,).
+
+    `parameters` are dt, A and dt_bias; `products` come from `_pass_states` in reverse.
+    """
+    dt, A, dt_bias = parameters
     ddt = buffer(*dt.shape, like=dt, dtype=dt.dtype)
-    sums = buffer(3, sizes.batch, sizes.chunks, sizes.heads, like=dt)
+    sums = buffer(3, plan.batch, plan.chunks, plan.heads, like=dt)
     blocks = products.shape[-1]
-    kernels.decay_gradients[launch_grid("ssd", sizes.chunks, sizes.heads, sizes.batch)](
-        dt, A.contiguous(), either(dt_bias, A), *tokens, either(real, A), either(segments, A),
-        steps.step, steps.high, steps.low, steps.through, *dots, products,
+    kernels.decay_gradients[launch_grid("ssd", plan.chunks, plan.heads, plan.batch)](
+        dt, A.contiguous(), or_dummy(dt_bias, A), *tokens, or_dummy(real, A), or_dummy(segments, A),
+        decays.step, decays.high, decays.low, decays.chunk_decay, *dots, products,
         *((products, products) if pairs is None else pairs), ddt, sums,
-        sizes.length, sizes.heads, sizes.padded, sizes.spans, sizes.per_span, blocks,
-        dots.got.shape[0], dots.gave.shape[0], 0 if pairs is None else pairs.change.shape[1],
+        plan.length, plan.heads, plan.padded, plan.spans, plan.per_span, blocks,
+        dots.read.shape[0], dots.written.shape[0], 0 if pairs is None else pairs.decay.shape[1],
         *dt.stride(), *tokens.strides,
-        SHARE=sizes.share, P=sizes.P, N=sizes.N, BLOCK_P=block(sizes.P), BLOCK_N=block(sizes.N),
-        BLOCKS=block(blocks, 1), Q=sizes.tuning.chunk, SOFTPLUS=softplus,
+        GROUP=plan.group_size, P=plan.P, N=plan.N,
+        BLOCK_P=block_size(plan.P), BLOCK_N=block_size(plan.N),
+        BLOCKS=block_size(blocks, 1), Q=plan.tuning.chunk, SOFTPLUS=softplus,
         HAS_BIAS=dt_bias is not None, HAS_MASK=real is not None,
-        HAS_SEGMENTS=segments is not None, SINGLE=sizes.per_span == 1, LEAST=LEAST_DECAY,
-        PAIRED=pairs is not None, DTYPE=sizes.dtype,
+        HAS_SEGMENTS=segments is not None, ONE_CHUNK=plan.per_span == 1, MIN_DECAY=MIN_DECAY,
+        HAS_PAIRS=pairs is not None, DTYPE=plan.dtype,
         PRECISION="tf32x3", num_warps=4, num_stages=1,
     )  # fmt: skip
     dA, dbias, dD = sums.sum((1, 2)).unbind(0)
     return ddt, dA, dbias, dD
 
 
-# Rows of a program of `sum_heads`, for heads of 128.
-ROWS, ROWS_WARPS = 16, 4
+# Rows per program and num_warps of `sum_heads`, tuned for dim 128.
+SUM_ROWS, SUM_WARPS = 16, 4
 
 
-def of_kv_heads(gradient: Tensor, sizes: Sizes) -> Tensor:
-    """(B, T, H, dim) of the query heads, contiguous, summed to the key/value heads they share."""
-    if sizes.share == 1:
+def sum_groups(gradient: Tensor, plan: ScanPlan) -> Tensor:
+    """Sum a contiguous gradient (B, T, H, dim) over the query heads of a group: (B, T, K, dim)."""
+    if plan.group_size == 1:
         return gradient
-    kv_heads, dim = sizes.heads // sizes.share, gradient.shape[3]
-    rows = sizes.batch * sizes.length * kv_heads
-    out = buffer(sizes.batch, sizes.length, kv_heads, dim, like=gradient, dtype=gradient.dtype)
-    kernels.sum_heads[launch_grid("ssd", triton.cdiv(rows, ROWS))](
+    kv_heads, dim = plan.heads // plan.group_size, gradient.shape[3]
+    rows = plan.batch * plan.length * kv_heads
+    out = buffer(plan.batch, plan.length, kv_heads, dim, like=gradient, dtype=gradient.dtype)
+    kernels.sum_heads[launch_grid("ssd", triton.cdiv(rows, SUM_ROWS))](
         gradient, out, rows, dim,
-        SHARE=sizes.share, BLOCK_R=ROWS, BLOCK_D=block(dim), num_warps=ROWS_WARPS,
+        GROUP=plan.group_size, BLOCK_R=SUM_ROWS, BLOCK_D=block_size(dim), num_warps=SUM_WARPS,
     )  # fmt: skip
     return out

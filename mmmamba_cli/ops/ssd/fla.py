@@ -2,7 +2,7 @@
 
 Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N state dim. With q = C,
 k = B, v = dt x and log decays g = dt A it is the same recurrence (linear attention with decay,
-arXiv 2405.21060, section 7), but its state is (N, P) and all of q, k and v have H heads.
+arXiv 2405.21060, section 7). In fla the state is (N, P) and q, k and v all have H heads.
 """
 
 import importlib
@@ -14,54 +14,37 @@ from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.backends import compute_dtype, repeat_heads
-from mmmamba_cli.ops.ssd.dispatch import Scan, refuse
-from mmmamba_cli.ops.ssd.reference import blank_padding, real_step_sizes, without_autocast
+from mmmamba_cli.ops.ssd.dispatch import check_supported
+from mmmamba_cli.ops.ssd.reference import ScanInputs, masked_tokens, without_autocast
 
 KERNELS = "fla.ops.simple_gla"
 
 
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Shapes as in `ops.ssd`; refuses gradients and packed rows."""
-    refuse("fla", Scan(x, dt, A, B, C, dt_bias, D, initial_state, seq_idx))
+def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Run `ops.ssd`; raises MmmambaError for gradients, `seq_idx` and what `LIMITS` excludes."""
+    check_supported("fla", inputs)
     kernels = library_kernels()
-    share = C.shape[2] // x.shape[2]
-    dtype = compute_dtype(x)
-    with without_autocast(x):
-        x, dt, B, C = blank_padding(mask, x, dt, B, C)
-        steps = real_step_sizes(dt.to(dtype), dt_bias, dt_softplus, mask)
-        values = repeat_heads(x, share)
-        first = None if initial_state is None else initial_state.to(dtype).mT.contiguous()
+    dtype, state = compute_dtype(inputs.x), inputs.initial_state
+    with without_autocast(inputs.x):
+        x, step_sizes, B, C = masked_tokens(inputs)
+        values = repeat_heads(x, inputs.group_size)
         y, state = kernels(
             q=C,
-            k=repeat_heads(B, share),
-            v=(values * steps.unsqueeze(-1)).to(x.dtype),
-            g=steps * A.to(dtype),
+            k=repeat_heads(B, inputs.group_size),
+            v=(values * step_sizes.unsqueeze(-1)).to(x.dtype),
+            g=step_sizes * inputs.A.to(dtype),
             scale=1.0,
-            initial_state=first,
+            initial_state=None if state is None else state.to(dtype).mT.contiguous(),
             output_final_state=True,
         )
-        if D is not None:
-            y = y.to(dtype) + D.to(dtype).unsqueeze(-1) * values
+        if inputs.D is not None:
+            y = y.to(dtype) + inputs.D.to(dtype).unsqueeze(-1) * values
     return y.to(x.dtype), state.to(dtype).mT.contiguous()
 
 
 @cache
 def library_kernels() -> Callable[..., Any]:
-    """`chunk_simple_gla`; MmmambaError where it cannot be imported."""
+    """`chunk_simple_gla`; MmmambaError if it cannot be imported."""
     try:
         kernels: Callable[..., Any] = importlib.import_module(KERNELS).chunk_simple_gla
     except (ImportError, AttributeError) as error:

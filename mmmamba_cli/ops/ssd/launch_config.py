@@ -1,6 +1,7 @@
-"""How a call of the scan is cut up for the kernels: chunks, spans and launches.
+"""Launch configuration of the scan kernels: chunk size, spans, tiles, num_warps and num_stages.
 
-Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N state dim.
+Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N state dim. A span is a
+run of consecutive chunks that one program processes in order.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from mmmamba_cli.ops.triton_utils import dot_type
 
 
 class Launch(NamedTuple):
-    """How the kernels of one direction are cut up: columns of a tile, warps, pipeline stages."""
+    """Configuration of one kernel: columns of a program's tile, num_warps and num_stages."""
 
     tile: int
     warps: int
@@ -21,11 +22,14 @@ class Launch(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Tokens of a chunk, launches of `span_states` and of `span_outputs` both ways, and spans.
+    """Configuration of all scan kernels for one dtype.
 
-    `few_states` is for so few spans that a program for each head would leave processors idle.
-    `programs` of `span_outputs` run at the same time, two on each of an H100's 132 processors; a
-    span has `most_chunks` at most.
+    chunk: tokens per chunk.
+    states, few_states: `span_states`; the second for grids of too few spans to fill the GPU, where
+        smaller tiles give more programs.
+    forward, backward: `span_outputs` of the two passes.
+    programs: programs of `span_outputs` that run at once, two on each of an H100's 132 SMs.
+    most_chunks: the maximum number of chunks per span.
     """
 
     chunk: int
@@ -37,8 +41,8 @@ class Tuning(NamedTuple):
     most_chunks: int = 16
 
 
-# Fixed, not searched for at run time: a result must not depend on what else the machine is doing.
-# `benchmarks/kernels.py --tune` times the alternatives.
+# Constants instead of runtime autotuning, so that results do not depend on the load of the
+# machine. `benchmarks/kernels.py --tune` times the alternatives.
 TUNING = {
     tl.bfloat16: Tuning(
         64,
@@ -51,70 +55,80 @@ TUNING = {
 }
 
 
-class Sizes(NamedTuple):
-    """What all launches of one call share."""
+class ScanPlan(NamedTuple):
+    """Sizes that all launches of one call share; `group_size` query heads per key/value head."""
 
     batch: int
     length: int
     heads: int
-    share: int
+    group_size: int
     P: int
     N: int
     dtype: tl.dtype
     tuning: Tuning
     chunks: int
+    # Chunks per span.
     per_span: int
     spans: int
 
     @property
     def padded(self) -> int:
+        """T rounded up to whole chunks."""
         return self.chunks * self.tuning.chunk
 
     @property
     def states(self) -> Launch:
-        """Of `span_states`: with a program for each head and span, or with several."""
+        """The configuration of `span_states`; see `Tuning`."""
         few = 2 * self.batch * self.heads * self.spans < self.tuning.programs
         return self.tuning.few_states if few else self.tuning.states
 
     @property
-    def paired(self) -> bool:
-        """Whether pairs within chunks are summed on the way; fp32 sums them apart, in fp64."""
+    def pairs_in_outputs(self) -> bool:
+        """Whether `span_outputs` computes `PairSums`; for fp32, `decay_gradients` does in fp64."""
         return self.dtype != tl.float32
 
 
-class Steps(NamedTuple):
-    """What `kernels.prepare` makes of dt: (B, H, padded T) each, `through` (B, H, chunks)."""
+class Decays(NamedTuple):
+    """Step sizes and decays that `kernels.prepare_decays` computes, in fp32.
+
+    (B, H, padded T) each, `chunk_decay` (B, H, chunks); `kernels.py` defines them.
+    """
 
     step: Tensor
     high: Tensor
     low: Tensor
     from_start: Tensor
     to_end: Tensor
-    through: Tensor
+    chunk_decay: Tensor
 
 
-def plan(x: Tensor, B: Tensor, C: Tensor, trains: bool) -> Sizes:
-    """x (B, T, K, P), B (B, T, K, N), C (B, T, H, N); `trains` says that gradients are wanted."""
+def plan_scan(x: Tensor, B: Tensor, C: Tensor, trains: bool) -> ScanPlan:
+    """The plan for x (B, T, K, P), B (B, T, K, N) and C (B, T, H, N).
+
+    `trains` says whether a backward pass follows.
+    """
     batch, length, kv_heads, P = x.shape
     heads, N = C.shape[2:]
     dtype = dot_type(x, B, C)
     tuning = TUNING[dtype]
     chunks = triton.cdiv(length, tuning.chunk)
     tiles = triton.cdiv(max(P, N), tuning.forward.tile)
-    per_span = _chunks_of_span(chunks, batch * heads * tiles, tuning)
+    per_span = _chunks_per_span(chunks, batch * heads * tiles, tuning)
     if trains and dtype == tl.float32:
-        # What passes through a chunk of several is a difference, which costs fp32 its digits.
+        # With several chunks per span, the gradient of a chunk's decay is a difference of sums,
+        # which loses too many bits of fp32.
         per_span = 1
     spans = triton.cdiv(chunks, per_span)
-    share = heads // kv_heads
-    return Sizes(batch, length, heads, share, P, N, dtype, tuning, chunks, per_span, spans)
+    group_size = heads // kv_heads
+    return ScanPlan(batch, length, heads, group_size, P, N, dtype, tuning, chunks, per_span, spans)
 
 
-def _chunks_of_span(chunks: int, programs: int, tuning: Tuning) -> int:
-    """What is done first, where so many programs walk through each span.
+def _chunks_per_span(chunks: int, programs: int, tuning: Tuning) -> int:
+    """The number of chunks per span that minimizes the estimated time of `span_outputs`.
 
-    They run in waves. A span takes as long as its chunks, and about one more for the state that it
-    begins with; with the same time, long spans cost fewer states in memory.
+    Each span is processed by `programs` programs, of which `tuning.programs` run at once; the rest
+    wait for the next wave. A program takes the time of its chunks plus about one more to load the
+    span's initial state. Ties go to longer spans, which need less memory for states.
     """
 
     def time(length: int) -> int:

@@ -1,8 +1,8 @@
 """The scan on mamba_ssm's Triton kernels (state-spaces/mamba, `ssd_combined.py`).
 
-Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N state dim. There x has
-H heads, and groups of them share B and C; here a group shares x and B, and C has H heads. So x and
-B are repeated to H heads, each a group of its own.
+Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N state dim. In mamba_ssm
+x has H heads and groups of heads share B and C; here a group shares x and B, and C has H heads.
+So x and B are repeated to H heads, with one group per head.
 """
 
 import importlib
@@ -17,54 +17,40 @@ from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.backends import compute_dtype, repeat_heads, segment_ordinals
-from mmmamba_cli.ops.ssd.dispatch import Scan, refuse
-from mmmamba_cli.ops.ssd.reference import blank_padding, real_step_sizes, without_autocast
+from mmmamba_cli.ops.ssd.dispatch import check_supported
+from mmmamba_cli.ops.ssd.reference import ScanInputs, masked_tokens, without_autocast
 
 LIBRARY = "mamba_ssm"
 KERNELS = f"{LIBRARY}.ops.triton.ssd_combined"
-CHUNK = 128
-UNBOUNDED = (-float("inf"), float("inf"))
+# The chunk size in tokens that its kernels are tuned for.
+CHUNK_SIZE = 128
 
 
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Shapes as in `ops.ssd`; chunks have the length its kernels are tuned for."""
-    refuse("mamba_ssm", Scan(x, dt, A, B, C, dt_bias, D, initial_state, seq_idx))
+def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Run `ops.ssd`; raises MmmambaError for inputs that `LIMITS` excludes."""
+    check_supported("mamba_ssm", inputs)
     kernels = library_kernels()
-    share = C.shape[2] // x.shape[2]
-    # Its numbering of sequences is ours: the initial state is that of sequence 0.
-    segments = None if seq_idx is None else segment_ordinals(seq_idx, mask).int()
-    dtype = compute_dtype(x)
-    with without_autocast(x):
-        x, dt, B, C = blank_padding(mask, x, dt, B, C)
-        # Its kernels know no padding: a step size of exactly 0, which no bias and no softplus
-        # gives, leaves the state alone. Nor may they cut off steps below 0.
-        steps = real_step_sizes(dt.to(dtype), dt_bias, dt_softplus, mask)
+    dtype = compute_dtype(inputs.x)
+    segments = None
+    if inputs.seq_idx is not None:
+        # mamba_ssm also gives the initial state to sequence 0.
+        segments = segment_ordinals(inputs.seq_idx, inputs.mask).int()
+    with without_autocast(inputs.x):
+        # The kernels have no padding mask. They get final step sizes, exactly 0 at padding, with
+        # bias and softplus off and without their default clamping of negative steps to 0.
+        x, step_sizes, B, C = masked_tokens(inputs)
         y, state = kernels(
-            repeat_heads(x, share),
-            steps,
-            A.to(dtype),
-            repeat_heads(B, share),
+            repeat_heads(x, inputs.group_size),
+            step_sizes,
+            inputs.A.to(dtype),
+            repeat_heads(B, inputs.group_size),
             C,
-            CHUNK,
-            D=D,
-            initial_states=initial_state,
+            CHUNK_SIZE,
+            D=inputs.D,
+            initial_states=inputs.initial_state,
             seq_idx=segments,
             dt_softplus=False,
-            dt_limit=UNBOUNDED,
+            dt_limit=(-float("inf"), float("inf")),
             return_final_states=True,
         )
     return y.to(x.dtype), state.to(dtype)
@@ -72,7 +58,7 @@ def scan(
 
 @cache
 def library_kernels() -> Callable[..., Any]:
-    """`mamba_chunk_scan_combined`; MmmambaError where it cannot be imported."""
+    """`mamba_chunk_scan_combined`; MmmambaError if it cannot be imported."""
     try:
         try:
             module = importlib.import_module(KERNELS)
@@ -87,10 +73,10 @@ def library_kernels() -> Callable[..., Any]:
 
 
 def _without_parent() -> ModuleType:
-    """The kernels of a build without CUDA extension, where `import mamba_ssm` itself fails.
+    """Import the kernels of a build without CUDA extension, where `import mamba_ssm` fails.
 
-    For as long as that takes an empty package stands in for it. It does not stay: whoever imports
-    mamba_ssm afterwards is told what is missing.
+    An empty package stands in for `mamba_ssm` during the import and is removed afterwards, so that
+    a later `import mamba_ssm` still reports the missing extension.
     """
     spec = importlib.util.find_spec(LIBRARY)
     if spec is None or spec.submodule_search_locations is None:

@@ -1,10 +1,10 @@
-"""The SSD scan and its single step in plain PyTorch: any device, autograd.
+"""The SSD scan and its single step in plain PyTorch, on any device, with autograd.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, G = H / K, P value dim, N state dim,
-c chunks of Q tokens each. Query head h reads key/value head h // G, so H is split into (K, G)
-wherever x and B meet it; neither is ever repeated to H heads.
+c chunks of Q tokens each. Query head h reads key/value head h // G. Products with x and B view H
+as (K, G), so x and B are never repeated to H heads.
 
-Everything is computed in fp32, or in fp64 when x is fp64, whatever autocast says.
+All arithmetic is fp32, or fp64 if x is fp64; autocast is disabled inside.
 """
 
 import math
@@ -15,7 +15,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import compute_dtype, segment_ordinals
+from mmmamba_cli.ops.backends import compute_dtype, needs_grad, segment_ordinals
+
+
+class ScanInputs(NamedTuple):
+    """The arguments of `ops.ssd`, checked, with T >= 1; shapes and meaning as there.
+
+    A backend honours `mask` and `seq_idx` or refuses them. Only the chunked reference uses
+    `chunk_size`.
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    D: Tensor | None
+    initial_state: Tensor | None
+    mask: Tensor | None
+    seq_idx: Tensor | None
+    chunk_size: int
+
+    @property
+    def float_tensors(self) -> tuple[Tensor | None, ...]:
+        """The floating-point arguments, which are those that may require gradients."""
+        return self.x, self.dt, self.A, self.B, self.C, self.dt_bias, self.D, self.initial_state
+
+    @property
+    def needs_grad(self) -> bool:
+        return needs_grad(*self.float_tensors)
+
+    @property
+    def group_size(self) -> int:
+        """G, the number of query heads that share a key/value head."""
+        return self.C.shape[2] // self.x.shape[2]
 
 
 def step(
@@ -46,31 +81,17 @@ def step(
     return y.to(x.dtype), state.flatten(1, 2)
 
 
-def recurrent(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence as it is written, one token after the other; `chunk_size` has no meaning."""
+def recurrent(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Run the recurrence token by token (arXiv 2405.21060, equation 1)."""
+    x = inputs.x
     dtype, heads = compute_dtype(x), (x.shape[2], -1)
     with without_autocast(x):
-        x, dt, B, C = blank_padding(mask, x, dt, B, C)
-        step_sizes = real_step_sizes(dt.to(dtype), dt_bias, dt_softplus, mask)
-        decay = (step_sizes * A.to(dtype)).exp()
-        if seq_idx is not None:
-            begins = segment_ordinals(seq_idx, mask).diff(dim=1).bool()
+        x, step_sizes, B, C = masked_tokens(inputs)
+        decay = (step_sizes * inputs.A.to(dtype)).exp()
+        if inputs.seq_idx is not None:
+            begins = segment_ordinals(inputs.seq_idx, inputs.mask).diff(dim=1).bool()
             decay = decay.masked_fill(F.pad(begins, (1, 0)).unsqueeze(-1), 0)
-        state = _first_state(initial_state, x, C).unflatten(1, heads)
+        state = _initial_state(inputs).unflatten(1, heads)
         outputs = []
         for decay_t, dt_t, x_t, B_t, C_t in zip(
             decay.unflatten(2, heads).unbind(1),
@@ -82,44 +103,32 @@ def recurrent(
         ):
             y_t, state = _advance(state, decay_t, dt_t, x_t, B_t, C_t)
             outputs.append(y_t)
-        y = _add_skip(torch.stack(outputs, dim=1), x, D)
+        y = _add_skip(torch.stack(outputs, dim=1), x, inputs.D)
     return y.to(x.dtype), state.flatten(1, 2)
 
 
-def chunked(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    seq_idx: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The block decomposition of Mamba-2 (arXiv 2405.21060, section 6), memory O(T chunk_size).
+def chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Run the block decomposition of Mamba-2 (arXiv 2405.21060, section 6).
 
-    Within a chunk, y_i = sum_{j <= i} exp(sum_{j < k <= i} dt_k A) (C_i . B_j) dt_j x_j, a masked
-    attention; across chunks, the recurrence over one state per chunk.
+    Within a chunk it is a masked attention, y_i = sum_{j <= i} exp(sum_{j < k <= i} dt_k A)
+    (C_i . B_j) dt_j x_j; across chunks it is the recurrence with one state per chunk. Memory is
+    O(T chunk_size).
     """
+    x, chunk_size = inputs.x, inputs.chunk_size
     length, kv_heads = x.shape[1], x.shape[2]
     num_chunks = (length + chunk_size - 1) // chunk_size
-    # Chunks of equal length waste less on filling up the last one; matmuls like multiples of 8.
-    needed = (length + num_chunks - 1) // num_chunks
-    size = min(chunk_size, length, needed + -needed % 8)
+    # Equal chunks, rounded up to a multiple of 8 for the matmuls, need the least padding.
+    tokens_per_chunk = (length + num_chunks - 1) // num_chunks
+    size = min(chunk_size, length, tokens_per_chunk + -tokens_per_chunk % 8)
     dtype = compute_dtype(x)
     with without_autocast(x):
-        x, dt, B, C = blank_padding(mask, x, dt, B, C)
-        step_sizes = real_step_sizes(dt.to(dtype), dt_bias, dt_softplus, mask)
-        # A step size of 0, as filling up gives, leaves the state alone: decay 1 and no input.
+        x, step_sizes, B, C = masked_tokens(inputs)
+        # The last chunk is padded with step size 0, which leaves the state unchanged.
         dt_cHQ = _in_chunks(step_sizes, num_chunks, size)
-        log_decay = _log_decays(dt_cHQ * A.to(dtype).unsqueeze(-1))
-        if seq_idx is not None:
-            log_decay = _cut(log_decay, segment_ordinals(seq_idx, mask), num_chunks, size)
+        log_decay = _log_decays(dt_cHQ * inputs.A.to(dtype).unsqueeze(-1))
+        if inputs.seq_idx is not None:
+            segments = segment_ordinals(inputs.seq_idx, inputs.mask)
+            log_decay = _mask_segments(log_decay, segments, num_chunks, size)
         x_cKPQ = _in_chunks(x, num_chunks, size).mT.to(dtype).contiguous()
         B_cKQN = _in_chunks(B, num_chunks, size).to(dtype).contiguous()
         C_cHQN = _in_chunks(C, num_chunks, size).to(dtype).contiguous()
@@ -129,24 +138,24 @@ def chunked(
         y_within = (_by_kv_head(weights, kv_heads) @ x_cKPQ.mT).view(*C_cHQN.shape[:-1], -1)
 
         to_end = (log_decay.to_end.exp() * dt_cHQ).unflatten(2, (kv_heads, -1)).unsqueeze(-2)
-        inputs = (x_cKPQ.unsqueeze(3) * to_end).flatten(2, 3)
-        added = (_by_kv_head(inputs, kv_heads) @ B_cKQN).view(*inputs.shape[:-1], -1)
+        weighted_x = (x_cKPQ.unsqueeze(3) * to_end).flatten(2, 3)
+        added = (_by_kv_head(weighted_x, kv_heads) @ B_cKQN).view(*weighted_x.shape[:-1], -1)
 
         from_start = log_decay.from_start.exp().unsqueeze(-1)
-        first = _first_state(initial_state, x, C)
-        entering, final_state = _scan_chunks(first, from_start[..., -1:, :], added)
+        state = _initial_state(inputs)
+        entering, final_state = _scan_chunks(state, from_start[..., -1:, :], added)
         y_cHQP = torch.baddbmm(
             y_within.flatten(0, 2),
             (C_cHQN * from_start).flatten(0, 2),
             entering.flatten(0, 2).mT,
         ).view(y_within.shape)
         y = y_cHQP.transpose(2, 3).flatten(1, 2)[:, :length]
-        y = _add_skip(y.unflatten(2, (kv_heads, -1)), x, D)
+        y = _add_skip(y.unflatten(2, (kv_heads, -1)), x, inputs.D)
     return y.to(x.dtype), final_state
 
 
 class _LogDecays(NamedTuple):
-    """Sums of dt_k A along chunks; -inf where nothing may pass."""
+    """Sums of dt_k A over parts of a chunk; -inf where a path is masked."""
 
     from_start: Tensor  # (B, c, H, Q): over k <= i
     within: Tensor  # (B, c, H, Q, Q): over j < k <= i at [i, j], -inf for j > i
@@ -154,27 +163,29 @@ class _LogDecays(NamedTuple):
 
 
 def _log_decays(log_decay: Tensor) -> _LogDecays:
-    """Sums over parts of chunks from dt A, (B, c, H, Q).
+    """Sums over parts of chunks of `log_decay`, dt A (B, c, H, Q).
 
-    Each is added up by itself. As the difference of two sums from the chunk's start it would keep
-    few digits after a strong decay, and its gradient fewer still.
+    Each sum is accumulated separately (segsum of arXiv 2405.21060, listing 1). A difference of two
+    cumulative sums loses precision after a strong decay, and its gradient loses more.
     """
     size = log_decay.shape[-1]
     ones = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
     after = log_decay.unsqueeze(-1).expand(*log_decay.shape, size)
     within = after.masked_fill(ones.triu(), 0).cumsum(-2)
-    # Masked before exp: the exponential of what no token sees must not reach the gradient.
+    # Mask before exp: a masked exponential that overflows would make the gradient NaN.
     within = within.masked_fill_(ones.triu(1), -math.inf)
     to_end = F.pad(log_decay[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     return _LogDecays(log_decay.cumsum(-1), within, to_end)
 
 
-def _cut(log_decay: _LogDecays, segments: Tensor, num_chunks: int, size: int) -> _LogDecays:
-    """Let nothing pass from one packed sequence into the next; `segments` (B, T) numbers them."""
-    filling = segments[:, -1:].expand(-1, num_chunks * size - segments.shape[1])
-    segments = torch.cat((segments, filling), dim=1).unflatten(1, (num_chunks, 1, size))
+def _mask_segments(
+    log_decay: _LogDecays, segments: Tensor, num_chunks: int, size: int
+) -> _LogDecays:
+    """Mask decays between different packed sequences, which `segments` (B, T) numbers."""
+    padding = segments[:, -1:].expand(-1, num_chunks * size - segments.shape[1])
+    segments = torch.cat((segments, padding), dim=1).unflatten(1, (num_chunks, 1, size))
     last = segments[..., -1:]
-    # The initial state belongs to sequence 0.
+    # The initial state belongs to sequence 0, hence the padding with 0.
     entering = F.pad(last[:, :-1], (0, 0, 0, 0, 1, 0))
     return _LogDecays(
         log_decay.from_start.masked_fill(segments != entering, -math.inf),
@@ -184,10 +195,10 @@ def _cut(log_decay: _LogDecays, segments: Tensor, num_chunks: int, size: int) ->
 
 
 def _scan_chunks(state: Tensor, decay: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """States entering each chunk, (B, c, H, P, N), and the one after the last, (B, H, P, N).
+    """Initial states of all chunks (B, c, H, P, N) and the final state (B, H, P, N).
 
-    `decay` (B, c, H, 1, 1) is that of a whole chunk, `added` (B, c, H, P, N) what its tokens leave
-    at its end.
+    `decay` (B, c, H, 1, 1) is the decay over a whole chunk; `added` (B, c, H, P, N) is the
+    contribution of the chunk's tokens to the state at its end.
     """
     entering = []
     for decay_c, added_c in zip(decay.unbind(1), added.unbind(1), strict=True):
@@ -197,15 +208,15 @@ def _scan_chunks(state: Tensor, decay: Tensor, added: Tensor) -> tuple[Tensor, T
 
 
 def _in_chunks(tokens: Tensor, num_chunks: int, size: int) -> Tensor:
-    """(B, T, heads, ...) -> (B, c, heads, Q, ...), filled up with zeros at the end."""
-    missing = num_chunks * size - tokens.shape[1]
-    if missing:
-        tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, missing))
+    """(B, T, heads, ...) -> (B, c, heads, Q, ...), zero-padded at the end."""
+    padding = num_chunks * size - tokens.shape[1]
+    if padding:
+        tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, padding))
     return tokens.unflatten(1, (num_chunks, size)).transpose(2, 3)
 
 
 def _by_kv_head(rows: Tensor, kv_heads: int) -> Tensor:
-    """(B, c, H, rows, columns) -> (B, c, K, G * rows, columns), one matrix per key/value head."""
+    """(B, c, H, rows, columns) -> (B, c, K, G * rows, columns): one matmul per key/value head."""
     return rows.unflatten(2, (kv_heads, -1)).flatten(3, 4)
 
 
@@ -216,13 +227,13 @@ def _advance(
 
     decay and dt (B, K, G), x (B, K, P), B (B, K, N), C (B, K, G, N).
     """
-    inputs = dt.unsqueeze(-1) * x.unsqueeze(2)
-    state = torch.addcmul(state * decay[..., None, None], inputs.unsqueeze(-1), B[:, :, None, None])
+    dt_x = dt.unsqueeze(-1) * x.unsqueeze(2)
+    state = torch.addcmul(state * decay[..., None, None], dt_x.unsqueeze(-1), B[:, :, None, None])
     return (state @ C.unsqueeze(-1)).squeeze(-1), state
 
 
 def _add_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
-    """y (..., K, G, P) + D (K * G,) x (..., K, P) of the same key/value head, as (..., H, P)."""
+    """y (..., K, G, P) + D (H,) x (..., K, P), as (..., H, P)."""
     if D is not None:
         y = torch.addcmul(y, D.to(y.dtype).view(*y.shape[-3:-1], 1), x.to(y.dtype).unsqueeze(-2))
     return y.flatten(-3, -2)
@@ -234,44 +245,42 @@ def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor
     return F.softplus(dt) if dt_softplus else dt
 
 
-def real_step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, mask: Tensor | None
-) -> Tensor:
-    """Step sizes (B, T, H), 0 at padding."""
-    dt = _step_sizes(dt, dt_bias, dt_softplus)
-    return dt if mask is None else dt.masked_fill(~mask.bool().unsqueeze(-1), 0)
+def masked_tokens(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, step sizes (B, T, H) in the compute dtype, B and C, all 0 at padding.
+
+    A step size of exactly 0 leaves the state unchanged. x, B and C are zeroed as well, because
+    0 * NaN is NaN.
+    """
+    x, dt, B, C = inputs.x, inputs.dt, inputs.B, inputs.C
+    padding = None if inputs.mask is None else ~inputs.mask.bool()
+    if padding is not None:
+        per_head = padding[..., None, None]
+        x, B, C = x.masked_fill(per_head, 0), B.masked_fill(per_head, 0), C.masked_fill(per_head, 0)
+        dt = dt.masked_fill(padding.unsqueeze(-1), 0)
+    step_sizes = _step_sizes(dt.to(compute_dtype(x)), inputs.dt_bias, inputs.dt_softplus)
+    if padding is not None:
+        # Bias and softplus have made the step sizes of padding nonzero.
+        step_sizes = step_sizes.masked_fill(padding.unsqueeze(-1), 0)
+    return x, step_sizes, B, C
 
 
-def blank_padding(
-    mask: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Zeros where `mask` (B, T) is 0, so that even a NaN in the padding reaches nothing."""
-    if mask is None:
-        return x, dt, B, C
-    padding = ~mask.bool()
-    wide = padding[..., None, None]
-    return (
-        x.masked_fill(wide, 0),
-        dt.masked_fill(padding.unsqueeze(-1), 0),
-        B.masked_fill(wide, 0),
-        C.masked_fill(wide, 0),
-    )
-
-
-def _first_state(initial_state: Tensor | None, x: Tensor, C: Tensor) -> Tensor:
+def _initial_state(inputs: ScanInputs) -> Tensor:
+    """`initial_state`, or zeros, (B, H, P, N) in the compute dtype."""
+    x, C = inputs.x, inputs.C
     dtype = compute_dtype(x)
-    if initial_state is not None:
-        return initial_state.to(dtype)
+    if inputs.initial_state is not None:
+        return inputs.initial_state.to(dtype)
     batch, _, heads, state_dim = C.shape
     return torch.zeros(batch, heads, x.shape[-1], state_dim, dtype=dtype, device=x.device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Disable autocast on the device of `x`, if that device has autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
-# Older compilers, as of torch 2.11, cannot look into it.
+# The compiler of torch 2.11 and earlier cannot trace this call.
 @torch.compiler.assume_constant_result
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
