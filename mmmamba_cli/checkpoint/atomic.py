@@ -1,6 +1,6 @@
-"""Folders and files that are there completely or not at all.
+"""Atomic writes: a folder or file is complete or absent, and an old one stays until replaced.
 
-What `--overwrite` may replace: folders that hold only what mmmamba wrote into them.
+`check_replaceable` restricts what `--overwrite` replaces to folders that mmmamba wrote.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from pathlib import Path
 
 from mmmamba_cli.errors import CheckpointError, name_some
 
-# A hidden sibling: the name it stands for, its role, the machine and the process that made it.
+# A hidden sibling: name of its target, role, and the machine and process that wrote it.
 HIDDEN_SIBLING = re.compile(
     r"\.(?P<name>.+)\.(?P<role>partial|old)-(?P<machine>[\w.]+)-(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?"
 )
+HINT_ELSEWHERE = "move what is to be kept, or choose another folder"
+MAX_NAMED_FILES = 5
 # Tokens of the hidden folders that this process is writing.
 _active: set[str] = set()
 
@@ -33,16 +35,17 @@ _active: set[str] = set()
 def atomic_folder(
     target: Path, overwrite: bool = False, check: Callable[[Path], None] | None = None
 ) -> Iterator[Path]:
-    """Yield an empty hidden folder beside `target` that takes its name when the block ends well.
+    """Yield an empty hidden folder beside `target`; rename it to `target` when the block succeeds.
 
-    If it does not, Ctrl-C included, nothing remains of it and an old `target` is as it was. With
-    `overwrite` an existing folder is replaced; it is removed only after the new one is in place.
-    `check` is called with an existing folder before anything is written, and again before the
-    folder is replaced; it raises if the folder may not be replaced. What killed processes of this
-    machine left behind is cleaned up first.
+    If the block fails, Ctrl-C included, the hidden folder is removed and an old `target` is
+    unchanged. `overwrite` replaces an existing folder, which is removed once the new one is in
+    place. `check` is called with an existing folder before anything is written and again before
+    the replacement; it raises if the folder may not be replaced. Leftovers of killed processes of
+    this machine are cleaned up first.
 
-    Raises `CheckpointError` if the target exists (without `overwrite`) or is not a folder, and
-    `OSError`, which names the target, if the disk is full or not writable.
+    Raises:
+        CheckpointError: if the target exists (without `overwrite`) or is not a folder.
+        OSError: if the disk is full or not writable; it names the target.
     """
     target = Path(target).resolve()
     _refuse_existing(target, overwrite, check)
@@ -67,7 +70,7 @@ def atomic_folder(
             aside.rename(target)
         _remove(partial)
         for parent in made:
-            with suppress(OSError):  # not made, or something else lies in it by now
+            with suppress(OSError):  # never created, or no longer empty
                 parent.rmdir()
         raise
     finally:
@@ -78,10 +81,10 @@ def atomic_folder(
 
 
 def interrupted_replacements(folder: Path) -> dict[str, Path]:
-    """Folders below `folder` that were moved aside to be replaced and never were, by name.
+    """Old folders in `folder` whose replacement was interrupted, by the name of their target.
 
-    A process that is killed between the two moves of a replacement leaves the old folder hidden
-    beside its place. Empty if `folder` cannot be listed.
+    A process that is killed between the two renames of a replacement leaves the old folder hidden
+    beside its target. Empty if `folder` cannot be listed.
     """
     found = {}
     with suppress(OSError):
@@ -95,10 +98,10 @@ def interrupted_replacements(folder: Path) -> dict[str, Path]:
 
 
 def restore_interrupted(target: Path) -> Path | None:
-    """Put the folder `target` back if a killed process of this machine has left it set aside.
+    """Rename the old folder back to `target` if a killed process of this machine left it hidden.
 
-    Returns the hidden folder if one is there and stays there, because another machine may be
-    writing or because the disk refuses the move; None otherwise.
+    Returns the hidden folder if it has to stay, because another machine may be writing or because
+    the rename fails; None otherwise.
     """
     target = Path(target)
     hidden = interrupted_replacements(target.parent).get(target.name)
@@ -110,13 +113,13 @@ def restore_interrupted(target: Path) -> Path | None:
     try:
         hidden.rename(target)
     except OSError:
-        # Another command may have put it back meanwhile.
+        # Another command may have renamed it meanwhile.
         return hidden if hidden.exists() else None
     return None
 
 
 def restore_hint(hidden: Path) -> str:
-    """What to do about a folder that `restore_interrupted` left where it is."""
+    """Hint with the command that renames a hidden folder back by hand."""
     match = HIDDEN_SIBLING.fullmatch(hidden.name)
     name = hidden.name if match is None else match["name"]
     move = shlex.join(["mv", str(hidden), str(hidden.with_name(name))])
@@ -124,15 +127,15 @@ def restore_hint(hidden: Path) -> str:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """As `atomic_write_bytes`, in UTF-8."""
+    """Write text as `atomic_write_bytes` does, encoded as UTF-8."""
     atomic_write_bytes(path, text.encode())
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file by way of a hidden sibling, so that `path` is old or new, never between.
+    """Write a file through a hidden sibling, so that `path` has the old or the new content.
 
-    What killed processes of this machine left beside it is removed. Raises `OSError`, which names
-    `path`, if the disk is full or not writable; an old file is then as it was.
+    Leftovers of killed processes of this machine are removed. Raises `OSError`, which names
+    `path`, if the disk is full or not writable; an old file is then unchanged.
     """
     path = Path(path).resolve()
     token = secrets.token_hex(4)
@@ -149,7 +152,7 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
             _clean_up_leftovers(path)
     finally:
         _active.discard(token)
-        # A folder that cannot be written to holds nothing to take away.
+        # A folder that is not writable holds no leftover.
         with suppress(PermissionError):
             partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
@@ -157,10 +160,7 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _report_target_path(target: Path, partial: Path) -> Iterator[None]:
-    """Errors of the system about the hidden `partial`, or a file in it, name the target instead.
-
-    A failed write names no file; it is given the target too.
-    """
+    """Replace the hidden path in an `OSError` by the target's; set it where the error has none."""
     try:
         yield
     except OSError as error:
@@ -169,7 +169,7 @@ def _report_target_path(target: Path, partial: Path) -> Iterator[None]:
             error.filename = str(target)
         elif isinstance(name, str | os.PathLike) and Path(name).is_relative_to(partial):
             error.filename = str(target / Path(name).relative_to(partial))
-            # A rename names both ends.
+            # A failed rename names two paths.
             error.filename2 = None
         raise
 
@@ -188,7 +188,7 @@ def _refuse_existing(
 
 
 def _sibling(target: Path, role: str, token: str) -> Path:
-    """A hidden name that no other process has, and that says whose it is."""
+    """A hidden name that is unique to this process and identifies it."""
     return target.parent / f".{target.name}.{role}-{_machine_id()}-{os.getpid()}-{token}"
 
 
@@ -198,9 +198,9 @@ def _host_name() -> str:
 
 @cache
 def _machine_id() -> str:
-    """The host, its boot and its process namespace: where a process id means one process.
+    """Identify host, boot and PID namespace, within which a PID is one process.
 
-    Containers on one disk may share a host name, and number their processes alike.
+    Containers on one disk may share the host name and use the same PIDs.
     """
     parts = [socket.gethostname()]
     with suppress(OSError):
@@ -210,9 +210,9 @@ def _machine_id() -> str:
 
 
 def _clean_up_leftovers(target: Path) -> None:
-    """Undo what dead processes left: remove partial folders, put an old folder back or away.
+    """Clean up after dead processes: remove partial folders, restore or remove old ones.
 
-    A process id of another machine on a shared disk says nothing here, so those are left alone.
+    Leftovers of other machines on a shared disk stay: their PIDs mean nothing here.
     """
     for path in sorted(target.parent.iterdir()):
         match = HIDDEN_SIBLING.fullmatch(path.name)
@@ -225,10 +225,10 @@ def _clean_up_leftovers(target: Path) -> None:
 
 
 def _owner_is_dead(hidden: re.Match[str]) -> bool:
-    """Whether the process that made this hidden folder is known to have ended."""
+    """Whether the process that wrote this hidden folder is known to have ended."""
     pid = int(hidden["pid"])
     if hidden["token"] is None:
-        # As earlier versions named them; this process is not one of those.
+        # Naming of earlier versions. A leftover with our own PID is of an earlier process.
         return hidden["machine"] == _host_name() and (pid == os.getpid() or not _is_alive(pid))
     if hidden["machine"] != _machine_id():
         return False
@@ -255,7 +255,7 @@ def _rename_into_place(partial: Path, target: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Bring every file and folder below to the disk, contents before the folders naming them."""
+    """fsync every file and folder of the tree, files before the folders that contain them."""
     for path, _, names in os.walk(folder, topdown=False):
         for name in names:
             descriptor = os.open(Path(path, name), os.O_RDONLY)
@@ -271,7 +271,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network filesystems have no fsync for folders; the rename is as safe as they make it.
+        # Some network filesystems have no fsync for folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -283,10 +283,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-HINT_ELSEWHERE = "move what is to be kept, or choose another folder"
-MAX_NAMED_FILES = 5
 
 
 def check_replaceable(
@@ -312,12 +308,12 @@ def check_replaceable(
 
 
 def folder_entries(folder: Path) -> list[str]:
-    """The names of what lies in `folder`, folders with a slash behind."""
+    """Names of the entries of `folder`; folders end with a slash."""
     return sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
 
 
 def unlisted_files(folder: Path, patterns: Iterable[str]) -> list[str]:
-    """Files below `folder` whose path within it matches none of `patterns` (`*` crosses `/`)."""
+    """Files in the tree of `folder` whose relative path matches no pattern (`*` crosses `/`)."""
     known = tuple(patterns)
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     names = (path.relative_to(folder).as_posix() for path in paths)

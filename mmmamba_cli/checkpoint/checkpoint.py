@@ -1,4 +1,4 @@
-"""Any checkpoint we read, seen through our own tensor names, one tensor at a time."""
+"""An opened checkpoint of any known format: its architecture and its tensors by native name."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ KNOWN_MODEL_TYPES = (
 SOURCE_CONFIG = "source_config.json"
 # The tensor whose dtype stands for the model's: parameters such as A_log are always fp32.
 DTYPE_TENSOR = "model.text_embedding.weight"
-# In the order in which transformers prefers them.
+# In the order of preference of transformers.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 UNUSED_TENSORS = {"unused.class_embedding", "unused.language_token_embedding.weight"}
-# Bytes that torch can count of one tensor, at four bytes an element.
+# Largest number of elements of a tensor: torch counts bytes in int64, at four bytes per element.
 MAX_ELEMENTS = (1 << 63) // 4
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its architecture, and its tensors under our names.
+    """An opened checkpoint: its architecture, and its tensors by native name.
 
-    `config` is the model's own, which imports transformers; nothing else here does before a tensor
-    is read. `raw_config` is the config of the teacher it is, or came from; `tokenizer_file` is None
-    where none was found, and the file itself for a GGUF; `assumed` names config values that were
-    filled in rather than read.
+    torch and transformers are imported only when `config` or a tensor is read. `raw_config` is the
+    config of the teacher: the checkpoint's own, or that of the teacher it was made from.
+    `tokenizer_file` is None if none was found, and the checkpoint itself for GGUF. `assumed` names
+    config fields that were filled in, not read.
     """
 
     path: Path
@@ -61,8 +61,8 @@ class Checkpoint:
     name_map: list[TensorMapping]
     tokenizer_file: Path | None = None
     assumed: tuple[str, ...] = ()
-    # The file that the config was read from, and what it holds; the config of a product has more
-    # fields than its architecture.
+    # The file that the config was read from, and, for the native layout, its contents: they have
+    # more fields than the architecture.
     config_file: str = "config.json"
     native_config_values: Mapping[str, Any] | None = None
     _mapping_of: dict[str, tuple[TensorMapping, int]] = field(default_factory=dict, repr=False)
@@ -79,7 +79,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> HolisticVLMConfig:
-        """The model's config. Raises `CheckpointError` for fields that transformers refuses."""
+        """transformers' config. Raises `CheckpointError` for fields that transformers refuses."""
         from mmmamba_cli.checkpoint.native_config import native_model_config, to_model_config
 
         if self.native_config_values is None:
@@ -88,14 +88,14 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Our names and shapes."""
+        """Shapes by native name."""
         return {name: shape for mapping in self.name_map for name, shape in mapping.native.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._mapping_of
 
     def info(self, name: str) -> TensorInfo:
-        """Shape under our name, and the dtype of the first tensor of the file it is made of."""
+        """Native shape, and the dtype of the first foreign tensor it is converted from."""
         mapping, _ = self._mapping_of[name]
         dtype_name = self.source.info(next(iter(mapping.foreign))).dtype_name
         return TensorInfo(dtype_name, mapping.native[name])
@@ -104,14 +104,14 @@ class Checkpoint:
         return self.info(name).dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor under our name; mapped from the file where the format allows it."""
+        """Read a tensor by native name; memory-mapped if the format allows it."""
         mapping, position = self._mapping_of[name]
         return mapping.to_native(*(self.source.read(foreign) for foreign in mapping.foreign))[
             position
         ]
 
     def foreign_names(self, name: str) -> tuple[str, ...]:
-        """Names, in the file, of the tensors that `name` is made of."""
+        """Names in the file of the tensors that `name` is converted from."""
         return tuple(self._mapping_of[name][0].foreign)
 
 
@@ -122,14 +122,13 @@ def open_checkpoint(
     tokenizer_file: Path | None = None,
     arch: str | None = None,
 ) -> Checkpoint:
-    """Open a HoVLE, a published mmMamba, a plain language model or a folder of ours.
+    """Open a HoVLE, a published mmMamba, a plain language model or a native folder.
 
-    Every tensor is checked to be there and to fit.
+    `path` may be the name of a shipped model or a Hub id. A bare state dict takes its config from
+    `config_file`, else from `config.json` beside it, else from `arch`; a GGUF file contains its
+    config. safetensors are opened without torch; GGUF files and PyTorch state dicts need it.
 
-    `path` may be the name of a shipped model, or a repository's id on the Hub. A bare state dict
-    takes its config from `config_file`, else from `config.json` beside it, else
-    from `arch`; a GGUF file carries its own. safetensors are opened without torch; a GGUF file and
-    a PyTorch state dict need it. Raises `CheckpointError`.
+    Raises `CheckpointError`, also if a tensor is missing, unexpected or misshaped.
     """
     path = resolve_path(path)
     home = path if path.is_dir() else path.parent
@@ -176,19 +175,19 @@ def open_checkpoint(
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype `name` is kept in when the model is in `dtype`: decay, gates, norms stay fp32."""
+    """The dtype in which `name` is stored for a model in `dtype`: decay, gates, norms stay fp32."""
     import torch
 
     return torch.float32 if is_fp32_parameter(name) and dtype != torch.float64 else dtype
 
 
 def stored_dtype_name(name: str, dtype_name: str) -> str:
-    """As `stored_dtype`, by torch's names of the dtypes."""
+    """`stored_dtype` by dtype names."""
     return "float32" if is_fp32_parameter(name) and dtype_name != "float64" else dtype_name
 
 
 def tensor_plan(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """What a writer has to know ahead of the tensors `shapes`, kept in `dtype`."""
+    """Descriptions of the tensors `shapes` for a writer, for a model in `dtype`."""
     dtype_name = str(dtype).removeprefix("torch.")
     return {
         name: TensorInfo(stored_dtype_name(name, dtype_name), shape)
@@ -246,7 +245,7 @@ def _find_tokenizer(
         return given
     if is_gguf(path):
         return path
-    # With vision the tokenizer is HoVLE's, which is the SentencePiece model.
+    # With vision the tokenizer is HoVLE's SentencePiece model.
     names = TOKENIZER_FILES if config.vision is None else TOKENIZER_FILES[1:]
     return next((home / name for name in names if (home / name).is_file()), None)
 
@@ -274,9 +273,9 @@ def _read_config(file: Path) -> Mapping[str, Any]:
 
 
 def checked_reader(checkpoint: Checkpoint, hasher: TensorHasher) -> Callable[[str], Tensor]:
-    """`checkpoint.read` that checks every tensor of the file for NaN and infinity, and hashes it.
+    """Wrap `checkpoint.read` to hash every file tensor and to check it for NaN and infinity.
 
-    Raises `CheckpointError` for such values.
+    The returned function raises `CheckpointError` for such values.
     """
     from mmmamba_cli.checkpoint.tensor_io import check_finite
 

@@ -1,6 +1,6 @@
-"""Fields of a foreign `config.json`, each checked, with errors that name the field.
+"""Validated fields of a `config.json`; errors name the field.
 
-`section` is the config or a part of it, `name` that part's name, "" for the config itself, and
+`section` is the config or a section of it, `name` the section's name ("" for the whole config), and
 `where` the file.
 """
 
@@ -16,11 +16,11 @@ from mmmamba_cli.errors import CheckpointError
 
 Section = Mapping[str, Any]
 
-# No size is as large, and one that is would be counted to before any tensor is found missing.
+# Upper bounds: a larger value would cost time or memory before the missing tensors are noticed.
 MAX_INT = 1 << 31
 MAX_LAYERS = 10_000
 
-# RoPE scalings the model knows, and the numbers each needs.
+# RoPE scaling types the model supports, and the numbers each needs.
 ROPE_SCALINGS = {
     "dynamic": ("factor",),
     "linear": ("factor",),
@@ -50,7 +50,7 @@ def field_path(where: str, name: str, key: str) -> str:
 
 
 def positive_int(section: Section, key: str, where: str, name: str = "") -> int:
-    """A whole number above zero. Raises `CheckpointError`."""
+    """A positive integer. Raises `CheckpointError`."""
     value = section.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_INT:
         raise CheckpointError(
@@ -62,7 +62,7 @@ def positive_int(section: Section, key: str, where: str, name: str = "") -> int:
 def positive_float(
     section: Section, key: str, default: float | None, where: str, name: str = ""
 ) -> float:
-    """A number above zero; without a default it must be there. Raises `CheckpointError`."""
+    """A positive number; required if `default` is None. Raises `CheckpointError`."""
     value = section.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise CheckpointError(
@@ -72,7 +72,7 @@ def positive_float(
 
 
 def token_ids(section: Section, key: str, where: str, name: str = "") -> int | list[int] | None:
-    """A token's id, several where one of them ends a text, or None. Raises `CheckpointError`."""
+    """A token id, a list of ids (several end-of-text tokens), or None. Raises `CheckpointError`."""
     value = section.get(key)
     listed = value if isinstance(value, list) else [value]
     if value is not None and not all(type(one) is int and 0 <= one < MAX_INT for one in listed):
@@ -83,7 +83,7 @@ def token_ids(section: Section, key: str, where: str, name: str = "") -> int | l
 
 
 def require_value(section: Section, key: str, value: Any, where: str, name: str = "") -> None:
-    """Stop at an option that changes the computation, unless it is absent or has just `value`."""
+    """Raise `CheckpointError` unless the option is absent or equals `value`, the only supported."""
     if section.get(key, value) != value:
         raise CheckpointError(
             f"{field_path(where, name, key)} is {section[key]!r:.60}, only {value!r} is supported"
@@ -91,7 +91,7 @@ def require_value(section: Section, key: str, value: Any, where: str, name: str 
 
 
 def stack_fields(section: Section, where: str, name: str = "") -> dict[str, Any]:
-    """A `StackConfig` as the words of Llama and its kin describe it, less biases and norms."""
+    """Fields of a `StackConfig` from a Llama-style config, without biases and norms."""
     hidden = positive_int(section, "hidden_size", where, name)
     heads = positive_int(section, "num_attention_heads", where, name)
     kv_heads, head_dim = heads, hidden // heads
@@ -129,7 +129,7 @@ def stack_fields(section: Section, where: str, name: str = "") -> dict[str, Any]
 
 
 def check_rope_scaling(scaling: Any, where: str) -> None:
-    """RoPE scaling as our own config has it: None, or its type with the numbers that one needs."""
+    """Validate native RoPE scaling: None, or a type with the numbers it needs."""
     if scaling is None:
         return
     kind = scaling.get("type") if isinstance(scaling, dict) else None
@@ -144,7 +144,7 @@ def check_rope_scaling(scaling: Any, where: str) -> None:
 
 
 def _rope(section: Section, maximum: int, where: str, name: str) -> dict[str, Any]:
-    """Base and scaling: `rope_theta` and `rope_scaling`, or both in one as `rope_parameters`."""
+    """RoPE base and scaling from `rope_theta` and `rope_scaling`, or from `rope_parameters`."""
     scaling, together = section.get("rope_scaling"), section.get("rope_parameters")
     key = "rope_scaling" if together is None else "rope_parameters"
     if together is not None and not isinstance(together, dict):

@@ -1,13 +1,11 @@
-"""GGUF files of llama.cpp, read by transformers: their config and their tensors, dequantised.
+"""GGUF files of llama.cpp: header checks, and config and dequantised tensors by transformers.
 
-transformers leaves out what it has no name for. So the file is looked at first, and what would
-make another model of it is refused by name.
+transformers silently drops fields and tensors it does not know. The header is therefore checked
+first, and a field that would change the computation raises an error that names it.
 
-The head of a GGUF file, walked before any library reads it: every count must fit in the file.
-
-Little-endian throughout: magic, version (u32), counts of tensors and of fields (u64); a field is a
-name, the kind of its value (u32) and the value. Text is its length (u64) and its bytes, an array
-the kind of its items (u32), their count (u64) and the items.
+Header, little-endian: magic, version (u32), number of tensors and of fields (u64), fields. A field
+is a name, a value type (u32) and a value. A string is its length (u64) and its bytes; an array is
+its item type (u32), its length (u64) and its items.
 """
 
 from __future__ import annotations
@@ -29,101 +27,31 @@ if TYPE_CHECKING:
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# Bytes of a value by its kind; text and arrays have lengths of their own.
+# Bytes of a value by its type; strings and arrays have a variable size.
 VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, ARRAY = 8, 9
-# The least a tensor takes in the head: the lengths of its name, dimensions, kind and place.
+# Minimum size of a tensor's header entry: length of its name, number of dimensions, type, offset.
 MIN_TENSOR_ENTRY_BYTES = 8 + 4 + 4 + 8
 MAX_ARRAY_DEPTH = 4
+REQUIRED_PACKAGES = ("gguf", "accelerate")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Fields with only one supported value; they may be absent.
+SUPPORTED_VALUES = {
+    "rope.scaling.type": "none",
+    "expert_count": 0,
+}
+# transformers assumes this head size for Qwen3 and ignores the file's.
+QWEN3_HEAD_DIM = 128
+# Fields of transformers' config that describe the file, not the model.
+FILE_ONLY_FIELDS = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
 
 
 def is_gguf(path: Path) -> bool:
     return path.suffix == SUFFIX
 
 
-def check_header(path: Path) -> None:
-    """Raise `CheckpointError` unless the head is one, and lies wholly within the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF")
-        try:
-            _check_fields(file, size)
-        except (_DamagedHeader, struct.error) as error:
-            raise CheckpointError(
-                f"{path} cannot be read as GGUF: {error if str(error) else 'it ends too early'}",
-                "download it again, it may be cut off",
-            ) from error
-
-
-class _DamagedHeader(Exception):
-    """What is wrong with the head."""
-
-
-def _check_fields(file: BinaryIO, size: int) -> None:
-    version = _read_number(file, "<I")
-    if version not in VERSIONS:
-        raise _DamagedHeader(f"its version is {version}, known are {', '.join(map(str, VERSIONS))}")
-    tensors, fields = _read_number(file, "<Q"), _read_number(file, "<Q")
-    _check_fits(file, size, tensors * MIN_TENSOR_ENTRY_BYTES, "tensors")
-    for _ in range(fields):
-        _skip_text(file, size)
-        _skip_value(file, size, _read_number(file, "<I"), 0)
-
-
-def _skip_value(file: BinaryIO, size: int, kind: int, depth: int) -> None:
-    if kind == TEXT:
-        _skip_text(file, size)
-    elif kind == ARRAY and depth < MAX_ARRAY_DEPTH:
-        inner, count = _read_number(file, "<I"), _read_number(file, "<Q")
-        if inner in VALUE_BYTES:
-            _skip(file, size, count * VALUE_BYTES[inner])
-            return
-        # Text and arrays have at least a length each.
-        _check_fits(file, size, count * 8, "items of an array")
-        for _ in range(count):
-            _skip_value(file, size, inner, depth + 1)
-    elif kind in VALUE_BYTES:
-        _skip(file, size, VALUE_BYTES[kind])
-    else:
-        raise _DamagedHeader(f"a field has a value of unknown kind {kind}")
-
-
-def _read_number(file: BinaryIO, form: str) -> int:
-    raw = file.read(struct.calcsize(form))
-    (value,) = struct.unpack(form, raw)
-    return int(value)
-
-
-def _skip_text(file: BinaryIO, size: int) -> None:
-    _skip(file, size, _read_number(file, "<Q"))
-
-
-def _skip(file: BinaryIO, size: int, count: int) -> None:
-    _check_fits(file, size, count, "bytes of a field")
-    file.seek(count, 1)
-
-
-def _check_fits(file: BinaryIO, size: int, count: int, what: str) -> None:
-    if count > size - file.tell():
-        raise _DamagedHeader(f"it announces more {what} than it holds")
-
-
-REQUIRED_PACKAGES = ("gguf", "accelerate")
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# What the file may say only with this value, if it says it at all.
-SUPPORTED_VALUES = {
-    "rope.scaling.type": "none",
-    "expert_count": 0,
-}
-# What transformers takes for Qwen3, whatever the file says.
-QWEN3_HEAD_DIM = 128
-# Of no use in the teacher's config: where the file was, and how it was packed.
-FILE_ONLY_FIELDS = ("_name_or_path", "quantization_config", "dtype", "transformers_version")
-
-
 class DequantizedTensors:
-    """The tensors of a GGUF file in memory, fp32, under transformers' names; a `TensorReader`."""
+    """A `TensorReader` of dequantised tensors: fp32, in memory, under transformers' names."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = dict(tensors)
@@ -137,10 +65,10 @@ class DequantizedTensors:
 
 
 def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
-    """The config, as transformers words it, and the tensors, all read and dequantised at once.
+    """Read transformers' config and all tensors, dequantised.
 
-    Raises `CheckpointError` if the packages for it are missing, or the file is damaged, of another
-    architecture, or holds what transformers would leave out.
+    Raises `CheckpointError` if required packages are missing, or the file is damaged, has another
+    architecture, or has fields or tensors that transformers would drop.
     """
     count = _count_tensors(path)
     import torch
@@ -173,8 +101,76 @@ def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
     return config, TensorSource("gguf", {path: DequantizedTensors(tensors)})
 
 
+def check_header(path: Path) -> None:
+    """Raise `CheckpointError` unless the header is valid and every count fits in the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF")
+        try:
+            _check_fields(file, size)
+        except (_DamagedHeader, struct.error) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as GGUF: {error if str(error) else 'it ends too early'}",
+                "download it again, it may be cut off",
+            ) from error
+
+
+class _DamagedHeader(Exception):
+    """A malformed header; the message says where."""
+
+
+def _check_fields(file: BinaryIO, size: int) -> None:
+    version = _read_number(file, "<I")
+    if version not in VERSIONS:
+        raise _DamagedHeader(f"its version is {version}, known are {', '.join(map(str, VERSIONS))}")
+    tensors, fields = _read_number(file, "<Q"), _read_number(file, "<Q")
+    _check_fits(file, size, tensors * MIN_TENSOR_ENTRY_BYTES, "tensors")
+    for _ in range(fields):
+        _skip_text(file, size)
+        _skip_value(file, size, _read_number(file, "<I"), 0)
+
+
+def _skip_value(file: BinaryIO, size: int, kind: int, depth: int) -> None:
+    if kind == TEXT:
+        _skip_text(file, size)
+    elif kind == ARRAY and depth < MAX_ARRAY_DEPTH:
+        inner, count = _read_number(file, "<I"), _read_number(file, "<Q")
+        if inner in VALUE_BYTES:
+            _skip(file, size, count * VALUE_BYTES[inner])
+            return
+        # Strings and arrays have a length of 8 bytes each.
+        _check_fits(file, size, count * 8, "items of an array")
+        for _ in range(count):
+            _skip_value(file, size, inner, depth + 1)
+    elif kind in VALUE_BYTES:
+        _skip(file, size, VALUE_BYTES[kind])
+    else:
+        raise _DamagedHeader(f"a field has a value of unknown kind {kind}")
+
+
+def _read_number(file: BinaryIO, form: str) -> int:
+    raw = file.read(struct.calcsize(form))
+    (value,) = struct.unpack(form, raw)
+    return int(value)
+
+
+def _skip_text(file: BinaryIO, size: int) -> None:
+    _skip(file, size, _read_number(file, "<Q"))
+
+
+def _skip(file: BinaryIO, size: int, count: int) -> None:
+    _check_fits(file, size, count, "bytes of a field")
+    file.seek(count, 1)
+
+
+def _check_fits(file: BinaryIO, size: int, count: int, what: str) -> None:
+    if count > size - file.tell():
+        raise _DamagedHeader(f"it announces more {what} than it holds")
+
+
 def _count_tensors(path: Path) -> int:
-    """How many tensors the file holds, if it is one that transformers reads wholly."""
+    """Check that transformers reads the whole file, and return its number of tensors."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is not a regular file", "check the path")
     check_header(path)
@@ -199,7 +195,7 @@ def _count_tensors(path: Path) -> int:
 
 
 def _default_head_dim(fields: Mapping[str, Any], kind: str) -> int | None:
-    """Size of a head where no field gives it: the width over the heads."""
+    """Head size if no field gives it: hidden size over heads."""
     width, heads = (
         fields.get(f"{kind}.embedding_length"),
         fields.get(f"{kind}.attention.head_count"),

@@ -1,9 +1,7 @@
-"""Content hashes: SHA-256 over per-tensor digests, the same however tensors are spread over files.
+"""Content hashes of checkpoints: SHA-256 over per-tensor digests, independent of sharding.
 
-A tensor's digest covers its name, dtype, shape and bytes in row order. The content hash covers the
-digests in the order of the names, so neither sharding nor the order of writing changes it.
-
-Work on tensors in a few threads, with a bound on the bytes that wait for it.
+The digest of a tensor covers its name, dtype, shape and bytes in row order. The content hash covers
+the digests in the order of the names. `BoundedPool` runs hashing and writing in threads.
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ Result = TypeVar("Result")
 
 
 class BoundedPool:
-    """A thread pool whose `submit` blocks while more than `max_pending_bytes` are under way.
+    """A thread pool whose `submit` blocks while more than `max_pending_bytes` are pending.
 
-    A job larger than that waits until it is alone. Hashing and file writes release the
-    interpreter's lock, so that they run beside each other and beside PyTorch.
+    A larger job waits until no other is pending. Hashing and file writes release the GIL, so that
+    they run in parallel with each other and with PyTorch.
     """
 
     def __init__(self, max_pending_bytes: int, workers: int = 2):
@@ -38,7 +36,7 @@ class BoundedPool:
         self._changed = threading.Condition()
 
     def submit(self, nbytes: int, job: Callable[[], Result]) -> Future[Result]:
-        """Queue `job`, which holds on to `nbytes` until it is done."""
+        """Queue `job`, which keeps `nbytes` in memory until it is done."""
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._pending or self._pending + nbytes <= self._limit
@@ -49,7 +47,7 @@ class BoundedPool:
         return future
 
     def close(self) -> None:
-        """Drop what has not started and wait for what has."""
+        """Cancel jobs that have not started and wait for the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _release(self, nbytes: int) -> None:
@@ -59,12 +57,12 @@ class BoundedPool:
 
 
 def start_digest(name: str, info: TensorInfo) -> Any:
-    """A SHA-256 object that has taken in the name, dtype and shape; the bytes come next."""
+    """A SHA-256 object updated with name, dtype and shape; the caller adds the bytes."""
     return hashlib.sha256(json.dumps([name, info.dtype_name, list(info.shape)]).encode())
 
 
 def tensor_digest(name: str, tensor: Tensor) -> bytes:
-    """The 32-byte digest of one named tensor."""
+    """The digest of a named tensor, 32 bytes."""
     digest = start_digest(name, TensorInfo.of(tensor.dtype, tuple(tensor.shape)))
     for chunk in byte_chunks(tensor):
         digest.update(chunk)
@@ -72,15 +70,15 @@ def tensor_digest(name: str, tensor: Tensor) -> bytes:
 
 
 def combined_hash(digests: Mapping[str, bytes]) -> str:
-    """The content hash, 64 hexadecimal digits, of tensors given by their digests."""
+    """The content hash, 64 hexadecimal digits, over digests by tensor name."""
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
 class TensorHasher:
-    """Hashes tensors in background threads while the caller goes on with them.
+    """Hashes tensors in background threads while the caller uses them.
 
-    A tensor must not change until `result` has returned. `submit` blocks while more than
-    `max_pending_bytes` wait, so that memory stays bounded.
+    A tensor must not change until `result` returns. `submit` blocks while more than
+    `max_pending_bytes` are pending, so that memory stays bounded.
     """
 
     def __init__(self, workers: int = 2, max_pending_bytes: int = 256 << 20):
@@ -88,18 +86,18 @@ class TensorHasher:
         self._futures: dict[str, Future[bytes]] = {}
 
     def submit(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor. Each name once."""
+        """Queue one tensor; a name may be submitted only once."""
         if name in self._futures:
             raise ValueError(f"tensor {name} was already hashed")
         job = self._pool.submit(tensor.nbytes, lambda: tensor_digest(name, tensor))
         self._futures[name] = job
 
     def digests(self) -> dict[str, bytes]:
-        """Wait for all that was submitted and return their digests."""
+        """Wait for all submitted tensors and return their digests by name."""
         return {name: future.result() for name, future in self._futures.items()}
 
     def result(self) -> str:
-        """Wait for all that was submitted and return their content hash."""
+        """Wait for all submitted tensors and return their content hash."""
         return combined_hash(self.digests())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""HoVLE (`model_type: internvl_chat`): its config and tensor names against native, both ways."""
+"""The HoVLE layout (`model_type: internvl_chat`): its config and its name map."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 MODEL_TYPE = "internvl_chat"
 EMBEDDING_TYPE = "holistic_embedding"
 
-# For a bare state dict without its config: `--arch hovle-2.6b`. Shapes cannot confirm everything
-# here; `ASSUMED_FIELDS` names what has to be believed.
+# Configs for bare state dicts, by the name that `--arch` takes. Tensor shapes cannot confirm the
+# fields in `ASSUMED_FIELDS`.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hovle-2.6b": {
         "model_type": MODEL_TYPE,
@@ -85,15 +85,15 @@ ASSUMED_FIELDS = (
     "embedding_config.img_context_token_id",
 )
 
-# Foreign and our prefix of a layer, the config and the layer's number to the layer's rules.
+# (foreign prefix, native prefix, config, layer index) -> mappings of one layer.
 BlockMapping = Callable[[str, str, ModelShape, int], list[TensorMapping]]
 
-# Stop tokens of the chat template in InternLM2's vocabulary; smaller vocabularies lack some.
+# Stop tokens of the chat template in InternLM2's vocabulary; they need the full vocabulary.
 CHAT_STOP_IDS = (2, 1163, 92543, 92542)
 
 
 def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
-    """HoVLE's config as the model's. Raises `CheckpointError`."""
+    """Convert HoVLE's config to the model's. Raises `CheckpointError`."""
     from mmmamba_cli.checkpoint.native_config import to_model_config
 
     return to_model_config(to_architecture(raw, where))
@@ -102,9 +102,9 @@ def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLM
 def to_architecture(
     raw: Mapping[str, Any], where: str = "config.json", embedding_type: str = EMBEDDING_TYPE
 ) -> Architecture:
-    """Translate HoVLE's config; all layers are attention. Raises `CheckpointError`.
+    """Convert HoVLE's config; all layers are attention. Raises `CheckpointError`.
 
-    `embedding_type` is what a layout derived from HoVLE's calls the embedding stack.
+    `embedding_type` is the `model_type` of the embedding stack, which derived layouts change.
     """
     embedding = _section(raw, "embedding_config", where)
     language = _section(raw, "llm_config", where)
@@ -149,10 +149,10 @@ def name_map(
     names: Collection[str] | None = None,
     block: BlockMapping | None = None,
 ) -> list[TensorMapping]:
-    """The name table of a HoVLE with this config (all layers attention).
+    """The name map of a HoVLE with this config (all layers attention).
 
-    `names`, of the tensors at hand, tells whether a tied head was written out as well; `block`
-    gives the rules of one layer where they are not InternLM2's.
+    `names` of the tensors in the file show whether a tied head is stored as well. `block` returns
+    the mappings of one layer, InternLM2's by default.
     """
     block = block or internlm2_block
     embedding, language = raw["embedding_config"], raw["llm_config"]
@@ -178,12 +178,12 @@ def name_map(
 
 
 def is_tied(raw: Mapping[str, Any]) -> bool:
-    """Whether the head is the language model's own token table; only `llm_config` decides."""
+    """Whether the head is tied to the language model's token embedding, as `llm_config` says."""
     return bool(raw["llm_config"].get("tie_word_embeddings", False))
 
 
 def _tied_head_mapping(tokens: str, kept: str, shape: Shape) -> TensorMapping:
-    """One table that serves as the language model's token embedding and as its head."""
+    """Map the language model's token embedding to itself and to the head."""
     return TensorMapping(
         {tokens: shape},
         {kept: shape, "lm_head.weight": shape},
@@ -193,7 +193,7 @@ def _tied_head_mapping(tokens: str, kept: str, shape: Shape) -> TensorMapping:
 
 
 def _embedding_mappings(embedding: Mapping[str, Any], config: ModelShape) -> list[TensorMapping]:
-    """Pixels and text up to the first layer."""
+    """Mappings of the patch, position and text embeddings."""
     vision, hidden = config.vision_config, config.hidden_size
     assert vision is not None
     source, native = "embedding_model.vision_embeddings", "model.vision"
@@ -223,7 +223,7 @@ def _embedding_mappings(embedding: Mapping[str, Any], config: ModelShape) -> lis
 def internlm2_block(
     foreign: str, native: str, config: ModelShape, layer: int
 ) -> list[TensorMapping]:
-    """The seven tensors of one attention layer, as InternLM2 names them."""
+    """The seven tensors of one attention layer under InternLM2's names."""
     stack, hidden = config.stack_of(layer), config.hidden_size
     wide, inner = stack.num_heads * stack.head_dim, stack.intermediate_size
     qkv = [f"{native}.mixer.{name}_proj.weight" for name in "qkv"]
@@ -242,7 +242,7 @@ def internlm2_block(
 
 
 def mlp_and_norms(foreign: str, native: str, hidden: int, inner: int) -> list[TensorMapping]:
-    """What surrounds the mixer of a layer: SwiGLU and the two norms."""
+    """Mappings of a layer's SwiGLU and its two norms."""
     feed, mlp = f"{foreign}.feed_forward", f"{native}.mlp"
     return [
         rename(f"{feed}.w1.weight", f"{mlp}.gate_proj.weight", (inner, hidden)),
@@ -291,7 +291,7 @@ def _vision_fields(
 
 
 def _check_supported(embedding: Mapping[str, Any], language: Mapping[str, Any], where: str) -> None:
-    """Stop at options that would change the computation and that this model does not have."""
+    """Raise for options that change the computation and that the model does not support."""
     wanted = (
         ("embedding_config", embedding, "attention_bias", False),
         ("embedding_config", embedding, "mlp_bias", False),

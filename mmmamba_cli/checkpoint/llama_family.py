@@ -1,7 +1,7 @@
-"""Plain language models as teachers: Llama, Qwen2, Qwen3, InternLM2.
+"""Llama, Qwen2, Qwen3 and InternLM2 as teachers: their configs and name maps.
 
-Their block is native; they differ in names, in biases, in a norm on q and k, and in what a config
-that says nothing means. What would change the computation and is not known here is refused by name.
+All use the native block; they differ in tensor names, biases, a norm on q and k, and config
+defaults. An unsupported option that would change the computation raises an error that names it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mmmamba_cli.model import HolisticVLMConfig
 
-# Tables that old conversions kept with the weights, and that follow from the config.
+# RoPE tables that old conversions stored with the weights; they are derived from the config.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 
@@ -42,7 +42,7 @@ class Family:
     required: Mapping[str, Any]
     qkv_bias: bool = False
     qk_norm: bool = False
-    # Whether `attention_bias` in the config gives all four projections a bias.
+    # `attention_bias` in the config gives all four projections a bias.
     optional_bias: bool = False
     packed: bool = False
     names: Mapping[str, str] = field(
@@ -91,14 +91,14 @@ MODEL_TYPES = tuple(FAMILIES)
 
 
 def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
-    """The config of a plain language model as the model's. Raises `CheckpointError`."""
+    """Convert the config of a plain language model to the model's. Raises `CheckpointError`."""
     from mmmamba_cli.checkpoint.native_config import to_model_config
 
     return to_model_config(to_architecture(raw, where))
 
 
 def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """Translate the config of a model whose `model_type` is in `MODEL_TYPES`.
+    """Convert the config of a model whose `model_type` is in `MODEL_TYPES`.
 
     All layers are attention, in one stack, without vision. Raises `CheckpointError` that names
     the field.
@@ -130,9 +130,9 @@ def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Archi
 def name_map(
     raw: Mapping[str, Any], config: ModelShape, names: Collection[str] | None = None
 ) -> list[TensorMapping]:
-    """The name table of such a model (all layers attention).
+    """The name map of a plain language model (all layers attention).
 
-    `names`, of the tensors at hand, tells whether a tied head was written out as well.
+    `names` of the tensors in the file show whether a tied head is stored as well.
     """
     family = FAMILIES[raw["model_type"]]
     vocabulary = (config.vocab_size, config.hidden_size)
@@ -156,7 +156,7 @@ def name_map(
 
 
 def _attention_block(name: str, hidden: int, stack: StackConfig) -> list[TensorMapping]:
-    """One layer of Llama, Qwen2 or Qwen3."""
+    """Mappings of one layer of Llama, Qwen2 or Qwen3."""
     wide, narrow = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
     inner = stack.intermediate_size
     shapes: dict[str, Shape] = {
@@ -185,7 +185,7 @@ def _attention_block(name: str, hidden: int, stack: StackConfig) -> list[TensorM
 
 
 def _duplicated_head(tokens: str, head: str, shape: Shape) -> TensorMapping:
-    """A tied head that is in the file beside the token table it must equal."""
+    """Map a tied head that is stored as well; it must equal the token embedding."""
 
     def one(table: Tensor, copy: Tensor) -> Tensors:
         import torch
@@ -202,7 +202,7 @@ def _duplicated_head(tokens: str, head: str, shape: Shape) -> TensorMapping:
 
 
 def _check_no_sliding_window(section: Mapping[str, Any], where: str) -> None:
-    """Attention here sees everything before it; a window that some layer has is refused."""
+    """Raise `CheckpointError` if a layer has sliding-window attention."""
     kinds = section.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list):

@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from mmmamba_cli.model import HolisticVLMConfig
 
 MODEL_TYPE = "mmMamba_chat"
-# The repository whose code reads this layout; transformers takes it from there.
+# Repository of the code that reads this layout; transformers loads it from there.
 CODE_REPOSITORY = "hustvl/mmMamba-linear"
 EMBEDDING_TYPE = "mmMamba_embedding"
 LANGUAGE_TYPE = "mmMamba"
 LAYER_TYPES = {"mha": ATTENTION, "mamba2": LINEAR}
 BLOCK_TYPES = {native: theirs for theirs, native in LAYER_TYPES.items()}
-# The one width there is: the published convolution has two taps.
+# The only supported width: the published convolution has two taps.
 CONV_WIDTH = 2
 
 
 def to_config(raw: Mapping[str, Any], where: str = "config.json") -> HolisticVLMConfig:
-    """The config of a published mmMamba as the model's. Raises `CheckpointError`."""
+    """Convert the config of a published mmMamba to the model's. Raises `CheckpointError`."""
     from mmmamba_cli.checkpoint.native_config import to_model_config
 
     return to_model_config(to_architecture(raw, where))
 
 
 def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """Translate the config of a published mmMamba. Raises `CheckpointError` naming the field."""
+    """Convert the config of a published mmMamba. Raises `CheckpointError` that names the field."""
     found = hovle.to_architecture(raw, where, embedding_type=EMBEDDING_TYPE)
     kind = raw["llm_config"].get("model_type", LANGUAGE_TYPE)
     if kind != LANGUAGE_TYPE:
@@ -58,10 +58,10 @@ def to_architecture(raw: Mapping[str, Any], where: str = "config.json") -> Archi
 def name_map(
     raw: Mapping[str, Any], config: ModelShape, names: Collection[str] | None = None
 ) -> list[TensorMapping]:
-    """The name table of a model with this config.
+    """The name map of a model with this config.
 
-    `names`, of the tensors at hand, tells for each layer whether its projections are fused, and
-    whether a tied head was written out as well; without them they are fused.
+    `names` of the tensors in the file show for each layer whether its projections are fused, and
+    whether a tied head is stored as well. Without `names` the projections are fused.
     """
 
     def block(foreign: str, native: str, config: ModelShape, layer: int) -> list[TensorMapping]:
@@ -80,7 +80,7 @@ def name_map(
 
 
 def _layer_types(raw: Mapping[str, Any], section: str, count: int, where: str) -> list[str]:
-    """`layers_block_type` of one stack, in our words."""
+    """Native layer types of one stack, from its `layers_block_type`."""
     listed = raw[section].get("layers_block_type")
     if not isinstance(listed, list) or len(listed) != count:
         raise CheckpointError(
@@ -97,7 +97,7 @@ def _layer_types(raw: Mapping[str, Any], section: str, count: int, where: str) -
 
 
 def _projection_rows(stack: StackConfig) -> dict[str, int]:
-    """Our projections in the order of the fused rows: v, k, q, gate, dt."""
+    """Rows of each native projection in the order of the fused tensor: v, k, q, gate, dt."""
     wide, narrow = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
     return {"v": narrow, "k": narrow, "q": wide, "g": wide, "dt": stack.num_heads}
 
@@ -105,7 +105,7 @@ def _projection_rows(stack: StackConfig) -> dict[str, int]:
 def _fused_projections(
     foreign: str, native: str, stack: StackConfig, hidden: int
 ) -> list[TensorMapping]:
-    """One tensor (2 K P + 2 H P + H, D) against five, and the published name of the gated norm."""
+    """Map the fused tensor (2 K P + 2 H P + H, D) to five, and the published gated norm."""
     rows = _projection_rows(stack)
     shapes = {f"{native}.{name}_proj.weight": (size, hidden) for name, size in rows.items()}
 
@@ -129,7 +129,7 @@ def _fused_projections(
 def _separate_projections(
     foreign: str, native: str, stack: StackConfig, hidden: int
 ) -> list[TensorMapping]:
-    """The training code's names."""
+    """Map the separate projections and the gated norm of the training code."""
     theirs = {"dt": "in_proj"}
     return [
         *(
@@ -147,7 +147,7 @@ def _separate_projections(
 def _other_tensors(
     foreign: str, native: str, stack: StackConfig, hidden: int
 ) -> list[TensorMapping]:
-    """What has the same name before and after the fusion; channels are v, k, q, as ours are."""
+    """Map tensors that both variants name alike; conv channels are v, k, q in both layouts."""
     rows = _projection_rows(stack)
     channels = rows["v"] + rows["k"] + rows["q"]
     heads = (stack.num_heads,)

@@ -1,4 +1,4 @@
-"""A model in memory from any checkpoint we read, with every parameter accounted for."""
+"""Model loading from any supported checkpoint, and its generation config."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.processing import as_id_set
 
 GENERATION_CONFIG = "generation_config.json"
-# Settings of a generation that mean the same for a student of the same vocabulary.
+# Generation settings that a student with the same vocabulary inherits from its teacher.
 INHERITED_SETTINGS = frozenset(
     {
         *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
@@ -56,7 +56,7 @@ def load_model(
     frozen: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> HolisticVLM:
-    """The model of a checkpoint, in eval mode. See `mmmamba_cli.load`."""
+    """Load the model of a checkpoint in eval mode. See `mmmamba_cli.load`."""
     device = check_device(device)
     if checkpoint is None:
         checkpoint = open_checkpoint(path)
@@ -68,7 +68,7 @@ def load_model(
     state = {}
     for name in parameter_shapes(checkpoint.config):
         tensor = checkpoint.read(name)
-        # A tensor that needs no cast is copied, so that the model does not hang on the file.
+        # `cast` always copies, so that the model does not depend on the memory-mapped file.
         state[name] = cast(tensor, stored_dtype(name, wanted), name, device)
     model.load_state_dict(state, strict=not checkpoint.config.tie_word_embeddings, assign=True)
     model.tie_weights()
@@ -80,24 +80,24 @@ def load_model(
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bf16 on CUDA, else fp32. Raises `CheckpointError`."""
+    """Parse a dtype; "auto" is bf16 on CUDA and fp32 elsewhere. Raises `CheckpointError`."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return parse_dtype(name)
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """A floating dtype from torch's name or ours (bf16, fp16, fp32). Raises `CheckpointError`."""
+    """Parse a floating dtype: torch's name, bf16, fp16 or fp32. Raises `CheckpointError`."""
     if isinstance(name, torch.dtype):
         return name
     return torch_dtype(parse_dtype_name(name))
 
 
 def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
-    """What stops a generation and how tokens are drawn.
+    """The generation config: stop tokens and sampling settings.
 
-    A folder that mmmamba wrote keeps its own. Others get the chat template's stop tokens, and what
-    their `generation_config.json` recommends (`recommended_settings`).
+    A native folder keeps its own. Other checkpoints get the chat template's stop tokens and the
+    `recommended_settings` of their `generation_config.json`.
     """
     if (
         checkpoint.model_type == NATIVE_MODEL_TYPE
@@ -110,7 +110,7 @@ def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     found.suppress_tokens = sorted(suppressed) or None
     found.update(**carried)
     if checkpoint.model_type in llama_family.MODEL_TYPES and _has_generation_config(checkpoint):
-        # A chat model ends its turn with more tokens than its config names.
+        # A chat model ends its turn with more tokens than its config lists.
         ends = token_ids(
             {"eos_token_id": _read_generation_config(checkpoint.folder).eos_token_id},
             "eos_token_id",
@@ -156,7 +156,7 @@ def _read_generation_config(folder: Path) -> GenerationConfig:
 
 
 def default_generation_config(config: HolisticVLMConfig) -> GenerationConfig:
-    """Greedy, stopping at the chat template's stop tokens; image context is never generated."""
+    """Greedy, with the chat template's stop tokens; the image context token is suppressed."""
     ends, vision = as_id_set(config.eos_token_id), config.vision_config
     if vision is not None and config.vocab_size > max(CHAT_STOP_IDS):
         ends |= set(CHAT_STOP_IDS)

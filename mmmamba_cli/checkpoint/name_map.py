@@ -24,12 +24,24 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Tensors = tuple["Tensor", ...]
 
+# Wrappers around the model or single layers. No model has such submodules: removed everywhere.
+WRAPPER_MODULES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# DDP's `module` is an ordinary word: removed at the start only.
+LEADING_MODULES = WRAPPER_MODULES | {"module"}
+PEFT_PREFIX = "base_model.model."
+PEFT_PARTS = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
+MERGE_HINT = (
+    "merge the adapter into its base model first: load both with peft, call merge_and_unload() and "
+    "save_pretrained(FOLDER) on the result"
+)
+
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """`to_native` maps the foreign tensors to native, in order; `to_foreign` is its exact inverse.
+    """Foreign and native names with their shapes, and the conversion of tensors both ways.
 
-    `foreign` gives the shape each foreign tensor must have.
+    `to_native` takes the foreign tensors in order and returns the native ones; `to_foreign` is its
+    exact inverse.
     """
 
     foreign: Mapping[str, Shape]
@@ -39,7 +51,7 @@ class TensorMapping:
 
 
 def rename(foreign: str, native: str, shape: Shape) -> TensorMapping:
-    """The same tensor under another name."""
+    """Map one tensor to another name, unchanged."""
     return TensorMapping({foreign: shape}, {native: shape}, _same, _same)
 
 
@@ -55,7 +67,7 @@ def packed_qkv(
     head_dim: int,
     hidden: int,
 ) -> TensorMapping:
-    """Rows packed per key/value head as [q x H/K, k, v] blocks of P rows, against q, k and v.
+    """Map InternLM2's packed wqkv, [q x H/K, k, v] blocks of P rows per key/value head, to q, k, v.
 
     Foreign (K (H/K + 2) P, D); native q (H P, D), k (K P, D), v (K P, D). Splitting makes views.
     """
@@ -82,7 +94,7 @@ def packed_qkv(
 
 
 def stacked_rows(foreign: Mapping[str, Shape], native: str) -> TensorMapping:
-    """Several foreign tables stacked by rows into one of ours."""
+    """Map several foreign tables to one native table, concatenated along rows."""
     sizes = [shape[0] for shape in foreign.values()]
     width = next(iter(foreign.values()))[1:]
 
@@ -100,7 +112,7 @@ def stacked_rows(foreign: Mapping[str, Shape], native: str) -> TensorMapping:
 def foreign_tensors(
     name_map: Sequence[TensorMapping], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The table's other direction: foreign names and tensors, from native as `read` gives them."""
+    """Yield foreign names and tensors, converted from the native tensors that `read` returns."""
     for mapping in name_map:
         yield from zip(mapping.foreign, mapping.to_foreign(*map(read, mapping.native)), strict=True)
 
@@ -111,7 +123,7 @@ def check_names(
     where: str,
     what: str = "checkpoint",
 ) -> None:
-    """Compare the tensors at hand with those the table asks for.
+    """Compare the tensors of a checkpoint, by name and shape, with the foreign side of the map.
 
     Raises `CheckpointError` that names missing, unexpected and misshaped tensors, ten of each.
     """
@@ -120,7 +132,7 @@ def check_names(
 
 
 def compare_tensors(wanted: Mapping[str, Shape], shapes: Mapping[str, Shape], title: str) -> None:
-    """Raise `CheckpointError` unless the names and shapes are just those wanted."""
+    """Raise `CheckpointError` unless names and shapes are exactly those of `wanted`."""
     problems = []
     missing = [name for name in wanted if name not in shapes]
     if missing:
@@ -142,23 +154,11 @@ def compare_tensors(wanted: Mapping[str, Shape], shapes: Mapping[str, Shape], ti
         )
 
 
-# No model has submodules of these names, so they are removed wherever they occur.
-WRAPPER_MODULES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# An ordinary word: removed in front only.
-LEADING_MODULES = WRAPPER_MODULES | {"module"}
-PEFT_PREFIX = "base_model.model."
-PEFT_PARTS = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
-MERGE_HINT = (
-    "merge the adapter into its base model first: load both with peft, call merge_and_unload() and "
-    "save_pretrained(FOLDER) on the result"
-)
-
-
 def unwrapped_names(names: Iterable[str], path: Path) -> dict[str, str]:
-    """The model's own name of each tensor, mapped to its name in the file, in the same order.
+    """Map each tensor's name without wrappers to its name in the file, in the same order.
 
-    Raises `CheckpointError` if only some of the names carry a wrapper in front, if two names become
-    one, or if the tensors are those of a peft adapter.
+    Raises `CheckpointError` if only some names have a wrapper prefix, if two names become equal, or
+    if the tensors are those of a peft adapter.
     """
     own: dict[str, str] = {}
     fronts: dict[str, str] = {}

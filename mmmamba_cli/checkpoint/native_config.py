@@ -1,9 +1,7 @@
-"""Our own `config.json`, checked before anything is built by it.
+"""The native `config.json`: validation, and conversion to transformers' config class.
 
-Every field of a stack and of the vision and mixer parts is known by name and kind from the model's
-own dataclasses; what transformers keeps beside them is its own to read.
-
-The model's config, as transformers takes it, from a checkpoint's plain values.
+Fields of the stacks, vision and mixer sections are validated by the model's dataclasses. Fields of
+transformers itself are left to transformers.
 """
 
 from __future__ import annotations
@@ -42,10 +40,24 @@ SECTIONS = {
 }
 HINT = "take the config.json that was written with the weights"
 MODEL_TYPE = "mmmamba"
+# Fields that an export adds: the bundled code, and the distillation stages done.
+EXPORTED_FIELDS = ("auto_map", "mmmamba")
+# Exceptions of transformers for invalid values of its own fields, for example a dtype.
+_CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
-    """The config of a folder that mmmamba wrote. Raises `CheckpointError` that names the field."""
+    """The architecture in a config that mmmamba wrote.
+
+    Raises `CheckpointError` that names the first wrong field.
+    """
     for key in ("vocab_size", "hidden_size"):
         positive_int(raw, key, where)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -71,10 +83,10 @@ def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
 
 
 def warn_outdated_code(raw: Mapping[str, Any], where: str) -> None:
-    """Warn of an export in the format hub whose code newer releases of transformers do not run.
+    """Warn of a hub export whose bundled code does not run on transformers 5.24 and newer.
 
-    transformers 5.24 renamed an argument of every model. Code that takes both names came with the
-    entry `AutoModel`.
+    transformers 5.24 renamed an argument of every model. The code that accepts both names was
+    introduced together with the `auto_map` entry `AutoModel`.
     """
     classes = raw.get("auto_map")
     if isinstance(classes, Mapping) and "AutoConfig" in classes and "AutoModel" not in classes:
@@ -88,7 +100,7 @@ def warn_outdated_code(raw: Mapping[str, Any], where: str) -> None:
 
 
 def _check_section(section: Mapping[str, Any], kind: type, where: str, name: str) -> None:
-    """Every field of the dataclass `kind`, by its annotation, and no other."""
+    """Validate a section against the dataclass `kind`: field names and annotated types."""
     known = {field.name: field for field in fields(kind)}
     strange = [key for key in section if key not in known]
     if strange:
@@ -114,7 +126,7 @@ def _check_section(section: Mapping[str, Any], kind: type, where: str, name: str
 
 
 def _check_layers(raw: Mapping[str, Any], where: str) -> None:
-    """What no field says alone: layers and their kinds, heads, patches."""
+    """Validate fields against each other: layers and their types, heads, patches."""
     stacks = [raw[name] for name in ("embedding_stack", "language_stack") if raw.get(name)]
     layers = sum(stack["num_layers"] for stack in stacks)
     kinds = raw.get("layer_types")
@@ -158,28 +170,15 @@ def _check_vision(vision: Mapping[str, Any], where: str) -> None:
         )
 
 
-# What an export adds: where its code is, and how far the model was distilled.
-EXPORTED_FIELDS = ("auto_map", "mmmamba")
-# What transformers raises for fields of its own, a dtype say, that make no sense.
-_CONFIG_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
 def to_model_config(architecture: Architecture) -> HolisticVLMConfig:
-    """The config of a model of that architecture."""
+    """transformers' config of a model with this architecture."""
     from mmmamba_cli.model import HolisticVLMConfig
 
     return HolisticVLMConfig(**architecture.values, architectures=["HolisticVLM"])
 
 
 def native_model_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig:
-    """The config of a folder that mmmamba wrote, `raw` having passed `own.to_architecture`.
+    """transformers' config from a native config that `to_architecture` has validated.
 
     Raises `CheckpointError` for fields that transformers refuses.
     """
@@ -188,7 +187,7 @@ def native_model_config(raw: Mapping[str, Any], where: str) -> HolisticVLMConfig
     from mmmamba_cli.model import HolisticVLMConfig
 
     try:
-        # Code that lies in an exported folder is ours; what is made of it here goes without.
+        # The code bundled with an export is this package's own: its references are dropped.
         known = {k: v for k, v in raw.items() if k not in EXPORTED_FIELDS}
         return HolisticVLMConfig.from_dict(known)
     except (*_CONFIG_ERRORS, StrictDataclassError) as error:

@@ -1,11 +1,8 @@
-"""What a checkpoint may be called: a path, a model that ships with a package, an id on the Hub.
+"""Checkpoint names: a path, a model shipped with a package, or an id on the Hugging Face Hub.
 
-A package ships models with an entry point in the group `mmmamba.models` that leads to a mapping of
-names to folders, or to a function that returns one. What lies on the disk always comes first.
-
-Checkpoints named by their place on the Hugging Face Hub: `OWNER/NAME`, or `OWNER/NAME@REVISION`.
-
-What lies on the disk always comes first: only a name that no file or folder has is looked for.
+An existing file or folder always comes first. A package ships models with an entry point in the
+group `mmmamba.models`: a mapping of names to folders, or a function that returns one. A Hub id is
+`OWNER/NAME` or `OWNER/NAME@REVISION`.
 """
 
 from __future__ import annotations
@@ -18,29 +15,29 @@ from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.plugins import entry_points
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?")
-# The Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+# Folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
 HUB_SNAPSHOT_PATH = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]+)")
-# Names with these endings are files, whether they are there or not.
+# A name with one of these suffixes is a path, even if it does not exist.
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json")
 SAFETENSORS_PATTERN, PICKLE_PATTERN = "*.safetensors", "*.bin"
 SIDECAR_PATTERNS = ("*.json", "*.model", "*.jinja")
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether `name` can only mean a repository: of that form, and nothing on the disk."""
+    """Whether `name` has the form of a Hub id and is no path on this disk."""
     text = str(name)
     match = HUB_ID.fullmatch(text)
     if match is None or text.endswith(FILE_SUFFIXES):
         return False
-    # A name inside a folder that is here is a path, though there be nothing there.
+    # Inside an existing folder a name is a path, even if it does not exist.
     return not Path(text).exists() and not Path(match[1]).is_dir()
 
 
 def download_from_hub(name: str | Path) -> Path:
-    """A path on this disk: the one given, or the folder a repository was downloaded to.
+    """Download the repository if `name` is a Hub id, and return its folder; else return the path.
 
-    Configs, tokenizers and weights are fetched, PyTorch files only where there are no safetensors,
-    code never. Raises `CheckpointError` if the repository cannot be had.
+    Configs, tokenizers and weights are downloaded, PyTorch files only if there are no safetensors,
+    code never. Raises `CheckpointError` if the download fails.
     """
     if not is_hub_id(name):
         return Path(name)
@@ -79,14 +76,14 @@ def _snapshot(repository: str, revision: str | None, weights: str) -> Path:
             repository,
             revision=revision,
             allow_patterns=[*SIDECAR_PATTERNS, weights],
-            # Folders inside a repository hold other formats of the model, or training states.
+            # Subfolders of a repository hold other formats of the model, or training states.
             ignore_patterns=["*/*"],
         )
     )
 
 
 def _download_error(repository: str, revision: str | None, error: Exception) -> tuple[str, str]:
-    """A sentence and a hint. What the Hub itself says is left out: it may quote the request."""
+    """A sentence and a hint, without the Hub's own message: it may quote the request."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -112,7 +109,7 @@ MODELS_GROUP = "mmmamba.models"
 
 
 def shipped_models() -> dict[str, Path]:
-    """Folders by name of the models that are installed, the project's own first."""
+    """Folders of the installed models by name, mmmamba's own first."""
     folders: dict[str, Path] = {}
     for _, load in entry_points(MODELS_GROUP):
         found = load()
@@ -122,10 +119,10 @@ def shipped_models() -> dict[str, Path]:
 
 
 def resolve_path(name: str | Path) -> Path:
-    """A path on this disk: the one given, a shipped model's folder, or what the Hub had.
+    """Resolve a path, the name of a shipped model or a Hub id to a path on this disk.
 
-    A folder that a killed command has left set aside is put back first. Raises `CheckpointError` if
-    there is no such thing, naming the models that ship.
+    A folder that a killed command left hidden is restored first. Raises `CheckpointError`, naming
+    the shipped models, if nothing has that name.
     """
     path = Path(name).expanduser()
     if _exists(path):
@@ -146,7 +143,7 @@ def resolve_path(name: str | Path) -> Path:
 
 
 def public_model_name(path: str | Path) -> str | None:
-    """What a folder is called elsewhere too: its name on the Hub, or that of a shipped model."""
+    """The name of a folder on other machines: its Hub id or that of a shipped model, or None."""
     known = hub_name(path)
     if known is not None:
         return known
@@ -158,7 +155,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # Something is in the way; whoever opens it will say what.
+        # Opening it raises the error with its reason.
         return True
 
 

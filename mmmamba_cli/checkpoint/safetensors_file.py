@@ -1,8 +1,7 @@
 """The safetensors file format: 8 bytes header length, a JSON header, then the tensors' bytes.
 
-Read here rather than through the library, so that a damaged or hostile file ends in one sentence
-and is never trusted with an allocation, and written here, so that a shard needs no memory. Headers
-are read without torch.
+Own reader: a damaged or hostile file raises one clear error and cannot cause a large allocation;
+headers are read without torch. Own header writer: a shard is written without keeping it in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from mmmamba_cli.errors import CheckpointError, name_some
 if TYPE_CHECKING:
     from torch import Tensor
 
-# torch's name of each dtype of the format.
+# torch's dtype name by the format's.
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -48,14 +47,14 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 64  # PyTorch's own limit
 DOWNLOAD_AGAIN = "download or copy it again"
 
-# A private mapping may be written to without touching the file, which keeps a slip from crashing;
-# without NORESERVE the kernel would want as much free memory as the file is large.
+# A private mapping: an accidental write neither changes the file nor crashes. Without NORESERVE the
+# kernel would require free memory of the size of the file.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _MAP_FLAGS = mmap.MAP_PRIVATE | _NORESERVE
 
 
 class SafetensorsFile:
-    """One `.safetensors` file, mapped into memory. Raises `CheckpointError` if it is damaged."""
+    """A memory-mapped `.safetensors` file. Raises `CheckpointError` if it is damaged."""
 
     def __init__(self, path: Path):
         try:
@@ -71,7 +70,7 @@ class SafetensorsFile:
         self._data_start = data_start
 
     def read(self, name: str) -> Tensor:
-        """The tensor as a view of the file, which stays mapped for as long as the tensor lives."""
+        """The tensor as a view of the mapped file; the tensor keeps the mapping alive."""
         import torch
 
         info = self.infos[name]
@@ -86,14 +85,14 @@ class SafetensorsFile:
         return flat.reshape(info.shape)
 
     def close(self) -> None:
-        """Let go of the mapping; tensors already read keep it alive."""
+        """Release the mapping; tensors already read keep it alive."""
         del self._map
 
 
 def build_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the data of a file of these tensors, and each tensor's place in the file.
+    """The header bytes of a file with these tensors, and each tensor's offset in the file.
 
-    Wider dtypes come first, so that every tensor is aligned to its elements.
+    Wider dtypes come first, so that every tensor is aligned to its element size.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, int] = {}
@@ -114,7 +113,7 @@ def build_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]
 
 
 def parse_json(text: bytes, where: str) -> Any:
-    """JSON in UTF-8 in which no object names a key twice. Raises `CheckpointError`."""
+    """Parse UTF-8 JSON; duplicate keys and NaN are errors. Raises `CheckpointError`."""
 
     def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -135,7 +134,7 @@ def parse_json(text: bytes, where: str) -> Any:
 
 
 def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[int, dict[str, Any]]:
-    """Return where the data starts and the header. Allocates only what the file really holds."""
+    """Return the offset of the data and the header; allocates at most the size of the file."""
     if size == 0:
         raise CheckpointError(f"{path} is empty, expected a safetensors file", DOWNLOAD_AGAIN)
     if size < 8:
@@ -161,7 +160,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[int, dict[str, 
 def _read_entries(
     header: dict[str, Any], data_bytes: int, path: Path
 ) -> tuple[dict[str, TensorInfo], dict[str, int]]:
-    """Check every entry; return descriptions and offsets in the order of the data."""
+    """Validate every entry; return descriptions and offsets in the order of the data."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"the header of {path} has metadata that is not text", DOWNLOAD_AGAIN)
@@ -197,7 +196,7 @@ def _read_entries(
 
 
 def _read_entry(entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    """One tensor's description and its range of bytes. Raises `ValueError` saying what is wrong."""
+    """A tensor's description and byte range. Raises `ValueError` with the reason."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("expected dtype, shape and data_offsets, and nothing else")
     dtype_name = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -206,7 +205,7 @@ def _read_entry(entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _is_whole_numbers(shape) or len(shape) > MAX_DIMS:
         raise ValueError(f"shape {quoted(shape)} is not at most {MAX_DIMS} whole numbers")
-    # An empty tensor may be given absurd other sizes; PyTorch multiplies them all.
+    # In an empty tensor the other sizes may be huge, and PyTorch multiplies all of them.
     if math.prod(max(size, 1) for size in shape) * ITEMSIZES[dtype_name] >= 2**63:
         raise ValueError(f"shape {quoted(shape)} is too large")
     if not _is_whole_numbers(offsets) or len(offsets) != 2 or max(offsets) >= 2**63:

@@ -1,4 +1,4 @@
-"""A tensor's description before it is read: dtype, shape, bytes. Needs no torch."""
+"""Descriptions of stored tensors (dtype, shape, bytes) without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmmamba_cli.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-# Bytes of one element, by torch's name of the dtype.
+# Bytes per element by torch's name of the dtype.
 ITEMSIZES = {
     "float64": 8,
     "float32": 4,
@@ -29,7 +29,7 @@ ITEMSIZES = {
     "uint8": 1,
     "bool": 1,
 }
-# Names of floating dtypes that options and arguments take besides torch's own.
+# Accepted names of floating dtypes besides torch's.
 DTYPE_ALIASES = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -43,24 +43,24 @@ OPTION_DTYPES = ("bf16", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read; `element` is torch's name of its dtype."""
+    """Dtype and shape of a stored tensor; `dtype_name` is torch's name of the dtype."""
 
     dtype_name: str
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInfo:
-        """The description of a tensor of a torch dtype."""
+        """The description of a tensor with this torch dtype and shape."""
         return cls(str(dtype).removeprefix("torch."), shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype as torch's own object."""
+        """The torch dtype."""
         return torch_dtype(self.dtype_name)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes per element."""
         return ITEMSIZES[self.dtype_name]
 
     @property
@@ -69,7 +69,7 @@ class TensorInfo:
 
 
 def torch_dtype(dtype_name: str) -> torch.dtype:
-    """torch's dtype of that name."""
+    """The torch dtype of that name."""
     import torch
 
     found: torch.dtype = getattr(torch, dtype_name)
@@ -77,7 +77,7 @@ def torch_dtype(dtype_name: str) -> torch.dtype:
 
 
 def parse_dtype_name(name: str) -> str:
-    """torch's name of a floating dtype, from that name or an alias. Raises `CheckpointError`."""
+    """torch's name of a floating dtype given by name or alias. Raises `CheckpointError`."""
     dtype_name = DTYPE_ALIASES.get(name, name)
     if dtype_name not in ITEMSIZES or not dtype_name.lstrip("b").startswith("float"):
         raise CheckpointError(f"dtype {name!r} is not known, known are: {', '.join(OPTION_DTYPES)}")
@@ -85,6 +85,6 @@ def parse_dtype_name(name: str) -> str:
 
 
 def quoted(name: object, limit: int = 120) -> str:
-    """A name out of a foreign file as one printable word for a message."""
+    """A name from an untrusted file, escaped and shortened for a message."""
     text = repr(name)
     return text if len(text) <= limit else f"{text[:limit]}..."

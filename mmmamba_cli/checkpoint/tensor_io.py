@@ -1,6 +1,6 @@
-"""What every part of reading and writing shares: a tensor's bytes and its finiteness.
+"""Tensor bytes, casts and finiteness checks in chunks, for readers and writers.
 
-Hosts are little-endian, as every platform PyTorch is released for, so raw bytes are file bytes.
+All platforms that PyTorch supports are little-endian, so bytes in memory equal bytes in the file.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 from mmmamba_cli.checkpoint.tensor_info import quoted
 from mmmamba_cli.errors import CheckpointError
 
-# Large enough that a call costs nothing beside its work, small enough to stay in cache.
+# Large enough to hide call overhead, small enough for the CPU cache.
 CHUNK_BYTES = 4 << 20
-# Below the 32768 elements from which PyTorch splits an operation over its threads. Those wait for
-# each other at the end of every call, which beside our own threads costs many times the work.
+# PyTorch parallelizes operations from 32768 elements on. Beside the threads of `BoundedPool` its
+# synchronization would cost many times the work.
 MAX_SERIAL_ELEMENTS = 30_000
 
 
 def row_slices(tensor: Tensor, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:
-    """Views of `tensor`, each of about `limit` bytes or less, together all of it in row order."""
+    """Yield views of at most about `limit` bytes that cover `tensor` in row order."""
     if tensor.is_contiguous():
         yield from tensor.reshape(-1).split(max(1, limit // tensor.dtype.itemsize))
         return
@@ -35,13 +35,13 @@ def row_slices(tensor: Tensor, limit: int = CHUNK_BYTES) -> Iterator[Tensor]:
 
 
 def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's elements as bytes in row order, without copying what is contiguous."""
+    """Yield the bytes of a tensor in row order; contiguous tensors are not copied."""
     for piece in row_slices(tensor.detach()):
         yield piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def cast_chunks(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[memoryview]:
-    """The bytes of `tensor.to(dtype)`, converted a piece at a time.
+    """Yield the bytes of `tensor.to(dtype)`, converted in chunks.
 
     Raises `CheckpointError` if a finite value becomes infinite in the new dtype.
     """
@@ -74,9 +74,9 @@ def _overflow_error(name: str, dtype: torch.dtype) -> CheckpointError:
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise `CheckpointError` naming the tensor if it holds NaN or infinite values, and how many.
+    """Raise `CheckpointError` with their number if the tensor has NaN or infinite values.
 
-    Any shape; dtypes without such values pass. Needs memory for one chunk only.
+    Any shape and dtype. Needs memory for one chunk only.
     """
     nans = infinities = 0
     for piece in row_slices(tensor.detach(), MAX_SERIAL_ELEMENTS * tensor.dtype.itemsize):
@@ -97,5 +97,5 @@ def _is_finite(piece: Tensor) -> bool:
         return True
     values = piece.float() if piece.dtype.itemsize == 1 else piece
     wide = torch.promote_types(values.dtype, torch.float32)
-    # A sum is finite only if every term is. One that is not may also have overflowed.
+    # A finite sum implies finite terms; an infinite one may be an overflow.
     return math.isfinite(values.sum(dtype=wide)) or bool(values.isfinite().all())

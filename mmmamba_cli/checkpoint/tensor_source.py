@@ -1,4 +1,4 @@
-"""Open a checkpoint in any layout we know as one lazily read set of named tensors."""
+"""Named tensors of a checkpoint in one or more files, read lazily."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FileFormat = Literal["safetensors", "pickle", "gguf"]
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 INDEX_SUFFIX = ".index.json"
-# peft's name of a file of adapter weights, less its suffix.
+# Stem of peft's adapter weights file.
 ADAPTER_STEM = "adapter_model"
-# In the order in which transformers prefers them.
+# In the order of preference of transformers.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -37,7 +37,7 @@ WEIGHT_FILES = (
 
 
 class TensorReader(Protocol):
-    """One opened file of tensors."""
+    """An opened file of tensors."""
 
     infos: dict[str, TensorInfo]
 
@@ -47,11 +47,11 @@ class TensorReader(Protocol):
 
 
 class TensorSource:
-    """A read-only set of named tensors spread over one or more files.
+    """A read-only set of named tensors in one or more files.
 
-    `names` is in the order of the files and of the data in them; `files` are those that hold
-    tensors. Reading maps files into memory where the format allows it, so that a tensor costs no
-    memory of its own; it stays valid after `close`, and must not be written to.
+    `names` is in the order of the files and of the data in them; `files` are the files with
+    tensors. Tensors are memory-mapped if the format allows it. They stay valid after `close` and
+    must not be written to.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TensorSource:
         readers: Mapping[Path, TensorReader],
         stored: Mapping[str, str] | None = None,
     ):
-        """`stored` maps the names of the tensors to those in the files, where they differ."""
+        """`stored` maps tensor names to the names in the files, if they differ."""
         self.kind: FileFormat = kind
         self.files = tuple(readers)
         self._readers = tuple(readers.values())
@@ -75,17 +75,17 @@ class TensorSource:
         return reader.infos[inside]
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, as it is stored. Raises `KeyError`."""
+        """Read a tensor to the CPU in its stored dtype. Raises `KeyError`."""
         reader, inside = self._owner[name]
         return reader.read(inside)
 
     def drop_suffix(self, suffix: str) -> None:
-        """Forget tensors whose names end so: neither read nor asked for, they are not the model."""
+        """Drop tensors whose names end with `suffix`: buffers that are not part of the model."""
         self._owner = {n: place for n, place in self._owner.items() if not n.endswith(suffix)}
         self.names = tuple(self._owner)
 
     def content_hash(self, progress: Callable[[int], None] | None = None) -> str:
-        """The hash of all tensors (see `hashing`); `progress` is given bytes as they are taken."""
+        """The content hash (see `hashing`); `progress` is called with bytes as they are read."""
         from mmmamba_cli.checkpoint.hashing import TensorHasher
 
         with TensorHasher() as hasher:
@@ -96,7 +96,7 @@ class TensorSource:
             return hasher.result()
 
     def close(self) -> None:
-        """Let go of the files. Nothing can be read afterwards."""
+        """Close the files. Tensors cannot be read afterwards."""
         for reader in self._readers:
             reader.close()
         self._readers = ()
@@ -117,10 +117,10 @@ class TensorSource:
 def open_source(path: str | Path) -> TensorSource:
     """Open a Hugging Face folder, a `.safetensors` file, or a PyTorch state dict.
 
-    Only what describes the tensors is read, of safetensors without torch; a PyTorch state dict
-    needs it. Names lose what training wrappers put into them (see `wrappers`). Raises
-    `CheckpointError` if the path is missing, of an unknown kind, incomplete, damaged, ambiguous, an
-    adapter, or holds code.
+    Only the tensors' descriptions are read: safetensors without torch, PyTorch state dicts with it.
+    Module names of training wrappers are removed (see `unwrapped_names`). Raises `CheckpointError`
+    if the path is missing, of an unknown type, incomplete, damaged, ambiguous, an adapter, or if it
+    contains code.
     """
     path = Path(path)
     try:
@@ -168,7 +168,7 @@ def _kind_of(path: Path) -> FileFormat:
 
 
 def _open_file(path: Path) -> TensorReader:
-    # Anything but a regular file, a named pipe say, might keep us waiting for ever.
+    # Opening a named pipe, for example, would block.
     if not path.is_file():
         raise CheckpointError(f"{path} is not a regular file")
     if _kind_of(path) == "safetensors":
@@ -213,7 +213,7 @@ def _open_index(path: Path) -> TensorSource:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The index's table of tensor to shard, all shards being files that are there."""
+    """The weight map of an index, tensor name to shard; checks that all shards exist."""
     if not path.is_file():
         raise CheckpointError(f"{path} is not a regular file")
     try:
@@ -246,8 +246,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _is_inside(shard: str) -> bool:
-    """Whether a name in an index stays in its folder. A link there may still lead anywhere, as in
-    Hugging Face's cache."""
+    """Whether a shard name stays in the index's folder.
+
+    A symbolic link may still lead outside, as in Hugging Face's cache.
+    """
     posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
     return (
         "\0" not in shard
@@ -260,7 +262,7 @@ def _is_inside(shard: str) -> bool:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name too long, or not one the system can encode
+    except (OSError, ValueError):  # name too long, or not encodable
         return False
 
 

@@ -1,8 +1,7 @@
-"""PyTorch state dicts (`.ckpt`, `.pt`, `.pth`, `.bin`), read without ever running what they hold.
+"""PyTorch state dicts (`.ckpt`, `.pt`, `.pth`, `.bin`), read without running code in them.
 
-`torch.load(weights_only=True)` does the reading. Around it stand the checks that it leaves out:
-nothing compressed (which the mapping could not show and a bomb could hide in), nothing larger than
-the file, nothing but tensors.
+`torch.load(weights_only=True)` reads the file. This module adds checks: no compressed entries (they
+cannot be memory-mapped, and may be a zip bomb), no tensor larger than the file, only tensors.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ UNPICKLING_ERRORS = (
     struct.error,
 )
 
-# The globals of a plain state dict; anything else is named to the user as code.
+# Globals of a plain state dict; any other is reported as code.
 _PLAIN_GLOBAL = re.compile(
     r"torch\.(\w*Storage|Size|Tensor|device|u?int\d+|float\w+|bfloat16|half|double|bool)"
     r"|torch\.storage\.(Untyped|Typed)Storage|torch\._utils\._rebuild_\w+"
@@ -57,11 +56,11 @@ _PLAIN_GLOBAL = re.compile(
 )
 
 _OLD_FORMAT_PICKLES = 4  # magic number, version, system, state dict; storages' raw bytes follow
-_SCAN_BYTES = 64 << 20  # far beyond the pickle of any state dict
+_SCAN_BYTES = 64 << 20  # far larger than the pickle of a state dict
 
 
 class PickleFile:
-    """The tensors of one state dict, mapped into memory unless it is in PyTorch's old format.
+    """The tensors of a state dict, memory-mapped except in PyTorch's legacy format.
 
     Unwraps `state_dict`, `model_state_dict` and `model`. Raises `CheckpointError`.
     """
@@ -83,7 +82,7 @@ class PickleFile:
         return self._tensors[name]
 
     def close(self) -> None:
-        """Let go of the tensors; those already read live on."""
+        """Release the tensors; those already read stay valid."""
         self._tensors.clear()
 
 
@@ -96,7 +95,7 @@ def _load(path: Path, size: int) -> Any:
         if is_zip:
             _check_zip(path, size)
         with warnings.catch_warnings():
-            # What it warns of, such as other pickle protocols, it then reads or refuses.
+            # After a warning, for example of another pickle protocol, torch reads or refuses.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UNPICKLING_ERRORS as error:
@@ -113,7 +112,7 @@ def _load(path: Path, size: int) -> Any:
 
 
 def _conversion(path: Path) -> str:
-    """One line that turns the file into safetensors by running whatever is in it."""
+    """A shell command that converts the file to safetensors and runs the code in it."""
     return (
         'python -c "import torch, safetensors.torch as s; '
         f"d = torch.load({str(path)!r}, weights_only=False, map_location='cpu'); "
@@ -124,7 +123,7 @@ def _conversion(path: Path) -> str:
 
 
 def _check_zip(path: Path, size: int) -> None:
-    """Raise `CheckpointError` unless every entry lies uncompressed within the file."""
+    """Raise `CheckpointError` unless every entry is uncompressed and within the file."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     packed = [
@@ -147,7 +146,7 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
-    """The mapping of tensors in what was loaded, which may contain itself."""
+    """Find the state dict in a loaded object, which may contain itself."""
     seen: set[int] = set()
     while isinstance(loaded, Mapping) and not any(isinstance(v, Tensor) for v in loaded.values()):
         seen.add(id(loaded))
@@ -164,7 +163,7 @@ def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
 
 
 def _check_tensors(state: Mapping[Any, Any], size: int, path: Path) -> None:
-    """Raise `CheckpointError` unless these are named plain tensors that the file has room for."""
+    """Raise `CheckpointError` unless all entries are named dense tensors that fit in the file."""
     odd = [name for name in state if not isinstance(name, str)]
     if odd:
         raise CheckpointError(
@@ -211,7 +210,7 @@ def _tensor_problem(name: str, tensor: Tensor, size: int) -> str | None:
 
 
 def _find_code(path: Path) -> list[str]:
-    """Globals that the pickles in a file ask for beyond those of a state dict, without loading."""
+    """Globals in the file's pickles other than a state dict's, found without loading."""
     found: dict[str, None] = {}
     try:
         if zipfile.is_zipfile(path):
@@ -224,16 +223,16 @@ def _find_code(path: Path) -> list[str]:
             with path.open("rb") as file:
                 _find_globals(file.read(_SCAN_BYTES), found, pickles=_OLD_FORMAT_PICKLES)
     except UNPICKLING_ERRORS:
-        pass  # damaged after this point; what was found so far stands
+        pass  # damaged from here on; the globals found so far are reported
     return list(found)
 
 
 def _find_globals(data: bytes, found: dict[str, None], pickles: int) -> None:
-    """Walk the pickles that follow each other in `data`, adding to `found`."""
+    """Add the globals of consecutive pickles in `data` to `found`."""
     stream = io.BytesIO(data)
     for _ in range(pickles):
         memo: dict[int, str | None] = {}
-        strings = ["", ""]  # the last two put on the stack: what STACK_GLOBAL takes
+        strings = ["", ""]  # the last two on the stack: the operands of STACK_GLOBAL
         top: str | None = None
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == "MEMOIZE":

@@ -1,6 +1,6 @@
-"""Write tensors as sharded safetensors, each straight to its place in its file.
+"""Sharded safetensors writer: every tensor is written at its final offset.
 
-The plan is known before the first tensor, so headers go first and no shard is held in memory.
+The plan is known in advance, so headers are written first and no shard is kept in memory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 class ShardedWriter:
-    """Writes a plan of tensors into `folder`: one file, or shards and an index.
+    """Writes the tensors of a plan into `folder`: one file, or shards and an index.
 
-    `plan` gives name, dtype and shape in the order in which they fill the shards. Each planned
-    tensor is to be written once, with just that dtype and shape; anything else is our bug and
-    raises `ValueError`. Files stay within `max_shard_bytes` unless one tensor is larger by itself.
+    `plan` has name, dtype and shape in the order in which tensors fill the shards. Every planned
+    tensor must be written once with that dtype and shape; a violation is a bug and raises
+    `ValueError`. Files are at most `max_shard_bytes` unless a single tensor is larger.
 
-    Writing and hashing run in background threads: a tensor handed to `write` must not change until
-    `finish` has returned. Failed writes raise their `OSError` from a later `write` or `finish`.
-    As a context manager it finishes on leaving, and on an error lets go of its files.
+    Writing and hashing run in background threads: a tensor passed to `write` must not change until
+    `finish` returns. A failed write raises its `OSError` from a later `write` or `finish`. As a
+    context manager it calls `finish` on exit, and only closes the files after an error.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class ShardedWriter:
         self._pool = BoundedPool(max_pending_bytes=128 << 20)
 
     def write(self, name: str, tensor: Tensor, cast: bool = False) -> None:
-        """Queue one tensor (any strides) for writing; blocks while much is under way.
+        """Queue a tensor (any strides) for writing; blocks while too many bytes are pending.
 
-        With `cast` it is converted to the planned dtype on the way, a piece at a time. A value too
-        large for that dtype raises `CheckpointError` from a later `write` or `finish`.
+        `cast` converts it to the planned dtype in chunks. A value too large for that dtype raises
+        `CheckpointError` from a later `write` or `finish`.
         """
         planned = self._plan.get(name)
         if planned is None:
@@ -90,7 +90,7 @@ class ShardedWriter:
             self._synced.append(self._pool.submit(0, sync))
 
     def finish(self) -> str:
-        """Wait for all writes, write the index, and return the content hash of what was written."""
+        """Wait for all writes, write the index, and return the content hash."""
         if self.content_hash is None:
             missing = [name for name in self._plan if name not in self._written]
             if missing:
@@ -105,7 +105,7 @@ class ShardedWriter:
         return self.content_hash
 
     def close(self) -> None:
-        """Stop the threads and let go of the files, finished or not."""
+        """Stop the threads and close the files, finished or not."""
         self._pool.close()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
@@ -146,11 +146,11 @@ class ShardedWriter:
 
 
 def plan_shards(plan: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
-    """Fill shards with the names in order, each file within the limit if its tensors allow it."""
+    """Distribute names over shards in order, within the limit unless one tensor exceeds it."""
     shards: list[list[str]] = []
     room = 0
     for name, info in plan.items():
-        # A header entry is the name as JSON and well under 200 bytes, and 20 for each dimension.
+        # Upper bound of a header entry: the name as JSON, 200 bytes, and 20 bytes per dimension.
         need = info.nbytes + len(json.dumps(name)) + 200 + 20 * len(info.shape)
         if not shards or need > room:
             shards.append([])
@@ -161,7 +161,7 @@ def plan_shards(plan: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[li
 
 
 def shard_names(count: int) -> list[str]:
-    """The file names of a checkpoint of `count` shards."""
+    """File names of a checkpoint with `count` shards."""
     if count == 1:
         return [SINGLE_NAME]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
@@ -170,7 +170,7 @@ def shard_names(count: int) -> list[str]:
 def write_and_digest(
     descriptor: int, place: int, name: str, tensor: Tensor, info: TensorInfo
 ) -> bytes:
-    """Write the tensor at `place` of an open file in the dtype of `info`; return its digest."""
+    """Write a tensor at file offset `place` in the dtype of `info`; return its digest."""
     digest = start_digest(name, info)
     same = tensor.dtype == info.dtype
     for chunk in byte_chunks(tensor) if same else cast_chunks(tensor, info.dtype, name):
@@ -188,7 +188,7 @@ def _write_at(descriptor: int, place: int, data: memoryview) -> None:
 
 
 def _sync(descriptor: int, writes: list[Future[bytes]]) -> None:
-    """Once its tensors are in, bring a shard to the disk while the next one is being made."""
+    """fsync a shard after its writes, while the next shard is being computed."""
     for job in writes:
         job.result()
     os.fsync(descriptor)

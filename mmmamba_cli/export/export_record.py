@@ -1,6 +1,6 @@
-"""The files of an export, as the export itself lists them: `mmmamba_export.json`.
+"""The record of an export's files, `mmmamba_export.json`.
 
-A later export replaces a folder only if it holds these files, unchanged, and nothing else.
+A later export replaces a folder only if it has exactly the recorded files, unchanged.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from mmmamba_cli.checkpoint.atomic import folder_entries
 
 RECORD_FILE = "mmmamba_export.json"
 CARD_FILE = "README.md"
-# Larger files are weights: compared by size, since hashing them takes as long as reading them.
+# Larger files are weights and are compared by size: hashing would read all of them.
 MAX_HASHED_BYTES = 16 << 20
-# Exports of earlier versions have no record; their card ends with this line.
+# Last line of the card of older exports, which have no record.
 CARD_SIGNATURE = re.compile(r"^Written by mmmamba \S+\.$", re.MULTILINE)
 OLD_EXPORT_FILES = (
     CARD_FILE,
@@ -47,16 +47,16 @@ OLD_EXPORT_FILES = (
 
 
 def write_record(folder: Path, layout: str) -> None:
-    """List the files of a finished export in it."""
+    """Write the record of a finished export into its folder."""
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     record = {"format": 1, "mmmamba": __version__, "layout": layout, "files": files}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def unrecorded_files(folder: Path) -> list[str]:
-    """What lies in `folder` beside an export's own files as they were written.
+    """Entries of `folder` that its export did not write, or that have changed since.
 
-    Everything, if the folder is no export.
+    All entries, if the folder is not an export.
     """
     files = _read_record(folder)
     if files is None:
@@ -83,7 +83,7 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """The files that the record names; None without a record that can be read."""
+    """The recorded files; None without a readable record."""
     try:
         value = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8-sig"))
         files = value["files"]

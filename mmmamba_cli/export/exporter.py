@@ -1,4 +1,4 @@
-"""One export: weights tensor by tensor into another layout, what belongs beside them, the card."""
+"""Export of a checkpoint: weights in another layout, sidecar files, model card, Hub upload."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. `content_hash` is over the tensors under the format's own names."""
+    """A finished export. `content_hash` is over the tensors under the format's names."""
 
     folder: Path
     format: str
@@ -56,13 +56,15 @@ def export_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Callable[[int], None] | None = None,
 ) -> ExportResult:
-    """Write `checkpoint` in format `name` (one of `FORMATS`) as folder `target`, all or nothing.
+    """Write `checkpoint` in format `name` (one of `FORMATS`) to folder `target`, atomically.
 
-    `card` is what the model card tells; `dtype` None keeps what is stored. `advance` is told of
-    bytes as they are written. Raises `CheckpointError` if the format cannot hold the model, a
-    tensor holds NaN or infinity, or the target exists and `overwrite` is not given or it holds
-    anything but an export's own files; `RunError` if the tensors are not those that the info's
-    manifest is of.
+    `card` is the content of the model card. `dtype` None keeps the stored dtypes. `advance` is
+    called with the number of bytes written.
+
+    Raises:
+        CheckpointError: if the format cannot represent the model, a tensor has NaN or infinity, the
+            target exists and `overwrite` is false, or the target has files of no export.
+        RunError: if the tensors are not those of the card's manifest.
     """
     if checkpoint.path.resolve().is_relative_to(target.resolve()):
         raise CheckpointError(
@@ -107,10 +109,10 @@ def export_checkpoint(
 
 
 def push_to_hub(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a folder as a model repository, made if it is not there; returns its address.
+    """Upload a folder to a model repository, created if missing; returns the repository's URL.
 
-    The token is huggingface_hub's own. Raises `CheckpointError` if the Hub refuses or cannot be
-    reached; nothing it says is repeated, since it may quote the request.
+    huggingface_hub provides the token. Raises `CheckpointError` if the Hub refuses or cannot be
+    reached, without the Hub's own message: it may quote the request.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -145,7 +147,7 @@ def export_bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = 
 
 
 def planned_tensors(layout: Layout) -> dict[str, TensorInfo]:
-    """What will be written, by the format's names; a fused tensor has its first part's dtype."""
+    """Tensors to write, by the format's names; a fused tensor has the dtype of its first part."""
     return {
         key: TensorInfo.of(layout.dtype(next(iter(mapping.native))), shape)
         for mapping in layout.name_map
@@ -169,7 +171,7 @@ def _check_unchanged(checkpoint: Checkpoint, card: CardInfo, content_hash: str) 
 
 
 def _parameters(layout: Layout) -> int:
-    """Parameters that a forward uses."""
+    """Number of parameters that the forward pass uses."""
     return sum(
         prod(shape)
         for mapping in layout.name_map

@@ -1,4 +1,4 @@
-"""`config.json` in HoVLE's words: the teacher's own where it is kept, else made from ours."""
+"""`config.json` of the HoVLE and mmMamba layouts, from the teacher's config or the native one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mmmamba_cli.processing import HolisticVLMProcessor
 from mmmamba_cli.runs import open_processor
 from mmmamba_cli.runs.provenance import PROVENANCE_FIELD
 
-# Repositories whose code reads these layouts; transformers takes it from there.
+# Repositories of the code that reads these layouts; transformers loads it from there.
 HOVLE_CODE, MMMAMBA_HF_CODE = "OpenGVLab/HoVLE", mmmamba_hf.CODE_REPOSITORY
-# What transformers writes about where a config came from, and code that would not be there.
+# Fields about the origin of a config, and references to code that an export does not contain.
 DROPPED_FIELDS = ("_name_or_path", "_commit_hash", "auto_map", "dtype", PROVENANCE_FIELD)
 
 
 def hovle_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
-    """HoVLE's config of a model whose layers are all attention."""
-    raw = _base(checkpoint)
+    """The HoVLE config of a model whose layers are all attention."""
+    raw = _shared_fields(checkpoint)
     for section in ("embedding_config", "llm_config"):
         raw[section].pop("layers_block_type", None)
     raw["embedding_config"]["model_type"] = hovle.EMBEDDING_TYPE
@@ -42,8 +42,8 @@ def hovle_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def mmmamba_hf_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
-    """The config of a published mmMamba; its architectures are plain strings, as published."""
-    raw = _base(checkpoint)
+    """The config in the published mmMamba layout; `architectures` are plain strings there."""
+    raw = _shared_fields(checkpoint)
     config = checkpoint.config
     kinds = [mmmamba_hf.BLOCK_TYPES[kind] for kind in config.layer_types]
     first = config.num_embedding_layers
@@ -69,15 +69,15 @@ def mmmamba_hf_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, A
     }
 
 
-def _base(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The fields both layouts share, to be changed."""
+def _shared_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A new config with the fields that both layouts share."""
     if checkpoint.raw_config.get("model_type") in (hovle.MODEL_TYPE, mmmamba_hf.MODEL_TYPE):
         return drop_local_fields(checkpoint.raw_config)
-    return _from_ours(checkpoint)
+    return _from_native(checkpoint)
 
 
 def drop_local_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a teacher's config, down to its parts, less `DROPPED_FIELDS`."""
+    """Copy a teacher's config without `DROPPED_FIELDS` at any depth."""
     return {
         key: drop_local_fields(value) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in raw.items()
@@ -85,7 +85,7 @@ def drop_local_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _from_ours(checkpoint: Checkpoint) -> dict[str, Any]:
+def _from_native(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     embedding, vision = config.embedding, config.vision_config
     assert embedding is not None

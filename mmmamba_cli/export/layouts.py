@@ -1,7 +1,6 @@
-"""What each format can hold, and how a checkpoint is written in it.
+"""Export layouts: name map and config per format, and checks that nothing is lost.
 
-A layout is a name table read backwards, a config, and a check that nothing is lost: options a
-format has no place for are refused by name.
+An option that a format cannot represent raises an error that names it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mmmamba_cli.model.config import INHERITED_FIELDS
 LANGUAGE_TOKENS = "unused.language_token_embedding.weight"
 HUB, MMMAMBA_HF, HOVLE = "hub", "mmmamba-hf", "hovle"
 FORMATS = (HUB, MMMAMBA_HF, HOVLE)
-# What the published code computes; ours knows more.
+# RoPE scaling types that the published code supports; the model supports more.
 PUBLISHED_ROPE_SCALINGS = ("dynamic", "linear")
 
 
@@ -30,7 +29,7 @@ PUBLISHED_ROPE_SCALINGS = ("dynamic", "linear")
 class Layout:
     """How a checkpoint is written: a name map, and a `config.json` (None: the native one).
 
-    `dtype` gives what a tensor under our name is kept in.
+    `dtype` returns the dtype in which a native tensor is written.
     """
 
     name: str
@@ -40,9 +39,9 @@ class Layout:
 
 
 def make_layout(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Layout:
-    """How `checkpoint` is written in format `name`; `dtype` None keeps every tensor's.
+    """The layout of `checkpoint` in format `name`; `dtype` None keeps every tensor's dtype.
 
-    Raises `CheckpointError` for an unknown format, or that names what the format cannot hold.
+    Raises `CheckpointError` for an unknown format, or with the features that it cannot represent.
     """
     if name not in FORMATS:
         raise CheckpointError(f"format {name!r} is not known, known are: {', '.join(FORMATS)}")
@@ -66,7 +65,7 @@ def make_layout(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = N
 
 
 def _unsupported_features(config: HolisticVLMConfig, name: str) -> Iterator[str]:
-    """What the model has that HoVLE's layout, or the one derived from it, has no place for."""
+    """Features of the model that HoVLE's or mmMamba's layout cannot represent."""
     if config.vision is None or config.embedding is None:
         yield "place for a language model without vision"
         return
@@ -97,7 +96,7 @@ def _unsupported_features(config: HolisticVLMConfig, name: str) -> Iterator[str]
 
 
 def _check_config(checkpoint: Checkpoint, raw: Mapping[str, Any], name: str) -> None:
-    """What is written must read back as the model it is."""
+    """Raise `CheckpointError` unless the exported config reads back as the model's."""
     read = (hovle if name == HOVLE else mmmamba_hf).to_config(raw, "the exported config.json")
     differing = [
         field
@@ -113,7 +112,7 @@ def _check_config(checkpoint: Checkpoint, raw: Mapping[str, Any], name: str) -> 
 
 
 def _written_names(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Collection[str] | None:
-    """None to write everything out; of a tied head, names without it where it is not needed."""
+    """`names` argument of `name_map`: None stores the head, () leaves out an equal tied head."""
     if not hovle.is_tied(raw) or LANGUAGE_TOKENS not in checkpoint:
         return None
     same = torch.equal(checkpoint.read(LANGUAGE_TOKENS), checkpoint.read("lm_head.weight"))

@@ -1,6 +1,6 @@
-"""The model card: what a model is, what it came from, what it was taught and what it scored.
+"""The model card of an export: architecture, usage, lineage, scores and recipe.
 
-Nothing in it names a place on the machine it was made on.
+Paths of this machine are redacted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PAPER_TAG = "arxiv:2502.13145"
 
 @dataclass(frozen=True)
 class CardScore:
-    """A suite's headline number by one rule; `low` and `high` bound it at `level`."""
+    """Score of a suite by one rule; `low` and `high` are its confidence interval at `level`."""
 
     suite: str
     rule: str
@@ -49,18 +49,18 @@ class CardScore:
     low: float | None = None
     high: float | None = None
     level: float = 0.95
-    # Whether only the first part of the suite was asked.
+    # Whether only a part of the suite's rows was asked.
     partial: bool = False
-    # The teacher's number by the same rule for the same questions; None if it was not asked.
+    # The teacher's score by the same rule on the same questions; None without one.
     teacher: float | None = None
 
 
 @dataclass(frozen=True)
 class CardInfo:
-    """What the card tells beside the tensors; `lineage` are the product's ancestors, oldest first.
+    """Content of a model card besides the checkpoint's own.
 
-    `manifest` is None for a checkpoint that is no product. Raises `CheckpointError` for a licence,
-    title or base that the card cannot hold.
+    `manifest` is None for a checkpoint that is not a product; `lineage` are the product's
+    ancestors, oldest first. Raises `CheckpointError` for an invalid licence, title or base model.
     """
 
     manifest: Manifest | None = None
@@ -83,7 +83,7 @@ class CardInfo:
 
 
 def unchanged_ancestors(run: Run, product: Manifest) -> tuple[Manifest, ...]:
-    """The products that `product` was made from, oldest first; none overwritten since."""
+    """Ancestors of `product`, oldest first, back to the first that was overwritten since."""
     unchanged = takewhile(
         lambda link: link[0].content_hash == link[1].content_hash, run.ancestors(product)
     )
@@ -93,7 +93,7 @@ def unchanged_ancestors(run: Run, product: Manifest) -> tuple[Manifest, ...]:
 def card_text(
     checkpoint: Checkpoint, name: str, dtype: str, parameters: int, card: CardInfo
 ) -> str:
-    """README.md of an export in format `name`."""
+    """The text of README.md of an export in format `name`."""
     config = checkpoint.config
     title = card.title or public_model_name(checkpoint.path) or checkpoint.path.resolve().name
     kept = config.attention_layers
@@ -116,7 +116,7 @@ def card_text(
 
 
 def redact_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manifest:
-    """The manifest of an exported product: paths shortened to names, wherever they stand."""
+    """The manifest of an exported product, with every path shortened to its name."""
     parents = tuple(
         parent.model_copy(update={"name": redact_path(parent.name)}) for parent in manifest.parents
     )
@@ -142,7 +142,7 @@ def _describe_layers(kept: Sequence[int], total: int) -> str:
 
 
 def _front_matter(checkpoint: Checkpoint, title: str, card: CardInfo) -> list[str]:
-    """The card's metadata; huggingface_hub writes it as the Hub reads it."""
+    """The card's metadata as YAML, written by huggingface_hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
     task = "image-text-to-text" if checkpoint.config.vision is not None else "text-generation"
@@ -172,9 +172,9 @@ def _front_matter(checkpoint: Checkpoint, title: str, card: CardInfo) -> list[st
 
 
 def _base_model(card: CardInfo) -> str | None:
-    """The teacher's repository on the Hub: as it was given, or that of the cache it came from.
+    """The teacher's Hub repository: the given one, or that of its folder in the Hub's cache.
 
-    The Hub takes no other names, so that a teacher on a disk has none.
+    None for a teacher with a local path: the Hub accepts no other names.
     """
     if card.base_model is not None or card.manifest is None:
         return card.base_model
@@ -188,7 +188,7 @@ def _base_model(card: CardInfo) -> str | None:
 
 
 def _distillation_note(checkpoint: Checkpoint, manifest: Manifest | None) -> list[str]:
-    """How far the model was distilled, where that needs saying."""
+    """A remark unless the model is known to be distilled end to end."""
     if manifest is None and LINEAR not in checkpoint.config.layer_types:
         return []
     known = provenance_of(checkpoint) if manifest is None else manifest

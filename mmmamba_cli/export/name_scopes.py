@@ -1,6 +1,6 @@
-"""Names that a module binds at its top level, and their replacement in its source text.
+"""Renaming of a module's top-level names in its source text.
 
-A name is followed through the scopes of Python: parameters and locals hide what the module has.
+Names are resolved through Python's scopes: parameters and local variables shadow module names.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-# What a name stands for: a module's name for a thing, or (with None) a module itself.
+# The object a name refers to: (module, name in that module), or (module, None) for the module.
 Target = tuple[str, str | None]
 Bindings = dict[str, Target | None]
 Functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -18,7 +18,7 @@ Comprehensions = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 @dataclass(frozen=True)
 class Edit:
-    """Replace the text of `node`, or the name of the definition `node`, by `text`."""
+    """Replace `old`, the text of `node` or the name that `node` defines, by `text`."""
 
     node: ast.AST
     old: str
@@ -26,7 +26,7 @@ class Edit:
 
 
 def bound_names(body: list[ast.stmt]) -> set[str]:
-    """Names that the statements bind in their own scope, imports left out."""
+    """Names that the statements bind in their scope, without imports."""
     found: set[str] = set()
     waiting: list[ast.AST] = list(body)
     while waiting:
@@ -35,7 +35,7 @@ def bound_names(body: list[ast.stmt]) -> set[str]:
             found.add(node.name)
             continue
         if isinstance(node, ast.Lambda | Comprehensions):
-            # An assignment expression inside binds here.
+            # An assignment expression binds in the enclosing scope.
             found |= {n.target.id for n in ast.walk(node) if isinstance(n, ast.NamedExpr)}
             continue
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
@@ -52,9 +52,10 @@ def rename_edits(
     imports: Callable[[ast.stmt], Bindings],
     final: Callable[[Target], str],
 ) -> Iterator[Edit]:
-    """The edits that put `final` names in the place of those that the module level binds.
+    """Yield edits that replace references to module-level names by their `final` names.
 
-    `module` gives what each of its names stands for, `imports` what an import statement binds.
+    `module` maps the module's names to their targets; `imports` returns the bindings of an import
+    statement.
     """
     walker = _RenameVisitor(module, imports, final)
     walker.visit(tree)
@@ -68,7 +69,7 @@ class _RenameVisitor(ast.NodeVisitor):
         imports: Callable[[ast.stmt], Bindings],
         final: Callable[[Target], str],
     ):
-        # Scopes from outside in, and whether each is a class body.
+        # Scopes, outermost first, and whether each is a class body.
         self._scopes: list[tuple[Bindings, bool]] = [(module, False)]
         self._imports = imports
         self._final = final
@@ -140,7 +141,7 @@ class _RenameVisitor(ast.NodeVisitor):
             self._rename(node, node.name, target)
 
     def _visit_arguments(self, arguments: ast.arguments) -> None:
-        """Defaults and annotations, which belong to the scope around."""
+        """Visit defaults and annotations, which are evaluated in the enclosing scope."""
         for part in (*arguments.defaults, *filter(None, arguments.kw_defaults)):
             self.visit(part)
         for argument in _all_arguments(arguments):

@@ -1,9 +1,9 @@
-"""The model's code as a few files that transformers can load without this package.
+"""The model's code as a few flat files that transformers loads without this package.
 
-transformers fetches a repository's code by file name: what a file imports relatively has to lie
-beside it, not in a folder. So the modules that the model or its processor needs are written out,
-all of a room in one file, each after those that it uses. Where two modules have one name, one of
-them gets a longer one; nothing else is changed.
+transformers downloads a repository's code by file name, so relative imports must be in the same
+folder. The modules that the model and its processor need are concatenated, one file per top-level
+subpackage, each module after those that it imports. If two modules define the same name, one of
+them is renamed; nothing else changes.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ ENTRY_MODULES = (
     f"{PACKAGE}.processing.text_processor",
     f"{PACKAGE}.processing.tokenizer",
 )
-# Files that transformers is given by name; other rooms have theirs, as `mmmamba_ops`.
+# Files that `auto_map` names; other subpackages have theirs, for example `mmmamba_ops`.
 CONFIGURATION, MODELING, PROCESSING = (
     "configuration_mmmamba",
     "modeling_mmmamba",
     "processing_mmmamba",
 )
-ROOM_FILES = (MODELING, PROCESSING, "mmmamba_ops")
-# What the code may import besides Python's own modules and itself; jinja2 comes with torch.
+SHARED_FILES = (MODELING, PROCESSING, "mmmamba_ops")
+# Allowed imports besides the standard library and the code itself; torch requires jinja2.
 DEPENDENCIES = frozenset(
     {"PIL", "jinja2", "numpy", "safetensors", "sentencepiece", "torch", "transformers"}
 )
 
 
 def bundle_files(entries: Iterable[str] = ENTRY_MODULES) -> dict[str, str]:
-    """File name to text: the modules that `entries` need, themselves included.
+    """Text by file name of the modules `entries` and all modules that they import.
 
-    Raises `ValueError`, which is our bug, for a module that imports more than `DEPENDENCIES`, and
-    for files that would import each other.
+    Raises `ValueError`, a bug, for a module that imports more than `DEPENDENCIES`, and for files
+    that would import each other.
     """
     bundle = _Bundle(_collect(entries))
     return {f"{name}.py": bundle.text(name) for name in sorted(bundle.files)}
 
 
 def file_of(module: str) -> str:
-    """The file, without its suffix, that holds `module`."""
-    room = module.split(".")[1] if module.startswith(f"{PACKAGE}.") else module
+    """The file, without suffix, for `module`."""
+    package = module.split(".")[1] if module.startswith(f"{PACKAGE}.") else module
     named = {"model": MODELING, "processing": PROCESSING}
     if module == f"{PACKAGE}.model.config":
         return CONFIGURATION
-    return named.get(room, f"mmmamba_{room}")
+    return named.get(package, f"mmmamba_{package}")
 
 
 @dataclass
@@ -73,7 +73,7 @@ class _Module:
 
     @cached_property
     def reads_annotations(self) -> bool:
-        """Whether annotations are values that the module reads; `__future__` makes them text."""
+        """Whether the module reads annotations as values; `__future__` would make them strings."""
         future = any(
             isinstance(node, ast.ImportFrom) and node.module == "__future__"
             for node in self.tree.body
@@ -86,7 +86,7 @@ class _Module:
 
     @cached_property
     def bindings(self) -> Bindings:
-        """What each name of the module level stands for; None for what others provide."""
+        """Target of each module-level name; None for names of other packages."""
         found: Bindings = {name: (self.name, name) for name in self.defined}
         for node in _statements(self.tree.body):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -95,7 +95,7 @@ class _Module:
 
 
 def _collect(entries: Iterable[str]) -> dict[str, _Module]:
-    """Modules by name, each behind those that it imports when it is imported itself."""
+    """Modules by name, each after those that it imports at its top level."""
     found: dict[str, _Module] = {}
     later: list[str] = []
     begun: set[str] = set()
@@ -125,7 +125,7 @@ def _collect(entries: Iterable[str]) -> dict[str, _Module]:
 
 
 class _Bundle:
-    """The modules, the files that they go into, and the names that they have there."""
+    """The modules, their files, and their names in the exported code."""
 
     def __init__(self, modules: dict[str, _Module]):
         self._modules = modules
@@ -144,7 +144,7 @@ class _Bundle:
         }
         self._exported_names: dict[Target, str] = {}
         for name, holders in owners.items():
-            # The one nearest to the top keeps the name.
+            # The module nearest to the top level keeps the name.
             ordered = sorted(holders, key=lambda holder: (holder.count("."), holder))
             for place, holder in enumerate(ordered):
                 keeps = place == 0 and name not in foreign
@@ -157,16 +157,16 @@ class _Bundle:
             _check_third_party(name, held)
 
     def file_of(self, module: str) -> str:
-        """The file that holds `module`: its room's, or one of its own.
+        """The file for `module`: its subpackage's, or a separate one.
 
-        A room's file has annotations as text, so that a module that reads them has its own.
+        Annotations are strings in a subpackage's file, so a module that reads them is separate.
         """
-        if self._modules[module].reads_annotations and file_of(module) in ROOM_FILES:
+        if self._modules[module].reads_annotations and file_of(module) in SHARED_FILES:
             return "_".join(["mmmamba", *module.split(".")[1:]])
         return file_of(module)
 
     def text(self, file: str) -> str:
-        """One file: what it needs of others, then its modules."""
+        """The text of a file: imports from other files, then its modules."""
         parts = [self._module_text(module, file) for module in self.files[file]]
         needed: dict[str, set[str]] = defaultdict(set)
         for module in self.files[file]:
@@ -188,7 +188,7 @@ class _Bundle:
         )
 
     def exported_name(self, target: Target) -> str:
-        """What a thing is called in the exported code."""
+        """The name of a target in the exported code."""
         module, name = target
         while (module, name) not in self._exported_names:
             found = self._modules[module].bindings.get(name or "")
@@ -199,22 +199,20 @@ class _Bundle:
 
     def _module_text(self, module: _Module, file: str) -> str:
         edits = list(rename_edits(module.tree, module.bindings, imported, self.exported_name))
-        out: dict[int, tuple[int, str]] = {}
-        for ours in _package_imports(module.tree):
-            out[ours.lineno] = (
-                ours.end_lineno or ours.lineno,
-                self._replacement_import(ours, file),
-            )
+        replaced: dict[int, tuple[int, str]] = {}
+        for statement in _package_imports(module.tree):
+            last = statement.end_lineno or statement.lineno
+            replaced[statement.lineno] = (last, self._replacement_import(statement, file))
         for node in module.tree.body:
             future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
             listed = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             if future or listed:
-                out[node.lineno] = (node.end_lineno or node.lineno, "")
+                replaced[node.lineno] = (node.end_lineno or node.lineno, "")
         place = module.name.replace(".", "/")
-        return f"\n# {place}\n{apply_edits(module.source, edits, out)}"
+        return f"\n# {place}\n{apply_edits(module.source, edits, replaced)}"
 
     def _replacement_import(self, node: ast.ImportFrom, file: str) -> str:
-        """The statement that replaces an import of this package: none at module level."""
+        """The replacement of an import of this package; empty at module level."""
         if node.col_offset == 0:
             return ""
         indent = " " * node.col_offset
@@ -226,7 +224,7 @@ class _Bundle:
         return "\n".join(lines) or f"{indent}pass"
 
     def _targets(self, node: ast.stmt) -> Iterator[Target]:
-        """The names that an import of this package binds; of a module, those that are used."""
+        """Targets of an import of this package; for a module, all names that it defines."""
         if not isinstance(node, ast.ImportFrom) or not _is_package_module(node.module):
             return
         for target in imported(node).values():
@@ -246,7 +244,7 @@ class _Bundle:
         return module, name
 
     def _check_no_cycle(self, file: str, other: str) -> None:
-        """Raise `ValueError` if `other` imports `file` in turn, when it is imported."""
+        """Raise `ValueError` if `other` imports `file` at its top level."""
         for module in self.files[other]:
             for node in module.tree.body:
                 if any(self.file_of(target[0]) == file for target in self._targets(node)):
@@ -254,7 +252,7 @@ class _Bundle:
 
 
 def _check_third_party(file: str, modules: Iterable[_Module]) -> None:
-    """Raise `ValueError` if two modules of a file mean different things by a name of others."""
+    """Raise `ValueError` if a third-party name differs between two modules of a file."""
     meant: dict[str, Any] = {}
     for module in modules:
         for node in _statements(module.tree.body):
@@ -290,7 +288,7 @@ def _import_line(file: str, names: Iterable[str]) -> str:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module level, those inside `if` and `try` too."""
+    """Statements at module level, including those inside `if` and `try`."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -301,7 +299,7 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def imported(node: ast.stmt) -> Bindings:
-    """What an import statement binds of this package; None for other packages."""
+    """Bindings of an import statement; None for other packages."""
     assert isinstance(node, ast.Import | ast.ImportFrom)
     if isinstance(node, ast.Import):
         return {alias.asname or alias.name.partition(".")[0]: None for alias in node.names}
@@ -342,9 +340,9 @@ def _imported_module_names(node: ast.ImportFrom) -> list[str]:
 
 
 def _imported_modules(node: ast.ImportFrom) -> dict[str, str]:
-    """The names in `from package import name` that are modules, and these modules.
+    """The names in `from package import name` that are modules, with the full module names.
 
-    `ops.ssd` is a module and, in `ops` itself, a function: what the package says comes first.
+    A name that the package itself binds is not a module: `ops.ssd` is both a module and a function.
     """
     assert node.module is not None
     spec = importlib.util.find_spec(node.module)
@@ -360,7 +358,7 @@ def _imported_modules(node: ast.ImportFrom) -> dict[str, str]:
 
 
 def _reexported_names(package: str) -> set[str]:
-    """What a package takes over from its modules by name."""
+    """Names that a package imports from its modules."""
     tree = ast.parse(_source(package).read_text(encoding="utf-8"))
     return {
         alias.asname or alias.name
@@ -371,7 +369,7 @@ def _reexported_names(package: str) -> set[str]:
 
 
 def _check_dependencies(module: str, tree: ast.AST) -> None:
-    """transformers refuses code that imports, anywhere, what is not installed."""
+    """Raise `ValueError` for imports besides `DEPENDENCIES`; transformers requires all of them."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):

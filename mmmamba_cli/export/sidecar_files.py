@@ -1,4 +1,4 @@
-"""What lies beside the weights of an export: config, tokenizer, processor, code, manifest."""
+"""Files beside the weights of an export: config, tokenizer, processor, bundled code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG_FILE, PROCESSOR_FILE, TOKENIZER_FILE = (
     "processor_config.json",
     "tokenizer_config.json",
 )
-# What a teacher's tokenizer is made of.
+# Files of a teacher's tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.model",
     TOKENIZER_FILE,
@@ -40,7 +40,7 @@ def write_sidecar_files(
     dtype: torch.dtype,
     provenance: Provenance,
 ) -> None:
-    """Everything but the weights and the card."""
+    """Write all files of an export except weights, manifest and card."""
     if layout.name == HUB:
         _write_hub_files(folder, checkpoint, dtype)
     else:
@@ -58,7 +58,7 @@ def write_sidecar_files(
 
 
 def _write_hub_files(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Our own layout, and code that reads it where this package is not installed."""
+    """Write the native layout with the code that loads it without this package."""
     write_model_files(folder, checkpoint.config, checkpoint, dtype)
     _write_json(folder / SOURCE_CONFIG, drop_local_fields(checkpoint.raw_config))
     own = checkpoint.path / GENERATION_CONFIG
@@ -96,7 +96,7 @@ def _add_field(file: Path, name: str, content: dict[str, Any]) -> None:
 
 
 def _write_foreign_tokenizer(folder: Path, checkpoint: Checkpoint, code: str) -> None:
-    """InternLM2's tokenizer files: a teacher's as they are, else made from ours."""
+    """Write InternLM2's tokenizer files, a teacher's or converted from the native ones."""
     file = checkpoint.tokenizer_file
     if file is None:
         return

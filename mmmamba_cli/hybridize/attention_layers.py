@@ -1,4 +1,4 @@
-"""Which layers remain attention, and putting them back: layers are swapped, nothing is trained."""
+"""Hybrid students: the teacher's attention is copied back into chosen layers, without training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _stages_before_plan(recipe: Recipe) -> tuple[str, ...]:
 
 
 def choose_parent(run: Run, wanted: str | None = None) -> Manifest:
-    """The product to start from: `wanted`, else the stage-2 student, else the current one.
+    """The product to start from: `wanted`, else the newest ready student, else the current one.
 
-    The method hybridizes between stages 2 and 3, so a student that has just done both comes first;
-    in a recipe with other stages, one that has done all that train every layer.
+    The method hybridizes between stages 2 and 3. A linear student is ready if it has done exactly
+    the stages of its recipe that train every layer.
     """
     if wanted is not None:
         return run.product(wanted)
@@ -67,11 +67,11 @@ def hybridize(
     recipe: str | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Manifest:
-    """Write product `name`: `parent` with the teacher's attention in just the layers given.
+    """Write product `name`: `parent` with the teacher's attention in exactly the given layers.
 
-    Attention comes from the teacher, cast to the student's dtype; layers that turn linear again
-    take their mixer from the nearest ancestor that has it. Raises `RunError` if the teacher is
-    not the run's, or no ancestor has a mixer that is needed.
+    Attention weights are the teacher's in the student's dtype. A layer that becomes linear again
+    takes its mixer from the nearest ancestor that has one. Raises `RunError` if the teacher is not
+    the run's, or if no ancestor has a needed mixer.
     """
     if name == parent.name:
         raise RunError(
@@ -105,7 +105,7 @@ def hybridize(
 
 
 def _stages_kept(parent: Manifest) -> tuple[str, ...]:
-    """Stages of the parent that still count: end to end it was distilled with other layers."""
+    """Stages of the parent that stay valid: end-to-end stages do not, since layers change."""
     before = _stages_before_plan(parse_recipe(parent.recipe, f"recipe of {parent.name}"))
     return tuple(stage for stage in parent.stages if stage in before)
 
@@ -116,14 +116,14 @@ def _with_attention_layers(config: HolisticVLMConfig, layers: Sequence[int]) -> 
 
 
 def _restored_layers(old: HolisticVLMConfig, new: HolisticVLMConfig) -> list[int]:
-    """Layers that are attention now and were not."""
+    """Layers that are attention in `new` and not in `old`."""
     return [i for i in new.attention_layers if i not in old.attention_layers]
 
 
 def _mixer_donors(
     run: Run, parent: Manifest, student: Checkpoint, config: HolisticVLMConfig
 ) -> dict[int, Checkpoint]:
-    """For each layer that turns linear again, the nearest ancestor with a mixer for it."""
+    """The nearest ancestor with a mixer, for each layer that becomes linear again."""
     missing = [i for i in student.config.attention_layers if i not in config.attention_layers]
     donors: dict[int, Checkpoint] = {}
     ancestors = run.ancestors(parent)
@@ -167,13 +167,13 @@ def _reader(
 
 
 def _mixer_layer(name: str) -> int | None:
-    """The layer whose mixer `name` belongs to, or None."""
+    """The layer index of a mixer parameter; None for other parameters."""
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[3] == "mixer" else None
 
 
 def _read_verified(run: Run, teacher: Checkpoint, name: str) -> Tensor:
-    """A teacher tensor, if its bytes are those the run was seeded from. Raises `RunError`."""
+    """Read a teacher tensor. Raises `RunError` unless the run was seeded from these bytes."""
     digests = run.teacher.digests
     for foreign in teacher.foreign_names(name):
         if tensor_digest(foreign, teacher.source.read(foreign)).hex() != digests.get(foreign):

@@ -1,4 +1,4 @@
-"""What a product folder says about itself: what made it, from what, and how far it has come."""
+"""The manifest of a product: its command, parents, layers, stages and metrics."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ FORMAT = 1
 
 
 class Parent(BaseModel):
-    """Where a product comes from.
+    """A checkpoint that a product was made from.
 
-    `role` is "teacher", "student" for the product before it, or "origin" for what was imported.
+    `role` is "teacher", "student" for another product, or "origin" for an imported checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,15 +38,15 @@ class Parent(BaseModel):
     content_hash: str
 
     def __init__(self, *values: str, **fields: str) -> None:
-        # By place as we write them, by name as a file has them, where one may be missing.
+        # Positional in code; by name from a file, where pydantic reports missing fields.
         super().__init__(**dict(zip(type(self).model_fields, values, strict=False)), **fields)
 
 
 class Manifest(BaseModel):
     """The contents of `manifest.json`. `stages` are the distillation stages done, in order.
 
-    `final` says whether the student was distilled end to end since its layers last changed; it is
-    None where that is not known.
+    `final`: whether the student was distilled end to end since its layers last changed; None if
+    unknown.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,7 +67,7 @@ class Manifest(BaseModel):
     recipe: str
     notes: tuple[str, ...] = ()
     metrics: dict[str, Any] = {}
-    # Digests of what the last stage learned from and was measured on, by `train` and `held_out`.
+    # Digests of the data of the last stage, by `train` and `held_out`.
     data: dict[str, dict[str, str]] = {}
     versions: dict[str, str] = {}
 
@@ -83,7 +83,7 @@ class Manifest(BaseModel):
 
     @property
     def progress(self) -> str:
-        """`distilled end to end`, that it was not, or that it is not known."""
+        """A phrase for `final`: distilled end to end, not, or unknown."""
         if self.final is None:
             return "how far it was distilled is not known"
         return "distilled end to end" if self.final else "not distilled end to end"
@@ -94,12 +94,12 @@ def utc_timestamp() -> str:
 
 
 def command_line() -> str:
-    """The command as it was typed, quoted for a shell, with the program's bare name."""
+    """The command line, quoted for a shell, with the program's name without its path."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def package_versions() -> dict[str, str]:
-    """Versions that can change a result."""
+    """Versions of packages that can change a result, and of Python."""
     found = {"mmmamba": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "safetensors"):
         try:
@@ -110,7 +110,7 @@ def package_versions() -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `RunError` if the folder has no manifest, or one that cannot be read."""
+    """Read a product's manifest. Raises `RunError` if it is missing or damaged."""
     return read_json_as(folder / MANIFEST, Manifest)
 
 
@@ -119,7 +119,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_json_as(file: Path, kind: type[Model], formats: Collection[int] = (FORMAT,)) -> Model:
-    """A JSON file as `kind`. Raises `RunError` that names the file and the first thing wrong."""
+    """Parse a JSON file as `kind`. Raises `RunError` that names the file and the first problem."""
     try:
         value = read_json(file)
         if isinstance(value, Mapping) and value.get("format", FORMAT) not in formats:

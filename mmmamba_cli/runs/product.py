@@ -1,4 +1,4 @@
-"""Writing one product: weights tensor by tensor, config, tokenizer, manifest; all or nothing."""
+"""Products: their specification, and writing them atomically, weights tensor by tensor."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from mmmamba_cli.runs.manifest import (
 )
 from mmmamba_cli.runs.run import Run
 
-# Everything that mmmamba writes into a product's folder, and the tokenizer files of a teacher that
-# may be put beside it.
+# Files that mmmamba writes into a product's folder, and tokenizer files of a teacher that users
+# copy into it.
 PRODUCT_FILES = (
     MANIFEST,
     SOURCE_CONFIG,
@@ -73,7 +73,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """A product before it is written: what it is, and how to get each of its tensors."""
+    """A product to be written: its metadata, and a function that reads each of its tensors."""
 
     name: str
     made_by: str
@@ -83,13 +83,13 @@ class ProductSpec:
     origin: Checkpoint
     dtype: torch.dtype
     recipe: str
-    # Called when all tensors were read, since a parent's hash may be known only then.
+    # Called after all tensors are read: a parent's hash may be known only then.
     parents: Callable[[], tuple[Parent, ...]]
     stages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     final: bool | None = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    # Digests of what a stage learned from and was measured on, by `train` and `held_out`.
+    # Digests of the data of a stage, by `train` and `held_out`.
     data: Mapping[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -100,11 +100,14 @@ def write_product(
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> Manifest:
-    """Write a product into the run, atomically. `advance` is told of bytes as they are written.
+    """Write a product into the run, atomically, with one tensor of `spec.read` in memory at a time.
 
-    Tensors come one at a time from `spec.read` and are let go. The caller holds the run's lock.
-    Raises `RunError` if the product exists and `overwrite` is not given; `CheckpointError` if its
-    folder holds files that are no product's, or a value does not fit into the product's dtype.
+    `advance` is called with the number of bytes written. The caller holds the run's lock.
+
+    Raises:
+        RunError: if the product exists and `overwrite` is false.
+        CheckpointError: if its folder has files that mmmamba did not write, or a value does not fit
+            into the product's dtype.
     """
     target = run.product_folder(spec.name)
     if target.exists() and not overwrite:
@@ -128,7 +131,7 @@ def write_product(
 
 
 def check_product_folder(folder: Path) -> None:
-    """Raise `CheckpointError` if the folder of a product holds what mmmamba did not write."""
+    """Raise `CheckpointError` if a product's folder has files that mmmamba did not write."""
     check_replaceable(folder, lambda found: unlisted_files(found, PRODUCT_FILES), "mmmamba")
 
 
@@ -157,9 +160,9 @@ def _manifest(spec: ProductSpec, content_hash: str) -> Manifest:
 def write_model_files(
     folder: Path, config: HolisticVLMConfig, origin: Checkpoint, dtype: torch.dtype
 ) -> None:
-    """What else transformers wants in a model folder, and the teacher's own config for exports.
+    """Write config, generation config, processor and the teacher's config beside the weights.
 
-    `origin` is the checkpoint that has the tokenizer, and the config of the teacher.
+    `origin` is the checkpoint with the tokenizer and the config of the teacher.
     """
     config = HolisticVLMConfig.from_dict(config.to_dict())
     config.dtype = dtype
@@ -176,13 +179,13 @@ def write_model_files(
 
 
 def open_processor(checkpoint: Checkpoint) -> HolisticVLMProcessor | HolisticTextProcessor | None:
-    """The processor of a checkpoint, ours or a teacher's; None if it came without a tokenizer."""
+    """The processor of a checkpoint; None if it has no tokenizer."""
     file = checkpoint.tokenizer_file
     if file is None:
         return None
     if checkpoint.model_type == NATIVE_MODEL_TYPE:
         processor = processor_from_folder(file.parent)
-        # Code that lies in an exported folder is ours; what is made of it here goes without.
+        # The code bundled with an export is this package's own: its references are dropped.
         processor.tokenizer.init_kwargs.pop("auto_map", None)
         return processor
     if checkpoint.config.vision is None:

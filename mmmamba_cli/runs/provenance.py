@@ -1,9 +1,7 @@
-"""How far a model was distilled, kept in the `config.json` of layouts that have no manifest.
+"""Provenance of a model (stages done, distilled end to end or not), and redaction of local paths.
 
-The layouts of other projects say nothing of it, so an export writes a field of its own, which
-`import` reads back.
-
-Texts without the paths of the machine they were written on, for what is passed on.
+A layout without a manifest keeps its provenance in a field of `config.json`, which an export writes
+and `import` reads. The `redact_*` functions remove paths of this machine from published texts.
 """
 
 from __future__ import annotations
@@ -23,76 +21,10 @@ from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, read_manifest
 
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
-# An absolute path within a sentence: up to the next space or quote. Not the slashes of an address.
+# An absolute path in a sentence, up to the next space or quote. Excludes the slashes of a URL.
 PATH_IN_TEXT = re.compile(
     r"(?<![\w:/.~\\-])(?:~?/|[A-Za-z]:\\|\.{1,2}/)[^\s'\"`,;()]*[^\s'\"`,;().:]"
 )
-
-
-def redact_path(text: str) -> str:
-    """A path's last part, or the repository of a folder in the Hub's cache; other text as it is."""
-    known = public_model_name(text)
-    if known is not None:
-        return known
-    option, equals, value = text.partition("=")
-    if equals and re.fullmatch(r"[\w.-]+", option):
-        return f"{option}={redact_path(value)}"
-    if WINDOWS_PATH.match(text):
-        return PureWindowsPath(text).name or text
-    if PurePath(text).is_absolute() or text.startswith((".", "~")):
-        return PurePath(text).name or text
-    return text
-
-
-def redact_text(text: str) -> str:
-    """A sentence whose paths are shortened to their last part."""
-    if "\n" not in text and _is_path(text):
-        return redact_path(text)
-    return PATH_IN_TEXT.sub(lambda found: redact_path(found[0]), text)
-
-
-def redact_value(value: Any, shorten: Callable[[str], str] | None = None) -> Any:
-    """A copy of JSON or YAML data with `shorten` applied to every string.
-
-    By default strings that are a path as a whole are shortened, and no others: a chat template has
-    slashes of its own.
-    """
-    if isinstance(value, str):
-        return _redact_whole_path(value) if shorten is None else shorten(value)
-    if isinstance(value, dict):
-        return {key: redact_value(inner, shorten) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact_value(inner, shorten) for inner in value]
-    return value
-
-
-def _redact_whole_path(text: str) -> str:
-    return redact_path(text) if "\n" not in text and _is_path(text) else text
-
-
-def redact_command(command: str) -> str:
-    """A command whose paths are shortened, quoted as a shell reads it."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        # Commands were once kept without quotes.
-        words = command.split()
-    return shlex.join(redact_path(word) for word in words)
-
-
-def redact_recipe(text: str) -> str:
-    """A recipe without the places of teacher and data, in the form in which recipes are written."""
-    try:
-        return write_yaml(redact_value(read_yaml(text, "the recipe"), redact_text))
-    except (RecipeError, RecursionError):
-        # Not YAML as recipes are written: as it is, its paths found by their form.
-        return redact_text(text)
-
-
-def _is_path(text: str) -> bool:
-    return bool(WINDOWS_PATH.match(text)) or text.startswith(("/", "~/", "./", "../"))
-
-
 PROVENANCE_FIELD = "mmmamba"
 PUBLISHED_RECIPE = "mmmamba-linear"
 PUBLISHED_NOTE = "published as distilled end to end, which was not checked here"
@@ -101,7 +33,7 @@ UNKNOWN_NOTE = "how far it was distilled is not known"
 
 @dataclass(frozen=True)
 class Provenance:
-    """`stages` done in order; `final` as in a `Manifest`, None where it is not known."""
+    """`stages` done, in order; `final` as in a `Manifest`, None if unknown."""
 
     stages: tuple[str, ...] = ()
     final: bool | None = None
@@ -119,11 +51,11 @@ def provenance_field(provenance: Provenance) -> dict[str, Any]:
 
 
 def provenance_of(checkpoint: Checkpoint) -> Provenance:
-    """What a checkpoint says of itself.
+    """Read a checkpoint's provenance from its manifest, its `config.json` or its layout.
 
-    Its manifest comes first, then the field of an export, then the layout: a model in the published
-    layout counts as published unless mmmamba or a training wrote it. Raises `RunError` for a
-    manifest and `CheckpointError` for a field that cannot be read.
+    A model in the published layout counts as published unless mmmamba exported it or it is a
+    training state. Raises `RunError` for a damaged manifest and `CheckpointError` for a malformed
+    field.
     """
     manifest = find_manifest(checkpoint)
     if manifest is not None:
@@ -138,7 +70,7 @@ def provenance_of(checkpoint: Checkpoint) -> Provenance:
 
 
 def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
-    """The manifest of a folder that mmmamba wrote, if it has one."""
+    """The manifest of a native folder, or None."""
     folder = checkpoint.folder
     if checkpoint.model_type != NATIVE_MODEL_TYPE or not (folder / MANIFEST).is_file():
         return None
@@ -146,7 +78,7 @@ def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
 
 
 def _stored_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The `config.json` beside the weights; a product's `raw_config` is its teacher's."""
+    """The `config.json` beside the weights: a product's `raw_config` is its teacher's."""
     return (
         checkpoint.raw_config
         if checkpoint.native_config_values is None
@@ -181,3 +113,67 @@ def _parse_field(value: Any, path: Path) -> Provenance:
             "take the config.json that was written with the weights, or remove the field",
         )
     return Provenance(tuple(stages or ()), final, tuple(notes))
+
+
+def redact_path(text: str) -> str:
+    """Shorten a path to its last part, or to its Hub id; other text is returned unchanged."""
+    known = public_model_name(text)
+    if known is not None:
+        return known
+    option, equals, value = text.partition("=")
+    if equals and re.fullmatch(r"[\w.-]+", option):
+        return f"{option}={redact_path(value)}"
+    if WINDOWS_PATH.match(text):
+        return PureWindowsPath(text).name or text
+    if PurePath(text).is_absolute() or text.startswith((".", "~")):
+        return PurePath(text).name or text
+    return text
+
+
+def redact_text(text: str) -> str:
+    """Shorten every path in a sentence to its last part."""
+    if "\n" not in text and _is_path(text):
+        return redact_path(text)
+    return PATH_IN_TEXT.sub(lambda found: redact_path(found[0]), text)
+
+
+def redact_value(value: Any, shorten: Callable[[str], str] | None = None) -> Any:
+    """Copy JSON or YAML data with `shorten` applied to every string.
+
+    By default only strings that are a path as a whole are shortened: other texts, for example chat
+    templates, contain slashes too.
+    """
+    if isinstance(value, str):
+        return _redact_whole_path(value) if shorten is None else shorten(value)
+    if isinstance(value, dict):
+        return {key: redact_value(inner, shorten) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_value(inner, shorten) for inner in value]
+    return value
+
+
+def _redact_whole_path(text: str) -> str:
+    return redact_path(text) if "\n" not in text and _is_path(text) else text
+
+
+def redact_command(command: str) -> str:
+    """Shorten every path in a command line; the result is quoted for a shell."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        # Older versions stored commands without quotes.
+        words = command.split()
+    return shlex.join(redact_path(word) for word in words)
+
+
+def redact_recipe(text: str) -> str:
+    """Shorten every path in a recipe, and write it in the standard form of recipes."""
+    try:
+        return write_yaml(redact_value(read_yaml(text, "the recipe"), redact_text))
+    except (RecipeError, RecursionError):
+        # Not valid recipe YAML: shorten paths in the plain text.
+        return redact_text(text)
+
+
+def _is_path(text: str) -> bool:
+    return bool(WINDOWS_PATH.match(text)) or text.startswith(("/", "~/", "./", "../"))

@@ -1,4 +1,4 @@
-"""A run directory: one teacher, the products made of it, and which of them is current."""
+"""A run directory: its teacher, its products and the current product, and its lock."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ RUN_RECORD = "run.json"
 LOCK = ".lock"
 PRODUCTS = "products"
 PRODUCT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-# Where a model is asked, --teacher is a switch, and the path has an option of its own.
+# In eval, profile and chat, --teacher is a switch and the path has its own option.
 TEACHER_OPTIONS = "--teacher (--teacher-path of eval, profile and chat)"
 
 
 class Teacher(BaseModel):
-    """Which checkpoint a run started from; `digests` are SHA-256 by the file's tensor names."""
+    """The checkpoint that a run started from; `digests` are SHA-256 by tensor name in the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,7 +41,7 @@ class Teacher(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """The contents of `run.json`. `teacher` is None where a student was imported without one."""
+    """The contents of `run.json`. `teacher` is None if a student was imported without one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +51,7 @@ class RunRecord(BaseModel):
 
 
 class Run:
-    """A run directory that may or may not exist yet."""
+    """A run directory, which may not exist yet."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def record(self) -> RunRecord:
-        """Raises `RunError` if this is no run."""
+        """The contents of `run.json`. Raises `RunError` if the folder is not a run."""
         if not self.exists:
             raise RunError(
                 f"{self.folder} is not a run: it has no {RUN_RECORD}",
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def teacher(self) -> Teacher:
-        """Raises `RunError` if this is no run, or one that has no teacher."""
+        """The teacher. Raises `RunError` if the folder is not a run, or the run has no teacher."""
         teacher = self.record.teacher
         if teacher is None:
             raise RunError(
@@ -85,9 +85,9 @@ class Run:
         return self.folder / PRODUCTS / name
 
     def interrupted_products(self) -> dict[str, Path]:
-        """Products that a command was replacing when it ended, and the folders that hold them.
+        """Products whose replacement was interrupted, and the hidden folders with their files.
 
-        Those that a killed process of this machine left are put back and are not among them.
+        Those that killed processes of this machine left are restored and not returned.
         """
         folder = self.folder / PRODUCTS
         found = {
@@ -106,12 +106,11 @@ class Run:
         return dict(sorted(found.items(), key=lambda item: (item[1].created, item[0])))
 
     def ancestors(self, product: Manifest) -> Iterator[tuple[Parent, Manifest]]:
-        """Walk to the products that `product` was made from, the nearest first.
+        """Yield the products that `product` was made from, nearest first.
 
-        Yields each parent as its child records it, with the product that has its name now; their
-        content hashes differ if that product was overwritten since. Ends where a product has no
-        parent in the run, or at a name that came before: a product may have been overwritten by one
-        made from it.
+        Each is yielded as (parent as recorded by its child, product that has this name now); their
+        content hashes differ if the product was overwritten. The walk ends at a product without a
+        parent in the run, or at a repeated name: a product can be overwritten by its descendant.
         """
         products, seen = self.products(), {product.name}
         while (parent := product.derived_from) is not None:
@@ -122,7 +121,7 @@ class Run:
             yield parent, product
 
     def product(self, name: str) -> Manifest:
-        """Raises `RunError` if there is none of that name."""
+        """The manifest of a product. Raises `RunError` if the run has no such product."""
         hidden = self.interrupted_products().get(name)
         if hidden is not None:
             raise RunError(
@@ -136,7 +135,7 @@ class Run:
 
     def _manifest(self, name: str) -> Manifest:
         manifest = read_manifest(self.product_folder(name))
-        # The name leads to a folder that is read and written: it must be just this one.
+        # The name becomes a path that is read and written, so it must be the folder's.
         if manifest.name != name:
             raise RunError(
                 f"{self.product_folder(name)} calls itself {manifest.name!r:.60}",
@@ -154,9 +153,9 @@ class Run:
         return open_checkpoint(self.product_folder(name))
 
     def open_teacher(self, moved_to: Path | None = None) -> Checkpoint:
-        """The teacher where it was, or where it has moved to; `verify` checks what is read of it.
+        """Open the teacher at its recorded path or at `moved_to`; its contents are not verified.
 
-        Raises `RunError` if it is no longer there.
+        Raises `RunError` if the path does not exist.
         """
         teacher = self.teacher
         path = Path(teacher.path) if moved_to is None else resolve_path(moved_to)
@@ -171,7 +170,7 @@ class Run:
         return open_checkpoint(path, config_file=config, arch=teacher.arch)
 
     def verify_teacher(self, teacher: Checkpoint) -> None:
-        """Read all of the teacher and raise `RunError` unless the run was seeded from it."""
+        """Hash the teacher; raise `RunError` unless the run was seeded from it."""
         digests = self.teacher.digests
         strangers = sorted(set(teacher.source.names) ^ set(digests))
         if strangers or teacher.source.content_hash() != self.teacher.content_hash:
@@ -183,7 +182,7 @@ class Run:
             )
 
     def verify_product(self, name: str) -> None:
-        """Read all of a product and raise `RunError` unless it is what its manifest says."""
+        """Hash a product; raise `RunError` unless the hash is that of its manifest."""
         if self.open_product(name).source.content_hash() != self.product(name).content_hash:
             raise RunError(
                 f"product {name!r} of {self.folder} was changed since it was written",
@@ -192,7 +191,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other commands from writing into this run. Raises `RunError` if one does."""
+        """Lock the run against other commands. Raises `RunError` if it is locked."""
         made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -214,13 +213,13 @@ class Run:
 
     @contextmanager
     def lock_existing(self) -> Iterator[None]:
-        """As `lock`, for a run that must be there. Raises `RunError` if it is not."""
+        """`lock` for an existing run. Raises `RunError` if the folder is not a run."""
         _ = self.record
         with self.lock():
             yield
 
     def _remove_empty_folders(self, made: list[Path]) -> None:
-        """Take back folders this command made, if it came to nothing."""
+        """Remove the folders that this command created if they contain only the lock."""
         if not made or any(p.name != LOCK for p in self.folder.iterdir()):
             return
         (self.folder / LOCK).unlink(missing_ok=True)

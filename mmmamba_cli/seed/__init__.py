@@ -1,4 +1,4 @@
-"""Step 1 of the method: seed a Mamba-2 student out of a trained teacher."""
+"""Step 1 of the method: a Mamba-2 student seeded from a trained teacher."""
 
 from mmmamba_cli.seed.calibration import Calibration, built_in_calibration, read_calibration
 from mmmamba_cli.seed.fidelity import LayerFidelity, measure_fidelity

@@ -1,4 +1,4 @@
-"""A few inputs to compare mixers on: built in, or from a file of the user's."""
+"""Calibration inputs for the fidelity report: built in, or from a JSON Lines file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Processor = HolisticVLMProcessor | HolisticTextProcessor
 
 @dataclass(frozen=True)
 class Calibration:
-    """Inputs as the model takes them: ids and mask (B, T), pixels (tiles, 3, S, S) or None."""
+    """Model inputs: ids and mask (B, T), pixels (tiles, 3, S, S) or None."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -38,7 +38,7 @@ class Calibration:
 
 
 def built_in_calibration(config: HolisticVLMConfig, processor: Processor | None) -> Calibration:
-    """Two questions about a drawing, or two texts; without a processor, ids drawn at random."""
+    """Two questions about a drawing, or two texts; random ids without a processor."""
     if processor is None:
         return _without_tokenizer(config)
     if config.vision is None:
@@ -47,7 +47,7 @@ def built_in_calibration(config: HolisticVLMConfig, processor: Processor | None)
 
 
 def read_calibration(file: Path, processor: Processor | None) -> Calibration:
-    """A JSON Lines file of {"question": text, "image": path beside the file (optional)}.
+    """Read a JSON Lines file of {"question": text, "image": path relative to the file (optional)}.
 
     Raises `DataError` that names the line.
     """
@@ -93,7 +93,7 @@ def _encode(
 
 
 def _question(text: str, num_images: int) -> list[dict[str, Any]]:
-    """One user message; the text is a part of its own, so that `<image>` in it is text."""
+    """One user message; the text is a separate part, so that `<image>` in it stays text."""
     content = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
 

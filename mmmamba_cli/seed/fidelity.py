@@ -1,4 +1,4 @@
-"""How close each seeded mixer is to the attention it came from, before any training."""
+"""Fidelity of each seeded mixer to the teacher's attention, before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmmamba_cli.seed.calibration import Calibration
 
 @dataclass(frozen=True)
 class LayerFidelity:
-    """Mixer outputs before W_O, student against teacher, on the teacher's hidden states.
+    """Student and teacher mixer outputs before W_O, compared on the teacher's hidden states.
 
     `cosine` is the mean over tokens and heads; `relative_mse` is |s - t|^2 / |t|^2.
     """
@@ -35,7 +35,7 @@ def measure_fidelity(
     calibration: Calibration,
     advance: Callable[[int], None] | None = None,
 ) -> list[LayerFidelity]:
-    """Compare layer by layer, in fp32, with one layer of each in memory at a time."""
+    """Compare layer by layer in fp32, with one layer of each model in memory at a time."""
     with torch.device("meta"):
         decoder = HolisticDecoder(teacher.config)
     _fill(decoder, teacher, "model.", skip="layers.")

@@ -1,4 +1,4 @@
-"""Taking a student that was made elsewhere into a run: a published mmMamba, or a folder of ours."""
+"""Import of a student into a run: a published mmMamba, or a native folder."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def import_student(
 ) -> Manifest:
     """Write `student` into the run as product `name` and make it the current one.
 
-    The run is started if it is none yet; one that has a teacher keeps it. How far the student was
-    distilled is what the student says of itself (`provenance_of`).
-    `dtype` None keeps the student's. `advance` is told of bytes as they are written.
+    A new run is created; an existing one keeps its teacher. The stages done are read from the
+    student (`provenance_of`). `dtype` None keeps the student's. `advance` is called with the number
+    of bytes written.
 
-    Raises `CheckpointError` for a model whose layers are all attention, or that does not fit the
-    teacher; `RunError` if the teacher is not the run's, or the product exists and `overwrite` is
-    not given.
+    Raises:
+        CheckpointError: if all layers are attention, or the student does not fit the teacher.
+        RunError: if the teacher is not the run's, or the product exists and `overwrite` is false.
     """
     if LINEAR not in student.config.layer_types:
         raise CheckpointError(
@@ -85,7 +85,7 @@ def import_student(
 
 
 def _teacher_of(run: Run, student: Checkpoint, given: Checkpoint | None) -> Teacher | None:
-    """The teacher that the run keeps: its own, else the one given, which the student must fit."""
+    """The run's teacher, else the given one. Raises unless the student fits it."""
     known = run.record.teacher if run.exists else None
     if given is None:
         if known is not None and Path(known.path).exists():
@@ -102,7 +102,7 @@ def _teacher_of(run: Run, student: Checkpoint, given: Checkpoint | None) -> Teac
 
 
 def _check_fit(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Raise `CheckpointError` unless the student can have come from the teacher."""
+    """Raise `CheckpointError` unless the teacher is a teacher and the inherited fields agree."""
     if LINEAR in teacher.config.layer_types:
         raise CheckpointError(
             f"{teacher.path} is not a teacher: some of its layers are linear already",
@@ -119,7 +119,7 @@ def _check_fit(student: Checkpoint, teacher: Checkpoint) -> None:
 
 
 def _digest_teacher(teacher: Checkpoint) -> Teacher:
-    """The teacher as a run keeps it: every tensor checked and hashed."""
+    """The teacher's record: every tensor is checked and hashed."""
     with TensorHasher() as hasher:
         for name in teacher.source.names:
             tensor = teacher.source.read(name)
@@ -136,7 +136,7 @@ def _digest_teacher(teacher: Checkpoint) -> Teacher:
 
 
 def _notes(provenance: Provenance, before: Manifest | None) -> tuple[str, ...]:
-    """The notes of the student, and the one on its import."""
+    """The student's notes and a note on the import."""
     if before is not None:
         return (*provenance.notes, f"imported: product {before.name!r} of another run")
     return tuple(f"imported: {note}" for note in provenance.notes or ("by a field of its config",))
@@ -156,5 +156,5 @@ def _published_recipe(config: HolisticVLMConfig) -> str:
 
 
 def _origin_name(checkpoint: Checkpoint) -> str:
-    """Where a checkpoint came from: its repository on the Hub, or its path."""
+    """The origin of a checkpoint: its Hub id, or its path."""
     return public_model_name(checkpoint.path) or str(checkpoint.path)

@@ -1,4 +1,4 @@
-"""First values of what a Mamba-2 mixer has and attention has not, as pure tensor functions.
+"""Initial values of Mamba-2 parameters that attention lacks, as pure functions.
 
 Legend: D hidden size, H query heads, P head dim, W conv width.
 """
@@ -19,17 +19,16 @@ GATE_GAIN = 2**-2.5
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BIASES = tuple(f"{name}.bias" for name in PROJECTIONS)
 QK_NORMS = ("q_norm.weight", "k_norm.weight")
-# What attention may have too; a teacher without biases or norms leaves theirs out.
+# Parameters that attention has too; biases and norms only if the teacher has them.
 INHERITED_PARAMETERS = (*(f"{name}.weight" for name in PROJECTIONS), *BIASES, *QK_NORMS)
 
 
 def initial_value(name: str, shape: tuple[int, ...], init: str, seed: int) -> Tensor:
-    """The first value, fp32, of mixer parameter `name` (its full name in the model).
+    """The initial value, fp32, of mixer parameter `name` (its full name in the model).
 
-    "inherit+mimic" is the paper's (arXiv 2502.13145, section 3.2): as close to the teacher's
-    attention as a new parameter can be. "inherit" gives new parameters Mamba-2's usual start
-    (arXiv 2405.21060), and "scratch" gives it to the projections as well. The random numbers of a
-    parameter depend on `seed` and its name alone.
+    "inherit+mimic" is the paper's (arXiv 2502.13145, section 3.2): new parameters imitate attention
+    as closely as possible. "inherit" uses Mamba-2's default (arXiv 2405.21060) for new parameters,
+    "scratch" for the projections too. Random numbers depend only on `seed` and the name.
     """
     if init not in INITS:
         raise MmmambaError(f"--init {init!r} is not known, known are: {', '.join(INITS)}")
@@ -82,7 +81,7 @@ def _mamba2_default(part: str, shape: tuple[int, ...], rng: torch.Generator) -> 
 
 
 def _linear(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """PyTorch's own start of a linear layer: U[-1/sqrt(fan in), 1/sqrt(fan in)]."""
+    """PyTorch's default of a linear layer: U[-1/sqrt(fan_in), 1/sqrt(fan_in)]."""
     return _uniform(shape, 1 / math.sqrt(shape[-1]), rng)
 
 

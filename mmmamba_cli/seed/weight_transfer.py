@@ -1,4 +1,4 @@
-"""Step 1: a linear student out of a trained teacher, tensor by tensor."""
+"""Step 1: transfer of a trained teacher's weights to a linear student, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEED_PRODUCT = "seed"
 
 
 def student_config(teacher: HolisticVLMConfig, recipe: Recipe) -> HolisticVLMConfig:
-    """The teacher's config with a Mamba-2 mixer, with the recipe's options, in every layer."""
+    """The teacher's config with a Mamba-2 mixer in every layer, with the recipe's options."""
     mixer = recipe.mixer
     return HolisticVLMConfig.from_dict(
         {
@@ -54,11 +54,14 @@ def seed_student(
     arch: str | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Manifest:
-    """Start `run` with a seeded student of `teacher`. See `ProductSpec` and `write_product`.
+    """Start `run` with a student seeded from `teacher`. See `ProductSpec` and `write_product`.
 
     Every tensor of the teacher is read once, checked for NaN and infinity, and hashed. `overwrite`
-    replaces the run's seed, `discard` also removes its other products. Raises `RunError` if the run
-    has products and `overwrite` is not given, or others than the seed and `discard` is not given.
+    replaces the run's seed, and `discard` also removes its other products.
+
+    Raises:
+        RunError: if the run has products and `overwrite` is false, or has products besides the seed
+            and `discard` is false.
     """
     if LINEAR in teacher.config.layer_types:
         raise CheckpointError(
@@ -89,7 +92,7 @@ def seed_student(
             origin=teacher,
             dtype=dtype,
             recipe=dump_recipe(recipe),
-            # Asked for when every tensor was read, and so hashed.
+            # Called after every tensor is read and hashed.
             parents=lambda: (Parent("teacher", str(teacher.path), hasher.result()),),
             notes=tuple(f"assumed, not read: {field}" for field in teacher.assumed),
         )
@@ -102,7 +105,7 @@ def seed_student(
         content_hash=combined_hash(digests),
         digests={name: digest.hex() for name, digest in digests.items()},
     )
-    # What was made of the seed before this one has lost its parent.
+    # Products of the old seed have lost their parent.
     for name in others:
         shutil.rmtree(run.product_folder(name))
     run.write_record(RunRecord(teacher=record, current=SEED_PRODUCT))
@@ -112,7 +115,7 @@ def seed_student(
 def _reader(
     teacher: Checkpoint, hasher: TensorHasher, recipe: Recipe, shapes: dict[str, tuple[int, ...]]
 ) -> Callable[[str], Tensor]:
-    """How to get each tensor of the student: the teacher's, checked and hashed, or a new one."""
+    """A function that returns a student tensor: the teacher's, checked and hashed, or a new one."""
     init, seed = recipe.mixer.init, recipe.seed
     read_teacher = checked_reader(teacher, hasher)
 

@@ -163,7 +163,7 @@ def test_a_begin_token_that_the_file_asks_for(llama: Path, tmp_path: Path) -> No
 
 
 def test_seeded_and_hybridized(llama: Path, tmp_path: Path) -> None:
-    """The teacher is read anew, and checked, when its attention is put back."""
+    """hybridize reads and verifies the GGUF teacher again."""
     file = write_gguf(tmp_path / "m.gguf", llama, tensors_of(llama))
     run = tmp_path / "run"
     for words in (["seed", str(file), "--dtype", "fp32"], ["hybridize", "--attn-layers", "4"]):
