@@ -12,6 +12,19 @@ from dataclasses import dataclass
 
 from mmmamba_cli.reporting.html import Markup, tag
 
+# All sizes are in pixels.
+WIDTH = 340
+MARGIN = 8
+# Heights in a bar chart.
+LABEL_HEIGHT, BAR_HEIGHT, BAR_GAP = 15, 10, 7
+# Edges and plot height of a line chart.
+LEFT, RIGHT, TOP, BOTTOM, PLOT_HEIGHT = 46, 12, 12, 36, 150
+MARKER_RADIUS = 3.2
+MIN_TICK_DISTANCE = 34
+# Series repeat their colour, dashes and marker after this many.
+NUM_STYLES = 6
+DASHES = (None, "6 3", "2 3", "8 3 2 3", "4 2", "1 2")
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -38,7 +51,7 @@ class Scale:
         return [i * step for i in range(first, last + 1)]
 
 
-def around(values: Sequence[float], *, log: bool = False) -> tuple[float, float]:
+def axis_range(values: Sequence[float], *, log: bool = False) -> tuple[float, float]:
     """A range with round ends that contains all values, and zero unless `log`."""
     low, high = min(values), max(values)
     if log:
@@ -82,7 +95,7 @@ def _log(value: float) -> float:
     return math.log10(value)
 
 
-def short(value: float) -> str:
+def format_short(value: float) -> str:
     """Format a number as a tick or label: three significant digits, k, M and G for large ones."""
     size = abs(value)
     if not math.isfinite(value):
@@ -93,20 +106,6 @@ def short(value: float) -> str:
     if size and size < 1e-3:
         return f"{value:.0e}"
     return f"{value:,.0f}" if size >= 100 else f"{value:.3g}"
-
-
-# All sizes are in pixels.
-WIDTH = 340
-MARGIN = 8
-# Heights in a bar chart.
-LABEL_HEIGHT, BAR_HEIGHT, BAR_GAP = 15, 10, 7
-# Edges and plot height of a line chart.
-LEFT, RIGHT, TOP, BOTTOM, PLOT_HEIGHT = 46, 12, 12, 36, 150
-MARKER_RADIUS = 3.2
-MIN_TICK_DISTANCE = 34
-# Series repeat their colour, dashes and marker after this many.
-NUM_STYLES = 6
-DASHES = (None, "6 3", "2 3", "8 3 2 3", "4 2", "1 2")
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def bars(
     *,
     high: float | None = None,
     reference: tuple[float, str] | None = None,
-    show: Callable[[float], str] = short,
+    show: Callable[[float], str] = format_short,
 ) -> Markup:
     """Horizontal bars from zero with label, value and the interval as a whisker.
 
@@ -143,7 +142,7 @@ def bars(
     """
     ends = [row.interval[1] for row in rows if row.interval] + [row.value for row in rows]
     known = [end for end in ends if math.isfinite(end)]
-    top = high if high is not None else around(known)[1] if known else 1.0
+    top = high if high is not None else axis_range(known)[1] if known else 1.0
     x = Scale(0, top, MARGIN, WIDTH - 52)
     height = 4 + len(rows) * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP) + 26
     bottom = height - 24
@@ -202,7 +201,7 @@ def lines(
     y_name: str,
     log_x: bool = False,
     log_y: bool = False,
-    show: Callable[[float], str] = short,
+    show: Callable[[float], str] = format_short,
     x_ticks: Sequence[float] | None = None,
 ) -> Markup:
     """Lines over a common x axis; an axis is logarithmic only if all its values are positive."""
@@ -212,7 +211,7 @@ def lines(
     log_x = log_x and min(point[0] for point in points) > 0
     log_y = log_y and min(point[1] for point in points) > 0
     xs = [point[0] for point in points]
-    low, high = around([point[1] for point in points], log=log_y)
+    low, high = axis_range([point[1] for point in points], log=log_y)
     x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
     y = Scale(low, high, TOP + PLOT_HEIGHT, TOP, log_y)
     parts = [*_y_axis(y, show), *_x_axis(x, TOP + PLOT_HEIGHT, TOP, x_ticks)]
@@ -304,7 +303,14 @@ def _x_axis(
         anchor = "middle" if 14 < place < WIDTH - 14 else "start" if place <= 14 else "end"
         parts += [
             tag("line", x1=place, x2=place, y1=top, y2=bottom, class_="grid"),
-            tag("text", short(value), x=place, y=bottom + 15, class_="tick", text_anchor=anchor),
+            tag(
+                "text",
+                format_short(value),
+                x=place,
+                y=bottom + 15,
+                class_="tick",
+                text_anchor=anchor,
+            ),
         ]
     return parts
 
@@ -357,5 +363,7 @@ def _describe_lines(
         finite = [point for point in line.points if math.isfinite(point[1])]
         if finite:
             (a, b), (c, d) = finite[0], finite[-1]
-            sentences.append(f"{line.label}: {show(b)} at {short(a)} to {show(d)} at {short(c)}")
+            sentences.append(
+                f"{line.label}: {show(b)} at {format_short(a)} to {show(d)} at {format_short(c)}"
+            )
     return f"{y_name} over {x_name}. " + "; ".join(sentences)

@@ -13,7 +13,7 @@ from mmmamba_cli.evaluate.scoring import find_rule
 from mmmamba_cli.evaluate.scoring.metrics import UnitScores, safe_divide
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
-from mmmamba_cli.reporting.html import Markup, figure, joined, paragraph, section, table, tag
+from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
 from mmmamba_cli.reporting.run_contents import ExternalComparison, ModelResult, ReportData
 
 
@@ -90,7 +90,7 @@ def difference_sentence(difference: ScoreDifference) -> Markup:
         else "The interval holds zero: on these questions it may be chance."
     )
     low, high = difference.interval
-    return joined(
+    return join_markup(
         (
             tag("strong", how),
             f" in {difference.metric} (95 % interval over {difference.sample}, drawn together: "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from mmmamba_cli.profiling import Measurement, Profile, report
 from mmmamba_cli.profiling.result import DECODE, PREFILL, Ratio, Task
 from mmmamba_cli.reporting.charts import Line, lines, swatch
-from mmmamba_cli.reporting.html import Markup, figure, joined, paragraph, section, table, tag
+from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
 
 MIB = 2**20
 
@@ -41,7 +41,7 @@ def costs_section(profile: Profile, series: Mapping[str, int]) -> Markup:
         f"Memory and time against context: {', '.join(names)}",
         paragraph(f"Compared: {profile.compared}."),
         figure(
-            joined(
+            join_markup(
                 (
                     tag("ul", *legend, class_="legend"),
                     tag("div", *(p for p in panels if p is not None), class_="panels"),
@@ -49,7 +49,7 @@ def costs_section(profile: Profile, series: Mapping[str, int]) -> Markup:
             ),
             f"Lower is better; both axes are logarithmic. Memory is {report.memory_name(profile)}. "
             f"Measured on {measured}.",
-            joined(
+            join_markup(
                 table(title, heading, rows)  # type: ignore[arg-type]
                 for title, heading, rows in report.tables(profile)
             ),

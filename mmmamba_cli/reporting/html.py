@@ -10,7 +10,7 @@ VOID_ELEMENTS = frozenset(("img", "meta", "br", "hr"))
 
 
 class Markup(str):
-    """Text that is already escaped. Only `tag` and `joined` create it."""
+    """Text that is already escaped. Only `tag` and `join_markup` create it."""
 
     __slots__ = ()
 
@@ -27,22 +27,22 @@ def tag(name: str, /, *children: Child, **attributes: str | int | float | None) 
     words = [name]
     for key, value in attributes.items():
         if value is not None:
-            words.append(f'{key.rstrip("_").replace("_", "-")}="{escape(plain(value))}"')
+            words.append(f'{key.rstrip("_").replace("_", "-")}="{escape(_attribute_value(value))}"')
     opened = f"<{' '.join(words)}>"
-    return Markup(opened if name in VOID_ELEMENTS else f"{opened}{joined(children)}</{name}>")
+    return Markup(opened if name in VOID_ELEMENTS else f"{opened}{join_markup(children)}</{name}>")
 
 
-def joined(children: Iterable[Child], by: str = "") -> Markup:
+def join_markup(children: Iterable[Child], by: str = "") -> Markup:
     """Concatenate children, escaping those that are not `Markup`."""
-    return Markup(escape(by).join(_text(child) for child in children if child is not None))
+    return Markup(escape(by).join(_escaped(child) for child in children if child is not None))
 
 
-def plain(value: str | int | float) -> str:
+def _attribute_value(value: str | int | float) -> str:
     """A float with at most two decimals; other values unchanged."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
-def _text(child: Child) -> str:
+def _escaped(child: Child) -> str:
     return child if isinstance(child, Markup) else escape(str(child))
 
 
@@ -91,7 +91,7 @@ def section(name: str, title: str, *children: Child) -> Markup:
     return tag("section", head, *children, id=name, aria_labelledby=f"{name}-title")
 
 
-def listed(items: Iterable[Child], ordered: bool = False) -> Markup:
+def item_list(items: Iterable[Child], ordered: bool = False) -> Markup:
     return tag("ol" if ordered else "ul", *(tag("li", item) for item in items))
 
 

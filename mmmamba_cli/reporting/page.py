@@ -23,8 +23,8 @@ from mmmamba_cli.reporting.html import (
     CSS,
     Child,
     Markup,
-    joined,
-    listed,
+    item_list,
+    join_markup,
     paragraph,
     section,
     table,
@@ -92,7 +92,7 @@ def build_page(
     if left_out or report.remarks:
         parts["left out"] = _left_out(left_out, report.remarks)
     heading = title or _title(report)
-    body = joined((_head(heading, note, report, differences), *parts.values()))
+    body = join_markup((_head(heading, note, report, differences), *parts.values()))
     return Page(_document(heading, body), tuple(parts), left_out)
 
 
@@ -191,7 +191,7 @@ def _head(
         tag("h1", title),
         None if note is None else paragraph(note, class_="lead"),
         *tables,
-        listed(sentences) if sentences else None,
+        item_list(sentences) if sentences else None,
     )
 
 
@@ -226,9 +226,11 @@ def _final(value: bool | None) -> str | None:
 
 
 def _left_out(reasons: dict[str, str], remarks: Sequence[str]) -> Markup:
-    items = [joined((tag("strong", f"{what}: "), f"{reason}")) for what, reason in reasons.items()]
+    items = [
+        join_markup((tag("strong", f"{what}: "), f"{reason}")) for what, reason in reasons.items()
+    ]
     return section(
-        "left-out", "What is not on this page", listed([*items, *map(redact_text, remarks)])
+        "left-out", "What is not on this page", item_list([*items, *map(redact_text, remarks)])
     )
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import PurePath
 
 from mmmamba_cli.checkpoint import public_model_name
-from mmmamba_cli.reporting.html import Markup, joined, paragraph, section, table, tag
+from mmmamba_cli.reporting.html import Markup, join_markup, paragraph, section, table, tag
 from mmmamba_cli.reporting.run_contents import ReportData, RunContents
 from mmmamba_cli.runs import Manifest
 from mmmamba_cli.runs.provenance import redact_command, redact_path, redact_recipe
@@ -123,7 +123,7 @@ def commands_section(report: ReportData) -> Markup:
         "commands",
         "The commands that repeat each part",
         paragraph("In the order in which they ran; of absolute paths the last part."),
-        tag("pre", tag("code", joined(found.values(), by="\n")), tabindex=0),
+        tag("pre", tag("code", join_markup(found.values(), by="\n")), tabindex=0),
     )
 
 

@@ -12,7 +12,7 @@ from report_case import HOSTILE, Balanced
 
 from mmmamba_cli.evaluate.bootstrap import difference_interval
 from mmmamba_cli.evaluate.scoring.metrics import accuracy_scores
-from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Scale, around, bars, lines
+from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Scale, axis_range, bars, lines
 from mmmamba_cli.reporting.comparisons import external_differences
 from mmmamba_cli.reporting.html import tag
 from mmmamba_cli.reporting.loss_curves import thinned
@@ -49,7 +49,7 @@ def test_a_value_that_is_not_finite_is_written_but_has_no_bar(value: float) -> N
         assert len(svg.all("rect")) == 1
         places = [one[key] for one in svg.all("text") for key in ("x", "y")]
         assert all(math.isfinite(float(place or 0)) for place in places)
-    assert not math.isnan(around([1.0])[1])
+    assert not math.isnan(axis_range([1.0])[1])
     assert bars("scores", rows[:1]).count(str(value)) >= 2
 
 
@@ -95,7 +95,7 @@ def test_no_finite_value_raises_and_zero_gives_a_linear_axis() -> None:
     st.booleans(),
 )
 def test_ranges_contain_values_and_ticks(values: list[float], log: bool) -> None:
-    low, high = around(values, log=log)
+    low, high = axis_range(values, log=log)
     assert low <= min(values) * (1 + 1e-6) and high >= max(values) * (1 - 1e-6) and low < high
     ticks = Scale(low, high, 0, 1, log).ticks()
     assert ticks and len(ticks) <= 24
