@@ -1,4 +1,4 @@
-"""Random mixers and caches for the tests of single decoding steps."""
+"""Random mixers, and plain implementations of RoPE and attention, for tests of decoding steps."""
 
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Sizes:
 
 
 def random(seed: int, dtype: torch.dtype = torch.float64):
-    """Normal numbers of a shape, the same everywhere."""
+    """A function of a shape that draws normal numbers on the CPU, the same on every device."""
     rng = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
 
@@ -40,7 +40,7 @@ def mixer_weights(
     *,
     without: str = "",
 ) -> MixerWeights:
-    """Those of a model in `dtype`: parameters of heads stay in fp32, or fp64."""
+    """Mixer weights of a model in `dtype`; parameters of heads stay in fp32, or fp64."""
     normal = random(1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weights = MixerWeights(

@@ -1,4 +1,4 @@
-"""Single steps, states in place: step by step is the whole sequence; caches against softmax."""
+"""Decoding steps in place: steps equal the whole sequence, attention equals softmax."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def position(number: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize("without", ["", "conv_bias", "dt_bias", "D"])
-def test_step_by_step_is_the_whole_sequence(taps, without):
+def test_steps_equal_the_whole_sequence(taps, without):
     sizes, normal = Sizes(taps=taps), random(0)
     weights = mixer_weights(sizes, without=without)
     vkq, dt = normal(2, 11, sizes.channels), normal(2, 11, sizes.heads)
@@ -35,7 +35,7 @@ def test_step_by_step_is_the_whole_sequence(taps, without):
     kept = ring.data_ptr(), state.data_ptr()
     for t in range(5, 11):
         given = (vkq[:, t], dt[:, t], ring, state, position(t), weights)
-        # To the reference it is all the same.
+        # `inputs_ready` has no effect on the reference.
         found = mixer_step(*given, inputs_ready=t % 2 == 0)
         torch.testing.assert_close(found, y[:, t])
     torch.testing.assert_close(state, state_after)
@@ -45,7 +45,7 @@ def test_step_by_step_is_the_whole_sequence(taps, without):
 
 @pytest.mark.parametrize("taps", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [2, 7, 8])
-def test_a_ring_holds_each_token_in_its_slot(taps, length):
+def test_ring_buffer_slots(taps, length):
     inputs = torch.arange(1.0, length + 1).view(1, length, 1)
     _, conv_state = causal_conv(inputs, torch.ones(1, taps))
     ring = to_ring_buffer(conv_state, length)
@@ -58,7 +58,7 @@ def test_a_ring_holds_each_token_in_its_slot(taps, length):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_query_sees_its_start_to_itself(rows, padded):
+def test_attention_covers_columns_from_start_to_position(rows, padded):
     normal, dim = random(0), 8
     q, k, v = normal(3, 4, dim), normal(3, 2, dim), normal(3, 2, dim)
     keys, values = normal(3, 2, 12, dim), normal(3, 2, 12, dim)
@@ -90,7 +90,7 @@ def test_a_query_sees_its_start_to_itself(rows, padded):
         ("position", (2,), "position is"),
     ],
 )
-def test_shapes_of_a_mixer_that_do_not_fit_are_named(name, shape, said):
+def test_mixer_step_names_a_wrong_shape(name, shape, said):
     sizes = Sizes()
     assert sizes.channels == 42
     given = {
@@ -121,7 +121,7 @@ def test_shapes_of_a_mixer_that_do_not_fit_are_named(name, shape, said):
         ("sin", (2, 4), "sin is"),
     ],
 )
-def test_shapes_of_attention_that_do_not_fit_are_named(name, shape, said):
+def test_attention_step_names_a_wrong_shape(name, shape, said):
     given = {
         "q": torch.zeros(2, 4, 8),
         "k": torch.zeros(2, 2, 8),
@@ -140,14 +140,14 @@ def test_shapes_of_attention_that_do_not_fit_are_named(name, shape, said):
         attention_step(**given, backend="abacus")
 
 
-def test_the_likeliest_token_that_is_wanted():
+def test_greedy_argmax_skips_suppressed_ids():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [5.0, 1.0, 4.0, 3.0]])
     nothing = torch.zeros(4, dtype=torch.bool)
     assert greedy_argmax(logits, nothing).tolist() == [1, 0]
     assert greedy_argmax(logits, torch.tensor([True, True, False, False])).tolist() == [2, 2]
 
 
-def test_the_likeliest_of_other_shapes_is_refused():
+def test_greedy_argmax_refuses_wrong_shapes():
     with pytest.raises(ValueError, match=r"greedy_argmax: logits are \(4,\), expected \(B, V\)"):
         greedy_argmax(torch.zeros(4), torch.zeros(4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"greedy_argmax: suppressed is \(5,\), expected \(4,\)"):

@@ -1,4 +1,4 @@
-"""The product of a few tokens against its parts written out, and int8 weights."""
+"""The fused linear layer against its parts, and int8 weights."""
 
 import pytest
 import torch
@@ -17,25 +17,25 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = FP64) -> Tensor:
     return torch.randn(*shape, generator=rng, dtype=FP64).to(dtype)
 
 
-def test_a_plain_product():
+def test_linear_with_and_without_bias():
     x, weight, bias = normal(3, 10), normal(7, 10), normal(7)
     torch.testing.assert_close(project(x, weight), x @ weight.T)
     torch.testing.assert_close(project(x, weight, bias=bias), x @ weight.T + bias)
 
 
-def test_the_norm_comes_first():
+def test_rms_norm_in_front():
     x, weight, norm = normal(2, 10), normal(7, 10), normal(10, seed=1)
     wanted = (x / (x.square().mean(1, keepdim=True) + 0.1).sqrt() * norm) @ weight.T
     torch.testing.assert_close(project(x, weight, norm=norm, eps=0.1), wanted)
 
 
-def test_heads_are_normed_and_gated_each():
+def test_gated_rms_norm_per_head():
     x, gate, weight, norm = normal(2, 12), normal(2, 12, seed=1), normal(7, 12), normal(4)
     heads = gated_rms_norm(x.view(2, 3, 4), gate.view(2, 3, 4), norm, 0.1).view(2, 12)
     torch.testing.assert_close(project(x, weight, norm=norm, eps=0.1, gate=gate), heads @ weight.T)
 
 
-def test_a_norm_without_weights_is_one_of_ones():
+def test_norm_dim_equals_a_norm_of_ones():
     x, weight, gate = normal(2, 12), normal(7, 12), normal(2, 12, seed=1)
     for dim, options in ((12, {}), (4, {"gate": gate}), (12, {"gate": gate, "inputs_ready": True})):
         wanted = project(x, weight, norm=torch.ones(dim, dtype=FP64), eps=0.1, **options)
@@ -45,7 +45,7 @@ def test_a_norm_without_weights_is_one_of_ones():
     assert not torch.allclose(project(x, weight, norm_dim=4, eps=0.1, gate=gate), unlike)
 
 
-def test_weights_of_a_norm_may_be_those_of_the_product():
+def test_norm_weights_folded_into_the_product():
     x, weight, norm = normal(2, 12), normal(7, 12), normal(12, seed=1)
     gate, heads = normal(2, 12, seed=2), normal(4, seed=3)
     wanted = project(x, weight, norm=norm, eps=0.1)
@@ -55,14 +55,14 @@ def test_weights_of_a_norm_may_be_those_of_the_product():
     torch.testing.assert_close(project(x, folded, norm_dim=4, eps=0.1, gate=gate), wanted)
 
 
-def test_swiglu_halves_the_rows():
+def test_swiglu():
     x, weight, bias = normal(2, 10), normal(6, 10), normal(6)
     first, second = (x @ weight.T + bias).split(3, dim=1)
     wanted = first / (1 + torch.exp(-first)) * second
     torch.testing.assert_close(project(x, weight, bias=bias, swiglu=True), wanted)
 
 
-def test_the_sum_may_be_written_where_the_residual_was():
+def test_out_may_be_the_residual():
     x, weight, residual = normal(2, 10), normal(7, 10), normal(2, 7)
     wanted = residual + x @ weight.T
     torch.testing.assert_close(project(x, weight, residual=residual), wanted)
@@ -70,7 +70,7 @@ def test_the_sum_may_be_written_where_the_residual_was():
     torch.testing.assert_close(residual, wanted)
 
 
-def test_half_precision_rounds_as_the_modules_do():
+def test_bf16_rounds_like_the_modules():
     x, weight, norm = normal(2, 64, dtype=BF16), normal(8, 64, dtype=BF16), normal(64, dtype=BF16)
     from mmmamba_cli.ops import rms_norm
 
@@ -79,7 +79,7 @@ def test_half_precision_rounds_as_the_modules_do():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_int8_is_at_most_half_a_step_away(dtype):
+def test_int8_error_is_at_most_half_a_scale(dtype):
     weight = normal(9, 40, dtype=dtype)
     weight[3] = 0
     small = quantize_rows(weight)
@@ -92,14 +92,14 @@ def test_int8_is_at_most_half_a_step_away(dtype):
     assert distance.amax() > 0.4 * small.scales.amax()
 
 
-def test_int8_weights_multiply_as_what_they_stand_for():
+def test_int8_product_equals_the_dequantized_product():
     x, small = normal(2, 40, dtype=FP32), quantize_rows(normal(9, 40, dtype=FP32))
     wanted = x.double() @ (small.values.double() * small.scales.double().unsqueeze(1)).T
     torch.testing.assert_close(project(x, small).double(), wanted, rtol=1e-5, atol=1e-5)
     assert dequantize(small, BF16).dtype == BF16
 
 
-def test_it_learns_by_the_reference():
+def test_gradients_of_the_reference():
     x, weight = normal(2, 10).requires_grad_(), normal(6, 10).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda *given: project(*given, norm=normal(10), eps=0.1, swiglu=True), (x, weight)
@@ -125,12 +125,12 @@ def test_it_learns_by_the_reference():
         ({"swiglu": True}, "7 rows"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(options, said):
+def test_wrong_shapes_are_named(options, said):
     with pytest.raises(ValueError, match=said):
         project(normal(2, 10), **{"weight": normal(7, 10), **options})
 
 
-def test_few_rows_go_to_triton_if_their_heads_fill_a_tile(monkeypatch):
+def test_auto_picks_triton_for_few_rows_and_power_of_two_heads(monkeypatch):
     taken = []
     for name in ("triton", "products"):
         monkeypatch.setitem(
@@ -149,6 +149,6 @@ def test_few_rows_go_to_triton_if_their_heads_fill_a_tile(monkeypatch):
     assert taken == ["triton", "triton", "products", "triton", "products"]
 
 
-def test_an_unknown_backend_is_a_sentence():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(MmmambaError, match="project: there is no backend 'abacus'"):
         project(normal(2, 10), normal(7, 10), backend="abacus")

@@ -1,4 +1,4 @@
-"""The Triton steps against the references in fp64; states and caches are changed in place."""
+"""Triton decoding steps against the references in fp64, states and caches included."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def side_by_side(*parts: Tensor) -> list[Tensor]:
-    """The same rows as slices of one wide projection, as long as its rows allow."""
+    """The same tensors as slices of one packed projection."""
     wide = torch.cat([part.flatten(1) for part in parts], 1).to(DEVICE)
     sizes = [part[0].numel() for part in parts]
     return [
@@ -52,12 +52,12 @@ def check_mixer(
     ring, state = ring.double(), state.double()
     for t in range(5, 5 + tokens):
         vkq, dt = normal(sizes.batch, sizes.channels), normal(sizes.batch, sizes.heads)
-        # The slot of the token holds what nobody may look at.
+        # The token's own slot must not be read.
         ring_here[..., t % sizes.taps] = torch.nan
         given = (vkq.double(), dt.double(), ring, state, torch.tensor([t]))
         wanted = mixer_step(*given, moved(weights, torch.float64), backend="reference")
         here, at = moved(weights), torch.tensor([t], device=DEVICE)
-        # The last that is made, as `inputs_ready` wants it.
+        # vkq and dt are made last: `inputs_ready` means that everything else was written earlier.
         vkq, dt, _ = side_by_side(vkq, dt, torch.full_like(vkq, torch.nan))
         found = mixer_step(
             vkq, dt, ring_here, state_here, at, here, inputs_ready=inputs_ready, backend="triton"
@@ -77,53 +77,55 @@ def test_mixer_steps_equal_the_reference(taps, without, dtype):
 
 @dtypes
 @pytest.mark.parametrize("without", ["", "conv_bias"])
-def test_settled_mixer_steps_equal_the_reference(without, dtype):
+def test_mixer_steps_with_inputs_ready_equal_the_reference(without, dtype):
     check_mixer(Sizes(), dtype, tokens=5, without=without, inputs_ready=True)
     check_mixer(Sizes(batch=5, kv_heads=3, share=1, P=40, N=3, taps=1), dtype, inputs_ready=True)
 
 
-def one_program(normal) -> tuple[list[Tensor], MixerWeights]:
-    """What a step of a mixer reads that one program does, and its weights."""
+def single_program_inputs(normal) -> tuple[list[Tensor], MixerWeights]:
+    """Inputs and weights of a mixer step that is a single program."""
     sizes = Sizes(batch=1, kv_heads=1, share=1)
     ring, state = normal(1, sizes.channels, sizes.taps), normal(1, 1, sizes.P, sizes.N)
     vkq, dt = normal(1, sizes.channels), normal(1, 1)
     return [vkq, dt, ring, state, torch.tensor([6])], mixer_weights(sizes, FP32)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter stops where a kernel waits")
+@pytest.mark.skipif(
+    not INTERPRETED, reason="only the interpreter can run code where a kernel waits"
+)
 @pytest.mark.parametrize("inputs_ready", [False, True])
-def test_what_is_read_before_the_launch_before_has_ended(monkeypatch, inputs_ready):
-    given, weights = one_program(random(0, FP32))
+def test_inputs_read_before_the_previous_launch_ends(monkeypatch, inputs_ready):
+    given, weights = single_program_inputs(random(0, FP32))
     wanted, given = [t.clone() for t in given], [t.clone() for t in given]
     y = mixer_step(*wanted, weights, backend="reference")
     made, states = given[:2], given[2:]
-    right = [t.clone() for t in given]
+    correct = [t.clone() for t in given]
 
-    def spoil(tensors: list[Tensor]) -> None:
+    def corrupt(tensors: list[Tensor]) -> None:
         for tensor in tensors:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
 
-    def ended(overlap: object) -> None:
-        for tensor, value in zip(given, right, strict=True):
+    def wait(overlap: object) -> None:
+        for tensor, value in zip(given, correct, strict=True):
             tensor.copy_(value)
         if inputs_ready:
-            # Whoever reads them now reads them too late.
-            spoil(states)
+            # The kernel must have read them before the wait.
+            corrupt(states)
 
-    spoil(made if inputs_ready else given)
-    monkeypatch.setattr(fused.kernels, "wait_for_inputs", ended)
+    corrupt(made if inputs_ready else given)
+    monkeypatch.setattr(fused.kernels, "wait_for_inputs", wait)
     found = mixer_step(*given, weights, inputs_ready=inputs_ready, backend="triton")
     torch.testing.assert_close(found, y)
     torch.testing.assert_close(given[3], wanted[3])
-    slot = 6 % right[2].shape[-1]
-    assert torch.equal(given[2][..., slot], right[0])
+    slot = 6 % correct[2].shape[-1]
+    assert torch.equal(given[2][..., slot], correct[0])
 
 
-def test_a_copied_weight_is_not_settled(monkeypatch):
-    given, weights = one_program(random(0, FP32))
+def test_a_copied_weight_is_not_ready(monkeypatch):
+    given, weights = single_program_inputs(random(0, FP32))
     given = [t.to(DEVICE) for t in given]
     weights = moved(weights)
-    turned = weights._replace(conv_weight=weights.conv_weight.mT.contiguous().mT)
+    transposed = weights._replace(conv_weight=weights.conv_weight.mT.contiguous().mT)
     taken = []
     launch = fused.kernels.mixer_step
 
@@ -136,7 +138,7 @@ def test_a_copied_weight_is_not_settled(monkeypatch):
             return run
 
     monkeypatch.setattr(fused.kernels, "mixer_step", Watched())
-    for chosen in (weights, turned):
+    for chosen in (weights, transposed):
         mixer_step(*given, chosen, inputs_ready=True, backend="triton")
     assert taken == [True, False]
 
@@ -156,7 +158,7 @@ def test_mixers_of_any_size(monkeypatch, sizes, dtype):
     check_mixer(sizes, dtype, tokens=2)
 
 
-def test_states_that_cannot_be_changed_in_place_are_refused():
+def test_states_that_cannot_be_updated_in_place_are_refused():
     sizes = Sizes()
     zeros = [torch.zeros(2, 42), torch.zeros(2, 4), torch.zeros(2, 42, 4), torch.zeros(2, 4, 5, 6)]
     vkq, dt, ring, state = (tensor.to(DEVICE) for tensor in zeros)
@@ -186,7 +188,7 @@ def check_attention(
     first = None if starts is None else torch.tensor(starts)
     for column in columns:
         for tensor in here:
-            # What lies behind the query, and before a start, may be anything.
+            # Columns after the position and before a start must not be read.
             tensor[:, :, column:] = torch.nan
             for row, start in enumerate(starts or ()):
                 tensor[row, :, :start] = torch.nan
@@ -213,7 +215,7 @@ def check_attention(
         for tensor, kept in zip(here, cache, strict=True):
             assert relative_error(tensor[:, :, column].cpu(), kept[:, :, column]) < limit
             assert tensor[:, :, column + 1 :].isnan().all()
-            # The reference went on with its own; go on from there.
+            # Continue from the cache of the reference.
             tensor.copy_(kept)
 
 
@@ -227,7 +229,7 @@ def test_attention_equals_the_reference(monkeypatch, programs, dtype):
 
 @dtypes
 @pytest.mark.parametrize("batch", [1, 3])
-def test_rows_begin_where_their_padding_ends(monkeypatch, batch, dtype):
+def test_rows_start_after_their_padding(monkeypatch, batch, dtype):
     monkeypatch.setattr(fused, "ATTENTION_BLOCK_S", {2: 16, 4: 16})
     starts = (30, 0, 7)[:batch]
     check_attention(dtype, batch=batch, starts=starts, columns=(30, 31, 49))
@@ -246,7 +248,7 @@ def test_attention_in_fp16():
     check_attention(torch.float16, tolerance=2e-3)
 
 
-def test_rows_may_have_angles_of_their_own():
+def test_rows_with_different_rope_angles():
     normal = random(4, FP32)
     cos, sin = (t.float() for t in angles(torch.tensor([5, 9]), 8))
     q, k, v = normal(2, 4, 8), normal(2, 2, 8), normal(2, 2, 8)
@@ -258,7 +260,7 @@ def test_rows_may_have_angles_of_their_own():
     assert relative_error(found.cpu(), wanted) < TOLERANCE[FP32]
 
 
-def test_a_cache_that_lies_the_wrong_way_is_refused():
+def test_a_transposed_cache_is_refused():
     normal = random(4, FP32)
     q, k, v = (normal(1, 2, 8).to(DEVICE) for _ in range(3))
     keys = normal(1, 2, 8, 12).to(DEVICE).mT
@@ -270,8 +272,8 @@ def test_a_cache_that_lies_the_wrong_way_is_refused():
 
 @dtypes
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 31), (2, 1024), (2, 5000), (1, 40000)])
-def test_the_likeliest_of_any_number(batch, size, dtype):
-    # Whole numbers up to 200 are exact in bf16; many are equal, and the first of them is taken.
+def test_greedy_argmax_of_any_size(batch, size, dtype):
+    # Integers up to 200 are exact in bf16; many are equal, and the first one is chosen.
     logits = (random(0, FP32)(batch, size) * 100).round().clamp(-200, 200).to(dtype)
     suppressed = torch.zeros(size, dtype=torch.bool)
     for _ in range(3):
@@ -284,13 +286,13 @@ def test_the_likeliest_of_any_number(batch, size, dtype):
         suppressed[first[: size - 1]] = True
 
 
-def test_where_nothing_is_wanted_it_is_an_id_still():
+def test_greedy_argmax_with_all_ids_suppressed():
     logits, suppressed = torch.zeros(2, 70, device=DEVICE), torch.ones(70, dtype=torch.bool)
     found = greedy_argmax(logits, suppressed.to(DEVICE), backend="triton")
     assert all(0 <= token < 70 for token in found.tolist())
 
 
-def test_fp64_is_refused_in_a_sentence():
+def test_fp64_is_refused():
     weights = moved(mixer_weights(Sizes()), torch.float64)
     zeros = (torch.zeros(2, 42), torch.zeros(2, 4), torch.zeros(2, 42, 4), torch.zeros(2, 4, 6, 5))
     with pytest.raises(MmmambaError, match="bf16, fp16 and fp32"):
@@ -298,7 +300,7 @@ def test_fp64_is_refused_in_a_sentence():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours for so many programs")
-def test_more_rows_of_heads_than_the_second_axis_of_a_launch():
+def test_more_rows_than_the_second_axis_of_a_grid():
     normal, batch, heads, kv_heads, dim = random(8, BF16), 4100, 16, 4, 16
     q, k, v = (normal(batch, count, dim).to(DEVICE) for count in (heads, kv_heads, kv_heads))
     keys, values = (normal(batch, kv_heads, 9, dim).to(DEVICE) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The products on Triton kernels, of few tokens and of many, against the reference in fp64."""
+"""The fused linear layer on Triton kernels, for few tokens and many, against fp64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ def tiled(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any, dict[str, Any]], None]) -> None:
-    """Show each launch of `project` to `note`: its grid and its options."""
+    """Call `note` with the grid and the options of each launch of the `project` kernel."""
     launch = fused.kernels.project
 
     class Watched:
@@ -49,7 +49,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any, dict[str, Any]],
 
 
 def apart(rows: Tensor) -> Tensor:
-    """The same numbers as a slice of wider rows, with NaN on both sides."""
+    """The same values as a slice of wider rows, with NaN on both sides."""
     batch, width = rows.shape
     wide = torch.full((batch, width + 24), torch.nan, dtype=rows.dtype, device=rows.device)
     wide[:, 16 : 16 + width] = rows
@@ -57,7 +57,7 @@ def apart(rows: Tensor) -> Tensor:
 
 
 def before_others(weight: Tensor) -> Tensor:
-    """The same weight, NaN right behind its last row."""
+    """The same weight with NaN in memory after its last row."""
     tail = torch.full((64,), torch.nan, dtype=weight.dtype)
     return torch.cat((weight.flatten(), tail)).to(DEVICE)[: weight.numel()].view(weight.shape)
 
@@ -95,7 +95,7 @@ def check(
 @dtypes
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 @pytest.mark.parametrize(("rows", "dim"), [(1, 1), (7, 70), (16, 64), (33, 257)])
-def test_products_of_any_size(monkeypatch, batch, rows, dim, dtype):
+def test_linear_of_any_size(monkeypatch, batch, rows, dim, dtype):
     tiled(monkeypatch, inputs=128)
     x, weight = normal(batch, dim).to(dtype), normal(rows, dim).to(dtype)
     check(x, weight)
@@ -104,7 +104,7 @@ def test_products_of_any_size(monkeypatch, batch, rows, dim, dtype):
 
 @dtypes
 @pytest.mark.parametrize("dim", [50, 64, 200])
-def test_norms_see_the_whole_row(monkeypatch, dim, dtype):
+def test_norms_over_several_tiles(monkeypatch, dim, dtype):
     tiled(monkeypatch, inputs=64)
     monkeypatch.setattr(fused, "MIN_TILE_INPUTS", 32)
     norm = normal(dim, seed=1)
@@ -113,7 +113,7 @@ def test_norms_see_the_whole_row(monkeypatch, dim, dtype):
 
 @dtypes
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 16), (5, 32)])
-def test_heads_are_gated(monkeypatch, heads, head_dim, dtype):
+def test_gated_norm_per_head(monkeypatch, heads, head_dim, dtype):
     tiled(monkeypatch, inputs=128)
     monkeypatch.setattr(fused, "MIN_TILE_INPUTS", 16)
     dim = heads * head_dim
@@ -126,7 +126,7 @@ def test_heads_are_gated(monkeypatch, heads, head_dim, dtype):
 
 @dtypes
 @pytest.mark.parametrize("steps", [1, 2])
-def test_settled_gates_are_gates(monkeypatch, steps, dtype):
+def test_gates_with_inputs_ready(monkeypatch, steps, dtype):
     monkeypatch.setattr(fused, "MIN_TILE_INPUTS", 128 // steps)
     inputs_ready = []
     watch(monkeypatch, lambda grid, options: inputs_ready.append(options["INPUTS_READY"]))
@@ -138,27 +138,29 @@ def test_settled_gates_are_gates(monkeypatch, steps, dtype):
     assert inputs_ready == [steps == 1] * 3
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter stops where a kernel waits")
+@pytest.mark.skipif(
+    not INTERPRETED, reason="only the interpreter can run code where a kernel waits"
+)
 @pytest.mark.parametrize(("inputs", "inputs_ready"), [(128, False), (128, True), (32, True)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_when_a_gate_is_read(monkeypatch, inputs, inputs_ready, weighted):
+def test_when_the_gate_is_read(monkeypatch, inputs, inputs_ready, weighted):
     tiled(monkeypatch, rows=8, inputs=4 * inputs)
     x, weight, gate, norm = normal(1, 64), normal(8, 64), normal(1, 64, seed=1), normal(16)
     options = {"norm": norm} if weighted else {"norm_dim": 16}
     wanted = project(x, weight, gate=gate, **options, eps=0.1)
-    right = [x.clone(), gate.clone()]
+    correct = [x.clone(), gate.clone()]
     early = inputs_ready and inputs >= 64
 
-    def ended(overlap: object) -> None:
-        x.copy_(right[0])
-        gate.copy_(right[1])
+    def wait(overlap: object) -> None:
+        x.copy_(correct[0])
+        gate.copy_(correct[1])
         if early:
-            # Whoever reads it now reads it too late.
+            # The kernel must have read it before the wait.
             gate.fill_(torch.nan)
 
     for tensor in (x,) if early else (x, gate):
         tensor.fill_(torch.nan)
-    monkeypatch.setattr(fused.kernels, "wait_for_inputs", ended)
+    monkeypatch.setattr(fused.kernels, "wait_for_inputs", wait)
     found = project(
         x, weight, gate=gate, **options, eps=0.1, inputs_ready=inputs_ready, backend="triton"
     )
@@ -167,7 +169,7 @@ def test_when_a_gate_is_read(monkeypatch, inputs, inputs_ready, weighted):
 
 @dtypes
 @pytest.mark.parametrize("dim", [48, 64, 200])
-def test_norms_without_weights(monkeypatch, dim, dtype):
+def test_norms_with_folded_weights(monkeypatch, dim, dtype):
     tiled(monkeypatch, inputs=64)
     monkeypatch.setattr(fused, "MIN_TILE_INPUTS", 32)
     x, weight = normal(3, dim).to(dtype), normal(10, dim).to(dtype)
@@ -185,7 +187,7 @@ def test_norms_without_weights(monkeypatch, dim, dtype):
 
 @dtypes
 @pytest.mark.parametrize("half", [1, 5, 8])
-def test_swiglu_takes_both_halves(half, dtype):
+def test_swiglu(half, dtype):
     x, weight = normal(2, 70).to(dtype), normal(2 * half, 70).to(dtype)
     check(x, weight, swiglu=True)
     options = {"bias": normal(2 * half).to(dtype), "norm": normal(70), "eps": 1e-5}
@@ -201,7 +203,7 @@ def test_int8_weights(monkeypatch, dim, dtype):
     check(x, weight, swiglu=True, norm=normal(dim), eps=1e-5, bias=normal(10).to(dtype))
 
 
-def test_fp16_and_rows_that_begin_anywhere():
+def test_fp16_and_unaligned_int8_rows():
     check(normal(2, 40).half(), normal(6, 40).half(), tolerance=2e-3)
     small = quantize_rows(normal(8, 40))
     values = torch.zeros(8 * 40 + 3, dtype=torch.int8)[3:].view(8, 40).copy_(small.values)
@@ -234,14 +236,14 @@ def test_swiglu_of_any_width(size):
 
 
 @pytest.mark.parametrize("backend", ["triton", "products"])
-def test_the_sum_is_written_into_the_residual(backend):
+def test_out_may_be_the_residual(backend):
     x, weight, residual = (t.to(DEVICE) for t in (normal(2, 40), normal(6, 40), normal(2, 6)))
     wanted = project(x, weight, residual=residual, backend="reference")
     assert project(x, weight, residual=residual, out=residual, backend=backend) is residual
     torch.testing.assert_close(residual, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_tiles_of_the_table_are_taken_by_shape_and_bytes(monkeypatch):
+def test_tiles_are_chosen_by_shape_and_element_size(monkeypatch):
     taken = []
     monkeypatch.setitem(fused.TILES, (6, 64, 4), Tile(2, 32, 2))
     monkeypatch.setitem(fused.TILES, (6, 64, 1), Tile(1, 64, 1))
@@ -255,15 +257,15 @@ def test_tiles_of_the_table_are_taken_by_shape_and_bytes(monkeypatch):
     assert taken == [(3, 2, 32), (6, 1, 64), (3, 2, 64)]
 
 
-def test_a_copied_gate_is_not_settled(monkeypatch):
+def test_a_copied_gate_is_not_ready(monkeypatch):
     taken = []
     watch(monkeypatch, lambda grid, options: taken.append(options["INPUTS_READY"]))
     x, weight, gate = (t.to(DEVICE) for t in (normal(1, 64), normal(6, 64), normal(1, 64, seed=1)))
     norm = normal(32, seed=2).to(DEVICE)[::2]
-    turned = torch.stack((gate, gate), -1)[..., 0]
+    strided = torch.stack((gate, gate), -1)[..., 0]
     for options in (
         {"norm_dim": 16, "gate": gate},
-        {"norm_dim": 16, "gate": turned},
+        {"norm_dim": 16, "gate": strided},
         {"norm": norm.contiguous(), "gate": gate},
         {"norm": norm, "gate": gate},
         {"norm_dim": 64},
@@ -273,7 +275,7 @@ def test_a_copied_gate_is_not_settled(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
-def test_no_thread_has_more_sums_than_registers(batch):
+def test_sums_of_a_tile_fit_the_registers(batch):
     for rows, dim, size in fused.TILES:
         values = torch.empty(rows, dim, dtype={1: torch.int8, 2: BF16}[size], device="meta")
         tile = fused._tile(batch, values, False, 0)
@@ -281,7 +283,7 @@ def test_no_thread_has_more_sums_than_registers(batch):
         assert sums <= 128 * 32 * tile.warps, (rows, dim, size)
 
 
-def test_heads_that_fill_no_tile_are_left_to_the_reference():
+def test_head_dims_that_are_no_power_of_two():
     x, weight, norm = (t.to(DEVICE) for t in (normal(2, 12), normal(5, 12), normal(6)))
     options = {"norm": norm, "gate": x.flip(0), "eps": 1e-5}
     with pytest.raises(NotImplementedError, match="heads of 6"):
@@ -293,15 +295,15 @@ def test_heads_that_fill_no_tile_are_left_to_the_reference():
     assert project(x, weight, **options).shape == (2, 5)
 
 
-def test_fp64_is_refused_in_a_sentence():
+def test_fp64_is_refused():
     with pytest.raises(MmmambaError, match="bf16, fp16 and fp32"):
         project(
             normal(1, 8).double().to(DEVICE), normal(2, 8).double().to(DEVICE), backend="triton"
         )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="auto takes kernels on a GPU only")
-def test_auto_takes_kernels_by_rows_and_without_gradients():
+@pytest.mark.skipif(INTERPRETED, reason="auto picks kernels on a GPU only")
+def test_auto_picks_kernels_by_rows_without_gradients():
     x, weight = normal(9, 64).cuda(), normal(6, 64).cuda()
     for rows, given, wanted in (
         (2, weight, "triton"),
