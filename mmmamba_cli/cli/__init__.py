@@ -1,4 +1,4 @@
-"""The command `mmmamba`. Importing this package, or asking for --help, imports no torch."""
+"""The command `mmmamba`: entry point, exit codes and error output. --help imports no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import NoReturn
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.interrupts import INTERRUPTED, is_interrupted
 
-OUR_BUG, USER_MISTAKE = 1, 2
+EXIT_BUG, EXIT_USER_ERROR = 1, 2
 JSON_OPTION = "--json"
 
-# What the operating system refuses that is the user's to mend, and how.
-REFUSALS = {
+# Operating system errors that the user can fix: message and hint.
+OS_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another folder"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another folder"),
     errno.EROFS: ("the file system is read-only", "choose another folder"),
@@ -29,48 +29,48 @@ REFUSALS = {
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code.
+    """Run the command line and exit with its code.
 
-    0 done, 2 the user's mistake (one sentence on stderr), 130 interrupted, 1 our bug (a traceback)
-    or a closed stdout. With --json a mistake is JSON on stdout too:
+    0 success, 2 user error (one sentence on stderr), 130 interrupted, 1 a bug in mmmamba (with
+    traceback) or a closed stdout. With --json a user error is also printed as JSON on stdout:
     `{"error": ..., "hint": ...}`.
     """
-    escape_what_cannot_be_encoded()
+    escape_unencodable_output()
     try:
         _run()
     except MmmambaError as error:
-        _leave(None if error.is_reported_elsewhere else error, USER_MISTAKE)
+        _exit_with(None if error.is_reported_elsewhere else error, EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        _leave(None, INTERRUPTED)
+        _exit_with(None, INTERRUPTED)
     except BrokenPipeError:
-        _leave(None, OUR_BUG)
+        _exit_with(None, EXIT_BUG)
     except Exception as error:
         if is_interrupted(error):
-            _leave(None, INTERRUPTED)
-        refused = refusal(error) if isinstance(error, OSError) else None
-        if refused is None:
+            _exit_with(None, INTERRUPTED)
+        translated = user_error(error) if isinstance(error, OSError) else None
+        if translated is None:
             raise
-        _leave(refused, USER_MISTAKE)
+        _exit_with(translated, EXIT_USER_ERROR)
 
 
-def refusal(error: OSError) -> MmmambaError | None:
-    """A sentence with the path for what the operating system refuses the user, None otherwise."""
-    reason = REFUSALS.get(error.errno or 0)
+def user_error(error: OSError) -> MmmambaError | None:
+    """The message for an operating system error that the user can fix, else None."""
+    reason = OS_ERRORS.get(error.errno or 0)
     if reason is None:
         return None
     what, hint = reason
-    # A number is an open file's, which says nothing to the user.
+    # An integer file name is a descriptor, which means nothing to the user.
     if isinstance(error.filename, str | bytes | os.PathLike):
         return MmmambaError(f"{os.fsdecode(error.filename)}: {what}", hint)
-    # A failed write names no file. Other refusals without one are not about the user's files.
+    # A failed write names no file. Other errors without a file are not about the user's files.
     return MmmambaError(what, hint) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
 
 
-def escape_what_cannot_be_encoded() -> None:
-    """Letters that the encoding of a stream lacks are written as escapes, `\\u4f60`.
+def escape_unencodable_output() -> None:
+    """Write characters that stdout or stderr cannot encode as escapes, `\\u4f60`.
 
-    Names and answers are in any script, a pipe or an old console may be ASCII or cp1252, and a file
-    name may hold bytes that are no text.
+    Names and answers use any script, a pipe or an old console may be ASCII or cp1252, and a file
+    name may hold undecodable bytes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -94,28 +94,28 @@ def _run() -> None:
             succeed()
         sys.exit(code)
     except SystemExit:
-        # Here and not when the interpreter ends, where a closed pipe or full disk cannot be caught.
+        # Flush here: an error in the flush at interpreter exit cannot be caught.
         _flush_stdout()
         raise
 
 
 def _flush_stdout() -> None:
-    # Python has no stdout at all where the caller closed it.
+    # sys.stdout is None if the caller closed it.
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
-def _leave(error: MmmambaError | None, code: int) -> NoReturn:
+def _exit_with(error: MmmambaError | None, code: int) -> NoReturn:
     try:
-        # Of several processes that torchrun started, the first speaks for all on stdout.
-        speaks = os.environ.get("RANK", "0") == "0"
-        if error is not None and speaks and JSON_OPTION in sys.argv[1:]:
+        # Under torchrun only rank 0 writes to stdout.
+        is_first = os.environ.get("RANK", "0") == "0"
+        if error is not None and is_first and JSON_OPTION in sys.argv[1:]:
             from mmmamba_cli.cli.console import print_json
 
             print_json({"error": error.message, "hint": error.hint})
         _flush_stdout()
     except OSError:
-        # What stdout still holds cannot be written; let the interpreter's last flush succeed.
+        # The buffer cannot be written; redirect it so that the flush at exit succeeds.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if error is not None:
         from mmmamba_cli.cli.console import print_error

@@ -1,7 +1,4 @@
-"""The Typer app: one line in COMMANDS for each subcommand.
-
-`app` is the whole app, built when it is asked for.
-"""
+"""The Typer app and its subcommands; the attribute `app` is built on first use."""
 
 from __future__ import annotations
 
@@ -19,10 +16,9 @@ from mmmamba_cli.cli import JSON_OPTION
 from mmmamba_cli.cli.console import help_if_bare, print_json, print_text
 from mmmamba_cli.plugins import entry_points
 
-# A command `name` lives in cli/name.py, or name_.py if it is a word of Python's, which calls it
-# `command`: a function, or a typer.Typer for a group of them. These modules are imported for
-# --help, so each imports its library room inside the function that needs it.
-# Other packages add theirs with entry points; so does ours with what is no part of the pipeline.
+# Command `name` is `command` in cli/name.py (name_.py for a Python keyword): a function, or a
+# typer.Typer for a group. --help imports these modules, so they import the library inside the
+# functions. Other packages add commands with entry points.
 PLUGINS = "mmmamba.commands"
 COMMANDS = (
     "seed",
@@ -41,13 +37,13 @@ COMMANDS = (
     "recipe",
 )
 
-# Columns of help in a terminal that has as many or more; longer lines are hard to read.
-HELP_COLUMNS = 120
-# Mistakes in the words of a line. typer may bring its own copy of click, so the class is taken
-# from one that typer itself names: BadParameter < UsageError < ClickException.
-LineError: Any = typer.BadParameter.__mro__[2]
+# Maximum width of help: longer lines are hard to read.
+MAX_HELP_COLUMNS = 120
+# Click's class of usage errors. Typer may vendor its own click, so the class is derived from one
+# that typer exports: BadParameter < UsageError < ClickException.
+UsageError: Any = typer.BadParameter.__mro__[2]
 
-# Plain help: brackets, as in stages[1].lr, are not markup, and rich need not be imported for it.
+# Help is plain text: brackets, as in stages[1].lr, are not markup, and rich is not imported.
 MARKUP = None
 
 
@@ -74,7 +70,7 @@ def _module(name: str) -> str:
 
 
 def build_app() -> typer.Typer:
-    """The app with every command of COMMANDS and of PLUGINS."""
+    """Build the app with all commands of COMMANDS and PLUGINS."""
     return _app_of(_all_commands())
 
 
@@ -91,9 +87,9 @@ def _command(name: str) -> Any:
 
 
 def _commands_for(words: Sequence[str]) -> dict[str, Any]:
-    """The commands that a line needs: building the options of all takes longer than the rest.
+    """The commands that a command line needs; building all options would dominate the start-up.
 
-    A line that begins with an option of mmmamba itself shows its help or version, and ends.
+    A line that starts with an option prints mmmamba's own help or version.
     """
     first = words[0] if words else "--help"
     if first in COMMANDS:
@@ -101,17 +97,17 @@ def _commands_for(words: Sequence[str]) -> dict[str, Any]:
     commands = _all_commands()
     if first == "--" or not first.startswith("-"):
         return commands
-    return {name: _named_only(command) for name, command in commands.items()}
+    return {name: _without_options(command) for name, command in commands.items()}
 
 
-def _named_only(command: Any) -> Callable[[], None]:
-    """A command without its options, for the list of commands."""
+def _without_options(command: Any) -> Callable[[], None]:
+    """A command without its options, for the command list."""
 
-    def shown() -> None:
-        raise AssertionError("a list of commands was run")
+    def listed() -> None:
+        raise AssertionError("a listed command was run")
 
-    shown.__doc__ = command.info.help if isinstance(command, typer.Typer) else command.__doc__
-    return shown
+    listed.__doc__ = command.info.help if isinstance(command, typer.Typer) else command.__doc__
+    return listed
 
 
 def _app_of(commands: Mapping[str, Any]) -> typer.Typer:
@@ -122,7 +118,7 @@ def _app_of(commands: Mapping[str, Any]) -> typer.Typer:
         invoke_without_command=True,
         context_settings={
             "help_option_names": ["-h", "--help"],
-            "max_content_width": HELP_COLUMNS,
+            "max_content_width": MAX_HELP_COLUMNS,
         },
     )
     built.callback()(_start)
@@ -135,14 +131,13 @@ def _app_of(commands: Mapping[str, Any]) -> typer.Typer:
 
 
 def run() -> int:
-    """Run the command that `sys.argv` names; returns its exit code.
+    """Run the command that `sys.argv` names and return its exit code.
 
-    A mistake in the words of the line is said on stderr with the usage, and with --json on stdout
-    too. Raises what the command raises.
+    A usage error is printed to stderr, with --json also to stdout. Errors of the command propagate.
     """
     try:
         code = command_line()(prog_name="mmmamba", standalone_mode=False)
-    except LineError as error:
+    except UsageError as error:
         if JSON_OPTION in sys.argv[1:]:
             context = getattr(error, "ctx", None)
             path = "mmmamba" if context is None else context.command_path
@@ -153,22 +148,20 @@ def run() -> int:
 
 
 def command_line() -> Any:
-    """What `sys.argv` needs of the app, as a command of click.
-
-    Its help gives arguments without Python's types.
-    """
+    """The Click command for `sys.argv`; its help shows arguments without Python types."""
     completing = any(name.endswith("_COMPLETE") for name in os.environ)
     words = sys.argv[1:]
     command = typer.main.get_command(build_app() if completing else _app_of(_commands_for(words)))
     for one in _commands_below(command):
         for parameter in one.params:
             if parameter.param_type_name == "argument":
-                # `CHECKPOINT`, where typer would write `CHECKPOINT <path>`.
+                # `CHECKPOINT` instead of `CHECKPOINT <path>`.
                 parameter.display_type_rich = lambda ctx: None
     return command
 
 
 def _commands_below(command: Any) -> Iterator[Any]:
+    """The command and its subcommands, recursively."""
     yield command
     for one in getattr(command, "commands", {}).values():
         yield from _commands_below(one)

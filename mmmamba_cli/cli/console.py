@@ -1,6 +1,6 @@
-"""What commands print: tables, errors, JSON, progress. Results go to stdout, the rest to stderr.
+"""Console output: tables, errors, JSON, progress. Results go to stdout, the rest to stderr.
 
-rich is imported when something is first printed with it, so that --help need not wait for it.
+rich is imported on first use, which keeps --help fast.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from mmmamba_cli.errors import MmmambaWarning
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Seconds between lines of progress where there is no terminal to redraw.
-PLAIN_INTERVAL = 10.0
-# Columns of a table that no terminal limits.
-UNBROKEN = 100_000
-# No path and no name needs more letters in one word.
-LONGEST_WORD = 1000
-# Warnings of one kind that are shown: thousands of pictures may have the same oddity.
-SHOWN_WARNINGS = 5
-LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+# Seconds between progress lines without a terminal.
+PROGRESS_LINE_INTERVAL = 10.0
+# Table width without a terminal.
+UNLIMITED_COLUMNS = 100_000
+# Longer words are truncated; no path or name is that long.
+MAX_WORD_LENGTH = 1000
+# Shown warnings of one category: thousands of pictures may have the same problem.
+MAX_WARNINGS = 5
+_LONG_WORD = re.compile(rf"\S{{{MAX_WORD_LENGTH + 1},}}")
 
 
 @cache
 def out() -> Console:
-    """The console of results, on stdout."""
+    """The rich console on stdout, for results."""
     from rich.console import Console
 
     return Console()
@@ -45,44 +45,44 @@ def out() -> Console:
 
 @cache
 def err() -> Console:
-    """The console of progress, warnings and errors, on stderr."""
+    """The rich console on stderr, for progress, warnings and errors."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def print_error(message: str) -> None:
-    """`error: ...` on stderr, each line of the message unbroken and free of markup."""
-    _print_marked("error", "bold red", message)
+    """Print `error: ...` to stderr, without wrapping or markup."""
+    _print_prefixed("error", "bold red", message)
 
 
 def print_warning(message: str) -> None:
-    """`warning: ...` on stderr, likewise."""
-    _print_marked("warning", "bold yellow", message)
+    """Print `warning: ...` to stderr, without wrapping or markup."""
+    _print_prefixed("warning", "bold yellow", message)
 
 
 def warn_not_final(name: str) -> None:
-    """Warn of a product that has not been through the last stage."""
+    """Warn about a product that was not distilled end to end."""
     print_warning(f"{name} was not distilled end to end; its answers will be poor")
 
 
-def _print_marked(mark: str, style: str, message: str) -> None:
+def _print_prefixed(prefix: str, style: str, message: str) -> None:
     from rich.text import Text
 
     for line in message.splitlines():
-        err().print(Text.assemble((f"{mark}:", style), " ", visible(line)), soft_wrap=True)
+        err().print(Text.assemble((f"{prefix}:", style), " ", escape_control(line)), soft_wrap=True)
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show warnings of the project as `warning: ...`, without the place in the code.
+    """Print warnings of mmmamba as `warning: ...`, without the source line.
 
-    Of one kind the first `SHOWN_WARNINGS` are shown, and that there are more. Warnings of others
-    look as Python writes them.
+    Only the first `MAX_WARNINGS` of a category are shown, then a note that there are more. Warnings
+    of other packages keep Python's format.
     """
     shown: Counter[type[Warning]] = Counter()
     with warnings.catch_warnings():
-        as_python_does = warnings.showwarning
+        default_showwarning = warnings.showwarning
 
         def show(
             message: Warning | str,
@@ -93,52 +93,54 @@ def plain_warnings() -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if not issubclass(category, MmmambaWarning):
-                as_python_does(message, category, filename, lineno, file, line)
+                default_showwarning(message, category, filename, lineno, file, line)
                 return
             shown[category] += 1
-            if shown[category] <= SHOWN_WARNINGS:
+            if shown[category] <= MAX_WARNINGS:
                 print_warning(str(message))
-            elif shown[category] == SHOWN_WARNINGS + 1:
+            elif shown[category] == MAX_WARNINGS + 1:
                 print_warning("there are more such warnings, which are not shown")
 
         warnings.showwarning = show
         yield
 
 
-def visible(text: str) -> str:
-    """`text` as a terminal may have it: what it would obey is escaped, endless words are cut.
+def escape_control(text: str) -> str:
+    """Escape control characters and truncate very long words.
 
-    Names and values out of foreign files come this way.
+    Names and values from foreign files may hold either.
     """
     shown = "".join(
         letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
     )
-    return LONG_WORD.sub(lambda word: f"{word[0][:LONGEST_WORD]}...", shown)
+    return _LONG_WORD.sub(lambda word: f"{word[0][:MAX_WORD_LENGTH]}...", shown)
 
 
 def print_line(text: str, style: str | None = None, to_stderr: bool = False) -> None:
-    """A line on stdout, or stderr, as it is: broken between words in a terminal, else nowhere."""
+    """Print a line without markup, wrapped at words in a terminal and unwrapped elsewhere."""
     console = err() if to_stderr else out()
-    whole = not console.is_terminal
-    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=whole)
+    unwrapped = not console.is_terminal
+    console.print(
+        text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=unwrapped
+    )
 
 
 def print_json(value: Any) -> None:
-    """`value` as JSON on stdout; null for NaN and infinities, which JSON does not have.
+    """Print `value` as JSON to stdout; NaN and infinities become null.
 
-    Where stdout cannot encode a letter, all that are not ASCII are escaped as JSON escapes them.
+    If stdout cannot encode a character, all non-ASCII characters are escaped.
     """
-    known = _finite(value)
-    text = json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False)
+    finite = _finite(value)
+    text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(known, indent=2, allow_nan=False)
+        text = json.dumps(finite, indent=2, allow_nan=False)
     print_text(text)
 
 
 def print_text(text: str = "") -> None:
-    """`text` and the end of a line on stdout, in the encoding that stdout has."""
+    """Print `text` and a newline to stdout."""
     if sys.stdout is not None:
         sys.stdout.write(f"{text}\n")
 
@@ -160,10 +162,9 @@ def print_table(
     right: Collection[str] = (),
     to_stderr: bool = False,
 ) -> None:
-    """A table on stdout, or stderr; `right` names the columns that are aligned right.
+    """Print a table; `right` names the right-aligned columns, None cells show as `-`.
 
-    None shows as `-`. Fits a terminal by wrapping cells; elsewhere every row is one line, whatever
-    its length.
+    In a terminal, cells wrap to its width; elsewhere every row is one line.
     """
     from rich import box
     from rich.console import Console
@@ -172,21 +173,21 @@ def print_table(
 
     console = err() if to_stderr else out()
     if not console.is_terminal:
-        console = Console(width=UNBROKEN, stderr=to_stderr)
+        console = Console(width=UNLIMITED_COLUMNS, stderr=to_stderr)
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     for column in columns:
-        # Folded where it is too long for a line: names are not to be cut short.
+        # Fold long cells instead of truncating them.
         justify: Literal["left", "right"] = "right" if column in right else "left"
         table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("-" if cell is None else visible(str(cell))) for cell in row))
+        table.add_row(*(Text("-" if cell is None else escape_control(str(cell))) for cell in row))
     console.print(table)
 
 
 def help_if_bare(context: typer.Context) -> None:
-    """For the callback of a group: print its help and exit 0 if no command was given."""
+    """Print the help of a command group and exit 0 if no subcommand was given."""
     if context.invoked_subcommand is None:
         print_text(context.get_help())
         raise typer.Exit
@@ -194,15 +195,12 @@ def help_if_bare(context: typer.Context) -> None:
 
 @contextmanager
 def if_interrupted(sentence: str | Callable[[], str]) -> Iterator[None]:
-    """Where Ctrl-C ends what is inside: say what is left of it and how to go on.
-
-    The interrupt goes on to end the command with 130.
-    """
+    """On Ctrl-C inside the block, print `sentence`; the interrupt propagates."""
     try:
         yield
     except KeyboardInterrupt:
-        said = sentence if isinstance(sentence, str) else sentence()
-        print_line(f"interrupted: {said}", to_stderr=True)
+        text = sentence if isinstance(sentence, str) else sentence()
+        print_line(f"interrupted: {text}", to_stderr=True)
         raise
 
 
@@ -213,10 +211,10 @@ def progress(
     unit: str = "",
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[int], None]]:
-    """Progress of one long step on stderr; yields a function that takes how many more are done.
+    """Show the progress of a step on stderr; yields a function that adds to the number done.
 
-    A bar in a terminal. Elsewhere plain lines, `what: 12/236 unit`: the first at once, the others
-    at least PLAIN_INTERVAL seconds apart, the last when the step ends.
+    A terminal shows a bar. Elsewhere lines `what: 12/236 unit` are printed at the start, at least
+    PROGRESS_LINE_INTERVAL seconds apart, and at the end.
     """
     if err().is_terminal:
         with _bar(what, total, unit) as advance:
@@ -253,24 +251,24 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 def _plain_lines(
     what: str, total: int, unit: str, clock: Callable[[], float]
 ) -> Iterator[Callable[[int], None]]:
-    done = said = 0
+    done = printed = 0
     last_time = clock()
 
-    def say() -> None:
-        nonlocal said, last_time
-        said, last_time = done, clock()
+    def print_progress() -> None:
+        nonlocal printed, last_time
+        printed, last_time = done, clock()
         sys.stderr.write(f"{what}: {done}/{total}{f' {unit}' if unit else ''}\n")
         sys.stderr.flush()
 
     def advance(more: int) -> None:
         nonlocal done
         done += more
-        if clock() - last_time >= PLAIN_INTERVAL:
-            say()
+        if clock() - last_time >= PROGRESS_LINE_INTERVAL:
+            print_progress()
 
-    say()
+    print_progress()
     try:
         yield advance
     finally:
-        if done != said:
-            say()
+        if done != printed:
+            print_progress()

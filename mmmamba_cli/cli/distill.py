@@ -148,7 +148,7 @@ class DistillCommand:
 
 def train(job: DistillCommand) -> list[Manifest] | None:
     """Train in this process or as one of several; products on process 0, None if stopped."""
-    from mmmamba_cli.cli import escape_what_cannot_be_encoded
+    from mmmamba_cli.cli import escape_unencodable_output
     from mmmamba_cli.cli.distill_display import StopRequest, TrainingDisplay
     from mmmamba_cli.distill import DistillOptions, Stopped, distill, parse_stage_names
     from mmmamba_cli.distributed import join_world
@@ -158,7 +158,7 @@ def train(job: DistillCommand) -> list[Manifest] | None:
     with ExitStack() as stack:
         if job.launched:
             # The launcher did this for itself only.
-            escape_what_cannot_be_encoded()
+            escape_unencodable_output()
             stack.enter_context(plain_warnings())
         world = stack.enter_context(join_world(job.device))
         world.run_on_main(lambda: _take_lock(stack, target))

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mmmamba_cli.cli.console import PLAIN_INTERVAL, err, print_table
+from mmmamba_cli.cli.console import PROGRESS_LINE_INTERVAL, err, print_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -154,7 +154,11 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
             return
         stage = self._stage
         is_last = stage is not None and result.step == stage.steps
-        if is_last or result.held_out or time.monotonic() - self._last_line >= PLAIN_INTERVAL:
+        if (
+            is_last
+            or result.held_out
+            or time.monotonic() - self._last_line >= PROGRESS_LINE_INTERVAL
+        ):
             self._last_line = time.monotonic()
             self.say(self._line(result))
 

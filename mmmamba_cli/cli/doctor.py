@@ -1,4 +1,4 @@
-"""`mmmamba doctor`: is this machine fit, and does every op compute here what it should."""
+"""`mmmamba doctor`: check this machine and every op."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ from mmmamba_cli.cli.options import AsJson
 if TYPE_CHECKING:
     from mmmamba_cli.doctor import Device, Package, Report
 
-UNFIT = 2
+EXIT_UNFIT = 2
 
 
 def command(
     device: Annotated[
         str | None,
-        typer.Option(metavar="DEVICE", help="Check ops here: cpu or cuda; else the best there is."),
+        typer.Option(
+            metavar="DEVICE", help="Device for the ops: cpu or cuda (default: cuda if available)."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine this machine: versions, devices, and every op against its reference.
+    """Check library versions, devices, and every op against its reference.
 
-    Exit code 0 if everything needed works, 2 if not.
+    Exit code 0 if everything needed works, else 2.
     """
     from mmmamba_cli.doctor import examine
 
-    report = examine(device, _tell)
+    report = examine(device, _print_status)
     failures = list(report.failures)
     if as_json:
         print_json({"fit": not failures, "failures": failures, **_record(report)})
     else:
-        _say(report)
+        _print_report(report)
         for sentence in report.warnings:
             print_warning(sentence)
         for sentence in failures:
@@ -49,15 +51,15 @@ def command(
         if not failures:
             print_line(f"fit: everything that is needed works, on {report.device}")
     if failures:
-        raise typer.Exit(UNFIT)
+        raise typer.Exit(EXIT_UNFIT)
 
 
-def _tell(text: str) -> None:
+def _print_status(text: str) -> None:
     print_line(text, style="dim", to_stderr=True)
 
 
 def _record(report: Report) -> dict[str, object]:
-    """JSON has no NaN: the word stands for it."""
+    """The report as JSON, with "nan" for NaN."""
     record = asdict(report)
     for op in record["ops"]:
         for key in ("forward", "backward"):
@@ -65,7 +67,7 @@ def _record(report: Report) -> dict[str, object]:
     return record
 
 
-def _say(report: Report) -> None:
+def _print_report(report: Report) -> None:
     needed = [package for package in report.packages if package.extra is None]
     print_table(
         ("library", "version", "needed"),
@@ -78,7 +80,7 @@ def _say(report: Report) -> None:
         right=("memory", "free"),
     )
     print_text()
-    _say_extras(report.packages)
+    _print_extras(report.packages)
     if report.ops:
         print_text()
         print_table(
@@ -112,7 +114,7 @@ def _device_row(device: Device) -> tuple[str | None, ...]:
     return device.name, device.description, memory, free, bf16
 
 
-def _say_extras(packages: tuple[Package, ...]) -> None:
+def _print_extras(packages: tuple[Package, ...]) -> None:
     from mmmamba_cli.doctor import PURPOSES, missing_extras
 
     missing = missing_extras(packages)

@@ -1,4 +1,4 @@
-"""`mmmamba hybridize`: put the teacher's attention back into some layers of a student."""
+"""`mmmamba hybridize`: restore the teacher's attention in some layers of a student."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 def command(
     attn_layers: Annotated[
-        int | None, typer.Option("--attn-layers", metavar="N", help="How many remain attention.")
+        int | None, typer.Option("--attn-layers", metavar="N", help="Number of attention layers.")
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
-            metavar="I,J,...", help="Just these layers, counted from 0 through both stacks."
+            metavar="I,J,...", help="Indices of the attention layers, from 0 through both stacks."
         ),
     ] = None,
     placement: Annotated[
         str | None,
         typer.Option(
             metavar="PLACEMENT",
-            help="Where N layers go: head-interleaved (default), tail-interleaved, head-stacked or "
-            "tail-stacked.",
+            help="Placement of N layers: head-interleaved (default), tail-interleaved, "
+            "head-stacked or tail-stacked.",
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
     parent: FromParent = None,
     teacher: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
+        Path | None, typer.Option(metavar="PATH", help="Path of the teacher, if it has moved.")
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a hybrid: teacher attention in some layers of a student.
+    """Make a hybrid: restore the teacher's attention in some layers of a student.
 
     Starts from the run's stage-2 student if there is one, else from the current product. Without
-    --attn-layers or --layers the plan of the run's recipe is taken.
+    --attn-layers or --layers the layer plan of the run's recipe is used.
     """
     from mmmamba_cli.hybridize import choose_parent, hybridize, planned_product_name
     from mmmamba_cli.recipe import attention_layers, dump_recipe, parse_recipe
@@ -72,11 +72,11 @@ def command(
                 recipe=dump_recipe(recipe),
                 advance=advance,
             )
-    _say(target, source, manifest, as_json)
+    _print_result(target, source, manifest, as_json)
 
 
 def _plan(count: int | None, layers: str | None, placement: str | None) -> dict[str, Any]:
-    """What was given, as recipe fields. Raises `RecipeError` for a list that is none."""
+    """The options as recipe fields. Raises `RecipeError` for an invalid list of layers."""
     if count is not None and layers is not None:
         raise RecipeError("--attn-layers and --layers exclude each other", "give one of them")
     if layers is not None and placement is not None:
@@ -95,12 +95,12 @@ def _plan(count: int | None, layers: str | None, placement: str | None) -> dict[
 
 
 def _product_bytes(run: Run, source: Manifest) -> int:
-    """About what will be written: the size of the parent."""
+    """Estimated bytes to write: the size of the parent."""
     folder = run.product_folder(source.name)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _say(run: Run, source: Manifest, manifest: Manifest, as_json: bool) -> None:
+def _print_result(run: Run, source: Manifest, manifest: Manifest, as_json: bool) -> None:
     folder = run.product_folder(manifest.name)
     if as_json:
         product = manifest.model_dump(mode="json")

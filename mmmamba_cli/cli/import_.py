@@ -1,4 +1,4 @@
-"""`mmmamba import`: a student that was made elsewhere becomes a run's current product."""
+"""`mmmamba import`: add a student from elsewhere to a run."""
 
 from __future__ import annotations
 
@@ -19,28 +19,26 @@ def command(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A published mmMamba or a folder of ours: a path, or OWNER/NAME on the Hub.",
+            help="A published mmMamba or a folder written by mmmamba: path or OWNER/NAME.",
         ),
     ],
     teacher: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="The model it was made from; needed to train it further or change its layers.",
+            help="Teacher of the student; needed to train it further or change its layers.",
         ),
     ] = None,
     run: RunFolder = DEFAULT_RUN,
-    name: Annotated[
-        str, typer.Option(metavar="NAME", help="What the product is called.")
-    ] = "imported",
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the product.")] = "imported",
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32; the checkpoint's if not given."),
+        typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32 (default: the checkpoint's)."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take a student that was made elsewhere into a run, as its current product."""
+    """Add a student from elsewhere to a run and make it the current product."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
     from mmmamba_cli.runs import Run
     from mmmamba_cli.seed.import_student import import_student
@@ -65,10 +63,10 @@ def command(
         )
     if student.tokenizer_file is None:
         print_warning(f"{student.path} has no tokenizer beside it: it cannot be asked anything")
-    _say(target, manifest, as_json)
+    _print_result(target, manifest, as_json)
 
 
-def _say(run: Run, manifest: Manifest, as_json: bool) -> None:
+def _print_result(run: Run, manifest: Manifest, as_json: bool) -> None:
     folder = run.product_folder(manifest.name)
     if as_json:
         product = manifest.model_dump(mode="json")

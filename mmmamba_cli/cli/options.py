@@ -1,7 +1,4 @@
-"""Options that several commands share, so that they read alike everywhere.
-
-What the shell may offer for names: read from folders and files, so that no torch is imported.
-"""
+"""Options that several commands share, and shell completion of names without importing torch."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ TEACHER = "teacher"
 
 
 def complete_products(context: typer.Context, incomplete: str) -> list[str]:
-    """Products of the run that is named on the line, in MMMAMBA_RUN, or by default."""
+    """Complete products of the run given by --run, MMMAMBA_RUN or the default."""
     run = context.params.get("run") or os.environ.get("MMMAMBA_RUN") or DEFAULT_RUN
     try:
         folders = sorted(Path(run, PRODUCTS).iterdir())
@@ -32,13 +29,13 @@ def complete_products(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_models(context: typer.Context, incomplete: str) -> list[str]:
-    """Products, and the run's teacher."""
+    """Complete products and `teacher`."""
     named = complete_products(context, incomplete)
     return [*named, TEACHER] if TEACHER.startswith(incomplete) else named
 
 
 def complete_recipes(incomplete: str) -> list[str]:
-    """The recipes that come with mmmamba."""
+    """Complete names of shipped recipes."""
     from mmmamba_cli.recipe import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]
@@ -59,11 +56,11 @@ Sets = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Set a field of the recipe, as data.max_length=4096 or stages.stage3.lr=1e-5. "
+        help="Set a recipe field, such as data.max_length=4096 or stages.stage3.lr=1e-5. "
         "May be repeated.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 RunFolder = Annotated[
     Path,
     typer.Option("--run", envvar="MMMAMBA_RUN", metavar="DIR", help="Run directory."),
@@ -72,18 +69,18 @@ DEFAULT_RUN = Path("runs/default")
 Models = Annotated[
     list[Path] | None,
     typer.Option(
-        "--model", metavar="PATH", help="Any checkpoint, in the run's place. May be repeated."
+        "--model", metavar="PATH", help="Checkpoint to use instead of the run. May be repeated."
     ),
 ]
 TeacherPath = Annotated[
-    Path | None, typer.Option(metavar="PATH", help="Where the teacher is, if it has moved.")
+    Path | None, typer.Option(metavar="PATH", help="Path of the teacher, if it has moved.")
 ]
 FromCurrent = Annotated[
     str | None,
     typer.Option(
         "--from",
         metavar="PRODUCT",
-        help="Product of the run; else the current one.",
+        help="Product of the run (default: the current one).",
         autocompletion=complete_products,
     ),
 ]
@@ -97,16 +94,16 @@ FromParent = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; the best there is if not given.")
+    str | None, typer.Option(metavar="DEVICE", help="cpu or cuda (default: cuda if available).")
 ]
 DType = Annotated[
-    str, typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32; auto is bf16 on CUDA, else fp32.")
+    str, typer.Option(metavar="DTYPE", help="bf16, fp16, fp32, or auto: bf16 on CUDA, else fp32.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
 def read_lengths(text: str, option: str = "--contexts") -> tuple[int, ...]:
-    """`512,8k,1m` as numbers, each once, ascending."""
+    """Parse `512,8k,1m` to unique token counts in ascending order."""
     found = set()
     for part in text.split(","):
         word = part.strip().lower()

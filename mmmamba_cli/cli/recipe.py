@@ -22,7 +22,7 @@ command = typer.Typer(
 
 @command.command("list")
 def list_recipes(as_json: AsJson = False) -> None:
-    """List the recipes that come with mmmamba."""
+    """List the shipped recipes."""
     from mmmamba_cli.recipe import load_recipe, recipe_names
 
     rows = [_summary(name, load_recipe(name)) for name in recipe_names()]
@@ -41,10 +41,7 @@ def list_recipes(as_json: AsJson = False) -> None:
 
 @command.command()
 def show(recipe: RecipeName, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Print a recipe in full.
-
-    Its values, what was set over them, and every default, as YAML that loads back the same.
-    """
+    """Print a recipe in full, with defaults and --set applied, as YAML that can be loaded again."""
     from mmmamba_cli.recipe import dump_recipe, load_recipe
 
     loaded = load_recipe(recipe, sets or ())
@@ -60,7 +57,7 @@ def validate(
         list[str],
         typer.Argument(
             metavar="RECIPE...",
-            help="Names of recipes, or YAML files.",
+            help="Names of shipped recipes, or YAML files.",
             autocompletion=complete_recipes,
         ),
     ],
@@ -68,22 +65,19 @@ def validate(
     num_layers: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Layers of the teacher: check the attention layers against it."
+            min=1, metavar="N", help="Number of layers of the teacher, to check the layer plan."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check recipes.
-
-    Says everything that is wrong with them, one line each; exit code 2 if anything is.
-    """
+    """Validate recipes and list all problems; exit code 2 if there are any."""
     results = [_check(name, sets or [], num_layers) for name in recipes]
     if as_json:
         print_json(results)
     else:
         for result in results:
             if result["valid"]:
-                print_text(_sentence(result))
+                print_text(_describe(result))
             for problem in result["problems"]:
                 print_error(problem)
     if not all(result["valid"] for result in results):
@@ -117,7 +111,7 @@ def _check(name: str, sets: list[str], num_layers: int | None) -> dict[str, Any]
     return {**result, "valid": True, "attention_layers": layers}
 
 
-def _sentence(result: dict[str, Any]) -> str:
+def _describe(result: dict[str, Any]) -> str:
     layers = result.get("attention_layers")
     if layers is None:
         return f"{result['recipe']}: valid"

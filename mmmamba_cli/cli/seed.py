@@ -1,4 +1,4 @@
-"""`mmmamba seed`: step 1, a linear student out of a trained teacher."""
+"""`mmmamba seed`: initialize a linear student from a trained teacher."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def command(
         typer.Argument(
             metavar="CHECKPOINT",
             help="HoVLE folder, .safetensors, or .ckpt/.pt/.bin state dict; or a Llama, Qwen2, "
-            "Qwen3 or InternLM2 as a folder or .gguf file. OWNER/NAME is looked for on the Hub.",
+            "Qwen3 or InternLM2 as a folder or .gguf file. OWNER/NAME is found on the Hub.",
         ),
     ],
     run: RunFolder = DEFAULT_RUN,
@@ -53,7 +53,7 @@ def command(
     init: Annotated[
         str | None,
         typer.Option(
-            metavar="INIT", help="scratch, inherit or inherit+mimic; the recipe's if not given."
+            metavar="INIT", help="scratch, inherit or inherit+mimic (default: the recipe's)."
         ),
     ] = None,
     config: Annotated[
@@ -65,7 +65,7 @@ def command(
     arch: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Architecture of a state dict without config: hovle-2.6b."
+            metavar="NAME", help="Architecture of a state dict without config, such as hovle-2.6b."
         ),
     ] = None,
     dtype: Annotated[
@@ -73,7 +73,7 @@ def command(
     ] = "bf16",
     seed: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Seed of new parameters; the recipe's if not given."),
+        typer.Option(metavar="N", help="Seed of new parameters (default: the recipe's)."),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Compare each mixer with its teacher.")
@@ -87,12 +87,12 @@ def command(
         bool,
         typer.Option(
             "--discard",
-            help="With --overwrite: remove the run's other products too, which lose their parent.",
+            help="With --overwrite: also remove the run's other products, which lose their parent.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Seed a linear student out of a trained teacher, and start a run with it."""
+    """Seed a linear student from a trained teacher and start a run with it."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
     from mmmamba_cli.checkpoint.model_loader import recommended_settings
     from mmmamba_cli.recipe import load_recipe
@@ -105,7 +105,7 @@ def command(
     loaded = load_recipe(recipe, sets or (), overrides)
     target, wanted = Run(run), parse_dtype(dtype)
     teacher = open_checkpoint(checkpoint, config_file=config, tokenizer_file=tokenizer, arch=arch)
-    _warn(teacher)
+    _print_warnings(teacher)
     carried, left_out = recommended_settings(teacher)
     if left_out:
         print_warning(
@@ -114,7 +114,7 @@ def command(
         )
     made = False
 
-    def left() -> str:
+    def status() -> str:
         if made:
             return (
                 f"the seed is complete in {target.product_folder('seed')}; only its comparison "
@@ -122,9 +122,9 @@ def command(
             )
         return f"nothing was written to {run}; repeat the command"
 
-    with if_interrupted(left), target.lock():
+    with if_interrupted(status), target.lock():
         before = [name for name in target.products() if name != "seed"]
-        with progress("seeding", _student_bytes(teacher, loaded, wanted), "B") as advance:
+        with progress("seeding", _num_student_bytes(teacher, loaded, wanted), "B") as advance:
             manifest = seed_student(
                 target,
                 teacher,
@@ -141,12 +141,12 @@ def command(
     if before:
         print_warning(f"removed from {target.folder}: {', '.join(before)}")
     if carried and not as_json:
-        said = ", ".join(f"{name} {value}" for name, value in carried.items())
-        print_line(f"`generate` of the student takes from the teacher: {said}", to_stderr=True)
-    _say(target, manifest, rows, as_json)
+        settings = ", ".join(f"{name} {value}" for name, value in carried.items())
+        print_line(f"`generate` of the student takes from the teacher: {settings}", to_stderr=True)
+    _print_result(target, manifest, rows, as_json)
 
 
-def _warn(teacher: Checkpoint) -> None:
+def _print_warnings(teacher: Checkpoint) -> None:
     if teacher.assumed:
         print_warning(
             f"{teacher.path} has no config; believed without a check: {', '.join(teacher.assumed)}"
@@ -158,7 +158,7 @@ def _warn(teacher: Checkpoint) -> None:
         )
 
 
-def _student_bytes(teacher: Checkpoint, recipe: Recipe, dtype: Any) -> int:
+def _num_student_bytes(teacher: Checkpoint, recipe: Recipe, dtype: Any) -> int:
     from mmmamba_cli.architecture import parameter_shapes
     from mmmamba_cli.checkpoint import tensor_plan
     from mmmamba_cli.seed import student_config
@@ -169,7 +169,7 @@ def _student_bytes(teacher: Checkpoint, recipe: Recipe, dtype: Any) -> int:
 
 
 def _fidelity(run: Run, teacher: Checkpoint, file: Path | None) -> list[LayerFidelity]:
-    """Measure, and keep the numbers beside the product's weights."""
+    """Measure the fidelity of each mixer and write it beside the product's weights."""
     from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.runs import open_processor
     from mmmamba_cli.seed import built_in_calibration, measure_fidelity, read_calibration
@@ -185,7 +185,7 @@ def _fidelity(run: Run, teacher: Checkpoint, file: Path | None) -> list[LayerFid
     return rows
 
 
-def _say(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_json: bool) -> None:
+def _print_result(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_json: bool) -> None:
     product = run.product_folder(manifest.name)
     if as_json:
         print_json(

@@ -1,10 +1,10 @@
-"""`mmmamba status`: the products of a run and what came from what."""
+"""`mmmamba status`: the products of a run and their lineage."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmmamba_cli.cli.console import UNBROKEN, out, print_json, print_warning
+from mmmamba_cli.cli.console import UNLIMITED_COLUMNS, out, print_json, print_warning
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _print(lineage: Lineage) -> None:
 
     console = out()
     if not console.is_terminal:
-        console = Console(width=UNBROKEN)
+        console = Console(width=UNLIMITED_COLUMNS)
     console.print(_draw(lineage, console.encoding))
 
 
@@ -110,7 +110,7 @@ def _label(product: ProductSummary, is_current: bool, marks: Marks) -> Text:
 
 
 def _held_out(losses: Sequence[float], marks: Marks) -> list[str]:
-    """A line of a bar for each loss; a single one has no course."""
+    """A line with a sparkline of the held-out losses; a single loss has none."""
     from mmmamba_cli.inspection import sparkline
 
     if not losses:
@@ -128,11 +128,11 @@ def _lines(texts: Sequence[str]) -> list[str]:
 
 
 def _scored(scores: Sequence[SuiteScore]) -> list[str]:
-    """A line for each suite: the first rule's headline, then the others'."""
+    """A line for each suite with the headline score of each rule."""
     by_suite: dict[str, list[str]] = {}
     for score in scores:
-        said = (
+        text = (
             f"{score.metric} {score.value:,.1f} ({score.rule}{', part' if score.partial else ''})"
         )
-        by_suite.setdefault(score.suite, []).append(said)
-    return [f"{suite}: {', '.join(said)}" for suite, said in by_suite.items()]
+        by_suite.setdefault(score.suite, []).append(text)
+    return [f"{suite}: {', '.join(texts)}" for suite, texts in by_suite.items()]

@@ -1,9 +1,7 @@
-"""Subjects: products of a run and its teacher, any checkpoint, architectures without weights.
+"""Subjects of a profile, and the weight store that shares equal tensors between them.
 
-Weights of several models in memory at once, every tensor that two of them share held once.
-
-Subjects are measured in turn, so all of them want to be loaded. Teacher and student have the same
-MLPs, norms, token table and head, which is most of a model.
+Repeats alternate between the subjects, so all of them are loaded at once. Teacher and student share
+MLPs, norms, token embedding and head, which is most of a model.
 """
 
 from __future__ import annotations
@@ -57,33 +55,39 @@ from mmmamba_cli.runs import (
     resolve_teacher,
 )
 
-# Bounds of softplus^-1(dt) that decay neither at once nor never.
-STEP_BIAS = (-6.0, -2.0)
+# Bounds of softplus^-1(dt) for which a state decays neither at once nor not at all.
+DT_BIAS_RANGE = (-6.0, -2.0)
 
 
 class WeightStore:
-    """Builds models on one device in one dtype; forgets a tensor when no model has it any more."""
+    """Models on one device in one dtype; equal tensors of several models are stored once.
+
+    A tensor is freed with the last model that uses it.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
         self._parameters: WeakValueDictionary[tuple[str, str], nn.Parameter] = WeakValueDictionary()
 
     def load(self, checkpoint: Checkpoint) -> HolisticVLM:
-        """The model of a checkpoint. Raises `OutOfMemory`, and `CheckpointError` as reading does.
+        """Load the model of a checkpoint. Raises `OutOfMemory` and `CheckpointError`.
 
-        Tensors that no forward uses, as a HoVLE's second token table, are not read.
+        Tensors that the forward does not use, for example HoVLE's second token embedding, are not
+        read.
         """
-        return self._model(checkpoint.config, str(checkpoint.path), checkpoint.read)
+        return self._build(checkpoint.config, str(checkpoint.path), checkpoint.read)
 
     def random(self, config: HolisticVLMConfig, family: str, seed: int) -> HolisticVLM:
-        """A model with random weights that depend on their names alone; raises `OutOfMemory`.
+        """Build a model with random weights that depend on seed and tensor name only.
 
-        Models of one `family` share what they have in common, as teacher and student do.
+        Models of one `family` share equal tensors, as teacher and student do. Raises `OutOfMemory`.
         """
         shapes = parameter_shapes(config)
-        return self._model(config, family, lambda name: self._noise(name, shapes[name], seed))
+        return self._build(
+            config, family, lambda name: self._random_tensor(name, shapes[name], seed)
+        )
 
-    def _model(
+    def _build(
         self, config: HolisticVLMConfig, owner: str, read: Callable[[str], Tensor]
     ) -> HolisticVLM:
         def build() -> HolisticVLM:
@@ -91,15 +95,15 @@ class WeightStore:
                 model = HolisticVLM(config)
             for name in parameter_shapes(config):
                 place, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(place), leaf, self._take(owner, name, read))
+                setattr(model.get_submodule(place), leaf, self._parameter(owner, name, read))
             if config.tie_word_embeddings:
                 model.tie_weights()
             return model.eval()
 
         return translate_out_of_memory(build)
 
-    def _take(self, owner: str, name: str, read: Callable[[str], Tensor]) -> nn.Parameter:
-        """The parameter of that name: its owner's, else another's that is equal, else a new one."""
+    def _parameter(self, owner: str, name: str, read: Callable[[str], Tensor]) -> nn.Parameter:
+        """The owner's parameter of that name, an equal one of another owner, or a new one."""
         held = self._parameters.get((owner, name))
         if held is not None:
             return held
@@ -115,10 +119,10 @@ class WeightStore:
         self._parameters[owner, name] = placed
         return placed
 
-    def _noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Values of such sizes that every part of a model matters to its logits.
+    def _random_tensor(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Random values scaled so that every layer contributes to the logits.
 
-        Drawn on the device, in the dtype they will have: billions would take a CPU a minute.
+        They are drawn on the device in the final dtype: a CPU would take a minute for billions.
         """
         device, dtype = self.device, stored_dtype(name, self.dtype)
         rng = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
@@ -126,13 +130,13 @@ class WeightStore:
             return torch.ones(shape, device=device, dtype=dtype)
         values = torch.empty(shape, device=device, dtype=dtype)
         if name.endswith("dt_bias"):
-            return values.uniform_(*STEP_BIAS, generator=rng)
+            return values.uniform_(*DT_BIAS_RANGE, generator=rng)
         fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
         return values.normal_(std=fan_in**-0.5, generator=rng)
 
 
-# A quarter of the layers, as the paper's hybrid.
-HYBRID_SHARE = 4
+# The hybrid keeps attention in one of so many layers, as in the paper.
+LAYERS_PER_ATTENTION = 4
 PLACEMENT = "head-interleaved"
 
 _SMALL = {
@@ -144,7 +148,7 @@ _SMALL = {
 
 
 def architectures() -> dict[str, dict[str, Any]]:
-    """Configs by name, for `random_subjects`: HoVLE as published, and one for a laptop."""
+    """Configs by name for `random_subjects`: HoVLE as published, and a small one."""
     large = hovle.ARCHITECTURES["hovle-2.6b"]
     small = {**large, "force_image_size": 224}
     small["embedding_config"] = {
@@ -166,9 +170,9 @@ def architectures() -> dict[str, dict[str, Any]]:
 
 
 def weight_store(device: str | None = None, dtype: str = "auto") -> WeightStore:
-    """Where subjects of one profile are loaded to; dtype "auto" is bf16 on CUDA, fp32 on a CPU.
+    """The weight store of one profile; dtype "auto" is bf16 on CUDA, fp32 on a CPU.
 
-    Raises `CheckpointError` for a device or dtype that is not known or not there.
+    Raises `MmmambaError` for an unavailable device, `CheckpointError` for an unknown dtype.
     """
     return WeightStore(*pick_placement(device, dtype))
 
@@ -182,41 +186,50 @@ def run_subjects(
     teacher_path: Path | None = None,
     eager: bool = False,
 ) -> list[Subject]:
-    """A run's teacher, both ways, and products; without names the newest of each layer plan.
+    """A run's two teacher baselines and its products, by default the newest of each layer plan.
 
-    `teacher` None is as the run has one: students may be imported without. `eager`: with PyTorch's
-    own kernels, launched one by one. Raises `RunError` for a product that is not there, or a
-    teacher that has moved.
+    Args:
+        teacher: whether to include the teacher; None includes it if the run has one.
+        teacher_path: where the teacher is, if it has moved.
+        eager: decode with PyTorch's kernels, without CUDA graphs.
+
+    Raises:
+        RunError: for a missing product or teacher.
     """
     run = Run(folder)
     has_teacher = run.record.teacher is not None
-    names = [run.product(name).name for name in dict.fromkeys(products)] or _newest(run)
+    names = [run.product(name).name for name in dict.fromkeys(products)] or _newest_of_each_plan(
+        run
+    )
     found: list[Subject] = []
     if has_teacher if teacher is None else teacher:
         found += teacher_subjects(store, folder, teacher_path, eager=eager)
     return found + [
-        _opened(store, resolve_product(run, name), STUDENT, eager=eager) for name in names
+        _checkpoint_subject(store, resolve_product(run, name), STUDENT, eager=eager)
+        for name in names
     ]
 
 
 def teacher_subjects(
     store: WeightStore, folder: Path, moved_to: Path | None = None, *, eager: bool = False
 ) -> list[Subject]:
-    """A run's teacher as shipped, and decoded as the students are.
+    """A run's teacher twice: as shipped, and decoded like the students.
 
-    `eager`: the second is eager too, with a static cache. Raises `RunError` if the run has no
-    teacher, or it is no longer there.
+    `eager` decodes the second one eagerly with a static cache. Raises `RunError` if the run has no
+    teacher or it is no longer there.
     """
     model = resolve_teacher(Run(folder), moved_to)
-    return [_opened(store, model, role, role, eager=eager) for role in _baselines(eager)]
+    return [
+        _checkpoint_subject(store, model, role, role, eager=eager) for role in _baselines(eager)
+    ]
 
 
 def path_subjects(
     store: WeightStore, paths: Iterable[Path], *, eager: bool = False
 ) -> list[Subject]:
-    """Any checkpoints, as students. Raises `CheckpointError`."""
+    """Checkpoints by path, as students. Raises `CheckpointError`."""
     return [
-        _opened(store, resolve_path(path), STUDENT, weights=str(path), eager=eager)
+        _checkpoint_subject(store, resolve_path(path), STUDENT, weights=str(path), eager=eager)
         for path in paths
     ]
 
@@ -230,10 +243,11 @@ def random_subjects(
     seed: int = 0,
     eager: bool = False,
 ) -> list[Subject]:
-    """An architecture without weights: its teacher, and a student for each count of attention.
+    """An architecture with random weights: its teacher and its students.
 
-    None is the linear student and the one with a quarter of the layers. Raises `DataError` for a
-    name that is not known, `RecipeError` for more attention than there are layers.
+    `attention` gives each student's number of attention layers; None is the linear student and the
+    one with a quarter of the layers. Raises `DataError` for an unknown name, `RecipeError` for more
+    attention layers than there are layers.
     """
     known = architectures()
     if name not in known:
@@ -242,7 +256,7 @@ def random_subjects(
         )
     full = hovle.to_config(known[name], f"architecture {name}")
     layers = full.num_hidden_layers
-    counts = (0, layers // HYBRID_SHARE) if attention is None else dict.fromkeys(attention)
+    counts = (0, layers // LAYERS_PER_ATTENTION) if attention is None else dict.fromkeys(attention)
     plans = [(role, role, full) for role in _baselines(eager)] if teacher else []
     for count in counts:
         kept = place_attention(PLACEMENT, count, layers)
@@ -262,9 +276,9 @@ def random_subjects(
 
 
 def int8_subjects(subjects: Sequence[Subject]) -> list[Subject]:
-    """The students among `subjects` once more, their weights made int8 after loading.
+    """The students among `subjects` with int8 weights, quantized after loading.
 
-    Raises `DataError` for eager ones: only `mmmamba_cli.inference` has kernels for such weights.
+    Raises `DataError` for eager students: only `mmmamba_cli.inference` has int8 kernels.
     """
     students = [one for one in subjects if one.info.role == STUDENT]
     if any(one.info.way == EAGER for one in students):
@@ -276,14 +290,14 @@ def int8_subjects(subjects: Sequence[Subject]) -> list[Subject]:
         Subject(
             f"{one.name} int8",
             replace(one.info, precision="int8"),
-            lambda one=one: _made_int8(one.build()),  # type: ignore[misc]
+            lambda one=one: _quantized(one.build()),  # type: ignore[misc]
         )
         for one in students
     ]
 
 
 def check_names(subjects: Sequence[Subject]) -> None:
-    """Raise `DataError` if two subjects have one name, under which results stand."""
+    """Raise `DataError` if two subjects have one name: results are stored by name."""
     check_unique_names(
         [subject.name for subject in subjects],
         ", and numbers stand under that name",
@@ -295,7 +309,7 @@ def _baselines(eager: bool) -> tuple[str, str]:
     return (AS_SHIPPED, STATIC_TEACHER if eager else TUNED)
 
 
-def _opened(
+def _checkpoint_subject(
     store: WeightStore,
     model: ResolvedModel,
     role: str,
@@ -304,7 +318,7 @@ def _opened(
     weights: str | None = None,
     eager: bool,
 ) -> Subject:
-    """A subject whose weights are those of a checkpoint."""
+    """A subject with the weights of a checkpoint."""
     checkpoint = model.checkpoint
     return _subject(
         name or model.name,
@@ -341,8 +355,8 @@ def _subject(
     return Subject(name, info, build)
 
 
-def _made_int8(decoder: Decoder) -> Decoder:
-    """The same over int8 weights; what it held itself is let go."""
+def _quantized(decoder: Decoder) -> Decoder:
+    """A decoder of the same model with int8 weights; the given one must not be used again."""
     assert isinstance(decoder, FastDecoder)
     model = decoder.model
     del decoder
@@ -358,8 +372,8 @@ def _with_attention(full: HolisticVLMConfig, kept: Sequence[int]) -> HolisticVLM
     return config
 
 
-def _newest(run: Run) -> list[str]:
-    """Names of the newest product of each layer plan: the others are as fast. Raises `RunError`."""
+def _newest_of_each_plan(run: Run) -> list[str]:
+    """Names of the newest product of each layer plan; older ones are as fast. Raises `RunError`."""
     plans = {manifest.attention_layers: manifest for manifest in run.products().values()}
     if not plans:
         raise RunError(f"{run.folder} has no product yet", "mmmamba seed makes the first")

@@ -111,13 +111,13 @@ def test_warnings_of_the_project_are_lines_and_not_endless(
         pass
 
     with console.plain_warnings():
-        for number in range(console.SHOWN_WARNINGS + 5):
+        for number in range(console.MAX_WARNINGS + 5):
             warnings.warn(Note(f"picture {number} has [frames]"), stacklevel=1)
         warnings.warn(MmmambaWarning("another kind"), stacklevel=1)
         with pytest.warns(UserWarning, match="not ours"):
             warnings.warn("not ours", stacklevel=1)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "warning: picture 0 has [frames]"
-    more, other = lines[console.SHOWN_WARNINGS :]
+    more, other = lines[console.MAX_WARNINGS :]
     assert more == "warning: there are more such warnings, which are not shown"
     assert other == "warning: another kind"

@@ -13,7 +13,7 @@ import pytest
 import mmmamba_cli
 import mmmamba_cli.cli
 from mmmamba_cli.cli import app as frame
-from mmmamba_cli.cli import main, refusal
+from mmmamba_cli.cli import main, user_error
 from mmmamba_cli.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -149,19 +149,19 @@ def test_a_file_that_should_be_there_is_our_bug_unless_a_room_says_otherwise() -
     assert "FileNotFoundError" in done.stderr
 
 
-def test_a_refusal_without_a_path() -> None:
-    full = refusal(OSError(errno.ENOSPC, "No space left on device"))
+def test_an_os_error_without_a_path() -> None:
+    full = user_error(OSError(errno.ENOSPC, "No space left on device"))
     assert full is not None
     assert (full.message, full.hint) == (
         "the disk is full",
         "free some space or choose another folder",
     )
-    assert refusal(OSError(errno.EPERM, "Operation not permitted")) is None
+    assert user_error(OSError(errno.EPERM, "Operation not permitted")) is None
 
 
-def test_a_refusal_names_paths_of_any_kind() -> None:
+def test_an_os_error_names_paths_of_any_kind() -> None:
     def said(path: object) -> str:
-        return str(refusal(PermissionError(errno.EACCES, "denied", path)))
+        return str(user_error(PermissionError(errno.EACCES, "denied", path)))
 
     assert said("a/b").startswith("a/b: permission denied")
     assert said(b"a/b").startswith("a/b: permission denied")

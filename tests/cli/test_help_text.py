@@ -71,8 +71,8 @@ def help_width(columns: int | None) -> int:
 def test_help_is_as_wide_as_the_terminal_up_to_a_limit() -> None:
     assert help_width(60) <= 60
     assert 80 < help_width(100) <= 100
-    assert help_width(500) <= frame.HELP_COLUMNS
-    assert help_width(500) == help_width(frame.HELP_COLUMNS)
+    assert help_width(500) <= frame.MAX_HELP_COLUMNS
+    assert help_width(500) == help_width(frame.MAX_HELP_COLUMNS)
 
 
 def test_a_command_alone_has_the_help_it_has_among_all(mmmamba: Command) -> None:
