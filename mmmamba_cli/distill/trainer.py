@@ -81,6 +81,15 @@ class StepResult:
 StepCallback = Callable[[StepResult], None]
 
 
+@dataclass
+class _TrainState:
+    """The parts of a training that its steps change."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimiser: torch.optim.AdamW
+    progress: Progress
+
+
 def train(
     job: TrainingJob,
     progress: Progress,
@@ -108,7 +117,7 @@ def train(
     decoder = job.pair.student.model
     decoder.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
     with limit_cpu_threads(job.world.device):
-        _run_steps(job, parameters, optimiser, progress, on_step_end, should_stop)
+        _run_steps(job, _TrainState(parameters, optimiser, progress), on_step_end, should_stop)
     if progress.skipped_steps >= progress.step > 0:
         raise MmmambaError(
             f"stage {job.stage.name} learned nothing: all of its {progress.step} steps were "
@@ -120,57 +129,49 @@ def train(
 
 def _run_steps(
     job: TrainingJob,
-    parameters: Mapping[str, nn.Parameter],
-    optimiser: torch.optim.AdamW,
-    progress: Progress,
+    state: _TrainState,
     on_step_end: StepCallback,
     should_stop: Callable[[], bool],
 ) -> None:
     """Run the remaining steps, with the evaluations and saves due after each."""
+    progress = state.progress
     saved = progress.step
     started = time.perf_counter()
     for batches in job.loader.steps(progress.step, job.stage.steps):
-        result = _step(job, parameters, optimiser, batches, progress, started)
+        result = _step(job, state, batches, started)
         if _is_due(job.stage.evaluate_every, progress.step, job.stage.steps):
-            result = _evaluate(job, parameters, result, progress)
+            result = _evaluate(job, state, result)
         if job.world.is_main:
             on_step_end(result)
         stop = job.world.any(should_stop())
         if stop or _is_due(job.stage.save_every, progress.step, job.stage.steps):
-            saved = _save(job, parameters, optimiser, progress)
+            saved = _save(job, state)
         if stop and progress.step < job.stage.steps:
             raise Stopped
         started = time.perf_counter()
     if saved != progress.step:
-        _save(job, parameters, optimiser, progress)
+        _save(job, state)
 
 
-def _step(
-    job: TrainingJob,
-    parameters: Mapping[str, nn.Parameter],
-    optimiser: torch.optim.AdamW,
-    batches: StepBatches,
-    progress: Progress,
-    started: float,
-) -> StepResult:
-    """Run one optimiser step over the global batch and update `progress`."""
-    step, world = batches.step, job.world
+def _step(job: TrainingJob, state: _TrainState, batches: StepBatches, started: float) -> StepResult:
+    """Run one optimiser step over the global batch and update the progress."""
+    step, world, progress = batches.step, job.world, state.progress
     seed_everything(step_seed(job.seed, job.stage.name, step, world.rank))
     sums, units, counts = _accumulate(job, batches)
     tokens, samples, bad = (int(x) for x in counts)
     if bool(units.any()):
         loss = float((job.objective.term_weights(units) * sums).sum())
-        norm = clip_gradients(parameters, job.stage.optimiser.clip)
+        norm = clip_gradients(state.parameters, job.stage.optimiser.clip)
         skip_reason = _find_nonfinite(job, loss, norm, sums)
     else:
         loss = norm = math.nan
         skip_reason = _explain_empty_step(samples, batches)
     rate = learning_rate(job.stage, step)
     if skip_reason is None:
-        for group in optimiser.param_groups:
+        for group in state.optimiser.param_groups:
             group["lr"] = rate
-        optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+        state.optimiser.step()
+    state.optimiser.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     progress.step = step + 1
     progress.tokens += tokens
@@ -278,12 +279,11 @@ def _check_bad_share(job: TrainingJob, progress: Progress, named: Sequence[str])
     )
 
 
-def _evaluate(
-    job: TrainingJob, parameters: Mapping[str, nn.Parameter], result: StepResult, progress: Progress
-) -> StepResult:
+def _evaluate(job: TrainingJob, state: _TrainState, result: StepResult) -> StepResult:
     """Add held-out metrics to the result, and save the student if it is the best so far."""
     if job.held_out is None:
         return result
+    progress = state.progress
     job.pair.student.eval()
     steps = job.held_out.steps(0, job.held_out.steps_per_pass)
     found = evaluate_held_out(job.pair, job.objective, steps, job.world)
@@ -291,7 +291,7 @@ def _evaluate(
     if _is_better(found.loss, progress.best_loss):
         progress.best_step, progress.best_loss = progress.step, found.loss
         name = job.states.best_name(progress.step)
-        job.states.save(name, parameters, None, state_record(progress, job.settings))
+        job.states.save(name, state.parameters, None, state_record(progress, job.settings))
     return replace(result, held_out=found)
 
 
@@ -302,14 +302,12 @@ def _is_better(loss: float, best: float | None) -> bool:
     return best is None or not math.isfinite(best) or loss < best
 
 
-def _save(
-    job: TrainingJob,
-    parameters: Mapping[str, nn.Parameter],
-    optimiser: torch.optim.AdamW,
-    progress: Progress,
-) -> int:
+def _save(job: TrainingJob, state: _TrainState) -> int:
+    """Save the state, remove older ones, and return its step."""
+    progress = state.progress
     name = job.states.path(progress.step).name
-    job.states.save(name, parameters, optimiser, state_record(progress, job.settings))
+    record = state_record(progress, job.settings)
+    job.states.save(name, state.parameters, state.optimiser, record)
     job.states.prune(progress.step, progress.best_step)
     return progress.step
 
