@@ -95,12 +95,12 @@ def attention_step(
     columns = ATTENTION_BLOCK_S[keys.element_size()]
     splits = max(1, min(ATTENTION_PROGRAMS // (batch * kv_heads), cdiv(capacity, columns)))
     part = buffer(batch, heads, splits, dim, like=q)
-    top, total = (buffer(batch, heads, splits, like=q) for _ in range(2))
+    row_max, row_sum = (buffer(batch, heads, splits, like=q) for _ in range(2))
     out = buffer(batch, heads * dim, like=q, dtype=q.dtype)
     with device_guard(q):
         kernels.attention_split[launch_grid("attention_step", splits, kv_heads, batch)](
             q, k, v, keys, values, position, position if starts is None else starts, cos, sin,
-            part, top, total, q.stride(0), k.stride(0), v.stride(0),
+            part, row_max, row_sum, q.stride(0), k.stride(0), v.stride(0),
             *keys.stride()[:3], *values.stride()[:3], 0 if len(cos) == 1 else dim,
             math.log2(math.e) / math.sqrt(dim),
             GROUP=heads // kv_heads, P=dim, HAS_STARTS=starts is not None,
@@ -110,7 +110,7 @@ def attention_step(
         )  # fmt: skip
         blocks = cdiv(dim, MERGE_BLOCK_P)
         kernels.merge_splits[launch_grid("attention_step", batch * heads * blocks)](
-            part, top, total, out, splits, P=dim, BLOCK_C=next_power_of_2(splits),
+            part, row_max, row_sum, out, splits, P=dim, BLOCK_C=next_power_of_2(splits),
             BLOCK_P=MERGE_BLOCK_P, num_warps=MERGE_WARPS, **pdl_options(q),
         )  # fmt: skip
     return out

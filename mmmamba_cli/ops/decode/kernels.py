@@ -111,7 +111,7 @@ def apply_rope(x_ptr, cos_ptr, sin_ptr, p, keep, P: tl.constexpr):
 @triton.jit
 def attention_split(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, position_ptr, starts_ptr, cos_ptr, sin_ptr,
-    part_ptr, top_ptr, sum_ptr,
+    part_ptr, max_ptr, sum_ptr,
     q_b, k_b, v_b, keys_b, keys_h, keys_s, values_b, values_h, values_s, angle_b, scale,
     GROUP: tl.constexpr, P: tl.constexpr, HAS_STARTS: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, USE_PDL: tl.constexpr,
@@ -120,7 +120,7 @@ def attention_split(
 
     The first split adds the token's own column from registers and stores it into the cache, where
     no program reads it. Per split: `part` (B, H, splits, P) is the sum of weighted values and `sum`
-    (B, H, splits) that of weights, both scaled by 2 ** -top, with `top` the largest score.
+    (B, H, splits) that of weights, both scaled by 2 ** -row_max, with `row_max` the largest score.
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
@@ -149,11 +149,9 @@ def attention_split(
     tl.store(values_ptr + own * values_s + p, v, mask=mask_p & first)
 
     score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
-    top = tl.where(first, score, -float("inf"))
-    total = tl.where(first, tl.full((BLOCK_G,), 1.0, tl.float32), 0.0)
-    sums = tl.where(first, v.to(tl.float32)[None, :], 0.0) + tl.zeros(
-        (BLOCK_G, BLOCK_P), tl.float32
-    )
+    row_max = tl.where(first, score, -float("inf"))
+    row_sum = tl.where(first, tl.full((BLOCK_G,), 1.0, tl.float32), 0.0)
+    acc = tl.where(first, v.to(tl.float32)[None, :], 0.0) + tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
     tiles = tl.cdiv(tl.cdiv(position - start, BLOCK_S), splits)
     low = start + split * tiles * BLOCK_S
     high = tl.minimum(low + tiles * BLOCK_S, position)
@@ -165,23 +163,23 @@ def attention_split(
         keys = tl.load(keys_ptr + at[:, None] * keys_s + p[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(keys).to(DTYPE), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        shrink = tl.exp2(top - higher)
-        weights = tl.exp2(scores - higher[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        rescale = tl.exp2(row_max - new_max)
+        weights = tl.exp2(scores - new_max[:, None])
+        row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         values = tl.load(values_ptr + at[:, None] * values_s + p[None, :], mask=mask, other=0.0)
         product = tl.dot(weights.to(DTYPE), values.to(DTYPE), input_precision="ieee")
-        sums = sums * shrink[:, None] + product
-        top = higher
+        acc = acc * rescale[:, None] + product
+        row_max = new_max
     at = ((row * kv_heads + head) * GROUP + g) * splits + split
-    tl.store(top_ptr + at, top, mask=mask_g)
-    tl.store(sum_ptr + at, total, mask=mask_g)
-    tl.store(part_ptr + at[:, None] * P + p[None, :], sums, mask=keep)
+    tl.store(max_ptr + at, row_max, mask=mask_g)
+    tl.store(sum_ptr + at, row_sum, mask=mask_g)
+    tl.store(part_ptr + at[:, None] * P + p[None, :], acc, mask=keep)
 
 
 @triton.jit
 def merge_splits(
-    part_ptr, top_ptr, sum_ptr, out_ptr, splits,
+    part_ptr, max_ptr, sum_ptr, out_ptr, splits,
     P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of `attention_split` into BLOCK_P elements of one head's output."""
@@ -193,13 +191,13 @@ def merge_splits(
     wait_for_inputs(USE_PDL)
     launch_dependents(USE_PDL)
     at = head * splits + c
-    top = tl.load(top_ptr + at, mask=mask_c, other=-float("inf"))
-    total = tl.load(sum_ptr + at, mask=mask_c, other=0.0)
+    row_max = tl.load(max_ptr + at, mask=mask_c, other=-float("inf"))
+    row_sum = tl.load(sum_ptr + at, mask=mask_c, other=0.0)
     keep = mask_c[:, None] & mask_p[None, :]
-    sums = tl.load(part_ptr + at[:, None] * P + p[None, :], mask=keep, other=0.0)
+    acc = tl.load(part_ptr + at[:, None] * P + p[None, :], mask=keep, other=0.0)
     # The first split is never empty, so the maximum is finite.
-    weights = tl.exp2(top - tl.max(top, axis=0))
-    y = tl.sum(sums * weights[:, None], axis=0) / tl.sum(total * weights, axis=0)
+    weights = tl.exp2(row_max - tl.max(row_max, axis=0))
+    y = tl.sum(acc * weights[:, None], axis=0) / tl.sum(row_sum * weights, axis=0)
     tl.store(out_ptr + head * P + p, y.to(out_ptr.dtype.element_ty), mask=mask_p)
 
 

@@ -134,25 +134,25 @@ def project(
     wait_for_inputs(USE_PDL)
     launch_dependents(USE_PDL)
 
-    total = tl.zeros((BLOCK_B, BLOCK_R, BLOCK_K), tl.float32)
-    length = tl.zeros((BLOCK_B, 1, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_B, BLOCK_R, BLOCK_K), tl.float32)
+    sum_squares = tl.zeros((BLOCK_B, 1, BLOCK_K), tl.float32)
     for step in range(STEPS - 1):
         first = step * BLOCK_K
-        coming = load_weights(at + first + BLOCK_K, k + first + BLOCK_K, D, EVEN)
+        next_tile = load_weights(at + first + BLOCK_K, k + first + BLOCK_K, D, EVEN)
         x, squares = load_inputs(
             x_ptr, norm_ptr, gate_ptr, gate, b, k + first, x_b, gate_b, eps,
             B, D, P, NORM, HAS_WEIGHT, EVEN, BLOCK_B, BLOCK_K, INPUTS_READY,
         )  # fmt: skip
-        total += to_fp32(tile, USE_PTX) * x
-        length += squares
-        tile = coming
+        acc += to_fp32(tile, USE_PTX) * x
+        sum_squares += squares
+        tile = next_tile
     x, squares = load_inputs(
         x_ptr, norm_ptr, gate_ptr, gate, b, k + (STEPS - 1) * BLOCK_K, x_b, gate_b, eps,
         B, D, P, NORM, HAS_WEIGHT, EVEN, BLOCK_B, BLOCK_K, INPUTS_READY,
     )  # fmt: skip
-    y = tl.sum(total + to_fp32(tile, USE_PTX) * x, axis=2)
+    y = tl.sum(acc + to_fp32(tile, USE_PTX) * x, axis=2)
     if NORM and P == 0:
-        y *= tl.rsqrt(tl.sum(length + squares, axis=2) / D + eps)
+        y *= tl.rsqrt(tl.sum(sum_squares + squares, axis=2) / D + eps)
     if HAS_SCALE:
         y *= tl.load(scale_ptr + row)[None, :]
     if HAS_BIAS:
@@ -175,7 +175,7 @@ def swiglu(y_ptr, out_ptr, num_rows, size, BLOCK_R: tl.constexpr, BLOCK_D: tl.co
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     keep = (r < num_rows) & (d < size)
     at = y_ptr + r * 2 * size + d
-    opened = tl.load(at, mask=keep, other=0.0).to(tl.float32)
-    other = tl.load(at + size, mask=keep, other=0.0).to(tl.float32)
-    y = opened * tl.sigmoid(opened) * other
+    gate = tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    value = tl.load(at + size, mask=keep, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * value
     tl.store(out_ptr + r * size + d, y.to(out_ptr.dtype.element_ty), mask=keep)
