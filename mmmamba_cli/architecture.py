@@ -156,7 +156,7 @@ class Architecture:
     pad_token_id: int | list[int] | None = None
 
     @classmethod
-    def of(cls, config: Any) -> Architecture:
+    def from_config(cls, config: Any) -> Architecture:
         """The architecture of a `HolisticVLMConfig`."""
         return cls(**{one.name: getattr(config, one.name) for one in fields(cls)})
 

@@ -16,10 +16,10 @@ from typing import Any
 
 PROJECT = "mmmamba"
 
-Load = Callable[[], Any]
+Loader = Callable[[], Any]
 
 
-def entry_points(group: str) -> Iterator[tuple[str, Load]]:
+def entry_points(group: str) -> Iterator[tuple[str, Loader]]:
     """Yield (name, loader) for each entry point of a group, the project's own first."""
     root = _checkout()
     if root is not None:
@@ -56,24 +56,24 @@ def _folders(config: dict[str, Any]) -> dict[str, str]:
     return folders
 
 
-def _checkout_entries(root: Path, group: str) -> Iterator[tuple[str, Load]]:
+def _checkout_entries(root: Path, group: str) -> Iterator[tuple[str, Loader]]:
     config = _config(root)
     for name, value in config["project"].get("entry-points", {}).get(group, {}).items():
         module, _, attribute = value.partition(":")
         yield name, _loader(root, _folders(config), module, attribute)
 
 
-def _loader(root: Path, folders: dict[str, str], module: str, attribute: str) -> Load:
+def _loader(root: Path, folders: dict[str, str], module: str, attribute: str) -> Loader:
     def load() -> Any:
         package = module.partition(".")[0]
         if package in folders:
-            _import_from(package, root / folders[package])
+            _import_package(package, root / folders[package])
         return getattr(import_module(module), attribute)
 
     return load
 
 
-def _import_from(package: str, folder: Path) -> None:
+def _import_package(package: str, folder: Path) -> None:
     """Import a package from a folder of another name, as in an installation."""
     there = sys.modules.get(package)
     if there is not None and Path(str(there.__file__)).parent == folder:

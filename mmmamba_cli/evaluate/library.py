@@ -19,7 +19,7 @@ import mmmamba_cli
 from mmmamba_cli.checkpoint import atomic_folder
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.suite import Suite, parse_suite
-from mmmamba_cli.plugins import Load, entry_points, load_reference
+from mmmamba_cli.plugins import Loader, entry_points, load_reference
 from mmmamba_cli.recipe.problems import join_or, suggest
 
 SUITES = "mmmamba.suites"
@@ -63,7 +63,7 @@ def published_rows() -> list[dict[str, Any]]:
 
 def find_evaluator(name: str) -> Callable[..., Any]:
     """The adapter to another evaluation kit. Raises `DataError` that lists the known ones."""
-    known: dict[str, Load] = {}
+    known: dict[str, Loader] = {}
     for entry, load in entry_points(EVALUATORS):
         known.setdefault(entry, load)
     if name not in known:

@@ -126,7 +126,7 @@ class HybridCache(Cache):
         self.decoding_state = decoding_state(inner)
         if any(getattr(layer, "record_past", False) for layer in self.layers):
             raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
-        self._follow_layers()
+        self._sync_with_layers()
 
     # False disables `generate`'s automatic compilation and keeps masks two-dimensional; CUDA graphs
     # are captured by `mmmamba_cli.inference`.
@@ -234,7 +234,7 @@ class HybridCache(Cache):
                 layer.is_initialized = False
         self.decoding_state.reset()
 
-    def require_fit(self, rows: int, columns: int) -> None:
+    def check_capacity(self, rows: int, columns: int) -> None:
         """Raise `DataError` unless `columns` more columns of `rows` rows fit."""
         if self.rows not in (None, rows):
             raise DataError(
@@ -253,7 +253,7 @@ class HybridCache(Cache):
     def _recurrent_layers(self) -> list[Any]:
         return [layer for layer in self.layers if hasattr(layer, "recurrent_states")]
 
-    def _follow_layers(self) -> None:
+    def _sync_with_layers(self) -> None:
         """Adjust the decoding state if the caller cropped or reset the layers directly."""
         state, recurrent = self.decoding_state, self._recurrent_layers
         found = {

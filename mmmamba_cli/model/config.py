@@ -56,26 +56,26 @@ class HolisticVisionConfig(PreTrainedConfig):
     image_token_id: int
 
     @property
-    def shape(self) -> VisionConfig:
+    def typed(self) -> VisionConfig:
         return VisionConfig(**{name: getattr(self, name) for name in VISION_FIELDS})
 
     @property
     def grid(self) -> int:
         """Patches along one side of a tile."""
-        return self.shape.grid
+        return self.typed.grid
 
     @property
     def merge(self) -> int:
         """Patches along one side of the square that becomes one token."""
-        return self.shape.merge
+        return self.typed.merge
 
     @property
     def patches_per_tile(self) -> int:
-        return self.shape.patches_per_tile
+        return self.typed.patches_per_tile
 
     @property
     def tokens_per_tile(self) -> int:
-        return self.shape.tokens_per_tile
+        return self.typed.tokens_per_tile
 
 
 class HolisticVLMConfig(PreTrainedConfig):
@@ -164,7 +164,7 @@ class HolisticVLMConfig(PreTrainedConfig):
     def vision(self) -> dict[str, Any] | None:
         """`vision_config` as stored in `config.json`."""
         vision = self.vision_config
-        return None if vision is None else asdict(vision.shape)
+        return None if vision is None else asdict(vision.typed)
 
     @vision.setter
     def vision(self, value: Mapping[str, Any] | None) -> None:

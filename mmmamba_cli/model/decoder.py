@@ -44,7 +44,7 @@ from mmmamba_cli.model.patch_embedding import VisionEmbedding
 from mmmamba_cli.model.prepared_inputs import (
     PreparedInputs,
     check_inputs,
-    check_pixels_given,
+    check_pixel_values_given,
     check_position_ids,
     check_tile_shape,
     stack_layouts,
@@ -238,7 +238,7 @@ class HolisticDecoder(HolisticPreTrainedModel):
             DecodingState(StackState(), StackState()) if cache is None else decoding_state(cache)
         )
         if isinstance(cache, HybridCache):
-            cache.require_fit(rows, length)
+            cache.check_capacity(rows, length)
         if seq_idx is not None and state.language.length > 0:
             raise ValueError("packed sequences cannot continue from a cache")
         mask = None if attention_mask is None else attention_mask[:, -length:].bool()
@@ -347,7 +347,7 @@ class HolisticDecoder(HolisticPreTrainedModel):
             check_tile_shape(require_vision(vision), pixel_values)
         if vision is None or pixel_values is None or pixel_values.shape[0] == 0:
             if input_ids is not None:
-                check_pixels_given(vision, input_ids)
+                check_pixel_values_given(vision, input_ids)
             return None
         is_image = image_token_mask(vision, input_ids, inputs_embeds, self.text_embedding)
         check_tile_count(is_image, vision.tokens_per_tile, pixel_values.shape[0])

@@ -74,7 +74,7 @@ def check_tile_shape(vision: HolisticVisionConfig, pixel_values: Tensor) -> None
         )
 
 
-def check_pixels_given(vision: HolisticVisionConfig | None, input_ids: Tensor) -> None:
+def check_pixel_values_given(vision: HolisticVisionConfig | None, input_ids: Tensor) -> None:
     """Raise `DataError` for context ids of at least one tile without `pixel_values`.
 
     Skipped in a compiled graph, which cannot branch on values.

@@ -89,17 +89,17 @@ class SequenceLayout:
         device = torch.device(device)
         if self.cos.device == device:
             return self
-        if device not in self._moved:
+        if device not in self._device_copies:
             tensors: dict[str, Any] = {
                 name: value.to(device, non_blocking=non_blocking)
                 for name, value in vars(self).items()
                 if isinstance(value, Tensor) and name in self.__dataclass_fields__
             }
-            self._moved[device] = replace(self, **tensors)
-        return self._moved[device]
+            self._device_copies[device] = replace(self, **tensors)
+        return self._device_copies[device]
 
     @cached_property
-    def _moved(self) -> dict[torch.device, SequenceLayout]:
+    def _device_copies(self) -> dict[torch.device, SequenceLayout]:
         return {}
 
     def chunk(self, start: int, stop: int) -> SequenceLayout:
@@ -153,11 +153,11 @@ class SequenceLayout:
             return None
         # torch.compile does not trace the lock of a cached property.
         if num_keys == self.past + self.length and not torch.compiler.is_compiling():
-            return self._own_attention_mask
+            return self._cached_attention_mask
         return self._attention_mask(num_keys)
 
     @cached_property
-    def _own_attention_mask(self) -> Tensor:
+    def _cached_attention_mask(self) -> Tensor:
         """The mask over S + T keys, cached for the other layers of the stack."""
         return self._attention_mask(self.past + self.length)
 

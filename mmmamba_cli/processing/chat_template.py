@@ -91,7 +91,7 @@ class Turn:
         return [part for part in self.content if isinstance(part, ImageSlot)]
 
 
-def as_turns(
+def to_turns(
     conversation: str | Sequence[Message], num_images: int, *, placeholders: bool = False
 ) -> list[Turn]:
     """Convert a question or a list of messages to turns with a slot for every image.

@@ -29,12 +29,12 @@ from mmmamba_cli.processing.chat_template import (
     Message,
     PromptPart,
     SpecialToken,
-    as_turns,
     check_images,
     expand_images,
     mark_answers,
     render_chat,
     split_images,
+    to_turns,
 )
 from mmmamba_cli.processing.image_processor import ImageProcessor, to_requested_type
 from mmmamba_cli.processing.images import (
@@ -210,7 +210,7 @@ class HolisticVLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Encode a question or conversation, or a list of them, with the chat template.
 
-        A conversation is a question or a list of messages, see `as_turns`; `system` replaces the
+        A conversation is a question or a list of messages, see `to_turns`; `system` replaces the
         default system text of conversations without one. Images without a slot go before the first
         user message. A list of conversations takes a list of lists of images. Special tokens typed
         in messages are text, except `GROUNDING_TOKENS`; `<image>` is text in a content part and in
@@ -220,7 +220,7 @@ class HolisticVLMProcessor(ProcessorMixin):
         conversations, dealt = split_images_by_conversation(conversation, images)
         prompts = [
             render_chat(
-                as_turns(one, len(pictures)),
+                to_turns(one, len(pictures)),
                 system=system,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -245,7 +245,7 @@ class HolisticVLMProcessor(ProcessorMixin):
         Raises:
             DataError: invalid messages, or the numbers of images and slots differ.
         """
-        turns = as_turns(messages, len(num_tiles), placeholders=True)
+        turns = to_turns(messages, len(num_tiles), placeholders=True)
         parts = render_chat(turns, add_generation_prompt=False)
         check_images(parts, len(num_tiles))
         context = (count * self.tokens_per_tile for count in num_tiles)
@@ -306,7 +306,7 @@ class HolisticVLMProcessor(ProcessorMixin):
             whole = of_pictures if pictures else ()
             rows.append(begin + truncate(self.tokenizer, row, text_kwargs, len(begin), whole))
         features = pad_rows(self.tokenizer, rows, text_kwargs, self.image_token_id)
-        # Left out without images: an empty tensor fits no prompt.
+        # Left out without images, instead of an empty tensor.
         if num_tiles:
             features["pixel_values"] = to_requested_type(pixels, image_kwargs.get("return_tensors"))
         if image_kwargs.get("return_num_tiles"):

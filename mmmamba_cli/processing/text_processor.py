@@ -15,7 +15,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import Unpack
 
 from mmmamba_cli.errors import CheckpointError, DataError
-from mmmamba_cli.processing.chat_template import ConversationInput, Message, as_turns
+from mmmamba_cli.processing.chat_template import ConversationInput, Message, to_turns
 from mmmamba_cli.processing.control_tokens import ControlTokens
 from mmmamba_cli.processing.processor_kwargs import (
     HolisticTextProcessorKwargs,
@@ -178,7 +178,7 @@ class HolisticTextProcessor(ProcessorMixin):
 
     def _messages(self, conversation: ConversationInput) -> list[dict[str, str]]:
         """Messages of plain text with escaped control tokens."""
-        turns = as_turns(conversation, 0)
+        turns = to_turns(conversation, 0)
         if any(turn.slots for turn in turns):
             raise DataError("the model reads text only", "leave out the images")
         return [

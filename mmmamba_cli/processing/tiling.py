@@ -106,8 +106,3 @@ def normalize(pixels: Tensor) -> Tensor:
         for values in ((255.0,), IMAGENET_MEAN, IMAGENET_STD)
     )
     return pixels.float().div_(full).sub_(mean).div_(deviation)
-
-
-def normalize_tiles(tiles: Sequence[Image.Image]) -> Tensor:
-    """RGB tiles -> (N, 3, S, S) float32, normalised."""
-    return normalize(stack_tiles(tiles))

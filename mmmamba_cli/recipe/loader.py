@@ -21,8 +21,8 @@ from mmmamba_cli.recipe.problems import (
     format_location,
     format_value,
     join_or,
-    problems_of,
     suggest,
+    validation_problems,
 )
 from mmmamba_cli.recipe.schema import Recipe
 from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
@@ -121,7 +121,7 @@ def parse_recipe(
     except ValidationError as error:
         lines = [
             problem.line(_source_of(problem, changes, source))
-            for problem in problems_of(error, Recipe)
+            for problem in validation_problems(error, Recipe)
         ]
         raise RecipeError("\n".join(lines)) from None
 

@@ -86,7 +86,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """All problems that pydantic found in the input of `model`, without duplicates."""
     found = [_problem(details, model) for details in error.errors(include_url=False)]
     # pydantic also reports a list as too short if all its entries are invalid.

@@ -22,7 +22,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _refuse(sentence: str, *within: str | int) -> PydanticCustomError:
+def _invalid(sentence: str, *within: str | int) -> PydanticCustomError:
     """A validation error; `within` is the path from the validated value to the invalid one."""
     return PydanticCustomError("recipe", "{sentence}", {"sentence": sentence, "within": within})
 
@@ -38,18 +38,18 @@ STAGE_NAME_ALLOWED = Allowed(
 
 def _check_attention(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, bool) or not isinstance(value, int | list | tuple):
-        raise _refuse(f"is {format_value(value)}, must be {ATTENTION_ALLOWED.words}")
+        raise _invalid(f"is {format_value(value)}, must be {ATTENTION_ALLOWED.words}")
     if isinstance(value, int):
         if value < 0:
-            raise _refuse(f"is {value}, must be {ATTENTION_ALLOWED.words}")
+            raise _invalid(f"is {value}, must be {ATTENTION_ALLOWED.words}")
         return value
     for position, layer in enumerate(value):
         if isinstance(layer, bool) or not isinstance(layer, int):
-            raise _refuse(f"is {format_value(layer)}, must be a layer index, at least 0", position)
+            raise _invalid(f"is {format_value(layer)}, must be a layer index, at least 0", position)
     problem = layer_list_problem(value)
     if problem is not None:
         position, sentence = problem
-        raise _refuse(sentence, position)
+        raise _invalid(sentence, position)
     return tuple(sorted(value))
 
 
@@ -57,19 +57,19 @@ def _check_learns(value: Any) -> str | tuple[str, ...]:
     if isinstance(value, list | tuple):
         for position, pattern in enumerate(value):
             if not isinstance(pattern, str) or not pattern:
-                raise _refuse(f"is {format_value(pattern)}, must be a pattern", position)
+                raise _invalid(f"is {format_value(pattern)}, must be a pattern", position)
         if value:
             return tuple(value)
     elif value in ("new", "new+qkv"):
         return str(value)
-    raise _refuse(f"is {format_value(value)}, must be {LEARNS_ALLOWED.words}")
+    raise _invalid(f"is {format_value(value)}, must be {LEARNS_ALLOWED.words}")
 
 
 def _check_stage_name(value: Any) -> str:
     # Lower-case ASCII, since stage names become names of products and folders.
     if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", value):
         return value
-    raise _refuse(f"is {format_value(value)}, must be {STAGE_NAME_ALLOWED.words}")
+    raise _invalid(f"is {format_value(value)}, must be {STAGE_NAME_ALLOWED.words}")
 
 
 AttentionLayers = Annotated[
@@ -190,7 +190,7 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
         if self.kind == "wsd" and self.warmup + self.decay > 1:
-            raise _refuse(
+            raise _invalid(
                 f"is {self.decay}, must be at most 1 - warmup = {1 - self.warmup:g}", "decay"
             )
         return self
@@ -327,13 +327,13 @@ class Stage(Section):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.loss == "kl" and self.inputs == "teacher":
-            raise _refuse("is teacher, must be student: loss kl runs end to end", "inputs")
+            raise _invalid("is teacher, must be student: loss kl runs end to end", "inputs")
         if self.loss != "kl" and self.kl is not None:
-            raise _refuse(f"is given, must be null or left out: the loss is {self.loss}", "kl")
+            raise _invalid(f"is given, must be null or left out: the loss is {self.loss}", "kl")
         if self.loss != "kl" and self.lora is not None:
-            raise _refuse(f"is given, must be null or left out: the loss is {self.loss}", "lora")
+            raise _invalid(f"is given, must be null or left out: the loss is {self.loss}", "lora")
         if self.batch_size % self.accumulation:
-            raise _refuse(
+            raise _invalid(
                 f"is {self.accumulation}, must divide batch_size, which is {self.batch_size}",
                 "accumulation",
             )
@@ -364,14 +364,14 @@ class Recipe(Section):
         planned = False
         for position, stage in enumerate(self.stages):
             if stage.name in first_seen:
-                raise _refuse(
+                raise _invalid(
                     f"is {stage.name}, which names stages[{first_seen[stage.name]}] already",
                     "stages",
                     position,
                     "name",
                 )
             if planned and stage.layers == "all":
-                raise _refuse(
+                raise _invalid(
                     "is all, must be planned: an earlier stage put attention back",
                     "stages",
                     position,

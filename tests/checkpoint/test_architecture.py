@@ -17,7 +17,7 @@ from mmmamba_cli.checkpoint.tensor_info import ITEMSIZES, TensorInfo, parse_dtyp
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 
-BASE = Architecture.of(small_model("amam").config)
+BASE = Architecture.from_config(small_model("amam").config)
 STACK = dict(BASE.language_stack)
 PLAIN: dict[str, Any] = {
     "embedding_stack": None,
@@ -64,7 +64,7 @@ def test_an_architecture_answers_as_the_config_does(variant: dict[str, Any]) -> 
     ):
         assert getattr(architecture, name) == getattr(config, name), name
     vision = config.vision_config
-    assert architecture.vision_config == (None if vision is None else vision.shape)
+    assert architecture.vision_config == (None if vision is None else vision.typed)
     for layer in range(architecture.num_hidden_layers):
         assert architecture.stack_of(layer) == config.stack_of(layer)
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_of_ours_keeps_every_field_of_its_config(tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     found = open_checkpoint(tmp_path)
     assert found.config.to_dict() == HolisticVLMConfig.from_pretrained(tmp_path).to_dict()
-    assert found.architecture == Architecture.of(found.config)
+    assert found.architecture == Architecture.from_config(found.config)
 
 
 @pytest.mark.parametrize("element", DTYPES.values())

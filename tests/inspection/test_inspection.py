@@ -58,7 +58,7 @@ def test_memory_equals_that_of_a_real_cache(element: str) -> None:
         assert (found.kv_cache, found.conv_state, found.ssm_state) == cache_bytes(model, 37)
         assert found.attention_layers == plan.count("a")
         assert found.total == found.weights + found.state
-    linear = Architecture.of(small_model("mmmm").config)
+    linear = Architecture.from_config(small_model("mmmm").config)
     teacher = memory_at("teacher", all_attention(linear), 37, element)
     assert teacher.kv_cache == cache_bytes(model, 37)[0]
     assert (teacher.linear_layers, teacher.ssm_state) == (0, 0)

@@ -96,7 +96,7 @@ def test_the_vision_part_is_a_sub_config(tmp_path: Path) -> None:
     )
     config.save_pretrained(tmp_path)
     alone = HolisticVisionConfig.from_pretrained(tmp_path)
-    assert alone.shape == vision.shape
+    assert alone.typed == vision.typed
     config._attn_implementation = "eager"
     assert vision._attn_implementation == "eager"
     config.vision = {**config.vision, "image_token_id": 7}

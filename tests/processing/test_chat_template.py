@@ -13,12 +13,12 @@ from mmmamba_cli.processing.chat_template import (
     ImageSlot,
     SpecialToken,
     Turn,
-    as_turns,
     check_images,
     expand_images,
     place_images,
     render_chat,
     split_images,
+    to_turns,
 )
 
 PICTURE = Image.new("RGB", (40, 40))
@@ -41,7 +41,7 @@ def test_default_system_and_no_newline_between_turns() -> None:
         "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
         "是一个有用无害的人工智能助手。"
     )
-    assert as_text(render_chat(as_turns([USER], 0))) == (
+    assert as_text(render_chat(to_turns([USER], 0))) == (
         f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|><|im_start|>user\nhi<|im_end|>"
         "<|im_start|>assistant\n"
     )
@@ -53,13 +53,13 @@ def test_system_text_and_no_generation_prompt() -> None:
         "<|im_start|>system\nS<|im_end|><|im_start|>user\nhi<|im_end|>"
         "<|im_start|>assistant\nyes<|im_end|>"
     )
-    turns = as_turns(own, 0)
+    turns = to_turns(own, 0)
     assert as_text(render_chat(turns, system="not used", add_generation_prompt=False)) == expected
     assert as_text(render_chat(turns[1:], system="S", add_generation_prompt=False)) == expected
 
 
 def test_adjacent_texts_are_joined() -> None:
-    texts = [part for part in render_chat(as_turns([USER], 0)) if isinstance(part, str)]
+    texts = [part for part in render_chat(to_turns([USER], 0)) if isinstance(part, str)]
     assert texts == [f"system\n{DEFAULT_SYSTEM}", "user\nhi", "assistant\n"]
 
 
@@ -75,25 +75,25 @@ def test_images_without_a_slot_come_before_the_first_user_message() -> None:
         {"role": "assistant", "content": "a"},
         USER,
     ]
-    placed = as_turns(messages, 1)
+    placed = to_turns(messages, 1)
     assert [as_text(turn.content) for turn in placed] == ["S", "<image>\nhi", "a", "hi"]
     assert USER["content"] == "hi"
     later = [USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "x<image>"}]
-    assert [turn.content for turn in as_turns(later, 1)] == [
+    assert [turn.content for turn in to_turns(later, 1)] == [
         ("hi",),
         ("a",),
         ("x", ImageSlot(), ""),
     ]
-    assert as_turns("a question", 0) == [Turn("user", ("a question",))]
-    assert [turn.slots for turn in as_turns(messages, 2)] == [[], [ImageSlot()] * 2, [], []]
+    assert to_turns("a question", 0) == [Turn("user", ("a question",))]
+    assert [turn.slots for turn in to_turns(messages, 2)] == [[], [ImageSlot()] * 2, [], []]
 
 
 def test_content_in_items() -> None:
     content = [{"type": "image"}, {"type": "text", "text": "what"}, {"type": "text", "text": "?"}]
-    (turn,) = as_turns([{"role": "user", "content": content}], 1)
+    (turn,) = to_turns([{"role": "user", "content": content}], 1)
     assert turn.content == (ImageSlot(), "\n", "what", "?")
     own = [{"type": "image", "image": PICTURE}, {"type": "image", "path": "a.png"}]
-    (turn,) = as_turns([{"role": "user", "content": own}], 0)
+    (turn,) = to_turns([{"role": "user", "content": own}], 0)
     assert turn.content == (ImageSlot(PICTURE), "\n", ImageSlot("a.png"), "\n")
 
 
@@ -115,7 +115,7 @@ WORD = "Is the word <image> here?"
 def test_where_the_characters_of_the_placeholder_are_text(
     content: Any, pictures: int, slots: int
 ) -> None:
-    (turn,) = as_turns([{"role": "user", "content": content}], pictures)
+    (turn,) = to_turns([{"role": "user", "content": content}], pictures)
     assert len(turn.slots) == slots
     is_text = content != WORD or pictures == 0
     assert (WORD in as_text(part for part in turn.content if isinstance(part, str))) == is_text
@@ -128,10 +128,10 @@ def test_strings_take_the_images_that_no_part_places() -> None:
         {"role": "assistant", "content": "a"},
         {"role": "user", "content": "<image>\nAnd this?"},
     ]
-    assert [len(turn.slots) for turn in as_turns(talk, 2)] == [1, 0, 1]
-    assert [len(turn.slots) for turn in as_turns(talk, 1)] == [1, 0, 0]
+    assert [len(turn.slots) for turn in to_turns(talk, 2)] == [1, 0, 1]
+    assert [len(turn.slots) for turn in to_turns(talk, 1)] == [1, 0, 0]
     # In training data it is a placeholder, so there are too many.
-    assert [len(turn.slots) for turn in as_turns(talk, 1, placeholders=True)] == [1, 0, 1]
+    assert [len(turn.slots) for turn in to_turns(talk, 1, placeholders=True)] == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_strings_take_the_images_that_no_part_places() -> None:
 )
 def test_invalid_messages(messages: Any, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
-        as_turns(messages, 0)
+        to_turns(messages, 0)
 
 
 def test_expanding_images() -> None:

@@ -21,7 +21,7 @@ from mmmamba_cli.processing import (
     ImageSource,
     count_tokens_per_tile,
 )
-from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize_tiles
+from mmmamba_cli.processing.tiling import Tiling, cut_tiles, normalize, stack_tiles
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_prompts.json").read_text(encoding="utf-8"))
 
@@ -78,7 +78,7 @@ def test_a_batch_of_texts_with_and_without_pictures(processor: HolisticVLMProces
 
 def test_pixels_equal_the_tiles_of_the_images(processor: HolisticVLMProcessor) -> None:
     image = picture(100, 70)
-    expected = normalize_tiles(cut_tiles(image, Tiling(56, 1, 6)))
+    expected = normalize(stack_tiles(cut_tiles(image, Tiling(56, 1, 6))))
     assert len(expected) > 1
     assert processor.chat("?", image).pixel_values.equal(expected)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import Tiling, choose_grid, count_tiles
-from mmmamba_cli.processing.tiling import cut_tiles, normalize_tiles
+from mmmamba_cli.processing.tiling import cut_tiles, normalize, stack_tiles
 
 # width, height, most tiles -> columns, rows, tiles with thumbnail. Worked out by hand for tiles of
 # 448: half of 2 x 2 tiles is 401408 pixels, of 3 x 2 602112, of 3 x 3 903168, of 6 x 2 1204224.
@@ -133,7 +133,7 @@ def test_no_thumbnail_if_it_is_off() -> None:
 def test_normalisation() -> None:
     tile = Image.new("RGB", (2, 2), (0, 128, 255))
     tile.putpixel((1, 0), (255, 0, 0))
-    values = normalize_tiles([tile, tile])
+    values = normalize(stack_tiles([tile, tile]))
     assert (values.shape, values.dtype) == ((2, 3, 2, 2), torch.float32)
     expected = torch.tensor([-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, 0.594 / 0.225])
     torch.testing.assert_close(values[1, :, 0, 0], expected, rtol=0, atol=1e-6)

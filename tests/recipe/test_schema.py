@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from mmmamba_cli.recipe import PLACEMENTS, Recipe, Stage, schema
-from mmmamba_cli.recipe.problems import format_location, problems_of
+from mmmamba_cli.recipe.problems import format_location, validation_problems
 
 SECTIONS = (
     schema.Recipe,
@@ -39,7 +39,9 @@ def problems(model: type[BaseModel], values: Any) -> list[tuple[str, str]]:
     try:
         model.model_validate(values)
     except ValidationError as error:
-        return [(format_location(p.location), p.sentence) for p in problems_of(error, model)]
+        return [
+            (format_location(p.location), p.sentence) for p in validation_problems(error, model)
+        ]
     return []
 
 
