@@ -1,7 +1,7 @@
-"""lm-evaluation-harness: its text tasks on our models, with `--with lm-eval`.
+"""Adapter to lm-evaluation-harness: its text tasks with `--with lm-eval`.
 
-`HFLM` takes our model object as it is. Tasks of one's own are YAML files in --data, and need no
-network if their data lies there too.
+`HFLM` wraps the model object itself. Custom tasks are YAML files in --data; they need no network if
+their data is there too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEFAULT_BATCH = 8
 
 
 def harness_model(model: HolisticVLMAdapter, batch: int | None = None) -> Any:
-    """The harness's view of our model. Raises `DataError` if it is not installed."""
+    """The model as the harness's `HFLM`. Raises `DataError` if lm-eval is not installed."""
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
@@ -38,9 +38,9 @@ def harness_model(model: HolisticVLMAdapter, batch: int | None = None) -> Any:
 def evaluate(
     model: HolisticVLMAdapter, names: Sequence[str], options: EvalOptions, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks of the harness; returns its numbers by task.
+    """Run tasks of the harness and return its scores by task.
 
-    Raises `DataError` that names a task there is not.
+    Raises `DataError` that names an unknown task.
     """
     harness = harness_model(model, options.batch)
     from lm_eval import simple_evaluate

@@ -1,9 +1,9 @@
-"""VLMEvalKit: our models as one of its models, its data sets and scores with `--with vlmeval`.
+"""Adapter to VLMEvalKit: its data sets and scores with `--with vlmeval`.
 
-Written against its documented interface: a class over `vlmeval.vlm.base.BaseModel` with
-`build_prompt` and `generate_inner(message, dataset)`, a message being a list of
-`{"type": "text" | "image", "value": ...}`, registered in `vlmeval.config.supported_VLM`. It is
-installed from source only, see docs/evaluation.md.
+The model is a subclass of `vlmeval.vlm.base.BaseModel` with `build_prompt` and
+`generate_inner(message, dataset)`, registered in `vlmeval.config.supported_VLM`; a message is a
+list of `{"type": "text" | "image", "value": ...}`. VLMEvalKit is installed from source, see
+docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ ENVIRONMENT = "LMUData"
 INSTALL = (
     "pip install 'vlmeval @ git+https://github.com/open-compass/VLMEvalKit'; it is not on PyPI"
 )
-# How VLMEvalKit may have written the answers.
+# Suffixes of VLMEvalKit's answer files.
 ENDINGS = (".xlsx", ".tsv", ".json")
 
 
 @dataclass(frozen=True)
 class DatasetStyle:
-    """How a data set is asked."""
+    """The prompt style and tiling of a data set."""
 
     prompt: PromptStyle
     max_tiles: int = MAX_TILES
@@ -50,9 +50,9 @@ class DatasetStyle:
 
 
 def style_of(dataset: str, kind: str | None = None) -> DatasetStyle | None:
-    """How the published evaluations asked a data set; None where it asks for itself.
+    """The style of the published evaluations; None for VLMEvalKit's own prompt.
 
-    `kind` is VLMEvalKit's type of it: any multiple choice is asked alike.
+    `kind` is VLMEvalKit's type of the data set; all multiple-choice ones have one style.
     """
     for name in suite_names():
         suite = find_suite(name)
@@ -74,7 +74,7 @@ def _entries() -> list[dict[str, Any]]:
 
 
 def row_of(line: Mapping[str, Any]) -> Row:
-    """A line of VLMEvalKit's table, in which what is missing is NaN."""
+    """A row from a line of VLMEvalKit's table, where missing cells are NaN."""
     there = {str(key): value for key, value in dict(line).items() if _is_there(value)}
     options = {letter: str(there[letter]) for letter in ascii_uppercase if letter in there}
     return Row(
@@ -91,10 +91,10 @@ def _is_there(value: Any) -> bool:
 
 
 def arrange(message: Sequence[Mapping[str, str]]) -> str:
-    """A message's texts with its pictures' places: `<image>` first, or `Image-1: <image>` lines.
+    """The text of a message with picture placeholders: `<image>`, or `Image-1: <image>` lines.
 
-    Of several pictures, those between texts are referred to there as `<Image-1>`; those that all
-    stand together need no reference.
+    Several pictures are referenced as `<Image-1>` where they occur in the text; a block of all
+    pictures gets no references.
     """
     count = sum(item["type"] == "image" for item in message)
     texts = [item["value"] for item in message if item["type"] == "text"]
@@ -115,12 +115,12 @@ def arrange(message: Sequence[Mapping[str, str]]) -> str:
 
 
 def model_class() -> Any:
-    """The class to register with VLMEvalKit. Raises `DataError` if that is not installed."""
+    """The class to register with VLMEvalKit. Raises `DataError` if it is not installed."""
     vlmeval = _import_vlmeval()
     from vlmeval.vlm.base import BaseModel
 
     class MmmambaVLM(BaseModel):
-        """One of our models; `model` is a loaded one, or the path of one to load."""
+        """A model of mmmamba; `model` is a loaded model or the path of one."""
 
         INSTALL_REQ = False
         INTERLEAVE = True
@@ -173,7 +173,7 @@ def model_class() -> Any:
 
 
 def register(name: str, model: EvalModel | str, **options: Any) -> Any:
-    """Enter a model into VLMEvalKit's `supported_VLM` under a name; returns how to build it."""
+    """Register a model in VLMEvalKit's `supported_VLM`; returns its constructor."""
     build = partial(model_class(), model=model, **options)
     from vlmeval.config import supported_VLM
 
@@ -184,10 +184,10 @@ def register(name: str, model: EvalModel | str, **options: Any) -> Any:
 def evaluate(
     model: EvalModel, names: Sequence[str], options: EvalOptions, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Have VLMEvalKit ask and score data sets: ours by suite, any by its own name there.
+    """Evaluate data sets with VLMEvalKit, given by suite or by its own names.
 
-    The kit takes every answer that lies in its folder, so each data set has one below `folder` that
-    is named by all its answers depend on. Returns its numbers by data set.
+    The kit reuses every answer in its work folder, so each data set has a folder below `folder`
+    whose name hashes everything its answers depend on. Returns the kit's scores by data set.
     """
     if options.limit is not None:
         raise DataError("VLMEvalKit asks whole data sets", "leave out --limit, or --with vlmeval")
@@ -219,7 +219,7 @@ def evaluate(
 
 
 def _answers_key(model: EvalModel, title: str, options: EvalOptions) -> str:
-    """A short hash of the model, the table where there is one, the settings and the versions."""
+    """A short hash of the model, the table if there is one, the settings and the versions."""
     table = Path(os.environ.get(ENVIRONMENT) or "~/LMUData").expanduser() / f"{title}.tsv"
     try:
         kit = version("vlmeval")
@@ -246,7 +246,7 @@ def _answers(folder: Path, name: str, title: str) -> Path:
 
 
 def _plain(scores: Any) -> dict[str, Any]:
-    """A table or a mapping of scores, as JSON has it."""
+    """A table or mapping of scores as JSON values."""
     if hasattr(scores, "to_dict"):
         return {str(k): _numbers(v) for k, v in scores.to_dict(orient="list").items()}
     return {str(key): _numbers(value) for key, value in dict(scores).items()}
@@ -266,7 +266,7 @@ def _load(path: str) -> EvalModel:
 
 
 def _import_vlmeval() -> Any:
-    # Importing it switches off the verification of certificates for the whole process.
+    # Importing vlmeval disables certificate verification for the whole process; restore it.
     verifying = ssl._create_default_https_context
     try:
         import vlmeval
@@ -281,7 +281,7 @@ def _import_vlmeval() -> Any:
 
 @contextmanager
 def _data_folder(data: Path | None) -> Iterator[None]:
-    """Where VLMEvalKit finds its tables."""
+    """Set VLMEvalKit's data folder while the context is active."""
     before = os.environ.get(ENVIRONMENT)
     if data is not None:
         os.environ[ENVIRONMENT] = str(data)

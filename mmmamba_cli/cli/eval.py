@@ -1,4 +1,4 @@
-"""`mmmamba eval`: what a model still knows, by suite, beside its teacher."""
+"""`mmmamba eval`: scores of models on suites, and retention against the teacher."""
 
 from __future__ import annotations
 
@@ -46,61 +46,69 @@ def command(
     product: FromCurrent = None,
     model: Models = None,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Ask the run's teacher too, and tell retention.")
+        bool,
+        typer.Option("--teacher", help="Also evaluate the teacher and report score retention."),
     ] = False,
     teacher_path: TeacherPath = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Score these answers (.tsv, .csv, .jsonl, .xlsx)."),
+        typer.Option(
+            metavar="FILE", help="Score the answers in a file (.tsv, .csv, .jsonl, .xlsx)."
+        ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the suites' TSVs; else $LMUData, ~/LMUData."),
+        typer.Option(
+            metavar="DIR", help="Folder of the suites' TSVs; default: $LMUData, then ~/LMUData."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results go; else the run's evals.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for results; default: evals/ in the run."),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="So many questions of each suite, spread over its categories."
-        ),
+        typer.Option(min=1, metavar="N", help="Questions per suite, spread over its categories."),
     ] = None,
     batch: Annotated[
-        str, typer.Option(metavar="N|auto", help="Prompts at a time; auto takes what fits.")
+        str, typer.Option(metavar="N|auto", help="Prompts per batch; auto: as many as fit.")
     ] = "auto",
     max_tiles: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Most tiles per picture; the suite's if not given."),
+        typer.Option(min=1, metavar="N", help="Maximum tiles per picture; default: the suite's."),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Longest answer; the suite's if not given."),
+        typer.Option(
+            min=1, metavar="N", help="Maximum answer length in tokens; default: the suite's."
+        ),
     ] = None,
     choose: Annotated[
-        bool, typer.Option("--choose", help="Take the likeliest choice; generate nothing.")
+        bool, typer.Option("--choose", help="Rank the choices by likelihood instead of generating.")
     ] = False,
     rule: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Score by this rule only; without a date its newest version."
+            metavar="NAME", help="Score by this rule only; without a date: its newest version."
         ),
     ] = None,
     device: Device = None,
     dtype: DType = "auto",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the error estimates.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the confidence intervals.")] = 0,
     kit: Annotated[
         str | None,
-        typer.Option("--with", metavar="KIT", help="Let another kit ask: vlmeval or lm-eval."),
+        typer.Option(
+            "--with", metavar="KIT", help="Evaluate with another kit: vlmeval or lm-eval."
+        ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Print published results beside ours.")
+        bool, typer.Option("--compare", help="Also print published results.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a model the questions of suites, and score its answers by named rules.
+    """Evaluate models on suites, and score the answers by named rules.
 
-    Goes on where it was stopped. Answers and results are kept in the run, under evals/.
+    Resumes an interrupted evaluation. Answers and results are kept in the run, under evals/.
     """
     from mmmamba_cli.evaluate import (
         EvalOptions,

@@ -1,7 +1,7 @@
-"""Answers as they come: one JSON line each, so that a run that was stopped can go on.
+"""Append-only JSON-lines cache of answers, for resuming an evaluation.
 
-The first line says what the answers are answers to; a file of other settings has another name.
-Further lines are answers, and how batches were made from there on.
+The file name has a hash of all settings that can change an answer, and the first line holds them.
+Further lines are answers, and batch limits that hold from there on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmmamba_cli.evaluate.batching import BatchLimit
 
 INDEX, PREDICTION, LIKELIHOODS, LIMIT = "index", "prediction", "log_likelihoods", "limit"
 HEADER = "answers_to"
-# What differs without anybody having asked for it: named when kept answers are not taken.
+# Settings that the user does not choose; a change of them is reported if cached answers are unused.
 IMPLICIT_SETTINGS = ("model", "questions", "data", "pictures", "code", "versions")
 
 
@@ -34,7 +34,7 @@ def settings_key(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """What a model said to one row; `log_likelihoods` of the choices it had, if it had any."""
+    """A model's answer to one row, with the log-likelihoods of the choices, if there are any."""
 
     index: str
     text: str
@@ -42,13 +42,16 @@ class AnswerRecord:
 
 
 class AnswerCache(AbstractContextManager["AnswerCache"]):
-    """The answers of one model to one suite under one set of settings.
+    """The answers of one model to one suite under one set of settings; a context manager.
 
-    `answers` by index are those already there; `limit` how the last batches were made, and
-    `before_limit` the indexes that were answered before it held. A last line that a crash cut
-    short is dropped, and `warn` told so; `say` hears of answers in the folder that are not taken,
-    and what has changed since. Raises `DataError` for a damaged line elsewhere,
-    `RunError` if another command is writing to the file.
+    `answers` maps row indexes to cached answers, `limit` is the current batch limit, and
+    `before_limit` the indexes answered before it was set. A last line cut short by a crash is
+    dropped with a call of `warn`. `say` reports cached answers that are unused, and the settings
+    that changed.
+
+    Raises:
+        DataError: for a damaged line before the last.
+        RunError: if another command is writing to the file.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
             self._handle = None
 
     def add(self, answers: list[AnswerRecord]) -> None:
-        """Append answers and bring them to the disk."""
+        """Append answers and flush them to disk."""
         records = []
         for answer in answers:
             self.answers[answer.index] = answer
@@ -110,7 +113,7 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
         self._append(records)
 
     def set_limit(self, limit: BatchLimit) -> None:
-        """Note how batches are made from here on."""
+        """Set the batch limit of the following batches."""
         self.limit, self.before_limit = limit, frozenset(self.answers)
         self._append([{LIMIT: limit.as_dict()}])
 
@@ -136,7 +139,7 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
                 break
             self._add_record(record, number)
             good += len(line)
-        # The end of what is whole; writing appends there.
+        # Drop an incomplete last line; writes append after the last complete one.
         handle.truncate(good)
         handle.seek(0, os.SEEK_END)
         if good == 0:
@@ -180,7 +183,7 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A whole line as a record; None if it is torn."""
+    """A complete line as a record; None if the line is incomplete or not a JSON object."""
     if not line.endswith(b"\n"):
         return None
     try:

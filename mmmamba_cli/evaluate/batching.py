@@ -1,8 +1,8 @@
-"""Which questions go through the model together.
+"""Batches of prompts by length.
 
-Prompts are padded on the left to the longest of their batch, so those of like length belong
-together. Longest first: what does not fit is found at once, and the pictures of later batches are
-small. Plans depend on lengths and the limit only, never on time.
+Prompts are left-padded to the longest of their batch, so each batch has prompts of similar length.
+The longest come first, so that out of memory shows early. A plan depends only on the lengths and
+the limit, which makes a resumed evaluation reproducible.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-# More at once gains little once the device is busy, and loses more when a batch is done again.
+# Larger batches gain little on a busy device, and lose more if a batch has to be repeated.
 MAX_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class BatchLimit:
-    """At most so many prompts in a batch, and so many padded tokens; 0 is any number of tokens.
+    """The largest batch: `prompts` prompts and `columns` padded tokens (0: no limit).
 
-    `given` is the number of prompts that was asked for, 0 where the limit was found by measuring. A
-    single prompt is always a batch.
+    `given` is the batch size that the user chose, 0 if the limit was measured. A batch may always
+    have one prompt.
     """
 
     prompts: int
@@ -30,7 +30,7 @@ class BatchLimit:
         return asdict(self)
 
     def halved(self, prompts: int, longest: int) -> BatchLimit:
-        """The limit after a batch of so many prompts, so long, did not fit."""
+        """The limit after a batch of `prompts` prompts of length `longest` ran out of memory."""
         half = max(1, prompts // 2)
         if self.columns:
             return BatchLimit(self.prompts, half * longest, self.given)
@@ -38,7 +38,7 @@ class BatchLimit:
 
 
 def plan_batches(lengths: Sequence[int], limit: BatchLimit) -> list[list[int]]:
-    """Places in `lengths`, in batches: longest first, ties in their order."""
+    """Batches of indexes into `lengths`, longest first; equal lengths keep their order."""
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     batches: list[list[int]] = []
     longest = 0

@@ -1,4 +1,4 @@
-"""Pictures of a suite: where each one is, and its bytes when they are needed."""
+"""Lazy references to the pictures of a suite, in files or in a table."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a row: a file, or the `part`-th picture in a table's cell.
+    """One picture of a row: a file, or picture number `part` in a cell of a table.
 
-    `enlarge` is by how much it is scaled up before it is cut into tiles.
+    `enlarge` is the factor by which it is scaled up before tiling.
     """
 
     row: str
@@ -31,7 +31,7 @@ class Picture:
     enlarge: int = 1
 
     def source(self) -> Path | bytes:
-        """What `open_image` takes. Raises `DataError` for bad base64, naming the row."""
+        """The file or the bytes. Raises `DataError` that names the row for bad base64."""
         if self.file is not None:
             return self.file
         assert self.table is not None
@@ -39,14 +39,14 @@ class Picture:
         return decode(split_cell(cell)[self.part], f"{self.table.file}: row {self.row}")
 
     def size(self) -> tuple[int, int]:
-        """(width, height) as the model will see it, from the header. Raises `DataError`."""
+        """Enlarged (width, height), read from the header only. Raises `DataError`."""
         from mmmamba_cli.processing import image_size
 
         width, height = image_size(self.source(), label=f"the image of row {self.row}")
         return width * self.enlarge, height * self.enlarge
 
     def open(self) -> Image:
-        """The picture as RGB, scaled up bilinearly if it is to be. Raises `DataError`."""
+        """The picture as RGB, bilinearly enlarged. Raises `DataError`."""
         from PIL import Image as pil
 
         from mmmamba_cli.processing import open_image
@@ -61,7 +61,7 @@ class Picture:
 def pictures_of(
     table: VLMEvalTable, cell: Mapping[str, str], dataset: str, enlarge: int = 1
 ) -> tuple[Picture, ...]:
-    """The pictures of a row, the first one enlarged. Raises `DataError` if a file is missing."""
+    """The pictures of a row, the first enlarged. Raises `DataError` if a file does not exist."""
     index, owner = cell["index"], cell[PICTURE]
     if owner:
         return tuple(
@@ -77,7 +77,7 @@ def pictures_of(
 
 
 def _find(table: Path, name: str, dataset: str, index: str) -> Path:
-    """A picture's file: as named, or beside the table as VLMEvalKit lays it out."""
+    """The file of a picture: the path itself, or relative to the table in VLMEvalKit's layout."""
     folder = table.parent
     places = [Path(name), folder / name, folder / "images" / dataset / name]
     for place in places:
@@ -103,5 +103,5 @@ def decode(text: str, where: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(
-            f"{where}: the image is not valid base64: {error}", "write the table anew"
+            f"{where}: the image is not valid base64: {error}", "write the table again"
         ) from error

@@ -1,4 +1,4 @@
-"""What the runner asks of a model. Anything with these methods can be evaluated."""
+"""The model interface of the evaluation: any object with these methods can be evaluated."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from mmmamba_cli.evaluate.images import Picture
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """One question as a model is asked it.
+    """One question as it is put to a model.
 
-    `text` is what the user says; its first `<image>`, as many as there are pictures, stand for
-    them, further ones are text. `max_tiles` is the most tiles of a picture, its thumbnail not
-    counted. `choices` are the answers to choose from where answers are chosen by their likelihood,
-    else empty.
+    `text` is the user's message. Its first `len(pictures)` occurrences of `<image>` are the
+    pictures; further ones are plain text. `max_tiles` is the largest number of tiles of a picture,
+    without its thumbnail. `choices` are the answers to rank by likelihood; empty for generation.
     """
 
     index: str
@@ -28,7 +27,7 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt ready for the model: `length` in tokens, `value` is the model's own affair."""
+    """A tokenized prompt: `length` in tokens; `value` is private to the model."""
 
     prompt: EvalPrompt
     length: int
@@ -37,12 +36,12 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model it is. `answers_depend_on` is what else of it changes answers: dtype, device."""
+    """Name and content hash of a model; `answers_depend_on`: dtype, device and configs."""
 
     name: str
     content_hash: str
     kind: str = ""
-    # None where nobody says whether the model was distilled end to end.
+    # Whether the model was distilled end to end; None if unknown.
     final: bool | None = None
     answers_depend_on: dict[str, str] = field(default_factory=dict)
 
@@ -54,21 +53,21 @@ class EvalModel(Protocol):
     def identity(self) -> ModelIdentity: ...
 
     def prompt_length(self, prompt: EvalPrompt) -> int:
-        """The length in tokens that `encode` will give, or close to it; decodes no pixels."""
+        """The approximate length of the encoded prompt in tokens, without decoding pixels."""
         ...
 
     def encode(self, prompt: EvalPrompt) -> EncodedPrompt:
-        """Called in background threads."""
+        """Tokenize a prompt and preprocess its pictures; called from background threads."""
         ...
 
     def generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
-        """An answer for each, greedily. Raises `OutOfMemory`."""
+        """Greedy answers to a batch. Raises `OutOfMemory`."""
         ...
 
     def score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
-        """Log-likelihood, in nats, of each prompt's choices as its answer. Raises `OutOfMemory`."""
+        """Log-likelihoods of each prompt's choices, in nats. Raises `OutOfMemory`."""
         ...
 
     def max_batch_tokens(self, longest: EncodedPrompt, max_new_tokens: int) -> int | None:
-        """Tokens of a whole padded batch that the device has room for; None if nobody knows."""
+        """The number of padded tokens of a batch that fits the device; None if unknown."""
         ...

@@ -1,4 +1,4 @@
-"""Answers that were given before, by us or by the kits: TSV, CSV, JSON lines or XLSX."""
+"""Reader of prediction files, of mmmamba or other kits: TSV, CSV, JSON lines or XLSX."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = (*DELIMITERS, ".jsonl", ".xlsx")
 
 @dataclass(frozen=True)
 class Predictions:
-    """A file of answers: all its cells, the column `prediction` among them."""
+    """A file of answers: its rows as cells by column, `index` and `prediction` among them."""
 
     file: Path
     cells: list[dict[str, str]]
@@ -40,9 +40,9 @@ class Predictions:
         return all(name in cell for cell in self.cells for name in columns)
 
     def answers(self, rows: Sequence[Row]) -> dict[str, str]:
-        """The answer to each row. Raises `DataError` that names the rows without one.
+        """The answer to each row by index. An index 3.0 in the file matches row 3.
 
-        An index of the file that was written as a decimal number, 3.0, is that of row 3.
+        Raises `DataError` that names the rows without an answer.
         """
         found = self._found()
         lacking = [row.index for row in rows if row.index not in found]
@@ -54,7 +54,7 @@ class Predictions:
         return {row.index: found[row.index] for row in rows}
 
     def answered_units(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows whose whole unit is answered."""
+        """The rows whose unit is completely answered."""
         found = self._found()
         open_units = {row.unit for row in rows if row.index not in found}
         return [row for row in rows if row.unit not in open_units]
@@ -65,10 +65,10 @@ class Predictions:
 
 
 def read_predictions(file: Path) -> Predictions:
-    """Read a file as the kits write them, with columns `index` and `prediction`.
+    """Read a file with the columns `index` and `prediction`, as evaluation kits write it.
 
-    Raises `DataError` for another kind of file, missing columns, rows of another width than the
-    heading, indexes that repeat, and lines that are no JSON.
+    Raises `DataError` for other file types, missing columns, rows whose width differs from the
+    heading, repeated indexes, and invalid JSON.
     """
     kind = file.suffix.lower()
     if kind not in KINDS:
@@ -100,7 +100,7 @@ def read_predictions(file: Path) -> Predictions:
 
 
 def _text(value: Any) -> str:
-    """A cell as text; a spreadsheet keeps whole numbers as 1.0 sometimes, and nothing as None."""
+    """A cell as text; spreadsheets store integers as 1.0 and empty cells as None."""
     if value is None:
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -125,7 +125,7 @@ def _read_table(file: Path, delimiter: str) -> Iterator[Mapping[str, str]]:
 def _cells(
     file: Path, heading: Sequence[str], values: Sequence[Any], number: int
 ) -> dict[str, Any]:
-    """A row by column. Raises `DataError` with its number if it is not as wide as the heading."""
+    """A row by column. Raises `DataError` with its number if its width is not the heading's."""
     if len(values) != len(heading):
         raise DataError(
             f"{file}: row {number} has {len(values)} cells, the heading has {len(heading)}",
@@ -145,7 +145,7 @@ def _read_jsonl(file: Path) -> Iterator[Mapping[str, Any]]:
                 raise DataError(f"{file}: line {number} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{file}: line {number} is not a JSON object")
-            # Our own files say what they are, and how batches were made, in lines of their own.
+            # Skip the header and batch limits of mmmamba's own files.
             if HEADER not in record and LIMIT not in record:
                 yield record
 
@@ -158,7 +158,7 @@ def _read_xlsx(file: Path) -> Iterator[Mapping[str, Any]]:
     for number, values in enumerate(rows[1:], start=1):
         if all(value is None for value in values):
             continue
-        # A sheet has no empty cells at a row's end, or has them for as many columns as it likes.
+        # A sheet may omit empty cells at the end of a row, or have extra ones.
         kept = list(values) + [None] * (len(heading) - len(values))
         while len(kept) > len(heading) and kept[-1] is None:
             kept.pop()
@@ -166,7 +166,7 @@ def _read_xlsx(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _sheet(file: Path) -> list[tuple[Any, ...]]:
-    """The rows of a workbook's first sheet, at least one."""
+    """The rows of a workbook's first sheet. Raises `DataError` if there is none."""
     try:
         from openpyxl import load_workbook
         from openpyxl.utils.exceptions import InvalidFileException
@@ -177,7 +177,7 @@ def _sheet(file: Path) -> list[tuple[Any, ...]]:
     import zipfile
     import zlib
 
-    # A workbook is XML in a zip: damage shows as that of the zip, the XML, or what it describes.
+    # A workbook is zipped XML: damage can surface in the zip, the XML or its interpretation.
     damage = (
         InvalidFileException,
         zipfile.BadZipFile,
@@ -193,7 +193,7 @@ def _sheet(file: Path) -> list[tuple[Any, ...]]:
         ValueError,
     )
     try:
-        # An answer that begins with "=" is kept as a formula without a value: its text is read.
+        # Read formulas as text: an answer that begins with "=" is stored as one without a value.
         book = load_workbook(file, read_only=True, data_only=False)
         rows = list(book.worksheets[0].iter_rows(values_only=True))
         book.close()

@@ -1,4 +1,4 @@
-"""From rows to what a model is asked, word for word as the published evaluations ask it."""
+"""Prompts of rows, with the wording of the published evaluations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LETTER_INSTRUCTION = {
     True: "\n请直接回答选项字母。",
 }
 DIRECT_INSTRUCTION = {False: "\nAnswer the question directly.", True: "\n请直接回答问题。"}
-# As MMMU writes where a picture belongs.
+# MMMU's references to pictures.
 IMAGE_REFERENCE = re.compile(r"<image (\d+)>")
-# No more tiles than this for all pictures of a question together.
+# Largest number of tiles of all pictures of a prompt together.
 MAX_TILES_PER_PROMPT = 64
 
 
@@ -37,9 +37,9 @@ def question_text(row: Row, style: PromptStyle) -> str:
 
 
 def place_pictures(text: str, pictures: int) -> str:
-    """Put the pictures before a question: `<image>`, or a line for each of several.
+    """Prepend picture placeholders: `<image>`, or one line for each of several pictures.
 
-    References to several in the text, as `<image 2>`, become `<Image-2>`.
+    With several pictures, references such as `<image 2>` in the text become `<Image-2>`.
     """
     if pictures == 0:
         return text
@@ -50,14 +50,14 @@ def place_pictures(text: str, pictures: int) -> str:
 
 
 def tiles_per_picture(max_tiles: int, pictures: int) -> int:
-    """The most tiles of one picture of several."""
+    """The largest number of tiles of one of `pictures` pictures."""
     return max(1, min(max_tiles, MAX_TILES_PER_PROMPT // max(1, pictures)))
 
 
 def build_eval_prompt(
     row: Row, suite: Suite, table: VLMEvalTable, *, max_tiles: int | None, by_likelihood: bool
 ) -> EvalPrompt:
-    """What a model is asked for a row; `max_tiles` replaces the suite's own."""
+    """The prompt of a row; `max_tiles` overrides the suite's."""
     pictures = pictures_of(table, table.cells[row.place], suite.dataset, suite.enlarge)
     return EvalPrompt(
         index=row.index,

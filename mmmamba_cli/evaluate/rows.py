@@ -1,4 +1,4 @@
-"""Rows of a suite: what is asked, what is right, and which rows belong together."""
+"""Rows of a suite: questions, right answers, and the units they belong to."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from string import ascii_uppercase
 from mmmamba_cli.errors import DataError, name_some
 from mmmamba_cli.evaluate.suite import Suite
 
-# How far apart MMBench's TSVs number the same question with its options in another order.
+# Index offset in MMBench's TSVs between circular turns (the same question, options rotated).
 CIRCULAR_STEP = 1_000_000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question. `unit` names the rows that are scored or drawn as one: see `Suite.unit`."""
+    """One question. `unit` names the rows that are scored or resampled together (`Suite.unit`)."""
 
     index: str
     question: str
@@ -25,16 +25,16 @@ class Row:
     options: Mapping[str, str] = field(default_factory=dict)
     hint: str = ""
     unit: str = ""
-    # Where the row is in its table.
+    # Position of the row in its table.
     place: int = 0
 
 
 def read_rows(cells: Sequence[Mapping[str, str]], suite: Suite, where: str) -> list[Row]:
-    """Rows of a table whose columns were checked, in its order, those of `suite.only`.
+    """The rows of a table that match `suite.only`, in table order; columns must be checked before.
 
-    A cell `picture`, which the table fills in, tells which rows show the same picture. Raises
-    `DataError` that names the rows for MME pairs that are not pairs, answers that are neither yes
-    nor no where one of them is right, and indexes that are no numbers where turns are numbered.
+    Rows with equal cells `picture`, a column that the table adds, show the same picture. Raises
+    `DataError` that names the rows for incomplete MME pairs, answers other than yes and no in a
+    yes/no suite, and non-numeric indexes of circular turns.
     """
     rows = [
         _row(cell, suite, place, where) for place, cell in enumerate(cells) if belongs(cell, suite)
@@ -50,7 +50,7 @@ def read_rows(cells: Sequence[Mapping[str, str]], suite: Suite, where: str) -> l
 
 
 def belongs(cell: Mapping[str, str], suite: Suite) -> bool:
-    """Whether a row of a table is one of the suite's, by `Suite.only`."""
+    """Whether a row of a table belongs to the suite by `Suite.only`."""
     return all(cell.get(column, wanted) == wanted for column, wanted in suite.only.items())
 
 
@@ -106,15 +106,15 @@ def _check_pairs(rows: Sequence[Row], where: str) -> None:
         )
 
 
-# What is scored as one has to be asked as one; the other units only estimate errors.
+# Units that are scored as a whole; the other units only matter for confidence intervals.
 WHOLE_UNITS = ("pair", "turns")
 
 
 def limit_rows(rows: Sequence[Row], suite: Suite, limit: int | None) -> list[Row]:
-    """At most `limit` rows, spread evenly over the categories, in the order of the table.
+    """At most `limit` rows, spread evenly over the categories, in table order.
 
-    The first row of each category, in the order in which they appear, then the second of each, and
-    so on. Pairs and the turns of a circular question stay whole: as many as fit, at least one.
+    Categories take turns (round robin). Pairs and circular turns are kept whole; at least one is
+    taken.
     """
     if limit is None or limit >= len(rows):
         return list(rows)

@@ -1,4 +1,4 @@
-"""Asking a model every question of a suite, in batches, from where it was stopped before."""
+"""Batched, resumable inference of a model over the prompts of a suite."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mmmamba_cli.evaluate.answer_cache import AnswerCache, AnswerRecord
 from mmmamba_cli.evaluate.batching import MAX_BATCH_SIZE, BatchLimit, plan_batches
 from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalModel, EvalPrompt
 
-# Where nobody knows what fits, as on a CPU.
+# Used if the device cannot tell what fits, for example on a CPU.
 DEFAULT_BATCH_SIZE = 8
-# Batches whose pictures are decoded ahead of the model.
+# Batches encoded ahead of the model in background threads.
 PREFETCH_BATCHES = 2
 MAX_ENCODER_THREADS = 8
 
@@ -35,11 +35,11 @@ def _no_message(message: str | Callable[[], str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EvalCallbacks:
-    """Hooks of the caller of an evaluation; by default they do nothing.
+    """Callbacks of an evaluation; by default they do nothing.
 
-    `say` and `warn` take a sentence, `advance` a number of further answers. `progress(title,
-    total)` is a context whose value is such an `advance`. `if_interrupted(message)` is a context
-    that shows the message if a `KeyboardInterrupt` leaves it.
+    `say` and `warn` take a sentence, `advance` the number of new answers. `progress(title, total)`
+    returns a context manager that yields an `advance`. `if_interrupted(message)` returns a context
+    manager that prints the message on `KeyboardInterrupt` and re-raises it.
     """
 
     say: Callable[[str], None] = lambda text: None
@@ -70,12 +70,15 @@ def answer_prompts(
     batch: int | None,
     callbacks: EvalCallbacks,
 ) -> InferenceStats:
-    """Answer every prompt that `cache` has no answer to yet, and put the answers there.
+    """Answer every prompt without a cached answer, and add the answers to `cache`.
 
-    `batch` prompts at a time, or as many as fit (None). A batch that does not fit is halved, and
-    all after it are as small; that is said once. A row that cannot be asked is left out and counted
-    among those returned. Raises `MmmambaError` if a single prompt does not fit, `DataError` if no
-    row can be asked.
+    `batch` is the number of prompts per batch; None uses as many as fit. After out of memory the
+    limit is halved for all further batches, with one warning. Rows that cannot be asked are skipped
+    and returned with the reason.
+
+    Raises:
+        MmmambaError: if a single prompt does not fit.
+        DataError: if no row can be asked.
     """
     callbacks.advance(sum(prompt.index in cache.answers for prompt in prompts))
     todo = [prompt for prompt in prompts if prompt.index not in cache.answers]
@@ -114,13 +117,13 @@ def _run_plan(
     sizes: list[int],
     refused: dict[str, DataError],
 ) -> list[int] | None:
-    """Run the batches of the store's limit; the batch that did not fit, or None if all are done.
+    """Run the batches of the cache's limit; return the batch that did not fit, None if all fit.
 
-    Rows whose pictures turn out to be damaged are added to `refused`.
+    Rows with damaged pictures are added to `refused`.
 
-    The plan is that of when the limit was set, whatever was answered since, so that a run which
-    was stopped makes the same batches as one that was not. A batch of which some are answered is
-    done again as a whole.
+    The batches are planned over the rows that were unanswered when the limit was set, so that a
+    resumed evaluation has the same batches as an uninterrupted one. A partly answered batch is
+    repeated as a whole.
     """
     assert cache.limit is not None
     planned = [i for i, p in enumerate(prompts) if p.index not in cache.before_limit]
@@ -154,7 +157,7 @@ def _answer_batch(
     if chosen:
         for encoded, scores in zip(chosen, model.score_choices(chosen), strict=True):
             prompt = encoded.prompt
-            # max() of a list with a NaN is whatever stands first.
+            # max() of a list with NaN depends on the order.
             if any(math.isnan(score) for score in scores):
                 raise CheckpointError(
                     f"row {prompt.index}: the model scores the choices as "
@@ -174,7 +177,7 @@ def _answer_batch(
 def _prompt_lengths(
     model: EvalModel, prompts: Sequence[EvalPrompt]
 ) -> tuple[list[int], dict[str, DataError]]:
-    """The length of each prompt that can be measured, and what is wrong with the others."""
+    """The lengths of the readable prompts, and the errors of the others by index."""
     lengths, refused = [], {}
     for prompt in prompts:
         try:
@@ -185,7 +188,7 @@ def _prompt_lengths(
 
 
 def _require_rows(prompts: Sequence[EvalPrompt], refused: Mapping[str, DataError]) -> None:
-    """Raise `DataError` if no row is left: then it is not a row that is wrong."""
+    """Raise `DataError` if no row is left: the cause is not a single row."""
     if prompts:
         return
     first = next(iter(refused.values()))
@@ -207,7 +210,7 @@ def _start_limit(
     callbacks: EvalCallbacks,
     refused: dict[str, DataError],
 ) -> BatchLimit:
-    """The limit to begin with, or to go on with, which is then the store's."""
+    """The cached limit if it still applies, else a new one, which is set in the cache."""
     held = cache.limit
     if held is not None and held.given == (batch or 0):
         return held
@@ -235,7 +238,7 @@ def _longest(
     lengths: Sequence[int],
     refused: dict[str, DataError],
 ) -> tuple[int, EncodedPrompt]:
-    """The longest prompt that can be encoded, and its place; others are added to `refused`."""
+    """The longest prompt that can be encoded, and its position; the rest goes to `refused`."""
     for place in sorted(range(len(prompts)), key=lambda i: (-lengths[i], i)):
         try:
             return place, model.encode(prompts[place])
@@ -270,7 +273,7 @@ def _too_long(length: int) -> MmmambaError:
 
 
 class _PromptEncoder(AbstractContextManager["_PromptEncoder"]):
-    """Encodes prompts in background threads, each once until it is dropped."""
+    """Encodes prompts in background threads and keeps them until they are discarded."""
 
     def __init__(self, model: EvalModel):
         self._model = model
@@ -285,7 +288,7 @@ class _PromptEncoder(AbstractContextManager["_PromptEncoder"]):
     def results(
         self, prompts: Sequence[EvalPrompt], refused: dict[str, DataError]
     ) -> list[EncodedPrompt]:
-        """Those that can be encoded; the others are added to `refused`."""
+        """The encoded prompts; those that cannot be encoded are added to `refused`."""
         found = []
         for prompt in prompts:
             try:

@@ -1,4 +1,4 @@
-"""A suite: which table, how it is asked, how it is scored. One YAML file each."""
+"""Suites: table, prompt style and scoring rules, one YAML file each."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmmamba_cli.errors import DataError
 
-# The end of a rule's name that says since which month its version holds.
+# The suffix of a rule's name: the month since which its version applies.
 DATE = re.compile(r"-\d{4}-\d{2}$")
 
 Text = Annotated[str, Field(min_length=1)]
 
 
 class PromptStyle(BaseModel):
-    """How a row becomes a question.
+    """The format of a question.
 
-    `choices` puts the hint before it and lists the options behind it. `remove` is taken off its
-    end, then `append` is put there.
+    The style `choices` puts the hint before the question and the options after it. The suffix
+    `remove` is removed from the question, then `append` is appended.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,7 +33,7 @@ class PromptStyle(BaseModel):
 
 
 class Published(BaseModel):
-    """Which of our numbers a column of the published table is to be held against."""
+    """The rule and metric to compare with a column of the published table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,16 +45,15 @@ class Published(BaseModel):
 class Suite(BaseModel):
     """The contents of a suite's YAML file.
 
-    `dataset` is the name of its TSV. `rules` are scoring functions by the name they are shown
-    under, the first one is what retention is told by; without any, answers are only written down.
-    A kit's rule that has changed is one rule for each version, `<kit>-<year>-<month>` by the month
-    since which it holds. `earlier` are rules that score only where they are asked for by name.
-    `unit` says what is drawn again when errors are estimated: each row, all rows of a picture, the
-    pair of questions about a picture in a category, or the turns of a circular question. `only`
-    keeps rows that have these values, where there is such a column. `enlarge` scales the first
-    picture up before it is cut. `choices` are the answers to choose from where a row has none.
-    `build`, as `package.module:function`, writes the table into a folder it is given, so that the
-    suite can do without --data.
+    `dataset` is the name of the TSV. `rules` maps displayed names to scoring functions; the first
+    rule is the default for retention, and without rules answers are only written. A rule that a kit
+    changed has one entry per version, `<kit>-<year>-<month>` with the month since which it applies.
+    `earlier` rules are used only by name (--rule). `unit` is the resampling unit of the confidence
+    intervals: each row, all rows of a picture, the pair of questions about a picture in a category,
+    or the turns of a circular question. `only` filters rows by column values; missing columns pass.
+    `enlarge` scales up the first picture before tiling. `choices` are the options of rows without
+    their own. `build`, as `package.module:function`, writes the table into a given folder, so that
+    the suite needs no --data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,12 +78,12 @@ class Suite(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Changes with anything in the file that can change an answer or a score."""
+        """A digest of all fields that can change an answer or a score."""
         return self._digest("title", "note", "published", "earlier")
 
     @property
     def questions_digest(self) -> str:
-        """Changes with anything in the file that can change an answer; scoring rules cannot."""
+        """A digest of all fields that can change an answer, without the scoring rules."""
         return self._digest("title", "note", "published", "earlier", "rules")
 
     def _digest(self, *left_out: str) -> str:
@@ -92,10 +91,10 @@ class Suite(BaseModel):
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     def scoring(self, only: str | None = None) -> dict[str, str]:
-        """Scoring functions by rule: `rules`, or only the one named.
+        """Scoring functions by rule: all of `rules`, or the one named by `only`.
 
-        A kit's name without a date means the newest version of its rule. Raises `DataError` if the
-        suite has no such rule.
+        A kit's name without a date selects the newest version. Raises `DataError` if the suite does
+        not have the rule.
         """
         if only is None:
             return self.rules
@@ -111,12 +110,12 @@ class Suite(BaseModel):
 
 
 def undated(rule: str) -> str:
-    """A rule's name without the date of its version: `vlmevalkit-2026-06` is `vlmevalkit`."""
+    """The name of a rule without its date: `vlmevalkit` for `vlmevalkit-2026-06`."""
     return DATE.sub("", rule)
 
 
 def parse_suite(text: str, where: str) -> Suite:
-    """A suite from YAML. Raises `DataError` that names the file and every field that is wrong."""
+    """Parse a suite from YAML. Raises `DataError` that names the file and every wrong field."""
     try:
         raw: Any = yaml.safe_load(text)
         return Suite.model_validate(raw)

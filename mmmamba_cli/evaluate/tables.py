@@ -1,4 +1,4 @@
-"""Results as tables: headings and rows of text, for whoever prints them."""
+"""Results as text tables: a heading and rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TextTable = tuple[tuple[str, ...], list[tuple[object, ...]]]
 
 
 def summary(results: Iterable[Result]) -> TextTable:
-    """A row for each model, suite, rule and metric, the headline of a rule first."""
+    """One row per model, suite, rule and metric; the headline metric of a rule comes first."""
     rows: list[tuple[object, ...]] = []
     for result in results:
         for part in result.rules:
@@ -36,7 +36,7 @@ def summary(results: Iterable[Result]) -> TextTable:
 
 
 def categories(result: Result, part: RuleResult) -> TextTable:
-    """A row for each category of a suite by one rule."""
+    """One row per category of a suite by one rule."""
     metrics = list(dict.fromkeys(key for one in part.categories.values() for key in one))
     rows: list[tuple[object, ...]] = [
         (name, *(number(values.get(metric)) for metric in metrics))
@@ -46,7 +46,7 @@ def categories(result: Result, part: RuleResult) -> TextTable:
 
 
 def retention_table(parts: Iterable[Retention]) -> TextTable:
-    """A row for each student, suite and rule."""
+    """One row per student, suite and rule."""
     rows: list[tuple[object, ...]] = [
         (
             part.student,
@@ -67,9 +67,9 @@ def retention_table(parts: Iterable[Retention]) -> TextTable:
 def comparison(
     results: Sequence[Result], suites: Mapping[str, Suite], tables: Iterable[Mapping[str, Any]]
 ) -> TextTable:
-    """Our numbers over the published ones, one column for each suite that has been published.
+    """This run's scores above the published ones, one column per published suite.
 
-    Only what was scored by the published numbers' own rule is shown.
+    Only scores by the rule of the published numbers are shown.
     """
     shown = [suite for suite in suites.values() if suite.published is not None]
     columns = [suite.published.column for suite in shown if suite.published is not None]
@@ -91,7 +91,7 @@ def comparison(
 
 
 def remarks(result: Result) -> list[str]:
-    """What must be known to believe the numbers, a sentence each."""
+    """Caveats of a result, one sentence each."""
     found = []
     for part in result.rules:
         unreadable = part.counts.get("unreadable", 0)
@@ -129,7 +129,7 @@ def _part(result: Result) -> str:
 
 
 def number(value: float | None) -> str | None:
-    """With two decimals; whole numbers, which are counts, as they are."""
+    """Format with two decimals; integers (counts) without."""
     if value is None:
         return None
     return str(value) if isinstance(value, int) else f"{value:.2f}"
@@ -140,6 +140,6 @@ def span(interval: tuple[float, float] | None) -> str | None:
 
 
 def _asked(result: Result) -> str:
-    """How many rows were asked, and of how many where that is a part."""
+    """The number of rows asked, out of how many if not all were."""
     data = result.data
     return f"{data.used} of {data.rows}, a part" if data.partial else str(data.used)

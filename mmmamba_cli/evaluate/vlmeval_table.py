@@ -1,7 +1,7 @@
-"""Tables in VLMEvalKit's layout: tab-separated, with pictures as base64 in them.
+"""Tables in VLMEvalKit's layout: tab-separated, with pictures as base64 cells.
 
-Such a file may have gigabytes, so its pictures stay on disk: where each row begins is noted, and
-its picture is read again when it is needed.
+Files can have gigabytes, so pictures stay on disk: the byte range of each row is kept, and its
+picture is read when it is needed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 
 from mmmamba_cli.errors import DataError, name_some
 
-# A picture's cell of up to so many characters is the index of the row that has the picture.
+# An image cell of at most this length is the index of the row that holds the picture.
 MAX_REFERENCE_CHARS = 64
 IMAGE = "image"
-# The column told by who has the picture: an index, or "" where there is none.
+# The added column: the index of the row that holds the picture, or "".
 PICTURE = "picture"
 MAX_CELL_CHARS = 1 << 30
 WHOLE_NUMBER = re.compile(r"^(\d+)\.0+$")
 
 
 class _HashedLines:
-    """Decoded lines of a file; counts the bytes and hashes what it has handed out."""
+    """Iterates over decoded lines of a file; counts and hashes the bytes read."""
 
     def __init__(self, file: Path):
         self._file = file
@@ -51,18 +51,18 @@ class _HashedLines:
 
 
 class VLMEvalTable:
-    """A TSV as rows of cells (all text, "" where empty), and the pictures behind them.
+    """A TSV as rows of text cells, with lazily read pictures.
 
-    `cells` have no `image`, but a `picture`: the index of the row that holds the picture, "" where
-    there is none. `sha256` is of the whole file. Raises `DataError`, in one sentence that names
-    rows or columns, for a file that lacks columns, rows of another width, indexes that repeat, and
-    references to no picture.
+    In `cells`, the column `image` is replaced by `picture`: the index of the row that holds the
+    picture, or "". `sha256` is that of the file. Raises `DataError` that names rows or columns for
+    missing columns, rows of another width, repeated indexes, and references to rows without a
+    picture.
     """
 
     def __init__(self, file: Path, columns: Sequence[str]):
         self.file = file
         self.cells: list[dict[str, str]] = []
-        # How many pictures a row's own cell holds, where it holds any.
+        # Number of pictures by the index of the row that holds them.
         self.pictures: dict[str, int] = {}
         self._spans: list[tuple[int, int]] = []
         self._references: dict[str, str] = {}
@@ -118,7 +118,7 @@ class VLMEvalTable:
         self.cells.append(cell)
 
     def _simplify_indexes(self) -> None:
-        """Read 0.0, 1.0 as 0, 1 where every index is a whole number, some in decimals."""
+        """Turn indexes 0.0, 1.0 into 0, 1 if every index is a whole number."""
         if not simplify_indexes(self.cells):
             return
         self.pictures = {plain_index(index): count for index, count in self.pictures.items()}
@@ -136,7 +136,7 @@ class VLMEvalTable:
             )
 
     def _resolve(self) -> None:
-        """Fill in the column `picture`."""
+        """Fill the column `picture`."""
         lost = []
         for cell in self.cells:
             index = cell["index"]
@@ -152,7 +152,7 @@ class VLMEvalTable:
             )
 
     def image_cell(self, index: str) -> str:
-        """The cell `image` of a row, read from the file again."""
+        """The cell `image` of a row, read from the file."""
         begin, end = self._spans[self._place[index]]
         with self.file.open("rb") as handle:
             handle.seek(begin)
@@ -162,12 +162,12 @@ class VLMEvalTable:
 
 
 def plain_index(index: str) -> str:
-    """An index without the decimals that spreadsheets and data frames add: 3.0 becomes 3."""
+    """An index without the decimals that spreadsheets and pandas add: 3 for 3.0."""
     return WHOLE_NUMBER.sub(r"\1", index)
 
 
 def simplify_indexes(cells: Iterable[dict[str, str]]) -> bool:
-    """Make every index plain where all of them are whole numbers; whether they are."""
+    """Make all indexes plain if all are whole numbers; return whether they are."""
     plain = [plain_index(cell["index"]) for cell in cells]
     if not all(index.isdecimal() for index in plain):
         return False
@@ -177,9 +177,9 @@ def simplify_indexes(cells: Iterable[dict[str, str]]) -> bool:
 
 
 def records(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    """Rows of separated text. Raises `csv.Error` for a last row that was cut in a quoted cell.
+    """Rows of delimited text. Raises `csv.Error` if the last row ends inside a quoted cell.
 
-    csv takes the end of the text for the end of that cell, and all rows in between for its content.
+    Without the check, csv reads such a cell up to the end of the text, with all rows in between.
     """
     read: list[str] = []
     last: list[str] = []
@@ -201,7 +201,7 @@ def records(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
 
 
 def check_heading(file: Path, names: Sequence[str]) -> list[str]:
-    """The names of columns without outer spaces. Raises `DataError` if one stands there twice."""
+    """Column names without outer spaces. Raises `DataError` if a name repeats."""
     columns = [name.strip() for name in names]
     twice = [name for name, count in Counter(columns).items() if name and count > 1]
     if twice:
@@ -210,7 +210,7 @@ def check_heading(file: Path, names: Sequence[str]) -> list[str]:
 
 
 def split_cell(cell: str) -> list[str]:
-    """A cell with one text, or with a list of them as Python writes it."""
+    """The texts of a cell, which holds one text or a Python list of them."""
     text = cell.strip()
     if text.startswith("[") and text.endswith("]"):
         try:

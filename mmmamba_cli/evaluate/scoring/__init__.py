@@ -1,4 +1,4 @@
-"""Scoring rules: pure functions from rows and answers to a tally. A suite names those it is for."""
+"""Scoring rules: pure functions from rows and answers to `UnitScores`, named by suites."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ RULES: Mapping[str, Rule] = {
         exact_gqa,
     )
 }
-# A name without a date is the newest version; results name the version.
+# A name without a date is an alias of the newest version; results name the version.
 NEWEST = {
     "choice_rows": "choice_rows_2026_06",
     "choice_circular": "choice_circular_2026_06",
@@ -61,14 +61,14 @@ NEWEST = {
 
 
 def versioned(name: str) -> str:
-    """A scoring rule's name with its date, where it has one."""
+    """The name of a scoring rule with the date of its version, if it has versions."""
     return NEWEST.get(name, name)
 
 
 def find_rule(name: str) -> Rule:
-    """A rule of ours by its name, or another's as `package.module:function`.
+    """A rule of this package by name, or any other as `package.module:function`.
 
-    Raises `DataError` if there is none.
+    Raises `DataError` if it is unknown or cannot be imported.
     """
     if versioned(name) in RULES:
         return RULES[versioned(name)]

@@ -1,8 +1,8 @@
-"""Multiple choice: which option an answer means, and MMBench's circular accuracy.
+"""Multiple choice: option matching, and MMBench's circular accuracy.
 
 Source of the rules: open-compass/VLMEvalKit, vlmeval/utils/matching_util.py and
 vlmeval/dataset/utils/multiple_choice.py, in its mode without a judge model ("exact_matching"). The
-kit has changed its rule twice; each version is named by the month since which it holds.
+kit changed its rule twice; each version is named by the month since which it applies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring.metrics import UnitScores, accuracy_scores
 
-# What may stand around a letter, as in "(A)." or "**A**".
+# Punctuation around a letter, as in "(A)." or "**A**", is replaced by spaces.
 PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 NO_CHOICE = "Z"
 REFUSALS = (
@@ -25,9 +25,9 @@ REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-# What the kit writes where a model behind an address gave no answer.
+# The kit's placeholder for a failed API call.
 NO_ANSWER = "Failed to obtain answer via API"
-# The kit's expression has no end of a word: "answer is a dog" names option A.
+# As in the kit, without a word boundary: "answer is a dog" matches option A.
 ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
 OTHER_ANSWERS = "Other Answers"
 
@@ -36,9 +36,9 @@ OTHER_ANSWERS = "Other Answers"
 class ChoiceRule:
     """One version of the kit's rule.
 
-    `last_words`: a letter counts only among so many last words ("A" may be an article); None for
+    `last_words`: a letter counts only among this many last words ("A" may be an article); None:
     anywhere. `limit_text`: an answer longer than twice all options together is not searched for an
-    option's text. `read_answer_is`: the letter behind "answer is" counts where no letter was found.
+    option's text. `read_answer_is`: use the letter after "answer is" if no other letter matches.
     """
 
     last_words: int | None = 4
@@ -54,11 +54,11 @@ SINCE_2024_02 = ChoiceRule(last_words=None, limit_text=False, read_answer_is=Fal
 def choose_option(
     answer: str, options: Mapping[str, str], rule: ChoiceRule = SINCE_2026_06
 ) -> str | None:
-    """The letter of the option that `answer` means, `NO_CHOICE` for a refusal, None if unclear.
+    """The letter of the matched option, `NO_CHOICE` for a refusal, None if nothing matches.
 
-    By its letter if just one letter stands in the answer; else by the letter behind "answer is";
-    else by its text if the text of just one option occurs. `rule` limits each of them. The answer
-    is read as it is: outer spaces count in its length.
+    Matches the only letter in the answer; else the letter after "answer is"; else the only option
+    whose text occurs. `rule` restricts each step. The answer is not stripped: outer spaces count in
+    its length.
     """
     return _by_letter(answer, options, rule) or _by_text(answer, options, rule)
 
@@ -90,10 +90,9 @@ def _by_text(answer: str, options: Mapping[str, str], rule: ChoiceRule) -> str |
 
 
 def options_to_match(row: Row) -> tuple[dict[str, str], str]:
-    """The options an answer is matched with, and the right letter.
+    """The options to match an answer with, and the right letter.
 
-    A question without options, as MMMU has them, is matched with its answer as A and with all
-    other answers as B.
+    A question without options (MMMU has some) gets its answer as A and "Other Answers" as B.
     """
     if row.options:
         return dict(row.options), row.answer
@@ -103,7 +102,7 @@ def options_to_match(row: Row) -> tuple[dict[str, str], str]:
 def _read(
     rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule
 ) -> tuple[list[bool], list[str]]:
-    """Whether each answer is right, and the indexes of those that mean no option."""
+    """Whether each answer is right, and the indexes of answers that match no option."""
     right, unreadable = [], []
     for row, answer in zip(rows, answers, strict=True):
         options, correct = options_to_match(row)
@@ -155,7 +154,7 @@ def _by_row(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> Un
 
 
 def _circular(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> UnitScores:
-    """A question counts as right if it is in every order of its options."""
+    """Circular accuracy: a question is right if it is right in every order of its options."""
     right, unreadable = _read(rows, answers, rule)
     all_right: dict[str, bool] = {}
     category: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""What a scoring rule returns: numbers that add up over units, and what is read off their sums.
+"""Results of scoring rules: additive sums per unit, and metrics computed from their totals.
 
-A *unit* is what is drawn again as a whole when a score's error is estimated: the questions about
-one picture, or the turns of one question. Legend: U units, S numbers of a unit.
+A *unit* is the resampling unit of the bootstrap: the questions about one picture, or the turns of
+one question. Legend: U units, S sums per unit.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Sums (..., S) -> each metric, (...). It is NaN where nothing was asked that it is about. The first
-# metric is what the rule is known by.
+# Sums (..., S) -> metrics by name, each (...); NaN for a metric without rows. The first metric is
+# the headline.
 Metrics = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class UnitScores:
-    """Answers counted by one rule.
+    """The scores of all units by one rule.
 
-    `numbers` (U, S) float64; units are drawn again within their stratum. `counts` are of rows.
-    `unreadable` are indexes of rows whose answer the rule could not make sense of.
+    `numbers` (U, S) float64 are the sums of each unit; units are resampled within their stratum.
+    `counts` are numbers of rows. `unreadable` are the indexes of rows whose answer could not be
+    parsed.
     """
 
     numbers: np.ndarray
@@ -33,13 +34,13 @@ class UnitScores:
     notes: tuple[str, ...] = ()
 
     def values(self) -> dict[str, float | None]:
-        """Every metric of all units together; None where nothing was asked that it is about."""
+        """Every metric over all units; None for a metric without rows."""
         found = self.metrics(self.numbers.sum(0))
         return {name: None if np.isnan(value) else float(value) for name, value in found.items()}
 
     @property
     def headline(self) -> str:
-        """The first metric that something was asked about; the first one if there is none."""
+        """The name of the first metric with a value; the first metric if none has."""
         values = self.values()
         return next(
             (name for name, value in values.items() if value is not None), next(iter(values))
@@ -47,13 +48,13 @@ class UnitScores:
 
 
 def safe_divide(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """upper / lower, and 0 where lower is 0."""
+    """upper / lower, and 0 where `lower` is 0."""
     safe = np.where(lower == 0, 1, lower)
     return np.where(lower == 0, 0.0, upper / safe)
 
 
 def sum_by_unit(units: Sequence[str], numbers: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Sum rows (R, S) into units (U, S), in the order in which units first appear."""
+    """Sum rows (R, S) into units (U, S), in order of first appearance."""
     names = list(dict.fromkeys(units))
     place = {name: i for i, name in enumerate(names)}
     summed = np.zeros((len(names), numbers.shape[1]))
@@ -62,7 +63,7 @@ def sum_by_unit(units: Sequence[str], numbers: np.ndarray) -> tuple[np.ndarray, 
 
 
 def strata_of(units: Sequence[str], labels: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
-    """For each unit in `names`, the labels of its rows, joined."""
+    """The stratum of each unit in `names`: the sorted labels of its rows, joined."""
     found: dict[str, list[str]] = {}
     for unit, label in zip(units, labels, strict=True):
         seen = found.setdefault(unit, [])
@@ -78,7 +79,7 @@ def accuracy_scores(
     unreadable: Sequence[str] = (),
     name: str = "accuracy",
 ) -> UnitScores:
-    """Mean points x 100, overall and for each category label (a row without one has "")."""
+    """Mean points x 100, overall and per category label ("" for none)."""
     categories = sorted({label for label in labels if label})
     numbers = np.zeros((len(points), 2))
     numbers[:, 0], numbers[:, 1] = points, 1

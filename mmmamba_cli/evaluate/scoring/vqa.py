@@ -1,8 +1,7 @@
-"""Short free answers: TextVQA's soft accuracy and GQA's exact match, each as both kits have it.
+"""Short answers: TextVQA's soft accuracy and GQA's exact match, in the versions of both kits.
 
-Answers as the VQA evaluations compare them: punctuation, numbers, articles, contractions.
-
-The rules are those of the VQA challenge's evaluation (GT-Vision-Lab/VQA), which both kits have.
+Answers are normalized (punctuation, numbers, articles, contractions) as in the evaluation of the
+VQA challenge (GT-Vision-Lab/VQA), which both kits copy.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from mmmamba_cli.evaluate.vlmeval_table import split_cell
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# A full stop that no digit follows is dropped by the VQA evaluation and by all copies of its code.
-# Since May 2025 VLMEvalKit also keeps one behind a digit.
+# The VQA evaluation and its copies drop a full stop that no digit follows. Since May 2025
+# VLMEvalKit also keeps a full stop after a digit.
 FULL_STOP = re.compile(r"\.(?!\d)")
 FULL_STOP_2025_05 = re.compile(r"(?<!\d)\.(?!\d)")
-# All of them pass a flag in the place of a count, and so remove no more full stops than this.
+# The original passes re.UNICODE (32) as `count`, which limits the full stops removed.
 MAX_FULL_STOPS = 32
 
 COUNTED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 NUMBERS = {**{word: str(number) for number, word in enumerate(COUNTED)}, "none": "0"}
 ARTICLES = frozenset({"a", "an", "the"})
 
-# Each is also known with one of its apostrophes missing.
+# Each is also recognized with one of its apostrophes missing.
 CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
     haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -43,7 +42,7 @@ APOSTROPHE = "'"
 
 
 def _missing_one() -> dict[str, str]:
-    table = {"somebody'd": "somebodyd"}  # as the evaluation has it, the other way about
+    table = {"somebody'd": "somebodyd"}  # reversed in the original too
     for word in CONTRACTED.split():
         for place in (i for i, letter in enumerate(word) if letter == APOSTROPHE):
             table[word[:place] + word[place + 1 :]] = word
@@ -54,9 +53,10 @@ CONTRACTIONS = _missing_one()
 
 
 def strip_punctuation(text: str, full_stop: re.Pattern[str] = FULL_STOP_2025_05) -> str:
-    """Drop punctuation that stands at a space, make other punctuation a space, drop full stops.
+    """Drop punctuation next to a space, replace other punctuation by a space, drop full stops.
 
-    With a comma between two digits all punctuation is dropped. `full_stop` matches what is dropped.
+    If a comma is between two digits, all punctuation is dropped. `full_stop` matches the full stops
+    to drop.
     """
     found = text
     drop_all = COMMA_IN_NUMBER.search(text) is not None
@@ -67,43 +67,43 @@ def strip_punctuation(text: str, full_stop: re.Pattern[str] = FULL_STOP_2025_05)
 
 
 def plain_words(text: str) -> str:
-    """Lower case, number words as digits, no articles, contractions with their apostrophe."""
+    """Lower-case, map number words to digits, drop articles, restore contractions."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_answer(text: str, full_stop: re.Pattern[str] = FULL_STOP_2025_05) -> str:
-    """An answer as VLMEvalKit compares it (vlmeval/dataset/utils/vqa_eval.py)."""
+    """Normalize as VLMEvalKit does (vlmeval/dataset/utils/vqa_eval.py)."""
     flat = text.replace("\n", " ").replace("\t", " ").strip()
     return plain_words(strip_punctuation(flat, full_stop))
 
 
 def vqa_answer_2024_01(text: str) -> str:
-    """An answer as VLMEvalKit compared it before May 2025."""
+    """Normalize as VLMEvalKit did before May 2025."""
     return vqa_answer(text, FULL_STOP)
 
 
 def evalai_answer(text: str) -> str:
-    """An answer as InternVL's kit compares it (internvl_chat/eval/vqa/textvqa_eval.py).
+    """Normalize as InternVL's kit does (internvl_chat/eval/vqa/textvqa_eval.py).
 
-    It drops commas and question marks first, and sets an 's apart.
+    Drops commas and question marks first, and separates 's.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return vqa_answer(text, FULL_STOP)
 
 
 def vqa_words_2025_05(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
-    """Soft accuracy over the people's answers, as VLMEvalKit scores TextVQA since May 2025."""
+    """Soft accuracy against the human answers, as VLMEvalKit scores TextVQA since May 2025."""
     return _soft(rows, answers, vqa_answer)
 
 
 def vqa_words_2024_01(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
-    """The same, as VLMEvalKit scored it before May 2025: no full stop stays behind a digit."""
+    """As VLMEvalKit scored TextVQA before May 2025: no full stop after a digit is kept."""
     return _soft(rows, answers, vqa_answer_2024_01)
 
 
 def vqa_evalai(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
-    """The same, answers prepared as InternVL's kit does it."""
+    """Soft accuracy with InternVL's normalization."""
     return _soft(rows, answers, evalai_answer)
 
 
@@ -116,10 +116,10 @@ def _soft(rows: Sequence[Row], answers: Sequence[str], prepare: Callable[[str], 
 
 
 def soft_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Mean, over leaving out one person, of min(1, people who gave this answer / 3).
+    """The VQA accuracy (Antol et al., arXiv 1505.00468).
 
-    The VQA evaluation's measure (Antol et al., arXiv 1505.00468). With one person only there is
-    nobody left to agree with, so the measure is 0, as the kits have it.
+    The mean, over leaving out one human answer, of min(1, matching answers / 3). With a single
+    human answer it is 0, as in the kits.
     """
     agreeing = sum(one == answer for one in people)
     agreed = sum(min(1.0, (agreeing - (one == answer)) / 3) for one in people)
@@ -127,12 +127,12 @@ def soft_accuracy(answer: str, people: Sequence[str]) -> float:
 
 
 def exact_plain(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
-    """Exact match but for case and outer spaces, as VLMEvalKit scores GQA."""
+    """Exact match without case and outer spaces, as VLMEvalKit scores GQA."""
     return _exact(rows, answers, lambda text: text.strip().lower())
 
 
 def exact_gqa(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
-    """Exact match after dropping final full stops and case: InternVL's kit and the official tool.
+    """Exact match without final full stops and case, as InternVL's kit and the official tool.
 
     Source: OpenGVLab/InternVL, internvl_chat/eval/vqa/convert_gqa_for_eval.py.
     """

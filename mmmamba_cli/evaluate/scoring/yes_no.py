@@ -1,6 +1,6 @@
-"""Questions to be answered yes or no: MME and POPE, each by two rules.
+"""Yes/no questions: MME and POPE, each by the rules of two kits.
 
-The kits read answers differently. Facts about them are from the sources named at each function.
+The kits parse answers differently; each function names its source.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ REASONING = (
     "text_translation",
     "code_reasoning",
 )
-# Chinese characters of the basic block, as far as the MME tool knows them.
+# The range of Chinese characters in the MME tool.
 CHINESE = re.compile(r"[\u4e00-\u9fa5]")
 
 ReadAnswer = Callable[[str], str | None]
 
 
 def read_words(answer: str) -> str | None:
-    """VLMEvalKit: yes or no if just one of the two words occurs, else None (its "Unknown").
+    """VLMEvalKit: yes or no if exactly one of the two words occurs, else None (its "Unknown").
 
-    Asterisks are not among the punctuation it strips, so `**Yes**` is no word "yes". The kit's
-    change of May 2025 to full stops behind digits changes no word yes or no.
+    Asterisks are not stripped, so `**Yes**` does not match. The kit's change of May 2025 to full
+    stops after digits does not affect the words yes and no.
     Source: open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py.
     """
     words = strip_punctuation(answer.lower()).split()
@@ -53,10 +53,10 @@ def read_words(answer: str) -> str | None:
 
 
 def read_first_letters(answer: str) -> str | None:
-    """InternVL's kit for MME: yes or no if it occurs in the first four letters, else None.
+    """InternVL's kit for MME: yes or no if it occurs in the first four characters, else None.
 
-    Before that, Chinese yes and no, and true and false, become yes and no, and other Chinese is
-    dropped. Source: OpenGVLab/InternVL, internvl_chat/eval/mme/{eval,calculation}.py.
+    Chinese yes and no, and true and false, are mapped to yes and no first; other Chinese characters
+    are dropped. Source: OpenGVLab/InternVL, internvl_chat/eval/mme/{eval,calculation}.py.
     """
     text = answer.replace("\n", "")
     for theirs, ours in (("不是", "no"), ("是", "yes"), ("否", "no")):
@@ -69,9 +69,9 @@ def read_first_letters(answer: str) -> str | None:
 
 
 def read_denial(answer: str) -> str:
-    """InternVL's kit for POPE: no if the first sentence has No, no or not as a word, else yes.
+    """InternVL's kit for POPE: no if the first sentence has the word No, no or not, else yes.
 
-    So `Nope`, `Not sure` and nothing at all are yes.
+    `Nope`, `Not sure` and an empty answer count as yes.
     Source: OpenGVLab/InternVL, internvl_chat/eval/pope/eval_pope.py.
     """
     words = answer.split(".")[0].replace(",", "").split(" ")
@@ -91,8 +91,8 @@ def mme_first_letters(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores
 def _mme(rows: Sequence[Row], answers: Sequence[str], read: ReadAnswer) -> UnitScores:
     """Accuracy x 100 + share of pictures with both questions right x 100, summed over categories.
 
-    Perception has 10 categories (at most 2000), reasoning 4 (at most 800). Rows are in pairs, which
-    reading the suite has checked.
+    Perception has 10 categories (at most 2000), reasoning 4 (at most 800). `read_rows` has checked
+    that rows come in pairs.
     """
     said = [read(answer) for answer in answers]
     hits = np.array([s == row.answer.lower() for s, row in zip(said, rows, strict=True)])
@@ -156,8 +156,8 @@ def _missing_categories(names: Sequence[str]) -> tuple[str, ...]:
 def pope_all_rows(rows: Sequence[Row], answers: Sequence[str]) -> UnitScores:
     """POPE as VLMEvalKit scores it: F1 x 100 over all rows.
 
-    A row in several splits counts once in each. An unknown answer is wrong for the accuracy and no
-    for F1, precision and recall.
+    A row in several splits counts once in each. An unparsed answer is wrong in the accuracy, and
+    counts as no in F1, precision and recall.
     """
     said = [read_words(answer) for answer in answers]
     return _pope(rows, said, mean_of_splits=False)
@@ -207,7 +207,7 @@ def _pope(rows: Sequence[Row], said: Sequence[str | None], *, mean_of_splits: bo
 
 
 def _f1_and_more(parts: np.ndarray) -> dict[str, np.ndarray]:
-    """Of (..., 5): true positives, false positives, false negatives, right, rows."""
+    """Metrics of sums (..., 5): true and false positives, false negatives, right, rows."""
     true, false, missed, right, rows = (parts[..., i] for i in range(5))
     precision, recall = safe_divide(true, true + false), safe_divide(true, true + missed)
     return {
