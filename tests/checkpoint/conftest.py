@@ -1,4 +1,4 @@
-"""What the tests of reading and writing share."""
+"""Fixtures for tests of checkpoint readers and writers."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ def _resident_peak() -> int:
 
 @pytest.fixture
 def peak_growth() -> Callable[[int], AbstractContextManager[None]]:
-    """`peak_growth(n)` asserts that its block takes at most n bytes of memory more, at any time."""
+    """`peak_growth(n)` asserts that peak memory grows by at most n bytes in its block."""
 
     @contextmanager
     def within(limit: int) -> Iterator[None]:
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         except OSError:
             pytest.skip("measures memory through Linux's /proc")
         before = _resident_peak()

@@ -1,4 +1,4 @@
-"""The golden students as whole checkpoints in the layout mmMamba was published in."""
+"""Golden students as complete checkpoints in the published mmMamba layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("linear", "hybrid", "training")
 
 
 def kept_layers(case: Path, kind: str) -> list[int]:
-    """The layers that are attention, counted through both stacks."""
+    """Attention layers, counted through both stacks."""
     if kind != "hybrid":
         return []
     golden = load_file(case / "golden.safetensors")
@@ -22,9 +22,9 @@ def kept_layers(case: Path, kind: str) -> list[int]:
 
 
 def released_tensors(case: Path, kind: str) -> dict[str, Tensor]:
-    """The teacher's tensors with the golden mixers of `kind` in place of its attention.
+    """The teacher's tensors with the golden mixers of `kind` instead of its attention.
 
-    `training` is the linear student under the names it was trained with.
+    `training` is the linear student under the names of the training code.
     """
     teacher = load_file(case / "model.safetensors")
     file = "student_mixers" if kind == "training" else f"released_{kind}_mixers"
@@ -33,7 +33,7 @@ def released_tensors(case: Path, kind: str) -> dict[str, Tensor]:
 
 
 def mmmamba_hf_config(case: Path, kind: str) -> dict[str, Any]:
-    """The teacher's config as the published models have it."""
+    """The teacher's config in the form of the published models."""
     raw: dict[str, Any] = json.loads((case / "config.json").read_text())
     embedding, language = raw["embedding_config"], raw["llm_config"]
     first, kept = embedding["num_hidden_layers"], kept_layers(case, kind)
@@ -48,7 +48,7 @@ def mmmamba_hf_config(case: Path, kind: str) -> dict[str, Any]:
 
 
 def write_released(folder: Path, case: Path, kind: str, **changes: Any) -> Path:
-    """The checkpoint as a folder; `changes` replace fields of the config."""
+    """Write the checkpoint folder; `changes` replace fields of the config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(mmmamba_hf_config(case, kind) | changes))
     tensors = {name: tensor.contiguous() for name, tensor in released_tensors(case, kind).items()}

@@ -1,4 +1,4 @@
-"""The parameters that follow from plain values, against those of a model that is really made."""
+"""Parameter shapes computed from an architecture, compared with those of a real model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_parameters_are_those_of_the_model_in_its_order(variant: dict[str, Any]) -> None:
+def test_parameter_shapes_match_the_model_in_order(variant: dict[str, Any]) -> None:
     architecture = replace(BASE, **variant)
     config = HolisticVLMConfig(**architecture.values)
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def test_parameters_are_those_of_the_model_in_its_order(variant: dict[str, Any])
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_an_architecture_answers_as_the_config_does(variant: dict[str, Any]) -> None:
+def test_architecture_and_config_agree(variant: dict[str, Any]) -> None:
     architecture = replace(BASE, **variant)
     config = HolisticVLMConfig(**architecture.values)
     for name in (
@@ -69,7 +69,7 @@ def test_an_architecture_answers_as_the_config_does(variant: dict[str, Any]) -> 
         assert architecture.stack_of(layer) == config.stack_of(layer)
 
 
-def test_a_checkpoint_of_ours_keeps_every_field_of_its_config(tmp_path: Path) -> None:
+def test_native_checkpoint_keeps_every_config_field(tmp_path: Path) -> None:
     model = small_model("amam", d_skip=True)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(tmp_path)
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_ours_keeps_every_field_of_its_config(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("element", DTYPES.values())
-def test_an_element_is_as_wide_as_torch_says(element: str) -> None:
+def test_dtype_names_and_sizes_match_torch(element: str) -> None:
     dtype = torch_dtype(element)
     assert ITEMSIZES[element] == dtype.itemsize
     info = TensorInfo.of(dtype, (3, 5))
@@ -90,11 +90,11 @@ def test_an_element_is_as_wide_as_torch_says(element: str) -> None:
     ("name", "element"),
     [("bf16", "bfloat16"), ("float16", "float16"), ("double", "float64"), ("fp32", "float32")],
 )
-def test_names_of_floating_dtypes(name: str, element: str) -> None:
+def test_parse_dtype_name(name: str, element: str) -> None:
     assert parse_dtype_name(name) == element
 
 
 @pytest.mark.parametrize("name", ["int8", "bool", "", "torch", "fp4", "nn"])
-def test_other_names_are_refused(name: str) -> None:
+def test_unknown_dtype_names_are_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="known are: bf16, fp16, fp32"):
         parse_dtype_name(name)

@@ -1,4 +1,4 @@
-"""Folders and files that are there completely or not at all, whatever happens meanwhile."""
+"""Atomic folders and files under errors, concurrency and killed processes."""
 
 import os
 import re
@@ -167,7 +167,7 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
         f".out.partial-{here}-{dead}-0123abcd": False,
         f".out.partial-{here}-{os.getpid()}-0123abcd": False,
         f".out.partial-{here}-{alive}-0123abcd": True,
-        # Another container of this host: its process numbers are not these.
+        # Another container on this host has its own PIDs.
         f".out.partial-{host}.00000000-{dead}-0123abcd": True,
         f".out.partial-elsewhere-{dead}": True,
         f".out2.partial-{host}-{dead}": True,
@@ -204,10 +204,8 @@ def test_an_old_folder_that_was_replaced_is_removed(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == whole()
 
 
-def test_containers_that_number_processes_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two processes of one number on one disk, each in a container: neither touches the other's."""
+def test_containers_with_equal_pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two containers share a disk, and their processes a PID: neither touches the other's files."""
     with atomic_folder(tmp_path / "out") as mine:
         fill(mine)
         monkeypatch.setattr(atomic, "_machine_id", lambda: f"{atomic._host_name()}.00000000")
@@ -408,7 +406,7 @@ def refused(path: Path) -> PermissionError:
 def test_a_folder_that_cannot_be_written_to_names_the_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the hidden file, of which nobody knows. Root may write anywhere: the system is played."""
+    """The error names the target, not the hidden file. Permissions are faked: root ignores them."""
     monkeypatch.setattr(Path, "open", lambda path, *_: (_ for _ in ()).throw(refused(path)))
     monkeypatch.setattr(Path, "mkdir", lambda path, *_, **__: (_ for _ in ()).throw(refused(path)))
     with pytest.raises(PermissionError) as caught:
@@ -416,7 +414,7 @@ def test_a_folder_that_cannot_be_written_to_names_the_target(
     assert caught.value.filename == str(tmp_path / "report.html")
     with pytest.raises(PermissionError) as caught, atomic_folder(tmp_path / "out"):
         pass
-    # Of a parent that is to be made, the parent is named.
+    # If a parent cannot be created, the error names the parent.
     assert caught.value.filename in (str(tmp_path / "out"), str(tmp_path))
 
 
@@ -445,7 +443,7 @@ def test_a_full_disk_names_the_target(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_leftovers_of_a_text_are_removed(tmp_path: Path) -> None:
-    """A process that is killed between writing and renaming leaves the hidden file."""
+    """A process killed between write and rename leaves the hidden file."""
     target, other = tmp_path / "run.json", f".run.json2.partial-x-{dead_pid()}-0123abcd"
     dead = tmp_path / f".run.json.partial-{atomic._machine_id()}-{dead_pid()}-0123abcd"
     dead.write_text("half")

@@ -1,4 +1,4 @@
-"""GGUF files: the same model and tokenizer as the safetensors they were made from."""
+"""GGUF files: model and tokenizer equal those of the source safetensors."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k as llama.cpp's Llama has them: pairs that rotate together are neighbours."""
+    """Rows of q or k in llama.cpp's order: RoPE pairs are adjacent."""
     rows, width = weight.shape
     return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
 
 
 def llama_names(state: dict[str, torch.Tensor], heads: dict[str, int]) -> dict[str, torch.Tensor]:
-    """A Llama's tensors as llama.cpp names and orders them."""
+    """A Llama's tensors under llama.cpp's names."""
     renamed = {}
     for name, tensor in state.items():
         stem, suffix = name.rsplit(".", 1)
@@ -64,7 +64,7 @@ def write_gguf(
     extra: dict[str, Any] | None = None,
     adds_begin: bool = False,
 ) -> Path:
-    """`tensors` with the config and tokenizer of `folder`, and `extra` fields, as a GGUF file."""
+    """Write `tensors`, the config and tokenizer of `folder` and `extra` fields as a GGUF file."""
     raw = json.loads((folder / "config.json").read_text())
     vocabulary = json.loads((folder / "tokenizer.json").read_text())
     ids = {**vocabulary["model"]["vocab"]} | {
@@ -142,7 +142,7 @@ def test_what_lies_beside_the_file_is_not_read(llama: Path, tmp_path: Path) -> N
     one = open_processor(alone)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        # Without the unused tokens that fill the file's vocabulary.
+        # The file's vocabulary is padded with unused tokens.
         shutil.copy(llama / name, tmp_path)
     for name in ("generation_config.json", "adapter_config.json"):
         (tmp_path / name).write_text("{")

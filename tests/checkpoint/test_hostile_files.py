@@ -1,7 +1,7 @@
-"""Damaged and hostile checkpoints: they load as they are, or end in `CheckpointError`.
+"""Damaged and hostile checkpoints either load or raise `CheckpointError`.
 
-Never another exception, never a wait, never an allocation beyond what the file really holds. The
-safetensors library is the judge of what a mutated file says: what we accept, it reads the same.
+No other exception, no hang, no allocation larger than the file. A mutated file that loads must load
+equally with the safetensors library.
 """
 
 import io
@@ -33,7 +33,7 @@ TENSORS = {
     "steps": torch.tensor(9),
     "mask": torch.tensor([True, False]),
 }
-# Under 10 s for one example means: nothing waits.
+# A deadline of 10 s per example detects hangs.
 HOSTILE = settings(
     deadline=10_000,
     max_examples=250,
@@ -44,7 +44,7 @@ MEMORY = 150 << 20
 
 @st.composite
 def byte_mutation(draw: st.DrawFn) -> Mutation:
-    """One of: flip a bit, set a byte, cut off, cut out, insert, repeat. Often near the start."""
+    """Flip a bit, set a byte, truncate, cut, insert or repeat; often near the start."""
     kind = draw(st.sampled_from(["flip", "set", "cut off", "cut out", "insert", "repeat"]))
     place = draw(st.one_of(st.integers(0, 400), st.integers(0, 5000)))
     value, length = draw(st.integers(0, 255)), draw(st.integers(1, 40))
@@ -97,7 +97,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def judge(path: Path, content: bytes, control: bool) -> None:
-    """Read `content` as a file; whatever is accepted must be what the library reads."""
+    """Read `content` as a file; what loads must equal what the library reads."""
     path.write_bytes(content)
     try:
         ours = read_all(path)
@@ -135,7 +135,7 @@ dtypes = st.sampled_from(
 
 @st.composite
 def header_edit(draw: st.DrawFn) -> Callable[[dict[str, Any]], None]:
-    """Change one thing in a parsed header."""
+    """Change one entry of a parsed header."""
     name = draw(st.sampled_from([*TENSORS, "__metadata__", "new", "", "\ud800", "a\0b"]))
     kind = draw(st.sampled_from(["dtype", "shape", "offsets", "drop", "key", "replace", "copy"]))
     shape, dtype = draw(shapes), draw(dtypes)
@@ -200,7 +200,7 @@ def test_anything_at_all(tmp_path: Path, name: str, content: bytes) -> None:
 
 
 def write_shards(folder: Path) -> dict[str, Any]:
-    """Two shards; returns their index."""
+    """Write two shards; return their index."""
     names = list(TENSORS)
     weight_map = {}
     for shard, members in (("a.safetensors", names[:2]), ("b.safetensors", names[2:])):
@@ -210,7 +210,7 @@ def write_shards(folder: Path) -> dict[str, Any]:
 
 
 def judge_index(folder: Path, text: bytes, control: bool) -> None:
-    """An index is either refused or leads to just the tensors that are in the shards."""
+    """An index is refused or loads exactly the tensors in the shards."""
     (folder / "model.safetensors.index.json").write_bytes(text)
     try:
         assert_same(read_all(folder), TENSORS)
@@ -268,7 +268,7 @@ def test_mutated_pickles(
         except CheckpointError as error:
             assert mutations, f"a good file was refused: {error}"
             return
-        # Nothing in a pickle tells a changed value from a right one; the claims must still fit.
+        # A changed value in a pickle cannot be detected; sizes must still fit.
         assert all(tensor.nbytes <= len(content) for tensor in tensors.values())
         if not mutations:
             assert_same(tensors, TENSORS)

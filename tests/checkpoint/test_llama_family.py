@@ -60,7 +60,7 @@ def test_logits_and_tokens_are_transformers_own(case: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_table_gives_every_tensor_back(case: str, tmp_path: Path) -> None:
+def test_name_map_round_trip(case: str, tmp_path: Path) -> None:
     write(tmp_path, *CASES[case])
     checkpoint = open_checkpoint(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
@@ -71,14 +71,14 @@ def test_the_table_gives_every_tensor_back(case: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_dynamic_positions_beyond_the_trained_length(tmp_path: Path) -> None:
-    """Where a row is alone: transformers takes the longest row of a batch for all of them."""
+    """Single rows: transformers uses the longest row of a batch for all rows."""
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     theirs = write(tmp_path, "Llama", {"rope_parameters": scaling})
     ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(1))
     assert distance(mmmamba_cli.load(tmp_path)(ids).logits, theirs(ids).logits) < 1e-5
 
 
-def test_the_older_way_to_write_positions(tmp_path: Path) -> None:
+def test_older_rope_fields(tmp_path: Path) -> None:
     write(tmp_path, "Llama", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}})
     new = open_checkpoint(tmp_path).config
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -94,7 +94,7 @@ def test_the_older_way_to_write_positions(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_what_a_config_leaves_out_is_its_familys_default(tmp_path: Path) -> None:
+def test_defaults_of_missing_config_fields(tmp_path: Path) -> None:
     for kind, expected in (("Llama", 2048), ("Qwen2", 32768)):
         write(tmp_path / kind, kind, {})
         file = tmp_path / kind / "config.json"
@@ -107,7 +107,7 @@ def test_what_a_config_leaves_out_is_its_familys_default(tmp_path: Path) -> None
         assert (stack.rope_theta, stack.rope_scaling, stack.head_dim) == (1e4, None, 8)
 
 
-def test_a_tied_head_that_was_written_too(tmp_path: Path) -> None:
+def test_a_stored_tied_head(tmp_path: Path) -> None:
     write(tmp_path, "Llama", {"tie_word_embeddings": True})
     state = load_file(tmp_path / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
@@ -121,8 +121,8 @@ def test_a_tied_head_that_was_written_too(tmp_path: Path) -> None:
         mmmamba_cli.load(tmp_path)
 
 
-def test_what_ends_a_generation(tmp_path: Path) -> None:
-    """Also for a vocabulary as large as InternLM2's, whose stop ids mean nothing here."""
+def test_stop_tokens(tmp_path: Path) -> None:
+    """Stop tokens, also for a vocabulary of InternLM2's size, where its stop ids do not apply."""
     write(tmp_path, "Llama", {"eos_token_id": 2, "vocab_size": 92600, "hidden_size": 32})
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [7, 2], "do_sample": True}))
@@ -136,7 +136,7 @@ RECOMMENDED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition
 
 
 def test_recommended_settings_reach_every_product(tmp_path: Path) -> None:
-    """Of the seed and of what is made of it; what has no meaning there is named."""
+    """The seed and later products inherit the settings; settings that do not apply are named."""
     from small_language_models import write_tokenizer
     from typer.testing import CliRunner
 
@@ -165,8 +165,8 @@ def test_recommended_settings_reach_every_product(tmp_path: Path) -> None:
         assert kept.do_sample and kept.temperature == 0.6
 
 
-def test_internlm2_is_a_hovles_language_model_alone(tmp_path: Path) -> None:
-    """Its names and its packed q, k and v, written from a Llama's weights."""
+def test_internlm2_names(tmp_path: Path) -> None:
+    """InternLM2's names and packed q, k, v, written from a Llama's weights."""
     theirs = write(tmp_path / "llama", "Llama", {"rms_norm_eps": 1e-5})
     state = {k: v.detach() for k, v in theirs.state_dict().items()}
     names = {
@@ -216,7 +216,7 @@ def test_internlm2_is_a_hovles_language_model_alone(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_would_change_the_computation_is_refused(
+def test_unsupported_options_are_refused(
     kind: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write(tmp_path, kind, {})
@@ -251,7 +251,7 @@ def llama(tmp_path: Path) -> Path:
 
 
 def test_seeded_hybridized_distilled_and_loaded(llama: Path, tmp_path: Path) -> None:
-    """The whole path for a language model, and what a product of it is in transformers."""
+    """The whole pipeline for a language model; its product loads in transformers."""
     run = tmp_path / "run"
 
     def mmmamba(*words: object) -> str:
@@ -298,7 +298,7 @@ def test_answers_of_a_conversation_are_marked(llama: Path) -> None:
     ids, is_answer = processor.conversation_ids(typed)
     said = [token for token, answer in zip(ids, is_answer, strict=True) if answer]
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    # The characters are text; only the end of the turn is the token.
+    # Special-token characters in the text stay text; only the end of turn is a token.
     assert said.count(end) == 1
     assert processor.tokenizer.decode(said) == "<|im_end|><|im_end|>"
     with pytest.raises(DataError, match="reads text only"):

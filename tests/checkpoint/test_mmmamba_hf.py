@@ -1,4 +1,4 @@
-"""The layout mmMamba was published in: golden logits, strict configs, and students taken in."""
+"""The published mmMamba layout: golden logits, config validation, imports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 def mmmamba(*words: object) -> Any:
-    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    """Run the command line; a MmmambaError is raised."""
     return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
 
 
@@ -62,7 +62,7 @@ def test_fused_and_unfused_names_are_the_same_tensors(golden_case: Path, tmp_pat
 
 
 @pytest.mark.parametrize("architectures", ["absent", None, ["mmMambaChatModel"], "anything"])
-def test_the_format_is_told_by_its_type_alone(
+def test_the_layout_is_detected_by_model_type(
     golden_case: Path, tmp_path: Path, architectures: Any
 ) -> None:
     folder = write_released(tmp_path, golden_case, "hybrid", architectures=architectures)
@@ -125,7 +125,7 @@ def test_tensors_that_do_not_fit_are_named(
         open_checkpoint(folder)
 
 
-# Taking one into a run.
+# Import into a run.
 
 
 def imported(source: Path, run: Path, *words: object) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def test_a_published_model_becomes_current(golden_case: Path, tmp_path: Path, ki
     assert "imported" in mmmamba("status", "--run", run.folder).stdout
 
 
-def test_with_its_teacher_layers_can_be_changed(golden_case: Path, tmp_path: Path) -> None:
+def test_with_a_teacher_layers_can_be_changed(golden_case: Path, tmp_path: Path) -> None:
     folder = write_released(tmp_path / "published", golden_case, "linear")
     product = imported(folder, tmp_path / "run", "--teacher", golden_case)
     assert [parent["role"] for parent in product["parents"]] == ["origin", "teacher"]
@@ -165,7 +165,7 @@ def test_with_its_teacher_layers_can_be_changed(golden_case: Path, tmp_path: Pat
     assert (logits - expected).norm() <= TOLERANCE * expected.norm()
 
 
-def test_without_a_teacher_what_needs_one_says_so(golden_case: Path, tmp_path: Path) -> None:
+def test_without_a_teacher_commands_that_need_one_fail(golden_case: Path, tmp_path: Path) -> None:
     folder, run = write_released(tmp_path / "published", golden_case, "linear"), tmp_path / "run"
     imported(folder, run)
     with pytest.raises(RunError, match="has no teacher: its student was imported"):
@@ -231,14 +231,14 @@ def test_a_product_brings_its_manifest_along(golden_case: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["", "../out", ".hidden", "a/b"])
-def test_a_name_that_is_none_is_refused(golden_case: Path, tmp_path: Path, name: str) -> None:
+def test_invalid_product_names_are_refused(golden_case: Path, tmp_path: Path, name: str) -> None:
     folder = write_released(tmp_path / "published", golden_case, "linear")
     with pytest.raises(RunError, match="cannot be a product's name"):
         imported(folder, tmp_path / "run", "--name", name)
     assert not (tmp_path / "run").exists()
 
 
-def test_values_that_are_none_stop_the_import(golden_case: Path, tmp_path: Path) -> None:
+def test_nan_stops_the_import(golden_case: Path, tmp_path: Path) -> None:
     folder = write_released(tmp_path / "published", golden_case, "linear")
     tensors = released_tensors(golden_case, "linear")
     tensors["embedding_model.encoder.1.attention.wvkqgdt.weight"][150, 3] = float("nan")
@@ -256,8 +256,8 @@ def questions(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_it_is_asked_like_any_other_checkpoint(questions: Path, tmp_path: Path) -> None:
-    """`mmmamba eval --model`, with the tokenizer read as a HoVLE's."""
+def test_eval_of_a_published_model(questions: Path, tmp_path: Path) -> None:
+    """`mmmamba eval --model` with a HoVLE tokenizer."""
     from test_as_a_new_user import write_teacher
 
     from mmmamba_cli.checkpoint import mmmamba_hf

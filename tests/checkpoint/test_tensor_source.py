@@ -1,4 +1,4 @@
-"""Opening checkpoints in every layout, and one sentence for each that cannot be opened."""
+"""Tensor sources in every file layout, and the errors of invalid ones."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def edit_index(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def refused(path: Path | str, *parts: str) -> None:
-    """The path does not open, and the sentence has all parts."""
+    """Assert that opening fails with a message that has all parts."""
     with pytest.raises(CheckpointError) as caught:
         open_source(path)
     for part in parts:
@@ -136,7 +136,7 @@ def test_names_come_in_the_order_of_the_data(tmp_path: Path) -> None:
     assert [int(source.read(name)) for name in source.names] == [1, 2]
 
 
-def test_tensors_off_their_alignment(tmp_path: Path) -> None:
+def test_unaligned_tensors(tmp_path: Path) -> None:
     header = {
         "flag": {"dtype": "BOOL", "shape": [3], "data_offsets": [0, 3]},
         "value": {"dtype": "F64", "shape": [1, 2], "data_offsets": [3, 19]},
@@ -166,7 +166,7 @@ def anonymous_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
-def test_reading_takes_no_memory_of_its_own(tmp_path: Path, name: str) -> None:
+def test_reading_allocates_no_memory(tmp_path: Path, name: str) -> None:
     tensors = {f"t{i}": torch.ones(4 << 20) for i in range(6)}  # 96 MiB
     save_file(tensors, tmp_path / name) if name.endswith("s") else torch.save(
         tensors, tmp_path / name
@@ -211,7 +211,7 @@ def test_unknown_kind_of_file(tmp_path: Path) -> None:
     refused(tmp_path / "x.gguf", "unknown kind", ".safetensors", ".ckpt")
 
 
-def test_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     refused(tmp_path, "not a regular file")
 
@@ -304,7 +304,7 @@ def test_index_names_a_missing_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["", ".", "x" * 400, "\ud800"])
-def test_index_names_what_is_no_file(tmp_path: Path, shard: str) -> None:
+def test_index_names_a_shard_that_is_no_file(tmp_path: Path, shard: str) -> None:
     edit_index(sharded(tmp_path), lambda index: index["weight_map"].update(count=shard))
     refused(tmp_path, "shards that are missing")
 

@@ -1,4 +1,4 @@
-"""State dicts in all their wrappings, and pickles that are broken or would do harm."""
+"""State dicts, nested and plain, and damaged or malicious pickles."""
 
 import argparse
 import io
@@ -114,14 +114,14 @@ def test_not_a_state_dict(tmp_path: Path, content: Any, message: str) -> None:
     refused(saved(tmp_path / "x.pt", content), "x.pt", message)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch announces their end
+@pytest.mark.filterwarnings("ignore")  # torch deprecates them
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
     refused(saved(tmp_path / "x.pt", {"q": quantized}), "'q' is sparse, nested or quantized")
 
 
 class Harmful:
-    """Runs a shell command when it is unpickled."""
+    """Unpickling runs a shell command."""
 
     def __init__(self, command: str):
         self.command = command
@@ -176,7 +176,7 @@ def test_globals_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in refused(path, r"os\x1b[2J.system")
 
 
-def test_the_conversion_line_works(tmp_path: Path) -> None:
+def test_conversion_command(tmp_path: Path) -> None:
     content = {"state_dict": {**STATE, "tied": STATE["b"]}, "args": argparse.Namespace(a=1)}
     path = saved(tmp_path / "x.ckpt", content)
     line = refused(path).split("python -c ", 1)[1].rsplit(")", 1)[0]
@@ -227,7 +227,7 @@ def test_entry_that_claims_more_than_the_file(tmp_path: Path) -> None:
 
 
 class Claiming:
-    """Pickles as a tensor of another size than its storage."""
+    """Pickles as a tensor with a size other than its storage's."""
 
     def __init__(self, tensor: torch.Tensor, size: int):
         self.tensor, self.size = tensor, size
@@ -245,7 +245,7 @@ def test_tensor_larger_than_its_storage(tmp_path: Path, options: dict[str, Any])
     assert torch.equal(good.read("a"), torch.ones(4))
 
 
-def test_missing_permission_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "x.pt", STATE)
 
     def denied(*_: object, **__: object) -> None:

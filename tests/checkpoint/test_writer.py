@@ -1,4 +1,4 @@
-"""The sharded writer against the safetensors library, and against misuse."""
+"""The sharded writer, compared with the safetensors library, and its errors."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_the_library_reads_every_dtype_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_safetensors_reads_every_dtype_back(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"a": random_tensor(dtype, (3, 5)), "b": random_tensor(dtype, ())}
     write(tmp_path, tensors)
     read = load_file(tmp_path / "model.safetensors")
@@ -112,9 +112,7 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_what_is_written_is_what_is_read(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("written")
     names = data.draw(
         st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=8, unique=True)
@@ -145,7 +143,7 @@ def test_what_is_written_is_what_is_read(
         assert source.content_hash() == writer.content_hash
 
 
-def test_hash_is_the_same_however_it_is_sharded(tmp_path: Path) -> None:
+def test_hash_does_not_depend_on_sharding(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.randn(40) for i in range(6)}
     hashes = set()
     for number, limit in enumerate((1, 700, 10**9)):
@@ -164,7 +162,7 @@ def test_large_non_contiguous_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_casting_while_writing_is_casting(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_cast_while_writing(tmp_path: Path, dtype: torch.dtype) -> None:
     base = torch.randn(600, 130)
     tensors = {"w": base, "t": base.T, "s": torch.tensor(2.5), "e": torch.empty(0, 2)}
     cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -237,7 +235,7 @@ def test_existing_files_are_never_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_text() == "precious"
 
 
-def test_a_disk_too_small_is_known_beforehand(tmp_path: Path) -> None:
+def test_free_space_is_checked_first(tmp_path: Path) -> None:
     plan = {"a": TensorInfo.of(torch.float32, (1 << 25, 1 << 25))}
     with pytest.raises(CheckpointError, match=r"4503599\.63 GB are needed"):
         ShardedWriter(tmp_path / ".", plan)
@@ -260,7 +258,7 @@ def test_a_failed_write_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def fail_within(target: Path, count: int) -> int | None:
-    """Write 4 tensors of `count` floats into a folder; return the error number it ends in."""
+    """Write 4 tensors of `count` floats into a folder; return the error number."""
     plan = {f"t{i}": TensorInfo.of(torch.float32, (count,)) for i in range(4)}
     with (
         pytest.raises(OSError) as caught,
@@ -286,7 +284,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     options = ["-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
     if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
         pytest.skip("only root can make a small disk")
-    # The check beforehand would answer first; here the disk fills up while writing.
+    # Skip the check in advance, so that the disk fills up while writing.
     monkeypatch.setattr(writer_module, "_check_room", lambda folder, needed: None)
     try:
         assert fail_within(tmp_path / "out", 400_000) == errno.ENOSPC
@@ -295,7 +293,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-# Blocks above 32 MiB go back to the system when freed, so that the process shows what is held.
+# malloc returns blocks above 32 MiB to the system, so that memory usage shows what is held.
 LARGE = 12 << 20
 
 
@@ -303,7 +301,7 @@ def test_no_shard_is_held_in_memory(tmp_path: Path, peak_growth: PeakGrowth) -> 
     plan = {f"t{i}": TensorInfo.of(torch.float32, (LARGE,)) for i in range(14)}  # 672 MiB
     one = torch.randn(LARGE)
     with peak_growth(250 << 20), ShardedWriter(tmp_path, plan) as writer:
-        # At most 128 MiB wait, and one more is being made.
+        # At most 128 MiB are pending, and one more tensor is created.
         for name in plan:
             writer.write(name, one + random.random())
 

@@ -1,4 +1,4 @@
-"""`mmmamba export`: all or nothing, a card that tells the truth, and pushing."""
+"""`mmmamba export`: atomic writes, the model card, uploads."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ CASE = Path(__file__).parents[1] / "golden/hovle_pre"
 
 
 def mmmamba(*words: object) -> Any:
-    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    """Run the command line; a MmmambaError is raised."""
     return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with a seeded student and a hybrid of it, neither trained."""
+    """A run with an untrained seed and an untrained hybrid of it."""
     run = tmp_path / "secret-place/run"
     mmmamba("seed", CASE.resolve(), "--run", run, "--dtype", "fp32", "--no-report")
     mmmamba("hybridize", "--attn-layers", "2", "--run", run)
     return run
 
 
-def test_json_says_what_was_written(run: Path, tmp_path: Path) -> None:
+def test_json_output(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("--run", run, "--format", "hub", "--out", out, "--json")
     done = mmmamba("export", *words)
@@ -67,7 +67,7 @@ def test_from_takes_another_product(run: Path, tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "out").config.attention_layers == ()
 
 
-def test_what_is_there_stays_unless_told(run: Path, tmp_path: Path) -> None:
+def test_existing_files_stay_without_overwrite(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -107,7 +107,7 @@ def test_only_an_export_is_replaced(run: Path, tmp_path: Path) -> None:
 
 
 def test_an_export_without_a_record_is_known_by_its_card(run: Path, tmp_path: Path) -> None:
-    """As versions before the record wrote them."""
+    """Older versions wrote no record."""
     out = tmp_path / "out"
     words = ("--run", run, "--format", "hub", "--out", out, "--overwrite")
     mmmamba("export", *words)
@@ -132,10 +132,10 @@ def test_an_export_without_a_record_is_known_by_its_card(run: Path, tmp_path: Pa
         ("~/..", "holds the home folder"),
     ],
 )
-def test_where_one_stands_and_lives_is_never_replaced(
+def test_working_directory_and_home_are_never_replaced(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, said: str
 ) -> None:
-    """Though it be an export."""
+    """Even if the folder is an export."""
     out = tmp_path / "out"
     words = ("--run", run, "--format", "hub", "--overwrite")
     mmmamba("export", *words, "--out", out)
@@ -161,7 +161,7 @@ def test_a_folder_that_holds_the_run_is_never_replaced(tmp_path: Path, run: Path
 
 
 @pytest.mark.parametrize("place", [".", "products", "products/hybrid-2"])
-def test_what_is_exported_is_never_written_over(run: Path, place: str) -> None:
+def test_the_source_is_never_overwritten(run: Path, place: str) -> None:
     words = ("--format", "hub", "--out", run / place, "--overwrite")
     with pytest.raises(CheckpointError, match="holds what is being exported"):
         mmmamba("export", "--run", run, *words)
@@ -213,7 +213,7 @@ def test_values_that_do_not_fit_the_dtype_are_refused(run: Path, tmp_path: Path)
         (("--push", "a/b@c"), CheckpointError, "'a/b@c' is no repository"),
     ],
 )
-def test_mistakes_are_named(
+def test_invalid_options(
     run: Path, tmp_path: Path, words: tuple[object, ...], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
@@ -221,7 +221,7 @@ def test_mistakes_are_named(
     assert not (tmp_path / "out").exists()
 
 
-# The card.
+# Model card.
 
 
 def card(run: Path, out: Path, *words: object) -> str:
@@ -263,8 +263,8 @@ def test_a_licence_that_would_break_the_card_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["pictures", "words"])
-def test_nothing_says_where_it_was_made(tmp_path: Path, kind: str) -> None:
-    """Of the hub folder, every text but the code and the vocabulary."""
+def test_local_paths_are_redacted(tmp_path: Path, kind: str) -> None:
+    """Every text in the hub folder except code and vocabulary."""
     place = tmp_path / "secret-place"
     if kind == "pictures":
         write_teacher(place / "teacher")
@@ -285,7 +285,7 @@ def test_nothing_says_where_it_was_made(tmp_path: Path, kind: str) -> None:
             assert "secret-place" not in text and str(tmp_path) not in text, file
 
 
-def test_names_are_shortened_and_repositories_kept() -> None:
+def test_redact_path_and_recipe() -> None:
     assert redact_path("/home/someone/models/hovle.ckpt") == "hovle.ckpt"
     assert redact_path("~/models/hovle") == "hovle" and redact_path("../x/y") == "y"
     cached = "/c/hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
@@ -296,7 +296,7 @@ def test_names_are_shortened_and_repositories_kept() -> None:
     assert redact_recipe(text) == "teacher: hovle\ndata:\n  train: train.jsonl\nlr: 0.001\n"
 
 
-def test_paths_are_shortened_wherever_they_stand() -> None:
+def test_redact_nested_values() -> None:
     long = "/home/someone/a folder/" + "x" * 120 + "/train: all.jsonl"
     text = write_yaml(
         {
@@ -315,13 +315,13 @@ def test_paths_are_shortened_wherever_they_stand() -> None:
     assert redact_text("the file /home/me/x.json: is damaged") == "the file x.json: is damaged"
 
 
-def test_a_command_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["/usr/bin/mmmamba", "seed", "my model", "--set", "description=it's $HOME"]
     monkeypatch.setattr(sys, "argv", words)
     assert shlex.split(command_line()) == ["mmmamba", *words[1:]]
 
 
-def test_the_teacher_is_the_base_model_where_the_hub_has_it(tmp_path: Path) -> None:
+def test_base_model_is_a_hub_teacher(tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     teacher = tmp_path / f"hub/models--some--model/snapshots/{commit}"
     shutil.copytree(CASE, teacher)
@@ -335,7 +335,7 @@ def test_the_teacher_is_the_base_model_where_the_hub_has_it(tmp_path: Path) -> N
         card(run, tmp_path / "out", "--base-model", "nameless")
 
 
-def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None:
+def test_card_scores_of_the_product(run: Path, tmp_path: Path) -> None:
     from mmmamba_cli.evaluate.result import DataInfo, ModelInfo, Result, RuleResult, json_text
 
     def write(name: str, content_hash: str, value: float, used: int = 10) -> None:
@@ -368,10 +368,10 @@ def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None
     text = card(run, tmp_path / "out")
     row = "| POPE | kit | accuracy | 85.25 (84.25 to 86.25) | 10, a part |"
     assert row in text and "11.5" not in text and "95% intervals" in text
-    assert "model-index" not in text  # a part of a suite is no result on it
+    assert "model-index" not in text  # partial suites are not in the metadata
     write("teacher", Run(run).teacher.content_hash, 91.5, used=20)
     text = card(run, tmp_path / "out")
-    assert row in text and "91.5" not in text  # asked other questions
+    assert row in text and "91.5" not in text  # other questions
     write("hybrid-2", Run(run).product("hybrid-2").content_hash, 85.25, used=20)
     text = card(run, tmp_path / "out")
     assert "| POPE | kit | accuracy | 85.25 (84.25 to 86.25) | 91.5 | 20 |" in text
@@ -381,7 +381,7 @@ def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None
     assert result["metrics"] == [
         {"type": "accuracy", "value": 85.25, "name": "accuracy by the rule kit"}
     ]
-    # Another kit's results lie beside ours under the same name.
+    # Results of another kit in the same folder.
     (run / "evals" / "hybrid-2" / "lm-eval").mkdir()
     (run / "evals" / "hybrid-2" / "lm-eval" / "result.json").write_text('{"kit": "lm-eval"}')
     done = mmmamba("export", "--run", run, "--format", "hub", "--out", tmp_path / "more")
@@ -390,7 +390,7 @@ def test_scores_of_just_this_product_are_told(run: Path, tmp_path: Path) -> None
     assert row in (tmp_path / "more" / "README.md").read_text()
 
 
-def test_a_final_product_is_not_called_untrained(tmp_path: Path) -> None:
+def test_card_of_a_final_product(tmp_path: Path) -> None:
     folder = write_released(tmp_path / "in", CASE, "linear")
     mmmamba("import", folder, "--run", tmp_path / "run")
     text = card(tmp_path / "run", tmp_path / "out")
@@ -407,12 +407,12 @@ def test_a_final_product_is_not_called_untrained(tmp_path: Path) -> None:
     assert "| MME | kit | total | 1300 | 14 |" in text and "intervals" not in text
 
 
-# Pushing.
+# Upload.
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """huggingface_hub's functions as far as pushing needs them; `error` is raised by the upload."""
+    """Fake huggingface_hub functions for uploads; the upload raises `error` if set."""
     import huggingface_hub
 
     asked: dict[str, Any] = {"error": None}
@@ -457,7 +457,7 @@ def test_a_push_sends_the_whole_folder(run: Path, tmp_path: Path, hub: dict[str,
         ("OfflineModeIsEnabled", None, "could not be written to .OfflineModeIsEnabled"),
     ],
 )
-def test_what_the_hub_refuses_is_one_sentence_and_no_token(
+def test_hub_errors_without_the_token(
     run: Path, tmp_path: Path, hub: dict[str, Any], name: str, status: int | None, said: str
 ) -> None:
     from types import SimpleNamespace
@@ -476,7 +476,7 @@ def test_what_the_hub_refuses_is_one_sentence_and_no_token(
     assert (tmp_path / "out/config.json").is_file()
 
 
-def test_progress_and_plain_words(run: Path, tmp_path: Path) -> None:
+def test_progress_and_text_output(run: Path, tmp_path: Path) -> None:
     done = mmmamba("export", "--run", run, "--format", "hub", "--out", tmp_path / "out")
     size = sum(t.nbytes for t in load_file(tmp_path / "out/model.safetensors").values())
     assert f"exporting: {size}/{size} B" in done.stderr

@@ -1,4 +1,4 @@
-"""The `hub` format in a process that has transformers and not this package: the same answers."""
+"""The `hub` format, loaded with transformers in a process without this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from apart import run_apart
+from isolated_process import run_isolated
 from mmmamba_hf_case import write_released
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,7 +27,7 @@ from mmmamba_cli.cli.app import app
 from mmmamba_cli.export.remote_code import bundle_files
 from mmmamba_cli.runs import Run, open_processor
 
-# Says what a model answers, and keeps its logits: to words, and to words about a picture.
+# Prints a model's answers and saves its logits, for text and for text with a picture.
 ASK = """
 def ask(model, processor, picture, out):
     import json, torch
@@ -64,7 +64,7 @@ PICTURES, WORDS = "AutoModelForImageTextToText", "AutoModelForCausalLM"
 
 
 def mmmamba(*words: object) -> Any:
-    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    """Run the command line; a MmmambaError is raised."""
     return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
 
 
@@ -83,7 +83,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 def hub_of(source: Path, work: Path, *seeding: str) -> tuple[Path, Path]:
-    """A product that is a hybrid, in fp32, and its export."""
+    """A hybrid product in fp32 and its export."""
     run = work / "run"
     mmmamba("seed", source, "--run", run, "--dtype", "fp32", "--no-report", *seeding)
     mmmamba("hybridize", "--attn-layers", "2", "--run", run)
@@ -94,10 +94,10 @@ def hub_of(source: Path, work: Path, *seeding: str) -> tuple[Path, Path]:
 def assert_same_answers(
     product: Path, name: Path | str, picture: Path | None, work: Path, home: Path, auto: str
 ) -> None:
-    """In a process apart, `name` says just what the product says here."""
+    """Assert that `name` gives the product's answers and logits in an isolated process."""
     home.mkdir(exist_ok=True)
     there = work / "there.safetensors"
-    said = run_apart(THERE.replace("{auto}", auto), name, picture or "", there, home=home)
+    said = run_isolated(THERE.replace("{auto}", auto), name, picture or "", there, home=home)
     checkpoint = open_checkpoint(product)
     here = work / "here.safetensors"
     scope: dict[str, Any] = {"print": lambda text: said_here.append(text)}
@@ -112,7 +112,7 @@ def assert_same_answers(
 
 
 @pytest.mark.parametrize("shuffle", ["pre", "post"])
-def test_a_hybrid_answers_the_same_apart(tmp_path: Path, picture: Path, shuffle: str) -> None:
+def test_hybrid_in_an_isolated_process(tmp_path: Path, picture: Path, shuffle: str) -> None:
     folder = write_teacher(tmp_path / "teacher")
     raw = json.loads((folder / "config.json").read_text())
     raw["embedding_config"]["pixel_shuffle_loc"] = shuffle
@@ -121,8 +121,8 @@ def test_a_hybrid_answers_the_same_apart(tmp_path: Path, picture: Path, shuffle:
     assert_same_answers(product, hub, picture, tmp_path, tmp_path / "home", PICTURES)
 
 
-def test_from_the_hubs_cache_by_name(tmp_path: Path, picture: Path) -> None:
-    """As a repository: transformers then fetches the code file by file."""
+def test_hub_cache_by_name(tmp_path: Path, picture: Path) -> None:
+    """From the Hub's cache transformers loads the code file by file."""
     folder = write_teacher(tmp_path / "teacher")
     product, hub = hub_of(folder / "hovle.ckpt", tmp_path)
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -136,7 +136,7 @@ def test_from_the_hubs_cache_by_name(tmp_path: Path, picture: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["fast", "internlm2"])
-def test_a_language_model_answers_the_same_apart(tmp_path: Path, tokenizer: str) -> None:
+def test_language_model_in_an_isolated_process(tmp_path: Path, tokenizer: str) -> None:
     teacher = tmp_path / "teacher"
     if tokenizer == "fast":
         write(teacher, "Qwen3", {"head_dim": 16})
@@ -148,7 +148,7 @@ def test_a_language_model_answers_the_same_apart(tmp_path: Path, tokenizer: str)
 
 
 def write_internlm2(folder: Path) -> None:
-    """A random InternLM2 with the SentencePiece tokenizer of the tests."""
+    """Write a random InternLM2 with the tests' SentencePiece tokenizer."""
     from safetensors.torch import save_file
     from small_checkpoint import SMALL_MODEL
 
@@ -180,8 +180,8 @@ def write_internlm2(folder: Path) -> None:
 
 
 @torch.no_grad()
-def test_golden_logits_apart(golden_case: Path, tmp_path: Path) -> None:
-    """A published model as a hub export, without a tokenizer, against the reference's logits."""
+def test_golden_logits_in_an_isolated_process(golden_case: Path, tmp_path: Path) -> None:
+    """A hub export of a published model without a tokenizer gives the golden logits."""
     folder = write_released(tmp_path / "in", golden_case, "hybrid")
     mmmamba("export", "--model", folder, "--format", "hub", "--out", tmp_path / "hub")
     program = """
@@ -200,7 +200,7 @@ save_file({"logits": logits}, sys.argv[3])
 """
     (tmp_path / "home").mkdir()
     out, golden_file = tmp_path / "out.safetensors", golden_case / "golden.safetensors"
-    run_apart(program, tmp_path / "hub", golden_file, out, home=tmp_path / "home")
+    run_isolated(program, tmp_path / "hub", golden_file, out, home=tmp_path / "home")
     logits, golden = load_file(out)["logits"], load_file(golden_file)
     expected = golden["stage3.hybrid.logits"]
     assert (logits - expected).norm() <= 1e-4 * expected.norm()
@@ -211,8 +211,8 @@ save_file({"logits": logits}, sys.argv[3])
     )
 
 
-def test_it_is_a_checkpoint_of_ours_too(tmp_path: Path) -> None:
-    """Loaded here our code reads it, unasked; what is made of it promises no code."""
+def test_a_hub_export_is_a_native_checkpoint(tmp_path: Path) -> None:
+    """mmmamba loads the export with its own code; products made from it reference no code."""
     folder = write_teacher(tmp_path / "teacher")
     product, hub = hub_of(folder / "hovle.ckpt", tmp_path)
     assert open_checkpoint(hub).source.content_hash() == (
@@ -231,7 +231,7 @@ def test_it_is_a_checkpoint_of_ours_too(tmp_path: Path) -> None:
     assert not list((tmp_path / "again/products/imported").glob("*.py"))
 
 
-def test_the_bundle_is_whole_and_asks_for_little() -> None:
+def test_bundled_files_and_their_imports() -> None:
     files = bundle_files()
     asked = set()
     for name, text in files.items():
@@ -326,7 +326,7 @@ print(importlib.import_module(sys.argv[2]).run())
 
 
 def test_merged_modules_compute_the_same(tmp_path: Path) -> None:
-    """Names that modules share, hide, alias and import late, under one roof."""
+    """Modules with shared, shadowed, aliased and late-imported names in one file."""
     package = tmp_path / "source/mmmamba_cli"
     for name, text in MERGED.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
@@ -373,10 +373,8 @@ for name, text in bundle_files(["mmmamba_cli.model.modeling"]).items():
 
 
 @pytest.mark.parametrize("line", ["import triton", "    from einops import rearrange"])
-def test_code_that_asks_for_more_is_our_bug(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
-) -> None:
-    """Anywhere, since transformers looks for imports in functions too."""
+def test_disallowed_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """Imports anywhere: transformers checks those in functions too."""
     (tmp_path / "odd_module.py").write_text(f"def run():\n    pass\n{line}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match=r"odd_module imports .*, which exported code may not"):

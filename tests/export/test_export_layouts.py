@@ -1,4 +1,4 @@
-"""Written out in the published layouts: the same names, the same bits, and nothing left behind."""
+"""Exports in the published layouts: names, dtypes and bits, and unsupported features."""
 
 from __future__ import annotations
 
@@ -25,28 +25,26 @@ from mmmamba_cli.runs import open_processor
 
 
 def mmmamba(*words: object) -> Any:
-    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    """Run the command line; a MmmambaError is raised."""
     return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
 
 
 def export(source: Path, form: str, target: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """The tensors of an export."""
+    """Export and return the tensors."""
     export_checkpoint(open_checkpoint(source), form, target, **options)
     return load_file(target / "model.safetensors")
 
 
 def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    """The same names, dtypes and bits."""
+    """Assert equal names, dtypes and bits."""
     assert set(one) == set(two)
     for name, tensor in two.items():
         assert one[name].dtype == tensor.dtype and torch.equal(one[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_published_model_comes_out_as_it_went_in(
-    golden_case: Path, tmp_path: Path, kind: str
-) -> None:
-    """By way of a product, too; what had the training code's names comes out fused."""
+def test_published_model_round_trip(golden_case: Path, tmp_path: Path, kind: str) -> None:
+    """Directly and through a product; unfused names of the training code are fused."""
     folder = write_released(tmp_path / "in", golden_case, kind)
     expected = released_tensors(golden_case, "linear" if kind == "training" else kind)
     assert_same(export(folder, "mmmamba-hf", tmp_path / "out"), expected)
@@ -61,10 +59,8 @@ def test_a_published_model_comes_out_as_it_went_in(
 
 
 @torch.no_grad()
-def test_our_student_in_the_published_layout_has_the_golden_logits(
-    golden_case: Path, tmp_path: Path
-) -> None:
-    """From a HoVLE's product: its config was never a published mmMamba's."""
+def test_golden_logits_of_an_exported_student(golden_case: Path, tmp_path: Path) -> None:
+    """From a product of a HoVLE, whose config is not a published mmMamba's."""
     kept = ",".join(map(str, kept_layers(golden_case, "hybrid")))
     folder = write_released(tmp_path / "in", golden_case, "linear")
     mmmamba("seed", golden_case, "--run", tmp_path / "run", "--dtype", "fp32", "--no-report")
@@ -88,10 +84,8 @@ def test_our_student_in_the_published_layout_has_the_golden_logits(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hovle_there_and_back_is_the_same_bits(
-    golden_case: Path, tmp_path: Path, dtype: torch.dtype
-) -> None:
-    """Through a seeded student with all its attention back: unused tensors and dtype, too."""
+def test_hovle_round_trip(golden_case: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Through a hybrid with attention in all layers; unused tensors and dtypes are kept."""
     source, word = tmp_path / "teacher", str(dtype).removeprefix("torch.")
     source.mkdir()
     shutil.copy(golden_case / "config.json", source)
@@ -112,7 +106,7 @@ def test_hovle_there_and_back_is_the_same_bits(
     assert changed <= {
         *("architectures", "auto_map", "torch_dtype", "embedding_config", "llm_config"),
         *("_name_or_path", "_commit_hash"),
-        "mmmamba",  # how far it was distilled
+        "mmmamba",  # provenance
     }
     assert open_checkpoint(tmp_path / "out").config.to_dict() == (
         open_checkpoint(source).config.to_dict()
@@ -120,7 +114,7 @@ def test_hovle_there_and_back_is_the_same_bits(
 
 
 def test_small_parameters_keep_their_dtype_unless_told(golden_case: Path, tmp_path: Path) -> None:
-    """A student in bf16 has its decays in fp32, and its export loses nothing of them."""
+    """The decays of a bf16 student are fp32 and stay fp32 in its export."""
     run = tmp_path / "run"
     mmmamba("seed", golden_case, "--run", run, "--no-report")
     found = export(run / "products/seed", "mmmamba-hf", tmp_path / "kept")
@@ -136,7 +130,7 @@ def test_small_parameters_keep_their_dtype_unless_told(golden_case: Path, tmp_pa
 def test_a_tied_head_is_written_as_it_was_kept(
     golden_case: Path, tmp_path: Path, written: bool
 ) -> None:
-    """One that was trained apart is written though the config ties it."""
+    """A head that differs from the tied table is written although the config ties it."""
     source = tmp_path / "teacher"
     source.mkdir()
     raw = json.loads((golden_case / "config.json").read_text())
@@ -151,7 +145,7 @@ def test_a_tied_head_is_written_as_it_was_kept(
     assert_same(export(tmp_path / "run/products/hybrid-5", "hovle", tmp_path / "out"), teacher)
 
 
-# What a format cannot hold.
+# Unsupported features.
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"d_skip": True}, "no D skip .mixer.d_skip"),
@@ -217,13 +211,13 @@ def test_hovle_names_the_first_linear_layer(golden_case: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("form", ["mmmamba-hf", "hovle"])
-def test_a_language_model_has_no_place(tmp_path: Path, form: str) -> None:
+def test_language_models_are_not_supported(tmp_path: Path, form: str) -> None:
     write(tmp_path / "llama", "Llama", {})
     with pytest.raises(CheckpointError, match=r"language model without vision.*--format hub"):
         export(tmp_path / "llama", form, tmp_path / "out")
 
 
-def test_unused_tensors_that_are_gone_are_named(tmp_path: Path) -> None:
+def test_missing_unused_tensors_are_named(tmp_path: Path) -> None:
     small_model("aaaa").save_pretrained(tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"lacks .*unused.class_embedding"):
         export(tmp_path / "model", "hovle", tmp_path / "out")
@@ -245,13 +239,13 @@ def test_configs_that_disagree_are_refused(golden_case: Path, tmp_path: Path) ->
         export(run / "products/seed", "mmmamba-hf", tmp_path / "out")
 
 
-# What lies beside the weights.
+# Sidecar files.
 
 
 @pytest.mark.parametrize("kept_config", [True, False])
 @pytest.mark.parametrize("form", ["mmmamba-hf", "hovle"])
 def test_the_tokenizer_reads_back_the_same(tmp_path: Path, form: str, kept_config: bool) -> None:
-    """Without the teacher's config, too: then ours says what there is to say."""
+    """With the teacher's config and without it, from the native one."""
     folder, run = write_teacher(tmp_path / "teacher"), tmp_path / "run"
     mmmamba("seed", folder / "hovle.ckpt", "--run", run, "--no-report")
     mmmamba("hybridize", "--attn-layers", "8" if form == "hovle" else "2", "--run", run)
@@ -296,8 +290,8 @@ def test_shards_and_index(golden_case: Path, tmp_path: Path, form: str) -> None:
     assert len(again.source.names) == found.tensors
 
 
-def test_no_code_of_strangers_is_promised(golden_case: Path, tmp_path: Path) -> None:
-    """Code named in a teacher's config is not copied; what is named instead is a repository's."""
+def test_code_references_of_the_teacher_are_dropped(golden_case: Path, tmp_path: Path) -> None:
+    """Code references of a teacher's config are replaced by the published repository's."""
     source = tmp_path / "teacher"
     source.mkdir()
     raw = json.loads((golden_case / "config.json").read_text())

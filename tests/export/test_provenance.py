@@ -1,4 +1,4 @@
-"""How far a model was distilled is the same behind every export and import."""
+"""Provenance survives every export and import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = tuple[list[str], bool | None]
 
 
 def mmmamba(*words: object) -> Any:
-    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    """Run the command line; a MmmambaError is raised."""
     return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
 
 
@@ -35,7 +35,7 @@ def state_of(source: Path, run: Path) -> State:
 
 
 def product_with(run: Path, stages: list[str], final: bool | None) -> Path:
-    """A seeded product whose manifest says that it has come so far."""
+    """A seeded product with these stages in its manifest."""
     mmmamba("seed", CASE, "--run", run, "--dtype", "fp32", "--no-report")
     file = run / "products/seed/manifest.json"
     raw = json.loads(file.read_text())
@@ -48,14 +48,14 @@ def product_with(run: Path, stages: list[str], final: bool | None) -> Path:
 @pytest.mark.parametrize(
     ("stages", "final"), [([], False), (["stage1"], False), (ALL, True), ([], None)]
 )
-def test_a_round_trip_keeps_the_state(
+def test_provenance_round_trip(
     tmp_path: Path, form: str, by: str, stages: list[str], final: bool | None
 ) -> None:
     run = product_with(tmp_path / "run", stages, final)
     source = run if by == "--run" else run / "products/seed"
     mmmamba("export", by, source, "--format", form, "--out", tmp_path / "out")
     assert state_of(tmp_path / "out", tmp_path / "b") == (stages, final)
-    # And once more, from what was imported into the other layout.
+    # The same from the import into the other layout.
     other = "hub" if form == "mmmamba-hf" else "mmmamba-hf"
     mmmamba("export", "--run", tmp_path / "b", "--format", other, "--out", tmp_path / "again")
     assert state_of(tmp_path / "again", tmp_path / "c") == (stages, final)
@@ -74,8 +74,8 @@ def test_a_published_model_stays_one(tmp_path: Path, form: str) -> None:
     assert "published as distilled end to end, which was not checked" in product["notes"][0]
 
 
-def test_an_export_of_an_earlier_version_is_not_known(tmp_path: Path) -> None:
-    """It has no field; its `auto_map` names the repository of the code."""
+def test_old_exports_have_unknown_provenance(tmp_path: Path) -> None:
+    """It has no provenance field; its `auto_map` names the code repository."""
     run = product_with(tmp_path / "run", [], False)
     mmmamba("export", "--run", run, "--format", "mmmamba-hf", "--out", tmp_path / "out")
     file = tmp_path / "out/config.json"
@@ -89,12 +89,12 @@ def test_an_export_of_an_earlier_version_is_not_known(tmp_path: Path) -> None:
     assert "how far it was distilled is not known" in said and "not distilled" not in said
 
 
-def test_a_state_of_the_training_code_is_not_known(tmp_path: Path) -> None:
+def test_training_states_have_unknown_provenance(tmp_path: Path) -> None:
     folder = write_released(tmp_path / "training", CASE, "training")
     assert state_of(folder, tmp_path / "run") == ([], None)
 
 
-def test_a_field_that_is_none_is_named(tmp_path: Path) -> None:
+def test_malformed_field(tmp_path: Path) -> None:
     folder = write_released(tmp_path / "published", CASE, "linear", mmmamba={"stages": "all"})
     with pytest.raises(CheckpointError, match=r"mmmamba of config.json is .*expected stages"):
         imported(folder, tmp_path / "run")
@@ -113,7 +113,7 @@ def test_a_model_of_attention_alone_round_trips_as_hovle(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("form", ["hub", "mmmamba-hf"])
-def test_what_is_made_of_an_export_does_not_carry_its_field(tmp_path: Path, form: str) -> None:
+def test_products_of_an_export_drop_its_field(tmp_path: Path, form: str) -> None:
     run = product_with(tmp_path / "run", ALL, True)
     mmmamba("export", "--run", run, "--format", form, "--out", tmp_path / "out")
     imported(tmp_path / "out", tmp_path / "b")

@@ -1,4 +1,4 @@
-"""Pictures that are cut, empty, enormous, animated, of odd modes, or something else."""
+"""Invalid images: truncated, empty, huge, animated, of rare modes, or other files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, data: bytes, *more: bytes) -> bytes:
-    """A PNG that says of itself what it is told to say."""
+    """A PNG with the given header fields."""
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(data))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + b"".join(more) + body + chunk(b"IEND", b"")
@@ -100,7 +100,7 @@ def odd_mode(rng: random.Random, done: list[str]) -> bytes:
 
 
 def without_range(rng: random.Random, done: list[str]) -> bytes:
-    """Values of any range, which no format says the black and white of."""
+    """Images with float or integer values of undefined range."""
     low, high = rng.choice(((0, 1), (0, 255), (-1, 1), (0, 65536), (5, 5), (-1e30, 1e30)))
     values = np.linspace(low, high, 35, dtype="f").reshape(5, 7)
     odd = rng.choice((None, None, np.nan, np.inf, -np.inf))
@@ -113,7 +113,7 @@ def without_range(rng: random.Random, done: list[str]) -> bytes:
 
 
 def turned_or_indexed(rng: random.Random, done: list[str]) -> bytes:
-    """EXIF that turns, palettes with transparency, frames of other sizes and modes."""
+    """EXIF rotation, palettes with transparency, frames of different sizes and modes."""
     way = rng.randrange(3)
     done.append(("turned", "indexed", "mixed frames")[way])
     if way == 0:

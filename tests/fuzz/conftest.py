@@ -1,4 +1,4 @@
-"""Materials once a session, and a case for every test that takes one."""
+"""Session-wide materials, and the `case_of` fixture."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import typer.main
+from case import Case
 from materials import Materials
 from suite_tables import ScriptedModel
-from verdicts import Case
 
 from mmmamba_cli import runs
 from mmmamba_cli.cli import app as frame
@@ -26,7 +26,7 @@ def whole_command_line() -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
-    """Cases by the hundred: the command line is built once, and nothing waits for the disk."""
+    """Speed up hundreds of cases: build the command line once, and disable fsync."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frame, "command_line", functools.cache(whole_command_line))
         patch.setattr(os, "fsync", lambda descriptor: None)
@@ -40,13 +40,13 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
 
 @pytest.fixture
 def case_of(tmp_path: Path) -> Callable[[str, int], Case]:
-    """`case_of("pickle", 17)` is that case, in a folder of its own."""
+    """`case_of("pickle", 17)` creates that case in its own folder."""
     return lambda kind, number: Case(kind, number, tmp_path)
 
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any checkpoint that is named says yes to everything, after a look at the picture."""
+    """Replace every model by one that opens the picture and answers yes."""
     found = SimpleNamespace(name="student", origin="path")
     monkeypatch.setattr(runs, "resolve_path", lambda path: found)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""State dicts that would run code, lie about their size, or hold something else."""
+"""Malicious pickles: code, false sizes, wrong contents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 
 
 class Calls:
-    """Pickled, it asks the reader to call a function."""
+    """Unpickling calls a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
         self.plan = (function, arguments)
@@ -27,7 +27,7 @@ class Calls:
 
 
 def payloads(canary: Path) -> list[Any]:
-    """Objects that make the file `canary` when a careless reader loads them."""
+    """Objects that create the file `canary` when unpickled without checks."""
     import builtins
     import os
     import runpy
@@ -105,7 +105,7 @@ def _circle(rng: random.Random, state: State, canary: Path) -> Any:
 
 
 def bad_state(rng: random.Random, state: State, canary: Path, done: list[str]) -> bytes:
-    """The bytes of a file, saved as torch does or as a bare pickle."""
+    """The bytes of a malicious file, in torch's format or as a bare pickle."""
     make = rng.choice((_with_payload, _with_payload, _of_wrong_types, _of_wrong_types, _circle))
     value = make(rng, state, canary)
     new = rng.random() < 0.7
@@ -119,7 +119,7 @@ def bad_state(rng: random.Random, state: State, canary: Path, done: list[str]) -
 
 
 def lying_zip(rng: random.Random, good: bytes, done: list[str]) -> bytes:
-    """A zip whose entries are packed, lacking, doubled, or called what they should not be."""
+    """A zip with compressed, missing, duplicate or misnamed entries."""
     kind = rng.choice(("packed", "bomb", "lacks", "twice", "outside", "sizes", "empty", "other"))
     done.append(f"zip {kind}")
     if kind == "sizes":

@@ -1,4 +1,4 @@
-"""Small models to spoil: a teacher, a language model, a run of each, and what can be made of it."""
+"""Valid inputs to corrupt: a small teacher, a language model, their runs and products."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ INTERNLM2 = {**LLAMA, "model_type": "internlm2", "vocab_size": 535, "bias": Fals
 
 
 def tensors_of(table: list[TensorMapping]) -> dict[str, torch.Tensor]:
-    """Random tensors under the foreign names of a table."""
+    """Random tensors under the foreign names of a name map."""
     rng = torch.Generator().manual_seed(0)
     shapes = {name: shape for mapping in table for name, shape in mapping.foreign.items()}
     return {name: torch.randn(shape, generator=rng) / 6 for name, shape in shapes.items()}
 
 
 def write_teacher(folder: Path) -> Path:
-    """A HoVLE of three layers with its tokenizer."""
+    """Write a HoVLE of three layers with its tokenizer."""
     write_hovle(folder)
     (folder / "config.json").write_text(json.dumps(HOVLE))
     table = hovle.name_map(HOVLE, hovle.to_config(HOVLE))
@@ -82,7 +82,7 @@ def write_teacher(folder: Path) -> Path:
 
 
 def write_language_model(folder: Path, raw: dict[str, Any]) -> Path:
-    """A language model of two layers with a tokenizer."""
+    """Write a language model of two layers with a tokenizer."""
     folder.mkdir()
     table = llama_family.name_map(raw, llama_family.to_config(raw))
     save_file(tensors_of(table), folder / "model.safetensors", {"format": "pt"})
@@ -95,7 +95,7 @@ def write_language_model(folder: Path, raw: dict[str, Any]) -> Path:
 
 
 def mmmamba(*words: object) -> None:
-    """A command that must succeed; what it prints is nobody's business."""
+    """Run a command that must succeed."""
     before, sys.argv = sys.argv, ["mmmamba", *map(str, words)]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -107,7 +107,7 @@ def mmmamba(*words: object) -> None:
 
 
 class Materials:
-    """Folders by name; nobody may change them."""
+    """Read-only folders by name."""
 
     def __init__(self, home: Path):
         self.hovle = write_teacher(home / "hovle")

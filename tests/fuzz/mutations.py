@@ -1,4 +1,4 @@
-"""Changes to bytes and to trees of JSON, drawn from a `random.Random`."""
+"""Random mutations of bytes and JSON trees."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 Path = tuple[Any, ...]
 
 HUGE = (2**31, 2**63 - 1, 2**64, 10**9, 10**30, 10**6)
-# Values that some field somewhere cannot take; whole numbers are the commonest mistake.
+# Values that are invalid for some field; integers are the most common mistake.
 JUNK: tuple[Any, ...] = (
     None,
     True,
@@ -50,7 +50,7 @@ JUNK: tuple[Any, ...] = (
 
 
 def deep(levels: int) -> Any:
-    """A list in a list in a list."""
+    """A deeply nested list."""
     node: Any = []
     for _ in range(levels):
         node = [node]
@@ -58,7 +58,7 @@ def deep(levels: int) -> Any:
 
 
 def places(tree: Any, at: Path = ()) -> list[Path]:
-    """Every place in a tree, the root first."""
+    """Paths of all nodes of a tree, the root first."""
     found = [at]
     if isinstance(tree, dict):
         for key, value in tree.items():
@@ -70,7 +70,7 @@ def places(tree: Any, at: Path = ()) -> list[Path]:
 
 
 def put(tree: Any, place: Path, value: Any) -> Any:
-    """`tree` with `value` at `place`."""
+    """A copy of `tree` with `value` at `place`."""
     if not place:
         return value
     node = tree
@@ -87,10 +87,10 @@ def get(tree: Any, place: Path) -> Any:
 
 
 def spoil_tree(rng: random.Random, tree: Any, done: list[str], only: Path = ()) -> Any:
-    """A copy of `tree` with one thing changed, in its part `only`; says in `done` what."""
+    """Change one node of a copy of `tree`, within `only`; the change is described in `done`."""
     tree = copy.deepcopy(tree)
     below = [place for place in places(get(tree, only), only) if place != only] or [only]
-    # Each level is as likely as any other, or the longest list would be all that is ever changed.
+    # Every level is equally likely; otherwise most changes would hit the longest list.
     depth = rng.choice(sorted({len(place) for place in below}))
     place = rng.choice([place for place in below if len(place) == depth])
     kind = rng.choice(("junk", "junk", "junk", "drop", "wrap", "swap", "rename", "deep"))
@@ -117,7 +117,7 @@ def spoil_tree(rng: random.Random, tree: Any, done: list[str], only: Path = ()) 
 
 
 def spoil_json(rng: random.Random, tree: Any, done: list[str], only: Path = ()) -> bytes:
-    """JSON text of a spoiled tree, or spoiled text of a good one."""
+    """JSON of a mutated tree, or mutated JSON text."""
     if rng.random() < 0.85:
         for _ in range(rng.choice((1, 1, 1, 2))):
             tree = spoil_tree(rng, tree, done, only if get_or_none(tree, only) else ())
@@ -176,7 +176,7 @@ TEXTS: tuple[Callable[[random.Random, str, list[str]], bytes], ...] = (
 
 
 def spoil_bytes(rng: random.Random, content: bytes, done: list[str], near: int = 0) -> bytes:
-    """Bits flipped, bytes set, cut off, cut out, put in or repeated; often within `near` bytes."""
+    """Flip bits; set, truncate, cut, insert or repeat bytes, often within the first `near`."""
     for _ in range(rng.choice((1, 1, 2, 4))):
         size = len(content)
         at = rng.randrange(min(near, size) if near and size and rng.random() < 0.7 else size or 1)
@@ -207,7 +207,7 @@ def spoil_bytes(rng: random.Random, content: bytes, done: list[str], near: int =
 
 
 def same_json(rng: random.Random, tree: Any, done: list[str]) -> bytes:
-    """The same value, written otherwise: other order, other space, escapes."""
+    """The same value with another key order, whitespace and escapes."""
     done.append("written otherwise")
 
     def shuffled(node: Any) -> Any:

@@ -1,8 +1,7 @@
-"""What a case may not do: write outside its folder, start anything, run its input, never end.
+"""Sandbox of a case: no writes outside its folder, no processes, limited time and memory.
 
-Python tells an audit hook of every file that is opened, renamed or removed and every process that
-is started, whoever does it; a hook cannot be taken away again, so there is one, and it sleeps
-between cases.
+A Python audit hook sees every file operation and every started process. A hook cannot be removed,
+so there is a single one, inactive between cases.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# What one case may take at most. The memory is beyond what the process has when it begins.
+# Limits of a case; memory is counted from the start of the case.
 SECONDS = 8.0
 ADDRESS_SPACE = 3 << 30
 RESIDENT = 300 << 20
@@ -40,11 +39,11 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Forbidden(BaseException):
-    """A case did what none may; no `except Exception` on the way can hide it."""
+    """A case violated the sandbox; a `BaseException`, so that `except Exception` cannot hide it."""
 
 
-class _Watch:
-    """The one hook. `home` is the folder of the running case, None between cases."""
+class _AuditHook:
+    """The audit hook. `home` is the folder of the running case, None between cases."""
 
     def __init__(self) -> None:
         self.home: str | None = None
@@ -75,22 +74,22 @@ class _Watch:
         name = os.fsdecode(path)
         if isinstance(folder, int) and folder > 2 and not name.startswith("/"):
             name = str(Path(f"/proc/self/fd/{folder}").readlink() / name)
-        # The last part of a name may be a link, which is itself what is written.
+        # The last part may be a link, which is the file that is written.
         real = str(Path(os.path.realpath(Path(name).parent), Path(name).name))
         inside = real == self.home or real.startswith(f"{self.home}/") or real == "/dev/null"
         return None if inside else f"writes {real}, outside, by"
 
 
-_WATCH: list[_Watch] = []
+_HOOK: list[_AuditHook] = []
 
 
 @contextmanager
-def watched(home: Path) -> Iterator[None]:
-    """Let the block do only what a case may, with `home` and its folder `tmp` to write in."""
-    if not _WATCH:
-        _WATCH.append(_Watch())
-        sys.addaudithook(_WATCH[0])
-    watch, before = _WATCH[0], (tempfile.tempdir, sys.dont_write_bytecode, Path.cwd())
+def sandboxed(home: Path) -> Iterator[None]:
+    """Run the block in the sandbox; it may write in `home` and its folder `tmp`."""
+    if not _HOOK:
+        _HOOK.append(_AuditHook())
+        sys.addaudithook(_HOOK[0])
+    watch, before = _HOOK[0], (tempfile.tempdir, sys.dont_write_bytecode, Path.cwd())
     tempfile.tempdir, sys.dont_write_bytecode = str(home / "tmp"), True
     os.chdir(home)
     watch.seen = []
@@ -109,7 +108,7 @@ def watched(home: Path) -> Iterator[None]:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Time and memory; what needs more is ended here rather than by the machine."""
+    """Limit time and memory of the block."""
 
     def ring(*_: Any) -> None:
         raise Forbidden(f"not done after {SECONDS} s")
@@ -132,7 +131,7 @@ def _bounded() -> Iterator[None]:
 
 
 def _reset_peak() -> None:
-    # The peak starts again from what is resident now.
+    # Resets the peak to the resident size.
     Path("/proc/self/clear_refs").write_text("5")
 
 

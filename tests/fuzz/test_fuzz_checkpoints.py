@@ -1,4 +1,4 @@
-"""Spoiled weights: safetensors, PyTorch's files, indexes of shards, GGUF."""
+"""Corrupted weights: safetensors, PyTorch files, shard indexes, GGUF."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from case import Case, numbers, outcome
 from hostile_pickles import bad_state, lying_zip
 from materials import Materials
 from mutations import JUNK, spoil_bytes, spoil_json
 from safetensors.torch import load_file, save_file
-from verdicts import Case, numbers, outcome
 
 from mmmamba_cli.runs import Run
 
@@ -45,7 +45,7 @@ SHARDS = (
 
 
 def seeded(case: Case, checkpoint: Path, name: str = "run") -> str | None:
-    """The hash of the student, or None where the checkpoint was refused."""
+    """Hash of the seeded student, or None if the checkpoint was refused."""
     run = case.home / name
     done = case.command("seed", checkpoint, "--run", run, "--no-report", "--json")
     if done.code:
@@ -57,7 +57,7 @@ def seeded(case: Case, checkpoint: Path, name: str = "run") -> str | None:
 
 @pytest.fixture(scope="session")
 def expected(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the teacher gives when nothing is wrong with it."""
+    """Hash of the student of the uncorrupted teacher."""
     found = seeded(Case("control", 0, tmp_path_factory.mktemp("control")), materials.hovle)
     assert found is not None
     return found
@@ -73,7 +73,7 @@ def joined(header: bytes, data: bytes) -> bytes:
 
 
 def spoil_header(rng: random.Random, content: bytes, done: list[str]) -> bytes:
-    """One entry that lies: another place, size, dtype, shape or name."""
+    """Change one header entry: offset, size, dtype, shape or name."""
     header, data = split(content)
     names = [name for name in header if name != "__metadata__"]
     name, other = rng.sample(names, 2)
@@ -158,7 +158,7 @@ def test_pytorch_files(case_of: CaseOf, materials: Materials, number: int) -> No
 
 
 def write_shards(folder: Path, parts: int) -> dict[str, Any]:
-    """The one file of a folder as several, and their index."""
+    """Split the file of a folder into shards with an index."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names, weight_map = sorted(state), {}
@@ -193,7 +193,7 @@ def _gguf_field(key: str, value: bytes, kind: int) -> bytes:
 
 
 def gguf_bytes(rng: random.Random, done: list[str]) -> bytes:
-    """A head of a GGUF file, wrong somewhere."""
+    """A malformed GGUF header."""
     arch = rng.choice((b"llama", b"qwen2", b"mamba", b"", b"\xff\xfe", b"llama\x1b[2J"))
     kind = rng.choice(("counts", "string", "array", "version", "magic", "tensor", "cut"))
     done.append(f"gguf {kind} {arch!r}")
@@ -238,7 +238,7 @@ def test_gguf_without_its_packages(case_of: CaseOf) -> None:
 def test_the_same_weights(
     case_of: CaseOf, materials: Materials, expected: str, number: int
 ) -> None:
-    """Other shards, order, containers and prefixes, and files beside that nobody reads."""
+    """Other shards, order, file formats and prefixes, and unused files give the same weights."""
     case = case_of("same-weights", number)
     folder = case.copy(materials.hovle)
     file = folder / "model.safetensors"

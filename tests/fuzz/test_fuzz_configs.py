@@ -1,4 +1,4 @@
-"""Spoiled configs of every kind of model that is read."""
+"""Corrupted configs of every supported model type."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from case import Case, numbers, outcome
 from materials import Materials
 from mutations import same_json, spoil_json
-from verdicts import Case, numbers, outcome
 
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.runs import Run
@@ -18,7 +18,7 @@ CaseOf = Callable[[str, int], Case]
 
 
 def convert(case: Case, folder: Path) -> str | None:
-    """What is usually done with such a folder; its hash, or None where it was refused."""
+    """Seed or import the folder; the product's hash, or None if it was refused."""
     run, out = case.home / "run", case.home / "out"
     kind = case.kind.split("-")[0]
     words: dict[str, tuple[object, ...]] = {
@@ -65,7 +65,7 @@ def test_spoiled_kin(case_of: CaseOf, materials: Materials, kind: str, number: i
 @pytest.mark.parametrize("number", numbers(3))
 @pytest.mark.parametrize("kind", ["hovle", "own", "released", "llama", "qwen2", "internlm2"])
 def test_the_same(case_of: CaseOf, materials: Materials, kind: str, number: int) -> None:
-    """What does not matter changes nothing: order, space, files and keys that nobody reads."""
+    """Key order, whitespace, unused files and unused keys change nothing."""
     case = case_of(f"{kind}-same", number)
     folder = case.copy(source_of(materials, kind))
     expected = convert(case, folder)

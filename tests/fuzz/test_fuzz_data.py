@@ -1,4 +1,4 @@
-"""Spoiled pictures, conversations, meta files and shards, through `mmmamba data check`."""
+"""Corrupted pictures, conversations, meta files and shards in `mmmamba data check`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from bad_images import KINDS, encoded, gradient
+from case import PYTHON, Case, numbers, outcome
 from materials import Materials
 from mutations import JUNK, same_json, spoil_bytes, spoil_json, spoil_tree
-from verdicts import PYTHON, Case, numbers, outcome
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import image_size, open_image
@@ -50,7 +50,7 @@ SAMPLES: list[dict[str, Any]] = [
 
 
 def check(case: Case, materials: Materials, source: object, *more: object) -> dict[str, Any]:
-    """The report; a problem of a sample is a sentence too."""
+    """The report of `data check`; every problem must be a readable sentence."""
     words = ("--model", materials.hovle, "--max-bad-share", 1, "--image-root", case.home / "images")
     done = case.command("data", "check", source, *words, "--json", *more)
     if done.code:
@@ -85,7 +85,7 @@ def test_pictures(case_of: CaseOf, images: Path, materials: Materials, number: i
 
 @pytest.mark.parametrize("number", numbers(42))
 def test_pictures_alone(case_of: CaseOf, number: int) -> None:
-    """As `eval` opens them, out of a table: from bytes."""
+    """Pictures opened from bytes, as `eval` does from a table."""
     case = case_of("picture-bytes", number)
     content = KINDS[number % len(KINDS)](case.rng, case.done)
     size = case.call(lambda: image_size(content, label="the picture of row 3"), DataError)
@@ -228,7 +228,7 @@ KINDS_OF_MEMBER = (
 def test_members_of_shards(
     case_of: CaseOf, images: Path, materials: Materials, number: int
 ) -> None:
-    """Members of all names and kinds, some of them links out of the shard."""
+    """Tar members of all names and types, including links out of the shard."""
     case = case_of("member", number)
     picture = (images / "good.png").read_bytes()
     sample = {key: value for key, value in SAMPLES[0].items() if key != "image"}
@@ -279,7 +279,7 @@ PARTS: tuple[Any, ...] = (
 
 
 def spoil_list(rng: random.Random, done: list[str]) -> bytes:
-    """A JSON list of conversations, some in parts, with something odd in it."""
+    """A JSON list of conversations with one mutation."""
     samples: list[Any] = copy.deepcopy(SAMPLES)
     parts = [rng.choice(PARTS) for _ in range(rng.choice((0, 1, 3)))]
     done.append(f"parts {parts!r:.80}")

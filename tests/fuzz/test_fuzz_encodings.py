@@ -1,4 +1,4 @@
-"""Names in any script, on streams in any encoding: escaped where they must be, JSON always JSON."""
+"""File names in any script on streams of any encoding: escaped if necessary, JSON stays valid."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable
 
 import pytest
+from case import Case, numbers, outcome
 from materials import Materials
-from verdicts import Case, numbers, outcome
 
 CaseOf = Callable[[str, int], Case]
 ENCODINGS = (
@@ -23,8 +23,8 @@ ENCODINGS = (
     "utf-16",
     "utf-8",
 )
-# Latin, Greek, Cyrillic, Hebrew, Arabic, Devanagari, Thai, Chinese, Korean, signs, emoji, marks
-# that join, spaces that are none; no separators of paths or lines.
+# Latin, Greek, Cyrillic, Hebrew, Arabic, Devanagari, Thai, Chinese, Korean, symbols, emoji,
+# combining marks, unusual spaces; no path or line separators.
 RANGES = (
     (0x61, 0x7A),
     (0xC0, 0x17F),
@@ -45,7 +45,7 @@ RANGES = (
 
 
 def name(case: Case) -> str:
-    """A name of a few letters of several scripts, which a file system takes."""
+    """A valid file name with letters of several scripts."""
     letters = (chr(case.rng.randint(*case.rng.choice(RANGES))) for _ in range(12))
     found = "n" + "".join(letters)
     case.done.append(f"name {found!a}")
@@ -78,7 +78,7 @@ def test_names(case_of: CaseOf, materials: Materials, number: int) -> None:
 def test_pictures_that_are_not_there(case_of: CaseOf, materials: Materials, number: int) -> None:
     case = case_of("encoding-data", number)
     encoding = ENCODINGS[number % len(ENCODINGS)]
-    # A lone half of a letter has no UTF-8 and cannot stand in a file.
+    # A lone surrogate cannot be encoded as UTF-8.
     called = name(case).encode("utf-8", "replace").decode()
     turns = [{"from": "human", "value": f"<image>\n{called}"}, {"from": "gpt", "value": called}]
     file = case.home / "data.jsonl"

@@ -1,4 +1,4 @@
-"""Spoiled recipes: what YAML can do to its readers, and what people mistype."""
+"""Corrupted recipes: YAML pitfalls and typing mistakes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from case import Case, numbers, outcome
 from mutations import spoil_bytes, spoil_tree
-from verdicts import Case, numbers, outcome
 
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 
@@ -133,7 +133,7 @@ def test_spoiled(case_of: CaseOf, shipped: dict[str, str], number: int) -> None:
 
 @pytest.mark.parametrize("number", numbers(20))
 def test_set(case_of: CaseOf, number: int) -> None:
-    """What is laid over a recipe on the command line is read as strictly."""
+    """`--set` overrides are validated as strictly as recipes."""
     case = case_of("set", number)
     field = case.rng.choice(
         (

@@ -1,4 +1,4 @@
-"""What the drawn cases have found once, each under its name."""
+"""Regression tests for bugs that fuzzing found."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from case import Case, outcome
 from materials import Materials
 from mutations import put
 from suite_tables import pope_rows, write_tsv
 from test_fuzz_checkpoints import write_shards
 from test_fuzz_suites import answers, write_book
 from test_fuzz_tokenizers import use
-from verdicts import Case, outcome
 
 from mmmamba_cli.evaluate.vlmeval_table import split_cell
 from mmmamba_cli.runs import Run
 
 CaseOf = Callable[[str, int], Case]
-# Material, file, place in it, value there, and what the sentence names.
+# Material, file, path in it, value there, and words of the message.
 SPOILED: list[tuple[str, str, str, Any, str]] = [
     ("hovle", "config.json", "llm_config.rope_scaling.type", {"a": 1}, "rope_scaling"),
     ("hovle", "config.json", "llm_config.pad_token_id", "two", "pad_token_id"),
@@ -134,7 +134,7 @@ def test_a_tag_that_calls(case_of: CaseOf, value: str) -> None:
 
 
 def test_good_shards_outside_the_folder(case_of: CaseOf, materials: Materials) -> None:
-    """They are there and would fit, and are not read."""
+    """Shards outside the folder are refused even if they exist and fit."""
     case = case_of("outside-shards", 0)
     folder = case.copy(materials.hovle)
     index = write_shards(folder, 1)
@@ -153,7 +153,7 @@ def manifest_of(run: Path, product: str) -> tuple[Path, dict[str, Any]]:
 
 
 def test_a_product_made_of_itself(case_of: CaseOf, materials: Materials) -> None:
-    """`hybridize` twice: the second product would have replaced its own parent."""
+    """`hybridize` twice: the second product would replace its parent."""
     case = case_of("itself", 0)
     run = case.copy(materials.run, "run")
     words = ("hybridize", "--run", run, "--attn-layers", 1, "--overwrite")
@@ -186,7 +186,7 @@ def test_a_parent_without_a_role(case_of: CaseOf, materials: Materials) -> None:
 def test_a_product_that_is_called_otherwise(
     case_of: CaseOf, materials: Materials, name: str
 ) -> None:
-    """The name in a manifest led out of the run, to be read and written there."""
+    """The name in a manifest pointed to a folder outside the run."""
     case = case_of("called", 0)
     run = case.copy(materials.run, "run")
     case.copy(materials.own, "elsewhere")
@@ -262,7 +262,7 @@ def test_an_answer_nested_without_end(case_of: CaseOf) -> None:
 
 
 def test_a_good_picture_in_a_good_table(case_of: CaseOf, scripted: None) -> None:
-    """The control of the two above."""
+    """Control for the two tests above."""
     case = case_of("good", 0)
     rows = pope_rows()
     assert base64.b64decode(rows[0]["image"])

@@ -1,4 +1,4 @@
-"""Spoiled runs: run.json, manifests, products that are not what they say."""
+"""Corrupted runs: run.json, manifests, products."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case import Case, numbers, outcome
 from materials import Materials
 from mutations import same_json, spoil_json
-from verdicts import Case, numbers, outcome
 
 from mmmamba_cli.runs import Run
 
@@ -34,7 +34,7 @@ NAMES = (
 
 
 def commands(case: Case, run: Path) -> list[tuple[object, ...]]:
-    """What reads a run, from looking to making something new of it."""
+    """Commands that read a run."""
     return [
         ("status", "--run", run, "--json"),
         ("status", "--run", run),
@@ -44,7 +44,7 @@ def commands(case: Case, run: Path) -> list[tuple[object, ...]]:
 
 
 def use(case: Case, run: Path) -> None:
-    """Two of the commands; what one of them makes is whole."""
+    """Run two of the commands; a product they write must be complete."""
     looking, making = case.rng.randrange(2), 2 + case.rng.randrange(2)
     for place in (looking, making):
         done = case.command(*commands(case, run)[place])
@@ -92,7 +92,7 @@ def test_manifests(case_of: CaseOf, materials: Materials, number: int) -> None:
 
 @pytest.mark.parametrize("number", numbers(12))
 def test_lineages(case_of: CaseOf, materials: Materials, number: int) -> None:
-    """Products whose parents are gone, themselves, each other, or of another hash."""
+    """Products with missing, cyclic or changed parents."""
     case = case_of("lineage", number)
     run = case.copy(materials.run, "run")
     files = {name: run / f"products/{name}/manifest.json" for name in ("seed", "hybrid-1")}
@@ -120,13 +120,13 @@ def test_lineages(case_of: CaseOf, materials: Materials, number: int) -> None:
         files[name].write_text(json.dumps(manifest))
     for words in commands(case, run)[1 + number // 6 % 2 :: 2]:
         case.command(*words)
-    # Layer 0 turns linear again: its mixer is an ancestor's.
+    # Layer 0 becomes linear again with an ancestor's mixer.
     case.command("hybridize", "--run", run, "--layers", "1", "--json")
 
 
 @pytest.mark.parametrize("number", numbers(10))
 def test_imported(case_of: CaseOf, materials: Materials, number: int) -> None:
-    """A folder of ours whose manifest was changed, taken into another run."""
+    """A native folder with a changed manifest, imported into another run."""
     case = case_of("imported", number)
     folder = case.copy(materials.own)
     file = folder / "manifest.json"

@@ -1,4 +1,4 @@
-"""Spoiled training states: indexes and shards that would run code, lie, or are cut."""
+"""Corrupted training states: indexes and shards with code, false sizes, or truncated."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from case import Case, numbers
 from hostile_pickles import Calls, bad_state, payloads
 from mutations import spoil_bytes, spoil_json
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-from verdicts import Case, numbers
 
 from mmmamba_cli.distill.stage_attempt import DistillOptions, StageRequest, plan_stage
 from mmmamba_cli.distill.training_state import Progress, StateFolder, state_record
@@ -35,7 +35,7 @@ WORLD = World(torch.device("cpu"))
 
 
 def learning(seed: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
-    """Parameters and an optimiser of two small tensors."""
+    """Two small parameters and their optimiser."""
     rng = torch.Generator().manual_seed(seed)
     shapes = {"model.a.weight": (3, 4), "model.b.bias": (5,)}
     made = {n: torch.nn.Parameter(torch.randn(s, generator=rng)) for n, s in shapes.items()}
@@ -51,7 +51,7 @@ def learning(seed: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Opti
 
 @pytest.fixture(scope="session")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a stage with one good state."""
+    """A stage folder with one valid state."""
     states = StateFolder(tmp_path_factory.mktemp("states") / "stage1", WORLD)
     settings = {"stage": {"name": "stage1"}, "data": {"held_out": None}, "seed": 0, "parent": "x"}
     states.save(NAME, *learning(1), state_record(Progress(step=2), settings))
@@ -59,7 +59,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(case: Case, folder: Path) -> Any:
-    """Read the state; values of another state must not be mixed with those that were there."""
+    """Load the state; a refused state must not change any value."""
     parameters, optimiser = learning(2)
     states = StateFolder(folder, WORLD)
     return case.call(lambda: states.load(NAME, parameters, optimiser), MmmambaError)
@@ -106,7 +106,7 @@ def test_indexes_that_run_code(case_of: CaseOf, state: Path, number: int) -> Non
 
 
 def write_entry(folder: Path, content: bytes) -> None:
-    """Put `content` at the end of the shard, as the entry of every tensor."""
+    """Append `content` to the shard and make it the entry of every tensor."""
     shard, index = folder / NAME / SHARD, folder / NAME / INDEX
     good = pickle.loads(index.read_bytes())
     for entry in good.storage_data.values():
@@ -117,7 +117,7 @@ def write_entry(folder: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("number", numbers(30))
 def test_shards_that_run_code(case_of: CaseOf, state: Path, number: int) -> None:
-    """Whatever `torch.load` is given; and objects, which torch unpickles as they are."""
+    """Malicious tensor entries, and objects, which torch unpickles without checks."""
     case = case_of("state-shard", number)
     folder = case.copy(state)
     tensor = {"a": torch.randn(3, 4)}
@@ -259,7 +259,7 @@ def test_files_that_are_none(case_of: CaseOf, state: Path, what: str) -> None:
 
 @pytest.mark.parametrize("number", numbers(40))
 def test_records(case_of: CaseOf, state: Path, materials: Any, number: int) -> None:
-    """`state.json` and `attempt.json`, as they are read to decide what is to be done."""
+    """Corrupted `state.json` and `attempt.json`."""
     case = case_of("state-record", number)
     run = Run(case.copy(materials.run, "run"))
     folder = run.folder / "training/stage1"
@@ -279,6 +279,6 @@ def test_records(case_of: CaseOf, state: Path, materials: Any, number: int) -> N
 
 
 def test_calls_are_calls(tmp_path: Path) -> None:
-    """A careless reader would have run them: the canary sings where pickle is left alone."""
+    """Control: plain pickle runs the payloads and creates the canary."""
     pickle.loads(pickle.dumps(Calls(Path.touch, tmp_path / "canary")))
     assert (tmp_path / "canary").exists()

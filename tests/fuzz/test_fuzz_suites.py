@@ -1,4 +1,4 @@
-"""Spoiled tables of suites and files of answers, through `mmmamba eval`."""
+"""Corrupted suite tables and answer files in `mmmamba eval`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from bad_images import KINDS
+from case import Case, numbers, outcome
 from mutations import spoil_bytes, spoil_tree
 from suite_tables import pope_rows, write_tsv
-from verdicts import Case, numbers, outcome
 
 CaseOf = Callable[[str, int], Case]
 CELLS = (
@@ -45,7 +45,7 @@ CELLS = (
 
 
 def spoil_rows(rng: random.Random, rows: list[dict[str, Any]], done: list[str]) -> None:
-    """One cell, column or row that is not what it should be."""
+    """Change one cell, column or row."""
     kind = rng.choice(("cell", "cell", "cell", "column", "repeat", "picture", "drop"))
     at = rng.randrange(len(rows))
     key = rng.choice(list(rows[at]))
@@ -130,9 +130,9 @@ def write_separated(file: Path, rows: list[list[Any]]) -> None:
 
 
 def bend(rng: random.Random, rows: list[list[Any]], done: list[str]) -> str | None:
-    """Change the shape of a table, heading included; the row that must be named, None for none.
+    """Change the shape of a table or its heading; return the row the error must name, or None.
 
-    Each of these was once read as something else, without a word.
+    Older versions silently misread each of these.
     """
     at = rng.randrange(1, len(rows))
     kind = rng.choice(("cut", "more", "twice", "decimals", "blank", "order"))
@@ -175,7 +175,7 @@ def test_shapes_of_tables_of_answers(case_of: CaseOf, number: int) -> None:
     words = ("--suite", "pope", "--data", data, "--out", case.home / "out", "--json")
     done = case.command("eval", *words, "--predictions", file)
     if named is not None:
-        assert done.code == 2 and named in done.err, case.story(words)
+        assert done.code == 2 and named in done.err, case.reproduction(words)
         return
     (result,) = outcome(done)["results"]
     assert result["data"]["used"] == len(rows)
@@ -194,7 +194,7 @@ def write_book(file: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("number", numbers(6))
 def test_the_same(case_of: CaseOf, number: int) -> None:
-    """Other columns, order, endings of lines and kinds of file say the same."""
+    """Other columns, column order, line endings and file formats give the same table."""
     case = case_of("same-answers", number)
     rows = pope_rows()
     data, given = write_table(case, rows), answers(rows)

@@ -1,4 +1,4 @@
-"""Spoiled tokenizers, processors and what says where a generation ends."""
+"""Corrupted tokenizers, processors and generation configs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from case import Case, numbers, outcome
 from materials import Materials
 from mutations import same_json, spoil_bytes, spoil_json
-from verdicts import Case, numbers, outcome
 
 CaseOf = Callable[[str, int], Case]
 CODE = "from pathlib import Path\nPath({canary!r}).touch()\nclass Any: pass\n"
-# Which materials have which files, each read by what the command does with such a folder.
+# Files by material.
 FILES = {
     "hovle": ("tokenizer.model", "added_tokens.json", "tokenizer_config.json"),
     "internlm2": ("tokenizer.model", "tokenizer_config.json", "generation_config.json"),
@@ -29,7 +29,7 @@ FILES = {
 
 
 def use(case: Case, kind: str, folder: Path) -> str | None:
-    """The tokenizer in use: a run of the teacher, or an export of a product."""
+    """Use the tokenizer: seed the teacher, or export a product."""
     if kind == "own":
         words = ("export", "--model", folder, "--format", "hub", "--out", case.home / "out")
     else:
@@ -59,7 +59,7 @@ def test_spoiled(case_of: CaseOf, materials: Materials, kind: str, number: int) 
 @pytest.mark.parametrize("number", numbers(4))
 @pytest.mark.parametrize("kind", FILES)
 def test_code_beside_it(case_of: CaseOf, materials: Materials, kind: str, number: int) -> None:
-    """Code that a config asks for is not run, whether the folder is taken or refused."""
+    """Code referenced by a config is never run, whether the folder is accepted or refused."""
     case = case_of(f"{kind}-code", number)
     folder = case.copy(getattr(materials, kind))
     (folder / "evil.py").write_text(CODE.format(canary=str(case.canary)))
@@ -85,7 +85,7 @@ def test_the_same(case_of: CaseOf, materials: Materials, kind: str) -> None:
     folder = case.copy(getattr(materials, kind))
     for name in FILES[kind]:
         file = folder / name
-        # The order of a tokenizer.json's merges is their meaning; the keys of a table have none.
+        # The order of merges in tokenizer.json matters; the order of keys does not.
         if file.suffix == ".json" and file.is_file():
             file.write_bytes(same_json(case.rng, json.loads(file.read_text()), case.done))
     assert use(case, kind, folder) is not None

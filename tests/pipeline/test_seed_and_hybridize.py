@@ -1,4 +1,4 @@
-"""Seeding and hybridizing: every tensor where it belongs, and nothing half-written."""
+"""Seeding and hybridizing: weights, refusals, and atomic writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYERS = 5
 
 
 def mmmamba(*words: object) -> Any:
-    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    """Run the command line; a MmmambaError is raised."""
     return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
 
 
@@ -47,7 +47,7 @@ def mixer_of(state: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tens
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def test_seed_inherits_and_adds_just_the_new_parameters(hovle_folder: Path, tmp_path: Path) -> None:
+def test_seed_inherits_weights_and_adds_parameters(hovle_folder: Path, tmp_path: Path) -> None:
     seed(hovle_folder, tmp_path / "run")
     teacher, student = open_checkpoint(hovle_folder), weights(tmp_path / "run", "seed")
     new = {"A_log", "dt_bias", "dt_proj.weight", "g_proj.weight", "g_norm.weight"}
@@ -72,7 +72,7 @@ def test_mimic_initialisation_is_the_papers(hovle_folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("init", ["scratch", "inherit", "inherit+mimic"])
-def test_each_init_inherits_what_it_says(hovle_folder: Path, tmp_path: Path, init: str) -> None:
+def test_parameters_that_each_init_inherits(hovle_folder: Path, tmp_path: Path, init: str) -> None:
     seed(hovle_folder, tmp_path / "run", "--init", init)
     teacher = open_checkpoint(hovle_folder)
     state = weights(tmp_path / "run", "seed")
@@ -178,7 +178,7 @@ def test_ancestors_of_a_product(tmp_path: Path) -> None:
     assert first.derived_from is None and list(run.ancestors(first)) == []
     assert [found for _, found in run.ancestors(third)] == [second, first]
     assert unchanged_ancestors(run, third) == (first, second)
-    # Overwritten: what was made from it names the old content hash.
+    # Overwritten: its children record the old content hash.
     changed = write("b", "4", Parent("student", "a", "1"))
     assert list(run.ancestors(third)) == [
         (Parent("student", "b", "2"), changed),
@@ -275,7 +275,7 @@ def test_files_beside_a_product_stop_its_replacement(hovle_folder: Path, tmp_pat
 def test_a_product_hidden_by_a_killed_replacement(
     hovle_folder: Path, tmp_path: Path, where: str
 ) -> None:
-    """It is put back where the process is known to be dead, and named where it is not."""
+    """It is restored if its process is known to be dead, and named otherwise."""
     run = tmp_path / "run"
     seed(hovle_folder, run)
     machine = atomic._machine_id() if where == "here" else where
@@ -316,7 +316,7 @@ def test_interrupted_seed_leaves_nothing(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(hovle_folder: Path, tmp_path: Path, value: float) -> None:
+def test_nan_and_infinite_weights(hovle_folder: Path, tmp_path: Path, value: float) -> None:
     state = load_file(hovle_folder / "model.safetensors")
     state["language_model.model.layers.1.feed_forward.w2.weight"][3, 3] = value
     save_file(state, hovle_folder / "model.safetensors")
@@ -393,7 +393,7 @@ def test_tied_head_is_the_language_models_table(hovle_folder: Path) -> None:
     assert not torch.equal(model.model.text_embedding.weight, table)
 
 
-def test_the_name_table_gives_the_teacher_back(hovle_folder: Path, tmp_path: Path) -> None:
+def test_name_map_gives_the_teacher_back(hovle_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     seed(hovle_folder, run)
     mmmamba("hybridize", "--attn-layers", LAYERS, "--run", run)

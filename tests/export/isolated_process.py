@@ -1,4 +1,4 @@
-"""A Python process that has what an export asks for, and not this package."""
+"""A Python process with the dependencies of an export but without this package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-# Without `site` no .pth file is read, so that an editable installation is not found either; a
-# plain one lies among the others and is refused.
+# `-S` skips .pth files and so an editable installation; the import hook refuses a regular one.
 START = """
 import sys
 sys.path[:] = [p for p in sys.path if "site-packages" not in p and p] + {site!r}
@@ -29,15 +28,15 @@ else:
 """
 
 
-def run_apart(program: str, *words: object, home: Path) -> str:
-    """What `program` prints in such a process; `home` is an empty folder for its caches."""
+def run_isolated(program: str, *words: object, home: Path) -> str:
+    """Run `program` in the process and return its stdout; `home` is an empty cache folder."""
     paths = sysconfig.get_paths()
     site = list(dict.fromkeys([paths["purelib"], paths["platlib"]]))
     environment = {
         **os.environ,
         "HF_HOME": str(home / "hf"),
         "HF_HUB_OFFLINE": "1",
-        # As many as here, for the same sums.
+        # The same number of threads, for bit-identical sums.
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     environment.pop("PYTHONPATH", None)

@@ -1,4 +1,4 @@
-"""Checkpoints named by their place on the Hub: fetched through huggingface_hub, or one sentence."""
+"""Checkpoints named by Hub id: downloaded by huggingface_hub, or one clear error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmmamba_cli.errors import CheckpointError, MmmambaError
 
 
 def mmmamba(*words: object) -> Any:
-    """Run the command line; a MmmambaError is raised, as main() would see it."""
+    """Run the command line; a MmmambaError is raised."""
     return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
 
 
@@ -32,7 +32,7 @@ def no_files_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_hub_id_is_fetched_and_read(
+def test_a_hub_id_is_downloaded_and_read(
     golden_case: Path, no_files_here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -56,7 +56,7 @@ def test_a_hub_id_is_fetched_and_read(
     assert asked[-1][1]["revision"] == "v2"
 
 
-def test_pytorch_files_are_fetched_where_there_are_no_others(
+def test_pytorch_files_are_downloaded_without_safetensors(
     golden_case: Path, no_files_here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -88,7 +88,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 def hub_error(name: str, text: str = "Bearer hf_secret") -> Exception:
-    """An error of huggingface_hub as it is raised, without a response to build it from."""
+    """An error of huggingface_hub, built without an HTTP response."""
     from huggingface_hub import errors
 
     kind = getattr(errors, name)
@@ -107,7 +107,7 @@ def hub_error(name: str, text: str = "Bearer hf_secret") -> Exception:
         ("OfflineModeIsEnabled", "cannot be reached"),
     ],
 )
-def test_what_the_hub_refuses_is_one_sentence(
+def test_hub_errors(
     no_files_here: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
 ) -> None:
     refused(monkeypatch, hub_error(name))
@@ -117,8 +117,8 @@ def test_what_the_hub_refuses_is_one_sentence(
     assert not Path("run").exists()
 
 
-def test_offline_for_real_is_one_sentence(no_files_here: Path) -> None:
-    """huggingface_hub itself, told that there is no network."""
+def test_offline_mode_of_huggingface_hub(no_files_here: Path) -> None:
+    """huggingface_hub in offline mode."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(no_files_here / "hf")}
     done = subprocess.run(
         [sys.executable, "-m", "mmmamba_cli", "seed", "someone/model"],

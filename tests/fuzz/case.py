@@ -1,4 +1,4 @@
-"""One case: a folder of its own, a command in it, and what must be true of how it ended."""
+"""A fuzz case: its folder, a command run in the sandbox, and checks of the outcome."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from ended import Done
-from sandbox import watched
+from sandbox import sandboxed
 
 from mmmamba_cli.cli import main
 
-# MMMAMBA_FUZZ=10 draws ten times as many cases of every kind; the first are always the same ones.
+# MMMAMBA_FUZZ=10 runs ten times as many cases per kind; the first ones stay the same.
 TIMES = int(os.environ.get("MMMAMBA_FUZZ", "1"))
 LONGEST = 2500
-# Answers stay where `eval` was stopped, so that it goes on from there.
+# An interrupted `eval` keeps its answers to resume from.
 KEPT = re.compile(r"out(/student(/pope(/predictions-\w+\.jsonl)?)?)?$")
-# Lines on stderr that are no error: remarks, and progress where there is no terminal.
+# Lines on stderr that are not errors: remarks, and progress without a terminal.
 REMARK = re.compile(r"warning: .*|.+: \d+/\d+( \w+)?|loading .+")
-# What Python says to programmers; it helps nobody who typed a command.
+# Phrases of Python's own messages, which are not for users.
 PYTHON = re.compile(
     r"Traceback|<class '|object at 0x|'NoneType'|object has no attribute|not subscriptable|"
     r"unexpected keyword|positional argument|not supported between|is not iterable|"
@@ -35,24 +35,24 @@ PYTHON = re.compile(
 
 
 def numbers(count: int) -> range:
-    """Numbers of the cases of one kind."""
+    """Case numbers of one kind."""
     return range(count * TIMES)
 
 
 class Case:
-    """A case by its kind and number, which fix all that is random in it."""
+    """A case; its kind and number seed all randomness."""
 
     def __init__(self, kind: str, number: int, home: Path):
         self.kind, self.number, self.home = kind, number, home
         self.rng = random.Random(f"{kind} {number}")
-        # What was done to the input; shown where the case fails.
+        # Changes of the input, shown if the case fails.
         self.done: list[str] = []
         self.canary = home / "canary"
         self.last = Done(0, "", "")
         (home / "tmp").mkdir()
 
     def copy(self, source: Path, name: str = "input") -> Path:
-        """A copy of a file or folder to spoil."""
+        """Copy a file or folder into the case, to be corrupted."""
         target = self.home / name
         if source.is_dir():
             return shutil.copytree(source, target)
@@ -60,21 +60,21 @@ class Case:
         return Path(shutil.copyfile(source, target))
 
     def command(self, *words: object, encoding: str = "utf-8") -> Done:
-        """The command, watched, with streams of that encoding.
+        """Run the command in the sandbox with streams of that encoding.
 
-        Anything that leaves it but an exit code is a failure.
+        Any outcome other than an exit code is a failure.
         """
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="") for _ in "oe")
         before, state = sys.argv, self._state()
         sys.argv = ["mmmamba", *map(str, words)]
         code: Any = 0
         try:
-            with watched(self.home), redirect_stdout(out), redirect_stderr(err):
+            with sandboxed(self.home), redirect_stdout(out), redirect_stderr(err):
                 main()
         except SystemExit as ended:
             code = ended.code
         except BaseException as error:
-            error.add_note(self.story(words))
+            error.add_note(self.reproduction(words))
             raise
         finally:
             sys.argv = before
@@ -82,27 +82,27 @@ class Case:
         try:
             self._judge(done, state)
         except AssertionError as error:
-            error.add_note(f"{self.story(words)}\nstdout: {done.out}\nstderr: {done.err}")
+            error.add_note(f"{self.reproduction(words)}\nstdout: {done.out}\nstderr: {done.err}")
             raise
         return done
 
     def call(self, function: Callable[[], Any], allowed: type[Exception]) -> Any:
-        """A function of the library, watched; returns what it does, or the error it may raise."""
+        """Call a function in the sandbox; return its result, or the error if it is `allowed`."""
         found: Any
         try:
-            with watched(self.home):
+            with sandboxed(self.home):
                 found = function()
         except allowed as error:
             found = error
-            judge_sentence(str(error))
+            check_message(str(error))
         except BaseException as error:
-            error.add_note(self.story(()))
+            error.add_note(self.reproduction(()))
             raise
-        assert not self.canary.exists(), self.story(())
+        assert not self.canary.exists(), self.reproduction(())
         return found
 
-    def story(self, words: tuple[object, ...]) -> str:
-        """How to see this case again."""
+    def reproduction(self, words: tuple[object, ...]) -> str:
+        """How to reproduce this case."""
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
         return (
             f"case {self.kind}-{self.number}: {'; '.join(self.done) or 'nothing changed'}\n"
@@ -124,16 +124,16 @@ class Case:
         if done.code == 0:
             assert not errors, "an error and the exit code 0"
             return
-        # Of a recipe everything that is wrong is said, a line each.
+        # Recipe errors list all problems, one per line.
         many = bool(errors) and ".yaml: " in errors[0]
         assert len(errors) == 1 or many, f"{len(errors)} sentences"
         for sentence in errors:
-            judge_sentence(sentence)
+            check_message(sentence)
         changed = {name for name, _ in after.items() ^ before.items()}
         assert not {name for name in changed if not KEPT.match(name)}, f"changed: {changed}"
 
     def _state(self) -> dict[str, tuple[int, ...]]:
-        """Everything in the case's folder; a run's lock may come and go."""
+        """The contents of the case's folder, without a run's lock."""
         found = {}
         for folder, folders, files in os.walk(self.home):
             for name in (*folders, *files):
@@ -146,20 +146,20 @@ class Case:
 
 
 def written(stream: io.TextIOWrapper, encoding: str) -> str:
-    """What was written, every byte of it in the encoding."""
+    """Decode the output; every byte must be valid in the encoding."""
     stream.flush()
     buffer = stream.buffer
     assert isinstance(buffer, io.BytesIO)
     return buffer.getvalue().decode(encoding)
 
 
-def judge_sentence(text: str) -> None:
-    """One line for a person: neither endless, nor Python's, nor an order to the terminal."""
+def check_message(text: str) -> None:
+    """Assert one readable line: short, no Python internals, no terminal control codes."""
     assert 15 < len(text) <= LONGEST, f"a sentence of {len(text)} characters"
     assert not PYTHON.search(text), f"Python's words: {text}"
     assert text.isprintable(), f"signs that a terminal obeys: {text!r}"
 
 
 def outcome(done: Done) -> Any:
-    """What `--json` said."""
+    """Parse the output of `--json`."""
     return json.loads(done.out)

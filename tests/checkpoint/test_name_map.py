@@ -1,4 +1,4 @@
-"""State dicts saved from inside DDP, torch.compile and FSDP, and those of adapters."""
+"""Wrapper prefixes of DDP, torch.compile and FSDP in state dicts, and adapter weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FRONTS = (
 
 
 def write(folder: Path, state: dict[str, Tensor], kind: str) -> Path:
-    """One file, or two and an index; returns what is to be opened."""
+    """Write one file, or two and an index; return the path to open."""
     folder.mkdir(exist_ok=True)
     state = {name: tensor.clone() for name, tensor in state.items()}
     if kind == "safetensors":
@@ -75,7 +75,7 @@ def test_wrapped_layers_are_read(tmp_path: Path) -> None:
         assert sorted(source.names) == sorted(TENSORS)
 
 
-def test_what_torch_itself_saves(tmp_path: Path) -> None:
+def test_state_dicts_saved_by_torch_wrappers(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     names = sorted(model.state_dict())
     compiled = torch.compile(torch.nn.DataParallel(model))
@@ -126,13 +126,13 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("names", ADAPTERS.values(), ids=ADAPTERS.keys())
 @pytest.mark.parametrize("kind", ["safetensors", "pickle"])
-def test_adapters_are_refused_with_the_cure(tmp_path: Path, kind: str, names: list[str]) -> None:
+def test_adapters_are_refused_with_a_hint(tmp_path: Path, kind: str, names: list[str]) -> None:
     state = {name: torch.zeros(1) for name in names}
     with pytest.raises(CheckpointError, match=r"holds a peft adapter: .*merge_and_unload"):
         open_source(write(tmp_path / "x", state, kind))
 
 
-def test_an_adapters_folder_is_refused_with_the_cure(tmp_path: Path) -> None:
+def test_an_adapter_folder_is_refused_with_a_hint(tmp_path: Path) -> None:
     save_file({"base_model.model.a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"holds a peft adapter: .*merge_and_unload"):
