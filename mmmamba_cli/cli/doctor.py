@@ -18,7 +18,7 @@ from mmmamba_cli.cli.console import (
 from mmmamba_cli.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from mmmamba_cli.doctor import Device, Package, Report
+    from mmmamba_cli.doctor import DeviceInfo, DoctorReport, PackageInfo
 
 EXIT_UNFIT = 2
 
@@ -36,9 +36,9 @@ def command(
 
     Exit code 0 if everything needed works, else 2.
     """
-    from mmmamba_cli.doctor import examine
+    from mmmamba_cli.doctor import diagnose
 
-    report = examine(device, _print_status)
+    report = diagnose(device, _print_status)
     failures = list(report.failures)
     if as_json:
         print_json({"fit": not failures, "failures": failures, **_record(report)})
@@ -58,7 +58,7 @@ def _print_status(text: str) -> None:
     print_line(text, style="dim", to_stderr=True)
 
 
-def _record(report: Report) -> dict[str, object]:
+def _record(report: DoctorReport) -> dict[str, object]:
     """The report as JSON, with "nan" for NaN."""
     record = asdict(report)
     for op in record["ops"]:
@@ -67,7 +67,7 @@ def _record(report: Report) -> dict[str, object]:
     return record
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: DoctorReport) -> None:
     needed = [package for package in report.packages if package.extra is None]
     print_table(
         ("library", "version", "needed"),
@@ -106,7 +106,7 @@ def _print_report(report: Report) -> None:
             print_line(f"{check.name}: {check.said}")
 
 
-def _device_row(device: Device) -> tuple[str | None, ...]:
+def _device_row(device: DeviceInfo) -> tuple[str | None, ...]:
     from mmmamba_cli.inspection.text_plots import format_bytes
 
     bf16 = {None: None, True: "yes", False: "no"}[device.bf16]
@@ -114,7 +114,7 @@ def _device_row(device: Device) -> tuple[str | None, ...]:
     return device.name, device.description, memory, free, bf16
 
 
-def _print_extras(packages: tuple[Package, ...]) -> None:
+def _print_extras(packages: tuple[PackageInfo, ...]) -> None:
     from mmmamba_cli.doctor import PURPOSES, missing_extras
 
     missing = missing_extras(packages)

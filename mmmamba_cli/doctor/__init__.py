@@ -1,16 +1,20 @@
-"""Is this machine fit: versions, devices, every op checked against its reference."""
+"""The diagnosis of `mmmamba doctor`: versions, devices, and every op against its reference."""
 
-from mmmamba_cli.doctor.diagnosis import examine
+from mmmamba_cli.doctor.diagnosis import diagnose
 from mmmamba_cli.doctor.environment import PURPOSES, missing_extras
-from mmmamba_cli.doctor.report import Check, Device, OpCheck, Package, Report
+from mmmamba_cli.doctor.report import Check, DeviceInfo, DoctorReport, OpCheck, PackageInfo
+
+# The former name, kept for one release.
+examine = diagnose
 
 __all__ = [
     "PURPOSES",
     "Check",
-    "Device",
+    "DeviceInfo",
+    "DoctorReport",
     "OpCheck",
-    "Package",
-    "Report",
+    "PackageInfo",
+    "diagnose",
     "examine",
     "missing_extras",
 ]

@@ -1,4 +1,4 @@
-"""One examination, from the cheapest to the dearest; what cannot be imported ends it early."""
+"""The diagnosis: cheap checks first; it ends early if torch or the model cannot be imported."""
 
 from __future__ import annotations
 
@@ -6,53 +6,64 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmmamba_cli.doctor.environment import cpu, devices, packages
-from mmmamba_cli.doctor.known_issues import DRIVER, Facts, examine_versions, known_problems
+from mmmamba_cli.doctor.known_issues import DRIVER, SystemFacts, check_known_issues, check_versions
 from mmmamba_cli.doctor.library_checks import check_resizing, check_tokenizer
-from mmmamba_cli.doctor.report import FAILED, OK, Check, Device, OpCheck, Package, Report
+from mmmamba_cli.doctor.report import (
+    FAILED,
+    OK,
+    Check,
+    DeviceInfo,
+    DoctorReport,
+    OpCheck,
+    PackageInfo,
+)
 
-Say = Callable[[str], object]
+Progress = Callable[[str], object]
 
 
-def examine(device: str | None = None, say: Say = lambda text: None) -> Report:
-    """Look over this machine, and check all ops on `device` (CUDA where there is one, if None).
+def diagnose(device: str | None = None, progress: Progress = lambda text: None) -> DoctorReport:
+    """Check versions, devices and libraries, and all ops on `device` (CUDA if available, if None).
 
-    Raises `CheckpointError` for a device that is not there. Whatever is broken is in the report.
+    `progress` is called with a line of text before slow checks. Problems are in the report.
+
+    Raises:
+        MmmambaError: a device that does not exist.
     """
     found = packages()
-    refused = _import_problem()
+    refused = _check_imports()
     if refused is not None:
-        checks = (*_versions(found, (cpu(),), "cpu"), refused)
-        return Report(found, (cpu(),), "cpu", checks, ())
+        checks = (*_check_versions(found, (cpu(),), "cpu"), refused)
+        return DoctorReport(found, (cpu(),), "cpu", checks, ())
     from mmmamba_cli.devices import pick_device
 
     chosen = pick_device(device)
     there = devices()
     checks = (
-        *_versions(found, there, str(chosen)),
+        *_check_versions(found, there, str(chosen)),
         Check("torch and transformers", OK, "can be imported"),
         check_tokenizer(),
         check_resizing(),
     )
-    say(f"checking ops on {chosen}")
-    checked = _ops(str(chosen), say)
-    return Report(found, there, str(chosen), (*checks, _scan(str(chosen))), checked)
+    progress(f"checking ops on {chosen}")
+    checked = _check_ops(str(chosen), progress)
+    return DoctorReport(found, there, str(chosen), (*checks, _check_scan(str(chosen))), checked)
 
 
-def _versions(
-    found: tuple[Package, ...], there: tuple[Device, ...], device: str
+def _check_versions(
+    found: tuple[PackageInfo, ...], there: tuple[DeviceInfo, ...], device: str
 ) -> tuple[Check, ...]:
-    facts = Facts(
+    facts = SystemFacts(
         versions={p.name: p.version for p in found if p.version is not None},
         devices=there,
         device=device,
         driver=Path(DRIVER).exists(),
         fast_fp32=_fast_fp32(),
     )
-    return (*examine_versions(facts), *known_problems(facts))
+    return (*check_versions(facts), *check_known_issues(facts))
 
 
-def _import_problem() -> Check | None:
-    """What hinders torch, transformers or our own model from being imported."""
+def _check_imports() -> Check | None:
+    """A failed check if torch, transformers or the model cannot be imported."""
     for name in ("torch", "transformers", "mmmamba_cli.model"):
         try:
             __import__(name)
@@ -65,7 +76,7 @@ def _import_problem() -> Check | None:
 
 
 def _fast_fp32() -> bool:
-    """Whether fp32 products are computed with fewer bits than they have."""
+    """Whether fp32 matmuls use TF32 or bf16."""
     try:
         import torch
 
@@ -74,17 +85,19 @@ def _fast_fp32() -> bool:
         return False
 
 
-def _ops(device: str, say: Say) -> tuple[OpCheck, ...]:
+def _check_ops(device: str, progress: Progress) -> tuple[OpCheck, ...]:
     import torch
 
     from mmmamba_cli.doctor.op_checks import check_ops
 
-    return tuple(check_ops(torch.device(device), (torch.float32, torch.bfloat16), say=say))
+    return tuple(
+        check_ops(torch.device(device), (torch.float32, torch.bfloat16), progress=progress)
+    )
 
 
-def _scan(device: str) -> Check:
+def _check_scan(device: str) -> Check:
     import torch
 
-    from mmmamba_cli.doctor.op_checks import check_choice
+    from mmmamba_cli.doctor.op_checks import check_scan_backend
 
-    return check_choice(torch.device(device))
+    return check_scan_backend(torch.device(device))

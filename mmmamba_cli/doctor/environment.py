@@ -1,4 +1,4 @@
-"""The machine: libraries and their versions, devices and their memory. Imports no torch itself."""
+"""Installed libraries, devices and memory. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmmamba_cli.doctor.report import Device, Package
+from mmmamba_cli.doctor.report import DeviceInfo, PackageInfo
 from mmmamba_cli.versions import REQUIREMENTS, installed_version
 
 EXTRAS = {
@@ -32,20 +32,22 @@ CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-def packages() -> tuple[Package, ...]:
-    """Python, what is needed, and what extras bring, installed or not."""
-    found = [Package("python", platform.python_version(), ">=3.11")]
-    found += [Package(name, installed_version(name), needs) for name, needs in REQUIREMENTS.items()]
+def packages() -> tuple[PackageInfo, ...]:
+    """Python, the required libraries and those of extras, installed or not."""
+    found = [PackageInfo("python", platform.python_version(), ">=3.11")]
     found += [
-        Package(name, installed_version(name), extra=extra)
+        PackageInfo(name, installed_version(name), needs) for name, needs in REQUIREMENTS.items()
+    ]
+    found += [
+        PackageInfo(name, installed_version(name), extra=extra)
         for extra, names in EXTRAS.items()
         for name in names
     ]
     return tuple(found)
 
 
-def missing_extras(found: tuple[Package, ...]) -> dict[str, tuple[str, ...]]:
-    """Extras of which something is not installed, and what that is."""
+def missing_extras(found: tuple[PackageInfo, ...]) -> dict[str, tuple[str, ...]]:
+    """{extra: names of its libraries that are not installed}, without complete extras."""
     missing: dict[str, tuple[str, ...]] = {}
     for package in found:
         if package.extra is not None and package.version is None:
@@ -53,15 +55,15 @@ def missing_extras(found: tuple[Package, ...]) -> dict[str, tuple[str, ...]]:
     return missing
 
 
-def devices() -> tuple[Device, ...]:
-    """The CPU, then what torch can use besides. Raises what importing torch raises."""
+def devices() -> tuple[DeviceInfo, ...]:
+    """The CPU, then the GPUs that torch can use. Propagates errors of importing torch."""
     import torch
 
     found = [cpu()]
     for index in range(torch.cuda.device_count()):
         free, memory = torch.cuda.mem_get_info(index)
         found.append(
-            Device(
+            DeviceInfo(
                 f"cuda:{index}",
                 str(torch.cuda.get_device_name(index)),
                 memory,
@@ -71,21 +73,21 @@ def devices() -> tuple[Device, ...]:
             )
         )
     if torch.backends.mps.is_available():
-        found.append(Device("mps", platform.machine()))
+        found.append(DeviceInfo("mps", platform.machine()))
     return tuple(found)
 
 
-def cpu() -> Device:
-    """This computer's processor, as its operating system describes it."""
-    lines = _table(CPUINFO)
-    # What a CPU can do is called flags by some of them, Features by others.
+def cpu() -> DeviceInfo:
+    """The CPU as the operating system describes it."""
+    lines = _name_values(CPUINFO)
+    # x86 lists "flags", Arm lists "Features".
     flags = set(lines.get("flags", lines.get("Features", "")).split())
     described = lines.get("model name") or platform.processor() or platform.machine()
     memory = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = _table(MEMINFO).get("MemAvailable", "").split()
-    return Device(
+    free = _name_values(MEMINFO).get("MemAvailable", "").split()
+    return DeviceInfo(
         "cpu",
         f"{described}, {cores()} cores",
         memory,
@@ -95,14 +97,14 @@ def cpu() -> Device:
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _table(file: Path) -> Mapping[str, str]:
-    """`name : value` lines, the first of each name; nothing where there is no such file."""
+def _name_values(file: Path) -> Mapping[str, str]:
+    """The `name : value` lines of a file, the first of each name; {} if it cannot be read."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-"""Pairs of versions and devices that are known to be bad, as facts that can be looked up."""
+"""Checks for required versions, and for known issues of versions and devices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mmmamba_cli.doctor.report import FAILED, OK, WARNING, Check, Device
+from mmmamba_cli.doctor.report import FAILED, OK, WARNING, Check, DeviceInfo
 from mmmamba_cli.versions import (
     KNOWN_INCOMPATIBILITIES,
     NEWEST_TESTED,
@@ -14,23 +14,29 @@ from mmmamba_cli.versions import (
     satisfies,
 )
 
-# Where its driver shows an NVIDIA GPU, whether or not torch can use it.
+# This file exists if the NVIDIA driver is loaded, whether or not torch can use it.
 DRIVER = "/proc/driver/nvidia/version"
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the rules look at. `versions` has only what is installed; `driver` is NVIDIA's."""
+class SystemFacts:
+    """Inputs of the checks.
+
+    versions: of installed libraries only.
+    device: the one that the ops are checked on.
+    driver: whether the NVIDIA driver is loaded.
+    fast_fp32: whether fp32 matmuls use TF32 or bf16.
+    """
 
     versions: Mapping[str, str]
-    devices: tuple[Device, ...]
+    devices: tuple[DeviceInfo, ...]
     device: str
     driver: bool = False
     fast_fp32: bool = False
 
 
-def examine_versions(facts: Facts) -> Iterator[Check]:
-    """What is needed and missing or of a wrong version; one line if all is well."""
+def check_versions(facts: SystemFacts) -> Iterator[Check]:
+    """One check per required library that is missing, wrong or untested; one check if none is."""
     broken = False
     for name, needs in REQUIREMENTS.items():
         found = facts.versions.get(name)
@@ -54,8 +60,8 @@ def examine_versions(facts: Facts) -> Iterator[Check]:
         yield Check("versions", OK, f"{len(REQUIREMENTS)} libraries as needed")
 
 
-def known_problems(facts: Facts) -> Iterator[Check]:
-    """Every known bad pair that this machine has."""
+def check_known_issues(facts: SystemFacts) -> Iterator[Check]:
+    """One check per known issue that applies to this machine."""
     majors = {d.capability[0] for d in facts.devices if d.capability}
     for pair in KNOWN_INCOMPATIBILITIES:
         on_device = pair.capability is None or pair.capability in majors

@@ -1,4 +1,4 @@
-"""Libraries whose results decide what a model reads: the tokenizer's, and the one for pictures."""
+"""Checks of the libraries that determine the inputs of a model: SentencePiece and Pillow."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from tempfile import TemporaryDirectory
 
 from mmmamba_cli.doctor.report import FAILED, OK, WARNING, Check
 
-# Sentences with what tokenizers stumble over: spaces, other scripts, a byte-fallback character.
+# Hard cases for tokenizers: spaces, CJK, accents, a character that needs byte fallback.
 SAMPLES = ("The quick brown fox, 42 dogs.", "  two  spaces", "你好，世界", "naïve café", "🙂 ok")
 CORPUS = ("the quick brown fox jumps over the lazy dog", "one two three four", "你好，世界")
-VOCABULARY = 350
-# A gradient resized by Pillow's bicubic filter, which is integer arithmetic: the same bytes on
-# every machine; seen with Pillow 10.4, 11.3, 12.0 and 13.0 on x86-64.
-RESIZED = "3a4b38ddd5991809"
-SIDE = 448
+VOCABULARY_SIZE = 350
+# SHA-256 of a gradient resized by Pillow's bicubic filter. The filter is integer arithmetic, so the
+# bytes are equal on every machine; observed with Pillow 10.4, 11.3, 12.0 and 13.0 on x86-64.
+RESIZED_DIGEST = "3a4b38ddd5991809"
+RESIZED_SIDE = 448
 
 
 def check_tokenizer() -> Check:
-    """A SentencePiece model trained here reads what it wrote, and our tokenizer gives its ids."""
+    """Train a small SentencePiece model; check its round trip, and our tokenizer against it."""
     try:
         import sentencepiece
     except ImportError as error:
@@ -29,7 +29,7 @@ def check_tokenizer() -> Check:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20),
         model_writer=model,
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY_SIZE,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
@@ -37,14 +37,14 @@ def check_tokenizer() -> Check:
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    said = _disagreement(model.getvalue())
-    if said is not None:
-        return Check("sentencepiece", FAILED, said, "reinstall sentencepiece and protobuf")
+    difference = _round_trip_difference(model.getvalue())
+    if difference is not None:
+        return Check("sentencepiece", FAILED, difference, "reinstall sentencepiece and protobuf")
     return Check("sentencepiece", OK, f"{len(SAMPLES)} texts come back as they were")
 
 
-def _disagreement(model: bytes) -> str | None:
-    """The first text that does not survive SentencePiece, or our tokenizer built on it."""
+def _round_trip_difference(model: bytes) -> str | None:
+    """How the first text changes in SentencePiece or in our tokenizer; None if none does."""
     from sentencepiece import SentencePieceProcessor
 
     from mmmamba_cli.processing import build_tokenizer
@@ -66,14 +66,14 @@ def _disagreement(model: bytes) -> str | None:
 
 
 def check_resizing() -> Check:
-    """Pictures are cut and resized to the same pixels as everywhere."""
+    """Resize a picture and compare its digest with the expected one."""
     try:
-        first, second = _resized(), _resized()
+        first, second = _resized_digest(), _resized_digest()
     except ImportError as error:
         return Check("pillow", FAILED, f"cannot be imported: {error}", "reinstall it")
     if first != second:
         return Check("pillow", FAILED, "resizes a picture differently each time", "reinstall it")
-    if first != RESIZED:
+    if first != RESIZED_DIGEST:
         return Check(
             "pillow",
             WARNING,
@@ -83,12 +83,12 @@ def check_resizing() -> Check:
     return Check("pillow", OK, "resizes to the pixels that are expected")
 
 
-def _resized() -> str:
+def _resized_digest() -> str:
     from PIL import Image
 
     red = Image.linear_gradient("L").resize((637, 411), Image.Resampling.NEAREST)
     green = Image.radial_gradient("L").resize((637, 411), Image.Resampling.NEAREST)
     picture = Image.merge("RGB", (red, green, red.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
     return hashlib.sha256(
-        picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
+        picture.resize((RESIZED_SIDE, RESIZED_SIDE), Image.Resampling.BICUBIC).tobytes()
     ).hexdigest()[:16]

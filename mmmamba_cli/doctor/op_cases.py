@@ -1,4 +1,4 @@
-"""Small random problems for every op: odd lengths, padding, packing, states going in.
+"""Small random test cases for every op: odd lengths, padding, packing, initial states.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, P head dim, Ch channels, W taps.
 """
@@ -19,83 +19,88 @@ from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
 from mmmamba_cli.ops.ssd.dispatch import LIMITS
 
-# Arguments by their names; of a convolution some others are no tensors, so that mypy wants Any.
+# Arguments by name. Any instead of Tensor, because mypy checks `**` against all parameters.
 Tensors = dict[str, Any]
-# Values and fixed arguments (masks, ids) of a case, and a backend's name, to the outputs.
+# (inputs, constants, backend) -> outputs.
 Call = Callable[[Tensors, Tensors, str], tuple[Tensor, ...]]
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 32
 CHANNELS, TAPS = 2 * DIM + 1, 4
-# What is called in decoding only, besides single steps.
-DECODING = frozenset({"likeliest", "project"})
-# Neither a multiple of 8 nor of a chunk; 1 is the step of a decoder, 131 wants two chunks.
+# Ops of decoding besides those named `_step`; ops of decoding need no gradients.
+DECODING_OPS = frozenset({"likeliest", "project"})
+# Prompt lengths: a single token, and no multiples of 8 or of a chunk; 131 needs two chunks.
 LENGTHS = (1, 37, 131)
 EPS = 1e-5
-NONE: frozenset[str] = frozenset()
-# Scans of other libraries, and those of them that have no gradients.
-FOREIGN = frozenset(LIMITS) - {"triton"}
+# Scan backends of other libraries, and those without gradients.
+LIBRARY_SCANS = frozenset(LIMITS) - {"triton"}
 FORWARD_ONLY = frozenset(name for name, limits in LIMITS.items() if not limits.gradients)
 
 
 @dataclass(frozen=True)
-class Case:
-    """`values` fp64 on the CPU, of which gradients are asked; `fixed` masks and ids.
+class OpCase:
+    """One test case of an op.
 
-    `small` are values that a model keeps in fp32 though it runs in bf16.
+    inputs: fp64 tensors on the CPU, whose gradients are compared.
+    constants: masks, ids and positions.
+    fp32_inputs: names of inputs that a bf16 model keeps in fp32.
     """
 
     name: str
     call: Call
-    values: Tensors
-    fixed: Tensors = field(default_factory=dict)
-    small: frozenset[str] = frozenset()
+    inputs: Tensors
+    constants: Tensors = field(default_factory=dict)
+    fp32_inputs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
-class Op:
-    """A public function: its backends, the one that is its reference, and cases for it.
+class OpSpec:
+    """A public op: its backends, the name of its reference backend, and its cases.
 
-    `trains` says that it must have gradients; one decoding step need not, nor need backends that
-    are `forward_only`. `optional` backends come with other libraries, and whoever calls the op does
-    without them where they are wrong.
+    needs_backward: whether backends must have gradients, except those in `forward_only`.
+    optional: backends of other libraries; `auto` skips them if they are wrong, so an error is only
+        a warning.
     """
 
     name: str
     backends: Mapping[str, Callable[..., Any]]
     reference: str
-    cases: tuple[Case, ...]
-    trains: bool = True
+    cases: tuple[OpCase, ...]
+    needs_backward: bool = True
     forward_only: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
 
 
-def all_ops() -> list[Op]:
-    """Every op that has backends, with cases if there are any here."""
-    makers: dict[str, tuple[str, Callable[[], list[Case]]]] = {
-        "ssd": ("recurrent", _scans),
-        "ssd_step": ("reference", _scan_steps),
-        "causal_conv": ("reference", _convolutions),
-        "causal_conv_step": ("reference", _convolution_steps),
-        "gated_rms_norm": ("reference", _gated_norms),
-        "attention": ("reference", _attentions),
-        "attention_step": ("reference", _attention_steps),
-        "likeliest": ("reference", _choices),
-        "mixer_step": ("reference", _mixer_steps),
-        "project": ("reference", _products),
-        "rms_norm": ("reference", _norms),
+def op_specs() -> list[OpSpec]:
+    """One spec per op in `ops.BACKENDS`; without cases if this module has none for it."""
+    makers: dict[str, tuple[str, Callable[[], list[OpCase]]]] = {
+        "ssd": ("recurrent", _ssd_cases),
+        "ssd_step": ("reference", _ssd_step_cases),
+        "causal_conv": ("reference", _conv_cases),
+        "causal_conv_step": ("reference", _conv_step_cases),
+        "gated_rms_norm": ("reference", _gated_norm_cases),
+        "attention": ("reference", _attention_cases),
+        "attention_step": ("reference", _attention_step_cases),
+        "likeliest": ("reference", _argmax_cases),
+        "mixer_step": ("reference", _mixer_step_cases),
+        "project": ("reference", _project_cases),
+        "rms_norm": ("reference", _norm_cases),
     }
     found = []
     for name, backends in ops.BACKENDS.items():
         reference, make = makers.get(name, ("reference", list))
-        trains = name not in DECODING and not name.endswith("_step")
-        forward_only, optional = (FORWARD_ONLY, FOREIGN) if name == "ssd" else (NONE, NONE)
+        needs_backward = name not in DECODING_OPS and not name.endswith("_step")
+        forward_only, optional = (
+            (FORWARD_ONLY, LIBRARY_SCANS) if name == "ssd" else (frozenset(), frozenset())
+        )
         cases = tuple(make())
-        found.append(Op(name, backends, reference, cases, trains, forward_only, optional))
+        found.append(
+            OpSpec(name, backends, reference, cases, needs_backward, forward_only, optional)
+        )
     return found
 
 
 class _Random:
-    """Numbers that are the same everywhere."""
+    """Seeded random numbers in fp64, equal on every machine."""
 
     def __init__(self, seed: int):
         self._rng = torch.Generator().manual_seed(seed)
@@ -108,7 +113,7 @@ class _Random:
 
 
 def _mask(length: int) -> Tensor:
-    """(B, T): one row padded on the left, one on the right."""
+    """(B, T): left padding in one row, right padding in the other."""
     mask = torch.ones(BATCH, length, dtype=torch.bool)
     mask[0, : length // 5] = False
     mask[1, -(length // 4) :] = False
@@ -116,22 +121,22 @@ def _mask(length: int) -> Tensor:
 
 
 def _packing(length: int) -> Tensor:
-    """(B, T): three sequences in a row, cut elsewhere in each."""
+    """(B, T): three sequences per row, with different boundaries in each row."""
     columns = torch.arange(length)
     return torch.stack([(columns > c).long() + (columns > 2 * c).long() for c in (5, length // 3)])
 
 
-def _scans() -> list[Case]:
-    found = [Case(f"{length} tokens", _scan, *_scan_values(length)) for length in LENGTHS]
-    values, _, small = _scan_values(LENGTHS[1])
-    for name, fixed in (("mask", _mask), ("seq_idx", _packing)):
-        found.append(Case(name, _scan, values, {name: fixed(LENGTHS[1])}, small))
+def _ssd_cases() -> list[OpCase]:
+    found = [OpCase(f"{length} tokens", _run_ssd, *_ssd_inputs(length)) for length in LENGTHS]
+    inputs, _, fp32_inputs = _ssd_inputs(LENGTHS[1])
+    for name, constants in (("mask", _mask), ("seq_idx", _packing)):
+        found.append(OpCase(name, _run_ssd, inputs, {name: constants(LENGTHS[1])}, fp32_inputs))
     return found
 
 
-def _scan_values(length: int) -> tuple[Tensors, Tensors, frozenset[str]]:
+def _ssd_inputs(length: int) -> tuple[Tensors, Tensors, frozenset[str]]:
     rng = _Random(length)
-    values = {
+    inputs = {
         "x": rng.normal(BATCH, length, KV_HEADS, DIM),
         "dt": rng.uniform(-5, 2, BATCH, length, HEADS),
         "A": -rng.uniform(0.05, 4, HEADS),
@@ -141,94 +146,96 @@ def _scan_values(length: int) -> tuple[Tensors, Tensors, frozenset[str]]:
         "D": rng.normal(HEADS),
         "initial_state": rng.normal(BATCH, HEADS, DIM, DIM),
     }
-    return values, {}, frozenset({"A", "dt_bias", "D", "initial_state"})
+    return inputs, {}, frozenset({"A", "dt_bias", "D", "initial_state"})
 
 
-def _scan(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return ops.ssd(**values, **fixed, dt_softplus=True, chunk_size=64, backend=backend)
+def _run_ssd(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.ssd(**inputs, **constants, dt_softplus=True, chunk_size=64, backend=backend)
 
 
-def _scan_steps() -> list[Case]:
-    values, _, small = _scan_values(1)
-    one = {n: v[:, 0] if n in ("x", "dt", "B", "C") else v for n, v in values.items()}
+def _ssd_step_cases() -> list[OpCase]:
+    inputs, _, fp32_inputs = _ssd_inputs(1)
+    one = {n: v[:, 0] if n in ("x", "dt", "B", "C") else v for n, v in inputs.items()}
     one["state"] = one.pop("initial_state")
-    return [Case("one token", _scan_step, one, {}, (small - {"initial_state"}) | {"state"})]
+    return [
+        OpCase("one token", _run_ssd_step, one, {}, (fp32_inputs - {"initial_state"}) | {"state"})
+    ]
 
 
-def _scan_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return ops.ssd_step(**values, dt_softplus=True, backend=backend)
+def _run_ssd_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.ssd_step(**inputs, dt_softplus=True, backend=backend)
 
 
-def _convolutions() -> list[Case]:
+def _conv_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
         rng = _Random(length)
-        values = {
+        inputs = {
             "x": rng.normal(BATCH, length, CHANNELS),
             "weight": rng.normal(CHANNELS, TAPS),
             "bias": rng.normal(CHANNELS),
             "initial_state": rng.normal(BATCH, CHANNELS, TAPS - 1),
         }
-        found.append(Case(f"{length} tokens", _convolve, values))
+        found.append(OpCase(f"{length} tokens", _run_conv, inputs))
         if length == LENGTHS[1]:
-            found.append(Case("mask", _convolve, values, {"mask": _mask(length)}))
-            found.append(Case("seq_idx", _convolve, values, {"seq_idx": _packing(length)}))
+            found.append(OpCase("mask", _run_conv, inputs, {"mask": _mask(length)}))
+            found.append(OpCase("seq_idx", _run_conv, inputs, {"seq_idx": _packing(length)}))
     return found
 
 
-def _convolve(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return ops.causal_conv(**values, **fixed, backend=backend)
+def _run_conv(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.causal_conv(**inputs, **constants, backend=backend)
 
 
-def _convolution_steps() -> list[Case]:
+def _conv_step_cases() -> list[OpCase]:
     rng = _Random(0)
-    values = {
+    inputs = {
         "x": rng.normal(BATCH, CHANNELS),
         "weight": rng.normal(CHANNELS, TAPS),
         "bias": rng.normal(CHANNELS),
         "state": rng.normal(BATCH, CHANNELS, TAPS - 1),
     }
-    return [Case("one token", _convolve_step, values)]
+    return [OpCase("one token", _run_conv_step, inputs)]
 
 
-def _convolve_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return ops.causal_conv_step(**values, backend=backend)
+def _run_conv_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.causal_conv_step(**inputs, backend=backend)
 
 
-def _gated_norms() -> list[Case]:
+def _gated_norm_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
         rng = _Random(length)
-        values = {
+        inputs = {
             "y": rng.normal(BATCH, length, HEADS, DIM),
             "gate": rng.normal(BATCH, length, HEADS, DIM),
             "weight": rng.uniform(0.5, 2, DIM),
         }
-        found.append(Case(f"{length} tokens", _gate, values, {}, frozenset({"weight"})))
+        found.append(OpCase(f"{length} tokens", _run_gated_norm, inputs, {}, frozenset({"weight"})))
     return found
 
 
-def _gate(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return (ops.gated_rms_norm(**values, eps=EPS, backend=backend),)
+def _run_gated_norm(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.gated_rms_norm(**inputs, eps=EPS, backend=backend),)
 
 
-def _norms() -> list[Case]:
+def _norm_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
         rng = _Random(length)
-        values = {"x": rng.normal(BATCH, length, CHANNELS), "weight": rng.uniform(0.5, 2, CHANNELS)}
-        found.append(Case(f"{length} tokens", _norm, values, {}, frozenset({"weight"})))
+        inputs = {"x": rng.normal(BATCH, length, CHANNELS), "weight": rng.uniform(0.5, 2, CHANNELS)}
+        found.append(OpCase(f"{length} tokens", _run_norm, inputs, {}, frozenset({"weight"})))
     return found
 
 
-def _norm(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return (ops.rms_norm(**values, eps=EPS, backend=backend),)
+def _run_norm(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.rms_norm(**inputs, eps=EPS, backend=backend),)
 
 
-def _mixer_steps() -> list[Case]:
+def _mixer_step_cases() -> list[OpCase]:
     rng = _Random(0)
     channels = (HEADS + 2 * KV_HEADS) * DIM
-    values = {
+    inputs = {
         "vkq": rng.normal(BATCH, channels),
         "dt": rng.uniform(-5, 2, BATCH, HEADS),
         "conv_ring": rng.normal(BATCH, channels, TAPS),
@@ -239,26 +246,28 @@ def _mixer_steps() -> list[Case]:
         "dt_bias": rng.normal(HEADS),
         "D": rng.normal(HEADS),
     }
-    small = frozenset({"ssm_state", "A", "dt_bias", "D"})
-    return [Case("one token", _mixer_step, values, {"position": torch.tensor([6])}, small)]
+    fp32_inputs = frozenset({"ssm_state", "A", "dt_bias", "D"})
+    return [
+        OpCase("one token", _run_mixer_step, inputs, {"position": torch.tensor([6])}, fp32_inputs)
+    ]
 
 
-def _mixer_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    # Changed in place, and wanted as they were for the next backend.
-    ring, state = values["conv_ring"].clone(), values["ssm_state"].clone()
-    weights = MixerWeights(**{name: values[name] for name in MixerWeights._fields})
+def _run_mixer_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    # The op modifies them in place; the next backend needs the originals.
+    ring, state = inputs["conv_ring"].clone(), inputs["ssm_state"].clone()
+    weights = MixerWeights(**{name: inputs[name] for name in MixerWeights._fields})
     y = ops.mixer_step(
-        values["vkq"], values["dt"], ring, state, fixed["position"], weights, backend=backend
+        inputs["vkq"], inputs["dt"], ring, state, constants["position"], weights, backend=backend
     )
     return y, ring, state
 
 
-def _attention_steps() -> list[Case]:
+def _attention_step_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
         rng = _Random(length)
         angles = rng.normal(BATCH, DIM // 2).repeat(1, 2)
-        values = {
+        inputs = {
             "q": rng.normal(BATCH, HEADS, DIM),
             "k": rng.normal(BATCH, KV_HEADS, DIM),
             "v": rng.normal(BATCH, KV_HEADS, DIM),
@@ -267,103 +276,103 @@ def _attention_steps() -> list[Case]:
             "cos": angles.cos(),
             "sin": angles.sin(),
         }
-        fixed = {"position": torch.tensor([length - 1])}
-        found.append(Case(f"{length} tokens", _attention_step, values, fixed))
+        constants = {"position": torch.tensor([length - 1])}
+        found.append(OpCase(f"{length} tokens", _run_attention_step, inputs, constants))
         if length == LENGTHS[1]:
-            padded = {**fixed, "starts": torch.tensor([length // 5, 0])}
-            found.append(Case("starts", _attention_step, values, padded))
+            padded = {**constants, "starts": torch.tensor([length // 5, 0])}
+            found.append(OpCase("starts", _run_attention_step, inputs, padded))
     return found
 
 
-def _attention_step(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    cache = {name: values[name].clone() for name in ("keys", "values")}
-    given = {**values, **cache, "starts": None, **fixed}
+def _run_attention_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    cache = {name: inputs[name].clone() for name in ("keys", "values")}
+    given = {**inputs, **cache, "starts": None, **constants}
     return ops.attention_step(**given, backend=backend), *cache.values()
 
 
-def _choices() -> list[Case]:
+def _argmax_cases() -> list[OpCase]:
     logits = _Random(0).normal(BATCH, 1000)
     suppressed = torch.zeros(1000, dtype=torch.bool)
     suppressed[logits.argmax(-1)] = True
-    return [Case("greedy", _choose, {"logits": logits}, {"suppressed": suppressed})]
+    return [OpCase("greedy", _run_argmax, {"logits": logits}, {"suppressed": suppressed})]
 
 
-def _choose(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    ids = ops.greedy_argmax(values["logits"], fixed["suppressed"], backend=backend)
-    # The logit of the id: where bf16 makes two equal, either may be taken.
-    return (values["logits"].gather(1, ids.unsqueeze(1)),)
+def _run_argmax(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    ids = ops.greedy_argmax(inputs["logits"], constants["suppressed"], backend=backend)
+    # Compare logits, not ids: if rounding to bf16 makes two logits equal, either id is right.
+    return (inputs["logits"].gather(1, ids.unsqueeze(1)),)
 
 
-def _products() -> list[Case]:
+def _project_cases() -> list[OpCase]:
     rng = _Random(0)
     width, rows = HEADS * DIM, 2 * CHANNELS
     plain = {"x": rng.normal(BATCH, width), "weight": rng.normal(rows, width)}
-    values = {**plain, "norm": rng.uniform(0.5, 2, width), "bias": rng.normal(rows)}
+    inputs = {**plain, "norm": rng.uniform(0.5, 2, width), "bias": rng.normal(rows)}
     gated = {**plain, "norm": rng.uniform(0.5, 2, DIM), "gate": rng.normal(BATCH, width)}
     gated["residual"] = rng.normal(BATCH, rows)
     steps = {
         "steps": torch.arange(rows * width).mul(37).remainder(255).sub(127).char().view(rows, -1),
         "scales": (1 + torch.arange(rows) % 5) / 100,
     }
-    small = frozenset({"norm"})
+    fp32_inputs = frozenset({"norm"})
     return [
-        Case("normed, SwiGLU", _swiglu, values, {}, small),
-        Case("gated, residual", _project, gated, {}, small),
-        Case("int8", _project_int8, {"x": plain["x"]}, steps),
-        Case("int8, normed", _normed_int8, {"x": plain["x"]}, steps),
+        OpCase("normed, SwiGLU", _run_swiglu, inputs, {}, fp32_inputs),
+        OpCase("gated, residual", _run_project, gated, {}, fp32_inputs),
+        OpCase("int8", _run_project_int8, {"x": plain["x"]}, steps),
+        OpCase("int8, normed", _run_normed_int8, {"x": plain["x"]}, steps),
     ]
 
 
-def _project(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return (ops.project(**values, eps=EPS, backend=backend),)
+def _run_project(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.project(**inputs, eps=EPS, backend=backend),)
 
 
-def _swiglu(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    return (ops.project(**values, eps=EPS, swiglu=True, backend=backend),)
+def _run_swiglu(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.project(**inputs, eps=EPS, swiglu=True, backend=backend),)
 
 
-def _project_int8(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    weight = Int8Weight(fixed["steps"], fixed["scales"])
-    return (ops.project(values["x"], weight, backend=backend),)
+def _run_project_int8(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    weight = Int8Weight(constants["steps"], constants["scales"])
+    return (ops.project(inputs["x"], weight, backend=backend),)
 
 
-def _normed_int8(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    weight, x = Int8Weight(fixed["steps"], fixed["scales"]), values["x"]
+def _run_normed_int8(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    weight, x = Int8Weight(constants["steps"], constants["scales"]), inputs["x"]
     return (ops.project(x, weight, norm_dim=x.shape[1], eps=EPS, backend=backend),)
 
 
-def _attentions() -> list[Case]:
+def _attention_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
         rng = _Random(length)
-        values = {
+        inputs = {
             "q": rng.normal(BATCH, HEADS, length, DIM),
             "k": rng.normal(BATCH, KV_HEADS, length, DIM),
             "v": rng.normal(BATCH, KV_HEADS, length, DIM),
         }
-        found.append(Case(f"{length} tokens", _attend, values))
+        found.append(OpCase(f"{length} tokens", _run_attention, inputs))
         if length == LENGTHS[1]:
-            found.append(Case("mask", _attend, values, {"mask": _attention_mask(length)}))
+            found.append(OpCase("mask", _run_attention, inputs, {"mask": _attention_mask(length)}))
             ends = torch.arange(length).expand(BATCH, -1) < length - 3
             packed = {"real": ends, "seq_idx": _packing(length)}
-            for name, fixed in (("padded", {"real": _mask(length)}), ("packed", packed)):
-                found.append(Case(name, _attend_segments, values, fixed))
+            for name, constants in (("padded", {"real": _mask(length)}), ("packed", packed)):
+                found.append(OpCase(name, _run_varlen_attention, inputs, constants))
     return found
 
 
 def _attention_mask(length: int) -> Tensor:
-    """(B, 1, T, T): causal, blind to padding; a padding query sees itself, as in the model."""
+    """(B, 1, T, T): causal, without padding keys; a padding query attends to itself."""
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     return causal & (_mask(length)[:, None, None, :] | torch.eye(length, dtype=torch.bool))
 
 
-def _attend(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    mask = fixed.get("mask")
-    return (ops.attention(**values, mask=mask, is_causal=mask is None, backend=backend),)
+def _run_attention(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    mask = constants.get("mask")
+    return (ops.attention(**inputs, mask=mask, is_causal=mask is None, backend=backend),)
 
 
-def _attend_segments(values: Tensors, fixed: Tensors, backend: str) -> tuple[Tensor, ...]:
-    varlen = varlen_metadata(fixed["real"], fixed.get("seq_idx"))
-    y = ops.attention(**values, varlen=varlen, backend=backend)
-    # Whatever is at padding is nobody's.
-    return (y.where(fixed["real"][:, None, :, None], 0),)
+def _run_varlen_attention(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    varlen = varlen_metadata(constants["real"], constants.get("seq_idx"))
+    y = ops.attention(**inputs, varlen=varlen, backend=backend)
+    # The output at padding is undefined.
+    return (y.where(constants["real"][:, None, :, None], 0),)

@@ -1,7 +1,4 @@
-"""Every backend of every op against the op's reference in fp64 on the CPU, forward and backward.
-
-Which scan a model gets on this machine: backends that are there, and the one `auto` takes.
-"""
+"""Checks of ops: every backend against the fp64 reference on the CPU, and the scan of `auto`."""
 
 from __future__ import annotations
 
@@ -13,22 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmmamba_cli.doctor.op_cases import Case, Op, Tensors, all_ops
+from mmmamba_cli.doctor.op_cases import OpCase, OpSpec, Tensors, op_specs
 from mmmamba_cli.doctor.report import FAILED, OK, SKIPPED, WARNING, Check, OpCheck
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS
 from mmmamba_cli.ops.ssd.dispatch import select_backend
 from mmmamba_cli.ops.ssd.reference import ScanInputs
 
-# Relative errors that rounding explains, with room for another order of summation.
+# Maximum relative errors from rounding, with a margin for other orders of summation.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
-# What a backend says of an argument it does not take; the others decide then.
+# Raised by a backend that does not support a case; the other cases decide.
 REFUSALS = (NotImplementedError, MmmambaError)
 
 
 @dataclass(frozen=True)
-class Errors:
-    """Largest relative errors of one case; `backward` None if the backend has no gradients."""
+class CaseErrors:
+    """Largest relative errors of one case; `backward` is None if the backend has no gradients."""
 
     forward: float
     backward: float | None
@@ -37,27 +34,27 @@ class Errors:
 def check_ops(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
-    ops: list[Op] | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    ops: list[OpSpec] | None = None,
+    progress: Callable[[str], object] = lambda text: None,
 ) -> Iterator[OpCheck]:
-    """Check whatever backends are registered now, also those that we have never heard of.
+    """Check all backends that are registered at the time of the call.
 
-    `say` is told of those that may keep one waiting.
+    `progress` is called before a check that may take minutes.
     """
     threads = torch.get_num_threads()
-    # Threads wait for each other longer than these small problems take, where others compute too.
+    # On a busy machine, synchronizing threads takes longer than these small problems.
     torch.set_num_threads(1)
     try:
-        yield from _check_all(all_ops() if ops is None else ops, device, dtypes, say)
+        yield from _check_all(op_specs() if ops is None else ops, device, dtypes, progress)
     finally:
         torch.set_num_threads(threads)
 
 
 def _check_all(
-    ops: list[Op],
+    ops: list[OpSpec],
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
-    say: Callable[[str], object],
+    progress: Callable[[str], object],
 ) -> Iterator[OpCheck]:
     for op in ops:
         if not op.cases:
@@ -65,18 +62,20 @@ def _check_all(
             continue
         for backend in op.backends:
             if backend in op.optional and device.type == "cuda":
-                say(f"checking {op.name} by {backend}, which may tune itself for minutes, once")
+                progress(
+                    f"checking {op.name} by {backend}, which may tune itself for minutes, once"
+                )
             for dtype in dtypes:
                 yield check_backend(op, backend, device, dtype)
 
 
-def check_backend(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> OpCheck:
-    """All cases of an op by one backend."""
+def check_backend(op: OpSpec, backend: str, device: torch.device, dtype: torch.dtype) -> OpCheck:
+    """Run all cases of an op on one backend."""
     tolerance = TOLERANCES[dtype]
     name = str(dtype).removeprefix("torch.")
-    found: list[Errors] = []
+    found: list[CaseErrors] = []
     refused = ""
-    wrong = WARNING if backend in op.optional else FAILED
+    problem = WARNING if backend in op.optional else FAILED
     for case in op.cases:
         try:
             found.append(errors_of(op, case, backend, device, dtype))
@@ -85,21 +84,21 @@ def check_backend(op: Op, backend: str, device: torch.device, dtype: torch.dtype
         except Exception as error:  # noqa: BLE001  a broken kernel may raise anything
             first = (str(error).strip().splitlines() or [""])[0]
             said = f"{case.name}: {type(error).__name__}: {first}"
-            return OpCheck(op.name, backend, name, wrong, None, None, tolerance, len(found), said)
+            return OpCheck(op.name, backend, name, problem, None, None, tolerance, len(found), said)
     if not found:
         return OpCheck(op.name, backend, name, SKIPPED, None, None, tolerance, 0, refused)
     forward = _worst(errors.forward for errors in found)
     gradients = [errors.backward for errors in found if errors.backward is not None]
     backward = _worst(gradients) if gradients else None
-    right = all(error <= tolerance for error in (forward, backward) if error is not None)
+    passed = all(error <= tolerance for error in (forward, backward) if error is not None)
     said = ""
-    if backward is None and op.trains and backend not in op.forward_only:
-        right, said = False, "has no gradients, but is used in training"
+    if backward is None and op.needs_backward and backend not in op.forward_only:
+        passed, said = False, "has no gradients, but is used in training"
     return OpCheck(
         op.name,
         backend,
         name,
-        OK if right else wrong,
+        OK if passed else problem,
         forward,
         backward,
         tolerance,
@@ -108,30 +107,32 @@ def check_backend(op: Op, backend: str, device: torch.device, dtype: torch.dtype
     )
 
 
-def errors_of(op: Op, case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> Errors:
-    """One case by one backend; inputs are rounded to `dtype` for both sides."""
+def errors_of(
+    op: OpSpec, case: OpCase, backend: str, device: torch.device, dtype: torch.dtype
+) -> CaseErrors:
+    """Compare a backend with the reference on one case; both get inputs rounded to `dtype`."""
     rounded = {
-        name: value.to(torch.float32 if name in case.small else dtype)
-        for name, value in case.values.items()
+        name: value.to(torch.float32 if name in case.fp32_inputs else dtype)
+        for name, value in case.inputs.items()
     }
     exact = {name: value.double() for name, value in rounded.items()}
     trains = backend not in op.forward_only
-    wanted, wanted_gradients = _run(case, exact, case.fixed, op.reference, trains)
+    wanted, wanted_gradients = _run(case, exact, case.constants, op.reference, trains)
     here = {name: value.to(device) for name, value in rounded.items()}
-    fixed = {name: value.to(device) for name, value in case.fixed.items()}
-    found, gradients = _run(case, here, fixed, backend, trains)
+    constants = {name: value.to(device) for name, value in case.constants.items()}
+    found, gradients = _run(case, here, constants, backend, trains)
     forward = _worst(map(relative_error, found, wanted))
     if gradients is None or wanted_gradients is None:
-        return Errors(forward, None)
-    return Errors(forward, _worst(map(relative_error, gradients, wanted_gradients)))
+        return CaseErrors(forward, None)
+    return CaseErrors(forward, _worst(map(relative_error, gradients, wanted_gradients)))
 
 
 def _run(
-    case: Case, values: Tensors, fixed: Tensors, backend: str, trains: bool
+    case: OpCase, inputs: Tensors, constants: Tensors, backend: str, trains: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """Outputs and, where it trains, the gradients of a weighted sum of them by all values."""
-    leaves = {name: value.clone().requires_grad_(trains) for name, value in values.items()}
-    outputs = case.call(leaves, fixed, backend)
+    """Outputs and, with `trains`, the gradients of all inputs; None if outputs have no graph."""
+    leaves = {name: value.clone().requires_grad_(trains) for name, value in inputs.items()}
+    outputs = case.call(leaves, constants, backend)
     if not all(output.requires_grad for output in outputs):
         return tuple(output.detach() for output in outputs), None
     gradients = torch.autograd.grad(
@@ -141,48 +142,51 @@ def _run(
 
 
 def _cotangent(output: Tensor) -> Tensor:
-    """Weights of an output's elements: few bits each, so that no dtype rounds them."""
+    """Gradients of an output's elements; they have few bits, so that every dtype holds them."""
     weights = torch.arange(output.numel(), device=output.device) % 7 - 3
     return (weights + 0.5).to(output.dtype).view(output.shape)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """|a - b| / |b| by 2-norms in fp64; |a| where b is 0."""
+    """|a - b| / |b| by 2-norms in fp64; |a| if b is 0."""
     wanted = wanted.double()
     distance = float((found.double().cpu() - wanted).norm())
     return distance / (float(wanted.norm()) or 1.0)
 
 
 def _worst(errors: Iterable[float]) -> float:
-    """The largest, and NaN if one is: it is larger than any."""
+    """The largest error; NaN counts as larger than any number."""
     known = list(errors)
     return math.nan if any(map(math.isnan, known)) else max(known)
 
 
-DTYPES = (torch.bfloat16, torch.float32)
+# Dtypes and sizes for which the selected scan is reported.
+SCAN_DTYPES = (torch.bfloat16, torch.float32)
 BATCH, LENGTH, HEADS, KV_HEADS, DIM = 1, 8, 4, 2, 64
 
 
-def check_choice(device: torch.device) -> Check:
-    """The scan that `auto` takes on `device`, for each dtype, in inference and in training.
+def check_scan_backend(device: torch.device) -> Check:
+    """Report the scan backend that `auto` selects, per dtype, in inference and in training.
 
-    A warning with what was seen if it passes over one that is installed because it is wrong here.
+    A warning if `auto` skips an installed backend that failed its self-test.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        taken = {
-            (dtype, trains): _taken(device, dtype, trains)
-            for dtype in DTYPES
+        selected = {
+            (dtype, trains): _selected_scan(device, dtype, trains)
+            for dtype in SCAN_DTYPES
             for trains in (False, True)
         }
-    there = f"there are {', '.join(SCAN_BACKENDS)}; auto takes {_in_words(taken)}"
-    seen = dict.fromkeys(str(each.message) for each in caught if each.category is RuntimeWarning)
-    if seen:
-        return Check("scan", WARNING, f"{there}. " + "; ".join(seen))
+    there = f"there are {', '.join(SCAN_BACKENDS)}; auto takes {_summary(selected)}"
+    failures = dict.fromkeys(
+        str(each.message) for each in caught if each.category is RuntimeWarning
+    )
+    if failures:
+        return Check("scan", WARNING, f"{there}. " + "; ".join(failures))
     return Check("scan", OK, there)
 
 
-def _taken(device: torch.device, dtype: torch.dtype, trains: bool) -> str:
+def _selected_scan(device: torch.device, dtype: torch.dtype, trains: bool) -> str:
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device, requires_grad=trains)
 
@@ -204,12 +208,12 @@ def _taken(device: torch.device, dtype: torch.dtype, trains: bool) -> str:
     return select_backend(SCAN_BACKENDS, inputs)
 
 
-def _in_words(taken: dict[tuple[torch.dtype, bool], str]) -> str:
+def _summary(selected: dict[tuple[torch.dtype, bool], str]) -> str:
     """`triton`, or `triton (bfloat16), chunked (float32; float32 in training)`."""
-    if len(set(taken.values())) == 1:
-        return next(iter(taken.values()))
+    if len(set(selected.values())) == 1:
+        return next(iter(selected.values()))
     cases: dict[str, list[str]] = {}
-    for (dtype, trains), name in taken.items():
+    for (dtype, trains), name in selected.items():
         case = str(dtype).removeprefix("torch.") + (" in training" if trains else "")
         cases.setdefault(name, []).append(case)
     return ", ".join(f"{name} ({'; '.join(said)})" for name, said in cases.items())

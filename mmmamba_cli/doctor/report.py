@@ -1,4 +1,4 @@
-"""What an examination finds: typed, and with a sentence where something is wrong."""
+"""Result types of a diagnosis; `mmmamba doctor --json` prints their fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SKIPPED: Status = "skipped"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. A failed one is needed for work; a warning is not."""
+    """The result of one check: `failed` for a required feature, `warning` for an optional one."""
 
     name: str
     status: Status
@@ -29,10 +29,10 @@ class Check:
 
 @dataclass(frozen=True)
 class OpCheck:
-    """One backend of an op in one dtype, against the op's reference in fp64.
+    """The result of one backend of an op in one dtype, compared with the reference in fp64.
 
-    `forward` and `backward` are the largest relative errors, |a - b| / |b| by 2-norms, of any
-    output and any gradient in any case; None where there was none.
+    `forward` and `backward` are the largest relative errors |a - b| / |b| by 2-norms over the
+    outputs and the gradients of all cases; None if there are none.
     """
 
     op: str
@@ -59,8 +59,8 @@ class OpCheck:
 
 
 @dataclass(frozen=True)
-class Package:
-    """A library: its version if it is there, what is needed of it, and the extra it belongs to."""
+class PackageInfo:
+    """A library: its version or None, the required version, and the extra it belongs to."""
 
     name: str
     version: str | None
@@ -69,40 +69,38 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Device:
-    """Where models can run. Bytes of memory, None where nobody tells; `bf16` in hardware."""
+class DeviceInfo:
+    """A device: total and free memory in bytes and hardware bf16, each None if unknown."""
 
     name: str
     description: str
     memory: int | None = None
     free: int | None = None
-    # CUDA's compute capability; Hopper is (9, 0).
+    # CUDA compute capability; Hopper is (9, 0).
     capability: tuple[int, int] | None = None
     bf16: bool | None = None
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything an examination found. `device` is the one the ops were checked on."""
+class DoctorReport:
+    """The result of a diagnosis; `device` is the one that the ops were checked on."""
 
-    packages: tuple[Package, ...]
-    devices: tuple[Device, ...]
+    packages: tuple[PackageInfo, ...]
+    devices: tuple[DeviceInfo, ...]
     device: str
     checks: tuple[Check, ...]
     ops: tuple[OpCheck, ...]
 
     @property
     def failures(self) -> Iterator[str]:
-        """A sentence for each thing that is needed and broken."""
-        found: list[Check | OpCheck] = [*self.checks, *self.ops]
-        for check in found:
-            if check.status == FAILED:
-                yield check.sentence
+        """A sentence for each failed check."""
+        yield from self._sentences(FAILED)
 
     @property
     def warnings(self) -> Iterator[str]:
-        """A sentence for each thing that is wrong and can be done without."""
-        found: list[Check | OpCheck] = [*self.checks, *self.ops]
-        for check in found:
-            if check.status == WARNING:
-                yield check.sentence
+        """A sentence for each check that is a warning."""
+        yield from self._sentences(WARNING)
+
+    def _sentences(self, status: Status) -> Iterator[str]:
+        checks: list[Check | OpCheck] = [*self.checks, *self.ops]
+        return (check.sentence for check in checks if check.status == status)

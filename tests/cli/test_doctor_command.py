@@ -73,7 +73,7 @@ def test_a_warning_does_not_make_a_machine_unfit(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis, "check_resizing", lambda: Check("pillow", "warning", "is odd"))
-    monkeypatch.setattr(diagnosis, "_ops", lambda device, say: ())
+    monkeypatch.setattr(diagnosis, "_check_ops", lambda device, progress: ())
     done = doctor("--device", "cpu")
     assert done.code == 0
     assert "warning: pillow: is odd" in done.err

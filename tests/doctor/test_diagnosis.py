@@ -16,10 +16,10 @@ import torch
 from mmmamba_cli import ops
 from mmmamba_cli.doctor import diagnosis, environment, library_checks, missing_extras, op_checks
 from mmmamba_cli.doctor.environment import EXTRAS, PURPOSES
-from mmmamba_cli.doctor.known_issues import Facts, examine_versions, known_problems
-from mmmamba_cli.doctor.op_cases import Op, all_ops
+from mmmamba_cli.doctor.known_issues import SystemFacts, check_known_issues, check_versions
+from mmmamba_cli.doctor.op_cases import OpSpec, op_specs
 from mmmamba_cli.doctor.op_checks import _worst, check_backend, check_ops, relative_error
-from mmmamba_cli.doctor.report import Check, Device, OpCheck, Package, Report
+from mmmamba_cli.doctor.report import Check, DeviceInfo, DoctorReport, OpCheck, PackageInfo
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.norm import reference
 from mmmamba_cli.versions import REQUIREMENTS, release_numbers, satisfies
@@ -34,8 +34,8 @@ GOOD = {name: bound or "1" for name, bound in REQUIREMENTS.items()} | {
 GOOD = {name: re.sub(r"^>=", "", version).partition(",")[0] for name, version in GOOD.items()}
 
 
-def op(name: str) -> Op:
-    return next(found for found in all_ops() if found.name == name)
+def op(name: str) -> OpSpec:
+    return next(found for found in op_specs() if found.name == name)
 
 
 def test_what_is_needed_is_what_the_project_asks_for() -> None:
@@ -55,7 +55,7 @@ def test_every_public_op_has_backends_and_cases() -> None:
     # Reports keep the name of an earlier release.
     names = {"likeliest" if name == "greedy_argmax" else name for name in functions}
     assert set(ops.BACKENDS) == names
-    for found in all_ops():
+    for found in op_specs():
         assert found.cases, found.name
         assert found.reference in found.backends
     lengths = {int(c.name.split()[0]) for c in op("ssd").cases if c.name.endswith("tokens")}
@@ -201,13 +201,15 @@ def test_versions_are_numbers() -> None:
     assert satisfies("anything", "")
 
 
-def facts(device: Device, device_name: str = "cpu", **versions: str) -> Facts:
-    return Facts({**GOOD, **versions}, (Device("cpu", "a CPU", bf16=True), device), device_name)
+def facts(device: DeviceInfo, device_name: str = "cpu", **versions: str) -> SystemFacts:
+    return SystemFacts(
+        {**GOOD, **versions}, (DeviceInfo("cpu", "a CPU", bf16=True), device), device_name
+    )
 
 
-H100 = Device("cuda:0", "H100", capability=(9, 0), bf16=True)
-A100 = Device("cuda:0", "A100", capability=(8, 0), bf16=True)
-CASES: list[tuple[Device, dict[str, str], bool]] = [
+H100 = DeviceInfo("cuda:0", "H100", capability=(9, 0), bf16=True)
+A100 = DeviceInfo("cuda:0", "A100", capability=(8, 0), bf16=True)
+CASES: list[tuple[DeviceInfo, dict[str, str], bool]] = [
     (H100, {"fla-core": "0.4", "triton": "3.4.0"}, True),
     (H100, {"fla-core": "0.4", "triton": "3.7.0"}, True),
     (H100, {"flash-linear-attention": "0.4", "triton": "3.6.0"}, True),
@@ -220,39 +222,45 @@ CASES: list[tuple[Device, dict[str, str], bool]] = [
 
 @pytest.mark.parametrize(("device", "versions", "bad"), CASES)
 def test_the_pair_of_hopper_and_triton_is_named(
-    device: Device, versions: dict[str, str], bad: bool
+    device: DeviceInfo, versions: dict[str, str], bad: bool
 ) -> None:
-    found = [check.sentence for check in known_problems(facts(device, "cuda:0", **versions))]
+    found = [check.sentence for check in check_known_issues(facts(device, "cuda:0", **versions))]
     assert bool(found) == bad
     assert all("gated backward on Hopper with Triton" in sentence for sentence in found)
 
 
 def test_other_known_problems() -> None:
-    slow = Device("cpu", "an old CPU", bf16=False)
-    on_cpu = known_problems(Facts(GOOD, (slow,), "cpu"))
+    slow = DeviceInfo("cpu", "an old CPU", bf16=False)
+    on_cpu = check_known_issues(SystemFacts(GOOD, (slow,), "cpu"))
     assert [check.name for check in on_cpu] == ["bf16 on this CPU"]
-    assert not list(known_problems(Facts(GOOD, (slow, A100), "cuda:0", driver=True)))
-    (no_cuda,) = known_problems(Facts(GOOD, (Device("cpu", "a CPU"),), "cpu", driver=True))
+    assert not list(check_known_issues(SystemFacts(GOOD, (slow, A100), "cuda:0", driver=True)))
+    (no_cuda,) = check_known_issues(
+        SystemFacts(GOOD, (DeviceInfo("cpu", "a CPU"),), "cpu", driver=True)
+    )
     assert "torch finds no GPU" in no_cuda.sentence
-    (tf32,) = known_problems(Facts(GOOD, (A100,), "cuda:0", fast_fp32=True))
+    (tf32,) = check_known_issues(SystemFacts(GOOD, (A100,), "cuda:0", fast_fp32=True))
     assert tf32.name == "TF32"
 
 
 def test_versions_that_are_too_old_fail_with_the_pip_line() -> None:
-    (good,) = examine_versions(Facts(GOOD, (), "cpu"))
+    (good,) = check_versions(SystemFacts(GOOD, (), "cpu"))
     assert good.status == "ok"
-    old = Facts({**GOOD, "transformers": "5.16.2", "torch": "2.8.1"}, (), "cpu")
-    assert [check.sentence for check in examine_versions(old)] == [
+    old = SystemFacts({**GOOD, "transformers": "5.16.2", "torch": "2.8.1"}, (), "cpu")
+    assert [check.sentence for check in check_versions(old)] == [
         "torch: is 2.8.1, needed is >=2.9 (pip install 'torch>=2.9')",
         "transformers: is 5.16.2, needed is >=5.17,<6 (pip install 'transformers>=5.17,<6')",
     ]
     without = {name: version for name, version in GOOD.items() if name != "pillow"}
-    (missing,) = examine_versions(Facts(without, (), "cpu"))
+    (missing,) = check_versions(SystemFacts(without, (), "cpu"))
     assert (missing.name, missing.status, missing.said) == ("pillow", "failed", "is not installed")
 
 
 def test_missing_extras() -> None:
-    packages = (Package("a", "1", extra="x"), Package("b", None, extra="x"), Package("c", None))
+    packages = (
+        PackageInfo("a", "1", extra="x"),
+        PackageInfo("b", None, extra="x"),
+        PackageInfo("c", None),
+    )
     assert missing_extras(packages) == {"x": ("b",)}
 
 
@@ -295,27 +303,27 @@ def test_a_tokenizer_that_changes_texts_is_found(monkeypatch: pytest.MonkeyPatch
 def test_other_pixels_are_a_warning_and_changing_ones_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(library_checks, "_resized", lambda: "other")
+    monkeypatch.setattr(library_checks, "_resized_digest", lambda: "other")
     assert library_checks.check_resizing().status == "warning"
     digests = iter("ab")
-    monkeypatch.setattr(library_checks, "_resized", lambda: next(digests))
+    monkeypatch.setattr(library_checks, "_resized_digest", lambda: next(digests))
     assert library_checks.check_resizing().status == "failed"
 
 
 def test_a_broken_installation_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    report = diagnosis.examine()
+    report = diagnosis.diagnose()
     assert [s for s in report.failures if s.startswith("transformers: cannot be imported")]
     assert report.ops == ()
 
 
 def test_a_device_that_is_not_there_is_the_users_mistake() -> None:
     with pytest.raises(MmmambaError, match="abacus"):
-        diagnosis.examine("abacus")
+        diagnosis.diagnose("abacus")
 
 
 def test_failures_are_what_is_needed_and_broken() -> None:
-    report = Report(
+    report = DoctorReport(
         (),
         (),
         "cpu",

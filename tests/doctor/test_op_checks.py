@@ -9,9 +9,9 @@ import torch
 from foreign_scans import none_imported, pretend_gpu
 
 from mmmamba_cli.doctor import diagnosis
-from mmmamba_cli.doctor.op_cases import Op, all_ops
-from mmmamba_cli.doctor.op_checks import check_backend, check_choice
-from mmmamba_cli.doctor.report import Report
+from mmmamba_cli.doctor.op_cases import OpSpec, op_specs
+from mmmamba_cli.doctor.op_checks import check_backend, check_scan_backend
+from mmmamba_cli.doctor.report import DoctorReport
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS, reference
 from mmmamba_cli.ops.ssd.reference import ScanInputs
@@ -39,12 +39,12 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def scans() -> Op:
-    return next(op for op in all_ops() if op.name == "ssd")
+def scans() -> OpSpec:
+    return next(op for op in op_specs() if op.name == "ssd")
 
 
 def test_a_cpu_gets_the_reference(plain: None) -> None:
-    check = check_choice(CPU)
+    check = check_scan_backend(CPU)
     assert (check.status, check.said) == ("ok", "there are chunked, recurrent; auto takes chunked")
 
 
@@ -53,7 +53,7 @@ def test_it_says_what_is_there_and_what_is_taken(
 ) -> None:
     pretend_gpu(monkeypatch)
     monkeypatch.setitem(SCAN_BACKENDS, "fla", reference.chunked)
-    check = check_choice(CPU)
+    check = check_scan_backend(CPU)
     assert check.status == "ok"
     assert check.said == (
         "there are chunked, recurrent, fla; auto takes fla (bfloat16), "
@@ -66,12 +66,12 @@ def test_one_that_is_passed_over_is_a_warning_and_no_failure(
 ) -> None:
     pretend_gpu(monkeypatch)
     monkeypatch.setitem(SCAN_BACKENDS, "mamba_ssm", wrong)
-    check = check_choice(CPU)
+    check = check_scan_backend(CPU)
     assert check.status == "warning"
     assert "auto takes chunked. ssd: auto passes over the mamba_ssm backend in bf" in check.said
     op = check_backend(scans(), "mamba_ssm", CPU, BF16)
     assert op.status == "warning"
-    report = Report((), (), "cpu", (check,), (op,))
+    report = DoctorReport((), (), "cpu", (check,), (op,))
     assert list(report.failures) == []
     assert [said.partition(":")[0] for said in report.warnings] == [
         "scan",
@@ -95,6 +95,6 @@ def test_a_backend_without_gradients_is_checked_forwards(
 
 
 def test_an_examination_has_it(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "_ops", lambda device, say: ())
-    report = diagnosis.examine("cpu")
+    monkeypatch.setattr(diagnosis, "_check_ops", lambda device, progress: ())
+    report = diagnosis.diagnose("cpu")
     assert [check.name for check in report.checks][-1] == "scan"
