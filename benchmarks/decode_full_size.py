@@ -2,12 +2,12 @@
 
     python benchmarks/decode_full_size.py --out FILE.json [--seconds 240] [--folder DIR]
 
-One `mmmamba profile --random hovle-2.6b` of the teacher as shipped, the teacher tuned, linear,
-hybrid-4, hybrid-8 and linear int8, in one run and in turns, behind the gate, which also reads
-prompts of the longest context asked about. A decoder that the gate finds wrong is measured, for
-finding out why, and reaches no mark. Then each mark beside what was measured, and whether it was
-reached; the JSON holds marks and the whole profile. `--folder` takes profile.json and its pictures.
-Smaller, on a CPU: `--random hovle-8m --contexts 64,128,512 --at 256 --short 64`.
+Profiles the teacher as shipped, the teacher tuned, linear, hybrid-4, hybrid-8 and linear int8 with
+random weights, in one run and in turns, after the correctness check, which also reads a prompt of
+`--at` tokens. A decoder that fails the check is measured, to help find the fault, but reaches no
+mark. Prints each mark with the measured value and whether it was reached; the JSON holds the marks
+and the whole profile. `--folder` is the output folder of profile.json and its plots. A smaller run
+on a CPU: `--random hovle-8m --contexts 64,128,512 --at 256 --short 64`.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ MS, GIB = 1e3, 2**30
 
 @dataclass(frozen=True)
 class Row:
-    """A mark: `value` is to be at most, or at least, `mark`; None where nothing was measured."""
+    """A mark: `value` should be at most, or at least, `mark`; None if nothing was measured."""
 
     what: str
     value: float | None
     unit: str
     relation: str
     mark: float | None
-    # The subject's distance from its reference, over what is allowed; 1 is the limit.
+    # Distance of the logits from the reference over the tolerance; the check passes up to 1.
     gate: float | None
 
     @property
@@ -67,7 +67,7 @@ class Row:
 
 
 class Marks:
-    """Rows over one profile."""
+    """The marks and the values of one profile."""
 
     def __init__(self, found: Profile, at: int, short: int):
         self.found, self.at, self.short = found, at, short
@@ -172,7 +172,7 @@ class Marks:
     def _spread(self, name: str) -> float | None:
         values = [self._ms(name, DECODE, context) for context in self.found.plan.contexts]
         known = [value for value in values if value is not None]
-        # Of some contexts only, it would be another statement.
+        # The spread is only meaningful over all contexts.
         return 100 * (max(known) / min(known) - 1) if known and len(known) == len(values) else None
 
 
@@ -217,12 +217,12 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
 
 
 def subjects_of(subjects: Sequence[Subject]) -> list[Subject]:
-    """Those of the profile, and the linear one in int8."""
+    """All subjects, and the linear one with int8 weights."""
     return [*subjects, *int8_subjects([one for one in subjects if one.name == LINEAR])]
 
 
 def show(found: Profile, rows: Sequence[Row], out: Callable[[str], object] = print) -> None:
-    """All tables, then the marks."""
+    """Print all tables, then the marks."""
     for title, heading, cells in report.tables(found):
         out(f"\n{title}")
         for cells_of_row in (heading, *cells):

@@ -77,7 +77,7 @@ def _draw(lineage: Lineage, encoding: str) -> Tree:
     root = Tree(label)
     branches: dict[str, Tree] = {}
     for name, product in lineage.products.items():
-        parent = branches.get(product.above or "", root)
+        parent = branches.get(product.parent_name or "", root)
         branches[name] = parent.add(_label(product, name == lineage.current, marks))
     return root
 

@@ -42,7 +42,7 @@ class ProductSummary:
     scores: tuple[SuiteScore, ...]
 
     @property
-    def above(self) -> str | None:
+    def parent_name(self) -> str | None:
         """The name of the product it was made from, if any."""
         parent = self.manifest.derived_from
         return None if parent is None else parent.name
