@@ -1,4 +1,4 @@
-"""An answer, with a Generator or by the model's forward, is what transformers' `generate` takes."""
+"""`generate_ids`, with a Generator or by the model's forward, equals transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ def answer(model: Any, fast: bool, settings: Settings, tiles: int = 0, turn: int
 @pytest.mark.parametrize("shuffle", ["pre", "post"])
 @pytest.mark.parametrize("tiles", [0, 2])
 @pytest.mark.parametrize("fast", [False, True])
-def test_greedy_tokens_are_those_of_generate(
-    plan: str, shuffle: str, tiles: int, fast: bool
-) -> None:
-    # A short base length, so that dynamic RoPE has something to fix at the prompt.
+def test_greedy_tokens_equal_generate(plan: str, shuffle: str, tiles: int, fast: bool) -> None:
+    # A base length shorter than the prompt, so that dynamic RoPE applies.
     scaled = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}
     model = small_model(plan, shuffle, **scaled)
     ids, pixels = prompt(tiles, text=9)
@@ -40,12 +38,12 @@ def test_greedy_tokens_are_those_of_generate(
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_stop_token_ends_an_answer_and_is_not_handed_on(fast: bool) -> None:
+def test_a_stop_token_ends_an_answer_and_is_not_yielded(fast: bool) -> None:
     model = small_model("amam")
     whole = answer(model, fast, Settings(TOKENS, eos=()))
     first = whole.index(whole[5])
     assert answer(model, fast, Settings(TOKENS, eos={whole[5]})) == whole[:first]
-    # So does one that the generation config names, where nobody says anything else.
+    # Without `eos` the stop tokens come from the generation config.
     model.generation_config.eos_token_id = whole[5]
     assert answer(model, fast, Settings(TOKENS)) == whole[:first]
 
@@ -56,7 +54,7 @@ def draw(temperature: float, seed: int = 0, turn: int = 0, fast: bool = True) ->
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_drawing_is_a_function_of_seed_and_turn(fast: bool) -> None:
+def test_sampling_depends_on_seed_and_turn(fast: bool) -> None:
     assert draw(1.0, 1, fast=fast) == draw(1.0, 1, fast=fast)
     assert draw(1.0, 1, fast=fast) != draw(1.0, 2, fast=fast)
     assert draw(1.0, 1, fast=fast) != draw(1.0, 1, turn=1, fast=fast)
@@ -67,7 +65,7 @@ def test_drawing_is_a_function_of_seed_and_turn(fast: bool) -> None:
     "options",
     [{}, {"top_k": 3}, {"top_p": 0.4}, {"top_k": 5, "top_p": 0.7}],
 )
-def test_the_forward_draws_what_a_generator_draws(options: dict[str, Any]) -> None:
+def test_the_forward_samples_the_same_tokens_as_a_generator(options: dict[str, Any]) -> None:
     settings = Settings(40, 1.5, eos=(), seed=3, **options)
     slow, fast = (answer(small_model("amam").double(), fast, settings) for fast in (False, True))
     assert slow == fast
@@ -77,16 +75,16 @@ def test_the_forward_draws_what_a_generator_draws(options: dict[str, Any]) -> No
         )
 
 
-def test_a_tiny_temperature_takes_the_likeliest() -> None:
+def test_a_tiny_temperature_is_greedy() -> None:
     assert draw(1e-30) == draw(0)
     assert draw(3.0) != draw(0)
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_image_context_is_never_said(fast: bool) -> None:
+def test_image_context_is_never_generated(fast: bool) -> None:
     model = small_model("amam")
     with torch.no_grad():
-        # Every logit alike, but that of the image token far above them.
+        # All logits are equal except that of the image token, which is much larger.
         model.lm_head.weight.zero_()
         model.lm_head.weight[IMAGE_ID] = 1e4 * model.model.norm.weight.sign()
     for temperature in (0.0, 1.0):
@@ -94,7 +92,7 @@ def test_image_context_is_never_said(fast: bool) -> None:
 
 
 @pytest.mark.parametrize("plan", ["amam", "mmmm"])
-def test_an_answer_that_was_broken_off_leaves_nothing_behind(plan: str) -> None:
+def test_a_closed_answer_does_not_affect_the_next(plan: str) -> None:
     model = small_model(plan)
     generator = Generator(model)
     ids, _ = prompt(0, text=9)

@@ -1,4 +1,4 @@
-"""A loaded model's answers to a conversation: fast where it is packed, the same where it is not."""
+"""`ChatModel`: answers equal `generate`, packed or not."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def by_generate(model: ChatModel, talk: Conversation) -> str:
     return text.strip()
 
 
-def hold_against_generate(model: ChatModel, pictures: list[Path]) -> list[str]:
+def compare_with_generate(model: ChatModel, pictures: list[Path]) -> list[str]:
     """Answers of several turns, the first two about pictures."""
     talk = Conversation((model.name,))
     for number, question in enumerate(QUESTIONS):
@@ -70,14 +70,14 @@ def hold_against_generate(model: ChatModel, pictures: list[Path]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["scenes-teacher", "scenes-linear", "scenes-hybrid"])
-def test_turns_with_pictures_are_what_generate_answers(name: str, pictures: list[Path]) -> None:
+def test_turns_with_pictures_equal_generate(name: str, pictures: list[Path]) -> None:
     model = load(name)
     assert isinstance(model.generator, Generator)
-    answers = hold_against_generate(model, pictures)
+    answers = compare_with_generate(model, pictures)
     assert all(answers)
 
 
-def test_adapters_are_answered_with(
+def test_models_with_adapters(
     model: ChatModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peft = pytest.importorskip("peft")
@@ -98,15 +98,15 @@ def test_adapters_are_answered_with(
     monkeypatch.setattr(checkpoint, "load_model", adapted)
     other = load()
     assert other.generator is None
-    answers = hold_against_generate(other, pictures)
-    assert answers != hold_against_generate(model, pictures)
+    answers = compare_with_generate(other, pictures)
+    assert answers != compare_with_generate(model, pictures)
     talk = Conversation((other.name,))
     talk.ask(QUESTIONS[1])
     drawn = [say(other, talk, Settings(12, 5.0, top_k=50, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_the_drawn_repeat_under_a_seed(model: ChatModel) -> None:
+def test_sampling_is_seeded(model: ChatModel) -> None:
     talk = Conversation((model.name,))
     talk.ask(QUESTIONS[0])
     drawn = [say(model, talk, Settings(12, 1.5, top_p=0.95, seed=seed)) for seed in (1, 1, 2)]
@@ -114,7 +114,7 @@ def test_the_drawn_repeat_under_a_seed(model: ChatModel) -> None:
 
 
 def break_at(token: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise in the middle of a step, its layers half done."""
+    """Raise in the middle of a decode step."""
     from mmmamba_cli.inference import decode_step
 
     plain, calls = decode_step._layer_step, [0]
@@ -128,7 +128,7 @@ def break_at(token: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(decode_step, "_layer_step", block)
 
 
-def test_after_ctrl_c_the_conversation_goes_on(
+def test_the_conversation_continues_after_ctrl_c(
     model: ChatModel, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talk = Conversation((model.name,))
@@ -144,7 +144,7 @@ def test_after_ctrl_c_the_conversation_goes_on(
     assert talk.pending == [pictures[0]]
     talk.ask(QUESTIONS[0])
     assert say(model, talk) == expected
-    # One that is stopped between two tokens is kept as far as it got.
+    # The part of an answer before an interrupt is kept.
     stopped = ChatAnswer()
     talk.ask(QUESTIONS[1])
     pieces = model.answer(talk, Settings(12, eos=()), stopped)
@@ -155,7 +155,9 @@ def test_after_ctrl_c_the_conversation_goes_on(
     assert say(model, talk).rstrip() == by_generate(model, talk)
 
 
-def test_without_memory_nothing_is_held(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_releases_the_cache(
+    model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     talk = Conversation((model.name,))
     talk.ask(QUESTIONS[0])
     expected = say(model, talk)

@@ -1,4 +1,4 @@
-"""What a conversation keeps, shows to each model, and takes back."""
+"""`Conversation`: histories, pictures, undo and saving."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_pictures_go_with_the_next_question(pictures: list[Path]) -> None:
     ]
 
 
-def test_what_failed_is_taken_back_and_its_pictures_wait_again(pictures: list[Path]) -> None:
+def test_undo_makes_the_pictures_pending_again(pictures: list[Path]) -> None:
     talk = Conversation(("a", "b"))
     talk.add_picture(pictures[0])
     talk.ask("one")
@@ -80,14 +80,14 @@ def test_what_failed_is_taken_back_and_its_pictures_wait_again(pictures: list[Pa
     talk.undo()
     assert (talk.pictures, talk.pending) == (pictures[:1], pictures[1:2])
     assert (talk.questions, talk.answers) == (["one"], {"a": ["x"], "b": ["y"]})
-    # A question that says <image> has brought no picture.
+    # `<image>` in a question is no picture.
     talk.pending = []
     talk.ask("what is <image>?")
     talk.undo()
     assert (talk.pictures, talk.pending) == (pictures[:1], [])
 
 
-def test_mistakes_change_nothing(pictures: list[Path], tmp_path: Path) -> None:
+def test_errors_change_nothing(pictures: list[Path], tmp_path: Path) -> None:
     talk = Conversation(("a",))
     with pytest.raises(DataError, match="nothing to save"):
         talk.save(tmp_path / "file")
@@ -103,7 +103,7 @@ def test_mistakes_change_nothing(pictures: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_saved_file_is_training_data(pictures: list[Path], tmp_path: Path) -> None:
-    """Pictures beside the file are named there, others are copied; typed `<image>` is text."""
+    """Pictures below the file's folder are referenced, others copied; typed `<image>` is text."""
     (tmp_path / "data").mkdir()
     near = tmp_path / "data" / "near.png"
     Image.new("RGB", (7, 5)).save(near)
@@ -141,5 +141,5 @@ def test_a_saved_file_is_training_data(pictures: list[Path], tmp_path: Path) -> 
     assert not list((tmp_path / "data").glob("*other*"))
 
 
-def test_a_model_cannot_move_the_cursor() -> None:
+def test_control_characters_are_replaced() -> None:
     assert printable("a\x1b[2Jb\rc\td\n\x9b") == "a�[2Jb�c\td\n�"

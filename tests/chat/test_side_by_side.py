@@ -1,4 +1,4 @@
-"""Texts that grow side by side: nothing that was written is ever another."""
+"""`SideBySide`: written rows never change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_more_text_changes_no_line_but_the_last(text: str, width: int, cut: int)
 
 
 @given(text=texts, width=widths)
-def test_lines_fit_and_lose_nothing_but_spaces(text: str, width: int) -> None:
+def test_lines_fit_and_keep_all_words(text: str, width: int) -> None:
     lines = wrap(text, width)
     assert all(cell_len(line) <= width for line in lines)
     kept = "".join("".join(lines).split())
@@ -33,7 +33,7 @@ def test_words_stay_whole_and_lines_indented() -> None:
     assert wrap("你好你好", 6) == ["你好你", "好"]
 
 
-def test_columns_share_the_terminal_or_are_too_narrow() -> None:
+def test_column_width() -> None:
     assert column_width(80, 2) == 38
     assert column_width(200, 2) == 98
     assert column_width(2 * MIN_WIDTH + 4, 2) == MIN_WIDTH
@@ -42,7 +42,7 @@ def test_columns_share_the_terminal_or_are_too_narrow() -> None:
 
 
 def rows(written: str) -> list[str]:
-    """What stands in a terminal after that: of each row, only what came after it was cleared."""
+    """The rows that a terminal shows: the text after the last clear of each row."""
     return [line.rpartition(CLEAR_ROW)[2] for line in written.split("\n")]
 
 
@@ -60,7 +60,7 @@ def test_a_terminal_ends_with_both_texts(left: str, right: str, size: int) -> No
         assert found == "".join(text.split())
 
 
-def test_a_column_that_ended_waits_for_nobody() -> None:
+def test_a_finished_column_does_not_hold_back_rows() -> None:
     table = SideBySide(("a", "b"), 10, live=False)
     assert table.heading() == "a          │ b\n───────────┼───────────\n"
     assert table.add(0, "one\ntwo\nthree") == ""

@@ -1,4 +1,4 @@
-"""A small run, once for all tests of a session; they do not change it."""
+"""Fixtures: a small run, built once per session and read-only."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def chat(mmmamba: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """`mmmamba chat` with lines from a pipe, `chat("--model", path, typed="Hello\\n")`."""
+    """Run `mmmamba chat` with lines from a pipe, `chat("--model", path, typed="Hello\\n")`."""
 
     def run(*words: object, typed: str | bytes = "") -> Done:
         given = typed.encode() if isinstance(typed, str) else typed
@@ -35,7 +35,7 @@ def chat(mmmamba: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Don
 
 @pytest.fixture
 def complete(mmmamba: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """What bash would offer at the end of a line."""
+    """The completions that bash offers at the end of a line."""
 
     def offered(line: str, **environment: str) -> list[str]:
         if "MMMAMBA_RUN" in os.environ:

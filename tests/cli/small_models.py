@@ -1,4 +1,4 @@
-"""What the everyday commands are tried on: a run with a seeded student, and a language model."""
+"""Small models for command tests: a run with a seeded student, and a language model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmmamba_cli.cli.app import app
 
 
 def run_with_a_student(folder: Path) -> Path:
-    """A run of a random HoVLE with tokenizer and vision, its weights large enough to say much."""
+    """A run of a random HoVLE with vision and weights large enough for varied answers."""
     write_teacher(folder)
     file = folder / "hovle.ckpt"
     rng = torch.Generator().manual_seed(1)

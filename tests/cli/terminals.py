@@ -1,4 +1,4 @@
-"""A command in a terminal of its own, as a person has it."""
+"""Run a command in a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """Runs `mmmamba WORDS` in a fork of this process, so that torch need not be imported again."""
+    """Runs `mmmamba WORDS` in a fork of this process, which has torch imported already."""
 
     def __init__(self, columns: int, *words: object, **environment: str):
         self.text = ""
@@ -34,7 +34,7 @@ class Terminal:
         fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
-        """What is written up to and with `text`."""
+        """Read the output up to and including `text`."""
         end = time.monotonic() + seconds
         while text not in self.text:
             assert time.monotonic() < end, f"{text!r} did not come: {self.text[-500:]!r}"
@@ -48,7 +48,7 @@ class Terminal:
         os.write(self.handle, text.encode())
 
     def ended(self) -> int:
-        """The exit code; what is still written is read first, or it could not end."""
+        """Wait for the exit code; reads the remaining output, which would block the process."""
         end = time.monotonic() + 30
         while time.monotonic() < end and self._read():
             pass
@@ -59,7 +59,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(status)
 
     def _read(self) -> bool:
-        """Take what there is; False if nothing can come any more."""
+        """Read the available output; False at its end."""
         if select.select([self.handle], [], [], 0.1)[0]:
             try:
                 self.text += os.read(self.handle, 65536).decode(errors="replace")
@@ -69,12 +69,12 @@ class Terminal:
 
 
 def _become(words: list[str], environment: dict[str, str]) -> NoReturn:
-    """In the fork: be that command, with the terminal in the place of what pytest has put there."""
+    """In the fork: run the command on the terminal instead of pytest's captured streams."""
     code = 1
     try:
-        # A fork has none of the threads that its parent computes with.
+        # A fork has none of its parent's threads.
         torch.set_num_threads(1)
-        # Whoever runs the tests in the background has Ctrl-C ignored in all below it.
+        # A background shell job ignores Ctrl-C, and its child processes inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
             os.environ.pop(name, None)
@@ -91,5 +91,5 @@ def _become(words: list[str], environment: dict[str, str]) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Nothing of pytest's is to run at the end of a fork.
+        # Skip pytest's exit handlers in the fork.
         os._exit(code)

@@ -32,7 +32,7 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "a picture.png"
 
 
-def test_one_question_about_a_picture_is_what_generate_answers(
+def test_answer_about_a_picture_equals_generate(
     chat: Chat, student_run: Path, picture: Path
 ) -> None:
     words = ("--run", student_run, "--prompt", "What is it?", "--max-new-tokens", 9)
@@ -53,7 +53,7 @@ def test_one_question_about_a_picture_is_what_generate_answers(
     assert asked(chat, *words)["answers"][0]["answer"] != answer["answer"]
 
 
-def test_a_student_that_was_never_distilled_is_said_to_be(chat: Chat, student_run: Path) -> None:
+def test_warning_for_a_student_that_was_not_distilled(chat: Chat, student_run: Path) -> None:
     done = chat("--run", student_run, "--prompt", "Hi", "--max-new-tokens", 2)
     assert "seed was not distilled end to end" in done.err
     assert "cut after 2 tokens" in done.err
@@ -63,20 +63,20 @@ def test_a_student_that_was_never_distilled_is_said_to_be(chat: Chat, student_ru
     assert "not distilled" not in teacher.err
 
 
-def test_lines_from_a_pipe_are_questions_with_a_history(chat: Chat, llama: Path) -> None:
+def test_piped_lines_are_one_conversation(chat: Chat, llama: Path) -> None:
     words = ("--model", llama, "--max-new-tokens", 5)
     done = chat(*words, typed="the cat\n\nthe dog\n/history\n/reset\nthe dog\n/quit\nnot asked\n")
     assert done.code == 0, done.err
     first, second, *history, alone = done.out.split("\n")[:-1]
     asked_and_said = (("you", "the cat"), ("small-llama", first), ("you", "the dog"))
     assert history == [f"{who}: {text}" for who, text in (*asked_and_said, ("small-llama", second))]
-    # The same question is answered otherwise when it is not the first.
+    # The answer depends on the history.
     assert alone != second
     assert "not asked" not in done.out + done.err
     assert alone == chat(*words, "--prompt", "the dog").out.rstrip("\n")
 
 
-def test_models_side_by_side_in_a_pipe_have_their_names_in_front(
+def test_piped_answers_of_several_models_are_prefixed(
     chat: Chat, student_run: Path, llama: Path
 ) -> None:
     done = chat(
@@ -97,7 +97,7 @@ def test_models_side_by_side_in_a_pipe_have_their_names_in_front(
     assert [a["model"] for a in two["answers"]] == ["seed", "teacher"]
 
 
-def test_a_seed_decides_what_is_drawn(chat: Chat, llama: Path) -> None:
+def test_sampling_is_seeded(chat: Chat, llama: Path) -> None:
     words = ("--model", llama, "--prompt", "the cat", "--max-new-tokens", 12, "--temperature", 1.5)
     one, same, other = (asked(chat, *words, "--seed", s)["answers"][0]["answer"] for s in (1, 1, 2))
     assert one == same != other
@@ -120,7 +120,7 @@ def test_a_seed_decides_what_is_drawn(chat: Chat, llama: Path) -> None:
         (("--prompt", "a", "--device", "abacus"), "device 'abacus' is not known"),
     ],
 )
-def test_mistakes_are_sentences(
+def test_user_errors_are_one_sentence(
     chat: Chat, student_run: Path, words: tuple[object, ...], said: str
 ) -> None:
     done = chat("--run", student_run, *words)
@@ -130,9 +130,9 @@ def test_mistakes_are_sentences(
     assert last.startswith("error: ") and said in last
 
 
-def test_a_language_model_is_shown_no_pictures(chat: Chat, llama: Path, picture: Path) -> None:
+def test_a_text_only_model_rejects_pictures(chat: Chat, llama: Path, picture: Path) -> None:
     done = chat("--model", llama, "--image", picture, "--prompt", "a")
-    # Before it is loaded.
+    # The error comes before the model is loaded.
     assert done.code == 2
     assert done.err.startswith("error: small-llama reads text only, it cannot be shown ")
     later = chat("--model", llama, typed=f"/image {picture}\n")
@@ -140,7 +140,7 @@ def test_a_language_model_is_shown_no_pictures(chat: Chat, llama: Path, picture:
     assert "reads text only" in later.err
 
 
-def test_a_pipe_ends_at_the_first_mistake(chat: Chat, llama: Path) -> None:
+def test_piped_session_ends_at_the_first_error(chat: Chat, llama: Path) -> None:
     done = chat("--model", llama, "--max-new-tokens", 2, typed="/nothing\nthe cat\n")
     assert "error: there is no /nothing" in done.err
     assert (done.code, done.out) == (2, "")
@@ -151,7 +151,7 @@ def test_a_pipe_ends_at_the_first_mistake(chat: Chat, llama: Path) -> None:
     )
 
 
-def test_what_is_saved_can_be_trained_on(
+def test_a_saved_conversation_is_training_data(
     chat: Chat, mmmamba: Command, student_run: Path, picture: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "talk.jsonl"
@@ -179,20 +179,20 @@ def conversation(columns: int, *words: object) -> Terminal:
     return Terminal(columns, "chat", "--device", "cpu", *words)
 
 
-def test_a_conversation_in_a_terminal(llama: Path) -> None:
+def test_interactive_session(llama: Path) -> None:
     terminal = conversation(80, "--model", llama, "--max-new-tokens", 400_000)
     terminal.wait_for("Ctrl-D exits")
     terminal.wait_for(READY)
     terminal.type("the cat\n")
     terminal.wait_for("the cat\r\n")
-    # Some lines of an answer without end.
+    # The first lines of a very long answer.
     shown = terminal.wait_for("\n") + terminal.wait_for("\n")
     rows = [row.rpartition("\x1b[K")[2] for row in shown.replace("\r\n", "\n").split("\n")]
     assert rows[0] and max(map(len, rows)) < 80
     terminal.type(CTRL_C)
     terminal.wait_for("stopped; ")
     terminal.wait_for(READY)
-    # What was stopped is in the way of nothing.
+    # The session continues after an interrupt.
     terminal.type("the dog\n")
     terminal.wait_for("the dog\r\n")
     terminal.wait_for("\n")
@@ -205,7 +205,7 @@ def test_a_conversation_in_a_terminal(llama: Path) -> None:
     terminal.type("/history\n")
     assert "you: the cat" in terminal.wait_for("small-llama: ")
     terminal.wait_for(READY)
-    # Between writing a prompt and reading, Python heeds no signal; nobody's hand is that quick.
+    # Python handles no signal between printing the prompt and reading from it.
     time.sleep(0.5)
     terminal.type(CTRL_C)
     terminal.wait_for("press Ctrl-C again to exit")
@@ -215,7 +215,7 @@ def test_a_conversation_in_a_terminal(llama: Path) -> None:
     assert terminal.ended() == 130
 
 
-def test_two_models_stand_side_by_side_where_there_is_room(student_run: Path) -> None:
+def test_two_models_side_by_side_in_a_wide_terminal(student_run: Path) -> None:
     terminal = conversation(80, "--run", student_run, "--teacher", "--max-new-tokens", 12)
     terminal.wait_for(READY)
     for columns, beside in ((80, True), (200, True), (60, False)):
@@ -233,17 +233,17 @@ def test_two_models_stand_side_by_side_where_there_is_room(student_run: Path) ->
     assert terminal.ended() == 0
 
 
-def test_one_question_in_a_terminal(llama: Path) -> None:
+def test_prompt_option_in_a_terminal(llama: Path) -> None:
     terminal = conversation(40, "--model", llama, "--max-new-tokens", 30, "--prompt", "a")
     shown = terminal.wait_for("tokens/s")
     assert terminal.ended() == 0
-    # Each row is drawn again where it grows, and none is wider than the terminal.
+    # Growing rows are redrawn, and none is wider than the terminal.
     assert "\x1b[K" in shown
     drawn = [part for row in shown.splitlines() for part in row.split("\x1b[K")[1:]]
     assert drawn and max(map(len, drawn)) < 40
 
 
-def test_in_a_pipe_nothing_moves_a_cursor(chat: Chat, llama: Path) -> None:
+def test_piped_output_has_no_control_characters(chat: Chat, llama: Path) -> None:
     done = chat("--model", llama, "--max-new-tokens", 30, typed="the cat\n/help\n")
     assert "\x1b" not in done.out + done.err
     assert "\r" not in done.out

@@ -1,4 +1,4 @@
-"""What the shell offers, and that offering it is quick."""
+"""Shell completion: its candidates and its speed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ HEAVY = ("torch", "transformers", "numpy", "safetensors", "PIL")
 Complete = Callable[..., list[str]]
 
 
-def test_offering_is_quick(student_run: Path) -> None:
-    """Nothing heavy is imported, whatever is asked for."""
+def test_completion_is_fast(student_run: Path) -> None:
+    """Completion imports neither torch nor transformers."""
     code = (
         "import os, sys\nfrom mmmamba_cli.cli import main\nsys.argv = ['mmmamba']\n"
         "for line in sys.stdin.read().splitlines():\n"
@@ -43,20 +43,18 @@ def test_offering_is_quick(student_run: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "distill", "hybridize", "export", "eval", "profile"])
-def test_products_are_offered_for_from(complete: Complete, student_run: Path, command: str) -> None:
+def test_completion_of_products(complete: Complete, student_run: Path, command: str) -> None:
     assert complete(f"mmmamba {command} --run {student_run} --from ") == ["seed"]
     assert complete(f"mmmamba {command} --from s", MMMAMBA_RUN=str(student_run)) == ["seed"]
     assert complete(f"mmmamba {command} --run {student_run} --from x") == []
 
 
-def test_the_teacher_is_offered_where_it_can_be_named(
-    complete: Complete, student_run: Path
-) -> None:
+def test_completion_of_the_teacher(complete: Complete, student_run: Path) -> None:
     assert complete(f"mmmamba chat --run {student_run} --compare ") == ["seed", "teacher"]
     assert complete(f"mmmamba inspect --run {student_run} t") == ["teacher"]
 
 
-def test_half_written_products_and_no_run_offer_nothing(complete: Complete, tmp_path: Path) -> None:
+def test_incomplete_products_are_not_completed(complete: Complete, tmp_path: Path) -> None:
     (tmp_path / "products" / ".seed.partial").mkdir(parents=True)
     (tmp_path / "products" / "empty").mkdir()
     assert complete(f"mmmamba chat --run {tmp_path} --from ") == []
@@ -66,16 +64,16 @@ def test_half_written_products_and_no_run_offer_nothing(complete: Complete, tmp_
 @pytest.mark.parametrize(
     "words", ["recipe show", "recipe validate", "seed x --recipe", "distill --recipe"]
 )
-def test_recipes_are_offered(complete: Complete, words: str) -> None:
+def test_completion_of_recipes(complete: Complete, words: str) -> None:
     assert complete(f"mmmamba {words} ") == recipe_names()
     assert complete(f"mmmamba {words} sm") == ["smoke"]
 
 
-def test_commands_are_offered(complete: Complete) -> None:
+def test_completion_of_commands(complete: Complete) -> None:
     assert complete("mmmamba do") == ["doctor"]
 
 
-def test_a_script_for_the_shell_is_printed() -> None:
+def test_completion_script() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mmmamba_cli", "--show-completion", "bash"],
         capture_output=True,

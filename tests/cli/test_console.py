@@ -1,4 +1,4 @@
-"""What commands print: whole lines, plain text, valid JSON."""
+"""Console output: unwrapped lines, plain text, valid JSON."""
 
 import io
 import json
@@ -19,13 +19,13 @@ def test_json_goes_to_stdout_only(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    """A run's own numbers may hold one: a loss that was not finite, an agreement over nothing."""
+    """Numbers of a run may be NaN: a loss that is not finite, an agreement of no answers."""
     console.print_json({"loss": [float("nan"), 1.5], "rows": ({"best": float("-inf")},)})
     found = json.loads(capsys.readouterr().out)
     assert found == {"loss": [None, 1.5], "rows": [{"best": None}]}
 
 
-def test_a_table_without_a_terminal_breaks_no_cell(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_cells_are_not_wrapped_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     path = "/a/very/long/path" * 20
     console.print_table(
         ("layer", "file"), [(3, f"{path}[red].safetensors"), (10, None)], right=["layer"]
@@ -36,7 +36,7 @@ def test_a_table_without_a_terminal_breaks_no_cell(capsys: pytest.CaptureFixture
     assert first.startswith("    3 ")
 
 
-def test_errors_and_warnings_are_whole_lines_without_markup(
+def test_errors_and_warnings_are_unwrapped_without_markup(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     message = "stages[1].lr: " + "is wrong " * 30 + "[bold]end[/bold]"
@@ -55,7 +55,7 @@ class Clock:
         return self.now
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(
+def test_progress_without_a_terminal_prints_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     clock = Clock()
@@ -73,7 +73,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     ]
 
 
-def test_progress_says_how_far_it_came_before_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_prints_its_state_before_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         with console.progress("copy", 3) as advance:
             advance(1)
@@ -104,7 +104,7 @@ def test_progress_in_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "copy [red]: 0/3" not in terminal.getvalue()
 
 
-def test_warnings_of_the_project_are_lines_and_not_endless(
+def test_warnings_of_one_category_are_limited(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Note(MmmambaWarning):

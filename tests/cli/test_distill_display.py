@@ -1,4 +1,4 @@
-"""What a person sees of a training on a terminal: every step, also one without a finite loss."""
+"""The terminal display of a training, including steps without a finite loss."""
 
 from __future__ import annotations
 

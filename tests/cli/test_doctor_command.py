@@ -1,4 +1,4 @@
-"""`mmmamba doctor`: a table for people, JSON for machines, and the exit code."""
+"""`mmmamba doctor`: table, JSON and exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmmamba_cli.doctor.report import Check
 from mmmamba_cli.ops.norm import reference
 
 Doctor = Callable[..., Done]
-# They may be installed where there is no GPU to run them on.
+# Packages that may be installed on a machine without a GPU.
 KERNELS = {"triton", "products", "flash", "mamba_ssm", "fla"}
 
 
@@ -26,7 +26,7 @@ def doctor(mmmamba: Command) -> Doctor:
     return lambda *words: mmmamba("doctor", *words)
 
 
-def test_a_fit_machine_is_told_so(doctor: Doctor) -> None:
+def test_a_fit_machine(doctor: Doctor) -> None:
     done = doctor("--device", "cpu")
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == "fit: everything that is needed works, on cpu"
@@ -36,7 +36,7 @@ def test_a_fit_machine_is_told_so(doctor: Doctor) -> None:
             for dtype in ("float32", "bfloat16"):
                 (row,) = [r for r in rows if r[:3] == [op, backend, dtype]]
                 assert "skipped" in row if backend in KERNELS else row[-1] == "ok"
-    # As it was installed: torch itself may add its build, as +cu130.
+    # The version of the installed package; torch.__version__ may add a build such as +cu130.
     assert ["torch", version("torch"), ">=2.9"] in rows
 
 
@@ -44,7 +44,7 @@ def off(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return reference.norm(x, weight, eps) * 2
 
 
-def test_a_wrong_kernel_is_a_sentence_and_exit_2(
+def test_a_wrong_kernel_is_an_error_and_exit_2(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ops.BACKENDS["rms_norm"], "fused", off)  # type: ignore[index]
@@ -57,7 +57,7 @@ def test_a_wrong_kernel_is_a_sentence_and_exit_2(
     assert len(found["failures"]) == 2
 
 
-def test_for_machines(doctor: Doctor) -> None:
+def test_json_output(doctor: Doctor) -> None:
     done = doctor("--device", "cpu", "--json")
     assert done.code == 0
     found = json.loads(done.out)
@@ -79,7 +79,7 @@ def test_a_warning_does_not_make_a_machine_unfit(
     assert "warning: pillow: is odd" in done.err
 
 
-def test_a_nan_is_a_word_in_json(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_output_of_nan(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         ops.BACKENDS["rms_norm"],  # type: ignore[arg-type]
         "fused",
@@ -91,7 +91,7 @@ def test_a_nan_is_a_word_in_json(doctor: Doctor, monkeypatch: pytest.MonkeyPatch
     assert [op["forward"] for op in fused] == ["nan", "nan"]
 
 
-def test_an_unknown_device_is_a_mistake(doctor: Doctor) -> None:
+def test_an_unknown_device_is_a_user_error(doctor: Doctor) -> None:
     done = doctor("--device", "abacus")
     assert (done.code, done.out) == (2, "")
     assert "error: device 'abacus' is not known" in done.err

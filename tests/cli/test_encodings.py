@@ -19,7 +19,7 @@ ENCODINGS = ("ascii", "cp1252", "utf-8", "latin-1", "shift_jis")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, student_run: Path) -> Path:
-    """A run, a recipe and data under such names."""
+    """A run, a recipe and data with names in other scripts."""
     home = tmp_path_factory.mktemp("encodings")
     shutil.copytree(student_run, home / NAME)
     text = (ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, student_run: Path) -> Path:
     return home
 
 
-# Exit code, words. {name} is the folder of a run, and the stem of a recipe and of data.
+# Exit code and words. {name} is the name of the run folder, recipe and data file.
 COMMANDS = {
     "status": (0, ["status", "--run", "{name}"]),
     "inspect": (0, ["inspect", "--run", "{name}"]),
@@ -69,12 +69,12 @@ def run(
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_fails_on_a_letter(name: str, encoding: str, folder: Path) -> None:
+def test_no_command_fails_on_an_unencodable_name(name: str, encoding: str, folder: Path) -> None:
     code, words = COMMANDS[name]
     words = [word.format(name=NAME) for word in words]
     ended, out, err = run(folder, encoding, words)
     assert ended == code, err.decode(encoding, errors="replace")
-    # Every byte is of the encoding that was asked for.
+    # The output decodes in the requested encoding.
     out.decode(encoding)
     assert b"Traceback" not in err
     assert b"UnicodeEncodeError" not in err
@@ -82,7 +82,7 @@ def test_no_command_fails_on_a_letter(name: str, encoding: str, folder: Path) ->
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", ["status", "recipe show", "data check", "no such run"])
-def test_json_stays_json(name: str, encoding: str, folder: Path) -> None:
+def test_json_is_valid_in_every_encoding(name: str, encoding: str, folder: Path) -> None:
     code, words = COMMANDS[name]
     words = [word.format(name=NAME) for word in words]
     ended, out, err = run(folder, encoding, [*words, "--json"])
@@ -93,7 +93,7 @@ def test_json_stays_json(name: str, encoding: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["status", "inspect", "recipe show"])
 def test_the_plain_c_locale(name: str, folder: Path) -> None:
-    """What Python makes of LANG=C where it may not put UTF-8 in its place."""
+    """LANG=C without Python's coercion to UTF-8."""
     _, words = COMMANDS[name]
     done = subprocess.run(
         [sys.executable, "-X", "utf8=0", "-m", "mmmamba_cli", *words[:-1], "."],
@@ -111,7 +111,7 @@ def test_the_plain_c_locale(name: str, folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
-def test_a_name_that_is_no_text(folder: Path, student_run: Path, tmp_path: Path) -> None:
+def test_an_undecodable_name(folder: Path, student_run: Path, tmp_path: Path) -> None:
     place = os.fsencode(tmp_path) + b"/run-\xff"
     shutil.copytree(os.fsencode(student_run), place)
     for form in ([], ["--json"]):
@@ -126,7 +126,7 @@ def test_a_name_that_is_no_text(folder: Path, student_run: Path, tmp_path: Path)
 
 
 def test_text_files_are_opened_with_a_named_encoding() -> None:
-    """Else they are read in that of the locale. The rule is one of ruff's preview."""
+    """The default would be the locale's encoding. The check is a preview rule of ruff."""
     pytest.importorskip("ruff")
     rule = ["check", "--isolated", "--preview", "--select", "PLW1514"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The frame of the command line: light, and with the exit codes that scripts rely on."""
+"""The command line: fast imports, exit codes and error messages."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 MAIN = [sys.executable, "-m", "mmmamba_cli"]
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "PIL")
 DEV_FULL = Path("/dev/full")
-# As it is by default: what is printed fails no sooner than when it is flushed.
+# The default buffering: a failed write surfaces at the flush.
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
@@ -35,7 +35,7 @@ def mmmamba(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def raising(statement: str) -> str:
-    """Code that runs main() with one more command, which executes `statement`."""
+    """Code that runs main() with an additional command, which executes `statement`."""
     return (
         "import errno, os, sys, time, types\n"
         "from mmmamba_cli import errors\n"
@@ -49,7 +49,7 @@ def raising(statement: str) -> str:
     )
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_does_not_import_torch() -> None:
     unwanted = (*HEAVY, "pydantic", "yaml", "rich")
     code = (
         "import sys\nfrom mmmamba_cli.cli import main\nsys.argv = ['mmmamba', '--help']\n"
@@ -63,7 +63,7 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     "module", [module.name for module in pkgutil.iter_modules(mmmamba_cli.cli.__path__)]
 )
-def test_a_command_imports_its_room_only_when_it_runs(module: str) -> None:
+def test_command_modules_import_the_library_lazily(module: str) -> None:
     code = f"import sys, mmmamba_cli.cli.{module}\n"
     done = python(f"{code}print([m for m in {HEAVY} if m in sys.modules])")
     assert done.stdout == "[]\n", done.stderr
@@ -77,12 +77,12 @@ def test_every_command_has_help(name: str) -> None:
     assert f"\n  {name} " in mmmamba("--help").stdout
 
 
-def test_the_recipe_room_is_light_too() -> None:
+def test_the_recipe_package_does_not_import_torch() -> None:
     code = "import sys, mmmamba_cli.recipe\n"
     assert python(f"{code}print([m for m in {HEAVY} if m in sys.modules])").stdout == "[]\n"
 
 
-def test_no_command_is_help() -> None:
+def test_no_command_prints_help() -> None:
     bare, asked = mmmamba(), mmmamba("--help")
     assert bare.returncode == asked.returncode == 0
     assert bare.stdout == asked.stdout
@@ -96,32 +96,32 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["--nothing"], ["recipe", "show"]])
-def test_wrong_usage_is_the_users_mistake(arguments: list[str]) -> None:
+def test_usage_error_exits_with_2(arguments: list[str]) -> None:
     done = mmmamba(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Error: " in done.stderr
 
 
-def test_a_mistake_is_one_sentence_and_exit_2() -> None:
+def test_user_error_is_one_sentence_and_exit_2() -> None:
     done = python(raising("raise errors.DataError('a[b]: is ' + 'x' * 200, hint='mend it')"))
     assert done.returncode == 2
     assert done.stderr == f"error: a[b]: is {'x' * 200} (mend it)\n"
 
 
-def test_a_bug_keeps_its_plain_traceback_and_exit_1() -> None:
+def test_a_bug_prints_a_traceback_and_exits_with_1() -> None:
     done = python(raising("raise KeyError('ours')"))
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last):\n")
     assert done.stderr.endswith("KeyError: 'ours'\n")
 
 
-def test_an_exit_code_of_a_command_is_kept() -> None:
+def test_exit_code_of_a_command() -> None:
     assert python(raising("sys.exit(130)")).returncode == 130
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM"])
-def test_what_the_system_refuses_is_a_sentence_with_the_path(name: str) -> None:
+def test_os_error_is_one_sentence_with_the_path(name: str) -> None:
     done = python(raising(f"raise OSError(errno.{name}, os.strerror(errno.{name}), 'some/file')"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: some/file: ")
@@ -137,13 +137,13 @@ def test_what_the_system_refuses_is_a_sentence_with_the_path(name: str) -> None:
         ("open('x' * 300)", f"{'x' * 300}: the name is too long"),
     ],
 )
-def test_a_path_that_cannot_be_is_the_users_mistake(statement: str, said: str) -> None:
+def test_an_impossible_path_is_a_user_error(statement: str, said: str) -> None:
     done = python(raising(statement))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {said} (")
 
 
-def test_a_file_that_should_be_there_is_our_bug_unless_a_room_says_otherwise() -> None:
+def test_an_untranslated_missing_file_is_a_bug() -> None:
     done = python(raising("open('/gone')"))
     assert done.returncode == 1
     assert "FileNotFoundError" in done.stderr
@@ -170,7 +170,7 @@ def test_an_os_error_names_paths_of_any_kind() -> None:
 
 @pytest.mark.skipif(not DEV_FULL.exists(), reason="no device that is always full")
 @pytest.mark.parametrize("form", [[], ["--json"]])
-def test_a_full_disk_under_stdout_is_a_sentence(form: list[str]) -> None:
+def test_a_full_disk_under_stdout_is_one_sentence(form: list[str]) -> None:
     with DEV_FULL.open("w") as full:
         done = subprocess.run(
             [*MAIN, "recipe", "show", "smoke", *form],
@@ -208,12 +208,12 @@ def run_with_closed_reader(arguments: list[str]) -> subprocess.CompletedProcess[
         [sys.executable, "-c", raising("sys.stdout.write('x' * 100); sys.stdout.flush()")],
     ],
 )
-def test_a_reader_that_went_away_is_quiet(arguments: list[str]) -> None:
+def test_a_closed_pipe_is_silent(arguments: list[str]) -> None:
     done = run_with_closed_reader(arguments)
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_a_mistake_is_said_though_the_reader_went_away() -> None:
+def test_user_error_is_printed_after_a_closed_pipe() -> None:
     code = raising("print('result'); raise errors.RunError('busy')")
     done = run_with_closed_reader([sys.executable, "-c", code])
     assert (done.returncode, done.stderr) == (2, b"error: busy\n")
@@ -226,8 +226,8 @@ def test_a_closed_stdout_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_interrupt_is_130_and_quiet() -> None:
-    # Whoever runs the tests in the background of a shell has Ctrl-C ignored in all below it.
+def test_interrupt_exits_with_130_silently() -> None:
+    # A background shell job ignores Ctrl-C, and its child processes inherit that.
     heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code = heed + raising("print('ready', flush=True); time.sleep(60)")
     with subprocess.Popen(
@@ -243,7 +243,7 @@ def test_interrupt_is_130_and_quiet() -> None:
     assert (process.returncode, stderr) == (130, b"")
 
 
-def test_interrupt_before_the_app_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_before_the_app_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
@@ -253,7 +253,7 @@ def test_interrupt_before_the_app_is_there(monkeypatch: pytest.MonkeyPatch) -> N
     assert caught.value.code == 130
 
 
-def test_main_says_a_mistake_of_any_room(
+def test_main_prints_every_user_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def mistaken() -> None:

@@ -1,4 +1,4 @@
-"""Help: as wide as the terminal, and a telling word for every value."""
+"""Help: its width, and a metavar for every value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ended import Command
 from mmmamba_cli.cli import app as frame
 
 ROOT = Path(__file__).parents[2]
-# Types in the place of a word for the value.
+# Type names instead of a metavar.
 TYPE_WORDS = re.compile(
     r"<|>|\b(TEXT|STR|STRING|INTEGER|INT|FLOAT|BOOLEAN|VALUE|RANGE|ANY)\b", re.I
 )
@@ -32,7 +32,7 @@ def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 
 def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str, bool]]:
-    """Command, what help shows for an option or argument, and whether it takes a value."""
+    """Command, the help of a parameter, and whether the parameter takes a value."""
     monkeypatch.setattr(sys, "argv", ["mmmamba", "no-command"])
     for name, command in leaves("", frame.command_line()):
         context = command.make_context(name, [], resilient_parsing=True)
@@ -43,7 +43,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str, bool]]:
                 yield name, shown[0], takes
 
 
-def test_every_value_has_a_telling_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_value_has_a_metavar(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(records(monkeypatch))
     assert len(found) > 120
     for name, shown, takes in found:
@@ -75,8 +75,8 @@ def test_help_is_as_wide_as_the_terminal_up_to_a_limit() -> None:
     assert help_width(500) == help_width(frame.MAX_HELP_COLUMNS)
 
 
-def test_a_command_alone_has_the_help_it_has_among_all(mmmamba: Command) -> None:
-    """A line builds the command it names only; what it shows is that of the whole app."""
+def test_help_of_a_single_command_equals_that_of_the_whole_app(mmmamba: Command) -> None:
+    """A command line builds only its own command; the help is the same."""
     whole = frame.build_app()
     listed = mmmamba("--help").out
     for name in frame.COMMANDS:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Tests that run in the background of a shell have Ctrl-C ignored in all below them.
+# A background shell job ignores Ctrl-C, and its child processes inherit that.
 HEED = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 MAIN = "from mmmamba_cli.__main__ import main\nmain()\n"
-# Python's own start cannot be the command's care: what follows the handler is. `main` puts it in
-# place before it imports anything.
+# Interrupts are handled once `main` has installed its handler, before all imports; Python's own
+# start-up is out of reach.
 READY_MAIN = (
     "import sys\nfrom mmmamba_cli import interrupts\n"
     "catch = interrupts.handle_interrupts\n"
@@ -47,7 +47,7 @@ def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 
 
 def interrupted(code: str, words: Sequence[object], seconds: float) -> tuple[int, str]:
-    """Exit code and stderr of a process that gets Ctrl-C so long after its first line."""
+    """Exit code and stderr of a process that is interrupted after a delay from its first line."""
     with start(code, *words) as process:
         assert process.stdout is not None
         assert process.stdout.read(1) == b"."
@@ -72,7 +72,7 @@ def seconds_of(words: Sequence[object]) -> float:
     ],
 )
 def test_at_any_moment_of_a_command(words: list[str], moments: int) -> None:
-    """Over its imports, its work and its end; what has ended before is let be."""
+    """Interrupt imports, work and exit; a process that has ended already is skipped."""
     whole = min(seconds_of(words), 6.0)
     codes = []
     for moment in range(moments):
@@ -80,13 +80,13 @@ def test_at_any_moment_of_a_command(words: list[str], moments: int) -> None:
         assert "Traceback" not in said, (moment, said)
         assert "KeyboardInterrupt" not in said, (moment, said)
         codes.append(code)
-    # After Python has put its own handlers back, the signal itself ends the process.
+    # Once Python has restored the default handlers, the signal itself ends the process.
     assert set(codes) <= {0, 130, -signal.SIGINT}, codes
     assert codes[0] == 130
 
 
 CASES = {
-    # Packages that take any failure of an import for a missing dependency.
+    # Packages that treat every failed import as a missing dependency.
     "an import that swallows it": (
         "import pathlib, sys, tempfile\n"
         "folder = pathlib.Path(tempfile.mkdtemp())\n"
@@ -111,7 +111,7 @@ CASES = {
         "worker = multiprocessing.get_context('fork').Process(target=work)\n"
         "worker.start()\nworker.join()\n"
     ),
-    # Started as `scenes build` starts those that draw; Ctrl-C finds them at their imports.
+    # Processes started as by `scenes build`, interrupted during their imports.
     "spawned workers": (
         "import multiprocessing, os, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"

@@ -1,4 +1,4 @@
-"""Ctrl-C in commands that write once: what is left of it, and how to go on."""
+"""Ctrl-C in commands that write once: the message about what is left and how to continue."""
 
 from __future__ import annotations
 

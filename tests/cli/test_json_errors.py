@@ -1,4 +1,4 @@
-"""With --json a mistake is JSON on stdout, the sentence on stderr, exit code 2."""
+"""--json prints user errors as JSON on stdout and as a sentence on stderr, with exit code 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ended import Command
 from mmmamba_cli.cli.app import build_app
 
 GONE = "no-such-thing"
-# Words that a command cannot do with, for every command that has --json.
+# Invalid arguments for every command with --json.
 MISTAKES: dict[str, list[str]] = {
     "seed": [f"{GONE}.ckpt"],
     "distill": ["--run", GONE, "--data", f"{GONE}.jsonl"],
@@ -32,7 +32,7 @@ MISTAKES: dict[str, list[str]] = {
     "scenes build": ["--atlas", GONE, "--out", "out"],
     "scenes blind": ["--atlas", GONE],
 }
-# Nothing can be wrong, or the result itself says what is.
+# Commands without user errors, or whose result reports them.
 WITHOUT = {"recipe list", "recipe validate"}
 
 
@@ -49,12 +49,12 @@ def commands_with_json() -> dict[str, Any]:
     return found
 
 
-def test_every_command_with_json_is_tried() -> None:
+def test_every_command_with_json_is_covered() -> None:
     assert set(commands_with_json()) == {*MISTAKES, *WITHOUT}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_json(
+def test_user_error_is_json(
     name: str, mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def test_a_mistake_is_json(
     assert GONE in found["error"]
     said = found["error"] if found["hint"] is None else f"{found['error']} ({found['hint']})"
     assert done.err.splitlines()[-1] == f"error: {said}"
-    # The same without it: nothing on stdout.
+    # Without --json stdout is empty.
     plain = mmmamba(*name.split(), *MISTAKES[name])
     assert (plain.code, plain.out) == (2, "")
     assert plain.err.splitlines()[-1] == f"error: {said}"
@@ -83,7 +83,7 @@ def test_a_mistake_is_json(
         ["recipe", "nothing"],
     ],
 )
-def test_a_mistake_in_the_line_is_json_too(words: list[str], mmmamba: Command) -> None:
+def test_usage_error_is_json(words: list[str], mmmamba: Command) -> None:
     done = mmmamba(*words, "--json")
     assert done.code == 2
     found = json.loads(done.out)
@@ -92,7 +92,7 @@ def test_a_mistake_in_the_line_is_json_too(words: list[str], mmmamba: Command) -
     assert found["hint"].endswith(" --help`")
 
 
-def test_what_the_system_refuses_is_json_too(
+def test_os_error_is_json(
     mmmamba: Command, student_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Commands that read JSON and headers: neither torch nor transformers, and within a second."""
+"""Commands that read only JSON and headers: no torch, no transformers, less than a second."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from suite_tables import mme_rows, write_tsv
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers")
-# What an idle machine needs for each is 0.2 to 0.5 s; others may keep this one busy, which costs
-# wall-clock time, and less of the processor's.
+# An idle machine needs 0.2 to 0.5 s. CPU time is measured, which depends less on other load than
+# wall-clock time.
 CPU_SECONDS = 1.0
 HELP_FACTOR = 2.5
-# An import of these ends in ImportError, and says which command wanted it.
+# Importing one of HEAVY raises an ImportError that names the importing module.
 REFUSING = (
     "import sys\n"
     f"sys.modules.update(dict.fromkeys({HEAVY}))\n"
@@ -29,7 +29,7 @@ REFUSING = (
 
 
 def light(*words: object) -> subprocess.CompletedProcess[str]:
-    """A command in a process in which torch and transformers cannot be imported."""
+    """Run a command in a process that cannot import torch and transformers."""
     return subprocess.run(
         [sys.executable, "-c", REFUSING, *map(str, words)],
         cwd=ROOT,
@@ -40,7 +40,7 @@ def light(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def processor_seconds(*words: object, times: int = 3) -> float:
-    """Median of the time that a process computes."""
+    """Median CPU time of a process."""
     taken = []
     for _ in range(times):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -52,7 +52,7 @@ def processor_seconds(*words: object, times: int = 3) -> float:
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Words of an evaluation of answers in a file."""
+    """Arguments that score a file of answers."""
     folder = tmp_path_factory.mktemp("answers")
     rows = mme_rows()
     write_tsv(folder / "MME.tsv", rows)
@@ -83,7 +83,7 @@ def test_needs_neither_torch_nor_transformers(name: str, student_run: Path, tmp_
     assert done.stdout
 
 
-def test_answers_in_a_file_are_scored_without_them(answered: list[object]) -> None:
+def test_scoring_a_file_needs_neither(answered: list[object]) -> None:
     done = light(*answered)
     assert done.returncode == 0, done.stderr
     assert "text_translation" in done.stdout
@@ -99,8 +99,8 @@ def test_scoring_a_file_takes_less_than_a_second(answered: list[object]) -> None
     assert processor_seconds("-m", "mmmamba_cli", *answered) < CPU_SECONDS
 
 
-def test_help_takes_little_more_than_its_two_libraries() -> None:
-    """`--help` against `import typer, rich`, in turns; the least of several is the steadiest."""
+def test_help_is_little_slower_than_importing_typer_and_rich() -> None:
+    """Alternate `--help` and `import typer, rich`; the minimum is the most stable."""
     ours, theirs = [], []
     for _ in range(7):
         theirs.append(processor_seconds("-c", "import typer, rich", times=1))
@@ -108,8 +108,8 @@ def test_help_takes_little_more_than_its_two_libraries() -> None:
     assert min(ours) <= HELP_FACTOR * min(theirs)
 
 
-def test_a_package_that_defers_a_name_still_has_it() -> None:
-    """Every public name of a room can be had from it, and a name it lacks is an AttributeError."""
+def test_lazy_attributes_of_packages() -> None:
+    """Every name in `__all__` resolves, and an unknown name is an AttributeError."""
     code = (
         "import importlib\n"
         "for room in ('checkpoint', 'distill', 'inspection', 'profiling', 'runs'):\n"

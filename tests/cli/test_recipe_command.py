@@ -1,4 +1,4 @@
-"""`mmmamba recipe list|show|validate`, as a user or a script calls them."""
+"""`mmmamba recipe list|show|validate`: text and JSON output."""
 
 import json
 from pathlib import Path
@@ -24,14 +24,14 @@ def test_list_has_a_line_for_each_recipe() -> None:
     assert rows[0].split()[:4] == ["mmmamba-hybrid", "8", "3", "60000"]
 
 
-def test_list_for_machines() -> None:
+def test_list_as_json() -> None:
     listed = json.loads(recipe("list", "--json").stdout)
     assert [entry["name"] for entry in listed] == recipe_names()
     assert listed[0]["stages"] == ["stage1", "stage2", "stage3"]
     assert listed[0]["attention"] == 8
 
 
-def test_show_prints_what_loads_back() -> None:
+def test_show_prints_a_loadable_recipe() -> None:
     done = recipe("show", "smoke", "--set", "stages.stage3.lr=1e-6", "--set", "seed=7")
     assert done.exit_code == 0
     shown = parse_recipe(done.stdout, "stdout")
@@ -40,13 +40,13 @@ def test_show_prints_what_loads_back() -> None:
     assert done.stdout == dump_recipe(shown)
 
 
-def test_show_for_machines_is_the_same_recipe() -> None:
+def test_show_as_json_is_the_same_recipe() -> None:
     shown = json.loads(recipe("show", "smoke", "--json").stdout)
     assert shown == load_recipe("smoke").model_dump(mode="json")
 
 
-def test_show_refuses_what_is_not_valid() -> None:
-    # The frame, not the command, turns the error into a sentence and exit code 2.
+def test_show_rejects_an_invalid_recipe() -> None:
+    # `main` turns the error into a sentence and exit code 2.
     done = recipe("show", "smoke", "--set", "seed=x")
     assert isinstance(done.exception, RecipeError)
     assert done.stdout == ""
@@ -59,7 +59,7 @@ def broken(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_validate_says_every_problem_and_exits_2(broken: str) -> None:
+def test_validate_lists_all_problems_and_exits_with_2(broken: str) -> None:
     done = recipe("validate", "smoke", broken)
     assert done.exit_code == 2
     assert done.stdout == "smoke: valid\n"
@@ -70,7 +70,7 @@ def test_validate_says_every_problem_and_exits_2(broken: str) -> None:
     ]
 
 
-def test_validate_for_machines(broken: str) -> None:
+def test_validate_as_json(broken: str) -> None:
     done = recipe("validate", "smoke", broken, "--num-layers", "6", "--json")
     assert done.exit_code == 2
     first, second = json.loads(done.stdout)
@@ -88,7 +88,7 @@ def test_validate_places_the_attention_layers() -> None:
     ]
 
 
-def test_validate_finds_more_attention_layers_than_the_teacher_has() -> None:
+def test_validate_rejects_more_attention_layers_than_layers() -> None:
     done = recipe("validate", "mmmamba-hybrid", "--num-layers", "6")
     assert done.exit_code == 2
     assert done.stderr.startswith(
@@ -96,13 +96,13 @@ def test_validate_finds_more_attention_layers_than_the_teacher_has() -> None:
     )
 
 
-def test_validate_takes_sets() -> None:
+def test_validate_applies_set_options() -> None:
     arguments = ("smoke", "--num-layers", "6", "--set", "layers.attention=[5, 1]")
     assert recipe("validate", *arguments).stdout == "smoke: valid, attention layers: 1, 5\n"
     assert recipe("validate", "smoke", "--set", "seed=x").exit_code == 2
 
 
-def test_no_command_is_help_and_a_mistyped_one_is_not() -> None:
+def test_no_command_prints_help_and_a_mistyped_one_fails() -> None:
     assert recipe().exit_code == 0
     assert "validate" in recipe().stdout
     done = recipe("shwo")

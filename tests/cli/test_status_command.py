@@ -1,4 +1,4 @@
-"""`mmmamba status`: the lineage in pictures, in a terminal, in a pipe, for machines."""
+"""`mmmamba status`: the lineage in a terminal, in a pipe and as JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def result(manifest: dict[str, Any], suite: str, used: int = 10) -> dict[str, An
 
 @pytest.fixture
 def run(mmmamba: Command, student_run: Path, tmp_path: Path) -> Path:
-    """The seed, a hybrid of it, held-out losses and scores as training and eval leave them."""
+    """A seed and a hybrid with the held-out losses and scores that training and eval write."""
     folder = tmp_path / "run"
     shutil.copytree(student_run, folder)
     assert mmmamba("hybridize", "--run", folder, "--layers", "0,5").code == 0
@@ -61,7 +61,7 @@ def run(mmmamba: Command, student_run: Path, tmp_path: Path) -> Path:
         place = folder / "evals" / hybrid.name / suite.lower()
         place.mkdir(parents=True)
         (place / "result.json").write_text(json.dumps(result(manifest, suite, used)))
-    # A result of another kit, and one of a product that has been made anew since.
+    # A result of another kit, and one of a product that was replaced later.
     other = folder / "evals" / hybrid.name / "lm-eval"
     other.mkdir()
     (other / "result.json").write_text('{"kit": "lm-eval"}')
@@ -72,7 +72,7 @@ def run(mmmamba: Command, student_run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_in_a_pipe_every_line_is_whole(mmmamba: Command, run: Path) -> None:
+def test_piped_lines_are_not_wrapped(mmmamba: Command, run: Path) -> None:
     done = mmmamba("status", "--run", run)
     assert done.code == 0, done.err
     lines = [
@@ -93,7 +93,7 @@ def test_in_a_pipe_every_line_is_whole(mmmamba: Command, run: Path) -> None:
     assert text.index("seed") < text.index("hybrid-")
 
 
-def test_results_that_are_not_shown_are_named(mmmamba: Command, run: Path) -> None:
+def test_unreadable_results_are_reported(mmmamba: Command, run: Path) -> None:
     (run / "evals" / "seed" / "pope").mkdir()
     (run / "evals" / "seed" / "pope" / "result.json").write_text("{")
     done = mmmamba("status", "--run", run)
@@ -114,7 +114,7 @@ def test_a_rule_without_a_date_in_an_older_result(mmmamba: Command, run: Path) -
     assert "MME: perception 1,234.5 (vlmevalkit-2025-08), perception 7.0 (internvl)" in text
 
 
-def test_for_machines(mmmamba: Command, run: Path) -> None:
+def test_json_output(mmmamba: Command, run: Path) -> None:
     found = json.loads(mmmamba("status", "--run", run, "--json").out)
     seed, hybrid = found["products"]
     assert hybrid["held_out"] == [4.0, 3.0, None, 1.0]
@@ -132,7 +132,7 @@ def test_for_machines(mmmamba: Command, run: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_in_a_terminal_nothing_is_wider_than_it_and_nothing_lost(run: Path, width: int) -> None:
+def test_output_fits_the_terminal_without_loss(run: Path, width: int) -> None:
     def drawn(columns: int) -> list[str]:
         file = io.StringIO()
         Console(file=file, width=columns, force_terminal=False).print(
@@ -149,7 +149,9 @@ def test_in_a_terminal_nothing_is_wider_than_it_and_nothing_lost(run: Path, widt
     assert words(lines) == words(drawn(100_000))
 
 
-def test_an_encoding_without_marks_gets_letters(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoding_without_the_marks_gets_letters(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     command(run)
@@ -159,7 +161,7 @@ def test_an_encoding_without_marks_gets_letters(run: Path, monkeypatch: pytest.M
     assert "held out @*x_ 4 to 1" in text
 
 
-def test_no_run_is_a_sentence(mmmamba: Command, tmp_path: Path) -> None:
+def test_a_missing_run_is_a_user_error(mmmamba: Command, tmp_path: Path) -> None:
     done = mmmamba("status", "--run", tmp_path)
     assert (done.code, done.out) == (2, "")
     assert "is not a run" in done.err

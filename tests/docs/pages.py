@@ -20,7 +20,7 @@ def shown(page: Path) -> str:
 
 
 def calls_in_fences(page: Path) -> list[tuple[int, list[str]]]:
-    """(line of its fence, words) of each command in a page's blocks of code."""
+    """(line of the fence, words) of each command in a page's code blocks."""
     return [
         (fence.line, call)
         for fence in run_page.fences(page.read_text(encoding="utf-8"))
@@ -30,6 +30,6 @@ def calls_in_fences(page: Path) -> list[tuple[int, list[str]]]:
 
 
 def calls_in_sentences(page: Path) -> list[list[str]]:
-    """The words of each command that a sentence of a page speaks of."""
+    """The words of each command in a page's inline code."""
     text = run_page.FENCE.sub("", page.read_text(encoding="utf-8"))
     return [" ".join(found.split()).split(" ")[1:] for found in INLINE.findall(text)]

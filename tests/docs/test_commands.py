@@ -1,4 +1,4 @@
-"""Every command in the documentation is one that the command line takes."""
+"""Every command in the documentation is valid."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pages import PAGES, calls_in_fences, calls_in_sentences, shown
 from mmmamba_cli.cli.app import app
 
 ROOT_COMMAND = typer.main.get_command(app)
-# "..." stands for the rest, and what is in brackets may be left out.
+# "..." stands for further words; brackets mark optional ones.
 ELLIPSIS = "..."
 
 
 def problem_of(words: list[str]) -> str | None:
-    """Why the command line would refuse these words behind `mmmamba`, None if it would not."""
+    """Why the command line rejects these words after `mmmamba`, else None."""
     command, rest = found_command(words)
     if command is None:
         return f"there is no command {' '.join(words)}"
@@ -29,7 +29,7 @@ def problem_of(words: list[str]) -> str | None:
     try:
         command.make_context("mmmamba", list(rest))
     except typer.Exit:
-        # --help and --version end the command by themselves.
+        # --help and --version exit.
         return None
     except Exception as error:  # noqa: BLE001  (any refusal: typer has its own copy of click's)
         return f"{type(error).__name__}: {error}"
@@ -37,11 +37,11 @@ def problem_of(words: list[str]) -> str | None:
 
 
 def found_command(words: list[str]) -> tuple[Any, list[str]]:
-    # `--` keeps torchrun from reading the options behind it; the command line skips it too.
+    # `--` separates torchrun's options from those after it; the command line skips it.
     command, rest = ROOT_COMMAND, list(words[1:] if words[:1] == ["--"] else words)
     while rest and rest[0] in getattr(command, "commands", {}):
         command, rest = command.commands[rest[0]], rest[1:]
-    # A group without a command prints its help, which a page does not mean.
+    # A page never means a group without a subcommand.
     whole = not hasattr(command, "commands") or rest[:1] in (["--help"], ["--version"])
     return (command if whole else None), rest
 
@@ -53,7 +53,7 @@ def unknown_options(command: Any, words: list[str]) -> str | None:
 
 
 def as_asked(words: list[str]) -> list[str]:
-    """A command of a sentence, which may be half a command, without what ends the words."""
+    """An inline command, possibly incomplete, without trailing punctuation."""
     return [word.strip(",.;[]") for word in words if word != "..."]
 
 
@@ -83,7 +83,7 @@ def test_commands_in_sentences_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_an_image_root_serves_training_and_held_out_data(page: Path) -> None:
-    # Elsewhere the held-out file names other pictures, which may have the names of training's.
+    # Without it, held-out data may resolve to training pictures of the same name.
     for line, call in calls_in_fences(page):
         given = dict(itertools.pairwise(call))
         if "--image-root" in given and "--held-out" in given:
@@ -91,7 +91,7 @@ def test_an_image_root_serves_training_and_held_out_data(page: Path) -> None:
             assert len(folders) == 1, f"line {line}: --image-root for the files of {folders}"
 
 
-def test_the_tutorial_has_the_commands_it_is_about() -> None:
+def test_the_tutorial_contains_its_commands() -> None:
     tutorial = next(page for page in PAGES if page.name == "tutorial.md")
     called = {call[0] for _, call in calls_in_fences(tutorial)}
     assert {"seed", "distill", "hybridize", "eval", "profile", "export"} <= called
@@ -112,7 +112,7 @@ def test_the_tutorial_has_the_commands_it_is_about() -> None:
         ("distill --no-such ...", True),
     ],
 )
-def test_what_is_refused(words: str, refused: bool) -> None:
+def test_rejected_words(words: str, refused: bool) -> None:
     assert (problem_of(words.split()) is not None) is refused
 
 

@@ -32,12 +32,12 @@ def seeded() -> Mamba2:
 
 @torch.no_grad()
 def test_a_seeded_mixer_is_linear_attention_that_forgets(seeded: Mamba2) -> None:
-    """The page's two equations, of `mix` and of "How it begins", written out."""
+    """The equations of `mix` and of "How it begins" on the page, written out."""
     hidden = torch.randn(1, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(0)).double()
     heads, width = STACK.num_heads, STACK.head_dim
 
     def read(matrix: torch.nn.Linear, count: int) -> torch.Tensor:
-        """(heads, T, P), the key and value heads shared by neighbouring query heads."""
+        """(heads, T, P), with key and value heads repeated for their query heads."""
         return F.silu(matrix(hidden)).view(LENGTH, count, width).transpose(0, 1)
 
     q = read(seeded.q_proj, heads)

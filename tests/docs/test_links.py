@@ -1,4 +1,4 @@
-"""Links between the project's pages lead somewhere, headings included."""
+"""Links between the project's pages are valid, including their anchors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them: lower case, no punctuation, a hyphen for each space."""
+    """GitHub's anchors: lower case, no punctuation, a hyphen for each space."""
     text = run_page.FENCE.sub("", page.read_text(encoding="utf-8"))
     found: set[str] = set()
     for heading in HEADING.findall(text):
@@ -45,7 +45,7 @@ def problem_of(page: Path, link: str) -> str | None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     wrong = [
         problem
         for link in links(page)
@@ -54,7 +54,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_page_is_reached_from_the_index() -> None:
+def test_every_page_is_linked_from_the_index() -> None:
     index = ROOT / "docs" / "README.md"
     reached, ahead = {index}, [index]
     while ahead:
@@ -70,7 +70,7 @@ def test_every_page_is_reached_from_the_index() -> None:
     ("link", "right"),
     [("b.md", True), ("#one-two", True), ("b.md#x-1", True), ("c.md", False), ("b.md#y", False)],
 )
-def test_what_is_a_broken_link(tmp_path: Path, link: str, right: bool) -> None:
+def test_broken_links(tmp_path: Path, link: str, right: bool) -> None:
     (tmp_path / "a.md").write_text("# One, `two`\n")
     (tmp_path / "b.md").write_text("# X\n# X\n```\n# Y\n```\n")
     assert (problem_of(tmp_path / "a.md", link) is None) is right

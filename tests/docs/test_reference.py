@@ -1,4 +1,4 @@
-"""docs/reference.md is what the code says today."""
+"""docs/reference.md equals the generated page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_page_is_up_to_date(page: str) -> None:
     assert not differing, f"run `{make_reference.COMMAND}`:\n{differing}"
 
 
-def test_the_page_says_how_it_is_made(page: str) -> None:
+def test_the_page_names_its_generator(page: str) -> None:
     assert f"`{make_reference.COMMAND}`" in page
 
 
@@ -37,5 +37,5 @@ def test_every_command_and_option_is_listed(page: str) -> None:
                 assert make_reference.cell(f"`{word}") in parts[f"mmmamba {name}"], (name, option)
 
 
-def test_a_cell_does_not_end_early() -> None:
+def test_table_cells_are_escaped() -> None:
     assert make_reference.cell("N|auto of\n <image>") == "N\\|auto of &lt;image>"

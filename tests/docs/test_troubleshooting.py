@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages that the code really has."""
+"""docs/troubleshooting.md quotes messages of the code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from pages import ROOT
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
-# Stands for what a message fills in.
+# Stands for a filled-in part of a message.
 GAP = "…"
 QUOTED = re.compile(r"^### (.+)$", re.MULTILINE)
 
@@ -20,7 +20,7 @@ def plain(text: str) -> str:
 
 
 def messages(source: str) -> Iterator[str]:
-    """Strings of a module as they are put together, `…` for what is filled in; no docstrings."""
+    """The string literals of a module except docstrings, with `…` for filled-in parts."""
     tree = ast.parse(source)
     left_out = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -48,15 +48,15 @@ def known() -> list[str]:
 
 
 @pytest.mark.parametrize("heading", headings())
-def test_the_message_is_one_of_the_codes(heading: str, known: list[str]) -> None:
+def test_the_message_exists_in_the_code(heading: str, known: list[str]) -> None:
     assert heading[:1] == heading[-1:] == "`"
     quoted = heading[1:-1]
-    # Of words enough that it is this message, not any.
+    # Long enough to identify the message.
     assert len(re.sub(r"\W", "", quoted)) >= 6
     assert any(quoted in message for message in known), f"no message of the code has: {quoted}"
 
 
-def test_every_message_stands_once() -> None:
+def test_every_message_is_quoted_once() -> None:
     assert len(headings()) > 50
     assert len(set(headings())) == len(headings())
 
@@ -67,7 +67,7 @@ def test_every_message_is_explained() -> None:
         assert len(text.partition("\n## ")[0].split()) >= 4, heading
 
 
-def test_how_messages_are_read() -> None:
+def test_messages_of_a_module() -> None:
     source = '''
 """Doc."""
 def f(x):
