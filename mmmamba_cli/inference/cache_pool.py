@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from mmmamba_cli.inference.cuda_graphs import GraphPool, Run
+from mmmamba_cli.inference.cuda_graphs import GraphPool, Runnable
 from mmmamba_cli.inference.decode_step import decode_step
 from mmmamba_cli.inference.graph_prefill import (
     ChunkGraphs,
@@ -36,12 +36,12 @@ class CachePool:
         self._backend = backend
         self._graph_pool: GraphPool | None = None
         self._caches: dict[tuple[int, tuple[int, ...]], StaticCache] = {}
-        self._steps: dict[tuple[StaticCache, SamplingMode | None], Run] = {}
+        self._steps: dict[tuple[StaticCache, SamplingMode | None], Runnable] = {}
         self._prefills: dict[StaticCache, GraphPrefill] = {}
 
     def take(
         self, batch: int, capacities: tuple[int, ...], mode: SamplingMode | None
-    ) -> tuple[StaticCache, Run]:
+    ) -> tuple[StaticCache, Runnable]:
         """A cache with arbitrary contents, and the function that advances it by one token.
 
         The function is `decode_step`, with sampling if there is a `mode`, or the replay of its
@@ -54,7 +54,7 @@ class CachePool:
         # Reinsert at the end: the dict is ordered by last use.
         self._caches[batch, capacities] = cache
         if (cache, mode) not in self._steps:
-            step: Run = partial(decode_step, cache, self._backend, self._sampler, mode)
+            step: Runnable = partial(decode_step, cache, self._backend, self._sampler, mode)
             if self._graphs:
                 # Reset the cache first: warm-up steps write a few columns.
                 cache.clear()
@@ -78,7 +78,7 @@ class CachePool:
         self._caches.clear()
         self._graph_pool = None
 
-    def _capture(self, run: Run) -> Run:
+    def _capture(self, run: Runnable) -> Runnable:
         if self._graph_pool is None:
             self._graph_pool = GraphPool(self._packed.text_embedding.device)
         return self._graph_pool.capture(run, self._sampler.rng)

@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
-Task = TypeVar("Task", bound=Callable[[], None])
-Run = Callable[[], None]
-Capture = Callable[[Run], Run]
+GraphTask = TypeVar("GraphTask", bound=Callable[[], None])
+Runnable = Callable[[], None]
+Capture = Callable[[Runnable], Runnable]
 
 # Warm-up lets Triton compile and libraries allocate their workspaces before the capture.
 WARM_UP_STEPS = 3
@@ -31,7 +31,7 @@ class GraphPool:
         # One stream for all captures: the allocator reuses a block only on its own stream.
         self.stream = torch.cuda.Stream(device)
 
-    def capture(self, run: Run, rng: torch.Generator | None = None) -> Run:
+    def capture(self, run: Runnable, rng: torch.Generator | None = None) -> Runnable:
         """Capture `run` as a CUDA graph and return its replay.
 
         `run` is executed `WARM_UP_STEPS` times with all its side effects; the capture itself
@@ -64,16 +64,16 @@ def _no_gc() -> Iterator[None]:
             gc.enable()
 
 
-class GraphCache(Generic[Key, Task]):
+class GraphCache(Generic[Key, GraphTask]):
     """LRU cache of tasks by shape, each captured as a CUDA graph once its shape recurs."""
 
-    def __init__(self, make: Callable[[Key], Task], capture: Capture):
+    def __init__(self, make: Callable[[Key], GraphTask], capture: Capture):
         self._make = make
         self._capture = capture
-        self._tasks: dict[Key, Task] = {}
-        self._runs: dict[Key, Run] = {}
+        self._tasks: dict[Key, GraphTask] = {}
+        self._runnables: dict[Key, Runnable] = {}
 
-    def get(self, key: Key, uses: int = 1) -> tuple[Task, Run]:
+    def get(self, key: Key, uses: int = 1) -> tuple[GraphTask, Runnable]:
         """The task of a shape, and the function that runs it (a graph replay, or the task itself).
 
         `uses` is how often the caller will run it now. A capture runs the task, so its buffers must
@@ -85,14 +85,14 @@ class GraphCache(Generic[Key, Task]):
             while len(self._tasks) >= MAX_CACHED_SHAPES:
                 oldest = next(iter(self._tasks))
                 del self._tasks[oldest]
-                self._runs.pop(oldest, None)
+                self._runnables.pop(oldest, None)
             task = self._make(key)
         # Reinsert at the end: the dict is ordered by last use.
         self._tasks[key] = task
-        if key not in self._runs and (recurs or uses >= MIN_CAPTURE_USES):
+        if key not in self._runnables and (recurs or uses >= MIN_CAPTURE_USES):
             try:
-                self._runs[key] = self._capture(task)
+                self._runnables[key] = self._capture(task)
             except torch.OutOfMemoryError:
                 # Eager launches need less memory than a graph.
-                self._runs[key] = task
-        return task, self._runs.get(key, task)
+                self._runnables[key] = task
+        return task, self._runnables.get(key, task)

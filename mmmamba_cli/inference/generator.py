@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.inference.cache_pool import CachePool
-from mmmamba_cli.inference.cuda_graphs import Run
+from mmmamba_cli.inference.cuda_graphs import Runnable
 from mmmamba_cli.inference.packed_model import pack_model, weight_nbytes
 from mmmamba_cli.inference.prefill import check_prompt, prefill
 from mmmamba_cli.inference.sampling import Sampler, SamplingMode, Settings, eos_ids
@@ -31,7 +31,7 @@ ANSWER_COLUMNS = 1024
 EOS_CHECK_INTERVAL = 4
 
 # input_ids, pixel_values and attention_mask, as `Generator.prefill` takes them.
-Inputs = tuple[Tensor, Tensor | None, Tensor | None]
+PromptInputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Generator:
@@ -195,7 +195,7 @@ class Generator:
     @torch.no_grad()
     def stream_answer(
         self,
-        inputs: Inputs,
+        inputs: PromptInputs,
         settings: Settings,
         capacity: int | None = None,
         chunk: int | None = None,
@@ -260,7 +260,7 @@ class Generator:
         self._pool.clear()
 
     def _begin_answer(
-        self, inputs: Inputs, settings: Settings, capacity: int | None, chunk: int | None
+        self, inputs: PromptInputs, settings: Settings, capacity: int | None, chunk: int | None
     ) -> _Sequence:
         """Read a prompt and sample the first token."""
         # The last token is sampled and never read.
@@ -274,7 +274,7 @@ class Generator:
 
     def _prefill(
         self,
-        inputs: Inputs,
+        inputs: PromptInputs,
         columns: int,
         capacity: int | None,
         chunk: int | None,
@@ -336,7 +336,7 @@ class _Sequence:
     """
 
     cache: StaticCache
-    step: Run
+    step: Runnable
     limit: int | None
     mode: SamplingMode | None
     extra: int
