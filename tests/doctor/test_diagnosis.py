@@ -1,4 +1,4 @@
-"""What the doctor looks at, and that it finds what is wrong."""
+"""The diagnosis: versions, known issues, libraries and ops."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def op(name: str) -> OpSpec:
     return next(found for found in op_specs() if found.name == name)
 
 
-def test_what_is_needed_is_what_the_project_asks_for() -> None:
+def test_requirements_equal_those_of_pyproject() -> None:
     def cut(text: str) -> tuple[str, str]:
         match = re.match(r"([\w-]+)(.*)", text.partition(";")[0].strip())
         assert match is not None
@@ -63,9 +63,9 @@ def test_every_public_op_has_backends_and_cases() -> None:
     assert {"mask", "seq_idx"} <= {case.name for case in op("ssd").cases}
 
 
-def test_all_ops_are_right_here_in_both_dtypes() -> None:
+def test_all_ops_pass_on_the_cpu_in_both_dtypes() -> None:
     every = list(check_ops(CPU, (torch.float32, torch.bfloat16)))
-    # Kernels may be installed where there is no GPU to run them on, or on a CPU beside one.
+    # Kernels may be installed without a GPU, and are skipped on the CPU beside one.
     kernels = {"triton", "products", "flash", "mamba_ssm", "fla"}
     assert all(check.status == "skipped" for check in every if check.backend in kernels)
     found = [check for check in every if check.backend not in kernels]
@@ -77,11 +77,11 @@ def test_all_ops_are_right_here_in_both_dtypes() -> None:
     backends = {(c.op, c.backend) for c in every}
     registered = {(name, b) for name, table in ops.BACKENDS.items() for b in table}
     assert backends == registered
-    # Errors of rounding, not of nothing: bf16 has 8 bits.
+    # Rounding errors of bf16 are visible: it has 8 bits.
     assert all(c.forward and c.forward > 1e-4 for c in found if c.dtype == "bfloat16")
 
 
-def test_a_backend_that_is_registered_later_is_found_and_found_wrong(
+def test_backends_registered_later_are_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def slightly_off(y: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_a_backend_that_is_registered_later_is_found_and_found_wrong(
     assert found["fused"].sentence.startswith("gated_rms_norm, fused, float32: forward error 0.001")
 
 
-def test_whoever_waits_for_another_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_before_slow_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     def unchecked(op: Any, backend: str, device: torch.device, dtype: torch.dtype) -> OpCheck:
         return OpCheck(op.name, backend, str(dtype), "ok", 0.0, 0.0, 1.0, 1)
 
@@ -146,7 +146,7 @@ def broken(kind: str) -> Any:
         ("refuses", "skipped", "refuses 131 tokens: never"),
     ],
 )
-def test_whatever_a_kernel_does_wrong_is_said(
+def test_wrong_kernels_are_reported(
     monkeypatch: pytest.MonkeyPatch, kind: str, status: str, said: str
 ) -> None:
     monkeypatch.setitem(ops.BACKENDS["rms_norm"], "fused", broken(kind))  # type: ignore[index]
@@ -161,12 +161,12 @@ def test_an_op_without_a_case_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.status, found.said) == ("failed", "the doctor has no case")
 
 
-def test_a_wrong_attention_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_attention_mask_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     table: Any = ops.BACKENDS["attention"]
     right = table["sdpa"]
 
     def blind(*inputs: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        """Sees padding."""
+        """Attends to padding."""
         mask = None if mask is None else torch.ones_like(mask).tril()
         return right(*inputs, mask=mask, **options)
 
@@ -176,7 +176,7 @@ def test_a_wrong_attention_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["reference"].status == "ok"
 
 
-def test_checking_leaves_the_number_of_threads_alone() -> None:
+def test_number_of_threads_is_restored() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -192,7 +192,7 @@ def test_relative_errors() -> None:
     assert math.isnan(_worst([0.1, math.nan]))
 
 
-def test_versions_are_numbers() -> None:
+def test_release_numbers_and_requirements() -> None:
     assert release_numbers("2.13.0+cpu") == (2, 13, 0)
     assert release_numbers("3.7.0.post1") == (3, 7, 0)
     assert satisfies("5.17.0", ">=5.17,<6")
@@ -221,7 +221,7 @@ CASES: list[tuple[DeviceInfo, dict[str, str], bool]] = [
 
 
 @pytest.mark.parametrize(("device", "versions", "bad"), CASES)
-def test_the_pair_of_hopper_and_triton_is_named(
+def test_known_issue_of_fla_on_hopper(
     device: DeviceInfo, versions: dict[str, str], bad: bool
 ) -> None:
     found = [check.sentence for check in check_known_issues(facts(device, "cuda:0", **versions))]
@@ -229,7 +229,7 @@ def test_the_pair_of_hopper_and_triton_is_named(
     assert all("gated backward on Hopper with Triton" in sentence for sentence in found)
 
 
-def test_other_known_problems() -> None:
+def test_other_known_issues() -> None:
     slow = DeviceInfo("cpu", "an old CPU", bf16=False)
     on_cpu = check_known_issues(SystemFacts(GOOD, (slow,), "cpu"))
     assert [check.name for check in on_cpu] == ["bf16 on this CPU"]
@@ -242,7 +242,7 @@ def test_other_known_problems() -> None:
     assert tf32.name == "TF32"
 
 
-def test_versions_that_are_too_old_fail_with_the_pip_line() -> None:
+def test_old_versions_fail_with_the_pip_command() -> None:
     (good,) = check_versions(SystemFacts(GOOD, (), "cpu"))
     assert good.status == "ok"
     old = SystemFacts({**GOOD, "transformers": "5.16.2", "torch": "2.8.1"}, (), "cpu")
@@ -264,9 +264,7 @@ def test_missing_extras() -> None:
     assert missing_extras(packages) == {"x": ("b",)}
 
 
-def test_the_cpu_is_read_as_the_system_tells_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpu_from_proc_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info, memory = tmp_path / "cpuinfo", tmp_path / "meminfo"
     info.write_text("model name\t: Old One\nflags\t: fpu avx512f\n\nmodel name\t: Second\n")
     memory.write_text("MemTotal: 8 kB\nMemAvailable:    4 kB\n")
@@ -283,12 +281,12 @@ def test_the_cpu_is_read_as_the_system_tells_it(
     assert (found.free, found.bf16) == (None, None)
 
 
-def test_libraries_are_well_here() -> None:
+def test_library_checks_pass() -> None:
     assert library_checks.check_tokenizer().status == "ok"
     assert library_checks.check_resizing().status == "ok"
 
 
-def test_a_tokenizer_that_changes_texts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_that_changes_texts_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     import sentencepiece
 
     right = sentencepiece.SentencePieceProcessor.decode
@@ -300,7 +298,7 @@ def test_a_tokenizer_that_changes_texts_is_found(monkeypatch: pytest.MonkeyPatch
     assert found.said == "'  two  spaces' comes back as 'two  spaces'"
 
 
-def test_other_pixels_are_a_warning_and_changing_ones_a_failure(
+def test_other_pixels_are_a_warning_and_varying_pixels_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(library_checks, "_resized_digest", lambda: "other")
@@ -310,19 +308,19 @@ def test_other_pixels_are_a_warning_and_changing_ones_a_failure(
     assert library_checks.check_resizing().status == "failed"
 
 
-def test_a_broken_installation_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_installation_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     report = diagnosis.diagnose()
     assert [s for s in report.failures if s.startswith("transformers: cannot be imported")]
     assert report.ops == ()
 
 
-def test_a_device_that_is_not_there_is_the_users_mistake() -> None:
+def test_missing_device_is_a_user_error() -> None:
     with pytest.raises(MmmambaError, match="abacus"):
         diagnosis.diagnose("abacus")
 
 
-def test_failures_are_what_is_needed_and_broken() -> None:
+def test_failures_and_warnings_of_a_report() -> None:
     report = DoctorReport(
         (),
         (),

@@ -1,4 +1,4 @@
-"""What the doctor says of scans from other libraries, and of the one that `auto` takes."""
+"""Checks of scan backends of other libraries, and of the backend that `auto` selects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from foreign_scans import none_imported, pretend_gpu
+from library_stubs import none_imported, pretend_gpu
 
 from mmmamba_cli.doctor import diagnosis
 from mmmamba_cli.doctor.op_cases import OpSpec, op_specs
@@ -32,7 +32,7 @@ def forward_only(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing but the references, whatever is installed."""
+    """Only the references are registered, whatever is installed."""
     with none_imported():
         for name in set(SCAN_BACKENDS) - {"chunked", "recurrent"}:
             monkeypatch.delitem(SCAN_BACKENDS, name)
@@ -43,12 +43,12 @@ def scans() -> OpSpec:
     return next(op for op in op_specs() if op.name == "ssd")
 
 
-def test_a_cpu_gets_the_reference(plain: None) -> None:
+def test_auto_uses_the_reference_on_a_cpu(plain: None) -> None:
     check = check_scan_backend(CPU)
     assert (check.status, check.said) == ("ok", "there are chunked, recurrent; auto takes chunked")
 
 
-def test_it_says_what_is_there_and_what_is_taken(
+def test_available_and_selected_backends_are_listed(
     plain: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_gpu(monkeypatch)
@@ -61,9 +61,7 @@ def test_it_says_what_is_there_and_what_is_taken(
     )
 
 
-def test_one_that_is_passed_over_is_a_warning_and_no_failure(
-    plain: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipped_backend_is_a_warning(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch)
     monkeypatch.setitem(SCAN_BACKENDS, "mamba_ssm", wrong)
     check = check_scan_backend(CPU)
@@ -77,14 +75,12 @@ def test_one_that_is_passed_over_is_a_warning_and_no_failure(
         "scan",
         "ssd, mamba_ssm, bfloat16",
     ]
-    # Ours is no library that can be left out.
+    # The triton backend is not optional.
     monkeypatch.setitem(SCAN_BACKENDS, "triton", wrong)
     assert check_backend(scans(), "triton", CPU, BF16).status == "failed"
 
 
-def test_a_backend_without_gradients_is_checked_forwards(
-    plain: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forward_only_backends(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCAN_BACKENDS, "fla", forward_only)
     found = check_backend(scans(), "fla", CPU, BF16)
     assert found.status == "ok", found.sentence
@@ -94,7 +90,7 @@ def test_a_backend_without_gradients_is_checked_forwards(
     assert check_backend(scans(), "mamba_ssm", CPU, BF16).status == "skipped"
 
 
-def test_an_examination_has_it(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnosis_includes_the_scan_check(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "_check_ops", lambda device, progress: ())
     report = diagnosis.diagnose("cpu")
     assert [check.name for check in report.checks][-1] == "scan"

@@ -1,7 +1,7 @@
-"""Random problems for the op tests, and oracles that share no code with the references.
+"""Random inputs for the op tests, and oracles that share no code with the references.
 
-The oracles are loops over one row in float64 numpy, heads repeated one by one. Padding and packing
-are not in them: a row is cut into its sequences of real tokens, each run alone.
+The oracles are loops over one row and its heads in float64 numpy. They have no padding or packing:
+each sequence of real tokens is run separately.
 """
 
 from dataclasses import dataclass, fields
@@ -11,13 +11,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-# Scans that run anywhere and in fp64; kernels have tests of their own.
+# Scan backends that run on any device and in fp64; the kernels have separate tests.
 REFERENCES = ("chunked", "recurrent")
 
 
 @dataclass
 class Scan:
-    """Arguments of `ssd`; `None` for those left out."""
+    """Tensor arguments of `ssd`; None for omitted ones."""
 
     x: Tensor
     dt: Tensor
@@ -42,7 +42,7 @@ class Scan:
         return {name: value.grad for name, value in self.tensors().items()}
 
     def span(self, row: int, columns: Tensor | slice) -> "Scan":
-        """One row, some of its tokens, with its initial state."""
+        """The given columns of one row, with its initial state."""
         rows, kept = slice(row, row + 1), self.tensors()
         for name in ("x", "dt", "B", "C"):
             kept[name] = kept[name][rows][:, columns]
@@ -63,7 +63,7 @@ def make_scan(
     optional: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> Scan:
-    """A problem whose steps, before softplus, run from tiny (e^-9) to large (8)."""
+    """Random inputs whose step sizes, after softplus, range from e^-9 to 8."""
     rng = torch.Generator().manual_seed(seed)
     heads = kv_heads * groups
 
@@ -88,7 +88,7 @@ def make_scan(
 
 
 def sizes(**least: int) -> st.SearchStrategy[dict[str, int]]:
-    """Sizes of `make_scan`, from 1 or what `least` says."""
+    """Sizes of `make_scan`, from 1 or from `least`."""
     most = {"batch": 3, "length": 40, "kv_heads": 3, "groups": 3, "value_dim": 6, "state_dim": 6}
     return st.fixed_dictionaries(
         {name: st.integers(least.get(name, 1), high) for name, high in most.items()}
@@ -101,7 +101,7 @@ chunk_sizes = st.integers(1, 50)
 
 @st.composite
 def masks(draw: st.DrawFn, batch: int, length: int) -> Tensor:
-    """(B, T) bool: padding on the left, on the right or anywhere, up to whole rows of it."""
+    """(B, T) bool: left, right or scattered padding, up to whole rows."""
     rows = []
     for _ in range(batch):
         kind = draw(st.sampled_from(["left", "right", "holes"]))
@@ -116,7 +116,7 @@ def masks(draw: st.DrawFn, batch: int, length: int) -> Tensor:
 
 @st.composite
 def packings(draw: st.DrawFn, batch: int, length: int) -> Tensor:
-    """(B, T) int64 ids, repeated in stretches; an id may come back later for another sequence."""
+    """(B, T) int64 ids in runs; an id may recur for another sequence."""
     one = st.integers(-1, 2)
     rows = []
     for _ in range(batch):
@@ -128,7 +128,7 @@ def packings(draw: st.DrawFn, batch: int, length: int) -> Tensor:
 
 
 def sequences(mask: Tensor | None, seq_idx: Tensor | None, row: int, length: int) -> list[Tensor]:
-    """Columns of each sequence of real tokens in one row; a row of padding has one, empty."""
+    """Columns of each sequence of real tokens in a row; one empty sequence for a row of padding."""
     spans: list[list[int]] = [[]]
     for t in range(length):
         if mask is not None and not mask[row, t]:
@@ -177,7 +177,7 @@ def scan_oracle(
     *,
     dt_softplus: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, P) and final state (B, H, P, N), every sequence run alone."""
+    """y (B, T, H, P) and final state (B, H, P, N), with each sequence run separately."""
     batch, length, heads, state_dim = scan.C.shape
     value_dim = scan.x.shape[3]
     y = torch.zeros(batch, length, heads, value_dim, dtype=torch.float64)
@@ -195,7 +195,7 @@ def scan_oracle(
 
 
 def quadratic_oracle(scan: Scan) -> Tensor:
-    """y (B, T, H, P) as masked attention, without initial state, bias, softplus and skip.
+    """y (B, T, H, P) as masked attention, without initial state, bias, softplus and D.
 
     y = (L o C B^T) diag(dt) x with L_ij = exp(dt_{j+1} A + ... + dt_i A) for j <= i, else 0
     (arXiv 2405.21060, equation 16).

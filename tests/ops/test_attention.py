@@ -1,4 +1,4 @@
-"""Attention over padded and packed rows: segments say what a mask says, and no more than is so."""
+"""Attention over padded and packed rows: varlen metadata, backends, deterministic gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows_of(*rows: list[int]) -> Tensor:
 
 @st.composite
 def packed(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Ids of sequences in rows, and which columns are real: padding at both ends."""
+    """Sequence ids and padding mask of rows with padding at both ends."""
     rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 24))
     ids, real = torch.zeros(2, rows, length, dtype=torch.long).unbind()
     for row in range(rows):
@@ -40,7 +40,7 @@ def packed(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 
 @given(packed())
-def test_segments_are_the_mask_of_real_columns(given: tuple[Tensor, Tensor]) -> None:
+def test_varlen_mask_equals_the_padding_and_packing_mask(given: tuple[Tensor, Tensor]) -> None:
     ids, real = given
     length = ids.shape[1]
     found = varlen_metadata(real, ids)
@@ -49,14 +49,14 @@ def test_segments_are_the_mask_of_real_columns(given: tuple[Tensor, Tensor]) -> 
     same = (ids[:, :, None] == ids[:, None, :]) & real[:, None, :] & causal
     seen = found.mask(len(ids))[:, 0]
     assert torch.equal(seen & real[:, :, None], same & real[:, :, None])
-    # Padding sees something, so that nothing is divided by zero.
+    # Padding queries attend to something, so that no softmax is empty.
     assert bool(seen.any(-1).all())
     assert found.cu_seqlens.dtype == torch.int32
     assert found.cu_seqlens[-1] == ids.numel()
     assert found.max_seqlen == int(found.cu_seqlens.diff().max())
 
 
-def test_one_sequence_a_row_needs_no_ids() -> None:
+def test_varlen_from_mask_or_ids_alone() -> None:
     real = rows_of([0, 1, 1, 1], [1, 1, 0, 0]).bool()
     found = varlen_metadata(real, None)
     assert found is not None
@@ -75,11 +75,11 @@ def test_one_sequence_a_row_needs_no_ids() -> None:
         ([1, 0, 1, 1], [0, 1, 0, 2]),
     ],
 )
-def test_sequences_in_pieces_have_none(real: list[int], ids: list[int]) -> None:
+def test_interrupted_sequences_have_no_varlen(real: list[int], ids: list[int]) -> None:
     assert varlen_metadata(rows_of(real).bool(), rows_of(ids)) is None
 
 
-def test_ints_mark_as_bools_do_and_nothing_has_no_segments() -> None:
+def test_integer_masks_and_empty_rows() -> None:
     real, ids = rows_of([0, 1, 1, 1]), rows_of([5, 5, 5, 6])
     for seq_idx in (ids, ids.int(), None):
         found, expected = varlen_metadata(real, seq_idx), varlen_metadata(real.bool(), seq_idx)
@@ -91,7 +91,7 @@ def test_ints_mark_as_bools_do_and_nothing_has_no_segments() -> None:
         assert varlen_metadata(empty.bool(), None) is None
 
 
-def test_what_does_not_fit_is_an_error() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     q, k = torch.zeros(1, 4, 6, 8), torch.zeros(1, 2, 6, 8)
     with pytest.raises(ValueError, match=r"expected \(B, H, T, P\)"):
         attention(q, torch.zeros(1, 3, 6, 8), torch.zeros(1, 3, 6, 8), is_causal=True)
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_an_error() -> None:
         attention(q, k, k, is_causal=True, backend="flash")
 
 
-def test_decoding_sees_everything_before() -> None:
+def test_single_query_attends_to_all_keys() -> None:
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 1, 8, generator=rng)
     k, v = torch.randn(2, 2, 2, 9, 8, generator=rng)
@@ -118,7 +118,7 @@ def test_decoding_sees_everything_before() -> None:
     assert not supports_varlen(q)
 
 
-def test_columns_of_a_prompt_have_segments_and_later_ones_have_not() -> None:
+def test_layouts_have_varlen_for_a_whole_prompt_only() -> None:
     stack = HolisticVLMConfig(
         vocab_size=8,
         hidden_size=16,
@@ -146,13 +146,13 @@ def test_columns_of_a_prompt_have_segments_and_later_ones_have_not() -> None:
     assert plain.varlen(3) is None
 
 
-# GPU: FlashAttention's kernels.
+# FlashAttention kernels, on a GPU only.
 
 SHAPES = [(2, 4, 2, 131, 64), (3, 4, 4, 700, 32), (1, 16, 8, 2048, 128), (2, 6, 2, 77, 40)]
 
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """q, k, v, and gradients of the outputs, as the model lays them out."""
+    """q, k, v and output gradients, in the memory layout of the model."""
     batch, heads, kv_heads, length, dim = shape
     rng = torch.Generator().manual_seed(length)
     drawn = (
@@ -172,7 +172,7 @@ def packing(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def learned(shape: tuple[int, ...], dtype: torch.dtype, backend: str, way: str) -> list[Tensor]:
-    """The output and the three gradients."""
+    """The output and the gradients of q, k and v."""
     *inputs, dy = problem(shape, dtype)
     leaves = [x.detach().requires_grad_() for x in inputs]
     options: dict = {"is_causal": True}
@@ -191,9 +191,7 @@ def learned(shape: tuple[int, ...], dtype: torch.dtype, backend: str, way: str) 
 @pytest.mark.parametrize("way", ["causal", "padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_flash_is_what_is_written_down(
-    shape: tuple[int, ...], dtype: torch.dtype, way: str
-) -> None:
+def test_flash_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, way: str) -> None:
     found = learned(shape, dtype, "flash", way)
     expected = learned(shape, torch.float64, "reference", way)
     for ours, right in zip(found, expected, strict=True):
@@ -202,7 +200,7 @@ def test_flash_is_what_is_written_down(
 
 @pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
 @pytest.mark.parametrize("way", ["causal", "padded", "packed"])
-def test_gradients_are_the_same_bits_each_time(way: str) -> None:
+def test_gradients_are_deterministic(way: str) -> None:
     shape = (2, 16, 8, 2048, 128)
     first = learned(shape, torch.bfloat16, "auto", way)
     for _ in range(8):
@@ -213,7 +211,7 @@ def test_gradients_are_the_same_bits_each_time(way: str) -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
-def test_auto_takes_flash_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_flash_for_varlen_and_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     for name in ("flash", "sdpa"):
         real = ATTENTION_BACKENDS[name]
@@ -234,8 +232,8 @@ def test_auto_takes_flash_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) ->
     assert taken == ["sdpa", "flash", "sdpa", "flash", "flash"]
 
 
-class TestFixedOrder:
-    """PyTorch's process-wide switch is on for the moment of a launch only."""
+class TestDeterministicMode:
+    """PyTorch's global deterministic mode is enabled only during a launch."""
 
     def switch(self) -> tuple[bool, bool, bool]:
         return (*flash._determinism(), torch.utils.deterministic.fill_uninitialized_memory)
@@ -248,7 +246,7 @@ class TestFixedOrder:
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
     @pytest.mark.parametrize("asked", [(False, False), (True, True), (True, False)])
-    def test_it_is_what_it_was_afterwards(self, asked: tuple[bool, bool]) -> None:
+    def test_mode_is_restored(self, asked: tuple[bool, bool]) -> None:
         torch._C._set_deterministic_algorithms(asked[0], warn_only=asked[1])
         before = self.switch()
         with flash.deterministic_mode():
@@ -258,19 +256,19 @@ class TestFixedOrder:
             raise RuntimeError("kernel")
         assert self.switch() == before
 
-    def test_a_process_that_has_it_on_keeps_what_else_it_set(self) -> None:
+    def test_mode_enabled_by_the_process_stays_untouched(self) -> None:
         torch._C._set_deterministic_algorithms(True, warn_only=False)
         torch.utils.deterministic.fill_uninitialized_memory = True
         with flash.deterministic_mode():
             assert self.switch() == (True, False, True)
 
-    def test_what_someone_else_sets_meanwhile_stays(self) -> None:
+    def test_changes_by_other_code_are_kept(self) -> None:
         torch._C._set_deterministic_algorithms(False, warn_only=False)
         with flash.deterministic_mode():
             torch._C._set_deterministic_algorithms(True, warn_only=True)
         assert self.switch()[:2] == (True, True)
 
-    def test_threads_take_turns(self) -> None:
+    def test_one_thread_at_a_time(self) -> None:
         torch._C._set_deterministic_algorithms(False, warn_only=False)
         inside, most, seen = [0], [0], []
 
@@ -279,7 +277,7 @@ class TestFixedOrder:
                 with flash.deterministic_mode():
                     inside[0] += 1
                     most[0] = max(most[0], inside[0])
-                    # Lets the others run, where a launch would.
+                    # Releases the GIL, as a launch does.
                     time.sleep(0.0005)
                     seen.append(self.switch()[:2])
                     inside[0] -= 1

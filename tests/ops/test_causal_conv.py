@@ -38,7 +38,7 @@ def make_conv(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[dict[str, Tensor], str | None]:
-    """A problem with or without bias and initial state, and an activation."""
+    """Inputs with or without bias and initial state, and an activation."""
     drawn = [draw(st.integers(1, most)) for most in (3, 20, 4, 5)]
     tensors = make_conv(draw(seeds), *drawn)
     for name in ("bias", "initial_state"):
@@ -53,7 +53,7 @@ def conv_oracle(
     mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, Ch) and the last W - 1 inputs (B, Ch, W - 1), every sequence run alone."""
+    """y (B, T, Ch) and the last W - 1 inputs (B, Ch, W - 1), with each sequence run separately."""
     arrays = {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
     x, weight = arrays["x"], arrays["weight"]
     batch, length, channels = x.shape
@@ -129,7 +129,7 @@ def test_conv_gradients_equal_those_of_the_sequences_alone(case, data):
 
 @quick
 @given(case=cases(), data=st.data())
-def test_a_convolution_goes_on_from_its_final_state(case, data):
+def test_conv_continues_from_its_final_state(case, data):
     tensors, activation = case
     x = tensors["x"]
     cut = data.draw(st.integers(0, x.shape[1]))
@@ -166,12 +166,12 @@ def test_conv_equals_the_library_convolution():
     assert relative_error(y, expected.mT) < 1e-12
 
 
-def test_half_inputs_are_summed_in_fp32_and_rounded_once():
+def test_half_inputs_accumulate_in_fp32_and_round_once():
     tensors = make_conv(1, 2, 50, 8, 4, torch.bfloat16)
     y, state = causal_conv(**tensors, activation="silu")
     expected, _ = conv_oracle(tensors, "silu")
     assert y.dtype == state.dtype == torch.bfloat16
-    # Equal after rounding, but for the few that lie within an fp32 error of a tie.
+    # Equal after rounding, except for a few values within an fp32 error of a tie.
     assert (y != expected.bfloat16()).float().mean() < 0.01
     assert torch.equal(state, tensors["x"][:, -3:].mT)
     stepped, _ = causal_conv_step(
@@ -188,7 +188,7 @@ def test_conv_fp32_is_exact_to_fp32():
     assert relative_error(y, conv_oracle(tensors, "silu")[0]) < 1e-6
 
 
-def test_conv_arguments_may_lie_in_memory_in_any_order():
+def test_noncontiguous_conv_inputs():
     tensors = make_conv(3, 2, 9, 3, 4)
     expected_y, expected_state = causal_conv(**tensors)
     scattered = {n: t.mT.contiguous().mT if t.dim() > 1 else t for n, t in tensors.items()}
@@ -208,7 +208,7 @@ def test_the_state_does_not_keep_the_inputs_alive(batch):
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
-def test_no_tokens_leave_the_conv_state_as_it_was(activation):
+def test_empty_conv_returns_the_initial_state(activation):
     tensors = make_conv(5, 2, 0, 3, 4)
     y, state = causal_conv(**tensors, activation=activation)
     assert y.shape == (2, 0, 3)
@@ -223,7 +223,7 @@ def test_silu_is_the_default():
     assert not torch.equal(causal_conv(**tensors)[0], causal_conv(**tensors, activation=None)[0])
 
 
-def test_unknown_conv_backend_and_activation_are_refused():
+def test_unknown_conv_backend_and_activation_are_rejected():
     tensors = make_conv(7, 1, 5, 3, 2)
     step = (tensors["x"][:, 0], tensors["weight"], None, tensors["initial_state"])
     with pytest.raises(MmmambaError, match=r"causal_conv: .*'warp'.*auto, reference"):
@@ -250,7 +250,7 @@ def test_unknown_conv_backend_and_activation_are_refused():
         ("seq_idx", (1, 9)),
     ],
 )
-def test_conv_shapes_that_would_broadcast_are_refused(name, shape):
+def test_broadcastable_conv_shapes_are_rejected(name, shape):
     tensors = make_conv(8, 2, 9, 3, 4)
     with pytest.raises(ValueError, match=rf"causal_conv: .*{name}"):
         causal_conv(**tensors | {name: torch.ones(shape)})

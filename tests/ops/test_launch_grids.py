@@ -1,6 +1,6 @@
-"""No launch has more programs along an axis than a GPU takes; what a grid is made of, anywhere.
+"""Launch grids stay within CUDA's limits; runs without a GPU.
 
-Kernels are replaced by something that notes its grid; tensors have shapes and no memory.
+Kernels are replaced by recorders of their grids; tensors are on the meta device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Grids = dict[str, list[tuple[int, ...]]]
 
 
 class Kernels:
-    """Kernels of a module by their names, each of which notes the grids it is launched with."""
+    """A kernel module whose kernels only record their launch grids."""
 
     def __init__(self, grids: Grids):
         self.grids = grids
@@ -87,7 +87,7 @@ def test_scans(grids: Grids, batch: int, length: int, dtype: torch.dtype) -> Non
         "span_outputs",
         "sum_heads",
     }
-    # A program for each block of 1024 numbers of each head's state, once each way.
+    # One program per 1024 state elements of each head, forward and backward.
     assert programs_of(grids, "pass_states") == 2 * [batch * heads * 4]
     assert programs_of(grids, "decay_gradients") == [batch * heads * -(-length // 64)]
     spans, rest = divmod(programs_of(grids, "span_states")[0], batch * heads)
@@ -102,7 +102,7 @@ def test_convolutions(grids: Grids, batch: int, length: int) -> None:
     )
     y.backward(meta(*y.shape))
     require_launchable(grids)
-    # Folded only where it has to be.
+    # Folded only if the second axis is too long.
     assert grids["convolve"][0][1:] == ((1, 1) if batch == 1 else (2, batch))
     assert programs_of(grids, "convolve") == [batch * 3 * -(-length // 32)]
     assert programs_of(grids, "gradients") == [batch * 3 * -(-(length + 3) // 32)]
@@ -129,7 +129,7 @@ def test_steps(grids: Grids, batch: int) -> None:
     require_launchable(grids)
 
 
-def test_more_rows_than_that_are_refused_by_name(grids: Grids) -> None:
+def test_grids_beyond_the_limits_are_rejected(grids: Grids) -> None:
     assert fits_grid(65_535)
     assert not fits_grid(65_536)
     with pytest.raises(

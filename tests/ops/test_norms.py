@@ -16,7 +16,7 @@ tolerances = st.sampled_from([(torch.float64, 1e-12), (torch.float32, 1e-6)])
 
 
 def make_norm(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """y and gate of that shape, and the weight of the last dimension."""
+    """y and gate of `shape`, and a weight of its last dimension."""
     rng = torch.Generator().manual_seed(seed)
     shapes = (shape, shape, shape[-1:])
     return tuple(torch.randn(*s, generator=rng, dtype=torch.float64).to(dtype) for s in shapes)
@@ -48,7 +48,7 @@ def test_norms_equal_the_oracle(seed, shape, precision):
     assert relative_error(gated, gated_oracle(y, gate, weight)) < tolerance
 
 
-def test_every_head_is_normed_by_itself():
+def test_heads_are_normalized_separately():
     y, gate, weight = make_norm(0, (2, 3, 4, 8), torch.float64)
     whole = gated_rms_norm(y, gate, weight, EPS)
     y[:, :, 0] *= 100
@@ -72,7 +72,7 @@ def test_plain_norm_rounds_before_the_weight_as_llama_does():
     assert (result != normed * weight).float().mean() < 0.01
 
 
-def test_an_fp32_weight_leaves_the_dtype_of_x_and_keeps_its_digits():
+def test_fp32_weight_keeps_the_dtype_of_x_and_its_own_precision():
     x, gate, _ = make_norm(3, (64, 16), torch.bfloat16)
     weight = torch.full((16,), 1 + 2**-9)
     normed = torch.from_numpy(norm_oracle(x, torch.ones(16))).bfloat16()
@@ -83,7 +83,7 @@ def test_an_fp32_weight_leaves_the_dtype_of_x_and_keeps_its_digits():
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e15])
-def test_squares_of_half_inputs_neither_vanish_nor_overflow(scale):
+def test_squares_of_half_inputs_neither_underflow_nor_overflow(scale):
     x, gate, weight = make_norm(4, (8, 16), torch.float32)
     x = (x * scale).bfloat16()
     for result in (rms_norm(x, weight, EPS), gated_rms_norm(x, gate.bfloat16(), weight, EPS)):
@@ -98,7 +98,7 @@ def test_norms_of_zeros_have_finite_gradients():
     assert y.grad.isfinite().all() and y.grad.abs().sum() > 0
 
 
-def test_norm_arguments_may_lie_in_memory_in_any_order():
+def test_noncontiguous_norm_inputs():
     y, gate, weight = make_norm(6, (5, 3, 4), torch.float64)
     scattered = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (y, gate)]
     assert not scattered[0].is_contiguous()
@@ -107,7 +107,7 @@ def test_norm_arguments_may_lie_in_memory_in_any_order():
     assert relative_error(rms_norm(scattered[0], weight, EPS), rms_norm(y, weight, EPS)) < 1e-12
 
 
-def test_unknown_norm_backends_and_broadcast_shapes_are_refused():
+def test_unknown_norm_backends_and_broadcastable_shapes_are_rejected():
     y, gate, weight = make_norm(7, (5, 3, 4), torch.float64)
     with pytest.raises(MmmambaError, match=r"gated_rms_norm: .*'warp'.*auto, reference"):
         gated_rms_norm(y, gate, weight, EPS, backend="warp")

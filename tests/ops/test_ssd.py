@@ -77,7 +77,7 @@ def test_step_by_step_equals_the_scan(sizes, seed):
 
 
 @backends
-def test_scan_is_the_masked_attention_of_the_paper(backend):
+def test_scan_equals_masked_attention(backend):
     scan = make_scan(0, length=19, optional=False)
     scan.dt = scan.dt.exp() / 100
     y, _ = run(scan, dt_softplus=False, chunk_size=4, backend=backend)
@@ -87,7 +87,7 @@ def test_scan_is_the_masked_attention_of_the_paper(backend):
 @backends
 @quick
 @given(sizes=sizes(length=2), seed=seeds, chunk_size=chunk_sizes, data=st.data())
-def test_a_scan_goes_on_from_its_final_state(backend, sizes, seed, chunk_size, data):
+def test_scan_continues_from_its_final_state(backend, sizes, seed, chunk_size, data):
     scan = make_scan(seed, **sizes)
     cut = data.draw(st.integers(0, sizes["length"]))
     whole_y, whole_state = run(scan, backend=backend)
@@ -113,7 +113,7 @@ def test_grouped_heads_equal_repeated_ones(backend):
 
 
 @backends
-def test_arguments_may_lie_in_memory_in_any_order(backend):
+def test_noncontiguous_inputs(backend):
     scan = make_scan(4, length=21)
     expected = run(scan, chunk_size=8, backend=backend)
     for name, tensor in scan.tensors().items():
@@ -127,14 +127,14 @@ def test_arguments_may_lie_in_memory_in_any_order(backend):
 
 
 @backends
-def test_bf16_inputs_are_rounded_nowhere_but_in_y(backend):
+def test_bf16_inputs_round_only_y(backend):
     scan = make_scan(5, length=100, value_dim=8, state_dim=8, dtype=torch.float32)
     for name in ("x", "dt", "B", "C"):
         setattr(scan, name, getattr(scan, name).bfloat16())
     y, state = run(scan, chunk_size=16, backend=backend)
     expected_y, expected_state = scan_oracle(scan)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
-    # The rounding of y to 8 bits, once; anything rounded before would be seen in the state.
+    # y is rounded once to 8 bits; earlier rounding would show in the state.
     assert relative_error(y, expected_y) < 2**-8
     assert relative_error(state, expected_state) < 1e-5
 
@@ -158,8 +158,8 @@ def test_autocast_does_not_lower_the_precision_of_a_step():
 
 
 @backends
-def test_small_decays_keep_their_digits_after_strong_ones(backend):
-    # Each token adds the same (dt x = 1), so that none hides the others' errors.
+def test_weak_decays_stay_precise_after_strong_ones(backend):
+    # Every token contributes equally (dt x = 1), so that none hides the errors of others.
     strong, weak = torch.full((64,), 50.0), torch.full((64,), 1e-3)
     dt = torch.cat((strong, weak)).view(1, 128, 1)
     x = (1 / dt).unsqueeze(-1)
@@ -186,7 +186,7 @@ def test_extreme_decays_give_finite_gradients(backend, rate):
 
 
 @backends
-def test_no_tokens_leave_the_state_as_it_was(backend):
+def test_empty_scan_returns_the_initial_state(backend):
     scan = make_scan(8, length=0)
     y, state = run(scan, backend=backend)
     assert y.shape == (2, 0, 4, 4)
@@ -196,7 +196,7 @@ def test_no_tokens_leave_the_state_as_it_was(backend):
     assert torch.equal(state, torch.zeros(2, 4, 4, 5, dtype=torch.float64))
 
 
-def test_states_given_are_not_changed():
+def test_initial_states_are_not_modified():
     scan = make_scan(9, length=1)
     before = scan.initial_state.clone()
     run(scan, backend="chunked")
@@ -205,7 +205,7 @@ def test_states_given_are_not_changed():
 
 
 @pytest.mark.parametrize(("length", "chosen"), [(1, "recurrent"), (2, "chunked"), (300, "chunked")])
-def test_auto_steps_through_one_token_and_chunks_more(monkeypatch, length, chosen):
+def test_auto_is_recurrent_for_one_token_and_chunked_for_more(monkeypatch, length, chosen):
     calls = []
     for name, scan_backend in list(SCAN_BACKENDS.items()):
 
@@ -218,7 +218,7 @@ def test_auto_steps_through_one_token_and_chunks_more(monkeypatch, length, chose
     assert calls == [chosen]
 
 
-def test_an_unknown_backend_is_refused_with_those_there_are():
+def test_unknown_backend_error_lists_the_available_ones():
     scan = make_scan(11)
     with pytest.raises(MmmambaError, match=r"'warp'.*auto, chunked, recurrent"):
         run(scan, backend="warp")
@@ -244,13 +244,13 @@ def test_an_unknown_backend_is_refused_with_those_there_are():
         ("seq_idx", (7,)),
     ],
 )
-def test_shapes_that_would_broadcast_are_refused(name, shape):
+def test_broadcastable_shapes_are_rejected(name, shape):
     arguments = make_scan(12).tensors()
     arguments[name] = torch.ones(shape, dtype=torch.float64)
     with pytest.raises(ValueError, match=rf"ssd: .*{name}"):
         ssd(**arguments)
 
 
-def test_a_chunk_has_at_least_one_token():
+def test_chunk_size_below_one_is_rejected():
     with pytest.raises(ValueError, match="chunk_size is 0"):
         run(make_scan(13), chunk_size=0)

@@ -1,4 +1,4 @@
-"""Padding and packing: a row in a batch equals that row alone, a packed sequence itself alone."""
+"""Padding and packing: rows of a batch and packed sequences equal separate runs."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def layouts(draw: st.DrawFn) -> tuple[dict[str, int], Tensor | None, Tensor | No
 
 
 def poison(scan: Scan, mask: Tensor | None) -> Scan:
-    """The same problem with NaN in the padding."""
+    """The same inputs with NaN in the padding."""
     if mask is None:
         return scan
     spoilt = scan.tensors()
@@ -88,7 +88,7 @@ def test_gradients_equal_those_of_the_sequences_alone(backend, layout, seed, chu
             if number > 0:
                 part.initial_state = None
             y, state = ssd(**part.tensors(), **options)
-            # Only the last sequence's state is handed out.
+            # Only the state of the last sequence is returned.
             total = total + loss(y, state if number == len(spans) - 1 else state[:0])
     total.backward()
 
@@ -100,7 +100,7 @@ def test_gradients_equal_those_of_the_sequences_alone(backend, layout, seed, chu
 
 
 @backends
-def test_a_mask_of_integers_is_a_mask(backend):
+def test_integer_masks(backend):
     scan = make_scan(0)
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
@@ -114,7 +114,7 @@ def test_a_mask_of_integers_is_a_mask(backend):
 
 
 @backends
-def test_ids_of_padding_begin_no_sequence(backend):
+def test_padding_ids_start_no_sequence(backend):
     scan = make_scan(1, batch=1, length=6)
     mask = torch.tensor([[0, 1, 1, 0, 1, 1]])
     options = {"dt_softplus": True, "backend": backend, "mask": mask}

@@ -48,19 +48,19 @@ def test_conv_layouts(width, packed, padded):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_calls_shorter_than_the_taps_go_on_from_their_state(length):
+def test_calls_shorter_than_the_taps_continue_from_their_state(length):
     tensors = normal(length, x=(2, length, 5), weight=(5, 4), initial_state=(2, 5, 3))
     check(causal_conv, tensors, TOLERANCE[torch.float32])
     seq_idx = torch.tensor([[0, 0, 1], [0, 1, 1]])[:, :length]
     check(causal_conv, tensors, TOLERANCE[torch.float32], seq_idx=seq_idx)
 
 
-def test_conv_arguments_and_gradients_may_lie_in_memory_in_any_order():
+def test_noncontiguous_conv_inputs_and_gradients():
     tensors = normal(3, x=(2, 70, 9), weight=(9, 3), bias=(9,), initial_state=(2, 9, 2))
     check(causal_conv, tensors, TOLERANCE[torch.float32], scattered=True)
 
 
-def test_whatever_padding_holds_changes_nothing():
+def test_padding_content_is_ignored():
     tensors = {n: t.to(DEVICE) for n, t in normal(4, x=(2, 20, 5), weight=(5, 3)).items()}
     mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.6
     expected = causal_conv(**tensors, mask=mask, backend="triton")
@@ -69,7 +69,7 @@ def test_whatever_padding_holds_changes_nothing():
         assert torch.equal(a, b)
 
 
-def test_half_inputs_are_rounded_once():
+def test_half_inputs_round_once():
     tensors = normal(5, x=(1, 40, 8), weight=(8, 2), bias=(8,))
     small = {n: t.bfloat16().to(DEVICE) for n, t in tensors.items()}
     y, _ = causal_conv(**small, backend="triton")
@@ -77,14 +77,14 @@ def test_half_inputs_are_rounded_once():
     assert relative_error(y.cpu(), exact.bfloat16()) < 2**-10
 
 
-def test_fp64_is_refused_in_words():
+def test_fp64_is_rejected():
     tensors = {n: t.double() for n, t in normal(6, x=(1, 4, 8), weight=(8, 2)).items()}
     with pytest.raises(MmmambaError, match=r"causal_conv: the triton backend takes .*float64"):
         causal_conv(**tensors, backend="triton")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours for so many programs")
-def test_more_blocks_of_time_than_the_second_axis_of_a_launch():
+def test_more_time_blocks_than_the_second_grid_axis():
     shapes = {"x": (1, 32 * 65_600, 66), "weight": (66, 4), "bias": (66,)}
     tensors = {n: t.to(torch.bfloat16) for n, t in normal(3, **shapes).items()}
     check(causal_conv, tensors, TOLERANCE[torch.bfloat16])

@@ -21,7 +21,7 @@ EPS = 1e-5
 
 
 def make_norm(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """y and gate in `dtype`, the weight in fp32 as a trained model has it."""
+    """y and gate in `dtype`, the weight in fp32 as in a trained model."""
     rng = torch.Generator().manual_seed(0)
     made = {name: torch.randn(shape, generator=rng).to(dtype) for name in ("y", "gate")}
     return made | {"weight": torch.randn(shape[-1:], generator=rng)}
@@ -39,21 +39,21 @@ def test_norms_equal_the_reference(shape, dtype):
     check(rms_norm, plain(made), TOLERANCE[dtype], eps=EPS)
 
 
-def test_few_programs_take_many_rows_each(monkeypatch):
+def test_grid_stride_over_rows(monkeypatch):
     monkeypatch.setattr(fused, "MAX_BACKWARD_PROGRAMS", 3)
     made = make_norm((37, 600), torch.float32)
     check(gated_rms_norm, made, TOLERANCE[torch.float32], eps=EPS)
     check(rms_norm, plain(made), TOLERANCE[torch.float32], eps=EPS)
 
 
-def test_norm_arguments_and_gradients_may_lie_in_memory_in_any_order():
+def test_noncontiguous_norm_inputs_and_gradients():
     made = make_norm((5, 3, 40), torch.float32)
     check(gated_rms_norm, made, TOLERANCE[torch.float32], eps=EPS, scattered=True)
     check(rms_norm, plain(made), TOLERANCE[torch.float32], eps=EPS, scattered=True)
 
 
 @pytest.mark.parametrize("leading", [(2, 9), (18,), (2, 3, 3)])
-def test_a_gate_may_be_a_slice_of_a_packed_projection(leading):
+def test_gate_as_slice_of_a_packed_projection(leading):
     heads, dim = 3, 16
     rng = torch.Generator().manual_seed(1)
     packed = torch.randn(*leading, 100, generator=rng).to(DEVICE)
@@ -79,7 +79,7 @@ def test_plain_norm_rounds_before_the_weight_and_gated_norm_once():
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e15])
-def test_squares_of_half_inputs_neither_vanish_nor_overflow(scale):
+def test_squares_of_half_inputs_neither_underflow_nor_overflow(scale):
     made = {n: t.to(DEVICE) for n, t in make_norm((8, 16), torch.float32).items()}
     y, gate = (made["y"] * scale).bfloat16(), made["gate"].bfloat16()
     for backend in ("triton", "reference"):
@@ -88,7 +88,7 @@ def test_squares_of_half_inputs_neither_vanish_nor_overflow(scale):
     assert relative_error(found, rms_norm(y, made["weight"], EPS, backend="reference")) < 0.01
 
 
-def test_fp64_is_refused_in_words():
+def test_fp64_is_rejected():
     made = {n: t.double() for n, t in make_norm((4, 8), torch.float32).items()}
     with pytest.raises(MmmambaError, match=r"gated_rms_norm: the triton backend takes .*float64"):
         gated_rms_norm(**made, eps=EPS, backend="triton")

@@ -1,6 +1,6 @@
-"""Where the Triton kernels can be tested: on a GPU, or on the CPU with TRITON_INTERPRET=1.
+"""Device and fixtures of the Triton tests: a GPU, or the CPU with TRITON_INTERPRET=1.
 
-A test module that imports this one is skipped, with the reason, where there is neither.
+Test modules that import this one are skipped if neither is available.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel should fill is NaN before."""
+    """Uninitialized buffers are filled with NaN, so that unwritten elements are detected."""
     plain = torch.empty
 
     def poisoned(*shape, **options):
@@ -37,10 +37,10 @@ def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def faithful_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton 3.6's interpreter, mended where it is not the GPU's arithmetic.
+    """Fixes for Triton 3.6's interpreter, whose arithmetic differs from a GPU's.
 
-    It cuts bf16 off instead of rounding, multiplies the bits of bf16 tiles as integers, and takes
-    `int` of arrays of one element, which NumPy 2.4 refuses.
+    It truncates to bf16 instead of rounding, multiplies the bits of bf16 tiles as integers, and
+    calls `int` on arrays of one element, which NumPy 2.4 rejects.
     """
     if not INTERPRETED:
         yield
@@ -81,7 +81,7 @@ def faithful_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(builder, "cast_impl", cast)
     monkeypatch.setattr(builder, "create_dot", dot)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-    # Exponents of what is masked out overflow, as they do on a GPU, where nothing is said.
+    # Masked exponentials overflow as on a GPU, which does not warn.
     with np.errstate(over="ignore", invalid="ignore"):
         yield
 
@@ -95,10 +95,9 @@ def check(
     scattered: bool = False,
     **options: object,
 ) -> None:
-    """`call(**tensors, **options)` by kernels against fp64 by the reference, with gradients.
+    """Compare `call(**tensors, **options)` on kernels with the reference in fp64, and gradients.
 
-    With `scattered`, no tensor lies in memory in its own order, and neither do the gradients that
-    come in.
+    With `scattered`, inputs and output gradients are non-contiguous in every dimension.
     """
     found = {n: t.to(DEVICE).clone().requires_grad_() for n, t in tensors.items()}
     given = {n: _scattered(t) for n, t in found.items()} if scattered else found
@@ -108,7 +107,7 @@ def check(
     expected = _listed(call(**wanted, **options, backend=reference))
     assert len(outputs) == len(expected)
     rng = torch.Generator().manual_seed(9)
-    # Of the outputs' dtype, or the gradients that come in would be rounded on one side only.
+    # Rounded to the outputs' dtype, so that both sides get equal output gradients.
     weights = [torch.randn(o.shape, generator=rng).to(o.dtype).double() for o in outputs]
     there = [w.to(DEVICE) for w in weights]
     if scattered:
@@ -129,7 +128,7 @@ def _listed(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _scattered(tensor: Tensor) -> Tensor:
-    """The same numbers, dimensions in memory turned round and NaN between each two of them."""
+    """The same values with reversed memory order, and NaN between neighbours."""
     order = tuple(reversed(range(tensor.dim())))
     turned = tensor.permute(order).contiguous().permute(order)
     return torch.stack((turned, torch.full_like(turned, torch.nan)), dim=-1)[..., 0]

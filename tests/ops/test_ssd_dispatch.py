@@ -1,10 +1,10 @@
-"""What `auto` takes for the scan: in order, and nothing that computes something else here."""
+"""Selection of the scan backend by `auto`: order, capability limits and self-test."""
 
 import warnings
 
 import pytest
 import torch
-from foreign_scans import none_imported, pretend_gpu
+from library_stubs import none_imported, pretend_gpu
 from ops_cases import make_scan, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +18,7 @@ FUSED = ("triton", "mamba_ssm", "fla")
 
 
 class Stand:
-    """A fused scan: the reference, with a record of the calls and a fault if one is wanted."""
+    """A fused backend: the reference with a record of its calls and, optionally, a fault."""
 
     def __init__(self, fault=None):
         self.lengths = []
@@ -82,7 +82,7 @@ def run(length=7, dtype=BF16, trains=False, **options):
 
 
 def taken(stands, **options):
-    """The one scan that computed what was asked; the reference if none of the fused did."""
+    """The name of the backend that computed the result; "chunked" if no fused one did."""
     before = {name: len(stand.lengths) for name, stand in stands.items()}
     run(**options)
     new = {name: stand.lengths[before[name] :] for name, stand in stands.items()}
@@ -97,7 +97,7 @@ def passed_over(stands, **options):
     return name, [str(warning.message) for warning in caught]
 
 
-def test_the_fastest_that_is_there_and_takes_the_call(stands, monkeypatch):
+def test_auto_uses_the_fastest_backend_that_supports_the_inputs(stands, monkeypatch):
     packing = torch.arange(7).expand(2, 7) // 4
     assert taken(stands) == "triton"
     monkeypatch.delitem(SCAN_BACKENDS, "triton")
@@ -113,7 +113,7 @@ def test_the_fastest_that_is_there_and_takes_the_call(stands, monkeypatch):
     assert taken(stands) == "chunked"
 
 
-def test_one_trial_for_each_dtype_with_gradients_and_without(stands):
+def test_one_self_test_per_dtype_with_and_without_gradients(stands):
     for _ in range(3):
         run()
     assert stands["triton"].trials == 1
@@ -126,13 +126,13 @@ def test_one_trial_for_each_dtype_with_gradients_and_without(stands):
     assert stands["mamba_ssm"].lengths == stands["fla"].lengths == []
 
 
-def test_one_token_and_none_want_no_trial(stands):
+def test_no_self_test_for_fewer_than_two_tokens(stands):
     run(length=1)
     run(length=0)
     assert stands["triton"].lengths == []
 
 
-def test_nothing_is_tried_on_a_cpu(stands, monkeypatch):
+def test_no_self_test_on_a_cpu(stands, monkeypatch):
     monkeypatch.undo()
     for name, stand in stands.items():
         monkeypatch.setitem(SCAN_BACKENDS, name, stand)
@@ -149,18 +149,18 @@ def test_nothing_is_tried_on_a_cpu(stands, monkeypatch):
         (fails, "where it fails: RuntimeError: no kernel image is available."),
     ],
 )
-def test_a_wrong_scan_is_passed_over_with_one_warning(stands, fault, said):
+def test_wrong_backend_is_skipped_with_one_warning(stands, fault, said):
     stands["triton"].fault = fault
     name, (message,) = passed_over(stands)
     assert name == "mamba_ssm"
     assert message.startswith("ssd: auto passes over the triton backend in bfloat16 on cpu, ")
     assert said in message and "`mmmamba doctor`" in message
-    # Remembered: not tried again, and not said again.
+    # The result is cached: no second self-test and no second warning.
     assert passed_over(stands) == ("mamba_ssm", [])
     assert stands["triton"].lengths == [LENGTH]
 
 
-def test_a_wrong_gradient_matters_where_it_is_wanted(stands):
+def test_wrong_gradient_matters_only_with_gradients(stands):
     stands["triton"].fault = wrong_gradient
     assert passed_over(stands) == ("triton", [])
     name, (message,) = passed_over(stands, trains=True)
@@ -168,7 +168,7 @@ def test_a_wrong_gradient_matters_where_it_is_wanted(stands):
     assert passed_over(stands) == ("triton", [])
 
 
-def test_with_all_of_them_wrong_the_reference_computes(stands):
+def test_reference_is_used_if_all_backends_are_wrong(stands):
     for stand in stands.values():
         stand.fault = wrong_y
     name, messages = passed_over(stands)
@@ -178,7 +178,7 @@ def test_with_all_of_them_wrong_the_reference_computes(stands):
         assert torch.equal(run()[0], run(backend="chunked")[0])
 
 
-def test_want_of_memory_says_nothing_about_a_scan(stands):
+def test_out_of_memory_is_not_a_failed_self_test(stands):
     def full(y, state):
         raise torch.OutOfMemoryError("full")
 
@@ -189,7 +189,7 @@ def test_want_of_memory_says_nothing_about_a_scan(stands):
     assert taken(stands) == "triton"
 
 
-def test_a_trial_disturbs_nothing(stands):
+def test_self_test_has_no_side_effects(stands):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
@@ -207,7 +207,7 @@ def test_a_trial_disturbs_nothing(stands):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_first_call_under_activation_checkpointing(stands, reentrant):
+def test_self_test_under_activation_checkpointing(stands, reentrant):
     scan = make_scan(0, dtype=FP32).with_gradients()
     tensors = scan.tensors()
 
@@ -223,7 +223,7 @@ def test_a_first_call_under_activation_checkpointing(stands, reentrant):
         assert relative_error(gradient, plain.gradients()[name]) < 1e-5, name
 
 
-def test_what_is_only_recorded_is_not_tried(stands, monkeypatch):
+def test_no_self_test_while_tracing_or_capturing(stands, monkeypatch):
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             return function(*args, **(kwargs or {}))
@@ -234,14 +234,14 @@ def test_what_is_only_recorded_is_not_tried(stands, monkeypatch):
     cuda = SelfTest("triton", "cuda:0", BF16, False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert passes(cuda, stands["triton"]) and stands["triton"].trials == 0
-    # What is known already counts there too.
+    # A cached result still applies.
     monkeypatch.setitem(dispatch._results, cuda, False)
     assert not passes(cuda, stands["triton"])
     assert taken(stands) == "triton"
     assert stands["triton"].trials == 1
 
 
-def test_a_compiler_goes_through_the_choice(stands):
+def test_backend_selection_compiles(stands):
     scan = make_scan(0, dtype=FP32).tensors()
     compiled = torch.compile(
         lambda **t: ssd(**t, dt_softplus=True), backend="eager", fullgraph=True
@@ -253,5 +253,5 @@ def test_a_compiler_goes_through_the_choice(stands):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("trains", [False, True])
-def test_the_reference_passes_the_trial(dtype, trains):
+def test_reference_passes_the_self_test(dtype, trains):
     assert dispatch._failure(SelfTest("triton", "cpu", dtype, trains), reference.chunked) is None

@@ -1,7 +1,7 @@
-"""Plain stand-ins for two libraries' scans: their signatures and meaning, token by token.
+"""Stand-ins for the scans of mamba_ssm and fla: the same signatures, computed token by token.
 
-Written from their documentation. As there, heads of mamba_ssm in a group share B and C, and the
-initial state is that of sequence 0; a state of fla is (N, P) and its scale has a default.
+Written from the documentation of the libraries. In mamba_ssm the heads of a group share B and C,
+and the initial state belongs to sequence 0; in fla the state is (N, P) and `scale` has a default.
 """
 
 import importlib
@@ -24,10 +24,10 @@ FILES = {
     "mamba_ssm/__init__.py": "",
     "mamba_ssm/ops/__init__.py": "",
     "mamba_ssm/ops/triton/__init__.py": "",
-    "mamba_ssm/ops/triton/ssd_combined.py": "from foreign_scans import mamba_chunk_scan_combined\n",
+    "mamba_ssm/ops/triton/ssd_combined.py": "from library_stubs import mamba_chunk_scan_combined\n",
     "fla/__init__.py": "",
     "fla/ops/__init__.py": "",
-    "fla/ops/simple_gla/__init__.py": "from foreign_scans import chunk_simple_gla\n",
+    "fla/ops/simple_gla/__init__.py": "from library_stubs import chunk_simple_gla\n",
 }
 
 
@@ -102,7 +102,7 @@ def chunk_simple_gla(
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
-    """Both libraries as packages in `folder`, and their backends registered."""
+    """Write both libraries as packages into `folder` and register their backends."""
     for name, text in (FILES | files).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -115,7 +115,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None
 
 @contextmanager
 def none_imported() -> Iterator[None]:
-    """As in a new process: neither library was imported, no scan tried; all is put back."""
+    """As in a new process: no library imported, no self-test run; restored at exit."""
     adapters = [importlib.import_module(f"{PACKAGE}.{name}") for name in ("mamba_ssm", "fla")]
 
     def forget() -> dict[str, object]:
@@ -136,7 +136,7 @@ def none_imported() -> Iterator[None]:
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *more: torch.dtype) -> None:
-    """The CPU counts as a GPU, and `more` dtypes as ones that the libraries can do."""
+    """Treat the CPU as a GPU, and `more` dtypes as supported by the libraries."""
     monkeypatch.setattr(dispatch, "supports_triton", lambda *tensors: True)
     for name, its in LIMITS.items():
         monkeypatch.setitem(LIMITS, name, its._replace(dtypes=(*its.dtypes, *more), dim_multiple=1))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from foreign_scans import MAMBA_INIT, install, none_imported, pretend_gpu
+from library_stubs import MAMBA_INIT, install, none_imported, pretend_gpu
 from ops_cases import Scan, make_scan, relative_error
 
 from mmmamba_cli.errors import MmmambaError
@@ -15,7 +15,7 @@ from mmmamba_cli.ops.ssd import dispatch
 
 LENGTH = 23
 MASK = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.7
-# Ids that begin with another than 0, come back, and change in the padding.
+# Ids that do not start at 0, recur, and change within padding.
 PACKING = torch.stack([torch.arange(LENGTH) // 5 % 2 + 3, torch.arange(LENGTH) // 9])
 LAYOUTS = {
     "plain": {},
@@ -39,7 +39,7 @@ def problem(seed: int = 0, **sizes: object) -> Scan:
 
 
 def spoilt(scan: Scan, mask: torch.Tensor | None) -> Scan:
-    """NaN wherever nothing is."""
+    """Fill the padding with NaN."""
     for name in () if mask is None else ("x", "dt", "B", "C"):
         getattr(scan, name)[~mask] = torch.nan
     return scan
@@ -59,7 +59,7 @@ def check(scan: Scan, backend: str, **options: object) -> None:
 @both
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("optional", [True, False])
-def test_every_layout_is_the_recurrence(backend, layout, optional):
+def test_every_layout_equals_the_recurrence(backend, layout, optional):
     if backend == "fla" and "seq_idx" in LAYOUTS[layout]:
         return
     check(problem(optional=optional), backend, dt_softplus=True, **LAYOUTS[layout])
@@ -72,7 +72,7 @@ def test_grouped_heads(backend, kv_heads, groups):
 
 
 @both
-def test_step_sizes_below_0_are_taken_as_they_are(backend):
+def test_negative_step_sizes_are_not_clamped(backend):
     scan = problem(2)
     scan.dt = scan.dt / 100
     assert (scan.dt < 0).any()
@@ -80,7 +80,7 @@ def test_step_sizes_below_0_are_taken_as_they_are(backend):
 
 
 @both
-def test_bf16_comes_back_as_bf16_and_the_state_as_fp32(backend):
+def test_output_dtypes_for_bf16(backend):
     scan = problem(3).to(torch.float32)
     for name in ("x", "dt", "B", "C"):
         setattr(scan, name, getattr(scan, name).bfloat16())
@@ -104,7 +104,7 @@ def test_gradients_through_mamba_ssm(layout):
         assert relative_error(gradient, wanted.gradients()[name]) < 1e-10, name
 
 
-def test_what_a_backend_cannot_do_it_refuses_in_words():
+def test_unsupported_inputs_are_rejected_with_the_reason():
     scan = problem(5)
     fla = {**scan.tensors(), "backend": "fla"}
     with pytest.raises(MmmambaError, match=r"the fla backend takes no packed rows \(seq_idx\)"):
@@ -119,7 +119,7 @@ def test_what_a_backend_cannot_do_it_refuses_in_words():
 
 
 @both
-def test_a_cpu_and_fp32_are_refused_in_words(backend, monkeypatch):
+def test_cpu_and_fp32_are_rejected_with_the_reason(backend, monkeypatch):
     with pytest.raises(MmmambaError, match=rf"the {backend} backend multiplies x, B and C in bf"):
         ssd(**problem(6).to(torch.float32).tensors(), backend=backend)
     monkeypatch.setattr(dispatch, "supports_triton", backends.supports_triton)
@@ -127,23 +127,23 @@ def test_a_cpu_and_fp32_are_refused_in_words(backend, monkeypatch):
         ssd(**problem(6).to(torch.bfloat16).tensors(), backend=backend)
 
 
-def test_a_library_that_is_not_there_is_no_backend():
+def test_missing_library_or_module_is_no_backend():
     where = "mmmamba_cli.ops.ssd.fla"
     assert optional_backend("fla", where, "scan", "fla_that_is_not_there") == {}
     assert optional_backend("fla", where + "_of_an_export", "scan", "fla") == {}
     assert optional_backend("fla", "folder_of_an_export.ssd.fla", "scan", "fla") == {}
 
 
-def test_nothing_is_imported_before_the_first_call():
+def test_libraries_are_imported_on_the_first_call():
     assert "fla" not in sys.modules and "mamba_ssm" not in sys.modules
     check(problem(7), "fla")
     assert "fla.ops.simple_gla" in sys.modules and "mamba_ssm" not in sys.modules
 
 
-def test_kernels_of_a_build_without_its_cuda_extension(tmp_path, monkeypatch):
+def test_mamba_ssm_without_its_cuda_extension(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, **{"mamba_ssm/__init__.py": MAMBA_INIT})
     check(problem(8), "mamba_ssm", dt_softplus=True)
-    # It says what it misses to all others, as before.
+    # A later import still reports the missing extension.
     with pytest.raises(ImportError, match="selective_scan_cuda_of_a_stand_in"):
         importlib.import_module("mamba_ssm")
 
@@ -156,9 +156,7 @@ def test_kernels_of_a_build_without_its_cuda_extension(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("text", ["import what_it_misses\n", "other = 1\n"])
-def test_a_library_that_cannot_be_imported_is_a_sentence(
-    backend, file, text, tmp_path, monkeypatch
-):
+def test_broken_library_is_a_readable_error(backend, file, text, tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, **{file: text})
     with pytest.raises(MmmambaError, match=f"ssd: the {backend} backend cannot be imported: "):
         ssd(**problem(9).tensors(), backend=backend)
