@@ -1,11 +1,11 @@
-"""Time what a decoding step is made of, at HoVLE-2.6B's shapes, each inside a CUDA graph.
+"""Time the kernels of a decoding step at HoVLE-2.6B's shapes, each inside a CUDA graph.
 
     python benchmarks/decode_kernels.py --out FILE.json [--tune] [--seconds N]
 
-Weights, states and caches lie there as many times as the model has layers, one after the other in
-the graph, so that nothing is found in a cache of the GPU. Every kernel is first held against its
-reference. `--tune` times tiles of every product, and prints the best as a table for
-`mmmamba_cli/ops/projection/fused.py`, within N seconds; compiling them takes most of it.
+There is one copy of weights, states and caches per layer of the model, used in turn by the graph,
+so that no data is in the GPU's cache. Every kernel is checked against its reference first. `--tune`
+times tiles of every product within N seconds, most of which is compilation, and prints the best as
+a table for `mmmamba_cli/ops/projection/fused.py`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def time_products() -> dict[str, Any]:
     return found
 
 
-# Steps of a mixer.
+# The operations of a mixer step.
 
 
 def time_mixer(batch: int) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def time_attention(columns: int) -> dict[str, Any]:
     }
 
 
-# A whole linear model but for its embedding: five launches for each layer, and the head.
+# A whole linear model without its embedding: five launches per layer, and the head.
 
 
 def make_chain(int8: bool) -> tuple[Callable[[str], Tensor], int]:
@@ -161,7 +161,7 @@ def make_chain(int8: bool) -> tuple[Callable[[str], Tensor], int]:
     mixers = [(mixer_weights(), *mixer_arguments(1)[2:]) for _ in range(LAYERS)]
     hidden = normal(1, WIDTH)
     kept = [(ring.clone(), state.clone()) for _, ring, state, _ in mixers]
-    # As in a model: of each layer its own.
+    # As in a model: one per layer.
     norms = [{**norm_options(WIDTH, int8), "eps": EPS} for _ in range(2 * LAYERS + 1)]
     head_norms = [{**norm_options(DIM, int8), "eps": EPS} for _ in range(LAYERS)]
 
@@ -172,7 +172,7 @@ def make_chain(int8: bool) -> tuple[Callable[[str], Tensor], int]:
             first, second = norms[2 * number : 2 * number + 2]
             row = ops.project(x, layer["v|k|q|gate|dt"], **first, backend=backend)
             vkq, opened, dt = row.split((CHANNELS, HEADS * DIM, HEADS), 1)
-            # States were written a token ago, and the gate with vkq.
+            # States were written by the previous token, and the gate together with vkq.
             early = {"inputs_ready": True, "backend": backend}
             y = ops.mixer_step(vkq, dt, ring, state, at, weights, **early).flatten(1)
             options = {**head_norms[number], "gate": opened, "residual": x, "out": x, **early}
@@ -210,7 +210,7 @@ def report(name: str, value: Any) -> None:
 
 
 def copy_rate() -> float:
-    """GB/s read and written by copying 1 GB: what a kernel may hope for."""
+    """GB/s read and written by a copy of 1 GB, the practical upper bound of a kernel."""
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return round(2 * source.numel() / graph_ms(lambda: target.copy_(source)) / 1e6, 1)

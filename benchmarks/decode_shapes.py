@@ -1,7 +1,7 @@
-"""HoVLE-2.6B's decoding step in parts, with random weights, and how to time one on a GPU.
+"""The operations of HoVLE-2.6B's decoding step with random weights, and GPU timing.
 
-Weights, states and caches lie there as many times as the model has layers, one after the other in
-a CUDA graph, so that nothing is found in a cache of the GPU.
+There is one copy of weights, states and caches per layer of the model, used in turn by the CUDA
+graph, so that no data is in the GPU's cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYERS, WIDTH, HEADS, KV_HEADS, DIM, FFN, VOCABULARY, TAPS = 32, 2048, 16, 8, 12
 CHANNELS = (HEADS + 2 * KV_HEADS) * DIM
 COLUMNS = 103424
 EPS = 1e-5
-# A head is larger than the L2 cache; a few are enough.
+# A head exceeds the L2 cache, so a few copies are enough.
 HEAD_COPIES, CACHE_COPIES = 4, 3
 GATE = 2e-2
 Weight = Tensor | Int8Weight
@@ -33,7 +33,7 @@ Weight = Tensor | Int8Weight
 
 @dataclass(frozen=True)
 class Product:
-    """A projection of a layer: its weight's shape, and what stands before and behind it."""
+    """A projection of a layer: its weight's shape, and the fused prologue and epilogue."""
 
     rows: int
     dim: int
@@ -71,7 +71,7 @@ def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) ->
 
 
 def norm_options(size: int, int8: bool) -> dict[str, Any]:
-    """A norm's, as a model has it: weights in fp32, or in the int8 weights behind it."""
+    """Norm weights in fp32, or folded into the int8 weights that follow."""
     return {"norm_dim": size} if int8 else {"norm": torch.rand(size, device=DEVICE).add(0.5)}
 
 
@@ -84,7 +84,7 @@ def make_weights(product: Product, int8: bool, copies: int | None = None) -> lis
 def graph_ms(call: Callable[[], object], seconds: float = 0.25) -> float:
     """Median milliseconds of one replay of everything that `call` launches."""
     side = torch.cuda.Stream()
-    # What `call` reads may still be in the making: a position that is not yet written is anything.
+    # Wait for the inputs: a position that is not written yet is arbitrary.
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()
@@ -108,7 +108,7 @@ def graph_ms(call: Callable[[], object], seconds: float = 0.25) -> float:
 
 
 def rates(ms: float, launches: int, moved: int) -> dict[str, float]:
-    """Microseconds and GB/s of one of `launches` that read or write `moved` bytes each."""
+    """Microseconds and GB/s of one of `launches`, each of which moves `moved` bytes."""
     each = ms / launches
     return {"us": round(1e3 * each, 2), "gb_per_s": round(moved / each / 1e6, 1)}
 
@@ -119,7 +119,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def gate(found: Tensor, wanted: Tensor, most: float = GATE) -> float:
-    """The relative error by 2-norm; ends the run's claim where it is no rounding."""
+    """The relative error by 2-norm. Raises `AssertionError` if it is not below `most`."""
     error = relative_error(found, wanted)
     if not error < most:
         raise AssertionError(f"relative error {error:.3g}, allowed is {most}")
@@ -127,7 +127,7 @@ def gate(found: Tensor, wanted: Tensor, most: float = GATE) -> float:
 
 
 def attempt(call: Callable[[], Any]) -> Any:
-    """What it returns, or the error as text: the other numbers of a run are not lost by it."""
+    """The result, or the error as text, so that the other measurements of a run survive."""
     try:
         return call()
     except Exception as error:  # noqa: BLE001
@@ -149,7 +149,7 @@ def mixer_weights() -> MixerWeights:
 
 
 def mixer_arguments(batch: int) -> tuple[Tensor, ...]:
-    """vkq, dt, ring, state and position; the first two slices of one wide row."""
+    """vkq, dt, ring buffer, state and position; the first two are slices of one wide row."""
     row = normal(batch, PRODUCTS["v|k|q|gate|dt"].rows)
     state = torch.randn(batch, HEADS, DIM, DIM, device=DEVICE)
     position = torch.full((1,), 1001, device=DEVICE)

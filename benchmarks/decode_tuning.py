@@ -1,4 +1,4 @@
-"""Time the ways to cut the kernels of a decoding step up, and find the best for this GPU."""
+"""Autotuning of the launch configurations of a decoding step for this GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tiles_of(product: Product, int8: bool) -> Iterator[Tile]:
         if product.swiglu and rows == 1:
             continue
         each = rows * size / (32 * warps)
-        # Enough numbers for each thread to load 16 bytes, few enough for its registers.
+        # Each thread loads at least 16 bytes and does not spill registers.
         if size >= 256 * warps // (1 if int8 else 2) and 16 <= each <= (128 if int8 else 96):
             yield Tile(rows, size, warps)
 
@@ -76,7 +76,7 @@ def compile_tiles(jobs: list[tuple[Case, Tile]]) -> None:
 
 
 def tune_products(seconds: float) -> dict[str, Any]:
-    """The best tiles of every product, which from now on are in the table."""
+    """Find the best tiles of every product and put them into the table."""
     until = time.perf_counter() + seconds
     rng = random.Random(0)
     tiles: dict[Case, list[Tile]] = {}
@@ -85,18 +85,18 @@ def tune_products(seconds: float) -> dict[str, Any]:
         rng.shuffle(tiles[case])
         known = projection.TILES.get(key_of(case))
         if known:
-            # What stands in the table is timed first.
+            # The entry of the table is timed first.
             tiles[case] = [known, *(tile for tile in tiles[case] if tile != known)]
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     jobs = [(case, tile) for case in tiles for tile in tiles[case]]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        # Whole, if there is time: half of it may go into compiling.
+        # All of it if time allows: half of the time may be compilation.
         parts = [jobs[first::workers] for first in range(workers)]
         compiled = pool.map_async(compile_tiles, parts)
         compiled.wait(seconds / 2)
     found: dict[str, Any] = {"compiled in time": compiled.ready()}
     for place, case in enumerate(tiles):
-        # What is left is shared by the cases that are left.
+        # The remaining cases share the remaining time.
         part = (until - time.perf_counter()) / (len(tiles) - place)
         timed = time_tiles(case, tiles[case], part)
         name = f"{case[0]}, {'int8' if case[1] else 'bf16'}"
@@ -111,7 +111,7 @@ def tune_products(seconds: float) -> dict[str, Any]:
 
 
 def time_tiles(case: Case, tiles: list[Tile], seconds: float) -> list[tuple[float, Tile]]:
-    """Milliseconds of a launch by tile, the best first."""
+    """Milliseconds of a launch by tile, fastest first."""
     until = time.perf_counter() + seconds
     product, timed = PRODUCTS[case[0]], []
     weights = make_weights(product, case[1])
@@ -126,7 +126,7 @@ def time_tiles(case: Case, tiles: list[Tile], seconds: float) -> list[tuple[floa
 
 
 def tune_steps(batch: int, seconds: float) -> list[Any]:
-    """Microseconds of `mixer_step` by values of a program and warps, the best first."""
+    """Microseconds of `mixer_step` by values per program and warps, fastest first."""
     weights, copies = mixer_weights(), [mixer_arguments(batch) for _ in range(LAYERS)]
     until, found = time.perf_counter() + seconds, []
 
@@ -145,7 +145,7 @@ def tune_steps(batch: int, seconds: float) -> list[Any]:
 
 
 def tune_attention(seconds: float) -> list[Any]:
-    """Microseconds by programs, columns of a tile, warps and stages, the best first."""
+    """Microseconds by programs, columns per tile, warps and stages, fastest first."""
     copies = [attention_arguments(COLUMNS) for _ in range(CACHE_COPIES)]
     cos = torch.ones(1, DIM, device=DEVICE, dtype=DTYPE)
     until, found = time.perf_counter() + seconds, []

@@ -1,10 +1,10 @@
-"""The whole of mmmamba on a laptop, in minutes: seed, distill, hybridize, eval, profile, report.
+"""Demo of all commands on a laptop, in minutes: seed, distill, hybridize, eval, profile, report.
 
-`make demo` runs it on the shipped teacher of composed scenes and ends with one page to look at. It
-goes on where it was stopped. Every part is a command of mmmamba, printed before it runs; only the
-comparison with the teacher token by token, on lessons nobody learned from, is measured here. The
-seeded students and the unseeded one are made side by side, each with half of the threads, since
-steps this small gain little from more.
+`make demo` runs it on the shipped teacher of composed scenes; it ends with one HTML page. It
+resumes where it was stopped. Every step is a command of mmmamba, printed before it runs; only the
+token agreement with the teacher, on held-out lessons, is measured here. The seeded students and the
+unseeded one are trained in parallel, each with half of the threads, because such small steps gain
+little from more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LINEAR, HYBRID, ATTENTION_LAYERS = "linear-stage3", "hybrid-2-stage3", 2
 PICTURES, LESSONS, HELD_OUT_LESSONS = 8, 160, 60
 CONTEXTS, BUDGET = "256,1k,4k", 12
 MARKER, PAGE = "demo.json", "report.html"
-# At random, W_O too must learn, which the recipe keeps as it is.
+# From random weights W_O must learn too; the recipe freezes it.
 SCRATCH = ("--init", "scratch", "--set", "stages.stage3.learns=[model.layers.*.mixer.*]")
 MISTAKE, INTERRUPTED = 2, 130
 NOTE = (
@@ -49,17 +49,17 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Step:
-    """A command, what it is for, and the file that says that it was done; none: run it always."""
+    """A command, its purpose, and the file that marks it as done; None: always run."""
 
     what: str
     words: tuple[str, ...]
     done: str | None = None
-    # Which of the two lanes it belongs to; None: to neither, it has the machine to itself.
+    # The lane of the step; None: it runs alone.
     lane: str | None = None
 
 
 def steps() -> Iterator[Step]:
-    """The commands, with paths that count from the demo's folder."""
+    """All steps, with paths relative to the demo's folder."""
     size = ("--short", "--pictures", str(PICTURES), "--lessons", str(LESSONS))
     yield Step(
         "draw scenes to ask about, and lessons to learn from",
@@ -103,7 +103,7 @@ def seeded_steps() -> Iterator[Step]:
 
 
 def unseeded_steps() -> Iterator[Step]:
-    """The seeded run is the other lane's: what is asked here is kept in this one."""
+    """Evaluations in this run; the seeded run belongs to the other lane."""
     begin = (*SCRATCH, "--no-report")
     yield from linear_steps(UNSEEDED, "one whose mixers begin at random", begin)
     words = ("eval", "--run", UNSEEDED, "--from", LINEAR, "--teacher", *asking())
@@ -115,7 +115,7 @@ def unseeded_steps() -> Iterator[Step]:
 
 
 def linear_steps(run: str, what: str, extra: Sequence[str] = ()) -> Iterator[Step]:
-    """Seed a student, and three stages: the same for both runs, `extra` aside."""
+    """Seeding and three stages; equal for both runs except for `extra`."""
     seed = ("seed", TEACHER, "--recipe", RECIPE, "--run", run, "--dtype", "fp32")
     yield Step(f"seed: {what}", (*seed, *extra), product(run, "seed"), run)
     yield Step(
@@ -143,7 +143,7 @@ def compared(folder: Path, name: str) -> Path:
 
 
 def measure(folder: Path) -> None:
-    """How near each student's next tokens come to the teacher's, in answers, by lesson."""
+    """Token agreement of each student with the teacher, by lesson."""
     unseeded = f"{LINEAR} ({UNSEEDED})"
     made = {LINEAR: (SEEDED, LINEAR), HYBRID: (SEEDED, HYBRID), unseeded: (UNSEEDED, LINEAR)}
     products = {label: Run(folder / run).open_product(name) for label, (run, name) in made.items()}
@@ -167,7 +167,7 @@ def measure(folder: Path) -> None:
 
 
 def perform(words: Sequence[str]) -> None:
-    """Run a command of mmmamba in this process, which spares a start of torch for each.
+    """Run a command of mmmamba in this process, which saves importing torch each time.
 
     Raises SystemExit with its exit code if it did not end well.
     """
@@ -183,7 +183,7 @@ def perform(words: Sequence[str]) -> None:
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make the folder, or take up one that this demo began.
+    """Create the folder, or resume in one of this demo.
 
     Raises `RunError` for a folder of something else, or of another version.
     """
@@ -206,7 +206,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
 
 
 def work_through(numbered: Sequence[tuple[str, Step]]) -> None:
-    """Do what is not done, step by step, in the working directory."""
+    """Run the steps that are not done, in order, in the working directory."""
     for number, step in numbered:
         title = f"{number} {step.what}"
         if step.done is not None and Path(step.done).is_file():
@@ -219,17 +219,17 @@ def work_through(numbered: Sequence[tuple[str, Step]]) -> None:
 
 
 def numbered(listed: Sequence[Step]) -> list[tuple[str, Step]]:
-    """Steps with their numbers, comparison and report counted too."""
+    """Steps with their numbers; comparison and report count too."""
     return [(f"[{i}/{len(listed) + 2}]", step) for i, step in enumerate(listed, start=1)]
 
 
 def side_by_side() -> None:
-    """Both lanes, each in a process of its own; each line they print comes with its lane's name.
+    """Run both lanes, each in its own process; their output lines are prefixed with the lane.
 
-    Raises SystemExit with the exit code of one that failed; the other is told to stop then.
+    Raises SystemExit with the exit code of a failed lane, after stopping the other.
     """
     threads = max(1, torch.get_num_threads() // len(LANES))
-    # Unbuffered, so that lines come as they are written.
+    # Unbuffered, so that lines appear as they are written.
     own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     print(f"two lanes side by side, {threads} thread{'s'[: threads > 1]} each\n", flush=True)
     began = time.perf_counter()
@@ -254,7 +254,7 @@ def side_by_side() -> None:
     for reader in readers:
         reader.join()
     print(f"(both lanes: {time.perf_counter() - began:.0f} s)\n", flush=True)
-    # One that was told to stop ends with a code as well: the reason is the other's.
+    # A stopped lane has an exit code too: report the first one that failed.
     failed = [code for code in codes if code]
     if failed:
         raise SystemExit(failed[0])
@@ -268,7 +268,7 @@ def pass_on(name: str, lines: Iterable[str]) -> None:
 
 
 def wait_for(lanes: Sequence[subprocess.Popen[str]]) -> list[int]:
-    """Exit codes in the order in which the lanes ended; a failure stops the others."""
+    """Exit codes in the order in which lanes ended; a failure stops the others."""
     codes: list[int] = []
     running = list(lanes)
     try:
@@ -281,14 +281,14 @@ def wait_for(lanes: Sequence[subprocess.Popen[str]]) -> list[int]:
                 for lane in running:
                     lane.terminate()
     finally:
-        # After Ctrl-C, which reached them too: they save and stop.
+        # Ctrl-C reached the lanes too: they save and stop.
         for lane in running:
             lane.wait()
     return codes
 
 
 def demo() -> None:
-    """All steps that are not done, in the working directory."""
+    """Run all steps that are not done, in the working directory."""
     listed = numbered(list(steps()))
     first = next(i for i, (_, step) in enumerate(listed) if step.lane is not None)
     work_through(listed[:first])
@@ -310,7 +310,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where it is made")
     parser.add_argument("--overwrite", action="store_true", help="start over")
-    # How the demo starts itself for one of the lanes.
+    # Internal: the demo starts itself for one lane.
     parser.add_argument("--lane", choices=LANES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.out.absolute()

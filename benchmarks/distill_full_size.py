@@ -1,13 +1,13 @@
-"""Distillation steps at HoVLE-2.6B size on one GPU, beside the reference's way of doing them.
+"""Distillation steps at HoVLE-2.6B size on one GPU, compared with a reference implementation.
 
     python benchmarks/distill_full_size.py [--length 8192] [--compiled] [--out FILE]
 
-Random weights, one row of text of the given length. "ours" are the stages as `mmmamba distill` runs
-them. "transcription" does what the reference code does, with the same mixers and the same scan: the
-teacher's attention as a T x T matrix, one graph over all layers and one backward, whole logits in
-fp32. If it runs out of memory, half the length is tried, and so on; ours is measured at each of
-these lengths too. `--compiled` adds ours with every MLP through torch.compile. Before any timing,
-ours and the transcription must give the same losses and gradients. Prints one JSON object.
+Random weights, one row of text of the given length. "ours" are the stages of `mmmamba distill`.
+"transcription" computes as the reference code does, with the same mixers and scan: the teacher's
+attention as a T x T matrix, one autograd graph over all layers, full logits in fp32. If it runs out
+of memory, the length is halved until it fits; ours is measured at each of these lengths too.
+`--compiled` adds ours with torch.compile on every MLP. Before timing, losses and gradients of both
+must agree. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from mmmamba_cli.recipe import Stage, load_recipe
 from mmmamba_cli.seed.init import initial_value
 
 WARMUP, REPEATS = 2, 5
-# By name, what makes a step of a pair in a stage.
+# Builders of a training step for a pair and a stage, by name.
 Ways = dict[str, Callable[[TeacherStudent, Stage], Callable[[Batch], float]]]
 GIB = 2**30
 
 
 def random_model(config: HolisticVLMConfig, device: str) -> HolisticVLM:
-    """bf16 weights, norms near one and in fp32, as a loaded checkpoint has them."""
+    """Random bf16 weights with fp32 norms near one, as in a loaded checkpoint."""
     with torch.device("meta"):
         model = HolisticVLM(config)
     model.to_empty(device=device)
@@ -92,7 +92,7 @@ def text_batch(length: int, vocabulary: int, device: str) -> Batch:
 
 
 def transcribed_mixer_loss(pair: TeacherStudent, batch: Batch, scale: float) -> Tensor:
-    """Stages 1 and 2 the reference's way: one graph over all layers."""
+    """Stages 1 and 2 as in the reference: one autograd graph over all layers."""
     decoder = pair.teacher.model
     prompt = decoder.prepare(batch.input_ids)
     hidden = decoder.embed(prompt)
@@ -114,7 +114,7 @@ def transcribed_mixer_loss(pair: TeacherStudent, batch: Batch, scale: float) -> 
 
 
 def transcribed_kl(pair: TeacherStudent, batch: Batch) -> Tensor:
-    """Stage 3 the reference's way: whole logits of both, activations of all layers kept."""
+    """Stage 3 as in the reference: full logits of both models, all activations kept."""
     prompt = pair.teacher.model.prepare(batch.input_ids)
     with torch.no_grad():
         decoder = pair.teacher.model
@@ -137,7 +137,7 @@ def transcribed_kl(pair: TeacherStudent, batch: Batch) -> Tensor:
 
 
 def materialised_attention(mixer: Any, hidden: Tensor, columns: Any) -> Tensor:
-    """softmax(q k^T / sqrt(P) + mask) v with the matrix in memory, softmax in fp32."""
+    """softmax(q k^T / sqrt(P) + mask) v with a materialized matrix and fp32 softmax."""
     q, k, v = (x.transpose(1, 2) for x in mixer.queries_keys_values(hidden, columns))
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -149,7 +149,7 @@ def materialised_attention(mixer: Any, hidden: Tensor, columns: Any) -> Tensor:
 
 
 def ours(pair: TeacherStudent, stage: Stage) -> Callable[[Batch], float]:
-    """Loss and gradients as the loop computes them."""
+    """Loss and gradients as in the training loop."""
     objective = build_objective(stage, pair.student.config, pair.trainable)
 
     def run(batch: Batch) -> float:
@@ -175,7 +175,7 @@ def transcription(pair: TeacherStudent, stage: Stage) -> Callable[[Batch], float
 
 
 def compiled(pair: TeacherStudent, stage: Stage) -> Callable[[Batch], float]:
-    """Ours, with the MLPs of both models compiled: what stands between two products is fused."""
+    """Ours with compiled MLPs in both models, which fuses the elementwise operations."""
     run, plain = ours(pair, stage), SwiGLU.forward
     fast = torch.compile(plain, dynamic=False)
 
@@ -192,7 +192,7 @@ def compiled(pair: TeacherStudent, stage: Stage) -> Callable[[Batch], float]:
 def measure(
     pair: TeacherStudent, stage: Stage, compute: Callable[[Batch], float], batch: Batch
 ) -> Any:
-    """Median seconds of a whole optimiser step, and the peak beyond what any step must hold."""
+    """Median seconds of an optimiser step, and its peak memory beyond the persistent state."""
     parameters = pair.trainable_parameters()
     optimiser = build_optimiser(stage, parameters)
     owned = {id(p): p.nbytes for m in (pair.teacher, pair.student) for p in m.parameters()}
@@ -221,7 +221,7 @@ def measure(
 
 
 def attempt(work: Callable[[], Any]) -> Any:
-    """What `work` returns, or that it ran out of memory."""
+    """The result of `work`, or a note that it ran out of memory."""
     try:
         return work()
     except torch.OutOfMemoryError:
@@ -232,7 +232,7 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 
 def gate(raw: dict[str, Any], stage: Stage, length: int) -> dict[str, float]:
-    """Both ways on one small batch in fp32: relative difference of loss and gradient."""
+    """Relative differences of loss and gradient on one small fp32 batch."""
     pair = make_pair(raw, stage, "cuda", "fp32")
     batch = text_batch(length, pair.teacher.config.vocab_size, "cuda")
     found = []
@@ -251,7 +251,7 @@ def gate(raw: dict[str, Any], stage: Stage, length: int) -> dict[str, float]:
 
 
 def compare(raw: dict[str, Any], stage: Stage, longest: int, ways: Ways) -> dict[str, Any]:
-    """Rows of all ways from `longest` down to the first length that the transcription survives."""
+    """Rows of all variants from `longest` down to the first length that the transcription fits."""
     rows: dict[str, Any] = {}
     length = longest
     while length >= 256:

@@ -1,13 +1,13 @@
-"""Evaluation at HoVLE-2.6B size on one GPU: batch 1 against the batch that is found to fit.
+"""Evaluation at HoVLE-2.6B size on one GPU: batch size 1 against the measured batch limit.
 
     python benchmarks/eval_full_size.py [--rows 200] [--pictures FOLDER] [--out FILE]
 
-A random model in bf16 answers a table in MME's layout, through `evaluate_model` as `mmmamba eval`
-calls it: pictures cut from photographs, at shapes of one tile up to 12 and a thumbnail. The
-photographs are those that matplotlib and scikit-learn bring, or the .jpg files of --pictures. A
-random model does not end its answers, so all have --max-new-tokens. First, a few rows in fp32 must
-have the same answers one by one as in a batch. The last run asks for a batch that cannot fit, and
-shows that it is halved until it does. Prints one JSON object.
+A random bf16 model answers a table in MME's layout through `evaluate_model`. Pictures are crops of
+photographs with 1 to 12 tiles and a thumbnail; the photographs are those of matplotlib and
+scikit-learn, or the .jpg files of --pictures. A random model does not end its answers, so all have
+--max-new-tokens tokens. First, a few rows in fp32 must have the same answers one by one as in a
+batch. The last run starts with a batch that cannot fit and is halved until it does. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from mmmamba_cli.processing import processor_from_hovle
 
 GIB = 2**30
 SUITE = "mme"
-# Width and height in tiles of 448 pixels, so that every number of tiles up to 12 occurs.
+# Width and height in tiles of 448 pixels; all numbers of tiles up to 12 occur.
 SHAPES = ((1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 2), (2, 3), (4, 2), (3, 3), (4, 3), (3, 4))
 TILE = 448
 TOKENIZER = Path(__file__).parents[1] / "tests" / "processing" / "small.model"
@@ -56,7 +56,7 @@ SHIPPED = (("matplotlib", "mpl-data/sample_data"), ("sklearn", "datasets/images"
 
 
 def photographs(folder: Path | None) -> list[Path]:
-    """Files of real pictures: of a folder, or those that packages bring."""
+    """Files of photographs: those of a folder, or of installed packages."""
     folders = [folder] if folder is not None else []
     for package, inside in SHIPPED if folder is None else ():
         spec = find_spec(package)
@@ -69,7 +69,7 @@ def photographs(folder: Path | None) -> list[Path]:
 
 
 def write_table(file: Path, rows: int, sources: Sequence[Path]) -> int:
-    """A table in MME's layout, two rows a picture; the number of pictures."""
+    """Write a table in MME's layout, two rows per picture; return the number of pictures."""
     images = [Image.open(source).convert("RGB") for source in sources]
     categories = (*PERCEPTION, *REASONING)
     with file.open("w", encoding="utf-8", newline="") as handle:
@@ -87,7 +87,7 @@ def write_table(file: Path, rows: int, sources: Sequence[Path]) -> int:
 
 
 def cut(image: Image.Image, number: int) -> Image.Image:
-    """A part of a photograph in the shape that `number` tells, never the same part twice."""
+    """A crop of a photograph; shape and position are unique to `number`."""
     columns, rows = SHAPES[number % len(SHAPES)]
     width, height = columns * TILE, rows * TILE
     share = 0.95 - 0.05 * (number // len(SHAPES) % 8)
@@ -106,7 +106,7 @@ def encode(image: Image.Image) -> str:
 
 
 def random_model(raw: dict[str, Any], device: str, dtype: torch.dtype, seed: int) -> Any:
-    """A random HoVLE as a loaded checkpoint has it, with its processor."""
+    """A random HoVLE like a loaded checkpoint, with its processor."""
     config: HolisticVLMConfig = hovle.to_config(raw)
     with torch.device("meta"):
         model = HolisticVLM(config)
@@ -131,7 +131,7 @@ def random_model(raw: dict[str, Any], device: str, dtype: torch.dtype, seed: int
 def run(
     model: HolisticVLMAdapter, data: Path, folder: Path, **options: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """Evaluate once; what it took, and the answers."""
+    """Evaluate once; return the timing and the answers."""
     said: list[str] = []
     chosen = EvalOptions(data=data, **options)
     suite = find_suite(SUITE)
@@ -161,8 +161,8 @@ def run(
 
 
 def gate(raw: dict[str, Any], device: str, data: Path, folder: Path, tokens: int) -> int:
-    """In fp32, batched must be one by one; the number of rows compared."""
-    # Convolutions would round fp32 to ten bits, as the batch decides.
+    """Check in fp32 that batched answers equal those one by one; return the number of rows."""
+    # TF32 convolutions depend on the batch.
     torch.backends.cudnn.allow_tf32 = False
     model = random_model(raw, device, torch.float32, seed=0)
     options = {"limit": 8, "max_tiles": 4, "max_new_tokens": tokens}
@@ -175,7 +175,7 @@ def gate(raw: dict[str, Any], device: str, data: Path, folder: Path, tokens: int
 
 
 def compare(given: argparse.Namespace, raw: dict[str, Any], device: str) -> dict[str, Any]:
-    """All runs, in a folder of their own."""
+    """All runs, in a temporary folder."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         pictures = write_table(folder / "MME.tsv", given.rows, photographs(given.pictures))
@@ -188,7 +188,7 @@ def compare(given: argparse.Namespace, raw: dict[str, Any], device: str) -> dict
         _, rows = open_suite(suite, EvalOptions(data=folder))
         found: dict[str, Any] = {}
         answers = {}
-        # Once before anything is timed: kernels are chosen and compiled then.
+        # Warm up: kernels are selected and compiled on first use.
         run(model, folder, folder / "warm", limit=8, **options)
         for name, batch in (("batch 1", 1), ("found batch", None), ("too large", len(rows))):
             found[name], answers[name] = run(
@@ -210,7 +210,7 @@ def compare(given: argparse.Namespace, raw: dict[str, Any], device: str) -> dict
 
 
 def tile_counts(model: HolisticVLMAdapter, data: Path, max_tiles: int) -> dict[str, int]:
-    """How many rows have how many tiles, thumbnails included."""
+    """The number of rows by number of tiles, thumbnails included."""
     from mmmamba_cli.evaluate.prompts import build_eval_prompt
 
     suite = find_suite(SUITE)

@@ -1,10 +1,10 @@
-"""What int8 weights cost in answers: a model against itself, on suites that ship.
+"""Effect of int8 weights on answers: a model against its quantized self on shipped suites.
 
     python benchmarks/int8_quality.py MODEL... [--suites scenes ...] [--limit N] [--out FILE]
 
-MODEL is a checkpoint's folder or the name of one that ships. Each model answers each suite twice,
-as `mmmamba eval` asks it: with its own weights, and after `inference.quantize`. Prints one JSON
-object: scores by the suite's rules, retention with its interval, and how many answers changed.
+MODEL is a checkpoint's folder or the name of a shipped model. Each model answers each suite twice,
+as in `mmmamba eval`: with its own weights, and after `inference.quantize`. Prints one JSON object:
+scores by the suite's rules, retention with its interval, and the number of changed answers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PREDICTIONS = "predictions.tsv"
 def answered(
     model: Any, name: str, options: EvalOptions, folder: Path
 ) -> tuple[ScoredSuite, list[str]]:
-    """The suite's scores, and each answer's line."""
+    """The suite's scores, and the lines of its answers."""
     suite = find_suite(name)
     table, rows = open_suite(suite, options, lambda text: print(text, file=sys.stderr))
     scored = evaluate_model(model, suite, table, rows, folder, options, EvalCallbacks())

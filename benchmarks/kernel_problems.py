@@ -1,4 +1,4 @@
-"""What `kernels.py` measures: ops at HoVLE-2.6B's shapes, their inputs and backends."""
+"""Problems of `kernels.py`: ops at HoVLE-2.6B's shapes, their inputs and backends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmmamba_cli.ops.attention import VarlenMetadata, varlen_metadata
 from mmmamba_cli.ops.ssd.mamba_ssm import library_kernels as mamba_kernels
 
 HEADS, KV_HEADS, DIM, WIDTH, TAPS, EPS = 16, 8, 128, 2048, 2, 1e-5
-# Tokens of a conversation about a picture.
+# Tokens of a typical conversation about a picture.
 SAMPLE = 700
 CHANNELS = (HEADS + 2 * KV_HEADS) * DIM
 
@@ -25,7 +25,7 @@ Call = Callable[[Tensors], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Problem:
-    """An op at one shape: `make(length, seed)` its tensors, `wanted` what is right."""
+    """An op at one shape: `make(length, seed)` returns its tensors, `wanted` the reference."""
 
     op: str
     batch: int
@@ -65,7 +65,7 @@ class Place:
             C=(batch, length, heads, dim),
         )
         made["B"] = made["B"] / math.sqrt(dim)
-        # Decays from 0.98 to 0.2 a token, as seeding and training leave them.
+        # Decays from 0.98 to 0.2 per token, as in seeded and trained models.
         made["A"] = -torch.linspace(0.25, 16, heads, device=self.device)
         made["dt_bias"] = torch.linspace(-2.5, -3.5, heads, device=self.device)
         return made
@@ -129,7 +129,7 @@ def _varlen(q: Tensor) -> VarlenMetadata:
 
 @cache
 def _packing(batch: int, length: int, device: torch.device) -> VarlenMetadata:
-    """Rows that are full of samples of `SAMPLE` tokens."""
+    """Segments of rows packed with samples of `SAMPLE` tokens."""
     ids = torch.arange(length, device=device).div(SAMPLE, rounding_mode="floor")
     found = varlen_metadata(None, ids.expand(batch, -1))
     assert found is not None
@@ -141,7 +141,7 @@ def scan(backend: str) -> Call:
 
 
 def candidates(problem: Problem, mamba: bool) -> dict[str, Call]:
-    """What is measured: kernels, what there is without them, and mamba_ssm."""
+    """The backends to measure: kernels, the fallback without them, and mamba_ssm."""
     if problem.op == "ssd":
         found = {"triton": scan("triton")}
         return found | ({"mamba_ssm": mamba_scan} if mamba else {})
@@ -156,13 +156,13 @@ def candidates(problem: Problem, mamba: bool) -> dict[str, Call]:
 
 
 def repeated(made: Tensors) -> Tensors:
-    """Keys and values for each query head, as mamba_ssm wants them here."""
+    """Keys and values repeated to every query head, as mamba_ssm needs them."""
     share = made["C"].shape[2] // made["x"].shape[2]
     return made | {n: made[n].repeat_interleave(share, dim=2) for n in ("x", "B")}
 
 
 def mamba_scan(t: Tensors, state: bool = True) -> tuple[Tensor, ...]:
-    """Without its state, whose gradient it would go through, where that is not asked for."""
+    """Call without the final state unless it is needed, because of its gradient."""
     found = mamba_kernels()(
         t["x"], t["dt"], t["A"], t["B"], t["C"], chunk_size=128, dt_bias=t["dt_bias"],
         dt_softplus=True, return_final_states=state,

@@ -1,4 +1,4 @@
-"""Processes beside `kernels.py`, whose compiled kernels it finds in Triton's cache."""
+"""Helper processes of `kernels.py` that fill Triton's cache with compiled kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("kernels.py")
-MOST = 8
+MAX_PROCESSES = 8
 
 
 def start(*options: str) -> subprocess.Popen[bytes]:
@@ -17,11 +17,11 @@ def start(*options: str) -> subprocess.Popen[bytes]:
 
 
 def start_warming() -> list[subprocess.Popen[bytes]]:
-    """Processes that compile a share each of mamba_ssm's tilings.
+    """Start processes that each compile a share of mamba_ssm's tilings.
 
     One alone would compile for minutes before it has searched through all of them.
     """
-    count = max(1, min(MOST, (os.cpu_count() or 1) - 2))
+    count = max(1, min(MAX_PROCESSES, (os.cpu_count() or 1) - 2))
     return [start("--warm-mamba", f"{part}/{count}") for part in range(count)]
 
 
@@ -34,13 +34,13 @@ def wait(process: subprocess.Popen[bytes], end: float) -> None:
 
 
 def keep_share_of_tilings(part: int, count: int) -> None:
-    """Let mamba_ssm's kernels, imported before, search through a share of their tilings only."""
+    """Restrict the autotuning of mamba_ssm's imported kernels to a share of their tilings."""
     from triton.runtime.autotuner import Autotuner
 
     modules = [m for name, m in sys.modules.items() if name.startswith("mamba_ssm.ops.triton")]
     found = {id(value): value for module in modules for value in vars(module).values()}
     for tuner in found.values():
         if isinstance(tuner, Autotuner):
-            # And the next one's: one that does not fit this GPU is an error where it is alone.
+            # Add the next tiling: a single one that does not fit this GPU is an error.
             own = tuner.configs[part::count] + tuner.configs[part + 1 :: count]
             tuner.configs = own or tuner.configs[:2]

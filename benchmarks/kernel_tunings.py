@@ -1,8 +1,8 @@
-"""Alternatives of the scan's tuning table, timed; `kernels.py --tune` calls it.
+"""Autotuning of the scan's launch configurations, called by `kernels.py --tune`.
 
-One thing is varied at a time, in the order states of long and of few spans, chunk and forward
-launch, backward launch, spans: each begins from the best of those before. Other processes compile
-ahead of the one that measures, and what is compared are CUDA graphs, so that no host is.
+Coordinate descent in the order states of long and of few spans, chunk and forward launch, backward
+launch, spans. Other processes compile ahead of the one that measures. CUDA graphs are timed, which
+excludes the host.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ LAUNCHES = tuple(
 )
 SPANS = tuple((programs, most) for programs in (132, 264, 528) for most in (8, 16, 32, 64))
 GATE_LENGTH = 1008
-# As a `Tuning` has them.
+# Fields of `Tuning`.
 LAUNCHED = ("states", "few_states", "forward", "backward")
 
-# By problem, or why there are none.
+# Milliseconds by problem, or an error.
 Found = dict[str, float] | str
 
 
@@ -62,7 +62,7 @@ def scans(place: Place) -> list[Problem]:
 
 
 def timed(place: Place, tuning: Tuning, kind: str) -> Found:
-    """Milliseconds: of the longest problem, forward, of the others, both ways, or of all."""
+    """Milliseconds of the forward pass, of forward and backward, or of all problems."""
     problems = scans(place)
     small = replace(problems[0], length=min(problems[0].length, GATE_LENGTH))
     try:
@@ -97,7 +97,7 @@ def alternatives(kind: str, best: Tuning) -> list[Tuning]:
 
 
 def tune(place: Place, seconds: float) -> dict[str, Any]:
-    """The best tuning, and what every alternative took."""
+    """The best tuning, and the times of every alternative."""
     end = time.monotonic() + seconds
     best = TUNING[tl.float32 if place.small else tl.bfloat16]
     tried: list[dict[str, Any]] = []
@@ -122,7 +122,7 @@ def _named(tuning: Tuning) -> dict[str, Any]:
 
 
 def _best(results: list[tuple[Tuning, Found]], otherwise: Tuning) -> Tuning:
-    """That with the least mean of times, each over the least at its problem."""
+    """The alternative with the smallest mean of times relative to the best per problem."""
     right = [(tuning, found) for tuning, found in results if not isinstance(found, str)]
     if not right:
         return otherwise
@@ -133,7 +133,7 @@ def _best(results: list[tuple[Tuning, Found]], otherwise: Tuning) -> Tuning:
 
 
 def _compile_ahead(place: Place, kind: str, best: Tuning, end: float) -> None:
-    """Fill Triton's cache by several processes; spans need no other kernels."""
+    """Fill Triton's cache with several processes; spans need no other kernels."""
     if place.device.type != "cuda" or kind == "spans":
         return
     count = max(1, min(8, (os.cpu_count() or 2) // 2))
@@ -144,7 +144,7 @@ def _compile_ahead(place: Place, kind: str, best: Tuning, end: float) -> None:
 
 
 def warm(place: Place, text: str) -> None:
-    """What such a process does: run its share of the alternatives once, on little data."""
+    """In a helper process: run its share of the alternatives once, on little data."""
     kind, numbers, share, step = text.split(":")
     chunk, *rest = map(int, numbers.split(","))
     best = Tuning(chunk, *(Launch(*rest[first : first + 3]) for first in range(0, len(rest), 3)))

@@ -1,19 +1,18 @@
-"""The ops' kernels at HoVLE-2.6B size on one GPU: correct first, then how fast.
+"""Correctness and speed of the kernels at HoVLE-2.6B size on one GPU.
 
     python benchmarks/kernels.py [--out FILE] [--seconds S] [--no-mamba] [--only OP]
     python benchmarks/kernels.py --tune [--out FILE] [--seconds S]
 
-Every row is first held against the plain PyTorch reference in fp64 at its own shape, less a few
-tokens to make the length odd, on inputs of their own, with every buffer full of NaN before it is
-filled; forward, and all gradients where they are timed. Then the median of many calls over
-rotating inputs, which together exceed the L2 cache, by CUDA events; and, as `graph_ms`, the same
-replayed as a CUDA graph, which leaves out what the host takes to launch. mamba_ssm's
-`mamba_chunk_scan_combined` (chunk 128) is measured in the same run where it can be imported; keys
-and values are repeated for it beforehand, outside of what is timed.
+Every row is first checked against the plain PyTorch reference in fp64: at its shape with a few
+tokens less (an odd length), on separate inputs, with every buffer poisoned with NaN; forward, and
+all gradients if they are timed. Then the median of many calls over rotating inputs, which together
+exceed the L2 cache, is taken with CUDA events; `graph_ms` is the same as a CUDA graph, without the
+host's launch overhead. mamba_ssm's `mamba_chunk_scan_combined` (chunk 128) is measured in the same
+run if it is installed; its keys and values are repeated beforehand, which is not timed.
 
-`--tune` times the alternatives of the scan's tuning table instead, and prints the best of each
-direction. `--small` takes tiny shapes in fp32 on any device, to try the script. Prints a line for
-each row, and one JSON object to --out.
+`--tune` times the launch configurations of the scan instead, and prints the best of each direction.
+`--small` uses tiny fp32 shapes on any device, to test the script. Prints a line per row, and writes
+one JSON object to --out.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ from mmmamba_cli.ops.ssd.mamba_ssm import library_kernels as mamba_kernels
 
 # Relative errors by 2-norm, those of `mmmamba doctor`.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}
-# What rotating inputs should exceed: twice an H100's L2 cache.
+# Minimum size of the rotating inputs: twice an H100's L2 cache.
 ROTATED_BYTES = 100 * 2**20
 REPEATS = 31
 
 
 @dataclass
 class Row:
-    """Milliseconds of one backend; `None` for what was not measured, with the reason in `note`."""
+    """Milliseconds of one backend; None if not measured, with the reason in `note`."""
 
     op: str
     batch: int
@@ -78,7 +77,7 @@ class Row:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Whatever `torch.empty` gives is NaN."""
+    """Fill the results of `torch.empty` with NaN."""
     plain = torch.empty
 
     def spoilt(*shape: Any, **options: Any) -> Tensor:
@@ -97,7 +96,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def gate(problem: Problem, call: Call, backend: str) -> dict[str, float]:
-    """Relative errors of outputs and, where it trains, of gradients; keys and values unrepeated."""
+    """Relative errors of outputs and, if it trains, of gradients; keys and values unrepeated."""
     made = problem.make(problem.batch, problem.length - 5, 17)
     found = _traced(call, made, problem.trains, backend)
     wanted = _traced(problem.wanted, {n: t.double() for n, t in made.items()}, problem.trains, "")
@@ -118,7 +117,7 @@ def _traced(call: Call, made: Tensors, trains: bool, backend: str) -> Tensors:
 
 
 def _weights(output: Tensor) -> Tensor:
-    """Few bits each, so that no dtype rounds them."""
+    """Random values of few bits, exact in every dtype."""
     places = torch.arange(output.numel(), device=output.device) * 7919 % 101
     return (places % 13 - 6).to(output.dtype).view(output.shape) / 4
 
@@ -144,7 +143,7 @@ def both(call: Call) -> Callable[[Tensors], object]:
 
 
 def sets(problem: Problem, backend: str, trains: bool) -> list[Tensors]:
-    """Inputs to rotate through."""
+    """The rotating inputs."""
     found: list[Tensors] = []
     size = 0
     while size < ROTATED_BYTES and len(found) < 8:
@@ -161,13 +160,13 @@ def sets(problem: Problem, backend: str, trains: bool) -> list[Tensors]:
 def _like_output(problem: Problem, made: Tensors) -> Tensor:
     name = {"ssd": "C", "gated_rms_norm": "y"}.get(problem.op, "q" if "q" in made else "x")
     like = made[name]
-    # Not the device's own generator: a capture that failed may have left that unusable.
+    # Not the default generator: a failed capture may have made it unusable.
     rng = torch.Generator(like.device).manual_seed(0)
     return torch.randn(like.shape, generator=rng, device=like.device, dtype=like.dtype)
 
 
 def milliseconds(run: Callable[[Tensors], object], inputs: list[Tensors]) -> list[float]:
-    """One for each call, after warm-up; the host does not wait in between."""
+    """Milliseconds of each call after warm-up, without host synchronization in between."""
     cuda = inputs[0][next(iter(inputs[0]))].is_cuda
     for i in range(5 if cuda else 1):
         run(inputs[i % len(inputs)])
@@ -186,7 +185,7 @@ def milliseconds(run: Callable[[Tensors], object], inputs: list[Tensors]) -> lis
 
 
 def replayed(run: Callable[[Tensors], object], inputs: list[Tensors]) -> float | None:
-    """Median of one call in a CUDA graph that makes one for each of the inputs."""
+    """Median of one call in a CUDA graph with one call per input."""
     if not torch.cuda.is_available():
         return None
     stream = torch.cuda.Stream()
@@ -204,12 +203,12 @@ def replayed(run: Callable[[Tensors], object], inputs: list[Tensors]) -> float |
 
 
 def measure(problem: Problem, backend: str, call: Call) -> Iterator[Row]:
-    """Forward, and forward with backward if the problem trains, behind one gate."""
+    """Rows of forward and, if the problem trains, forward with backward, after one gate."""
     errors = gate(problem, call, backend)
     dtype = next(iter(problem.make(1, 1, 0).values())).dtype
     for direction in ("forward", "forward+backward")[: 1 + problem.trains]:
         row = Row(problem.op, problem.batch, problem.length, direction, backend, errors)
-        # NaN is not below.
+        # NaN fails this comparison.
         row.correct = all(error <= TOLERANCE[dtype] for error in errors.values())
         trains = direction != "forward"
         inputs = sets(problem, backend, trains)
@@ -228,7 +227,7 @@ def measure(problem: Problem, backend: str, call: Call) -> Iterator[Row]:
 
 
 def copy_rate(device: torch.device) -> float | None:
-    """Bytes read and written in a second by a copy of 1 GiB."""
+    """Bytes per second read and written by a copy of 1 GiB."""
     if device.type != "cuda":
         return None
     source = torch.empty(2**29, dtype=torch.bfloat16, device=device)
@@ -252,7 +251,7 @@ def mamba_importable() -> bool:
 def compare(
     place: Place, seconds: float, mamba: bool, only: str | None, keep: Callable[[Any], object]
 ) -> dict[str, Any]:
-    """All rows; those of mamba_ssm come last, for it searches for its tilings first.
+    """All rows; mamba_ssm's come last because its autotuning takes time.
 
     What there is so far is handed to `keep` after each problem.
     """
@@ -265,7 +264,7 @@ def compare(
     is_cold = place.device.type == "cuda"
     for problem, backend in order:
         if backend == "mamba_ssm" and is_cold:
-            # Nothing is measured beside them.
+            # Wait for them: nothing may run beside a measurement.
             for process in start_warming():
                 wait(process, end)
             is_cold = False
@@ -293,7 +292,7 @@ def line(row: Row) -> str:
 
 
 def marks(rows: list[Row]) -> list[dict[str, Any]]:
-    """How many times faster than mamba_ssm, by what the host sees and by what the GPU does."""
+    """Speed-up over mamba_ssm by host time and by GPU time."""
     found = []
     known = {(r.op, r.batch, r.length, r.direction, r.backend): r for r in rows if r.median_ms}
     for (*shape, backend), row in known.items():
@@ -363,7 +362,7 @@ def main() -> None:
 
 
 def heading(place: Place) -> dict[str, Any]:
-    """What, where and when, and how fast that GPU copies."""
+    """Description, device, date and copy bandwidth."""
     cuda = place.device.type == "cuda"
     return {
         "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),

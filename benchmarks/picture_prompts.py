@@ -2,14 +2,13 @@
 
     python benchmarks/picture_prompts.py [--out FILE] [--columns 320 1856 3392 4096] [--repeats 10]
 
-Random weights. Prompts of so many columns, 64 of them text and the rest tiles of a picture, or all
-of them text where that leaves a fraction of a tile. The linear student, hybrid-8 and the tuned
-teacher, by CUDA graphs and launched one by one, in turns; medians and quartiles of pixels and ids
-on the device up to logits on the device, as the host's clock has them, and what the kernels of one
-such prompt take together (`kernels_ms`), which no host can slow. The gate: logits by graphs lie no
-further from those of a forward pass without a cache than 1.5 times what launching one by one
-leaves; rounding is what is between them, and random linear weights magnify it. On a CPU:
-`--random hovle-8m`, without graphs. Ends with 1 if the gate is red.
+Random weights. Prompts of the given columns: 64 of text and the rest picture tiles, or text only if
+the rest is not a whole number of tiles. Measures the linear student, hybrid-8 and the tuned
+teacher, with CUDA graphs and eagerly, interleaved: medians and quartiles of host time from pixels
+and ids on the device to logits on the device, and the total kernel time of a prompt (`kernels_ms`),
+which the host cannot slow. Gate: the distance of graph logits from a forward pass without a cache
+is at most 1.5 times that of eager logits; both are rounding, which random linear weights amplify.
+On a CPU: `--random hovle-8m`, without graphs. Exits with 1 if the gate fails.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from mmmamba_cli.runs.manifest import package_versions
 HYBRID = 8
 ONE_BY_ONE = ", launched one by one"
 ALLOWED = 1.5
-# An asked chunk is launched one by one; no prompt here is longer.
+# An explicit chunk size disables graphs; no prompt here is longer.
 WHOLE = 1 << 14
-# Columns of words around a picture.
+# Text columns around a picture.
 TEXT = 64
 
 Ways = dict[str, tuple[Generator, int | None]]
@@ -75,7 +74,7 @@ def timed(generator: Generator, ids: Tensor, pixels: Tensor, chunk: int | None) 
 
 @torch.no_grad()
 def measure(ways: Ways, columns: int, given: argparse.Namespace) -> Any:
-    """All of them over one prompt: the gate first, which also warms up, then in turns."""
+    """Measure all subjects on one prompt: the gate, which also warms up, then interleaved runs."""
     found: dict[str, Any] = {}
     inputs = {}
     for name, (generator, chunk) in ways.items():

@@ -1,15 +1,15 @@
-"""Hold the tokens of the fast path against those of the model's own forward pass.
+"""Compare the tokens of the fast decoder with those of the model's forward pass.
 
     python benchmarks/same_tokens.py MODEL... [--device D] [--prompts N] [--int8] [--out FILE]
 
-MODEL is a checkpoint's folder or the name of one that ships. The prompts are questions of the
-`scenes` suite with their pictures and secret words in long texts, in batches of one to eight rows;
-the answers go on for `--tokens` tokens, whatever ends them otherwise. In fp32 all tokens have to be
-the same. In bf16 the two paths round at other places: there each difference has to begin where the
-two largest logits of the reference are no further apart than 2 % of its whole range of logits.
-What comes behind the first difference of a row answers another text and is not compared.
+MODEL is a checkpoint's folder or the name of a shipped model. The prompts are questions of the
+`scenes` suite with their pictures, and secret words in long texts, in batches of one to eight rows.
+Answers have `--tokens` tokens; end-of-sequence tokens are ignored. In fp32 all tokens must be
+equal. In bf16 the two paths round differently: each first difference must be at a token whose two
+largest reference logits are at most 2 % of the logit range apart. Tokens after the first difference
+of a row are not compared.
 
-Prints one JSON object, and ends with 1 if either does not hold.
+Prints one JSON object, and exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from mmmamba_cli.runs import open_processor, resolve_path
 from mmmamba_cli.runs.manifest import package_versions
 
 PROMPTS, NEW_TOKENS = 200, 24
-# Every fourth prompt is a text, of so many sentences: about 70 to 6000 tokens.
+# Every fourth prompt is a text with this range of sentences: about 70 to 6000 tokens.
 TEXT_EVERY, SENTENCES = 4, (5, 20, 60, 150, 400)
 ROWS = (1, 2, 1, 4, 1, 8, 3)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of the range of the reference's logits.
+# Relative to the range of the reference's logits.
 NEAR = 0.02
 SCENES = "mmmamba_evals.scenes"
 
@@ -47,7 +47,7 @@ Batch = dict[str, Tensor]
 
 
 def questions(count: int, seed: int, pictures: bool) -> Iterator[tuple[str, list[Any]]]:
-    """(text, pictures) of `count` prompts, the suite's categories in turn."""
+    """(text, pictures) of `count` prompts, cycling over the suite's categories."""
     shipped = load_reference(f"{SCENES}.shipped:shipped_atlas")()
     fonts = load_reference(f"{SCENES}.fonts:fonts_of")(load_reference(f"{SCENES}.fonts:SEEN"))
     world = load_reference(f"{SCENES}.world:make_world")(shipped, fonts)
@@ -68,7 +68,7 @@ def questions(count: int, seed: int, pictures: bool) -> Iterator[tuple[str, list
 
 
 def batches(model: HolisticVLM, processor: Any, count: int, seed: int) -> list[Batch]:
-    """The prompts as the model reads them, padded on the left, on its device."""
+    """Left-padded model inputs of the prompts, on the model's device."""
     pictures = not isinstance(processor, HolisticTextProcessor)
     asked = list(questions(count, seed, pictures))
     found = []
@@ -107,7 +107,7 @@ def reference(model: HolisticVLM, batch: Batch, tokens: int) -> tuple[Tensor, Te
 
 
 def compare(model: HolisticVLM, made: list[Batch], tokens: int) -> dict[str, Any]:
-    """Both paths over all prompts: rows that differ, and where."""
+    """Run both paths over all prompts: the rows that differ, and where."""
     generator = Generator(model)
     seconds = {"reference": 0.0, "fast": 0.0}
     compared, differences = 0, []
@@ -141,7 +141,7 @@ def compare(model: HolisticVLM, made: list[Batch], tokens: int) -> dict[str, Any
 
 
 def examine(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """One model in both dtypes."""
+    """Check one model in both dtypes."""
     path = Path(name)
     named = resolve_path(path)
     processor = open_processor(named.checkpoint)

@@ -1,11 +1,11 @@
-"""The scan's forward and backward beside mamba_ssm's, in turns in one process on one GPU.
+"""Forward and backward of the scan against mamba_ssm, interleaved in one process on one GPU.
 
     python benchmarks/scan_beside_mamba.py [--out FILE] [--no-gate]
 
-What `kernels.py` measures of the two, and no more: for whoever has a minute. Both are held against
-fp64 first, but for `--no-gate`. mamba_ssm searches through its tilings once, which takes minutes
-where Triton has not compiled them yet: `kernels.py --warm-mamba 0/1` does that ahead. Keys and
-values are repeated to all heads for mamba_ssm beforehand, outside of what is timed.
+The quick part of `kernels.py`. Both are checked against fp64 first, unless `--no-gate` is given.
+mamba_ssm's autotuning takes minutes if Triton has not compiled its kernels yet;
+`kernels.py --warm-mamba 0/1` compiles them ahead. Keys and values are repeated to all heads for
+mamba_ssm beforehand, which is not timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kernels import TOLERANCE, both, gate, milliseconds, packages, replayed, set
 
 
 def timed(problem: Problem, backend: str, gated: bool) -> dict[str, Any]:
-    """Median milliseconds as the host sees them, and as a CUDA graph; the worst relative error."""
+    """Median milliseconds of host time and of a CUDA graph; the largest relative error."""
     whole, asked = {
         "triton": (scan("triton"), scan("triton")),
         "mamba_ssm": (mamba_scan, partial(mamba_scan, state=False)),

@@ -1,10 +1,10 @@
-"""Seed a random HoVLE of the full 2.6 B size, and measure memory and time against copying it.
+"""Memory and time of seeding a random HoVLE of 2.6 B parameters, compared with copying its files.
 
     python benchmarks/seed_full_size.py --folder DIR [--keep]
 
-Writes 10.4 GB of fp32 in three shards into DIR, reads them once so that they are in the page
-cache, copies them (the yardstick), and runs `mmmamba seed` on them; prints JSON. Peak anonymous
-memory is the largest RssAnon of the process, sampled every 20 ms.
+Writes 10.4 GB of fp32 in three shards into DIR, reads them into the page cache, copies them (the
+baseline), and runs `mmmamba seed` on them; prints JSON. Peak anonymous memory is the largest
+RssAnon of the process, sampled every 20 ms.
 """
 
 from __future__ import annotations

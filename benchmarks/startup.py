@@ -1,13 +1,12 @@
-"""Seconds from the start of a process to the first step of a distillation, and where they go.
+"""Start-up time of a distillation, from the start of the process to the first step, by part.
 
     python benchmarks/startup.py [--device cuda] [--runs 2] [--out FILE]
 
-Each run is a process of its own that loads the shipped teacher and its seeded student and takes one
-step of stage 1 on a few texts. Counted are modules imported, calls of Python's `compile` (those for
-modules without byte code apart, as on a machine where they were never imported before), and
-registrations of custom operators, without the imports that one of them sets off. With `--no-cache`
-no byte code is read or written: a machine's first start, every time. Runs in a checkout without an
-installation. Prints one JSON object.
+Each run is a process that loads the shipped teacher and its seeded student and takes one step of
+stage 1 on a few texts. Counts imported modules, calls of Python's `compile` (separately for modules
+without byte code, as on their first import), and registrations of custom operators without the
+imports that they trigger. `--no-cache` neither reads nor writes byte code, as on the first start of
+an installation. Works in a checkout without installation. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ OPERATORS = "torch._library.custom_ops"
 
 
 class Counters:
-    """What a process does before its first step; `install` before anything else is imported."""
+    """Profiles a process until its first step; `install` it before all other imports."""
 
     def __init__(self) -> None:
         self.compiled: Counter[str] = Counter()
@@ -51,7 +50,7 @@ class Counters:
         sys.meta_path.insert(0, self)  # type: ignore[arg-type]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Once, for the module of custom operators, whose class is then counted."""
+        """Wrap the class of the custom operator module once, to count registrations."""
         if name != OPERATORS:
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
@@ -103,7 +102,7 @@ class Counters:
 
         def counted(self_: Any, namespace: str, *arguments: Any, **options: Any) -> None:
             depth, importing = self._depth, self.importing
-            # As if nothing were being imported, so that what is from here on is timed apart.
+            # Clear the import stack, so that imports from here on are timed separately.
             self._depth = 0
             began = time.perf_counter()
             try:
@@ -128,7 +127,7 @@ class Counters:
 
 
 def child(folder: Path, device: str) -> None:
-    """The process that is measured."""
+    """The measured process."""
     counters = Counters()
     counters.install()
     marks: dict[str, float] = {}
@@ -174,7 +173,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def prepare(folder: Path) -> None:
-    """Texts to learn from, and a seeded run."""
+    """Training texts and a seeded run."""
     import torch
 
     from mmmamba_cli.checkpoint import open_checkpoint
@@ -214,12 +213,11 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     words = [sys.executable, __file__, "--device", given.device, "--child", str(folder)]
     environment = dict(os.environ)
     if given.no_cache:
-        # A folder without byte code, which nothing is written to.
+        # An empty byte code folder that is never written.
         environment |= {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     prepare_in = f"import startup, pathlib; startup.prepare(pathlib.Path({str(folder)!r}))"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-    # In a process of its own as well: so far nothing of torch has been imported by the first run
-    # but what the seed needs.
+    # Also in a separate process: seeding has imported parts of torch into this one.
     subprocess.run(
         [sys.executable, "-c", prepare_in], check=True, env={**environment, "PYTHONPATH": paths}
     )

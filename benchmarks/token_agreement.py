@@ -1,8 +1,8 @@
-"""How near a student's next tokens come to its teacher's, in the answers of lessons.
+"""Token agreement of students with their teacher in the answers of lessons.
 
-Two measures of each token of an answer, given what stands before it: whether the student's most
-likely token is the teacher's, and the probability that both share, 1 minus the total variation
-distance of their distributions. Legend: M students, C comparisons, N places that predict a token of
+Two metrics per answer token, teacher-forced: whether the student's most likely token is the
+teacher's, and the shared probability mass, 1 minus the total variation distance of both
+distributions. Legend: M students, C comparisons, N places that predict a token of
 an answer, L lessons.
 """
 
@@ -24,7 +24,7 @@ from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.runs import open_processor
 
-# (title, metric) by the name of the file, in whose order a page shows them.
+# (title, metric) by file name; the report sorts by file name.
 COMPARISONS = {
     "agreement": (
         "Next tokens of answers, on lessons nobody learned from",
@@ -35,10 +35,10 @@ COMPARISONS = {
         "probability that student and teacher share, %",
     ),
 }
-# Conversations at a time, and the most tokens of one.
+# Conversations per batch, and the largest number of tokens of one.
 TOGETHER, MAX_LENGTH = 8, 1024
 
-# Of each lesson, how many of its tokens a student has right, and how many there are.
+# (sum of the metric, number of tokens) per lesson.
 Shares = list[tuple[float, int]]
 
 
@@ -46,7 +46,7 @@ Shares = list[tuple[float, int]]
 def by_lesson(
     teacher: Checkpoint, students: Mapping[str, Checkpoint], lessons: Path
 ) -> dict[str, dict[str, Shares]]:
-    """Of each student, by comparison, its shares. A lesson is all that is asked of one picture.
+    """Shares by comparison and student. A lesson has all questions about one picture.
 
     `lessons` is what `mmmamba scenes build` calls `lessons.jsonl`.
     """
@@ -80,7 +80,7 @@ def by_lesson(
 
 
 def lesson_numbers(lessons: Path) -> Tensor:
-    """Of each line, to which lesson it belongs, counted from 0 as they come."""
+    """The lesson of each line, numbered from 0 in order of appearance."""
     lines = lessons.read_text(encoding="utf-8").splitlines()
     # `scene-17-4` is a conversation of lesson 17.
     names = [json.loads(line)["id"].rpartition("-")[0] for line in lines]
@@ -89,8 +89,9 @@ def lesson_numbers(lessons: Path) -> Tensor:
 
 
 def compare(models: Sequence[HolisticVLM], batch: Batch) -> tuple[Tensor, Tensor]:
-    """How right each model but the first is, which is the teacher, (M, C, N), and the row of each
-    place, (N,)."""
+    """Metrics (M, C, N) of each model after the first, which is the teacher, and the row of each
+    position (N,).
+    """
     scored = shift_labels(batch) != IGNORE_INDEX
     prompt = models[0].model.prepare(
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx

@@ -1,13 +1,13 @@
-"""Tokens a second of stage 3 of the recipe scenes-linear: a small model, and a busy host.
+"""Tokens per second of stage 3 of the recipe scenes-linear: a small model bound by the host.
 
     python benchmarks/train_small.py [--workers 8 14] [--steps 60] [--device cuda] [--out FILE]
 
-Draws lessons, seeds the shipped teacher, takes two steps of stages 1 and 2, and measures stage 3 as
-`mmmamba distill` runs it, for each number of loader workers in two ways: "handed", with the
-segments of packed rows handed over by the loader and few host threads, and "searched", with
-segments searched for on the device and all host threads, as it was before. The first 15 steps,
-which compile kernels, are not counted. Both ways must give the same losses. Runs in a checkout
-without an installation. Prints one JSON object.
+Draws lessons, seeds the shipped teacher, takes two steps of stages 1 and 2, and measures stage 3 of
+`mmmamba distill` for each number of loader workers in two variants: "handed", with segments of
+packed rows computed by the loader and few host threads, and "searched", the former variant, with
+segments computed on the device and all host threads. The first 15 steps, which compile kernels, are
+not counted. Both variants must have the same losses. Works in a checkout without installation.
+Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HANDED, SEARCHED = "handed", "searched"
 
 
 def make_importable(folder: Path) -> None:
-    """Let a checkout that is not installed be imported, by processes that are started too."""
+    """Make a checkout importable without installation, in child processes too."""
     if importlib.util.find_spec("mmmamba_evals") is None:
         (folder / "mmmamba_evals").symlink_to(ROOT / "evals")
     paths = [str(ROOT), str(folder)]
@@ -41,7 +41,7 @@ def make_importable(folder: Path) -> None:
 
 
 def draw(folder: Path, lessons: int) -> Path:
-    """Lessons in `folder`; the file of their conversations."""
+    """Write lessons into `folder`; return the file of their conversations."""
     from mmmamba_evals.scenes.build import LESSONS, write_lessons
     from mmmamba_evals.scenes.fonts import SEEN, fonts_of
     from mmmamba_evals.scenes.shipped import shipped_atlas
@@ -54,7 +54,7 @@ def draw(folder: Path, lessons: int) -> Path:
 
 
 class Meter:
-    """Time, loss and tokens of each step, and the seconds that the loop waited for batches."""
+    """Records time, loss and tokens of each step, and the seconds spent waiting for batches."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, float, int, float]] = []
@@ -64,7 +64,7 @@ class Meter:
         self.rows.append((time.perf_counter(), result.loss, result.tokens, self.waited))
 
     def timed(self, steps: Any) -> Any:
-        """`StepLoader.steps` that counts its consumer's waiting."""
+        """`StepLoader.steps` that measures the waiting time of its consumer."""
 
         def waiting(loader: Any, first: int, stop: int) -> Iterator[Any]:
             source = steps(loader, first, stop)
@@ -181,7 +181,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def searched() -> Any:
-    """As it was: batches without segments, and as many host threads as the process has."""
+    """The former variant: batches without segments, and all host threads of the process."""
     from contextlib import ExitStack
 
     stack = ExitStack()

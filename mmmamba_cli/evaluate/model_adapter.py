@@ -1,4 +1,4 @@
-"""Our own models behind the runner's contract: generation and likelihoods in left-padded batches.
+"""Evaluation adapter of HolisticVLM: generation and choice likelihoods in left-padded batches.
 
 Legend: B rows of a batch, T columns, V vocabulary.
 """
@@ -28,9 +28,9 @@ from mmmamba_cli.processing import (
 )
 from mmmamba_cli.runs import TEACHER, ResolvedModel, pick_placement
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
-# Share of free memory that a batch may take: what is left is for fragments and longer answers.
+# Share of free memory for a batch; the rest is for fragmentation and longer answers.
 FREE_MEMORY_SHARE = 0.8
 PROBE_TOKENS = 8
 DIGEST_DIGITS = 8
@@ -38,7 +38,7 @@ DIGEST_DIGITS = 8
 
 @dataclass(frozen=True)
 class _Inputs:
-    """One prompt's ids, and its tiles (N, 3, S, S) or None."""
+    """The ids of a prompt, and its tiles (N, 3, S, S) or None."""
 
     ids: list[int]
     pixels: Tensor | None
@@ -46,7 +46,7 @@ class _Inputs:
 
 
 class HolisticVLMAdapter:
-    """A loaded model and its processor. `identity` says which model it is."""
+    """A loaded model and its processor as an `EvalModel`."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class HolisticVLMAdapter:
         self.model = model
         self.processor = processor
         self.identity = identity
-        # What a folder says about generating (penalties, sampling) is not what suites ask for.
+        # Suites need greedy decoding: ignore the checkpoint's sampling settings and penalties.
         self.model.generation_config = GenerationConfig(
             do_sample=False,
             eos_token_id=self._stop_ids,
@@ -70,7 +70,7 @@ class HolisticVLMAdapter:
         return self.model.device
 
     def prompt_length(self, prompt: EvalPrompt) -> int:
-        """Tokens of the prompt, but for the constant ones of the chat template."""
+        """Tokens of the prompt without the constant ones of the chat template."""
         text = len(self.processor.text_ids(prompt.text))
         if not prompt.pictures:
             return text
@@ -80,7 +80,7 @@ class HolisticVLMAdapter:
         return text + tiles * processor.tokens_per_tile
 
     def encode(self, prompt: EvalPrompt) -> EncodedPrompt:
-        """Ids, and the pictures' tiles in the model's dtype."""
+        """Tokenize a prompt and cut its pictures into tiles in the model's dtype."""
         if prompt.pictures:
             batch = self._vision_processor(prompt).chat(
                 [_question(prompt)],
@@ -109,7 +109,7 @@ class HolisticVLMAdapter:
         return self.processor
 
     def generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
-        """Greedy answers, without special tokens and outer spaces."""
+        """Greedy answers without special tokens and outer spaces."""
         return _or_out_of_memory(lambda: self._generate(batch, max_new_tokens))
 
     @torch.no_grad()
@@ -129,9 +129,9 @@ class HolisticVLMAdapter:
         return text.strip()
 
     def score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
-        """Sum of log p over each choice's tokens, in nats; the token that ends a turn is left out.
+        """Sum of log p over each choice's tokens, in nats, without the end-of-turn token.
 
-        Prompts with all their choices go through the model in one batch.
+        All prompts with all their choices form one batch.
         """
         return _or_out_of_memory(lambda: self._score_choices(batch))
 
@@ -143,7 +143,7 @@ class HolisticVLMAdapter:
             for choice in encoded.prompt.choices
         ]
         inputs = self._inputs([ids for _, ids, _ in rows], [encoded for encoded, _, _ in rows])
-        # The answers' columns, and the one before, which predicts the first.
+        # The columns of the answers, and the one before, which predicts the first token.
         keep = max(len(ids) - start for _, ids, start in rows) + 1
         logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
         scores = iter(
@@ -153,7 +153,7 @@ class HolisticVLMAdapter:
         return [[next(scores) for _ in encoded.prompt.choices] for encoded in batch]
 
     def _answered_ids(self, encoded: EncodedPrompt, choice: str) -> tuple[list[int], int]:
-        """Ids of the prompt answered with `choice`, and where the answer begins."""
+        """Ids of the prompt answered with `choice`, and the first column of the answer."""
         talk = [_question(encoded.prompt), {"role": "assistant", "content": choice}]
         ids, is_answer = self.processor.conversation_ids(talk, encoded.value.num_tiles)
         columns = [i for i, answers in enumerate(is_answer) if answers]
@@ -163,14 +163,14 @@ class HolisticVLMAdapter:
 
     @staticmethod
     def _log_likelihood(logits: Tensor, ids: list[int], start: int) -> float:
-        """Of one row's last logits (columns, V): log p of ids[start:], which end it."""
+        """Log p of ids[start:], the end of a row, from its last logits (columns, V)."""
         count = len(ids) - start
         predicted = torch.log_softmax(logits[-count - 1 : -1].double(), dim=-1)
         wanted = torch.tensor(ids[start:], device=logits.device).unsqueeze(1)
         return float(predicted.gather(1, wanted).sum())
 
     def _inputs(self, ids: Sequence[list[int]], encoded: Sequence[EncodedPrompt]) -> dict[str, Any]:
-        """One batch, padded on the left, on the model's device."""
+        """The model inputs of a left-padded batch, on the model's device."""
         width = max(map(len, ids))
         pad = self.processor.pad_token_id
         rows = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
@@ -182,7 +182,7 @@ class HolisticVLMAdapter:
         return inputs
 
     def max_batch_tokens(self, longest: EncodedPrompt, max_new_tokens: int) -> int | None:
-        """Measured on the longest prompt alone: what it takes, and what is free. CUDA only."""
+        """Padded tokens that fit, from the peak memory of the longest prompt; None without CUDA."""
         if self.device.type != "cuda":
             return None
 
@@ -215,7 +215,7 @@ def load_eval_model(
     identity = ModelIdentity(
         name=found.name,
         content_hash=found.content_hash or found.checkpoint.source.content_hash(),
-        # A checkpoint from elsewhere is known by its tensors alone, whatever lies beside them.
+        # A checkpoint outside the run is identified by its tensors alone.
         kind=found.kind if product else TEACHER if found.origin == TEACHER else "",
         final=found.final if product else None,
         answers_depend_on={
@@ -237,18 +237,18 @@ def _digest(settings: dict[str, Any]) -> str:
 
 
 def _question(prompt: EvalPrompt) -> dict[str, Any]:
-    """The user's message, in which only the pictures' places are no text."""
+    """The user's message; only the placeholders of its pictures are not text."""
     content = content_with_images(prompt.text, len(prompt.pictures))
     return {"role": "user", "content": content}
 
 
 def tokens_that_fit(length: int, taken: int, free: int) -> int:
-    """Columns that fit into `free` bytes if `length` columns take `taken`; at least `length`."""
+    """Tokens that fit into `free` bytes if `length` of them take `taken`; at least `length`."""
     return max(1, int(FREE_MEMORY_SHARE * free / max(1, taken))) * length
 
 
 def _peak_extra_bytes(work: Callable[[], None], device: torch.device) -> int:
-    """Bytes that `work` takes at its height beyond what was there before."""
+    """Peak memory of `work` in bytes beyond the memory allocated before."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
@@ -259,13 +259,13 @@ def _peak_extra_bytes(work: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def _or_out_of_memory(work: Callable[[], Result]) -> Result:
-    """What `work` returns; torch's out-of-memory error becomes the runner's."""
+def _or_out_of_memory(work: Callable[[], T]) -> T:
+    """The result of `work`; turns torch's out-of-memory error into `OutOfMemory`."""
     try:
         return work()
     except torch.OutOfMemoryError as error:
         failed = str(error).partition("\n")[0]
-    # Only here are the frames gone that kept the batch's tensors alive.
+    # Outside the except block, the frames that kept the batch's tensors alive are gone.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
