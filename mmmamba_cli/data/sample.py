@@ -63,26 +63,26 @@ def _parse_turn(turn: Any, where: str) -> tuple[str, Content, list[str | None]]:
     """Role, content, and for each image part the picture it names, or None."""
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} is {describe_type(turn)}, expected a JSON object")
-    speaker, said = first_present(turn, "from", "role"), first_present(turn, "value", "content")
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        raise DataError(f"{where} is from {speaker!r:.60}, allowed are {', '.join(ROLES)}")
-    if isinstance(said, str):
-        return ROLES[speaker], said, []
-    if not isinstance(said, list):
-        raise DataError(f"{where} says {said!r:.60}, expected text or a list of parts")
-    parts = list(_parse_parts(said, ROLES[speaker], where))
+    role, content = first_present(turn, "from", "role"), first_present(turn, "value", "content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"{where} is from {role!r:.60}, allowed are {', '.join(ROLES)}")
+    if isinstance(content, str):
+        return ROLES[role], content, []
+    if not isinstance(content, list):
+        raise DataError(f"{where} says {content!r:.60}, expected text or a list of parts")
+    parts = list(_parse_parts(content, ROLES[role], where))
     return (
-        ROLES[speaker],
+        ROLES[role],
         [part for part, _ in parts],
         [image for part, image in parts if part["type"] == "image"],
     )
 
 
 def _parse_parts(
-    said: Sequence[Any], role: str, where: str
+    parts: Sequence[Any], role: str, where: str
 ) -> Iterator[tuple[dict[str, str], str | None]]:
     """Yield each part in the processor's format, and the picture it names."""
-    for part in said:
+    for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             yield {"type": "text", "text": part["text"]}, None
@@ -180,7 +180,7 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
     listed = _listed_images(record, name)
     messages, images = parse_turns(turns, listed, name)
     _check_order(messages, name)
-    return Sample(name, messages, images=_find_all(images, name, find_image))
+    return Sample(name, messages, images=_find_images(images, name, find_image))
 
 
 def read_image(picture: ImageLocation) -> ImageSource:
@@ -243,7 +243,7 @@ def _listed_images(record: Mapping[str, Any], name: str) -> list[str]:
     return listed
 
 
-def _find_all(names: Sequence[str], name: str, find: ImageFinder) -> tuple[ImageLocation, ...]:
+def _find_images(names: Sequence[str], name: str, find: ImageFinder) -> tuple[ImageLocation, ...]:
     found = []
     for image in names:
         try:
