@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import pick_device
+from mmmamba_cli.devices import pick_device
 from mmmamba_cli.evaluate import (
     EvalCallbacks,
     EvalOptions,

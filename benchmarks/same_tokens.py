@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import load_model, pick_device
+from mmmamba_cli.checkpoint import load_model
+from mmmamba_cli.devices import pick_device
 from mmmamba_cli.inference import Generator, quantize
 from mmmamba_cli.model import HolisticVLM, new_cache
 from mmmamba_cli.plugins import load_reference
