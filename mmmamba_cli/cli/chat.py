@@ -55,7 +55,7 @@ def command(
     ] = None,
     system: Annotated[
         str | None,
-        typer.Option(metavar="PROMPT", help="System prompt; default: the model's own."),
+        typer.Option(metavar="PROMPT", help="System prompt (default: the model's own)."),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Maximum length of an answer, in tokens.")

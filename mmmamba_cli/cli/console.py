@@ -62,8 +62,8 @@ def print_warning(message: str) -> None:
 
 
 def warn_not_final(name: str) -> None:
-    """Warn about a product that was not distilled end to end."""
-    print_warning(f"{name} was not distilled end to end; its answers will be poor")
+    """Warn about a product that was never distilled end to end."""
+    print_warning(f"{name} was never distilled end to end; its answers will be poor")
 
 
 def _print_prefixed(prefix: str, style: str, message: str) -> None:

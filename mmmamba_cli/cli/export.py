@@ -1,4 +1,4 @@
-"""`mmmamba export`: a model in another layout, for other tools or for the Hub."""
+"""`mmmamba export`: write a model in another layout, for other tools or the Hub."""
 
 from __future__ import annotations
 
@@ -23,47 +23,49 @@ def command(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="hub: loads with transformers where mmmamba is not installed; mmmamba-hf: the "
-            "layout mmMamba was published in; hovle: HoVLE's, for models that are all attention.",
+            help="hub: loads with transformers without mmmamba; mmmamba-hf: the layout of the "
+            "published mmMamba; hovle: HoVLE's layout, for all-attention models.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder.")],
     run: RunFolder = DEFAULT_RUN,
     product: FromCurrent = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Any checkpoint, in the run's place; or OWNER/NAME."),
+        typer.Option(
+            metavar="PATH", help="Checkpoint to export instead of a product; or OWNER/NAME."
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32; what is stored if not given."),
+        typer.Option(metavar="DTYPE", help="bf16, fp16 or fp32 (default: as stored)."),
     ] = None,
     licence: Annotated[
         str | None,
-        typer.Option("--license", metavar="NAME", help="The model card's licence; none if not."),
+        typer.Option("--license", metavar="NAME", help="License in the model card."),
     ] = None,
     title: Annotated[
-        str | None, typer.Option(metavar="TITLE", help="The model card's title.")
+        str | None, typer.Option(metavar="TITLE", help="Title of the model card.")
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
             "--base-model",
             metavar="OWNER/NAME",
-            help="The teacher's name on the Hub, for the card; else what its folder is known by.",
+            help="Hub name of the teacher, for the card (default: as its folder is known).",
         ),
     ] = None,
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload the folder to this repository."),
+        typer.Option(metavar="OWNER/NAME", help="Upload the folder to this repository on the Hub."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Make a pushed repository private.")
+        bool, typer.Option("--private", help="Make the pushed repository private.")
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model in another layout, with a model card; all of it or nothing."""
+    """Write a model in another layout with a model card, completely or not at all."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
     from mmmamba_cli.checkpoint.resolve import check_repository_id
     from mmmamba_cli.export import (
@@ -108,22 +110,22 @@ def command(
         found = export_checkpoint(
             checkpoint, form, out, card=card, dtype=wanted, overwrite=overwrite, advance=advance
         )
-    _warn(checkpoint, card)
+    _print_warnings(checkpoint, card)
     with if_interrupted(
         f"the export in {out} is complete, its upload may not be; repeat it with --overwrite"
     ):
         address = None if push is None else push_to_hub(out, push, private=private)
-    _say(found, address, as_json)
+    _print_result(found, address, as_json)
 
 
-def _warn(checkpoint: Checkpoint, card: CardInfo) -> None:
+def _print_warnings(checkpoint: Checkpoint, card: CardInfo) -> None:
     if checkpoint.tokenizer_file is None:
         print_warning(f"{checkpoint.path} has no tokenizer: the export has none either")
     if card.manifest is not None and card.manifest.final is False:
         print_warning(f"{card.manifest.name} was never distilled end to end; its card says so")
 
 
-def _say(found: ExportResult, address: str | None, as_json: bool) -> None:
+def _print_result(found: ExportResult, address: str | None, as_json: bool) -> None:
     if as_json:
         print_json({**asdict(found), "folder": str(found.folder), "pushed": address})
         return

@@ -55,12 +55,12 @@ def test_answer_about_a_picture_equals_generate(
 
 def test_warning_for_a_student_that_was_not_distilled(chat: Chat, student_run: Path) -> None:
     done = chat("--run", student_run, "--prompt", "Hi", "--max-new-tokens", 2)
-    assert "seed was not distilled end to end" in done.err
+    assert "seed was never distilled end to end" in done.err
     assert "cut after 2 tokens" in done.err
     words = ("--from", "teacher", "--prompt", "Hi", "--max-new-tokens", 2)
     teacher = chat("--run", student_run, *words)
     assert teacher.code == 0
-    assert "not distilled" not in teacher.err
+    assert "never distilled" not in teacher.err
 
 
 def test_piped_lines_are_one_conversation(chat: Chat, llama: Path) -> None:
