@@ -226,7 +226,7 @@ def _profile(subjects: Sequence[Subject], plan: Plan) -> Profile:
         err().print(text, markup=False, highlight=False, soft_wrap=True)
 
     total = plan.num_measurements(len(subjects))
-    with progress("profiling", total, "turns") as advance:
+    with progress("profiling", total, "measurements") as advance:
         return profile(subjects, plan, progress=ProfileProgress(log=log, advance=advance))
 
 

@@ -22,7 +22,7 @@ class Bench:
     held: int = 0
     highest: int = 0
     # (subject, task, context) in the order of measurement.
-    turns: list[tuple[str, str, int]] = field(default_factory=list)
+    calls: list[tuple[str, str, int]] = field(default_factory=list)
     counts_memory: bool = True
     # Share of kernels in the time of a token.
     kernel_share: float = 0.25
@@ -105,12 +105,12 @@ class StandIn:
         self._grow(ids.shape[1])
         self.bench.clock += self.read_seconds(ids.shape[1])
         if ids.shape[1] != 128:
-            self.bench.turns.append((self.name, "prefill", ids.shape[1]))
+            self.bench.calls.append((self.name, "prefill", ids.shape[1]))
         return self._logits(ids[:, -1])
 
     def fill_random(self, batch: int, columns: int, rng: torch.Generator) -> None:
         self._grow(columns)
-        self.bench.turns.append((self.name, "decode", columns))
+        self.bench.calls.append((self.name, "decode", columns))
         self.filled = columns
 
     def step(self, ids: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def test_rounds_are_outermost_and_another_subject_begins_each_round_and_context(
     subjects = [subject_of(StandIn(name, bench)) for name in "abc"]
     plan = Plan(contexts=(20, 10), repeats=2, rounds=2, prefill=False)
     measure(subjects, plan, bench)
-    assert bench.turns == [
+    assert bench.calls == [
         (name, "decode", context)
         for context, names in ((10, "abc"), (20, "bca"), (10, "bca"), (20, "cab"))
         for name in names
@@ -93,7 +93,7 @@ def test_warm_prefill_reads_the_prompt_twice_untimed() -> None:
     decoder = StandIn("reader", bench)
     plan = Plan(contexts=(10,), repeats=2, rounds=2, warm_prefill=True)
     measure([subject_of(decoder)], plan, bench)
-    assert bench.turns.count(("reader", "prefill", 10)) == 6
+    assert bench.calls.count(("reader", "prefill", 10)) == 6
 
 
 def test_a_short_prefill_is_repeated() -> None:
@@ -128,7 +128,7 @@ def test_out_of_memory_skips_longer_contexts() -> None:
     assert (refused.status, refused.median, refused.memory) == (OUT_OF_MEMORY, None, None)
     assert refused.note == "20 columns are too many"
     assert found["small", "decode", 40].status == TOO_LONG
-    assert ("small", "decode", 40) not in bench.turns
+    assert ("small", "decode", 40) not in bench.calls
     assert found["large", "decode", 40].status == MEASURED
     assert bench.held == 0
 
@@ -183,7 +183,7 @@ def test_first_prefill_is_predicted_from_a_short_one() -> None:
     plan = Plan(contexts=(1000,), repeats=1, rounds=1, budget=90)
     found = by_place(measure([subject_of(decoder)], plan, bench))
     assert found["slow", "prefill", 1000].status == OVER_BUDGET
-    assert ("slow", "prefill", 1000) not in bench.turns
+    assert ("slow", "prefill", 1000) not in bench.calls
 
 
 def test_earlier_rounds_are_kept_if_the_budget_ends() -> None:

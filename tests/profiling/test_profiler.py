@@ -103,7 +103,7 @@ def test_nothing_is_measured_after_a_failed_check() -> None:
     subjects = [subject_of(StandIn("right", bench)), subject_of(StandIn("wrong", bench, error=1))]
     with pytest.raises(WrongDecoder):
         profile(subjects, PLAN, timer=bench)
-    assert not any(task == "decode" for _, task, _ in bench.turns)
+    assert not any(task == "decode" for _, task, _ in bench.calls)
 
 
 def test_a_model_that_never_fits_is_named_and_the_others_are_measured() -> None:

@@ -108,7 +108,7 @@ def test_a_single_repeat_has_no_spread() -> None:
 
 def test_noisy_measurements_give_one_warning() -> None:
     bench = Bench()
-    # The gate's four tokens come first.
+    # The four tokens of the correctness check come first.
     costs = iter([1.0] * 4 + [1.0, 1.0, 3.0, 3.0, *[1.0, 1.2, 1.0, 1.2] * 2])
     plan = Plan(
         contexts=(10, 20, 30),
