@@ -18,6 +18,9 @@ from mmmamba_cli.inference.sampling import Sampler, SamplingMode
 from mmmamba_cli.inference.static_cache import StaticCache, kv_nbytes
 from mmmamba_cli.model import HolisticVLM
 
+# Capacities are multiples of this many columns, so that prompts of similar length share a graph and
+# the warm-up steps of a capture always fit.
+PAD_CAPACITY_TO = 256
 # Limits on the pooled caches, in number and in total bytes; the cache in use may exceed the latter.
 MAX_CACHES = 4
 MAX_POOL_BYTES = 2 * 2**30
@@ -40,13 +43,21 @@ class CachePool:
         self._prefills: dict[StaticCache, GraphPrefill] = {}
 
     def take(
-        self, batch: int, capacities: tuple[int, ...], mode: SamplingMode | None
+        self, batch: int, capacity: int, extra: int, mode: SamplingMode | None
     ) -> tuple[StaticCache, Runnable]:
         """A cache with arbitrary contents, and the function that advances it by one token.
 
-        The function is `decode_step`, with sampling if there is a `mode`, or the replay of its
+        The cache has at least `capacity` columns, and `extra` more in the embedding stack. The
+        function is `decode_step`, with sampling if there is a `mode`, or the replay of its
         graph.
         """
+        columns = [round_up(capacity)] * len(self._packed.stacks)
+        # The embedding stack is the first of two.
+        columns[0] += round_up(extra)
+        capacities = tuple(
+            count if stack.has_attention else 0
+            for count, stack in zip(columns, self._packed.stacks, strict=True)
+        )
         cache = self._caches.pop((batch, capacities), None)
         if cache is None:
             self._evict(kv_nbytes(self._packed, batch, capacities))
@@ -95,3 +106,8 @@ class CachePool:
         if not self._caches:
             # CUDA does not reuse a graph pool after its last graph is gone.
             self.clear()
+
+
+def round_up(columns: int) -> int:
+    """Round up to the granularity of capacities."""
+    return -(-columns // PAD_CAPACITY_TO) * PAD_CAPACITY_TO

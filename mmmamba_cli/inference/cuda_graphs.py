@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 Key = TypeVar("Key", bound=Hashable)
 GraphTask = TypeVar("GraphTask", bound=Callable[[], None])
@@ -20,6 +22,12 @@ WARM_UP_STEPS = 3
 MAX_CACHED_SHAPES = 16
 # Capture a graph if a shape is used at least this often in one prompt, or on its second use.
 MIN_CAPTURE_USES = 6
+
+
+def supports_graphs(weight: Tensor, backend: str) -> bool:
+    """Whether to capture steps by default: on a GPU, with Triton kernels."""
+    has_triton = importlib.util.find_spec("triton") is not None and backend != "reference"
+    return weight.is_cuda and weight.dtype != torch.float64 and has_triton
 
 
 class GraphPool:

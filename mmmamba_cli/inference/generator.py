@@ -5,7 +5,6 @@ Legend: B batch, T columns of the prompt, V vocabulary, N new tokens.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -13,17 +12,15 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError, MmmambaError
-from mmmamba_cli.inference.cache_pool import CachePool
-from mmmamba_cli.inference.cuda_graphs import Runnable
+from mmmamba_cli.inference.cache_pool import CachePool, round_up
+from mmmamba_cli.inference.cuda_graphs import Runnable, supports_graphs
 from mmmamba_cli.inference.packed_model import pack_model, weight_nbytes
-from mmmamba_cli.inference.prefill import check_prompt, prefill
+from mmmamba_cli.inference.prefill import prefill
 from mmmamba_cli.inference.sampling import Sampler, SamplingMode, Settings, eos_ids
 from mmmamba_cli.inference.static_cache import StaticCache
 from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.prepared_inputs import check_not_empty
 
-# Capacities are multiples of this many columns, so that prompts of similar length share a graph and
-# the warm-up steps of a capture always fit.
-PAD_CAPACITY_TO = 256
 # Columns reserved for an answer if no capacity is given; doubled when an answer outgrows them. Most
 # answers end early, and a smaller cache takes less memory and time to read.
 ANSWER_COLUMNS = 1024
@@ -63,7 +60,7 @@ class Generator:
         self._packed = pack_model(model)
         table = self._packed.text_embedding
         self._sampler = Sampler(len(table), device)
-        captures = _supports_graphs(table, backend) if graphs is None else graphs
+        captures = supports_graphs(table, backend) if graphs is None else graphs
         self._pool = CachePool(model, self._packed, self._sampler, captures, backend)
         self._sequence: _Sequence | None = None
 
@@ -283,7 +280,7 @@ class Generator:
         if chunk is not None and chunk < 1:
             raise DataError(f"chunk is {chunk}, expected at least 1", "leave it out")
         input_ids, pixel_values, attention_mask = inputs
-        mask, extra = check_prompt(self.model, input_ids, pixel_values, attention_mask)
+        mask, extra = _check_prompt(self.model, input_ids, pixel_values, attention_mask)
         sequence = self._allocate(input_ids.shape[0], columns, capacity, extra, mode)
         sequence.length = input_ids.shape[1]
         cache, graphs = sequence.cache, self._pool.graph_prefill(sequence.cache)
@@ -295,10 +292,10 @@ class Generator:
     ) -> _Sequence:
         """Start a sequence whose cache holds `columns`, plus `extra` in the embedding stack."""
         self._sequence = None
-        capacity = _round_up(columns) if capacity is None else capacity
+        capacity = round_up(columns) if capacity is None else capacity
         limit = capacity if self._packed.has_attention else None
         _require_capacity(columns, limit)
-        cache, step = self._pool.take(batch, self._stack_capacities(capacity, extra), mode)
+        cache, step = self._pool.take(batch, capacity, extra, mode)
         self._sequence = _Sequence(cache, step, limit, mode, extra)
         return self._sequence
 
@@ -310,21 +307,12 @@ class Generator:
         old, limit = sequence.cache, 2 * sequence.length
         # Warm-up steps of a capture draw random numbers; the answer's must not change.
         rng_state = self._sampler.rng.get_state()
-        capacities = self._stack_capacities(limit, sequence.extra)
-        sequence.cache, sequence.step = self._pool.take(old.batch, capacities, sequence.mode)
+        sequence.cache, sequence.step = self._pool.take(
+            old.batch, limit, sequence.extra, sequence.mode
+        )
         self._sampler.rng.set_state(rng_state)
         sequence.cache.copy_from(old)
         sequence.limit = limit
-
-    def _stack_capacities(self, capacity: int, extra: int) -> tuple[int, ...]:
-        """Columns of each stack; the embedding stack is the first of two and has `extra` more."""
-        stacks = self._packed.stacks
-        columns = [_round_up(capacity)] * len(stacks)
-        columns[0] += _round_up(extra)
-        return tuple(
-            count if stack.has_attention else 0
-            for count, stack in zip(columns, stacks, strict=True)
-        )
 
 
 @dataclass
@@ -362,11 +350,44 @@ def _require_capacity(columns: int, limit: int | None) -> None:
         )
 
 
-def _round_up(columns: int) -> int:
-    return -(-columns // PAD_CAPACITY_TO) * PAD_CAPACITY_TO
+def _check_prompt(
+    model: HolisticVLM,
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor | None, int]:
+    """Validate a prompt before a cache is allocated.
+
+    Returns:
+        The mask (B, T) bool, None without padding, and the columns that the embedding stack has
+        beyond the language stack: it sees every patch of a tile if the pixel shuffle comes after.
+
+    Raises:
+        DataError: no rows or columns, or padding that is not on the left: decoding appends on the
+            right, where every row has to end with a real token.
+    """
+    check_not_empty(input_ids)
+    mask = None if attention_mask is None else _left_padding_mask(input_ids, attention_mask)
+    vision = model.config.vision_config
+    if pixel_values is None or vision is None or vision.pixel_shuffle != "post":
+        return mask, 0
+    longest = int((input_ids == vision.image_token_id).sum(1).max())
+    return mask, longest * (vision.merge**2 - 1)
 
 
-def _supports_graphs(weight: Tensor, backend: str) -> bool:
-    """Whether to capture steps by default: on a GPU, with Triton kernels."""
-    has_triton = importlib.util.find_spec("triton") is not None and backend != "reference"
-    return weight.is_cuda and weight.dtype != torch.float64 and has_triton
+def _left_padding_mask(input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+    if attention_mask.shape != input_ids.shape:
+        raise DataError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are "
+            f"{tuple(input_ids.shape)}",
+            "give a mask of the whole prompt and nothing else",
+        )
+    mask = attention_mask.bool()
+    if bool(mask.all()):
+        return None
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
+        raise DataError(
+            "a row of attention_mask has padding at its right or within, or no token at all",
+            "pad prompts on the left, as the processor does",
+        )
+    return mask

@@ -10,11 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmmamba_cli.errors import DataError
 from mmmamba_cli.inference.decode_step import prefill_chunk
 from mmmamba_cli.inference.static_cache import PrefillCache, StaticCache
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.prepared_inputs import PreparedInputs, check_not_empty
+from mmmamba_cli.model.prepared_inputs import PreparedInputs
 
 # Chunk size in tokens (batch x columns) for models without attention; large enough on a GPU to hide
 # the launch overhead. And the fewest columns of a chunk.
@@ -41,49 +40,6 @@ class GraphPrefill(Protocol):
             mask: (B, T) bool, True for real columns, padding at the left; None without padding.
         """
         ...
-
-
-def check_prompt(
-    model: HolisticVLM,
-    input_ids: Tensor,
-    pixel_values: Tensor | None,
-    attention_mask: Tensor | None,
-) -> tuple[Tensor | None, int]:
-    """Validate a prompt before a cache is allocated.
-
-    Returns:
-        The mask (B, T) bool, None without padding, and the columns that the embedding stack has
-        beyond the language stack: it sees every patch of a tile if the pixel shuffle comes after.
-
-    Raises:
-        DataError: no rows or columns, or padding that is not on the left: decoding appends on the
-            right, where every row has to end with a real token.
-    """
-    check_not_empty(input_ids)
-    mask = None if attention_mask is None else _left_padding_mask(input_ids, attention_mask)
-    vision = model.config.vision_config
-    if pixel_values is None or vision is None or not _expands_images(model):
-        return mask, 0
-    longest = int((input_ids == vision.image_token_id).sum(1).max())
-    return mask, longest * (vision.merge**2 - 1)
-
-
-def _left_padding_mask(input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
-    if attention_mask.shape != input_ids.shape:
-        raise DataError(
-            f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are "
-            f"{tuple(input_ids.shape)}",
-            "give a mask of the whole prompt and nothing else",
-        )
-    mask = attention_mask.bool()
-    if bool(mask.all()):
-        return None
-    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
-        raise DataError(
-            "a row of attention_mask has padding at its right or within, or no token at all",
-            "pad prompts on the left, as the processor does",
-        )
-    return mask
 
 
 def prefill(

@@ -243,7 +243,7 @@ def test_the_cache_grows_with_an_answer(
     new, columns = 40, ids.shape[1]
     wide = Generator(model)
     expected = wide.generate(ids, **inputs, max_new_tokens=new, capacity=columns + new, **options)
-    monkeypatch.setattr("mmmamba_cli.inference.generator.PAD_CAPACITY_TO", 4)
+    monkeypatch.setattr("mmmamba_cli.inference.cache_pool.PAD_CAPACITY_TO", 4)
     monkeypatch.setattr("mmmamba_cli.inference.generator.ANSWER_COLUMNS", 2)
     generator = Generator(model)
     for _ in range(2):

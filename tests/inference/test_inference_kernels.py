@@ -139,7 +139,7 @@ def test_a_capture_during_an_answer_does_not_change_it(
     capacity = ids.shape[1] + new
     wide = Generator(model, graphs=True)
     expected = wide.generate(ids, **inputs, max_new_tokens=new, capacity=capacity, **options)
-    monkeypatch.setattr("mmmamba_cli.inference.generator.PAD_CAPACITY_TO", 16)
+    monkeypatch.setattr("mmmamba_cli.inference.cache_pool.PAD_CAPACITY_TO", 16)
     monkeypatch.setattr("mmmamba_cli.inference.generator.ANSWER_COLUMNS", 2)
     generator = Generator(model, graphs=True)
     for _ in range(2):
