@@ -131,7 +131,7 @@ def open_checkpoint(
     Raises `CheckpointError`, also if a tensor is missing, unexpected or misshaped.
     """
     path = resolve_path(path)
-    home = path if path.is_dir() else path.parent
+    folder = path if path.is_dir() else path.parent
     assumed: tuple[str, ...] = ()
     if is_gguf(path):
         if config_file is not None or arch is not None:
@@ -140,30 +140,30 @@ def open_checkpoint(
         where = str(path)
     else:
         source = open_source(path)
-        raw, where, assumed = _find_config(path, home, config_file, arch)
-    kind = _model_type(raw, where)
-    native_config_values = raw if kind == NATIVE_MODEL_TYPE else None
-    if kind == NATIVE_MODEL_TYPE:
-        found, name_map = _native_name_map(raw, source, where)
+        raw, where, assumed = _find_config(path, folder, config_file, arch)
+    model_type = _model_type(raw, where)
+    native_config_values = raw if model_type == NATIVE_MODEL_TYPE else None
+    if model_type == NATIVE_MODEL_TYPE:
+        architecture, name_map = _native_name_map(raw, source, where)
         native_config.warn_outdated_code(raw, where)
-        raw = _read_config(home / SOURCE_CONFIG) if (home / SOURCE_CONFIG).is_file() else raw
-    elif kind == hovle.MODEL_TYPE:
-        found = hovle.to_architecture(raw, where)
-        name_map = hovle.name_map(raw, found, source.names)
-    elif kind == mmmamba_hf.MODEL_TYPE:
-        found = mmmamba_hf.to_architecture(raw, where)
-        name_map = mmmamba_hf.name_map(raw, found, source.names)
+        raw = _read_config(folder / SOURCE_CONFIG) if (folder / SOURCE_CONFIG).is_file() else raw
+    elif model_type == hovle.MODEL_TYPE:
+        architecture = hovle.to_architecture(raw, where)
+        name_map = hovle.name_map(raw, architecture, source.names)
+    elif model_type == mmmamba_hf.MODEL_TYPE:
+        architecture = mmmamba_hf.to_architecture(raw, where)
+        name_map = mmmamba_hf.name_map(raw, architecture, source.names)
     else:
         source.drop_suffix(llama_family.DERIVED_SUFFIX)
-        found = llama_family.to_architecture(raw, where)
-        name_map = llama_family.name_map(raw, found, source.names)
+        architecture = llama_family.to_architecture(raw, where)
+        name_map = llama_family.name_map(raw, architecture, source.names)
     shapes = {name: source.info(name).shape for name in source.names}
     check_names(name_map, shapes, str(path))
-    tokenizer = _find_tokenizer(path, home, found, tokenizer_file)
+    tokenizer = _find_tokenizer(path, folder, architecture, tokenizer_file)
     return Checkpoint(
         path,
-        kind,
-        found,
+        model_type,
+        architecture,
         raw,
         source,
         name_map,

@@ -50,11 +50,11 @@ class ShardedWriter:
         shards = plan_shards(plan, max_shard_bytes)
         self.files = [folder / name for name in shard_names(len(shards))]
         self._shard_of = {name: number for number, shard in enumerate(shards) for name in shard}
-        self._left = [len(shard) for shard in shards]
+        self._remaining = [len(shard) for shard in shards]
         headers = [build_header({name: plan[name] for name in shard}) for shard in shards]
-        self._places = {name: place for _, places in headers for name, place in places.items()}
-        _check_room(folder, sum(len(head) for head, _ in headers) + _total_bytes(plan))
-        self._heads = [head for head, _ in headers]
+        self._offsets = {name: offset for _, offsets in headers for name, offset in offsets.items()}
+        _check_free_space(folder, sum(len(head) for head, _ in headers) + _total_bytes(plan))
+        self._headers = [head for head, _ in headers]
         self._descriptors: dict[int, int] = {}
         self._written: dict[str, Future[bytes]] = {}
         self._synced: list[Future[None]] = []
@@ -80,13 +80,15 @@ class ShardedWriter:
         self._raise_failure()
         shard = self._shard_of[name]
         job = functools.partial(
-            write_and_digest, self._open(shard), self._places[name], name, tensor, planned
+            write_and_digest, self._open(shard), self._offsets[name], name, tensor, planned
         )
         self._written[name] = self._pool.submit(tensor.nbytes, job)
-        self._left[shard] -= 1
-        if self._left[shard] == 0:
-            mates = [job for mate, job in self._written.items() if self._shard_of[mate] == shard]
-            sync = functools.partial(_sync, self._descriptors[shard], mates)
+        self._remaining[shard] -= 1
+        if self._remaining[shard] == 0:
+            shard_jobs = [
+                job for other, job in self._written.items() if self._shard_of[other] == shard
+            ]
+            sync = functools.partial(_sync, self._descriptors[shard], shard_jobs)
             self._synced.append(self._pool.submit(0, sync))
 
     def finish(self) -> str:
@@ -130,7 +132,7 @@ class ShardedWriter:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
             descriptor = os.open(self.files[shard], flags, 0o666)
             self._descriptors[shard] = descriptor
-            _write_at(descriptor, 0, memoryview(self._heads[shard]))
+            _write_at(descriptor, 0, memoryview(self._headers[shard]))
         return self._descriptors[shard]
 
     def _raise_failure(self) -> None:
@@ -168,22 +170,22 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_and_digest(
-    descriptor: int, place: int, name: str, tensor: Tensor, info: TensorInfo
+    descriptor: int, offset: int, name: str, tensor: Tensor, info: TensorInfo
 ) -> bytes:
-    """Write a tensor at file offset `place` in the dtype of `info`; return its digest."""
+    """Write a tensor at `offset` of an open file in the dtype of `info`; return its digest."""
     digest = start_digest(name, info)
     same = tensor.dtype == info.dtype
     for chunk in byte_chunks(tensor) if same else cast_chunks(tensor, info.dtype, name):
-        _write_at(descriptor, place, chunk)
+        _write_at(descriptor, offset, chunk)
         digest.update(chunk)
-        place += len(chunk)
+        offset += len(chunk)
     return digest.digest()
 
 
-def _write_at(descriptor: int, place: int, data: memoryview) -> None:
+def _write_at(descriptor: int, offset: int, data: memoryview) -> None:
     while data:
-        count = os.pwrite(descriptor, data, place)
-        place += count
+        count = os.pwrite(descriptor, data, offset)
+        offset += count
         data = data[count:]
 
 
@@ -194,7 +196,7 @@ def _sync(descriptor: int, writes: list[Future[bytes]]) -> None:
     os.fsync(descriptor)
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def _check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(

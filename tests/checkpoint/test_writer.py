@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
         pytest.skip("only root can make a small disk")
     # Skip the check in advance, so that the disk fills up while writing.
-    monkeypatch.setattr(writer_module, "_check_room", lambda folder, needed: None)
+    monkeypatch.setattr(writer_module, "_check_free_space", lambda folder, needed: None)
     try:
         assert fail_within(tmp_path / "out", 400_000) == errno.ENOSPC
         assert not list(tmp_path.iterdir())
