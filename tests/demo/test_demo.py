@@ -1,4 +1,4 @@
-"""The demo's plan, its two lanes, its folder, and what it measures itself."""
+"""The demo: steps, lanes, folder and token agreement."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_both_linear_students_are_trained_equally(demo: ModuleType) -> None:
     assert other.stages[2].model_copy(update=learns) == one.stages[2]
 
 
-def test_a_lane_keeps_to_its_own_run(demo: ModuleType) -> None:
+def test_lanes_use_separate_runs(demo: ModuleType) -> None:
     for lane in demo.LANES:
         found = words_of(demo, lane)
         assert found
@@ -78,7 +78,7 @@ def test_a_lane_keeps_to_its_own_run(demo: ModuleType) -> None:
     ]
 
 
-def test_every_step_is_a_command_that_exists(demo: ModuleType) -> None:
+def test_every_step_is_an_existing_command(demo: ModuleType) -> None:
     for step in demo.steps():
         command: Any = get_command(app)
         words = list(step.words)
@@ -90,14 +90,14 @@ def test_every_step_is_a_command_that_exists(demo: ModuleType) -> None:
     assert kinds == {"scenes", "seed", "distill", "hybridize", "eval", "profile"}
 
 
-def test_numbers_count_the_comparison_and_the_report(demo: ModuleType) -> None:
+def test_step_numbers_include_comparison_and_report(demo: ModuleType) -> None:
     listed = list(demo.steps())
     numbers = [number for number, _ in demo.numbered(listed)]
     assert numbers[0] == f"[1/{len(listed) + 2}]"
     assert numbers[-1] == f"[{len(listed)}/{len(listed) + 2}]"
 
 
-def test_what_is_done_is_not_done_again(
+def test_finished_steps_are_skipped(
     demo: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +119,7 @@ def test_what_is_done_is_not_done_again(
     assert "[2/5] two\n$ mmmamba second\n" in said
 
 
-def test_a_folder_of_something_else_is_left_alone(demo: ModuleType, tmp_path: Path) -> None:
+def test_foreign_folder_is_not_touched(demo: ModuleType, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
@@ -129,7 +129,7 @@ def test_a_folder_of_something_else_is_left_alone(demo: ModuleType, tmp_path: Pa
     assert (mine / "thesis.txt").read_text() == "years"
 
 
-def test_a_demo_goes_on_or_starts_over(
+def test_demo_resumes_or_starts_over(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "demo"
@@ -148,17 +148,17 @@ def lane(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], text=True)
 
 
-def test_lanes_that_end_well(demo: ModuleType) -> None:
+def test_successful_lanes(demo: ModuleType) -> None:
     assert demo.wait_for([lane("pass"), lane("import time; time.sleep(0.3)")]) == [0, 0]
 
 
-def test_a_lane_that_fails_stops_the_other(demo: ModuleType) -> None:
+def test_failed_lane_stops_the_other(demo: ModuleType) -> None:
     codes = demo.wait_for([lane("import time; time.sleep(600)"), lane("raise SystemExit(7)")])
     assert codes[0] == 7
     assert codes[1] != 0
 
 
-def test_the_exit_code_is_that_of_the_lane_that_failed(
+def test_exit_code_of_the_failed_lane(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "lanes.py"
@@ -175,7 +175,7 @@ def test_the_exit_code_is_that_of_the_lane_that_failed(
     assert ended.value.code == 5
 
 
-def test_lanes_share_the_threads_and_sign_their_lines(
+def test_lanes_share_threads_and_prefix_lines(
     demo: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -197,9 +197,7 @@ def test_lanes_share_the_threads_and_sign_their_lines(
     assert said.count("  seeded | a warning") == said.count("unseeded | a warning") == 1
 
 
-def test_empty_lines_are_not_passed_on(
-    demo: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_empty_lines_are_dropped(demo: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     demo.pass_on("seeded", io.StringIO("one\n\n  \ntwo\n"))
     assert capsys.readouterr().out == "  seeded | one\n  seeded | two\n"
 
@@ -268,7 +266,7 @@ def one_by_one(
     }
 
 
-def test_a_report_can_read_what_is_measured(
+def test_report_reads_the_comparison(
     demo: ModuleType, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (made / "unseeded").symlink_to(made / "seeded")
@@ -291,7 +289,7 @@ def test_a_report_can_read_what_is_measured(
         assert all(0 <= right <= tokens for right, tokens in one.models["seed"])
 
 
-def test_the_page_names_the_commands_of_the_demo(demo: ModuleType) -> None:
+def test_page_names_the_commands(demo: ModuleType) -> None:
     page = (BENCHMARKS.parent / "docs" / "demo.md").read_text(encoding="utf-8")
     for step in demo.steps():
         named = " ".join(step.words[: 2 if step.words[0] == "scenes" else 1])

@@ -14,7 +14,7 @@ from mmmamba_cli.cli import main
 
 
 def enliven(checkpoint: Path) -> None:
-    """Random weights of such size that answers differ from question to question."""
+    """Set random weights of a scale that makes answers differ between questions."""
     rng = torch.Generator().manual_seed(1)
     state = torch.load(checkpoint)["state_dict"]
     for name, tensor in state.items():

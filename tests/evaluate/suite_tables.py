@@ -1,4 +1,4 @@
-"""Small tables in VLMEvalKit's layout, and a model whose answers are written down."""
+"""Small tables in VLMEvalKit's layout, and a scripted model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLITS = ("random", "popular", "adversarial")
 
 
 def picture(number: int, size: tuple[int, int] = (60, 40)) -> str:
-    """A picture of its own for each number, as base64."""
+    """A picture unique to `number`, as base64."""
     image = Image.linear_gradient("L").resize(size).convert("RGB")
     image.putpixel((0, 0), (number % 256, number // 256, 7))
     file = io.BytesIO()
@@ -29,7 +29,7 @@ def picture(number: int, size: tuple[int, int] = (60, 40)) -> str:
 
 
 def write_tsv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """As pandas writes it: a heading, cells quoted where they need it."""
+    """Write a TSV as pandas does: a heading, cells quoted as needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with file.open("w", encoding="utf-8", newline="") as handle:
@@ -93,7 +93,7 @@ def pope_rows(each: int = 4) -> list[Any]:
 
 
 class ScriptedModel:
-    """Answers by index; remembers what it was asked, and runs out of memory where told."""
+    """Gives scripted answers, records prompts and batches, and runs out of memory above a limit."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`mmmamba eval` as it is used: a scripted model, a small real one, a teacher, files of answers."""
+"""`mmmamba eval` with a scripted model, a small real one, a teacher, and prediction files."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def mostly_right(prompt: EvalPrompt) -> str:
     number = int(prompt.index)
     if of_mme(prompt):
         return "Yes" if number % 2 == 0 else "Nope" if number % 4 == 1 else "No"
-    # Four questions a split, of which two are to be answered with yes.
+    # Four questions per split, two of them with the answer yes.
     return ("Yes", "Not sure", "No", "Yes")[number % 4]
 
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedModel]:
-    """Any checkpoint that is named is a scripted model, by the name of its folder."""
+    """Replace every checkpoint by a scripted model with the name of its folder."""
     made: dict[str, ScriptedModel] = {}
 
     def resolve(path: Path) -> SimpleNamespace:
@@ -70,7 +70,7 @@ def test_mme_and_pope_by_both_rules_with_a_scripted_model(
     words = ["--suite", "mme,pope", "--model", "student", "--data", data, "--out", out]
     said = found(mmmamba, *words)
     mme, pope = said["results"]
-    # VLMEvalKit reads "Nope" as nothing: 3 of 4 and 1 of 2 pairs in each category.
+    # VLMEvalKit cannot parse "Nope": 3 of 4 and 1 of 2 pairs in each category.
     assert by_rule(mme) == {
         "vlmevalkit": {"perception": 1250.0, "reasoning": 500.0},
         "internvl": MME_RIGHT,
@@ -93,7 +93,7 @@ def test_mme_and_pope_by_both_rules_with_a_scripted_model(
     assert lines[2].endswith("\tYes\trandom\tNot sure")
 
 
-def test_tables_for_people(
+def test_printed_tables(
     mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
 ) -> None:
     words = ["--suite", "mme,pope", "--model", "student", "--data", data, "--out", tmp_path]
@@ -111,7 +111,7 @@ def test_tables_for_people(
     )
 
 
-def test_one_rule_and_the_wrong_one(
+def test_rule_option_known_and_unknown(
     mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
 ) -> None:
     words = ["--model", "student", "--data", data, "--out", tmp_path]
@@ -131,7 +131,7 @@ class Interrupted(ScriptedModel):
         return super().generate(batch, max_new_tokens)
 
 
-def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(
+def test_interrupt_reports_cached_answers_and_resumes(
     mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
 ) -> None:
     scripted["student"] = Interrupted(mostly_right, name="student")
@@ -148,7 +148,7 @@ def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(
     assert len(scripted["student"].asked) == 40
 
 
-def test_an_interrupt_before_the_first_answer_says_how_to_go_on(
+def test_interrupt_before_the_first_answer(
     mmmamba: Command,
     data: Path,
     tmp_path: Path,
@@ -174,7 +174,7 @@ def test_an_interrupt_before_the_first_answer_says_how_to_go_on(
     assert not list(out.rglob("result.json"))
 
 
-def test_an_animated_picture_is_shown_by_its_first_frame_and_named(
+def test_animated_picture_uses_first_frame_with_warning(
     mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
 ) -> None:
     rows = mme_rows()
@@ -192,7 +192,7 @@ def test_an_animated_picture_is_shown_by_its_first_frame_and_named(
     assert "ImageNote" not in done.err and "image.seek" not in done.err
 
 
-def test_several_models_in_one_call(
+def test_several_models(
     mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
 ) -> None:
     words = ["--suite", "mme", "--data", data, "--out", tmp_path, "--model"]
@@ -203,7 +203,7 @@ def test_several_models_in_one_call(
     assert "more than one model is called one" in done.err
 
 
-def test_a_small_real_model_and_its_teacher(
+def test_small_real_model_and_its_teacher(
     mmmamba: Command, data: Path, small_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -248,14 +248,14 @@ def test_retention_with_intervals(
     assert again == said
 
 
-def test_a_run_that_is_none(mmmamba: Command, data: Path, tmp_path: Path) -> None:
+def test_folder_that_is_not_a_run(mmmamba: Command, data: Path, tmp_path: Path) -> None:
     done = mmmamba("eval", "--suite", "mme", "--run", tmp_path / "none", "--data", data)
     assert done.code == 2
     assert "is not a run" in done.err
 
 
 def write_answers(data: Path, folder: Path) -> dict[str, Path]:
-    """The same answers to MME as each kind of file, without pictures, as the kits write them."""
+    """The same answers to MME in each file type, without pictures, as other kits write them."""
     rows = [{k: v for k, v in row.items() if k != "image"} for row in mme_rows()]
     for row in rows:
         row["prediction"] = row["answer"]
@@ -268,7 +268,7 @@ def write_answers(data: Path, folder: Path) -> dict[str, Path]:
     book.active.append(list(rows[0]))
     for row in rows:
         book.active.append([value or None for value in row.values()])
-    # The first index is the number 0, which is no empty cell.
+    # The first index is the number 0, not an empty cell.
     book.active.cell(2, 1).value = 0
     files["xlsx"] = folder / "scripted_MME.xlsx"
     book.save(files["xlsx"])
@@ -277,7 +277,7 @@ def write_answers(data: Path, folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["tsv", "jsonl", "xlsx"])
 @pytest.mark.parametrize("with_table", [True, False])
-def test_answers_from_a_file(
+def test_predictions_from_a_file(
     mmmamba: Command,
     data: Path,
     tmp_path: Path,
@@ -289,14 +289,14 @@ def test_answers_from_a_file(
     file = write_answers(data, tmp_path / "given")[kind]
     said = found(mmmamba, "--suite", "mme", "--predictions", file, "--out", tmp_path)
     (result,) = said["results"]
-    # One empty answer in "existence": 75 and 50 in the place of 100 and 100.
+    # One empty answer in "existence": 75 and 50 instead of 100 and 100.
     assert by_rule(result)["vlmevalkit"] == {"perception": 1925.0, "reasoning": 800.0}
     assert result["rules"][0]["unreadable"] == [{"index": "3", "answer": ""}]
     assert result["model"]["kind"] == "predictions"
     assert result["data"]["file"] == ("MME.tsv" if with_table else file.name)
 
 
-def test_our_own_answers_can_be_scored_again(
+def test_cached_answers_and_predictions_tsv_can_be_scored_again(
     mmmamba: Command, data: Path, tmp_path: Path, scripted: dict[str, ScriptedModel]
 ) -> None:
     first = found(
@@ -309,7 +309,7 @@ def test_our_own_answers_can_be_scored_again(
         assert said["results"][0]["rules"] == first["results"][0]["rules"]
 
 
-def test_a_file_of_answers_that_lacks_rows(mmmamba: Command, data: Path, tmp_path: Path) -> None:
+def test_predictions_file_with_missing_rows(mmmamba: Command, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "few.jsonl"
     lines = [json.dumps({"index": i, "prediction": "Yes"}) for i in range(56) if i not in (7, 9)]
     file.write_text("\n".join(lines))
@@ -317,7 +317,7 @@ def test_a_file_of_answers_that_lacks_rows(mmmamba: Command, data: Path, tmp_pat
     done = mmmamba(*words, "--data", data)
     assert done.code == 2
     assert f"{file} lacks 2 of 56 rows: index 7, 9" in done.err
-    # Without the table its own columns are too few.
+    # Without the table, the file lacks columns.
     done = mmmamba(*words, "--data", tmp_path / "nowhere")
     assert done.code == 2
     assert "MME.tsv, which is not in" in done.err
@@ -349,7 +349,7 @@ def test_a_file_of_answers_that_lacks_rows(mmmamba: Command, data: Path, tmp_pat
         ("missing.tsv", None, "does not exist"),
     ],
 )
-def test_files_of_answers_that_are_none(
+def test_invalid_predictions_files(
     mmmamba: Command, data: Path, tmp_path: Path, name: str, content: str | None, said: str
 ) -> None:
     file = tmp_path / name
@@ -368,10 +368,10 @@ def number_as(kind: str, number: int) -> Any:
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "xlsx", "jsonl"])
 @pytest.mark.parametrize("with_table", [True, False])
-def test_indexes_in_decimals_are_those_of_the_rows(
+def test_decimal_indexes_in_predictions(
     mmmamba: Command, data: Path, tmp_path: Path, kind: str, with_table: bool
 ) -> None:
-    """A data frame with a missing index somewhere writes every one of them as a decimal number."""
+    """A data frame with a missing index writes all indexes as decimal numbers."""
     rows = [{k: v for k, v in row.items() if k != "image"} for row in mme_rows()]
     rows = [{**row, "index": number_as(kind, row["index"]), "prediction": "Yes"} for row in rows]
     file = tmp_path / f"answers.{kind}"
@@ -397,7 +397,7 @@ def write_book(file: Path, rows: list[list[Any]]) -> None:
     book.save(file)
 
 
-def test_a_table_with_indexes_in_decimals(mmmamba: Command, data: Path, tmp_path: Path) -> None:
+def test_decimal_indexes_in_a_table(mmmamba: Command, data: Path, tmp_path: Path) -> None:
     rows = mme_rows()
     for row in rows:
         row["index"] = f"{row['index']}.0"
@@ -411,15 +411,15 @@ def test_a_table_with_indexes_in_decimals(mmmamba: Command, data: Path, tmp_path
     assert by_rule(result)["vlmevalkit"] == {"perception": 500.0, "reasoning": 200.0}
 
 
-def test_rows_of_a_workbook(mmmamba: Command, data: Path, tmp_path: Path) -> None:
-    """Empty cells at a row's end are none; a cell beyond the heading, or two columns alike, are."""
+def test_workbook_rows(mmmamba: Command, data: Path, tmp_path: Path) -> None:
+    """Empty cells at the end of a row are ignored; extra cells and repeated columns are errors."""
     file = tmp_path / "answers.xlsx"
     words = ["--suite", "mme", "--predictions", file, "--data", data, "--out", tmp_path]
     right = [[row["index"], row["answer"]] for row in mme_rows()]
     right[3] = [3, "=No"]
     write_book(file, [["index", "prediction"], right[0] + [None, None], *right[1:]])
     (result,) = found(mmmamba, *words)["results"]
-    # What looks like a formula is an answer as any other.
+    # An answer that looks like a formula is read as text.
     assert result["rules"][0]["counts"] == {"right": 56, "wrong": 0, "unreadable": 0}
     answers = (tmp_path / "answers/mme/predictions.tsv").read_text().splitlines()
     assert answers[4].endswith("\t=No")
@@ -432,9 +432,7 @@ def test_rows_of_a_workbook(mmmamba: Command, data: Path, tmp_path: Path) -> Non
         assert (done.code, said in done.err) == (2, True), done.err
 
 
-def test_a_part_that_was_answered_is_called_a_part(
-    mmmamba: Command, data: Path, tmp_path: Path
-) -> None:
+def test_partial_suite_is_marked_as_partial(mmmamba: Command, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "part.csv"
     rows = [row for row in mme_rows() if row["category"] in ("existence", "color")]
     file.write_text("index,prediction\n" + "".join(f"{r['index']},{r['answer']}\n" for r in rows))
@@ -452,7 +450,7 @@ def test_a_part_that_was_answered_is_called_a_part(
     assert len(written["data"]["categories_not_asked"]) == 12
 
 
-def test_a_workbook_needs_openpyxl(
+def test_workbook_without_openpyxl(
     mmmamba: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
@@ -479,7 +477,7 @@ def test_a_workbook_needs_openpyxl(
         (["--suite", "mme", "--teacher-path", "nowhere"], "nowhere does not exist"),
     ],
 )
-def test_mistakes_are_sentences(
+def test_wrong_options_give_one_sentence(
     mmmamba: Command, data: Path, small_run: Path, tmp_path: Path, words: list[str], said: str
 ) -> None:
     given = ["--run", small_run, "--data", data, "--out", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our models: the same likelihoods as on transformers' own."""
+"""lm-eval adapter: the same likelihoods as with the transformers model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def language_model(tmp_path: Path) -> tuple[Path, Any]:
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two local tasks of 12 questions, whose data lies beside them."""
+    """Two local tasks of 12 questions, with local data."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -90,7 +90,7 @@ def scored(harness: Any, tasks: Path, name: str = "local_choose") -> Any:
     )
 
 
-def test_likelihoods_are_those_of_transformers_own_model(
+def test_likelihoods_equal_those_of_the_transformers_model(
     language_model: tuple[Path, Any], tasks: Path
 ) -> None:
     from lm_eval.models.huggingface import HFLM
@@ -109,7 +109,7 @@ def test_likelihoods_are_those_of_transformers_own_model(
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
-def test_the_adapter_gives_the_harness_own_numbers(
+def test_adapter_returns_the_scores_of_the_harness(
     language_model: tuple[Path, Any], tasks: Path, tmp_path: Path
 ) -> None:
     folder, _ = language_model
@@ -125,7 +125,7 @@ def test_the_adapter_gives_the_harness_own_numbers(
     assert few["local_choose"]["acc,none"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
 
 
-def test_a_seeded_student_of_a_language_model_and_its_teacher(
+def test_seeded_student_of_a_language_model_and_its_teacher(
     language_model: tuple[Path, Any], tasks: Path, tmp_path: Path, mmmamba: Command
 ) -> None:
     folder, _ = language_model
@@ -143,7 +143,7 @@ def test_a_seeded_student_of_a_language_model_and_its_teacher(
     assert written == student
 
 
-def test_a_vision_language_model_reads_text_tasks_too(
+def test_text_tasks_of_a_vision_language_model(
     small_run: Path, tasks: Path, tmp_path: Path, mmmamba: Command
 ) -> None:
     words = ["--run", small_run, "--data", tasks, "--out", tmp_path, "--with", "lm-eval"]
@@ -152,16 +152,14 @@ def test_a_vision_language_model_reads_text_tasks_too(
     assert "local_choose" in done.out
 
 
-def test_a_task_that_there_is_not(
-    small_run: Path, tasks: Path, tmp_path: Path, mmmamba: Command
-) -> None:
+def test_unknown_task(small_run: Path, tasks: Path, tmp_path: Path, mmmamba: Command) -> None:
     words = ["--run", small_run, "--data", tasks, "--out", tmp_path, "--with", "lm-eval"]
     done = mmmamba("eval", "--suite", "local_chose", *words)
     assert done.code == 2
     assert "lm-eval has no task local_chose" in done.err
 
 
-def test_without_the_harness_the_pip_line_is_told(
+def test_missing_lm_eval_gives_pip_line(
     small_run: Path, tmp_path: Path, mmmamba: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys

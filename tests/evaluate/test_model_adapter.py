@@ -1,4 +1,4 @@
-"""Our own model behind the contract: batched as one by one, choices by their likelihood."""
+"""HolisticVLMAdapter: batched answers equal single ones; choice likelihoods are exact."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def model(request: pytest.FixtureRequest, small_run: Path) -> HolisticVLMAdapter
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> list[EvalPrompt]:
-    """Twelve questions about pictures of one tile and of four, to be answered Yes or No."""
+    """Twelve yes/no questions about pictures of one and of four tiles."""
     write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=3, categories=("OCR", "count")))
     table, rows = opened(MME, EvalOptions(data=tmp_path))
     return [build_eval_prompt(row, MME, table, max_tiles=4, by_likelihood=True) for row in rows]
 
 
-def test_batched_is_one_by_one(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
+def test_batched_equals_one_by_one(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
     encoded = [model.encode(prompt) for prompt in prompts]
     assert len({one.length for one in encoded}) > 3
     together = model.generate(encoded, 6)
@@ -53,7 +53,7 @@ def test_batched_is_one_by_one(model: HolisticVLMAdapter, prompts: list[EvalProm
     assert len({round(score, 3) for row in scores for score in row}) > 12
 
 
-def test_the_measure_goes_with_the_length(
+def test_prompt_length_follows_encoded_length(
     model: HolisticVLMAdapter, prompts: list[EvalPrompt]
 ) -> None:
     constant = {model.encode(prompt).length - model.prompt_length(prompt) for prompt in prompts}
@@ -63,10 +63,10 @@ def test_the_measure_goes_with_the_length(
     assert model.prompt_length(prompts[4]) - model.prompt_length(few) == 3 * 4
 
 
-def test_likelihoods_are_those_of_the_whole_conversation(
+def test_likelihoods_equal_those_of_a_plain_forward(
     model: HolisticVLMAdapter, prompts: list[EvalPrompt]
 ) -> None:
-    """Against a plain forward over each answered conversation."""
+    """Compare with a plain forward over each answered conversation."""
     choices = ("Yes", "No, not at all", "两只猫")
     prompt = EvalPrompt("0", prompts[2].text, prompts[2].pictures, 4, choices)
     encoded = model.encode(prompt)
@@ -86,8 +86,10 @@ def test_likelihoods_are_those_of_the_whole_conversation(
         assert score == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_a_row_says_is_text(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
-    """The first `<image>` is the picture; those of the question are words, as are its tokens."""
+def test_image_tokens_in_a_question_are_text(
+    model: HolisticVLMAdapter, prompts: list[EvalPrompt]
+) -> None:
+    """Only the first `<image>` is a placeholder; further ones and special tokens are plain text."""
     picture = prompts[0].pictures
     said = "Is the word <image> or <|im_start|>system in the picture?"
     prompt = EvalPrompt("0", f"<image>\n{said}", picture, 4, ("Yes", "No"))
@@ -102,16 +104,14 @@ def test_what_a_row_says_is_text(model: HolisticVLMAdapter, prompts: list[EvalPr
     assert len(model.score_choices([encoded])[0]) == 2
 
 
-def test_an_answer_ends_at_a_stop_token(
-    model: HolisticVLMAdapter, prompts: list[EvalPrompt]
-) -> None:
+def test_answer_ends_at_a_stop_token(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
     stops = model.processor.stop_token_ids
     ids = model.processor.tokenizer.encode_plain("a red cat")
     assert model._text([*ids, stops[1], *ids]) == "a red cat"
     assert model.model.generation_config.eos_token_id == sorted(stops)
 
 
-def test_what_a_folder_says_about_generating_is_not_used(
+def test_generation_config_of_the_checkpoint_is_ignored(
     small_run: Path, prompts: list[EvalPrompt]
 ) -> None:
     fresh = load_eval_model(resolve_product(Run(small_run)), "cpu", "fp32")
@@ -121,7 +121,7 @@ def test_what_a_folder_says_about_generating_is_not_used(
     assert again.generate([again.encode(prompts[0])], 6) == expected
 
 
-def test_torchs_out_of_memory_is_the_runners(
+def test_torch_out_of_memory_becomes_out_of_memory(
     model: HolisticVLMAdapter, prompts: list[EvalPrompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object, **kwargs: object) -> None:
@@ -135,17 +135,17 @@ def test_torchs_out_of_memory_is_the_runners(
         assert caught.value.__context__ is None
 
 
-def test_what_fits_beside_what_was_measured() -> None:
+def test_tokens_that_fit() -> None:
     assert tokens_that_fit(100, taken=10, free=1000) == 80 * 100
     assert tokens_that_fit(100, taken=999, free=1000) == 100
     assert tokens_that_fit(100, taken=0, free=10) == 800
 
 
-def test_nothing_is_measured_on_a_cpu(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
+def test_cpu_has_no_batch_limit(model: HolisticVLMAdapter, prompts: list[EvalPrompt]) -> None:
     assert model.max_batch_tokens(EncodedPrompt(prompts[0], 10), 5) is None
 
 
-def test_identity_says_what_answers_depend_on(small_run: Path) -> None:
+def test_identity_has_settings_that_change_answers(small_run: Path) -> None:
     run = Run(small_run)
     kinds = [
         load_eval_model(resolve_product(run), "cpu", dtype).identity for dtype in ("fp32", "bf16")
@@ -156,7 +156,7 @@ def test_identity_says_what_answers_depend_on(small_run: Path) -> None:
     assert isinstance(kinds[0], ModelIdentity)
 
 
-def test_a_model_that_reads_text_only_says_so(prompts: list[EvalPrompt]) -> None:
+def test_text_model_rejects_pictures(prompts: list[EvalPrompt]) -> None:
     from mmmamba_cli.processing import HolisticTextProcessor
 
     blind = HolisticVLMAdapter.__new__(HolisticVLMAdapter)

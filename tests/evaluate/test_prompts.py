@@ -1,4 +1,4 @@
-"""What is asked, word for word."""
+"""Prompts of the suites, word for word."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def asked(folder: Path, suite: str, by_likelihood: bool = False, **cells: Any) -
     return build_eval_prompt(rows[0], found, table, max_tiles=None, by_likelihood=by_likelihood)
 
 
-def test_mme_has_no_space_before_what_is_appended(tmp_path: Path) -> None:
+def test_mme_appends_without_a_space(tmp_path: Path) -> None:
     suite = find_suite("mme")
     question = "Is it red? Please answer yes or no."
     rows = [
@@ -105,11 +105,11 @@ def test_short_answers(tmp_path: Path, suite: str) -> None:
     assert asked(tmp_path, suite).text == f"<image>\nQ?\n{WORD}"
 
 
-def test_mmvet_is_asked_as_it_is(tmp_path: Path) -> None:
+def test_mmvet_question_is_unchanged(tmp_path: Path) -> None:
     assert asked(tmp_path, "mmvet").text == "<image>\nQ?"
 
 
-def test_every_shipped_suite_names_rules_that_there_are() -> None:
+def test_shipped_suites_name_existing_rules() -> None:
     assert suite_names() == [
         "gqa",
         "mmbench",
@@ -135,7 +135,7 @@ def test_every_shipped_suite_names_rules_that_there_are() -> None:
     assert set(find_suite("mme").rules) == set(find_suite("pope").rules)
 
 
-def test_the_published_rows_are_the_papers() -> None:
+def test_published_rows_match_the_papers() -> None:
     (table,) = published_rows()
     assert table["source"] == "mmMamba, arXiv 2502.13145"
     assert table["rows"]["HoVLE 2.6B"] == {
@@ -153,12 +153,12 @@ def test_the_published_rows_are_the_papers() -> None:
     assert table["rows"]["mmMamba-hybrid (8 attention)"]["MMB"] == 63.7
 
 
-def test_a_typo_in_a_suites_name_is_answered_with_the_nearest() -> None:
+def test_unknown_suite_suggests_the_nearest() -> None:
     with pytest.raises(DataError, match=r"no suite is called mmebench: .* did you mean mmbench\?"):
         find_suite("mmebench")
 
 
-def test_a_suite_that_is_none() -> None:
+def test_invalid_suite() -> None:
     with pytest.raises(DataError, match=r"x.yaml is no suite: title: field required; .*unite: "):
         parse_suite("{name: x, version: 1, dataset: X, columns: [], unite: row}", "x.yaml")
     with pytest.raises(DataError, match="not valid YAML"):

@@ -1,4 +1,4 @@
-"""Batches, background decoding, running out of memory, being killed and going on."""
+"""Batches, background encoding, out of memory, the answer cache and resuming."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def data(tmp_path: Path) -> Path:
 @given(
     st.lists(st.integers(1, 50), max_size=40), st.integers(1, 9), st.sampled_from([0, 20, 60, 999])
 )
-def test_a_plan_has_every_prompt_once_and_keeps_the_limit(
+def test_plan_has_every_prompt_once_within_the_limit(
     lengths: list[int], prompts: int, columns: int
 ) -> None:
     plan = plan_batches(lengths, BatchLimit(prompts, columns))
@@ -81,14 +81,12 @@ def test_a_plan_has_every_prompt_once_and_keeps_the_limit(
         assert len(batch) == 1 or not columns or wide <= columns
 
 
-def test_no_batch_could_have_taken_one_more() -> None:
+def test_batches_are_maximal() -> None:
     lengths = [5, 5, 5, 5, 2, 2, 2, 2, 2]
     assert plan_batches(lengths, BatchLimit(4, 10)) == [[0, 1], [2, 3], [4, 5, 6, 7], [8]]
 
 
-def test_pictures_are_decoded_in_the_background_and_like_lengths_together(
-    data: Path, tmp_path: Path
-) -> None:
+def test_background_encoding_and_batches_by_length(data: Path, tmp_path: Path) -> None:
     model = scripted()
     run(data, tmp_path / "out", model, batch=8)
     assert all(name != "MainThread" for name in model.threads)
@@ -107,7 +105,7 @@ def test_progress_counts_every_answer_once(data: Path, tmp_path: Path) -> None:
     assert (again, model.asked) == ([56], [])
 
 
-def test_out_of_memory_halves_and_says_so_once(data: Path, tmp_path: Path) -> None:
+def test_out_of_memory_halves_with_one_warning(data: Path, tmp_path: Path) -> None:
     warned: list[str] = []
     model = scripted(most_columns=500)
     watch = EvalCallbacks(warn=warned.append)
@@ -121,7 +119,7 @@ def test_out_of_memory_halves_and_says_so_once(data: Path, tmp_path: Path) -> No
     assert (timing["halved"], timing["largest_batch"], timing["answered"]) == (3, 4, 56)
 
 
-def test_found_batches_are_halved_too(data: Path, tmp_path: Path) -> None:
+def test_measured_batches_are_halved_too(data: Path, tmp_path: Path) -> None:
     model = scripted(columns=10_000, most_columns=2_000)
     said: list[str] = []
     run(data, tmp_path / "out", model, EvalCallbacks(say=said.append))
@@ -132,7 +130,7 @@ def test_found_batches_are_halved_too(data: Path, tmp_path: Path) -> None:
     assert all(len(batch) * 125 <= 4_000 for batch in model.batches)
 
 
-def test_a_prompt_that_does_not_fit_alone_is_a_sentence(data: Path, tmp_path: Path) -> None:
+def test_single_prompt_that_does_not_fit(data: Path, tmp_path: Path) -> None:
     said = r"one prompt of .* tokens does not fit .*--max-tiles"
     with pytest.raises(MmmambaError, match=said):
         run(data, tmp_path / "out", scripted(most_columns=10), batch=2)
@@ -146,15 +144,13 @@ def test_a_prompt_that_does_not_fit_alone_is_a_sentence(data: Path, tmp_path: Pa
 
 
 def cut_picture(number: int) -> str:
-    """A picture whose header is whole and whose pixels are not."""
+    """A picture with an intact header and truncated pixels."""
     return base64.b64encode(base64.b64decode(picture(number, (130, 90)))[:-40]).decode()
 
 
 @pytest.mark.parametrize("options", [{"batch": 8}, {}], ids=["given", "found"])
-def test_rows_that_cannot_be_asked_are_counted_and_named(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
-    """Two pictures whose header is damaged, and one, of the longest prompts, cut in its pixels."""
+def test_skipped_rows_are_counted_and_named(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Two pictures with damaged headers, and one with truncated pixels in the longest prompts."""
     rows = mme_rows()
     rows[4]["image"] = "!" + picture(4)
     rows[8]["image"] = "AAAA" * 40
@@ -171,7 +167,7 @@ def test_rows_that_cannot_be_asked_are_counted_and_named(
     assert sorted(int(prompt.index) for prompt in model.asked) == [
         index for index in range(56) if str(index) not in bad
     ]
-    # Of 28 pairs three are wrong, and there is no answer that could not be read.
+    # Three of 28 pairs are wrong; no answer is unparsed.
     for part in result.rules:
         assert part.counts == {"right": 50, "wrong": len(bad), "unreadable": 0}
     assert result.data.used == 56
@@ -181,7 +177,7 @@ def test_rows_that_cannot_be_asked_are_counted_and_named(
         f"{result.not_asked[0].reason}"
     ]
     assert any("6 of 56 rows could not be asked" in text for text in remarks(result))
-    # Their answers are not kept: mended rows are asked, the others are not asked again.
+    # Skipped rows are not cached: once repaired they are asked, and only they.
     write_tsv(tmp_path / "MME.tsv", mme_rows())
     again = scripted()
     mended = run(tmp_path, tmp_path / "out", again, **options).result
@@ -189,8 +185,8 @@ def test_rows_that_cannot_be_asked_are_counted_and_named(
     assert mended.rules[0].metrics == {"perception": 2000.0, "reasoning": 800.0}
 
 
-def test_a_row_that_cannot_be_asked_is_wrong_by_every_rule(tmp_path: Path) -> None:
-    """InternVL's rule for POPE takes an empty answer for yes, which may be right."""
+def test_skipped_row_is_wrong_by_every_rule(tmp_path: Path) -> None:
+    """InternVL's rule for POPE reads an empty answer as yes, which may be right."""
     rows = pope_rows()
     rows[0]["image"] = "!" + picture(0)
     write_tsv(tmp_path / "POPE.tsv", rows)
@@ -207,7 +203,7 @@ def test_a_row_that_cannot_be_asked_is_wrong_by_every_rule(tmp_path: Path) -> No
         assert part.counts == {"right": 12 - len(bad), "wrong": len(bad), "unreadable": 0}
 
 
-def test_where_no_row_can_be_asked_nothing_is_scored(tmp_path: Path) -> None:
+def test_no_readable_row_is_an_error(tmp_path: Path) -> None:
     rows = mme_rows()
     for row in rows:
         row["image"] = "AAAA" * 40
@@ -229,7 +225,7 @@ class Dies(ScriptedModel):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything but times."""
+    """All files except the timing."""
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "timing.json"}
 
 
@@ -250,7 +246,7 @@ def test_killed_and_resumed_gives_the_same_files(data: Path, tmp_path: Path) -> 
     assert done.returncode == 9, done.stderr
     (file,) = (tmp_path / "killed").glob("predictions-*.jsonl")
     assert file.read_text().count("prediction") == 12
-    # And the last line was not whole when the power went.
+    # The last line is incomplete.
     with file.open("ab") as handle:
         handle.write(b'{"index": "5", "predic')
     warned: list[str] = []
@@ -261,7 +257,7 @@ def test_killed_and_resumed_gives_the_same_files(data: Path, tmp_path: Path) -> 
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_a_batch_of_which_some_are_answered_is_done_as_a_whole(data: Path, tmp_path: Path) -> None:
+def test_partly_answered_batch_is_repeated(data: Path, tmp_path: Path) -> None:
     whole = scripted()
     run(data, tmp_path / "out", whole, batch=8)
     (file,) = (tmp_path / "out").glob("predictions-*.jsonl")
@@ -275,7 +271,7 @@ def test_a_batch_of_which_some_are_answered_is_done_as_a_whole(data: Path, tmp_p
     assert file.read_text() == "".join(lines)
 
 
-def test_other_settings_do_not_mix(data: Path, tmp_path: Path) -> None:
+def test_each_setting_has_its_own_cache(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for model, options in (
         (scripted(), {}),
@@ -295,7 +291,7 @@ def test_other_settings_do_not_mix(data: Path, tmp_path: Path) -> None:
 
 
 def with_files(data: Path) -> Path:
-    """The table with its pictures in files beside it; the first of them."""
+    """Write the table with picture files; return the first file."""
     rows = mme_rows()
     for row in rows:
         cell = row.pop("image")
@@ -307,9 +303,7 @@ def with_files(data: Path) -> Path:
     return data / rows[0]["image_path"]
 
 
-def test_other_pictures_behind_the_same_names_are_asked_about_again(
-    data: Path, tmp_path: Path
-) -> None:
+def test_changed_picture_files_invalidate_the_cache(data: Path, tmp_path: Path) -> None:
     file = with_files(data)
     first = run(data, tmp_path / "out", scripted()).result
     again = scripted()
@@ -329,7 +323,7 @@ def test_other_pictures_behind_the_same_names_are_asked_about_again(
     assert said == [
         f"answers kept in {old.name} are not taken, all are asked again: pictures changed since"
     ]
-    # Rows that the limit leaves out have no say.
+    # Pictures of rows outside the limit do not matter.
     few = run(data, tmp_path / "few", scripted(), limit=2).result
     (data / mme_rows()[-1]["image_path"]).write_bytes(b"another picture")
     assert run(data, tmp_path / "few", scripted(), limit=2).result == few
@@ -342,7 +336,7 @@ def test_other_pictures_behind_the_same_names_are_asked_about_again(
         ("library_versions", lambda: {"mmmamba": "99"}, "versions"),
     ],
 )
-def test_answers_of_another_mmmamba_are_not_taken(
+def test_changed_code_or_versions_invalidate_the_cache(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, key: str
 ) -> None:
     first = run(data, tmp_path / "out", scripted()).result
@@ -359,7 +353,7 @@ def test_answers_of_another_mmmamba_are_not_taken(
     )
 
 
-def test_another_rule_asks_nothing_again(data: Path, tmp_path: Path) -> None:
+def test_another_rule_uses_the_cache(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path / "out", scripted())
     suite = MME.model_copy(update={"rules": {"internvl": "mme_first_letters"}})
     model = scripted()
@@ -376,7 +370,7 @@ def test_every_file_left_out_of_the_code_digest_exists() -> None:
     assert [room for room in fingerprint.DIGESTED_ROOMS if not (package / room).is_dir()] == []
 
 
-def test_the_code_digest_is_of_what_answers(
+def test_code_digest_covers_inference_code_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Path(fingerprint.__file__).parents[1]
@@ -402,7 +396,7 @@ def test_the_code_digest_is_of_what_answers(
     fingerprint.code_digest.cache_clear()
 
 
-def test_choices_are_taken_by_their_likelihood(data: Path, tmp_path: Path) -> None:
+def test_choices_by_likelihood(data: Path, tmp_path: Path) -> None:
     result = run(data, tmp_path / "out", scripted(), by_likelihood=True).result
     assert result.rules[0].metrics["perception"] == 2000.0
     (file,) = (tmp_path / "out").glob("predictions-*.jsonl")
@@ -414,7 +408,7 @@ def store(folder: Path, warned: list[str] | None = None) -> AnswerCache:
     return AnswerCache(folder, {"model": "m"}, (warned if warned is not None else []).append)
 
 
-def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+def test_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     with store(tmp_path) as kept:
         kept.add([AnswerRecord("1", "Yes"), AnswerRecord("2", "是\u2028\n")])
         file = kept.file
@@ -432,7 +426,7 @@ def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_a_heading_that_was_cut_short_begins_anew(tmp_path: Path) -> None:
+def test_truncated_header_starts_a_new_cache(tmp_path: Path) -> None:
     warned: list[str] = []
     with store(tmp_path) as kept:
         file = kept.file
@@ -445,7 +439,7 @@ def test_a_heading_that_was_cut_short_begins_anew(tmp_path: Path) -> None:
     assert len(warned) == 1
 
 
-def test_two_commands_do_not_write_into_one_file(tmp_path: Path) -> None:
+def test_cache_is_locked(tmp_path: Path) -> None:
     with (
         store(tmp_path),
         pytest.raises(RunError, match="being written by another mmmamba command"),
@@ -454,8 +448,8 @@ def test_two_commands_do_not_write_into_one_file(tmp_path: Path) -> None:
         pass
 
 
-def test_scores_that_are_no_numbers_choose_nothing(data: Path, tmp_path: Path) -> None:
-    """max() of scores with a NaN is the first choice, whatever the picture shows."""
+def test_nan_likelihoods_are_an_error(data: Path, tmp_path: Path) -> None:
+    """max() of scores with NaN would always be the first choice."""
 
     class Broken(ScriptedModel):
         def score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Suites and adapters of other packages, and of an installation."""
+"""Suites and adapters of plugins and of a wheel."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def somebody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("somebody", None)
 
 
-def test_others_add_suites_rules_and_adapters(somebody: Path) -> None:
+def test_plugins_add_suites_rules_and_adapters(somebody: Path) -> None:
     from mmmamba_cli.evaluate.scoring import find_rule
 
     assert "theirs" in suite_names()
@@ -70,25 +70,25 @@ def test_others_add_suites_rules_and_adapters(somebody: Path) -> None:
     assert (suite.version, suite.title) == (3, "Somebody's")
     assert find_rule(suite.rules["theirs"]).__name__ == "always_right"
     assert find_evaluator("their-kit")(None, ["x"], None, None) == {"asked": ["x"]}
-    # What the project ships keeps its name.
+    # A plugin cannot replace a shipped suite.
     assert find_suite("mme").title == "MME"
     assert find_evaluator("lm-eval").__module__ == "mmmamba_evals.lm_eval_adapter"
 
 
-def test_a_suite_is_called_as_its_file(somebody: Path) -> None:
+def test_suite_name_must_match_its_file(somebody: Path) -> None:
     (somebody / "their_suites" / "b.yaml").write_text(SUITE.format(name="a"))
     with pytest.raises(DataError, match=r"b.yaml calls itself a \(its name must be b\)"):
         find_suite("b")
 
 
-def test_the_digest_is_of_what_changes_an_answer_or_a_score() -> None:
+def test_digest_covers_answers_and_scores() -> None:
     suite = find_suite("mme")
     assert suite.model_copy(update={"title": "x", "note": "y"}).digest == suite.digest
     for change in ({"max_tiles": 7}, {"version": 2}, {"rules": {}}, {"choices": ("No",)}):
         assert suite.model_copy(update=change).digest != suite.digest
 
 
-def test_a_rule_changes_no_answer() -> None:
+def test_questions_digest_ignores_rules() -> None:
     suite = find_suite("seed")
     other = suite.model_copy(update={"rules": {}, "earlier": {}})
     assert other.questions_digest == suite.questions_digest
@@ -96,32 +96,32 @@ def test_a_rule_changes_no_answer() -> None:
         assert suite.model_copy(update=change).questions_digest != suite.questions_digest
 
 
-def test_a_kits_name_without_a_date_is_its_newest_rule() -> None:
+def test_kit_name_without_date_is_its_newest_rule() -> None:
     seed, bench, mme = find_suite("seed"), find_suite("mmbench"), find_suite("mme")
     assert next(iter(seed.rules)) == "vlmevalkit-2026-06"
     assert seed.scoring("vlmevalkit") == {"vlmevalkit-2026-06": "choice_rows_2026_06"}
     assert seed.scoring("vlmevalkit-2025-08") == {"vlmevalkit-2025-08": "choice_rows_2025_08"}
     assert list(bench.scoring("vlmevalkit-circular")) == ["vlmevalkit-circular-2026-06"]
     assert list(bench.scoring("vlmevalkit-rows")) == ["vlmevalkit-rows-2026-06"]
-    # Not changed by the kit since it has it, so without a date.
+    # The kit never changed this rule, so it has no date.
     assert list(mme.scoring("vlmevalkit")) == ["vlmevalkit"]
     with pytest.raises(DataError, match="has no rule vlmevalkit-2025-01, it has: vlmevalkit-2026"):
         seed.scoring("vlmevalkit-2025-01")
 
 
 @pytest.mark.parametrize("name", suite_names())
-def test_published_numbers_are_held_against_a_rule_that_is_scored(name: str) -> None:
+def test_published_rule_is_scored(name: str) -> None:
     suite = find_suite(name)
     if suite.published is not None:
         assert suite.published.rule in suite.rules
     if suite.rules:
-        # The newest version is what retention is told by.
+        # Retention uses the newest version.
         first = next(iter(suite.rules))
         assert first == max(rule for rule in suite.rules if undated(rule) == undated(first))
 
 
-def test_a_wheel_has_suites_and_adapters(tmp_path: Path) -> None:
-    """Built from the sources as they are; what it holds works without the checkout."""
+def test_wheel_has_suites_and_adapters(tmp_path: Path) -> None:
+    """Build a wheel and use its suites and adapters without the checkout."""
     import shutil
     import subprocess
 

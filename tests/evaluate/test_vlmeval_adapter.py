@@ -37,7 +37,7 @@ def built(model: ScriptedModel | None = None, **options: Any) -> Any:
     return adapter.register("ours", model or ScriptedModel(lambda prompt: "Yes"), **options)()
 
 
-def test_it_is_registered_and_certificates_are_still_verified(kit: None) -> None:
+def test_registration_keeps_certificate_verification(kit: None) -> None:
     before = ssl._create_default_https_context
     model = built()
     from vlmeval.config import supported_VLM
@@ -48,7 +48,7 @@ def test_it_is_registered_and_certificates_are_still_verified(kit: None) -> None
     assert ssl._create_default_https_context is before
 
 
-# Data set, its line, and the prompt it must become, word for word.
+# Data set, line, and the exact prompt.
 PROMPTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "MME",
@@ -100,9 +100,7 @@ TILES = {
 
 
 @pytest.mark.parametrize(("dataset", "line", "expected"), PROMPTS)
-def test_prompts_word_for_word(
-    kit: None, dataset: str, line: dict[str, Any], expected: str
-) -> None:
+def test_prompts(kit: None, dataset: str, line: dict[str, Any], expected: str) -> None:
     model = built()
     model.set_dump_image(lambda line: ["/a.jpg"])
     assert model.use_custom_prompt(dataset)
@@ -112,7 +110,7 @@ def test_prompts_word_for_word(
     ]
 
 
-def test_the_kit_asks_data_sets_that_nobody_published(kit: None) -> None:
+def test_unknown_data_set_uses_the_kits_prompt(kit: None) -> None:
     assert not built().use_custom_prompt("LLaVABench")
 
 
@@ -157,13 +155,13 @@ def test_messages(message: list[dict[str, str]], expected: str) -> None:
     assert adapter.arrange(message) == expected
 
 
-def test_the_kit_asks_and_scores(
+def test_evaluation_with_the_kit(
     kit: None, tmp_path: Path, small_run: Path, mmmamba: Command
 ) -> None:
     data = tmp_path / "data"
     write_tsv(data / "MME.tsv", mme_rows(pairs=1))
     words = ["--suite", "mme", "--run", small_run, "--data", data, "--out", tmp_path / "out"]
-    # In fp32, where answers do not depend on the batch.
+    # In fp32, answers do not depend on the batch.
     words += ["--device", "cpu"]
     done = mmmamba("eval", *words, "--with", "vlmeval", "--max-new-tokens", 3, "--json")
     assert done.code == 0, done.err
@@ -175,7 +173,7 @@ def test_the_kit_asks_and_scores(
     assert json.loads((folder / "result.json").read_text()) == found
     (file,) = folder.glob("MME-*/seed_MME.tsv")
     answers = file.read_text()
-    # The same answers as our own runner's, whose prompts are the same.
+    # The same answers as with the suite's runner, which has the same prompts.
     assert mmmamba("eval", *words, "--max-new-tokens", 3).code == 0
     ours = (tmp_path / "out/seed/mme/predictions.tsv").read_text().splitlines()[1:]
     assert len(ours) == 28
@@ -184,7 +182,7 @@ def test_the_kit_asks_and_scores(
     ]
 
 
-def test_a_perfect_model_is_perfect(kit: None, tmp_path: Path, monkeypatch: Any) -> None:
+def test_perfect_model(kit: None, tmp_path: Path, monkeypatch: Any) -> None:
     write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=1))
     model = ScriptedModel(lambda prompt: "No" if " no 1" in prompt.text else "Yes")
     from mmmamba_cli.evaluate import EvalOptions
@@ -198,7 +196,7 @@ def test_a_perfect_model_is_perfect(kit: None, tmp_path: Path, monkeypatch: Any)
     assert {prompt.max_tiles for prompt in model.asked} == {find_suite("mme").max_tiles}
 
 
-def test_answers_of_another_model_or_table_are_not_taken(
+def test_answers_of_another_model_or_table_are_not_reused(
     kit: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmmamba_cli.evaluate import EvalOptions
@@ -220,7 +218,7 @@ def test_answers_of_another_model_or_table_are_not_taken(
     assert asked("one") == 56
 
 
-def test_without_the_kit_its_installation_is_told(
+def test_missing_vlmeval_gives_pip_line(
     small_run: Path, tmp_path: Path, mmmamba: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vlmeval", None)
@@ -231,9 +229,7 @@ def test_without_the_kit_its_installation_is_told(
     assert "git+https://github.com/open-compass/VLMEvalKit" in done.err
 
 
-def test_a_data_set_that_the_kit_has_not(
-    kit: None, small_run: Path, tmp_path: Path, mmmamba: Command
-) -> None:
+def test_unknown_data_set(kit: None, small_run: Path, tmp_path: Path, mmmamba: Command) -> None:
     words = ["--run", small_run, "--out", tmp_path, "--data", tmp_path, "--with", "vlmeval"]
     done = mmmamba("eval", "--suite", "Nothing", *words)
     assert (done.code, "has no data set Nothing" in done.err) == (2, True)

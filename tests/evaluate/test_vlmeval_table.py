@@ -1,4 +1,4 @@
-"""Tables in VLMEvalKit's layout: what is read, and what is said of those that are wrong."""
+"""Tables in VLMEvalKit's layout: cells, pictures, limits and error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opened(folder: Path, suite: str = "mme", **options: Any) -> tuple[VLMEvalTab
 
 
 def complaint(folder: Path, rows: list[Any], suite: str = "mme") -> str:
-    """What is said of a table, in one line."""
+    """The error message of a table, one line."""
     write_tsv(folder / f"{find_suite(suite).dataset}.tsv", rows)
     with pytest.raises(DataError) as caught:
         opened(folder, suite)
@@ -35,7 +35,7 @@ def complaint(folder: Path, rows: list[Any], suite: str = "mme") -> str:
     return str(caught.value)
 
 
-def test_pictures_are_shared_by_reference_and_read_when_needed(tmp_path: Path) -> None:
+def test_pictures_are_shared_by_reference_and_read_lazily(tmp_path: Path) -> None:
     file = write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=3))
     table = VLMEvalTable(file, COLUMNS)
     assert len(table.cells) == 84
@@ -47,7 +47,7 @@ def test_pictures_are_shared_by_reference_and_read_when_needed(tmp_path: Path) -
     assert "image" not in table.cells[0]
 
 
-def test_cells_may_hold_tabs_quotes_and_line_ends(tmp_path: Path) -> None:
+def test_cells_with_tabs_quotes_and_line_ends(tmp_path: Path) -> None:
     rows = mme_rows()
     odd = 'Is "this"\ta\nquestion\u2028 with everything? 这是什么'
     rows[0]["question"] = odd
@@ -58,7 +58,7 @@ def test_cells_may_hold_tabs_quotes_and_line_ends(tmp_path: Path) -> None:
         assert one.open().getpixel((0, 0)) == (place, 0, 7)
 
 
-def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     file = write_tsv(tmp_path / "MME.tsv", mme_rows())
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
     table, rows = opened(tmp_path)
@@ -68,7 +68,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     assert one.open().getpixel((0, 0)) == (2, 0, 7)
 
 
-def test_several_pictures_in_a_cell_and_the_first_enlarged(tmp_path: Path) -> None:
+def test_several_pictures_in_a_cell(tmp_path: Path) -> None:
     rows = [
         {
             "index": 1,
@@ -93,7 +93,7 @@ def test_several_pictures_in_a_cell_and_the_first_enlarged(tmp_path: Path) -> No
     assert second.open().getpixel((0, 0)) == (2, 0, 7)
 
 
-def test_pictures_as_files(tmp_path: Path) -> None:
+def test_picture_files(tmp_path: Path) -> None:
     rows = [{k: v for k, v in row.items() if k != "image"} for row in mme_rows()]
     write_tsv(tmp_path / "MME.tsv", rows)
     table, _ = opened(tmp_path)
@@ -107,9 +107,9 @@ def test_pictures_as_files(tmp_path: Path) -> None:
         assert one.size() == (8, 6)
 
 
-def test_the_limit_takes_whole_pairs(tmp_path: Path) -> None:
+def test_limit_keeps_pairs_whole(tmp_path: Path) -> None:
     rows = mme_rows(pairs=1)
-    # The second question of each picture behind all the first.
+    # The second questions of all pictures come after the first ones.
     write_tsv(tmp_path / "MME.tsv", rows[::2] + rows[1::2])
     _, found = opened(tmp_path, limit=5)
     assert [row.index for row in found] == ["0", "2", "1", "3"]
@@ -118,7 +118,7 @@ def test_the_limit_takes_whole_pairs(tmp_path: Path) -> None:
     assert len(limit_rows(found, find_suite("mme"), None)) == 4
 
 
-def test_the_limit_is_spread_over_categories(tmp_path: Path) -> None:
+def test_limit_is_spread_over_categories(tmp_path: Path) -> None:
     write_tsv(tmp_path / "MME.tsv", mme_rows(pairs=3))
     _, found = opened(tmp_path, limit=28)
     assert Counter(row.category for row in found) == dict.fromkeys((*PERCEPTION, *REASONING), 2)
@@ -126,14 +126,14 @@ def test_the_limit_is_spread_over_categories(tmp_path: Path) -> None:
     assert list(dict.fromkeys(row.category for row in found)) == list(PERCEPTION[:8])
     assert opened(tmp_path, limit=16)[1] == found
     write_tsv(tmp_path / "POPE.tsv", pope_rows())
-    # Rows about one picture are no unit of scoring: each split has its share.
+    # Rows about one picture are not scored together: each split gets its share.
     for limit, each in ((3, [1, 1, 1]), (7, [3, 2, 2]), (9, [3, 3, 3])):
         _, found = opened(tmp_path, "pope", limit=limit)
         assert [row.index for row in found] == sorted((row.index for row in found), key=int)
         assert list(Counter(row.category for row in found).values()) == each
 
 
-def test_where_a_missing_table_is_looked_for(
+def test_missing_table_names_the_places_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = find_suite("pope")
@@ -180,7 +180,7 @@ BROKEN: list[tuple[Callable[[list[Any]], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "named"), BROKEN)
-def test_damage_is_named_by_row(
+def test_damaged_rows_are_named(
     tmp_path: Path, damage: Callable[[list[Any]], None], named: str
 ) -> None:
     import re
@@ -192,7 +192,7 @@ def test_damage_is_named_by_row(
     assert re.search(named, said), said
 
 
-def test_bad_base64_is_named_by_row(tmp_path: Path) -> None:
+def test_bad_base64_names_the_row(tmp_path: Path) -> None:
     rows = mme_rows()
     rows[0]["image"] = "!" + rows[0]["image"]
     rows[2]["image"] = base64.b64encode(b"no picture at all" * 9).decode()
@@ -207,7 +207,7 @@ def test_bad_base64_is_named_by_row(tmp_path: Path) -> None:
         one.size()
 
 
-def test_a_file_that_is_no_table(tmp_path: Path) -> None:
+def test_file_that_is_not_a_table(tmp_path: Path) -> None:
     file = tmp_path / "MME.tsv"
     for content, said in (
         (b"", "it has none"),
@@ -220,7 +220,7 @@ def test_a_file_that_is_no_table(tmp_path: Path) -> None:
             opened(tmp_path)
 
 
-def test_circular_questions_are_told_by_their_numbers(tmp_path: Path) -> None:
+def test_circular_turns_by_index(tmp_path: Path) -> None:
     base = {"image": picture(1), "question": "?", "answer": "A", "A": "x", "B": "y"}
     write_tsv(
         tmp_path / "MMBench_DEV_EN.tsv",

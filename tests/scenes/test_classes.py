@@ -1,4 +1,4 @@
-"""The class table, the drawings and fonts that ship, and how English speaks of the classes."""
+"""The class table, shipped drawings and fonts, and English inflection."""
 
 from collections import Counter
 from importlib import resources
@@ -29,7 +29,7 @@ def fonts() -> list[dict[str, str]]:
     return yaml.safe_load((SCENES / "fonts.yaml").read_text(encoding="utf-8"))
 
 
-def test_the_table_is_large_and_its_entries_are_whole() -> None:
+def test_table_is_complete() -> None:
     table = class_table()
     assert len(table) > 380
     assert 90 <= len(shipping()) <= 130
@@ -39,31 +39,31 @@ def test_the_table_is_large_and_its_entries_are_whole() -> None:
         assert "_" not in name
         assert entry.category
         assert len(set(entry.themes)) == len(entry.themes) > 0
-        # A code such as 2615 would be read as a number if it were not quoted.
+        # An unquoted code such as 2615 would be parsed as a number.
         assert isinstance(entry.code, str)
         assert all(int(part, 16) for part in entry.code.split("-"))
 
 
-def test_no_line_and_no_drawing_is_in_the_table_twice() -> None:
+def test_table_has_no_duplicates() -> None:
     lines = (SCENES / "classes.yaml").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if not line.startswith("#")]) == len(class_table())
     codes = Counter(entry.code for entry in class_table().values())
     assert [code for code, times in codes.items() if times > 1] == []
 
 
-def test_every_theme_has_enough_of_what_ships() -> None:
+def test_every_theme_has_enough_shipped_classes() -> None:
     shipped = Counter(theme for entry in shipping() for theme in entry.themes)
     assert shipped.keys() == {theme for entry in class_table().values() for theme in entry.themes}
     assert len(shipped) >= 10
     assert min(shipped.values()) >= 12
 
 
-def test_what_ships_is_of_many_kinds() -> None:
+def test_shipped_classes_span_categories() -> None:
     assert len({entry.category for entry in shipping()}) >= 9
 
 
 @pytest.mark.parametrize("style", SIDES)
-def test_the_shipped_atlas_has_what_the_table_says(style: str) -> None:
+def test_shipped_atlas_matches_the_table(style: str) -> None:
     folder = SCENES / "atlas" / style
     assert {path.name for path in folder.iterdir() if path.is_dir()} == folder_names()
     for name in folder_names():
@@ -71,20 +71,20 @@ def test_the_shipped_atlas_has_what_the_table_says(style: str) -> None:
 
 
 @pytest.mark.parametrize("style", SIDES)
-def test_shipped_drawings_are_cut_to_their_content(style: str) -> None:
+def test_shipped_drawings_are_cropped(style: str) -> None:
     for name in folder_names():
         with Image.open(SCENES / "atlas" / style / name / f"{style}.png") as image:
             assert (image.mode, image.format) == ("RGBA", "PNG")
             assert 48 <= max(image.size) <= SIDES[style], name
             alpha = image.getchannel("A")
-        # Scaling may thin the outermost row, no more.
+        # Scaling may thin the outermost row only.
         seen = alpha.point(lambda value: 255 if value >= SEEN else 0).getbbox()
         assert seen is not None
         assert seen[0] <= 1 and seen[1] <= 1, name
         assert alpha.width - seen[2] <= 1 and alpha.height - seen[3] <= 1, name
 
 
-def test_the_two_styles_draw_differently() -> None:
+def test_styles_differ() -> None:
     for name in folder_names():
         drawings = [
             (SCENES / "atlas" / style / name / f"{style}.png").read_bytes() for style in SIDES
@@ -92,7 +92,7 @@ def test_the_two_styles_draw_differently() -> None:
         assert drawings[0] != drawings[1]
 
 
-def test_the_atlas_is_small_and_says_whose_it_is() -> None:
+def test_atlas_is_small_and_licensed() -> None:
     atlas = SCENES / "atlas"
     assert sum(path.stat().st_size for path in atlas.rglob("*.png")) < 2_000_000
     notice = (atlas / "NOTICE").read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def test_the_atlas_is_small_and_says_whose_it_is() -> None:
     assert "Microsoft Corporation" in (atlas / "fluent" / "LICENSE").read_text(encoding="utf-8")
 
 
-def test_fonts_are_listed_small_and_of_known_owners() -> None:
+def test_fonts_are_listed_small_and_licensed() -> None:
     folder = SCENES / "fonts"
     listed = {font["file"] for font in fonts()}
     assert listed == {path.name for path in folder.glob("*.woff*")}
@@ -122,13 +122,13 @@ def test_fonts_are_listed_small_and_of_known_owners() -> None:
 
 
 @pytest.mark.parametrize("font", fonts(), ids=lambda font: font["file"])
-def test_a_font_draws_every_letter(font: dict[str, str]) -> None:
+def test_font_draws_every_letter(font: dict[str, str]) -> None:
     face = ImageFont.truetype(BytesIO((SCENES / "fonts" / font["file"]).read_bytes()), 160)
     missing = bytes(face.getmask("\ue123"))
     drawn = {letter: bytes(face.getmask(letter)) for letter in LETTERS}
     assert all(any(mask) for mask in drawn.values())
     assert missing not in drawn.values()
-    # Some fonts write small letters as capitals of another size, none two letters alike.
+    # Some fonts have small capitals, but no font draws two letters alike.
     assert len(set(drawn.values())) == len(LETTERS)
 
 
@@ -137,13 +137,13 @@ A = ["unicorn", "horse", "yo-yo", "house", "helicopter", "wrench", "rose", "car"
 
 
 @pytest.mark.parametrize("noun", AN)
-def test_an(noun: str) -> None:
+def test_article_an(noun: str) -> None:
     assert noun in class_table()
     assert with_article(noun) == f"an {noun}"
 
 
 @pytest.mark.parametrize("noun", A)
-def test_a(noun: str) -> None:
+def test_article_a(noun: str) -> None:
     assert noun in class_table()
     assert with_article(noun) == f"a {noun}"
 
@@ -196,8 +196,8 @@ def test_plural(noun: str) -> None:
     assert plural(noun) == PLURALS[noun]
 
 
-def test_no_noun_is_a_plural_already() -> None:
-    # Nouns that end in s in the singular too.
+def test_nouns_are_singular() -> None:
+    # Singular nouns that end in s.
     singular = {
         "abacus", "bus", "cactus", "compass", "cutlass", "dress", "hippopotamus", "hourglass",
         "lotus", "magnifying glass", "octopus", "rhinoceros", "stack of pancakes", "wine glass",
@@ -206,5 +206,5 @@ def test_no_noun_is_a_plural_already() -> None:
     assert {name for name in class_table() if name.endswith("s")} <= singular
 
 
-def test_numbers_are_words() -> None:
+def test_number_words() -> None:
     assert [number_word(n) for n in range(6)] == ["zero", "one", "two", "three", "four", "five"]

@@ -1,5 +1,4 @@
-"""Scenes as pictures: nothing covers anything, colours are what they are called, both ways of
-drawing agree."""
+"""Rendering: no overlaps, named colours, and agreement of both renderers."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from mmmamba_evals.scenes.world import COLOURS, World
     seed=st.integers(0, 10**6),
     sizes=st.lists(st.floats(20, 100), min_size=1, max_size=9),
 )
-def test_boxes_never_meet_each_other_or_the_edge(seed: int, sizes: list[float]) -> None:
+def test_boxes_do_not_overlap(seed: int, sizes: list[float]) -> None:
     boxes = place_boxes(Random(seed), [(size, size) for size in sizes], 224, 224)
     for i, (x, y, w, h) in enumerate(boxes):
         assert w / 2 <= x <= 224 - w / 2
@@ -40,7 +39,7 @@ def test_boxes_never_meet_each_other_or_the_edge(seed: int, sizes: list[float]) 
         assert w <= sizes[i]
 
 
-def test_boxes_that_cannot_fit_are_an_error() -> None:
+def test_boxes_that_do_not_fit() -> None:
     with pytest.raises(DataError, match="5000 things do not fit into a picture of 50 x 50"):
         place_boxes(Random(0), [(40, 40)] * 5000, 50, 50)
 
@@ -51,7 +50,7 @@ def test_overlap_counts_the_gap() -> None:
     assert not overlap(box, (70.0 + MIN_GAP, 50.0, 20.0, 20.0))
 
 
-def test_things_cover_nothing_of_each_other(world: World, atlas: Atlas) -> None:
+def test_things_do_not_overlap(world: World, atlas: Atlas) -> None:
     white = Background("flat", (255, 255, 255), (255, 255, 255))
     for number in range(12):
         scene = draw_lesson(Random(number), world)[0]
@@ -67,7 +66,7 @@ def test_things_cover_nothing_of_each_other(world: World, atlas: Atlas) -> None:
         assert covered.max() == 1
 
 
-def test_a_colour_is_the_colour_it_is_called(world: World, atlas: Atlas) -> None:
+def test_recoloured_thing_has_the_named_hue(world: World, atlas: Atlas) -> None:
     white = Background("flat", (255, 255, 255), (255, 255, 255))
     rng = Random(3)
     for name in world.colourable:
@@ -81,7 +80,7 @@ def test_a_colour_is_the_colour_it_is_called(world: World, atlas: Atlas) -> None
             assert (apart < 20).mean() > 0.75, (name, colour)
 
 
-def test_words_are_the_same_where_pillow_finds_no_library_to_shape_them(
+def test_words_do_not_depend_on_raqm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def drawn() -> list[bytes]:
@@ -98,7 +97,7 @@ def test_words_are_the_same_where_pillow_finds_no_library_to_shape_them(
     assert drawn() == here
 
 
-def test_words_stand_out(world: World) -> None:
+def test_words_have_contrast(world: World) -> None:
     for number in range(60):
         scene = compose(Random(number), world, [Content("apple")], [world.words[number]])
         (lettering,) = scene.letterings
@@ -107,14 +106,14 @@ def test_words_stand_out(world: World) -> None:
         assert abs(brightness(lettering.colour) - behind) >= MIN_CONTRAST
 
 
-def test_hsv_there_and_back() -> None:
+def test_hsv_round_trip() -> None:
     rgb = np.random.default_rng(0).random((500, 3))
     assert np.allclose(to_rgb(to_hsv(rgb)), rgb, atol=1e-12)
     assert np.allclose(turn_hue(np.array([[1.0, 0, 0]]), 1 / 3), [[0, 1, 0]], atol=1e-12)
     assert np.allclose(to_hsv(np.array([[0.2, 0.2, 0.2]])), [[0, 0, 0.2]])
 
 
-def test_greys_browns_and_motley_have_no_hue() -> None:
+def test_greys_browns_and_mixed_colours_have_no_hue() -> None:
     def plain(*colour: int) -> np.ndarray:
         return np.full((8, 8, 4), (*colour, 255), np.uint8)
 
@@ -137,20 +136,20 @@ def test_backgrounds_follow_their_formula() -> None:
     assert wave[2, 2, 0] == pytest.approx(255)
 
 
-def test_drawn_in_batches_as_one_by_one(world: World, atlas: Atlas) -> None:
+def test_batch_renderer_matches_reference(world: World, atlas: Atlas) -> None:
     scenes = [draw_lesson(Random(number), world)[0] for number in range(16)]
     layouter = SceneEncoder(atlas, world)
     drawn = BatchRenderer(layouter, "cpu").draw(layouter.layouts(scenes, 7))
     for scene, ours in zip(scenes, drawn, strict=True):
         reference = np.asarray(render(scene, atlas)).astype(float)
         difference = np.abs(ours.permute(1, 2, 0).numpy() * 255 - reference)
-        # Interpolation differs at edges, of which words have most; a thing elsewhere, turned or
-        # missing differs by far more.
+        # Interpolation differs at edges, mostly of words; a misplaced, rotated or missing thing
+        # differs by far more.
         assert difference.mean() < 3.0
         assert (difference.max(-1) > 80).mean() < 0.006 * (1 + len(scene.letterings))
 
 
-def test_a_batch_does_not_change_its_scenes(world: World, atlas: Atlas) -> None:
+def test_scene_in_a_batch_equals_scene_alone(world: World, atlas: Atlas) -> None:
     scenes = [draw_lesson(Random(number), world)[0] for number in range(6)]
     layouter = SceneEncoder(atlas, world)
     composer = BatchRenderer(layouter, "cpu")
@@ -159,7 +158,7 @@ def test_a_batch_does_not_change_its_scenes(world: World, atlas: Atlas) -> None:
     assert torch.allclose(together, torch.stack(alone), atol=1e-5)
 
 
-def test_augmentation_is_a_function_of_its_generator(world: World, atlas: Atlas) -> None:
+def test_augmentation_is_deterministic(world: World, atlas: Atlas) -> None:
     scenes = [draw_lesson(Random(number), world)[0] for number in range(3)]
     layouter = SceneEncoder(atlas, world)
     composer, layouts = BatchRenderer(layouter, "cpu"), layouter.layouts(scenes, 7)
@@ -173,7 +172,7 @@ def test_augmentation_is_a_function_of_its_generator(world: World, atlas: Atlas)
     assert (draw(1) - composer.draw(layouts)).abs().mean() < 0.15
 
 
-def test_a_contact_sheet_holds_all_pictures(world: World, atlas: Atlas) -> None:
+def test_contact_sheet_has_all_pictures(world: World, atlas: Atlas) -> None:
     pictures = [render(draw_lesson(Random(i), world)[0], atlas) for i in range(5)]
     sheet = contact_sheet(pictures, 3)
     assert sheet.size == (3 * 226, 2 * 226)

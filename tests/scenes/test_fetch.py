@@ -1,4 +1,4 @@
-"""Building the full atlas with npm: a stand-in npm serves tarballs that the tests make."""
+"""Building the full atlas with a stand-in npm that serves tarballs made by the tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmmamba_evals.scenes.classes import class_table
 from mmmamba_evals.scenes.fetch import EmojiPackage, fetch, pinned_packages
 
 CLASSES = ["dog", "ice cream", "spider"]
-# Puts the tarball, if there is one, where npm puts it: into the folder it is called in.
+# Writes the tarball, if there is one, into the working directory, as npm does.
 STAND_IN = """#!{python}
 import json, os, shutil, sys
 told = json.load(open({told!r}))
@@ -34,7 +34,7 @@ sys.exit(told["code"])
 
 
 def png(size: int = 64) -> bytes:
-    """A red box, wider than high, in the middle of nothing."""
+    """A red box, wider than high, on a transparent background."""
     image = Image.new("RGBA", (size, size))
     ImageDraw.Draw(image).rectangle((size // 8, size // 4, size * 7 // 8 - 1, size // 2), "red")
     file = io.BytesIO()
@@ -72,7 +72,7 @@ def google(classes: list[str], content: bytes | None = None) -> dict[str, bytes]
 
 
 class Npm:
-    """What the stand-in does, and what it was asked."""
+    """Configures the stand-in npm and reads its log."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -91,7 +91,7 @@ class Npm:
         self._tell(None, lines, code)
 
     def serves(self, tarball: bytes, style: str = "noto", pinned: str | None = None) -> None:
-        """Serve it, and pin its checksum unless another is given."""
+        """Serve a tarball, and pin its checksum unless another is given."""
         path = self.folder / "served.tgz"
         path.write_bytes(tarball)
         self._tell(path, "", 0)
@@ -111,14 +111,14 @@ class Npm:
 @pytest.fixture
 def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Npm:
     (tmp_path / "npm").mkdir()
-    # Where temporary files of the download go, so that a test can see that none remain.
+    # The folder of temporary files, so that a test can check that none remain.
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     return Npm(tmp_path / "npm", monkeypatch)
 
 
 def refusal(out: Path, kind: type[MmmambaError] = DataError, style: str = "noto") -> str:
-    """The sentence; nothing may remain of what was begun."""
+    """The error message; also check that no partial output remains."""
     with pytest.raises(kind) as raised:
         fetch(out, [style], CLASSES)
     assert not out.exists()
@@ -140,7 +140,7 @@ def test_a_style_is_built(tmp_path: Path, npm: Npm) -> None:
         *(f"noto/{name}/noto.png" for name in ("dog", "ice_cream", "spider")),
     }
     with Image.open(out / "noto" / "dog" / "noto.png") as image:
-        # The box of 48 x 17 pixels alone is left of 64 x 64.
+        # The 64 x 64 picture is cropped to the box of 48 x 17 pixels.
         assert (image.mode, image.size) == ("RGBA", (48, 17))
         assert image.getextrema() == ((255, 255), (0, 0), (0, 0), (255, 255))
     notice = (out / "noto" / "NOTICE").read_text()
@@ -187,7 +187,7 @@ def test_vector_drawings_need_their_library(
     assert npm.asked() == []
 
 
-def test_another_tarball_than_the_pinned_one_is_not_opened(
+def test_tarball_with_wrong_checksum_is_not_opened(
     tmp_path: Path, npm: Npm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = tar(google(CLASSES))
@@ -203,13 +203,13 @@ def test_another_tarball_than_the_pinned_one_is_not_opened(
 @pytest.mark.parametrize(
     "name", ["../../outside.png", "package/../../outside.png", "/tmp/outside.png", "..\\o.png"]
 )
-def test_a_tarball_that_leads_out_of_itself_is_refused(tmp_path: Path, npm: Npm, name: str) -> None:
+def test_path_traversal_is_an_error(tmp_path: Path, npm: Npm, name: str) -> None:
     npm.serves(tar({name: png(), **google(CLASSES)}))
     assert "outside" in refusal(tmp_path / "atlas")
     assert list(tmp_path.rglob("*outside*")) == []
 
 
-def test_a_link_in_place_of_a_picture_is_refused(tmp_path: Path, npm: Npm) -> None:
+def test_link_instead_of_a_picture_is_an_error(tmp_path: Path, npm: Npm) -> None:
     members = google(CLASSES)
     place = f"package/img/google/64/{class_table()['dog'].code}.png"
     del members[place]
@@ -225,7 +225,7 @@ def test_a_link_in_place_of_a_picture_is_refused(tmp_path: Path, npm: Npm) -> No
     assert place in refusal(tmp_path / "atlas")
 
 
-def test_a_picture_too_large_to_be_one_is_refused(tmp_path: Path, npm: Npm) -> None:
+def test_too_large_picture_is_an_error(tmp_path: Path, npm: Npm) -> None:
     npm.serves(tar(google(CLASSES, bytes((1 << 20) + 1))))
     assert "1048576 bytes" in refusal(tmp_path / "atlas")
 
@@ -272,7 +272,7 @@ def test_a_damaged_tarball_is_named(tmp_path: Path, npm: Npm, damage: bytes) -> 
     assert "the tarball of emoji-datasource-google@16.0.0 is damaged" in refusal(tmp_path / "atlas")
 
 
-def test_what_npm_says_is_handed_on(tmp_path: Path, npm: Npm) -> None:
+def test_npm_error_is_quoted(tmp_path: Path, npm: Npm) -> None:
     npm.fails("ECONNREFUSED", "FetchError: request to the registry failed", 1)
     sentence = refusal(tmp_path / "atlas")
     assert "exit code 1" in sentence
@@ -280,28 +280,28 @@ def test_what_npm_says_is_handed_on(tmp_path: Path, npm: Npm) -> None:
     assert "Unknown" not in sentence
 
 
-def test_npm_that_brings_nothing(tmp_path: Path, npm: Npm) -> None:
+def test_npm_without_output_file(tmp_path: Path, npm: Npm) -> None:
     npm.fails("", "", 0)
     assert "failed (exit code 0)" in refusal(tmp_path / "atlas")
 
 
-def test_npm_that_fails_half_way(tmp_path: Path, npm: Npm) -> None:
+def test_npm_that_is_killed(tmp_path: Path, npm: Npm) -> None:
     npm.serves(tar(google(CLASSES))[:200])
     npm.told.write_text(npm.told.read_text().replace('"code": 0', '"code": 137'))
     assert "failed (exit code 137)" in refusal(tmp_path / "atlas")
 
 
-def test_no_npm(tmp_path: Path, npm: Npm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_not_installed(tmp_path: Path, npm: Npm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "npm" in refusal(tmp_path / "atlas")
 
 
-def test_npm_that_cannot_be_run(tmp_path: Path, npm: Npm) -> None:
+def test_npm_not_executable(tmp_path: Path, npm: Npm) -> None:
     (tmp_path / "npm" / "bin" / "npm").write_text("#!/no/such/interpreter\n")
     assert "cannot be run" in refusal(tmp_path / "atlas")
 
 
-def test_unknown_names_are_refused_before_anything_is_asked(tmp_path: Path, npm: Npm) -> None:
+def test_unknown_names_are_rejected_before_downloading(tmp_path: Path, npm: Npm) -> None:
     with pytest.raises(DataError, match=r"no style is called apple.*noto, twemoji"):
         fetch(tmp_path / "atlas", ["apple"])
     with pytest.raises(DataError, match="no class is called dgo"):
@@ -309,7 +309,7 @@ def test_unknown_names_are_refused_before_anything_is_asked(tmp_path: Path, npm:
     assert npm.asked() == []
 
 
-def test_what_is_there_is_kept_or_replaced(tmp_path: Path, npm: Npm) -> None:
+def test_existing_folder_is_kept_or_replaced(tmp_path: Path, npm: Npm) -> None:
     npm.serves(tar(google(CLASSES)))
     old = tmp_path / "atlas" / "noto" / "old"
     old.mkdir(parents=True)
@@ -327,7 +327,7 @@ def test_what_is_there_is_kept_or_replaced(tmp_path: Path, npm: Npm) -> None:
     assert (tmp_path / "atlas" / "noto" / "dog" / "noto.png").is_file()
 
 
-def test_what_arrives_during_the_download_is_kept(tmp_path: Path, npm: Npm) -> None:
+def test_file_written_during_the_download_is_kept(tmp_path: Path, npm: Npm) -> None:
     npm.serves(tar(google(CLASSES)))
     old = tmp_path / "atlas" / "noto"
     old.mkdir(parents=True)
@@ -359,7 +359,7 @@ def test_packages_are_pinned() -> None:
         assert len(base64.b64decode(package.integrity.removeprefix("sha512-"), validate=True)) == 64
         assert package.version.count(".") == 2
         assert "licence" in package.licence.lower() or "://" in package.licence
-    # Their owners do not let the drawings be passed on.
+    # Their owners do not permit redistribution.
     assert not any(
         word in package.package
         for package in packages.values()

@@ -1,4 +1,4 @@
-"""A shipped model from Python, by its name: a question, its answer, and the names both carry."""
+"""Shipped models from Python by name: a question and its answer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def test_a_question_by_name(tmp_path: Path) -> None:
     tokens = model.generate(**inputs, max_new_tokens=3)
     answer = tokens[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(answer, skip_special_tokens=True).strip()
-    # Where it was loaded from is nothing about what is saved.
+    # The path it was loaded from is not saved.
     model.config.save_pretrained(tmp_path)
     assert "scenes-linear" not in (tmp_path / "config.json").read_text()
 
 
 def test_a_processor_by_its_folder(tmp_path: Path) -> None:
-    """A product and a teacher, which has other files; without a tokenizer it is a sentence."""
+    """Processors of a product and of a teacher; an error message without a tokenizer."""
     for name in ("scenes-hybrid", "scenes-teacher"):
         folder = shutil.copytree(shipped_models()[name], tmp_path / name)
         found = mmmamba_cli.load_processor(str(folder))

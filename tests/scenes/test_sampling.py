@@ -1,4 +1,4 @@
-"""Every answer is true of its scene, and no phrase leans to yes or no."""
+"""Every answer is true of its scene, and no wording is correlated with yes or no."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUMBER = {number_word(n): n for n in range(8)}
 
 
 def named_in(text: str, world: World) -> list[str]:
-    """Classes that a text names, longest names first, singular or plural."""
+    """Classes named in a text, singular or plural; longer names match first."""
     found: list[tuple[int, str]] = []
     taken = text.lower()
     for name in sorted(world.classes, key=len, reverse=True):
@@ -39,7 +39,7 @@ def words_in(scene: Scene) -> list[str]:
 
 
 def truth(scene: Scene, one: Question, world: World) -> str:
-    """The answer, worked out from the scene and the words of the question alone."""
+    """The answer, derived from the scene and the text of the question."""
     text = one.text.lower()
     quoted = re.findall(r'"(\w+)"', text)
     if quoted:
@@ -80,7 +80,7 @@ def test_answers_are_true(world: World, category: str) -> None:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_yes_and_no_are_even(world: World, category: str) -> None:
+def test_yes_and_no_are_balanced(world: World, category: str) -> None:
     draw = category_draws(world)[category]
     for number in range(50):
         answers = Counter(one.answer for one in draw(Random(number), world)[1])
@@ -88,7 +88,7 @@ def test_yes_and_no_are_even(world: World, category: str) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_what_is_there_and_what_is_not_come_from_one_law(world: World, split: str) -> None:
+def test_present_and_absent_classes_have_one_distribution(world: World, split: str) -> None:
     there: Counter[str] = Counter()
     missing: Counter[str] = Counter()
     rng = Random(5)
@@ -100,11 +100,11 @@ def test_what_is_there_and_what_is_not_come_from_one_law(world: World, split: st
         missing.update(absent)
     for name in world.classes:
         both = there[name] + missing[name]
-        # Five deviations of a fair coin: one of all classes would fail in a few hundred thousand.
+        # Five standard deviations of a fair coin: false alarms are negligible over all classes.
         assert abs(there[name] - missing[name]) <= 5 * both**0.5 + 1, name
 
 
-def test_popular_classes_are_frequent_and_adversarial_ones_belong_together(world: World) -> None:
+def test_popular_and_adversarial_splits(world: World) -> None:
     rng = Random(1)
     counts = {split: Counter[str]() for split in SPLITS}
     for _ in range(2000):
@@ -118,7 +118,7 @@ def test_popular_classes_are_frequent_and_adversarial_ones_belong_together(world
     assert top["popular"] > 2 * top["random"]
 
 
-def test_sides_are_only_told_where_they_are_certain() -> None:
+def test_sides_are_unambiguous() -> None:
     rng = Random(0)
     one, other = Thing("a", 0, 50, 100, 40), Thing("b", 0, 120, 110, 40)
     assert {sides_of(rng, one, other) for _ in range(20)} == {("to the left of", "to the right of")}
@@ -128,7 +128,7 @@ def test_sides_are_only_told_where_they_are_certain() -> None:
     assert {sides_of(rng, corner, one)[0] for _ in range(40)} == {"to the right of", "below"}
 
 
-def test_lessons_are_true(world: World) -> None:
+def test_lesson_answers_are_true(world: World) -> None:
     seen: Counter[str] = Counter()
     for number in range(400):
         scene, asked = draw_lesson(Random(number), world)
@@ -172,7 +172,7 @@ def check_place(scene: Scene, one: Question, world: World) -> None:
     assert ("bottom" in one.answer) == (thing.y >= 2 * scene.height / 3)
 
 
-def test_long_inputs_hide_one_detail(world: World) -> None:
+def test_long_inputs_have_one_detail(world: World) -> None:
     for number in range(40):
         rng = Random(number)
         scenes, pair = draw_pictures(rng, world, 9)
@@ -191,7 +191,7 @@ def test_long_inputs_hide_one_detail(world: World) -> None:
             assert (f'"{secret}"' in one.text) == (one.answer == "Yes")
 
 
-def test_the_same_seed_asks_the_same(world: World) -> None:
+def test_sampling_is_deterministic(world: World) -> None:
     for draw in category_draws(world).values():
         assert draw(Random("x"), world) == draw(Random("x"), world)
         assert draw(Random("x"), world) != draw(Random("y"), world)

@@ -1,4 +1,4 @@
-"""Scenes as suites and lessons: tables, the cache, scores, the blind baseline, the commands."""
+"""Scene suites and lessons: tables, cache, scores, the blind baseline and the commands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmmamba_evals.scenes.world import World
 CSV_LIMIT = 1 << 24
 
 
-def test_a_suite_is_a_table_the_runner_reads(tmp_path: Path, atlas: Atlas, world: World) -> None:
+def test_suite_table_is_readable(tmp_path: Path, atlas: Atlas, world: World) -> None:
     questions = write_suite(tmp_path / "SCENES.tsv", atlas, world, 0, of_split=2, of_pair=3)
     assert questions == 2 * 6 * len(SPLITS) + 3 * 2 * len(PAIRS)
     suite = find_suite("scenes")
@@ -44,16 +44,14 @@ def test_a_suite_is_a_table_the_runner_reads(tmp_path: Path, atlas: Atlas, world
     assert len({row.unit for row in rows}) == 2 * len(SPLITS) + 3 * len(PAIRS)
 
 
-def test_the_same_seed_is_the_same_file(tmp_path: Path, atlas: Atlas, world: World) -> None:
+def test_suite_is_deterministic(tmp_path: Path, atlas: Atlas, world: World) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_suite(tmp_path / name, atlas, world, seed, of_split=1, of_pair=1)
     one, again, other = ((tmp_path / name).read_bytes() for name in "abc")
     assert one == again != other
 
 
-def test_a_suite_without_data_is_drawn_once_into_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_suite_without_data_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmmamba_evals.scenes import build, shipped
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -72,7 +70,7 @@ def test_a_suite_without_data_is_drawn_once_into_the_cache(
         assert len(said) == 1
 
 
-def test_long_inputs_as_a_table(tmp_path: Path, atlas: Atlas, world: World) -> None:
+def test_long_suite_table(tmp_path: Path, atlas: Atlas, world: World) -> None:
     questions = write_long_suite(tmp_path, atlas, world, 0, each=1, pool=60)
     suite = find_suite("scenes-long")
     table, rows = open_suite(suite, EvalOptions(data=tmp_path))
@@ -110,7 +108,7 @@ def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -
         assert asked.startswith(place_images("", len(names)) if names else "The ")
         values = "".join(turn["value"] for turn in line["conversations"])
         assert values.count("<image>") == len(names)
-    # Nothing is asked twice, and nothing is lost.
+    # Every question appears exactly once.
     asked = draw_lesson(Random("0 lesson 0"), world)[1]
     said = [t["value"] for line, n in zip(lines, numbers, strict=True) if n == "0"
             for t in line["conversations"]]  # fmt: skip
@@ -118,9 +116,7 @@ def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -
     assert said[1::2] == [one.answer for one in asked]
 
 
-def test_short_lessons_are_about_one_picture_each(
-    tmp_path: Path, atlas: Atlas, world: World
-) -> None:
+def test_short_lessons_have_one_picture(tmp_path: Path, atlas: Atlas, world: World) -> None:
     for name, short in (("all", False), ("short", True)):
         write_lessons(tmp_path / name, atlas, world, 0, 15, short=short)
     everything, lines = (
@@ -129,14 +125,14 @@ def test_short_lessons_are_about_one_picture_each(
     )
     assert {line["id"].split("-")[1] for line in lines} == {str(number) for number in range(15)}
     assert all(isinstance(line.get("image"), str) for line in lines)
-    # The others are what they are without it: of 15, numbers 1, 2, 13 and 14 are long.
+    # The other lessons are unchanged: of 15, numbers 1, 2, 13 and 14 are long.
     long = ("1", "2", "13", "14")
     assert [line for line in lines if line["id"].split("-")[1] not in long] == [
         line for line in everything if line["id"].split("-")[1] not in long
     ]
 
 
-def test_workers_write_the_same(tmp_path: Path, atlas: Atlas, world: World) -> None:
+def test_workers_write_the_same_files(tmp_path: Path, atlas: Atlas, world: World) -> None:
     for name, workers in (("alone", 0), ("two", 2)):
         write_lessons(tmp_path / name, atlas, world, 0, 70, workers=workers)
     alone, two = (sorted(tmp_path.glob(f"{name}/**/*.*")) for name in ("alone", "two"))
@@ -175,19 +171,19 @@ def test_scores_by_hand() -> None:
 
 
 @pytest.mark.parametrize("category", (*SPLITS, *PAIRS))
-def test_nothing_can_be_guessed(world: World, category: str) -> None:
+def test_blind_baseline_is_at_chance(world: World, category: str) -> None:
     pytest.importorskip("sklearn")
     found = blind_accuracy(world, category_draws(world)[category], category, [0], 1500)
-    # Four deviations of a coin; the control below is found at once.
+    # Four standard deviations of a fair coin; the control below exceeds them by far.
     assert abs(found.accuracy - 50) < 100 * 4 * 0.5 / 1500**0.5
 
 
-def test_what_leaks_is_found(world: World) -> None:
+def test_blind_baseline_finds_a_leak(world: World) -> None:
     pytest.importorskip("sklearn")
     assert blind_accuracy(world, ask_with_bias, "control", [0], 600).accuracy >= 70
 
 
-def test_an_exact_test() -> None:
+def test_exact_binomial_test() -> None:
     pytest.importorskip("scipy")
     assert BlindResult(50, 100).p == 1
     assert BlindResult(5, 10).accuracy == 50
@@ -195,7 +191,7 @@ def test_an_exact_test() -> None:
     assert BlindResult(10, 10).p == pytest.approx(2 / 1024)
 
 
-def test_without_scikit_learn_the_extra_is_named(
+def test_missing_scikit_learn_names_the_extra(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
@@ -205,7 +201,7 @@ def test_without_scikit_learn_the_extra_is_named(
         blind.guess([], [])
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_commands(tmp_path: Path) -> None:
     run = CliRunner()
     words = ["build", "--out", str(tmp_path / "s"), "--pictures", "1", "--lessons", "2", "--json"]
     done = run.invoke(command, words)
@@ -236,7 +232,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert done.exit_code != 0 and "SCENES.tsv already exists" in str(done.exception)
 
 
-def test_the_blind_command_says_what_can_be_guessed() -> None:
+def test_blind_command_reports_the_leak() -> None:
     pytest.importorskip("sklearn")
     done = CliRunner().invoke(command, ["blind", "--questions", "300", "--seeds", "1", "--json"])
     assert done.exit_code == 0, done.output

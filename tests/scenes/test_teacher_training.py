@@ -1,5 +1,5 @@
-"""The small teacher's training: prompts as the processor writes them, branches as if alone, and the
-same weights whether it was stopped or not."""
+"""Training of the small teacher: prompts equal the processor's, branches equal single ones, and a
+resumed training gives the same weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from train import Steps, inputs_of, train
 
 @pytest.fixture(scope="module")
 def teacher(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained teacher as a folder, with a tokenizer trained on little."""
+    """A folder with an untrained teacher and a small tokenizer."""
     folder = tmp_path_factory.mktemp("teacher")
     original, vocabulary.LESSONS = vocabulary.LESSONS, 400
     try:
@@ -62,7 +62,7 @@ def whole(
     return prefix + batcher._branch(one, after_text)[0]
 
 
-def test_the_teacher_is_a_hovle_of_the_size_promised(teacher: Path) -> None:
+def test_teacher_size(teacher: Path) -> None:
     model = mmmamba_cli.load(teacher)
     assert sum(p.numel() for p in model.parameters()) < 8_000_000
     assert sum(file.stat().st_size for file in teacher.iterdir()) <= 16 * 2**20
@@ -71,7 +71,9 @@ def test_the_teacher_is_a_hovle_of_the_size_promised(teacher: Path) -> None:
     assert model.config.embedding.num_kv_heads < model.config.embedding.num_heads
 
 
-def test_prompts_are_the_processor_s(teacher: Path, batcher: Batcher, world: World) -> None:
+def test_prompts_equal_those_of_the_processor(
+    teacher: Path, batcher: Batcher, world: World
+) -> None:
     processor = processor_from_folder(teacher)
     rng = Random(0)
     for _ in range(20):
@@ -94,7 +96,7 @@ def test_prompts_are_the_processor_s(teacher: Path, batcher: Batcher, world: Wor
         assert ids == processor.conversation_ids(conversation)[0]
 
 
-def test_a_branch_is_as_if_it_were_alone(teacher: Path, batcher: Batcher, world: World) -> None:
+def test_branch_equals_branch_alone(teacher: Path, batcher: Batcher, world: World) -> None:
     model = mmmamba_cli.load(teacher, dtype="fp32")
     lessons = batcher.lessons(0, 2)
     assert uses_branches(lessons)
@@ -123,7 +125,7 @@ def test_a_branch_is_as_if_it_were_alone(teacher: Path, batcher: Batcher, world:
     assert compared >= 8
 
 
-def test_tiles_are_cut_as_the_processor_cuts_them(teacher: Path) -> None:
+def test_tiles_equal_those_of_the_processor(teacher: Path) -> None:
     from PIL import Image
 
     from mmmamba_cli.processing.tiling import cut_tiles
@@ -154,7 +156,7 @@ def test_every_kind_of_step_has_answers(batcher: Batcher) -> None:
         assert lessons.ids.max() < len(batcher.special) + batcher.pieces.get_piece_size()
 
 
-def test_stopped_and_resumed_is_the_same(teacher: Path, tmp_path: Path) -> None:
+def test_resumed_training_equals_uninterrupted(teacher: Path, tmp_path: Path) -> None:
     def run(out: Path, every: int, stop_after: int | None = None) -> Path:
         given = Namespace(
             atlas=[], out=out, begin=None, steps=4, pictures=2, lr=1e-3, seed=3, workers=0,

@@ -1,4 +1,4 @@
-"""Atlases of any origin: photographs, cut-outs, and what is no atlas."""
+"""Atlases of photographs and cut-outs, and invalid ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmmamba_evals.scenes.world import EVERYTHING, make_world
 
 
 def photograph() -> Image.Image:
-    """A real one, which matplotlib brings."""
+    """A photograph from matplotlib."""
     matplotlib = pytest.importorskip("matplotlib")
     sample = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     return Image.open(sample).convert("RGB")
@@ -26,7 +26,7 @@ def photograph() -> Image.Image:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """An atlas of nine parts of a photograph, under names that are in no table."""
+    """An atlas of nine crops of a photograph, with class names outside the table."""
     picture = photograph()
     width, height = picture.width // 3, picture.height // 3
     for number in range(9):
@@ -43,7 +43,7 @@ def save(folder: Path, image: Image.Image, name: str = "a.png") -> Path:
     return folder / name
 
 
-def test_photographs_need_no_change_of_code(photographs: Path) -> None:
+def test_atlas_of_photographs(photographs: Path) -> None:
     atlas = open_atlas(photographs)
     world = make_world(atlas, fonts=(0, 1))
     assert set(world.themes) == {EVERYTHING}
@@ -58,14 +58,14 @@ def test_photographs_need_no_change_of_code(photographs: Path) -> None:
         assert len(scene.things) >= 3
 
 
-def test_a_photograph_stands_there_as_a_rectangle(photographs: Path) -> None:
+def test_photograph_is_drawn_as_a_rectangle(photographs: Path) -> None:
     file = next(photographs.glob("*/photo.jpg"))
     pixels = read_sprite(file).pixels
     assert (pixels[..., 3] == 255).all()
     assert max(pixels.shape[:2]) == MAX_SPRITE_SIDE
 
 
-def test_transparency_is_cut_off(tmp_path: Path) -> None:
+def test_transparent_border_is_cropped(tmp_path: Path) -> None:
     image = Image.new("RGBA", (100, 60))
     image.paste((200, 0, 0, 255), (10, 20, 50, 50))
     pixels = read_sprite(save(tmp_path, image)).pixels
@@ -100,13 +100,13 @@ def test_palette_and_grey_alpha_pictures_are_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_atlas(tmp_path: Path, prepare: object, message: str) -> None:
+def test_invalid_atlas(tmp_path: Path, prepare: object, message: str) -> None:
     prepare(tmp_path / "atlas")  # type: ignore[operator]
     with pytest.raises(DataError, match=message):
         open_atlas(tmp_path / "atlas")
 
 
-def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
+def test_truncated_picture_is_named(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     file = save(tmp_path / "atlas" / "dog", Image.fromarray(noise))
     file.write_bytes(file.read_bytes()[:600])
@@ -114,21 +114,21 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
         open_atlas(tmp_path / "atlas")
 
 
-def test_too_few_classes_to_ask_about(tmp_path: Path) -> None:
+def test_too_few_classes(tmp_path: Path) -> None:
     for name in ("dog", "cat"):
         save(tmp_path / "atlas" / name, Image.new("RGB", (20, 20)))
     with pytest.raises(DataError, match="has 2 classes, at least 6 are needed"):
         make_world(open_atlas(tmp_path / "atlas"), ())
 
 
-def test_without_fonts_and_vivid_things_those_questions_are_left_out(photographs: Path) -> None:
+def test_questions_without_fonts_or_recolourable_classes(photographs: Path) -> None:
     for file in photographs.glob("*/photo.jpg"):
         Image.open(file).convert("L").save(file)
     world = make_world(open_atlas(photographs), ())
     assert available_categories(world) == ["existence", "count", "position"]
 
 
-def test_styles_can_be_drawn_from_together() -> None:
+def test_merged_atlases() -> None:
     noto, fluent = (shipped_atlas(style) for style in STYLES)
     both = merge_atlases([noto, fluent])
     assert set(both.sprites) == set(noto.sprites) == set(fluent.sprites)

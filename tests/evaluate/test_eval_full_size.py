@@ -1,4 +1,4 @@
-"""The benchmark's logic, on a small model and a CPU."""
+"""benchmarks/eval_full_size.py with a small model on a CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def benchmark() -> Any:
     return module
 
 
-def test_batch_1_against_the_found_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_1_against_measured_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Answers in bf16 depend on the batch.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     embedding = {**CONFIG["embedding_config"], **SIZES, "num_hidden_layers": 2}
@@ -55,9 +55,7 @@ def test_batch_1_against_the_found_batch(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(found["tiles"].values()) == 24
 
 
-def test_a_gate_that_does_not_hold_stops_everything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_gate_stops_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark()
     answers = iter((["a"], ["b"]))
     monkeypatch.setattr(module, "random_model", lambda *a, **k: None)
@@ -66,6 +64,6 @@ def test_a_gate_that_does_not_hold_stops_everything(
         module.gate({}, "cpu", tmp_path, tmp_path, 1)
 
 
-def test_without_photographs_it_says_so(tmp_path: Path) -> None:
+def test_missing_photographs(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--pictures"):
         benchmark().photographs(tmp_path)

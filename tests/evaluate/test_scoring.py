@@ -1,4 +1,4 @@
-"""Every scoring rule against tables written by hand."""
+"""Every scoring rule against hand-written tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mmmamba_cli.evaluate.scoring.yes_no import (
     read_words,
 )
 
-# Answer, VLMEvalKit's reading, the MME tool's, InternVL's of POPE.
+# Answer, and the result of VLMEvalKit, the MME tool, and InternVL for POPE.
 YES_NO = [
     ("Yes", "yes", "yes", "yes"),
     ("yes.", "yes", "yes", "yes"),
@@ -85,12 +85,12 @@ def mme_pair(category: str, number: int) -> list[Row]:
 
 def test_mme_sums() -> None:
     rows = [row for name in (*PERCEPTION, *REASONING) for i in (0, 1) for row in mme_pair(name, i)]
-    # All right: 200 points for each of 10 and of 4 categories.
+    # All right: 200 points for each of 10 and 4 categories.
     right = find_rule("mme_words")(rows, [row.answer for row in rows])
     assert right.values() == {"perception": 2000.0, "reasoning": 800.0}
     assert len(right.categories) == 14
     assert right.counts == {"right": 56, "wrong": 0, "unreadable": 0}
-    # Always yes: half of the questions, no picture with both.
+    # Always yes: half of the questions right, no picture with both right.
     yes = find_rule("mme_words")(rows, ["Yes"] * len(rows))
     assert yes.values() == {"perception": 500.0, "reasoning": 200.0}
 
@@ -98,7 +98,7 @@ def test_mme_sums() -> None:
 def test_mme_by_both_rules() -> None:
     rows = [*mme_pair("OCR", 0), *mme_pair("OCR", 1), *mme_pair("code_reasoning", 0)]
     answers = ["Yes", "No", "Yes", "Nope", "True", "Not sure"]
-    # OCR: 3 of 4 right, 1 of 2 pairs; code reasoning: nothing can be read.
+    # OCR: 3 of 4 right, 1 of 2 pairs; code reasoning: nothing is parsed.
     words = find_rule("mme_words")(rows, answers)
     assert words.values() == {"perception": 125.0, "reasoning": 0.0}
     assert words.categories["OCR"] == {
@@ -118,17 +118,17 @@ def test_mme_by_both_rules() -> None:
     assert letters.values() == {"perception": 200.0, "reasoning": 200.0}
 
 
-def test_mme_strangers_are_in_no_sum() -> None:
+def test_mme_unknown_categories_are_in_no_sum() -> None:
     rows = [*mme_pair("OCR", 0), *mme_pair("taste", 0)]
     tally = find_rule("mme_words")(rows, ["Yes", "No", "Yes", "No"])
-    # Nothing was asked of reasoning, which is not the same as nothing right.
+    # No question on reasoning gives no value, not 0.
     assert tally.values() == {"perception": 200.0, "reasoning": None}
     assert "reasoning has no value: none of its 4 categories was asked" in tally.notes
     assert "taste" in tally.notes[-1]
     assert set(intervals(tally)) == {"perception"}
 
 
-def test_the_headline_is_what_was_asked() -> None:
+def test_headline_is_the_first_metric_with_rows() -> None:
     rows = mme_pair("code_reasoning", 0)
     tally = find_rule("mme_words")(rows, ["Yes", "No"])
     assert (tally.headline, tally.values()) == (
@@ -176,13 +176,13 @@ def test_pope_by_both_rules() -> None:
     assert denial.counts["unreadable"] == 0
 
 
-def test_pope_an_unknown_answer_is_wrong_even_where_no_is_right() -> None:
+def test_pope_unparsed_answer_is_wrong_even_if_no_is_right() -> None:
     rows = [pope("random", "Yes", 0), pope("random", "No", 1)]
     found = find_rule("pope_all_rows")(rows, ["Yes", "maybe"]).values()
     assert (found["F1"], found["accuracy"]) == (100.0, 50.0)
 
 
-def test_pope_a_row_in_two_splits_counts_in_both() -> None:
+def test_pope_row_in_two_splits_counts_in_both() -> None:
     rows = [pope("random,popular", "Yes", 0), pope("popular", "No", 1)]
     tally = find_rule("pope_all_rows")(rows, ["Yes", "Yes"])
     # Over three rows: TP 2, FP 1.
@@ -193,7 +193,7 @@ def test_pope_a_row_in_two_splits_counts_in_both() -> None:
     }
 
 
-def test_pope_with_no_yes_at_all_is_zero() -> None:
+def test_pope_without_yes_is_zero() -> None:
     rows = [pope("random", "Yes", 0), pope("random", "No", 1)]
     for rule in ("pope_all_rows", "pope_mean_of_splits"):
         assert find_rule(rule)(rows, ["No", "No"]).values()["F1"] == 0.0
@@ -231,16 +231,16 @@ def test_multiple_choice(answer: str, chosen: str | None) -> None:
     assert choose_option(answer, OPTIONS) == chosen
 
 
-def test_a_long_answer_is_not_searched_for_an_options_text() -> None:
+def test_long_answer_is_not_searched_for_option_text() -> None:
     text = "fish " + "x" * 60
     assert choose_option(text[:40], OPTIONS) == "D"
     assert choose_option(text, OPTIONS) is None
-    # Outer spaces are part of the answer, as the kit measures it.
+    # As in the kit, outer spaces count in the length of the answer.
     assert choose_option(f"{'fish':>60}", OPTIONS) is None
 
 
 WORDY = [
-    # Answer, as read since June 2026, since August 2025, since February 2024.
+    # Answer, and its option since June 2026, since August 2025, since February 2024.
     ("The answer is **C**. A is too small and B is of another colour.", "C", None, None),
     ("B is what I see in the picture here", None, None, "B"),
     ("fish " + "x" * 60, None, None, "D"),
@@ -271,8 +271,8 @@ VERSIONS: dict[str, ChoiceRule] = {
 }
 
 
-def test_odd_answers_are_read_as_the_kits_read_them() -> None:
-    """`kit_answers.jsonl`: what the kits' own functions read, by the month since which they do."""
+def test_recorded_answers_are_parsed_as_by_the_kits() -> None:
+    """`kit_answers.jsonl` has the results of the kits' functions, by version."""
     assert len(KIT_ANSWERS) == 707
     wrong = []
     for one in KIT_ANSWERS:
@@ -294,7 +294,7 @@ def test_odd_answers_are_read_as_the_kits_read_them() -> None:
     assert wrong == []
 
 
-def test_the_versions_of_a_rule_differ_on_these_answers() -> None:
+def test_versions_of_a_rule_differ_on_recorded_answers() -> None:
     def differing(key: str, one: str, other: str) -> int:
         return sum(row[key][one] != row[key][other] for row in KIT_ANSWERS)
 
@@ -303,7 +303,7 @@ def test_the_versions_of_a_rule_differ_on_these_answers() -> None:
     assert differing("vqa", "2025-05", "2024-01") == 50
 
 
-def test_a_name_without_a_date_is_the_newest_version() -> None:
+def test_name_without_date_is_the_newest_version() -> None:
     for name, newest in NEWEST.items():
         assert find_rule(name) is RULES[newest]
         versions = [rule for rule in RULES if rule.startswith(f"{name}_20")]
@@ -333,7 +333,7 @@ def test_rows_and_circular_accuracy() -> None:
     assert circular.counts == {"right": 3, "wrong": 0, "unreadable": 1, "questions": 2}
 
 
-def test_a_question_without_options_is_matched_with_its_answer() -> None:
+def test_question_without_options_is_matched_with_its_answer() -> None:
     rows = [Row(str(i), "?", "24.5", unit=str(i)) for i in range(4)]
     tally = find_rule("choice_rows")(rows, ["24.5", "about 24.5 m", "23", "B"])
     assert tally.values() == {"accuracy": 50.0}
@@ -341,7 +341,7 @@ def test_a_question_without_options_is_matched_with_its_answer() -> None:
 
 
 WORDS = [
-    # Answer, as VLMEvalKit compares it, as InternVL's kit does.
+    # Answer, and its normal form in VLMEvalKit and in InternVL's kit.
     ("The Cat", "cat", "cat"),
     ("Two birds.", "2 birds", "2 birds"),
     ("none", "0", "0"),
@@ -363,7 +363,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("answer", "plain", "evalai"), WORDS)
-def test_answers_as_the_vqa_evaluations_compare_them(answer: str, plain: str, evalai: str) -> None:
+def test_vqa_normalization(answer: str, plain: str, evalai: str) -> None:
     assert vqa_answer(answer) == plain
     assert evalai_answer(answer) == evalai
 
@@ -371,7 +371,7 @@ def test_answers_as_the_vqa_evaluations_compare_them(answer: str, plain: str, ev
 @pytest.mark.parametrize(
     ("agreeing", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)]
 )
-def test_soft_accuracy_of_ten_people(agreeing: int, expected: float) -> None:
+def test_soft_accuracy_of_ten_answers(agreeing: int, expected: float) -> None:
     people = ["x"] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
     assert soft_accuracy("x", people) == pytest.approx(expected)
 
@@ -401,7 +401,7 @@ def test_gqa_by_both_rules() -> None:
     assert find_rule("exact_gqa")(rows[:2], answers[:2]).values() == {"accuracy": 100.0}
 
 
-def test_a_rule_may_be_anothers() -> None:
+def test_rule_of_another_package() -> None:
     module = "mmmamba_cli.evaluate.scoring.yes_no"
     assert find_rule(f"{module}:mme_words") is RULES["mme_words"]
     with pytest.raises(DataError, match="no scoring rule is called mme_word, known are mme_words"):
