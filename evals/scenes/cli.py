@@ -33,27 +33,27 @@ AtlasFolders = Annotated[
     typer.Option(
         "--atlas",
         metavar="DIR",
-        help="Atlas: a folder CLASS/*.png. Several are drawn from together; without it, the "
-        "shipped one.",
+        help="Atlas, a folder of CLASS/*.png (default: the shipped one). May be repeated to merge "
+        "atlases.",
     ),
 ]
 Style = Annotated[
     str,
     typer.Option(
         metavar="STYLE",
-        help="Of the shipped atlas: noto, or fluent, with the fonts kept for tests.",
+        help="Style of the shipped atlas: noto, or fluent with the fonts reserved for tests.",
     ),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="Another seed, other scenes.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the scenes.")]
 
 
 @command.command()
 def build(
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")],
     atlas: AtlasFolders = None,
     style: Style = "noto",
     pictures: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pictures of each category of the suite.")
+        int, typer.Option(min=1, metavar="N", help="Pictures per category of the suite.")
     ] = 100,
     lessons: Annotated[
         int, typer.Option(min=0, metavar="N", help="Pictures of the training data; 0 for none.")
@@ -61,17 +61,17 @@ def build(
     short: Annotated[
         bool,
         typer.Option(
-            "--short", help="Lessons about one picture only: no long texts, no galleries."
+            "--short", help="Write lessons about single pictures only: no long texts, no galleries."
         ),
     ] = False,
     workers: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Processes that draw lessons.")
+        int, typer.Option(min=0, metavar="N", help="Number of processes that draw lessons.")
     ] = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write SCENES.tsv to evaluate on and lessons.jsonl with pictures to train on."""
+    """Write SCENES.tsv for evaluation, and lessons.jsonl with pictures for training."""
     from mmmamba_cli.checkpoint import atomic_folder
     from mmmamba_cli.checkpoint.atomic import check_replaceable, unlisted_files
     from mmmamba_evals.scenes.build import LESSONS, PICTURES, TABLE, write_lessons, write_suite
@@ -116,11 +116,11 @@ def sheet(
     file: Annotated[Path, typer.Option("--out", metavar="PNG", help="Picture to write.")],
     atlas: AtlasFolders = None,
     style: Style = "noto",
-    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Scenes of each category.")] = 6,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Scenes per category.")] = 6,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw a contact sheet: a column for each category, and the questions beside on stdout."""
+    """Draw a contact sheet, one column per category, and print questions to stdout."""
     from random import Random
 
     from mmmamba_cli.errors import DataError
@@ -147,14 +147,14 @@ def sheet(
 def blind(
     atlas: AtlasFolders = None,
     questions: Annotated[
-        int, typer.Option(min=30, metavar="N", help="Questions of each category and seed.")
+        int, typer.Option(min=30, metavar="N", help="Questions per category and seed.")
     ] = 3000,
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Independent repeats, pooled.")
+        int, typer.Option(min=1, metavar="N", help="Number of independent repeats, pooled.")
     ] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Guess answers without looking: everything but the leaky control must be near 50 %."""
+    """Guess answers without the picture: all but the leaky control must be near 50 %."""
     from mmmamba_evals.scenes.blind import CONTROL, LEVEL, blind_table
     from mmmamba_evals.scenes.shipped import STYLES
 
@@ -182,18 +182,20 @@ def blind(
 
 @command.command()
 def fetch(
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")],
     style: Annotated[
         list[str] | None,
         typer.Option(
-            "--style", metavar="STYLE", help="noto, twemoji, fluent, openmoji; all without it."
+            "--style",
+            metavar="STYLE",
+            help="noto, twemoji, fluent or openmoji (default: all). May be repeated.",
         ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Build the full atlas from the vendors' npm packages, by way of your own npm.
+    """Build the full atlas from the vendors' npm packages, downloaded with your npm.
 
-    Downloads some 150 MB; checks every package before anything of it is read.
+    Downloads about 150 MB; every package is verified before it is read.
     """
     from mmmamba_evals.scenes.fetch import fetch as fetch_atlases
 

@@ -59,12 +59,12 @@ def command(
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder of the suites' TSVs; default: $LMUData, then ~/LMUData."
+            metavar="DIR", help="Folder of the suites' TSVs (default: $LMUData, then ~/LMUData)."
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for results; default: evals/ in the run."),
+        typer.Option(metavar="DIR", help="Folder for results (default: evals/ of the run)."),
     ] = None,
     limit: Annotated[
         int | None,
@@ -75,12 +75,14 @@ def command(
     ] = "auto",
     max_tiles: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Maximum tiles per picture; default: the suite's."),
+        typer.Option(min=1, metavar="N", help="Maximum tiles per picture (default: the suite's)."),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Maximum answer length in tokens; default: the suite's."
+            min=1,
+            metavar="N",
+            help="Maximum length of an answer, in tokens (default: the suite's).",
         ),
     ] = None,
     choose: Annotated[
@@ -89,7 +91,7 @@ def command(
     rule: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Score by this rule only; without a date: its newest version."
+            metavar="NAME", help="Score by this rule only, without a date by its newest version."
         ),
     ] = None,
     device: Device = None,
