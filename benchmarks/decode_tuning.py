@@ -62,7 +62,7 @@ def key_of(case: Case) -> tuple[int, int, int]:
 def compile_tiles(jobs: list[tuple[Case, Tile]]) -> None:
     """Run each product with each tile once, in a process of its own.
 
-    Triton keeps what it compiles on disk: whoever times them finds it there.
+    Triton caches compiled kernels on disk, where the timing process finds them.
     """
     jobs.sort(key=lambda job: job[0])
     with torch.inference_mode():

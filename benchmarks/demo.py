@@ -62,13 +62,13 @@ def steps() -> Iterator[Step]:
     """All steps, with paths relative to the demo's folder."""
     size = ("--short", "--pictures", str(PICTURES), "--lessons", str(LESSONS))
     yield Step(
-        "draw scenes to ask about, and lessons to learn from",
+        "scenes for evaluation, and lessons for training",
         ("scenes", "build", "--out", SCENES, *size),
         f"{SCENES}/SCENES.tsv",
     )
     unseen = ("--short", "--pictures", "1", "--lessons", str(HELD_OUT_LESSONS), "--seed", "1")
     yield Step(
-        "lessons that nobody learns from",
+        "held-out lessons",
         ("scenes", "build", "--out", HELD_OUT, *unseen),
         f"{HELD_OUT}/lessons.jsonl",
     )

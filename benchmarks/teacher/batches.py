@@ -82,7 +82,7 @@ class Lessons:
 
 
 class Batcher:
-    """Makes batch `step` of a seed, the same whoever asks."""
+    """Makes batch `step` of a seed, deterministically."""
 
     def __init__(
         self, model: bytes, special: dict[str, int], layouter: SceneEncoder, world: World, seed: int

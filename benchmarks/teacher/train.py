@@ -103,7 +103,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def held_out(given: argparse.Namespace, tokenizer: bytes, special: dict[str, int]) -> list[Any]:
-    """(name, lessons, how to draw them): the seen style, and one nobody was trained on."""
+    """(name, lessons, renderer) of the seen style and of an unseen one."""
     found = []
     for name, atlas, split in (
         ("seen", shipped_atlas(), SEEN),

@@ -143,8 +143,8 @@ def command(
         found = evaluate_with_kit(kit, models, load, names, folder, options, _callbacks())
         _print_external_results(kit, found, as_json)
         return
-    results, kept = evaluate_models(models, load, names, folder, options, _callbacks())
-    _print_results(results, kept, compare, as_json)
+    results, retentions = evaluate_models(models, load, names, folder, options, _callbacks())
+    _print_results(results, retentions, compare, as_json)
 
 
 def _names(text: str) -> list[str]:
@@ -221,7 +221,7 @@ def _print_external_results(kit: str, found: Sequence[ExternalResult], as_json: 
 
 
 def _print_results(
-    results: Sequence[Result], kept: Sequence[Retention], compare: bool, as_json: bool
+    results: Sequence[Result], retentions: Sequence[Retention], compare: bool, as_json: bool
 ) -> None:
     from mmmamba_cli.evaluate import find_suite, published_rows, tables
 
@@ -229,7 +229,7 @@ def _print_results(
     if as_json:
         found = {
             "results": [result.model_dump(mode="json") for result in results],
-            "retention": [part.model_dump(mode="json") for part in kept],
+            "retention": [part.model_dump(mode="json") for part in retentions],
         }
         print_json({**found, "published": published} if compare else found)
         return
@@ -239,8 +239,8 @@ def _print_results(
             if part.categories:
                 heading, rows = tables.categories(result, part)
                 print_table(heading, rows, title=result.model.name, right=heading[1:])
-    if kept:
-        print_table(*tables.retention_table(kept), right=RIGHT)
+    if retentions:
+        print_table(*tables.retention_table(retentions), right=RIGHT)
     if compare:
         suites = {result.suite: find_suite(result.suite) for result in results}
         heading, rows = tables.comparison(results, suites, published)

@@ -133,7 +133,7 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
                 if handle.read(1):
                     raise DataError(
                         f"{self.file}: line {number} is damaged",
-                        "delete the line, or the file to begin anew",
+                        "delete the line, or the file to start over",
                     )
                 self._warn(f"{self.file}: the last line was cut short and is dropped")
                 break
@@ -171,7 +171,7 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
                 raise DataError(
                     f"{self.file} does not say that its answers are to this suite, model and "
                     "settings",
-                    "move it away to begin anew",
+                    "move it away to start over",
                 )
         elif LIMIT in record:
             self.limit = BatchLimit(**record[LIMIT])

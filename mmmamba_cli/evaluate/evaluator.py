@@ -106,8 +106,9 @@ def evaluate_models(
         # Free the model before the next one is loaded: two may not fit.
         del model
         gc.collect()
-    kept = _write_retentions(scored, folder, options) if models[-1].name == TEACHER else []
-    return [one.result for found in scored.values() for one in found], kept
+    has_teacher = models[-1].name == TEACHER
+    retentions = _write_retentions(scored, folder, options) if has_teacher else []
+    return [one.result for found in scored.values() for one in found], retentions
 
 
 def _evaluate_with_progress(

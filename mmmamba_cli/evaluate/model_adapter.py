@@ -210,7 +210,7 @@ def load_eval_model(
         "asked anything",
         "put the teacher's tokenizer.model there, or seed again with --tokenizer FILE",
     )
-    chosen, kept = pick_placement(device, dtype)
+    target, load_dtype = pick_placement(device, dtype)
     product = found.origin == "product"
     identity = ModelIdentity(
         name=found.name,
@@ -221,11 +221,11 @@ def load_eval_model(
         answers_depend_on={
             "config": _digest(found.checkpoint.config.to_dict()),
             "processor": _digest(processor.to_dict()),
-            "device": chosen.type,
-            "dtype": str(kept).removeprefix("torch."),
+            "device": target.type,
+            "dtype": str(load_dtype).removeprefix("torch."),
         },
     )
-    return HolisticVLMAdapter(found.load(chosen, kept), processor, identity)
+    return HolisticVLMAdapter(found.load(target, load_dtype), processor, identity)
 
 
 def _digest(settings: dict[str, Any]) -> str:
