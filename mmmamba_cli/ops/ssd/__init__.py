@@ -4,7 +4,6 @@ Sources: Dao & Gu, "Transformers are SSMs" (Mamba-2), arXiv 2405.21060; as a rep
 attention, with queries C, keys B and values x: mmMamba, arXiv 2502.13145.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,10 +12,7 @@ from torch import Tensor
 from mmmamba_cli.ops.backends import check_shape, compute_dtype, get_backend, optional_backend
 from mmmamba_cli.ops.ssd import reference
 from mmmamba_cli.ops.ssd.dispatch import select_backend
-from mmmamba_cli.ops.ssd.reference import ScanInputs
-
-# y (B, T, H, P) and the final state (B, H, P, N).
-ScanBackend = Callable[[ScanInputs], tuple[Tensor, Tensor]]
+from mmmamba_cli.ops.ssd.reference import ScanBackend, ScanInputs
 
 
 class StepBackend(Protocol):

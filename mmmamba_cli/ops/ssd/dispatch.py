@@ -6,7 +6,7 @@ dtype and with or without gradients.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.backends import MAX_GRID_ROWS, fits_grid, supports_triton
-from mmmamba_cli.ops.ssd.reference import ScanInputs, chunked
-
-Scan = Callable[[ScanInputs], tuple[Tensor, Tensor]]
+from mmmamba_cli.ops.ssd.reference import ScanBackend, ScanInputs, chunked
 
 
 class Limits(NamedTuple):
@@ -99,7 +97,7 @@ class SelfTest(NamedTuple):
 _results: dict[SelfTest, bool] = {}
 
 
-def select_backend(backends: Mapping[str, Scan], inputs: ScanInputs) -> str:
+def select_backend(backends: Mapping[str, ScanBackend], inputs: ScanInputs) -> str:
     """The name of the backend that `auto` uses for these inputs."""
     length = inputs.x.shape[1]
     if length < 2:
@@ -114,7 +112,7 @@ def select_backend(backends: Mapping[str, Scan], inputs: ScanInputs) -> str:
     return "chunked"
 
 
-def passes(test: SelfTest, scan: Scan) -> bool:
+def passes(test: SelfTest, scan: ScanBackend) -> bool:
     """Whether the backend passed its self-test; runs the test on first use.
 
     While tracing or capturing, an untested backend counts as passed and stays untested.
@@ -143,7 +141,7 @@ def _is_tracing(device: str) -> bool:
     return device.startswith("cuda") and torch.cuda.is_current_stream_capturing()
 
 
-def _failure(test: SelfTest, scan: Scan) -> str | None:
+def _failure(test: SelfTest, scan: ScanBackend) -> str | None:
     """What is wrong with a backend, as the end of a sentence; None if it passes."""
     device, tolerance = torch.device(test.device), TOLERANCES[test.dtype]
     inputs = _test_inputs(test.dtype)
@@ -166,7 +164,7 @@ def _failure(test: SelfTest, scan: Scan) -> str | None:
     return None
 
 
-def _run(scan: Scan, tensors: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
+def _run(scan: ScanBackend, tensors: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
     """Outputs and, with `gradients`, the gradients of all inputs; the caller's state is unaffected.
 
     Gradients are computed only if the caller has grad mode on, so no mode is changed. The hooks

@@ -218,9 +218,9 @@ def pass_states(
     state = tl.zeros((BLOCK,), tl.float32)
     if HAS_FIRST:
         state = tl.load(first_ptr + row_head * size + e, mask=keep, other=0.0).to(tl.float32)
-    other = state
+    end_state = state
     if REVERSE:
-        other = tl.load(final_ptr + row_head * size + e, mask=keep, other=0.0)
+        end_state = tl.load(final_ptr + row_head * size + e, mask=keep, other=0.0)
     # Each iteration reads and writes its own span, so loads can be prefetched.
     for i in tl.range(num_spans, num_stages=4):
         span = i
@@ -232,11 +232,11 @@ def pass_states(
         decay = tl.load(decay_ptr + place)
         tl.store(state_ptr + at, state, mask=keep)
         if REVERSE:
-            began = tl.load(entering_ptr + at, mask=keep, other=0.0)
+            initial = tl.load(entering_ptr + at, mask=keep, other=0.0)
             if ONE_CHUNK:
-                other = began * decay
-            tl.store(product_ptr + place * blocks + block, tl.sum(state * other, axis=0))
-            other = began
+                end_state = initial * decay
+            tl.store(product_ptr + place * blocks + block, tl.sum(state * end_state, axis=0))
+            end_state = initial
         state = state * decay + added
     tl.store(last_ptr + row_head * size + e, state, mask=keep)
 

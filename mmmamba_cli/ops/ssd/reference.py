@@ -8,6 +8,7 @@ All arithmetic is fp32, or fp64 if x is fp64; autocast is disabled inside.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -51,6 +52,10 @@ class ScanInputs(NamedTuple):
     def group_size(self) -> int:
         """G, the number of query heads that share a key/value head."""
         return self.C.shape[2] // self.x.shape[2]
+
+
+# y (B, T, H, P) and the final state (B, H, P, N).
+ScanBackend = Callable[[ScanInputs], tuple[Tensor, Tensor]]
 
 
 def step(
