@@ -82,7 +82,9 @@ def steps() -> Iterator[Step]:
 
 
 def seeded_steps() -> Iterator[Step]:
-    yield from linear_steps(SEEDED, "a student whose mixers begin as the teacher's attention")
+    yield from linear_steps(
+        SEEDED, "a student with mixers initialised from the teacher's attention"
+    )
     hybrid = HYBRID.removesuffix("-stage3")
     kept = ("--attn-layers", str(ATTENTION_LAYERS))
     yield Step(
@@ -105,13 +107,13 @@ def seeded_steps() -> Iterator[Step]:
 def unseeded_steps() -> Iterator[Step]:
     """Evaluations in this run; the seeded run belongs to the other lane."""
     begin = (*SCRATCH, "--no-report")
-    yield from linear_steps(UNSEEDED, "one whose mixers begin at random", begin)
+    yield from linear_steps(UNSEEDED, "a student with random initial mixers", begin)
     words = ("eval", "--run", UNSEEDED, "--from", LINEAR, "--teacher", *asking())
     yield Step("eval: the unseeded student and the teacher", words, lane=UNSEEDED)
     for name in shipped_models():
         if name in ("scenes-linear", "scenes-hybrid"):
             words = ("eval", "--run", UNSEEDED, "--model", name, *asking())
-            yield Step(f"eval: {name}, distilled at leisure and shipped", words, lane=UNSEEDED)
+            yield Step(f"eval: {name}, the shipped student", words, lane=UNSEEDED)
 
 
 def linear_steps(run: str, what: str, extra: Sequence[str] = ()) -> Iterator[Step]:

@@ -19,7 +19,7 @@ def start(*options: str) -> subprocess.Popen[bytes]:
 def start_warming() -> list[subprocess.Popen[bytes]]:
     """Start processes that each compile a share of mamba_ssm's tilings.
 
-    One alone would compile for minutes before it has searched through all of them.
+    A single process takes minutes to compile all of them.
     """
     count = max(1, min(MAX_PROCESSES, (os.cpu_count() or 1) - 2))
     return [start("--warm-mamba", f"{part}/{count}") for part in range(count)]

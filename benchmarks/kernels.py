@@ -253,7 +253,7 @@ def compare(
 ) -> dict[str, Any]:
     """All rows; mamba_ssm's come last because its autotuning takes time.
 
-    What there is so far is handed to `keep` after each problem.
+    Calls `keep` with the rows so far after each problem.
     """
     end = time.monotonic() + seconds
     rows: list[Row] = []
@@ -264,7 +264,7 @@ def compare(
     is_cold = place.device.type == "cuda"
     for problem, backend in order:
         if backend == "mamba_ssm" and is_cold:
-            # Wait for them: nothing may run beside a measurement.
+            # Wait for the helpers: no other work may run during a measurement.
             for process in start_warming():
                 wait(process, end)
             is_cold = False
@@ -330,7 +330,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=110)
-    parser.add_argument("--only", metavar="OP", help="ops that begin so, such as ssd")
+    parser.add_argument(
+        "--only", metavar="OP", help="prefix of the ops to measure, for example ssd"
+    )
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-mamba", action="store_true")

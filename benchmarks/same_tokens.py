@@ -85,9 +85,9 @@ def batches(model: HolisticVLM, processor: Any, count: int, seed: int) -> list[B
 
 @torch.no_grad()
 def reference(model: HolisticVLM, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
-    """Greedy tokens (B, N) of the model's forward, and how near the two likeliest were, (B, N).
+    """Greedy tokens (B, N) of the model's forward, and the gap of the two top logits, (B, N).
 
-    That is their distance as a share of the range of all logits that may be chosen from.
+    The gap is relative to the range of all selectable logits.
     """
     cache = new_cache(model.config)
     unwanted = model.generation_config.suppress_tokens or []

@@ -1,4 +1,4 @@
-"""The small teacher's `config.json`: HoVLE in every part, 7 M parameters."""
+"""Config and random weights of the small teacher, a HoVLE with 7 M parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROTATION = ("rope_theta", "rope_scaling", "max_position_embeddings")
 
 
 def teacher_config(special: Mapping[str, int], vocabulary: int) -> dict[str, Any]:
-    """HoVLE-2.6B's config with every size made small, for a vocabulary of so many rows."""
+    """HoVLE-2.6B's config with small sizes and `vocabulary` rows in the token embedding."""
     large = hovle.ARCHITECTURES["hovle-2.6b"]
     raw = {**large, "force_image_size": TILE, "max_dynamic_patch": MOST_TILES}
     for name, layers in LAYERS.items():
@@ -34,7 +34,7 @@ def teacher_config(special: Mapping[str, int], vocabulary: int) -> dict[str, Any
         "img_context_token_id": special["<IMG_CONTEXT>"],
         "llm_vocab_size": vocabulary,
         "llm_hidden_size": STACK["hidden_size"],
-        # As the language model's: both stacks see whole inputs.
+        # The same as in the language model: both stacks read the whole input.
         **{name: large["llm_config"][name] for name in ROTATION},
     }
     raw["llm_config"] |= {"vocab_size": vocabulary}
@@ -42,7 +42,7 @@ def teacher_config(special: Mapping[str, int], vocabulary: int) -> dict[str, Any
 
 
 def random_teacher(raw: Mapping[str, Any], seed: int) -> HolisticVLM:
-    """Weights to start from, fp32: normal, the outputs of each block smaller by depth."""
+    """Model with normal random weights in fp32; block outputs are scaled down by depth."""
     torch.manual_seed(seed)
     model = HolisticVLM(hovle.to_config(raw))
     depth = model.config.num_hidden_layers

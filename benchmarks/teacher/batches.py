@@ -1,8 +1,8 @@
-"""Training batches of the small teacher: arrays of a seed and a step, made by workers.
+"""Training batches of the small teacher, a function of seed and step, computed by workers.
 
-A lesson's questions share its picture. Each is a branch that sees the picture and itself and
-nothing of the others, so that a scene is looked at once and asked many times; rotations count
-along the branch. What has one question is a plain sequence. Legend: B rows, T columns.
+The questions of a lesson share its picture. Each question is a branch that attends to the picture
+and to itself, so one prefill serves many questions; rotary positions count along the branch. Inputs
+with one question are plain sequences. Legend: B rows, T columns, A answer tokens per row.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from mmmamba_evals.scenes.world import World
 
 IGNORED = -100
 TOKENS_PER_TILE = 64
-# Columns of a lesson: what comes with the picture, and its questions.
+# Columns of a lesson: the prefix with the picture, and its questions.
 LESSON_COLUMNS = 464
-# Tokens of all answers of a row.
+# Answer tokens per row.
 ANSWERS = 64
 LESSON, LARGE, MANY, TEXT = "lesson", "large", "many", "text"
 OBJECTS = (
@@ -52,21 +52,21 @@ OBJECTS = (
     "reading",
 )
 CATEGORIES = (*OBJECTS, PICTURES, TILES, TEXT)
-# Asked so that the answer is yes or no; tells the two ways of asking apart when accuracy is told.
+# Added to the category of a yes-or-no question, so that its accuracy is reported separately.
 CLOSED = len(CATEGORIES)
-# What a question counts for in the loss: long answers teach more, but not by their length.
+# Loss weight per question: larger for long answers, but not proportional to their length.
 WEIGHT = {"list": 3.0, "reading": 4.0, "spelling": 2.5, "position": 2.0, "side": 2.0}
 GRIDS = ((2, 1), (1, 2), (2, 2), (3, 1), (3, 2), (2, 3))
 
 
 @dataclass
 class Lessons:
-    """What one step learns from.
+    """Training data of one step.
 
-    `ids`, `positions`, `branch` (B, T). Of the A columns of each row that predict an answer's
-    token: `columns`, `targets`, `weights`, and `category` (B, A), which is -1 but for an answer's
-    first token, and CLOSED more where the answer is yes or no. `layouts` of the pictures in order,
-    None for text; `grid` (columns, rows) of tiles if each picture has several.
+    `ids`, `positions` and `branch` are (B, T). `columns`, `targets`, `weights` and `category` are
+    (B, A), for the columns that predict answer tokens. `category` is -1 except at the first token
+    of an answer; yes-or-no questions have CLOSED added. `layouts` has the pictures in order, None
+    for text; `grid` is (columns, rows) of tiles if each picture has several.
     """
 
     kind: str
@@ -106,7 +106,7 @@ class Batcher:
         return Lessons(LESSON, *arrays, layouts)
 
     def large(self, step: int, pictures: int) -> Lessons:
-        """Pictures of several tiles and a thumbnail; half of them lessons, half one detail."""
+        """Pictures of several tiles and a thumbnail, half lessons and half about one detail."""
         rng = Random(f"{self.seed} {LARGE} {step}")
         grid = rng.choice(GRIDS)
         tiles = grid[0] * grid[1] + 1
@@ -127,7 +127,7 @@ class Batcher:
         return Lessons(LARGE, *arrays, layouts, grid)
 
     def many(self, step: int, pictures: int, each: int) -> Lessons:
-        """`each` pictures a row, one detail asked of all of them."""
+        """`each` pictures per row, and questions about one detail among them."""
         rng = Random(f"{self.seed} {MANY} {step}")
         rows = max(1, pictures // each)
         drawn = [draw_pictures(rng, self.world, each) for _ in range(rows)]
@@ -139,7 +139,7 @@ class Batcher:
         return Lessons(MANY, *arrays, self.layouter.layouts(scenes, MAX_THINGS))
 
     def text(self, step: int, rows: int, sentences: int) -> Lessons:
-        """A long text, asked for its secret."""
+        """Long texts with questions about their secret word."""
         rng = Random(f"{self.seed} {TEXT} {step}")
         drawn = []
         for _ in range(rows):
@@ -151,7 +151,7 @@ class Batcher:
         return Lessons(TEXT, *arrays, None)
 
     def prefix(self, shown: str | None, tiles: int) -> list[int]:
-        """Ids up to the question: system text, and `shown`, in which `<image>` is a picture."""
+        """Ids before the question: system text and `shown`, with pictures for each `<image>`."""
         special = self.special
         ids = [1, special["<|im_start|>"], *self._encode(f"system\n{DEFAULT_SYSTEM}")]
         ids += [special["<|im_end|>"], special["<|im_start|>"]]
@@ -168,16 +168,16 @@ class Batcher:
         return ids
 
     def text_prefix(self, text: str) -> list[int]:
-        """Ids of a text that is asked about."""
+        """Ids before the question for a text without pictures."""
         return [*self.prefix(None, 0), *self._encode_now(f"user\n{text}")]
 
     def _branch(self, one: Question, after_text: bool = False) -> tuple[list[int], int]:
-        """Ids of a question and its answer, and how many of them are the answer's."""
+        """Ids of a question and its answer, and the number of answer tokens."""
         special = self.special
-        # SentencePiece begins every text with a space, but this one was begun before.
+        # SentencePiece adds a space before every text; this one continues a text.
         asked = self._encode(f"\n{one.text}")[int(after_text) :]
         ids = [*asked, special["<|im_end|>"], special["<|im_start|>"]]
-        # One text, as in a conversation: the answer's first piece has no space before it.
+        # Encoded as one text, as in a conversation: no space before the answer's first piece.
         begun = self._encode("assistant\n")
         answered = self._encode(f"assistant\n{one.answer}")
         assert answered[: len(begun)] == begun
@@ -204,7 +204,7 @@ class Batcher:
             ids[end:stop] = words
             positions[end:stop] = len(prefix) + np.arange(len(words))
             branch[end:stop] = number
-            # A column predicts the next one of its branch.
+            # A column predicts the next column of its branch.
             columns[taken : taken + answered] = np.arange(stop - answered - 1, stop - 1)
             targets[taken : taken + answered] = words[-answered:]
             closed = CLOSED * (one.answer in (YES, NO))
@@ -217,7 +217,7 @@ class Batcher:
 
 
 def _arrays(rows: int, columns: int) -> tuple[np.ndarray, ...]:
-    """As in `Lessons`, with nothing in them; branch -1 is padding."""
+    """Empty arrays of `Lessons`; branch -1 is padding."""
     ids = np.full((rows, columns), 2, np.int64)
     positions = np.zeros((rows, columns), np.int64)
     branch = np.full((rows, columns), -1, np.int64)

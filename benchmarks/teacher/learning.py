@@ -1,4 +1,4 @@
-"""One step of the small teacher: pictures, branches, and the loss on the answers.
+"""Training step of the small teacher: pictures, branches, and the loss on the answers.
 
 Legend: B rows, T columns, A answer tokens a row, N tiles a row, D hidden size.
 """
@@ -22,7 +22,7 @@ from mmmamba_evals.scenes.gpu import Augmentation, BatchRenderer
 
 @dataclass(frozen=True)
 class Branched(SequenceLayout):
-    """Columns of which each sees what came before it in its own branch and in the trunk, 0."""
+    """Columns that attend causally to their own branch and to the trunk, branch 0."""
 
     branch: Tensor | None = None
 
@@ -41,12 +41,15 @@ def answer_logits(
     model: HolisticVLM, ids: Tensor, positions: Tensor, branch: Tensor | None, columns: Tensor,
     pixels: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """(B, A, V) at `columns`; `pixels` (B * N, 3, S, S) normalised. Branch None is plain causal."""
+    """Logits (B, A, V) at `columns`.
+
+    `pixels` (B * N, 3, S, S) is normalised. Attention is plain causal if `branch` is None.
+    """
     decoder = model.model
     hidden = decoder.text_embedding(ids)
     if pixels is not None:
         hidden = _with_images(model, hidden, ids, pixels)
-    # Nothing lies between the stacks: the shuffle comes before them, and no norm behind the first.
+    # No operation between the stacks: the pixel shuffle precedes both.
     split = decoder.num_embedding_layers
     for stack, blocks in (
         (model.config.embedding, decoder.blocks[:split]),
@@ -68,14 +71,14 @@ def _with_images(model: HolisticVLM, hidden: Tensor, ids: Tensor, pixels: Tensor
     assert config is not None
     images = vision.merge(vision(pixels)).reshape(len(ids), -1, hidden.shape[-1])
     is_image = ids == config.image_token_id
-    # Every row has as many image tokens as every other, so that all shapes are known.
+    # All rows have the same number of image tokens, so that all shapes are known.
     place = (is_image.long().cumsum(1) - 1).clamp(min=0)
     rows = torch.arange(len(ids), device=ids.device).unsqueeze(1)
     return torch.where(is_image.unsqueeze(-1), images[rows, place].to(hidden.dtype), hidden)
 
 
 def answer_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy of all answers' tokens, weighted."""
+    """Weighted cross-entropy of the answer tokens."""
     each = F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -83,7 +86,7 @@ def answer_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 
 class Pictures:
-    """Tiles of a batch's pictures on the device, as the processor would cut and normalise them."""
+    """Tiles of a batch's pictures on the device, cut and normalised as by the processor."""
 
     def __init__(self, composer: BatchRenderer):
         self.composer = composer
@@ -111,5 +114,5 @@ def tiles_and_thumbnail(drawn: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def uses_branches(lessons: Lessons) -> bool:
-    """Several questions a row need a mask; one needs none."""
+    """Whether rows have several questions, which need an attention mask."""
     return lessons.kind == LESSON or int(lessons.branch.max()) > 1

@@ -1,4 +1,4 @@
-"""States of the training, and the teacher as a HoVLE folder."""
+"""Training states, and the teacher as a HoVLE folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATE = "state.pt"
 def save_state(
     folder: Path, model: HolisticVLM, optimiser: torch.optim.Optimizer, step: int
 ) -> None:
-    """Replaced in one go, so that a state that is there is whole."""
+    """Write the state atomically."""
     beside = folder / f"{STATE}.new"
     state = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
     torch.save(state, beside)
@@ -29,7 +29,7 @@ def save_state(
 
 
 def load_state(folder: Path, model: HolisticVLM, optimiser: torch.optim.Optimizer) -> int:
-    """The step to go on with, 0 if there is no state."""
+    """Load the state, if there is one; returns the next step."""
     file = folder / STATE
     if not file.is_file():
         return 0
@@ -40,13 +40,13 @@ def load_state(folder: Path, model: HolisticVLM, optimiser: torch.optim.Optimize
 
 
 def read_teacher(folder: Path, model: HolisticVLM) -> None:
-    """The weights of a teacher that was written before."""
+    """Load the weights of a written teacher into `model`."""
     state = mmmamba_cli.load(folder, dtype=torch.float32).state_dict()
     model.load_state_dict(state)
 
 
 def write_teacher(folder: Path, raw: Mapping[str, Any], model: HolisticVLM) -> None:
-    """`config.json` and `model.safetensors` in bf16, named as HoVLE names its tensors."""
+    """Write `config.json` and `model.safetensors` in bf16, with HoVLE's tensor names."""
     hidden, rows = model.config.hidden_size, int(raw["llm_config"]["vocab_size"])
     # HoVLE has a class embedding and a second token table; no forward uses them.
     unused = {

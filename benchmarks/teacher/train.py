@@ -1,9 +1,9 @@
-"""Train the small teacher on composed scenes: one GPU, some minutes, the same again from a seed.
+"""Train the small teacher on composed scenes, in minutes on one GPU, reproducible from a seed.
 
     python benchmarks/teacher/train.py --atlas STYLE_FOLDER --out FOLDER [--steps N]
 
-Writes a HoVLE folder to FOLDER/teacher. A state is kept in FOLDER/state.pt; a run that was stopped
-goes on from it. The shipped atlas is always part of the training, --atlas adds further styles.
+Writes a HoVLE folder to FOLDER/teacher. The training state is stored in FOLDER/state.pt; an
+interrupted run resumes from it. The shipped atlas is always included; --atlas adds further styles.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from mmmamba_evals.scenes.gpu import Augmentation, BatchRenderer, SceneEncoder, 
 from mmmamba_evals.scenes.shipped import UNSEEN_STYLE, shipped_atlas
 from mmmamba_evals.scenes.world import World, make_world
 
-# How often a step is of a kind, before and after half of the training, and the most pictures of a
-# long one towards its end.
+# Probability of each kind of step in the first and in the second half of the training.
 KINDS = {LESSON: (0.84, 0.78), LARGE: (0.03, 0.06), MANY: (0.03, 0.08), TEXT: (0.10, 0.08)}
+# Largest number of pictures of a long step, reached at the end.
 LONGEST = 64
 WARMUP, FINAL = 200, 0.01
 HELD_OUT_STEP = -1
 
 
 class Steps(Dataset[Lessons]):
-    """Batch `step` of the run, made where it is asked for."""
+    """Batch `step` of the run, computed on access."""
 
     def __init__(self, batcher: Batcher, steps: int, pictures: int):
         self.batcher, self.steps, self.pictures = batcher, steps, pictures
@@ -53,7 +53,7 @@ class Steps(Dataset[Lessons]):
         rng = Random(f"{self.batcher.seed} kind {step}")
         half = int(2 * step >= self.steps)
         kind = rng.choices(list(KINDS), [share[half] for share in KINDS.values()])[0]
-        # Short first: what a detail is must be known before it is sought among many.
+        # Curriculum: short inputs first, long ones later.
         longest = 2 + (LONGEST - 2) * (step / self.steps) ** 2
         each = round(math.exp(rng.uniform(math.log(2), math.log(longest))))
         if kind == LARGE:
@@ -66,7 +66,7 @@ class Steps(Dataset[Lessons]):
 
 
 def inputs_of(lessons: Lessons, device: torch.device) -> dict[str, Tensor | None]:
-    """What `answer_logits` takes beside pixels."""
+    """Arguments of `answer_logits` other than the pixels."""
     names = ("ids", "positions", "columns")
     found: dict[str, Tensor | None] = {
         name: to_device(getattr(lessons, name), device) for name in names
@@ -79,8 +79,7 @@ def inputs_of(lessons: Lessons, device: torch.device) -> dict[str, Tensor | None
 def held_out_accuracy(
     model: HolisticVLM, lessons: Lessons, pictures: Pictures, device: torch.device
 ) -> dict[str, float]:
-    """Share of answers whose first token is right, by category; `name?` is to be answered yes or
-    no."""
+    """Accuracy of the first answer token by category; `name?` has the yes-or-no questions."""
     pixels = pictures(lessons, None, None)
     with torch.autocast(device.type, torch.bfloat16):
         logits = answer_logits(model, **inputs_of(lessons, device), pixels=pixels)
@@ -95,7 +94,7 @@ def held_out_accuracy(
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up, then half a cosine."""
+    """Linear warm-up, then cosine decay."""
     if step < WARMUP:
         return peak * (step + 1) / WARMUP
     done = (step - WARMUP) / max(1, steps - WARMUP)
@@ -118,7 +117,7 @@ def held_out(given: argparse.Namespace, tokenizer: bytes, special: dict[str, int
 
 
 def the_tokenizer(given: argparse.Namespace, world: World) -> bytes:
-    """The one that is there already, or a new one, which takes a while."""
+    """The existing tokenizer, or a new one, whose training takes a while."""
     file = given.out / "teacher" / "tokenizer.model"
     return file.read_bytes() if file.is_file() else train_tokenizer(corpus(world, given.seed))
 
@@ -146,7 +145,7 @@ def train(given: argparse.Namespace) -> None:
         prefetch_factor=6 if given.workers else None,
     )
     if given.compile:
-        # Block by block: they share one compiled graph.
+        # Per block, so that all blocks share one compiled graph.
         for block in model.model.blocks:
             block.compile()
     tests = held_out(given, tokenizer, special)
@@ -170,7 +169,7 @@ def train(given: argparse.Namespace) -> None:
 
 
 def build_optimiser(model: HolisticVLM, lr: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only."""
+    """AdamW with weight decay on matrices only."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -181,7 +180,7 @@ def build_optimiser(model: HolisticVLM, lr: float) -> torch.optim.AdamW:
 def learn(
     model: HolisticVLM, optimiser: torch.optim.Optimizer, lessons: Lessons, pixels: Tensor | None
 ) -> dict[str, Tensor]:
-    """One step; its loss and the norm of its gradient."""
+    """Take one optimiser step; returns its loss and gradient norm."""
     device = model.device
     with torch.autocast(device.type, torch.bfloat16):
         logits = answer_logits(model, **inputs_of(lessons, device), pixels=pixels)
@@ -198,14 +197,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--atlas", type=Path, action="append", default=[])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--begin", type=Path, help="a teacher to begin with, of the same tokenizer")
+    parser.add_argument("--begin", type=Path, help="initial teacher, with the same tokenizer")
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--pictures", type=int, default=512, help="of a step")
+    parser.add_argument("--pictures", type=int, default=512, help="pictures per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--held-out", type=int, default=512, help="pictures that are tested on")
-    parser.add_argument("--every", type=int, default=500, help="steps between tests and states")
+    parser.add_argument("--held-out", type=int, default=512, help="held-out pictures")
+    parser.add_argument("--every", type=int, default=500, help="steps between held-out tests")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train(parser.parse_args())

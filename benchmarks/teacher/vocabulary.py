@@ -1,10 +1,10 @@
-"""The small teacher's tokenizer: SentencePiece over what is said about scenes.
+"""Tokenizer of the small teacher: SentencePiece trained on questions and answers about scenes.
 
     python benchmarks/teacher/vocabulary.py --out FOLDER
 
-Writes `tokenizer.model` and `added_tokens.json` in InternLM2's manner: BPE with byte fallback, text
-left as it is, special tokens behind the pieces. The system text of the chat template is two pieces,
-since a model of this size has better uses for a hundred tokens.
+Writes `tokenizer.model` and `added_tokens.json` in InternLM2's format: BPE with byte fallback, no
+text normalisation, special tokens after the pieces. The chat template's system text is
+encoded as two pieces, which saves about a hundred tokens per prompt.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mmmamba_evals.scenes.world import World
 
 PIECES = 1000
 LESSONS = 6000
-# Words of the world, so that each has a good chance to become a piece.
+# Repetitions of all words of the world, so that most become single pieces.
 REPEATS = 40
 
 
 def corpus(world: World, seed: int) -> list[str]:
-    """Questions and answers as they will be asked."""
+    """Questions and answers in the format of the training."""
     rng = Random(seed)
     lines = []
     for _ in range(LESSONS):
@@ -66,7 +66,7 @@ def train_tokenizer(lines: list[str]) -> bytes:
 
 
 def write_tokenizer(folder: Path, model: bytes) -> dict[str, int]:
-    """The two files; returns the ids of the special tokens."""
+    """Write both files; returns the ids of the special tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()

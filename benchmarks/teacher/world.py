@@ -1,5 +1,4 @@
-"""What the small teacher is trained on: the shipped atlas, other styles of the same things beside
-it, and the fonts that are not kept for tests."""
+"""Training world of the small teacher: the shipped atlas, further styles, training fonts."""
 
 from __future__ import annotations
 
@@ -13,6 +12,6 @@ from mmmamba_evals.scenes.world import World, make_world
 
 
 def training_world(more: Sequence[Path] = ()) -> tuple[Atlas, World]:
-    """The atlas of all training styles, and its world."""
+    """The merged atlas of all training styles, and its world."""
     atlas = merge_atlases([shipped_atlas(), *(open_atlas(folder) for folder in more)])
     return atlas, make_world(atlas, fonts_of(SEEN))
