@@ -14,7 +14,7 @@ from mmmamba_cli.evaluate.scoring.choices import (
     choice_rows_2025_08,
     choice_rows_2026_06,
 )
-from mmmamba_cli.evaluate.scoring.metrics import UnitScores
+from mmmamba_cli.evaluate.scoring.metrics import Tally, UnitScores
 from mmmamba_cli.evaluate.scoring.vqa import (
     exact_gqa,
     exact_plain,
@@ -80,8 +80,5 @@ def find_rule(name: str) -> Rule:
         return found
     raise DataError(f"no scoring rule is called {name}, known are {', '.join([*RULES, *NEWEST])}")
 
-
-# The name of `UnitScores` in earlier releases, for scoring rules of other packages.
-Tally = UnitScores
 
 __all__ = ["NEWEST", "RULES", "Rule", "Tally", "UnitScores", "find_rule", "versioned"]

@@ -47,6 +47,10 @@ class UnitScores:
         )
 
 
+# The former name, for scoring rules of other packages; it goes with the next release.
+Tally = UnitScores
+
+
 def safe_divide(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     """upper / lower, and 0 where `lower` is 0."""
     safe = np.where(lower == 0, 1, lower)
