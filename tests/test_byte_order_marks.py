@@ -26,7 +26,7 @@ from mmmamba_cli.evaluate.predictions import read_predictions
 from mmmamba_cli.evaluate.result import read_result
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.runs import Run, open_processor
-from mmmamba_cli.seed.calibration import read_calibration
+from mmmamba_cli.seed.fidelity import read_calibration
 
 TALK = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
 

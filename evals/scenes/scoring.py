@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.metrics import UnitScores, safe_divide, strata_of, sum_by_unit
+from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, safe_divide, strata_of, sum_by_unit
 from mmmamba_cli.evaluate.scoring.yes_no import read_words
 from mmmamba_evals.scenes.sampling import SPLITS
 

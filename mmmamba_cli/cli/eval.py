@@ -112,12 +112,7 @@ def command(
 
     Resumes an interrupted evaluation. Answers and results are kept in the run, under evals/.
     """
-    from mmmamba_cli.evaluate import (
-        EvalOptions,
-        evaluate_files,
-        evaluate_models,
-        evaluate_with_kit,
-    )
+    from mmmamba_cli.evaluate import EvalOptions, evaluate_files, evaluate_models, evaluate_with_kit
     from mmmamba_cli.evaluate.result import EVALS
 
     names = _names(suite)

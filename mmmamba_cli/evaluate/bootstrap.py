@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mmmamba_cli.evaluate.scoring.metrics import UnitScores
+from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores
 
 NUM_RESAMPLES = 1000
 CONFIDENCE_LEVEL = 0.95

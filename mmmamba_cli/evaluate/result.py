@@ -21,7 +21,7 @@ from mmmamba_cli.evaluate.bootstrap import (
     ratio_interval,
 )
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.metrics import UnitScores
+from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores
 
 # The folder of a run that results are written to, and the files of one model and suite.
 EVALS = "evals"

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.export.name_scopes import Bindings, Target, apply_edits, bound_names, rename_edits
+from mmmamba_cli.export.source_renaming import (
+    Bindings,
+    Target,
+    apply_edits,
+    bound_names,
+    rename_edits,
+)
 
 PACKAGE = "mmmamba_cli"
 ENTRY_MODULES = (

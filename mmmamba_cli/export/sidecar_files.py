@@ -10,8 +10,14 @@ from typing import Any
 import torch
 
 from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, SOURCE_CONFIG, Checkpoint, generation_config
-from mmmamba_cli.export.foreign_config import HOVLE_CODE, MMMAMBA_HF_CODE, drop_local_fields
-from mmmamba_cli.export.layouts import HOVLE, HUB, Layout
+from mmmamba_cli.export.layouts import (
+    HOVLE,
+    HOVLE_CODE,
+    HUB,
+    MMMAMBA_HF_CODE,
+    Layout,
+    drop_local_fields,
+)
 from mmmamba_cli.export.remote_code import CONFIGURATION, MODELING, PROCESSING, bundle_files
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, HolisticVLMTokenizer
 from mmmamba_cli.runs import open_processor, write_model_files

@@ -16,12 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.inference.packed_model import (
-    PackedAttention,
-    PackedLayer,
-    PackedMamba2,
-    QKNorm,
-)
+from mmmamba_cli.inference.packed_model import PackedAttention, PackedLayer, PackedMamba2, QKNorm
 from mmmamba_cli.inference.sampling import Sampler, SamplingMode
 from mmmamba_cli.inference.static_cache import KVCache, Mamba2Cache, StackCache, StaticCache
 from mmmamba_cli.model.block import Block

@@ -19,22 +19,11 @@ from mmmamba_cli.inspection.memory import (
     memory_of_checkpoint,
 )
 from mmmamba_cli.inspection.summary import CheckpointSummary, describe
-from mmmamba_cli.inspection.text_plots import (
-    format_bytes,
-    layer_plan,
-    legend,
-    marks_for,
-    sparkline,
-)
+from mmmamba_cli.inspection.text_plots import format_bytes, layer_plan, legend, marks_for, sparkline
 from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from mmmamba_cli.inspection.diff import (
-        TensorDifference,
-        compare,
-        format_ranges,
-        group_by_layer,
-    )
+    from mmmamba_cli.inspection.diff import TensorDifference, compare, format_ranges, group_by_layer
 
 __all__ = [
     "DEFAULT_CONTEXT",

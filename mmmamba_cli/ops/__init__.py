@@ -7,12 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, attention
-from mmmamba_cli.ops.conv import (
-    CONV_BACKENDS,
-    CONV_STEP_BACKENDS,
-    causal_conv,
-    causal_conv_step,
-)
+from mmmamba_cli.ops.conv import CONV_BACKENDS, CONV_STEP_BACKENDS, causal_conv, causal_conv_step
 from mmmamba_cli.ops.decode import (
     ATTENTION_STEP_BACKENDS,
     GREEDY_ARGMAX_BACKENDS,

@@ -18,11 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba_cli.architecture import parameter_shapes
-from mmmamba_cli.checkpoint import (
-    Checkpoint,
-    hovle,
-    stored_dtype,
-)
+from mmmamba_cli.checkpoint import Checkpoint, hovle, stored_dtype
 from mmmamba_cli.checkpoint.tensor_io import cast
 from mmmamba_cli.devices import require_memory, translate_out_of_memory
 from mmmamba_cli.errors import DataError, RunError

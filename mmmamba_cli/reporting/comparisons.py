@@ -10,7 +10,7 @@ import numpy as np
 from mmmamba_cli.evaluate.bootstrap import NUM_RESAMPLES, difference_interval, intervals
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring import find_rule
-from mmmamba_cli.evaluate.scoring.metrics import UnitScores, safe_divide
+from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, safe_divide
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag

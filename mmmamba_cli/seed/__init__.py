@@ -1,7 +1,12 @@
 """Step 1 of the method: a Mamba-2 student seeded from a trained teacher."""
 
-from mmmamba_cli.seed.calibration import Calibration, built_in_calibration, read_calibration
-from mmmamba_cli.seed.fidelity import LayerFidelity, measure_fidelity
+from mmmamba_cli.seed.fidelity import (
+    Calibration,
+    LayerFidelity,
+    built_in_calibration,
+    measure_fidelity,
+    read_calibration,
+)
 from mmmamba_cli.seed.init import INITS, initial_value
 from mmmamba_cli.seed.weight_transfer import seed_student, student_config
 

@@ -1,19 +1,134 @@
-"""Fidelity of each seeded mixer to the teacher's attention, before training."""
+"""Fidelity of each seeded mixer to the teacher's attention, before training.
+
+Calibration inputs are built in, or read from a JSON Lines file.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from mmmamba_cli.checkpoint import Checkpoint, stored_dtype
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.decoder import HolisticDecoder
 from mmmamba_cli.model.mamba2 import Mamba2
-from mmmamba_cli.seed.calibration import Calibration
+from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor
+
+QUESTIONS = (
+    "How many shapes are in the picture, and which of them is red?",
+    "Describe the picture from left to right, naming every shape and its colour.",
+)
+TEXTS = (
+    "How many shapes are on the table, and which of them is red? Two are: a square and a circle.",
+    "Describe the way from the station to the market, naming every street and what is sold there.",
+)
+NUM_RANDOM_TOKENS = 48
+
+Processor = HolisticVLMProcessor | HolisticTextProcessor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Model inputs: ids and mask (B, T), pixels (tiles, 3, S, S) or None."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor | None
+
+
+def built_in_calibration(config: HolisticVLMConfig, processor: Processor | None) -> Calibration:
+    """Two questions about a drawing, or two texts; random ids without a processor."""
+    if processor is None:
+        return _without_tokenizer(config)
+    if config.vision is None:
+        return _encode(processor, [(text, []) for text in TEXTS])
+    return _encode(processor, [(question, [_drawing()]) for question in QUESTIONS])
+
+
+def read_calibration(file: Path, processor: Processor | None) -> Calibration:
+    """Read a JSON Lines file of {"question": text, "image": path relative to the file (optional)}.
+
+    Raises `DataError` that names the line.
+    """
+    if processor is None:
+        raise DataError(f"{file} needs a tokenizer to be read", "give --tokenizer FILE")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text", "check --calibration") from error
+    samples = [_sample(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not samples:
+        raise DataError(f"{file} is empty", 'expected lines like {"question": "..."}')
+    return _encode(processor, samples)
+
+
+def _sample(file: Path, number: int, line: str) -> tuple[str, list[Image.Image | Path]]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{file}, line {number} is not JSON: {error}") from error
+    question = value.get("question") if isinstance(value, dict) else None
+    if not isinstance(question, str):
+        raise DataError(f"{file}, line {number} has no question", "expected {'question': text}")
+    image = value.get("image")
+    return question, [] if image is None else [file.parent / str(image)]
+
+
+def _encode(
+    processor: Processor, samples: list[tuple[str, list[Image.Image | Path]]]
+) -> Calibration:
+    if isinstance(processor, HolisticTextProcessor):
+        if any(images for _, images in samples):
+            raise DataError("the calibration has images, and the model reads text only")
+        texts = [text for text, _ in samples]
+        if processor.tokenizer.chat_template is None:
+            batch = processor(text=texts)
+        else:
+            batch = processor.chat(texts)
+        return Calibration(batch["input_ids"], batch["attention_mask"], None)
+    talks = [_question(text, len(images)) for text, images in samples]
+    batch = processor.chat(talks, [images for _, images in samples], max_tiles=1)
+    return Calibration(batch["input_ids"], batch["attention_mask"], batch.get("pixel_values"))
+
+
+def _question(text: str, num_images: int) -> list[dict[str, Any]]:
+    """One user message; the text is a separate part, so that `<image>` in it stays text."""
+    content = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def _without_tokenizer(config: HolisticVLMConfig) -> Calibration:
+    rng = torch.Generator().manual_seed(0)
+    vision = config.vision_config
+    high = config.vocab_size if vision is None else min(config.vocab_size, vision.image_token_id)
+    ids = torch.randint(0, high, (1, NUM_RANDOM_TOKENS), generator=rng)
+    pixels = None
+    if vision is not None:
+        pixels = torch.randn(
+            1, vision.num_channels, vision.image_size, vision.image_size, generator=rng
+        )
+        image = torch.full((1, vision.tokens_per_tile), vision.image_token_id)
+        ids = torch.cat((ids[:, :8], image, ids[:, 8:]), dim=1)
+    return Calibration(ids, torch.ones_like(ids), pixels)
+
+
+def _drawing() -> Image.Image:
+    picture = Image.new("RGB", (448, 448), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((40, 60, 180, 200), fill="red")
+    draw.ellipse((230, 90, 400, 260), fill="blue")
+    draw.polygon(((120, 400), (220, 250), (320, 400)), fill="green")
+    return picture
 
 
 @dataclass(frozen=True)

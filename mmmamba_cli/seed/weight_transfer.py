@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.architecture import parameter_shapes
-from mmmamba_cli.checkpoint import (
-    Checkpoint,
-    TensorHasher,
-    checked_reader,
-    combined_hash,
-)
+from mmmamba_cli.checkpoint import Checkpoint, TensorHasher, checked_reader, combined_hash
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import Recipe, dump_recipe

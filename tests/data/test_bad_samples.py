@@ -15,8 +15,8 @@ from PIL import Image
 
 from mmmamba_cli.data import Sample, SampleEncoder, StepLoader, check_data, open_corpus
 from mmmamba_cli.data.dataset import CorpusPart
+from mmmamba_cli.data.loader import SampleOrder
 from mmmamba_cli.data.sample import parse_sample
-from mmmamba_cli.data.sampler import SampleOrder
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from mmmamba_cli.data import Sample, SampleEncoder, check_data, open_corpus
 from mmmamba_cli.data.jsonl import JsonLines, JsonList
+from mmmamba_cli.data.loader import SampleOrder
 from mmmamba_cli.data.sample import parse_sample
-from mmmamba_cli.data.sampler import SampleOrder
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor
 

@@ -8,7 +8,7 @@ import pytest
 from mmmamba_cli.evaluate.bootstrap import intervals, ratio_interval, resample_counts
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring import find_rule
-from mmmamba_cli.evaluate.scoring.metrics import UnitScores, accuracy_scores
+from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, accuracy_scores
 
 
 def tally(points: list[float]) -> UnitScores:

@@ -23,7 +23,7 @@ rules: {{theirs: "somebody:always_right"}}
 """
 MODULE = """
 from pathlib import Path
-from mmmamba_cli.evaluate.scoring.metrics import accuracy_scores
+from mmmamba_cli.evaluate.scoring.unit_scores import accuracy_scores
 
 def folder():
     return Path(__file__).parent / "their_suites"

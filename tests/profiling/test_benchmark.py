@@ -7,17 +7,8 @@ import torch
 from stand_ins import Bench, StandIn, subject_of
 
 from mmmamba_cli.devices import OutOfMemory
-from mmmamba_cli.profiling import (
-    Measurement,
-    Plan,
-    Subject,
-    measure,
-)
-from mmmamba_cli.profiling.interfaces import (
-    AS_SHIPPED,
-    GROWING,
-    TUNED,
-)
+from mmmamba_cli.profiling import Measurement, Plan, Subject, measure
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, GROWING, TUNED
 from mmmamba_cli.profiling.result import (
     MEASURED,
     OUT_OF_MEMORY,

@@ -12,17 +12,10 @@ from stand_ins import Bench, StandIn, subject_of
 from torch import Tensor
 
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.profiling import (
-    Plan,
-    WrongDecoder,
-    profile,
-)
+from mmmamba_cli.profiling import Plan, WrongDecoder, profile
 from mmmamba_cli.profiling.correctness import check_decoder
 from mmmamba_cli.profiling.eager_decoder import EagerDecoder
-from mmmamba_cli.profiling.interfaces import (
-    GROWING,
-    STATIC,
-)
+from mmmamba_cli.profiling.interfaces import GROWING, STATIC
 
 
 class OffByOne(EagerDecoder):

@@ -10,10 +10,7 @@ from small import small_model
 from torch import Tensor
 
 from mmmamba_cli.profiling.eager_decoder import EagerDecoder, expected_cache_bytes
-from mmmamba_cli.profiling.interfaces import (
-    GROWING,
-    STATIC,
-)
+from mmmamba_cli.profiling.interfaces import GROWING, STATIC
 
 NTK = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16}
 

@@ -8,9 +8,7 @@ from small import small_model
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.profiling import (
-    WrongDecoder,
-)
+from mmmamba_cli.profiling import WrongDecoder
 from mmmamba_cli.profiling.correctness import check_decoder
 from mmmamba_cli.profiling.fast_decoder import FastDecoder
 

@@ -22,21 +22,9 @@ from mmmamba_cli.profiling import (
     weight_store,
     write_profile,
 )
-from mmmamba_cli.profiling.interfaces import (
-    AS_SHIPPED,
-    GENERATOR,
-    STATIC,
-    STATIC_TEACHER,
-    TUNED,
-)
-from mmmamba_cli.profiling.report import (
-    correctness_line,
-    remarks,
-    tables,
-)
-from mmmamba_cli.profiling.result import (
-    OUT_OF_MEMORY,
-)
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, GENERATOR, STATIC, STATIC_TEACHER, TUNED
+from mmmamba_cli.profiling.report import correctness_line, remarks, tables
+from mmmamba_cli.profiling.result import OUT_OF_MEMORY
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PLAN = Plan(

@@ -10,24 +10,10 @@ import pytest
 from PIL import Image
 from stand_ins import Bench, StandIn, subject_of
 
-from mmmamba_cli.profiling import (
-    Plan,
-    Profile,
-    profile,
-    write_profile,
-)
-from mmmamba_cli.profiling.interfaces import (
-    AS_SHIPPED,
-    GROWING,
-    TUNED,
-)
+from mmmamba_cli.profiling import Plan, Profile, profile, write_profile
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, GROWING, TUNED
 from mmmamba_cli.profiling.plot import make_figure, render_plot
-from mmmamba_cli.profiling.report import (
-    format_memory,
-    format_ms,
-    remarks,
-    tables,
-)
+from mmmamba_cli.profiling.report import format_memory, format_ms, remarks, tables
 
 
 @pytest.fixture

@@ -11,20 +11,10 @@ from torch import Tensor
 
 from mmmamba_cli.checkpoint import Checkpoint
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.profiling import (
-    int8_subjects,
-    random_subjects,
-    run_subjects,
-    weight_store,
-)
+from mmmamba_cli.profiling import int8_subjects, random_subjects, run_subjects, weight_store
 from mmmamba_cli.profiling.correctness import check_decoder
 from mmmamba_cli.profiling.eager_decoder import EagerDecoder
-from mmmamba_cli.profiling.interfaces import (
-    AS_SHIPPED,
-    STATIC_TEACHER,
-    STUDENT,
-    TUNED,
-)
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, STATIC_TEACHER, STUDENT, TUNED
 
 
 def test_shared_tensors_are_held_once() -> None:

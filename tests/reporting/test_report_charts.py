@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from report_case import HOSTILE, Balanced
 
 from mmmamba_cli.evaluate.bootstrap import difference_interval
-from mmmamba_cli.evaluate.scoring.metrics import accuracy_scores
+from mmmamba_cli.evaluate.scoring.unit_scores import accuracy_scores
 from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Scale, axis_range, bars, lines
 from mmmamba_cli.reporting.comparisons import external_differences
 from mmmamba_cli.reporting.html import tag

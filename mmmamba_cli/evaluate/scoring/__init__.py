@@ -14,7 +14,7 @@ from mmmamba_cli.evaluate.scoring.choices import (
     choice_rows_2025_08,
     choice_rows_2026_06,
 )
-from mmmamba_cli.evaluate.scoring.metrics import Tally, UnitScores
+from mmmamba_cli.evaluate.scoring.unit_scores import Tally, UnitScores
 from mmmamba_cli.evaluate.scoring.vqa import (
     exact_gqa,
     exact_plain,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.metrics import UnitScores, accuracy_scores
+from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, accuracy_scores
 
 # Punctuation around a letter, as in "(A)." or "**A**", is replaced by spaces.
 PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.metrics import UnitScores, accuracy_scores
+from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, accuracy_scores
 from mmmamba_cli.evaluate.vlmeval_table import split_cell
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
