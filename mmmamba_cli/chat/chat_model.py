@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.chat.conversation import Conversation
-from mmmamba_cli.errors import DataError, MmmambaError
-from mmmamba_cli.inference import Generator, Settings
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.inference import Generator, Settings, make_generator
 from mmmamba_cli.inference.sampling import Sampler, eos_ids
 from mmmamba_cli.model import HolisticVLM, new_cache
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor, TextStream
@@ -188,12 +188,4 @@ def load_chat_model(
         "talked to", "put the teacher's tokenizer beside it, or seed again with --tokenizer FILE"
     )
     model = found.load(device, dtype)
-    return ChatModel(found.name, model, processor, found.kind, found.final, _generator(model))
-
-
-def _generator(model: HolisticVLM) -> Generator | None:
-    """The fast decoder; None for a model that cannot be packed, for example with adapters."""
-    try:
-        return Generator(model)
-    except MmmambaError:
-        return None
+    return ChatModel(found.name, model, processor, found.kind, found.final, make_generator(model))

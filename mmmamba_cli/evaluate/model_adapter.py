@@ -10,15 +10,17 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from mmmamba_cli.devices import OutOfMemory
+from mmmamba_cli.devices import OutOfMemory, translate_out_of_memory
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalPrompt, ModelIdentity
+from mmmamba_cli.inference import Generator, make_generator
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.processing import (
     HolisticTextProcessor,
@@ -110,13 +112,35 @@ class HolisticVLMAdapter:
 
     def generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
         """Greedy answers without special tokens and outer spaces."""
-        return _or_out_of_memory(lambda: self._generate(batch, max_new_tokens))
+        return self._release_if_out_of_memory(lambda: self._generate(batch, max_new_tokens))
 
     @torch.no_grad()
     def _generate(self, batch: Sequence[EncodedPrompt], max_new_tokens: int) -> list[str]:
         inputs = self._inputs([encoded.value.ids for encoded in batch], batch)
-        tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
-        return [self._text(row) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+        if self.generator is None:
+            tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        else:
+            tokens = self.generator.generate(
+                **inputs, max_new_tokens=max_new_tokens, eos=self._stop_ids
+            )
+        return [self._text(row) for row in tokens.tolist()]
+
+    @cached_property
+    def generator(self) -> Generator | None:
+        """The fast decoder; None for a model that cannot be packed: transformers decodes it."""
+        return make_generator(self.model)
+
+    def _release_if_out_of_memory(self, work: Callable[[], T]) -> T:
+        """Return `work()`. If memory runs out, free caches and graphs and raise `OutOfMemory`."""
+        try:
+            return translate_out_of_memory(work)
+        except OutOfMemory:
+            if self.generator is not None:
+                self.generator.release()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise
 
     @property
     def _stop_ids(self) -> list[int]:
@@ -133,7 +157,7 @@ class HolisticVLMAdapter:
 
         All prompts with all their choices form one batch.
         """
-        return _or_out_of_memory(lambda: self._score_choices(batch))
+        return self._release_if_out_of_memory(lambda: self._score_choices(batch))
 
     @torch.no_grad()
     def _score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
@@ -185,6 +209,8 @@ class HolisticVLMAdapter:
         """Padded tokens that fit, from the peak memory of the longest prompt; None without CUDA."""
         if self.device.type != "cuda":
             return None
+        # Pack the weights before memory is measured.
+        _ = self.generator
 
         def try_it() -> None:
             if longest.prompt.choices:
@@ -257,16 +283,3 @@ def _peak_extra_bytes(work: Callable[[], None], device: torch.device) -> int:
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     return peak
-
-
-def _or_out_of_memory(work: Callable[[], T]) -> T:
-    """The result of `work`; turns torch's out-of-memory error into `OutOfMemory`."""
-    try:
-        return work()
-    except torch.OutOfMemoryError as error:
-        failed = str(error).partition("\n")[0]
-    # Outside the except block, the frames that kept the batch's tensors alive are gone.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    raise OutOfMemory(failed)

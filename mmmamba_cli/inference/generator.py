@@ -15,7 +15,7 @@ from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.inference.cache_pool import CachePool, round_up
 from mmmamba_cli.inference.cuda_graphs import Runnable, supports_graphs
 from mmmamba_cli.inference.packed_model import pack_model, weight_nbytes
-from mmmamba_cli.inference.prefill import prefill
+from mmmamba_cli.inference.prefill import left_padding_mask, prefill
 from mmmamba_cli.inference.sampling import Sampler, SamplingMode, Settings, eos_ids
 from mmmamba_cli.inference.static_cache import StaticCache
 from mmmamba_cli.model import HolisticVLM
@@ -24,7 +24,7 @@ from mmmamba_cli.model.prepared_inputs import check_not_empty
 # Columns reserved for an answer if no capacity is given; doubled when an answer outgrows them. Most
 # answers end early, and a smaller cache takes less memory and time to read.
 ANSWER_COLUMNS = 1024
-# Check for EOS every this many tokens: each check synchronizes with the device.
+# On a GPU, check for EOS every this many tokens: each check synchronizes with the device.
 EOS_CHECK_INTERVAL = 4
 
 # input_ids, pixel_values and attention_mask, as `Generator.prefill` takes them.
@@ -155,8 +155,9 @@ class Generator:
         sequence = self._begin_answer(inputs, settings, capacity, chunk)
         has_eos = bool(eos_ids(settings, self.model.generation_config))
         found = [sequence.cache.ids.clone()]
+        interval = EOS_CHECK_INTERVAL if found[0].is_cuda else 1
         while len(found) < max_new_tokens:
-            is_check = has_eos and len(found) % EOS_CHECK_INTERVAL == 0
+            is_check = has_eos and len(found) % interval == 0
             if is_check and bool(sequence.cache.finished.all()):
                 break
             if sequence.is_full:
@@ -315,6 +316,14 @@ class Generator:
         sequence.limit = limit
 
 
+def make_generator(model: HolisticVLM) -> Generator | None:
+    """A generator of `model`; None for a model that cannot be packed, for example with adapters."""
+    try:
+        return Generator(model)
+    except MmmambaError:
+        return None
+
+
 @dataclass
 class _Sequence:
     """One batch of prompts and answers: `length` columns were read, of at most `limit`.
@@ -367,27 +376,9 @@ def _check_prompt(
             right, where every row has to end with a real token.
     """
     check_not_empty(input_ids)
-    mask = None if attention_mask is None else _left_padding_mask(input_ids, attention_mask)
+    mask = None if attention_mask is None else left_padding_mask(input_ids, attention_mask)
     vision = model.config.vision_config
     if pixel_values is None or vision is None or vision.pixel_shuffle != "post":
         return mask, 0
     longest = int((input_ids == vision.image_token_id).sum(1).max())
     return mask, longest * (vision.merge**2 - 1)
-
-
-def _left_padding_mask(input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
-    if attention_mask.shape != input_ids.shape:
-        raise DataError(
-            f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are "
-            f"{tuple(input_ids.shape)}",
-            "give a mask of the whole prompt and nothing else",
-        )
-    mask = attention_mask.bool()
-    if bool(mask.all()):
-        return None
-    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
-        raise DataError(
-            "a row of attention_mask has padding at its right or within, or no token at all",
-            "pad prompts on the left, as the processor does",
-        )
-    return mask

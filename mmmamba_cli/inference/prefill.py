@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmmamba_cli.errors import DataError
 from mmmamba_cli.inference.decode_step import prefill_chunk
 from mmmamba_cli.inference.static_cache import PrefillCache, StaticCache
 from mmmamba_cli.model import HolisticVLM
@@ -40,6 +41,29 @@ class GraphPrefill(Protocol):
             mask: (B, T) bool, True for real columns, padding at the left; None without padding.
         """
         ...
+
+
+def left_padding_mask(input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+    """The mask (B, T) as bool, True for real columns; None without padding.
+
+    Raises:
+        DataError: another shape than `input_ids`, or padding that is not on the left.
+    """
+    if attention_mask.shape != input_ids.shape:
+        raise DataError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are "
+            f"{tuple(input_ids.shape)}",
+            "give a mask of the whole prompt and nothing else",
+        )
+    mask = attention_mask.bool()
+    if bool(mask.all()):
+        return None
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
+        raise DataError(
+            "a row of attention_mask has padding at its right or within, or no token at all",
+            "pad prompts on the left, as the processor does",
+        )
+    return mask
 
 
 def prefill(

@@ -135,6 +135,55 @@ def test_torch_out_of_memory_becomes_out_of_memory(
         assert caught.value.__context__ is None
 
 
+def test_generator_gives_the_answers_of_transformers(
+    model: HolisticVLMAdapter, prompts: list[EvalPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = [model.encode(prompt) for prompt in prompts]
+
+    def no_forward(*args: object, **kwargs: object) -> None:
+        raise AssertionError("decoded by transformers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "generate", no_forward)
+        fast = model.generate(encoded, 6)
+    monkeypatch.setitem(model.__dict__, "generator", None)
+    assert model.generate(encoded, 6) == fast
+    assert len(set(fast)) > 3
+
+
+def test_model_with_adapters_is_decoded_by_transformers(
+    small_run: Path, prompts: list[EvalPrompt]
+) -> None:
+    peft = pytest.importorskip("peft")
+    plain = load_eval_model(resolve_product(Run(small_run)), "cpu", "fp32")
+    encoded = [plain.encode(prompt) for prompt in prompts]
+    expected = plain.generate(encoded, 6)
+    # An adapter changes nothing before its first step.
+    adapted = peft.get_peft_model(plain.model, peft.LoraConfig(target_modules=["q_proj"]))
+    found = HolisticVLMAdapter(adapted.base_model.model, plain.processor, plain.identity)
+    assert found.generator is None
+    assert found.generate(encoded, 6) == expected
+
+
+def test_out_of_memory_releases_the_caches(
+    model: HolisticVLMAdapter, prompts: list[EvalPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = [model.encode(prompts[0])]
+    expected = model.generate(encoded, 4)
+    assert model.generator is not None
+    assert model.generator.cache_bytes > 0
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.generator, "generate", full)
+        with pytest.raises(OutOfMemory):
+            model.generate(encoded, 4)
+    assert model.generator.cache_bytes == 0
+    assert model.generate(encoded, 4) == expected
+
+
 def test_tokens_that_fit() -> None:
     assert tokens_that_fit(100, taken=10, free=1000) == 80 * 100
     assert tokens_that_fit(100, taken=999, free=1000) == 100
