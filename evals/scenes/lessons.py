@@ -168,7 +168,7 @@ def _word(rng: Random, world: World, scene: Scene) -> list[Question]:
 
 
 def _where(rng: Random, scene: Scene, contents: list[Content]) -> list[Question]:
-    """In which cell of a 3 x 3 grid the centre of a thing lies."""
+    """Cell of a 3 x 3 grid that contains the centre of a thing."""
     single = [one.name for one in contents if one.count == 1]
     if not single:
         return []

@@ -34,7 +34,7 @@ KNOWN_MODEL_TYPES = (
     NATIVE_MODEL_TYPE,
 )
 SOURCE_CONFIG = "source_config.json"
-# The tensor whose dtype stands for the model's: parameters such as A_log are always fp32.
+# The tensor whose dtype is taken as the model's: parameters such as A_log are always fp32.
 DTYPE_TENSOR = "model.text_embedding.weight"
 # In the order of preference of transformers.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

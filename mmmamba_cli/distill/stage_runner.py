@@ -81,7 +81,7 @@ class StageContext:
 
 @dataclass(frozen=True)
 class _StageOutput:
-    """What the products of a stage are written from."""
+    """Sources of the products of a stage."""
 
     name: str
     parent: Manifest

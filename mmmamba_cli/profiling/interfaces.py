@@ -105,7 +105,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class SubjectInfo:
-    """What a subject is. The fields appear in a profile's JSON, see `result.SubjectPart`."""
+    """Description of a subject. The fields appear in a profile's JSON, see `result.SubjectPart`."""
 
     role: str
     cache: str

@@ -85,7 +85,7 @@ class Measurement(_Part):
 
 
 class SubjectPart(_Part):
-    """As `contract.SubjectInfo`; `weight_bytes` is None if the model was never loaded."""
+    """As `interfaces.SubjectInfo`; `weight_bytes` is None if the model was never loaded."""
 
     name: str
     role: str
