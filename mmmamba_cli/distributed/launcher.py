@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.queues import SimpleQueue
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -163,9 +163,12 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
                 )
                 stop_signals = stack.enter_context(_forward_signals(context))
             result = _wait(context, stop_signals)
-        except SignalException as error:
-            # The signal arrived before the handlers were installed.
-            exit_by_signal(error.sigval)
+        except BaseException as error:
+            _kill_children()
+            if isinstance(error, SignalException):
+                # The signal arrived before the handlers were installed.
+                exit_by_signal(error.sigval)
+            raise
     if not result.is_failed():
         return result.return_values[0]
     failures = []
@@ -229,6 +232,18 @@ def _take_interrupts() -> None:
     sys.unraisablehook = end_in_finaliser
     signal.signal(signal.SIGINT, interrupt)
     unblock_interrupts()
+
+
+def _kill_children() -> None:
+    """Kill processes that are still running, before their semaphores are removed.
+
+    A process that is still unpickling its arguments would print a traceback.
+    """
+    children = active_children()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
 
 
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:

@@ -124,6 +124,14 @@ def test_a_signal_before_training_ends_all(
     assert "error: " not in output
 
 
+def test_an_interrupt_while_processes_start_prints_no_traceback(work: Path, seeded: Path) -> None:
+    """Processes that still unpickle their arguments are killed before their semaphores go."""
+    script = str(Path(__file__).with_name("interrupted_start.py"))
+    result = ended([sys.executable, script, *map(str, distill(work, seeded, *STAGE, *TWO))])
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
     process = start(work, seeded, *STAGE, *LONG, *TWO)
     wait_for(process, has_state(work))
