@@ -136,8 +136,10 @@ class HolisticVLMAdapter:
         try:
             return translate_out_of_memory(work)
         except OutOfMemory:
-            if self.generator is not None:
-                self.generator.release()
+            # Only a generator that exists: making one takes memory.
+            generator = vars(self).get("generator")
+            if generator is not None:
+                generator.release()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise
@@ -209,8 +211,9 @@ class HolisticVLMAdapter:
         """Padded tokens that fit, from the peak memory of the longest prompt; None without CUDA."""
         if self.device.type != "cuda":
             return None
-        # Pack the weights before memory is measured.
-        _ = self.generator
+        if not longest.prompt.choices:
+            # Pack the weights before memory is measured.
+            translate_out_of_memory(lambda: self.generator)
 
         def try_it() -> None:
             if longest.prompt.choices:

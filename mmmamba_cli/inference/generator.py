@@ -53,7 +53,7 @@ class Generator:
         device = model.device
         if graphs and device.type != "cuda":
             raise MmmambaError(
-                f"CUDA graphs want the model on a GPU, and it is on {device}",
+                f"CUDA graphs need the model on a GPU, but it is on {device}",
                 "move it there first, or leave graphs out",
             )
         self.model = model

@@ -184,6 +184,20 @@ def test_out_of_memory_releases_the_caches(
     assert model.generate(encoded, 4) == expected
 
 
+def test_out_of_memory_makes_no_generator(
+    small_run: Path, prompts: list[EvalPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = load_eval_model(resolve_product(Run(small_run)), "cpu", "fp32")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(fresh.model.lm_head, "forward", full)
+    with pytest.raises(OutOfMemory):
+        fresh.score_choices([fresh.encode(prompts[0])])
+    assert "generator" not in vars(fresh)
+
+
 def test_tokens_that_fit() -> None:
     assert tokens_that_fit(100, taken=10, free=1000) == 80 * 100
     assert tokens_that_fit(100, taken=999, free=1000) == 100

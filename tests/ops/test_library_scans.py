@@ -123,7 +123,7 @@ def test_cpu_and_fp32_are_rejected_with_the_reason(backend, monkeypatch):
     with pytest.raises(MmmambaError, match=rf"the {backend} backend multiplies x, B and C in bf"):
         ssd(**problem(6).to(torch.float32).tensors(), backend=backend)
     monkeypatch.setattr(dispatch, "supports_triton", backends.supports_triton)
-    with pytest.raises(MmmambaError, match=rf"ssd: the {backend} backend wants tensors on a GPU"):
+    with pytest.raises(MmmambaError, match=rf"ssd: the {backend} backend needs tensors on a GPU"):
         ssd(**problem(6).to(torch.bfloat16).tensors(), backend=backend)
 
 

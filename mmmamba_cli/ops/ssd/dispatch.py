@@ -50,7 +50,7 @@ def unsupported_reason(backend: str, inputs: ScanInputs) -> str | None:
     """Why the backend cannot run these inputs, as the end of a sentence; None if it can."""
     limits = LIMITS[backend]
     if not supports_triton(*inputs.float_tensors):
-        return "wants tensors on a GPU that has bf16, none of them in fp64"
+        return "needs tensors on a GPU that has bf16, none of them in fp64"
     if any(tensor.dtype not in limits.dtypes for tensor in (inputs.x, inputs.B, inputs.C)):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in limits.dtypes)
         return f"multiplies x, B and C in {names} only"
