@@ -351,7 +351,7 @@ def test_invalid_inputs_are_refused() -> None:
         generator.generate(ids[:, :0], max_new_tokens=4)
     with pytest.raises(DataError, match="max_new_tokens is 0"):
         generator.generate(ids, max_new_tokens=0)
-    with pytest.raises(MmmambaError, match="on a GPU, and it is on cpu"):
+    with pytest.raises(MmmambaError, match="on a GPU, but it is on cpu"):
         Generator(model, graphs=True)
     assert generator.prefill(ids).shape == (2, VOCABULARY)
     with pytest.raises(ValueError, match=r"expected \(2, 1\)"):
