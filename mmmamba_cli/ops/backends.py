@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -86,6 +87,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def upcast(x: Tensor) -> Tensor:
     """x in its `compute_dtype`."""
     return x.to(compute_dtype(x))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Disable autocast on the device of `x`, if that device has autocast."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+# The compiler of torch 2.11 and earlier cannot trace this call.
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def repeat_heads(tokens: Tensor, group_size: int) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops.backends import compute_dtype, repeat_heads
+from mmmamba_cli.ops.backends import compute_dtype, repeat_heads, without_autocast
 from mmmamba_cli.ops.ssd.dispatch import check_supported
-from mmmamba_cli.ops.ssd.reference import ScanInputs, masked_tokens, without_autocast
+from mmmamba_cli.ops.ssd.reference import ScanInputs, masked_tokens
 
 KERNELS = "fla.ops.simple_gla"
 

@@ -16,9 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops.backends import compute_dtype, repeat_heads, segment_ordinals
+from mmmamba_cli.ops.backends import (
+    compute_dtype,
+    repeat_heads,
+    segment_ordinals,
+    without_autocast,
+)
 from mmmamba_cli.ops.ssd.dispatch import check_supported
-from mmmamba_cli.ops.ssd.reference import ScanInputs, masked_tokens, without_autocast
+from mmmamba_cli.ops.ssd.reference import ScanInputs, masked_tokens
 
 LIBRARY = "mamba_ssm"
 KERNELS = f"{LIBRARY}.ops.triton.ssd_combined"

@@ -9,14 +9,19 @@ All arithmetic is fp32, or fp64 if x is fp64; autocast is disabled inside.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import compute_dtype, needs_grad, segment_ordinals
+from mmmamba_cli.ops.backends import (
+    compute_dtype,
+    needs_grad,
+    segment_ordinals,
+    without_autocast,
+)
+from mmmamba_cli.ops.chunks import LogDecays, by_kv_head, chunk_layout, in_chunks, log_decays
 
 
 class ScanInputs(NamedTuple):
@@ -119,32 +124,29 @@ def chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     (C_i . B_j) dt_j x_j; across chunks it is the recurrence with one state per chunk. Memory is
     O(T chunk_size).
     """
-    x, chunk_size = inputs.x, inputs.chunk_size
+    x = inputs.x
     length, kv_heads = x.shape[1], x.shape[2]
-    num_chunks = (length + chunk_size - 1) // chunk_size
-    # Equal chunks, rounded up to a multiple of 8 for the matmuls, need the least padding.
-    tokens_per_chunk = (length + num_chunks - 1) // num_chunks
-    size = min(chunk_size, length, tokens_per_chunk + -tokens_per_chunk % 8)
+    num_chunks, size = chunk_layout(length, inputs.chunk_size)
     dtype = compute_dtype(x)
     with without_autocast(x):
         x, step_sizes, B, C = masked_tokens(inputs)
         # The last chunk is padded with step size 0, which leaves the state unchanged.
-        dt_cHQ = _in_chunks(step_sizes, num_chunks, size)
-        log_decay = _log_decays(dt_cHQ * inputs.A.to(dtype).unsqueeze(-1))
+        dt_cHQ = in_chunks(step_sizes, num_chunks, size)
+        log_decay = log_decays(dt_cHQ * inputs.A.to(dtype).unsqueeze(-1))
         if inputs.seq_idx is not None:
             segments = segment_ordinals(inputs.seq_idx, inputs.mask)
             log_decay = _mask_segments(log_decay, segments, num_chunks, size)
-        x_cKPQ = _in_chunks(x, num_chunks, size).mT.to(dtype).contiguous()
-        B_cKQN = _in_chunks(B, num_chunks, size).to(dtype).contiguous()
-        C_cHQN = _in_chunks(C, num_chunks, size).to(dtype).contiguous()
+        x_cKPQ = in_chunks(x, num_chunks, size).mT.to(dtype).contiguous()
+        B_cKQN = in_chunks(B, num_chunks, size).to(dtype).contiguous()
+        C_cHQN = in_chunks(C, num_chunks, size).to(dtype).contiguous()
 
-        scores = (_by_kv_head(C_cHQN, kv_heads) @ B_cKQN.mT).view(log_decay.within.shape)
+        scores = (by_kv_head(C_cHQN, kv_heads) @ B_cKQN.mT).view(log_decay.within.shape)
         weights = scores * log_decay.within.exp_() * dt_cHQ.unsqueeze(-2)
-        y_within = (_by_kv_head(weights, kv_heads) @ x_cKPQ.mT).view(*C_cHQN.shape[:-1], -1)
+        y_within = (by_kv_head(weights, kv_heads) @ x_cKPQ.mT).view(*C_cHQN.shape[:-1], -1)
 
         to_end = (log_decay.to_end.exp() * dt_cHQ).unflatten(2, (kv_heads, -1)).unsqueeze(-2)
         weighted_x = (x_cKPQ.unsqueeze(3) * to_end).flatten(2, 3)
-        added = (_by_kv_head(weighted_x, kv_heads) @ B_cKQN).view(*weighted_x.shape[:-1], -1)
+        added = (by_kv_head(weighted_x, kv_heads) @ B_cKQN).view(*weighted_x.shape[:-1], -1)
 
         from_start = log_decay.from_start.exp().unsqueeze(-1)
         state = _initial_state(inputs)
@@ -159,40 +161,14 @@ def chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     return y.to(x.dtype), final_state
 
 
-class _LogDecays(NamedTuple):
-    """Sums of dt_k A over parts of a chunk; -inf where a path is masked."""
-
-    from_start: Tensor  # (B, c, H, Q): over k <= i
-    within: Tensor  # (B, c, H, Q, Q): over j < k <= i at [i, j], -inf for j > i
-    to_end: Tensor  # (B, c, H, Q): over k > j
-
-
-def _log_decays(log_decay: Tensor) -> _LogDecays:
-    """Sums over parts of chunks of `log_decay`, dt A (B, c, H, Q).
-
-    Each sum is accumulated separately (segsum of arXiv 2405.21060, listing 1). A difference of two
-    cumulative sums loses precision after a strong decay, and its gradient loses more.
-    """
-    size = log_decay.shape[-1]
-    ones = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
-    after = log_decay.unsqueeze(-1).expand(*log_decay.shape, size)
-    within = after.masked_fill(ones.triu(), 0).cumsum(-2)
-    # Mask before exp: a masked exponential that overflows would make the gradient NaN.
-    within = within.masked_fill_(ones.triu(1), -math.inf)
-    to_end = F.pad(log_decay[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-    return _LogDecays(log_decay.cumsum(-1), within, to_end)
-
-
-def _mask_segments(
-    log_decay: _LogDecays, segments: Tensor, num_chunks: int, size: int
-) -> _LogDecays:
+def _mask_segments(log_decay: LogDecays, segments: Tensor, num_chunks: int, size: int) -> LogDecays:
     """Mask decays between different packed sequences, which `segments` (B, T) numbers."""
     padding = segments[:, -1:].expand(-1, num_chunks * size - segments.shape[1])
     segments = torch.cat((segments, padding), dim=1).unflatten(1, (num_chunks, 1, size))
     last = segments[..., -1:]
     # The initial state belongs to sequence 0, hence the padding with 0.
     entering = F.pad(last[:, :-1], (0, 0, 0, 0, 1, 0))
-    return _LogDecays(
+    return LogDecays(
         log_decay.from_start.masked_fill(segments != entering, -math.inf),
         log_decay.within.masked_fill_(segments.unsqueeze(-1) != segments.unsqueeze(-2), -math.inf),
         log_decay.to_end.masked_fill(segments != last, -math.inf),
@@ -210,19 +186,6 @@ def _scan_chunks(state: Tensor, decay: Tensor, added: Tensor) -> tuple[Tensor, T
         entering.append(state)
         state = torch.addcmul(added_c, decay_c, state)
     return torch.stack(entering, dim=1), state
-
-
-def _in_chunks(tokens: Tensor, num_chunks: int, size: int) -> Tensor:
-    """(B, T, heads, ...) -> (B, c, heads, Q, ...), zero-padded at the end."""
-    padding = num_chunks * size - tokens.shape[1]
-    if padding:
-        tokens = F.pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, padding))
-    return tokens.unflatten(1, (num_chunks, size)).transpose(2, 3)
-
-
-def _by_kv_head(rows: Tensor, kv_heads: int) -> Tensor:
-    """(B, c, H, rows, columns) -> (B, c, K, G * rows, columns): one matmul per key/value head."""
-    return rows.unflatten(2, (kv_heads, -1)).flatten(3, 4)
 
 
 def _advance(
@@ -277,15 +240,3 @@ def _initial_state(inputs: ScanInputs) -> Tensor:
         return inputs.initial_state.to(dtype)
     batch, _, heads, state_dim = C.shape
     return torch.zeros(batch, heads, x.shape[-1], state_dim, dtype=dtype, device=x.device)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Disable autocast on the device of `x`, if that device has autocast."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
-
-
-# The compiler of torch 2.11 and earlier cannot trace this call.
-@torch.compiler.assume_constant_result
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
