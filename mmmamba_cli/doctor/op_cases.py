@@ -6,68 +6,42 @@ Legend: B batch, T tokens, H query heads, K key/value heads, P head dim, Ch chan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli import ops
+from mmmamba_cli.doctor.op_case import (
+    BATCH,
+    DIM,
+    HEADS,
+    KV_HEADS,
+    LENGTHS,
+    OpCase,
+    OpSpec,
+    RandomInputs,
+    Tensors,
+    packed_ids,
+    padding_mask,
+)
+from mmmamba_cli.doctor.recurrence_cases import (
+    delta_rule_cases,
+    delta_rule_matrix_cases,
+    delta_rule_step_cases,
+)
 from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
 from mmmamba_cli.ops.ssd.dispatch import LIMITS
 
-# Arguments by name. Any instead of Tensor, because mypy checks `**` against all parameters.
-Tensors = dict[str, Any]
-# (inputs, constants, backend) -> outputs.
-Call = Callable[[Tensors, Tensors, str], tuple[Tensor, ...]]
-
-BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 32
 CHANNELS, TAPS = 2 * DIM + 1, 4
 # Ops of decoding besides those named `_step`; ops of decoding need no gradients.
 DECODING_OPS = frozenset({"likeliest", "project"})
-# Prompt lengths: a single token, and no multiples of 8 or of a chunk; 131 needs two chunks.
-LENGTHS = (1, 37, 131)
 EPS = 1e-5
 # Scan backends of other libraries, and those without gradients.
 LIBRARY_SCANS = frozenset(LIMITS) - {"triton"}
 FORWARD_ONLY = frozenset(name for name, limits in LIMITS.items() if not limits.gradients)
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """One test case of an op.
-
-    inputs: fp64 tensors on the CPU, whose gradients are compared.
-    constants: masks, ids and positions.
-    fp32_inputs: names of inputs that a bf16 model keeps in fp32.
-    """
-
-    name: str
-    call: Call
-    inputs: Tensors
-    constants: Tensors = field(default_factory=dict)
-    fp32_inputs: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class OpSpec:
-    """A public op: its backends, the name of its reference backend, and its cases.
-
-    needs_backward: whether backends must have gradients, except those in `forward_only`.
-    optional: backends of other libraries; `auto` skips them if they are wrong, so an error is only
-        a warning.
-    """
-
-    name: str
-    backends: Mapping[str, Callable[..., Any]]
-    reference: str
-    cases: tuple[OpCase, ...]
-    needs_backward: bool = True
-    forward_only: frozenset[str] = frozenset()
-    optional: frozenset[str] = frozenset()
 
 
 def op_specs() -> list[OpSpec]:
@@ -75,6 +49,9 @@ def op_specs() -> list[OpSpec]:
     makers: dict[str, tuple[str, Callable[[], list[OpCase]]]] = {
         "ssd": ("recurrent", _ssd_cases),
         "ssd_step": ("reference", _ssd_step_cases),
+        "delta_rule": ("recurrent", delta_rule_cases),
+        "delta_rule_matrix": ("reference", delta_rule_matrix_cases),
+        "delta_rule_step": ("reference", delta_rule_step_cases),
         "causal_conv": ("reference", _conv_cases),
         "causal_conv_step": ("reference", _conv_step_cases),
         "gated_rms_norm": ("reference", _gated_norm_cases),
@@ -99,43 +76,16 @@ def op_specs() -> list[OpSpec]:
     return found
 
 
-class _Random:
-    """Seeded random numbers in fp64, equal on every machine."""
-
-    def __init__(self, seed: int):
-        self._rng = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._rng, dtype=torch.float64)
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=self._rng, dtype=torch.float64)
-
-
-def _mask(length: int) -> Tensor:
-    """(B, T): left padding in one row, right padding in the other."""
-    mask = torch.ones(BATCH, length, dtype=torch.bool)
-    mask[0, : length // 5] = False
-    mask[1, -(length // 4) :] = False
-    return mask
-
-
-def _packing(length: int) -> Tensor:
-    """(B, T): three sequences per row, with different boundaries in each row."""
-    columns = torch.arange(length)
-    return torch.stack([(columns > c).long() + (columns > 2 * c).long() for c in (5, length // 3)])
-
-
 def _ssd_cases() -> list[OpCase]:
     found = [OpCase(f"{length} tokens", _run_ssd, *_ssd_inputs(length)) for length in LENGTHS]
     inputs, _, fp32_inputs = _ssd_inputs(LENGTHS[1])
-    for name, constants in (("mask", _mask), ("seq_idx", _packing)):
+    for name, constants in (("mask", padding_mask), ("seq_idx", packed_ids)):
         found.append(OpCase(name, _run_ssd, inputs, {name: constants(LENGTHS[1])}, fp32_inputs))
     return found
 
 
 def _ssd_inputs(length: int) -> tuple[Tensors, Tensors, frozenset[str]]:
-    rng = _Random(length)
+    rng = RandomInputs(length)
     inputs = {
         "x": rng.normal(BATCH, length, KV_HEADS, DIM),
         "dt": rng.uniform(-5, 2, BATCH, length, HEADS),
@@ -169,7 +119,7 @@ def _run_ssd_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Te
 def _conv_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
-        rng = _Random(length)
+        rng = RandomInputs(length)
         inputs = {
             "x": rng.normal(BATCH, length, CHANNELS),
             "weight": rng.normal(CHANNELS, TAPS),
@@ -178,8 +128,8 @@ def _conv_cases() -> list[OpCase]:
         }
         found.append(OpCase(f"{length} tokens", _run_conv, inputs))
         if length == LENGTHS[1]:
-            found.append(OpCase("mask", _run_conv, inputs, {"mask": _mask(length)}))
-            found.append(OpCase("seq_idx", _run_conv, inputs, {"seq_idx": _packing(length)}))
+            found.append(OpCase("mask", _run_conv, inputs, {"mask": padding_mask(length)}))
+            found.append(OpCase("seq_idx", _run_conv, inputs, {"seq_idx": packed_ids(length)}))
     return found
 
 
@@ -188,7 +138,7 @@ def _run_conv(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor
 
 
 def _conv_step_cases() -> list[OpCase]:
-    rng = _Random(0)
+    rng = RandomInputs(0)
     inputs = {
         "x": rng.normal(BATCH, CHANNELS),
         "weight": rng.normal(CHANNELS, TAPS),
@@ -205,7 +155,7 @@ def _run_conv_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[T
 def _gated_norm_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
-        rng = _Random(length)
+        rng = RandomInputs(length)
         inputs = {
             "y": rng.normal(BATCH, length, HEADS, DIM),
             "gate": rng.normal(BATCH, length, HEADS, DIM),
@@ -222,7 +172,7 @@ def _run_gated_norm(inputs: Tensors, constants: Tensors, backend: str) -> tuple[
 def _norm_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
-        rng = _Random(length)
+        rng = RandomInputs(length)
         inputs = {"x": rng.normal(BATCH, length, CHANNELS), "weight": rng.uniform(0.5, 2, CHANNELS)}
         found.append(OpCase(f"{length} tokens", _run_norm, inputs, {}, frozenset({"weight"})))
     return found
@@ -233,7 +183,7 @@ def _run_norm(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor
 
 
 def _mixer_step_cases() -> list[OpCase]:
-    rng = _Random(0)
+    rng = RandomInputs(0)
     channels = (HEADS + 2 * KV_HEADS) * DIM
     inputs = {
         "vkq": rng.normal(BATCH, channels),
@@ -265,7 +215,7 @@ def _run_mixer_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[
 def _attention_step_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
-        rng = _Random(length)
+        rng = RandomInputs(length)
         angles = rng.normal(BATCH, DIM // 2).repeat(1, 2)
         inputs = {
             "q": rng.normal(BATCH, HEADS, DIM),
@@ -291,7 +241,7 @@ def _run_attention_step(inputs: Tensors, constants: Tensors, backend: str) -> tu
 
 
 def _argmax_cases() -> list[OpCase]:
-    logits = _Random(0).normal(BATCH, 1000)
+    logits = RandomInputs(0).normal(BATCH, 1000)
     suppressed = torch.zeros(1000, dtype=torch.bool)
     suppressed[logits.argmax(-1)] = True
     return [OpCase("greedy", _run_argmax, {"logits": logits}, {"suppressed": suppressed})]
@@ -304,7 +254,7 @@ def _run_argmax(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tens
 
 
 def _project_cases() -> list[OpCase]:
-    rng = _Random(0)
+    rng = RandomInputs(0)
     width, rows = HEADS * DIM, 2 * CHANNELS
     plain = {"x": rng.normal(BATCH, width), "weight": rng.normal(rows, width)}
     inputs = {**plain, "norm": rng.uniform(0.5, 2, width), "bias": rng.normal(rows)}
@@ -344,7 +294,7 @@ def _run_normed_int8(inputs: Tensors, constants: Tensors, backend: str) -> tuple
 def _attention_cases() -> list[OpCase]:
     found = []
     for length in LENGTHS:
-        rng = _Random(length)
+        rng = RandomInputs(length)
         inputs = {
             "q": rng.normal(BATCH, HEADS, length, DIM),
             "k": rng.normal(BATCH, KV_HEADS, length, DIM),
@@ -354,8 +304,8 @@ def _attention_cases() -> list[OpCase]:
         if length == LENGTHS[1]:
             found.append(OpCase("mask", _run_attention, inputs, {"mask": _attention_mask(length)}))
             ends = torch.arange(length).expand(BATCH, -1) < length - 3
-            packed = {"real": ends, "seq_idx": _packing(length)}
-            for name, constants in (("padded", {"real": _mask(length)}), ("packed", packed)):
+            packed = {"real": ends, "seq_idx": packed_ids(length)}
+            for name, constants in (("padded", {"real": padding_mask(length)}), ("packed", packed)):
                 found.append(OpCase(name, _run_varlen_attention, inputs, constants))
     return found
 
@@ -363,7 +313,7 @@ def _attention_cases() -> list[OpCase]:
 def _attention_mask(length: int) -> Tensor:
     """(B, 1, T, T): causal, without padding keys; a padding query attends to itself."""
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return causal & (_mask(length)[:, None, None, :] | torch.eye(length, dtype=torch.bool))
+    return causal & (padding_mask(length)[:, None, None, :] | torch.eye(length, dtype=torch.bool))
 
 
 def _run_attention(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:

@@ -16,6 +16,14 @@ from mmmamba_cli.ops.decode import (
     greedy_argmax,
     mixer_step,
 )
+from mmmamba_cli.ops.delta import (
+    DELTA_BACKENDS,
+    DELTA_MATRIX_BACKENDS,
+    DELTA_STEP_BACKENDS,
+    delta_rule,
+    delta_rule_matrix,
+    delta_rule_step,
+)
 from mmmamba_cli.ops.norm import (
     GATED_RMS_NORM_BACKENDS,
     RMS_NORM_BACKENDS,
@@ -32,6 +40,9 @@ BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "attention_step": ATTENTION_STEP_BACKENDS,
     "causal_conv": CONV_BACKENDS,
     "causal_conv_step": CONV_STEP_BACKENDS,
+    "delta_rule": DELTA_BACKENDS,
+    "delta_rule_matrix": DELTA_MATRIX_BACKENDS,
+    "delta_rule_step": DELTA_STEP_BACKENDS,
     "gated_rms_norm": GATED_RMS_NORM_BACKENDS,
     # Named as in reports of `mmmamba doctor`.
     "likeliest": GREEDY_ARGMAX_BACKENDS,
@@ -48,6 +59,9 @@ __all__ = [
     "attention_step",
     "causal_conv",
     "causal_conv_step",
+    "delta_rule",
+    "delta_rule_matrix",
+    "delta_rule_step",
     "gated_rms_norm",
     "greedy_argmax",
     "mixer_step",

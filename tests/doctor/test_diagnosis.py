@@ -17,7 +17,8 @@ from mmmamba_cli import ops
 from mmmamba_cli.doctor import diagnosis, environment, library_checks, missing_extras, op_checks
 from mmmamba_cli.doctor.environment import EXTRAS, PURPOSES
 from mmmamba_cli.doctor.known_issues import SystemFacts, check_known_issues, check_versions
-from mmmamba_cli.doctor.op_cases import OpSpec, op_specs
+from mmmamba_cli.doctor.op_case import OpSpec
+from mmmamba_cli.doctor.op_cases import op_specs
 from mmmamba_cli.doctor.op_checks import _worst, check_backend, check_ops, relative_error
 from mmmamba_cli.doctor.report import Check, DeviceInfo, DoctorReport, OpCheck, PackageInfo
 from mmmamba_cli.errors import MmmambaError
@@ -77,8 +78,9 @@ def test_all_ops_pass_on_the_cpu_in_both_dtypes() -> None:
     backends = {(c.op, c.backend) for c in every}
     registered = {(name, b) for name, table in ops.BACKENDS.items() for b in table}
     assert backends == registered
-    # Rounding errors of bf16 are visible: it has 8 bits.
-    assert all(c.forward and c.forward > 1e-4 for c in found if c.dtype == "bfloat16")
+    # Rounding errors of bf16 are visible: it has 8 bits. Mixing matrices are fp32.
+    rounded = [c for c in found if c.dtype == "bfloat16" and not c.op.endswith("_matrix")]
+    assert all(c.forward and c.forward > 1e-4 for c in rounded)
 
 
 def test_backends_registered_later_are_checked(

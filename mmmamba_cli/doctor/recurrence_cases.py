@@ -1,0 +1,88 @@
+"""Test cases of the delta rules and of gated linear attention.
+
+Legend: B batch, T tokens, H query heads, K key/value heads, P head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from mmmamba_cli import ops
+from mmmamba_cli.doctor.op_case import (
+    BATCH,
+    DIM,
+    HEADS,
+    KV_HEADS,
+    LENGTHS,
+    OpCase,
+    RandomInputs,
+    Tensors,
+    packed_ids,
+    padding_mask,
+)
+
+FP32_INPUTS = frozenset({"log_decay", "beta", "initial_state", "state"})
+# Of an op with one decay per head and of one with a decay per key channel.
+PER_HEAD, PER_CHANNEL = "", ", decay per channel"
+
+
+def delta_rule_cases() -> list[OpCase]:
+    found = []
+    for kind in (PER_HEAD, PER_CHANNEL):
+        for length in LENGTHS:
+            inputs = _delta_inputs(length, kind)
+            name = f"{length} tokens{kind}"
+            found.append(OpCase(name, _run_delta_rule, inputs, {}, FP32_INPUTS))
+        inputs = _delta_inputs(LENGTHS[1], kind)
+        for name, constants in (("mask", padding_mask), ("seq_idx", packed_ids)):
+            given = {name: constants(LENGTHS[1])}
+            found.append(OpCase(f"{name}{kind}", _run_delta_rule, inputs, given, FP32_INPUTS))
+    return found
+
+
+def _run_delta_rule(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.delta_rule(**inputs, **constants, qk_l2_norm=True, backend=backend)
+
+
+def delta_rule_step_cases() -> list[OpCase]:
+    found = []
+    for kind in (PER_HEAD, PER_CHANNEL):
+        inputs = _delta_inputs(1, kind)
+        state = inputs.pop("initial_state")
+        one = {name: value[:, 0] for name, value in inputs.items()} | {"state": state}
+        found.append(OpCase(f"one token{kind}", _run_delta_rule_step, one, {}, FP32_INPUTS))
+    return found
+
+
+def _run_delta_rule_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.delta_rule_step(**inputs, qk_l2_norm=True, backend=backend)
+
+
+def delta_rule_matrix_cases() -> list[OpCase]:
+    found = []
+    for kind in (PER_HEAD, PER_CHANNEL):
+        inputs = _delta_inputs(LENGTHS[1], kind)
+        del inputs["v"], inputs["initial_state"]
+        name = f"{LENGTHS[1]} tokens{kind}"
+        found.append(OpCase(name, _run_delta_rule_matrix, inputs, {}, FP32_INPUTS))
+    return found
+
+
+def _run_delta_rule_matrix(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.delta_rule_matrix(**inputs, qk_l2_norm=True, backend=backend),)
+
+
+def _delta_inputs(length: int, kind: str) -> Tensors:
+    rng = RandomInputs(length)
+    channels = (DIM,) if kind == PER_CHANNEL else ()
+    return {
+        "v": rng.normal(BATCH, length, KV_HEADS, DIM),
+        "k": rng.normal(BATCH, length, KV_HEADS, DIM),
+        "q": rng.normal(BATCH, length, HEADS, DIM) * math.sqrt(DIM),
+        # From decays that forget a token at once to decays that keep it for all tokens.
+        "log_decay": -rng.uniform(-7, 2, BATCH, length, HEADS, *channels).exp(),
+        "beta": rng.uniform(0, 1, BATCH, length, HEADS),
+        "initial_state": rng.normal(BATCH, HEADS, DIM, DIM),
+    }

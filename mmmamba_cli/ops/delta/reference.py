@@ -1,0 +1,202 @@
+"""The gated delta rule and its single step in plain PyTorch, on any device, with autograd.
+
+Legend: B batch, T tokens, H query heads, K key/value heads, G = H / K, P value dim, N key dim,
+c chunks of Q tokens each. Query head h reads key/value head h // G.
+
+All arithmetic is fp32, or fp64 if v is fp64; autocast is disabled inside.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.ops.backends import compute_dtype, without_autocast
+from mmmamba_cli.ops.channel_decay import decayed_products, from_start, to_end
+from mmmamba_cli.ops.chunks import by_kv_head, chunk_layout, in_chunks, log_decays
+from mmmamba_cli.ops.recurrence import (
+    RecurrenceInputs,
+    Tokens,
+    by_channel,
+    initial_state,
+    prepared_tokens,
+    scaled_qk,
+)
+
+
+def step(
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None,
+    qk_l2_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """One token; shapes as in `ops.delta_rule_step`."""
+    dtype, heads = compute_dtype(v), (v.shape[1], -1)
+    with without_autocast(v):
+        decay = by_channel(log_decay.to(dtype), q).exp()
+        scaled_q, normal_k = scaled_qk(q.to(dtype), k.to(dtype), scale, qk_l2_norm)
+        y, state = _advance(
+            state.to(dtype).unflatten(1, heads),
+            decay.unflatten(1, heads),
+            beta.to(dtype).unflatten(1, heads),
+            v.to(dtype),
+            normal_k,
+            scaled_q.unflatten(1, heads),
+        )
+    return y.flatten(1, 2).to(v.dtype), state.flatten(1, 2)
+
+
+def recurrent(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
+    """Run the recurrence token by token (arXiv 2412.06464, equation 10)."""
+    v, heads = inputs.v, (inputs.v.shape[2], -1)
+    with without_autocast(v):
+        tokens = prepared_tokens(inputs)
+        assert tokens.beta is not None
+        state = initial_state(inputs).unflatten(1, heads)
+        outputs = []
+        for decay_t, beta_t, v_t, k_t, q_t in zip(
+            tokens.log_decay.exp().unflatten(2, heads).unbind(1),
+            tokens.beta.unflatten(2, heads).unbind(1),
+            tokens.v.unbind(1),
+            tokens.k.unbind(1),
+            tokens.q.unflatten(2, heads).unbind(1),
+            strict=True,
+        ):
+            y_t, state = _advance(state, decay_t, beta_t, v_t, k_t, q_t)
+            outputs.append(y_t)
+        y = torch.stack(outputs, dim=1).flatten(2, 3)
+    return y.to(v.dtype), state.flatten(1, 2)
+
+
+def _advance(
+    state: Tensor, decay: Tensor, beta: Tensor, v: Tensor, k: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y_t (B, K, G, P) and S_t from S_{t-1} (B, K, G, P, N).
+
+    decay (B, K, G, 1 or N), beta (B, K, G), v (B, K, P), k (B, K, N), q (B, K, G, N).
+    """
+    state = state * decay.unsqueeze(-2)
+    key = k[:, :, None, :, None]
+    correction = beta.unsqueeze(-1) * (v.unsqueeze(2) - (state @ key).squeeze(-1))
+    state = torch.addcmul(state, correction.unsqueeze(-1), key.mT)
+    return (state @ q.unsqueeze(-1)).squeeze(-1), state
+
+
+def chunked(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
+    """Run the chunked form (arXiv 2412.06464, section 3.3; arXiv 2406.06484 without decays).
+
+    Within a chunk, the corrections u_i = beta_i (v_i - S~_i k_i) that the tokens write solve a
+    triangular system: (I + L) U = diag(beta) (V - K_in S^T), where L_ij = beta_i k_i . k_j under
+    the decay between j and i, j < i, and K_in are the keys under the decay from the chunk's start.
+    Across chunks it is a recurrence with one state per chunk. Memory is O(T chunk_size).
+    """
+    v, length, kv_heads = inputs.v, inputs.v.shape[1], inputs.v.shape[2]
+    num_chunks, size = chunk_layout(length, inputs.chunk_size)
+    with without_autocast(v):
+        tokens = prepared_tokens(inputs)
+        chunks = _chunks(tokens, num_chunks, size)
+        v_cKQP = _in_chunks(tokens.v, num_chunks, size)
+        written = (by_kv_head(chunks.solution, kv_heads) @ v_cKQP).view(*chunks.k_in.shape[:-1], -1)
+        entering, corrections, final_state = _scan_chunks(
+            initial_state(inputs), chunks, written, chunks.solution @ chunks.k_in
+        )
+        y_cHQP = torch.baddbmm(
+            (chunks.attention @ corrections).flatten(0, 2),
+            chunks.q_in.flatten(0, 2),
+            entering.flatten(0, 2).mT,
+        ).view(corrections.shape)
+        y = y_cHQP.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+    return y.to(v.dtype), final_state
+
+
+def matrix(inputs: RecurrenceInputs) -> Tensor:
+    """The mixing matrix (B, H, T, T), by the chunked form with all tokens in one chunk."""
+    with without_autocast(inputs.k):
+        chunks = _chunks(prepared_tokens(inputs), num_chunks=1, size=inputs.q.shape[1])
+        return (chunks.attention @ chunks.solution).squeeze(0)
+
+
+class _Chunks(NamedTuple):
+    """Parts of all chunks that depend on neither the values nor the states.
+
+    attention: (c, B, H, Q, Q), q_i . k_j under the decay between j <= i, else 0.
+    solution: (c, B, H, Q, Q), (I + L)^-1 diag(beta).
+    q_in, k_in: (c, B, H, Q, N), queries and keys under the decay from the chunk's start.
+    k_out: (c, B, H, Q, N), keys under the decay to the chunk's end.
+    decay: (c, B, H, 1, 1 or N), over the whole chunk.
+    """
+
+    attention: Tensor
+    solution: Tensor
+    q_in: Tensor
+    k_in: Tensor
+    k_out: Tensor
+    decay: Tensor
+
+
+def _chunks(tokens: Tokens, num_chunks: int, size: int) -> _Chunks:
+    assert tokens.beta is not None
+    k = _in_chunks(tokens.k, num_chunks, size)
+    q = _in_chunks(tokens.q, num_chunks, size)
+    log_decay = _in_chunks(tokens.log_decay, num_chunks, size)
+    beta = _in_chunks(tokens.beta, num_chunks, size)
+    grouped = (k.shape[2], -1)
+    key_rows = k.unsqueeze(3).expand(*k.shape[:3], q.shape[2] // k.shape[2], size, k.shape[-1])
+    if log_decay.shape[-1] == 1:
+        sums = log_decays(log_decay.squeeze(-1))
+        within = sums.within.exp_()
+        attention = (by_kv_head(q, k.shape[2]) @ k.mT).view(within.shape) * within
+        products = ((k @ k.mT).unsqueeze(3) * within.unflatten(2, grouped)).flatten(2, 3)
+        decay_in, decay_out = sums.from_start.exp().unsqueeze(-1), sums.to_end.exp().unsqueeze(-1)
+    else:
+        rows = torch.stack((q.unflatten(2, grouped), key_rows), dim=-2)
+        both = decayed_products(rows, k.unsqueeze(3), log_decay.unflatten(2, grouped))
+        attention, products = both.flatten(2, 3).unbind(-2)
+        decay_in, decay_out = from_start(log_decay).exp(), to_end(log_decay).exp()
+    k_in, k_out = (
+        (key_rows * decay.unflatten(2, grouped)).flatten(2, 3) for decay in (decay_in, decay_out)
+    )
+    solution = _solve(products * beta.unsqueeze(-1)) * beta.unsqueeze(-2)
+    return _Chunks(attention, solution, q * decay_in, k_in, k_out, decay_in[..., -1:, :])
+
+
+def _solve(lower: Tensor) -> Tensor:
+    """(I + L)^-1, where L is the part of `lower` (..., Q, Q) below the diagonal."""
+    one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(
+        lower, one.expand_as(lower), upper=False, unitriangular=True
+    )
+
+
+def _scan_chunks(
+    state: Tensor, chunks: _Chunks, written: Tensor, read: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States before all chunks (c, B, H, P, N), corrections (c, B, H, Q, P), and the final state.
+
+    `written` (c, B, H, Q, P) are the corrections for a zero state; `read` (c, B, H, Q, N) times the
+    state is what it takes from them.
+    """
+    shape, state = state.shape, state.flatten(0, 1)
+    entering, corrections = [], []
+    parts = (written, read, chunks.k_out, chunks.decay)
+    for written_c, read_c, k_out, decay in zip(
+        *(part.flatten(1, 2).unbind(0) for part in parts), strict=True
+    ):
+        entering.append(state)
+        corrections.append(torch.baddbmm(written_c, read_c, state.mT, alpha=-1))
+        state = torch.baddbmm(state * decay, corrections[-1].mT, k_out)
+    return (
+        torch.stack(entering).unflatten(1, shape[:2]),
+        torch.stack(corrections).unflatten(1, shape[:2]),
+        state.view(shape),
+    )
+
+
+def _in_chunks(tokens: Tensor, num_chunks: int, size: int) -> Tensor:
+    """(B, T, heads, ...) -> (c, B, heads, Q, ...): chunks first, as the loop reads them."""
+    return in_chunks(tokens, num_chunks, size).transpose(0, 1).contiguous()
