@@ -1,79 +1,85 @@
 """Products of queries and keys under one decay per key channel, without overflow.
 
 The factor of channel n between the tokens j <= i is exp(g_{j+1} + ... + g_i) with log decays
-g <= 0. Written as exp(c_i) exp(-c_j) with cumulative sums c, the second factor overflows. Here each
-block of tokens is halved: between its halves, the exponent is split at their border, where both
-parts are sums of log decays and both factors are at most 1. The halves are halved in turn, so the
-products of Q tokens take log2(Q) matmuls.
+g <= 0. Written as exp(c_i) exp(-c_j) with cumulative sums c, the second factor overflows. Here
+neighbouring blocks of tokens are joined, from single tokens to the whole chunk: between two blocks
+the exponent is split at their border, where both parts are sums of log decays and both factors are
+at most 1. The products of Q tokens take log2(Q) matmuls.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def from_start(log_decay: Tensor) -> Tensor:
-    """Log decays (..., Q, N) summed over tokens k <= i."""
-    return log_decay.cumsum(-2)
+class DecayedBlock(NamedTuple):
+    """A block of Q tokens with R rows, for example query and key, and one key per token.
 
-
-def to_end(log_decay: Tensor) -> Tensor:
-    """Log decays (..., Q, N) summed over tokens k > j."""
-    return F.pad(log_decay[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-
-
-def decayed_products(rows: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
-    """sum_n rows[i, r, n] k[j, n] exp(sum_{j < l <= i} log_decay[l, n]) at [i, r, j], 0 for j > i.
-
-    Args:
-        rows: (..., Q, R, N), R rows per token.
-        k: (..., Q, N); leading dimensions may broadcast to those of `rows`.
-        log_decay: (..., Q, N), at most 0; -inf separates the tokens before from those after.
-
-    Returns:
-        (..., Q, R, Q).
+    products: (..., Q, R, Q), sum_n rows[i, r, n] k[j, n] exp(sum_{j < l <= i} log_decay[l, n]) at
+        [i, r, j], 0 for j > i.
+    rows: (..., Q, R, N), rows under the decay from the block's start, the token's own included.
+    keys: (..., Q, N), keys under the decay to the block's end.
+    log_decay: (..., N), over the whole block.
     """
-    size = k.shape[-2]
+
+    products: Tensor
+    rows: Tensor
+    keys: Tensor
+    log_decay: Tensor
+
+
+def decayed_block(rows: Tensor, keys: Tensor, log_decay: Tensor) -> DecayedBlock:
+    """The block of tokens with rows (..., Q, R, N), keys (..., Q, N) and log decays (..., Q, N).
+
+    Log decays are at most 0; -inf separates the tokens before from those after. Leading dimensions
+    of `keys` may broadcast.
+    """
+    size = log_decay.shape[-2]
     border = 1 << (size.bit_length() - 1)
-    first = _products_of_halves(rows[..., :border, :, :], k[..., :border, :], log_decay)
-    if border == size:
-        return first
-    rows, after = rows[..., border:, :, :], log_decay[..., border:, :]
-    across = _products_across(rows, k[..., :border, :], log_decay[..., :border, :], after)
-    return _lower_blocks(first, across, decayed_products(rows, k[..., border:, :], after))
-
-
-def _products_of_halves(rows: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
-    """`decayed_products` of the first Q tokens of `log_decay`, Q a power of 2."""
-    size = k.shape[-2]
-    log_decay = log_decay[..., :size, :]
-    blocks = (rows * k.unsqueeze(-2)).sum(-1)[..., None, :, None]
-    half = 1
-    while half < size:
-        before, after = log_decay.unflatten(-2, (-1, 2, half)).unbind(-3)
-        across = _products_across(
-            rows.unflatten(-3, (-1, 2, half))[..., 1, :, :, :],
-            k.unflatten(-2, (-1, 2, half))[..., 0, :, :],
-            before,
-            after,
+    if border < size:
+        return _joined(
+            decayed_block(
+                rows[..., :border, :, :], keys[..., :border, :], log_decay[..., :border, :]
+            ),
+            decayed_block(
+                rows[..., border:, :, :], keys[..., border:, :], log_decay[..., border:, :]
+            ),
         )
-        first, second = blocks.unflatten(-4, (-1, 2)).unbind(-4)
-        blocks = _lower_blocks(first, across, second)
-        half *= 2
-    return blocks.squeeze(-4)
+    # A dimension of blocks before that of tokens: Q blocks of one token, then pairs of neighbours.
+    blocks = DecayedBlock(
+        (rows * keys.unsqueeze(-2)).sum(-1)[..., None, :, None],
+        (rows * log_decay.exp().unsqueeze(-2)).unsqueeze(-3),
+        keys.expand_as(log_decay).unsqueeze(-2),
+        log_decay,
+    )
+    while blocks.log_decay.shape[-2] > 1:
+        pairs = (
+            blocks.products.unflatten(-4, (-1, 2)).unbind(-4),
+            blocks.rows.unflatten(-4, (-1, 2)).unbind(-4),
+            blocks.keys.unflatten(-3, (-1, 2)).unbind(-3),
+            blocks.log_decay.unflatten(-2, (-1, 2)).unbind(-2),
+        )
+        blocks = _joined(*(DecayedBlock(*parts) for parts in zip(*pairs, strict=True)))
+    return DecayedBlock(
+        blocks.products.squeeze(-4),
+        blocks.rows.squeeze(-4),
+        blocks.keys.squeeze(-3),
+        blocks.log_decay.squeeze(-2),
+    )
 
 
-def _products_across(rows: Tensor, k: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Products of rows (..., I, R, N) with the keys (..., J, N) of a block before, (..., I, R, J).
-
-    `before` (..., J, N) and `after` (..., I, N) are the log decays of the two blocks.
-    """
-    read = rows * from_start(after).exp().unsqueeze(-2)
-    written = k * to_end(before).exp()
-    return (read.flatten(-3, -2) @ written.mT).unflatten(-2, rows.shape[-3:-1])
-
-
-def _lower_blocks(first: Tensor, across: Tensor, second: Tensor) -> Tensor:
-    """[[first, 0], [across, second]] over the dimensions -3 and -1."""
-    above = F.pad(first, (0, second.shape[-1]))
-    return torch.cat((above, torch.cat((across, second), -1)), -3)
+def _joined(first: DecayedBlock, second: DecayedBlock) -> DecayedBlock:
+    across = second.rows.flatten(-3, -2) @ first.keys.mT
+    below = torch.cat((across.unflatten(-2, second.rows.shape[-3:-1]), second.products), -1)
+    above = F.pad(first.products, (0, second.products.shape[-1]))
+    # Sums of log decays: products of many rounded decays near 1 would lose precision.
+    since_first = first.log_decay.exp()[..., None, None, :]
+    until_end = second.log_decay.exp().unsqueeze(-2)
+    return DecayedBlock(
+        torch.cat((above, below), -3),
+        torch.cat((first.rows, second.rows * since_first), -3),
+        torch.cat((first.keys * until_end, second.keys), -2),
+        first.log_decay + second.log_decay,
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.ops.backends import compute_dtype, without_autocast
-from mmmamba_cli.ops.channel_decay import decayed_products, from_start, to_end
+from mmmamba_cli.ops.channel_decay import decayed_block
 from mmmamba_cli.ops.chunks import by_kv_head, chunk_layout, in_chunks, log_decays
 from mmmamba_cli.ops.recurrence import (
     RecurrenceInputs,
@@ -145,24 +145,41 @@ def _chunks(tokens: Tokens, num_chunks: int, size: int) -> _Chunks:
     q = _in_chunks(tokens.q, num_chunks, size)
     log_decay = _in_chunks(tokens.log_decay, num_chunks, size)
     beta = _in_chunks(tokens.beta, num_chunks, size)
+    per_channel = log_decay.shape[-1] > 1
+    products = _per_channel_products if per_channel else _per_head_products
+    attention, key_products, q_in, k_in, k_out, decay = products(q, k, log_decay)
+    solution = _solve(key_products * beta.unsqueeze(-1)) * beta.unsqueeze(-2)
+    return _Chunks(attention, solution, q_in, k_in, k_out, decay)
+
+
+def _per_head_products(q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
+    """`attention`, k_i . k_j under the decay, `q_in`, `k_in`, `k_out` and `decay` of `_Chunks`.
+
+    q (c, B, H, Q, N), k (c, B, K, Q, N), log_decay (c, B, H, Q, 1).
+    """
     grouped = (k.shape[2], -1)
-    key_rows = k.unsqueeze(3).expand(*k.shape[:3], q.shape[2] // k.shape[2], size, k.shape[-1])
-    if log_decay.shape[-1] == 1:
-        sums = log_decays(log_decay.squeeze(-1))
-        within = sums.within.exp_()
-        attention = (by_kv_head(q, k.shape[2]) @ k.mT).view(within.shape) * within
-        products = ((k @ k.mT).unsqueeze(3) * within.unflatten(2, grouped)).flatten(2, 3)
-        decay_in, decay_out = sums.from_start.exp().unsqueeze(-1), sums.to_end.exp().unsqueeze(-1)
-    else:
-        rows = torch.stack((q.unflatten(2, grouped), key_rows), dim=-2)
-        both = decayed_products(rows, k.unsqueeze(3), log_decay.unflatten(2, grouped))
-        attention, products = both.flatten(2, 3).unbind(-2)
-        decay_in, decay_out = from_start(log_decay).exp(), to_end(log_decay).exp()
+    sums = log_decays(log_decay.squeeze(-1))
+    within = sums.within.exp_()
+    attention = (by_kv_head(q, k.shape[2]) @ k.mT).view(within.shape) * within
+    key_products = ((k @ k.mT).unsqueeze(3) * within.unflatten(2, grouped)).flatten(2, 3)
+    decay_in, decay_out = sums.from_start.exp().unsqueeze(-1), sums.to_end.exp().unsqueeze(-1)
     k_in, k_out = (
-        (key_rows * decay.unflatten(2, grouped)).flatten(2, 3) for decay in (decay_in, decay_out)
+        (k.unsqueeze(3) * decay.unflatten(2, grouped)).flatten(2, 3)
+        for decay in (decay_in, decay_out)
     )
-    solution = _solve(products * beta.unsqueeze(-1)) * beta.unsqueeze(-2)
-    return _Chunks(attention, solution, q * decay_in, k_in, k_out, decay_in[..., -1:, :])
+    return attention, key_products, q * decay_in, k_in, k_out, decay_in[..., -1:, :]
+
+
+def _per_channel_products(q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
+    """The same for log_decay (c, B, H, Q, N)."""
+    grouped = (k.shape[2], -1)
+    q, log_decay = q.unflatten(2, grouped), log_decay.unflatten(2, grouped)
+    rows = torch.stack((q, k.unsqueeze(3).expand_as(q)), dim=-2)
+    block = decayed_block(rows, k.unsqueeze(3), log_decay)
+    attention, key_products = block.products.flatten(2, 3).unbind(-2)
+    q_in, k_in = block.rows.flatten(2, 3).unbind(-2)
+    decay = block.log_decay.exp().flatten(2, 3).unsqueeze(-2)
+    return attention, key_products, q_in, k_in, block.keys.flatten(2, 3), decay
 
 
 def _solve(lower: Tensor) -> Tensor:
