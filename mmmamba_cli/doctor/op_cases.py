@@ -29,6 +29,9 @@ from mmmamba_cli.doctor.recurrence_cases import (
     delta_rule_cases,
     delta_rule_matrix_cases,
     delta_rule_step_cases,
+    gla_cases,
+    gla_matrix_cases,
+    gla_step_cases,
 )
 from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.ops.decode import MixerWeights
@@ -52,6 +55,9 @@ def op_specs() -> list[OpSpec]:
         "delta_rule": ("recurrent", delta_rule_cases),
         "delta_rule_matrix": ("reference", delta_rule_matrix_cases),
         "delta_rule_step": ("reference", delta_rule_step_cases),
+        "gla": ("recurrent", gla_cases),
+        "gla_matrix": ("reference", gla_matrix_cases),
+        "gla_step": ("reference", gla_step_cases),
         "causal_conv": ("reference", _conv_cases),
         "causal_conv_step": ("reference", _conv_step_cases),
         "gated_rms_norm": ("reference", _gated_norm_cases),

@@ -74,6 +74,49 @@ def _run_delta_rule_matrix(inputs: Tensors, constants: Tensors, backend: str) ->
     return (ops.delta_rule_matrix(**inputs, qk_l2_norm=True, backend=backend),)
 
 
+def gla_cases() -> list[OpCase]:
+    found = []
+    for length in LENGTHS:
+        inputs = _gla_inputs(length)
+        found.append(OpCase(f"{length} tokens", _run_gla, inputs, {}, FP32_INPUTS))
+    inputs = _gla_inputs(LENGTHS[1])
+    for name, constants in (("mask", padding_mask), ("seq_idx", packed_ids)):
+        given = {name: constants(LENGTHS[1])}
+        found.append(OpCase(name, _run_gla, inputs, given, FP32_INPUTS))
+    return found
+
+
+def _run_gla(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.gla(**inputs, **constants, backend=backend)
+
+
+def gla_step_cases() -> list[OpCase]:
+    inputs = _gla_inputs(1)
+    state = inputs.pop("initial_state")
+    one = {name: value[:, 0] for name, value in inputs.items()} | {"state": state}
+    return [OpCase("one token", _run_gla_step, one, {}, FP32_INPUTS)]
+
+
+def _run_gla_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return ops.gla_step(**inputs, backend=backend)
+
+
+def gla_matrix_cases() -> list[OpCase]:
+    inputs = _gla_inputs(LENGTHS[1])
+    del inputs["v"], inputs["initial_state"]
+    return [OpCase(f"{LENGTHS[1]} tokens", _run_gla_matrix, inputs, {}, FP32_INPUTS)]
+
+
+def _run_gla_matrix(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    return (ops.gla_matrix(**inputs, backend=backend),)
+
+
+def _gla_inputs(length: int) -> Tensors:
+    inputs = _delta_inputs(length, PER_CHANNEL)
+    del inputs["beta"]
+    return {**inputs, "k": inputs["k"] / math.sqrt(DIM)}
+
+
 def _delta_inputs(length: int, kind: str) -> Tensors:
     rng = RandomInputs(length)
     channels = (DIM,) if kind == PER_CHANNEL else ()

@@ -24,6 +24,14 @@ from mmmamba_cli.ops.delta import (
     delta_rule_matrix,
     delta_rule_step,
 )
+from mmmamba_cli.ops.gla import (
+    GLA_BACKENDS,
+    GLA_MATRIX_BACKENDS,
+    GLA_STEP_BACKENDS,
+    gla,
+    gla_matrix,
+    gla_step,
+)
 from mmmamba_cli.ops.norm import (
     GATED_RMS_NORM_BACKENDS,
     RMS_NORM_BACKENDS,
@@ -44,6 +52,9 @@ BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "delta_rule_matrix": DELTA_MATRIX_BACKENDS,
     "delta_rule_step": DELTA_STEP_BACKENDS,
     "gated_rms_norm": GATED_RMS_NORM_BACKENDS,
+    "gla": GLA_BACKENDS,
+    "gla_matrix": GLA_MATRIX_BACKENDS,
+    "gla_step": GLA_STEP_BACKENDS,
     # Named as in reports of `mmmamba doctor`.
     "likeliest": GREEDY_ARGMAX_BACKENDS,
     "mixer_step": MIXER_STEP_BACKENDS,
@@ -63,6 +74,9 @@ __all__ = [
     "delta_rule_matrix",
     "delta_rule_step",
     "gated_rms_norm",
+    "gla",
+    "gla_matrix",
+    "gla_step",
     "greedy_argmax",
     "mixer_step",
     "project",

@@ -1,6 +1,7 @@
-"""Chunks of tokens, and sums of log decays within them, for scans over one decay per head.
+"""Chunks of tokens, sums of log decays within them, and the recurrence across them.
 
-Legend: B batch, T tokens, H query heads, K key/value heads, c chunks of Q tokens each.
+Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N key dim, c chunks of
+Q tokens each.
 """
 
 import math
@@ -54,3 +55,16 @@ def log_decays(log_decay: Tensor) -> LogDecays:
     within = within.masked_fill_(ones.triu(1), -math.inf)
     to_end = F.pad(log_decay[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     return LogDecays(log_decay.cumsum(-1), within, to_end)
+
+
+def scan_chunks(state: Tensor, decay: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """Initial states of all chunks (B, c, H, P, N) and the final state (B, H, P, N).
+
+    `decay` (B, c, H, 1, 1 or N) is the decay over a whole chunk; `added` (B, c, H, P, N) is the
+    contribution of the chunk's tokens to the state at its end.
+    """
+    entering = []
+    for decay_c, added_c in zip(decay.unbind(1), added.unbind(1), strict=True):
+        entering.append(state)
+        state = torch.addcmul(added_c, decay_c, state)
+    return torch.stack(entering, dim=1), state

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmmamba_cli.errors import MmmambaError
 
 quick = settings(max_examples=12, deadline=None)
-kinds = pytest.mark.parametrize("kind", ["delta", "kda"])
+kinds = pytest.mark.parametrize("kind", ["delta", "kda", "gla"])
 backends = pytest.mark.parametrize("backend", ["recurrent", "chunked"])
 
 

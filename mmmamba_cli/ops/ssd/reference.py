@@ -21,7 +21,14 @@ from mmmamba_cli.ops.backends import (
     segment_ordinals,
     without_autocast,
 )
-from mmmamba_cli.ops.chunks import LogDecays, by_kv_head, chunk_layout, in_chunks, log_decays
+from mmmamba_cli.ops.chunks import (
+    LogDecays,
+    by_kv_head,
+    chunk_layout,
+    in_chunks,
+    log_decays,
+    scan_chunks,
+)
 
 
 class ScanInputs(NamedTuple):
@@ -150,7 +157,7 @@ def chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
         from_start = log_decay.from_start.exp().unsqueeze(-1)
         state = _initial_state(inputs)
-        entering, final_state = _scan_chunks(state, from_start[..., -1:, :], added)
+        entering, final_state = scan_chunks(state, from_start[..., -1:, :], added)
         y_cHQP = torch.baddbmm(
             y_within.flatten(0, 2),
             (C_cHQN * from_start).flatten(0, 2),
@@ -173,19 +180,6 @@ def _mask_segments(log_decay: LogDecays, segments: Tensor, num_chunks: int, size
         log_decay.within.masked_fill_(segments.unsqueeze(-1) != segments.unsqueeze(-2), -math.inf),
         log_decay.to_end.masked_fill(segments != last, -math.inf),
     )
-
-
-def _scan_chunks(state: Tensor, decay: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """Initial states of all chunks (B, c, H, P, N) and the final state (B, H, P, N).
-
-    `decay` (B, c, H, 1, 1) is the decay over a whole chunk; `added` (B, c, H, P, N) is the
-    contribution of the chunk's tokens to the state at its end.
-    """
-    entering = []
-    for decay_c, added_c in zip(decay.unbind(1), added.unbind(1), strict=True):
-        entering.append(state)
-        state = torch.addcmul(added_c, decay_c, state)
-    return torch.stack(entering, dim=1), state
 
 
 def _advance(
