@@ -33,6 +33,11 @@ from mmmamba_cli.doctor.recurrence_cases import (
     gla_matrix_cases,
     gla_step_cases,
 )
+from mmmamba_cli.doctor.window_cases import (
+    window_attention_cases,
+    window_matrix_cases,
+    window_step_cases,
+)
 from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
@@ -67,6 +72,9 @@ def op_specs() -> list[OpSpec]:
         "mixer_step": ("reference", _mixer_step_cases),
         "project": ("reference", _project_cases),
         "rms_norm": ("reference", _norm_cases),
+        "window_attention": ("reference", window_attention_cases),
+        "window_matrix": ("reference", window_matrix_cases),
+        "window_step": ("reference", window_step_cases),
     }
     found = []
     for name, backends in ops.BACKENDS.items():

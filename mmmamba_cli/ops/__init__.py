@@ -40,6 +40,14 @@ from mmmamba_cli.ops.norm import (
 )
 from mmmamba_cli.ops.projection import PROJECT_BACKENDS, project
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS, SCAN_STEP_BACKENDS, ssd, ssd_step
+from mmmamba_cli.ops.window import (
+    WINDOW_ATTENTION_BACKENDS,
+    WINDOW_MATRIX_BACKENDS,
+    WINDOW_STEP_BACKENDS,
+    window_attention,
+    window_matrix,
+    window_step,
+)
 
 # The registry of each public function. Functions look backends up at each call, so the registries
 # include those added after import.
@@ -62,6 +70,9 @@ BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "rms_norm": RMS_NORM_BACKENDS,
     "ssd": SCAN_BACKENDS,
     "ssd_step": SCAN_STEP_BACKENDS,
+    "window_attention": WINDOW_ATTENTION_BACKENDS,
+    "window_matrix": WINDOW_MATRIX_BACKENDS,
+    "window_step": WINDOW_STEP_BACKENDS,
 }
 
 __all__ = [
@@ -83,4 +94,7 @@ __all__ = [
     "rms_norm",
     "ssd",
     "ssd_step",
+    "window_attention",
+    "window_matrix",
+    "window_step",
 ]
