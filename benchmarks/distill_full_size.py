@@ -28,13 +28,14 @@ import transformers
 from torch import Tensor
 
 import mmmamba_cli
+from mmmamba_cli.architecture import default_mixer, is_fp32_parameter
 from mmmamba_cli.checkpoint import hovle
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.objective import build_objective
 from mmmamba_cli.distill.optimiser import build_optimiser, clip_gradients
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.trainable import trainable_names
-from mmmamba_cli.model import FP32_PARAMETERS, LINEAR, HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.model.block import SwiGLU
 from mmmamba_cli.recipe import Stage, load_recipe
 from mmmamba_cli.seed.init import initial_value
@@ -51,7 +52,7 @@ def random_model(config: HolisticVLMConfig, device: str) -> HolisticVLM:
         model = HolisticVLM(config)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        small = any(part in FP32_PARAMETERS for part in name.split("."))
+        small = is_fp32_parameter(name)
         dtype = torch.float32 if small else torch.bfloat16
         values = torch.empty(parameter.shape, device=device).normal_(std=0.02)
         if "norm" in name:
@@ -77,7 +78,7 @@ def make_pair(raw: dict[str, Any], stage: Stage, device: str, precision: str) ->
         owner, _, leaf = name.rpartition(".")
         value = theirs.get(name)
         if value is None:
-            first = initial_value(name, shape, "inherit+mimic", 0).to(device)
+            first = initial_value(name, shape, default_mixer(LINEAR), "inherit+mimic", 0).to(device)
             value = torch.nn.Parameter(first, requires_grad=False)
         if name in names:
             value = torch.nn.Parameter(value.detach().clone().float())

@@ -18,6 +18,7 @@ from mmmamba_cli.architecture import (
     StackConfig,
     VisionConfig,
     derived_fields,
+    mixers_problem,
 )
 from mmmamba_cli.checkpoint.config_fields import (
     MAX_LAYERS,
@@ -70,6 +71,7 @@ def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
             raise CheckpointError(f"{where}: {name} is {section!r:.60}, expected a table", HINT)
         _check_section(section, kind, where, name)
     _check_layers(raw, where)
+    _check_mixers(raw, where)
     known = {field.name for field in fields(Architecture)}
     found = Architecture(
         **{key: value for key, value in raw.items() if key in known and value is not None}
@@ -157,6 +159,18 @@ def _check_layers(raw: Mapping[str, Any], where: str) -> None:
             )
     if raw.get("vision") is not None:
         _check_vision(raw["vision"], where)
+
+
+def _check_mixers(raw: Mapping[str, Any], where: str) -> None:
+    """Validate the mixer of each layer and the mixers' options."""
+    mixers = raw.get("mixers")
+    if mixers is not None and not (
+        isinstance(mixers, list) and all(isinstance(name, str) for name in mixers)
+    ):
+        raise CheckpointError(f"{where}: mixers is {mixers!r:.60}, expected a list of names", HINT)
+    problem = mixers_problem(raw["layer_types"], mixers, MixerConfig(**(raw.get("mixer") or {})))
+    if problem is not None:
+        raise CheckpointError(f"{where}: {problem}", HINT)
 
 
 def _check_vision(vision: Mapping[str, Any], where: str) -> None:

@@ -95,7 +95,7 @@ def _summary(name: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _check(name: str, sets: list[str], num_layers: int | None) -> dict[str, Any]:
-    from mmmamba_cli.recipe import attention_layers, load_recipe
+    from mmmamba_cli.recipe import attention_layers, layer_mixers, load_recipe
 
     result: dict[str, Any] = {"recipe": name, "valid": False, "problems": []}
     try:
@@ -106,6 +106,7 @@ def _check(name: str, sets: list[str], num_layers: int | None) -> dict[str, Any]
         return {**result, "valid": True}
     try:
         layers = attention_layers(recipe.layers, num_layers)
+        layer_mixers(recipe.mixer.kind, recipe.layers.mixers, num_layers)
     except RecipeError as error:
         return {**result, "problems": [f"{name}: {error}"]}
     return {**result, "valid": True, "attention_layers": layers}

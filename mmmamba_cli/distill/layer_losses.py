@@ -13,28 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mmmamba_cli.architecture import MixerSpec
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.prepared_inputs import PreparedInputs
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops.backends import upcast
-
-# Parameters that the output of a mixer before W_O depends on.
-MIX_PARAMETERS = (
-    "mixer.q_proj",
-    "mixer.k_proj",
-    "mixer.v_proj",
-    "mixer.g_proj",
-    "mixer.dt_proj",
-    "mixer.conv1d",
-    "mixer.A_log",
-    "mixer.dt_bias",
-    "mixer.D",
-    "mixer.g_norm",
-    "mixer.q_norm",
-    "mixer.k_norm",
-)
 
 
 @dataclass(frozen=True)
@@ -58,14 +43,12 @@ class LayerInputs:
 class LayerLoss(Protocol):
     """The distance between a layer of the student and the same layer of the teacher."""
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names, or prefixes of names, of the block's parameters that the loss depends on."""
+    def depends_on(self, name: str, mixer: MixerSpec) -> bool:
+        """Whether the loss depends on the parameter `name` of a block with this mixer."""
         ...
 
-    @property
-    def partial_parameters(self) -> tuple[str, ...]:
-        """Those of which the loss depends on some elements only."""
+    def depends_on_part_of(self, name: str, mixer: MixerSpec) -> bool:
+        """Whether it depends on some elements of the parameter only."""
         ...
 
     def units_per_token(self, block: Block) -> int:
@@ -87,6 +70,8 @@ class LayerwiseLoss:
     # The model, "teacher" or "student", whose mixer outputs feed the next layer.
     inputs: str
     scale: float
+    # The mixer of each layer of the student.
+    mixers: tuple[MixerSpec, ...]
     layer_local: bool = True
 
     @property
@@ -94,17 +79,19 @@ class LayerwiseLoss:
         return tuple(f"layer {layer}" for layer in self.layers)
 
     def depends_on(self, name: str) -> bool:
-        return self._matches(name, self.loss.parameters)
+        layer, inner = self._split(name)
+        return layer is not None and self.loss.depends_on(inner, self.mixers[layer])
 
     def depends_on_part_of(self, name: str) -> bool:
-        return self._matches(name, self.loss.partial_parameters)
+        layer, inner = self._split(name)
+        return layer is not None and self.loss.depends_on_part_of(inner, self.mixers[layer])
 
-    def _matches(self, name: str, prefixes: tuple[str, ...]) -> bool:
+    def _split(self, name: str) -> tuple[int | None, str]:
+        """The trainable layer of a parameter, None for others, and its name in the block."""
         parts = name.split(".")
         if parts[:2] != ["model", "layers"] or int(parts[2]) not in self.layers:
-            return False
-        inner = ".".join(parts[3:])
-        return any(f"{inner}.".startswith(f"{prefix}.") for prefix in prefixes)
+            return None, name
+        return int(parts[2]), ".".join(parts[3:])
 
     def count_units(self, pair: TeacherStudent, batch: Batch) -> Tensor:
         first = pair.teacher.model.num_embedding_layers
@@ -203,20 +190,15 @@ class MatrixOrientation:
     weighted by tokens. Memory grows with T^2.
 
     The mixing matrix is made of queries, keys and decay. It does not depend on W_V, the value
-    channels of the convolution, D, the gate or the gated norm.
+    channels of the convolution, the gate or the gated norm; `MixerSpec.matrix_parameters` lists the
+    parameters of each mixer that it depends on.
     """
 
-    parameters: tuple[str, ...] = (
-        "mixer.q_proj",
-        "mixer.k_proj",
-        "mixer.dt_proj",
-        "mixer.conv1d",
-        "mixer.A_log",
-        "mixer.dt_bias",
-        "mixer.q_norm",
-        "mixer.k_norm",
-    )
-    partial_parameters: tuple[str, ...] = ("mixer.conv1d",)
+    def depends_on(self, name: str, mixer: MixerSpec) -> bool:
+        return _in_mixer(name, mixer.matrix_parameters)
+
+    def depends_on_part_of(self, name: str, mixer: MixerSpec) -> bool:
+        return _in_mixer(name, mixer.partial_matrix_parameters)
 
     def units_per_token(self, block: Block) -> int:
         return block.mixer.num_heads
@@ -238,8 +220,11 @@ class MixerMSE:
     Stages 1 and 2 of mmMamba (arXiv 2502.13145).
     """
 
-    parameters: tuple[str, ...] = MIX_PARAMETERS
-    partial_parameters: tuple[str, ...] = ()
+    def depends_on(self, name: str, mixer: MixerSpec) -> bool:
+        return name.startswith("mixer.") and not name.startswith("mixer.o_proj.")
+
+    def depends_on_part_of(self, name: str, mixer: MixerSpec) -> bool:
+        return False
 
     def units_per_token(self, block: Block) -> int:
         return block.mixer.num_heads * block.mixer.head_dim
@@ -260,8 +245,11 @@ class HiddenAlignment:
     gradient: it produces the hidden state that both mixers read.
     """
 
-    parameters: tuple[str, ...] = (*MIX_PARAMETERS, "mixer.o_proj", "mlp_norm", "mlp")
-    partial_parameters: tuple[str, ...] = ()
+    def depends_on(self, name: str, mixer: MixerSpec) -> bool:
+        return name.startswith(("mixer.", "mlp_norm.", "mlp."))
+
+    def depends_on_part_of(self, name: str, mixer: MixerSpec) -> bool:
+        return False
 
     def units_per_token(self, block: Block) -> int:
         return block.mixer.o_proj.out_features
@@ -275,3 +263,8 @@ class HiddenAlignment:
         actual = student.after_mixer(layer.hidden, student.mixer.o_proj(student_mixed))
         difference = upcast(actual) - upcast(expected)
         return layer.masked_sum(difference.square()), teacher_mixed, student_mixed
+
+
+def _in_mixer(name: str, parameters: tuple[str, ...]) -> bool:
+    """Whether `name` within a block is one of the mixer's `parameters`, or inside of one."""
+    return any(f"{name}.".startswith(f"mixer.{parameter}.") for parameter in parameters)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mmmamba_cli.architecture import mixer_spec
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.kl_loss import LogitsKL
 from mmmamba_cli.distill.layer_losses import (
@@ -97,7 +98,10 @@ def build_objective(stage: Stage, config: HolisticVLMConfig, trainable: Sequence
             "linear layers",
             "name parameters of their mixers, or take loss: kl",
         )
-    objective = LayerwiseLoss(LAYER_LOSSES[stage.loss], layers, stage.inputs, stage.loss_scale)
+    mixers = tuple(mixer_spec(name) for name in config.mixer_names)
+    objective = LayerwiseLoss(
+        LAYER_LOSSES[stage.loss], layers, stage.inputs, stage.loss_scale, mixers
+    )
     unreached = [name for name in trainable if not objective.depends_on(name)]
     if unreached:
         others = f" and {len(unreached) - 1} more" if len(unreached) > 1 else ""

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -172,7 +173,8 @@ def _train_stage(
         pair = attach_lora(pair, stage.lora, lora_weights)
     callbacks.on_stage_begin(stage, pair.trainable_parameters(), plan.progress)
     methods = ("mix", "mixing_matrix") if objective.layer_local else ()
-    shard_mixers([block.mixer for block in pair.student.model.blocks], world, methods)
+    mixers = [cast(torch.nn.Module, block.mixer) for block in pair.student.model.blocks]
+    shard_mixers(mixers, world, methods)
     job = TrainingJob(
         stage=stage,
         pair=pair,

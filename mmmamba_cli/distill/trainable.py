@@ -12,15 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from mmmamba_cli.architecture import is_fp32_parameter
+from mmmamba_cli.architecture import (
+    ATTENTION,
+    LINEAR,
+    default_mixer,
+    is_fp32_parameter,
+    mixer_spec,
+)
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.errors import MmmambaError, RecipeError
-from mmmamba_cli.model import LINEAR, HolisticVLMConfig
+from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.recipe import LoRA, Stage
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-# Inherited with W_Q and W_K where the attention of the teacher has them.
-QK_NORMS = ("q_norm", "k_norm")
 OUTPUT = ("o_proj",)
 FROZEN_IN_PAPER = ("A_log", "dt_bias")
 # Name that peft gives the adapter inside a module.
@@ -30,7 +33,7 @@ ADAPTER = "default"
 def trainable_names(stage: Stage, config: HolisticVLMConfig, names: Collection[str]) -> list[str]:
     """Select the trainable parameters of `stage` from all `names` of the student's parameters.
 
-    `learns: new` selects the parameters that a Mamba-2 mixer has and attention has not; `new+qkv`
+    `learns: new` selects the parameters that a linear mixer has and attention has not; `new+qkv`
     adds W_Q, W_K and W_V with their biases and norms; both in linear layers only. Patterns are
     shell patterns over all names.
 
@@ -74,9 +77,9 @@ def _is_new(name: str, config: HolisticVLMConfig, with_qkv: bool) -> bool:
         return False
     if config.layer_types[int(parts[2])] != LINEAR or parts[4] in OUTPUT:
         return False
-    inherits_norms = config.stack_of(int(parts[2])).qk_norm
-    inherited = (*PROJECTIONS, *QK_NORMS) if inherits_norms else PROJECTIONS
-    return with_qkv or parts[4] not in inherited
+    attention = mixer_spec(default_mixer(ATTENTION)).parameter_shapes
+    inherited = attention(config.stack_of(int(parts[2])), config.mixer_config, config.hidden_size)
+    return with_qkv or ".".join(parts[4:]) not in inherited
 
 
 def _matching(stage: Stage, names: Collection[str]) -> list[str]:

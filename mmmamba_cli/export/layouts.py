@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mmmamba_cli.architecture import default_mixer, spec_of
 from mmmamba_cli.checkpoint import DTYPE_TENSOR, Checkpoint, hovle, mmmamba_hf, stored_dtype
 from mmmamba_cli.checkpoint.name_map import TensorMapping, rename
 from mmmamba_cli.errors import CheckpointError, name_some
@@ -219,6 +220,9 @@ def _unsupported_features(config: HolisticVLMConfig, name: str) -> Iterator[str]
     linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR]
     if name == HOVLE and linear:
         yield f"linear layers, and layer {linear[0]} is one"
+    elif config.mixers is not None:
+        other = next(i for i in linear if config.mixers[i] != default_mixer(LINEAR))
+        yield f"{spec_of(config, other).title} mixer, and layer {other} is one"
     elif linear:
         if mixer.conv_width != mmmamba_hf.CONV_WIDTH:
             yield f"convolution of width {mixer.conv_width} (mixer.conv_width), only of 2"

@@ -12,11 +12,12 @@ from itertools import takewhile
 from typing import Any
 
 from mmmamba_cli import __version__
+from mmmamba_cli.architecture import LINEAR, spec_of
 from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_model_name
 from mmmamba_cli.checkpoint.resolve import check_repository_id
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export.layouts import HOVLE, HUB, MMMAMBA_HF
-from mmmamba_cli.model import LINEAR
+from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.runs import Manifest, Run
 from mmmamba_cli.runs.provenance import (
     PUBLISHED_NOTE,
@@ -96,13 +97,11 @@ def card_text(
     """The text of README.md of an export in format `name`."""
     config = checkpoint.config
     title = card.title or public_model_name(checkpoint.path) or checkpoint.path.resolve().name
-    kept = config.attention_layers
-    total = config.num_hidden_layers
     lines = [
         *_front_matter(checkpoint, title, card),
         f"# {title}",
         "",
-        f"{_describe_layers(kept, total)}. {parameters / 1e6:,.1f} M parameters in {dtype}, in "
+        f"{_describe_layers(config)}. {parameters / 1e6:,.1f} M parameters in {dtype}, in "
         f"{FORMAT_TITLES[name]}.",
         *_distillation_note(checkpoint, card.manifest),
         "",
@@ -132,13 +131,17 @@ def redact_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manife
     return manifest.model_copy(update=changes)
 
 
-def _describe_layers(kept: Sequence[int], total: int) -> str:
+def _describe_layers(config: HolisticVLMConfig) -> str:
+    kept, total = config.attention_layers, config.num_hidden_layers
+    linear = [spec_of(config, layer).title for layer in range(total) if layer not in kept]
+    # The most frequent mixer first.
+    mixers = " and ".join(sorted(set(linear), key=linear.count, reverse=True))
     if not kept:
-        return f"A linear model: Mamba-2 in all {total} layers"
+        return f"A linear model: {mixers} in all {total} layers"
     if len(kept) == total:
         return f"A model with attention in all {total} layers"
     listed = ", ".join(map(str, kept))
-    return f"A hybrid: attention in layers {listed} of {total}, Mamba-2 in the others"
+    return f"A hybrid: attention in layers {listed} of {total}, {mixers} in the others"
 
 
 def _front_matter(checkpoint: Checkpoint, title: str, card: CardInfo) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import pkgutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ from mmmamba_cli.export.source_renaming import (
 )
 
 PACKAGE = "mmmamba_cli"
+# Packages whose modules register themselves: nothing imports all of them by name.
+REGISTERED_PACKAGES = (f"{PACKAGE}.architecture.mixers", f"{PACKAGE}.model.mixers")
 ENTRY_MODULES = (
     f"{PACKAGE}.model.config",
     f"{PACKAGE}.model.modeling",
@@ -48,14 +51,26 @@ DEPENDENCIES = frozenset(
 )
 
 
-def bundle_files(entries: Iterable[str] = ENTRY_MODULES) -> dict[str, str]:
+def bundle_files(entries: Iterable[str] | None = None) -> dict[str, str]:
     """Text by file name of the modules `entries` and all modules that they import.
+
+    None is the model with all mixers, and its processor.
 
     Raises `ValueError`, a bug, for a module that imports more than `DEPENDENCIES`, and for files
     that would import each other.
     """
+    entries = [*ENTRY_MODULES, *_registered_modules()] if entries is None else entries
     bundle = _Bundle(_collect(entries))
     return {f"{name}.py": bundle.text(name) for name in sorted(bundle.files)}
+
+
+def _registered_modules() -> list[str]:
+    """The modules of `REGISTERED_PACKAGES`."""
+    return [
+        f"{package}.{module.name}"
+        for package in REGISTERED_PACKAGES
+        for module in pkgutil.iter_modules([str(_source(package).parent)])
+    ]
 
 
 def file_of(module: str) -> str:

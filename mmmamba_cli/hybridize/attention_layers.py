@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from mmmamba_cli.architecture import parameter_shapes
+from mmmamba_cli.architecture import default_mixer, mixer_spec, parameter_shapes
 from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
 from mmmamba_cli.checkpoint.hashing import tensor_digest
 from mmmamba_cli.errors import RunError
@@ -79,9 +79,9 @@ def hybridize(
             "name the product to start from with --from",
         )
     student = run.open_product(parent.name)
-    config = _with_attention_layers(student.config, layers)
+    donors = _mixer_donors(run, parent, student, layers)
+    config = _with_attention_layers(student.config, layers, donors)
     teacher = run.open_teacher(teacher_path) if _restored_layers(student.config, config) else None
-    donors = _mixer_donors(run, parent, student, config)
     kept = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
     spec = ProductSpec(
         name=name,
@@ -110,9 +110,17 @@ def _stages_kept(parent: Manifest) -> tuple[str, ...]:
     return tuple(stage for stage in parent.stages if stage in before)
 
 
-def _with_attention_layers(config: HolisticVLMConfig, layers: Sequence[int]) -> HolisticVLMConfig:
-    kinds = [ATTENTION if i in layers else LINEAR for i in range(config.num_hidden_layers)]
-    return HolisticVLMConfig.from_dict({**config.to_dict(), "layer_types": kinds})
+def _with_attention_layers(
+    config: HolisticVLMConfig, layers: Sequence[int], donors: Mapping[int, Checkpoint]
+) -> HolisticVLMConfig:
+    """`config` with attention in exactly `layers`, and the mixers of `donors` in theirs."""
+    mixers = list(config.mixer_names)
+    for layer in layers:
+        mixers[layer] = default_mixer(ATTENTION)
+    for layer, donor in donors.items():
+        mixers[layer] = donor.config.mixer_names[layer]
+    kinds = [mixer_spec(name).layer_type for name in mixers]
+    return HolisticVLMConfig.from_dict({**config.to_dict(), "layer_types": kinds, "mixers": mixers})
 
 
 def _restored_layers(old: HolisticVLMConfig, new: HolisticVLMConfig) -> list[int]:
@@ -121,17 +129,17 @@ def _restored_layers(old: HolisticVLMConfig, new: HolisticVLMConfig) -> list[int
 
 
 def _mixer_donors(
-    run: Run, parent: Manifest, student: Checkpoint, config: HolisticVLMConfig
+    run: Run, parent: Manifest, student: Checkpoint, layers: Sequence[int]
 ) -> dict[int, Checkpoint]:
     """The nearest ancestor with a mixer, for each layer that becomes linear again."""
-    missing = [i for i in student.config.attention_layers if i not in config.attention_layers]
+    missing = [i for i in student.config.attention_layers if i not in layers]
     donors: dict[int, Checkpoint] = {}
     ancestors = run.ancestors(parent)
     while missing:
         recorded, ancestor = next(ancestors, (None, None))
         if recorded is None or ancestor is None:
             raise RunError(
-                f"no ancestor of {parent.name!r} has a Mamba-2 mixer for layers {missing}",
+                f"no ancestor of {parent.name!r} has a mixer for layers {missing}",
                 "start from another product with --from",
             )
         if ancestor.content_hash != recorded.content_hash:

@@ -6,7 +6,7 @@ prompt is left-padded to whole chunks, which leaves all states unchanged.
 
 Models with attention read the whole prompt at once, so that `is_causal=True` is enough
 (`PromptGraphs`). It is right-padded to a multiple of 128 columns, which causal attention never sees
-and the next tokens' keys and values overwrite; Mamba-2 states ignore padding. Longer prompts hide
+and the next tokens' keys and values overwrite; recurrent states ignore padding. Longer prompts hide
 the launch overhead without a graph.
 
 Legend: B batch, T columns of the prompt, N columns of the graph, D hidden size.
@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba_cli.inference.cuda_graphs import Capture, GraphCache
-from mmmamba_cli.inference.decode_step import ChunkPadding, embed, prefill_stacks
-from mmmamba_cli.inference.packed_model import PackedAttention, PackedMamba2, PackedModel
+from mmmamba_cli.inference.decode_step import embed, prefill_stacks
+from mmmamba_cli.inference.packed_mixer import ChunkPadding
+from mmmamba_cli.inference.packed_model import PackedModel
 from mmmamba_cli.inference.static_cache import PrefillCache, StaticCache
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.rope import depends_on_length
@@ -48,11 +49,8 @@ class ChunkShape(NamedTuple):
 
 
 def supports_chunk_graphs(packed: PackedModel) -> bool:
-    """Whether every mixer is a Mamba-2 mixer with a fused step, which needs no positions."""
-    layers = [layer for stack in packed.stacks for layer in stack.layers]
-    return all(
-        isinstance(layer.mixer, PackedMamba2) and layer.mixer.has_fused_step for layer in layers
-    )
+    """Whether every mixer reads chunks over its packed weights, which needs no positions."""
+    return all(layer.mixer.chunks for stack in packed.stacks for layer in stack.layers)
 
 
 def split_prompt(length: int, padding: int, batch: int) -> list[ChunkShape]:
@@ -149,9 +147,8 @@ class _Chunk:
 
 
 def supports_prompt_graphs(packed: PackedModel) -> bool:
-    """Whether every mixer is attention, or a Mamba-2 mixer with a fused step."""
-    mixers = [layer.mixer for stack in packed.stacks for layer in stack.layers]
-    return all(isinstance(mixer, PackedAttention) or mixer.has_fused_step for mixer in mixers)
+    """Whether every mixer reads prompts that are padded on the right."""
+    return all(layer.mixer.right_padding for stack in packed.stacks for layer in stack.layers)
 
 
 class PromptGraphs:

@@ -20,7 +20,6 @@ from mmmamba_cli.inference.weight_packing import (
 )
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.block import Block
-from mmmamba_cli.model.mamba2 import Mamba2
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.ops.projection import Int8Weight, project, quantize_rows
@@ -92,11 +91,10 @@ def packed_int8(layers: Sequence[Int8Linear]) -> Int8Weight:
 
 def _quantize_block(block: Block) -> None:
     mixer_inputs, mlp_inputs = packed_groups(block)
-    gated_norm = block.mixer.g_norm if isinstance(block.mixer, Mamba2) else None
     groups: tuple[tuple[list[nn.Linear], RMSNorm | None], ...] = (
         (mixer_inputs, block.mixer_norm),
         (mlp_inputs, block.mlp_norm),
-        ([block.mixer.o_proj], gated_norm),
+        ([block.mixer.o_proj], block.mixer.output_norm),
         ([block.mlp.down_proj], None),
     )
     names = {id(layer): name for name, layer in block_projections(block).items()}

@@ -6,59 +6,22 @@ chunk, Ch channels of the convolution, W its width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli.architecture import kv_cache_bytes
-from mmmamba_cli.inference.packed_model import (
-    PackedAttention,
-    PackedLayer,
-    PackedModel,
-    PackedStack,
-)
+from mmmamba_cli.inference.packed_mixer import LayerCache
+from mmmamba_cli.inference.packed_model import PackedModel, PackedStack
 from mmmamba_cli.model.cache import DecodingState
 from mmmamba_cli.model.rope import inverse_frequencies
 from mmmamba_cli.model.sequence_layout import StackState
-from mmmamba_cli.ops.backends import compute_dtype
-from mmmamba_cli.ops.decode import to_ring_buffer
 
 # `fill_random` draws this many columns and repeats them: drawing whole caches takes too long.
 RANDOM_COLUMNS = 1024
 # Rows of logits start at multiples of this many elements, so that GEMMs can write them aligned.
 PAD_LOGITS_TO = 16
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of an attention layer, (B, K, S, P) each."""
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.keys, self.values)
-
-
-@dataclass(frozen=True)
-class Mamba2Cache:
-    """Convolution and SSM states of a Mamba-2 layer.
-
-    `conv` (B, Ch, W - 1) holds the last inputs of the convolution, oldest first, as prefill leaves
-    them. A mixer with a fused step decodes from `ring` (B, Ch, W) instead: column t is in slot
-    t % W. `ssm` is (B, H, P, P) in fp32.
-    """
-
-    conv: Tensor
-    ring: Tensor | None
-    ssm: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.conv, self.ssm) if self.ring is None else (self.conv, self.ring, self.ssm)
 
 
 class StackCache:
@@ -76,7 +39,9 @@ class StackCache:
         batch = counters.shape[0] - 1
         self.packed = packed
         self.capacity = capacity if packed.has_attention else 0
-        self.layers = [_empty_layer(layer, like, batch, capacity) for layer in packed.layers]
+        self.layers: list[LayerCache] = [
+            layer.mixer.empty_cache(like, batch, capacity) for layer in packed.layers
+        ]
         self.column = counters[:1]
         self.position = counters[1:].view(batch, 1)
         self.starts = torch.zeros_like(counters[1:])
@@ -95,8 +60,7 @@ class StackCache:
         assert state.inv_freq is not None, "prefill describes the stack"
         self.inv_freq.copy_(state.inv_freq)
         for layer in self.layers:
-            if isinstance(layer, Mamba2Cache) and layer.ring is not None:
-                layer.ring.copy_(to_ring_buffer(layer.conv, state.length))
+            layer.finish_prefill(state.length)
 
 
 class StaticCache:
@@ -193,23 +157,7 @@ def kv_nbytes(packed: PackedModel, batch: int, capacities: tuple[int, ...]) -> i
         kv_cache_bytes(stack.config, batch, capacity, size)
         for stack, capacity in zip(packed.stacks, capacities, strict=True)
         for layer in stack.layers
-        if isinstance(layer.mixer, PackedAttention)
-    )
-
-
-def _empty_layer(
-    layer: PackedLayer, like: Tensor, batch: int, capacity: int
-) -> KVCache | Mamba2Cache:
-    mixer = layer.mixer
-    if isinstance(mixer, PackedAttention):
-        shape = (batch, mixer.kv_heads, capacity, mixer.head_dim)
-        return KVCache(like.new_zeros(shape), like.new_zeros(shape))
-    channels, width = mixer.weights.conv_weight.shape
-    shape = (batch, mixer.heads, mixer.head_dim, mixer.head_dim)
-    return Mamba2Cache(
-        conv=like.new_zeros(batch, channels, width - 1),
-        ring=like.new_zeros(batch, channels, width) if mixer.has_fused_step else None,
-        ssm=torch.zeros(shape, dtype=compute_dtype(like), device=like.device),
+        if layer.mixer.grows
     )
 
 
@@ -223,39 +171,12 @@ def _randomize(tensor: Tensor, rng: torch.Generator) -> None:
         part.copy_(block[:, :, : part.shape[2]])
 
 
-class _KVLayer:
-    """A `KVCache` during prefill."""
-
-    def __init__(self, cache: KVCache):
-        self.cache = cache
-        self.length = 0
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, K, T, P); returns all columns so far."""
-        begin, self.length = self.length, self.length + keys.shape[2]
-        self.cache.keys[:, :, begin : self.length].copy_(keys)
-        self.cache.values[:, :, begin : self.length].copy_(values)
-        return self.cache.keys[:, :, : self.length], self.cache.values[:, :, : self.length]
-
-
-class _Mamba2Layer:
-    """A `Mamba2Cache` during prefill, with the attribute names of transformers' cache layers."""
-
-    def __init__(self, cache: Mamba2Cache):
-        self.has_previous_state = [False]
-        self.conv_states, self.recurrent_states = [cache.conv], [cache.ssm]
-
-
 class PrefillCache:
     """Minimal transformers-cache interface backed by a `StaticCache`, for the model's modules."""
 
     def __init__(self, cache: StaticCache):
         self.decoding_state = DecodingState()
-        self.layers = [
-            _KVLayer(layer) if isinstance(layer, KVCache) else _Mamba2Layer(layer)
-            for stack in cache.stacks
-            for layer in stack.layers
-        ]
+        self.layers = [layer.module_layer() for stack in cache.stacks for layer in stack.layers]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         layer: Any = self.layers[layer_idx]

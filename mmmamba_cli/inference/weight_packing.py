@@ -11,27 +11,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmmamba_cli.architecture import spec_of
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.attention import Attention
 from mmmamba_cli.model.block import Block, SwiGLU
-from mmmamba_cli.model.mamba2 import Mamba2
+from mmmamba_cli.model.mixer import Mixer
 
-MAMBA2_INPUTS = ("v_proj", "k_proj", "q_proj", "g_proj", "dt_proj")
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP_INPUTS = ("gate_proj", "up_proj")
 
 
 def pack(model: HolisticVLM) -> None:
-    """Pack [v|k|q|g|dt] or [q|k|v] of each mixer and [gate|up] of each MLP, in place.
+    """Pack the input projections of each mixer and [gate|up] of each MLP, in place.
 
     Needs extra memory for one group of weights at a time. Groups that are packed already are left
     alone; moving or casting the model undoes the packing.
 
     Raises:
-        MmmambaError: projections that are not plain linear layers of one dtype on one device, for
-            example adapters or sharded weights. The model is unchanged then.
+        MmmambaError: a mixer without a step over packed weights, or projections that are not plain
+            linear layers of one dtype on one device, for example adapters or sharded weights. The
+            model is unchanged then.
     """
+    require_packed_mixers(model)
     require_plain_linears(model)
     groups = [group for block in model.model.blocks for group in packed_groups(block)]
     for layers in groups:
@@ -47,10 +47,9 @@ def packed_groups(block: Block) -> tuple[list[nn.Linear], list[nn.Linear]]:
     return mixer_inputs(block.mixer), mlp_inputs(block.mlp)
 
 
-def mixer_inputs(mixer: Attention | Mamba2) -> list[nn.Linear]:
+def mixer_inputs(mixer: Mixer) -> list[nn.Linear]:
     """The input projections of a mixer, in packed order."""
-    names = MAMBA2_INPUTS if isinstance(mixer, Mamba2) else ATTENTION_INPUTS
-    return [getattr(mixer, name) for name in names]
+    return [getattr(mixer, name) for name in mixer.input_projections]
 
 
 def mlp_inputs(mlp: SwiGLU) -> list[nn.Linear]:
@@ -91,6 +90,17 @@ def block_projections(block: Block) -> dict[str, nn.Module]:
         for name, layer in getattr(block, part).named_children()
         if name.endswith("_proj")
     }
+
+
+def require_packed_mixers(model: HolisticVLM) -> None:
+    """Raise `MmmambaError` naming the first layer whose mixer has no step over packed weights."""
+    for layer in range(model.config.num_hidden_layers):
+        spec = spec_of(model.config, layer)
+        if not spec.is_packed(model.config.mixer_config):
+            raise MmmambaError(
+                f"layer {layer} is {spec.title}, which has no fast decoding yet",
+                "model.generate takes the model as it is",
+            )
 
 
 def require_plain_linears(model: HolisticVLM) -> None:

@@ -14,7 +14,6 @@ from transformers import (
 
 from mmmamba_cli.architecture import (
     ATTENTION,
-    FP32_PARAMETERS,
     LINEAR,
     MixerConfig,
     StackConfig,
@@ -33,7 +32,6 @@ register_processing(HolisticVLMConfig)
 
 __all__ = [
     "ATTENTION",
-    "FP32_PARAMETERS",
     "LINEAR",
     "HolisticDecoder",
     "HolisticVLM",

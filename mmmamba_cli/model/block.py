@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mmmamba_cli.model.attention import Attention
-from mmmamba_cli.model.config import ATTENTION, HolisticVLMConfig
-from mmmamba_cli.model.mamba2 import Mamba2
+from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.model.mixer import Mixer, mixer_class
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 
@@ -37,11 +36,7 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         stack = config.stack_of(layer_idx)
         self.mixer_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
-        self.mixer: Attention | Mamba2
-        if config.layer_types[layer_idx] == ATTENTION:
-            self.mixer = Attention(config, layer_idx)
-        else:
-            self.mixer = Mamba2(config.hidden_size, stack, config.mixer_config, layer_idx)
+        self.mixer: Mixer = mixer_class(config.mixer_names[layer_idx])(config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, stack.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, stack.intermediate_size)
 

@@ -16,6 +16,9 @@ from mmmamba_cli.architecture import (
     StackConfig,
     VisionConfig,
     derived_fields,
+    mixers_problem,
+    normalize_mixers,
+    resolve_mixers,
 )
 from mmmamba_cli.versions import require_versions
 
@@ -82,10 +85,11 @@ class HolisticVLMConfig(PreTrainedConfig):
     """Config of a decoder-only vision-language model of two stacks of the same block.
 
     The embedding stack reads image patches and text together; the language stack follows it. Layers
-    are counted through both stacks, embedding stack first. `layer_types[i]` is the mixer of layer
-    i: "full_attention" or "linear_attention" (Mamba-2). `embedding_stack` and `vision_config` are
-    None for a plain language model. The stacks and `mixer` are dicts, so that the config is plain
-    JSON; `embedding`, `language` and `mixer_config` are their typed views.
+    are counted through both stacks, embedding stack first. `layer_types[i]` is "full_attention" or
+    "linear_attention", from which transformers builds its caches; `mixers[i]` names what the layer
+    computes, and None means the default of each layer type (`mixer_names`). `embedding_stack` and
+    `vision_config` are None for a plain language model. The stacks and `mixer` are dicts, so that
+    the config is plain JSON; `embedding`, `language` and `mixer_config` are their typed views.
 
     `config.json` stores `vision_config` as `vision`. It also stores the sizes in `DERIVED_FIELDS`
     for other programs. They follow from the stacks; a contradiction raises `ValueError`.
@@ -103,6 +107,7 @@ class HolisticVLMConfig(PreTrainedConfig):
     language_stack: dict[str, Any] | None = None
     vision_config: Any = None
     mixer: dict[str, Any] = field(default_factory=dict)
+    mixers: list[str] | None = None
     normalize_embedding_output: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -134,6 +139,10 @@ class HolisticVLMConfig(PreTrainedConfig):
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types[{index}] is {kind!r}, allowed are {LAYER_TYPES}")
+        problem = mixers_problem(self.layer_types, self.mixers, self.mixer_config)
+        if problem is not None:
+            raise ValueError(problem)
+        self.mixers = normalize_mixers(self.layer_types, self.mixers)
         for name, value in derived.items():
             if value != getattr(self, name):
                 raise ValueError(
@@ -146,6 +155,8 @@ class HolisticVLMConfig(PreTrainedConfig):
         if self.vision_config is not None:
             output["vision"] = self.vision
         output.pop("vision_config", None)
+        if output.get("mixers") is None:
+            output.pop("mixers", None)
         if self.language_stack is not None:
             output |= derived_fields(self)
         return output
@@ -173,6 +184,11 @@ class HolisticVLMConfig(PreTrainedConfig):
     @property
     def mixer_config(self) -> MixerConfig:
         return MixerConfig(**self.mixer)
+
+    @property
+    def mixer_names(self) -> tuple[str, ...]:
+        """The mixer of each layer."""
+        return resolve_mixers(self.layer_types, self.mixers)
 
     @property
     def num_embedding_layers(self) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from mmmamba_cli.architecture import FP32_PARAMETERS, is_fp32_parameter
+from mmmamba_cli.architecture import fp32_parameters, is_fp32_parameter
+from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.config import HolisticVLMConfig
-from mmmamba_cli.model.mamba2 import Mamba2
 from mmmamba_cli.model.patch_embedding import VisionEmbedding
 
 
@@ -35,24 +35,21 @@ class HolisticPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = (r"^unused\.",)
 
     def post_init(self) -> None:
-        """Extend transformers' method: keep the model's `FP32_PARAMETERS` in fp32 when loading."""
+        """Extend transformers' method: keep small parameters in fp32 when loading."""
         parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
-        self._keep_in_fp32_modules_strict = sorted(parts.intersection(FP32_PARAMETERS))
+        self._keep_in_fp32_modules_strict = sorted(parts.intersection(fp32_parameters()))
         super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Mamba2):
-            init.ones_(module.A_log)
-            init.zeros_(module.dt_bias)
-            if module.D is not None:
-                init.zeros_(module.D)
+        if isinstance(module, Block):
+            module.mixer.reset_parameters()
         elif isinstance(module, VisionEmbedding):
             init.zeros_(module.position_embedding)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Implement `to`, `half` and `bfloat16`, keeping `FP32_PARAMETERS` in fp32.
+        """Implement `to`, `half` and `bfloat16`, keeping small parameters in fp32.
 
         transformers applies `_keep_in_fp32_modules_strict` in `from_pretrained` only.
         """

@@ -91,15 +91,10 @@ class EagerDecoder:
                 keys, values = (self._noise(shape, rng, self.dtype) for _ in range(2))
                 self.cache.update(keys, values, layer)
                 continue
-            channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
-            taps = config.mixer_config.conv_width - 1
-            state = (batch, stack.num_heads, stack.head_dim, stack.head_dim)
-            write_ssm_state(
-                self.cache,
-                layer,
-                self._noise((batch, channels, taps), rng, self.dtype),
-                self._noise(state, rng, torch.float32),
-            )
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            states = self.model.model.blocks[layer].mixer.empty_states(batch, like)
+            noise = (self._noise(tuple(state.shape), rng, state.dtype) for state in states)
+            write_ssm_state(self.cache, layer, *noise)
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmmamba_cli.architecture import cache_bytes
+from mmmamba_cli.architecture import cache_bytes, spec_of
 from mmmamba_cli.devices import translate_out_of_memory
-from mmmamba_cli.model import ATTENTION, HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.interfaces import Cost
 from mmmamba_cli.profiling.result import RooflinePart
 from mmmamba_cli.profiling.timers import DeviceTimer
@@ -122,14 +122,10 @@ def minimum_cost(
     rows = batch * columns
     # Only the last column of a prompt needs logits.
     operations = MULTIPLY_ADD * (rows * weights.block_elements + batch * weights.head_elements)
-    for layer, kind in enumerate(config.layer_types):
-        stack = config.stack_of(layer)
-        heads, width = stack.num_heads, stack.head_dim
-        if kind == ATTENTION:
-            pairs = context * (context + 1) // 2 if prefill else context
-            operations += batch * 2 * MULTIPLY_ADD * pairs * heads * width
-        else:
-            operations += rows * 2 * MULTIPLY_ADD * heads * width**2
+    for layer in range(config.num_hidden_layers):
+        stack, spec = config.stack_of(layer), spec_of(config, layer)
+        products = spec.operations(stack, config.mixer_config, columns, context)
+        operations += batch * MULTIPLY_ADD * products
     return Cost(size, operations)
 
 

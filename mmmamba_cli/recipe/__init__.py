@@ -8,6 +8,7 @@ from mmmamba_cli.recipe.loader import (
     recipe_folder,
     recipe_names,
 )
+from mmmamba_cli.recipe.mixers import layer_mixers, mixer_options
 from mmmamba_cli.recipe.schema import (
     KL,
     Data,
@@ -33,7 +34,9 @@ __all__ = [
     "Stage",
     "attention_layers",
     "dump_recipe",
+    "layer_mixers",
     "load_recipe",
+    "mixer_options",
     "parse_recipe",
     "place_attention",
     "plan_kind",

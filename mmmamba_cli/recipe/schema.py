@@ -9,22 +9,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
 from mmmamba_cli.recipe.layers import layer_list_problem
+from mmmamba_cli.recipe.mixers import LayerMixers, Mixer, unread_option
 from mmmamba_cli.recipe.problems import Allowed, format_value
+from mmmamba_cli.recipe.section import Section, invalid_value
 
 MAX_SEED = 2**32 - 1
 
 Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _invalid(sentence: str, *within: str | int) -> PydanticCustomError:
-    """A validation error; `within` is the path from the validated value to the invalid one."""
-    return PydanticCustomError("recipe", "{sentence}", {"sentence": sentence, "within": within})
 
 
 ATTENTION_ALLOWED = Allowed("a whole number of layers, at least 0, or a list of layer indices")
@@ -38,18 +34,20 @@ STAGE_NAME_ALLOWED = Allowed(
 
 def _check_attention(value: Any) -> int | tuple[int, ...]:
     if isinstance(value, bool) or not isinstance(value, int | list | tuple):
-        raise _invalid(f"is {format_value(value)}, must be {ATTENTION_ALLOWED.words}")
+        raise invalid_value(f"is {format_value(value)}, must be {ATTENTION_ALLOWED.words}")
     if isinstance(value, int):
         if value < 0:
-            raise _invalid(f"is {value}, must be {ATTENTION_ALLOWED.words}")
+            raise invalid_value(f"is {value}, must be {ATTENTION_ALLOWED.words}")
         return value
     for position, layer in enumerate(value):
         if isinstance(layer, bool) or not isinstance(layer, int):
-            raise _invalid(f"is {format_value(layer)}, must be a layer index, at least 0", position)
+            raise invalid_value(
+                f"is {format_value(layer)}, must be a layer index, at least 0", position
+            )
     problem = layer_list_problem(value)
     if problem is not None:
         position, sentence = problem
-        raise _invalid(sentence, position)
+        raise invalid_value(sentence, position)
     return tuple(sorted(value))
 
 
@@ -57,19 +55,19 @@ def _check_learns(value: Any) -> str | tuple[str, ...]:
     if isinstance(value, list | tuple):
         for position, pattern in enumerate(value):
             if not isinstance(pattern, str) or not pattern:
-                raise _invalid(f"is {format_value(pattern)}, must be a pattern", position)
+                raise invalid_value(f"is {format_value(pattern)}, must be a pattern", position)
         if value:
             return tuple(value)
     elif value in ("new", "new+qkv"):
         return str(value)
-    raise _invalid(f"is {format_value(value)}, must be {LEARNS_ALLOWED.words}")
+    raise invalid_value(f"is {format_value(value)}, must be {LEARNS_ALLOWED.words}")
 
 
 def _check_stage_name(value: Any) -> str:
     # Lower-case ASCII, since stage names become names of products and folders.
     if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", value):
         return value
-    raise _invalid(f"is {format_value(value)}, must be {STAGE_NAME_ALLOWED.words}")
+    raise invalid_value(f"is {format_value(value)}, must be {STAGE_NAME_ALLOWED.words}")
 
 
 AttentionLayers = Annotated[
@@ -80,14 +78,6 @@ StageName = Annotated[str, BeforeValidator(_check_stage_name), STAGE_NAME_ALLOWE
 Learns = Annotated[
     Literal["new", "new+qkv"] | tuple[str, ...], BeforeValidator(_check_learns), LEARNS_ALLOWED
 ]
-
-
-class Section(BaseModel):
-    """Base of all sections: strict types, frozen, unknown keys rejected."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
-    )
 
 
 class Layers(Section):
@@ -103,27 +93,11 @@ class Layers(Section):
         description="Where a number of attention layers goes: first or last layer of each block of "
         "L/n, or the first or last n layers. Not used when indices are given.",
     )
-
-
-class Mixer(Section):
-    """The Mamba-2 mixer that replaces attention, and how it begins."""
-
-    init: Literal["scratch", "inherit", "inherit+mimic"] = Field(
-        default="inherit+mimic",
-        description="scratch: all mixer weights random; inherit: W_Q, W_K, W_V, W_O are the "
-        "teacher's; inherit+mimic: the new ones also begin so that the layer resembles attention.",
+    mixers: LayerMixers = Field(
+        default={},
+        description="Layers with another mixer than mixer.kind, as a list of indices for each "
+        "mixer; a layer that is attention is attention all the same.",
     )
-    conv_width: int = Field(
-        default=2,
-        ge=1,
-        le=16,
-        description="Taps of the causal depthwise convolution over [v, k, q].",
-    )
-    d_skip: bool = Field(
-        default=False, description="Add D * x to the mixer's output, one D per head."
-    )
-    qk_norm: bool = Field(default=False, description="RMSNorm on each head of q and k.")
-    rope: bool = Field(default=False, description="Rotary position embedding on q and k.")
 
 
 class Data(Section):
@@ -190,7 +164,7 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
         if self.kind == "wsd" and self.warmup + self.decay > 1:
-            raise _invalid(
+            raise invalid_value(
                 f"is {self.decay}, must be at most 1 - warmup = {1 - self.warmup:g}", "decay"
             )
         return self
@@ -267,7 +241,7 @@ class Stage(Section):
     )
     layers: Literal["all", "planned"] = Field(
         default="all",
-        description="all: every layer is Mamba-2; planned: the recipe's attention layers hold the "
+        description="all: every layer is linear; planned: the recipe's attention layers hold the "
         "teacher's attention, from this stage on.",
     )
     steps: int = Field(ge=1, le=10**9, description="Optimiser steps.")
@@ -327,13 +301,17 @@ class Stage(Section):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.loss == "kl" and self.inputs == "teacher":
-            raise _invalid("is teacher, must be student: loss kl runs end to end", "inputs")
+            raise invalid_value("is teacher, must be student: loss kl runs end to end", "inputs")
         if self.loss != "kl" and self.kl is not None:
-            raise _invalid(f"is given, must be null or left out: the loss is {self.loss}", "kl")
+            raise invalid_value(
+                f"is given, must be null or left out: the loss is {self.loss}", "kl"
+            )
         if self.loss != "kl" and self.lora is not None:
-            raise _invalid(f"is given, must be null or left out: the loss is {self.loss}", "lora")
+            raise invalid_value(
+                f"is given, must be null or left out: the loss is {self.loss}", "lora"
+            )
         if self.batch_size % self.accumulation:
-            raise _invalid(
+            raise invalid_value(
                 f"is {self.accumulation}, must divide batch_size, which is {self.batch_size}",
                 "accumulation",
             )
@@ -352,11 +330,18 @@ class Recipe(Section):
         default=0, ge=0, le=MAX_SEED, description="Of every random number of the run."
     )
     layers: Layers = Field(default=Layers(), description="Which layers stay attention.")
-    mixer: Mixer = Field(default=Mixer(), description="The Mamba-2 mixer.")
+    mixer: Mixer = Field(default=Mixer(), description="The mixer of linear layers.")
     data: Data = Field(default=Data(), description="What is learned from.")
     stages: tuple[Stage, ...] = Field(
         strict=False, min_length=1, description="The stages of distillation, in order."
     )
+
+    @model_validator(mode="after")
+    def _check_mixers(self) -> Self:
+        problem = unread_option(self.mixer, self.layers.mixers)
+        if problem is not None:
+            raise invalid_value(problem[1], "mixer", problem[0])
+        return self
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
@@ -364,14 +349,14 @@ class Recipe(Section):
         planned = False
         for position, stage in enumerate(self.stages):
             if stage.name in first_seen:
-                raise _invalid(
+                raise invalid_value(
                     f"is {stage.name}, which names stages[{first_seen[stage.name]}] already",
                     "stages",
                     position,
                     "name",
                 )
             if planned and stage.layers == "all":
-                raise _invalid(
+                raise invalid_value(
                     "is all, must be planned: an earlier stage put attention back",
                     "stages",
                     position,

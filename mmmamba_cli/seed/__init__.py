@@ -1,4 +1,4 @@
-"""Step 1 of the method: a Mamba-2 student seeded from a trained teacher."""
+"""Step 1 of the method: a linear student seeded from a trained teacher."""
 
 from mmmamba_cli.seed.fidelity import (
     Calibration,

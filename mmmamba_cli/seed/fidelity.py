@@ -21,7 +21,7 @@ from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.decoder import HolisticDecoder
-from mmmamba_cli.model.mamba2 import Mamba2
+from mmmamba_cli.model.mixer import mixer_class
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor
 
 QUESTIONS = (
@@ -168,12 +168,7 @@ def measure_fidelity(
             columns = prompt.language_layout
         with torch.device("meta"):
             block = Block(teacher.config, layer)
-            mixer = Mamba2(
-                teacher.config.hidden_size,
-                student.config.stack_of(layer),
-                student.config.mixer_config,
-                layer,
-            )
+            mixer = mixer_class(student.config.mixer_names[layer])(student.config, layer)
         _fill(block, teacher, f"model.layers.{layer}.")
         _fill(mixer, student, f"model.layers.{layer}.mixer.")
         normed = block.mixer_norm(hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -144,13 +145,21 @@ def _notes(provenance: Provenance, before: Manifest | None) -> tuple[str, ...]:
 
 def _published_recipe(config: HolisticVLMConfig) -> str:
     """The paper's recipe with the student's own layers and mixer."""
-    options = config.mixer_config
+    linear = [
+        name
+        for name, kind in zip(config.mixer_names, config.layer_types, strict=True)
+        if kind == LINEAR
+    ]
+    usual = max(dict.fromkeys(linear), key=linear.count)
+    others: dict[str, list[int]] = {}
+    for layer, name in enumerate(config.mixer_names):
+        if name in linear and name != usual:
+            others.setdefault(name, []).append(layer)
     overrides = {
         "layers.attention": list(config.attention_layers),
-        "mixer.conv_width": options.conv_width,
-        "mixer.d_skip": options.d_skip,
-        "mixer.qk_norm": options.qk_norm,
-        "mixer.rope": options.rope,
+        "layers.mixers": others,
+        "mixer.kind": usual,
+        **{f"mixer.{name}": value for name, value in asdict(config.mixer_config).items()},
     }
     return dump_recipe(load_recipe(PUBLISHED_RECIPE, (), overrides))
 

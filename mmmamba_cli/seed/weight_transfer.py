@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmmamba_cli.architecture import parameter_shapes
+from mmmamba_cli.architecture import mixer_spec, parameter_shapes
 from mmmamba_cli.checkpoint import Checkpoint, TensorHasher, checked_reader, combined_hash
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
-from mmmamba_cli.recipe import Recipe, dump_recipe
+from mmmamba_cli.recipe import Recipe, dump_recipe, layer_mixers, mixer_options
 from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, RunRecord, Teacher, write_product
 from mmmamba_cli.seed.init import INHERITED_PARAMETERS, initial_value
 
@@ -21,18 +21,14 @@ SEED_PRODUCT = "seed"
 
 
 def student_config(teacher: HolisticVLMConfig, recipe: Recipe) -> HolisticVLMConfig:
-    """The teacher's config with a Mamba-2 mixer in every layer, with the recipe's options."""
-    mixer = recipe.mixer
+    """The teacher's config with the recipe's mixers and their options."""
+    mixers = layer_mixers(recipe.mixer.kind, recipe.layers.mixers, teacher.num_hidden_layers)
     return HolisticVLMConfig.from_dict(
         {
             **teacher.to_dict(),
-            "layer_types": [LINEAR] * teacher.num_hidden_layers,
-            "mixer": {
-                "conv_width": mixer.conv_width,
-                "d_skip": mixer.d_skip,
-                "qk_norm": mixer.qk_norm,
-                "rope": mixer.rope,
-            },
+            "layer_types": [mixer_spec(name).layer_type for name in mixers],
+            "mixers": mixers,
+            "mixer": mixer_options(recipe.mixer).stored(),
         }
     )
 
@@ -83,7 +79,7 @@ def seed_student(
             made_by="seed",
             config=config,
             shapes=shapes,
-            read=_reader(teacher, hasher, recipe, shapes),
+            read=_reader(teacher, hasher, recipe, config, shapes),
             origin=teacher,
             dtype=dtype,
             recipe=dump_recipe(recipe),
@@ -108,7 +104,11 @@ def seed_student(
 
 
 def _reader(
-    teacher: Checkpoint, hasher: TensorHasher, recipe: Recipe, shapes: dict[str, tuple[int, ...]]
+    teacher: Checkpoint,
+    hasher: TensorHasher,
+    recipe: Recipe,
+    config: HolisticVLMConfig,
+    shapes: dict[str, tuple[int, ...]],
 ) -> Callable[[str], Tensor]:
     """A function that returns a student tensor: the teacher's, checked and hashed, or a new one."""
     init, seed = recipe.mixer.init, recipe.seed
@@ -119,6 +119,7 @@ def _reader(
             tensor = read_teacher(name)
             if init != "scratch" or not name.endswith(INHERITED_PARAMETERS):
                 return tensor
-        return initial_value(name, shapes[name], init, seed)
+        mixer = config.mixer_names[int(name.split(".")[2])]
+        return initial_value(name, shapes[name], mixer, init, seed)
 
     return read

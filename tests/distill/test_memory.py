@@ -11,12 +11,12 @@ from small import IMAGE_ID
 from small_distillation import batch_of, make_job
 from torch import Tensor
 
+from mmmamba_cli.architecture import is_fp32_parameter
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.distill.teacher_student import load_teacher_student
 from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.distill.trainer import out_of_memory_error
 from mmmamba_cli.distill.training_state import Progress
-from mmmamba_cli.model import FP32_PARAMETERS
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
 from mmmamba_cli.seed import seed_student
@@ -51,7 +51,7 @@ def test_frozen_tensors_share_the_teachers_memory(run: Run, precision: str) -> N
         else:
             assert parameter is theirs[name], name
             assert not parameter.requires_grad
-            small = any(part in FP32_PARAMETERS for part in name.split("."))
+            small = is_fp32_parameter(name)
             wide = small or precision == "fp32"
             assert parameter.dtype == (torch.float32 if wide else torch.bfloat16)
     # The teacher gets the same cast as the student got at seeding.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from pages import ROOT
 
-from mmmamba_cli.model.config import MixerConfig, StackConfig
-from mmmamba_cli.model.mamba2 import GATED_NORM_EPS, Mamba2
+from mmmamba_cli.architecture import LINEAR, StackConfig
+from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.model.gated_mixer import DT_MAX, DT_MIN, GATED_NORM_EPS
+from mmmamba_cli.model.mixers.mamba2 import Mamba2
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.seed import initial_value
-from mmmamba_cli.seed.init import DT_MAX, DT_MIN
 
 PAGE = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
 HIDDEN, LENGTH = 24, 13
@@ -22,11 +24,14 @@ STACK = StackConfig(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, inter
 
 @pytest.fixture
 def seeded() -> Mamba2:
-    mixer = Mamba2(HIDDEN, STACK, MixerConfig(), 0).double()
+    config = HolisticVLMConfig(
+        vocab_size=8, hidden_size=HIDDEN, layer_types=[LINEAR], language_stack=asdict(STACK)
+    )
+    mixer = Mamba2(config, 0).double()
     with torch.no_grad():
         for name, value in mixer.named_parameters():
             full = f"model.layers.0.mixer.{name}"
-            value.copy_(initial_value(full, tuple(value.shape), "inherit+mimic", 0))
+            value.copy_(initial_value(full, tuple(value.shape), "mamba2", "inherit+mimic", 0))
     return mixer
 
 

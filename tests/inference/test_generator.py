@@ -10,7 +10,8 @@ from small import IMAGE_ID, VOCABULARY, distance, join_pixels, pad_batch, prompt
 
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.inference import Generator, Settings
-from mmmamba_cli.inference.static_cache import KVCache, StaticCache, kv_nbytes
+from mmmamba_cli.inference.mixers.attention import KVCache
+from mmmamba_cli.inference.static_cache import StaticCache, kv_nbytes
 from mmmamba_cli.model import new_cache
 
 NEW = 8

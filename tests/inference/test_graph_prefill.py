@@ -73,7 +73,9 @@ def test_prompts_are_split_into_few_shapes(length, padding, batch, shapes) -> No
 
 
 @pytest.mark.parametrize("length", [1, 4, 7, 9, 16, 37, 45])
-@pytest.mark.parametrize("options", [{}, {"conv_width": 4, "d_skip": True}, {"conv_width": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"conv_width": 4, "d_skip": True}, {"conv_width": 1, "qk_norm": True}]
+)
 def test_chunk_graphs_equal_eager_prefill(length: int, options: dict) -> None:
     model = small_model("mmmm", **options).double()
     ids = text(2, length)
@@ -172,7 +174,7 @@ def test_supported_mixers() -> None:
         ("mmam", {}, False, True),
         ("aaaa", {}, False, True),
         ("mmam", {"rope": True}, False, False),
-        ("mmmm", {"qk_norm": True}, False, False),
+        ("mmmm", {"qk_norm": True}, True, True),
     ):
         packed = Generator(small_model(plan, **options))._packed
         assert supports_chunk_graphs(packed) is by_chunks
@@ -180,7 +182,9 @@ def test_supported_mixers() -> None:
 
 
 @pytest.mark.parametrize("plan", ["aaaa", "mmam", "amam"])
-@pytest.mark.parametrize("options", [{}, {"conv_width": 4, "d_skip": True}, {"conv_width": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"conv_width": 4, "d_skip": True}, {"conv_width": 1, "qk_norm": True}]
+)
 @pytest.mark.parametrize("tiles", [0, 2])
 def test_prompt_graphs_equal_eager_prefill(plan: str, options: dict, tiles: int) -> None:
     model = small_model(plan, **options).double()

@@ -16,7 +16,7 @@ from mmmamba_cli.inference import Generator, Int8Linear, pack, quantize
 from mmmamba_cli.inference.packed_model import pack_model
 from mmmamba_cli.inference.weight_packing import mixer_inputs, mlp_inputs, packed_view
 from mmmamba_cli.model import HolisticVLM
-from mmmamba_cli.model.attention import Attention
+from mmmamba_cli.model.mixers.attention import Attention
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.ops.projection import dequantize, quantize_rows
 

@@ -6,14 +6,22 @@ from typing import Any
 
 import torch
 
+from mmmamba_cli.architecture import mixer_spec
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 
 IMAGE_ID, VOCABULARY, SIDE = 90, 96, 56
-KINDS = {"a": "full_attention", "m": "linear_attention"}
+MIXERS = {
+    "a": "attention",
+    "m": "mamba2",
+    "d": "gated_delta",
+    "k": "kda",
+    "g": "gla",
+    "w": "window",
+}
 
 
 def small_model(plan: str = "amam", shuffle: str = "pre", seed: int = 0, **options: Any) -> Any:
-    """A model of len(plan) layers, half in each stack; "a" is attention, "m" Mamba-2.
+    """A model of len(plan) layers, half in each stack; each letter is a mixer of `MIXERS`.
 
     Options: `rope_scaling` and `max_position_embeddings` of both stacks; others are the mixer's.
     """
@@ -29,7 +37,8 @@ def small_model(plan: str = "amam", shuffle: str = "pre", seed: int = 0, **optio
     config = HolisticVLMConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
-        layer_types=[KINDS[letter] for letter in plan],
+        layer_types=[mixer_spec(MIXERS[letter]).layer_type for letter in plan],
+        mixers=[MIXERS[letter] for letter in plan],
         embedding_stack={**stack, "num_layers": half},
         language_stack={**stack, "num_layers": len(plan) - half, "rope_theta": 5e5},
         vision={

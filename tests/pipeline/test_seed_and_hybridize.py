@@ -66,7 +66,9 @@ def test_mimic_initialisation_is_the_papers(hovle_folder: Path, tmp_path: Path) 
     assert torch.equal(mixer["conv1d.weight"][:, 0], torch.tensor([0.0, 1.0]).expand(128, 2))
     bound = 2**-2.5 * math.sqrt(6 / 128)
     assert 0.95 * bound < mixer["g_proj.weight"].abs().max() <= bound
-    dt = torch.nn.functional.softplus(initial_value("x.mixer.dt_bias", (9999,), "inherit+mimic", 0))
+    dt = torch.nn.functional.softplus(
+        initial_value("x.mixer.dt_bias", (9999,), "mamba2", "inherit+mimic", 0)
+    )
     assert 1e-3 - 1e-6 <= dt.min() < 1.1e-3 and 0.09 < dt.max() <= 0.1 + 1e-6
     assert abs(dt.log().mean() - math.log(1e-2)) < 0.05
 

@@ -100,7 +100,8 @@ def _install(target: Path) -> None:
     for module in ("__init__.py", "errors.py"):
         (target / "mmmamba_cli").mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / "mmmamba_cli" / module, target / "mmmamba_cli")
-    shutil.copytree(ROOT / "mmmamba_cli" / "recipe", target / "mmmamba_cli" / "recipe")
+    for folder in ("recipe", "architecture"):
+        shutil.copytree(ROOT / "mmmamba_cli" / folder, target / "mmmamba_cli" / folder)
 
 
 def _names_seen_from(target: Path) -> subprocess.CompletedProcess[str]:

@@ -101,7 +101,7 @@ stages:
     assert found == [
         "f.yaml: teacher: is 3, must be some text or null",
         "f.yaml: layers.attention[2]: is 0, which stands at [0] already; name a layer once",
-        "f.yaml: layers.placment: unknown key, allowed are attention, placement; "
+        "f.yaml: layers.placment: unknown key, allowed are attention, placement, mixers; "
         "did you mean placement?",
         "f.yaml: mixer.init: is 'inherit-mimic', must be one of scratch, inherit, inherit+mimic; "
         "did you mean inherit+mimic?",
@@ -121,7 +121,7 @@ stages:
     ("assignment", "line"),
     [
         ("stages.two.lr=-1e-5", "--set: stages[1].lr: is -1e-05, must be a number above 0"),
-        ("mixer.ropee=true", "--set: mixer.ropee: unknown key, allowed are init, conv_width"),
+        ("mixer.ropee=true", "--set: mixer.ropee: unknown key, allowed are kind, init, conv_width"),
         ("mixer.rope=yes", "--set: mixer.rope: is 'yes', must be true or false"),
         ("stages=[]", "--set: stages: is [], must be a list, not empty, each a section"),
         ("stages.three.lr=1", "--set: stages.three: names no entry, must be one or two"),

@@ -6,12 +6,14 @@ Legend: B batch, T tokens, H query heads, K key/value heads, P head dim, D hidde
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.model.mixer import query_key_products, register_mixer
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import apply_rope
 from mmmamba_cli.model.sequence_layout import SequenceLayout
@@ -20,8 +22,12 @@ from mmmamba_cli.ops.attention import attention_weights, supports_varlen
 from mmmamba_cli.ops.backends import upcast
 
 
+@register_mixer("attention")
 class Attention(nn.Module):
     """Causal attention, (B, T, D) -> (B, T, D); `mix` omits the output projection."""
+
+    input_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    output_norm: ClassVar[None] = None
 
     def __init__(self, config: HolisticVLMConfig, layer_idx: int):
         super().__init__()
@@ -92,14 +98,22 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin), v
 
+    def empty_states(self, batch: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Raise `TypeError`: attention keeps all keys and values, and no state of fixed size."""
+        raise TypeError("attention has no state of fixed size")
+
+    def reset_parameters(self) -> None:
+        """Do nothing: attention has projections and norms only."""
+
+    @staticmethod
+    def initial_value(
+        name: str, shape: tuple[int, ...], mimic: bool, rng: torch.Generator
+    ) -> Tensor:
+        """Raise `KeyError`: attention has no parameter that the teacher's lacks."""
+        raise KeyError(name)
+
     def mixing_matrix(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         """softmax(q k^T / sqrt(P)), (B, H, T, T) fp32, 0 at masked keys."""
         q, k, _ = self.queries_keys_values(hidden, layout)
         scores = query_key_products(upcast(q), upcast(k)) / math.sqrt(self.head_dim)
         return torch.softmax(scores.masked_fill(~layout.visible_keys(), -math.inf), dim=-1)
-
-
-def query_key_products(q: Tensor, k: Tensor) -> Tensor:
-    """q_t . k_s for all t and s, (B, H, T, T), from q (B, T, H, P) and k (B, T, K, P)."""
-    groups = q.shape[2] // k.shape[2]
-    return torch.einsum("bthp,bshp->bhts", q, k.repeat_interleave(groups, dim=2))

@@ -1,18 +1,31 @@
-"""Model architecture as plain values: sizes, stacks, layer types, parameter shapes.
+"""Model architecture as plain values: stacks, layer types, mixers, parameter shapes.
 
-This module imports neither torch nor transformers, so that checkpoints can be described from config
-and headers alone. `model.config.HolisticVLMConfig` holds the same fields for transformers.
+This package imports neither torch nor transformers, so that checkpoints can be described from
+config and headers alone. `model.config.HolisticVLMConfig` holds the same fields for transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Protocol
 
-ATTENTION = "full_attention"
-LINEAR = "linear_attention"
-LAYER_TYPES = (ATTENTION, LINEAR)
+from mmmamba_cli.architecture.mixer_spec import (
+    SHARED_FP32_PARAMETERS,
+    MixerSpec,
+    default_mixer,
+    mixer_spec,
+    mixer_specs,
+)
+from mmmamba_cli.architecture.sizes import (
+    ATTENTION,
+    CacheBytes,
+    MixerConfig,
+    StackConfig,
+    VisionConfig,
+)
+
 # Sizes of the language stack that `config.json` repeats under transformers' names.
 DERIVED_FIELDS = (
     "num_hidden_layers",
@@ -22,90 +35,6 @@ DERIVED_FIELDS = (
     "intermediate_size",
     "max_position_embeddings",
 )
-
-# Small parameters kept in fp32: bf16 would round their updates away.
-FP32_PARAMETERS = (
-    "A_log",
-    "dt_bias",
-    "D",
-    "mixer_norm",
-    "mlp_norm",
-    "g_norm",
-    "q_norm",
-    "k_norm",
-    "norm",
-)
-
-# SSM states are fp32 in every model dtype.
-FP32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class StackConfig:
-    """Shape of one of the two stacks of blocks. Heads are H query and K key/value heads of P."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    # None, or {"type": "dynamic" | "linear" | "llama3", "factor": float}; "llama3" also has
-    # low_freq_factor, high_freq_factor and original_max_position_embeddings.
-    rope_scaling: dict[str, Any] | None = None
-    max_position_embeddings: int = 4096
-    # Biases of W_Q, W_K, W_V, and of W_O; RMSNorm on each head of q and k, before RoPE.
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of the patch embedding and the position of the pixel shuffle.
-
-    `pixel_shuffle` "pre": before the embedding stack, which sees `tokens_per_tile` tokens per tile;
-    "post": after it, so that it sees all `patches_per_tile` patches.
-    """
-
-    image_size: int
-    patch_size: int
-    num_channels: int
-    downsample_ratio: float
-    pixel_shuffle: str
-    image_token_id: int
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side of a tile."""
-        return self.image_size // self.patch_size
-
-    @property
-    def merge(self) -> int:
-        """Patches along one side of the square that becomes one token."""
-        return round(1 / self.downsample_ratio)
-
-    @property
-    def patches_per_tile(self) -> int:
-        return self.grid**2
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return (self.grid // self.merge) ** 2
-
-
-@dataclass(frozen=True)
-class MixerConfig:
-    """Options of the Mamba-2 mixer; the defaults are the paper's.
-
-    `qk_norm` adds the norm if the stack has none; otherwise the mixer inherits the stack's.
-    """
-
-    conv_width: int = 2
-    d_skip: bool = False
-    qk_norm: bool = False
-    rope: bool = False
 
 
 class ModelShape(Protocol):
@@ -117,6 +46,8 @@ class ModelShape(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def layer_types(self) -> Sequence[str]: ...
+    @property
+    def mixer_names(self) -> Sequence[str]: ...
     @property
     def embedding(self) -> StackConfig | None: ...
     @property
@@ -149,6 +80,8 @@ class Architecture:
     embedding_stack: Mapping[str, Any] | None = None
     vision: Mapping[str, Any] | None = None
     mixer: Mapping[str, Any] = field(default_factory=dict)
+    # The mixer of each layer; None for the default of each layer type.
+    mixers: Sequence[str] | None = None
     normalize_embedding_output: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | list[int] | None = None
@@ -182,6 +115,10 @@ class Architecture:
         return MixerConfig(**self.mixer)
 
     @property
+    def mixer_names(self) -> tuple[str, ...]:
+        return resolve_mixers(self.layer_types, self.mixers)
+
+    @property
     def num_embedding_layers(self) -> int:
         return 0 if self.embedding is None else self.embedding.num_layers
 
@@ -200,41 +137,65 @@ class Architecture:
         return self.language
 
 
-@dataclass(frozen=True)
-class CacheBytes:
-    """Bytes of a decoding cache, summed over the layers."""
-
-    kv_cache: int
-    conv_state: int
-    ssm_state: int
+def resolve_mixers(layer_types: Sequence[str], mixers: Sequence[str] | None) -> tuple[str, ...]:
+    """The mixer of each layer; None means the default of each layer type."""
+    if mixers is not None:
+        return tuple(mixers)
+    return tuple(default_mixer(kind) for kind in layer_types)
 
 
-def kv_cache_bytes(stack: StackConfig, batch: int, columns: int, itemsize: int) -> int:
-    """Bytes of keys and values of one attention layer, (B, K, `columns`, P) each."""
-    return 2 * batch * stack.num_kv_heads * columns * stack.head_dim * itemsize
+def mixers_problem(
+    layer_types: Sequence[str], mixers: Sequence[str] | None, options: MixerConfig
+) -> str | None:
+    """Why `mixers` do not fit the layer types or the options, as a sentence; None if they do."""
+    if mixers is not None and len(mixers) != len(layer_types):
+        return f"mixers has {len(mixers)} entries, but there are {len(layer_types)} layers"
+    names = resolve_mixers(layer_types, mixers)
+    known = mixer_specs()
+    for index, (kind, name) in enumerate(zip(layer_types, names, strict=True)):
+        if name not in known:
+            return f"mixers[{index}] is {name!r:.60}, known are {', '.join(known)}"
+        if known[name].layer_type != kind:
+            return f"mixers[{index}] is {name}, which is no mixer of a {kind} layer"
+    used = {known[name] for name in names}
+    for option in fields(MixerConfig):
+        value = getattr(options, option.name)
+        if value != option.default and not any(option.name in spec.options for spec in used):
+            titles = " and ".join(sorted(spec.title for spec in used))
+            return f"mixer.{option.name} is {value}, but no layer reads it ({titles})"
+    return None
+
+
+def normalize_mixers(layer_types: Sequence[str], mixers: Sequence[str] | None) -> list[str] | None:
+    """`mixers` as a config stores them: None if every layer has the default of its type."""
+    if mixers is None or tuple(mixers) == resolve_mixers(layer_types, None):
+        return None
+    return list(mixers)
+
+
+def spec_of(model: ModelShape, layer: int) -> MixerSpec:
+    """The mixer of layer `layer`, counted through both stacks."""
+    return mixer_spec(model.mixer_names[layer])
 
 
 def cache_bytes(model: ModelShape, batch: int, columns: int, itemsize: int) -> CacheBytes:
-    """Count the bytes of a cache after `columns` columns; `itemsize` is that of the model's dtype.
-
-    A Mamba-2 layer holds the last W - 1 inputs of its convolution, (B, Ch, W - 1) in the model's
-    dtype, and an SSM state (B, H, P, P) in fp32.
-    """
-    kv = conv = ssm = 0
-    for layer, kind in enumerate(model.layer_types):
+    """Bytes of a cache after `columns` columns; `itemsize` is that of the model's dtype."""
+    total = CacheBytes()
+    for layer, name in enumerate(model.mixer_names):
         stack = model.stack_of(layer)
-        if kind == ATTENTION:
-            kv += kv_cache_bytes(stack, batch, columns, itemsize)
-        else:
-            channels = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
-            conv += batch * channels * (model.mixer_config.conv_width - 1) * itemsize
-            ssm += batch * stack.num_heads * stack.head_dim**2 * FP32_BYTES
-    return CacheBytes(kv, conv, ssm)
+        total += mixer_spec(name).cache_bytes(stack, model.mixer_config, batch, columns, itemsize)
+    return total
+
+
+@cache
+def fp32_parameters() -> frozenset[str]:
+    """Parts of names of the small parameters kept in fp32: bf16 would round their updates away."""
+    return SHARED_FP32_PARAMETERS.union(*(spec.fp32_parameters for spec in mixer_specs().values()))
 
 
 def is_fp32_parameter(name: str) -> bool:
     """Whether a parameter stays fp32 in a model of a narrower dtype."""
-    return any(part in FP32_PARAMETERS for part in name.split("."))
+    return not fp32_parameters().isdisjoint(name.split("."))
 
 
 def derived_fields(model: ModelShape) -> dict[str, int]:
@@ -257,13 +218,9 @@ def parameter_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {"model.text_embedding.weight": (model.vocab_size, hidden)}
     if model.vision_config is not None:
         found |= _named("model.vision", _vision_shapes(model.vision_config, hidden))
-    for layer, kind in enumerate(model.layer_types):
+    for layer, name in enumerate(model.mixer_names):
         stack = model.stack_of(layer)
-        mixer = (
-            _attention_shapes(stack, hidden)
-            if kind == ATTENTION
-            else _mamba2_shapes(stack, model.mixer_config, hidden)
-        )
+        mixer = mixer_spec(name).parameter_shapes(stack, model.mixer_config, hidden)
         inner = stack.intermediate_size
         block = {
             "mixer_norm.weight": (hidden,),
@@ -295,46 +252,3 @@ def _vision_shapes(vision: VisionConfig, hidden: int) -> dict[str, tuple[int, ..
         "projector.2.weight": (hidden, hidden),
         "projector.2.bias": (hidden,),
     }
-
-
-def _projection_shapes(stack: StackConfig, hidden: int) -> dict[str, tuple[int, ...]]:
-    """W_Q, W_K, W_V and W_O, with their biases."""
-    wide, narrow = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
-    rows = {"q_proj": (wide, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in rows.items():
-        shapes[f"{name}.weight"] = shape
-        if stack.qkv_bias:
-            shapes[f"{name}.bias"] = shape[:1]
-    shapes["o_proj.weight"] = (hidden, wide)
-    if stack.output_bias:
-        shapes["o_proj.bias"] = (hidden,)
-    return shapes
-
-
-def _qk_norm_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
-    return {"q_norm.weight": (head_dim,), "k_norm.weight": (head_dim,)}
-
-
-def _attention_shapes(stack: StackConfig, hidden: int) -> dict[str, tuple[int, ...]]:
-    norms = _qk_norm_shapes(stack.head_dim) if stack.qk_norm else {}
-    return {**_projection_shapes(stack, hidden), **norms}
-
-
-def _mamba2_shapes(
-    stack: StackConfig, options: MixerConfig, hidden: int
-) -> dict[str, tuple[int, ...]]:
-    heads, wide = stack.num_heads, stack.num_heads * stack.head_dim
-    channels = wide + 2 * stack.num_kv_heads * stack.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"A_log": (heads,), "dt_bias": (heads,)}
-    if options.d_skip:
-        shapes["D"] = (heads,)
-    shapes |= _projection_shapes(stack, hidden)
-    shapes["g_proj.weight"] = (wide, hidden)
-    shapes["dt_proj.weight"] = (heads, hidden)
-    shapes["conv1d.weight"] = (channels, 1, options.conv_width)
-    shapes["conv1d.bias"] = (channels,)
-    shapes["g_norm.weight"] = (stack.head_dim,)
-    if options.qk_norm or stack.qk_norm:
-        shapes |= _qk_norm_shapes(stack.head_dim)
-    return shapes

@@ -1,0 +1,61 @@
+"""Model architecture as plain values: sizes, mixers, layer types, parameter shapes; no torch."""
+
+from mmmamba_cli.architecture.mixer_spec import (
+    MixerSpec,
+    default_mixer,
+    mixer_spec,
+    mixer_specs,
+)
+from mmmamba_cli.architecture.model_shape import (
+    DERIVED_FIELDS,
+    Architecture,
+    ModelShape,
+    cache_bytes,
+    derived_fields,
+    fp32_parameters,
+    is_fp32_parameter,
+    mixers_problem,
+    normalize_mixers,
+    parameter_shapes,
+    resolve_mixers,
+    spec_of,
+)
+from mmmamba_cli.architecture.sizes import (
+    ATTENTION,
+    FP32_BYTES,
+    LAYER_TYPES,
+    LINEAR,
+    CacheBytes,
+    MixerConfig,
+    StackConfig,
+    VisionConfig,
+    kv_cache_bytes,
+)
+
+__all__ = [
+    "ATTENTION",
+    "DERIVED_FIELDS",
+    "FP32_BYTES",
+    "LAYER_TYPES",
+    "LINEAR",
+    "Architecture",
+    "CacheBytes",
+    "MixerConfig",
+    "MixerSpec",
+    "ModelShape",
+    "StackConfig",
+    "VisionConfig",
+    "cache_bytes",
+    "default_mixer",
+    "derived_fields",
+    "fp32_parameters",
+    "is_fp32_parameter",
+    "kv_cache_bytes",
+    "mixer_spec",
+    "mixer_specs",
+    "mixers_problem",
+    "normalize_mixers",
+    "parameter_shapes",
+    "resolve_mixers",
+    "spec_of",
+]

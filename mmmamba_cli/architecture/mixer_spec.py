@@ -1,0 +1,99 @@
+"""The description of a mixer as plain values, and the registry of all mixers.
+
+`architecture/mixers/NAME.py` registers the `MixerSpec` of a mixer; its module is
+`model/mixers/NAME.py`, and its step over packed weights `inference/mixers/NAME.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from mmmamba_cli.architecture.sizes import CacheBytes, MixerConfig, StackConfig
+
+# Kept in fp32 in every layer, whatever its mixer; a name matches a part of a parameter's name.
+SHARED_FP32_PARAMETERS = frozenset({"mixer_norm", "mlp_norm", "q_norm", "k_norm", "norm"})
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """A mixer as plain values.
+
+    Attributes:
+        name: name in `config.mixers` and in recipes.
+        title: name in tables and messages.
+        layer_type: transformers' word for its layers, from which caches are built:
+            "full_attention" for a cache that grows with the text, else "linear_attention".
+        parameter_shapes: from the stack, the options and D: names and shapes of the mixer's
+            parameters in `state_dict` order.
+        cache_bytes: from the stack, the options, the batch size, the columns and the bytes of an
+            element: bytes of the layer's decoding cache.
+        operations: from the stack, the options, the columns computed and the context: multiply-add
+            pairs per row of the batch between the projections.
+        options: fields of `MixerConfig` that the mixer reads.
+        matrix_parameters: parameters, or prefixes of their names, that the mixing matrix depends
+            on, and those of which it depends on some elements only.
+        fp32_parameters: parameters of the mixer that stay fp32 in a model of a narrower dtype.
+        is_default: whether it is the mixer of its layer type where a config names none.
+        is_packed: from the options: whether `inference.mixers` has its step over packed weights.
+    """
+
+    name: str
+    title: str
+    layer_type: str
+    parameter_shapes: Callable[[StackConfig, MixerConfig, int], dict[str, tuple[int, ...]]]
+    cache_bytes: Callable[[StackConfig, MixerConfig, int, int, int], CacheBytes]
+    operations: Callable[[StackConfig, MixerConfig, int, int], int]
+    options: tuple[str, ...]
+    matrix_parameters: tuple[str, ...]
+    partial_matrix_parameters: tuple[str, ...] = ()
+    fp32_parameters: frozenset[str] = frozenset()
+    is_default: bool = False
+    # Whether the generator decodes it over packed weights, as a function of the options.
+    is_packed: Callable[[MixerConfig], bool] = lambda options: False
+
+
+_SPECS: dict[str, MixerSpec] = {}
+
+
+def register_spec(spec: MixerSpec) -> MixerSpec:
+    """Add a mixer to the registry."""
+    _SPECS[spec.name] = spec
+    return spec
+
+
+def mixer_specs() -> Mapping[str, MixerSpec]:
+    """All mixers by name, in alphabetical order."""
+    _import_mixers()
+    return dict(sorted(_SPECS.items()))
+
+
+def mixer_spec(name: str) -> MixerSpec:
+    """The mixer `name`; `KeyError` if there is none."""
+    if name not in _SPECS:
+        _import_mixers()
+    return _SPECS[name]
+
+
+@cache
+def _import_mixers() -> None:
+    """Import the modules of `architecture.mixers`, which register themselves."""
+    package = f"{__package__}.mixers"
+    # Exported code has all mixers in one file, and no such package.
+    if not __package__ or importlib.util.find_spec(package) is None:
+        return
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+
+
+def default_mixer(layer_type: str) -> str:
+    """The name of the mixer of a layer type where a config names none."""
+    return next(
+        spec.name
+        for spec in mixer_specs().values()
+        if spec.is_default and spec.layer_type == layer_type
+    )

@@ -1,0 +1,1 @@
+"""The mixers as plain values, one module each; every module here registers a `MixerSpec`."""

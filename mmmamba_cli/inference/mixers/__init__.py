@@ -1,0 +1,1 @@
+"""The mixers over packed weights, one module each: `pack` makes a `PackedMixer` of a module."""
