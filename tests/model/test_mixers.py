@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_delta, norm, RoPE": ("dadd", {"qk_norm": True, "rope": True, "conv_width": 4}),
     "kda": ("kakk", {}),
     "simple GLA": ("mamm", {"input_step": False, "d_skip": True}),
+    "gla": ("ggag", {}),
     "mixed": ("dkma", {}),
 }
 cases = pytest.mark.parametrize("case", CASES)
