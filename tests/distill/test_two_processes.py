@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import two_processes
+from preloaded_process import PreloadedProcess
 from small import small_model
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-STEPS = 20
+# Enough for the unreadable steps, two evaluations and the stop.
+STEPS = 12
 # Some stages train parameters that no `mix` or `forward` of a mixer uses; the vision parameters get
 # no gradient from these texts.
 STAGES = (
@@ -34,29 +32,17 @@ def train(folder: Path, processes: int, stop_at: int = 0) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    words = [*map(str, (folder, STEPS, stop_at, *STAGES))]
     started = []
     for rank in range(processes):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-        environment = {
-            **os.environ,
-            **{key: str(value) for key, value in place.items()},
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, ROOT / "tests" / "model"))),
-        }
-        arguments = [HERE / "two_processes.py", folder, STEPS, stop_at, *STAGES]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=300) for process in started]
-    assert all(process.returncode == 0 for process in started), outputs
-    return json.loads(outputs[0][0])
+        environment = {key: str(value) for key, value in place.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        output = folder / f"output-{processes}-{rank}"
+        started.append(PreloadedProcess(two_processes.main, words, output, environment))
+    codes = [process.wait(timeout=300) for process in started]
+    assert not any(codes), [process.text() for process in started]
+    return json.loads(started[0].text().splitlines()[-1])
 
 
 def assert_alike(one: Any, two: Any) -> None:
@@ -72,8 +58,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(tmp_path_factory.mktemp("one"), 1)
 
 
-def test_one_and_two_processes(alone: Any, tmp_path: Path) -> None:
-    two = train(tmp_path, 2)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train(tmp_path_factory.mktemp("two"), 2)
+
+
+def test_one_and_two_processes(alone: Any, two: Any) -> None:
     for stage in STAGES:
         assert_alike(alone[stage], two[stage])
         assert alone[stage]["steps"][-1][1] != alone[stage]["steps"][0][1]
@@ -81,14 +71,14 @@ def test_one_and_two_processes(alone: Any, tmp_path: Path) -> None:
     assert two[STAGES[-1]]["bad"] == 10
 
 
-def test_parameters_without_gradient_are_unchanged(alone: Any, tmp_path: Path) -> None:
+def test_parameters_without_gradient_are_unchanged(alone: Any, two: Any) -> None:
     """Weight decay does not apply, on one process or on two."""
     before = {
         name: float(parameter.double().abs().sum())
         for name, parameter in small_model("aaaa").named_parameters()
         if ".vision." in name
     }
-    for found in (alone, train(tmp_path, 2)):
+    for found in (alone, two):
         learned = found[STAGES[-2]]["learned"]
         assert before
         assert {name: learned[name] for name in before} == before

@@ -75,8 +75,5 @@ def main() -> None:
             found[stage] = run(world, Path(folder), stage, int(steps), int(stop_at))
         if world.is_main:
             print(json.dumps(found), flush=True)
-
-
-main()
-# A gloo thread that releases a tensor during the interpreter's shutdown would abort the process.
-os._exit(0)
+    # A gloo thread that releases a tensor at the interpreter's shutdown would abort the process.
+    os._exit(0)

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from mmmamba_cli.cli import main
+from mmmamba_cli.__main__ import main
 from mmmamba_cli.distill import trainer
 
 _step = trainer._step
@@ -20,5 +20,6 @@ def step(*arguments: Any) -> Any:
     return result
 
 
-trainer._step = step
-main()
+def run() -> None:
+    trainer._step = step
+    main()

@@ -11,16 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from preloaded_process import PreloadedProcess
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 import mmmamba_cli
+from mmmamba_cli.__main__ import main
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.distill import StageCallbacks, Stopped
 from mmmamba_cli.distill import distill as library_distill
@@ -195,9 +196,9 @@ def test_too_many_unreadable_samples(work: Path, seeded: Path) -> None:
 
 def killed_at(work: Path, seeded: Path, product: str, step: int) -> None:
     """Run the command and kill it once the state of `step` exists, before the product does."""
-    process = start(work, seeded, "--set", "stages.stage1.steps=400")
+    process = start_preloaded(work, seeded, "--set", "stages.stage1.steps=400")
     state = work / f"run/training/{product}/step-{step:08d}/state.json"
-    wait_for(process, state.exists)
+    process.wait_for(state.exists)
     process.kill()
     process.wait()
     # The stage was long so that the kill hits it; resume it with the usual length.
@@ -210,24 +211,9 @@ def killed_at(work: Path, seeded: Path, product: str, step: int) -> None:
             pytest.fail("the stage ran too far to be resumed")
 
 
-def start(work: Path, seeded: Path, *more: object) -> subprocess.Popen[str]:
+def start_preloaded(work: Path, seeded: Path, *more: object) -> PreloadedProcess:
     words = [str(word) for word in distill(work, seeded, *more)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "mmmamba_cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(mmmamba_cli.__file__).parents[1])},
-    )
-
-
-def wait_for(process: subprocess.Popen[Any], ready: Any) -> None:
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    return PreloadedProcess(main, words, work.parent / "output")
 
 
 def test_kills_and_resuming_give_the_same_bits(work: Path, seeded: Path) -> None:
@@ -236,21 +222,21 @@ def test_kills_and_resuming_give_the_same_bits(work: Path, seeded: Path) -> None
     shutil.copytree(work, whole)
     more = ("--set", "stages.stage2.save_every=1", "--held-out", seeded / "held_out.jsonl")
     started = time.monotonic()
-    process = start(whole, seeded, *more)
-    assert process.wait() == 0, process.stdout.read()
+    process = start_preloaded(whole, seeded, *more)
+    assert process.wait() == 0, process.text()
     length = time.monotonic() - started
     rng = random.Random(os.environ.get("MMMAMBA_KILLS"))
     for _ in range(KILLS):
-        process = start(work, seeded, *more)
+        process = start_preloaded(work, seeded, *more)
         try:
-            process.wait(timeout=length * rng.uniform(0.35, 1.0))
+            process.wait(timeout=length * rng.uniform(0.05, 1.0))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
     final = "hybrid-1-stage3"
     if Run(work / "run").record.current != final:
-        process = start(work, seeded, *more)
-        assert process.wait() == 0, process.stdout.read()
+        process = start_preloaded(work, seeded, *more)
+        assert process.wait() == 0, process.text()
     for name in ("stage1", "stage2", final):
         assert same(weights(work, name), weights(whole, name)), name
         rows = [json.loads(x) for x in (work / f"run/products/{name}/metrics.jsonl").open()]
@@ -262,12 +248,12 @@ def test_kills_and_resuming_give_the_same_bits(work: Path, seeded: Path) -> None
 def test_a_signal_saves_and_exits_130(number: int, workers: int, work: Path, seeded: Path) -> None:
     """Sent to all processes of the command, as by a terminal or scheduler."""
     many = ("--set", "stages.stage1.steps=100000", "--set", f"data.workers={workers}")
-    process = start(work, seeded, *many, "--stage", "1")
+    process = start_preloaded(work, seeded, *many, "--stage", "1")
     training = work / "run/training/stage1"
-    wait_for(process, lambda: list(training.glob("step-*/state.json")))
+    process.wait_for(lambda: list(training.glob("step-*/state.json")))
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    code, output = process.wait(timeout=60), process.text()
+    assert code == 130, output
     assert "stopped and saved" in output
     assert output.count("stopping after this step") == 1
     (state,) = training.glob("step-*")

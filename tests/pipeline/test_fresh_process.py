@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ended import Command
 from safetensors.torch import load_file
 
 import mmmamba_cli
@@ -31,11 +32,12 @@ save_file(found, out)
 """
 
 
-def test_auto_classes_give_the_same_logits(hovle_folder: Path, tmp_path: Path) -> None:
+def test_auto_classes_give_the_same_logits(
+    mmmamba: Command, hovle_folder: Path, tmp_path: Path
+) -> None:
     golden = Path(__file__).parents[1] / "golden/hovle_post/golden.safetensors"
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "mmmamba_cli", "seed", str(hovle_folder), "--no-report"]
-    subprocess.run([*command, "--run", str(run)], check=True, capture_output=True)
+    assert mmmamba("seed", hovle_folder, "--no-report", "--run", run).code == 0
     product, out = run / "products/seed", tmp_path / "logits.safetensors"
     program = [sys.executable, "-c", PROGRAM, str(product), str(golden), str(out)]
     # The same number of threads, for the same sums.

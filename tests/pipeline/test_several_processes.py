@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_distill import distill, done, start, wait_for, weights
+from preloaded_process import PreloadedProcess
+from slow_steps import run as distill_with_a_slow_step
+from test_distill import distill, done, refused, start_preloaded, weights
 
 import mmmamba_cli
 from mmmamba_cli.runs import Run
@@ -33,6 +35,17 @@ def command(*words: object) -> list[str]:
 def ended(words: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def start(work: Path, seeded: Path, *more: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("mmmamba_cli", *distill(work, seeded, *more)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def workers(pid: int) -> list[int]:
@@ -83,22 +96,19 @@ def test_one_error_of_two_processes(work: Path, seeded: Path) -> None:
 def test_invalid_numbers_of_gpus(
     more: tuple[str, ...], message: str, work: Path, seeded: Path
 ) -> None:
-    result = ended(command("mmmamba_cli", *distill(work, seeded, *more)))
-    assert result.returncode == 2
-    assert message in result.stderr
+    assert message in refused(*distill(work, seeded, *more))
 
 
-@pytest.mark.parametrize("to_group", [True, False])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_saves_and_stops_both(
     number: int, to_group: bool, work: Path, seeded: Path
 ) -> None:
     """Sent to the process group as by a terminal (each gets it twice), and to one process."""
-    process = start(work, seeded, *STAGE, *LONG, *TWO)
-    wait_for(process, has_state(work))
+    process = start_preloaded(work, seeded, *STAGE, *LONG, *TWO)
+    process.wait_for(has_state(work))
     (os.killpg if to_group else os.kill)(process.pid, number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
+    code, output = process.wait(timeout=120), process.text()
+    assert code == 130, output
     assert output.count("stopped and saved") == 1, output
     assert output.count("stopping after this step") == 1, output
     assert "Traceback" not in output
@@ -114,7 +124,10 @@ def test_a_signal_before_training_ends_all(
 ) -> None:
     """During the imports of the processes, and just before training."""
     process = start(work, seeded, *STAGE, *LONG, *TWO)
-    wait_for(process, lambda: len(workers(process.pid)) == 2)
+    deadline = time.monotonic() + 120
+    while len(workers(process.pid)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
     time.sleep(seconds)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
@@ -133,11 +146,11 @@ def test_an_interrupt_while_processes_start_prints_no_traceback(work: Path, seed
 
 
 def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
-    process = start(work, seeded, *STAGE, *LONG, *TWO)
-    wait_for(process, has_state(work))
+    process = start_preloaded(work, seeded, *STAGE, *LONG, *TWO)
+    process.wait_for(has_state(work))
     os.kill(workers(process.pid)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
+    code, output = process.wait(timeout=120), process.text()
+    assert code == 2, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output
     assert "a process of this run was killed" in errors[0]
@@ -145,8 +158,8 @@ def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
 
 
 def test_processes_end_with_their_launcher(work: Path, seeded: Path) -> None:
-    process = start(work, seeded, *STAGE, *LONG, *TWO)
-    wait_for(process, has_state(work))
+    process = start_preloaded(work, seeded, *STAGE, *LONG, *TWO)
+    process.wait_for(has_state(work))
     running = workers(process.pid)
     assert len(running) == 2
     process.kill()
@@ -160,25 +173,16 @@ def test_processes_end_with_their_launcher(work: Path, seeded: Path) -> None:
 def test_a_second_signal_stops_at_once(number: int, code: int, work: Path, seeded: Path) -> None:
     """In a step that does not end: saved states remain, and nothing incomplete."""
     words = [*map(str, distill(work, seeded, *STAGE))]
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("slow_steps.py")), *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line == "in step 3\n":
-            break
-    process.send_signal(number)
+    process = PreloadedProcess(distill_with_a_slow_step, words, work / "output")
+    process.wait_for(lambda: "in step 3" in process.text())
+    os.kill(process.pid, number)
     # A copy of the same request, as launchers forward it.
-    process.send_signal(number)
+    os.kill(process.pid, number)
     time.sleep(1.3)
     assert process.poll() is None
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert "Traceback" not in errors
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) == code, process.text()
+    assert "Traceback" not in process.text()
     assert [p.name for p in (work / "run/training/stage1").glob("*step-*")] == ["step-00000002"]
 
 
@@ -218,5 +222,11 @@ def test_the_documented_torchrun(work: Path, seeded: Path) -> None:
     assert weights(work, "stage1")
     refused = ended([*words[: words.index("--stage")], "--stage", "3"])
     assert refused.stderr.count("error: stage stage3 starts from") == 1, refused.stderr
-    both = ended([*words, "--gpus", "2"])
-    assert both.stderr.count("error: --gpus starts processes, and torchrun has") >= 1
+
+
+def test_gpus_under_torchrun_are_refused(
+    work: Path, seeded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(*distill(work, seeded, *STAGE, *TWO))
+    assert message.startswith("--gpus starts processes, and torchrun has")
