@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -19,6 +20,11 @@ from ended import Command, Done
 from mmmamba_cli.cli import main
 
 GOLDEN = Path(os.environ.get("MMMAMBA_GOLDEN", Path(__file__).parent / "golden"))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collection: commands collect many times."""
+    gc.freeze()
 
 
 def golden_cases() -> list[Path]:

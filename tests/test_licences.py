@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import email
-import shutil
-import subprocess
-import sys
-import tarfile
 import tomllib
-import zipfile
-from email.message import Message
 from pathlib import Path
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -64,36 +56,12 @@ def test_every_model_is_in_the_notice_under_its_cards_licence() -> None:
         assert yaml.safe_load(front)["license"] == "apache-2.0"
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the source distribution of the working tree."""
-    source = tmp_path_factory.mktemp("built") / "source"
-    source.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in SHIPPED:
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source)
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", str(source)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return source / "dist"
-
-
 def declared() -> list[str]:
     """The licence files of pyproject.toml, patterns resolved."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = [sorted(ROOT.glob(pattern)) for pattern in project["license-files"]]
     assert all(found), "a pattern of license-files matches nothing"
     return [path.relative_to(ROOT).as_posix() for paths in found for path in paths]
-
-
-def check_metadata(metadata: Message) -> None:
-    assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("License-File", [])) == set(declared())
 
 
 def test_every_licence_text_is_declared() -> None:
@@ -104,22 +72,3 @@ def test_every_licence_text_is_declared() -> None:
         if path.name.startswith(("LICENSE", "NOTICE", "OFL", "COPYING"))
     }
     assert set(declared()) == texts | {"LICENSE", "NOTICE"}
-
-
-def test_the_wheel_holds_the_licences(built: Path) -> None:
-    (file,) = built.glob("*.whl")
-    with zipfile.ZipFile(file) as wheel:
-        (place,) = {name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
-        check_metadata(email.message_from_bytes(wheel.read(f"{place}/METADATA")))
-        for name in declared():
-            assert wheel.read(f"{place}/licenses/{name}") == (ROOT / name).read_bytes()
-
-
-def test_the_source_distribution_holds_the_licences(built: Path) -> None:
-    (file,) = built.glob("*.tar.gz")
-    with tarfile.open(file) as archive:
-        top = file.name.removesuffix(".tar.gz")
-        held = {name: archive.extractfile(f"{top}/{name}") for name in ("PKG-INFO", *declared())}
-        packed = {name: stream.read() for name, stream in held.items() if stream is not None}
-    check_metadata(email.message_from_bytes(packed.pop("PKG-INFO")))
-    assert packed == {name: (ROOT / name).read_bytes() for name in declared()}

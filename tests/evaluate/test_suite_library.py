@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,54 +117,3 @@ def test_published_rule_is_scored(name: str) -> None:
         # Retention uses the newest version.
         first = next(iter(suite.rules))
         assert first == max(rule for rule in suite.rules if undated(rule) == undated(first))
-
-
-def test_wheel_has_suites_and_adapters(tmp_path: Path) -> None:
-    """Build a wheel and use its suites and adapters without the checkout."""
-    import shutil
-    import subprocess
-
-    root = Path(__file__).parents[2]
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("mmmamba_cli", "recipes", "evals"):
-        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(root / name, source / name)
-    build = "from setuptools.build_meta import build_wheel; print(build_wheel('out'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (source / "out").glob("*.whl")
-    installed = tmp_path / "installed"
-    with zipfile.ZipFile(wheel) as packed:
-        packed.extractall(installed)
-    ask = (
-        "import mmmamba_cli\nfrom mmmamba_cli.evaluate import *\n"
-        "import json\nprint(mmmamba_cli.__file__)\n"
-        "print(json.dumps([suite_names(), len(published_rows()),"
-        " find_evaluator('vlmeval').__module__, find_evaluator('lm-eval').__module__]))"
-    )
-    asked = subprocess.run(
-        [
-            sys.executable,
-            "-S",
-            "-c",
-            f"import sys; sys.path[:0] = {[str(installed), *SITE]!r}\n{ask}",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert asked.returncode == 0, asked.stderr
-    place, found = asked.stdout.splitlines()
-    assert place.startswith(str(installed))
-    import json
-
-    names, tables, *modules = json.loads(found)
-    assert names == suite_names()
-    assert tables == 1
-    assert modules == ["mmmamba_evals.vlmeval_adapter", "mmmamba_evals.lm_eval_adapter"]
-
-
-# Without the .pth files there, so that an editable install of the checkout is not found.
-SITE = [path for path in sys.path if path.endswith("site-packages")]

@@ -43,14 +43,14 @@ def product_with(run: Path, stages: list[str], final: bool | None) -> Path:
     return run
 
 
-@pytest.mark.parametrize("form", ["hub", "mmmamba-hf"])
-@pytest.mark.parametrize("by", ["--run", "--model"])
 @pytest.mark.parametrize(
     ("stages", "final"), [([], False), (["stage1"], False), (ALL, True), ([], None)]
 )
+@pytest.mark.parametrize(("form", "by"), [("hub", "--run"), ("mmmamba-hf", "--model")])
 def test_provenance_round_trip(
     tmp_path: Path, form: str, by: str, stages: list[str], final: bool | None
 ) -> None:
+    """Each layout is also the `other` one of the first export, there by --run."""
     run = product_with(tmp_path / "run", stages, final)
     source = run if by == "--run" else run / "products/seed"
     mmmamba("export", by, source, "--format", form, "--out", tmp_path / "out")

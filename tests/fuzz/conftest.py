@@ -18,6 +18,7 @@ from suite_tables import ScriptedModel
 from mmmamba_cli import runs
 from mmmamba_cli.cli import app as frame
 from mmmamba_cli.evaluate import model_adapter
+from mmmamba_cli.export import sidecar_files
 
 
 def whole_command_line() -> Any:
@@ -26,10 +27,12 @@ def whole_command_line() -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
-    """Speed up hundreds of cases: build the command line once, and disable fsync."""
+    """Speed up hundreds of cases: build the command line and bundled code once; no fsync."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frame, "command_line", functools.cache(whole_command_line))
         patch.setattr(os, "fsync", lambda descriptor: None)
+        bundle = functools.cache(sidecar_files.bundle_files)
+        patch.setattr(sidecar_files, "bundle_files", bundle)
         yield
 
 

@@ -1,9 +1,9 @@
 """Run a command again and again, killed at a file operation each time, until it ends by itself.
 
-Argument: a JSON file with `words` of the command, `folder` below which operations count, and
-`kills`: a list of places, each the number of an operation, or [event, part of the path, how many-th
-such operation]. Prints one JSON line for each start: where it was killed, or its exit code and the
-number of operations. Starts are forks of this process, so that torch is imported once.
+Arguments: JSON with `words` of the command, `folder` below which operations count, and `kills`: a
+list of places, each the number of an operation, or [event, part of the path, how many-th such
+operation]; and a file for the report. It has one JSON line for each start: where it was killed, or
+its exit code and the number of operations. Starts are forks of this process.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import mmmamba_cli.cli.distill
-import mmmamba_cli.distill.pipeline  # noqa: F401
 from mmmamba_cli.cli import main
 
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -58,14 +55,12 @@ class Killer:
         os.write(self.report, (json.dumps(record) + "\n").encode())
 
 
-def start(words: list[str], folder: str, place: Any) -> bool:
+def start(words: list[str], folder: str, place: Any, report: int) -> bool:
     """Start the command once; return whether it ended by itself."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
         return not os.WIFSIGNALED(status)
-    report = os.dup(1)
-    os.dup2(2, 1)
     killer = Killer(folder, place, report)
     sys.addaudithook(killer)
     sys.argv = ["mmmamba", *words]
@@ -80,10 +75,8 @@ def start(words: list[str], folder: str, place: Any) -> bool:
 
 def run() -> None:
     torch.set_num_threads(1)
-    spec = json.loads(Path(sys.argv[1]).read_text())
+    spec = json.loads(sys.argv[1])
+    report = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for place in [*spec["kills"], 0]:
-        if start(spec["words"], spec["folder"], place):
+        if start(spec["words"], spec["folder"], place, report):
             return
-
-
-run()

@@ -7,19 +7,18 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import kill_points
 import pytest
 from conversations import write_conversations
 from PIL import Image
+from preloaded_process import PreloadedProcess
 from test_distill import distill, done, mmmamba, refused, same, weights
 
-import mmmamba_cli
 from mmmamba_cli.distill.training_state import StateFolder
 from mmmamba_cli.runs import Run
 
@@ -92,11 +91,18 @@ def metrics(work: Path, name: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def finished_once(seeded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(seeded / "run", folder / "run")
+    done(*distill(folder, seeded, *STAGE))
+    return folder
+
+
 @pytest.fixture
-def finished(work: Path, seeded: Path) -> Path:
+def finished(finished_once: Path, tmp_path: Path) -> Path:
     """A run whose stage 1 is finished."""
-    done(*distill(work, seeded, *STAGE))
-    return work
+    return shutil.copytree(finished_once, tmp_path / "work")
 
 
 def test_an_interrupted_overwrite_resumes(finished: Path, seeded: Path) -> None:
@@ -272,19 +278,13 @@ def test_other_held_out_data_behind_the_same_path(work: Path, seeded: Path, tmp_
 
 def killed(work: Path, words: tuple[object, ...], places: list[Any]) -> list[dict[str, Any]]:
     """The report of `kill_points.py` for each start of a command."""
-    spec = work / "spec.json"
     settings = {"words": [*map(str, words)], "folder": str(work / "run"), "kills": places}
-    spec.write_text(json.dumps(settings))
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kill_points.py")), str(spec)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(mmmamba_cli.__file__).parents[1])},
-    )
-    spec.unlink()
-    found = [json.loads(line) for line in process.stdout.splitlines()]
-    assert found, process.stderr
-    assert found[-1].get("exit") == 0, (found, process.stderr)
+    output, report = work / "output", work / "report"
+    process = PreloadedProcess(kill_points.run, [json.dumps(settings), str(report)], output)
+    assert process.wait() == 0, process.text()
+    found = [json.loads(line) for line in report.read_text().splitlines()]
+    assert found, process.text()
+    assert found[-1].get("exit") == 0, (found, process.text())
     return found
 
 

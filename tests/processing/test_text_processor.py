@@ -212,31 +212,30 @@ FRESH = """
 import json, sys
 import mmmamba_cli.model
 from transformers import AutoProcessor, AutoTokenizer
-folder, text, talk = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-processor, tokenizer = AutoProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-print(json.dumps({
-    "type": type(processor).__name__,
-    "texts": [processor(text=text).input_ids[0].tolist(), tokenizer(text).input_ids],
-    "typed": processor.text_ids(text),
-    "chat": processor.chat([text, talk]).input_ids.tolist(),
-    "mask": processor.chat([text, talk]).attention_mask.tolist(),
-    "talk": processor.conversation_ids(talk),
-    "stops": processor.stop_token_ids,
-    "side": tokenizer.padding_side,
-}))
+text, talk, *folders = sys.argv[1:]
+talk = json.loads(talk)
+for folder in folders:
+    processor = AutoProcessor.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    print(json.dumps({
+        "type": type(processor).__name__,
+        "texts": [processor(text=text).input_ids[0].tolist(), tokenizer(text).input_ids],
+        "typed": processor.text_ids(text),
+        "chat": processor.chat([text, talk]).input_ids.tolist(),
+        "mask": processor.chat([text, talk]).attention_mask.tolist(),
+        "talk": processor.conversation_ids(talk),
+        "stops": processor.stop_token_ids,
+        "side": tokenizer.padding_side,
+    }))
 """
 
 
-@pytest.mark.parametrize("name", ["TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer"])
-def test_auto_classes_in_a_new_process_give_the_same(
-    folder: Path, tmp_path: Path, name: str
-) -> None:
-    """For every class that the teacher's settings name for the same tokenizer.json."""
+def saved_product(folder: Path, product: Path, name: str) -> HolisticTextProcessor:
+    """Save a product with the teacher's tokenizer, which its settings give the class `name`."""
     settings: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
     config = {**CONFIG, "eos_token_id": [2, 5]}
     processor = processor_from_language_model(config, folder / "tokenizer.json")
-    product = tmp_path / "product"
     processor.save_pretrained(product)
     stack = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
     HolisticVLMConfig(
@@ -245,12 +244,26 @@ def test_auto_classes_in_a_new_process_give_the_same(
         layer_types=["linear_attention"],
         language_stack={**stack, "intermediate_size": 8},
     ).save_pretrained(product)
+    return processor
+
+
+def test_auto_classes_in_a_new_process_give_the_same(folder: Path, tmp_path: Path) -> None:
+    """For every class that the teacher's settings name for the same tokenizer.json."""
+    names = ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer")
+    processors = [saved_product(folder, tmp_path / name, name) for name in names]
     text = "  the cat 图 <|im_end|>\n\n12 x"
-    words = [sys.executable, "-c", FRESH, str(product), text, json.dumps(TALK)]
-    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    words = [text, json.dumps(TALK), *(str(tmp_path / name) for name in names)]
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH, *words], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
+    for processor, line in zip(processors, run.stdout.splitlines(), strict=True):
+        assert_same(processor, text, json.loads(line))
+
+
+def assert_same(processor: HolisticTextProcessor, text: str, found: dict[str, Any]) -> None:
     batch = processor.chat([text, TALK])
-    assert json.loads(run.stdout) == {
+    assert found == {
         "type": "HolisticTextProcessor",
         "texts": [processor(text=text).input_ids[0].tolist()] * 2,
         "typed": processor.text_ids(text),

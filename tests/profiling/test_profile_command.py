@@ -5,17 +5,36 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ended import Command
 
 from mmmamba_cli.cli.options import read_lengths
-from mmmamba_cli.profiling import OutOfMemory, default_plan, read_profile
+from mmmamba_cli.profiling import OutOfMemory, default_plan, profiler, read_profile
 from mmmamba_cli.profiling.interfaces import AS_SHIPPED, STATIC_TEACHER, TUNED
+from mmmamba_cli.profiling.result import RooflinePart
+from mmmamba_cli.profiling.roofline import measure_roofline
 
 QUICK = ("--contexts", "16,32", "--repeats", 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rates_measured_once() -> Iterator[None]:
+    """The first profile measures the rates of the device, which take more than a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        rates: dict[torch.dtype, RooflinePart] = {}
+
+        def measure(device: torch.device, dtype: torch.dtype, *rest: Any) -> RooflinePart:
+            if dtype not in rates:
+                rates[dtype] = measure_roofline(device, dtype, *rest)
+            return rates[dtype]
+
+        patch.setattr(profiler, "measure_roofline", measure)
+        yield
 
 
 def test_a_run_its_teacher_and_its_products(

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -143,22 +142,3 @@ def test_an_installation_without_recipes_says_so(tmp_path: Path) -> None:
     _install(tmp_path)
     done = _names_seen_from(tmp_path)
     assert "RecipeError: the shipped recipes are not installed" in done.stderr
-
-
-def test_a_wheel_carries_every_recipe(tmp_path: Path) -> None:
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "mmmamba_cli", tmp_path / "mmmamba_cli", ignore=ignored)
-    for folder in ("recipes", "evals"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "README.md").write_text("Not what is tested here.\n")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(tmp_path)],
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    held = {
-        name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("mmmamba_recipes/")
-    }
-    assert held == {f"mmmamba_recipes/{name}.yaml" for name in recipe_names()}

@@ -10,13 +10,14 @@ from random import Random
 
 import pytest
 from PIL import Image
+from preloaded_process import fork_server
 from typer.testing import CliRunner
 
 from mmmamba_cli.evaluate import EvalOptions, find_suite, open_suite
 from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.processing.chat_template import place_images
-from mmmamba_evals.scenes import blind
+from mmmamba_evals.scenes import blind, build
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.blind import BlindResult, ask_with_bias, blind_accuracy, category_draws
 from mmmamba_evals.scenes.build import QUESTIONS_PER_CONVERSATION, write_lessons, write_suite
@@ -132,9 +133,14 @@ def test_short_lessons_have_one_picture(tmp_path: Path, atlas: Atlas, world: Wor
     ]
 
 
-def test_workers_write_the_same_files(tmp_path: Path, atlas: Atlas, world: World) -> None:
+def test_workers_write_the_same_files(
+    tmp_path: Path, atlas: Atlas, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes that get their tasks as spawned ones do, but import the package once."""
+    monkeypatch.setattr(build, "get_context", lambda method: fork_server())
+    monkeypatch.setattr(build, "LESSONS_PER_TASK", 8)
     for name, workers in (("alone", 0), ("two", 2)):
-        write_lessons(tmp_path / name, atlas, world, 0, 70, workers=workers)
+        write_lessons(tmp_path / name, atlas, world, 0, 30, workers=workers)
     alone, two = (sorted(tmp_path.glob(f"{name}/**/*.*")) for name in ("alone", "two"))
     assert [path.name for path in alone] == [path.name for path in two]
     for one, other in zip(alone, two, strict=True):
