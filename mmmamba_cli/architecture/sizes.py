@@ -83,7 +83,7 @@ class MixerConfig:
     d_skip: bool = False
     qk_norm: bool = False
     rope: bool = False
-    # False: what is written to the state is not scaled by the step (simple GLA).
+    # False: what is written to the state is not scaled by the step size.
     input_step: bool = True
     # Columns that a window sees, the query's own included, and the first columns that it always
     # sees, or a learned logit per head in the softmax's denominator.

@@ -26,6 +26,7 @@ MODEL_TYPE = "mmMamba_chat"
 CODE_REPOSITORY = "hustvl/mmMamba-linear"
 EMBEDDING_TYPE = "mmMamba_embedding"
 LANGUAGE_TYPE = "mmMamba"
+# The layout's own words. Its linear layers have the default mixer of their layer type.
 LAYER_TYPES = {"mha": ATTENTION, "mamba2": LINEAR}
 BLOCK_TYPES = {native: theirs for theirs, native in LAYER_TYPES.items()}
 # The only supported width: the published convolution has two taps.

@@ -56,7 +56,7 @@ def trainable_names(stage: Stage, config: HolisticVLMConfig, names: Collection[s
 
 
 def has_weight_decay(name: str) -> bool:
-    """False for biases, norms, A_log, dt_bias and D."""
+    """False for biases, norms and the vectors of the mixers, such as A_log and dt_bias."""
     parts = name.split(".")
     return not (parts[-1].endswith("bias") or is_fp32_parameter(name))
 
@@ -116,10 +116,21 @@ def lora_weight_names(
             raise RecipeError(
                 f"stages.{stage.name}.lora.targets[{position}]: is {target!r}, and no mixer that "
                 "learns has such a matrix",
-                "matrices are q_proj, k_proj, v_proj, o_proj, g_proj and dt_proj",
+                f"matrices are {', '.join(_matrices(mixers, names))}",
             )
         found += present
     return found
+
+
+def _matrices(mixers: Collection[str], names: Collection[str]) -> list[str]:
+    """Projections of the `mixers`, which are prefixes of names, without duplicates."""
+    found = {
+        name.removeprefix(mixer).removesuffix(".weight")
+        for mixer in mixers
+        for name in names
+        if name.startswith(mixer) and name.endswith("_proj.weight")
+    }
+    return sorted(found)
 
 
 def attach_lora(pair: TeacherStudent, settings: LoRA, weights: Sequence[str]) -> TeacherStudent:

@@ -155,7 +155,7 @@ def initial_gated_value(
     """The initial value of a parameter that all recurrent mixers have; see `Mixer.initial_value`.
 
     To mimic attention, the convolution begins as the identity and the gate small; otherwise both
-    have Mamba-2's defaults (arXiv 2405.21060), as the decay has (`dt_proj`, `dt_bias`, `A_log`).
+    have the defaults of arXiv 2405.21060, as the decay has (`dt_proj`, `dt_bias`, `A_log`).
     """
     if name == "dt_bias":
         return dt_bias(shape, rng)

@@ -97,7 +97,7 @@ class Mixer(Section):
     qk_norm: bool = Field(default=False, description="RMSNorm on each head of q and k.")
     rope: bool = Field(default=False, description="Rotary position embedding on q and k.")
     input_step: bool = Field(
-        default=True, description="Scale what is written to the state by the step, as Mamba-2 does."
+        default=True, description="Scale what is written to the state by the step size dt."
     )
     window: int = Field(
         default=256, ge=1, le=2**20, description="Columns that a window sees, the last included."

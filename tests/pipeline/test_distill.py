@@ -345,7 +345,9 @@ def test_adapters_need_peft_and_a_matrix(
 ) -> None:
     done(*distill(work, seeded, "--stage", "1,2"))
     wrong = ("--set", "stages.stage3.lora={targets: [gate]}")
-    assert "stages.stage3.lora.targets[0]: is 'gate'" in refused(*distill(work, seeded, *wrong))
+    said = refused(*distill(work, seeded, *wrong))
+    assert "stages.stage3.lora.targets[0]: is 'gate'" in said
+    assert "matrices are dt_proj, g_proj, k_proj, o_proj, q_proj, v_proj" in said
     monkeypatch.setitem(sys.modules, "peft", None)
     assert "pip install 'mmmamba[lora]'" in refused(*distill(work, seeded, *LORA))
 

@@ -22,7 +22,7 @@ from mmmamba_cli.ops.backends import upcast
 class GatedDelta(DeltaMixer):
     """The delta rule with one decay per head, (B, T, D) -> (B, T, D).
 
-    gamma_t = exp(-dt_t exp(A_log)) with dt = softplus(x W_dt + dt_bias), as in Mamba-2.
+    gamma_t = exp(-dt_t exp(A_log)) with dt = softplus(x W_dt + dt_bias).
     """
 
     input_projections: ClassVar[tuple[str, ...]] = (

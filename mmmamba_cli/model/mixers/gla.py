@@ -87,11 +87,11 @@ class GatedLinearAttention(GatedMixer):
     def initial_value(
         name: str, shape: tuple[int, ...], mimic: bool, rng: torch.Generator
     ) -> Tensor:
-        """See `Mixer.initial_value`. To mimic attention, heads decay as Mamba-2's begin."""
+        """See `Mixer.initial_value`. To mimic attention, heads decay as with `A_log` 1."""
         if name == "decay_bias" and not mimic:
             return torch.zeros(shape)
         if name == "decay_bias":
-            # gamma = exp(-e dt) with Mamba-2's dt, solved for the bias.
+            # gamma = exp(-dt exp(A_log)) with `A_log` 1, solved for the bias.
             decay = torch.e * DECAY_TEMPERATURE * F.softplus(dt_bias(shape[:1], rng))
             return -torch.log(torch.expm1(decay))[:, None].repeat(1, shape[1])
         if name == "decay_down_proj.weight":
