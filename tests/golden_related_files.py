@@ -21,12 +21,16 @@ GOLDEN_RELATED = Path(
 
 
 class RelatedTensors(NamedTuple):
-    """The tensors of one file, without the prefixes of their names, floating ones in fp64."""
+    """The tensors of one file, without the prefixes of their names, floating ones in fp64.
+
+    raw: projections from which the inputs were made.
+    """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     cotangents: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    raw: dict[str, Tensor]
     metadata: dict[str, str]
 
     @property
@@ -65,7 +69,12 @@ def related_tensors(file: Path) -> RelatedTensors:
         for name, tensor in groups["input"].items()
     }
     return RelatedTensors(
-        inputs, groups["output"], groups["cotangent"], groups.get("grad", {}), metadata
+        inputs,
+        groups["output"],
+        groups["cotangent"],
+        groups["grad"],
+        groups.get("raw", {}),
+        metadata,
     )
 
 

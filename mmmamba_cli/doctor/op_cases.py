@@ -41,15 +41,15 @@ from mmmamba_cli.doctor.window_cases import (
 from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.ops.decode import MixerWeights
 from mmmamba_cli.ops.projection import Int8Weight
+from mmmamba_cli.ops.recurrence_dispatch import LIMITS as RECURRENCE_LIMITS
 from mmmamba_cli.ops.ssd.dispatch import LIMITS
 
 CHANNELS, TAPS = 2 * DIM + 1, 4
 # Ops of decoding besides those named `_step`; ops of decoding need no gradients.
 DECODING_OPS = frozenset({"likeliest", "project"})
 EPS = 1e-5
-# Scan backends of other libraries, and those without gradients.
-LIBRARY_SCANS = frozenset(LIMITS) - {"triton"}
-FORWARD_ONLY = frozenset(name for name, limits in LIMITS.items() if not limits.gradients)
+# Ops with backends of other libraries, with the limits of these.
+LIBRARY_OPS = {"ssd": LIMITS, "delta_rule": RECURRENCE_LIMITS, "gla": RECURRENCE_LIMITS}
 
 
 def op_specs() -> list[OpSpec]:
@@ -80,9 +80,9 @@ def op_specs() -> list[OpSpec]:
     for name, backends in ops.BACKENDS.items():
         reference, make = makers.get(name, ("reference", list))
         needs_backward = name not in DECODING_OPS and not name.endswith("_step")
-        forward_only, optional = (
-            (FORWARD_ONLY, LIBRARY_SCANS) if name == "ssd" else (frozenset(), frozenset())
-        )
+        limits = LIBRARY_OPS.get(name, {})
+        forward_only = frozenset(n for n, limit in limits.items() if not limit.gradients)
+        optional = frozenset(limits) - {"triton"}
         cases = tuple(make())
         found.append(
             OpSpec(name, backends, reference, cases, needs_backward, forward_only, optional)

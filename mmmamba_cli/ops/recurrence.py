@@ -21,10 +21,11 @@ L2_NORM_EPS = 1e-6
 class RecurrenceInputs(NamedTuple):
     """Checked arguments of `delta_rule` or, without `beta`, of `gla`; shapes as there, T >= 1.
 
-    A backend honours `mask` and `seq_idx` or refuses them. Only chunked references use
-    `chunk_size`.
+    `op` is the name of the public function. A backend honours `mask` and `seq_idx` or refuses them.
+    Only chunked references use `chunk_size`.
     """
 
+    op: str
     v: Tensor
     k: Tensor
     q: Tensor
@@ -118,8 +119,9 @@ def empty_result(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     return inputs.v.new_zeros(batch, 0, heads, inputs.v.shape[-1]), initial_state(inputs)
 
 
-def check_inputs(op: str, inputs: RecurrenceInputs, *, per_head_decay: bool) -> None:
+def check_inputs(inputs: RecurrenceInputs, *, per_head_decay: bool) -> None:
     """Raise ValueError for inconsistent shapes or a chunk size below 1."""
+    op = inputs.op
     check_tokens(op, inputs.v, inputs.k, inputs.q, inputs.log_decay, inputs.beta, 1, per_head_decay)
     batch, length, heads, key_dim = inputs.q.shape
     state_shape = (batch, heads, inputs.v.shape[-1], key_dim)

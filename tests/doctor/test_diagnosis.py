@@ -64,6 +64,13 @@ def test_every_public_op_has_backends_and_cases() -> None:
     assert {"mask", "seq_idx"} <= {case.name for case in op("ssd").cases}
 
 
+def test_library_backends_are_optional_and_known_to_be_forward_only() -> None:
+    assert op("ssd").optional == {"mamba_ssm", "fla"}
+    for name in ("ssd", "delta_rule", "gla"):
+        assert op(name).forward_only == {"fla"} <= op(name).optional
+    assert not op("attention").optional
+
+
 def test_all_ops_pass_on_the_cpu_in_both_dtypes() -> None:
     every = list(check_ops(CPU, (torch.float32, torch.bfloat16)))
     # Kernels may be installed without a GPU, and are skipped on the CPU beside one.

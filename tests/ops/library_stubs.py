@@ -1,4 +1,4 @@
-"""Stand-ins for the scans of mamba_ssm and fla: the same signatures, computed token by token.
+"""Stand-ins for the ops of mamba_ssm and fla: the same signatures, computed token by token.
 
 Written from the documentation of the libraries. In mamba_ssm the heads of a group share B and C,
 and the initial state belongs to sequence 0; in fla the state is (N, P) and `scale` has a default.
@@ -14,8 +14,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mmmamba_cli.ops import dispatch, recurrence_dispatch, recurrence_fla
 from mmmamba_cli.ops.backends import optional_backend
-from mmmamba_cli.ops.ssd import SCAN_BACKENDS, dispatch
+from mmmamba_cli.ops.delta import DELTA_BACKENDS
+from mmmamba_cli.ops.gla import GLA_BACKENDS
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS
 from mmmamba_cli.ops.ssd import __name__ as PACKAGE
 from mmmamba_cli.ops.ssd.dispatch import LIMITS
 
@@ -28,6 +31,9 @@ FILES = {
     "fla/__init__.py": "",
     "fla/ops/__init__.py": "",
     "fla/ops/simple_gla/__init__.py": "from library_stubs import chunk_simple_gla\n",
+    "fla/ops/gla/__init__.py": "from library_stubs import chunk_gla\n",
+    "fla/ops/gated_delta_rule/__init__.py": "from library_stubs import chunk_gated_delta_rule\n",
+    "fla/ops/kda/__init__.py": "from library_stubs import chunk_kda\n",
 }
 
 
@@ -101,6 +107,49 @@ def chunk_simple_gla(
     return torch.stack(outputs, 1).to(q.dtype), state if output_final_state else None
 
 
+def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=False):
+    """q, k and g (B, T, H, N), v (B, T, H, P) -> y and a state (B, H, N, P)."""
+    assert g.shape == q.shape
+    return _recurrence(q, k, v, g, None, scale, initial_state, output_final_state)
+
+
+def chunk_gated_delta_rule(
+    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False
+):
+    """The same with g and beta (B, T, H)."""
+    assert g.shape == beta.shape == q.shape[:3]
+    return _recurrence(q, k, v, g.unsqueeze(-1), beta, scale, initial_state, output_final_state)
+
+
+def chunk_kda(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False):
+    """The same with g (B, T, H, N) and beta (B, T, H)."""
+    assert g.shape == q.shape and beta.shape == q.shape[:3]
+    return _recurrence(q, k, v, g, beta, scale, initial_state, output_final_state)
+
+
+def _recurrence(q, k, v, g, beta, scale, initial_state, output_final_state):
+    batch, length, heads, state_dim = q.shape
+    assert k.shape == q.shape and v.shape[:3] == q.shape[:3]
+    assert q.dtype == k.dtype == v.dtype
+    wide = torch.promote_types(q.dtype, torch.float32)
+    assert g.dtype == wide and (beta is None or beta.dtype == wide)
+    state = q.new_zeros(batch, heads, state_dim, v.shape[-1], dtype=wide)
+    if initial_state is not None:
+        assert initial_state.shape == state.shape and initial_state.is_contiguous()
+        assert initial_state.dtype == wide
+        state = initial_state
+    outputs = []
+    for t in range(length):
+        key, value = k[:, t, :, :, None].to(wide), v[:, t, :, None].to(wide)
+        state = g[:, t, :, :, None].exp() * state
+        if beta is not None:
+            value = beta[:, t, :, None, None] * (value - key.mT @ state)
+        state = state + key * value
+        y = (q[:, t, :, None].to(wide) @ state).squeeze(-2)
+        outputs.append(y * (state_dim**-0.5 if scale is None else scale))
+    return torch.stack(outputs, 1).to(q.dtype), state if output_final_state else None
+
+
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
     """Write both libraries as packages into `folder` and register their backends."""
     for name, text in (FILES | files).items():
@@ -111,12 +160,16 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None
     for name in ("mamba_ssm", "fla"):
         (found,) = optional_backend(name, f"{PACKAGE}.{name}", "scan", name).items()
         monkeypatch.setitem(SCAN_BACKENDS, *found)
+    (found,) = optional_backend("fla", recurrence_fla.__name__, "scan", "fla").items()
+    for backends in (DELTA_BACKENDS, GLA_BACKENDS):
+        monkeypatch.setitem(backends, *found)
 
 
 @contextmanager
 def none_imported() -> Iterator[None]:
     """As in a new process: no library imported, no self-test run; restored at exit."""
     adapters = [importlib.import_module(f"{PACKAGE}.{name}") for name in ("mamba_ssm", "fla")]
+    adapters.append(recurrence_fla)
 
     def forget() -> dict[str, object]:
         for adapter in adapters:
@@ -138,5 +191,7 @@ def none_imported() -> Iterator[None]:
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *more: torch.dtype) -> None:
     """Treat the CPU as a GPU, and `more` dtypes as supported by the libraries."""
     monkeypatch.setattr(dispatch, "supports_triton", lambda *tensors: True)
-    for name, its in LIMITS.items():
-        monkeypatch.setitem(LIMITS, name, its._replace(dtypes=(*its.dtypes, *more), dim_multiple=1))
+    for limits in (LIMITS, recurrence_dispatch.LIMITS):
+        for name, its in limits.items():
+            allowed = its._replace(dtypes=(*its.dtypes, *more), dim_multiple=1)
+            monkeypatch.setitem(limits, name, allowed)

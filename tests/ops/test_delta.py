@@ -34,6 +34,17 @@ def test_golden_related_delta_rules(file, backend, chunk_size):
     assert_close_to_golden(golden, y=y, state=state.mT)
 
 
+@related_cases("mixers", "gated_delta_rule", "kda")
+def test_golden_related_norm_of_queries_and_keys(file):
+    golden = related_tensors(file)
+    given, raw = golden.inputs, golden.raw
+    options = {"scale": golden.scale, "initial_state": given["state"].mT, "qk_l2_norm": True}
+    gates = (given["g"], given["beta"])
+    y, state = delta_rule(given["v"], raw["k"], raw["q"], *gates, **options)
+    torch.testing.assert_close(y, golden.outputs["y"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(state.mT, golden.outputs["state"], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["recurrent", "chunked"])
 def test_beta_of_one_replaces_the_value_of_a_key(backend):
     case = make_recurrence("delta", 0, length=9, groups=1)

@@ -9,9 +9,8 @@ from library_stubs import MAMBA_INIT, install, none_imported, pretend_gpu
 from ops_cases import Scan, make_scan, relative_error
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops import backends, ssd
+from mmmamba_cli.ops import backends, dispatch, ssd
 from mmmamba_cli.ops.backends import optional_backend
-from mmmamba_cli.ops.ssd import dispatch
 
 LENGTH = 23
 MASK = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.7

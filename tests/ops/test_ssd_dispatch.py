@@ -9,9 +9,10 @@ from ops_cases import make_scan, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from mmmamba_cli.ops import ssd
-from mmmamba_cli.ops.ssd import SCAN_BACKENDS, dispatch, reference
-from mmmamba_cli.ops.ssd.dispatch import LENGTH, TOLERANCES, SelfTest, passes
+from mmmamba_cli.ops import dispatch, ssd
+from mmmamba_cli.ops.dispatch import LENGTH, TOLERANCES, SelfTest, passes
+from mmmamba_cli.ops.ssd import SCAN_BACKENDS, reference
+from mmmamba_cli.ops.ssd.dispatch import PROBLEM
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FUSED = ("triton", "mamba_ssm", "fla")
@@ -231,12 +232,12 @@ def test_no_self_test_while_tracing_or_capturing(stands, monkeypatch):
     with Mode():
         assert taken(stands) == "triton"
     assert stands["triton"].trials == 0
-    cuda = SelfTest("triton", "cuda:0", BF16, False)
+    cuda = SelfTest("ssd", "triton", "cuda:0", BF16, False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert passes(cuda, stands["triton"]) and stands["triton"].trials == 0
+    assert passes(cuda, stands["triton"], PROBLEM) and stands["triton"].trials == 0
     # A cached result still applies.
     monkeypatch.setitem(dispatch._results, cuda, False)
-    assert not passes(cuda, stands["triton"])
+    assert not passes(cuda, stands["triton"], PROBLEM)
     assert taken(stands) == "triton"
     assert stands["triton"].trials == 1
 
@@ -254,4 +255,5 @@ def test_backend_selection_compiles(stands):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("trains", [False, True])
 def test_reference_passes_the_self_test(dtype, trains):
-    assert dispatch._failure(SelfTest("triton", "cpu", dtype, trains), reference.chunked) is None
+    test = SelfTest("ssd", "triton", "cpu", dtype, trains)
+    assert dispatch._failure(test, reference.chunked, PROBLEM) is None

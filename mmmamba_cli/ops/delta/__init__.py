@@ -19,6 +19,7 @@ from mmmamba_cli.ops.recurrence import (
     check_tokens,
     empty_result,
 )
+from mmmamba_cli.ops.recurrence_dispatch import LIBRARY_BACKENDS, select_backend
 
 
 class DeltaStepBackend(Protocol):
@@ -41,6 +42,7 @@ class DeltaStepBackend(Protocol):
 DELTA_BACKENDS: dict[str, RecurrenceBackend] = {
     "chunked": reference.chunked,
     "recurrent": reference.recurrent,
+    **LIBRARY_BACKENDS,
 }
 DELTA_STEP_BACKENDS: dict[str, DeltaStepBackend] = {"reference": reference.step}
 DELTA_MATRIX_BACKENDS: dict[str, Callable[[RecurrenceInputs], Tensor]] = {
@@ -88,23 +90,30 @@ def delta_rule(
             whose id differs from that of the previous real token; `initial_state` belongs to the
             first sequence of the row.
         chunk_size: maximum tokens per chunk of the chunked backend.
-        backend: "chunked", "recurrent", or "auto": recurrent for a single token, else chunked.
+        backend: "chunked" or "recurrent"; on a GPU also "fla" if it is installed; or "auto":
+            recurrent for a single token, else fla if it supports the inputs and passed its
+            self-test, else chunked.
 
     Returns:
         y (B, T, H, P) in v's dtype, and the state after the last token, (B, H, P, N). The state
-        and all arithmetic are fp32, or fp64 if v is fp64.
+        and all arithmetic are fp32, or fp64 if v is fp64; fla multiplies in bf16.
 
     Raises:
         ValueError: inconsistent shapes, or a chunk size below 1.
-        MmmambaError: a backend that is not available.
+        MmmambaError: a backend that is not available or does not support the inputs; fla supports
+            bf16 without gradients and without `seq_idx`.
+
+    Warns:
+        RuntimeWarning: "auto" skips a backend that failed its self-test; once per process.
     """
+    op = "delta_rule"
     inputs = RecurrenceInputs(
-        v, k, q, log_decay, beta, scale, qk_l2_norm, initial_state, mask, seq_idx, chunk_size
+        op, v, k, q, log_decay, beta, scale, qk_l2_norm, initial_state, mask, seq_idx, chunk_size
     )
-    check_inputs("delta_rule", inputs, per_head_decay=True)
+    check_inputs(inputs, per_head_decay=True)
     if backend == "auto":
-        backend = "recurrent" if v.shape[1] == 1 else "chunked"
-    scan = get_backend("delta_rule", backend, DELTA_BACKENDS)
+        backend = select_backend(DELTA_BACKENDS, inputs)
+    scan = get_backend(op, backend, DELTA_BACKENDS)
     return scan(inputs) if v.shape[1] else empty_result(inputs)
 
 
@@ -172,14 +181,13 @@ def delta_rule_matrix(
         ValueError: inconsistent shapes.
         MmmambaError: a backend that is not available.
     """
-    no_values = k[..., :0]
+    op, no_values = "delta_rule_matrix", k[..., :0]
     inputs = RecurrenceInputs(
-        no_values, k, q, log_decay, beta, scale, qk_l2_norm, None, mask, seq_idx, 1
+        op, no_values, k, q, log_decay, beta, scale, qk_l2_norm, None, mask, seq_idx, 1
     )
-    check_inputs("delta_rule_matrix", inputs, per_head_decay=True)
-    matrix = get_backend(
-        "delta_rule_matrix", "reference" if backend == "auto" else backend, DELTA_MATRIX_BACKENDS
-    )
+    check_inputs(inputs, per_head_decay=True)
+    name = "reference" if backend == "auto" else backend
+    matrix = get_backend(op, name, DELTA_MATRIX_BACKENDS)
     if not q.shape[1]:
         return torch.zeros(len(q), q.shape[2], 0, 0, dtype=compute_dtype(k), device=q.device)
     return matrix(inputs)

@@ -19,6 +19,7 @@ from mmmamba_cli.ops.recurrence import (
     check_tokens,
     empty_result,
 )
+from mmmamba_cli.ops.recurrence_dispatch import LIBRARY_BACKENDS, select_backend
 
 
 class GlaStepBackend(Protocol):
@@ -39,6 +40,7 @@ class GlaStepBackend(Protocol):
 GLA_BACKENDS: dict[str, RecurrenceBackend] = {
     "chunked": reference.chunked,
     "recurrent": reference.recurrent,
+    **LIBRARY_BACKENDS,
 }
 GLA_STEP_BACKENDS: dict[str, GlaStepBackend] = {"reference": reference.step}
 GLA_MATRIX_BACKENDS: dict[str, Callable[[RecurrenceInputs], Tensor]] = {
@@ -76,22 +78,28 @@ def gla(
         initial_state: (B, H, P, N).
         mask, seq_idx: padding and packed sequences, as in `delta_rule`.
         chunk_size: maximum tokens per chunk of the chunked backend.
-        backend: "chunked", "recurrent", or "auto": recurrent for a single token, else chunked.
+        backend: "chunked" or "recurrent"; on a GPU also "fla" if it is installed; or "auto":
+            recurrent for a single token, else fla if it supports the inputs and passed its
+            self-test, else chunked.
 
     Returns:
         y (B, T, H, P) in v's dtype, and the state after the last token, (B, H, P, N). The state
-        and all arithmetic are fp32, or fp64 if v is fp64.
+        and all arithmetic are fp32, or fp64 if v is fp64; fla multiplies in bf16.
 
     Raises:
         ValueError: inconsistent shapes, or a chunk size below 1.
-        MmmambaError: a backend that is not available.
+        MmmambaError: a backend that is not available or does not support the inputs; fla supports
+            bf16 without gradients and without `seq_idx`.
+
+    Warns:
+        RuntimeWarning: "auto" skips a backend that failed its self-test; once per process.
     """
     inputs = RecurrenceInputs(
-        v, k, q, log_decay, None, scale, False, initial_state, mask, seq_idx, chunk_size
+        "gla", v, k, q, log_decay, None, scale, False, initial_state, mask, seq_idx, chunk_size
     )
-    check_inputs("gla", inputs, per_head_decay=False)
+    check_inputs(inputs, per_head_decay=False)
     if backend == "auto":
-        backend = "recurrent" if v.shape[1] == 1 else "chunked"
+        backend = select_backend(GLA_BACKENDS, inputs)
     scan = get_backend("gla", backend, GLA_BACKENDS)
     return scan(inputs) if v.shape[1] else empty_result(inputs)
 
@@ -154,13 +162,13 @@ def gla_matrix(
         ValueError: inconsistent shapes.
         MmmambaError: a backend that is not available.
     """
+    op, no_values = "gla_matrix", k[..., :0]
     inputs = RecurrenceInputs(
-        k[..., :0], k, q, log_decay, None, scale, False, None, mask, seq_idx, 1
+        op, no_values, k, q, log_decay, None, scale, False, None, mask, seq_idx, 1
     )
-    check_inputs("gla_matrix", inputs, per_head_decay=False)
-    matrix = get_backend(
-        "gla_matrix", "reference" if backend == "auto" else backend, GLA_MATRIX_BACKENDS
-    )
+    check_inputs(inputs, per_head_decay=False)
+    name = "reference" if backend == "auto" else backend
+    matrix = get_backend(op, name, GLA_MATRIX_BACKENDS)
     if not q.shape[1]:
         return torch.zeros(len(q), q.shape[2], 0, 0, dtype=compute_dtype(k), device=q.device)
     return matrix(inputs)
