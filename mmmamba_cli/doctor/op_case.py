@@ -18,6 +18,7 @@ Tensors = dict[str, Any]
 Call = Callable[[Tensors, Tensors, str], tuple[Tensor, ...]]
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 32
+TAPS = 4
 # Prompt lengths: a single token, and no multiples of 8 or of a chunk; 131 needs two chunks.
 LENGTHS = (1, 37, 131)
 

@@ -18,6 +18,7 @@ from mmmamba_cli.doctor.op_case import (
     HEADS,
     KV_HEADS,
     LENGTHS,
+    TAPS,
     OpCase,
     OpSpec,
     RandomInputs,
@@ -26,6 +27,7 @@ from mmmamba_cli.doctor.op_case import (
     padding_mask,
 )
 from mmmamba_cli.doctor.recurrence_cases import (
+    delta_mixer_step_cases,
     delta_rule_cases,
     delta_rule_matrix_cases,
     delta_rule_step_cases,
@@ -44,7 +46,7 @@ from mmmamba_cli.ops.projection import Int8Weight
 from mmmamba_cli.ops.recurrence_dispatch import LIMITS as RECURRENCE_LIMITS
 from mmmamba_cli.ops.ssd.dispatch import LIMITS
 
-CHANNELS, TAPS = 2 * DIM + 1, 4
+CHANNELS = 2 * DIM + 1
 # Ops of decoding besides those named `_step`; ops of decoding need no gradients.
 DECODING_OPS = frozenset({"likeliest", "project"})
 EPS = 1e-5
@@ -57,6 +59,7 @@ def op_specs() -> list[OpSpec]:
     makers: dict[str, tuple[str, Callable[[], list[OpCase]]]] = {
         "ssd": ("recurrent", _ssd_cases),
         "ssd_step": ("reference", _ssd_step_cases),
+        "delta_mixer_step": ("reference", delta_mixer_step_cases),
         "delta_rule": ("recurrent", delta_rule_cases),
         "delta_rule_matrix": ("reference", delta_rule_matrix_cases),
         "delta_rule_step": ("reference", delta_rule_step_cases),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from mmmamba_cli import ops
@@ -16,12 +17,14 @@ from mmmamba_cli.doctor.op_case import (
     HEADS,
     KV_HEADS,
     LENGTHS,
+    TAPS,
     OpCase,
     RandomInputs,
     Tensors,
     packed_ids,
     padding_mask,
 )
+from mmmamba_cli.ops.decode import DeltaWeights
 
 FP32_INPUTS = frozenset({"log_decay", "beta", "initial_state", "state"})
 # Of an op with one decay per head and of one with a decay per key channel.
@@ -129,3 +132,32 @@ def _delta_inputs(length: int, kind: str) -> Tensors:
         "beta": rng.uniform(0, 1, BATCH, length, HEADS),
         "initial_state": rng.normal(BATCH, HEADS, DIM, DIM),
     }
+
+
+def delta_mixer_step_cases() -> list[OpCase]:
+    rng = RandomInputs(0)
+    channels = (HEADS + 2 * KV_HEADS) * DIM
+    inputs = {
+        "vkq": rng.normal(BATCH, channels),
+        "gates": rng.uniform(-5, 2, BATCH, 2 * HEADS),
+        "conv_ring": rng.normal(BATCH, channels, TAPS),
+        "state": rng.normal(BATCH, HEADS, DIM, DIM),
+        "conv_weight": rng.normal(channels, TAPS),
+        "conv_bias": rng.normal(channels),
+        "A": -rng.uniform(0.05, 4, HEADS),
+        "dt_bias": rng.normal(HEADS),
+        "beta_bias": rng.normal(HEADS),
+    }
+    fp32_inputs = frozenset({"state", "A", "dt_bias", "beta_bias"})
+    position = {"position": torch.tensor([6])}
+    return [OpCase("one token", _run_delta_mixer_step, inputs, position, fp32_inputs)]
+
+
+def _run_delta_mixer_step(inputs: Tensors, constants: Tensors, backend: str) -> tuple[Tensor, ...]:
+    # The op modifies them in place; the next backend needs the originals.
+    ring, state = inputs["conv_ring"].clone(), inputs["state"].clone()
+    weights = DeltaWeights(**{name: inputs[name] for name in DeltaWeights._fields})
+    y = ops.delta_mixer_step(
+        inputs["vkq"], inputs["gates"], ring, state, constants["position"], weights, backend=backend
+    )
+    return y, ring, state

@@ -10,9 +10,11 @@ from mmmamba_cli.ops.attention import ATTENTION_BACKENDS, attention
 from mmmamba_cli.ops.conv import CONV_BACKENDS, CONV_STEP_BACKENDS, causal_conv, causal_conv_step
 from mmmamba_cli.ops.decode import (
     ATTENTION_STEP_BACKENDS,
+    DELTA_MIXER_STEP_BACKENDS,
     GREEDY_ARGMAX_BACKENDS,
     MIXER_STEP_BACKENDS,
     attention_step,
+    delta_mixer_step,
     greedy_argmax,
     mixer_step,
 )
@@ -56,6 +58,7 @@ BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "attention_step": ATTENTION_STEP_BACKENDS,
     "causal_conv": CONV_BACKENDS,
     "causal_conv_step": CONV_STEP_BACKENDS,
+    "delta_mixer_step": DELTA_MIXER_STEP_BACKENDS,
     "delta_rule": DELTA_BACKENDS,
     "delta_rule_matrix": DELTA_MATRIX_BACKENDS,
     "delta_rule_step": DELTA_STEP_BACKENDS,
@@ -81,6 +84,7 @@ __all__ = [
     "attention_step",
     "causal_conv",
     "causal_conv_step",
+    "delta_mixer_step",
     "delta_rule",
     "delta_rule_matrix",
     "delta_rule_step",

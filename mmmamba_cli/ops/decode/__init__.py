@@ -13,6 +13,11 @@ from torch import Tensor
 from mmmamba_cli.ops.backends import check_shape, get_backend, optional_backend, supports_triton
 from mmmamba_cli.ops.decode import reference
 from mmmamba_cli.ops.decode.cached_attention import ATTENTION_STEP_BACKENDS, attention_step
+from mmmamba_cli.ops.decode.delta_step import (
+    DELTA_MIXER_STEP_BACKENDS,
+    DeltaWeights,
+    delta_mixer_step,
+)
 from mmmamba_cli.ops.decode.mamba_step import (
     MIXER_STEP_BACKENDS,
     MixerWeights,
@@ -22,10 +27,13 @@ from mmmamba_cli.ops.decode.mamba_step import (
 
 __all__ = [
     "ATTENTION_STEP_BACKENDS",
+    "DELTA_MIXER_STEP_BACKENDS",
     "GREEDY_ARGMAX_BACKENDS",
     "MIXER_STEP_BACKENDS",
+    "DeltaWeights",
     "MixerWeights",
     "attention_step",
+    "delta_mixer_step",
     "greedy_argmax",
     "mixer_step",
     "to_ring_buffer",

@@ -1,0 +1,175 @@
+"""One token of a Gated DeltaNet mixer between its projections: convolution, SiLU and delta rule.
+
+Sources: Yang et al., arXiv 2412.06464, equation 10; the convolution over [v, k, q] of mmMamba,
+arXiv 2502.13145. Its gated norm is part of the following projection, `ops.project`.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmmamba_cli.ops.backends import (
+    check_shape,
+    get_backend,
+    needs_grad,
+    optional_backend,
+    supports_triton,
+    upcast,
+)
+from mmmamba_cli.ops.conv import reference as conv
+from mmmamba_cli.ops.decode.mamba_step import MAX_TRITON_BATCH, MAX_TRITON_DIM
+from mmmamba_cli.ops.delta import delta_rule_step
+
+
+class DeltaWeights(NamedTuple):
+    """Weights of a mixer between its projections; channels are those of [v, k, q].
+
+    `conv_weight` (Ch, W) and `conv_bias` (Ch,) as in `causal_conv`; A (negative), `dt_bias` and
+    `beta_bias` (H,) in fp32: the decay is exp(A softplus(dt + dt_bias)), the write strength
+    sigmoid(beta + beta_bias).
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    A: Tensor
+    dt_bias: Tensor
+    beta_bias: Tensor
+
+
+class DeltaStepBackend(Protocol):
+    """Signature of a backend: the validated arguments of `delta_mixer_step`."""
+
+    def __call__(
+        self,
+        vkq: Tensor,
+        gates: Tensor,
+        conv_ring: Tensor,
+        state: Tensor,
+        position: Tensor,
+        weights: DeltaWeights,
+        *,
+        inputs_ready: bool,
+    ) -> Tensor: ...
+
+
+def reference(
+    vkq: Tensor,
+    gates: Tensor,
+    conv_ring: Tensor,
+    state: Tensor,
+    position: Tensor,
+    weights: DeltaWeights,
+    *,
+    inputs_ready: bool,
+) -> Tensor:
+    """Shapes as in `delta_mixer_step`; `inputs_ready` has no effect."""
+    heads, value_dim, key_dim = state.shape[1:]
+    kv_heads = (vkq.shape[1] - heads * key_dim) // (value_dim + key_dim)
+    taps = conv_ring.shape[-1]
+    # The slot after the token's own holds the oldest input.
+    before = (position + torch.arange(1, taps, device=position.device)) % taps
+    past = conv_ring.index_select(-1, before)
+    mixed, _ = conv.step(vkq, weights.conv_weight, weights.conv_bias, past, activation="silu")
+    v, k, q = mixed.split((kv_heads * value_dim, kv_heads * key_dim, heads * key_dim), dim=-1)
+    dt, beta = upcast(gates).chunk(2, dim=-1)
+    y, after = delta_rule_step(
+        v.unflatten(-1, (kv_heads, value_dim)),
+        k.unflatten(-1, (kv_heads, key_dim)),
+        q.unflatten(-1, (heads, key_dim)),
+        weights.A * F.softplus(dt + weights.dt_bias),
+        torch.sigmoid(beta + weights.beta_bias),
+        # Autograd needs the state from before the in-place update.
+        state.clone(),
+        qk_l2_norm=True,
+    )
+    state.copy_(after)
+    conv_ring.index_copy_(-1, position % taps, vkq.unsqueeze(-1).to(conv_ring.dtype))
+    return y
+
+
+DELTA_MIXER_STEP_BACKENDS: dict[str, DeltaStepBackend] = {
+    "reference": reference,
+    **optional_backend("triton", f"{__package__}.delta_fused", "delta_mixer_step"),
+}
+
+
+def delta_mixer_step(
+    vkq: Tensor,
+    gates: Tensor,
+    conv_ring: Tensor,
+    state: Tensor,
+    position: Tensor,
+    weights: DeltaWeights,
+    *,
+    inputs_ready: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of `causal_conv` with SiLU and `delta_rule`; updates both states in place.
+
+    q and k are divided by their 2-norm, as `delta_rule` does with `qk_l2_norm`. A mixer with RoPE
+    or a norm on q and k, which come between the two, has to call the ops one by one.
+
+    Args:
+        vkq: packed projections of the token, (B, Ch), Ch = K P + K N + H N; only the last dimension
+            has to be contiguous, as in a slice.
+        gates: [dt|beta] (B, 2 H), before biases, softplus and sigmoid; only the last dimension has
+            to be contiguous.
+        conv_ring: inputs of the last W tokens, (B, Ch, W), as in `mixer_step`.
+        state: (B, H, P, N), fp32; overwritten by the state after the token.
+        position: (1,) integer on the device, the token's index t.
+        weights: weights of the mixer between its projections.
+        inputs_ready: whether states and position were written before the launch that made vkq and
+            gates. The kernel then reads them while that launch still runs.
+        backend: "reference", "triton" (no gradient), or "auto": triton on a GPU if it is installed,
+            P and N are at most 256, B at most 1024 and no tensor requires a gradient.
+
+    Returns:
+        The read-out (B, H, P) in vkq's dtype, before norm and gate.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        MmmambaError: a backend that does not exist here.
+    """
+    _check(vkq, gates, conv_ring, state, position, weights)
+    if backend == "auto":
+        tensors = (vkq, gates, conv_ring, state)
+        fits = max(state.shape[2:]) <= MAX_TRITON_DIM and len(vkq) <= MAX_TRITON_BATCH
+        has_triton = "triton" in DELTA_MIXER_STEP_BACKENDS
+        fused = has_triton and fits and not needs_grad(*tensors) and supports_triton(*tensors)
+        backend = "triton" if fused else "reference"
+    step = get_backend("delta_mixer_step", backend, DELTA_MIXER_STEP_BACKENDS)
+    return step(vkq, gates, conv_ring, state, position, weights, inputs_ready=inputs_ready)
+
+
+def _check(
+    vkq: Tensor,
+    gates: Tensor,
+    conv_ring: Tensor,
+    state: Tensor,
+    position: Tensor,
+    weights: DeltaWeights,
+) -> None:
+    op = "delta_mixer_step"
+    if vkq.dim() != 2 or state.dim() != 4 or weights.conv_weight.dim() != 2:
+        raise ValueError(
+            f"{op}: vkq is {tuple(vkq.shape)}, state {tuple(state.shape)} and conv_weight "
+            f"{tuple(weights.conv_weight.shape)}, expected (B, Ch), (B, H, P, N) and (Ch, W)"
+        )
+    (batch, channels), (_, heads, value_dim, key_dim) = vkq.shape, state.shape
+    kv_heads, rest = divmod(channels - heads * key_dim, value_dim + key_dim)
+    if rest or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"{op}: {channels} channels of vkq are not those of {heads} query heads of {key_dim} "
+            f"and of key/value heads of {key_dim} and {value_dim}"
+        )
+    taps = weights.conv_weight.shape[1]
+    check_shape(op, "gates", gates, (batch, 2 * heads))
+    check_shape(op, "conv_weight", weights.conv_weight, (channels, taps))
+    check_shape(op, "conv_bias", weights.conv_bias, (channels,))
+    check_shape(op, "conv_ring", conv_ring, (batch, channels, taps))
+    check_shape(op, "state", state, (batch, heads, value_dim, key_dim))
+    check_shape(op, "position", position, (1,))
+    for name in ("A", "dt_bias", "beta_bias"):
+        check_shape(op, name, getattr(weights, name), (heads,))
