@@ -180,11 +180,18 @@ def spec_of(model: ModelShape, layer: int) -> MixerSpec:
 
 def cache_bytes(model: ModelShape, batch: int, columns: int, itemsize: int) -> CacheBytes:
     """Bytes of a cache after `columns` columns; `itemsize` is that of the model's dtype."""
-    total = CacheBytes()
-    for layer, name in enumerate(model.mixer_names):
-        stack = model.stack_of(layer)
-        total += mixer_spec(name).cache_bytes(stack, model.mixer_config, batch, columns, itemsize)
-    return total
+    return sum(layer_cache_bytes(model, batch, columns, itemsize), CacheBytes())
+
+
+def layer_cache_bytes(
+    model: ModelShape, batch: int, columns: int, itemsize: int
+) -> tuple[CacheBytes, ...]:
+    """Bytes of the cache of each layer; see `cache_bytes`."""
+    options = model.mixer_config
+    return tuple(
+        mixer_spec(name).cache_bytes(model.stack_of(layer), options, batch, columns, itemsize)
+        for layer, name in enumerate(model.mixer_names)
+    )
 
 
 @cache

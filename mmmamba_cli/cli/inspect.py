@@ -82,7 +82,7 @@ def command(
             "distilled_end_to_end": found.final,
             **asdict(summary),
             "context": tokens,
-            "memory": [{**asdict(one), "total": one.total} for one in memory],
+            "memory": [_memory_record(one) for one in memory],
         }
         if differences is not None:
             from mmmamba_cli.distill.metrics import nonfinite_as_text
@@ -97,6 +97,12 @@ def command(
     _print_memory(memory, tokens)
     if differences is not None:
         _print_differences(differences, found.name, str(against))
+
+
+def _memory_record(estimate: MemoryEstimate) -> dict[str, Any]:
+    record = asdict(estimate)
+    del record["layers"]
+    return {**record, "total": estimate.total}
 
 
 def _single_length(text: str) -> int:
@@ -137,7 +143,7 @@ def _print_summary(name: str, summary: CheckpointSummary) -> None:
             (stack.name, f"{plan}  layers {first} to {last}"),
             ("", f"{heads} of {stack.head_dim}, MLP {stack.intermediate_size:,}"),
         ]
-    lines.append(("", legend(marks)))
+    lines += [("", legend(marks)), *_mixers(summary)]
     dtypes = (f"{key} {n} tensors, {format_bytes(b)}" for key, (n, b) in summary.dtypes.items())
     lines.append(("stored as", "; ".join(dtypes)))
     lines.append(("tokenizer", summary.tokenizer or "none"))
@@ -156,6 +162,24 @@ def _print_summary(name: str, summary: CheckpointSummary) -> None:
         for part in summary.parts
     ]
     print_table(("part", "layers", "tensors", "parameters", "size"), rows, right=NUMBER_COLUMNS)
+
+
+def _mixers(summary: CheckpointSummary) -> list[tuple[str, str]]:
+    """The mixers that are not the default of their layer type, and those without fast decoding."""
+    from mmmamba_cli.inspection import format_ranges
+
+    lines: list[tuple[str, str]] = []
+    for mixer in summary.mixers:
+        plural = "s" if len(mixer.layers) > 1 else ""
+        layers = f"{mixer.title} in layer{plural} {format_ranges(mixer.layers)}"
+        if not mixer.is_default:
+            lines.append(("" if lines else "mixers", layers))
+    slow = [mixer.title for mixer in summary.mixers if not mixer.is_packed]
+    if slow:
+        has = "has" if len(slow) == 1 else "have"
+        reason = f"{' and '.join(slow)} {has} no fast decoding"
+        lines.append(("decoding", f"token by token by generate: {reason}"))
+    return lines
 
 
 def _vision(summary: CheckpointSummary) -> str:
@@ -184,35 +208,28 @@ def _print_pairs(lines: Sequence[tuple[str, str]]) -> None:
     console.print()
 
 
-def _bytes_per_layer(value: int, layers: int) -> str:
-    """Bytes, with the bytes per layer if they are a sum over layers."""
+def _layer_sum(values: Sequence[int]) -> str:
+    """The sum of bytes over layers, with the bytes of one if all that have some have as many."""
     from mmmamba_cli.inspection import format_bytes
 
-    if not value:
+    found = [value for value in values if value]
+    if not found:
         return "-"
-    return (
-        format_bytes(value)
-        if not layers
-        else f"{format_bytes(value)} ({layers} x {format_bytes(value / layers)})"
-    )
+    each = f"{len(found)} x {format_bytes(found[0])}"
+    if len(set(found)) > 1:
+        each = f"{len(found)} layers"
+    return f"{format_bytes(sum(found))} ({each})"
 
 
 def _print_memory(memory: Sequence[MemoryEstimate], context: int) -> None:
-    def row(what: str, values: list[int], layers: list[int] | None = None) -> list[str]:
-        counts = layers or [0] * len(values)
-        return [
-            what,
-            *(_bytes_per_layer(value, n) for value, n in zip(values, counts, strict=True)),
-        ]
+    from mmmamba_cli.inspection import format_bytes
 
-    attention = [one.attention_layers for one in memory]
-    linear = [one.linear_layers for one in memory]
     rows = [
-        row("weights", [one.weights for one in memory]),
-        row("keys and values", [one.kv_cache for one in memory], attention),
-        row("conv states", [one.conv_state for one in memory], linear),
-        row("SSM states", [one.ssm_state for one in memory], linear),
-        row("total", [one.total for one in memory]),
+        ("weights", *(format_bytes(one.weights) for one in memory)),
+        ("keys and values", *(_layer_sum([m.kv_cache for m in one.layers]) for one in memory)),
+        ("conv states", *(_layer_sum([m.conv_state for m in one.layers]) for one in memory)),
+        ("SSM states", *(_layer_sum([m.ssm_state for m in one.layers]) for one in memory)),
+        ("total", *(format_bytes(one.total) for one in memory)),
     ]
     names = tuple(one.name for one in memory)
     print_table(

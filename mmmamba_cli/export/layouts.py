@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
-from mmmamba_cli.architecture import default_mixer, spec_of
+from mmmamba_cli.architecture import MixerConfig, default_mixer, spec_of
 from mmmamba_cli.checkpoint import DTYPE_TENSOR, Checkpoint, hovle, mmmamba_hf, stored_dtype
 from mmmamba_cli.checkpoint.name_map import TensorMapping, rename
 from mmmamba_cli.errors import CheckpointError, name_some
@@ -170,6 +170,13 @@ HUB, MMMAMBA_HF, HOVLE = "hub", "mmmamba-hf", "hovle"
 FORMATS = (HUB, MMMAMBA_HF, HOVLE)
 # RoPE scaling types that the published code supports; the model supports more.
 PUBLISHED_ROPE_SCALINGS = ("dynamic", "linear")
+# What a student lacks in the published layout, where all options have their defaults.
+PUBLISHED_DEFAULTS = {
+    "d_skip": "D skip",
+    "qk_norm": "norm on q and k",
+    "rope": "RoPE inside the mixer",
+    "input_step": "state without input step",
+}
 
 
 @dataclass(frozen=True)
@@ -226,13 +233,10 @@ def _unsupported_features(config: HolisticVLMConfig, name: str) -> Iterator[str]
     elif linear:
         if mixer.conv_width != mmmamba_hf.CONV_WIDTH:
             yield f"convolution of width {mixer.conv_width} (mixer.conv_width), only of 2"
-        for option, what in (
-            ("d_skip", "D skip"),
-            ("qk_norm", "norm on q and k"),
-            ("rope", "RoPE inside the mixer"),
-        ):
-            if getattr(mixer, option):
-                yield f"{what} (mixer.{option})"
+        for option in fields(MixerConfig):
+            if option.name != "conv_width" and getattr(mixer, option.name) != option.default:
+                what = PUBLISHED_DEFAULTS.get(option.name, "other value of an option")
+                yield f"{what} (mixer.{option.name})"
     for where, stack in (("embedding", config.embedding), ("language", config.language)):
         if stack.qkv_bias or stack.output_bias:
             yield f"biases in attention ({where} stack)"

@@ -18,18 +18,26 @@ from mmmamba_cli.inspection.memory import (
     memory_at,
     memory_of_checkpoint,
 )
-from mmmamba_cli.inspection.summary import CheckpointSummary, describe
-from mmmamba_cli.inspection.text_plots import format_bytes, layer_plan, legend, marks_for, sparkline
+from mmmamba_cli.inspection.summary import CheckpointSummary, MixerSummary, describe
+from mmmamba_cli.inspection.text_plots import (
+    format_bytes,
+    format_ranges,
+    layer_plan,
+    legend,
+    marks_for,
+    sparkline,
+)
 from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from mmmamba_cli.inspection.diff import TensorDifference, compare, format_ranges, group_by_layer
+    from mmmamba_cli.inspection.diff import TensorDifference, compare, group_by_layer
 
 __all__ = [
     "DEFAULT_CONTEXT",
     "CheckpointSummary",
     "Lineage",
     "MemoryEstimate",
+    "MixerSummary",
     "ProductSummary",
     "SuiteScore",
     "TensorDifference",
@@ -55,7 +63,6 @@ __getattr__ = lazy_attributes(
         "diff": (
             "TensorDifference",
             "compare",
-            "format_ranges",
             "group_by_layer",
         ),
     },

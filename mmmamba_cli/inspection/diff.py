@@ -134,14 +134,3 @@ def _largest(values: Iterable[float | None]) -> float | None:
     if not known:
         return None
     return math.nan if any(map(math.isnan, known)) else max(known)
-
-
-def format_ranges(layers: Iterable[int]) -> str:
-    """Format 0, 1, 2, 3, 6 as `0-3, 6`."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

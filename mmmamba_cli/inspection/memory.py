@@ -9,8 +9,9 @@ from mmmamba_cli.architecture import (
     ATTENTION,
     LINEAR,
     Architecture,
+    CacheBytes,
     ModelShape,
-    cache_bytes,
+    layer_cache_bytes,
     parameter_shapes,
 )
 from mmmamba_cli.checkpoint import DTYPE_TENSOR, Checkpoint, parse_dtype_name, stored_dtype_name
@@ -31,6 +32,8 @@ class MemoryEstimate:
     ssm_state: int
     attention_layers: int
     linear_layers: int
+    # The cache of each layer.
+    layers: tuple[CacheBytes, ...] = ()
 
     @property
     def state(self) -> int:
@@ -43,7 +46,7 @@ class MemoryEstimate:
 
 
 def memory_at(name: str, config: ModelShape, context: int, dtype_name: str) -> MemoryEstimate:
-    """Estimate the memory of a model at `context` tokens, loaded in `element` (a torch dtype name).
+    """Estimate the memory of a model at `context` tokens, loaded in the torch dtype `dtype_name`.
 
     The embedding stack is assumed to see as many columns as the language stack. This is too low
     for images if the pixel shuffle follows the embedding stack.
@@ -53,7 +56,8 @@ def memory_at(name: str, config: ModelShape, context: int, dtype_name: str) -> M
     """
     if context < 1:
         raise DataError(f"--context is {context}, expected at least 1 token")
-    cache = cache_bytes(config, 1, context, ITEMSIZES[dtype_name])
+    layers = layer_cache_bytes(config, 1, context, ITEMSIZES[dtype_name])
+    cache = sum(layers, CacheBytes())
     return MemoryEstimate(
         name,
         weight_bytes(config, dtype_name),
@@ -62,6 +66,7 @@ def memory_at(name: str, config: ModelShape, context: int, dtype_name: str) -> M
         cache.ssm_state,
         list(config.layer_types).count(ATTENTION),
         list(config.layer_types).count(LINEAR),
+        layers,
     )
 
 
@@ -95,4 +100,4 @@ def weight_bytes(config: ModelShape, dtype_name: str) -> int:
 
 def all_attention(config: Architecture) -> Architecture:
     """The config of the teacher that a student came from: attention in every layer."""
-    return replace(config, layer_types=[ATTENTION] * config.num_hidden_layers)
+    return replace(config, layer_types=[ATTENTION] * config.num_hidden_layers, mixers=None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture
+from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture, mixer_spec
 from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, Checkpoint, hovle, llama_family, mmmamba_hf
 from mmmamba_cli.recipe import plan_kind
 
@@ -64,8 +64,27 @@ class StackSummary:
 
 
 @dataclass(frozen=True)
+class MixerSummary:
+    """A mixer of a model and the layers that have it.
+
+    `is_default`: it is the mixer of its layer type where a config names none. `is_packed`: the
+    generator decodes it; otherwise `generate` decodes the model token by token.
+    """
+
+    name: str
+    title: str
+    layers: tuple[int, ...]
+    is_default: bool
+    is_packed: bool
+
+
+@dataclass(frozen=True)
 class CheckpointSummary:
-    """Summary of a checkpoint. `dtypes` maps a dtype to the number of tensors and bytes."""
+    """Summary of a checkpoint.
+
+    `dtypes` maps a dtype to the number of tensors and bytes; `mixer` holds the options that a mixer
+    of the model reads.
+    """
 
     path: str
     layout: str
@@ -74,6 +93,7 @@ class CheckpointSummary:
     file_bytes: int
     kind: str
     layer_types: tuple[str, ...]
+    mixers: tuple[MixerSummary, ...]
     stacks: tuple[StackSummary, ...]
     hidden_size: int
     vocab_size: int
@@ -105,6 +125,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
         file_bytes=sum(Path(file).stat().st_size for file in source.files),
         kind=plan_kind(len(config.attention_layers), config.num_hidden_layers),
         layer_types=tuple(config.layer_types),
+        mixers=mixers_of(config),
         stacks=stacks_of(config),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -113,7 +134,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
         tokenizer=None if tokenizer is None else tokenizer.name,
         vision=None if config.vision is None else dict(config.vision),
-        mixer=vars(config.mixer_config) if LINEAR in config.layer_types else {},
+        mixer=_mixer_options(config),
         assumed=checkpoint.assumed,
     )
 
@@ -128,6 +149,28 @@ def layout_name(model_type: str) -> str:
         mmmamba_hf.MODEL_TYPE: "mmMamba as published",
     }
     return names[model_type]
+
+
+def mixers_of(config: Architecture) -> tuple[MixerSummary, ...]:
+    """The mixers of a model, in the order of their first layers."""
+    names = config.mixer_names
+    return tuple(
+        MixerSummary(
+            name,
+            mixer_spec(name).title,
+            tuple(layer for layer, other in enumerate(names) if other == name),
+            mixer_spec(name).is_default,
+            mixer_spec(name).is_packed(config.mixer_config),
+        )
+        for name in dict.fromkeys(names)
+    )
+
+
+def _mixer_options(config: Architecture) -> dict[str, object]:
+    """The options that the mixers of the linear layers read."""
+    specs = {mixer_spec(name) for name in config.mixer_names}
+    read = {option for spec in specs if spec.layer_type == LINEAR for option in spec.options}
+    return {name: value for name, value in vars(config.mixer_config).items() if name in read}
 
 
 def stacks_of(config: Architecture) -> tuple[StackSummary, ...]:

@@ -1,9 +1,9 @@
-"""Text plots: a layer plan as a row of marks, a series as a sparkline, and byte sizes."""
+"""Text plots: a layer plan as a row of marks, a series as a sparkline; layers and byte sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -77,3 +77,14 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:,.2f} GiB"
+
+
+def format_ranges(layers: Iterable[int]) -> str:
+    """Format 0, 1, 2, 3, 6 as `0-3, 6`."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

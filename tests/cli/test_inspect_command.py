@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ended import Command, Done
+from small import small_model
 from terminals import Terminal
 
 from mmmamba_cli.checkpoint import resolve
@@ -37,6 +38,24 @@ def test_a_product_is_described(inspect: Inspect, student_run: Path) -> None:
     assert "At 103,424 tokens of context, one row" in done.out
     assert "all attention" in done.out
     assert "seed was never distilled end to end" in done.err
+
+
+def test_mixers_that_are_not_the_default(
+    inspect: Inspect, student_run: Path, tmp_path: Path
+) -> None:
+    assert "\nmixers  " not in inspect("seed", "--run", student_run).out
+    small_model("dddk").save_pretrained(tmp_path)
+    done = inspect(tmp_path)
+    assert done.code == 0, done.err
+    assert "\nmixers     Gated DeltaNet in layers 0-2\n" in done.out
+    assert "\n           Kimi delta attention in layer 3\n" in done.out
+    assert "decoding   token by token by generate: Kimi delta attention has no fast" in done.out
+    # 4 heads of 8 x 8 in fp32.
+    assert "4.0 KiB (4 x 1.0 KiB)" in done.out
+    layers = {
+        one["name"]: one["layers"] for one in json.loads(inspect(tmp_path, "--json").out)["mixers"]
+    }
+    assert layers == {"gated_delta": [0, 1, 2], "kda": [3]}
 
 
 def test_default_is_the_current_product(inspect: Inspect, student_run: Path) -> None:

@@ -151,6 +151,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"d_skip": True}, "no D skip .mixer.d_skip"),
     ({"qk_norm": True}, "no norm on q and k .mixer.qk_norm"),
     ({"rope": True}, "no RoPE inside the mixer .mixer.rope"),
+    ({"input_step": False}, "no state without input step .mixer.input_step"),
     ({"conv_width": 4}, "no convolution of width 4 .mixer.conv_width., only of 2"),
     ({"d_skip": True, "rope": True}, "no D skip .mixer.d_skip.; no RoPE inside"),
 ]

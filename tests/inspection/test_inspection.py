@@ -52,13 +52,14 @@ def cache_bytes(model: HolisticVLM, length: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("element", ["float32", "bfloat16"])
 def test_memory_equals_that_of_a_real_cache(element: str) -> None:
-    for plan in ("amma", "mmmm", "aaaa"):
+    for plan in ("amma", "dakg", "mmmm", "aaaa"):
         model = small_model(plan).to(torch_dtype(element))
         found = memory_at("it", model.config, 37, element)
         assert (found.kv_cache, found.conv_state, found.ssm_state) == cache_bytes(model, 37)
         assert found.attention_layers == plan.count("a")
         assert found.total == found.weights + found.state
-    linear = Architecture.from_config(small_model("mmmm").config)
+        assert [bool(layer.kv_cache) for layer in found.layers] == [one == "a" for one in plan]
+    linear = Architecture.from_config(small_model("dmkm").config)
     teacher = memory_at("teacher", all_attention(linear), 37, element)
     assert teacher.kv_cache == cache_bytes(model, 37)[0]
     assert (teacher.linear_layers, teacher.ssm_state) == (0, 0)
@@ -95,6 +96,18 @@ def test_every_parameter_is_counted_once(tmp_path: Path) -> None:
         p.tensors for p in found.parts
     )
     assert sum(p.nbytes for p in found.parts) == sum(b for _, b in found.dtypes.values())
+
+
+def test_mixers_and_their_layers(tmp_path: Path) -> None:
+    small_model("kdam", qk_norm=True).save_pretrained(tmp_path)
+    found = describe(open_checkpoint(tmp_path))
+    assert [(m.name, m.layers, m.is_default, m.is_packed) for m in found.mixers] == [
+        ("kda", (0,), False, False),
+        ("gated_delta", (1,), False, True),
+        ("attention", (2,), True, True),
+        ("mamba2", (3,), True, True),
+    ]
+    assert found.mixer["qk_norm"] is True and "window" not in found.mixer
 
 
 def test_describe_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
