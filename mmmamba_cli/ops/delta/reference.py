@@ -93,7 +93,10 @@ def chunked(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     Within a chunk, the corrections u_i = beta_i (v_i - S~_i k_i) that the tokens write solve a
     triangular system: (I + L) U = diag(beta) (V - K_in S^T), where L_ij = beta_i k_i . k_j under
     the decay between j and i, j < i, and K_in are the keys under the decay from the chunk's start.
-    Across chunks it is a recurrence with one state per chunk. Memory is O(T chunk_size).
+    U is affine in S, so a chunk maps the state S to S (diag(decay) - W^T K_out) + U_0^T K_out with
+    the keys K_out under the decay to its end. Across chunks this is a recurrence with one matmul
+    per chunk, since the launches of many small ones would take most of the time on a GPU. Memory is
+    O(T (chunk_size + N^2 / chunk_size)).
     """
     v, length, kv_heads = inputs.v, inputs.v.shape[1], inputs.v.shape[2]
     num_chunks, size = chunk_layout(length, inputs.chunk_size)
@@ -102,14 +105,16 @@ def chunked(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
         chunks = _chunks(tokens, num_chunks, size)
         v_cKQP = _in_chunks(tokens.v, num_chunks, size)
         written = (by_kv_head(chunks.solution, kv_heads) @ v_cKQP).view(*chunks.k_in.shape[:-1], -1)
-        entering, corrections, final_state = _scan_chunks(
-            initial_state(inputs), chunks, written, chunks.solution @ chunks.k_in
+        # The corrections are written + read S^T, with S the state before the chunk.
+        read = (-chunks.solution) @ chunks.k_in
+        kept = torch.diag_embed(chunks.decay.expand_as(read[..., :1, :]).squeeze(-2))
+        entering, final_state = _scan_chunks(
+            initial_state(inputs),
+            _add_product(kept, read.mT, chunks.k_out),
+            written.mT @ chunks.k_out,
         )
-        y_cHQP = torch.baddbmm(
-            (chunks.attention @ corrections).flatten(0, 2),
-            chunks.q_in.flatten(0, 2),
-            entering.flatten(0, 2).mT,
-        ).view(corrections.shape)
+        corrections = _add_product(written, read, entering.mT)
+        y_cHQP = _add_product(chunks.attention @ corrections, chunks.q_in, entering.mT)
         y = y_cHQP.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
     return y.to(v.dtype), final_state
 
@@ -190,28 +195,24 @@ def _solve(lower: Tensor) -> Tensor:
     )
 
 
-def _scan_chunks(
-    state: Tensor, chunks: _Chunks, written: Tensor, read: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """States before all chunks (c, B, H, P, N), corrections (c, B, H, Q, P), and the final state.
+def _scan_chunks(state: Tensor, transition: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """States before all chunks (c, B, H, P, N), and the final state (B, H, P, N).
 
-    `written` (c, B, H, Q, P) are the corrections for a zero state; `read` (c, B, H, Q, N) times the
-    state is what it takes from them.
+    A chunk multiplies the state by `transition` (c, B, H, N, N) and adds `added` (c, B, H, P, N).
     """
     shape, state = state.shape, state.flatten(0, 1)
-    entering, corrections = [], []
-    parts = (written, read, chunks.k_out, chunks.decay)
-    for written_c, read_c, k_out, decay in zip(
-        *(part.flatten(1, 2).unbind(0) for part in parts), strict=True
+    entering = []
+    for transition_c, added_c in zip(
+        transition.flatten(1, 2).unbind(0), added.flatten(1, 2).unbind(0), strict=True
     ):
         entering.append(state)
-        corrections.append(torch.baddbmm(written_c, read_c, state.mT, alpha=-1))
-        state = torch.baddbmm(state * decay, corrections[-1].mT, k_out)
-    return (
-        torch.stack(entering).unflatten(1, shape[:2]),
-        torch.stack(corrections).unflatten(1, shape[:2]),
-        state.view(shape),
-    )
+        state = torch.baddbmm(added_c, state, transition_c)
+    return torch.stack(entering).unflatten(1, shape[:2]), state.view(shape)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, for three leading dimensions, without the product in memory."""
+    return torch.baddbmm(total.flatten(0, 2), a.flatten(0, 2), b.flatten(0, 2)).view(total.shape)
 
 
 def _in_chunks(tokens: Tensor, num_chunks: int, size: int) -> Tensor:
