@@ -19,6 +19,7 @@ from mmmamba_cli.architecture.model_shape import (
     normalize_mixers,
     parameter_shapes,
     resolve_mixers,
+    slow_decoding_reason,
     spec_of,
 )
 from mmmamba_cli.architecture.sizes import (
@@ -59,5 +60,6 @@ __all__ = [
     "normalize_mixers",
     "parameter_shapes",
     "resolve_mixers",
+    "slow_decoding_reason",
     "spec_of",
 ]

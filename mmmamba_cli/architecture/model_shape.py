@@ -178,6 +178,15 @@ def spec_of(model: ModelShape, layer: int) -> MixerSpec:
     return mixer_spec(model.mixer_names[layer])
 
 
+def slow_decoding_reason(model: ModelShape) -> str | None:
+    """Why the generator does not decode a model, which `generate` decodes; None if it does."""
+    specs = dict.fromkeys(map(mixer_spec, model.mixer_names))
+    slow = [spec.title for spec in specs if not spec.is_packed(model.mixer_config)]
+    if not slow:
+        return None
+    return f"{' and '.join(slow)} {'has' if len(slow) == 1 else 'have'} no fast decoding"
+
+
 def cache_bytes(model: ModelShape, batch: int, columns: int, itemsize: int) -> CacheBytes:
     """Bytes of a cache after `columns` columns; `itemsize` is that of the model's dtype."""
     return sum(layer_cache_bytes(model, batch, columns, itemsize), CacheBytes())

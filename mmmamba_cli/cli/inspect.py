@@ -174,11 +174,8 @@ def _mixers(summary: CheckpointSummary) -> list[tuple[str, str]]:
         layers = f"{mixer.title} in layer{plural} {format_ranges(mixer.layers)}"
         if not mixer.is_default:
             lines.append(("" if lines else "mixers", layers))
-    slow = [mixer.title for mixer in summary.mixers if not mixer.is_packed]
-    if slow:
-        has = "has" if len(slow) == 1 else "have"
-        reason = f"{' and '.join(slow)} {has} no fast decoding"
-        lines.append(("decoding", f"token by token by generate: {reason}"))
+    if summary.slow_decoding is not None:
+        lines.append(("decoding", f"token by token by generate: {summary.slow_decoding}"))
     return lines
 
 

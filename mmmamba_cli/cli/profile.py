@@ -70,6 +70,14 @@ def command(
             help="With --random: students with N attention layers (default: 0 and a quarter).",
         ),
     ] = None,
+    mixer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="With --random: students with each of these mixers in place of attention "
+            "(default: the mixer of recipes that name none).",
+        ),
+    ] = None,
     contexts: Annotated[
         str | None,
         typer.Option(
@@ -146,6 +154,9 @@ def command(
         )
     if counts is not None and random is None:
         raise DataError("--attn-layers needs --random NAME", "hybridize makes a run's hybrids")
+    if mixer is not None and random is None:
+        raise DataError("--mixer needs --random NAME", "a recipe names the mixers of a run")
+    mixers = None if mixer is None else [name.strip() for name in mixer.split(",")]
 
     from mmmamba_cli.profiling import (
         check_replaceable,
@@ -163,7 +174,7 @@ def command(
     store = weight_store(device, dtype)
     if random is not None:
         subjects = random_subjects(
-            store, random, counts, teacher=teacher is not False, seed=seed, eager=eager
+            store, random, counts, mixers, teacher=teacher is not False, seed=seed, eager=eager
         )
     else:
         subjects = select_subjects(

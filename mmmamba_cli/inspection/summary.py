@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from mmmamba_cli.architecture import ATTENTION, LINEAR, Architecture, mixer_spec
+from mmmamba_cli.architecture import (
+    ATTENTION,
+    LINEAR,
+    Architecture,
+    mixer_spec,
+    slow_decoding_reason,
+)
 from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, Checkpoint, hovle, llama_family, mmmamba_hf
 from mmmamba_cli.recipe import plan_kind
 
@@ -83,7 +89,7 @@ class CheckpointSummary:
     """Summary of a checkpoint.
 
     `dtypes` maps a dtype to the number of tensors and bytes; `mixer` holds the options that a mixer
-    of the model reads.
+    of the model reads; `slow_decoding` is why the generator does not decode the model, or None.
     """
 
     path: str
@@ -94,6 +100,7 @@ class CheckpointSummary:
     kind: str
     layer_types: tuple[str, ...]
     mixers: tuple[MixerSummary, ...]
+    slow_decoding: str | None
     stacks: tuple[StackSummary, ...]
     hidden_size: int
     vocab_size: int
@@ -126,6 +133,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
         kind=plan_kind(len(config.attention_layers), config.num_hidden_layers),
         layer_types=tuple(config.layer_types),
         mixers=mixers_of(config),
+        slow_decoding=slow_decoding_reason(config),
         stacks=stacks_of(config),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,

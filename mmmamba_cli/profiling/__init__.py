@@ -19,10 +19,10 @@ if TYPE_CHECKING:
         select_subjects,
         write_profile,
     )
+    from mmmamba_cli.profiling.random_models import random_subjects
     from mmmamba_cli.profiling.subjects import (
         int8_subjects,
         path_subjects,
-        random_subjects,
         run_subjects,
         weight_store,
     )
@@ -65,10 +65,10 @@ __getattr__ = lazy_attributes(
             "ProfileProgress",
             "measure",
         ),
+        "random_models": ("random_subjects",),
         "subjects": (
             "int8_subjects",
             "path_subjects",
-            "random_subjects",
             "run_subjects",
             "weight_store",
         ),

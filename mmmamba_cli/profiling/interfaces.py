@@ -122,6 +122,10 @@ class SubjectInfo:
     way: str = EAGER
     # "int8" if the weights are narrower than the profile's dtype.
     precision: str | None = None
+    # Names of the mixers of the layers that are not attention.
+    mixers: tuple[str, ...] = ()
+    # Why a student is decoded eagerly though the others are not; None otherwise.
+    eager_reason: str | None = None
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,11 @@ def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list
             f"mmmamba's own decoder: packed weights, memory in place, {kernels}; teacher and "
             "students alike"
         )
+    found += [
+        f"{one.name} is decoded eagerly, with a static cache: {one.info.eager_reason}"
+        for one in subjects
+        if one.info.eager_reason is not None
+    ]
     if any(one.info.precision for one in subjects):
         found.append("int8: weights alone, a scale for each row; activations stay as they are")
     if device.type == "cpu":

@@ -98,6 +98,8 @@ class SubjectPart(_Part):
     final: bool | None = None
     way: str = EAGER
     precision: str | None = None
+    mixers: tuple[str, ...] = ()
+    eager_reason: str | None = None
     weight_bytes: int | None = None
 
 

@@ -11,19 +11,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mmmamba_cli.architecture import parameter_shapes
-from mmmamba_cli.checkpoint import Checkpoint, hovle, stored_dtype
+from mmmamba_cli.architecture import parameter_shapes, slow_decoding_reason
+from mmmamba_cli.checkpoint import Checkpoint, stored_dtype
 from mmmamba_cli.checkpoint.tensor_io import cast
 from mmmamba_cli.devices import require_memory, translate_out_of_memory
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.inference import quantize
-from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.eager_decoder import EagerDecoder
 from mmmamba_cli.profiling.fast_decoder import FastDecoder
 from mmmamba_cli.profiling.interfaces import (
@@ -39,8 +38,7 @@ from mmmamba_cli.profiling.interfaces import (
     Subject,
     SubjectInfo,
 )
-from mmmamba_cli.recipe import place_attention, plan_kind
-from mmmamba_cli.recipe.problems import join_or, suggest
+from mmmamba_cli.recipe import plan_kind
 from mmmamba_cli.runs import (
     ResolvedModel,
     Run,
@@ -63,7 +61,10 @@ class WeightStore:
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        self._parameters: WeakValueDictionary[tuple[str, str], nn.Parameter] = WeakValueDictionary()
+        # By owner, name and shape, which depends on the mixer of a layer.
+        self._parameters: WeakValueDictionary[tuple[object, ...], nn.Parameter] = (
+            WeakValueDictionary()
+        )
 
     def load(self, checkpoint: Checkpoint) -> HolisticVLM:
         """Load the model of a checkpoint. Raises `OutOfMemory` and `CheckpointError`.
@@ -89,30 +90,33 @@ class WeightStore:
         def build() -> HolisticVLM:
             with torch.device("meta"):
                 model = HolisticVLM(config)
-            for name in parameter_shapes(config):
+            for name, shape in parameter_shapes(config).items():
                 place, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(place), leaf, self._parameter(owner, name, read))
+                parameter = self._parameter((owner, name, shape), name, read)
+                setattr(model.get_submodule(place), leaf, parameter)
             if config.tie_word_embeddings:
                 model.tie_weights()
             return model.eval()
 
         return translate_out_of_memory(build)
 
-    def _parameter(self, owner: str, name: str, read: Callable[[str], Tensor]) -> nn.Parameter:
-        """The owner's parameter of that name, an equal one of another owner, or a new one."""
-        held = self._parameters.get((owner, name))
+    def _parameter(
+        self, key: tuple[object, ...], name: str, read: Callable[[str], Tensor]
+    ) -> nn.Parameter:
+        """The parameter under that key, an equal one of another owner, or a new one."""
+        held = self._parameters.get(key)
         if held is not None:
             return held
         tensor = read(name)
         dtype = stored_dtype(name, self.dtype)
         require_memory(self.device, tensor.numel() * dtype.itemsize, name)
         placed = nn.Parameter(cast(tensor, dtype, name, self.device), requires_grad=False)
-        for (_, other), parameter in list(self._parameters.items()):
+        for (_, other, _), parameter in list(self._parameters.items()):
             same = other == name and parameter.shape == placed.shape
             if same and torch.equal(parameter, placed):
                 placed = parameter
                 break
-        self._parameters[owner, name] = placed
+        self._parameters[key] = placed
         return placed
 
     def _random_tensor(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -129,40 +133,6 @@ class WeightStore:
             return values.uniform_(*DT_BIAS_RANGE, generator=rng)
         fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
         return values.normal_(std=fan_in**-0.5, generator=rng)
-
-
-# The hybrid keeps attention in one of so many layers, as in the paper.
-LAYERS_PER_ATTENTION = 4
-PLACEMENT = "head-interleaved"
-
-_SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def architectures() -> dict[str, dict[str, Any]]:
-    """Configs by name for `random_subjects`: HoVLE as published, and a small one."""
-    large = hovle.ARCHITECTURES["hovle-2.6b"]
-    small = {**large, "force_image_size": 224}
-    small["embedding_config"] = {
-        **large["embedding_config"],
-        **_SMALL,
-        "num_hidden_layers": 2,
-        "image_size": 224,
-        "img_context_token_id": 2046,
-        "llm_vocab_size": 2048,
-        "llm_hidden_size": 256,
-    }
-    small["llm_config"] = {
-        **large["llm_config"],
-        **_SMALL,
-        "num_hidden_layers": 6,
-        "vocab_size": 2048,
-    }
-    return {"hovle-2.6b": large, "hovle-8m": small}
 
 
 def weight_store(device: str | None = None, dtype: str = "auto") -> WeightStore:
@@ -216,7 +186,7 @@ def teacher_subjects(
     """
     model = resolve_teacher(Run(folder), moved_to)
     return [
-        _checkpoint_subject(store, model, role, role, eager=eager) for role in _baselines(eager)
+        _checkpoint_subject(store, model, role, role, eager=eager) for role in baseline_roles(eager)
     ]
 
 
@@ -230,53 +200,17 @@ def path_subjects(
     ]
 
 
-def random_subjects(
-    store: WeightStore,
-    name: str,
-    attention: Sequence[int] | None = None,
-    *,
-    teacher: bool = True,
-    seed: int = 0,
-    eager: bool = False,
-) -> list[Subject]:
-    """An architecture with random weights: its teacher and its students.
-
-    `attention` gives each student's number of attention layers; None is the linear student and the
-    one with a quarter of the layers. Raises `DataError` for an unknown name, `RecipeError` for more
-    attention layers than there are layers.
-    """
-    known = architectures()
-    if name not in known:
-        raise DataError(
-            f"no architecture is called {name}: give {join_or(sorted(known))}{suggest(name, known)}"
-        )
-    full = hovle.to_config(known[name], f"architecture {name}")
-    layers = full.num_hidden_layers
-    counts = (0, layers // LAYERS_PER_ATTENTION) if attention is None else dict.fromkeys(attention)
-    plans = [(role, role, full) for role in _baselines(eager)] if teacher else []
-    for count in counts:
-        kept = place_attention(PLACEMENT, count, layers)
-        title = "linear" if count == 0 else f"hybrid-{count}"
-        plans.append((title, STUDENT, _with_attention(full, kept)))
-    return [
-        _subject(
-            title,
-            role,
-            config,
-            partial(store.random, config, name, seed),
-            "random",
-            eager=eager,
-        )
-        for title, role, config in plans
-    ]
-
-
 def int8_subjects(subjects: Sequence[Subject]) -> list[Subject]:
     """The students among `subjects` with int8 weights, quantized after loading.
 
     Raises `DataError` for eager students: only `mmmamba_cli.inference` has int8 kernels.
     """
     students = [one for one in subjects if one.info.role == STUDENT]
+    for one in students:
+        if one.info.eager_reason is not None:
+            raise DataError(
+                f"{one.name} cannot have int8 weights: {one.info.eager_reason}", "leave out --int8"
+            )
     if any(one.info.way == EAGER for one in students):
         raise DataError(
             "int8 weights are decoded by mmmamba's own decoder, not eagerly",
@@ -301,7 +235,8 @@ def check_names(subjects: Sequence[Subject]) -> None:
     )
 
 
-def _baselines(eager: bool) -> tuple[str, str]:
+def baseline_roles(eager: bool) -> tuple[str, str]:
+    """The roles of the two teachers of a profile."""
     return (AS_SHIPPED, STATIC_TEACHER if eager else TUNED)
 
 
@@ -316,7 +251,7 @@ def _checkpoint_subject(
 ) -> Subject:
     """A subject with the weights of a checkpoint."""
     checkpoint = model.checkpoint
-    return _subject(
+    return make_subject(
         name or model.name,
         role,
         checkpoint.config,
@@ -328,7 +263,7 @@ def _checkpoint_subject(
     )
 
 
-def _subject(
+def make_subject(
     name: str,
     role: str,
     config: HolisticVLMConfig,
@@ -339,11 +274,26 @@ def _subject(
     content_hash: str | None = None,
     final: bool | None = None,
 ) -> Subject:
+    """A subject of a config; `load` gives its model, whose weights `weights` describes."""
     kept, total = config.attention_layers, config.num_hidden_layers
     kind = plan_kind(len(kept), total)
     cache = GROWING if role == AS_SHIPPED else STATIC
-    way = EAGER if eager or role == AS_SHIPPED else GENERATOR
-    info = SubjectInfo(role, cache, kind, kept, total, weights, content_hash, final, way)
+    linear = [layer for layer in range(total) if layer not in kept]
+    reason = None if eager or role == AS_SHIPPED else slow_decoding_reason(config)
+    way = EAGER if eager or role == AS_SHIPPED or reason is not None else GENERATOR
+    info = SubjectInfo(
+        role,
+        cache,
+        kind,
+        kept,
+        total,
+        weights,
+        content_hash,
+        final,
+        way=way,
+        mixers=tuple(dict.fromkeys(config.mixer_names[layer] for layer in linear)),
+        eager_reason=reason,
+    )
 
     def build() -> Decoder:
         return EagerDecoder(load(), cache) if way == EAGER else FastDecoder(load())
@@ -358,14 +308,6 @@ def _quantized(decoder: Decoder) -> Decoder:
     del decoder
     quantize(model)
     return FastDecoder(model)
-
-
-def _with_attention(full: HolisticVLMConfig, kept: Sequence[int]) -> HolisticVLMConfig:
-    config = HolisticVLMConfig.from_dict(full.to_dict())
-    config.layer_types = [
-        kind if layer in kept else LINEAR for layer, kind in enumerate(full.layer_types)
-    ]
-    return config
 
 
 def _newest_of_each_plan(run: Run) -> list[str]:

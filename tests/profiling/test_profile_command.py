@@ -119,6 +119,20 @@ def test_an_architecture_without_weights(mmmamba: Command, tmp_path: Path) -> No
     assert (found.dtype, found.plan.batch) == ("bfloat16", 2)
 
 
+def test_another_mixer(mmmamba: Command, tmp_path: Path) -> None:
+    words = ["--random", "hovle-8m", "--attn-layers", "0", "--no-teacher", "--no-prefill"]
+    words += ["--mixer", "gated_delta,kda"]
+    done = mmmamba("profile", *words, *QUICK, "--out", tmp_path)
+    assert done.code == 0, done.err
+    reason = "Kimi delta attention has no fast decoding"
+    assert f"Note: linear kda is decoded eagerly, with a static cache: {reason}." in done.out
+    found = read_profile(tmp_path / "profile.json")
+    ways = {one.name: (one.way, one.eager_reason) for one in found.subjects}
+    assert ways == {"linear gated_delta": ("generator", None), "linear kda": ("eager", reason)}
+    done = mmmamba("profile", "--mixer", "kda", "--out", tmp_path)
+    assert done.code == 2 and "--mixer needs --random NAME" in done.err
+
+
 def test_all_eager_and_a_static_teacher(mmmamba: Command, tmp_path: Path) -> None:
     words = ["--random", "hovle-8m", "--attn-layers", "0", "--no-prefill", "--eager"]
     done = mmmamba("profile", *words, *QUICK, "--out", tmp_path)

@@ -109,6 +109,31 @@ def test_int8_subjects() -> None:
         int8_subjects(random_subjects(weight_store("cpu"), "hovle-8m", eager=True))
 
 
+def test_students_of_several_mixers() -> None:
+    store, names = weight_store("cpu"), ("gated_delta", "mamba2", "kda")
+    subjects = random_subjects(store, "hovle-8m", (0, 2, 8), names, teacher=False)
+    found = {one.name: (one.info.way, one.info.mixers) for one in subjects}
+    assert found == {
+        "linear gated_delta": ("generator", ("gated_delta",)),
+        "linear": ("generator", ("mamba2",)),
+        "linear kda": ("eager", ("kda",)),
+        "hybrid-2 gated_delta": ("generator", ("gated_delta",)),
+        "hybrid-2": ("generator", ("mamba2",)),
+        "hybrid-2 kda": ("eager", ("kda",)),
+        "hybrid-8": ("generator", ()),
+    }
+    reasons = [one.info.eager_reason for one in subjects if one.info.eager_reason is not None]
+    assert reasons == ["Kimi delta attention has no fast decoding"] * 2
+    # Kept side by side: mixers have parameters of the same name and of other shapes.
+    decoders = {one.name: one.build() for one in subjects[:3]}
+    for name, decoder in decoders.items():
+        assert max(check_decoder(name, decoder).distances.values()) < 1e-5
+    with pytest.raises(DataError, match="linear kda cannot have int8 weights: Kimi delta"):
+        int8_subjects(subjects)
+    with pytest.raises(DataError, match=r"called gated_dleta: give .*; did you mean gated_delta"):
+        random_subjects(store, "hovle-8m", mixers=("gated_dleta",))
+
+
 def test_decoder_of_each_role() -> None:
     def ways(**options: Any) -> dict[str, tuple[str, str]]:
         found = random_subjects(weight_store("cpu"), "hovle-8m", (0,), **options)
