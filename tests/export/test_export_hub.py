@@ -22,6 +22,7 @@ from test_as_a_new_user import write_teacher
 from typer.testing import CliRunner
 
 import mmmamba_cli
+from mmmamba_cli.architecture import LINEAR, mixer_specs
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.export.remote_code import bundle_files
@@ -117,7 +118,15 @@ def test_hybrid_in_an_isolated_process(tmp_path: Path, picture: Path, shuffle: s
     raw = json.loads((folder / "config.json").read_text())
     raw["embedding_config"]["pixel_shuffle_loc"] = shuffle
     (folder / "config.json").write_text(json.dumps(raw))
-    product, hub = hub_of(folder / "hovle.ckpt", tmp_path, "--set", "mixer.d_skip=true")
+    sets = ["--set", "mixer.d_skip=true"]
+    if shuffle == "post":
+        # Attention goes to the first layer of each stack; every mixer is in another one.
+        kinds = [name for name, spec in mixer_specs().items() if spec.layer_type == LINEAR]
+        others = ", ".join(f"{name}: [{place + 1}]" for place, name in enumerate(kinds))
+        sets += ["--set", f"layers.mixers={{{others}}}"]
+    product, hub = hub_of(folder / "hovle.ckpt", tmp_path, *sets)
+    names = mmmamba_cli.load(str(product)).config.mixer_names
+    assert len(set(names)) == (len(kinds) + 1 if shuffle == "post" else 2)
     assert_same_answers(product, hub, picture, tmp_path, tmp_path / "home", PICTURES)
 
 
