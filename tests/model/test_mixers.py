@@ -31,6 +31,7 @@ cases = pytest.mark.parametrize("case", CASES)
 def fp64_model(case: str, shuffle: str = "post") -> HolisticVLM:
     plan, options = CASES[case]
     model: HolisticVLM = small_model(plan, shuffle, **options).double()
+    assert model.config.mixer_names == tuple(MIXERS[letter] for letter in plan)
     return model
 
 
@@ -86,6 +87,22 @@ def test_prefill_in_chunks_and_decoding_equal_the_full_forward(case: str, static
         parts.append(step.logits)
     real = full_mask.bool()
     assert distance(torch.cat(parts, 1)[real], full[real]) < CLOSE
+
+
+@cases
+def test_decoding_after_right_padding_equals_the_rows_alone(case: str) -> None:
+    model = fp64_model(case)
+    inputs = inputs_of_rows((1, 7), (0, 5))
+    ids, mask = pad_batch([row for row, _ in inputs], "right")
+    more = torch.randint(2, 80, (2, 4), generator=torch.Generator().manual_seed(5))
+    cache = new_cache(model.config)
+    model(ids, join_pixels([p for _, p in inputs]), mask, past_key_values=cache)
+    for i in range(4):
+        mask = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), 1)
+        step = model(more[:, i : i + 1], attention_mask=mask, past_key_values=cache).logits
+    for i, (row, pixels) in enumerate(inputs):
+        alone = model(torch.cat((row, more[i : i + 1]), 1), pixels).logits
+        assert distance(step[i, 0], alone[0, -1]) < CLOSE
 
 
 @cases
