@@ -1,13 +1,15 @@
 """Decoding, memory, throughput and prefill at HoVLE-2.6B size on one GPU, against their marks.
 
     python benchmarks/decode_full_size.py --out FILE.json [--seconds 240] [--folder DIR]
+                                          [--mixer NAME,...]
 
 Profiles the teacher as shipped, the teacher tuned, linear, hybrid-4, hybrid-8 and linear int8 with
 random weights, in one run and in turns, after the correctness check, which also reads a prompt of
 `--at` tokens. A decoder that fails the check is measured, to help find the fault, but reaches no
 mark. Prints each mark with the measured value and whether it was reached; the JSON holds the marks
-and the whole profile. `--folder` is the output folder of profile.json and its plots. A smaller run
-on a CPU: `--random hovle-8m --contexts 64,128,512 --at 256 --short 64`.
+and the whole profile. `--mixer` adds linear students with other mixers, whose time is compared with
+that of `linear`. `--folder` is the output folder of profile.json and its plots. A smaller run on a
+CPU: `--random hovle-8m --contexts 64,128,512 --at 256 --short 64`.
 """
 
 from __future__ import annotations
@@ -35,11 +37,20 @@ from mmmamba_cli.profiling import (  # noqa: E402
     weight_store,
     write_profile,
 )
-from mmmamba_cli.profiling.interfaces import AS_SHIPPED, TUNED  # noqa: E402
-from mmmamba_cli.profiling.result import DECODE, MEASURED, PREFILL, Measurement, Task  # noqa: E402
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, GENERATOR, TUNED  # noqa: E402
+from mmmamba_cli.profiling.result import (  # noqa: E402
+    DECODE,
+    MEASURED,
+    PREFILL,
+    Measurement,
+    SubjectPart,
+    Task,
+)
 
 LINEAR, HYBRIDS, INT8 = "linear", (4, 8), "linear int8"
 MS, GIB = 1e3, 2**30
+# A fast decoder of another mixer may take so many times the time of `linear`.
+MAX_TIMES_LINEAR = 1.05
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,13 @@ class Marks:
         self.found, self.at, self.short = found, at, short
 
     def rows(self) -> list[Row]:
-        return [*self.decoding(), *self.memory(), *self.throughput(), *self.prefill()]
+        return [
+            *self.decoding(),
+            *self.mixers(),
+            *self.memory(),
+            *self.throughput(),
+            *self.prefill(),
+        ]
 
     def decoding(self) -> list[Row]:
         at = f"a token at {self.at:,}"
@@ -98,6 +115,21 @@ class Marks:
         rows.append(self._row(LINEAR, what, self._spread(LINEAR), "%", "<=", 5.0))
         return rows
 
+    def mixers(self) -> list[Row]:
+        """Linear students with other mixers, against `linear`."""
+        rows = []
+        for one in self.found.subjects:
+            if not _is_other(one):
+                continue
+            what = f"a token at {self.at:,}: {one.name}"
+            rows.append(self._row(one.name, what, self._ms(one.name), "ms", "", None))
+            faster = self._times(one.name, LINEAR)
+            times = None if faster is None else 1 / faster
+            mark = MAX_TIMES_LINEAR if one.way == GENERATOR else None
+            what = f"{what} over {LINEAR}"
+            rows.append(self._row(one.name, what, times, "x", "<=" if mark else "", mark, LINEAR))
+        return rows
+
     def memory(self) -> list[Row]:
         rows = []
         for name, mark in ((LINEAR, 70.0), (INT8, 82.0)):
@@ -112,7 +144,8 @@ class Marks:
 
     def throughput(self) -> list[Row]:
         rows = []
-        for name, mark in ((LINEAR, 20000.0), (TUNED, None), (INT8, None)):
+        others = [(one.name, None) for one in self.found.subjects if _is_other(one)]
+        for name, mark in ((LINEAR, 20000.0), (TUNED, None), (INT8, None), *others):
             best = next((t for t in self.found.throughput if t.subject == name and t.best), None)
             batch = "" if best is None else f", batch {best.batch}"
             what = f"tokens a second at {self.at:,}: {name} at its best batch{batch}"
@@ -176,9 +209,15 @@ class Marks:
         return 100 * (max(known) / min(known) - 1) if known and len(known) == len(values) else None
 
 
+def _is_other(subject: SubjectPart) -> bool:
+    """Whether a subject is a linear student with a mixer of its own."""
+    return subject.name in [f"{LINEAR} {mixer}" for mixer in subject.mixers]
+
+
 def main(words: Sequence[str] | None = None) -> list[Row]:
     options = arguments(words)
-    names = (LINEAR, TUNED, INT8)
+    others = [f"{LINEAR} {name}" for name in options.mixer]
+    names = (LINEAR, TUNED, INT8, *others)
     store = weight_store(options.device, options.dtype)
     plan = Plan(
         contexts=tuple(sorted({*options.contexts, options.at})),
@@ -194,8 +233,13 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
         largest_batch=options.most,
         seed=options.seed,
     )
+    subjects = random_subjects(store, options.random, (0, *HYBRIDS), seed=options.seed)
+    if options.mixer:
+        subjects += random_subjects(
+            store, options.random, (0,), options.mixer, teacher=False, seed=options.seed
+        )
     found = profile(
-        subjects_of(random_subjects(store, options.random, (0, *HYBRIDS), seed=options.seed)),
+        subjects_of(subjects),
         plan,
         progress=ProfileProgress(log=say),
         on_wrong="measure",
@@ -257,6 +301,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--random", default="hovle-2.6b")
+    parser.add_argument("--mixer", type=lambda text: text.split(","), default=())
     parser.add_argument("--contexts", type=numbers, default=(1024, 8192, 103424, 1048576))
     parser.add_argument("--at", type=int, default=103424)
     parser.add_argument("--short", type=int, default=4096)

@@ -1,13 +1,15 @@
 """Distillation steps at HoVLE-2.6B size on one GPU, compared with a reference implementation.
 
-    python benchmarks/distill_full_size.py [--length 8192] [--compiled] [--out FILE]
+    python benchmarks/distill_full_size.py [--length 8192] [--compiled] [--only-ours]
+                                           [--mixer NAME,...] [--out FILE]
 
 Random weights, one row of text of the given length. "ours" are the stages of `mmmamba distill`.
 "transcription" computes as the reference code does, with the same mixers and scan: the teacher's
 attention as a T x T matrix, one autograd graph over all layers, full logits in fp32. If it runs out
 of memory, the length is halved until it fits; ours is measured at each of these lengths too.
-`--compiled` adds ours with torch.compile on every MLP. Before timing, losses and gradients of both
-must agree. Prints one JSON object.
+`--compiled` adds ours with torch.compile on every MLP; `--only-ours` does not time the
+transcription. Before timing, losses and gradients of both must agree. With several mixers all are
+measured in one run, and ours are compared with those of the first. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import transformers
 from torch import Tensor
 
 import mmmamba_cli
-from mmmamba_cli.architecture import default_mixer, is_fp32_parameter
+from mmmamba_cli.architecture import default_mixer, is_fp32_parameter, mixer_spec
 from mmmamba_cli.checkpoint import hovle
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.objective import build_objective
@@ -62,14 +65,19 @@ def random_model(config: HolisticVLMConfig, device: str) -> HolisticVLM:
     return model.requires_grad_(False).eval()
 
 
-def make_pair(raw: dict[str, Any], stage: Stage, device: str, precision: str) -> TeacherStudent:
-    """A random teacher and its seeded linear student; frozen tensors are shared."""
+def make_pair(
+    raw: dict[str, Any], stage: Stage, mixer: str, device: str, precision: str
+) -> TeacherStudent:
+    """A random teacher and its seeded student of one mixer; frozen tensors are shared."""
     torch.manual_seed(0)
     teacher = random_model(hovle.to_config(raw), device)
     if precision == "fp32":
         teacher.float()
-    kinds = [LINEAR] * teacher.config.num_hidden_layers
-    config = HolisticVLMConfig.from_dict({**teacher.config.to_dict(), "layer_types": kinds})
+    layers = teacher.config.num_hidden_layers
+    layer_types, mixers = [mixer_spec(mixer).layer_type] * layers, [mixer] * layers
+    config = HolisticVLMConfig.from_dict(
+        {**teacher.config.to_dict(), "layer_types": layer_types, "mixers": mixers}
+    )
     with torch.device("meta"):
         student = HolisticVLM(config)
     theirs = dict(teacher.named_parameters())
@@ -78,7 +86,7 @@ def make_pair(raw: dict[str, Any], stage: Stage, device: str, precision: str) ->
         owner, _, leaf = name.rpartition(".")
         value = theirs.get(name)
         if value is None:
-            first = initial_value(name, shape, default_mixer(LINEAR), "inherit+mimic", 0).to(device)
+            first = initial_value(name, shape, mixer, "inherit+mimic", 0).to(device)
             value = torch.nn.Parameter(first, requires_grad=False)
         if name in names:
             value = torch.nn.Parameter(value.detach().clone().float())
@@ -132,7 +140,7 @@ def transcribed_kl(pair: TeacherStudent, batch: Batch) -> Tensor:
             hidden = block.after_mixer(hidden, block.mixer.o_proj(mixed))
         expected = pair.teacher.lm_head(decoder.norm(hidden)).float()
     pair.student.model.checkpoint_layers(False)
-    actual = pair.student.lm_head(pair.student.model(prompt)).float()
+    actual = pair.student.lm_head(pair.student.model.forward_prepared(prompt)).float()
     p, q = (torch.log_softmax(x, dim=-1) for x in (expected, actual))
     return F.kl_div(q, p, log_target=True, reduction="sum") / batch.num_tokens
 
@@ -232,9 +240,9 @@ def attempt(work: Callable[[], Any]) -> Any:
         torch.cuda.empty_cache()
 
 
-def gate(raw: dict[str, Any], stage: Stage, length: int) -> dict[str, float]:
+def gate(raw: dict[str, Any], stage: Stage, mixer: str, length: int) -> dict[str, float]:
     """Relative differences of loss and gradient on one small fp32 batch."""
-    pair = make_pair(raw, stage, "cuda", "fp32")
+    pair = make_pair(raw, stage, mixer, "cuda", "fp32")
     batch = text_batch(length, pair.teacher.config.vocab_size, "cuda")
     found = []
     for compute in (ours(pair, stage), transcription(pair, stage)):
@@ -251,48 +259,80 @@ def gate(raw: dict[str, Any], stage: Stage, length: int) -> dict[str, float]:
     return result
 
 
-def compare(raw: dict[str, Any], stage: Stage, longest: int, ways: Ways) -> dict[str, Any]:
+def compare(
+    raw: dict[str, Any], stage: Stage, mixer: str, longest: int, ways: Ways
+) -> dict[str, Any]:
     """Rows of all variants from `longest` down to the first length that the transcription fits."""
     rows: dict[str, Any] = {}
     length = longest
     while length >= 256:
         row = {}
         for name, way in ways.items():
-            pair = make_pair(raw, stage, "cuda", "bf16")
+            pair = make_pair(raw, stage, mixer, "cuda", "bf16")
             batch = text_batch(length, pair.teacher.config.vocab_size, "cuda")
             compute = way(pair, stage)
             row[name] = attempt(lambda: measure(pair, stage, compute, batch))  # noqa: B023
             del pair, compute
             gc.collect()
             torch.cuda.empty_cache()
-        if "seconds" in row["transcription"]:
+        if "seconds" in row.get("transcription", {}):
             ratio = row["transcription"]["seconds"] / row["ours"]["seconds"]
             row["speed_ratio"] = round(ratio, 2)
         rows[str(length)] = row
-        print(json.dumps({stage.name: {length: row}}), flush=True)
-        if "speed_ratio" in row:
+        print(json.dumps({mixer: {stage.name: {length: row}}}), flush=True)
+        if "speed_ratio" in row or "transcription" not in ways:
             break
         length //= 2
     return rows
 
 
+def measure_mixer(
+    raw: dict[str, Any], stages: Sequence[Stage], mixer: str, longest: int, ways: Ways
+) -> dict[str, Any]:
+    """The gates of all stages, then the rows of all stages."""
+    gates = {stage.name: attempt(lambda s=stage: gate(raw, s, mixer, 512)) for stage in stages}
+    print(json.dumps({mixer: {"gate": gates}}), flush=True)
+    rows = {stage.name: compare(raw, stage, mixer, longest, ways) for stage in stages}
+    return {"gate_relative_differences": gates, "rows": rows}
+
+
+def times_first(rows: dict[str, Any], first: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Seconds of ours over those of the first mixer, by stage and length."""
+    found: dict[str, dict[str, float]] = {}
+    for stage, lengths in rows.items():
+        for length, row in lengths.items():
+            other = first[stage].get(length, {})
+            if "seconds" in row["ours"] and "seconds" in other.get("ours", {}):
+                ratio = row["ours"]["seconds"] / other["ours"]["seconds"]
+                found.setdefault(stage, {})[length] = round(ratio, 3)
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--stages", default="stage1,stage2,stage3")
+    parser.add_argument("--mixer", default=default_mixer(LINEAR))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--only-ours", action="store_true")
     given = parser.parse_args()
-    ways: Ways = {"ours": ours, "transcription": transcription}
+    ways: Ways = {"ours": ours}
+    if not given.only_ours:
+        ways["transcription"] = transcription
     if given.compiled:
         ways["compiled"] = compiled
     raw = hovle.ARCHITECTURES["hovle-2.6b"]
     stages = [s for s in load_recipe("mmmamba-linear").stages if s.name in given.stages]
-    gates = {stage.name: attempt(lambda s=stage: gate(raw, s, 512)) for stage in stages}
-    print(json.dumps({"gate": gates}), flush=True)
+    first, *others = (
+        (mixer, measure_mixer(raw, stages, mixer, given.length, ways))
+        for mixer in given.mixer.split(",")
+    )
     result = {
         "what": "one optimiser step of distillation, HoVLE-2.6B shapes, random weights, batch 1",
-        "command": "python benchmarks/distill_full_size.py" + " --compiled" * given.compiled,
+        "command": " ".join(["python", "benchmarks/distill_full_size.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(),
         "versions": {
@@ -304,8 +344,12 @@ def main() -> None:
         "seed": 0,
         "precision": "bf16 autocast, fp32 masters",
         "scan": "as auto takes it, on both sides",
-        "gate_relative_differences": gates,
-        "rows": {s.name: compare(raw, s, given.length, ways) for s in stages},
+        "mixer": first[0],
+        **first[1],
+        "other_mixers": {
+            mixer: {**one, "times_first": times_first(one["rows"], first[1]["rows"])}
+            for mixer, one in others
+        },
     }
     text = json.dumps(result, indent=2) + "\n"
     if given.out is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from stand_ins import Bench, StandIn, subject_of
 
 from mmmamba_cli.profiling import Plan, profile
-from mmmamba_cli.profiling.interfaces import AS_SHIPPED, TUNED
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, EAGER, GENERATOR, TUNED
 from mmmamba_cli.profiling.result import Throughput
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "decode_full_size.py"
@@ -45,6 +46,10 @@ def planted(error: float = 0.0) -> Any:
         (one("linear int8", 0.001, 0.9, 1000), "student"),
     ]
     subjects = [subject_of(decoder, role) for decoder, role in decoders]
+    for name, way in (("gated_delta", GENERATOR), ("kda", EAGER)):
+        subject = subject_of(one(f"linear {name}", 0.0018, 0.9, 2000), "student")
+        info = replace(subject.info, mixers=(name,), way=way)
+        subjects.append(replace(subject, info=info))
     plan = Plan(contexts=(10, 40), repeats=1, roofline=False, gpu_metrics=False)
     found = profile(subjects, plan, timer=bench, on_wrong="measure")
     best = Throughput(
@@ -77,6 +82,15 @@ def test_marks_are_compared_with_measurements(full_size: Any) -> None:
     short = rows["prefill of 10: linear over the teacher tuned"]
     assert (short.value, short.verdict) == (pytest.approx(0.04 / 0.8), "NOT REACHED")
     assert all(row.gate == 0 for row in rows.values() if row.value is not None)
+
+
+def test_other_mixers_are_compared_with_linear(full_size: Any) -> None:
+    rows = {row.what: row for row in full_size.Marks(planted(), 40, 10).mixers()}
+    slower = rows["a token at 40: linear gated_delta over linear"]
+    assert slower.value == pytest.approx(1.2) and slower.verdict == "NOT REACHED"
+    assert rows["a token at 40: linear kda over linear"].verdict == ""
+    assert rows["a token at 40: linear kda"].value == pytest.approx(1.8)
+    assert len(rows) == 4
 
 
 def test_a_wrong_decoder_reaches_no_mark(full_size: Any) -> None:
