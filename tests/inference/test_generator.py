@@ -58,7 +58,7 @@ def test_tokens_equal_model_generate(shuffle: str, plan: str, scaled: bool) -> N
 
 
 @pytest.mark.parametrize("mixer", list(MIXERS))
-@pytest.mark.parametrize("plan", ["mmmm", "amam"])
+@pytest.mark.parametrize("plan", ["mmmm", "amam", "ddmd"])
 def test_logits_equal_the_model(mixer: str, plan: str) -> None:
     # In fp64: small gates amplify rounding errors of fp32.
     model = small_model(plan, "post", **MIXERS[mixer]).double()

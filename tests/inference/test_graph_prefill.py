@@ -74,10 +74,16 @@ def test_prompts_are_split_into_few_shapes(length, padding, batch, shapes) -> No
 
 @pytest.mark.parametrize("length", [1, 4, 7, 9, 16, 37, 45])
 @pytest.mark.parametrize(
-    "options", [{}, {"conv_width": 4, "d_skip": True}, {"conv_width": 1, "qk_norm": True}]
+    ("plan", "options"),
+    [
+        ("mmmm", {}),
+        ("mmmm", {"conv_width": 4, "d_skip": True}),
+        ("dddm", {"conv_width": 1, "qk_norm": True}),
+        ("dddd", {}),
+    ],
 )
-def test_chunk_graphs_equal_eager_prefill(length: int, options: dict) -> None:
-    model = small_model("mmmm", **options).double()
+def test_chunk_graphs_equal_eager_prefill(length: int, plan: str, options: dict) -> None:
+    model = small_model(plan, **options).double()
     ids = text(2, length)
     eager, chunked = Generator(model), Generator(model)
     expected = eager.prefill(ids)
@@ -101,7 +107,7 @@ def test_chunk_graphs_equal_eager_prefill(length: int, options: dict) -> None:
 
 
 def test_left_padded_rows_equal_single_rows() -> None:
-    model = small_model("mmmm").double()
+    model = small_model("mdmd").double()
     rows = [prompt(0, n, n)[0] for n in (3, 41, 22)]
     ids, mask = pad_batch(rows)
     generator = Generator(model)
@@ -175,13 +181,14 @@ def test_supported_mixers() -> None:
         ("aaaa", {}, False, True),
         ("mmam", {"rope": True}, False, False),
         ("mmmm", {"qk_norm": True}, True, True),
+        ("mdmd", {}, True, True),
     ):
         packed = Generator(small_model(plan, **options))._packed
         assert supports_chunk_graphs(packed) is by_chunks
         assert supports_prompt_graphs(packed) is whole
 
 
-@pytest.mark.parametrize("plan", ["aaaa", "mmam", "amam"])
+@pytest.mark.parametrize("plan", ["aaaa", "mmam", "adam"])
 @pytest.mark.parametrize(
     "options", [{}, {"conv_width": 4, "d_skip": True}, {"conv_width": 1, "qk_norm": True}]
 )
