@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from small import MIXERS, distance, join_pixels, pad_batch, prompt, small_model
 from torch import Tensor
 
-from mmmamba_cli.architecture import cache_bytes, mixer_specs, parameter_shapes
+from mmmamba_cli.architecture import MixerConfig, cache_bytes, mixer_specs, parameter_shapes
 from mmmamba_cli.checkpoint.native_config import to_architecture
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.inference import Generator
+from mmmamba_cli.inference import mixers as packed_mixers
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig, new_cache
 
 CLOSE = 1e-10
@@ -43,6 +45,11 @@ def inputs_of_rows(*rows: tuple[int, int]) -> list[tuple[Tensor, Tensor | None]]
 def test_every_mixer_is_tested() -> None:
     letters = {letter for plan, _ in CASES.values() for letter in plan}
     assert {MIXERS[letter] for letter in letters} == set(mixer_specs())
+
+
+def test_a_mixer_has_fast_decoding_where_it_has_a_packed_step() -> None:
+    steps = {module.name for module in pkgutil.iter_modules(packed_mixers.__path__)}
+    assert steps == {n for n, spec in mixer_specs().items() if spec.is_packed(MixerConfig())}
 
 
 @cases
