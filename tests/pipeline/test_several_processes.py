@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked_launcher
 import pytest
 from preloaded_process import PreloadedProcess
 from slow_steps import run as distill_with_a_slow_step
-from test_distill import distill, done, refused, start_preloaded, weights
+from test_distill import distill, done, refused, weights
 
 import mmmamba_cli
 from mmmamba_cli.runs import Run
@@ -48,11 +49,19 @@ def start(work: Path, seeded: Path, *more: object) -> subprocess.Popen[str]:
     )
 
 
-def workers(pid: int) -> list[int]:
-    """The processes that `--gpus` started, in rank order."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    cmdlines = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
-    return sorted(child for child, line in cmdlines.items() if "spawn_main" in line)
+def start_forked(work: Path, seeded: Path, *more: object) -> PreloadedProcess:
+    words = [*map(str, distill(work, seeded, *more, *TWO))]
+    return PreloadedProcess(forked_launcher.run, words, work / "output")
+
+
+def children(pid: int) -> dict[int, str]:
+    """The command lines of the processes that a process has started, in that order."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {child: Path(f"/proc/{child}/cmdline").read_text() for child in sorted(map(int, found))}
+
+
+def spawned(pid: int) -> list[int]:
+    return [child for child, line in children(pid).items() if "spawn_main" in line]
 
 
 def is_running(pid: int) -> bool:
@@ -80,10 +89,10 @@ def test_two_processes_are_one_command(work: Path, seeded: Path) -> None:
 
 
 def test_one_error_of_two_processes(work: Path, seeded: Path) -> None:
-    result = ended(command("mmmamba_cli", *distill(work, seeded, "--stage", "3", *TWO)))
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("error: stage stage3 starts from a product that has done")
+    process = start_forked(work, seeded, "--stage", "3")
+    assert process.wait(timeout=120) == 2
+    assert process.text().count("\n") == 1, process.text()
+    assert process.text().startswith("error: stage stage3 starts from a product that has done")
 
 
 @pytest.mark.parametrize(
@@ -99,12 +108,13 @@ def test_invalid_numbers_of_gpus(
     assert message in refused(*distill(work, seeded, *more))
 
 
-@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize("to_group", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops_both(
     number: int, to_group: bool, work: Path, seeded: Path
 ) -> None:
     """Sent to the process group as by a terminal (each gets it twice), and to one process."""
-    process = start_preloaded(work, seeded, *STAGE, *LONG, *TWO)
+    process = start_forked(work, seeded, *STAGE, *LONG)
     process.wait_for(has_state(work))
     (os.killpg if to_group else os.kill)(process.pid, number)
     code, output = process.wait(timeout=120), process.text()
@@ -125,7 +135,7 @@ def test_a_signal_before_training_ends_all(
     """During the imports of the processes, and just before training."""
     process = start(work, seeded, *STAGE, *LONG, *TWO)
     deadline = time.monotonic() + 120
-    while len(workers(process.pid)) < 2:
+    while len(spawned(process.pid)) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(seconds)
@@ -146,9 +156,9 @@ def test_an_interrupt_while_processes_start_prints_no_traceback(work: Path, seed
 
 
 def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
-    process = start_preloaded(work, seeded, *STAGE, *LONG, *TWO)
+    process = start_forked(work, seeded, *STAGE, *LONG)
     process.wait_for(has_state(work))
-    os.kill(workers(process.pid)[-1], signal.SIGKILL)
+    os.kill(list(children(process.pid))[-1], signal.SIGKILL)
     code, output = process.wait(timeout=120), process.text()
     assert code == 2, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -158,9 +168,9 @@ def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
 
 
 def test_processes_end_with_their_launcher(work: Path, seeded: Path) -> None:
-    process = start_preloaded(work, seeded, *STAGE, *LONG, *TWO)
+    process = start_forked(work, seeded, *STAGE, *LONG)
     process.wait_for(has_state(work))
-    running = workers(process.pid)
+    running = list(children(process.pid))
     assert len(running) == 2
     process.kill()
     deadline = time.monotonic() + 60
