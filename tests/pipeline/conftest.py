@@ -11,6 +11,7 @@ from test_as_a_new_user import write_teacher
 from typer.testing import CliRunner
 
 from mmmamba_cli.cli.app import app
+from mmmamba_cli.distill import stage_runner
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,18 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = CliRunner().invoke(app, [*map(str, words), "--no-report"])
     assert result.exit_code == 0, result.output
     return folder
+
+
+@pytest.fixture
+def loss_plots() -> None:
+    """Commands in this process plot their losses."""
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the time of a small stage is its plot; tests of plots ask for `loss_plots`."""
+    if "loss_plots" not in request.fixturenames:
+        monkeypatch.setattr(stage_runner, "plot_losses", lambda folder: None)
 
 
 @pytest.fixture

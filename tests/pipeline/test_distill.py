@@ -65,6 +65,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.usefixtures("loss_plots")
 def test_the_whole_recipe(work: Path, seeded: Path) -> None:
     done(*distill(work, seeded, "--held-out", seeded / "held_out.jsonl"))
     run = Run(work / "run")
@@ -393,6 +394,7 @@ def test_a_loss_that_does_not_depend_on_trainable_parameters(work: Path, seeded:
     assert not (work / "run/training").exists()
 
 
+@pytest.mark.usefixtures("loss_plots")
 def test_overwriting_a_stage_replaces_its_metrics_and_plot(work: Path, seeded: Path) -> None:
     """Metrics and loss plot belong to the new training."""
     done(*distill(work, seeded, "--stage", "1"))

@@ -37,6 +37,19 @@ def rates_measured_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def plots() -> None:
+    """The command draws its plots."""
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plots take most of the time of a small profile; tests of plots ask for `plots`."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(profiler, "render_plot", lambda profile, kind: None)
+
+
+@pytest.mark.usefixtures("plots")
 def test_a_run_its_teacher_and_its_products(
     mmmamba: Command, profiled_run: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +226,7 @@ def test_out_of_memory_is_a_row_and_exit_0(
     assert len([one for one in found.ratios if one.context == 32]) == 2
 
 
+@pytest.mark.usefixtures("plots")
 def test_without_matplotlib_the_pip_command_is_shown(
     mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
