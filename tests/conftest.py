@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import typer.testing
 from ended import Command, Done
 
 from mmmamba_cli.cli import main
@@ -33,6 +36,23 @@ def golden_cases() -> list[Path]:
     if not cases:
         raise pytest.UsageError(f"no golden case in {GOLDEN}: set MMMAMBA_GOLDEN")
     return cases
+
+
+@pytest.fixture(scope="session", autouse=True)
+def app_built_once() -> Iterator[None]:
+    """`CliRunner` would build all commands and options for every command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", cache(typer.testing._get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_fsync() -> Iterator[Callable[[int], None]]:
+    """The real `os.fsync`, which does nothing in this process: it waits for the disk."""
+    fsync = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield fsync
 
 
 @pytest.fixture(params=golden_cases(), ids=lambda case: case.name)

@@ -1,5 +1,6 @@
 """Fixtures for tests of checkpoint readers and writers."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +13,13 @@ def _resident_peak() -> int:
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
     return int(match[1]) << 10
+
+
+@pytest.fixture(autouse=True)
+def files_reach_the_disk(
+    real_fsync: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", real_fsync)
 
 
 @pytest.fixture

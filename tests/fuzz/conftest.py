@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +26,9 @@ def whole_command_line() -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick() -> Iterator[None]:
-    """Speed up hundreds of cases: build the command line and bundled code once; no fsync."""
+    """Speed up hundreds of cases: build the command line and bundled code once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frame, "command_line", functools.cache(whole_command_line))
-        patch.setattr(os, "fsync", lambda descriptor: None)
         bundle = functools.cache(sidecar_files.bundle_files)
         patch.setattr(sidecar_files, "bundle_files", bundle)
         yield
