@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from slow_steps import run as distill_with_a_slow_step
 from test_distill import distill, done, refused, weights
 
 import mmmamba_cli
+from mmmamba_cli.__main__ import main
 from mmmamba_cli.runs import Run
 
 ROOT = Path(mmmamba_cli.__file__).parents[1]
@@ -230,8 +232,28 @@ def test_the_documented_torchrun(work: Path, seeded: Path) -> None:
     for line in ("starting from seed", "writing stage1", "stage1 4/4"):
         assert result.stderr.count(line) == 1, result.stderr
     assert weights(work, "stage1")
-    refused = ended([*words[: words.index("--stage")], "--stage", "3"])
-    assert refused.stderr.count("error: stage stage3 starts from") == 1, refused.stderr
+
+
+def test_one_error_under_torchrun(work: Path, seeded: Path) -> None:
+    """Two processes with the environment of torchrun."""
+    words = [*map(str, distill(work, seeded, "--device", "cpu", "--stage", "3"))]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    processes = [
+        PreloadedProcess(
+            main,
+            words,
+            work / f"output-{rank}",
+            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", **address},
+        )
+        for rank in "01"
+    ]
+    codes = [process.wait(timeout=120) for process in processes]
+    assert codes == [2, 2], [process.text() for process in processes]
+    first, second = (process.text() for process in processes)
+    assert first.startswith("error: stage stage3 starts from") and first.count("\n") == 1
+    assert second == ""
 
 
 def test_gpus_under_torchrun_are_refused(
