@@ -48,11 +48,28 @@ def trainable_names(stage: Stage, config: HolisticVLMConfig, names: Collection[s
     if stage.trainable == "paper" and stage.loss == "kl":
         chosen = [n for n in chosen if not n.endswith(FROZEN_IN_PAPER)]
     if not chosen:
-        raise RecipeError(
-            f"stages.{stage.name}.learns: nothing learns: the student has no linear layer",
-            "leave fewer layers attention",
-        )
+        raise _nothing_learns(stage, config)
     return sorted(chosen)
+
+
+def _nothing_learns(stage: Stage, config: HolisticVLMConfig) -> RecipeError:
+    """Why no parameter of the student was selected."""
+    where = f"stages.{stage.name}.learns: nothing learns:"
+    if not isinstance(stage.learns, str):
+        return RecipeError(
+            f"{where} trainable: paper leaves out {' and '.join(FROZEN_IN_PAPER)}",
+            "name other parameters, or take trainable: default",
+        )
+    if LINEAR not in config.layer_types:
+        return RecipeError(
+            f"{where} the student has no linear layer", "leave fewer layers attention"
+        )
+    linear = {n for n in config.mixer_names if mixer_spec(n).layer_type == LINEAR}
+    titles = " and ".join(sorted(mixer_spec(name).title for name in linear))
+    return RecipeError(
+        f"{where} the linear layers are {titles}, which has no parameter that attention lacks",
+        "take learns: new+qkv, or leave out the stage",
+    )
 
 
 def has_weight_decay(name: str) -> bool:

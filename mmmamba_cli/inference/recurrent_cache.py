@@ -36,15 +36,15 @@ class RecurrentCache:
             self.ring.copy_(to_ring_buffer(self.conv, length))
 
     def module_layer(self) -> ModuleRecurrentCache:
-        return ModuleRecurrentCache(self)
+        return ModuleRecurrentCache(self.conv, self.ssm)
 
 
 class ModuleRecurrentCache:
     """A cache during prefill, with the attribute names of transformers' cache layers."""
 
-    def __init__(self, cache: RecurrentCache):
+    def __init__(self, conv: Tensor, state: Tensor):
         self.has_previous_state = [False]
-        self.conv_states, self.recurrent_states = [cache.conv], [cache.ssm]
+        self.conv_states, self.recurrent_states = [conv], [state]
 
 
 def last_columns(inputs: Tensor, length: Tensor, count: int) -> Tensor:

@@ -249,7 +249,7 @@ def test_the_requested_attention_implementation_runs(
         asked.append(kwargs["backend"])
         return ops.attention(*args, **kwargs)
 
-    monkeypatch.setattr("mmmamba_cli.model.mixers.attention.attention", noted)
+    monkeypatch.setattr("mmmamba_cli.model.softmax_mixer.attention", noted)
     model = small_model()
     model.set_attn_implementation(name)
     model(IDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,15 @@ import torch
 from small import MIXERS, distance, join_pixels, pad_batch, prompt, small_model
 from torch import Tensor
 
-from mmmamba_cli.architecture import MixerConfig, cache_bytes, mixer_specs, parameter_shapes
+import mmmamba_cli
+from mmmamba_cli.architecture import (
+    LAYER_TYPES,
+    MixerConfig,
+    cache_bytes,
+    default_mixer,
+    mixer_specs,
+    parameter_shapes,
+)
 from mmmamba_cli.checkpoint.native_config import to_architecture
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.inference import Generator
@@ -26,6 +36,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "simple GLA": ("mamm", {"input_step": False, "d_skip": True}),
     "gla": ("ggag", {}),
     "mixed": ("dkma", {}),
+    "window": ("wwww", {"window": 5}),
+    "window, first columns": ("wawm", {"window": 4, "sinks": 2}),
+    "window, sink logits": ("wwdw", {"window": 5, "sinks": 1, "sink_logits": True}),
+    "window wider than the text": ("waww", {"window": 200, "sinks": 3}),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -202,3 +216,21 @@ def test_the_generator_decodes_or_says_which_mixer_it_does_not(case: str) -> Non
         expected = model.generate(ids, pixel_values=pixels, do_sample=False, **options)
         actual = generator.generate(ids, pixels, **options)
         assert torch.equal(actual, expected[:, -actual.shape[1] :])
+
+
+def test_a_mixer_is_named_in_its_own_files_only() -> None:
+    package = Path(mmmamba_cli.__file__).parent
+    # An op may have the name of a mixer.
+    texts = {
+        path: file.read_text()
+        for file in package.rglob("*.py")
+        if (path := file.relative_to(package)).parts[0] not in ("ops", "doctor")
+    }
+    defaults = {default_mixer(kind) for kind in LAYER_TYPES}
+    for name in set(mixer_specs()) - defaults:
+        mention = re.compile(rf'["\']{name}["\']|mixers\.{name}\b')
+        files = {path for path, text in texts.items() if mention.search(text)}
+        own = {
+            Path(room, "mixers", f"{name}.py") for room in ("architecture", "model", "inference")
+        }
+        assert files <= own and len(files) >= 2, name
