@@ -34,12 +34,13 @@ print(processor.batch_decode(tokens, skip_special_tokens=True)[1])
 """
 
 
-def write_teacher(folder: Path) -> Path:
+def write_teacher(folder: Path, embedding_layers: int = 2, language_layers: int = 6) -> Path:
     """Write a random HoVLE with a matching tokenizer as a bare `hovle.ckpt`."""
     write_hovle(folder)
-    embedding = {**CONFIG["embedding_config"], **SIZES, "num_hidden_layers": 2}
+    embedding = {**CONFIG["embedding_config"], **SIZES, "num_hidden_layers": embedding_layers}
     embedding |= {"llm_vocab_size": 535, "model_type": "holistic_embedding"}
-    language = {**CONFIG["llm_config"], **SIZES, "num_hidden_layers": 6, "eos_token_id": 2}
+    language = {**CONFIG["llm_config"], **SIZES, "num_hidden_layers": language_layers}
+    language["eos_token_id"] = 2
     raw = {**CONFIG, "embedding_config": embedding, "llm_config": language}
     (folder / "config.json").write_text(json.dumps(raw))
     rng = torch.Generator().manual_seed(0)
