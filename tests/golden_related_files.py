@@ -56,14 +56,7 @@ def related_cases(folder: str, *stems: str) -> pytest.MarkDecorator:
 
 def related_tensors(file: Path) -> RelatedTensors:
     """Read a file; inputs are leaves that require gradients."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-        for key in opened.keys():  # noqa: SIM118  the file is no mapping
-            group, _, name = key.partition(".")
-            tensor = opened.get_tensor(key)
-            wide = tensor.double() if tensor.is_floating_point() else tensor
-            groups.setdefault(group, {})[name] = wide
+    groups, metadata = tensor_groups(file)
     inputs = {
         name: tensor.requires_grad_(tensor.is_floating_point())
         for name, tensor in groups["input"].items()
@@ -76,6 +69,19 @@ def related_tensors(file: Path) -> RelatedTensors:
         groups.get("raw", {}),
         metadata,
     )
+
+
+def tensor_groups(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The tensors of a file by the first part of their names, floating ones in fp64; metadata."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+        for key in opened.keys():  # noqa: SIM118  the file is no mapping
+            group, _, name = key.partition(".")
+            tensor = opened.get_tensor(key)
+            wide = tensor.double() if tensor.is_floating_point() else tensor
+            groups.setdefault(group, {})[name] = wide
+    return groups, metadata
 
 
 def assert_close_to_golden(golden: RelatedTensors, **outputs: Tensor) -> None:

@@ -15,18 +15,22 @@ from mmmamba_cli.architecture.model_shape import (
     fp32_parameters,
     is_fp32_parameter,
     layer_cache_bytes,
+    layer_options,
     mixers_problem,
     normalize_mixers,
     parameter_shapes,
     resolve_mixers,
     slow_decoding_reason,
     spec_of,
+    tile_options_problem,
 )
 from mmmamba_cli.architecture.sizes import (
+    ALL_LAYERS,
     ATTENTION,
     FP32_BYTES,
     LAYER_TYPES,
     LINEAR,
+    TILE_LAYERS,
     CacheBytes,
     MixerConfig,
     StackConfig,
@@ -35,11 +39,13 @@ from mmmamba_cli.architecture.sizes import (
 )
 
 __all__ = [
+    "ALL_LAYERS",
     "ATTENTION",
     "DERIVED_FIELDS",
     "FP32_BYTES",
     "LAYER_TYPES",
     "LINEAR",
+    "TILE_LAYERS",
     "Architecture",
     "CacheBytes",
     "MixerConfig",
@@ -54,6 +60,7 @@ __all__ = [
     "is_fp32_parameter",
     "kv_cache_bytes",
     "layer_cache_bytes",
+    "layer_options",
     "mixer_spec",
     "mixer_specs",
     "mixers_problem",
@@ -62,4 +69,5 @@ __all__ = [
     "resolve_mixers",
     "slow_decoding_reason",
     "spec_of",
+    "tile_options_problem",
 ]

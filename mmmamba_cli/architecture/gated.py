@@ -7,17 +7,22 @@ from mmmamba_cli.architecture.sizes import FP32_BYTES, CacheBytes, MixerConfig, 
 
 Shapes = dict[str, tuple[int, ...]]
 
+# Options that all of these mixers read.
+GATED_OPTIONS = ("conv_width", "qk_norm", "rope", "tile_taps", "tile_layers")
+
 
 def gated_shapes(
     stack: StackConfig, options: MixerConfig, hidden: int, vectors: Shapes, gates: Shapes
 ) -> Shapes:
-    """Parameter shapes in `state_dict` order.
+    """Parameter shapes in `state_dict` order; `options` are those of the layer.
 
     `vectors` are the mixer's own parameters outside of modules; `gates` are its projections, which
     follow the output gate.
     """
     wide = stack.num_heads * stack.head_dim
     channels = conv_channels(stack)
+    if options.tile_taps:
+        vectors = {**vectors, "tile_taps": (3, channels)}
     shapes = {**vectors, **projection_shapes(stack, hidden), "g_proj.weight": (wide, hidden)}
     shapes |= gates
     shapes["conv1d.weight"] = (channels, 1, options.conv_width)

@@ -7,7 +7,7 @@ config and headers alone. `model.config.HolisticVLMConfig` holds the same fields
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from mmmamba_cli.architecture.mixer_spec import (
 )
 from mmmamba_cli.architecture.sizes import (
     ATTENTION,
+    EMBEDDING_LAYERS,
+    TILE_LAYERS,
     CacheBytes,
     MixerConfig,
     StackConfig,
@@ -173,6 +175,27 @@ def normalize_mixers(layer_types: Sequence[str], mixers: Sequence[str] | None) -
     return list(mixers)
 
 
+def layer_options(model: ModelShape, layer: int) -> MixerConfig:
+    """The mixer's options in layer `layer`: no `tile_taps` where `tile_layers` leaves it out."""
+    options = model.mixer_config
+    if options.tile_layers == EMBEDDING_LAYERS and layer >= model.num_embedding_layers:
+        return replace(options, tile_taps=False)
+    return options
+
+
+def tile_options_problem(model: ModelShape) -> str | None:
+    """Why the options of taps inside tiles do not fit the model; None if they do."""
+    options = model.mixer_config
+    if options.tile_layers not in TILE_LAYERS:
+        allowed = " or ".join(TILE_LAYERS)
+        return f"mixer.tile_layers is {options.tile_layers!r:.60}, expected {allowed}"
+    if options.tile_taps and model.vision_config is None:
+        return "mixer.tile_taps is True, but a language model without vision has no tiles"
+    if options.tile_taps and options.tile_layers == EMBEDDING_LAYERS and model.embedding is None:
+        return "mixer.tile_layers is embedding, but the model has no embedding stack"
+    return None
+
+
 def spec_of(model: ModelShape, layer: int) -> MixerSpec:
     """The mixer of layer `layer`, counted through both stacks."""
     return mixer_spec(model.mixer_names[layer])
@@ -236,7 +259,7 @@ def parameter_shapes(model: ModelShape) -> dict[str, tuple[int, ...]]:
         found |= _named("model.vision", _vision_shapes(model.vision_config, hidden))
     for layer, name in enumerate(model.mixer_names):
         stack = model.stack_of(layer)
-        mixer = mixer_spec(name).parameter_shapes(stack, model.mixer_config, hidden)
+        mixer = mixer_spec(name).parameter_shapes(stack, layer_options(model, layer), hidden)
         inner = stack.intermediate_size
         block = {
             "mixer_norm.weight": (hidden,),

@@ -67,6 +67,10 @@ class VisionConfig:
         return (self.grid // self.merge) ** 2
 
 
+# Values of `MixerConfig.tile_layers`.
+EMBEDDING_LAYERS, ALL_LAYERS = "embedding", "all"
+TILE_LAYERS = (EMBEDDING_LAYERS, ALL_LAYERS)
+
 # Options of the first release.
 FIRST_OPTIONS = ("conv_width", "d_skip", "qk_norm", "rope")
 
@@ -90,6 +94,10 @@ class MixerConfig:
     window: int = 256
     sinks: int = 0
     sink_logits: bool = False
+    # Taps of the convolution on the columns above-left, above and above-right inside a tile, and
+    # the layers that have them: those of the embedding stack, or all.
+    tile_taps: bool = False
+    tile_layers: str = EMBEDDING_LAYERS
 
     def stored(self) -> dict[str, Any]:
         """The options as `config.json` stores them.

@@ -19,6 +19,7 @@ from mmmamba_cli.architecture import (
     VisionConfig,
     derived_fields,
     mixers_problem,
+    tile_options_problem,
 )
 from mmmamba_cli.checkpoint.config_fields import (
     MAX_LAYERS,
@@ -76,6 +77,9 @@ def to_architecture(raw: Mapping[str, Any], where: str) -> Architecture:
     found = Architecture(
         **{key: value for key, value in raw.items() if key in known and value is not None}
     )
+    problem = tile_options_problem(found)
+    if problem is not None:
+        raise CheckpointError(f"{where}: {problem}", HINT)
     for key, value in derived_fields(found).items():
         if key in raw and raw[key] != value:
             raise CheckpointError(

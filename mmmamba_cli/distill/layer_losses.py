@@ -17,7 +17,7 @@ from mmmamba_cli.architecture import MixerSpec
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.model.block import Block
-from mmmamba_cli.model.prepared_inputs import PreparedInputs
+from mmmamba_cli.model.prepared_inputs import PreparedInputs, describe_tiles
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops.backends import upcast
 
@@ -155,6 +155,7 @@ def prepare_prompt(pair: TeacherStudent, batch: Batch) -> PreparedInputs:
     prompt = pair.teacher.model.prepare(
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
     )
+    prompt = describe_tiles(pair.student.config, prompt)
     if batch.varlen is None:
         return prompt
     embedding = prompt.embedding_layout

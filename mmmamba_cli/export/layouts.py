@@ -176,6 +176,7 @@ PUBLISHED_DEFAULTS = {
     "qk_norm": "norm on q and k",
     "rope": "RoPE inside the mixer",
     "input_step": "state without input step",
+    "tile_taps": "taps inside tiles",
 }
 
 

@@ -71,11 +71,13 @@ class PackedGated:
     heads: int
     kv_heads: int
     head_dim: int
+    tile_taps: bool
     grows: bool = False
 
     @property
     def chunks(self) -> bool:
-        return not self.rope
+        # Taps inside tiles need the tiles of the prompt, which the modules know.
+        return not self.rope and not self.tile_taps
 
     @property
     def right_padding(self) -> bool:
@@ -193,4 +195,5 @@ def pack_gated(
         heads=mixer.num_heads,
         kv_heads=mixer.num_kv_heads,
         head_dim=mixer.head_dim,
+        tile_taps=mixer.tile_taps is not None,
     )

@@ -91,10 +91,11 @@ def prefill(
         hidden = graphs.run(inputs, mask)
         return cache.logits.copy_(model.lm_head(decoder.norm(hidden)))
     lengths = torch.full_like(input_ids[:, 0], length) if mask is None else mask.sum(1)
-    step = chunk or _chunk_columns(cache, length, mask is not None)
+    default = _chunk_columns(cache, length, mask is not None)
     cache.clear()
     module_cache: Any = PrefillCache(cache)
     if is_text:
+        step = chunk or default
         for columns in _chunks(length, step):
             chunk_mask = None if mask is None else mask[:, columns]
             prompt = decoder.prepare(
@@ -109,6 +110,7 @@ def prefill(
         prompt = decoder.prepare(
             input_ids, pixel_values, mask, prompt_lengths=lengths, cache=module_cache
         )
+        step = chunk or max(default, _min_chunk(prompt))
         hidden = _run_prompt(model, cache, prompt, module_cache, step)
     cache.finish_prefill(module_cache.decoding_state)
     logits: Tensor = model.lm_head(decoder.norm(hidden))
@@ -134,10 +136,11 @@ def _run_prompt(
                 embedding.chunk(columns.start, columns.stop),
                 module_cache,
             )
-            for columns in _chunks(embedding.length, chunk)
+            for columns in embedding.split(chunk)
         ]
         hidden, embedding = decoder.embedding_to_language(torch.cat(parts, dim=1), prompt), None
-    for columns in _chunks(prompt.language_layout.length, chunk):
+    # Both stacks have the same columns; the embedding stack has tiles if the language stack does.
+    for columns in (embedding or prompt.language_layout).split(chunk):
         found = hidden[:, columns]
         if embedding is not None:
             described = embedding.chunk(columns.start, columns.stop)
@@ -146,6 +149,12 @@ def _run_prompt(
         described = prompt.language_layout.chunk(columns.start, columns.stop)
         found = prefill_chunk(last, blocks[split:], found, described, module_cache)
     return found[:, -1]
+
+
+def _min_chunk(prompt: PreparedInputs) -> int:
+    """The smallest chunk that cuts no tile in either stack."""
+    layouts = (prompt.embedding_layout, prompt.language_layout)
+    return max(layout.min_chunk for layout in layouts if layout is not None)
 
 
 def _expands_images(model: HolisticVLM) -> bool:

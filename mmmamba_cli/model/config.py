@@ -19,6 +19,7 @@ from mmmamba_cli.architecture import (
     mixers_problem,
     normalize_mixers,
     resolve_mixers,
+    tile_options_problem,
 )
 from mmmamba_cli.versions import require_versions
 
@@ -139,7 +140,9 @@ class HolisticVLMConfig(PreTrainedConfig):
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types[{index}] is {kind!r}, allowed are {LAYER_TYPES}")
-        problem = mixers_problem(self.layer_types, self.mixers, self.mixer_config)
+        problem = mixers_problem(
+            self.layer_types, self.mixers, self.mixer_config
+        ) or tile_options_problem(self)
         if problem is not None:
             raise ValueError(problem)
         self.mixers = normalize_mixers(self.layer_types, self.mixers)

@@ -47,6 +47,7 @@ from mmmamba_cli.model.prepared_inputs import (
     check_pixel_values_given,
     check_position_ids,
     check_tile_shape,
+    describe_tiles,
     stack_layouts,
 )
 from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
@@ -267,7 +268,10 @@ class HolisticDecoder(HolisticPreTrainedModel):
             expansion=expansion,
             dtype=self.text_embedding.weight.dtype,
         )
-        return PreparedInputs(input_ids, pixel_values, is_image, expansion, *layouts, inputs_embeds)
+        found = PreparedInputs(
+            input_ids, pixel_values, is_image, expansion, *layouts, inputs_embeds
+        )
+        return describe_tiles(self.config, found)
 
     def embed(self, inputs: PreparedInputs) -> Tensor:
         """Embed the text and insert the image tokens or patches, (B, E, D)."""
@@ -301,12 +305,12 @@ class HolisticDecoder(HolisticPreTrainedModel):
         `outputs` collects the output of each layer.
         """
         length = layout.length
-        step = length if chunk_size is None else chunk_size
         weights = None if outputs is None else outputs.attentions
         parts: list[list[Tensor]] = [[] for _ in layers]
-        for start in range(0, length, step):
-            part = hidden[:, start : start + step]
-            chunk_layout = layout.chunk(start, min(start + step, length))
+        chunks = [slice(0, length)] if chunk_size is None else layout.split(chunk_size)
+        for columns in chunks:
+            part = hidden[:, columns]
+            chunk_layout = layout.chunk(columns.start, columns.stop)
             for index, layer in enumerate(layers):
                 part = layer(part, chunk_layout, cache, weights)
                 if outputs is not None or index == len(layers) - 1:

@@ -78,6 +78,7 @@ class DeltaMixer(GatedMixer):
         )
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         initialization.ones_(self.A_log)
         initialization.zeros_(self.dt_bias)
         initialization.zeros_(self.beta_bias)

@@ -11,17 +11,19 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, initialization
 
-from mmmamba_cli.architecture import MixerConfig, StackConfig
+from mmmamba_cli.architecture import MixerConfig, StackConfig, layer_options
 from mmmamba_cli.model.cache import read_ssm_state, write_ssm_state
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.norm import GatedRMSNorm, RMSNorm
 from mmmamba_cli.model.rope import apply_rope
 from mmmamba_cli.model.sequence_layout import SequenceLayout
+from mmmamba_cli.model.tiles import add_tile_taps
 from mmmamba_cli.ops import causal_conv
-from mmmamba_cli.ops.backends import compute_dtype
+from mmmamba_cli.ops.backends import compute_dtype, upcast
 
 GATED_NORM_EPS = 1e-5
 GATE_GAIN = 2**-2.5
@@ -31,20 +33,41 @@ DT_MIN, DT_MAX = 1e-3, 1e-1
 class CausalConv(nn.Conv1d):
     """Depthwise causal convolution and SiLU over the channels of [v, k, q], (B, T, channels).
 
-    A separate module, so that hooks that move weights to a device (accelerate) see its call.
+    `tile_taps` (3, channels) are three more taps inside tiles; see `add_tile_taps`. A separate
+    module, so that hooks that move weights to a device (accelerate) see its call.
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, layout: SequenceLayout, state: Tensor | None = None
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        state: Tensor | None = None,
+        tile_taps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return causal_conv(
-            x,
-            self.weight.squeeze(1),
+        weight = self.weight.squeeze(1)
+        if tile_taps is None:
+            return causal_conv(
+                x,
+                weight,
+                self.bias,
+                initial_state=state,
+                mask=layout.mask,
+                seq_idx=layout.seq_idx,
+            )
+        # In fp32, as within the op: taps of 0 leave the bits as they are.
+        y, state = causal_conv(
+            upcast(x),
+            weight,
             self.bias,
+            activation=None,
             initial_state=state,
             mask=layout.mask,
             seq_idx=layout.seq_idx,
         )
+        tiles = layout.tiles
+        if tiles is None:
+            tiles = torch.zeros(0, 1, 1, dtype=torch.long, device=x.device)
+        return F.silu(add_tile_taps(y, x, tile_taps, tiles)).to(x.dtype), state.to(x.dtype)
 
 
 class GatedMixer(nn.Module):
@@ -56,7 +79,7 @@ class GatedMixer(nn.Module):
 
     def __init__(self, config: HolisticVLMConfig, layer_idx: int):
         super().__init__()
-        stack, options = config.stack_of(layer_idx), config.mixer_config
+        stack, options = config.stack_of(layer_idx), layer_options(config, layer_idx)
         hidden_size = config.hidden_size
         self.layer_idx = layer_idx
         self.num_heads = stack.num_heads
@@ -72,6 +95,7 @@ class GatedMixer(nn.Module):
         self.o_proj = nn.Linear(self.width, hidden_size, bias=stack.output_bias)
         self.g_proj = nn.Linear(hidden_size, self.width, bias=False)
         self.add_gates(hidden_size, stack, options)
+        self.tile_taps = nn.Parameter(torch.zeros(3, channels)) if options.tile_taps else None
         self.conv1d = CausalConv(channels, channels, options.conv_width, groups=channels)
         self.g_norm = GatedRMSNorm(stack.head_dim, GATED_NORM_EPS)
         qk_norm = options.qk_norm or stack.qk_norm
@@ -96,6 +120,11 @@ class GatedMixer(nn.Module):
         v and k are (B, T, K, P), q is (B, T, H, P); `hidden` (B, T, D) is the mixer's input.
         """
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Set the parameters outside of modules to their initial values."""
+        if self.tile_taps is not None:
+            initialization.zeros_(self.tile_taps)
 
     @property
     def output_norm(self) -> RMSNorm:
@@ -136,7 +165,7 @@ class GatedMixer(nn.Module):
         """v and k (B, T, K, P), q (B, T, H, P), the inputs of the scan, and the conv state."""
         batch, length, _ = hidden.shape
         vkq = torch.cat((self.v_proj(hidden), self.k_proj(hidden), self.q_proj(hidden)), dim=-1)
-        vkq, conv_state = self.conv1d(vkq, layout, conv_state)
+        vkq, conv_state = self.conv1d(vkq, layout, conv_state, self._taps_for(layout))
         v, k, q = vkq.split((self.kv_width, self.kv_width, self.width), dim=-1)
         v = v.view(batch, length, self.num_kv_heads, self.head_dim)
         k = k.view(batch, length, self.num_kv_heads, self.head_dim)
@@ -147,6 +176,17 @@ class GatedMixer(nn.Module):
             q = apply_rope(q, layout.cos, layout.sin)
             k = apply_rope(k, layout.cos, layout.sin)
         return v, k, q, conv_state
+
+    def _taps_for(self, layout: SequenceLayout) -> Tensor | None:
+        """The taps inside tiles; None where the layer has none or the call holds no tile.
+
+        Taps that learn are used for text too: FSDP needs gradients of the same parameters on all
+        processes, whose batches may or may not hold tiles.
+        """
+        taps = self.tile_taps
+        if taps is None or layout.tiles is not None:
+            return taps
+        return taps if taps.requires_grad and torch.is_grad_enabled() else None
 
 
 def initial_gated_value(
@@ -174,7 +214,7 @@ def initial_gated_value(
         value[..., -1] = 1
     elif name == "g_proj.weight":
         return linear_default(shape, rng)
-    elif name != "conv1d.bias":
+    elif name not in ("conv1d.bias", "tile_taps"):
         raise KeyError(name)
     return value
 

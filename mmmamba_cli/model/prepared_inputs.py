@@ -5,17 +5,19 @@ Legend: B batch, T columns of the prompt, E columns of the embedding stack, D hi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from mmmamba_cli.architecture import ALL_LAYERS
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.cache import DecodingState
 from mmmamba_cli.model.config import HolisticVisionConfig, HolisticVLMConfig
 from mmmamba_cli.model.image_tokens import Expansion
 from mmmamba_cli.model.sequence_layout import SequenceLayout, StackState, next_layout
+from mmmamba_cli.model.tiles import tile_columns
 
 
 @dataclass(frozen=True)
@@ -161,3 +163,26 @@ def stack_layouts(
             prompt_lengths=prompt_lengths,
         )
     return embedding, unexpanded(config.language, state.language)
+
+
+def describe_tiles(config: HolisticVLMConfig, inputs: PreparedInputs) -> PreparedInputs:
+    """Add the tiles to the layouts of the stacks in which a layer of `config` reads them.
+
+    `prepare` does so for its own config. A student with `mixer.tile_taps` that runs on inputs that
+    its teacher prepared needs it as well.
+    """
+    options, vision = config.mixer_config, config.vision_config
+    is_image, expansion = inputs.is_image, inputs.expansion
+    if not options.tile_taps or is_image is None or inputs.pixel_values is None:
+        return inputs
+    tiles, side = len(inputs.pixel_values), vision.grid // vision.merge
+    embedding, language = inputs.embedding_layout, inputs.language_layout
+    tokens = tile_columns(is_image, tiles, side)
+    if embedding is not None and expansion is None:
+        embedding = replace(embedding, tiles=tokens)
+    elif embedding is not None and expansion is not None:
+        is_patch = expansion.expand(is_image, fill=0)
+        embedding = replace(embedding, tiles=tile_columns(is_patch, tiles, vision.grid))
+    if options.tile_layers == ALL_LAYERS:
+        language = replace(language, tiles=tokens)
+    return replace(inputs, embedding_layout=embedding, language_layout=language)

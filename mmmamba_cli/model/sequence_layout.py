@@ -16,6 +16,7 @@ from torch import Tensor
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.config import StackConfig
 from mmmamba_cli.model.rope import depends_on_length, inverse_frequencies, rope_cos_sin
+from mmmamba_cli.model.tiles import split_columns, tiles_in_chunk, uncut_columns
 from mmmamba_cli.ops.attention import VarlenMetadata, varlen_metadata
 
 
@@ -76,6 +77,8 @@ class SequenceLayout:
     key_seq_idx: Tensor | None = None
     # The sequences of `mask` and `seq_idx`, if the caller computed them.
     precomputed_varlen: VarlenMetadata | None = None
+    # (N, g, g) flat indices into the (B * T) columns: the tiles of the call, if a layer reads them.
+    tiles: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -102,10 +105,34 @@ class SequenceLayout:
     def _device_copies(self) -> dict[torch.device, SequenceLayout]:
         return {}
 
+    def split(self, size: int) -> list[slice]:
+        """The columns in chunks of up to `size`; a cut within a tile moves to the tile's begin.
+
+        Raises:
+            DataError: `size` is smaller than a tile, or than tiles that overlap across rows.
+        """
+        return split_columns(self.length, size, self._uncut)
+
+    @property
+    def min_chunk(self) -> int:
+        """The smallest `size` that `split` accepts."""
+        return max((end - begin for begin, end in self._uncut), default=1)
+
+    @cached_property
+    def _uncut(self) -> list[tuple[int, int]]:
+        return [] if self.tiles is None else uncut_columns(self.tiles, self.length)
+
     def chunk(self, start: int, stop: int) -> SequenceLayout:
-        """Slice columns `start` to `stop`; earlier columns become the past."""
+        """Slice columns `start` to `stop`; earlier columns become the past.
+
+        Raises:
+            ValueError: the chunk cuts a tile; `split` gives chunks that do not.
+        """
         if start == 0 and stop >= self.length:
             return self
+        stop, tiles = min(stop, self.length), self.tiles
+        if tiles is not None:
+            tiles = tiles_in_chunk(tiles, self.length, start, stop)
         return replace(
             self,
             cos=self.cos[:, start:stop],
@@ -114,6 +141,7 @@ class SequenceLayout:
             mask=None if self.mask is None else self.mask[:, start:stop],
             seq_idx=None if self.seq_idx is None else self.seq_idx[:, start:stop],
             precomputed_varlen=None,
+            tiles=tiles,
         )
 
     def is_plain_causal(self, num_keys: int) -> bool:

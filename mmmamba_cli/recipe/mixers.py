@@ -108,6 +108,15 @@ class Mixer(Section):
     sink_logits: bool = Field(
         default=False, description="A learned logit per head in the denominator of a window."
     )
+    tile_taps: bool = Field(
+        default=False,
+        description="Three more taps of the convolution, on the columns above-left, above and "
+        "above-right inside a tile.",
+    )
+    tile_layers: Literal["embedding", "all"] = Field(
+        default="embedding",
+        description="Layers with these taps: those of the embedding stack, or all.",
+    )
 
 
 def mixer_options(section: Mixer) -> MixerConfig:

@@ -22,6 +22,7 @@ from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.block import Block
 from mmmamba_cli.model.decoder import HolisticDecoder
 from mmmamba_cli.model.mixer import mixer_class
+from mmmamba_cli.model.prepared_inputs import describe_tiles
 from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor
 
 QUESTIONS = (
@@ -156,6 +157,7 @@ def measure_fidelity(
     _fill(decoder, teacher, "model.", skip="layers.")
     mask = calibration.attention_mask
     prompt = decoder.prepare(calibration.input_ids, calibration.pixel_values, mask)
+    prompt = describe_tiles(student.config, prompt)
     hidden, columns = decoder.embed(prompt), prompt.embedding_layout or prompt.language_layout
     results = []
     for layer in range(teacher.config.num_hidden_layers):

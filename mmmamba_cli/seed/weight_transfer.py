@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmmamba_cli.architecture import mixer_spec, parameter_shapes
+from mmmamba_cli.architecture import (
+    Architecture,
+    mixer_spec,
+    parameter_shapes,
+    tile_options_problem,
+)
 from mmmamba_cli.checkpoint import Checkpoint, TensorHasher, checked_reader, combined_hash
-from mmmamba_cli.errors import CheckpointError, RunError
+from mmmamba_cli.errors import CheckpointError, RecipeError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import Recipe, dump_recipe, layer_mixers, mixer_options
 from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, RunRecord, Teacher, write_product
@@ -21,14 +27,22 @@ SEED_PRODUCT = "seed"
 
 
 def student_config(teacher: HolisticVLMConfig, recipe: Recipe) -> HolisticVLMConfig:
-    """The teacher's config with the recipe's mixers and their options."""
+    """The teacher's config with the recipe's mixers and their options.
+
+    Raises:
+        RecipeError: a mixer of a layer that the teacher lacks, or taps inside tiles that it lacks.
+    """
     mixers = layer_mixers(recipe.mixer.kind, recipe.layers.mixers, teacher.num_hidden_layers)
+    options = mixer_options(recipe.mixer).stored()
+    problem = tile_options_problem(replace(Architecture.from_config(teacher), mixer=options))
+    if problem is not None:
+        raise RecipeError(problem)
     return HolisticVLMConfig.from_dict(
         {
             **teacher.to_dict(),
             "layer_types": [mixer_spec(name).layer_type for name in mixers],
             "mixers": mixers,
-            "mixer": mixer_options(recipe.mixer).stored(),
+            "mixer": options,
         }
     )
 

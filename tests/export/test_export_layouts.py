@@ -152,6 +152,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"qk_norm": True}, "no norm on q and k .mixer.qk_norm"),
     ({"rope": True}, "no RoPE inside the mixer .mixer.rope"),
     ({"input_step": False}, "no state without input step .mixer.input_step"),
+    ({"tile_taps": True}, "no taps inside tiles .mixer.tile_taps"),
     ({"conv_width": 4}, "no convolution of width 4 .mixer.conv_width., only of 2"),
     ({"d_skip": True, "rope": True}, "no D skip .mixer.d_skip.; no RoPE inside"),
 ]

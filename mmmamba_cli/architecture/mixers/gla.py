@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmmamba_cli.architecture.gated import (
+    GATED_OPTIONS,
     Shapes,
     gated_shapes,
     matrix_state_bytes,
@@ -33,18 +34,19 @@ SPEC = register_spec(
         parameter_shapes=parameter_shapes,
         cache_bytes=matrix_state_bytes,
         operations=matrix_state_operations,
-        options=("conv_width", "qk_norm", "rope"),
+        options=GATED_OPTIONS,
         matrix_parameters=(
             "q_proj",
             "k_proj",
             "decay_down_proj",
             "decay_up_proj",
             "conv1d",
+            "tile_taps",
             "decay_bias",
             "q_norm",
             "k_norm",
         ),
-        partial_matrix_parameters=("conv1d",),
-        fp32_parameters=frozenset({"decay_bias", "g_norm"}),
+        partial_matrix_parameters=("conv1d", "tile_taps"),
+        fp32_parameters=frozenset({"decay_bias", "g_norm", "tile_taps"}),
     )
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmmamba_cli.architecture.gated import (
+    GATED_OPTIONS,
     Shapes,
     gated_shapes,
     matrix_state_bytes,
@@ -36,7 +37,7 @@ SPEC = register_spec(
         parameter_shapes=parameter_shapes,
         cache_bytes=matrix_state_bytes,
         operations=operations,
-        options=("conv_width", "qk_norm", "rope"),
+        options=GATED_OPTIONS,
         matrix_parameters=(
             "q_proj",
             "k_proj",
@@ -44,13 +45,14 @@ SPEC = register_spec(
             "dt_up_proj",
             "beta_proj",
             "conv1d",
+            "tile_taps",
             "A_log",
             "dt_bias",
             "beta_bias",
             "q_norm",
             "k_norm",
         ),
-        partial_matrix_parameters=("conv1d",),
-        fp32_parameters=frozenset({"A_log", "dt_bias", "beta_bias", "g_norm"}),
+        partial_matrix_parameters=("conv1d", "tile_taps"),
+        fp32_parameters=frozenset({"A_log", "dt_bias", "beta_bias", "g_norm", "tile_taps"}),
     )
 )

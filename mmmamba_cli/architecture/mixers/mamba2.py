@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmmamba_cli.architecture.gated import (
+    GATED_OPTIONS,
     Shapes,
     gated_shapes,
     matrix_state_bytes,
@@ -29,19 +30,20 @@ SPEC = register_spec(
         parameter_shapes=parameter_shapes,
         cache_bytes=matrix_state_bytes,
         operations=matrix_state_operations,
-        options=("conv_width", "d_skip", "qk_norm", "rope", "input_step"),
+        options=(*GATED_OPTIONS, "d_skip", "input_step"),
         matrix_parameters=(
             "q_proj",
             "k_proj",
             "dt_proj",
             "conv1d",
+            "tile_taps",
             "A_log",
             "dt_bias",
             "q_norm",
             "k_norm",
         ),
-        partial_matrix_parameters=("conv1d",),
-        fp32_parameters=frozenset({"A_log", "dt_bias", "D", "g_norm"}),
+        partial_matrix_parameters=("conv1d", "tile_taps"),
+        fp32_parameters=frozenset({"A_log", "dt_bias", "D", "g_norm", "tile_taps"}),
         is_default=True,
         is_packed=lambda options: options.input_step,
     )

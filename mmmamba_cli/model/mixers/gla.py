@@ -81,6 +81,7 @@ class GatedLinearAttention(GatedMixer):
         return gla_matrix(k, q, decay, mask=layout.mask, seq_idx=layout.seq_idx)
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         initialization.zeros_(self.decay_bias)
 
     @staticmethod

@@ -113,6 +113,7 @@ class Mamba2(GatedMixer):
         return products / math.sqrt(self.head_dim)
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         initialization.ones_(self.A_log)
         initialization.zeros_(self.dt_bias)
         if self.D is not None:
