@@ -22,6 +22,7 @@ from mmmamba_cli.data.tokenize import SampleEncoder
 from mmmamba_cli.distill.kl_loss import shift_labels
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.prepared_inputs import describe_tiles
 from mmmamba_cli.runs import open_processor
 
 # (title, metric) by file name; the report sorts by file name.
@@ -97,7 +98,9 @@ def compare(models: Sequence[HolisticVLM], batch: Batch) -> tuple[Tensor, Tensor
         batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
     )
     taught, *learned = (
-        model.lm_head(model.model.forward_prepared(prompt)[scored]).double().softmax(-1)
+        model.lm_head(model.model.forward_prepared(describe_tiles(model.config, prompt))[scored])
+        .double()
+        .softmax(-1)
         for model in models
     )
     found = {

@@ -12,20 +12,22 @@ from golden_related_files import related_cases, tensor_groups
 from small import MIXERS, distance, join_pixels, pad_batch, prompt, small_model
 from torch import Tensor
 
-from mmmamba_cli.architecture import mixer_specs, tile_options_problem
+from mmmamba_cli.architecture import mixer_specs, parameter_shapes
 from mmmamba_cli.checkpoint.native_config import to_architecture
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.layer_losses import LayerInputs, MixerMSE, prepare_prompt
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.trainable import has_weight_decay
-from mmmamba_cli.errors import CheckpointError, DataError
+from mmmamba_cli.errors import CheckpointError, DataError, RecipeError
 from mmmamba_cli.inference import Generator
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig, new_cache
 from mmmamba_cli.model.mixer import mixer_class
 from mmmamba_cli.model.mixers.mamba2 import Mamba2
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.model.tiles import tile_columns
+from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.seed import initial_value
+from mmmamba_cli.seed.weight_transfer import student_config
 
 CLOSE = 1e-10
 TAPS = {"tile_taps": True, "tile_layers": "all"}
@@ -129,6 +131,10 @@ def test_a_student_begins_with_taps_of_zero_in_the_layers_that_have_them() -> No
         for init in ("scratch", "inherit+mimic"):
             value = initial_value("model.layers.0.mixer.tile_taps", (3, 5), spec.name, init, 0)
             assert torch.equal(value, torch.zeros(3, 5))
+    for options in (TAPS, {"tile_taps": True}):
+        model = small_model("mdkg", "pre", **options)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert list(parameter_shapes(model.config).items()) == list(shapes.items())
     model = small_model("mama", "pre", tile_taps=True)
     names = [n for n, _ in model.named_parameters() if n.endswith("tile_taps")]
     assert names == ["model.layers.0.mixer.tile_taps"]
@@ -137,6 +143,26 @@ def test_a_student_begins_with_taps_of_zero_in_the_layers_that_have_them() -> No
     layers[0].mixer.reset_parameters()
     assert not layers[0].mixer.tile_taps.any()
     assert layers[2].mixer.tile_taps is None
+
+
+@shuffles
+def test_tiles_are_the_columns_of_the_pictures(shuffle: str) -> None:
+    model = fp64_model("mdkg", shuffle).model
+    inputs = inputs_of_rows((2, 5), (0, 9), (1, 3))
+    ids, mask = pad_batch([row for row, _ in inputs])
+    pixels = join_pixels([p for _, p in inputs])
+    assert pixels is not None
+    assert model.vision is not None
+    prompt_inputs = model.prepare(ids, pixels, mask)
+    patches = model.vision(pixels)
+    tokens, hidden = model.vision.merge(patches), model.embed(prompt_inputs)
+    layouts = (prompt_inputs.embedding_layout, prompt_inputs.language_layout)
+    merged = model.embedding_to_language(hidden, prompt_inputs)
+    images = patches if shuffle == "post" else tokens
+    for layout, seen, expected in zip(layouts, (hidden, merged), (images, tokens), strict=True):
+        assert layout is not None
+        assert layout.tiles is not None
+        assert torch.equal(seen.flatten(0, 1)[layout.tiles].flatten(1, 2), expected)
 
 
 @plans
@@ -291,7 +317,9 @@ def test_options_that_a_model_cannot_have() -> None:
                 "mixer": {"tile_taps": True},
             }
         )
-    assert tile_options_problem(config) is None
+    plain = HolisticVLMConfig.from_dict({**small_model("aaaa").config.to_dict(), "vision": None})
+    with pytest.raises(RecipeError, match="without vision has no tiles"):
+        student_config(plain, load_recipe("scenes-linear", ["mixer.tile_taps=true"]))
     assert small_model("mmmm").config.mixer_config.stored().keys().isdisjoint(TAPS)
     assert {MIXERS[letter] for plan in PLANS for letter in plan} == {
         name for name in mixer_specs() if hasattr(mixer_class(name), "values_keys_queries")
