@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from preloaded_process import PreloadedProcess
 from suite_tables import ScriptedModel, mme_rows, picture, pope_rows, write_tsv
 
 from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, RunError
@@ -224,6 +224,11 @@ class Dies(ScriptedModel):
         return super().generate(batch, max_new_tokens)
 
 
+def answer_and_die() -> None:
+    data, out = map(Path, sys.argv[1:])
+    run(data, out, Dies(lambda prompt: right(prompt.index), most_columns=500), batch=8)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """All files except the timing."""
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "timing.json"}
@@ -232,18 +237,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_killed_and_resumed_gives_the_same_files(data: Path, tmp_path: Path) -> None:
     whole = scripted(most_columns=500)
     run(data, tmp_path / "whole", whole, batch=8)
-    program = (
-        "import sys; from pathlib import Path; import test_runner as t\n"
-        "model = t.Dies(lambda prompt: t.right(prompt.index), most_columns=500)\n"
-        "t.run(Path(sys.argv[1]), Path(sys.argv[2]), model, batch=8)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(data), str(tmp_path / "killed")],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 9, done.stderr
+    words = [str(data), str(tmp_path / "killed")]
+    process = PreloadedProcess(answer_and_die, words, tmp_path / "output")
+    assert process.wait() == 9, process.text()
     (file,) = (tmp_path / "killed").glob("predictions-*.jsonl")
     assert file.read_text().count("prediction") == 12
     # The last line is incomplete.

@@ -159,7 +159,7 @@ def test_every_kind_of_step_has_answers(batcher: Batcher) -> None:
 def test_resumed_training_equals_uninterrupted(teacher: Path, tmp_path: Path) -> None:
     def run(out: Path, every: int, stop_after: int | None = None) -> Path:
         given = Namespace(
-            atlas=[], out=out, begin=None, steps=4, pictures=2, lr=1e-3, seed=3, workers=0,
+            atlas=[], out=out, begin=None, steps=2, pictures=2, lr=1e-3, seed=3, workers=0,
             every=every, compile=False, device="cpu", held_out=2,
         )  # fmt: skip
         (out / "teacher").mkdir(parents=True, exist_ok=True)
@@ -184,8 +184,8 @@ def test_resumed_training_equals_uninterrupted(teacher: Path, tmp_path: Path) ->
 
         return get
 
-    once = load_file(run(tmp_path / "once", every=4))
-    run(tmp_path / "twice", every=2, stop_after=2)
-    again = load_file(run(tmp_path / "twice", every=2))
+    once = load_file(run(tmp_path / "once", every=2))
+    run(tmp_path / "twice", every=1, stop_after=1)
+    again = load_file(run(tmp_path / "twice", every=1))
     assert set(once) == set(again)
     assert all(torch.equal(once[name], again[name]) for name in once)
