@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ VARIANTS = {
     "pictures": {},
     "all attention": {"layer_types": ["full_attention"] * 4},
     "linear": {"layer_types": ["linear_attention"] * 4},
+    "mixers": {"layer_types": ["linear_attention"] * 4, "mixers": ["kda", "gla", "kda", "mamba2"]},
     "mixer options": {"mixer": {"conv_width": 4, "d_skip": True, "qk_norm": True, "rope": True}},
     "language model": PLAIN,
     "tied": {**PLAIN, "tie_word_embeddings": True},
@@ -58,6 +60,7 @@ def test_architecture_and_config_agree(variant: dict[str, Any]) -> None:
         "embedding",
         "language",
         "mixer_config",
+        "mixer_names",
         "num_embedding_layers",
         "num_hidden_layers",
         "attention_layers",
@@ -76,6 +79,52 @@ def test_native_checkpoint_keeps_every_config_field(tmp_path: Path) -> None:
     found = open_checkpoint(tmp_path)
     assert found.config.to_dict() == HolisticVLMConfig.from_pretrained(tmp_path).to_dict()
     assert found.architecture == Architecture.from_config(found.config)
+
+
+def test_default_mixers_are_not_stored(tmp_path: Path) -> None:
+    """A config without other mixers is that of releases that know none."""
+    small_model("amam").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert "mixers" not in raw
+    raw["mixers"] = ["attention", "mamba2", "attention", "mamba2"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert open_checkpoint(tmp_path).config.mixers is None
+
+
+FAULTS = {
+    "no list": ("gated_delta", "mixers is 'gated_delta', expected a list of names"),
+    "no names": ([1, 2, 3, 4], r"mixers is \[1, 2, 3, 4\], expected a list of names"),
+    "too few": (["mamba2"], "mixers has 1 entries, but there are 4 layers"),
+    "unknown": (["attention", "rwkv", "attention", "mamba2"], r"mixers\[1\] is 'rwkv', known are "),
+    "attention in a linear layer": (
+        ["attention"] * 4,
+        r"mixers\[1\] is attention, which is no mixer of a linear_attention layer",
+    ),
+    "a recurrent mixer in an attention layer": (
+        ["kda", "kda", "attention", "kda"],
+        r"mixers\[0\] is kda, which is no mixer of a full_attention layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_mixers_in_a_config(tmp_path: Path, fault: str) -> None:
+    value, message = FAULTS[fault]
+    small_model("amam").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "mixers": value}))
+    with pytest.raises(CheckpointError, match=f"config.json: {message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_option_that_no_layer_reads(tmp_path: Path) -> None:
+    small_model("dddd").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["mixer"]["d_skip"] = True
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    message = r"mixer.d_skip is True, but no layer reads it \(Gated DeltaNet\)"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("element", DTYPES.values())

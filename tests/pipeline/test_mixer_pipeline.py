@@ -39,9 +39,8 @@ def done(*words: object) -> Result:
 
 
 @pytest.fixture(autouse=True)
-def light(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the plots of the stages and the code in an export, which take most of the time."""
-    monkeypatch.setattr("mmmamba_cli.distill.stage_runner.plot_losses", lambda *words: None)
+def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the code in an export, which takes most of the time and is the same for all."""
     monkeypatch.setattr("mmmamba_cli.export.sidecar_files.bundle_files", dict)
 
 
