@@ -20,11 +20,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import mmmamba_cli
-from mmmamba_cli.architecture import LINEAR, default_mixer, mixer_spec, mixer_specs
+from mmmamba_cli.architecture import LINEAR, MixerConfig, default_mixer, mixer_spec, mixer_specs
+from mmmamba_cli.chat import ChatAnswer, Conversation, Settings, load_chat_model
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.cli.app import app
+from mmmamba_cli.evaluate import ModelIdentity
+from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter
 from mmmamba_cli.recipe import parse_recipe
-from mmmamba_cli.runs import Run
+from mmmamba_cli.runs import Run, resolve_product
 
 KINDS = [name for name, spec in mixer_specs().items() if spec.layer_type == LINEAR]
 LAYERS = 3
@@ -103,6 +106,24 @@ def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
+def assert_answers(run: Path, fast: bool) -> None:
+    """chat and eval answer as `generate` does, with the generator where it decodes the mixer."""
+    found = resolve_product(Run(run), "linear")
+    chat = load_chat_model(found, device="cpu")
+    talk = Conversation((chat.name,))
+    talk.ask("What is it?")
+    answer = "".join(chat.answer(talk, Settings(8), ChatAnswer()))
+    batch = chat.processor.chat(talk.messages(chat.name), padding=False)
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 8, "do_sample": False}
+    tokens = chat.model.generate(**prompt, **options)[0, prompt["input_ids"].shape[1] :]
+    expected = chat.processor.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    assert answer.strip() == expected.strip()
+    evaluated = HolisticVLMAdapter(chat.model, chat.processor, ModelIdentity(chat.name, "linear"))
+    for generator in (chat.generator, evaluated.generator):
+        assert (generator is not None) == fast
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixer_from_the_teacher_to_an_export(
     material: Path, tmp_path: Path, mmmamba: Command, kind: str
@@ -138,6 +159,7 @@ def test_a_mixer_from_the_teacher_to_an_export(
     with torch.no_grad():
         logits = [mmmamba_cli.load(str(f))(ids).logits for f in (hub, run / "products/linear")]
     assert torch.equal(*logits)
+    assert_answers(run, fast=mixer_spec(kind).is_packed(MixerConfig()))
     for form in ("mmmamba-hf", "hovle"):
         out = tmp_path / form
         asked = ("export", "--run", run, "--from", "linear", "--format", form, "--out", out)
