@@ -72,6 +72,15 @@ def test_the_published_students_differ_in_their_layers_only() -> None:
     assert differing == {"description", "layers"}
 
 
+def test_the_gated_delta_recipe_differs_in_its_mixer_only() -> None:
+    linear, other = load_recipe("mmmamba-linear"), load_recipe("gated-delta-linear")
+    assert other.mixer == linear.mixer.model_copy(update={"kind": "gated_delta"})
+    differing = {
+        name for name in Recipe.model_fields if getattr(linear, name) != getattr(other, name)
+    }
+    assert differing == {"description", "mixer"}
+
+
 def test_the_published_recipes_leave_nothing_to_defaults_that_the_paper_gives() -> None:
     for name in ("mmmamba-linear", "mmmamba-hybrid"):
         for stage in load_recipe(name).stages:
