@@ -169,6 +169,19 @@ def test_options_of_the_mixer_are_refused_by_name(
     export(tmp_path / "model", "hub", tmp_path / "out")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["mmmamba-hf", "hovle"])
+def test_other_mixers_are_refused_by_name(tmp_path: Path, form: str) -> None:
+    model = small_model("awam", window=3, sinks=1, sink_logits=True)
+    model.save_pretrained(tmp_path / "model")
+    said = {"hovle": "no linear layers", "mmmamba-hf": "no sliding-window attention mixer"}
+    with pytest.raises(CheckpointError, match=f"{said[form]}, and layer 1 is one"):
+        export(tmp_path / "model", form, tmp_path / "out")
+    export(tmp_path / "model", "hub", tmp_path / "out")
+    again, ids = mmmamba_cli.load(str(tmp_path / "out")), torch.arange(2, 14)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
