@@ -5,24 +5,20 @@ Legend: B batch, T tokens, S keys, H query heads, K key/value heads, P head dim,
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mmmamba_cli.model.config import HolisticVLMConfig
-from mmmamba_cli.model.mixer import query_key_products
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import apply_rope
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops import attention
 from mmmamba_cli.ops.attention import attention_weights, supports_varlen
-from mmmamba_cli.ops.backends import upcast
 
 
 class SoftmaxMixer(nn.Module):
-    """A mixer with the parameters of attention; a subclass implements `forward` and `mix`."""
+    """A mixer with the parameters of attention; a subclass implements the rest of `Mixer`."""
 
     input_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
     output_norm: ClassVar[None] = None
@@ -88,9 +84,3 @@ class SoftmaxMixer(nn.Module):
             )
         weights.append(attention_weights(q, k, is_causal=is_causal, mask=mask).to(v.dtype))
         return weights[-1] @ v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
-
-    def mixing_matrix(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
-        """softmax(q k^T / sqrt(P)), (B, H, T, T) fp32, 0 at masked keys."""
-        q, k, _ = self.queries_keys_values(hidden, layout)
-        scores = query_key_products(upcast(q), upcast(k)) / math.sqrt(self.head_dim)
-        return torch.softmax(scores.masked_fill(~layout.visible_keys(), -math.inf), dim=-1)

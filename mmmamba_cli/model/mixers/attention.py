@@ -5,13 +5,16 @@ Legend: B batch, T tokens, H query heads, P head dim, D hidden size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from mmmamba_cli.model.mixer import register_mixer
+from mmmamba_cli.model.mixer import query_key_products, register_mixer
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.model.softmax_mixer import SoftmaxMixer
+from mmmamba_cli.ops.backends import upcast
 
 
 @register_mixer("attention")
@@ -53,3 +56,9 @@ class Attention(SoftmaxMixer):
     ) -> Tensor:
         """Raise `KeyError`: attention has no parameter that the teacher's lacks."""
         raise KeyError(name)
+
+    def mixing_matrix(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
+        """softmax(q k^T / sqrt(P)), (B, H, T, T) fp32, 0 at masked keys."""
+        q, k, _ = self.queries_keys_values(hidden, layout)
+        scores = query_key_products(upcast(q), upcast(k)) / math.sqrt(self.head_dim)
+        return torch.softmax(scores.masked_fill(~layout.visible_keys(), -math.inf), dim=-1)

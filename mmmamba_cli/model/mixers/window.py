@@ -96,8 +96,6 @@ class Window(SoftmaxMixer):
 
         With sink logits its rows sum to less than 1.
         """
-        if self._sees_all_columns(layout):
-            return super().mixing_matrix(hidden, layout)
         q, k, _ = (x.transpose(1, 2) for x in self.queries_keys_values(hidden, layout))
         return window_matrix(
             q,
