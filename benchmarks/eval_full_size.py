@@ -32,6 +32,7 @@ import transformers
 from PIL import Image
 
 import mmmamba_cli
+from mmmamba_cli.architecture import is_fp32_parameter
 from mmmamba_cli.checkpoint import hovle
 from mmmamba_cli.evaluate import (
     EvalCallbacks,
@@ -43,7 +44,7 @@ from mmmamba_cli.evaluate import (
 )
 from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter
 from mmmamba_cli.evaluate.scoring.yes_no import PERCEPTION, REASONING
-from mmmamba_cli.model import FP32_PARAMETERS, HolisticVLM, HolisticVLMConfig
+from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.processing import processor_from_hovle
 
 GIB = 2**30
@@ -113,7 +114,7 @@ def random_model(raw: dict[str, Any], device: str, dtype: torch.dtype, seed: int
     model.to_empty(device=device)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        small = any(part in FP32_PARAMETERS for part in name.split("."))
+        small = is_fp32_parameter(name)
         values = torch.empty(parameter.shape, device=device).normal_(std=0.02)
         if "norm" in name:
             values += 1
