@@ -49,7 +49,7 @@ CONTENTS = {
     "plugins": "entry points",
     "devices": "device choice",
     "versions": "supported versions",
-    "architecture": "sizes, no torch",
+    "architecture": "sizes, mixers, no torch",
     "lazy_imports": "import at first use",
     "errors": "MmmambaError",
     "interrupts": "Ctrl-C",
