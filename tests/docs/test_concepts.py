@@ -82,3 +82,6 @@ def test_what_decoding_remembers_of_a_hovle() -> None:
     assert f"| {state.ssm_state / 2**20:.0f} MiB |" in PAGE
     assert f"| {state.conv_state / 2**20:.2f} MiB in bf16 |" in PAGE
     assert f"of {state.state / token:.0f} tokens" in " ".join(PAGE.split())
+    student.mixers, student.mixer = ["window"] * len(student.layer_types), {"sinks": 16}
+    window = memory_at("student", student, 1, "bfloat16")
+    assert f"| {window.state / 2**20:.0f} MiB in bf16 for 16 + 256 |" in PAGE

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from small import distance, join_pixels, pad_batch, prompt, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmmamba_cli.architecture import cache_bytes
 from mmmamba_cli.inference import Generator, quantize
+from mmmamba_cli.inference.decode_step import decode_step
 from mmmamba_cli.inference.graph_prefill import supports_chunk_graphs, supports_prompt_graphs
 from mmmamba_cli.model import new_cache
 
@@ -116,6 +118,26 @@ def test_random_contents_are_read_as_a_full_window() -> None:
     generator.fill_random(2, 20, capacity=24)
     newest.values[:, :, 21 % 5].fill_(9)
     assert not torch.equal(generator.step(token), first)
+
+
+class NoSynchronization(TorchDispatchMode):
+    """Raises where a value of a tensor is read, which a CUDA graph cannot capture."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_neither_synchronizes_nor_moves_the_state() -> None:
+    generator = Generator(model_of("both, beside a convolution"))
+    ids, inputs = batch(0, (0, 3), (0, 9))
+    generator.prefill(ids, attention_mask=inputs["attention_mask"])
+    cache = generator._sequence.cache
+    before = [(t.data_ptr(), t.shape) for t in cache.tensors]
+    with NoSynchronization():
+        for _ in range(6):
+            decode_step(cache)
+    assert [(t.data_ptr(), t.shape) for t in cache.tensors] == before
 
 
 def test_prompts_are_not_padded_on_the_right() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +10,9 @@ import torch
 from small import MIXERS, distance, join_pixels, pad_batch, prompt, small_model
 from torch import Tensor
 
-import mmmamba_cli
 from mmmamba_cli.architecture import (
-    LAYER_TYPES,
     MixerConfig,
     cache_bytes,
-    default_mixer,
     mixer_specs,
     parameter_shapes,
 )
@@ -216,21 +211,3 @@ def test_the_generator_decodes_or_says_which_mixer_it_does_not(case: str) -> Non
         expected = model.generate(ids, pixel_values=pixels, do_sample=False, **options)
         actual = generator.generate(ids, pixels, **options)
         assert torch.equal(actual, expected[:, -actual.shape[1] :])
-
-
-def test_a_mixer_is_named_in_its_own_files_only() -> None:
-    package = Path(mmmamba_cli.__file__).parent
-    # An op may have the name of a mixer.
-    texts = {
-        path: file.read_text()
-        for file in package.rglob("*.py")
-        if (path := file.relative_to(package)).parts[0] not in ("ops", "doctor")
-    }
-    defaults = {default_mixer(kind) for kind in LAYER_TYPES}
-    for name in set(mixer_specs()) - defaults:
-        mention = re.compile(rf'["\']{name}["\']|mixers\.{name}\b')
-        files = {path for path, text in texts.items() if mention.search(text)}
-        own = {
-            Path(room, "mixers", f"{name}.py") for room in ("architecture", "model", "inference")
-        }
-        assert files <= own and len(files) >= 2, name
