@@ -172,8 +172,12 @@ def test_a_mixer_from_the_teacher_to_an_export(
         assert len(refused.err.splitlines()) == 1
 
 
-def test_layers_of_several_mixers(material: Path, tmp_path: Path) -> None:
+def test_layers_of_several_mixers(material: Path, tmp_path: Path, mmmamba: Command) -> None:
     run = tmp_path / "run"
+    wrong = ("--recipe", "smoke", "--set", "layers.mixers={gated_delta: [0, 3]}")
+    refused = mmmamba("seed", material / "hovle.ckpt", "--run", run, *wrong)
+    assert refused.code == 2 and "layers.mixers.gated_delta[1]: is 3" in refused.err
+    assert not run.exists() and len(refused.err.splitlines()) == 1
     told = seed(material, run, "mixer.kind=kda", "layers.mixers={gated_delta: [0, 2]}")
     assert len(told["fidelity"]) == LAYERS
     mixed = ("gated_delta", "kda", "gated_delta")
