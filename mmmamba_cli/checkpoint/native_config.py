@@ -121,6 +121,8 @@ def _check_section(section: Mapping[str, Any], kind: type, where: str, name: str
         value = section.get(key)
         if key not in section:
             raise CheckpointError(f"{field_path(where, name, key)} is missing", HINT)
+        if field.type == "int" and field.default == 0 and type(value) is int and value == 0:
+            continue
         if field.type == "int":
             positive_int(section, key, where, name)
         elif field.type == "float":

@@ -117,6 +117,18 @@ def test_wrong_mixers_in_a_config(tmp_path: Path, fault: str) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_an_option_that_may_be_zero(tmp_path: Path) -> None:
+    small_model("wwww", window=5, sinks=0).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["mixer"]["sinks"] == 0
+    assert open_checkpoint(tmp_path).config.mixer_config.sinks == 0
+    for option, value in (("sinks", False), ("sinks", -1), ("window", 0)):
+        wrong = {**raw, "mixer": {**raw["mixer"], option: value}}
+        (tmp_path / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError, match=rf"mixer\.{option} is {value}, expected a whole"):
+            open_checkpoint(tmp_path)
+
+
 def test_an_option_that_no_layer_reads(tmp_path: Path) -> None:
     small_model("dddd").save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
