@@ -57,6 +57,7 @@ VARIANTS = (
     "gated_delta",
     "gated_delta:tile_taps=true",
     "kda",
+    "window:window=64,sinks=4",
 )
 BATCH, MAX_LENGTH = 8, 1024
 SCALE = 1000

@@ -189,6 +189,8 @@ def tile_options_problem(model: ModelShape) -> str | None:
     if options.tile_layers not in TILE_LAYERS:
         allowed = " or ".join(TILE_LAYERS)
         return f"mixer.tile_layers is {options.tile_layers!r:.60}, expected {allowed}"
+    if options.tile_layers != EMBEDDING_LAYERS and not options.tile_taps:
+        return f"mixer.tile_layers is {options.tile_layers}, but mixer.tile_taps is False"
     if options.tile_taps and model.vision_config is None:
         return "mixer.tile_taps is True, but a language model without vision has no tiles"
     if options.tile_taps and options.tile_layers == EMBEDDING_LAYERS and model.embedding is None:

@@ -54,7 +54,7 @@ class CausalConv(nn.Conv1d):
                 mask=layout.mask,
                 seq_idx=layout.seq_idx,
             )
-        # In fp32, as within the op: taps of 0 leave the bits as they are.
+        # In fp32, as the op computes: with the reference, taps of 0 leave the bits as they are.
         y, state = causal_conv(
             upcast(x),
             weight,

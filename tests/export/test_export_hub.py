@@ -124,6 +124,7 @@ def test_hybrid_in_an_isolated_process(tmp_path: Path, picture: Path, shuffle: s
         kinds = [name for name, spec in mixer_specs().items() if spec.layer_type == LINEAR]
         others = ", ".join(f"{name}: [{place + 1}]" for place, name in enumerate(kinds))
         sets += ["--set", f"layers.mixers={{{others}}}"]
+        sets += ["--set", "mixer.tile_taps=true", "--set", "mixer.tile_layers=all"]
     product, hub = hub_of(folder / "hovle.ckpt", tmp_path, *sets)
     names = mmmamba_cli.load(str(product)).config.mixer_names
     assert len(set(names)) == (len(kinds) + 1 if shuffle == "post" else 2)

@@ -305,6 +305,8 @@ def test_options_that_a_model_cannot_have() -> None:
     assert to_architecture(raw, "config.json").mixer_config == config.mixer_config
     with pytest.raises(CheckpointError, match="tile_layers is 'some', expected embedding or all"):
         to_architecture({**raw, "mixer": {"tile_taps": True, "tile_layers": "some"}}, "config.json")
+    with pytest.raises(CheckpointError, match=r"tile_layers is all, but mixer\.tile_taps is False"):
+        to_architecture({**raw, "mixer": {"tile_layers": "all"}}, "config.json")
     with pytest.raises(CheckpointError, match="without vision has no tiles"):
         to_architecture({**raw, "vision": None}, "config.json")
     with pytest.raises(ValueError, match="no embedding stack"):
