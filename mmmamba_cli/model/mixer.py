@@ -16,6 +16,7 @@ from transformers import Cache
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.sequence_layout import SequenceLayout
+from mmmamba_cli.ops.backends import without_autocast
 
 
 class Mixer(Protocol):
@@ -104,6 +105,10 @@ def mixer_class(name: str) -> Any:
 
 
 def query_key_products(q: Tensor, k: Tensor) -> Tensor:
-    """q_t . k_s for all t and s, (B, H, T, T), from q (B, T, H, P) and k (B, T, K, P)."""
+    """q_t . k_s for all t and s, (B, H, T, T), from q (B, T, H, P) and k (B, T, K, P).
+
+    In the dtype of q and k; autocast is disabled, which would round the products to bf16.
+    """
     groups = q.shape[2] // k.shape[2]
-    return torch.einsum("bthp,bshp->bhts", q, k.repeat_interleave(groups, dim=2))
+    with without_autocast(q):
+        return torch.einsum("bthp,bshp->bhts", q, k.repeat_interleave(groups, dim=2))

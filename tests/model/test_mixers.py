@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pkgutil
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import MIXERS, distance, join_pixels, pad_batch, prompt, small_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmmamba_cli.architecture import (
     MixerConfig,
@@ -21,6 +23,7 @@ from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.inference import Generator
 from mmmamba_cli.inference import mixers as packed_mixers
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig, new_cache
+from mmmamba_cli.model.mixer import query_key_products
 
 CLOSE = 1e-10
 # Plans and options; in the mixed ones a teacher's attention stands beside two mixers.
@@ -211,3 +214,59 @@ def test_the_generator_decodes_or_says_which_mixer_it_does_not(case: str) -> Non
         expected = model.generate(ids, pixel_values=pixels, do_sample=False, **options)
         actual = generator.generate(ids, pixels, **options)
         assert torch.equal(actual, expected[:, -actual.shape[1] :])
+
+
+def test_simple_gla_without_decay_is_linear_attention() -> None:
+    """Steps that underflow in fp32 give finite gradients."""
+    model = small_model("mm", input_step=False)
+    mixer = model.model.blocks[0].mixer.requires_grad_(True)
+    ids, _ = prompt(0, 20)
+    layout = model.model.prepare(ids).language_layout
+    hidden = model.model.text_embedding(ids)
+    for logit in (-30.0, -60.0, -200.0):
+        mixer.dt_bias.data.fill_(logit)
+        v, k, q, _ = mixer.values_keys_queries(hidden, layout)
+        y, _ = mixer.scan(v, k, q, hidden, layout, None)
+        values = v.repeat_interleave(2, dim=2)
+        products = query_key_products(q, k).tril() / 8**0.5
+        expected = torch.einsum("bhts,bshp->bthp", products, values)
+        assert distance(y.detach(), expected.detach()) < 1e-5
+        y.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters() if p.grad is not None)
+    assert mixer.dt_bias.grad is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [*CASES, "taps in tiles"])
+def test_autocast_rounds_projections_only(case: str) -> None:
+    """Decays, write strengths, scans and mixing matrices are those of fp32, bit for bit."""
+    taps = {"tile_taps": True, "tile_layers": "all", "rope": True}
+    plan, options = CASES.get(case, ("mdkg", taps))
+    model = small_model(plan, "pre", **options)
+    inputs = inputs_of_rows((1, 9), (0, 6))
+    ids, mask = pad_batch([row for row, _ in inputs], "left")
+    pixels = join_pixels([p for _, p in inputs])
+    layout = model.model.prepare(ids, pixels.float(), mask).language_layout
+    assert (layout.tiles is None) == (case in CASES)
+    hidden = model.model.text_embedding(ids)
+    blocks = model.model.blocks
+
+    def outputs() -> list[Tensor]:
+        mixed = [b.mixer.mix(hidden, layout) for b in blocks if hasattr(b.mixer, "scan")]
+        return mixed + [block.mixer.mixing_matrix(hidden, layout) for block in blocks]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = partial(rounded_projection, module)
+    expected = outputs()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert all(matrix.dtype == torch.float32 for matrix in found[-len(blocks) :])
+
+
+def rounded_projection(module: nn.Linear, x: Tensor) -> Tensor:
+    """What autocast makes of a projection."""
+    bias = None if module.bias is None else module.bias.bfloat16()
+    return F.linear(x.bfloat16(), module.weight.bfloat16(), bias)

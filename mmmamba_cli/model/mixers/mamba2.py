@@ -20,6 +20,10 @@ from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops import ssd
 from mmmamba_cli.ops.backends import repeat_heads, upcast
 
+# Without the input step, values are divided by the step, whose square must not underflow in the
+# gradient. A smaller step decays nothing in fp32.
+MIN_STEP = 1e-12
+
 
 @register_mixer("mamba2")
 class Mamba2(GatedMixer):
@@ -57,7 +61,7 @@ class Mamba2(GatedMixer):
         """The SSD scan (`ops.ssd`)."""
         rates = -torch.exp(self.A_log)
         if not self.input_step:
-            dt = self.step_sizes(hidden)
+            dt = self.step_sizes(hidden).clamp(min=MIN_STEP)
             groups = self.num_heads // self.num_kv_heads
             # The scan multiplies by the step again.
             values = repeat_heads(upcast(v), groups) / dt.unsqueeze(-1)

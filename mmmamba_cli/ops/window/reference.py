@@ -2,6 +2,9 @@
 
 Legend: B batch, T columns, S keys with those of the past, H query heads, K key/value heads, P head
 dim, F first tokens (`sinks`), W window.
+
+Scores, softmax and its product with the values are fp32, or fp64 if q is fp64; autocast is disabled
+for them. A decoding step computes in the dtype of q.
 """
 
 import math
@@ -9,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import segment_ordinals, upcast
+from mmmamba_cli.ops.backends import segment_ordinals, upcast, without_autocast
 from mmmamba_cli.ops.window.inputs import WindowInputs
 from mmmamba_cli.ops.window.masked_attention import masked_attention, softmax_with_sink
 from mmmamba_cli.ops.window.state import WindowState, slot_ordinals, slots_in_use
@@ -22,7 +25,8 @@ def dense(inputs: WindowInputs) -> Tensor:
         k = torch.cat((past.keys.to(k.dtype), k), dim=2)
         v = torch.cat((past.values.to(v.dtype), v), dim=2)
     v = upcast(v).repeat_interleave(inputs.q.shape[1] // v.shape[1], dim=1)
-    return (_softmax(inputs, k) @ v).to(inputs.q.dtype)
+    with without_autocast(v):
+        return (_softmax(inputs, k) @ v).to(inputs.q.dtype)
 
 
 def matrix(inputs: WindowInputs) -> Tensor:
@@ -47,7 +51,8 @@ def _softmax(inputs: WindowInputs, keys: Tensor) -> Tensor:
     padding = ~queries[:, None, :, None]
     q = upcast(inputs.q).masked_fill(padding, 0)
     keys = upcast(keys).repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
-    scores = q @ keys.mT / math.sqrt(q.shape[-1])
+    with without_autocast(q):
+        scores = q @ keys.mT / math.sqrt(q.shape[-1])
     return softmax_with_sink(scores, seen, inputs.sink_logits).masked_fill(padding, 0)
 
 
