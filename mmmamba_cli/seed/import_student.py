@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mmmamba_cli.architecture import mixer_spec
 from mmmamba_cli.checkpoint import (
     DTYPE_TENSOR,
     Checkpoint,
@@ -155,11 +156,14 @@ def _published_recipe(config: HolisticVLMConfig) -> str:
     for layer, name in enumerate(config.mixer_names):
         if name in linear and name != usual:
             others.setdefault(name, []).append(layer)
+    # An option may be left over from a layer that became attention; recipes refuse unread ones.
+    read = {option for name in linear for option in mixer_spec(name).options}
+    options = asdict(config.mixer_config)
     overrides = {
         "layers.attention": list(config.attention_layers),
         "layers.mixers": others,
         "mixer.kind": usual,
-        **{f"mixer.{name}": value for name, value in asdict(config.mixer_config).items()},
+        **{f"mixer.{name}": value for name, value in options.items() if name in read},
     }
     return dump_recipe(load_recipe(PUBLISHED_RECIPE, (), overrides))
 

@@ -15,6 +15,7 @@ from click.testing import Result
 from conversations import write_conversations
 from ended import Command
 from safetensors.torch import load_file
+from small import small_model
 from test_as_a_new_user import write_teacher
 from torch import Tensor
 from typer.testing import CliRunner
@@ -209,3 +210,15 @@ def test_an_import_keeps_the_mixers_of_the_layers(material: Path, tmp_path: Path
     assert (recipe.mixer.kind, recipe.mixer.rope) == (usual, True)
     assert recipe.layers.mixers == {"gated_delta": (2,)}
     assert_same(weights(again, "imported"), weights(run, "seed"))
+
+
+def test_an_import_leaves_out_options_that_no_linear_layer_reads(tmp_path: Path) -> None:
+    """They are left over where the layers that read them became attention."""
+    small_model("dada", d_skip=True, rope=True).save_pretrained(tmp_path / "folder")
+    done("import", tmp_path / "folder", "--run", tmp_path / "run")
+    recipe = parse_recipe(Run(tmp_path / "run").product("imported").recipe, "manifest")
+    assert (recipe.mixer.kind, recipe.mixer.d_skip, recipe.mixer.rope) == (
+        "gated_delta",
+        False,
+        True,
+    )
