@@ -14,9 +14,9 @@ from mmmamba_cli.distill.stage_runner import (
 from mmmamba_cli.distill.trainer import Stopped
 from mmmamba_cli.distill.training_state import data_digests
 from mmmamba_cli.distributed import World
-from mmmamba_cli.errors import RunError
+from mmmamba_cli.errors import RecipeError, RunError
 from mmmamba_cli.hybridize import hybridize, planned_product_name
-from mmmamba_cli.recipe import Recipe, Stage, attention_layers, dump_recipe
+from mmmamba_cli.recipe import Recipe, Stage, attention_layers, dump_recipe, layer_mixers
 from mmmamba_cli.runs import Manifest, Run
 
 
@@ -39,6 +39,7 @@ def distill(
     options = options or DistillOptions()
     names = None if wanted is None else tuple(wanted)
     product = world.run_on_main(lambda: choose_start_product(run, recipe, names, start))
+    world.run_on_main(lambda: check_mixers(run, recipe, product))
     callbacks.log(f"starting from {product.name} ({product.kind})")
     stages = stages_to_run(recipe, product, names)
     digests = world.run_on_main(lambda: data_digests(recipe.data))
@@ -158,6 +159,26 @@ def choose_start_product(
         if len(before) > len(current.stages)
         else "name another product with --from",
     )
+
+
+def check_mixers(run: Run, recipe: Recipe, product: Manifest) -> None:
+    """Check that the linear layers of a product have the mixers of the recipe.
+
+    Mixers are chosen at seeding; a recipe that names others would describe another student.
+
+    Raises:
+        RecipeError: a layer with another mixer, or a layer of the recipe that the product lacks.
+    """
+    config = run.open_product(product.name).architecture
+    mixers = layer_mixers(recipe.mixer.kind, recipe.layers.mixers, config.num_hidden_layers)
+    for layer, (wanted, found) in enumerate(zip(mixers, config.mixer_names, strict=True)):
+        if layer not in config.attention_layers and wanted != found:
+            raise RecipeError(
+                f"the recipe gives layer {layer} the mixer {wanted}, but in {product.name!r} it "
+                f"has {found}",
+                "seed another --run with this recipe, or give mixer.kind and layers.mixers as "
+                "they were at seeding",
+            )
 
 
 def stages_to_run(

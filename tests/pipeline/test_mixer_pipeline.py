@@ -194,6 +194,25 @@ def test_layers_of_several_mixers(material: Path, tmp_path: Path, mmmamba: Comma
     assert_same(weights(run, "linear"), first)
 
 
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("mixer.kind=kda", "the recipe gives layer 1 the mixer kda, but in 'hybrid-at-0' it has "),
+        ("layers.mixers={gla: [2]}", "the recipe gives layer 2 the mixer gla, but in "),
+        ("layers.mixers={gla: [5]}", "layers.mixers.gla[0]: is 5"),
+    ],
+)
+def test_a_recipe_of_other_mixers_is_refused(
+    material: Path, tmp_path: Path, mmmamba: Command, assignment: str, message: str
+) -> None:
+    seed(material, tmp_path / "run")
+    done("hybridize", "--run", tmp_path / "run", "--layers", "0")
+    data = ("--data", material / "train.jsonl", "--image-root", material)
+    refused = mmmamba("distill", "--run", tmp_path / "run", *data, "--set", assignment)
+    assert refused.code == 2 and f"error: {message}" in refused.err
+    assert list(Run(tmp_path / "run").products()) == ["seed", "hybrid-at-0"]
+
+
 def test_an_import_keeps_the_mixers_of_the_layers(material: Path, tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
     seed(material, run, "mixer.rope=true", "layers.mixers={gated_delta: [2]}")
