@@ -159,8 +159,12 @@ def make_job(
     save_every: int | None = None,
     dtype: torch.dtype = torch.float32,
     learns: str | tuple[str, ...] | None = None,
+    **options: object,
 ) -> TrainingJob:
-    """A small stage over random texts, the same for the same arguments."""
+    """A small stage over random texts, the same for the same arguments.
+
+    `options` are those of the student's mixers.
+    """
     world = world or World(torch.device("cpu"))
     stage = Stage(
         name="s",
@@ -176,7 +180,7 @@ def make_job(
         save_every=save_every,
         schedule=Schedule(warmup=0.3, decay=0.3),
     )
-    teacher, student = small_model("a" * len(plan)), small_model(plan, seed=1)
+    teacher, student = small_model("a" * len(plan)), small_model(plan, seed=1, **options)
     shared = {n: t for n, t in teacher.state_dict().items() if ".mixer." not in n}
     student.load_state_dict(shared, strict=False)
     names = [name for name, _ in student.named_parameters()]

@@ -233,9 +233,19 @@ def test_attention_layers_of_a_hybrid_have_no_loss() -> None:
 
 
 @pytest.mark.parametrize("loss", LAYER_LOSSES)
-def test_a_loss_depends_on_its_declared_parameters(loss: str) -> None:
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [
+        ("mmam", {"d_skip": True, "qk_norm": True}),
+        ("mdag", {"input_step": False, "qk_norm": True, "rope": True}),
+        ("wkaw", {"window": 4, "sink_logits": True}),
+    ],
+)
+def test_a_loss_depends_on_its_declared_parameters(
+    loss: str, plan: str, options: dict[str, Any]
+) -> None:
     """A parameter has a nonzero gradient exactly if the loss depends on it."""
-    pair = make_pair(plan="mmam", loss="hidden-alignment", d_skip=True, qk_norm=True)
+    pair = make_pair(plan, "hidden-alignment", **options)
     objective = build_objective(stage("hidden-alignment"), pair.student.config, pair.trainable)
     objective = replace(objective, loss=LAYER_LOSSES[loss])
     pair = replace(pair, trainable=tuple(name for name, _ in pair.student.named_parameters()))

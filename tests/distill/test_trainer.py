@@ -53,11 +53,11 @@ class ChangedLoader:
         return map(self.change, self.loader.steps(first, stop))
 
 
-@pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
-def test_stopping_and_resuming_gives_the_same_bits(loss: str, tmp_path: Path) -> None:
-    whole, learned = run(make_job(tmp_path / "a", loss, steps=STEPS))
-    begun, _ = run(make_job(tmp_path / "b", loss, steps=STEPS), stop_at=3)
-    job = make_job(tmp_path / "b", loss, steps=STEPS)
+@pytest.mark.parametrize(("loss", "plan"), [("mixer-mse", "mdwk"), ("kl", "gdam")])
+def test_stopping_and_resuming_gives_the_same_bits(loss: str, plan: str, tmp_path: Path) -> None:
+    whole, learned = run(make_job(tmp_path / "a", loss, steps=STEPS, plan=plan))
+    begun, _ = run(make_job(tmp_path / "b", loss, steps=STEPS, plan=plan), stop_at=3)
+    job = make_job(tmp_path / "b", loss, steps=STEPS, plan=plan)
     assert job.states.steps() == [3]
     progress = job.states.read_record("step-00000003").progress
     ended, again = run(job, progress)
@@ -221,8 +221,8 @@ def test_schedules(kind: str, expected: list[float], tmp_path: Path) -> None:
 
 
 def test_decay_and_rates_of_the_optimiser(tmp_path: Path) -> None:
-    """Matrices decay; biases, norms, A_log and dt_bias do not."""
-    job = make_job(tmp_path, "kl", steps=4)
+    """Matrices decay; biases, norms, A_log and the like do not."""
+    job = make_job(tmp_path, "kl", steps=4, plan="mdkg", tile_taps=True)
     parameters = job.pair.trainable_parameters()
     optimiser = build_optimiser(job.stage, parameters)
     names = {id(p): n for n, p in parameters.items()}
@@ -231,7 +231,8 @@ def test_decay_and_rates_of_the_optimiser(tmp_path: Path) -> None:
         for group in optimiser.param_groups
         for p in group["params"]
     }
-    free = {"A_log", "dt_bias", "conv1d.bias", "g_norm.weight"}
+    free = {"A_log", "dt_bias", "beta_bias", "decay_bias", "tile_taps"}
+    free |= {"conv1d.bias", "g_norm.weight"}
     assert {name for name, decay in decays.items() if decay == 0} == free
     assert set(decays.values()) == {0.0, 0.05}
     assert "q_proj.weight" in decays

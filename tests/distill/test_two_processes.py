@@ -17,13 +17,13 @@ STEPS = 12
 # Some stages train parameters that no `mix` or `forward` of a mixer uses; the vision parameters get
 # no gradient from these texts.
 STAGES = (
-    "mixer-mse:padded:new+qkv",
-    "kl:packed:new+qkv",
-    "matrix-orientation:padded:*.[qk]_proj.*+*.dt_*+*.conv1d.*+*.A_log",
-    "kl:padded:*.mixer.*+*.mlp.*+model.norm.weight",
-    "hidden-alignment:padded:*.mixer.*+*.mlp.*",
-    "kl:padded:*.mixer.*+model.vision.*",
-    "mixer-mse:gaps:new+qkv",
+    "mmmm:mixer-mse:padded:new+qkv",
+    "mmmm:kl:packed:new+qkv",
+    "gdkm:matrix-orientation:padded:*.mixer.[qkd]*_proj.*+*.beta_*+*.mixer.*_bias+*.conv1d.*+*.A_log",
+    "dwgm:kl:padded:*.mixer.*+*.mlp.*+model.norm.weight",
+    "dkgw:hidden-alignment:padded:*.mixer.*+*.mlp.*",
+    "mmmm:kl:padded:*.mixer.*+model.vision.*",
+    "dwkg:mixer-mse:gaps:new+qkv",
 )
 
 

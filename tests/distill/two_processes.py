@@ -1,8 +1,9 @@
 """Run as one of several processes: train small stages and print the result of each step as JSON.
 
-Arguments: folder, total steps, step to stop after (0 for none), and stages as loss:layout:learns,
-the layout being "packed", "padded" or "gaps" (padded, two steps without a readable sample), and
-`learns` as in a recipe, patterns joined by "+".
+Arguments: folder, total steps, step to stop after (0 for none), and stages as
+plan:loss:layout:learns, the layout being "packed", "padded" or "gaps" (padded, two steps without a
+readable sample), and `learns` as in a recipe, patterns joined by "+". The plan is that of
+`small_model`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from mmmamba_cli.distributed import World, join_world
 
 def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any:
     """Train or resume one stage; return the results of steps and a sum of each parameter."""
-    loss, layout, learns = stage.split(":")
+    plan, loss, layout, learns = stage.split(":")
+    options = {"window": 4, "sink_logits": True, "tile_taps": True} if "w" in plan else {}
     job = make_job(
         folder / stage.translate(str.maketrans(":*.+[]", "______")),
         loss,
+        plan=plan,
         learns=learns if learns == "new+qkv" else tuple(learns.split("+")),
         steps=steps,
         batch_size=5,
@@ -41,6 +44,7 @@ def run(world: World, folder: Path, stage: str, steps: int, stop_at: int) -> Any
         packed=layout == "packed",
         dtype=torch.float64,
         evaluate_every=5,
+        **options,
     )
     job = replace(job, held_out=RandomLoader(IMAGE_ID, 5, 1, world.rank, world.size, seed=9))
     if layout == "gaps":

@@ -319,11 +319,12 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
 def test_a_cast_leaves_small_parameters_in_fp32(cast: Any) -> None:
-    model = small_model("amam", d_skip=True, qk_norm=True)
+    options = {"d_skip": True, "qk_norm": True, "tile_taps": True, "sink_logits": True}
+    model = small_model("amdkgw", **options)
     before = {name: p.clone() for name, p in model.named_parameters()}
     cast(model)
     kept = [name for name, p in model.named_parameters() if p.dtype == torch.float32]
-    small = (".A_log", ".dt_bias", ".D")
+    small = (".A_log", ".dt_bias", ".D", ".beta_bias", ".decay_bias", ".tile_taps", ".sink_logits")
     expected = [name for name in before if name.endswith(small) or "norm.weight" in name]
     assert [name for name in kept if not name.startswith("lm_head")] == expected
     for name, p in model.named_parameters():
@@ -335,7 +336,7 @@ def test_a_cast_leaves_small_parameters_in_fp32(cast: Any) -> None:
     assert model.model.blocks[1].mixer.A_log.dtype == torch.float32
 
 
-@pytest.mark.parametrize("plan", ["aa", "am", "mm"])
+@pytest.mark.parametrize("plan", ["am", "dk", "gw"])
 def test_one_graph_without_a_cache(plan: str) -> None:
     model = small_model(plan, "post")
     torch._dynamo.reset()

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from mmmamba_cli.model import HolisticVLM
 
-PLANS = ["aaaa", "amam", "mmmm"]
+PLANS = ["aaaa", "amdw", "mmmm"]
 NEW = 6
 
 
