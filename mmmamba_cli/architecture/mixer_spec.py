@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 
 from mmmamba_cli.architecture.sizes import CacheBytes, MixerConfig, StackConfig
@@ -53,8 +53,19 @@ class MixerSpec:
     partial_matrix_parameters: tuple[str, ...] = ()
     fp32_parameters: frozenset[str] = frozenset()
     is_default: bool = False
-    # Whether the generator decodes it over packed weights, as a function of the options.
     is_packed: Callable[[MixerConfig], bool] = lambda options: False
+
+    def slow_title(self, options: MixerConfig) -> str | None:
+        """The title and the options in the way of fast decoding, if any; None if it is fast."""
+        if self.is_packed(options):
+            return None
+        default = MixerConfig()
+        hindrances = [
+            f"mixer.{name} {getattr(options, name)}"
+            for name in self.options
+            if self.is_packed(replace(options, **{name: getattr(default, name)}))
+        ]
+        return " with ".join((self.title, *hindrances))
 
 
 _SPECS: dict[str, MixerSpec] = {}
@@ -88,6 +99,12 @@ def _import_mixers() -> None:
         return
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
+
+
+def join_and(names: Iterable[str]) -> str:
+    """`a`, `a and b` or `a, b and c`."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def default_mixer(layer_type: str) -> str:

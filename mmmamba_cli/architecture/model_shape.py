@@ -15,12 +15,14 @@ from mmmamba_cli.architecture.mixer_spec import (
     SHARED_FP32_PARAMETERS,
     MixerSpec,
     default_mixer,
+    join_and,
     mixer_spec,
     mixer_specs,
 )
 from mmmamba_cli.architecture.sizes import (
     ATTENTION,
     EMBEDDING_LAYERS,
+    OPTION_RANGES,
     TILE_LAYERS,
     CacheBytes,
     MixerConfig,
@@ -155,7 +157,7 @@ def mixers_problem(
     names = resolve_mixers(layer_types, mixers)
     known = mixer_specs()
     for index, (kind, name) in enumerate(zip(layer_types, names, strict=True)):
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             return f"mixers[{index}] is {name!r:.60}, known are {', '.join(known)}"
         if known[name].layer_type != kind:
             return f"mixers[{index}] is {name}, which is no mixer of a {kind} layer"
@@ -163,8 +165,25 @@ def mixers_problem(
     for option in fields(MixerConfig):
         value = getattr(options, option.name)
         if value != option.default and not any(option.name in spec.options for spec in used):
-            titles = " and ".join(sorted(spec.title for spec in used))
+            titles = join_and(sorted(spec.title for spec in used))
             return f"mixer.{option.name} is {value}, but no layer reads it ({titles})"
+    return None
+
+
+def options_problem(options: MixerConfig) -> str | None:
+    """Why a number or a flag among the options is invalid, as a sentence; None if none is."""
+    for option in fields(MixerConfig):
+        value = getattr(options, option.name)
+        expected = None
+        if isinstance(option.default, bool):
+            if not isinstance(value, bool):
+                expected = "true or false"
+        elif option.name in OPTION_RANGES:
+            low, high = OPTION_RANGES[option.name]
+            if type(value) is not int or not low <= value <= high:
+                expected = f"a whole number from {low} to {high}"
+        if expected is not None:
+            return f"mixer.{option.name} is {value!r:.60}, expected {expected}"
     return None
 
 
@@ -206,10 +225,11 @@ def spec_of(model: ModelShape, layer: int) -> MixerSpec:
 def slow_decoding_reason(model: ModelShape) -> str | None:
     """Why the generator does not decode a model, which `generate` decodes; None if it does."""
     specs = dict.fromkeys(map(mixer_spec, model.mixer_names))
-    slow = [spec.title for spec in specs if not spec.is_packed(model.mixer_config)]
+    titles = [spec.slow_title(model.mixer_config) for spec in specs]
+    slow = [title for title in titles if title is not None]
     if not slow:
         return None
-    return f"{' and '.join(slow)} {'has' if len(slow) == 1 else 'have'} no fast decoding"
+    return f"{join_and(slow)} {'has' if len(slow) == 1 else 'have'} no fast decoding"
 
 
 def cache_bytes(model: ModelShape, batch: int, columns: int, itemsize: int) -> CacheBytes:

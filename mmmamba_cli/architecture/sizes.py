@@ -71,6 +71,9 @@ class VisionConfig:
 EMBEDDING_LAYERS, ALL_LAYERS = "embedding", "all"
 TILE_LAYERS = (EMBEDDING_LAYERS, ALL_LAYERS)
 
+# Least and largest values of the options that are numbers.
+OPTION_RANGES = {"conv_width": (1, 16), "window": (1, 1 << 20), "sinks": (0, 1 << 16)}
+
 # Options of the first release.
 FIRST_OPTIONS = ("conv_width", "d_skip", "qk_norm", "rope")
 

@@ -19,6 +19,7 @@ from mmmamba_cli.architecture import (
     VisionConfig,
     derived_fields,
     mixers_problem,
+    options_problem,
     tile_options_problem,
 )
 from mmmamba_cli.checkpoint.config_fields import (
@@ -121,7 +122,8 @@ def _check_section(section: Mapping[str, Any], kind: type, where: str, name: str
         value = section.get(key)
         if key not in section:
             raise CheckpointError(f"{field_path(where, name, key)} is missing", HINT)
-        if field.type == "int" and field.default == 0 and type(value) is int and value == 0:
+        # `options_problem` knows the ranges of the mixers' options.
+        if kind is MixerConfig:
             continue
         if field.type == "int":
             positive_int(section, key, where, name)
@@ -174,7 +176,8 @@ def _check_mixers(raw: Mapping[str, Any], where: str) -> None:
         isinstance(mixers, list) and all(isinstance(name, str) for name in mixers)
     ):
         raise CheckpointError(f"{where}: mixers is {mixers!r:.60}, expected a list of names", HINT)
-    problem = mixers_problem(raw["layer_types"], mixers, MixerConfig(**(raw.get("mixer") or {})))
+    options = MixerConfig(**(raw.get("mixer") or {}))
+    problem = options_problem(options) or mixers_problem(raw["layer_types"], mixers, options)
     if problem is not None:
         raise CheckpointError(f"{where}: {problem}", HINT)
 

@@ -165,7 +165,7 @@ def _print_summary(name: str, summary: CheckpointSummary) -> None:
 
 
 def _mixers(summary: CheckpointSummary) -> list[tuple[str, str]]:
-    """The mixers that are not the default of their layer type, and those without fast decoding."""
+    """The mixers that are not the default of their layer type, their options, slow decoding."""
     from mmmamba_cli.inspection import format_ranges
 
     lines: list[tuple[str, str]] = []
@@ -174,9 +174,24 @@ def _mixers(summary: CheckpointSummary) -> list[tuple[str, str]]:
         layers = f"{mixer.title} in layer{plural} {format_ranges(mixer.layers)}"
         if not mixer.is_default:
             lines.append(("" if lines else "mixers", layers))
+    options = _options(summary)
+    if options:
+        lines.append(("options", options))
     if summary.slow_decoding is not None:
         lines.append(("decoding", f"token by token by generate: {summary.slow_decoding}"))
     return lines
+
+
+def _options(summary: CheckpointSummary) -> str:
+    """Options of the mixers, without those of the default mixer that have their default."""
+    from mmmamba_cli.architecture import LINEAR, MixerConfig, default_mixer, mixer_spec
+
+    usual, default = mixer_spec(default_mixer(LINEAR)).options, vars(MixerConfig())
+    return ", ".join(
+        f"{name} {str(value).lower()}"
+        for name, value in summary.mixer.items()
+        if name not in usual or value != default[name]
+    )
 
 
 def _vision(summary: CheckpointSummary) -> str:

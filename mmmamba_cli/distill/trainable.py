@@ -17,6 +17,7 @@ from mmmamba_cli.architecture import (
     LINEAR,
     default_mixer,
     is_fp32_parameter,
+    join_and,
     mixer_spec,
 )
 from mmmamba_cli.distill.teacher_student import TeacherStudent
@@ -65,10 +66,10 @@ def _nothing_learns(stage: Stage, config: HolisticVLMConfig) -> RecipeError:
             f"{where} the student has no linear layer", "leave fewer layers attention"
         )
     linear = {n for n in config.mixer_names if mixer_spec(n).layer_type == LINEAR}
-    titles = " and ".join(sorted(mixer_spec(name).title for name in linear))
+    titles = join_and(sorted(mixer_spec(name).title for name in linear))
     return RecipeError(
         f"{where} the linear layers are {titles}, which has no parameter that attention lacks",
-        "take learns: new+qkv, or leave out the stage",
+        f"give --set stages.{stage.name}.learns=new+qkv, or a recipe without this stage",
     )
 
 

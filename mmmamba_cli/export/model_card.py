@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.architecture import LINEAR, spec_of
+from mmmamba_cli.architecture import LINEAR, join_and, spec_of
 from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_model_name
 from mmmamba_cli.checkpoint.resolve import check_repository_id
 from mmmamba_cli.errors import CheckpointError
@@ -134,14 +134,14 @@ def redact_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manife
 def _describe_layers(config: HolisticVLMConfig) -> str:
     kept, total = config.attention_layers, config.num_hidden_layers
     linear = [spec_of(config, layer).title for layer in range(total) if layer not in kept]
-    # The most frequent mixer first.
-    mixers = " and ".join(sorted(set(linear), key=linear.count, reverse=True))
+    # The most frequent mixer first, and equally frequent ones in the order of layers.
+    mixers = join_and(sorted(dict.fromkeys(linear), key=linear.count, reverse=True))
     if not kept:
         return f"A linear model: {mixers} in all {total} layers"
     if len(kept) == total:
         return f"A model with attention in all {total} layers"
-    listed = ", ".join(map(str, kept))
-    return f"A hybrid: attention in layers {listed} of {total}, {mixers} in the others"
+    listed = f"layer{'s' if len(kept) > 1 else ''} {', '.join(map(str, kept))}"
+    return f"A hybrid: attention in {listed} of {total}, {mixers} in the others"
 
 
 def _front_matter(checkpoint: Checkpoint, title: str, card: CardInfo) -> list[str]:

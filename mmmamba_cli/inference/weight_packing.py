@@ -95,10 +95,10 @@ def block_projections(block: Block) -> dict[str, nn.Module]:
 def require_packed_mixers(model: HolisticVLM) -> None:
     """Raise `MmmambaError` naming the first layer whose mixer has no step over packed weights."""
     for layer in range(model.config.num_hidden_layers):
-        spec = spec_of(model.config, layer)
-        if not spec.is_packed(model.config.mixer_config):
+        title = spec_of(model.config, layer).slow_title(model.config.mixer_config)
+        if title is not None:
             raise MmmambaError(
-                f"layer {layer} is {spec.title}, which has no fast decoding yet",
+                f"layer {layer} is {title}, which has no fast decoding yet",
                 "model.generate takes the model as it is",
             )
 

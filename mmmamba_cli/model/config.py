@@ -18,6 +18,7 @@ from mmmamba_cli.architecture import (
     derived_fields,
     mixers_problem,
     normalize_mixers,
+    options_problem,
     resolve_mixers,
     tile_options_problem,
 )
@@ -140,9 +141,11 @@ class HolisticVLMConfig(PreTrainedConfig):
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types[{index}] is {kind!r}, allowed are {LAYER_TYPES}")
-        problem = mixers_problem(
-            self.layer_types, self.mixers, self.mixer_config
-        ) or tile_options_problem(self)
+        problem = (
+            options_problem(self.mixer_config)
+            or mixers_problem(self.layer_types, self.mixers, self.mixer_config)
+            or tile_options_problem(self)
+        )
         if problem is not None:
             raise ValueError(problem)
         self.mixers = normalize_mixers(self.layer_types, self.mixers)

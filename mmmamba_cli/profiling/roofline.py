@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmmamba_cli.architecture import cache_bytes, spec_of
+from mmmamba_cli.architecture import kv_cache_bytes, layer_cache_bytes, spec_of
 from mmmamba_cli.devices import translate_out_of_memory
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.interfaces import Cost
@@ -117,13 +117,17 @@ def minimum_cost(
     the T x T scores, and one update and one read-out of the state per column.
     """
     columns = context if prefill else 1
-    cache = cache_bytes(config, batch, context, dtype.itemsize)
-    size = weights.bytes + cache.kv_cache + cache.ssm_state * (1 if prefill else 2)
+    caches = layer_cache_bytes(config, batch, context, dtype.itemsize)
+    size = weights.bytes
     rows = batch * columns
     # Only the last column of a prompt needs logits.
     operations = MULTIPLY_ADD * (rows * weights.block_elements + batch * weights.head_elements)
     for layer in range(config.num_hidden_layers):
         stack, spec = config.stack_of(layer), spec_of(config, layer)
+        # A window has room for more columns than a short context fills.
+        filled = kv_cache_bytes(stack, batch, context, dtype.itemsize)
+        size += min(caches[layer].kv_cache, filled)
+        size += caches[layer].ssm_state * (1 if prefill else 2)
         products = spec.operations(stack, config.mixer_config, columns, context)
         operations += batch * MULTIPLY_ADD * products
     return Cost(size, operations)

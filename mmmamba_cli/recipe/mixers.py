@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from mmmamba_cli.architecture import LINEAR, MixerConfig, default_mixer, mixer_specs
+from mmmamba_cli.architecture import LINEAR, OPTION_RANGES, MixerConfig, default_mixer, mixer_specs
 from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.recipe.layers import layer_list_problem
 from mmmamba_cli.recipe.problems import Allowed, format_value, join_or, suggest
@@ -87,8 +87,8 @@ class Mixer(Section):
     )
     conv_width: int = Field(
         default=2,
-        ge=1,
-        le=16,
+        ge=OPTION_RANGES["conv_width"][0],
+        le=OPTION_RANGES["conv_width"][1],
         description="Taps of the causal depthwise convolution over [v, k, q].",
     )
     d_skip: bool = Field(
@@ -100,10 +100,16 @@ class Mixer(Section):
         default=True, description="Scale what is written to the state by the step size dt."
     )
     window: int = Field(
-        default=256, ge=1, le=2**20, description="Columns that a window sees, the last included."
+        default=256,
+        ge=OPTION_RANGES["window"][0],
+        le=OPTION_RANGES["window"][1],
+        description="Columns that a window sees, the last included.",
     )
     sinks: int = Field(
-        default=0, ge=0, le=2**16, description="First columns that a window always sees."
+        default=0,
+        ge=OPTION_RANGES["sinks"][0],
+        le=OPTION_RANGES["sinks"][1],
+        description="First columns that a window always sees.",
     )
     sink_logits: bool = Field(
         default=False, description="A learned logit per head in the denominator of a window."

@@ -58,6 +58,16 @@ def test_mixers_that_are_not_the_default(
     assert layers == {"gated_delta": [0, 1, 2], "kda": [3]}
 
 
+def test_options_of_mixers(inspect: Inspect, student_run: Path, tmp_path: Path) -> None:
+    assert "\noptions " not in inspect("seed", "--run", student_run).out
+    small_model("mwam", input_step=False, window=8).save_pretrained(tmp_path)
+    done = inspect(tmp_path)
+    shown = "options    input_step false, window 8, sinks 0, sink_logits false\n"
+    assert shown in done.out, done.err
+    reason = "Mamba-2 with mixer.input_step False has no fast decoding\n"
+    assert f"decoding   token by token by generate: {reason}" in done.out
+
+
 def test_default_is_the_current_product(inspect: Inspect, student_run: Path) -> None:
     resolve = inspect("seed", "--run", student_run)
     assert inspect("--run", student_run).out == resolve.out

@@ -100,7 +100,9 @@ def test_a_student_in_which_nothing_learns_is_refused() -> None:
     for loss in LOSSES:
         with pytest.raises(RecipeError, match="are sliding-window attention, which has no") as said:
             trainable_names(stage(loss, learns="new"), config, names)
-        assert said.value.hint == "take learns: new+qkv, or leave out the stage"
+        assert (
+            said.value.hint == "give --set stages.s.learns=new+qkv, or a recipe without this stage"
+        )
     chosen = trainable_names(stage("kl", learns="new+qkv"), config, names)
     assert len(chosen) == 3 * 3
     with pytest.raises(RecipeError, match="trainable: paper leaves out A_log and dt_bias"):

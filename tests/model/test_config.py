@@ -116,3 +116,23 @@ def test_sizes_that_contradict_the_stacks_are_refused(name: str) -> None:
         HolisticVLMConfig.from_dict(wrong)
     with pytest.raises(CheckpointError, match=f"{name} is 7, but its stacks give"):
         to_architecture(wrong, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("window", 0, "a whole number from 1 to 1048576"),
+        ("window", "8", "a whole number from 1 to 1048576"),
+        ("sinks", -1, "a whole number from 0 to 65536"),
+        ("sinks", True, "a whole number from 0 to 65536"),
+        ("conv_width", 0, "a whole number from 1 to 16"),
+        ("sink_logits", "no", "true or false"),
+    ],
+)
+def test_invalid_options_are_refused(option: str, value: object, expected: str) -> None:
+    wrong = {**BEFORE, "mixer": {option: value}}
+    sentence = f"mixer.{option} is {value!r}, expected {expected}"
+    with pytest.raises(ValueError, match=sentence):
+        HolisticVLMConfig.from_dict(wrong)
+    with pytest.raises(CheckpointError, match=sentence):
+        to_architecture(wrong, "config.json")

@@ -55,6 +55,20 @@ def test_a_decode_step_reads_weights_keys_and_states() -> None:
     assert more.operations == 3 * cost(1, 100).operations
 
 
+def test_a_window_reads_no_more_columns_than_there_are() -> None:
+    model = small_model("wwww", window=8, sinks=2)
+    weights = count_weights(model)
+
+    def cached(context: int, prefill: bool = False) -> int:
+        cost = minimum_cost(model.config, weights, torch.float32, 1, context, prefill)
+        return cost.bytes - weights.bytes
+
+    # Keys and values of two heads of 8 in fp32, in four layers.
+    column = 4 * 2 * 2 * 8 * 4
+    assert [cached(n) for n in (0, 3, 10, 100)] == [0, 3 * column, 10 * column, 10 * column]
+    assert cached(3, prefill=True) == 3 * column
+
+
 def test_prefill_counts_causal_scores_and_one_row_of_logits() -> None:
     model = small_model("aa")
     weights = count_weights(model)
