@@ -118,6 +118,32 @@ def test_extreme_decays_give_right_gradients_in_fp32(kind, backend, decay):
 
 
 @kinds
+@pytest.mark.parametrize("decays", ["weak", "strong and weak"])
+def test_long_texts_in_fp32(kind, decays):
+    """As the fp64 recurrence over 512 tokens, and finite over 4,096."""
+    case = make_recurrence(
+        kind, 4, batch=1, length=4096, kv_heads=1, value_dim=8, state_dim=8, optional=False
+    )
+    uniform = torch.rand(case.log_decay.shape, generator=torch.Generator().manual_seed(4))
+    strong = (uniform < 0.1) & (decays != "weak")
+    case.log_decay = torch.where(strong, -40.0, -1e-4 * uniform).double()
+    # As in training with bf16: values, keys and queries are rounded, decays are not.
+    for name in ("v", "k", "q"):
+        setattr(case, name, getattr(case, name).bfloat16().double())
+    start = case.span(0, torch.arange(512))
+    low, high = start.to(torch.float32).with_gradients(), start.with_gradients()
+    found, expected = low.run(backend="chunked"), high.run(backend="recurrent")
+    assert_close(found, expected, 1e-6)
+    loss(*found).backward()
+    loss(*expected).backward()
+    for name, gradient in low.gradients().items():
+        assert relative_error(gradient, high.gradients()[name]) < 5e-6, name
+    case = case.to(torch.float32).with_gradients()
+    loss(*case.run(backend="chunked")).backward()
+    assert all(gradient.isfinite().all() for gradient in case.gradients().values())
+
+
+@kinds
 @backends
 def test_grouped_heads_equal_repeated_ones(kind, backend):
     case = make_recurrence(kind, 2, length=21, kv_heads=2, groups=3)
