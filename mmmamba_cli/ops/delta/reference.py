@@ -6,10 +6,11 @@ c chunks of Q tokens each. Query head h reads key/value head h // G.
 All arithmetic is fp32, or fp64 if v is fp64; autocast is disabled inside.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mmmamba_cli.ops.backends import compute_dtype, without_autocast
 from mmmamba_cli.ops.channel_decay import decayed_block
@@ -200,14 +201,39 @@ def _scan_chunks(state: Tensor, transition: Tensor, added: Tensor) -> tuple[Tens
 
     A chunk multiplies the state by `transition` (c, B, H, N, N) and adds `added` (c, B, H, P, N).
     """
-    shape, state = state.shape, state.flatten(0, 1)
-    entering = []
-    for transition_c, added_c in zip(
-        transition.flatten(1, 2).unbind(0), added.flatten(1, 2).unbind(0), strict=True
-    ):
-        entering.append(state)
-        state = torch.baddbmm(added_c, state, transition_c)
-    return torch.stack(entering).unflatten(1, shape[:2]), state.view(shape)
+    entering, final = _ChunkScan.apply(
+        state.flatten(0, 1), transition.flatten(1, 2), added.flatten(1, 2)
+    )
+    return entering.unflatten(1, state.shape[:2]), final.view(state.shape)
+
+
+class _ChunkScan(torch.autograd.Function):
+    """The recurrence of `_scan_chunks` for (B H, P, N), (c, B H, N, N) and (c, B H, P, N).
+
+    Autograd would keep each state twice. Here both passes launch one kernel per chunk, and the
+    gradients of all transitions are one product. It is differentiable once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, state: Tensor, transition: Tensor, added: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        states = torch.cat((state.unsqueeze(0), added))
+        for chunk, transition_c in enumerate(transition.unbind(0)):
+            states[chunk + 1].baddbmm_(states[chunk], transition_c)
+        ctx.save_for_backward(states, transition)
+        # Copy: a view in a cache would keep the states of all chunks alive.
+        return states[:-1], states[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_entering: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        states, transition = ctx.saved_tensors
+        with without_autocast(d_final):
+            d_states = torch.cat((d_entering, d_final.unsqueeze(0)))
+            for chunk in reversed(range(len(transition))):
+                d_states[chunk].baddbmm_(d_states[chunk + 1], transition[chunk].mT)
+            return d_states[0], states[:-1].mT @ d_states[1:], d_states[1:]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
