@@ -9,11 +9,12 @@ whatever the split into micro batches and processes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 from torch import Tensor
 
-from mmmamba_cli.architecture import mixer_spec
+from mmmamba_cli.architecture import mixer_spec, parameter_shapes
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.kl_loss import LogitsKL
 from mmmamba_cli.distill.layer_losses import (
@@ -117,8 +118,12 @@ def _suggest_learns(
     stage: Stage, objective: LayerwiseLoss, trainable: Sequence[str], config: HolisticVLMConfig
 ) -> str:
     """The `--set` option that restricts `learns` to the parameters the loss depends on."""
-    reached = [name for name in trainable if objective.depends_on(name)]
-    # In a hybrid, a pattern over all layers would also match the projections of attention.
-    if len(objective.layers) == len(config.layer_types):
-        reached = [f"*.{'.'.join(name.split('.')[3:])}" for name in reached]
-    return f"--set 'stages.{stage.name}.learns=[{', '.join(sorted(set(reached)))}]'"
+    reached = {name for name in trainable if objective.depends_on(name)}
+    names = tuple(parameter_shapes(config))
+    listed = set()
+    for name in reached:
+        # In a hybrid, a pattern over all layers would also match the projections of attention.
+        pattern = f"*.{'.'.join(name.split('.')[3:])}"
+        matched = {other for other in names if fnmatchcase(other, pattern)}
+        listed.add(pattern if matched <= reached else name)
+    return f"--set 'stages.{stage.name}.learns=[{', '.join(sorted(listed))}]'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmmamba_cli.architecture import LINEAR, mixer_spec
 from mmmamba_cli.distill.stage_attempt import DistillOptions, OverwriteLog, command_digest
 from mmmamba_cli.distill.stage_runner import (
     TRAINING_FOLDER,
@@ -16,7 +17,14 @@ from mmmamba_cli.distill.training_state import data_digests
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import RecipeError, RunError
 from mmmamba_cli.hybridize import hybridize, planned_product_name
-from mmmamba_cli.recipe import Recipe, Stage, attention_layers, dump_recipe, layer_mixers
+from mmmamba_cli.recipe import (
+    Recipe,
+    Stage,
+    attention_layers,
+    dump_recipe,
+    layer_mixers,
+    mixer_options,
+)
 from mmmamba_cli.runs import Manifest, Run
 
 
@@ -162,12 +170,13 @@ def choose_start_product(
 
 
 def check_mixers(run: Run, recipe: Recipe, product: Manifest) -> None:
-    """Check that the linear layers of a product have the mixers of the recipe.
+    """Check that the linear layers of a product have the mixers of the recipe, and their options.
 
-    Mixers are chosen at seeding; a recipe that names others would describe another student.
+    Both are chosen at seeding; a recipe that names others would describe another student.
 
     Raises:
-        RecipeError: a layer with another mixer, or a layer of the recipe that the product lacks.
+        RecipeError: a layer with another mixer, a layer of the recipe that the product lacks, or
+            another value of an option that the product's mixers read.
     """
     config = run.open_product(product.name).architecture
     mixers = layer_mixers(recipe.mixer.kind, recipe.layers.mixers, config.num_hidden_layers)
@@ -178,6 +187,15 @@ def check_mixers(run: Run, recipe: Recipe, product: Manifest) -> None:
                 f"has {found}",
                 "seed another --run with this recipe, or give mixer.kind and layers.mixers as "
                 "they were at seeding",
+            )
+    wanted_options, options = mixer_options(recipe.mixer), config.mixer_config
+    specs = map(mixer_spec, config.mixer_names)
+    for option in sorted({o for spec in specs if spec.layer_type == LINEAR for o in spec.options}):
+        value, seeded = getattr(wanted_options, option), getattr(options, option)
+        if value != seeded:
+            raise RecipeError(
+                f"mixer.{option}: is {value}, but {product.name!r} was seeded with {seeded}",
+                "seed another --run with this recipe, or give the option as it was at seeding",
             )
 
 

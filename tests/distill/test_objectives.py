@@ -283,6 +283,22 @@ def test_trainable_parameters_without_gradient_are_refused(
     build_objective(settings, config, trainable_names(settings, config, names))
 
 
+def test_suggested_patterns_hold_for_several_mixers() -> None:
+    model = small_model("amkw", sink_logits=True)
+    names = [name for name, _ in model.named_parameters()]
+    settings = stage("matrix-orientation", learns="new+qkv")
+    learning = trainable_names(settings, model.config, names)
+    with pytest.raises(RecipeError, match="does not depend on") as caught:
+        build_objective(settings, model.config, learning)
+    patterns = str(caught.value.hint).partition("=[")[2].removesuffix("]'").split(", ")
+    assert {"*.mixer.conv1d.weight", "*.mixer.sink_logits"} < set(patterns)
+    # Layer 0 is attention, whose projections do not learn.
+    assert "model.layers.1.mixer.q_proj.weight" in patterns
+    settings = stage("matrix-orientation", learns=tuple(patterns))
+    found = trainable_names(settings, model.config, names)
+    assert build_objective(settings, model.config, found).layers == (1, 2, 3)
+
+
 def test_channels_without_a_gradient_are_not_decayed(tmp_path: Path) -> None:
     """Matrix orientation does not depend on the value channels of the convolution."""
     job = make_job(tmp_path, "matrix-orientation", steps=5, lr=0.1)

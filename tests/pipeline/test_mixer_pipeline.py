@@ -200,6 +200,7 @@ def test_layers_of_several_mixers(material: Path, tmp_path: Path, mmmamba: Comma
         ("mixer.kind=kda", "the recipe gives layer 1 the mixer kda, but in 'hybrid-at-0' it has "),
         ("layers.mixers={gla: [2]}", "the recipe gives layer 2 the mixer gla, but in "),
         ("layers.mixers={gla: [5]}", "layers.mixers.gla[0]: is 5"),
+        ("mixer.conv_width=4", "mixer.conv_width: is 4, but 'hybrid-at-0' was seeded with 2"),
     ],
 )
 def test_a_recipe_of_other_mixers_is_refused(
