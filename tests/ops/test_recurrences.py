@@ -145,6 +145,13 @@ def test_long_texts_in_fp32(kind, decays):
 
 @kinds
 @backends
+def test_the_final_state_keeps_no_other_state_alive(kind, backend):
+    _, state = make_recurrence(kind, 1, length=40).run(chunk_size=8, backend=backend)
+    assert state.untyped_storage().nbytes() == state.nbytes
+
+
+@kinds
+@backends
 def test_grouped_heads_equal_repeated_ones(kind, backend):
     case = make_recurrence(kind, 2, length=21, kv_heads=2, groups=3)
     repeated = Recurrence(kind, **case.tensors())
