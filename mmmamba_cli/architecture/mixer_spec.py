@@ -102,8 +102,8 @@ def _import_mixers() -> None:
 
 
 def join_and(names: Iterable[str]) -> str:
-    """`a`, `a and b` or `a, b and c`."""
-    *others, last = names
+    """`a`, `a and b` or `a, b and c`; the empty string for no names."""
+    *others, last = tuple(names) or ("",)
     return f"{', '.join(others)} and {last}" if others else last
 
 

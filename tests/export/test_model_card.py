@@ -16,6 +16,7 @@ from mmmamba_cli.export import export_checkpoint
     [
         ("ammm", "A hybrid: attention in layer 0 of 4, Mamba-2 in the others."),
         ("aamk", "A hybrid: attention in layers 0, 1 of 4, Mamba-2 and Kimi delta attention in"),
+        ("aaaa", "A model with attention in all 4 layers."),
         ("kdmd", "model: Gated DeltaNet, Kimi delta attention and Mamba-2 in all 4 layers."),
     ],
 )
