@@ -5,12 +5,11 @@ Q tokens each.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def chunk_layout(length: int, chunk_size: int) -> tuple[int, int]:
@@ -62,37 +61,10 @@ def scan_chunks(state: Tensor, decay: Tensor, added: Tensor) -> tuple[Tensor, Te
     """Initial states of all chunks (B, c, H, P, N) and the final state (B, H, P, N).
 
     `decay` (B, c, H, 1, 1 or N) is the decay over a whole chunk; `added` (B, c, H, P, N) is the
-    contribution of the chunk's tokens to the state at its end. Differentiable once.
+    contribution of the chunk's tokens to the state at its end.
     """
-    entering, final = _ChunkScan.apply(state, decay, added)
-    return entering, final
-
-
-class _ChunkScan(torch.autograd.Function):
-    """See `scan_chunks`.
-
-    Autograd would keep each state twice. Here both passes launch one kernel per chunk, and the
-    gradients of all decays are one sum.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, state: Tensor, decay: Tensor, added: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        states = torch.cat((state.unsqueeze(1), added), dim=1)
-        for chunk, decay_c in enumerate(decay.unbind(1)):
-            states[:, chunk + 1].addcmul_(decay_c, states[:, chunk])
-        ctx.save_for_backward(states, decay)
-        # Copy: a view in a cache would keep the states of all chunks alive.
-        return states[:, :-1], states[:, -1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_entering: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        states, decay = ctx.saved_tensors
-        d_states = torch.cat((d_entering, d_final.unsqueeze(1)), dim=1)
-        for chunk in reversed(range(decay.shape[1])):
-            d_states[:, chunk].addcmul_(decay[:, chunk], d_states[:, chunk + 1])
-        d_added = d_states[:, 1:]
-        d_decay = (states[:, :-1] * d_added).sum_to_size(decay.shape)
-        return d_states[:, 0], d_decay, d_added
+    entering = []
+    for decay_c, added_c in zip(decay.unbind(1), added.unbind(1), strict=True):
+        entering.append(state)
+        state = torch.addcmul(added_c, decay_c, state)
+    return torch.stack(entering, dim=1), state
