@@ -59,18 +59,15 @@ def bundle_files(entries: Iterable[str] | None = None) -> dict[str, str]:
     Raises `ValueError`, a bug, for a module that imports more than `DEPENDENCIES`, and for files
     that would import each other.
     """
-    entries = [*ENTRY_MODULES, *_registered_modules()] if entries is None else entries
+    if entries is None:
+        mixers = (
+            f"{package}.{module.name}"
+            for package in REGISTERED_PACKAGES
+            for module in pkgutil.iter_modules([str(_source(package).parent)])
+        )
+        entries = (*ENTRY_MODULES, *mixers)
     bundle = _Bundle(_collect(entries))
     return {f"{name}.py": bundle.text(name) for name in sorted(bundle.files)}
-
-
-def _registered_modules() -> list[str]:
-    """The modules of `REGISTERED_PACKAGES`."""
-    return [
-        f"{package}.{module.name}"
-        for package in REGISTERED_PACKAGES
-        for module in pkgutil.iter_modules([str(_source(package).parent)])
-    ]
 
 
 def file_of(module: str) -> str:
@@ -202,7 +199,10 @@ class _Bundle:
             [
                 f"# Code of mmmamba {__version__}, written out by `mmmamba export`.",
                 "" if plain else "from __future__ import annotations\n",
-                *(_import_line(other, names) for other, names in sorted(needed.items())),
+                *(
+                    f"from .{other} import {', '.join(sorted(names))}"
+                    for other, names in sorted(needed.items())
+                ),
                 *parts,
                 "",
             ]
@@ -241,7 +241,10 @@ class _Bundle:
         for target in self._targets(node):
             if self.file_of(target[0]) != file:
                 others[self.file_of(target[0])].add(self.exported_name(target))
-        lines = [indent + _import_line(other, names) for other, names in sorted(others.items())]
+        lines = [
+            indent + f"from .{other} import {', '.join(sorted(names))}"
+            for other, names in sorted(others.items())
+        ]
         return "\n".join(lines) or f"{indent}pass"
 
     def _targets(self, node: ast.stmt) -> Iterator[Target]:
@@ -302,10 +305,6 @@ def _attribute(module: str, name: str) -> Any:
 def _qualified_name(name: str, module: str) -> str:
     suffix = "_".join(module.split(".")[2:] or module.split(".")[-1:])
     return f"{name}_{suffix.upper() if name.isupper() else suffix}"
-
-
-def _import_line(file: str, names: Iterable[str]) -> str:
-    return f"from .{file} import {', '.join(sorted(names))}"
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
