@@ -210,13 +210,7 @@ class _Bundle:
 
     def exported_name(self, target: Target) -> str:
         """The name of a target in the exported code."""
-        module, name = target
-        while (module, name) not in self._exported_names:
-            found = self._modules[module].bindings.get(name or "")
-            if found is None or found[1] is None:
-                raise ValueError(f"{module} has no {name} that exported code could use")
-            module, name = found
-        return self._exported_names[(module, name)]
+        return self._exported_names[self._defining_module(target)]
 
     def _module_text(self, module: _Module, file: str) -> str:
         edits = list(rename_edits(module.tree, module.bindings, imported, self.exported_name))
@@ -262,7 +256,7 @@ class _Bundle:
         module, name = target
         while (module, name) not in self._exported_names:
             found = self._modules[module].bindings.get(name or "")
-            if found is None:
+            if found is None or found[1] is None:
                 raise ValueError(f"{module} has no {name} that exported code could use")
             module, name = found
         return module, name
