@@ -144,7 +144,9 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
     """
     errors: SimpleQueue[_Failure] = get_context("spawn").SimpleQueue()
     # The launcher hosts the store of the process group: it gets a free port and outlives all ranks.
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    # Its threads must not take an interrupt while processes are started, which would raise here.
+    with block_interrupts():
+        store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     ranks = range(processes)
     with ExitStack() as stack:
         logs = stack.enter_context(TemporaryDirectory(prefix="mmmamba-"))

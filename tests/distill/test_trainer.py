@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,6 +198,24 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     with pytest.raises(RunError, match="step-00000002 is damaged: it cannot be read"):
         run(job, Progress(step=2))
+
+
+class EnumsByGetattr(pickle.Pickler):
+    """Pickles members of enums as Python before 3.11.4 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_a_state_of_an_older_python_is_read(tmp_path: Path) -> None:
+    run(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
+    job = make_job(tmp_path, "mixer-mse", steps=4)
+    index = job.states.path(2) / ".metadata"
+    written = io.BytesIO()
+    EnumsByGetattr(written).dump(pickle.loads(index.read_bytes()))
+    assert b"getattr" in written.getvalue()
+    index.write_bytes(written.getvalue())
+    run(job, Progress(step=2))
 
 
 def test_a_half_written_state_is_ignored_and_named(tmp_path: Path) -> None:
