@@ -297,7 +297,7 @@ def measure_mixer(
 
 
 def times_first(rows: dict[str, Any], first: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Seconds of ours over those of the first mixer, by stage and length."""
+    """Ratio of the step time of a mixer to that of the first mixer, by stage and length."""
     found: dict[str, dict[str, float]] = {}
     for stage, lengths in rows.items():
         for length, row in lengths.items():

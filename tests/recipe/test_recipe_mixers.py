@@ -20,7 +20,7 @@ FAULTS = {
         "mixer.kind=attention",
         f"mixer.kind: is 'attention', must be one of {', '.join(KINDS)}",
     ),
-    "option nobody reads": (
+    "option that no mixer has": (
         "mixer.window=128",
         "mixer.window: is 128, but Mamba-2 has no such option",
     ),
