@@ -38,6 +38,8 @@ class MixerSpec:
         matrix_parameters: parameters, or prefixes of their names, that the mixing matrix depends
             on, and those of which it depends on some elements only.
         fp32_parameters: parameters of the mixer that stay fp32 in a model of a narrower dtype.
+        decay_parameters: parameters of the decay outside of projections; `trainable: paper` freezes
+            them in KL stages.
         is_default: whether it is the mixer of its layer type where a config names none.
         is_packed: from the options: whether `inference.mixers` has its step over packed weights.
     """
@@ -52,6 +54,7 @@ class MixerSpec:
     matrix_parameters: tuple[str, ...]
     partial_matrix_parameters: tuple[str, ...] = ()
     fp32_parameters: frozenset[str] = frozenset()
+    decay_parameters: frozenset[str] = frozenset()
     is_default: bool = False
     is_packed: Callable[[MixerConfig], bool] = lambda options: False
 

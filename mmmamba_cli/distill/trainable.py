@@ -26,7 +26,6 @@ from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.recipe import LoRA, Stage
 
 OUTPUT = ("o_proj",)
-FROZEN_IN_PAPER = ("A_log", "dt_bias")
 # Name that peft gives the adapter inside a module.
 ADAPTER = "default"
 
@@ -36,7 +35,8 @@ def trainable_names(stage: Stage, config: HolisticVLMConfig, names: Collection[s
 
     `learns: new` selects the parameters that a linear mixer has and attention has not; `new+qkv`
     adds W_Q, W_K and W_V with their biases and norms; both in linear layers only. Patterns are
-    shell patterns over all names.
+    shell patterns over all names. `trainable: paper` leaves `MixerSpec.decay_parameters` out of
+    stages with the KL loss.
 
     Raises:
         RecipeError: a pattern matches nothing, or no parameter is selected.
@@ -47,7 +47,7 @@ def trainable_names(stage: Stage, config: HolisticVLMConfig, names: Collection[s
     else:
         chosen = _matching(stage, names)
     if stage.trainable == "paper" and stage.loss == "kl":
-        chosen = [n for n in chosen if not n.endswith(FROZEN_IN_PAPER)]
+        chosen = [n for n in chosen if not _is_decay(n, config)]
     if not chosen:
         raise _nothing_learns(stage, config)
     return sorted(chosen)
@@ -57,8 +57,9 @@ def _nothing_learns(stage: Stage, config: HolisticVLMConfig) -> RecipeError:
     """Why no parameter of the student was selected."""
     where = f"stages.{stage.name}.learns: nothing learns:"
     if not isinstance(stage.learns, str):
+        decays = {d for n in config.mixer_names for d in mixer_spec(n).decay_parameters}
         return RecipeError(
-            f"{where} trainable: paper leaves out {' and '.join(FROZEN_IN_PAPER)}",
+            f"{where} trainable: paper leaves out {join_and(sorted(decays))}",
             "name other parameters, or take trainable: default",
         )
     if LINEAR not in config.layer_types:
@@ -90,14 +91,27 @@ def layers_per_parameter(names: Iterable[str]) -> dict[str, int]:
 
 
 def _is_new(name: str, config: HolisticVLMConfig, with_qkv: bool) -> bool:
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"] or parts[3] != "mixer":
-        return False
-    if config.layer_types[int(parts[2])] != LINEAR or parts[4] in OUTPUT:
+    layer, inner = _layer_and_parameter(name)
+    if layer is None or config.layer_types[layer] != LINEAR or inner.split(".")[0] in OUTPUT:
         return False
     attention = mixer_spec(default_mixer(ATTENTION)).parameter_shapes
-    inherited = attention(config.stack_of(int(parts[2])), config.mixer_config, config.hidden_size)
-    return with_qkv or ".".join(parts[4:]) not in inherited
+    inherited = attention(config.stack_of(layer), config.mixer_config, config.hidden_size)
+    return with_qkv or inner not in inherited
+
+
+def _is_decay(name: str, config: HolisticVLMConfig) -> bool:
+    layer, inner = _layer_and_parameter(name)
+    if layer is None:
+        return False
+    return inner in mixer_spec(config.mixer_names[layer]).decay_parameters
+
+
+def _layer_and_parameter(name: str) -> tuple[int | None, str]:
+    """The layer of a mixer's parameter and its name in the mixer; None for other parameters."""
+    parts = name.split(".")
+    if parts[:2] != ["model", "layers"] or parts[3] != "mixer":
+        return None, name
+    return int(parts[2]), ".".join(parts[4:])
 
 
 def _matching(stage: Stage, names: Collection[str]) -> list[str]:

@@ -48,7 +48,7 @@ from mmmamba_cli.ops.ssd.dispatch import LIMITS
 
 CHANNELS = 2 * DIM + 1
 # Ops of decoding besides those named `_step`; ops of decoding need no gradients.
-DECODING_OPS = frozenset({"likeliest", "project"})
+DECODING_OPS = frozenset({"greedy_argmax", "project"})
 EPS = 1e-5
 # Ops with backends of other libraries, with the limits of these.
 LIBRARY_OPS = {"ssd": LIMITS, "delta_rule": RECURRENCE_LIMITS, "gla": RECURRENCE_LIMITS}
@@ -71,7 +71,7 @@ def op_specs() -> list[OpSpec]:
         "gated_rms_norm": ("reference", _gated_norm_cases),
         "attention": ("reference", _attention_cases),
         "attention_step": ("reference", _attention_step_cases),
-        "likeliest": ("reference", _argmax_cases),
+        "greedy_argmax": ("reference", _argmax_cases),
         "mixer_step": ("reference", _mixer_step_cases),
         "project": ("reference", _project_cases),
         "rms_norm": ("reference", _norm_cases),

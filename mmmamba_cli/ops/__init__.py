@@ -66,8 +66,7 @@ BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "gla": GLA_BACKENDS,
     "gla_matrix": GLA_MATRIX_BACKENDS,
     "gla_step": GLA_STEP_BACKENDS,
-    # Named as in reports of `mmmamba doctor`.
-    "likeliest": GREEDY_ARGMAX_BACKENDS,
+    "greedy_argmax": GREEDY_ARGMAX_BACKENDS,
     "mixer_step": MIXER_STEP_BACKENDS,
     "project": PROJECT_BACKENDS,
     "rms_norm": RMS_NORM_BACKENDS,

@@ -277,8 +277,8 @@ class Stage(Section):
     )
     trainable: Literal["default", "paper"] = Field(
         default="default",
-        description="paper: leave A_log and dt_bias out wherever the loss is kl, as the authors' "
-        "code does.",
+        description="paper: leave the vectors of the decay (A_log and dt_bias, or decay_bias) out "
+        "wherever the loss is kl, as the authors' code does.",
     )
     lora: LoRA | None = Field(
         default=None, description="Adapters; for loss: kl only, null for none."

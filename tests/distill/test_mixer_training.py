@@ -13,7 +13,8 @@ from small_distillation import batch_of, packed
 from test_objectives import LOSSES, ROWS, gradients, stage
 from test_window_layers import learning_pair
 
-from mmmamba_cli.architecture import is_fp32_parameter
+from mmmamba_cli.architecture import is_fp32_parameter, mixer_specs
+from mmmamba_cli.architecture.gated import matrix_state_bytes
 from mmmamba_cli.distill.objective import Objective, build_objective
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.trainable import (
@@ -105,11 +106,21 @@ def test_checkpointed_layers_give_the_same_gradients(plan: str) -> None:
 def test_the_paper_freezes_decays_in_kl_only() -> None:
     student = small_model("mdkg")
     names = [name for name, _ in student.named_parameters()]
+    decays = {(layer, name) for layer in "012" for name in ("A_log", "dt_bias")}
+    decays.add(("3", "decay_bias"))
     for loss in ("mixer-mse", "kl"):
         chosen = trainable_names(stage(loss, trainable="paper"), student.config, names)
         usual = trainable_names(stage(loss), student.config, names)
-        frozen = {name.rpartition(".")[2] for name in {*usual} - {*chosen}}
-        assert frozen == ({"A_log", "dt_bias"} if loss == "kl" else set())
+        frozen = [name.split(".") for name in {*usual} - {*chosen}]
+        assert {(layer, name) for *_, layer, _, name in frozen} == (
+            decays if loss == "kl" else set()
+        )
+
+
+def test_every_recurrent_mixer_names_its_decay() -> None:
+    for spec in mixer_specs().values():
+        assert bool(spec.decay_parameters) == (spec.cache_bytes is matrix_state_bytes), spec.name
+        assert spec.decay_parameters <= spec.fp32_parameters
 
 
 def test_adapters_on_every_projection() -> None:

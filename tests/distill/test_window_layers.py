@@ -109,6 +109,10 @@ def test_a_student_in_which_nothing_learns_is_refused() -> None:
         config = small_model("mmmm").config
         names = [name for name, _ in small_model("mmmm").named_parameters()]
         trainable_names(stage("kl", learns=("*.A_log",), trainable="paper"), config, names)
+    with pytest.raises(RecipeError, match="paper leaves out A_log, decay_bias and dt_bias"):
+        config = small_model("mgga").config
+        names = [name for name, _ in small_model("mgga").named_parameters()]
+        trainable_names(stage("kl", learns=("*.decay_bias",), trainable="paper"), config, names)
 
 
 def test_adapters_are_in_the_mixers_that_learn() -> None:

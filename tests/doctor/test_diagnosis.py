@@ -53,9 +53,7 @@ def test_requirements_equal_those_of_pyproject() -> None:
 
 def test_every_public_op_has_backends_and_cases() -> None:
     functions = {name for name in ops.__all__ if name != "BACKENDS"}
-    # Reports keep the name of an earlier release.
-    names = {"likeliest" if name == "greedy_argmax" else name for name in functions}
-    assert set(ops.BACKENDS) == names
+    assert set(ops.BACKENDS) == functions
     for found in op_specs():
         assert found.cases, found.name
         assert found.reference in found.backends
@@ -78,8 +76,8 @@ def test_all_ops_pass_on_the_cpu_in_both_dtypes() -> None:
     assert all(check.status == "skipped" for check in every if check.backend in kernels)
     found = [check for check in every if check.backend not in kernels]
     assert all(check.status == "ok" for check in found), [c.sentence for c in found]
-    choosing = [c for c in found if c.op == "likeliest"]
-    found = [c for c in found if c.op != "likeliest"]
+    choosing = [c for c in found if c.op == "greedy_argmax"]
+    found = [c for c in found if c.op != "greedy_argmax"]
     assert [(c.forward, c.backward) for c in choosing] == [(0.0, 0.0)] * 2
     assert all(c.backward is not None and c.forward is not None for c in found)
     backends = {(c.op, c.backend) for c in every}

@@ -52,6 +52,7 @@ SPEC = register_spec(
         ),
         partial_matrix_parameters=("conv1d", "tile_taps"),
         fp32_parameters=frozenset({"A_log", "dt_bias", "beta_bias", "g_norm", "tile_taps"}),
+        decay_parameters=frozenset({"A_log", "dt_bias"}),
         is_packed=lambda options: True,
     )
 )

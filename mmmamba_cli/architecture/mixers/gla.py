@@ -48,5 +48,6 @@ SPEC = register_spec(
         ),
         partial_matrix_parameters=("conv1d", "tile_taps"),
         fp32_parameters=frozenset({"decay_bias", "g_norm", "tile_taps"}),
+        decay_parameters=frozenset({"decay_bias"}),
     )
 )

@@ -44,6 +44,7 @@ SPEC = register_spec(
         ),
         partial_matrix_parameters=("conv1d", "tile_taps"),
         fp32_parameters=frozenset({"A_log", "dt_bias", "D", "g_norm", "tile_taps"}),
+        decay_parameters=frozenset({"A_log", "dt_bias"}),
         is_default=True,
         is_packed=lambda options: options.input_step,
     )
