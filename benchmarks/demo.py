@@ -1,10 +1,10 @@
 """Demo of all commands on a laptop, in minutes: seed, distill, hybridize, eval, profile, report.
 
 `make demo` runs it on the shipped teacher of composed scenes; it ends with one HTML page. It
-resumes where it was stopped. Every step is a command of mmmamba, printed before it runs; only the
-token agreement with the teacher, on held-out lessons, is measured here. The seeded students and the
-unseeded one are trained in parallel, each with half of the threads, because such small steps gain
-little from more.
+resumes where it was stopped. Every step is a command of mmmamba, printed before it runs; what a
+student shares with its teacher on held-out lessons is measured by `demo_measurements.py`. The
+seeded students and the unseeded one are trained in parallel, each with half of the threads, because
+such small steps gain little from more.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from token_agreement import COMPARISONS, by_lesson
+from demo_measurements import HELD_OUT, HYBRID, LINEAR, SEEDED, UNSEEDED, is_measured, measure
 
-from mmmamba_cli.checkpoint import atomic_write_text, shipped_models
+from mmmamba_cli.checkpoint import shipped_models
 from mmmamba_cli.cli import main as run_command
 from mmmamba_cli.errors import MmmambaError, RunError
-from mmmamba_cli.runs import Run
-from mmmamba_cli.runs.manifest import utc_timestamp
 
 TEACHER, RECIPE = "scenes-teacher", "scenes-demo"
-SCENES, HELD_OUT, SEEDED, UNSEEDED = "scenes", "held-out", "seeded", "unseeded"
+SCENES = "scenes"
 LANES = (SEEDED, UNSEEDED)
-LINEAR, HYBRID, ATTENTION_LAYERS = "linear-stage3", "hybrid-2-stage3", 2
+ATTENTION_LAYERS = 2
 PICTURES, LESSONS, HELD_OUT_LESSONS = 8, 160, 60
 CONTEXTS, BUDGET = "256,1k,4k", 12
 MARKER, PAGE = "demo.json", "report.html"
@@ -138,34 +136,6 @@ def learning() -> tuple[str, ...]:
 
 def asking() -> tuple[str, ...]:
     return ("--suite", "scenes", "--data", SCENES)
-
-
-def compared(folder: Path, name: str) -> Path:
-    return folder / SEEDED / "comparisons" / f"{name}.json"
-
-
-def measure(folder: Path) -> None:
-    """Token agreement of each student with the teacher, by lesson."""
-    unseeded = f"{LINEAR} ({UNSEEDED})"
-    made = {LINEAR: (SEEDED, LINEAR), HYBRID: (SEEDED, HYBRID), unseeded: (UNSEEDED, LINEAR)}
-    products = {label: Run(folder / run).open_product(name) for label, (run, name) in made.items()}
-    found = by_lesson(
-        Run(folder / SEEDED).open_teacher(), products, folder / HELD_OUT / "lessons.jsonl"
-    )
-    for name, (title, metric) in COMPARISONS.items():
-        text = {
-            "format": 1,
-            "title": title,
-            "metric": metric,
-            "unit": "lesson",
-            "command": "python benchmarks/demo.py",
-            "created": utc_timestamp(),
-            "models": {label: shares[name] for label, shares in found.items()},
-            "compare": [[LINEAR, unseeded]],
-        }
-        place = compared(folder, name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(place, json.dumps(text, indent=1) + "\n")
 
 
 def perform(words: Sequence[str]) -> None:
@@ -297,8 +267,8 @@ def demo() -> None:
     side_by_side()
     work_through([one for one in listed[first:] if one[1].lane is None])
     total = len(listed) + 2
-    print(f"[{total - 1}/{total}] compare with the teacher, token by token", flush=True)
-    if not all(compared(Path(), name).is_file() for name in COMPARISONS):
+    print(f"[{total - 1}/{total}] compare with the teacher: tokens and layers", flush=True)
+    if not is_measured(Path()):
         began = time.perf_counter()
         measure(Path())
         print(f"({time.perf_counter() - began:.0f} s)\n", flush=True)

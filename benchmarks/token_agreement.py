@@ -80,6 +80,20 @@ def by_lesson(
     }
 
 
+def read_conversations(teacher: Checkpoint, lessons: Path, number: int) -> Batch:
+    """The first `number` conversations of lessons as one padded batch."""
+    processor = open_processor(teacher)
+    if processor is None:
+        raise RunError(f"{teacher.path} has no tokenizer")
+    encoder = SampleEncoder(processor, MAX_LENGTH, max_tiles=1)
+    corpus = open_corpus(lessons)
+    rows = [[encoder(corpus[i])] for i in range(min(number, len(corpus)))]
+    batch, bad = collate(rows, encoder.images, processor.pad_token_id)
+    if bad:
+        raise RunError(f"{lessons}: {bad[0].name}: {bad[0].reason}")
+    return batch.to("cpu")
+
+
 def lesson_numbers(lessons: Path) -> Tensor:
     """The lesson of each line, numbered from 0 in order of appearance."""
     lines = lessons.read_text(encoding="utf-8").splitlines()

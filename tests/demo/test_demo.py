@@ -270,11 +270,15 @@ def test_report_reads_the_comparison(
     demo: ModuleType, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (made / "unseeded").symlink_to(made / "seeded")
-    monkeypatch.setattr(demo, "LINEAR", "seed")
-    monkeypatch.setattr(demo, "HYBRID", "seed ")
+    measurements = importlib.import_module("demo_measurements")
+    monkeypatch.setattr(measurements, "LINEAR", "seed")
+    monkeypatch.setattr(measurements, "HYBRID", "seed ")
+    monkeypatch.setattr(measurements, "NUM_CONVERSATIONS", 6)
     monkeypatch.setattr(Run, "open_product", lambda self, name, real=Run.open_product: real(
         self, name.strip()))  # fmt: skip
+    assert not demo.is_measured(made)
     demo.measure(made)
+    assert demo.is_measured(made)
     remarks: list[str] = []
     found = read_comparisons(made / "seeded", remarks)
     assert remarks == []
@@ -287,6 +291,13 @@ def test_report_reads_the_comparison(
         assert one.compare == [("seed", "seed (unseeded)")]
         assert one.models["seed"] == one.models["seed (unseeded)"]
         assert all(0 <= right <= tokens for right, tokens in one.models["seed"])
+    measured = json.loads((made / "seeded" / "fidelity.json").read_text())
+    assert measured["inputs"] == "6 held-out conversations"
+    (seed,) = measured["products"].values()
+    assert seed["content_hash"] == Run(made / "seeded").product("seed").content_hash
+    assert [layer["layer"] for layer in seed["layers"]] == list(range(8))
+    # A seeded mixer is neither the attention nor unrelated to it.
+    assert all(0 < layer["cosine"] < 1 for layer in seed["layers"])
 
 
 def test_page_names_the_commands(demo: ModuleType) -> None:
