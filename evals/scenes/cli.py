@@ -16,6 +16,14 @@ from mmmamba_cli.cli.console import (
     print_table,
     progress,
 )
+from mmmamba_cli.cli.next_steps import (
+    SCENES_FOLDER,
+    NextSteps,
+    command_line,
+    default_run,
+    free_folder,
+    steps_after_drawing,
+)
 from mmmamba_cli.cli.options import AsJson, Overwrite
 
 if TYPE_CHECKING:
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
     from mmmamba_evals.scenes.world import World
 
 command = typer.Typer(
-    help="Composed scenes of real drawings: suites, lessons, contact sheets, a blind baseline.",
+    help="Draw scenes with questions: suites, lessons, contact sheets.",
     invoke_without_command=True,
 )
 command.callback()(help_if_bare)
@@ -71,9 +79,10 @@ def build(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write SCENES.tsv for evaluation, and lessons.jsonl with pictures for training."""
+    """Write SCENES.tsv for evaluation, lessons.jsonl for training."""
     from mmmamba_cli.checkpoint import atomic_folder
     from mmmamba_cli.checkpoint.atomic import check_replaceable, unlisted_files
+    from mmmamba_cli.runs import Run
     from mmmamba_evals.scenes.build import LESSONS, PICTURES, TABLE, write_lessons, write_suite
     from mmmamba_evals.scenes.sampling import SPLITS, available_categories
 
@@ -108,7 +117,7 @@ def build(
     out().print(f"{asked} questions about {total} pictures: {folder / TABLE}", soft_wrap=True)
     if lessons:
         out().print(f"{lessons} lessons: {folder / LESSONS}", soft_wrap=True)
-    out().print(f"next: mmmamba eval --suite scenes --data {folder}", soft_wrap=True)
+    steps_after_drawing(Run(default_run()), folder, folder / LESSONS if lessons else None).print()
 
 
 @command.command()
@@ -120,7 +129,10 @@ def sheet(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw a contact sheet, one column per category, and print questions to stdout."""
+    """Draw a contact sheet, one column per category.
+
+    Sample questions are printed to stdout.
+    """
     from random import Random
 
     from mmmamba_cli.errors import DataError
@@ -154,7 +166,10 @@ def blind(
     ] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Guess answers without the picture: all but the leaky control must be near 50 %."""
+    """Guess answers without the picture: a baseline.
+
+    All categories but the leaky control must be near 50 %.
+    """
     from mmmamba_evals.scenes.blind import CONTROL, LEVEL, blind_table
     from mmmamba_evals.scenes.shipped import STYLES
 
@@ -193,17 +208,20 @@ def fetch(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Build the full atlas from the vendors' npm packages, downloaded with your npm.
+    """Build the full atlas from the vendors' npm packages.
 
-    Downloads about 150 MB; every package is verified before it is read.
+    Your npm downloads about 150 MB; every package is verified before it is read.
     """
     from mmmamba_evals.scenes.fetch import fetch as fetch_atlases
+    from mmmamba_evals.scenes.fetch import pinned_packages
 
     with if_interrupted(
         f"styles that are complete stay in {folder}; fetch the others with --style"
     ):
         fetch_atlases(folder, style, overwrite=overwrite, say=lambda text: err().print(text))
-    out().print(f"next: mmmamba scenes build --atlas {folder}/STYLE --out DIR", soft_wrap=True)
+    first = folder / (style[0] if style else next(iter(pinned_packages())))
+    build_with_it = ("scenes", "build", "--atlas", first, "--out", free_folder(SCENES_FOLDER))
+    NextSteps((command_line(*build_with_it),)).print()
 
 
 def _verdict(p: float, tests: int) -> str:

@@ -10,31 +10,30 @@ from keyword import iskeyword
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import mmmamba_cli
 from mmmamba_cli.cli import JSON_OPTION
 from mmmamba_cli.cli.console import help_if_bare, print_json, print_text
 from mmmamba_cli.plugins import entry_points
 
+# The list of commands in `mmmamba --help`, by purpose.
+COMMAND_GROUPS = {
+    "Make models": ("seed", "distill", "hybridize", "import", "export"),
+    "Measure": ("eval", "profile", "inspect", "doctor", "status"),
+    "Look": ("report", "chat"),
+    "Material": ("data", "recipe", "scenes"),
+}
+PLUGIN_GROUP = "Commands of other packages"
+FIRST_STEP = "Start with: mmmamba seed scenes-teacher"
 # Command `name` is `command` in cli/name.py (name_.py for a Python keyword): a function, or a
 # typer.Typer for a group. --help imports these modules, so they import the library inside the
 # functions. Other packages add commands with entry points.
 PLUGINS = "mmmamba.commands"
-COMMANDS = (
-    "seed",
-    "distill",
-    "hybridize",
-    "eval",
-    "chat",
-    "profile",
-    "report",
-    "import",
-    "export",
-    "data",
-    "status",
-    "inspect",
-    "doctor",
-    "recipe",
+# Entry points of this project, listed beside its other commands.
+OWN_PLUGINS = ("scenes",)
+COMMANDS = tuple(
+    name for names in COMMAND_GROUPS.values() for name in names if name not in OWN_PLUGINS
 )
 
 # Maximum width of help: longer lines are hard to read.
@@ -43,8 +42,34 @@ MAX_HELP_COLUMNS = 120
 # that typer exports: BadParameter < UsageError < ClickException.
 UsageError: Any = typer.BadParameter.__mro__[2]
 
+# Space between a command and its description.
+COLUMN_GAP = 2
+
 # Help is plain text: brackets, as in stages[1].lr, are not markup, and rich is not imported.
 MARKUP = None
+
+
+class GroupedCommands(TyperGroup):
+    """The root command, whose help lists the commands by purpose and never cuts a description."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each of `COMMAND_GROUPS`, then one for commands of other packages."""
+        shown = {
+            name: command.get_short_help_str(limit=sys.maxsize)
+            for name, command in self.commands.items()
+            if not command.hidden
+        }
+        sections = {**COMMAND_GROUPS, PLUGIN_GROUP: tuple(sorted(shown.keys() - _grouped_names()))}
+        width = max(map(len, shown))
+        for title, names in sections.items():
+            rows = [(name.ljust(width), shown[name]) for name in names if name in shown]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_spacing=COLUMN_GAP)
+
+
+def _grouped_names() -> set[str]:
+    return {name for names in COMMAND_GROUPS.values() for name in names}
 
 
 def _print_version(wanted: bool) -> None:
@@ -112,6 +137,8 @@ def _without_options(command: Any) -> Callable[[], None]:
 
 def _app_of(commands: Mapping[str, Any]) -> typer.Typer:
     built = typer.Typer(
+        cls=GroupedCommands,
+        epilog=FIRST_STEP,
         help=mmmamba_cli.__doc__.partition("\n")[0] if mmmamba_cli.__doc__ else None,
         rich_markup_mode=MARKUP,
         pretty_exceptions_enable=False,

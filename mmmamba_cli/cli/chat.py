@@ -80,10 +80,10 @@ def command(
     dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Chat with a model about text and pictures; answers are streamed.
+    """Chat with one or several models about text and pictures.
 
-    In a terminal, /help lists commands. Ctrl-C stops an answer, twice exits; Ctrl-D exits. From a
-    pipe every line is a question, and answers go to stdout as plain text.
+    Answers are streamed. In a terminal, /help lists commands. Ctrl-C stops an answer, twice exits;
+    Ctrl-D exits. From a pipe every line is a question, and answers go to stdout as plain text.
     """
     if as_json and prompt is None:
         raise DataError("--json needs a question", "give it with --prompt QUESTION")

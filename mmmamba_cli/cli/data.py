@@ -67,9 +67,10 @@ def check(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Report lengths, images and problems of a data set, read as training would read it.
+    """Report lengths, images and problems of training data.
 
-    Exit code 2 if more samples are bad than --max-bad-share allows.
+    The data are read as training reads them. Exit code 2 if more samples are bad than
+    --max-bad-share allows.
     """
     from mmmamba_cli.data import MAX_NAMED, SampleEncoder, check_data, open_corpus
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.console import plain_warnings, print_json, print_text
+from mmmamba_cli.cli.next_steps import GivenOptions, steps_after
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
     AsJson,
@@ -96,10 +97,11 @@ def command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Distill the student: the stages of the recipe, or some of them.
+    """Train the student to imitate its teacher, stage by stage.
 
-    Resumes where it stopped. Ctrl-C saves and stops; a second one stops at once. For several
-    machines start it under torchrun: torchrun ... -m mmmamba_cli -- distill ...
+    Runs the stages of the recipe, or some of them. Resumes where it stopped. Ctrl-C saves and
+    stops; a second one stops at once. For several machines start it under torchrun: torchrun ... -m
+    mmmamba_cli -- distill ...
     """
     from mmmamba_cli.distributed.launcher import count_processes, launch
 
@@ -124,7 +126,7 @@ def command(
     if made:
         from mmmamba_cli.runs import Run
 
-        _print_products(Run(run), made, as_json)
+        _print_products(Run(run), made, GivenOptions(teacher, device), as_json)
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _recipe(run: Run, job: DistillCommand) -> Recipe:
     return parse_recipe(product.recipe, f"recipe of {product.name}", job.sets, overrides)
 
 
-def _print_products(run: Run, made: list[Manifest], as_json: bool) -> None:
+def _print_products(run: Run, made: list[Manifest], given: GivenOptions, as_json: bool) -> None:
     from mmmamba_cli.distill import LOSS_PLOT
 
     if as_json:
@@ -212,6 +214,4 @@ def _print_products(run: Run, made: list[Manifest], as_json: bool) -> None:
         print_text(f"{product.name}: {product.kind}, {folder}")
         if (folder / LOSS_PLOT).is_file():
             print_text(f"  losses: {folder / LOSS_PLOT}")
-    last = made[-1]
-    what = "mmmamba eval --suite mme,pope" if last.final else "mmmamba distill"
-    print_text(f"next: {what}")
+    steps_after(run, made[-1], given).print()

@@ -32,7 +32,7 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check library versions, devices, and every op against its reference.
+    """Check versions, devices, and every op against its reference.
 
     Exit code 0 if everything needed works, else 2.
     """

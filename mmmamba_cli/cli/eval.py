@@ -108,9 +108,10 @@ def command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate models on suites, and score the answers by named rules.
+    """Evaluate models on suites and compare them with their teacher.
 
-    Resumes an interrupted evaluation. Answers and results are kept in the run, under evals/.
+    Answers are scored by named rules. Resumes an interrupted evaluation. Answers and results are
+    kept in the run, under evals/.
     """
     from mmmamba_cli.evaluate import EvalOptions, evaluate_files, evaluate_models, evaluate_with_kit
     from mmmamba_cli.evaluate.result import EVALS

@@ -65,7 +65,10 @@ def command(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model in another layout with a model card, completely or not at all."""
+    """Write a model in a layout of other tools, with a model card.
+
+    The folder is written completely or not at all.
+    """
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
     from mmmamba_cli.checkpoint.resolve import check_repository_id
     from mmmamba_cli.export import (

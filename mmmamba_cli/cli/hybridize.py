@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmmamba_cli.cli.console import if_interrupted, print_json, print_text, progress
+from mmmamba_cli.cli.next_steps import GivenOptions, steps_after
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromParent, Overwrite, RunFolder
 from mmmamba_cli.errors import RecipeError
 
@@ -41,7 +42,7 @@ def command(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a hybrid: restore the teacher's attention in some layers of a student.
+    """Restore the teacher's attention in some layers of a student.
 
     Starts from the run's stage-2 student if there is one, else from the current product. Without
     --attn-layers or --layers the layer plan of the run's recipe is used.
@@ -72,7 +73,7 @@ def command(
                 recipe=dump_recipe(recipe),
                 advance=advance,
             )
-    _print_result(target, source, manifest, as_json)
+    _print_result(target, source, manifest, teacher, as_json)
 
 
 def _plan(count: int | None, layers: str | None, placement: str | None) -> dict[str, Any]:
@@ -100,7 +101,9 @@ def _product_bytes(run: Run, source: Manifest) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _print_result(run: Run, source: Manifest, manifest: Manifest, as_json: bool) -> None:
+def _print_result(
+    run: Run, source: Manifest, manifest: Manifest, teacher: Path | None, as_json: bool
+) -> None:
     folder = run.product_folder(manifest.name)
     if as_json:
         product = manifest.model_dump(mode="json")
@@ -109,4 +112,5 @@ def _print_result(run: Run, source: Manifest, manifest: Manifest, as_json: bool)
     kept = ", ".join(map(str, manifest.attention_layers)) or "none"
     print_text(f"from {source.name}: attention in layers {kept} of {manifest.num_layers}")
     print_text(f"{manifest.kind}, not yet distilled end to end: {folder}")
-    print_text("its layers are swapped, not trained; next: mmmamba distill")
+    print_text("its layers are swapped, not trained")
+    steps_after(run, manifest, GivenOptions(teacher)).print()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmmamba_cli.cli.console import if_interrupted, print_json, print_text, print_warning, progress
+from mmmamba_cli.cli.next_steps import GivenOptions, steps_after
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, Overwrite, RunFolder
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ def command(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add a student from elsewhere to a run and make it the current product."""
+    """Add a student from elsewhere to a run.
+
+    It becomes the current product.
+    """
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
     from mmmamba_cli.runs import Run
     from mmmamba_cli.seed.import_student import import_student
@@ -63,10 +67,10 @@ def command(
         )
     if student.tokenizer_file is None:
         print_warning(f"{student.path} has no tokenizer beside it: it cannot be asked anything")
-    _print_result(target, manifest, as_json)
+    _print_result(target, manifest, teacher, as_json)
 
 
-def _print_result(run: Run, manifest: Manifest, as_json: bool) -> None:
+def _print_result(run: Run, manifest: Manifest, teacher: Path | None, as_json: bool) -> None:
     folder = run.product_folder(manifest.name)
     if as_json:
         product = manifest.model_dump(mode="json")
@@ -75,3 +79,4 @@ def _print_result(run: Run, manifest: Manifest, as_json: bool) -> None:
     print_text(f"{manifest.kind}, {manifest.progress}: {folder}")
     if run.record.teacher is None:
         print_text("without --teacher it can be asked, measured and exported, not trained further")
+    steps_after(run, manifest, GivenOptions(teacher)).print()

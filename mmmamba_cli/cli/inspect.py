@@ -60,10 +60,10 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a checkpoint: layers, parameters, memory at a context length.
+    """Print layers, parameters and memory of any checkpoint.
 
-    Reads only headers, except with --against. GGUF files and PyTorch state dicts take some seconds
-    longer, because torch opens them.
+    Memory is that at a context length. Reads only headers, except with --against. GGUF files and
+    PyTorch state dicts take some seconds longer, because torch opens them.
     """
     from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe, memory_of_checkpoint
     from mmmamba_cli.runs import Run, resolve_model

@@ -135,10 +135,11 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure prefill, decoding, memory, throughput and energy over context lengths.
+    """Measure time, memory and throughput over context lengths.
 
-    All models are checked for correctness first and then measured in turns in one run. A model or
-    context that does not fit into memory is reported as such.
+    Prefill, decoding and, on a GPU, energy are measured. All models are checked for correctness
+    first and then measured in turns in one run. A model or context that does not fit into memory is
+    reported as such.
     """
     lengths = None if contexts is None else read_lengths(contexts)
     batch_contexts = _throughput_contexts(throughput)

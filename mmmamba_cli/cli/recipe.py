@@ -41,7 +41,10 @@ def list_recipes(as_json: AsJson = False) -> None:
 
 @command.command()
 def show(recipe: RecipeName, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Print a recipe in full, with defaults and --set applied, as YAML that can be loaded again."""
+    """Print a recipe in full, as YAML that can be loaded again.
+
+    Defaults and --set are applied.
+    """
     from mmmamba_cli.recipe import dump_recipe, load_recipe
 
     loaded = load_recipe(recipe, sets or ())
@@ -70,7 +73,10 @@ def validate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Validate recipes and list all problems; exit code 2 if there are any."""
+    """Validate recipes and list all problems.
+
+    Exit code 2 if there are any.
+    """
     results = [_check(name, sets or [], num_layers) for name in recipes]
     if as_json:
         print_json(results)

@@ -40,9 +40,10 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an HTML report on a run: answers, scores, losses, costs, lineage, commands.
+    """Write a run as one HTML page: answers, scores, losses, costs.
 
-    The file is self-contained. Parts without results are left out and listed.
+    Lineage and commands follow. The file is self-contained. Parts without results are left out and
+    listed.
     """
     from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.reporting import build_page, check_replaceable, read_report_data

@@ -17,6 +17,7 @@ from mmmamba_cli.cli.console import (
     print_warning,
     progress,
 )
+from mmmamba_cli.cli.next_steps import steps_after
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
     AsJson,
@@ -92,7 +93,7 @@ def command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Seed a linear student from a trained teacher and start a run with it."""
+    """Start a run: seed a linear student from a trained teacher."""
     from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
     from mmmamba_cli.checkpoint.model_loader import recommended_settings
     from mmmamba_cli.recipe import load_recipe
@@ -205,5 +206,4 @@ def _print_result(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_js
             right=("layer", "cosine", "relative MSE"),
         )
     print_text(f"{manifest.num_layers} layers seeded: {product}")
-    kept = min(4, manifest.num_layers)
-    print_text(f"next: mmmamba distill --data FILE, or mmmamba hybridize --attn-layers {kept}")
+    steps_after(run, manifest).print()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_lines import problem_of
 from ended import Command
 
 from mmmamba_cli.cli import app as frame
@@ -84,3 +85,49 @@ def test_help_of_a_single_command_equals_that_of_the_whole_app(mmmamba: Command)
     assert {one.name for one in whole.registered_commands} <= set(listed.split())
     assert mmmamba("--help", "status").out == listed
     assert "Draw the run's lineage" in mmmamba("--", "status", "--help").out
+
+
+def listed(help_text: str) -> dict[str, dict[str, str]]:
+    """Description by command by section of a help."""
+    sections: dict[str, dict[str, str]] = {}
+    for part in help_text.split("\n\n"):
+        title, *lines = part.splitlines()
+        if title.endswith(":"):
+            rows = [line.split(maxsplit=1) for line in lines]
+            sections[title.removesuffix(":")] = {row[0]: row[1] for row in rows}
+    return sections
+
+
+@pytest.mark.parametrize("words", [(), ("data",), ("recipe",), ("scenes",)], ids=" ".join)
+def test_descriptions_of_commands_fit_into_80_columns(
+    words: tuple[str, ...], mmmamba: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = mmmamba(*words, "--help").out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "..." not in shown.partition("COMMAND [ARGS]...")[2]
+    sections = listed(shown)
+    del sections["Options"]
+    for rows in sections.values():
+        # A second line of a description would be a row of its own.
+        assert all(text[0].isupper() and text.endswith(".") for text in rows.values()), rows
+
+
+def test_commands_are_listed_by_purpose(mmmamba: Command) -> None:
+    sections = listed(mmmamba("--help").out)
+    for title, names in frame.COMMAND_GROUPS.items():
+        assert tuple(sections[title]) == names
+    assert frame.PLUGIN_GROUP not in sections
+    first = frame.FIRST_STEP.partition(": mmmamba ")[2].split()
+    assert problem_of(first) is None
+
+
+def test_commands_of_other_packages_have_their_own_section(
+    mmmamba: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def paint() -> None:
+        """Paint a layer."""
+
+    ours = list(frame.entry_points(frame.PLUGINS))
+    monkeypatch.setattr(frame, "entry_points", lambda group: [*ours, ("paint", lambda: paint)])
+    assert listed(mmmamba("--help").out)[frame.PLUGIN_GROUP] == {"paint": "Paint a layer."}
