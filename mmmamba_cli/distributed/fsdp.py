@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable
 
 import torch
@@ -29,6 +30,8 @@ def shard_mixers(
     """
     if world.mesh is None:
         return
+    # A mixer returns a view of its heads, and nothing changes it in place afterwards.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for mixer in mixers:
         frozen = {p for p in mixer.parameters() if not p.requires_grad}
         if len(frozen) == len(list(mixer.parameters())):

@@ -54,6 +54,8 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 HOST = "127.0.0.1"
+# Names the signals for which torch installs handlers when it starts processes.
+TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 # Seconds until processes are killed after a second stop signal.
 KILL_AFTER_SECONDS = 5
 # Limit of a traceback: the queue between the processes holds 64 KiB.
@@ -144,15 +146,17 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
     """
     errors: SimpleQueue[_Failure] = get_context("spawn").SimpleQueue()
     # The launcher hosts the store of the process group: it gets a free port and outlives all ranks.
-    # Its threads must not take an interrupt while processes are started, which would raise here.
-    with block_interrupts():
-        store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     ranks = range(processes)
     with ExitStack() as stack:
         logs = stack.enter_context(TemporaryDirectory(prefix="mmmamba-"))
         stack.enter_context(_silence_torch_loggers())
-        stack.enter_context(_single_threaded_cpu_ops())
+        # As torchrun does.
+        stack.enter_context(_environment_variable("OMP_NUM_THREADS", "1"))
+        # torch's own handlers raise, also in the middle of a start.
+        stack.enter_context(_environment_variable(TORCH_SIGNALS, "SIGHUP,SIGQUIT"))
         try:
+            stop_signals = stack.enter_context(_forwarded_signals())
             # An interrupt during imports would end a process badly: `_run` unblocks interrupts.
             with block_interrupts():
                 context = start_processes(
@@ -163,12 +167,12 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
                     logs_specs=DefaultLogsSpecs(log_dir=logs),
                     start_method="spawn",
                 )
-                stop_signals = stack.enter_context(_forward_signals(context))
+                stop_signals.forward_to(context)
             result = _wait(context, stop_signals)
         except BaseException as error:
             _kill_children()
             if isinstance(error, SignalException):
-                # The signal arrived before the handlers were installed.
+                # SIGHUP or SIGQUIT, or a torch that ignores TORCH_SIGNALS.
                 exit_by_signal(error.sigval)
             raise
     if not result.is_failed():
@@ -264,34 +268,49 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 @dataclass
 class _StopSignals:
-    """The first stop signal received, and the one that repeated the request."""
+    """Stop signals: forwards them to the processes, or once these are started.
+
+    The handler never raises: SIGINT is blocked during the start, but another thread may receive it,
+    and the handler then runs here.
+    """
 
     first: int | None = None
     second: int | None = None
     repeats: StopSignalCounter = field(default_factory=StopSignalCounter)
+    context: PContext | None = None
 
-    def note(self, number: int) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.repeats.is_repeat():
             self.second = number
         elif self.repeats.count == 1:
             self.first = number
             write_from_handler(STOPPING_MESSAGE)
+        self._send(number)
 
+    def forward_to(self, context: PContext) -> None:
+        """Forward signals to started processes, the first one included."""
+        self.context = context
+        # A torch that ignores TORCH_SIGNALS has replaced the handlers.
+        for number in SIGNALS:
+            signal.signal(number, self.handle)
+        if self.first is not None:
+            self._send(self.first)
 
-@contextmanager
-def _forward_signals(context: PContext) -> Iterator[_StopSignals]:
-    """Forward signals to the processes and record them."""
-    stop_signals = _StopSignals()
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        stop_signals.note(number)
-        for pid in context.pids().values():
+    def _send(self, number: int) -> None:
+        if self.context is None:
+            return
+        for pid in self.context.pids().values():
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+
+@contextmanager
+def _forwarded_signals() -> Iterator[_StopSignals]:
+    """Handle stop signals; the handlers of before are restored at the end."""
+    stop_signals = _StopSignals()
+    before = {number: signal.signal(number, stop_signals.handle) for number in SIGNALS}
     try:
         yield stop_signals
     finally:
@@ -343,13 +362,12 @@ def _silence_torch_loggers() -> Iterator[None]:
 
 
 @contextmanager
-def _single_threaded_cpu_ops() -> Iterator[None]:
-    """Set OMP_NUM_THREADS=1 for the processes, as torchrun does, unless it is set."""
-    name = "OMP_NUM_THREADS"
+def _environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the processes, unless it is set."""
     if name in os.environ:
         yield
         return
-    os.environ[name] = "1"
+    os.environ[name] = value
     try:
         yield
     finally:

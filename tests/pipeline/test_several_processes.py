@@ -86,6 +86,7 @@ def test_two_processes_are_one_command(work: Path, seeded: Path) -> None:
     assert product["name"] == "stage1"
     for line in ("starting from seed", "mixer-mse, 4 steps", "writing stage1", "stage1 4/4"):
         assert result.stderr.count(line) == 1, result.stderr
+    assert "Warning" not in result.stderr
     done(*distill(work, seeded, *STAGE, "--restart"))
     assert Run(work / "run").product("stage1").created > product["created"]
 
@@ -149,10 +150,13 @@ def test_a_signal_before_training_ends_all(
     assert "error: " not in output
 
 
-def test_an_interrupt_while_processes_start_prints_no_traceback(work: Path, seeded: Path) -> None:
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_an_interrupt_while_processes_start_prints_no_traceback(
+    when: str, work: Path, seeded: Path
+) -> None:
     """Processes that still unpickle their arguments are killed before their semaphores go."""
     script = str(Path(__file__).with_name("interrupted_start.py"))
-    result = ended([sys.executable, script, *map(str, distill(work, seeded, *STAGE, *TWO))])
+    result = ended([sys.executable, script, when, *map(str, distill(work, seeded, *STAGE, *TWO))])
     assert result.returncode == 130, result.stderr
     assert "Traceback" not in result.stderr
 
