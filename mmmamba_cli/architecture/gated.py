@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from mmmamba_cli.architecture.mixer_spec import MixerSpec
 from mmmamba_cli.architecture.projections import projection_shapes, qk_norm_shapes
-from mmmamba_cli.architecture.sizes import FP32_BYTES, CacheBytes, MixerConfig, StackConfig
+from mmmamba_cli.architecture.sizes import (
+    FP32_BYTES,
+    LINEAR,
+    CacheBytes,
+    MixerConfig,
+    StackConfig,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -53,3 +62,42 @@ def matrix_state_operations(
 ) -> int:
     """One update and one read-out of the state per column."""
     return columns * 2 * stack.num_heads * stack.head_dim**2
+
+
+def delta_state_operations(
+    stack: StackConfig, options: MixerConfig, columns: int, context: int
+) -> int:
+    """As other matrix states, and one more read-out per column: what the state holds for a key."""
+    return matrix_state_operations(stack, options, columns, context) * 3 // 2
+
+
+def gated_spec(
+    name: str,
+    title: str,
+    parameter_shapes: Callable[[StackConfig, MixerConfig, int], Shapes],
+    operations: Callable[[StackConfig, MixerConfig, int, int], int],
+    *,
+    projections: tuple[str, ...],
+    decay: tuple[str, ...],
+    write: tuple[str, ...] = (),
+) -> MixerSpec:
+    """The spec of a recurrent mixer with the common convolution, gate and norm.
+
+    It has no fast decoding. The mixing matrix depends on `projections`, which give the decay and
+    the write strength, and on the vectors of both, `decay` and `write`, which stay in fp32.
+    """
+    inherited = ("q_proj", "k_proj", "q_norm", "k_norm")
+    convolution = ("conv1d", "tile_taps")
+    return MixerSpec(
+        name=name,
+        title=title,
+        layer_type=LINEAR,
+        parameter_shapes=parameter_shapes,
+        cache_bytes=matrix_state_bytes,
+        operations=operations,
+        options=GATED_OPTIONS,
+        matrix_parameters=(*inherited, *convolution, *projections, *decay, *write),
+        partial_matrix_parameters=convolution,
+        fp32_parameters=frozenset({*decay, *write, "g_norm", "tile_taps"}),
+        decay_parameters=frozenset(decay),
+    )

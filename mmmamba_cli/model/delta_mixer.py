@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from mmmamba_cli.architecture import MixerConfig, StackConfig
-from mmmamba_cli.model.gated_mixer import GatedMixer, initial_gated_value, linear_default
+from mmmamba_cli.model.gated_mixer import GatedMixer, initial_gated_value
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops import delta_rule, delta_rule_matrix
 from mmmamba_cli.ops.backends import upcast
@@ -90,6 +90,4 @@ class DeltaMixer(GatedMixer):
         """See `Mixer.initial_value`. beta begins at 1/2 for every token to mimic attention."""
         if name == "beta_bias":
             return torch.zeros(shape)
-        if name == "beta_proj.weight":
-            return torch.zeros(shape) if mimic else linear_default(shape, rng)
         return initial_gated_value(name, shape, mimic, rng)

@@ -192,16 +192,19 @@ class GatedMixer(nn.Module):
 def initial_gated_value(
     name: str, shape: tuple[int, ...], mimic: bool, rng: torch.Generator
 ) -> Tensor:
-    """The initial value of a parameter that all recurrent mixers have; see `Mixer.initial_value`.
+    """The initial value of a parameter of recurrent mixers; see `Mixer.initial_value`.
 
-    To mimic attention, the convolution begins as the identity and the gate small; otherwise both
-    have the defaults of arXiv 2405.21060, as the decay has (`dt_proj`, `dt_bias`, `A_log`).
+    To mimic attention, the convolution begins as the identity, the gate small, and the projections
+    of the decay and of beta as zeros, so that all tokens are alike; of two in a row only the second
+    (`_up_proj`). Otherwise they have the defaults of arXiv 2405.21060, as `dt_bias` and `A_log`.
     """
     if name == "dt_bias":
         return dt_bias(shape, rng)
     if name == "A_log":
         return torch.ones(shape) if mimic else torch.log(torch.rand(shape, generator=rng) * 15 + 1)
-    if name == "dt_proj.weight":
+    if name.endswith("_down_proj.weight"):
+        return linear_default(shape, rng)
+    if name.endswith(("_up_proj.weight", "dt_proj.weight", "beta_proj.weight")):
         return torch.zeros(shape) if mimic else linear_default(shape, rng)
     if name == "g_norm.weight":
         return torch.ones(shape)

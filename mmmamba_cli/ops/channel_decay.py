@@ -30,6 +30,17 @@ class DecayedBlock(NamedTuple):
     log_decay: Tensor
 
 
+def decayed_heads(rows: Tensor, keys: Tensor, log_decay: Tensor) -> DecayedBlock:
+    """The blocks of all chunks and query heads; leading dimensions (B, c, H).
+
+    rows (B, c, K, G, Q, R, N), keys (B, c, K, Q, N), log_decay (B, c, H, Q, N), where H = K G;
+    B and c may be swapped.
+    """
+    grouped = log_decay.unflatten(2, (keys.shape[2], -1))
+    block = decayed_block(rows, keys.unsqueeze(3), grouped)
+    return DecayedBlock(*(part.flatten(2, 3) for part in block))
+
+
 def decayed_block(rows: Tensor, keys: Tensor, log_decay: Tensor) -> DecayedBlock:
     """The block of tokens with rows (..., Q, R, N), keys (..., Q, N) and log decays (..., Q, N).
 

@@ -19,10 +19,12 @@ L2_NORM_EPS = 1e-6
 
 
 class RecurrenceInputs(NamedTuple):
-    """Checked arguments of `delta_rule` or, without `beta`, of `gla`; shapes as there, T >= 1.
+    """Arguments of `delta_rule` or, without `beta`, of `gla`; shapes as there.
 
-    `op` is the name of the public function. A backend honours `mask` and `seq_idx` or refuses them.
-    Only chunked references use `chunk_size`.
+    Also those of their single steps, whose tokens have no dimension T and whose state is
+    `initial_state`, and of their matrices, where v has no columns. `op` is the name of the public
+    function. Backends get checked inputs with T >= 1; they honour `mask` and `seq_idx` or refuse
+    them. Only chunked references use `chunk_size`.
     """
 
     op: str
@@ -30,13 +32,13 @@ class RecurrenceInputs(NamedTuple):
     k: Tensor
     q: Tensor
     log_decay: Tensor
-    beta: Tensor | None
-    scale: float | None
-    qk_l2_norm: bool
-    initial_state: Tensor | None
-    mask: Tensor | None
-    seq_idx: Tensor | None
-    chunk_size: int
+    beta: Tensor | None = None
+    scale: float | None = None
+    qk_l2_norm: bool = False
+    initial_state: Tensor | None = None
+    mask: Tensor | None = None
+    seq_idx: Tensor | None = None
+    chunk_size: int = 64
 
     @property
     def float_tensors(self) -> tuple[Tensor | None, ...]:
@@ -48,8 +50,10 @@ class RecurrenceInputs(NamedTuple):
         return needs_grad(*self.float_tensors)
 
 
-# y (B, T, H, P) and the final state (B, H, P, N).
+# Of a scan: y (B, T, H, P) and the final state (B, H, P, N). Of a step: y (B, H, P) and the state.
 RecurrenceBackend = Callable[[RecurrenceInputs], tuple[Tensor, Tensor]]
+# The mixing matrix (B, H, T, T).
+MatrixBackend = Callable[[RecurrenceInputs], Tensor]
 
 
 class Tokens(NamedTuple):
@@ -119,34 +123,31 @@ def empty_result(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     return inputs.v.new_zeros(batch, 0, heads, inputs.v.shape[-1]), initial_state(inputs)
 
 
-def check_inputs(inputs: RecurrenceInputs, *, per_head_decay: bool) -> None:
+def check_inputs(inputs: RecurrenceInputs) -> None:
     """Raise ValueError for inconsistent shapes or a chunk size below 1."""
     op = inputs.op
-    check_tokens(op, inputs.v, inputs.k, inputs.q, inputs.log_decay, inputs.beta, 1, per_head_decay)
-    batch, length, heads, key_dim = inputs.q.shape
-    state_shape = (batch, heads, inputs.v.shape[-1], key_dim)
-    check_shape(op, "initial_state", inputs.initial_state, state_shape)
-    check_shape(op, "mask", inputs.mask, (batch, length))
-    check_shape(op, "seq_idx", inputs.seq_idx, (batch, length))
+    _check_tokens(inputs, time_dims=1)
+    check_shape(op, "initial_state", inputs.initial_state, _state_shape(inputs))
+    check_shape(op, "mask", inputs.mask, tuple(inputs.q.shape[:2]))
+    check_shape(op, "seq_idx", inputs.seq_idx, tuple(inputs.q.shape[:2]))
     if inputs.chunk_size < 1:
         raise ValueError(f"{op}: chunk_size is {inputs.chunk_size}, expected at least 1")
 
 
-def check_tokens(
-    op: str,
-    v: Tensor,
-    k: Tensor,
-    q: Tensor,
-    log_decay: Tensor,
-    beta: Tensor | None,
-    time_dims: int,
-    per_head_decay: bool,
-) -> None:
-    """Check all shapes against those of v and q.
+def check_step_inputs(inputs: RecurrenceInputs) -> None:
+    """Raise ValueError for inconsistent shapes of a single step."""
+    _check_tokens(inputs, time_dims=0)
+    check_shape(inputs.op, "state", inputs.initial_state, _state_shape(inputs))
 
-    `time_dims` is 1 for tensors with a T dimension, 0 for those of a single step;
-    `per_head_decay` says whether `log_decay` may have no dimension of key channels.
-    """
+
+def _state_shape(inputs: RecurrenceInputs) -> tuple[int, ...]:
+    q = inputs.q
+    return len(q), q.shape[-2], inputs.v.shape[-1], q.shape[-1]
+
+
+def _check_tokens(inputs: RecurrenceInputs, time_dims: int) -> None:
+    """Check all shapes against those of v and q, whose tensors have `time_dims` dimensions T."""
+    op, v, q, log_decay = inputs.op, inputs.v, inputs.q, inputs.log_decay
     if v.dim() != 3 + time_dims or q.dim() != 3 + time_dims:
         raise ValueError(
             f"{op}: v is {tuple(v.shape)} and q {tuple(q.shape)}, "
@@ -158,12 +159,13 @@ def check_tokens(
             f"{op}: {heads} query heads in q are no multiple of {kv_heads} key/value heads in v"
         )
     check_shape(op, "q", q, (*leading, heads, key_dim))
-    check_shape(op, "k", k, (*leading, kv_heads, key_dim))
-    check_shape(op, "beta", beta, (*leading, heads))
+    check_shape(op, "k", inputs.k, (*leading, kv_heads, key_dim))
     per_head, per_channel = (*leading, heads), (*leading, heads, key_dim)
-    if per_head_decay and tuple(log_decay.shape) not in (per_head, per_channel):
+    check_shape(op, "beta", inputs.beta, per_head)
+    if inputs.beta is None:
+        check_shape(op, "log_decay", log_decay, per_channel)
+    elif tuple(log_decay.shape) not in (per_head, per_channel):
+        # Delta rules also have a form with one decay per head.
         raise ValueError(
             f"{op}: log_decay is {tuple(log_decay.shape)}, expected {per_head} or {per_channel}"
         )
-    if not per_head_decay:
-        check_shape(op, "log_decay", log_decay, per_channel)

@@ -1,6 +1,6 @@
-"""Selection of the backend of delta rules and gated linear attention for `backend="auto"`.
+"""Checks and backends of delta rules and gated linear attention, behind their public functions.
 
-`auto` takes fla if it supports the inputs and passes its self-test, else the reference.
+`backend="auto"` takes fla if it supports the inputs and passes its self-test, else the reference.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.ops.backends import optional_backend
+from mmmamba_cli.ops.backends import compute_dtype, get_backend, optional_backend
 from mmmamba_cli.ops.dispatch import (
     BATCH,
     DIM,
@@ -23,11 +23,51 @@ from mmmamba_cli.ops.dispatch import (
     exceeded_limit,
     passes,
 )
-from mmmamba_cli.ops.recurrence import RecurrenceBackend, RecurrenceInputs
+from mmmamba_cli.ops.recurrence import (
+    MatrixBackend,
+    RecurrenceBackend,
+    RecurrenceInputs,
+    check_inputs,
+    check_step_inputs,
+    empty_result,
+)
 
 LIBRARY_BACKENDS = optional_backend("fla", f"{__package__}.recurrence_fla", "scan", "fla")
 # Forward only: fla's backward is wrong on Hopper with Triton 3.4 to 3.7.0, where fla refuses it.
 LIMITS = {"fla": Limits((torch.bfloat16,), gradients=False, packing=False, dim_multiple=16)}
+
+
+def run_scan(
+    backends: Mapping[str, RecurrenceBackend], backend: str, inputs: RecurrenceInputs
+) -> tuple[Tensor, Tensor]:
+    """y and the final state by `backend`; raises as `ops.delta_rule` does."""
+    check_inputs(inputs)
+    if backend == "auto":
+        backend = select_backend(backends, inputs)
+    scan = get_backend(inputs.op, backend, backends)
+    return scan(inputs) if inputs.v.shape[1] else empty_result(inputs)
+
+
+def run_step(
+    backends: Mapping[str, RecurrenceBackend], backend: str, inputs: RecurrenceInputs
+) -> tuple[Tensor, Tensor]:
+    """y of one token and the state after it; raises as `ops.delta_rule_step` does."""
+    check_step_inputs(inputs)
+    step = get_backend(inputs.op, "reference" if backend == "auto" else backend, backends)
+    return step(inputs)
+
+
+def run_matrix(
+    backends: Mapping[str, MatrixBackend], backend: str, inputs: RecurrenceInputs
+) -> Tensor:
+    """The mixing matrix by `backend`; raises as `ops.delta_rule_matrix` does."""
+    check_inputs(inputs)
+    matrix = get_backend(inputs.op, "reference" if backend == "auto" else backend, backends)
+    batch, length, heads, _ = inputs.q.shape
+    if not length:
+        dtype = compute_dtype(inputs.k)
+        return torch.zeros(batch, heads, 0, 0, dtype=dtype, device=inputs.q.device)
+    return matrix(inputs)
 
 
 def unsupported_reason(backend: str, inputs: RecurrenceInputs) -> str | None:
@@ -82,21 +122,7 @@ def _problem(
         return made
 
     def run(backend: RecurrenceBackend, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return backend(
-            RecurrenceInputs(
-                op=inputs.op,
-                v=given["v"],
-                k=given["k"],
-                q=given["q"],
-                log_decay=given["log_decay"],
-                beta=given.get("beta"),
-                scale=None,
-                qk_l2_norm=False,
-                initial_state=given["initial_state"],
-                mask=None,
-                seq_idx=None,
-                chunk_size=64,
-            )
-        )
+        tokens = (given["v"], given["k"], given["q"], given["log_decay"], given.get("beta"))
+        return backend(RecurrenceInputs(inputs.op, *tokens, initial_state=given["initial_state"]))
 
     return Problem(tensors, run, backends["chunked"])

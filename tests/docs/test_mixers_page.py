@@ -71,3 +71,16 @@ def test_options_and_the_mixers_that_read_them() -> None:
 
 def test_the_default_is_named() -> None:
     assert f"`{default_mixer(LINEAR)}`, the default" in PAGE
+
+
+def test_a_further_mixer_has_as_few_lines_as_the_page_says() -> None:
+    package = ROOT / "mmmamba_cli"
+    mixer = [package / room / "mixers" / "gla.py" for room in ("architecture", "model")]
+    op = [*(package / "ops" / "gla").glob("*.py"), ROOT / "tests" / "ops" / "test_gla.py"]
+    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in (*mixer, *op)}
+    said = re.search(
+        r"`gla` has fewer than (\d+) lines in steps 2 and 3, and fewer than (\d+)", PAGE
+    )
+    assert said is not None
+    assert sum(lines[file] for file in mixer) < int(said[1])
+    assert sum(lines.values()) < int(said[2])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from ops_cases import sequences
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from mmmamba_cli import ops
 
 TOKENS = ("v", "k", "q", "log_decay", "beta")
+BACKENDS_AND_CHUNKS = pytest.mark.parametrize(
+    ("backend", "chunk_size"), [("recurrent", 64), ("chunked", 1), ("chunked", 8), ("chunked", 64)]
+)
 
 
 @dataclass

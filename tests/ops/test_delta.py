@@ -1,37 +1,16 @@
-"""The gated delta rule and Kimi delta attention: golden tensors and what only delta rules have.
+"""What only the gated delta rule and Kimi delta attention have.
 
-test_recurrences.py has the properties that they share with gated linear attention.
+test_recurrences.py has golden tensors and the properties that they share with gated linear
+attention.
 """
 
 import pytest
 import torch
-from golden_related_files import assert_close_to_golden, related_cases, related_tensors
+from golden_related_files import related_cases, related_tensors
 from ops_cases import relative_error
 from recurrence_cases import make_recurrence
 
 from mmmamba_cli.ops import delta_rule, delta_rule_step
-
-
-@related_cases("mixers", "gated_delta_rule", "kda")
-@pytest.mark.parametrize(
-    ("backend", "chunk_size"), [("recurrent", 64), ("chunked", 1), ("chunked", 8), ("chunked", 64)]
-)
-def test_golden_related_delta_rules(file, backend, chunk_size):
-    golden = related_tensors(file)
-    given = golden.inputs
-    y, state = delta_rule(
-        given["v"],
-        given["k"],
-        given["q"],
-        given["g"],
-        given["beta"],
-        scale=golden.scale,
-        initial_state=given["state"].mT,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
-    # The state of the golden tensors is (key dim, value dim).
-    assert_close_to_golden(golden, y=y, state=state.mT)
 
 
 @related_cases("mixers", "gated_delta_rule", "kda")

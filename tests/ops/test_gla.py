@@ -1,42 +1,19 @@
-"""Gated linear attention: golden tensors, and `ssd` as the form with one decay per head.
+"""Gated linear attention beside other ops: `ssd` is the form with one decay per head.
 
-test_recurrences.py has the properties that it shares with the delta rules.
+test_recurrences.py has golden tensors and the properties that it shares with the delta rules.
 """
 
 import pytest
 import torch
 from golden_related_files import assert_close_to_golden, related_cases, related_tensors
 from ops_cases import relative_error
-from recurrence_cases import make_recurrence
+from recurrence_cases import BACKENDS_AND_CHUNKS, make_recurrence
 
-from mmmamba_cli.ops import delta_rule, gla, ssd
-
-ways = pytest.mark.parametrize(
-    ("backend", "chunk_size"), [("recurrent", 64), ("chunked", 1), ("chunked", 8), ("chunked", 64)]
-)
-
-
-@related_cases("mixers", "gla")
-@ways
-def test_golden_related_gla(file, backend, chunk_size):
-    golden = related_tensors(file)
-    given = golden.inputs
-    y, state = gla(
-        given["v"],
-        given["k"],
-        given["q"],
-        given["g"],
-        scale=golden.scale,
-        initial_state=given["state"].mT,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
-    # The state of the golden tensors is (key dim, value dim).
-    assert_close_to_golden(golden, y=y, state=state.mT)
+from mmmamba_cli.ops import delta_rule, ssd
 
 
 @related_cases("mixers", "simple_gla")
-@ways
+@BACKENDS_AND_CHUNKS
 def test_golden_related_simple_gla_is_ssd(file, backend, chunk_size):
     golden = related_tensors(file)
     given = golden.inputs

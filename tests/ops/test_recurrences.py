@@ -1,11 +1,18 @@
-"""Delta rules and GLA: recurrent = chunked = step by step = the oracle, padded and packed too."""
+"""Delta rules and GLA: recurrent = chunked = step by step = golden tensors = the oracle."""
 
 import pytest
 import torch
+from golden_related_files import assert_close_to_golden, related_cases, related_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import chunk_sizes, masks, packings, relative_error, seeds, sequences, sizes
-from recurrence_cases import TOKENS, Recurrence, make_recurrence, recurrence_oracle
+from recurrence_cases import (
+    BACKENDS_AND_CHUNKS,
+    TOKENS,
+    Recurrence,
+    make_recurrence,
+    recurrence_oracle,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,6 +50,18 @@ def loss(y: Tensor, state: Tensor) -> Tensor:
 def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], limit: float) -> None:
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < limit
+
+
+@related_cases("mixers", "gated_delta_rule", "kda", "gla")
+@BACKENDS_AND_CHUNKS
+def test_golden_related_recurrences(file, backend, chunk_size):
+    golden = related_tensors(file)
+    leaves = golden.inputs
+    tokens = (leaves["v"], leaves["k"], leaves["q"], leaves["g"], leaves.get("beta"))
+    # The state of the golden tensors is (key dim, value dim).
+    case = Recurrence("delta" if "beta" in leaves else "gla", *tokens, leaves["state"].mT)
+    y, state = case.run(scale=golden.scale, chunk_size=chunk_size, backend=backend)
+    assert_close_to_golden(golden, y=y, state=state.mT)
 
 
 @kinds

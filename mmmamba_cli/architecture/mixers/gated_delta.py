@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mmmamba_cli.architecture.gated import (
-    GATED_OPTIONS,
     Shapes,
+    delta_state_operations,
     gated_shapes,
-    matrix_state_bytes,
-    matrix_state_operations,
+    gated_spec,
 )
-from mmmamba_cli.architecture.mixer_spec import MixerSpec, register_spec
-from mmmamba_cli.architecture.sizes import LINEAR, MixerConfig, StackConfig
+from mmmamba_cli.architecture.mixer_spec import register_spec
+from mmmamba_cli.architecture.sizes import MixerConfig, StackConfig
 
 
 def parameter_shapes(stack: StackConfig, options: MixerConfig, hidden: int) -> Shapes:
@@ -23,36 +24,13 @@ def parameter_shapes(stack: StackConfig, options: MixerConfig, hidden: int) -> S
     return gated_shapes(stack, options, hidden, vectors, gates)
 
 
-def operations(stack: StackConfig, options: MixerConfig, columns: int, context: int) -> int:
-    """As other matrix states, and one more read-out per column: what the state holds for a key."""
-    return matrix_state_operations(stack, options, columns, context) * 3 // 2
-
-
-SPEC = register_spec(
-    MixerSpec(
-        name="gated_delta",
-        title="Gated DeltaNet",
-        layer_type=LINEAR,
-        parameter_shapes=parameter_shapes,
-        cache_bytes=matrix_state_bytes,
-        operations=operations,
-        options=GATED_OPTIONS,
-        matrix_parameters=(
-            "q_proj",
-            "k_proj",
-            "dt_proj",
-            "beta_proj",
-            "conv1d",
-            "tile_taps",
-            "A_log",
-            "dt_bias",
-            "beta_bias",
-            "q_norm",
-            "k_norm",
-        ),
-        partial_matrix_parameters=("conv1d", "tile_taps"),
-        fp32_parameters=frozenset({"A_log", "dt_bias", "beta_bias", "g_norm", "tile_taps"}),
-        decay_parameters=frozenset({"A_log", "dt_bias"}),
-        is_packed=lambda options: True,
-    )
+GATED_DELTA = gated_spec(
+    "gated_delta",
+    "Gated DeltaNet",
+    parameter_shapes,
+    delta_state_operations,
+    projections=("dt_proj", "beta_proj"),
+    decay=("A_log", "dt_bias"),
+    write=("beta_bias",),
 )
+SPEC = register_spec(replace(GATED_DELTA, is_packed=lambda options: True))

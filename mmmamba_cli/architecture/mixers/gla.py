@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from mmmamba_cli.architecture.gated import (
-    GATED_OPTIONS,
     Shapes,
     gated_shapes,
-    matrix_state_bytes,
+    gated_spec,
     matrix_state_operations,
 )
-from mmmamba_cli.architecture.mixer_spec import MixerSpec, register_spec
-from mmmamba_cli.architecture.sizes import LINEAR, MixerConfig, StackConfig
+from mmmamba_cli.architecture.mixer_spec import register_spec
+from mmmamba_cli.architecture.sizes import MixerConfig, StackConfig
 
 # Rank of the projection of the decays.
 DECAY_RANK = 16
@@ -27,27 +26,12 @@ def parameter_shapes(stack: StackConfig, options: MixerConfig, hidden: int) -> S
 
 
 SPEC = register_spec(
-    MixerSpec(
-        name="gla",
-        title="gated linear attention",
-        layer_type=LINEAR,
-        parameter_shapes=parameter_shapes,
-        cache_bytes=matrix_state_bytes,
-        operations=matrix_state_operations,
-        options=GATED_OPTIONS,
-        matrix_parameters=(
-            "q_proj",
-            "k_proj",
-            "decay_down_proj",
-            "decay_up_proj",
-            "conv1d",
-            "tile_taps",
-            "decay_bias",
-            "q_norm",
-            "k_norm",
-        ),
-        partial_matrix_parameters=("conv1d", "tile_taps"),
-        fp32_parameters=frozenset({"decay_bias", "g_norm", "tile_taps"}),
-        decay_parameters=frozenset({"decay_bias"}),
+    gated_spec(
+        "gla",
+        "gated linear attention",
+        parameter_shapes,
+        matrix_state_operations,
+        projections=("decay_down_proj", "decay_up_proj"),
+        decay=("decay_bias",),
     )
 )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mmmamba_cli.architecture.gated import (
-    GATED_OPTIONS,
     Shapes,
     gated_shapes,
-    matrix_state_bytes,
+    gated_spec,
     matrix_state_operations,
 )
-from mmmamba_cli.architecture.mixer_spec import MixerSpec, register_spec
-from mmmamba_cli.architecture.sizes import LINEAR, MixerConfig, StackConfig
+from mmmamba_cli.architecture.mixer_spec import register_spec
+from mmmamba_cli.architecture.sizes import MixerConfig, StackConfig
 
 
 def parameter_shapes(stack: StackConfig, options: MixerConfig, hidden: int) -> Shapes:
@@ -22,29 +23,19 @@ def parameter_shapes(stack: StackConfig, options: MixerConfig, hidden: int) -> S
     return gated_shapes(stack, options, hidden, vectors, gates)
 
 
+MAMBA2 = gated_spec(
+    "mamba2",
+    "Mamba-2",
+    parameter_shapes,
+    matrix_state_operations,
+    projections=("dt_proj",),
+    decay=("A_log", "dt_bias"),
+)
 SPEC = register_spec(
-    MixerSpec(
-        name="mamba2",
-        title="Mamba-2",
-        layer_type=LINEAR,
-        parameter_shapes=parameter_shapes,
-        cache_bytes=matrix_state_bytes,
-        operations=matrix_state_operations,
-        options=(*GATED_OPTIONS, "d_skip", "input_step"),
-        matrix_parameters=(
-            "q_proj",
-            "k_proj",
-            "dt_proj",
-            "conv1d",
-            "tile_taps",
-            "A_log",
-            "dt_bias",
-            "q_norm",
-            "k_norm",
-        ),
-        partial_matrix_parameters=("conv1d", "tile_taps"),
-        fp32_parameters=frozenset({"A_log", "dt_bias", "D", "g_norm", "tile_taps"}),
-        decay_parameters=frozenset({"A_log", "dt_bias"}),
+    replace(
+        MAMBA2,
+        options=(*MAMBA2.options, "d_skip", "input_step"),
+        fp32_parameters=MAMBA2.fp32_parameters | {"D"},
         is_default=True,
         is_packed=lambda options: options.input_step,
     )

@@ -15,7 +15,7 @@ from transformers import initialization
 
 from mmmamba_cli.architecture import MixerConfig, StackConfig
 from mmmamba_cli.architecture.mixers.gla import DECAY_RANK
-from mmmamba_cli.model.gated_mixer import GatedMixer, dt_bias, initial_gated_value, linear_default
+from mmmamba_cli.model.gated_mixer import GatedMixer, dt_bias, initial_gated_value
 from mmmamba_cli.model.mixer import register_mixer
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops import gla, gla_matrix
@@ -95,8 +95,4 @@ class GatedLinearAttention(GatedMixer):
             # gamma = exp(-dt exp(A_log)) with `A_log` 1, solved for the bias.
             decay = torch.e * DECAY_TEMPERATURE * F.softplus(dt_bias(shape[:1], rng))
             return -torch.log(torch.expm1(decay))[:, None].repeat(1, shape[1])
-        if name == "decay_down_proj.weight":
-            return linear_default(shape, rng)
-        if name == "decay_up_proj.weight":
-            return torch.zeros(shape) if mimic else linear_default(shape, rng)
         return initial_gated_value(name, shape, mimic, rng)

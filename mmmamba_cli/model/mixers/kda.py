@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mmmamba_cli.architecture import StackConfig
 from mmmamba_cli.model.delta_mixer import DeltaMixer
-from mmmamba_cli.model.gated_mixer import linear_default
 from mmmamba_cli.model.mixer import register_mixer
 from mmmamba_cli.ops.backends import upcast
 
@@ -56,8 +55,4 @@ class KimiDelta(DeltaMixer):
             return DeltaMixer.initial_value(name, shape[:1], mimic, rng)[:, None].repeat(
                 1, shape[1]
             )
-        if name == "dt_down_proj.weight":
-            return linear_default(shape, rng)
-        if name == "dt_up_proj.weight":
-            return torch.zeros(shape) if mimic else linear_default(shape, rng)
         return DeltaMixer.initial_value(name, shape, mimic, rng)

@@ -4,50 +4,19 @@ Sources: Yang, Kautz & Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464 (on
 Kimi Team, "Kimi Linear", arXiv 2510.26692 (Kimi delta attention: one decay per key channel).
 """
 
-from collections.abc import Callable
-from typing import Protocol
-
-import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import check_shape, compute_dtype, get_backend
 from mmmamba_cli.ops.delta import reference
-from mmmamba_cli.ops.recurrence import (
-    RecurrenceBackend,
-    RecurrenceInputs,
-    check_inputs,
-    check_tokens,
-    empty_result,
-)
-from mmmamba_cli.ops.recurrence_dispatch import LIBRARY_BACKENDS, select_backend
-
-
-class DeltaStepBackend(Protocol):
-    """A backend of `delta_rule_step`, called with its arguments after validation."""
-
-    def __call__(
-        self,
-        v: Tensor,
-        k: Tensor,
-        q: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        state: Tensor,
-        *,
-        scale: float | None,
-        qk_l2_norm: bool,
-    ) -> tuple[Tensor, Tensor]: ...
-
+from mmmamba_cli.ops.recurrence import MatrixBackend, RecurrenceBackend, RecurrenceInputs
+from mmmamba_cli.ops.recurrence_dispatch import LIBRARY_BACKENDS, run_matrix, run_scan, run_step
 
 DELTA_BACKENDS: dict[str, RecurrenceBackend] = {
     "chunked": reference.chunked,
     "recurrent": reference.recurrent,
     **LIBRARY_BACKENDS,
 }
-DELTA_STEP_BACKENDS: dict[str, DeltaStepBackend] = {"reference": reference.step}
-DELTA_MATRIX_BACKENDS: dict[str, Callable[[RecurrenceInputs], Tensor]] = {
-    "reference": reference.matrix
-}
+DELTA_STEP_BACKENDS: dict[str, RecurrenceBackend] = {"reference": reference.step}
+DELTA_MATRIX_BACKENDS: dict[str, MatrixBackend] = {"reference": reference.matrix}
 
 
 def delta_rule(
@@ -110,11 +79,7 @@ def delta_rule(
     inputs = RecurrenceInputs(
         op, v, k, q, log_decay, beta, scale, qk_l2_norm, initial_state, mask, seq_idx, chunk_size
     )
-    check_inputs(inputs, per_head_decay=True)
-    if backend == "auto":
-        backend = select_backend(DELTA_BACKENDS, inputs)
-    scan = get_backend(op, backend, DELTA_BACKENDS)
-    return scan(inputs) if v.shape[1] else empty_result(inputs)
+    return run_scan(DELTA_BACKENDS, backend, inputs)
 
 
 def delta_rule_step(
@@ -148,12 +113,10 @@ def delta_rule_step(
         ValueError: inconsistent shapes.
         MmmambaError: a backend that is not available.
     """
-    check_tokens("delta_rule_step", v, k, q, log_decay, beta, 0, True)
-    batch, heads, key_dim = q.shape
-    check_shape("delta_rule_step", "state", state, (batch, heads, v.shape[-1], key_dim))
-    name = "reference" if backend == "auto" else backend
-    step = get_backend("delta_rule_step", name, DELTA_STEP_BACKENDS)
-    return step(v, k, q, log_decay, beta, state, scale=scale, qk_l2_norm=qk_l2_norm)
+    inputs = RecurrenceInputs(
+        "delta_rule_step", v, k, q, log_decay, beta, scale, qk_l2_norm, initial_state=state
+    )
+    return run_step(DELTA_STEP_BACKENDS, backend, inputs)
 
 
 def delta_rule_matrix(
@@ -183,11 +146,6 @@ def delta_rule_matrix(
     """
     op, no_values = "delta_rule_matrix", k[..., :0]
     inputs = RecurrenceInputs(
-        op, no_values, k, q, log_decay, beta, scale, qk_l2_norm, None, mask, seq_idx, 1
+        op, no_values, k, q, log_decay, beta, scale, qk_l2_norm, mask=mask, seq_idx=seq_idx
     )
-    check_inputs(inputs, per_head_decay=True)
-    name = "reference" if backend == "auto" else backend
-    matrix = get_backend(op, name, DELTA_MATRIX_BACKENDS)
-    if not q.shape[1]:
-        return torch.zeros(len(q), q.shape[2], 0, 0, dtype=compute_dtype(k), device=q.device)
-    return matrix(inputs)
+    return run_matrix(DELTA_MATRIX_BACKENDS, backend, inputs)

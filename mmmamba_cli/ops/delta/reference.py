@@ -12,80 +12,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mmmamba_cli.ops.backends import compute_dtype, without_autocast
-from mmmamba_cli.ops.channel_decay import decayed_block
+from mmmamba_cli.ops.backends import without_autocast
+from mmmamba_cli.ops.channel_decay import decayed_heads
 from mmmamba_cli.ops.chunks import by_kv_head, chunk_layout, in_chunks, log_decays
-from mmmamba_cli.ops.recurrence import (
-    RecurrenceInputs,
-    Tokens,
-    by_channel,
-    initial_state,
-    prepared_tokens,
-    scaled_qk,
-)
+from mmmamba_cli.ops.recurrence import RecurrenceInputs, Tokens, initial_state, prepared_tokens
+from mmmamba_cli.ops.recurrence_reference import Token, run_token, run_tokens
 
 
-def step(
-    v: Tensor,
-    k: Tensor,
-    q: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    *,
-    scale: float | None,
-    qk_l2_norm: bool,
-) -> tuple[Tensor, Tensor]:
+def step(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     """One token; shapes as in `ops.delta_rule_step`."""
-    dtype, heads = compute_dtype(v), (v.shape[1], -1)
-    with without_autocast(v):
-        decay = by_channel(log_decay.to(dtype), q).exp()
-        scaled_q, normal_k = scaled_qk(q.to(dtype), k.to(dtype), scale, qk_l2_norm)
-        y, state = _advance(
-            state.to(dtype).unflatten(1, heads),
-            decay.unflatten(1, heads),
-            beta.to(dtype).unflatten(1, heads),
-            v.to(dtype),
-            normal_k,
-            scaled_q.unflatten(1, heads),
-        )
-    return y.flatten(1, 2).to(v.dtype), state.flatten(1, 2)
+    return run_token(inputs, _update)
 
 
 def recurrent(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     """Run the recurrence token by token (arXiv 2412.06464, equation 10)."""
-    v, heads = inputs.v, (inputs.v.shape[2], -1)
-    with without_autocast(v):
-        tokens = prepared_tokens(inputs)
-        assert tokens.beta is not None
-        state = initial_state(inputs).unflatten(1, heads)
-        outputs = []
-        for decay_t, beta_t, v_t, k_t, q_t in zip(
-            tokens.log_decay.exp().unflatten(2, heads).unbind(1),
-            tokens.beta.unflatten(2, heads).unbind(1),
-            tokens.v.unbind(1),
-            tokens.k.unbind(1),
-            tokens.q.unflatten(2, heads).unbind(1),
-            strict=True,
-        ):
-            y_t, state = _advance(state, decay_t, beta_t, v_t, k_t, q_t)
-            outputs.append(y_t)
-        y = torch.stack(outputs, dim=1).flatten(2, 3)
-    return y.to(v.dtype), state.flatten(1, 2)
+    return run_tokens(inputs, _update)
 
 
-def _advance(
-    state: Tensor, decay: Tensor, beta: Tensor, v: Tensor, k: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y_t (B, K, G, P) and S_t from S_{t-1} (B, K, G, P, N).
-
-    decay (B, K, G, 1 or N), beta (B, K, G), v (B, K, P), k (B, K, N), q (B, K, G, N).
-    """
-    state = state * decay.unsqueeze(-2)
-    key = k[:, :, None, :, None]
-    correction = beta.unsqueeze(-1) * (v.unsqueeze(2) - (state @ key).squeeze(-1))
+def _update(state: Tensor, token: Token) -> tuple[Tensor, Tensor]:
+    """y_t (B, K, G, P) and S_t from S_{t-1} (B, K, G, P, N); other shapes as in `Token`."""
+    assert token.beta is not None
+    state = state * token.decay.unsqueeze(-2)
+    key = token.k[:, :, None, :, None]
+    held = (state @ key).squeeze(-1)
+    correction = token.beta.unsqueeze(-1) * (token.v.unsqueeze(2) - held)
     state = torch.addcmul(state, correction.unsqueeze(-1), key.mT)
-    return (state @ q.unsqueeze(-1)).squeeze(-1), state
+    return (state @ token.q.unsqueeze(-1)).squeeze(-1), state
 
 
 def chunked(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
@@ -178,14 +130,13 @@ def _per_head_products(q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor,
 
 def _per_channel_products(q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
     """The same for log_decay (c, B, H, Q, N)."""
-    grouped = (k.shape[2], -1)
-    q, log_decay = q.unflatten(2, grouped), log_decay.unflatten(2, grouped)
+    q = q.unflatten(2, (k.shape[2], -1))
     rows = torch.stack((q, k.unsqueeze(3).expand_as(q)), dim=-2)
-    block = decayed_block(rows, k.unsqueeze(3), log_decay)
-    attention, key_products = block.products.flatten(2, 3).unbind(-2)
-    q_in, k_in = block.rows.flatten(2, 3).unbind(-2)
-    decay = block.log_decay.exp().flatten(2, 3).unsqueeze(-2)
-    return attention, key_products, q_in, k_in, block.keys.flatten(2, 3), decay
+    block = decayed_heads(rows, k, log_decay)
+    attention, key_products = block.products.unbind(-2)
+    q_in, k_in = block.rows.unbind(-2)
+    decay = block.log_decay.exp().unsqueeze(-2)
+    return attention, key_products, q_in, k_in, block.keys, decay
 
 
 def _solve(lower: Tensor) -> Tensor:

@@ -4,48 +4,19 @@ Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficien
 2312.06635. With one decay per head it is `ssd` with values divided by the step sizes.
 """
 
-from collections.abc import Callable
-from typing import Protocol
-
-import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import check_shape, compute_dtype, get_backend
 from mmmamba_cli.ops.gla import reference
-from mmmamba_cli.ops.recurrence import (
-    RecurrenceBackend,
-    RecurrenceInputs,
-    check_inputs,
-    check_tokens,
-    empty_result,
-)
-from mmmamba_cli.ops.recurrence_dispatch import LIBRARY_BACKENDS, select_backend
-
-
-class GlaStepBackend(Protocol):
-    """A backend of `gla_step`, called with its arguments after validation."""
-
-    def __call__(
-        self,
-        v: Tensor,
-        k: Tensor,
-        q: Tensor,
-        log_decay: Tensor,
-        state: Tensor,
-        *,
-        scale: float | None,
-    ) -> tuple[Tensor, Tensor]: ...
-
+from mmmamba_cli.ops.recurrence import MatrixBackend, RecurrenceBackend, RecurrenceInputs
+from mmmamba_cli.ops.recurrence_dispatch import LIBRARY_BACKENDS, run_matrix, run_scan, run_step
 
 GLA_BACKENDS: dict[str, RecurrenceBackend] = {
     "chunked": reference.chunked,
     "recurrent": reference.recurrent,
     **LIBRARY_BACKENDS,
 }
-GLA_STEP_BACKENDS: dict[str, GlaStepBackend] = {"reference": reference.step}
-GLA_MATRIX_BACKENDS: dict[str, Callable[[RecurrenceInputs], Tensor]] = {
-    "reference": reference.matrix
-}
+GLA_STEP_BACKENDS: dict[str, RecurrenceBackend] = {"reference": reference.step}
+GLA_MATRIX_BACKENDS: dict[str, MatrixBackend] = {"reference": reference.matrix}
 
 
 def gla(
@@ -97,11 +68,7 @@ def gla(
     inputs = RecurrenceInputs(
         "gla", v, k, q, log_decay, None, scale, False, initial_state, mask, seq_idx, chunk_size
     )
-    check_inputs(inputs, per_head_decay=False)
-    if backend == "auto":
-        backend = select_backend(GLA_BACKENDS, inputs)
-    scan = get_backend("gla", backend, GLA_BACKENDS)
-    return scan(inputs) if v.shape[1] else empty_result(inputs)
+    return run_scan(GLA_BACKENDS, backend, inputs)
 
 
 def gla_step(
@@ -132,12 +99,8 @@ def gla_step(
         ValueError: inconsistent shapes.
         MmmambaError: a backend that is not available.
     """
-    check_tokens("gla_step", v, k, q, log_decay, None, 0, False)
-    batch, heads, key_dim = q.shape
-    check_shape("gla_step", "state", state, (batch, heads, v.shape[-1], key_dim))
-    name = "reference" if backend == "auto" else backend
-    step = get_backend("gla_step", name, GLA_STEP_BACKENDS)
-    return step(v, k, q, log_decay, state, scale=scale)
+    inputs = RecurrenceInputs("gla_step", v, k, q, log_decay, scale=scale, initial_state=state)
+    return run_step(GLA_STEP_BACKENDS, backend, inputs)
 
 
 def gla_matrix(
@@ -164,11 +127,6 @@ def gla_matrix(
     """
     op, no_values = "gla_matrix", k[..., :0]
     inputs = RecurrenceInputs(
-        op, no_values, k, q, log_decay, None, scale, False, None, mask, seq_idx, 1
+        op, no_values, k, q, log_decay, scale=scale, mask=mask, seq_idx=seq_idx
     )
-    check_inputs(inputs, per_head_decay=False)
-    name = "reference" if backend == "auto" else backend
-    matrix = get_backend(op, name, GLA_MATRIX_BACKENDS)
-    if not q.shape[1]:
-        return torch.zeros(len(q), q.shape[2], 0, 0, dtype=compute_dtype(k), device=q.device)
-    return matrix(inputs)
+    return run_matrix(GLA_MATRIX_BACKENDS, backend, inputs)

@@ -1,7 +1,7 @@
 """Gated linear attention and its single step in plain PyTorch, on any device, with autograd.
 
-Legend: B batch, T tokens, H query heads, K key/value heads, G = H / K, P value dim, N key dim,
-c chunks of Q tokens each. Query head h reads key/value head h // G.
+Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N key dim, c chunks of
+Q tokens each. Query head h reads key/value head h // (H / K).
 
 All arithmetic is fp32, or fp64 if v is fp64; autocast is disabled inside.
 """
@@ -9,65 +9,28 @@ All arithmetic is fp32, or fp64 if v is fp64; autocast is disabled inside.
 import torch
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import compute_dtype, without_autocast
-from mmmamba_cli.ops.channel_decay import DecayedBlock, decayed_block
+from mmmamba_cli.ops.backends import without_autocast
+from mmmamba_cli.ops.channel_decay import DecayedBlock, decayed_heads
 from mmmamba_cli.ops.chunks import by_kv_head, chunk_layout, in_chunks, scan_chunks
-from mmmamba_cli.ops.recurrence import (
-    RecurrenceInputs,
-    Tokens,
-    initial_state,
-    prepared_tokens,
-    scaled_qk,
-)
+from mmmamba_cli.ops.recurrence import RecurrenceInputs, Tokens, initial_state, prepared_tokens
+from mmmamba_cli.ops.recurrence_reference import Token, run_token, run_tokens
 
 
-def step(
-    v: Tensor, k: Tensor, q: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def step(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     """One token; shapes as in `ops.gla_step`."""
-    dtype, heads = compute_dtype(v), (v.shape[1], -1)
-    with without_autocast(v):
-        scaled_q, wide_k = scaled_qk(q.to(dtype), k.to(dtype), scale, qk_l2_norm=False)
-        y, state = _advance(
-            state.to(dtype).unflatten(1, heads),
-            log_decay.to(dtype).exp().unflatten(1, heads),
-            v.to(dtype),
-            wide_k,
-            scaled_q.unflatten(1, heads),
-        )
-    return y.flatten(1, 2).to(v.dtype), state.flatten(1, 2)
+    return run_token(inputs, _update)
 
 
 def recurrent(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     """Run the recurrence token by token (arXiv 2312.06635, section 4.1)."""
-    v, heads = inputs.v, (inputs.v.shape[2], -1)
-    with without_autocast(v):
-        tokens = prepared_tokens(inputs)
-        state = initial_state(inputs).unflatten(1, heads)
-        outputs = []
-        for decay_t, v_t, k_t, q_t in zip(
-            tokens.log_decay.exp().unflatten(2, heads).unbind(1),
-            tokens.v.unbind(1),
-            tokens.k.unbind(1),
-            tokens.q.unflatten(2, heads).unbind(1),
-            strict=True,
-        ):
-            y_t, state = _advance(state, decay_t, v_t, k_t, q_t)
-            outputs.append(y_t)
-        y = torch.stack(outputs, dim=1).flatten(2, 3)
-    return y.to(v.dtype), state.flatten(1, 2)
+    return run_tokens(inputs, _update)
 
 
-def _advance(
-    state: Tensor, decay: Tensor, v: Tensor, k: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y_t (B, K, G, P) and S_t from S_{t-1} (B, K, G, P, N).
-
-    decay and q (B, K, G, N), v (B, K, P), k (B, K, N).
-    """
-    written = v.unsqueeze(-1) * k.unsqueeze(-2)
-    state = torch.addcmul(written.unsqueeze(2), state, decay.unsqueeze(-2))
-    return (state @ q.unsqueeze(-1)).squeeze(-1), state
+def _update(state: Tensor, token: Token) -> tuple[Tensor, Tensor]:
+    """y_t (B, K, G, P) and S_t from S_{t-1} (B, K, G, P, N); other shapes as in `Token`."""
+    written = token.v.unsqueeze(-1) * token.k.unsqueeze(-2)
+    state = torch.addcmul(written.unsqueeze(2), state, token.decay.unsqueeze(-2))
+    return (state @ token.q.unsqueeze(-1)).squeeze(-1), state
 
 
 def chunked(inputs: RecurrenceInputs) -> tuple[Tensor, Tensor]:
@@ -106,9 +69,8 @@ def matrix(inputs: RecurrenceInputs) -> Tensor:
 
 def _block(tokens: Tokens, num_chunks: int, size: int) -> DecayedBlock:
     """Chunks with one row per token, the query; leading dimensions (B, c, H)."""
-    k = in_chunks(tokens.k, num_chunks, size)
-    grouped = (k.shape[2], -1)
-    q = in_chunks(tokens.q, num_chunks, size).unflatten(2, grouped)
-    log_decay = in_chunks(tokens.log_decay, num_chunks, size).contiguous().unflatten(2, grouped)
-    block = decayed_block(q.unsqueeze(-2), k.unsqueeze(3), log_decay)
-    return DecayedBlock(*(part.flatten(2, 3) for part in block))
+    k, q, log_decay = (
+        in_chunks(part, num_chunks, size) for part in (tokens.k, tokens.q, tokens.log_decay)
+    )
+    rows = q.unflatten(2, (k.shape[2], -1)).unsqueeze(-2)
+    return decayed_heads(rows, k, log_decay.contiguous())
