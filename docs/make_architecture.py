@@ -32,6 +32,7 @@ CONTENTS = {
     "inspection": "summaries, differences",
     "reporting": "a run as one page",
     "evaluate": "suites, answers, scores",
+    "layer_selection": "layers by measurement",
     "profiling": "speed, memory, roofline",
     "distill": "stages 1 to 3",
     "seed": "student from teacher",

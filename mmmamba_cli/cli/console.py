@@ -210,17 +210,19 @@ def progress(
     total: int,
     unit: str = "",
     clock: Callable[[], float] = time.monotonic,
+    time_left: bool = False,
 ) -> Iterator[Callable[[int], None]]:
     """Show the progress of a step on stderr; yields a function that adds to the number done.
 
     A terminal shows a bar. Elsewhere lines `what: 12/236 unit` are printed at the start, at least
-    PROGRESS_LINE_INTERVAL seconds apart, and at the end.
+    PROGRESS_LINE_INTERVAL seconds apart, and at the end. With `time_left` they end with an
+    estimate of the time left, as the bar does.
     """
     if err().is_terminal:
         with _bar(what, total, unit) as advance:
             yield advance
     else:
-        with _plain_lines(what, total, unit, clock) as advance:
+        with _plain_lines(what, total, unit, clock, time_left) as advance:
             yield advance
 
 
@@ -249,15 +251,19 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _plain_lines(
-    what: str, total: int, unit: str, clock: Callable[[], float]
+    what: str, total: int, unit: str, clock: Callable[[], float], time_left: bool
 ) -> Iterator[Callable[[int], None]]:
     done = printed = 0
-    last_time = clock()
+    last_time = started = clock()
 
     def print_progress() -> None:
         nonlocal printed, last_time
         printed, last_time = done, clock()
-        sys.stderr.write(f"{what}: {done}/{total}{f' {unit}' if unit else ''}\n")
+        left = ""
+        if time_left and 0 < done < total:
+            seconds = (last_time - started) / done * (total - done)
+            left = f", {math.ceil(seconds / 60)} min left"
+        sys.stderr.write(f"{what}: {done}/{total}{f' {unit}' if unit else ''}{left}\n")
         sys.stderr.flush()
 
     def advance(more: int) -> None:

@@ -115,12 +115,15 @@ def _check(name: str, sets: list[str], num_layers: int | None) -> dict[str, Any]
         layer_mixers(recipe.mixer.kind, recipe.layers.mixers, num_layers)
     except RecipeError as error:
         return {**result, "problems": [f"{name}: {error}"]}
+    if recipe.layers.select is not None:
+        return {**result, "valid": True, "select": recipe.layers.select}
     return {**result, "valid": True, "attention_layers": layers}
 
 
 def _describe(result: dict[str, Any]) -> str:
     layers = result.get("attention_layers")
     if layers is None:
-        return f"{result['recipe']}: valid"
+        chosen = f", attention layers chosen by {result['select']}" if "select" in result else ""
+        return f"{result['recipe']}: valid{chosen}"
     kept = ", ".join(str(layer) for layer in layers)
     return f"{result['recipe']}: valid, attention layers: {kept or 'none'}"

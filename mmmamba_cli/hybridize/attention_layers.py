@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,10 +14,20 @@ from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
 from mmmamba_cli.checkpoint.hashing import tensor_digest
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
-from mmmamba_cli.recipe import Recipe, parse_recipe
+from mmmamba_cli.recipe import SCORES_FILE_PREFIX, Recipe, parse_recipe
 from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, write_product
 
+# The file of scores in a product's name.
+FILE_METHOD = "file"
 DEFAULT_PLACEMENT = "head-interleaved"
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """Attention layers chosen by measurement, ascending, and the record for the manifest."""
+
+    layers: tuple[int, ...]
+    record: Mapping[str, Any]
 
 
 def _stages_before_plan(recipe: Recipe) -> tuple[str, ...]:
@@ -49,9 +61,15 @@ def _product_name(layers: Sequence[int], placed: bool) -> str:
 
 
 def planned_product_name(recipe: Recipe, layers: Sequence[int]) -> str:
-    """Name the product of the recipe's layer plan, with its placement if not the default."""
+    """Name the product of the recipe's layer plan: `hybrid-8`, `hybrid-8-kl-zero`.
+
+    The name has the measurement that chose the layers, or the placement if not the default.
+    """
     plan = recipe.layers
     name = _product_name(layers, isinstance(plan.attention, int))
+    if plan.select is not None and layers:
+        is_file = plan.select.startswith(SCORES_FILE_PREFIX)
+        return f"{name}-{FILE_METHOD if is_file else plan.select}"
     usual = not isinstance(plan.attention, int) or plan.placement == DEFAULT_PLACEMENT
     return name if usual else f"{name}-{plan.placement}"
 
@@ -65,12 +83,14 @@ def hybridize(
     teacher_path: Path | None = None,
     overwrite: bool = False,
     recipe: str | None = None,
+    selection: LayerSelection | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Write product `name`: `parent` with the teacher's attention in exactly the given layers.
 
     Attention weights are the teacher's in the student's dtype. A layer that becomes linear again
-    takes its mixer from the nearest ancestor that has one. Raises `RunError` if the teacher is not
+    takes its mixer from the nearest ancestor that has one. `selection` says how the layers were
+    chosen, if by measurement. Raises `RunError` if the teacher is not
     the run's, or if no ancestor has a needed mixer.
     """
     if name == parent.name:
@@ -98,6 +118,7 @@ def hybridize(
         ),
         stages=_stages_kept(parent),
         notes=("not yet distilled end to end",),
+        selection={} if selection is None else selection.record,
     )
     manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
     run.set_current(name)

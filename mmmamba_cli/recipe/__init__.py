@@ -1,6 +1,13 @@
 """Recipes: all settings of a distillation as one typed, frozen value, without torch."""
 
-from mmmamba_cli.recipe.layers import PLACEMENTS, attention_layers, place_attention, plan_kind
+from mmmamba_cli.recipe.layers import (
+    PLACEMENTS,
+    SCORES_FILE_PREFIX,
+    SELECTION_METHODS,
+    attention_layers,
+    place_attention,
+    plan_kind,
+)
 from mmmamba_cli.recipe.loader import (
     dump_recipe,
     load_recipe,
@@ -24,6 +31,8 @@ from mmmamba_cli.recipe.schema import (
 __all__ = [
     "KL",
     "PLACEMENTS",
+    "SCORES_FILE_PREFIX",
+    "SELECTION_METHODS",
     "Data",
     "Layers",
     "LoRA",

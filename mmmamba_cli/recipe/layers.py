@@ -65,6 +65,19 @@ def place_attention(placement: str, n: int, num_layers: int) -> tuple[int, ...]:
     return PLACEMENTS[placement](n, num_layers)
 
 
+# Measurements that rank layers; `file:PATH` names scores in a file.
+SELECTION_METHODS = ("kl-zero", "kl", "recall", "mse")
+SCORES_FILE_PREFIX = "file:"
+
+
+def is_selection(value: object) -> bool:
+    """Whether `value` names a measurement of layers: a method, or `file:PATH`."""
+    if not isinstance(value, str):
+        return False
+    is_file = value.startswith(SCORES_FILE_PREFIX) and len(value) > len(SCORES_FILE_PREFIX)
+    return is_file or value in SELECTION_METHODS
+
+
 def plan_kind(kept: int, num_layers: int) -> str:
     """Kind of a model with `kept` attention layers: `linear`, `hybrid (4 attention)` or
     `all attention`.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmmamba_cli.recipe.layers import layer_list_problem
+from mmmamba_cli.recipe.layers import is_selection, layer_list_problem
 from mmmamba_cli.recipe.mixers import LayerMixers, Mixer, unread_option
 from mmmamba_cli.recipe.problems import Allowed, format_value
 from mmmamba_cli.recipe.section import Section, invalid_value
@@ -27,6 +27,7 @@ ATTENTION_ALLOWED = Allowed("a whole number of layers, at least 0, or a list of 
 LEARNS_ALLOWED = Allowed(
     "new, new+qkv, or a list of patterns of parameter names, as ['*.mixer.A_log']"
 )
+SELECT_ALLOWED = Allowed("kl-zero, kl, recall, mse, file:SCORES.json, or null")
 STAGE_NAME_ALLOWED = Allowed(
     "a name of lower-case letters, digits, '-' and '_' that begins with a letter"
 )
@@ -63,6 +64,12 @@ def _check_learns(value: Any) -> str | tuple[str, ...]:
     raise invalid_value(f"is {format_value(value)}, must be {LEARNS_ALLOWED.words}")
 
 
+def _check_select(value: Any) -> str | None:
+    if value is None or is_selection(value):
+        return value
+    raise invalid_value(f"is {format_value(value)}, must be {SELECT_ALLOWED.words}")
+
+
 def _check_stage_name(value: Any) -> str:
     # Lower-case ASCII, since stage names become names of products and folders.
     if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", value):
@@ -73,6 +80,7 @@ def _check_stage_name(value: Any) -> str:
 AttentionLayers = Annotated[
     int | tuple[int, ...], BeforeValidator(_check_attention), ATTENTION_ALLOWED
 ]
+Select = Annotated[str | None, BeforeValidator(_check_select), SELECT_ALLOWED]
 Placement = Literal["head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked"]
 StageName = Annotated[str, BeforeValidator(_check_stage_name), STAGE_NAME_ALLOWED]
 Learns = Annotated[
@@ -93,11 +101,24 @@ class Layers(Section):
         description="Where a number of attention layers goes: first or last layer of each block of "
         "L/n, or the first or last n layers. Not used when indices are given.",
     )
+    select: Select = Field(
+        default=None,
+        description="Measurement that ranks the layers, of which the best get the attention, in "
+        "the place of a placement; null uses the placement.",
+    )
     mixers: LayerMixers = Field(
         default={},
         description="Layers with another mixer than mixer.kind, as a list of indices for each "
         "mixer; a layer that is attention is attention all the same.",
     )
+
+    @model_validator(mode="after")
+    def _check_select_has_number(self) -> Self:
+        if self.select is not None and not isinstance(self.attention, int):
+            raise invalid_value(
+                "is given, must be null where layers.attention lists the layers", "select"
+            )
+        return self
 
 
 class Data(Section):

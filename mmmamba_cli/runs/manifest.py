@@ -12,7 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from mmmamba_cli import __version__
 from mmmamba_cli.checkpoint.config_fields import read_json
@@ -70,6 +76,16 @@ class Manifest(BaseModel):
     # Digests of the data of the last stage, by `train` and `held_out`.
     data: dict[str, dict[str, str]] = {}
     versions: dict[str, str] = {}
+    # How the attention layers were chosen, if by measurement: method, scores file, its SHA-256.
+    selection: dict[str, Any] = {}
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_selection(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Release 0.1 refuses fields that it does not know.
+        fields: dict[str, Any] = dump(self)
+        if not self.selection:
+            fields.pop("selection", None)
+        return fields
 
     @property
     def derived_from(self) -> Parent | None:

@@ -91,6 +91,8 @@ class ProductSpec:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     # Digests of the data of a stage, by `train` and `held_out`.
     data: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    # How the attention layers were chosen, if by measurement.
+    selection: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_product(
@@ -153,6 +155,7 @@ def _manifest(spec: ProductSpec, content_hash: str) -> Manifest:
         final=spec.final,
         metrics=dict(spec.metrics),
         data=dict(spec.data),
+        selection=dict(spec.selection),
         versions=package_versions(),
     )
 
