@@ -101,7 +101,7 @@ stages:
     assert found == [
         "f.yaml: teacher: is 3, must be some text or null",
         "f.yaml: layers.attention[2]: is 0, which stands at [0] already; name a layer once",
-        "f.yaml: layers.placment: unknown key, allowed are attention, placement, mixers; "
+        "f.yaml: layers.placment: unknown key, allowed are attention, placement, select, mixers; "
         "did you mean placement?",
         "f.yaml: mixer.init: is 'inherit-mimic', must be one of scratch, inherit, inherit+mimic; "
         "did you mean inherit+mimic?",
