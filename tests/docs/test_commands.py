@@ -66,7 +66,7 @@ def test_the_tutorial_contains_its_commands() -> None:
         ("sed hovle.ckpt", True),
         ("seed", True),
         ("seed hovle.ckpt --attn-layers 3", True),
-        ("hybridize --attn-layers many", True),
+        ("hybridize --samples many", True),
         ("recipe", True),
         ("distill --no-such ...", True),
     ],
