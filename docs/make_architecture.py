@@ -27,6 +27,7 @@ SWING = 34
 # Each room in a few words; a room without them is refused.
 CONTENTS = {
     "cli": "one file per command",
+    "ablation": "plans, cells, tables",
     "chat": "conversations",
     "doctor": "checks of this machine",
     "inspection": "summaries, differences",

@@ -20,7 +20,7 @@ from mmmamba_cli.plugins import entry_points
 # The list of commands in `mmmamba --help`, by purpose.
 COMMAND_GROUPS = {
     "Make models": ("seed", "distill", "hybridize", "import", "export"),
-    "Measure": ("eval", "profile", "inspect", "doctor", "status"),
+    "Measure": ("eval", "ablate", "profile", "inspect", "doctor", "status"),
     "Look": ("report", "chat"),
     "Material": ("data", "recipe", "scenes"),
 }

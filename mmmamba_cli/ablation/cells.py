@@ -1,0 +1,274 @@
+"""Cells of a plan (arm x seed), their recipes, and the trainings that several of them share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePath
+from typing import Any
+
+from mmmamba_cli.ablation.plan import TEACHER_ARM, WORK, Arm, Plan, SuiteUse
+from mmmamba_cli.errors import RecipeError
+from mmmamba_cli.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from mmmamba_cli.recipe.problems import join_or, suggest
+from mmmamba_cli.recipe.yaml_text import write_yaml
+
+DIGEST_DIGITS = 12
+# Fields of a recipe that change neither weights nor scores.
+STAGE_FIELDS_WITHOUT_EFFECT = ("checkpointing", "evaluate_every", "save_every")
+DATA_FIELDS_WITHOUT_EFFECT = ("held_out", "max_bad_share", "workers")
+# Fields of the data that depend on the machine.
+MACHINE_FIELDS = ("image_root", "max_bad_share", "workers")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed; the teacher's cell has no recipe.
+
+    `stages` are the names of the stages to run. `prefixes` are digests of everything that the
+    weights depend on after seeding and after each stage: cells with an equal digest have equal
+    weights there. `digest` covers all that the JSON of the cell depends on.
+    """
+
+    arm: str
+    seed: int | None
+    recipe: Recipe | None
+    stages: tuple[str, ...]
+    commands: tuple[str, ...]
+    suites: tuple[SuiteUse, ...]
+    prefixes: tuple[str, ...]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return self.arm if self.seed is None else f"{self.arm}-seed{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Name of the run directory; other settings get another one."""
+        return f"{self.name}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Stages that several cells have in common, trained once.
+
+    `stages` are all stages done at its end, `parent` is the trunk that it continues.
+    """
+
+    digest: str
+    recipe: Recipe
+    stages: tuple[str, ...]
+    parent: Trunk | None
+
+    @property
+    def name(self) -> str:
+        return f"{'+'.join(self.stages)}-{self.digest}"
+
+    @property
+    def folder(self) -> str:
+        return f"shared-{self.name}"
+
+
+def expand(plan: Plan, sets: Sequence[str] = (), work: str = WORK) -> list[Cell]:
+    """All cells of a plan: the teacher, then every arm of each seed, in the plan's order.
+
+    `sets` change the base, as `--set` of other commands; a field that an arm sets keeps the arm's
+    value. Raises `RecipeError` that names the arm and the field.
+    """
+    teacher = _cell(plan, TEACHER_ARM, None, None, (), (), work)
+    found = [teacher] if teacher.suites else []
+    for seed in plan.seeds:
+        for arm in plan.arms:
+            recipe = _recipe(plan, arm, seed, sets, work)
+            stages = _stages(plan, arm, recipe)
+            if stages:
+                recipe = _with_stages(recipe, stages)
+            commands = tuple(word for one in plan.lineage(arm) for word in one.commands)
+            found.append(_cell(plan, arm.name, seed, recipe, stages, commands, work))
+    return found
+
+
+def select(cells: Sequence[Cell], only: str | None) -> list[Cell]:
+    """The cells whose name or arm matches one of the patterns in `only`, with commas.
+
+    Raises `RecipeError` for a pattern that no cell matches.
+    """
+    if only is None:
+        return list(cells)
+    patterns = [part.strip() for part in only.split(",") if part.strip()]
+    for pattern in patterns or [only]:
+        if not any(_matches(cell, pattern) for cell in cells):
+            names = list(dict.fromkeys(cell.arm for cell in cells))
+            raise RecipeError(
+                f"--only {pattern!r} matches no cell{suggest(pattern, names)}",
+                f"arms are {join_or(names)}; a cell is called ARM-seedN",
+            )
+    return [cell for cell in cells if any(_matches(cell, pattern) for pattern in patterns)]
+
+
+def _matches(cell: Cell, pattern: str) -> bool:
+    return fnmatchcase(cell.name, pattern) or fnmatchcase(cell.arm, pattern)
+
+
+def _recipe(plan: Plan, arm: Arm, seed: int, sets: Sequence[str], work: str) -> Recipe:
+    """The recipe of an arm and a seed, with all stages."""
+    given = {"train": plan.data, "held_out": plan.held_out, "image_root": plan.image_root}
+    overrides: dict[str, Any] = {"teacher": plan.teacher, "seed": seed}
+    base = [*_assignments(plan.set), *(f"data.{k}={json.dumps(v)}" for k, v in given.items() if v)]
+    own = [text for one in plan.lineage(arm) for text in _assignments(one.set)]
+    try:
+        recipe = load_recipe(plan.recipe, [*base, *sets, *own], overrides)
+    except RecipeError as error:
+        raise RecipeError(f"arm {arm.name}: {error.message}", error.hint) from None
+    text = dump_recipe(recipe)
+    return recipe if WORK not in text else parse_recipe(text.replace(WORK, work), plan.recipe)
+
+
+def _assignments(changes: Mapping[str, Any]) -> Iterator[str]:
+    # JSON is YAML in one line.
+    return (f"{field}={json.dumps(value)}" for field, value in changes.items())
+
+
+def _stages(plan: Plan, arm: Arm, recipe: Recipe) -> tuple[str, ...]:
+    """Names of the stages to run. Raises `RecipeError` for one that the recipe lacks."""
+    names = [stage.name for stage in recipe.stages]
+    given = [one.stages for one in plan.lineage(arm) if one.stages is not None]
+    if not given:
+        return tuple(names)
+    for stage in given[-1]:
+        if stage not in names:
+            raise RecipeError(
+                f"arm {arm.name}: stages: is {stage}, the recipe {plan.recipe} has "
+                f"{join_or(names)}{suggest(stage, names)}"
+            )
+    ordered = tuple(name for name in names if name in given[-1])
+    if ordered != given[-1]:
+        raise RecipeError(
+            f"arm {arm.name}: stages: are {', '.join(given[-1])}, must be in the recipe's order, "
+            f"each once: {', '.join(names)}"
+        )
+    return ordered
+
+
+def _with_stages(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    tree = recipe.model_dump(mode="json")
+    tree["stages"] = [stage for stage in tree["stages"] if stage["name"] in names]
+    return parse_recipe(write_yaml(tree), "recipe of the plan")
+
+
+def _cell(
+    plan: Plan,
+    arm: str,
+    seed: int | None,
+    recipe: Recipe | None,
+    stages: tuple[str, ...],
+    commands: tuple[str, ...],
+    work: str,
+) -> Cell:
+    suites = tuple(
+        suite
+        if suite.data is None
+        else suite.model_copy(update={"data": suite.data.replace(WORK, work)})
+        for suite in plan.suites
+        if recipe is None or not suite.arms or any(fnmatchcase(arm, p) for p in suite.arms)
+    )
+    prefixes = () if recipe is None else tuple(_prefixes(plan, recipe, stages))
+    return Cell(
+        arm=arm,
+        seed=seed,
+        recipe=recipe,
+        stages=stages,
+        commands=commands,
+        suites=suites,
+        prefixes=prefixes,
+        digest=_digest(
+            PurePath(plan.teacher).name,
+            [] if recipe is None else [plan.dtype, *_portable(recipe), stages, commands],
+            [_suite_settings(suite) for suite in suites],
+        ),
+    )
+
+
+def _prefixes(plan: Plan, recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
+    """The digests of `Cell.prefixes`."""
+    tree = _changed_fields(recipe)
+    layers, data = tree.get("layers", {}), tree.get("data", {})
+    kept = {k: v for k, v in data.items() if k not in DATA_FIELDS_WITHOUT_EFFECT}
+    mixers = tree.get("mixer"), layers.get("mixers")
+    done = _digest(plan.teacher, plan.dtype, recipe.seed, *mixers)
+    yield done
+    for stage in tree["stages"]:
+        if stage["name"] not in stages:
+            continue
+        own = {k: v for k, v in stage.items() if k not in STAGE_FIELDS_WITHOUT_EFFECT}
+        done = _digest(done, own, kept, layers if stage.get("layers") == "planned" else None)
+        yield done
+
+
+def _changed_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields that differ from their defaults: digests stay when recipes get new fields."""
+    return recipe.model_dump(mode="json", exclude_defaults=True)
+
+
+def _portable(recipe: Recipe) -> list[Any]:
+    """A recipe without the folders of its files, which differ between machines."""
+    tree = _changed_fields(recipe)
+    data = {k: v for k, v in tree.get("data", {}).items() if k not in MACHINE_FIELDS}
+    for field in ("train", "held_out"):
+        if field in data and not is_corpus_spec(data[field]):
+            data[field] = PurePath(data[field]).name
+    left_out = {"description", "teacher", "data"}
+    return [{k: v for k, v in tree.items() if k not in left_out}, data]
+
+
+def is_corpus_spec(source: str) -> bool:
+    """Whether a data source names a corpus, as `scenes:lessons`, and not a file."""
+    return re.match(r"[a-z][a-z0-9_-]+:", source) is not None
+
+
+def _suite_settings(suite: SuiteUse) -> dict[str, Any]:
+    """The options of a suite that change its answers."""
+    left_out = {"arms", "batch", "chance", "rule"}
+    settings = suite.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+    if suite.data is not None:
+        settings["data"] = PurePath(suite.data).name
+    return settings
+
+
+def _digest(*values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
+
+
+def shared_trunks(cells: Iterable[Cell]) -> dict[str, list[Trunk]]:
+    """The trunks of each cell by its name, the first stages first.
+
+    A trunk ends where the cells that share it go on differently, or where one of them ends.
+    """
+    listed = [cell for cell in cells if cell.recipe is not None]
+    users = Counter(prefix for cell in listed for prefix in cell.prefixes[1:])
+    followers: dict[str, set[str | None]] = defaultdict(set)
+    for cell in listed:
+        for prefix, after in zip(cell.prefixes[1:], [*cell.prefixes[2:], None], strict=False):
+            followers[prefix].add(after)
+    made: dict[str, Trunk] = {}
+    found: dict[str, list[Trunk]] = {}
+    for cell in listed:
+        path: list[Trunk] = []
+        for depth, prefix in enumerate(cell.prefixes[1:], start=1):
+            if users[prefix] < 2 or (len(followers[prefix]) < 2 and followers[prefix] != {None}):
+                continue
+            if prefix not in made:
+                assert cell.recipe is not None
+                recipe = _with_stages(cell.recipe, cell.stages[:depth])
+                parent = path[-1] if path else None
+                made[prefix] = Trunk(prefix, recipe, cell.stages[:depth], parent)
+            path.append(made[prefix])
+        found[cell.name] = path
+    return found

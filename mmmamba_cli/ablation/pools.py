@@ -1,0 +1,215 @@
+"""Pools that run cells: in this process, or side by side in processes of their own.
+
+A process runs many cells, so that torch is imported and kernels are compiled once in it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.synchronize import Event
+from typing import Any
+
+from mmmamba_cli.ablation.cells import Trunk
+from mmmamba_cli.ablation.execution import CellExecutor, CellStopped, Control, Setting
+from mmmamba_cli.ablation.runner import Unit, UnitEnd
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.interrupts import block_interrupts
+
+# Seconds between looks at the runner's request to stop.
+POLL_SECONDS = 0.5
+# Least seconds between two reports of a process about its steps.
+REPORT_SECONDS = 0.5
+# Seconds until a process that does not stop is ended.
+STOP_SECONDS = 60.0
+
+Report = Callable[[str, str, int, int], None]
+
+
+def run_unit(executor: CellExecutor, unit: Unit, parent: Trunk | None, control: Control) -> UnitEnd:
+    """Run a unit and say how it ended. A bug's traceback is printed, and the others go on."""
+    try:
+        if isinstance(unit, Trunk):
+            executor.run_trunk(unit, control)
+        else:
+            executor.run_cell(unit, parent, control)
+    except CellStopped:
+        return UnitEnd(unit, "stopped")
+    except (MmmambaError, OSError) as error:
+        return UnitEnd(unit, "failed", str(error))
+    except Exception as error:  # noqa: BLE001  a cell's bug must not cost the others
+        traceback.print_exc()
+        return UnitEnd(unit, "failed", f"{type(error).__name__}: {error}")
+    return UnitEnd(unit, "finished")
+
+
+class InlinePool:
+    """Runs one unit at a time in this process."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        say: Callable[[str], None],
+        report: Report,
+        should_stop: Callable[[], bool],
+    ):
+        self._executor = CellExecutor(setting)
+        self._say, self._report, self._should_stop = say, report, should_stop
+        self._next: tuple[Unit, Trunk | None, float | None] | None = None
+
+    @property
+    def running(self) -> Sequence[Unit]:
+        return () if self._next is None else (self._next[0],)
+
+    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None) -> None:
+        self._next = (unit, parent, deadline)
+
+    def wait(self) -> list[UnitEnd]:
+        assert self._next is not None
+        unit, parent, deadline = self._next
+        control = Control(
+            should_stop=lambda: self._should_stop() or is_over(deadline),
+            say=lambda text: self._say(f"{unit.name}: {text}"),
+            progress=lambda what, done, total: self._report(unit.name, what, done, total),
+        )
+        end = run_unit(self._executor, unit, parent, control)
+        self._next = None
+        return [end]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
+class _Worker:
+    """A process that runs one unit after another."""
+
+    def __init__(self, setting: Setting, stop: Event):
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(
+            target=_work, args=(setting, theirs, stop), daemon=False
+        )
+        # The runner gets Ctrl-C and asks the processes to save and stop.
+        with block_interrupts():
+            self.process.start()
+        theirs.close()
+        self.unit: Unit | None = None
+
+
+class ProcessPool:
+    """Runs units side by side, each in a process of its own; a process that dies is replaced."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        say: Callable[[str], None],
+        report: Report,
+        should_stop: Callable[[], bool],
+    ):
+        self._setting, self._say, self._report = setting, say, report
+        self._should_stop = should_stop
+        self._stop = get_context("spawn").Event()
+        self._workers: list[_Worker] = []
+
+    @property
+    def running(self) -> Sequence[Unit]:
+        return [worker.unit for worker in self._workers if worker.unit is not None]
+
+    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None) -> None:
+        worker = next((one for one in self._workers if one.unit is None), None)
+        if worker is None:
+            worker = _Worker(self._setting, self._stop)
+            self._workers.append(worker)
+        worker.unit = unit
+        worker.connection.send((unit, parent, deadline))
+
+    def wait(self) -> list[UnitEnd]:
+        ended: list[UnitEnd] = []
+        while not ended:
+            if self._should_stop():
+                self._stop.set()
+            busy = {one.connection: one for one in self._workers if one.unit is not None}
+            for connection in wait(list(busy), timeout=POLL_SECONDS):
+                end = self._receive(busy[connection])  # type: ignore[index]
+                if end is not None:
+                    ended.append(end)
+        return ended
+
+    def _receive(self, worker: _Worker) -> UnitEnd | None:
+        """One message of a worker; its end if the unit has ended."""
+        assert worker.unit is not None
+        unit = worker.unit
+        try:
+            kind, *values = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            worker.process.join()
+            self._workers.remove(worker)
+            code = worker.process.exitcode
+            return UnitEnd(unit, "failed", f"its process ended with exit code {code}")
+        if kind == "say":
+            self._say(f"{unit.name}: {values[0]}")
+        elif kind == "progress":
+            self._report(unit.name, *values)
+        else:
+            worker.unit = None
+            return UnitEnd(unit, *values)
+        return None
+
+    def close(self) -> None:
+        """End the processes; units that run are asked to save and stop first."""
+        self._stop.set()
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.process.join(STOP_SECONDS)
+            if worker.process.is_alive():
+                worker.process.terminate()
+                worker.process.join()
+
+
+def _work(setting: Setting, connection: Connection, stop: Event) -> None:
+    """Run the units that arrive until the runner closes the connection."""
+    executor = CellExecutor(setting)
+    runner = parent_process()
+    while True:
+        try:
+            unit, parent, deadline = connection.recv()
+        except EOFError:
+            return
+        last = 0.0
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= REPORT_SECONDS:
+                last = now
+                _send(connection, "progress", what, done, total)
+
+        control = Control(
+            # A runner that was killed cannot ask.
+            should_stop=lambda deadline=deadline: (  # type: ignore[misc]
+                stop.is_set() or is_over(deadline) or (runner is None or not runner.is_alive())
+            ),
+            say=lambda text: _send(connection, "say", text),
+            progress=progress,
+        )
+        end = run_unit(executor, unit, parent, control)
+        sys.stdout.flush()
+        _send(connection, "end", end.status, end.message)
+
+
+def _send(connection: Connection, *message: Any) -> None:
+    try:
+        connection.send(message)
+    except (BrokenPipeError, OSError):
+        # The runner is gone; the unit stops at its next step.
+        return

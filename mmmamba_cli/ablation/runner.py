@@ -1,0 +1,389 @@
+"""The runner of a plan: which cells and trunks run, in which order, until when."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from mmmamba_cli.ablation.cells import Cell, Trunk, is_corpus_spec, shared_trunks
+from mmmamba_cli.ablation.estimates import Estimator
+from mmmamba_cli.ablation.plan import WORK, Plan
+from mmmamba_cli.ablation.records import (
+    CellRecord,
+    Timing,
+    finished,
+    read_records,
+    write_record,
+)
+from mmmamba_cli.ablation.run_folders import prune_run
+from mmmamba_cli.errors import DataError, RunError, name_some
+from mmmamba_cli.runs.manifest import utc_timestamp
+
+Unit = Cell | Trunk
+# Time kept free before the limit: a step, a training state and a product are written in it.
+STOP_MARGIN_SECONDS = 20.0
+STOP_MARGIN_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """A limit of `seconds` that began at `started`, a time of `time.monotonic`."""
+
+    seconds: float
+    started: float
+
+    @property
+    def deadline(self) -> float:
+        """When running cells are asked to save and stop."""
+        margin = min(STOP_MARGIN_SECONDS, STOP_MARGIN_SHARE * self.seconds)
+        return self.started + self.seconds - margin
+
+
+@dataclass(frozen=True)
+class UnitEnd:
+    """How a cell or trunk ended; `message` is that of a failure."""
+
+    unit: Unit
+    status: str  # finished, stopped or failed
+    message: str = ""
+
+
+class Pool(Protocol):
+    """Runs units, at most `jobs` at a time."""
+
+    @property
+    def running(self) -> Sequence[Unit]: ...
+
+    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None) -> None:
+        """Start a unit; `deadline` is a time of `time.monotonic`."""
+        ...
+
+    def wait(self) -> list[UnitEnd]:
+        """Wait until at least one unit has ended."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunnerEvents:
+    """Functions that the runner calls; `update` gets cells done, cells in all and minutes left."""
+
+    say: Callable[[str], None]
+    update: Callable[[int, int, float | None], None]
+    should_stop: Callable[[], bool]
+
+
+@dataclass
+class Outcome:
+    """What a call did: cells by name, and messages of those that failed."""
+
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    # Left because their estimate does not fit into the time that is left.
+    too_long: list[str] = field(default_factory=list)
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a plan stands: records by cell, cells to run, and their trunks."""
+
+    records: Mapping[str, CellRecord]
+    pending: tuple[Cell, ...]
+    trunks: Mapping[str, Sequence[Trunk]]
+
+
+def find_progress(
+    out: Path, cells: Sequence[Cell], selected: Sequence[Cell], *, retry: bool, overwrite: bool
+) -> Progress:
+    """Read the results and list the selected cells that have none.
+
+    `retry` runs failed cells again, `overwrite` those whose results were made with other settings.
+
+    Raises:
+        RunError: results were made with other settings, without `overwrite`.
+    """
+    records, outdated = read_records(out, cells)
+    named = [cell.name for cell in outdated if cell in selected]
+    if named and not overwrite:
+        raise RunError(
+            f"{out} has results of this plan with other settings: {name_some(named)}",
+            "--overwrite runs these cells again; or choose another --out",
+        )
+    done = finished(records) if retry else records
+    pending = tuple(cell for cell in selected if cell.name not in done)
+    return Progress(records, pending, shared_trunks(cells))
+
+
+def units_to_run(progress: Progress) -> list[tuple[Unit, Trunk | None]]:
+    """The units of the pending cells with the trunk that each starts from, parents first."""
+    found: dict[str, tuple[Unit, Trunk | None]] = {}
+    for cell in progress.pending:
+        path = progress.trunks.get(cell.name, ())
+        for trunk in path:
+            found.setdefault(trunk.folder, (trunk, trunk.parent))
+        found[cell.folder] = (cell, path[-1] if path else None)
+    return list(found.values())
+
+
+def estimates(
+    progress: Progress, estimator: Estimator, work: Path
+) -> list[tuple[Unit, float | None]]:
+    """Seconds of each unit to run."""
+    return [
+        (unit, estimator.seconds(unit, work, parent.stages if parent else ()))
+        for unit, parent in units_to_run(progress)
+    ]
+
+
+def check_data(cells: Sequence[Cell]) -> None:
+    """Raise `DataError` if a file of training data is not there; each cell would fail by itself."""
+    sources = [
+        source
+        for cell in cells
+        if cell.recipe is not None and cell.stages
+        for source in (cell.recipe.data.train, cell.recipe.data.held_out)
+        if source is not None and not is_corpus_spec(source) and "{" not in source
+    ]
+    for source in dict.fromkeys(sources):
+        if not Path(source).exists():
+            raise DataError(
+                f"the plan's data {source} is not there",
+                "make it, or name another with --set data.train=FILE",
+            )
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Lock a folder against other runners; it is made if it is not there.
+
+    Raises `RunError` if it is locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # The folder itself is locked, so that no file of the lock lies among results.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise RunError(
+            f"{folder} is in use by another mmmamba ablate",
+            "wait for it, or choose another --out and --work",
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def run_plan(
+    plan: Plan,
+    progress: Progress,
+    pool: Pool,
+    *,
+    out: Path,
+    work: Path,
+    keep: Sequence[str],
+    jobs: int,
+    limit: TimeLimit | None,
+    events: RunnerEvents,
+) -> Outcome:
+    """Run the pending cells, parents first, until the time is over or the caller stops.
+
+    A cell is not started if its estimate exceeds the time that is left, unless it exceeds the
+    whole time: such a cell is begun and goes on in the next call. The caller holds the locks.
+    """
+    deadline = None if limit is None else limit.deadline
+    estimator = Estimator(plan.estimates, progress.records.values())
+    queue = _Queue(progress, estimator, work)
+    outcome = Outcome()
+    total = len(progress.pending)
+    while True:
+        while len(pool.running) < jobs and not events.should_stop():
+            chosen = queue.take(limit)
+            if chosen is None:
+                break
+            pool.start(*chosen, deadline)
+        if not pool.running:
+            break
+        events.update(total - queue.cells_left(), total, queue.seconds_left(jobs))
+        for end in pool.wait():
+            _note(end, queue, outcome, plan, out, events)
+            if end.status == "finished" and isinstance(end.unit, Cell):
+                records, _ = read_records(out, [end.unit])
+                estimator.add(records[end.unit.name])
+    events.update(total - queue.cells_left(), total, queue.seconds_left(jobs))
+    known = {*outcome.finished, *outcome.failed}
+    outcome.left = [cell.name for cell in progress.pending if cell.name not in known]
+    outcome.too_long = [name for name in outcome.left if name in queue.too_long]
+    outcome.stopped = events.should_stop()
+    remove_unneeded(progress, outcome, work, keep)
+    return outcome
+
+
+def _note(
+    end: UnitEnd,
+    queue: _Queue,
+    outcome: Outcome,
+    plan: Plan,
+    out: Path,
+    events: RunnerEvents,
+) -> None:
+    """Add the end of a unit to the outcome; the cells of a failed trunk fail with it."""
+    unit = end.unit
+    if end.status == "stopped":
+        queue.close()
+        return
+    if end.status == "finished":
+        queue.finish(unit)
+        if isinstance(unit, Cell):
+            outcome.finished.append(unit.name)
+        return
+    lost = queue.fail(unit)
+    for cell in lost:
+        message = end.message
+        if isinstance(unit, Trunk):
+            message = f"the stages {', '.join(unit.stages)} that it shares failed: {message}"
+        events.say(f"{cell.name} failed: {message}")
+        outcome.failed[cell.name] = message
+        record = CellRecord(
+            plan=plan.name,
+            cell=cell.name,
+            arm=cell.arm,
+            seed=cell.seed,
+            digest=cell.digest,
+            status="failed",
+            error=message,
+            timing=Timing(date=utc_timestamp(), seconds=0.0),
+        )
+        write_record(out, cell, record)
+
+
+class _Queue:
+    """Units that wait, in order, and what they wait for."""
+
+    def __init__(self, progress: Progress, estimator: Estimator, work: Path):
+        self._waiting = {unit.folder: (unit, parent) for unit, parent in units_to_run(progress)}
+        self._unfinished = {unit.folder: unit for unit, _ in self._waiting.values()}
+        self._trunks = progress.trunks
+        self._estimator = estimator
+        self._work = work
+        self._closed = False
+        self.too_long: set[str] = set()
+
+    def take(self, limit: TimeLimit | None) -> tuple[Unit, Trunk | None] | None:
+        """The next unit whose parent is done and which fits into the time; None if none does."""
+        if self._closed:
+            return None
+        left = math.inf if limit is None else limit.deadline - time.monotonic()
+        whole = math.inf if limit is None else limit.seconds
+        if left <= 0:
+            return None
+        for unit, parent in list(self._waiting.values()):
+            if parent is not None and parent.folder in self._unfinished:
+                continue
+            seconds = self._seconds(unit, parent)
+            if seconds is None or seconds <= left or seconds > whole:
+                del self._waiting[unit.folder]
+                return unit, parent
+            self.too_long |= {cell.name for cell in self._cells_of(unit)}
+        return None
+
+    def _seconds(self, unit: Unit, parent: Trunk | None) -> float | None:
+        return self._estimator.seconds(unit, self._work, parent.stages if parent else ())
+
+    def _cells_of(self, unit: Unit) -> list[Cell]:
+        """The unfinished cells that need a unit."""
+        cells = [one for one in self._unfinished.values() if isinstance(one, Cell)]
+        if isinstance(unit, Cell):
+            return [unit]
+        return [cell for cell in cells if unit in self._trunks.get(cell.name, ())]
+
+    def close(self) -> None:
+        """Start nothing more."""
+        self._closed = True
+
+    def finish(self, unit: Unit) -> None:
+        self._unfinished.pop(unit.folder, None)
+
+    def fail(self, unit: Unit) -> list[Cell]:
+        """Give up a unit and what depends on it; return the cells."""
+        lost = self._cells_of(unit)
+        gone = {unit.folder, *(cell.folder for cell in lost)}
+        for cell in lost:
+            if isinstance(unit, Trunk):
+                path = self._trunks[cell.name]
+                gone |= {trunk.folder for trunk in path[path.index(unit) :]}
+        for folder in gone:
+            self._waiting.pop(folder, None)
+            self._unfinished.pop(folder, None)
+        return lost
+
+    def cells_left(self) -> int:
+        return sum(isinstance(unit, Cell) for unit in self._unfinished.values())
+
+    def seconds_left(self, jobs: int) -> float | None:
+        """Estimated seconds of all unfinished units; None if one is unknown."""
+        total = 0.0
+        for unit in self._unfinished.values():
+            path = self._trunks.get(unit.name, ()) if isinstance(unit, Cell) else ()
+            parent = path[-1] if path else getattr(unit, "parent", None)
+            seconds = self._seconds(unit, parent)
+            if seconds is None:
+                return None
+            total += seconds
+        return total / jobs
+
+
+def remove_unneeded(
+    progress: Progress, outcome: Outcome | None, work: Path, keep: Sequence[str]
+) -> None:
+    """Remove the runs of trunks that no cell without a result needs, and prune finished cells.
+
+    Safe to repeat: a killed runner may have left them.
+    """
+    done = set(finished(progress.records)) | set(outcome.finished if outcome else ())
+    needed = {
+        trunk.folder for name, path in progress.trunks.items() for trunk in path if name not in done
+    }
+    for path in progress.trunks.values():
+        for trunk in path:
+            folder = work / trunk.folder
+            if trunk.folder not in needed and folder.is_dir():
+                shutil.rmtree(folder)
+    for name, record in progress.records.items():
+        if record.status == "finished":
+            evaluated = record.model.product if record.model and record.seed is not None else None
+            prune_run(work / f"{name}-{record.digest}", keep, evaluated)
+
+
+def resolve_folders(plan: Plan, out: Path | None, work: Path | None) -> tuple[Path, Path]:
+    """The folders of results and of work: those given, else the plan's, else the defaults."""
+    from mmmamba_cli.ablation.records import RESULTS
+
+    results = out or (Path(plan.out) if plan.out is not None else RESULTS / plan.name)
+    return results, work or Path("runs") / "ablations" / plan.name
+
+
+def preparations(plan: Plan, cells: Sequence[Cell], work: Path) -> list[tuple[Path, str]]:
+    """Path and command of the data that the cells need and that are not there yet."""
+    used = {use.data for cell in cells for use in cell.suites}
+    for cell in cells:
+        if cell.recipe is not None:
+            data = cell.recipe.data
+            used |= {data.train, data.held_out, data.image_root}
+    paths = [Path(source) for source in used if source is not None and not is_corpus_spec(source)]
+    found = [(Path(one.path.replace(WORK, str(work))), one.command) for one in plan.prepare]
+    return [
+        (made, command)
+        for made, command in found
+        if not made.exists() and any(path == made or made in path.parents for path in paths)
+    ]

@@ -1,0 +1,294 @@
+"""Tables of a plan, from the JSON of its cells alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmmamba_cli.ablation.answers import Questions, read_questions
+from mmmamba_cli.ablation.cells import Cell
+from mmmamba_cli.ablation.plan import TEACHER_ARM, Plan, SuiteUse, Table
+from mmmamba_cli.ablation.records import CellRecord, finished, read_records
+from mmmamba_cli.ablation.statistics import (
+    Difference,
+    paired_difference,
+    replicates,
+    retention,
+    t_interval,
+)
+from mmmamba_cli.errors import name_some
+from mmmamba_cli.evaluate.library import find_suite
+from mmmamba_cli.evaluate.scoring import UnitScores
+
+# Metrics of yes/no suites of which a blind guess gets half.
+ACCURACIES = ("accuracy", "mean")
+YES_NO_CHANCE = 50.0
+
+
+@dataclass(frozen=True)
+class ArmScore:
+    """One row: an arm's scores on one suite, over its finished seeds."""
+
+    arm: str
+    seeds: tuple[int | None, ...]
+    mean: float
+    half_width: float | None
+    difference: Difference | None
+    retention: float | None
+    above_chance: float | None
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table as text, and the values it shows."""
+
+    title: str
+    heading: tuple[str, ...]
+    rows: list[tuple[object, ...]]
+    notes: tuple[str, ...]
+    values: tuple[dict[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"title": self.title, "rows": list(self.values), "notes": list(self.notes)}
+
+
+def plan_tables(plan: Plan, out: Path, cells: Sequence[Cell]) -> tuple[list[TextTable], list[str]]:
+    """All tables of a plan, and sentences about cells that are in none."""
+    records, outdated = read_records(out, cells)
+    done = finished(records)
+    scores = {use.title: SuiteScores(use, out, done) for use in plan.suites}
+    tables = []
+    for table in plan.all_tables:
+        for use in plan.suites:
+            if table.suites and use.title not in table.suites:
+                continue
+            made = _score_table(plan, table, scores[use.title], done)
+            if made is not None:
+                tables.append(made)
+        held_out = _held_out_table(plan, table, done)
+        if held_out is not None:
+            tables.append(held_out)
+    return tables, cell_notes(cells, records, outdated)
+
+
+def cell_notes(
+    cells: Sequence[Cell], records: Mapping[str, CellRecord], outdated: Sequence[Cell]
+) -> list[str]:
+    """Which cells failed, are not run, or have results of other settings."""
+    notes = [
+        f"{name} failed: {one.error}" for name, one in records.items() if one.status == "failed"
+    ]
+    old = {cell.name for cell in outdated}
+    missing = [cell for cell in cells if cell.name not in records and cell.name not in old]
+    if missing:
+        notes.append(f"{len(missing)} of {len(cells)} cells are not run: {_by_seeds(missing)}")
+    if old:
+        notes.append(
+            f"left out, since they were made with other settings: {name_some(sorted(old))}"
+        )
+    return notes
+
+
+def _by_seeds(cells: Sequence[Cell]) -> str:
+    """The arms of cells, those that lack the same seeds together."""
+    seeds: dict[str, list[int]] = {}
+    for cell in cells:
+        found = seeds.setdefault(cell.arm, [])
+        if cell.seed is not None:
+            found.append(cell.seed)
+    arms: dict[tuple[int, ...], list[str]] = {}
+    for arm, found in seeds.items():
+        arms.setdefault(tuple(found), []).append(arm)
+    return "; ".join(
+        ", ".join(names) + (f" (seeds {', '.join(map(str, found))})" if found else "")
+        for found, names in arms.items()
+    )
+
+
+class SuiteScores:
+    """The scores of all finished cells on one suite, and their replicates."""
+
+    def __init__(self, use: SuiteUse, out: Path, records: Mapping[str, CellRecord]):
+        self.use = use
+        self.values: dict[str, float] = {}
+        self.metric = ""
+        self._questions: dict[str, str] = {}
+        self._groups: dict[str, dict[str, UnitScores]] = {}
+        self._replicates: dict[str, dict[str, np.ndarray]] = {}
+        opened: dict[str, Questions] = {}
+        for name, record in records.items():
+            suite = record.suite(use.title)
+            rule = None if suite is None else suite.rule(use.rule)
+            if suite is None or rule is None or rule.metrics[rule.metric] is None:
+                continue
+            digest = suite.questions
+            if digest not in opened:
+                opened[digest] = read_questions(out, suite.suite, digest)
+            scores = opened[digest].scores(rule.scoring, suite.answers)
+            value = scores.values()[rule.metric]
+            assert value is not None
+            self.metric, self.values[name] = rule.metric, value
+            self._questions[name] = digest
+            self._groups.setdefault(digest, {})[name] = scores
+
+    @property
+    def chance(self) -> float | None:
+        """The score of a blind guess; None if it is not known."""
+        if self.use.chance is not None:
+            return self.use.chance
+        yes_no = find_suite(self.use.name).choices == ("Yes", "No")
+        return YES_NO_CHANCE if yes_no and self.metric in ACCURACIES else None
+
+    def difference(self, pairs: Sequence[tuple[str, str]]) -> Difference | None:
+        """The difference over pairs of cells, each (cell, base cell); None for other questions."""
+        same = [(a, b) for a, b in pairs if self._questions[a] == self._questions[b]]
+        if not same:
+            return None
+        values = [self.values[a] - self.values[b] for a, b in same]
+        drawn = [self._drawn(a) - self._drawn(b) for a, b in same]
+        return paired_difference(values, drawn)
+
+    def _drawn(self, name: str) -> np.ndarray:
+        digest = self._questions[name]
+        if digest not in self._replicates:
+            self._replicates[digest] = replicates(self._groups[digest], self.metric)
+        return self._replicates[digest][name]
+
+
+def arm_scores(
+    arms: Sequence[str], base: str, scores: SuiteScores, records: Mapping[str, CellRecord]
+) -> list[ArmScore]:
+    """A row for each arm that has a finished cell."""
+    cells: dict[str, dict[int | None, str]] = {}
+    for name in scores.values:
+        record = records[name]
+        cells.setdefault(record.arm, {})[record.seed] = name
+    teacher = cells.get(TEACHER_ARM, {}).get(None)
+    teacher_score = None if teacher is None else scores.values[teacher]
+    chance = scores.chance
+    rows = []
+    for arm in arms:
+        mine = cells.get(arm, {})
+        if not mine:
+            continue
+        values = [scores.values[name] for name in mine.values()]
+        mean = float(np.mean(values))
+        theirs = cells.get(base, {})
+        if arm == TEACHER_ARM:
+            pairs = [(mine[None], name) for name in theirs.values()]
+        else:
+            pairs = [(name, theirs[seed]) for seed, name in mine.items() if seed in theirs]
+        known = teacher_score is not None
+        rows.append(
+            ArmScore(
+                arm=arm,
+                seeds=tuple(mine),
+                mean=mean,
+                half_width=t_interval(values),
+                difference=scores.difference(pairs) if arm != base and pairs else None,
+                retention=retention(mean, teacher_score) if teacher_score is not None else None,
+                above_chance=retention(mean, teacher_score, chance)
+                if known and teacher_score is not None and chance is not None
+                else None,
+            )
+        )
+    return rows
+
+
+def _score_table(
+    plan: Plan, table: Table, scores: SuiteScores, records: Mapping[str, CellRecord]
+) -> TextTable | None:
+    base = table.base or plan.base
+    found = arm_scores(table.arms, base, scores, records)
+    if not found:
+        return None
+    titles = {arm.name: arm.title or arm.name for arm in plan.arms}
+    heading = (
+        "arm",
+        "seeds",
+        scores.metric,
+        f"above {titles[base]}",
+        "95 %",
+        "% of the teacher",
+        "above chance",
+    )
+    rows: list[tuple[object, ...]] = []
+    for one in found:
+        rows.append(
+            (
+                titles.get(one.arm, one.arm),
+                None if one.seeds == (None,) else len(one.seeds),
+                number(one.mean, one.half_width),
+                None if one.difference is None else f"{one.difference.value:+.1f}",
+                _interval(one.difference),
+                None if one.retention is None else f"{one.retention:.1f}",
+                None if one.above_chance is None else f"{one.above_chance:.1f}",
+            )
+        )
+    return TextTable(
+        title=f"{table.title or table.name}: {scores.use.title}",
+        heading=heading,
+        rows=rows,
+        notes=(table.note,) if table.note else (),
+        values=tuple(_as_dict(one) for one in found),
+    )
+
+
+def number(mean: float, half_width: float | None, digits: int = 1) -> str:
+    """A mean with half its t interval over seeds, if there are several."""
+    text = f"{mean:.{digits}f}"
+    return text if half_width is None else f"{text} ± {half_width:.{digits}f}"
+
+
+def _interval(difference: Difference | None) -> str | None:
+    if difference is None:
+        return None
+    text = f"{difference.low:+.1f} to {difference.high:+.1f}"
+    return text if difference.separated else f"{text}, not separated"
+
+
+def _as_dict(one: ArmScore) -> dict[str, Any]:
+    found = {**vars(one), "seeds": list(one.seeds)}
+    if one.difference is not None:
+        found["difference"] = {**vars(one.difference), "separated": one.difference.separated}
+    return found
+
+
+def _held_out_table(
+    plan: Plan, table: Table, records: Mapping[str, CellRecord]
+) -> TextTable | None:
+    """The held-out metrics of the last stage of each arm at its last step."""
+    titles = {arm.name: arm.title or arm.name for arm in plan.arms}
+    rows: list[tuple[object, ...]] = []
+    values: list[dict[str, Any]] = []
+    for arm in table.arms:
+        found = [
+            (one.stages[-1].name, one.stages[-1].held_out[-1])
+            for one in records.values()
+            if one.arm == arm and one.stages and one.stages[-1].held_out
+        ]
+        if not found:
+            continue
+        row: dict[str, Any] = {"arm": arm, "stage": found[0][0], "seeds": len(found)}
+        shown: list[object] = [titles.get(arm, arm), row["stage"], len(found)]
+        for metric, scale in (("loss", 1.0), ("agreement", 100.0), ("student_nll", 1.0)):
+            given = [m[metric] for _, m in found if isinstance(m.get(metric), float)]
+            mean = float(np.mean(given)) * scale if given else None
+            half = t_interval([scale * one for one in given]) if given else None
+            row |= {metric: mean, f"{metric}_half_width": half}
+            shown.append(None if mean is None else number(mean, half, 1 if scale > 1 else 4))
+        rows.append(tuple(shown))
+        values.append(row)
+    if not rows:
+        return None
+    return TextTable(
+        title=f"{table.title or table.name}: held-out data",
+        heading=("arm", "last stage", "seeds", "loss", "same token, %", "nats per answer token"),
+        rows=rows,
+        notes=(),
+        values=tuple(values),
+    )

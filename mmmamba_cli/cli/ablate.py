@@ -1,0 +1,276 @@
+"""`mmmamba ablate`: run the cells of a plan, and print their tables."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmmamba_cli.cli.console import (
+    if_interrupted,
+    print_json,
+    print_line,
+    print_table,
+    print_warning,
+)
+from mmmamba_cli.cli.options import AsJson, Device, Sets
+from mmmamba_cli.errors import MmmambaError, RunError, name_some
+
+if TYPE_CHECKING:
+    from mmmamba_cli.ablation.cells import Cell
+    from mmmamba_cli.ablation.plan import Plan
+    from mmmamba_cli.ablation.runner import Outcome, Progress, TimeLimit
+
+INTERRUPTED = 130
+
+
+def command(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="YAML file of the plan.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of results, one JSON per cell (default: the plan's, else "
+            "benchmarks/results/evidence/NAME).",
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of run directories (default: runs/ablations/NAME)."
+        ),
+    ] = None,
+    sets: Sets = None,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN,...", help="Cells or arms to run, as attn-*,*-seed0."),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            metavar="M",
+            help="Time limit: save and stop before it, and start no cell that would exceed it.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Cells to run side by side, as processes.")
+    ] = 1,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Products to keep of a finished cell: names, evaluated, all or none (default: "
+            "the plan's).",
+        ),
+    ] = None,
+    device: Device = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace results that were made with other settings of the plan."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells with their estimated time.")
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print the tables of the results instead.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the cells of a plan (arm x seed) that have no result yet, and write a JSON for each.
+
+    Stages that several cells share are trained once. Resumes where it stopped.
+    """
+    from mmmamba_cli.ablation import expand, load_plan
+    from mmmamba_cli.ablation.cells import select
+    from mmmamba_cli.ablation.runner import TimeLimit, find_progress, resolve_folders
+
+    started = time.monotonic()
+    loaded = load_plan(plan)
+    results, folder = resolve_folders(loaded, out, work)
+    cells = expand(loaded, sets or (), str(folder))
+    chosen = select(cells, only)
+    if table:
+        _print_tables(loaded, results, cells, as_json)
+        return
+    progress = find_progress(results, cells, chosen, retry=retry, overwrite=overwrite)
+    if dry_run:
+        _print_cells(loaded, progress, chosen, folder, as_json)
+        return
+    limit = None if minutes is None else TimeLimit(60 * minutes, started)
+    kept = loaded.keep if keep is None else tuple(n.strip() for n in keep.split(",") if n.strip())
+    outcome = _run(loaded, progress, results, folder, kept, device=device, limit=limit, jobs=jobs)
+    _report(progress, outcome, results, as_json)
+
+
+def _run(
+    plan: Plan,
+    progress: Progress,
+    out: Path,
+    work: Path,
+    keep: tuple[str, ...],
+    *,
+    device: str | None,
+    limit: TimeLimit | None,
+    jobs: int,
+) -> Outcome:
+    """Lock both folders, make the data that are missing, and run the pending cells."""
+    from mmmamba_cli.ablation.runner import (
+        Outcome,
+        RunnerEvents,
+        check_data,
+        folder_lock,
+        remove_unneeded,
+        run_plan,
+    )
+    from mmmamba_cli.cli.ablate_display import AblationDisplay
+    from mmmamba_cli.cli.distill_display import StopRequest
+
+    with ExitStack() as stack:
+        stack.enter_context(folder_lock(out))
+        stack.enter_context(folder_lock(work))
+        remove_unneeded(progress, None, work, keep)
+        if not progress.pending:
+            return Outcome()
+        stack.enter_context(if_interrupted(f"results are in {out}; run the same command to go on"))
+        _prepare(plan, progress.pending, work)
+        check_data(progress.pending)
+        from mmmamba_cli.ablation.execution import Setting
+        from mmmamba_cli.ablation.pools import InlinePool, ProcessPool
+
+        stop = stack.enter_context(StopRequest())
+        display = stack.enter_context(AblationDisplay())
+        setting = Setting(plan, out, work, device, keep, jobs)
+        make = InlinePool if jobs == 1 else ProcessPool
+        pool = make(setting, display.say, display.report, lambda: stop.received)
+        stack.callback(pool.close)
+        events = RunnerEvents(display.say, display.update, lambda: stop.received)
+        return run_plan(
+            plan,
+            progress,
+            pool,
+            out=out,
+            work=work,
+            keep=keep,
+            jobs=jobs,
+            limit=limit,
+            events=events,
+        )
+
+
+def _prepare(plan: Plan, cells: Sequence[Cell], work: Path) -> None:
+    """Make the data that the cells need and that are not there."""
+    from mmmamba_cli.ablation.runner import preparations
+
+    for path, words in preparations(plan, cells, work):
+        from mmmamba_cli.ablation.execution import fill, run_mmmamba
+        from mmmamba_cli.ablation.plan import WORK
+
+        made = fill(words, {"{path}": str(path), WORK: str(work)})
+        print_line(f"making {path}: mmmamba {shlex.join(made)}", to_stderr=True)
+        run_mmmamba(made, work / "prepare.log", lambda: False)
+        if not path.exists():
+            raise RunError(
+                f"mmmamba {shlex.join(made)} did not make {path}",
+                "mend the plan's section prepare",
+            )
+
+
+def _report(progress: Progress, outcome: Outcome, out: Path, as_json: bool) -> None:
+    """Print what was done, and raise for cells that failed now or before."""
+    failed = {
+        name: one.error or ""
+        for name, one in progress.records.items()
+        if one.status == "failed" and name not in outcome.finished
+    }
+    failed |= outcome.failed
+    if as_json:
+        print_json(
+            {
+                "out": str(out),
+                "finished": outcome.finished,
+                "failed": failed,
+                "left": outcome.left,
+                "too_long": outcome.too_long,
+                "stopped": outcome.stopped,
+            }
+        )
+    else:
+        print_line(f"{len(outcome.finished)} cells finished, {len(outcome.left)} left: {out}")
+        if outcome.too_long:
+            print_warning(
+                f"not started, since their estimate exceeds the time left: "
+                f"{name_some(outcome.too_long)}"
+            )
+        if outcome.left:
+            print_line("next: run the same command to go on")
+    if failed:
+        named = "; ".join(f"{name}: {text}" for name, text in list(failed.items())[:3])
+        raise MmmambaError(
+            f"{len(failed)} cells failed: {named}" + ("; ..." if len(failed) > 3 else ""),
+            "--retry runs them again",
+        )
+    if outcome.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_cells(
+    plan: Plan, progress: Progress, chosen: list[Cell], work: Path, as_json: bool
+) -> None:
+    from mmmamba_cli.ablation.cells import Cell
+    from mmmamba_cli.ablation.estimates import Estimator
+    from mmmamba_cli.ablation.runner import estimates
+
+    found = estimates(progress, Estimator(plan.estimates, progress.records.values()), work)
+    done = {name: one.status for name, one in progress.records.items()}
+    waiting = {cell.name for cell in progress.pending}
+    rows: list[dict[str, Any]] = [
+        {"cell": cell.name, "state": done[cell.name], "stages": list(cell.stages), "seconds": None}
+        for cell in chosen
+        if cell.name not in waiting
+    ]
+    for unit, seconds in found:
+        state = "to run" if isinstance(unit, Cell) else "shared"
+        rows.append(
+            {"cell": unit.name, "state": state, "stages": list(unit.stages), "seconds": seconds}
+        )
+    known = [seconds for _, seconds in found if seconds is not None]
+    total = sum(known) if len(known) == len(found) else None
+    if as_json:
+        print_json({"cells": rows, "seconds": total})
+        return
+    shown = [
+        (
+            row["cell"],
+            row["state"],
+            ", ".join(row["stages"]) or None,
+            None if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
+        )
+        for row in rows
+    ]
+    print_table(("cell", "state", "stages", "minutes"), shown, right=("minutes",))
+    estimate = "unknown: nothing is measured" if total is None else f"{total / 60:.1f} minutes"
+    print_line(f"{len(progress.pending)} cells to run, one at a time: {estimate}")
+
+
+def _print_tables(plan: Plan, out: Path, cells: list[Cell], as_json: bool) -> None:
+    from mmmamba_cli.ablation.tables import plan_tables
+
+    tables, notes = plan_tables(plan, out, cells)
+    if as_json:
+        print_json({"tables": [one.as_dict() for one in tables], "notes": notes})
+        return
+    for one in tables:
+        print_table(one.heading, one.rows, title=one.title, right=one.heading[1:])
+        for note in one.notes:
+            print_line(note)
+    for note in notes:
+        print_line(note)

@@ -1,0 +1,169 @@
+"""Intervals, differences and tables against numbers computed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ablation_plans import WritePlan
+
+from mmmamba_cli.ablation import CellRecord, expand, load_plan
+from mmmamba_cli.ablation.answers import Questions, Texts, write_questions
+from mmmamba_cli.ablation.records import RuleRecord, SuiteRecord, Timing, write_record
+from mmmamba_cli.ablation.results_page import markdown
+from mmmamba_cli.ablation.statistics import (
+    paired_difference,
+    replicates,
+    retention,
+    t_interval,
+    t_quantile,
+)
+from mmmamba_cli.ablation.tables import plan_tables
+from mmmamba_cli.evaluate.rows import Row
+
+SCORING = "mmmamba_evals.scenes.scoring:accuracy_by_category"
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    # From printed tables of Student's t.
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)],
+)
+def test_quantiles_of_t(freedom: int, quantile: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=1e-4)
+
+
+def test_t_interval() -> None:
+    # The deviation of 1, 2, 3 is 1.
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
+    assert t_interval([5.0]) is None
+
+
+def test_retention() -> None:
+    assert retention(75, 100) == 75
+    assert retention(75, 90, 50) == pytest.approx(62.5)
+    assert retention(75, 50, 50) is None
+
+
+def test_a_difference_of_several_seeds() -> None:
+    rows = [np.full(10_000, 1.0), np.full(10_000, 4.0)]
+    found = paired_difference([1.0, 4.0], rows)
+    # Both seeds are drawn twice with probability 1/4 each.
+    assert (found.value, found.low, found.high) == (2.5, 1.0, 4.0)
+    assert found.separated
+    assert not paired_difference([0.0], [np.linspace(-1, 9, 10_000)]).separated
+
+
+def questions_of(pictures: int) -> Questions:
+    """Two questions about each picture, in one category."""
+    rows = [
+        Row(str(2 * n + turn), "", ("Yes", "No")[turn], "count", unit=str(n))
+        for n in range(pictures)
+        for turn in range(2)
+    ]
+    return Questions.of("scenes", rows)
+
+
+def test_pictures_are_drawn_and_not_questions() -> None:
+    """Both answers of a picture are right or wrong together: the deviation is that of 4 draws."""
+    questions = questions_of(4)
+    answers = Texts.of([*["Yes", "No"] * 2, *["No", "Yes"] * 2])
+    scores = questions.scores(SCORING, answers)
+    assert questions.correct(SCORING, answers) == "11110000"
+    drawn = replicates({"cell": scores}, "mean")["cell"]
+    assert len(drawn) == 10_000
+    assert float(np.mean(drawn)) == pytest.approx(50, abs=1)
+    assert float(np.std(drawn)) == pytest.approx(100 * (0.25 / 4) ** 0.5, abs=0.5)
+
+
+def test_texts_with_many_distinct_ones() -> None:
+    for count in (3, 70):
+        texts = [f"answer {i % count}" for i in range(100)]
+        assert Texts.model_validate_json(Texts.of(texts).model_dump_json()).texts() == texts
+
+
+def write_cells(file: Path, answers: dict[str, Sequence[str]], questions: Questions) -> None:
+    """Results of the plan in `file` with the given answers by cell."""
+    out = file.parent / "out"
+    out.mkdir()
+    digest = write_questions(out, questions)
+    for cell in expand(load_plan(file)):
+        if cell.name not in answers:
+            continue
+        texts = Texts.of(answers[cell.name])
+        metrics = questions.scores(SCORING, texts).values()
+        rule = RuleRecord(
+            rule="accuracy", scoring=SCORING, metric="mean", metrics=metrics, intervals={}
+        )
+        suite = SuiteRecord(
+            label="scenes",
+            suite="scenes",
+            version=2,
+            suite_digest="",
+            data_sha256="",
+            asked=len(texts.texts()),
+            not_asked=0,
+            questions=digest,
+            answers=texts,
+            correct=questions.correct(SCORING, texts),
+            settings={},
+            rules=(rule,),
+        )
+        record = CellRecord(
+            plan="plan",
+            cell=cell.name,
+            arm=cell.arm,
+            seed=cell.seed,
+            digest=cell.digest,
+            status="finished",
+            suites=(suite,),
+            timing=Timing(date="2026-01-01", seconds=1),
+        )
+        write_record(out, cell, record)
+
+
+def answers_with(wrong: int, pictures: int = 20) -> list[str]:
+    """Answers of which the first `wrong` pictures' are wrong."""
+    return ["No", "Yes"] * wrong + ["Yes", "No"] * (pictures - wrong)
+
+
+def test_a_table(write_plan: WritePlan) -> None:
+    file = write_plan({"seeds": [0, 1]})
+    given = {
+        "teacher": answers_with(0),
+        "linear-seed0": answers_with(8),
+        "linear-seed1": answers_with(6),
+        "hybrid-seed0": answers_with(2),
+        "hybrid-seed1": answers_with(0),
+        "early-seed0": answers_with(8),
+    }
+    write_cells(file, given, questions_of(20))
+    plan = load_plan(file)
+    (table,), notes = plan_tables(plan, file.parent / "out", expand(plan))
+    linear, hybrid, early = table.values
+    # 60 and 70 % right: mean 65, deviation 7.07, half width 12.706 x 7.07 / sqrt(2) = 63.5.
+    assert (linear["mean"], linear["seeds"], linear["difference"]) == (65, [0, 1], None)
+    assert linear["half_width"] == pytest.approx(63.53, abs=0.01)
+    assert (linear["retention"], linear["above_chance"]) == (65, 30)
+    # Both seeds answer 6 of 20 pictures more: 30 points, deviation sqrt(0.3 x 0.7 / 20) or less.
+    assert hybrid["mean"] == 95
+    assert hybrid["difference"]["value"] == pytest.approx(30)
+    assert 8 < hybrid["difference"]["low"] < 16
+    assert 44 < hybrid["difference"]["high"] < 52
+    assert hybrid["difference"]["separated"]
+    # The same answers as those of the base with this seed: paired, nothing varies.
+    assert early["difference"] == {"value": 0, "low": 0, "high": 0, "separated": False}
+    assert notes == ["1 of 7 cells are not run: early (seeds 1)"]
+    assert "| hybrid | 2 | 95.0 ± 63.5 | +30.0 |" in markdown(table)
+    assert "+0.0 to +0.0, not separated" in markdown(table)
+
+
+def test_results_of_other_settings_are_left_out(write_plan: WritePlan) -> None:
+    file = write_plan()
+    write_cells(file, {"linear-seed0": answers_with(8)}, questions_of(20))
+    plan = load_plan(write_plan({"set": {"stages.stage1.lr": 0.5}}))
+    tables, notes = plan_tables(plan, file.parent / "out", expand(plan))
+    assert tables == []
+    assert "left out, since they were made with other settings: linear-seed0" in notes
