@@ -13,295 +13,183 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
-import torch
-from demo_measurements import HELD_OUT, HYBRID, LINEAR, SEEDED, UNSEEDED, is_measured, measure
+from demo_estimate import TimeEstimate, fitting_sizes, measure_slowdown, total_seconds
+from demo_lanes import LaneFailure, Watch, is_done, run_lanes, work_through
+from demo_steps import LANE_GROUPS, LANES, RECIPE, Sizes, Step, steps
 
-from mmmamba_cli.checkpoint import shipped_models
-from mmmamba_cli.cli import main as run_command
+from mmmamba_cli.cli.console import approximate_time, progress
 from mmmamba_cli.errors import MmmambaError, RunError
+from mmmamba_cli.interrupts import handle_interrupts
 
-TEACHER, RECIPE = "scenes-teacher", "scenes-demo"
-SCENES = "scenes"
-LANES = (SEEDED, UNSEEDED)
-ATTENTION_LAYERS = 2
-PICTURES, LESSONS, HELD_OUT_LESSONS = 8, 160, 60
-CONTEXTS, BUDGET = "256,1k,4k", 12
-MARKER, PAGE = "demo.json", "report.html"
-# From random weights W_O must learn too; the recipe freezes it.
-SCRATCH = ("--init", "scratch", "--set", "stages.stage3.learns=[model.layers.*.mixer.*]")
-MISTAKE, INTERRUPTED = 2, 130
-NOTE = (
-    "Students distilled here saw a few hundred short conversations, thousands of times fewer than "
-    "a student needs: expect the linear ones near guessing. What can be seen already is which way "
-    "of beginning leads on. Names that begin with scenes- are models as they ship."
-)
+MARKER = "demo.json"
+MISTAKE, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command, its purpose, and the file that marks it as done; None: always run."""
+def prepare_folder(
+    folder: Path, overwrite: bool, minutes: float | None = None, slowdown: float = 1.0
+) -> Sizes:
+    """Create the folder, or resume in one of this demo; return the sizes of its work.
 
-    what: str
-    words: tuple[str, ...]
-    done: str | None = None
-    # The lane of the step; None: it runs alone.
-    lane: str | None = None
+    A demo that is resumed keeps its sizes, whatever the machine is like now.
 
-
-def steps() -> Iterator[Step]:
-    """All steps, with paths relative to the demo's folder."""
-    size = ("--short", "--pictures", str(PICTURES), "--lessons", str(LESSONS))
-    yield Step(
-        "scenes for evaluation, and lessons for training",
-        ("scenes", "build", "--out", SCENES, *size),
-        f"{SCENES}/SCENES.tsv",
-    )
-    unseen = ("--short", "--pictures", "1", "--lessons", str(HELD_OUT_LESSONS), "--seed", "1")
-    yield Step(
-        "held-out lessons",
-        ("scenes", "build", "--out", HELD_OUT, *unseen),
-        f"{HELD_OUT}/lessons.jsonl",
-    )
-    yield from seeded_steps()
-    yield from unseeded_steps()
-    yield Step(
-        "profile: memory and time against context",
-        ("profile", "--run", SEEDED, "--contexts", CONTEXTS, "--budget", str(BUDGET)),
-        f"{SEEDED}/profile/profile.json",
-    )
-
-
-def seeded_steps() -> Iterator[Step]:
-    yield from linear_steps(
-        SEEDED, "a student with mixers initialised from the teacher's attention"
-    )
-    hybrid = HYBRID.removesuffix("-stage3")
-    kept = ("--attn-layers", str(ATTENTION_LAYERS))
-    yield Step(
-        "hybridize: the teacher's attention back into some layers",
-        ("hybridize", "--run", SEEDED, *kept),
-        product(SEEDED, hybrid),
-        SEEDED,
-    )
-    yield Step(
-        "distill: the hybrid's last stage",
-        ("distill", "--run", SEEDED, "--from", hybrid, "--stage", "3", *learning()),
-        product(SEEDED, HYBRID),
-        SEEDED,
-    )
-    for name, what in ((LINEAR, "the linear student"), (HYBRID, "the hybrid")):
-        words = ("eval", "--run", SEEDED, "--from", name, *asking())
-        yield Step(f"eval: {what}", words, lane=SEEDED)
-
-
-def unseeded_steps() -> Iterator[Step]:
-    """Evaluations in this run; the seeded run belongs to the other lane."""
-    begin = (*SCRATCH, "--no-report")
-    yield from linear_steps(UNSEEDED, "a student with random initial mixers", begin)
-    words = ("eval", "--run", UNSEEDED, "--from", LINEAR, "--teacher", *asking())
-    yield Step("eval: the unseeded student and the teacher", words, lane=UNSEEDED)
-    for name in shipped_models():
-        if name in ("scenes-linear", "scenes-hybrid"):
-            words = ("eval", "--run", UNSEEDED, "--model", name, *asking())
-            yield Step(f"eval: {name}, the shipped student", words, lane=UNSEEDED)
-
-
-def linear_steps(run: str, what: str, extra: Sequence[str] = ()) -> Iterator[Step]:
-    """Seeding and three stages; equal for both runs except for `extra`."""
-    seed = ("seed", TEACHER, "--recipe", RECIPE, "--run", run, "--dtype", "fp32")
-    yield Step(f"seed: {what}", (*seed, *extra), product(run, "seed"), run)
-    yield Step(
-        f"distill: three stages, {run}",
-        ("distill", "--run", run, *learning()),
-        product(run, LINEAR),
-        run,
-    )
-
-
-def product(run: str, name: str) -> str:
-    return f"{run}/products/{name}/manifest.json"
-
-
-def learning() -> tuple[str, ...]:
-    return ("--data", f"{SCENES}/lessons.jsonl", "--image-root", SCENES)
-
-
-def asking() -> tuple[str, ...]:
-    return ("--suite", "scenes", "--data", SCENES)
-
-
-def perform(words: Sequence[str]) -> None:
-    """Run a command of mmmamba in this process, which saves importing torch each time.
-
-    Raises SystemExit with its exit code if it did not end well.
+    Raises `RunError` for a folder of something else, of another version, or of other --minutes.
     """
-    before = sys.argv
-    sys.argv = ["mmmamba", *words]
-    try:
-        run_command()
-    except SystemExit as end:
-        if end.code:
-            raise
-    finally:
-        sys.argv = before
-
-
-def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Create the folder, or resume in one of this demo.
-
-    Raises `RunError` for a folder of something else, or of another version.
-    """
-    marker = {"format": 2, "recipe": RECIPE, "lessons": LESSONS, "pictures": PICTURES}
     file = folder / MARKER
     if folder.exists() and any(folder.iterdir()):
         if not file.is_file():
             raise RunError(f"{folder} is there and no demo", "choose another folder with --out")
-        if overwrite:
-            shutil.rmtree(folder)
-        elif json.loads(file.read_text(encoding="utf-8")) != marker:
-            raise RunError(
-                f"{folder} was begun by another version of the demo",
-                "start over with --overwrite, or choose another folder with --out",
-            )
-        else:
+        if not overwrite:
             print(f"{folder} is there: going on with it; --overwrite starts over\n")
+            return sizes_of(folder, minutes)
+        shutil.rmtree(folder)
+    sizes = Sizes() if minutes is None else fitting_sizes(minutes, slowdown)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(marker), encoding="utf-8")
+    file.write_text(json.dumps(marker_of(sizes, minutes)), encoding="utf-8")
+    return sizes
 
 
-def work_through(numbered: Sequence[tuple[str, Step]]) -> None:
-    """Run the steps that are not done, in order, in the working directory."""
-    for number, step in numbered:
-        title = f"{number} {step.what}"
-        if step.done is not None and Path(step.done).is_file():
-            print(f"{title}: done before", flush=True)
-            continue
-        began = time.perf_counter()
-        print(f"{title}\n$ mmmamba {' '.join(step.words)}", flush=True)
-        perform(step.words)
-        print(f"({time.perf_counter() - began:.0f} s)\n", flush=True)
+def marker_of(sizes: Sizes, minutes: float | None) -> dict[str, Any]:
+    marker = {
+        "format": 2, "recipe": RECIPE, "lessons": sizes.lessons, "pictures": sizes.pictures
+    }  # fmt: skip
+    if sizes != Sizes():
+        values = {**asdict(sizes), "stage_steps": list(sizes.stage_steps)}
+        marker |= {"minutes": minutes, "sizes": values}
+    return marker
 
 
-def numbered(listed: Sequence[Step]) -> list[tuple[str, Step]]:
-    """Steps with their numbers; comparison and report count too."""
-    return [(f"[{i}/{len(listed) + 2}]", step) for i, step in enumerate(listed, start=1)]
-
-
-def side_by_side() -> None:
-    """Run both lanes, each in its own process; their output lines are prefixed with the lane.
-
-    Raises SystemExit with the exit code of a failed lane, after stopping the other.
-    """
-    threads = max(1, torch.get_num_threads() // len(LANES))
-    # Unbuffered, so that lines appear as they are written.
-    own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    print(f"two lanes side by side, {threads} thread{'s'[: threads > 1]} each\n", flush=True)
-    began = time.perf_counter()
-    lanes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--lane", lane, "--out", "."],
-            env={**os.environ, **own},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
+def sizes_of(folder: Path, minutes: float | None = None) -> Sizes:
+    """The sizes with which a demo's folder was begun."""
+    start_over = "start over with --overwrite, or choose another folder with --out"
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    stored = marker.get("sizes", {})
+    if set(stored) - set(asdict(Sizes())):
+        raise RunError(f"{folder} was begun by another version of the demo", start_over)
+    sizes = Sizes(**stored | {"stage_steps": tuple(stored.get("stage_steps", Sizes.stage_steps))})
+    if marker != marker_of(sizes, marker.get("minutes")):
+        raise RunError(f"{folder} was begun by another version of the demo", start_over)
+    if minutes is not None and minutes != marker.get("minutes"):
+        begun = f"with --minutes {marker['minutes']:g}" if "minutes" in marker else "with all work"
+        raise RunError(
+            f"{folder} was begun {begun}, not with --minutes {minutes:g}",
+            f"leave out --minutes to go on with it, {start_over}",
         )
-        for lane in LANES
-    ]
-    readers = [
-        threading.Thread(target=pass_on, args=(name, lane.stdout))
-        for name, lane in zip(LANES, lanes, strict=True)
-    ]
-    for reader in readers:
-        reader.start()
-    codes = wait_for(lanes)
-    for reader in readers:
-        reader.join()
-    print(f"(both lanes: {time.perf_counter() - began:.0f} s)\n", flush=True)
-    # A stopped lane has an exit code too: report the first one that failed.
-    failed = [code for code in codes if code]
-    if failed:
-        raise SystemExit(failed[0])
+    return sizes
 
 
-def pass_on(name: str, lines: Iterable[str]) -> None:
-    for line in lines:
-        if line.strip():
-            sys.stdout.write(f"{name:>8} | {line}")
-            sys.stdout.flush()
+def print_plan(listed: Mapping[int, Step], sizes: Sizes, slowdown: float) -> TimeEstimate:
+    """Print the expected time and what --minutes changed; return the estimate."""
+    todo = {number: step for number, step in listed.items() if not is_done(step)}
+    estimate = TimeEstimate(todo, slowdown)
+    left = approximate_time(estimate.seconds_left())
+    rest = "" if len(todo) == len(listed) else f"; {len(listed) - len(todo)} were done before"
+    print(f"{len(listed)} parts, {left} on this machine as it is now{rest}")
+    full = Sizes()
+    if sizes != full:
+        everything = approximate_time(total_seconds(list(steps(full)), slowdown))
+        print(
+            f"with all work it would be {everything}; less work, so students learn less: "
+            f"{', '.join(map(str, sizes.stage_steps))} training steps instead of "
+            f"{', '.join(map(str, full.stage_steps))}, {sizes.lessons} lessons of {full.lessons}, "
+            f"{sizes.questions} questions of {full.questions}, contexts {sizes.contexts}"
+        )
+    print(flush=True)
+    return estimate
 
 
-def wait_for(lanes: Sequence[subprocess.Popen[str]]) -> list[int]:
-    """Exit codes in the order in which lanes ended; a failure stops the others."""
-    codes: list[int] = []
-    running = list(lanes)
-    try:
-        while running:
-            time.sleep(0.1)
-            ended = [lane for lane in running if lane.poll() is not None]
-            running = [lane for lane in running if lane not in ended]
-            codes += [lane.returncode for lane in ended]
-            if any(codes):
-                for lane in running:
-                    lane.terminate()
-    finally:
-        # Ctrl-C reached the lanes too: they save and stop.
-        for lane in running:
-            lane.wait()
-    return codes
+def demo(folder: Path, sizes: Sizes, slowdown: float) -> None:
+    """Run all steps that are not done, in the working directory `folder`."""
+    listed = dict(enumerate(steps(sizes), start=1))
+    estimate = print_plan(listed, sizes, slowdown)
+    with progress(
+        "demo", len(listed), "parts", time_left=estimate.seconds_left
+    ) as advance:  # fmt: skip
+        watch = Watch(len(listed), estimate, advance)
+        for number, step in listed.items():
+            if number not in estimate.todo:
+                print(f"[{number}/{len(listed)}] {step.what}: done before", flush=True)
+                advance(1)
+        for group in LANE_GROUPS:
+            todo = {step.lane for step in estimate.todo.values()}
+            if names := [lane for lane in group if lane in todo]:
+                run_lanes(names, watch, folder)
 
 
-def demo() -> None:
-    """Run all steps that are not done, in the working directory."""
-    listed = numbered(list(steps()))
-    first = next(i for i, (_, step) in enumerate(listed) if step.lane is not None)
-    work_through(listed[:first])
-    side_by_side()
-    work_through([one for one in listed[first:] if one[1].lane is None])
-    total = len(listed) + 2
-    print(f"[{total - 1}/{total}] compare with the teacher: tokens and layers", flush=True)
-    if not is_measured(Path()):
-        began = time.perf_counter()
-        measure(Path())
-        print(f"({time.perf_counter() - began:.0f} s)\n", flush=True)
-    print(f"[{total}/{total}] report")
-    title = f"{TEACHER} and its students after a few minutes on a CPU"
-    read = ("--run", SEEDED, "--beside", UNSEEDED, "--data", SCENES)
-    perform(("report", *read, "--title", title, "--note", NOTE, "--out", PAGE))
+def run_lane(name: str, folder: Path) -> None:
+    """The steps of one lane, in a process that the demo has started."""
+    os.chdir(folder)
+    listed = enumerate(steps(sizes_of(folder)), start=1)
+    work_through({number: step for number, step in listed if step.lane == name})
 
 
-def main() -> int:
+def end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM as an exception, so that the lanes are ended too."""
+    raise SystemExit(128 + number)
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where it is made")
     parser.add_argument("--overwrite", action="store_true", help="start over")
+    parser.add_argument(
+        "--minutes",
+        type=positive_number,
+        metavar="M",
+        help="do less work, so that it takes about M minutes (default: all work)",
+    )
     # Internal: the demo starts itself for one lane.
     parser.add_argument("--lane", choices=LANES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes, such as 3")
+    return value
+
+
+def main() -> int:
+    handle_interrupts()
+    options = parse_options()
     folder = options.out.absolute()
     if options.lane is not None:
-        os.chdir(folder)
-        work_through([one for one in numbered(list(steps())) if one[1].lane == options.lane])
+        run_lane(options.lane, folder)
         return 0
+    signal.signal(signal.SIGTERM, end_by_signal)
     began = time.perf_counter()
     try:
-        prepare_folder(folder, options.overwrite)
+        print("demo of mmmamba: measuring how fast this machine is", flush=True)
+        slowdown = measure_slowdown()
+        sizes = prepare_folder(folder, options.overwrite, options.minutes, slowdown)
         os.chdir(folder)
-        demo()
+        demo(folder, sizes, slowdown)
+        # Imported here, so that the first line comes at once.
+        from demo_summary import summary
+
+        lines = summary(folder)
     except MmmambaError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    except LaneFailure as error:
+        print(f"error: {error}; what was done before stays", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
-    print(f"\n{time.perf_counter() - began:.0f} s, {torch.get_num_threads()} threads")
-    print(f"open in a browser: {folder / PAGE}")
+    print(f"\nthe demo took {time.perf_counter() - began:.0f} s", *lines, sep="\n")
     return 0
 
 

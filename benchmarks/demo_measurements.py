@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from demo_steps import HELD_OUT, HYBRID, LINEAR, SEEDED, UNSEEDED
 from token_agreement import COMPARISONS, by_lesson, read_conversations
 
 from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text
@@ -17,9 +18,6 @@ from mmmamba_cli.runs import Run
 from mmmamba_cli.runs.manifest import utc_timestamp
 from mmmamba_cli.seed.fidelity import Calibration, measure_fidelity
 
-# Folders of the demo, and the products that are compared.
-HELD_OUT, SEEDED, UNSEEDED = "held-out", "seeded", "unseeded"
-LINEAR, HYBRID = "linear-stage3", "hybrid-2-stage3"
 COMMAND = "python benchmarks/demo.py"
 # Held-out conversations whose hidden states the mixers are compared on.
 NUM_CONVERSATIONS = 24

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import typer
 
+from mmmamba_cli.cli.quiet_timer import QuietTimer
 from mmmamba_cli.errors import MmmambaWarning
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 # Seconds between progress lines without a terminal.
 PROGRESS_LINE_INTERVAL = 10.0
+# Seconds between updates of the time left beside a bar.
+BAR_UPDATE_INTERVAL = 1.0
 # Table width without a terminal.
 UNLIMITED_COLUMNS = 100_000
 # Longer words are truncated; no path or name is that long.
@@ -207,74 +211,122 @@ def if_interrupted(sentence: str | Callable[[], str]) -> Iterator[None]:
 @contextmanager
 def progress(
     what: str,
-    total: int,
+    total: int | None = None,
     unit: str = "",
     clock: Callable[[], float] = time.monotonic,
-    time_left: bool = False,
+    time_left: Callable[[], float] | None = None,
 ) -> Iterator[Callable[[int], None]]:
     """Show the progress of a step on stderr; yields a function that adds to the number done.
 
-    A terminal shows a bar. Elsewhere lines `what: 12/236 unit` are printed at the start, at least
-    PROGRESS_LINE_INTERVAL seconds apart, and at the end. With `time_left` they end with an
-    estimate of the time left, as the bar does.
+    A terminal shows a bar. Elsewhere lines `what: 12/236 unit` are printed at the start, at the
+    end, and between them every PROGRESS_LINE_INTERVAL seconds, by a thread if the step itself has
+    nothing to add. Without `total` they show the time only. `time_left` gives the seconds left;
+    the default extrapolates from the number done.
     """
-    if err().is_terminal:
-        with _bar(what, total, unit) as advance:
+    if err().is_terminal and not err().is_dumb_terminal:
+        with _bar(what, total, unit, time_left) as advance:
             yield advance
     else:
         with _plain_lines(what, total, unit, clock, time_left) as advance:
             yield advance
 
 
+def approximate_time(seconds: float) -> str:
+    """Seconds as `about 45 s` or `about 2.5 minutes`; not more exact than an estimate is."""
+    if seconds < 97.5:
+        return f"about {round(seconds) if seconds < 20 else 5 * round(seconds / 5)} s"
+    minutes = seconds / 60
+    return f"about {round(2 * minutes) / 2 if minutes < 10 else round(minutes):g} minutes"
+
+
 @contextmanager
-def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _bar(
+    what: str, total: int | None, unit: str, time_left: Callable[[], float] | None
+) -> Iterator[Callable[[int], None]]:
     from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(escape(unit)),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err()) as bar:
-        task = bar.add_task(escape(what), total=total)
-        yield lambda more: bar.advance(task, more)
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    if total is not None:
+        columns += [MofNCompleteColumn(), TextColumn(escape(unit))]
+    columns.append(TimeElapsedColumn())
+    if time_left is not None:
+        columns.append(TextColumn("{task.fields[left]}"))
+    elif total is not None:
+        columns.append(TimeRemainingColumn())
+    # rich would move what is printed to stdout to its own stream, even if stdout is a file.
+    to_terminal = sys.stdout is not None and sys.stdout.isatty()
+    with Progress(*columns, console=err(), redirect_stdout=to_terminal) as bar:
+        task = bar.add_task(escape(what), total=total, left="")
+
+        def show_left() -> None:
+            if time_left is not None:
+                bar.update(task, left=f"{approximate_time(time_left())} left")
+
+        def advance(more: int) -> None:
+            bar.advance(task, more)
+            show_left()
+
+        show_left()
+        with QuietTimer(show_left, BAR_UPDATE_INTERVAL):
+            yield advance
 
 
 @contextmanager
 def _plain_lines(
-    what: str, total: int, unit: str, clock: Callable[[], float], time_left: bool
+    what: str,
+    total: int | None,
+    unit: str,
+    clock: Callable[[], float],
+    time_left: Callable[[], float] | None,
 ) -> Iterator[Callable[[int], None]]:
     done = printed = 0
-    last_time = started = clock()
+    began = last_time = clock()
+    # The thread of the timer and that of the step print.
+    lock = threading.Lock()
 
-    def print_progress() -> None:
+    def print_progress(between: bool) -> None:
         nonlocal printed, last_time
-        printed, last_time = done, clock()
-        left = ""
-        if time_left and 0 < done < total:
-            seconds = (last_time - started) / done * (total - done)
-            left = f", {math.ceil(seconds / 60)} min left"
-        sys.stderr.write(f"{what}: {done}/{total}{f' {unit}' if unit else ''}{left}\n")
-        sys.stderr.flush()
+        with lock:
+            printed, last_time = done, clock()
+            text = what if total is None else f"{what}: {done}/{total}{f' {unit}' if unit else ''}"
+            if between:
+                text += _time_note(last_time - began, done, total, time_left)
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+        timer.reset()
 
     def advance(more: int) -> None:
         nonlocal done
         done += more
         if clock() - last_time >= PROGRESS_LINE_INTERVAL:
-            print_progress()
+            print_progress(between=True)
 
-    print_progress()
+    timer = QuietTimer(lambda: print_progress(between=True), PROGRESS_LINE_INTERVAL)
+    print_progress(between=False)
     try:
-        yield advance
+        with timer:
+            yield advance
     finally:
         if done != printed:
-            print_progress()
+            print_progress(between=False)
+
+
+def _time_note(
+    seconds: float, done: int, total: int | None, time_left: Callable[[], float] | None
+) -> str:
+    """`, after 12 s`, and the time left if it is known."""
+    note = f", after {seconds:.0f} s"
+    if time_left is not None:
+        return f"{note}, {approximate_time(time_left())} left"
+    if total is None or not 0 < done < total:
+        return note
+    return f"{note}, {approximate_time(seconds / done * (total - done))} left"

@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.cli.console import PROGRESS_LINE_INTERVAL, err, print_table
+from mmmamba_cli.cli.quiet_timer import QuietTimer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,7 +71,11 @@ class StopRequest(AbstractContextManager["StopRequest"]):
 
 
 class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
-    """A live panel in a terminal, plain lines elsewhere; process 0 only."""
+    """A live panel in a terminal, plain lines elsewhere; process 0 only.
+
+    Without a panel the last line is repeated, with the time since, where nothing else is printed:
+    a step may take minutes, and so may loading the models.
+    """
 
     def __init__(self, is_main: bool, stop: StopRequest):
         self.is_main = is_main
@@ -80,6 +85,13 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         self._last_line = 0.0
         self._started = (0.0, 0)
         self._reported: set[str] = set()
+        self._said, self._said_at = "starting", time.monotonic()
+        self._timer = QuietTimer(self._repeat, PROGRESS_LINE_INTERVAL)
+
+    def __enter__(self) -> TrainingDisplay:
+        if self.is_main:
+            self._timer.__enter__()
+        return self
 
     @property
     def callbacks(self) -> StageCallbacks:
@@ -96,11 +108,22 @@ class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):
         trace: TracebackType | None,
     ) -> None:
         self._end_live()
+        if self.is_main:
+            self._timer.__exit__(kind, error, trace)
 
     def say(self, text: str) -> None:
         """A line on stderr, above the live panel if there is one."""
         if self.is_main:
-            err().print(text, markup=False, highlight=False, soft_wrap=True)
+            self._said, self._said_at = text, time.monotonic()
+            self._print(text)
+
+    def _repeat(self) -> None:
+        if self._live is None:
+            self._print(f"{self._said}, {time.monotonic() - self._said_at:.0f} s ago")
+
+    def _print(self, text: str) -> None:
+        err().print(text, markup=False, highlight=False, soft_wrap=True)
+        self._timer.reset()
 
     def on_stage_begin(
         self, stage: Stage, trainable: Mapping[str, Any], progress: Progress

@@ -299,7 +299,7 @@ def _callbacks() -> SelectionCallbacks:
 
     return SelectionCallbacks(
         say=lambda text: print_line(text, to_stderr=True),
-        progress=lambda title, total: progress(title, total, "layers", time_left=True),
+        progress=lambda title, total: progress(title, total, "layers"),
     )
 
 

@@ -74,9 +74,11 @@ def _draw(axes: Any, profile: Profile, task: Task, what: str) -> str:
     unit = _unit(profile, task, what)
     colours = iter(COLOURS * len(profile.subjects))
     contexts = profile.plan.lengths(task)
+    is_empty = True
     for subject in profile.subjects:
         colour, line, marker = BASELINE_STYLES.get(subject.role) or (next(colours), "-", "o")
         points = _points(profile, subject, task, unit)
+        is_empty = is_empty and not points
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
@@ -104,7 +106,12 @@ def _draw(axes: Any, profile: Profile, task: Task, what: str) -> str:
                 ha="right",
                 va="bottom",
             )
-    _format_axes(axes, contexts)
+    if is_empty:
+        # A logarithmic axis needs a value.
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes)
+    else:
+        _format_axes(axes, contexts)
     return unit
 
 

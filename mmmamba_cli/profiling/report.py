@@ -74,7 +74,7 @@ def remarks(profile: Profile) -> list[str]:
             found.append(f"{_label(one)}: {one.status} ({one.note})")
         if one.alone:
             found.append(f"{_label(one)}: fitted only without the other models in memory")
-    noisy = [one for one in profile.measurements if _is_noisy(one)]
+    noisy = noisy_measurements(profile)
     if noisy:
         found.append(
             f"noisy, the quartiles more than {MAX_QUARTILE_RANGE:.0%} of the median apart, are "
@@ -84,6 +84,11 @@ def remarks(profile: Profile) -> list[str]:
     if any(one.status == OVER_BUDGET for one in profile.measurements):
         found.append("--budget SECONDS allows more time")
     return found
+
+
+def noisy_measurements(profile: Profile) -> list[Measurement]:
+    """Measurements whose interquartile range exceeds MAX_QUARTILE_RANGE of the median."""
+    return [one for one in profile.measurements if _is_noisy(one)]
 
 
 def correctness_line(profile: Profile) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 import warnings
 
 import pytest
@@ -67,8 +68,8 @@ def test_progress_without_a_terminal_prints_lines(
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "seeding: 0/100 tensors",
-        "seeding: 40/100 tensors",
-        "seeding: 80/100 tensors",
+        "seeding: 40/100 tensors, after 10 s, about 15 s left",
+        "seeding: 80/100 tensors, after 20 s, about 5 s left",
         "seeding: 100/100 tensors",
     ]
 
@@ -82,6 +83,62 @@ def test_progress_prints_its_state_before_an_error(capsys: pytest.CaptureFixture
     with pytest.raises(OSError, match="broken"):
         fail()
     assert capsys.readouterr().err.splitlines() == ["copy: 0/3", "copy: 1/3"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (17.2, "17 s"),
+        (42, "40 s"),
+        (97, "95 s"),
+        (98, "1.5 minutes"),
+        (165, "3 minutes"),
+        (400, "6.5 minutes"),
+        (3000, "50 minutes"),
+    ],
+)
+def test_times_are_rounded(seconds: float, text: str) -> None:
+    assert console.approximate_time(seconds) == f"about {text}"
+
+
+def test_progress_repeats_its_line_during_a_long_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PROGRESS_LINE_INTERVAL", 0.05)
+    err = ""
+    with console.progress("profiling", 3, "measurements"):
+        end = time.monotonic() + 30
+        while err.count("\n") < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+            err += capsys.readouterr().err
+    lines = err.splitlines()
+    assert lines[0] == "profiling: 0/3 measurements"
+    assert {line.partition(", after ")[0] for line in lines[1:]} == {"profiling: 0/3 measurements"}
+    # It has ended with the step.
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_without_a_number_shows_the_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PROGRESS_LINE_INTERVAL", 0.05)
+    with console.progress("loading"):
+        time.sleep(0.2)
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert (first, second) == ("loading", "loading, after 0 s")
+
+
+def test_given_time_left_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with console.progress("demo", 4, "parts", clock, time_left=lambda: 240.0) as advance:
+        clock.now += 30
+        advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "demo: 0/4 parts",
+        "demo: 1/4 parts, after 30 s, about 4 minutes left",
+    ]
 
 
 class Terminal(io.StringIO):
@@ -102,6 +159,37 @@ def test_progress_in_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "copy [red]" in terminal.getvalue()
     assert "3/3" in terminal.getvalue()
     assert "copy [red]: 0/3" not in terminal.getvalue()
+
+
+def test_progress_in_a_dumb_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar is drawn by moving the cursor, which such a terminal cannot do."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    console.err.cache_clear()
+    try:
+        with console.progress("copy", 3, "files") as advance:
+            advance(3)
+    finally:
+        console.err.cache_clear()
+    assert terminal.getvalue().splitlines() == ["copy: 0/3 files", "copy: 3/3 files"]
+
+
+def test_bar_leaves_a_redirected_stdout_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    console.err.cache_clear()
+    try:
+        with console.progress("copy", 3, "files", time_left=lambda: 240.0):
+            print("a result")
+    finally:
+        console.err.cache_clear()
+    assert capsys.readouterr().out == "a result\n"
+    assert "a result" not in terminal.getvalue()
+    assert "about 4 minutes left" in terminal.getvalue()
 
 
 def test_warnings_of_one_category_are_limited(

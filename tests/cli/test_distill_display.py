@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -89,3 +90,17 @@ def test_held_out_samples_are_named_once_and_always_counted(terminal: Console) -
     text = shown(terminal)
     assert text.count("skipped held-out sample set.jsonl:7: no such image") == 1
     assert "1 of 4 samples could not be read" in text
+
+
+def test_the_last_line_is_repeated_where_nothing_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill_display, "PROGRESS_LINE_INTERVAL", 0.05)
+    with TrainingDisplay(False, StopRequest()) as silent:
+        silent.say("process 1")
+        with TrainingDisplay(True, StopRequest()) as display:
+            display.say("loading teacher and student")
+            time.sleep(0.3)
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "loading teacher and student"
+    assert second == "loading teacher and student, 0 s ago"

@@ -14,6 +14,7 @@ from mmmamba_cli.profiling import Plan, Profile, profile, write_profile
 from mmmamba_cli.profiling.interfaces import AS_SHIPPED, GROWING, TUNED
 from mmmamba_cli.profiling.plot import make_figure, render_plot
 from mmmamba_cli.profiling.report import format_memory, format_ms, remarks, tables
+from mmmamba_cli.profiling.result import OVER_BUDGET, PREFILL
 
 
 @pytest.fixture
@@ -55,6 +56,20 @@ def test_plot_is_a_png_with_all_colours(planted: Profile) -> None:
     colours = {colour for _, colour in image.convert("RGB").getcolors(2**24) or []}
     # The student's blue, both greys of the teacher, and paper.
     assert {(0, 0x72, 0xB2), (0x22,) * 3, (0x77,) * 3, (255,) * 3} <= colours
+
+
+def test_plot_of_a_budget_that_was_too_short_for_prefill(planted: Profile) -> None:
+    """A busy machine measures no prompt within the budget."""
+    skipped = tuple(
+        one.model_copy(update={"status": OVER_BUDGET, "median": None, "rounds": ()})
+        if one.task == PREFILL
+        else one
+        for one in planted.measurements
+    )
+    unmeasured = planted.model_copy(update={"measurements": skipped})
+    assert render_plot(unmeasured) is not None
+    prefill = make_figure(unmeasured).axes[2]
+    assert [text.get_text() for text in prefill.texts] == ["nothing was measured"]
 
 
 def test_plot_shows_every_number_on_logarithmic_axes(planted: Profile) -> None:

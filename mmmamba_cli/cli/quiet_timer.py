@@ -1,0 +1,53 @@
+"""A thread that calls a function whenever nothing was printed for a while."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+
+class QuietTimer(AbstractContextManager["QuietTimer"]):
+    """Call `on_quiet` whenever `interval` seconds pass without `reset`.
+
+    The thread runs inside the `with` block. The function runs in the thread; what it prints counts
+    as a `reset`.
+    """
+
+    def __init__(self, on_quiet: Callable[[], None], interval: float):
+        self._on_quiet = on_quiet
+        self._interval = interval
+        self._last = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="quiet timer", daemon=True)
+
+    def reset(self) -> None:
+        """Something was printed: begin to wait again."""
+        self._last = time.monotonic()
+
+    def __enter__(self) -> QuietTimer:
+        self.reset()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(max(0.0, self._last + self._interval - time.monotonic())):
+            if time.monotonic() - self._last < self._interval:
+                continue
+            self.reset()
+            try:
+                self._on_quiet()
+            except (OSError, ValueError):
+                # The stream is closed. The command finds out by itself; progress is not its result.
+                return
