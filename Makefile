@@ -9,7 +9,8 @@ FLOOR := 5.17.0
 NEWEST := 5.24.0
 MATRIX := tests/model tests/inference tests/processing tests/export tests/pipeline
 
-.PHONY: setup check test test-floor test-newest test-matrix conformance demo smoke format clean
+.PHONY: setup check test test-floor test-newest test-matrix conformance demo smoke format clean \
+	release release-check
 
 setup: $(STAMP)
 
@@ -63,5 +64,24 @@ demo: setup
 smoke: setup
 	$(BIN)/python benchmarks/smoke.py --mmmamba $(BIN)/mmmamba
 
+# The wheel and the source distribution in dist/, checked as a package index does. Nothing is uploaded.
+RELEASE := .venv-release
+$(RELEASE)/.ready: constraints-dev.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
+	$(RELEASE)/bin/python -m pip install --quiet --constraint constraints-dev.txt build twine
+	touch $@
+
+release: $(RELEASE)/.ready
+	rm -rf dist
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/twine check --strict dist/*
+
+# Both installed into an empty environment of PYTHON, where the README's commands run from an empty
+# folder, in minutes. TORCH names the torch to install first: TORCH=torch==2.13.0.
+release-check: release
+	$(RELEASE)/bin/python benchmarks/wheel_check.py dist/*.whl --sdist dist/*.tar.gz \
+		--python $(PYTHON) $(if $(TORCH),--torch '$(TORCH)')
+
 clean:
-	rm -rf $(VENV) .venv-transformers-* build dist *.egg-info
+	rm -rf $(VENV) $(RELEASE) .venv-transformers-* build dist *.egg-info

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmmamba_cli.model import HolisticVLM
     from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(
