@@ -12,6 +12,7 @@ import pytest
 
 import mmmamba_cli
 import mmmamba_cli.cli
+from mmmamba_cli.__main__ import main as entry_point
 from mmmamba_cli.cli import app as frame
 from mmmamba_cli.cli import main, user_error
 from mmmamba_cli.errors import CheckpointError
@@ -264,3 +265,15 @@ def test_main_prints_every_user_error(
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: model.safetensors: is truncated\n"
+
+
+def test_windows_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(sys, "platform", "win32")
+        patch.setattr(mmmamba_cli.cli, "main", lambda: None)
+        entry_point()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: mmmamba does not run on Windows (use WSL 2")
