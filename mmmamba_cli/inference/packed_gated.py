@@ -7,7 +7,7 @@ Ch channels of [v, k, q], W convolution width, R rows of the packed gates.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -54,11 +54,27 @@ class PackedScan(Protocol):
         ...
 
 
+class FusedStep(Protocol):
+    """One token of convolution and scan as one op, with its weights; see `ops.mixer_step`."""
+
+    def __call__(
+        self,
+        vkq: Tensor,
+        gates: Tensor,
+        conv_ring: Tensor,
+        state: Tensor,
+        position: Tensor,
+        *,
+        inputs_ready: bool,
+        backend: str,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class PackedGated:
     """A recurrent mixer; `inputs` is [v|k|q|g|gates]. See `PackedMixer`.
 
-    The state is (B, H, P, P). A subclass replaces `between` where one op does convolution and scan.
+    The state is (B, H, P, P). `fused_step`, if there is one, reads a token in place of `scan`.
     """
 
     inputs: PackedProjection
@@ -72,7 +88,14 @@ class PackedGated:
     kv_heads: int
     head_dim: int
     tile_taps: bool
+    fused_step: FusedStep | None = None
     grows: bool = False
+
+    def with_fused_step(self, step: FusedStep) -> PackedGated:
+        """Decode by `step`, unless a norm or RoPE on q and k comes between convolution and scan."""
+        if self.qk_norm is not None or self.rope:
+            return self
+        return replace(self, fused_step=step)
 
     @property
     def chunks(self) -> bool:
@@ -91,10 +114,11 @@ class PackedGated:
 
     def empty_cache(self, like: Tensor, batch: int, capacity: int) -> RecurrentCache:
         channels, width = self.conv_weight.shape
+        fused = self.fused_step is not None
         shape = (batch, self.heads, self.head_dim, self.head_dim)
         return RecurrentCache(
             conv=like.new_zeros(batch, channels, width - 1),
-            ring=None,
+            ring=like.new_zeros(batch, channels, width) if fused else None,
             ssm=torch.zeros(shape, dtype=compute_dtype(like), device=like.device),
         )
 
@@ -102,7 +126,20 @@ class PackedGated:
         self, cache: RecurrentCache, inputs: Tensor, hidden: Tensor, token: TokenInfo
     ) -> Tensor:
         vkq, gate, gates = self._split(inputs)
-        y = self.between(cache, vkq, gates, token)
+        if self.fused_step is None:
+            y = self._convolve_and_scan(cache, vkq, gates, token)
+        else:
+            assert cache.ring is not None
+            y = self.fused_step(
+                vkq,
+                gates,
+                cache.ring,
+                cache.ssm,
+                token.column,
+                # States and position were written by the previous token's launches.
+                inputs_ready=True,
+                backend=token.backend,
+            )
         return project(
             y.flatten(1),
             self.output.weight,
@@ -115,7 +152,7 @@ class PackedGated:
             backend=token.backend,
         )
 
-    def between(
+    def _convolve_and_scan(
         self, cache: RecurrentCache, vkq: Tensor, gates: Tensor, token: TokenInfo
     ) -> Tensor:
         """The scan's output (B, H, P) from vkq (B, Ch) and gates (B, R); updates the cache."""
@@ -182,7 +219,7 @@ class PackedGated:
 def pack_gated(
     mixer: GatedMixer, inputs: PackedProjection, output: PackedProjection, scan: PackedScan
 ) -> PackedGated:
-    """A recurrent mixer without an op of its own for convolution and scan."""
+    """A recurrent mixer over packed weights, without a fused step."""
     bias = mixer.conv1d.bias
     return PackedGated(
         inputs,

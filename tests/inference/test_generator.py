@@ -13,6 +13,7 @@ from mmmamba_cli.inference import Generator, Settings
 from mmmamba_cli.inference.mixers.attention import KVCache
 from mmmamba_cli.inference.static_cache import StaticCache, kv_nbytes
 from mmmamba_cli.model import new_cache
+from mmmamba_cli.ops import BACKENDS
 
 NEW = 8
 # Differences by the order of summation, in fp64 and in fp32.
@@ -367,3 +368,22 @@ def test_a_stream_fails_after_another_prefill() -> None:
     generator.prefill(ids)
     with pytest.raises(ValueError, match="another prompt"):
         next(answer)
+
+
+@pytest.mark.parametrize(("plan", "op"), [("mm", "mixer_step"), ("dd", "delta_mixer_step")])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"rope": True}])
+def test_one_op_reads_a_token_unless_a_norm_or_rope_comes_between(
+    plan: str, op: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    right = BACKENDS[op]["reference"]
+
+    def counted(*arguments: Any, inputs_ready: bool) -> torch.Tensor:
+        calls.append(inputs_ready)
+        return right(*arguments, inputs_ready=inputs_ready)
+
+    monkeypatch.setitem(BACKENDS[op], "reference", counted)  # type: ignore[index]
+    generator = Generator(small_model(plan, **options))
+    generator.prefill(prompt(0, 5)[0])
+    generator.step(torch.tensor([[4]]))
+    assert calls == ([] if options else [True, True])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba_cli.inference.packed_gated import PackedGated, pack_gated
-from mmmamba_cli.inference.packed_mixer import PackedProjection, TokenInfo
-from mmmamba_cli.inference.recurrent_cache import RecurrentCache
+from mmmamba_cli.inference.packed_mixer import PackedProjection
 from mmmamba_cli.model.mixers.gated_delta import GatedDelta
 from mmmamba_cli.ops import delta_rule, delta_rule_step
 from mmmamba_cli.ops.backends import upcast
@@ -48,33 +48,6 @@ class DeltaScan:
         return self.A * F.softplus(dt + self.dt_bias), torch.sigmoid(beta + self.beta_bias)
 
 
-@dataclass(frozen=True)
-class PackedGatedDelta(PackedGated):
-    """A mixer with a fused step: no norm or RoPE between convolution and scan."""
-
-    weights: DeltaWeights | None = None
-
-    def empty_cache(self, like: Tensor, batch: int, capacity: int) -> RecurrentCache:
-        cache = super().empty_cache(like, batch, capacity)
-        return replace(cache, ring=like.new_zeros(batch, *self.conv_weight.shape))
-
-    def between(
-        self, cache: RecurrentCache, vkq: Tensor, gates: Tensor, token: TokenInfo
-    ) -> Tensor:
-        assert self.weights is not None and cache.ring is not None
-        return delta_mixer_step(
-            vkq,
-            gates,
-            cache.ring,
-            cache.ssm,
-            token.column,
-            self.weights,
-            # States and position were written by the previous token's launches.
-            inputs_ready=True,
-            backend=token.backend,
-        )
-
-
 def pack(mixer: GatedDelta, inputs: PackedProjection, output: PackedProjection) -> PackedGated:
     """See `pack_mixer`."""
     scan = DeltaScan(
@@ -83,7 +56,5 @@ def pack(mixer: GatedDelta, inputs: PackedProjection, output: PackedProjection) 
         beta_bias=mixer.beta_bias.detach(),
     )
     packed = pack_gated(mixer, inputs, output, scan)
-    if packed.qk_norm is not None or packed.rope:
-        return packed
     weights = DeltaWeights(packed.conv_weight, packed.conv_bias, **vars(scan))
-    return PackedGatedDelta(**vars(packed), weights=weights)
+    return packed.with_fused_step(partial(delta_mixer_step, weights=weights))

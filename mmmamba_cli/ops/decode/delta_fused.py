@@ -1,17 +1,11 @@
 """Launcher of the decoding kernel of a Gated DeltaNet mixer: one launch."""
 
-import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from mmmamba_cli.ops.decode import delta_kernels
 from mmmamba_cli.ops.decode.delta_step import DeltaWeights
-from mmmamba_cli.ops.decode.fused import (
-    LARGE_BATCH_BLOCK_P,
-    MIXER_WARPS,
-    SMALL_BATCH,
-    SMALL_BATCH_BLOCK_P,
-)
+from mmmamba_cli.ops.decode.fused import MIXER_WARPS, check_states, values_per_program
 from mmmamba_cli.ops.triton_utils import (
     buffer,
     check_inputs,
@@ -35,20 +29,14 @@ def delta_mixer_step(
 ) -> Tensor:
     """Shapes as in `ops.delta_mixer_step`; no gradients."""
     check_inputs("delta_mixer_step", vkq, gates, conv_ring, state, *weights)
-    if not (conv_ring.is_contiguous() and state.is_contiguous()):
-        raise ValueError(
-            "delta_mixer_step: the states, which are changed in place, are not contiguous"
-        )
-    if state.dtype != torch.float32:
-        raise ValueError(f"delta_mixer_step: state is {state.dtype}, expected fp32")
+    check_states("delta_mixer_step", conv_ring, "state", state)
     batch, heads, value_dim, key_dim = state.shape
     channels, taps = weights.conv_weight.shape
     kv_heads = (channels - heads * key_dim) // (value_dim + key_dim)
     vkq, gates = dense_rows(vkq), dense_rows(gates)
     out = buffer(batch, heads, value_dim, like=vkq, dtype=vkq.dtype)
     bias = weights.conv_bias
-    values = SMALL_BATCH_BLOCK_P if batch <= SMALL_BATCH else LARGE_BATCH_BLOCK_P
-    values = min(values, next_power_of_2(value_dim))
+    values = values_per_program(batch, value_dim)
     # A copy made here is launched too late to count as ready.
     inputs_ready &= all(weight is None or weight.is_contiguous() for weight in weights)
     grid = launch_grid("delta_mixer_step", cdiv(value_dim, values), heads, batch)

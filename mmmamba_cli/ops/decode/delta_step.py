@@ -10,16 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import (
-    check_shape,
-    get_backend,
-    needs_grad,
-    optional_backend,
-    supports_triton,
-    upcast,
-)
-from mmmamba_cli.ops.conv import reference as conv
-from mmmamba_cli.ops.decode.mamba_step import MAX_TRITON_BATCH, MAX_TRITON_DIM
+from mmmamba_cli.ops.backends import get_backend, optional_backend, upcast
+from mmmamba_cli.ops.decode.reference import convolve_token
+from mmmamba_cli.ops.decode.step_inputs import check_step_inputs, select_step_backend
 from mmmamba_cli.ops.delta import delta_rule_step
 
 
@@ -65,19 +58,12 @@ def reference(
     inputs_ready: bool,
 ) -> Tensor:
     """Shapes as in `delta_mixer_step`; `inputs_ready` has no effect."""
-    heads, value_dim, key_dim = state.shape[1:]
-    kv_heads = (vkq.shape[1] - heads * key_dim) // (value_dim + key_dim)
-    taps = conv_ring.shape[-1]
-    # The slot after the token's own holds the oldest input.
-    before = (position + torch.arange(1, taps, device=position.device)) % taps
-    past = conv_ring.index_select(-1, before)
-    mixed, _ = conv.step(vkq, weights.conv_weight, weights.conv_bias, past, activation="silu")
-    v, k, q = mixed.split((kv_heads * value_dim, kv_heads * key_dim, heads * key_dim), dim=-1)
+    v, k, q = convolve_token(vkq, conv_ring, position, weights, state.shape)
     dt, beta = upcast(gates).chunk(2, dim=-1)
     y, after = delta_rule_step(
-        v.unflatten(-1, (kv_heads, value_dim)),
-        k.unflatten(-1, (kv_heads, key_dim)),
-        q.unflatten(-1, (heads, key_dim)),
+        v,
+        k,
+        q,
         weights.A * F.softplus(dt + weights.dt_bias),
         torch.sigmoid(beta + weights.beta_bias),
         # Autograd needs the state from before the in-place update.
@@ -85,7 +71,7 @@ def reference(
         qk_l2_norm=True,
     )
     state.copy_(after)
-    conv_ring.index_copy_(-1, position % taps, vkq.unsqueeze(-1).to(conv_ring.dtype))
+    conv_ring.index_copy_(-1, position % conv_ring.shape[-1], vkq.unsqueeze(-1).to(conv_ring.dtype))
     return y
 
 
@@ -132,44 +118,9 @@ def delta_mixer_step(
         ValueError: shapes that do not fit together.
         MmmambaError: a backend that does not exist here.
     """
-    _check(vkq, gates, conv_ring, state, position, weights)
+    op, named_gates, named_state = "delta_mixer_step", ("gates", gates, 2), ("state", state)
+    check_step_inputs(op, vkq, named_gates, conv_ring, named_state, position, weights)
     if backend == "auto":
-        tensors = (vkq, gates, conv_ring, state)
-        fits = max(state.shape[2:]) <= MAX_TRITON_DIM and len(vkq) <= MAX_TRITON_BATCH
-        has_triton = "triton" in DELTA_MIXER_STEP_BACKENDS
-        fused = has_triton and fits and not needs_grad(*tensors) and supports_triton(*tensors)
-        backend = "triton" if fused else "reference"
-    step = get_backend("delta_mixer_step", backend, DELTA_MIXER_STEP_BACKENDS)
+        backend = select_step_backend(DELTA_MIXER_STEP_BACKENDS, vkq, gates, conv_ring, state)
+    step = get_backend(op, backend, DELTA_MIXER_STEP_BACKENDS)
     return step(vkq, gates, conv_ring, state, position, weights, inputs_ready=inputs_ready)
-
-
-def _check(
-    vkq: Tensor,
-    gates: Tensor,
-    conv_ring: Tensor,
-    state: Tensor,
-    position: Tensor,
-    weights: DeltaWeights,
-) -> None:
-    op = "delta_mixer_step"
-    if vkq.dim() != 2 or state.dim() != 4 or weights.conv_weight.dim() != 2:
-        raise ValueError(
-            f"{op}: vkq is {tuple(vkq.shape)}, state {tuple(state.shape)} and conv_weight "
-            f"{tuple(weights.conv_weight.shape)}, expected (B, Ch), (B, H, P, N) and (Ch, W)"
-        )
-    (batch, channels), (_, heads, value_dim, key_dim) = vkq.shape, state.shape
-    kv_heads, rest = divmod(channels - heads * key_dim, value_dim + key_dim)
-    if rest or kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"{op}: {channels} channels of vkq are not those of {heads} query heads of {key_dim} "
-            f"and of key/value heads of {key_dim} and {value_dim}"
-        )
-    taps = weights.conv_weight.shape[1]
-    check_shape(op, "gates", gates, (batch, 2 * heads))
-    check_shape(op, "conv_weight", weights.conv_weight, (channels, taps))
-    check_shape(op, "conv_bias", weights.conv_bias, (channels,))
-    check_shape(op, "conv_ring", conv_ring, (batch, channels, taps))
-    check_shape(op, "state", state, (batch, heads, value_dim, key_dim))
-    check_shape(op, "position", position, (1,))
-    for name in ("A", "dt_bias", "beta_bias"):
-        check_shape(op, name, getattr(weights, name), (heads,))

@@ -46,18 +46,14 @@ def mixer_step(
 ) -> Tensor:
     """Shapes as in `ops.mixer_step`; no gradients."""
     check_inputs("mixer_step", vkq, dt, conv_ring, ssm_state, *weights)
-    if not (conv_ring.is_contiguous() and ssm_state.is_contiguous()):
-        raise ValueError("mixer_step: the states, which are changed in place, are not contiguous")
-    if ssm_state.dtype != torch.float32:
-        raise ValueError(f"mixer_step: ssm_state is {ssm_state.dtype}, expected fp32")
+    check_states("mixer_step", conv_ring, "ssm_state", ssm_state)
     batch, heads, value_dim, state_dim = ssm_state.shape
     channels, taps = weights.conv_weight.shape
     kv_heads = (channels - heads * state_dim) // (value_dim + state_dim)
     vkq, dt = dense_rows(vkq), dense_rows(dt)
     out = buffer(batch, heads, value_dim, like=vkq, dtype=vkq.dtype)
     bias, dt_bias, D = weights.conv_bias, weights.dt_bias, weights.D
-    values = SMALL_BATCH_BLOCK_P if batch <= SMALL_BATCH else LARGE_BATCH_BLOCK_P
-    values = min(values, next_power_of_2(value_dim))
+    values = values_per_program(batch, value_dim)
     # A copy made here is launched too late to count as ready.
     inputs_ready &= all(weight is None or weight.is_contiguous() for weight in weights)
     with device_guard(vkq):
@@ -71,6 +67,20 @@ def mixer_step(
             num_warps=MIXER_WARPS, **pdl_options(vkq),
         )  # fmt: skip
     return out
+
+
+def check_states(op: str, conv_ring: Tensor, name: str, state: Tensor) -> None:
+    """Raise ValueError for states that a kernel cannot change in place; `name` is of `state`."""
+    if not (conv_ring.is_contiguous() and state.is_contiguous()):
+        raise ValueError(f"{op}: the states, which are changed in place, are not contiguous")
+    if state.dtype != torch.float32:
+        raise ValueError(f"{op}: {name} is {state.dtype}, expected fp32")
+
+
+def values_per_program(batch: int, value_dim: int) -> int:
+    """Values of a head that one program computes, a power of 2."""
+    values = SMALL_BATCH_BLOCK_P if batch <= SMALL_BATCH else LARGE_BATCH_BLOCK_P
+    return min(values, next_power_of_2(value_dim))
 
 
 def attention_step(

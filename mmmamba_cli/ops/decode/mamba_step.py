@@ -9,14 +9,9 @@ from typing import NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.ops.backends import (
-    check_shape,
-    get_backend,
-    needs_grad,
-    optional_backend,
-    supports_triton,
-)
+from mmmamba_cli.ops.backends import get_backend, optional_backend
 from mmmamba_cli.ops.decode import reference
+from mmmamba_cli.ops.decode.step_inputs import check_step_inputs, select_step_backend
 
 
 class MixerWeights(NamedTuple):
@@ -53,10 +48,6 @@ MIXER_STEP_BACKENDS: dict[str, MixerStepBackend] = {
     "reference": reference.mixer_step,
     **optional_backend("triton", f"{__package__}.fused", "mixer_step"),
 }
-# Each program holds whole rows of a head's state in registers.
-MAX_TRITON_DIM = 256
-# The largest batch that was benchmarked (H200).
-MAX_TRITON_BATCH = 1024
 
 
 def mixer_step(
@@ -98,14 +89,11 @@ def mixer_step(
         ValueError: shapes that do not fit together.
         MmmambaError: a backend that does not exist here.
     """
-    _check(vkq, dt, conv_ring, ssm_state, position, weights)
+    op, gates, state = "mixer_step", ("dt", dt, 1), ("ssm_state", ssm_state)
+    check_step_inputs(op, vkq, gates, conv_ring, state, position, weights)
     if backend == "auto":
-        tensors = (vkq, dt, conv_ring, ssm_state)
-        fits = max(ssm_state.shape[2:]) <= MAX_TRITON_DIM and len(vkq) <= MAX_TRITON_BATCH
-        has_triton = "triton" in MIXER_STEP_BACKENDS
-        fused = has_triton and fits and not needs_grad(*tensors) and supports_triton(*tensors)
-        backend = "triton" if fused else "reference"
-    step = get_backend("mixer_step", backend, MIXER_STEP_BACKENDS)
+        backend = select_step_backend(MIXER_STEP_BACKENDS, vkq, dt, conv_ring, ssm_state)
+    step = get_backend(op, backend, MIXER_STEP_BACKENDS)
     return step(vkq, dt, conv_ring, ssm_state, position, weights, inputs_ready=inputs_ready)
 
 
@@ -117,35 +105,3 @@ def to_ring_buffer(conv_state: Tensor, position: int) -> Tensor:
     # Before the roll, slot i holds token position - W + i; slot 0 is free for the next token.
     ring = F.pad(conv_state, (1, 0))
     return ring.roll(position % ring.shape[-1], dims=-1)
-
-
-def _check(
-    vkq: Tensor,
-    dt: Tensor,
-    conv_ring: Tensor,
-    ssm_state: Tensor,
-    position: Tensor,
-    weights: MixerWeights,
-) -> None:
-    if vkq.dim() != 2 or ssm_state.dim() != 4 or weights.conv_weight.dim() != 2:
-        raise ValueError(
-            f"mixer_step: vkq is {tuple(vkq.shape)}, ssm_state {tuple(ssm_state.shape)} and "
-            f"conv_weight {tuple(weights.conv_weight.shape)}, expected (B, Ch), (B, H, P, N) and "
-            "(Ch, W)"
-        )
-    (batch, channels), (_, heads, value_dim, state_dim) = vkq.shape, ssm_state.shape
-    kv_heads, rest = divmod(channels - heads * state_dim, value_dim + state_dim)
-    if rest or kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"mixer_step: {channels} channels of vkq are not those of {heads} query heads of "
-            f"{state_dim} and of key/value heads of {state_dim} and {value_dim}"
-        )
-    taps = weights.conv_weight.shape[1]
-    check_shape("mixer_step", "dt", dt, (batch, heads))
-    check_shape("mixer_step", "conv_weight", weights.conv_weight, (channels, taps))
-    check_shape("mixer_step", "conv_bias", weights.conv_bias, (channels,))
-    check_shape("mixer_step", "conv_ring", conv_ring, (batch, channels, taps))
-    check_shape("mixer_step", "ssm_state", ssm_state, (batch, heads, value_dim, state_dim))
-    check_shape("mixer_step", "position", position, (1,))
-    for name in ("A", "dt_bias", "D"):
-        check_shape("mixer_step", name, getattr(weights, name), (heads,))

@@ -6,6 +6,7 @@ Legend as in `ops.decode`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from mmmamba_cli.ops.conv import reference as conv
 from mmmamba_cli.ops.ssd import reference as ssd
 
 if TYPE_CHECKING:
+    from mmmamba_cli.ops.decode.delta_step import DeltaWeights
     from mmmamba_cli.ops.decode.mamba_step import MixerWeights
 
 
@@ -31,20 +33,13 @@ def mixer_step(
     inputs_ready: bool,
 ) -> Tensor:
     """Shapes as in `ops.mixer_step`; `inputs_ready` has no effect."""
-    heads, value_dim, state_dim = ssm_state.shape[1:]
-    kv_heads = (vkq.shape[1] - heads * state_dim) // (value_dim + state_dim)
-    taps = conv_ring.shape[-1]
-    # The slot after the token's own holds the oldest input.
-    before = (position + torch.arange(1, taps, device=position.device)) % taps
-    past = conv_ring.index_select(-1, before)
-    mixed, _ = conv.step(vkq, weights.conv_weight, weights.conv_bias, past, activation="silu")
-    v, k, q = mixed.split((kv_heads * value_dim, kv_heads * state_dim, heads * state_dim), dim=-1)
+    v, k, q = convolve_token(vkq, conv_ring, position, weights, ssm_state.shape)
     y, state = ssd.step(
-        v.unflatten(-1, (kv_heads, value_dim)),
+        v,
         dt,
         weights.A,
-        k.unflatten(-1, (kv_heads, state_dim)),
-        q.unflatten(-1, (heads, state_dim)),
+        k,
+        q,
         # Autograd needs the state from before the in-place update.
         ssm_state.clone(),
         dt_bias=weights.dt_bias,
@@ -52,8 +47,34 @@ def mixer_step(
         D=weights.D,
     )
     ssm_state.copy_(state)
-    conv_ring.index_copy_(-1, position % taps, vkq.unsqueeze(-1).to(conv_ring.dtype))
+    conv_ring.index_copy_(-1, position % conv_ring.shape[-1], vkq.unsqueeze(-1).to(conv_ring.dtype))
     return y
+
+
+def convolve_token(
+    vkq: Tensor,
+    conv_ring: Tensor,
+    position: Tensor,
+    weights: MixerWeights | DeltaWeights,
+    state_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v (B, K, P), k (B, K, N) and q (B, H, N) after convolution and SiLU; reads the ring only.
+
+    `state_shape` is (B, H, P, N).
+    """
+    _, heads, value_dim, state_dim = state_shape
+    kv_heads = (vkq.shape[1] - heads * state_dim) // (value_dim + state_dim)
+    taps = conv_ring.shape[-1]
+    # The slot after the token's own holds the oldest input.
+    before = (position + torch.arange(1, taps, device=position.device)) % taps
+    past = conv_ring.index_select(-1, before)
+    mixed, _ = conv.step(vkq, weights.conv_weight, weights.conv_bias, past, activation="silu")
+    v, k, q = mixed.split((kv_heads * value_dim, kv_heads * state_dim, heads * state_dim), dim=-1)
+    return (
+        v.unflatten(-1, (kv_heads, value_dim)),
+        k.unflatten(-1, (kv_heads, state_dim)),
+        q.unflatten(-1, (heads, state_dim)),
+    )
 
 
 def attention_step(
