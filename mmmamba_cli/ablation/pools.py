@@ -5,10 +5,12 @@ A process runs many cells, so that torch is imported and kernels are compiled on
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -18,9 +20,11 @@ from typing import Any
 from mmmamba_cli.ablation.cells import Trunk
 from mmmamba_cli.ablation.execution import CellExecutor, CellStopped, Control, Setting
 from mmmamba_cli.ablation.runner import Unit, UnitEnd
+from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.interrupts import block_interrupts
 
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 # Seconds between looks at the runner's request to stop.
 POLL_SECONDS = 0.5
 # Least seconds between two reports of a process about its steps.
@@ -89,14 +93,32 @@ def is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-class _Worker:
-    """A process that runs one unit after another."""
+def visible_gpus(device: str | None) -> list[str]:
+    """Names of the GPUs for CUDA_VISIBLE_DEVICES that processes may use; none on a CPU."""
+    chosen = pick_device(device)
+    if chosen.type != "cuda":
+        return []
+    import torch
 
-    def __init__(self, setting: Setting, stop: Event):
+    names = os.environ.get(VISIBLE_DEVICES)
+    listed = names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
+    return listed if chosen.index is None else [listed[chosen.index]]
+
+
+def least_used(gpus: Sequence[str], used: Sequence[str | None]) -> str | None:
+    """The first GPU that the fewest processes use."""
+    return min(gpus, key=used.count, default=None)
+
+
+class _Worker:
+    """A process that runs one unit after another, on one GPU where there are any."""
+
+    def __init__(self, setting: Setting, stop: Event, gpu: str | None):
+        self.gpu = gpu
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(
-            target=_work, args=(setting, theirs, stop), daemon=False
+            target=_work, args=(setting, theirs, stop, gpu), daemon=False
         )
         # The runner gets Ctrl-C and asks the processes to save and stop.
         with block_interrupts():
@@ -119,6 +141,7 @@ class ProcessPool:
         self._should_stop = should_stop
         self._stop = get_context("spawn").Event()
         self._workers: list[_Worker] = []
+        self._gpus = visible_gpus(setting.device)
 
     @property
     def running(self) -> Sequence[Unit]:
@@ -127,7 +150,8 @@ class ProcessPool:
     def start(self, unit: Unit, parent: Trunk | None, deadline: float | None) -> None:
         worker = next((one for one in self._workers if one.unit is None), None)
         if worker is None:
-            worker = _Worker(self._setting, self._stop)
+            gpu = least_used(self._gpus, [one.gpu for one in self._workers])
+            worker = _Worker(self._setting, self._stop, gpu)
             self._workers.append(worker)
         worker.unit = unit
         worker.connection.send((unit, parent, deadline))
@@ -176,8 +200,12 @@ class ProcessPool:
                 worker.process.join()
 
 
-def _work(setting: Setting, connection: Connection, stop: Event) -> None:
+def _work(setting: Setting, connection: Connection, stop: Event, gpu: str | None) -> None:
     """Run the units that arrive until the runner closes the connection."""
+    if gpu is not None:
+        # CUDA is not initialised yet: this process sees one GPU, which is its cuda:0.
+        os.environ[VISIBLE_DEVICES] = gpu
+        setting = replace(setting, device="cuda")
     executor = CellExecutor(setting)
     runner = parent_process()
     while True:
