@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.scoring.chance import YES_NO_CHANCE
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, safe_divide, strata_of, sum_by_unit
 from mmmamba_cli.evaluate.scoring.yes_no import read_words
 from mmmamba_evals.scenes.sampling import SPLITS
@@ -49,6 +50,7 @@ def accuracy_by_category(rows: Sequence[Row], answers: Sequence[str]) -> UnitSco
         },
         categories={name: _category(name, parts[:, column[name]].sum(0)) for name in names},
         unreadable=unread,
+        chance=dict.fromkeys(("mean", *names), YES_NO_CHANCE),
     )
 
 

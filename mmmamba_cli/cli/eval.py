@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +36,14 @@ if TYPE_CHECKING:
     from mmmamba_cli.evaluate.external_results import ExternalResult
     from mmmamba_cli.runs import ResolvedModel
 
-RIGHT = ("score", "rows", "unreadable", "teacher", "retention")
+RIGHT = ("score", "rows", "unreadable", "teacher", "retention", "chance", "above chance")
+
+
+class Answers(StrEnum):
+    """How a model answers."""
+
+    GENERATED = "generated"
+    LIKELIHOOD = "likelihood"
 
 
 def command(
@@ -85,8 +93,18 @@ def command(
             help="Maximum length of an answer, in tokens (default: the suite's).",
         ),
     ] = None,
+    answers: Annotated[
+        Answers,
+        typer.Option(
+            help="generated, or likelihood: the most likely of yes and no, of the options, or of "
+            "the right answer and three wrong ones of its category."
+        ),
+    ] = Answers.GENERATED,
     choose: Annotated[
-        bool, typer.Option("--choose", help="Rank the choices by likelihood instead of generating.")
+        bool,
+        typer.Option(
+            "--choose", help="As --answers likelihood, but open questions are answered freely."
+        ),
     ] = False,
     rule: Annotated[
         str | None,
@@ -123,7 +141,8 @@ def command(
         batch=_batch(batch),
         max_tiles=max_tiles,
         max_new_tokens=max_new_tokens,
-        by_likelihood=choose,
+        by_likelihood=choose or answers is Answers.LIKELIHOOD,
+        open_by_likelihood=answers is Answers.LIKELIHOOD,
         rule=rule,
         seed=seed,
     )

@@ -49,11 +49,16 @@ def intervals(
 
 
 def ratio_interval(
-    upper: UnitScores, lower: UnitScores, metric: str, draws: int = NUM_RESAMPLES, seed: int = 0
+    upper: UnitScores,
+    lower: UnitScores,
+    metric: str,
+    draws: int = NUM_RESAMPLES,
+    seed: int = 0,
+    origin: float = 0.0,
 ) -> tuple[float, float] | None:
-    """The paired interval of upper / lower; None if `lower` is 0 in a resample.
+    """The paired interval of (upper - origin) / (lower - origin).
 
-    Both must have the same rule and rows.
+    None if `lower` is at `origin` or below in a resample. Both must have the same rule and rows.
     """
     if upper.strata != lower.strata:
         raise ValueError("the scores are not of the same rows")
@@ -61,9 +66,9 @@ def ratio_interval(
     for counts in resample_counts(upper.strata, draws, seed):
         above = upper.metrics(counts @ upper.numbers)[metric]
         below = lower.metrics(counts @ lower.numbers)[metric]
-        if np.any(below == 0):
+        if np.any(below <= origin):
             return None
-        ratios.append(above / below)
+        ratios.append((above - origin) / (below - origin))
     return _percentiles(np.concatenate(ratios))
 
 

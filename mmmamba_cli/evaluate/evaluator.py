@@ -12,13 +12,17 @@ from typing import Any
 
 from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.evaluate.answer_cache import AnswerCache, settings_key
+from mmmamba_cli.evaluate.candidates import Candidates, find_candidates
 from mmmamba_cli.evaluate.fingerprint import code_digest, library_versions, pictures_digest
 from mmmamba_cli.evaluate.interfaces import EvalModel, ModelIdentity
 from mmmamba_cli.evaluate.library import existing_table, find_suite, find_table
 from mmmamba_cli.evaluate.predictions import read_predictions
 from mmmamba_cli.evaluate.prompts import build_eval_prompt
 from mmmamba_cli.evaluate.result import (
+    CHOSEN_AMONG_ANSWERS,
+    CHOSEN_BY_LIKELIHOOD,
     DEFAULT_SEED,
+    GENERATED,
     RETENTION,
     TIMING,
     DataInfo,
@@ -35,6 +39,11 @@ from mmmamba_cli.evaluate.result import (
 from mmmamba_cli.evaluate.rows import Row, belongs, limit_rows, read_rows
 from mmmamba_cli.evaluate.runner import EvalCallbacks, InferenceStats, answer_prompts
 from mmmamba_cli.evaluate.scoring import find_rule, versioned
+from mmmamba_cli.evaluate.scoring.likelihood import (
+    CANDIDATE_ACCURACY,
+    LIKELIHOOD,
+    candidate_accuracy,
+)
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
 from mmmamba_cli.runs import TEACHER, ResolvedModel
@@ -46,7 +55,8 @@ class EvalOptions:
     """Settings of an evaluation beside its models and suites; None means the suite's own value.
 
     `limit` is a number of rows per suite, `batch` a number of prompts (None: as many as fit), and
-    `seed` that of the bootstrap.
+    `seed` that of the bootstrap. `by_likelihood` chooses among options instead of generating,
+    `open_by_likelihood` also answers open questions by a choice among answers of other rows.
     """
 
     data: Path | None = None
@@ -55,6 +65,7 @@ class EvalOptions:
     max_tiles: int | None = None
     max_new_tokens: int | None = None
     by_likelihood: bool = False
+    open_by_likelihood: bool = False
     rule: str | None = None
     seed: int = DEFAULT_SEED
 
@@ -151,12 +162,18 @@ def evaluate_model(
     callbacks: EvalCallbacks,
 ) -> ScoredSuite:
     """Evaluate one model on one suite and write all files into `folder`."""
-    settings = _settings(model, suite, options)
+    candidates = _candidates(suite, table, rows) if options.open_by_likelihood else None
+    settings = _settings(model, suite, options, candidates)
     prompts = [
         build_eval_prompt(
-            row, suite, table, max_tiles=options.max_tiles, by_likelihood=options.by_likelihood
+            row,
+            suite,
+            table,
+            max_tiles=options.max_tiles,
+            by_likelihood=options.by_likelihood,
+            candidates=None if candidates is None else candidates[place],
         )
-        for row in rows
+        for place, row in enumerate(rows)
     ]
     pictures = pictures_digest(one for prompt in prompts for one in prompt.pictures)
     answers_to = {
@@ -196,19 +213,39 @@ def evaluate_model(
             f"{len(skipped):,} of {len(rows):,} rows could not be asked and count as wrong; "
             f"row {skipped[0].index}: {skipped[0].reason}"
         )
-    scored = score_answers(suite, rows, answers, data, model.identity, settings, options, skipped)
+    scored = score_answers(
+        suite, rows, answers, data, model.identity, settings, options, skipped, candidates
+    )
     write_result(folder, scored, answers)
     if stats.answered:
         _write_timing(folder, stats, seconds)
     return scored
 
 
-def _settings(model: EvalModel, suite: Suite, options: EvalOptions) -> dict[str, Any]:
+def _candidates(suite: Suite, table: VLMEvalTable, rows: Sequence[Row]) -> list[Candidates]:
+    """The candidates of `rows`; open ones come from the whole table, whatever part is asked."""
+    every_row = read_rows(table.cells, suite, str(table.file))
+    found = dict(
+        zip((row.index for row in every_row), find_candidates(every_row, suite), strict=True)
+    )
+    return [found[row.index] for row in rows]
+
+
+def _settings(
+    model: EvalModel,
+    suite: Suite,
+    options: EvalOptions,
+    candidates: Sequence[Candidates] | None,
+) -> dict[str, Any]:
     """Everything beside weights and questions that can change an answer."""
+    way = CHOSEN_BY_LIKELIHOOD if options.by_likelihood else GENERATED
+    if candidates is not None:
+        is_open = any(one.open for one in candidates)
+        way = CHOSEN_AMONG_ANSWERS if is_open else CHOSEN_BY_LIKELIHOOD
     return {
         "max_tiles": options.max_tiles or suite.max_tiles,
         "max_new_tokens": options.max_new_tokens or suite.max_new_tokens,
-        "answers": "chosen by likelihood" if options.by_likelihood else "generated",
+        "answers": way,
         "limit": options.limit,
         "code": code_digest(),
         **model.identity.answers_depend_on,
@@ -283,14 +320,23 @@ def score_answers(
     settings: dict[str, Any],
     options: EvalOptions,
     skipped: tuple[SkippedRow, ...] = (),
+    candidates: Sequence[Candidates] | None = None,
 ) -> ScoredSuite:
-    """Score answers, given by row index, by the suite's rules or by `options.rule`."""
+    """Score answers, given by row index, by the suite's rules or by `options.rule`.
+
+    Where open questions were answered by a choice among `candidates`, the rule is `likelihood`: the
+    suite's rules are those of generated answers.
+    """
     refused = {one.index for one in skipped}
     texts = [
         _wrong_answer(suite, row) if row.index in refused else answers[row.index] for row in rows
     ]
-    scoring = suite.scoring(options.rule)
-    unit_scores = {name: find_rule(function)(rows, texts) for name, function in scoring.items()}
+    scoring: Mapping[str, str] = suite.scoring(options.rule)
+    if candidates is not None and options.rule is None and any(one.open for one in candidates):
+        scoring = {LIKELIHOOD: CANDIDATE_ACCURACY}
+        unit_scores = {LIKELIHOOD: candidate_accuracy(rows, texts, candidates)}
+    else:
+        unit_scores = {name: find_rule(function)(rows, texts) for name, function in scoring.items()}
     rules = [
         rule_result(name, versioned(scoring[name]), scores, answers, options.seed)
         for name, scores in unit_scores.items()

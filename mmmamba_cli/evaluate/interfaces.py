@@ -16,6 +16,7 @@ class EvalPrompt:
     `text` is the user's message. Its first `len(pictures)` occurrences of `<image>` are the
     pictures; further ones are plain text. `max_tiles` is the largest number of tiles of a picture,
     without its thumbnail. `choices` are the answers to rank by likelihood; empty for generation.
+    `by_length`: the choices differ in length, so that likelihoods are compared per byte of UTF-8.
     """
 
     index: str
@@ -23,6 +24,7 @@ class EvalPrompt:
     pictures: tuple[Picture, ...] = ()
     max_tiles: int | None = None
     choices: tuple[str, ...] = ()
+    by_length: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from mmmamba_cli.devices import OutOfMemory, translate_out_of_memory
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalPrompt, ModelIdentity
 from mmmamba_cli.inference import Generator, make_generator
 from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.cache import CACHE_NAME
 from mmmamba_cli.processing import (
     HolisticTextProcessor,
     HolisticVLMProcessor,
@@ -45,6 +46,14 @@ class _Inputs:
     ids: list[int]
     pixels: Tensor | None
     num_tiles: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """The tokens of a choice, and the row of its prompt in the batch."""
+
+    row: int
+    ids: list[int]
 
 
 class HolisticVLMAdapter:
@@ -157,26 +166,58 @@ class HolisticVLMAdapter:
     def score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
         """Sum of log p over each choice's tokens, in nats, without the end-of-turn token.
 
-        All prompts with all their choices form one batch.
+        The choices of a prompt share its prefill; all of them form one batch.
         """
         return self._release_if_out_of_memory(lambda: self._score_choices(batch))
 
     @torch.no_grad()
     def _score_choices(self, batch: Sequence[EncodedPrompt]) -> list[list[float]]:
-        rows = [
-            (encoded, *self._answered_ids(encoded, choice))
+        answers = [
+            [self._answered_ids(encoded, choice) for choice in encoded.prompt.choices]
             for encoded in batch
-            for choice in encoded.prompt.choices
         ]
-        inputs = self._inputs([ids for _, ids, _ in rows], [encoded for encoded, _, _ in rows])
-        # The columns of the answers, and the one before, which predicts the first token.
-        keep = max(len(ids) - start for _, ids, start in rows) + 1
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
-        scores = iter(
-            self._log_likelihood(found, ids, start)
-            for found, (_, ids, start) in zip(logits, rows, strict=True)
-        )
-        return [[next(scores) for _ in encoded.prompt.choices] for encoded in batch]
+        # An answer is tokenized apart from the text before it, so that all choices share this.
+        prefixes = [ids[:start] for (ids, start), *_ in answers]
+        tails = [
+            _Tail(row, ids[start:])
+            for row, of_prompt in enumerate(answers)
+            for ids, start in of_prompt
+        ]
+        inputs = self._inputs(prefixes, batch)
+        outputs = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        first = torch.log_softmax(outputs.logits[:, -1].double(), dim=-1)
+        scores = [float(first[tail.row, tail.ids[0]]) if tail.ids else 0.0 for tail in tails]
+        longer = [place for place, tail in enumerate(tails) if len(tail.ids) > 1]
+        if longer:
+            cache = getattr(outputs, CACHE_NAME)
+            rest = self._score_rest([tails[i] for i in longer], inputs["attention_mask"], cache)
+            for place, score in zip(longer, rest, strict=True):
+                scores[place] += score
+        found = iter(scores)
+        return [[next(found) for _ in encoded.prompt.choices] for encoded in batch]
+
+    def _score_rest(self, tails: Sequence[_Tail], mask: Tensor, cache: Cache) -> list[float]:
+        """Log p of each answer after its first token; the cache has the prompts (B, T) of `mask`.
+
+        Rows are padded on the right, behind the tokens whose predictions are read.
+        """
+        rows = torch.tensor([tail.row for tail in tails], device=self.device)
+        cache.reorder_cache(rows)
+        width = max(len(tail.ids) for tail in tails) - 1
+        pad = self.processor.pad_token_id
+        known = [tail.ids[:-1] for tail in tails]
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in known])
+        new = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in known])
+        logits = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=torch.cat((mask[rows], new.to(mask)), dim=1),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return [
+            self._log_likelihood(found, tail.ids[1:])
+            for found, tail in zip(logits, tails, strict=True)
+        ]
 
     def _answered_ids(self, encoded: EncodedPrompt, choice: str) -> tuple[list[int], int]:
         """Ids of the prompt answered with `choice`, and the first column of the answer."""
@@ -188,11 +229,10 @@ class HolisticVLMAdapter:
         return ids[:end], columns[0]
 
     @staticmethod
-    def _log_likelihood(logits: Tensor, ids: list[int], start: int) -> float:
-        """Log p of ids[start:], the end of a row, from its last logits (columns, V)."""
-        count = len(ids) - start
-        predicted = torch.log_softmax(logits[-count - 1 : -1].double(), dim=-1)
-        wanted = torch.tensor(ids[start:], device=logits.device).unsqueeze(1)
+    def _log_likelihood(logits: Tensor, ids: list[int]) -> float:
+        """Log p of `ids`, predicted by the first rows of logits (columns, V)."""
+        predicted = torch.log_softmax(logits[: len(ids)].double(), dim=-1)
+        wanted = torch.tensor(ids, device=logits.device).unsqueeze(1)
         return float(predicted.gather(1, wanted).sum())
 
     def _inputs(self, ids: Sequence[list[int]], encoded: Sequence[EncodedPrompt]) -> dict[str, Any]:

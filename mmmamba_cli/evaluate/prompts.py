@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from mmmamba_cli.evaluate.candidates import Candidates
 from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.interfaces import EvalPrompt
 from mmmamba_cli.evaluate.rows import Row
@@ -55,14 +56,25 @@ def tiles_per_picture(max_tiles: int, pictures: int) -> int:
 
 
 def build_eval_prompt(
-    row: Row, suite: Suite, table: VLMEvalTable, *, max_tiles: int | None, by_likelihood: bool
+    row: Row,
+    suite: Suite,
+    table: VLMEvalTable,
+    *,
+    max_tiles: int | None,
+    by_likelihood: bool,
+    candidates: Candidates | None = None,
 ) -> EvalPrompt:
-    """The prompt of a row; `max_tiles` overrides the suite's."""
+    """The prompt of a row; `max_tiles` overrides the suite's.
+
+    With `by_likelihood` the options, or the suite's choices, are ranked; with `candidates`, these.
+    """
+    choices = (tuple(row.options) or suite.choices) if by_likelihood else ()
     pictures = pictures_of(table, table.cells[row.place], suite.dataset, suite.enlarge)
     return EvalPrompt(
         index=row.index,
         text=place_pictures(question_text(row, suite.prompt), len(pictures)),
         pictures=pictures,
         max_tiles=tiles_per_picture(max_tiles or suite.max_tiles, len(pictures)),
-        choices=(tuple(row.options) or suite.choices) if by_likelihood else (),
+        choices=choices if candidates is None else candidates.texts,
+        by_length=candidates is not None and candidates.open,
     )

@@ -21,6 +21,7 @@ from mmmamba_cli.evaluate.bootstrap import (
     ratio_interval,
 )
 from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.scoring.chance import above_chance
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores
 
 # The folder of a run that results are written to, and the files of one model and suite.
@@ -28,6 +29,9 @@ EVALS = "evals"
 RESULT, RETENTION, TIMING = "result.json", "retention.json", "timing.json"
 PREDICTIONS = "predictions.tsv"
 SHOWN_ANSWERS = 5
+# The setting `answers` of a result.
+GENERATED, CHOSEN_BY_LIKELIHOOD = "generated", "chosen by likelihood"
+CHOSEN_AMONG_ANSWERS = f"{CHOSEN_BY_LIKELIHOOD} among answers to other questions"
 DEFAULT_SEED = 0
 
 # Results written before versions of a rule had dates name the scoring function without one.
@@ -108,6 +112,8 @@ class RuleResult(_JsonModel):
     categories: dict[str, dict[str, int | float]]
     unreadable: tuple[UnreadableAnswer, ...] = ()
     notes: tuple[str, ...] = ()
+    # Expected scores of random guesses, by metric, where they are known.
+    chance: dict[str, float] = {}
 
     @property
     def headline(self) -> float | None:
@@ -154,7 +160,9 @@ class Result(_JsonModel):
 class Retention(_JsonModel):
     """The student's score relative to the teacher's, by one rule.
 
-    `ratio` is None if the teacher's score is 0 or either score is None.
+    `ratio` is None if the teacher's score is 0 or either score is None. `above_chance` is the ratio
+    of both scores above `chance`, the expected score of random guesses; None if that is unknown, or
+    if the teacher is not better.
     """
 
     suite: str
@@ -168,6 +176,9 @@ class Retention(_JsonModel):
     interval: Interval | None
     rows: int
     seed: int
+    chance: float | None = None
+    above_chance: float | None = None
+    above_chance_interval: Interval | None = None
 
 
 def rule_result(
@@ -186,6 +197,7 @@ def rule_result(
         categories={key: dict(value) for key, value in scores.categories.items()},
         unreadable=tuple(UnreadableAnswer(index=i, answer=answers[i]) for i in shown),
         notes=scores.notes,
+        chance=dict(scores.chance),
     )
 
 
@@ -201,6 +213,10 @@ def retention(
     metric = teacher[1].headline
     ours, theirs = student[1].values()[metric], teacher[1].values()[metric]
     ratio = ours / theirs if ours is not None and theirs else None
+    chance = teacher[1].chance.get(metric)
+    above = None
+    if ours is not None and theirs is not None and chance is not None:
+        above = above_chance(ours, theirs, chance)
     return Retention(
         suite=suite,
         rule=rule,
@@ -215,6 +231,11 @@ def retention(
         else ratio_interval(student[1], teacher[1], metric, seed=seed),
         rows=rows,
         seed=seed,
+        chance=chance,
+        above_chance=above,
+        above_chance_interval=None
+        if above is None or chance is None
+        else ratio_interval(student[1], teacher[1], metric, seed=seed, origin=chance),
     )
 
 
@@ -336,6 +357,8 @@ def matching_value(results: Iterable[Result], result: Result, part: RuleResult) 
     for other in results:
         theirs = other.rule(part.rule)
         same = other.suite == result.suite and other.data.same_questions(result.data)
+        # Scores of chosen and of generated answers are not comparable.
+        same = same and other.settings.get("answers") == result.settings.get("answers")
         if same and theirs is not None:
             return theirs.metrics.get(part.metric)
     return None

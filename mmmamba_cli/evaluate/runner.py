@@ -164,7 +164,11 @@ def _answer_batch(
                     f"{', '.join(f'{score:g}' for score in scores)}",
                     "check its weights, or its --dtype",
                 )
-            best = scores.index(max(scores))
+            ranked = scores
+            if prompt.by_length:
+                lengths = [max(1, len(choice.encode())) for choice in prompt.choices]
+                ranked = [score / n for score, n in zip(scores, lengths, strict=True)]
+            best = ranked.index(max(ranked))
             answers.append(AnswerRecord(prompt.index, prompt.choices[best], tuple(scores)))
     if spoken:
         texts = model.generate(spoken, max_new_tokens)

@@ -6,7 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmmamba_cli.errors import name_some
-from mmmamba_cli.evaluate.result import Result, Retention, RuleResult
+from mmmamba_cli.evaluate.result import (
+    CHOSEN_BY_LIKELIHOOD,
+    Result,
+    Retention,
+    RuleResult,
+)
 from mmmamba_cli.evaluate.suite import Suite
 
 TextTable = tuple[tuple[str, ...], list[tuple[object, ...]]]
@@ -56,11 +61,15 @@ def retention_table(parts: Iterable[Retention]) -> TextTable:
             number(part.student_value),
             number(part.teacher_value),
             None if part.ratio is None else f"{part.ratio:.1%}",
-            None if part.interval is None else f"{part.interval[0]:.1%} to {part.interval[1]:.1%}",
+            _percent_span(part.interval),
+            number(part.chance),
+            None if part.above_chance is None else f"{part.above_chance:.1%}",
+            _percent_span(part.above_chance_interval),
         )
         for part in parts
     ]
-    heading = ("student", "suite", "rule", "metric", "score", "teacher", "retention", "95 %")
+    columns = ("student", "suite", "rule", "metric", "score", "teacher", "retention", "95 %")
+    heading = (*columns, "chance", "above chance", "95 % above chance")
     return heading, rows
 
 
@@ -102,6 +111,9 @@ def remarks(result: Result) -> list[str]:
                 f"not be read, as {shown}"
             )
         found += [f"{result.suite} by {part.rule}: {note}" for note in part.notes]
+    way = result.settings.get("answers")
+    if isinstance(way, str) and way.startswith(CHOSEN_BY_LIKELIHOOD):
+        found.append(f"{result.suite}: answers were {way}, not generated")
     if result.data.partial:
         found.append(_part(result))
     if not result.rules:
@@ -137,6 +149,10 @@ def number(value: float | None) -> str | None:
 
 def span(interval: tuple[float, float] | None) -> str | None:
     return None if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def _percent_span(interval: tuple[float, float] | None) -> str | None:
+    return None if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"
 
 
 def _asked(result: Result) -> str:

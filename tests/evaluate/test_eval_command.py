@@ -244,8 +244,10 @@ def test_retention_with_intervals(
         assert low <= part["ratio"] <= high
     written = json.loads((tmp_path / "seed" / "mme" / "retention.json").read_text())
     assert written == said["retention"]
-    again = found(mmmamba, *words, "--teacher", "--choose")
+    # MME asks for yes and no: its answers are those of --choose.
+    again = found(mmmamba, *words, "--teacher", "--answers", "likelihood")
     assert again == said
+    assert {part["chance"] for part in said["retention"]} == {750.0}
 
 
 def test_folder_that_is_not_a_run(mmmamba: Command, data: Path, tmp_path: Path) -> None:

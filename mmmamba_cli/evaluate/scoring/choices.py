@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.scoring.chance import circular_chance, option_chance
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, accuracy_scores
 
 # Punctuation around a letter, as in "(A)." or "**A**", is replaced by spaces.
@@ -145,12 +146,14 @@ def choice_circular_2024_02(rows: Sequence[Row], answers: Sequence[str]) -> Unit
 
 def _by_row(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> UnitScores:
     right, unreadable = _read(rows, answers, rule)
-    return accuracy_scores(
+    scores = accuracy_scores(
         [float(r) for r in right],
         [row.unit for row in rows],
         [row.category for row in rows],
         unreadable,
     )
+    chance = option_chance([len(row.options) for row in rows])
+    return replace(scores, chance={} if chance is None else {"accuracy": chance})
 
 
 def _circular(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> UnitScores:
@@ -172,4 +175,13 @@ def _circular(rows: Sequence[Row], answers: Sequence[str], rule: ChoiceRule) -> 
         "unreadable": len(unreadable),
         "questions": len(units),
     }
-    return replace(tally, counts=counts, unreadable=tuple(unreadable))
+    option_counts: dict[str, list[int]] = {}
+    for row in rows:
+        option_counts.setdefault(row.unit, []).append(len(row.options))
+    chance = circular_chance(option_counts)
+    return replace(
+        tally,
+        counts=counts,
+        unreadable=tuple(unreadable),
+        chance={} if chance is None else {"accuracy": chance},
+    )

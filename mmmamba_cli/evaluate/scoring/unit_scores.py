@@ -32,6 +32,8 @@ class UnitScores:
     categories: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     unreadable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    # Expected scores of random guesses, by metric; none where they are unknown.
+    chance: Mapping[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, float | None]:
         """Every metric over all units; None for a metric without rows."""

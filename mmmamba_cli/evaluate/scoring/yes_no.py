@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.scoring.chance import YES_NO_CHANCE, YES_NO_PAIR_CHANCE, f1_chance
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, safe_divide, strata_of, sum_by_unit
 from mmmamba_cli.evaluate.scoring.vqa import strip_punctuation
 
@@ -129,6 +130,11 @@ def _mme(rows: Sequence[Row], answers: Sequence[str], read: ReadAnswer) -> UnitS
         categories={name: _mme_category(pairs[:, column[name]].sum(0)) for name in sorted(names)},
         unreadable=unknown,
         notes=_missing_categories(names),
+        chance={
+            total: (YES_NO_CHANCE + YES_NO_PAIR_CHANCE) * asked
+            for total, wanted in (("perception", PERCEPTION), ("reasoning", REASONING))
+            if (asked := sum(name in column for name in wanted))
+        },
     )
 
 
@@ -203,7 +209,19 @@ def _pope(rows: Sequence[Row], said: Sequence[str | None], *, mean_of_splits: bo
             for name in splits
         },
         unreadable=unknown,
+        chance=_pope_chance(each, mean_of_splits),
     )
+
+
+def _pope_chance(sums: np.ndarray, mean_of_splits: bool) -> dict[str, float]:
+    """Expected metrics of random guesses, from the sums of each split (splits, 5)."""
+    # True positives and false negatives are the rows whose right answer is yes.
+    yes, asked = sums[:, 0] + sums[:, 2], sums[:, 4]
+    whole = f1_chance(float(yes.sum() / asked.sum()))
+    if mean_of_splits:
+        splits = [f1_chance(float(share))["F1"] for share in yes / asked]
+        return {**whole, "F1": sum(splits) / len(splits)}
+    return whole
 
 
 def _f1_and_more(parts: np.ndarray) -> dict[str, np.ndarray]:
