@@ -1,6 +1,7 @@
 """Plugins of other packages, found through entry points.
 
-Groups: `mmmamba.suites`, `mmmamba.evaluators`, `mmmamba.commands`, `mmmamba.models`. In a checkout,
+Groups: `mmmamba.suites`, `mmmamba.evaluators`, `mmmamba.commands`, `mmmamba.models`,
+`mmmamba.corpora`. In a checkout,
 the project's own entry points come from its pyproject.toml instead of the installed metadata, which
 may be those of another version.
 """

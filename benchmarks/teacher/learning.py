@@ -16,8 +16,9 @@ from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.rope import inverse_frequencies, rope_cos_sin
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.processing.tiling import IMAGENET_MEAN, IMAGENET_STD
+from mmmamba_evals.scenes.augmentation import Augmentation
 from mmmamba_evals.scenes.compose import SIDE
-from mmmamba_evals.scenes.gpu import Augmentation, BatchRenderer
+from mmmamba_evals.scenes.gpu import BatchRenderer
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from vocabulary import corpus, train_tokenizer, write_tokenizer
 from world import training_world
 
 from mmmamba_cli.model import HolisticVLM
+from mmmamba_evals.scenes.augmentation import Augmentation
 from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
-from mmmamba_evals.scenes.gpu import Augmentation, BatchRenderer, SceneEncoder, to_device
+from mmmamba_evals.scenes.gpu import BatchRenderer, SceneEncoder, to_device
 from mmmamba_evals.scenes.shipped import UNSEEN_STYLE, shipped_atlas
 from mmmamba_evals.scenes.world import World, make_world
 

@@ -1,7 +1,6 @@
 """Batched rendering of scenes with torch, on any device.
 
-Equal to `render.render` up to interpolation. `Augmentation` alters every sprite in training, so
-that a model does not overfit to one vendor's style. Legend: B scenes, N things and W words at most,
+Equal to `render.render` up to interpolation. Legend: B scenes, N things and W words at most,
 S side of a texture, H and W of the picture.
 """
 
@@ -18,6 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from mmmamba_evals.scenes.atlas import Atlas
+from mmmamba_evals.scenes.augmentation import (
+    Alterations,
+    Augmentation,
+    alter,
+    draw_alterations,
+    soften,
+    turn_hue,
+)
 from mmmamba_evals.scenes.fonts import word_mask
 from mmmamba_evals.scenes.render import turned_size
 from mmmamba_evals.scenes.scene import Scene, Thing
@@ -28,33 +35,14 @@ WORD_HEIGHT, WORD_WIDTH = 32, 224
 KINDS = ("flat", "gradient", "texture")
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Largest changes of the augmentation; each is drawn uniformly.
-
-    `aspect`, `brightness`, `saturation` and `contrast` are factors around 1, `tint` a shift of each
-    colour channel, `hue` in turns (recoloured things keep theirs), `angle` in degrees, `blur` the
-    share of blurred pictures, `noise` the standard deviation of Gaussian pixel noise.
-    """
-
-    aspect: float = 0.2
-    brightness: float = 0.3
-    saturation: float = 0.45
-    contrast: float = 0.3
-    tint: float = 0.12
-    hue: float = 0.1
-    blur: float = 0.25
-    noise: float = 0.02
-    angle: float = 12.0
-
-
 @dataclass
 class SceneBatch:
     """A batch of scenes as arrays.
 
     `things` (B, N, 6): texture index or -1, x, y, output pixels per texture pixel, angle in
     radians, -1 if mirrored else 1. `hue` (B, N): hue rotation in turns. `keeps` (B, N): whether the
-    colour is asked about. `grounds` (B, 9): backgrounds. `words` (B, W, 8).
+    colour is asked about. `grounds` (B, 9): backgrounds. `words` (B, W, 8). `cuts` (B, 3): x and y
+    of a picture that is cut from a larger scene, and the width of that scene; None without cuts.
     """
 
     width: int
@@ -64,6 +52,7 @@ class SceneBatch:
     keeps: np.ndarray
     grounds: np.ndarray
     words: np.ndarray
+    cuts: np.ndarray | None = None
 
 
 class SceneEncoder:
@@ -144,30 +133,47 @@ class BatchRenderer:
         augmentation: Augmentation | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Render scenes as (B, 3, H, W) float in 0..1."""
+        """Render scenes as (B, 3, H, W) float in 0..1, altered with random factors."""
+        if augmentation is None:
+            return self.compose(layouts).clamp(0, 1)
+        count = layouts.hue.size
+        altered = draw_alterations(augmentation, count, generator, self.device)
+        picture = self.compose(layouts, altered)
+        return soften(picture, augmentation, generator).clamp(0, 1)
+
+    @torch.no_grad()
+    def compose(self, layouts: SceneBatch, alterations: Alterations | None = None) -> Tensor:
+        """Render scenes as (B, 3, H, W) float, things altered by factors of shape (B * N,)."""
         parts: Mapping[str, Tensor] = {
             name: to_device(getattr(layouts, name), self.device)
             for name in ("things", "hue", "keeps", "grounds", "words")
         }
         x, y = _pixels(layouts.width, layouts.height, self.device)
-        picture = _grounds(parts["grounds"], x / layouts.width, y / layouts.width)
+        ground_x, ground_y = x / layouts.width, y / layouts.width
+        if layouts.cuts is not None:
+            left, top, width = to_device(layouts.cuts, self.device).view(-1, 3, 1, 1).unbind(1)
+            ground_x, ground_y = (x + left) / width, (y + top) / width
+        picture = _grounds(parts["grounds"], ground_x, ground_y)
         # Each thing is drawn in a window that holds it at any rotation; at the edge the window
         # reaches beyond the picture.
         window = math.ceil(float(layouts.things[..., 3].max()) * TEXTURE_SIDE * 2**0.5) + 4
-        picture = self._put_things(picture, parts, window, augmentation, generator)
+        # A thing of a cut may have its centre outside of the cut.
+        sides = np.array((layouts.width, layouts.height))
+        centres = layouts.things[..., 1:3]
+        outside = float(np.maximum(-centres, centres - sides).max(initial=0.0))
+        margin = window // 2 + 1 + math.ceil(max(0.0, outside))
+        picture = self._put_things(picture, parts, window, margin, alterations)
         for words in parts["words"].unbind(1):
             picture = self._write(picture, words, x, y)
-        if augmentation is not None:
-            picture = _soften(picture, augmentation, generator)
-        return picture.clamp(0, 1)
+        return picture
 
     def _put_things(
         self,
         picture: Tensor,
         parts: Mapping[str, Tensor],
         window: int,
-        augmentation: Augmentation | None,
-        generator: torch.Generator | None,
+        margin: int,
+        alterations: Alterations | None,
     ) -> Tensor:
         """The picture (B, 3, H, W) with all things pasted."""
         batch, most = parts["hue"].shape
@@ -177,9 +183,8 @@ class BatchRenderer:
         x, y = _pixels(window, window, self.device)
         x, y = x.long() + left, y.long() + top
         hue, keeps = parts["hue"].flatten(), parts["keeps"].flatten()
-        drawn = self._draw_things(things, hue, keeps, x, y, augmentation, generator)
+        drawn = self._draw_things(things, hue, keeps, x, y, alterations)
         drawn = drawn.view(batch, most, 4, window, window).permute(1, 0, 3, 4, 2)
-        margin = window // 2 + 1
         canvas = F.pad(picture, (margin,) * 4).permute(0, 2, 3, 1).contiguous()
         scenes = torch.arange(batch, device=self.device).view(-1, 1, 1)
         rows = (y + margin).view(batch, most, window, window)[..., :1]
@@ -196,21 +201,19 @@ class BatchRenderer:
         keeps: Tensor,
         x: Tensor,
         y: Tensor,
-        augmentation: Augmentation | None,
-        generator: torch.Generator | None,
+        alterations: Alterations | None,
     ) -> Tensor:
         """Premultiplied colours and alpha (M, 4, h, w) of M things at pixels x, y (M, h, w)."""
         number = things[:, 0].long()
         image = self.textures[number.clamp(min=0)].float() / 255
         angle, stretch = things[:, 4], torch.ones_like(hue)
-        if augmentation is not None:
-            draw = RandomFactors(len(hue), generator, self.device)
-            hue = hue + draw.around_zero(augmentation.hue) * (~keeps)
-            angle = angle + math.radians(augmentation.angle) * draw.around_zero(1.0)
-            stretch = draw.around_one(augmentation.aspect)
+        if alterations is not None:
+            hue = hue + alterations.hue * (~keeps)
+            angle = angle + alterations.angle
+            stretch = alterations.stretch
         rgb = turn_hue(image[:, :3], hue)
-        if augmentation is not None:
-            rgb = _alter(rgb, augmentation, keeps, draw)
+        if alterations is not None:
+            rgb = alter(rgb, alterations, keeps)
         alpha = image[:, 3:] * (number >= 0).view(-1, 1, 1, 1)
         grid = _grid(things, angle, stretch, x, y)
         return F.grid_sample(torch.cat((rgb * alpha, alpha), 1), grid, align_corners=False)
@@ -227,23 +230,6 @@ class BatchRenderer:
         grid = torch.stack((u * 2 / WORD_WIDTH, v * 2 / WORD_HEIGHT), -1)
         alpha = F.grid_sample(mask, grid, align_corners=False)
         return picture * (1 - alpha) + alpha * (words[:, 5:] / 255)[:, :, None, None]
-
-
-@dataclass
-class RandomFactors:
-    """Random numbers, one for each of `count` things or scenes."""
-
-    count: int
-    generator: torch.Generator | None
-    device: torch.device
-
-    def around_zero(self, most: float) -> Tensor:
-        unit = torch.rand(self.count, generator=self.generator, device=self.device)
-        return (2 * unit - 1) * most
-
-    def around_one(self, most: float) -> Tensor:
-        """A factor, log-uniform between 1 / (1 + most) and 1 + most."""
-        return torch.exp(self.around_zero(math.log1p(most)))
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -307,47 +293,3 @@ def _grounds(grounds: Tensor, x: Tensor, y: Tensor) -> Tensor:
     share = torch.where(kind == 1, along.clamp(0, 1), torch.where(kind == 2, wave, 0.0))
     first, second = (grounds[:, i : i + 3, None, None] / 255 for i in (1, 4))
     return first + (second - first) * share.unsqueeze(1)
-
-
-def turn_hue(rgb: Tensor, by: Tensor) -> Tensor:
-    """Rotate the hues of (B, 3, ...) RGB in 0..1 by (B,) turns, as `hues.turn_hue`."""
-    high, low = rgb.amax(1), rgb.amin(1)
-    spread = high - low
-    safe = torch.where(spread == 0, 1.0, spread)
-    r, g, b = rgb.unbind(1)
-    hue = torch.where(
-        high == r,
-        ((g - b) / safe) % 6,
-        torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4),
-    )
-    hue = torch.where(spread == 0, 0.0, hue) + 6 * by.view(-1, *[1] * (hue.dim() - 1))
-    parts = []
-    for offset in (5.0, 3.0, 1.0):
-        k = (offset + hue) % 6
-        parts.append(high - spread * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(parts, 1)
-
-
-def _alter(rgb: Tensor, how: Augmentation, keeps: Tensor, draw: RandomFactors) -> Tensor:
-    """Augment brightness, contrast, saturation and tint of (B, 3, S, S), less if `keeps`."""
-
-    def each(values: Tensor) -> Tensor:
-        return values.view(-1, 1, 1, 1)
-
-    less = torch.where(keeps, 0.3, 1.0)
-    saturation = 1 + (draw.around_one(how.saturation) - 1) * less
-    grey = rgb.mean(1, keepdim=True)
-    rgb = grey + (rgb - grey) * each(saturation)
-    rgb = 0.5 + (rgb - 0.5) * each(1 + (draw.around_one(how.contrast) - 1) * less)
-    rgb = rgb * each(1 + (draw.around_one(how.brightness) - 1) * less)
-    tints = [draw.around_zero(how.tint) * less for _ in range(3)]
-    return (rgb + torch.stack(tints, 1)[:, :, None, None]).clamp(0, 1)
-
-
-def _soften(picture: Tensor, how: Augmentation, generator: torch.Generator | None) -> Tensor:
-    """Blur a share of the pictures and add noise to all."""
-    draw = RandomFactors(len(picture), generator, picture.device)
-    blurred = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    soft = (draw.around_zero(0.5) + 0.5 < how.blur).view(-1, 1, 1, 1)
-    noise = torch.randn(picture.shape, generator=generator, device=picture.device)
-    return torch.where(soft, blurred, picture) + how.noise * noise

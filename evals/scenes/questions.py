@@ -25,6 +25,7 @@ WRITTEN = (
     'Does {where} say "{word}"?',
 )
 LIST_ALL = "List the objects from left to right."
+LIST_ONE = "List the objects in picture {number} from left to right."
 HOW_MANY = "How many {nouns} are there in {where}?"
 WHICH_COLOUR = "What colour is the {noun}?"
 WHICH_WORD = "What word is written in {where}?"
@@ -69,6 +70,11 @@ def ask_colour(rng: Random, name: str, colour: str) -> str:
 
 def ask_word(rng: Random, word: str) -> str:
     return rng.choice(WRITTEN).format(word=word, where=ONE_PICTURE) + YES_OR_NO
+
+
+def ask_to_list(number: int) -> str:
+    """For one of several pictures, counted from 1."""
+    return LIST_ONE.format(number=number)
 
 
 def ask_how_many(name: str) -> str:

@@ -27,7 +27,8 @@ def check(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Conversations .jsonl or .json, an InternVL meta .json, or .tar shards.",
+            help="Conversations .jsonl or .json, an InternVL meta .json, .tar shards, or a "
+            "generated corpus such as scenes:lessons.",
         ),
     ],
     image_root: Annotated[
@@ -56,7 +57,12 @@ def check(
         ),
     ] = MAX_BAD_SHARE,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Check only the first N samples.", min=1)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Check only the first N samples (default: all; 1,000 of an endless corpus).",
+            min=1,
+        ),
     ] = None,
     decode: Annotated[
         bool,
@@ -72,11 +78,17 @@ def check(
     The data are read as training reads them. Exit code 2 if more samples are bad than
     --max-bad-share allows.
     """
-    from mmmamba_cli.data import MAX_NAMED, SampleEncoder, check_data, open_corpus
+    from mmmamba_cli.data import (
+        MAX_NAMED,
+        SampleEncoder,
+        check_data,
+        open_corpus,
+        samples_to_check,
+    )
 
     corpus = open_corpus(source, image_root)
     encoder = SampleEncoder(_processor(run, model), max_length, max_tiles)
-    total = min(len(corpus), limit or len(corpus))
+    total = min(len(corpus), limit or samples_to_check(corpus))
     with progress("checking", total, "samples") as advance:
         report = check_data(corpus, encoder, limit=limit, decode=decode, advance=advance)
     if as_json:

@@ -52,11 +52,15 @@ def command(
     sets: Sets = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Training conversations (data.train)."),
+        typer.Option(
+            metavar="SOURCE",
+            help="Training conversations: a file, or a generated corpus such as scenes:lessons "
+            "(data.train).",
+        ),
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Held-out conversations (data.held_out)."),
+        typer.Option(metavar="SOURCE", help="Held-out conversations (data.held_out)."),
     ] = None,
     image_root: Annotated[
         str | None,

@@ -1,28 +1,53 @@
 """Training data: conversations with images, in batches that depend only on seed and step."""
 
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, StepBatches
-from mmmamba_cli.data.dataset import Corpus, CorpusPart, open_corpus
+from mmmamba_cli.data.corpus_options import (
+    CorpusOption,
+    CountOption,
+    FlagOption,
+    NumberOption,
+    RangeOption,
+    TextOption,
+    read_options,
+)
+from mmmamba_cli.data.dataset import Corpus, CorpusPart
 from mmmamba_cli.data.fingerprint import Fingerprint, fingerprint
+from mmmamba_cli.data.generated import HELD_OUT, CorpusSpec, GeneratedCorpus, SampleGenerator
 from mmmamba_cli.data.loader import StepLoader
-from mmmamba_cli.data.sample import Sample
+from mmmamba_cli.data.sample import Drawing, Sample, parse_sample
+from mmmamba_cli.data.sources import open_corpus
 from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder
-from mmmamba_cli.data.validate import MAX_NAMED, DataReport, check_data
+from mmmamba_cli.data.validate import MAX_NAMED, DataReport, check_data, samples_to_check
 
 __all__ = [
+    "HELD_OUT",
     "IGNORE_INDEX",
     "MAX_NAMED",
     "BadSample",
     "Batch",
     "Corpus",
+    "CorpusOption",
     "CorpusPart",
+    "CorpusSpec",
+    "CountOption",
     "DataReport",
+    "Drawing",
     "EncodedSample",
     "Fingerprint",
+    "FlagOption",
+    "GeneratedCorpus",
+    "NumberOption",
+    "RangeOption",
     "Sample",
     "SampleEncoder",
+    "SampleGenerator",
     "StepBatches",
     "StepLoader",
+    "TextOption",
     "check_data",
     "fingerprint",
     "open_corpus",
+    "parse_sample",
+    "read_options",
+    "samples_to_check",
 ]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmmamba_cli.data.generated import Drawings
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import VarlenMetadata
 from mmmamba_cli.processing import normalize
@@ -48,6 +50,7 @@ class Batch:
         packing. Computed on the CPU: computing them on a GPU synchronizes.
     pixel_values: (N, 3, S, S) tiles in row order; None without images. uint8 from the loader,
         normalised float32 after `to`.
+    drawings: the pictures in place of `pixel_values` if the corpus draws them; `to` draws them.
     num_tokens: number of tokens without padding.
     """
 
@@ -60,16 +63,19 @@ class Batch:
     num_tokens: int
     names: tuple[str, ...] = ()
     varlen: VarlenMetadata | None = None
+    drawings: Drawings | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move the tensors to `device` and normalise the pixels there."""
+        """Move the tensors to `device`; draw and normalise the pixels there."""
         # The stream orders the copy from pinned memory before later kernels.
         non_blocking = torch.device(device).type == "cuda"
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         pixels = moved.pixel_values
+        if moved.drawings is not None:
+            pixels = moved.drawings.draw(moved.input_ids.device)
         if pixels is None or pixels.dtype != torch.uint8:
             return moved
-        return replace(moved, pixel_values=normalize(pixels))
+        return replace(moved, pixel_values=normalize(pixels), drawings=None)
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to pinned memory, from which copies to a GPU are asynchronous."""
@@ -111,3 +117,13 @@ class StepBatches:
         return replace(
             self, micro_batches=tuple(micro.pin_memory() for micro in self.micro_batches)
         )
+
+    def drawn_by(self, to_pixels: Callable[[Any, torch.device], Tensor]) -> StepBatches:
+        """Set the function that draws pictures: it does not travel from the loader processes."""
+
+        def complete(micro: Batch) -> Batch:
+            if micro.drawings is None:
+                return micro
+            return replace(micro, drawings=replace(micro.drawings, to_pixels=to_pixels))
+
+        return replace(self, micro_batches=tuple(map(complete, self.micro_batches)))

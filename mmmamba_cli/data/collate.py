@@ -6,11 +6,13 @@ Legend: B rows, T columns of a micro batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, bad_sample
+from mmmamba_cli.data.generated import Drawings, SampleGenerator
 from mmmamba_cli.data.tokenize import EncodedSample, decode_images
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import varlen_metadata
@@ -85,9 +87,15 @@ def _ends(lengths: Sequence[int], parts: int, limit: int) -> list[int]:
 
 
 def collate(
-    rows: Sequence[Row], images: ImageProcessor | None, pad_id: int
+    rows: Sequence[Row],
+    images: ImageProcessor | None,
+    pad_id: int,
+    generator: SampleGenerator | None = None,
 ) -> tuple[Batch, list[BadSample]]:
-    """Pad rows into a micro batch, without the samples whose pictures cannot be decoded."""
+    """Pad rows into a micro batch, without the samples whose pictures cannot be decoded.
+
+    `generator` stacks the layouts of pictures that are drawn later.
+    """
     bad: list[BadSample] = []
     kept: list[Row] = []
     pixels: list[Tensor] = []
@@ -101,7 +109,22 @@ def collate(
                 bad.append(bad_sample(error, sample.name, seen_by_all=False))
         if good:
             kept.append(good)
-    return (_pad_rows(kept, pixels, pad_id) if kept else empty_batch(pad_id)), bad
+    batch = _pad_rows(kept, pixels, pad_id) if kept else empty_batch(pad_id)
+    if generator is not None and images is not None:
+        batch = replace(batch, drawings=_stack_drawings(kept, images, generator))
+    return batch, bad
+
+
+def _stack_drawings(
+    rows: Sequence[Row], images: ImageProcessor, generator: SampleGenerator
+) -> Drawings | None:
+    """The pictures of rows in order; None without pictures."""
+    samples = [sample for row in rows for sample in row]
+    drawings = [drawing for sample in samples for drawing in sample.drawings]
+    if not drawings:
+        return None
+    num_tiles = sum(sum(sample.num_tiles) for sample in samples)
+    return Drawings(generator.stack(drawings, images.tiling), num_tiles, images.image_size)
 
 
 def empty_batch(pad_id: int) -> Batch:

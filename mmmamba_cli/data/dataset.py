@@ -148,7 +148,7 @@ class MixedCorpus:
         return self.sets[which].name(number)
 
 
-def open_corpus(source: str | Path, image_root: Path | None = None) -> Corpus:
+def open_files(source: str | Path, image_root: Path | None = None) -> Corpus:
     """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, or `.tar` shards.
 
     `part-{000..099}.tar` names a range of shards. Warns with a `MmmambaWarning` about members of

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmmamba_cli.data.dataset import Corpus
+from mmmamba_cli.data.generated import GeneratedCorpus
 from mmmamba_cli.errors import DataError
 
 # JSON files are hashed in full, since opening them reads every byte anyway. Of a larger shard, the
@@ -28,7 +29,8 @@ class Fingerprint:
     `conversations` covers every byte of `.jsonl` and `.json` files, and the size and 256 blocks of
     64 KiB of each larger `.tar` shard. `pictures` covers picture files of 1,024 evenly spaced
     samples: all of their sizes, and the contents for every 16th of these samples, or for all where
-    there are at most 64 samples. Paths and times are not covered, so data may be moved.
+    there are at most 64 samples. Paths and times are not covered, so data may be moved. Of a
+    generated corpus, both cover its spec, its version and what else it names as its identity.
     """
 
     conversations: str
@@ -40,6 +42,9 @@ class Fingerprint:
 
 def fingerprint(corpus: Corpus) -> Fingerprint:
     """Compute the digests. Raises `DataError` if a file of the corpus cannot be read."""
+    if isinstance(corpus, GeneratedCorpus):
+        digest = hashlib.sha256(corpus.identity.encode()).hexdigest()
+        return Fingerprint(digest, digest)
     return Fingerprint(_digest_files(corpus), _digest_pictures(corpus))
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
 from mmmamba_cli.data.collate import assign_rows, collate, make_rows
 from mmmamba_cli.data.dataset import Corpus, CorpusPart
+from mmmamba_cli.data.generated import ENDLESS, GeneratedCorpus
 from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.interrupts import block_interrupts
@@ -70,6 +71,15 @@ class SampleOrder:
         return rng.permutation(stream) if self._shuffle else stream
 
 
+class EndlessOrder:
+    """The order of an endless corpus, whose samples are random already: 0, 1, 2, ..."""
+
+    length = ENDLESS
+
+    def __getitem__(self, number: int) -> int:
+        return number
+
+
 class StepLoader:
     """Batches for one process of `world_size`.
 
@@ -107,7 +117,13 @@ class StepLoader:
         self.rank = rank
         self.world_size = world_size
         self._encoder = SampleEncoder(processor, max_length, max_tiles)
-        self._order = SampleOrder(corpus.parts, seed, shuffle)
+        generated = corpus if isinstance(corpus, GeneratedCorpus) else None
+        self._generator = None if generated is None else generated.generator
+        self._order: SampleOrder | EndlessOrder = (
+            EndlessOrder()
+            if generated is not None and generated.endless
+            else SampleOrder(corpus.parts, seed, shuffle)
+        )
         self._end = self._order.length if single_pass else None
 
     @property
@@ -151,19 +167,26 @@ class StepLoader:
             for batches in running:
                 if isinstance(batches, Exception):
                     raise batches
-                yield batches
+                yield self._with_pictures(batches)
         finally:
             atexit.unregister(end_workers)
             end_workers()
 
     def step(self, step: int) -> StepBatches:
         """The batches of one step."""
+        return self._with_pictures(self.prepare(step))
+
+    def _with_pictures(self, batches: StepBatches) -> StepBatches:
+        return batches if self._generator is None else batches.drawn_by(self._generator.to_pixels)
+
+    def prepare(self, step: int) -> StepBatches:
+        """The batches of one step as a loader process makes them: pictures cannot be drawn yet."""
         samples, bad = self._plan(step)
         rows = make_rows(samples, self.batching, self._encoder.max_length)
         micro = []
         for part in assign_rows(rows, self.rank, self.world_size, self.accumulation):
             pad_id = self._encoder.processor.pad_token_id
-            batch, undecodable = collate(part, self._encoder.images, pad_id)
+            batch, undecodable = collate(part, self._encoder.images, pad_id, self._generator)
             micro.append(batch)
             bad += undecodable
         return StepBatches(step, tuple(micro), tuple(bad), len(self._numbers(step)))
@@ -193,7 +216,7 @@ class _Steps(Dataset):
 
     def __getitem__(self, step: int) -> StepBatches | Exception:
         try:
-            return self.loader.step(step)
+            return self.loader.prepare(step)
         except MmmambaError as error:
             # torch would re-raise it as text with the worker's traceback.
             return error

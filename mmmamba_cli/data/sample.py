@@ -132,7 +132,21 @@ class FileSlice:
             raise DataError(f"{self.file} cannot be read: {error.strerror}") from error
 
 
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A picture of a generated corpus, of `width` x `height` pixels, that is drawn later.
+
+    `layout` is for the corpus' own `stack`; it can be pickled.
+    """
+
+    width: int
+    height: int
+    layout: Any
+
+
 ImageLocation = Path | FileSlice
+# A picture of a sample: in a file, or drawn on the device of training.
+Picture = ImageLocation | Drawing
 ImageFinder = Callable[[str], ImageLocation]
 
 
@@ -147,7 +161,7 @@ class Sample:
     name: str
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
-    images: tuple[ImageLocation, ...] = ()
+    images: tuple[Picture, ...] = ()
 
 
 def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:

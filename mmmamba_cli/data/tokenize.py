@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mmmamba_cli.data.sample import ImageLocation, Sample, read_image
+from mmmamba_cli.data.sample import Drawing, Picture, Sample, read_image
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import ImageProcessor, TrainingProcessor, count_tiles, image_size
 
@@ -18,12 +18,17 @@ class EncodedSample:
     name: str
     ids: list[int]
     is_answer: list[bool]
-    images: tuple[ImageLocation, ...] = ()
+    images: tuple[Picture, ...] = ()
     num_tiles: tuple[int, ...] = ()
     cut: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """The pictures that are drawn on the device of training."""
+        return [image for image in self.images if isinstance(image, Drawing)]
 
 
 class SampleEncoder:
@@ -54,9 +59,11 @@ class SampleEncoder:
         ids, is_answer = self.processor.conversation_ids(sample.messages, num_tiles)
         return EncodedSample(sample.name, ids, is_answer, sample.images, num_tiles)
 
-    def _count_tiles(self, image: ImageLocation) -> int:
+    def _count_tiles(self, image: Picture) -> int:
         if self.images is None:
             raise DataError("the sample has an image, and the model reads text only")
+        if isinstance(image, Drawing):
+            return count_tiles(image.width, image.height, self.images.tiling)
         return count_tiles(*image_size(read_image(image)), self.images.tiling)
 
     def _truncate(self, sample: EncodedSample) -> EncodedSample:
@@ -77,12 +84,15 @@ class SampleEncoder:
 def decode_images(sample: EncodedSample, images: ImageProcessor | None) -> list[Tensor]:
     """Decode a sample's pictures: a list of one uint8 (N, 3, S, S) tensor, empty without pictures.
 
+    Empty for pictures that are drawn later.
+
     Raises:
         DataError: a picture cannot be decoded.
     """
-    if not sample.images or images is None:
+    files = [image for image in sample.images if not isinstance(image, Drawing)]
+    if not files or images is None:
         return []
-    pixels, num_tiles = images.tile_uint8([read_image(image) for image in sample.images])
+    pixels, num_tiles = images.tile_uint8([read_image(image) for image in files])
     if tuple(num_tiles) != sample.num_tiles:
         raise DataError(f"its images have {num_tiles} tiles, their headers said otherwise")
     return [pixels]

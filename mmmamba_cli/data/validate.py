@@ -8,13 +8,19 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any
 
+import torch
+
 from mmmamba_cli.data.batch import BadSample, bad_sample
 from mmmamba_cli.data.dataset import Corpus
-from mmmamba_cli.data.tokenize import SampleEncoder, decode_images
+from mmmamba_cli.data.generated import Drawings, GeneratedCorpus
+from mmmamba_cli.data.sample import Drawing
+from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError
 
 # Bad samples that a report lists by name.
 MAX_NAMED = 10
+# Samples that are read of a corpus without an end.
+ENDLESS_SAMPLES = 1000
 
 
 @dataclass
@@ -80,6 +86,12 @@ class DataReport:
         }
 
 
+def samples_to_check(corpus: Corpus) -> int:
+    """Samples that a check without a limit reads: all, or 1,000 of an endless corpus."""
+    endless = isinstance(corpus, GeneratedCorpus) and corpus.endless
+    return ENDLESS_SAMPLES if endless else len(corpus)
+
+
 def check_data(
     corpus: Corpus,
     encoder: SampleEncoder,
@@ -94,16 +106,18 @@ def check_data(
     """
     report = DataReport(ignored=list(corpus.ignored))
     unused = {picture: name for name, picture in corpus.pictures.items()}
-    count = min(len(corpus), limit or len(corpus))
+    count = min(len(corpus), limit or samples_to_check(corpus))
     for index in range(count):
         report.samples += 1
         try:
             sample = corpus[index]
             for picture in sample.images:
-                unused.pop(picture, None)
+                if not isinstance(picture, Drawing):
+                    unused.pop(picture, None)
             encoded = encoder(sample)
             if decode:
                 decode_images(encoded, encoder.images)
+                _draw(corpus, encoded, encoder)
         except DataError as error:
             report.bad.append(bad_sample(error, corpus.name(index)))
         else:
@@ -119,6 +133,17 @@ def check_data(
     if count == len(corpus):
         report.ignored += [f"{name}: a picture that no sample shows" for name in unused.values()]
     return report
+
+
+def _draw(corpus: Corpus, sample: EncodedSample, encoder: SampleEncoder) -> None:
+    """Draw the pictures of a generated sample on the CPU. Raises `DataError` for other shapes."""
+    if not isinstance(corpus, GeneratedCorpus) or not sample.drawings or encoder.images is None:
+        return
+    generator, images = corpus.generator, encoder.images
+    layouts = generator.stack(sample.drawings, images.tiling)
+    Drawings(layouts, sum(sample.num_tiles), images.image_size, generator.to_pixels).draw(
+        torch.device("cpu")
+    )
 
 
 def _kind(reason: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mmmamba_cli.architecture import LINEAR, mixer_spec
 from mmmamba_cli.distill.stage_attempt import DistillOptions, OverwriteLog, command_digest
@@ -13,7 +14,7 @@ from mmmamba_cli.distill.stage_runner import (
     run_stage,
 )
 from mmmamba_cli.distill.trainer import Stopped
-from mmmamba_cli.distill.training_state import data_digests
+from mmmamba_cli.distill.training_state import stage_digests
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import RecipeError, RunError
 from mmmamba_cli.hybridize import hybridize, planned_product_name
@@ -50,20 +51,20 @@ def distill(
     world.run_on_main(lambda: check_mixers(run, recipe, product))
     callbacks.log(f"starting from {product.name} ({product.kind})")
     stages = stages_to_run(recipe, product, names)
-    digests = world.run_on_main(lambda: data_digests(recipe.data))
+    digests = world.run_on_main(lambda: stage_digests(recipe, stages))
     log = None
     if options.overwrite or options.restart:
         command = command_digest(recipe, stages, product, digests)
         folder = run.folder / TRAINING_FOLDER
         log = world.run_on_main(lambda: OverwriteLog(folder, command, options.restart))
-    context = StageContext(run, recipe, world, options, callbacks, digests, log)
+    context = StageContext(run, recipe, world, options, callbacks, overwrite_log=log)
     made: list[Manifest] = []
     for stage in stages:
         if made and world.any(callbacks.should_stop()):
             raise Stopped
         if stage.layers == "planned" and not product.attention_layers:
             product = _apply_plan(context, product)
-        product = run_stage(context, product, stage)
+        product = run_stage(replace(context, digests=digests[stage.name]), product, stage)
         made.append(product)
     if log is not None and world.is_main:
         log.remove()

@@ -254,9 +254,18 @@ class OverwriteLog:
 
 
 def command_digest(
-    recipe: Recipe, stages: Sequence[Stage], start: Manifest, digests: Digests | None
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    start: Manifest,
+    digests: Mapping[str, Digests | None],
 ) -> str:
-    """SHA-256 that is equal for commands of the same stages, settings and first parent."""
-    settings = [result_settings(stage_settings(recipe, stage, start, digests)) for stage in stages]
+    """SHA-256 that is equal for commands of the same stages, settings and first parent.
+
+    `digests` are those of each stage's data, by the stage's name.
+    """
+    settings = [
+        result_settings(stage_settings(recipe, stage, start, digests[stage.name]))
+        for stage in stages
+    ]
     plan = recipe.layers.model_dump(mode="json")
     return hashlib.sha256(json.dumps([settings, plan], sort_keys=True).encode()).hexdigest()

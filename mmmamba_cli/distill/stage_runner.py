@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import Checkpoint, atomic_folder, atomic_write_text
-from mmmamba_cli.data import StepLoader, open_corpus
+from mmmamba_cli.data import HELD_OUT, StepLoader, open_corpus
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row, plot_losses, read_metrics
 from mmmamba_cli.distill.objective import build_objective
 from mmmamba_cli.distill.optimiser import full_tensor
@@ -44,7 +44,7 @@ from mmmamba_cli.distill.trainer import (
 from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFolder, stage_settings
 from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
 from mmmamba_cli.errors import CheckpointError, RunError
-from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
+from mmmamba_cli.recipe import Recipe, Stage, dump_recipe, stage_data
 from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, open_processor, write_product
 from mmmamba_cli.runs.product import check_product_folder
 
@@ -67,8 +67,8 @@ class StageCallbacks:
 class StageContext:
     """What all stages of one command share.
 
-    `digests` are those of the data, None if unknown; `overwrite_log` exists with `--overwrite` and
-    `--restart` only.
+    `digests` are those of the stage's data, None if unknown; `overwrite_log` exists with
+    `--overwrite` and `--restart` only.
     """
 
     run: Run
@@ -217,11 +217,11 @@ def _build_loaders(
     student: Checkpoint, recipe: Recipe, stage: Stage, world: World
 ) -> tuple[StepLoader, StepLoader | None]:
     """Training batches, and held-out batches if the recipe names a held-out set."""
-    data = recipe.data
+    data = stage_data(recipe.data, stage)
     if data.train is None:
         raise RunError(
             "there is nothing to learn from: the recipe's data.train is null",
-            "name conversations with --data FILE (and --image-root FOLDER), or in the recipe",
+            "name conversations with --data SOURCE (and --image-root FOLDER), or in the recipe",
         )
     processor = open_processor(student)
     if processor is None:
@@ -230,16 +230,19 @@ def _build_loaders(
             "seed again with --tokenizer FILE",
         )
 
-    def loader(source: str, shuffle: bool, single_pass: bool = False) -> StepLoader:
+    seed = recipe.seed if data.shuffle_seed is None else data.shuffle_seed
+    root = None if data.image_root is None else Path(data.image_root)
+
+    def loader(source: str, stream: str, shuffle: bool, single_pass: bool = False) -> StepLoader:
         return StepLoader(
-            open_corpus(source, None if data.image_root is None else Path(data.image_root)),
+            open_corpus(source, root, seed=seed, stream=stream),
             processor,
             batch_size=stage.batch_size,
             accumulation=stage.accumulation,
             max_length=stage.max_length or data.max_length,
             batching=data.batching,
             shuffle=shuffle,
-            seed=recipe.seed if data.shuffle_seed is None else data.shuffle_seed,
+            seed=seed,
             max_tiles=data.max_tiles,
             workers=data.workers,
             pin_memory=world.device.type == "cuda",
@@ -248,8 +251,11 @@ def _build_loaders(
             single_pass=single_pass,
         )
 
-    held_out = None if data.held_out is None else loader(data.held_out, False, single_pass=True)
-    return loader(data.train, data.shuffle), held_out
+    held_out = None
+    if data.held_out is not None:
+        held_out = loader(data.held_out, HELD_OUT, False, single_pass=True)
+    # Each stage reads a stream of its own, so that no generated sample is read twice.
+    return loader(data.train, stage.name, data.shuffle), held_out
 
 
 def _train_with_metrics(

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -34,7 +34,7 @@ from mmmamba_cli.distill.training_state_reader import (
 )
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import DataError, MmmambaWarning, RecipeError, RunError
-from mmmamba_cli.recipe import Data, Recipe, Stage, parse_recipe
+from mmmamba_cli.recipe import Data, Recipe, Stage, parse_recipe, stage_data
 from mmmamba_cli.runs import Manifest
 
 STATE_FILE = "state.json"
@@ -53,7 +53,7 @@ SETTINGS_WITHOUT_EFFECT = (
     "digests.held_out",
 )
 # Ignored if the digests of the data are known.
-DATA_PATH_SETTINGS = ("data.train", "data.image_root")
+DATA_PATH_SETTINGS = ("data.train", "data.image_root", "stage.train")
 
 Digests = dict[str, dict[str, str]]
 
@@ -269,7 +269,7 @@ def stage_settings(
     """All settings that the result of a stage depends on, as JSON; no `digests` if unknown."""
     settings: dict[str, Any] = {
         "stage": stage.model_dump(mode="json"),
-        "data": recipe.data.model_dump(mode="json"),
+        "data": stage_data(recipe.data, stage).model_dump(mode="json"),
         "seed": recipe.seed,
         "parent": parent.content_hash,
     }
@@ -284,6 +284,16 @@ def product_settings(product: Manifest, stage: Stage, parent: Manifest) -> dict[
         return None
     made = next((made for made in recipe.stages if made.name == stage.name), None)
     return None if made is None else stage_settings(recipe, made, parent, product.data)
+
+
+def stage_digests(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, Digests | None]:
+    """`data_digests` of each stage by its name; stages of the same data share one reading."""
+    found: dict[str | None, Digests | None] = {}
+    for stage in stages:
+        data = stage_data(recipe.data, stage)
+        if data.train not in found:
+            found[data.train] = data_digests(data)
+    return {stage.name: found[stage_data(recipe.data, stage).train] for stage in stages}
 
 
 def data_digests(data: Data) -> Digests | None:

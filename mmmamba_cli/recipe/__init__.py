@@ -26,6 +26,7 @@ from mmmamba_cli.recipe.schema import (
     Recipe,
     Schedule,
     Stage,
+    stage_data,
 )
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "plan_kind",
     "recipe_folder",
     "recipe_names",
+    "stage_data",
 ]

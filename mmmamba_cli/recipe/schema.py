@@ -127,7 +127,8 @@ class Data(Section):
     train: Text | None = Field(
         default=None,
         description="Conversations: a .jsonl file, an InternVL meta .json that names several, or "
-        "webdataset shards (.tar, with {000..099} for a range).",
+        "webdataset shards (.tar, with {000..099} for a range), or a generated corpus such as "
+        "scenes:lessons?long=0.33.",
     )
     held_out: Text | None = Field(
         default=None,
@@ -271,6 +272,10 @@ class Stage(Section):
     )
     lr: float = Field(gt=0, le=1, description="Peak learning rate.")
     loss_scale: float = Field(default=1.0, gt=0, description="The loss is multiplied by this.")
+    train: Text | None = Field(
+        default=None,
+        description="Conversations of this stage; null takes data.train.",
+    )
     max_length: int | None = Field(
         default=None,
         ge=2,
@@ -337,6 +342,11 @@ class Stage(Section):
                 "accumulation",
             )
         return self
+
+
+def stage_data(data: Data, stage: Stage) -> Data:
+    """The data of a stage: `data`, with the stage's own training set if it names one."""
+    return data if stage.train is None else data.model_copy(update={"train": stage.train})
 
 
 class Recipe(Section):

@@ -194,9 +194,9 @@ def test_too_many_unreadable_samples(work: Path, seeded: Path) -> None:
     assert Run(work / "run").product("stage1").metrics["bad_samples"] > 0
 
 
-def killed_at(work: Path, seeded: Path, product: str, step: int) -> None:
+def killed_at(work: Path, seeded: Path, product: str, step: int, *more: object) -> None:
     """Run the command and kill it once the state of `step` exists, before the product does."""
-    process = start_preloaded(work, seeded, "--set", "stages.stage1.steps=400")
+    process = start_preloaded(work, seeded, "--set", "stages.stage1.steps=400", *more)
     state = work / f"run/training/{product}/step-{step:08d}/state.json"
     process.wait_for(state.exists)
     process.kill()

@@ -15,8 +15,9 @@ from PIL import ImageFont
 from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes import fonts
 from mmmamba_evals.scenes.atlas import Atlas
+from mmmamba_evals.scenes.augmentation import Augmentation
 from mmmamba_evals.scenes.compose import MIN_CONTRAST, Content, brightness, compose
-from mmmamba_evals.scenes.gpu import Augmentation, BatchRenderer, SceneEncoder
+from mmmamba_evals.scenes.gpu import BatchRenderer, SceneEncoder
 from mmmamba_evals.scenes.hues import dominant_hue, to_hsv, to_rgb, turn_hue
 from mmmamba_evals.scenes.layout import MIN_GAP, overlap, place_boxes
 from mmmamba_evals.scenes.lessons import draw_lesson
