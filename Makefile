@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# Says what it does, and that it still does it.
+PROGRESS := $(PYTHON) .ci/with_progress.py
+PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar raw
 
 # The oldest and the newest transformers that the package supports, beside the pinned one.
 FLOOR := 5.17.0
@@ -15,11 +18,13 @@ MATRIX := tests/model tests/inference tests/processing tests/export tests/pipeli
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints-dev.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[dev]'
-	touch $(STAMP)
+	@echo "setting up $(VENV); a minute or two, with a slow network longer"
+	@$(PROGRESS) "1 of 4: making $(VENV)" $(PYTHON) -m venv $(VENV)
+	@$(PROGRESS) "2 of 4: pip itself" $(BIN)/python -m pip install --upgrade pip
+	@$(PROGRESS) "3 of 4: torch" $(BIN)/python $(PIP_INSTALL) --constraint constraints-dev.txt torch
+	@$(PROGRESS) "4 of 4: mmmamba and its tools" \
+		$(BIN)/python $(PIP_INSTALL) --constraint constraints-dev.txt --editable '.[dev]'
+	@touch $(STAMP)
 
 check: setup
 	$(BIN)/ruff format --check .

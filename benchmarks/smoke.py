@@ -7,15 +7,14 @@ python smoke.py --mmmamba PATH/TO/mmmamba
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from mmmamba_cli.checkpoint import hovle
+from mmmamba_cli.cli.console import progress
 
 SMALL_STACK = {
     "hidden_size": 64,
@@ -27,6 +26,8 @@ SMALL_STACK = {
 
 def small_config() -> dict:
     """The 2.6 B architecture with small sizes."""
+    from mmmamba_cli.checkpoint import hovle
+
     config = {**hovle.ARCHITECTURES["hovle-2.6b"], "force_image_size": 112}
     config["embedding_config"] = {
         **config["embedding_config"],
@@ -48,7 +49,10 @@ def small_config() -> dict:
 
 def write_teacher(folder: Path) -> None:
     """A HoVLE with random weights in `folder`."""
-    import json
+    import torch
+    from safetensors.torch import save_file
+
+    from mmmamba_cli.checkpoint import hovle
 
     raw = small_config()
     name_map = hovle.name_map(raw, hovle.to_config(raw))
@@ -66,6 +70,7 @@ def write_teacher(folder: Path) -> None:
 
 def generate(folder: Path) -> list[int]:
     """Greedy tokens of a product, loaded with transformers' Auto class."""
+    import torch
     from transformers import AutoModelForImageTextToText
 
     import mmmamba_cli.model  # noqa: F401  (registers the model)
@@ -77,6 +82,26 @@ def generate(folder: Path) -> list[int]:
     return tokens[0, ids.shape[1] :].tolist()
 
 
+def run(command: str, words: Sequence[str], folder: Path) -> int:
+    """Run a command of mmmamba in `folder` and print its lines; return its exit code."""
+    print(f"$ mmmamba {' '.join(words)}", flush=True)
+    with (
+        progress(f"mmmamba {words[0]}"),
+        subprocess.Popen(
+            [command, *words],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    return process.returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mmmamba", default="mmmamba", help="the command to try")
@@ -85,19 +110,20 @@ def main() -> int:
         command = str(Path(command).absolute())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_teacher(folder)
-        for step in (
+        with progress("making a small random teacher"):
+            write_teacher(folder)
+        for words in (
             ["seed", "hovle.ckpt", "--recipe", "smoke", "--dtype", "fp32"],
             ["hybridize", "--attn-layers", "4"],
             ["status"],
         ):
-            print("$ mmmamba", *step, flush=True)
-            done = subprocess.run([command, *step], cwd=folder, check=False)
-            if done.returncode:
-                return done.returncode
+            code = run(command, words, folder)
+            if code:
+                return code
         for product in ("seed", "hybrid-4"):
-            tokens = generate(folder / "runs/default/products" / product)
-            print(f"{product} generates {tokens}")
+            with progress(f"loading {product}"):
+                tokens = generate(folder / "runs/default/products" / product)
+            print(f"{product} generates {tokens}", flush=True)
     print("the pipeline works on this machine")
     return 0
 

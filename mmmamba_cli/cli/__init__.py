@@ -80,6 +80,7 @@ def escape_unencodable_output() -> None:
 def _run() -> None:
     from mmmamba_cli.cli.app import run
     from mmmamba_cli.cli.console import plain_warnings
+    from mmmamba_cli.cli.quiet_timer import import_notes
 
     succeed = None
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -87,7 +88,7 @@ def _run() -> None:
 
         succeed = skip_interpreter_shutdown()
     try:
-        with plain_warnings():
+        with plain_warnings(), import_notes():
             code = run()
         if succeed is not None and not code:
             _flush_stdout()

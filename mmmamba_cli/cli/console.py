@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import typer
 
-from mmmamba_cli.cli.quiet_timer import QuietTimer
+from mmmamba_cli.cli.quiet_timer import PROGRESS_LINE_INTERVAL, QuietTimer
 from mmmamba_cli.errors import MmmambaWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Seconds between progress lines without a terminal.
-PROGRESS_LINE_INTERVAL = 10.0
 # Seconds between updates of the time left beside a bar.
 BAR_UPDATE_INTERVAL = 1.0
 # Table width without a terminal.

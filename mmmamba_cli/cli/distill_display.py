@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mmmamba_cli.cli.console import PROGRESS_LINE_INTERVAL, err, print_table
-from mmmamba_cli.cli.quiet_timer import QuietTimer
+from mmmamba_cli.cli.console import err, print_table
+from mmmamba_cli.cli.quiet_timer import PROGRESS_LINE_INTERVAL, QuietTimer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

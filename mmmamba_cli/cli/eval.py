@@ -29,6 +29,7 @@ from mmmamba_cli.cli.options import (
     RunFolder,
     TeacherPath,
 )
+from mmmamba_cli.cli.quiet_timer import time_notes
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ def _models(
 def _load(found: ResolvedModel, device: str | None, dtype: str) -> EvalModel:
     from mmmamba_cli.evaluate import model_adapter
 
-    return model_adapter.load_eval_model(found, device, dtype)
+    with time_notes(f"loading {found.name}"):
+        return model_adapter.load_eval_model(found, device, dtype)
 
 
 def _callbacks() -> EvalCallbacks:

@@ -29,6 +29,7 @@ from mmmamba_cli.cli.options import (
     complete_products,
     read_lengths,
 )
+from mmmamba_cli.cli.quiet_timer import time_notes
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -207,7 +208,8 @@ def command(
         "one has fewer --contexts or a --budget"
     ):
         found = _profile(subjects, plan)
-    files = write_profile(found, target)
+    with time_notes("drawing the plots"):
+        files = write_profile(found, target)
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
+
+from mmmamba_cli.interrupts import is_importing
+
+# Seconds between progress lines without a terminal.
+PROGRESS_LINE_INTERVAL = 10.0
 
 
 class QuietTimer(AbstractContextManager["QuietTimer"]):
@@ -51,3 +57,32 @@ class QuietTimer(AbstractContextManager["QuietTimer"]):
             except (OSError, ValueError):
                 # The stream is closed. The command finds out by itself; progress is not its result.
                 return
+
+
+@contextmanager
+def time_notes(what: str, applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Print `what, after 10 s` to stderr every PROGRESS_LINE_INTERVAL seconds of a long step.
+
+    Nothing is printed in a step that is short, or while `applies` returns False.
+    """
+    began = time.monotonic()
+
+    def note() -> None:
+        if applies() and sys.stderr is not None:
+            sys.stderr.write(f"{what}, after {time.monotonic() - began:.0f} s\n")
+            sys.stderr.flush()
+
+    with QuietTimer(note, PROGRESS_LINE_INTERVAL):
+        yield
+
+
+@contextmanager
+def import_notes() -> Iterator[None]:
+    """`time_notes` while this thread imports: PyTorch may take long on a busy machine."""
+    thread = threading.get_ident()
+
+    def applies() -> bool:
+        return is_importing(sys._current_frames().get(thread))
+
+    with time_notes("loading libraries", applies):
+        yield

@@ -1,14 +1,16 @@
 """Console output: unwrapped lines, plain text, valid JSON."""
 
+import importlib
 import io
 import json
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
-from mmmamba_cli.cli import console
+from mmmamba_cli.cli import console, quiet_timer
 from mmmamba_cli.errors import MmmambaWarning
 
 
@@ -128,6 +130,31 @@ def test_progress_without_a_number_shows_the_time(
         time.sleep(0.2)
     first, second, *_ = capsys.readouterr().err.splitlines()
     assert (first, second) == ("loading", "loading, after 0 s")
+
+
+def test_a_long_import_is_noted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(quiet_timer, "PROGRESS_LINE_INTERVAL", 0.05)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "slow_library.py").write_text("import time\ntime.sleep(0.3)\n")
+    with quiet_timer.import_notes():
+        time.sleep(0.3)
+        assert capsys.readouterr().err == ""
+        importlib.import_module("slow_library")
+    assert capsys.readouterr().err.splitlines()[0] == "loading libraries, after 0 s"
+
+
+def test_a_long_step_is_noted_and_a_short_one_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with quiet_timer.time_notes("loading hybrid"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(quiet_timer, "PROGRESS_LINE_INTERVAL", 0.05)
+    with quiet_timer.time_notes("loading hybrid"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err.splitlines()[0] == "loading hybrid, after 0 s"
 
 
 def test_given_time_left_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
