@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
+
+from PIL import Image
 
 from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes.atlas import Atlas, open_atlas
 from mmmamba_evals.scenes.build import TABLE, write_suite
 from mmmamba_evals.scenes.build_long import write_long_suite
 from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
+from mmmamba_evals.scenes.lessons import draw_lesson
+from mmmamba_evals.scenes.render import render
+from mmmamba_evals.scenes.scene import Question
 from mmmamba_evals.scenes.world import make_world
 
 FOLDER = Path(__file__).parent / "atlas"
@@ -24,6 +30,17 @@ def shipped_atlas(style: str = SEEN_STYLE) -> Atlas:
     if style not in STYLES:
         raise DataError(f"style {style} does not ship", f"give {' or '.join(STYLES)}, or a folder")
     return open_atlas(FOLDER / style)
+
+
+def sample_scene(seed: int = 0) -> tuple[Image.Image, list[Question]]:
+    """A picture as in the shipped teacher's lessons, and questions about it with their answers.
+
+    The picture is RGB, 224 x 224 pixels: one tile. Both are a function of the seed.
+    """
+    atlas = shipped_atlas(SEEN_STYLE)
+    world = make_world(atlas, fonts_of(SEEN))
+    scene, questions = draw_lesson(Random(f"{TEST_SEED} sample {seed}"), world)
+    return render(scene, atlas), questions
 
 
 def build_scenes(folder: Path) -> None:

@@ -1,0 +1,86 @@
+"""README.md: its pictures, its numbers and its example are those of today's files."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import make_result
+import numpy as np
+import pytest
+import run_page
+from pages import ROOT
+from PIL import Image
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WORDS = " ".join(README.split())
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def figures() -> make_result.Figures:
+    return make_result.read_figures()
+
+
+@pytest.mark.parametrize("theme", make_result.PICTURES)
+def test_the_pictures_hold_the_measured_figures(theme: str, figures: make_result.Figures) -> None:
+    stored = ElementTree.parse(make_result.PICTURES[theme]).getroot()
+    found = stored.find(f"{SVG}metadata")
+    assert found is not None
+    assert found.text == figures.as_json(), f"run `{make_result.COMMAND}`"
+    drawn = ElementTree.fromstring(make_result.picture(figures, theme))
+    assert stored.get("aria-label") == drawn.get("aria-label")
+    texts = [one.text for one in drawn.iter(f"{SVG}text")]
+    assert {"96.8", "97.4 %", "linear faster from 2,100"} <= set(texts)
+    # The files may be older than the layout, not than the numbers.
+    assert set(texts) == {one.text for one in stored.iter(f"{SVG}text")}
+
+
+def test_the_numbers_of_the_first_screen(figures: make_result.Figures) -> None:
+    for model, sentence in (
+        ("linear", "keeps {} % of the teacher's score, and {} % on drawings"),
+        ("hybrid", "the hybrid {} % and {} %"),
+    ):
+        kept = [f"{figures.kept(suite, model):.1f}" for suite in make_result.SUITES]
+        assert sentence.format(*kept) in WORDS
+    linear, hybrid = (make_result.about(figures.crossings[name]) for name in ("linear", "hybrid"))
+    assert f"faster from about {linear} tokens" in WORDS
+    assert f"the hybrid from about {hybrid};" in WORDS
+
+
+def test_the_speeds_at_the_size_of_hovle() -> None:
+    file = ROOT / "benchmarks" / "results" / "decode_mixers_h200.json"
+    rows = {row["what"]: row["value"] for row in json.loads(file.read_text())["rows"]}
+
+    def cost(model: str) -> str:
+        time, memory = (rows[f"{what} at 103,424: {model}"] for what in ("a token", "memory"))
+        return f"{time:.2f} ms and {memory:.1f} GiB"
+
+    assert f"takes a linear student {cost('linear')}," in WORDS
+    assert f"with the same decoder, {cost('teacher tuned')}" in WORDS
+
+
+def test_the_picture_of_the_example() -> None:
+    stored, drawn = (
+        np.asarray(picture.convert("RGB"), dtype=int)
+        for picture in (Image.open(make_result.SCENE), make_result.scene())
+    )
+    # Versions of Pillow round differently.
+    assert stored.shape == drawn.shape
+    assert np.abs(stored - drawn).mean() < 1
+
+
+def test_the_example_prints_what_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (fence for fence in run_page.fences(README) if fence.mark == "python")
+    assert len(example.text.splitlines()) <= 11
+    exec(compile(example.text, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.split()
+    assert WORDS.count(f"It prints {' and '.join(f'`{word}`' for word in printed)}.") == 1
+
+
+def test_times_that_do_not_cross_once_are_refused() -> None:
+    teacher = [(256, 1.0), (1024, 4.0)]
+    assert make_result.crossing(teacher, [(256, 2.0), (1024, 2.0)]) == pytest.approx(512)
+    for student in ([(256, 5.0), (1024, 5.0)], [(256, 0.5), (1024, 5.0)]):
+        with pytest.raises(ValueError, match="do not cross once"):
+            make_result.crossing(teacher, student)
