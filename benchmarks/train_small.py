@@ -1,13 +1,15 @@
 """Tokens per second of stage 3 of the recipe scenes-linear: a small model bound by the host.
 
     python benchmarks/train_small.py [--workers 8 14] [--steps 60] [--device cuda] [--out FILE]
+    python benchmarks/train_small.py --data 'scenes:lessons?long=0.33' --batch-size 96
 
 Draws lessons, seeds the shipped teacher, takes two steps of stages 1 and 2, and measures stage 3 of
 `mmmamba distill` for each number of loader workers in two variants: "handed", with segments of
 packed rows computed by the loader and few host threads, and "searched", the former variant, with
 segments computed on the device and all host threads. The first 15 steps, which compile kernels, are
-not counted. Both variants must have the same losses. Works in a checkout without installation.
-Prints one JSON object.
+not counted. Both variants must have the same losses. With `--data`, trains on that source with
+inputs of up to 4,096 tokens, only "handed"; if its pictures are drawn while training, also measures
+drawing alone. Works in a checkout without installation. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--lessons", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--data", help="source of conversations in place of written lessons")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as text:
@@ -127,13 +130,13 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from mmmamba_cli.seed import seed_student
 
     began = time.perf_counter()
-    lessons = draw(folder / "lessons", given.lessons)
+    settings: dict[str, Any] = {"teacher": str(ROOT / "evals" / "scenes" / "models" / "teacher")}
+    if given.data is None:
+        lessons = draw(folder / "lessons", given.lessons)
+        settings |= {"data.train": str(lessons), "data.image_root": str(lessons.parent)}
+    else:
+        settings |= {"data.train": given.data, "data.max_length": 4096, "data.max_tiles": 64}
     drawn = time.perf_counter() - began
-    settings: dict[str, Any] = {
-        "teacher": str(ROOT / "evals" / "scenes" / "models" / "teacher"),
-        "data.train": str(lessons),
-        "data.image_root": str(lessons.parent),
-    }
     for number in (1, 2, 3):
         settings[f"stages.stage{number}.steps"] = given.steps if number == 3 else 2
         settings[f"stages.stage{number}.batch_size"] = given.batch_size
@@ -158,13 +161,14 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for workers in given.workers:
         losses = {}
-        for way in (HANDED, SEARCHED):
+        for way in (HANDED, SEARCHED) if given.data is None else (HANDED,):
             meter = Meter()
             with searched() if way == SEARCHED else nullcontext():
                 train(("stage3",), workers, meter)
             losses[way] = [row[1] for row in meter.rows]
             found.append({"workers": workers, "way": way, **meter.summary()})
-        found[-1]["same_losses"] = losses[HANDED] == losses[SEARCHED]
+        if given.data is None:
+            found[-1]["same_losses"] = losses[HANDED] == losses[SEARCHED]
     return {
         "what": "stage 3 of scenes-linear, tokens a second",
         "batch_size": given.batch_size,
@@ -174,9 +178,53 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "lessons": given.lessons,
-        "seconds_drawing": round(drawn, 1),
         "results": found,
+        **(
+            {"lessons": given.lessons, "seconds_drawing": round(drawn, 1)}
+            if given.data is None
+            else {"data": given.data, **measure_drawing(given, settings)}
+        ),
+    }
+
+
+def measure_drawing(given: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """One loader process alone, and its pictures drawn on the device alone; medians of 10 steps."""
+    import torch
+
+    from mmmamba_cli.checkpoint import open_checkpoint
+    from mmmamba_cli.data import StepLoader, open_corpus
+    from mmmamba_cli.runs import open_processor
+
+    processor = open_processor(open_checkpoint(settings["teacher"]))
+    assert processor is not None
+    loader = StepLoader(
+        open_corpus(given.data), processor, batch_size=given.batch_size, max_length=4096,
+        batching="packed", max_tiles=64,
+    )  # fmt: skip
+    device = torch.device(given.device)
+    waits = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    rows = []
+    for step in range(13):
+        began = time.perf_counter()
+        batches = loader.step(step)
+        prepared = time.perf_counter()
+        moved = [micro.to(device) for micro in batches.micro_batches]
+        waits()
+        drawn = time.perf_counter()
+        tiles = sum(0 if m.pixel_values is None else len(m.pixel_values) for m in moved)
+        rows.append((prepared - began, drawn - prepared, tiles, sum(m.num_tokens for m in moved)))
+    # The first steps load textures and reserve memory.
+    loading, drawing, tiles_drawn, tokens = (
+        sorted(column)[5] for column in zip(*rows[3:], strict=True)
+    )
+    return {
+        "loader_process": {
+            "seconds_per_step": round(loading, 4),
+            "conversations_per_second": round(given.batch_size / loading),
+            "tokens_per_second": round(tokens / loading),
+        },
+        "seconds_drawing_per_step": round(drawing, 4),
+        "tiles_per_step": tiles_drawn,
     }
 
 
