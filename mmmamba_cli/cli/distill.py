@@ -5,12 +5,19 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmmamba_cli.cli.console import plain_warnings, print_json, print_text
+from mmmamba_cli.cli.console import (
+    plain_warnings,
+    print_json,
+    print_line,
+    print_text,
+    progress,
+)
 from mmmamba_cli.cli.next_steps import GivenOptions, steps_after
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
@@ -23,6 +30,7 @@ from mmmamba_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mmmamba_cli.hybridize import LayerSelection
     from mmmamba_cli.recipe import Recipe
     from mmmamba_cli.runs import Manifest, Run
 
@@ -184,11 +192,39 @@ def train(job: DistillCommand) -> list[Manifest] | None:
                 wanted=wanted,
                 start=job.parent,
                 options=DistillOptions(job.teacher, job.overwrite, job.force, job.restart),
+                select=partial(_select_layers, job),
             )
         except Stopped:
             display.say("stopped and saved; run the same command to resume")
             return None
     return made if world.is_main else []
+
+
+def _select_layers(
+    job: DistillCommand, run: Run, recipe: Recipe, product: Manifest
+) -> LayerSelection:
+    """The attention layers of a recipe with `layers.select`, as `hybridize` chooses them."""
+    from mmmamba_cli.layer_selection import (
+        CountBudget,
+        SelectionCallbacks,
+        SelectionOptions,
+        select_layers,
+    )
+
+    count, method = recipe.layers.attention, recipe.layers.select
+    assert isinstance(count, int) and method is not None  # checked by the recipe
+    measured = select_layers(
+        run,
+        product,
+        recipe,
+        lambda ratio: CountBudget(count),
+        SelectionOptions(method, seed=recipe.seed, device=job.device, teacher=job.teacher),
+        SelectionCallbacks(
+            say=lambda text: print_line(text, to_stderr=True),
+            progress=lambda title, total: progress(title, total, "layers"),
+        ),
+    )
+    return measured.selection
 
 
 def _take_lock(stack: ExitStack, run: Run) -> None:

@@ -155,8 +155,8 @@ def command(
             recipe.layers.select or "", samples, steps, seed, greedy, device, teacher
         )
         choice = _choose(target, source, measured_on, options, budget)
-        if choice.measured is not None and not as_json:
-            _print_measured(choice.measured)
+        if choice.measured is not None:
+            _show_measured(target, choice.measured, as_json)
         if dry_run:
             _print_choice(target, source, choice, as_json)
             return
@@ -319,8 +319,25 @@ def _product_bytes(run: Run, source: Manifest) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _print_measured(measured: MeasuredLayers) -> None:
-    """The ranking as a table, with a warning if the halves of the data disagree."""
+def _show_measured(run: Run, measured: MeasuredLayers, as_json: bool) -> None:
+    """Print the ranking and draw it, and warn if the halves of the data disagree."""
+    from mmmamba_cli.reporting.layer_scores import write_score_picture
+
+    if not as_json:
+        _print_ranking(measured)
+    # Scores of the user's own lie where the user put them.
+    if measured.file.is_relative_to(run.folder):
+        title = f"Scores of layers by {measured.method}"
+        picture = measured.file.with_suffix(".svg")
+        write_score_picture(picture, title, measured.ranking, measured.selection.layers)
+    if measured.agreement is not None and measured.agreement.is_low:
+        print_warning(
+            "the halves of the data rank the layers differently; raise --samples before "
+            "trusting this choice"
+        )
+
+
+def _print_ranking(measured: MeasuredLayers) -> None:
     chosen = measured.selection.layers
     rows = [
         (
@@ -341,11 +358,6 @@ def _print_measured(measured: MeasuredLayers) -> None:
     agreement = measured.agreement
     if agreement is not None and agreement.spearman is not None:
         print_text(f"Spearman of the rankings by both halves: {agreement.spearman:.2f}")
-    if agreement is not None and agreement.is_low:
-        print_warning(
-            "the halves of the data rank the layers differently; raise --samples before "
-            "trusting this choice"
-        )
 
 
 def _print_choice(run: Run, source: Manifest, choice: Choice, as_json: bool) -> None:

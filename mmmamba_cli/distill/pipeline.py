@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mmmamba_cli.architecture import LINEAR, mixer_spec
@@ -17,7 +17,7 @@ from mmmamba_cli.distill.trainer import Stopped
 from mmmamba_cli.distill.training_state import stage_digests
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import RecipeError, RunError
-from mmmamba_cli.hybridize import hybridize, planned_product_name
+from mmmamba_cli.hybridize import LayerSelection, hybridize, planned_product_name
 from mmmamba_cli.recipe import (
     Recipe,
     Stage,
@@ -27,6 +27,9 @@ from mmmamba_cli.recipe import (
     mixer_options,
 )
 from mmmamba_cli.runs import Manifest, Run
+
+# From a run, the recipe and a student without attention: its attention layers by measurement.
+SelectLayers = Callable[[Run, Recipe, Manifest], LayerSelection]
 
 
 def distill(
@@ -38,12 +41,14 @@ def distill(
     wanted: Sequence[str] | None = None,
     start: str | None = None,
     options: DistillOptions | None = None,
+    select: SelectLayers | None = None,
 ) -> list[Manifest]:
     """Run the stages `wanted`, or all that are not done yet; return their products.
 
     The first stage starts from product `start`, or from `choose_start_product`. Before the first
     stage with `layers: planned`, a student without attention gets the attention layers of the
-    recipe's plan. The caller holds the lock of the run. Raises what `run_stage` raises.
+    recipe's plan, which `select` measures if the recipe has `layers.select`. The caller holds the
+    lock of the run. Raises what `run_stage` raises.
     """
     options = options or DistillOptions()
     names = None if wanted is None else tuple(wanted)
@@ -63,7 +68,7 @@ def distill(
         if made and world.any(callbacks.should_stop()):
             raise Stopped
         if stage.layers == "planned" and not product.attention_layers:
-            product = _apply_plan(context, product)
+            product = _apply_plan(context, product, select)
         product = run_stage(replace(context, digests=digests[stage.name]), product, stage)
         made.append(product)
     if log is not None and world.is_main:
@@ -71,30 +76,39 @@ def distill(
     return made
 
 
-def _apply_plan(context: StageContext, product: Manifest) -> Manifest:
+def _apply_plan(context: StageContext, product: Manifest, select: SelectLayers | None) -> Manifest:
     """Return the hybrid of the recipe's plan, made now or earlier; `product` for a linear plan."""
     run, recipe, options = context.run, context.recipe, context.options
     layers = attention_layers(recipe.layers, product.num_layers)
     if not layers:
         return product
+    # The same for all choices of this many layers.
     name = planned_product_name(recipe, layers)
+    measure = recipe.layers.select is not None
+    if measure and (select is None or context.world.size > 1):
+        raise RunError(
+            f"the recipe chooses layers by {recipe.layers.select}, which one process measures",
+            f"run `mmmamba hybridize --run {run.folder}` first, and start again",
+        )
 
     def make() -> Manifest:
         known = run.products().get(name)
         parents = () if known is None else [p.content_hash for p in known.parents]
         if known is not None and product.content_hash in parents:
             return known
+        selection = select(run, recipe, product) if measure and select is not None else None
         context.callbacks.log(
             f"putting the teacher's attention back into {len(layers)} layers: {name}"
         )
         return hybridize(
             run,
             product,
-            layers,
+            layers if selection is None else selection.layers,
             name,
             teacher_path=options.teacher,
             overwrite=options.overwrite or options.restart,
             recipe=dump_recipe(recipe),
+            selection=selection,
         )
 
     return context.world.run_on_main(make)

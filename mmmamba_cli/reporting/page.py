@@ -30,6 +30,7 @@ from mmmamba_cli.reporting.html import (
     table,
     tag,
 )
+from mmmamba_cli.reporting.layer_scores import layer_score_sections
 from mmmamba_cli.reporting.loss_curves import losses_section
 from mmmamba_cli.reporting.provenance import (
     commands_section,
@@ -86,6 +87,7 @@ def build_page(
         parts["costs"] = costs_section(report.main.profile, series)
     else:
         left_out["costs"] = "nothing was measured: `mmmamba profile`"
+    parts |= layer_score_sections(report, left_out)
     parts["lineage"] = lineage_section(report)
     parts["commands"] = commands_section(report)
     parts["versions"] = versions_section(report, created)

@@ -50,6 +50,7 @@ def test_layers_chosen_by_measurement(work: Path, hybridize: Any) -> None:
     assert manifest.selection["budget"] == {"attention_layers": 2}
     recipe = parse_recipe(manifest.recipe, "recipe")
     assert (recipe.layers.attention, recipe.layers.select) == (2, "kl-zero")
+    assert file.with_suffix(".svg").read_text().startswith("<svg xmlns=")
     # The product without a measurement has no record of one.
     hybridize("--attn-layers", "2", "--from", "seed")
     assert "selection" not in json.loads((work / "run/products/hybrid-2/manifest.json").read_text())
@@ -160,3 +161,21 @@ def test_scores_of_ones_own(work: Path, hybridize: Any, tmp_path: Path) -> None:
 def test_options_that_do_not_fit(hybridize: Any, words: tuple[str, ...], message: str) -> None:
     with pytest.raises(MmmambaError, match=message):
         hybridize(*words)
+
+
+def test_a_recipe_that_selects_layers_is_distilled(
+    work: Path, seeded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["distill", "--run", str(work / "run"), "--data", str(seeded / "train.jsonl")]
+    for option in ("layers.select=mse", "layers.attention=2", "stages.stage3.steps=1"):
+        words += ["--set", option]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    run = Run(work / "run")
+    (file,) = scores_files(work)
+    layers = json.loads(file.read_text())["rounds"][0]["layers"]
+    best = sorted(layers, key=lambda one: -one["score"])[:2]
+    hybrid, final = run.product("hybrid-2-mse"), run.product("hybrid-2-mse-stage3")
+    assert hybrid.attention_layers == tuple(sorted(one["layer"] for one in best))
+    assert hybrid.selection["method"] == "mse" and hybrid.stages == ("stage1", "stage2")
+    assert (final.attention_layers, final.selection) == (hybrid.attention_layers, {})
