@@ -85,7 +85,7 @@ def read_figures(folder: Path = RESULTS) -> Figures:
         low, high = rule["intervals"]["mean"]
         name = result["model"]["name"].removeprefix("scenes-")
         scores[result["suite"]][name] = tuple(
-            round(v, 2) for v in (rule["metrics"]["mean"], low, high)
+            round(v, 4) for v in (rule["metrics"]["mean"], low, high)
         )
     times: dict[str, list[tuple[int, float]]] = {name: [] for name in MODELS}
     memory: dict[str, list[tuple[int, float]]] = {name: [] for name in MODELS}
@@ -94,7 +94,7 @@ def read_figures(folder: Path = RESULTS) -> Figures:
         if one["task"] == "decode" and one["status"] == "measured":
             name = one["subject"].removeprefix("scenes-")
             held = one["memory"]["weights"] + one["memory"]["cache"]
-            times[name].append((one["context"], round(1000 * one["median"], 3)))
+            times[name].append((one["context"], round(1000 * one["median"], 5)))
             memory[name].append((one["context"], round(held / 2**20, 1)))
     crossings = {name: round(crossing(times[TEACHER], times[name])) for name in MODELS[1:]}
     return Figures(scores, times, memory, crossings, profile["device"]["threads"])
