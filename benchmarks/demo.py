@@ -95,7 +95,7 @@ def print_plan(listed: Mapping[int, Step], sizes: Sizes, slowdown: float) -> Tim
     print(f"{len(listed)} parts, {left} on this machine as it is now{rest}")
     full = Sizes()
     if sizes != full:
-        everything = approximate_time(total_seconds(list(steps(full)), slowdown))
+        everything = approximate_time(total_seconds(list(steps(full, slowdown)), slowdown))
         print(
             f"with all work it would be {everything}; less work, so students learn less: "
             f"{', '.join(map(str, sizes.stage_steps))} training steps instead of "
@@ -108,7 +108,7 @@ def print_plan(listed: Mapping[int, Step], sizes: Sizes, slowdown: float) -> Tim
 
 def demo(folder: Path, sizes: Sizes, slowdown: float) -> None:
     """Run all steps that are not done, in the working directory `folder`."""
-    listed = dict(enumerate(steps(sizes), start=1))
+    listed = dict(enumerate(steps(sizes, slowdown), start=1))
     estimate = print_plan(listed, sizes, slowdown)
     with progress(
         "demo", len(listed), "parts", time_left=estimate.seconds_left
@@ -121,13 +121,13 @@ def demo(folder: Path, sizes: Sizes, slowdown: float) -> None:
         for group in LANE_GROUPS:
             todo = {step.lane for step in estimate.todo.values()}
             if names := [lane for lane in group if lane in todo]:
-                run_lanes(names, watch, folder)
+                run_lanes(names, watch, folder, slowdown)
 
 
-def run_lane(name: str, folder: Path) -> None:
+def run_lane(name: str, folder: Path, slowdown: float) -> None:
     """The steps of one lane, in a process that the demo has started."""
     os.chdir(folder)
-    listed = enumerate(steps(sizes_of(folder)), start=1)
+    listed = enumerate(steps(sizes_of(folder), slowdown), start=1)
     work_through({number: step for number, step in listed if step.lane == name})
 
 
@@ -148,6 +148,7 @@ def parse_options() -> argparse.Namespace:
     )
     # Internal: the demo starts itself for one lane.
     parser.add_argument("--lane", choices=LANES, help=argparse.SUPPRESS)
+    parser.add_argument("--slowdown", type=positive_number, default=1.0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -166,7 +167,7 @@ def main() -> int:
     options = parse_options()
     folder = options.out.absolute()
     if options.lane is not None:
-        run_lane(options.lane, folder)
+        run_lane(options.lane, folder, options.slowdown)
         return 0
     signal.signal(signal.SIGTERM, end_by_signal)
     began = time.perf_counter()

@@ -23,6 +23,8 @@ print(time.perf_counter() - began)
 SPEED_TEST_LOOPS, SPEED_TEST_SECONDS = 4_000_000, 0.48
 # The measured slowdown counts as much as this many seconds of finished work.
 PRIOR_SECONDS = 10.0
+# A step that runs beyond its time is expected to take this share of it more.
+OVERTIME_SHARE = 0.1
 # Shares of the default work that --minutes chooses from.
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
@@ -74,7 +76,8 @@ class TimeEstimate:
         for number, step in self.todo.items():
             if number not in self._seconds:
                 passed = self.clock() - self._begun[number] if number in self._begun else 0.0
-                left[step.lane] += max(0.0, seconds_of(step.work, slowdown) - passed)
+                expected = seconds_of(step.work, slowdown) - passed
+                left[step.lane] += max(expected, OVERTIME_SHARE * passed)
         return sum(max(left[lane] for lane in group) for group in LANE_GROUPS)
 
     def _current_slowdown(self) -> float:
@@ -101,5 +104,8 @@ def total_seconds(listed: Sequence[Step], slowdown: float) -> float:
 def fitting_sizes(minutes: float, slowdown: float) -> Sizes:
     """The largest sizes whose estimate is within `minutes`, else the smallest ones."""
     choices = [Sizes(), *map(Sizes.reduced, SHARES)]
-    fitting = (s for s in choices if total_seconds(list(steps(s)), slowdown) <= 60 * minutes)
-    return next(fitting, choices[-1])
+
+    def seconds(sizes: Sizes) -> float:
+        return total_seconds(list(steps(sizes, slowdown)), slowdown)
+
+    return next((sizes for sizes in choices if seconds(sizes) <= 60 * minutes), choices[-1])

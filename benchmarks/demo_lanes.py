@@ -132,7 +132,7 @@ class Watch:
         return f"[{number}/{self.total}] {self.estimate.todo[number].what}"
 
 
-def run_lanes(names: Sequence[str], watch: Watch, folder: Path) -> None:
+def run_lanes(names: Sequence[str], watch: Watch, folder: Path, slowdown: float = 1.0) -> None:
     """Run the lanes in parallel, each in its own process, until all have ended.
 
     The lines of several are prefixed with the lane, and they share the CPU's threads.
@@ -149,7 +149,8 @@ def run_lanes(names: Sequence[str], watch: Watch, folder: Path) -> None:
         # After the lanes have ended: their last lines.
         stack.callback(lambda: [reader.join() for reader in readers])
         lanes = {
-            name: stack.enter_context(lane_process(name, environment, folder)) for name in names
+            name: stack.enter_context(lane_process(command_of(name, folder, slowdown), environment))
+            for name in names
         }
         for name, lane in lanes.items():
             prefix = f"{name:>8} | " if len(names) > 1 else ""
@@ -173,18 +174,23 @@ def lane_threads(lanes: int) -> int:
     return max(1, min(MAX_LANE_THREADS, cores // lanes))
 
 
+def command_of(lane: str, folder: Path, slowdown: float) -> list[str]:
+    script = Path(__file__).resolve().parent / "demo.py"
+    words = ("--lane", lane, "--out", str(folder), "--slowdown", str(slowdown))
+    return [sys.executable, str(script), *words]
+
+
 @contextlib.contextmanager
 def lane_process(
-    name: str, environment: Mapping[str, str], folder: Path
+    command: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process of the lane; at the end it has ended, by an interrupt if need be.
+    """A process of a lane; at the end it has ended, by an interrupt if need be.
 
     It has a session of its own: Ctrl-C reaches this process only, which passes it on once. A second
     one kills the lane; what its command has completed stays.
     """
-    script = Path(__file__).resolve().parent / "demo.py"
     lane = subprocess.Popen(
-        [sys.executable, str(script), "--lane", name, "--out", str(folder)],
+        command,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

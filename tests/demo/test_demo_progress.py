@@ -93,11 +93,23 @@ def test_step_beyond_its_time_slows_the_others(watch: Any) -> None:
     estimate.begin(1)
     estimate.clock.now += 60
     # 2 s per second of work were expected, 6 have passed.
-    assert estimate.seconds_left() == (10 * 2.0 + 60) / (10 + 10) * 30
+    assert estimate.seconds_left() == 0.1 * 60 + (10 * 2.0 + 60) / (10 + 10) * 30
 
 
 def test_profile_time_is_fixed(estimates: ModuleType, steps: ModuleType) -> None:
     assert estimates.seconds_of(steps.Work(3.0, fixed=12.0), 10.0) == 42.0
+
+
+def test_profile_may_take_longer_on_a_busy_machine(steps: ModuleType) -> None:
+    for slowdown, seconds in ((0.5, 12), (3.0, 36), (100.0, 96)):
+        listed = list(steps.steps(steps.Sizes(), slowdown))
+        (step,) = [step for step in listed if step.words[0] == "profile"]
+        assert step.words[-2:] == ("--budget", str(seconds))
+        assert step.work.fixed == seconds
+        # Nothing else depends on it.
+        assert [one for one in listed if one != step] == [
+            one for one in steps.steps(steps.Sizes()) if one.words[0] != "profile"
+        ]
 
 
 def test_slowdown_is_measured(estimates: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
