@@ -197,7 +197,7 @@ def measuring_steps(sizes: Sizes, slowdown: float) -> Iterator[Step]:
         "compare with the teacher, token by token",
         (COMPARE,),
         MEASURING,
-        work=Work(0.25 * sizes.held_out_lessons),
+        work=Work(10.0 + 0.3 * sizes.held_out_lessons),
     )
     title = f"{TEACHER} and its students after a few minutes on a CPU"
     read = ("--run", SEEDED, "--beside", UNSEEDED, "--data", SCENES)
