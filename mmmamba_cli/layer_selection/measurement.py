@@ -12,7 +12,7 @@ import torch
 
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
-from mmmamba_cli.data import StepLoader, fingerprint, open_corpus
+from mmmamba_cli.data import HELD_OUT, StepLoader, fingerprint, open_corpus
 from mmmamba_cli.distill.teacher_student import TeacherStudent, load_teacher_student
 from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.errors import DataError, RecipeError, RunError
@@ -29,10 +29,12 @@ from mmmamba_cli.layer_selection.probe_samples import (
     read_probe_samples,
 )
 from mmmamba_cli.layer_selection.recall import ReplacedAttention
-from mmmamba_cli.recipe import Recipe, Stage
+from mmmamba_cli.recipe import Recipe, Stage, stage_data
 from mmmamba_cli.runs import Manifest, Run, open_processor
 from mmmamba_cli.runs.manifest import package_versions
 
+# The samples of a generated corpus that `kl` trains on; stages have streams of their own.
+TRAINING_STREAM = "layer selection"
 # What one unit of a score is, by method.
 SCORE_UNITS = {
     "kl-zero": "fall of KL, nats per token",
@@ -66,7 +68,7 @@ class Measurement:
                 "--select kl trains on --data and scores on other samples, and there are none",
                 "name held-out conversations with --held-out",
             )
-        source = data.held_out or data.train
+        source = data.held_out or stage_data(data, self.recipe.stages[-1]).train
         if source is None:
             raise DataError(
                 f"--select {self.options.method} scores layers on conversations, and the recipe "
@@ -97,7 +99,7 @@ class Measurement:
             "scored on": self._digest(self.scored_on),
             "samples": options.samples,
             "seed": options.seed,
-            "max_length": data.max_length,
+            "max_length": self._max_length,
             "max_tiles": data.max_tiles,
             "precision": self.precision,
             "device": self.device.type,
@@ -127,7 +129,10 @@ class Measurement:
             return ReplacedAttention(probe)
         if options.method == "kl-zero":
             return RestoredAttention(probe, kept)
-        loader = self._loader(self._trained_on, self.stage.batch_size, self.stage.accumulation)
+        stage = self.stage
+        loader = self._loader(
+            self._trained_on, stage.batch_size, TRAINING_STREAM, stage.accumulation
+        )
         return TrainedRestoration(probe, kept, self.stage, loader, options.seed)
 
     @cached_property
@@ -135,7 +140,8 @@ class Measurement:
         """Both models and the samples. Raises what loading and reading them raises."""
         run, options = self.run, self.options
         teacher, student = run.open_teacher(options.teacher), run.open_product(self.parent.name)
-        loader = self._loader(self.scored_on, probe_batch_size(options.samples), single_pass=True)
+        size = probe_batch_size(options.samples)
+        loader = self._loader(self.scored_on, size, HELD_OUT, single_pass=True)
         self.callbacks.say(f"checking teacher and {self.parent.name} against their hashes")
         run.verify_teacher(teacher)
         run.verify_product(self.parent.name)
@@ -158,7 +164,12 @@ class Measurement:
         )
 
     def _loader(
-        self, source: str, batch_size: int, accumulation: int = 1, single_pass: bool = False
+        self,
+        source: str,
+        batch_size: int,
+        stream: str,
+        accumulation: int = 1,
+        single_pass: bool = False,
     ) -> StepLoader:
         student = self.run.open_product(self.parent.name)
         processor = open_processor(student)
@@ -173,20 +184,28 @@ class Measurement:
             processor,
             batch_size=batch_size,
             accumulation=accumulation,
-            max_length=self.recipe.data.max_length,
+            max_length=self._max_length,
+            stream=stream,
             seed=self.options.seed,
             single_pass=single_pass,
         )
 
     @property
+    def _max_length(self) -> int:
+        stage = self.stage if self.options.method == "kl" else self.recipe.stages[-1]
+        return stage.max_length or self.recipe.data.max_length
+
+    @property
     def _trained_on(self) -> str:
-        if self.recipe.data.train is None:
+        train = stage_data(self.recipe.data, self.stage).train
+        if train is None:
             raise DataError(
                 "--select kl trains on conversations, and the recipe has none",
                 "name some with --data",
             )
-        return self.recipe.data.train
+        return train
 
     def _digest(self, source: str) -> dict[str, str]:
-        root = self.recipe.data.image_root
-        return fingerprint(open_corpus(source, None if root is None else Path(root))).as_dict()
+        data, seed = self.recipe.data, self.options.seed
+        root = None if data.image_root is None else Path(data.image_root)
+        return fingerprint(open_corpus(source, root, seed=seed, stream=HELD_OUT)).as_dict()

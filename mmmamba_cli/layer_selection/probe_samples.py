@@ -46,15 +46,20 @@ def build_loader(
     data: Data,
     processor: TrainingProcessor,
     *,
+    stream: str,
     batch_size: int,
     accumulation: int = 1,
     max_length: int,
     seed: int,
     single_pass: bool,
 ) -> StepLoader:
-    """Batches of `source` in an order drawn by `seed`, one sample a row."""
+    """Batches of `source` in an order drawn by `seed`, one sample a row.
+
+    `stream` names the samples of a corpus that is generated: two streams have none in common.
+    """
+    root = None if data.image_root is None else Path(data.image_root)
     return StepLoader(
-        open_corpus(source, None if data.image_root is None else Path(data.image_root)),
+        open_corpus(source, root, seed=seed, stream=stream),
         processor,
         batch_size=batch_size,
         accumulation=accumulation,
