@@ -274,8 +274,8 @@ def test_report_reads_the_comparison(
     (seed,) = measured["products"].values()
     assert seed["content_hash"] == Run(made / "seeded").product("seed").content_hash
     assert [layer["layer"] for layer in seed["layers"]] == list(range(8))
-    # A seeded mixer is not the attention: cosines near 0 in some layers.
-    assert all(-0.5 < layer["cosine"] < 1 for layer in seed["layers"])
+    # An untrained mixer is not the attention it replaces.
+    assert all(abs(layer["cosine"]) < 0.99 for layer in seed["layers"]), seed["layers"]
 
 
 def test_page_names_the_commands(steps: ModuleType) -> None:
