@@ -27,6 +27,16 @@ def command(
         Path | None,
         typer.Option(metavar="DIR", help="Folder with the suites' TSV files, for the images."),
     ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--results",
+            metavar="FILE",
+            help="Measured results that lead the page instead of the run's own: the JSON of "
+            "`mmmamba eval --teacher --json`, or profile.json of `mmmamba profile`. May be "
+            "repeated.",
+        ),
+    ] = None,
     title: Annotated[str | None, typer.Option(metavar="TITLE", help="Heading of the page.")] = None,
     note: Annotated[
         str | None,
@@ -40,10 +50,10 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run as one HTML page: answers, scores, losses, costs.
+    """Write a run as one HTML page: what students keep of their teacher, and at what cost.
 
-    Lineage and commands follow. The file is self-contained. Parts without results are left out and
-    listed.
+    Training, scores, answers, lineage and commands follow. The file is self-contained. Parts
+    without results are left out and listed.
     """
     from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.reporting import build_page, check_replaceable, read_report_data
@@ -51,14 +61,16 @@ def command(
     place = file or run / FILE
     check_replaceable(place)
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-    page = build_page(
-        read_report_data(run, beside or ()), created=created, title=title, note=note, data=data
-    )
+    found = read_report_data(run, beside or (), results or ())
+    page = build_page(found, created=created, title=title, note=note, data=data)
     place.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(place, page.html)
     if as_json:
-        print_json({"file": str(place), "shown": list(page.shown), "left_out": page.left_out})
+        shown = {"shown": list(page.shown), "left_out": page.left_out}
+        print_json({"file": str(place), **shown, "summary": list(page.summary)})
         return
     for what, reason in page.left_out.items():
         print_warning(f"no {what}: {reason}")
+    for sentence in page.summary:
+        print_text(sentence)
     print_text(f"{place}: {', '.join(page.shown)}")

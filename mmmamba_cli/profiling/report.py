@@ -88,7 +88,7 @@ def remarks(profile: Profile) -> list[str]:
 
 def noisy_measurements(profile: Profile) -> list[Measurement]:
     """Measurements whose interquartile range exceeds MAX_QUARTILE_RANGE of the median."""
-    return [one for one in profile.measurements if _is_noisy(one)]
+    return [one for one in profile.measurements if is_noisy(one)]
 
 
 def correctness_line(profile: Profile) -> str:
@@ -349,7 +349,8 @@ def _missing_reason(one: Measurement) -> str:
     return "skipped" if one.status == TOO_LONG else one.status
 
 
-def _is_noisy(one: Measurement) -> bool:
+def is_noisy(one: Measurement) -> bool:
+    """Whether the quartiles of a measurement are too far apart to compare it with others."""
     if one.median is None or one.quartiles is None:
         return False
     return one.quartiles[1] - one.quartiles[0] > MAX_QUARTILE_RANGE * one.median

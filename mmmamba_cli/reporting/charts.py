@@ -1,7 +1,6 @@
 """Bar and line charts as SVG of one width, with their scales and ticks.
 
-Colours are CSS classes (`s0`, `s1`, ...), so that they follow light and dark mode. Label, marker
-and dashes also distinguish a series, so that colour is never needed.
+`styles.py` gives each series its colour, marker and dashes.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mmmamba_cli.reporting.html import Markup, tag
+from mmmamba_cli.reporting.styles import dashes, fill_class, marker, stroke_class
 
 # All sizes are in pixels.
 WIDTH = 340
@@ -19,11 +19,7 @@ MARGIN = 8
 LABEL_HEIGHT, BAR_HEIGHT, BAR_GAP = 15, 10, 7
 # Edges and plot height of a line chart.
 LEFT, RIGHT, TOP, BOTTOM, PLOT_HEIGHT = 46, 12, 12, 36, 150
-MARKER_RADIUS = 3.2
 MIN_TICK_DISTANCE = 34
-# Series repeat their colour, dashes and marker after this many.
-NUM_STYLES = 6
-DASHES = (None, "6 3", "2 3", "8 3 2 3", "4 2", "1 2")
 
 
 @dataclass(frozen=True)
@@ -128,6 +124,15 @@ class Line:
     marked: bool = False
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line at `at` on the x axis with a label, in the colour of a series."""
+
+    label: str
+    series: int
+    at: float
+
+
 def bars(
     title: str,
     rows: Sequence[Bar],
@@ -173,7 +178,7 @@ def _bar(row: Bar, x: Scale, top: float, show: Callable[[float], str]) -> Markup
             y=y,
             width=max(0.0, x(row.value) - x(0)),
             height=BAR_HEIGHT,
-            class_=f"fill s{row.series % NUM_STYLES}",
+            class_=fill_class(row.series),
         ),
     ]
     if row.interval is not None and all(map(math.isfinite, row.interval)):
@@ -203,6 +208,7 @@ def lines(
     log_y: bool = False,
     show: Callable[[float], str] = format_short,
     x_ticks: Sequence[float] | None = None,
+    marks: Sequence[Mark] = (),
 ) -> Markup:
     """Lines over a common x axis; an axis is logarithmic only if all its values are positive."""
     points = [point for line in series for point in line.points if math.isfinite(point[1])]
@@ -226,9 +232,11 @@ def lines(
         )
     )
     parts += [_line(line, x, y) for line in series]
-    return _svg(
-        title, _describe_lines(series, x_name, y_name, show), TOP + PLOT_HEIGHT + BOTTOM, parts
+    parts += [_mark(mark, x, row) for row, mark in enumerate(marks)]
+    described = "; ".join(
+        (_describe_lines(series, x_name, y_name, show), *(mark.label for mark in marks))
     )
+    return _svg(title, described, TOP + PLOT_HEIGHT + BOTTOM, parts)
 
 
 def _line(line: Line, x: Scale, y: Scale) -> Markup:
@@ -241,55 +249,35 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
         finite.append((x(at), y(value)))
         path.append(f"{pen}{finite[-1][0]:.2f} {finite[-1][1]:.2f}")
         pen = "L"
-    kind = line.series % NUM_STYLES
-    parts = (
-        [tag("path", d="".join(path), class_=f"stroke s{kind}", stroke_dasharray=DASHES[kind])]
-        if path
-        else []
-    )
+    look, dashed = stroke_class(line.series), dashes(line.series)
+    parts = [tag("path", d="".join(path), class_=look, stroke_dasharray=dashed)] if path else []
     if line.marked or len(finite) == 1:
-        parts += [marker(kind, *point) for point in finite]
+        parts += [marker(line.series, *point) for point in finite]
     return tag("g", *parts)
 
 
-def marker(series: int, x: float, y: float) -> Markup:
-    """The marker of a series: circle, square, triangle, diamond, cross or ring."""
-    kind, r = series % NUM_STYLES, MARKER_RADIUS
-    if kind == 0:
-        return tag("circle", cx=x, cy=y, r=r, class_="fill s0")
-    if kind == 5:
-        return tag("circle", cx=x, cy=y, r=r, class_="stroke s5")
-    if kind == 4:
-        cross = f"M{x - r:.2f} {y - r:.2f}l{2 * r} {2 * r}m0 {-2 * r}l{-2 * r} {2 * r}"
-        return tag("path", d=cross, class_="stroke s4")
-    shapes = {
-        1: f"M{x - r:.2f} {y - r:.2f}h{2 * r}v{2 * r}h{-2 * r}z",
-        2: f"M{x:.2f} {y - 1.2 * r:.2f}l{1.2 * r} {2.2 * r}h{-2.4 * r}z",
-        3: f"M{x:.2f} {y - 1.4 * r:.2f}l{1.4 * r} {1.4 * r}l{-1.4 * r} {1.4 * r}"
-        f"l{-1.4 * r} {-1.4 * r}z",
-    }
-    return tag("path", d=shapes[kind], class_=f"fill s{kind}")
-
-
-def swatch(series: int, lined: bool) -> Markup:
-    """The sample of a series in a legend: its line and marker, or its colour."""
-    kind = series % NUM_STYLES
-    if not lined:
-        inner = [tag("rect", x=0, y=1, width=14, height=10, class_=f"fill s{kind}")]
-    else:
-        inner = [
-            tag("path", d="M0 6H28", class_=f"stroke s{kind}", stroke_dasharray=DASHES[kind]),
-            marker(kind, 14.0, 6.0),
-        ]
-    width = 28 if lined else 14
+def _mark(mark: Mark, x: Scale, row: int) -> Markup:
+    """A vertical line with its label, beside the line where there is room."""
+    place = x(mark.at)
+    left = place > (LEFT + WIDTH - RIGHT) / 2
     return tag(
-        "svg",
-        *inner,
-        viewBox=f"0 0 {width} 12",
-        width=width,
-        height=12,
-        aria_hidden="true",
-        class_="swatch",
+        "g",
+        tag(
+            "line",
+            x1=place,
+            x2=place,
+            y1=TOP,
+            y2=TOP + PLOT_HEIGHT,
+            class_=f"mark {stroke_class(mark.series)}",
+        ),
+        tag(
+            "text",
+            mark.label,
+            x=place + (-4 if left else 4),
+            y=TOP + 10 + 13 * row,
+            class_="label value",
+            text_anchor="end" if left else "start",
+        ),
     )
 
 

@@ -54,9 +54,19 @@ class Example:
 
 
 def find_examples(
-    suite: Suite, table: VLMEvalTable, rows: Sequence[Row], results: Sequence[ModelResult]
+    suite: Suite,
+    table: VLMEvalTable,
+    rows: Sequence[Row],
+    results: Sequence[ModelResult],
+    *,
+    categories: int | None = None,
+    questions: int = MAX_QUESTIONS,
 ) -> list[Example]:
-    """The first image of each category about which every model was asked."""
+    """The first image of each category about which every model was asked.
+
+    `categories` takes that many, evenly spaced in the order of the table; `questions` is the
+    largest number about one image.
+    """
     units: dict[str, list[Row]] = {}
     for row in rows:
         if all(row.index in one.answers for one in results):
@@ -64,7 +74,10 @@ def find_examples(
     first: dict[str, list[Row]] = {}
     for unit in units.values():
         first.setdefault(unit[0].category, unit)
-    return [_example(suite, table, unit, results) for unit in first.values()]
+    listed = list(first.values())
+    if categories is not None and categories < len(listed):
+        listed = [listed[i * len(listed) // categories] for i in range(categories)]
+    return [_example(suite, table, unit, results, questions) for unit in listed]
 
 
 def open_table(
@@ -102,11 +115,15 @@ def judge(suite: Suite) -> Callable[[str, str], bool | None]:
 
 
 def _example(
-    suite: Suite, table: VLMEvalTable, rows: Sequence[Row], results: Sequence[ModelResult]
+    suite: Suite,
+    table: VLMEvalTable,
+    rows: Sequence[Row],
+    results: Sequence[ModelResult],
+    most: int,
 ) -> Example:
     is_right = judge(suite)
     questions = []
-    for row in rows[:MAX_QUESTIONS]:
+    for row in rows[:most]:
         answers = []
         for one in results:
             text = one.answers[row.index]["prediction"]

@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 from mmmamba_cli.recipe import Stage
-from mmmamba_cli.reporting.charts import Line, lines, swatch
-from mmmamba_cli.reporting.html import Markup, figure, section, table, tag
+from mmmamba_cli.reporting.charts import Line, lines
+from mmmamba_cli.reporting.html import Markup, figure, join_markup, section, table, tag
 from mmmamba_cli.reporting.run_contents import TrainedStage
+from mmmamba_cli.reporting.styles import legend
 
 # More points per curve would enlarge the page without being visible.
 MAX_POINTS = 300
@@ -28,11 +29,12 @@ def losses_section(trained: Sequence[TrainedStage], series: Mapping[str, int]) -
     panels = [
         _panel(name, [one for one in trained if one.stage == name], series) for name in stages
     ]
+    shown = {one.label: series[one.label] for one in trained}
     return section(
         "losses",
         f"Loss of each stage: {', '.join(one.label for one in trained if one.stage == stages[-1])}",
         figure(
-            tag("div", *panels, class_="panels"),
+            join_markup((legend(shown), tag("div", *panels, class_="panels"))),
             "Lower is better. Losses of different stages are not comparable; lines in one panel "
             "are, where their recipes are the same.",
             _numbers(trained),
@@ -54,13 +56,11 @@ def _panel(name: str, trained: Sequence[TrainedStage], series: Mapping[str, int]
     drawn = [line for line in drawn if any(math.isfinite(y) for _, y in line.points)]
     if not drawn:
         return tag("div", tag("h3", name), tag("p", "No finite loss was written down."))
-    legend = [tag("li", swatch(line.series, lined=True), " ", line.label) for line in drawn]
     return tag(
         "div",
         tag("h3", name),
         tag("p", what, class_="axis"),
         lines(f"{name}: {what}", drawn, x_name="step", y_name=what, log_y=True),
-        tag("ul", *legend, class_="legend"),
     )
 
 

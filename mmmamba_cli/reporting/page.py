@@ -6,40 +6,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmmamba_cli.errors import MmmambaError, RunError
-from mmmamba_cli.evaluate import Suite
-from mmmamba_cli.evaluate.result import RuleResult
-from mmmamba_cli.reporting.comparisons import (
-    ScoreDifference,
-    difference_sentence,
-    external_differences,
-    external_section,
-    product_pairs,
-    score_difference,
-)
-from mmmamba_cli.reporting.costs import costs_section, headline
-from mmmamba_cli.reporting.examples import find_examples, open_table
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.reporting.comparisons import external_section
+from mmmamba_cli.reporting.costs import costs_section
 from mmmamba_cli.reporting.html import (
-    CSS,
     Child,
     Markup,
     item_list,
     join_markup,
     paragraph,
     section,
-    table,
     tag,
 )
 from mmmamba_cli.reporting.layer_scores import layer_score_sections
+from mmmamba_cli.reporting.lead import about, lead_sections, summary_sentences
+from mmmamba_cli.reporting.lead_contents import read_lead
 from mmmamba_cli.reporting.loss_curves import losses_section
+from mmmamba_cli.reporting.mixer_fidelity import RunFidelity, fidelity_section
+from mmmamba_cli.reporting.models import (
+    model_details,
+    models_section,
+    series_of,
+    subject_label,
+)
 from mmmamba_cli.reporting.provenance import (
     commands_section,
     lineage_section,
     teacher_name,
     versions_section,
 )
-from mmmamba_cli.reporting.run_contents import ModelResult, ReportData, parts_by_label
-from mmmamba_cli.reporting.scores import accuracy_section, examples_section
+from mmmamba_cli.reporting.run_contents import ReportData, RunContents
+from mmmamba_cli.reporting.stylesheet import CSS
+from mmmamba_cli.reporting.suite_results import suite_results, suite_sections
 from mmmamba_cli.runs.provenance import redact_text
 
 MARK = "mmmamba report"
@@ -47,11 +45,15 @@ MARK = "mmmamba report"
 
 @dataclass(frozen=True)
 class Page:
-    """The HTML, the names of the parts shown, and the parts left out with the reason."""
+    """The HTML, the names of the parts shown, and the parts left out with the reason.
+
+    `summary` is the result in sentences: what the students keep of their teacher.
+    """
 
     html: str
     shown: tuple[str, ...]
     left_out: dict[str, str]
+    summary: tuple[str, ...] = ()
 
 
 def build_page(
@@ -67,24 +69,26 @@ def build_page(
 
     Parts without content are left out, and the page names them.
     """
-    series = _series(report)
-    parts: dict[str, Markup] = {}
+    suites = suite_results(report, data)
+    details = model_details(report)
+    lead = read_lead(report, suites, details)
+    series = series_of(report, [one.student for one in lead.kept])
     left_out: dict[str, str] = {}
-    differences: list[ScoreDifference] = []
-    for suite in _suites(report):
-        results = [one for one in report.evaluated if one.result.suite == suite]
-        parts |= _suite_sections(report, results, series, data, differences, left_out)
-    for number, comparison in enumerate(report.comparisons, start=1):
-        parts[comparison.title] = external_section(number, comparison, series)
-        differences += external_differences(comparison)
-    if not report.evaluated:
+    parts = lead_sections(lead, series)
+    drawn = [label for label in series if label in details]
+    # A run that was only seeded draws nothing, and its teacher alone needs no legend.
+    if len(drawn) > 1:
+        parts["models"] = models_section(series, details, drawn)
+    parts |= _mechanics(report, series, left_out)
+    for one in suites:
+        differences = one.differences(report)
+        parts |= suite_sections(one, differences, series, details, left_out)
+    if not suites:
         left_out["scores and examples"] = "nothing was evaluated: `mmmamba eval --suite scenes`"
-    if report.trained:
-        parts["losses"] = losses_section(report.trained, series)
-    else:
-        left_out["losses"] = "no stage of distillation was run: `mmmamba distill --data FILE`"
-    if report.main.profile is not None:
-        parts["costs"] = costs_section(report.main.profile, series)
+    profile = report.main.profile
+    if profile is not None:
+        labels = {one.name: subject_label(one, report) for one in profile.subjects}
+        parts["costs"] = costs_section(profile, series, labels)
     else:
         left_out["costs"] = "nothing was measured: `mmmamba profile`"
     parts |= layer_score_sections(report, left_out)
@@ -94,8 +98,9 @@ def build_page(
     if left_out or report.remarks:
         parts["left out"] = _left_out(left_out, report.remarks)
     heading = title or _title(report)
-    body = join_markup((_head(heading, note, report, differences), *parts.values()))
-    return Page(_document(heading, body), tuple(parts), left_out)
+    summary = summary_sentences(lead)
+    body = join_markup((_head(heading, note, summary), *parts.values()))
+    return Page(_document(heading, body), tuple(parts), left_out, tuple(summary))
 
 
 def check_replaceable(file: Path) -> None:
@@ -108,64 +113,41 @@ def check_replaceable(file: Path) -> None:
     raise RunError(f"{file} is there and is no report of mmmamba", "choose another file")
 
 
-def _suites(report: ReportData) -> list[str]:
-    return list(dict.fromkeys(one.result.suite for one in report.evaluated))
-
-
-def _series(report: ReportData) -> dict[str, int]:
-    """A colour number per model, the same in all parts. A product takes the colour of the evaluated
-    product that was made from it."""
-    labels = list(report.labels)
-    if report.main.profile is not None:
-        labels += [subject.name for subject in report.main.profile.subjects]
-    found = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    for run in report.runs:
-        for one in run.trained:
-            descendants = list(map(run.label, run.descendants(one.product.name)))
-            known = next((found[label] for label in descendants if label in found), None)
-            found.setdefault(one.label, len(found) if known is None else known)
-    return found
-
-
-def _suite_sections(
-    report: ReportData,
-    results: Sequence[ModelResult],
-    series: dict[str, int],
-    data: Path | None,
-    differences: list[ScoreDifference],
-    left_out: dict[str, str],
+def _mechanics(
+    report: ReportData, series: dict[str, int], left_out: dict[str, str]
 ) -> dict[str, Markup]:
-    """The sections of one suite; adds to `differences` and `left_out`."""
-    name = results[0].result.suite
-    suite: Suite | None = None
-    found: list[ScoreDifference] = []
+    """What training did: mixers that imitate attention, comparisons of other programs, losses."""
     parts: dict[str, Markup] = {}
-    # Results over other questions are not comparable: the largest comparable group is shown.
-    groups = [
-        [one for one in results if one.result.data.same_questions(first.result.data)]
-        for first in results
-    ]
-    alike = max(groups, key=len)
-    try:
-        suite, table_, rows = open_table(alike, data)
-        compared = [
-            score_difference(suite, rows, one, other) for one, other in product_pairs(report, alike)
-        ]
-        found = [one for one in compared if one is not None]
-        answered = [one for one in alike if one.answers]
-        examples = find_examples(suite, table_, rows, answered) if answered else []
-        if examples:
-            parts[f"examples, {name}"] = examples_section(suite, examples)
-        else:
-            left_out[f"examples, {name}"] = "no question was answered by every model"
-    except MmmambaError as error:
-        left_out[f"examples, {name}"] = str(error)
-    differences += found
-    scores = accuracy_section(suite, alike, series, found)
-    if len(alike) < len(results):
-        others = ", ".join(one.label for one in results if one not in alike)
-        left_out[f"some scores, {name}"] = f"asked other questions than the others: {others}"
-    return {f"scores, {name}": scores, **parts}
+    fidelity = [found for run in report.runs if (found := _fidelity(run)) is not None]
+    if fidelity:
+        parts["fidelity"] = fidelity_section(fidelity, series)
+    for number, comparison in enumerate(report.comparisons, start=1):
+        parts[comparison.title] = external_section(number, comparison, series)
+    if report.trained:
+        parts["losses"] = losses_section(report.trained, series)
+    else:
+        left_out["losses"] = "no stage of distillation was run: `mmmamba distill --data FILE`"
+    return parts
+
+
+def _fidelity(run: RunContents) -> RunFidelity | None:
+    """The similarities of a run's products, of the linear ones if there are any.
+
+    A hybrid's restored attention equals the teacher's by construction.
+    """
+    if run.mixers is None:
+        return None
+    layers = run.mixers.layers
+    linear = {
+        name: found
+        for name, found in layers.items()
+        if name in run.products and not run.products[name].attention_layers
+    }
+    recipe = next(iter(run.recipes.values()), None)
+    begun = "" if recipe is None else f" (mixers begin as: {recipe.mixer.init})"
+    title = f"{run.folder.resolve().name if run.name is None else run.name}{begun}"
+    shown = {run.label(name): found for name, found in (linear or layers).items()}
+    return RunFidelity(title, run.mixers.inputs, shown)
 
 
 def _title(report: ReportData) -> str:
@@ -175,60 +157,20 @@ def _title(report: ReportData) -> str:
     return f"{', '.join(students) or ', '.join(report.main.products)}{against}"
 
 
-def _head(
-    title: str, note: str | None, report: ReportData, differences: Sequence[ScoreDifference]
-) -> Markup:
-    """Title, headline scores and differences."""
-    titles = dict.fromkeys(one.result.title for one in report.evaluated if one.result.rules)
-    tables = [
-        _headlines(title, [one for one in report.evaluated if one.result.title == title])
-        for title in titles
-    ]
-    sentences: list[Child] = [difference_sentence(one) for one in differences]
-    if report.main.profile is not None:
-        sentences += headline(report.main.profile)
+def _head(title: str, note: str | None, summary: Sequence[str]) -> Markup:
+    """Title, the result in sentences, and what the page is."""
     return tag(
         "header",
         paragraph(MARK, class_="small"),
         tag("h1", title),
-        None if note is None else paragraph(note, class_="lead"),
-        *tables,
-        item_list(sentences) if sentences else None,
+        *(paragraph(tag("strong", sentence), class_="lead") for sentence in summary),
+        about(),
+        None if note is None else paragraph(note),
     )
 
 
-def _headlines(title: str, results: Sequence[ModelResult]) -> Markup:
-    """The headline score of every model in one suite, with the rule if rules differ."""
-    parts = parts_by_label(results)
-    differ = len({part.rule for part in parts.values()}) > 1
-    rows = [
-        (
-            one.label,
-            one.result.model.kind or None,
-            *((parts[one.label].rule,) if differ else ()),
-            *_headline(parts[one.label]),
-            _final(one.result.model.final),
-        )
-        for one in results
-        if one.result.rules
-    ]
-    by = ("rule",) if differ else ()
-    heading = ("model", "kind", *by, "score", "95 %", "distilled end to end")
-    return table(title, heading, rows, words=True)
-
-
-def _headline(part: RuleResult) -> tuple[str | None, str | None]:
-    interval, value = part.intervals.get(part.metric), part.metrics[part.metric]
-    span = None if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
-    return None if value is None else f"{value:.1f}", span
-
-
-def _final(value: bool | None) -> str | None:
-    return None if value is None else "yes" if value else "no"
-
-
 def _left_out(reasons: dict[str, str], remarks: Sequence[str]) -> Markup:
-    items = [
+    items: list[Child] = [
         join_markup((tag("strong", f"{what}: "), f"{reason}")) for what, reason in reasons.items()
     ]
     return section(

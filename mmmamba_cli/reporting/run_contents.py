@@ -19,11 +19,15 @@ from mmmamba_cli.evaluate.result import PREDICTIONS, TIMING, RuleResult, read_ru
 from mmmamba_cli.profiling import Profile, read_profile
 from mmmamba_cli.profiling.result import PROFILE_FILE
 from mmmamba_cli.recipe import Recipe, parse_recipe
+from mmmamba_cli.reporting.measured_results import MeasuredResults, read_measured_results
+from mmmamba_cli.reporting.mixer_fidelity import MixerFidelity, read_fidelity
 from mmmamba_cli.runs import TEACHER, Manifest, Run
 from mmmamba_cli.runs.manifest import read_json_as
 from mmmamba_cli.runs.run import Teacher
 
 PROFILES, COMPARISONS = "profile", "comparisons"
+
+NOTHING_MEASURED = MeasuredResults()
 
 Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -105,6 +109,7 @@ class RunContents:
     trained: Sequence[TrainedStage] = ()
     evaluated: Sequence[ModelResult] = ()
     profile: Profile | None = None
+    mixers: MixerFidelity | None = None
     # Problems while reading, one sentence each.
     remarks: tuple[str, ...] = ()
 
@@ -128,6 +133,13 @@ class ReportData:
     runs: Sequence[RunContents]
     comparisons: Sequence[ExternalComparison] = ()
     remarks: tuple[str, ...] = ()
+    measured: MeasuredResults = NOTHING_MEASURED
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """The profiles of `measured`, then the main run's."""
+        own = [] if self.main.profile is None else [self.main.profile]
+        return [*(profile for _, profile in self.measured.profiles), *own]
 
     @property
     def main(self) -> RunContents:
@@ -178,14 +190,18 @@ def parts_by_label(results: Sequence[ModelResult]) -> dict[str, RuleResult]:
     return {one.label: one.result.rule(first) or one.result.rules[0] for one in scored}
 
 
-def read_report_data(run: Path, beside: Sequence[Path] = ()) -> ReportData:
-    """Read a run, and other runs to compare its models with.
+def read_report_data(
+    run: Path, beside: Sequence[Path] = (), results: Sequence[Path] = ()
+) -> ReportData:
+    """Read a run, other runs to compare its models with, and files of measured results.
 
-    Damaged files are left out and named in `remarks`.
+    Damaged files of a run are left out and named in `remarks`.
 
     Raises:
-        RunError: if a folder is not a run, or two runs have the same name.
+        RunError: if a folder is not a run, two runs have the same name, or a file of `results`
+            cannot be read.
     """
+    measured = read_measured_results(results)
     names = [folder.resolve().name for folder in beside]
     if len(set(names)) < len(names):
         raise RunError(
@@ -196,7 +212,8 @@ def read_report_data(run: Path, beside: Sequence[Path] = ()) -> ReportData:
     runs += [_read_run(folder, name) for folder, name in zip(beside, names, strict=True)]
     remarks: list[str] = []
     comparisons = read_comparisons(run, remarks)
-    return ReportData(runs, comparisons, (*(r for one in runs for r in one.remarks), *remarks))
+    remarks = [*(remark for one in runs for remark in one.remarks), *remarks]
+    return ReportData(runs, comparisons, tuple(remarks), measured)
 
 
 def read_comparisons(run: Path, remarks: list[str]) -> list[ExternalComparison]:
@@ -226,6 +243,7 @@ def _read_run(folder: Path, name: str | None) -> RunContents:
         trained=list(_trained(run, contents)),
         evaluated=list(_evaluated(contents, remarks)),
         profile=_profile(contents, remarks),
+        mixers=read_fidelity(folder, products, remarks),
         remarks=tuple(remarks),
     )
 

@@ -8,15 +8,28 @@ from mmmamba_cli.evaluate.result import RuleResult
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
 from mmmamba_cli.reporting.comparisons import ScoreDifference, difference_sentence
-from mmmamba_cli.reporting.examples import Example, ModelAnswer
-from mmmamba_cli.reporting.html import Markup, figure, paragraph, section, table, tag
+from mmmamba_cli.reporting.examples import Example, ModelAnswer, QuestionAnswers
+from mmmamba_cli.reporting.html import (
+    Child,
+    Markup,
+    figure,
+    join_markup,
+    paragraph,
+    section,
+    table,
+    tag,
+)
+from mmmamba_cli.reporting.retention import Kept, chance_of, retention_table
 from mmmamba_cli.reporting.run_contents import ModelResult, parts_by_label
+from mmmamba_cli.reporting.styles import swatch
 
-GUESSING = (50.0, "guessing")
+GUESSING = "guessing"
 RIGHT, WRONG = "✓", "✗"
 
 
-def examples_section(suite: Suite, examples: Sequence[Example]) -> Markup:
+def examples_section(
+    suite: Suite, examples: Sequence[Example], series: Mapping[str, int]
+) -> Markup:
     """Images, questions and each model's answers."""
     labels = [answer.label for answer in examples[0].questions[0].answers]
     return section(
@@ -26,11 +39,16 @@ def examples_section(suite: Suite, examples: Sequence[Example]) -> Markup:
             "The first picture of each category, taken by its place in the table and not by what "
             f"was answered. {RIGHT} is right, {WRONG} is wrong."
         ),
-        tag("div", *(_example(example) for example in examples), class_="cards"),
+        example_cards(examples, series),
     )
 
 
-def _example(example: Example) -> Markup:
+def example_cards(examples: Sequence[Example], series: Mapping[str, int]) -> Markup:
+    """A card per picture: the picture above the questions, and the answers below each."""
+    return tag("div", *(_example(example, series) for example in examples), class_="cards")
+
+
+def _example(example: Example, series: Mapping[str, int]) -> Markup:
     picture = None
     if example.picture is not None:
         # The questions describe the image; there is no other description.
@@ -38,20 +56,27 @@ def _example(example: Example) -> Markup:
             "img",
             src=example.picture,
             alt=f"Picture of row {example.number}, category {example.category}; "
-            "the table below asks about it",
+            "the questions below are about it",
             loading="lazy",
         )
-    labels = [answer.label for answer in example.questions[0].answers]
-    rows = [(one.question, one.answer, *map(_answer, one.answers)) for one in example.questions]
-    caption = example.category
+    more = None
     if example.left_out:
-        caption += f" ({example.left_out} more questions not shown)"
-    return tag(
-        "article",
-        picture,
-        table(caption, ("question", "right answer", *labels), rows, words=True),
-        class_="card",
+        more = paragraph(f"{example.left_out} more questions not shown", class_="small")
+    questions = (_question(one, series) for one in example.questions)
+    return tag("article", tag("h3", example.category), picture, *questions, more, class_="card")
+
+
+def _question(one: QuestionAnswers, series: Mapping[str, int]) -> Markup:
+    asked = paragraph(
+        one.question,
+        tag("span", f" (right answer: {one.answer})", class_="small"),
+        class_="question",
     )
+    answers = (
+        tag("li", tag("span", swatch(series[each.label]), " ", each.label), _answer(each))
+        for each in one.answers
+    )
+    return join_markup((asked, tag("ul", *answers, class_="answers")))
 
 
 def _answer(answer: ModelAnswer) -> Markup:
@@ -73,8 +98,10 @@ def accuracy_section(
     results: Sequence[ModelResult],
     series: Mapping[str, int],
     differences: Sequence[ScoreDifference],
+    kept: Sequence[Kept] = (),
+    kinds: Mapping[str, str | None] | None = None,
 ) -> Markup:
-    """A panel of bars with intervals per metric of the first rule, and the numbers as a table."""
+    """The first rule's headline as bars with intervals, retention, and the other metrics folded."""
     first = results[0].result
     parts = parts_by_label(results)
     if not parts:
@@ -91,11 +118,16 @@ def accuracy_section(
             if value is not None
         )
     )
-    guessing = GUESSING if suite is not None and suite.choices == ("Yes", "No") else None
-    panels = [
-        tag("div", tag("h3", metric), _panel(first.title, metric, parts, series, guessing))
+    part = next(iter(parts.values()))
+    headline = part.metric if part.metric in metrics else metrics[0]
+    chances = {metric: chance_of(suite, metric, part) for metric in metrics}
+    panels = {
+        metric: tag(
+            "div", tag("h3", metric), _panel(first.title, metric, parts, series, chances[metric])
+        )
         for metric in metrics
-    ]
+    }
+    others = [panel for metric, panel in panels.items() if metric != headline]
     used = sorted({one.result.data.used for one in results})
     asked = " or ".join(f"{count:,}" for count in used)
     rules = list(dict.fromkeys(f"“{part.rule}”" for part in parts.values()))
@@ -111,10 +143,22 @@ def accuracy_section(
         paragraph(suite.note) if suite is not None and suite.note else None,
         *(paragraph(difference_sentence(one), class_="found") for one in differences),
         figure(
-            tag("div", *panels, class_="panels"),
+            tag("div", panels[headline], class_="panels"),
             "Higher is better."
-            + (f" The dashed line is {guessing[1]}: {guessing[0]:g}." if guessing else ""),
-            _numbers(metrics, parts),
+            + (
+                ""
+                if chances[headline] is None
+                else f" The dashed line is {GUESSING}: {chances[headline]:g}."
+            ),
+        ),
+        retention_table("What each student keeps of the teacher's score", kept, kinds or {})
+        if kept
+        else None,
+        tag(
+            "details",
+            tag("summary", "Scores by category, and the numbers as a table"),
+            tag("div", *others, class_="panels") if others else None,
+            _numbers(metrics, parts, chances),
         ),
         *_same_answer(results),
         *_unreadable(parts),
@@ -134,7 +178,7 @@ def _panel(
     metric: str,
     parts: Mapping[str, RuleResult],
     series: Mapping[str, int],
-    guessing: tuple[float, str] | None,
+    chance: float | None,
 ) -> Markup:
     rows = [
         Bar(label, value, series[label], part.intervals.get(metric))
@@ -148,22 +192,30 @@ def _panel(
         f"{title}, {metric}",
         rows,
         high=high,
-        reference=guessing if high else None,
+        reference=(chance, GUESSING) if high and chance is not None else None,
         show=lambda value: f"{value:.1f}",
     )
 
 
-def _numbers(metrics: Sequence[str], parts: Mapping[str, RuleResult]) -> Markup:
-    rows = []
-    for metric in metrics:
+def _numbers(
+    metrics: Sequence[str],
+    parts: Mapping[str, RuleResult],
+    chances: Mapping[str, float | None],
+) -> Markup:
+    """A row per model and a column per metric; the last row is chance."""
+    rows: list[tuple[Child, ...]] = []
+    for label, part in parts.items():
         cells = []
-        for part in parts.values():
+        for metric in metrics:
             low, high = part.intervals.get(metric, (None, None))
             value = part.metrics.get(metric)
             span = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
             cells.append(None if value is None else f"{value:.1f}{span}")
-        rows.append((metric, *cells))
-    return table("Score and 95 % interval", ("", *parts), rows)
+        rows.append((label, *cells))
+    if any(value is not None for value in chances.values()):
+        guessed = (None if chances[one] is None else f"{chances[one]:g}" for one in metrics)
+        rows.append(("chance", *guessed))
+    return table("Score and 95 % interval", ("", *metrics), rows)
 
 
 def _same_answer(results: Sequence[ModelResult]) -> list[Markup]:

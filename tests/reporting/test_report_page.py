@@ -108,29 +108,31 @@ def test_page_has_no_scripts_and_no_external_resources(page: Balanced) -> None:
 
 
 def test_answers_are_escaped(page: Balanced) -> None:
-    assert page.text.count(HOSTILE) == 1
+    # In the lead's pictures and among all answers.
+    assert page.text.count(HOSTILE) == 2
     assert not [a for a in page.all("img") if a.get("src") == "x"]
 
 
 def test_images_are_those_of_the_table_and_have_alt_texts(page: Balanced) -> None:
     pictures = page.all("img")
-    assert len(pictures) == 2
+    assert len(pictures) == 4
     colours = []
     for one in pictures:
         assert "category" in (one["alt"] or "")
         image = Image.open(io.BytesIO(base64.b64decode((one["src"] or "").split(",")[1])))
         assert image.size == (40, 30)
         colours.append(image.getpixel((20, 15))[0])
-    # The first picture of each of the two categories.
-    assert [round(colour / 40) for colour in colours] == [0, 1]
+    # The first picture of each of the two categories, in the lead and among all answers.
+    assert [round(colour / 40) for colour in colours] == [0, 1, 0, 1]
     assert all(svg.get("aria-label") for svg in page.all("svg") if svg.get("role") == "img")
     assert all(s.get("role") == "img" or s.get("aria-hidden") for s in page.all("svg"))
 
 
 def test_right_and_wrong_are_marked_in_words(page: Balanced) -> None:
     words = [data for _, data in page.texts if data in ("right: ", "wrong: ")]
-    # Two examples of two questions, three models: the unseeded one misses every Yes.
-    assert (words.count("right: "), words.count("wrong: ")) == (9, 3)
+    # Two examples of two questions. The lead asks teacher and student, of which the student is
+    # wrong once; the examples ask three models, of which the unseeded one misses every Yes.
+    assert (words.count("right: "), words.count("wrong: ")) == (7 + 9, 1 + 3)
 
 
 def test_constant_answers_and_differences_are_named(page: Balanced) -> None:

@@ -1,0 +1,163 @@
+"""The lead of a page: what the students keep, when they are faster, and three pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mmmamba_cli.profiling import Profile
+from mmmamba_cli.reporting.charts import Bar, bars
+from mmmamba_cli.reporting.examples import Example
+from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, tag
+from mmmamba_cli.reporting.models import ModelDetails
+from mmmamba_cli.reporting.retention import Kept, Share, retention_table
+from mmmamba_cli.reporting.scores import RIGHT, WRONG, example_cards
+from mmmamba_cli.reporting.speed import speed_figure
+
+ABOUT = (
+    "mmmamba turns a trained vision-language model with attention, the teacher, into students in "
+    "which mixers of constant memory replace attention: in all layers (linear) or in most of them "
+    "(hybrid). This page shows what students keep of their teacher's answers, and from which "
+    "length of context on they are faster."
+)
+EXAMPLE_CATEGORIES, EXAMPLE_QUESTIONS = 3, 2
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Contents of the lead. `source` says where the scores come from, `profile_source` the costs.
+
+    `labels` are the names of the profile's subjects on the page.
+    """
+
+    kept: Sequence[Kept]
+    source: str
+    profile: Profile | None
+    profile_source: str
+    labels: Mapping[str, str]
+    details: Mapping[str, ModelDetails]
+    examples: Sequence[Example] = ()
+    asked_of: str = ""
+
+    @property
+    def nouns(self) -> dict[str, str]:
+        """Students as a sentence names them: by kind where that is unique, else by label."""
+        students = list(dict.fromkeys(one.student for one in self.kept))
+        students += [name for name in self.labels.values() if name not in students]
+        known = {name: self.details[name].noun for name in students if name in self.details}
+        listed = list(known.values())
+        return {
+            name: known[name] if name in known and listed.count(known[name]) == 1 else name
+            for name in students
+        }
+
+
+def summary_sentences(lead: Lead) -> list[str]:
+    """One sentence for each kind of retention: what the students keep of the teacher's score."""
+    found = []
+    for above in (True, False):
+        kept = [one for one in lead.kept if (one.chance is not None) == above]
+        parts = []
+        for student in dict.fromkeys(one.student for one in kept):
+            shares = " and ".join(
+                f"{share.value:.0f} % on {one.suite}"
+                for one in kept
+                if one.student == student and (share := one.headline) is not None
+            )
+            if shares:
+                parts.append(f"the {lead.nouns[student]} keeps {shares}")
+        if parts:
+            counted = "its teacher's score above chance" if above else "its teacher's score"
+            found.append(f"Of {counted}, {'; '.join(parts)}.")
+    return found
+
+
+def lead_sections(lead: Lead, series: Mapping[str, int]) -> dict[str, Markup]:
+    """The sections by the name of their part; empty without scores and costs."""
+    parts: dict[str, Markup] = {}
+    if lead.kept:
+        parts["retention"] = _retention_section(lead, series)
+    if lead.profile is not None:
+        nouns = {name: lead.nouns.get(label, label) for name, label in lead.labels.items()}
+        drawn = speed_figure(lead.profile, series, lead.labels, nouns, lead.profile_source)
+        if drawn is not None:
+            title = "When the students are faster, and how much memory they need"
+            parts["crossing"] = section("crossing", title, drawn)
+    if lead.examples:
+        parts["pictures"] = _examples(lead.examples, series, lead.asked_of)
+    return parts
+
+
+def _retention_section(lead: Lead, series: Mapping[str, int]) -> Markup:
+    suites = dict.fromkeys(one.suite for one in lead.kept)
+    panels = [_panel([one for one in lead.kept if one.suite == suite], series) for suite in suites]
+    kinds = {label: one.kind for label, one in lead.details.items()}
+    tables = [
+        retention_table(
+            f"{suite}: {kept[0].title}, {kept[0].questions:,} questions, {kept[0].metric} in %",
+            kept,
+            kinds,
+        )
+        for suite in suites
+        if (kept := [one for one in lead.kept if one.suite == suite])
+    ]
+    return section(
+        "retention",
+        "What the students keep of their teacher's answers",
+        figure(
+            tag("div", *panels, class_="panels"),
+            "Scores in percent; higher is better. Whiskers are 95 % intervals over whole pictures; "
+            "the dashed line is guessing. " + lead.source,
+        ),
+        join_markup(tables),
+        paragraph(
+            "Kept above chance is (score - chance) / (teacher's score - chance): a student that "
+            "guesses keeps 0. The intervals of what is kept draw the pictures of student and "
+            "teacher together.",
+            class_="small",
+        ),
+    )
+
+
+def _panel(kept: Sequence[Kept], series: Mapping[str, int]) -> Markup:
+    first = kept[0]
+    scores: list[tuple[str, Share, Share | None]] = [(first.teacher, first.teacher_score, None)]
+    scores += [(one.student, one.student_score, one.headline) for one in kept]
+    rows = [
+        Bar(
+            label
+            if share is None
+            else f"{label}: keeps {share.value:.1f} %"
+            + ("" if first.chance is None else " above chance"),
+            score.value,
+            series[label],
+            score.interval,
+        )
+        for label, score, share in scores
+    ]
+    high = 100.0 if max(row.value for row in rows) <= 100 else None
+    chart = bars(
+        f"{first.suite}, {first.metric}",
+        rows,
+        high=high,
+        reference=None if first.chance is None or high is None else (first.chance, "guessing"),
+        show=lambda value: f"{value:.1f}",
+    )
+    return tag("div", tag("h3", first.suite), chart)
+
+
+def _examples(examples: Sequence[Example], series: Mapping[str, int], asked_of: str) -> Markup:
+    return section(
+        "pictures",
+        "The same questions to teacher and students",
+        paragraph(
+            "The first pictures of categories evenly spaced in the table of questions, not chosen "
+            f"by what was answered{asked_of}. {RIGHT} is right, {WRONG} is wrong."
+        ),
+        example_cards(examples, series),
+    )
+
+
+def about() -> Markup:
+    """What the page is, in two sentences."""
+    return paragraph(ABOUT)

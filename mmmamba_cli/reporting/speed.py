@@ -1,0 +1,138 @@
+"""The lead's figure on costs: time and memory against context, with the crossing point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmmamba_cli.profiling import Measurement, Profile
+from mmmamba_cli.profiling.report import format_memory, format_ms, memory_name
+from mmmamba_cli.profiling.result import DECODE, PREFILL, Task
+from mmmamba_cli.reporting.charts import Mark, format_short
+from mmmamba_cli.reporting.costs import (
+    Value,
+    conditions,
+    measured_tables,
+    memory_of,
+    milliseconds_of,
+    panel,
+)
+from mmmamba_cli.reporting.crossing import (
+    Crossing,
+    baseline_of,
+    crossings,
+    round_context,
+    students_of,
+)
+from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, table, tag
+from mmmamba_cli.reporting.styles import legend
+
+PANELS: tuple[tuple[str, Task, Value], ...] = (
+    ("next token, ms", DECODE, milliseconds_of),
+    ("memory while decoding, MiB", DECODE, memory_of),
+    ("reading the context, ms", PREFILL, milliseconds_of),
+)
+
+
+def speed_sentences(profile: Profile, nouns: Mapping[str, str]) -> list[str]:
+    """From which context on each student decodes faster, and by how much at the longest.
+
+    Empty if only one context was measured. A crossing or a ratio that rests on a noisy measurement
+    is left out. `nouns` are the students as a sentence names them.
+    """
+    found = []
+    for one in crossings(profile, DECODE):
+        noun = nouns.get(one.student, one.student)
+        if not one.is_noisy:
+            found.append(_crossing_sentence(one, noun))
+        longest = one.longest_quiet
+        if longest is not None and longest.times_faster > 1 and longest.context > (one.at or 0):
+            found.append(_ratio_sentence(noun, longest.context, longest.student, longest.baseline))
+    return found
+
+
+def _crossing_sentence(one: Crossing, noun: str) -> str:
+    shortest, longest = one.pairs[0], one.pairs[-1]
+    span = f"from {shortest.context:,} to {longest.context:,} tokens"
+    if one.state == "faster":
+        return f"The {noun} takes less time for a token than its teacher at all contexts, {span}."
+    if one.state == "slower":
+        return (
+            f"The {noun} does not become faster than its teacher at the contexts measured, {span}."
+        )
+    assert one.at is not None
+    return (
+        f"The {noun} takes less time for a token than its teacher from a context of about "
+        f"{round_context(one.at)} tokens on, and more below: "
+        f"{_ms(shortest.student)} against {_ms(shortest.baseline)} ms at {shortest.context:,}."
+    )
+
+
+def _ratio_sentence(noun: str, context: int, ours: Measurement, theirs: Measurement) -> str:
+    assert ours.median is not None and theirs.median is not None
+    memory = ""
+    if ours.memory is not None and theirs.memory is not None:
+        memory = (
+            f", with {format_memory(ours.memory.total)} of memory against "
+            f"{format_memory(theirs.memory.total)}"
+        )
+    return (
+        f"At {context:,} tokens the {noun} takes {_ms(ours)} ms against {_ms(theirs)} "
+        f"({theirs.median / ours.median:.1f} times as fast){memory}."
+    )
+
+
+def _ms(one: Measurement) -> str:
+    assert one.median is not None
+    return format_ms(one.median)
+
+
+def speed_figure(
+    profile: Profile,
+    series: Mapping[str, int],
+    labels: Mapping[str, str],
+    nouns: Mapping[str, str],
+    source: str,
+) -> Markup | None:
+    """Teacher and students over the context; None unless two contexts were measured.
+
+    `labels` are the names of the profile's subjects on the page.
+    """
+    baseline = baseline_of(profile)
+    if baseline is None or not crossings(profile, DECODE):
+        return None
+    names = [baseline.name, *(one.name for one in students_of(profile))]
+    drawn = []
+    for title, task, value in PANELS:
+        marks = _marks(crossings(profile, task), series, labels) if value is milliseconds_of else []
+        drawn.append(panel(profile, names, series, labels, title, task, value, marks))
+    sentences = speed_sentences(profile, nouns)
+    shown = {labels[name]: series[labels[name]] for name in names}
+    return join_markup(
+        (
+            *(paragraph(sentence) for sentence in sentences),
+            figure(
+                join_markup((legend(shown), tag("div", *drawn, class_="panels"))),
+                f"Lower is better; both axes are logarithmic. A vertical line marks the context "
+                f"from which on a student is faster. Memory is {memory_name(profile)}. "
+                f"{conditions(profile, source)}",
+                join_markup(
+                    table(title, heading, rows)  # type: ignore[arg-type]
+                    for title, heading, rows in measured_tables(profile)
+                ),
+            ),
+        )
+    )
+
+
+def _marks(
+    found: Sequence[Crossing], series: Mapping[str, int], labels: Mapping[str, str]
+) -> list[Mark]:
+    return [
+        Mark(
+            f"{labels[one.student]} faster from {format_short(float(f'{one.at:.2g}'))}",
+            series[labels[one.student]],
+            one.at,
+        )
+        for one in found
+        if one.at is not None and not one.is_noisy
+    ]

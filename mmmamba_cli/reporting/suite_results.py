@@ -1,0 +1,116 @@
+"""The results of one suite with its questions, and the sections that show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.evaluate import Suite
+from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
+from mmmamba_cli.reporting.comparisons import ScoreDifference, product_pairs, score_difference
+from mmmamba_cli.reporting.examples import Example, find_examples, open_table
+from mmmamba_cli.reporting.html import Markup
+from mmmamba_cli.reporting.models import ModelDetails
+from mmmamba_cli.reporting.retention import Kept, kept_in_run, known_suite
+from mmmamba_cli.reporting.run_contents import ModelResult, ReportData
+from mmmamba_cli.reporting.scores import accuracy_section, examples_section
+from mmmamba_cli.runs import TEACHER
+
+
+@dataclass(frozen=True)
+class SuiteResults:
+    """The comparable results of a suite. `problem` tells why its questions are not there.
+
+    `others` are results over other questions, which are not shown.
+    """
+
+    name: str
+    results: Sequence[ModelResult]
+    others: Sequence[ModelResult]
+    suite: Suite | None
+    table: VLMEvalTable | None = None
+    rows: Sequence[Row] = ()
+    problem: str = ""
+
+    @property
+    def teacher(self) -> ModelResult | None:
+        return next((one for one in self.results if one.label == TEACHER), None)
+
+    @property
+    def kept(self) -> list[Kept]:
+        """Retention of all models against the teacher; empty if it was not asked."""
+        teacher = self.teacher
+        if teacher is None:
+            return []
+        return kept_in_run(self.suite, self.rows, self.results, teacher)
+
+    def differences(self, report: ReportData) -> list[ScoreDifference]:
+        """Differences of products of one name in different runs."""
+        if self.suite is None or not self.rows:
+            return []
+        compared = [
+            score_difference(self.suite, self.rows, one, other)
+            for one, other in product_pairs(report, self.results)
+        ]
+        return [one for one in compared if one is not None]
+
+    def examples(
+        self, labels: Sequence[str] = (), *, categories: int | None = None, questions: int = 4
+    ) -> list[Example]:
+        """Pictures with the answers of the models, or of those of `labels`."""
+        if self.suite is None or self.table is None:
+            return []
+        asked = [one for one in self.results if one.answers and (one.label in labels or not labels)]
+        if not asked:
+            return []
+        return find_examples(
+            self.suite, self.table, self.rows, asked, categories=categories, questions=questions
+        )
+
+
+def suite_results(report: ReportData, data: Path | None) -> list[SuiteResults]:
+    """The results of each suite. `data` is the folder of the suites' tables."""
+    found = []
+    for name in dict.fromkeys(one.result.suite for one in report.evaluated):
+        results = [one for one in report.evaluated if one.result.suite == name]
+        # Results over other questions are not comparable: the largest comparable group is shown.
+        groups = [
+            [one for one in results if one.result.data.same_questions(first.result.data)]
+            for first in results
+        ]
+        alike = max(groups, key=len)
+        others = [one for one in results if one not in alike]
+        try:
+            found.append(SuiteResults(name, alike, others, *open_table(alike, data)))
+        except MmmambaError as error:
+            found.append(SuiteResults(name, alike, others, known_suite(name), problem=str(error)))
+    return found
+
+
+def suite_sections(
+    one: SuiteResults,
+    differences: Sequence[ScoreDifference],
+    series: Mapping[str, int],
+    details: Mapping[str, ModelDetails],
+    left_out: dict[str, str],
+) -> dict[str, Markup]:
+    """Scores and examples of a suite; adds the parts that it has not to `left_out`."""
+    kinds = {label: model.kind for label, model in details.items()}
+    parts = {
+        f"scores, {one.name}": accuracy_section(
+            one.suite, one.results, series, differences, one.kept, kinds
+        )
+    }
+    examples = one.examples()
+    if examples and one.suite is not None:
+        parts[f"examples, {one.name}"] = examples_section(one.suite, examples, series)
+    else:
+        reason = one.problem or "no question was answered by every model"
+        left_out[f"examples, {one.name}"] = reason
+    if one.others:
+        labels = ", ".join(other.label for other in one.others)
+        left_out[f"some scores, {one.name}"] = f"asked other questions than the others: {labels}"
+    return parts
