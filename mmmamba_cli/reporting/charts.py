@@ -104,6 +104,12 @@ def format_short(value: float) -> str:
     return f"{value:,.0f}" if size >= 100 else f"{value:.3g}"
 
 
+def format_context(value: float) -> str:
+    """Format a number of tokens: multiples of 1,024 as K."""
+    whole = value >= 1024 and value % 1024 == 0
+    return f"{value / 1024:g}K" if whole else format_short(value)
+
+
 @dataclass(frozen=True)
 class Bar:
     """A value and optionally its interval; `series` selects the style."""
@@ -209,6 +215,7 @@ def lines(
     show: Callable[[float], str] = format_short,
     x_ticks: Sequence[float] | None = None,
     marks: Sequence[Mark] = (),
+    show_x: Callable[[float], str] = format_short,
 ) -> Markup:
     """Lines over a common x axis; an axis is logarithmic only if all its values are positive."""
     points = [point for line in series for point in line.points if math.isfinite(point[1])]
@@ -220,7 +227,7 @@ def lines(
     low, high = axis_range([point[1] for point in points], log=log_y)
     x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
     y = Scale(low, high, TOP + PLOT_HEIGHT, TOP, log_y)
-    parts = [*_y_axis(y, show), *_x_axis(x, TOP + PLOT_HEIGHT, TOP, x_ticks)]
+    parts = [*_y_axis(y, show), *_x_axis(x, TOP + PLOT_HEIGHT, TOP, x_ticks, show_x)]
     parts.append(
         tag(
             "text",
@@ -257,7 +264,7 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
 
 
 def _mark(mark: Mark, x: Scale, row: int) -> Markup:
-    """A vertical line with its label, beside the line where there is room."""
+    """A vertical line with its label, on the side of the line where there is more room."""
     place = x(mark.at)
     left = place > (LEFT + WIDTH - RIGHT) / 2
     return tag(
@@ -282,7 +289,11 @@ def _mark(mark: Mark, x: Scale, row: int) -> Markup:
 
 
 def _x_axis(
-    x: Scale, bottom: float, top: float, ticks: Sequence[float] | None = None
+    x: Scale,
+    bottom: float,
+    top: float,
+    ticks: Sequence[float] | None = None,
+    show: Callable[[float], str] = format_short,
 ) -> list[Markup]:
     parts = []
     for value in _spaced_ticks(x, x.ticks() if ticks is None else ticks):
@@ -293,7 +304,7 @@ def _x_axis(
             tag("line", x1=place, x2=place, y1=top, y2=bottom, class_="grid"),
             tag(
                 "text",
-                format_short(value),
+                show(value),
                 x=place,
                 y=bottom + 15,
                 class_="tick",

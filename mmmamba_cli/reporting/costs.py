@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from mmmamba_cli.errors import name_some
 from mmmamba_cli.profiling import Measurement, Profile, report
 from mmmamba_cli.profiling.result import DECODE, MEASURED, PREFILL, Task
-from mmmamba_cli.reporting.charts import Line, Mark, lines
+from mmmamba_cli.reporting.charts import Line, Mark, format_context, lines
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
 from mmmamba_cli.reporting.styles import legend
 from mmmamba_cli.runs.provenance import redact_command
@@ -42,8 +42,13 @@ def costs_section(profile: Profile, series: Mapping[str, int], labels: Mapping[s
         paragraph(f"Compared: {profile.compared}."),
         figure(
             join_markup((legend(shown), tag("div", *panels, class_="panels"))),
-            f"Lower is better; both axes are logarithmic. Memory is {report.memory_name(profile)}. "
-            f"{conditions(profile, '')}",
+            join_markup(
+                (
+                    "Lower is better; both axes are logarithmic. Memory is "
+                    f"{report.memory_name(profile)}. ",
+                    conditions(profile, ""),
+                )
+            ),
             join_markup(
                 table(title, heading, rows)  # type: ignore[arg-type]
                 for title, heading, rows in measured_tables(profile)
@@ -53,17 +58,21 @@ def costs_section(profile: Profile, series: Mapping[str, int], labels: Mapping[s
     )
 
 
-def conditions(profile: Profile, source: str) -> str:
+def conditions(profile: Profile, source: str) -> Markup:
     """Where and when a profile was measured; `source` names its file, if it is not the run's."""
     device = profile.device
     threads = f"{device.threads} threads" if device.type == "cpu" else device.type
     where = ", ".join(
         (device.name, threads, profile.dtype, f"batch {profile.plan.batch}", f"seed {profile.seed}")
     )
-    versions = f"torch {profile.versions.get('torch', 'unknown')}"
-    told = f" ({source})" if source else ""
-    command = redact_command(profile.command)
-    return f"Measured on {profile.created[:10]} on {where}, {versions}, by `{command}`{told}."
+    return join_markup(
+        (
+            f"Measured on {profile.created[:10]} on {where}, torch "
+            f"{profile.versions.get('torch', 'unknown')}, by ",
+            tag("code", redact_command(profile.command)),
+            f" ({source})." if source else ".",
+        )
+    )
 
 
 def panel(
@@ -93,6 +102,7 @@ def panel(
         log_y=True,
         x_ticks=profile.plan.lengths(task),
         marks=marks,
+        show_x=format_context,
     )
     return tag("div", tag("h3", title), chart)
 

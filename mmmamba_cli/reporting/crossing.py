@@ -79,7 +79,11 @@ def is_attention_only(subject: SubjectPart) -> bool:
 
 def students_of(profile: Profile) -> list[SubjectPart]:
     """The subjects in which a mixer replaces attention."""
-    return [one for one in profile.subjects if not is_attention_only(one)]
+    return [
+        one
+        for one in profile.subjects
+        if one.role not in BASELINE_ORDER and not is_attention_only(one)
+    ]
 
 
 def crossings(profile: Profile, task: Task) -> list[Crossing]:

@@ -12,7 +12,7 @@ from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, s
 from mmmamba_cli.reporting.models import ModelDetails
 from mmmamba_cli.reporting.retention import Kept, Share, retention_table
 from mmmamba_cli.reporting.scores import RIGHT, WRONG, example_cards
-from mmmamba_cli.reporting.speed import speed_figure
+from mmmamba_cli.reporting.speed import headline, speed_figure
 
 ABOUT = (
     "mmmamba turns a trained vision-language model with attention, the teacher, into students in "
@@ -31,7 +31,7 @@ class Lead:
     """
 
     kept: Sequence[Kept]
-    source: str
+    source: Markup
     profile: Profile | None
     profile_source: str
     labels: Mapping[str, str]
@@ -41,35 +41,58 @@ class Lead:
 
     @property
     def nouns(self) -> dict[str, str]:
-        """Students as a sentence names them: by kind where that is unique, else by label."""
-        students = list(dict.fromkeys(one.student for one in self.kept))
-        students += [name for name in self.labels.values() if name not in students]
-        known = {name: self.details[name].noun for name in students if name in self.details}
-        listed = list(known.values())
-        return {
-            name: known[name] if name in known and listed.count(known[name]) == 1 else name
-            for name in students
-        }
+        """Students as a sentence names them: "the linear student" where that is unique, else the
+        label."""
+        kept = list(dict.fromkeys(one.student for one in self.kept))
+        found = self._unique(kept, kept)
+        others = [name for name in self.labels.values() if name not in found]
+        return found | self._unique(others, [*kept, *others])
+
+    def _unique(self, names: Sequence[str], among: Sequence[str]) -> dict[str, str]:
+        nouns = [self.details[name].noun for name in among if name in self.details]
+        found = {}
+        for name in names:
+            noun = self.details[name].noun if name in self.details else name
+            found[name] = f"the {noun}" if noun != name and nouns.count(noun) == 1 else name
+        return found
 
 
 def summary_sentences(lead: Lead) -> list[str]:
-    """One sentence for each kind of retention: what the students keep of the teacher's score."""
+    """What the students keep of the teacher's score, and when they are faster."""
     found = []
     for above in (True, False):
         kept = [one for one in lead.kept if (one.chance is not None) == above]
         parts = []
         for student in dict.fromkeys(one.student for one in kept):
-            shares = " and ".join(
-                f"{share.value:.0f} % on {one.suite}"
+            shares = [
+                _share_of_suite(one)
                 for one in kept
-                if one.student == student and (share := one.headline) is not None
-            )
+                if one.student == student and one.headline is not None
+            ]
             if shares:
-                parts.append(f"the {lead.nouns[student]} keeps {shares}")
+                parts.append(f"{lead.nouns[student]} keeps {' and '.join(shares)}")
         if parts:
-            counted = "its teacher's score above chance" if above else "its teacher's score"
-            found.append(f"Of {counted}, {'; '.join(parts)}.")
+            counted = (
+                "Of its teacher's score above chance (in brackets: of the score)"
+                if above
+                else "Of its teacher's score"
+            )
+            found.append(f"{counted}, {'; '.join(parts)}.")
+    if lead.profile is not None:
+        faster = headline(lead.profile, subject_nouns(lead))
+        found += [] if faster is None else [faster]
     return found
+
+
+def _share_of_suite(one: Kept) -> str:
+    assert one.headline is not None
+    raw = "" if one.chance is None or one.raw is None else f" ({one.raw.value:.0f} %)"
+    return f"{one.headline.value:.0f} %{raw} on {one.suite}"
+
+
+def subject_nouns(lead: Lead) -> dict[str, str]:
+    """The subjects of the profile as a sentence names them."""
+    return {name: lead.nouns.get(label, label) for name, label in lead.labels.items()}
 
 
 def lead_sections(lead: Lead, series: Mapping[str, int]) -> dict[str, Markup]:
@@ -78,8 +101,9 @@ def lead_sections(lead: Lead, series: Mapping[str, int]) -> dict[str, Markup]:
     if lead.kept:
         parts["retention"] = _retention_section(lead, series)
     if lead.profile is not None:
-        nouns = {name: lead.nouns.get(label, label) for name, label in lead.labels.items()}
-        drawn = speed_figure(lead.profile, series, lead.labels, nouns, lead.profile_source)
+        drawn = speed_figure(
+            lead.profile, series, lead.labels, subject_nouns(lead), lead.profile_source
+        )
         if drawn is not None:
             title = "When the students are faster, and how much memory they need"
             parts["crossing"] = section("crossing", title, drawn)
@@ -106,8 +130,13 @@ def _retention_section(lead: Lead, series: Mapping[str, int]) -> Markup:
         "What the students keep of their teacher's answers",
         figure(
             tag("div", *panels, class_="panels"),
-            "Scores in percent; higher is better. Whiskers are 95 % intervals over whole pictures; "
-            "the dashed line is guessing. " + lead.source,
+            join_markup(
+                (
+                    "Scores in percent; higher is better. Whiskers are 95 % intervals over whole "
+                    "pictures; the dashed line is guessing. ",
+                    lead.source,
+                )
+            ),
         ),
         join_markup(tables),
         paragraph(

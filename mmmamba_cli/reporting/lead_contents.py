@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mmmamba_cli.evaluate.result import Result
 from mmmamba_cli.profiling import Profile
+from mmmamba_cli.reporting.html import Markup, join_markup, tag
 from mmmamba_cli.reporting.lead import EXAMPLE_CATEGORIES, EXAMPLE_QUESTIONS, Lead
 from mmmamba_cli.reporting.measured_results import MeasuredScores
 from mmmamba_cli.reporting.models import ModelDetails, subject_label
@@ -20,9 +21,9 @@ def read_lead(
     report: ReportData, suites: Sequence[SuiteResults], details: Mapping[str, ModelDetails]
 ) -> Lead:
     """The lead of a page, from `report.measured` where that has scores or a profile."""
-    kept, source = _measured_scores(report)
+    kept, source = _measured_scores(report, details)
     if not kept:
-        kept, source = _scores_of_run(report, suites), "Measured in this run."
+        kept, source = _scores_of_run(report, suites), join_markup(("Measured in this run.",))
     profile, profile_source = _profile(report)
     names = [] if profile is None else profile.subjects
     students = list(dict.fromkeys(one.student for one in kept))
@@ -46,7 +47,9 @@ def read_lead(
     )
 
 
-def _measured_scores(report: ReportData) -> tuple[list[Kept], str]:
+def _measured_scores(
+    report: ReportData, details: Mapping[str, ModelDetails]
+) -> tuple[list[Kept], Markup]:
     label = _label_by_hash(report)
     teacher = report.main.teacher
     kept: list[Kept] = []
@@ -56,30 +59,38 @@ def _measured_scores(report: ReportData) -> tuple[list[Kept], str]:
         kept += found
         if found:
             sources.append(_source(name, scores))
-    return kept, " ".join(sources)
+    return sorted(kept, key=lambda one: _order(details, one.student)), join_markup(sources, " ")
+
+
+def _order(details: Mapping[str, ModelDetails], student: str) -> int:
+    """Linear students before hybrids."""
+    known = details.get(student)
+    return 0 if known is None or known.attention is None else known.attention
 
 
 def _label_by_hash(report: ReportData) -> Callable[[Result], str]:
     """A model of a file has the label of the run's model with the same weights, else its name."""
-    labels = {one.result.model.content_hash: one.label for one in report.evaluated}
-    for run in report.runs:
+    labels = {one.result.model.content_hash: one.label for one in reversed(report.evaluated)}
+    # A product of the main run comes before one of the same weights in another.
+    for run in reversed(report.runs):
         labels |= {one.content_hash: run.label(name) for name, one in run.products.items()}
     if report.main.teacher is not None:
         labels[report.main.teacher.content_hash] = TEACHER
     return lambda result: labels.get(result.model.content_hash, result.model.name)
 
 
-def _source(name: str, scores: MeasuredScores) -> str:
+def _source(name: str, scores: MeasuredScores) -> Markup:
     """Where and when a file's scores were measured."""
-    parts = [
-        None if scores.date is None else f"on {scores.date}",
-        None if scores.device is None else f"on {scores.device}",
-        None if scores.command is None else f"by `{redact_command(scores.command)}`",
+    when = [
+        *([] if scores.date is None else [f"on {scores.date}"]),
+        *([] if scores.device is None else [f"on {scores.device}"]),
+        f"torch {scores.results[0].versions.get('torch', 'unknown')}",
+        f"seed {scores.results[0].seed}",
     ]
-    versions = scores.results[0].versions
-    told = [part for part in parts if part is not None]
-    told.append(f"torch {versions.get('torch', 'unknown')}, seed {scores.results[0].seed}")
-    return f"Measured {', '.join(told)} ({name})."
+    command = None
+    if scores.command is not None:
+        command = join_markup((", by ", tag("code", redact_command(scores.command))))
+    return join_markup((f"Measured {', '.join(when)}", command, f" ({name})."))
 
 
 def _scores_of_run(report: ReportData, suites: Sequence[SuiteResults]) -> list[Kept]:

@@ -234,4 +234,4 @@ def retention_table(title: str, kept: Sequence[Kept], kinds: Mapping[str, str | 
         "kept of the score, %",
         "kept above chance, %",
     )
-    return table(title, heading, rows)
+    return table(title, heading, rows, words=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from mmmamba_cli.profiling import Measurement, Profile
 from mmmamba_cli.profiling.report import format_memory, format_ms, memory_name
 from mmmamba_cli.profiling.result import DECODE, PREFILL, Task
-from mmmamba_cli.reporting.charts import Mark, format_short
+from mmmamba_cli.reporting.charts import Mark
 from mmmamba_cli.reporting.costs import (
     Value,
     conditions,
@@ -18,6 +18,7 @@ from mmmamba_cli.reporting.costs import (
 )
 from mmmamba_cli.reporting.crossing import (
     Crossing,
+    Pair,
     baseline_of,
     crossings,
     round_context,
@@ -40,35 +41,57 @@ def speed_sentences(profile: Profile, nouns: Mapping[str, str]) -> list[str]:
     is left out. `nouns` are the students as a sentence names them.
     """
     found = []
-    for one in crossings(profile, DECODE):
+    for one in by_attention(profile, crossings(profile, DECODE)):
         noun = nouns.get(one.student, one.student)
-        if not one.is_noisy:
-            found.append(_crossing_sentence(one, noun))
+        sentences = [] if one.is_noisy else [_crossing_sentence(one, noun)]
         longest = one.longest_quiet
         if longest is not None and longest.times_faster > 1 and longest.context > (one.at or 0):
-            found.append(_ratio_sentence(noun, longest.context, longest.student, longest.baseline))
+            sentences.append(_ratio_sentence("it" if sentences else noun, longest))
+        if sentences:
+            found.append(" ".join(sentences))
     return found
 
 
-def _crossing_sentence(one: Crossing, noun: str) -> str:
-    shortest, longest = one.pairs[0], one.pairs[-1]
-    span = f"from {shortest.context:,} to {longest.context:,} tokens"
-    if one.state == "faster":
-        return f"The {noun} takes less time for a token than its teacher at all contexts, {span}."
-    if one.state == "slower":
-        return (
-            f"The {noun} does not become faster than its teacher at the contexts measured, {span}."
-        )
-    assert one.at is not None
+def by_attention(profile: Profile, found: Sequence[Crossing]) -> list[Crossing]:
+    """Linear students first, then hybrids by their number of attention layers."""
+    layers = {one.name: len(one.attention_layers) for one in profile.subjects}
+    return sorted(found, key=lambda one: layers[one.student])
+
+
+def headline(profile: Profile, nouns: Mapping[str, str]) -> str | None:
+    """The crossings in one sentence; None unless one was measured without noise."""
+    parts = [
+        f"{nouns.get(one.student, one.student)} from about {round_context(one.at)} tokens"
+        for one in by_attention(profile, crossings(profile, DECODE))
+        if one.at is not None and not one.is_noisy
+    ]
+    if not parts:
+        return None
+    device = "CPU" if profile.device.type == "cpu" else profile.device.name
     return (
-        f"The {noun} takes less time for a token than its teacher from a context of about "
-        f"{round_context(one.at)} tokens on, and more below: "
-        f"{_ms(shortest.student)} against {_ms(shortest.baseline)} ms at {shortest.context:,}."
+        f"On a {device}, students decode faster than the teacher in long contexts: "
+        f"{', '.join(parts)} on."
     )
 
 
-def _ratio_sentence(noun: str, context: int, ours: Measurement, theirs: Measurement) -> str:
-    assert ours.median is not None and theirs.median is not None
+def _crossing_sentence(one: Crossing, noun: str) -> str:
+    who = f"The{noun[3:]}" if noun.startswith("the ") else noun
+    shortest, longest = one.pairs[0], one.pairs[-1]
+    span = f"from {shortest.context:,} to {longest.context:,} tokens"
+    if one.state == "faster":
+        return f"{who} takes less time for a token than its teacher at all contexts, {span}."
+    if one.state == "slower":
+        return f"{who} does not become faster than its teacher at the contexts measured, {span}."
+    assert one.at is not None
+    return (
+        f"{who} takes less time for a token than its teacher from a context of about "
+        f"{round_context(one.at)} tokens on, and more below ({_ms(shortest.student)} ms against "
+        f"{_ms(shortest.baseline)} at {shortest.context:,})."
+    )
+
+
+def _ratio_sentence(subject: str, longest: Pair) -> str:
+    ours, theirs = longest.student, longest.baseline
     memory = ""
     if ours.memory is not None and theirs.memory is not None:
         memory = (
@@ -76,8 +99,8 @@ def _ratio_sentence(noun: str, context: int, ours: Measurement, theirs: Measurem
             f"{format_memory(theirs.memory.total)}"
         )
     return (
-        f"At {context:,} tokens the {noun} takes {_ms(ours)} ms against {_ms(theirs)} "
-        f"({theirs.median / ours.median:.1f} times as fast){memory}."
+        f"At {longest.context:,} tokens {subject} takes {_ms(ours)} ms against {_ms(theirs)} "
+        f"({longest.times_faster:.1f} times as fast){memory}."
     )
 
 
@@ -112,9 +135,14 @@ def speed_figure(
             *(paragraph(sentence) for sentence in sentences),
             figure(
                 join_markup((legend(shown), tag("div", *drawn, class_="panels"))),
-                f"Lower is better; both axes are logarithmic. A vertical line marks the context "
-                f"from which on a student is faster. Memory is {memory_name(profile)}. "
-                f"{conditions(profile, source)}",
+                join_markup(
+                    (
+                        "Lower is better; both axes are logarithmic. A vertical line marks the "
+                        "context from which on a student is faster. Memory is "
+                        f"{memory_name(profile)}. ",
+                        conditions(profile, source),
+                    )
+                ),
                 join_markup(
                     table(title, heading, rows)  # type: ignore[arg-type]
                     for title, heading, rows in measured_tables(profile)
@@ -129,7 +157,7 @@ def _marks(
 ) -> list[Mark]:
     return [
         Mark(
-            f"{labels[one.student]} faster from {format_short(float(f'{one.at:.2g}'))}",
+            f"{labels[one.student]} from {round_context(one.at)}",
             series[labels[one.student]],
             one.at,
         )

@@ -23,6 +23,7 @@ from mmmamba_cli.distill.kl_loss import shift_labels
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import load_recipe
+from mmmamba_cli.reporting.measured_results import read_measured_results
 from mmmamba_cli.reporting.run_contents import read_comparisons
 from mmmamba_cli.runs import Run, open_processor
 
@@ -276,6 +277,15 @@ def test_report_reads_the_comparison(
     assert [layer["layer"] for layer in seed["layers"]] == list(range(8))
     # An untrained mixer is not the attention it replaces.
     assert all(abs(layer["cosine"]) < 0.99 for layer in seed["layers"]), seed["layers"]
+
+
+def test_report_reads_committed_results(steps: ModuleType) -> None:
+    *_, last = steps.steps(steps.Sizes())
+    files = [Path(last.words[i + 1]) for i, word in enumerate(last.words) if word == "--results"]
+    found = read_measured_results(files)
+    assert len(found.scores) == len(found.profiles) == 1
+    names = {one.model.name for one in found.scores[0][1].results}
+    assert {"scenes-linear", "scenes-hybrid"} <= names
 
 
 def test_page_names_the_commands(steps: ModuleType) -> None:

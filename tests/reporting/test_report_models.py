@@ -1,0 +1,71 @@
+"""Models of a page: details from config and card, and a look of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from report_case import Balanced, answer
+
+from mmmamba_cli.reporting import build_page, read_report_data
+from mmmamba_cli.reporting.models import model_details, read_card, series_of
+from mmmamba_cli.reporting.styles import (
+    DARK_COLOURS,
+    DASHES,
+    LIGHT_COLOURS,
+    NUM_STYLES,
+    dashes,
+    marker,
+)
+
+Full = tuple[Path, Path, Path]
+
+
+def test_twelve_styles_differ_in_colour_marker_and_dashes() -> None:
+    assert NUM_STYLES == len(set(LIGHT_COLOURS)) == len(set(DARK_COLOURS)) == len(set(DASHES)) == 12
+    looks = [marker(number, 0, 0).replace(f"s{number}", "") for number in range(NUM_STYLES)]
+    assert len(set(looks)) == NUM_STYLES
+    # Where colours repeat, the combination does not.
+    later = {(number % NUM_STYLES, dashes(number)) for number in range(3 * NUM_STYLES)}
+    assert len(later) == 3 * NUM_STYLES
+
+
+def test_each_model_has_one_style(full: Full) -> None:
+    run, other, _ = full
+    series = series_of(read_report_data(run, [other]), ["linear-stage3"])
+    assert len(set(series.values())) == len(series)
+    assert list(series)[:2] == ["teacher", "linear-stage3"]
+    # Stages are models of their own: two curves of one panel never look alike.
+    assert {"stage1", "linear-stage3 (other)"} <= set(series)
+
+
+def test_details_of_shipped_models_come_from_config_and_card(full: Full, tmp_path: Path) -> None:
+    run, other, data = full
+    asked = shutil.copytree(other, tmp_path / "other")
+    for name in ("scenes-linear", "scenes-hybrid"):
+        answer(asked, data, name, ["Yes"] * 12)
+        # As results of older versions: without a kind.
+        file = asked / "evals" / name / "scenes" / "result.json"
+        value = json.loads(file.read_text())
+        value["model"] |= {"kind": "", "final": None}
+        file.write_text(json.dumps(value))
+    report = read_report_data(run, [asked])
+    details = model_details(report)
+    linear, hybrid = details["scenes-linear"], details["scenes-hybrid"]
+    assert linear.kind == "linear, attention in none of 8 layers"
+    assert hybrid.kind == "hybrid, attention in 2 of 8 layers"
+    assert (hybrid.recipe, hybrid.final) == ("scenes-linear", True)
+    assert details["teacher"].kind == "attention in all 8 layers"
+    text = Balanced(build_page(report, created="now", data=data).html).text
+    assert "hybrid, attention in 2 of 8 layers" in text
+
+
+def test_a_card_without_front_matter_has_no_details(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    assert read_card(card) == {}
+    for text in ("# title\n", "---\nnever ended", "---\n- a list\n---\n", "---\n: :\n---\n"):
+        card.write_text(text)
+        assert read_card(card) == {}, text
+    card.write_text("---\nmmmamba:\n  recipe: mine\n---\n# title\n")
+    assert read_card(card) == {"recipe": "mine"}
