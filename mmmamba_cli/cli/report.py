@@ -50,10 +50,10 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run as one HTML page: what students keep of their teacher, and at what cost.
+    """Write a run as one HTML page: retention, costs, answers.
 
-    Training, scores, answers, lineage and commands follow. The file is self-contained. Parts
-    without results are left out and listed.
+    Training, scores, lineage and commands follow. The file is self-contained. Parts without results
+    are left out and listed.
     """
     from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.reporting import build_page, check_replaceable, read_report_data
