@@ -25,7 +25,7 @@ COMPARE = "compare"
 SCRATCH = ("--init", "scratch", "--set", "stages.stage3.learns=[model.layers.*.mixer.*]")
 # What the shipped students keep and cost, which leads the page.
 RESULTS = Path(__file__).resolve().parent / "results"
-LEAD = ("scenes_version_2_h200.json", "profile_scenes_long_cpu.json")
+LEAD = ("scenes_retention_cpu.json", "profile_scenes_long_cpu.json")
 TITLE = "From attention to linear layers: what students keep of their teacher"
 NOTE = (
     "What the shipped students keep, and when they are faster, was measured before, as each figure "

@@ -11,31 +11,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.evaluate.result import Interval, Result, Retention
+from mmmamba_cli.evaluate.result import Result, Retention
 from mmmamba_cli.profiling import Profile, read_profile
 from mmmamba_cli.runs.manifest import read_json_as
-
-
-class AboveChance(BaseModel):
-    """(student - chance) / (teacher - chance) by a rule's headline metric, paired interval."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    suite: str
-    rule: str
-    metric: str
-    student: str
-    teacher: str
-    chance: float
-    ratio: float
-    interval: Interval | None = None
 
 
 class MeasuredScores(BaseModel):
     """What `mmmamba eval --teacher --json` prints, with the conditions of the measurement.
 
         {"format": 1, "command": "...", "date": "2026-11-29", "device": "...",
-         "results": [...], "retention": [...], "above_chance": [...]}
+         "results": [...], "retention": [...]}
 
     Everything but `results` may be left out.
     """
@@ -49,7 +34,6 @@ class MeasuredScores(BaseModel):
     device: str | None = None
     results: tuple[Result, ...] = Field(min_length=1)
     retention: tuple[Retention, ...] = ()
-    above_chance: tuple[AboveChance, ...] = ()
     # Printed by `--compare`; not shown on a page.
     published: Any = None
 

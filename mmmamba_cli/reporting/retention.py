@@ -11,6 +11,7 @@ from mmmamba_cli.evaluate.bootstrap import ratio_interval
 from mmmamba_cli.evaluate.result import Interval, Result, RuleResult
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring import find_rule
+from mmmamba_cli.evaluate.scoring.chance import YES_NO_CHANCE, above_chance
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.html import Child, Markup, table
@@ -18,9 +19,7 @@ from mmmamba_cli.reporting.measured_results import MeasuredScores
 from mmmamba_cli.reporting.run_contents import ModelResult
 from mmmamba_cli.runs import TEACHER
 
-# The score of a random answer to a yes/no question, in percent, and the metrics that it holds for
-# beside the categories' own accuracies.
-YES_NO_CHANCE = 50.0
+# The metrics that YES_NO_CHANCE holds for beside the categories' own accuracies.
 ACCURACIES = ("mean", "accuracy")
 
 
@@ -65,7 +64,12 @@ class Kept:
 
 
 def chance_of(suite: Suite | None, metric: str, part: RuleResult) -> float | None:
-    """The expected score of random answers by a metric, None if it is not known."""
+    """The expected score of random answers by a metric, None if it is not known.
+
+    Results of older versions do not name it; a yes/no suite's accuracies are known all the same.
+    """
+    if metric in part.chance:
+        return part.chance[metric]
     if suite is None or suite.choices != ("Yes", "No"):
         return None
     return YES_NO_CHANCE if metric in (*ACCURACIES, *part.categories) else None
@@ -118,7 +122,7 @@ def _unit_scores(rule: str, rows: Sequence[Row], one: ModelResult) -> UnitScores
 
 def _with_intervals(kept: Kept, ours: UnitScores, theirs: UnitScores, seed: int) -> Kept:
     def interval(chance: float) -> Interval | None:
-        return _percent(ratio_interval(ours, theirs, kept.metric, seed=seed, chance=chance))
+        return _percent(ratio_interval(ours, theirs, kept.metric, seed=seed, origin=chance))
 
     return _replace_intervals(
         kept, interval(0.0), None if kept.chance is None else interval(kept.chance)
@@ -145,9 +149,7 @@ def _kept(
     mine, taught = ours.metrics.get(metric), theirs.metrics.get(metric)
     if mine is None or taught is None:
         return None
-    above = None
-    if chance is not None and taught > chance:
-        above = Share(100 * (mine - chance) / (taught - chance))
+    above = None if chance is None else above_chance(mine, taught, chance)
     return Kept(
         result.suite,
         result.title,
@@ -158,7 +160,7 @@ def _kept(
         Share(taught, theirs.intervals.get(metric)),
         chance,
         Share(100 * mine / taught) if taught else None,
-        above,
+        None if above is None else Share(100 * above),
     )
 
 
@@ -201,9 +203,10 @@ def _intervals_in(
 ) -> tuple[Interval | None, Interval | None]:
     """The intervals of raw and above-chance retention that a file has, in percent."""
     wanted = (result.suite, rule, result.model.name)
-    raw = {(one.suite, one.rule, one.student): one.interval for one in measured.retention}
-    above = {(one.suite, one.rule, one.student): one.interval for one in measured.above_chance}
-    return _percent(raw.get(wanted)), _percent(above.get(wanted))
+    for one in measured.retention:
+        if (one.suite, one.rule, one.student) == wanted:
+            return _percent(one.interval), _percent(one.above_chance_interval)
+    return None, None
 
 
 def _percent(interval: Interval | None) -> Interval | None:

@@ -158,14 +158,13 @@ def measured(full: Full, tmp_path: Path) -> Path:
         part: dict[str, Any] = {"suite": "scenes", "rule": value["rules"][0]["rule"]}
         part |= {"metric": "mean", "student": name, "teacher": "teacher"}
         part |= {"student_value": score, "teacher_value": 90.0, "ratio": score / 90}
-        part |= {"interval": [0.7, 0.95], "rows": 12, "seed": 0}
+        part |= {"interval": [0.7, 0.95], "rows": 12, "seed": 0, "chance": 50.0}
+        part |= {"above_chance": 0.75, "above_chance_interval": [0.6, 0.9]}
         retention += [] if name == "teacher" else [part]
-    chance = {key: retention[0][key] for key in ("suite", "rule", "metric", "student", "teacher")}
-    chance |= {"chance": 50.0, "ratio": 0.75, "interval": [0.6, 0.9]}
     text = {"format": 1, "command": "mmmamba eval /secret/place", "date": "2026-02-03"}
     text |= {"device": "an abacus", "results": results, "retention": retention}
     file = tmp_path / "scores.json"
-    file.write_text(json.dumps({**text, "above_chance": [chance]}))
+    file.write_text(json.dumps(text))
     return file
 
 
@@ -216,7 +215,7 @@ def test_the_command_prints_the_result(
 
 def test_committed_results_are_readable() -> None:
     """The files that `make demo` gives to the report, and results of older versions."""
-    names = ("scenes_version_2_h200.json", "profile_scenes_long_cpu.json")
+    names = ("scenes_retention_cpu.json", "profile_scenes_long_cpu.json")
     older = ("profile_hovle_8m_cpu.json",)
     found = read_measured_results([RESULTS / name for name in (*names, *older)])
     assert [name for name, _ in found.scores] == [names[0]]
