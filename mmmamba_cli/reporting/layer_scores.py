@@ -16,17 +16,10 @@ from mmmamba_cli.layer_selection.layer_scores import (
     read_layer_scores,
 )
 from mmmamba_cli.reporting.charts import Bar, bars
-from mmmamba_cli.reporting.html import (
-    DAY,
-    LIGHT,
-    Markup,
-    figure,
-    paragraph,
-    section,
-    table,
-    tag,
-)
+from mmmamba_cli.reporting.html import Markup, figure, paragraph, section, table, tag
 from mmmamba_cli.reporting.run_contents import ReportData, RunContents
+from mmmamba_cli.reporting.styles import style_css
+from mmmamba_cli.reporting.stylesheet import DAY
 from mmmamba_cli.runs import Manifest
 
 CHOSEN, OTHER = 0, 1
@@ -139,8 +132,7 @@ def write_score_picture(
     style = (
         f":root{{{DAY}}}svg{{background:var(--ground)}}"
         "text{font:12px sans-serif;fill:var(--ink)}.tick,.value{font-size:11px}"
-        ".grid{stroke:var(--rule)}.whisker{stroke:var(--ink);fill:none}"
-        + "".join(f".fill.s{i}{{fill:var(--s{i})}}" for i in range(len(LIGHT)))
+        ".grid{stroke:var(--rule)}.whisker{stroke:var(--ink);fill:none}" + style_css()
     )
     picture = score_bars(title, layers, chosen)
     opened, rest = picture.split(">", 1)
