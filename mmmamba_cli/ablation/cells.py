@@ -14,9 +14,8 @@ from typing import Any
 
 from mmmamba_cli.ablation.plan import TEACHER_ARM, WORK, Arm, Plan, SuiteUse
 from mmmamba_cli.errors import RecipeError
-from mmmamba_cli.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from mmmamba_cli.recipe import Recipe, load_recipe
 from mmmamba_cli.recipe.problems import join_or, suggest
-from mmmamba_cli.recipe.yaml_text import write_yaml
 
 DIGEST_DIGITS = 12
 # Fields of a recipe that change neither weights nor scores.
@@ -83,9 +82,10 @@ def expand(plan: Plan, sets: Sequence[str] = (), work: str = WORK) -> list[Cell]
     """
     teacher = _cell(plan, TEACHER_ARM, None, None, (), (), work)
     found = [teacher] if teacher.suites else []
+    recipes = {arm.name: _recipe(plan, arm, sets, work) for arm in plan.arms}
     for seed in plan.seeds:
         for arm in plan.arms:
-            recipe = _recipe(plan, arm, seed, sets, work)
+            recipe = recipes[arm.name].model_copy(update={"seed": seed})
             stages = _stages(plan, arm, recipe)
             if stages:
                 recipe = _with_stages(recipe, stages)
@@ -116,18 +116,19 @@ def _matches(cell: Cell, pattern: str) -> bool:
     return fnmatchcase(cell.name, pattern) or fnmatchcase(cell.arm, pattern)
 
 
-def _recipe(plan: Plan, arm: Arm, seed: int, sets: Sequence[str], work: str) -> Recipe:
-    """The recipe of an arm and a seed, with all stages."""
+def _recipe(plan: Plan, arm: Arm, sets: Sequence[str], work: str) -> Recipe:
+    """The recipe of an arm with all stages."""
     given = {"train": plan.data, "held_out": plan.held_out, "image_root": plan.image_root}
-    overrides: dict[str, Any] = {"teacher": plan.teacher, "seed": seed}
+    overrides: dict[str, Any] = {"teacher": plan.teacher}
     base = [*_assignments(plan.set), *(f"data.{k}={json.dumps(v)}" for k, v in given.items() if v)]
     own = [text for one in plan.lineage(arm) for text in _assignments(one.set)]
     try:
         recipe = load_recipe(plan.recipe, [*base, *sets, *own], overrides)
     except RecipeError as error:
         raise RecipeError(f"arm {arm.name}: {error.message}", error.hint) from None
-    text = dump_recipe(recipe)
-    return recipe if WORK not in text else parse_recipe(text.replace(WORK, work), plan.recipe)
+    paths = recipe.data.model_dump(include=set(given), exclude_none=True)
+    filled = {field: path.replace(WORK, work) for field, path in paths.items()}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=filled)})
 
 
 def _assignments(changes: Mapping[str, Any]) -> Iterator[str]:
@@ -157,9 +158,8 @@ def _stages(plan: Plan, arm: Arm, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _with_stages(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    tree = recipe.model_dump(mode="json")
-    tree["stages"] = [stage for stage in tree["stages"] if stage["name"] in names]
-    return parse_recipe(write_yaml(tree), "recipe of the plan")
+    stages = tuple(stage for stage in recipe.stages if stage.name in names)
+    return recipe.model_copy(update={"stages": stages})
 
 
 def _cell(

@@ -13,6 +13,9 @@ from mmmamba_cli.ablation.records import CellRecord
 from mmmamba_cli.ablation.run_folders import steps_done
 from mmmamba_cli.recipe import Recipe
 
+# Everything in a cell but steps and suites.
+OTHER = "other"
+
 
 class Estimator:
     """Medians of measured seconds: those of the same arm if there are any, else of all arms.
@@ -25,6 +28,7 @@ class Estimator:
         self._device: str | None = None
         self._steps: dict[tuple[str | None, str], list[float]] = defaultdict(list)
         self._suites: dict[tuple[str | None, str], list[float]] = defaultdict(list)
+        self._other: dict[tuple[str | None, str], list[float]] = defaultdict(list)
         for record in sorted(records, key=lambda one: one.timing.date):
             self.add(record)
 
@@ -35,12 +39,16 @@ class Estimator:
         if record.device != self._device:
             self._steps.clear()
             self._suites.clear()
+            self._other.clear()
             self._device = record.device
         for stage in record.stages:
             seconds = record.timing.stages.get(stage.name)
             if seconds is not None:
                 for arm in (record.arm, None):
                     self._steps[arm, stage.name].append(seconds / max(1, stage.steps))
+        if record.seed is not None:
+            for arm in (record.arm, None):
+                self._other[arm, OTHER].append(record.timing.other)
         for label, seconds in record.timing.suites.items():
             for arm in (record.arm, None):
                 self._suites[arm, label].append(seconds)
@@ -53,7 +61,9 @@ class Estimator:
         done, steps = steps_done(work / unit.folder)
         done = max(done, shared, key=len)
         arm = unit.arm if isinstance(unit, Cell) else None
-        parts: list[float | None] = [self._hints.cell]
+        parts: list[float | None] = [
+            self._value(self._other, arm, OTHER, {OTHER: self._hints.cell})
+        ]
         if unit.recipe is not None:
             parts.append(self._training(arm, unit.recipe, unit.stages, done, steps))
         if isinstance(unit, Cell):

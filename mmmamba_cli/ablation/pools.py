@@ -5,6 +5,7 @@ A process runs many cells, so that torch is imported and kernels are compiled on
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from typing import Any
+
+import torch
 
 from mmmamba_cli.ablation.cells import Trunk
 from mmmamba_cli.ablation.execution import CellExecutor, CellStopped, Control, Setting
@@ -52,6 +55,13 @@ def run_unit(executor: CellExecutor, unit: Unit, parent: Trunk | None, control: 
     return UnitEnd(unit, "finished")
 
 
+def release_memory() -> None:
+    """Free the models of a unit, so that other processes can use the device's memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class InlinePool:
     """Runs one unit at a time in this process."""
 
@@ -82,6 +92,7 @@ class InlinePool:
             progress=lambda what, done, total: self._report(unit.name, what, done, total),
         )
         end = run_unit(self._executor, unit, parent, control)
+        release_memory()
         self._next = None
         return [end]
 
@@ -98,8 +109,6 @@ def visible_gpus(device: str | None) -> list[str]:
     chosen = pick_device(device)
     if chosen.type != "cuda":
         return []
-    import torch
-
     names = os.environ.get(VISIBLE_DEVICES)
     listed = names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
     return listed if chosen.index is None else [listed[chosen.index]]
@@ -154,7 +163,7 @@ class ProcessPool:
             worker = _Worker(self._setting, self._stop, gpu)
             self._workers.append(worker)
         worker.unit = unit
-        worker.connection.send((unit, parent, deadline))
+        _send(worker.connection, (unit, parent, deadline))
 
     def wait(self) -> list[UnitEnd]:
         ended: list[UnitEnd] = []
@@ -192,27 +201,33 @@ class ProcessPool:
         """End the processes; units that run are asked to save and stop first."""
         self._stop.set()
         for worker in self._workers:
-            worker.connection.close()
+            _send(worker.connection, None)
         for worker in self._workers:
             worker.process.join(STOP_SECONDS)
             if worker.process.is_alive():
-                worker.process.terminate()
+                worker.process.kill()
                 worker.process.join()
 
 
 def _work(setting: Setting, connection: Connection, stop: Event, gpu: str | None) -> None:
-    """Run the units that arrive until the runner closes the connection."""
+    """Run the units that arrive until the runner sends None or is gone."""
+    runner = parent_process()
+    if runner is not None:
+        # The processes share the cores.
+        torch.set_num_threads(max(1, torch.get_num_threads() // setting.jobs))
     if gpu is not None:
         # CUDA is not initialised yet: this process sees one GPU, which is its cuda:0.
         os.environ[VISIBLE_DEVICES] = gpu
         setting = replace(setting, device="cuda")
     executor = CellExecutor(setting)
-    runner = parent_process()
     while True:
         try:
-            unit, parent, deadline = connection.recv()
+            message = connection.recv()
         except EOFError:
             return
+        if message is None:
+            return
+        unit, parent, deadline = message
         last = 0.0
 
         def progress(what: str, done: int, total: int) -> None:
@@ -220,24 +235,26 @@ def _work(setting: Setting, connection: Connection, stop: Event, gpu: str | None
             now = time.monotonic()
             if done == total or now - last >= REPORT_SECONDS:
                 last = now
-                _send(connection, "progress", what, done, total)
+                _send(connection, ("progress", what, done, total))
 
         control = Control(
             # A runner that was killed cannot ask.
             should_stop=lambda deadline=deadline: (  # type: ignore[misc]
                 stop.is_set() or is_over(deadline) or (runner is None or not runner.is_alive())
             ),
-            say=lambda text: _send(connection, "say", text),
+            say=lambda text: _send(connection, ("say", text)),
             progress=progress,
         )
         end = run_unit(executor, unit, parent, control)
+        release_memory()
         sys.stdout.flush()
-        _send(connection, "end", end.status, end.message)
+        _send(connection, ("end", end.status, end.message))
 
 
-def _send(connection: Connection, *message: Any) -> None:
+def _send(connection: Connection, message: Any) -> None:
     try:
         connection.send(message)
-    except (BrokenPipeError, OSError):
-        # The runner is gone; the unit stops at its next step.
+    except OSError:
+        # The other end is gone. A unit stops at its next step, and the runner reads the end of a
+        # process when it waits for it.
         return

@@ -84,7 +84,8 @@ class Timing(_JsonModel):
     """What differs between equal runs."""
 
     date: str
-    seconds: float
+    # Seconds of everything but steps and suites, in the call that finished the cell.
+    other: float = 0.0
     stages: dict[str, float] = {}
     suites: dict[str, float] = {}
     # Cells that ran at the same time, this one included.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mmmamba_cli.ablation.cells import Cell, expand
 from mmmamba_cli.ablation.plan import Plan, load_plan
+from mmmamba_cli.ablation.preparation import resolve_folders
 from mmmamba_cli.ablation.records import CellRecord, finished, read_records
-from mmmamba_cli.ablation.runner import resolve_folders
 from mmmamba_cli.ablation.tables import TextTable, plan_tables
 
 LEGEND = """\
@@ -60,9 +60,8 @@ def provenance(
             for one in records.values()
         }
     )
-    minutes = sum(one.timing.seconds for one in records.values()) / 60
     return (
-        f"{command}, {len(records)} of {len(cells)} cells, {minutes:.0f} minutes of cells; "
+        f"{command}, {len(records)} of {len(cells)} cells; "
         f"{', '.join(devices)}; {'; '.join(versions)}; {span}: `{out.as_posix()}`."
     )
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from mmmamba_cli.ablation.cells import Cell, Trunk, is_corpus_spec, shared_trunks
+from mmmamba_cli.ablation.cells import Cell, Trunk, shared_trunks
 from mmmamba_cli.ablation.estimates import Estimator
-from mmmamba_cli.ablation.plan import WORK, Plan
+from mmmamba_cli.ablation.plan import Plan
 from mmmamba_cli.ablation.records import (
     CellRecord,
     Timing,
@@ -24,7 +21,7 @@ from mmmamba_cli.ablation.records import (
     write_record,
 )
 from mmmamba_cli.ablation.run_folders import prune_run
-from mmmamba_cli.errors import DataError, RunError, name_some
+from mmmamba_cli.errors import RunError, name_some
 from mmmamba_cli.runs.manifest import utc_timestamp
 
 Unit = Cell | Trunk
@@ -144,46 +141,6 @@ def estimates(
     ]
 
 
-def check_data(cells: Sequence[Cell]) -> None:
-    """Raise `DataError` if a file of training data is not there; each cell would fail by itself."""
-    sources = [
-        source
-        for cell in cells
-        if cell.recipe is not None and cell.stages
-        for source in (cell.recipe.data.train, cell.recipe.data.held_out)
-        if source is not None and not is_corpus_spec(source) and "{" not in source
-    ]
-    for source in dict.fromkeys(sources):
-        if not Path(source).exists():
-            raise DataError(
-                f"the plan's data {source} is not there",
-                "make it, or name another with --set data.train=FILE",
-            )
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder against other runners; it is made if it is not there.
-
-    Raises `RunError` if it is locked.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    # The folder itself is locked, so that no file of the lock lies among results.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise RunError(
-            f"{folder} is in use by another mmmamba ablate",
-            "wait for it, or choose another --out and --work",
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
 def run_plan(
     plan: Plan,
     progress: Progress,
@@ -262,7 +219,7 @@ def _note(
             digest=cell.digest,
             status="failed",
             error=message,
-            timing=Timing(date=utc_timestamp(), seconds=0.0),
+            timing=Timing(date=utc_timestamp()),
         )
         write_record(out, cell, record)
 
@@ -363,27 +320,3 @@ def remove_unneeded(
         if record.status == "finished":
             evaluated = record.model.product if record.model and record.seed is not None else None
             prune_run(work / f"{name}-{record.digest}", keep, evaluated)
-
-
-def resolve_folders(plan: Plan, out: Path | None, work: Path | None) -> tuple[Path, Path]:
-    """The folders of results and of work: those given, else the plan's, else the defaults."""
-    from mmmamba_cli.ablation.records import RESULTS
-
-    results = out or (Path(plan.out) if plan.out is not None else RESULTS / plan.name)
-    return results, work or Path("runs") / "ablations" / plan.name
-
-
-def preparations(plan: Plan, cells: Sequence[Cell], work: Path) -> list[tuple[Path, str]]:
-    """Path and command of the data that the cells need and that are not there yet."""
-    used = {use.data for cell in cells for use in cell.suites}
-    for cell in cells:
-        if cell.recipe is not None:
-            data = cell.recipe.data
-            used |= {data.train, data.held_out, data.image_root}
-    paths = [Path(source) for source in used if source is not None and not is_corpus_spec(source)]
-    found = [(Path(one.path.replace(WORK, str(work))), one.command) for one in plan.prepare]
-    return [
-        (made, command)
-        for made, command in found
-        if not made.exists() and any(path == made or made in path.parents for path in paths)
-    ]

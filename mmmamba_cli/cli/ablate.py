@@ -91,7 +91,8 @@ def command(
     """
     from mmmamba_cli.ablation import expand, load_plan
     from mmmamba_cli.ablation.cells import select
-    from mmmamba_cli.ablation.runner import TimeLimit, find_progress, resolve_folders
+    from mmmamba_cli.ablation.preparation import resolve_folders
+    from mmmamba_cli.ablation.runner import TimeLimit, find_progress
 
     started = time.monotonic()
     loaded = load_plan(plan)
@@ -123,14 +124,8 @@ def _run(
     jobs: int,
 ) -> Outcome:
     """Lock both folders, make the data that are missing, and run the pending cells."""
-    from mmmamba_cli.ablation.runner import (
-        Outcome,
-        RunnerEvents,
-        check_data,
-        folder_lock,
-        remove_unneeded,
-        run_plan,
-    )
+    from mmmamba_cli.ablation.preparation import check_data, check_suites, folder_lock
+    from mmmamba_cli.ablation.runner import Outcome, RunnerEvents, remove_unneeded, run_plan
     from mmmamba_cli.cli.ablate_display import AblationDisplay
     from mmmamba_cli.cli.distill_display import StopRequest
 
@@ -143,6 +138,7 @@ def _run(
         stack.enter_context(if_interrupted(f"results are in {out}; run the same command to go on"))
         _prepare(plan, progress.pending, work)
         check_data(progress.pending)
+        check_suites(progress.pending, lambda text: print_line(text, to_stderr=True))
         from mmmamba_cli.ablation.execution import Setting
         from mmmamba_cli.ablation.pools import InlinePool, ProcessPool
 
@@ -168,10 +164,10 @@ def _run(
 
 def _prepare(plan: Plan, cells: Sequence[Cell], work: Path) -> None:
     """Make the data that the cells need and that are not there."""
-    from mmmamba_cli.ablation.runner import preparations
+    from mmmamba_cli.ablation.preparation import preparations
 
     for path, words in preparations(plan, cells, work):
-        from mmmamba_cli.ablation.execution import fill, run_mmmamba
+        from mmmamba_cli.ablation.commands import fill, run_mmmamba
         from mmmamba_cli.ablation.plan import WORK
 
         made = fill(words, {"{path}": str(path), WORK: str(work)})

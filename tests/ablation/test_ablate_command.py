@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ from preloaded_process import PreloadedProcess
 from typer.testing import CliRunner
 
 from mmmamba_cli.__main__ import main
-from mmmamba_cli.ablation import execution
+from mmmamba_cli.ablation import execution, pools
+from mmmamba_cli.ablation.preparation import folder_lock
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.errors import MmmambaError, RunError
 
 
 def ablate(file: Path, *words: object) -> Result:
@@ -111,45 +116,132 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(write_plan: WritePla
     assert done(file, "--overwrite")["finished"] == ["broken-seed0", "also-seed0"]
 
 
-def test_no_cell_is_begun_that_would_exceed_the_limit(
-    write_plan: WritePlan, trained: list[str]
-) -> None:
-    arms = [
-        {"name": "linear", "stages": ["stage1", "stage2"]},
-        {"name": "long", "stages": ["stage1"], "set": {"stages.stage1.steps": 50}},
-        {"name": "endless", "stages": ["stage1"], "set": {"stages.stage1.steps": 10000}},
-    ]
-    estimates = {"step": {"stage1": 10, "stage2": 0.01}, "cell": 1}
-    file = write_plan({"arms": arms, "estimates": estimates, "suites": []})
-    rows = {row["cell"]: row for row in done(file, "--dry-run")["cells"]}
-    assert rows["linear-seed0"]["seconds"] == pytest.approx(1 + 4 * 10 + 4 * 0.01)
-    assert rows["long-seed0"]["seconds"] == 1 + 50 * 10
-    # 9 minutes of which 20 seconds are kept free: both short ones fit, then measured steps do.
-    assert done(file, "--minutes", 9, "--only", "linear,long")["too_long"] == []
-    # A cell is begun that no limit would allow, saved before its end, and gone on with.
-    limited = done(file, "--minutes", 0.05, "--only", "endless")
+def test_a_cell_that_no_limit_allows_is_saved_and_gone_on_with(write_plan: WritePlan) -> None:
+    arms = [{"name": "endless", "stages": ["stage1"], "set": {"stages.stage1.steps": 10000}}]
+    estimates = {"step": {"stage1": 10}, "cell": 1}
+    file = write_plan({"base": "endless", "arms": arms, "estimates": estimates, "suites": []})
+    (row,) = done(file, "--dry-run")["cells"]
+    assert row["seconds"] == 1 + 10000 * 10
+    limited = done(file, "--minutes", 0.01)
     assert limited["left"] == ["endless-seed0"]
     work = next((file.parent / "work").glob("endless*"))
     (state,) = work.glob("training/stage1/step-*")
     first = int(state.name.removeprefix("step-"))
     assert 0 < first < 10000
-    done(file, "--minutes", 0.05, "--only", "endless")
+    done(file, "--minutes", 0.02)
     (state,) = work.glob("training/stage1/step-*")
     assert int(state.name.removeprefix("step-")) > first
 
 
-def test_a_killed_runner_gives_the_same_results(write_plan: WritePlan, tmp_path: Path) -> None:
+def test_cells_side_by_side_give_the_same_results(
+    write_plan: WritePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The command starts new interpreters; forks of this one import nothing again.
+    monkeypatch.setattr(pools, "get_context", lambda method: get_context("fork"))
     file = write_plan()
+    done(file, "--only", "linear,hybrid", "--jobs", 2)
+    two = records(file)
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "work")
+    done(file, "--only", "linear,hybrid")
+    assert records(file) == two
+    assert list(two) == ["hybrid-seed0", "linear-seed0"]
+
+
+def test_a_process_that_dies_costs_its_cell_only(
+    write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "get_context", lambda method: get_context("fork"))
+    original = pools.run_unit
+
+    def run_unit(executor: Any, unit: Any, parent: Any, control: Any) -> Any:
+        if unit.name == "dies-seed0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(executor, unit, parent, control)
+
+    monkeypatch.setattr(pools, "run_unit", run_unit)
+    arms = [{"name": name, "stages": []} for name in ("linear", "dies", "last")]
+    file = write_plan({"arms": arms, "suites": []})
+    with pytest.raises(MmmambaError, match="1 cells failed: dies-seed0: its process ended"):
+        raise ablate(file, "--jobs", 2).exception or AssertionError("no error")
+    assert {name: one["status"] for name, one in records(file).items()} == {
+        "linear-seed0": "finished",
+        "dies-seed0": "failed",
+        "last-seed0": "finished",
+    }
+
+
+def test_chosen_layers_and_own_commands(
+    write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A selection takes the place of a placement; own commands run after the stages."""
+    run: list[list[str]] = []
+
+    def run_mmmamba(words: list[str], log: Path, should_stop: object) -> None:
+        run.append(words)
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+
+    monkeypatch.setattr(execution, "run_mmmamba", run_mmmamba)
+    early = {"stages": ["stage1", "stage2"]}
+    arms = [
+        {"name": "chosen", "set": {"layers.attention": 1, "layers.select": "mse"}},
+        {"name": "own", **early, "commands": ["hybridize --run {run} --layers 2"]},
+    ]
+    file = write_plan({"base": "own", "arms": arms, "suites": []})
+    done(file)
+    found = records(file)
+    chosen = found["chosen-seed0"]["model"]
+    assert chosen["product"] == "hybrid-1-mse-stage3"
+    assert len(chosen["attention_layers"]) == 1
+    assert found["own-seed0"]["model"]["attention_layers"] == [2]
+    assert [words[0] for words in run] == ["hybridize"]
+    assert found["own-seed0"]["commands"][-1] == "mmmamba hybridize --run RUN --layers 2"
+
+
+def test_two_runners_cannot_use_one_folder(write_plan: WritePlan) -> None:
+    file = write_plan()
+    with (
+        folder_lock(file.parent / "out"),
+        pytest.raises(RunError, match="is in use by another mmmamba ablate"),
+    ):
+        raise ablate(file).exception or AssertionError("no error")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": "nowhere.jsonl"}, "the plan's data nowhere.jsonl is not there"),
+        ({"suites": ["scene"]}, "no suite is called scene"),
+        (
+            {"suites": [{"name": "scenes", "data": "nowhere"}]},
+            "SCENES.tsv, which is not in nowhere",
+        ),
+    ],
+)
+def test_material_is_checked_before_the_first_cell(
+    changes: dict[str, Any], words: str, write_plan: WritePlan
+) -> None:
+    file = write_plan(changes)
+    assert words in str(ablate(file).exception)
+    assert records(file) == {}
+
+
+def test_a_killed_runner_gives_the_same_results(write_plan: WritePlan, tmp_path: Path) -> None:
+    # Scoring rules of scenes take seconds to import; answers are kept by tests of `eval`.
+    arms = [{"name": "linear"}, {"name": "hybrid", "set": {"layers.attention": 1}}]
+    file = write_plan({"suites": [], "arms": arms})
     done(file)
     whole = records(file)
-    other = write_plan({"out": str(tmp_path / "killed" / "out")}, "plan2")
+    other = write_plan(
+        {"suites": [], "arms": arms, "out": str(tmp_path / "killed" / "out")}, "plan2"
+    )
     folder = tmp_path / "killed"
     words = ["ablate", str(other), "--work", str(folder / "work"), "--device", "cpu"]
     places = (
         ("work/shared-*/training/stage2/step-*", 1),
-        ("work/linear-*/products/linear-stage3", 1),
         ("work/hybrid-*/training/*/step-*", 1),
-        ("out/*-seed0.json", 2),
+        ("out/*-seed0.json", 1),
     )
     for pattern, count in places:
         process = PreloadedProcess(main, words, tmp_path / "output")

@@ -121,3 +121,12 @@ def test_shipped_plans(file: Path) -> None:
     assert len(cells) == 1 + len(plan.arms) * len(plan.seeds)
     listed = {arm for table in plan.tables for arm in table.arms}
     assert {arm.name for arm in plan.arms} <= listed
+
+
+def test_the_plan_of_the_page(tmp_path: Path) -> None:
+    page = (ROOT / "docs/how-to/ablations.md").read_text(encoding="utf-8")
+    text = page.partition("```yaml\n")[2].partition("```")[0]
+    file = tmp_path / "my-plan.yaml"
+    file.write_text(text, encoding="utf-8")
+    cells = expand(load_plan(file))
+    assert len(cells) == 13

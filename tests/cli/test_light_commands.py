@@ -71,6 +71,7 @@ COMMANDS = {
     "recipe list": ["recipe", "list"],
     "recipe show": ["recipe", "show", "mmmamba-linear", "--set", "mixer.rope=true"],
     "recipe validate": ["recipe", "validate", "mmmamba-linear", "--num-layers", "32"],
+    "ablate --dry-run": ["ablate", "benchmarks/plans/smoke.yaml", "--dry-run"],
     "report": ["report", "--run", "{run}", "--out", "{folder}/report.html"],
 }
 
