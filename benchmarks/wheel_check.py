@@ -18,11 +18,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,27 +34,14 @@ NAMED_VERSIONS = ("torch", "transformers", "numpy", "safetensors", "typer", "pil
 SHORT_STAGES = [f"stages.stage{number}.steps=2" for number in (1, 2, 3)]
 SETTINGS = [word for setting in SHORT_STAGES for word in ("--set", setting)]
 LESSONS = ("--data", "scenes/lessons.jsonl", "--image-root", "scenes")
-# Files beside the run directory: the README's lines of Python.
-SCRIPTS = {
-    "ask.py": """
-import mmmamba_cli
-from pathlib import Path
-picture = sorted(str(path) for path in Path("scenes").rglob("*.png"))[0]
-model = mmmamba_cli.load("scenes-linear")
-processor = mmmamba_cli.load_processor("scenes-linear")
-inputs = processor.chat("What is shown?", images=[picture])
-tokens = model.generate(**inputs, max_new_tokens=20)
-answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-print("answer:", answer)
-""",
-    "auto_classes.py": """
+EXAMPLE, AUTO_CLASSES = "example.py", "auto_classes.py"
+AUTO_CLASSES_CODE = """
 from transformers import AutoModelForImageTextToText, AutoProcessor
 import mmmamba_cli.model
 model = AutoModelForImageTextToText.from_pretrained("exported", trust_remote_code=True)
 AutoProcessor.from_pretrained("exported", trust_remote_code=True)
 print("loaded", type(model).__name__)
-""",
-}
+"""
 
 
 class CheckFailure(Exception):
@@ -153,8 +142,8 @@ def pipeline_steps() -> Iterator[Step]:
     yield mmmamba(
         "chat", "--model", "scenes-linear", "--max-new-tokens", "16", expected="\n", typed=question
     )
-    yield Step(("python", "ask.py"), "answer: ")
-    yield Step(("python", "auto_classes.py"), "loaded ")
+    yield Step(("python", EXAMPLE), "\n")
+    yield Step(("python", AUTO_CLASSES), "loaded ")
 
 
 def recipe_steps(environment: Environment) -> Iterator[Step]:
@@ -201,13 +190,30 @@ def check_source(environment: Environment, sdist: Path, version: str) -> float:
     return seconds
 
 
-def check(environment: Environment, version: str) -> None:
+def readme_example(wheel: Path) -> str:
+    """The first block of Python in the README, which is the description in the wheel's metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        description = archive.read(name).decode("utf-8")
+    found = re.search(r"^```python\n(.*?)^```", description, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise CheckFailure(f"{wheel.name}: its description has no block of Python")
+    return found[1]
+
+
+def check(environment: Environment, wheel: Path) -> None:
     """Run every step; the first that fails raises `CheckFailure`."""
     check_origin(environment)
-    for name, text in SCRIPTS.items():
+    scripts = {EXAMPLE: readme_example(wheel), AUTO_CLASSES: AUTO_CLASSES_CODE}
+    for name, text in scripts.items():
         (environment.work / name).write_text(text, encoding="utf-8")
-    for step in (*light_steps(version), *recipe_steps(environment), *pipeline_steps()):
+    steps = (*light_steps(version_of(wheel)), *recipe_steps(environment), *pipeline_steps())
+    for step in steps:
         environment.take(step)
+
+
+def version_of(wheel: Path) -> str:
+    return wheel.name.split("-")[1]
 
 
 def check_python(
@@ -225,10 +231,9 @@ def check_python(
         seconds = {"torch": pip_install(environment, torch)} if torch is not None else {}
         seconds["wheel"] = pip_install(environment, str(wheel))
         size = folder_bytes(environment.folder)
-        version = wheel.name.split("-")[1]
-        check(environment, version)
+        check(environment, wheel)
         if sdist is not None:
-            seconds["source distribution"] = check_source(environment, sdist, version)
+            seconds["source distribution"] = check_source(environment, sdist, version_of(wheel))
         return {
             "python": python_version,
             "versions": installed_versions(environment),
