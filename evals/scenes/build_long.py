@@ -33,8 +33,9 @@ LONG_TABLE, POOL_FOLDER = "SCENES_LONG.tsv", "pool"
 PICTURES_OF = {"1K": 14, "2K": 28, "4K": 57, "8K": 115, "16K": 230, "32K": 460}
 SIDE_OF = {"1K": 3, "2K": 5, "4K": 8}
 SENTENCES_OF = {"1K": 72, "2K": 150, "4K": 300, "8K": 600, "16K": 1200, "32K": 2400}
-# Inputs per length, with two questions each.
-INPUTS_PER_LENGTH = 25
+# Inputs per length, with two questions each, of the suite and of its first version. The first
+# INPUTS_PER_LENGTH_V1 inputs of both are the same.
+INPUTS_PER_LENGTH, INPUTS_PER_LENGTH_V1 = 100, 25
 # Scenes in the pool.
 POOL_SIZE = 512
 

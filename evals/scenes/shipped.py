@@ -10,7 +10,11 @@ from PIL import Image
 from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes.atlas import Atlas, open_atlas
 from mmmamba_evals.scenes.build import TABLE, write_suite
-from mmmamba_evals.scenes.build_long import write_long_suite
+from mmmamba_evals.scenes.build_long import (
+    INPUTS_PER_LENGTH,
+    INPUTS_PER_LENGTH_V1,
+    write_long_suite,
+)
 from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
 from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.render import render
@@ -55,9 +59,18 @@ def build_scenes_unseen(folder: Path) -> None:
 
 def build_scenes_long(folder: Path) -> None:
     """Write `SCENES_LONG.tsv`, in the style that the teacher was trained on."""
+    _build_long(folder, INPUTS_PER_LENGTH)
+
+
+def build_scenes_long_v1(folder: Path) -> None:
+    """Write the table of version 1, with a quarter of the questions."""
+    _build_long(folder, INPUTS_PER_LENGTH_V1)
+
+
+def _build_long(folder: Path, each: int) -> None:
     atlas = shipped_atlas(SEEN_STYLE)
     world = make_world(atlas, fonts_of(SEEN))
-    write_long_suite(folder, atlas, world, TEST_SEED)
+    write_long_suite(folder, atlas, world, TEST_SEED, each)
 
 
 def _build(file: Path, style: str, fonts: str) -> None:

@@ -17,7 +17,7 @@ from mmmamba_cli.evaluate import EvalOptions, find_suite, open_suite
 from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.processing.chat_template import place_images
-from mmmamba_evals.scenes import blind, build
+from mmmamba_evals.scenes import blind, build, build_long
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.blind import BlindResult, ask_with_bias, blind_accuracy, category_draws
 from mmmamba_evals.scenes.build import QUESTIONS_PER_CONVERSATION, write_lessons, write_suite
@@ -89,6 +89,25 @@ def test_long_suite_table(tmp_path: Path, atlas: Atlas, world: World) -> None:
         assert shown[f"text {length}"] == ()
         assert "The secret word is" in by_category[f"text {length}"].question
     assert (tmp_path / LONG_TABLE).is_file()
+
+
+def test_versions_of_the_long_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Version 1 is the first quarter of the inputs of version 2, at each length."""
+    from mmmamba_evals.scenes import shipped
+
+    assert (find_suite("scenes-long").version, find_suite("scenes-long-v1").version) == (2, 1)
+    written = []
+    monkeypatch.setattr(shipped, "write_long_suite", lambda *given: written.append(given[4]))
+    shipped.build_scenes_long(tmp_path)
+    shipped.build_scenes_long_v1(tmp_path)
+    assert written == [100, 25]
+
+
+def test_the_first_inputs_do_not_depend_on_their_number(world: World) -> None:
+    one, two = (
+        [asked[0].text for _, _, asked, _ in build_long._texts(world, 0, each)] for each in (1, 2)
+    )
+    assert one == two[::2]
 
 
 def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -> None:
