@@ -27,6 +27,9 @@ from mmmamba_cli.cli.console import approximate_time
 # prints this character.
 RECORD = "\x1e"
 BEGIN, END = "begin", "end"
+# Above this slowdown other programs use the cores. Threads of OpenMP that spin while they wait for
+# each other then keep the others from running: the comparison took 30 times as long.
+BUSY_SLOWDOWN = 1.5
 # Few CPU threads gain anything on steps this small.
 MAX_LANE_THREADS = 4
 
@@ -144,6 +147,8 @@ def run_lanes(names: Sequence[str], watch: Watch, folder: Path, slowdown: float 
     environment = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if len(names) > 1:
         environment["OMP_NUM_THREADS"] = str(lane_threads(len(names)))
+    if slowdown > BUSY_SLOWDOWN:
+        environment["OMP_WAIT_POLICY"] = "passive"
     readers: list[threading.Thread] = []
     with contextlib.ExitStack() as stack:
         # After the lanes have ended: their last lines.

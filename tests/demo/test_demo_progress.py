@@ -189,6 +189,12 @@ def test_lanes_share_threads_and_prefix_lines(
     ]
     lanes.run_lanes(("drawing",), watch, tmp_path)
     assert capsys.readouterr().out.splitlines() == ["drawing has None", "!"]
+    # Threads that spin on a busy machine keep each other from running.
+    script("print(os.environ.get('OMP_WAIT_POLICY'))\n")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for slowdown, policy in ((1.0, "None"), (3.0, "passive")):
+        lanes.run_lanes(("drawing",), watch, tmp_path, slowdown)
+        assert capsys.readouterr().out.splitlines() == [policy]
 
 
 def test_failed_lane_is_named_once_and_stops_the_other(
