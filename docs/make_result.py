@@ -9,19 +9,20 @@ are stored in each picture, so that a test can compare them with the files.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mmmamba_cli.plugins import load_reference
+from mmmamba_cli.profiling import read_profile
 from mmmamba_cli.reporting.charts import Scale
+from mmmamba_cli.reporting.crossing import crossings, round_context
 from mmmamba_cli.reporting.html import Markup, tag
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-SCORES, PROFILE = "scenes_version_2_h200.json", "profile_scenes_long_cpu.json"
+SCORES, PROFILE = "scenes_retention_cpu.json", "profile_scenes_long_cpu.json"
 COMMAND = "python docs/make_result.py"
 SCENE, SCENE_SEED = DOCS / "scene.png", 7
 PICTURES = {theme: DOCS / f"result-{theme}.svg" for theme in ("light", "dark")}
@@ -53,16 +54,23 @@ PLOT_LEFT, PLOT_RIGHT = 34, 246
 COLUMNS = (196, 250, 338)
 
 
+# A value and the ends of its interval.
+Interval = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Figures:
     """What is drawn: scores in percent, and costs of decoding one row by context in tokens.
 
-    `scores` are (mean, low, high) by suite and model, with 95 % intervals; `milliseconds` of a
+    `scores`, and of students what is `kept` of the teacher's, whole and `above_chance`, are (value,
+    low, high) by suite and model, with 95 % intervals; `milliseconds` of a
     token and `mebibytes` of weights and cache are (context, value) by model; `crossings` are the
     contexts from which on a student is faster than its teacher, on a CPU with `threads`.
     """
 
-    scores: dict[str, dict[str, tuple[float, float, float]]]
+    scores: dict[str, dict[str, Interval]]
+    kept: dict[str, dict[str, Interval]]
+    above_chance: dict[str, dict[str, Interval]]
     milliseconds: dict[str, list[tuple[int, float]]]
     mebibytes: dict[str, list[tuple[int, float]]]
     crossings: dict[str, float]
@@ -71,46 +79,45 @@ class Figures:
     def as_json(self) -> str:
         return json.dumps(asdict(self))
 
-    def kept(self, suite: str, model: str, chance: float = 0.0) -> float:
-        """The percentage of the teacher's score above `chance` that a student keeps."""
-        own, teacher = (self.scores[suite][name][0] for name in (model, TEACHER))
-        return 100 * (own - chance) / (teacher - chance)
-
 
 def read_figures(folder: Path = RESULTS) -> Figures:
-    """Read the figures from the results."""
-    scores: dict[str, dict[str, tuple[float, float, float]]] = {suite: {} for suite in SUITES}
-    for result in _read(folder / SCORES)["results"]:
+    """Read the figures from the results.
+
+    Raises `ValueError` if a student is not slower than the teacher first and faster later.
+    """
+    measured = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    scores: dict[str, dict[str, Interval]] = {suite: {} for suite in SUITES}
+    for result in measured["results"]:
         rule = result["rules"][0]
-        low, high = rule["intervals"]["mean"]
-        name = result["model"]["name"].removeprefix("scenes-")
-        scores[result["suite"]][name] = tuple(
-            round(v, 4) for v in (rule["metrics"]["mean"], low, high)
-        )
+        found = (rule["metrics"]["mean"], *rule["intervals"]["mean"])
+        scores[result["suite"]][_short(result["model"]["name"])] = found
+    kept: dict[str, dict[str, Interval]] = {suite: {} for suite in SUITES}
+    above: dict[str, dict[str, Interval]] = {suite: {} for suite in SUITES}
+    for one in measured["retention"]:
+        place = one["suite"], _short(one["student"])
+        kept[place[0]][place[1]] = _percent(one["ratio"], one["interval"])
+        above[place[0]][place[1]] = _percent(one["above_chance"], one["above_chance_interval"])
+    profile = read_profile(folder / PROFILE)
     times: dict[str, list[tuple[int, float]]] = {name: [] for name in MODELS}
     memory: dict[str, list[tuple[int, float]]] = {name: [] for name in MODELS}
-    profile = _read(folder / PROFILE)
-    for one in profile["measurements"]:
-        if one["task"] == "decode" and one["status"] == "measured":
-            name = one["subject"].removeprefix("scenes-")
-            held = one["memory"]["weights"] + one["memory"]["cache"]
-            times[name].append((one["context"], round(1000 * one["median"], 5)))
-            memory[name].append((one["context"], round(held / 2**20, 1)))
-    crossings = {name: round(crossing(times[TEACHER], times[name])) for name in MODELS[1:]}
-    return Figures(scores, times, memory, crossings, profile["device"]["threads"])
+    for point in profile.measurements:
+        if point.task == "decode" and point.median and point.memory:
+            name = _short(point.subject)
+            times[name].append((point.context, 1000 * point.median))
+            memory[name].append((point.context, point.memory.total / 2**20))
+    faster = {_short(one.student): one.at for one in crossings(profile, "decode")}
+    crossed = {name: at for name, at in faster.items() if at is not None}
+    if set(crossed) != set(MODELS[1:]):
+        raise ValueError(f"{PROFILE}: a student's times do not cross the teacher's")
+    return Figures(scores, kept, above, times, memory, crossed, profile.device.threads)
 
 
-def crossing(teacher: Sequence[tuple[int, float]], student: Sequence[tuple[int, float]]) -> float:
-    """The context from which on the student is faster, interpolated in the logarithms.
+def _short(model: str) -> str:
+    return model.removeprefix("scenes-")
 
-    Raises `ValueError` unless the times cross exactly once, the student being slower before.
-    """
-    gaps = [(x, math.log(a / b)) for (x, a), (_, b) in zip(teacher, student, strict=True)]
-    changes = [i for i in range(1, len(gaps)) if (gaps[i - 1][1] < 0) != (gaps[i][1] < 0)]
-    if len(changes) != 1 or gaps[0][1] >= 0:
-        raise ValueError("the student's and the teacher's times do not cross once")
-    (x, below), (there, above) = gaps[changes[0] - 1 : changes[0] + 1]
-    return float(x * (there / x) ** (-below / (above - below)))
+
+def _percent(ratio: float, interval: Sequence[float]) -> Interval:
+    return (100 * ratio, 100 * interval[0], 100 * interval[1])
 
 
 def picture(figures: Figures, theme: str) -> str:
@@ -153,15 +160,12 @@ def description(figures: Figures) -> str:
         for suite in SUITES
         for model in MODELS
     )
-    faster = ", ".join(f"{model} from {about(at)}" for model, at in figures.crossings.items())
+    faster = ", ".join(
+        f"{model} from {round_context(at)}" for model, at in figures.crossings.items()
+    )
     return (
         f"Questions answered right, chance 50 %. {kept}. Faster than the teacher: {faster} tokens."
     )
-
-
-def about(context: float) -> str:
-    """A context with two significant digits."""
-    return f"{float(f'{context:.2g}'):,.0f}"
 
 
 def _legend() -> Markup:
@@ -201,7 +205,8 @@ def _scores(title: str, figures: Figures, suite: str, left: int) -> Markup:
         y = top + number * ROW + 4.0
         cells = [f"{mean:.1f}"]
         if model != TEACHER:
-            cells += [f"{figures.kept(suite, model, c):.1f} %" for c in (0.0, CHANCE)]
+            shares = (figures.kept[suite][model], figures.above_chance[suite][model])
+            cells += [f"{share[0]:.1f} %" for share in shares]
         parts += [
             tag(
                 "path",
@@ -243,7 +248,9 @@ def _curves(
     # From the right, so that no line crosses a label.
     ordered = sorted(marks.items(), key=lambda item: item[1])
     for row, (model, at) in enumerate(ordered):
-        parts += _crossing(MODELS.index(model), f"{model} faster from {about(at)}", x(at), row)
+        parts += _crossing(
+            MODELS.index(model), f"{model} faster from {round_context(at)}", x(at), row
+        )
     return tag("g", *parts, transform=f"translate({left} 0)")
 
 
@@ -290,10 +297,6 @@ def _style(colours: Sequence[str]) -> str:
         f".grid{{stroke:{rule}}}.ground{{fill:{ground}}}"
         ".line{fill:none;stroke-width:1.8}.dashed{stroke-width:1.2;stroke-dasharray:4 3}" + lines
     )
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def scene() -> Any:

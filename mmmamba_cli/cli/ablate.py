@@ -85,8 +85,9 @@ def command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the cells of a plan (arm x seed) that have no result yet, and write a JSON for each.
+    """Run a plan of experiments: arms, seeds and suites.
 
+    A cell is an arm with a seed. Those without a result are run, and a JSON is written for each.
     Stages that several cells share are trained once. Resumes where it stopped.
     """
     from mmmamba_cli.ablation import expand, load_plan

@@ -97,8 +97,9 @@ def command(
     answers: Annotated[
         Answers,
         typer.Option(
+            metavar="WAY",
             help="generated, or likelihood: the most likely of yes and no, of the options, or of "
-            "the right answer and three wrong ones of its category."
+            "the right answer and three wrong ones of its category.",
         ),
     ] = Answers.GENERATED,
     choose: Annotated[
