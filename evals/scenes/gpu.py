@@ -185,13 +185,16 @@ class BatchRenderer:
         hue, keeps = parts["hue"].flatten(), parts["keeps"].flatten()
         drawn = self._draw_things(things, hue, keeps, x, y, alterations)
         drawn = drawn.view(batch, most, 4, window, window).permute(1, 0, 3, 4, 2)
+        colours, behind = drawn[..., :3], 1 - drawn[..., 3:]
         canvas = F.pad(picture, (margin,) * 4).permute(0, 2, 3, 1).contiguous()
-        scenes = torch.arange(batch, device=self.device).view(-1, 1, 1)
-        rows = (y + margin).view(batch, most, window, window)[..., :1]
-        columns = (x + margin).view(batch, most, window, window)[..., :1, :]
-        for n in range(most):
-            place = (scenes, rows[:, n], columns[:, n])
-            canvas[place] = canvas[place] * (1 - drawn[n, ..., 3:]) + drawn[n, ..., :3]
+        # One index for each pixel of a window: with few launches a GPU does not wait for the host.
+        height, width = canvas.shape[1:3]
+        scene = torch.arange(batch, device=self.device).view(-1, 1, 1, 1)
+        place = (y + margin).view(batch, most, window, window) + scene * height
+        place = place * width + (x + margin).view(batch, most, window, window)
+        pixels = canvas.view(-1, 3)
+        for n, where in enumerate(place.unbind(1)):
+            pixels[where] = pixels[where] * behind[n] + colours[n]
         return canvas.permute(0, 3, 1, 2)[..., margin:-margin, margin:-margin]
 
     def _draw_things(

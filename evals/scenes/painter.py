@@ -1,7 +1,7 @@
 """Pixels of a micro batch of scenes: layouts stacked by a loader, drawn by the training process.
 
 Every scene is drawn as cuts of SIDE x SIDE pixels, so that a large scene costs as much as that many
-small ones; cuts with similar numbers of things are drawn together. All random numbers come with the
+small ones; cuts with few things are drawn together. All random numbers come with the
 layouts: the pixels of a scene do not depend on the batch around it. Legend: B cuts, N things of a
 cut, P pictures, T tiles of a picture, S side of a tile.
 """
@@ -27,8 +27,9 @@ from mmmamba_evals.scenes.scene import Scene
 # An altered thing reaches at most this far from its centre, in units of its size: half the diagonal
 # of its box, stretched by 1.2.
 REACH = 0.85
-# Numbers of things are rounded up to a multiple of this, so that few groups of cuts are drawn.
-THINGS_STEP = 4
+# Cuts without words and with at most this many things are drawn together, and all others: a small
+# model's training waits for the host, and each group has its own launches.
+FEW_THINGS = 4
 # Cuts that are drawn at once; bounds the memory at about 1 GiB.
 CUTS_ON_GPU, CUTS_ON_CPU = 256, 16
 # The noise of a cut is a window of one field of this side: cheap, and the same in every run.
@@ -103,9 +104,8 @@ class _Cut:
     soft: tuple[int, int, int]
 
     @property
-    def group(self) -> tuple[bool, int]:
-        steps = -(-len(self.scene.things) // THINGS_STEP)
-        return bool(self.scene.letterings), THINGS_STEP * max(1, steps)
+    def is_sparse(self) -> bool:
+        return len(self.scene.things) <= FEW_THINGS and not self.scene.letterings
 
 
 class ScenePainter:
@@ -131,17 +131,14 @@ class ScenePainter:
             starts.setdefault(size, []).append((len(cuts), num_tiles))
             cuts += self._cut(drawing.layout)
             num_tiles += count_tiles(drawing.width, drawing.height, tiling)
-        groups: dict[tuple[bool, int], list[int]] = {}
+        groups: dict[bool, list[int]] = {}
         for number, cut in enumerate(cuts):
-            groups.setdefault(cut.group, []).append(number)
+            groups.setdefault(cut.is_sparse, []).append(number)
         order = [number for members in groups.values() for number in members]
         place = np.empty(len(cuts), np.int64)
         place[order] = np.arange(len(cuts))
         return SceneLayouts(
-            cuts=tuple(
-                self._encode([cuts[i] for i in members], things)
-                for (_, things), members in groups.items()
-            ),
+            cuts=tuple(self._encode([cuts[i] for i in members]) for members in groups.values()),
             pictures=tuple(
                 _pictures(size, np.array(first), place, tiling) for size, first in starts.items()
             ),
@@ -200,7 +197,8 @@ class ScenePainter:
                 )
         return cuts
 
-    def _encode(self, cuts: Sequence[_Cut], things: int) -> Cuts:
+    def _encode(self, cuts: Sequence[_Cut]) -> Cuts:
+        things = max(1, *(len(cut.scene.things) for cut in cuts))
         layouts = self.encoder.layouts([cut.scene for cut in cuts], things)
         layouts.cuts = np.array([cut.place for cut in cuts], np.float32)
         if self.how is None:
