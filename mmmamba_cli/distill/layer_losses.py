@@ -175,7 +175,9 @@ def count_stack_tokens(pair: TeacherStudent, batch: Batch) -> tuple[int, int]:
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     tokens = int(real.sum())
     vision, pixels = pair.teacher.config.vision_config, batch.pixel_values
-    has_images = vision is not None and pixels is not None and pixels.shape[0] > 0
+    has_pixels = pixels is not None and pixels.shape[0] > 0
+    # Pictures of a generated corpus are drawn when the batch moves to its device.
+    has_images = vision is not None and (has_pixels or batch.drawings is not None)
     if not has_images or vision.pixel_shuffle != "post":
         return tokens, tokens
     image_tokens = int((real & (ids == vision.image_token_id)).sum())

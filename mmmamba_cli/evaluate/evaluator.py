@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -165,15 +166,8 @@ def evaluate_model(
     candidates = _candidates(suite, table, rows) if options.open_by_likelihood else None
     settings = _settings(model, suite, options, candidates)
     prompts = [
-        build_eval_prompt(
-            row,
-            suite,
-            table,
-            max_tiles=options.max_tiles,
-            by_likelihood=options.by_likelihood,
-            candidates=None if candidates is None else candidates[place],
-        )
-        for place, row in enumerate(rows)
+        build_eval_prompt(row, suite, table, options.max_tiles, options.by_likelihood, one)
+        for row, one in zip(rows, candidates or itertools.repeat(None, len(rows)), strict=True)
     ]
     pictures = pictures_digest(one for prompt in prompts for one in prompt.pictures)
     answers_to = {

@@ -59,7 +59,6 @@ def build_eval_prompt(
     row: Row,
     suite: Suite,
     table: VLMEvalTable,
-    *,
     max_tiles: int | None,
     by_likelihood: bool,
     candidates: Candidates | None = None,

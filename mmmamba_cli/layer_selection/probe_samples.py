@@ -90,8 +90,10 @@ def read_probe_samples(
         bad += [f"{one.name}: {one.reason}" for one in step.bad]
         for micro in step.micro_batches:
             if micro.num_samples:
-                columns += torch.tensor(count_stack_tokens(pair, micro), dtype=torch.float64)
+                # Pictures of a generated corpus exist on the device only.
                 batches.append(micro.to(pair.device))
+                counted = count_stack_tokens(pair, batches[-1])
+                columns += torch.tensor(counted, dtype=torch.float64)
     found = sum(batch.num_samples for batch in batches)
     if found < 2:
         raise DataError(

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import IMAGE_ID, distance, prompt, small_model
+from small import IMAGE_ID, SIDE, distance, prompt, small_model
 from small_distillation import LEARNS, RandomLoader, batch_of, make_job, packed, padded, pair_of
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from mmmamba_cli.data import IGNORE_INDEX, Batch
+from mmmamba_cli.data.generated import Drawings
 from mmmamba_cli.distill.kl_loss import LogitsKL, divergence
 from mmmamba_cli.distill.layer_losses import count_stack_tokens, prepare_prompt
 from mmmamba_cli.distill.objective import LAYER_LOSSES, Objective, build_objective
@@ -189,6 +190,10 @@ def test_tokens_are_counted_without_the_model(shuffle: str) -> None:
             for columns in (seen.embedding_layout, seen.language_layout)
         ]
         assert list(count_stack_tokens(pair, batch)) == expected
+        if batch.pixel_values is not None:
+            # Of a generated corpus: its pictures are not drawn yet.
+            undrawn = replace(batch, pixel_values=None, drawings=Drawings(None, 2, SIDE))
+            assert list(count_stack_tokens(pair, undrawn)) == expected
 
 
 def test_paper_reduction_divides_by_samples() -> None:
