@@ -78,13 +78,13 @@ class SuiteUse(Section):
     max_new_tokens: int | None = Field(default=None, ge=1, description="Tokens of an answer.")
     batch: int | None = Field(default=None, ge=1, description="Prompts per batch; null: auto.")
     answers: Literal["generated", "likelihood"] = Field(
-        default="generated", description="Whether answers are generated or chosen by likelihood."
+        default="generated",
+        description="generated, or likelihood: the likeliest option, where a row has options.",
     )
     rule: Text | None = Field(default=None, description="Rule of tables; null takes the first.")
     chance: float | None = Field(
         default=None,
-        description="Score of a blind guess, for retention above chance; null takes 50 for "
-        "accuracies of yes/no suites.",
+        description="Score of a blind guess, for retention above chance; null takes the rule's.",
     )
     arms: Texts = Field(
         default=(), description="Patterns of the arms that are evaluated on it; empty: all."

@@ -102,8 +102,3 @@ def paired_difference(values: Sequence[float], resampled: Sequence[np.ndarray]) 
     edge = 50 * (1 - LEVEL)
     low, high = np.percentile(means, [edge, 100 - edge])
     return Difference(float(np.mean(values)), float(low), float(high))
-
-
-def retention(score: float, teacher: float, chance: float = 0.0) -> float | None:
-    """(score - chance) / (teacher - chance) in percent; None if the teacher is at chance."""
-    return None if teacher == chance else 100 * (score - chance) / (teacher - chance)

@@ -17,16 +17,11 @@ from mmmamba_cli.ablation.statistics import (
     Difference,
     paired_difference,
     replicates,
-    retention,
     t_interval,
 )
 from mmmamba_cli.errors import name_some
-from mmmamba_cli.evaluate.library import find_suite
 from mmmamba_cli.evaluate.scoring import UnitScores
-
-# Metrics of yes/no suites of which a blind guess gets half.
-ACCURACIES = ("accuracy", "mean")
-YES_NO_CHANCE = 50.0
+from mmmamba_cli.evaluate.scoring.chance import above_chance
 
 
 @dataclass(frozen=True)
@@ -137,11 +132,13 @@ class SuiteScores:
 
     @property
     def chance(self) -> float | None:
-        """The score of a blind guess; None if it is not known."""
+        """The score of a blind guess, by the plan or the rule; None if it is not known."""
         if self.use.chance is not None:
             return self.use.chance
-        yes_no = find_suite(self.use.name).choices == ("Yes", "No")
-        return YES_NO_CHANCE if yes_no and self.metric in ACCURACIES else None
+        known = [
+            one.chance.get(self.metric) for group in self._groups.values() for one in group.values()
+        ]
+        return known[0] if known else None
 
     def difference(self, pairs: Sequence[tuple[str, str]]) -> Difference | None:
         """The difference over pairs of cells, each (cell, base cell); None for other questions."""
@@ -182,7 +179,6 @@ def arm_scores(
             pairs = [(mine[None], name) for name in theirs.values()]
         else:
             pairs = [(name, theirs[seed]) for seed, name in mine.items() if seed in theirs]
-        known = teacher_score is not None
         rows.append(
             ArmScore(
                 arm=arm,
@@ -190,13 +186,19 @@ def arm_scores(
                 mean=mean,
                 half_width=t_interval(values),
                 difference=scores.difference(pairs) if arm != base and pairs else None,
-                retention=retention(mean, teacher_score) if teacher_score is not None else None,
-                above_chance=retention(mean, teacher_score, chance)
-                if known and teacher_score is not None and chance is not None
-                else None,
+                retention=_retention(mean, teacher_score, 0.0),
+                above_chance=_retention(mean, teacher_score, chance),
             )
         )
     return rows
+
+
+def _retention(score: float, teacher: float | None, chance: float | None) -> float | None:
+    """Percent of the teacher's score above `chance`; None if either is not known."""
+    if teacher is None or chance is None:
+        return None
+    ratio = above_chance(score, teacher, chance)
+    return None if ratio is None else 100 * ratio
 
 
 def _score_table(

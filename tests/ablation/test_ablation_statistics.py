@@ -16,7 +16,6 @@ from mmmamba_cli.ablation.results_page import markdown
 from mmmamba_cli.ablation.statistics import (
     paired_difference,
     replicates,
-    retention,
     t_interval,
     t_quantile,
 )
@@ -39,12 +38,6 @@ def test_t_interval() -> None:
     # The deviation of 1, 2, 3 is 1.
     assert t_interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
     assert t_interval([5.0]) is None
-
-
-def test_retention() -> None:
-    assert retention(75, 100) == 75
-    assert retention(75, 90, 50) == pytest.approx(62.5)
-    assert retention(75, 50, 50) is None
 
 
 def test_a_difference_of_several_seeds() -> None:
