@@ -153,6 +153,17 @@ def test_a_table(write_plan: WritePlan) -> None:
     assert "+0.0 to +0.0, not separated" in markdown(table)
 
 
+def test_a_seed_that_the_base_lacks_is_not_compared(write_plan: WritePlan) -> None:
+    file = write_plan({"seeds": [0, 1]})
+    given = {"linear-seed0": 8, "hybrid-seed0": 4, "hybrid-seed1": 0}
+    write_cells(file, {name: answers_with(n) for name, n in given.items()}, questions_of(20))
+    plan = load_plan(file)
+    (table,), _ = plan_tables(plan, file.parent / "out", expand(plan))
+    _, hybrid = table.values
+    assert (hybrid["mean"], hybrid["difference"]["value"]) == (90, pytest.approx(20))
+    assert (hybrid["retention"], hybrid["above_chance"]) == (None, None)
+
+
 def test_results_of_other_settings_are_left_out(write_plan: WritePlan) -> None:
     file = write_plan()
     write_cells(file, {"linear-seed0": answers_with(8)}, questions_of(20))
