@@ -31,7 +31,7 @@ NOTE = (
     "What the shipped students keep, and when they are faster, was measured before, as each figure "
     "says. Their answers to the pictures below, and all that follows, were computed by this demo. "
     "Its own students saw a few hundred short conversations, thousands of times fewer than a "
-    "student needs: they show how training begins, and their scores are near chance."
+    "student needs: they show how training begins, and most of their scores are near chance."
 )
 
 

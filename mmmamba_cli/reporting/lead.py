@@ -59,35 +59,31 @@ class Lead:
 
 def summary_sentences(lead: Lead) -> list[str]:
     """What the students keep of the teacher's score, and when they are faster."""
-    found = []
-    for above in (True, False):
-        kept = [one for one in lead.kept if (one.chance is not None) == above]
-        parts = []
-        for student in dict.fromkeys(one.student for one in kept):
-            shares = [
-                _share_of_suite(one)
-                for one in kept
-                if one.student == student and one.headline is not None
-            ]
-            if shares:
-                parts.append(f"{lead.nouns[student]} keeps {' and '.join(shares)}")
-        if parts:
-            counted = (
-                "Of its teacher's score above chance (in brackets: of the score)"
-                if above
-                else "Of its teacher's score"
-            )
-            found.append(f"{counted}, {'; '.join(parts)}.")
+    suites = []
+    for suite in dict.fromkeys(one.suite for one in lead.kept):
+        shares = [
+            f"{lead.nouns[one.student]} {_kept_of(one, not suites and i == 0)}"
+            for i, one in enumerate(one for one in lead.kept if one.suite == suite)
+            if one.headline is not None
+        ]
+        suites += [f"on {suite}, {', '.join(shares)}"] if shares else []
+    found = [f"O{'; '.join(suites)[1:]}."] if suites else []
     if lead.profile is not None:
         faster = headline(lead.profile, subject_nouns(lead))
         found += [] if faster is None else [faster]
     return found
 
 
-def _share_of_suite(one: Kept) -> str:
+def _kept_of(one: Kept, first: bool) -> str:
+    """The retention; the `first` one says of what it is."""
     assert one.headline is not None
-    raw = "" if one.chance is None or one.raw is None else f" ({one.raw.value:.0f} %)"
-    return f"{one.headline.value:.0f} %{raw} on {one.suite}"
+    share = f"{one.headline.value:.0f} %"
+    raw = "" if one.chance is None or one.raw is None else f"{one.raw.value:.0f} %"
+    if not first:
+        return f"{share} ({raw})" if raw else share
+    if not raw:
+        return f"keeps {share} of its teacher's score"
+    return f"keeps {share} of its teacher's score above chance ({raw} of the score itself)"
 
 
 def subject_nouns(lead: Lead) -> dict[str, str]:
@@ -116,18 +112,15 @@ def _retention_section(lead: Lead, series: Mapping[str, int]) -> Markup:
     suites = dict.fromkeys(one.suite for one in lead.kept)
     panels = [_panel([one for one in lead.kept if one.suite == suite], series) for suite in suites]
     kinds = {label: one.kind for label, one in lead.details.items()}
-    tables = [
-        retention_table(
-            f"{suite}: {kept[0].title}, {kept[0].questions:,} questions, {kept[0].metric} in %",
-            kept,
-            kinds,
-        )
-        for suite in suites
-        if (kept := [one for one in lead.kept if one.suite == suite])
-    ]
+    tables, asked = [], []
+    for suite in suites:
+        kept = [one for one in lead.kept if one.suite == suite]
+        asked.append(f"{suite} has {kept[0].questions:,} {kept[0].title}")
+        tables.append(retention_table(f"{suite}, {kept[0].metric} in %", kept, kinds))
     return section(
         "retention",
         "What the students keep of their teacher's answers",
+        paragraph(f"{'; '.join(asked)}."),
         figure(
             tag("div", *panels, class_="panels"),
             join_markup(

@@ -154,7 +154,11 @@ def _line(label: str, layers: Sequence[LayerSimilarity], series: Mapping[str, in
 
 def _sentences(run: RunFidelity) -> list[str]:
     """Mean similarity from the first product to each later one."""
-    means = {label: fmean(one.cosine for one in layers) for label, layers in run.layers.items()}
+    means = {
+        # Adding zero drops the sign of a mean that rounds to zero.
+        label: round(fmean(one.cosine for one in layers), 2) + 0.0
+        for label, layers in run.layers.items()
+    }
     (first, value), *later = means.items()
     if not later:
         return [f"{run.title}: {first} has a mean cosine similarity of {value:.2f}."]

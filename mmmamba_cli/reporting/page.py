@@ -38,6 +38,7 @@ from mmmamba_cli.reporting.provenance import (
 from mmmamba_cli.reporting.run_contents import ReportData, RunContents
 from mmmamba_cli.reporting.stylesheet import CSS
 from mmmamba_cli.reporting.suite_results import suite_results, suite_sections
+from mmmamba_cli.runs import TEACHER
 from mmmamba_cli.runs.provenance import redact_text
 
 MARK = "mmmamba report"
@@ -75,10 +76,14 @@ def build_page(
     series = series_of(report, [one.student for one in lead.kept])
     left_out: dict[str, str] = {}
     parts = lead_sections(lead, series)
-    drawn = [label for label in series if label in details]
+    # Products of single stages stand in the lineage.
+    judged = {*report.labels, *lead.labels.values(), *(one.student for one in lead.kept), TEACHER}
+    shown = [label for label in series if label in details and label in judged]
     # A run that was only seeded draws nothing, and its teacher alone needs no legend.
-    if len(drawn) > 1:
-        parts["models"] = models_section(series, details, drawn)
+    if len(shown) > 1:
+        parts["models"] = models_section(series, details, shown)
+    if report.measured.scores or report.measured.profiles:
+        parts["run"] = _run_section(report)
     parts |= _mechanics(report, series, left_out)
     for one in suites:
         differences = one.differences(report)
@@ -130,6 +135,25 @@ def _mechanics(
     return parts
 
 
+def _run_section(report: ReportData) -> Markup:
+    """The border between results that were measured elsewhere and the run's own."""
+    products = [product for run in report.runs for product in run.products.values()]
+    days = sorted({product.created[:10] for product in products})
+    when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    listed = "; ".join(
+        f"{run.folder.resolve().name if run.name is None else run.name}: {', '.join(run.products)}"
+        for run in report.runs
+    )
+    return section(
+        "run",
+        "What was done in this run",
+        paragraph(
+            f"The parts above were measured before, as each says. All parts below were made and "
+            f"measured in this run, and in those that it is compared with, on {when}: {listed}."
+        ),
+    )
+
+
 def _fidelity(run: RunContents) -> RunFidelity | None:
     """The similarities of a run's products, of the linear ones if there are any.
 
@@ -163,7 +187,11 @@ def _head(title: str, note: str | None, summary: Sequence[str]) -> Markup:
         "header",
         paragraph(MARK, class_="small"),
         tag("h1", title),
-        *(paragraph(tag("strong", sentence), class_="lead") for sentence in summary),
+        # No line ends between a number and its percent sign.
+        *(
+            paragraph(tag("strong", sentence.replace(" %", "\u00a0%")), class_="lead")
+            for sentence in summary
+        ),
         about(),
         None if note is None else paragraph(note),
     )

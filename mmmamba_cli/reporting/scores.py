@@ -39,7 +39,11 @@ def examples_section(
             "The first picture of each category, taken by its place in the table and not by what "
             f"was answered. {RIGHT} is right, {WRONG} is wrong."
         ),
-        example_cards(examples, series),
+        tag(
+            "details",
+            tag("summary", f"{len(examples)} pictures and the answers of {len(labels)} models"),
+            example_cards(examples, series),
+        ),
     )
 
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mmmamba_cli.errors import name_some
 from mmmamba_cli.profiling import Measurement, Profile
-from mmmamba_cli.profiling.report import format_memory, format_ms, memory_name
+from mmmamba_cli.profiling.report import (
+    MAX_QUARTILE_RANGE,
+    TITLES,
+    format_memory,
+    format_ms,
+    memory_name,
+    noisy_measurements,
+)
 from mmmamba_cli.profiling.result import DECODE, PREFILL, Task
 from mmmamba_cli.reporting.charts import Mark
 from mmmamba_cli.reporting.costs import (
@@ -133,6 +141,7 @@ def speed_figure(
     return join_markup(
         (
             *(paragraph(sentence) for sentence in sentences),
+            *(paragraph(one, class_="small") for one in _noise(profile, names, labels)),
             figure(
                 join_markup((legend(shown), tag("div", *drawn, class_="panels"))),
                 join_markup(
@@ -150,6 +159,21 @@ def speed_figure(
             ),
         )
     )
+
+
+def _noise(profile: Profile, names: Sequence[str], labels: Mapping[str, str]) -> list[str]:
+    """The noisy measurements of the figure, in one sentence."""
+    listed = [
+        f"{labels[one.subject]} ({TITLES[one.task]} at {one.context:,})"
+        for one in noisy_measurements(profile)
+        if one.subject in names
+    ]
+    if not listed:
+        return []
+    return [
+        f"Noisy, with quartiles more than {MAX_QUARTILE_RANGE:.0%} of the median apart, are "
+        f"{name_some(listed, 6)}: they are drawn, and no sentence or line rests on them."
+    ]
 
 
 def _marks(

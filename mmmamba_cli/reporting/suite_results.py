@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmmamba_cli.errors import MmmambaError
@@ -64,6 +64,8 @@ class SuiteResults:
         if self.suite is None or self.table is None:
             return []
         asked = [one for one in self.results if one.answers and (one.label in labels or not labels)]
+        if labels:
+            asked.sort(key=lambda one: labels.index(one.label))
         if not asked:
             return []
         return find_examples(
@@ -99,6 +101,8 @@ def suite_sections(
 ) -> dict[str, Markup]:
     """Scores and examples of a suite; adds the parts that it has not to `left_out`."""
     kinds = {label: model.kind for label, model in details.items()}
+    # The order of the legend.
+    one = replace(one, results=sorted(one.results, key=lambda result: series[result.label]))
     parts = {
         f"scores, {one.name}": accuracy_section(
             one.suite, one.results, series, differences, one.kept, kinds

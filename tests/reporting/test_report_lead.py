@@ -137,9 +137,13 @@ def test_retention_of_a_run_is_paired_and_above_chance(full: Full) -> None:
 
 def test_a_run_leads_with_its_own_retention(full: Full) -> None:
     page, balanced = own(full)
-    assert page.summary[0].endswith("the linear student keeps 83 % (92 %) on scenes.")
+    assert page.summary[0] == (
+        "On scenes, the linear student keeps 83 % of its teacher's score above chance "
+        "(92 % of the score itself)."
+    )
     assert page.shown[:3] == ("retention", "crossing", "pictures")
-    assert page.summary[0] in balanced.text
+    assert page.summary[0] in balanced.text.replace("\u00a0", " ")
+    assert "run" not in page.shown
 
 
 @pytest.fixture
@@ -170,14 +174,15 @@ def measured(full: Full, tmp_path: Path) -> Path:
 
 def test_measured_results_lead_instead_of_the_run(full: Full, measured: Path) -> None:
     page, balanced = own(full, [measured, RESULTS / "profile_scenes_long_cpu.json"])
-    assert "the linear student keeps 75 % (89 %) on scenes" in page.summary[0]
-    assert "elsewhere keeps 50 % (78 %) on scenes" in page.summary[0]
+    assert "the linear student keeps 75 % of its teacher's score above chance" in page.summary[0]
+    assert "(89 % of the score itself), elsewhere 50 % (78 %)." in page.summary[0]
     assert page.summary[1].startswith("On a CPU, students decode faster than the teacher")
     assert "75.0 (60.0 to 90.0)" in balanced.text and "88.9 (70.0 to 95.0)" in balanced.text
     assert "an abacus" in balanced.text and "2026-02-03" in balanced.text
     assert "secret" not in balanced.text
-    # The run's own profile keeps its section.
-    assert "costs" in page.shown
+    # The run's own profile keeps its section, below what was measured elsewhere.
+    assert page.shown.index("crossing") < page.shown.index("run") < page.shown.index("costs")
+    assert "Noisy, with quartiles more than 25%" in balanced.text
 
 
 @pytest.mark.parametrize(
@@ -208,7 +213,7 @@ def test_the_command_prints_the_result(
     run, _, data = full
     out = ("--data", data, "--out", tmp_path / "page.html", "--results", measured)
     done = mmmamba("report", "--run", run, *out)
-    assert "the linear student keeps 75 % (89 %) on scenes" in done.out
+    assert "the linear student keeps 75 % of its teacher's score above chance" in done.out
     told = json.loads(mmmamba("report", "--run", run, *out, "--json").out)
     assert len(told["summary"]) == 1
 
