@@ -16,6 +16,8 @@ from mmmamba_cli.reporting import build_page, read_report_data
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 WIDTHS = (400, 1280)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+LEAD = ("scenes_retention_cpu.json", "profile_scenes_long_cpu.json")
 # 0 is dark and 1 is light in Chromium's setting.
 SCHEMES = {"dark": 0, "light": 1}
 
@@ -78,7 +80,9 @@ def measured(html: str, folder: Path, scheme: str) -> list[dict[str, object]]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nothing_overflows(full: tuple[Path, Path, Path], tmp_path: Path, scheme: str) -> None:
     run, other, data = full
-    page = build_page(read_report_data(run, [other]), created="2026-01-10 00:00", data=data)
+    report = read_report_data(run, [other], [RESULTS / name for name in LEAD])
+    page = build_page(report, created="2026-01-10 00:00", data=data)
+    assert {"retention", "crossing", "run"} <= set(page.shown)
     found = measured(page.html, tmp_path, scheme)
     assert [one["width"] for one in found] == list(WIDTHS)
     for one in found:
