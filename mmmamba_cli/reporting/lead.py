@@ -59,7 +59,7 @@ class Lead:
 
 def summary_sentences(lead: Lead) -> list[str]:
     """What the students keep of the teacher's score, and when they are faster."""
-    suites = []
+    suites: list[str] = []
     for suite in dict.fromkeys(one.suite for one in lead.kept):
         shares = [
             f"{lead.nouns[one.student]} {_kept_of(one, not suites and i == 0)}"
