@@ -65,14 +65,17 @@ def measure_agreement(folder: Path) -> None:
 
 
 def measure_mixers(run: Run, lessons: Path) -> None:
-    """Cosine similarity and relative error of each product's mixers, by layer.
+    """Cosine similarity and relative error of each linear product's mixers, by layer.
 
     The inputs of a mixer are the teacher's hidden states on the first held-out conversations.
+    Hybrids are left out: their restored attention is the teacher's.
     """
     teacher = run.open_teacher()
     inputs = calibration(teacher, lessons)
     products: dict[str, Any] = {}
     for name, product in run.products().items():
+        if product.attention_layers:
+            continue
         layers = measure_fidelity(teacher, run.open_product(name), inputs)
         products[name] = {
             "content_hash": product.content_hash,
