@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 import traceback
@@ -187,6 +188,9 @@ class ProcessPool:
             worker.process.join()
             self._workers.remove(worker)
             code = worker.process.exitcode
+            if code == -signal.SIGTERM and self._should_stop():
+                # A request to stop reached a process before it handled signals.
+                return UnitEnd(unit, "stopped")
             return UnitEnd(unit, "failed", f"its process ended with exit code {code}")
         if kind == "say":
             self._say(f"{unit.name}: {values[0]}")
@@ -212,6 +216,8 @@ class ProcessPool:
 def _work(setting: Setting, connection: Connection, stop: Event, gpu: str | None) -> None:
     """Run the units that arrive until the runner sends None or is gone."""
     runner = parent_process()
+    # A scheduler signals all processes of a job: the runner asks this one to save and stop.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     if runner is not None:
         # The processes share the cores.
         torch.set_num_threads(max(1, torch.get_num_threads() // setting.jobs))

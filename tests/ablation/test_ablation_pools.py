@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +60,34 @@ def test_a_process_sees_its_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pools._work(setting, ours, context.Event(), "6")
     assert os.environ[pools.VISIBLE_DEVICES] == "6"
     assert devices == ["cuda"]
+
+
+@pytest.mark.parametrize(("is_stopping", "status"), [(True, "stopped"), (False, "failed")])
+def test_a_request_to_stop_that_ends_a_process_is_no_failure(
+    is_stopping: bool, status: str, tmp_path: Path
+) -> None:
+    setting = Setting(load_plan(SMOKE), tmp_path, tmp_path, "cpu", (), 2)
+    pool = pools.ProcessPool(setting, print, lambda *_: None, lambda: is_stopping)
+    ours, theirs = get_context("spawn").Pipe()
+    theirs.close()
+    process = SimpleNamespace(join=lambda: None, exitcode=-signal.SIGTERM)
+    worker: Any = SimpleNamespace(unit=object(), connection=ours, process=process)
+    pool._workers.append(worker)
+    end = pool._receive(worker)
+    assert end is not None and end.status == status
+    assert pool.running == []
+
+
+def test_a_process_does_not_end_by_a_request_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler is a function, so that processes that it starts keep the default."""
+    monkeypatch.setattr(pools, "CellExecutor", lambda setting: None)
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    ours, theirs = get_context("spawn").Pipe()
+    theirs.close()
+    setting = Setting(load_plan(SMOKE), tmp_path, tmp_path, "cpu", (), 2)
+    pools._work(setting, ours, get_context("spawn").Event(), None)
+    assert callable(handlers[signal.SIGTERM])
+    assert handlers[signal.SIGTERM](signal.SIGTERM, None) is None
