@@ -30,6 +30,8 @@ BEGIN, END = "begin", "end"
 # Above this slowdown other programs use the cores. Threads of OpenMP that spin while they wait for
 # each other then keep the others from running: the comparison took 30 times as long.
 BUSY_SLOWDOWN = 1.5
+# Seconds until a lane that does not stop is killed.
+STOP_SECONDS = 60
 # Few CPU threads gain anything on steps this small.
 MAX_LANE_THREADS = 4
 
@@ -208,7 +210,12 @@ def lane_process(
     finally:
         try:
             if lane.poll() is None:
-                lane.send_signal(signal.SIGINT)
+                # A shell starts background jobs with SIGINT ignored, and lanes inherit that.
+                is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                lane.send_signal(signal.SIGTERM if is_ignored else signal.SIGINT)
+            lane.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            lane.kill()
             lane.wait()
         finally:
             lane.kill()

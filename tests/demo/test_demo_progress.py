@@ -193,17 +193,36 @@ def test_lanes_share_threads_and_prefix_lines(
         assert capsys.readouterr().out.splitlines() == [policy]
 
 
+@pytest.mark.parametrize("ignores", ["nothing", "SIGINT", "all"])
 def test_failed_lane_is_named_once_and_stops_the_other(
-    lanes: ModuleType, watch: Any, script: Callable[[str], None], tmp_path: Path
+    ignores: str,
+    lanes: ModuleType,
+    watch: Any,
+    script: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where SIGINT is ignored, as in a background job, and where a lane does not stop."""
+    handler = signal.default_int_handler if ignores == "nothing" else signal.SIG_IGN
+    before = signal.signal(signal.SIGINT, handler)
+    if ignores == "all":
+        monkeypatch.setattr(lanes, "STOP_SECONDS", 0.2)
     script(
         "if lane == 'seeded':\n"
+        f"    if {ignores == 'all'}:\n"
+        "        import signal\n"
+        "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "    time.sleep(600)\n"
         """print('\\x1e{"event": "begin", "step": 3}')\n"""
         "print('error: no luck', flush=True)\nsys.exit(5)\n"
     )
-    with pytest.raises(lanes.LaneFailure, match=r"\[3/3\] the other: ended with exit code 5") as e:
-        lanes.run_lanes(("seeded", "unseeded"), watch, tmp_path)
+    try:
+        with pytest.raises(
+            lanes.LaneFailure, match=r"\[3/3\] the other: ended with exit code 5"
+        ) as e:
+            lanes.run_lanes(("seeded", "unseeded"), watch, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert e.value.code == 5
 
 
