@@ -4,7 +4,7 @@
 resumes where it was stopped. Every step is a command of mmmamba, printed before it runs; what a
 student shares with its teacher on held-out lessons is measured by `demo_measurements.py`. The
 seeded students and the unseeded one are trained in parallel, each with half of the threads, because
-such small steps gain little from more.
+steps this small gain little from more.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def prepare_folder(
     file = folder / MARKER
     if folder.exists() and any(folder.iterdir()):
         if not file.is_file():
-            raise RunError(f"{folder} is there and no demo", "choose another folder with --out")
+            raise RunError(
+                f"{folder} exists and is not the folder of a demo",
+                "choose another folder with --out",
+            )
         if not overwrite:
             print(f"{folder} is there: going on with it; --overwrite starts over\n")
             return sizes_of(folder, minutes)
@@ -97,7 +100,7 @@ def print_plan(listed: Mapping[int, Step], sizes: Sizes, slowdown: float) -> Tim
     if sizes != full:
         everything = approximate_time(total_seconds(list(steps(full, slowdown)), slowdown))
         print(
-            f"with all work it would be {everything}; less work, so students learn less: "
+            f"the full demo would take {everything}; this one does less, so students learn less: "
             f"{', '.join(map(str, sizes.stage_steps))} training steps instead of "
             f"{', '.join(map(str, full.stage_steps))}, {sizes.lessons} lessons of {full.lessons}, "
             f"{sizes.questions} questions of {full.questions}, contexts {sizes.contexts}"
@@ -138,7 +141,9 @@ def end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where it is made")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start over")
     parser.add_argument(
         "--minutes",
@@ -158,7 +163,9 @@ def positive_number(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes, such as 3")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of minutes, expected a number above 0"
+        )
     return value
 
 
@@ -185,10 +192,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
     except LaneFailure as error:
-        print(f"error: {error}; what was done before stays", file=sys.stderr)
+        print(f"error: {error}; finished parts are kept", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return INTERRUPTED
     print(f"\nthe demo took {time.perf_counter() - began:.0f} s", *lines, sep="\n")
     return 0

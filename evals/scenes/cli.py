@@ -69,7 +69,8 @@ def build(
     short: Annotated[
         bool,
         typer.Option(
-            "--short", help="Write lessons about single pictures only: no long texts, no galleries."
+            "--short",
+            help="Write only lessons about single pictures: none about several, no long texts.",
         ),
     ] = False,
     workers: Annotated[

@@ -99,9 +99,9 @@ def suite_record(use: SuiteUse, scored: ScoredSuite, folder: Path, out: Path) ->
         again = questions.scores(part.scoring, answers).values()
         if again != part.metrics:
             raise RunError(
-                f"suite {use.title}: its rule {part.rule} needs more than the right answers, "
-                "categories and options of its rows, so that cells cannot be compared",
-                "name another rule of the suite"
+                f"suite {use.title}: the scores of rule {part.rule} cannot be computed from the "
+                "stored answers, so that cells cannot be compared",
+                "give another rule of the suite in the plan"
                 if len(result.rules) > 1
                 else "leave the suite out of the plan",
             )

@@ -101,7 +101,7 @@ class SuiteUse(Section):
 
 
 class Preparation(Section):
-    """Data that are made once by a command of mmmamba if they are not there."""
+    """Data that a command of mmmamba makes if they do not exist."""
 
     path: Text = Field(description="File or folder that the command makes.")
     command: Text = Field(description="Words behind `mmmamba`; {path} and {work} are replaced.")
@@ -218,12 +218,15 @@ class Plan(Section):
         _check_unique([table.name for table in self.tables], "tables", "name")
         for position, seed in enumerate(self.seeds):
             if not 0 <= seed <= MAX_SEED or seed in self.seeds[:position]:
-                sentence = f"is {seed}, must be a number from 0 to {MAX_SEED} that stands once"
+                sentence = f"is {seed}, must be a number from 0 to {MAX_SEED}, given once"
                 raise invalid_value(sentence, "seeds", position)
         for position, arm in enumerate(self.arms):
             if arm.name == TEACHER_ARM:
                 raise invalid_value(
-                    "is teacher, which is the name of the teacher's cell", "arms", position, "name"
+                    "is teacher, which is the cell of the teacher: rename the arm",
+                    "arms",
+                    position,
+                    "name",
                 )
         return self
 
@@ -252,14 +255,18 @@ def _check_unique(names: list[str], section: str, field: str) -> None:
     for position, name in enumerate(names):
         if name in names[:position]:
             first = names.index(name)
-            sentence = f"is {name}, which {section}[{first}] is called already"
+            sentence = f"is {name}, which is the name of {section}[{first}] already"
             raise invalid_value(sentence, section, position, field)
 
 
 def _check_known(name: str, known: list[str], what: str, *place: str | int) -> None:
     if name not in known:
-        allowed = join_or(known) or "nothing here: there is none"
-        sentence = f"is {name}, no {what} is called so: give {allowed}{suggest(name, known)}"
+        advice = (
+            f"give {join_or(known)}{suggest(name, known)}"
+            if known
+            else "leave it out, there is none"
+        )
+        sentence = f"is {name}, which is no {what}: {advice}"
         raise invalid_value(sentence, *place)
 
 

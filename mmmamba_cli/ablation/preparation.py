@@ -49,7 +49,7 @@ def check_suites(cells: Sequence[Cell], say: Callable[[str], None]) -> None:
 
 
 def check_data(cells: Sequence[Cell]) -> None:
-    """Raise `DataError` if a file of training data is not there; each cell would fail by itself."""
+    """Raise `DataError` if a file of training data does not exist: every cell would fail."""
     sources = [
         source
         for cell in cells
@@ -60,8 +60,8 @@ def check_data(cells: Sequence[Cell]) -> None:
     for source in dict.fromkeys(sources):
         if not Path(source).exists():
             raise DataError(
-                f"the plan's data {source} is not there",
-                "make it, or name another with --set data.train=FILE",
+                f"the plan's data {source} does not exist",
+                "create the file, or give another one with --set data.train=FILE",
             )
 
 

@@ -141,7 +141,7 @@ def read_records(out: Path, cells: Sequence[Cell]) -> tuple[dict[str, CellRecord
         record = read_json_as(file, CellRecord)
         if record.cell != cell.name:
             raise RunError(
-                f"{file} is the result of {record.cell}", f"its name must be {record.cell}.json"
+                f"{file} is the result of {record.cell}", f"rename it to {record.cell}.json"
             )
         if record.digest == cell.digest:
             found[cell.name] = record

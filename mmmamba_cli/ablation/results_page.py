@@ -13,9 +13,9 @@ from mmmamba_cli.ablation.tables import TextTable, plan_tables
 
 LEGEND = """\
 Scores are means over seeds, ± half the 95 % t interval. *Above* is the difference to the named arm
-with its 95 % bootstrap interval: 10,000 replicates, each of which draws the seeds and the pictures
-(or other units of the suite) together for both arms; *not separated* where it contains 0. *Above
-chance* is (score - chance) / (teacher - chance) in percent."""
+with its 95 % bootstrap interval over 10,000 replicates. A replicate draws the same seeds and
+pictures (or other units of the suite) for both arms. *Not separated*: the interval contains 0.
+*Above chance* is (score - chance) / (teacher - chance) in percent."""
 
 
 def results_page(files: Sequence[Path], root: Path, head: str) -> str:
@@ -50,7 +50,7 @@ def provenance(
     """One paragraph: command, device, dates, versions and where the numbers lie."""
     command = f"`mmmamba ablate {file}`"
     if not records:
-        return f"{command}: no cell is run yet."
+        return f"{command}: no cell has been run."
     devices = sorted({one.device for one in records.values()})
     days = sorted({one.timing.date[:10] for one in records.values()})
     span = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"

@@ -48,7 +48,7 @@ def command(
     sets: Sets = None,
     only: Annotated[
         str | None,
-        typer.Option(metavar="PATTERN,...", help="Cells or arms to run, as attn-*,*-seed0."),
+        typer.Option(metavar="PATTERN,...", help="Cells or arms to run, such as attn-*,*-seed0."),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -87,8 +87,8 @@ def command(
 ) -> None:
     """Run a plan of experiments: arms, seeds and suites.
 
-    A cell is an arm with a seed. Those without a result are run, and a JSON is written for each.
-    Stages that several cells share are trained once. Resumes where it stopped.
+    A cell is one arm with one seed. Runs the cells that have no result, and writes one JSON for
+    each. Stages that several cells share are trained once. Resumes an interrupted plan.
     """
     from mmmamba_cli.ablation import expand, load_plan
     from mmmamba_cli.ablation.cells import select
@@ -124,7 +124,7 @@ def _run(
     limit: TimeLimit | None,
     jobs: int,
 ) -> Outcome:
-    """Lock both folders, make the data that are missing, and run the pending cells."""
+    """Lock both folders, make missing data, and run the pending cells."""
     from mmmamba_cli.ablation.preparation import check_data, check_suites, folder_lock
     from mmmamba_cli.ablation.runner import Outcome, RunnerEvents, remove_unneeded, run_plan
     from mmmamba_cli.cli.ablate_display import AblationDisplay
@@ -164,7 +164,7 @@ def _run(
 
 
 def _prepare(plan: Plan, cells: Sequence[Cell], work: Path) -> None:
-    """Make the data that the cells need and that are not there."""
+    """Make the data that the cells need and that do not exist."""
     from mmmamba_cli.ablation.preparation import preparations
 
     for path, words in preparations(plan, cells, work):
@@ -177,7 +177,7 @@ def _prepare(plan: Plan, cells: Sequence[Cell], work: Path) -> None:
         if not path.exists():
             raise RunError(
                 f"mmmamba {shlex.join(made)} did not make {path}",
-                "mend the plan's section prepare",
+                "correct the section prepare of the plan",
             )
 
 
@@ -204,7 +204,7 @@ def _report(progress: Progress, outcome: Outcome, out: Path, as_json: bool) -> N
         print_line(f"{len(outcome.finished)} cells finished, {len(outcome.left)} left: {out}")
         if outcome.too_long:
             print_warning(
-                f"not started, since their estimate exceeds the time left: "
+                f"not started, because their estimated time exceeds the time left: "
                 f"{name_some(outcome.too_long)}"
             )
         if outcome.left:
@@ -213,7 +213,7 @@ def _report(progress: Progress, outcome: Outcome, out: Path, as_json: bool) -> N
         named = "; ".join(f"{name}: {text}" for name, text in list(failed.items())[:3])
         raise MmmambaError(
             f"{len(failed)} cells failed: {named}" + ("; ..." if len(failed) > 3 else ""),
-            "--retry runs them again",
+            "run them again with --retry",
         )
     if outcome.stopped:
         raise typer.Exit(INTERRUPTED)
@@ -254,7 +254,9 @@ def _print_cells(
         for row in rows
     ]
     print_table(("cell", "state", "stages", "minutes"), shown, right=("minutes",))
-    estimate = "unknown: nothing is measured" if total is None else f"{total / 60:.1f} minutes"
+    estimate = (
+        "unknown: no cell has been measured" if total is None else f"{total / 60:.1f} minutes"
+    )
     print_line(f"{len(progress.pending)} cells to run, one at a time: {estimate}")
 
 

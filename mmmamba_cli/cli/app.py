@@ -21,8 +21,8 @@ from mmmamba_cli.plugins import entry_points
 COMMAND_GROUPS = {
     "Make models": ("seed", "distill", "hybridize", "import", "export"),
     "Measure": ("eval", "ablate", "profile", "inspect", "doctor", "status"),
-    "Look": ("report", "chat"),
-    "Material": ("data", "recipe", "scenes"),
+    "Report and chat": ("report", "chat"),
+    "Data and recipes": ("data", "recipe", "scenes"),
 }
 PLUGIN_GROUP = "Commands of other packages"
 FIRST_STEP = "Start with: mmmamba seed scenes-teacher"

@@ -105,13 +105,15 @@ def command(
     choose: Annotated[
         bool,
         typer.Option(
-            "--choose", help="As --answers likelihood, but open questions are answered freely."
+            "--choose",
+            help="As --answers likelihood, but answers to open questions are generated.",
         ),
     ] = False,
     rule: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Score by this rule only, without a date by its newest version."
+            metavar="NAME",
+            help="Score by this rule only; a name without a date is its newest version.",
         ),
     ] = None,
     device: Device = None,
@@ -131,7 +133,7 @@ def command(
     """Evaluate models on suites and compare them with their teacher.
 
     Answers are scored by named rules. Resumes an interrupted evaluation. Answers and results are
-    kept in the run, under evals/.
+    stored in evals/ of the run.
     """
     from mmmamba_cli.evaluate import EvalOptions, evaluate_files, evaluate_models, evaluate_with_kit
     from mmmamba_cli.evaluate.result import EVALS
@@ -167,7 +169,7 @@ def command(
 def _names(text: str) -> list[str]:
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
-        raise DataError("--suite names no suite", "as in --suite mme,pope")
+        raise DataError("--suite names no suite", "give names, as in --suite mme,pope")
     return names
 
 
@@ -190,7 +192,7 @@ def _models(
     from mmmamba_cli import runs
 
     if paths and product is not None:
-        raise DataError("--from names a product of the run, --model a path", "give one of them")
+        raise DataError("--from and --model exclude each other", "give one of them")
     found = [runs.resolve_path(path) for path in paths or ()]
     if not paths:
         found.append(runs.resolve_product(runs.Run(run), product))

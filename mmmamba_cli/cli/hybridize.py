@@ -79,8 +79,8 @@ def command(
         typer.Option(
             "--kv-bytes",
             metavar="SIZE",
-            help="With --select: as many attention layers as this size of keys and values allows "
-            "at --context tokens, for example 1GiB.",
+            help="With --select, instead of --attn-layers: memory for keys and values at --context "
+            "tokens, such as 1GiB.",
         ),
     ] = None,
     context: Annotated[
@@ -95,15 +95,14 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Conversations for --select (default: the recipe's data.train)."
+            metavar="FILE", help="Conversations for --select (default: data.train of the recipe)."
         ),
     ] = None,
     held_out: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Held-out conversations that layers are scored on (default: data.held_out, then "
-            "--data).",
+            help="Held-out conversations for the scores (default: data.held_out, then --data).",
         ),
     ] = None,
     image_root: Annotated[
@@ -132,7 +131,7 @@ def command(
 
     Starts from the run's stage-2 student if there is one, else from the current product. Without
     --attn-layers or --layers the layer plan of the run's recipe is used. Scores of --select are
-    kept in the run, under selection/; an interrupted measurement resumes.
+    stored in selection/ of the run, and an interrupted measurement resumes.
     """
     from mmmamba_cli.hybridize import choose_parent, hybridize
     from mmmamba_cli.layer_selection import SelectionOptions
@@ -196,7 +195,8 @@ class KVBudget:
             return None
         if size is None or context is None:
             raise RecipeError(
-                "--kv-bytes and --context belong together", "as in --kv-bytes 1GiB --context 100k"
+                "--kv-bytes and --context belong together",
+                "give both, as in --kv-bytes 1GiB --context 100k",
             )
         (length, *more) = read_lengths(context, "--context")
         if more:
@@ -226,7 +226,7 @@ def _plan(
     if count is not None and layers is not None:
         raise RecipeError("--attn-layers and --layers exclude each other", "give one of them")
     if layers is not None and placement is not None:
-        raise RecipeError("--placement says where --attn-layers go", "leave it out with --layers")
+        raise RecipeError("--placement and --layers exclude each other", "give one of them")
     if select is not None and (layers is not None or placement is not None):
         other = "--layers" if placement is None else "--placement"
         raise RecipeError(f"--select and {other} exclude each other", "give one of them")
@@ -243,7 +243,7 @@ def _plan(
             plan["layers.attention"] = [int(part) for part in layers.split(",") if part.strip()]
         except ValueError as error:
             raise RecipeError(
-                f"--layers {layers!r} is no list of layers", "expected numbers such as 0,8,16"
+                f"--layers is {layers!r}, expected numbers of layers: 0,8,16"
             ) from error
     return plan
 
@@ -268,7 +268,10 @@ def _choose(
             raise RecipeError(f"{option} needs scores of the layers", "add --select kl-zero")
         return Choice(placed, planned_product_name(recipe, placed))
     if budget is None and not placed:
-        raise RecipeError("--select has no layer to choose", "add --attn-layers N or --kv-bytes")
+        raise RecipeError(
+            "--select has no number of layers to choose",
+            "add --attn-layers N, or --kv-bytes SIZE with --context N",
+        )
     make_budget = (
         (lambda ratio: CountBudget(len(placed)))
         if budget is None
@@ -332,8 +335,8 @@ def _show_measured(run: Run, measured: MeasuredLayers, as_json: bool) -> None:
         write_score_picture(picture, title, measured.ranking, measured.selection.layers)
     if measured.agreement is not None and measured.agreement.is_low:
         print_warning(
-            "the halves of the data rank the layers differently; raise --samples before "
-            "trusting this choice"
+            "the two halves of the data rank the layers differently, so the ranking is mostly "
+            "chance; raise --samples"
         )
 
 

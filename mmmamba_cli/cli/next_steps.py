@@ -46,7 +46,7 @@ class NextSteps:
 
 @dataclass(frozen=True)
 class GivenOptions:
-    """Options of the command before that a next one may need again: runs do not keep them."""
+    """Options of a command that the next command may need too: runs do not record them."""
 
     teacher: Path | None = None
     device: str | None = None

@@ -30,7 +30,7 @@ class QuietTimer(AbstractContextManager["QuietTimer"]):
         self._thread = threading.Thread(target=self._run, name="quiet timer", daemon=True)
 
     def reset(self) -> None:
-        """Something was printed: begin to wait again."""
+        """Something was printed: the interval begins again."""
         self._last = time.monotonic()
 
     def __enter__(self) -> QuietTimer:
@@ -55,7 +55,7 @@ class QuietTimer(AbstractContextManager["QuietTimer"]):
             try:
                 self._on_quiet()
             except (OSError, ValueError):
-                # The stream is closed. The command finds out by itself; progress is not its result.
+                # The stream is closed. The command reports that itself when it prints its result.
                 return
 
 

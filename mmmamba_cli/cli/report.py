@@ -32,7 +32,7 @@ def command(
         typer.Option(
             "--results",
             metavar="FILE",
-            help="Measured results that lead the page instead of the run's own: the JSON of "
+            help="Results to show first, instead of the run's own: the JSON of "
             "`mmmamba eval --teacher --json`, or profile.json of `mmmamba profile`. May be "
             "repeated.",
         ),
@@ -52,8 +52,8 @@ def command(
 ) -> None:
     """Write a run as one HTML page: retention, costs, answers.
 
-    Training, scores, lineage and commands follow. The file is self-contained. Parts without results
-    are left out and listed.
+    Training curves, scores, lineage and commands follow. The file is self-contained. Parts without
+    results are left out and listed.
     """
     from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.reporting import build_page, check_replaceable, read_report_data

@@ -137,7 +137,7 @@ class JsonList:
             item = len(self._starts) + 1
             raise DataError(
                 f"{file} is not a JSON list: item {item}: {error}",
-                "mend it there, or write one conversation a line as .jsonl",
+                "correct the file, or write one conversation a line as .jsonl",
             ) from error
 
     def __len__(self) -> int:
@@ -230,11 +230,11 @@ def _items(file: Path) -> Iterator[tuple[int, int]]:
             yield start, text.place
             character = text.next_character()
             if character not in (",", "]") or not character:
-                raise ValueError("expected , or ] behind it")
+                raise ValueError("expected , or ] after it")
             if character == ",":
                 text.skip(1)
                 if text.next_character() == "]":
-                    raise ValueError("expected a conversation behind the comma")
+                    raise ValueError("expected a conversation after the comma")
         text.skip(1)
         if text.next_character():
-            raise ValueError("there is more behind the list")
+            raise ValueError("there is text after the list")

@@ -39,7 +39,7 @@ class Budget(Protocol):
         ...
 
     def next_layer(self, scores: Mapping[int, float], kept: Sequence[int]) -> int:
-        """The next layer beside `kept`, which have room, given the scores of the others."""
+        """The next layer to choose, given the layers chosen and the scores of the others."""
         ...
 
     def record(self) -> dict[str, Any]:
@@ -151,15 +151,13 @@ def parse_count(text: str, num_layers: int) -> int:
     share = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if whole is None and (share is None or not int(share[2])):
         raise RecipeError(
-            f"--attn-layers {text!r} is no number of layers", "expected a number or a share: 8, 1/4"
+            f"--attn-layers is {text!r}, expected a number of layers or a share of them: 8, 1/4"
         )
     if whole is not None:
         return int(text)
     part = Fraction(text.strip())
     if part > 1:
-        raise RecipeError(
-            f"--attn-layers {text} is more than all layers", "expected a share of at most 1/1"
-        )
+        raise RecipeError(f"--attn-layers is {text}, expected a share of at most 1/1")
     # Half a layer counts as one; a share above zero is at least one layer.
     return max(int(part * num_layers + Fraction(1, 2)), 1 if part else 0)
 
@@ -168,7 +166,5 @@ def parse_bytes(text: str, option: str = "--kv-bytes") -> int:
     """Parse `1GiB`, `512MB` or a number of bytes. Raises `RecipeError` for anything else."""
     match = SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in UNITS:
-        raise RecipeError(
-            f"{option} {text!r} is no size", "expected a number with a unit: 1GiB, 512MiB, 2GB"
-        )
+        raise RecipeError(f"{option} is {text!r}, expected a number with a unit: 1GiB, 512MiB, 2GB")
     return int(float(match[1]) * UNITS[match[2].lower()])

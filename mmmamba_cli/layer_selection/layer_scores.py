@@ -124,7 +124,7 @@ def read_given_scores(file: Path, stacks: Sequence[str]) -> tuple[tuple[LayerSco
         value = read_json(file)
     except FileNotFoundError:
         raise DataError(
-            f"{file}: no such file", "name a file of scores, as in file:scores.json"
+            f"{file}: no such file", "give the path of a scores file, as in file:scores.json"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}", hint) from error

@@ -65,15 +65,15 @@ class Measurement:
         data = self.recipe.data
         if data.held_out is None and self.options.method == "kl":
             raise DataError(
-                "--select kl trains on --data and scores on other samples, and there are none",
-                "name held-out conversations with --held-out",
+                "--select kl scores layers on held-out conversations, and there are none",
+                "give --held-out FILE, or set data.held_out in the recipe",
             )
         source = data.held_out or stage_data(data, self.recipe.stages[-1]).train
         if source is None:
             raise DataError(
-                f"--select {self.options.method} scores layers on conversations, and the recipe "
-                "has none",
-                "name some with --held-out or --data",
+                f"--select {self.options.method} scores layers on conversations, and there are "
+                "none",
+                "give --held-out FILE or --data FILE",
             )
         return source
 
@@ -83,8 +83,8 @@ class Measurement:
         stages = [stage for stage in self.recipe.stages if stage.loss == "kl"]
         if not stages:
             raise RecipeError(
-                "the recipe has no stage of loss kl, which --select kl shortens",
-                "take --select kl-zero, or add a stage",
+                "--select kl trains by a stage of the recipe with loss kl, and there is none",
+                "use --select kl-zero, or add a stage with loss: kl to the recipe",
             )
         changes = {"steps": self.options.steps, "lora": None}
         return stages[-1].model_copy(update=changes)
@@ -200,8 +200,8 @@ class Measurement:
         train = stage_data(self.recipe.data, self.stage).train
         if train is None:
             raise DataError(
-                "--select kl trains on conversations, and the recipe has none",
-                "name some with --data",
+                "--select kl trains on conversations, and there are none",
+                "give --data FILE, or set data.train in the recipe",
             )
         return train
 

@@ -1,7 +1,7 @@
 """`mse`: the loss of stage 2 of each layer, on the teacher's hidden states.
 
-A mixer that follows its teacher badly keeps the attention. It needs no end-to-end pass, and is the
-baseline that the other methods have to beat.
+Layers whose mixer imitates the attention badly keep the attention. The method needs no end-to-end
+pass and is the baseline of the other methods.
 """
 
 from __future__ import annotations

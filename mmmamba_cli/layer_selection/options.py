@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_SAMPLES, DEFAULT_STEPS = 128, 40
-# Methods that a re-scoring after each choice makes sense for: the others measure one layer in an
-# otherwise unchanged teacher.
+# Methods for which scores change after each choice. The others measure one layer in an otherwise
+# unchanged teacher.
 GREEDY_METHODS = ("kl-zero", "kl")
 
 

@@ -97,12 +97,12 @@ def read_probe_samples(
     found = sum(batch.num_samples for batch in batches)
     if found < 2:
         raise DataError(
-            f"layers are scored on at least 2 samples, {found} can be read"
+            f"{found} samples can be read, layers are scored on at least 2"
             + (f"; {bad[0]}" if bad else ""),
-            "see the others with `mmmamba data check`, or name other conversations",
+            "check the data with `mmmamba data check`, or give other conversations",
         )
     if bad:
-        say(f"{len(bad)} samples cannot be read and are left out, as {bad[0]}")
+        say(f"{len(bad)} samples cannot be read and are left out; the first: {bad[0]}")
     if found + len(bad) < samples:
         say(f"the data have fewer samples than {samples}: layers are scored on {found}")
     return ProbeSamples(pair, tuple(batches), float(columns[0] / columns[1]))

@@ -1,8 +1,8 @@
 """`recall`: the teacher with one layer's trained mixer in the place of its attention.
 
-The score of a layer is what the answers to questions lose: the fall of their log-likelihood, over
-the questions that the teacher answers. A fall of retrieval alone is how Jet-Nemotron (arXiv
-2508.15884) ranks layers; the questions decide what is measured.
+The score of a layer is the fall of the log-likelihood of answers, over the questions that the
+teacher answers correctly. Jet-Nemotron (arXiv 2508.15884) ranks layers by the fall of retrieval;
+here the questions decide which ability is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ReplacedAttention:
     Counted are the questions whose answer is, token by token, the teacher's first choice.
 
     Raises:
-        DataError: the teacher answers none of the questions.
+        DataError: the teacher answers none of the questions correctly.
     """
 
     def __init__(self, probe: ProbeSamples):
@@ -37,9 +37,9 @@ class ReplacedAttention:
         answered = (right == tokens) & (tokens > 0)
         if not bool(answered.any()):
             raise DataError(
-                f"the teacher answers none of the {len(tokens)} questions, and recall measures "
-                "what its answers lose",
-                "name questions with short answers that it knows with --held-out, or raise "
+                f"the teacher answers none of the {len(tokens)} questions correctly, and --select "
+                "recall scores layers on correct answers of the teacher",
+                "give questions with short answers that it knows with --held-out, or raise "
                 "--samples",
             )
         self._units = tokens * answered
@@ -54,7 +54,7 @@ class ReplacedAttention:
         return SampleSums(falls, self._units)
 
     def _answers(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-likelihood of each row's answer, and its tokens that are first choice and in all."""
+        """Per row: log-likelihood of the answer, its first-choice tokens, and all its tokens."""
         batch, pair = self._probe.batches[number], self._probe.pair
         targets = shift_labels(batch)
         mask = targets != IGNORE_INDEX

@@ -33,7 +33,7 @@ from mmmamba_cli.layer_selection.options import (
 from mmmamba_cli.recipe import SCORES_FILE_PREFIX, Recipe
 from mmmamba_cli.runs import Manifest, Run
 
-# From the columns that the embedding stack sees for each of the language stack to a budget.
+# Makes a budget from the columns of the embedding stack for each column of the language stack.
 MakeBudget = Callable[[float], Budget]
 
 
@@ -41,8 +41,8 @@ MakeBudget = Callable[[float], Budget]
 class MeasuredLayers:
     """The scores by which layers were ranked, best first, and the layers chosen.
 
-    With re-scoring the chosen layers come in the order of choice, with the score of their round,
-    and the others with the score of the last round.
+    With `greedy` the chosen layers come first, in the order of choice, with the score of their
+    round; the others follow with the score of the last round.
     """
 
     ranking: tuple[LayerScore, ...]
@@ -72,21 +72,20 @@ def select_layers(
     """
     if parent.attention_layers:
         raise RunError(
-            f"{parent.name!r} has attention in some layers, and layers are scored in a student "
-            "without attention",
-            "name one with --from",
+            f"{parent.name!r} has attention in some layers, and --select scores the layers of a "
+            "linear student",
+            "give a linear student with --from",
         )
     if options.greedy and options.method not in GREEDY_METHODS:
         raise DataError(
-            f"--greedy scores layers again with the chosen ones in place, which --select "
-            f"{options.method} does not measure",
-            f"take --select {' or '.join(GREEDY_METHODS)}",
+            f"--greedy is not possible with --select {options.method}",
+            f"use --select {' or '.join(GREEDY_METHODS)}, or leave out --greedy",
         )
     measurement = Measurement(run, parent, recipe, options, callbacks, pick_device(options.device))
     if options.method.startswith(SCORES_FILE_PREFIX):
         return _choose_by_file(measurement, make_budget)
     if not parent.stages:
-        callbacks.say(f"{parent.name} has done no stage yet: scores of untrained mixers say little")
+        callbacks.say(f"{parent.name} has not been trained: scores of untrained mixers say little")
     file, scores = _open_scores(measurement)
     with limit_cpu_threads(measurement.device):
         try:
@@ -106,13 +105,16 @@ def _open_scores(measurement: Measurement) -> tuple[Path, LayerScores | None]:
     if file.is_file():
         scores = read_layer_scores(file)
         if scores.inputs != inputs:
-            raise RunError(f"{file} has scores of other inputs than its name", "move it away")
+            raise RunError(
+                f"{file} has scores of other inputs than its name says",
+                "delete it to measure again",
+            )
         return file, scores
     for other in sorted(folder.glob(f"{method}-*.json")):
         changed = _changed_inputs(read_layer_scores(other).inputs, inputs)
         if changed is not None:
             measurement.callbacks.say(
-                f"scores kept in {other.name} are not taken: changed since: {', '.join(changed)}"
+                f"scores in {other.name} are not reused, changed since: {', '.join(changed)}"
             )
     return file, None
 
@@ -173,7 +175,7 @@ def _score_round(
         title += f", {len(kept)} chosen"
     if done:
         measurement.callbacks.say(
-            f"{len(done)} of {len(done) + len(left)} scores are there already"
+            f"{len(done)} of {len(done) + len(left)} layers have been scored before"
         )
     with measurement.callbacks.progress(title, len(left)) as advance:
         method = measurement.method(kept)

@@ -114,8 +114,10 @@ def check_replaceable(file: Path) -> None:
         if not file.exists() or f">{MARK}<".encode() in file.read_bytes():
             return
     except IsADirectoryError as error:
-        raise RunError(f"{file} is a folder", "give a file to write, as report.html") from error
-    raise RunError(f"{file} is there and is no report of mmmamba", "choose another file")
+        raise RunError(f"{file} is a folder", "give a file, as in --out report.html") from error
+    raise RunError(
+        f"{file} exists and is not a report of mmmamba", "choose another file with --out"
+    )
 
 
 def _mechanics(

@@ -211,7 +211,7 @@ def test_two_runners_cannot_use_one_folder(write_plan: WritePlan) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": "nowhere.jsonl"}, "the plan's data nowhere.jsonl is not there"),
+        ({"data": "nowhere.jsonl"}, "the plan's data nowhere.jsonl does not exist"),
         ({"suites": ["scene"]}, "no suite is called scene"),
         (
             {"suites": [{"name": "scenes", "data": "nowhere"}]},

@@ -29,22 +29,22 @@ def refusal(file: Path) -> str:
             {"arms": [{"name": "linear", "sat": {}}]},
             ["arms[0].sat: unknown key", "did you mean set?"],
         ),
-        ({"base": "lineer"}, ["base: is lineer", "no arm is called so", "did you mean linear?"]),
+        ({"base": "lineer"}, ["base: is lineer", "which is no arm", "did you mean linear?"]),
         (
             {"arms": [{"name": "linear", "parent": "base"}]},
             ["arms[0].parent: is base", "no arm above it", "there is none"],
         ),
         (
             {"arms": [{"name": "linear"}, {"name": "linear"}]},
-            ["arms[1].name: is linear, which arms[0] is called already"],
+            ["arms[1].name: is linear, which is the name of arms[0] already"],
         ),
         ({"arms": [{"name": "li/near"}]}, ["arms[0].name: is 'li/near', must be a name"]),
-        ({"seeds": [0, 0]}, ["seeds[1]: is 0", "stands once"]),
+        ({"seeds": [0, 0]}, ["seeds[1]: is 0", "given once"]),
         ({"suites": [{"name": "mme", "limit": 0}]}, ["suites[0].limit: is 0", "at least 1"]),
         ({"tables": [{"name": "t", "arms": ["hybird"]}]}, ["tables[0].arms[0]: is hybird"]),
         (
             {"tables": [{"name": "t", "arms": ["linear"], "suites": ["mme"]}]},
-            ["tables[0].suites[0]: is mme, no suite"],
+            ["tables[0].suites[0]: is mme, which is no suite"],
         ),
         ({"estimates": {"step": {"stage1": 0}}}, ["estimates.step.stage1: is 0"]),
         (

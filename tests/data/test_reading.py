@@ -386,9 +386,9 @@ def test_a_list_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ('[{"a": 1}, {"a" 2}]', "not a JSON list: item 2: Expecting ':'"),
         ('[{"a": 1} {"a": 2}]', "item 2: expected , or ] behind"),
-        ('[{"a": 1},]', "item 2: expected a conversation behind the comma"),
+        ('[{"a": 1},]', "item 2: expected a conversation after the comma"),
         ('[{"a": 1}', "item 2: expected , or ]"),
-        ('[{"a": 1}] x', "there is more behind the list"),
+        ('[{"a": 1}] x', "there is text after the list"),
         ("[" * 100_000, "not a JSON list: item 1"),
         ("[]", "has no samples"),
     ],

@@ -145,7 +145,7 @@ def test_foreign_folder_is_not_touched(demo: ModuleType, tmp_path: Path) -> None
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
     for overwrite in (False, True):
-        with pytest.raises(RunError, match="is there and no demo"):
+        with pytest.raises(RunError, match="is not the folder of a demo"):
             demo.prepare_folder(mine, overwrite)
     assert (mine / "thesis.txt").read_text() == "years"
 

@@ -90,7 +90,7 @@ def test_killed_and_resumed(
     assert len(json.loads(file.read_text())["rounds"][0]["layers"]) == 3
     monkeypatch.setattr(selection, "write_layer_scores", write)
     resumed = hybridize(*words)
-    assert "3 of 8 scores are there already" in resumed.stderr
+    assert "3 of 8 layers have been scored before" in resumed.stderr
     assert file.read_bytes() == whole
     # Scores that are complete are taken without loading a model.
     monkeypatch.setattr(selection.Measurement, "probe", None)
@@ -102,7 +102,7 @@ def test_changed_inputs_are_measured_again(work: Path, hybridize: Any) -> None:
     words = ("--attn-layers", "1", "--select", "mse", "--dry-run")
     hybridize(*words)
     again = hybridize(*words, "--samples", "4")
-    assert "are not taken: changed since: samples" in again.stderr
+    assert "are not reused, changed since: samples" in again.stderr
     assert "changed since: scored on" in hybridize(*words, data="held_out").stderr
     assert len(scores_files(work)) == 3
 
@@ -149,12 +149,15 @@ def test_scores_of_ones_own(work: Path, hybridize: Any, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("--select", "kl-zero", "--layers", "0"), "--select and --layers exclude each other"),
-        (("--select", "kl-zero", "--attn-layers", "0"), "--select has no layer to choose"),
+        (
+            ("--select", "kl-zero", "--attn-layers", "0"),
+            "--select has no number of layers to choose",
+        ),
         (("--select", "best", "--attn-layers", "1"), "must be kl-zero, kl, recall, mse"),
         (("--kv-bytes", "1MiB", "--context", "10"), "--kv-bytes needs scores"),
         (("--kv-bytes", "1MiB", "--select", "mse"), "--kv-bytes and --context belong together"),
-        (("--select", "mse", "--greedy", "--attn-layers", "1"), "--greedy scores layers again"),
-        (("--select", "kl", "--attn-layers", "1"), "name held-out conversations"),
+        (("--select", "mse", "--greedy", "--attn-layers", "1"), "--greedy is not possible"),
+        (("--select", "kl", "--attn-layers", "1"), "give --held-out FILE"),
         (("--select", "mse", "--attn-layers", "9"), "must be from 0 to 8"),
     ],
 )

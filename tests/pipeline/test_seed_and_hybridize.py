@@ -210,7 +210,7 @@ def test_hybridize_prefers_the_stage_2_student(hovle_folder: Path, tmp_path: Pat
     [
         (("--attn-layers", 6), "layers.attention: is 6"),
         (("--layers", "0,5"), r"layers.attention\[1\]: is 5"),
-        (("--layers", "a"), "is no list of layers"),
+        (("--layers", "a"), "expected numbers of layers"),
         (("--attn-layers", 1, "--layers", "0"), "exclude each other"),
         (("--attn-layers", 1, "--placement", "middle"), "placement"),
         (("--attn-layers", 1, "--from", "nothing"), "has no product 'nothing'"),

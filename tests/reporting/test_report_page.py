@@ -246,7 +246,7 @@ def test_only_a_report_is_replaced(full: Full, tmp_path: Path, mmmamba: Command)
     file = tmp_path / "thesis.html"
     file.write_text("<html>mine</html>")
     done = mmmamba("report", "--run", run, "--out", file)
-    assert done.code == 2 and "thesis.html is there and is no report of mmmamba" in done.err
+    assert done.code == 2 and "thesis.html exists and is not a report of mmmamba" in done.err
     assert file.read_text() == "<html>mine</html>"
     done = mmmamba("report", "--run", run, "--out", tmp_path)
     assert done.code == 2 and "is a folder" in done.err
