@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,14 @@ def steps(lanes: ModuleType) -> ModuleType:
 @pytest.fixture(scope="module")
 def summaries(lanes: ModuleType) -> ModuleType:
     return importlib.import_module("demo_summary")
+
+
+@pytest.fixture(autouse=True)
+def default_interrupts() -> Iterator[None]:
+    """Tests send SIGINT, which a test run in the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Clock:
@@ -203,8 +211,8 @@ def test_failed_lane_is_named_once_and_stops_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where SIGINT is ignored, as in a background job, and where a lane does not stop."""
-    handler = signal.default_int_handler if ignores == "nothing" else signal.SIG_IGN
-    before = signal.signal(signal.SIGINT, handler)
+    if ignores != "nothing":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if ignores == "all":
         monkeypatch.setattr(lanes, "STOP_SECONDS", 0.2)
     script(
@@ -216,13 +224,8 @@ def test_failed_lane_is_named_once_and_stops_the_other(
         """print('\\x1e{"event": "begin", "step": 3}')\n"""
         "print('error: no luck', flush=True)\nsys.exit(5)\n"
     )
-    try:
-        with pytest.raises(
-            lanes.LaneFailure, match=r"\[3/3\] the other: ended with exit code 5"
-        ) as e:
-            lanes.run_lanes(("seeded", "unseeded"), watch, tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(lanes.LaneFailure, match=r"\[3/3\] the other: ended with exit code 5") as e:
+        lanes.run_lanes(("seeded", "unseeded"), watch, tmp_path)
     assert e.value.code == 5
 
 
