@@ -22,6 +22,12 @@ COMMAND = "python benchmarks/demo.py"
 # Held-out conversations whose hidden states the mixers are compared on.
 NUM_CONVERSATIONS = 24
 FIDELITY = "fidelity.json"
+NOTE = (
+    f"{LINEAR} began from the teacher's attention, {LINEAR} ({UNSEEDED}) from random mixers. Both "
+    "were trained on the same lessons, with the same steps and learning rates; but the output "
+    "projections W_O of the unseeded student, random too, learn in stage 3, where the recipe "
+    "freezes those of the seeded one."
+)
 
 
 def is_measured(folder: Path) -> bool:
@@ -60,6 +66,7 @@ def measure_agreement(folder: Path) -> None:
             "created": utc_timestamp(),
             "models": {label: shares[name] for label, shares in found.items()},
             "compare": [[LINEAR, unseeded]],
+            "note": NOTE,
         }
         write_json(comparison_file(folder, name), text)
 

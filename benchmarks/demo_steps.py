@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from math import log10
 from pathlib import Path
 
 from mmmamba_cli.checkpoint import shipped_models
+from mmmamba_cli.recipe import load_recipe
 
 TEACHER, RECIPE = "scenes-teacher", "scenes-demo"
 # Folders, of which two are runs; and lanes. Lanes of one group run in parallel.
@@ -29,10 +32,13 @@ LEAD = ("scenes_retention_cpu.json", "profile_scenes_long_cpu.json")
 TITLE = "From attention to linear layers: what students keep of their teacher"
 NOTE = (
     "What the shipped students keep, and when they are faster, was measured before, as each figure "
-    "says. Their answers to the pictures below, and all that follows, were computed by this demo. "
-    "Its own students saw a few hundred short conversations, thousands of times fewer than a "
-    "student needs: they show how training begins, and most of their scores are near chance."
+    "says. Their answers to the pictures below, and the parts from “What was done in this run” on, "
+    "were computed by this demo. Each of its own linear students was trained on {seen:,} short "
+    "conversations about drawn pictures; the shipped linear student on {needed:,}, about {times:,} "
+    "times as many. They show how training begins, and most of their scores are near chance."
 )
+# The recipe of the shipped linear student.
+SHIPPED_RECIPE = "scenes-linear"
 
 
 @dataclass(frozen=True)
@@ -207,8 +213,21 @@ def measuring_steps(sizes: Sizes, slowdown: float) -> Iterator[Step]:
     )
     lead = (word for name in LEAD for word in ("--results", str(RESULTS / name)))
     read = ("--run", SEEDED, "--beside", UNSEEDED, "--data", SCENES, *lead)
-    words = ("report", *read, "--title", TITLE, "--note", NOTE, "--out", PAGE)
+    words = ("report", *read, "--title", TITLE, "--note", note(sizes), "--out", PAGE)
     yield Step("report", words, MEASURING, work=Work(2.0))
+
+
+def note(sizes: Sizes) -> str:
+    """The sentence below the heading, with the conversations of this demo's training."""
+    batches = [stage.batch_size for stage in _recipe(RECIPE).stages]
+    seen = sum(n * batch for n, batch in zip(sizes.stage_steps, batches, strict=True))
+    needed = sum(stage.steps * stage.batch_size for stage in _recipe(SHIPPED_RECIPE).stages)
+    # Two digits: more would say nothing.
+    digits = 1 - int(log10(needed / seen))
+    return NOTE.format(seen=seen, needed=needed, times=int(round(needed / seen, digits)))
+
+
+_recipe = cache(load_recipe)
 
 
 def product(run: str, name: str) -> str:

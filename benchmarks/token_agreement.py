@@ -28,11 +28,11 @@ from mmmamba_cli.runs import open_processor
 # (title, metric) by file name; the report sorts by file name.
 COMPARISONS = {
     "agreement": (
-        "Next tokens of answers, on lessons nobody learned from",
-        "same most likely token as the teacher's, %",
+        "Next tokens of answers on held-out lessons, which no student learned from",
+        "most likely token equal to the teacher's, %",
     ),
     "overlap": (
-        "The same tokens, by all that a model holds possible",
+        "Shared probability of the same tokens",
         "probability that student and teacher share, %",
     ),
 }

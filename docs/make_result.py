@@ -16,7 +16,7 @@ from typing import Any
 
 from mmmamba_cli.plugins import load_reference
 from mmmamba_cli.profiling import read_profile
-from mmmamba_cli.reporting.charts import Scale
+from mmmamba_cli.reporting.chart_scales import Scale
 from mmmamba_cli.reporting.crossing import crossings, round_context
 from mmmamba_cli.reporting.html import Markup, tag
 

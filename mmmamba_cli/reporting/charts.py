@@ -1,4 +1,4 @@
-"""Bar and line charts as SVG of one width, with their scales and ticks.
+"""Bar and line charts as SVG of one width.
 
 `styles.py` gives each series its colour, marker and dashes.
 """
@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mmmamba_cli.reporting.chart_scales import Scale, axis_range, format_short
 from mmmamba_cli.reporting.html import Markup, tag
 from mmmamba_cli.reporting.styles import dashes, fill_class, marker, stroke_class
 
@@ -17,97 +18,11 @@ WIDTH = 340
 MARGIN = 8
 # Heights in a bar chart.
 LABEL_HEIGHT, BAR_HEIGHT, BAR_GAP = 15, 10, 7
+# Height of a line of text above a plot, and the mean width of its characters.
+TEXT_HEIGHT, CHARACTER_WIDTH = 13, 6.6
 # Edges and plot height of a line chart.
 LEFT, RIGHT, TOP, BOTTOM, PLOT_HEIGHT = 46, 12, 12, 36, 150
 MIN_TICK_DISTANCE = 34
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps values from `low` to `high` to coordinates from `begin` to `end`, linearly or by log."""
-
-    low: float
-    high: float
-    begin: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, here = (_log(v) if self.log else v for v in (self.low, self.high, value))
-        share = (here - low) / (high - low) if high != low else 0.5
-        return self.begin + share * (self.end - self.begin)
-
-    def ticks(self, wanted: int = 4) -> list[float]:
-        """Round values within the scale, about `wanted` of them."""
-        if self.log:
-            return _decades(self.low, self.high)
-        step = _round_step((self.high - self.low) / max(1, wanted))
-        first = math.ceil(self.low / step - 1e-9)
-        last = math.floor(self.high / step + 1e-9)
-        return [i * step for i in range(first, last + 1)]
-
-
-def axis_range(values: Sequence[float], *, log: bool = False) -> tuple[float, float]:
-    """A range with round ends that contains all values, and zero unless `log`."""
-    low, high = min(values), max(values)
-    if log:
-        bottom, top = _round_below(low), _round_above(high)
-        return (bottom, top) if top > bottom else (bottom / 2, top * 2)
-    step = _round_step((high - min(0.0, low)) / 4 or 1.0)
-    return min(0.0, math.floor(low / step) * step), math.ceil(high / step - 1e-9) * step or 1.0
-
-
-def _round_below(value: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten that is at most a positive value."""
-    return max(step for step in _steps(value) if step <= value * (1 + 1e-9))
-
-
-def _round_above(value: float) -> float:
-    return min(step for step in _steps(value) if step >= value * (1 - 1e-9))
-
-
-def _steps(value: float) -> list[float]:
-    power = 10.0 ** math.floor(math.log10(value))
-    return [power * factor for factor in (1, 2, 5, 10)]
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten; only the powers if there are more than three."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [
-        factor * 10.0**power
-        for power in powers
-        for factor in ((1, 2, 5) if len(powers) <= 3 else (1,))
-    ]
-    return [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-
-
-def _round_step(rough: float) -> float:
-    power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
-    return next((power * f for f in (1, 2, 2.5, 5, 10) if power * f >= rough - 1e-12), power)
-
-
-def _log(value: float) -> float:
-    return math.log10(value)
-
-
-def format_short(value: float) -> str:
-    """Format a number as a tick or label: three significant digits, k, M and G for large ones."""
-    size = abs(value)
-    if not math.isfinite(value):
-        return str(value)
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
-    if size and size < 1e-3:
-        return f"{value:.0e}"
-    return f"{value:,.0f}" if size >= 100 else f"{value:.3g}"
-
-
-def format_context(value: float) -> str:
-    """Format a number of tokens: multiples of 1,024 as K."""
-    whole = value >= 1024 and value % 1024 == 0
-    return f"{value / 1024:g}K" if whole else format_short(value)
 
 
 @dataclass(frozen=True)
@@ -122,12 +37,16 @@ class Bar:
 
 @dataclass(frozen=True)
 class Line:
-    """Points with ascending x; values that are not finite are gaps."""
+    """Points with ascending x; values that are not finite are gaps.
+
+    `noisy` are the x of measurements that are not reliable; they are drawn hollow.
+    """
 
     label: str
     series: int
     points: tuple[tuple[float, float], ...]
     marked: bool = False
+    noisy: frozenset[float] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -149,19 +68,20 @@ def bars(
 ) -> Markup:
     """Horizontal bars from zero with label, value and the interval as a whisker.
 
-    `reference` is a value and its description, drawn as a vertical line.
+    `reference` is a value and its name, drawn as a vertical line behind each bar.
     """
     ends = [row.interval[1] for row in rows if row.interval] + [row.value for row in rows]
     known = [end for end in ends if math.isfinite(end)]
     top = high if high is not None else axis_range(known)[1] if known else 1.0
     x = Scale(0, top, MARGIN, WIDTH - 52)
-    height = 4 + len(rows) * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP) + 26
-    bottom = height - 24
-    parts = [*_x_axis(x, bottom, 4)]
+    above = 4 if reference is None else 4 + TEXT_HEIGHT
+    tops = [above + i * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP) for i in range(len(rows) + 1)]
+    bottom = tops[-1] + 2
+    height = bottom + 24
+    parts = [*_x_axis(x, bottom, above)]
+    parts += [_bar(row, x, begin, show) for row, begin in zip(rows, tops, strict=False)]
     if reference is not None:
-        parts += _reference(x, reference, bottom)
-    for number, row in enumerate(rows):
-        parts.append(_bar(row, x, 4 + number * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP), show))
+        parts += _reference(x, reference, tops[:-1])
     return _svg(title, _describe_bars(title, rows, show), height, parts)
 
 
@@ -196,11 +116,14 @@ def _bar(row: Bar, x: Scale, top: float, show: Callable[[float], str]) -> Markup
     return tag("g", *parts)
 
 
-def _reference(x: Scale, reference: tuple[float, str], bottom: float) -> list[Markup]:
+def _reference(x: Scale, reference: tuple[float, str], tops: Sequence[float]) -> list[Markup]:
+    """The line with its name above; it stops at the labels of the bars."""
     value, what = reference
+    place = x(value)
+    pieces = (f"M{place:.2f} {top + LABEL_HEIGHT - 2}v{BAR_HEIGHT + 4}" for top in tops)
     return [
-        tag("title", what),
-        tag("line", x1=x(value), x2=x(value), y1=2, y2=bottom, class_="reference"),
+        tag("text", what, x=place, y=11, class_="tick", text_anchor="middle"),
+        tag("path", d="".join(pieces), class_="reference"),
     ]
 
 
@@ -225,25 +148,27 @@ def lines(
     log_y = log_y and min(point[1] for point in points) > 0
     xs = [point[0] for point in points]
     low, high = axis_range([point[1] for point in points], log=log_y)
+    top = TOP + TEXT_HEIGHT * len(marks)
+    bottom = top + PLOT_HEIGHT
     x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
-    y = Scale(low, high, TOP + PLOT_HEIGHT, TOP, log_y)
-    parts = [*_y_axis(y, show), *_x_axis(x, TOP + PLOT_HEIGHT, TOP, x_ticks, show_x)]
+    y = Scale(low, high, bottom, top, log_y)
+    parts = [*_y_axis(y, show), *_x_axis(x, bottom, top, x_ticks, show_x)]
     parts.append(
         tag(
             "text",
             x_name,
             x=(LEFT + WIDTH - RIGHT) / 2,
-            y=TOP + PLOT_HEIGHT + 32,
+            y=bottom + 32,
             class_="tick",
             text_anchor="middle",
         )
     )
     parts += [_line(line, x, y) for line in series]
-    parts += [_mark(mark, x, row) for row, mark in enumerate(marks)]
+    parts += _marks(marks, x, bottom)
     described = "; ".join(
         (_describe_lines(series, x_name, y_name, show), *(mark.label for mark in marks))
     )
-    return _svg(title, described, TOP + PLOT_HEIGHT + BOTTOM, parts)
+    return _svg(title, described, bottom + BOTTOM, parts)
 
 
 def _line(line: Line, x: Scale, y: Scale) -> Markup:
@@ -253,39 +178,45 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
         if not math.isfinite(value) or (y.log and value <= 0):
             pen = "M"
             continue
-        finite.append((x(at), y(value)))
-        path.append(f"{pen}{finite[-1][0]:.2f} {finite[-1][1]:.2f}")
+        finite.append((x(at), y(value), at in line.noisy))
+        path.append(f"{pen}{x(at):.2f} {y(value):.2f}")
         pen = "L"
     look, dashed = stroke_class(line.series), dashes(line.series)
     parts = [tag("path", d="".join(path), class_=look, stroke_dasharray=dashed)] if path else []
     if line.marked or len(finite) == 1:
-        parts += [marker(line.series, *point) for point in finite]
+        parts += [marker(line.series, left, top, noisy) for left, top, noisy in finite]
     return tag("g", *parts)
 
 
-def _mark(mark: Mark, x: Scale, row: int) -> Markup:
-    """A vertical line with its label, on the side of the line where there is more room."""
-    place = x(mark.at)
-    left = place > (LEFT + WIDTH - RIGHT) / 2
-    return tag(
-        "g",
-        tag(
-            "line",
-            x1=place,
-            x2=place,
-            y1=TOP,
-            y2=TOP + PLOT_HEIGHT,
-            class_=f"mark {stroke_class(mark.series)}",
-        ),
-        tag(
-            "text",
-            mark.label,
-            x=place + (-4 if left else 4),
-            y=TOP + 10 + 13 * row,
-            class_="label value",
-            text_anchor="end" if left else "start",
-        ),
-    )
+def _marks(marks: Sequence[Mark], x: Scale, bottom: float) -> list[Markup]:
+    """Vertical lines, each up to its label above the plot.
+
+    No line crosses a label: labels on the right of their lines are ordered from the left one down,
+    labels on the left from the right one down. Where neither has the room, no line goes above the
+    plot, and colours tell whose each label is.
+    """
+    widths = {mark.label: CHARACTER_WIDTH * len(mark.label) + 4 for mark in marks}
+    right = all(x(mark.at) + widths[mark.label] <= WIDTH for mark in marks)
+    left = not right and all(x(mark.at) >= widths[mark.label] for mark in marks)
+    parts = []
+    for row, mark in enumerate(sorted(marks, key=lambda one: one.at, reverse=left)):
+        place, base = x(mark.at), TOP + TEXT_HEIGHT * row
+        begin = base - 8 if right or left else TOP + TEXT_HEIGHT * len(marks)
+        at = place - 4 if left else place + 4 if right else WIDTH - widths[mark.label]
+        look = f"mark {stroke_class(mark.series)}"
+        label = f"{fill_class(mark.series)} value"
+        parts += [
+            tag("line", x1=place, x2=place, y1=begin, y2=bottom, class_=look),
+            tag(
+                "text",
+                mark.label,
+                x=max(0.0, at),
+                y=base + 1,
+                class_=label,
+                text_anchor="end" if left else "start",
+            ),
+        ]
+    return parts
 
 
 def _x_axis(
@@ -299,7 +230,8 @@ def _x_axis(
     for value in _spaced_ticks(x, x.ticks() if ticks is None else ticks):
         place = x(value)
         # A centred number would be cut off at the edges.
-        anchor = "middle" if 14 < place < WIDTH - 14 else "start" if place <= 14 else "end"
+        half = CHARACTER_WIDTH * len(show(value)) / 2
+        anchor = "start" if place < half else "end" if place + half > WIDTH else "middle"
         parts += [
             tag("line", x1=place, x2=place, y1=top, y2=bottom, class_="grid"),
             tag(

@@ -13,6 +13,7 @@ from mmmamba_cli.evaluate.scoring import find_rule
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, safe_divide
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
+from mmmamba_cli.reporting.few_pictures import MIN_UNITS
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
 from mmmamba_cli.reporting.run_contents import ExternalComparison, ModelResult, ReportData
 
@@ -25,14 +26,17 @@ class ScoreDifference:
     other: str
     metric: str
     value: float
-    interval: tuple[float, float]
+    # None if the sample has too few units for one.
+    interval: tuple[float, float] | None
     # The sample, for example "448 questions".
     sample: str
+    # Whether both gave the same answers, or got the same in every unit.
+    is_same: bool = False
 
     @property
     def significant(self) -> bool:
         """Whether the interval excludes zero."""
-        return self.interval[0] > 0 or self.interval[1] < 0
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
 def product_pairs(
@@ -58,10 +62,10 @@ def score_difference(
     ):
         return None
     rule = find_rule(next(iter(suite.rules.values())))
-    left, right = (
-        rule(rows, [result.answers[row.index]["prediction"] for row in rows])
-        for result in (one, other)
+    said, others = (
+        [result.answers[row.index]["prediction"] for row in rows] for result in (one, other)
     )
+    left, right = rule(rows, said), rule(rows, others)
     metric = left.headline
     mine, theirs = left.values()[metric], right.values()[metric]
     if mine is None or theirs is None:
@@ -71,29 +75,43 @@ def score_difference(
         other.label,
         metric,
         mine - theirs,
-        difference_interval(left, right, metric, seed=one.result.seed),
+        difference_interval(left, right, metric, seed=one.result.seed)
+        if all(has_interval(result, metric) for result in (one, other))
+        else None,
         f"{len(rows):,} questions",
+        said == others,
     )
+
+
+def has_interval(one: ModelResult, metric: str) -> bool:
+    """Whether the result has an interval of a metric: one over few pictures was left out."""
+    return not one.result.rules or metric in one.result.rules[0].intervals
 
 
 def difference_sentence(difference: ScoreDifference) -> Markup:
     """The difference in a sentence, with a remark on chance."""
+    if difference.is_same:
+        both = f"{difference.one} and {difference.other} gave the same answers"
+        return join_markup((tag("strong", both), f" ({difference.sample})."))
     if round(difference.value, 1) == 0:
         how = f"{difference.one} and {difference.other} come to the same"
     else:
         more = "above" if difference.value > 0 else "below"
         points = abs(difference.value)
         how = f"{difference.one} is {points:.1f} points {more} {difference.other}"
+    if difference.interval is None:
+        few = f" in {difference.metric}, over {difference.sample}: too few for an interval."
+        return join_markup((tag("strong", how), few))
     verdict = (
         "The interval leaves zero out."
         if difference.significant
-        else "The interval holds zero: on these questions it may be chance."
+        else "The interval includes zero: the difference may be chance."
     )
     low, high = difference.interval
     return join_markup(
         (
             tag("strong", how),
-            f" in {difference.metric} (95 % interval over {difference.sample}, drawn together: "
+            f" in {difference.metric} (95 % interval, paired over {difference.sample}: "
             f"{low:+.1f} to {high:+.1f}). {verdict}",
         )
     )
@@ -108,8 +126,11 @@ def external_differences(comparison: ExternalComparison) -> list[ScoreDifference
             other,
             comparison.metric,
             _share_of(tallies[one]) - _share_of(tallies[other]),
-            difference_interval(tallies[one], tallies[other], "share"),
+            difference_interval(tallies[one], tallies[other], "share")
+            if comparison.units >= MIN_UNITS
+            else None,
             f"{comparison.units:,} {comparison.unit}s",
+            comparison.models[one] == comparison.models[other],
         )
         for one, other in comparison.compare
     ]
@@ -122,11 +143,15 @@ def external_section(
     rows = []
     for name, units in comparison.models.items():
         tally = _tally(units)
-        rows.append(Bar(name, _share_of(tally), series[name], intervals(tally)["share"]))
+        interval = intervals(tally)["share"] if comparison.units >= MIN_UNITS else None
+        rows.append(Bar(name, _share_of(tally), series[name], interval))
     cells = [
-        (row.label, f"{row.value:.1f}", f"{row.interval[0]:.1f} to {row.interval[1]:.1f}")
+        (
+            row.label,
+            f"{row.value:.1f}",
+            None if row.interval is None else f"{row.interval[0]:.1f} to {row.interval[1]:.1f}",
+        )
         for row in rows
-        if row.interval is not None
     ]
     chart = bars(
         f"{comparison.title}: {comparison.metric}", rows, high=100, show=lambda v: f"{v:.1f}"
@@ -136,10 +161,15 @@ def external_section(
         f"comparison-{number}",
         f"{comparison.title}: {', '.join(comparison.models)}",
         paragraph(
-            f"{comparison.metric}. Whiskers are 95% intervals over {NUM_RESAMPLES:,} seeded draws "
-            f"of whole {comparison.unit}s, {comparison.units:,} of them."
+            f"{comparison.metric[:1].upper()}{comparison.metric[1:]}. Whiskers are 95 % intervals "
+            f"over {NUM_RESAMPLES:,} seeded draws of whole {comparison.unit}s, "
+            f"{comparison.units:,} of them."
+            if comparison.units >= MIN_UNITS
+            else f"{comparison.metric[:1].upper()}{comparison.metric[1:]}, over "
+            f"{comparison.units:,} {comparison.unit}s: too few for intervals."
         ),
         *(paragraph(one, class_="found") for one in sentences),
+        None if comparison.note is None else paragraph(comparison.note),
         figure(
             tag("div", tag("div", chart), class_="panels"),
             "Higher is better.",

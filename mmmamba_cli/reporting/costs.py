@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from mmmamba_cli.errors import name_some
 from mmmamba_cli.profiling import Measurement, Profile, report
-from mmmamba_cli.profiling.result import DECODE, MEASURED, PREFILL, Task
-from mmmamba_cli.reporting.charts import Line, Mark, format_context, lines
+from mmmamba_cli.profiling.result import DECODE, PREFILL, Task
+from mmmamba_cli.reporting.chart_scales import format_context
+from mmmamba_cli.reporting.charts import Line, Mark, lines
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
+from mmmamba_cli.reporting.profile_tables import (
+    correctness_sentence,
+    measured_tables,
+    remark_sentences,
+    skipped_sentences,
+    withheld_sentences,
+)
 from mmmamba_cli.reporting.styles import legend
 from mmmamba_cli.runs.provenance import redact_command
 
 MIB = 2**20
+PREFILL_PANEL = "prefill (reading the prompt), ms"
 
 Value = Callable[[Measurement], float | None]
 
@@ -25,16 +33,17 @@ def costs_section(profile: Profile, series: Mapping[str, int], labels: Mapping[s
         for title, task, value in (
             ("memory while decoding, MiB", DECODE, memory_of),
             ("next token, ms", DECODE, milliseconds_of),
-            ("reading the context, ms", PREFILL, milliseconds_of),
+            (PREFILL_PANEL, PREFILL, milliseconds_of),
         )
     ]
     sentences = [
-        report.correctness_line(profile),
+        correctness_sentence(profile),
         *(f"{line}." for line in report.launch_overhead_lines(profile)),
         *skipped_sentences(profile),
+        *withheld_sentences(profile),
+        *remark_sentences(profile),
     ]
     sentences += [f"{note}." for note in profile.notes]
-    sentences += [f"{remark}." for remark in _remarks(profile)]
     shown = {labels[name]: series[labels[name]] for name in names}
     return section(
         "costs",
@@ -44,8 +53,8 @@ def costs_section(profile: Profile, series: Mapping[str, int], labels: Mapping[s
             join_markup((legend(shown), tag("div", *panels, class_="panels"))),
             join_markup(
                 (
-                    "Lower is better; both axes are logarithmic. Memory is "
-                    f"{report.memory_name(profile)}. ",
+                    "Lower is better; both axes are logarithmic. Dotted hollow points are noisy. "
+                    f"Memory is {report.memory_name(profile)}. ",
                     conditions(profile, ""),
                 )
             ),
@@ -90,7 +99,9 @@ def panel(
     for name in names:
         points = _points(profile, name, task, value)
         if points:
-            drawn.append(Line(labels[name], series[labels[name]], points, marked=True))
+            noisy = _noisy_contexts(profile, name, task) if value is milliseconds_of else ()
+            line = Line(labels[name], series[labels[name]], points, True, frozenset(noisy))
+            drawn.append(line)
     if not drawn:
         return None
     chart = lines(
@@ -119,6 +130,14 @@ def _points(
     return tuple(found)
 
 
+def _noisy_contexts(profile: Profile, name: str, task: Task) -> list[float]:
+    return [
+        float(one.context)
+        for one in report.noisy_measurements(profile)
+        if (one.subject, one.task) == (name, task)
+    ]
+
+
 def memory_of(one: Measurement) -> float | None:
     """Memory in MiB."""
     return None if one.memory is None else one.memory.total / MIB
@@ -126,49 +145,3 @@ def memory_of(one: Measurement) -> float | None:
 
 def milliseconds_of(one: Measurement) -> float | None:
     return None if one.median is None else 1000 * one.median
-
-
-def measured_tables(profile: Profile) -> Iterator[report.Table]:
-    """The profile's tables without the contexts at which nothing was measured."""
-    for title, heading, rows in report.tables(profile):
-        if heading[0] == report.CONTEXT:
-            rows = [row for row in rows if any(_has_number(cell) for cell in row[1:])]
-        if rows:
-            yield title, heading, rows
-
-
-def _has_number(cell: object) -> bool:
-    return any(character.isdigit() for character in str(cell))
-
-
-def skipped_sentences(profile: Profile) -> list[str]:
-    """The measurements that were not made, in one sentence for each reason."""
-    reasons: dict[str, list[str]] = {}
-    for one in profile.measurements:
-        if one.status != MEASURED:
-            title = report.TITLES[one.task]
-            reasons.setdefault(one.status.removeprefix("skipped: "), []).append(
-                f"{one.subject} ({title} at {one.context:,})"
-            )
-    return [
-        f"Not measured, because {_because(reason)}: {name_some(listed, 6)}."
-        for reason, listed in reasons.items()
-    ]
-
-
-def _because(reason: str) -> str:
-    return {
-        "over budget": "the time given by --budget was spent",
-        "out of memory": "memory was not enough",
-        "a shorter one was out of memory": "a shorter context was out of memory",
-    }.get(reason, reason)
-
-
-def _remarks(profile: Profile) -> list[str]:
-    """Warnings of the profile; those on single skipped measurements are one sentence elsewhere."""
-    skipped = {one.status for one in profile.measurements} - {MEASURED}
-    return [
-        remark
-        for remark in report.remarks(profile)
-        if not any(f": {status} (" in remark for status in skipped)
-    ]

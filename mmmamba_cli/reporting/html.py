@@ -9,6 +9,8 @@ from html import escape, unescape
 # HTML elements without an end tag.
 VOID_ELEMENTS = frozenset(("img", "meta", "br", "hr"))
 TAGS = re.compile(r"<[^>]*>")
+# A number and what follows it in parentheses.
+INTERVAL = re.compile(r"(-?[\d.,]+) (\([^()]*\))")
 
 
 class Markup(str):
@@ -70,7 +72,7 @@ def table(
     for row in rows:
         name, *cells = ("–" if cell is None else cell for cell in row)
         shown = (
-            tag("td", tag("span", cell), data_label=label)
+            tag("td", tag("span", _unbroken(cell)), data_label=label)
             for cell, label in zip(cells, labels, strict=True)
         )
         body.append(tag("tr", tag("th", name, scope="row"), *shown))
@@ -82,6 +84,14 @@ def table(
         class_="words" if words else None,
     )
     return tag("div", inner, class_="table")
+
+
+def _unbroken(cell: Child) -> Child:
+    """A number with its interval breaks only between both."""
+    found = INTERVAL.fullmatch(cell) if isinstance(cell, str) and type(cell) is str else None
+    if found is None:
+        return cell
+    return join_markup((found[1], " ", tag("span", found[2], class_="unbroken")))
 
 
 def _text_of(cell: Child) -> str:

@@ -10,15 +10,15 @@ from mmmamba_cli.reporting.charts import Bar, bars
 from mmmamba_cli.reporting.examples import Example
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, tag
 from mmmamba_cli.reporting.models import ModelDetails
-from mmmamba_cli.reporting.retention import Kept, Share, retention_table
-from mmmamba_cli.reporting.scores import RIGHT, WRONG, example_cards
+from mmmamba_cli.reporting.retention import Kept, Share, known_suite, retention_table
+from mmmamba_cli.reporting.scores import GUESSING, RIGHT, WRONG, example_cards
 from mmmamba_cli.reporting.speed import headline, speed_figure
 
 ABOUT = (
     "mmmamba turns a trained vision-language model with attention, the teacher, into students in "
-    "which mixers of constant memory replace attention: in all layers (linear) or in most of them "
-    "(hybrid). This page shows what students keep of their teacher's answers, and from which "
-    "length of context on they are faster."
+    "which {mixers} replace attention: in all layers (linear) or in most of them (hybrid). This "
+    "page shows what students keep of their teacher's answers, and from which length of context on "
+    "they are faster."
 )
 EXAMPLE_CATEGORIES, EXAMPLE_QUESTIONS = 3, 2
 
@@ -38,6 +38,13 @@ class Lead:
     details: Mapping[str, ModelDetails]
     examples: Sequence[Example] = ()
     asked_of: str = ""
+
+    @property
+    def mixers(self) -> list[str]:
+        """The mixers of the students, as "Mamba-2"."""
+        names = [*(one.student for one in self.kept), *self.labels.values()]
+        known = [self.details[name].mixer for name in names if name in self.details]
+        return list(dict.fromkeys(one for one in known if one is not None))
 
     @property
     def nouns(self) -> dict[str, str]:
@@ -60,13 +67,19 @@ class Lead:
 def summary_sentences(lead: Lead) -> list[str]:
     """What the students keep of the teacher's score, and when they are faster."""
     suites: list[str] = []
+    named: list[str] = []
     for suite in dict.fromkeys(one.suite for one in lead.kept):
-        shares = [
-            f"{lead.nouns[one.student]} {_kept_of(one, not suites and i == 0)}"
-            for i, one in enumerate(one for one in lead.kept if one.suite == suite)
-            if one.headline is not None
-        ]
-        suites += [f"on {suite}, {', '.join(shares)}"] if shares else []
+        known = [one for one in lead.kept if one.suite == suite and one.headline is not None]
+        students = [one.student for one in known]
+        shares = [_kept_of(one, not suites and one is known[0]) for one in known]
+        # Students of the first suite need not be named again.
+        if students != named:
+            shares = [
+                f"{lead.nouns[one.student]} {share}"
+                for one, share in zip(known, shares, strict=True)
+            ]
+        suites += [f"on {suite}, {_listed(shares, students == named)}"] if shares else []
+        named = named or students
     found = [f"O{'; '.join(suites)[1:]}."] if suites else []
     if lead.profile is not None:
         faster = headline(lead.profile, subject_nouns(lead))
@@ -78,12 +91,14 @@ def _kept_of(one: Kept, first: bool) -> str:
     """The retention; the `first` one says of what it is."""
     assert one.headline is not None
     share = f"{one.headline.value:.0f} %"
-    raw = "" if one.chance is None or one.raw is None else f"{one.raw.value:.0f} %"
     if not first:
-        return f"{share} ({raw})" if raw else share
-    if not raw:
-        return f"keeps {share} of its teacher's score"
-    return f"keeps {share} of its teacher's score above chance ({raw} of the score itself)"
+        return share
+    return f"keeps {share} of its teacher's score{'' if one.chance is None else ' above chance'}"
+
+
+def _listed(shares: Sequence[str], bare: bool) -> str:
+    """Shares of students; with "and" where they are numbers alone."""
+    return (" and " if bare and len(shares) == 2 else ", ").join(shares)
 
 
 def subject_nouns(lead: Lead) -> dict[str, str]:
@@ -111,22 +126,23 @@ def lead_sections(lead: Lead, series: Mapping[str, int]) -> dict[str, Markup]:
 def _retention_section(lead: Lead, series: Mapping[str, int]) -> Markup:
     suites = dict.fromkeys(one.suite for one in lead.kept)
     panels = [_panel([one for one in lead.kept if one.suite == suite], series) for suite in suites]
-    kinds = {label: one.kind for label, one in lead.details.items()}
     tables, asked = [], []
     for suite in suites:
         kept = [one for one in lead.kept if one.suite == suite]
-        asked.append(f"{suite} has {kept[0].questions:,} {kept[0].title}")
-        tables.append(retention_table(f"{suite}, {kept[0].metric} in %", kept, kinds))
+        known = known_suite(suite)
+        note = "" if known is None or not known.note else f". {known.note}"
+        asked.append(f"{suite} has {kept[0].questions:,} {kept[0].title}{note}")
+        tables.append(retention_table(f"{suite}, {kept[0].metric} in %", kept))
     return section(
         "retention",
         "What the students keep of their teacher's answers",
-        paragraph(f"{'; '.join(asked)}."),
+        *(paragraph(f"{one.rstrip('.')}.") for one in asked),
         figure(
             tag("div", *panels, class_="panels"),
             join_markup(
                 (
                     "Scores in percent; higher is better. Whiskers are 95 % intervals over whole "
-                    "pictures; the dashed line is guessing. ",
+                    "pictures; the dashed line is chance. ",
                     lead.source,
                 )
             ),
@@ -134,8 +150,8 @@ def _retention_section(lead: Lead, series: Mapping[str, int]) -> Markup:
         join_markup(tables),
         paragraph(
             "Kept above chance is (score - chance) / (teacher's score - chance): a student that "
-            "guesses keeps 0. The intervals of what is kept draw the pictures of student and "
-            "teacher together.",
+            "guesses keeps 0. Its intervals are paired: each draw takes the same pictures for "
+            "student and teacher.",
             class_="small",
         ),
     )
@@ -162,7 +178,7 @@ def _panel(kept: Sequence[Kept], series: Mapping[str, int]) -> Markup:
         f"{first.suite}, {first.metric}",
         rows,
         high=high,
-        reference=None if first.chance is None or high is None else (first.chance, "guessing"),
+        reference=None if first.chance is None or high is None else (first.chance, GUESSING),
         show=lambda value: f"{value:.1f}",
     )
     return tag("div", tag("h3", first.suite), chart)
@@ -173,13 +189,15 @@ def _examples(examples: Sequence[Example], series: Mapping[str, int], asked_of: 
         "pictures",
         "The same questions to teacher and students",
         paragraph(
-            "The first pictures of categories evenly spaced in the table of questions, not chosen "
-            f"by what was answered{asked_of}. {RIGHT} is right, {WRONG} is wrong."
+            f"The first picture of each of {len(examples)} categories{asked_of}. Categories and "
+            "pictures were taken by their place in the table of questions, not by the answers. "
+            f"{RIGHT} is right, {WRONG} is wrong."
         ),
         example_cards(examples, series),
     )
 
 
-def about() -> Markup:
-    """What the page is, in two sentences."""
-    return paragraph(ABOUT)
+def about(mixers: Sequence[str] = ()) -> Markup:
+    """What the page is, in two sentences; `mixers` are those of the students."""
+    named = f" ({', '.join(mixers)})" if mixers else ""
+    return paragraph(ABOUT.format(mixers=f"mixers of constant memory{named}"))

@@ -33,7 +33,7 @@ def read_lead(
             [TEACHER, *students], categories=EXAMPLE_CATEGORIES, questions=EXAMPLE_QUESTIONS
         )
         if examples:
-            asked_of = f", asked in the run of this page (suite {suite.name})"
+            asked_of = f" of {suite.name}, with the answers that the models gave in this run"
             break
     return Lead(
         kept,

@@ -9,12 +9,13 @@ from typing import Any
 
 from mmmamba_cli.recipe import Stage
 from mmmamba_cli.reporting.charts import Line, lines
-from mmmamba_cli.reporting.html import Markup, figure, join_markup, section, table, tag
+from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
 from mmmamba_cli.reporting.run_contents import TrainedStage
 from mmmamba_cli.reporting.styles import legend
 
 # More points per curve would enlarge the page without being visible.
 MAX_POINTS = 300
+MAX_STEP_TICKS = 8
 LOSSES = {
     "mixer-mse": "squared error of the mixers' outputs",
     "kl": "KL(teacher, student), nats a token",
@@ -23,8 +24,13 @@ LOSSES = {
 }
 
 
-def losses_section(trained: Sequence[TrainedStage], series: Mapping[str, int]) -> Markup:
-    """Training loss over steps by stage; held-out numbers in the table."""
+def losses_section(
+    trained: Sequence[TrainedStage], series: Mapping[str, int], remark: str | None = None
+) -> Markup:
+    """Training loss over steps by stage; held-out numbers in the table.
+
+    `remark` is a sentence on the seconds of the table.
+    """
     stages = list(dict.fromkeys(one.stage for one in trained))
     panels = [
         _panel(name, [one for one in trained if one.stage == name], series) for name in stages
@@ -35,11 +41,36 @@ def losses_section(trained: Sequence[TrainedStage], series: Mapping[str, int]) -
         f"Loss of each stage: {', '.join(one.label for one in trained if one.stage == stages[-1])}",
         figure(
             join_markup((legend(shown), tag("div", *panels, class_="panels"))),
-            "Lower is better. Losses of different stages are not comparable; lines in one panel "
-            "are, where their recipes are the same.",
-            _numbers(trained),
+            "Lower is better. Losses of different stages are not comparable. "
+            + " ".join(_recipe_sentences(trained, stages)),
+            join_markup((_numbers(trained), None if remark is None else paragraph(remark))),
         ),
     )
+
+
+def _recipe_sentences(trained: Sequence[TrainedStage], stages: Sequence[str]) -> list[str]:
+    """In which settings the stages of one panel differ, apart from the steps shown."""
+    found = []
+    for name in stages:
+        alike = [one for one in trained if one.stage == name]
+        for field in Stage.model_fields:
+            values: dict[str, list[str]] = {}
+            for one in alike:
+                stage = stage_of(one)
+                if stage is not None:
+                    values.setdefault(_setting(getattr(stage, field)), []).append(one.label)
+            if len(values) > 1:
+                listed = "; ".join(f"{value} for {_names(who)}" for value, who in values.items())
+                found.append(f"In {name} the recipes differ in {field}: {listed}.")
+    return found or ["Lines of one panel have the same recipe for their stage."]
+
+
+def _setting(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _names(labels: Sequence[str]) -> str:
+    return " and ".join(labels)
 
 
 def stage_of(one: TrainedStage) -> Stage | None:
@@ -60,8 +91,16 @@ def _panel(name: str, trained: Sequence[TrainedStage], series: Mapping[str, int]
         "div",
         tag("h3", name),
         tag("p", what, class_="axis"),
-        lines(f"{name}: {what}", drawn, x_name="step", y_name=what, log_y=True),
+        lines(
+            f"{name}: {what}", drawn, x_name="step", y_name=what, log_y=True, x_ticks=_ticks(drawn)
+        ),
     )
+
+
+def _ticks(drawn: Sequence[Line]) -> list[float] | None:
+    """Every step where there are few: the axis would have fractions of steps."""
+    steps = sorted({x for line in drawn for x, _ in line.points})
+    return steps if len(steps) <= MAX_STEP_TICKS else None
 
 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:

@@ -5,18 +5,20 @@ All of it is read from files: manifests of products, and config and card of ship
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mmmamba_cli.architecture import mixer_spec
 from mmmamba_cli.checkpoint import open_checkpoint, public_model_name, shipped_models
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.profiling.interfaces import BASELINES
 from mmmamba_cli.profiling.result import SubjectPart
-from mmmamba_cli.recipe import Recipe
+from mmmamba_cli.recipe import Recipe, load_recipe
 from mmmamba_cli.reporting.html import Child, Markup, join_markup, paragraph, section, table
 from mmmamba_cli.reporting.run_contents import ReportData, RunContents
 from mmmamba_cli.reporting.styles import swatch
@@ -26,6 +28,9 @@ from mmmamba_cli.runs.manifest import MANIFEST
 CARD, FENCE = "README.md", "---"
 # The key of a model card's front matter, and the keys below it.
 CARD_KEY, RECIPE_KEY, FINAL_KEY = "mmmamba", "recipe", "distilled_end_to_end"
+# Tensors that are kept on disk only.
+UNUSED = "unused."
+LESSONS_KEY, STEPS_KEY, BATCH_KEY = "lessons", "steps", "batch"
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class ModelDetails:
     layers: int | None = None
     recipe: str | None = None
     final: bool | None = None
+    parameters: int | None = None
+    # The mixers that replace attention, as "Mamba-2".
+    mixer: str | None = None
+    # How a shipped model was trained, as the end of a sentence.
+    training: str | None = None
 
     @property
     def is_teacher(self) -> bool:
@@ -94,6 +104,8 @@ def _product(label: str, product: Manifest, recipe: Recipe | None) -> ModelDetai
         product.num_layers,
         name,
         product.final,
+        product.parameters,
+        None if recipe is None else mixer_spec(recipe.mixer.kind).title,
     )
 
 
@@ -101,7 +113,8 @@ def _shipped(name: str, folder: Path) -> ModelDetails:
     """Details of a shipped model from its config, and its manifest or card."""
     origin = "shipped with the package"
     try:
-        config = open_checkpoint(folder).architecture
+        checkpoint = open_checkpoint(folder)
+        config = checkpoint.architecture
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             return _product(name, manifest, None)
@@ -115,9 +128,38 @@ def _shipped(name: str, folder: Path) -> ModelDetails:
         origin,
         len(config.attention_layers),
         config.num_hidden_layers,
-        recipe if isinstance(recipe, str) else None,
+        _recipe_label(recipe, len(config.attention_layers)) if isinstance(recipe, str) else None,
         final if isinstance(final, bool) else None,
+        count_parameters(checkpoint.shapes),
+        _replaced(config.mixer_names, config.attention_layers),
+        _training(card),
     )
+
+
+def _recipe_label(name: str, attention: int) -> str:
+    """The recipe, with the number of attention layers where the model has another one."""
+    try:
+        planned = load_recipe(name).layers.attention
+    except MmmambaError:
+        return name
+    return name if planned == attention else f"{name}, with layers.attention={attention}"
+
+
+def _replaced(mixers: Sequence[str], attention_layers: Sequence[int]) -> str | None:
+    """The titles of the mixers of all layers but the attention layers."""
+    names = [name for i, name in enumerate(mixers) if i not in attention_layers]
+    return ", ".join(mixer_spec(name).title for name in dict.fromkeys(names)) or None
+
+
+def _training(card: Mapping[str, Any]) -> str | None:
+    """Lessons, steps and batch of a card's front matter; None unless it has all three."""
+    lessons, steps, batch = (card.get(key) for key in (LESSONS_KEY, STEPS_KEY, BATCH_KEY))
+    counted = [one for one in steps if isinstance(one, int)] if isinstance(steps, list) else []
+    if not isinstance(lessons, int) or not isinstance(batch, int) or not counted:
+        return None
+    *first, last = (f"{count:,}" for count in counted)
+    counts = " and ".join(filter(None, (", ".join(first), last)))
+    return f"{counts} steps of {batch:,} conversations, drawn from {lessons:,} lessons"
 
 
 def read_card(file: Path) -> Mapping[str, Any]:
@@ -136,7 +178,23 @@ def read_card(file: Path) -> Mapping[str, Any]:
 def _teacher(run: RunContents) -> ModelDetails:
     name = teacher_shown(run)
     layers = next((product.num_layers for product in run.products.values()), None)
-    return ModelDetails(TEACHER, name or "the run's teacher", layers, layers)
+    return ModelDetails(
+        TEACHER, name or "the run's teacher", layers, layers, parameters=_parameters(name)
+    )
+
+
+def count_parameters(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Parameters of a checkpoint, without tensors that no forward pass uses."""
+    return sum(prod(shape) for name, shape in shapes.items() if not name.startswith(UNUSED))
+
+
+def _parameters(name: str | None) -> int | None:
+    """The number of parameters of a shipped model."""
+    folder = shipped_models().get(name or "")
+    try:
+        return None if folder is None else count_parameters(open_checkpoint(folder).shapes)
+    except MmmambaError:
+        return None
 
 
 def teacher_shown(run: RunContents) -> str | None:
@@ -173,15 +231,25 @@ def models_section(
 ) -> Markup:
     """The models and how they are drawn: the page's legend."""
     rows: list[tuple[Child, ...]] = []
+    trained: list[str] = []
     for label in shown:
         one = details.get(label, ModelDetails(label, ""))
         final = None if one.is_teacher or one.final is None else "yes" if one.final else "no"
         name = join_markup((swatch(series[label]), " ", label))
-        rows.append((name, one.kind, one.origin or None, one.recipe, final))
-    heading = ("model", "layers", "from", "recipe", "distilled end to end")
+        size = None if one.parameters is None else f"{one.parameters / 1e6:.1f} M"
+        rows.append((name, one.kind, size, one.origin or None, one.recipe, final))
+        if one.training is not None:
+            trained.append(f"{label} in {one.training}")
+    heading = ("model", "layers", "parameters", "from", "recipe", "distilled end to end")
     return section(
         "models",
         "The models on this page",
         paragraph("Each has the same colour, marker and dashes in all charts."),
         table("Models", heading, rows, words=True),
+        paragraph(
+            f"How the shipped students were trained, stage by stage: {'; '.join(trained)}. A "
+            "lesson is a drawn picture with questions and answers about it."
+        )
+        if trained
+        else None,
     )

@@ -32,6 +32,7 @@ from mmmamba_cli.reporting.models import (
 from mmmamba_cli.reporting.provenance import (
     commands_section,
     lineage_section,
+    side_by_side,
     teacher_name,
     versions_section,
 )
@@ -83,11 +84,11 @@ def build_page(
     if len(shown) > 1:
         parts["models"] = models_section(series, details, shown)
     if report.measured.scores or report.measured.profiles:
-        parts["run"] = _run_section(report)
+        parts["run"] = _run_section(report, bool(lead.examples))
     parts |= _mechanics(report, series, left_out)
     for one in suites:
         differences = one.differences(report)
-        parts |= suite_sections(one, differences, series, details, left_out)
+        parts |= suite_sections(one, differences, series, left_out)
     if not suites:
         left_out["scores and examples"] = "nothing was evaluated: `mmmamba eval --suite scenes`"
     profile = report.main.profile
@@ -104,7 +105,7 @@ def build_page(
         parts["left out"] = _left_out(left_out, report.remarks)
     heading = title or _title(report)
     summary = summary_sentences(lead)
-    body = join_markup((_head(heading, note, summary), *parts.values()))
+    body = join_markup((_head(heading, note, summary, lead.mixers), *parts.values()))
     return Page(_document(heading, body), tuple(parts), left_out, tuple(summary))
 
 
@@ -131,28 +132,29 @@ def _mechanics(
     for number, comparison in enumerate(report.comparisons, start=1):
         parts[comparison.title] = external_section(number, comparison, series)
     if report.trained:
-        parts["losses"] = losses_section(report.trained, series)
+        parts["losses"] = losses_section(report.trained, series, side_by_side(report))
     else:
         left_out["losses"] = "no stage of distillation was run: `mmmamba distill --data FILE`"
     return parts
 
 
-def _run_section(report: ReportData) -> Markup:
+def _run_section(report: ReportData, has_answers: bool) -> Markup:
     """The border between results that were measured elsewhere and the run's own."""
     products = [product for run in report.runs for product in run.products.values()]
     days = sorted({product.created[:10] for product in products})
     when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-    listed = "; ".join(
-        f"{run.folder.resolve().name if run.name is None else run.name}: {', '.join(run.products)}"
-        for run in report.runs
-    )
+    listed = "; ".join(f"{run.title}: {', '.join(run.products)}" for run in report.runs)
+    answers = ", but the answers to the pictures are of this run" if has_answers else ""
+    beside = ", and in those that it is compared with" if report.runs[1:] else ""
     return section(
         "run",
         "What was done in this run",
         paragraph(
-            f"The parts above were measured before, as each says. All parts below were made and "
-            f"measured in this run, and in those that it is compared with, on {when}: {listed}."
+            f"The scores and times above were measured elsewhere, as each figure says{answers}. "
+            f"What follows was made and measured in this run{beside}, on {when}."
         ),
+        paragraph(f"Models of each run, in the order in which they were made: {listed}."),
+        None if (together := side_by_side(report)) is None else paragraph(together),
     )
 
 
@@ -171,7 +173,7 @@ def _fidelity(run: RunContents) -> RunFidelity | None:
     }
     recipe = next(iter(run.recipes.values()), None)
     begun = "" if recipe is None else f" (mixers begin as: {recipe.mixer.init})"
-    title = f"{run.folder.resolve().name if run.name is None else run.name}{begun}"
+    title = f"{run.title}{begun}"
     shown = {run.label(name): found for name, found in (linear or layers).items()}
     return RunFidelity(title, run.mixers.inputs, shown)
 
@@ -183,7 +185,7 @@ def _title(report: ReportData) -> str:
     return f"{', '.join(students) or ', '.join(report.main.products)}{against}"
 
 
-def _head(title: str, note: str | None, summary: Sequence[str]) -> Markup:
+def _head(title: str, note: str | None, summary: Sequence[str], mixers: Sequence[str]) -> Markup:
     """Title, the result in sentences, and what the page is."""
     return tag(
         "header",
@@ -194,7 +196,7 @@ def _head(title: str, note: str | None, summary: Sequence[str]) -> Markup:
             paragraph(tag("strong", sentence.replace(" %", "\u00a0%")), class_="lead")
             for sentence in summary
         ),
-        about(),
+        about(mixers),
         None if note is None else paragraph(note),
     )
 

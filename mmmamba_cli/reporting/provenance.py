@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import PurePath
 
@@ -116,34 +116,70 @@ def _recipes(run: RunContents) -> Iterator[Markup]:
             )
 
 
-def commands_section(report: ReportData) -> Markup:
-    """Every command behind the page, in chronological order."""
-    found = dict(sorted(_commands(report)))
-    return section(
-        "commands",
-        "The commands that repeat each part",
-        paragraph("In the order in which they ran; of absolute paths the last part."),
-        tag("pre", tag("code", join_markup(found.values(), by="\n")), tabindex=0),
+def side_by_side(report: ReportData) -> str | None:
+    """A sentence on runs that were made at the same time; None if there are none."""
+    spans = []
+    for run in report.runs:
+        times = sorted(_moment(product.created) for product in run.products.values())
+        spans.append((run.title, times[0], times[-1]))
+    beside = [
+        name
+        for i, (name, begin, end) in enumerate(spans)
+        if any(begin <= other[2] and other[1] <= end for other in spans[:i] + spans[i + 1 :])
+    ]
+    if not beside:
+        return None
+    return (
+        f"The runs {' and '.join(beside)} were made at the same time, side by side, so their "
+        "seconds are not those of a run alone."
     )
 
 
-def _commands(report: ReportData) -> Iterator[tuple[str, str]]:
-    """(time, command); a command with several results is listed once, at its first."""
-    seen: dict[str, str] = {}
+def commands_section(report: ReportData) -> Markup:
+    """Every command behind the page, in chronological order for each run."""
+    parts: list[Markup] = []
+    seen: set[str] = set()
     for run in report.runs:
-        commands = [(product.created, product.command) for product in run.products.values()]
-        commands += [
-            (one.finished, one.command) for one in run.evaluated if one.finished and one.command
-        ]
-        if run.profile is not None:
-            commands.append((run.profile.created, run.profile.command))
-        for when, command in commands:
-            if command not in seen or _moment(when) < _moment(seen[command]):
-                seen[command] = when
-    for one in report.comparisons:
-        seen.setdefault(one.command, one.created)
+        found = {text: when for when, text in _commands(run) if text not in seen}
+        seen |= set(found)
+        if report.runs[1:] and found:
+            parts.append(tag("h3", run.title))
+        parts += _listed(found)
+    compared = {one.command: _moment(one.created) for one in report.comparisons}
+    compared = {redact_command(text): when for text, when in compared.items() if text not in seen}
+    parts += [tag("h3", "Comparisons"), *_listed(compared)] if compared else []
+    return section(
+        "commands",
+        "The commands that repeat each part",
+        paragraph(
+            "The commands of a run are in the order in which they ran. Of an absolute path only "
+            f"the last part is shown. {side_by_side(report) or ''}".strip()
+        ),
+        *parts,
+    )
+
+
+def _listed(commands: Mapping[str, str]) -> list[Markup]:
+    """Commands by time in one block; empty without commands."""
+    if not commands:
+        return []
+    ordered: list[str] = sorted(commands, key=lambda one: commands[one])
+    return [tag("pre", tag("code", join_markup(ordered, by="\n")), tabindex=0)]
+
+
+def _commands(run: RunContents) -> Iterator[tuple[str, str]]:
+    """(time, command); a command with several results is listed once, at its first."""
+    commands = [(product.created, product.command) for product in run.products.values()]
+    commands += [
+        (one.finished, one.command) for one in run.evaluated if one.finished and one.command
+    ]
+    if run.profile is not None:
+        commands.append((run.profile.created, run.profile.command))
+    seen: dict[str, str] = {}
+    for when, command in commands:
+        seen[command] = min(_moment(when), seen.get(command, _moment(when)))
     for command, when in seen.items():
-        yield _moment(when), redact_command(command)
+        yield when, redact_command(command)
 
 
 def _moment(text: str) -> str:

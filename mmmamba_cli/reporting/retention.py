@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mmmamba_cli.errors import MmmambaError
@@ -107,7 +107,9 @@ def kept_in_run(
         chance = chance_of(suite, taught.metric, taught)
         kept = _kept(one.result, ours, taught, (one.label, teacher.label), chance)
         mine = None if rule is None else _unit_scores(rule, rows, one)
-        if kept is not None and mine is not None and theirs is not None:
+        # Where the scores have no interval, there are too few pictures for one.
+        known = taught.metric in ours.intervals and taught.metric in taught.intervals
+        if kept is not None and mine is not None and theirs is not None and known:
             kept = _with_intervals(kept, mine, theirs, one.result.seed)
         found += [] if kept is None else [kept]
     return found
@@ -213,14 +215,13 @@ def _percent(interval: Interval | None) -> Interval | None:
     return None if interval is None else (100 * interval[0], 100 * interval[1])
 
 
-def retention_table(title: str, kept: Sequence[Kept], kinds: Mapping[str, str | None]) -> Markup:
+def retention_table(title: str, kept: Sequence[Kept]) -> Markup:
     """Scores and retention of students, with chance."""
     rows: list[tuple[Child, ...]] = []
     for one in kept:
         rows.append(
             (
                 one.student,
-                kinds.get(one.student),
                 str(one.student_score),
                 str(one.teacher_score),
                 None if one.chance is None else f"{one.chance:g}",
@@ -230,7 +231,6 @@ def retention_table(title: str, kept: Sequence[Kept], kinds: Mapping[str, str | 
         )
     heading = (
         "student",
-        "layers",
         "score",
         "teacher's score",
         "chance",

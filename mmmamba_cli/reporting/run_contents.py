@@ -53,6 +53,8 @@ class ExternalComparison(BaseModel):
     created: str
     models: dict[str, list[tuple[Count, Count]]] = Field(min_length=1)
     compare: list[tuple[str, str]] = []
+    # A sentence on how the models differ, shown below the differences.
+    note: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ExternalComparison:
@@ -112,6 +114,11 @@ class RunContents:
     mixers: MixerFidelity | None = None
     # Problems while reading, one sentence each.
     remarks: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The name of the run's folder."""
+        return self.folder.resolve().name if self.name is None else self.name
 
     def label(self, name: str) -> str:
         """Name of a model of this run in a report on several runs."""

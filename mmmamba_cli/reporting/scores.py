@@ -9,6 +9,7 @@ from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
 from mmmamba_cli.reporting.comparisons import ScoreDifference, difference_sentence
 from mmmamba_cli.reporting.examples import Example, ModelAnswer, QuestionAnswers
+from mmmamba_cli.reporting.few_pictures import MIN_UNITS, lacks_intervals
 from mmmamba_cli.reporting.html import (
     Child,
     Markup,
@@ -23,7 +24,11 @@ from mmmamba_cli.reporting.retention import Kept, chance_of, retention_table
 from mmmamba_cli.reporting.run_contents import ModelResult, parts_by_label
 from mmmamba_cli.reporting.styles import swatch
 
-GUESSING = "guessing"
+GUESSING = "chance"
+FEW_PICTURES = (
+    f" A score from fewer than {MIN_UNITS} pictures, or a mean over categories of which one has "
+    "fewer, has no interval."
+)
 RIGHT, WRONG = "✓", "✗"
 
 
@@ -103,7 +108,6 @@ def accuracy_section(
     series: Mapping[str, int],
     differences: Sequence[ScoreDifference],
     kept: Sequence[Kept] = (),
-    kinds: Mapping[str, str | None] | None = None,
 ) -> Markup:
     """The first rule's headline as bars with intervals, retention, and the other metrics folded."""
     first = results[0].result
@@ -140,8 +144,9 @@ def accuracy_section(
         f"{first.title}: {', '.join(parts)}",
         paragraph(
             f"{asked} questions by the rule {' or '.join(rules)}. Whiskers are "
-            f"{first.level:.0%} intervals over {first.draws:,} seeded draws of whole pictures: "
-            "bars whose whiskers overlap much may differ by chance."
+            f"{100 * first.level:.0f} % intervals over {first.draws:,} seeded draws of whole "
+            "pictures: bars whose whiskers overlap much may differ by chance."
+            + (FEW_PICTURES if lacks_intervals(list(parts.values())) else "")
         ),
         _different_rules(parts) if rules[1:] else None,
         paragraph(suite.note) if suite is not None and suite.note else None,
@@ -155,9 +160,7 @@ def accuracy_section(
                 else f" The dashed line is {GUESSING}: {chances[headline]:g}."
             ),
         ),
-        retention_table("What each student keeps of the teacher's score", kept, kinds or {})
-        if kept
-        else None,
+        retention_table("What each student keeps of the teacher's score", kept) if kept else None,
         tag(
             "details",
             tag("summary", "Scores by category, and the numbers as a table"),

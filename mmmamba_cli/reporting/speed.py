@@ -17,9 +17,9 @@ from mmmamba_cli.profiling.report import (
 from mmmamba_cli.profiling.result import DECODE, PREFILL, Task
 from mmmamba_cli.reporting.charts import Mark
 from mmmamba_cli.reporting.costs import (
+    PREFILL_PANEL,
     Value,
     conditions,
-    measured_tables,
     memory_of,
     milliseconds_of,
     panel,
@@ -33,12 +33,13 @@ from mmmamba_cli.reporting.crossing import (
     students_of,
 )
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, table, tag
+from mmmamba_cli.reporting.profile_tables import above_time, measured_tables, withheld_sentences
 from mmmamba_cli.reporting.styles import legend
 
 PANELS: tuple[tuple[str, Task, Value], ...] = (
     ("next token, ms", DECODE, milliseconds_of),
     ("memory while decoding, MiB", DECODE, memory_of),
-    ("reading the context, ms", PREFILL, milliseconds_of),
+    (PREFILL_PANEL, PREFILL, milliseconds_of),
 )
 
 
@@ -78,7 +79,7 @@ def headline(profile: Profile, nouns: Mapping[str, str]) -> str | None:
     device = "CPU" if profile.device.type == "cpu" else profile.device.name
     return (
         f"On a {device}, students decode faster than the teacher in long contexts: "
-        f"{', '.join(parts)} on."
+        f"{', '.join(parts)} on; in shorter ones the teacher is faster."
     )
 
 
@@ -93,8 +94,8 @@ def _crossing_sentence(one: Crossing, noun: str) -> str:
     assert one.at is not None
     return (
         f"{who} takes less time for a token than its teacher from a context of about "
-        f"{round_context(one.at)} tokens on, and more below ({_ms(shortest.student)} ms against "
-        f"{_ms(shortest.baseline)} at {shortest.context:,})."
+        f"{round_context(one.at)} tokens on, and more time in shorter contexts "
+        f"({_ms(shortest.student)} ms against {_ms(shortest.baseline)} at {shortest.context:,})."
     )
 
 
@@ -147,7 +148,8 @@ def speed_figure(
                 join_markup(
                     (
                         "Lower is better; both axes are logarithmic. A vertical line marks the "
-                        "context from which on a student is faster. Memory is "
+                        "context from which on a student is faster; dotted points are noisy. "
+                        "Prefill reads the prompt, before the first token. Memory is "
                         f"{memory_name(profile)}. ",
                         conditions(profile, source),
                     )
@@ -168,11 +170,14 @@ def _noise(profile: Profile, names: Sequence[str], labels: Mapping[str, str]) ->
         for one in noisy_measurements(profile)
         if one.subject in names
     ]
+    wrong = withheld_sentences(profile)[-1:] if above_time(profile) else []
     if not listed:
-        return []
+        return wrong
     return [
         f"Noisy, with quartiles more than {MAX_QUARTILE_RANGE:.0%} of the median apart, are "
-        f"{name_some(listed, 6)}: they are drawn, and no sentence or line rests on them."
+        f"{name_some(listed, 3)}: they are drawn hollow, and no sentence, line, ratio or share "
+        "rests on them.",
+        *wrong,
     ]
 
 

@@ -61,10 +61,11 @@ def stroke_class(series: int) -> str:
     return f"stroke s{series % NUM_STYLES}"
 
 
-def marker(series: int, x: float, y: float) -> Markup:
+def marker(series: int, x: float, y: float, noisy: bool = False) -> Markup:
     """The marker of a series: six shapes, filled for the first six styles, then hollow.
 
-    The hollow form of a diagonal cross is an upright one.
+    The hollow form of a diagonal cross is an upright one. A `noisy` point is hollow with a dotted
+    outline in every style.
     """
     shape, hollow = _shifted(series) % NUM_SHAPES, _shifted(series) >= NUM_SHAPES
     r = MARKER_RADIUS
@@ -74,8 +75,10 @@ def marker(series: int, x: float, y: float) -> Markup:
             if hollow
             else f"M{x - r:.2f} {y - r:.2f}l{2 * r} {2 * r}m0 {-2 * r}l{-2 * r} {2 * r}"
         )
-        return tag("path", d=path, class_=stroke_class(series))
+        return tag("path", d=path, class_=f"{'noisy ' if noisy else ''}{stroke_class(series)}")
     drawn = f"hollow {stroke_class(series)}" if hollow else fill_class(series)
+    if noisy:
+        drawn = f"noisy hollow {stroke_class(series)}"
     if shape == CIRCLE:
         return tag("circle", cx=x, cy=y, r=r, class_=drawn)
     if shape == SQUARE:

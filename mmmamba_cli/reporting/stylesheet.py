@@ -47,6 +47,7 @@ thead th{color:var(--soft);font-weight:600;vertical-align:bottom;overflow-wrap:b
 tbody th{font-weight:500}
 td{overflow-wrap:break-word}
 .words td,.words th{text-align:left}
+.unbroken{white-space:nowrap}
 figure{margin:1rem 0}figcaption{font-size:.87rem;color:var(--soft);max-width:56rem;
 margin:.5rem 0}
 details{margin:.5rem 0}summary{cursor:pointer;color:var(--link);font-size:.92rem}
@@ -83,6 +84,7 @@ svg .value{font-size:11px;font-variant-numeric:tabular-nums}
 .stroke{fill:none;stroke-width:1.8;stroke-linejoin:round}
 .stroke.hollow{fill:var(--ground);stroke-width:1.5}
 .stroke.mark{stroke-width:1.2;stroke-dasharray:2 2}
+.stroke.noisy{stroke-width:1.4;stroke-dasharray:1.6 1.4}
 """
 
 NARROW = """

@@ -12,8 +12,8 @@ from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
 from mmmamba_cli.reporting.comparisons import ScoreDifference, product_pairs, score_difference
 from mmmamba_cli.reporting.examples import Example, find_examples, open_table
+from mmmamba_cli.reporting.few_pictures import without_short_intervals
 from mmmamba_cli.reporting.html import Markup
-from mmmamba_cli.reporting.models import ModelDetails
 from mmmamba_cli.reporting.retention import Kept, kept_in_run, known_suite
 from mmmamba_cli.reporting.run_contents import ModelResult, ReportData
 from mmmamba_cli.reporting.scores import accuracy_section, examples_section
@@ -86,9 +86,11 @@ def suite_results(report: ReportData, data: Path | None) -> list[SuiteResults]:
         alike = max(groups, key=len)
         others = [one for one in results if one not in alike]
         try:
-            found.append(SuiteResults(name, alike, others, *open_table(alike, data)))
+            one = SuiteResults(name, alike, others, *open_table(alike, data))
         except MmmambaError as error:
-            found.append(SuiteResults(name, alike, others, known_suite(name), problem=str(error)))
+            one = SuiteResults(name, alike, others, known_suite(name), problem=str(error))
+        shown = [without_short_intervals(result, one.rows) for result in alike]
+        found.append(replace(one, results=shown))
     return found
 
 
@@ -96,16 +98,14 @@ def suite_sections(
     one: SuiteResults,
     differences: Sequence[ScoreDifference],
     series: Mapping[str, int],
-    details: Mapping[str, ModelDetails],
     left_out: dict[str, str],
 ) -> dict[str, Markup]:
     """Scores and examples of a suite; adds the parts that it has not to `left_out`."""
-    kinds = {label: model.kind for label, model in details.items()}
     # The order of the legend.
     one = replace(one, results=sorted(one.results, key=lambda result: series[result.label]))
     parts = {
         f"scores, {one.name}": accuracy_section(
-            one.suite, one.results, series, differences, one.kept, kinds
+            one.suite, one.results, series, differences, one.kept
         )
     }
     examples = one.examples()

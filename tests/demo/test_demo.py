@@ -288,6 +288,15 @@ def test_report_reads_committed_results(steps: ModuleType) -> None:
     assert {"scenes-linear", "scenes-hybrid"} <= names
 
 
+def test_note_counts_the_conversations_of_training(steps: ModuleType) -> None:
+    batches = [stage.batch_size for stage in load_recipe("scenes-demo").stages]
+    for sizes in (steps.Sizes(), steps.Sizes.reduced(0.1)):
+        seen = sum(n * batch for n, batch in zip(sizes.stage_steps, batches, strict=True))
+        assert f" {seen:,} short conversations" in steps.note(sizes)
+    (small,) = [f"{round(603_456 / seen, -3):,.0f}"]
+    assert f"603,456, about {small} times as many" in steps.note(sizes)
+
+
 def test_page_names_the_commands(steps: ModuleType) -> None:
     page = (BENCHMARKS.parent / "docs" / "demo.md").read_text(encoding="utf-8")
     for step in steps.steps(steps.Sizes()):

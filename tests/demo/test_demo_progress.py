@@ -268,7 +268,7 @@ def test_last_lines_quote_measured_files_and_not_the_demos_profile(
         write_run(tmp_path / lane, [product("seed", 1)])
     kept, faster, page = summaries.summary(tmp_path)
     measured = json.loads((BENCHMARKS / "results" / summaries.LEAD[0]).read_text())
-    above = [f" {100 * one['above_chance']:.0f} % " for one in measured["retention"]]
+    above = [f" {100 * one['above_chance']:.0f} %" for one in measured["retention"]]
     assert above and all(share in kept for share in above)
     assert faster.startswith("On a CPU, students decode faster than the teacher in long contexts:")
     assert page == f"open in a browser: {tmp_path / 'report.html'}"

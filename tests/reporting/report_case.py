@@ -31,7 +31,8 @@ from mmmamba_cli.runs.manifest import Manifest, Parent, manifest_text
 
 HOSTILE = '<script>alert("1")</script>&<img src=x onerror=y>'
 WHEN = "2026-01-0{}T00:00:00.000000+00:00"
-PICTURES = 6
+# Enough for intervals of both categories.
+PICTURES = 10
 VOID = {"img", "meta", "br", "hr"}
 
 

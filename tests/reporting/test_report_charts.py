@@ -12,7 +12,8 @@ from report_case import HOSTILE, Balanced
 
 from mmmamba_cli.evaluate.bootstrap import difference_interval
 from mmmamba_cli.evaluate.scoring.unit_scores import accuracy_scores
-from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Scale, axis_range, bars, lines
+from mmmamba_cli.reporting.chart_scales import Scale, axis_range
+from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Mark, bars, lines
 from mmmamba_cli.reporting.comparisons import external_differences
 from mmmamba_cli.reporting.html import tag
 from mmmamba_cli.reporting.loss_curves import thinned
@@ -35,8 +36,13 @@ def test_positions_of_bars_and_whiskers() -> None:
     ends = [float(x) for x in re.findall(r"M([\d.]+) ", whisker)]
     assert ends == pytest.approx([teacher_name(70), teacher_name(95), teacher_name(70)], abs=0.01)
     assert float(whisker.rpartition("H")[2]) == pytest.approx(teacher_name(95), abs=0.01)
-    (guess,) = [one for one in svg.all("line") if one.get("class") == "reference"]
-    assert float(guess["x1"] or 0) == pytest.approx(teacher_name(50), abs=0.01)
+    (guess,) = [one["d"] or "" for one in svg.all("path") if one.get("class") == "reference"]
+    pieces = [tuple(map(float, piece)) for piece in re.findall(r"M([\d.]+) ([\d.]+)v(\d+)", guess)]
+    assert [x for x, _, _ in pieces] == pytest.approx([teacher_name(50)] * 2, abs=0.01)
+    # The line is named, and its pieces leave out the labels of the bars.
+    labels = [float(one["y"] or 0) for one in svg.all("text") if one.get("class") == "label"]
+    assert all(not y <= label <= y + height for _, y, height in pieces for label in labels)
+    assert "guessing" in svg.text
     (picture,) = svg.all("svg")
     assert "one: 80, 70 to 95; two: 50" in (picture["aria-label"] or "")
 
@@ -71,6 +77,29 @@ def test_positions_of_points() -> None:
     assert points[1][0] == pytest.approx((points[0][0] + points[2][0]) / 2, abs=0.02)
     assert points[1][1] == pytest.approx((points[0][1] + points[2][1]) / 2, abs=0.02)
     assert points[0][1] > points[2][1], "more stands higher"
+
+
+@pytest.mark.parametrize("places", [(2.0, 3.0), (3.0, 2.0), (60.0, 90.0), (2.0, 95.0)])
+def test_labels_of_marks_lie_on_no_line(places: tuple[float, float]) -> None:
+    drawn = [Line("one", 0, ((1.0, 1.0), (100.0, 2.0)), True, frozenset({100.0}))]
+    marks = [Mark(f"a student from {place:g}", i, place) for i, place in enumerate(places)]
+    svg = Balanced(lines("times", drawn, x_name="x", y_name="y", log_x=True, marks=marks))
+    labels = [one for one in svg.all("text") if str(one.get("class")).startswith("fill")]
+    upright = [one for one in svg.all("line") if "mark" in str(one.get("class"))]
+    assert len(labels) == len(upright) == 2
+    for label in labels:
+        begin, y = float(label["x"] or 0), float(label["y"] or 0)
+        width = 6.0 * len("a student from 2")
+        left, right = (
+            (begin - width, begin) if label["text-anchor"] == "end" else (begin, begin + width)
+        )
+        assert left >= 0 and right <= WIDTH
+        for line in upright:
+            crossed = left < float(line["x1"] or 0) < right
+            assert not (crossed and float(line["y1"] or 0) < y), (label, line)
+    # A noisy point is drawn in another way than the reliable one.
+    (noisy,) = [one for name, one in svg.elements if "noisy" in str(one.get("class"))]
+    assert noisy["class"] == "noisy hollow stroke s0"
 
 
 def test_a_value_that_is_not_finite_is_a_gap() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from report_case import Balanced, answer
 
+from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.reporting import build_page, read_report_data
 from mmmamba_cli.reporting.models import model_details, read_card, series_of
 from mmmamba_cli.reporting.styles import (
@@ -44,7 +45,7 @@ def test_details_of_shipped_models_come_from_config_and_card(full: Full, tmp_pat
     run, other, data = full
     asked = shutil.copytree(other, tmp_path / "other")
     for name in ("scenes-linear", "scenes-hybrid"):
-        answer(asked, data, name, ["Yes"] * 12)
+        answer(asked, data, name, ["Yes"] * 20)
         # As results of older versions: without a kind.
         file = asked / "evals" / name / "scenes" / "result.json"
         value = json.loads(file.read_text())
@@ -55,7 +56,17 @@ def test_details_of_shipped_models_come_from_config_and_card(full: Full, tmp_pat
     linear, hybrid = details["scenes-linear"], details["scenes-hybrid"]
     assert linear.kind == "linear, attention in none of 8 layers"
     assert hybrid.kind == "hybrid, attention in 2 of 8 layers"
-    assert (hybrid.recipe, hybrid.final) == ("scenes-linear", True)
+    assert (linear.recipe, linear.final) == ("scenes-linear", True)
+    assert hybrid.recipe == "scenes-linear, with layers.attention=2"
+    assert hybrid.mixer == "Mamba-2" and round((hybrid.parameters or 0) / 1e6, 1) == 7.4
+    # The front matter repeats the text of the card and the recipe.
+    stages = load_recipe("scenes-linear").stages
+    one, two, three = (f"{stage.steps:,}" for stage in stages)
+    assert (
+        linear.training
+        == f"{one}, {two} and {three} steps of 192 conversations, drawn from 24,000 lessons"
+    )
+    assert "1,264 steps of 192 conversations" in (hybrid.training or "")
     assert details["teacher"].kind == "attention in all 8 layers"
     text = Balanced(build_page(report, created="now", data=data).html).text
     assert "hybrid, attention in 2 of 8 layers" in text

@@ -18,6 +18,7 @@ from report_case import HOSTILE, Balanced, answer, hash_of, product, write_run
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.reporting import build_page, read_report_data
+from mmmamba_cli.reporting.provenance import side_by_side
 
 Full = tuple[Path, Path, Path]
 # Attributes that make a browser load a resource.
@@ -136,8 +137,37 @@ def test_right_and_wrong_are_marked_in_words(page: Balanced) -> None:
 
 
 def test_constant_answers_and_differences_are_named(page: Balanced) -> None:
-    assert "linear-stage3 (other) answered 'No' to all 12 questions" in page.text
-    assert "linear-stage3 is 41.7 points above linear-stage3 (other)" in page.text
+    assert "linear-stage3 (other) answered 'No' to all 20 questions" in page.text
+    assert "linear-stage3 is 45.0 points above linear-stage3 (other)" in page.text
+
+
+def test_equal_answers_are_no_difference(full: Full, tmp_path: Path) -> None:
+    run, source, data = full
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    shutil.rmtree(other / "evals")
+    answer(
+        other, data, "linear-stage3", ["Yes", HOSTILE, *["Yes", "No"] * 9], hash_of("linear-stage3")
+    )
+    page = build_page(read_report_data(run, [other]), created="now", data=data)
+    text = Balanced(page.html).text
+    assert "linear-stage3 and linear-stage3 (other) gave the same answers" in text
+    assert "may be chance" not in text
+
+
+def test_commands_are_listed_by_run_and_recipes_compared(
+    full: Full, page: Balanced, tmp_path: Path
+) -> None:
+    assert side_by_side(read_report_data(full[0], [full[1]])) is None
+    # Made between the products of the main run.
+    third = write_run(tmp_path / "third", [product("linear-stage3", 2, None, "stage3")])
+    sentence = side_by_side(read_report_data(full[0], [third]))
+    assert (sentence or "").startswith("The runs main and third were made at the same time")
+    assert "Lines of one panel have the same recipe for their stage." in page.text
+    another = write_run(tmp_path / "another", [product("made-there", 2, None, "stage3")])
+    both = build_page(read_report_data(full[0], [another]), created="now").html
+    headings = [text for name, text in Balanced(both).texts if name == "h3"]
+    assert headings[-2:] == ["main", "another"]
 
 
 def test_lineage_does_not_show_the_path_of_the_teacher(page: Balanced) -> None:
@@ -180,7 +210,7 @@ def test_another_table_is_rejected(full: Full, tmp_path: Path) -> None:
 def test_answers_of_earlier_weights_are_left_out(full: Full, tmp_path: Path) -> None:
     run, _, data = full
     shutil.copytree(run, tmp_path / "run")
-    answer(tmp_path / "run", data, "linear-stage3", ["Yes"] * 12, content_hash="e" * 64)
+    answer(tmp_path / "run", data, "linear-stage3", ["Yes"] * 20, content_hash="e" * 64)
     report = read_report_data(tmp_path / "run")
     assert [one.label for one in report.evaluated] == ["teacher"]
     assert "was made again" in build_page(report, created="now", data=data).html
