@@ -246,7 +246,7 @@ def check_python(
 def record(out: Path, wheel: Path, found: Sequence[Mapping[str, object]]) -> None:
     """Write the entries; those of other Python versions stay if they are about this wheel."""
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    before = json.loads(out.read_text()) if out.exists() else {}
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     entries = before.get("pythons", []) if before.get("sha256") == digest else []
     new = {entry["python"] for entry in found}
     kept = [entry for entry in entries if entry["python"] not in new]
@@ -260,7 +260,7 @@ def record(out: Path, wheel: Path, found: Sequence[Mapping[str, object]]) -> Non
         "bytes": wheel.stat().st_size,
         "pythons": sorted(entries, key=lambda entry: entry["python"]),
     }
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:

@@ -90,7 +90,7 @@ def suite_record(use: SuiteUse, scored: ScoredSuite, folder: Path, out: Path) ->
     Raises `RunError` if the scores do not follow from them: its comparisons would be wrong.
     """
     result = scored.result
-    with (folder / PREDICTIONS).open(encoding="utf-8", newline="") as handle:
+    with (folder / PREDICTIONS).open(encoding="utf-8-sig", newline="") as handle:
         given = [row["prediction"] for row in csv.DictReader(handle, delimiter="\t")]
     answers = Texts.of(given)
     questions = Questions.of(result.suite, scored.rows)

@@ -49,7 +49,7 @@ def run_mmmamba(words: Sequence[str], log: Path, should_stop: Callable[[], bool]
         return
     if stopping:
         raise CommandStopped
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = log.read_text(encoding="utf-8-sig", errors="replace").strip().splitlines()
     last = lines[-1] if lines else "it wrote nothing"
     raise RunError(
         f"mmmamba {shlex.join(words)} ended with exit code {process.returncode}: {last}",

@@ -233,7 +233,7 @@ class CellExecutor:
     def _run_commands(self, run: Run, cell: Cell, control: Control) -> None:
         """Run the arm's own commands that are not done."""
         file = run.folder / COMMANDS_DONE
-        done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0
+        done = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else 0
         places = self._places(run, cell)
         for number, command in enumerate(cell.commands[done:], start=done + 1):
             control.progress(f"command {number}", number - 1, len(cell.commands))

@@ -141,7 +141,7 @@ def command(
     target = Run(run)
     given = {"data.train": data, "data.held_out": held_out, "data.image_root": image_root}
     with (
-        if_interrupted(f"no product was written to {run}; repeat the command, which resumes"),
+        if_interrupted(f"no product was written to {run}; repeat the command"),
         target.lock_existing(),
     ):
         source = choose_parent(target, parent)

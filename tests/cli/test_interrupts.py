@@ -72,7 +72,7 @@ def test_hybridize_and_import(
     before = files(student_run)
     monkeypatch.setattr("mmmamba_cli.hybridize.hybridize", interrupt)
     line = said(mmmamba, "hybridize", "--run", student_run, "--layers", "0")
-    assert line == f"nothing was written to {student_run}; repeat the command"
+    assert line == f"no product was written to {student_run}; repeat the command"
     assert files(student_run) == before
     monkeypatch.setattr("mmmamba_cli.seed.import_student.import_student", interrupt)
     line = said(mmmamba, "import", llama, "--run", tmp_path / "run")

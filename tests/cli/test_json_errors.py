@@ -20,6 +20,7 @@ MISTAKES: dict[str, list[str]] = {
     "hybridize": ["--run", GONE, "--attn-layers", "1"],
     "eval": ["--suite", GONE, "--run", GONE],
     "chat": ["--run", GONE, "--prompt", "Hello"],
+    "ablate": [f"{GONE}.yaml"],
     "profile": ["--run", GONE],
     "report": ["--run", GONE],
     "import": [GONE],

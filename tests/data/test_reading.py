@@ -385,7 +385,7 @@ def test_a_list_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("text", "message"),
     [
         ('[{"a": 1}, {"a" 2}]', "not a JSON list: item 2: Expecting ':'"),
-        ('[{"a": 1} {"a": 2}]', "item 2: expected , or ] behind"),
+        ('[{"a": 1} {"a": 2}]', "item 2: expected , or ] after it"),
         ('[{"a": 1},]', "item 2: expected a conversation after the comma"),
         ('[{"a": 1}', "item 2: expected , or ]"),
         ('[{"a": 1}] x', "there is text after the list"),
