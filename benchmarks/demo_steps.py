@@ -35,7 +35,8 @@ NOTE = (
     "says. Their answers to the pictures below, and the parts from “What was done in this run” on, "
     "were computed by this demo. Each of its own linear students was trained on {seen:,} short "
     "conversations about drawn pictures; the shipped linear student on {needed:,}, about {times:,} "
-    "times as many. They show how training begins, and most of their scores are near chance."
+    "times as many. The demo's students show how training begins; most of their scores are near "
+    "chance."
 )
 # The recipe of the shipped linear student.
 SHIPPED_RECIPE = "scenes-linear"
