@@ -41,7 +41,7 @@ class Lead:
 
     @property
     def mixers(self) -> list[str]:
-        """The mixers of the students, as "Mamba-2"."""
+        """The titles of the mixers of the students."""
         names = [*(one.student for one in self.kept), *self.labels.values()]
         known = [self.details[name].mixer for name in names if name in self.details]
         return list(dict.fromkeys(one for one in known if one is not None))

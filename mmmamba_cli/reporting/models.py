@@ -47,7 +47,7 @@ class ModelDetails:
     recipe: str | None = None
     final: bool | None = None
     parameters: int | None = None
-    # The mixers that replace attention, as "Mamba-2".
+    # Titles of the mixers that replace attention.
     mixer: str | None = None
     # How a shipped model was trained, as the end of a sentence.
     training: str | None = None
