@@ -75,7 +75,9 @@ class Environment:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         search_path = os.pathsep.join([str(self.scripts), os.defpath])
         home = str(self.work.parent / "home")
-        return {**kept, "PATH": search_path, "HOME": home, "PYTHONNOUSERSITE": "1"}
+        # pip's notice of a newer version would stand behind its JSON.
+        quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONNOUSERSITE": "1"}
+        return {**kept, **quiet, "PATH": search_path, "HOME": home}
 
     def run(self, words: Sequence[str], typed: str | None = None) -> str:
         """Output of a command that must succeed."""
@@ -134,6 +136,7 @@ def pipeline_steps() -> Iterator[Step]:
     yield mmmamba("eval", "--suite", "scenes", "--limit", "16", "--teacher", expected="scenes")
     profile = ("--contexts", "256", "--budget", "5")
     yield mmmamba("profile", *profile, expected="256")
+    yield mmmamba("ablate", "--help", expected="PLAN")
     yield mmmamba("report", expected="report.html")
     yield mmmamba("export", "--format", "hub", "--out", "exported", expected="exported")
     yield mmmamba("inspect", "exported", expected="layers")
