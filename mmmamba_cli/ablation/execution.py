@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,10 @@ from mmmamba_cli.evaluate import EvalCallbacks, EvalOptions, evaluate_model, fin
 from mmmamba_cli.evaluate.fingerprint import library_versions
 from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter, load_eval_model
 from mmmamba_cli.evaluate.result import EVALS
-from mmmamba_cli.hybridize import hybridize, planned_product_name
-from mmmamba_cli.layer_selection import (
-    CountBudget,
-    SelectionCallbacks,
-    SelectionOptions,
-    select_layers,
-)
-from mmmamba_cli.recipe import Recipe, Stage, attention_layers, dump_recipe
-from mmmamba_cli.runs import ResolvedModel, Run, resolve_path, resolve_product
+from mmmamba_cli.hybridize import LayerSelection
+from mmmamba_cli.layer_selection import SelectionCallbacks, select_planned_layers
+from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
+from mmmamba_cli.runs import Manifest, ResolvedModel, Run, resolve_path, resolve_product
 from mmmamba_cli.runs.manifest import utc_timestamp
 from mmmamba_cli.seed import seed_student
 
@@ -56,11 +52,8 @@ RECIPE_FILE = "recipe.yaml"
 COMMANDS_DONE, COMMANDS_LOG = "commands.json", "commands.log"
 # Seconds between attempts to lock a run.
 POLL_SECONDS = 0.2
-
-
 # Seconds to wait for processes of a killed runner, which save and stop.
 LOCK_SECONDS = 60.0
-SILENT = SelectionCallbacks()
 
 
 class CellStopped(Exception):
@@ -166,20 +159,12 @@ class CellExecutor:
         atomic_write_text(run.folder / RECIPE_FILE, dump_recipe(recipe))
 
     def _train(self, run: Run, recipe: Recipe, stages: Sequence[str], control: Control) -> None:
-        """Run the stages that the run has not done, and choose its layers where they are due."""
-        product = run.product(run.record.current)
-        wanted = [stage for stage in stages if stage not in product.stages]
-        planned = {stage.name for stage in recipe.stages if stage.layers == "planned"}
-        if recipe.layers.select is not None and not product.attention_layers:
-            before = [stage for stage in wanted if stage not in planned]
-            if len(before) < len(wanted):
-                self._distill(run, recipe, before, control)
-                self._put_chosen_attention_back(run, recipe, control)
-                wanted = wanted[len(before) :]
-        self._distill(run, recipe, wanted, control)
+        """Run the stages that the run has not done.
 
-    def _distill(self, run: Run, recipe: Recipe, wanted: Sequence[str], control: Control) -> None:
-        """Run stages. Raises `CellStopped` after saving the state, or between stages."""
+        Raises `CellStopped` after saving the state, or between stages.
+        """
+        done = run.product(run.record.current).stages
+        wanted = [stage for stage in stages if stage not in done]
         if not wanted:
             return
         totals = {stage.name: stage.steps for stage in recipe.stages}
@@ -199,36 +184,39 @@ class CellExecutor:
         callbacks = StageCallbacks(lambda text: None, begin, step, control.should_stop)
         try:
             with lock_when_free(run, control), join_world(self.setting.device) as world:
-                distill(run, recipe, world, callbacks, wanted=wanted, options=DistillOptions())
+                distill(
+                    run,
+                    recipe,
+                    world,
+                    callbacks,
+                    wanted=wanted,
+                    options=DistillOptions(),
+                    select=partial(self._select_layers, control),
+                )
         except Stopped as error:
             raise CellStopped from error
         if control.should_stop():
             raise CellStopped
 
-    def _put_chosen_attention_back(self, run: Run, recipe: Recipe, control: Control) -> None:
-        """Make the hybrid of the recipe's `layers.select`, as `mmmamba hybridize` does."""
-        parent = run.product(run.record.current)
-        placed = attention_layers(recipe.layers, parent.num_layers)
-        if not placed:
-            return
-        options = SelectionOptions(
-            recipe.layers.select or "", seed=recipe.seed, device=self.setting.device
-        )
-        with lock_when_free(run, control):
-            control.progress(f"selection by {options.method}", 0, parent.num_layers)
-            measured = select_layers(
-                run, parent, recipe, lambda ratio: CountBudget(len(placed)), options, SILENT
-            )
-            layers = measured.selection.layers
-            hybridize(
-                run,
-                parent,
-                layers,
-                planned_product_name(recipe, layers),
-                overwrite=True,
-                recipe=dump_recipe(recipe),
-                selection=measured.selection,
-            )
+    def _select_layers(
+        self, control: Control, run: Run, recipe: Recipe, product: Manifest
+    ) -> LayerSelection:
+        """The attention layers of a recipe with `layers.select`."""
+
+        @contextmanager
+        def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+            done = 0
+
+            def advance(more: int) -> None:
+                nonlocal done
+                done += more
+                control.progress(title, done, total)
+
+            control.progress(title, 0, total)
+            yield advance
+
+        callbacks = SelectionCallbacks(progress=progress)
+        return select_planned_layers(run, recipe, product, callbacks, device=self.setting.device)
 
     def _run_commands(self, run: Run, cell: Cell, control: Control) -> None:
         """Run the arm's own commands that are not done."""

@@ -90,7 +90,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Progress:
+class PlanProgress:
     """Where a plan stands: records by cell, cells to run, and their trunks."""
 
     records: Mapping[str, CellRecord]
@@ -100,7 +100,7 @@ class Progress:
 
 def find_progress(
     out: Path, cells: Sequence[Cell], selected: Sequence[Cell], *, retry: bool, overwrite: bool
-) -> Progress:
+) -> PlanProgress:
     """Read the results and list the selected cells that have none.
 
     `retry` runs failed cells again, `overwrite` those whose results were made with other settings.
@@ -117,10 +117,10 @@ def find_progress(
         )
     done = finished(records) if retry else records
     pending = tuple(cell for cell in selected if cell.name not in done)
-    return Progress(records, pending, shared_trunks(cells))
+    return PlanProgress(records, pending, shared_trunks(cells))
 
 
-def units_to_run(progress: Progress) -> list[tuple[Unit, Trunk | None]]:
+def units_to_run(progress: PlanProgress) -> list[tuple[Unit, Trunk | None]]:
     """The units of the pending cells with the trunk that each starts from, parents first."""
     found: dict[str, tuple[Unit, Trunk | None]] = {}
     for cell in progress.pending:
@@ -132,7 +132,7 @@ def units_to_run(progress: Progress) -> list[tuple[Unit, Trunk | None]]:
 
 
 def estimates(
-    progress: Progress, estimator: Estimator, work: Path
+    progress: PlanProgress, estimator: Estimator, work: Path
 ) -> list[tuple[Unit, float | None]]:
     """Seconds of each unit to run."""
     return [
@@ -143,7 +143,7 @@ def estimates(
 
 def run_plan(
     plan: Plan,
-    progress: Progress,
+    progress: PlanProgress,
     pool: Pool,
     *,
     out: Path,
@@ -227,7 +227,7 @@ def _note(
 class _Queue:
     """Units that wait, in order, and what they wait for."""
 
-    def __init__(self, progress: Progress, estimator: Estimator, work: Path):
+    def __init__(self, progress: PlanProgress, estimator: Estimator, work: Path):
         self._waiting = {unit.folder: (unit, parent) for unit, parent in units_to_run(progress)}
         self._unfinished = {unit.folder: unit for unit, _ in self._waiting.values()}
         self._trunks = progress.trunks
@@ -301,7 +301,7 @@ class _Queue:
 
 
 def remove_unneeded(
-    progress: Progress, outcome: Outcome | None, work: Path, keep: Sequence[str]
+    progress: PlanProgress, outcome: Outcome | None, work: Path, keep: Sequence[str]
 ) -> None:
     """Remove the runs of trunks that no cell without a result needs, and prune finished cells.
 

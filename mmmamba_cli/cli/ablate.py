@@ -24,7 +24,7 @@ from mmmamba_cli.errors import MmmambaError, RunError, name_some
 if TYPE_CHECKING:
     from mmmamba_cli.ablation.cells import Cell
     from mmmamba_cli.ablation.plan import Plan
-    from mmmamba_cli.ablation.runner import Outcome, Progress, TimeLimit
+    from mmmamba_cli.ablation.runner import Outcome, PlanProgress, TimeLimit
 
 INTERRUPTED = 130
 
@@ -115,7 +115,7 @@ def command(
 
 def _run(
     plan: Plan,
-    progress: Progress,
+    progress: PlanProgress,
     out: Path,
     work: Path,
     keep: tuple[str, ...],
@@ -181,7 +181,7 @@ def _prepare(plan: Plan, cells: Sequence[Cell], work: Path) -> None:
             )
 
 
-def _report(progress: Progress, outcome: Outcome, out: Path, as_json: bool) -> None:
+def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) -> None:
     """Print what was done, and raise for cells that failed now or before."""
     failed = {
         name: one.error or ""
@@ -220,7 +220,7 @@ def _report(progress: Progress, outcome: Outcome, out: Path, as_json: bool) -> N
 
 
 def _print_cells(
-    plan: Plan, progress: Progress, chosen: list[Cell], work: Path, as_json: bool
+    plan: Plan, progress: PlanProgress, chosen: list[Cell], work: Path, as_json: bool
 ) -> None:
     from mmmamba_cli.ablation.cells import Cell
     from mmmamba_cli.ablation.estimates import Estimator

@@ -204,27 +204,15 @@ def _select_layers(
     job: DistillCommand, run: Run, recipe: Recipe, product: Manifest
 ) -> LayerSelection:
     """The attention layers of a recipe with `layers.select`, as `hybridize` chooses them."""
-    from mmmamba_cli.layer_selection import (
-        CountBudget,
-        SelectionCallbacks,
-        SelectionOptions,
-        select_layers,
-    )
+    from mmmamba_cli.layer_selection import SelectionCallbacks, select_planned_layers
 
-    count, method = recipe.layers.attention, recipe.layers.select
-    assert isinstance(count, int) and method is not None  # checked by the recipe
-    measured = select_layers(
-        run,
-        product,
-        recipe,
-        lambda ratio: CountBudget(count),
-        SelectionOptions(method, seed=recipe.seed, device=job.device, teacher=job.teacher),
-        SelectionCallbacks(
-            say=lambda text: print_line(text, to_stderr=True),
-            progress=lambda title, total: progress(title, total, "layers"),
-        ),
+    callbacks = SelectionCallbacks(
+        say=lambda text: print_line(text, to_stderr=True),
+        progress=lambda title, total: progress(title, total, "layers"),
     )
-    return measured.selection
+    return select_planned_layers(
+        run, recipe, product, callbacks, device=job.device, teacher=job.teacher
+    )
 
 
 def _take_lock(stack: ExitStack, run: Run) -> None:

@@ -12,7 +12,7 @@ from mmmamba_cli.data.corpus_options import (
 )
 from mmmamba_cli.data.dataset import Corpus, CorpusPart
 from mmmamba_cli.data.fingerprint import Fingerprint, fingerprint
-from mmmamba_cli.data.generated import HELD_OUT, CorpusSpec, GeneratedCorpus, SampleGenerator
+from mmmamba_cli.data.generated_corpus import HELD_OUT, CorpusSpec, GeneratedCorpus, SampleGenerator
 from mmmamba_cli.data.loader import StepLoader
 from mmmamba_cli.data.sample import Drawing, Sample, parse_sample
 from mmmamba_cli.data.sources import open_corpus

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmmamba_cli.data.generated import Drawings
+from mmmamba_cli.data.generated_corpus import Drawings
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import VarlenMetadata
 from mmmamba_cli.processing import normalize

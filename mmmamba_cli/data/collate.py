@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, bad_sample
-from mmmamba_cli.data.generated import Drawings, SampleGenerator
+from mmmamba_cli.data.generated_corpus import Drawings, SampleGenerator
 from mmmamba_cli.data.tokenize import EncodedSample, decode_images
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import varlen_metadata

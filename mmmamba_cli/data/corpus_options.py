@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmmamba_cli.data.generated import SAMPLES, CorpusSpec
+from mmmamba_cli.data.generated_corpus import SAMPLES, CorpusSpec
 from mmmamba_cli.errors import DataError
 
 

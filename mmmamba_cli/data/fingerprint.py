@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmmamba_cli.data.dataset import Corpus
-from mmmamba_cli.data.generated import GeneratedCorpus
+from mmmamba_cli.data.generated_corpus import GeneratedCorpus
 from mmmamba_cli.errors import DataError
 
 # JSON files are hashed in full, since opening them reads every byte anyway. Of a larger shard, the

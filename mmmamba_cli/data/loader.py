@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
 from mmmamba_cli.data.collate import assign_rows, collate, make_rows
 from mmmamba_cli.data.dataset import Corpus, CorpusPart
-from mmmamba_cli.data.generated import ENDLESS, GeneratedCorpus
+from mmmamba_cli.data.generated_corpus import ENDLESS, GeneratedCorpus
 from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.interrupts import block_interrupts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmmamba_cli.data.dataset import Corpus, open_files
-from mmmamba_cli.data.generated import open_generated, parse_spec
+from mmmamba_cli.data.generated_corpus import open_generated, parse_spec
 
 
 def open_corpus(

@@ -12,7 +12,7 @@ import torch
 
 from mmmamba_cli.data.batch import BadSample, bad_sample
 from mmmamba_cli.data.dataset import Corpus
-from mmmamba_cli.data.generated import Drawings, GeneratedCorpus
+from mmmamba_cli.data.generated_corpus import Drawings, GeneratedCorpus
 from mmmamba_cli.data.sample import Drawing
 from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError

@@ -21,7 +21,11 @@ from mmmamba_cli.layer_selection.options import SelectionCallbacks, SelectionOpt
 from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from mmmamba_cli.layer_selection.selection import MeasuredLayers, select_layers
+    from mmmamba_cli.layer_selection.selection import (
+        MeasuredLayers,
+        select_layers,
+        select_planned_layers,
+    )
 
 __all__ = [
     "BytesBudget",
@@ -36,12 +40,13 @@ __all__ = [
     "parse_count",
     "read_layer_scores",
     "select_layers",
+    "select_planned_layers",
     "spearman",
 ]
 
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "selection": ("MeasuredLayers", "select_layers"),
+        "selection": ("MeasuredLayers", "select_layers", "select_planned_layers"),
     },
 )

@@ -82,10 +82,6 @@ class LayerScores(_JsonModel):
         rounds = [one for one in self.rounds if one.kept != old.kept]
         return self.model_copy(update={"rounds": (*rounds, new)})
 
-    def is_complete(self, kept: Collection[int]) -> bool:
-        """Whether every layer outside of `kept` has a score in its round."""
-        return len(self.round_of(kept).layers) == self.num_layers - len(set(kept))
-
 
 def settings_key(inputs: dict[str, Any]) -> str:
     """A short hash of all that a score depends on."""

@@ -11,7 +11,7 @@ from mmmamba_cli.devices import OutOfMemory, pick_device, translate_out_of_memor
 from mmmamba_cli.distributed import limit_cpu_threads
 from mmmamba_cli.errors import DataError, MmmambaError, RunError
 from mmmamba_cli.hybridize import LayerSelection
-from mmmamba_cli.layer_selection.budget import Budget
+from mmmamba_cli.layer_selection.budget import Budget, CountBudget
 from mmmamba_cli.layer_selection.layer_scores import (
     SELECTION,
     Agreement,
@@ -95,6 +95,28 @@ def select_layers(
                 f"scoring layers ran out of memory: {error}",
                 "lower --samples; hidden states of all samples are in memory",
             ) from error
+
+
+def select_planned_layers(
+    run: Run,
+    recipe: Recipe,
+    parent: Manifest,
+    callbacks: SelectionCallbacks,
+    *,
+    device: str | None = None,
+    teacher: Path | None = None,
+) -> LayerSelection:
+    """Choose as many layers as a recipe with `layers.select` asks for, with its method and seed.
+
+    Raises what `select_layers` raises.
+    """
+    count, method = recipe.layers.attention, recipe.layers.select
+    assert isinstance(count, int) and method is not None  # checked by the recipe
+    options = SelectionOptions(method, seed=recipe.seed, device=device, teacher=teacher)
+    measured = select_layers(
+        run, parent, recipe, lambda ratio: CountBudget(count), options, callbacks
+    )
+    return measured.selection
 
 
 def _open_scores(measurement: Measurement) -> tuple[Path, LayerScores | None]:

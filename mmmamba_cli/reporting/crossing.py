@@ -34,12 +34,6 @@ class Pair:
         assert self.student.median is not None and self.baseline.median is not None
         return self.baseline.median / self.student.median
 
-    @property
-    def memory_share(self) -> float | None:
-        """The student's memory over the baseline's; None where one was not read."""
-        ours, theirs = self.student.memory, self.baseline.memory
-        return None if ours is None or theirs is None else ours.total / theirs.total
-
 
 @dataclass(frozen=True)
 class Crossing:

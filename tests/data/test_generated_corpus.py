@@ -25,11 +25,11 @@ from mmmamba_cli.data import (
     StepLoader,
     check_data,
     fingerprint,
-    generated,
+    generated_corpus,
     open_corpus,
     read_options,
 )
-from mmmamba_cli.data.generated import parse_spec
+from mmmamba_cli.data.generated_corpus import parse_spec
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor, Tiling, count_tiles
 
@@ -73,7 +73,9 @@ def _turns(question: str, answer: str) -> tuple[dict[str, str], ...]:
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generated, "entry_points", lambda group: [("squares", lambda: Squares)])
+    monkeypatch.setattr(
+        generated_corpus, "entry_points", lambda group: [("squares", lambda: Squares)]
+    )
 
 
 def loader(processor: HolisticVLMProcessor, spec: str = "squares:", **options: Any) -> StepLoader:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from mmmamba_cli.data import IGNORE_INDEX, Batch
-from mmmamba_cli.data.generated import Drawings
+from mmmamba_cli.data.generated_corpus import Drawings
 from mmmamba_cli.distill.kl_loss import LogitsKL, divergence
 from mmmamba_cli.distill.layer_losses import count_stack_tokens, prepare_prompt
 from mmmamba_cli.distill.objective import LAYER_LOSSES, Objective, build_objective

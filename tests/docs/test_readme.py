@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from xml.etree import ElementTree
 
-import make_result
+import make_readme_pictures
 import numpy as np
 import pytest
 import run_page
@@ -20,17 +20,19 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
-def figures() -> make_result.Figures:
-    return make_result.read_figures()
+def figures() -> make_readme_pictures.Figures:
+    return make_readme_pictures.read_figures()
 
 
-@pytest.mark.parametrize("theme", make_result.PICTURES)
-def test_the_pictures_hold_the_measured_figures(theme: str, figures: make_result.Figures) -> None:
-    stored = ElementTree.parse(make_result.PICTURES[theme]).getroot()
+@pytest.mark.parametrize("theme", make_readme_pictures.PICTURES)
+def test_the_pictures_hold_the_measured_figures(
+    theme: str, figures: make_readme_pictures.Figures
+) -> None:
+    stored = ElementTree.parse(make_readme_pictures.PICTURES[theme]).getroot()
     found = stored.find(f"{SVG}metadata")
     assert found is not None
-    assert found.text == figures.as_json(), f"run `{make_result.COMMAND}`"
-    drawn = ElementTree.fromstring(make_result.picture(figures, theme))
+    assert found.text == figures.as_json(), f"run `{make_readme_pictures.COMMAND}`"
+    drawn = ElementTree.fromstring(make_readme_pictures.picture(figures, theme))
     assert stored.get("aria-label") == drawn.get("aria-label")
     texts = [one.text for one in drawn.iter(f"{SVG}text")]
     assert {"96.8", "97.4 %", "linear faster from 2,000"} <= set(texts)
@@ -38,12 +40,12 @@ def test_the_pictures_hold_the_measured_figures(theme: str, figures: make_result
     assert set(texts) == {one.text for one in stored.iter(f"{SVG}text")}
 
 
-def test_the_numbers_of_the_first_screen(figures: make_result.Figures) -> None:
+def test_the_numbers_of_the_first_screen(figures: make_readme_pictures.Figures) -> None:
     for model, sentence in (
         ("linear", "keeps {} of the teacher's score, and {} on drawings"),
         ("hybrid", "the hybrid {} and {}."),
     ):
-        shares = [figures.kept[suite][model] for suite in make_result.SUITES]
+        shares = [figures.kept[suite][model] for suite in make_readme_pictures.SUITES]
         kept = [f"{share:.1f} % ({low:.1f} to {high:.1f})" for share, low, high in shares]
         assert sentence.format(*kept) in WORDS
     linear, hybrid = (round_context(figures.crossings[name]) for name in ("linear", "hybrid"))
@@ -66,7 +68,7 @@ def test_the_speeds_at_the_size_of_hovle() -> None:
 def test_the_picture_of_the_example() -> None:
     stored, drawn = (
         np.asarray(picture.convert("RGB"), dtype=int)
-        for picture in (Image.open(make_result.SCENE), make_result.scene())
+        for picture in (Image.open(make_readme_pictures.SCENE), make_readme_pictures.scene())
     )
     # Versions of Pillow round differently.
     assert stored.shape == drawn.shape

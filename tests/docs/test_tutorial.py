@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import make_result
+import make_readme_pictures
 from pages import ROOT
 
 from mmmamba_cli.recipe import load_recipe
@@ -43,8 +43,8 @@ def test_seconds_are_those_of_the_shipped_students() -> None:
 
 
 def test_scores_are_those_of_the_shipped_students() -> None:
-    figures = make_result.read_figures()
-    for suite in make_result.SUITES:
+    figures = make_readme_pictures.read_figures()
+    for suite in make_readme_pictures.SUITES:
         scores = (figures.scores[suite][model] for model in ("linear", "hybrid"))
         cells = [f"{mean:.1f} ({low:.1f}, {high:.1f})" for mean, low, high in scores]
         assert row(f"`{suite}`" + (", percent right" if suite == "scenes" else "")) == ["", *cells]

@@ -110,9 +110,9 @@ def test_scores_are_kept_by_round(tmp_path: Path) -> None:
         method="kl", unit="nats", num_layers=3, embedding_ratio=1.0, inputs={"samples": 4}
     )
     scores = empty.with_score((), score(0, 1.5)).with_score((), score(1, 0.5))
-    assert not scores.is_complete(())
     scores = scores.with_score((), score(2, 9.5)).with_score((2,), score(0, 1.0))
-    assert scores.is_complete(()) and not scores.is_complete((2,))
+    assert [one.layer for one in scores.round_of(()).layers] == [0, 1, 2]
+    assert [one.layer for one in scores.round_of((2,)).layers] == [0]
     write_layer_scores(tmp_path / "selection" / "kl.json", scores)
     assert read_layer_scores(tmp_path / "selection" / "kl.json") == scores
 

@@ -1,6 +1,6 @@
 """Draw the README's pictures: measured results (result-light.svg, result-dark.svg), scene.png.
 
-    python docs/make_result.py
+    python docs/make_readme_pictures.py
 
 Scores and costs of the shipped models are read from benchmarks/results. The figures that are drawn
 are stored in each picture, so that a test can compare them with the files.
@@ -23,7 +23,7 @@ from mmmamba_cli.reporting.html import Markup, tag
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 SCORES, PROFILE = "scenes_retention_cpu.json", "profile_scenes_long_cpu.json"
-COMMAND = "python docs/make_result.py"
+COMMAND = "python docs/make_readme_pictures.py"
 SCENE, SCENE_SEED = DOCS / "scene.png", 7
 PICTURES = {theme: DOCS / f"result-{theme}.svg" for theme in ("light", "dark")}
 
