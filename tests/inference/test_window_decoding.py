@@ -38,19 +38,6 @@ def batch(seed: int, *rows: tuple[int, int]) -> tuple[torch.Tensor, dict[str, An
     return ids, {"pixel_values": join_pixels([p for _, p in inputs]), "attention_mask": mask}
 
 
-def test_fifty_prompts_give_the_tokens_of_the_model() -> None:
-    model = model_of("first columns")
-    generator = Generator(model)
-    for seed in range(0, 50, 10):
-        rows = [(i % 3, 3 + (seed + 7 * i) % 23) for i in range(10)]
-        ids, inputs = batch(seed, *rows)
-        found = generator.generate(ids, **inputs, max_new_tokens=12, eos=())
-        expected = model.generate(
-            ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, **inputs
-        )
-        assert torch.equal(found, expected[:, ids.shape[1] :])
-
-
 @options
 @pytest.mark.parametrize("chunk", [None, 1, 5])
 def test_logits_equal_the_model(name: str, chunk: int | None) -> None:
