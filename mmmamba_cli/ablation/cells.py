@@ -14,7 +14,7 @@ from typing import Any
 
 from mmmamba_cli.ablation.plan import TEACHER_ARM, WORK, Arm, Plan, SuiteUse
 from mmmamba_cli.errors import RecipeError
-from mmmamba_cli.recipe import Recipe, load_recipe
+from mmmamba_cli.recipe import CALIBRATED, Recipe, load_recipe
 from mmmamba_cli.recipe.problems import join_or, suggest
 
 DIGEST_DIGITS = 12
@@ -201,7 +201,8 @@ def _prefixes(plan: Plan, recipe: Recipe, stages: Sequence[str]) -> Iterator[str
     layers, data = tree.get("layers", {}), tree.get("data", {})
     kept = {k: v for k, v in data.items() if k not in DATA_FIELDS_WITHOUT_EFFECT}
     mixers = tree.get("mixer"), layers.get("mixers")
-    done = _digest(plan.teacher, plan.dtype, recipe.seed, *mixers)
+    calibration = [kept] if recipe.mixer.init == CALIBRATED else []
+    done = _digest(plan.teacher, plan.dtype, recipe.seed, *mixers, *calibration)
     yield done
     for stage in tree["stages"]:
         if stage["name"] not in stages:

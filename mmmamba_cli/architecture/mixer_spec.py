@@ -42,6 +42,8 @@ class MixerSpec:
             them in KL stages.
         is_default: whether it is the mixer of its layer type where a config names none.
         is_packed: from the options: whether `inference.mixers` has its step over packed weights.
+        is_calibrated: from the options: whether seeding can calibrate it. Its module then is a
+            `GatedMixer` with `constant_decay`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class MixerSpec:
     decay_parameters: frozenset[str] = frozenset()
     is_default: bool = False
     is_packed: Callable[[MixerConfig], bool] = lambda options: False
+    is_calibrated: Callable[[MixerConfig], bool] = lambda options: False
 
     def slow_title(self, options: MixerConfig) -> str | None:
         """The title and the options in the way of fast decoding, if any; None if it is fast."""

@@ -54,7 +54,9 @@ def command(
     init: Annotated[
         str | None,
         typer.Option(
-            metavar="INIT", help="scratch, inherit or inherit+mimic (default: the recipe's)."
+            metavar="INIT",
+            help="scratch, inherit, inherit+mimic, or calibrated on data.train (experimental) "
+            "(default: the recipe's).",
         ),
     ] = None,
     config: Annotated[

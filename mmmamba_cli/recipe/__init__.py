@@ -15,7 +15,7 @@ from mmmamba_cli.recipe.loader import (
     recipe_folder,
     recipe_names,
 )
-from mmmamba_cli.recipe.mixers import layer_mixers, mixer_options
+from mmmamba_cli.recipe.mixers import CALIBRATED, layer_mixers, mixer_options
 from mmmamba_cli.recipe.schema import (
     KL,
     Data,
@@ -30,6 +30,7 @@ from mmmamba_cli.recipe.schema import (
 )
 
 __all__ = [
+    "CALIBRATED",
     "KL",
     "PLACEMENTS",
     "SCORES_FILE_PREFIX",

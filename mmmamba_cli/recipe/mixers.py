@@ -21,6 +21,9 @@ LAYER_MIXERS_ALLOWED = Allowed(
     f"a section that gives {join_or(KINDS)} a list of layer indices, counted from 0"
 )
 
+# The value of `init` that needs the teacher's outputs on samples.
+CALIBRATED = "calibrated"
+
 
 def _check_kind(value: Any) -> str:
     if isinstance(value, str) and value in KINDS:
@@ -80,10 +83,12 @@ class Mixer(Section):
     kind: MixerKind = Field(
         default_factory=default_kind, description="What a linear layer computes."
     )
-    init: Literal["scratch", "inherit", "inherit+mimic"] = Field(
+    init: Literal["scratch", "inherit", "inherit+mimic", "calibrated"] = Field(
         default="inherit+mimic",
         description="scratch: all mixer weights random; inherit: W_Q, W_K, W_V, W_O are the "
-        "teacher's; inherit+mimic: the new ones also begin so that the layer resembles attention.",
+        "teacher's; inherit+mimic: the new ones also begin so that the layer resembles attention; "
+        "calibrated (experimental): of these, decays and gate are fitted to the teacher's outputs "
+        "on samples of data.train.",
     )
     conv_width: int = Field(
         default=2,
@@ -142,6 +147,35 @@ def unread_option(section: Mixer, others: Mapping[str, Any]) -> tuple[str, str] 
             continue
         titles = join_or([spec.title for spec in used])
         return option.name, f"is {format_value(value)}, but {titles} has no such option"
+    return None
+
+
+def mixer_problem(section: Mixer, others: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A field that fits none or not all of the recipe's mixers, and a sentence about it.
+
+    `others` are the mixers of single layers. None if there is none.
+    """
+    problem = unread_option(section, others)
+    if problem is not None:
+        return problem
+    sentence = _calibration_problem(section, others)
+    return None if sentence is None else ("init", sentence)
+
+
+def _calibration_problem(section: Mixer, others: Mapping[str, Any]) -> str | None:
+    """A sentence about a mixer that `init: calibrated` cannot seed; None if there is none."""
+    if section.init != CALIBRATED:
+        return None
+    options = mixer_options(section)
+    for name in dict.fromkeys((section.kind, *others)):
+        spec = mixer_specs()[name]
+        if spec.is_calibrated(options):
+            continue
+        known = [one.title for one in mixer_specs().values() if one.is_calibrated(MixerConfig())]
+        return (
+            f"is {CALIBRATED}, which {join_or(known)} with input_step has and {spec.title} of this "
+            "recipe has not; use inherit+mimic"
+        )
     return None
 
 

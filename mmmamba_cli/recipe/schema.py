@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from mmmamba_cli.recipe.layers import is_selection, layer_list_problem
-from mmmamba_cli.recipe.mixers import LayerMixers, Mixer, unread_option
+from mmmamba_cli.recipe.mixers import LayerMixers, Mixer, mixer_problem
 from mmmamba_cli.recipe.problems import Allowed, format_value
 from mmmamba_cli.recipe.section import Section, invalid_value
 
@@ -369,7 +369,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_mixers(self) -> Self:
-        problem = unread_option(self.mixer, self.layers.mixers)
+        problem = mixer_problem(self.mixer, self.layers.mixers)
         if problem is not None:
             raise invalid_value(problem[1], "mixer", problem[0])
         return self

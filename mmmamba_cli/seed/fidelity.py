@@ -154,7 +154,7 @@ def measure_fidelity(
     """Compare layer by layer in fp32, with one layer of each model in memory at a time."""
     with torch.device("meta"):
         decoder = HolisticDecoder(teacher.config)
-    _fill(decoder, teacher, "model.", skip="layers.")
+    fill_module(decoder, teacher.read, "model.", skip="layers.")
     mask = calibration.attention_mask
     prompt = decoder.prepare(calibration.input_ids, calibration.pixel_values, mask)
     prompt = describe_tiles(student.config, prompt)
@@ -171,8 +171,8 @@ def measure_fidelity(
         with torch.device("meta"):
             block = Block(teacher.config, layer)
             mixer = mixer_class(student.config.mixer_names[layer])(student.config, layer)
-        _fill(block, teacher, f"model.layers.{layer}.")
-        _fill(mixer, student, f"model.layers.{layer}.mixer.")
+        fill_module(block, teacher.read, f"model.layers.{layer}.")
+        fill_module(mixer, student.read, f"model.layers.{layer}.mixer.")
         normed = block.mixer_norm(hidden)
         expected, actual = block.mixer.mix(normed, columns), mixer.mix(normed, columns)
         results.append(_compare(layer, expected, actual, columns.mask, mixer.head_dim))
@@ -182,9 +182,12 @@ def measure_fidelity(
     return results
 
 
-def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, skip: str | None = None) -> None:
+def fill_module(
+    module: nn.Module, read: Callable[[str], Tensor], prefix: str, skip: str | None = None
+) -> None:
+    """Give a module on the meta device its tensors, `prefix` before their names, in fp32."""
     names = [n for n in module.state_dict() if skip is None or not n.startswith(skip)]
-    state = {n: checkpoint.read(prefix + n).to(stored_dtype(n, torch.float32)) for n in names}
+    state = {n: read(prefix + n).to(stored_dtype(n, torch.float32)) for n in names}
     module.load_state_dict(state, strict=skip is None, assign=True)
 
 

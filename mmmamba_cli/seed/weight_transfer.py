@@ -19,8 +19,9 @@ from mmmamba_cli.architecture import (
 from mmmamba_cli.checkpoint import Checkpoint, TensorHasher, checked_reader, combined_hash
 from mmmamba_cli.errors import CheckpointError, RecipeError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
-from mmmamba_cli.recipe import Recipe, dump_recipe, layer_mixers, mixer_options
+from mmmamba_cli.recipe import CALIBRATED, Recipe, dump_recipe, layer_mixers, mixer_options
 from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, RunRecord, Teacher, write_product
+from mmmamba_cli.seed.calibration_walk import CalibratedStart, calibrate
 from mmmamba_cli.seed.init import INHERITED_PARAMETERS, initial_value
 
 SEED_PRODUCT = "seed"
@@ -62,9 +63,11 @@ def seed_student(
     """Start `run` with a student seeded from `teacher`. See `ProductSpec` and `write_product`.
 
     Every tensor of the teacher is read once, checked for NaN and infinity, and hashed. `overwrite`
-    replaces the run's seed, and `discard` also removes its other products.
+    replaces the run's seed, and `discard` also removes its other products. With `init: calibrated`
+    the teacher is first read layer by layer, with samples of the recipe's data (`calibrate`).
 
     Raises:
+        RecipeError, DataError: calibration lacks samples.
         RunError: if the run has products and `overwrite` is false, or has products besides the seed
             and `discard` is false.
     """
@@ -87,19 +90,25 @@ def seed_student(
     config = student_config(teacher.config, recipe)
     kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
     shapes = {**parameter_shapes(config), **kept}
+    start = _calibrated_start(teacher, recipe, config, shapes)
     with TensorHasher() as hasher:
         spec = ProductSpec(
             name=SEED_PRODUCT,
             made_by="seed",
             config=config,
             shapes=shapes,
-            read=_reader(teacher, hasher, recipe, config, shapes),
+            read=_reader(teacher, checked_reader(teacher, hasher), recipe, config, shapes, start),
             origin=teacher,
             dtype=dtype,
             recipe=dump_recipe(recipe),
             # Called after every tensor is read and hashed.
             parents=lambda: (Parent("teacher", str(teacher.path), hasher.result()),),
-            notes=tuple(f"assumed, not read: {field}" for field in teacher.assumed),
+            notes=(
+                *(f"assumed, not read: {field}" for field in teacher.assumed),
+                *(() if start is None else (start.note,)),
+            ),
+            metrics={} if start is None else start.metrics,
+            data={} if start is None else {"calibration": start.samples.digests.as_dict()},
         )
         manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
         digests = hasher.digests()
@@ -117,22 +126,38 @@ def seed_student(
     return manifest
 
 
-def _reader(
+def _calibrated_start(
     teacher: Checkpoint,
-    hasher: TensorHasher,
     recipe: Recipe,
     config: HolisticVLMConfig,
     shapes: dict[str, tuple[int, ...]],
+) -> CalibratedStart | None:
+    """The fitted parameters of `init: calibrated`; None for the other ones, which read no data."""
+    if recipe.mixer.init != CALIBRATED:
+        return None
+    read = _reader(teacher, teacher.read, recipe, config, shapes, None)
+    return calibrate(teacher, config, recipe, read)
+
+
+def _reader(
+    teacher: Checkpoint,
+    read_teacher: Callable[[str], Tensor],
+    recipe: Recipe,
+    config: HolisticVLMConfig,
+    shapes: dict[str, tuple[int, ...]],
+    start: CalibratedStart | None,
 ) -> Callable[[str], Tensor]:
-    """A function that returns a student tensor: the teacher's, checked and hashed, or a new one."""
+    """A function that returns a student tensor: the teacher's, a calibrated or an initial one."""
     init, seed = recipe.mixer.init, recipe.seed
-    read_teacher = checked_reader(teacher, hasher)
 
     def read(name: str) -> Tensor:
         if name in teacher:
             tensor = read_teacher(name)
             if init != "scratch" or not name.endswith(INHERITED_PARAMETERS):
                 return tensor
+        calibrated = None if start is None else start.value(name)
+        if calibrated is not None:
+            return calibrated
         mixer = config.mixer_names[int(name.split(".")[2])]
         return initial_value(name, shapes[name], mixer, init, seed)
 

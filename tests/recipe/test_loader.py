@@ -103,8 +103,8 @@ stages:
         "f.yaml: layers.attention[2]: is 0, which stands at [0] already; name a layer once",
         "f.yaml: layers.placment: unknown key, allowed are attention, placement, select, mixers; "
         "did you mean placement?",
-        "f.yaml: mixer.init: is 'inherit-mimic', must be one of scratch, inherit, inherit+mimic; "
-        "did you mean inherit+mimic?",
+        "f.yaml: mixer.init: is 'inherit-mimic', must be one of scratch, inherit, inherit+mimic, "
+        "calibrated; did you mean inherit+mimic?",
         "f.yaml: data.max_length: is '8k', must be a whole number at least 2 and at most 1048576",
         "f.yaml: stages[0].steps: is 0, must be a whole number at least 1 and at most 1000000000",
         "f.yaml: stages[0].batch_size: is 2.5, must be a whole number at least 1 and at most "

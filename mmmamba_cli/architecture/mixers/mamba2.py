@@ -38,5 +38,7 @@ SPEC = register_spec(
         fp32_parameters=MAMBA2.fp32_parameters | {"D"},
         is_default=True,
         is_packed=lambda options: options.input_step,
+        # Without the input step, the step does not scale the read-out.
+        is_calibrated=lambda options: options.input_step,
     )
 )

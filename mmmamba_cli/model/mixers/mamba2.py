@@ -116,6 +116,15 @@ class Mamba2(GatedMixer):
             products = products * layout.mask[:, None, None, :]
         return products / math.sqrt(self.head_dim)
 
+    @staticmethod
+    def constant_decay(rates: Tensor, steps: Tensor) -> dict[str, Tensor]:
+        """Parameters, fp32, with which every token has the step size and the decay of its head.
+
+        `rates` (H,) are dt exp(A_log) > 0 and `steps` (H,) are dt > 0, both fp64; `dt_proj` is 0.
+        """
+        bias = steps + torch.log(-torch.expm1(-steps))
+        return {"A_log": torch.log(rates / steps).float(), "dt_bias": bias.float()}
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         initialization.ones_(self.A_log)
