@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from random import Random
 
@@ -11,8 +12,10 @@ from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes.atlas import Atlas, open_atlas
 from mmmamba_evals.scenes.build import TABLE, write_suite
 from mmmamba_evals.scenes.build_long import (
+    ALL_LENGTHS,
     INPUTS_PER_LENGTH,
     INPUTS_PER_LENGTH_V1,
+    TRAINED_LENGTHS,
     write_long_suite,
 )
 from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
@@ -67,10 +70,15 @@ def build_scenes_long_v1(folder: Path) -> None:
     _build_long(folder, INPUTS_PER_LENGTH_V1)
 
 
-def _build_long(folder: Path, each: int) -> None:
+def build_scenes_long_4k(folder: Path) -> None:
+    """Write the table without the lengths that the teacher was not trained on."""
+    _build_long(folder, INPUTS_PER_LENGTH, TRAINED_LENGTHS)
+
+
+def _build_long(folder: Path, each: int, lengths: Container[str] = ALL_LENGTHS) -> None:
     atlas = shipped_atlas(SEEN_STYLE)
     world = make_world(atlas, fonts_of(SEEN))
-    write_long_suite(folder, atlas, world, TEST_SEED, each)
+    write_long_suite(folder, atlas, world, TEST_SEED, each, lengths=lengths)
 
 
 def _build(file: Path, style: str, fonts: str) -> None:
