@@ -4,11 +4,13 @@
 
 Rows are the layers of the import contract in pyproject.toml; the small rooms at the bottom, which
 any other may import, share a band. An arrow is an import; one that follows from others (a room
-imports a second, which imports the third) is left out.
+imports a second, which imports the third) is left out. Rooms of a row that may import each other
+are joined by a line.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from html import escape
@@ -45,6 +47,7 @@ CONTENTS = {
     "distributed": "processes, FSDP2",
     "inference": "decoding by CUDA graphs",
     "model": "blocks, mixers, caches",
+    "teachers": "mixers in other models",
     "processing": "text and images to ids",
     "ops": "references and kernels",
     "recipe": "settings as YAML",
@@ -78,7 +81,7 @@ def layers() -> list[list[str]]:
     """The rooms of each layer, the topmost first."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (contract,) = tomllib.loads(text)["tool"]["importlinter"]["contracts"]
-    rows = [[room.strip() for room in layer.split("|")] for layer in contract["layers"]]
+    rows = [[room.strip() for room in re.split("[|:]", layer)] for layer in contract["layers"]]
     return [kept for row in rows if (kept := [room for room in row if room not in ALIASES])]
 
 
@@ -131,8 +134,12 @@ def picture() -> str:
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
     ]
     edges = {room: found & boxes.keys() for room, found in imports().items() if room in boxes}
+    beside = {(a, b) for row in rows for a in row for b in row if b in edges.get(a, ())}
+    for room, other in beside:
+        edges[room].remove(other)
     for room, found in sorted(reduced(edges).items()):
         parts += [_arrow(boxes[room], boxes[other]) for other in sorted(found)]
+    parts += [_line(boxes[a], boxes[b]) for a, b in sorted(beside) if boxes[a].x < boxes[b].x]
     parts.append(
         f'<rect x="{MARGIN}" y="{band_y:.0f}" width="{WIDTH - 2 * MARGIN}" '
         f'height="{height - band_y - MARGIN:.0f}" rx="8" fill="#f7f7f4" stroke="#b9b9ae"/>'
@@ -177,6 +184,14 @@ def _arrow(start: Box, end: Box) -> str:
         f'<path d="M{x1:.0f} {y1:.0f}C{x1 + swing:.0f} {y1 + bend:.0f} '
         f'{x2 + swing:.0f} {y2 - bend:.0f} {x2:.0f} {y2:.0f}" fill="none" stroke="#5b6770" '
         'stroke-opacity=".55" marker-end="url(#arrow)"/>'
+    )
+
+
+def _line(left: Box, right: Box) -> str:
+    y = left.y + BOX_HEIGHT / 2
+    return (
+        f'<path d="M{left.x + BOX_WIDTH:.0f} {y:.0f}H{right.x:.0f}" stroke="#5b6770" '
+        'stroke-opacity=".55"/>'
     )
 
 

@@ -41,13 +41,42 @@ DERIVED_FIELDS = (
 )
 
 
-class ModelShape(Protocol):
+class MixerShape(Protocol):
+    """Fields that determine a mixer: of `ModelShape`, or of a single stack (`TextStack`)."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def mixer_config(self) -> MixerConfig: ...
+    @property
+    def num_embedding_layers(self) -> int: ...
+    def stack_of(self, layer: int) -> StackConfig: ...
+
+
+@dataclass(frozen=True)
+class TextStack:
+    """The mixers' shape of a model of one stack, whose other parts are not ours.
+
+    `stack` has the sizes of the layer that asks, since layers of one model may differ in them.
+    """
+
+    hidden_size: int
+    stack: StackConfig
+    mixer_config: MixerConfig
+
+    @property
+    def num_embedding_layers(self) -> int:
+        return 0
+
+    def stack_of(self, layer: int) -> StackConfig:
+        return self.stack
+
+
+class ModelShape(MixerShape, Protocol):
     """Fields that determine the tensors of a model: `Architecture` and `HolisticVLMConfig`."""
 
     @property
     def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
     @property
     def layer_types(self) -> Sequence[str]: ...
     @property
@@ -59,14 +88,9 @@ class ModelShape(Protocol):
     @property
     def vision_config(self) -> VisionConfig | None: ...
     @property
-    def mixer_config(self) -> MixerConfig: ...
-    @property
     def tie_word_embeddings(self) -> bool: ...
     @property
-    def num_embedding_layers(self) -> int: ...
-    @property
     def num_hidden_layers(self) -> int: ...
-    def stack_of(self, layer: int) -> StackConfig: ...
 
 
 @dataclass(frozen=True)
@@ -194,7 +218,7 @@ def normalize_mixers(layer_types: Sequence[str], mixers: Sequence[str] | None) -
     return list(mixers)
 
 
-def layer_options(model: ModelShape, layer: int) -> MixerConfig:
+def layer_options(model: MixerShape, layer: int) -> MixerConfig:
     """The mixer's options in layer `layer`: no `tile_taps` where `tile_layers` leaves it out."""
     options = model.mixer_config
     if options.tile_layers == EMBEDDING_LAYERS and layer >= model.num_embedding_layers:

@@ -23,12 +23,14 @@ from mmmamba_cli.model.cache import HybridCache, new_cache
 from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.modeling import HolisticDecoder, HolisticVLM
 from mmmamba_cli.processing import register_processing
+from mmmamba_cli.teachers.config_class import register_students
 
 AutoConfig.register(HolisticVLMConfig.model_type, HolisticVLMConfig, exist_ok=True)
 AutoModel.register(HolisticVLMConfig, HolisticDecoder, exist_ok=True)
 AutoModelForImageTextToText.register(HolisticVLMConfig, HolisticVLM, exist_ok=True)
 AutoModelForCausalLM.register(HolisticVLMConfig, HolisticVLM, exist_ok=True)
 register_processing(HolisticVLMConfig)
+register_students()
 
 __all__ = [
     "ATTENTION",

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, initialization
 
-from mmmamba_cli.architecture import MixerConfig, StackConfig, layer_options
+from mmmamba_cli.architecture import MixerConfig, MixerShape, StackConfig, layer_options
 from mmmamba_cli.model.cache import read_ssm_state, write_ssm_state
-from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.norm import GatedRMSNorm, RMSNorm
 from mmmamba_cli.model.rope import apply_rope
 from mmmamba_cli.model.sequence_layout import SequenceLayout
@@ -77,7 +76,7 @@ class GatedMixer(nn.Module):
     fp32 for weights of any dtype.
     """
 
-    def __init__(self, config: HolisticVLMConfig, layer_idx: int):
+    def __init__(self, config: MixerShape, layer_idx: int):
         super().__init__()
         stack, options = config.stack_of(layer_idx), layer_options(config, layer_idx)
         hidden_size = config.hidden_size

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D hidden size, H query heads, P head dim.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.architecture import MixerShape
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops.backends import without_autocast
@@ -23,7 +24,8 @@ class Mixer(Protocol):
     """Mixes the columns of a sequence, (B, T, D) -> (B, T, D); an `nn.Module`.
 
     All mixers have W_Q, W_K, W_V and W_O under the names of attention, so that a teacher's weights
-    fit. The constructor takes the config and the layer, counted through both stacks.
+    fit. The constructor takes a `MixerShape`, such as the config, and the layer, counted through
+    both stacks.
 
     Attributes:
         input_projections: names of the projections of the mixer's input, in the order in which they
@@ -83,7 +85,7 @@ class Mixer(Protocol):
         ...
 
 
-MixerClass = TypeVar("MixerClass", bound=Callable[[HolisticVLMConfig, int], Any])
+MixerClass = TypeVar("MixerClass", bound=Callable[[MixerShape, int], Any])
 _CLASSES: dict[str, Any] = {}
 
 
@@ -102,6 +104,12 @@ def mixer_class(name: str) -> Any:
     if name not in _CLASSES:
         importlib.import_module(f"{__package__}.mixers.{name}")
     return _CLASSES[name]
+
+
+def parameter_generator(name: str, seed: int) -> torch.Generator:
+    """A random generator that depends on a parameter's name and the seed alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 def query_key_products(q: Tensor, k: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ Legend: B batch, T tokens, S keys, H query heads, K key/value heads, P head dim,
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mmmamba_cli.model.config import HolisticVLMConfig
+from mmmamba_cli.architecture import MixerShape
 from mmmamba_cli.model.norm import RMSNorm
 from mmmamba_cli.model.rope import apply_rope
 from mmmamba_cli.model.sequence_layout import SequenceLayout
@@ -23,11 +23,11 @@ class SoftmaxMixer(nn.Module):
     input_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
     output_norm: ClassVar[None] = None
 
-    def __init__(self, config: HolisticVLMConfig, layer_idx: int):
+    def __init__(self, config: MixerShape, layer_idx: int):
         super().__init__()
         stack, hidden_size = config.stack_of(layer_idx), config.hidden_size
         # Shared with the model, since its attn_implementation may change later.
-        self.config = config
+        self.config: Any = config
         self.layer_idx = layer_idx
         self.num_heads = stack.num_heads
         self.num_kv_heads = stack.num_kv_heads

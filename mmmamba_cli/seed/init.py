@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model.gated_mixer import linear_default
-from mmmamba_cli.model.mixer import mixer_class
+from mmmamba_cli.model.mixer import mixer_class, parameter_generator
 
 INITS = ("scratch", "inherit", "inherit+mimic", "calibrated")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -30,7 +28,7 @@ def initial_value(name: str, shape: tuple[int, ...], mixer: str, init: str, seed
     if init not in INITS:
         raise MmmambaError(f"--init {init!r} is not known, known are: {', '.join(INITS)}")
     part = name.split(".mixer.")[1]
-    rng = _generator(name, seed)
+    rng = parameter_generator(name, seed)
     if part in QK_NORMS:
         return torch.ones(shape)
     if part in BIASES:
@@ -40,8 +38,3 @@ def initial_value(name: str, shape: tuple[int, ...], mixer: str, init: str, seed
     mimic = init in ("inherit+mimic", "calibrated")
     value: Tensor = mixer_class(mixer).initial_value(part, shape, mimic, rng)
     return value
-
-
-def _generator(name: str, seed: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

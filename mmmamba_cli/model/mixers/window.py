@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, initialization
 
+from mmmamba_cli.architecture import MixerShape
 from mmmamba_cli.model.cache import read_ssm_state, write_ssm_state
-from mmmamba_cli.model.config import HolisticVLMConfig
 from mmmamba_cli.model.mixer import register_mixer
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.model.softmax_mixer import SoftmaxMixer
@@ -34,7 +34,7 @@ class Window(SoftmaxMixer):
     all keys, bit for bit.
     """
 
-    def __init__(self, config: HolisticVLMConfig, layer_idx: int):
+    def __init__(self, config: MixerShape, layer_idx: int):
         super().__init__(config, layer_idx)
         options = config.mixer_config
         self.window, self.sinks = options.window, options.sinks

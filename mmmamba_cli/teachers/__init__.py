@@ -1,0 +1,71 @@
+"""Students of any transformers model: mixers in the place of its attention, the rest unchanged.
+
+Public functions:
+    anatomy_of(config): the text decoder of a teacher, or an error that names what rules it out.
+    refusal(config), bidirectional_warning(config): the same by the fields of the config alone.
+    StudentPlan, StudentPlan.of_layers: which layers are replaced, by which mixer, its options.
+    convert(model or config, plan): the student, a subclass of the teacher's class.
+    student_config(config, plan): its config, with model_type `mmmamba_` and the teacher's.
+    expected_tensors(config, plan): names, shapes and dtypes of its tensors, without weights.
+    new_value(mixer, layer, name, ...): the initial value of a tensor that the teacher lacks.
+    student_plan(config): the plan of a loaded student; mixers_of(model): its mixers.
+    CallContext: padding and packing of calls, for mixers that run outside of a student.
+    register_model_type(model_type): lets the Auto classes load a student of any family.
+
+Students load by AutoConfig, AutoModelForImageTextToText and AutoModelForCausalLM once
+`mmmamba_cli.model` is imported. Importing this package imports neither torch nor transformers.
+"""
+
+from typing import TYPE_CHECKING
+
+from mmmamba_cli.lazy_imports import lazy_attributes
+from mmmamba_cli.teachers.plan import MODEL_TYPE_PREFIX, PLAN_FIELD, StudentPlan
+from mmmamba_cli.teachers.refusals import bidirectional_warning, refusal, text_config
+
+if TYPE_CHECKING:
+    from mmmamba_cli.teachers.anatomy import Anatomy, AttentionView, anatomy_of
+    from mmmamba_cli.teachers.auto_class import mixers_of, student_plan
+    from mmmamba_cli.teachers.config_class import register_model_type, register_students
+    from mmmamba_cli.teachers.context import CallContext
+    from mmmamba_cli.teachers.conversion import (
+        ExpectedTensor,
+        convert,
+        expected_tensors,
+        student_config,
+    )
+    from mmmamba_cli.teachers.mixer_in_place import MixerInPlace, new_value
+else:
+    __getattr__ = lazy_attributes(
+        __name__,
+        {
+            "anatomy": ("Anatomy", "AttentionView", "anatomy_of"),
+            "auto_class": ("mixers_of", "student_plan"),
+            "config_class": ("register_model_type", "register_students"),
+            "context": ("CallContext",),
+            "conversion": ("ExpectedTensor", "convert", "expected_tensors", "student_config"),
+            "mixer_in_place": ("MixerInPlace", "new_value"),
+        },
+    )
+
+__all__ = [
+    "MODEL_TYPE_PREFIX",
+    "PLAN_FIELD",
+    "Anatomy",
+    "AttentionView",
+    "CallContext",
+    "ExpectedTensor",
+    "MixerInPlace",
+    "StudentPlan",
+    "anatomy_of",
+    "bidirectional_warning",
+    "convert",
+    "expected_tensors",
+    "mixers_of",
+    "new_value",
+    "refusal",
+    "register_model_type",
+    "register_students",
+    "student_config",
+    "student_plan",
+    "text_config",
+]
