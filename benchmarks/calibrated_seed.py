@@ -49,6 +49,8 @@ def measure(folder: Path, init: str, options: argparse.Namespace) -> dict[str, A
         "data.train": DATA,
         "data.held_out": f"{DATA}?samples={options.held_out}",
         "data.workers": 0,
+        # Few drawn lessons are longer than the recipe's max_length.
+        "data.max_bad_share": 0.1,
         "mixer.init": init,
         f"stages.{STAGE}.steps": options.steps,
         f"stages.{STAGE}.batch_size": options.batch_size,
