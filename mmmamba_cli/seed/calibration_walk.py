@@ -95,8 +95,7 @@ def read_calibration_samples(teacher: Checkpoint, data: Data, seed: int) -> Cali
     processor = open_processor(teacher)
     if processor is None:
         raise DataError(f"{teacher.path} has no tokenizer for samples", "give --tokenizer FILE")
-    root = None if data.image_root is None else Path(data.image_root)
-    corpus = open_corpus(data.train, root, seed=seed)
+    corpus = open_corpus(data.train, None if data.image_root is None else Path(data.image_root))
     loader = StepLoader(
         corpus,
         processor,

@@ -55,7 +55,7 @@ def student_config_class(base: Any) -> Any:
             config_class: Any = type(self)
             register_model(config_class)
 
-    StudentConfig.__name__ = StudentConfig.__qualname__ = f"Mmmamba{base.__name__}"
+    StudentConfig.__name__ = StudentConfig.__qualname__ = f"Student{base.__name__}"
     return StudentConfig
 
 

@@ -23,7 +23,11 @@ from mmmamba_cli.teachers import (
 # Families, fields of a config of theirs, and what the sentence names.
 BY_FIELD: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5", {}, r"layer_types\[0\] is linear_attention"),
-    ("lfm2_vl", {"text_config": {"layer_types": ["conv"] * 32}}, r"layer_types\[0\] is conv"),
+    (
+        "lfm2_vl",
+        {"text_config": {"layer_types": ["conv"] * 4, "num_hidden_layers": 4}},
+        r"layer_types\[0\] is conv",
+    ),
     ("deepseek_v3", {}, "kv_lora_rank is 512.*no k_proj"),
     ("gemma3n", {}, "num_kv_shared_layers is 15"),
     ("gemma4", {}, "model_type is gemma4_text, whose attention also normalizes values"),
