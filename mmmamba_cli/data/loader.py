@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -156,6 +157,7 @@ class StepLoader:
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_ignore_signals,
+            multiprocessing_context=_start_method(),
         )
         with block_interrupts():
             running = iter(loader)
@@ -220,6 +222,16 @@ class _Steps(Dataset):
         except MmmambaError as error:
             # torch would re-raise it as text with the worker's traceback.
             return error
+
+
+def _start_method() -> str | None:
+    """`fork` on Linux, None (Python's default) elsewhere.
+
+    In a process that was itself spawned the default is `spawn`: each loader process then imports
+    torch and receives the corpus as a pickle, one after the other, which takes minutes. Loader
+    processes do not use the GPU, so that a fork of a process with a CUDA context is safe.
+    """
+    return "fork" if sys.platform == "linux" else None
 
 
 def _ignore_signals(_: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -142,6 +143,21 @@ def test_errors_of_workers_are_raised(
     assert got == [0, 1, 2]
     if isinstance(error, CheckpointError):
         assert str(caught.value) == "no template (take another)"
+
+
+def test_loader_processes_are_forks_in_a_spawned_process(
+    monkeypatch: pytest.MonkeyPatch, processor: HolisticVLMProcessor
+) -> None:
+    """A cell of a plan and a process of --gpus are spawned; spawn is the default in them.
+
+    A spawned loader process would get the corpus as a pickle.
+    """
+    corpus: Any = Failing(ZeroDivisionError("a bug"))
+    corpus.cannot_be_pickled = lambda: None
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
+    loader = StepLoader(corpus, processor, batch_size=1, max_length=50, shuffle=False, workers=1)
+    assert [batches.step for batches in loader.steps(0, 3)] == [0, 1, 2]
 
 
 # Two programs as forks of one that has imported everything.

@@ -102,7 +102,7 @@ def test_specs_that_are_refused(source: str, message: str) -> None:
 
 
 def test_kinds_of_lessons() -> None:
-    long = corpus_of("scenes:lessons?long=1&pictures=2-4&sentences=4-8&questions=4")
+    long = corpus_of("scenes:lessons?long=1&lists=0.5&pictures=2-4&sentences=4-8&questions=4")
     samples = [long[index] for index in range(60)]
     several = [s for s in samples if len(s.images) > 1]
     large = [s for s in samples if len(s.images) == 1]
