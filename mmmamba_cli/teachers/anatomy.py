@@ -32,6 +32,7 @@ HALVES_ROPE = frozenset(
         "gemma3_text",
         "llama",
         "mistral",
+        "mixtral",
         "qwen2",
         "qwen2_5_vl_text",
         "qwen2_vl_text",
@@ -78,8 +79,6 @@ class Anatomy:
         hidden_size: D.
         rope_problem: why a mixer that turns q and k by RoPE cannot be used, as a sentence; None if
             one can.
-        rope_sections: number of angle pairs of each of the three axes where the model keeps one row
-            of angles for each (Qwen2-VL, arXiv 2409.12191, section 2.1); None elsewhere.
         warning: what a causal mixer cannot follow, as a sentence; None in most families.
     """
 
@@ -90,7 +89,6 @@ class Anatomy:
     attention: tuple[AttentionView, ...]
     hidden_size: int
     rope_problem: str | None
-    rope_sections: tuple[int, ...] | None
     warning: str | None
 
     @property
@@ -154,7 +152,6 @@ def anatomy_of(config: Any, model: Any = None) -> Anatomy:
         attention=views,
         hidden_size=text.hidden_size,
         rope_problem=_rope_problem(text, views),
-        rope_sections=rope_sections(text),
         warning=bidirectional_warning(config),
     )
 
@@ -187,16 +184,6 @@ def attention_stack(view: AttentionView, text: Any) -> StackConfig:
         output_bias=view.output_bias,
         qk_norm=bool(view.qk_norms),
     )
-
-
-def rope_sections(text: Any) -> tuple[int, ...] | None:
-    """Sections of multimodal RoPE that attention cuts itself; None where the model has none.
-
-    Qwen3-VL interleaves them where it makes the angles, so its attention sees plain ones.
-    """
-    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    sections = parameters.get("mrope_section")
-    return None if sections is None or parameters.get("mrope_interleaved") else tuple(sections)
 
 
 def _attention_view(model_type: str, index: int, layer: nn.Module) -> AttentionView:
@@ -248,7 +235,9 @@ def _attention_problem(attention: Any) -> str | None:
     norms: Sequence[str] = [name for name in QK_NORMS if name in children]
     if len(norms) == 1:
         return f"has {norms[0]}, but not both norms of q and k"
-    sizes = {children[name].weight.numel() for name in norms}
+    # A norm without weights divides each head by its own.
+    weights = [getattr(children[name], "weight", None) for name in norms]
+    sizes = {weight.numel() for weight in weights if weight is not None}
     if sizes - {head_dim}:
         return f"has a q_norm over {max(sizes)} channels, expected one over each head's {head_dim}"
     return None

@@ -66,7 +66,7 @@ def student_model_class(config_class: Any) -> Any:
         def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
             """Extend transformers' method: the mixers' slots replace static keys and values.
 
-            `generate` decides by the cache which form masks have, before the first forward.
+            `generate` asks the cache how to make masks before the first forward.
             """
             result = super()._prepare_cache_for_generation(*args, **kwargs)
             given = kwargs.get("model_kwargs", args[1] if len(args) > 1 else {})
@@ -75,6 +75,17 @@ def student_model_class(config_class: Any) -> Any:
                 for mixer in mixers_of(self):
                     recurrent_slot(found, mixer.layer_idx)
             return result
+
+        @staticmethod
+        def create_masks_for_generate(attention_mask: Any = None, **unused: Any) -> Any:
+            """Keep masks two-dimensional, which the mixers read; forward makes attention's."""
+            return attention_mask
+
+        def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+            """Whether `generate` compiles decoding: not with mixers, which count columns."""
+            if any(True for _ in mixers_of(self)):
+                return False
+            return bool(super()._valid_auto_compile_criteria(*args, **kwargs))
 
         def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
             """Implement `to`, `half` and `bfloat16`, keeping the mixers' small parameters in fp32.
@@ -146,7 +157,7 @@ def install_mixers(model: Any) -> None:
         stack = attention_stack(anatomy.attention[index], text)
         shape = TextStack(anatomy.hidden_size, stack, plan.options)
         mixer = in_place_class(plan.mixers[index])(
-            getattr(layer, ATTENTION_NAME), shape, index, context, anatomy.rope_sections
+            getattr(layer, ATTENTION_NAME), shape, index, context
         )
         setattr(layer, ATTENTION_NAME, mixer)
     inner = [model.base_model, decoder]

@@ -26,8 +26,6 @@ class RecurrentSlot(LinearAttentionLayer, CacheLayerMixin):
     """
 
     is_sliding = False
-    # `generate` then leaves masks two-dimensional, and does not compile the decoding step.
-    is_compileable = False
     is_croppable = False
 
     def __init__(self, capacity: int | None = None):
@@ -37,6 +35,14 @@ class RecurrentSlot(LinearAttentionLayer, CacheLayerMixin):
         self.capacity = capacity
         if capacity is not None:
             self.max_cache_len = capacity
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the cache is static, in which attention must mask the columns not yet filled.
+
+        transformers leaves the mask of one query out where a layer is not.
+        """
+        return self.capacity is not None
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Raise `TypeError`: a mixer has no keys and values."""

@@ -122,13 +122,12 @@ class CallContext:
         *,
         past: int = 0,
         is_cached: bool = False,
-        sections: tuple[int, ...] | None = None,
         uses_rope: bool = False,
     ) -> SequenceLayout:
         """The layout of the columns of `hidden` (B, T, D) behind `past` columns.
 
-        `angles` are the cosine and sine that the model gives its attention, (B, T, P), or
-        (3, B, T, P) with `sections` to cut them by. They are kept only where a mixer `uses_rope`.
+        `angles` are the cosine and sine (B, T, P) that the model gives its attention, those of
+        multimodal RoPE included. They are kept only where a mixer `uses_rope`.
 
         Raises:
             DataError: the mask of the call has fewer columns.
@@ -137,10 +136,9 @@ class CallContext:
         inputs = self.inputs(None if angles is None else angles[0])
         mask, key_mask = (_to(one, hidden.device) for one in inputs.masks(past, length))
         seq_idx = None if is_cached else _to(inputs.seq_idx(batch), hidden.device)
+        cos = sin = hidden.new_empty(1, length, 0)
         if uses_rope and angles is not None:
-            cos, sin = (cut_sections(one, sections) for one in angles)
-        else:
-            cos = sin = hidden.new_empty(1, length, 0)
+            cos, sin = angles
         return SequenceLayout(cos, sin, past, mask, seq_idx, key_mask, seq_idx)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,19 +169,6 @@ def call_inputs(given: dict[str, Any]) -> CallInputs:
         # Of multimodal positions, the first of four rows counts text; three rows jump at images.
         positions = positions[0] if positions.shape[0] == 4 else None
     return CallInputs(mask, positions)
-
-
-def cut_sections(angles: Tensor, sections: tuple[int, ...] | None) -> Tensor:
-    """(B, T, P) of cosines or sines: pair j of a head has the angles of the axis of its section.
-
-    `angles` are (3, B, T, P) for time, height and width (Qwen2-VL, arXiv 2409.12191, section 2.1),
-    or plain ones, which are returned.
-    """
-    if angles.dim() != 4 or sections is None:
-        return angles
-    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
-    channels = torch.arange(angles.shape[-1], device=angles.device)
-    return angles[torch.cat((axis, axis)).to(angles.device), :, :, channels].movedim(0, -1)
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

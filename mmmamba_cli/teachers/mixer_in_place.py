@@ -40,7 +40,6 @@ class MixerInPlace(nn.Module):
         shape: TextStack,
         layer_idx: int,
         context: CallContext,
-        rope_sections: tuple[int, ...] | None,
     ):
         device, dtype = attention.q_proj.weight.device, attention.q_proj.weight.dtype
         with torch.device("meta"):
@@ -51,7 +50,6 @@ class MixerInPlace(nn.Module):
         # The teacher's, whose attn_implementation may change later.
         self.config = getattr(attention, "config", None)
         self.context = context
-        self.rope_sections = rope_sections
         self.adopted: tuple[str, ...] = tuple(name for name in ADOPTED if hasattr(attention, name))
         self.is_initialized = False
         for owner, name, parameter in self.new_parameters():
@@ -105,7 +103,6 @@ class MixerInPlace(nn.Module):
             position_embeddings,
             past=0 if slot is None else slot.columns,
             is_cached=slot is not None,
-            sections=self.rope_sections,
             uses_rope=self.uses_rope,
         )
         mixed = self.o_proj(self.mix(hidden_states, layout, cache))  # type: ignore[operator]

@@ -134,6 +134,9 @@ def _type(config: Any, text: Any) -> str | None:
 def _not_causal(config: Any, text: Any) -> str | None:
     if getattr(text, "use_bidirectional_attention", None) not in (True, "all"):
         return None
+    # There a prompt's part sees itself, and the answer is causal.
+    if teacher_type(config.model_type) in BIDIRECTIONAL_PARTS:
+        return None
     return "use_bidirectional_attention is true: tokens see later ones, and a mixer is causal"
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmmamba_cli.errors import CheckpointError, MmmambaError
-from mmmamba_cli.model.cache import CACHE_NAME
 from mmmamba_cli.teachers import (
     StudentPlan,
     convert,
@@ -199,11 +198,3 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         convert(own, StudentPlan.of_layers(4))
     with pytest.raises(MmmambaError, match="unknown field layers"):
         StudentPlan.from_json({"mixers": ["mamba2"], "layers": [0]})
-
-
-def test_the_cache_of_another_model_is_refused() -> None:
-    model, inputs = teacher("qwen3"), prompt("qwen3")
-    cache = model(**inputs, use_cache=True)[CACHE_NAME]
-    own = convert(model, StudentPlan.of_layers(4, [2]))
-    with pytest.raises(MmmambaError, match="layer 2 of the cache holds keys and values"):
-        own(inputs["input_ids"][:, :1], **{CACHE_NAME: cache})
