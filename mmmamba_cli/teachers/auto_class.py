@@ -22,7 +22,6 @@ from transformers.conversion_mapping import (
 
 from mmmamba_cli.architecture import MixerConfig, TextStack, mixer_spec, mixer_specs
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.model.cache import CACHE_NAME
 from mmmamba_cli.teachers.anatomy import (
     ATTENTION_NAME,
     Anatomy,
@@ -31,7 +30,6 @@ from mmmamba_cli.teachers.anatomy import (
     teacher_class,
     text_decoder,
 )
-from mmmamba_cli.teachers.cache_slot import recurrent_slot
 from mmmamba_cli.teachers.context import CallContext
 from mmmamba_cli.teachers.mixer_in_place import MixerInPlace, in_place_class
 from mmmamba_cli.teachers.plan import ATTENTION_MIXER, PLAN_FIELD, StudentPlan
@@ -63,22 +61,12 @@ def student_model_class(config_class: Any) -> Any:
                 if not mixer.is_initialized:
                     mixer.initialize()
 
-        def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-            """Extend transformers' method: the mixers' slots replace static keys and values.
-
-            `generate` asks the cache how to make masks before the first forward.
-            """
-            result = super()._prepare_cache_for_generation(*args, **kwargs)
-            given = kwargs.get("model_kwargs", args[1] if len(args) > 1 else {})
-            found = given.get(CACHE_NAME)
-            if found is not None:
-                for mixer in mixers_of(self):
-                    recurrent_slot(found, mixer.layer_idx)
-            return result
-
         @staticmethod
         def create_masks_for_generate(attention_mask: Any = None, **unused: Any) -> Any:
-            """Keep masks two-dimensional, which the mixers read; forward makes attention's."""
+            """Keep masks two-dimensional, which the mixers read; forward makes attention's.
+
+            `generate` calls it with static caches.
+            """
             return attention_mask
 
         def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:

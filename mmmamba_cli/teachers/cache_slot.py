@@ -1,7 +1,7 @@
 """The cache layer of a mixer in a cache that transformers made for the teacher.
 
 transformers builds a cache from the teacher's `layer_types`, which a student keeps. So a mixer puts
-its own layer in the place of the one of keys and values, on first use or, for `generate`, before.
+its own layer in the place of the one of keys and values on first use.
 Legend: B batch.
 """
 

@@ -86,13 +86,6 @@ class CallContext:
         self._latest = CallInputs()
         self._calls: Any = WeakIdKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: a copy of the model has its own calls."""
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._depth, self._latest, self._calls = 0, CallInputs(), WeakIdKeyDictionary()
-
     def attach(self, *modules: nn.Module) -> Callable[[], None]:
         """Hook `modules`, outer ones and inner ones, and return a function that unhooks them."""
         handles = []

@@ -27,10 +27,12 @@ from mmmamba_cli.teachers import (
     expected_tensors,
     mixers_of,
     register_model_type,
+    student_config,
     student_plan,
 )
 
 HYBRID, ALL_LINEAR = (0, 2), None
+PLAN = StudentPlan.of_layers(4, [1])
 PLANS = [
     (HYBRID, "mamba2"),
     (ALL_LINEAR, "mamba2"),
@@ -171,6 +173,22 @@ def test_conversion_keeps_the_teachers_objects_and_names() -> None:
     kept = dict(own.named_parameters())
     assert all(kept[name] is weight for name, weight in weights.items())
     assert own.model.layers[3].self_attn is next(mixers_of(own))
+
+
+def test_a_student_of_a_config_begins_with_the_values_of_conversion() -> None:
+    config = student_config(teacher_config("smolvlm"), StudentPlan.of_layers(4, [1]))
+    models = [AutoModelForImageTextToText.from_config(config), convert(teacher("smolvlm"), PLAN)]
+    first, second = ({n: v for _, n, v in next(mixers_of(one)).new_parameters()} for one in models)
+    assert first.keys() == second.keys() and len(first) == 7
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_attention_is_computed_as_the_teacher_does() -> None:
+    for attention in ("eager", "sdpa"):
+        for family in ("qwen3", "qwen3_vl"):
+            own = convert(teacher(family, attention), PLAN).config
+            parts = (own, own.get_text_config(), getattr(own, "vision_config", own))
+            assert {part._attn_implementation for part in parts} == {attention}
 
 
 def test_values_of_new_parameters_depend_on_the_seed_alone() -> None:
