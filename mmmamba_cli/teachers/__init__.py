@@ -8,6 +8,7 @@ Public functions:
     student_config(config, plan): its config, with model_type `mmmamba_` and the teacher's.
     expected_tensors(config, plan): names, shapes and dtypes of its tensors, without weights.
     new_value(mixer, layer, name, ...): the initial value of a tensor that the teacher lacks.
+    model_names(config, stored), unexpected_tensors(config, stored): names on disk and in the model.
     student_plan(config): the plan of a loaded student; mixers_of(model): its mixers.
     CallContext: padding and packing of calls, for mixers that run outside of a student.
     register_model_type(model_type): lets the Auto classes load a student of any family.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         student_config,
     )
     from mmmamba_cli.teachers.mixer_in_place import MixerInPlace, new_value
+    from mmmamba_cli.teachers.stored_names import model_names, unexpected_tensors
 else:
     __getattr__ = lazy_attributes(
         __name__,
@@ -44,6 +46,7 @@ else:
             "context": ("CallContext",),
             "conversion": ("ExpectedTensor", "convert", "expected_tensors", "student_config"),
             "mixer_in_place": ("MixerInPlace", "new_value"),
+            "stored_names": ("model_names", "unexpected_tensors"),
         },
     )
 
@@ -61,6 +64,7 @@ __all__ = [
     "convert",
     "expected_tensors",
     "mixers_of",
+    "model_names",
     "new_value",
     "refusal",
     "register_model_type",
@@ -68,4 +72,5 @@ __all__ = [
     "student_config",
     "student_plan",
     "text_config",
+    "unexpected_tensors",
 ]

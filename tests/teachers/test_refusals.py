@@ -99,6 +99,13 @@ def test_image_tokens_in_both_directions_need_a_flag() -> None:
     with pytest.raises(MmmambaError, match=r"in gemma3, the tokens of an image.*allow_bidirection"):
         student_config(config, plan)
     assert student_config(config, plan, allow_bidirectional=True).mmmamba == plan.to_json()
+    prefix = AutoConfig.for_model("paligemma", text_config={**TEXT, "model_type": "gemma"})
+    assert "the image and the prompt attend" in (bidirectional_warning(prefix) or "")
+    assert refusal(prefix) is None
+    prefix.text_config.use_bidirectional_attention = True
+    assert refusal(prefix) is None
+    text = AutoConfig.for_model("gemma3_text", **TEXT, use_bidirectional_attention=True)
+    assert "use_bidirectional_attention is true" in (refusal(text) or "")
     # Attention in all layers changes nothing.
     student_config(config, StudentPlan.of_layers(4, []))
     assert bidirectional_warning(teacher_config("qwen3_vl")) is None

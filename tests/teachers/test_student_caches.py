@@ -10,7 +10,7 @@ import torch
 from test_students import ALL_LINEAR, HYBRID, greedy, left_padded
 from tiny_teachers import copied, prompt, student, teacher
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.model.cache import CACHE_NAME
@@ -41,6 +41,23 @@ def test_a_static_cache_decodes_a_left_padded_batch() -> None:
     together = {name: torch.cat((padded[name], long[name])) for name in padded}
     found = greedy(model, together, cache_implementation="static")
     assert torch.equal(found.sequences[0, -8:], greedy(model, short).sequences[0, -8:])
+
+
+def test_generate_does_not_compile_a_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+
+    def call_of(model: Any) -> Any:
+        monkeypatch.setattr(model, "get_compiled_call", lambda config: compiled.append(1) or model)
+        anywhere = CompileConfig()
+        anywhere._compile_all_devices = True
+        return greedy(
+            model, prompt("qwen3"), cache_implementation="static", compile_config=anywhere
+        )
+
+    call_of(student("qwen3", HYBRID))
+    assert not compiled
+    call_of(student("qwen3", []))
+    assert compiled
 
 
 @pytest.mark.parametrize("layers", PLANS)
