@@ -33,6 +33,10 @@ def masked_attention(
         bias = bias.unsqueeze(1).expand(-1, heads, -1, -1)
         logits = sink_logits.to(q.dtype).view(1, heads, 1, 1).expand(batch, -1, queries, -1)
         mask = torch.cat((bias, logits), dim=-1).view(batch, kv_heads, group_size * queries, -1)
+        if mask.requires_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
+            # Only then does PyTorch's CUDA kernel keep what the gradient of the mask needs
+            # (torch 2.11: "LSE is not correctly aligned"). Stage 1 learns the logits alone.
+            q = q.detach().requires_grad_()
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.reshape(batch, heads, queries, dim)
 
