@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, left_padded, prompts
 from family_students import (
     PLANS,
@@ -24,6 +25,9 @@ from teacher_videos import video_prompt
 
 # `generate` returns float32 scores of float64 models; logits have a standard deviation of about 1.
 ATOL = 1e-6
+# Whether transformers encodes pictures before it splits a prompt into chunks or repeats rows for
+# beams. 5.17 does not: its own classes then fail, or give a row another row's pictures.
+ENCODES_PICTURES_FIRST = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs")
 BOTH_MIXERS = ["hybrid gated_delta", "all mamba2"]
 WITH_VIDEO = [name for name, family in FAMILIES.items() if family.video]
 
@@ -58,6 +62,8 @@ def test_chunked_prefill_and_a_static_cache_change_nothing(name: str, plan: str)
     # Chunks that end within pictures; Gemma 3's own attention is not right there, since a token of
     # an image does not see those that are in the next chunk.
     chunk = 14 if name == "gemma3" else 7
+    if not ENCODES_PICTURES_FIRST and family.pictures:
+        pytest.skip("this transformers cannot split a prompt with pictures into chunks")
     assert_close(greedy(model, family, batch, prefill_chunk_size=chunk), expected)
 
 
@@ -65,7 +71,8 @@ def test_chunked_prefill_and_a_static_cache_change_nothing(name: str, plan: str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_beams_with_a_cache_are_those_without(name: str, plan: str) -> None:
     family, model = FAMILIES[name], student(name, plan)
-    batch = double(prompts(family, rows_of(family)[:2]))
+    rows = rows_of(family)[:2] if ENCODES_PICTURES_FIRST else text_rows()
+    batch = double(prompts(family, rows))
     options = family.generation(new_tokens=4) | {"num_beams": 2}
     cached = model.generate(**batch, **options)
     assert torch.equal(cached, model.generate(**batch, **options, use_cache=False))
