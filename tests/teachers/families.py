@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,16 @@ class Family:
             torch.manual_seed(seed)
             model = auto.from_config(self.config(), attn_implementation=attention)
         return randomize(model, seed).eval()
+
+
+def save_teacher(family: Family, folder: Path, seed: int = 0) -> None:
+    """Write the checkpoint as a release has it: weights, config, processor and chat template.
+
+    Without torchvision `AutoProcessor` refuses the folders of families with a video processor, and
+    that of Mistral 3 has a tokenizer only.
+    """
+    family.model(seed=seed).save_pretrained(folder)
+    family.processor.save_pretrained(folder)
 
 
 def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -350,15 +361,29 @@ def prompts(
     return dict(family.processor(text=text, images=pictures, **options))
 
 
+# Inputs with a value for each token, (batch, columns).
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+def right_padded(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A left-padded batch with each row's padding moved behind its tokens."""
+    padding = [int(row.argmax()) for row in inputs["attention_mask"]]
+    return {
+        name: torch.stack([row.roll(-n) for row, n in zip(value, padding, strict=True)])
+        if name in PER_TOKEN
+        else value
+        for name, value in inputs.items()
+    }
+
+
 def left_padded(
     family: Family, inputs: dict[str, torch.Tensor], columns: int
 ) -> dict[str, torch.Tensor]:
     """The same row behind `columns` more columns of padding."""
     padding = {"input_ids": family.tokenizer.pad_token_id}
-    per_token = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     return {
         name: torch.nn.functional.pad(value, (columns, 0), value=padding.get(name, 0))
-        if name in per_token
+        if name in PER_TOKEN
         else value
         for name, value in inputs.items()
     }

@@ -153,6 +153,7 @@ class PixtralProcessorOnPil:
         self.tokenizer = tokenizer
         self.patch = 2 * PATCH
         self.apply_chat_template = tokenizer.apply_chat_template
+        self.save_pretrained = tokenizer.save_pretrained
         self.image_processor = transformers.PixtralImageProcessorPil(**PIXTRAL_SIZES)
 
     def __call__(

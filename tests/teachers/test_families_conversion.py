@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import FAMILIES, LAYERS, prompts
+from families import FAMILIES, LAYERS, prompts, right_padded
 from family_students import HYBRID, double, rows_of, student
 from refused_families import REFUSED, known_to_transformers, refused_config
 from teacher_videos import video_prompt
@@ -56,6 +56,18 @@ def test_a_student_has_the_teachers_tensors_and_those_of_its_mixers(name: str) -
     assert kept == set(family.model().state_dict()) - set(tied)
     new = {tensor.layer for tensor in expected.values() if tensor.mixer is not None}
     assert new == set(HYBRID)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_right_padded_row_has_its_own_logits_as_in_training(name: str) -> None:
+    family, model = FAMILIES[name], student(name, "hybrid mamba2")
+    rows = rows_of(family)
+    left = double(prompts(family, rows))
+    right = right_padded(left)
+    logits = model(**right).logits
+    for index, row in enumerate(rows):
+        alone = model(**double(prompts(family, [row]))).logits[0]
+        torch.testing.assert_close(logits[index, : len(alone)], alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

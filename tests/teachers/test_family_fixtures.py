@@ -6,11 +6,12 @@ The tests of conversions rest on these, so a fault found there is not one of a f
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES, Family, conversation, left_padded, picture, prompts
+from families import FAMILIES, Family, conversation, left_padded, picture, prompts, save_teacher
 from refused_families import REFUSED, known_to_transformers, refused_config
 from teacher_processors import HAS_SMOLVLM_PROCESSOR, HAS_TORCHVISION, PixtralProcessorOnPil
 from teacher_videos import FRAMES, TILE, frames, video_prompt
@@ -95,6 +96,30 @@ def test_the_processor_renders_and_tokenizes_a_conversation_in_one_call(name: st
     expected = prompts(family, [("请描述。", [picture(24, 16), picture(16, 40)])])
     assert set(made) == set(expected)
     for key, value in expected.items():
+        assert torch.equal(made[key], value), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_teacher_loads_by_the_auto_classes(name: str, tmp_path: Path) -> None:
+    family, model = FAMILIES[name], stock_model(name)
+    batch = prompts(family, rows_of(family)[:1])
+    save_teacher(family, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    # SmolVLM has a processor without video there.
+    needs_torchvision = (family.video and name != "smolvlm") or name in ("mistral3", "ministral3")
+    if needs_torchvision and not HAS_TORCHVISION:
+        pytest.skip("AutoProcessor needs torchvision")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    words, pictures = rows_of(family)[0]
+    made = processor.apply_chat_template(
+        conversation(words, pictures),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    for key, value in batch.items():
         assert torch.equal(made[key], value), key
 
 
