@@ -118,9 +118,20 @@ def teacher_class(config_class: Any) -> type[PreTrainedModel]:
 
 
 def meta_model(model_class: Any, config: Any) -> Any:
-    """The model without weights, on the meta device."""
-    with no_init_weights(), torch.device("meta"):
-        return model_class(config)
+    """The model without weights, on the meta device.
+
+    Raises:
+        MmmambaError: it needs a package that is not installed.
+    """
+    try:
+        with no_init_weights(), torch.device("meta"):
+            return model_class(config)
+    except ImportError as error:
+        # transformers writes several lines, the first of which may be empty.
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise MmmambaError(
+            f"{teacher_type(config.model_type)} cannot be built: {reason}", "install the package"
+        ) from error
 
 
 def anatomy_of(config: Any, model: Any = None) -> Anatomy:
@@ -219,6 +230,9 @@ def _attention_problem(attention: Any) -> str | None:
     missing = [name for name in PROJECTIONS if name not in children]
     if missing:
         return f"has the modules {', '.join(children)} in its attention, but no {missing[0]}"
+    unlike = next((n for n in PROJECTIONS if not isinstance(children[n], nn.Linear)), None)
+    if unlike is not None:
+        return f"has a {type(children[unlike]).__name__} as {unlike}, expected a Linear"
     known = {*PROJECTIONS, *QK_NORMS, *UNUSED_CHILDREN}
     others = [name for name in children if name not in known]
     others += [name for name, _ in attention.named_parameters(recurse=False)]

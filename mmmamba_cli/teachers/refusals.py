@@ -18,6 +18,7 @@ BIDIRECTIONAL_PARTS = {
     "gemma3": "the tokens of an image attend to each other in both directions",
     "paligemma": "the image and the prompt attend to each other in both directions",
     "molmo2": "the tokens of an image attend to each other in both directions",
+    "shieldgemma2": "the tokens of an image attend to each other in both directions",
 }
 FUSED_PROJECTIONS = "has one fused weight where q_proj, k_proj and v_proj are needed"
 # What no other field shows about the attention of a text model, by its model_type.

@@ -13,6 +13,7 @@ from mmmamba_cli.architecture import MixerConfig
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.teachers import (
     StudentPlan,
+    anatomy,
     anatomy_of,
     bidirectional_warning,
     convert,
@@ -52,6 +53,7 @@ BY_FIELD: list[tuple[str, dict[str, Any], str]] = [
 ]
 BY_MODULE: list[tuple[str, str]] = [
     ("gpt_oss", "text layer 0 has sinks in its attention, which no mixer has"),
+    ("moshi", "text layer 0 has a MoshiLinear as q_proj, expected a Linear"),
     ("olmo2", "text layer 0 has a q_norm over 32 channels, expected one over each head's 8"),
     ("opt", "no model|has the modules|has no"),
 ]
@@ -123,3 +125,17 @@ def test_mixers_with_rope_need_a_known_rotary_embedding_and_scale() -> None:
     with pytest.raises(MmmambaError, match="Mamba-2 with RoPE cannot replace the attention of coh"):
         student_config(config, with_rope)
     assert student_config(config, StudentPlan.of_layers(4, [1])).model_type == "mmmamba_cohere"
+
+
+def test_a_package_that_the_teacher_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = teacher_config("llama")
+
+    def build(config: Any) -> None:
+        raise ImportError(
+            "\nTimmModel requires the timm library but it was not found. Install\nit."
+        )
+
+    monkeypatch.setattr(anatomy, "teacher_class", lambda config_class: build)
+    expected = "llama cannot be built: TimmModel requires the timm library but it was not found"
+    with pytest.raises(MmmambaError, match=expected):
+        anatomy_of(config)
