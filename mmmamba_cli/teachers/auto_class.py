@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from mmmamba_cli.architecture import MixerConfig, TextStack, mixer_spec, mixer_specs
 from mmmamba_cli.errors import MmmambaError
@@ -99,7 +101,8 @@ def student_class_name(base: type) -> str:
 def register_model(config_class: Any) -> Any:
     """Register the model class of a student's config with the Auto classes, and return it.
 
-    Tensor names on disk follow the teacher's family, by the conversions of its model_type.
+    The processor is the teacher's, also for a folder that does not name its class. Names of tensors
+    on disk are those of the teacher's family, by the conversions of its model_type.
     """
     model_class, teacher_config = (
         student_model_class(config_class),
@@ -109,6 +112,8 @@ def register_model(config_class: Any) -> Any:
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if teacher_config in auto._model_mapping and auto._model_mapping[teacher_config] is base:
             auto.register(config_class, model_class, exist_ok=True)
+    if teacher_config in PROCESSOR_MAPPING:
+        AutoProcessor.register(config_class, PROCESSOR_MAPPING[teacher_config], exist_ok=True)
     own_type = config_class.model_type
     names = {base.__name__: model_class.__name__, teacher_config.model_type: own_type}
     for teacher_name, own_name in names.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import transformers
 from families import FAMILIES, LAYERS
 from safetensors.torch import load_file, save_file
 
+from mmmamba_cli.export.remote_code import bundle_files
 from mmmamba_cli.teachers import (
     StudentPlan,
     convert,
@@ -59,6 +62,25 @@ def test_new_tensors_beside_the_teachers_stored_ones_make_a_student(
     assert not unexpected_tensors(own, tensors)
     new = sorted(set(expected) - kept)
     assert sorted(unexpected_tensors(config, tensors)) == new and new
+
+
+def test_a_folder_that_names_no_class_has_the_teachers_processor(tmp_path: Path) -> None:
+    family = FAMILIES["idefics3"]
+    student_config(family.config(), PLAN).save_pretrained(tmp_path)
+    family.processor.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.json"):
+        values = json.loads(file.read_text())
+        values.pop("processor_class", None)
+        file.write_text(json.dumps(values))
+    found = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert type(found) is transformers.Idefics3Processor
+
+
+def test_the_room_is_bundled_into_flat_files() -> None:
+    files = bundle_files(["mmmamba_cli.teachers.auto_class", "mmmamba_cli.teachers.config_class"])
+    text = files["mmmamba_teachers.py"]
+    assert "class MixerInPlace" in text and "def student_config_class" in text
+    assert not any(re.search("(import|from) mmmamba_cli", one) for one in files.values())
 
 
 def test_experts_that_the_model_joins_have_one_name() -> None:
