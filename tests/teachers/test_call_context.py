@@ -45,6 +45,23 @@ def test_packed_sequences_do_not_see_each_other(layers: tuple[int, ...] | None) 
     torch.testing.assert_close(packed[:, 5:], model(second).logits, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_packing_is_read_from_the_text_row_of_multimodal_positions(family: str) -> None:
+    model = student(family, HYBRID)
+    first, second = torch.randint(3, 80, (1, 5)), torch.randint(3, 80, (1, 7))
+    ids = torch.cat((first, second), dim=1)
+    positions = torch.cat((torch.arange(5), torch.arange(7))).expand(4, 1, -1)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :5], model(first).logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(packed[:, 5:], model(second).logits, rtol=0, atol=2e-5)
+    # Three rows jump at pictures, so they tell nothing about packing; mixers read no positions.
+    linear = student(family, ALL_LINEAR)
+    jumping = torch.arange(12).expand(3, 1, -1) * 2
+    assert torch.equal(
+        linear(ids, position_ids=jumping, use_cache=False).logits, linear(ids).logits
+    )
+
+
 def test_inner_models_know_the_padding_too() -> None:
     model = student("qwen3_vl", HYBRID)
     inputs = {name: prompt("qwen3")[name] for name in ("input_ids", "attention_mask")}
