@@ -268,7 +268,10 @@ def _draw(renderer: BatchRenderer, cuts: Cuts, noise: Tensor) -> Tensor:
     picture = renderer.compose(cuts.layouts, alterations)
     if cuts.soft is not None:
         soft = to_device(cuts.soft, device)
-        picture = torch.where(soft[:, 0].bool().view(-1, 1, 1, 1), blur(picture), picture)
+        rows = np.flatnonzero(cuts.soft[:, 0])
+        if len(rows):
+            blurred = to_device(rows, device)
+            picture[blurred] = blur(picture[blurred])
         across = torch.arange(SIDE, device=device)
         x, y = soft[:, 1:2] + across, soft[:, 2:3] + across
         picture = picture + noise[:, y[:, :, None], x[:, None, :]].transpose(0, 1)
