@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from mmmamba_cli.architecture import StackConfig
@@ -109,7 +114,10 @@ def teacher_class(config_class: Any) -> type[PreTrainedModel]:
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if config_class in auto._model_mapping:
             found = auto._model_mapping[config_class]
-            return found[0] if isinstance(found, tuple) else found
+            found = found[0] if isinstance(found, tuple) else found
+            # The classes of image-text models include some of robots and of diffusion.
+            if issubclass(found, GenerationMixin):
+                return found
     raise MmmambaError(
         f"{config_class.model_type} cannot be converted: transformers has no model for it that "
         "reads images or text and writes text",

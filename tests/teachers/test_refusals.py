@@ -86,9 +86,13 @@ def test_quantized_teachers_are_refused_with_the_remedy(method: str) -> None:
         student_config(config, StudentPlan.of_layers(4))
 
 
-def test_models_that_write_no_text_are_refused() -> None:
-    with pytest.raises(MmmambaError, match="siglip_vision_model cannot be converted: transformers"):
-        anatomy_of(AutoConfig.for_model("siglip_vision_model"))
+@pytest.mark.parametrize("family", ["siglip_vision_model", "pi0"])
+def test_configs_without_a_model_that_writes_text_are_refused(family: str) -> None:
+    with pytest.raises(MmmambaError, match=f"{family} cannot be converted: transformers has no"):
+        anatomy_of(AutoConfig.for_model(family))
+
+
+def test_a_model_without_its_head_is_refused() -> None:
     config = teacher_config("llama")
     with torch.device("meta"), pytest.raises(MmmambaError, match="the teacher is a LlamaModel"):
         convert(AutoModel.from_config(config), StudentPlan.of_layers(4))
