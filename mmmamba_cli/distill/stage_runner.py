@@ -321,11 +321,13 @@ def _write_one(
     spec = ProductSpec(
         name=name,
         made_by="distill",
-        config=student.config,
-        shapes={**parameter_shapes(student.config), **unused},
+        model=holistic_model(
+            student.config,
+            {**parameter_shapes(student.config), **unused},
+            student,
+            getattr(torch, parent.dtype),
+        ),
         read=read,
-        origin=student,
-        dtype=getattr(torch, parent.dtype),
         recipe=dump_recipe(context.recipe),
         parents=parents,
         stages=(*parent.stages, stage.name),

@@ -20,7 +20,9 @@ from mmmamba_cli.runs.run import Run, RunRecord, Teacher
 
 if TYPE_CHECKING:
     from mmmamba_cli.runs.product import (
+        ProductModel,
         ProductSpec,
+        holistic_model,
         open_processor,
         write_model_files,
         write_product,
@@ -30,12 +32,14 @@ __all__ = [
     "TEACHER",
     "Manifest",
     "Parent",
+    "ProductModel",
     "ProductSpec",
     "ResolvedModel",
     "Run",
     "RunRecord",
     "Teacher",
     "check_unique_names",
+    "holistic_model",
     "open_processor",
     "pick_placement",
     "read_manifest",
@@ -51,7 +55,9 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "product": (
+            "ProductModel",
             "ProductSpec",
+            "holistic_model",
             "open_processor",
             "write_model_files",
             "write_product",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mmmamba_cli.checkpoint import (
     SOURCE_CONFIG,
     Checkpoint,
     ShardedWriter,
+    TensorInfo,
     atomic_folder,
     generation_config,
     tensor_plan,
@@ -72,16 +74,47 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class ProductModel:
+    """The model of a product: what `write_product` needs of any kind of model.
+
+    Attributes:
+        tensors: descriptions of its tensors, by their names in the file.
+        parameters: number of parameters that the forward pass uses.
+        attention_layers, num_layers: layers with the teacher's attention, and all layers.
+        dtype: the dtype of the weights; small parameters may be wider.
+        write_files: writes config, processor and generation config into a folder.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    parameters: int
+    attention_layers: tuple[int, ...]
+    num_layers: int
+    dtype: torch.dtype
+    write_files: Callable[[Path], None]
+
+
+def holistic_model(
+    config: HolisticVLMConfig, shapes: Mapping[str, Shape], origin: Checkpoint, dtype: torch.dtype
+) -> ProductModel:
+    """The model of a product of class `HolisticVLM`; see `write_model_files` for `origin`."""
+    return ProductModel(
+        tensors=tensor_plan(shapes, dtype),
+        parameters=sum(prod(s) for n, s in shapes.items() if not n.startswith("unused.")),
+        attention_layers=config.attention_layers,
+        num_layers=config.num_hidden_layers,
+        dtype=dtype,
+        write_files=partial(write_model_files, config=config, origin=origin, dtype=dtype),
+    )
+
+
+@dataclass(frozen=True)
 class ProductSpec:
     """A product to be written: its metadata, and a function that reads each of its tensors."""
 
     name: str
     made_by: str
-    config: HolisticVLMConfig
-    shapes: Mapping[str, Shape]
+    model: ProductModel
     read: ReadTensor
-    origin: Checkpoint
-    dtype: torch.dtype
     recipe: str
     # Called after all tensors are read: a parent's hash may be known only then.
     parents: Callable[[], tuple[Parent, ...]]
@@ -117,8 +150,7 @@ def write_product(
             f"{run.folder} already has a product {spec.name!r}",
             "replace it with --overwrite, or choose another --run",
         )
-    plan = tensor_plan(spec.shapes, spec.dtype)
-
+    plan = spec.model.tensors
     with atomic_folder(target, overwrite, check_product_folder) as folder:
         with ShardedWriter(folder, plan) as writer:
             for name, info in plan.items():
@@ -127,7 +159,7 @@ def write_product(
                     advance(info.nbytes)
             content_hash = writer.finish()
         manifest = _manifest(spec, content_hash)
-        write_model_files(folder, spec.config, spec.origin, spec.dtype)
+        spec.model.write_files(folder)
         (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     return manifest
 
@@ -145,11 +177,11 @@ def _manifest(spec: ProductSpec, content_hash: str) -> Manifest:
         command=command_line(),
         content_hash=content_hash,
         parents=spec.parents(),
-        attention_layers=spec.config.attention_layers,
-        num_layers=spec.config.num_hidden_layers,
+        attention_layers=spec.model.attention_layers,
+        num_layers=spec.model.num_layers,
         stages=spec.stages,
-        dtype=str(spec.dtype).removeprefix("torch."),
-        parameters=sum(prod(s) for n, s in spec.shapes.items() if not n.startswith("unused.")),
+        dtype=str(spec.model.dtype).removeprefix("torch."),
+        parameters=spec.model.parameters,
         recipe=spec.recipe,
         notes=spec.notes,
         final=spec.final,

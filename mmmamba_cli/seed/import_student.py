@@ -23,7 +23,7 @@ from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.model.config import INHERITED_FIELDS
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.runs.manifest import Manifest, Parent
-from mmmamba_cli.runs.product import ProductSpec, write_product
+from mmmamba_cli.runs.product import ProductSpec, holistic_model, write_product
 from mmmamba_cli.runs.provenance import Provenance, find_manifest, provenance_of
 from mmmamba_cli.runs.run import PRODUCT_NAME, Run, RunRecord, Teacher
 
@@ -66,11 +66,13 @@ def import_student(
         spec = ProductSpec(
             name=name,
             made_by="import",
-            config=student.config,
-            shapes=student.shapes,
+            model=holistic_model(
+                student.config,
+                student.shapes,
+                student,
+                dtype or student.dtype(DTYPE_TENSOR),
+            ),
             read=checked_reader(student, hasher),
-            origin=student,
-            dtype=dtype or student.dtype(DTYPE_TENSOR),
             recipe=_published_recipe(student.config) if before is None else before.recipe,
             parents=lambda: (
                 Parent("origin", _origin_name(student), hasher.result()),

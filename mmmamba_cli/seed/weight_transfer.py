@@ -20,7 +20,16 @@ from mmmamba_cli.checkpoint import Checkpoint, TensorHasher, checked_reader, com
 from mmmamba_cli.errors import CheckpointError, RecipeError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import CALIBRATED, Recipe, dump_recipe, layer_mixers, mixer_options
-from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, RunRecord, Teacher, write_product
+from mmmamba_cli.runs import (
+    Manifest,
+    Parent,
+    ProductSpec,
+    Run,
+    RunRecord,
+    Teacher,
+    holistic_model,
+    write_product,
+)
 from mmmamba_cli.seed.calibration_walk import CalibratedStart, calibrate
 from mmmamba_cli.seed.init import INHERITED_PARAMETERS, initial_value
 
@@ -95,11 +104,8 @@ def seed_student(
         spec = ProductSpec(
             name=SEED_PRODUCT,
             made_by="seed",
-            config=config,
-            shapes=shapes,
+            model=holistic_model(config, shapes, teacher, dtype),
             read=_reader(teacher, checked_reader(teacher, hasher), recipe, config, shapes, start),
-            origin=teacher,
-            dtype=dtype,
             recipe=dump_recipe(recipe),
             # Called after every tensor is read and hashed.
             parents=lambda: (Parent("teacher", str(teacher.path), hasher.result()),),
