@@ -45,7 +45,15 @@ from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFol
 from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe, stage_data
-from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, open_processor, write_product
+from mmmamba_cli.runs import (
+    Manifest,
+    Parent,
+    ProductSpec,
+    Run,
+    holistic_model,
+    open_processor,
+    write_product,
+)
 from mmmamba_cli.runs.product import check_product_folder
 
 TRAINING_FOLDER = "training"

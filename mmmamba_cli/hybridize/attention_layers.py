@@ -15,7 +15,7 @@ from mmmamba_cli.checkpoint.hashing import tensor_digest
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
 from mmmamba_cli.recipe import SCORES_FILE_PREFIX, Recipe, parse_recipe
-from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, write_product
+from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, holistic_model, write_product
 
 # The file of scores in a product's name.
 FILE_METHOD = "file"
@@ -106,11 +106,10 @@ def hybridize(
     spec = ProductSpec(
         name=name,
         made_by="hybridize",
-        config=config,
-        shapes={**parameter_shapes(config), **kept},
+        model=holistic_model(
+            config, {**parameter_shapes(config), **kept}, student, parse_dtype(parent.dtype)
+        ),
         read=_reader(run, student, teacher, donors, config),
-        origin=student,
-        dtype=parse_dtype(parent.dtype),
         recipe=parent.recipe if recipe is None else recipe,
         parents=lambda: (
             Parent("student", parent.name, parent.content_hash),
