@@ -16,6 +16,12 @@ from mmmamba_cli.checkpoint.checkpoint import (
     stored_dtype_name,
     tensor_plan,
 )
+from mmmamba_cli.checkpoint.in_place import (
+    AnyCheckpoint,
+    InPlaceCheckpoint,
+    open_any_checkpoint,
+    open_in_place,
+)
 from mmmamba_cli.checkpoint.resolve import (
     hub_name,
     is_hub_id,
@@ -29,6 +35,10 @@ from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
     from mmmamba_cli.checkpoint.hashing import TensorHasher, combined_hash
+    from mmmamba_cli.checkpoint.in_place_loader import (
+        load_in_place_model,
+        load_in_place_processor,
+    )
     from mmmamba_cli.checkpoint.model_loader import (
         default_generation_config,
         generation_config,
@@ -43,7 +53,9 @@ __all__ = [
     "DTYPE_TENSOR",
     "NATIVE_MODEL_TYPE",
     "SOURCE_CONFIG",
+    "AnyCheckpoint",
     "Checkpoint",
+    "InPlaceCheckpoint",
     "ShardedWriter",
     "TensorHasher",
     "TensorInfo",
@@ -57,8 +69,12 @@ __all__ = [
     "generation_config",
     "hub_name",
     "is_hub_id",
+    "load_in_place_model",
+    "load_in_place_processor",
     "load_model",
+    "open_any_checkpoint",
     "open_checkpoint",
+    "open_in_place",
     "open_source",
     "parse_dtype",
     "parse_dtype_name",
@@ -77,6 +93,10 @@ __getattr__ = lazy_attributes(
         "hashing": (
             "TensorHasher",
             "combined_hash",
+        ),
+        "in_place_loader": (
+            "load_in_place_model",
+            "load_in_place_processor",
         ),
         "model_loader": (
             "default_generation_config",

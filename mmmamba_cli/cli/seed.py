@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,9 +27,12 @@ from mmmamba_cli.cli.options import (
     Sets,
     complete_recipes,
 )
+from mmmamba_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from mmmamba_cli.checkpoint import Checkpoint
+    from collections.abc import Callable
+
+    from mmmamba_cli.checkpoint import AnyCheckpoint, Checkpoint, InPlaceCheckpoint
     from mmmamba_cli.recipe import Recipe
     from mmmamba_cli.runs import Manifest, Run
     from mmmamba_cli.seed import LayerFidelity
@@ -39,8 +43,9 @@ def command(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="HoVLE folder, .safetensors, or .ckpt/.pt/.bin state dict; or a Llama, Qwen2, "
-            "Qwen3 or InternLM2 as a folder or .gguf file. OWNER/NAME is found on the Hub.",
+            help="HoVLE folder, .safetensors, or .ckpt/.pt/.bin state dict; a Llama, Qwen2, "
+            "Qwen3 or InternLM2 as a folder or .gguf file; or the folder of another model of "
+            "transformers, such as Qwen3-VL. OWNER/NAME is found on the Hub.",
         ),
     ],
     run: RunFolder = DEFAULT_RUN,
@@ -71,6 +76,21 @@ def command(
             metavar="NAME", help="Architecture of a state dict without config, such as hovle-2.6b."
         ),
     ] = None,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place",
+            help="Keep transformers' class for a language model too, with mixers in the place of "
+            "its attention (always so for other teachers than HoVLE).",
+        ),
+    ] = False,
+    allow_bidirectional: Annotated[
+        bool,
+        typer.Option(
+            "--allow-bidirectional",
+            help="Convert a teacher whose image tokens attend in both directions (Gemma 3).",
+        ),
+    ] = False,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="Dtype of the student: bf16, fp16 or fp32.")
     ] = "bf16",
@@ -96,25 +116,22 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Start a run: seed a linear student from a trained teacher."""
-    from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
-    from mmmamba_cli.checkpoint.model_loader import recommended_settings
+    from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
     from mmmamba_cli.recipe import load_recipe
     from mmmamba_cli.runs import Run
-    from mmmamba_cli.seed import seed_student
 
     overrides: dict[str, Any] = {"teacher": str(checkpoint)}
     overrides |= {} if init is None else {"mixer.init": init}
     overrides |= {} if seed is None else {"seed": seed}
     loaded = load_recipe(recipe, sets or (), overrides)
     target, wanted = Run(run), parse_dtype(dtype)
-    teacher = open_checkpoint(checkpoint, config_file=config, tokenizer_file=tokenizer, arch=arch)
-    _print_warnings(teacher)
-    carried, left_out = recommended_settings(teacher)
-    if left_out:
-        print_warning(
-            f"{teacher.path} recommends settings of a generation that a student has no use for: "
-            f"{', '.join(left_out)}"
-        )
+    teacher = _open_teacher(checkpoint, config, tokenizer, arch, in_place)
+    replaced = {"overwrite": overwrite, "discard": discard}
+    job = (
+        _holistic_job(target, teacher, loaded, wanted, config, arch, **replaced)
+        if isinstance(teacher, Checkpoint)
+        else _in_place_job(target, teacher, loaded, wanted, allow_bidirectional, **replaced)
+    )
     made = False
 
     def status() -> str:
@@ -127,26 +144,118 @@ def command(
 
     with if_interrupted(status), target.lock():
         before = [name for name in target.products() if name != "seed"]
-        with progress("seeding", _num_student_bytes(teacher, loaded, wanted), "B") as advance:
-            manifest = seed_student(
-                target,
-                teacher,
-                loaded,
-                dtype=wanted,
-                overwrite=overwrite,
-                discard=discard,
-                config_file=config,
-                arch=arch,
-                advance=advance,
-            )
+        with progress("seeding", job.nbytes, "B") as advance:
+            manifest = job.seed(advance)
         made = True
-        rows = _fidelity(target, teacher, calibration) if report else []
+        rows = job.compare(calibration) if report else []
     if before:
         print_warning(f"removed from {target.folder}: {', '.join(before)}")
-    if carried and not as_json:
-        settings = ", ".join(f"{name} {value}" for name, value in carried.items())
-        print_line(f"`generate` of the student takes from the teacher: {settings}", to_stderr=True)
+    if job.note is not None and not as_json:
+        print_line(job.note, to_stderr=True)
     _print_result(target, manifest, rows, as_json)
+
+
+@dataclass(frozen=True)
+class SeedJob:
+    """A seed of one kind of teacher: bytes to write, its writer, and the report on its mixers.
+
+    `compare` takes the file of --calibration. `note` is printed at the end.
+    """
+
+    nbytes: int
+    seed: Callable[[Callable[[int], None]], Manifest]
+    compare: Callable[[Path | None], list[LayerFidelity]]
+    note: str | None = None
+
+
+def _open_teacher(
+    path: Path, config: Path | None, tokenizer: Path | None, arch: str | None, in_place: bool
+) -> AnyCheckpoint:
+    from mmmamba_cli.checkpoint import open_any_checkpoint, open_checkpoint
+
+    if config is None and tokenizer is None and arch is None:
+        return open_any_checkpoint(path, in_place=in_place)
+    if in_place:
+        raise CheckpointError(
+            "--in-place reads config and tokenizer from the teacher's folder",
+            "leave out --config, --tokenizer and --arch",
+        )
+    return open_checkpoint(path, config_file=config, tokenizer_file=tokenizer, arch=arch)
+
+
+def _holistic_job(
+    run: Run,
+    teacher: Checkpoint,
+    recipe: Recipe,
+    dtype: Any,
+    config: Path | None,
+    arch: str | None,
+    *,
+    overwrite: bool,
+    discard: bool,
+) -> SeedJob:
+    """The seed of HoVLE, or of a language model of the fast path."""
+    from mmmamba_cli.checkpoint.model_loader import recommended_settings
+    from mmmamba_cli.seed import seed_student
+
+    _print_warnings(teacher)
+    carried, left_out = recommended_settings(teacher)
+    if left_out:
+        print_warning(
+            f"{teacher.path} recommends settings of a generation that a student has no use for: "
+            f"{', '.join(left_out)}"
+        )
+    settings = ", ".join(f"{name} {value}" for name, value in carried.items())
+    return SeedJob(
+        nbytes=_num_student_bytes(teacher, recipe, dtype),
+        seed=lambda advance: seed_student(
+            run,
+            teacher,
+            recipe,
+            dtype=dtype,
+            overwrite=overwrite,
+            discard=discard,
+            config_file=config,
+            arch=arch,
+            advance=advance,
+        ),
+        compare=lambda file: _fidelity(run, teacher, file),
+        note=f"`generate` of the student takes from the teacher: {settings}" if carried else None,
+    )
+
+
+def _in_place_job(
+    run: Run,
+    teacher: InPlaceCheckpoint,
+    recipe: Recipe,
+    dtype: Any,
+    allow_bidirectional: bool,
+    *,
+    overwrite: bool,
+    discard: bool,
+) -> SeedJob:
+    """The seed of a model of transformers, with mixers in the place of its attention."""
+    from mmmamba_cli.seed import seed_in_place, seed_in_place_bytes
+    from mmmamba_cli.teachers import bidirectional_warning
+
+    nbytes = seed_in_place_bytes(teacher, recipe, dtype, allow_bidirectional=allow_bidirectional)
+    warning = bidirectional_warning(teacher.config)
+    if warning is not None:
+        print_warning(warning)
+    return SeedJob(
+        nbytes=nbytes,
+        seed=lambda advance: seed_in_place(
+            run,
+            teacher,
+            recipe,
+            dtype=dtype,
+            overwrite=overwrite,
+            discard=discard,
+            allow_bidirectional=allow_bidirectional,
+            advance=advance,
+        ),
+        compare=lambda file: [],
+    )
 
 
 def _print_warnings(teacher: Checkpoint) -> None:

@@ -8,7 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mmmamba_cli.checkpoint import Checkpoint, open_checkpoint, shipped_models
+from mmmamba_cli.checkpoint import (
+    AnyCheckpoint,
+    Checkpoint,
+    InPlaceCheckpoint,
+    open_any_checkpoint,
+    shipped_models,
+)
+from mmmamba_cli.checkpoint.checkpoint import NOT_YET_HINT, NOT_YET_IN_PLACE
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.recipe import plan_kind
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, read_manifest
@@ -25,27 +32,45 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """An opened checkpoint under its name. Only headers are read, without torch, until `load`."""
+    """An opened checkpoint under its name. Only headers are read, without torch, until `load`.
+
+    `checkpoint` is what is `opened`, for commands that know only models of class `HolisticVLM`.
+    """
 
     name: str
-    checkpoint: Checkpoint
+    opened: AnyCheckpoint
     origin: Literal["product", "teacher", "path"]
     # The run of a product or teacher, None for a path.
     run: Run | None = None
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint of a `HolisticVLM`. Raises `CheckpointError` for any other model."""
+        if isinstance(self.opened, InPlaceCheckpoint):
+            if self.opened.is_student:
+                raise CheckpointError(f"{self.opened.path} {NOT_YET_IN_PLACE}", NOT_YET_HINT)
+            raise CheckpointError(
+                f"{self.opened.path} is a model of transformers ({self.opened.model_type}), which "
+                "this command does not take yet",
+                NOT_YET_HINT,
+            )
+        return self.opened
+
     @cached_property
     def manifest(self) -> Manifest | None:
         """The product's manifest; None for a teacher and for a folder that has none."""
-        if self.origin == TEACHER or not (self.checkpoint.path / MANIFEST).is_file():
+        if self.origin == TEACHER or not (self.opened.path / MANIFEST).is_file():
             return None
-        return read_manifest(self.checkpoint.path)
+        return read_manifest(self.opened.path)
 
     @property
     def kind(self) -> str:
         """The layer plan in words: `linear`, `hybrid (4 attention)` or `all attention`."""
         if self.manifest is not None:
             return self.manifest.kind
-        config = self.checkpoint.architecture
+        if isinstance(self.opened, InPlaceCheckpoint):
+            return plan_kind(len(self.opened.attention_layers), self.opened.num_layers)
+        config = self.opened.architecture
         return plan_kind(len(config.attention_layers), config.num_hidden_layers)
 
     @property
@@ -67,7 +92,7 @@ class ResolvedModel:
         if self.run is None:
             return
         if self.origin == TEACHER:
-            self.run.verify_teacher(self.checkpoint)
+            self.run.verify_teacher(self.opened)
         else:
             self.run.verify_product(self.name)
 
@@ -137,12 +162,12 @@ def resolve_product(run: Run, name: str | None = None) -> ResolvedModel:
     name = name or run.record.current
     # Checks that the folder, its manifest and the name agree.
     run.product(name)
-    return ResolvedModel(name, run.open_product(name), "product", run)
+    return ResolvedModel(name, run.open_any_product(name), "product", run)
 
 
 def resolve_teacher(run: Run, moved_to: Path | None = None) -> ResolvedModel:
     """Open the run's teacher. Raises `RunError` if it has none or it is no longer there."""
-    return ResolvedModel(TEACHER, run.open_teacher(moved_to), "teacher", run)
+    return ResolvedModel(TEACHER, run.open_any_teacher(moved_to), "teacher", run)
 
 
 def resolve_path(path: Path) -> ResolvedModel:
@@ -150,7 +175,7 @@ def resolve_path(path: Path) -> ResolvedModel:
 
     Raises `CheckpointError`.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_any_checkpoint(path)
     name = path.resolve().stem if path.is_file() else path.resolve().name
     return ResolvedModel(name, checkpoint, "path")
 

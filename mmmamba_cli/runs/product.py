@@ -44,29 +44,38 @@ from mmmamba_cli.runs.manifest import (
 )
 from mmmamba_cli.runs.run import Run
 
+# Files of a teacher that its student has too: processor, tokenizer, chat template, generation.
+TEACHER_FILES = (
+    "*.model",
+    "*.tiktoken",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 # Files that mmmamba writes into a product's folder, and tokenizer files of a teacher that users
 # copy into it.
 PRODUCT_FILES = (
+    *TEACHER_FILES,
     MANIFEST,
     SOURCE_CONFIG,
-    "added_tokens.json",
-    "chat_template.jinja",
     "config.json",
     "fidelity.json",
-    "generation_config.json",
     "losses.png",
-    "merges.txt",
     "metrics.jsonl",
     "model-*-of-*.safetensors",
     "model.safetensors",
     "model.safetensors.index.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
 )
 
 ReadTensor = Callable[[str], Tensor]

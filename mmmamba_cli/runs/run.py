@@ -8,15 +8,25 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from mmmamba_cli.checkpoint import Checkpoint, atomic_write_text, open_checkpoint, resolve_path
+from mmmamba_cli.checkpoint import (
+    AnyCheckpoint,
+    Checkpoint,
+    atomic_write_text,
+    open_any_checkpoint,
+    open_checkpoint,
+    open_in_place,
+    resolve_path,
+)
 from mmmamba_cli.checkpoint.atomic import (
     interrupted_replacements,
     restore_hint,
     restore_interrupted,
 )
+from mmmamba_cli.checkpoint.checkpoint import NOT_YET_HINT, NOT_YET_IN_PLACE
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, Parent, read_json_as, read_manifest
 
@@ -29,7 +39,10 @@ TEACHER_OPTIONS = "--teacher (--teacher-path of eval, profile and chat)"
 
 
 class Teacher(BaseModel):
-    """The checkpoint that a run started from; `digests` are SHA-256 by tensor name in the file."""
+    """The checkpoint that a run started from; `digests` are SHA-256 by tensor name in the file.
+
+    `in_place`: its students have mixers in the place of its attention, and are of its own class.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,6 +51,15 @@ class Teacher(BaseModel):
     arch: str | None
     content_hash: str
     digests: dict[str, str]
+    in_place: bool = False
+
+    @model_serializer(mode="wrap")
+    def _leave_out_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Release 0.2 refuses fields that it does not know.
+        fields: dict[str, Any] = dump(self)
+        if not self.in_place:
+            fields.pop("in_place", None)
+        return fields
 
 
 class RunRecord(BaseModel):
@@ -80,6 +102,12 @@ class Run:
                 "import it again with `mmmamba import CHECKPOINT --teacher PATH --overwrite`",
             )
         return teacher
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the students are transformers' models with mixers in the place of attention."""
+        teacher = self.record.teacher
+        return teacher is not None and teacher.in_place
 
     def product_folder(self, name: str) -> Path:
         return self.folder / PRODUCTS / name
@@ -150,9 +178,25 @@ class Run:
         self.write_record(self.record.model_copy(update={"current": name}))
 
     def open_product(self, name: str) -> Checkpoint:
+        """Open a product of class `HolisticVLM`. Raises `CheckpointError` for any other."""
         return open_checkpoint(self.product_folder(name))
 
+    def open_any_product(self, name: str) -> AnyCheckpoint:
+        """Open a product of any kind."""
+        return open_any_checkpoint(self.product_folder(name))
+
     def open_teacher(self, moved_to: Path | None = None) -> Checkpoint:
+        """`open_any_teacher` where students are of class `HolisticVLM`.
+
+        Raises `RunError` for a run whose students are made in place, or if the path does not exist.
+        """
+        if self.teacher.in_place:
+            raise RunError(f"{self.folder} {NOT_YET_IN_PLACE}", NOT_YET_HINT)
+        found = self.open_any_teacher(moved_to)
+        assert isinstance(found, Checkpoint)
+        return found
+
+    def open_any_teacher(self, moved_to: Path | None = None) -> AnyCheckpoint:
         """Open the teacher at its recorded path or at `moved_to`; its contents are not verified.
 
         Raises `RunError` if the path does not exist.
@@ -164,12 +208,14 @@ class Run:
                 f"the teacher of {self.folder} is no longer at {path}",
                 f"say where it is now with {TEACHER_OPTIONS}",
             )
+        if teacher.in_place:
+            return open_in_place(path)
         config = None if teacher.config is None else Path(teacher.config)
         if config is not None and not config.is_file():
             config = None
         return open_checkpoint(path, config_file=config, arch=teacher.arch)
 
-    def verify_teacher(self, teacher: Checkpoint) -> None:
+    def verify_teacher(self, teacher: AnyCheckpoint) -> None:
         """Hash the teacher; raise `RunError` unless the run was seeded from it."""
         digests = self.teacher.digests
         strangers = sorted(set(teacher.source.names) ^ set(digests))
@@ -183,7 +229,7 @@ class Run:
 
     def verify_product(self, name: str) -> None:
         """Hash a product; raise `RunError` unless the hash is that of its manifest."""
-        if self.open_product(name).source.content_hash() != self.product(name).content_hash:
+        if self.open_any_product(name).source.content_hash() != self.product(name).content_hash:
             raise RunError(
                 f"product {name!r} of {self.folder} was changed since it was written",
                 "make it again with --overwrite, or start from another product with --from",

@@ -7,6 +7,12 @@ from mmmamba_cli.seed.fidelity import (
     measure_fidelity,
     read_calibration,
 )
+from mmmamba_cli.seed.in_place import (
+    in_place_config,
+    in_place_plan,
+    seed_in_place,
+    seed_in_place_bytes,
+)
 from mmmamba_cli.seed.init import INITS, initial_value
 from mmmamba_cli.seed.weight_transfer import seed_student, student_config
 
@@ -15,9 +21,13 @@ __all__ = [
     "Calibration",
     "LayerFidelity",
     "built_in_calibration",
+    "in_place_config",
+    "in_place_plan",
     "initial_value",
     "measure_fidelity",
     "read_calibration",
+    "seed_in_place",
+    "seed_in_place_bytes",
     "seed_student",
     "student_config",
 ]

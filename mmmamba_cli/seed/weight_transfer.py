@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,17 +85,7 @@ def seed_student(
             f"{teacher.path} is not a teacher: some of its layers are linear already",
             "it is a student already: `mmmamba import` takes it into a run",
         )
-    others = [name for name in run.products() if name != SEED_PRODUCT]
-    if run.products() and not overwrite:
-        raise RunError(
-            f"{run.folder} already has products ({', '.join(run.products())})",
-            "start over with --overwrite, or choose another --run",
-        )
-    if others and not discard:
-        raise RunError(
-            f"{run.folder} has products that a new seed would orphan: {', '.join(others)}",
-            "choose another --run to keep them, or remove them with --overwrite --discard",
-        )
+    others = orphaned_products(run, overwrite, discard)
     config = student_config(teacher.config, recipe)
     kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
     shapes = {**parameter_shapes(config), **kept}
@@ -125,11 +115,37 @@ def seed_student(
         content_hash=combined_hash(digests),
         digests={name: digest.hex() for name, digest in digests.items()},
     )
-    # Products of the old seed have lost their parent.
-    for name in others:
-        shutil.rmtree(run.product_folder(name))
-    run.write_record(RunRecord(teacher=record, current=SEED_PRODUCT))
+    start_run(run, record, others)
     return manifest
+
+
+def orphaned_products(run: Run, overwrite: bool, discard: bool) -> list[str]:
+    """Products besides the seed, which a new seed removes.
+
+    Raises:
+        RunError: the run has products and `overwrite` is false, or has others than the seed and
+            `discard` is false.
+    """
+    others = [name for name in run.products() if name != SEED_PRODUCT]
+    if run.products() and not overwrite:
+        raise RunError(
+            f"{run.folder} already has products ({', '.join(run.products())})",
+            "start over with --overwrite, or choose another --run",
+        )
+    if others and not discard:
+        raise RunError(
+            f"{run.folder} has products that a new seed would orphan: {', '.join(others)}",
+            "choose another --run to keep them, or remove them with --overwrite --discard",
+        )
+    return others
+
+
+def start_run(run: Run, teacher: Teacher, orphans: Sequence[str]) -> None:
+    """Record the teacher of a run whose seed is written, and remove `orphans`."""
+    # Products of the old seed have lost their parent.
+    for name in orphans:
+        shutil.rmtree(run.product_folder(name))
+    run.write_record(RunRecord(teacher=teacher, current=SEED_PRODUCT))
 
 
 def _calibrated_start(

@@ -6,9 +6,10 @@ Public functions:
     StudentPlan, StudentPlan.of_layers: which layers are replaced, by which mixer, its options.
     convert(model or config, plan): the student, a subclass of the teacher's class.
     student_config(config, plan): its config, with model_type `mmmamba_` and the teacher's.
-    expected_tensors(config, plan): names, shapes and dtypes of its tensors, without weights.
+    expected_tensors(config, plan): names, shapes and dtypes of its tensors, without weights;
+        student_tensors(config): the same by the student's config.
     new_value(mixer, layer, name, ...): the initial value of a tensor that the teacher lacks.
-    model_names(config, stored), unexpected_tensors(config, stored): names on disk and in the model.
+    stored_layout(config, stored), model_names, unexpected_tensors: names on disk and in the model.
     student_plan(config): the plan of a loaded student; mixers_of(model): its mixers.
     CallContext: padding and packing of calls, for mixers that run outside of a student.
     register_model_type(model_type): lets the Auto classes load a student of any family.
@@ -33,9 +34,15 @@ if TYPE_CHECKING:
         convert,
         expected_tensors,
         student_config,
+        student_tensors,
     )
     from mmmamba_cli.teachers.mixer_in_place import MixerInPlace, new_value
-    from mmmamba_cli.teachers.stored_names import model_names, unexpected_tensors
+    from mmmamba_cli.teachers.stored_names import (
+        StoredLayout,
+        model_names,
+        stored_layout,
+        unexpected_tensors,
+    )
 else:
     __getattr__ = lazy_attributes(
         __name__,
@@ -44,9 +51,20 @@ else:
             "auto_class": ("mixers_of", "student_plan"),
             "config_class": ("register_model_type", "register_students"),
             "context": ("CallContext",),
-            "conversion": ("ExpectedTensor", "convert", "expected_tensors", "student_config"),
+            "conversion": (
+                "ExpectedTensor",
+                "convert",
+                "expected_tensors",
+                "student_config",
+                "student_tensors",
+            ),
             "mixer_in_place": ("MixerInPlace", "new_value"),
-            "stored_names": ("model_names", "unexpected_tensors"),
+            "stored_names": (
+                "StoredLayout",
+                "model_names",
+                "stored_layout",
+                "unexpected_tensors",
+            ),
         },
     )
 
@@ -58,6 +76,7 @@ __all__ = [
     "CallContext",
     "ExpectedTensor",
     "MixerInPlace",
+    "StoredLayout",
     "StudentPlan",
     "anatomy_of",
     "bidirectional_warning",
@@ -69,8 +88,10 @@ __all__ = [
     "refusal",
     "register_model_type",
     "register_students",
+    "stored_layout",
     "student_config",
     "student_plan",
+    "student_tensors",
     "text_config",
     "unexpected_tensors",
 ]

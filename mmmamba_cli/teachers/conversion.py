@@ -108,8 +108,12 @@ def expected_tensors(
     Raises:
         MmmambaError: see `student_config`.
     """
-    own: Any = student_config(config, plan, allow_bidirectional=allow_bidirectional)
-    student: Any = meta_model(register_model(own.__class__), own)
+    return student_tensors(student_config(config, plan, allow_bidirectional=allow_bidirectional))
+
+
+def student_tensors(config: PreTrainedConfig) -> dict[str, ExpectedTensor]:
+    """`expected_tensors` by the student's own config."""
+    student: Any = meta_model(register_model(config.__class__), config)
     mixers = {
         name: module
         for name, module in student.named_modules()

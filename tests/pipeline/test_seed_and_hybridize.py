@@ -341,7 +341,7 @@ def test_missing_extra_and_misshaped_tensors(hovle_folder: Path, tmp_path: Path)
 
 CONFIG_FAULTS = {
     "not json": (None, "is not valid JSON"),
-    "unknown type": ({"model_type": "llava"}, "model_type is 'llava', known are"),
+    "unknown type": ({"model_type": "llava"}, "is not a complete llava checkpoint: missing"),
     "no section": ({"llm_config": None}, "llm_config is missing"),
     "text for a size": ({"llm_config": {"hidden_size": "64"}}, "llm_config.hidden_size is '64'"),
     "odd heads": ({"llm_config": {"num_key_value_heads": 3}}, "num_key_value_heads 3"),
