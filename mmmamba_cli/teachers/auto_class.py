@@ -104,10 +104,8 @@ def register_model(config_class: Any) -> Any:
     The processor is the teacher's, also for a folder that does not name its class. Names of tensors
     on disk are those of the teacher's family, by the conversions of its model_type.
     """
-    model_class, teacher_config = (
-        student_model_class(config_class),
-        teacher_config_class(config_class),
-    )
+    model_class = student_model_class(config_class)
+    teacher_config = teacher_config_class(config_class)
     base = teacher_class(teacher_config)
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if teacher_config in auto._model_mapping and auto._model_mapping[teacher_config] is base:
