@@ -1,16 +1,20 @@
-"""A small run with a random teacher and its seeded student."""
+"""A small run with a random teacher and its seeded student, scripted models, and tables."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from suite_tables import mme_rows, pope_rows, write_tsv
+from scripted_mme import mostly_right
+from suite_tables import ScriptedModel, mme_rows, pope_rows, write_tsv
 from test_as_a_new_user import write_teacher
 
+from mmmamba_cli import runs
 from mmmamba_cli.cli import main
+from mmmamba_cli.evaluate import model_adapter
 
 
 def enliven(checkpoint: Path) -> None:
@@ -48,3 +52,17 @@ def data(tmp_path: Path) -> Path:
     write_tsv(tmp_path / "data" / "MME.tsv", mme_rows())
     write_tsv(tmp_path / "data" / "POPE.tsv", pope_rows())
     return tmp_path / "data"
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedModel]:
+    """Replace every checkpoint by a scripted model with the name of its folder."""
+    made: dict[str, ScriptedModel] = {}
+
+    def resolve(path: Path) -> SimpleNamespace:
+        made.setdefault(path.name, ScriptedModel(mostly_right, name=path.name))
+        return SimpleNamespace(name=path.name, origin="path")
+
+    monkeypatch.setattr(runs, "resolve_path", resolve)
+    monkeypatch.setattr(model_adapter, "load_eval_model", lambda found, *where: made[found.name])
+    return made
