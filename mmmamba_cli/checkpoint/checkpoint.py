@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmmamba_cli.checkpoint.hashing import TensorHasher
+    from mmmamba_cli.checkpoint.in_place import InPlaceCheckpoint
     from mmmamba_cli.model import HolisticVLMConfig
 
 NATIVE_MODEL_TYPE = native_config.MODEL_TYPE
@@ -282,7 +283,9 @@ def read_config(file: Path) -> Mapping[str, Any]:
     return value
 
 
-def checked_reader(checkpoint: Checkpoint, hasher: TensorHasher) -> Callable[[str], Tensor]:
+def checked_reader(
+    checkpoint: Checkpoint | InPlaceCheckpoint, hasher: TensorHasher
+) -> Callable[[str], Tensor]:
     """Wrap `checkpoint.read` to hash every file tensor and to check it for NaN and infinity.
 
     The returned function raises `CheckpointError` for such values.

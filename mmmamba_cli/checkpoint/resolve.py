@@ -20,7 +20,8 @@ HUB_SNAPSHOT_PATH = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]+)")
 # A name with one of these suffixes is a path, even if it does not exist.
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json")
 SAFETENSORS_PATTERN, PICKLE_PATTERN = "*.safetensors", "*.bin"
-SIDECAR_PATTERNS = ("*.json", "*.model", "*.jinja")
+# The card and licence files go with a student that is published.
+SIDECAR_PATTERNS = ("*.json", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -13,7 +13,7 @@ from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromCurrent, Overwrite,
 from mmmamba_cli.errors import RunError
 
 if TYPE_CHECKING:
-    from mmmamba_cli.checkpoint import Checkpoint
+    from mmmamba_cli.checkpoint import AnyCheckpoint
     from mmmamba_cli.export import CardInfo, ExportResult
 
 
@@ -69,7 +69,7 @@ def command(
 
     The folder is written completely or not at all.
     """
-    from mmmamba_cli.checkpoint import open_checkpoint, parse_dtype
+    from mmmamba_cli.checkpoint import open_any_checkpoint, parse_dtype
     from mmmamba_cli.checkpoint.resolve import check_repository_id
     from mmmamba_cli.export import (
         CardInfo,
@@ -87,7 +87,7 @@ def command(
     if push is not None:
         check_repository_id(push)
     if model is not None:
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_any_checkpoint(model)
         card = CardInfo(find_manifest(checkpoint), licence=licence, title=title, base_model=base)
     else:
         target = Run(run)
@@ -104,7 +104,7 @@ def command(
             title=title,
             base_model=base,
         )
-        checkpoint = target.open_product(name)
+        checkpoint = target.open_any_product(name)
     wanted = None if dtype is None else parse_dtype(dtype)
     with (
         if_interrupted(f"nothing was written to {out}; repeat the command"),
@@ -121,9 +121,11 @@ def command(
     _print_result(found, address, as_json)
 
 
-def _print_warnings(checkpoint: Checkpoint, card: CardInfo) -> None:
-    if checkpoint.tokenizer_file is None:
-        print_warning(f"{checkpoint.path} has no tokenizer: the export has none either")
+def _print_warnings(checkpoint: AnyCheckpoint, card: CardInfo) -> None:
+    from mmmamba_cli.export import missing_files
+
+    for name in missing_files(checkpoint):
+        print_warning(f"{checkpoint.path} has no {name}: the export has none either")
     if card.manifest is not None and card.manifest.final is False:
         print_warning(f"{card.manifest.name} was never distilled end to end; its card says so")
 

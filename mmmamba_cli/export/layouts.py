@@ -9,12 +9,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from math import prod
 from typing import Any
 
 import torch
 
 from mmmamba_cli.architecture import MixerConfig, default_mixer, spec_of
-from mmmamba_cli.checkpoint import DTYPE_TENSOR, Checkpoint, hovle, mmmamba_hf, stored_dtype
+from mmmamba_cli.checkpoint import (
+    DTYPE_TENSOR,
+    AnyCheckpoint,
+    Checkpoint,
+    InPlaceCheckpoint,
+    hovle,
+    mmmamba_hf,
+    stored_dtype,
+)
 from mmmamba_cli.checkpoint.name_map import TensorMapping, rename
 from mmmamba_cli.errors import CheckpointError, name_some
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig, StackConfig
@@ -184,26 +193,33 @@ PUBLISHED_DEFAULTS = {
 class Layout:
     """How a checkpoint is written: a name map, and a `config.json` (None: the native one).
 
-    `dtype` returns the dtype in which a native tensor is written.
+    `dtype` returns the dtype in which a native tensor is written, `body` is that of most of them.
+    `parameters` is the number of those that the forward pass uses.
     """
 
     name: str
     name_map: list[TensorMapping]
     config: dict[str, Any] | None
     dtype: Callable[[str], torch.dtype]
+    body: torch.dtype
+    parameters: int
 
 
-def make_layout(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Layout:
+def make_layout(checkpoint: AnyCheckpoint, name: str, dtype: torch.dtype | None = None) -> Layout:
     """The layout of `checkpoint` in format `name`; `dtype` None keeps every tensor's dtype.
 
     Raises `CheckpointError` for an unknown format, or with the features that it cannot represent.
     """
     if name not in FORMATS:
         raise CheckpointError(f"format {name!r} is not known, known are: {', '.join(FORMATS)}")
+    if isinstance(checkpoint, InPlaceCheckpoint):
+        return _in_place_layout(checkpoint, name, dtype)
     body = dtype or checkpoint.dtype(DTYPE_TENSOR)
     if name == HUB:
         name_map = [rename(key, key, shape) for key, shape in checkpoint.shapes.items()]
-        return Layout(name, name_map, None, lambda key: stored_dtype(key, body))
+        return Layout(
+            name, name_map, None, lambda key: stored_dtype(key, body), body, _used(name_map)
+        )
     problems = list(_unsupported_features(checkpoint.config, name))
     if problems:
         raise CheckpointError(
@@ -216,7 +232,46 @@ def make_layout(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = N
         raw, checkpoint.config, _written_names(checkpoint, raw)
     )
     _check_complete(checkpoint, table, name)
-    return Layout(name, table, raw, lambda key: dtype or checkpoint.dtype(key))
+    return Layout(name, table, raw, lambda key: dtype or checkpoint.dtype(key), body, _used(table))
+
+
+def _used(name_map: list[TensorMapping]) -> int:
+    """Number of parameters that the forward pass uses."""
+    return sum(
+        prod(shape)
+        for mapping in name_map
+        for key, shape in mapping.native.items()
+        if not key.startswith("unused.")
+    )
+
+
+def _in_place_layout(checkpoint: InPlaceCheckpoint, name: str, dtype: torch.dtype | None) -> Layout:
+    """The layout of a student of another teacher, whose tensors keep their names."""
+    if checkpoint.plan is None:
+        raise CheckpointError(
+            f"{checkpoint.path} is a teacher of model_type {checkpoint.model_type}, not a student",
+            "export a product that `mmmamba seed` made of it",
+        )
+    if name != HUB:
+        family = "mmMamba" if name == MMMAMBA_HF else "HoVLE"
+        raise CheckpointError(
+            f"format {name} cannot hold {checkpoint.path}: only {family} models have it, and this "
+            f"one is of model_type {checkpoint.model_type}",
+            f"--format {HUB} holds everything",
+        )
+    names, shapes = checkpoint.layout.names, checkpoint.layout.shapes
+    small = checkpoint.plan.fp32_parameters
+
+    def stored(key: str) -> torch.dtype:
+        own = checkpoint.info(key).dtype
+        if dtype is None or not own.is_floating_point:
+            return own
+        is_small = not small.isdisjoint(names[key].split("."))
+        return torch.float32 if is_small and dtype.itemsize < 4 else dtype
+
+    name_map = [rename(key, key, shape) for key, shape in checkpoint.shapes.items()]
+    body = dtype or checkpoint.dtype
+    return Layout(name, name_map, None, stored, body, sum(map(prod, shapes.values())))
 
 
 def _unsupported_features(config: HolisticVLMConfig, name: str) -> Iterator[str]:

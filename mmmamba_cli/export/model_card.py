@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from mmmamba_cli import __version__
@@ -17,10 +18,12 @@ from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_model_name
 from mmmamba_cli.checkpoint.resolve import check_repository_id
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export.layouts import HOVLE, HUB, MMMAMBA_HF
+from mmmamba_cli.export.teacher_licence import TeacherLicence
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.runs import Manifest, Run
 from mmmamba_cli.runs.provenance import (
     PUBLISHED_NOTE,
+    Provenance,
     provenance_of,
     redact_command,
     redact_path,
@@ -34,6 +37,8 @@ FORMAT_TITLES = {
     MMMAMBA_HF: "the layout mmMamba was published in",
     HOVLE: "HoVLE's layout",
 }
+# Roles of the parents that a run started from.
+TEACHER_ROLES = ("teacher", "origin")
 LICENCE_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 PAPER_TAG = "arxiv:2502.13145"
 
@@ -96,9 +101,10 @@ def card_text(
 ) -> str:
     """The text of README.md of an export in format `name`."""
     config = checkpoint.config
-    title = card.title or public_model_name(checkpoint.path) or checkpoint.path.resolve().name
+    title = card_title(checkpoint.path, card)
+    task = "image-text-to-text" if config.vision is not None else "text-generation"
     lines = [
-        *_front_matter(checkpoint, title, card),
+        *front_matter(task, title, card, TeacherLicence()),
         f"# {title}",
         "",
         f"{_describe_layers(config)}. {parameters / 1e6:,.1f} M parameters in {dtype}, in "
@@ -106,12 +112,24 @@ def card_text(
         *_distillation_note(checkpoint, card.manifest),
         "",
         *_usage_section(checkpoint, name),
+        *run_sections(card),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def card_title(path: Path, card: CardInfo) -> str:
+    """The title that was given, else the name of the checkpoint."""
+    return card.title or public_model_name(path) or path.resolve().name
+
+
+def run_sections(card: CardInfo) -> list[str]:
+    """Lineage, scores and recipe of a product, and the last line of a card."""
+    return [
         *_lineage_section(card),
         *_scores_section(card.scores),
         *_recipe_section(card.manifest),
         f"Written by mmmamba {__version__}.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def redact_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manifest:
@@ -134,6 +152,11 @@ def redact_manifest(manifest: Manifest, dtype: str, content_hash: str) -> Manife
 def _describe_layers(config: HolisticVLMConfig) -> str:
     kept, total = config.attention_layers, config.num_hidden_layers
     linear = [spec_of(config, layer).title for layer in range(total) if layer not in kept]
+    return describe_layers(kept, total, linear)
+
+
+def describe_layers(kept: Sequence[int], total: int, linear: Sequence[str]) -> str:
+    """The layers `kept` as attention, and the titles of the mixers of the other ones, in words."""
     # The most frequent mixer first, and equally frequent ones in the order of layers.
     mixers = join_and(sorted(dict.fromkeys(linear), key=linear.count, reverse=True))
     if not kept:
@@ -144,11 +167,12 @@ def _describe_layers(config: HolisticVLMConfig) -> str:
     return f"A hybrid: attention in {listed} of {total}, {mixers} in the others"
 
 
-def _front_matter(checkpoint: Checkpoint, title: str, card: CardInfo) -> list[str]:
-    """The card's metadata as YAML, written by huggingface_hub."""
+def front_matter(task: str, title: str, card: CardInfo, licence: TeacherLicence) -> list[str]:
+    """The card's metadata as YAML, written by huggingface_hub; `card.licence` comes first."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = "image-text-to-text" if checkpoint.config.vision is not None else "text-generation"
+    if card.licence is not None:
+        licence = TeacherLicence(card.licence)
     results = [
         EvalResult(
             task_type=task,
@@ -166,9 +190,11 @@ def _front_matter(checkpoint: Checkpoint, title: str, card: CardInfo) -> list[st
         fields |= {"model_name": title, "eval_results": results}
     data = ModelCardData(
         base_model=_base_model(card),
-        license=card.licence,
         library_name="transformers",
         pipeline_tag=task,
+        license=licence.identifier,
+        license_name=licence.name,
+        license_link=licence.link,
         **fields,
     )
     return ["---", data.to_yaml(), "---", ""]
@@ -182,7 +208,7 @@ def _base_model(card: CardInfo) -> str | None:
     if card.base_model is not None or card.manifest is None:
         return card.base_model
     first = (*card.lineage, card.manifest)[0]
-    for role in ("teacher", "origin"):
+    for role in TEACHER_ROLES:
         for parent in first.parents:
             name = redact_path(parent.name).partition("@")[0]
             if parent.role == role and hub_name(parent.name) is not None:
@@ -194,7 +220,11 @@ def _distillation_note(checkpoint: Checkpoint, manifest: Manifest | None) -> lis
     """A remark unless the model is known to be distilled end to end."""
     if manifest is None and LINEAR not in checkpoint.config.layer_types:
         return []
-    known = provenance_of(checkpoint) if manifest is None else manifest
+    return distillation_note(provenance_of(checkpoint) if manifest is None else manifest)
+
+
+def distillation_note(known: Manifest | Provenance) -> list[str]:
+    """A remark unless a model with this manifest or provenance is distilled end to end."""
     if known.final is None:
         return ["How far it was distilled is not known."]
     if known.final:
@@ -259,7 +289,7 @@ def _lineage_section(card: CardInfo) -> list[str]:
     chain = (*card.lineage, card.manifest)
     lines = ["## Lineage", ""]
     for parent in chain[0].parents:
-        if parent.role in ("teacher", "origin"):
+        if parent.role in TEACHER_ROLES:
             name = redact_path(parent.name)
             lines.append(f"- {parent.role}: {name} (`{parent.content_hash[:12]}`)")
     for manifest in chain:

@@ -44,8 +44,11 @@ from mmmamba_cli.runs.manifest import (
 )
 from mmmamba_cli.runs.run import Run
 
-# Files of a teacher that its student has too: processor, tokenizer, chat template, generation.
+# Files of a teacher that its student has too: processor, tokenizer, chat template, generation, and
+# the licence.
 TEACHER_FILES = (
+    "LICEN[CS]E*",
+    "NOTICE*",
     "*.model",
     "*.tiktoken",
     "added_tokens.json",

@@ -14,7 +14,14 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, Checkpoint, mmmamba_hf, public_model_name
+from mmmamba_cli.checkpoint import (
+    NATIVE_MODEL_TYPE,
+    AnyCheckpoint,
+    Checkpoint,
+    InPlaceCheckpoint,
+    mmmamba_hf,
+    public_model_name,
+)
 from mmmamba_cli.errors import CheckpointError, RecipeError
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.recipe.yaml_text import read_yaml, write_yaml
@@ -69,12 +76,14 @@ def provenance_of(checkpoint: Checkpoint) -> Provenance:
     return Provenance(notes=(UNKNOWN_NOTE,))
 
 
-def find_manifest(checkpoint: Checkpoint) -> Manifest | None:
-    """The manifest of a native folder, or None."""
+def find_manifest(checkpoint: AnyCheckpoint) -> Manifest | None:
+    """The manifest of a native folder or of a student of another teacher, or None."""
     folder = checkpoint.folder
-    if checkpoint.model_type != NATIVE_MODEL_TYPE or not (folder / MANIFEST).is_file():
-        return None
-    return read_manifest(folder)
+    if isinstance(checkpoint, InPlaceCheckpoint):
+        is_own = checkpoint.is_student
+    else:
+        is_own = checkpoint.model_type == NATIVE_MODEL_TYPE
+    return read_manifest(folder) if is_own and (folder / MANIFEST).is_file() else None
 
 
 def _stored_config(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -107,9 +107,8 @@ def register_model(config_class: Any) -> Any:
     model_class = student_model_class(config_class)
     teacher_config = teacher_config_class(config_class)
     base = teacher_class(teacher_config)
-    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        if teacher_config in auto._model_mapping and auto._model_mapping[teacher_config] is base:
-            auto.register(config_class, model_class, exist_ok=True)
+    for auto in auto_classes(config_class):
+        auto.register(config_class, model_class, exist_ok=True)
     if teacher_config in PROCESSOR_MAPPING:
         AutoProcessor.register(config_class, PROCESSOR_MAPPING[teacher_config], exist_ok=True)
     own_type = config_class.model_type
@@ -119,6 +118,17 @@ def register_model(config_class: Any) -> Any:
         if mapping is not None:
             register_checkpoint_conversion_mapping(own_name, mapping, overwrite=True)
     return model_class
+
+
+def auto_classes(config_class: Any) -> list[Any]:
+    """The Auto classes of transformers that load a student: those that load its teacher."""
+    teacher_config = teacher_config_class(config_class)
+    base = teacher_class(teacher_config)
+    return [
+        auto
+        for auto in (AutoModelForImageTextToText, AutoModelForCausalLM)
+        if teacher_config in auto._model_mapping and auto._model_mapping[teacher_config] is base
+    ]
 
 
 def student_plan(config: Any) -> StudentPlan | None:
