@@ -9,13 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from mmmamba_cli.architecture import default_mixer, mixer_spec, parameter_shapes
-from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
+from mmmamba_cli.architecture import ATTENTION, default_mixer
+from mmmamba_cli.checkpoint import AnyCheckpoint, Checkpoint, parse_dtype
 from mmmamba_cli.checkpoint.hashing import tensor_digest
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.model import ATTENTION, LINEAR, HolisticVLMConfig
+from mmmamba_cli.hybridize.hybrid_models import (
+    Hybrid,
+    holistic_hybrid,
+    in_place_hybrid,
+    is_attention,
+    mixer_names,
+)
 from mmmamba_cli.recipe import SCORES_FILE_PREFIX, Recipe, parse_recipe
-from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, holistic_model, write_product
+from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, write_product
 
 # The file of scores in a product's name.
 FILE_METHOD = "file"
@@ -98,18 +104,22 @@ def hybridize(
             f"product {name!r} would be made of itself",
             "name the product to start from with --from",
         )
-    student = run.open_product(parent.name)
+    student = run.open_any_product(parent.name)
     donors = _mixer_donors(run, parent, student, layers)
-    config = _with_attention_layers(student.config, layers, donors)
-    teacher = run.open_teacher(teacher_path) if _restored_layers(student.config, config) else None
-    kept = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
+    mixers = _planned_mixers(student, layers, donors)
+    restored = _restored_layers(mixer_names(student), mixers)
+    teacher = run.open_any_teacher(teacher_path) if restored else None
+    dtype = parse_dtype(parent.dtype)
+    hybrid = (
+        holistic_hybrid(student, mixers, dtype)
+        if isinstance(student, Checkpoint)
+        else in_place_hybrid(student, mixers, donors, dtype)
+    )
     spec = ProductSpec(
         name=name,
         made_by="hybridize",
-        model=holistic_model(
-            config, {**parameter_shapes(config), **kept}, student, parse_dtype(parent.dtype)
-        ),
-        read=_reader(run, student, teacher, donors, config),
+        model=hybrid.model,
+        read=_reader(run, student, teacher, donors, hybrid, restored),
         recipe=parent.recipe if recipe is None else recipe,
         parents=lambda: (
             Parent("student", parent.name, parent.content_hash),
@@ -130,30 +140,37 @@ def _stages_kept(parent: Manifest) -> tuple[str, ...]:
     return tuple(stage for stage in parent.stages if stage in before)
 
 
-def _with_attention_layers(
-    config: HolisticVLMConfig, layers: Sequence[int], donors: Mapping[int, Checkpoint]
-) -> HolisticVLMConfig:
-    """`config` with attention in exactly `layers`, and the mixers of `donors` in theirs."""
-    mixers = list(config.mixer_names)
+def _planned_mixers(
+    student: AnyCheckpoint, layers: Sequence[int], donors: Mapping[int, AnyCheckpoint]
+) -> tuple[str, ...]:
+    """The student's mixers with attention in exactly `layers`, and those of `donors` in theirs."""
+    mixers = list(mixer_names(student))
     for layer in layers:
         mixers[layer] = default_mixer(ATTENTION)
     for layer, donor in donors.items():
-        mixers[layer] = donor.config.mixer_names[layer]
-    kinds = [mixer_spec(name).layer_type for name in mixers]
-    return HolisticVLMConfig.from_dict({**config.to_dict(), "layer_types": kinds, "mixers": mixers})
+        mixers[layer] = mixer_names(donor)[layer]
+    return tuple(mixers)
 
 
-def _restored_layers(old: HolisticVLMConfig, new: HolisticVLMConfig) -> list[int]:
-    """Layers that are attention in `new` and not in `old`."""
-    return [i for i in new.attention_layers if i not in old.attention_layers]
+def _restored_layers(old: Sequence[str], new: Sequence[str]) -> frozenset[int]:
+    """Layers that are attention in the mixers `new` and not in `old`."""
+    return frozenset(
+        layer
+        for layer, (before, after) in enumerate(zip(old, new, strict=True))
+        if is_attention(after) and not is_attention(before)
+    )
 
 
 def _mixer_donors(
-    run: Run, parent: Manifest, student: Checkpoint, layers: Sequence[int]
-) -> dict[int, Checkpoint]:
+    run: Run, parent: Manifest, student: AnyCheckpoint, layers: Sequence[int]
+) -> dict[int, AnyCheckpoint]:
     """The nearest ancestor with a mixer, for each layer that becomes linear again."""
-    missing = [i for i in student.config.attention_layers if i not in layers]
-    donors: dict[int, Checkpoint] = {}
+    missing = [
+        layer
+        for layer, name in enumerate(mixer_names(student))
+        if is_attention(name) and layer not in layers
+    ]
+    donors: dict[int, AnyCheckpoint] = {}
     ancestors = run.ancestors(parent)
     while missing:
         recorded, ancestor = next(ancestors, (None, None))
@@ -167,8 +184,8 @@ def _mixer_donors(
                 f"product {ancestor.name!r} is not the one {parent.name!r} was made from",
                 "it was overwritten since; start from another product with --from",
             )
-        opened = run.open_product(ancestor.name)
-        found = [i for i in missing if opened.config.layer_types[i] == LINEAR]
+        opened = run.open_any_product(ancestor.name)
+        found = [i for i in missing if not is_attention(mixer_names(opened)[i])]
         donors.update(dict.fromkeys(found, opened))
         missing = [i for i in missing if i not in found]
     return donors
@@ -176,15 +193,14 @@ def _mixer_donors(
 
 def _reader(
     run: Run,
-    student: Checkpoint,
-    teacher: Checkpoint | None,
-    donors: dict[int, Checkpoint],
-    config: HolisticVLMConfig,
+    student: AnyCheckpoint,
+    teacher: AnyCheckpoint | None,
+    donors: Mapping[int, AnyCheckpoint],
+    hybrid: Hybrid,
+    restored: frozenset[int],
 ) -> Callable[[str], Tensor]:
-    restored = set(_restored_layers(student.config, config))
-
     def read(name: str) -> Tensor:
-        layer = _mixer_layer(name)
+        layer = hybrid.layer_of(name)
         if layer is None:
             return student.read(name)
         if layer in restored and teacher is not None:
@@ -194,13 +210,7 @@ def _reader(
     return read
 
 
-def _mixer_layer(name: str) -> int | None:
-    """The layer index of a mixer parameter; None for other parameters."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[3] == "mixer" else None
-
-
-def _read_verified(run: Run, teacher: Checkpoint, name: str) -> Tensor:
+def _read_verified(run: Run, teacher: AnyCheckpoint, name: str) -> Tensor:
     """Read a teacher tensor. Raises `RunError` unless the run was seeded from these bytes."""
     digests = run.teacher.digests
     for foreign in teacher.foreign_names(name):
