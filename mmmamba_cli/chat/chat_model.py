@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mmmamba_cli.chat.conversation import Conversation
 from mmmamba_cli.errors import DataError
@@ -89,6 +91,24 @@ class ChatAnswer:
     finished: bool = False
 
 
+class AnsweringModel(Protocol):
+    """A loaded model of any kind that answers a conversation: see `ChatModel`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def final(self) -> bool | None: ...
+    @property
+    def has_vision(self) -> bool: ...
+    @property
+    def model(self) -> PreTrainedModel: ...
+    def answer(
+        self, conversation: Conversation, settings: Settings, answer: ChatAnswer
+    ) -> Iterator[str]: ...
+
+
 @dataclass(frozen=True)
 class ChatModel:
     """A loaded model under its name; it generates one answer at a time.
@@ -142,7 +162,7 @@ class ChatModel:
             for token in ids:
                 answer.tokens += 1
                 stream.put(torch.tensor([token]))
-                yield from _drain(pieces, answer)
+                yield from drain(pieces, answer)
         except torch.OutOfMemoryError as error:
             if self.generator is not None:
                 self.generator.release()
@@ -153,10 +173,10 @@ class ChatModel:
             ) from error
         stream.end()
         answer.finished = answer.tokens < settings.max_new_tokens
-        yield from _drain(pieces, answer)
+        yield from drain(pieces, answer)
 
 
-def _drain(pieces: list[str], answer: ChatAnswer) -> Iterator[str]:
+def drain(pieces: list[str], answer: ChatAnswer) -> Iterator[str]:
     """Move the pieces to the answer and yield them, without the answer's leading white space."""
     for piece in pieces:
         shown = piece if answer.text else piece.lstrip()
@@ -180,7 +200,7 @@ def resolve_models(
 def load_chat_model(
     found: ResolvedModel, device: str | None = None, dtype: str = "auto"
 ) -> ChatModel:
-    """Load a model to chat with. Raises `CheckpointError` if it has no tokenizer.
+    """Load a `HolisticVLM` to chat with. Raises `CheckpointError` if it has no tokenizer.
 
     `device` None is CUDA where there is one; dtype "auto" is bf16 there, and fp32 on a CPU.
     """

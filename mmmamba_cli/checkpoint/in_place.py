@@ -69,6 +69,11 @@ class InPlaceCheckpoint:
         return self.plan is not None
 
     @property
+    def has_vision(self) -> bool:
+        """Whether the model reads pictures."""
+        return self.raw_config.get("vision_config") is not None
+
+    @property
     def num_layers(self) -> int:
         """Number of layers of the text decoder."""
         if self.plan is not None:

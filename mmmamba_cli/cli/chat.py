@@ -123,7 +123,7 @@ def _load_session(
     device: str | None,
     dtype: str,
 ) -> ChatSession:
-    from mmmamba_cli.chat import Conversation, load_chat_model
+    from mmmamba_cli.chat import Conversation, load_any_chat_model
     from mmmamba_cli.cli.chat_session import ChatSession, text_only_error
 
     conversation = Conversation(tuple(one.name for one in found), system)
@@ -131,10 +131,10 @@ def _load_session(
     for file in images:
         conversation.add_picture(file)
         for one in found:
-            if one.checkpoint.config.vision is None:
+            if not one.has_vision:
                 raise text_only_error(one.name, file)
     models = []
     for one in found:
         print_line(f"loading {one.name}", to_stderr=True)
-        models.append(load_chat_model(one, device, dtype))
+        models.append(load_any_chat_model(one, device, dtype))
     return ChatSession(models, conversation, settings)

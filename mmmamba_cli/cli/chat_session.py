@@ -21,7 +21,7 @@ from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
-    from mmmamba_cli.chat import ChatAnswer, ChatModel, Conversation, Settings, SideBySide
+    from mmmamba_cli.chat import AnsweringModel, ChatAnswer, Conversation, Settings, SideBySide
 
 PROMPT = "> "
 # Cells of a line in a terminal that reports fewer.
@@ -66,7 +66,7 @@ class ChatSession:
     """A conversation with one or several loaded models, on a terminal or a pipe."""
 
     def __init__(
-        self, models: Sequence[ChatModel], conversation: Conversation, settings: Settings
+        self, models: Sequence[AnsweringModel], conversation: Conversation, settings: Settings
     ) -> None:
         self.models = tuple(models)
         self.conversation = conversation
@@ -178,7 +178,7 @@ class ChatSession:
 
     def _print_introduction(self) -> None:
         for model in self.models:
-            weight = model.model.lm_head.weight
+            weight = model.model.get_output_embeddings().weight
             size = model.model.num_parameters() / 1e6
             dtype = str(weight.dtype).removeprefix("torch.")
             _print_status(
@@ -232,7 +232,7 @@ class ChatSession:
         stopped = "stopped; " if self._interrupt.pressed else ""
         _print_status(f"{stopped}{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s")
 
-    def _generate(self, model: ChatModel, write: Callable[[str], object]) -> ChatAnswer:
+    def _generate(self, model: AnsweringModel, write: Callable[[str], object]) -> ChatAnswer:
         from mmmamba_cli.chat import ChatAnswer
 
         answer = ChatAnswer()
@@ -240,7 +240,7 @@ class ChatSession:
             write(piece)
         return answer
 
-    def _stream(self, models: Sequence[ChatModel], table: SideBySide) -> list[ChatAnswer]:
+    def _stream(self, models: Sequence[AnsweringModel], table: SideBySide) -> list[ChatAnswer]:
         """Generate with all models at once, one token each in turn, each in its column."""
         from mmmamba_cli.chat import ChatAnswer
 
@@ -259,7 +259,7 @@ class ChatSession:
                     _write(table.add(column, printable(piece)))
         return answers
 
-    def _warn_if_truncated(self, model: ChatModel, answer: ChatAnswer) -> None:
+    def _warn_if_truncated(self, model: AnsweringModel, answer: ChatAnswer) -> None:
         if not answer.finished:
             print_warning(
                 f"{model.name}: cut after {answer.tokens} tokens; --max-new-tokens allows more"

@@ -67,9 +67,16 @@ def select_layers(
     written after each layer: a second call resumes. The caller holds the run's lock.
 
     Raises:
-        RunError: the student has attention already, or teacher or student are not those recorded.
+        RunError: the student has attention already or is a transformers model, or it or the teacher
+            is not the one recorded.
         DataError: the data cannot be used, or the method cannot measure anything on them.
     """
+    if run.is_in_place:
+        raise RunError(
+            f"the students of {run.folder} have mixers in a transformers model, whose layers "
+            "--select does not score yet",
+            "give --attn-layers N with --placement, or --layers I,J",
+        )
     if parent.attention_layers:
         raise RunError(
             f"{parent.name!r} has attention in some layers, and --select scores the layers of a "

@@ -74,6 +74,13 @@ class ResolvedModel:
         return plan_kind(len(config.attention_layers), config.num_hidden_layers)
 
     @property
+    def has_vision(self) -> bool:
+        """Whether the model reads pictures."""
+        if isinstance(self.opened, InPlaceCheckpoint):
+            return self.opened.has_vision
+        return self.opened.architecture.vision is not None
+
+    @property
     def final(self) -> bool | None:
         """Whether the model was distilled end to end; None without a manifest."""
         return None if self.manifest is None else self.manifest.final

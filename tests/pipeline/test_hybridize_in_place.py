@@ -112,7 +112,7 @@ def test_another_teacher_and_a_measured_choice_are_refused(work: Path) -> None:
     with pytest.raises(MmmambaError, match=r"is not the teacher of .*layers.2.self_attn.q_proj"):
         hybridize(work, "--layers", "2", "--teacher", other)
     assert list(Run(work / "run").products()) == ["seed"]
-    with pytest.raises(MmmambaError, match="does not take yet"):
+    with pytest.raises(MmmambaError, match="--select does not score yet"):
         hybridize(work, "--attn-layers", 1, "--select", "kl-zero", "--data", work / "run/run.json")
     # The tensors of layer 1 are the same.
     hybridize(work, "--layers", "1", "--teacher", other)

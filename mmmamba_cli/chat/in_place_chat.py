@@ -1,0 +1,234 @@
+"""A student of a transformers model, or its teacher, that answers a conversation.
+
+transformers' `generate` decodes in a thread, so that pieces of text are shown as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, BatchFeature, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from mmmamba_cli.chat.chat_model import AnsweringModel, ChatAnswer, drain, load_chat_model
+from mmmamba_cli.chat.conversation import Conversation
+from mmmamba_cli.checkpoint import (
+    InPlaceCheckpoint,
+    load_in_place_model,
+    load_in_place_processor,
+)
+from mmmamba_cli.errors import CheckpointError, DataError
+from mmmamba_cli.inference import Settings
+from mmmamba_cli.inference.sampling import eos_ids
+from mmmamba_cli.processing import TextStream, as_id_set
+from mmmamba_cli.processing.images import open_image
+from mmmamba_cli.runs import ResolvedModel, pick_placement
+
+
+@dataclass(frozen=True)
+class InPlaceChatModel:
+    """A loaded model of transformers under its name; see `ChatModel`.
+
+    `processor` is the family's, or a tokenizer where `has_vision` is false.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    kind: str
+    final: bool | None
+    has_vision: bool
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer if self.has_vision else self.processor
+
+    def answer(
+        self, conversation: Conversation, settings: Settings, answer: ChatAnswer
+    ) -> Iterator[str]:
+        """Stream the answer to the last question as pieces of text; `answer` accumulates it.
+
+        The answer ends at the stop tokens of the generation config and the tokenizer, unless
+        `settings.eos` is given.
+
+        Raises:
+            DataError: as `ChatModel.answer`, or no chat template.
+        """
+        inputs = self._inputs(conversation)
+        turn = len(conversation.questions) - 1
+        settings = replace(settings, seed=(settings.seed + turn) % 2**63)
+        eos = self._stop_ids() if settings.eos is None else frozenset(eos_ids(settings, None))
+        pieces: list[str] = []
+        stream = TextStream(self.tokenizer, pieces.append, skip_prompt=False)
+        decoding = _Decoding(self.model, inputs, settings, eos)
+        try:
+            for token in decoding.run():
+                if token in eos:
+                    continue
+                answer.tokens += 1
+                stream.put(torch.tensor([token]))
+                yield from drain(pieces, answer)
+        except torch.OutOfMemoryError as error:
+            length = inputs["input_ids"].shape[1] + answer.tokens
+            raise DataError(
+                f"{self.name}: {self.model.device} has no memory left for a conversation of "
+                f"{length} tokens",
+                "start again with /reset, or give --dtype bf16",
+            ) from error
+        stream.end()
+        answer.finished = answer.tokens < settings.max_new_tokens
+        yield from drain(pieces, answer)
+
+    def _inputs(self, conversation: Conversation) -> dict[str, Any]:
+        """The inputs of the model for the conversation up to its last question."""
+        if conversation.pictures and not self.has_vision:
+            raise DataError(
+                f"{self.name} reads text only", "start again without --image, or use /reset"
+            )
+        if self.processor.chat_template is None:
+            raise DataError(
+                f"{self.name} has no chat template, so its answers have no format",
+                "put the chat_template.jinja of its teacher into its folder",
+            )
+        pictures = iter(conversation.pictures)
+        messages = []
+        for message in conversation.messages(self.name):
+            parts = message["content"]
+            if isinstance(parts, str):
+                parts = [{"type": "text", "text": parts}]
+            if self.has_vision:
+                content: Any = [_with_picture(part, pictures) for part in parts]
+            else:
+                content = "".join(part["text"] for part in parts)
+            messages.append({"role": message["role"], "content": content})
+        batch: BatchEncoding | BatchFeature = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        device, dtype = self.model.device, self.model.dtype
+        return {name: _placed(value, device, dtype) for name, value in batch.items()}
+
+    def _stop_ids(self) -> frozenset[int]:
+        stated = as_id_set(self.model.generation_config.eos_token_id)
+        return frozenset(stated | as_id_set(self.tokenizer.eos_token_id))
+
+
+def _with_picture(part: dict[str, Any], pictures: Iterator[Any]) -> dict[str, Any]:
+    return {**part, "image": open_image(next(pictures))} if part["type"] == "image" else part
+
+
+def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+class _StopOnEvent(StoppingCriteria):
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **unused: Any) -> Tensor:
+        return torch.full(
+            (input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device
+        )
+
+
+class _TokenQueue(BaseStreamer):
+    """Puts generated ids into a queue; the first call of `generate` holds the prompt."""
+
+    def __init__(self, tokens: SimpleQueue[int | BaseException | None]) -> None:
+        self.tokens = tokens
+        self.is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if not self.is_prompt:
+            for token in value.flatten().tolist():
+                self.tokens.put(token)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """The queue ends when `generate` has returned."""
+
+
+@dataclass
+class _Decoding:
+    """One answer decoded by `generate` in a thread."""
+
+    model: Any
+    inputs: dict[str, Any]
+    settings: Settings
+    eos: frozenset[int]
+    tokens: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)
+    stopped: Event = field(default_factory=Event)
+
+    def run(self) -> Iterator[int]:
+        """Yield the tokens, the stop token included; a closed iterator ends the thread."""
+        thread = Thread(target=self._generate, daemon=True)
+        thread.start()
+        try:
+            while (token := self.tokens.get()) is not None:
+                if isinstance(token, BaseException):
+                    raise token
+                yield token
+        finally:
+            self.stopped.set()
+            thread.join()
+
+    def _generate(self) -> None:
+        settings, drawn = self.settings, self.settings.temperature > 0
+        sampling: dict[str, Any] = {"do_sample": drawn}
+        if drawn:
+            # 0 and 1 leave all tokens in, whatever the generation config says.
+            sampling |= {
+                "temperature": settings.temperature,
+                "top_k": settings.top_k or 0,
+                "top_p": settings.top_p or 1.0,
+            }
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)
+                self.model.generate(
+                    **self.inputs,
+                    **sampling,
+                    max_new_tokens=settings.max_new_tokens,
+                    eos_token_id=sorted(self.eos) or None,
+                    streamer=_TokenQueue(self.tokens),
+                    stopping_criteria=StoppingCriteriaList([_StopOnEvent(self.stopped)]),
+                )
+        except BaseException as error:  # noqa: BLE001  raised again by `run`
+            self.tokens.put(error)
+        else:
+            self.tokens.put(None)
+
+
+def load_any_chat_model(
+    found: ResolvedModel, device: str | None = None, dtype: str = "auto"
+) -> AnsweringModel:
+    """Load a model of any kind to chat with; see `load_chat_model`.
+
+    Raises:
+        CheckpointError: it has no processor, or the processor needs a library that is missing.
+    """
+    opened = found.opened
+    if not isinstance(opened, InPlaceCheckpoint):
+        return load_chat_model(found, device, dtype)
+    processor = load_in_place_processor(opened)
+    if processor is None:
+        raise CheckpointError(
+            f"{opened.path} has no processor, so it cannot be talked to",
+            "put the processor's and the tokenizer's files of its teacher beside it",
+        )
+    place, kind = pick_placement(device, dtype)
+    model = load_in_place_model(opened, device=place, dtype=kind, frozen=True)
+    return InPlaceChatModel(
+        found.name, model, processor, found.kind, found.final, opened.has_vision
+    )
