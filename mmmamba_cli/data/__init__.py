@@ -14,6 +14,7 @@ from mmmamba_cli.data.dataset import Corpus, CorpusPart
 from mmmamba_cli.data.fingerprint import Fingerprint, fingerprint
 from mmmamba_cli.data.generated_corpus import HELD_OUT, CorpusSpec, GeneratedCorpus, SampleGenerator
 from mmmamba_cli.data.loader import StepLoader
+from mmmamba_cli.data.model_batch import ModelBatch
 from mmmamba_cli.data.sample import Drawing, Sample, parse_sample
 from mmmamba_cli.data.sources import open_corpus
 from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder
@@ -36,6 +37,7 @@ __all__ = [
     "Fingerprint",
     "FlagOption",
     "GeneratedCorpus",
+    "ModelBatch",
     "NumberOption",
     "RangeOption",
     "Sample",

@@ -65,6 +65,13 @@ class Batch:
     varlen: VarlenMetadata | None = None
     drawings: Drawings | None = None
 
+    @property
+    def token_mask(self) -> Tensor:
+        """(B, T) bool, True for the tokens of samples."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        return self.attention_mask.bool()
+
     def to(self, device: torch.device | str) -> Batch:
         """Move the tensors to `device`; draw and normalise the pixels there."""
         # The stream orders the copy from pinned memory before later kernels.

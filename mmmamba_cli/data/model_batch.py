@@ -1,0 +1,65 @@
+"""Micro batches for models of transformers: the arguments of a forward pass, and labels.
+
+Legend: B rows, T columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.data.batch import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class ModelBatch:
+    """One micro batch of one process, as the processor of a family makes it, padded on the right.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, without labels. `input_ids` (B, T) int64
+            and `attention_mask` (B, T), 0 for padding, are always there; pixels and grids are those
+            of the family. In float32 where they are not integers.
+        labels: (B, T) int64, not shifted; the token id in answers, else IGNORE_INDEX.
+        num_samples: number of samples. A batch without samples has one row, which counts nothing.
+        num_tokens: number of tokens without padding.
+        names: names of the samples.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    num_samples: int
+    num_tokens: int
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def empty(cls, pad_id: int) -> ModelBatch:
+        """One column, for a process without rows, which takes part in collectives.
+
+        The column is no padding for the model: attention over no key at all gives NaN.
+        """
+        ids = torch.full((1, 1), pad_id)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return cls(inputs, torch.full_like(ids, IGNORE_INDEX), num_samples=0, num_tokens=0)
+
+    @property
+    def token_mask(self) -> Tensor:
+        """(B, T) bool, True for the tokens of samples."""
+        mask = self.inputs["attention_mask"].bool()
+        return mask if self.num_samples else torch.zeros_like(mask)
+
+    def to(self, device: torch.device | str) -> ModelBatch:
+        """Move the tensors to `device`."""
+        # The stream orders the copy from pinned memory before later kernels.
+        non_blocking = torch.device(device).type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ModelBatch:
+        """Copy the tensors to pinned memory, from which copies to a GPU are asynchronous."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
+        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=change(self.labels))
