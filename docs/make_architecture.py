@@ -29,6 +29,7 @@ SWING = 34
 # Each room in a few words; a room without them is refused.
 CONTENTS = {
     "cli": "one file per command",
+    "verification": "checks of a teacher",
     "ablation": "plans, cells, tables",
     "chat": "conversations",
     "doctor": "checks of this machine",

@@ -20,7 +20,7 @@ from mmmamba_cli.plugins import entry_points
 # The list of commands in `mmmamba --help`, by purpose.
 COMMAND_GROUPS = {
     "Make models": ("seed", "distill", "hybridize", "import", "export"),
-    "Measure": ("eval", "ablate", "profile", "inspect", "doctor", "status"),
+    "Measure": ("eval", "ablate", "profile", "inspect", "verify", "doctor", "status"),
     "Report and chat": ("report", "chat"),
     "Data and recipes": ("data", "recipe", "scenes"),
 }

@@ -27,6 +27,7 @@ MISTAKES: dict[str, list[str]] = {
     "export": ["--run", GONE, "--format", "hub", "--out", "out"],
     "data check": [f"{GONE}.jsonl"],
     "status": ["--run", GONE],
+    "verify": [GONE],
     "inspect": ["--run", GONE],
     "doctor": ["--device", GONE],
     "recipe show": [GONE],

@@ -21,7 +21,7 @@ PLANS = [HYBRID, (1, 3), ALL_LINEAR]
 
 
 @pytest.mark.parametrize("layers", PLANS)
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_vl"])
 def test_a_static_cache_decodes_as_no_cache(family: str, layers: Any) -> None:
     model, inputs = student(family, layers, "gated_delta"), prompt(family, length=6)
     static = greedy(model, inputs, cache_implementation="static")

@@ -33,12 +33,9 @@ from mmmamba_cli.teachers import (
 
 HYBRID, ALL_LINEAR = (0, 2), None
 PLAN = StudentPlan.of_layers(4, [1])
-PLANS = [
-    (HYBRID, "mamba2"),
-    (ALL_LINEAR, "mamba2"),
-    (HYBRID, "gated_delta"),
-    (ALL_LINEAR, "window"),
-]
+# Those of `test_families_decoding` are decoded by every family there.
+PLANS = [(HYBRID, "kda"), (ALL_LINEAR, "gla"), (ALL_LINEAR, "window")]
+SOME = ("qwen2_5_vl", "internvl", "qwen3")
 
 
 def auto_class(family: str) -> Any:
@@ -74,7 +71,7 @@ def test_a_student_with_attention_in_all_layers_has_the_teachers_bits() -> None:
         assert torch.equal(own(**inputs).logits, model(**inputs).logits), family
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize(("layers", "mixer"), PLANS)
 def test_decoding_with_a_cache_equals_decoding_without(
     family: str, layers: Any, mixer: str
@@ -86,10 +83,9 @@ def test_decoding_with_a_cache_equals_decoding_without(
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mixer", ["mamba2", "gated_delta"])
-def test_a_left_padded_row_decodes_as_it_does_alone(family: str, mixer: str) -> None:
-    model = student(family, HYBRID, mixer)
+@pytest.mark.parametrize("family", SOME)
+def test_a_left_padded_row_decodes_as_it_does_alone(family: str) -> None:
+    model = student(family, HYBRID, "window")
     short, long = prompt(family, length=5), prompt(family, length=9)
     padded = left_padded(short, 4)
     together = {name: torch.cat((padded[name], long[name])) for name in padded}
@@ -110,7 +106,7 @@ def test_beams_follow_their_rows(layers: Any) -> None:
         assert torch.equal(cached.sequences, plain.sequences)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_a_saved_student_loads_with_all_its_tensors_and_bits(family: str, tmp_path: Path) -> None:
     model, inputs = student(family, (1, 3), "gated_delta"), prompt(family)
     model.save_pretrained(tmp_path)
@@ -135,7 +131,7 @@ def test_a_student_of_any_registered_type_is_found_by_its_folder(tmp_path: Path)
         register_model_type("mmmamba_never_heard_of")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_expected_tensors_are_those_of_the_student(family: str) -> None:
     plan = StudentPlan.of_layers(4, [1, 2], "mamba2")
     expected = expected_tensors(teacher_config(family), plan)
