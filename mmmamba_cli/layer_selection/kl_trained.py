@@ -19,13 +19,13 @@ from mmmamba_cli.distill.layer_losses import prepare_prompt
 from mmmamba_cli.distill.optimiser import build_optimiser, clip_gradients, learning_rate
 from mmmamba_cli.distributed import seed_everything, step_seed
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.layer_selection.kl_zero import count_tokens, divergence_sums, teacher_hidden
+from mmmamba_cli.layer_selection.kl_zero import divergence_sums, teacher_hidden
 from mmmamba_cli.layer_selection.probe_samples import ProbeSamples, SampleSums
 from mmmamba_cli.recipe import KL, Stage
 
 
 class TrainedRestoration:
-    """A `LayerMethod`: the fall of the divergence after training, in nats a token.
+    """A `LayerMethod`: the fall of the divergence after training, in nats for each scored token.
 
     `stage` says what learns and how, for `stage.steps` steps from the weights of the student.
     `kept` are layers in which the student has the teacher's attention already.
@@ -49,7 +49,7 @@ class TrainedRestoration:
 
     def measure(self, layer: int) -> SampleSums:
         after = self._trained((*self._kept, layer))
-        return SampleSums(self._before - after, count_tokens(self._probe))
+        return SampleSums(self._before - after, self._probe.count_scored())
 
     def _trained(self, layers: Collection[int]) -> Tensor:
         """(S,) divergence of each sample after a training with attention in `layers`."""
@@ -58,10 +58,11 @@ class TrainedRestoration:
             self._train(_without_layers(self._parameters, layers))
             pair.student.eval()
             found = []
-            for batch, states in zip(self._probe.batches, self._teacher_hidden, strict=True):
+            for number, batch in enumerate(self._probe.batches):
                 with torch.no_grad(), pair.autocast():
                     hidden = pair.student.model.forward_prepared(prepare_prompt(pair, batch))
-                found.append(divergence_sums(pair, batch, states, hidden))
+                states = self._teacher_hidden[number]
+                found.append(divergence_sums(self._probe, number, states, hidden))
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(self._start[name])

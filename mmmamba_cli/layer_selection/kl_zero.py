@@ -11,21 +11,14 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.kl_loss import LOGITS_PER_CHUNK, divergence
-from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.layer_selection.layer_walk import LayerWalk
-from mmmamba_cli.layer_selection.probe_samples import (
-    ProbeSamples,
-    SampleSums,
-    real_columns,
-    row_sums,
-)
+from mmmamba_cli.layer_selection.probe_samples import ProbeSamples, SampleSums, row_sums
 from mmmamba_cli.ops.backends import upcast
 
 
 class RestoredAttention:
-    """A `LayerMethod`: the fall of the divergence, in nats a token.
+    """A `LayerMethod`: the fall of the divergence, in nats for each scored token.
 
     `kept` are layers in which the student has the teacher's attention already.
     """
@@ -44,32 +37,34 @@ class RestoredAttention:
             before - self._divergence(i, self._walk.output(i, mixer))
             for i, before in enumerate(self._before)
         ]
-        return SampleSums(torch.cat(falls), count_tokens(self._probe))
+        return SampleSums(torch.cat(falls), self._probe.count_scored())
 
     def _divergence(self, number: int, hidden: Tensor) -> Tensor:
-        batch = self._probe.batches[number]
-        return divergence_sums(self._probe.pair, batch, self._teacher_hidden[number], hidden)
+        return divergence_sums(self._probe, number, self._teacher_hidden[number], hidden)
 
 
 def teacher_hidden(probe: ProbeSamples) -> Iterator[Tensor]:
-    """The teacher's last hidden states (N, D) at the tokens of each batch, without padding."""
+    """The teacher's last hidden states (N, D) at the scored columns of each batch."""
     walk = LayerWalk(probe, probe.pair.teacher.model, {})
     for number in walk.numbers:
-        yield walk.output(number)[real_columns(probe.batches[number])]
+        yield walk.output(number)[probe.scored_columns(number)]
 
 
 def divergence_sums(
-    pair: TeacherStudent, batch: Batch, teacher_states: Tensor, student_states: Tensor
+    probe: ProbeSamples, number: int, teacher_states: Tensor, student_states: Tensor
 ) -> Tensor:
-    """KL(teacher || student) in nats, summed over each row's tokens: (B,) float64 on the CPU.
+    """KL(teacher || student) in nats, summed over each row's scored columns.
 
     Args:
-        teacher_states: (N, D) at the tokens without padding.
+        number: of the batch.
+        teacher_states: (N, D) at its scored columns.
         student_states: (B, T, D).
+
+    Returns (B,) float64 on the CPU.
     """
-    mask = real_columns(batch)
+    pair, mask = probe.pair, probe.scored_columns(number)
     states = student_states[mask]
-    found = []
+    found = [states.new_zeros(0, dtype=torch.float32)]
     chunk = max(1, LOGITS_PER_CHUNK // pair.student.lm_head.out_features)
     with torch.no_grad(), pair.autocast():
         for start in range(0, len(states), chunk):
@@ -78,8 +73,3 @@ def divergence_sums(
             student = upcast(pair.student.lm_head(states[part]))
             found.append(divergence(teacher, student, "forward", 1.0))
     return row_sums(torch.cat(found), mask)
-
-
-def count_tokens(probe: ProbeSamples) -> Tensor:
-    """(S,) tokens of each sample, float64."""
-    return torch.cat([real_columns(batch).sum(1).double().cpu() for batch in probe.batches])

@@ -29,7 +29,7 @@ from mmmamba_cli.layer_selection.probe_samples import (
     read_probe_samples,
 )
 from mmmamba_cli.layer_selection.recall import ReplacedAttention
-from mmmamba_cli.recipe import Recipe, Stage, stage_data
+from mmmamba_cli.recipe import KL, Recipe, Stage, stage_data
 from mmmamba_cli.runs import Manifest, Run, open_processor
 from mmmamba_cli.runs.manifest import package_versions
 
@@ -37,11 +37,16 @@ from mmmamba_cli.runs.manifest import package_versions
 TRAINING_STREAM = "layer selection"
 # What one unit of a score is, by method.
 SCORE_UNITS = {
-    "kl-zero": "fall of KL, nats per token",
-    "kl": "fall of KL after training, nats per token",
+    "kl-zero": "fall of KL, nats per {scored} token",
+    "kl": "fall of KL after training, nats per {scored} token",
     "recall": "fall of log-likelihood, nats per answer token",
     "mse": "squared error per element",
 }
+
+
+def score_unit(method: str, kl: KL) -> str:
+    """The unit of a method's scores; of `file:PATH`, "score"."""
+    return SCORE_UNITS.get(method, "score").replace("{scored} ", "answer " * (kl.mask == "answer"))
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,12 @@ class Measurement:
         changes = {"steps": self.options.steps, "lora": None}
         return stages[-1].model_copy(update=changes)
 
+    @property
+    def kl(self) -> KL:
+        """The divergence of the recipe's last end-to-end stage, which says what it scores."""
+        sections = [stage.kl for stage in self.recipe.stages if stage.loss == "kl"]
+        return (sections[-1] if sections else None) or KL()
+
     def inputs(self) -> dict[str, Any]:
         """All that the scores depend on, as JSON. Raises `DataError` if the data are missing."""
         data, options = self.recipe.data, self.options
@@ -102,6 +113,7 @@ class Measurement:
             "max_length": self._max_length,
             "max_tiles": data.max_tiles,
             "precision": self.precision,
+            "columns": self.kl.mask,
             "device": self.device.type,
             "versions": package_versions(),
         }
@@ -146,7 +158,7 @@ class Measurement:
         run.verify_teacher(teacher)
         run.verify_product(self.parent.name)
         pair = self._load_pair(teacher, student)
-        return read_probe_samples(loader, pair, options.samples, self.callbacks.say)
+        return read_probe_samples(loader, pair, self.kl, options.samples, self.callbacks.say)
 
     def _load_pair(self, teacher: Checkpoint, student: Checkpoint) -> TeacherStudent:
         self.callbacks.say("loading teacher and student")

@@ -6,34 +6,48 @@ Legend: B rows of a batch, T columns, S samples. Each row of a batch holds one s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli.data import Batch, StepLoader, open_corpus
+from mmmamba_cli.distill.kl_loss import LogitsKL
 from mmmamba_cli.distill.layer_losses import count_stack_tokens
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.processing import TrainingProcessor
-from mmmamba_cli.recipe import Data
+from mmmamba_cli.recipe import KL, Data
 
 MAX_PROBE_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
 class ProbeSamples:
-    """Both models, and batches of samples on their device."""
+    """Both models, and batches of samples on their device.
+
+    `embedding_ratio` is the number of columns of the embedding stack for each column of the
+    language stack. `kl` says which columns a divergence is summed over.
+    """
 
     pair: TeacherStudent
     batches: tuple[Batch, ...]
-    # Columns of the embedding stack for each column of the language stack.
     embedding_ratio: float
+    kl: KL = field(default_factory=KL)
 
     @property
     def num_layers(self) -> int:
         return len(self.pair.teacher.model.blocks)
+
+    def scored_columns(self, number: int) -> Tensor:
+        """(B, T) bool mask of the columns of a batch that a stage with this KL scores."""
+        return LogitsKL(self.kl, 1.0).score_mask(self.batches[number])
+
+    def count_scored(self) -> Tensor:
+        """(S,) scored columns of each sample, float64."""
+        counts = (self.scored_columns(i).sum(1) for i in range(len(self.batches)))
+        return torch.cat([count.double().cpu() for count in counts])
 
 
 def probe_batch_size(samples: int) -> int:
@@ -55,7 +69,8 @@ def build_loader(
 ) -> StepLoader:
     """Batches of `source` in an order drawn by `seed`, one sample a row.
 
-    `stream` names the samples of a corpus that is generated: two streams have none in common.
+    `stream` names the samples of a corpus that is generated: two streams have none in common. A
+    single pass keeps that order within a batch; training sorts a batch by length.
     """
     root = None if data.image_root is None else Path(data.image_root)
     return StepLoader(
@@ -64,8 +79,9 @@ def build_loader(
         batch_size=batch_size,
         accumulation=accumulation,
         max_length=max_length,
-        # Not packed: a row is one sample, so that sums of a row are sums of a sample.
-        batching="bucketed",
+        # Not packed: a row is one sample, so that sums of a row are sums of a sample. Sorted by
+        # length, every other row would have the longer samples, and the halves would differ.
+        batching="padded" if single_pass else "bucketed",
         shuffle=True,
         seed=seed,
         max_tiles=data.max_tiles,
@@ -75,7 +91,7 @@ def build_loader(
 
 
 def read_probe_samples(
-    loader: StepLoader, pair: TeacherStudent, samples: int, say: Callable[[str], None]
+    loader: StepLoader, pair: TeacherStudent, kl: KL, samples: int, say: Callable[[str], None]
 ) -> ProbeSamples:
     """Read the first `samples` samples of the loader; `say` reports samples that are missing.
 
@@ -105,7 +121,7 @@ def read_probe_samples(
         say(f"{len(bad)} samples cannot be read and are left out; the first: {bad[0]}")
     if found + len(bad) < samples:
         say(f"the data have fewer samples than {samples}: layers are scored on {found}")
-    return ProbeSamples(pair, tuple(batches), float(columns[0] / columns[1]))
+    return ProbeSamples(pair, tuple(batches), float(columns[0] / columns[1]), kl)
 
 
 def row_sums(values: Tensor, mask: Tensor) -> Tensor:
@@ -113,13 +129,6 @@ def row_sums(values: Tensor, mask: Tensor) -> Tensor:
     rows = mask.nonzero()[:, 0]
     total = torch.zeros(mask.shape[0], dtype=torch.float64, device=values.device)
     return total.index_add_(0, rows, values.double()).cpu()
-
-
-def real_columns(batch: Batch) -> Tensor:
-    """(B, T) bool mask of the columns that are not padding."""
-    if batch.attention_mask is None:
-        return torch.ones_like(batch.input_ids, dtype=torch.bool)
-    return batch.attention_mask.bool()
 
 
 @dataclass(frozen=True)

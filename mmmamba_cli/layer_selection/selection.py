@@ -24,7 +24,7 @@ from mmmamba_cli.layer_selection.layer_scores import (
     settings_key,
     write_layer_scores,
 )
-from mmmamba_cli.layer_selection.measurement import SCORE_UNITS, Measurement
+from mmmamba_cli.layer_selection.measurement import Measurement, score_unit
 from mmmamba_cli.layer_selection.options import (
     GREEDY_METHODS,
     SelectionCallbacks,
@@ -163,7 +163,7 @@ def _measure(
     if scores is None:
         scores = LayerScores(
             method=options.method,
-            unit=SCORE_UNITS[options.method],
+            unit=score_unit(options.method, measurement.kl),
             num_layers=measurement.parent.num_layers,
             embedding_ratio=measurement.probe.embedding_ratio,
             inputs=measurement.inputs(),
@@ -260,7 +260,7 @@ def _measured(
         ranking=tuple(ranking),
         selection=LayerSelection(tuple(sorted(chosen)), record),
         method=options.method,
-        unit=SCORE_UNITS.get(options.method, "score"),
+        unit=score_unit(options.method, measurement.kl),
         file=file,
         agreement=agreement,
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from planted_layer import LAYERS, planted_pair, planted_probe, random_batch
 from small import IMAGE_ID
 from small_distillation import RandomLoader
 
+from mmmamba_cli.data import IGNORE_INDEX
 from mmmamba_cli.distill.kl_loss import LogitsKL
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.layer_selection.kl_trained import TrainedRestoration
@@ -90,6 +93,17 @@ def test_restored_attention_falls_by_the_whole_divergence() -> None:
     # With attention there already, no other layer has anything to gain.
     rest = RestoredAttention(planted_probe(1), (1,))
     assert abs(rest.measure(2).mean()) < 1e-5
+
+
+def test_columns_of_the_recipe_are_scored() -> None:
+    """With `kl: {mask: answer}` in the recipe, columns that predict no answer do not count."""
+    probe = replace(planted_probe(1), kl=KL(mask="answer"))
+    found = RestoredAttention(probe, ()).measure(1)
+    loss = LogitsKL(KL(mask="answer"), 1.0)
+    expected = sum(float(loss.loss_sums(probe.pair, one, None)) for one in probe.batches)
+    assert float(found.sums.sum()) == pytest.approx(expected, rel=1e-5)
+    units = sum(int((one.labels[:, 1:] != IGNORE_INDEX).sum()) for one in probe.batches)
+    assert float(found.units.sum()) == units < sum(one.num_tokens for one in probe.batches)
 
 
 def test_a_training_leaves_the_student_as_it_was() -> None:
