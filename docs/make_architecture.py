@@ -39,6 +39,7 @@ CONTENTS = {
     "layer_selection": "layers by measurement",
     "profiling": "speed, memory, roofline",
     "distill": "stages 1 to 3",
+    "stability": "decays, rounding over length",
     "seed": "student from teacher",
     "hybridize": "attention put back",
     "export": "layouts for other tools",

@@ -1,6 +1,8 @@
 """Model architecture as plain values: sizes, mixers, layer types, parameter shapes; no torch."""
 
 from mmmamba_cli.architecture.mixer_spec import (
+    DECAY_BOUND,
+    EXACT_DECAY,
     MixerSpec,
     default_mixer,
     join_and,
@@ -46,7 +48,9 @@ from mmmamba_cli.architecture.sizes import (
 __all__ = [
     "ALL_LAYERS",
     "ATTENTION",
+    "DECAY_BOUND",
     "DERIVED_FIELDS",
+    "EXACT_DECAY",
     "FP32_BYTES",
     "LAYER_TYPES",
     "LINEAR",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mmmamba_cli.architecture.mixer_spec import MixerSpec
+from mmmamba_cli.architecture.mixer_spec import DECAY_BOUND, EXACT_DECAY, MixerSpec
 from mmmamba_cli.architecture.projections import projection_shapes, qk_norm_shapes
 from mmmamba_cli.architecture.sizes import (
     FP32_BYTES,
@@ -80,11 +80,14 @@ def gated_spec(
     projections: tuple[str, ...],
     decay: tuple[str, ...],
     write: tuple[str, ...] = (),
+    keeps_writes: bool = True,
 ) -> MixerSpec:
     """The spec of a recurrent mixer with the common convolution, gate and norm.
 
     It has no fast decoding. The mixing matrix depends on `projections`, which give the decay and
-    the write strength, and on the vectors of both, `decay` and `write`, which stay in fp32.
+    the write strength, and on the vectors of both, `decay` and `write`, which stay in fp32. With
+    `keeps_writes` nothing but the decay changes what is in the state; a delta rule also removes
+    what the state holds for a key.
     """
     inherited = ("q_proj", "k_proj", "q_norm", "k_norm")
     convolution = ("conv1d", "tile_taps")
@@ -100,4 +103,5 @@ def gated_spec(
         partial_matrix_parameters=convolution,
         fp32_parameters=frozenset({*decay, *write, "g_norm", "tile_taps"}),
         decay_parameters=frozenset(decay),
+        decay=EXACT_DECAY if keeps_writes else DECAY_BOUND,
     )

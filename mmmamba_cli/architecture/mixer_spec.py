@@ -18,6 +18,9 @@ from mmmamba_cli.architecture.sizes import CacheBytes, MixerConfig, StackConfig
 # Kept in fp32 in every layer, whatever its mixer; a name matches a part of a parameter's name.
 SHARED_FP32_PARAMETERS = frozenset({"mixer_norm", "mlp_norm", "q_norm", "k_norm", "norm"})
 
+# Values of `MixerSpec.decay`.
+EXACT_DECAY, DECAY_BOUND = "exact", "bound"
+
 
 @dataclass(frozen=True)
 class MixerSpec:
@@ -44,6 +47,10 @@ class MixerSpec:
         is_packed: from the options: whether `inference.mixers` has its step over packed weights.
         is_calibrated: from the options: whether seeding can calibrate it. Its module then is a
             `GatedMixer` with `constant_decay`.
+        decay: what the decay gamma says of a deviation of the state, given the inputs: EXACT_DECAY
+            if a token multiplies it by gamma, DECAY_BOUND if a token shrinks it at least by gamma.
+            Its module then is a `GatedMixer`. None for a mixer whose state does not decay.
+        forgetting: from the options: how a mixer without a decay forgets, as a predicate.
     """
 
     name: str
@@ -60,6 +67,8 @@ class MixerSpec:
     is_default: bool = False
     is_packed: Callable[[MixerConfig], bool] = lambda options: False
     is_calibrated: Callable[[MixerConfig], bool] = lambda options: False
+    decay: str | None = None
+    forgetting: Callable[[MixerConfig], str] = lambda options: "does not decay"
 
     def slow_title(self, options: MixerConfig) -> str | None:
         """The title and the options in the way of fast decoding, if any; None if it is fast."""

@@ -16,7 +16,26 @@ from mmmamba_cli.cli.console import (
     print_warning,
     progress,
 )
-from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder, complete_models, read_lengths
+from mmmamba_cli.cli.options import (
+    DEFAULT_RUN,
+    AsJson,
+    Device,
+    RunFolder,
+    complete_models,
+    read_lengths,
+)
+from mmmamba_cli.cli.stability import (
+    AgainstDtype,
+    Perturb,
+    StabilityData,
+    StabilityOut,
+    StabilityRequest,
+    StabilityText,
+    StabilityTokens,
+    Tangents,
+    check_alone,
+    show_stability,
+)
 from mmmamba_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -58,13 +77,37 @@ def command(
             autocompletion=complete_models,
         ),
     ] = None,
+    stability: Annotated[
+        bool,
+        typer.Option(
+            "--stability",
+            help="Measure how long each layer remembers and what rounding does over a text.",
+        ),
+    ] = False,
+    text: StabilityText = None,
+    data: StabilityData = None,
+    token_count: StabilityTokens = None,
+    against_dtype: AgainstDtype = None,
+    perturb: Perturb = None,
+    tangents: Tangents = None,
+    device: Device = None,
+    out_folder: StabilityOut = None,
     as_json: AsJson = False,
 ) -> None:
     """Print layers, parameters and memory of any checkpoint.
 
     Memory is that at a context length. Reads only headers, except with --against. GGUF files and
-    PyTorch state dicts take some seconds longer, because torch opens them.
+    PyTorch state dicts take some seconds longer, because torch opens them. With --stability, it
+    loads the model and prints decays, certificates and precision over the length of a text instead.
     """
+    request = StabilityRequest(
+        text, data, token_count, against_dtype, perturb, tangents, device, out_folder
+    )
+    if stability:
+        check_alone({"--context": context, "--dtype": dtype, "--against": against})
+        show_stability(run, name, request, as_json)
+        return
+    request.check_unused()
     from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe, memory_of_checkpoint
     from mmmamba_cli.runs import Run, resolve_model
 

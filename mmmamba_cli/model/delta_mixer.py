@@ -34,13 +34,13 @@ class DeltaMixer(GatedMixer):
         """Add the projections of the decay and `dt_bias`."""
         raise NotImplementedError
 
-    def log_decay(self, hidden: Tensor) -> Tensor:
-        """log gamma, (B, T, H) or (B, T, H, P) in fp32, at most 0."""
-        raise NotImplementedError
-
     def beta(self, hidden: Tensor) -> Tensor:
         """The write strength, (B, T, H) in fp32."""
         return torch.sigmoid(upcast(self.beta_proj(hidden)) + self.beta_bias)
+
+    def write_strength(self, hidden: Tensor) -> Tensor:
+        """beta; keys have norm 1."""
+        return self.beta(hidden)
 
     def scan(
         self,

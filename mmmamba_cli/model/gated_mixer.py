@@ -120,6 +120,38 @@ class GatedMixer(nn.Module):
         """
         raise NotImplementedError
 
+    def log_decay(self, hidden: Tensor) -> Tensor:
+        """log gamma of each token, (B, T, H), or (B, T, H, P) for a decay per key channel.
+
+        fp32, or fp64 for fp64 weights; at most 0. `hidden` (B, T, D) is the mixer's input.
+        """
+        raise NotImplementedError
+
+    def max_log_decay(self, input_gain: Tensor) -> Tensor:
+        """The least upper bound of `log_decay` over all inputs, (H,) or (H, P), below 0.
+
+        Inputs are `input_gain` (D,) times a vector whose norm is at most sqrt(D), as those of an
+        RMSNorm with that weight.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def projection_reach(weight: Tensor, input_gain: Tensor) -> Tensor:
+        """The largest |w x| of each row w of `weight` (N, D), (N,), dtype of `compute_dtype`.
+
+        x = g * u with g = `input_gain` (D,) and |u| <= sqrt(D): |w x| <= sqrt(D) |w * g| by
+        Cauchy-Schwarz, with equality for a u in the direction of w * g.
+        """
+        rows = upcast(weight) * upcast(input_gain)
+        return math.sqrt(weight.shape[-1]) * torch.linalg.vector_norm(rows, dim=-1)
+
+    def write_strength(self, hidden: Tensor) -> Tensor:
+        """The factor of v k^T that a token adds to the state, (B, T, H), dtype as `log_decay`.
+
+        1 for every token, unless a subclass computes it.
+        """
+        return upcast(hidden).new_ones(*hidden.shape[:2], self.num_heads)
+
     def reset_parameters(self) -> None:
         """Set the parameters outside of modules to their initial values."""
         if self.tile_taps is not None:

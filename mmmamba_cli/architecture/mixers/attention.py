@@ -48,5 +48,6 @@ SPEC = register_spec(
         matrix_parameters=("q_proj", "k_proj", "q_norm", "k_norm"),
         is_default=True,
         is_packed=lambda options: True,
+        forgetting=lambda options: "keeps the key and value of every token",
     )
 )

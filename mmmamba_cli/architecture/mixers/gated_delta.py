@@ -32,5 +32,6 @@ GATED_DELTA = gated_spec(
     projections=("dt_proj", "beta_proj"),
     decay=("A_log", "dt_bias"),
     write=("beta_bias",),
+    keeps_writes=False,
 )
 SPEC = register_spec(replace(GATED_DELTA, is_packed=lambda options: True))

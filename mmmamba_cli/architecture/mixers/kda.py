@@ -32,5 +32,6 @@ SPEC = register_spec(
         projections=("dt_down_proj", "dt_up_proj", "beta_proj"),
         decay=("A_log", "dt_bias"),
         write=("beta_bias",),
+        keeps_writes=False,
     )
 )

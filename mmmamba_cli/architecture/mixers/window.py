@@ -45,6 +45,11 @@ def _pairs(columns: int, seen: int) -> int:
     return short * (short + 1) // 2 + (columns - short) * seen
 
 
+def forgetting(options: MixerConfig) -> str:
+    kept = f", except for the first {options.sinks}" if options.sinks else ""
+    return f"drops a key and its value after {options.window} tokens{kept}"
+
+
 SPEC = register_spec(
     MixerSpec(
         name="window",
@@ -58,5 +63,6 @@ SPEC = register_spec(
         matrix_parameters=("q_proj", "k_proj", "sink_logits", "q_norm", "k_norm"),
         fp32_parameters=frozenset({"sink_logits"}),
         is_packed=lambda options: True,
+        forgetting=forgetting,
     )
 )

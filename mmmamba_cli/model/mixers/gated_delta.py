@@ -40,3 +40,8 @@ class GatedDelta(DeltaMixer):
 
     def log_decay(self, hidden: Tensor) -> Tensor:
         return -torch.exp(self.A_log) * F.softplus(upcast(self.dt_proj(hidden)) + self.dt_bias)
+
+    def max_log_decay(self, input_gain: Tensor) -> Tensor:
+        """-exp(A_log) softplus(dt_bias - sqrt(D) |w_dt * g|), (H,)."""
+        raw = self.dt_bias - self.projection_reach(self.dt_proj.weight, input_gain)
+        return -torch.exp(self.A_log) * F.softplus(raw)

@@ -54,6 +54,12 @@ class GatedLinearAttention(GatedMixer):
         raw = raw.unflatten(-1, (self.num_heads, -1)) + self.decay_bias
         return F.logsigmoid(raw) / DECAY_TEMPERATURE
 
+    def max_log_decay(self, input_gain: Tensor) -> Tensor:
+        """logsigmoid(decay_bias + sqrt(D) |W_up W_down g|) / 16, (H, P)."""
+        rows = upcast(self.decay_up_proj.weight) @ upcast(self.decay_down_proj.weight)
+        reach = self.projection_reach(rows, input_gain).unflatten(0, (self.num_heads, -1))
+        return F.logsigmoid(self.decay_bias + reach) / DECAY_TEMPERATURE
+
     def scan(
         self,
         v: Tensor,

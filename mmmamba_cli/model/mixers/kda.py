@@ -46,6 +46,12 @@ class KimiDelta(DeltaMixer):
         dt = F.softplus(dt.unflatten(-1, (self.num_heads, -1)) + self.dt_bias)
         return -torch.exp(self.A_log).unsqueeze(-1) * dt
 
+    def max_log_decay(self, input_gain: Tensor) -> Tensor:
+        """-exp(A_log) softplus(dt_bias - sqrt(D) |W_up W_down g|), (H, P)."""
+        rows = upcast(self.dt_up_proj.weight) @ upcast(self.dt_down_proj.weight)
+        reach = self.projection_reach(rows, input_gain).unflatten(0, (self.num_heads, -1))
+        return -torch.exp(self.A_log).unsqueeze(-1) * F.softplus(self.dt_bias - reach)
+
     @staticmethod
     def initial_value(
         name: str, shape: tuple[int, ...], mimic: bool, rng: torch.Generator

@@ -61,7 +61,7 @@ class Mamba2(GatedMixer):
         """The SSD scan (`ops.ssd`)."""
         rates = -torch.exp(self.A_log)
         if not self.input_step:
-            dt = self.step_sizes(hidden).clamp(min=MIN_STEP)
+            dt = self.step_sizes(hidden)
             groups = self.num_heads // self.num_kv_heads
             # The scan multiplies by the step again.
             values = repeat_heads(upcast(v), groups) / dt.unsqueeze(-1)
@@ -94,7 +94,24 @@ class Mamba2(GatedMixer):
 
     def step_sizes(self, hidden: Tensor) -> Tensor:
         """dt, (B, T, H) in fp32."""
-        return F.softplus(upcast(self.dt_proj(hidden)) + self.dt_bias)
+        return self._limited(F.softplus(upcast(self.dt_proj(hidden)) + self.dt_bias))
+
+    def _limited(self, dt: Tensor) -> Tensor:
+        return dt if self.input_step else dt.clamp(min=MIN_STEP)
+
+    def log_decay(self, hidden: Tensor) -> Tensor:
+        """-dt exp(A_log), (B, T, H)."""
+        return -torch.exp(self.A_log) * self.step_sizes(hidden)
+
+    def max_log_decay(self, input_gain: Tensor) -> Tensor:
+        """-exp(A_log) softplus(dt_bias - sqrt(D) |w_dt * g|), (H,)."""
+        raw = self.dt_bias - self.projection_reach(self.dt_proj.weight, input_gain)
+        return -torch.exp(self.A_log) * self._limited(F.softplus(raw))
+
+    def write_strength(self, hidden: Tensor) -> Tensor:
+        """dt, or 1 without the input step."""
+        dt = self.step_sizes(hidden)
+        return dt if self.input_step else torch.ones_like(dt)
 
     def mixing_matrix(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         """Matrix that maps values to read-outs, (B, H, T, T) fp32 (arXiv 2405.21060, section 4).

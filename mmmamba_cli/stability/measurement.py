@@ -1,0 +1,368 @@
+"""All measurements of `mmmamba inspect --stability` on one model and one text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmmamba_cli.architecture import layer_options
+from mmmamba_cli.checkpoint import parse_dtype
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.cache import new_cache
+from mmmamba_cli.model.gated_mixer import GATED_NORM_EPS
+from mmmamba_cli.runs import ResolvedModel, pick_placement
+from mmmamba_cli.runs.manifest import command_line, package_versions, utc_timestamp
+from mmmamba_cli.stability.decay_spectrum import (
+    DecayObserver,
+    DecayTotals,
+    certified_exponents,
+    decaying_layers,
+    layer_specs,
+    observed_mixers,
+    slowest_channel,
+)
+from mmmamba_cli.stability.divergence import (
+    BLOCK_TOKENS,
+    Divergence,
+    count_spikes,
+    divergence,
+    join_divergences,
+    length_slope,
+    spans,
+)
+from mmmamba_cli.stability.perturbation import (
+    disturbed_states,
+    fill_cache,
+    follow_deviation,
+    log_places,
+    predicted_deviation,
+    rounded_randomly,
+)
+from mmmamba_cli.stability.record import (
+    DeviationRecord,
+    HeadDecay,
+    LayerStability,
+    PrecisionRecord,
+    SlopeRecord,
+    SpanDivergence,
+    StabilityRecord,
+    TangentRecord,
+)
+from mmmamba_cli.stability.tangents import lacks_tangents, tangent_growth
+
+# Columns that pass through the models at a time; bounds the memory of the logits.
+CHUNK_TOKENS = 512
+# Tokens that fill the states before they are disturbed.
+WARM_UP_TOKENS = 256
+# The norm of a read-out divides by sqrt(mean square + eps): below this multiple of sqrt(eps), it
+# magnifies errors more than signals.
+LOW_READ_OUT = 10 * GATED_NORM_EPS**0.5
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class StabilityOptions:
+    """What is measured.
+
+    Attributes:
+        against_dtype: dtype whose logits are compared with those of fp32, "bf16" or "fp16".
+        perturb: by how much states are set off, relative to their norm; 0 leaves this out.
+        tangents: number of tangent vectors; 0 leaves them out, which take most of the time.
+        device: as in `ResolvedModel.load`.
+        seed: of the random directions.
+    """
+
+    against_dtype: str = "bf16"
+    perturb: float = 1e-3
+    tangents: int = 0
+    device: str | None = None
+    seed: int = 0
+
+
+def count_passes(options: StabilityOptions) -> int:
+    """How often the text passes through a model, for a progress bar."""
+    return 2 + (4 if options.perturb else 2) + (1 if options.tangents else 0)
+
+
+def measure_stability(
+    resolved: ResolvedModel,
+    ids: Sequence[int],
+    text: str,
+    options: StabilityOptions,
+    advance: Advance = lambda tokens: None,
+) -> StabilityRecord:
+    """Measure a model on the token ids of a text; `text` says what text it is.
+
+    The reference is the model in fp32. `advance` is called with numbers of tokens, in all
+    `count_passes` times those of the text.
+
+    Raises:
+        DataError: a dtype that is not narrower than fp32.
+        CheckpointError: an unknown dtype or damaged tensors.
+    """
+    narrow = parse_dtype(options.against_dtype)
+    if narrow.itemsize >= torch.float32.itemsize:
+        raise DataError(
+            f"--against-dtype is {options.against_dtype}, expected a dtype narrower than fp32",
+            "give bf16 or fp16",
+        )
+    device, _ = pick_placement(options.device, "fp32")
+    reference = resolved.load(device, torch.float32)
+    other = resolved.load(device, narrow)
+    batch = torch.tensor([ids], device=device)
+    with torch.inference_mode():
+        totals, found = _lockstep(reference, other, batch, advance)
+    del other
+    deviations = _deviations(reference, batch, options, narrow, advance)
+    reason, tangents = None, None
+    if options.tangents:
+        reason = lacks_tangents(reference)
+        if reason is None:
+            tangents = measure_tangents(reference, batch, options, advance)
+    return StabilityRecord(
+        name=resolved.name,
+        content_hash=resolved.content_hash,
+        text=text,
+        tokens=len(ids),
+        command=command_line(),
+        created=utc_timestamp(),
+        device=str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        versions=package_versions(),
+        seed=options.seed,
+        layers=_layers(reference, totals, _seeded_exponents(resolved, totals)),
+        low_read_out=LOW_READ_OUT,
+        precision=_precision(found, options.against_dtype),
+        deviations=deviations,
+        tangents=tangents,
+        not_measured=() if reason is None else (reason,),
+    )
+
+
+def _lockstep(
+    reference: HolisticVLM, other: HolisticVLM, ids: Tensor, advance: Advance
+) -> tuple[dict[int, DecayTotals], Divergence]:
+    """Pass a text through both models chunk by chunk: decays of the reference, and differences."""
+    observer = DecayObserver(reference)
+    caches = [(model, new_cache(model.config)) for model in (reference, other)]
+    lengths = torch.tensor([ids.shape[1]], device=ids.device)
+    parts = []
+    with observed_mixers(reference, observer.on_call, observer.on_read_out):
+        for chunk in ids.split(CHUNK_TOKENS, dim=1):
+            here, there = (
+                model(chunk, cache=cache, use_cache=True, prompt_lengths=lengths).logits[0]
+                for model, cache in caches
+            )
+            found = divergence(here, there)
+            parts.append(Divergence(found.kl.cpu(), found.max_abs.cpu(), found.same_top1.cpu()))
+            advance(2 * chunk.shape[1])
+    return observer.totals, join_divergences(parts)
+
+
+def _layers(
+    model: HolisticVLM, totals: dict[int, DecayTotals], starts: dict[int, Tensor]
+) -> tuple[LayerStability, ...]:
+    found = []
+    for layer, spec in enumerate(layer_specs(model)):
+        if layer not in totals:
+            how = spec.forgetting(layer_options(model.config, layer))
+            found.append(LayerStability(layer=layer, mixer=spec.title, decay=None, forgetting=how))
+            continue
+        sums = totals[layer]
+        read_outs = torch.cat(sums.read_out_rms)
+        found.append(
+            LayerStability(
+                layer=layer,
+                mixer=spec.title,
+                decay=spec.decay,
+                heads=_heads(sums, certified_exponents(model, layer), starts.get(layer)),
+                low_read_outs=float((read_outs < LOW_READ_OUT).double().mean()),
+            )
+        )
+    return tuple(found)
+
+
+def _heads(sums: DecayTotals, certified: Tensor, start: Tensor | None) -> tuple[HeadDecay, ...]:
+    read_outs = torch.cat(sums.read_out_rms)
+    columns = {
+        "exponent": slowest_channel(sums.exponents, 0),
+        "certified": slowest_channel(certified, 0),
+        "gain": sums.error_gains,
+        "state_bound": sums.state_bounds,
+        "read_out_median": read_outs.median(0).values,
+        "read_out_smallest": read_outs.amin(0),
+    }
+    if start is not None:
+        columns["start"] = slowest_channel(start, 0)
+    numbers = {name: _finite(values) for name, values in columns.items()}
+    flags = {"is_accumulator": sums.is_accumulator, "is_constant": sums.is_constant}
+    marks = {name: values.tolist() for name, values in flags.items()}
+    heads = len(marks["is_constant"])
+    every = {**numbers, **marks}
+    return tuple(
+        HeadDecay.model_validate({name: values[head] for name, values in every.items()})
+        for head in range(heads)
+    )
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    return [float(value) if torch.isfinite(value) else None for value in values]
+
+
+def _seeded_exponents(resolved: ResolvedModel, totals: dict[int, DecayTotals]) -> dict[int, Tensor]:
+    """log gamma at an input of zeros of the product that a run's product was seeded as.
+
+    With `init: inherit+mimic` that of every token. Empty if the run no longer has that product.
+    """
+    if resolved.origin != "product" or resolved.run is None:
+        return {}
+    run = resolved.run
+    line = [
+        run.product(resolved.name),
+        *(one for _, one in run.ancestors(run.product(resolved.name))),
+    ]
+    seeds = [one for one in line if one.made_by == "seed"]
+    if not seeds or seeds[0].name == resolved.name:
+        return {}
+    model = ResolvedModel(seeds[0].name, run.open_product(seeds[0].name), "product", run).load(
+        "cpu", torch.float32
+    )
+    zeros = torch.zeros(1, 1, model.config.hidden_size)
+    mixers = decaying_layers(model)
+    return {layer: mixers[layer].log_decay(zeros)[0, 0] for layer in totals if layer in mixers}
+
+
+def _precision(found: Divergence, dtype: str) -> PrecisionRecord:
+    slope, spikes = length_slope(found.kl), count_spikes(found)
+    blocks = found.kl.split(BLOCK_TOKENS)
+    return PrecisionRecord(
+        dtype=dtype,
+        spans=tuple(
+            SpanDivergence(
+                begin=begin,
+                end=end,
+                mean_kl=float(found.kl[begin:end].mean()),
+                largest_kl=float(found.kl[begin:end].max()),
+                largest_difference=float(found.max_abs[begin:end].max()),
+                same_top1=float(found.same_top1[begin:end].double().mean()),
+            )
+            for begin, end in spans(len(found.kl))
+        ),
+        slope=None
+        if slope is None
+        else SlopeRecord(value=slope.value, low=slope.low, high=slope.high, blocks=slope.blocks),
+        median_kl=float(found.kl.median()),
+        spikes=spikes.positions,
+        top1_changes=spikes.changes,
+        top1_changes_at_spikes=spikes.changes_at_spikes,
+        block_kl=tuple(float(block.mean()) for block in blocks),
+    )
+
+
+@torch.inference_mode()
+def _deviations(
+    model: HolisticVLM,
+    ids: Tensor,
+    options: StabilityOptions,
+    narrow: torch.dtype,
+    advance: Advance,
+) -> tuple[DeviationRecord, ...]:
+    """Inputs rounded at every token, and states set off once after a quarter of the text."""
+    tokens = ids.shape[1]
+    places = log_places(tokens)
+    embeddings = rounded_randomly(model.model.text_embedding(ids), narrow, options.seed)
+    found = follow_deviation(
+        model, ids, places, other_embeddings=embeddings, chunk_size=CHUNK_TOKENS
+    )
+    advance(2 * tokens)
+    records = [
+        DeviationRecord(
+            what="input",
+            dtype=options.against_dtype,
+            tokens=places,
+            layers=_relative(found.states, found.state_norms),
+            logits=_between(found.logits, places),
+        )
+    ]
+    if not options.perturb:
+        return tuple(records)
+    mixers = decaying_layers(model)
+    if mixers:
+        warm_up = min(WARM_UP_TOKENS, tokens // 4)
+        cache = new_cache(model.config)
+        fill_cache(model, cache, ids[:, :warm_up], tokens, CHUNK_TOKENS)
+        disturbed, deltas = disturbed_states(model, cache, options.perturb, options.seed)
+        places = log_places(tokens - warm_up)
+        found = follow_deviation(
+            model,
+            ids[:, warm_up:],
+            places,
+            reference=cache,
+            disturbed=disturbed,
+            total=tokens,
+            chunk_size=CHUNK_TOKENS,
+        )
+        first = min(mixers)
+        predicted = predicted_deviation(deltas[first], found.log_decays[first])
+        norms = found.state_norms[first]
+        records.append(
+            DeviationRecord(
+                what="state",
+                size=options.perturb,
+                tokens=places,
+                layers=_relative(found.states, found.state_norms),
+                logits=_between(found.logits, places),
+                predicted=tuple((_root_sum(predicted) / _root_sum(norms)).tolist()),
+            )
+        )
+    advance(2 * tokens)
+    return tuple(records)
+
+
+def _relative(states: dict[int, Tensor], norms: dict[int, Tensor]) -> dict[int, tuple[float, ...]]:
+    """|dS| / |S| of each layer over all heads, at each place."""
+    return {
+        layer: tuple((_root_sum(states[layer]) / _root_sum(norms[layer])).tolist())
+        for layer in states
+    }
+
+
+def _root_sum(norms: Tensor) -> Tensor:
+    """The norm over heads, (C, H) to (C,)."""
+    return torch.linalg.vector_norm(norms, dim=-1)
+
+
+def _between(values: Tensor, places: Sequence[int]) -> tuple[float, ...]:
+    """The mean of (T,) values since the place before."""
+    begins = (0, *places[:-1])
+    return tuple(float(values[begin:end].mean()) for begin, end in zip(begins, places, strict=True))
+
+
+def measure_tangents(
+    model: HolisticVLM,
+    ids: Tensor,
+    options: StabilityOptions,
+    advance: Advance = lambda tokens: None,
+) -> TangentRecord:
+    """Exponents of the whole recurrence over both halves of `ids` (1, T), beside those of heads."""
+    growth = tangent_growth(model, ids, options.tangents, seed=options.seed, advance=advance)
+    half = ids.shape[1] // 2
+    cache = new_cache(model.config)
+    largest = []
+    with torch.inference_mode():
+        for part in (ids[:, :half], ids[:, half:]):
+            observer = DecayObserver(model)
+            with observed_mixers(model, observer.on_call):
+                fill_cache(model, cache, part, ids.shape[1], CHUNK_TOKENS)
+            largest.append(max(float(one.exponents.max()) for one in observer.totals.values()))
+    return TangentRecord(
+        vectors=options.tangents,
+        tokens=ids.shape[1],
+        halves=(float(growth.exponents(0, half)[0]), float(growth.exponents(half)[0])),
+        head_exponents=(largest[0], largest[1]),
+        largest_growth=growth.largest_growth,
+    )
