@@ -174,6 +174,7 @@ def test_steps_do_not_depend_on_workers_start_or_processes(pictures: list[Path])
 def test_a_process_without_rows_gets_a_batch_without_tokens(name: str) -> None:
     batch, bad = collator(name).collate([])
     assert not bad and batch.num_samples == batch.num_tokens == 0
-    assert batch.input_ids.shape == (1, 1) and batch.labels.unique().tolist() == [IGNORE_INDEX]
+    assert not batch.attention_mask.any() and batch.input_ids.shape == (1, 1)
+    assert batch.labels.unique().tolist() == [IGNORE_INDEX]
     with torch.no_grad():
         FAMILIES[name].model()(**batch.inputs)
