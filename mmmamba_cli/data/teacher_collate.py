@@ -169,10 +169,12 @@ class TeacherCollator:
         return value[:, : self.max_length] if per_token else value
 
     def _empty(self) -> ModelBatch:
-        """One token of padding, for a process without rows, which takes part in collectives."""
+        """One token that counts nothing, for a process without rows: it takes part in collectives.
+
+        Its inputs are those of a batch of texts.
+        """
         made = self.processor.inputs([EMPTY_TEXT], [[]])
         inputs = {name: value[:, :1] for name, value in made.items()}
-        inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
         labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
         return ModelBatch(inputs=inputs, labels=labels, num_samples=0, num_tokens=0)
 

@@ -85,5 +85,11 @@ class PictureTokens:
 def refused_picture(size: Size, error: Exception) -> DataError:
     """The error of a picture that a processor does not take."""
     width, height = size
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return DataError(f"the processor does not take a picture of {width} x {height} pixels: {first}")
+    return DataError(
+        f"the processor does not take a picture of {width} x {height} pixels: {first_line(error)}"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, or the name of the error without one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

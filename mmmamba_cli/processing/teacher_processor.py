@@ -33,8 +33,10 @@ from mmmamba_cli.processing.chat_template import (
     check_images,
     to_turns,
 )
-from mmmamba_cli.processing.picture_tokens import SIZE_ERRORS, PictureTokens, Size
+from mmmamba_cli.processing.picture_tokens import SIZE_ERRORS, PictureTokens, Size, first_line
 
+# Packages that processors of transformers need and transformers does not.
+OPTIONAL_PACKAGES = ("torchvision", "num2words", "mistral-common")
 # Inputs that a model's forward does not take.
 NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "video_metadata")
 
@@ -165,8 +167,7 @@ class TeacherProcessor:
                 nested = [list(pictures) for pictures in images]
                 made = self.processor(text=list(texts), images=nested, **options)
         except SIZE_ERRORS as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"the processor does not take it: {first}") from error
+            raise DataError(f"the processor does not take it: {first_line(error)}") from error
         return {
             name: torch.as_tensor(value) for name, value in made.items() if name not in NOT_INPUTS
         }
@@ -343,17 +344,16 @@ def open_teacher_processor(folder: Path) -> TeacherProcessor:
     """
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except ImportError as error:
-        packages = [name for name in ("torchvision", "num2words") if name in str(error)]
-        needed = " and ".join(packages) or "a package that is not installed"
+    except Exception as error:
+        # The tokenizers library raises plain `Exception` for an unreadable file.
+        packages = [name for name in OPTIONAL_PACKAGES if name in str(error).lower()]
+        if packages and isinstance(error, ImportError | ValueError):
+            raise CheckpointError(
+                f"the processor of {folder} needs {' and '.join(packages)}",
+                f"pip install {' '.join(packages)}",
+            ) from error
         raise CheckpointError(
-            f"the processor of {folder} needs {needed}",
-            f"pip install {' '.join(packages)}" if packages else str(error).strip(),
-        ) from error
-    except (*SIZE_ERRORS, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"the processor of {folder} cannot be read: {first}",
+            f"the processor of {folder} cannot be read: {first_line(error)}",
             "take preprocessor_config.json, processor_config.json and the tokenizer's files from "
             "where the model came from",
         ) from error

@@ -103,7 +103,7 @@ def test_labels_are_exactly_the_answers_and_the_ends_of_their_turns(
         expected = [f"{before}{answer}{end}" for answer in answers]
         assert masked_texts(family.tokenizer, batch, row) == expected
         labelled = batch.labels[row] != IGNORE_INDEX
-        assert torch.equal(batch.labels[row][labelled], batch.input_ids[row][labelled])
+        assert torch.equal(batch.labels[row][labelled], batch.inputs["input_ids"][row][labelled])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -111,7 +111,7 @@ def test_lengths_are_known_before_pictures_are_decoded(name: str, pictures: list
     make = collator(name)
     encoded = [make.encode(sample) for sample in conversations(name, pictures)]
     batch, _ = make.collate([[each] for each in encoded])
-    assert batch.attention_mask.sum(1).tolist() == [len(each) for each in encoded]
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [len(each) for each in encoded]
     assert batch.num_tokens == sum(map(len, encoded))
     assert batch.num_samples == len(encoded)
 
@@ -174,7 +174,7 @@ def test_steps_do_not_depend_on_workers_start_or_processes(pictures: list[Path])
 def test_a_process_without_rows_gets_a_batch_without_tokens(name: str) -> None:
     batch, bad = collator(name).collate([])
     assert not bad and batch.num_samples == batch.num_tokens == 0
-    assert not batch.attention_mask.any() and batch.input_ids.shape == (1, 1)
+    assert batch.token_mask.tolist() == [[False]]
     assert batch.labels.unique().tolist() == [IGNORE_INDEX]
     with torch.no_grad():
         FAMILIES[name].model()(**batch.inputs)
