@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, BatchFeature, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from mmmamba_cli.chat.chat_model import AnsweringModel, ChatAnswer, drain, load_chat_model
@@ -27,7 +27,7 @@ from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.inference import Settings
 from mmmamba_cli.inference.sampling import eos_ids
 from mmmamba_cli.processing import TextStream, as_id_set
-from mmmamba_cli.processing.images import open_image
+from mmmamba_cli.processing.family_prompts import encode_conversation
 from mmmamba_cli.runs import ResolvedModel, pick_placement
 
 
@@ -91,28 +91,11 @@ class InPlaceChatModel:
             raise DataError(
                 f"{self.name} reads text only", "start again without --image, or use /reset"
             )
-        if self.processor.chat_template is None:
-            raise DataError(
-                f"{self.name} has no chat template, so its answers have no format",
-                "put the chat_template.jinja of its teacher into its folder",
-            )
-        pictures = iter(conversation.pictures)
-        messages = []
-        for message in conversation.messages(self.name):
-            parts = message["content"]
-            if isinstance(parts, str):
-                parts = [{"type": "text", "text": parts}]
-            if self.has_vision:
-                content: Any = [_with_picture(part, pictures) for part in parts]
-            else:
-                content = "".join(part["text"] for part in parts)
-            messages.append({"role": message["role"], "content": content})
-        batch: BatchEncoding | BatchFeature = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
+        batch = encode_conversation(
+            self.processor,
+            conversation.messages(self.name),
+            conversation.pictures,
+            has_vision=self.has_vision,
         )
         device, dtype = self.model.device, self.model.dtype
         return {name: _placed(value, device, dtype) for name, value in batch.items()}
@@ -120,10 +103,6 @@ class InPlaceChatModel:
     def _stop_ids(self) -> frozenset[int]:
         stated = as_id_set(self.model.generation_config.eos_token_id)
         return frozenset(stated | as_id_set(self.tokenizer.eos_token_id))
-
-
-def _with_picture(part: dict[str, Any], pictures: Iterator[Any]) -> dict[str, Any]:
-    return {**part, "image": open_image(next(pictures))} if part["type"] == "image" else part
 
 
 def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

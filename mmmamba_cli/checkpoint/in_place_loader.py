@@ -62,18 +62,15 @@ def load_in_place_processor(checkpoint: InPlaceCheckpoint) -> Any:
     Raises:
         CheckpointError: files that cannot be read, or a library that they need is missing.
     """
-    folder = checkpoint.path
-    config_class = type(checkpoint.config)
-    if checkpoint.is_student:
-        config_class = teacher_config_class(config_class)
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    is_text_only = config_class not in PROCESSOR_MAPPING
-    has_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
-    if not has_tokenizer or not (is_text_only or has_processor):
+    if missing_prompt_files(checkpoint):
         return None
-    kind: Any = AutoTokenizer if is_text_only else PROCESSOR_MAPPING[config_class]
+    folder, config_class = checkpoint.path, _teacher_config_class(checkpoint)
+    is_text_only = not needs_processor(checkpoint)
     try:
-        return kind.from_pretrained(folder)
+        if is_text_only:
+            # The class of the tokenizer depends on the teacher's model_type.
+            return AutoTokenizer.from_pretrained(folder, config=config_class())
+        return PROCESSOR_MAPPING[config_class].from_pretrained(folder)
     except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
         # Video processors need torchvision; some errors do not say so.
         if not is_text_only and find_spec("torchvision") is None:
@@ -86,6 +83,25 @@ def load_in_place_processor(checkpoint: InPlaceCheckpoint) -> Any:
             f"the processor of {folder} cannot be read: {_first(error)}",
             "take its files from where the teacher came from",
         ) from error
+
+
+def missing_prompt_files(checkpoint: InPlaceCheckpoint) -> list[str]:
+    """What a folder does not have for prompts: "tokenizer", or "processor" of pictures."""
+    names = {file.name for file in checkpoint.folder.iterdir()}
+    if names.isdisjoint(TOKENIZER_FILES):
+        return ["tokenizer"]
+    has_processor = not names.isdisjoint(PROCESSOR_FILES)
+    return ["processor"] if needs_processor(checkpoint) and not has_processor else []
+
+
+def needs_processor(checkpoint: InPlaceCheckpoint) -> bool:
+    """Whether prompts of the family are made by a processor, not by a tokenizer alone."""
+    return _teacher_config_class(checkpoint) in PROCESSOR_MAPPING
+
+
+def _teacher_config_class(checkpoint: InPlaceCheckpoint) -> Any:
+    config_class: Any = type(checkpoint.config)
+    return teacher_config_class(config_class) if checkpoint.is_student else config_class
 
 
 @contextmanager

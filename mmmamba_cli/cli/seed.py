@@ -27,7 +27,7 @@ from mmmamba_cli.cli.options import (
     Sets,
     complete_recipes,
 )
-from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.errors import CheckpointError, MmmambaError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -235,6 +235,7 @@ def _in_place_job(
     discard: bool,
 ) -> SeedJob:
     """The seed of a model of transformers, with mixers in the place of its attention."""
+    from mmmamba_cli.checkpoint.in_place_loader import missing_prompt_files
     from mmmamba_cli.seed import seed_in_place, seed_in_place_bytes
     from mmmamba_cli.teachers import bidirectional_warning
 
@@ -242,6 +243,11 @@ def _in_place_job(
     warning = bidirectional_warning(teacher.config)
     if warning is not None:
         print_warning(warning)
+    for name in missing_prompt_files(teacher):
+        print_warning(
+            f"{teacher.path} has no {name}: the student can be loaded and given token ids, but "
+            "neither questions nor pictures"
+        )
     return SeedJob(
         nbytes=nbytes,
         seed=lambda advance: seed_in_place(
@@ -254,7 +260,7 @@ def _in_place_job(
             allow_bidirectional=allow_bidirectional,
             advance=advance,
         ),
-        compare=lambda file: [],
+        compare=lambda file: _in_place_fidelity(run, teacher, file),
     )
 
 
@@ -282,7 +288,6 @@ def _num_student_bytes(teacher: Checkpoint, recipe: Recipe, dtype: Any) -> int:
 
 def _fidelity(run: Run, teacher: Checkpoint, file: Path | None) -> list[LayerFidelity]:
     """Measure the fidelity of each mixer and write it beside the product's weights."""
-    from mmmamba_cli.checkpoint import atomic_write_text
     from mmmamba_cli.runs import open_processor
     from mmmamba_cli.seed import built_in_calibration, measure_fidelity, read_calibration
 
@@ -292,9 +297,44 @@ def _fidelity(run: Run, teacher: Checkpoint, file: Path | None) -> list[LayerFid
         batch = read_calibration(file, processor)
     with progress("comparing mixers", teacher.config.num_hidden_layers, "layers") as advance:
         rows = measure_fidelity(teacher, run.open_product("seed"), batch, advance)
+    _write_fidelity(run, rows)
+    return rows
+
+
+def _in_place_fidelity(
+    run: Run, teacher: InPlaceCheckpoint, file: Path | None
+) -> list[LayerFidelity]:
+    """`_fidelity` of a transformers model; empty with a warning where it cannot be measured."""
+    from mmmamba_cli.checkpoint import InPlaceCheckpoint, load_in_place_processor
+    from mmmamba_cli.devices import OutOfMemory
+    from mmmamba_cli.seed.in_place_fidelity import (
+        in_place_calibration,
+        measure_in_place_fidelity,
+    )
+
+    student = run.open_any_product("seed")
+    assert isinstance(student, InPlaceCheckpoint)
+    try:
+        processor = load_in_place_processor(teacher)
+        if processor is None:
+            return []
+        batches = in_place_calibration(teacher, processor, file)
+        total = len(batches) * (student.num_layers - len(student.attention_layers))
+        with progress("comparing mixers", total, "layers") as advance:
+            rows = measure_in_place_fidelity(teacher, student, batches, advance)
+    except (MmmambaError, OutOfMemory) as error:
+        # The seed is complete.
+        print_warning(f"the mixers were not compared with the teacher: {error}")
+        return []
+    _write_fidelity(run, rows)
+    return rows
+
+
+def _write_fidelity(run: Run, rows: list[LayerFidelity]) -> None:
+    from mmmamba_cli.checkpoint import atomic_write_text
+
     text = json.dumps([vars(row) for row in rows], indent=2) + "\n"
     atomic_write_text(run.product_folder("seed") / "fidelity.json", text)
-    return rows
 
 
 def _print_result(run: Run, manifest: Manifest, rows: list[LayerFidelity], as_json: bool) -> None:

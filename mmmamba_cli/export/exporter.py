@@ -19,6 +19,7 @@ from mmmamba_cli.checkpoint import (
     checked_reader,
 )
 from mmmamba_cli.checkpoint.atomic import check_replaceable
+from mmmamba_cli.checkpoint.in_place_loader import missing_prompt_files
 from mmmamba_cli.checkpoint.name_map import foreign_tensors
 from mmmamba_cli.checkpoint.resolve import check_repository_id
 from mmmamba_cli.checkpoint.writer import MAX_SHARD_BYTES
@@ -28,7 +29,7 @@ from mmmamba_cli.export.model_card import TEACHER_ROLES, CardInfo, card_text, re
 from mmmamba_cli.export.record import CARD_FILE, unrecorded_files, write_record
 from mmmamba_cli.export.sidecar_files import write_sidecar_files
 from mmmamba_cli.export.student_card import student_card_text
-from mmmamba_cli.export.student_files import missing_prompt_files, write_student_files
+from mmmamba_cli.export.student_files import write_student_files
 from mmmamba_cli.export.teacher_licence import find_licence
 from mmmamba_cli.runs.manifest import MANIFEST, manifest_text
 from mmmamba_cli.runs.provenance import Provenance, provenance_of, redact_text

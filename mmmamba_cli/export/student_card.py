@@ -6,6 +6,7 @@ from typing import Any
 
 from mmmamba_cli.architecture import mixer_spec
 from mmmamba_cli.checkpoint import InPlaceCheckpoint
+from mmmamba_cli.checkpoint.in_place_loader import needs_processor
 from mmmamba_cli.export.model_card import (
     CardInfo,
     card_title,
@@ -15,7 +16,6 @@ from mmmamba_cli.export.model_card import (
     run_sections,
 )
 from mmmamba_cli.export.student_code import STUDENT_FILE
-from mmmamba_cli.export.student_files import takes_pictures
 from mmmamba_cli.export.teacher_licence import TeacherLicence
 from mmmamba_cli.runs.provenance import Provenance
 from mmmamba_cli.teachers import bidirectional_warning
@@ -59,7 +59,7 @@ def student_card_text(
 
 
 def _task(checkpoint: InPlaceCheckpoint) -> str:
-    return "image-text-to-text" if takes_pictures(checkpoint) else "text-generation"
+    return "image-text-to-text" if needs_processor(checkpoint) else "text-generation"
 
 
 def _warning(checkpoint: InPlaceCheckpoint) -> list[str]:
@@ -83,7 +83,7 @@ def _licence_section(licence: TeacherLicence) -> list[str]:
 
 
 def _usage_section(checkpoint: InPlaceCheckpoint) -> list[str]:
-    code = _picture_code if takes_pictures(checkpoint) else _text_code
+    code = _picture_code if needs_processor(checkpoint) else _text_code
     auto = auto_classes(type(checkpoint.config))[0].__name__
     return [
         "## Use",

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from mmmamba_cli.checkpoint import SOURCE_CONFIG, InPlaceCheckpoint
 from mmmamba_cli.checkpoint.in_place import CONFIG_FILE, read_config
-from mmmamba_cli.checkpoint.in_place_loader import PROCESSOR_FILES, TOKENIZER_FILES
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export.student_code import student_auto_map, student_code
 from mmmamba_cli.export.teacher_licence import TeacherLicence
 from mmmamba_cli.runs.product import TEACHER_FILES
-from mmmamba_cli.teachers.auto_class import teacher_config_class
 from mmmamba_cli.teachers.tokenizer_class import TOKENIZER_CONFIG, tokenizer_class_name
 
 # Fields about the place that a file was loaded from.
@@ -53,20 +50,6 @@ def write_student_files(
         shutil.copyfile(file, folder / file.name)
     for name, text in student_code(checkpoint.config, checkpoint.plan).items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def missing_prompt_files(checkpoint: InPlaceCheckpoint) -> list[str]:
-    """What a folder does not have for prompts: "tokenizer", or "processor" of pictures."""
-    names = {file.name for file in checkpoint.folder.iterdir()}
-    if names.isdisjoint(TOKENIZER_FILES):
-        return ["tokenizer"]
-    is_processor_needed = takes_pictures(checkpoint) and names.isdisjoint(PROCESSOR_FILES)
-    return ["processor"] if is_processor_needed else []
-
-
-def takes_pictures(checkpoint: InPlaceCheckpoint) -> bool:
-    """Whether prompts of the student's family are made by a processor."""
-    return teacher_config_class(type(checkpoint.config)) in PROCESSOR_MAPPING
 
 
 def _name_tokenizer_class(folder: Path, checkpoint: InPlaceCheckpoint) -> None:

@@ -53,7 +53,7 @@ def built_in_calibration(config: HolisticVLMConfig, processor: Processor | None)
         return _without_tokenizer(config)
     if config.vision is None:
         return _encode(processor, [(text, []) for text in TEXTS])
-    return _encode(processor, [(question, [_drawing()]) for question in QUESTIONS])
+    return _encode(processor, [(question, [calibration_drawing()]) for question in QUESTIONS])
 
 
 def read_calibration(file: Path, processor: Processor | None) -> Calibration:
@@ -63,6 +63,11 @@ def read_calibration(file: Path, processor: Processor | None) -> Calibration:
     """
     if processor is None:
         raise DataError(f"{file} needs a tokenizer to be read", "give --tokenizer FILE")
+    return _encode(processor, read_samples(file))
+
+
+def read_samples(file: Path) -> list[tuple[str, list[Image.Image | Path]]]:
+    """The questions of a JSON Lines file, each with its pictures; see `read_calibration`."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, UnicodeDecodeError) as error:
@@ -70,7 +75,7 @@ def read_calibration(file: Path, processor: Processor | None) -> Calibration:
     samples = [_sample(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not samples:
         raise DataError(f"{file} is empty", 'expected lines like {"question": "..."}')
-    return _encode(processor, samples)
+    return samples
 
 
 def _sample(file: Path, number: int, line: str) -> tuple[str, list[Image.Image | Path]]:
@@ -97,12 +102,12 @@ def _encode(
         else:
             batch = processor.chat(texts)
         return Calibration(batch["input_ids"], batch["attention_mask"], None)
-    talks = [_question(text, len(images)) for text, images in samples]
+    talks = [question_message(text, len(images)) for text, images in samples]
     batch = processor.chat(talks, [images for _, images in samples], max_tiles=1)
     return Calibration(batch["input_ids"], batch["attention_mask"], batch.get("pixel_values"))
 
 
-def _question(text: str, num_images: int) -> list[dict[str, Any]]:
+def question_message(text: str, num_images: int) -> list[dict[str, Any]]:
     """One user message; the text is a separate part, so that `<image>` in it stays text."""
     content = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
@@ -123,7 +128,8 @@ def _without_tokenizer(config: HolisticVLMConfig) -> Calibration:
     return Calibration(ids, torch.ones_like(ids), pixels)
 
 
-def _drawing() -> Image.Image:
+def calibration_drawing() -> Image.Image:
+    """A drawing of three coloured shapes, 448 pixels wide and high."""
     picture = Image.new("RGB", (448, 448), "white")
     draw = ImageDraw.Draw(picture)
     draw.rectangle((40, 60, 180, 200), fill="red")
