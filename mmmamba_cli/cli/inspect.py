@@ -41,7 +41,7 @@ from mmmamba_cli.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmmamba_cli.checkpoint import Checkpoint
+    from mmmamba_cli.checkpoint import AnyCheckpoint
     from mmmamba_cli.inspection import CheckpointSummary, MemoryEstimate, TensorDifference
 
 NUMBER_COLUMNS = ("layers", "tensors", "parameters", "size")
@@ -96,9 +96,10 @@ def command(
 ) -> None:
     """Print layers, parameters and memory of any checkpoint.
 
-    Memory is that at a context length. Reads only headers, except with --against. GGUF files and
-    PyTorch state dicts take some seconds longer, because torch opens them. With --stability, it
-    loads the model and prints decays, certificates and precision over the length of a text instead.
+    Memory is that at a context length. Reads only headers, except with --against. GGUF files,
+    PyTorch state dicts and models of transformers' classes take some seconds longer, because torch
+    opens them. With --stability, it loads the model and prints decays, certificates and precision
+    over the length of a text instead.
     """
     request = StabilityRequest(
         text, data, token_count, against_dtype, perturb, tangents, device, out_folder
@@ -108,17 +109,25 @@ def command(
         show_stability(run, name, request, as_json)
         return
     request.check_unused()
+    from mmmamba_cli.checkpoint import InPlaceCheckpoint
     from mmmamba_cli.inspection import DEFAULT_CONTEXT, describe, memory_of_checkpoint
     from mmmamba_cli.runs import Run, resolve_model
 
     tokens = DEFAULT_CONTEXT if context is None else _single_length(context)
     target = Run(run)
     found = resolve_model(target, name or target.record.current)
-    summary = describe(found.checkpoint)
-    memory = memory_of_checkpoint(found.name, found.checkpoint, tokens, dtype)
+    if isinstance(found.opened, InPlaceCheckpoint):
+        # Reads transformers' config, which needs torch.
+        from mmmamba_cli.inspection.in_place_summary import describe_in_place, memory_of_in_place
+
+        summary = describe_in_place(found.opened)
+        memory = memory_of_in_place(found.name, found.opened, tokens, dtype)
+    else:
+        summary = describe(found.opened)
+        memory = memory_of_checkpoint(found.name, found.opened, tokens, dtype)
     differences = None
     if against is not None:
-        differences = _compare(found.checkpoint, resolve_model(target, against).checkpoint)
+        differences = _compare(found.opened, resolve_model(target, against).opened)
     if as_json:
         record: dict[str, Any] = {
             "name": found.name,
@@ -155,7 +164,7 @@ def _single_length(text: str) -> int:
     return found[0]
 
 
-def _compare(here: Checkpoint, there: Checkpoint) -> list[TensorDifference]:
+def _compare(here: AnyCheckpoint, there: AnyCheckpoint) -> list[TensorDifference]:
     from mmmamba_cli.inspection import compare
 
     total = len({*here.shapes, *there.shapes})
@@ -241,6 +250,8 @@ def _vision(summary: CheckpointSummary) -> str:
     vision = summary.vision
     if vision is None:
         return "none, text only"
+    if "model_type" in vision:
+        return f"tower {vision['model_type']}"
     return (
         f"tiles of {vision['image_size']} pixels, patches of {vision['patch_size']}, "
         f"pixel shuffle {vision['pixel_shuffle']}"

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from mmmamba_cli.checkpoint import SOURCE_CONFIG, InPlaceCheckpoint
-from mmmamba_cli.checkpoint.in_place import CONFIG_FILE, read_config
+from mmmamba_cli.checkpoint.in_place import CONFIG_FILE
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export.student_code import student_auto_map, student_code
 from mmmamba_cli.export.teacher_licence import TeacherLicence
+from mmmamba_cli.runs.in_place_product import name_tokenizer_class
 from mmmamba_cli.runs.product import TEACHER_FILES
-from mmmamba_cli.teachers.tokenizer_class import TOKENIZER_CONFIG, tokenizer_class_name
 
 # Fields about the place that a file was loaded from.
 LOCAL_FIELDS = frozenset(
@@ -45,26 +45,11 @@ def write_student_files(
             _copy(file, folder / file.name)
     if (checkpoint.folder / SOURCE_CONFIG).is_file():
         _copy(checkpoint.folder / SOURCE_CONFIG, folder / SOURCE_CONFIG)
-    _name_tokenizer_class(folder, checkpoint)
+    name_tokenizer_class(folder, checkpoint)
     for file in licence.files:
         shutil.copyfile(file, folder / file.name)
     for name, text in student_code(checkpoint.config, checkpoint.plan).items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def _name_tokenizer_class(folder: Path, checkpoint: InPlaceCheckpoint) -> None:
-    """Write the class that the teacher's tokenizer gets into tokenizer_config.json."""
-    try:
-        name = tokenizer_class_name(folder, checkpoint.config)
-    except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"the tokenizer of {checkpoint.path} cannot be read: {first:.200}",
-            "take its files from where the teacher came from",
-        ) from error
-    if name is not None:
-        file = folder / TOKENIZER_CONFIG
-        _write_json(file, {**read_config(file), "tokenizer_class": name})
 
 
 def _copy(file: Path, target: Path) -> None:

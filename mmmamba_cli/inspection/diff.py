@@ -1,4 +1,7 @@
-"""Comparison of two checkpoints, tensor by tensor, by the names of mmmamba's layout."""
+"""Comparison of two checkpoints, tensor by tensor, by the names of mmmamba's layout.
+
+Models of transformers' classes are compared by their names on disk.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmmamba_cli.checkpoint import Checkpoint
+from mmmamba_cli.checkpoint import AnyCheckpoint
 
 Status = Literal["equal", "rounded", "changed", "other shape", "only here", "only there"]
 EQUAL: Status = "equal"
@@ -52,7 +55,7 @@ class DifferenceGroup:
 
 
 def compare(
-    here: Checkpoint, there: Checkpoint, advance: Callable[[int], None] | None = None
+    here: AnyCheckpoint, there: AnyCheckpoint, advance: Callable[[int], None] | None = None
 ) -> list[TensorDifference]:
     """Compare every tensor of both; `advance` is called with 1 after each tensor."""
     ours, theirs = here.shapes, there.shapes
@@ -64,7 +67,7 @@ def compare(
     return found
 
 
-def _compare_name(here: Checkpoint, there: Checkpoint, name: str) -> TensorDifference:
+def _compare_name(here: AnyCheckpoint, there: AnyCheckpoint, name: str) -> TensorDifference:
     if name not in there:
         return TensorDifference(name, ONLY_HERE)
     if name not in here:
@@ -113,8 +116,8 @@ def group_by_layer(differences: Iterable[TensorDifference]) -> list[DifferenceGr
     rows: dict[tuple[str, Status], list[tuple[int | None, TensorDifference]]] = {}
     for found in differences:
         words, layer = found.name.split("."), None
-        if words[:2] == ["model", "layers"]:
-            layer, words[2] = int(words[2]), "*"
+        if "layers" in words[:-1] and words[place := words.index("layers") + 1].isdecimal():
+            layer, words[place] = int(words[place]), "*"
         rows.setdefault((".".join(words), found.status), []).append((layer, found))
     return [
         DifferenceGroup(

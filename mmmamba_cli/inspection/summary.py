@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,10 +11,12 @@ from mmmamba_cli.architecture import (
     ATTENTION,
     LINEAR,
     Architecture,
+    MixerConfig,
     mixer_spec,
     slow_decoding_reason,
 )
 from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, Checkpoint, hovle, llama_family, mmmamba_hf
+from mmmamba_cli.checkpoint.tensor_source import TensorSource
 from mmmamba_cli.recipe import plan_kind
 
 EMBEDDING, LANGUAGE = "embedding", "language"
@@ -118,11 +120,6 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
     config = checkpoint.architecture
     parts = parts_of(checkpoint)
     source = checkpoint.source
-    dtypes: dict[str, tuple[int, int]] = {}
-    for name in source.names:
-        info = source.info(name)
-        tensors, nbytes = dtypes.get(info.dtype_name, (0, 0))
-        dtypes[info.dtype_name] = (tensors + 1, nbytes + info.nbytes)
     tokenizer = checkpoint.tokenizer_file
     return CheckpointSummary(
         path=str(checkpoint.path),
@@ -139,10 +136,10 @@ def describe(checkpoint: Checkpoint) -> CheckpointSummary:
         vocab_size=config.vocab_size,
         parameters=sum(part.parameters for part in parts if part.name != UNUSED),
         parts=parts,
-        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
+        dtypes=count_dtypes(source),
         tokenizer=None if tokenizer is None else tokenizer.name,
         vision=None if config.vision is None else dict(config.vision),
-        mixer=_mixer_options(config),
+        mixer=options_read(config.mixer_names, config.mixer_config),
         assumed=checkpoint.assumed,
     )
 
@@ -174,11 +171,21 @@ def mixers_of(config: Architecture) -> tuple[MixerSummary, ...]:
     )
 
 
-def _mixer_options(config: Architecture) -> dict[str, object]:
-    """The options that the mixers of the linear layers read."""
-    specs = {mixer_spec(name) for name in config.mixer_names}
+def options_read(mixers: Sequence[str], options: MixerConfig) -> dict[str, object]:
+    """The options that the linear ones of `mixers` read."""
+    specs = {mixer_spec(name) for name in mixers}
     read = {option for spec in specs if spec.layer_type == LINEAR for option in spec.options}
-    return {name: value for name, value in vars(config.mixer_config).items() if name in read}
+    return {name: value for name, value in vars(options).items() if name in read}
+
+
+def count_dtypes(source: TensorSource) -> dict[str, tuple[int, int]]:
+    """Number of tensors and bytes of each dtype, most bytes first."""
+    dtypes: dict[str, tuple[int, int]] = {}
+    for name in source.names:
+        info = source.info(name)
+        tensors, nbytes = dtypes.get(info.dtype_name, (0, 0))
+        dtypes[info.dtype_name] = (tensors + 1, nbytes + info.nbytes)
+    return dict(sorted(dtypes.items(), key=lambda item: -item[1][1]))
 
 
 def stacks_of(config: Architecture) -> tuple[StackSummary, ...]:

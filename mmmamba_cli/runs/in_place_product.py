@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 
 from mmmamba_cli.checkpoint import SOURCE_CONFIG, InPlaceCheckpoint, TensorInfo
+from mmmamba_cli.checkpoint.checkpoint import read_config
 from mmmamba_cli.checkpoint.in_place import with_dtype
+from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.runs.product import TEACHER_FILES, ProductModel
 from mmmamba_cli.teachers import ExpectedTensor, StudentPlan, student_tensors
+from mmmamba_cli.teachers.tokenizer_class import TOKENIZER_CONFIG, tokenizer_class_name
 
 
 def new_tensors(config: Any) -> dict[str, ExpectedTensor]:
@@ -78,3 +82,29 @@ def _write_files(folder: Path, config: Any, origin: InPlaceCheckpoint) -> None:
     for file in sorted(origin.folder.iterdir()):
         if file.is_file() and any(fnmatchcase(file.name, one) for one in TEACHER_FILES):
             shutil.copyfile(file, folder / file.name)
+    # A tokenizer that cannot be read is no reason to refuse the weights: `chat` names its fault.
+    with suppress(CheckpointError):
+        name_tokenizer_class(folder, origin)
+
+
+def name_tokenizer_class(folder: Path, origin: InPlaceCheckpoint) -> None:
+    """Write the class that the teacher's tokenizer gets into tokenizer_config.json of `folder`.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read.
+    """
+    try:
+        name = tokenizer_class_name(folder, origin.config)
+    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"the tokenizer of {origin.path} cannot be read: {first:.200}",
+            "take its files from where the teacher came from",
+        ) from error
+    if name is None:
+        return
+    file = folder / TOKENIZER_CONFIG
+    values = read_config(file)
+    if values.get("tokenizer_class") != name:
+        text = json.dumps({**values, "tokenizer_class": name}, indent=2, ensure_ascii=False)
+        file.write_text(f"{text}\n", encoding="utf-8")
