@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.data import IGNORE_INDEX, Batch
-from mmmamba_cli.distill.layer_losses import prepare_prompt
-from mmmamba_cli.distill.teacher_student import TeacherStudent
+from mmmamba_cli.data import IGNORE_INDEX
+from mmmamba_cli.distill.model_pair import AnyBatch, ModelPair
 from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.recipe import KL
 
@@ -43,7 +42,7 @@ class LogitsKL:
     def depends_on_part_of(self, name: str) -> bool:
         return False
 
-    def count_units(self, pair: TeacherStudent, batch: Batch) -> Tensor:
+    def count_units(self, pair: ModelPair, batch: AnyBatch) -> Tensor:
         paper = self.settings.reduction == "paper"
         scored = batch.num_samples if paper else int(self.score_mask(batch).sum())
         units = [scored, int((shift_labels(batch) != IGNORE_INDEX).sum())]
@@ -54,33 +53,31 @@ class LogitsKL:
         parts = torch.tensor([1 - share, share], dtype=torch.float64)[: len(self.terms)]
         return self.scale * parts / units.clamp(min=1)
 
-    def score_mask(self, batch: Batch) -> Tensor:
+    def score_mask(self, batch: AnyBatch) -> Tensor:
         """(B, T) bool mask of the columns whose predictions are compared.
 
         `all`: every column that is not padding; `answer`: columns that predict an answer token.
         """
         if self.settings.mask == "answer" and self.settings.reduction == "token":
             return shift_labels(batch) != IGNORE_INDEX
-        if batch.attention_mask is None:
-            return torch.ones_like(batch.input_ids, dtype=torch.bool)
-        return batch.attention_mask.bool()
+        return batch.token_mask
 
-    def loss_sums(self, pair: TeacherStudent, batch: Batch, weights: Tensor | None) -> Tensor:
+    def loss_sums(self, pair: ModelPair, batch: AnyBatch, weights: Tensor | None) -> Tensor:
         needs_grad = weights is not None
         targets = shift_labels(batch)
         chosen = self.score_mask(batch)
         if len(self.terms) > 1:
             chosen = chosen | (targets != IGNORE_INDEX)
-        prompt = prepare_prompt(pair, batch)
+        prepared = pair.prepare(batch)
         with pair.autocast():
             with torch.no_grad():
-                teacher_hidden = pair.teacher.model.forward_prepared(prompt)[chosen]
+                teacher_hidden = pair.last_hidden(pair.teacher, prepared)[chosen]
             with torch.set_grad_enabled(needs_grad):
-                student_hidden = pair.student.model.forward_prepared(prompt)[chosen]
+                student_hidden = pair.last_hidden(pair.student, prepared)[chosen]
         in_kl = self.score_mask(batch)[chosen]
         total = torch.zeros(len(self.terms), dtype=torch.float64)
         gradient = torch.zeros_like(student_hidden) if needs_grad else None
-        chunk = max(1, LOGITS_PER_CHUNK // pair.student.lm_head.out_features)
+        chunk = max(1, LOGITS_PER_CHUNK // pair.lm_head.out_features)
         for start in range(0, student_hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             leaf = student_hidden[part].detach().requires_grad_(needs_grad)
@@ -100,7 +97,7 @@ class LogitsKL:
 
     def _chunk_sums(
         self,
-        pair: TeacherStudent,
+        pair: ModelPair,
         teacher_hidden: Tensor,
         student_hidden: Tensor,
         targets: Tensor,
@@ -108,8 +105,8 @@ class LogitsKL:
     ) -> Tensor:
         """Sum each term over (N, D) hidden states; the (N,) mask `in_kl` limits the KL."""
         with torch.no_grad():
-            teacher_logits = upcast(pair.teacher.lm_head(teacher_hidden))
-        student_logits = upcast(pair.student.lm_head(student_hidden))
+            teacher_logits = upcast(pair.logits(pair.teacher, teacher_hidden))
+        student_logits = upcast(pair.logits(pair.student, student_hidden))
         settings = self.settings
         kl = divergence(teacher_logits, student_logits, settings.direction, settings.temperature)
         sums = [(kl * in_kl).sum()]
@@ -143,7 +140,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
 
 
-def shift_labels(batch: Batch) -> Tensor:
+def shift_labels(batch: AnyBatch) -> Tensor:
     """(B, T) labels shifted left: the answer token that each column predicts, else IGNORE_INDEX."""
     targets = torch.full_like(batch.labels, IGNORE_INDEX)
     targets[:, :-1] = batch.labels[:, 1:]

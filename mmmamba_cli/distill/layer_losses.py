@@ -7,7 +7,7 @@ hidden state. Legend: B batch, T columns, D hidden size, H heads, P head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from mmmamba_cli.architecture import MixerSpec
 from mmmamba_cli.data import Batch
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.model.block import Block
-from mmmamba_cli.model.prepared_inputs import PreparedInputs, describe_tiles
+from mmmamba_cli.model.prepared_inputs import PreparedInputs
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops.backends import upcast
 
@@ -108,7 +108,7 @@ class LayerwiseLoss:
 
     def loss_sums(self, pair: TeacherStudent, batch: Batch, weights: Tensor | None) -> Tensor:
         source = pair.teacher.model if self.inputs == "teacher" else pair.student.model
-        prompt = prepare_prompt(pair, batch)
+        prompt = pair.prepare(batch)
         losses: list[Tensor] = []
         with torch.no_grad(), pair.autocast():
             hidden = source.embed(prompt)
@@ -150,29 +150,12 @@ class LayerwiseLoss:
         return loss.detach(), teacher_mixed if self.inputs == "teacher" else student_mixed.detach()
 
 
-def prepare_prompt(pair: TeacherStudent, batch: Batch) -> PreparedInputs:
-    """Embed and lay out a batch; the result is the same for teacher and student."""
-    prompt = pair.teacher.model.prepare(
-        batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
-    )
-    prompt = describe_tiles(pair.student.config, prompt)
-    if batch.varlen is None:
-        return prompt
-    embedding = prompt.embedding_layout
-    # Where patches replace image tokens, the embedding stack has its own columns.
-    if embedding is not None and prompt.expansion is None:
-        embedding = replace(embedding, precomputed_varlen=batch.varlen)
-    language = replace(prompt.language_layout, precomputed_varlen=batch.varlen)
-    return replace(prompt, embedding_layout=embedding, language_layout=language)
-
-
 def count_stack_tokens(pair: TeacherStudent, batch: Batch) -> tuple[int, int]:
     """Count the columns, without padding, of the embedding stack and of the language stack.
 
     Pass the batch on the CPU: counting on a GPU synchronizes.
     """
-    mask, ids = batch.attention_mask, batch.input_ids
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    ids, real = batch.input_ids, batch.token_mask
     tokens = int(real.sum())
     vision, pixels = pair.teacher.config.vision_config, batch.pixel_values
     has_pixels = pixels is not None and pixels.shape[0] > 0
@@ -198,10 +181,10 @@ class MatrixOrientation:
     """
 
     def depends_on(self, name: str, mixer: MixerSpec) -> bool:
-        return _in_mixer(name, mixer.matrix_parameters)
+        return in_mixer(name, mixer.matrix_parameters)
 
     def depends_on_part_of(self, name: str, mixer: MixerSpec) -> bool:
-        return _in_mixer(name, mixer.partial_matrix_parameters)
+        return in_mixer(name, mixer.partial_matrix_parameters)
 
     def units_per_token(self, block: Block) -> int:
         return block.mixer.num_heads
@@ -268,6 +251,9 @@ class HiddenAlignment:
         return layer.masked_sum(difference.square()), teacher_mixed, student_mixed
 
 
-def _in_mixer(name: str, parameters: tuple[str, ...]) -> bool:
-    """Whether `name` within a block is one of the mixer's `parameters`, or inside of one."""
-    return any(f"{name}.".startswith(f"mixer.{parameter}.") for parameter in parameters)
+def in_mixer(name: str, parameters: tuple[str, ...], part: str = "mixer") -> bool:
+    """Whether `name` within a layer is one of the mixer's `parameters`, or inside of one.
+
+    `part` is the name of the mixer in the layer.
+    """
+    return any(f"{name}.".startswith(f"{part}.{parameter}.") for parameter in parameters)

@@ -8,14 +8,20 @@ whatever the split into micro batches and processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from mmmamba_cli.architecture import mixer_spec, parameter_shapes
-from mmmamba_cli.data import Batch
+from mmmamba_cli.distill.in_place_losses import (
+    HookedHiddenAlignment,
+    HookedLayerLoss,
+    HookedLoss,
+    HookedMatrixOrientation,
+    HookedMixerMSE,
+)
 from mmmamba_cli.distill.kl_loss import LogitsKL
 from mmmamba_cli.distill.layer_losses import (
     HiddenAlignment,
@@ -24,9 +30,9 @@ from mmmamba_cli.distill.layer_losses import (
     MatrixOrientation,
     MixerMSE,
 )
-from mmmamba_cli.distill.teacher_student import TeacherStudent
+from mmmamba_cli.distill.student_layers import StudentLayers, holistic_layers
 from mmmamba_cli.errors import RecipeError
-from mmmamba_cli.model import LINEAR, HolisticVLMConfig
+from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.recipe import KL, Stage
 
 LAYER_LOSSES: dict[str, LayerLoss] = {
@@ -34,10 +40,15 @@ LAYER_LOSSES: dict[str, LayerLoss] = {
     "matrix-orientation": MatrixOrientation(),
     "hidden-alignment": HiddenAlignment(),
 }
+HOOKED_LOSSES: dict[str, HookedLoss] = {
+    "mixer-mse": HookedMixerMSE(),
+    "matrix-orientation": HookedMatrixOrientation(),
+    "hidden-alignment": HookedHiddenAlignment(),
+}
 
 
 class Objective(Protocol):
-    """A loss over micro batches."""
+    """A loss over micro batches of one kind of models, with their pair and batches."""
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -60,7 +71,7 @@ class Objective(Protocol):
         """
         ...
 
-    def count_units(self, pair: TeacherStudent, batch: Batch) -> Tensor:
+    def count_units(self, pair: Any, batch: Any) -> Tensor:
         """Count the units of each term in a micro batch: (terms,) float64 on the CPU.
 
         The batch may be on the CPU.
@@ -71,7 +82,7 @@ class Objective(Protocol):
         """Weight of each term, (terms,), given the units of the global batch."""
         ...
 
-    def loss_sums(self, pair: TeacherStudent, batch: Batch, weights: Tensor | None) -> Tensor:
+    def loss_sums(self, pair: Any, batch: Any, weights: Tensor | None) -> Tensor:
         """Sum each term over a micro batch: (terms,) float64 on the CPU.
 
         With `weights`, run the backward pass of the weighted sum too, adding to the gradients.
@@ -90,40 +101,82 @@ def build_objective(stage: Stage, config: HolisticVLMConfig, trainable: Sequence
     """
     if stage.loss == "kl":
         return LogitsKL(stage.kl or KL(), stage.loss_scale)
-    owners = {int(n.split(".")[2]) for n in trainable if n.startswith("model.layers.")}
-    linear = {i for i, kind in enumerate(config.layer_types) if kind == LINEAR}
-    layers = tuple(sorted(owners & linear))
+    student = holistic_layers(config)
+    mixers = tuple(mixer_spec(name) for name in config.mixer_names)
+    objective = LayerwiseLoss(
+        LAYER_LOSSES[stage.loss],
+        _layers_that_learn(stage, student, trainable),
+        stage.inputs,
+        stage.loss_scale,
+        mixers,
+    )
+    _check_reached(stage, objective, trainable, student, tuple(parameter_shapes(config)))
+    return objective
+
+
+def build_in_place_objective(
+    stage: Stage, student: StudentLayers, names: Collection[str], trainable: Sequence[str]
+) -> Objective:
+    """`build_objective` for a student of a transformers model with the parameters `names`."""
+    if stage.loss == "kl":
+        return LogitsKL(stage.kl or KL(), stage.loss_scale)
+    objective = HookedLayerLoss(
+        HOOKED_LOSSES[stage.loss],
+        _layers_that_learn(stage, student, trainable),
+        stage.inputs,
+        stage.loss_scale,
+        student,
+    )
+    _check_reached(stage, objective, trainable, student, names)
+    return objective
+
+
+def _layers_that_learn(
+    stage: Stage, student: StudentLayers, trainable: Sequence[str]
+) -> tuple[int, ...]:
+    """Linear layers with a trainable parameter. Raises `RecipeError` if there is none."""
+    owners = {student.layer_part(name)[0] for name in trainable}
+    layers = tuple(layer for layer in student.linear if layer in owners)
     if not layers:
         raise RecipeError(
             f"stages.{stage.name}.learns: no linear layer learns, and loss {stage.loss} is one of "
             "linear layers",
             "name parameters of their mixers, or take loss: kl",
         )
-    mixers = tuple(mixer_spec(name) for name in config.mixer_names)
-    objective = LayerwiseLoss(
-        LAYER_LOSSES[stage.loss], layers, stage.inputs, stage.loss_scale, mixers
-    )
+    return layers
+
+
+def _check_reached(
+    stage: Stage,
+    objective: Objective,
+    trainable: Sequence[str],
+    student: StudentLayers,
+    names: Collection[str],
+) -> None:
+    """Raise `RecipeError` if the loss does not depend on a trainable parameter."""
     unreached = [name for name in trainable if not objective.depends_on(name)]
     if unreached:
         others = f" and {len(unreached) - 1} more" if len(unreached) > 1 else ""
         raise RecipeError(
             f"stages.{stage.name}.learns: loss {stage.loss} does not depend on "
             f"{unreached[0]}{others}; weight decay alone would change them",
-            _suggest_learns(stage, objective, trainable, config),
+            _suggest_learns(stage, objective, trainable, student, names),
         )
-    return objective
 
 
 def _suggest_learns(
-    stage: Stage, objective: LayerwiseLoss, trainable: Sequence[str], config: HolisticVLMConfig
+    stage: Stage,
+    objective: Objective,
+    trainable: Sequence[str],
+    student: StudentLayers,
+    names: Collection[str],
 ) -> str:
     """The `--set` option that restricts `learns` to the parameters the loss depends on."""
     reached = {name for name in trainable if objective.depends_on(name)}
-    names = tuple(parameter_shapes(config))
     listed = set()
     for name in reached:
         # In a hybrid, a pattern over all layers would also match the projections of attention.
-        pattern = f"*.{'.'.join(name.split('.')[3:])}"
+        pattern = f"*.{student.layer_part(name)[1]}"
         matched = {other for other in names if fnmatchcase(other, pattern)}
         listed.add(pattern if matched <= reached else name)
     return f"--set 'stages.{stage.name}.learns=[{', '.join(sorted(listed))}]'"

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mmmamba_cli.architecture import LINEAR, mixer_spec
 from mmmamba_cli.distill.stage_attempt import DistillOptions, OverwriteLog, command_digest
+from mmmamba_cli.distill.stage_models import seeded_mixers
 from mmmamba_cli.distill.stage_runner import (
     TRAINING_FOLDER,
     StageCallbacks,
@@ -193,23 +194,23 @@ def check_mixers(run: Run, recipe: Recipe, product: Manifest) -> None:
         RecipeError: a layer with another mixer, a layer of the recipe that the product lacks, or
             another value of an option that the product's mixers read.
     """
-    config = run.open_product(product.name).architecture
-    mixers = layer_mixers(recipe.mixer.kind, recipe.layers.mixers, config.num_hidden_layers)
-    for layer, (wanted, found) in enumerate(zip(mixers, config.mixer_names, strict=True)):
-        if layer not in config.attention_layers and wanted != found:
+    seeded, options = seeded_mixers(run.open_any_product(product.name))
+    specs = [mixer_spec(name) for name in seeded]
+    mixers = layer_mixers(recipe.mixer.kind, recipe.layers.mixers, len(seeded))
+    for layer, (wanted, found) in enumerate(zip(mixers, seeded, strict=True)):
+        if specs[layer].layer_type == LINEAR and wanted != found:
             raise RecipeError(
                 f"the recipe gives layer {layer} the mixer {wanted}, but in {product.name!r} it "
                 f"has {found}",
                 "seed another --run with this recipe, or give mixer.kind and layers.mixers as "
                 "they were at seeding",
             )
-    wanted_options, options = mixer_options(recipe.mixer), config.mixer_config
-    specs = map(mixer_spec, config.mixer_names)
+    wanted_options = mixer_options(recipe.mixer)
     for option in sorted({o for spec in specs if spec.layer_type == LINEAR for o in spec.options}):
-        value, seeded = getattr(wanted_options, option), getattr(options, option)
-        if value != seeded:
+        value, at_seeding = getattr(wanted_options, option), getattr(options, option)
+        if value != at_seeding:
             raise RecipeError(
-                f"mixer.{option}: is {value}, but {product.name!r} was seeded with {seeded}",
+                f"mixer.{option}: is {value}, but {product.name!r} was seeded with {at_seeding}",
                 "seed another --run with this recipe, or give the option as it was at seeding",
             )
 

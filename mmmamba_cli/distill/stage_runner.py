@@ -6,16 +6,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from mmmamba_cli.architecture import parameter_shapes
-from mmmamba_cli.checkpoint import Checkpoint, atomic_folder, atomic_write_text
-from mmmamba_cli.data import HELD_OUT, StepLoader, open_corpus
+from mmmamba_cli.checkpoint import AnyCheckpoint, atomic_folder, atomic_write_text
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row, plot_losses, read_metrics
-from mmmamba_cli.distill.objective import build_objective
 from mmmamba_cli.distill.optimiser import full_tensor
 from mmmamba_cli.distill.stage_attempt import (
     ATTEMPT_FILE,
@@ -26,14 +22,9 @@ from mmmamba_cli.distill.stage_attempt import (
     StageRequest,
     plan_stage,
 )
-from mmmamba_cli.distill.teacher_student import load_teacher_student
-from mmmamba_cli.distill.trainable import (
-    attach_lora,
-    is_adapter,
-    lora_deltas,
-    lora_weight_names,
-    trainable_names,
-)
+from mmmamba_cli.distill.stage_loaders import build_loaders
+from mmmamba_cli.distill.stage_models import StageModels, open_stage_models, trainable_of
+from mmmamba_cli.distill.trainable import attach_lora, is_adapter, lora_deltas
 from mmmamba_cli.distill.trainer import (
     StepCallback,
     StepResult,
@@ -43,15 +34,13 @@ from mmmamba_cli.distill.trainer import (
 )
 from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFolder, stage_settings
 from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
-from mmmamba_cli.errors import CheckpointError, RunError
-from mmmamba_cli.recipe import Recipe, Stage, dump_recipe, stage_data
+from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
 from mmmamba_cli.runs import (
     Manifest,
     Parent,
     ProductSpec,
     Run,
-    holistic_model,
-    open_processor,
     write_product,
 )
 from mmmamba_cli.runs.product import check_product_folder
@@ -94,7 +83,7 @@ class _StageOutput:
 
     name: str
     parent: Manifest
-    student: Checkpoint
+    models: StageModels
     plan: StagePlan
     job: TrainingJob
     progress: Progress
@@ -156,21 +145,17 @@ def _train_stage(
     """Check everything a stage needs, load both models, and train."""
     run, recipe, world, callbacks = context.run, context.recipe, context.world, context.callbacks
     stage, parent = request.stage, request.parent
-    teacher, student = run.open_teacher(context.options.teacher), run.open_product(parent.name)
-    names = parameter_shapes(student.config)
-    trainable = trainable_names(stage, student.config, names)
-    lora_weights = lora_weight_names(stage, trainable, names)
-    objective = build_objective(stage, student.config, trainable)
-    loader, held_out = _build_loaders(student, recipe, stage, world)
-    world.run_on_main(lambda: _verify_hashes(run, teacher, parent, callbacks))
+    models = open_stage_models(run, parent.name, context.options.teacher)
+    trainable, lora_weights = trainable_of(models, stage)
+    objective = models.objective(stage, trainable)
+    loader, held_out = build_loaders(models.student, recipe, stage, world)
+    world.run_on_main(lambda: _verify_hashes(run, models.teacher, parent, callbacks))
     if plan.overwrite:
         # Before training, although the new product replaces the folder only afterwards.
         world.run_on_main(lambda: check_product_folder(run.product_folder(request.name)))
     world.run_on_main(lambda: _start_attempt(states, plan))
     callbacks.log(f"loading teacher and student ({len(trainable)} tensors learn)")
-    pair = load_teacher_student(
-        teacher,
-        student,
+    pair = models.load(
         [name for name in trainable if name not in lora_weights],
         product_dtype=getattr(torch, parent.dtype),
         precision=stage.precision,
@@ -181,8 +166,7 @@ def _train_stage(
         pair = attach_lora(pair, stage.lora, lora_weights)
     callbacks.on_stage_begin(stage, pair.trainable_parameters(), plan.progress)
     methods = ("mix", "mixing_matrix") if objective.layer_local else ()
-    mixers = [cast(torch.nn.Module, block.mixer) for block in pair.student.model.blocks]
-    shard_mixers(mixers, world, methods)
+    shard_mixers(pair.mixers, world, methods)
     job = TrainingJob(
         stage=stage,
         pair=pair,
@@ -196,11 +180,11 @@ def _train_stage(
         settings=request.settings,
     )
     progress = _train_with_metrics(context, job, plan.progress, request.name)
-    return _StageOutput(request.name, parent, student, plan, job, progress, lora_weights)
+    return _StageOutput(request.name, parent, models, plan, job, progress, lora_weights)
 
 
 def _verify_hashes(
-    run: Run, teacher: Checkpoint, parent: Manifest, callbacks: StageCallbacks
+    run: Run, teacher: AnyCheckpoint, parent: Manifest, callbacks: StageCallbacks
 ) -> None:
     callbacks.log(f"checking teacher and {parent.name} against their hashes")
     run.verify_teacher(teacher)
@@ -219,51 +203,6 @@ def _start_attempt(states: StateFolder, plan: StagePlan) -> None:
     # A folder without this file counts as one of an older version.
     with atomic_folder(states.folder) as partial:
         (partial / ATTEMPT_FILE).write_text(text, encoding="utf-8")
-
-
-def _build_loaders(
-    student: Checkpoint, recipe: Recipe, stage: Stage, world: World
-) -> tuple[StepLoader, StepLoader | None]:
-    """Training batches, and held-out batches if the recipe names a held-out set."""
-    data = stage_data(recipe.data, stage)
-    if data.train is None:
-        raise RunError(
-            "there is nothing to learn from: the recipe's data.train is null",
-            "name conversations with --data SOURCE (and --image-root FOLDER), or in the recipe",
-        )
-    processor = open_processor(student)
-    if processor is None:
-        raise RunError(
-            f"{student.path} has no tokenizer, so conversations cannot be read",
-            "seed again with --tokenizer FILE",
-        )
-
-    seed = recipe.seed if data.shuffle_seed is None else data.shuffle_seed
-    root = None if data.image_root is None else Path(data.image_root)
-
-    def loader(source: str, stream: str, shuffle: bool, single_pass: bool = False) -> StepLoader:
-        return StepLoader(
-            open_corpus(source, root, seed=seed, stream=stream),
-            processor,
-            batch_size=stage.batch_size,
-            accumulation=stage.accumulation,
-            max_length=stage.max_length or data.max_length,
-            batching=data.batching,
-            shuffle=shuffle,
-            seed=seed,
-            max_tiles=data.max_tiles,
-            workers=data.workers,
-            pin_memory=world.device.type == "cuda",
-            rank=world.rank,
-            world_size=world.size,
-            single_pass=single_pass,
-        )
-
-    held_out = None
-    if data.held_out is not None:
-        held_out = loader(data.held_out, HELD_OUT, False, single_pass=True)
-    # Each stage reads a stream of its own, so that no generated sample is read twice.
-    return loader(data.train, stage.name, data.shuffle), held_out
 
 
 def _train_with_metrics(
@@ -310,10 +249,11 @@ def _write_one(
 ) -> Manifest:
     """Write a product from the trained `weights` and the unchanged ones of the parent."""
     context.callbacks.log(f"writing {name}")
-    student, parent, stage = output.student, output.parent, output.job.stage
+    models, parent, stage = output.models, output.parent, output.job.stage
 
-    def read(key: str) -> Tensor:
-        return weights[key] if key in weights else student.read(key)
+    def read(stored: str) -> Tensor:
+        name = models.model_name(stored)
+        return weights[name] if name in weights else models.student.read(stored)
 
     def parents() -> tuple[Parent, ...]:
         record = context.run.teacher
@@ -325,16 +265,10 @@ def _write_one(
     final = is_final(stage)
     # A student that is distilled end to end is no longer "not yet distilled".
     notes = [n for n in parent.notes if not (final and n.startswith("not yet"))]
-    unused = {n: s for n, s in student.shapes.items() if n.startswith("unused.")}
     spec = ProductSpec(
         name=name,
         made_by="distill",
-        model=holistic_model(
-            student.config,
-            {**parameter_shapes(student.config), **unused},
-            student,
-            getattr(torch, parent.dtype),
-        ),
+        model=models.product_model(getattr(torch, parent.dtype)),
         read=read,
         recipe=dump_recipe(context.recipe),
         parents=parents,
@@ -360,7 +294,7 @@ def _gather_weights(output: _StageOutput) -> dict[str, Tensor]:
         deltas = lora_deltas(job.pair, job.stage.lora, output.lora_weights, full_tensor)
         for name, delta in deltas.items():
             if job.world.is_main:
-                weights[name] = output.student.read(name).float() + delta
+                weights[name] = output.models.read(name).float() + delta
     return weights
 
 

@@ -1,10 +1,11 @@
-"""Teacher and student in memory; equal frozen tensors are shared."""
+"""Teacher and student of class `HolisticVLM` in memory; equal frozen tensors are shared."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast as typing_cast
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import Checkpoint, stored_dtype
 from mmmamba_cli.checkpoint.tensor_io import cast
+from mmmamba_cli.data import Batch
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.model.prepared_inputs import PreparedInputs, describe_tiles
 
 
 @dataclass(frozen=True)
 class TeacherStudent:
-    """Teacher and student on one device; matrix products run in `precision`, bf16 or fp32."""
+    """A `ModelPair` of class `HolisticVLM`."""
 
     teacher: HolisticVLM
     student: HolisticVLM
@@ -37,6 +40,42 @@ class TeacherStudent:
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.student.named_parameters())
         return {name: parameters[name] for name in self.trainable}
+
+    @property
+    def mixers(self) -> tuple[nn.Module, ...]:
+        return tuple(typing_cast(nn.Module, block.mixer) for block in self.student.model.blocks)
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        return self.student.lm_head
+
+    def with_trainable(self, names: Iterable[str]) -> TeacherStudent:
+        return replace(self, trainable=tuple(sorted(names)))
+
+    def checkpoint_layers(self, active: bool) -> None:
+        self.student.model.checkpoint_layers(active)
+
+    def last_hidden(self, model: HolisticVLM, prepared: PreparedInputs) -> Tensor:
+        return model.model.forward_prepared(prepared)
+
+    def logits(self, model: HolisticVLM, hidden: Tensor) -> Tensor:
+        logits: Tensor = model.lm_head(hidden)
+        return logits
+
+    def prepare(self, batch: Batch) -> PreparedInputs:
+        """Embed and lay out a batch; the result is the same for teacher and student."""
+        prompt = self.teacher.model.prepare(
+            batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
+        )
+        prompt = describe_tiles(self.student.config, prompt)
+        if batch.varlen is None:
+            return prompt
+        embedding = prompt.embedding_layout
+        # Where patches replace image tokens, the embedding stack has its own columns.
+        if embedding is not None and prompt.expansion is None:
+            embedding = replace(embedding, precomputed_varlen=batch.varlen)
+        language = replace(prompt.language_layout, precomputed_varlen=batch.varlen)
+        return replace(prompt, embedding_layout=embedding, language_layout=language)
 
 
 def load_teacher_student(

@@ -5,22 +5,16 @@ Adapters (LoRA, Hu et al., arXiv 2106.09685) apply to matrices of the mixer, thr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
 
-from mmmamba_cli.architecture import (
-    ATTENTION,
-    LINEAR,
-    default_mixer,
-    is_fp32_parameter,
-    join_and,
-    mixer_spec,
-)
-from mmmamba_cli.distill.teacher_student import TeacherStudent
+from mmmamba_cli.architecture import is_fp32_parameter, join_and, mixer_spec
+from mmmamba_cli.distill.model_pair import ModelPair
+from mmmamba_cli.distill.student_layers import StudentLayers, holistic_layers
 from mmmamba_cli.errors import MmmambaError, RecipeError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.recipe import LoRA, Stage
@@ -31,6 +25,11 @@ ADAPTER = "default"
 
 
 def trainable_names(stage: Stage, config: HolisticVLMConfig, names: Collection[str]) -> list[str]:
+    """`select_trainable` for a student of class `HolisticVLM`."""
+    return select_trainable(stage, holistic_layers(config), names)
+
+
+def select_trainable(stage: Stage, layers: StudentLayers, names: Collection[str]) -> list[str]:
     """Select the trainable parameters of `stage` from all `names` of the student's parameters.
 
     `learns: new` selects the parameters that a linear mixer has and attention has not; `new+qkv`
@@ -43,30 +42,30 @@ def trainable_names(stage: Stage, config: HolisticVLMConfig, names: Collection[s
     """
     if isinstance(stage.learns, str):
         with_qkv = stage.learns == "new+qkv"
-        chosen = [n for n in names if _is_new(n, config, with_qkv)]
+        chosen = [n for n in names if _is_new(n, layers, with_qkv)]
     else:
-        chosen = _matching(stage, names)
+        chosen = _matching(stage, layers, names)
     if stage.trainable == "paper" and stage.loss == "kl":
-        chosen = [n for n in chosen if not _is_decay(n, config)]
+        chosen = [n for n in chosen if not _is_decay(n, layers)]
     if not chosen:
-        raise _nothing_learns(stage, config)
+        raise _nothing_learns(stage, layers)
     return sorted(chosen)
 
 
-def _nothing_learns(stage: Stage, config: HolisticVLMConfig) -> RecipeError:
+def _nothing_learns(stage: Stage, layers: StudentLayers) -> RecipeError:
     """Why no parameter of the student was selected."""
     where = f"stages.{stage.name}.learns: nothing learns:"
     if not isinstance(stage.learns, str):
-        decays = {d for n in config.mixer_names for d in mixer_spec(n).decay_parameters}
+        decays = {d for n in layers.mixers for d in mixer_spec(n).decay_parameters}
         return RecipeError(
             f"{where} trainable: paper leaves out {join_and(sorted(decays))}",
             "name other parameters, or take trainable: default",
         )
-    if LINEAR not in config.layer_types:
+    linear = {layers.mixers[layer] for layer in layers.linear}
+    if not linear:
         return RecipeError(
             f"{where} the student has no linear layer", "leave fewer layers attention"
         )
-    linear = {n for n in config.mixer_names if mixer_spec(n).layer_type == LINEAR}
     titles = join_and(sorted(mixer_spec(name).title for name in linear))
     return RecipeError(
         f"{where} the linear layers are {titles}, which has no parameter that attention lacks",
@@ -81,40 +80,27 @@ def has_weight_decay(name: str) -> bool:
 
 
 def layers_per_parameter(names: Iterable[str]) -> dict[str, int]:
-    """Count the layers that have each parameter, by its name inside the layer."""
+    """Number of layers that have each trainable parameter, by its name inside the layer."""
     counts: dict[str, int] = {}
     for name in names:
-        parts = name.split(".")
-        inner = ".".join(parts[3:]) if parts[:2] == ["model", "layers"] else name
+        inner = re.sub(r"^.*?\blayers\.\d+\.", "", name)
         counts[inner] = counts.get(inner, 0) + 1
     return counts
 
 
-def _is_new(name: str, config: HolisticVLMConfig, with_qkv: bool) -> bool:
-    layer, inner = _layer_and_parameter(name)
-    if layer is None or config.layer_types[layer] != LINEAR or inner.split(".")[0] in OUTPUT:
+def _is_new(name: str, layers: StudentLayers, with_qkv: bool) -> bool:
+    layer, inner = layers.mixer_part(name)
+    if layer is None or layer not in layers.linear or inner.split(".")[0] in OUTPUT:
         return False
-    attention = mixer_spec(default_mixer(ATTENTION)).parameter_shapes
-    inherited = attention(config.stack_of(layer), config.mixer_config, config.hidden_size)
-    return with_qkv or inner not in inherited
+    return with_qkv or inner not in layers.inherited[layer]
 
 
-def _is_decay(name: str, config: HolisticVLMConfig) -> bool:
-    layer, inner = _layer_and_parameter(name)
-    if layer is None:
-        return False
-    return inner in mixer_spec(config.mixer_names[layer]).decay_parameters
+def _is_decay(name: str, layers: StudentLayers) -> bool:
+    layer, inner = layers.mixer_part(name)
+    return layer is not None and inner in mixer_spec(layers.mixers[layer]).decay_parameters
 
 
-def _layer_and_parameter(name: str) -> tuple[int | None, str]:
-    """The layer of a mixer's parameter and its name in the mixer; None for other parameters."""
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"] or parts[3] != "mixer":
-        return None, name
-    return int(parts[2]), ".".join(parts[4:])
-
-
-def _matching(stage: Stage, names: Collection[str]) -> list[str]:
+def _matching(stage: Stage, layers: StudentLayers, names: Collection[str]) -> list[str]:
     chosen: set[str] = set()
     for position, pattern in enumerate(stage.learns):
         found = {name for name in names if fnmatchcase(name, pattern)}
@@ -123,23 +109,26 @@ def _matching(stage: Stage, names: Collection[str]) -> list[str]:
                 f"stages.{stage.name}.learns[{position}]: the pattern {pattern!r} matches no "
                 "parameter of the student",
                 "`mmmamba recipe show` prints the stage; names are like "
-                "model.layers.0.mixer.q_proj.weight",
+                f"{layers.prefix(0)}q_proj.weight",
             )
         chosen |= found
     return list(chosen)
 
 
 def lora_weight_names(
-    stage: Stage, trainable: Collection[str], names: Collection[str]
+    stage: Stage, trainable: Collection[str], names: Collection[str], part: str = "mixer"
 ) -> list[str]:
     """Names of the weights that get an adapter: the targets in mixers with a trainable parameter.
+
+    `part` is the name of the mixer in a layer.
 
     Raises:
         RecipeError: no such mixer has the target.
     """
     if stage.lora is None:
         return []
-    mixers = {name.rpartition(".mixer.")[0] + ".mixer." for name in trainable if ".mixer." in name}
+    inner = f".{part}."
+    mixers = {name.rpartition(inner)[0] + inner for name in trainable if inner in name}
     found: list[str] = []
     for position, target in enumerate(stage.lora.targets):
         weights = [f"{mixer}{target}.weight" for mixer in sorted(mixers)]
@@ -165,7 +154,7 @@ def _matrices(mixers: Collection[str], names: Collection[str]) -> list[str]:
     return sorted(found)
 
 
-def attach_lora(pair: TeacherStudent, settings: LoRA, weights: Sequence[str]) -> TeacherStudent:
+def attach_lora(pair: ModelPair, settings: LoRA, weights: Sequence[str]) -> ModelPair:
     """Return the pair with trainable fp32 adapters on the student's frozen `weights`.
 
     A new adapter leaves the output unchanged.
@@ -196,11 +185,11 @@ def attach_lora(pair: TeacherStudent, settings: LoRA, weights: Sequence[str]) ->
         if is_adapter(name):
             parameter.data = parameter.data.float().to(pair.device)
             trainable.add(name)
-    return replace(pair, trainable=tuple(sorted(trainable)))
+    return pair.with_trainable(trainable)
 
 
 def lora_deltas(
-    pair: TeacherStudent,
+    pair: ModelPair,
     settings: LoRA,
     weights: Sequence[str],
     full_tensor: Callable[[Tensor], Tensor],

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mmmamba_cli.data import StepBatches, StepLoader
 from mmmamba_cli.distill.metrics import nonfinite_as_text
+from mmmamba_cli.distill.model_pair import ModelPair
 from mmmamba_cli.distill.objective import Objective
 from mmmamba_cli.distill.optimiser import build_optimiser, clip_gradients, learning_rate
-from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.training_state import Progress, StateFolder, state_record
 from mmmamba_cli.distill.validation import (
     HeldOutMetrics,
@@ -48,7 +48,7 @@ class TrainingJob:
     """Models, loss, data and settings of one stage."""
 
     stage: Stage
-    pair: TeacherStudent
+    pair: ModelPair
     objective: Objective
     loader: StepLoader
     # One pass over the held-out samples, or None.
@@ -114,8 +114,7 @@ def train(
     optimiser = build_optimiser(job.stage, parameters, no_decay)
     if progress.step:
         job.states.load(job.states.path(progress.step).name, parameters, optimiser)
-    decoder = job.pair.student.model
-    decoder.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
+    job.pair.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
     with limit_cpu_threads(job.world.device):
         _run_steps(job, _TrainState(parameters, optimiser, progress), on_step_end, should_stop)
     if progress.skipped_steps >= progress.step > 0:

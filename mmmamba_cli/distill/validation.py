@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmmamba_cli.data import IGNORE_INDEX, BadSample, Batch, StepBatches, StepLoader
+from mmmamba_cli.data import IGNORE_INDEX, BadSample, StepBatches, StepLoader
 from mmmamba_cli.distill.kl_loss import LOGITS_PER_CHUNK, shift_labels
-from mmmamba_cli.distill.layer_losses import prepare_prompt
+from mmmamba_cli.distill.model_pair import AnyBatch, ModelPair
 from mmmamba_cli.distill.objective import Objective
-from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import DataError
 
@@ -69,7 +68,7 @@ def _unreadable(bad: list[str]) -> DataError:
 
 @torch.no_grad()
 def evaluate_held_out(
-    pair: TeacherStudent, objective: Objective, steps: Iterable[StepBatches], world: World
+    pair: ModelPair, objective: Objective, steps: Iterable[StepBatches], world: World
 ) -> HeldOutMetrics:
     """Evaluate both models over `steps`; all metrics but the loss are end to end.
 
@@ -111,24 +110,21 @@ def evaluate_held_out(
     )
 
 
-def _count_predictions(pair: TeacherStudent, batch: Batch) -> Tensor:
+def _count_predictions(pair: ModelPair, batch: AnyBatch) -> Tensor:
     """Sums over a micro batch: top-1 agreements, tokens, both NLLs, answer tokens."""
-    prompt = prepare_prompt(pair, batch)
-    real = torch.ones_like(batch.input_ids, dtype=torch.bool)
-    if batch.attention_mask is not None:
-        real = batch.attention_mask.bool()
+    prepared, real = pair.prepare(batch), batch.token_mask
     targets = shift_labels(batch)[real]
     with pair.autocast():
         teacher_hidden, student_hidden = (
-            one.model.forward_prepared(prompt)[real] for one in (pair.teacher, pair.student)
+            pair.last_hidden(one, prepared)[real] for one in (pair.teacher, pair.student)
         )
     total = torch.zeros(5, dtype=torch.float64)
-    chunk = max(1, LOGITS_PER_CHUNK // pair.student.lm_head.out_features)
+    chunk = max(1, LOGITS_PER_CHUNK // pair.lm_head.out_features)
     for start in range(0, targets.shape[0], chunk):
         part = slice(start, start + chunk)
         with pair.autocast():
-            teacher_logits = pair.teacher.lm_head(teacher_hidden[part]).float()
-            student_logits = pair.student.lm_head(student_hidden[part]).float()
+            teacher_logits = pair.logits(pair.teacher, teacher_hidden[part]).float()
+            student_logits = pair.logits(pair.student, student_hidden[part]).float()
         answers = targets[part]
         nll = [
             F.cross_entropy(x, answers, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mmmamba_cli.data import StepLoader
 from mmmamba_cli.distill.kl_loss import LogitsKL
-from mmmamba_cli.distill.layer_losses import prepare_prompt
 from mmmamba_cli.distill.optimiser import build_optimiser, clip_gradients, learning_rate
 from mmmamba_cli.distributed import seed_everything, step_seed
 from mmmamba_cli.errors import MmmambaError
@@ -60,7 +59,7 @@ class TrainedRestoration:
             found = []
             for number, batch in enumerate(self._probe.batches):
                 with torch.no_grad(), pair.autocast():
-                    hidden = pair.student.model.forward_prepared(prepare_prompt(pair, batch))
+                    hidden = pair.student.model.forward_prepared(pair.prepare(batch))
                 states = self._teacher_hidden[number]
                 found.append(divergence_sums(self._probe, number, states, hidden))
         with torch.no_grad():

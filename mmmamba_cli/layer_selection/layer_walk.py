@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mmmamba_cli.distill.layer_losses import prepare_prompt
 from mmmamba_cli.layer_selection.probe_samples import ProbeSamples
 from mmmamba_cli.model.decoder import HolisticDecoder
 from mmmamba_cli.model.mixer import Mixer
@@ -32,7 +31,7 @@ class LayerWalk:
         self._decoder = decoder
         self._blocks = decoder.blocks
         self._mixers = [mixers.get(i, block.mixer) for i, block in enumerate(self._blocks)]
-        self._prompts = [prepare_prompt(probe.pair, batch) for batch in probe.batches]
+        self._prompts = [probe.pair.prepare(batch) for batch in probe.batches]
         with torch.no_grad(), self._pair.autocast():
             self._hidden = [
                 self._enter(i, decoder.embed(self._prompts[i]), 0) for i in self.numbers

@@ -16,7 +16,6 @@ from mmmamba_cli.data import (
     IGNORE_INDEX,
     Batch,
     EncodedSample,
-    SampleEncoder,
     StepBatches,
     StepLoader,
     open_corpus,
@@ -288,7 +287,7 @@ def test_packed_rows_through_a_model(
     together = model(
         batch.input_ids, batch.pixel_values, batch.attention_mask, seq_idx=batch.seq_idx
     ).logits
-    encoder = SampleEncoder(processor, 900, 2)
+    encoder = source._encoder
     corpus = source.corpus
     for row in range(batch.input_ids.shape[0]):
         for number in range(int(batch.seq_idx[row].max()) + 1):

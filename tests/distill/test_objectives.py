@@ -16,7 +16,7 @@ from torch.distributions import Categorical, kl_divergence
 from mmmamba_cli.data import IGNORE_INDEX, Batch
 from mmmamba_cli.data.generated_corpus import Drawings
 from mmmamba_cli.distill.kl_loss import LogitsKL, divergence
-from mmmamba_cli.distill.layer_losses import count_stack_tokens, prepare_prompt
+from mmmamba_cli.distill.layer_losses import count_stack_tokens
 from mmmamba_cli.distill.objective import LAYER_LOSSES, Objective, build_objective
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.trainable import trainable_names
@@ -160,8 +160,8 @@ def test_segments_of_a_batch_are_not_recomputed(
     (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
     ids, mask = padded([one[0], two[0]])
     batch = batch_of(ids, pixels, mask=mask)
-    plain = prepare_prompt(pair, batch)
-    prepared = prepare_prompt(pair, replace(batch, varlen=varlen_metadata(mask, None)))
+    plain = pair.prepare(batch)
+    prepared = pair.prepare(replace(batch, varlen=varlen_metadata(mask, None)))
     for before, after in (
         (plain.embedding_layout, prepared.embedding_layout),
         (plain.language_layout, prepared.language_layout),
@@ -185,7 +185,7 @@ def test_tokens_are_counted_without_the_model(shuffle: str) -> None:
     (one, pixels), (two, _) = prompt(2, 5), prompt(0, 9, seed=1)
     ids, mask = padded([one[0], two[0]])
     for batch in (batch_of(ids, pixels, mask=mask), batch_of(one, pixels), packed(ROWS)):
-        seen = prepare_prompt(pair, batch)
+        seen = pair.prepare(batch)
         rows = batch.input_ids.shape[0]
         expected = [
             rows * columns.length if columns.mask is None else int(columns.mask.sum())

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmmamba_cli.architecture import mixer_specs, parameter_shapes
 from mmmamba_cli.checkpoint.native_config import to_architecture
 from mmmamba_cli.data import Batch
-from mmmamba_cli.distill.layer_losses import LayerInputs, MixerMSE, prepare_prompt
+from mmmamba_cli.distill.layer_losses import LayerInputs, MixerMSE
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.trainable import has_weight_decay
 from mmmamba_cli.errors import CheckpointError, DataError, RecipeError
@@ -285,7 +285,7 @@ def test_a_student_learns_taps_on_the_inputs_of_its_teacher(shuffle: str) -> Non
     for given, reached in ((pixels, True), (None, False)):
         shown = ids if reached else ids.clamp(max=50)
         batch = Batch(shown, shown, None, None, given, num_samples=1, num_tokens=shown.numel())
-        inputs = prepare_prompt(pair, batch)
+        inputs = pair.prepare(batch)
         layout, blocks = inputs.embedding_layout, (teacher.model.blocks, student.model.blocks)
         assert layout is not None
         assert inputs.language_layout.tiles is None

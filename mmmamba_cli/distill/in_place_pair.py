@@ -1,0 +1,183 @@
+"""Teacher and student of a transformers class in memory; equal frozen tensors are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmmamba_cli.checkpoint import InPlaceCheckpoint
+from mmmamba_cli.checkpoint.in_place_loader import load_in_place_model
+from mmmamba_cli.data import ModelBatch
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.teachers import mixers_of, text_config
+from mmmamba_cli.teachers.anatomy import text_decoder
+
+# Relative difference that rounding may make between the model's logits and those of its head.
+HEAD_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class InPlacePair:
+    """A `ModelPair` of a transformers model and its student.
+
+    `prepare` returns the arguments of a forward pass: each model runs its own tower.
+    """
+
+    teacher: Any
+    student: Any
+    precision: str = "fp32"
+    # Names of the student's trainable parameters.
+    trainable: tuple[str, ...] = field(default=())
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def mixers(self) -> tuple[nn.Module, ...]:
+        return tuple(mixers_of(self.student))
+
+    @property
+    def lm_head(self) -> Any:
+        return self.student.get_output_embeddings()
+
+    def autocast(self, cache_enabled: bool = True) -> AbstractContextManager[None]:
+        """See `ModelPair.autocast`; without a cache no bf16 copy of a weight outlives its use."""
+        return torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.precision == "bf16",
+            cache_enabled=cache_enabled,
+        )
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        parameters = dict(self.student.named_parameters())
+        return {name: parameters[name] for name in self.trainable}
+
+    def with_trainable(self, names: Iterable[str]) -> InPlacePair:
+        return replace(self, trainable=tuple(sorted(names)))
+
+    def checkpoint_layers(self, active: bool) -> None:
+        decoder = text_decoder(self.student)
+        if active and decoder.supports_gradient_checkpointing:
+            # The reentrant form needs inputs with gradients, which frozen embeddings have not.
+            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            decoder.gradient_checkpointing_disable()
+
+    def prepare(self, batch: ModelBatch) -> dict[str, Tensor]:
+        return dict(batch.inputs)
+
+    def last_hidden(self, model: Any, prepared: dict[str, Tensor]) -> Tensor:
+        outputs = model.base_model(**prepared, use_cache=False, return_dict=True)
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
+
+    def logits(self, model: Any, hidden: Tensor) -> Tensor:
+        logits: Tensor = model.get_output_embeddings()(hidden)
+        limit = getattr(text_config(model.config), "final_logit_softcapping", None)
+        return logits if not limit else torch.tanh(logits / limit) * limit
+
+
+def load_in_place_pair(
+    teacher: InPlaceCheckpoint,
+    student: InPlaceCheckpoint,
+    trainable: Collection[str],
+    *,
+    product_dtype: torch.dtype,
+    precision: str,
+    device: torch.device,
+) -> InPlacePair:
+    """Load both models; the `trainable` parameters become fp32 master weights.
+
+    A frozen parameter of the student is the teacher's object if both are equal after the cast to
+    `product_dtype` that seeding made. The models are in eval mode, and only `trainable` parameters
+    require gradients.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshaped tensors.
+        MmmambaError: the logits are not those of the head, so a loss in chunks would be wrong.
+    """
+    pair = InPlacePair(
+        load_in_place_model(teacher, dtype=product_dtype, frozen=True),
+        load_in_place_model(student, dtype=product_dtype, frozen=True),
+        precision,
+    )
+    share_equal_parameters(pair, trainable)
+    _place(pair, set(trainable), product_dtype, device)
+    check_head(pair)
+    return pair.with_trainable(trainable)
+
+
+def share_equal_parameters(pair: InPlacePair, trainable: Collection[str]) -> None:
+    """Make frozen parameters of the student that equal the teacher's the teacher's objects."""
+    theirs = dict(pair.teacher.named_parameters())
+    shared: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in pair.student.named_parameters():
+        other = theirs.get(name)
+        if name in trainable or other is None or other.dtype != parameter.dtype:
+            continue
+        if torch.equal(parameter, other):
+            shared[parameter] = other
+    _replace_parameters(pair.student, lambda _, parameter: shared.get(parameter, parameter))
+
+
+def _place(
+    pair: InPlacePair, trainable: Collection[str], product_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Move both models to `device`, frozen parameters in the dtype of the precision.
+
+    Parameters that are not of `product_dtype` are small ones that stay fp32.
+    """
+    frozen_dtype = torch.bfloat16 if pair.precision == "bf16" else torch.float32
+    masters = {p for n, p in pair.student.named_parameters() if n in trainable}
+    placed: dict[nn.Parameter, nn.Parameter] = {}
+
+    def place(_: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter not in placed:
+            dtype = frozen_dtype if parameter.dtype == product_dtype else parameter.dtype
+            learns = parameter in masters
+            data = parameter.detach().to(device, torch.float32 if learns else dtype)
+            placed[parameter] = nn.Parameter(data, requires_grad=learns)
+        return placed[parameter]
+
+    for model in (pair.teacher, pair.student):
+        _replace_parameters(model, place)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+
+def _replace_parameters(model: Any, change: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Replace each parameter under each of its names."""
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._parameters[last] = change(name, parameter)
+
+
+@torch.no_grad()
+def check_head(pair: InPlacePair) -> None:
+    """Raise `MmmambaError` unless the teacher's logits are those of `InPlacePair.logits`.
+
+    A family may scale or cap its logits behind the head.
+    """
+    model = pair.teacher
+    ids = torch.arange(4, device=pair.device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pair.autocast():
+        expected = model(**inputs, use_cache=False).logits.float()
+        found = pair.logits(model, pair.last_hidden(model, inputs)).float()
+    # Rounding of bf16 is far below a factor or a cap.
+    tolerance = HEAD_TOLERANCE if pair.precision == "fp32" else 0.1
+    if (found - expected).abs().max() > tolerance * expected.abs().max():
+        raise MmmambaError(
+            f"{model.config.model_type} cannot be a teacher of distillation: its logits are not "
+            "those of its head on the last hidden state",
+            "take a teacher whose class does not scale its logits",
+        )
