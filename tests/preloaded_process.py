@@ -24,7 +24,9 @@ import mmmamba_cli
 ROOT = Path(mmmamba_cli.__file__).parents[1]
 PRELOADED = [
     "mmmamba_cli.cli.distill",
+    "mmmamba_cli.cli.eval",
     "mmmamba_cli.distill.pipeline",
+    "mmmamba_cli.evaluate.model_adapter",
     "mmmamba_evals.scenes.build",
 ]
 

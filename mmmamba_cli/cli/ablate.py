@@ -128,7 +128,7 @@ def _run(
     from mmmamba_cli.ablation.preparation import check_data, check_suites, folder_lock
     from mmmamba_cli.ablation.runner import Outcome, RunnerEvents, remove_unneeded, run_plan
     from mmmamba_cli.cli.ablate_display import AblationDisplay
-    from mmmamba_cli.cli.distill_display import StopRequest
+    from mmmamba_cli.cli.stop_request import StopRequest
 
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))

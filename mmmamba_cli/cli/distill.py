@@ -163,7 +163,8 @@ class DistillCommand:
 def train(job: DistillCommand) -> list[Manifest] | None:
     """Train in this process or as one of several; products on process 0, None if stopped."""
     from mmmamba_cli.cli import escape_unencodable_output
-    from mmmamba_cli.cli.distill_display import StopRequest, TrainingDisplay
+    from mmmamba_cli.cli.distill_display import TrainingDisplay
+    from mmmamba_cli.cli.stop_request import StopRequest
     from mmmamba_cli.distill import DistillOptions, Stopped, distill, parse_stage_names
     from mmmamba_cli.distributed import join_world
     from mmmamba_cli.runs import Run

@@ -1,73 +1,26 @@
-"""Live display of a training, and its stop by Ctrl-C or SIGTERM."""
+"""Live display of a training."""
 
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.cli.console import err, print_table
 from mmmamba_cli.cli.quiet_timer import PROGRESS_LINE_INTERVAL, QuietTimer
+from mmmamba_cli.cli.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
     from mmmamba_cli.distill import Progress, StageCallbacks, StepResult
-    from mmmamba_cli.distributed.stop_signals import StopSignalCounter
     from mmmamba_cli.recipe import Stage
 
 BARS = "▁▂▃▄▅▆▇█"
-
-
-class StopRequest(AbstractContextManager["StopRequest"]):
-    """Records the first Ctrl-C or SIGTERM; the second ends the process with 130 or 143.
-
-    A signal within a second of the first is a copy of the same request. One of several processes
-    `prints` the message.
-    """
-
-    def __init__(self, prints: bool = True) -> None:
-        self.prints = prints
-        self._signals: StopSignalCounter | None = None
-        self._before: dict[int, Any] = {}
-
-    @property
-    def received(self) -> bool:
-        return self._signals is not None and self._signals.count > 0
-
-    def __enter__(self) -> StopRequest:
-        from mmmamba_cli.distributed.stop_signals import SIGNALS, StopSignalCounter
-
-        self._signals = StopSignalCounter()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        from mmmamba_cli.distributed.stop_signals import (
-            STOPPING_MESSAGE,
-            exit_by_signal,
-            write_from_handler,
-        )
-
-        assert self._signals is not None
-        if self._signals.is_repeat():
-            exit_by_signal(number)
-        if self._signals.count == 1 and self.prints:
-            write_from_handler(STOPPING_MESSAGE)
 
 
 class TrainingDisplay(AbstractContextManager["TrainingDisplay"]):

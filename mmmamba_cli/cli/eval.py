@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,6 +17,7 @@ import typer
 from mmmamba_cli.cli.console import (
     err,
     if_interrupted,
+    plain_warnings,
     print_json,
     print_table,
     print_warning,
@@ -31,11 +36,14 @@ from mmmamba_cli.cli.options import (
 )
 from mmmamba_cli.cli.quiet_timer import time_notes
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
-    from mmmamba_cli.evaluate import EvalCallbacks, EvalModel, Result, Retention
+    from mmmamba_cli.evaluate import EvalCallbacks, EvalModel, EvalOptions, Result, Retention
     from mmmamba_cli.evaluate.external_results import ExternalResult
     from mmmamba_cli.runs import ResolvedModel
+
+    Evaluated = tuple[list[Result], list[Retention]]
 
 RIGHT = ("score", "rows", "unreadable", "teacher", "retention", "chance", "above chance")
 
@@ -118,6 +126,14 @@ def command(
     ] = None,
     device: Device = None,
     dtype: DType = "auto",
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Evaluate on N GPUs of this machine, with one process each; with --device cpu, in "
+            "N processes on the CPU (default: 1).",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the confidence intervals.")] = 0,
     kit: Annotated[
         str | None,
@@ -133,9 +149,10 @@ def command(
     """Evaluate models on suites and compare them with their teacher.
 
     Answers are scored by named rules. Resumes an interrupted evaluation. Answers and results are
-    stored in evals/ of the run.
+    stored in evals/ of the run. For several machines start it under torchrun: torchrun ... -m
+    mmmamba_cli -- eval ...
     """
-    from mmmamba_cli.evaluate import EvalOptions, evaluate_files, evaluate_models, evaluate_with_kit
+    from mmmamba_cli.evaluate import EvalOptions, evaluate_files, evaluate_with_kit
     from mmmamba_cli.evaluate.result import EVALS
 
     names = _names(suite)
@@ -154,16 +171,115 @@ def command(
     if predictions is not None:
         if model or teacher or kit or product:
             raise DataError("--predictions needs no model", "leave out the options that name one")
+        _require_one_process("--predictions", gpus)
         _print_results(evaluate_files(predictions, names, folder, options), [], compare, as_json)
         return
-    models = _models(run, product, model, teacher, teacher_path)
-    load = partial(_load, device=device, dtype=dtype)
+    job = EvalCommand(
+        run=run,
+        product=product,
+        paths=tuple(model or ()),
+        teacher=teacher,
+        teacher_path=teacher_path,
+        suites=tuple(names),
+        folder=folder,
+        options=options,
+        device=device,
+        dtype=dtype,
+    )
     if kit is not None:
-        found = evaluate_with_kit(kit, models, load, names, folder, options, _callbacks())
+        _require_one_process(f"--with {kit}", gpus)
+        load = partial(_load, device=device, dtype=dtype)
+        found = evaluate_with_kit(kit, _models(job), load, names, folder, options, _callbacks())
         _print_external_results(kit, found, as_json)
         return
-    results, retentions = evaluate_models(models, load, names, folder, options, _callbacks())
-    _print_results(results, retentions, compare, as_json)
+    results, retentions = _evaluate(job, gpus)
+    if results:
+        _print_results(results, retentions, compare, as_json)
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """The arguments of the command, for each process."""
+
+    run: Path
+    product: str | None
+    paths: tuple[Path, ...]
+    teacher: bool
+    teacher_path: Path | None
+    suites: tuple[str, ...]
+    folder: Path
+    options: EvalOptions
+    device: str | None
+    dtype: str
+    # Whether a launcher started this process, which then prints messages about signals.
+    launched: bool = False
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _require_one_process(option: str, gpus: int | None) -> None:
+    if gpus is not None or is_under_torchrun():
+        raise DataError(f"{option} runs in one process", "leave out --gpus, and torchrun")
+
+
+def _evaluate(job: EvalCommand, gpus: int | None) -> Evaluated:
+    """Evaluate in this process or as one of several; no results on processes other than 0."""
+    processes = 1
+    if gpus is not None:
+        from mmmamba_cli.distributed.launcher import count_processes, launch
+
+        processes = count_processes(gpus, job.device)
+    if processes > 1:
+        found = launch(evaluate_share, replace(job, launched=True), processes, unit="batch")
+    elif is_under_torchrun():
+        found = evaluate_share(job)
+    else:
+        from mmmamba_cli.evaluate import evaluate_models
+
+        load = partial(_load, device=job.device, dtype=job.dtype)
+        models, callbacks = _models(job), _callbacks()
+        return evaluate_models(models, load, job.suites, job.folder, job.options, callbacks)
+    if found is None:
+        raise typer.Exit(INTERRUPTED)
+    return found
+
+
+def evaluate_share(job: EvalCommand) -> Evaluated | None:
+    """Evaluate as one of several processes; results on process 0, None if stopped."""
+    from mmmamba_cli.cli import escape_unencodable_output
+    from mmmamba_cli.cli.stop_request import StopRequest
+    from mmmamba_cli.distributed import join_world
+    from mmmamba_cli.evaluate import EvalCallbacks, EvalStopped, evaluate_models
+    from mmmamba_cli.evaluate.process_group import run_on_main_first
+    from mmmamba_cli.processing.images import ImageNote
+
+    with ExitStack() as stack:
+        if job.launched:
+            # The launcher did this for itself only.
+            escape_unencodable_output()
+            stack.enter_context(plain_warnings())
+        world = stack.enter_context(join_world(job.device))
+        if not world.is_main:
+            # Every process would print the same warnings, except those about its own pictures.
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+            warnings.filterwarnings("default", category=ImageNote)
+        stop = stack.enter_context(
+            StopRequest(prints=world.is_main and not job.launched, unit="batch")
+        )
+        callbacks = _callbacks() if world.is_main else EvalCallbacks()
+        callbacks = replace(callbacks, is_stopped=lambda: stop.received)
+        models = run_on_main_first(world, lambda: _models(job, warns=world.is_main))
+        load = partial(_load, device=str(world.device), dtype=job.dtype, notes=world.is_main)
+        try:
+            found = evaluate_models(
+                models, load, job.suites, job.folder, job.options, callbacks, world
+            )
+        except EvalStopped:
+            return None
+    return found if world.is_main else ([], [])
 
 
 def _names(text: str) -> list[str]:
@@ -181,38 +297,32 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
-def _models(
-    run: Path,
-    product: str | None,
-    paths: Sequence[Path] | None,
-    teacher: bool,
-    teacher_path: Path | None,
-) -> list[ResolvedModel]:
+def _models(job: EvalCommand, warns: bool = True) -> list[ResolvedModel]:
     """The models to evaluate, under unique names, the teacher last."""
     from mmmamba_cli import runs
 
-    if paths and product is not None:
+    if job.paths and job.product is not None:
         raise DataError("--from and --model exclude each other", "give one of them")
-    found = [runs.resolve_path(path) for path in paths or ()]
-    if not paths:
-        found.append(runs.resolve_product(runs.Run(run), product))
-    if teacher or teacher_path is not None:
-        found.append(runs.resolve_teacher(runs.Run(run), teacher_path))
+    found = [runs.resolve_path(path) for path in job.paths]
+    if not job.paths:
+        found.append(runs.resolve_product(runs.Run(job.run), job.product))
+    if job.teacher or job.teacher_path is not None:
+        found.append(runs.resolve_teacher(runs.Run(job.run), job.teacher_path))
     runs.check_unique_names(
         [one.name for one in found],
         ", and results lie under that name",
         hint="evaluate them with different --out, or rename a folder",
     )
     for one in found:
-        if one.origin == "product" and one.final is False:
+        if warns and one.origin == "product" and one.final is False:
             warn_not_final(one.name)
     return found
 
 
-def _load(found: ResolvedModel, device: str | None, dtype: str) -> EvalModel:
+def _load(found: ResolvedModel, device: str | None, dtype: str, notes: bool = True) -> EvalModel:
     from mmmamba_cli.evaluate import model_adapter
 
-    with time_notes(f"loading {found.name}"):
+    with time_notes(f"loading {found.name}", lambda: notes):
         return model_adapter.load_eval_model(found, device, dtype)
 
 

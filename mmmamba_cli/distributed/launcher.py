@@ -32,10 +32,10 @@ from torch.distributed.elastic.multiprocessing import (
 
 from mmmamba_cli.distributed.stop_signals import (
     SIGNALS,
-    STOPPING_MESSAGE,
     StopSignalCounter,
     exit_by_signal,
     skip_interpreter_shutdown,
+    stopping_message,
     write_from_handler,
 )
 from mmmamba_cli.errors import MmmambaError, RunError
@@ -133,11 +133,14 @@ def count_processes(gpus: int | None, device: str | None) -> int:
     return gpus
 
 
-def launch(work: Callable[[Argument], Result], argument: Argument, processes: int) -> Result:
+def launch(
+    work: Callable[[Argument], Result], argument: Argument, processes: int, unit: str = "step"
+) -> Result:
     """Call `work(argument)` in new processes and return the result of process 0.
 
     `join_world` reads rank and size from the environment, as under torchrun. SIGINT and SIGTERM are
-    forwarded; a second one ends the processes at once. If a process fails, the others are ended.
+    forwarded, with the message that the processes stop after this `unit`; a second one ends the
+    processes at once. If a process fails, the others are ended.
 
     Raises:
         MmmambaError, OSError: the error of the process that failed first.
@@ -156,7 +159,7 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
         # torch's own handlers raise, also in the middle of a start.
         stack.enter_context(_environment_variable(TORCH_SIGNALS, "SIGHUP,SIGQUIT"))
         try:
-            stop_signals = stack.enter_context(_forwarded_signals())
+            stop_signals = stack.enter_context(_forwarded_signals(unit))
             # An interrupt during imports would end a process badly: `_run` unblocks interrupts.
             with block_interrupts():
                 context = start_processes(
@@ -274,6 +277,7 @@ class _StopSignals:
     and the handler then runs here.
     """
 
+    message: str
     first: int | None = None
     second: int | None = None
     repeats: StopSignalCounter = field(default_factory=StopSignalCounter)
@@ -284,7 +288,7 @@ class _StopSignals:
             self.second = number
         elif self.repeats.count == 1:
             self.first = number
-            write_from_handler(STOPPING_MESSAGE)
+            write_from_handler(self.message)
         self._send(number)
 
     def forward_to(self, context: PContext) -> None:
@@ -307,9 +311,9 @@ class _StopSignals:
 
 
 @contextmanager
-def _forwarded_signals() -> Iterator[_StopSignals]:
+def _forwarded_signals(unit: str) -> Iterator[_StopSignals]:
     """Handle stop signals; the handlers of before are restored at the end."""
-    stop_signals = _StopSignals()
+    stop_signals = _StopSignals(stopping_message(unit))
     before = {number: signal.signal(number, stop_signals.handle) for number in SIGNALS}
     try:
         yield stop_signals

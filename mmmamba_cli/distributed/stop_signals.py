@@ -1,4 +1,5 @@
-"""Handling of SIGINT and SIGTERM: the first one stops after the step, the second at once."""
+"""Handling of SIGINT and SIGTERM: the first one stops after the step or batch, the second at
+once."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A process may receive one request twice: schedulers signal every process of a job, and launchers
 # forward the signal to their processes.
 SAME_REQUEST_SECONDS = 1.0
-STOPPING_MESSAGE = "\nstopping after this step; press Ctrl-C again to stop at once\n"
+
+
+def stopping_message(unit: str) -> str:
+    """The message of the first signal; the process stops after this `unit` of its work."""
+    return f"\nstopping after this {unit}; press Ctrl-C again to stop at once\n"
 
 
 class StopSignalCounter:

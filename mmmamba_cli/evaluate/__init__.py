@@ -5,15 +5,16 @@ from mmmamba_cli.evaluate.evaluator import (
     EvalOptions,
     evaluate_files,
     evaluate_model,
-    evaluate_models,
     evaluate_predictions,
     open_suite,
 )
 from mmmamba_cli.evaluate.external_results import evaluate_with_kit
 from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalModel, EvalPrompt, ModelIdentity
 from mmmamba_cli.evaluate.library import find_evaluator, find_suite, published_rows, suite_names
+from mmmamba_cli.evaluate.model_comparison import evaluate_models
+from mmmamba_cli.evaluate.process_group import ProcessGroup
 from mmmamba_cli.evaluate.result import Result, Retention, ScoredSuite, compare_with_teacher
-from mmmamba_cli.evaluate.runner import EvalCallbacks
+from mmmamba_cli.evaluate.runner import EvalCallbacks, EvalStopped
 from mmmamba_cli.evaluate.suite import Suite
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "EvalModel",
     "EvalOptions",
     "EvalPrompt",
+    "EvalStopped",
     "ModelIdentity",
     "OutOfMemory",
+    "ProcessGroup",
     "Result",
     "Retention",
     "ScoredSuite",

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.evaluate.batching import BatchLimit
+from mmmamba_cli.evaluate.process_group import SINGLE_PROCESS, ProcessGroup
 
 INDEX, PREDICTION, LIKELIHOODS, LIMIT = "index", "prediction", "log_likelihoods", "limit"
 HEADER = "answers_to"
@@ -49,6 +50,9 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
     dropped with a call of `warn`. `say` reports cached answers that are unused, and the settings
     that changed.
 
+    With several processes, all open the cache and make the same changes to it; only process 0 reads
+    and writes the file.
+
     Raises:
         DataError: for a damaged line before the last.
         RunError: if another command is writing to the file.
@@ -60,6 +64,7 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
         settings: Mapping[str, Any],
         warn: Callable[[str], None],
         say: Callable[[str], None] = lambda text: None,
+        group: ProcessGroup = SINGLE_PROCESS,
     ):
         self.file = folder / f"predictions-{settings_key(settings)}.jsonl"
         self.answers: dict[str, AnswerRecord] = {}
@@ -68,9 +73,21 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
         self._settings = dict(settings)
         self._warn = warn
         self._say = say
+        self._group = group
         self._handle: IO[bytes] | None = None
 
     def __enter__(self) -> AnswerCache:
+        try:
+            state = self._group.run_on_main(self._open)
+        except BaseException:
+            # The other processes did not get what process 0 read.
+            self._close()
+            raise
+        self.answers, self.limit, self.before_limit = state
+        return self
+
+    def _open(self) -> tuple[dict[str, AnswerRecord], BatchLimit | None, frozenset[str]]:
+        """Lock and read the file; return `answers`, `limit` and `before_limit`."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         handle = self.file.open("a+b")
         try:
@@ -81,12 +98,8 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
                 f"{self.file} is being written by another mmmamba command", "wait for it"
             ) from error
         self._handle = handle
-        try:
-            self._read(handle)
-        except BaseException:
-            self._close()
-            raise
-        return self
+        self._read(handle)
+        return self.answers, self.limit, self.before_limit
 
     def __exit__(
         self,
@@ -118,6 +131,8 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
         self._append([{LIMIT: limit.as_dict()}])
 
     def _append(self, records: list[dict[str, Any]]) -> None:
+        if not self._group.is_main:
+            return
         assert self._handle is not None
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         self._handle.write("".join(lines).encode())

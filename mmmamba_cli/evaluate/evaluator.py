@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import time
@@ -18,22 +17,24 @@ from mmmamba_cli.evaluate.fingerprint import code_digest, library_versions, pict
 from mmmamba_cli.evaluate.interfaces import EvalModel, ModelIdentity
 from mmmamba_cli.evaluate.library import existing_table, find_suite, find_table
 from mmmamba_cli.evaluate.predictions import read_predictions
+from mmmamba_cli.evaluate.process_group import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    require_equal,
+    run_on_all,
+)
 from mmmamba_cli.evaluate.prompts import build_eval_prompt
 from mmmamba_cli.evaluate.result import (
     CHOSEN_AMONG_ANSWERS,
     CHOSEN_BY_LIKELIHOOD,
     DEFAULT_SEED,
     GENERATED,
-    RETENTION,
     TIMING,
     DataInfo,
     ModelInfo,
     Result,
-    Retention,
     ScoredSuite,
     SkippedRow,
-    compare_with_teacher,
-    json_text,
     rule_result,
     write_result,
 )
@@ -47,7 +48,6 @@ from mmmamba_cli.evaluate.scoring.likelihood import (
 )
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
-from mmmamba_cli.runs import TEACHER, ResolvedModel
 from mmmamba_cli.runs.manifest import command_line, utc_timestamp
 
 
@@ -84,75 +84,6 @@ def open_suite(
     return table, limit_rows(rows, suite, options.limit)
 
 
-def evaluate_models(
-    models: Sequence[ResolvedModel],
-    load: Callable[[ResolvedModel], EvalModel],
-    suites: Sequence[str],
-    folder: Path,
-    options: EvalOptions,
-    callbacks: EvalCallbacks,
-) -> tuple[list[Result], list[Retention]]:
-    """Evaluate every model on every suite; files go to `folder`/MODEL/SUITE.
-
-    `load` loads a model when its turn comes; one at a time is in memory. If the last model is the
-    teacher, the retention of the others is computed against it. Returns the results by suite, then
-    by model, and the retention.
-    """
-    opened = []
-    # Open all tables before the first model is loaded, so that a bad table is reported early.
-    for suite in [find_suite(name) for name in suites]:
-        opened.append((suite, *open_suite(suite, options, callbacks.say)))
-    scored: dict[str, list[ScoredSuite]] = {suite.name: [] for suite, _, _ in opened}
-    for resolved in models:
-        callbacks.say(f"loading {resolved.name}")
-        with callbacks.if_interrupted(
-            f"{resolved.name} was not asked yet; answers that are kept in {folder} stay, and the "
-            "same command goes on"
-        ):
-            model = load(resolved)
-        for suite, table, rows in opened:
-            place = folder / resolved.name / suite.name
-            scored[suite.name].append(
-                _evaluate_with_progress(model, suite, table, rows, place, options, callbacks)
-            )
-        # Free the model before the next one is loaded: two may not fit.
-        del model
-        gc.collect()
-    has_teacher = models[-1].name == TEACHER
-    retentions = _write_retentions(scored, folder, options) if has_teacher else []
-    return [one.result for found in scored.values() for one in found], retentions
-
-
-def _evaluate_with_progress(
-    model: EvalModel,
-    suite: Suite,
-    table: VLMEvalTable,
-    rows: Sequence[Row],
-    folder: Path,
-    options: EvalOptions,
-    callbacks: EvalCallbacks,
-) -> ScoredSuite:
-    """`evaluate_model`, with a progress display and a message for an interrupt."""
-    answered = 0
-
-    def count(more: int) -> None:
-        nonlocal answered
-        answered += more
-        advance(more)
-
-    with (
-        callbacks.if_interrupted(
-            lambda: (
-                f"{answered} of {len(rows)} answers to {suite.name} are kept in {folder}; the same "
-                "command goes on"
-            )
-        ),
-        callbacks.progress(f"{model.identity.name}: {suite.title}", len(rows)) as advance,
-    ):
-        counting = replace(callbacks, advance=count)
-        return evaluate_model(model, suite, table, rows, folder, options, counting)
-
-
 def evaluate_model(
     model: EvalModel,
     suite: Suite,
@@ -161,15 +92,26 @@ def evaluate_model(
     folder: Path,
     options: EvalOptions,
     callbacks: EvalCallbacks,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> ScoredSuite:
-    """Evaluate one model on one suite and write all files into `folder`."""
+    """Evaluate one model on one suite and write all files into `folder`.
+
+    Each process of `group` answers a part of the questions, then scores all answers; process 0
+    writes the files, which do not depend on the number of processes. Their callbacks may differ.
+    """
     candidates = _candidates(suite, table, rows) if options.open_by_likelihood else None
     settings = _settings(model, suite, options, candidates)
-    prompts = [
-        build_eval_prompt(row, suite, table, options.max_tiles, options.by_likelihood, one)
-        for row, one in zip(rows, candidates or itertools.repeat(None, len(rows)), strict=True)
-    ]
-    pictures = pictures_digest(one for prompt in prompts for one in prompt.pictures)
+    every_candidate = candidates or itertools.repeat(None, len(rows))
+    prompts = run_on_all(
+        group,
+        lambda: [
+            build_eval_prompt(row, suite, table, options.max_tiles, options.by_likelihood, one)
+            for row, one in zip(rows, every_candidate, strict=True)
+        ],
+    )
+    pictures = group.run_on_main(
+        lambda: pictures_digest(one for prompt in prompts for one in prompt.pictures)
+    )
     answers_to = {
         "model": model.identity.content_hash,
         "suite": suite.name,
@@ -179,8 +121,9 @@ def evaluate_model(
         "versions": library_versions(),
         **settings,
     }
+    require_equal(group, "a model, suite, table or version", settings_key(answers_to))
     began = time.perf_counter()
-    with AnswerCache(folder, answers_to, callbacks.warn, callbacks.say) as cache:
+    with AnswerCache(folder, answers_to, callbacks.warn, callbacks.say, group) as cache:
         stats = answer_prompts(
             model,
             prompts,
@@ -188,6 +131,7 @@ def evaluate_model(
             max_new_tokens=settings["max_new_tokens"],
             batch=options.batch,
             callbacks=callbacks,
+            group=group,
         )
         # A row that could not be asked has an empty answer; `score_answers` counts it as wrong.
         answers = {
@@ -210,9 +154,7 @@ def evaluate_model(
     scored = score_answers(
         suite, rows, answers, data, model.identity, settings, options, skipped, candidates
     )
-    write_result(folder, scored, answers)
-    if stats.answered:
-        _write_timing(folder, stats, seconds)
+    group.run_on_main(lambda: _write_files(folder, scored, answers, stats, seconds, group.size))
     return scored
 
 
@@ -363,25 +305,22 @@ def _wrong_answer(suite: Suite, row: Row) -> str:
     return ""
 
 
-def _write_retentions(
-    scored: Mapping[str, Sequence[ScoredSuite]], folder: Path, options: EvalOptions
-) -> list[Retention]:
-    """The retention of every student by suite, the teacher being the last model; also as files."""
-    found = []
-    for suite, (*students, teacher) in scored.items():
-        for student in students:
-            parts = compare_with_teacher([student], teacher, options.seed)
-            place = folder / student.result.model.name / suite
-            atomic_write_text(place / RETENTION, json_text(parts))
-            found += parts
-    return found
-
-
-def _write_timing(folder: Path, stats: InferenceStats, seconds: float) -> None:
-    """Write what differs between equal runs: date, duration and batch sizes."""
+def _write_files(
+    folder: Path,
+    scored: ScoredSuite,
+    answers: dict[str, str],
+    stats: InferenceStats,
+    seconds: float,
+    processes: int,
+) -> None:
+    """Write the result, and what differs between equal runs: date, duration, number of batches."""
+    write_result(folder, scored, answers)
+    if not stats.answered:
+        return
     timing = {
         "finished": utc_timestamp(),
         "command": command_line(),
+        "processes": processes,
         "answered": stats.answered,
         "seconds": round(seconds, 3),
         "samples_per_second": round(stats.answered / max(seconds, 1e-9), 3),

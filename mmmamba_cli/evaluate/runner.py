@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 
 from mmmamba_cli.devices import OutOfMemory
@@ -15,6 +16,7 @@ from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, name_so
 from mmmamba_cli.evaluate.answer_cache import AnswerCache, AnswerRecord
 from mmmamba_cli.evaluate.batching import MAX_BATCH_SIZE, BatchLimit, plan_batches
 from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalModel, EvalPrompt
+from mmmamba_cli.evaluate.process_group import SINGLE_PROCESS, ProcessGroup, run_on_all
 
 # Used if the device cannot tell what fits, for example on a CPU.
 DEFAULT_BATCH_SIZE = 8
@@ -39,7 +41,8 @@ class EvalCallbacks:
 
     `say` and `warn` take a sentence, `advance` the number of new answers. `progress(title, total)`
     returns a context manager that yields an `advance`. `if_interrupted(message)` returns a context
-    manager that prints the message on `KeyboardInterrupt` and re-raises it.
+    manager that prints the message on `KeyboardInterrupt` and re-raises it. `is_stopped` says after
+    each batch whether to stop: every process then raises `EvalStopped`.
     """
 
     say: Callable[[str], None] = lambda text: None
@@ -47,6 +50,17 @@ class EvalCallbacks:
     advance: Callable[[int], None] = lambda more: None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
     if_interrupted: Callable[[str | Callable[[], str]], AbstractContextManager[None]] = _no_message
+    is_stopped: Callable[[], bool] = lambda: False
+
+
+class EvalStopped(KeyboardInterrupt):
+    """`EvalCallbacks.is_stopped` was true on some process; the answers so far are in the cache."""
+
+
+def raise_if_stopped(group: ProcessGroup, callbacks: EvalCallbacks) -> None:
+    """Raise `EvalStopped` on every process if one of them is to stop."""
+    if any(group.all_gather([callbacks.is_stopped()])):
+        raise EvalStopped
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ def answer_prompts(
     max_new_tokens: int,
     batch: int | None,
     callbacks: EvalCallbacks,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> InferenceStats:
     """Answer every prompt without a cached answer, and add the answers to `cache`.
 
@@ -76,31 +91,53 @@ def answer_prompts(
     limit is halved for all further batches, with one warning. Rows that cannot be asked are skipped
     and returned with the reason.
 
+    The processes of `group` get whole batches of the plan of a single process, in steps of one
+    batch each. Batches of a step are neighbours in the order of length, so that the processes end
+    a step at about the same time. Answers, cache and statistics are those of a single process.
+
     Raises:
         MmmambaError: if a single prompt does not fit.
         DataError: if no row can be asked.
+        EvalStopped: if `callbacks.is_stopped` on some process.
     """
+    raise_if_stopped(group, callbacks)
     callbacks.advance(sum(prompt.index in cache.answers for prompt in prompts))
     todo = [prompt for prompt in prompts if prompt.index not in cache.answers]
     if not todo:
         return InferenceStats(cache.limit or BatchLimit(batch or DEFAULT_BATCH_SIZE))
-    lengths, refused = _prompt_lengths(model, prompts)
+    # The plan of batches must be the same on all processes: process 0 reads and measures.
+    lengths, refused = group.run_on_main(lambda: _prompt_lengths(model, prompts))
     prompts = [prompt for prompt in prompts if prompt.index not in refused]
-    _require_rows(prompts, refused)
-    limit = _start_limit(model, prompts, lengths, cache, batch, max_new_tokens, callbacks, refused)
+    limit, refused = group.run_on_main(
+        lambda: _start_limit(
+            model, prompts, lengths, cache.limit, batch, max_new_tokens, callbacks, refused
+        )
+    )
+    if limit != cache.limit:
+        cache.set_limit(limit)
     sizes: list[int] = []
     halved = 0
     with _PromptEncoder(model) as encoder:
         while True:
             failed = _run_plan(
-                model, prompts, lengths, cache, max_new_tokens, encoder, callbacks, sizes, refused
+                model,
+                prompts,
+                lengths,
+                cache,
+                max_new_tokens,
+                encoder,
+                callbacks,
+                sizes,
+                refused,
+                group,
             )
             if failed is None:
                 break
             halved += 1
-            limit = _smaller(limit, failed, lengths, halved, callbacks)
+            limit = _smaller(limit, failed, lengths, halved, callbacks, group)
             cache.set_limit(limit)
-    _require_rows([prompt for prompt in prompts if prompt.index not in refused], refused)
+    left = [prompt for prompt in prompts if prompt.index not in refused]
+    group.run_on_main(lambda: _require_rows(left, refused))
     callbacks.advance(len(refused))
     reasons = {index: str(error) for index, error in refused.items()}
     return InferenceStats(limit, sizes, halved, len(todo) - len(refused), reasons)
@@ -116,6 +153,7 @@ def _run_plan(
     callbacks: EvalCallbacks,
     sizes: list[int],
     refused: dict[str, DataError],
+    group: ProcessGroup,
 ) -> list[int] | None:
     """Run the batches of the cache's limit; return the batch that did not fit, None if all fit.
 
@@ -128,24 +166,57 @@ def _run_plan(
     assert cache.limit is not None
     planned = [i for i, p in enumerate(prompts) if p.index not in cache.before_limit]
     plan = plan_batches([lengths[i] for i in planned], cache.limit)
-    batches = [[planned[place] for place in batch] for batch in plan]
+    batches = [[prompts[planned[place]] for place in batch] for batch in plan]
     done = {*cache.answers, *refused}
-    batches = [b for b in batches if any(prompts[i].index not in done for i in b)]
-    for number, batch in enumerate(batches):
-        for coming in batches[number : number + 1 + PREFETCH_BATCHES]:
-            encoder.prefetch([prompts[i] for i in coming])
-        encoded = encoder.results([prompts[i] for i in batch], refused)
-        try:
-            answers = _answer_batch(model, encoded, max_new_tokens)
-        except OutOfMemory:
-            return batch
-        new = [answer for answer in answers if answer.index not in cache.answers]
-        cache.add(new)
-        if encoded:
-            sizes.append(len(encoded))
-        encoder.discard([prompts[i] for i in batch])
-        callbacks.advance(len(new))
+    numbers = [n for n, b in enumerate(batches) if any(prompt.index not in done for prompt in b)]
+    ahead = group.size * (1 + PREFETCH_BATCHES)
+    for first in range(0, len(numbers), group.size):
+        step = numbers[first : first + group.size]
+        own = [batches[n] for n in numbers[first : first + ahead][group.rank :: group.size]]
+        found = run_on_all(group, partial(_answer_next, model, own, max_new_tokens, encoder))
+        for number, part in zip(step, group.all_gather([found])[: len(step)], strict=True):
+            refused.update(part.refused)
+            if part.answers is None:
+                # Answers of later batches are dropped: a single process would not have asked them.
+                if group.size > 1:
+                    encoder.discard(prompts)
+                return [planned[place] for place in plan[number]]
+            new = [answer for answer in part.answers if answer.index not in cache.answers]
+            cache.add(new)
+            if part.answers:
+                sizes.append(len(part.answers))
+            callbacks.advance(len(new))
+        raise_if_stopped(group, callbacks)
     return None
+
+
+@dataclass(frozen=True)
+class _BatchOutcome:
+    """The answers to a batch, None if it did not fit into memory, and the rows not readable."""
+
+    answers: list[AnswerRecord] | None
+    refused: dict[str, DataError] = field(default_factory=dict)
+
+
+def _answer_next(
+    model: EvalModel,
+    batches: Sequence[Sequence[EvalPrompt]],
+    max_new_tokens: int,
+    encoder: _PromptEncoder,
+) -> _BatchOutcome:
+    """Answer the first of the batches, if there is one; encode the others in the background."""
+    for coming in batches:
+        encoder.prefetch(coming)
+    if not batches:
+        return _BatchOutcome([])
+    refused: dict[str, DataError] = {}
+    encoded = encoder.results(batches[0], refused)
+    try:
+        answers = _answer_batch(model, encoded, max_new_tokens)
+    except OutOfMemory:
+        return _BatchOutcome(None, refused)
+    encoder.discard(batches[0])
+    return _BatchOutcome(answers, refused)
 
 
 def _answer_batch(
@@ -181,19 +252,24 @@ def _answer_batch(
 def _prompt_lengths(
     model: EvalModel, prompts: Sequence[EvalPrompt]
 ) -> tuple[list[int], dict[str, DataError]]:
-    """The lengths of the readable prompts, and the errors of the others by index."""
-    lengths, refused = [], {}
+    """The lengths of the readable prompts, and the errors of the others by index.
+
+    Raises `DataError` if none is readable.
+    """
+    lengths: list[int] = []
+    refused: dict[str, DataError] = {}
     for prompt in prompts:
         try:
             lengths.append(model.prompt_length(prompt))
         except DataError as error:
             refused[prompt.index] = error
+    _require_rows(lengths, refused)
     return lengths, refused
 
 
-def _require_rows(prompts: Sequence[EvalPrompt], refused: Mapping[str, DataError]) -> None:
+def _require_rows(left: Sequence[object], refused: Mapping[str, DataError]) -> None:
     """Raise `DataError` if no row is left: the cause is not a single row."""
-    if prompts:
+    if left:
         return
     first = next(iter(refused.values()))
     if len(refused) == 1:
@@ -208,32 +284,27 @@ def _start_limit(
     model: EvalModel,
     prompts: Sequence[EvalPrompt],
     lengths: Sequence[int],
-    cache: AnswerCache,
+    held: BatchLimit | None,
     batch: int | None,
     max_new_tokens: int,
     callbacks: EvalCallbacks,
     refused: dict[str, DataError],
-) -> BatchLimit:
-    """The cached limit if it still applies, else a new one, which is set in the cache."""
-    held = cache.limit
+) -> tuple[BatchLimit, dict[str, DataError]]:
+    """The cached limit `held` if it still applies, else a new one; and the rows not readable."""
     if held is not None and held.given == (batch or 0):
-        return held
+        return held, refused
     if batch is not None:
-        cache.set_limit(BatchLimit(batch, given=batch))
-    else:
-        longest, encoded = _longest(model, prompts, lengths, refused)
-        try:
-            columns = model.max_batch_tokens(encoded, max_new_tokens)
-        except OutOfMemory as error:
-            raise _too_long(lengths[longest]) from error
-        if columns is None:
-            cache.set_limit(BatchLimit(DEFAULT_BATCH_SIZE))
-        else:
-            cache.set_limit(BatchLimit(MAX_BATCH_SIZE, columns))
-            fits = max(1, min(MAX_BATCH_SIZE, columns // lengths[longest]))
-            callbacks.say(f"batches of up to {columns:,} tokens fit: {fits} of the longest prompts")
-    assert cache.limit is not None
-    return cache.limit
+        return BatchLimit(batch, given=batch), refused
+    longest, encoded = _longest(model, prompts, lengths, refused)
+    try:
+        columns = model.max_batch_tokens(encoded, max_new_tokens)
+    except OutOfMemory as error:
+        raise _too_long(lengths[longest]) from error
+    if columns is None:
+        return BatchLimit(DEFAULT_BATCH_SIZE), refused
+    fits = max(1, min(MAX_BATCH_SIZE, columns // lengths[longest]))
+    callbacks.say(f"batches of up to {columns:,} tokens fit: {fits} of the longest prompts")
+    return BatchLimit(MAX_BATCH_SIZE, columns), refused
 
 
 def _longest(
@@ -258,9 +329,12 @@ def _smaller(
     lengths: Sequence[int],
     halved: int,
     callbacks: EvalCallbacks,
+    group: ProcessGroup,
 ) -> BatchLimit:
     if len(batch) == 1:
-        raise _too_long(lengths[batch[0]])
+        error = _too_long(lengths[batch[0]])
+        error.is_reported_elsewhere = not group.is_main
+        raise error
     if halved == 1:
         callbacks.warn(
             f"a batch of {len(batch)} prompts did not fit into the device's memory; going on with "

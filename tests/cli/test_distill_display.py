@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from mmmamba_cli.cli import distill_display
-from mmmamba_cli.cli.distill_display import StopRequest, TrainingDisplay
+from mmmamba_cli.cli.distill_display import TrainingDisplay
+from mmmamba_cli.cli.stop_request import StopRequest
 from mmmamba_cli.distill import Progress, StepResult
 from mmmamba_cli.distill.validation import HeldOutMetrics
 from mmmamba_cli.recipe import Stage
