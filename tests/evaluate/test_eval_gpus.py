@@ -100,7 +100,7 @@ def test_signal_stops_both_after_the_batch(
     given = words(small_run, data, tmp_path / "out", *TWO)
     process = PreloadedProcess(slow_answers.run, given, tmp_path / "output")
     process.wait_for(lambda: answers(tmp_path / "out"))
-    os.killpg(process.pid, number)
+    os.kill(process.pid, number)
     assert process.wait(timeout=60) == 130, process.text()
     assert process.text().count("stopping after this batch; press Ctrl-C again") == 1
     kept = answers(tmp_path / "out")
