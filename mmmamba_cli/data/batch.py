@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -107,15 +107,35 @@ class Batch:
         )
 
 
+class MicroBatch(Protocol):
+    """What the training loop asks of a micro batch, `Batch` or `ModelBatch`."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def pin_memory(self) -> Self: ...
+
+
+MicroT = TypeVar("MicroT", bound=MicroBatch)
+
+
 @dataclass(frozen=True)
-class StepBatches:
+class StepBatches(Generic[MicroT]):
     """The micro batches of one optimiser step on one process.
 
     `num_planned` is the number of samples of the global batch, including the unreadable ones.
     """
 
     step: int
-    micro_batches: tuple[Batch, ...]
+    micro_batches: tuple[MicroT, ...]
     bad: tuple[BadSample, ...]
     num_planned: int
 
@@ -128,8 +148,8 @@ class StepBatches:
     def drawn_by(self, to_pixels: Callable[[Any, torch.device], Tensor]) -> StepBatches:
         """Set the function that draws pictures: it does not travel from the loader processes."""
 
-        def complete(micro: Batch) -> Batch:
-            if micro.drawings is None:
+        def complete(micro: Any) -> Any:
+            if not isinstance(micro, Batch) or micro.drawings is None:
                 return micro
             return replace(micro, drawings=replace(micro.drawings, to_pixels=to_pixels))
 

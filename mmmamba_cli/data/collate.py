@@ -5,23 +5,26 @@ Legend: B rows, T columns of a micro batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, bad_sample
 from mmmamba_cli.data.generated_corpus import Drawings, SampleGenerator
-from mmmamba_cli.data.tokenize import EncodedSample, decode_images
+from mmmamba_cli.data.sample import Sample
+from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import varlen_metadata
-from mmmamba_cli.processing import ImageProcessor
+from mmmamba_cli.processing import ImageProcessor, TrainingProcessor
 
+SizedT = TypeVar("SizedT", bound=Sized)
 Row = list[EncodedSample]
 
 
-def make_rows(samples: Sequence[EncodedSample], batching: str, max_length: int) -> list[Row]:
+def make_rows(samples: Sequence[SizedT], batching: str, max_length: int) -> list[list[SizedT]]:
     """Make the rows of a global batch, independent of the number of processes.
 
     `padded`: one sample per row, in order; `bucketed`: one sample per row, longest first; `packed`:
@@ -32,7 +35,7 @@ def make_rows(samples: Sequence[EncodedSample], batching: str, max_length: int) 
     by_length = sorted(samples, key=len, reverse=True)
     if batching == "bucketed":
         return [[sample] for sample in by_length]
-    rows: list[Row] = []
+    rows: list[list[SizedT]] = []
     room: list[int] = []
     for sample in by_length:
         fitting = (i for i, free in enumerate(room) if free >= len(sample))
@@ -47,8 +50,8 @@ def make_rows(samples: Sequence[EncodedSample], batching: str, max_length: int) 
 
 
 def assign_rows(
-    rows: Sequence[Row], rank: int, world_size: int, accumulation: int
-) -> list[list[Row]]:
+    rows: Sequence[list[SizedT]], rank: int, world_size: int, accumulation: int
+) -> list[list[list[SizedT]]]:
     """Assign contiguous rows to the `accumulation` micro batches of process `rank`.
 
     Minimises the largest micro batch, counted in tokens with padding: it bounds the time of a step
@@ -84,6 +87,37 @@ def _ends(lengths: Sequence[int], parts: int, limit: int) -> list[int]:
             ends.append(row)
             start, longest = row, length
     return [*ends, len(lengths)]
+
+
+class HolisticCollator:
+    """Encodes samples for a `HolisticVLM`, and makes micro batches of them.
+
+    `generator` is that of a corpus whose pictures are drawn later.
+    """
+
+    def __init__(
+        self,
+        processor: TrainingProcessor,
+        max_length: int,
+        max_tiles: int | None = None,
+        generator: SampleGenerator | None = None,
+    ):
+        self._encoder = SampleEncoder(processor, max_length, max_tiles)
+        self.max_length = max_length
+        self._generator = generator
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Encode a sample. Raises `DataError` that names it."""
+        return self._encoder(sample)
+
+    def decode(self, sample: EncodedSample) -> None:
+        """Decode the pictures of a sample. Raises `DataError` if that fails."""
+        decode_images(sample, self._encoder.images)
+
+    def collate(self, rows: Sequence[Row]) -> tuple[Batch, list[BadSample]]:
+        """One micro batch, without the samples whose pictures cannot be decoded."""
+        pad_id = self._encoder.processor.pad_token_id
+        return collate(rows, self._encoder.images, pad_id, self._generator)
 
 
 def collate(
@@ -171,5 +205,5 @@ def _pad_rows(rows: list[Row], pixels: list[Tensor], pad_id: int) -> Batch:
     )
 
 
-def _row_length(row: Row) -> int:
+def _row_length(row: Sequence[Sized]) -> int:
     return sum(len(sample) for sample in row)

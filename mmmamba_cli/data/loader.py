@@ -12,18 +12,20 @@ import atexit
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
-from mmmamba_cli.data.collate import assign_rows, collate, make_rows
+from mmmamba_cli.data.collate import HolisticCollator, assign_rows, make_rows
 from mmmamba_cli.data.dataset import Corpus, CorpusPart
 from mmmamba_cli.data.generated_corpus import ENDLESS, GeneratedCorpus
-from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
+from mmmamba_cli.data.sample import Sample
+from mmmamba_cli.data.teacher_collate import TeacherCollator
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.interrupts import block_interrupts
-from mmmamba_cli.processing import TrainingProcessor
+from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 
 
 class SampleOrder:
@@ -81,8 +83,23 @@ class EndlessOrder:
         return number
 
 
+class Collator(Protocol):
+    """Encodes samples and makes micro batches of them; an encoded sample has a length in tokens."""
+
+    max_length: int
+
+    def encode(self, sample: Sample) -> Any: ...
+
+    def decode(self, sample: Any) -> None: ...
+
+    def collate(self, rows: Sequence[Any]) -> tuple[Any, list[BadSample]]: ...
+
+
 class StepLoader:
     """Batches for one process of `world_size`.
+
+    With a `TeacherProcessor` micro batches are `ModelBatch`es, else `Batch`es.
+
 
     A global batch has `batch_size` samples; each process gets its share in `accumulation` micro
     batches. `workers` is the number of worker processes that prepare steps ahead; 0 prepares each
@@ -94,7 +111,7 @@ class StepLoader:
     def __init__(
         self,
         corpus: Corpus,
-        processor: TrainingProcessor,
+        processor: TrainingProcessor | TeacherProcessor,
         *,
         batch_size: int,
         accumulation: int = 1,
@@ -117,9 +134,14 @@ class StepLoader:
         self.pin_memory = pin_memory
         self.rank = rank
         self.world_size = world_size
-        self._encoder = SampleEncoder(processor, max_length, max_tiles)
         generated = corpus if isinstance(corpus, GeneratedCorpus) else None
         self._generator = None if generated is None else generated.generator
+        self._collator: Collator
+        if isinstance(processor, TeacherProcessor):
+            _refuse_holistic_settings(batching, max_tiles)
+            self._collator = TeacherCollator(processor, max_length, self._generator)
+        else:
+            self._collator = HolisticCollator(processor, max_length, max_tiles, self._generator)
         self._order: SampleOrder | EndlessOrder = (
             EndlessOrder()
             if generated is not None and generated.endless
@@ -138,7 +160,7 @@ class StepLoader:
         for number in range(self._order.length):
             index = self._order[number]
             try:
-                decode_images(self._encoder(self.corpus[index]), self._encoder.images)
+                self._collator.decode(self._collator.encode(self.corpus[index]))
             except DataError as error:
                 bad.append(bad_sample(error, self.corpus.name(index)))
             else:
@@ -184,11 +206,10 @@ class StepLoader:
     def prepare(self, step: int) -> StepBatches:
         """The batches of one step as a loader process makes them: pictures cannot be drawn yet."""
         samples, bad = self._plan(step)
-        rows = make_rows(samples, self.batching, self._encoder.max_length)
+        rows = make_rows(samples, self.batching, self._collator.max_length)
         micro = []
         for part in assign_rows(rows, self.rank, self.world_size, self.accumulation):
-            pad_id = self._encoder.processor.pad_token_id
-            batch, undecodable = collate(part, self._encoder.images, pad_id, self._generator)
+            batch, undecodable = self._collator.collate(part)
             micro.append(batch)
             bad += undecodable
         return StepBatches(step, tuple(micro), tuple(bad), len(self._numbers(step)))
@@ -198,16 +219,30 @@ class StepLoader:
         stop = (step + 1) * self.batch_size
         return range(step * self.batch_size, stop if self._end is None else min(stop, self._end))
 
-    def _plan(self, step: int) -> tuple[list[EncodedSample], list[BadSample]]:
+    def _plan(self, step: int) -> tuple[list[Any], list[BadSample]]:
         """Encoded samples of the global batch, and those with bad texts or image headers."""
         samples, bad = [], []
         for number in self._numbers(step):
             index = self._order[number]
             try:
-                samples.append(self._encoder(self.corpus[index]))
+                samples.append(self._collator.encode(self.corpus[index]))
             except DataError as error:
                 bad.append(bad_sample(error, self.corpus.name(index)))
         return samples, bad
+
+
+def _refuse_holistic_settings(batching: str, max_tiles: int | None) -> None:
+    """Raise `DataError` for settings that a teacher's own processor does not have."""
+    if batching == "packed":
+        raise DataError(
+            "data.batching is packed, and students of transformers' models are not packed yet",
+            "set data.batching to bucketed or padded",
+        )
+    if max_tiles is not None:
+        raise DataError(
+            f"data.max_tiles is {max_tiles}, and the teacher's own processor sets the resolution",
+            "leave data.max_tiles out",
+        )
 
 
 class _Steps(Dataset):

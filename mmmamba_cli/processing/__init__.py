@@ -21,6 +21,11 @@ from mmmamba_cli.processing.processor_loader import (
     processor_from_hovle,
     processor_from_language_model,
 )
+from mmmamba_cli.processing.teacher_processor import (
+    RenderedPrompt,
+    TeacherProcessor,
+    open_teacher_processor,
+)
 from mmmamba_cli.processing.text_processor import HolisticTextProcessor, TextOnlyMarker
 from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles, normalize
 from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
@@ -39,6 +44,8 @@ __all__ = [
     "HolisticVLMTokenizer",
     "ImageProcessor",
     "ImageSource",
+    "RenderedPrompt",
+    "TeacherProcessor",
     "TextStream",
     "Tiling",
     "TrainingProcessor",
@@ -52,6 +59,7 @@ __all__ = [
     "isolated",
     "normalize",
     "open_image",
+    "open_teacher_processor",
     "processor_from_folder",
     "processor_from_hovle",
     "processor_from_language_model",

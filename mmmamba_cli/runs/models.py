@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     import torch
 
     from mmmamba_cli.model import HolisticVLM
-    from mmmamba_cli.processing import HolisticTextProcessor, HolisticVLMProcessor
+    from mmmamba_cli.processing import (
+        HolisticTextProcessor,
+        HolisticVLMProcessor,
+        TeacherProcessor,
+    )
 
 TEACHER = "teacher"
 
@@ -135,6 +139,23 @@ class ResolvedModel:
         return load_model(
             checkpoint.path, device=device, dtype=dtype, frozen=True, checkpoint=checkpoint
         )
+
+
+def open_training_processor(
+    checkpoint: AnyCheckpoint,
+) -> HolisticVLMProcessor | HolisticTextProcessor | TeacherProcessor | None:
+    """The processor that prepares training data of a model; None if it has no tokenizer.
+
+    Raises:
+        CheckpointError: its files do not match, or it needs a package that is not installed.
+    """
+    if isinstance(checkpoint, InPlaceCheckpoint):
+        from mmmamba_cli.processing import open_teacher_processor
+
+        return open_teacher_processor(checkpoint.folder)
+    from mmmamba_cli.runs.product import open_processor
+
+    return open_processor(checkpoint)
 
 
 def pick_placement(

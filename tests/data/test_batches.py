@@ -16,6 +16,7 @@ from mmmamba_cli.data import (
     IGNORE_INDEX,
     Batch,
     EncodedSample,
+    SampleEncoder,
     StepBatches,
     StepLoader,
     open_corpus,
@@ -287,7 +288,7 @@ def test_packed_rows_through_a_model(
     together = model(
         batch.input_ids, batch.pixel_values, batch.attention_mask, seq_idx=batch.seq_idx
     ).logits
-    encoder = source._encoder
+    encoder = SampleEncoder(processor, 900, 2)
     corpus = source.corpus
     for row in range(batch.input_ids.shape[0]):
         for number in range(int(batch.seq_idx[row].max()) + 1):

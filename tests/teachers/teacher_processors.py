@@ -162,6 +162,8 @@ class PixtralProcessorOnPil:
         images: list[list[Image.Image]] | None = None,
         padding: bool = False,
         return_tensors: str = "pt",
+        padding_side: str = "left",
+        add_special_tokens: bool = False,
     ) -> transformers.BatchFeature:
         pictures = {}
         if images is not None:
@@ -172,7 +174,11 @@ class PixtralProcessorOnPil:
             runs = iter([self._tokens(*size) for size in pictures["image_sizes"].tolist()])
             text = ["".join(self._expanded(row, runs)) for row in text]
         tokens = self.tokenizer(
-            text, padding=padding, return_tensors=return_tensors, add_special_tokens=False
+            text,
+            padding=padding,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            add_special_tokens=add_special_tokens,
         )
         return transformers.BatchFeature({**tokens, **pictures})
 

@@ -1,0 +1,133 @@
+"""Which tokens of a rendered conversation are answers, for any chat template.
+
+A template that marks answers itself (`{% generation %}`) is believed. For others an answer begins
+where the prompt of the turns before it ends, and ends with the special token behind its text.
+A processor then replaces each placeholder by the tokens of a picture; `find_answers` finds the
+answers again.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from mmmamba_cli.errors import DataError
+
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Messages = Sequence[dict[str, Any]]
+Span = tuple[int, int]
+# Renders messages; with True it opens the next answer.
+Render = Callable[[Messages, bool], str]
+
+
+def marks_answers(template: str) -> bool:
+    """Whether a chat template marks answers by `{% generation %}`."""
+    return GENERATION_BLOCK.search(template) is not None
+
+
+def answer_spans(
+    messages: Messages, text: str, render: Render, special_tokens: Iterable[str]
+) -> list[Span]:
+    """Characters (start, end) of each answer in `text`, the rendered `messages`.
+
+    An answer is what a model writes after the prompt of the turns before it, up to and including
+    the special token that ends the turn.
+
+    Raises:
+        DataError: the template changes earlier turns or answers, so that they are not found.
+    """
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    end_of_turn = re.compile(rf"\s*(?:{special.pattern})")
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        earlier = messages[:turn]
+        start = _common_length(text, render(earlier, True))
+        place = _place(_text_of(message), text, start, special)
+        if place is None or (earlier and not text.startswith(render(earlier, False).rstrip())):
+            raise DataError(
+                f"the chat template does not write turn {turn + 1} as it is, so that its answer is "
+                "not found",
+                "give the processor a template that marks answers with {% generation %}",
+            )
+        ending = end_of_turn.match(text, place)
+        spans.append((start, place if ending is None else ending.end()))
+    return spans
+
+
+def _common_length(one: str, other: str) -> int:
+    """Number of leading characters in which two texts agree."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _place(answer: str, text: str, start: int, special: re.Pattern[str]) -> int | None:
+    """Where an answer ends that begins at `start`, perhaps behind what the template puts before it.
+
+    Templates may strip an answer. No special token comes before it; None if it is not there.
+    """
+    for written in (answer, answer.strip()):
+        place = text.find(written, start)
+        if place >= 0 and special.search(text, start, place) is None:
+            return place + len(written)
+    return None
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def tokens_in(spans: Sequence[Span], offsets: Sequence[Span]) -> list[bool]:
+    """Whether each token, at characters (start, end), has a character in one of the spans."""
+    return [
+        any(first < end and last > start for start, end in spans) and last > first
+        for first, last in offsets
+    ]
+
+
+def find_answers(
+    ids: Sequence[int], is_answer: Sequence[bool], expanded: Sequence[int]
+) -> list[bool] | None:
+    """Answer tokens among the `expanded` ids, in which pictures have replaced placeholders.
+
+    Ids that occur equally often in both are those that no picture adds, in the same order. From the
+    last of them before an answer up to its end, both have the same ids.
+
+    Returns:
+        One bool for each expanded id; None if the ids do not correspond.
+    """
+    before, after = Counter(ids), Counter(expanded)
+    kept = {token for token, count in before.items() if after[token] == count}
+    anchors = [i for i, token in enumerate(ids) if token in kept]
+    places = [i for i, token in enumerate(expanded) if token in kept]
+    if [ids[i] for i in anchors] != [expanded[i] for i in places]:
+        return None
+    found = [False] * len(expanded)
+    for start, end in _runs(is_answer):
+        number = bisect_right(anchors, start) - 1
+        if number < 0:
+            return None
+        anchor = anchors[number]
+        shift = places[number] - anchor
+        if list(ids[anchor:end]) != list(expanded[anchor + shift : end + shift]):
+            return None
+        found[start + shift : end + shift] = [True] * (end - start)
+    return found
+
+
+def _runs(is_answer: Sequence[bool]) -> Iterator[Span]:
+    """Start and end of each run of answer tokens."""
+    place = 0
+    for value, run in groupby(is_answer):
+        length = len(list(run))
+        if value:
+            yield place, place + length
+        place += length
