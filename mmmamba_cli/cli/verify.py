@@ -16,7 +16,7 @@ from mmmamba_cli.cli.console import (
     print_warning,
     progress,
 )
-from mmmamba_cli.cli.options import AsJson, Device, DType
+from mmmamba_cli.cli.options import AsJson, Device
 
 if TYPE_CHECKING:
     from mmmamba_cli.verification import VerificationReport
@@ -32,7 +32,13 @@ def command(
         ),
     ],
     device: Device = None,
-    dtype: DType = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="bf16, fp16, fp32, or auto: bf16 on CUDA except for HoVLE, else fp32.",
+        ),
+    ] = "auto",
     tokens: Annotated[
         int, typer.Option("--tokens", metavar="N", help="Tokens to generate in comparisons.", min=1)
     ] = 8,

@@ -31,8 +31,12 @@ class Rounding:
     None if there is no batch.
     """
 
-    cached: float = 0.0
-    padded: float | None = 0.0
+    cached: float
+    padded: float | None
+
+    @property
+    def largest(self) -> float:
+        return max(self.cached, self.padded or 0.0)
 
 
 def relative_distance(found: Tensor, expected: Tensor) -> float:

@@ -37,12 +37,15 @@ MIMIC = "inherit+mimic"
 
 
 def compare_logits(
-    name: str, model: Any, inputs: Inputs, expected: Tensor, reference: str
+    name: str, model: Any, inputs: Inputs, expected: Tensor, reference: str, own: float = 0.0
 ) -> CheckResult:
-    """The logits of a model and those of another implementation, which may round differently."""
+    """The logits of a model and those of another implementation, which may round differently.
+
+    `own` is the distance of the other implementation from itself, by which the tolerance grows.
+    """
     found = logits_of(model, inputs).cpu()[:, -expected.shape[1] :]
     distance = relative_distance(found, expected.cpu()[:, -found.shape[1] :])
-    allowed = allowed_distance(model.dtype)
+    allowed = allowed_distance(model.dtype, own)
     detail = (
         f"relative distance of logits to {reference} {distance:.1e} (allowed {allowed:.1e}; "
         f"{inputs['input_ids'].shape[1]} tokens)"

@@ -93,12 +93,6 @@ def check_special_tokens(tokenizer: Any, config: Any, generation_config: Any) ->
             f"the end token {tokenizer.eos_token} is {tokenizer.eos_token_id}, but eos_token_id of "
             f"the configs is {name_some(map(str, sorted(stops)))}"
         )
-    begin = getattr(text_config(config), "bos_token_id", None)
-    if None not in (tokenizer.bos_token_id, begin) and tokenizer.bos_token_id != begin:
-        wrong.append(
-            f"the begin token {tokenizer.bos_token} is {tokenizer.bos_token_id}, but bos_token_id "
-            f"of config.json is {begin}"
-        )
     found = image_token(config)
     if found is not None and found[1] not in tokenizer.added_tokens_decoder:
         at = tokenizer.convert_ids_to_tokens(found[1]) if found[1] < len(tokenizer) else None
@@ -106,16 +100,25 @@ def check_special_tokens(tokenizer: Any, config: Any, generation_config: Any) ->
     if wrong:
         return CheckResult(SPECIAL_TOKENS, DIFFERENT, "; ".join(wrong))
     ends = [tokenizer.convert_ids_to_tokens(index) for index in sorted(stops)]
-    return CheckResult(
-        SPECIAL_TOKENS, OK, f"{len(special)} are one id each; answers end with {name_some(ends)}"
-    )
+    detail = f"{len(special)} are one id each; answers end with {name_some(map(str, ends))}"
+    return CheckResult(SPECIAL_TOKENS, OK, detail + _other_ids(tokenizer, config))
+
+
+def _other_ids(tokenizer: Any, config: Any) -> str:
+    """A note on begin and padding ids that differ, which no computation depends on."""
+    notes = []
+    for name in ("bos_token_id", "pad_token_id"):
+        own, given = getattr(tokenizer, name), getattr(text_config(config), name, None)
+        if None not in (own, given) and own != given:
+            notes.append(f"; {name} is {given} in config.json and {own} in the tokenizer")
+    return "".join(notes)
 
 
 def check_chat_template(
     opened: TeacherProcessor, config: Any, generation_config: Any
 ) -> CheckResult:
     """The template renders a conversation, pictures included, with tokens that the model has."""
-    if not opened.has_template:
+    if opened.template is None:
         return CheckResult(TEMPLATE, SKIPPED, "there is no chat template")
     tokenizer, vocabulary = opened.tokenizer, opened.tokenizer.get_vocab()
     pictures = (drawn_picture(),) if opened.processor is not None else ()
@@ -156,7 +159,7 @@ def _answer(opened: TeacherProcessor) -> dict[str, Any]:
 def _render(
     opened: TeacherProcessor, messages: Sequence[Any], *, add_generation_prompt: bool
 ) -> str:
-    text: str = opened.renderer.apply_chat_template(
+    text: str = opened.render(
         list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
     )
     return text

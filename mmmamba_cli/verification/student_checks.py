@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from mmmamba_cli.verification.comparison import (
 )
 from mmmamba_cli.verification.in_place_teacher import InPlaceTeacher
 from mmmamba_cli.verification.memory import weight_bytes
-from mmmamba_cli.verification.prompts import Prompts
+from mmmamba_cli.verification.prompts import Inputs, Prompts
 from mmmamba_cli.verification.report import DIFFERENT, OK, SKIPPED, CheckResult
 from mmmamba_cli.verification.steps import Progress, Step, require_loaded, run_step, skipped
 
@@ -47,10 +48,11 @@ REPLACED_LAYER = 0
 
 @dataclass(frozen=True)
 class StockOutputs:
-    """What is kept of the stock class: the bytes of its weights, and logits of the text prompt."""
+    """What is kept of the stock class: bytes of its weights, logits of the text, its rounding."""
 
     weights: int
     text_logits: Tensor
+    rounding: Rounding | None
 
 
 def check_models(
@@ -65,25 +67,26 @@ def check_models(
         return _check_loading(STOCK, teacher.stock_class.__name__, info)
 
     found = run_step(Step(STOCK, load), progress)
-    outputs: list[StockOutputs] = []
-
-    def keep_outputs() -> list[CheckResult]:
-        stock = loaded[0]
-        outputs.append(StockOutputs(weight_bytes(stock), logits_of(stock, prompts.text).cpu()))
-        return []
-
     require_loaded(found[-1])
     if not loaded:
         return None, [*found, *skipped(MODEL_CHECKS[1:], "the stock class does not load")]
-    found += run_step(Step(ON_TEXT, keep_outputs), lambda text: None)
-    if not outputs:
+    kept: list[Tensor] = []
+
+    def keep_logits() -> list[CheckResult]:
+        kept.append(logits_of(loaded[0], prompts.text).cpu())
+        return []
+
+    found += run_step(Step(ON_TEXT, keep_logits), lambda text: None)
+    if not kept:
         return None, [*found, *skipped(MODEL_CHECKS[2:], "the stock class does not run")]
-    found += check_students(teacher, loaded[0], prompts, progress)
+    weights = weight_bytes(loaded[0])
+    rounding, results = check_students(teacher, loaded[0], prompts, progress)
     # The stock class must be gone before its weights are loaded again.
     loaded.clear()
     gc.collect()
-    step = Step(FROM_FILES, lambda: check_from_files(teacher, prompts, outputs[0].text_logits))
-    return outputs[0], [*found, *run_step(step, progress)]
+    step = Step(FROM_FILES, lambda: check_from_files(teacher, prompts, kept[0]))
+    found += [*results, *run_step(step, progress)]
+    return StockOutputs(weights, kept[0], rounding), found
 
 
 def _check_loading(name: str, loaded_as: str, info: dict[str, Any]) -> CheckResult:
@@ -100,16 +103,38 @@ def _check_loading(name: str, loaded_as: str, info: dict[str, Any]) -> CheckResu
 
 def check_students(
     teacher: InPlaceTeacher, stock: Any, prompts: Prompts, progress: Progress
+) -> tuple[Rounding | None, list[CheckResult]]:
+    """Students that share the weights of `stock`: attention in all layers, then each mixer.
+
+    Returns the rounding of the stock class too; None if it does not decode.
+    """
+    found = check_all_attention(teacher, stock, prompts, progress)
+    own: list[Rounding] = []
+
+    def stock_rounding() -> CheckResult:
+        own.append(rounding_of(stock, prompts, teacher.tokens, teacher.placeholder_ids))
+        return _describe_stock_rounding(own[0])
+
+    found += run_step(Step(STOCK_ROUNDING, stock_rounding), progress)
+    for mixer in (name for name in mixer_specs() if name != ATTENTION_MIXER):
+        name = f"mixer {mixer}"
+        if not own:
+            found += skipped([name], "the stock class does not decode")
+            continue
+        check = partial(check_mixer, teacher, stock, mixer, prompts, own[0])
+        found += run_step(Step(name, check), progress)
+    return (own[0] if own else None), found
+
+
+def check_all_attention(
+    teacher: InPlaceTeacher, stock: Any, prompts: Prompts, progress: Progress
 ) -> list[CheckResult]:
-    """Students that share the weights of `stock`: attention in all layers, then each mixer."""
-    student: list[Any] = []
+    """A student of attention in all layers: logits of every prompt, and generation."""
 
-    def all_attention() -> Any:
-        if not student:
-            student.append(convert(stock, StudentPlan.of_layers(teacher.num_layers, [])))
-        return student[0]
+    @cache
+    def student() -> Any:
+        return convert(stock, StudentPlan.of_layers(teacher.num_layers, []))
 
-    placeholders, tokens = teacher.placeholder_ids, teacher.tokens
     found: list[CheckResult] = []
     for name, inputs in (
         (ON_TEXT, prompts.text),
@@ -117,34 +142,22 @@ def check_students(
         (ON_PICTURES, prompts.pictures),
         (ON_BATCH, prompts.batch),
     ):
-        if inputs is None and teacher.takes_pictures:
+        if inputs is not None:
+
+            def compare(name: str = name, inputs: Inputs = inputs) -> CheckResult:
+                return compare_bits(name, stock, student(), inputs)
+
+            found += run_step(Step(name, compare), progress)
+        elif teacher.takes_pictures:
             found += skipped([name], "there is no processor whose pictures can be used")
-        if inputs is None:
-            continue
-        step = Step(name, lambda n=name, i=inputs: compare_bits(n, stock, all_attention(), i))  # type: ignore[misc]
-        found += run_step(step, progress)
-    step = Step(
-        GENERATION,
-        lambda: compare_generation(
-            GENERATION, stock, all_attention(), prompts.richest, tokens, placeholders
-        ),
-    )
-    found += run_step(step, progress)
-    own: list[Rounding] = []
 
-    def stock_rounding() -> CheckResult:
-        own.append(rounding_of(stock, prompts, tokens, placeholders))
-        return _describe_stock_rounding(own[0])
+    def generate() -> CheckResult:
+        inputs, tokens = prompts.richest, teacher.tokens
+        return compare_generation(
+            GENERATION, stock, student(), inputs, tokens, teacher.placeholder_ids
+        )
 
-    found += run_step(Step(STOCK_ROUNDING, stock_rounding), progress)
-    for name in (name for name in mixer_specs() if name != ATTENTION_MIXER):
-        row = f"mixer {name}"
-        if not own:
-            found += skipped([row], "the stock class does not decode")
-            continue
-        step = Step(row, lambda n=name: check_mixer(teacher, stock, n, prompts, own[0]))  # type: ignore[misc]
-        found += run_step(step, progress)
-    return found
+    return [*found, *run_step(Step(GENERATION, generate), progress)]
 
 
 def _describe_stock_rounding(own: Rounding) -> CheckResult:

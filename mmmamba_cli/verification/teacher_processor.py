@@ -46,8 +46,16 @@ class TeacherProcessor:
         return self.tokenizer if self.processor is None else self.processor
 
     @property
-    def has_template(self) -> bool:
-        return bool(getattr(self.renderer, "chat_template", None))
+    def template(self) -> Any:
+        """The chat template: the processor's, else the tokenizer's; None without one."""
+        templates = (getattr(one, "chat_template", None) for one in (self.renderer, self.tokenizer))
+        return next((template for template in templates if template), None)
+
+    def render(self, conversations: Any, **options: Any) -> Any:
+        """`apply_chat_template` of the renderer, which may lack the template itself."""
+        if not getattr(self.renderer, "chat_template", None):
+            options["chat_template"] = self.template
+        return self.renderer.apply_chat_template(conversations, **options)
 
     def encoder(self, use_template: bool) -> Encode:
         """The function that encodes rows, by the chat template or as bare text."""
@@ -100,11 +108,11 @@ def _load_problem(what: str, error: Exception) -> tuple[str, bool]:
 
 
 def _template_encoder(opened: TeacherProcessor) -> Encode:
-    renderer, batch = opened.renderer, {"padding": True, "return_tensors": "pt"}
+    batch = {"padding": True, "return_tensors": "pt"}
 
     def encode(rows: Sequence[Row]) -> Inputs:
         conversations = [messages_of(opened, row) for row in rows]
-        found = renderer.apply_chat_template(
+        found = opened.render(
             conversations,
             tokenize=True,
             add_generation_prompt=True,

@@ -29,6 +29,7 @@ from mmmamba_cli.verification.steps import Progress
 from mmmamba_cli.verification.student_checks import StockOutputs
 
 DEFAULT_NEW_TOKENS = 8
+AUTO = "auto"
 # HolisticVLM alone runs these; transformers has no class for them.
 NATIVE_TYPES = (hovle.MODEL_TYPE, mmmamba_hf.MODEL_TYPE, NATIVE_MODEL_TYPE, "internlm2")
 
@@ -37,7 +38,7 @@ def verify_teacher(
     name: str | Path,
     *,
     device: str | None = None,
-    dtype: str = "auto",
+    dtype: str = AUTO,
     tokens: int = DEFAULT_NEW_TOKENS,
     progress: Progress = lambda text: None,
 ) -> VerificationReport:
@@ -48,7 +49,9 @@ def verify_teacher(
 
     Args:
         name: a path, a shipped model or a Hub id.
-        device, dtype: as in `ResolvedModel.load`.
+        device: as in `ResolvedModel.load`.
+        dtype: likewise, but "auto" is fp32 for what HolisticVLM alone runs: rounding then hides
+            less, since there are no bits to compare.
         tokens: number of tokens that are generated.
         progress: called with the name of each check before it runs.
 
@@ -63,6 +66,9 @@ def verify_teacher(
     chosen, kind = pick_placement(device, dtype)
     path = resolve_path(name)
     model_type = _model_type(path)
+    is_native = model_type is None or model_type in NATIVE_TYPES
+    if is_native and dtype == AUTO:
+        kind = torch.float32
     if chosen.type == "cuda":
         torch.cuda.reset_peak_memory_stats(chosen)
     facts: dict[str, Any] = {
@@ -71,7 +77,7 @@ def verify_teacher(
         "device": str(chosen),
         "dtype": str(kind).removeprefix("torch."),
     }
-    if model_type is None or model_type in NATIVE_TYPES:
+    if is_native or model_type is None:
         checks = verify_native(NativeTeacher(path, chosen, kind, tokens), progress)
         return VerificationReport(
             **facts,
@@ -84,8 +90,9 @@ def verify_teacher(
 
     def check_native(prompts: Prompts, outputs: StockOutputs) -> CheckResult:
         model = load_model(path, device=chosen, dtype=kind, frozen=True)
+        own = 0.0 if outputs.rounding is None else outputs.rounding.largest
         return native_model.compare_logits(
-            OUTPUTS, model, prompts.text, outputs.text_logits, "the stock class"
+            OUTPUTS, model, prompts.text, outputs.text_logits, "the stock class", own
         )
 
     native = check_native if model_type in llama_family.MODEL_TYPES else None
