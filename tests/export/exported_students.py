@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,43 @@ def inputs_of(family: Family) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in found.items()}
 
 
+def into_hub_cache(folder: Path, home: Path) -> str:
+    """Copy an export into the Hub's cache below `home`, and return the name of its repository."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = home / "hf/hub/models--someone--my.model-1"
+    shutil.copytree(folder, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    return "someone/my.model-1"
+
+
 def computed_elsewhere(
-    students: list[ExportedStudent], whole: tuple[str, ...], cards: dict[str, str], work: Path
+    students: list[ExportedStudent],
+    work: Path,
+    *,
+    whole: tuple[str, ...],
+    from_cache: tuple[str, ...],
+    cards: dict[str, str],
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What the exports compute in a process without this package, by family.
 
-    Those in `whole` also generate, and are saved and loaded again. `cards` has code of families'
-    cards, whose answers are in `FAMILY.answer` below `work`.
+    Those in `whole` also generate, and are saved and loaded again. One `from_cache` is loaded by
+    its name on the Hub, for which transformers takes the code file by file. `cards` has the code
+    of the cards of families, whose answers are in `FAMILY.answer` below `work`.
     """
     asked = []
+    (work / "home").mkdir()
+    names = {
+        one.family.name: into_hub_cache(one.folder, work / "home")
+        for one in students
+        if one.family.name in from_cache
+    }
     for one in students:
         name = one.family.name
         save_file(inputs_of(one.family), work / f"{name}.inputs")
         asked.append(
             {
-                "folder": str(one.folder),
+                "folder": names.get(name, str(one.folder)),
                 "auto": one.auto,
                 "inputs": str(work / f"{name}.inputs"),
                 "generation": one.family.generation(6),
@@ -124,6 +147,5 @@ def computed_elsewhere(
             }
         )
     (work / "asked.json").write_text(json.dumps(asked))
-    (work / "home").mkdir()
     run_isolated(PROGRAM, work / "asked.json", home=work / "home")
     return {one.family.name: load_file(work / f"{one.family.name}.out") for one in students}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 # Families with deepstack, with other names on disk, and of text.
 WHOLE = ("qwen3_vl", "internvl", "qwen3")
+FROM_CACHE = ("qwen3",)
 # Families whose processor `AutoProcessor` or `AutoTokenizer` opens without torchvision.
 WITH_CARD = ("gemma3", "qwen3")
 PLAN_OF = {name: list(PLANS)[index % len(PLANS)] for index, name in enumerate(FAMILIES)}
@@ -63,7 +64,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         name: exported(name, PLAN_OF[name], work) for name in FAMILIES if has_processor(name)
     }
     cards = {name: card_code(students[name].folder, work / "picture.png") for name in WITH_CARD}
-    computed = computed_elsewhere(list(students.values()), WHOLE, cards, work)
+    computed = computed_elsewhere(
+        list(students.values()), work, whole=WHOLE, from_cache=FROM_CACHE, cards=cards
+    )
     return {
         name: Case(one, computed[name], cards.get(name), work / f"{name}.answer")
         for name, one in students.items()
