@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import kill_points
 import pytest
 import torch
 import yaml
 from exported_students import inputs_of, save_student
 from families import FAMILIES, save_teacher
+from preloaded_process import PreloadedProcess
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
@@ -186,6 +188,30 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(OSError, match="No space left"):
         export(tmp_path / "new/out", "--model", made / "saved")
     assert not (tmp_path / "new").exists()
+
+
+def test_kills_leave_the_old_export_or_the_new_one(made: Path, tmp_path: Path) -> None:
+    """SIGKILL while weights and card are written, and at both renames of a replacement."""
+    out, undisturbed = tmp_path / "work/out", tmp_path / "undisturbed"
+    words = ("--model", made / "saved", "--dtype", "bf16", "--title", "one")
+    export(undisturbed, *words)
+    export(out, *words[:2])
+    places = [["open", WEIGHTS, 1], ["open", "README.md", 1]]
+    places += [["os.rename", f"{out} ->", 1], ["os.rename", f"-> {out}", 1]]
+    command = ["export", "--format", "hub", "--out", out, "--overwrite", *words]
+    settings = {"words": list(map(str, command)), "folder": str(out.parent), "kills": places}
+    report = tmp_path / "report"
+    arguments = [json.dumps(settings), str(report)]
+    process = PreloadedProcess(kill_points.run, arguments, tmp_path / "output")
+    assert process.wait() == 0, process.text()
+    starts = [json.loads(line) for line in report.read_text().splitlines()]
+    assert ["killed" in start for start in starts] == [True] * 4 + [False], process.text()
+    assert starts[-1]["exit"] == 0
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    names = {file.name for file in undisturbed.iterdir()}
+    assert names == {file.name for file in out.iterdir()}
+    for name in names:
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
 def test_what_is_missing_for_prompts_is_said(saved: Path, tmp_path: Path) -> None:
