@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, LAYERS, save_teacher
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import mmmamba_cli
@@ -87,6 +88,19 @@ def test_files_of_processor_and_generation_are_copied(teachers: Path, tmp_path: 
     here, there = mmmamba_cli.load_processor(str(product)), FAMILIES["gemma3"].processor
     assert type(here) is type(there)
     assert here.tokenizer("a picture").input_ids == there.tokenizer("a picture").input_ids
+
+
+def test_the_tokenizer_is_of_the_class_that_the_teacher_gets(
+    teachers: Path, tmp_path: Path
+) -> None:
+    """Qwen2 is a family whose tokenizer_config.json transformers does not believe."""
+    teacher = Path(shutil.copytree(teachers / "qwen2", tmp_path / "teacher"))
+    file = teacher / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    seed(teacher, tmp_path / "run")
+    here = mmmamba_cli.load_processor(str(tmp_path / "run/products/seed"))
+    assert type(here) is type(AutoTokenizer.from_pretrained(teacher))
+    assert "GPT2" not in type(here).__name__
 
 
 def test_bf16_and_a_recipe_of_several_mixers(teachers: Path, tmp_path: Path) -> None:
