@@ -12,7 +12,7 @@ from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
 
 if TYPE_CHECKING:
     from mmmamba_cli.data import DataReport
-    from mmmamba_cli.processing import TrainingProcessor
+    from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 
 MAX_BAD_SHARE = 0.01
 PROBLEMS = 2
@@ -80,17 +80,24 @@ def check(
     """
     from mmmamba_cli.data import (
         MAX_NAMED,
-        SampleEncoder,
         check_data,
         open_corpus,
         samples_to_check,
     )
 
     corpus = open_corpus(source, image_root)
-    encoder = SampleEncoder(_processor(run, model), max_length, max_tiles)
+    processor = _processor(run, model)
     total = min(len(corpus), limit or samples_to_check(corpus))
     with progress("checking", total, "samples") as advance:
-        report = check_data(corpus, encoder, limit=limit, decode=decode, advance=advance)
+        report = check_data(
+            corpus,
+            processor,
+            max_length,
+            max_tiles,
+            limit=limit,
+            decode=decode,
+            advance=advance,
+        )
     if as_json:
         print_json(report.as_dict(None if every else MAX_NAMED))
     else:
@@ -99,17 +106,17 @@ def check(
         raise typer.Exit(PROBLEMS)
 
 
-def _processor(run: Path, model: Path | None) -> TrainingProcessor:
-    from mmmamba_cli.checkpoint import open_checkpoint
+def _processor(run: Path, model: Path | None) -> TrainingProcessor | TeacherProcessor:
+    from mmmamba_cli.checkpoint import open_any_checkpoint
     from mmmamba_cli.errors import CheckpointError
-    from mmmamba_cli.runs import Run, open_processor
+    from mmmamba_cli.runs import Run, open_training_processor
 
     if model is not None:
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_any_checkpoint(model)
     else:
         target = Run(run)
-        checkpoint = target.open_product(target.record.current)
-    processor = open_processor(checkpoint)
+        checkpoint = target.open_any_product(target.record.current)
+    processor = open_training_processor(checkpoint)
     if processor is None:
         raise CheckpointError(
             f"{checkpoint.path} has no tokenizer", "name a model that has one with --model"
@@ -124,7 +131,7 @@ def _print_report(report: DataReport, max_length: int, named: int | None) -> Non
         ("samples", f"{report.samples:,}"),
         ("  with images", f"{report.with_images:,}"),
         ("images", f"{report.images:,}"),
-        ("tiles", f"{report.tiles:,}"),
+        *([("tiles", f"{report.tiles:,}")] if report.tiles else []),
         ("tokens", f"{report.tokens:,}"),
         ("  of answers", f"{report.answer_tokens:,}"),
         ("tokens per sample, least", length["min"]),

@@ -111,8 +111,18 @@ class HolisticCollator:
         return self._encoder(sample)
 
     def decode(self, sample: EncodedSample) -> None:
-        """Decode the pictures of a sample. Raises `DataError` if that fails."""
-        decode_images(sample, self._encoder.images)
+        """Decode the pictures of a sample, or draw them on the CPU.
+
+        Raises:
+            DataError: a picture cannot be decoded, or the corpus draws another shape.
+        """
+        images = self._encoder.images
+        decode_images(sample, images)
+        if self._generator is None or images is None or not sample.drawings:
+            return
+        drawings = _stack_drawings([[sample]], images, self._generator)
+        assert drawings is not None
+        replace(drawings, to_pixels=self._generator.to_pixels).draw(torch.device("cpu"))
 
     def collate(self, rows: Sequence[Row]) -> tuple[Batch, list[BadSample]]:
         """One micro batch, without the samples whose pictures cannot be decoded."""

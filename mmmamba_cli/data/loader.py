@@ -12,17 +12,15 @@ import atexit
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
-from mmmamba_cli.data.collate import HolisticCollator, assign_rows, make_rows
+from mmmamba_cli.data.collate import assign_rows, make_rows
+from mmmamba_cli.data.collator import Encoded, make_collator
 from mmmamba_cli.data.dataset import Corpus, CorpusPart
 from mmmamba_cli.data.generated_corpus import ENDLESS, GeneratedCorpus
-from mmmamba_cli.data.sample import Sample
-from mmmamba_cli.data.teacher_collate import TeacherCollator
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.interrupts import block_interrupts
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
@@ -83,23 +81,10 @@ class EndlessOrder:
         return number
 
 
-class Collator(Protocol):
-    """Encodes samples and makes micro batches of them; an encoded sample has a length in tokens."""
-
-    max_length: int
-
-    def encode(self, sample: Sample) -> Any: ...
-
-    def decode(self, sample: Any) -> None: ...
-
-    def collate(self, rows: Sequence[Any]) -> tuple[Any, list[BadSample]]: ...
-
-
 class StepLoader:
     """Batches for one process of `world_size`.
 
     With a `TeacherProcessor` micro batches are `ModelBatch`es, else `Batch`es.
-
 
     A global batch has `batch_size` samples; each process gets its share in `accumulation` micro
     batches. `workers` is the number of worker processes that prepare steps ahead; 0 prepares each
@@ -136,12 +121,12 @@ class StepLoader:
         self.world_size = world_size
         generated = corpus if isinstance(corpus, GeneratedCorpus) else None
         self._generator = None if generated is None else generated.generator
-        self._collator: Collator
-        if isinstance(processor, TeacherProcessor):
-            _refuse_holistic_settings(batching, max_tiles)
-            self._collator = TeacherCollator(processor, max_length, self._generator)
-        else:
-            self._collator = HolisticCollator(processor, max_length, max_tiles, self._generator)
+        if batching == "packed" and isinstance(processor, TeacherProcessor):
+            raise DataError(
+                "data.batching is packed, and students of transformers' models are not packed yet",
+                "set data.batching to bucketed or padded",
+            )
+        self._collator = make_collator(corpus, processor, max_length, max_tiles)
         self._order: SampleOrder | EndlessOrder = (
             EndlessOrder()
             if generated is not None and generated.endless
@@ -219,7 +204,7 @@ class StepLoader:
         stop = (step + 1) * self.batch_size
         return range(step * self.batch_size, stop if self._end is None else min(stop, self._end))
 
-    def _plan(self, step: int) -> tuple[list[Any], list[BadSample]]:
+    def _plan(self, step: int) -> tuple[list[Encoded], list[BadSample]]:
         """Encoded samples of the global batch, and those with bad texts or image headers."""
         samples, bad = [], []
         for number in self._numbers(step):
@@ -229,20 +214,6 @@ class StepLoader:
             except DataError as error:
                 bad.append(bad_sample(error, self.corpus.name(index)))
         return samples, bad
-
-
-def _refuse_holistic_settings(batching: str, max_tiles: int | None) -> None:
-    """Raise `DataError` for settings that a teacher's own processor does not have."""
-    if batching == "packed":
-        raise DataError(
-            "data.batching is packed, and students of transformers' models are not packed yet",
-            "set data.batching to bucketed or padded",
-        )
-    if max_tiles is not None:
-        raise DataError(
-            f"data.max_tiles is {max_tiles}, and the teacher's own processor sets the resolution",
-            "leave data.max_tiles out",
-        )
 
 
 class _Steps(Dataset):

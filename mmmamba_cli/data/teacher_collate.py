@@ -44,8 +44,16 @@ class EncodedPrompt:
     length: int = 0
     cut: int = 0
 
+    # The processor has its own units of pictures.
+    num_tiles: tuple[int, ...] = ()
+
     def __len__(self) -> int:
         return self.length
+
+    @property
+    def num_answer_tokens(self) -> int:
+        # Only tokens behind the last picture are truncated.
+        return sum(self.prompt.is_answer[: len(self.prompt.is_answer) - self.cut])
 
 
 class TeacherCollator:
@@ -117,7 +125,7 @@ class TeacherCollator:
             assert self._generator is not None
             return draw_pictures(self._generator, drawings)
         return [
-            open_image(read_image(image), label=f"image {number}")
+            open_image(read_image(image), label=f"image {number}", upright=True)
             for number, image in enumerate(sample.images, start=1)
             if not isinstance(image, Drawing)
         ]
@@ -183,4 +191,4 @@ def _size(image: Picture) -> tuple[int, int]:
     """Width and height of a picture, from its header."""
     if isinstance(image, Drawing):
         return image.width, image.height
-    return image_size(read_image(image))
+    return image_size(read_image(image), upright=True)

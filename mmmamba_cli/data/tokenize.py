@@ -26,6 +26,10 @@ class EncodedSample:
         return len(self.ids)
 
     @property
+    def num_answer_tokens(self) -> int:
+        return sum(self.is_answer)
+
+    @property
     def drawings(self) -> list[Drawing]:
         """The pictures that are drawn on the device of training."""
         return [image for image in self.images if isinstance(image, Drawing)]

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any
 
-import torch
-
 from mmmamba_cli.data.batch import BadSample, bad_sample
+from mmmamba_cli.data.collator import make_collator
 from mmmamba_cli.data.dataset import Corpus
-from mmmamba_cli.data.generated_corpus import Drawings, GeneratedCorpus
+from mmmamba_cli.data.generated_corpus import GeneratedCorpus
 from mmmamba_cli.data.sample import Drawing
-from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 
 # Bad samples that a report lists by name.
 MAX_NAMED = 10
@@ -94,7 +93,9 @@ def samples_to_check(corpus: Corpus) -> int:
 
 def check_data(
     corpus: Corpus,
-    encoder: SampleEncoder,
+    processor: TrainingProcessor | TeacherProcessor,
+    max_length: int,
+    max_tiles: int | None = None,
     *,
     limit: int | None = None,
     decode: bool = True,
@@ -102,8 +103,11 @@ def check_data(
 ) -> DataReport:
     """Read every sample, or the first `limit`, as training would; decode pictures if `decode`.
 
+    The arguments are those of `StepLoader`.
+
     If all samples are read, pictures that no sample uses are reported among `ignored`.
     """
+    collator = make_collator(corpus, processor, max_length, max_tiles)
     report = DataReport(ignored=list(corpus.ignored))
     unused = {picture: name for name, picture in corpus.pictures.items()}
     count = min(len(corpus), limit or samples_to_check(corpus))
@@ -114,10 +118,9 @@ def check_data(
             for picture in sample.images:
                 if not isinstance(picture, Drawing):
                     unused.pop(picture, None)
-            encoded = encoder(sample)
+            encoded = collator.encode(sample)
             if decode:
-                decode_images(encoded, encoder.images)
-                _draw(corpus, encoded, encoder)
+                collator.decode(encoded)
         except DataError as error:
             report.bad.append(bad_sample(error, corpus.name(index)))
         else:
@@ -125,7 +128,7 @@ def check_data(
             report.images += len(encoded.images)
             report.tiles += sum(encoded.num_tiles)
             report.tokens += len(encoded)
-            report.answer_tokens += sum(encoded.is_answer)
+            report.answer_tokens += encoded.num_answer_tokens
             report.cut += encoded.cut > 0
             report.lengths.append(len(encoded) + encoded.cut)
         if advance is not None:
@@ -133,17 +136,6 @@ def check_data(
     if count == len(corpus):
         report.ignored += [f"{name}: a picture that no sample shows" for name in unused.values()]
     return report
-
-
-def _draw(corpus: Corpus, sample: EncodedSample, encoder: SampleEncoder) -> None:
-    """Draw the pictures of a generated sample on the CPU. Raises `DataError` for other shapes."""
-    if not isinstance(corpus, GeneratedCorpus) or not sample.drawings or encoder.images is None:
-        return
-    generator, images = corpus.generator, encoder.images
-    layouts = generator.stack(sample.drawings, images.tiling)
-    Drawings(layouts, sum(sample.num_tiles), images.image_size, generator.to_pixels).draw(
-        torch.device("cpu")
-    )
 
 
 def _kind(reason: str) -> str:

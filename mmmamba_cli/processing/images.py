@@ -3,7 +3,8 @@
 Images are converted as by `Image.open(...).convert("RGB")`, with which the published models were
 trained and evaluated:
 
-- the EXIF orientation is not applied;
+- the EXIF orientation is not applied, unless a reader asks for `upright` images, as transformers
+  reads them;
 - transparency is dropped, and the stored colours below it are kept;
 - CMYK is converted by PIL's formula, without colour profiles;
 - 1-bit and palette images are converted to their colours.
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mmmamba_cli.errors import DataError, MmmambaWarning
@@ -58,6 +59,8 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
+# EXIF orientations that swap width and height.
+TURNED = (5, 6, 7, 8)
 # Candidates for white without a fixed range: floats from 0 to 1, 8-bit and 16-bit values.
 WHITE_VALUES = (1, 255, 65535)
 ImagesInput = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
@@ -68,14 +71,18 @@ class ImageNote(MmmambaWarning):
 
 
 def open_image(
-    source: ImageSource, *, label: str = "the image", max_pixels: int = MAX_PIXELS
+    source: ImageSource,
+    *,
+    label: str = "the image",
+    max_pixels: int = MAX_PIXELS,
+    upright: bool = False,
 ) -> Image.Image:
     """Open an image as 8-bit RGB; a PIL image is not modified.
 
     `source` is a path, the bytes of an image file, a PIL image, or an array or tensor (H, W),
     (H, W, C) or (C, H, W) of uint8 or of floats from 0 to 1. `label` names an image without a path
-    in messages. Warns with an `ImageNote` for several frames or pages, for values without a fixed
-    range and for Lab colours.
+    in messages. `upright` applies the EXIF orientation of a file. Warns with an `ImageNote` for
+    several frames or pages, for values without a fixed range and for Lab colours.
 
     Raises:
         DataError: the image is missing, damaged, truncated, empty, larger than `max_pixels`, or has
@@ -88,7 +95,7 @@ def open_image(
     if isinstance(source, bytes):
         name = f"{label} ({len(source)} bytes)"
         with _opened(io.BytesIO(source), name) as image:
-            return _to_rgb(image, name, max_pixels, from_file=True)
+            return _to_rgb(image, name, max_pixels, from_file=True, upright=upright)
     if not isinstance(source, str | Path):
         raise DataError(
             f"{label} is a {type(source).__name__}, expected a path, bytes, a PIL image, an array "
@@ -98,11 +105,15 @@ def open_image(
         raise DataError(f"image {source} is an address, not a file", "download it first")
     name = f"image {source}"
     with _opened(Path(source), name) as image:
-        return _to_rgb(image, name, max_pixels, from_file=True)
+        return _to_rgb(image, name, max_pixels, from_file=True, upright=upright)
 
 
-def image_size(source: ImageSource, *, label: str = "the image") -> tuple[int, int]:
+def image_size(
+    source: ImageSource, *, label: str = "the image", upright: bool = False
+) -> tuple[int, int]:
     """(width, height) from the file header, without decoding the pixels.
+
+    `upright` applies the EXIF orientation of a file.
 
     Raises `DataError` for the errors of `open_image` that show in the header.
     """
@@ -114,7 +125,19 @@ def image_size(source: ImageSource, *, label: str = "the image") -> tuple[int, i
     name = f"image {file}" if isinstance(file, Path) else label
     with _opened(file, name) as image:
         _check_size(image, name, MAX_PIXELS)
-        return image.size
+        width, height = image.size
+        return (height, width) if upright and _is_turned(image, name) else (width, height)
+
+
+def _is_turned(image: Image.Image, name: str) -> bool:
+    """Whether the EXIF orientation swaps width and height."""
+    # PIL decodes a PNG to look for metadata behind its pixels.
+    if image.format == "PNG" and "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in TURNED
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{name} is damaged: {error}") from error
 
 
 def is_list(value: object) -> bool:
@@ -233,10 +256,18 @@ def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
         yield image
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int, from_file: bool = False) -> Image.Image:
+def _to_rgb(
+    image: Image.Image,
+    name: str,
+    max_pixels: int,
+    from_file: bool = False,
+    upright: bool = False,
+) -> Image.Image:
     _check_size(image, name, max_pixels)
     try:
         _load(image, name, from_file)
+        if upright:
+            image = ImageOps.exif_transpose(image)
         return _convert(image, name)
     except _DECODE_ERRORS as error:
         raise DataError(f"{name} is damaged or truncated: {error}") from error

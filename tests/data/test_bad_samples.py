@@ -38,7 +38,7 @@ def bad_of(
     loader = StepLoader(corpus, processor, batch_size=count, max_length=300, shuffle=False)
     (step,) = loader.steps(0, 1)
     found = {sample.name: sample.reason for sample in step.bad}
-    checked = check_data(corpus, SampleEncoder(processor, 300, None), limit=count).bad
+    checked = check_data(corpus, processor, 300, limit=count).bad
     assert {sample.name: sample.reason for sample in checked} == found
     assert step.micro_batches[0].num_samples == count - len(found)
     return found

@@ -20,7 +20,6 @@ from mmmamba_cli.data import (
     NumberOption,
     RangeOption,
     Sample,
-    SampleEncoder,
     StepBatches,
     StepLoader,
     check_data,
@@ -205,9 +204,9 @@ def test_pixels_of_another_shape_are_refused(processor: HolisticVLMProcessor) ->
 
 def test_a_check_reads_a_part_of_an_endless_corpus(processor: HolisticVLMProcessor) -> None:
     corpus = open_corpus("squares:")
-    report = check_data(corpus, SampleEncoder(processor, 300, None), limit=20)
+    report = check_data(corpus, processor, 300, limit=20)
     assert (report.samples, report.images, report.bad) == (20, 10, [])
-    assert check_data(corpus, SampleEncoder(processor, 300, 2), decode=False).samples == 1000
+    assert check_data(corpus, processor, 300, 2, decode=False).samples == 1000
     corpus.generator.lost_tiles = 1  # type: ignore[attr-defined]
-    report = check_data(corpus, SampleEncoder(processor, 300, None), limit=4)
+    report = check_data(corpus, processor, 300, limit=4)
     assert [one.name for one in report.bad] == ["squares:#1", "squares:#3"]

@@ -131,7 +131,7 @@ def test_links_in_the_root_are_followed(
     file = lines(tmp_path / "a.jsonl", *({**GOOD, "image": name} for name in names))
     monkeypatch.chdir(tmp_path)
     for base in (root, linked, Path("linked")):
-        report = check_data(open_corpus(file, base), SampleEncoder(processor, 400, None))
+        report = check_data(open_corpus(file, base), processor, 400)
         assert (report.bad, report.images) == ([], len(names))
 
 
@@ -155,7 +155,7 @@ def test_encoding_errors(tmp_path: Path, processor: HolisticVLMProcessor) -> Non
         "{broken",
         GOOD,
     )
-    report = check_data(open_corpus(file, tmp_path), SampleEncoder(processor, 400, None))
+    report = check_data(open_corpus(file, tmp_path), processor, 400)
     names = [sample.name for sample in report.bad]
     assert names == [f"a.jsonl:{n}" for n in (1, 2, 4, 6)]
     reasons = {sample.name: sample.reason for sample in report.bad}

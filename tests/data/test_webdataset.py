@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmmamba_cli.data import SampleEncoder, check_data, open_corpus
+from mmmamba_cli.data import check_data, open_corpus
 from mmmamba_cli.data.webdataset import expand_shards, natural_key
 from mmmamba_cli.errors import DataError, MmmambaWarning
 from mmmamba_cli.processing import HolisticVLMProcessor
@@ -112,7 +112,7 @@ def test_ignored_members_are_listed_and_counted(
     warned = r"s\.tar: 4 members belong to no sample \(s\.tar/c\.png: no file, .* and 1 more\)"
     with pytest.warns(MmmambaWarning, match=warned):
         corpus = open_corpus(file)
-    report = check_data(corpus, SampleEncoder(processor, 300, None))
+    report = check_data(corpus, processor, 300)
     assert (report.samples, report.bad, report.images) == (2, [], 3)
     assert sorted(report.ignored) == [
         "s.tar/a.meta.json: a second .json of its sample",
@@ -125,7 +125,7 @@ def test_ignored_members_are_listed_and_counted(
     assert found["ignored"] == 5
     assert found["ignored_names"] == report.ignored
     # After a part of the samples, unused pictures are unknown.
-    part = check_data(corpus, SampleEncoder(processor, 300, None), limit=1)
+    part = check_data(corpus, processor, 300, limit=1)
     assert len(part.ignored) == 4
 
 

@@ -9,13 +9,15 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from preloaded_process import PreloadedProcess
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.data import Drawing, GeneratedCorpus, SampleEncoder, StepLoader, open_corpus
+from mmmamba_cli.data.drawn_pictures import draw_pictures
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.processing import Tiling, TrainingProcessor
+from mmmamba_cli.processing import TeacherProcessor, Tiling, TrainingProcessor
 from mmmamba_cli.processing.tiling import cut_tiles, stack_tiles
 from mmmamba_cli.runs import open_processor
 from mmmamba_evals import model_folders
@@ -161,6 +163,23 @@ def test_unaltered_pixels_are_those_of_the_suites(atlas: Atlas) -> None:
     # A missing or misplaced thing differs by more.
     moved = torch.cat([drawn[1:], drawn[:1]])
     assert (moved.float() - expected.float()).abs().mean() > 20
+
+
+def test_whole_pictures_for_a_teacher_s_own_processor(atlas: Atlas) -> None:
+    corpus = corpus_of("scenes:lessons?long=0.5&alter=0&pictures=2-3&sentences=4-8")
+    drawings = drawings_of(corpus, 8)
+    for one, drawn in zip(drawings, draw_pictures(corpus.generator, drawings), strict=True):
+        expected = render(one.layout.scene, atlas)
+        assert drawn.size == expected.size == (one.width, one.height)
+        difference = np.abs(np.asarray(drawn, dtype=float) - np.asarray(expected, dtype=float))
+        assert difference.mean() < 4
+    loader = StepLoader(
+        corpus, TeacherProcessor(FAMILIES["gemma3"].processor), batch_size=4, max_length=900
+    )
+    (batch,) = (step := loader.step(0)).micro_batches
+    assert not step.bad and batch.num_samples == 4
+    shown = sum(len(corpus[index].images) for index in range(4))
+    assert batch.inputs["pixel_values"].shape[0] == shown > 0
 
 
 def test_tiles_of_another_size(atlas: Atlas) -> None:
