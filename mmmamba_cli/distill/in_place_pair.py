@@ -64,11 +64,16 @@ class InPlacePair:
 
     def checkpoint_layers(self, active: bool) -> None:
         decoder = text_decoder(self.student)
-        if active and decoder.supports_gradient_checkpointing:
+        if not decoder.supports_gradient_checkpointing:
+            return
+        # transformers renamed the methods in 5.23.
+        renamed = hasattr(decoder, "activation_checkpointing_enable")
+        prefix = "activation_checkpointing" if renamed else "gradient_checkpointing"
+        if active:
             # The reentrant form needs inputs with gradients, which frozen embeddings have not.
-            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(decoder, f"{prefix}_enable")({"use_reentrant": False})
         else:
-            decoder.gradient_checkpointing_disable()
+            getattr(decoder, f"{prefix}_disable")()
 
     def prepare(self, batch: ModelBatch) -> dict[str, Tensor]:
         return dict(batch.inputs)

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mmmamba_cli.checkpoint import AnyCheckpoint, InPlaceCheckpoint
-from mmmamba_cli.checkpoint.checkpoint import NOT_YET_HINT, NOT_YET_IN_PLACE
 from mmmamba_cli.data import HELD_OUT, StepLoader, open_corpus
 from mmmamba_cli.distributed import World
-from mmmamba_cli.errors import CheckpointError, RunError
-from mmmamba_cli.recipe import Recipe, Stage, stage_data
-from mmmamba_cli.runs import open_processor
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.recipe import Data, Recipe, Stage, stage_data
+from mmmamba_cli.runs import open_training_processor
 
 
 def build_loaders(
-    student: AnyCheckpoint, recipe: Recipe, stage: Stage, world: World
+    student: AnyCheckpoint,
+    recipe: Recipe,
+    stage: Stage,
+    world: World,
+    log: Callable[[str], None],
 ) -> tuple[StepLoader, StepLoader | None]:
-    """Training batches, and held-out batches if the recipe names a held-out set."""
+    """Training batches, and held-out batches if the recipe names a held-out set.
+
+    `log` prints a line about each setting of the data that does not apply to the student.
+
+    Raises:
+        RunError: the recipe names no data, or the student has no tokenizer.
+        CheckpointError: its processor cannot be opened.
+        DataError: data that cannot be opened.
+    """
     data = stage_data(recipe.data, stage)
+    if isinstance(student, InPlaceCheckpoint):
+        data = _for_teachers_processor(data, log)
     if data.train is None:
         raise RunError(
             "there is nothing to learn from: the recipe's data.train is null",
             "name conversations with --data SOURCE (and --image-root FOLDER), or in the recipe",
         )
-    if isinstance(student, InPlaceCheckpoint):
-        raise CheckpointError(f"{student.path} {NOT_YET_IN_PLACE}", NOT_YET_HINT)
-    processor = open_processor(student)
+    processor = open_training_processor(student)
     if processor is None:
         raise RunError(
             f"{student.path} has no tokenizer, so conversations cannot be read",
@@ -58,3 +70,15 @@ def build_loaders(
         held_out = loader(data.held_out, HELD_OUT, False, single_pass=True)
     # Each stage reads a stream of its own, so that no generated sample is read twice.
     return loader(data.train, stage.name, data.shuffle), held_out
+
+
+def _for_teachers_processor(data: Data, log: Callable[[str], None]) -> Data:
+    """`data` without the settings that a teacher's own processor does not have."""
+    changes: dict[str, object] = {}
+    if data.batching == "packed":
+        log("data.batching: bucketed in place of packed, as attention of transformers needs it")
+        changes["batching"] = "bucketed"
+    if data.max_tiles is not None:
+        log("data.max_tiles is ignored: the teacher's processor sets the resolution")
+        changes["max_tiles"] = None
+    return data.model_copy(update=changes)

@@ -1,0 +1,103 @@
+"""Distillation of students of transformers' models, from `seed` to products."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversations import write_conversations
+from families import FAMILIES, LAYERS, save_teacher
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import mmmamba_cli
+from mmmamba_cli.cli.app import app
+from mmmamba_cli.distill import METRICS, read_metrics
+from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.runs import Run
+
+# Its processor needs neither torchvision nor num2words.
+FAMILY = "idefics3"
+QKV = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+
+
+def mmmamba(*words: object) -> Any:
+    """Run the command line; a MmmambaError is raised."""
+    return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+
+
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "products" / name / "model.safetensors")
+
+
+def distill(folder: Path, run: Path, *words: object) -> Any:
+    data = ("--data", folder / "train.jsonl", "--held-out", folder / "held_out.jsonl")
+    return mmmamba("distill", "--run", run, "--device", "cpu", *data, *words)
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, conversations with pictures and a seeded run."""
+    folder = tmp_path_factory.mktemp("in_place")
+    save_teacher(FAMILIES[FAMILY], folder / "teacher")
+    write_conversations(folder, 8)
+    write_conversations(folder, 2, 1, "held_out")
+    words = ("--recipe", "smoke", "--set", "data.max_length=400", "--dtype", "fp32", "--no-report")
+    mmmamba("seed", folder / "teacher", "--run", folder / "run", *words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distilled(seeded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has been through all stages of the smoke recipe."""
+    run = Path(shutil.copytree(seeded / "run", tmp_path_factory.mktemp("distilled") / "run"))
+    result = distill(seeded, run)
+    assert result.exit_code == 0, result.output
+    assert "data.max_tiles is ignored" in result.output
+    return run
+
+
+def test_stages_train_what_they_name(distilled: Path) -> None:
+    seed, one, two, three = (
+        weights(distilled, name) for name in ("seed", "stage1", "stage2", "hybrid-1-stage3")
+    )
+    assert one.keys() == seed.keys() == two.keys()
+    changed = {name for name in seed if not torch.equal(seed[name], one[name])}
+    new = {name for name in seed if ".text_model." in name and ".self_attn." in name}
+    new -= {name for name in new if name.endswith((*QKV, "o_proj.weight"))}
+    assert len(new) == 7 * LAYERS
+    assert changed == new
+    changed = {name for name in seed if not torch.equal(one[name], two[name])}
+    assert changed == new | {n for n in seed if ".text_model." in n and n.endswith(QKV)}
+    (layer,) = {name.split(".")[3] for name in set(two) - set(three)}
+    restored = [n for n in three if n.startswith(f"model.text_model.layers.{layer}.self_attn.")]
+    assert len(restored) == 4
+    # The teacher's, which the seed still has: stage 3 trains the other layers.
+    assert all(torch.equal(three[name], seed[name]) for name in restored)
+    assert any(not torch.equal(three[name], two[name]) for name in three if name not in restored)
+
+
+def test_products_are_complete(distilled: Path) -> None:
+    run = Run(distilled)
+    product = run.product(run.record.current)
+    assert product.stages == ("stage1", "stage2", "stage3") and product.final
+    assert product.kind == "hybrid (1 attention)" and product.metrics["step"] == 4
+    for name in run.products():
+        run.verify_product(name)
+    folder = run.product_folder(product.name)
+    assert {"metrics.jsonl", "processor_config.json", "chat_template.jinja"} <= {
+        file.name for file in folder.iterdir()
+    }
+    student = mmmamba_cli.load(str(folder))
+    assert type(student).__name__ == "StudentIdefics3ForConditionalGeneration"
+    assert list(read_metrics(folder / METRICS))[-1]["held_out/loss"] > 0
+
+
+def test_a_finished_run_has_nothing_left_to_do(distilled: Path, seeded: Path) -> None:
+    with pytest.raises(MmmambaError, match="nothing is left to do"):
+        distill(seeded, distilled)
+    result = distill(seeded, distilled, "--stage", "stage3")
+    assert "hybrid-1-stage3 is finished already" in result.output
