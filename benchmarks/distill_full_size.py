@@ -165,7 +165,7 @@ def ours(pair: TeacherStudent, stage: Stage) -> Callable[[Batch], float]:
         pair.student.train()
         pair.student.model.checkpoint_layers(not objective.layer_local)
         weights = objective.term_weights(objective.count_units(pair, batch))
-        return float((weights * objective.loss_sums(pair, batch, weights)).sum())
+        return float((weights * objective.loss_sums(pair, batch, weights).cpu()).sum())
 
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
     from mmmamba_cli.runs import Manifest, Run
 
 INTERRUPTED = 130
+
+
+class Parallel(StrEnum):
+    AUTO = "auto"
+    REPLICATE = "replicate"
+    SHARD = "shard"
 
 
 def command(
@@ -90,6 +97,15 @@ def command(
             "N processes on the CPU (default: 1).",
         ),
     ] = None,
+    parallel: Annotated[
+        Parallel,
+        typer.Option(
+            metavar="MODE",
+            help="What each of several processes holds of trainable parameters, gradients and "
+            "moments: replicate (everything), shard (a share), or auto (everything if it fits into "
+            "half of the free memory). A run can resume in another mode.",
+        ),
+    ] = Parallel.AUTO,
     force: Annotated[
         bool, typer.Option("--force", help="Resume although settings or data have changed.")
     ] = False,
@@ -127,6 +143,7 @@ def command(
         given={"data.train": data, "data.held_out": held_out, "data.image_root": image_root},
         teacher=teacher,
         device=device,
+        parallel=parallel.value,
         overwrite=overwrite,
         force=force,
         restart=restart,
@@ -153,6 +170,7 @@ class DistillCommand:
     given: dict[str, str | None]
     teacher: Path | None
     device: str | None
+    parallel: str
     overwrite: bool
     force: bool
     restart: bool
@@ -192,7 +210,9 @@ def train(job: DistillCommand) -> list[Manifest] | None:
                 display.callbacks,
                 wanted=wanted,
                 start=job.parent,
-                options=DistillOptions(job.teacher, job.overwrite, job.force, job.restart),
+                options=DistillOptions(
+                    job.teacher, job.overwrite, job.force, job.restart, job.parallel
+                ),
                 select=partial(_select_layers, job),
             )
         except Stopped:

@@ -133,7 +133,9 @@ class HookedLayerLoss:
         teacher, student, running = (
             text_decoder(model).layers for model in (pair.teacher, pair.student, source)
         )
-        padding, sums = ~batch.token_mask, torch.zeros(len(self.layers), dtype=torch.float64)
+        padding = ~batch.token_mask
+        # On the device: reading a loss would wait for the GPU in each layer.
+        sums = torch.zeros(len(self.layers), dtype=torch.float64, device=padding.device)
 
         def accumulate(term: int, errors: Errors) -> None:
             with torch.set_grad_enabled(weights is not None):
@@ -142,7 +144,7 @@ class HookedLayerLoss:
                 loss = values.masked_fill(mask, 0).sum()
                 if weights is not None:
                     (loss * float(weights[term])).backward()
-            sums[term] += loss.detach().double().cpu()
+            sums[term] += loss.detach().double()
 
         with ExitStack() as stack, torch.no_grad(), pair.autocast(cache_enabled=False):
             stack.enter_context(_mixers_follow(pair))

@@ -75,7 +75,7 @@ class LogitsKL:
             with torch.set_grad_enabled(needs_grad):
                 student_hidden = pair.last_hidden(pair.student, prepared)[chosen]
         in_kl = self.score_mask(batch)[chosen]
-        total = torch.zeros(len(self.terms), dtype=torch.float64)
+        total = torch.zeros(len(self.terms), dtype=torch.float64, device=student_hidden.device)
         gradient = torch.zeros_like(student_hidden) if needs_grad else None
         chunk = max(1, LOGITS_PER_CHUNK // pair.lm_head.out_features)
         for start in range(0, student_hidden.shape[0], chunk):
@@ -89,7 +89,7 @@ class LogitsKL:
                 (sums * weights.to(sums)).sum().backward()
                 assert leaf.grad is not None
                 gradient[part] = leaf.grad
-            total += sums.detach().double().cpu()
+            total += sums.detach().double()
         # If only vision parameters are trainable, a batch without images has no graph.
         if gradient is not None and student_hidden.requires_grad:
             student_hidden.backward(gradient)

@@ -126,7 +126,7 @@ class LayerwiseLoss:
                     losses.append(loss)
                 hidden = block.after_mixer(hidden, block.mixer.o_proj(mixed))
             del layer, mixed
-        return torch.stack(losses).double().cpu()
+        return torch.stack(losses).double()
 
     def _layer_inputs(
         self, pair: TeacherStudent, index: int, hidden: Tensor, prompt: PreparedInputs

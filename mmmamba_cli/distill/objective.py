@@ -83,7 +83,7 @@ class Objective(Protocol):
         ...
 
     def loss_sums(self, pair: Any, batch: Any, weights: Tensor | None) -> Tensor:
-        """Sum each term over a micro batch: (terms,) float64 on the CPU.
+        """Sum each term over a micro batch: (terms,) float64 on the pair's device.
 
         With `weights`, run the backward pass of the weighted sum too, adding to the gradients.
         """

@@ -57,6 +57,8 @@ class DistillOptions:
     force: bool = False
     # Begin every stage at step 1, whatever states and products exist.
     restart: bool = False
+    # What each of several processes holds: "auto", "replicate" or "shard".
+    parallel: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmmamba_cli.checkpoint import AnyCheckpoint, atomic_folder, atomic_write_text
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row, plot_losses, read_metrics
 from mmmamba_cli.distill.optimiser import full_tensor
+from mmmamba_cli.distill.parallelize import parallelize, plan_parallel
 from mmmamba_cli.distill.stage_attempt import (
     ATTEMPT_FILE,
     AttemptRecord,
@@ -33,7 +34,7 @@ from mmmamba_cli.distill.trainer import (
     train,
 )
 from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFolder, stage_settings
-from mmmamba_cli.distributed import World, seed_everything, shard_mixers, step_seed
+from mmmamba_cli.distributed import World, seed_everything, step_seed
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
 from mmmamba_cli.runs import (
@@ -165,12 +166,14 @@ def _train_stage(
         seed_everything(step_seed(recipe.seed, stage.name, "adapters"))
         pair = attach_lora(pair, stage.lora, lora_weights)
     callbacks.on_stage_begin(stage, pair.trainable_parameters(), plan.progress)
-    methods = ("mix", "mixing_matrix") if objective.layer_local else ()
-    shard_mixers(pair.mixers, world, methods)
+    parallel = plan_parallel(context.options.parallel, pair, world)
+    if parallel.reason:
+        callbacks.log(parallel.reason)
     job = TrainingJob(
         stage=stage,
         pair=pair,
         objective=objective,
+        gradients=parallelize(pair, objective, parallel, world),
         loader=loader,
         held_out=held_out,
         max_bad_share=recipe.data.max_bad_share,

@@ -24,8 +24,8 @@ from mmmamba_cli.distill.validation import (
     gather_bad_samples,
 )
 from mmmamba_cli.distributed import (
+    GradientSync,
     World,
-    average_unsharded_gradients,
     limit_cpu_threads,
     seed_everything,
     step_seed,
@@ -50,6 +50,7 @@ class TrainingJob:
     stage: Stage
     pair: ModelPair
     objective: Objective
+    gradients: GradientSync
     loader: StepLoader
     # One pass over the held-out samples, or None.
     held_out: StepLoader | None
@@ -214,7 +215,7 @@ def _accumulate(job: TrainingJob, batches: StepBatches) -> tuple[Tensor, Tensor,
     and bad samples. Units are counted over the global batch before the first loss, because they
     divide its gradients.
     """
-    world, pair, objective = job.world, job.pair, job.objective
+    world, pair, objective, gradients = job.world, job.pair, job.objective, job.gradients
     micros = [micro.to(pair.device) for micro in batches.micro_batches]
     counts = torch.tensor(
         [
@@ -231,14 +232,15 @@ def _accumulate(job: TrainingJob, batches: StepBatches) -> tuple[Tensor, Tensor,
     units, counts = total[:num_terms], total[num_terms:]
     if not bool(units.any()):
         return torch.zeros_like(units), units, counts
-    # FSDP averages gradients over processes; this loss is a sum over them.
-    weights = objective.term_weights(units) * world.size
+    weights = objective.term_weights(units) * gradients.loss_factor
     pair.student.train()
-    sums = torch.zeros_like(units)
-    for micro in micros:
+    gradients.begin_step()
+    # On the device: reading a loss would wait for the GPU in each micro batch.
+    sums = torch.zeros_like(units, device=pair.device)
+    for index, micro in enumerate(micros):
+        gradients.begin_micro_batch(is_last=index == len(micros) - 1)
         sums += objective.loss_sums(pair, micro, weights)
-    average_unsharded_gradients(pair.trainable_parameters().values(), world)
-    return world.all_reduce_sum(sums), units, counts
+    return gradients.finish(sums, world), units, counts
 
 
 def _find_nonfinite(job: TrainingJob, loss: float, norm: float, sums: Tensor) -> str | None:

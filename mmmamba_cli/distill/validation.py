@@ -75,8 +75,8 @@ def evaluate_held_out(
     Raises:
         DataError: no sample can be read, or a term of the loss has no unit.
     """
-    sums = torch.zeros(len(objective.terms), dtype=torch.float64)
-    units, counts = torch.zeros_like(sums), torch.zeros(6, dtype=torch.float64)
+    units = torch.zeros(len(objective.terms), dtype=torch.float64)
+    sums, counts = torch.zeros_like(units, device=pair.device), torch.zeros(6, dtype=torch.float64)
     bad: list[BadSample] = []
     for step in steps:
         bad += step.bad

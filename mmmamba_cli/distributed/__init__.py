@@ -1,6 +1,7 @@
-"""Process group, FSDP sharding and seeds, for one process or several."""
+"""Process group, gradients over processes, FSDP sharding and seeds."""
 
-from mmmamba_cli.distributed.fsdp import average_unsharded_gradients, is_sharded, shard_mixers
+from mmmamba_cli.distributed.fsdp import is_sharded, shard_mixers
+from mmmamba_cli.distributed.gradient_sync import BUCKET_BYTES, GradientReducer, GradientSync
 from mmmamba_cli.distributed.world import (
     World,
     join_world,
@@ -10,8 +11,10 @@ from mmmamba_cli.distributed.world import (
 )
 
 __all__ = [
+    "BUCKET_BYTES",
+    "GradientReducer",
+    "GradientSync",
     "World",
-    "average_unsharded_gradients",
     "is_sharded",
     "join_world",
     "limit_cpu_threads",

@@ -54,11 +54,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """Rank, size, device and mesh of this process; `mesh` is None for a single process."""
+    """Rank, sizes, device and mesh of this process; `mesh` is None for a single process."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    # Processes on this machine.
+    local_size: int = 1
     mesh: DeviceMesh | None = None
 
     @property
@@ -143,7 +145,9 @@ def join_world(device: str | None = None) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if local_device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size)
     try:
-        yield World(local_device, rank, size, init_device_mesh(local_device.type, (size,)))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+        mesh = init_device_mesh(local_device.type, (size,))
+        yield World(local_device, rank, size, local_size, mesh)
         # The group is destroyed only after all processes have finished their collectives.
         dist.barrier()
     finally:

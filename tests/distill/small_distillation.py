@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mmmamba_cli.data import IGNORE_INDEX, BadSample, Batch, StepBatches
 from mmmamba_cli.distill.objective import build_objective
+from mmmamba_cli.distill.parallelize import ParallelPlan, parallelize
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.distill.trainer import TrainingJob
 from mmmamba_cli.distill.training_state import StateFolder
-from mmmamba_cli.distributed import World, shard_mixers
+from mmmamba_cli.distributed import BUCKET_BYTES, World
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import Schedule, Stage
 
@@ -159,6 +160,8 @@ def make_job(
     save_every: int | None = None,
     dtype: torch.dtype = torch.float32,
     learns: str | tuple[str, ...] | None = None,
+    parallel: ParallelPlan = ParallelPlan("replicate"),
+    bucket_bytes: int = BUCKET_BYTES,
     **options: object,
 ) -> TrainingJob:
     """A small stage over random texts, the same for the same arguments.
@@ -187,12 +190,11 @@ def make_job(
     trainable = trainable_names(stage, student.config, names)
     pair = pair_of(teacher.to(dtype), student.to(dtype), trainable)
     objective = build_objective(stage, student.config, pair.trainable)
-    entries = ("mix", "mixing_matrix") if objective.layer_local else ()
-    shard_mixers([block.mixer for block in student.model.layers], world, entries)
     return TrainingJob(
         stage=stage,
         pair=pair,
         objective=objective,
+        gradients=parallelize(pair, objective, parallel, world, bucket_bytes),
         loader=RandomLoader(
             IMAGE_ID, batch_size, accumulation, world.rank, world.size, packed=packed
         ),
