@@ -50,7 +50,7 @@ def check_memory(
     tensors that the teacher lacks. The estimates leave activations out.
     """
     peak = peak_bytes(device)
-    where = "on the GPU" if device.type == "cuda" else "of this process"
+    where = "on the GPU" if device.type == "cuda" else "of this process, mapped files included,"
     measured = f"weights {format_bytes(weights)}"
     if peak is not None:
         measured += f"; peak {where} {format_bytes(peak)}"
