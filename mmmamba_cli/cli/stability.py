@@ -50,7 +50,8 @@ AgainstDtype = Annotated[
     typer.Option(
         "--against-dtype",
         metavar="DTYPE",
-        help="With --stability: dtype compared with fp32: bf16 or fp16 (default: bf16).",
+        help="With --stability: dtype compared with fp32: bf16, fp16, or int8 for "
+        "quantized weights (default: bf16).",
     ),
 ]
 Perturb = Annotated[
@@ -60,8 +61,8 @@ Perturb = Annotated[
         metavar="SHARE",
         min=0.0,
         max=1.0,
-        help="With --stability: set states off by this share of their norm; 0 for none "
-        "(default: 0.001).",
+        help="With --stability: disturb states by this share of their norm, and inputs by one "
+        "rounding; 0 for neither (default: 0.001).",
     ),
 ]
 Tangents = Annotated[
@@ -80,7 +81,8 @@ StabilityOut = Annotated[
     typer.Option(
         "--out",
         metavar="DIR",
-        help="With --stability: folder for stability.json (default: stability/NAME of the run).",
+        help="With --stability: folder for stability.json and pictures (default: stability/NAME "
+        "of the run).",
     ),
 ]
 
@@ -184,9 +186,11 @@ def _result_folder(resolved: ResolvedModel) -> Path | None:
 
 def _write(folder: Path, record: StabilityRecord) -> None:
     from mmmamba_cli.checkpoint import atomic_write_text
+    from mmmamba_cli.reporting import write_stability_pictures
     from mmmamba_cli.stability import STABILITY_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
+    write_stability_pictures(folder, record)
     atomic_write_text(folder / STABILITY_FILE, record.model_dump_json(indent=1) + "\n")
 
 
@@ -230,8 +234,7 @@ def _print_decays(layers: Sequence[LayerStability]) -> None:
                 f"{min(head.read_out_smallest for head in layer.heads):.0e}",
             )
         )
-    title = "\nMean log gamma of the heads, per token"
-    print_table(heading, rows, title=title, right=heading)
+    _print_titled("Mean log gamma of the heads, per token", heading, rows)
 
 
 def _print_precision(record: StabilityRecord) -> None:
@@ -249,8 +252,8 @@ def _print_precision(record: StabilityRecord) -> None:
         for span in found.spans
     ]
     heading = ("positions", "mean KL", "largest KL", "max |difference|", "same top-1")
-    title = f"\n{found.dtype} against fp32: logits at the same tokens"
-    print_table(heading, rows, title=title, right=heading)
+    title = f"{found.dtype} against fp32: logits at the same tokens"
+    _print_titled(title, heading, rows)
 
 
 def _print_deviation(found: DeviationRecord) -> None:
@@ -276,4 +279,11 @@ def _print_deviation(found: DeviationRecord) -> None:
     what = f"states are off once by {found.size or 0:g} of their norm"
     if found.what == "input":
         what = f"inputs are off by one rounding to {found.dtype} at every token"
-    print_table(heading, rows, title=f"\nDeviation: {what}", right=heading)
+    _print_titled(f"Deviation: {what}", heading, rows)
+
+
+def _print_titled(title: str, heading: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table below a line of its own, which a title would wrap to the width of the table."""
+    print_text()
+    print_line(title, "italic")
+    print_table(heading, rows, right=heading)

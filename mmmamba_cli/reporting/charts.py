@@ -78,11 +78,11 @@ def bars(
     tops = [above + i * (LABEL_HEIGHT + BAR_HEIGHT + BAR_GAP) for i in range(len(rows) + 1)]
     bottom = tops[-1] + 2
     height = bottom + 24
-    parts = [*_x_axis(x, bottom, above)]
+    parts = [*x_axis(x, bottom, above)]
     parts += [_bar(row, x, begin, show) for row, begin in zip(rows, tops, strict=False)]
     if reference is not None:
         parts += _reference(x, reference, tops[:-1])
-    return _svg(title, _describe_bars(title, rows, show), height, parts)
+    return svg(title, _describe_bars(title, rows, show), height, parts)
 
 
 def _bar(row: Bar, x: Scale, top: float, show: Callable[[float], str]) -> Markup:
@@ -152,7 +152,7 @@ def lines(
     bottom = top + PLOT_HEIGHT
     x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
     y = Scale(low, high, bottom, top, log_y)
-    parts = [*_y_axis(y, show), *_x_axis(x, bottom, top, x_ticks, show_x)]
+    parts = [*_y_axis(y, show), *x_axis(x, bottom, top, x_ticks, show_x)]
     parts.append(
         tag(
             "text",
@@ -168,7 +168,7 @@ def lines(
     described = "; ".join(
         (_describe_lines(series, x_name, y_name, show), *(mark.label for mark in marks))
     )
-    return _svg(title, described, bottom + BOTTOM, parts)
+    return svg(title, described, bottom + BOTTOM, parts)
 
 
 def _line(line: Line, x: Scale, y: Scale) -> Markup:
@@ -219,7 +219,7 @@ def _marks(marks: Sequence[Mark], x: Scale, bottom: float) -> list[Markup]:
     return parts
 
 
-def _x_axis(
+def x_axis(
     x: Scale,
     bottom: float,
     top: float,
@@ -265,7 +265,7 @@ def _y_axis(y: Scale, show: Callable[[float], str]) -> list[Markup]:
     return parts
 
 
-def _svg(title: str, description: str, height: float, parts: Sequence[Markup]) -> Markup:
+def svg(title: str, description: str, height: float, parts: Sequence[Markup]) -> Markup:
     return tag(
         "svg",
         *parts,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.layer_selection.layer_scores import (
     MIN_SPEARMAN,
@@ -18,8 +17,7 @@ from mmmamba_cli.layer_selection.layer_scores import (
 from mmmamba_cli.reporting.charts import Bar, bars
 from mmmamba_cli.reporting.html import Markup, figure, paragraph, section, table, tag
 from mmmamba_cli.reporting.run_contents import ReportData, RunContents
-from mmmamba_cli.reporting.styles import style_css
-from mmmamba_cli.reporting.stylesheet import DAY
+from mmmamba_cli.reporting.svg_file import write_svg
 from mmmamba_cli.runs import Manifest
 
 CHOSEN, OTHER = 0, 1
@@ -129,12 +127,4 @@ def write_score_picture(
     file: Path, title: str, layers: Iterable[LayerScore], chosen: Collection[int]
 ) -> None:
     """Write the bars of all layers as an SVG file of its own, in the colours of a light page."""
-    style = (
-        f":root{{{DAY}}}svg{{background:var(--ground)}}"
-        "text{font:12px sans-serif;fill:var(--ink)}.tick,.value{font-size:11px}"
-        ".grid{stroke:var(--rule)}.whisker{stroke:var(--ink);fill:none}" + style_css()
-    )
-    picture = score_bars(title, layers, chosen)
-    opened, rest = picture.split(">", 1)
-    head = opened.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    atomic_write_text(file, f"{head}><style>{style}</style>{rest}\n")
+    write_svg(file, score_bars(title, layers, chosen))

@@ -223,6 +223,7 @@ def series_of(report: ReportData, first: Iterable[str] = ()) -> dict[str, int]:
     for run in report.runs:
         labels += [run.label(name) for name in (run.mixers.layers if run.mixers else ())]
         labels += [one.label for one in run.trained]
+        labels += [TEACHER if name == TEACHER else run.label(name) for name in run.stability]
     return {label: number for number, label in enumerate(dict.fromkeys(labels))}
 
 

@@ -37,6 +37,7 @@ from mmmamba_cli.reporting.provenance import (
     versions_section,
 )
 from mmmamba_cli.reporting.run_contents import ReportData, RunContents
+from mmmamba_cli.reporting.stability import stability_sections
 from mmmamba_cli.reporting.stylesheet import CSS
 from mmmamba_cli.reporting.suite_results import suite_results, suite_sections
 from mmmamba_cli.runs import TEACHER
@@ -97,6 +98,7 @@ def build_page(
         parts["costs"] = costs_section(profile, series, labels)
     else:
         left_out["costs"] = "nothing was measured: `mmmamba profile`"
+    parts |= stability_sections(report, series)
     parts |= layer_score_sections(report, left_out)
     parts["lineage"] = lineage_section(report)
     parts["commands"] = commands_section(report)

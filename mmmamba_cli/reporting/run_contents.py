@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,12 @@ from mmmamba_cli.reporting.mixer_fidelity import MixerFidelity, read_fidelity
 from mmmamba_cli.runs import TEACHER, Manifest, Run
 from mmmamba_cli.runs.manifest import read_json_as
 from mmmamba_cli.runs.run import Teacher
+from mmmamba_cli.stability import (
+    STABILITY,
+    STABILITY_FILE,
+    StabilityRecord,
+    read_stability,
+)
 
 PROFILES, COMPARISONS = "profile", "comparisons"
 
@@ -112,6 +118,8 @@ class RunContents:
     evaluated: Sequence[ModelResult] = ()
     profile: Profile | None = None
     mixers: MixerFidelity | None = None
+    # By name of a product or `teacher`.
+    stability: Mapping[str, StabilityRecord] = field(default_factory=dict)
     # Problems while reading, one sentence each.
     remarks: tuple[str, ...] = ()
 
@@ -234,6 +242,34 @@ def read_comparisons(run: Path, remarks: list[str]) -> list[ExternalComparison]:
     return found
 
 
+def read_run_stability(contents: RunContents, remarks: list[str]) -> dict[str, StabilityRecord]:
+    """The stability of a run's models, the teacher's first, in the order in which they were made.
+
+    Results of other weights and damaged files are left out and added to `remarks`.
+    """
+    hashes = {name: product.content_hash for name, product in contents.products.items()}
+    if contents.teacher is not None:
+        hashes = {TEACHER: contents.teacher.content_hash, **hashes}
+    found = {}
+    for name, content_hash in hashes.items():
+        file = contents.folder / STABILITY / name / STABILITY_FILE
+        if not file.is_file():
+            continue
+        try:
+            record = read_stability(file)
+        except MmmambaError as error:
+            remarks.append(error.message)
+            continue
+        if record.content_hash == content_hash:
+            found[name] = record
+        else:
+            remarks.append(
+                f"{contents.label(name)} was made again after its stability was measured: that of "
+                "the earlier weights is left out"
+            )
+    return found
+
+
 def _read_run(folder: Path, name: str | None) -> RunContents:
     run = Run(folder)
     record, products = run.record, run.products()
@@ -251,6 +287,7 @@ def _read_run(folder: Path, name: str | None) -> RunContents:
         evaluated=list(_evaluated(contents, remarks)),
         profile=_profile(contents, remarks),
         mixers=read_fidelity(folder, products, remarks),
+        stability=read_run_stability(contents, remarks),
         remarks=tuple(remarks),
     )
 

@@ -17,6 +17,8 @@ from mmmamba_cli.stability.record import (
 
 # Half-lives, in tokens, that count as short and as long memory.
 SHORT_MEMORY, LONG_MEMORY = 4.0, 1024.0
+# A bound below this share of the slowest exponent is loose.
+LOOSE_SHARE = 0.1
 # Deviations of fp32 states below this share of their norm are rounding.
 ROUNDING_SHARE = 1e-6
 
@@ -73,9 +75,10 @@ def _memory(layers: Sequence[LayerStability]) -> Iterator[str]:
     )
     certified = max(head.certified for head in heads)
     if certified < 0:
+        is_loose = certified > LOOSE_SHARE * max(head.exponent for head in heads)
         yield (
             f"Every head forgets, whatever the prompt: log gamma is at most {certified:.1e} a "
-            "token by the weights alone. The bound is loose."
+            f"token by the weights alone.{' The bound is loose.' if is_loose else ''}"
         )
     else:
         yield "The weights alone do not certify that every head forgets: a bound rounds to 0."
@@ -122,7 +125,7 @@ def _layers_without_decay(layers: Sequence[LayerStability]) -> Iterator[str]:
         number = sum((one.mixer, one.forgetting) == (mixer, forgetting) for one in others)
         yield (
             f"{number} of {len(layers)} layers {'has' if number == 1 else 'have'} {mixer}, which "
-            f"{forgetting}: nothing of the above holds there."
+            f"{forgetting}: no decay and no certificate there."
         )
 
 

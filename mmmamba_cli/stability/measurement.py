@@ -11,6 +11,7 @@ from torch import Tensor
 from mmmamba_cli.architecture import layer_options
 from mmmamba_cli.checkpoint import parse_dtype
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.inference import quantize
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.cache import new_cache
 from mmmamba_cli.model.gated_mixer import GATED_NORM_EPS
@@ -54,6 +55,8 @@ from mmmamba_cli.stability.record import (
 )
 from mmmamba_cli.stability.tangents import lacks_tangents, tangent_growth
 
+# Value of `StabilityOptions.against_dtype` that is no floating dtype.
+INT8 = "int8"
 # Columns that pass through the models at a time; bounds the memory of the logits.
 CHUNK_TOKENS = 512
 # Tokens that fill the states before they are disturbed.
@@ -70,8 +73,10 @@ class StabilityOptions:
     """What is measured.
 
     Attributes:
-        against_dtype: dtype whose logits are compared with those of fp32, "bf16" or "fp16".
-        perturb: by how much states are set off, relative to their norm; 0 leaves this out.
+        against_dtype: what is compared with fp32: the dtype "bf16" or "fp16", or "int8" for weights
+            quantized as for decoding, with activations in fp32.
+        perturb: by how much states are set off, relative to their norm; 0 leaves out this and the
+            disturbance of the inputs.
         tangents: number of tangent vectors; 0 leaves them out, which take most of the time.
         device: as in `ResolvedModel.load`.
         seed: of the random directions.
@@ -86,7 +91,7 @@ class StabilityOptions:
 
 def count_passes(options: StabilityOptions) -> int:
     """How often the text passes through a model, for a progress bar."""
-    return 2 + (4 if options.perturb else 2) + (1 if options.tangents else 0)
+    return 2 + (4 if options.perturb else 0) + (1 if options.tangents else 0)
 
 
 def measure_stability(
@@ -105,20 +110,15 @@ def measure_stability(
         DataError: a dtype that is not narrower than fp32.
         CheckpointError: an unknown dtype or damaged tensors.
     """
-    narrow = parse_dtype(options.against_dtype)
-    if narrow.itemsize >= torch.float32.itemsize:
-        raise DataError(
-            f"--against-dtype is {options.against_dtype}, expected a dtype narrower than fp32",
-            "give bf16 or fp16",
-        )
+    check_narrower(options.against_dtype)
     device, _ = pick_placement(options.device, "fp32")
     reference = resolved.load(device, torch.float32)
-    other = resolved.load(device, narrow)
+    other = _narrower(resolved, options.against_dtype, device)
     batch = torch.tensor([ids], device=device)
     with torch.inference_mode():
         totals, found = _lockstep(reference, other, batch, advance)
     del other
-    deviations = _deviations(reference, batch, options, narrow, advance)
+    deviations = _deviations(reference, batch, options, advance)
     reason, tangents = None, None
     if options.tangents:
         reason = lacks_tangents(reference)
@@ -141,6 +141,26 @@ def measure_stability(
         tangents=tangents,
         not_measured=() if reason is None else (reason,),
     )
+
+
+def check_narrower(dtype: str) -> None:
+    """Raise `DataError` for a floating dtype that is not narrower than fp32.
+
+    Raises `CheckpointError` for an unknown one.
+    """
+    if dtype != INT8 and parse_dtype(dtype).itemsize >= torch.float32.itemsize:
+        raise DataError(
+            f"--against-dtype is {dtype}, expected a dtype narrower than fp32",
+            "give bf16, fp16 or int8",
+        )
+
+
+def _narrower(resolved: ResolvedModel, dtype: str, device: torch.device) -> HolisticVLM:
+    if dtype != INT8:
+        return resolved.load(device, parse_dtype(dtype))
+    model = resolved.load(device, torch.float32)
+    quantize(model)
+    return model
 
 
 def _lockstep(
@@ -268,13 +288,16 @@ def _deviations(
     model: HolisticVLM,
     ids: Tensor,
     options: StabilityOptions,
-    narrow: torch.dtype,
     advance: Advance,
 ) -> tuple[DeviationRecord, ...]:
-    """Inputs rounded at every token, and states set off once after a quarter of the text."""
+    """Inputs off by a rounding at every token, and states set off once."""
+    if not options.perturb:
+        return ()
     tokens = ids.shape[1]
     places = log_places(tokens)
-    embeddings = rounded_randomly(model.model.text_embedding(ids), narrow, options.seed)
+    rounding = "bf16" if options.against_dtype == INT8 else options.against_dtype
+    embedded = model.model.text_embedding(ids)
+    embeddings = rounded_randomly(embedded, parse_dtype(rounding), options.seed)
     found = follow_deviation(
         model, ids, places, other_embeddings=embeddings, chunk_size=CHUNK_TOKENS
     )
@@ -282,14 +305,12 @@ def _deviations(
     records = [
         DeviationRecord(
             what="input",
-            dtype=options.against_dtype,
+            dtype=rounding,
             tokens=places,
             layers=_relative(found.states, found.state_norms),
             logits=_between(found.logits, places),
         )
     ]
-    if not options.perturb:
-        return tuple(records)
     mixers = decaying_layers(model)
     if mixers:
         warm_up = min(WARM_UP_TOKENS, tokens // 4)

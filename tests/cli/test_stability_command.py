@@ -51,10 +51,24 @@ def test_json_has_all_numbers(mmmamba: Command, own_run: Path, tmp_path: Path) -
     assert found == json.loads((tmp_path / "stability.json").read_text(encoding="utf-8"))
     assert found["text"] == "text.txt"
     assert found["precision"]["dtype"] == "fp16"
-    assert [one["what"] for one in found["deviations"]] == ["input"]
+    assert found["deviations"] == []
     attention = {(one["mixer"], one["forgetting"]) for one in found["layers"]}
     assert attention == {("attention", "keeps the key and value of every token")}
     assert not (own_run / "stability" / "teacher").exists()
+
+
+def test_int8_weights_are_compared_with_fp32(
+    mmmamba: Command, own_run: Path, tmp_path: Path
+) -> None:
+    words = ("--stability", *TOKENS, "--against-dtype", "int8", "--out", tmp_path, "--json")
+    done = mmmamba("inspect", "seed", "--run", own_run, *words)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["precision"]["dtype"] == "int8"
+    assert 0 < found["precision"]["median_kl"] < 0.1
+    assert found["deviations"][0]["dtype"] == "bf16"
+    pictures = ("deviation-input", "deviation-state", "half-lives", "precision")
+    assert sorted(file.stem for file in tmp_path.glob("*.svg")) == sorted(pictures)
 
 
 def test_layers_without_a_decay_have_no_tangents(

@@ -176,6 +176,9 @@ def test_sentences_on_memory() -> None:
     assert "Layer 1 remembers longest: half of a state is left after 1,386 tokens" in text
     assert "50% of 4 heads have a half-life below 4 tokens, 25% of at least 1,024." in text
     assert "Every head forgets, whatever the prompt: log gamma is at most -1.0e-06" in text
+    assert "The bound is loose." in text
+    tight = LayerStability(layer=0, mixer="A", decay="exact", heads=(head(-0.1, certified=-0.1),))
+    assert "The bound is loose." not in " ".join(find_sentences(record(tight)))
     assert "1 head loses more than half of the state at each token." in text
     assert "Exponents of 1 layer (B) are upper bounds" in text
     assert "1 of 3 layers has C, which keeps everything" in text
