@@ -59,7 +59,10 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def anonymous_bytes(pid: int) -> int:
+    """RssAnon of the command; 0 before the new process runs it, when it has this one's memory."""
     try:
+        if b"mmmamba_cli" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return 0
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return 0

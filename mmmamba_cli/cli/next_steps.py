@@ -75,11 +75,12 @@ def steps_after(
     """
     from mmmamba_cli.recipe import parse_recipe
 
-    if run.is_in_place:
-        return _in_place_steps(run, product, given)
     recipe = parse_recipe(product.recipe, f"recipe of {product.name}")
     done = len(product.stages) == len(recipe.stages)
     if product.final is not False or done or run.record.teacher is None:
+        if run.is_in_place:
+            # eval and profile do not take such a student yet.
+            return NextSteps((command_line("chat", run=run.folder),))
         return _evaluation(run, product, given)
     return _training(run, product, recipe, given, lessons)
 
@@ -154,16 +155,6 @@ def _training(
         hybrid += _moved_teacher(run, given, "--teacher")
         remarks.append(f"or a hybrid first: {command_line(*hybrid, run=run.folder)}")
     return NextSteps(tuple(commands), tuple(remarks))
-
-
-def _in_place_steps(run: Run, product: Manifest, given: GivenOptions) -> NextSteps:
-    """A hybrid, or a conversation with one; these students are not distilled or evaluated yet."""
-    if product.attention_layers:
-        return NextSteps((command_line("chat", run=run.folder),))
-    count = max(1, product.num_layers // ATTENTION_SHARE)
-    words: list[str | Path] = ["hybridize", "--attn-layers", str(count)]
-    words += _moved_teacher(run, given, "--teacher")
-    return NextSteps((command_line(*words, run=run.folder),))
 
 
 def _moved_teacher(run: Run, given: GivenOptions, option: str) -> list[str | Path]:

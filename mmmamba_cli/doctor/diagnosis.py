@@ -8,6 +8,7 @@ from pathlib import Path
 from mmmamba_cli.doctor.environment import cpu, devices, packages
 from mmmamba_cli.doctor.known_issues import DRIVER, SystemFacts, check_known_issues, check_versions
 from mmmamba_cli.doctor.library_checks import check_resizing, check_tokenizer
+from mmmamba_cli.doctor.teacher_check import check_teachers
 from mmmamba_cli.doctor.report import (
     FAILED,
     OK,
@@ -43,6 +44,7 @@ def diagnose(device: str | None = None, progress: Progress = lambda text: None) 
         Check("torch and transformers", OK, "can be imported"),
         check_tokenizer(),
         check_resizing(),
+        check_teachers(),
     )
     progress(f"checking ops on {chosen}")
     checked = _check_ops(str(chosen), progress)

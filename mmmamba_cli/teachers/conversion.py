@@ -114,11 +114,8 @@ def expected_tensors(
 def student_tensors(config: PreTrainedConfig) -> dict[str, ExpectedTensor]:
     """`expected_tensors` by the student's own config."""
     student: Any = meta_model(register_model(config.__class__), config)
-    mixers = {
-        name: module
-        for name, module in student.named_modules()
-        if module in set(mixers_of(student))
-    }
+    own = set(mixers_of(student))
+    mixers = {name: module for name, module in student.named_modules() if module in own}
     dtype = config.dtype or torch.float32
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     strict = student._keep_in_fp32_modules_strict

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from mmmamba_cli import ops
-from mmmamba_cli.doctor import diagnosis, environment, library_checks, missing_extras, op_checks
+from mmmamba_cli.doctor import (
+    diagnosis,
+    environment,
+    library_checks,
+    missing_extras,
+    op_checks,
+    teacher_check,
+)
 from mmmamba_cli.doctor.environment import EXTRAS, PURPOSES
 from mmmamba_cli.doctor.known_issues import SystemFacts, check_known_issues, check_versions
 from mmmamba_cli.doctor.op_case import OpSpec
@@ -340,3 +347,15 @@ def test_failures_and_warnings_of_a_report() -> None:
     )
     assert list(report.failures) == ["b: y (mend)", "o, p, q: forward error 1, allowed is 0.5"]
     assert list(report.warnings) == ["c: z"]
+
+
+def test_a_student_of_a_transformers_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_check, "find_spec", lambda name: None)
+    found = teacher_check.check_teachers()
+    assert found.status == "ok" and "pip install torchvision num2words" in found.said
+    monkeypatch.setattr(teacher_check, "find_spec", lambda name: name)
+    assert "pip install" not in teacher_check.check_teachers().said
+    for error in (1.0, float("nan")):
+        monkeypatch.setattr(teacher_check, "decoding_error", lambda error=error: error)
+        found = teacher_check.check_teachers()
+        assert found.status == "failed" and "differs by" in found.said

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 import mmmamba_cli
 from mmmamba_cli.checkpoint import open_in_place
 from mmmamba_cli.cli.app import app
+from mmmamba_cli.cli.next_steps import steps_after
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.inspection.in_place_summary import memory_of_in_place
+from mmmamba_cli.runs import Run
 
 CONTEXT = 100
 # Sliding windows of 8 columns in layers 0 and 2.
@@ -91,9 +93,9 @@ def test_next_steps_are_commands_that_take_such_a_run(folder: Path, tmp_path: Pa
     run = tmp_path / "run"
     words = ("--no-report", "--allow-bidirectional")
     said = mmmamba("seed", folder / "teacher", "--run", run, *words).stdout
-    assert f"next: mmmamba hybridize --attn-layers 1 --run {run}" in said
-    said = mmmamba("hybridize", "--attn-layers", 1, "--run", run).stdout
-    assert f"next: mmmamba chat --run {run}" in said
+    assert f"next: mmmamba distill --data FILE --run {run}" in said
+    made = Run(run).product("seed").model_copy(update={"final": True})
+    assert steps_after(Run(run), made).commands == (f"mmmamba chat --run {run}",)
 
 
 def test_a_short_context_is_refused(folder: Path) -> None:
