@@ -8,7 +8,6 @@ from pathlib import Path
 from mmmamba_cli.doctor.environment import cpu, devices, packages
 from mmmamba_cli.doctor.known_issues import DRIVER, SystemFacts, check_known_issues, check_versions
 from mmmamba_cli.doctor.library_checks import check_resizing, check_tokenizer
-from mmmamba_cli.doctor.teacher_check import check_teachers
 from mmmamba_cli.doctor.report import (
     FAILED,
     OK,
@@ -18,6 +17,7 @@ from mmmamba_cli.doctor.report import (
     OpCheck,
     PackageInfo,
 )
+from mmmamba_cli.doctor.teacher_check import check_teachers
 
 Progress = Callable[[str], object]
 
