@@ -1,6 +1,7 @@
 """Training data: conversations with images, in batches that depend only on seed and step."""
 
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, StepBatches
+from mmmamba_cli.data.batch_text import RowText, TextRun, rows_as_text
 from mmmamba_cli.data.corpus_options import (
     CorpusOption,
     CountOption,
@@ -40,16 +41,19 @@ __all__ = [
     "ModelBatch",
     "NumberOption",
     "RangeOption",
+    "RowText",
     "Sample",
     "SampleEncoder",
     "SampleGenerator",
     "StepBatches",
     "StepLoader",
     "TextOption",
+    "TextRun",
     "check_data",
     "fingerprint",
     "open_corpus",
     "parse_sample",
     "read_options",
+    "rows_as_text",
     "samples_to_check",
 ]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from families import FAMILIES, picture
 
-from mmmamba_cli.data import IGNORE_INDEX, ModelBatch, StepLoader, open_corpus
+from mmmamba_cli.data import IGNORE_INDEX, ModelBatch, StepLoader, open_corpus, rows_as_text
 from mmmamba_cli.data.sample import Sample
 from mmmamba_cli.data.teacher_collate import TeacherCollator
-from mmmamba_cli.processing import TeacherProcessor
+from mmmamba_cli.processing import HolisticVLMProcessor, TeacherProcessor
 
 WITH_PICTURES = [name for name, family in FAMILIES.items() if family.pictures]
 END_OF_TURN = {
@@ -178,3 +178,40 @@ def test_a_process_without_rows_gets_a_batch_without_tokens(name: str) -> None:
     assert batch.labels.unique().tolist() == [IGNORE_INDEX]
     with torch.no_grad():
         FAMILIES[name].model()(**batch.inputs)
+
+
+def test_a_batch_reads_as_text_with_answers_marked(pictures: list[Path]) -> None:
+    make = collator("qwen3_vl")
+    samples = conversations("qwen3_vl", pictures)
+    batch, _ = make.collate([[make.encode(samples[number])] for number in (0, 3)])
+    rows = rows_as_text(batch, FAMILIES["qwen3_vl"].tokenizer)
+    end = "<|im_end|>"
+    assert rows[0].marked("[", "]") == (
+        f"<|im_start|>user\n一只猫是什么颜色？{end}\n<|im_start|>assistant\n[红色。它在一张图片里。{end}]\n"
+        f"<|im_start|>user\n红色。{end}\n<|im_start|>assistant\n[红色。{end}]\n"
+    )
+    grid = batch.inputs["image_grid_thw"][0]
+    assert rows[1].marked("[", "]") == (
+        f"<|im_start|>user\n<|vision_start|><|image_pad|>x{int(grid.prod()) // 4}<|vision_end|>"
+        f"What is it?{end}\n<|im_start|>assistant\n[a red square{end}]\n"
+    )
+    assert sum(row.num_tokens for row in rows) == batch.num_tokens
+    assert [row.num_answer_tokens for row in rows] == (batch.labels != IGNORE_INDEX).sum(1).tolist()
+
+
+def test_a_batch_of_hovle_reads_as_text(folder: Path, processor: HolisticVLMProcessor) -> None:
+    loader = StepLoader(
+        open_corpus(folder / "train.jsonl", folder),
+        processor,
+        batch_size=2,
+        max_length=400,
+        max_tiles=1,
+        shuffle=False,
+    )
+    (batch,) = loader.step(0).micro_batches
+    rows = rows_as_text(batch, processor.tokenizer)
+    texts = {row.marked("[", "]") for row in rows}
+    for line in (folder / "train.jsonl").read_text().splitlines()[:2]:
+        answer = json.loads(line)["conversations"][1]["value"]
+        assert any(f"[{answer}<|im_end|>]" in text for text in texts)
+    assert any("<IMG_CONTEXT>x" in text for text in texts)
