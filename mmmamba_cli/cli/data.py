@@ -27,8 +27,8 @@ def check(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Conversations .jsonl or .json, an InternVL meta .json, .tar shards, or a "
-            "generated corpus such as scenes:lessons.",
+            help="Conversations .jsonl or .json, an InternVL meta .json, .tar shards, .parquet "
+            "files or a folder of tables, or a generated corpus such as scenes:lessons.",
         ),
     ],
     image_root: Annotated[

@@ -2,6 +2,7 @@
 
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, StepBatches
 from mmmamba_cli.data.batch_text import RowText, TextRun, rows_as_text
+from mmmamba_cli.data.corpus import Corpus, CorpusPart
 from mmmamba_cli.data.corpus_options import (
     CorpusOption,
     CountOption,
@@ -11,7 +12,6 @@ from mmmamba_cli.data.corpus_options import (
     TextOption,
     read_options,
 )
-from mmmamba_cli.data.dataset import Corpus, CorpusPart
 from mmmamba_cli.data.fingerprint import Fingerprint, fingerprint
 from mmmamba_cli.data.generated_corpus import HELD_OUT, CorpusSpec, GeneratedCorpus, SampleGenerator
 from mmmamba_cli.data.loader import StepLoader

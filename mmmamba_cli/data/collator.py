@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from mmmamba_cli.data.batch import BadSample
 from mmmamba_cli.data.collate import HolisticCollator
-from mmmamba_cli.data.dataset import Corpus
+from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.generated_corpus import GeneratedCorpus
 from mmmamba_cli.data.sample import Picture, Sample
 from mmmamba_cli.data.teacher_collate import TeacherCollator

@@ -1,16 +1,15 @@
-"""Datasets of conversations, indexed by sample: JSON files, webdataset shards, mixtures."""
+"""Datasets of conversations, indexed by sample: JSON files, shards, tables, mixtures."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from mmmamba_cli.data.corpus import Corpus, CorpusPart, locate
 from mmmamba_cli.data.jsonl import JsonLines, JsonList, is_json_list
 from mmmamba_cli.data.sample import (
     ImageLocation,
@@ -19,52 +18,12 @@ from mmmamba_cli.data.sample import (
     parse_sample,
     resolve_image,
 )
+from mmmamba_cli.data.table import TableCorpus, is_table_source, table_files
 from mmmamba_cli.data.webdataset import Shard, expand_shards
 from mmmamba_cli.errors import DataError, MmmambaWarning, name_some
 
 # The limit of common file systems, which raise their own error for longer names.
 MAX_NAME_CHARACTERS = 255
-
-
-class Corpus(Protocol):
-    """Samples by index. An unreadable sample raises `DataError` with its name."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def name(self, index: int) -> str:
-        """The name of a sample, `set.jsonl:17`, also of an unreadable one."""
-        ...
-
-    @property
-    def parts(self) -> Sequence[CorpusPart]:
-        """The parts in order, with their sample counts and repeats."""
-        ...
-
-    @property
-    def ignored(self) -> Sequence[str]:
-        """Names of members that belong to no sample, with the reason."""
-        ...
-
-    @property
-    def pictures(self) -> Mapping[str, ImageLocation]:
-        """The pictures stored in the same files as the samples, by name."""
-        ...
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files that hold the samples, without separate picture files."""
-        ...
-
-
-@dataclass(frozen=True)
-class CorpusPart:
-    """`repeats` below 1 draws that share of the samples, newly in each pass."""
-
-    name: str
-    samples: int
-    repeats: float = 1.0
 
 
 class ConversationFile:
@@ -117,11 +76,11 @@ class ShardedCorpus:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        shard, number = _locate(self._ends, index)
+        shard, number = locate(self._ends, index)
         return self.shards[shard][number]
 
     def name(self, index: int) -> str:
-        shard, number = _locate(self._ends, index)
+        shard, number = locate(self._ends, index)
         return self.shards[shard].name(number)
 
 
@@ -140,17 +99,18 @@ class MixedCorpus:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        which, number = _locate(self._ends, index)
+        which, number = locate(self._ends, index)
         return self.sets[which][number]
 
     def name(self, index: int) -> str:
-        which, number = _locate(self._ends, index)
+        which, number = locate(self._ends, index)
         return self.sets[which].name(number)
 
 
 def open_files(source: str | Path, image_root: Path | None = None) -> Corpus:
-    """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, or `.tar` shards.
+    """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, `.tar`, or tables.
 
+    Tables are `.parquet` files, by a pattern or in a folder, and folders saved by `datasets`.
     `part-{000..099}.tar` names a range of shards. Warns with a `MmmambaWarning` about members of
     shards that belong to no sample.
 
@@ -162,6 +122,8 @@ def open_files(source: str | Path, image_root: Path | None = None) -> Corpus:
     corpus: Corpus
     if suffix == ".jsonl":
         corpus = ConversationFile(Path(text), image_root)
+    elif is_table_source(text):
+        corpus = TableCorpus(table_files(text), image_root)
     elif suffix == ".tar":
         corpus = ShardedCorpus(expand_shards(text))
     elif suffix == ".json" and is_json_list(Path(text)):
@@ -170,11 +132,13 @@ def open_files(source: str | Path, image_root: Path | None = None) -> Corpus:
         corpus = _open_meta(Path(text), image_root)
     else:
         raise DataError(
-            f"{text} is of no kind we read, expected .jsonl, .json (a list, or a meta file) or .tar"
+            f"{text} is of no kind we read, expected .jsonl, .json (a list, or a meta file), .tar, "
+            ".parquet or a folder of tables"
         )
     if len(corpus) == 0:
+        lines = "one conversation a line" if suffix == ".jsonl" else "one conversation a row"
         expected = {".tar": "a .json member for each", ".json": "a list of conversations"}.get(
-            suffix, "one conversation a line"
+            suffix, lines
         )
         raise DataError(f"{text} has no samples", f"expected {expected}")
     if corpus.ignored:
@@ -186,12 +150,6 @@ def open_files(source: str | Path, image_root: Path | None = None) -> Corpus:
             stacklevel=2,
         )
     return corpus
-
-
-def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:
-    """The part, of those ending at `ends`, that holds sample `index`, and its index in it."""
-    which = bisect_right(ends, index)
-    return which, index - (ends[which - 1] if which else 0)
 
 
 def _open_meta(file: Path, image_root: Path | None) -> Corpus:

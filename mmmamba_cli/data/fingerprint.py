@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmmamba_cli.data.dataset import Corpus
+from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.generated_corpus import GeneratedCorpus
 from mmmamba_cli.errors import DataError
 
-# JSON files are hashed in full, since opening them reads every byte anyway. Of a larger shard, the
-# size and this many evenly spaced blocks are hashed.
+# JSON files are hashed in full, since opening them reads every byte anyway. Of a larger shard or
+# table, the size and this many evenly spaced blocks are hashed.
+JSON_SUFFIXES = (".json", ".jsonl")
 MAX_WHOLE_FILE_BYTES = 64 << 20
 BLOCK_BYTES = 64 << 10
 NUM_BLOCKS = 256
@@ -27,7 +28,7 @@ class Fingerprint:
     """SHA-256 digests of a set of conversations, in hexadecimal.
 
     `conversations` covers every byte of `.jsonl` and `.json` files, and the size and 256 blocks of
-    64 KiB of each larger `.tar` shard. `pictures` covers picture files of 1,024 evenly spaced
+    64 KiB of each larger shard or table. `pictures` covers picture files of 1,024 evenly spaced
     samples: all of their sizes, and the contents for every 16th of these samples, or for all where
     there are at most 64 samples. Paths and times are not covered, so data may be moved. Of a
     generated corpus, both cover its spec, its version and what else it names as its identity.
@@ -64,9 +65,9 @@ def _digest_files(corpus: Corpus) -> str:
 
 
 def _blocks(file: Path, size: int) -> Iterator[bytes]:
-    """The contents of a file, or evenly spaced blocks of a large shard, including both ends."""
+    """The contents of a file, or evenly spaced blocks of a large one, including both ends."""
     with file.open("rb") as handle:
-        if file.suffix.lower() != ".tar" or size <= MAX_WHOLE_FILE_BYTES:
+        if file.suffix.lower() in JSON_SUFFIXES or size <= MAX_WHOLE_FILE_BYTES:
             while block := handle.read(1 << 20):
                 yield block
             return
@@ -86,7 +87,7 @@ def _digest_pictures(corpus: Corpus) -> str:
             # The digest of conversations covers the line itself.
             continue
         for image in images:
-            # The digest of conversations covers pictures inside shards.
+            # The digest of conversations covers pictures inside shards and tables.
             if isinstance(image, Path):
                 digest.update(_digest_picture(image, with_contents=number % every == 0))
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmmamba_cli.data.dataset import CorpusPart
+from mmmamba_cli.data.corpus import CorpusPart
 from mmmamba_cli.data.sample import Drawing, ImageLocation, Sample
 from mmmamba_cli.errors import DataError, name_some
 from mmmamba_cli.plugins import entry_points

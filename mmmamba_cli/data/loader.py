@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
 from mmmamba_cli.data.collate import assign_rows, make_rows
 from mmmamba_cli.data.collator import Encoded, make_collator
-from mmmamba_cli.data.dataset import Corpus, CorpusPart
+from mmmamba_cli.data.corpus import Corpus, CorpusPart
 from mmmamba_cli.data.generated_corpus import ENDLESS, GeneratedCorpus
 from mmmamba_cli.errors import DataError, MmmambaError
 from mmmamba_cli.interrupts import block_interrupts

@@ -133,6 +133,16 @@ class FileSlice:
 
 
 @dataclass(frozen=True, eq=False)
+class ImageBytes:
+    """A picture that has been read with its sample: the bytes of an image file."""
+
+    content: bytes
+
+    def read(self) -> bytes:
+        return self.content
+
+
+@dataclass(frozen=True, eq=False)
 class Drawing:
     """A picture of a generated corpus, of `width` x `height` pixels, that is drawn later.
 
@@ -144,7 +154,7 @@ class Drawing:
     layout: Any
 
 
-ImageLocation = Path | FileSlice
+ImageLocation = Path | FileSlice | ImageBytes
 # A picture of a sample: in a file, or drawn on the device of training.
 Picture = ImageLocation | Drawing
 ImageFinder = Callable[[str], ImageLocation]
@@ -168,9 +178,9 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
     """Parse the JSON formats of LLaVA and InternVL, chat messages, and plain text.
 
     `{"image": path or list, "conversations": [{"from": "human", "value": ...}, ...]}`, the same
-    with `"messages": [{"role": ..., "content": ...}]`, or `{"text": ...}`. A content may be a list
-    of parts, as in chat APIs; an image part without a path takes the next picture of the sample. A
-    null value counts as absent.
+    with `"messages": [{"role": ..., "content": ...}]` or, turns in pairs, with `"texts": [{"user":
+    ..., "assistant": ...}]`, or `{"text": ...}`. A content may be a list of parts, as in chat APIs;
+    an image part without a path takes the next picture of the sample. Null values count as absent.
 
     Raises:
         DataError: the record is malformed; the message names the sample.
@@ -180,6 +190,8 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
     if first_present(record, "video", "videos"):
         raise DataError(f"{name}: has a video, and only images are read")
     turns, text = first_present(record, "conversations", "messages"), record.get("text")
+    if turns is None:
+        turns = _paired_turns(record.get("texts"))
     # Beside turns, `text` is ignored: some datasets store captions there.
     if turns is None and text is not None:
         if not isinstance(text, str) or not text:
@@ -197,9 +209,20 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
     return Sample(name, messages, images=_find_images(images, name, find_image))
 
 
+def _paired_turns(pairs: Any) -> list[dict[str, Any]] | None:
+    """Turns of `[{"user": ..., "assistant": ...}]`; None for anything else."""
+    if not isinstance(pairs, list) or not pairs:
+        return None
+    if not all(isinstance(pair, Mapping) and {"user", "assistant"} <= set(pair) for pair in pairs):
+        return None
+    return [
+        {"role": role, "content": pair[role]} for pair in pairs for role in ("user", "assistant")
+    ]
+
+
 def read_image(picture: ImageLocation) -> ImageSource:
     """The path or bytes of a picture. Raises `DataError` if its file cannot be read."""
-    return picture.read() if isinstance(picture, FileSlice) else picture
+    return picture if isinstance(picture, Path) else picture.read()
 
 
 def resolve_image(root: Path, name: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmmamba_cli.data.batch import BadSample, bad_sample
 from mmmamba_cli.data.collator import make_collator
-from mmmamba_cli.data.dataset import Corpus
+from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.generated_corpus import GeneratedCorpus
 from mmmamba_cli.data.sample import Drawing
 from mmmamba_cli.errors import DataError

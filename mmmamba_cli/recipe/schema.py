@@ -127,8 +127,8 @@ class Data(Section):
     train: Text | None = Field(
         default=None,
         description="Conversations: a .jsonl file, an InternVL meta .json that names several, or "
-        "webdataset shards (.tar, with {000..099} for a range), or a generated corpus such as "
-        "scenes:lessons?long=0.33.",
+        "webdataset shards (.tar, with {000..099} for a range), Parquet files (or a folder that "
+        "datasets saved), or a generated corpus such as scenes:lessons?long=0.33.",
     )
     held_out: Text | None = Field(
         default=None,

@@ -1,0 +1,148 @@
+"""Tables as training data: Parquet files and folders of `datasets`, if pyarrow is installed."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import pickle
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import FAMILIES, picture
+
+from mmmamba_cli.data import StepLoader, fingerprint, open_corpus, parse_sample
+from mmmamba_cli.data.sample import ImageBytes, read_image
+from mmmamba_cli.data.table import table_files, take_pictures
+from mmmamba_cli.errors import DataError
+from mmmamba_cli.processing import TeacherProcessor
+
+
+def png(number: int) -> bytes:
+    file = BytesIO()
+    picture(24, 16, seed=number).save(file, "PNG")
+    return file.getvalue()
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Rows as vision-language sets on the Hub have them: pictures in a list of structs."""
+    return [
+        {
+            "images": [{"bytes": png(number), "path": None}] if number % 2 else None,
+            "texts": [
+                {"user": "What is it?", "assistant": f"square {number}", "source": "drawn"},
+                {"user": "Sure?", "assistant": "Yes.", "source": None},
+            ],
+        }
+        for number in range(count)
+    ]
+
+
+def refused(call: Callable[[], object]) -> DataError:
+    with pytest.raises(DataError) as caught:
+        call()
+    return caught.value
+
+
+def test_a_row_with_stored_pictures_is_a_sample() -> None:
+    record, stored = take_pictures(rows(2)[1])
+    sample = parse_sample(record, "a", stored.__getitem__)
+    assert [each["content"] for each in sample.messages] == [
+        "What is it?",
+        "square 1",
+        "Sure?",
+        "Yes.",
+    ]
+    (image,) = sample.images
+    assert isinstance(image, ImageBytes) and read_image(image) == png(1)
+    parts = [{"type": "text", "text": "Hm?", "image": None}, {"type": "image", "text": None}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "So."}]
+    record, stored = take_pictures({"image": {"bytes": None, "path": "a.png"}, "messages": said})
+    found = parse_sample(record, "b", Path)
+    assert not stored and found.images == (Path("a.png"),)
+    assert found.messages[0]["content"] == [{"type": "text", "text": "Hm?"}, {"type": "image"}]
+
+
+def test_the_files_of_a_source(tmp_path: Path) -> None:
+    names = [f"train-0000{n}-of-00002.parquet" for n in range(2)]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [file.name for file in table_files(str(tmp_path))] == names
+    assert [file.name for file in table_files(f"{tmp_path}/train-*.parquet")] == names
+    assert "no file matches" in refused(lambda: table_files(f"{tmp_path}/b-*.parquet")).message
+    (tmp_path / "test-00000-of-00001.parquet").touch()
+    error = refused(lambda: table_files(str(tmp_path)))
+    assert "has the splits test, train" in error.message and "test-*.parquet" in str(error.hint)
+    saved = tmp_path / "saved"
+    (saved / "train").mkdir(parents=True)
+    (saved / "dataset_dict.json").write_text("{}")
+    listed = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    (saved / "train" / "state.json").write_text(json.dumps(listed))
+    assert "has the splits train" in refused(lambda: table_files(str(saved))).message
+    (file,) = table_files(str(saved / "train"))
+    assert file == saved / "train" / "data-00000-of-00001.arrow"
+    (tmp_path / "empty").mkdir()
+    assert "without .parquet" in refused(lambda: open_corpus(tmp_path / "empty")).message
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = builtins.__import__
+
+    def missing(name: str, *rest: Any, **named: Any) -> Any:
+        if name.partition(".")[0] == "pyarrow":
+            raise ImportError(name)
+        return found(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    error = refused(lambda: open_corpus(tmp_path / "a.parquet"))
+    assert "needs pyarrow" in error.message and "mmmamba[tables]" in str(error.hint)
+
+
+def write_parquet(file: Path, count: int) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        arrow.Table.from_pylist(rows(count)), file, row_group_size=2
+    )
+    return file
+
+
+def test_parquet_is_read_by_the_loader(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", 5)
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", 4)
+    corpus = pickle.loads(pickle.dumps(open_corpus(tmp_path)))
+    assert len(corpus) == 9
+    assert corpus.name(5) == "train-00001-of-00002.parquet:1"
+    answers = [corpus[index].messages[1]["content"] for index in range(9)]
+    assert answers == [f"square {n}" for n in (0, 1, 2, 3, 4, 0, 1, 2, 3)]
+    processor = TeacherProcessor(FAMILIES["qwen3_vl"].processor)
+    for workers in (0, 1):
+        loader = StepLoader(
+            corpus, processor, batch_size=3, max_length=200, shuffle=False, workers=workers
+        )
+        steps = list(loader.steps(0, 3))
+        assert not any(step.bad for step in steps)
+        assert [len(step.micro_batches[0].inputs["image_grid_thw"]) for step in steps] == [1, 1, 2]
+    before = fingerprint(corpus)
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", 3)
+    assert fingerprint(open_corpus(tmp_path)) != before
+
+
+def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", 2)
+    file.write_bytes(file.read_bytes()[:-20])
+    assert "cannot be read" in refused(lambda: open_corpus(file)).message
+    assert "does not exist" in refused(lambda: open_corpus(tmp_path / "b.parquet")).message
+
+
+def test_a_folder_of_datasets(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.Table.from_pylist(rows(3))
+    with arrow.ipc.new_stream(str(tmp_path / "data.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    corpus = open_corpus(tmp_path)
+    assert [corpus[index].name for index in range(3)] == [f"data.arrow:{n}" for n in (1, 2, 3)]
+    assert read_image(corpus[1].images[0]) == png(1)  # type: ignore[arg-type]
