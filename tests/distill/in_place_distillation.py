@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from families import FAMILIES, LAYERS, picture, prompts, right_padded
+from families import FAMILIES, picture, prompts, right_padded
 from torch import Tensor, nn
 
 from mmmamba_cli.data import IGNORE_INDEX, ModelBatch, StepBatches
@@ -15,6 +17,9 @@ from mmmamba_cli.distill.in_place_pair import InPlacePair
 from mmmamba_cli.distill.objective import Objective, build_in_place_objective
 from mmmamba_cli.distill.student_layers import StudentLayers, in_place_layers
 from mmmamba_cli.distill.trainable import select_trainable
+from mmmamba_cli.distill.trainer import TrainingJob
+from mmmamba_cli.distill.training_state import StateFolder
+from mmmamba_cli.distributed import World, shard_mixers
 from mmmamba_cli.recipe import Stage
 from mmmamba_cli.teachers import StudentPlan, anatomy_of, convert, mixers_of
 
@@ -82,18 +87,26 @@ def make_objective(name: str, stage: Stage, **options: Any) -> tuple[Objective, 
     return build_in_place_objective(stage, layers, names, pair.trainable), pair
 
 
-def make_batch(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> ModelBatch:
-    """Two rows of unequal length, right-padded; with two pictures where the family takes them."""
+@cache
+def make_batch(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float64, rows: Sequence[int] = (0, 1)
+) -> ModelBatch:
+    """Two rows of unequal length, right-padded; with two pictures where the family takes them.
+
+    `rows` are those to keep; without any, the batch is that of a process without rows.
+    """
     family = FAMILIES[name]
+    if not rows:
+        return ModelBatch.empty(family.tokenizer.pad_token_id)
     pictures = [picture(24 + 8 * seed, 16, seed)] if family.pictures else []
     other = [picture(16, 24, seed + 1)] if family.pictures else []
-    rows = [(f"What is it? {seed}", pictures), ("Count the words of every line.", other)]
-    inputs = right_padded(prompts(family, rows))
+    texts = [(f"What is it? {seed}", pictures), ("Count the words of every line.", other)]
+    inputs = right_padded(prompts(family, [texts[row] for row in rows]))
     inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     labels = ids.masked_fill(~mask, IGNORE_INDEX)
-    labels[:, : ids.shape[1] // 2] = IGNORE_INDEX
-    return ModelBatch(inputs, labels, len(rows), int(mask.sum()), ("one", "two"))
+    labels[:, :5] = IGNORE_INDEX
+    return ModelBatch(inputs, labels, len(rows), int(mask.sum()), tuple(map(str, rows)))
 
 
 def gradients(objective: Objective, pair: InPlacePair, batches: list[ModelBatch]) -> Any:
@@ -115,10 +128,13 @@ def gradient_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 class FamilyLoader:
-    """A `StepLoader` stand-in: batches of a family's prompts, split over processes by row."""
+    """A `StepLoader` stand-in: three batches of a family's prompts in turn, split over processes.
 
-    def __init__(self, name: str, rank: int = 0, world_size: int = 1, dtype: Any = torch.float64):
-        self.name, self.rank, self.world_size, self.dtype = name, rank, world_size, dtype
+    With more processes than two, the others have no rows.
+    """
+
+    def __init__(self, name: str, first: int = 0, rank: int = 0, world_size: int = 1):
+        self.name, self.first, self.rank, self.world_size = name, first, rank, world_size
         self.steps_per_pass = 1
 
     def unreadable(self) -> None:
@@ -126,7 +142,27 @@ class FamilyLoader:
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         for step in range(first, stop):
-            yield StepBatches(step, (make_batch(self.name, step % 3, self.dtype),), (), 2)
+            seed = self.first + step % 3
+            rows = range(2) if self.world_size == 1 else range(2)[self.rank : self.rank + 1]
+            yield StepBatches(step, (make_batch(self.name, seed, rows=rows),), (), 2)
 
 
-__all__ = ["LAYERS", "FamilyLoader", "gradients", "make_batch", "make_objective", "make_pair"]
+def make_job(
+    folder: Path, name: str, stage: Stage, world: World | None = None, **options: Any
+) -> TrainingJob:
+    """A small stage on the prompts of a family, the same for the same arguments."""
+    world = world or World(torch.device("cpu"))
+    objective, pair = make_objective(name, stage, **options)
+    shard_mixers(pair.mixers, world, ("mix", "mixing_matrix") if objective.layer_local else ())
+    return TrainingJob(
+        stage=stage,
+        pair=pair,
+        objective=objective,
+        loader=FamilyLoader(name, 0, world.rank, world.size),
+        held_out=FamilyLoader(name, 7, world.rank, world.size),
+        max_bad_share=0.0,
+        seed=0,
+        world=world,
+        states=StateFolder(folder, world),
+        settings={"stage": {}, "data": {}},
+    )
