@@ -8,16 +8,19 @@ process itself needs `subprocess`.
 from __future__ import annotations
 
 import atexit
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir
 from multiprocessing import forkserver, get_context, set_start_method
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import mmmamba_cli
 
@@ -106,3 +109,23 @@ def _run(
         os.dup2(file, descriptor)
     sys.argv = ["mmmamba", *words]
     main()
+
+
+def run_processes(
+    folder: Path, processes: int, main: Callable[[], None], words: Sequence[str]
+) -> Any:
+    """Run `main` with the folder and `words` on several processes; return process 0's JSON."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+        environment = {key: str(value) for key, value in place.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        output = folder / f"output-{processes}-{rank}"
+        started.append(PreloadedProcess(main, [str(folder), *words], output, environment))
+    codes = [process.wait(timeout=300) for process in started]
+    assert not any(codes), [process.text() for process in started]
+    return json.loads(started[0].text().splitlines()[-1])

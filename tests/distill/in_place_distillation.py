@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from mmmamba_cli.data import IGNORE_INDEX, ModelBatch, StepBatches
 from mmmamba_cli.distill.in_place_pair import InPlacePair
 from mmmamba_cli.distill.objective import Objective, build_in_place_objective
+from mmmamba_cli.distill.parallelize import ParallelPlan, parallelize
 from mmmamba_cli.distill.student_layers import StudentLayers, in_place_layers
 from mmmamba_cli.distill.trainable import select_trainable
 from mmmamba_cli.distill.trainer import TrainingJob
 from mmmamba_cli.distill.training_state import StateFolder
-from mmmamba_cli.distributed import World, shard_mixers
+from mmmamba_cli.distributed import World
 from mmmamba_cli.recipe import Stage
 from mmmamba_cli.teachers import StudentPlan, anatomy_of, convert, mixers_of
 
@@ -128,9 +129,9 @@ def gradient_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 class FamilyLoader:
-    """A `StepLoader` stand-in: three batches of a family's prompts in turn, split over processes.
+    """A `StepLoader` stand-in: three batches of a family's prompts in turn.
 
-    With more processes than two, the others have no rows.
+    Of two processes each has one row; in every third step the second has none.
     """
 
     def __init__(self, name: str, first: int = 0, rank: int = 0, world_size: int = 1):
@@ -143,21 +144,29 @@ class FamilyLoader:
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         for step in range(first, stop):
             seed = self.first + step % 3
-            rows = range(2) if self.world_size == 1 else range(2)[self.rank : self.rank + 1]
+            rows: Sequence[int] = (0, 1)
+            if self.world_size > 1:
+                rows = (self.rank,) if step % 3 != 1 else (0, 1)[: 2 - 2 * self.rank]
             yield StepBatches(step, (make_batch(self.name, seed, rows=rows),), (), 2)
 
 
 def make_job(
-    folder: Path, name: str, stage: Stage, world: World | None = None, **options: Any
+    folder: Path,
+    name: str,
+    stage: Stage,
+    world: World | None = None,
+    parallel: ParallelPlan | None = None,
+    **options: Any,
 ) -> TrainingJob:
     """A small stage on the prompts of a family, the same for the same arguments."""
     world = world or World(torch.device("cpu"))
     objective, pair = make_objective(name, stage, **options)
-    shard_mixers(pair.mixers, world, ("mix", "mixing_matrix") if objective.layer_local else ())
+    parallel = parallel or ParallelPlan("replicate")
     return TrainingJob(
         stage=stage,
         pair=pair,
         objective=objective,
+        gradients=parallelize(pair, objective, parallel, world),
         loader=FamilyLoader(name, 0, world.rank, world.size),
         held_out=FamilyLoader(name, 7, world.rank, world.size),
         max_bad_share=0.0,

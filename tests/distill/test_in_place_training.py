@@ -28,7 +28,6 @@ EVERY_KIND = (
     "llava_onevision",
     "smolvlm",
     "mistral3",
-    "gemma3",
 )
 
 
@@ -54,7 +53,7 @@ def test_kl_equals_whole_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     divergence = kl_divergence(Categorical(logits=teacher), Categorical(logits=student)).mean()
     loss = 0.75 * divergence + 0.25 * torch.nn.functional.cross_entropy(student, targets[chosen])
     loss.backward()
-    assert value == pytest.approx(float(loss), rel=1e-6) == pytest.approx(again, rel=1e-6)
+    assert value == pytest.approx(loss.item(), rel=1e-6) == pytest.approx(again, rel=1e-6)
     for key, parameter in pair.trainable_parameters().items():
         assert parameter.grad is not None
         for gradient in (found[key], kept[key]):
@@ -93,9 +92,9 @@ def losses(job: Any, progress: Progress, stop_at: int | None = None) -> list[flo
 def test_stages_reduce_the_held_out_loss(name: str, tmp_path: Path) -> None:
     """Stages 1 and 2 on layer losses, stage 3 end to end, each on the student of the one before."""
     stages = (
-        make_stage("mixer-mse", "new", name="one", steps=6, lr=1e-2),
-        make_stage("mixer-mse", "new+qkv", name="two", steps=6, lr=1e-2),
-        make_stage("kl", "new+qkv", name="three", steps=6, lr=1e-2),
+        make_stage("mixer-mse", "new", name="one", steps=4, lr=2e-2),
+        make_stage("mixer-mse", "new+qkv", name="two", steps=4, lr=2e-2),
+        make_stage("kl", "new+qkv", name="three", steps=4, lr=2e-2),
     )
     learned: dict[str, torch.Tensor] = {}
     for stage in stages:
@@ -145,7 +144,9 @@ def test_adapters_merge_into_the_weights() -> None:
         for target in ("q_proj", "v_proj")
         for layer in (0, 2)
     ]
-    pair = pair.with_trainable(n for n in pair.trainable if n not in chosen)
+    for name in chosen:
+        pair.student.get_parameter(name).requires_grad_(False)
+    pair = pair.with_trainable(name for name in pair.trainable if name not in chosen)
     pair = attach_lora(pair, stage.lora, chosen)
     adapters = [n for n in pair.trainable if ".lora_" in n]
     assert len(adapters) == 2 * len(chosen)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import parallel_training
 import pytest
-from preloaded_process import PreloadedProcess
+from preloaded_process import run_processes
 from small import small_model
 
 # Number of steps, plan, loss, layout and trainable parameters. Some stages train parameters that no
@@ -36,21 +34,9 @@ def train(folder: Path, processes: int, stages: Mapping[str, str], stop_at: int 
 
     `stages` maps labels, which begin with the name of a stage, to modes.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     specs = {k: f"{k}:{mode}:{STAGES[k.split('-')[0]]}" for k, mode in stages.items()}
-    words = [*map(str, (folder, stop_at, *specs.values()))]
-    started = []
-    for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-        environment = {key: str(value) for key, value in place.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        output = folder / f"output-{processes}-{rank}"
-        started.append(PreloadedProcess(parallel_training.main, words, output, environment))
-    codes = [process.wait(timeout=300) for process in started]
-    assert not any(codes), [process.text() for process in started]
-    found = json.loads(started[0].text().splitlines()[-1])
+    words = [str(stop_at), *specs.values()]
+    found = run_processes(folder, processes, parallel_training.main, words)
     return {label: found[spec] for label, spec in specs.items()}
 
 

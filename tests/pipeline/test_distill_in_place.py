@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from conversations import write_conversations
 from families import FAMILIES, LAYERS, save_teacher
 from safetensors.torch import load_file
+from test_overwrite import killed, metrics
 from typer.testing import CliRunner
 
 import mmmamba_cli
@@ -21,6 +24,13 @@ from mmmamba_cli.runs import Run
 
 # Its processor needs neither torchvision nor num2words.
 FAMILY = "idefics3"
+FINAL = "hybrid-1-stage3"
+PLACES = [
+    ["open", "/training/stage1/.step-00000004", 1],
+    ["open", "/products/.hybrid-1-stage3.partial", 3],
+]
+# MMMAMBA_KILLS=10 adds random places.
+KILLS = max(len(PLACES), int(os.environ.get("MMMAMBA_KILLS", "0")))
 QKV = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 
@@ -62,7 +72,7 @@ def distilled(seeded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_stages_train_what_they_name(distilled: Path) -> None:
     seed, one, two, three = (
-        weights(distilled, name) for name in ("seed", "stage1", "stage2", "hybrid-1-stage3")
+        weights(distilled, name) for name in ("seed", "stage1", "stage2", FINAL)
     )
     assert one.keys() == seed.keys() == two.keys()
     changed = {name for name in seed if not torch.equal(seed[name], one[name])}
@@ -101,3 +111,19 @@ def test_a_finished_run_has_nothing_left_to_do(distilled: Path, seeded: Path) ->
         distill(seeded, distilled)
     result = distill(seeded, distilled, "--stage", "stage3")
     assert "hybrid-1-stage3 is finished already" in result.output
+
+
+def test_kills_give_the_same_bits(distilled: Path, seeded: Path, tmp_path: Path) -> None:
+    """While a state and a product are written, and at random operations with MMMAMBA_KILLS."""
+    shutil.copytree(seeded / "run", tmp_path / "run")
+    data = ("--data", seeded / "train.jsonl", "--held-out", seeded / "held_out.jsonl")
+    words = ("distill", "--run", tmp_path / "run", "--device", "cpu", *data)
+    rng = random.Random(KILLS)
+    places = [*PLACES, *(rng.randint(1, 40) for _ in range(KILLS - len(PLACES)))]
+    starts = killed(tmp_path, words, places)
+    assert len(starts) >= len(PLACES) + 1 and "killed" not in starts[-1]
+    one, two = Run(tmp_path / "run"), Run(distilled)
+    assert one.products().keys() == two.products().keys()
+    for name, product in one.products().items():
+        assert product.content_hash == two.product(name).content_hash, name
+    assert metrics(tmp_path, FINAL) == metrics(distilled.parent, FINAL)
