@@ -29,6 +29,7 @@ from mmmamba_cli.cli.options import (
     Sets,
     complete_recipes,
 )
+from mmmamba_cli.errors import MmmambaError
 
 if TYPE_CHECKING:
     from mmmamba_cli.hybridize import LayerSelection
@@ -97,6 +98,15 @@ def command(
             "N processes on the CPU (default: 1).",
         ),
     ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="With --gpus, start the processes again from the last state if one is killed, at "
+            "most N times.",
+        ),
+    ] = 0,
     parallel: Annotated[
         Parallel,
         typer.Option(
@@ -131,9 +141,10 @@ def command(
     stops; a second one stops at once. For several machines start it under torchrun: torchrun ... -m
     mmmamba_cli -- distill ...
     """
-    from mmmamba_cli.distributed.launcher import count_processes, launch
+    from mmmamba_cli.distributed.launcher import count_processes
 
     processes = count_processes(gpus, device)
+    _check_restarts(max_restarts, processes, restart)
     job = DistillCommand(
         run=run,
         stage=stage,
@@ -149,13 +160,47 @@ def command(
         restart=restart,
         launched=processes > 1,
     )
-    made = launch(train, job, processes) if processes > 1 else train(job)
+    made = _launch(job, processes, max_restarts) if processes > 1 else train(job)
     if made is None:
         raise typer.Exit(INTERRUPTED)
     if made:
         from mmmamba_cli.runs import Run
 
         _print_products(Run(run), made, GivenOptions(teacher, device), as_json)
+
+
+def _check_restarts(max_restarts: int, processes: int, restart: bool) -> None:
+    if not max_restarts:
+        return
+    if processes == 1:
+        raise MmmambaError(
+            f"--max-restarts {max_restarts}: a single process cannot start itself again",
+            "give --gpus 2 or more, or leave it out",
+        )
+    if restart:
+        raise MmmambaError(
+            "--max-restarts goes on from the last state, and --restart begins at step 1",
+            "give --overwrite in place of --restart",
+        )
+
+
+def _launch(job: DistillCommand, processes: int, max_restarts: int) -> list[Manifest] | None:
+    """Train in several processes, and again from the last state if one of them is killed."""
+    from mmmamba_cli.distributed.launcher import ProcessKilled, launch
+
+    restarts = 0
+    while True:
+        try:
+            return launch(train, job, processes)
+        except ProcessKilled as killed:
+            if restarts == max_restarts:
+                raise
+            restarts += 1
+            print_line(
+                f"{killed.message}; starting again from the last state, {restarts} of "
+                f"{max_restarts}",
+                to_stderr=True,
+            )
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ KILL_AFTER_SECONDS = 5
 MAX_TRACE_CHARACTERS = 3000
 
 
+class ProcessKilled(RunError):
+    """A process ended by a signal that nobody sent to stop the run."""
+
+
 @dataclass(frozen=True)
 class _Failure:
     """The exception that ended a process, as plain values: some exceptions cannot be pickled."""
@@ -145,7 +149,7 @@ def launch(
     Raises:
         MmmambaError, OSError: the error of the process that failed first.
         RuntimeError: any other exception of that process, with its traceback as a note.
-        RunError: a process was killed.
+        ProcessKilled: a process was killed.
     """
     errors: SimpleQueue[_Failure] = get_context("spawn").SimpleQueue()
     # The launcher hosts the store of the process group: it gets a free port and outlives all ranks.
@@ -341,7 +345,7 @@ def _root_cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseExceptio
     if first is None or first.is_lost_connection:
         named = [f"process {rank} by {x.signal_name()}" for rank, x in exits.items()]
         killed = any(x.exitcode < 0 for x in exits.values())
-        return RunError(
+        return ProcessKilled(
             f"a process of this run was killed{f': {named[0]}' if killed else ''}",
             "often because main memory ran out; the same command goes on from the last state",
         )
