@@ -217,7 +217,7 @@ class EvalCommand:
 
 def is_under_torchrun() -> bool:
     """Whether torchrun started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _require_one_process(option: str, gpus: int | None) -> None:
