@@ -6,6 +6,8 @@ Parts, each with its own entry of the JSON object:
 
 - precision: logits of bf16 against fp32 of the shipped models over `--tokens` tokens of the pages
   in docs/, by teacher forcing; the slope of log KL over log position with its interval.
+- reversed: the same of the students with the pages in reverse order: a slope that comes from the
+  text, and not from the length, changes with the order.
 - certificates: log decays of a small random model of each recurrent mixer on 1,000 random prompts,
   in fp64, and the smallest distance to their certificates.
 - exponents: the largest exponent of a whole student by tangents over the second half of 2,000
@@ -22,7 +24,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +59,22 @@ PROMPTS, PROMPT_TOKENS = 1000, 32
 EXPONENT_TOKENS = 2000
 
 
-def pages() -> str:
-    """The pages of docs/ in the order of their names."""
-    files = sorted((ROOT / "docs").rglob("*.md"))
+def pages(backwards: bool = False) -> str:
+    """The pages of docs/ in the order of their names, or in the reverse order."""
+    files = sorted((ROOT / "docs").rglob("*.md"), reverse=backwards)
     return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
-def precision(given: argparse.Namespace) -> dict[str, Any]:
-    text = pages()
+def precision(
+    given: argparse.Namespace, models: Sequence[str] = MODELS, backwards: bool = False
+) -> dict[str, Any]:
+    text = pages(backwards)
     found: dict[str, Any] = {
         "tokens": given.tokens,
-        "text": "docs/**/*.md in the order of their names",
+        "text": f"docs/**/*.md in the {'reverse ' if backwards else ''}order of their names",
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    for name in MODELS:
+    for name in models:
         resolved = resolve_path(Path(name))
         ids = encode_text(resolved.require_processor("measured", "-"), text, "docs", given.tokens)
         begun = time.monotonic()
@@ -164,6 +169,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "report": report,
     "exponents": exponents,
     "precision": precision,
+    "reversed": partial(precision, models=MODELS[:2], backwards=True),
 }
 
 

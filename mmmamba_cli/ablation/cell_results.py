@@ -6,6 +6,7 @@ import csv
 import hashlib
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def stage_record(run: Run, product: Manifest) -> StageRecord:
         if "held_out/loss" in row
     ]
     loss = rows[-1]["loss"] if rows else None
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    memory = [row["memory_gib"] for row in rows if "memory_gib" in row]
     return StageRecord(
         name=product.stages[-1],
         product=product.name,
@@ -80,6 +83,8 @@ def stage_record(run: Run, product: Manifest) -> StageRecord:
         tokens=product.metrics["tokens"],
         samples=product.metrics["samples"],
         loss=loss if isinstance(loss, float) and math.isfinite(loss) else None,
+        tokens_per_second=median(speeds) if speeds else None,
+        memory_gib=max(memory) if memory else None,
         held_out=tuple(held_out),
     )
 

@@ -151,6 +151,10 @@ class Table(Section):
     )
     suites: Texts = Field(default=(), description="Labels of its suites; empty: all.")
     note: str = Field(default="", description="A sentence below the table.")
+    deviations: bool = Field(
+        default=False,
+        description="Whether to count deviations from the base beyond the spread of its seeds.",
+    )
 
 
 class Plan(Section):

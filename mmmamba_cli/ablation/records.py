@@ -44,6 +44,9 @@ class StageRecord(_JsonModel):
     tokens: int
     samples: int
     loss: float | None
+    # The median over steps, and the largest.
+    tokens_per_second: float | None = None
+    memory_gib: float | None = None
     held_out: tuple[dict[str, Any], ...] = ()
 
 

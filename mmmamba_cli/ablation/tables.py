@@ -11,6 +11,7 @@ import numpy as np
 
 from mmmamba_cli.ablation.answers import Questions, read_questions
 from mmmamba_cli.ablation.cells import Cell
+from mmmamba_cli.ablation.deviations import deviation_table
 from mmmamba_cli.ablation.plan import TEACHER_ARM, Plan, SuiteUse, Table
 from mmmamba_cli.ablation.records import CellRecord, finished, read_records
 from mmmamba_cli.ablation.statistics import (
@@ -19,6 +20,7 @@ from mmmamba_cli.ablation.statistics import (
     replicates,
     t_interval,
 )
+from mmmamba_cli.ablation.text_table import TextTable
 from mmmamba_cli.errors import name_some
 from mmmamba_cli.evaluate.scoring import UnitScores
 from mmmamba_cli.evaluate.scoring.chance import above_chance
@@ -37,20 +39,6 @@ class ArmScore:
     above_chance: float | None
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """A table as text, and the values it shows."""
-
-    title: str
-    heading: tuple[str, ...]
-    rows: list[tuple[object, ...]]
-    notes: tuple[str, ...]
-    values: tuple[dict[str, Any], ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"title": self.title, "rows": list(self.values), "notes": list(self.notes)}
-
-
 def plan_tables(plan: Plan, out: Path, cells: Sequence[Cell]) -> tuple[list[TextTable], list[str]]:
     """All tables of a plan, and sentences about cells that are in none."""
     records, outdated = read_records(out, cells)
@@ -67,6 +55,15 @@ def plan_tables(plan: Plan, out: Path, cells: Sequence[Cell]) -> tuple[list[Text
         held_out = _held_out_table(plan, table, done)
         if held_out is not None:
             tables.append(held_out)
+        if table.deviations:
+            chosen = [
+                scores[use.title]
+                for use in plan.suites
+                if not table.suites or use.title in table.suites
+            ]
+            counted = deviation_table(plan, table, chosen, done)
+            if counted is not None:
+                tables.append(counted)
     return tables, cell_notes(cells, records, outdated)
 
 
