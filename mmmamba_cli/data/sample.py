@@ -20,6 +20,10 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+# Frames in a second of a video that is given as pictures, unless its sample says otherwise: the
+# rate at which Qwen's processors sample.
+DEFAULT_FPS = 2.0
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Keys of an image part that may hold the path.
 IMAGE_PATH_KEYS = ("image", "path", "url", "image_url")
 
@@ -38,25 +42,29 @@ def describe_type(value: Any) -> str:
 
 def parse_turns(
     turns: Sequence[Any], listed: Sequence[str], name: str
-) -> tuple[tuple[dict[str, Any], ...], list[str]]:
-    """Parse turns into messages of role and content, and picture names in prompt order.
+) -> tuple[tuple[dict[str, Any], ...], list[str], list[Any]]:
+    """Parse turns into messages of role and content, picture names in prompt order, and videos.
 
     An image part may name its own picture. Other image parts, and each `<image>` in plain texts of
-    the user, take the next of the names `listed` beside the turns; unused names come last.
+    the user, take the next of the names `listed` beside the turns; unused names come last. Videos
+    are those that parts name.
 
     Raises:
         DataError: a turn is malformed; the message names the sample and the turn.
     """
     rest = iter(listed)
-    messages, images = [], []
+    messages, images, videos = [], [], []
     for position, turn in enumerate(turns):
         where = f"{name}: turn {position + 1}"
         role, content, named = _parse_turn(turn, where)
+        if isinstance(content, list):
+            shown = first_present(turn, "value", "content")
+            videos += [part["video"] for part in shown if part.get("video") is not None]
         messages.append({"role": role, "content": content})
         if isinstance(content, str):
             named = [None] * (content.count(IMAGE_PLACEHOLDER) if role == "user" else 0)
         images += [next(rest, None) if image is None else image for image in named]
-    return tuple(messages), [image for image in images if image is not None] + list(rest)
+    return tuple(messages), [image for image in images if image is not None] + list(rest), videos
 
 
 def _parse_turn(turn: Any, where: str) -> tuple[str, Content, list[str | None]]:
@@ -88,12 +96,14 @@ def _parse_parts(
             yield {"type": "text", "text": part["text"]}, None
         elif kind in ("image", "image_url") and role == "user":
             yield {"type": "image"}, _image_path(part, where)
-        elif kind in ("image", "image_url"):
-            raise DataError(f"{where} has an image, and only the user shows any")
+        elif kind == "video" and role == "user":
+            yield {"type": "video"}, None
+        elif kind in ("image", "image_url", "video"):
+            raise DataError(f"{where} has an image or a video, and only the user shows any")
         else:
             raise DataError(
                 f"{where} has {part!r:.60} among its parts, expected "
-                '{"type": "text", "text": ...} or {"type": "image"}'
+                '{"type": "text", "text": ...}, {"type": "image"} or {"type": "video"}'
             )
 
 
@@ -161,17 +171,31 @@ ImageFinder = Callable[[str], ImageLocation]
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video of a sample: picture files of its frames, or a `clip` to be decoded.
+
+    `fps` is the number of frames in a second of those that are given as pictures.
+    """
+
+    frames: tuple[ImageLocation, ...] = ()
+    clip: Path | None = None
+    fps: float = DEFAULT_FPS
+
+
+@dataclass(frozen=True)
 class Sample:
     """A conversation (`messages` of role and content) or a plain `text`, with pictures in order.
 
-    A content is a string, in which `<image>` of the user stands for a picture, or a list of
-    `{"type": "text", "text": ...}` and `{"type": "image"}`, in which `<image>` is plain text.
+    A content is a string, in which `<image>` of the user stands for a picture, and `<video>` for a
+    video if the sample has any, or a list of `{"type": "text", "text": ...}`, `{"type": "image"}`
+    and `{"type": "video"}`, in which `<image>` is plain text.
     """
 
     name: str
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
     images: tuple[Picture, ...] = ()
+    videos: tuple[Video, ...] = ()
 
 
 def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
@@ -187,8 +211,6 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{name}: is {describe_type(record)}, expected a JSON object")
-    if first_present(record, "video", "videos"):
-        raise DataError(f"{name}: has a video, and only images are read")
     turns, text = first_present(record, "conversations", "messages"), record.get("text")
     if turns is None:
         turns = _paired_turns(record.get("texts"))
@@ -196,17 +218,21 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
     if turns is None and text is not None:
         if not isinstance(text, str) or not text:
             raise DataError(f"{name}: text is {text!r:.60}, expected text")
-        if first_present(record, "image", "images"):
-            raise DataError(f"{name}: has an image and no turns, expected a list of conversations")
+        if first_present(record, "image", "images", "video", "videos"):
+            raise DataError(
+                f"{name}: has an image or a video and no turns, expected a list of conversations"
+            )
         return Sample(name, text=text)
     if not isinstance(turns, list) or not turns:
         raise DataError(
             f"{name}: has no turns, expected a list called conversations or messages, or a text"
         )
     listed = _listed_images(record, name)
-    messages, images = parse_turns(turns, listed, name)
+    messages, images, shown = parse_turns(turns, listed, name)
     _check_order(messages, name)
-    return Sample(name, messages, images=_find_images(images, name, find_image))
+    found = _find_images(images, name, find_image)
+    videos = parse_videos([*shown, *listed_videos(record)], record.get("fps"), name, find_image)
+    return Sample(name, messages, images=found, videos=videos)
 
 
 def _paired_turns(pairs: Any) -> list[dict[str, Any]] | None:
@@ -265,6 +291,47 @@ def _check_order(messages: Sequence[Mapping[str, Any]], name: str) -> None:
             raise DataError(f"{name}: turn {turn} is the {role}'s, expected the {expected}'s")
     if not body or body[-1] != "assistant":
         raise DataError(f"{name}: the conversation ends without an answer")
+
+
+def listed_videos(record: Mapping[str, Any]) -> list[Any]:
+    """The videos that a sample lists beside its turns: each a path, or the paths of its frames."""
+    listed = first_present(record, "videos", "video")
+    if listed is None or listed == "":
+        return []
+    if not isinstance(listed, list) or ("videos" not in record and _are_frames(listed)):
+        return [listed]
+    return listed
+
+
+def _are_frames(paths: Sequence[Any]) -> bool:
+    return bool(paths) and all(
+        isinstance(path, str) and path.lower().endswith(PICTURE_SUFFIXES) for path in paths
+    )
+
+
+def parse_videos(
+    values: Sequence[Any], fps: Any, name: str, find: ImageFinder
+) -> tuple[Video, ...]:
+    """The videos of a sample. Raises `DataError` for other values than paths, or no such file."""
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or fps <= 0):
+        raise DataError(f"{name}: fps is {fps!r:.60}, expected a number above 0")
+    videos = []
+    for value in values:
+        paths = value if isinstance(value, list) else [value]
+        if not paths or not all(isinstance(path, str) and path for path in paths):
+            raise DataError(
+                f"{name}: a video is {value!r:.60}, expected a path or a list of paths of frames"
+            )
+        found = _find_images(paths, name, find)
+        if isinstance(value, list):
+            videos.append(Video(found, fps=float(fps or DEFAULT_FPS)))
+        elif isinstance(found[0], Path):
+            videos.append(Video(clip=found[0]))
+        else:
+            raise DataError(
+                f"{name}: the video {value} lies in a shard; give its frames as pictures"
+            )
+    return tuple(videos)
 
 
 def _listed_images(record: Mapping[str, Any], name: str) -> list[str]:

@@ -18,12 +18,27 @@ from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, bad_sample
 from mmmamba_cli.data.drawn_pictures import draw_pictures
 from mmmamba_cli.data.generated_corpus import SampleGenerator
 from mmmamba_cli.data.model_batch import ModelBatch
-from mmmamba_cli.data.sample import Drawing, Picture, Sample, read_image
+from mmmamba_cli.data.sample import Drawing, Picture, Sample, Video, read_image
+from mmmamba_cli.data.video import load_frames
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.processing import RenderedPrompt, TeacherProcessor, image_size, open_image
+from mmmamba_cli.processing import (
+    RenderedPrompt,
+    TeacherProcessor,
+    VideoFrames,
+    image_size,
+    open_image,
+)
 
 # A batch for a process without rows; any text has a first token.
 EMPTY_TEXT = "a"
+
+
+@dataclass(frozen=True)
+class Media:
+    """The decoded pictures and videos of a sample."""
+
+    images: list[Image.Image]
+    videos: list[VideoFrames]
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class EncodedPrompt:
     Attributes:
         name: of the sample.
         prompt: text, tokens and answers before pictures take their places.
-        images: its pictures, not yet decoded.
+        images, videos: its pictures and videos, not decoded.
         length: tokens after truncation, those of pictures included.
         cut: tokens that are truncated.
     """
@@ -41,6 +56,7 @@ class EncodedPrompt:
     name: str
     prompt: RenderedPrompt
     images: tuple[Picture, ...] = ()
+    videos: tuple[Video, ...] = ()
     length: int = 0
     cut: int = 0
 
@@ -78,7 +94,7 @@ class TeacherCollator:
 
     def decode(self, sample: EncodedPrompt) -> None:
         """Process a sample as training does. Raises `DataError` if that fails."""
-        self._process([sample], [self._pictures(sample)])
+        self._process([sample], [self._media(sample)])
 
     def collate(
         self, rows: Sequence[Sequence[EncodedPrompt]]
@@ -86,17 +102,17 @@ class TeacherCollator:
         """One micro batch of rows of one sample each, without those that cannot be processed."""
         bad: list[BadSample] = []
         kept: list[EncodedPrompt] = []
-        pictures: list[list[Image.Image]] = []
+        media: list[Media] = []
         for (sample,) in rows:
             try:
-                pictures.append(self._pictures(sample))
+                media.append(self._media(sample))
                 kept.append(sample)
             except DataError as error:
                 bad.append(bad_sample(error, sample.name, seen_by_all=False))
         try:
-            batch = self._process(kept, pictures)
+            batch = self._process(kept, media)
         except DataError:
-            good, unusable = self._usable(kept, pictures)
+            good, unusable = self._usable(kept, media)
             if not unusable:
                 raise
             batch = self._process(*good)
@@ -107,19 +123,27 @@ class TeacherCollator:
         if sample.text is not None:
             prompt = self.processor.render_text(sample.text)
         else:
-            prompt = self.processor.render(sample.messages, len(sample.images))
-        length = self.processor.length(prompt, [_size(image) for image in sample.images])
+            prompt = self.processor.render(sample.messages, len(sample.images), len(sample.videos))
+        # A video is decoded to be counted: its header does not tell which frames are sampled.
+        videos = [self._frames(video) for video in sample.videos]
+        length = self.processor.length(prompt, [_size(image) for image in sample.images], videos)
         limit = self.max_length
-        if sample.images and length - prompt.tail > limit:
+        if (sample.images or videos) and length - prompt.tail > limit:
             raise DataError(
                 f"has {length} tokens, and cut to data.max_length = {limit} it would lose part of "
-                "an image"
+                f"{'an image' if sample.images else 'a video'}"
             )
         kept = min(length, limit)
-        return EncodedPrompt(sample.name, prompt, sample.images, kept, length - kept)
+        return EncodedPrompt(sample.name, prompt, sample.images, sample.videos, kept, length - kept)
+
+    def _media(self, sample: EncodedPrompt) -> Media:
+        """Decode the pictures and videos of a sample. Raises `DataError`."""
+        return Media(self._pictures(sample), [self._frames(video) for video in sample.videos])
+
+    def _frames(self, video: Video) -> VideoFrames:
+        return load_frames(video, self.processor.decode_clip)
 
     def _pictures(self, sample: EncodedPrompt) -> list[Image.Image]:
-        """Decode or draw the pictures of a sample. Raises `DataError`."""
         drawings = [image for image in sample.images if isinstance(image, Drawing)]
         if drawings:
             assert self._generator is not None
@@ -131,28 +155,30 @@ class TeacherCollator:
         ]
 
     def _usable(
-        self, samples: Sequence[EncodedPrompt], pictures: Sequence[list[Image.Image]]
-    ) -> tuple[tuple[list[EncodedPrompt], list[list[Image.Image]]], list[BadSample]]:
+        self, samples: Sequence[EncodedPrompt], media: Sequence[Media]
+    ) -> tuple[tuple[list[EncodedPrompt], list[Media]], list[BadSample]]:
         """The samples that can be processed alone, and the others with the reason."""
         kept: list[EncodedPrompt] = []
-        shown: list[list[Image.Image]] = []
+        shown: list[Media] = []
         bad = []
-        for sample, images in zip(samples, pictures, strict=True):
+        for sample, decoded in zip(samples, media, strict=True):
             try:
-                self._process([sample], [images])
+                self._process([sample], [decoded])
             except DataError as error:
                 bad.append(bad_sample(error, sample.name, seen_by_all=False))
             else:
                 kept.append(sample)
-                shown.append(images)
+                shown.append(decoded)
         return (kept, shown), bad
 
-    def _process(
-        self, samples: Sequence[EncodedPrompt], pictures: Sequence[list[Image.Image]]
-    ) -> ModelBatch:
+    def _process(self, samples: Sequence[EncodedPrompt], media: Sequence[Media]) -> ModelBatch:
         if not samples:
             return self._empty()
-        made = self.processor.inputs([sample.prompt.text for sample in samples], pictures)
+        made = self.processor.inputs(
+            [sample.prompt.text for sample in samples],
+            [decoded.images for decoded in media],
+            [decoded.videos for decoded in media],
+        )
         ids, mask = made["input_ids"], made["attention_mask"]
         labels = torch.full_like(ids, IGNORE_INDEX)
         for row, sample in enumerate(samples):

@@ -54,6 +54,8 @@ class SampleEncoder:
             raise DataError(f"{sample.name}: {error.message}") from error
 
     def _encode(self, sample: Sample) -> EncodedSample:
+        if sample.videos:
+            raise DataError("the sample has a video, and the model reads text and images only")
         if sample.text is not None:
             ids = self.processor.text_ids(sample.text)
             if not ids:

@@ -29,6 +29,7 @@ from mmmamba_cli.processing.teacher_processor import (
 from mmmamba_cli.processing.text_processor import HolisticTextProcessor, TextOnlyMarker
 from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles, normalize
 from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
+from mmmamba_cli.processing.video_frames import VideoFrames
 
 
 def register_processing(config_class: type[Any]) -> None:
@@ -49,6 +50,7 @@ __all__ = [
     "TextStream",
     "Tiling",
     "TrainingProcessor",
+    "VideoFrames",
     "as_id_set",
     "build_tokenizer",
     "choose_grid",

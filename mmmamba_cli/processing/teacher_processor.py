@@ -26,14 +26,10 @@ from mmmamba_cli.processing.answer_tokens import (
     marks_answers,
     tokens_in,
 )
-from mmmamba_cli.processing.chat_template import (
-    ImageSlot,
-    Message,
-    Turn,
-    check_images,
-    to_turns,
-)
+from mmmamba_cli.processing.chat_template import Message
 from mmmamba_cli.processing.picture_tokens import SIZE_ERRORS, PictureTokens, Size, first_line
+from mmmamba_cli.processing.prompt_turns import PromptTurn, Slot, place_slots
+from mmmamba_cli.processing.video_frames import VideoFrames, decode_clip, sampling_of
 
 # Packages that processors of transformers need and transformers does not.
 OPTIONAL_PACKAGES = ("torchvision", "num2words", "mistral-common")
@@ -78,12 +74,15 @@ class TeacherProcessor:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
         self.takes_images = getattr(processor, "image_processor", None) is not None
+        self.takes_videos = getattr(processor, "video_processor", None) is not None
+        self._video_counts: dict[tuple[Any, ...], int] = {}
         self.picture_tokens = PictureTokens(self._measure, processor)
 
     @cached_property
     def chat_template(self) -> str:
         """The template of conversations. Raises `CheckpointError` if there is none."""
-        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        owner = self.processor if self._has_template else self.tokenizer
+        template = owner.chat_template
         if isinstance(template, Mapping):
             template = template.get("default")
         if not isinstance(template, str):
@@ -93,29 +92,32 @@ class TeacherProcessor:
             )
         return template
 
-    def render(self, messages: Sequence[Message], num_images: int) -> RenderedPrompt:
+    def render(
+        self, messages: Sequence[Message], num_images: int, num_videos: int = 0
+    ) -> RenderedPrompt:
         """Render a conversation, its answers marked.
 
         `messages` are those of a `Sample`: `<image>` in a user's plain text is a picture. Pictures
-        without a place come before the first question.
+        and videos without a place come before the first question.
 
         Raises:
             DataError: more or fewer places than pictures, a control token in a text, or a
                 conversation that the template does not take.
         """
-        turns = place_slots(messages, num_images)
-        check_images([part for turn in turns for part in turn.content], num_images)
         if num_images and not self.takes_images:
             raise DataError("the sample has an image, and the model reads text only")
+        if num_videos and not self.takes_videos:
+            raise DataError("the sample has a video, and the teacher's processor takes none")
+        turns = place_slots(messages, num_images, num_videos)
         self._refuse_control_tokens(turns)
-        listed = [self._message(turn) for turn in turns]
+        listed = [turn.message(self.takes_images) for turn in turns]
         text = self._with_begin_token(self._rendered(listed, False))
         if marks_answers(self.chat_template):
             ids, is_answer = self._marked(listed)
             # The token that a tokenizer adds before a text.
             begun = self._ids(text)
             is_answer = [False] * (len(begun) - len(ids)) + is_answer
-            return self._prompt(text, begun, is_answer)
+            return self._prompt(text, begun, is_answer, num_videos)
         shift = len(text) - len(self._rendered(listed, False))
         spans = answer_spans(
             listed,
@@ -125,7 +127,7 @@ class TeacherProcessor:
         )
         ids, offsets = self._ids_and_offsets(text)
         moved = [(start + shift, end + shift) for start, end in spans]
-        return self._prompt(text, ids, tokens_in(moved, offsets))
+        return self._prompt(text, ids, tokens_in(moved, offsets), num_videos)
 
     def render_text(self, text: str) -> RenderedPrompt:
         """A plain text, of which every token after the first is learned.
@@ -139,14 +141,33 @@ class TeacherProcessor:
             raise DataError("the text has no tokens")
         return self._prompt(begun, ids, [False] + [True] * (len(ids) - 1))
 
-    def length(self, prompt: RenderedPrompt, sizes: Sequence[Size]) -> int:
-        """Tokens of a prompt with pictures of these sizes. Raises `DataError` for a size."""
-        return len(prompt.ids) + (self.picture_tokens.count(sizes) if sizes else 0)
+    def length(
+        self,
+        prompt: RenderedPrompt,
+        sizes: Sequence[Size],
+        videos: Sequence[VideoFrames] = (),
+    ) -> int:
+        """Tokens of a prompt with pictures of these sizes and videos like these.
+
+        Raises:
+            DataError: the processor does not take a size or a video.
+        """
+        pictures = self.picture_tokens.count(sizes) if sizes else 0
+        return len(prompt.ids) + pictures + sum(map(self._video_tokens, videos))
+
+    def decode_clip(self, path: str) -> VideoFrames:
+        """Decode a clip, its frames sampled as the processor does. Raises `DataError`."""
+        return decode_clip(path, sampling_of(self.processor.video_processor))
 
     def inputs(
-        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        videos: Sequence[Sequence[VideoFrames]] = (),
     ) -> dict[str, Tensor]:
         """The inputs of the model's forward for prompts and their pictures, padded on the right.
+
+        `images` and `videos` have a list for each prompt; no `videos` are none for any.
 
         Returns:
             `input_ids` and `attention_mask` (B, T), and what else the processor makes.
@@ -160,12 +181,17 @@ class TeacherProcessor:
             "return_tensors": "pt",
             "add_special_tokens": False,
         }
+        if any(images):
+            options["images"] = [list(pictures) for pictures in images]
+        flat = [video for shown in videos for video in shown]
+        if flat:
+            options |= {
+                "videos": [video.pixels for video in flat],
+                "video_metadata": [video.metadata for video in flat],
+                "do_sample_frames": False,
+            }
         try:
-            if not any(images):
-                made = self.processor(text=list(texts), **options)
-            else:
-                nested = [list(pictures) for pictures in images]
-                made = self.processor(text=list(texts), images=nested, **options)
+            made = self.processor(text=list(texts), **options)
         except SIZE_ERRORS as error:
             raise DataError(f"the processor does not take it: {first_line(error)}") from error
         return {
@@ -184,29 +210,21 @@ class TeacherProcessor:
             )
         return found
 
-    def _prompt(self, text: str, ids: list[int], is_answer: list[bool]) -> RenderedPrompt:
-        places = [i for i, token in enumerate(ids) if token in self._picture_ids]
+    def _prompt(
+        self, text: str, ids: list[int], is_answer: list[bool], num_videos: int = 0
+    ) -> RenderedPrompt:
+        placed = self._picture_ids | (self._video_ids if num_videos else frozenset())
+        places = [i for i, token in enumerate(ids) if token in placed]
         return RenderedPrompt(text, ids, is_answer, len(ids) - places[-1] - 1 if places else 0)
-
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        """A turn for the template: parts for a processor with pictures, else a string."""
-        if not self.takes_images:
-            return {"role": turn.role, "content": "".join(map(str, turn.content))}
-        parts = [
-            {"type": "image"} if isinstance(part, ImageSlot) else {"type": "text", "text": part}
-            for part in turn.content
-        ]
-        return {"role": turn.role, "content": parts}
 
     def _rendered(self, messages: Messages, opens_answer: bool) -> str:
         if not messages:
             return ""
+        # SmolVLM's processor has a template of its own for videos, unless one is given.
+        given = {} if self._has_template else {"chat_template": self.chat_template}
         try:
             return self.processor.apply_chat_template(
-                list(messages),
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=opens_answer,
+                list(messages), tokenize=False, add_generation_prompt=opens_answer, **given
             )
         except TemplateError as error:
             raise DataError(f"the chat template does not take the conversation: {error}") from error
@@ -224,6 +242,11 @@ class TeacherProcessor:
         except TemplateError as error:
             raise DataError(f"the chat template does not take the conversation: {error}") from error
         return list(made["input_ids"]), [bool(value) for value in made["assistant_masks"]]
+
+    @property
+    def _has_template(self) -> bool:
+        """Whether the processor, and not only its tokenizer, has a chat template."""
+        return bool(getattr(self.processor, "chat_template", None))
 
     def _with_begin_token(self, text: str) -> str:
         begin = self._begin_token
@@ -262,17 +285,24 @@ class TeacherProcessor:
         """Special tokens that only pictures bring into a prompt: placeholders and their marks."""
         if not self.takes_images:
             return frozenset()
-        without, placed = (set(self._ids(self._probe(count))) for count in (0, 1))
-        blank = Image.new("RGB", (56, 56))
-        expanded = self.inputs([self._probe(1)], [[blank]])["input_ids"][0].tolist()
+        expanded = self.inputs([self._probe(Slot.IMAGE)], [[Image.new("RGB", (56, 56))]])
+        return self._brought_by(Slot.IMAGE, expanded["input_ids"][0].tolist())
+
+    @cached_property
+    def _video_ids(self) -> frozenset[int]:
+        """Special tokens that videos bring into a prompt before they are expanded."""
+        return self._brought_by(Slot.VIDEO, [])
+
+    def _brought_by(self, slot: Slot, expanded: Sequence[int]) -> frozenset[int]:
+        without, placed = (set(self._ids(self._probe(*slots))) for slots in ((), (slot,)))
         return frozenset(((placed | set(expanded)) - without) & set(self._special_tokens))
 
     @cached_property
     def _control_tokens(self) -> dict[str, str]:
         """Tokens that a text must not write, with what they stand for."""
-        if not self.tokenizer.chat_template and not getattr(self.processor, "chat_template", None):
+        if not self.tokenizer.chat_template and not self._has_template:
             return {}
-        probe = self._ids(self._probe(0))
+        probe = self._ids(self._probe())
         found = dict.fromkeys(
             (text for index, text in self._special_tokens.items() if index in probe),
             "the chat template writes",
@@ -280,21 +310,27 @@ class TeacherProcessor:
         pictures = (self._special_tokens[index] for index in self._picture_ids)
         return found | dict.fromkeys(pictures, "stands for a picture")
 
-    def _probe(self, num_images: int) -> str:
-        """A short rendered conversation with pictures."""
-        content: tuple[str | ImageSlot, ...] = (*[ImageSlot()] * num_images, "a")
-        turns = [Turn("user", content), Turn("assistant", ("b",))]
-        return self._with_begin_token(
-            self._rendered([self._message(turn) for turn in turns], False)
-        )
+    def _probe(self, *slots: Slot) -> str:
+        """A short rendered conversation with pictures or videos."""
+        turns = [PromptTurn("user", (*slots, "a")), PromptTurn("assistant", ("b",))]
+        listed = [turn.message(self.takes_images) for turn in turns]
+        return self._with_begin_token(self._rendered(listed, False))
 
     def _measure(self, sizes: Sequence[Size]) -> int:
         """Tokens that blank pictures of these sizes add to a prompt."""
-        text = self._probe(len(sizes))
+        text = self._probe(*[Slot.IMAGE] * len(sizes))
         blanks = [Image.new("RGB", size) for size in sizes]
         return int(self.inputs([text], [blanks])["input_ids"].shape[1]) - len(self._ids(text))
 
-    def _refuse_control_tokens(self, turns: Sequence[Turn]) -> None:
+    def _video_tokens(self, video: VideoFrames) -> int:
+        """Tokens that a video adds to a prompt, counted once for each shape and sampling."""
+        if video.key not in self._video_counts:
+            text = self._probe(Slot.VIDEO)
+            made = self.inputs([text], [[]], [[video.blank()]])
+            self._video_counts[video.key] = made["input_ids"].shape[1] - len(self._ids(text))
+        return self._video_counts[video.key]
+
+    def _refuse_control_tokens(self, turns: Sequence[PromptTurn]) -> None:
         for number, turn in enumerate(turns, start=1):
             for part in turn.content:
                 for token, what in self._control_tokens.items():
@@ -302,38 +338,6 @@ class TeacherProcessor:
                         raise DataError(
                             f"turn {number} writes {token}, a token that {what}; leave it out"
                         )
-
-
-def place_slots(messages: Sequence[Message], num_images: int) -> list[Turn]:
-    """Turns with a slot for each picture, as a chat template of another model wants them.
-
-    The line breaks that LLaVA's format writes between leading or trailing `<image>` and the text
-    are left out: a chat template writes its own. Pictures without a place come first.
-    """
-    turns = to_turns(messages, 0, placeholders=True)
-    turns = [Turn(turn.role, tuple(_without_breaks(turn.content))) for turn in turns]
-    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-    if first is not None and num_images and not any(turn.slots for turn in turns):
-        turns[first] = Turn("user", (*[ImageSlot()] * num_images, *turns[first].content))
-    return turns
-
-
-def _without_breaks(content: Sequence[str | ImageSlot]) -> list[str | ImageSlot]:
-    if not any(isinstance(part, ImageSlot) for part in content):
-        return list(content)
-    parts = list(content)
-    for order, strip in ((1, str.removeprefix), (-1, str.removesuffix)):
-        parts = parts[::order]
-        seen_slot = False
-        for i, part in enumerate(parts):
-            if isinstance(part, ImageSlot):
-                seen_slot = True
-            elif seen_slot:
-                parts[i] = strip(part, "\n")
-            if not isinstance(parts[i], ImageSlot) and parts[i]:
-                break
-        parts = parts[::order]
-    return [part for part in parts if part != ""]
 
 
 def open_teacher_processor(folder: Path) -> TeacherProcessor:

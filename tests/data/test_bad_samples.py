@@ -90,8 +90,9 @@ def test_keys_that_are_null_or_empty() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "a", "image": "a.png"}, "has an image and no turns"),
-        ({**GOOD, "video": "a.mp4"}, "has a video"),
+        ({"text": "a", "image": "a.png"}, "has an image or a video and no turns"),
+        ({**GOOD, "video": 3}, "a video is 3"),
+        ({**GOOD, "video": "a.mp4", "fps": 0}, "fps is 0"),
         ({"text": ""}, "text is ''"),
     ],
 )

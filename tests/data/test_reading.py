@@ -338,7 +338,7 @@ def test_contents_as_lists_of_parts(
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([{"type": "video"}], "turn 1 has {'type': 'video'} among its parts"),
+        ([{"type": "audio"}], "turn 1 has {'type': 'audio'} among its parts"),
         (["text"], "turn 1 has 'text' among its parts"),
         ([{"type": "text", "text": 3}], "turn 1 has {'type': 'text', 'text': 3} among"),
         ([{"type": "image", "image": 3}], "turn 1 has an image that is 3"),
