@@ -4,8 +4,8 @@ Arguments: folder, step to stop after (0 for none), and stages as
 label:mode:steps:plan:loss:layout:learns. The label names the folder of the states. The mode is
 "replicate" (in buckets of 4 KiB), "shard", "fused" (sharded, with a fused optimiser) or "layers"
 (sharded, gathered and reduced in each micro batch); the layout "packed", "padded" or "gaps"
-(padded, two steps without a readable sample);
-`learns` is as in a recipe, patterns joined by "+". The plan is that of `small_model`.
+(padded, two steps without a readable sample, and one with a loss that is not finite on one
+process); `learns` is as in a recipe, patterns joined by "+". The plan is that of `small_model`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from small import IMAGE_ID
 from small_distillation import RandomLoader, make_job
+from torch import Tensor
 
 from mmmamba_cli.distill import trainer
 from mmmamba_cli.distill.optimiser import build_optimiser, full_tensor
@@ -39,6 +40,8 @@ PLANS = {
     "layers": ParallelPlan("shard", keep_gathered=False),
 }
 BUCKET_BYTES = 4096
+# A special token of the small model, which random texts do not contain.
+SPOILED_ID, SPOILED_STEP = 3, 4
 # FSDP2 calls the last two by other names from torch 2.13 on.
 COLLECTIVES = {
     "all_reduce": "all_reduce",
@@ -47,6 +50,16 @@ COLLECTIVES = {
     "reduce_scatter_tensor": "scatter",
     "reduce_scatter_single": "scatter",
 }
+
+
+class SpoiledLoader(RandomLoader):
+    """One sample of `SPOILED_STEP` has the token `SPOILED_ID`."""
+
+    def samples(self, step: int) -> list[Tensor]:
+        rows = super().samples(step)
+        if step == SPOILED_STEP:
+            rows[-1][0] = SPOILED_ID
+        return rows
 
 
 class Collectives:
@@ -99,7 +112,9 @@ def run(world: World, collectives: Collectives, folder: Path, stage: str, stop_a
     )
     job = replace(job, held_out=RandomLoader(IMAGE_ID, 5, 1, world.rank, world.size, seed=9))
     if layout == "gaps":
-        loader = RandomLoader(IMAGE_ID, 6, 2, world.rank, world.size, unreadable_steps=(2, 6))
+        for model in (job.pair.teacher, job.pair.student):
+            model.model.text_embedding.weight.data[SPOILED_ID] = float("inf")
+        loader = SpoiledLoader(IMAGE_ID, 6, 2, world.rank, world.size, unreadable_steps=(2, 6))
         job = replace(job, loader=loader, max_bad_share=0.5)
     progress, rows, bad, calls = Progress(), [], [], []
 
