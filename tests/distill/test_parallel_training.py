@@ -25,7 +25,7 @@ STAGES = {
     "gaps": "8:dwkg:mixer-mse:gaps:new+qkv",
 }
 STEPS = {name: int(stage.partition(":")[0]) for name, stage in STAGES.items()}
-# The steps of these are compared without those that evaluate, which gather parameters too.
+# Steps without an evaluation, which gathers parameters too.
 PLAIN_STEPS = slice(1, 4)
 
 
