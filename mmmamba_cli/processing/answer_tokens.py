@@ -49,16 +49,20 @@ def answer_spans(
         if message["role"] != "assistant":
             continue
         earlier = messages[:turn]
-        start = _common_length(text, render(earlier, True))
-        place = _place(_text_of(message), text, start, special)
-        if place is None or (earlier and not text.startswith(render(earlier, False).rstrip())):
+        before = render(earlier, False).rstrip() if earlier else ""
+        found = None
+        if text.startswith(before):
+            start = _common_length(text, render(earlier, True))
+            found = _find(_text_of(message), text, start, len(before), special)
+        if found is None:
             raise DataError(
                 f"the chat template does not write turn {turn + 1} as it is, so that its answer is "
                 "not found",
                 "give the processor a template that marks answers with {% generation %}",
             )
-        ending = end_of_turn.match(text, place)
-        spans.append((start, place if ending is None else ending.end()))
+        start, end = found
+        ending = end_of_turn.match(text, end)
+        spans.append((start, end if ending is None else ending.end()))
     return spans
 
 
@@ -68,15 +72,21 @@ def _common_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _place(answer: str, text: str, start: int, special: re.Pattern[str]) -> int | None:
-    """Where an answer ends that begins at `start`, perhaps behind what the template puts before it.
+def _find(answer: str, text: str, start: int, first: int, special: re.Pattern[str]) -> Span | None:
+    """Where an answer is: from `start`, perhaps with what the template puts before it, to its end.
 
-    Templates may strip an answer. No special token comes before it; None if it is not there.
+    Templates may strip an answer. No special token comes before it. Where a prompt opens an answer
+    by more than the text has, both may agree in letters of the answer: it then begins before
+    `start`, but behind `first`.
     """
     for written in (answer, answer.strip()):
         place = text.find(written, start)
         if place >= 0 and special.search(text, start, place) is None:
-            return place + len(written)
+            return start, place + len(written)
+    for written in (answer, answer.strip()):
+        for place in range(start - 1, first, -1):
+            if text.startswith(written, place):
+                return place, place + len(written)
     return None
 
 
