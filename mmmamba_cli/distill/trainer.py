@@ -341,7 +341,7 @@ def out_of_memory_error(
     if recipe.data.max_tiles != 1:
         tiles = recipe.data.max_tiles or 12
         remedies.append(f"--set data.max_tiles={max(1, tiles // 2)}")
-    remedies.append("or shard over more GPUs with torchrun")
+    remedies.append("or more GPUs with --parallel shard")
     first = str(error).splitlines()[0] if str(error) else "out of memory"
     return MmmambaError(
         f"stage {stage.name} ran out of device memory after step {progress.step}: {first}",

@@ -117,12 +117,15 @@ def test_a_signal_saves_and_stops_both(
     number: int, to_group: bool, work: Path, seeded: Path
 ) -> None:
     """Sent to the process group as by a terminal (each gets it twice), and to one process."""
-    process = start_forked(work, seeded, *STAGE, *LONG)
+    parallel = () if to_group else ("--parallel", "shard")
+    process = start_forked(work, seeded, *STAGE, *LONG, *parallel)
     process.wait_for(has_state(work))
     (os.killpg if to_group else os.kill)(process.pid, number)
     code, output = process.wait(timeout=120), process.text()
     assert code == 130, output
     assert output.count("stopped and saved") == 1, output
+    how = "replicated" if to_group else "sharded, gathered once per step"
+    assert output.count(f"parameters {how}: gradients and moments of replicas take 0.00 GiB") == 1
     assert output.count("stopping after this step") == 1, output
     assert "Traceback" not in output
     (state,) = (work / "run/training/stage1").glob("step-*")
