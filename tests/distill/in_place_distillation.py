@@ -90,11 +90,16 @@ def make_objective(name: str, stage: Stage, **options: Any) -> tuple[Objective, 
 
 @cache
 def make_batch(
-    name: str, seed: int = 0, dtype: torch.dtype = torch.float64, rows: Sequence[int] = (0, 1)
+    name: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    rows: Sequence[int] = (0, 1),
+    left: bool = False,
 ) -> ModelBatch:
-    """Two rows of unequal length, right-padded; with two pictures where the family takes them.
+    """Two rows of unequal length, each with a picture where the family takes them.
 
-    `rows` are those to keep; without any, the batch is that of a process without rows.
+    `rows` are those to keep; without any, the batch is that of a process without rows. Padding is
+    on the right, or on the left.
     """
     family = FAMILIES[name]
     if not rows:
@@ -102,7 +107,8 @@ def make_batch(
     pictures = [picture(24 + 8 * seed, 16, seed)] if family.pictures else []
     other = [picture(16, 24, seed + 1)] if family.pictures else []
     texts = [(f"What is it? {seed}", pictures), ("Count the words of every line.", other)]
-    inputs = right_padded(prompts(family, [texts[row] for row in rows]))
+    inputs = prompts(family, [texts[row] for row in rows])
+    inputs = inputs if left else right_padded(inputs)
     inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     labels = ids.masked_fill(~mask, IGNORE_INDEX)

@@ -62,16 +62,19 @@ def test_kl_equals_whole_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "matrix-orientation", "hidden-alignment", "kl"])
 def test_layouts_agree(loss: str) -> None:
-    """Both rows at once, each alone, and beside a process without rows."""
+    """Both rows at once, padded on either side, and each alone, beside a process without rows."""
     inputs = ("teacher", "student") if loss == "mixer-mse" else ("student",)
     for source in inputs:
         objective, pair = make_objective("qwen2_5_vl", make_stage(loss, inputs=source))
         value, together = gradients(objective, pair, [make_batch("qwen2_5_vl")])
         rows = [make_batch("qwen2_5_vl", rows=one) for one in ((0,), (1,), ())]
-        apart, found = gradients(objective, pair, rows)
-        assert apart == pytest.approx(value, rel=1e-6)
-        for key, gradient in together.items():
-            assert (found[key] - gradient).norm() < 1e-5 * gradient.norm(), key
+        layouts = [rows, [make_batch("qwen2_5_vl", left=True)]]
+        # Eager attention of transformers has no finite weights for padding in float64.
+        for batches in layouts[: 1 if loss == "matrix-orientation" else 2]:
+            apart, found = gradients(objective, pair, batches)
+            assert apart == pytest.approx(value, rel=1e-6)
+            for key, gradient in together.items():
+                assert (found[key] - gradient).norm() < 1e-5 * gradient.norm(), key
 
 
 def losses(job: Any, progress: Progress, stop_at: int | None = None) -> list[float]:
@@ -92,21 +95,22 @@ def losses(job: Any, progress: Progress, stop_at: int | None = None) -> list[flo
 def test_stages_reduce_the_held_out_loss(name: str, tmp_path: Path) -> None:
     """Stages 1 and 2 on layer losses, stage 3 end to end, each on the student of the one before."""
     stages = (
-        make_stage("mixer-mse", "new", name="one", steps=4, lr=2e-2),
-        make_stage("mixer-mse", "new+qkv", name="two", steps=4, lr=2e-2),
-        make_stage("kl", "new+qkv", name="three", steps=4, lr=2e-2),
+        make_stage("mixer-mse", "new", name="one", steps=3, lr=2e-2),
+        make_stage("mixer-mse", "new+qkv", name="two", steps=3, lr=2e-2),
+        make_stage("kl", "new+qkv", name="three", steps=3, lr=2e-2),
     )
+    teacher = FAMILIES[name].model().double()
+    untouched = {key: value.clone() for key, value in teacher.state_dict().items()}
     learned: dict[str, torch.Tensor] = {}
     for stage in stages:
-        job = make_job(tmp_path / stage.name, name, stage, linear=range(4))
+        job = make_job(tmp_path / stage.name, name, stage, linear=range(4), teacher=teacher)
         job.pair.student.load_state_dict(learned, strict=False)
         before = held_out(job)
         losses(replace(job, held_out=None), Progress())
         after = held_out(job)
         assert after < before, (stage.name, before, after)
         learned = job.pair.student.state_dict()
-        teacher = FAMILIES[name].model().double().state_dict()
-        assert all(torch.equal(v, teacher[k]) for k, v in job.pair.teacher.state_dict().items())
+    assert all(torch.equal(value, untouched[key]) for key, value in teacher.state_dict().items())
 
 
 def held_out(job: Any) -> float:

@@ -26,7 +26,7 @@ from mmmamba_cli.runs import Run
 FAMILY = "idefics3"
 FINAL = "hybrid-1-stage3"
 PLACES = [
-    ["open", "/training/stage1/.step-00000004", 1],
+    ["open", "/training/stage1/.step-00000002", 1],
     ["open", "/products/.hybrid-1-stage3.partial", 3],
 ]
 # MMMAMBA_KILLS=10 adds random places.
@@ -55,8 +55,12 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_teacher(FAMILIES[FAMILY], folder / "teacher")
     write_conversations(folder, 8)
     write_conversations(folder, 2, 1, "held_out")
-    words = ("--recipe", "smoke", "--set", "data.max_length=400", "--dtype", "fp32", "--no-report")
-    mmmamba("seed", folder / "teacher", "--run", folder / "run", *words)
+    settings = ["data.max_length=400"]
+    for stage in ("stage1", "stage2", "stage3"):
+        settings += [f"stages.{stage}.steps=2", f"stages.{stage}.save_every=1"]
+    words = ("--recipe", "smoke", "--dtype", "fp32", "--no-report")
+    options = [word for setting in settings for word in ("--set", setting)]
+    mmmamba("seed", folder / "teacher", "--run", folder / "run", *words, *options)
     return folder
 
 
@@ -94,7 +98,7 @@ def test_products_are_complete(distilled: Path) -> None:
     run = Run(distilled)
     product = run.product(run.record.current)
     assert product.stages == ("stage1", "stage2", "stage3") and product.final
-    assert product.kind == "hybrid (1 attention)" and product.metrics["step"] == 4
+    assert product.kind == "hybrid (1 attention)" and product.metrics["step"] == 2
     for name in run.products():
         run.verify_product(name)
     folder = run.product_folder(product.name)
