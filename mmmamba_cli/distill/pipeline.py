@@ -57,6 +57,9 @@ def distill(
     world.run_on_main(lambda: check_mixers(run, recipe, product))
     callbacks.log(f"starting from {product.name} ({product.kind})")
     stages = stages_to_run(recipe, product, names)
+    if any(stage.layers == "planned" for stage in stages) and not product.attention_layers:
+        # Refuses a plan that does not fit the model now, not after days of the stages before it.
+        attention_layers(recipe.layers, product.num_layers)
     digests = world.run_on_main(lambda: stage_digests(recipe, stages))
     log = None
     if options.overwrite or options.restart:

@@ -60,7 +60,8 @@ def place_attention(placement: str, n: int, num_layers: int) -> tuple[int, ...]:
     if not 0 <= n <= num_layers:
         raise RecipeError(
             f"layers.attention: is {n}, must be from 0 to {num_layers}, "
-            f"the number of layers of this model"
+            f"the number of layers of this model",
+            "give a number that fits: --set layers.attention=N, or --attn-layers N",
         )
     return PLACEMENTS[placement](n, num_layers)
 

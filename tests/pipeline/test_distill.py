@@ -147,6 +147,9 @@ def test_errors_before_loading(work: Path, seeded: Path) -> None:
     assert "matches no parameter" in refused(
         *distill(work, seeded, "--set", "stages.stage1.learns=['*.nothing']")
     )
+    too_many = refused(*distill(work, seeded, "--set", "layers.attention=9"))
+    assert "must be from 0 to 8" in too_many and "--set layers.attention=N" in too_many
+    assert list(Run(work / "run").products()) == ["seed"]
     assert not (work / "run/training").exists() or not list((work / "run/training").glob("*/*"))
 
 
