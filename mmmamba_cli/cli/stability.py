@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -214,6 +213,9 @@ def print_stability(record: StabilityRecord) -> None:
 
 
 def _print_decays(layers: Sequence[LayerStability]) -> None:
+    # Light commands do without it.
+    from statistics import median
+
     from mmmamba_cli.stability import format_tokens, half_life
 
     heading = (
