@@ -23,19 +23,24 @@ def build_optimiser(
 ) -> torch.optim.AdamW:
     """Build AdamW (Loshchilov & Hutter, arXiv 1711.05101) with zero moments.
 
-    Weight decay applies to parameters for which `has_weight_decay` is true and that are not in
-    `no_decay`. Moments exist before the first step, so that a saved state can be read into them.
-    With `fused`, a step is a few kernels over all parameters; None takes it on GPUs only. Fused and
-    plain steps agree up to rounding, and have the same state.
+    Weight decay applies to parameters for which `has_weight_decay` is true and that are neither
+    vectors, such as a family's norms, nor in `no_decay`. Moments exist before the first step, so
+    that a saved state can be read into them. With `fused`, a step is a few kernels over
+    all parameters; None takes it on GPUs only. Fused and plain steps agree up to rounding, and have
+    the same state.
     """
     settings = stage.optimiser
+    decaying = {
+        name
+        for name, p in parameters.items()
+        if p.ndim > 1 and has_weight_decay(name) and name not in no_decay
+    }
     groups = [
         {
             "params": [
                 p
                 for name, p in parameters.items()
-                if (has_weight_decay(name) and name not in no_decay) == decayed
-                and is_sharded(p) == sharded
+                if (name in decaying) == decayed and is_sharded(p) == sharded
             ],
             "weight_decay": settings.weight_decay if decayed else 0.0,
         }

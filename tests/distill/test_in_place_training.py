@@ -14,6 +14,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from mmmamba_cli.data import IGNORE_INDEX
 from mmmamba_cli.distill import kl_loss
+from mmmamba_cli.distill.optimiser import build_optimiser
 from mmmamba_cli.distill.trainable import attach_lora, lora_deltas, lora_weight_names
 from mmmamba_cli.distill.trainer import StepResult, Stopped, train
 from mmmamba_cli.distill.training_state import Progress
@@ -167,3 +168,15 @@ def test_adapters_merge_into_the_weights() -> None:
             merged.student.get_parameter(name).add_(delta)
     other, _ = gradients(merged_objective, merged, [make_batch("smolvlm")])
     assert value == pytest.approx(other, rel=1e-6)
+
+
+def test_norms_of_a_family_have_no_weight_decay() -> None:
+    learns = ("*layernorm.weight", "*.visual.*.norm1.weight", "*_model.layers.0.mlp.*")
+    stage = make_stage("kl", learns)
+    _, pair = make_objective("qwen3_vl", stage)
+    parameters = pair.trainable_parameters()
+    groups = build_optimiser(stage, parameters).param_groups
+    decayed = {p for group in groups if group["weight_decay"] for p in group["params"]}
+    found = {name for name, parameter in parameters.items() if parameter in decayed}
+    assert found == {name for name in parameters if ".mlp." in name}
+    assert len(found) == 3 < len(parameters)

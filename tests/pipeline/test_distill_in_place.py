@@ -14,12 +14,15 @@ from conversations import write_conversations
 from families import FAMILIES, LAYERS, save_teacher
 from safetensors.torch import load_file
 from test_overwrite import killed, metrics
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 import mmmamba_cli
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.distill import METRICS, read_metrics
-from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.distill.stage_models import open_stage_models, trainable_of
+from mmmamba_cli.errors import MmmambaError, RecipeError
+from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
 
 # Its processor needs neither torchvision nor num2words.
@@ -132,3 +135,28 @@ def test_kills_give_the_same_bits(distilled: Path, seeded: Path, tmp_path: Path)
     for name, product in one.products().items():
         assert product.content_hash == two.product(name).content_hash, name
     assert metrics(tmp_path, FINAL) == metrics(distilled.parent, FINAL)
+
+
+def test_joined_experts_cannot_learn(tmp_path: Path) -> None:
+    """Their tensors are several in the file, so a product could not be written."""
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    words = ("--recipe", "smoke", "--dtype", "fp32", "--no-report", "--set", "layers.attention=1")
+    mmmamba("seed", tmp_path / "teacher", "--run", tmp_path / "run", *words)
+    models = open_stage_models(Run(tmp_path / "run"), "seed", None)
+    stage = load_recipe("smoke").stages[2]
+    joined = stage.model_copy(update={"learns": ("*.mlp.experts.*",)})
+    with pytest.raises(RecipeError, match=r"experts\.\w+ cannot learn: transformers joins it"):
+        models.objective(joined, trainable_of(models, joined)[0])
+    models.objective(stage, trainable_of(models, stage)[0])
