@@ -123,7 +123,8 @@ def measure_stability(
     if options.tangents:
         reason = lacks_tangents(reference)
         if reason is None:
-            tangents = measure_tangents(reference, batch, options, advance)
+            # Kernels have no derivative in forward mode; on a CPU the ops are plain PyTorch.
+            tangents = measure_tangents(reference.cpu(), batch.cpu(), options, advance)
     return StabilityRecord(
         name=resolved.name,
         content_hash=resolved.content_hash,

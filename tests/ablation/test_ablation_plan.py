@@ -10,6 +10,10 @@ from ablation_plans import WritePlan
 
 from mmmamba_cli.ablation import expand, load_plan
 from mmmamba_cli.ablation.cells import select, shared_trunks
+from mmmamba_cli.architecture import parameter_shapes
+from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.distill.student_layers import holistic_layers
+from mmmamba_cli.distill.trainable import lora_weight_names, select_trainable
 from mmmamba_cli.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +134,18 @@ def test_the_plan_of_the_page(tmp_path: Path) -> None:
     file.write_text(text, encoding="utf-8")
     cells = expand(load_plan(file))
     assert len(cells) == 13
+
+
+@pytest.mark.parametrize(
+    ("arm", "adapters"), [("student-lora", 3 * 8), ("student-bf16-lora-all", 6 * 8)]
+)
+def test_adapters_of_the_plan_stability_are_all_that_learns(arm: str, adapters: int) -> None:
+    cells = expand(load_plan(ROOT / "benchmarks/plans/stability.yaml"))
+    cell = next(cell for cell in cells if cell.arm == arm)
+    assert cell.recipe is not None
+    stage = cell.recipe.stages[-1]
+    architecture = open_checkpoint("scenes-linear").architecture
+    names = list(parameter_shapes(architecture))
+    learned = select_trainable(stage, holistic_layers(architecture), names)  # type: ignore[arg-type]
+    assert sorted(lora_weight_names(stage, learned, names)) == learned
+    assert len(learned) == adapters

@@ -41,6 +41,26 @@ def test_a_product_is_measured(mmmamba: Command, own_run: Path) -> None:
     assert record.tangents is None
 
 
+def test_a_product_is_compared_with_its_start(
+    mmmamba: Command, own_run: Path, tmp_path: Path
+) -> None:
+    """Decays that no stage has changed are those of the seeded student."""
+    run = tmp_path / "run"
+    shutil.copytree(own_run, run)
+    done = mmmamba("hybridize", "--run", run, "--layers", "2")
+    assert done.code == 0, done.err
+    name = json.loads((run / "run.json").read_text(encoding="utf-8"))["current"]
+    words = ("--stability", *TOKENS, "--perturb", 0)
+    done = mmmamba("inspect", "--run", run, *words)
+    assert done.code == 0, done.err
+    layers = read_stability(run / "stability" / name / "stability.json").layers
+    assert [layer.layer for layer in layers if layer.decay is None] == [2]
+    heads = [head for layer in layers for head in layer.heads]
+    assert len(heads) == 7 * 4
+    for head in heads:
+        assert head.start == pytest.approx(head.exponent, rel=1e-6)
+
+
 def test_json_has_all_numbers(mmmamba: Command, own_run: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a text of words " * 40, encoding="utf-8")
