@@ -214,7 +214,7 @@ class InPlaceModels:
 
 
 def seeded_mixers(student: AnyCheckpoint) -> tuple[Sequence[str], MixerConfig]:
-    """The mixer of each layer of a student, and their options. Loads no torch."""
+    """The mixer of each layer of a student, and their options."""
     if isinstance(student, Checkpoint):
         return student.architecture.mixer_names, student.architecture.mixer_config
     if student.plan is None:
