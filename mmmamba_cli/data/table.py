@@ -90,7 +90,7 @@ def _split(file: Path) -> str:
 
 def _saved_files(folder: Path) -> list[Path]:
     try:
-        listed = json.loads((folder / STATE).read_text(encoding="utf-8"))["_data_files"]
+        listed = json.loads((folder / STATE).read_text(encoding="utf-8-sig"))["_data_files"]
         return [folder / each["filename"] for each in listed]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(

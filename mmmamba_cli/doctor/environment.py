@@ -18,6 +18,7 @@ EXTRAS = {
     "gguf": ("gguf", "accelerate"),
     "lora": ("peft",),
     "scenes": ("resvg-py", "scikit-learn"),
+    "tables": ("pyarrow",),
 }
 PURPOSES = {
     "cuda": "Triton kernels",
@@ -27,6 +28,7 @@ PURPOSES = {
     "gguf": "teachers from GGUF files",
     "lora": "low-rank adapters in stage 3",
     "scenes": "drawings in SVG",
+    "tables": "training data in Parquet files",
 }
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}

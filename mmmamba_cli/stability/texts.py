@@ -19,7 +19,7 @@ CHARACTERS_PER_TOKEN = 16
 
 def sample_text() -> str:
     """The text that is installed with mmmamba: pages of its documentation."""
-    return files(__package__).joinpath(SAMPLE_TEXT).read_text(encoding="utf-8")
+    return files(__package__).joinpath(SAMPLE_TEXT).read_text(encoding="utf-8-sig")
 
 
 def read_text(file: Path) -> str:

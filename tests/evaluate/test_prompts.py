@@ -119,6 +119,7 @@ def test_shipped_suites_name_existing_rules() -> None:
         "pope",
         "scenes",
         "scenes-long",
+        "scenes-long-4k",
         "scenes-long-v1",
         "scenes-unseen",
         "scienceqa",

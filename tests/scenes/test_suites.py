@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -97,15 +98,37 @@ def test_versions_of_the_long_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     assert (find_suite("scenes-long").version, find_suite("scenes-long-v1").version) == (2, 1)
     written = []
-    monkeypatch.setattr(shipped, "write_long_suite", lambda *given: written.append(given[4]))
+    monkeypatch.setattr(
+        shipped,
+        "write_long_suite",
+        lambda *given, lengths: written.append((given[4], tuple(lengths))),
+    )
     shipped.build_scenes_long(tmp_path)
     shipped.build_scenes_long_v1(tmp_path)
-    assert written == [100, 25]
+    shipped.build_scenes_long_4k(tmp_path)
+    every = tuple(PICTURES_OF)
+    assert written == [(100, every), (25, every), (100, ("1K", "2K", "4K"))]
+
+
+def test_rows_do_not_depend_on_other_lengths(tmp_path: Path, atlas: Atlas, world: World) -> None:
+    def rows(folder: str, lengths: Sequence[str]) -> list[str]:
+        (tmp_path / folder).mkdir()
+        write_long_suite(tmp_path / folder, atlas, world, 0, each=1, pool=60, lengths=lengths)
+        with (tmp_path / folder / LONG_TABLE).open(encoding="utf-8", newline="") as handle:
+            return [
+                row["category"] + row["question"]
+                for row in csv.DictReader(handle, dialect="excel-tab")
+            ]
+
+    some = rows("some", ["1K"])
+    assert len(some) == 6
+    assert some == [row for row in rows("more", ["1K", "2K"]) if "1K" in row]
 
 
 def test_the_first_inputs_do_not_depend_on_their_number(world: World) -> None:
     one, two = (
-        [asked[0].text for _, _, asked, _ in build_long._texts(world, 0, each)] for each in (1, 2)
+        [asked[0].text for _, _, asked, _ in build_long._texts(world, 0, each, PICTURES_OF)]
+        for each in (1, 2)
     )
     assert one == two[::2]
 
