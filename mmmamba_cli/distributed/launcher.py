@@ -63,7 +63,7 @@ MAX_TRACE_CHARACTERS = 3000
 
 
 class ProcessKilled(RunError):
-    """A process ended by a signal that nobody sent to stop the run."""
+    """A signal ended a process, and the run had not been asked to stop."""
 
 
 @dataclass(frozen=True)

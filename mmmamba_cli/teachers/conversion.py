@@ -71,7 +71,7 @@ def convert(
     seed: int = 0,
     allow_bidirectional: bool = False,
 ) -> PreTrainedModel:
-    """Make the student of a teacher: a model of transformers' own class with mixers of ours.
+    """Make a student: a subclass of the teacher's class with mixers in place of attention.
 
     A config gives a student with random weights. A model gives one that takes over the teacher's
     parameters without a copy, so training one changes the other; copy the teacher before

@@ -136,7 +136,7 @@ def encoded_prompts(encode: Encode, has_pictures: bool, origin: str) -> Prompts:
 
 
 def holistic_encoder(processor: HolisticVLMProcessor | HolisticTextProcessor) -> Encode:
-    """The encoder of a processor of ours."""
+    """The encoder of a `HolisticVLM` processor."""
 
     def encode(rows: Sequence[Row]) -> Inputs:
         if isinstance(processor, HolisticTextProcessor):
