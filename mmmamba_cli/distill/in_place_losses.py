@@ -21,11 +21,13 @@ from mmmamba_cli.architecture import mixer_spec
 from mmmamba_cli.data import ModelBatch
 from mmmamba_cli.distill.in_place_pair import InPlacePair
 from mmmamba_cli.distill.layer_losses import in_mixer
+from mmmamba_cli.distill.picture_density import density_weights
 from mmmamba_cli.distill.student_layers import StudentLayers
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.teachers.anatomy import ATTENTION_NAME, text_decoder
+from mmmamba_cli.teachers.picture_grids import picture_grids
 
 # The norm that makes the input of both mixers, and so gets no gradient.
 INPUT_NORM = "input_layernorm."
@@ -100,6 +102,8 @@ class HookedLayerLoss:
     inputs: str
     scale: float
     student: StudentLayers
+    # Whether columns are weighted by the density of pictures at the text decoder's input.
+    weights_pictures: bool = False
     layer_local: bool = True
 
     @property
@@ -136,11 +140,16 @@ class HookedLayerLoss:
         padding = ~batch.token_mask
         # On the device: reading a loss would wait for the GPU in each layer.
         sums = torch.zeros(len(self.layers), dtype=torch.float64, device=padding.device)
+        prepared = pair.prepare(batch)
+        column_weights: list[Tensor] = []
 
         def accumulate(term: int, errors: Errors) -> None:
             with torch.set_grad_enabled(weights is not None):
                 values = errors()
-                mask = padding.view(*padding.shape, *[1] * (values.dim() - 2))
+                inner = [1] * (values.dim() - 2)
+                mask = padding.view(*padding.shape, *inner)
+                for column in column_weights:
+                    values = values * column.view(*column.shape, *inner)
                 loss = values.masked_fill(mask, 0).sum()
                 if weights is not None:
                     (loss * float(weights[term])).backward()
@@ -150,12 +159,26 @@ class HookedLayerLoss:
             stack.enter_context(_mixers_follow(pair))
             if self.loss.reads_matrix:
                 stack.enter_context(_attention_weights(pair))
+            if self.weights_pictures:
+                grids = picture_grids(source.config, prepared)
+                keep = partial(_keep_weights, column_weights, grids)
+                hook = running[0].register_forward_pre_hook(keep, with_kwargs=True)
+                stack.callback(hook.remove)
             for term, index in enumerate(self.layers):
                 layer = LayerPair(teacher[index], student[index], running[index])
                 for handle in self.loss.hook(layer, partial(accumulate, term)):
                     stack.callback(handle.remove)
-            pair.last_hidden(source, pair.prepare(batch))
+            pair.last_hidden(source, prepared)
         return sums
+
+
+def _keep_weights(
+    kept: list[Tensor], grids: Sequence[Tensor], _: Any, args: tuple[Any, ...], kwargs: Any
+) -> None:
+    """Put the weights of the columns into `kept`, by the input (B, T, D) of the first layer."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    # Rows of a teacher's processor hold one conversation each.
+    kept[:] = [density_weights(hidden, grids, None)]
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mmmamba_cli.architecture import MixerSpec
 from mmmamba_cli.data import Batch
+from mmmamba_cli.distill.picture_density import density_weights
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.model.block import Block
-from mmmamba_cli.model.prepared_inputs import PreparedInputs
+from mmmamba_cli.model.prepared_inputs import PreparedInputs, stack_tiles
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.ops.backends import upcast
 
@@ -31,12 +32,17 @@ class LayerInputs:
     hidden: Tensor  # (B, T, D)
     normed: Tensor  # (B, T, D), input of the mixer
     columns: SequenceLayout
+    # (B, T), the weight of each column; None for 1.
+    weights: Tensor | None = None
 
     def masked_sum(self, values: Tensor) -> Tensor:
-        """Sum (B, T, ...) over all columns except padding."""
-        mask = self.columns.mask
+        """Sum (B, T, ...) over all columns except padding, times their weights."""
+        mask, weights = self.columns.mask, self.weights
+        inner = [1] * (values.dim() - 2)
+        if weights is not None:
+            values = values * weights.view(*weights.shape, *inner)
         if mask is not None:
-            values = values.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - 2)), 0)
+            values = values.masked_fill(~mask.view(*mask.shape, *inner), 0)
         return values.sum()
 
 
@@ -72,6 +78,8 @@ class LayerwiseLoss:
     scale: float
     # The mixer of each layer of the student.
     mixers: tuple[MixerSpec, ...]
+    # Whether columns are weighted by the density of pictures at the input of their stack.
+    weights_pictures: bool = False
     layer_local: bool = True
 
     @property
@@ -112,12 +120,15 @@ class LayerwiseLoss:
         losses: list[Tensor] = []
         with torch.no_grad(), pair.autocast():
             hidden = source.embed(prompt)
+            weigher = _StackWeights(pair, prompt) if self.weights_pictures else None
+            column_weights = None if weigher is None else weigher.at_input(hidden)
         for index, block in enumerate(source.blocks):
             # One autocast context per layer: it keeps bf16 copies of master weights until it exits.
             with torch.no_grad(), pair.autocast():
                 if index == source.num_embedding_layers and prompt.embedding_layout is not None:
                     hidden = source.embedding_to_language(hidden, prompt)
-                layer = self._layer_inputs(pair, index, hidden, prompt)
+                    column_weights = None if weigher is None else weigher.at_language(hidden)
+                layer = self._layer_inputs(pair, index, hidden, prompt, column_weights)
                 if index not in self.layers:
                     mixed = block.mixer.mix(layer.normed, layer.columns)
                 else:
@@ -129,14 +140,19 @@ class LayerwiseLoss:
         return torch.stack(losses).double()
 
     def _layer_inputs(
-        self, pair: TeacherStudent, index: int, hidden: Tensor, prompt: PreparedInputs
+        self,
+        pair: TeacherStudent,
+        index: int,
+        hidden: Tensor,
+        prompt: PreparedInputs,
+        column_weights: Tensor | None,
     ) -> LayerInputs:
         teacher, student = pair.teacher.model.blocks[index], pair.student.model.blocks[index]
         norm = (teacher if self.inputs == "teacher" else student).mixer_norm
         columns = prompt.language_layout
         if prompt.embedding_layout is not None and index < pair.teacher.model.num_embedding_layers:
             columns = prompt.embedding_layout
-        return LayerInputs(teacher, student, hidden, norm(hidden), columns)
+        return LayerInputs(teacher, student, hidden, norm(hidden), columns, column_weights)
 
     def _forward_backward(self, layer: LayerInputs, weight: float | None) -> tuple[Tensor, Tensor]:
         """Compute the summed loss and, with `weight`, its gradients.
@@ -148,6 +164,30 @@ class LayerwiseLoss:
             if weight is not None:
                 (loss * weight).backward()
         return loss.detach(), teacher_mixed if self.inputs == "teacher" else student_mixed.detach()
+
+
+class _StackWeights:
+    """Weights (B, T) of the columns of each stack, by the density of pictures at its input."""
+
+    def __init__(self, pair: TeacherStudent, prompt: PreparedInputs):
+        self._prompt = prompt
+        self._tiles = stack_tiles(pair.teacher.config, prompt)
+
+    def at_input(self, hidden: Tensor) -> Tensor:
+        """Of the first stack, whose input is `hidden` (B, T, D)."""
+        layout = self._prompt.embedding_layout
+        if layout is None:
+            return self.at_language(hidden)
+        return density_weights(hidden, _present(self._tiles[0]), layout.seq_idx)
+
+    def at_language(self, hidden: Tensor) -> Tensor:
+        """Of the language stack, whose input is `hidden` (B, T, D)."""
+        layout = self._prompt.language_layout
+        return density_weights(hidden, _present(self._tiles[1]), layout.seq_idx)
+
+
+def _present(tiles: Tensor | None) -> list[Tensor]:
+    return [] if tiles is None else [tiles]
 
 
 def count_stack_tokens(pair: TeacherStudent, batch: Batch) -> tuple[int, int]:

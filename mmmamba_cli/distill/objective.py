@@ -97,7 +97,8 @@ def build_objective(stage: Stage, config: HolisticVLMConfig, trainable: Sequence
 
     Raises:
         RecipeError: no linear layer has a trainable parameter, or the loss does not depend on a
-            trainable parameter, which weight decay alone would change.
+            trainable parameter, which weight decay alone would change; or pictures are weighted in
+            a model without them.
     """
     if stage.loss == "kl":
         return LogitsKL(stage.kl or KL(), stage.loss_scale)
@@ -109,15 +110,24 @@ def build_objective(stage: Stage, config: HolisticVLMConfig, trainable: Sequence
         stage.inputs,
         stage.loss_scale,
         mixers,
+        _weights_pictures(stage, config.vision_config is not None),
     )
     _check_reached(stage, objective, trainable, student, tuple(parameter_shapes(config)))
     return objective
 
 
 def build_in_place_objective(
-    stage: Stage, student: StudentLayers, names: Collection[str], trainable: Sequence[str]
+    stage: Stage,
+    student: StudentLayers,
+    names: Collection[str],
+    trainable: Sequence[str],
+    *,
+    has_vision: bool = True,
 ) -> Objective:
-    """`build_objective` for a student of a transformers model with the parameters `names`."""
+    """`build_objective` for a student of a transformers model with the parameters `names`.
+
+    `has_vision` tells whether the model reads pictures.
+    """
     if stage.loss == "kl":
         return LogitsKL(stage.kl or KL(), stage.loss_scale)
     objective = HookedLayerLoss(
@@ -126,9 +136,21 @@ def build_in_place_objective(
         stage.inputs,
         stage.loss_scale,
         student,
+        _weights_pictures(stage, has_vision),
     )
     _check_reached(stage, objective, trainable, student, names)
     return objective
+
+
+def _weights_pictures(stage: Stage, has_vision: bool) -> bool:
+    """Whether a stage weights pictures by density. Raises `RecipeError` for a text model."""
+    if stage.loss_weights == "density" and not has_vision:
+        raise RecipeError(
+            f"stages.{stage.name}.loss_weights: is density, which weights the tokens of pictures, "
+            "and the student reads text only",
+            f"give --set stages.{stage.name}.loss_weights=none",
+        )
+    return stage.loss_weights == "density"
 
 
 def _layers_that_learn(

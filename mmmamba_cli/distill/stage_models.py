@@ -177,7 +177,9 @@ class InPlaceModels:
                 "name parameters of the mixers, for example --set "
                 f"stages.{stage.name}.learns=new+qkv",
             )
-        return build_in_place_objective(stage, self.layers, self.names, trainable)
+        return build_in_place_objective(
+            stage, self.layers, self.names, trainable, has_vision=self.student.has_vision
+        )
 
     def load(
         self,

@@ -171,18 +171,36 @@ def describe_tiles(config: HolisticVLMConfig, inputs: PreparedInputs) -> Prepare
     `prepare` does so for its own config. A student with `mixer.tile_taps` that runs on inputs that
     its teacher prepared needs it as well.
     """
-    options, vision = config.mixer_config, config.vision_config
-    is_image, expansion = inputs.is_image, inputs.expansion
-    if not options.tile_taps or is_image is None or inputs.pixel_values is None:
+    options = config.mixer_config
+    if not options.tile_taps:
         return inputs
-    tiles, side = len(inputs.pixel_values), vision.grid // vision.merge
+    in_embedding, in_language = stack_tiles(config, inputs)
     embedding, language = inputs.embedding_layout, inputs.language_layout
-    tokens = tile_columns(is_image, tiles, side)
-    if embedding is not None and expansion is None:
-        embedding = replace(embedding, tiles=tokens)
-    elif embedding is not None and expansion is not None:
-        is_patch = expansion.expand(is_image, fill=0)
-        embedding = replace(embedding, tiles=tile_columns(is_patch, tiles, vision.grid))
+    if in_language is None:
+        return inputs
+    if embedding is not None:
+        embedding = replace(embedding, tiles=in_embedding)
     if options.tile_layers == ALL_LAYERS:
-        language = replace(language, tiles=tokens)
+        language = replace(language, tiles=in_language)
     return replace(inputs, embedding_layout=embedding, language_layout=language)
+
+
+def stack_tiles(
+    config: HolisticVLMConfig, inputs: PreparedInputs
+) -> tuple[Tensor | None, Tensor | None]:
+    """The tiles among the columns of the embedding and of the language stack; None without any.
+
+    Each is (N, g, g) int64 as `tile_columns` gives them. With the pixel shuffle "post" those of the
+    embedding stack hold patches.
+    """
+    vision, is_image, expansion = config.vision_config, inputs.is_image, inputs.expansion
+    if vision is None or is_image is None or inputs.pixel_values is None:
+        return None, None
+    tiles = len(inputs.pixel_values)
+    tokens = tile_columns(is_image, tiles, vision.grid // vision.merge)
+    if inputs.embedding_layout is None:
+        return None, tokens
+    if expansion is None:
+        return tokens, tokens
+    is_patch = expansion.expand(is_image, fill=0)
+    return tile_columns(is_patch, tiles, vision.grid), tokens

@@ -22,7 +22,6 @@ Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-
 ATTENTION_ALLOWED = Allowed("a whole number of layers, at least 0, or a list of layer indices")
 LEARNS_ALLOWED = Allowed(
     "new, new+qkv, or a list of patterns of parameter names, as ['*.mixer.A_log']"
@@ -272,9 +271,13 @@ class Stage(Section):
     )
     lr: float = Field(gt=0, le=1, description="Peak learning rate.")
     loss_scale: float = Field(default=1.0, gt=0, description="The loss is multiplied by this.")
+    loss_weights: Literal["none", "density"] = Field(
+        default="none",
+        description="In a layer loss: density: tokens unlike their neighbours in a picture weigh "
+        "more.",
+    )
     train: Text | None = Field(
-        default=None,
-        description="Conversations of this stage; null takes data.train.",
+        default=None, description="Conversations of this stage; null takes data.train."
     )
     max_length: int | None = Field(
         default=None,
@@ -306,9 +309,7 @@ class Stage(Section):
         description="paper: leave the vectors of the decay (A_log and dt_bias, or decay_bias) out "
         "wherever the loss is kl, as the authors' code does.",
     )
-    lora: LoRA | None = Field(
-        default=None, description="Adapters; for loss: kl only, null for none."
-    )
+    lora: LoRA | None = Field(default=None, description="Adapters; for loss: kl only.")
     evaluate_every: int | None = Field(
         default=500, ge=1, description="Steps between held-out evaluations; null: at the end only."
     )
@@ -328,13 +329,14 @@ class Stage(Section):
     def _check_together(self) -> Self:
         if self.loss == "kl" and self.inputs == "teacher":
             raise invalid_value("is teacher, must be student: loss kl runs end to end", "inputs")
-        if self.loss != "kl" and self.kl is not None:
+        for field in ("kl", "lora"):
+            if self.loss != "kl" and getattr(self, field) is not None:
+                raise invalid_value(
+                    f"is given, must be null or left out: the loss is {self.loss}", field
+                )
+        if self.loss == "kl" and self.loss_weights != "none":
             raise invalid_value(
-                f"is given, must be null or left out: the loss is {self.loss}", "kl"
-            )
-        if self.loss != "kl" and self.lora is not None:
-            raise invalid_value(
-                f"is given, must be null or left out: the loss is {self.loss}", "lora"
+                f"is {self.loss_weights}, must be none or left out: the loss is kl", "loss_weights"
             )
         if self.batch_size % self.accumulation:
             raise invalid_value(
