@@ -41,13 +41,19 @@ def picture_grids(config: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     grids: list[Tensor] = []
     for name, kind in PATCH_GRIDS.items():
         if name in inputs:
-            columns = (ids == picture_token_id(config, kind)).flatten().nonzero().flatten()
+            columns = _is_token(ids, config, kind).flatten().nonzero().flatten()
             merge = int(config.vision_config.spatial_merge_size)
             grids += _patch_grids(columns, inputs[name], merge)
     if not grids:
-        is_image = (ids == picture_token_id(config)).cpu()
+        is_image = _is_token(ids, config, "image").cpu()
         grids = [grid.to(ids.device) for grid in _grids_of_runs(is_image, _tile_tokens(config))]
     return grids
+
+
+def _is_token(ids: Tensor, config: Any, kind: str) -> Tensor:
+    """(B, T) bool, True at the tokens of pictures or videos."""
+    token = picture_token_id(config, kind)
+    return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids.eq(token)
 
 
 def _patch_grids(columns: Tensor, sizes: Tensor, merge: int) -> Iterator[Tensor]:
