@@ -1,7 +1,9 @@
-"""`mmmamba data`: validation of training data."""
+"""`mmmamba data`: validation of training data, and their index."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,40 +18,48 @@ if TYPE_CHECKING:
 
 MAX_BAD_SHARE = 0.01
 PROBLEMS = 2
+# Longer than any sample.
+UNLIMITED_TOKENS = 1 << 62
 
-command = typer.Typer(help="Check training data.", invoke_without_command=True)
+command = typer.Typer(help="Check and index training data.", invoke_without_command=True)
 command.callback()(help_if_bare)
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Conversations .jsonl or .json, an InternVL meta .json, .tar shards, .parquet "
+        "files or a folder of tables, or a generated corpus such as scenes:lessons.",
+    ),
+]
+ImageRoot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that image paths are relative to (default: the folder of the data).",
+    ),
+]
+ModelPath = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Model whose tokenizer to use instead of the run's."),
+]
+MaxTiles = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Maximum tiles per image (default: the model's).", min=1),
+]
 
 
 @command.command()
 def check(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Conversations .jsonl or .json, an InternVL meta .json, .tar shards, .parquet "
-            "files or a folder of tables, or a generated corpus such as scenes:lessons.",
-        ),
-    ],
-    image_root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder that image paths are relative to (default: the folder of the data).",
-        ),
-    ] = None,
+    source: Source,
+    image_root: ImageRoot = None,
     run: RunFolder = DEFAULT_RUN,
-    model: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Model whose tokenizer to use instead of the run's."),
-    ] = None,
+    model: ModelPath = None,
     max_length: Annotated[
         int, typer.Option(metavar="N", help="Maximum sequence length in tokens.", min=2)
     ] = 8192,
-    max_tiles: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Maximum tiles per image (default: the model's).", min=1),
-    ] = None,
+    max_tiles: MaxTiles = None,
     max_bad_share: Annotated[
         float,
         typer.Option(
@@ -104,6 +114,81 @@ def check(
         _print_report(report, max_length, None if every else MAX_NAMED)
     if report.bad_share > max_bad_share:
         raise typer.Exit(PROBLEMS)
+
+
+@command.command()
+def index(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Conversations .jsonl or .json, an InternVL meta .json, .tar shards, .parquet "
+            "files or a folder of tables.",
+        ),
+    ],
+    image_root: ImageRoot = None,
+    run: RunFolder = DEFAULT_RUN,
+    model: ModelPath = None,
+    max_tiles: MaxTiles = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that count tokens (default: one for each CPU core).",
+            min=0,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Build the index again, for example after replacing pictures."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Count the tokens of every sample once, so that training need not.
+
+    The index is a file beside the data, or in the cache folder if that cannot be written. It holds
+    for every maximum length and batch size. `mmmamba distill` finds and uses it: each of its
+    processes then prepares only its share of a batch.
+    """
+    from mmmamba_cli.checkpoint import atomic_write_bytes
+    from mmmamba_cli.data import build_index, index_file, index_key, open_corpus, open_index
+
+    corpus = open_corpus(source, image_root)
+    processor = _processor(run, model)
+    key = index_key(corpus, processor, max_tiles)
+    file = index_file(source, key)
+    found = None if overwrite else open_index(file, key)
+    is_new = found is None
+    if found is None:
+        count = _num_cores() if workers is None else workers
+        with progress("counting tokens", len(corpus), "samples") as advance:
+            found = build_index(corpus, processor, key, workers=count, advance=advance)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(file, found.to_bytes())
+    totals = found.summary(UNLIMITED_TOKENS)
+    if as_json:
+        print_json({"file": str(file), "built": is_new} | asdict(totals))
+        return
+    print_line(f"{file}{'' if is_new else ' is already there'}")
+    print_table(
+        ("", "count"),
+        [
+            ("samples", f"{totals.samples:,}"),
+            ("images", f"{totals.images:,}"),
+            *([("tiles", f"{totals.tiles:,}")] if totals.tiles else []),
+            ("tokens", f"{totals.tokens:,}"),
+            ("tokens of the longest sample", f"{totals.longest:,}"),
+            ("bad samples", f"{totals.bad:,}"),
+        ],
+        right=("count",),
+    )
+
+
+def _num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor(run: Path, model: Path | None) -> TrainingProcessor | TeacherProcessor:

@@ -14,9 +14,20 @@ from mmmamba_cli.data.corpus_options import (
 )
 from mmmamba_cli.data.fingerprint import Fingerprint, fingerprint
 from mmmamba_cli.data.generated_corpus import HELD_OUT, CorpusSpec, GeneratedCorpus, SampleGenerator
+from mmmamba_cli.data.index_builder import build_index
+from mmmamba_cli.data.index_files import (
+    FoundIndex,
+    find_index,
+    index_file,
+    index_key,
+    index_summary,
+    open_index,
+)
 from mmmamba_cli.data.loader import StepLoader
 from mmmamba_cli.data.model_batch import ModelBatch
 from mmmamba_cli.data.sample import Drawing, Sample, parse_sample
+from mmmamba_cli.data.sample_index import IndexKey, IndexSummary, SampleIndex, read_index
+from mmmamba_cli.data.sample_size import SampleSize
 from mmmamba_cli.data.sources import open_corpus
 from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder
 from mmmamba_cli.data.validate import MAX_NAMED, DataReport, check_data, samples_to_check
@@ -37,7 +48,10 @@ __all__ = [
     "EncodedSample",
     "Fingerprint",
     "FlagOption",
+    "FoundIndex",
     "GeneratedCorpus",
+    "IndexKey",
+    "IndexSummary",
     "ModelBatch",
     "NumberOption",
     "RangeOption",
@@ -45,14 +59,23 @@ __all__ = [
     "Sample",
     "SampleEncoder",
     "SampleGenerator",
+    "SampleIndex",
+    "SampleSize",
     "StepBatches",
     "StepLoader",
     "TextOption",
     "TextRun",
+    "build_index",
     "check_data",
+    "find_index",
     "fingerprint",
+    "index_file",
+    "index_key",
+    "index_summary",
     "open_corpus",
+    "open_index",
     "parse_sample",
+    "read_index",
     "read_options",
     "rows_as_text",
     "samples_to_check",

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, bad_sample
 from mmmamba_cli.data.generated_corpus import Drawings, SampleGenerator
 from mmmamba_cli.data.sample import Sample
+from mmmamba_cli.data.sample_size import SampleSize
 from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import varlen_metadata
@@ -109,6 +110,10 @@ class HolisticCollator:
     def encode(self, sample: Sample) -> EncodedSample:
         """Encode a sample. Raises `DataError` that names it."""
         return self._encoder(sample)
+
+    def measure(self, sample: Sample) -> SampleSize:
+        """Sizes of a sample before truncation. Raises `DataError` that names it."""
+        return self._encoder.measure(sample)
 
     def decode(self, sample: EncodedSample) -> None:
         """Decode the pictures of a sample, or draw them on the CPU.

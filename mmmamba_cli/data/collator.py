@@ -10,6 +10,7 @@ from mmmamba_cli.data.collate import HolisticCollator
 from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.generated_corpus import GeneratedCorpus
 from mmmamba_cli.data.sample import Picture, Sample
+from mmmamba_cli.data.sample_size import SampleSize
 from mmmamba_cli.data.teacher_collate import TeacherCollator
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
@@ -47,6 +48,13 @@ class Collator(Protocol):
 
     def encode(self, sample: Sample) -> Any:
         """Encode a sample, reading headers of pictures only. Raises `DataError` that names it."""
+        ...
+
+    def measure(self, sample: Sample) -> SampleSize:
+        """Sizes before truncation, for a data index. Raises the errors of `encode`.
+
+        Truncation, which depends on the maximum length, is left to `SampleSize.truncated`.
+        """
         ...
 
     def decode(self, sample: Any) -> None:

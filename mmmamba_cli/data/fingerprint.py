@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.generated_corpus import GeneratedCorpus
@@ -49,10 +50,26 @@ def fingerprint(corpus: Corpus) -> Fingerprint:
     return Fingerprint(_digest_files(corpus), _digest_pictures(corpus))
 
 
+def content_digest(corpus: Corpus) -> str:
+    """One digest of what `fingerprint` covers, without the repeats of the sets of a mixture.
+
+    Raises `DataError` if a file of the corpus cannot be read.
+    """
+    digest = hashlib.sha256(f"samples {len(corpus)}\n".encode())
+    _hash_files(digest, corpus)
+    digest.update(_digest_pictures(corpus).encode())
+    return digest.hexdigest()
+
+
 def _digest_files(corpus: Corpus) -> str:
     digest = hashlib.sha256()
     for part in corpus.parts:
         digest.update(f"part {part.samples} {part.repeats!r}\n".encode())
+    _hash_files(digest, corpus)
+    return digest.hexdigest()
+
+
+def _hash_files(digest: Any, corpus: Corpus) -> None:
     for file in corpus.files:
         try:
             size = file.stat().st_size
@@ -61,7 +78,6 @@ def _digest_files(corpus: Corpus) -> str:
                 digest.update(block)
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def _blocks(file: Path, size: int) -> Iterator[bytes]:

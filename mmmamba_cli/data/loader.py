@@ -1,28 +1,28 @@
 """The batches of each optimiser step, a pure function of seed and step.
 
-Every process plans the whole global batch from texts and image headers, and decodes only the
-pictures of its own rows. The loader has no state to save: a run resumes at any step, with any
-number of processes or workers, because the order of samples is a pure function of the seed and the
-position in the stream.
+Every process plans the whole global batch from lengths. With a `SampleIndex` it reads them there,
+and encodes only its own rows; without one it encodes the texts and reads the image headers of the
+whole batch. In both cases it decodes only the pictures of its own rows, and the batches are equal.
+The loader has no state to save: a run resumes at any step, with any number of processes or workers,
+because the order of samples is a pure function of the seed and the position in the stream.
 """
 
 from __future__ import annotations
 
-import atexit
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
 from mmmamba_cli.data.collate import assign_rows, make_rows
 from mmmamba_cli.data.collator import Encoded, make_collator
 from mmmamba_cli.data.corpus import Corpus, CorpusPart
 from mmmamba_cli.data.generated_corpus import ENDLESS, GeneratedCorpus
-from mmmamba_cli.errors import DataError, MmmambaError
-from mmmamba_cli.interrupts import block_interrupts
+from mmmamba_cli.data.sample_index import SampleIndex
+from mmmamba_cli.data.worker_processes import map_in_workers
+from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 
 
@@ -81,6 +81,20 @@ class EndlessOrder:
         return number
 
 
+@dataclass(frozen=True)
+class PlannedSample:
+    """Sample `index` of the corpus, not read yet; its length, in tokens, is that of the index."""
+
+    index: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+Planned = PlannedSample | Encoded
+
+
 class StepLoader:
     """Batches for one process of `world_size`.
 
@@ -90,7 +104,8 @@ class StepLoader:
     batches. `workers` is the number of worker processes that prepare steps ahead; 0 prepares each
     step on demand, with the same batches. `pin_memory` is for batches that go to a GPU. With
     `single_pass` the stream ends after one pass over the corpus, and the last step holds the
-    remaining samples.
+    remaining samples. `index` is that of the corpus for the same processor and `max_tiles`: each
+    process then encodes only its share of a batch.
     """
 
     def __init__(
@@ -110,6 +125,7 @@ class StepLoader:
         rank: int = 0,
         world_size: int = 1,
         single_pass: bool = False,
+        index: SampleIndex | None = None,
     ):
         self.corpus = corpus
         self.batch_size = batch_size
@@ -132,6 +148,7 @@ class StepLoader:
             if generated is not None and generated.endless
             else SampleOrder(corpus.parts, seed, shuffle)
         )
+        self._index = index
         self._end = self._order.length if single_pass else None
 
     @property
@@ -154,32 +171,9 @@ class StepLoader:
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         """Yield the batches of steps `first` to `stop` - 1; bad samples are left out and listed."""
-        if self.workers == 0 or stop - first < 2:
-            yield from map(self.step, range(first, stop))
-            return
-        loader = DataLoader(
-            _Steps(self),
-            batch_size=None,
-            sampler=range(first, stop),
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            worker_init_fn=_ignore_signals,
-            multiprocessing_context=_start_method(),
-        )
-        with block_interrupts():
-            running = iter(loader)
-        # At exit Python sends SIGTERM to workers, which ignore it, and waits: shut them down first.
-        # torch does so when the iterator is collected, which a traceback may delay.
-        end_workers: Callable[[], None] = running._shutdown_workers  # type: ignore[attr-defined]
-        atexit.register(end_workers)
-        try:
-            for batches in running:
-                if isinstance(batches, Exception):
-                    raise batches
-                yield self._with_pictures(batches)
-        finally:
-            atexit.unregister(end_workers)
-            end_workers()
+        steps = range(first, stop)
+        for batches in map_in_workers(self.prepare, steps, self.workers, self.pin_memory):
+            yield self._with_pictures(batches)
 
     def step(self, step: int) -> StepBatches:
         """The batches of one step."""
@@ -190,13 +184,13 @@ class StepLoader:
 
     def prepare(self, step: int) -> StepBatches:
         """The batches of one step as a loader process makes them: pictures cannot be drawn yet."""
-        samples, bad = self._plan(step)
-        rows = make_rows(samples, self.batching, self._collator.max_length)
+        planned, bad = self._plan(step)
+        rows = make_rows(planned, self.batching, self._collator.max_length)
         micro = []
         for part in assign_rows(rows, self.rank, self.world_size, self.accumulation):
-            batch, undecodable = self._collator.collate(part)
+            batch, unusable = self._collate(part)
             micro.append(batch)
-            bad += undecodable
+            bad += unusable
         return StepBatches(step, tuple(micro), tuple(bad), len(self._numbers(step)))
 
     def _numbers(self, step: int) -> range:
@@ -204,46 +198,49 @@ class StepLoader:
         stop = (step + 1) * self.batch_size
         return range(step * self.batch_size, stop if self._end is None else min(stop, self._end))
 
-    def _plan(self, step: int) -> tuple[list[Encoded], list[BadSample]]:
-        """Encoded samples of the global batch, and those with bad texts or image headers."""
-        samples, bad = [], []
+    def _plan(self, step: int) -> tuple[Sequence[Planned], list[BadSample]]:
+        """Samples of the global batch with their lengths, and those with bad texts or headers."""
+        planned, bad = [], []
         for number in self._numbers(step):
-            index = self._order[number]
+            sample = self._order[number]
             try:
-                samples.append(self._collator.encode(self.corpus[index]))
+                planned.append(self._planned(sample))
             except DataError as error:
-                bad.append(bad_sample(error, self.corpus.name(index)))
-        return samples, bad
+                bad.append(bad_sample(error, self.corpus.name(sample)))
+        return planned, bad
 
+    def _planned(self, sample: int) -> Planned:
+        """Sample number `sample` of the corpus: its length from the index, or encoded."""
+        if self._index is None:
+            return self._collator.encode(self.corpus[sample])
+        return PlannedSample(sample, self._index.length(sample, self._collator.max_length))
 
-class _Steps(Dataset):
-    """Map-style dataset of steps, for the worker processes of torch's `DataLoader`."""
+    def _collate(self, rows: Sequence[list[Planned]]) -> tuple[Any, list[BadSample]]:
+        """The micro batch of planned rows, and samples that only this process finds to be bad."""
+        bad: list[BadSample] = []
+        encoded: list[list[Encoded]] = []
+        for row in rows:
+            good = []
+            for sample in row:
+                try:
+                    good.append(self._encoded(sample))
+                except DataError as error:
+                    assert isinstance(sample, PlannedSample)
+                    name = self.corpus.name(sample.index)
+                    bad.append(bad_sample(error, name, seen_by_all=False))
+            if good:
+                encoded.append(good)
+        batch, undecodable = self._collator.collate(encoded)
+        return batch, bad + undecodable
 
-    def __init__(self, loader: StepLoader):
-        self.loader = loader
-
-    def __getitem__(self, step: int) -> StepBatches | Exception:
-        try:
-            return self.loader.prepare(step)
-        except MmmambaError as error:
-            # torch would re-raise it as text with the worker's traceback.
-            return error
-
-
-def _start_method() -> str | None:
-    """`fork` on Linux, None (Python's default) elsewhere.
-
-    In a process that was itself spawned the default is `spawn`: each loader process then imports
-    torch and receives the corpus as a pickle, one after the other, which takes minutes. Loader
-    processes do not use the GPU, so that a fork of a process with a CUDA context is safe.
-    """
-    return "fork" if sys.platform == "linux" else None
-
-
-def _ignore_signals(_: int) -> None:
-    """Ignore SIGINT and SIGTERM, which reach all processes; the main process handles them.
-
-    A worker ends when the loader shuts it down or its parent is gone.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    def _encoded(self, sample: Planned) -> Encoded:
+        """Raises `DataError` for a picture that is no longer as it was when it was indexed."""
+        if not isinstance(sample, PlannedSample):
+            return sample
+        encoded: Encoded = self._collator.encode(self.corpus[sample.index])
+        if len(encoded) != len(sample):
+            raise DataError(
+                f"has {len(encoded)} tokens, and {len(sample)} in the data index: its pictures "
+                "have changed since; build the index again with `mmmamba data index --overwrite`"
+            )
+        return encoded

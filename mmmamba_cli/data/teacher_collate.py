@@ -19,6 +19,7 @@ from mmmamba_cli.data.drawn_pictures import draw_pictures
 from mmmamba_cli.data.generated_corpus import SampleGenerator
 from mmmamba_cli.data.model_batch import ModelBatch
 from mmmamba_cli.data.sample import Drawing, Picture, Sample, Video, read_image
+from mmmamba_cli.data.sample_size import SampleSize
 from mmmamba_cli.data.video import load_frames
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import (
@@ -92,6 +93,13 @@ class TeacherCollator:
         except DataError as error:
             raise DataError(f"{sample.name}: {error.message}", error.hint) from error
 
+    def measure(self, sample: Sample) -> SampleSize:
+        """Sizes before truncation. Raises the errors of `encode`, but for those of truncation."""
+        try:
+            return self._rendered(sample)[1]
+        except DataError as error:
+            raise DataError(f"{sample.name}: {error.message}", error.hint) from error
+
     def decode(self, sample: EncodedPrompt) -> None:
         """Process a sample as training does. Raises `DataError` if that fails."""
         self._process([sample], [self._media(sample)])
@@ -120,6 +128,12 @@ class TeacherCollator:
         return batch, bad
 
     def _encode(self, sample: Sample) -> EncodedPrompt:
+        prompt, size = self._rendered(sample)
+        kept = size.truncated(self.max_length)
+        cut = size.tokens - kept
+        return EncodedPrompt(sample.name, prompt, sample.images, sample.videos, kept, cut)
+
+    def _rendered(self, sample: Sample) -> tuple[RenderedPrompt, SampleSize]:
         if sample.text is not None:
             prompt = self.processor.render_text(sample.text)
         else:
@@ -127,14 +141,8 @@ class TeacherCollator:
         # A video is decoded to be counted: its header does not tell which frames are sampled.
         videos = [self._frames(video) for video in sample.videos]
         length = self.processor.length(prompt, [_size(image) for image in sample.images], videos)
-        limit = self.max_length
-        if (sample.images or videos) and length - prompt.tail > limit:
-            raise DataError(
-                f"has {length} tokens, and cut to data.max_length = {limit} it would lose part of "
-                f"{'an image' if sample.images else 'a video'}"
-            )
-        kept = min(length, limit)
-        return EncodedPrompt(sample.name, prompt, sample.images, sample.videos, kept, length - kept)
+        required = length - prompt.tail if sample.images or videos else 0
+        return prompt, SampleSize(length, required, len(sample.images))
 
     def _media(self, sample: EncodedPrompt) -> Media:
         """Decode the pictures and videos of a sample. Raises `DataError`."""

@@ -7,8 +7,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mmmamba_cli.data.sample import Drawing, Picture, Sample, read_image
+from mmmamba_cli.data.sample_size import SampleSize
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.processing import ImageProcessor, TrainingProcessor, count_tiles, image_size
+from mmmamba_cli.processing import (
+    HolisticVLMProcessor,
+    ImageProcessor,
+    TrainingProcessor,
+    count_tiles,
+    image_size,
+)
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,31 @@ class SampleEncoder:
         except DataError as error:
             raise DataError(f"{sample.name}: {error.message}") from error
 
+    def measure(self, sample: Sample) -> SampleSize:
+        """Sizes before truncation. Raises the errors of `__call__`, but for those of truncation."""
+        try:
+            if sample.text is None and isinstance(self.processor, HolisticVLMProcessor):
+                num_tiles = self._num_tiles(sample)
+                tokens, required = self.processor.conversation_length(sample.messages, num_tiles)
+                return SampleSize(tokens, required, len(num_tiles), sum(num_tiles))
+            return self._size(self._encode(sample))
+        except DataError as error:
+            raise DataError(f"{sample.name}: {error.message}") from error
+
     def _encode(self, sample: Sample) -> EncodedSample:
-        if sample.videos:
-            raise DataError("the sample has a video, and the model reads text and images only")
+        num_tiles = self._num_tiles(sample)
         if sample.text is not None:
             ids = self.processor.text_ids(sample.text)
             if not ids:
                 raise DataError("the text has no tokens")
             return EncodedSample(sample.name, ids, [False] + [True] * (len(ids) - 1))
-        num_tiles = tuple(self._count_tiles(image) for image in sample.images)
         ids, is_answer = self.processor.conversation_ids(sample.messages, num_tiles)
         return EncodedSample(sample.name, ids, is_answer, sample.images, num_tiles)
+
+    def _num_tiles(self, sample: Sample) -> tuple[int, ...]:
+        if sample.videos:
+            raise DataError("the sample has a video, and the model reads text and images only")
+        return tuple(self._count_tiles(image) for image in sample.images)
 
     def _count_tiles(self, image: Picture) -> int:
         if self.images is None:
@@ -76,15 +97,18 @@ class SampleEncoder:
         limit = self.max_length
         if len(sample) <= limit:
             return sample
+        kept = self._size(sample).truncated(limit)
+        ids, is_answer = sample.ids[:kept], sample.is_answer[:kept]
+        return replace(sample, ids=ids, is_answer=is_answer, cut=len(sample) - kept)
+
+    def _size(self, sample: EncodedSample) -> SampleSize:
+        """Sizes of a sample that is not truncated."""
+        required = 0
         if sample.images:
             image_id = getattr(self.processor, "image_token_id", None)
-            if image_id in sample.ids[limit:]:
-                raise DataError(
-                    f"has {len(sample)} tokens, and cut to data.max_length = {limit} it would lose "
-                    "part of an image"
-                )
-        ids, is_answer = sample.ids[:limit], sample.is_answer[:limit]
-        return replace(sample, ids=ids, is_answer=is_answer, cut=len(sample) - limit)
+            places = (i for i in range(len(sample) - 1, -1, -1) if sample.ids[i] == image_id)
+            required = next(places, -1) + 1
+        return SampleSize(len(sample), required, len(sample.images), sum(sample.num_tiles))
 
 
 def decode_images(sample: EncodedSample, images: ImageProcessor | None) -> list[Tensor]:

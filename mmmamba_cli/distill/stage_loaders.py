@@ -6,9 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmmamba_cli.checkpoint import AnyCheckpoint, InPlaceCheckpoint
-from mmmamba_cli.data import HELD_OUT, StepLoader, open_corpus
+from mmmamba_cli.data import (
+    HELD_OUT,
+    Corpus,
+    SampleIndex,
+    StepLoader,
+    find_index,
+    open_corpus,
+    read_index,
+)
 from mmmamba_cli.distributed import World
-from mmmamba_cli.errors import RunError
+from mmmamba_cli.errors import DataError, RunError
+from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 from mmmamba_cli.recipe import Data, Recipe, Stage, stage_data
 from mmmamba_cli.runs import open_training_processor
 
@@ -22,7 +31,8 @@ def build_loaders(
 ) -> tuple[StepLoader, StepLoader | None]:
     """Training batches, and held-out batches if the recipe names a held-out set.
 
-    `log` prints a line about each setting of the data that does not apply to the student.
+    A data index of a set is used if there is one. `log` prints a line about it, and about each
+    setting of the data that does not apply to the student.
 
     Raises:
         RunError: the recipe names no data, or the student has no tokenizer.
@@ -48,8 +58,9 @@ def build_loaders(
     root = None if data.image_root is None else Path(data.image_root)
 
     def loader(source: str, stream: str, shuffle: bool, single_pass: bool = False) -> StepLoader:
+        corpus = open_corpus(source, root, seed=seed, stream=stream)
         return StepLoader(
-            open_corpus(source, root, seed=seed, stream=stream),
+            corpus,
             processor,
             batch_size=stage.batch_size,
             accumulation=stage.accumulation,
@@ -63,6 +74,7 @@ def build_loaders(
             rank=world.rank,
             world_size=world.size,
             single_pass=single_pass,
+            index=_open_index(source, corpus, processor, data.max_tiles, world, log),
         )
 
     held_out = None
@@ -70,6 +82,34 @@ def build_loaders(
         held_out = loader(data.held_out, HELD_OUT, False, single_pass=True)
     # Each stage reads a stream of its own, so that no generated sample is read twice.
     return loader(data.train, stage.name, data.shuffle), held_out
+
+
+def _open_index(
+    source: str,
+    corpus: Corpus,
+    processor: TrainingProcessor | TeacherProcessor,
+    max_tiles: int | None,
+    world: World,
+    log: Callable[[str], None],
+) -> SampleIndex | None:
+    """The data index of a source if every process can open it; None without one."""
+    found = world.run_on_main(lambda: find_index(source, corpus, processor, max_tiles))
+    for reason in found.stale:
+        log(f"data index: {reason}; `mmmamba data index {source}` builds another")
+    if found.file is None:
+        return None
+    index: SampleIndex | None
+    try:
+        index, problem = read_index(found.file), ""
+    except DataError as error:
+        index, problem = None, error.message
+    # With an index in some of the processes only, they could plan different batches.
+    missing = world.all_gather([problem] if problem else [])
+    if missing:
+        log(f"data index: not used, {missing[0]}")
+        return None
+    log(f"data index: {found.file}, each process prepares only its share of a batch")
+    return index
 
 
 def _for_teachers_processor(data: Data, log: Callable[[str], None]) -> Data:

@@ -13,6 +13,7 @@ from mmmamba_cli.processing.processor import (
     TrainingProcessor,
     count_tokens_per_tile,
 )
+from mmmamba_cli.processing.processor_digest import processor_digest
 from mmmamba_cli.processing.processor_loader import (
     as_id_set,
     build_tokenizer,
@@ -62,6 +63,7 @@ __all__ = [
     "normalize",
     "open_image",
     "open_teacher_processor",
+    "processor_digest",
     "processor_from_folder",
     "processor_from_hovle",
     "processor_from_language_model",

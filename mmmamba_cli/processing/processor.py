@@ -5,7 +5,7 @@ Legend: B prompts of a batch, T tokens, N tiles of the whole batch, S side of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -245,17 +245,39 @@ class HolisticVLMProcessor(ProcessorMixin):
         Raises:
             DataError: invalid messages, or the numbers of images and slots differ.
         """
-        turns = to_turns(messages, len(num_tiles), placeholders=True)
-        parts = render_chat(turns, add_generation_prompt=False)
-        check_images(parts, len(num_tiles))
-        context = (count * self.tokens_per_tile for count in num_tiles)
         marked = mark_answers(
-            expand_images(parts, context),
+            self._conversation_parts(messages, num_tiles),
             lambda text: list(self._ids([text], typed_tokens=False)),
             self.tokenizer.convert_tokens_to_ids,
         )
         ids, is_answer = zip(*marked, strict=True)
         return [self.tokenizer.bos_token_id, *ids], [False, *is_answer]
+
+    def conversation_length(
+        self, messages: Sequence[Message], num_tiles: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        """Number of ids of `conversation_ids`, and of those up to the end of the last image (or 0).
+
+        Several times as fast. Raises the errors of `conversation_ids`.
+        """
+        tokenizer, grounding = self.tokenizer, self._grounding_tokens()
+        length, image_end = 1, 0
+        for part in self._conversation_parts(messages, num_tiles):
+            if isinstance(part, str):
+                length += len(tokenizer.encode_plain(part, keep=grounding))
+                continue
+            length += part.times
+            if part.token == IMAGE_CONTEXT:
+                image_end = length
+        return length, image_end
+
+    def _conversation_parts(
+        self, messages: Sequence[Message], num_tiles: Sequence[int]
+    ) -> Iterator[str | SpecialToken]:
+        turns = to_turns(messages, len(num_tiles), placeholders=True)
+        parts = render_chat(turns, add_generation_prompt=False)
+        check_images(parts, len(num_tiles))
+        return expand_images(parts, (count * self.tokens_per_tile for count in num_tiles))
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text, after the begin token."""
@@ -315,8 +337,7 @@ class HolisticVLMProcessor(ProcessorMixin):
 
     def _ids(self, parts: Iterable[str | SpecialToken], *, typed_tokens: bool) -> Iterable[int]:
         tokenizer = self.tokenizer
-        vocabulary = tokenizer.get_added_vocab()
-        grounding = tuple(token for token in GROUNDING_TOKENS if token in vocabulary)
+        vocabulary, grounding = tokenizer.get_added_vocab(), self._grounding_tokens()
         for part in parts:
             if isinstance(part, SpecialToken):
                 yield from [vocabulary[part.token]] * part.times
@@ -324,6 +345,11 @@ class HolisticVLMProcessor(ProcessorMixin):
                 yield from tokenizer.convert_tokens_to_ids(tokenizer.tokenize(part))
             else:
                 yield from tokenizer.encode_plain(part, keep=grounding)
+
+    def _grounding_tokens(self) -> tuple[str, ...]:
+        """The grounding tokens that the tokenizer has."""
+        vocabulary = self.tokenizer.get_added_vocab()
+        return tuple(token for token in GROUNDING_TOKENS if token in vocabulary)
 
 
 def count_tokens_per_tile(image_size: int, patch_size: int, downsample_ratio: float) -> int:

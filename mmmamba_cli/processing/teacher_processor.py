@@ -29,6 +29,7 @@ from mmmamba_cli.processing.answer_tokens import (
 from mmmamba_cli.processing.chat_template import Message
 from mmmamba_cli.processing.picture_tokens import SIZE_ERRORS, PictureTokens, Size, first_line
 from mmmamba_cli.processing.prompt_turns import PromptTurn, Slot, place_slots
+from mmmamba_cli.processing.tokenizer import check_unicode
 from mmmamba_cli.processing.video_frames import VideoFrames, decode_clip, sampling_of
 
 # Packages that processors of transformers need and transformers does not.
@@ -101,8 +102,8 @@ class TeacherProcessor:
         and videos without a place come before the first question.
 
         Raises:
-            DataError: more or fewer places than pictures, a control token in a text, or a
-                conversation that the template does not take.
+            DataError: more or fewer places than pictures, a control token in a text, text that is
+                not valid Unicode, or a conversation that the template does not take.
         """
         if num_images and not self.takes_images:
             raise DataError("the sample has an image, and the model reads text only")
@@ -112,6 +113,7 @@ class TeacherProcessor:
         self._refuse_control_tokens(turns)
         listed = [turn.message(self.takes_images) for turn in turns]
         text = self._with_begin_token(self._rendered(listed, False))
+        check_unicode(text)
         if marks_answers(self.chat_template):
             ids, is_answer = self._marked(listed)
             # The token that a tokenizer adds before a text.
@@ -133,9 +135,10 @@ class TeacherProcessor:
         """A plain text, of which every token after the first is learned.
 
         Raises:
-            DataError: it has no tokens.
+            DataError: it has no tokens, or is not valid Unicode.
         """
         begun = self._with_begin_token(text)
+        check_unicode(begun)
         ids = self._ids(begun)
         if not ids:
             raise DataError("the text has no tokens")

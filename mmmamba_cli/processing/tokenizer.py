@@ -82,7 +82,7 @@ class HolisticVLMTokenizer(PreTrainedTokenizer):
 
     def encode_plain(self, text: str, keep: tuple[str, ...] = ()) -> list[int]:
         """Encode `text` without a begin token; special tokens are text, except those in `keep`."""
-        if not keep:
+        if not any(token in text for token in keep):
             return self._encode_piece(text)
         ids = []
         for index, piece in enumerate(re.split(f"({'|'.join(map(re.escape, keep))})", text)):
