@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from random import Random
 
 import numpy as np
-import sentencepiece
+from prompts import TOKENS_PER_TILE, Prompts
 
-from mmmamba_cli.processing.chat_template import DEFAULT_SYSTEM, place_images
+from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_evals.scenes.compose import SIDE
 from mmmamba_evals.scenes.gpu import SceneBatch, SceneEncoder
 from mmmamba_evals.scenes.lessons import MAX_THINGS, draw_lesson
@@ -33,7 +32,6 @@ from mmmamba_evals.scenes.scene import Question
 from mmmamba_evals.scenes.world import World
 
 IGNORED = -100
-TOKENS_PER_TILE = 64
 # Columns of a lesson: the prefix with the picture, and its questions.
 LESSON_COLUMNS = 464
 # Answer tokens per row.
@@ -84,22 +82,18 @@ class Lessons:
 class Batcher:
     """Makes batch `step` of a seed, deterministically."""
 
-    def __init__(
-        self, model: bytes, special: dict[str, int], layouter: SceneEncoder, world: World, seed: int
-    ):
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.special = special
+    def __init__(self, prompts: Prompts, layouter: SceneEncoder, world: World, seed: int):
+        self.prompts = prompts
         self.layouter = layouter
         self.world = world
         self.seed = seed
-        self._encode = lru_cache(maxsize=200_000)(self._encode_now)
 
     def lessons(self, step: int, rows: int) -> Lessons:
         """Pictures of one tile, each with the questions that fit into LESSON_COLUMNS."""
         rng = Random(f"{self.seed} {LESSON} {step}")
         drawn = [draw_lesson(rng, self.world) for _ in range(rows)]
-        arrays = _arrays(rows, LESSON_COLUMNS)
-        prefix = self.prefix("<image>", 1)
+        arrays = self._arrays(rows, LESSON_COLUMNS)
+        prefix = self.prompts.prefix("<image>", 1)
         for row, (_, asked) in enumerate(drawn):
             self._fill(arrays, row, prefix, asked)
         layouts = self.layouter.layouts([scene for scene, _ in drawn], MAX_THINGS)
@@ -118,8 +112,8 @@ class Batcher:
             else:
                 scene, pair = draw_large(rng, self.world, *grid)
                 drawn.append((scene, list(pair)))
-        prefix = self.prefix("<image>", tiles)
-        arrays = _arrays(rows, len(prefix) + LESSON_COLUMNS - TOKENS_PER_TILE)
+        prefix = self.prompts.prefix("<image>", tiles)
+        arrays = self._arrays(rows, len(prefix) + LESSON_COLUMNS - TOKENS_PER_TILE)
         for row, (_, asked) in enumerate(drawn):
             self._fill(arrays, row, prefix, asked)
         most = max(MAX_THINGS, grid[0] * grid[1] * SIDE**2 // PIXELS_PER_THING)
@@ -131,8 +125,8 @@ class Batcher:
         rng = Random(f"{self.seed} {MANY} {step}")
         rows = max(1, pictures // each)
         drawn = [draw_pictures(rng, self.world, each) for _ in range(rows)]
-        prefix = self.prefix(place_images("", each).removesuffix("\n"), 1)
-        arrays = _arrays(rows, len(prefix) + 80)
+        prefix = self.prompts.prefix(place_images("", each).removesuffix("\n"), 1)
+        arrays = self._arrays(rows, len(prefix) + 80)
         for row, (_, pair) in enumerate(drawn):
             self._fill(arrays, row, prefix, list(pair))
         scenes = [scene for shown, _ in drawn for scene in shown]
@@ -144,44 +138,16 @@ class Batcher:
         drawn = []
         for _ in range(rows):
             text, pair, secret = draw_text(rng, self.world, sentences)
-            drawn.append((self.text_prefix(text), [*pair, Question(TEXT, WHAT_NEEDLE, secret)]))
-        arrays = _arrays(rows, max(len(prefix) for prefix, _ in drawn) + 120)
+            drawn.append(
+                (self.prompts.text_prefix(text), [*pair, Question(TEXT, WHAT_NEEDLE, secret)])
+            )
+        arrays = self._arrays(rows, max(len(prefix) for prefix, _ in drawn) + 120)
         for row, (prefix, asked) in enumerate(drawn):
             self._fill(arrays, row, prefix, asked, after_text=True)
         return Lessons(TEXT, *arrays, None)
 
-    def prefix(self, shown: str | None, tiles: int) -> list[int]:
-        """Ids before the question: system text and `shown`, with pictures for each `<image>`."""
-        special = self.special
-        ids = [1, special["<|im_start|>"], *self._encode(f"system\n{DEFAULT_SYSTEM}")]
-        ids += [special["<|im_end|>"], special["<|im_start|>"]]
-        if shown is None:
-            return ids
-        before = "user\n"
-        for index, part in enumerate(shown.split("<image>")):
-            if index:
-                ids += [special["<img>"], *[special["<IMG_CONTEXT>"]] * (tiles * TOKENS_PER_TILE)]
-                ids.append(special["</img>"])
-            if before + part:
-                ids += self._encode(before + part)
-            before = ""
-        return ids
-
-    def text_prefix(self, text: str) -> list[int]:
-        """Ids before the question for a text without pictures."""
-        return [*self.prefix(None, 0), *self._encode_now(f"user\n{text}")]
-
-    def _branch(self, one: Question, after_text: bool = False) -> tuple[list[int], int]:
-        """Ids of a question and its answer, and the number of answer tokens."""
-        special = self.special
-        # SentencePiece adds a space before every text; this one continues a text.
-        asked = self._encode(f"\n{one.text}")[int(after_text) :]
-        ids = [*asked, special["<|im_end|>"], special["<|im_start|>"]]
-        # Encoded as one text, as in a conversation: no space before the answer's first piece.
-        begun = self._encode("assistant\n")
-        answered = self._encode(f"assistant\n{one.answer}")
-        assert answered[: len(begun)] == begun
-        return [*ids, *answered, special["<|im_end|>"]], len(answered) - len(begun) + 1
+    def _arrays(self, rows: int, columns: int) -> tuple[np.ndarray, ...]:
+        return _arrays(rows, columns, self.prompts.pad)
 
     def _fill(
         self,
@@ -197,7 +163,7 @@ class Batcher:
         end, taken = len(prefix), 0
         ids[:end], positions[:end], branch[:end] = prefix, np.arange(end), 0
         for number, one in enumerate(asked, start=1):
-            words, answered = self._branch(one, after_text)
+            words, answered = self.prompts.branch(one, after_text)
             stop = end + len(words)
             if stop > len(ids) or taken + answered > ANSWERS:
                 continue
@@ -212,13 +178,10 @@ class Batcher:
             weights[taken : taken + answered] = WEIGHT.get(one.category, 1.0) / answered
             end, taken = stop, taken + answered
 
-    def _encode_now(self, text: str) -> list[int]:
-        return self.pieces.encode(text)
 
-
-def _arrays(rows: int, columns: int) -> tuple[np.ndarray, ...]:
+def _arrays(rows: int, columns: int, pad: int) -> tuple[np.ndarray, ...]:
     """Empty arrays of `Lessons`; branch -1 is padding."""
-    ids = np.full((rows, columns), 2, np.int64)
+    ids = np.full((rows, columns), pad, np.int64)
     positions = np.zeros((rows, columns), np.int64)
     branch = np.full((rows, columns), -1, np.int64)
     answer_columns = np.zeros((rows, ANSWERS), np.int64)

@@ -5,6 +5,7 @@ Legend: B rows, T columns, A answer tokens a row, N tiles a row, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.rope import inverse_frequencies, rope_cos_sin
 from mmmamba_cli.model.sequence_layout import SequenceLayout
-from mmmamba_cli.processing.tiling import IMAGENET_MEAN, IMAGENET_STD
 from mmmamba_evals.scenes.augmentation import Augmentation
 from mmmamba_evals.scenes.compose import SIDE
 from mmmamba_evals.scenes.gpu import BatchRenderer
@@ -89,10 +89,10 @@ def answer_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 class Pictures:
     """Tiles of a batch's pictures on the device, cut and normalised as by the processor."""
 
-    def __init__(self, composer: BatchRenderer):
+    def __init__(self, composer: BatchRenderer, mean: Sequence[float], deviation: Sequence[float]):
         self.composer = composer
-        self.mean = torch.tensor(IMAGENET_MEAN, device=composer.device).view(3, 1, 1)
-        self.deviation = torch.tensor(IMAGENET_STD, device=composer.device).view(3, 1, 1)
+        self.mean = torch.tensor(mean, device=composer.device).view(3, 1, 1)
+        self.deviation = torch.tensor(deviation, device=composer.device).view(3, 1, 1)
 
     def __call__(
         self, lessons: Lessons, how: Augmentation | None, generator: torch.Generator | None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import mmmamba_cli
 from mmmamba_cli.checkpoint import hovle
@@ -18,9 +19,7 @@ from mmmamba_cli.model import HolisticVLM
 STATE = "state.pt"
 
 
-def save_state(
-    folder: Path, model: HolisticVLM, optimiser: torch.optim.Optimizer, step: int
-) -> None:
+def save_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
     """Write the state atomically."""
     beside = folder / f"{STATE}.new"
     state = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
@@ -28,7 +27,7 @@ def save_state(
     beside.replace(folder / STATE)
 
 
-def load_state(folder: Path, model: HolisticVLM, optimiser: torch.optim.Optimizer) -> int:
+def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Load the state, if there is one; returns the next step."""
     file = folder / STATE
     if not file.is_file():

@@ -1,8 +1,9 @@
 """Train the small teacher on composed scenes, in minutes on one GPU, reproducible from a seed.
 
     python benchmarks/teacher/train.py --atlas STYLE_FOLDER --out FOLDER [--steps N]
+    python benchmarks/teacher/train.py --family smolvlm --begin scenes-teacher --out FOLDER
 
-Writes a HoVLE folder to FOLDER/teacher. The training state is stored in FOLDER/state.pt; an
+Writes a checkpoint to FOLDER/teacher. The training state is stored in FOLDER/state.pt; an
 interrupted run resumes from it. The shipped atlas is always included; --atlas adds further styles.
 """
 
@@ -17,24 +18,26 @@ from random import Random
 from typing import Any
 
 import torch
-from architecture import random_teacher, teacher_config
-from batches import CATEGORIES, LARGE, LESSON, MANY, TEXT, Batcher, Lessons
-from learning import Pictures, answer_logits, answer_loss, uses_branches
-from saving import load_state, read_teacher, save_state, write_teacher
-from torch import Tensor
+from batches import CATEGORIES, LARGE, MANY, TEXT, Batcher, Lessons
+from hovle_teacher import HovleTeacher
+from learning import Pictures, answer_loss, uses_branches
+from prompts import Prompts
+from saving import load_state, save_state
+from smolvlm_teacher import SmolvlmTeacher
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from vocabulary import corpus, train_tokenizer, write_tokenizer
 from world import training_world
 
-from mmmamba_cli.model import HolisticVLM
 from mmmamba_evals.scenes.augmentation import Augmentation
 from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
 from mmmamba_evals.scenes.gpu import BatchRenderer, SceneEncoder, to_device
 from mmmamba_evals.scenes.shipped import UNSEEN_STYLE, shipped_atlas
-from mmmamba_evals.scenes.world import World, make_world
+from mmmamba_evals.scenes.world import make_world
 
+TEACHERS = {"hovle": HovleTeacher, "smolvlm": SmolvlmTeacher}
+Teacher = HovleTeacher | SmolvlmTeacher
 # Probability of each kind of step in the first and in the second half of the training.
-KINDS = {LESSON: (0.84, 0.78), LARGE: (0.03, 0.06), MANY: (0.03, 0.08), TEXT: (0.10, 0.08)}
+Kinds = dict[str, tuple[float, float]]
 # Largest number of pictures of a long step, reached at the end.
 LONGEST = 64
 WARMUP, FINAL = 200, 0.01
@@ -44,8 +47,8 @@ HELD_OUT_STEP = -1
 class Steps(Dataset[Lessons]):
     """Batch `step` of the run, computed on access."""
 
-    def __init__(self, batcher: Batcher, steps: int, pictures: int):
-        self.batcher, self.steps, self.pictures = batcher, steps, pictures
+    def __init__(self, batcher: Batcher, kinds: Kinds, steps: int, pictures: int):
+        self.batcher, self.kinds, self.steps, self.pictures = batcher, kinds, steps, pictures
 
     def __len__(self) -> int:
         return self.steps
@@ -53,7 +56,7 @@ class Steps(Dataset[Lessons]):
     def __getitem__(self, step: int) -> Lessons:
         rng = Random(f"{self.batcher.seed} kind {step}")
         half = int(2 * step >= self.steps)
-        kind = rng.choices(list(KINDS), [share[half] for share in KINDS.values()])[0]
+        kind = rng.choices(list(self.kinds), [share[half] for share in self.kinds.values()])[0]
         # Curriculum: short inputs first, long ones later.
         longest = 2 + (LONGEST - 2) * (step / self.steps) ** 2
         each = round(math.exp(rng.uniform(math.log(2), math.log(longest))))
@@ -67,7 +70,7 @@ class Steps(Dataset[Lessons]):
 
 
 def inputs_of(lessons: Lessons, device: torch.device) -> dict[str, Tensor | None]:
-    """Arguments of `answer_logits` other than the pixels."""
+    """Arguments of a teacher's `logits` other than the pixels."""
     names = ("ids", "positions", "columns")
     found: dict[str, Tensor | None] = {
         name: to_device(getattr(lessons, name), device) for name in names
@@ -78,12 +81,12 @@ def inputs_of(lessons: Lessons, device: torch.device) -> dict[str, Tensor | None
 
 @torch.no_grad()
 def held_out_accuracy(
-    model: HolisticVLM, lessons: Lessons, pictures: Pictures, device: torch.device
+    teacher: Teacher, model: nn.Module, lessons: Lessons, pictures: Pictures, device: torch.device
 ) -> dict[str, float]:
     """Accuracy of the first answer token by category; `name?` has the yes-or-no questions."""
     pixels = pictures(lessons, None, None)
     with torch.autocast(device.type, torch.bfloat16):
-        logits = answer_logits(model, **inputs_of(lessons, device), pixels=pixels)
+        logits = teacher.logits(model, **inputs_of(lessons, device), pixels=pixels)
     right = logits.argmax(-1).cpu().numpy() == lessons.targets
     found = {}
     for index, name in enumerate((*CATEGORIES, *(f"{name}?" for name in CATEGORIES))):
@@ -102,7 +105,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (FINAL + (1 - FINAL) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def held_out(given: argparse.Namespace, tokenizer: bytes, special: dict[str, int]) -> list[Any]:
+def held_out(given: argparse.Namespace, teacher: Teacher, prompts: Prompts) -> list[Any]:
     """(name, lessons, renderer) of the seen style and of an unseen one."""
     found = []
     for name, atlas, split in (
@@ -111,35 +114,30 @@ def held_out(given: argparse.Namespace, tokenizer: bytes, special: dict[str, int
     ):
         world = make_world(atlas, fonts_of(split))
         layouter = SceneEncoder(atlas, world)
-        batcher = Batcher(tokenizer, special, layouter, world, given.seed)
-        pictures = Pictures(BatchRenderer(layouter, given.device))
+        batcher = Batcher(prompts, layouter, world, given.seed)
+        pictures = pictures_of(teacher, layouter, given.device)
         found.append((name, batcher.lessons(HELD_OUT_STEP, given.held_out), pictures))
     return found
 
 
-def the_tokenizer(given: argparse.Namespace, world: World) -> bytes:
-    """The existing tokenizer, or a new one, whose training takes a while."""
-    file = given.out / "teacher" / "tokenizer.model"
-    return file.read_bytes() if file.is_file() else train_tokenizer(corpus(world, given.seed))
+def pictures_of(teacher: Teacher, layouter: SceneEncoder, device: Any) -> Pictures:
+    return Pictures(BatchRenderer(layouter, device), teacher.mean, teacher.deviation)
 
 
 def train(given: argparse.Namespace) -> None:
     device = torch.device(given.device)
     atlas, world = training_world(given.atlas)
-    tokenizer = the_tokenizer(given, world)
-    special = write_tokenizer(given.out / "teacher", tokenizer)
-    raw = teacher_config(special, max(special.values()) + 1)
-    model = random_teacher(raw, given.seed).to(device)
+    teacher, folder = TEACHERS[given.family](), given.out / "teacher"
+    prompts = teacher.prompts(folder, world, given.seed)
+    model = teacher.model(prompts, given).to(device)
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}), flush=True)
     layouter = SceneEncoder(atlas, world)
-    batcher = Batcher(tokenizer, special, layouter, world, given.seed)
-    pictures = Pictures(BatchRenderer(layouter, device))
+    batcher = Batcher(prompts, layouter, world, given.seed)
+    pictures = pictures_of(teacher, layouter, device)
     optimiser = build_optimiser(model, given.lr)
-    if given.begin is not None:
-        read_teacher(given.begin, model)
     first = load_state(given.out, model, optimiser)
     loader = DataLoader(
-        Steps(batcher, given.steps, given.pictures),
+        Steps(batcher, teacher.kinds, given.steps, given.pictures),
         batch_size=None,
         sampler=range(first, given.steps),
         num_workers=given.workers,
@@ -147,15 +145,16 @@ def train(given: argparse.Namespace) -> None:
     )
     if given.compile:
         # Per block, so that all blocks share one compiled graph.
-        for block in model.model.blocks:
+        for block in teacher.blocks(model):
             block.compile()
-    tests = held_out(given, tokenizer, special)
+    tests = held_out(given, teacher, prompts)
     began = time.perf_counter()
     for step, lessons in enumerate(loader, start=first):
         generator = torch.Generator(device).manual_seed(given.seed * 1_000_003 + step)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, given.steps, given.lr)
-        line = learn(model, optimiser, lessons, pictures(lessons, Augmentation(), generator))
+        pixels = pictures(lessons, Augmentation(), generator)
+        line = learn(teacher, model, optimiser, step, lessons, pixels)
         if step % 50 == 0:
             seconds = round(time.perf_counter() - began, 1)
             line = {key: round(float(value), 4) for key, value in line.items()}
@@ -164,29 +163,39 @@ def train(given: argparse.Namespace) -> None:
             )
         if (step + 1) % given.every == 0 or step + 1 == given.steps:
             for name, test, drawn in tests:
-                print(name, json.dumps(held_out_accuracy(model, test, drawn, device)), flush=True)
+                scores = held_out_accuracy(teacher, model, test, drawn, device)
+                print(name, json.dumps(scores), flush=True)
             save_state(given.out, model, optimiser, step + 1)
-            write_teacher(given.out / "teacher", raw, model)
+            teacher.write(folder, model)
 
 
-def build_optimiser(model: HolisticVLM, lr: float) -> torch.optim.AdamW:
+def build_optimiser(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=model.device.type == "cuda")
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=(0.9, 0.98), fused=next(model.parameters()).is_cuda
+    )
 
 
 def learn(
-    model: HolisticVLM, optimiser: torch.optim.Optimizer, lessons: Lessons, pixels: Tensor | None
+    teacher: Teacher,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    lessons: Lessons,
+    pixels: Tensor | None,
 ) -> dict[str, Tensor]:
     """Take one optimiser step; returns its loss and gradient norm."""
-    device = model.device
+    device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16):
-        logits = answer_logits(model, **inputs_of(lessons, device), pixels=pixels)
-    targets, weights = (to_device(x, device) for x in (lessons.targets, lessons.weights))
-    loss = answer_loss(logits, targets, weights)
+        loss = teacher.early_loss(model, step, pixels)
+        if loss is None:
+            logits = teacher.logits(model, **inputs_of(lessons, device), pixels=pixels)
+            targets, weights = (to_device(x, device) for x in (lessons.targets, lessons.weights))
+            loss = answer_loss(logits, targets, weights)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
@@ -198,7 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--atlas", type=Path, action="append", default=[])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--begin", type=Path, help="initial teacher, with the same tokenizer")
+    parser.add_argument("--family", choices=TEACHERS, default="hovle")
+    parser.add_argument(
+        "--begin", type=Path, help="initial HoVLE teacher; of family hovle, with the same tokenizer"
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--pictures", type=int, default=512, help="pictures per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)

@@ -19,7 +19,7 @@ import mmmamba_cli
 from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_cli.processing.processor_loader import processor_from_folder
 from mmmamba_evals.scenes.atlas import Atlas
-from mmmamba_evals.scenes.gpu import BatchRenderer, SceneEncoder
+from mmmamba_evals.scenes.gpu import SceneEncoder
 from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.long import draw_text
 from mmmamba_evals.scenes.scene import Question
@@ -29,9 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "teacher"))
 import vocabulary
 from architecture import random_teacher, teacher_config
 from batches import Batcher
-from learning import Pictures, answer_logits, tiles_and_thumbnail, uses_branches
+from hovle_teacher import HovleTeacher
+from learning import answer_logits, tiles_and_thumbnail, uses_branches
+from prompts import HovlePrompts
 from saving import write_teacher
-from train import Steps, inputs_of, train
+from train import Steps, inputs_of, pictures_of, train
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +55,13 @@ def teacher(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batcher(teacher: Path, atlas: Atlas, world: World) -> Batcher:
     special = json.loads((teacher / "added_tokens.json").read_text())
     model = (teacher / "tokenizer.model").read_bytes()
-    return Batcher(model, special, SceneEncoder(atlas, world), world, 0)
+    return Batcher(HovlePrompts(model, special), SceneEncoder(atlas, world), world, 0)
 
 
 def whole(
     batcher: Batcher, prefix: list[int], one: Question, after_text: bool = False
 ) -> list[int]:
-    return prefix + batcher._branch(one, after_text)[0]
+    return prefix + batcher.prompts.branch(one, after_text)[0]
 
 
 def test_teacher_size(teacher: Path) -> None:
@@ -85,14 +87,14 @@ def test_prompts_equal_those_of_the_processor(
                 ids, marks = processor.conversation_ids(
                     [{"role": "user", "content": text}, answer], [tiles] * pictures
                 )
-                assert whole(batcher, batcher.prefix(shown, tiles), one) == ids
-                assert sum(marks) == batcher._branch(one)[1]
+                assert whole(batcher, batcher.prompts.prefix(shown, tiles), one) == ids
+                assert sum(marks) == batcher.prompts.branch(one, False)[1]
         text, (one, _), _ = draw_text(rng, world, 3)
         conversation = [
             {"role": "user", "content": f"{text}\n{one.text}"},
             {"role": "assistant", "content": one.answer},
         ]
-        ids = whole(batcher, batcher.text_prefix(text), one, after_text=True)
+        ids = whole(batcher, batcher.prompts.text_prefix(text), one, after_text=True)
         assert ids == processor.conversation_ids(conversation)[0]
 
 
@@ -100,18 +102,18 @@ def test_branch_equals_branch_alone(teacher: Path, batcher: Batcher, world: Worl
     model = mmmamba_cli.load(teacher, dtype="fp32")
     lessons = batcher.lessons(0, 2)
     assert uses_branches(lessons)
-    pictures = Pictures(BatchRenderer(batcher.layouter, "cpu"))
+    pictures = pictures_of(HovleTeacher(), batcher.layouter, "cpu")
     pixels = pictures(lessons, None, None)
     assert pixels is not None
     with torch.no_grad():
         found = answer_logits(model, **inputs_of(lessons, torch.device("cpu")), pixels=pixels)
     rng = Random("0 lesson 0")
-    prefix = batcher.prefix("<image>", 1)
+    prefix = batcher.prompts.prefix("<image>", 1)
     compared = 0
     for row in range(2):
         taken = 0
         for one in draw_lesson(rng, world)[1]:
-            words, answered = batcher._branch(one)
+            words, answered = batcher.prompts.branch(one, False)
             if taken + answered > len(lessons.targets[row]) or lessons.category[row, taken] < 0:
                 break
             ids = torch.tensor([prefix + words])
@@ -145,7 +147,7 @@ def test_tiles_equal_those_of_the_processor(teacher: Path) -> None:
 
 
 def test_every_kind_of_step_has_answers(batcher: Batcher) -> None:
-    steps = Steps(batcher, 200, 16)
+    steps = Steps(batcher, HovleTeacher.kinds, 200, 16)
     kinds: dict[str, Any] = {}
     for step in range(100, 160):
         kinds.setdefault(steps[step].kind, steps[step])
@@ -153,14 +155,15 @@ def test_every_kind_of_step_has_answers(batcher: Batcher) -> None:
     for lessons in kinds.values():
         assert (lessons.targets >= 0).any(1).all()
         assert (lessons.weights > 0).sum() == (lessons.targets >= 0).sum()
-        assert lessons.ids.max() < len(batcher.special) + batcher.pieces.get_piece_size()
+        prompts = batcher.prompts
+        assert lessons.ids.max() < len(prompts.special) + prompts.pieces.get_piece_size()
 
 
 def test_resumed_training_equals_uninterrupted(teacher: Path, tmp_path: Path) -> None:
     def run(out: Path, every: int, stop_after: int | None = None) -> Path:
         given = Namespace(
             atlas=[], out=out, begin=None, steps=2, pictures=2, lr=1e-3, seed=3, workers=0,
-            every=every, compile=False, device="cpu", held_out=2,
+            every=every, compile=False, device="cpu", held_out=2, family="hovle",
         )  # fmt: skip
         (out / "teacher").mkdir(parents=True, exist_ok=True)
         (out / "teacher" / "tokenizer.model").write_bytes(
