@@ -132,7 +132,7 @@ def _shipped(name: str, folder: Path) -> ModelDetails:
         final if isinstance(final, bool) else None,
         count_parameters(checkpoint.shapes),
         _replaced(config.mixer_names, config.attention_layers),
-        _training(card),
+        training_of(card),
     )
 
 
@@ -151,15 +151,19 @@ def _replaced(mixers: Sequence[str], attention_layers: Sequence[int]) -> str | N
     return ", ".join(mixer_spec(name).title for name in dict.fromkeys(names)) or None
 
 
-def _training(card: Mapping[str, Any]) -> str | None:
-    """Lessons, steps and batch of a card's front matter; None unless it has all three."""
+def training_of(card: Mapping[str, Any]) -> str | None:
+    """Lessons, steps and batch of a card's front matter; None unless it has all three.
+
+    `lessons` is their number, or words for lessons without a number: "drawn while training".
+    """
     lessons, steps, batch = (card.get(key) for key in (LESSONS_KEY, STEPS_KEY, BATCH_KEY))
     counted = [one for one in steps if isinstance(one, int)] if isinstance(steps, list) else []
-    if not isinstance(lessons, int) or not isinstance(batch, int) or not counted:
+    if not isinstance(lessons, int | str) or not isinstance(batch, int) or not counted:
         return None
     *first, last = (f"{count:,}" for count in counted)
     counts = " and ".join(filter(None, (", ".join(first), last)))
-    return f"{counts} steps of {batch:,} conversations, drawn from {lessons:,} lessons"
+    source = f"drawn from {lessons:,} lessons" if isinstance(lessons, int) else f"lessons {lessons}"
+    return f"{counts} steps of {batch:,} conversations, {source}"
 
 
 def read_card(file: Path) -> Mapping[str, Any]:

@@ -109,7 +109,8 @@ def test_models_with_adapters(
 def test_sampling_is_seeded(model: ChatModel) -> None:
     talk = Conversation((model.name,))
     talk.ask(QUESTIONS[0])
-    drawn = [say(model, talk, Settings(12, 1.5, top_p=0.95, seed=seed)) for seed in (1, 1, 2)]
+    # The student is sure of its answers: at a lower temperature every seed draws the same.
+    drawn = [say(model, talk, Settings(12, 5.0, top_p=0.95, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -138,7 +139,8 @@ def test_the_conversation_continues_after_ctrl_c(
     found = ChatAnswer()
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
         break_at(1, KeyboardInterrupt(), broken)
-        list(model.answer(talk, SETTINGS, found))
+        # Without EOS: an answer of one token would end before the interrupt.
+        list(model.answer(talk, Settings(12, eos=()), found))
     assert found.tokens == 2 and not found.finished
     talk.undo()
     assert talk.pending == [pictures[0]]

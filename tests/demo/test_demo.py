@@ -293,8 +293,8 @@ def test_note_counts_the_conversations_of_training(steps: ModuleType) -> None:
     for sizes in (steps.Sizes(), steps.Sizes.reduced(0.1)):
         seen = sum(n * batch for n, batch in zip(sizes.stage_steps, batches, strict=True))
         assert f" {seen:,} short conversations" in steps.note(sizes)
-    (small,) = [f"{round(603_456 / seen, -3):,.0f}"]
-    assert f"603,456, about {small} times as many" in steps.note(sizes)
+    (small,) = [f"{round(1_180_800 / seen, -3):,.0f}"]
+    assert f"1,180,800, about {small} times as many" in steps.note(sizes)
 
 
 def test_page_names_the_commands(steps: ModuleType) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import make_readme_pictures
 from pages import ROOT
 
+from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.recipe import load_recipe
 
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+EVIDENCE = ROOT / "benchmarks" / "results" / "evidence" / "scenes-long"
 
 
 def row(head: str) -> list[str]:
@@ -18,28 +21,39 @@ def row(head: str) -> list[str]:
 
 
 def test_conversations_are_steps_times_batch_size() -> None:
-    demo, linear = (load_recipe(name) for name in ("scenes-demo", "scenes-linear"))
-    hybrid = load_recipe("scenes-linear", ["stages.stage3.steps=1264"])
-    assert "--set stages.stage3.steps=1264" in PAGE
     expected = [
-        ", ".join(f"{stage.steps * stage.batch_size:,}" for stage in recipe.stages)
-        for recipe in (demo, linear, hybrid)
+        ", ".join(f"{stage.steps * stage.batch_size:,}" for stage in load_recipe(name).stages)
+        for name in ("scenes-demo", "scenes-long", "scenes-long")
     ]
-    assert row("conversations in stages 1, 2 and 3") == expected
+    assert row("conversations in each stage") == expected
 
 
-def test_seconds_are_those_of_the_shipped_students() -> None:
-    file = ROOT / "benchmarks" / "results" / "scenes_students.json"
-    stages = json.loads(file.read_text())["made_with"]["stages"]
-    first = [
-        f"{stages[name]['steps'] * stages[name]['median seconds a step']:.0f}"
-        for name in ("stage1", "stage2")
+def test_seconds_and_losses_are_those_of_the_shipped_students() -> None:
+    cells: dict[str, dict[str, Any]] = {
+        name: json.loads((EVIDENCE / f"{name}-seed0.json").read_text())
+        for name in ("linear", "hybrid")
+    }
+    seconds = [
+        ", ".join(f"{value:.0f}" for value in cell["timing"]["stages"].values())
+        for cell in cells.values()
     ]
-    cells = [
-        ", ".join([*first, f"{stages[f'{model}, stage 3']['seconds']:.0f}"])
-        for model in ("linear", "hybrid")
-    ]
-    assert row("seconds of stages 1, 2 and 3") == ["", *cells]
+    assert row("seconds of each stage") == ["", *seconds]
+    (stage,) = (one for one in cells["linear"]["stages"] if one["name"] == "stage3")
+    first, *_, last = stage["held_out"]
+    losses = (f"{one['loss']:.2f} at step {one['step']:,}" for one in (first, last))
+    assert f"fell from {' to '.join(losses)}" in " ".join(PAGE.split())
+
+
+def test_shipped_students_are_those_of_the_cells() -> None:
+    file = ROOT / "benchmarks" / "results" / make_readme_pictures.SCORES
+    found = {
+        result["model"]["name"]: result["model"]["content_hash"]
+        for result in json.loads(file.read_text())["results"]
+    }
+    for name in ("linear", "hybrid"):
+        cell = json.loads((EVIDENCE / f"{name}-seed0.json").read_text())
+        shipped = open_checkpoint(f"scenes-{name}").source.content_hash()
+        assert cell["model"]["content_hash"] == found[f"scenes-{name}"] == shipped
 
 
 def test_scores_are_those_of_the_shipped_students() -> None:

@@ -10,7 +10,7 @@ from report_case import Balanced, answer
 
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.reporting import build_page, read_report_data
-from mmmamba_cli.reporting.models import model_details, read_card, series_of
+from mmmamba_cli.reporting.models import model_details, read_card, series_of, training_of
 from mmmamba_cli.reporting.styles import (
     DARK_COLOURS,
     DASHES,
@@ -56,17 +56,13 @@ def test_details_of_shipped_models_come_from_config_and_card(full: Full, tmp_pat
     linear, hybrid = details["scenes-linear"], details["scenes-hybrid"]
     assert linear.kind == "linear, attention in none of 8 layers"
     assert hybrid.kind == "hybrid, attention in 2 of 8 layers"
-    assert (linear.recipe, linear.final) == ("scenes-linear", True)
-    assert hybrid.recipe == "scenes-linear, with layers.attention=2"
+    assert (linear.recipe, linear.final) == ("scenes-long", True)
+    assert hybrid.recipe == "scenes-long, with layers.attention=2"
     assert hybrid.mixer == "Mamba-2" and round((hybrid.parameters or 0) / 1e6, 1) == 7.4
     # The front matter repeats the text of the card and the recipe.
-    stages = load_recipe("scenes-linear").stages
-    one, two, three = (f"{stage.steps:,}" for stage in stages)
-    assert (
-        linear.training
-        == f"{one}, {two} and {three} steps of 192 conversations, drawn from 24,000 lessons"
-    )
-    assert "1,264 steps of 192 conversations" in (hybrid.training or "")
+    *first, last = (f"{stage.steps:,}" for stage in load_recipe("scenes-long").stages)
+    steps = f"{', '.join(first)} and {last} steps of 192 conversations"
+    assert linear.training == hybrid.training == f"{steps}, lessons drawn while training"
     assert details["teacher"].kind == "attention in all 8 layers"
     text = Balanced(build_page(report, created="now", data=data).html).text
     assert "hybrid, attention in 2 of 8 layers" in text
@@ -80,3 +76,13 @@ def test_a_card_without_front_matter_has_no_details(tmp_path: Path) -> None:
         assert read_card(card) == {}, text
     card.write_text("---\nmmmamba:\n  recipe: mine\n---\n# title\n")
     assert read_card(card) == {"recipe": "mine"}
+
+
+def test_training_of_a_card() -> None:
+    numbered = {"lessons": 24_000, "steps": [200, 1264], "batch": 192}
+    steps = "200 and 1,264 steps of 192 conversations"
+    assert training_of(numbered) == f"{steps}, drawn from 24,000 lessons"
+    drawn = {**numbered, "lessons": "drawn while training"}
+    assert training_of(drawn) == f"{steps}, lessons drawn while training"
+    for key, wrong in (("lessons", None), ("steps", []), ("steps", 3), ("batch", "many")):
+        assert training_of({**numbered, key: wrong}) is None
