@@ -12,12 +12,12 @@ from typing import Any
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate import EvalOptions
-from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter
+from mmmamba_cli.evaluate.model_adapter import TransformersModel
 
 DEFAULT_BATCH = 8
 
 
-def harness_model(model: HolisticVLMAdapter, batch: int | None = None) -> Any:
+def harness_model(model: TransformersModel, batch: int | None = None) -> Any:
     """The model as the harness's `HFLM`. Raises `DataError` if lm-eval is not installed."""
     try:
         from lm_eval.models.huggingface import HFLM
@@ -25,18 +25,17 @@ def harness_model(model: HolisticVLMAdapter, batch: int | None = None) -> Any:
         raise DataError(
             f"lm-eval cannot be imported: {error}", "pip install 'mmmamba[eval]'"
         ) from error
-    config = model.model.config
     return HFLM(
         pretrained=model.model,
-        tokenizer=model.processor.tokenizer,
+        tokenizer=model.tokenizer,
         backend="causal",
         batch_size=batch or DEFAULT_BATCH,
-        max_length=config.language.max_position_embeddings,
+        max_length=model.max_positions,
     )
 
 
 def evaluate(
-    model: HolisticVLMAdapter, names: Sequence[str], options: EvalOptions, folder: Path
+    model: TransformersModel, names: Sequence[str], options: EvalOptions, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of the harness and return its scores by task.
 

@@ -37,9 +37,16 @@ from mmmamba_cli.distill.pipeline import distill
 from mmmamba_cli.distill.trainer import Stopped
 from mmmamba_cli.distributed import join_world
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.evaluate import EvalCallbacks, EvalOptions, evaluate_model, find_suite, open_suite
+from mmmamba_cli.evaluate import (
+    EvalCallbacks,
+    EvalModel,
+    EvalOptions,
+    evaluate_model,
+    find_suite,
+    open_suite,
+)
 from mmmamba_cli.evaluate.fingerprint import library_versions
-from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter, load_eval_model
+from mmmamba_cli.evaluate.model_adapter import load_eval_model
 from mmmamba_cli.evaluate.result import EVALS
 from mmmamba_cli.hybridize import LayerSelection
 from mmmamba_cli.layer_selection import SelectionCallbacks, select_planned_layers
@@ -256,7 +263,7 @@ class CellExecutor:
         return found, seconds
 
     def _evaluate_suite(
-        self, model: HolisticVLMAdapter, use: SuiteUse, folder: Path, control: Control
+        self, model: EvalModel, use: SuiteUse, folder: Path, control: Control
     ) -> SuiteRecord:
         options = EvalOptions(
             data=None if use.data is None else Path(use.data),

@@ -27,7 +27,7 @@ from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.inference import Settings
 from mmmamba_cli.inference.sampling import eos_ids
 from mmmamba_cli.processing import TextStream, as_id_set
-from mmmamba_cli.processing.family_prompts import encode_conversation
+from mmmamba_cli.processing.family_prompts import encode_conversation, place_inputs
 from mmmamba_cli.runs import ResolvedModel, pick_placement
 
 
@@ -97,18 +97,11 @@ class InPlaceChatModel:
             conversation.pictures,
             has_vision=self.has_vision,
         )
-        device, dtype = self.model.device, self.model.dtype
-        return {name: _placed(value, device, dtype) for name, value in batch.items()}
+        return place_inputs(batch, self.model.device, self.model.dtype)
 
     def _stop_ids(self) -> frozenset[int]:
         stated = as_id_set(self.model.generation_config.eos_token_id)
         return frozenset(stated | as_id_set(self.tokenizer.eos_token_id))
-
-
-def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
 
 class _StopOnEvent(StoppingCriteria):

@@ -174,12 +174,13 @@ def _settings(
     candidates: Sequence[Candidates] | None,
 ) -> dict[str, Any]:
     """Everything beside weights and questions that can change an answer."""
+    tiles = model.identity.uses_max_tiles
     way = CHOSEN_BY_LIKELIHOOD if options.by_likelihood else GENERATED
     if candidates is not None:
         is_open = any(one.open for one in candidates)
         way = CHOSEN_AMONG_ANSWERS if is_open else CHOSEN_BY_LIKELIHOOD
     return {
-        "max_tiles": options.max_tiles or suite.max_tiles,
+        "max_tiles": (options.max_tiles or suite.max_tiles) if tiles else None,
         "max_new_tokens": options.max_new_tokens or suite.max_new_tokens,
         "answers": way,
         "limit": options.limit,

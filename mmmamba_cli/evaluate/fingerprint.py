@@ -16,7 +16,7 @@ from mmmamba_cli.evaluate.images import Picture
 from mmmamba_cli.runs.manifest import package_versions
 
 # Packages whose code turns a row and a checkpoint into an answer.
-DIGESTED_ROOMS = ("checkpoint", "evaluate", "inference", "model", "ops", "processing")
+DIGESTED_ROOMS = ("checkpoint", "evaluate", "inference", "model", "ops", "processing", "teachers")
 # Code of `evaluate` that only scores and shows answers, and so is left out of the digest.
 NOT_DIGESTED = (
     "scoring",

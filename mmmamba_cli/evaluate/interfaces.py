@@ -46,6 +46,8 @@ class ModelIdentity:
     # Whether the model was distilled end to end; None if unknown.
     final: bool | None = None
     answers_depend_on: dict[str, str] = field(default_factory=dict)
+    # Whether the processor cuts pictures into at most `EvalPrompt.max_tiles` tiles.
+    uses_max_tiles: bool = True
 
 
 class EvalModel(Protocol):

@@ -5,9 +5,6 @@ Legend: B rows of a batch, T columns, V vocabulary.
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +14,19 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 
+from mmmamba_cli.checkpoint import InPlaceCheckpoint
 from mmmamba_cli.devices import OutOfMemory, translate_out_of_memory
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.evaluate.batch_memory import measure_batch_tokens
+from mmmamba_cli.evaluate.choice_scores import (
+    ChoiceTail,
+    first_token_scores,
+    later_token_scores,
+    padded_tails,
+)
+from mmmamba_cli.evaluate.in_place_adapter import InPlaceAdapter, load_in_place_eval_model
 from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalPrompt, ModelIdentity
+from mmmamba_cli.evaluate.model_identity import identify
 from mmmamba_cli.inference import Generator, make_generator
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.cache import CACHE_NAME
@@ -29,14 +36,9 @@ from mmmamba_cli.processing import (
     content_with_images,
     count_tiles,
 )
-from mmmamba_cli.runs import TEACHER, ResolvedModel, pick_placement
+from mmmamba_cli.runs import ResolvedModel, pick_placement
 
 T = TypeVar("T")
-
-# Share of free memory for a batch; the rest is for fragmentation and longer answers.
-FREE_MEMORY_SHARE = 0.8
-PROBE_TOKENS = 8
-DIGEST_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,6 @@ class _Inputs:
     ids: list[int]
     pixels: Tensor | None
     num_tiles: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """The tokens of a choice, and the row of its prompt in the batch."""
-
-    row: int
-    ids: list[int]
 
 
 class HolisticVLMAdapter:
@@ -79,6 +73,15 @@ class HolisticVLMAdapter:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def max_positions(self) -> int:
+        """Number of positions of the language stack."""
+        return int(self.model.config.language.max_position_embeddings)
 
     def prompt_length(self, prompt: EvalPrompt) -> int:
         """Tokens of the prompt without the constant ones of the chat template."""
@@ -179,14 +182,13 @@ class HolisticVLMAdapter:
         # An answer is tokenized apart from the text before it, so that all choices share this.
         prefixes = [ids[:start] for (ids, start), *_ in answers]
         tails = [
-            _Tail(row, ids[start:])
+            ChoiceTail(row, ids[start:])
             for row, of_prompt in enumerate(answers)
             for ids, start in of_prompt
         ]
         inputs = self._inputs(prefixes, batch)
         outputs = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        first = torch.log_softmax(outputs.logits[:, -1].double(), dim=-1)
-        scores = [float(first[tail.row, tail.ids[0]]) if tail.ids else 0.0 for tail in tails]
+        scores = first_token_scores(outputs.logits[:, -1], tails)
         longer = [place for place, tail in enumerate(tails) if len(tail.ids) > 1]
         if longer:
             cache = getattr(outputs, CACHE_NAME)
@@ -196,28 +198,18 @@ class HolisticVLMAdapter:
         found = iter(scores)
         return [[next(found) for _ in encoded.prompt.choices] for encoded in batch]
 
-    def _score_rest(self, tails: Sequence[_Tail], mask: Tensor, cache: Cache) -> list[float]:
-        """Log p of each answer after its first token; the cache has the prompts (B, T) of `mask`.
-
-        Rows are padded on the right, behind the tokens whose predictions are read.
-        """
+    def _score_rest(self, tails: Sequence[ChoiceTail], mask: Tensor, cache: Cache) -> list[float]:
+        """Log p of each answer after its first token; `mask` (B, T) is of the cached prompts."""
         rows = torch.tensor([tail.row for tail in tails], device=self.device)
         cache.reorder_cache(rows)
-        width = max(len(tail.ids) for tail in tails) - 1
-        pad = self.processor.pad_token_id
-        known = [tail.ids[:-1] for tail in tails]
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in known])
-        new = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in known])
+        ids, new = padded_tails(tails, self.processor.pad_token_id)
         logits = self.model(
             input_ids=ids.to(self.device),
             attention_mask=torch.cat((mask[rows], new.to(mask)), dim=1),
             past_key_values=cache,
             use_cache=True,
         ).logits
-        return [
-            self._log_likelihood(found, tail.ids[1:])
-            for found, tail in zip(logits, tails, strict=True)
-        ]
+        return later_token_scores(logits, tails)
 
     def _answered_ids(self, encoded: EncodedPrompt, choice: str) -> tuple[list[int], int]:
         """Ids of the prompt answered with `choice`, and the first column of the answer."""
@@ -227,13 +219,6 @@ class HolisticVLMAdapter:
         stops = set(self._stop_ids)
         end = next((i for i in columns if ids[i] in stops), len(ids))
         return ids[:end], columns[0]
-
-    @staticmethod
-    def _log_likelihood(logits: Tensor, ids: list[int]) -> float:
-        """Log p of `ids`, predicted by the first rows of logits (columns, V)."""
-        predicted = torch.log_softmax(logits[: len(ids)].double(), dim=-1)
-        wanted = torch.tensor(ids, device=logits.device).unsqueeze(1)
-        return float(predicted.gather(1, wanted).sum())
 
     def _inputs(self, ids: Sequence[list[int]], encoded: Sequence[EncodedPrompt]) -> dict[str, Any]:
         """The model inputs of a left-padded batch, on the model's device."""
@@ -249,80 +234,42 @@ class HolisticVLMAdapter:
 
     def max_batch_tokens(self, longest: EncodedPrompt, max_new_tokens: int) -> int | None:
         """Padded tokens that fit, from the peak memory of the longest prompt; None without CUDA."""
-        if self.device.type != "cuda":
-            return None
-        if not longest.prompt.choices:
+        if self.device.type == "cuda" and not longest.prompt.choices:
             # Pack the weights before memory is measured.
             translate_out_of_memory(lambda: self.generator)
+        return measure_batch_tokens(self, longest, max_new_tokens, self.device)
 
-        def try_it() -> None:
-            if longest.prompt.choices:
-                self.score_choices([longest])
-            else:
-                self.generate([longest], min(max_new_tokens, PROBE_TOKENS))
 
-        taken = _peak_extra_bytes(try_it, self.device)
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return tokens_that_fit(longest.length, taken, free)
+TransformersModel = HolisticVLMAdapter | InPlaceAdapter
 
 
 def load_eval_model(
     found: ResolvedModel, device: str | None = None, dtype: str = "auto"
-) -> HolisticVLMAdapter:
+) -> TransformersModel:
     """Verify and load a model for evaluation; its tensors are hashed if their hash is not known.
 
     `device` None is CUDA where there is one; dtype "auto" is bf16 there, and fp32 on a CPU. Raises
     `RunError` if its run recorded other tensors, `CheckpointError` if it has no tokenizer.
     """
+    if isinstance(found.opened, InPlaceCheckpoint):
+        return load_in_place_eval_model(found, device, dtype)
     found.verify()
     processor = found.require_processor(
         "asked anything",
         "put the teacher's tokenizer.model there, or seed again with --tokenizer FILE",
     )
     target, load_dtype = pick_placement(device, dtype)
-    product = found.origin == "product"
-    identity = ModelIdentity(
-        name=found.name,
-        content_hash=found.content_hash or found.checkpoint.source.content_hash(),
-        # A checkpoint outside the run is identified by its tensors alone.
-        kind=found.kind if product else TEACHER if found.origin == TEACHER else "",
-        final=found.final if product else None,
-        answers_depend_on={
-            "config": _digest(found.checkpoint.config.to_dict()),
-            "processor": _digest(processor.to_dict()),
-            "device": target.type,
-            "dtype": str(load_dtype).removeprefix("torch."),
-        },
+    identity = identify(
+        found,
+        config=found.checkpoint.config.to_dict(),
+        processor=processor.to_dict(),
+        device=target,
+        dtype=load_dtype,
     )
     return HolisticVLMAdapter(found.load(target, load_dtype), processor, identity)
-
-
-def _digest(settings: dict[str, Any]) -> str:
-    """A short hash of a config, without the fields that depend on who wrote it."""
-    ignored = ("transformers_version", "dtype", "architectures", "_name_or_path")
-    kept = {key: value for key, value in settings.items() if key not in ignored}
-    text = json.dumps(kept, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
 
 
 def _question(prompt: EvalPrompt) -> dict[str, Any]:
     """The user's message; only the placeholders of its pictures are not text."""
     content = content_with_images(prompt.text, len(prompt.pictures))
     return {"role": "user", "content": content}
-
-
-def tokens_that_fit(length: int, taken: int, free: int) -> int:
-    """Tokens that fit into `free` bytes if `length` of them take `taken`; at least `length`."""
-    return max(1, int(FREE_MEMORY_SHARE * free / max(1, taken))) * length
-
-
-def _peak_extra_bytes(work: Callable[[], None], device: torch.device) -> int:
-    """Peak memory of `work` in bytes beyond the memory allocated before."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    work()
-    peak = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
-    return peak

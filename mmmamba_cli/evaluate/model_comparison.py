@@ -64,6 +64,11 @@ def evaluate_models(
         ):
             raise_if_stopped(group, callbacks)
             model = run_on_all(group, partial(load, resolved))
+        if options.max_tiles is not None and not model.identity.uses_max_tiles:
+            callbacks.warn(
+                f"{resolved.name}: --max-tiles is not used, since its processor has its own "
+                "resolution of pictures"
+            )
         for suite, table, rows in opened:
             place = folder / resolved.name / suite.name
             scored[suite.name].append(

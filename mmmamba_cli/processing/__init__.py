@@ -6,8 +6,10 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from mmmamba_cli.processing.chat_template import content_with_images
 from mmmamba_cli.processing.detokenizer import TextStream
+from mmmamba_cli.processing.family_prompts import place_inputs
 from mmmamba_cli.processing.image_processor import ImageProcessor
 from mmmamba_cli.processing.images import ImageSource, image_size, open_image
+from mmmamba_cli.processing.picture_limit import takes_max_tiles, with_max_tiles
 from mmmamba_cli.processing.processor import (
     HolisticVLMProcessor,
     TrainingProcessor,
@@ -25,8 +27,8 @@ from mmmamba_cli.processing.processor_loader import (
 from mmmamba_cli.processing.teacher_processor import (
     RenderedPrompt,
     TeacherProcessor,
-    open_teacher_processor,
 )
+from mmmamba_cli.processing.teacher_processor_loader import open_teacher_processor
 from mmmamba_cli.processing.text_processor import HolisticTextProcessor, TextOnlyMarker
 from mmmamba_cli.processing.tiling import Tiling, choose_grid, count_tiles, normalize
 from mmmamba_cli.processing.tokenizer import HolisticVLMTokenizer
@@ -64,8 +66,11 @@ __all__ = [
     "open_image",
     "open_teacher_processor",
     "processor_digest",
+    "place_inputs",
     "processor_from_folder",
     "processor_from_hovle",
     "processor_from_language_model",
     "register_processing",
+    "takes_max_tiles",
+    "with_max_tiles",
 ]

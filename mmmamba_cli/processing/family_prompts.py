@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing.images import ImageSource, open_image
 
@@ -42,6 +45,19 @@ def encode_conversation(
         found, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     return dict(batch)
+
+
+def place_inputs(
+    inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The inputs of a model on its device, floating-point tensors in its dtype."""
+    return {name: _placed(value, device, dtype) for name, value in inputs.items()}
+
+
+def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
 
 def _content(content: Any, pictures: Iterator[ImageSource], has_vision: bool) -> Any:

@@ -69,6 +69,18 @@ def place_slots(
     return turns
 
 
+def question_turn(text: str, num_images: int) -> PromptTurn:
+    """A user's turn; only the first `num_images` `<image>` of `text` are slots, others are text.
+
+    Line breaks beside leading or trailing slots are left out, as in `place_slots`.
+    """
+    first, *others = text.split(IMAGE_PLACEHOLDER, num_images)
+    pieces: list[str | Slot] = [first]
+    for other in others:
+        pieces += [Slot.IMAGE, other]
+    return PromptTurn("user", tuple(_without_breaks(pieces)))
+
+
 def _turn(message: Message, split_videos: bool) -> PromptTurn:
     role, content = message["role"], message["content"]
     if not isinstance(content, str):

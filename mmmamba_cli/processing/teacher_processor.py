@@ -6,17 +6,17 @@ transformers, or a tokenizer where the model reads text only). Legend: B prompts
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.processing.answer_tokens import (
@@ -32,10 +32,10 @@ from mmmamba_cli.processing.prompt_turns import PromptTurn, Slot, place_slots
 from mmmamba_cli.processing.tokenizer import check_unicode
 from mmmamba_cli.processing.video_frames import VideoFrames, decode_clip, sampling_of
 
-# Packages that processors of transformers need and transformers does not.
-OPTIONAL_PACKAGES = ("torchvision", "num2words", "mistral-common")
 # Inputs that a model's forward does not take.
 NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "video_metadata")
+# Variables of chat templates; false leaves out the text that some models write before an answer.
+THINKING = re.compile(r"\b(enable_thinking|thinking)\b")
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,21 @@ class TeacherProcessor:
     @cached_property
     def chat_template(self) -> str:
         """The template of conversations. Raises `CheckpointError` if there is none."""
-        owner = self.processor if self._has_template else self.tokenizer
-        template = owner.chat_template
-        if isinstance(template, Mapping):
-            template = template.get("default")
-        if not isinstance(template, str):
+        template = self.find_chat_template()
+        if template is None:
             raise CheckpointError(
                 "the teacher has no chat template, so it cannot read conversations",
                 "add chat_template.jinja to its folder, or give data of plain texts",
             )
         return template
+
+    def find_chat_template(self) -> str | None:
+        """The template of conversations, or None."""
+        owner = self.processor if self._has_template else self.tokenizer
+        template = owner.chat_template
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        return template if isinstance(template, str) else None
 
     def render(
         self, messages: Sequence[Message], num_images: int, num_videos: int = 0
@@ -131,6 +136,51 @@ class TeacherProcessor:
         moved = [(start + shift, end + shift) for start, end in spans]
         return self._prompt(text, ids, tokens_in(moved, offsets), num_videos)
 
+    def question(self, turn: PromptTurn) -> RenderedPrompt:
+        """Render a question up to the start of its answer, thinking off where the template has it.
+
+        Raises:
+            DataError: a picture for a model of text, or a control token in the question.
+        """
+        if Slot.IMAGE in turn.content and not self.takes_images:
+            raise DataError("the question has a picture, and the model reads text only")
+        self._refuse_control_tokens([turn])
+        options = dict.fromkeys(THINKING.findall(self.chat_template), False)
+        text = self._rendered([turn.message(self.takes_images)], True, options)
+        text = self._with_begin_token(text)
+        ids = self._ids(text)
+        return self._prompt(text, ids, [False] * len(ids))
+
+    def answer_tokens(self, turn: PromptTurn, question: RenderedPrompt, answer: str) -> list[int]:
+        """The tokens of an answer to `question`, the rendered `turn`, without its end of turn.
+
+        A template may write more before an answer than before it is opened, such as a space.
+        """
+        turns = [turn, PromptTurn("assistant", (answer,))]
+        listed = [one.message(self.takes_images) for one in turns]
+        rendered = self._with_begin_token(self._rendered(listed, False))
+        before = ""
+        if rendered.startswith(question.text):
+            before = rendered[len(question.text) :].partition(answer)[0]
+        ids = self._ids(question.text + before + answer)
+        if ids[: len(question.ids)] == question.ids:
+            return ids[len(question.ids) :]
+        # A token would span the end of the prompt, which generation does not do.
+        return self._ids(before + answer)
+
+    @cached_property
+    def end_of_answer_ids(self) -> frozenset[int]:
+        """Special tokens that end an answer in the chat template; empty if they are not found."""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            prompt = self.render(talk, 0)
+        except (CheckpointError, DataError):
+            return frozenset()
+        ends = (
+            token for token, learned in zip(prompt.ids, prompt.is_answer, strict=True) if learned
+        )
+        return frozenset(ends) & frozenset(self._special_tokens)
+
     def render_text(self, text: str) -> RenderedPrompt:
         """A plain text, of which every token after the first is learned.
 
@@ -167,8 +217,10 @@ class TeacherProcessor:
         texts: Sequence[str],
         images: Sequence[Sequence[Image.Image]],
         videos: Sequence[Sequence[VideoFrames]] = (),
+        *,
+        padding_side: Literal["left", "right"] = "right",
     ) -> dict[str, Tensor]:
-        """The inputs of the model's forward for prompts and their pictures, padded on the right.
+        """The inputs of the model's forward for prompts and their pictures, padded.
 
         `images` and `videos` have a list for each prompt; no `videos` are none for any.
 
@@ -180,7 +232,7 @@ class TeacherProcessor:
         """
         options: dict[str, Any] = {
             "padding": True,
-            "padding_side": "right",
+            "padding_side": padding_side,
             "return_tensors": "pt",
             "add_special_tokens": False,
         }
@@ -216,15 +268,19 @@ class TeacherProcessor:
     def _prompt(
         self, text: str, ids: list[int], is_answer: list[bool], num_videos: int = 0
     ) -> RenderedPrompt:
-        placed = self._picture_ids | (self._video_ids if num_videos else frozenset())
+        placed = self.picture_ids | (self._video_ids if num_videos else frozenset())
         places = [i for i, token in enumerate(ids) if token in placed]
         return RenderedPrompt(text, ids, is_answer, len(ids) - places[-1] - 1 if places else 0)
 
-    def _rendered(self, messages: Messages, opens_answer: bool) -> str:
+    def _rendered(
+        self, messages: Messages, opens_answer: bool, options: Mapping[str, bool] | None = None
+    ) -> str:
         if not messages:
             return ""
         # SmolVLM's processor has a template of its own for videos, unless one is given.
-        given = {} if self._has_template else {"chat_template": self.chat_template}
+        given: dict[str, Any] = dict(options or {})
+        if not self._has_template:
+            given["chat_template"] = self.chat_template
         try:
             return self.processor.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=opens_answer, **given
@@ -284,7 +340,7 @@ class TeacherProcessor:
         return {index: str(token) for index, token in added.items() if token.special}
 
     @cached_property
-    def _picture_ids(self) -> frozenset[int]:
+    def picture_ids(self) -> frozenset[int]:
         """Special tokens that only pictures bring into a prompt: placeholders and their marks."""
         if not self.takes_images:
             return frozenset()
@@ -310,7 +366,7 @@ class TeacherProcessor:
             (text for index, text in self._special_tokens.items() if index in probe),
             "the chat template writes",
         )
-        pictures = (self._special_tokens[index] for index in self._picture_ids)
+        pictures = (self._special_tokens[index] for index in self.picture_ids)
         return found | dict.fromkeys(pictures, "stands for a picture")
 
     def _probe(self, *slots: Slot) -> str:
@@ -341,27 +397,3 @@ class TeacherProcessor:
                         raise DataError(
                             f"turn {number} writes {token}, a token that {what}; leave it out"
                         )
-
-
-def open_teacher_processor(folder: Path) -> TeacherProcessor:
-    """The processor in the folder of a teacher or its student; a tokenizer where it has no other.
-
-    Raises:
-        CheckpointError: there is none, it cannot be read, or it needs a package that is missing.
-    """
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        # The tokenizers library raises plain `Exception` for an unreadable file.
-        packages = [name for name in OPTIONAL_PACKAGES if name in str(error).lower()]
-        if packages and isinstance(error, ImportError | ValueError):
-            raise CheckpointError(
-                f"the processor of {folder} needs {' and '.join(packages)}",
-                f"pip install {' '.join(packages)}",
-            ) from error
-        raise CheckpointError(
-            f"the processor of {folder} cannot be read: {first_line(error)}",
-            "take preprocessor_config.json, processor_config.json and the tokenizer's files from "
-            "where the model came from",
-        ) from error
-    return TeacherProcessor(processor)

@@ -18,7 +18,8 @@ from mmmamba_cli.evaluate import (
     find_suite,
 )
 from mmmamba_cli.evaluate import open_suite as opened
-from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter, load_eval_model, tokens_that_fit
+from mmmamba_cli.evaluate.batch_memory import tokens_that_fit
+from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter, load_eval_model
 from mmmamba_cli.evaluate.prompts import build_eval_prompt
 from mmmamba_cli.runs import Run, resolve_product, resolve_teacher
 
