@@ -38,6 +38,7 @@ from mmmamba_cli.processing import (
     TeacherProcessor,
     as_id_set,
     place_inputs,
+    processor_digest,
     takes_max_tiles,
     with_max_tiles,
 )
@@ -47,9 +48,8 @@ from mmmamba_cli.teachers import text_config
 
 T = TypeVar("T")
 
-# Files of a model's folder that prompts and the end of an answer depend on.
-PROMPT_FILES = ("*.jinja", "*.model", "*.txt", "*.tiktoken", "*config.json", "tokenizer.json")
-NOT_PROMPT_FILES = ("config.json", "source_config.json")
+# Names the tokens that end an answer.
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,10 @@ def load_in_place_eval_model(
     identity = identify(
         found,
         config=opened.raw_config,
-        processor=_prompt_files(opened),
+        processor={
+            "processor": processor_digest(processor.processor),
+            "generation": file_digest(opened.folder / GENERATION_CONFIG).hex(),
+        },
         device=place,
         dtype=load_dtype,
         uses_max_tiles=takes_max_tiles(processor.processor),
@@ -301,10 +304,3 @@ def open_question_processor(checkpoint: InPlaceCheckpoint) -> TeacherProcessor:
             "put the chat_template.jinja of its teacher beside it",
         )
     return found
-
-
-def _prompt_files(checkpoint: InPlaceCheckpoint) -> dict[str, str]:
-    """Digests of the files that prompts depend on, by name."""
-    files = {file for pattern in PROMPT_FILES for file in checkpoint.folder.glob(pattern)}
-    kept = (file for file in files if file.name not in NOT_PROMPT_FILES)
-    return {file.name: file_digest(file).hex() for file in kept}
