@@ -288,19 +288,20 @@ def checked_reader(
 ) -> Callable[[str], Tensor]:
     """Wrap `checkpoint.read` to hash every file tensor and to check it for NaN and infinity.
 
-    The returned function raises `CheckpointError` for such values.
+    `hasher` raises `CheckpointError` for such values (see `TensorHasher.submit`). A tensor that is
+    not converted is the object that is hashed, so that a writer need not hash it again.
     """
-    from mmmamba_cli.checkpoint.tensor_io import check_finite
+    from mmmamba_cli.checkpoint.tensor_io import is_same_memory
 
     hashed: set[str] = set()
 
     def read(name: str) -> Tensor:
+        sources = []
         for foreign in checkpoint.foreign_names(name):
             if foreign not in hashed:
                 hashed.add(foreign)
-                tensor = checkpoint.source.read(foreign)
-                check_finite(tensor, foreign)
-                hasher.submit(foreign, tensor)
-        return checkpoint.read(name)
+                sources.append(hasher.submit(foreign, checkpoint.source.read(foreign), check=True))
+        tensor = checkpoint.read(name)
+        return next((one for one in sources if is_same_memory(one, tensor)), tensor)
 
     return read

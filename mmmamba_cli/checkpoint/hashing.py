@@ -9,17 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
-from mmmamba_cli.checkpoint.tensor_io import byte_chunks
+from mmmamba_cli.checkpoint.tensor_io import (
+    byte_chunks,
+    is_finite_chunk,
+    is_same_memory,
+    non_finite_error,
+)
+
+if TYPE_CHECKING:
+    from mmmamba_cli.checkpoint.tensor_source import TensorSource
 
 Result = TypeVar("Result")
+
+# More would be read from the disk a second time where memory is short.
+AHEAD_BYTES = 4 << 30
+# A thread waits up to 5 ms for the interpreter after each chunk while another one imports.
+DIGEST_CHUNK_BYTES = 16 << 20
 
 
 class BoundedPool:
@@ -56,15 +72,26 @@ class BoundedPool:
             self._changed.notify_all()
 
 
+def raise_failures(pending: deque[Future[Any]]) -> None:
+    """Remove the jobs at the front of `pending` that are done; raise the error of a failed one."""
+    while pending and pending[0].done():
+        pending.popleft().result()
+
+
 def start_digest(name: str, info: TensorInfo) -> Any:
     """A SHA-256 object updated with name, dtype and shape; the caller adds the bytes."""
     return hashlib.sha256(json.dumps([name, info.dtype_name, list(info.shape)]).encode())
 
 
-def tensor_digest(name: str, tensor: Tensor) -> bytes:
-    """The digest of a named tensor, 32 bytes."""
+def tensor_digest(name: str, tensor: Tensor, *, check: bool = False) -> bytes:
+    """The digest of a named tensor, 32 bytes.
+
+    `check` raises `CheckpointError` if it has NaN or infinite values.
+    """
     digest = start_digest(name, TensorInfo.of(tensor.dtype, tuple(tensor.shape)))
-    for chunk in byte_chunks(tensor):
+    for chunk in byte_chunks(tensor, DIGEST_CHUNK_BYTES):
+        if check and not is_finite_chunk(chunk, tensor.dtype):
+            raise non_finite_error(tensor, name)
         digest.update(chunk)
     return digest.digest()
 
@@ -84,13 +111,53 @@ class TensorHasher:
     def __init__(self, workers: int = 2, max_pending_bytes: int = 256 << 20):
         self._pool = BoundedPool(max_pending_bytes, workers)
         self._futures: dict[str, Future[bytes]] = {}
+        self._pending: deque[Future[bytes]] = deque()
+        # Weak references: a tensor's memory may be released once it is hashed.
+        self._tensors: dict[str, weakref.ref[Tensor]] = {}
+        self._ahead: dict[str, tuple[Tensor, Future[bytes]]] = {}
 
-    def submit(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; a name may be submitted only once."""
+    def submit_ahead(self, source: TensorSource) -> None:
+        """Queue, checked, the first `AHEAD_BYTES` of a source before they are submitted.
+
+        Importing transformers keeps one core busy for seconds, while the others can hash. Only
+        memory-mapped tensors are queued, since others would take memory. A tensor that is not
+        submitted later is in no result.
+        """
+        room = AHEAD_BYTES if source.kind == "safetensors" else 0
+        for name in source.names:
+            room -= source.info(name).nbytes
+            if room < 0:
+                return
+            tensor = source.read(name)
+            job = partial(tensor_digest, name, tensor, check=True)
+            self._ahead[name] = tensor, self._pool.submit(0, job)
+
+    def submit(self, name: str, tensor: Tensor, *, check: bool = False) -> Tensor:
+        """Queue one tensor and return it; a name may be submitted only once.
+
+        Returns the tensor of `submit_ahead` instead if it is the same memory.
+
+        With `check`, a later `submit`, `digests` or `result` raises `CheckpointError` if the tensor
+        has NaN or infinite values.
+        """
         if name in self._futures:
             raise ValueError(f"tensor {name} was already hashed")
-        job = self._pool.submit(tensor.nbytes, lambda: tensor_digest(name, tensor))
+        raise_failures(self._pending)
+        ahead = self._ahead.pop(name, None)
+        if ahead is not None and is_same_memory(ahead[0], tensor):
+            tensor, job = ahead
+        else:
+            digest = partial(tensor_digest, name, tensor, check=check)
+            job = self._pool.submit(tensor.nbytes, digest)
         self._futures[name] = job
+        self._pending.append(job)
+        self._tensors[name] = weakref.ref(tensor)
+        return tensor
+
+    def digest_of(self, name: str, tensor: Tensor) -> Future[bytes] | None:
+        """The digest of `tensor` if this object was submitted under `name`, else None."""
+        known = self._tensors.get(name)
+        return self._futures[name] if known is not None and known() is tensor else None
 
     def digests(self) -> dict[str, bytes]:
         """Wait for all submitted tensors and return their digests by name."""

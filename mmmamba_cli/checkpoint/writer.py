@@ -9,14 +9,22 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
 
-from mmmamba_cli.checkpoint.hashing import BoundedPool, combined_hash, start_digest
+from mmmamba_cli.checkpoint.hashing import (
+    BoundedPool,
+    TensorHasher,
+    combined_hash,
+    raise_failures,
+    start_digest,
+)
 from mmmamba_cli.checkpoint.safetensors_file import build_header
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
 from mmmamba_cli.checkpoint.tensor_io import byte_chunks, cast_chunks
@@ -37,15 +45,22 @@ class ShardedWriter:
     Writing and hashing run in background threads: a tensor passed to `write` must not change until
     `finish` returns. A failed write raises its `OSError` from a later `write` or `finish`. As a
     context manager it calls `finish` on exit, and only closes the files after an error.
+
+    A tensor that `hasher` hashes under the same name is not hashed again unless it is cast.
     """
 
     def __init__(
-        self, folder: Path, plan: Mapping[str, TensorInfo], max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        folder: Path,
+        plan: Mapping[str, TensorInfo],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        hasher: TensorHasher | None = None,
     ):
         if not plan:
             raise ValueError("the plan names no tensors")
         self._folder = folder
         self._plan = dict(plan)
+        self._hasher = hasher
         self.content_hash: str | None = None
         shards = plan_shards(plan, max_shard_bytes)
         self.files = [folder / name for name in shard_names(len(shards))]
@@ -56,9 +71,13 @@ class ShardedWriter:
         _check_free_space(folder, sum(len(head) for head, _ in headers) + _total_bytes(plan))
         self._headers = [head for head, _ in headers]
         self._descriptors: dict[int, int] = {}
-        self._written: dict[str, Future[bytes]] = {}
+        self._digests: dict[str, Future[bytes]] = {}
+        self._writes: list[list[Future[bytes] | Future[None]]] = [[] for _ in shards]
+        self._pending: deque[Future[Any]] = deque()
         self._synced: list[Future[None]] = []
         self._pool = BoundedPool(max_pending_bytes=128 << 20)
+        # fsync waits for the disk: it must not keep a thread from hashing.
+        self._sync_pool = ThreadPoolExecutor(1)
 
     def write(self, name: str, tensor: Tensor, cast: bool = False) -> None:
         """Queue a tensor (any strides) for writing; blocks while too many bytes are pending.
@@ -69,7 +88,7 @@ class ShardedWriter:
         planned = self._plan.get(name)
         if planned is None:
             raise ValueError(f"tensor {name} is not in the plan")
-        if name in self._written:
+        if name in self._digests:
             raise ValueError(f"tensor {name} was already written")
         dtype = planned.dtype if cast else tensor.dtype
         if TensorInfo.of(dtype, tuple(tensor.shape)) != planned:
@@ -77,28 +96,38 @@ class ShardedWriter:
                 f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"planned is {planned.dtype} {list(planned.shape)}"
             )
-        self._raise_failure()
+        raise_failures(self._pending)
         shard = self._shard_of[name]
-        job = functools.partial(
-            write_and_digest, self._open(shard), self._offsets[name], name, tensor, planned
-        )
-        self._written[name] = self._pool.submit(tensor.nbytes, job)
+        self._submit(shard, name, tensor)
         self._remaining[shard] -= 1
         if self._remaining[shard] == 0:
-            shard_jobs = [
-                job for other, job in self._written.items() if self._shard_of[other] == shard
-            ]
-            sync = functools.partial(_sync, self._descriptors[shard], shard_jobs)
-            self._synced.append(self._pool.submit(0, sync))
+            sync = functools.partial(_sync, self._descriptors[shard], self._writes[shard])
+            self._synced.append(self._sync_pool.submit(sync))
+
+    def _submit(self, shard: int, name: str, tensor: Tensor) -> None:
+        """Queue the job that writes a tensor, and hashes it unless the hasher does."""
+        place, planned = (self._open(shard), self._offsets[name]), self._plan[name]
+        known = None
+        if self._hasher is not None and tensor.dtype == planned.dtype:
+            known = self._hasher.digest_of(name, tensor)
+        write: Future[bytes] | Future[None]
+        if known is None:
+            job = functools.partial(write_and_digest, *place, name, tensor, planned)
+            write = self._digests[name] = self._pool.submit(tensor.nbytes, job)
+        else:
+            self._digests[name] = known
+            write = self._pool.submit(tensor.nbytes, functools.partial(_write, *place, tensor))
+        self._writes[shard].append(write)
+        self._pending.append(write)
 
     def finish(self) -> str:
         """Wait for all writes, write the index, and return the content hash."""
         if self.content_hash is None:
-            missing = [name for name in self._plan if name not in self._written]
+            missing = [name for name in self._plan if name not in self._digests]
             if missing:
                 raise ValueError(f"{len(missing)} planned tensors were not written: {missing[:10]}")
-            digests = {name: job.result() for name, job in self._written.items()}
-            for job in self._synced:
+            digests = {name: job.result() for name, job in self._digests.items()}
+            for job in (*self._pending, *self._synced):
                 job.result()
             self.close()
             if len(self.files) > 1:
@@ -109,6 +138,7 @@ class ShardedWriter:
     def close(self) -> None:
         """Stop the threads and close the files, finished or not."""
         self._pool.close()
+        self._sync_pool.shutdown(wait=True, cancel_futures=True)
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -134,11 +164,6 @@ class ShardedWriter:
             self._descriptors[shard] = descriptor
             _write_at(descriptor, 0, memoryview(self._headers[shard]))
         return self._descriptors[shard]
-
-    def _raise_failure(self) -> None:
-        for job in self._written.values():
-            if job.done():
-                job.result()
 
     def _write_index(self) -> None:
         weight_map = {name: self.files[self._shard_of[name]].name for name in sorted(self._plan)}
@@ -182,6 +207,13 @@ def write_and_digest(
     return digest.digest()
 
 
+def _write(descriptor: int, offset: int, tensor: Tensor) -> None:
+    """Write a tensor at `offset` of an open file in its dtype."""
+    for chunk in byte_chunks(tensor):
+        _write_at(descriptor, offset, chunk)
+        offset += len(chunk)
+
+
 def _write_at(descriptor: int, offset: int, data: memoryview) -> None:
     while data:
         count = os.pwrite(descriptor, data, offset)
@@ -189,7 +221,7 @@ def _write_at(descriptor: int, offset: int, data: memoryview) -> None:
         data = data[count:]
 
 
-def _sync(descriptor: int, writes: list[Future[bytes]]) -> None:
+def _sync(descriptor: int, writes: Sequence[Future[bytes] | Future[None]]) -> None:
     """fsync a shard after its writes, while the next shard is being computed."""
     for job in writes:
         job.result()

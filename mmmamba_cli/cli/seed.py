@@ -32,7 +32,12 @@ from mmmamba_cli.errors import CheckpointError, MmmambaError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mmmamba_cli.checkpoint import AnyCheckpoint, Checkpoint, InPlaceCheckpoint
+    from mmmamba_cli.checkpoint import (
+        AnyCheckpoint,
+        Checkpoint,
+        InPlaceCheckpoint,
+        TensorHasher,
+    )
     from mmmamba_cli.recipe import Recipe
     from mmmamba_cli.runs import Manifest, Run
     from mmmamba_cli.seed import LayerFidelity
@@ -116,7 +121,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Start a run: seed a linear student from a trained teacher."""
-    from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
+    from mmmamba_cli.checkpoint import Checkpoint, parse_dtype_name
     from mmmamba_cli.recipe import load_recipe
     from mmmamba_cli.runs import Run
 
@@ -124,35 +129,56 @@ def command(
     overrides |= {} if init is None else {"mixer.init": init}
     overrides |= {} if seed is None else {"seed": seed}
     loaded = load_recipe(recipe, sets or (), overrides)
-    target, wanted = Run(run), parse_dtype(dtype)
+    target, wanted = Run(run), parse_dtype_name(dtype)
     teacher = _open_teacher(checkpoint, config, tokenizer, arch, in_place)
-    replaced = {"overwrite": overwrite, "discard": discard}
-    job = (
-        _holistic_job(target, teacher, loaded, wanted, config, arch, **replaced)
-        if isinstance(teacher, Checkpoint)
-        else _in_place_job(target, teacher, loaded, wanted, allow_bidirectional, **replaced)
-    )
+    from mmmamba_cli.checkpoint import TensorHasher, parse_dtype
+
+    with TensorHasher() as hasher:
+        # Before the libraries of the model are imported, which takes seconds.
+        hasher.submit_ahead(teacher.source)
+        arguments = SeedArguments(loaded, parse_dtype(wanted), overwrite, discard, hasher)
+        job = (
+            _holistic_job(target, teacher, arguments, config, arch)
+            if isinstance(teacher, Checkpoint)
+            else _in_place_job(target, teacher, arguments, allow_bidirectional)
+        )
+        _run_job(target, job, report, calibration, as_json)
+
+
+def _run_job(run: Run, job: SeedJob, report: bool, calibration: Path | None, as_json: bool) -> None:
+    """Seed under the lock of the run, compare the mixers if `report`, and print the result."""
     made = False
 
     def status() -> str:
         if made:
             return (
-                f"the seed is complete in {target.product_folder('seed')}; only its comparison "
+                f"the seed is complete in {run.product_folder('seed')}; only its comparison "
                 "with the teacher is not written"
             )
-        return f"nothing was written to {run}; repeat the command"
+        return f"nothing was written to {run.folder}; repeat the command"
 
-    with if_interrupted(status), target.lock():
-        before = [name for name in target.products() if name != "seed"]
+    with if_interrupted(status), run.lock():
+        before = [name for name in run.products() if name != "seed"]
         with progress("seeding", job.nbytes, "B") as advance:
             manifest = job.seed(advance)
         made = True
         rows = job.compare(calibration) if report else []
     if before:
-        print_warning(f"removed from {target.folder}: {', '.join(before)}")
+        print_warning(f"removed from {run.folder}: {', '.join(before)}")
     if job.note is not None and not as_json:
         print_line(job.note, to_stderr=True)
-    _print_result(target, manifest, rows, as_json)
+    _print_result(run, manifest, rows, as_json)
+
+
+@dataclass(frozen=True)
+class SeedArguments:
+    """Arguments of `seed_student` and of `seed_in_place`."""
+
+    recipe: Recipe
+    dtype: Any
+    overwrite: bool
+    discard: bool
+    hasher: TensorHasher
 
 
 @dataclass(frozen=True)
@@ -186,13 +212,9 @@ def _open_teacher(
 def _holistic_job(
     run: Run,
     teacher: Checkpoint,
-    recipe: Recipe,
-    dtype: Any,
+    arguments: SeedArguments,
     config: Path | None,
     arch: str | None,
-    *,
-    overwrite: bool,
-    discard: bool,
 ) -> SeedJob:
     """The seed of HoVLE, or of a language model of the fast path."""
     from mmmamba_cli.checkpoint.model_loader import recommended_settings
@@ -207,17 +229,14 @@ def _holistic_job(
         )
     settings = ", ".join(f"{name} {value}" for name, value in carried.items())
     return SeedJob(
-        nbytes=_num_student_bytes(teacher, recipe, dtype),
+        nbytes=_num_student_bytes(teacher, arguments.recipe, arguments.dtype),
         seed=lambda advance: seed_student(
             run,
             teacher,
-            recipe,
-            dtype=dtype,
-            overwrite=overwrite,
-            discard=discard,
             config_file=config,
             arch=arch,
             advance=advance,
+            **vars(arguments),
         ),
         compare=lambda file: _fidelity(run, teacher, file),
         note=f"`generate` of the student takes from the teacher: {settings}" if carried else None,
@@ -227,19 +246,17 @@ def _holistic_job(
 def _in_place_job(
     run: Run,
     teacher: InPlaceCheckpoint,
-    recipe: Recipe,
-    dtype: Any,
+    arguments: SeedArguments,
     allow_bidirectional: bool,
-    *,
-    overwrite: bool,
-    discard: bool,
 ) -> SeedJob:
     """The seed of a model of transformers, with mixers in the place of its attention."""
     from mmmamba_cli.checkpoint.in_place_loader import missing_prompt_files
     from mmmamba_cli.seed import seed_in_place, seed_in_place_bytes
     from mmmamba_cli.teachers import bidirectional_warning
 
-    nbytes = seed_in_place_bytes(teacher, recipe, dtype, allow_bidirectional=allow_bidirectional)
+    nbytes = seed_in_place_bytes(
+        teacher, arguments.recipe, arguments.dtype, allow_bidirectional=allow_bidirectional
+    )
     warning = bidirectional_warning(teacher.config)
     if warning is not None:
         print_warning(warning)
@@ -253,12 +270,9 @@ def _in_place_job(
         seed=lambda advance: seed_in_place(
             run,
             teacher,
-            recipe,
-            dtype=dtype,
-            overwrite=overwrite,
-            discard=discard,
             allow_bidirectional=allow_bidirectional,
             advance=advance,
+            **vars(arguments),
         ),
         compare=lambda file: _in_place_fidelity(run, teacher, file),
     )

@@ -84,7 +84,7 @@ def export_checkpoint(
     with atomic_folder(target, overwrite, check) as folder:
         with (
             TensorHasher() as hasher,
-            ShardedWriter(folder, plan, max_shard_bytes) as writer,
+            ShardedWriter(folder, plan, max_shard_bytes, hasher) as writer,
         ):
             for key, tensor in foreign_tensors(layout.name_map, checked_reader(checkpoint, hasher)):
                 writer.write(key, tensor, cast=True)

@@ -267,4 +267,4 @@ def linear_default(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
 
 def uniform(shape: tuple[int, ...], bound: float, rng: torch.Generator) -> Tensor:
     """U[-bound, bound]."""
-    return (torch.rand(shape, generator=rng) * 2 - 1) * bound
+    return torch.rand(shape, generator=rng).mul_(2).sub_(1).mul_(bound)

@@ -18,6 +18,7 @@ from mmmamba_cli.checkpoint import (
     SOURCE_CONFIG,
     Checkpoint,
     ShardedWriter,
+    TensorHasher,
     TensorInfo,
     atomic_folder,
     generation_config,
@@ -138,6 +139,8 @@ class ProductSpec:
     data: Mapping[str, dict[str, str]] = field(default_factory=dict)
     # How the attention layers were chosen, if by measurement.
     selection: Mapping[str, Any] = field(default_factory=dict)
+    # Hashes tensors of a parent that `read` returns.
+    hasher: TensorHasher | None = None
 
 
 def write_product(
@@ -164,7 +167,7 @@ def write_product(
         )
     plan = spec.model.tensors
     with atomic_folder(target, overwrite, check_product_folder) as folder:
-        with ShardedWriter(folder, plan) as writer:
+        with ShardedWriter(folder, plan, hasher=spec.hasher) as writer:
             for name, info in plan.items():
                 writer.write(name, spec.read(name), cast=True)
                 if advance is not None:

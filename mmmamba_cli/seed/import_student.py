@@ -74,6 +74,7 @@ def import_student(
             ),
             read=checked_reader(student, hasher),
             recipe=_published_recipe(student.config) if before is None else before.recipe,
+            hasher=hasher,
             parents=lambda: (
                 Parent("origin", _origin_name(student), hasher.result()),
                 *(() if known is None else (Parent("teacher", known.path, known.content_hash),)),

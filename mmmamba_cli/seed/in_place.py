@@ -11,7 +11,6 @@ from torch import Tensor
 from mmmamba_cli.checkpoint import (
     InPlaceCheckpoint,
     TensorHasher,
-    check_finite,
     combined_hash,
 )
 from mmmamba_cli.checkpoint.in_place import student_layers
@@ -83,6 +82,7 @@ def seed_in_place(
     discard: bool = False,
     allow_bidirectional: bool = False,
     advance: Callable[[int], None] | None = None,
+    hasher: TensorHasher | None = None,
 ) -> Manifest:
     """Start `run` with a student of a transformers model. See `seed_student`.
 
@@ -98,21 +98,22 @@ def seed_in_place(
     config = in_place_config(teacher, recipe, allow_bidirectional=allow_bidirectional)
     repeated = _repeated_names(teacher)
     warning = bidirectional_warning(teacher.config)
-    with TensorHasher() as hasher:
+    with hasher or TensorHasher() as teacher_hasher:
         for name, other in repeated.items():
-            _check_equal(teacher, hasher, name, other)
+            _check_equal(teacher, teacher_hasher, name, other)
         spec = ProductSpec(
             name=SEED_PRODUCT,
             made_by="seed",
             model=in_place_model(config, teacher, dtype, _stored_names(teacher)),
-            read=_reader(teacher, hasher, recipe, new_tensors(config)),
+            read=_reader(teacher, teacher_hasher, recipe, new_tensors(config)),
             recipe=dump_recipe(recipe),
             # Called after every tensor is read and hashed.
-            parents=lambda: (Parent("teacher", str(teacher.path), hasher.result()),),
+            hasher=teacher_hasher,
+            parents=lambda: (Parent("teacher", str(teacher.path), teacher_hasher.result()),),
             notes=() if warning is None else (warning,),
         )
         manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
-        digests = hasher.digests()
+        digests = teacher_hasher.digests()
     record = Teacher(
         path=str(teacher.path.resolve()),
         config=None,
@@ -153,8 +154,7 @@ def _repeated_names(teacher: InPlaceCheckpoint) -> dict[str, str]:
 
 def _check_equal(teacher: InPlaceCheckpoint, hasher: TensorHasher, name: str, other: str) -> None:
     """Hash tensor `name`; raise `CheckpointError` unless it equals `other`, which it is tied to."""
-    tensor = teacher.read(name)
-    hasher.submit(name, tensor)
+    tensor = hasher.submit(name, teacher.read(name))
     if not torch.equal(tensor, teacher.read(other)):
         raise CheckpointError(
             f"{teacher.path}: tie_word_embeddings is true, but {name} differs from {other}",
@@ -178,9 +178,7 @@ def _reader(
 
     def read(name: str) -> Tensor:
         if name not in new:
-            tensor = teacher.read(name)
-            check_finite(tensor, name)
-            hasher.submit(name, tensor)
+            tensor = hasher.submit(name, teacher.read(name), check=True)
             part = ".".join(teacher.layout.names[name].split(".")[-2:])
             if name in layers and part.split(".")[0] in PROJECTIONS:
                 layer = layers[name]

@@ -68,12 +68,14 @@ def seed_student(
     config_file: Path | None = None,
     arch: str | None = None,
     advance: Callable[[int], None] | None = None,
+    hasher: TensorHasher | None = None,
 ) -> Manifest:
     """Start `run` with a student seeded from `teacher`. See `ProductSpec` and `write_product`.
 
     Every tensor of the teacher is read once, checked for NaN and infinity, and hashed. `overwrite`
     replaces the run's seed, and `discard` also removes its other products. With `init: calibrated`
     the teacher is first read layer by layer, with samples of the recipe's data (`calibrate`).
+    `hasher` may hash the teacher already (`TensorHasher.submit_ahead`); it is closed.
 
     Raises:
         RecipeError, DataError: calibration lacks samples.
@@ -90,15 +92,18 @@ def seed_student(
     kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
     shapes = {**parameter_shapes(config), **kept}
     start = _calibrated_start(teacher, recipe, config, shapes)
-    with TensorHasher() as hasher:
+    with hasher or TensorHasher() as teacher_hasher:
         spec = ProductSpec(
             name=SEED_PRODUCT,
             made_by="seed",
             model=holistic_model(config, shapes, teacher, dtype),
-            read=_reader(teacher, checked_reader(teacher, hasher), recipe, config, shapes, start),
+            read=_reader(
+                teacher, checked_reader(teacher, teacher_hasher), recipe, config, shapes, start
+            ),
             recipe=dump_recipe(recipe),
             # Called after every tensor is read and hashed.
-            parents=lambda: (Parent("teacher", str(teacher.path), hasher.result()),),
+            hasher=teacher_hasher,
+            parents=lambda: (Parent("teacher", str(teacher.path), teacher_hasher.result()),),
             notes=(
                 *(f"assumed, not read: {field}" for field in teacher.assumed),
                 *(() if start is None else (start.note,)),
@@ -107,7 +112,7 @@ def seed_student(
             data={} if start is None else {"calibration": start.samples.digests.as_dict()},
         )
         manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
-        digests = hasher.digests()
+        digests = teacher_hasher.digests()
     record = Teacher(
         path=str(teacher.path.resolve()),
         config=None if config_file is None else str(config_file.resolve()),

@@ -4,14 +4,23 @@ import hashlib
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mmmamba_cli.checkpoint import hashing
 from mmmamba_cli.checkpoint.hashing import BoundedPool, TensorHasher, combined_hash, tensor_digest
 from mmmamba_cli.checkpoint.safetensors_file import DTYPES as DTYPE_ELEMENTS
 from mmmamba_cli.checkpoint.tensor_info import quoted, torch_dtype
-from mmmamba_cli.checkpoint.tensor_io import byte_chunks, check_finite, row_slices
+from mmmamba_cli.checkpoint.tensor_io import (
+    byte_chunks,
+    check_finite,
+    is_finite_chunk,
+    row_slices,
+)
+from mmmamba_cli.checkpoint.tensor_source import TensorSource, open_source
 from mmmamba_cli.errors import CheckpointError
 
 DTYPES = {name: torch_dtype(element) for name, element in DTYPE_ELEMENTS.items()}
@@ -73,6 +82,37 @@ def test_opposite_infinities_do_not_cancel() -> None:
         check_finite(torch.tensor([float("inf"), float("-inf")]), "a")
 
 
+SMALL_FLOATS = {
+    dtype: torch.arange(256**bits.itemsize).to(bits).view(dtype)
+    for dtype, bits in (
+        (torch.bfloat16, torch.uint16),
+        (torch.float16, torch.uint16),
+        (torch.float8_e4m3fn, torch.uint8),
+        (torch.float8_e5m2, torch.uint8),
+    )
+}
+
+
+@pytest.mark.parametrize("dtype", SMALL_FLOATS, ids=str)
+def test_every_value_of_a_small_dtype_is_finite_or_not(dtype: torch.dtype) -> None:
+    values = SMALL_FLOATS[dtype]
+    finite = values.float().isfinite()
+    chunks = byte_chunks(values[finite])
+    assert all(is_finite_chunk(chunk, dtype) for chunk in chunks)
+    for value in values[~finite]:
+        (chunk,) = byte_chunks(value)
+        assert not is_finite_chunk(chunk, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_largest_values_are_finite(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    check_finite(torch.tensor([largest, -largest, 0.0, -0.0], dtype=dtype), "largest")
+    for bad in ("inf", "-inf", "nan", "-nan"):
+        with pytest.raises(CheckpointError, match=r"1 NaN|1 infinite"):
+            check_finite(torch.tensor([largest, float(bad)], dtype=dtype), "a")
+
+
 def test_digest_is_sha256_of_description_and_bytes() -> None:
     tensor = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
     expected = hashlib.sha256(json.dumps(["w", "bfloat16", [1, 2]]).encode())
@@ -115,6 +155,73 @@ def test_hasher_refuses_a_name_twice() -> None:
         hasher.submit("a", torch.zeros(1))
         with pytest.raises(ValueError, match="already hashed"):
             hasher.submit("a", torch.zeros(1))
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> TensorSource:
+    """A memory-mapped file of four tensors; `bad` has a NaN."""
+    tensors = {f"t{i}": torch.randn(i + 1, 7) for i in range(3)}
+    save_file({**tensors, "bad": torch.tensor([1.0, float("nan")])}, tmp_path / "a.safetensors")
+    return open_source(tmp_path / "a.safetensors")
+
+
+def test_a_checked_tensor_with_nan_is_an_error_of_the_result() -> None:
+    bad = torch.tensor([1.0, float("nan")])
+    with TensorHasher() as hasher:
+        hasher.submit("unchecked", bad)
+        hasher.submit("empty", torch.empty(0), check=True)
+        hasher.submit("bad.weight", bad, check=True)
+        with pytest.raises(CheckpointError, match=r"'bad\.weight' holds 1 NaN"):
+            hasher.result()
+
+
+def test_a_failed_check_stops_the_next_submission() -> None:
+    with TensorHasher() as hasher:
+        bad = hasher.submit("bad", torch.tensor([float("inf")]), check=True)
+        digest = hasher.digest_of("bad", bad)
+        assert digest is not None and digest.exception(timeout=60) is not None
+        with pytest.raises(CheckpointError, match="'bad' holds 0 NaN and 1 infinite"):
+            hasher.submit("next", torch.zeros(1))
+
+
+def test_tensors_hashed_ahead_are_hashed_once(
+    mapped: TensorSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digested: list[str] = []
+
+    def recorded(name: str, tensor: torch.Tensor, *, check: bool = False) -> bytes:
+        digested.append(name)
+        return tensor_digest(name, tensor, check=check)
+
+    monkeypatch.setattr(hashing, "tensor_digest", recorded)
+    other = torch.zeros(2, 7)
+    with TensorHasher() as hasher:
+        hasher.submit_ahead(mapped)
+        for name in ("t2", "t0"):
+            assert torch.equal(hasher.submit(name, mapped.read(name)), mapped.read(name))
+        assert hasher.submit("t1", other) is other
+        digests = hasher.digests()
+    # `bad`, which nobody submitted, is neither in the result nor an error.
+    expected = {"t2": mapped.read("t2"), "t0": mapped.read("t0"), "t1": other}
+    assert digests == {name: tensor_digest(name, tensor) for name, tensor in expected.items()}
+    assert sorted(digested) == ["bad", "t0", "t1", "t1", "t2"]
+
+
+def test_tensors_hashed_ahead_are_checked(mapped: TensorSource) -> None:
+    with TensorHasher() as hasher:
+        hasher.submit_ahead(mapped)
+        hasher.submit("bad", mapped.read("bad"), check=True)
+        with pytest.raises(CheckpointError, match="'bad' holds 1 NaN"):
+            hasher.digests()
+
+
+def test_few_bytes_are_hashed_ahead(mapped: TensorSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "AHEAD_BYTES", 28 + 8)
+    submitted: list[int] = []
+    monkeypatch.setattr(BoundedPool, "submit", lambda pool, nbytes, job: submitted.append(nbytes))
+    with TensorHasher() as hasher:
+        hasher.submit_ahead(mapped)
+    assert submitted == [0, 0]
 
 
 def test_pool_never_holds_more_than_its_bound() -> None:
