@@ -90,6 +90,7 @@ def check(
     """
     from mmmamba_cli.data import (
         MAX_NAMED,
+        can_be_packed,
         check_data,
         open_corpus,
         samples_to_check,
@@ -108,10 +109,14 @@ def check(
             decode=decode,
             advance=advance,
         )
+    named = None if every else MAX_NAMED
+    packs = can_be_packed(processor)
     if as_json:
-        print_json(report.as_dict(None if every else MAX_NAMED))
+        print_json({**report.as_dict(named), "can_be_packed": packs})
     else:
-        _print_report(report, max_length, None if every else MAX_NAMED)
+        _print_report(report, max_length, named)
+        if not packs:
+            print_line("rows of this model are bucketed by length or padded, and cannot be packed")
     if report.bad_share > max_bad_share:
         raise typer.Exit(PROBLEMS)
 

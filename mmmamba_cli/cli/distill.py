@@ -133,6 +133,20 @@ def command(
             "--restart", help="Begin each stage at step 1, ignoring existing products and states."
         ),
     ] = False,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing and write nothing: print what learns, memory, time, disk, and the "
+            "first batch as text.",
+        ),
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="With --dry-run, load both models and time a step of each stage."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the student to imitate its teacher, stage by stage.
@@ -160,6 +174,9 @@ def command(
         restart=restart,
         launched=processes > 1,
     )
+    if dry or measure:
+        _dry_run(job, processes, dry, measure, as_json)
+        return
     made = _launch(job, processes, max_restarts) if processes > 1 else train(job)
     if made is None:
         raise typer.Exit(INTERRUPTED)
@@ -167,6 +184,38 @@ def command(
         from mmmamba_cli.runs import Run
 
         _print_products(Run(run), made, GivenOptions(teacher, device), as_json)
+
+
+def _dry_run(job: DistillCommand, processes: int, dry: bool, measure: bool, as_json: bool) -> None:
+    """Print what the stages need. The run is not locked: nothing is written."""
+    from mmmamba_cli.cli.dry_run_display import print_dry_run
+    from mmmamba_cli.devices import pick_device
+    from mmmamba_cli.distill import DryRunOptions, dry_run, parse_stage_names
+    from mmmamba_cli.runs import Run
+
+    if not dry:
+        raise MmmambaError("--measure is an option of --dry-run", "give both, or neither")
+    if measure and processes > 1:
+        raise MmmambaError(
+            f"--measure times a step in one process, and --gpus is {processes}",
+            "leave out one of the two",
+        )
+    run = Run(job.run)
+    recipe = _recipe(run, job)
+    options = DryRunOptions(
+        wanted=parse_stage_names(recipe, job.stage),
+        start=job.parent,
+        teacher=job.teacher,
+        processes=processes,
+        measure=measure,
+    )
+    report = dry_run(
+        run, recipe, pick_device(job.device), options, lambda text: print_line(text, to_stderr=True)
+    )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        print_dry_run(report)
 
 
 def _check_restarts(max_restarts: int, processes: int, restart: bool) -> None:

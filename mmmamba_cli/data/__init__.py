@@ -23,7 +23,7 @@ from mmmamba_cli.data.index_files import (
     index_summary,
     open_index,
 )
-from mmmamba_cli.data.loader import StepLoader
+from mmmamba_cli.data.loader import StepLoader, can_be_packed
 from mmmamba_cli.data.model_batch import ModelBatch
 from mmmamba_cli.data.sample import Drawing, Sample, parse_sample
 from mmmamba_cli.data.sample_index import IndexKey, IndexSummary, SampleIndex, read_index
@@ -66,6 +66,7 @@ __all__ = [
     "TextOption",
     "TextRun",
     "build_index",
+    "can_be_packed",
     "check_data",
     "find_index",
     "fingerprint",

@@ -95,6 +95,11 @@ class PlannedSample:
 Planned = PlannedSample | Encoded
 
 
+def can_be_packed(processor: TrainingProcessor | TeacherProcessor) -> bool:
+    """Whether rows of the processor's model may hold several samples (`data.batching: packed`)."""
+    return not isinstance(processor, TeacherProcessor)
+
+
 class StepLoader:
     """Batches for one process of `world_size`.
 
@@ -137,7 +142,7 @@ class StepLoader:
         self.world_size = world_size
         generated = corpus if isinstance(corpus, GeneratedCorpus) else None
         self._generator = None if generated is None else generated.generator
-        if batching == "packed" and isinstance(processor, TeacherProcessor):
+        if batching == "packed" and not can_be_packed(processor):
             raise DataError(
                 "data.batching is packed, and students of transformers' models are not packed yet",
                 "set data.batching to bucketed or padded",

@@ -28,9 +28,12 @@ def build_loaders(
     stage: Stage,
     world: World,
     log: Callable[[str], None],
+    *,
+    processes: int | None = None,
 ) -> tuple[StepLoader, StepLoader | None]:
     """Training batches, and held-out batches if the recipe names a held-out set.
 
+    Batches are the share of this process, of `processes` ones if given, which need not exist.
     A data index of a set is used if there is one. `log` prints a line about it, and about each
     setting of the data that does not apply to the student.
 
@@ -72,7 +75,7 @@ def build_loaders(
             workers=data.workers,
             pin_memory=world.device.type == "cuda",
             rank=world.rank,
-            world_size=world.size,
+            world_size=processes or world.size,
             single_pass=single_pass,
             index=_open_index(source, corpus, processor, data.max_tiles, world, log),
         )

@@ -127,6 +127,21 @@ def train(
     return progress
 
 
+def measure_step(job: TrainingJob, batches: StepBatches, repeats: int = 2) -> StepResult:
+    """Run a step of a stage `repeats` times on weights in memory, and return the last result.
+
+    Nothing is saved. The first step compiles kernels, so its time says little.
+    """
+    parameters = job.pair.trainable_parameters()
+    optimiser = build_optimiser(job.stage, parameters)
+    state = _TrainState(parameters, optimiser, Progress())
+    job.pair.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
+    with limit_cpu_threads(job.world.device):
+        for _ in range(max(1, repeats)):
+            result = _step(job, state, batches, time.perf_counter())
+    return result
+
+
 def _run_steps(
     job: TrainingJob,
     state: _TrainState,
