@@ -31,7 +31,8 @@ class Cell:
 
     `stages` are the names of the stages to run. `prefixes` are digests of everything that the
     weights depend on after seeding and after each stage: cells with an equal digest have equal
-    weights there. `digest` covers all that the JSON of the cell depends on.
+    weights there. `training` is the JSON text of all settings that the evaluated weights depend on,
+    without those of suites.
     """
 
     arm: str
@@ -41,7 +42,7 @@ class Cell:
     commands: tuple[str, ...]
     suites: tuple[SuiteUse, ...]
     prefixes: tuple[str, ...]
-    digest: str
+    training: str
 
     @property
     def name(self) -> str:
@@ -49,8 +50,17 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Name of the run directory; other settings get another one."""
-        return f"{self.name}-{self.digest}"
+        """Name of the run directory; another training gets another one."""
+        return f"{self.name}-{self.digest_with(())}"
+
+    @property
+    def digest(self) -> str:
+        """A digest of all settings that the JSON of the cell depends on."""
+        return self.digest_with(self.suites)
+
+    def digest_with(self, suites: Sequence[SuiteUse]) -> str:
+        """The digest of the cell's training and of these suites alone."""
+        return _digest(*json.loads(self.training), [_suite_settings(suite) for suite in suites])
 
 
 @dataclass(frozen=True)
@@ -187,10 +197,12 @@ def _cell(
         commands=commands,
         suites=suites,
         prefixes=prefixes,
-        digest=_digest(
-            PurePath(plan.teacher).name,
-            [] if recipe is None else [plan.dtype, *_portable(recipe), stages, commands],
-            [_suite_settings(suite) for suite in suites],
+        training=json.dumps(
+            [
+                PurePath(plan.teacher).name,
+                [] if recipe is None else [plan.dtype, *_portable(recipe), stages, commands],
+            ],
+            sort_keys=True,
         ),
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mmmamba_cli.ablation.cells import Cell
-from mmmamba_cli.ablation.plan import WORK, Plan
+from mmmamba_cli.ablation.plan import LIKELIHOOD, WORK, Plan
 from mmmamba_cli.errors import RunError
 
 # Seconds between looks at a command that runs.
@@ -67,10 +67,8 @@ def fill(command: str, places: Mapping[str, str]) -> list[str]:
 
 def commands_of(plan: Plan, cell: Cell) -> list[str]:
     """The commands that do by hand what a cell does; RUN and RECIPE stand for its files."""
-    suites = ",".join(use.name for use in cell.suites)
     if cell.recipe is None:
-        teacher = Path(plan.teacher).name
-        return [f"mmmamba eval --model {teacher} --suite {suites}"] if suites else []
+        return _eval_commands(cell, f"--model {Path(plan.teacher).name}")
     found = [
         f"mmmamba seed {Path(plan.teacher).name} --run RUN --recipe RECIPE --dtype {plan.dtype}"
     ]
@@ -79,4 +77,15 @@ def commands_of(plan: Plan, cell: Cell) -> list[str]:
         found.append(f"mmmamba distill --run RUN --recipe RECIPE --stage {stages}")
     names = {"{run}": "RUN", "{recipe}": "RECIPE", "{seed}": str(cell.seed), WORK: "WORK"}
     found += [f"mmmamba {shlex.join(fill(command, names))}" for command in cell.commands]
-    return found + ([f"mmmamba eval --run RUN --suite {suites}"] if suites else [])
+    return found + _eval_commands(cell, "--run RUN")
+
+
+def _eval_commands(cell: Cell, model: str) -> list[str]:
+    """A command for each way to answer."""
+    found = []
+    for by_likelihood in (False, True):
+        suites = [use.name for use in cell.suites if use.is_by_likelihood == by_likelihood]
+        if suites:
+            way = f" --answers {LIKELIHOOD}" if by_likelihood else ""
+            found.append(f"mmmamba eval {model} --suite {','.join(suites)}{way}")
+    return found

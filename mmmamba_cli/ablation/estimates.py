@@ -29,6 +29,8 @@ class Estimator:
         self._steps: dict[tuple[str | None, str], list[float]] = defaultdict(list)
         self._suites: dict[tuple[str | None, str], list[float]] = defaultdict(list)
         self._other: dict[tuple[str | None, str], list[float]] = defaultdict(list)
+        # Labels of the suites that finished cells have answers to.
+        self._answered: dict[str, set[str]] = {}
         for record in sorted(records, key=lambda one: one.timing.date):
             self.add(record)
 
@@ -36,6 +38,7 @@ class Estimator:
         """Add the measurements of a finished cell."""
         if record.status != "finished":
             return
+        self._answered[record.cell] = {suite.label for suite in record.suites}
         if record.device != self._device:
             self._steps.clear()
             self._suites.clear()
@@ -58,17 +61,20 @@ class Estimator:
 
         `shared` are the stages of the trunk that it continues.
         """
+        answered = self._answered.get(unit.name, set())
         done, steps = steps_done(work / unit.folder)
         done = max(done, shared, key=len)
         arm = unit.arm if isinstance(unit, Cell) else None
         parts: list[float | None] = [
             self._value(self._other, arm, OTHER, {OTHER: self._hints.cell})
         ]
-        if unit.recipe is not None:
+        if unit.recipe is not None and not answered:
             parts.append(self._training(arm, unit.recipe, unit.stages, done, steps))
         if isinstance(unit, Cell):
             parts += [
-                self._value(self._suites, arm, use.title, self._hints.suite) for use in unit.suites
+                self._value(self._suites, arm, use.title, self._hints.suite)
+                for use in unit.suites
+                if use.title not in answered
             ]
         known = [part for part in parts if part is not None]
         return sum(known) if len(known) == len(parts) else None

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,12 @@ from mmmamba_cli.ablation.commands import CommandStopped, commands_of, fill, run
 from mmmamba_cli.ablation.plan import WORK, Plan, SuiteUse
 from mmmamba_cli.ablation.records import (
     CellRecord,
+    LaterAnswers,
     SuiteRecord,
     Timing,
+    finished,
+    missing_suites,
+    read_records,
     write_record,
 )
 from mmmamba_cli.ablation.run_folders import copy_run, prune_run
@@ -112,7 +116,13 @@ class CellExecutor:
         self._train(run, trunk.recipe, trunk.stages, control)
 
     def run_cell(self, cell: Cell, parent: Trunk | None, control: Control) -> CellRecord:
-        """Train and evaluate a cell and write its JSON; raises as `run_trunk` does."""
+        """Train and evaluate a cell and write its JSON; raises as `run_trunk` does.
+
+        A finished cell whose plan has gained suites is evaluated on these alone.
+        """
+        known, _ = read_records(self.setting.out, [cell])
+        if finished(known):
+            return self._complete(cell, known[cell.name], control)
         started = time.perf_counter()
         self._step_seconds = 0.0
         run = Run(self.setting.work / cell.folder)
@@ -151,6 +161,44 @@ class CellExecutor:
         write_record(self.setting.out, cell, record)
         prune_run(run.folder, self.setting.keep, resolved.name)
         return record
+
+    def _complete(self, cell: Cell, record: CellRecord, control: Control) -> CellRecord:
+        """Add the answers to suites that the record lacks.
+
+        Raises `RunError` if the model is not the one of the record.
+        """
+        run = Run(self.setting.work / cell.folder)
+        assert record.model is not None
+        if cell.recipe is None:
+            resolved = resolve_path(Path(self.setting.plan.teacher))
+        else:
+            resolved = resolve_product(run, record.model.product)
+        if model_record(resolved, run).content_hash != record.model.content_hash:
+            raise RunError(
+                f"the model of {cell.name} has other contents than the one that was evaluated",
+                f"remove {cell.name}.json to run the cell again",
+            )
+        missing = replace(cell, suites=missing_suites(cell, record))
+        added, seconds = self._evaluate(run, missing, resolved, control)
+        suites = {suite.label: suite for suite in record.suites}
+        for suite in added:
+            later = LaterAnswers(
+                date=utc_timestamp(),
+                device=device_name(self.setting.device),
+                versions=library_versions(),
+                seconds=seconds[suite.label],
+            )
+            suites[suite.label] = suite.model_copy(update={"later": later})
+        completed = record.model_copy(
+            update={
+                "digest": cell.digest,
+                "commands": tuple(commands_of(self.setting.plan, cell)),
+                "suites": tuple(suites[use.title] for use in cell.suites),
+            }
+        )
+        write_record(self.setting.out, cell, completed)
+        prune_run(run.folder, self.setting.keep, resolved.name if cell.recipe else None)
+        return completed
 
     def _begin(self, run: Run, recipe: Recipe, parent: Trunk | None, control: Control) -> None:
         """Seed a run, or copy that of the trunk, unless it has begun."""
@@ -271,7 +319,7 @@ class CellExecutor:
             batch=use.batch,
             max_tiles=use.max_tiles,
             max_new_tokens=use.max_new_tokens,
-            by_likelihood=use.answers == "likelihood",
+            by_likelihood=use.is_by_likelihood,
         )
         if use not in self._suites:
             suite = find_suite(use.name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.recipe.problems import (
@@ -31,6 +31,10 @@ NAME_ALLOWED = Allowed(
 )
 SET_ALLOWED = Allowed("a section of recipe fields and their values, as stages.stage3.steps: 600")
 SECONDS_ALLOWED = Allowed("a section of names and seconds above 0")
+# The category of a mark that is the suite's lowest.
+WORST = "worst"
+GENERATED, LIKELIHOOD = "generated", "likelihood"
+ANSWERS_ALLOWED = Allowed(f"{GENERATED}, {LIKELIHOOD}, or a list of both")
 
 
 def _check_name(value: Any) -> str:
@@ -55,6 +59,20 @@ def _check_seconds(value: Any) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in value.items()}
 
 
+def _check_answers(value: Any) -> Any:
+    given = [value] if isinstance(value, str) else value
+    if (
+        isinstance(given, list | tuple)
+        and given
+        and all(one in (GENERATED, LIKELIHOOD) for one in given)
+        and len(set(given)) == len(given)
+    ):
+        return given[0] if len(given) == 1 else tuple(given)
+    raise invalid_value(f"is {format_value(value)}, must be {ANSWERS_ALLOWED.words}")
+
+
+Way = Literal["generated", "likelihood"]
+Answers = Annotated[Way | tuple[Way, ...], BeforeValidator(_check_answers), ANSWERS_ALLOWED]
 Name = Annotated[str, BeforeValidator(_check_name), NAME_ALLOWED]
 Changes = Annotated[dict[str, Any], BeforeValidator(_check_set), SET_ALLOWED]
 Seconds = Annotated[dict[str, Any], BeforeValidator(_check_seconds), SECONDS_ALLOWED]
@@ -77,9 +95,10 @@ class SuiteUse(Section):
     max_tiles: int | None = Field(default=None, ge=1, description="Tiles per picture.")
     max_new_tokens: int | None = Field(default=None, ge=1, description="Tokens of an answer.")
     batch: int | None = Field(default=None, ge=1, description="Prompts per batch; null: auto.")
-    answers: Literal["generated", "likelihood"] = Field(
+    answers: Answers = Field(
         default="generated",
-        description="generated, or likelihood: the likeliest option, where a row has options.",
+        description="generated, or likelihood: the likeliest option, where a row has options. A "
+        "list of both is two suites; that of likelihood is called LABEL-likelihood.",
     )
     rule: Text | None = Field(default=None, description="Rule of tables; null takes the first.")
     chance: float | None = Field(
@@ -98,6 +117,25 @@ class SuiteUse(Section):
     @property
     def title(self) -> str:
         return self.label or self.name
+
+    @property
+    def is_by_likelihood(self) -> bool:
+        return self.answers == LIKELIHOOD
+
+
+def _one_way_each(suites: tuple[SuiteUse, ...]) -> tuple[SuiteUse, ...]:
+    """Suites with one way to answer each: an entry with several becomes several."""
+    found: list[SuiteUse] = []
+    for use in suites:
+        if isinstance(use.answers, str):
+            found.append(use)
+            continue
+        for way in use.answers:
+            changes: dict[str, Any] = {"answers": way}
+            if way == LIKELIHOOD:
+                changes["label"] = f"{use.title}-{LIKELIHOOD}"
+            found.append(use.model_copy(update=changes))
+    return tuple(found)
 
 
 class Preparation(Section):
@@ -151,10 +189,30 @@ class Table(Section):
     )
     suites: Texts = Field(default=(), description="Labels of its suites; empty: all.")
     note: str = Field(default="", description="A sentence below the table.")
+    categories: bool = Field(
+        default=False, description="Whether to show the scores of each suite's categories."
+    )
     deviations: bool = Field(
         default=False,
         description="Whether to count deviations from the base beyond the spread of its seeds.",
     )
+
+
+class Mark(Section):
+    """A score that an arm is to reach."""
+
+    arm: Text = Field(description="Arm whose mean over seeds counts.")
+    suite: Text = Field(description="Label of the suite.")
+    category: Text | None = Field(
+        default=None,
+        description=f"Category of the suite, or {WORST}: the lowest; null takes the suite's score.",
+    )
+    share: Literal["teacher", "above-chance", "score"] = Field(
+        default="teacher",
+        description="What is compared: percent of the teacher's score, the same above chance, or "
+        "the score itself.",
+    )
+    at_least: float = Field(description="Lowest value that reaches the mark.")
 
 
 class Plan(Section):
@@ -177,8 +235,8 @@ class Plan(Section):
     prepare: Annotated[tuple[Preparation, ...], Field(strict=False)] = Field(
         default=(), description="Data that commands make before the first cell."
     )
-    suites: Annotated[tuple[SuiteUse, ...], Field(strict=False)] = Field(
-        default=(), description="Suites of every finished cell."
+    suites: Annotated[tuple[SuiteUse, ...], Field(strict=False), AfterValidator(_one_way_each)] = (
+        Field(default=(), description="Suites of every finished cell.")
     )
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field(
         default=(0,), description="Seeds of each arm."
@@ -195,6 +253,9 @@ class Plan(Section):
     )
     tables: Annotated[tuple[Table, ...], Field(strict=False)] = Field(
         default=(), description="Tables of the results; empty: one table of all arms."
+    )
+    marks: Annotated[tuple[Mark, ...], Field(strict=False)] = Field(
+        default=(), description="Scores that arms are to reach; the results say which do."
     )
 
     def arm(self, name: str) -> Arm:
@@ -252,6 +313,9 @@ class Plan(Section):
                 _check_known(label, labels, "suite", *place, "suites", column)
             if table.base is not None:
                 _check_known(table.base, names, "arm", *place, "base")
+        for position, mark in enumerate(self.marks):
+            _check_known(mark.arm, names, "arm", "marks", position, "arm")
+            _check_known(mark.suite, labels, "suite", "marks", position, "suite")
         return self
 
 

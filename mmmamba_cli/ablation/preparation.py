@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmmamba_cli.ablation.cells import Cell, is_corpus_spec
-from mmmamba_cli.ablation.plan import WORK, Plan
+from mmmamba_cli.ablation.plan import WORK, Plan, SuiteUse
 from mmmamba_cli.ablation.records import RESULTS
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.evaluate.library import find_suite, find_table
@@ -37,12 +37,12 @@ def preparations(plan: Plan, cells: Sequence[Cell], work: Path) -> list[tuple[Pa
     ]
 
 
-def check_suites(cells: Sequence[Cell], say: Callable[[str], None]) -> None:
+def check_suites(suites: Sequence[SuiteUse], say: Callable[[str], None]) -> None:
     """Find the table of every suite, or make it, before the first cell needs it.
 
     Raises `DataError` for an unknown suite or rule, or a table that is not there.
     """
-    for use in dict.fromkeys(use for cell in cells for use in cell.suites):
+    for use in suites:
         suite = find_suite(use.name)
         suite.scoring(use.rule)
         find_table(suite, None if use.data is None else Path(use.data), say)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mmmamba_cli.ablation.answers import Texts
 from mmmamba_cli.ablation.cells import Cell
+from mmmamba_cli.ablation.plan import SuiteUse
 from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.runs.manifest import read_json_as
@@ -60,8 +61,20 @@ class RuleRecord(_JsonModel):
     intervals: dict[str, tuple[float, float]]
 
 
+class LaterAnswers(_JsonModel):
+    """Where and when a suite was answered that the plan gained after the cell was finished."""
+
+    date: str
+    device: str
+    versions: dict[str, str]
+    seconds: float
+
+
 class SuiteRecord(_JsonModel):
-    """A cell's answers to a suite; `correct` has a 1 for each right one by the first rule."""
+    """A cell's answers to a suite; `correct` has a 1 for each right one by the first rule.
+
+    `later` is None if they were given when the cell was finished, on its device.
+    """
 
     label: str
     suite: str
@@ -75,6 +88,7 @@ class SuiteRecord(_JsonModel):
     correct: str
     settings: dict[str, Any]
     rules: tuple[RuleRecord, ...]
+    later: LaterAnswers | None = None
 
     def rule(self, name: str | None) -> RuleRecord | None:
         """The rule of that name, or the first one."""
@@ -133,6 +147,9 @@ def write_record(out: Path, cell: Cell, record: CellRecord) -> None:
 def read_records(out: Path, cells: Sequence[Cell]) -> tuple[dict[str, CellRecord], list[Cell]]:
     """The records of cells by name, and the cells whose record was made with other settings.
 
+    A record that lacks suites of its cell counts as that of the cell if the settings of its
+    training and of the suites that it has are the cell's: the plan has gained suites since.
+
     Raises `RunError` for a damaged file.
     """
     found: dict[str, CellRecord] = {}
@@ -146,11 +163,20 @@ def read_records(out: Path, cells: Sequence[Cell]) -> tuple[dict[str, CellRecord
             raise RunError(
                 f"{file} is the result of {record.cell}", f"rename it to {record.cell}.json"
             )
-        if record.digest == cell.digest:
+        if record.digest in (cell.digest, cell.digest_with(_answered(cell, record))):
             found[cell.name] = record
         else:
             outdated.append(cell)
     return found, outdated
+
+
+def _answered(cell: Cell, record: CellRecord) -> tuple[SuiteUse, ...]:
+    return tuple(use for use in cell.suites if record.suite(use.title) is not None)
+
+
+def missing_suites(cell: Cell, record: CellRecord) -> tuple[SuiteUse, ...]:
+    """The suites of a cell that its record has no answers to."""
+    return tuple(use for use in cell.suites if record.suite(use.title) is None)
 
 
 def finished(records: Mapping[str, CellRecord]) -> dict[str, CellRecord]:

@@ -63,6 +63,24 @@ def provenance(
     return (
         f"{command}, {len(records)} of {len(cells)} cells; "
         f"{', '.join(devices)}; {'; '.join(versions)}; {span}: `{out.as_posix()}`."
+        + _later_answers(records)
+    )
+
+
+def _later_answers(records: Mapping[str, CellRecord]) -> str:
+    """Sentences about suites that were answered after their cells, maybe on another device."""
+    found: dict[tuple[str, str, str, str], set[str]] = {}
+    for record in records.values():
+        for suite in record.suites:
+            if suite.later is not None:
+                later, names = suite.later, ("torch", "transformers")
+                torch, transformers = (later.versions[name] for name in names)
+                place = (later.device, torch, transformers, later.date[:10])
+                found.setdefault(place, set()).add(suite.label)
+    return "".join(
+        f" Answered later: {', '.join(sorted(labels))} on {device}; torch {torch}, transformers "
+        f"{transformers}; {day}."
+        for (device, torch, transformers, day), labels in sorted(found.items())
     )
 
 

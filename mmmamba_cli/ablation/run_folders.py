@@ -64,6 +64,13 @@ def prune_run(folder: Path, keep: Sequence[str], evaluated: str | None) -> None:
             shutil.rmtree(path)
 
 
+def has_product(folder: Path, name: str, content_hash: str) -> bool:
+    """Whether the run in a folder has a product of that name and content."""
+    run = Run(folder)
+    found = run.products().get(name) if run.exists else None
+    return found is not None and found.content_hash == content_hash
+
+
 def steps_done(folder: Path) -> tuple[tuple[str, ...], int]:
     """The stages that a run has done, and the steps of the next one that are saved."""
     run = Run(folder)

@@ -12,15 +12,16 @@ from typing import Protocol
 
 from mmmamba_cli.ablation.cells import Cell, Trunk, shared_trunks
 from mmmamba_cli.ablation.estimates import Estimator
-from mmmamba_cli.ablation.plan import Plan
+from mmmamba_cli.ablation.plan import Plan, SuiteUse
 from mmmamba_cli.ablation.records import (
     CellRecord,
     Timing,
     finished,
+    missing_suites,
     read_records,
     write_record,
 )
-from mmmamba_cli.ablation.run_folders import prune_run
+from mmmamba_cli.ablation.run_folders import has_product, prune_run
 from mmmamba_cli.errors import RunError, name_some
 from mmmamba_cli.runs.manifest import utc_timestamp
 
@@ -91,19 +92,53 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PlanProgress:
-    """Where a plan stands: records by cell, cells to run, and their trunks."""
+    """Where a plan stands: records by cell, cells to run, trunks and run folders of all cells.
+
+    `lacking` has the labels of suites that the plan has gained since a cell was finished, of the
+    selected cells whose product is gone, so that they cannot be evaluated on them.
+    """
 
     records: Mapping[str, CellRecord]
     pending: tuple[Cell, ...]
     trunks: Mapping[str, Sequence[Trunk]]
+    folders: Mapping[str, str]
+    lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def suites(self) -> list[SuiteUse]:
+        """The suites that the pending cells will be evaluated on."""
+        done = finished(self.records)
+        uses = (
+            use
+            for cell in self.pending
+            for use in (missing_suites(cell, done[cell.name]) if cell.name in done else cell.suites)
+        )
+        return list(dict.fromkeys(uses))
+
+    @property
+    def pending_trunks(self) -> dict[str, Sequence[Trunk]]:
+        """The trunks of the cells to train; a finished cell that lacks suites needs none."""
+        done = finished(self.records)
+        return {
+            cell.name: self.trunks.get(cell.name, ())
+            for cell in self.pending
+            if cell.name not in done
+        }
 
 
 def find_progress(
-    out: Path, cells: Sequence[Cell], selected: Sequence[Cell], *, retry: bool, overwrite: bool
+    out: Path,
+    work: Path,
+    cells: Sequence[Cell],
+    selected: Sequence[Cell],
+    *,
+    retry: bool,
+    overwrite: bool,
 ) -> PlanProgress:
-    """Read the results and list the selected cells that have none.
+    """Read the results and list the selected cells that have none, or lack suites.
 
-    `retry` runs failed cells again, `overwrite` those whose results were made with other settings.
+    A cell that lacks suites is run if its product is still there. `retry` runs failed cells again,
+    `overwrite` those whose results were made with other settings.
 
     Raises:
         RunError: results were made with other settings, without `overwrite`.
@@ -116,15 +151,34 @@ def find_progress(
             "--overwrite runs these cells again; or choose another --out",
         )
     done = finished(records) if retry else records
-    pending = tuple(cell for cell in selected if cell.name not in done)
-    return PlanProgress(records, pending, shared_trunks(cells))
+    pending, lacking = [], {}
+    for cell in selected:
+        record = done.get(cell.name)
+        if record is None:
+            pending.append(cell)
+        elif record.status == "finished" and (missing := missing_suites(cell, record)):
+            if _model_is_left(cell, record, work):
+                pending.append(cell)
+            else:
+                lacking[cell.name] = tuple(use.title for use in missing)
+    folders = {cell.name: cell.folder for cell in cells}
+    return PlanProgress(records, tuple(pending), shared_trunks(cells), folders, lacking)
+
+
+def _model_is_left(cell: Cell, record: CellRecord, work: Path) -> bool:
+    """Whether the evaluated model of a finished cell is still there."""
+    if cell.recipe is None:
+        return True
+    model = record.model
+    return model is not None and has_product(work / cell.folder, model.product, model.content_hash)
 
 
 def units_to_run(progress: PlanProgress) -> list[tuple[Unit, Trunk | None]]:
     """The units of the pending cells with the trunk that each starts from, parents first."""
     found: dict[str, tuple[Unit, Trunk | None]] = {}
+    trunks = progress.pending_trunks
     for cell in progress.pending:
-        path = progress.trunks.get(cell.name, ())
+        path = trunks.get(cell.name, ())
         for trunk in path:
             found.setdefault(trunk.folder, (trunk, trunk.parent))
         found[cell.folder] = (cell, path[-1] if path else None)
@@ -173,7 +227,7 @@ def run_plan(
             break
         events.update(total - queue.cells_left(), total, queue.seconds_left(jobs))
         for end in pool.wait():
-            _note(end, queue, outcome, plan, out, events)
+            _note(end, queue, outcome, plan, progress, out, events)
             if end.status == "finished" and isinstance(end.unit, Cell):
                 records, _ = read_records(out, [end.unit])
                 estimator.add(records[end.unit.name])
@@ -191,10 +245,14 @@ def _note(
     queue: _Queue,
     outcome: Outcome,
     plan: Plan,
+    progress: PlanProgress,
     out: Path,
     events: RunnerEvents,
 ) -> None:
-    """Add the end of a unit to the outcome; the cells of a failed trunk fail with it."""
+    """Add the end of a unit to the outcome; the cells of a failed trunk fail with it.
+
+    A cell that could not be evaluated on a suite gained by the plan keeps its result.
+    """
     unit = end.unit
     if end.status == "stopped":
         queue.close()
@@ -211,12 +269,14 @@ def _note(
             message = f"the stages {', '.join(unit.stages)} that it shares failed: {message}"
         events.say(f"{cell.name} failed: {message}")
         outcome.failed[cell.name] = message
+        if cell.name in finished(progress.records):
+            continue
         record = CellRecord(
             plan=plan.name,
             cell=cell.name,
             arm=cell.arm,
             seed=cell.seed,
-            digest=cell.digest,
+            digest=cell.digest_with(()),
             status="failed",
             error=message,
             timing=Timing(date=utc_timestamp()),
@@ -230,7 +290,7 @@ class _Queue:
     def __init__(self, progress: PlanProgress, estimator: Estimator, work: Path):
         self._waiting = {unit.folder: (unit, parent) for unit, parent in units_to_run(progress)}
         self._unfinished = {unit.folder: unit for unit, _ in self._waiting.values()}
-        self._trunks = progress.trunks
+        self._trunks = progress.pending_trunks
         self._estimator = estimator
         self._work = work
         self._closed = False
@@ -316,7 +376,10 @@ def remove_unneeded(
             folder = work / trunk.folder
             if trunk.folder not in needed and folder.is_dir():
                 shutil.rmtree(folder)
-    for name, record in progress.records.items():
-        if record.status == "finished":
+    # The model of a cell that lacks suites is needed.
+    waiting = {cell.name for cell in progress.pending}
+    for name, run in progress.folders.items():
+        record = progress.records.get(name)
+        if record is not None and record.status == "finished" and name not in waiting:
             evaluated = record.model.product if record.model and record.seed is not None else None
-            prune_run(work / f"{name}-{record.digest}", keep, evaluated)
+            prune_run(work / run, keep, evaluated)

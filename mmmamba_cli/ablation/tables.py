@@ -9,21 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from mmmamba_cli.ablation.answers import Questions, read_questions
+from mmmamba_cli.ablation.answer_ways import answer_tables, ways_beside
+from mmmamba_cli.ablation.category_table import category_table
 from mmmamba_cli.ablation.cells import Cell
 from mmmamba_cli.ablation.deviations import deviation_table
-from mmmamba_cli.ablation.plan import TEACHER_ARM, Plan, SuiteUse, Table
-from mmmamba_cli.ablation.records import CellRecord, finished, read_records
-from mmmamba_cli.ablation.statistics import (
-    Difference,
-    paired_difference,
-    replicates,
-    t_interval,
-)
+from mmmamba_cli.ablation.marks import mark_table
+from mmmamba_cli.ablation.plan import TEACHER_ARM, Plan, Table
+from mmmamba_cli.ablation.records import CellRecord, finished, missing_suites, read_records
+from mmmamba_cli.ablation.statistics import Difference, t_interval
+from mmmamba_cli.ablation.suite_scores import SuiteScores, percent_of_teacher
 from mmmamba_cli.ablation.text_table import TextTable
 from mmmamba_cli.errors import name_some
-from mmmamba_cli.evaluate.scoring import UnitScores
-from mmmamba_cli.evaluate.scoring.chance import above_chance
 
 
 @dataclass(frozen=True)
@@ -44,27 +40,28 @@ def plan_tables(plan: Plan, out: Path, cells: Sequence[Cell]) -> tuple[list[Text
     records, outdated = read_records(out, cells)
     done = finished(records)
     scores = {use.title: SuiteScores(use, out, done) for use in plan.suites}
-    tables = []
+    tables = [mark_table(plan, scores, done)]
     for table in plan.all_tables:
-        for use in plan.suites:
-            if table.suites and use.title not in table.suites:
-                continue
-            made = _score_table(plan, table, scores[use.title], done)
-            if made is not None:
-                tables.append(made)
-        held_out = _held_out_table(plan, table, done)
-        if held_out is not None:
-            tables.append(held_out)
+        chosen = _suites_of(plan, table, scores)
+        tables += [_score_table(plan, table, one, done) for one in chosen]
+        if table.categories:
+            tables += [category_table(plan, table, one, done) for one in chosen]
+        tables += answer_tables(plan, table, scores, done)
+        tables.append(_held_out_table(plan, table, done))
         if table.deviations:
-            chosen = [
-                scores[use.title]
-                for use in plan.suites
-                if not table.suites or use.title in table.suites
-            ]
-            counted = deviation_table(plan, table, chosen, done)
-            if counted is not None:
-                tables.append(counted)
-    return tables, cell_notes(cells, records, outdated)
+            tables.append(deviation_table(plan, table, chosen, done))
+    return [one for one in tables if one is not None], cell_notes(cells, records, outdated)
+
+
+def _suites_of(plan: Plan, table: Table, scores: Mapping[str, SuiteScores]) -> list[SuiteScores]:
+    """The suites of a table: those that it names, else all but the second way of an entry.
+
+    The second way stands beside the first in a table of answers.
+    """
+    if table.suites:
+        return [scores[use.title] for use in plan.suites if use.title in table.suites]
+    beside = ways_beside(plan)
+    return [scores[use.title] for use in plan.suites if use.title not in beside]
 
 
 def cell_notes(
@@ -76,6 +73,7 @@ def cell_notes(
     ]
     old = {cell.name for cell in outdated}
     missing = [cell for cell in cells if cell.name not in records and cell.name not in old]
+    notes += _gained_notes(cells, records)
     if missing:
         notes.append(f"{len(missing)} of {len(cells)} cells are not run: {_by_seeds(missing)}")
     if old:
@@ -83,6 +81,22 @@ def cell_notes(
             f"left out, since they were made with other settings: {name_some(sorted(old))}"
         )
     return notes
+
+
+def _gained_notes(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> list[str]:
+    """Finished cells without answers to suites that the plan has gained, by these suites."""
+    gained: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        record = records.get(cell.name)
+        if record is not None and record.status == "finished":
+            labels = tuple(use.title for use in missing_suites(cell, record))
+            gained.setdefault(labels, []).append(cell)
+    return [
+        f"{len(found)} finished cells have no answers to {', '.join(labels)}, which the plan has "
+        f"gained since: {_by_seeds(found)}"
+        for labels, found in gained.items()
+        if labels
+    ]
 
 
 def _by_seeds(cells: Sequence[Cell]) -> str:
@@ -99,58 +113,6 @@ def _by_seeds(cells: Sequence[Cell]) -> str:
         ", ".join(names) + (f" (seeds {', '.join(map(str, found))})" if found else "")
         for found, names in arms.items()
     )
-
-
-class SuiteScores:
-    """The scores of all finished cells on one suite, and their replicates."""
-
-    def __init__(self, use: SuiteUse, out: Path, records: Mapping[str, CellRecord]):
-        self.use = use
-        self.values: dict[str, float] = {}
-        self.metric = ""
-        self._questions: dict[str, str] = {}
-        self._groups: dict[str, dict[str, UnitScores]] = {}
-        self._replicates: dict[str, dict[str, np.ndarray]] = {}
-        opened: dict[str, Questions] = {}
-        for name, record in records.items():
-            suite = record.suite(use.title)
-            rule = None if suite is None else suite.rule(use.rule)
-            if suite is None or rule is None or rule.metrics[rule.metric] is None:
-                continue
-            digest = suite.questions
-            if digest not in opened:
-                opened[digest] = read_questions(out, suite.suite, digest)
-            scores = opened[digest].scores(rule.scoring, suite.answers)
-            value = scores.values()[rule.metric]
-            assert value is not None
-            self.metric, self.values[name] = rule.metric, value
-            self._questions[name] = digest
-            self._groups.setdefault(digest, {})[name] = scores
-
-    @property
-    def chance(self) -> float | None:
-        """The score of a blind guess, by the plan or the rule; None if it is not known."""
-        if self.use.chance is not None:
-            return self.use.chance
-        known = [
-            one.chance.get(self.metric) for group in self._groups.values() for one in group.values()
-        ]
-        return known[0] if known else None
-
-    def difference(self, pairs: Sequence[tuple[str, str]]) -> Difference | None:
-        """The difference over pairs of cells, each (cell, base cell); None for other questions."""
-        same = [(a, b) for a, b in pairs if self._questions[a] == self._questions[b]]
-        if not same:
-            return None
-        values = [self.values[a] - self.values[b] for a, b in same]
-        drawn = [self._drawn(a) - self._drawn(b) for a, b in same]
-        return paired_difference(values, drawn)
-
-    def _drawn(self, name: str) -> np.ndarray:
-        digest = self._questions[name]
-        if digest not in self._replicates:
-            self._replicates[digest] = replicates(self._groups[digest], self.metric)
-        return self._replicates[digest][name]
 
 
 def arm_scores(
@@ -183,19 +145,11 @@ def arm_scores(
                 mean=mean,
                 half_width=t_interval(values),
                 difference=scores.difference(pairs) if arm != base and pairs else None,
-                retention=_retention(mean, teacher_score, 0.0),
-                above_chance=_retention(mean, teacher_score, chance),
+                retention=percent_of_teacher(mean, teacher_score),
+                above_chance=percent_of_teacher(mean, teacher_score, chance),
             )
         )
     return rows
-
-
-def _retention(score: float, teacher: float | None, chance: float | None) -> float | None:
-    """Percent of the teacher's score above `chance`; None if either is not known."""
-    if teacher is None or chance is None:
-        return None
-    ratio = above_chance(score, teacher, chance)
-    return None if ratio is None else 100 * ratio
 
 
 def _score_table(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,7 +103,7 @@ def command(
     if table:
         _print_tables(loaded, results, cells, as_json)
         return
-    progress = find_progress(results, cells, chosen, retry=retry, overwrite=overwrite)
+    progress = find_progress(results, folder, cells, chosen, retry=retry, overwrite=overwrite)
     if dry_run:
         _print_cells(loaded, progress, chosen, folder, as_json)
         return
@@ -139,7 +139,7 @@ def _run(
         stack.enter_context(if_interrupted(f"results are in {out}; run the same command to go on"))
         _prepare(plan, progress.pending, work)
         check_data(progress.pending)
-        check_suites(progress.pending, lambda text: print_line(text, to_stderr=True))
+        check_suites(progress.suites, lambda text: print_line(text, to_stderr=True))
         from mmmamba_cli.ablation.execution import Setting
         from mmmamba_cli.ablation.pools import InlinePool, ProcessPool
 
@@ -197,6 +197,7 @@ def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) 
                 "failed": failed,
                 "left": outcome.left,
                 "too_long": outcome.too_long,
+                "lacking": {name: list(labels) for name, labels in progress.lacking.items()},
                 "stopped": outcome.stopped,
             }
         )
@@ -207,6 +208,8 @@ def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) 
                 f"not started, because their estimated time exceeds the time left: "
                 f"{name_some(outcome.too_long)}"
             )
+        if progress.lacking:
+            print_warning(_lacking_note(progress.lacking))
         if outcome.left:
             print_line("next: run the same command to go on")
     if failed:
@@ -217,6 +220,14 @@ def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) 
         )
     if outcome.stopped:
         raise typer.Exit(INTERRUPTED)
+
+
+def _lacking_note(lacking: Mapping[str, Sequence[str]]) -> str:
+    labels = list(dict.fromkeys(label for found in lacking.values() for label in found))
+    return (
+        f"without answers to {', '.join(labels)}, which the plan has gained, since their products "
+        f"are gone: {name_some(sorted(lacking))}; a cell is trained again if its JSON is removed"
+    )
 
 
 def _print_cells(
@@ -230,12 +241,19 @@ def _print_cells(
     done = {name: one.status for name, one in progress.records.items()}
     waiting = {cell.name for cell in progress.pending}
     rows: list[dict[str, Any]] = [
-        {"cell": cell.name, "state": done[cell.name], "stages": list(cell.stages), "seconds": None}
+        {
+            "cell": cell.name,
+            "state": "lacks suites" if cell.name in progress.lacking else done[cell.name],
+            "stages": list(cell.stages),
+            "seconds": None,
+        }
         for cell in chosen
         if cell.name not in waiting
     ]
     for unit, seconds in found:
         state = "to run" if isinstance(unit, Cell) else "shared"
+        if done.get(unit.name) == "finished":
+            state = "to complete"
         rows.append(
             {"cell": unit.name, "state": state, "stages": list(unit.stages), "seconds": seconds}
         )
@@ -257,6 +275,8 @@ def _print_cells(
     estimate = (
         "unknown: no cell has been measured" if total is None else f"{total / 60:.1f} minutes"
     )
+    if progress.lacking:
+        print_line(_lacking_note(progress.lacking))
     print_line(f"{len(progress.pending)} cells to run, one at a time: {estimate}")
 
 
@@ -268,7 +288,7 @@ def _print_tables(plan: Plan, out: Path, cells: list[Cell], as_json: bool) -> No
         print_json({"tables": [one.as_dict() for one in tables], "notes": notes})
         return
     for one in tables:
-        print_table(one.heading, one.rows, title=one.title, right=one.heading[1:])
+        print_table(one.heading, one.rows, title=one.title, right=one.numeric_columns)
         for note in one.notes:
             print_line(note)
     for note in notes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ablation_plans import WritePlan
+from ablation_plans import PLAN, WritePlan
 from click.testing import Result
 from preloaded_process import PreloadedProcess
 from typer.testing import CliRunner
@@ -204,6 +204,45 @@ def test_chosen_layers_and_own_commands(
     assert found["own-seed0"]["model"]["attention_layers"] == [2]
     assert [words[0] for words in run] == ["hybridize"]
     assert found["own-seed0"]["commands"][-1] == "mmmamba hybridize --run RUN --layers 2"
+
+
+def test_a_suite_that_the_plan_gains(write_plan: WritePlan, trained: list[str]) -> None:
+    """Finished cells are evaluated on it alone; one whose product is gone keeps its result."""
+    arms = [{"name": name, "stages": []} for name in ("linear", "gone", "broken")]
+    suites = json.loads(json.dumps(PLAN["suites"]))
+    file = write_plan({"arms": arms, "suites": suites})
+    done(file)
+    before = records(file)
+    work = file.parent / "work"
+    shutil.rmtree(next(work.glob("gone-*")))
+    weights = next(work.glob("broken-*")) / "products" / "seed" / "config.json"
+    suites[0]["answers"] = ["generated", "likelihood"]
+    file = write_plan({"arms": arms, "suites": suites})
+    rows = done(file, "--dry-run")["cells"]
+    states = {row["cell"]: row["state"] for row in rows}
+    assert states == {
+        "teacher": "to complete",
+        "linear-seed0": "to complete",
+        "gone-seed0": "lacks suites",
+        "broken-seed0": "to complete",
+    }
+    weights.write_text("{}")
+    result = ablate(file, "--json")
+    assert "1 cells failed: broken-seed0" in str(result.exception)
+    printed = json.loads(result.stdout[: result.stdout.rindex("}") + 1])
+    assert printed["finished"] == ["teacher", "linear-seed0"]
+    assert printed["lacking"] == {"gone-seed0": ["scenes-likelihood"]}
+    assert trained == []
+    after = records(file)
+    for name in ("gone-seed0", "broken-seed0"):
+        assert after[name] == before[name]
+    for name in ("teacher", "linear-seed0"):
+        generated, likelihood = after[name]["suites"]
+        assert [generated] == before[name]["suites"]
+        assert likelihood["label"] == "scenes-likelihood"
+        assert likelihood["settings"]["answers"] == "chosen by likelihood"
+        assert likelihood["later"]["device"] == "CPU"
+        assert after[name]["commands"][-1].endswith("--suite scenes --answers likelihood")
 
 
 def test_two_runners_cannot_use_one_folder(write_plan: WritePlan) -> None:

@@ -81,7 +81,7 @@ def run(
     monkeypatch.setattr(runner_module, "time", SimpleNamespace(monotonic=lambda: pool.now))
     return run_plan(
         plan,
-        find_progress(pool.out, cells, cells, retry=False, overwrite=False),
+        find_progress(pool.out, file.parent / "work", cells, cells, retry=False, overwrite=False),
         pool,
         out=pool.out,
         work=file.parent / "work",

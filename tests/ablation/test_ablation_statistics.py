@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import pytest
 from ablation_plans import WritePlan
+from ablation_results import SCORING, answers_with, questions_of, write_cells
 
-from mmmamba_cli.ablation import CellRecord, expand, load_plan
-from mmmamba_cli.ablation.answers import Questions, Texts, write_questions
-from mmmamba_cli.ablation.records import RuleRecord, SuiteRecord, Timing, write_record
+from mmmamba_cli.ablation import expand, load_plan
+from mmmamba_cli.ablation.answers import Texts
 from mmmamba_cli.ablation.results_page import markdown
 from mmmamba_cli.ablation.statistics import (
     paired_difference,
@@ -20,9 +17,6 @@ from mmmamba_cli.ablation.statistics import (
     t_quantile,
 )
 from mmmamba_cli.ablation.tables import plan_tables
-from mmmamba_cli.evaluate.rows import Row
-
-SCORING = "mmmamba_evals.scenes.scoring:accuracy_by_category"
 
 
 @pytest.mark.parametrize(
@@ -49,16 +43,6 @@ def test_a_difference_of_several_seeds() -> None:
     assert not paired_difference([0.0], [np.linspace(-1, 9, 10_000)]).separated
 
 
-def questions_of(pictures: int) -> Questions:
-    """Two questions about each picture, in one category."""
-    rows = [
-        Row(str(2 * n + turn), "", ("Yes", "No")[turn], "count", unit=str(n))
-        for n in range(pictures)
-        for turn in range(2)
-    ]
-    return Questions.of("scenes", rows)
-
-
 def test_pictures_are_drawn_and_not_questions() -> None:
     """Both answers of a picture are right or wrong together: the deviation is that of 4 draws."""
     questions = questions_of(4)
@@ -75,51 +59,6 @@ def test_texts_with_many_distinct_ones() -> None:
     for count in (3, 70):
         texts = [f"answer {i % count}" for i in range(100)]
         assert Texts.model_validate_json(Texts.of(texts).model_dump_json()).texts() == texts
-
-
-def write_cells(file: Path, answers: dict[str, Sequence[str]], questions: Questions) -> None:
-    """Results of the plan in `file` with the given answers by cell."""
-    out = file.parent / "out"
-    out.mkdir()
-    digest = write_questions(out, questions)
-    for cell in expand(load_plan(file)):
-        if cell.name not in answers:
-            continue
-        texts = Texts.of(answers[cell.name])
-        metrics = questions.scores(SCORING, texts).values()
-        rule = RuleRecord(
-            rule="accuracy", scoring=SCORING, metric="mean", metrics=metrics, intervals={}
-        )
-        suite = SuiteRecord(
-            label="scenes",
-            suite="scenes",
-            version=2,
-            suite_digest="",
-            data_sha256="",
-            asked=len(texts.texts()),
-            not_asked=0,
-            questions=digest,
-            answers=texts,
-            correct=questions.correct(SCORING, texts),
-            settings={},
-            rules=(rule,),
-        )
-        record = CellRecord(
-            plan="plan",
-            cell=cell.name,
-            arm=cell.arm,
-            seed=cell.seed,
-            digest=cell.digest,
-            status="finished",
-            suites=(suite,),
-            timing=Timing(date="2026-01-01"),
-        )
-        write_record(out, cell, record)
-
-
-def answers_with(wrong: int, pictures: int = 20) -> list[str]:
-    """Answers of which the first `wrong` pictures' are wrong."""
-    return ["No", "Yes"] * wrong + ["Yes", "No"] * (pictures - wrong)
 
 
 def test_a_table(write_plan: WritePlan) -> None:
