@@ -12,10 +12,10 @@ from random import Random
 
 from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes import questions as templates
+from mmmamba_evals.scenes.categories import SPLITS
 from mmmamba_evals.scenes.questions import NO, YES
 from mmmamba_evals.scenes.sampling import (
     DRAWS,
-    SPLITS,
     SceneQuestions,
     ask_about_objects,
     ask_count_pair,

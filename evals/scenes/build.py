@@ -20,12 +20,12 @@ from PIL import Image
 from mmmamba_cli.interrupts import block_interrupts
 from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_evals.scenes.atlas import Atlas
+from mmmamba_evals.scenes.categories import SPLITS
 from mmmamba_evals.scenes.lessons import draw_lesson
 from mmmamba_evals.scenes.long import draw_pictures, draw_text
 from mmmamba_evals.scenes.render import render
 from mmmamba_evals.scenes.sampling import (
     DRAWS,
-    SPLITS,
     SceneQuestions,
     ask_about_objects,
     available_categories,

@@ -85,7 +85,8 @@ def build(
     from mmmamba_cli.checkpoint.atomic import check_replaceable, unlisted_files
     from mmmamba_cli.runs import Run
     from mmmamba_evals.scenes.build import LESSONS, PICTURES, TABLE, write_lessons, write_suite
-    from mmmamba_evals.scenes.sampling import SPLITS, available_categories
+    from mmmamba_evals.scenes.categories import SPLITS
+    from mmmamba_evals.scenes.sampling import available_categories
 
     drawn, world = _open(atlas, style)
     known = (TABLE, LESSONS, f"{PICTURES}/*.png")

@@ -10,12 +10,11 @@ from __future__ import annotations
 from random import Random
 
 from mmmamba_evals.scenes import questions as templates
+from mmmamba_evals.scenes.categories import ADVERSARIAL, RANDOM
 from mmmamba_evals.scenes.classes import number_word
 from mmmamba_evals.scenes.compose import SIDE, Content, compose
 from mmmamba_evals.scenes.questions import NO, YES
 from mmmamba_evals.scenes.sampling import (
-    ADVERSARIAL,
-    RANDOM,
     draw_present_and_absent,
     shuffled,
     sides_of,

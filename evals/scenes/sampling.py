@@ -13,14 +13,11 @@ from random import Random
 from zlib import crc32
 
 from mmmamba_evals.scenes import questions as templates
+from mmmamba_evals.scenes.categories import ADVERSARIAL, PAIRS, POPULAR, RANDOM
 from mmmamba_evals.scenes.compose import Content, compose
 from mmmamba_evals.scenes.questions import NO, YES
 from mmmamba_evals.scenes.scene import Question, Scene, Thing
 from mmmamba_evals.scenes.world import COLOURS, NUMBERS, World
-
-RANDOM, POPULAR, ADVERSARIAL = "random", "popular", "adversarial"
-SPLITS = (RANDOM, POPULAR, ADVERSARIAL)
-PAIRS = ("existence", "count", "position", "colour", "OCR")
 
 SceneQuestions = tuple[Scene, list[Question]]
 Draw = Callable[[Random, World], SceneQuestions]

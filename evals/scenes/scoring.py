@@ -15,7 +15,7 @@ from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.scoring.chance import YES_NO_CHANCE
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, safe_divide, strata_of, sum_by_unit
 from mmmamba_cli.evaluate.scoring.yes_no import read_words
-from mmmamba_evals.scenes.sampling import SPLITS
+from mmmamba_evals.scenes.categories import SPLITS
 
 # Sums per category: right rows, rows, pictures all right, pictures, true positives, false
 # positives, false negatives.

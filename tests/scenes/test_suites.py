@@ -23,9 +23,9 @@ from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.blind import BlindResult, ask_with_bias, blind_accuracy, category_draws
 from mmmamba_evals.scenes.build import QUESTIONS_PER_CONVERSATION, write_lessons, write_suite
 from mmmamba_evals.scenes.build_long import LONG_TABLE, PICTURES_OF, SENTENCES_OF, write_long_suite
+from mmmamba_evals.scenes.categories import PAIRS, SPLITS
 from mmmamba_evals.scenes.cli import command
 from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.sampling import PAIRS, SPLITS
 from mmmamba_evals.scenes.scoring import accuracy_by_category
 from mmmamba_evals.scenes.world import World
 
