@@ -89,6 +89,26 @@ def test_the_published_recipes_leave_nothing_to_defaults_that_the_paper_gives() 
             assert {"betas", "weight_decay", "clip"} <= stage.optimiser.model_fields_set
 
 
+def test_the_recipes_of_other_teachers_have_a_quarter_of_attention() -> None:
+    """Of the text layers of Qwen3-VL-2B, -4B and -8B, and of SmolVLM2-256M, -500M and -2.2B."""
+    for name, layers, sets in (
+        ("qwen3-vl-hybrid", 28, []),
+        ("qwen3-vl-hybrid", 36, ["layers.attention=9"]),
+        ("smolvlm-hybrid", 30, []),
+        ("smolvlm-hybrid", 32, []),
+        ("smolvlm-hybrid", 24, ["layers.attention=6"]),
+    ):
+        recipe = load_recipe(name, sets)
+        kept = attention_layers(recipe.layers, layers)
+        assert len(kept) == round(layers / 4)
+        assert all(one.loss_weights == "density" for one in recipe.stages if one.loss != "kl")
+    hybrid, linear = load_recipe("qwen3-vl-hybrid"), load_recipe("qwen3-vl-linear")
+    assert attention_layers(linear.layers, 28) == ()
+    assert hybrid.stages[:2] == linear.stages[:2] and hybrid.data == linear.data
+    assert [one.steps for one in hybrid.stages] == [500, 1000, 1500, 500]
+    assert [one.steps for one in linear.stages] == [500, 1000, 3000, 500]
+
+
 def test_the_smoke_recipe_is_small() -> None:
     recipe = load_recipe("smoke")
     assert recipe.data.max_length <= 128
