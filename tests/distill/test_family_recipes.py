@@ -1,4 +1,4 @@
-"""The recipes of other teachers fit their families: each stage selects parameters its loss reaches."""
+"""The recipes of other teachers fit their families: each stage has parameters its loss reaches."""
 
 from __future__ import annotations
 
