@@ -62,18 +62,25 @@ class InPlacePair:
     def with_trainable(self, names: Iterable[str]) -> InPlacePair:
         return replace(self, trainable=tuple(sorted(names)))
 
-    def checkpoint_layers(self, active: bool) -> None:
+    @property
+    def checkpointable_layers(self) -> tuple[nn.Module, ...]:
         decoder = text_decoder(self.student)
-        if not decoder.supports_gradient_checkpointing:
+        return tuple(decoder.layers) if decoder.supports_gradient_checkpointing else ()
+
+    def checkpoint_layers(self, count: int) -> None:
+        decoder, layers = text_decoder(self.student), self.checkpointable_layers
+        if not layers:
             return
         # transformers renamed the methods in 5.23.
         renamed = hasattr(decoder, "activation_checkpointing_enable")
         prefix = "activation_checkpointing" if renamed else "gradient_checkpointing"
-        if active:
-            # The reentrant form needs inputs with gradients, which frozen embeddings have not.
-            getattr(decoder, f"{prefix}_enable")({"use_reentrant": False})
-        else:
+        if count == 0:
             getattr(decoder, f"{prefix}_disable")()
+            return
+        # The reentrant form needs inputs with gradients, which frozen embeddings have not.
+        getattr(decoder, f"{prefix}_enable")({"use_reentrant": False})
+        for layer in layers[count:]:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
 
     def prepare(self, batch: ModelBatch) -> dict[str, Tensor]:
         return dict(batch.inputs)

@@ -58,23 +58,28 @@ class LogitsKL:
 
         `all`: every column that is not padding; `answer`: columns that predict an answer token.
         """
-        if self.settings.mask == "answer" and self.settings.reduction == "token":
+        if self._scores_answers_only:
             return shift_labels(batch) != IGNORE_INDEX
         return batch.token_mask
+
+    @property
+    def _scores_answers_only(self) -> bool:
+        return self.settings.mask == "answer" and self.settings.reduction == "token"
 
     def loss_sums(self, pair: ModelPair, batch: AnyBatch, weights: Tensor | None) -> Tensor:
         needs_grad = weights is not None
         targets = shift_labels(batch)
-        chosen = self.score_mask(batch)
-        if len(self.terms) > 1:
-            chosen = chosen | (targets != IGNORE_INDEX)
+        in_kl, chosen = self._scored_columns(batch, targets)
+        if weights is not None:
+            # A copy for each chunk would wait for the GPU.
+            weights = weights.to(targets.device, non_blocking=True)
         prepared = pair.prepare(batch)
         with pair.autocast():
             with torch.no_grad():
-                teacher_hidden = pair.last_hidden(pair.teacher, prepared)[chosen]
+                teacher_hidden = _rows(pair.last_hidden(pair.teacher, prepared), chosen)
             with torch.set_grad_enabled(needs_grad):
-                student_hidden = pair.last_hidden(pair.student, prepared)[chosen]
-        in_kl = self.score_mask(batch)[chosen]
+                student_hidden = _rows(pair.last_hidden(pair.student, prepared), chosen)
+        targets = _rows(targets, chosen)
         total = torch.zeros(len(self.terms), dtype=torch.float64, device=student_hidden.device)
         gradient = torch.zeros_like(student_hidden) if needs_grad else None
         chunk = max(1, LOGITS_PER_CHUNK // pair.lm_head.out_features)
@@ -83,7 +88,7 @@ class LogitsKL:
             leaf = student_hidden[part].detach().requires_grad_(needs_grad)
             with pair.autocast(), torch.set_grad_enabled(needs_grad):
                 sums = self._chunk_sums(
-                    pair, teacher_hidden[part], leaf, targets[chosen][part], in_kl[part]
+                    pair, teacher_hidden[part], leaf, targets[part], in_kl[part]
                 )
             if weights is not None and gradient is not None:
                 (sums * weights.to(sums)).sum().backward()
@@ -94,6 +99,19 @@ class LogitsKL:
         if gradient is not None and student_hidden.requires_grad:
             student_hidden.backward(gradient)
         return total
+
+    def _scored_columns(self, batch: AnyBatch, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A bool mask (N,), where the KL counts, and the indices (N,) of scored columns.
+
+        The indices count all rows one after the other, and are None if all columns are scored.
+        Only the search for indices waits for a GPU.
+        """
+        mask = self.score_mask(batch)
+        if mask.numel() == batch.num_tokens and not self._scores_answers_only:
+            return mask.flatten(), None
+        chosen = mask | (targets != IGNORE_INDEX) if len(self.terms) > 1 else mask
+        indices = chosen.flatten().nonzero().squeeze(1)
+        return mask.flatten()[indices], indices
 
     def _chunk_sums(
         self,
@@ -138,6 +156,12 @@ def divergence(teacher: Tensor, student: Tensor, direction: str, temperature: fl
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+
+def _rows(values: Tensor, indices: Tensor | None) -> Tensor:
+    """Columns `indices` of (B, T, ...), counted over all rows; all of them if None."""
+    flat = values.flatten(0, 1)
+    return flat if indices is None else flat[indices]
 
 
 def shift_labels(batch: AnyBatch) -> Tensor:

@@ -58,8 +58,16 @@ class ModelPair(Protocol):
         """The same models with other trainable parameters."""
         ...
 
-    def checkpoint_layers(self, active: bool) -> None:
-        """Recompute the activations of the student's layers in the backward pass, or keep them."""
+    @property
+    def checkpointable_layers(self) -> tuple[nn.Module, ...]:
+        """The student's layers that can recompute their activations, in order."""
+        ...
+
+    def checkpoint_layers(self, count: int) -> None:
+        """Recompute in the backward pass the activations of the first `count` layers.
+
+        Those of the other layers are kept.
+        """
         ...
 
     def prepare(self, batch: Any) -> Any:

@@ -93,8 +93,11 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.final + (1 - schedule.final) * min(1.0, left)
 
 
-def clip_gradients(parameters: Mapping[str, nn.Parameter], limit: float | None) -> float:
-    """Clip the global gradient norm to `limit`; return the norm before clipping."""
+def clip_gradients(parameters: Mapping[str, nn.Parameter], limit: float | None) -> Tensor:
+    """Clip the global gradient norm to `limit`; return the norm before clipping, 0-d.
+
+    The norm stays on the device of the gradients: nothing waits for a GPU.
+    """
     learning = [p for p in parameters.values() if p.grad is not None]
     # torch does not mix sharded and unsharded tensors in one norm.
     kinds = [[p for p in learning if is_sharded(p) == sharded] for sharded in (True, False)]
@@ -104,16 +107,53 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], limit: float | None) 
         if kind
     ]
     if not norms:
-        return 0.0
+        return torch.zeros(())
     norm = torch.stack(norms).norm()
-    # The only wait for the device.
-    value = float(norm)
-    if limit is not None and value > limit:
+    if limit is not None:
+        # torch clips norms a little below the limit too; a norm of 0 multiplies by 1.
+        clipped = torch.where(norm.double() > limit, norm, torch.zeros_like(norm))
         for kind in kinds:
-            torch.nn.utils.clip_grads_with_norm_(kind, limit, norm)
-    return value
+            torch.nn.utils.clip_grads_with_norm_(kind, limit, clipped)
+    return norm
+
+
+def largest_magnitudes(parameters: Mapping[str, nn.Parameter]) -> tuple[tuple[str, ...], Tensor]:
+    """Names of the parameters with a gradient, and the largest magnitude of each, (n,).
+
+    A magnitude is finite if all elements are. Of sharded gradients this process sees its share
+    only. The result stays on the device of the gradients.
+    """
+    found = {name: local_tensor(p.grad) for name, p in parameters.items() if p.grad is not None}
+    # A share of a sharded parameter may be empty.
+    found = {name: gradient for name, gradient in found.items() if gradient.numel()}
+    if not found:
+        return (), torch.zeros(0)
+    # A few kernels for all tensors, as in torch's own `get_total_norm`.
+    return tuple(found), torch.stack(torch._foreach_norm(list(found.values()), math.inf))
+
+
+def step_if(optimiser: torch.optim.AdamW, condition: Tensor) -> None:
+    """Take an optimiser step if the 0-d bool `condition` is true, else change nothing.
+
+    A fused step reads the condition on the device, as it does for `torch.amp.GradScaler`, and its
+    bits are those of an unconditional step. A plain step waits for the value.
+    """
+    if not optimiser.defaults["fused"]:
+        if bool(condition):
+            optimiser.step()
+        return
+    optimiser.found_inf = condition.logical_not().float()  # type: ignore[attr-defined]
+    try:
+        optimiser.step()
+    finally:
+        del optimiser.found_inf  # type: ignore[attr-defined]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor that may be sharded over processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The share of this process of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmmamba_cli.checkpoint import AnyCheckpoint, atomic_folder, atomic_write_text
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row, plot_losses, read_metrics
 from mmmamba_cli.distill.optimiser import full_tensor
+from mmmamba_cli.distill.out_of_memory import out_of_memory_error
 from mmmamba_cli.distill.parallelize import parallelize, plan_parallel
 from mmmamba_cli.distill.stage_attempt import (
     ATTEMPT_FILE,
@@ -30,7 +31,6 @@ from mmmamba_cli.distill.trainer import (
     StepCallback,
     StepResult,
     TrainingJob,
-    out_of_memory_error,
     train,
 )
 from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFolder, stage_settings
@@ -181,6 +181,7 @@ def _train_stage(
         world=world,
         states=states,
         settings=request.settings,
+        log=callbacks.log,
     )
     progress = _train_with_metrics(context, job, plan.progress, request.name)
     return _StageOutput(request.name, parent, models, plan, job, progress, lora_weights)
@@ -278,7 +279,7 @@ def _write_one(
         stages=(*parent.stages, stage.name),
         notes=(*notes, *([note] if note else [])),
         final=final,
-        metrics=vars(output.progress),
+        metrics=output.progress.as_dict(),
         data=context.digests or {},
     )
     overwrite = output.plan.overwrite or note is not None

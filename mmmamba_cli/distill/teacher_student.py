@@ -52,8 +52,14 @@ class TeacherStudent:
     def with_trainable(self, names: Iterable[str]) -> TeacherStudent:
         return replace(self, trainable=tuple(sorted(names)))
 
-    def checkpoint_layers(self, active: bool) -> None:
-        self.student.model.checkpoint_layers(active)
+    @property
+    def checkpointable_layers(self) -> tuple[nn.Module, ...]:
+        return tuple(self.student.model.blocks)
+
+    def checkpoint_layers(self, count: int) -> None:
+        self.student.model.checkpoint_layers(count > 0)
+        for block in self.student.model.blocks[count:]:
+            block.gradient_checkpointing = False
 
     def last_hidden(self, model: HolisticVLM, prepared: PreparedInputs) -> Tensor:
         return model.model.forward_prepared(prepared)

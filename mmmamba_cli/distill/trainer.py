@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ from mmmamba_cli.data import StepBatches, StepLoader
 from mmmamba_cli.distill.metrics import nonfinite_as_text
 from mmmamba_cli.distill.model_pair import ModelPair
 from mmmamba_cli.distill.objective import Objective
-from mmmamba_cli.distill.optimiser import build_optimiser, clip_gradients, learning_rate
+from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, step_if
+from mmmamba_cli.distill.recomputation import CudaMemory, Decision, MemoryMeter, Recomputation
+from mmmamba_cli.distill.step_values import (
+    DeviceValues,
+    QueuedStep,
+    StepResult,
+    explain_empty_step,
+    read_step,
+)
 from mmmamba_cli.distill.training_state import Progress, StateFolder, state_record
 from mmmamba_cli.distill.validation import (
-    HeldOutMetrics,
     check_held_out,
     evaluate_held_out,
     gather_bad_samples,
@@ -31,7 +39,7 @@ from mmmamba_cli.distributed import (
     step_seed,
 )
 from mmmamba_cli.errors import DataError, MmmambaError
-from mmmamba_cli.recipe import Recipe, Stage
+from mmmamba_cli.recipe import Stage
 
 # A stage fails after this many skipped steps in a row.
 MAX_SKIPPED_STEPS = 5
@@ -41,6 +49,10 @@ MIN_SAMPLES_FOR_SHARE = 100
 
 class Stopped(Exception):
     """The user asked to stop; the state has been saved."""
+
+
+def _silent(text: str) -> None:
+    """Print nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +72,10 @@ class TrainingJob:
     states: StateFolder
     # Settings that a resumed state must have been made with.
     settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Results of one step, for logs and displays."""
-
-    step: int
-    loss: float
-    terms: Mapping[str, float]
-    learning_rate: float
-    gradient_norm: float
-    tokens: int
-    tokens_per_second: float
-    bad: tuple[str, ...] = ()
-    skipped: str | None = None
-    held_out: HeldOutMetrics | None = None
-    memory_gib: float | None = None
+    # Memory that `checkpointing: auto` measures; None takes that of the device.
+    memory: MemoryMeter | None = None
+    # Prints one line of text.
+    log: Callable[[str], None] = _silent
 
 
 StepCallback = Callable[[StepResult], None]
@@ -86,9 +85,21 @@ StepCallback = Callable[[StepResult], None]
 class _TrainState:
     """The parts of a training that its steps change."""
 
-    parameters: Mapping[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter]
     optimiser: torch.optim.AdamW
     progress: Progress
+    # Steps whose values have not been read, oldest first.
+    queued: deque[QueuedStep] = field(default_factory=deque)
+    # When the last step was read, on the clock of `time.perf_counter`.
+    read_at: float = 0.0
+
+
+def steps_read_late(device: torch.device) -> int:
+    """Number of steps that are queued behind the one whose values are read.
+
+    One on a GPU, which then always has kernels to run. The CPU has nothing to wait for.
+    """
+    return 0 if device.type == "cpu" else 1
 
 
 def train(
@@ -101,7 +112,8 @@ def train(
 
     A step without a finite loss or without a readable sample is skipped. It keeps its place in the
     sample stream, so that resumed runs and other process counts see the same steps. `progress` is
-    updated in place.
+    updated in place. On a GPU, `on_step_end` gets a step when the next one is queued, and before
+    any state is saved.
 
     Raises:
         Stopped: `should_stop` returned True; the state has been saved.
@@ -115,7 +127,6 @@ def train(
     optimiser = build_optimiser(job.stage, parameters, no_decay)
     if progress.step:
         job.states.load(job.states.path(progress.step).name, parameters, optimiser)
-    job.pair.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
     with limit_cpu_threads(job.world.device):
         _run_steps(job, _TrainState(parameters, optimiser, progress), on_step_end, should_stop)
     if progress.skipped_steps >= progress.step > 0:
@@ -149,86 +160,150 @@ def _run_steps(
     should_stop: Callable[[], bool],
 ) -> None:
     """Run the remaining steps, with the evaluations and saves due after each."""
-    progress = state.progress
+    progress, stage, world = state.progress, job.stage, job.world
+    late = steps_read_late(world.device)
+    recomputation = _checkpoint_layers(job, progress)
     saved = progress.step
-    started = time.perf_counter()
-    for batches in job.loader.steps(progress.step, job.stage.steps):
-        result = _step(job, state, batches, started)
-        if _is_due(job.stage.evaluate_every, progress.step, job.stage.steps):
-            result = _evaluate(job, state, result)
-        if job.world.is_main:
-            on_step_end(result)
-        stop = job.world.any(should_stop())
-        if stop or _is_due(job.stage.save_every, progress.step, job.stage.steps):
-            saved = _save(job, state)
-        if stop and progress.step < job.stage.steps:
-            raise Stopped
-        started = time.perf_counter()
+
+    def read(limit: int, is_evaluated: bool = False) -> None:
+        """Read queued steps until `limit` are left; the newest one may be evaluated."""
+        while len(state.queued) > limit:
+            result = _read_step(job, state, state.queued.popleft())
+            if is_evaluated and not state.queued:
+                result = _evaluate(job, state, result)
+            if world.is_main:
+                on_step_end(result)
+
+    state.read_at = time.perf_counter()
+    try:
+        for batches in job.loader.steps(progress.step, stage.steps):
+            if recomputation is not None:
+                _decide_recomputation(job, state, recomputation, batches)
+            state.queued.append(_step(job, state, batches))
+            is_evaluated = _is_due(stage.evaluate_every, progress.step, stage.steps)
+            read(0 if is_evaluated else late, is_evaluated)
+            stop = world.any(should_stop())
+            if stop or _is_due(stage.save_every, progress.step, stage.steps):
+                read(0)
+                saved = _save(job, state)
+            if is_evaluated or saved == progress.step:
+                # Seconds of a step are those of training.
+                state.read_at = time.perf_counter()
+            if stop and progress.step < stage.steps:
+                raise Stopped
+    except (MmmambaError, torch.OutOfMemoryError):
+        # Steps before the one that failed are complete.
+        read(0)
+        raise
     if saved != progress.step:
         _save(job, state)
 
 
-def _step(job: TrainingJob, state: _TrainState, batches: StepBatches, started: float) -> StepResult:
-    """Run one optimiser step over the global batch and update the progress."""
+def _checkpoint_layers(job: TrainingJob, progress: Progress) -> Recomputation | None:
+    """Set activation checkpointing of the stage; the result decides it if it is `auto`."""
+    choice, pair = job.stage.checkpointing, job.pair
+    if job.objective.layer_local or choice != "auto":
+        recomputes = bool(choice) and not job.objective.layer_local
+        pair.checkpoint_layers(len(pair.checkpointable_layers) if recomputes else 0)
+        return None
+    meter, device = job.memory, job.world.device
+    if meter is None and device.type == "cuda":
+        meter = CudaMemory(device)
+    earlier = None if progress.recomputation is None else Decision(**progress.recomputation)
+    found = Recomputation(pair, job.world, meter, job.log, earlier)
+    progress.recomputation = None if found.decision is None else asdict(found.decision)
+    return found
+
+
+def _decide_recomputation(
+    job: TrainingJob, state: _TrainState, recomputation: Recomputation, batches: StepBatches
+) -> None:
+    """Decide which layers recompute before the step of `batches`, measuring if necessary."""
+
+    def run(part: StepBatches) -> bool:
+        _, units, _ = _accumulate(job, part)
+        state.optimiser.zero_grad(set_to_none=True)
+        return bool(units.any())
+
+    recomputation.prepare_step(batches, run)
+    if recomputation.decision is not None:
+        state.progress.recomputation = asdict(recomputation.decision)
+
+
+def _step(job: TrainingJob, state: _TrainState, batches: StepBatches) -> QueuedStep:
+    """Queue one optimiser step over the global batch; update what the host knows of progress.
+
+    The step is taken on the device only if loss and gradient norm are finite.
+    """
     step, world, progress = batches.step, job.world, state.progress
     seed_everything(step_seed(job.seed, job.stage.name, step, world.rank))
     sums, units, counts = _accumulate(job, batches)
     tokens, samples, bad = (int(x) for x in counts)
-    if bool(units.any()):
-        loss = float((job.objective.term_weights(units) * sums).sum())
-        norm = clip_gradients(state.parameters, job.stage.optimiser.clip)
-        skip_reason = _find_nonfinite(job, loss, norm, sums)
-    else:
-        loss = norm = math.nan
-        skip_reason = _explain_empty_step(samples, batches)
     rate = learning_rate(job.stage, step)
-    if skip_reason is None:
+    values = empty = None
+    if bool(units.any()):
+        weights = job.objective.term_weights(units)
+        values = DeviceValues(sums, weights, state.parameters, job.stage.optimiser.clip)
         for group in state.optimiser.param_groups:
             group["lr"] = rate
-        state.optimiser.step()
+        step_if(state.optimiser, values.is_finite)
+    else:
+        empty = explain_empty_step(samples, batches)
     state.optimiser.zero_grad(set_to_none=True)
-    seconds = time.perf_counter() - started
     progress.step = step + 1
     progress.tokens += tokens
     progress.samples += samples
     progress.bad_samples += bad
-    progress.seconds += seconds
-    progress.skipped_steps += skip_reason is not None
-    # `max_bad_share` limits steps without a readable sample.
-    if samples:
-        progress.skipped_in_a_row = 0 if skip_reason is None else progress.skipped_in_a_row + 1
     # `bad` is summed over processes, so that either all of them gather or none does.
     named = gather_bad_samples(batches.bad, world) if bad else []
     _check_bad_share(job, progress, named)
-    if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-        names = [name for micro in batches.micro_batches for name in micro.names]
-        raise MmmambaError(
-            f"stage {job.stage.name} stopped at step {step + 1}: {MAX_SKIPPED_STEPS} steps in a "
-            f"row were skipped; {skip_reason}; samples of the last: {', '.join(names[:10])}",
-            "lower the stage's lr, or look at these samples with `mmmamba data check`",
-        )
-    # The mean of a term without units is NaN (0 / 0).
-    per_term = (sums / units).tolist()
-    return StepResult(
+    return QueuedStep(
         step=progress.step,
-        loss=loss,
-        terms=dict(zip(job.objective.terms, per_term, strict=True)),
+        units=units,
+        values=values,
+        empty=empty,
         learning_rate=rate,
-        gradient_norm=norm,
         tokens=tokens,
-        tokens_per_second=tokens / seconds,
+        samples=samples,
+        names=tuple(name for micro in batches.micro_batches for name in micro.names),
         bad=tuple(named),
-        skipped=skip_reason,
         memory_gib=_peak_memory_gib(world),
     )
+
+
+def _read_step(job: TrainingJob, state: _TrainState, queued: QueuedStep) -> StepResult:
+    """Wait for the values of a step, and complete the progress.
+
+    Raises:
+        MmmambaError: too many steps in a row were skipped.
+    """
+    progress = state.progress
+    result, read_at = read_step(queued, job.objective, job.world, state.read_at)
+    progress.seconds += read_at - state.read_at
+    state.read_at = read_at
+    progress.skipped_steps += result.skipped is not None
+    # `max_bad_share` limits steps without a readable sample.
+    if queued.samples:
+        in_a_row = 0 if result.skipped is None else progress.skipped_in_a_row + 1
+        progress.skipped_in_a_row = in_a_row
+    if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        # Training ends with this step.
+        state.queued.clear()
+        raise MmmambaError(
+            f"stage {job.stage.name} stopped at step {queued.step}: {MAX_SKIPPED_STEPS} steps in a "
+            f"row were skipped; {result.skipped}; samples of the last: "
+            f"{', '.join(queued.names[:10])}",
+            "lower the stage's lr, or look at these samples with `mmmamba data check`",
+        )
+    return result
 
 
 def _accumulate(job: TrainingJob, batches: StepBatches) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulate gradients over the micro batches.
 
-    Returns, summed over processes: sums (terms,), units (terms,) and the counts of tokens, samples
-    and bad samples. Units are counted over the global batch before the first loss, because they
-    divide its gradients.
+    Returns, summed over processes: sums (terms,) on the pair's device, units (terms,) and the
+    counts of tokens, samples and bad samples, on the CPU. Units are counted over the global batch
+    before the first loss, because they divide its gradients.
     """
     world, pair, objective, gradients = job.world, job.pair, job.objective, job.gradients
     micros = [micro.to(pair.device) for micro in batches.micro_batches]
@@ -256,28 +331,6 @@ def _accumulate(job: TrainingJob, batches: StepBatches) -> tuple[Tensor, Tensor,
         gradients.begin_micro_batch(is_last=index == len(micros) - 1)
         sums += objective.loss_sums(pair, micro, weights)
     return gradients.finish(sums, world), units, counts
-
-
-def _find_nonfinite(job: TrainingJob, loss: float, norm: float, sums: Tensor) -> str | None:
-    """Describe a loss or gradient that is not finite; None if all are finite."""
-    if not math.isfinite(loss):
-        named = zip(job.objective.terms, sums.tolist(), strict=True)
-        bad = [term for term, value in named if not math.isfinite(value)]
-        return f"the loss is {loss}" + (f" in {bad[0]}" if bad else "")
-    if not math.isfinite(norm):
-        for name, parameter in job.pair.trainable_parameters().items():
-            gradient = parameter.grad
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                return f"the gradient of {name} is not finite"
-        return f"the gradient norm is {norm}"
-    return None
-
-
-def _explain_empty_step(samples: int, batches: StepBatches) -> str:
-    """The reason why a step has no unit that the loss scores."""
-    if samples == 0:
-        return f"none of its {batches.num_planned} samples could be read"
-    return f"none of its {samples} samples has a token that the loss scores"
 
 
 def _check_bad_share(job: TrainingJob, progress: Progress, named: Sequence[str]) -> None:
@@ -336,30 +389,3 @@ def _peak_memory_gib(world: World) -> float | None:
     if world.device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(world.device) / 2**30
-
-
-def out_of_memory_error(
-    stage: Stage, recipe: Recipe, progress: Progress, error: Exception
-) -> MmmambaError:
-    """An error that names the three settings that reduce memory most, with values to try."""
-    length = stage.max_length or recipe.data.max_length
-    name = f"stages.{stage.name}"
-    remedies = []
-    # The next larger number of micro batches that divides the batch.
-    more = range(max(stage.accumulation * 2, stage.accumulation + 1), stage.batch_size + 1)
-    accumulation = next((n for n in more if stage.batch_size % n == 0), None)
-    if accumulation is not None:
-        remedies.append(f"--set {name}.accumulation={accumulation}")
-    if stage.precision != "bf16":
-        remedies.append(f"--set {name}.precision=bf16")
-    remedies.append(f"--set {name}.max_length={max(2, length // 2)}")
-    if recipe.data.max_tiles != 1:
-        tiles = recipe.data.max_tiles or 12
-        remedies.append(f"--set data.max_tiles={max(1, tiles // 2)}")
-    remedies.append("or more GPUs with --parallel shard")
-    first = str(error).splitlines()[0] if str(error) else "out of memory"
-    return MmmambaError(
-        f"stage {stage.name} ran out of device memory after step {progress.step}: {first}",
-        "what would help most: " + "; ".join(remedies[:3]) + " (accumulation does not change "
-        "the result; with the other settings, start again with --overwrite)",
-    )

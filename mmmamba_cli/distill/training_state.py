@@ -74,6 +74,15 @@ class Progress:
     best_loss: float | None = None
     # The last held-out metrics, with their step.
     held_out: dict[str, Any] = field(default_factory=dict)
+    # The decision of `checkpointing: auto`; None for other settings.
+    recomputation: dict[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields; `recomputation` only if there is a decision."""
+        fields = asdict(self)
+        if self.recomputation is None:
+            del fields["recomputation"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -227,7 +236,7 @@ class StateFolder:
 
 def state_record(progress: Progress, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Contents of `state.json`: progress and settings."""
-    return {"format": 1, "progress": asdict(progress), "settings": dict(settings)}
+    return {"format": 1, "progress": progress.as_dict(), "settings": dict(settings)}
 
 
 def _is_settings(value: Any) -> bool:

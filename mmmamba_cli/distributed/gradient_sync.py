@@ -182,8 +182,17 @@ class GradientSync:
             self.reducer.begin_last_backward()
 
     def finish(self, sums: Tensor, world: World) -> Tensor:
-        """Wait for the gradients; return the sum of `sums`, (terms,) float64, over processes."""
+        """Wait for the gradients; return the sum of `sums`, (terms,) float64, over processes.
+
+        The result is on the device of `sums`. On a GPU the host does not wait for it.
+        """
         flags = self.reducer.gradient_flags()
-        total = world.all_reduce_sum(torch.cat((sums.detach().cpu(), flags)))
-        self.reducer.finish(total[len(sums) :])
-        return total[: len(sums)]
+        if sums.device.type == "cpu":
+            # One collective for both.
+            total = world.all_reduce_sum(torch.cat((sums.detach(), flags)))
+            sums, flags = total[: len(sums)], total[len(sums) :]
+        else:
+            sums = world.all_reduce_sum_on_device(sums)
+            flags = world.all_reduce_sum(flags)
+        self.reducer.finish(flags)
+        return sums

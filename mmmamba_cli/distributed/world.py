@@ -74,6 +74,13 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def all_reduce_sum_on_device(self, values: Tensor) -> Tensor:
+        """Sum a tensor of `device` over all processes, there; the host does not wait for a GPU."""
+        total = values.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process; the same on all of them."""
         return bool(self.all_reduce_sum(torch.tensor(float(flag))) > 0)

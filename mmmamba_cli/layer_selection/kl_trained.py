@@ -72,7 +72,8 @@ class TrainedRestoration:
         objective = LogitsKL(stage.kl or KL(), stage.loss_scale)
         optimiser = build_optimiser(stage, parameters)
         decoder = pair.student.model
-        decoder.checkpoint_layers(stage.checkpointing)
+        # No step is measured here: `auto` takes the least memory.
+        decoder.checkpoint_layers(stage.checkpointing is not False)
         for batches in self._loader.steps(0, stage.steps):
             seed_everything(step_seed(self._seed, "layer selection", batches.step))
             units = sum(
@@ -85,7 +86,7 @@ class TrainedRestoration:
             weights = objective.term_weights(units)
             for micro in batches.micro_batches:
                 objective.loss_sums(pair, micro.to(pair.device), weights)
-            norm = clip_gradients(parameters, stage.optimiser.clip)
+            norm = float(clip_gradients(parameters, stage.optimiser.clip))
             if not math.isfinite(norm):
                 raise MmmambaError(
                     f"the gradient norm is {norm} at step {batches.step + 1} of a training for "

@@ -27,6 +27,7 @@ LEARNS_ALLOWED = Allowed(
     "new, new+qkv, or a list of patterns of parameter names, as ['*.mixer.A_log']"
 )
 SELECT_ALLOWED = Allowed("kl-zero, kl, recall, mse, file:SCORES.json, or null")
+CHECKPOINTING_ALLOWED = Allowed("true, false or auto")
 STAGE_NAME_ALLOWED = Allowed(
     "a name of lower-case letters, digits, '-' and '_' that begins with a letter"
 )
@@ -69,6 +70,12 @@ def _check_select(value: Any) -> str | None:
     raise invalid_value(f"is {format_value(value)}, must be {SELECT_ALLOWED.words}")
 
 
+def _check_checkpointing(value: Any) -> bool | str:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise invalid_value(f"is {format_value(value)}, must be {CHECKPOINTING_ALLOWED.words}")
+
+
 def _check_stage_name(value: Any) -> str:
     # Lower-case ASCII, since stage names become names of products and folders.
     if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", value):
@@ -80,6 +87,9 @@ AttentionLayers = Annotated[
     int | tuple[int, ...], BeforeValidator(_check_attention), ATTENTION_ALLOWED
 ]
 Select = Annotated[str | None, BeforeValidator(_check_select), SELECT_ALLOWED]
+Checkpointing = Annotated[
+    bool | Literal["auto"], BeforeValidator(_check_checkpointing), CHECKPOINTING_ALLOWED
+]
 Placement = Literal["head-interleaved", "tail-interleaved", "head-stacked", "tail-stacked"]
 StageName = Annotated[str, BeforeValidator(_check_stage_name), STAGE_NAME_ALLOWED]
 Learns = Annotated[
@@ -293,10 +303,11 @@ class Stage(Section):
         le=2**20,
         description="Parts that a batch is computed in; divides batch_size.",
     )
-    checkpointing: bool = Field(
+    checkpointing: Checkpointing = Field(
         default=True,
         description="Compute activations again in the backward pass of a kl stage: far less "
-        "memory, and more time.",
+        "memory, and more time. auto: on a GPU in as many layers as a measured step needs, on a "
+        "CPU in none.",
     )
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Of matrix products; master weights and states are fp32 always."

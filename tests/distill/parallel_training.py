@@ -2,8 +2,8 @@
 
 Arguments: folder, step to stop after (0 for none), and stages as
 label:mode:steps:plan:loss:layout:learns. The label names the folder of the states. The mode is
-"replicate" (in buckets of 4 KiB), "shard", "fused" (sharded, with a fused optimiser) or "layers"
-(sharded, gathered and reduced in each micro batch); the layout "packed", "padded" or "gaps"
+"replicate" (in buckets of 4 KiB), "shard", "fused" (sharded, with a fused optimiser and values that
+are read a step late) or "layers" (sharded, gathered and reduced in each micro batch); the layout "packed", "padded" or "gaps"
 (padded, two steps without a readable sample, and one with a loss that is not finite on one
 process); `learns` is as in a recipe, patterns joined by "+". The plan is that of `small_model`.
 """
@@ -91,6 +91,8 @@ def run(world: World, collectives: Collectives, folder: Path, stage: str, stop_a
     """Train or resume one stage; return the results of steps and a sum of each parameter."""
     label, mode, steps, plan, loss, layout, learns = stage.split(":")
     trainer.build_optimiser = partial(build_optimiser, fused=mode == "fused")
+    # As on a GPU.
+    trainer.steps_read_late = lambda device: int(mode == "fused")
     options = {"window": 4, "sink_logits": True, "tile_taps": True} if "w" in plan else {}
     job = make_job(
         folder / label,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from mmmamba_cli.distill.objective import build_objective
 from mmmamba_cli.distill.parallelize import ParallelPlan, parallelize
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.trainable import trainable_names
-from mmmamba_cli.distill.trainer import TrainingJob
-from mmmamba_cli.distill.training_state import StateFolder
+from mmmamba_cli.distill.trainer import StepResult, Stopped, TrainingJob, train
+from mmmamba_cli.distill.training_state import Progress, StateFolder
 from mmmamba_cli.distributed import BUCKET_BYTES, World
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.recipe import Schedule, Stage
@@ -162,6 +164,7 @@ def make_job(
     learns: str | tuple[str, ...] | None = None,
     parallel: ParallelPlan = ParallelPlan("replicate"),
     bucket_bytes: int = BUCKET_BYTES,
+    checkpointing: bool | str = True,
     **options: object,
 ) -> TrainingJob:
     """A small stage over random texts, the same for the same arguments.
@@ -181,6 +184,7 @@ def make_job(
         precision="fp32",
         evaluate_every=evaluate_every,
         save_every=save_every,
+        checkpointing=checkpointing,
         schedule=Schedule(warmup=0.3, decay=0.3),
     )
     teacher, student = small_model("a" * len(plan)), small_model(plan, seed=1, **options)
@@ -205,3 +209,49 @@ def make_job(
         states=StateFolder(folder, world),
         settings={"stage": {}, "data": {}},
     )
+
+
+def run_job(
+    job: TrainingJob, progress: Progress | None = None, stop_at: int | None = None
+) -> tuple[list[StepResult], dict[str, Tensor]]:
+    """Train from `progress`; the results and the learned parameters."""
+    results: list[StepResult] = []
+    progress = progress or Progress()
+    try:
+        train(job, progress, results.append, lambda: progress.step == stop_at)
+    except Stopped:
+        assert stop_at is not None
+    learned = {n: p.detach().clone() for n, p in job.pair.trainable_parameters().items()}
+    return results, learned
+
+
+def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+class ChangedLoader:
+    """A loader with a function applied to its batches."""
+
+    def __init__(self, loader: RandomLoader, change: Callable[[StepBatches], StepBatches]):
+        self.loader, self.change = loader, change
+        self.steps_per_pass, self.unreadable = loader.steps_per_pass, loader.unreadable
+
+    def steps(self, first: int, stop: int) -> Iterable[StepBatches]:
+        return map(self.change, self.loader.steps(first, stop))
+
+
+def poisoned(batches: StepBatches) -> StepBatches:
+    """Replace every token by the one with an infinite embedding in `explosive`."""
+
+    def spoil(micro: Batch) -> Batch:
+        return replace(micro, input_ids=torch.full_like(micro.input_ids, 3))
+
+    return replace(batches, micro_batches=tuple(spoil(micro) for micro in batches.micro_batches))
+
+
+@contextmanager
+def explosive(job: TrainingJob) -> Iterator[None]:
+    """Make the embedding of token 3 infinite; only poisoned batches contain it."""
+    for model in (job.pair.teacher, job.pair.student):
+        model.model.text_embedding.weight.data[3] = float("inf")
+    yield

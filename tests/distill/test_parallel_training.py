@@ -56,7 +56,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     stages = {f"{stage}-{mode}": mode for stage in STAGES for mode in ("replicate", "shard")}
-    stages |= {"mse-layers": "layers", "head-shard": "fused"}
+    stages |= {"mse-layers": "layers", "head-shard": "fused", "gaps-shard": "fused"}
     return train(tmp_path_factory.mktemp("two"), 2, stages)
 
 

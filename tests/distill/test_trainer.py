@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from itertools import pairwise
@@ -14,12 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from small_distillation import RandomLoader, make_job
+from small_distillation import (
+    ChangedLoader,
+    RandomLoader,
+    equal,
+    explosive,
+    make_job,
+    poisoned,
+    run_job,
+)
 from torch import Tensor
 
-from mmmamba_cli.data import BadSample, Batch, StepBatches
+from mmmamba_cli.data import BadSample, StepBatches
 from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, lr_factor
-from mmmamba_cli.distill.trainer import StepResult, Stopped, TrainingJob, _find_nonfinite, train
+from mmmamba_cli.distill.step_values import DeviceValues, StepValues
+from mmmamba_cli.distill.trainer import StepResult, TrainingJob, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import limit_cpu_threads
 from mmmamba_cli.errors import DataError, MmmambaError, RunError
@@ -28,43 +35,14 @@ from mmmamba_cli.recipe import Schedule
 STEPS = 6
 
 
-def run(
-    job: TrainingJob, progress: Progress | None = None, stop_at: int | None = None
-) -> tuple[list[StepResult], dict[str, Tensor]]:
-    """Train from `progress`; the results and the learned parameters."""
-    results: list[StepResult] = []
-    progress = progress or Progress()
-    try:
-        train(job, progress, results.append, lambda: progress.step == stop_at)
-    except Stopped:
-        assert stop_at is not None
-    learned = {n: p.detach().clone() for n, p in job.pair.trainable_parameters().items()}
-    return results, learned
-
-
-def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
-
-
-class ChangedLoader:
-    """A loader with a function applied to its batches."""
-
-    def __init__(self, loader: RandomLoader, change: Callable[[StepBatches], StepBatches]):
-        self.loader, self.change = loader, change
-        self.steps_per_pass, self.unreadable = loader.steps_per_pass, loader.unreadable
-
-    def steps(self, first: int, stop: int) -> Iterable[StepBatches]:
-        return map(self.change, self.loader.steps(first, stop))
-
-
 @pytest.mark.parametrize(("loss", "plan"), [("mixer-mse", "mdwk"), ("kl", "gdam")])
 def test_stopping_and_resuming_gives_the_same_bits(loss: str, plan: str, tmp_path: Path) -> None:
-    whole, learned = run(make_job(tmp_path / "a", loss, steps=STEPS, plan=plan))
-    begun, _ = run(make_job(tmp_path / "b", loss, steps=STEPS, plan=plan), stop_at=3)
+    whole, learned = run_job(make_job(tmp_path / "a", loss, steps=STEPS, plan=plan))
+    begun, _ = run_job(make_job(tmp_path / "b", loss, steps=STEPS, plan=plan), stop_at=3)
     job = make_job(tmp_path / "b", loss, steps=STEPS, plan=plan)
     assert job.states.steps() == [3]
     progress = job.states.read_record("step-00000003").progress
-    ended, again = run(job, progress)
+    ended, again = run_job(job, progress)
     assert equal(learned, again)
     assert [r.loss for r in begun + ended] == [r.loss for r in whole]
     assert whole[-1].loss != whole[0].loss
@@ -75,7 +53,7 @@ def test_stopping_and_resuming_gives_the_same_bits(loss: str, plan: str, tmp_pat
 def test_only_trainable_parameters_change(loss: str, tmp_path: Path) -> None:
     job = make_job(tmp_path, loss, steps=STEPS)
     before = {n: p.detach().clone() for n, p in job.pair.student.named_parameters()}
-    results, _ = run(job)
+    results, _ = run_job(job)
     for name, parameter in job.pair.student.named_parameters():
         assert torch.equal(parameter, before[name]) != (name in job.pair.trainable), name
     assert results[-1].learning_rate < results[2].learning_rate == job.stage.lr
@@ -86,9 +64,9 @@ def test_only_trainable_parameters_change(loss: str, tmp_path: Path) -> None:
 def test_accumulation_equals_one_batch(loss: str, packed: bool, tmp_path: Path) -> None:
     """One step over 8 samples equals four micro batches of unequal length, padded or packed."""
     shape = {"steps": 3, "batch_size": 8, "dtype": torch.float64}
-    whole, learned = run(make_job(tmp_path / "a", loss, **shape))
+    whole, learned = run_job(make_job(tmp_path / "a", loss, **shape))
     job = make_job(tmp_path / "b", loss, accumulation=4, packed=packed, **shape)
-    parts, again = run(job)
+    parts, again = run_job(job)
     for one, two in zip(whole, parts, strict=True):
         assert two.loss == pytest.approx(one.loss, rel=1e-8)
         assert two.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-8)
@@ -121,7 +99,7 @@ def test_several_skipped_steps_in_a_row_stop_the_stage(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=20)
     job = replace(job, loader=ChangedLoader(job.loader, poisoned))
     with explosive(job), pytest.raises(MmmambaError) as caught:
-        run(job)
+        run_job(job)
     assert "step 5" in str(caught.value)
     assert "layer 0" in str(caught.value)
     assert "row 0" in str(caught.value)
@@ -134,11 +112,11 @@ def test_too_many_bad_samples_stop_the_stage(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=200)
     job = replace(job, loader=ChangedLoader(job.loader, spoil), max_bad_share=0.1)
     with pytest.raises(DataError, match=r"set\.jsonl:3: no such image"):
-        run(job)
+        run_job(job)
     patient = make_job(tmp_path / "b", "mixer-mse", steps=30)
     patient = replace(patient, loader=ChangedLoader(patient.loader, spoil), max_bad_share=0.5)
     progress = Progress()
-    run(patient, progress)
+    run_job(patient, progress)
     assert progress.bad_samples == 30
 
 
@@ -147,7 +125,7 @@ def test_the_best_student_is_kept(tmp_path: Path) -> None:
     held_out = RandomLoader(90, batch_size=4, seed=7)
     job = replace(job, held_out=held_out)
     progress = Progress()
-    results, _ = run(job, progress)
+    results, _ = run_job(job, progress)
     losses = [r.held_out.loss for r in results if r.held_out]
     assert len(losses) == 4
     assert progress.best_loss == min(losses)
@@ -180,24 +158,42 @@ def test_the_best_student_of_a_saved_state_is_kept(tmp_path: Path) -> None:
     assert saved.best_step < progress.best_step == 5
     assert (killed.states.folder / killed.states.best_name(saved.best_step)).is_dir()
     again = replace(saved)
-    run(job(), again)
+    run_job(job(), again)
     names = sorted(p.name for p in killed.states.folder.iterdir())
     assert names == [killed.states.best_name(again.best_step), "step-00000006"]
 
 
-def test_an_infinite_term_is_named(tmp_path: Path) -> None:
+def test_an_infinite_term_is_named() -> None:
+    values = StepValues(torch.tensor([1.0, float("inf"), 3.0], dtype=torch.float64), 1.0, None)
+    terms = ("layer 0", "layer 2", "layer 3")
+    assert values.find_problem(terms, float("inf"), None) == "the loss is inf in layer 2"
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    """It is found before clipping, which makes all gradients NaN."""
     job = make_job(tmp_path, "mixer-mse", steps=1)
-    sums = torch.tensor([1.0, 2.0, float("inf"), 3.0], dtype=torch.float64)
-    assert _find_nonfinite(job, float("inf"), 1.0, sums) == "the loss is inf in layer 2"
+    parameters = job.pair.trainable_parameters()
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    victim = list(parameters)[3]
+    parameters[victim].grad.view(-1)[1] = float("inf")
+    ones = torch.ones(4, dtype=torch.float64)
+    values = DeviceValues(ones, ones, parameters, clip=5.0)
+    assert not bool(values.is_finite)
+    read = values.read()
+    assert read.nonfinite == victim
+    reason = read.find_problem(job.objective.terms, 4.0, read.nonfinite)
+    assert reason == f"the gradient of {victim} is not finite"
+    assert read.find_problem(job.objective.terms, 4.0, None) == "the gradient norm is inf"
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    run(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
+    run_job(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
     job = make_job(tmp_path, "mixer-mse", steps=4)
     (victim,) = job.states.path(2).glob("*.distcp")
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     with pytest.raises(RunError, match="step-00000002 is damaged: it cannot be read"):
-        run(job, Progress(step=2))
+        run_job(job, Progress(step=2))
 
 
 class EnumsByGetattr(pickle.Pickler):
@@ -208,18 +204,18 @@ class EnumsByGetattr(pickle.Pickler):
 
 
 def test_a_state_of_an_older_python_is_read(tmp_path: Path) -> None:
-    run(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
+    run_job(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
     job = make_job(tmp_path, "mixer-mse", steps=4)
     index = job.states.path(2) / ".metadata"
     written = io.BytesIO()
     EnumsByGetattr(written).dump(pickle.loads(index.read_bytes()))
     assert b"getattr" in written.getvalue()
     index.write_bytes(written.getvalue())
-    run(job, Progress(step=2))
+    run_job(job, Progress(step=2))
 
 
 def test_a_half_written_state_is_ignored_and_named(tmp_path: Path) -> None:
-    run(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
+    run_job(make_job(tmp_path, "mixer-mse", steps=4), stop_at=2)
     job = make_job(tmp_path, "mixer-mse", steps=4)
     job.states.path(3).mkdir()
     (job.states.folder / ".step-00000004.partial-host-1").mkdir()
@@ -282,20 +278,3 @@ def test_cpu_threads_are_limited_on_a_gpu_only() -> None:
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
-
-
-def poisoned(batches: StepBatches) -> StepBatches:
-    """Replace every token by the one with an infinite embedding in `explosive`."""
-
-    def spoil(micro: Batch) -> Batch:
-        return replace(micro, input_ids=torch.full_like(micro.input_ids, 3))
-
-    return replace(batches, micro_batches=tuple(spoil(micro) for micro in batches.micro_batches))
-
-
-@contextmanager
-def explosive(job: TrainingJob) -> Iterator[None]:
-    """Make the embedding of token 3 infinite; only poisoned batches contain it."""
-    for model in (job.pair.teacher, job.pair.student):
-        model.model.text_embedding.weight.data[3] = float("inf")
-    yield
