@@ -10,10 +10,11 @@ import torch
 
 from mmmamba_cli.data import StepBatches, StepLoader
 from mmmamba_cli.distill.metrics import METRICS, read_metrics
+from mmmamba_cli.distill.out_of_memory import out_of_memory_error
 from mmmamba_cli.distill.parallelize import ParallelPlan, parallelize
 from mmmamba_cli.distill.stage_models import StageModels, trainable_of
 from mmmamba_cli.distill.trainable import attach_lora
-from mmmamba_cli.distill.trainer import TrainingJob, measure_step, out_of_memory_error
+from mmmamba_cli.distill.trainer import TrainingJob, measure_step
 from mmmamba_cli.distill.training_state import Progress, StateFolder
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import RecipeError

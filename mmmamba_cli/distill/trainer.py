@@ -146,10 +146,13 @@ def measure_step(job: TrainingJob, batches: StepBatches, repeats: int = 2) -> St
     parameters = job.pair.trainable_parameters()
     optimiser = build_optimiser(job.stage, parameters)
     state = _TrainState(parameters, optimiser, Progress())
-    job.pair.checkpoint_layers(job.stage.checkpointing and not job.objective.layer_local)
+    recomputation = _checkpoint_layers(job, state.progress)
     with limit_cpu_threads(job.world.device):
         for _ in range(max(1, repeats)):
-            result = _step(job, state, batches, time.perf_counter())
+            if recomputation is not None:
+                _decide_recomputation(job, state, recomputation, batches)
+            state.read_at = time.perf_counter()
+            result = _read_step(job, state, _step(job, state, batches))
     return result
 
 

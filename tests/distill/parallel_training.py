@@ -3,9 +3,10 @@
 Arguments: folder, step to stop after (0 for none), and stages as
 label:mode:steps:plan:loss:layout:learns. The label names the folder of the states. The mode is
 "replicate" (in buckets of 4 KiB), "shard", "fused" (sharded, with a fused optimiser and values that
-are read a step late) or "layers" (sharded, gathered and reduced in each micro batch); the layout "packed", "padded" or "gaps"
-(padded, two steps without a readable sample, and one with a loss that is not finite on one
-process); `learns` is as in a recipe, patterns joined by "+". The plan is that of `small_model`.
+are read a step late) or "layers" (sharded, gathered and reduced in each micro batch); the layout
+"packed", "padded" or "gaps" (padded, two steps without a readable sample, and one with a loss that
+is not finite on one process); `learns` is as in a recipe, patterns joined by "+". The plan is that
+of `small_model`.
 """
 
 from __future__ import annotations
