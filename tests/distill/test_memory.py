@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mmmamba_cli.architecture import is_fp32_parameter
 from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.distill.out_of_memory import out_of_memory_error
 from mmmamba_cli.distill.teacher_student import load_teacher_student
 from mmmamba_cli.distill.trainable import trainable_names
-from mmmamba_cli.distill.trainer import out_of_memory_error
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
@@ -104,3 +104,8 @@ def test_out_of_memory_suggests_settings() -> None:
     assert "--set data.max_tiles=6" in text
     one = recipe.stages[0].model_copy(update={"batch_size": 3, "accumulation": 3})
     assert "accumulation=" not in str(out_of_memory_error(one, recipe, Progress(), error))
+    auto = recipe.stages[2].model_copy(update={"checkpointing": "auto"})
+    assert "--set stages.stage3.checkpointing=true" in str(
+        out_of_memory_error(auto, recipe, Progress(), error)
+    )
+    assert "checkpointing=" not in text

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_distillation import RandomLoader, batch_of, make_job
-from test_trainer import ChangedLoader, run
+from small_distillation import ChangedLoader, RandomLoader, batch_of, make_job, run_job
 from torch import Tensor
 
 from mmmamba_cli.data import IGNORE_INDEX, BadSample, StepBatches
@@ -69,7 +68,7 @@ def test_a_short_last_step_is_weighted_by_tokens(loss: str, tmp_path: Path) -> N
 def test_the_loop_evaluates_a_full_pass(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=2)
     rows = RandomLoader(90, batch_size=5, seed=3).samples(0)
-    results, _ = run(replace(job, held_out=Rows([rows[:4], rows[4:]])))
+    results, _ = run_job(replace(job, held_out=Rows([rows[:4], rows[4:]])))
     assert results[-1].held_out is not None
     assert results[-1].held_out.samples == 5
     assert results[-1].held_out.tokens == sum(map(len, rows))
@@ -79,7 +78,7 @@ def test_unreadable_samples_are_listed_and_counted(tmp_path: Path) -> None:
     job = make_job(tmp_path, "mixer-mse", steps=2)
     rows = RandomLoader(90, batch_size=3, seed=3).samples(0)
     progress = Progress()
-    results, _ = run(replace(job, held_out=Rows([rows], (BAD,))), progress)
+    results, _ = run_job(replace(job, held_out=Rows([rows], (BAD,))), progress)
     found = results[-1].held_out
     assert found is not None
     assert found.bad == ("set.jsonl:3: no such image",)
@@ -107,7 +106,7 @@ def test_training_does_not_begin_with_an_unreadable_set(tmp_path: Path) -> None:
     source = Rows([[]], (BAD,))
     source.unreadable = lambda: [BAD, BAD]  # type: ignore[assignment, return-value]
     with pytest.raises(DataError, match="none of the 2 held-out samples can be read"):
-        run(replace(job, held_out=source))
+        run_job(replace(job, held_out=source))
     assert job.states.steps() == []
 
 
@@ -123,7 +122,7 @@ def test_a_first_loss_that_is_not_finite_is_not_the_best(
     monkeypatch.setattr(trainer, "evaluate_held_out", scripted)
     job = make_job(tmp_path, "mixer-mse", steps=5, evaluate_every=1)
     progress = Progress()
-    run(replace(job, held_out=RandomLoader(90, batch_size=4)), progress)
+    run_job(replace(job, held_out=RandomLoader(90, batch_size=4)), progress)
     assert (progress.best_step, progress.best_loss) == (3, 2.0)
     assert (job.states.folder / job.states.best_name(3)).is_dir()
 
@@ -141,7 +140,7 @@ def test_a_state_holds_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         trainer, "evaluate_held_out", lambda *_: HeldOutMetrics(math.nan, 0.5, None, None, 10, 2)
     )
     job = make_job(tmp_path, "mixer-mse", steps=1)
-    run(replace(job, held_out=RandomLoader(90, batch_size=4)))
+    run_job(replace(job, held_out=RandomLoader(90, batch_size=4)))
     text = (job.states.path(1) / "state.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["progress"]["held_out"]["loss"] == "nan"
 
@@ -187,10 +186,10 @@ def test_a_step_without_a_readable_sample_is_skipped(loss: str, tmp_path: Path) 
     assert not all(torch.equal(seen[2][name], seen[3][name]) for name in seen[1])
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (1, 0)
     # Stopping before the skipped step and resuming gives the same bits.
-    run(job("b"), stop_at=2)
+    run_job(job("b"), stop_at=2)
     again = job("b")
     resumed = again.states.read_record("step-00000002").progress
-    _, learned = run(again, resumed)
+    _, learned = run_job(again, resumed)
     assert all(torch.equal(learned[name], seen[-1][name]) for name in learned)
     assert resumed.skipped_steps == 1
 
@@ -200,7 +199,7 @@ def test_moments_are_unchanged_by_a_skipped_step(tmp_path: Path) -> None:
     for stop in (2, 3):
         job = make_job(tmp_path / str(stop), "mixer-mse", steps=4)
         job = replace(job, max_bad_share=1.0, loader=ChangedLoader(job.loader, unreadable_step(2)))
-        run(job, Progress(), stop_at=stop)
+        run_job(job, Progress(), stop_at=stop)
         parameters = job.pair.trainable_parameters()
         optimiser = trainer.build_optimiser(job.stage, parameters)
         job.states.load(f"step-{stop:08d}", parameters, optimiser)
@@ -222,10 +221,10 @@ def test_max_bad_share_limits_unreadable_steps(tmp_path: Path) -> None:
         return replace(made, max_bad_share=share, loader=ChangedLoader(made.loader, most))
 
     progress = Progress()
-    run(job("a", 0.95), progress)
+    run_job(job("a", 0.95), progress)
     assert progress.skipped_steps == 45
     with pytest.raises(DataError, match=r"more than data\.max_bad_share = 0\.5"):
-        run(job("b", 0.5))
+        run_job(job("b", 0.5))
 
 
 def test_a_stage_of_skipped_steps_makes_no_product(tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_a_stage_of_skipped_steps_makes_no_product(tmp_path: Path) -> None:
     with pytest.raises(
         trainer.MmmambaError, match="learned nothing: all of its 3 steps were skipped"
     ):
-        run(job)
+        run_job(job)
 
 
 def test_steps_without_a_scored_token_end_the_stage(tmp_path: Path) -> None:
@@ -256,7 +255,7 @@ def test_steps_without_a_scored_token_end_the_stage(tmp_path: Path) -> None:
     job = replace(job, objective=objective, loader=ChangedLoader(job.loader, unanswered))
     expected = "step 5: 5 steps in a row were skipped; none of its 4 samples has a token that"
     with pytest.raises(trainer.MmmambaError, match=expected):
-        run(job)
+        run_job(job)
 
 
 def test_losses_that_are_not_finite_are_plotted(tmp_path: Path) -> None:
