@@ -136,7 +136,7 @@ def share_equal_parameters(pair: InPlacePair, trainable: Collection[str]) -> Non
             continue
         if torch.equal(parameter, other):
             shared[parameter] = other
-    _replace_parameters(pair.student, lambda _, parameter: shared.get(parameter, parameter))
+    replace_parameters(pair.student, lambda _, parameter: shared.get(parameter, parameter))
 
 
 def _place(
@@ -159,14 +159,14 @@ def _place(
         return placed[parameter]
 
     for model in (pair.teacher, pair.student):
-        _replace_parameters(model, place)
+        replace_parameters(model, place)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
 
 
-def _replace_parameters(model: Any, change: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+def replace_parameters(model: Any, change: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
     """Replace each parameter under each of its names."""
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, last = name.rpartition(".")

@@ -177,17 +177,10 @@ def _added(checkpoint: InPlaceCheckpoint) -> frozenset[str]:
 
 def _stacks(checkpoint: InPlaceCheckpoint, context: int) -> list[tuple[StackConfig, int]]:
     """The sizes of each layer, and the columns that attention there keeps of `context`."""
-    from mmmamba_cli.teachers import anatomy_of, text_config
-    from mmmamba_cli.teachers.anatomy import attention_stack
+    from mmmamba_cli.teachers.layer_sizes import text_layer_sizes
 
-    text = text_config(checkpoint.config)
-    kinds = getattr(text, "layer_types", None) or ()
-    window = getattr(text, "sliding_window", None) or context
-    found = []
-    for layer, view in enumerate(anatomy_of(checkpoint.config).attention):
-        slides = layer < len(kinds) and kinds[layer] == "sliding_attention"
-        found.append((attention_stack(view, text), int(window) if slides else context))
-    return found
+    found = text_layer_sizes(checkpoint.config)
+    return [(stack, context if window is None else window) for stack, window in found]
 
 
 def _stack_summary(checkpoint: InPlaceCheckpoint) -> StackSummary:

@@ -18,7 +18,7 @@ from mmmamba_cli.devices import OutOfMemory, translate_out_of_memory
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.profiling.benchmark import LoadedDecoders, Plan, ProfileProgress
 from mmmamba_cli.profiling.gpu_metrics import isolated_memory
-from mmmamba_cli.profiling.interfaces import EAGER, Decoder, Subject
+from mmmamba_cli.profiling.interfaces import GENERATOR, Decoder, Subject
 from mmmamba_cli.profiling.result import CorrectnessPart, Memory
 from mmmamba_cli.profiling.timers import DeviceTimer, device_timer
 
@@ -150,7 +150,7 @@ def _check_subject(
     def check() -> CheckResult:
         decoder = loaded.get(subject)
         found.device, found.dtype = decoder.device, decoder.dtype
-        lengths = () if subject.info.way == EAGER else plan.check_lengths
+        lengths = plan.check_lengths if subject.info.way == GENERATOR else ()
         return check_decoder(subject.name, decoder, plan.seed, lengths)
 
     try:

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmmamba_cli.architecture import FP32_BYTES, cache_bytes
 from mmmamba_cli.devices import require_memory
@@ -46,11 +46,11 @@ class EagerDecoder:
 
     @property
     def weight_bytes(self) -> int:
-        return model_bytes(self.model)
+        return tensor_bytes(self.model)
 
     @property
     def cache_bytes(self) -> int:
-        return 0 if self.cache is None else sum(map(_layer_bytes, self.cache.layers))
+        return 0 if self.cache is None else sum(map(layer_bytes, self.cache.layers))
 
     def cost(self, batch: int, context: int, prefill: bool) -> Cost:
         weights = count_weights(self.model)
@@ -88,12 +88,14 @@ class EagerDecoder:
             stack = config.stack_of(layer)
             if kind == ATTENTION:
                 shape = (batch, stack.num_kv_heads, columns, stack.head_dim)
-                keys, values = (self._noise(shape, rng, self.dtype) for _ in range(2))
+                keys, values = (
+                    random_normal(shape, rng, self.model.lm_head.weight) for _ in range(2)
+                )
                 self.cache.update(keys, values, layer)
                 continue
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             states = self.model.model.blocks[layer].mixer.empty_states(batch, like)
-            noise = (self._noise(tuple(state.shape), rng, state.dtype) for state in states)
+            noise = (random_normal(tuple(state.shape), rng, state) for state in states)
             write_ssm_state(self.cache, layer, *noise)
 
     @torch.no_grad()
@@ -132,15 +134,19 @@ class EagerDecoder:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _noise(self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Normal numbers of `shape`, repeated along the third dimension after RANDOM_COLUMNS."""
-        length = shape[2]
-        drawn = (*shape[:2], min(length, RANDOM_COLUMNS), *shape[3:])
-        block = torch.randn(drawn, generator=rng, device=self.device).to(dtype)
-        if length <= RANDOM_COLUMNS:
-            return block
-        times = -(-length // RANDOM_COLUMNS)
-        return block.repeat(1, 1, times, *([1] * (len(shape) - 3)))[:, :, :length]
+
+def random_normal(shape: tuple[int, ...], rng: torch.Generator, like: Tensor) -> Tensor:
+    """Normal numbers of `shape`, repeated along the third dimension after RANDOM_COLUMNS.
+
+    Dtype and device are those of `like`.
+    """
+    length = shape[2]
+    drawn = (*shape[:2], min(length, RANDOM_COLUMNS), *shape[3:])
+    block = torch.randn(drawn, generator=rng, device=like.device).to(like.dtype)
+    if length <= RANDOM_COLUMNS:
+        return block
+    times = -(-length // RANDOM_COLUMNS)
+    return block.repeat(1, 1, times, *([1] * (len(shape) - 3)))[:, :, :length]
 
 
 def random_ids(config: HolisticVLMConfig, batch: int, length: int, rng: torch.Generator) -> Tensor:
@@ -168,13 +174,13 @@ def fp32_copy(model: HolisticVLM) -> HolisticVLM:
         OutOfMemory: if the copy does not fit.
     """
     # The copy is made in the model's dtype and then converted tensor by tensor.
-    size = model_bytes(model)
+    size = tensor_bytes(model)
     device = model.model.text_embedding.weight.device
     require_memory(device, size + size * FP32_BYTES // model.dtype.itemsize, "a copy of it in fp32")
     return copy.deepcopy(model).float()
 
 
-def model_bytes(model: HolisticVLM) -> int:
+def tensor_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters, or of the int8 weights in their place."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
@@ -197,7 +203,7 @@ def activation_bytes(
     return batch * columns * width * dtype.itemsize
 
 
-def _layer_bytes(layer: object) -> int:
+def layer_bytes(layer: object) -> int:
     """Bytes of a transformers cache layer of any kind."""
     tensors = [getattr(layer, name, None) for name in ("keys", "values")]
     for name in ("conv_states", "recurrent_states"):

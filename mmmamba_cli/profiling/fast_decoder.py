@@ -17,8 +17,8 @@ from mmmamba_cli.profiling.eager_decoder import (
     expected_cache_bytes,
     forward_without_cache,
     fp32_copy,
-    model_bytes,
     random_ids,
+    tensor_bytes,
 )
 from mmmamba_cli.profiling.interfaces import Cost, Decoder
 from mmmamba_cli.profiling.roofline import count_weights, minimum_cost
@@ -52,7 +52,7 @@ class FastDecoder:
 
     @property
     def weight_bytes(self) -> int:
-        return model_bytes(self.model)
+        return tensor_bytes(self.model)
 
     @property
     def cache_bytes(self) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from mmmamba_cli.devices import OutOfMemory, translate_out_of_memory
 from mmmamba_cli.profiling.benchmark import LoadedDecoders, Plan
-from mmmamba_cli.profiling.interfaces import EAGER, Decoder, Subject
+from mmmamba_cli.profiling.interfaces import GENERATOR, Decoder, Subject
 from mmmamba_cli.profiling.result import DECODE, Energy, Launches, Measurement, Memory
 from mmmamba_cli.profiling.timers import DeviceTimer, time_decode
 
@@ -73,7 +73,7 @@ def measure_launches(
     """Launch overhead of eager subjects at their shortest and longest context."""
     found = []
     for subject, ends in _decode_measurements(subjects, measured):
-        if subject.info.way != EAGER:
+        if subject.info.way == GENERATOR:
             continue
         for context, one in {ends[0].context: ends[0], ends[-1].context: ends[-1]}.items():
             assert one.median is not None

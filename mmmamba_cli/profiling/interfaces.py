@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 GROWING, STATIC = "growing", "static"
 CACHES = (GROWING, STATIC)
 
-# How a token is decoded: one launch per operation, or by `mmmamba_cli.inference`.
-EAGER, GENERATOR = "eager", "generator"
+# How a token is decoded: one launch per operation, by `mmmamba_cli.inference`, or one launch per
+# operation by a class of transformers.
+EAGER, GENERATOR, TRANSFORMERS = "eager", "generator", "transformers"
 
 # Roles: the baselines, and the models compared with them.
 AS_SHIPPED, TUNED, STUDENT = "teacher as shipped", "teacher tuned", "student"
@@ -118,7 +119,7 @@ class SubjectInfo:
     content_hash: str | None = None
     # Whether the model was distilled end to end; None if unknown.
     final: bool | None = None
-    # EAGER or GENERATOR.
+    # EAGER, GENERATOR or TRANSFORMERS.
     way: str = EAGER
     # "int8" if the weights are narrower than the profile's dtype.
     precision: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from mmmamba_cli.profiling.interfaces import AS_SHIPPED, EAGER, STATIC_TEACHER, TUNED
+from mmmamba_cli.profiling.interfaces import AS_SHIPPED, EAGER, STATIC_TEACHER, TRANSFORMERS, TUNED
 from mmmamba_cli.profiling.report import TITLES, memory_name
 from mmmamba_cli.profiling.result import DECODE, OUT_OF_MEMORY, PREFILL, Profile, SubjectPart, Task
 
@@ -62,7 +62,8 @@ def make_figure(profile: Profile) -> Any:
         handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False
     )
     ways = {subject.way for subject in profile.subjects if subject.role != AS_SHIPPED}
-    how = ", eager" if ways == {EAGER} else ""
+    how = {EAGER: ", eager", TRANSFORMERS: ", by transformers"}.get(min(ways, default=""), "")
+    how = how if len(ways) == 1 else ""
     figure.suptitle(
         f"{profile.device.name}, {profile.dtype}, batch {profile.plan.batch}{how}", fontsize=11
     )

@@ -10,8 +10,10 @@ from mmmamba_cli.errors import name_some
 from mmmamba_cli.profiling.interfaces import (
     AS_SHIPPED,
     BASELINES,
+    EAGER,
     GENERATOR,
     STATIC_TEACHER,
+    TRANSFORMERS,
     TUNED,
     Subject,
 )
@@ -115,7 +117,9 @@ def comparison(subjects: Sequence[SubjectPart]) -> str:
     against = f"against {' and against '.join(baselines)}" if baselines else "against no teacher"
     what = f"{', '.join(students)}, {against}" if students else " and ".join(baselines)
     ways = {one.way for one in subjects if one.role != AS_SHIPPED}
-    if ways == {GENERATOR}:
+    if ways == {TRANSFORMERS}:
+        how = "all by the forward pass of their class in transformers, one launch per operation"
+    elif ways == {GENERATOR}:
         how = "students by mmmamba's own decoder"
     elif GENERATOR in ways:
         how = "by mmmamba's own decoder where not said to be eager"
@@ -133,9 +137,48 @@ def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list
         f"a next token is one pass through the model and the greedy choice, text only, {burst}; "
         "weights shared by models are held once, and counted for each",
         "tensors that no forward uses, as a second token table, are loaded on neither side",
+        *_decoder_notes(subjects, device),
     ]
-    roles, ways = ({getattr(one.info, key) for one in subjects} for key in ("role", "way"))
-    if AS_SHIPPED in roles:
+    if any(one.info.precision for one in subjects):
+        found.append("int8: weights alone, a scale for each row; activations stay as they are")
+    if device.type == "cpu":
+        found.append(
+            "memory is counted, weights and cache: a CPU tells the peak of the whole process only"
+        )
+    elif plan.gpu_metrics:
+        found.append(
+            "memory while decoding was read with no other model on the device, in turns of its own"
+        )
+    if plan.prefill:
+        whole = "models with attention read the whole prompt at once, linear ones some thousand"
+        whole += " columns at a time, unless prefill_chunk says otherwise"
+        if all(one.info.way == TRANSFORMERS for one in subjects):
+            whole = (
+                "every model reads the whole prompt at once, unless prefill_chunk says otherwise"
+            )
+        found.append(
+            f"prefill: {whole}; caches that stay in place have just the prompt's room, and are "
+            "made before the clock starts"
+        )
+    undone = [one.name for one in subjects if one.info.final is False]
+    if undone:
+        found.append(
+            f"never distilled end to end: {', '.join(undone)}; speed does not depend on it"
+        )
+    return found
+
+
+def _decoder_notes(subjects: Sequence[Subject], device: torch.device) -> list[str]:
+    """How the models are decoded."""
+    found = []
+    ways = {one.info.way for one in subjects}
+    if TRANSFORMERS in ways:
+        found.append(
+            "models of transformers decode by the forward pass of their own class with caches of "
+            "transformers, growing for the teacher as shipped and static for the others; CUDA "
+            "graphs, packed and int8 weights are not for them"
+        )
+    if any(one.info.role == AS_SHIPPED and one.info.way == EAGER for one in subjects):
         found.append(
             f"{AS_SHIPPED}: this project's model with transformers' DynamicCache, which copies "
             "all keys and values with every token, as HoVLE's own code does; not that code itself"
@@ -150,33 +193,11 @@ def notes(subjects: Sequence[Subject], plan: Plan, device: torch.device) -> list
             f"mmmamba's own decoder: packed weights, memory in place, {kernels}; teacher and "
             "students alike"
         )
-    found += [
+    return found + [
         f"{one.name} is decoded eagerly, with a static cache: {one.info.eager_reason}"
         for one in subjects
-        if one.info.eager_reason is not None
+        if one.info.eager_reason is not None and one.info.way == EAGER
     ]
-    if any(one.info.precision for one in subjects):
-        found.append("int8: weights alone, a scale for each row; activations stay as they are")
-    if device.type == "cpu":
-        found.append(
-            "memory is counted, weights and cache: a CPU tells the peak of the whole process only"
-        )
-    elif plan.gpu_metrics:
-        found.append(
-            "memory while decoding was read with no other model on the device, in turns of its own"
-        )
-    if plan.prefill:
-        found.append(
-            "prefill: models with attention read the whole prompt at once, linear ones some "
-            "thousand columns at a time, unless prefill_chunk says otherwise; caches that stay in "
-            "place have just the prompt's room, and are made before the clock starts"
-        )
-    undone = [one.name for one in subjects if one.info.final is False]
-    if undone:
-        found.append(
-            f"never distilled end to end: {', '.join(undone)}; speed does not depend on it"
-        )
-    return found
 
 
 def format_ms(seconds: float) -> str:

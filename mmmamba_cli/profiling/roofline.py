@@ -90,10 +90,21 @@ class WeightCounts:
     def bytes(self) -> int:
         return self.block_bytes + self.head_bytes
 
+    def operations(self, batch: int, columns: int) -> int:
+        """Operations of the products with them for `columns` columns of each row."""
+        # Only the last column of a prompt needs logits.
+        rows = batch * columns * self.block_elements + batch * self.head_elements
+        return MULTIPLY_ADD * rows
+
 
 def count_weights(model: HolisticVLM) -> WeightCounts:
-    blocks = _unique_tensors((*model.model.blocks, model.model.norm))
-    head = _unique_tensors((model.lm_head,))
+    return weight_counts((*model.model.blocks, model.model.norm), model.lm_head)
+
+
+def weight_counts(layers: Iterable[nn.Module], output_head: nn.Module) -> WeightCounts:
+    """The weights of the layers of a decoder, with its final norm, and of its head."""
+    blocks = _unique_tensors(layers)
+    head = _unique_tensors((output_head,))
     return WeightCounts(
         block_bytes=sum(t.nbytes for t in blocks),
         block_elements=sum(t.numel() for t in blocks if t.dim() == 2),
@@ -119,9 +130,7 @@ def minimum_cost(
     columns = context if prefill else 1
     caches = layer_cache_bytes(config, batch, context, dtype.itemsize)
     size = weights.bytes
-    rows = batch * columns
-    # Only the last column of a prompt needs logits.
-    operations = MULTIPLY_ADD * (rows * weights.block_elements + batch * weights.head_elements)
+    operations = weights.operations(batch, columns)
     for layer in range(config.num_hidden_layers):
         stack, spec = config.stack_of(layer), spec_of(config, layer)
         # A window has room for more columns than a short context fills.

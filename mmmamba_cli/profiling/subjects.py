@@ -10,21 +10,30 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmmamba_cli.architecture import parameter_shapes, slow_decoding_reason
-from mmmamba_cli.checkpoint import Checkpoint, stored_dtype
+from mmmamba_cli.checkpoint import (
+    Checkpoint,
+    InPlaceCheckpoint,
+    load_in_place_model,
+    stored_dtype,
+)
 from mmmamba_cli.checkpoint.tensor_io import cast
 from mmmamba_cli.devices import require_memory, translate_out_of_memory
+from mmmamba_cli.distill.in_place_pair import replace_parameters
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.inference import quantize
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.profiling.eager_decoder import EagerDecoder
 from mmmamba_cli.profiling.fast_decoder import FastDecoder
+from mmmamba_cli.profiling.in_place_decoder import InPlaceDecoder
 from mmmamba_cli.profiling.interfaces import (
     AS_SHIPPED,
     EAGER,
@@ -33,6 +42,7 @@ from mmmamba_cli.profiling.interfaces import (
     STATIC,
     STATIC_TEACHER,
     STUDENT,
+    TRANSFORMERS,
     TUNED,
     Decoder,
     Subject,
@@ -49,6 +59,7 @@ from mmmamba_cli.runs import (
     resolve_teacher,
 )
 
+DECODED_BY_TRANSFORMERS = "models of transformers are decoded by their own class"
 # Bounds of softplus^-1(dt) for which a state decays neither at once nor not at all.
 DT_BIAS_RANGE = (-6.0, -2.0)
 
@@ -65,6 +76,8 @@ class WeightStore:
         self._parameters: WeakValueDictionary[tuple[object, ...], nn.Parameter] = (
             WeakValueDictionary()
         )
+        # Models of transformers by path.
+        self._in_place: WeakValueDictionary[str, PreTrainedModel] = WeakValueDictionary()
 
     def load(self, checkpoint: Checkpoint) -> HolisticVLM:
         """Load the model of a checkpoint. Raises `OutOfMemory` and `CheckpointError`.
@@ -73,6 +86,32 @@ class WeightStore:
         read.
         """
         return self._build(checkpoint.config, str(checkpoint.path), checkpoint.read)
+
+    def load_in_place(self, checkpoint: InPlaceCheckpoint) -> PreTrainedModel:
+        """Load a model of transformers. Raises `OutOfMemory` and `CheckpointError`.
+
+        A parameter that equals one of another model is stored once, after both were in memory.
+        """
+        key = str(checkpoint.path)
+        held = self._in_place.get(key)
+        if held is not None:
+            return held
+        elements = sum(prod(shape) for shape in checkpoint.shapes.values())
+        require_memory(self.device, elements * self.dtype.itemsize, f"the model {key}")
+        model = translate_out_of_memory(
+            lambda: load_in_place_model(
+                checkpoint, device=self.device, dtype=self.dtype, frozen=True
+            )
+        )
+        others = [dict(other.named_parameters()) for other in self._in_place.values()]
+
+        def shared(name: str, parameter: nn.Parameter) -> nn.Parameter:
+            found = (other[name] for other in others if name in other)
+            return next((one for one in found if _are_equal(one, parameter)), parameter)
+
+        replace_parameters(model, shared)
+        self._in_place[key] = model
+        return model
 
     def random(self, config: HolisticVLMConfig, family: str, seed: int) -> HolisticVLM:
         """Build a model with random weights that depend on seed and tensor name only.
@@ -135,6 +174,10 @@ class WeightStore:
         return values.normal_(std=fan_in**-0.5, generator=rng)
 
 
+def _are_equal(a: nn.Parameter, b: nn.Parameter) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
 def weight_store(device: str | None = None, dtype: str = "auto") -> WeightStore:
     """The weight store of one profile; dtype "auto" is bf16 on CUDA, fp32 on a CPU.
 
@@ -153,6 +196,8 @@ def run_subjects(
     eager: bool = False,
 ) -> list[Subject]:
     """A run's two teacher baselines and its products, by default the newest of each layer plan.
+
+    Models of transformers are decoded by their own class, also without `eager`.
 
     Args:
         teacher: whether to include the teacher; None includes it if the run has one.
@@ -185,9 +230,8 @@ def teacher_subjects(
     teacher or it is no longer there.
     """
     model = resolve_teacher(Run(folder), moved_to)
-    return [
-        _checkpoint_subject(store, model, role, role, eager=eager) for role in baseline_roles(eager)
-    ]
+    roles = baseline_roles(eager or isinstance(model.opened, InPlaceCheckpoint))
+    return [_checkpoint_subject(store, model, role, role, eager=eager) for role in roles]
 
 
 def path_subjects(
@@ -250,6 +294,8 @@ def _checkpoint_subject(
     eager: bool,
 ) -> Subject:
     """A subject with the weights of a checkpoint."""
+    if isinstance(model.opened, InPlaceCheckpoint):
+        return _in_place_subject(store, model, model.opened, role, name, weights)
     checkpoint = model.checkpoint
     return make_subject(
         name or model.name,
@@ -260,6 +306,37 @@ def _checkpoint_subject(
         eager=eager,
         content_hash=model.content_hash,
         final=None if model.run is None else model.final,
+    )
+
+
+def _in_place_subject(
+    store: WeightStore,
+    model: ResolvedModel,
+    checkpoint: InPlaceCheckpoint,
+    role: str,
+    name: str | None,
+    weights: str | None,
+) -> Subject:
+    """A model of transformers, decoded by its own class."""
+    # A damaged folder is refused before anything is measured.
+    _ = checkpoint.layout
+    cache = GROWING if role == AS_SHIPPED else STATIC
+    mixers = () if checkpoint.plan is None else checkpoint.plan.mixers
+    info = SubjectInfo(
+        role,
+        cache,
+        plan_kind(len(checkpoint.attention_layers), checkpoint.num_layers),
+        checkpoint.attention_layers,
+        checkpoint.num_layers,
+        weights or str(checkpoint.path),
+        model.content_hash,
+        None if model.run is None else model.final,
+        way=TRANSFORMERS,
+        mixers=tuple(dict.fromkeys(one for one in mixers if one != "attention")),
+        eager_reason=DECODED_BY_TRANSFORMERS,
+    )
+    return Subject(
+        name or model.name, info, lambda: InPlaceDecoder(store.load_in_place(checkpoint), cache)
     )
 
 
