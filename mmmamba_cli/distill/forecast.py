@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -13,26 +12,24 @@ from typing import Any
 
 import torch
 
-from mmmamba_cli.checkpoint import Checkpoint
+from mmmamba_cli.checkpoint import AnyCheckpoint, Checkpoint
 from mmmamba_cli.data import StepBatches, StepLoader
 from mmmamba_cli.devices import free_cpu_memory
 from mmmamba_cli.distill.first_batch import describe_first_batch
 from mmmamba_cli.distill.pipeline import check_mixers, choose_start_product, stages_to_run
-from mmmamba_cli.distill.stage_forecast import DryRun, Learning, StageDisk, StageForecast
+from mmmamba_cli.distill.stage_disk import estimate_disk, product_bytes
+from mmmamba_cli.distill.stage_forecast import DryRun, Learning, StageForecast
 from mmmamba_cli.distill.stage_loaders import build_loaders
 from mmmamba_cli.distill.stage_memory import (
-    FP32_BYTES,
-    MOMENTS,
     adapter_elements,
     estimate_memory,
 )
 from mmmamba_cli.distill.stage_models import StageModels, open_stage_models
 from mmmamba_cli.distill.stage_rates import Rate, measured_rate, rate_of_run
-from mmmamba_cli.distill.stage_shapes import StageShapes, count, shapes_of, tensor_bytes
+from mmmamba_cli.distill.stage_shapes import StageShapes, shapes_of, trained_before
 from mmmamba_cli.distill.trainable import layers_per_parameter
 from mmmamba_cli.distill.validation import check_held_out
 from mmmamba_cli.distributed import World
-from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.recipe import Recipe, Stage, attention_layers, stage_data
 from mmmamba_cli.runs import Manifest, Run, open_training_processor
 
@@ -74,14 +71,14 @@ def dry_run(
     context = _Context(run, recipe, device, options, start, models, log, notes)
     linear = shapes_of(models.student)
     stages, forecasts = stages_to_run(recipe, start, names), []
-    hybrid_bytes = 0
+    hybrid_bytes, itemsize = 0, getattr(torch, start.dtype).itemsize
     for stage in stages:
         shapes = linear
         if stage.layers == "planned" and not start.attention_layers:
             layers = attention_layers(recipe.layers, start.num_layers)
             shapes = linear.with_attention(layers)
             if layers and not hybrid_bytes:
-                hybrid_bytes = _product_bytes(shapes, context)
+                hybrid_bytes = product_bytes(shapes, itemsize) + _unused_bytes(models.student)
             if layers and recipe.layers.select is not None:
                 notes.append(
                     f"layers.select: {recipe.layers.select} chooses the attention layers while the "
@@ -141,7 +138,7 @@ def _forecast(context: _Context, stage: Stage, shapes: StageShapes) -> StageFore
         check_held_out(held_out, world)
     batches = loader.step(0)
     batch = describe_first_batch(stage, loader, batches, context.tokenizer, context.holistic_vision)
-    before = _trained_before(recipe, stage, shapes)
+    before = trained_before(recipe, stage, shapes)
     max_length = stage.max_length or stage_data(recipe.data, stage).max_length
     rows = -(-stage.batch_size // (stage.accumulation * options.processes))
     longest = batch.at_length(max_length, rows)
@@ -153,7 +150,13 @@ def _forecast(context: _Context, stage: Stage, shapes: StageShapes) -> StageFore
         max_length=max_length,
         memory=estimate_memory(shapes, stage, batch.largest, before),
         memory_at_most=estimate_memory(shapes, stage, longest, before),
-        disk=_disk(context, stage, shapes, held_out is not None),
+        disk=estimate_disk(
+            shapes,
+            stage,
+            getattr(torch, context.start.dtype).itemsize,
+            held_out is not None,
+            _unused_bytes(student),
+        ),
         tokens=round(batch.tokens / batch.samples * stage.batch_size * stage.steps),
         rate=_rate(context, stage, shapes, loader, batches),
     )
@@ -183,19 +186,6 @@ def _rate(
     )
 
 
-def _trained_before(recipe: Recipe, stage: Stage, shapes: StageShapes) -> set[str]:
-    """Parameters that earlier stages train, but for those of attention that was put back."""
-    found: set[str] = set()
-    for earlier in recipe.stages[: recipe.stages.index(stage)]:
-        # Its patterns may name layers that are attention by now.
-        with suppress(RecipeError):
-            trainable, lora = shapes.trainable(earlier)
-            found |= {*trainable, *lora}
-    linear = set(shapes.layers.linear)
-    layer_of = shapes.layers.mixer_part
-    return {name for name in found if layer_of(name)[0] is None or layer_of(name)[0] in linear}
-
-
 def _attention(shapes: StageShapes) -> tuple[int, ...]:
     linear = set(shapes.layers.linear)
     return tuple(i for i in range(len(shapes.layers.mixers)) if i not in linear)
@@ -217,23 +207,10 @@ def _learning(
     return tuple(found)
 
 
-def _disk(context: _Context, stage: Stage, shapes: StageShapes, has_held_out: bool) -> StageDisk:
-    trainable, lora = shapes.trainable(stage)
-    elements = count(shapes.student, set(trainable) - set(lora))
-    masters = FP32_BYTES * (elements + adapter_elements(shapes, stage, lora))
-    product = _product_bytes(shapes, context)
-    # The newest state and the one that is written, each beside the best student so far.
-    states = 2 * (1 + MOMENTS) * masters + (2 * masters if has_held_out else 0)
-    return StageDisk(product, product if has_held_out else 0, states)
-
-
-def _product_bytes(shapes: StageShapes, context: _Context) -> int:
-    """Bytes of the tensors of a product, with those that no forward pass uses."""
-    wide = getattr(torch, context.start.dtype).itemsize
-    student = context.models.student
-    unused = [name for name in student.source.names if name.startswith("unused.")]
-    used = tensor_bytes(shapes.student, shapes.student, shapes.small, wide)
-    return used + sum(student.source.info(name).nbytes for name in unused)
+def _unused_bytes(student: AnyCheckpoint) -> int:
+    """Bytes of the tensors that no forward pass reads."""
+    names = [name for name in student.source.names if name.startswith("unused.")]
+    return sum(student.source.info(name).nbytes for name in names)
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mmmamba_cli.distill.first_batch import FirstBatch
+from mmmamba_cli.distill.stage_disk import StageDisk, peak_disk
 from mmmamba_cli.distill.stage_memory import HOW_COMPUTED, StageMemory
 from mmmamba_cli.distill.stage_rates import Rate
 from mmmamba_cli.recipe import Stage
@@ -19,19 +20,6 @@ class Learning:
     name: str
     tensors: int
     elements: int
-
-
-@dataclass(frozen=True)
-class StageDisk:
-    """Bytes on disk: the product, a second one of the lowest held-out loss, and states.
-
-    `states` is the peak while the stage trains, when a new state is written beside the last one;
-    they are removed at its end.
-    """
-
-    product: int
-    best: int
-    states: int
 
 
 @dataclass(frozen=True)
@@ -124,12 +112,7 @@ class DryRun:
     @property
     def disk(self) -> int:
         """Peak of the bytes that are added: products so far, and the states of a stage."""
-        peak = written = 0
-        for stage in self.stages:
-            # The product is written before the states are removed.
-            written += stage.disk.product + stage.disk.best
-            peak = max(peak, written + stage.disk.states)
-        return peak + self.hybrid_bytes
+        return peak_disk([stage.disk for stage in self.stages]) + self.hybrid_bytes
 
     @property
     def seconds(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -20,9 +21,9 @@ from mmmamba_cli.checkpoint.in_place import with_dtype, with_plan
 from mmmamba_cli.distill.objective import Objective, build_in_place_objective, build_objective
 from mmmamba_cli.distill.student_layers import StudentLayers, holistic_layers, in_place_layers
 from mmmamba_cli.distill.trainable import lora_weight_names, select_trainable
-from mmmamba_cli.errors import RunError
+from mmmamba_cli.errors import RecipeError, RunError
 from mmmamba_cli.model import HolisticVLMConfig
-from mmmamba_cli.recipe import Stage
+from mmmamba_cli.recipe import Recipe, Stage
 from mmmamba_cli.runs.in_place_product import new_tensors
 from mmmamba_cli.teachers import StudentPlan, anatomy_of, student_tensors, text_config
 from mmmamba_cli.teachers.anatomy import attention_stack
@@ -135,6 +136,19 @@ def in_place_shapes(config: Any) -> StageShapes:
         vocab_size=text.vocab_size,
         config=config,
     )
+
+
+def trained_before(recipe: Recipe, stage: Stage, shapes: StageShapes) -> set[str]:
+    """Parameters that earlier stages train, but for those of attention that was put back."""
+    found: set[str] = set()
+    for earlier in recipe.stages[: recipe.stages.index(stage)]:
+        # Its patterns may name layers that are attention by now.
+        with suppress(RecipeError):
+            trainable, lora = shapes.trainable(earlier)
+            found |= {*trainable, *lora}
+    linear = set(shapes.layers.linear)
+    layer_of = shapes.layers.mixer_part
+    return {name for name in found if layer_of(name)[0] is None or layer_of(name)[0] in linear}
 
 
 def _with_mixers(config: HolisticVLMConfig, mixers: Sequence[str]) -> HolisticVLMConfig:
