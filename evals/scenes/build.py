@@ -103,10 +103,11 @@ def write_lessons(
     say: Say = lambda pictures: None,
     workers: int = 0,
     short: bool = False,
+    questions: int = QUESTIONS_PER_CONVERSATION,
 ) -> None:
     """Write training data: `lessons.jsonl`, one conversation a line, and `pictures/`.
 
-    A scene with many questions is split into several conversations. Without `short`, some lessons
+    A scene with many questions is split into several conversations of at most `questions`. Without `short`, some lessons
     ask about one detail in several pictures or in a long text. A lesson depends only on the seed
     and its number, so any number of `workers` writes the same files.
     """
@@ -116,7 +117,7 @@ def write_lessons(
         for first in range(0, count, LESSONS_PER_TASK)
     ]
     with (folder / LESSONS).open("w", encoding="utf-8") as handle, ExitStack() as stack:
-        draw = partial(_draw_part, folder, atlas, world, seed, short)
+        draw = partial(_draw_part, folder, atlas, world, seed, short, questions)
         if workers:
             # Spawned: forking a process with threads, such as torch's, is unsafe.
             pool = ProcessPoolExecutor(workers, get_context("spawn"))
@@ -131,7 +132,13 @@ def write_lessons(
 
 
 def _draw_part(
-    folder: Path, atlas: Atlas, world: World, seed: int, short: bool, numbers: range
+    folder: Path,
+    atlas: Atlas,
+    world: World,
+    seed: int,
+    short: bool,
+    questions: int,
+    numbers: range,
 ) -> str:
     """Write the pictures of some lessons; return their lines of JSON."""
     lines = []
@@ -142,11 +149,11 @@ def _draw_part(
         names = [f"{PICTURES}/{number:07d}-{i}.png" for i in range(len(scenes))]
         for name, scene in zip(names, scenes, strict=True):
             render(scene, atlas).save(folder / name, compress_level=1)
-        for first in range(0, len(asked), QUESTIONS_PER_CONVERSATION):
+        for first in range(0, len(asked), questions):
             line = conversation(
                 f"scene-{number}-{first}",
                 names,
-                asked[first : first + QUESTIONS_PER_CONVERSATION],
+                asked[first : first + questions],
                 before,
             )
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -73,6 +73,10 @@ def build(
             help="Write only lessons about single pictures: none about several, no long texts.",
         ),
     ] = False,
+    questions: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Largest number of questions of a conversation."),
+    ] = 4,
     workers: Annotated[
         int, typer.Option(min=0, metavar="N", help="Number of processes that draw lessons.")
     ] = 0,
@@ -105,7 +109,9 @@ def build(
             with progress("drawing lessons", lessons, "pictures") as advance:
                 # Lessons and suite share no scene: other seeds.
                 other = seed + 1_000_003
-                write_lessons(partial, drawn, world, other, lessons, advance, workers, short)
+                write_lessons(
+                    partial, drawn, world, other, lessons, advance, workers, short, questions
+                )
     found = {
         "folder": str(folder),
         "classes": len(world.classes),

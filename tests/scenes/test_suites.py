@@ -159,6 +159,23 @@ def test_lessons_are_training_data(tmp_path: Path, atlas: Atlas, world: World) -
     assert said[1::2] == [one.answer for one in asked]
 
 
+def test_conversations_of_one_question_ask_the_same(
+    tmp_path: Path, atlas: Atlas, world: World
+) -> None:
+    def turns(name: str, **options: int) -> list[list[str]]:
+        write_lessons(tmp_path / name, atlas, world, 0, 2, short=True, **options)
+        lines = (tmp_path / name / "lessons.jsonl").read_text().splitlines()
+        return [[t["value"] for t in json.loads(line)["conversations"]] for line in lines]
+
+    single, several = turns("single", questions=1), turns("several")
+    assert {len(one) for one in single} == {2}
+    assert max(map(len, several)) > 2
+    asked = [[value.removeprefix("<image>\n") for value in one] for one in several]
+    flat = [value.removeprefix("<image>\n") for one in single for value in one]
+    assert flat == [value for one in asked for value in one]
+    assert all(one[0].startswith("<image>\n") for one in single)
+
+
 def test_short_lessons_have_one_picture(tmp_path: Path, atlas: Atlas, world: World) -> None:
     for name, short in (("all", False), ("short", True)):
         write_lessons(tmp_path / name, atlas, world, 0, 15, short=short)
