@@ -107,9 +107,9 @@ def write_lessons(
 ) -> None:
     """Write training data: `lessons.jsonl`, one conversation a line, and `pictures/`.
 
-    A scene with many questions is split into several conversations of at most `questions`. Without `short`, some lessons
-    ask about one detail in several pictures or in a long text. A lesson depends only on the seed
-    and its number, so any number of `workers` writes the same files.
+    A scene with many questions is split into several conversations of at most `questions`. Without
+    `short`, some lessons ask about one detail in several pictures or in a long text. A lesson
+    depends only on the seed and its number, so any number of `workers` writes the same files.
     """
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     parts = [
