@@ -49,10 +49,10 @@ from mmmamba_cli.stability import (  # noqa: E402
 )
 from mmmamba_cli.stability.decay_spectrum import (  # noqa: E402
     certified_exponents,
-    decaying_layers,
     observed_mixers,
 )
 from mmmamba_cli.stability.measurement import measure_tangents  # noqa: E402
+from mmmamba_cli.stability.model_layers import decaying_layers  # noqa: E402
 
 MODELS = ("scenes-linear", "scenes-hybrid", "scenes-teacher")
 PROMPTS, PROMPT_TOKENS = 1000, 32

@@ -11,11 +11,12 @@ import typer
 
 from mmmamba_cli.cli.console import print_json, print_line, print_table, print_text, progress
 from mmmamba_cli.cli.options import read_lengths
-from mmmamba_cli.errors import DataError
+from mmmamba_cli.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from mmmamba_cli.runs import ResolvedModel
     from mmmamba_cli.stability import DeviationRecord, LayerStability, StabilityRecord
+    from mmmamba_cli.stability.texts import TextEncoder
 
 # Rows of the table of deviations.
 MAX_PLACES = 8
@@ -135,6 +136,7 @@ def show_stability(
 
 
 def _measure(resolved: ResolvedModel, request: StabilityRequest) -> StabilityRecord:
+    from mmmamba_cli.checkpoint import InPlaceCheckpoint
     from mmmamba_cli.stability import (
         StabilityOptions,
         conversation_text,
@@ -148,16 +150,14 @@ def _measure(resolved: ResolvedModel, request: StabilityRequest) -> StabilityRec
     tokens = None if request.tokens is None else _single_length(request.tokens)
     if request.text is not None and request.data is not None:
         raise DataError("--text and --data were given, expected one of them", "leave one out")
-    processor = resolved.require_processor(
-        "measured on a text", "give a folder with the tokenizer of the model"
-    )
+    encoder = _text_encoder(resolved)
     if request.text is not None:
         label, text = request.text.name, read_text(request.text)
     elif request.data is not None:
         label, text = request.data.name, conversation_text(request.data, tokens)
     else:
         label, text = "the installed text", sample_text()
-    ids = encode_text(processor, text, label, tokens)
+    ids = encode_text(encoder, text, label, tokens)
     default = StabilityOptions()
     options = StabilityOptions(
         against_dtype=request.against_dtype or default.against_dtype,
@@ -165,8 +165,26 @@ def _measure(resolved: ResolvedModel, request: StabilityRequest) -> StabilityRec
         tangents=request.tangents or default.tangents,
         device=request.device,
     )
-    with progress("measuring", count_passes(options) * len(ids), "tokens") as advance:
+    passes = count_passes(options, in_place=isinstance(resolved.opened, InPlaceCheckpoint))
+    with progress("measuring", passes * len(ids), "tokens") as advance:
         return measure_stability(resolved, ids, label, options, advance)
+
+
+def _text_encoder(resolved: ResolvedModel) -> TextEncoder:
+    """Raises `CheckpointError` if the model has no tokenizer."""
+    from mmmamba_cli.checkpoint import InPlaceCheckpoint
+    from mmmamba_cli.runs import open_training_processor
+    from mmmamba_cli.stability import TokenizerEncoder
+
+    purpose, hint = "measured on a text", "give a folder with the tokenizer of the model"
+    if not isinstance(resolved.opened, InPlaceCheckpoint):
+        return resolved.require_processor(purpose, hint)
+    processor = open_training_processor(resolved.opened)
+    if processor is None:
+        raise CheckpointError(
+            f"{resolved.opened.path} has no tokenizer, so it cannot be {purpose}", hint
+        )
+    return TokenizerEncoder(processor.tokenizer)
 
 
 def _single_length(text: str) -> int:

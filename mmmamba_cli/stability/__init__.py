@@ -30,7 +30,13 @@ if TYPE_CHECKING:
         count_passes,
         measure_stability,
     )
-    from mmmamba_cli.stability.texts import conversation_text, encode_text, read_text, sample_text
+    from mmmamba_cli.stability.texts import (
+        TokenizerEncoder,
+        conversation_text,
+        encode_text,
+        read_text,
+        sample_text,
+    )
 
 __all__ = [
     "LONG_MEMORY",
@@ -43,6 +49,7 @@ __all__ = [
     "PrecisionRecord",
     "StabilityOptions",
     "StabilityRecord",
+    "TokenizerEncoder",
     "conversation_text",
     "count_passes",
     "encode_text",
@@ -60,6 +67,12 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "measurement": ("StabilityOptions", "count_passes", "measure_stability"),
-        "texts": ("conversation_text", "encode_text", "read_text", "sample_text"),
+        "texts": (
+            "TokenizerEncoder",
+            "conversation_text",
+            "encode_text",
+            "read_text",
+            "sample_text",
+        ),
     },
 )

@@ -18,43 +18,26 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from mmmamba_cli.architecture import EXACT_DECAY, MixerSpec, spec_of
-from mmmamba_cli.model import HolisticVLM
+from mmmamba_cli.architecture import EXACT_DECAY, MixerSpec
 from mmmamba_cli.model.cache import read_ssm_state
 from mmmamba_cli.model.gated_mixer import GatedMixer
 from mmmamba_cli.model.sequence_layout import SequenceLayout
+from mmmamba_cli.stability.model_layers import decaying_layers, input_gain, layer_specs
 
 # Below this -log gamma, gamma is 1 in fp32: half the distance from 1 to the next smaller number.
 FP32_HALF_STEP = 2.0**-25
 # Relative range of log gamma over tokens within which a decay does not depend on its input.
 CONSTANT_RANGE = 1e-6
+MIX = "mix"
 
 
-def layer_specs(model: HolisticVLM) -> list[MixerSpec]:
-    """The spec of the mixer of each layer, counted through both stacks."""
-    return [spec_of(model.config, layer) for layer in range(model.config.num_hidden_layers)]
-
-
-def decaying_layers(model: HolisticVLM) -> dict[int, GatedMixer]:
-    """The mixers whose state decays, by layer."""
-    mixers = [block.mixer for block in model.model.blocks]
-    return {
-        layer: mixer
-        for layer, (mixer, spec) in enumerate(zip(mixers, layer_specs(model), strict=True))
-        if spec.decay is not None and isinstance(mixer, GatedMixer)
-    }
-
-
-def certified_exponents(model: HolisticVLM, layer: int) -> Tensor:
+def certified_exponents(model: Any, layer: int) -> Tensor:
     """The least upper bound of log gamma of a layer over all prompts, (H, ...), below 0.
 
     It follows from the weights, because the mixer's input is normed; see
     `GatedMixer.max_log_decay`.
     """
-    block = model.model.blocks[layer]
-    mixer = block.mixer
-    assert isinstance(mixer, GatedMixer)
-    return mixer.max_log_decay(block.mixer_norm.weight)
+    return decaying_layers(model)[layer].max_log_decay(input_gain(model, layer))
 
 
 def state_log_decay(spec: MixerSpec, mixer: GatedMixer, hidden: Tensor) -> Tensor:
@@ -155,17 +138,20 @@ ReadOut = Callable[[int, Tensor], None]
 
 @contextmanager
 def observed_mixers(
-    model: HolisticVLM, on_call: MixerCall, on_read_out: ReadOut | None = None
+    model: Any, on_call: MixerCall, on_read_out: ReadOut | None = None
 ) -> Iterator[None]:
-    """Inside, report every call of a mixer whose state decays, before it runs.
+    """Inside, report every call of the mixers whose state decays, before it runs.
 
     `on_call` gets the layer, the mixer's input (B, T, D), its layout and its cache, `on_read_out`
     the layer and the read-out (B, T, H, P) before norm and gate.
     """
-    handles = []
+    handles, wrapped = [], []
     try:
         for layer, mixer in decaying_layers(model).items():
-            handles.append(mixer.register_forward_pre_hook(partial(_report_call, on_call, layer)))
+            # Modules of both kinds of models call `mix` with the same arguments, and are themselves
+            # called with others.
+            setattr(mixer, MIX, partial(_report_call, on_call, layer, mixer.mix))
+            wrapped.append(mixer)
             if on_read_out is not None:
                 hook = partial(_report_read_out, on_read_out, layer)
                 handles.append(mixer.output_norm.register_forward_pre_hook(hook))
@@ -173,12 +159,21 @@ def observed_mixers(
     finally:
         for handle in handles:
             handle.remove()
+        for mixer in wrapped:
+            # The method of the class is left.
+            delattr(mixer, MIX)
 
 
 def _report_call(
-    on_call: MixerCall, layer: int, module: nn.Module, arguments: tuple[Any, ...]
-) -> None:
-    on_call(layer, arguments[0], arguments[1], arguments[2] if len(arguments) > 2 else None)
+    on_call: MixerCall,
+    layer: int,
+    mix: Callable[[Tensor, SequenceLayout, Cache | None], Tensor],
+    hidden: Tensor,
+    layout: SequenceLayout,
+    cache: Cache | None = None,
+) -> Tensor:
+    on_call(layer, hidden, layout, cache)
+    return mix(hidden, layout, cache)
 
 
 def _report_read_out(
@@ -190,7 +185,7 @@ def _report_read_out(
 class DecayObserver:
     """The totals of every layer whose state decays, while a text of one row passes."""
 
-    def __init__(self, model: HolisticVLM):
+    def __init__(self, model: Any):
         self._mixers = decaying_layers(model)
         self._specs = layer_specs(model)
         self.totals = {layer: DecayTotals() for layer in self._mixers}

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmmamba_cli.architecture import layer_options
-from mmmamba_cli.checkpoint import parse_dtype
+from mmmamba_cli.checkpoint import InPlaceCheckpoint, load_in_place_model, parse_dtype
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.inference import quantize
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.cache import new_cache
-from mmmamba_cli.model.gated_mixer import GATED_NORM_EPS
 from mmmamba_cli.runs import ResolvedModel, pick_placement
 from mmmamba_cli.runs.manifest import command_line, package_versions, utc_timestamp
 from mmmamba_cli.stability.decay_spectrum import (
     DecayObserver,
     DecayTotals,
-    certified_exponents,
-    decaying_layers,
-    layer_specs,
     observed_mixers,
-    slowest_channel,
 )
 from mmmamba_cli.stability.divergence import (
     BLOCK_TOKENS,
@@ -34,6 +29,12 @@ from mmmamba_cli.stability.divergence import (
     join_divergences,
     length_slope,
     spans,
+)
+from mmmamba_cli.stability.layer_records import LOW_READ_OUT, layer_records
+from mmmamba_cli.stability.model_layers import (
+    TextPass,
+    decaying_layers,
+    input_gain,
 )
 from mmmamba_cli.stability.perturbation import (
     disturbed_states,
@@ -45,8 +46,6 @@ from mmmamba_cli.stability.perturbation import (
 )
 from mmmamba_cli.stability.record import (
     DeviationRecord,
-    HeadDecay,
-    LayerStability,
     PrecisionRecord,
     SlopeRecord,
     SpanDivergence,
@@ -61,9 +60,6 @@ INT8 = "int8"
 CHUNK_TOKENS = 512
 # Tokens that fill the states before they are disturbed.
 WARM_UP_TOKENS = 256
-# The norm of a read-out divides by sqrt(mean square + eps): below this multiple of sqrt(eps), it
-# magnifies errors more than signals.
-LOW_READ_OUT = 10 * GATED_NORM_EPS**0.5
 
 Advance = Callable[[int], None]
 
@@ -89,8 +85,13 @@ class StabilityOptions:
     seed: int = 0
 
 
-def count_passes(options: StabilityOptions) -> int:
-    """How often the text passes through a model, for a progress bar."""
+def count_passes(options: StabilityOptions, in_place: bool = False) -> int:
+    """How often the text passes through a model, for a progress bar.
+
+    `in_place`: the model is one of transformers.
+    """
+    if in_place:
+        return 2
     return 2 + (4 if options.perturb else 0) + (1 if options.tangents else 0)
 
 
@@ -106,23 +107,37 @@ def measure_stability(
     The reference is the model in fp32. `advance` is called with numbers of tokens, in all
     `count_passes` times those of the text.
 
+    Of a model of transformers, decays, certificates and precision are measured.
+
     Raises:
-        DataError: a dtype that is not narrower than fp32.
+        DataError: a dtype that is not narrower than fp32, or int8 for a model of transformers.
         CheckpointError: an unknown dtype or damaged tensors.
+        MmmambaError: a mixer in place that does not read the output of an RMSNorm.
     """
     check_narrower(options.against_dtype)
+    in_place = isinstance(resolved.opened, InPlaceCheckpoint)
+    if in_place and options.against_dtype == INT8:
+        raise DataError(
+            f"--against-dtype is {INT8}, which models of transformers do not have here",
+            "give bf16 or fp16",
+        )
     device, _ = pick_placement(options.device, "fp32")
-    reference = resolved.load(device, torch.float32)
+    reference = load_any(resolved, device, torch.float32)
+    for layer in decaying_layers(reference):
+        input_gain(reference, layer)
     other = _narrower(resolved, options.against_dtype, device)
     batch = torch.tensor([ids], device=device)
     with torch.inference_mode():
         totals, found = _lockstep(reference, other, batch, advance)
     del other
-    deviations = _deviations(reference, batch, options, advance)
-    reason, tangents = None, None
-    if options.tangents:
+    deviations = () if in_place else _deviations(reference, batch, options, advance)
+    not_measured = _left_out(options) if in_place else []
+    tangents = None
+    if options.tangents and not in_place:
         reason = lacks_tangents(reference)
-        if reason is None:
+        if reason is not None:
+            not_measured.append(reason)
+        else:
             # Kernels have no derivative in forward mode; on a CPU the ops are plain PyTorch.
             tangents = measure_tangents(reference.cpu(), batch.cpu(), options, advance)
     return StabilityRecord(
@@ -135,13 +150,27 @@ def measure_stability(
         device=str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         versions=package_versions(),
         seed=options.seed,
-        layers=_layers(reference, totals, _seeded_exponents(resolved, totals)),
+        layers=layer_records(reference, totals, _seeded_exponents(resolved, totals)),
         low_read_out=LOW_READ_OUT,
         precision=_precision(found, options.against_dtype),
         deviations=deviations,
         tangents=tangents,
-        not_measured=() if reason is None else (reason,),
+        not_measured=tuple(not_measured),
     )
+
+
+def _left_out(options: StabilityOptions) -> list[str]:
+    """What was asked for and is not measured of a model of transformers."""
+    named = ["deviations after a disturbance"] * bool(options.perturb)
+    named += ["exponents by tangents"] * bool(options.tangents)
+    return [f"{what}: not for models of transformers" for what in named]
+
+
+def load_any(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of either kind, in eval mode, without gradients."""
+    if isinstance(resolved.opened, InPlaceCheckpoint):
+        return load_in_place_model(resolved.opened, device=device, dtype=dtype, frozen=True)
+    return resolved.load(device, dtype)
 
 
 def check_narrower(dtype: str) -> None:
@@ -156,90 +185,37 @@ def check_narrower(dtype: str) -> None:
         )
 
 
-def _narrower(resolved: ResolvedModel, dtype: str, device: torch.device) -> HolisticVLM:
+def _narrower(resolved: ResolvedModel, dtype: str, device: torch.device) -> Any:
     if dtype != INT8:
-        return resolved.load(device, parse_dtype(dtype))
+        return load_any(resolved, device, parse_dtype(dtype))
     model = resolved.load(device, torch.float32)
     quantize(model)
     return model
 
 
 def _lockstep(
-    reference: HolisticVLM, other: HolisticVLM, ids: Tensor, advance: Advance
+    reference: Any, other: Any, ids: Tensor, advance: Advance
 ) -> tuple[dict[int, DecayTotals], Divergence]:
     """Pass a text through both models chunk by chunk: decays of the reference, and differences."""
     observer = DecayObserver(reference)
-    caches = [(model, new_cache(model.config)) for model in (reference, other)]
-    lengths = torch.tensor([ids.shape[1]], device=ids.device)
+    passes = [TextPass(model, ids.shape[1]) for model in (reference, other)]
     parts = []
     with observed_mixers(reference, observer.on_call, observer.on_read_out):
         for chunk in ids.split(CHUNK_TOKENS, dim=1):
-            here, there = (
-                model(chunk, cache=cache, use_cache=True, prompt_lengths=lengths).logits[0]
-                for model, cache in caches
-            )
+            here, there = (one.logits(chunk) for one in passes)
             found = divergence(here, there)
             parts.append(Divergence(found.kl.cpu(), found.max_abs.cpu(), found.same_top1.cpu()))
             advance(2 * chunk.shape[1])
     return observer.totals, join_divergences(parts)
 
 
-def _layers(
-    model: HolisticVLM, totals: dict[int, DecayTotals], starts: dict[int, Tensor]
-) -> tuple[LayerStability, ...]:
-    found = []
-    for layer, spec in enumerate(layer_specs(model)):
-        if layer not in totals:
-            how = spec.forgetting(layer_options(model.config, layer))
-            found.append(LayerStability(layer=layer, mixer=spec.title, decay=None, forgetting=how))
-            continue
-        sums = totals[layer]
-        read_outs = torch.cat(sums.read_out_rms)
-        found.append(
-            LayerStability(
-                layer=layer,
-                mixer=spec.title,
-                decay=spec.decay,
-                heads=_heads(sums, certified_exponents(model, layer), starts.get(layer)),
-                low_read_outs=float((read_outs < LOW_READ_OUT).double().mean()),
-            )
-        )
-    return tuple(found)
-
-
-def _heads(sums: DecayTotals, certified: Tensor, start: Tensor | None) -> tuple[HeadDecay, ...]:
-    read_outs = torch.cat(sums.read_out_rms)
-    columns = {
-        "exponent": slowest_channel(sums.exponents, 0),
-        "certified": slowest_channel(certified, 0),
-        "gain": sums.error_gains,
-        "state_bound": sums.state_bounds,
-        "read_out_median": read_outs.median(0).values,
-        "read_out_smallest": read_outs.amin(0),
-    }
-    if start is not None:
-        columns["start"] = slowest_channel(start, 0)
-    numbers = {name: _finite(values) for name, values in columns.items()}
-    flags = {"is_accumulator": sums.is_accumulator, "is_constant": sums.is_constant}
-    marks = {name: values.tolist() for name, values in flags.items()}
-    heads = len(marks["is_constant"])
-    every = {**numbers, **marks}
-    return tuple(
-        HeadDecay.model_validate({name: values[head] for name, values in every.items()})
-        for head in range(heads)
-    )
-
-
-def _finite(values: Tensor) -> list[float | None]:
-    return [float(value) if torch.isfinite(value) else None for value in values]
-
-
 def _seeded_exponents(resolved: ResolvedModel, totals: dict[int, DecayTotals]) -> dict[int, Tensor]:
     """log gamma at an input of zeros of the product that a run's product was seeded as.
 
-    With `init: inherit+mimic` that of every token. Empty if the run no longer has that product.
+    With `init: inherit+mimic` that of every token. Empty if the run no longer has that product, and
+    for students in place.
     """
-    if resolved.origin != "product" or resolved.run is None:
+    if resolved.origin != "product" or resolved.run is None or resolved.run.is_in_place:
         return {}
     run = resolved.run
     line = [

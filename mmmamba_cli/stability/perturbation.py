@@ -15,12 +15,8 @@ from torch import Tensor
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.cache import HybridCache, new_cache, read_ssm_state
 from mmmamba_cli.model.sequence_layout import SequenceLayout
-from mmmamba_cli.stability.decay_spectrum import (
-    decaying_layers,
-    layer_specs,
-    observed_mixers,
-    state_log_decay,
-)
+from mmmamba_cli.stability.decay_spectrum import observed_mixers, state_log_decay
+from mmmamba_cli.stability.model_layers import decaying_layers, layer_specs
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.cache import HybridCache, new_cache, read_ssm_state, write_ssm_state
 from mmmamba_cli.model.prepared_inputs import PreparedInputs
-from mmmamba_cli.stability.decay_spectrum import layer_specs
+from mmmamba_cli.stability.model_layers import layer_specs
 
 Memory = list[tuple[Tensor, Tensor]]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Protocol
 
 from mmmamba_cli.data import Sample, open_corpus
 from mmmamba_cli.errors import DataError
-from mmmamba_cli.processing.processor import TrainingProcessor
 
 SAMPLE_TEXT = "sample_text.txt"
 DEFAULT_TOKENS = 4096
@@ -64,9 +65,24 @@ def _words(sample: Sample) -> str:
     return "\n".join(found)
 
 
-def encode_text(
-    processor: TrainingProcessor, text: str, name: str, tokens: int | None
-) -> list[int]:
+class TextEncoder(Protocol):
+    """What turns a text into token ids; processors of `HolisticVLM` do."""
+
+    def text_ids(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class TokenizerEncoder:
+    """A `TextEncoder` of a tokenizer of transformers; it adds no special tokens."""
+
+    tokenizer: Any
+
+    def text_ids(self, text: str) -> list[int]:
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+
+def encode_text(processor: TextEncoder, text: str, name: str, tokens: int | None) -> list[int]:
     """The first `tokens` ids of a text; None takes up to `DEFAULT_TOKENS`.
 
     Raises `DataError` for a text that is too short.

@@ -12,10 +12,9 @@ from mmmamba_cli.model.cache import new_cache, read_ssm_state
 from mmmamba_cli.stability.decay_spectrum import (
     DecayObserver,
     certified_exponents,
-    decaying_layers,
-    layer_specs,
     observed_mixers,
 )
+from mmmamba_cli.stability.model_layers import decaying_layers, layer_specs
 from mmmamba_cli.stability.perturbation import (
     disturbed_states,
     follow_deviation,
