@@ -31,6 +31,11 @@ REQUIREMENTS = {
 }
 # Newest release that the test suite ran on, for packages with frequent breaking changes.
 NEWEST_TESTED = {"transformers": (5, 24)}
+# In the error of a torchvision whose compiled operators were not loaded.
+TORCHVISION_OPERATORS = "torchvision::"
+TORCHVISION_REMEDY = (
+    "install torchvision again, from the index that torch came from, or pip uninstall torchvision"
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,24 @@ def version_problems(versions: Mapping[str, str]) -> Iterator[MmmambaError]:
     for pair in KNOWN_INCOMPATIBILITIES:
         if pair.is_fatal and pair.applies(versions):
             yield MmmambaError(f"{pair.name}: {pair.sentence(versions)}", pair.remedy)
+
+
+def torchvision_problem(error: BaseException | None) -> str | None:
+    """How torchvision differs from torch, if `error` or its cause is one of its missing operators.
+
+    transformers imports torchvision wherever it is installed, for pictures.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if TORCHVISION_OPERATORS in str(error):
+            first = str(error).strip().splitlines()[0]
+            return (
+                f"{installed_version('torchvision')} does not match torch "
+                f"{installed_version('torch')}: {first:.200}"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @cache

@@ -73,20 +73,14 @@ def open_gguf(path: Path) -> tuple[Mapping[str, Any], TensorSource]:
     count = _count_tensors(path)
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     from mmmamba_cli.processing import isolated
+    from mmmamba_cli.processing.quiet_loading import quiet_loading
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with isolated(path) as folder:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-            )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with quiet_loading(), isolated(path) as folder:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
     raw = json.loads(model.config.to_json_string(use_diff=False))
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     lost = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})

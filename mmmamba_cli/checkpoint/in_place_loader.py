@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import logging
 
 from mmmamba_cli.checkpoint.in_place import InPlaceCheckpoint
+from mmmamba_cli.checkpoint.prompt_files import missing_prompt_files
 from mmmamba_cli.checkpoint.tensor_info import parse_dtype_name, torch_dtype
 from mmmamba_cli.devices import check_device
 from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.processing.quiet_loading import quiet_loading
 from mmmamba_cli.teachers.anatomy import teacher_class
 from mmmamba_cli.teachers.auto_class import register_model, teacher_config_class
-
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 def load_in_place_model(
@@ -47,7 +43,7 @@ def load_in_place_model(
     model_class: Any = (
         register_model(config_class) if checkpoint.is_student else teacher_class(config_class)
     )
-    with _without_progress_bars():
+    with quiet_loading():
         model: PreTrainedModel = model_class.from_pretrained(
             checkpoint.path, config=config, dtype=wanted
         )
@@ -67,10 +63,11 @@ def load_in_place_processor(checkpoint: InPlaceCheckpoint) -> Any:
     folder, config_class = checkpoint.path, _teacher_config_class(checkpoint)
     is_text_only = not needs_processor(checkpoint)
     try:
-        if is_text_only:
-            # The class of the tokenizer depends on the teacher's model_type.
-            return AutoTokenizer.from_pretrained(folder, config=config_class())
-        return PROCESSOR_MAPPING[config_class].from_pretrained(folder)
+        with quiet_loading():
+            if is_text_only:
+                # The class of the tokenizer depends on the teacher's model_type.
+                return AutoTokenizer.from_pretrained(folder, config=config_class())
+            return PROCESSOR_MAPPING[config_class].from_pretrained(folder)
     except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
         # Video processors need torchvision; some errors do not say so.
         if not is_text_only and find_spec("torchvision") is None:
@@ -85,15 +82,6 @@ def load_in_place_processor(checkpoint: InPlaceCheckpoint) -> Any:
         ) from error
 
 
-def missing_prompt_files(checkpoint: InPlaceCheckpoint) -> list[str]:
-    """What a folder does not have for prompts: "tokenizer", or "processor" of pictures."""
-    names = {file.name for file in checkpoint.folder.iterdir()}
-    if names.isdisjoint(TOKENIZER_FILES):
-        return ["tokenizer"]
-    has_processor = not names.isdisjoint(PROCESSOR_FILES)
-    return ["processor"] if needs_processor(checkpoint) and not has_processor else []
-
-
 def needs_processor(checkpoint: InPlaceCheckpoint) -> bool:
     """Whether prompts of the family are made by a processor, not by a tokenizer alone."""
     return _teacher_config_class(checkpoint) in PROCESSOR_MAPPING
@@ -102,18 +90,6 @@ def needs_processor(checkpoint: InPlaceCheckpoint) -> bool:
 def _teacher_config_class(checkpoint: InPlaceCheckpoint) -> Any:
     config_class: Any = type(checkpoint.config)
     return teacher_config_class(config_class) if checkpoint.is_student else config_class
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Turn transformers' progress bars off: they draw over those of the command line."""
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
 
 
 def _first(error: Exception) -> str:

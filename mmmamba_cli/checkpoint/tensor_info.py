@@ -68,6 +68,14 @@ class TensorInfo:
         return math.prod(self.shape) * self.itemsize
 
 
+def format_size(nbytes: int) -> str:
+    """Format a number of bytes in B, kB, MB or GB, as disks count them."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} B"
+
+
 def torch_dtype(dtype_name: str) -> torch.dtype:
     """The torch dtype of that name."""
     import torch

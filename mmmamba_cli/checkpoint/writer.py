@@ -26,7 +26,7 @@ from mmmamba_cli.checkpoint.hashing import (
     start_digest,
 )
 from mmmamba_cli.checkpoint.safetensors_file import build_header
-from mmmamba_cli.checkpoint.tensor_info import TensorInfo
+from mmmamba_cli.checkpoint.tensor_info import TensorInfo, format_size
 from mmmamba_cli.checkpoint.tensor_io import byte_chunks, cast_chunks
 from mmmamba_cli.errors import CheckpointError
 
@@ -232,7 +232,7 @@ def _check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed",
+            f"{folder.parent} has {format_size(free)} free, {format_size(needed)} are needed",
             "make room, or write to another disk",
         )
 

@@ -47,7 +47,7 @@ def main() -> None:
     except Exception as error:
         if is_interrupted(error):
             _exit_with(None, INTERRUPTED)
-        translated = user_error(error) if isinstance(error, OSError) else None
+        translated = user_error(error) if isinstance(error, OSError) else library_error(error)
         if translated is None:
             raise
         _exit_with(translated, EXIT_USER_ERROR)
@@ -64,6 +64,14 @@ def user_error(error: OSError) -> MmmambaError | None:
         return MmmambaError(f"{os.fsdecode(error.filename)}: {what}", hint)
     # A failed write names no file. Other errors without a file are not about the user's files.
     return MmmambaError(what, hint) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+
+
+def library_error(error: Exception) -> MmmambaError | None:
+    """The message for an error of installed packages that do not match, else None."""
+    from mmmamba_cli.versions import TORCHVISION_REMEDY, torchvision_problem
+
+    problem = torchvision_problem(error)
+    return None if problem is None else MmmambaError(f"torchvision {problem}", TORCHVISION_REMEDY)
 
 
 def escape_unencodable_output() -> None:

@@ -5,6 +5,7 @@ rich is imported on first use, which keeps --help fast.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -166,7 +167,7 @@ def print_table(
 ) -> None:
     """Print a table; `right` names the right-aligned columns, None cells show as `-`.
 
-    In a terminal, cells wrap to its width; elsewhere every row is one line.
+    In a terminal, cells wrap to its width; elsewhere every row is one line without trailing blanks.
     """
     from rich import box
     from rich.console import Console
@@ -174,8 +175,6 @@ def print_table(
     from rich.text import Text
 
     console = err() if to_stderr else out()
-    if not console.is_terminal:
-        console = Console(width=UNLIMITED_COLUMNS, stderr=to_stderr)
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
@@ -185,7 +184,16 @@ def print_table(
         table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text("-" if cell is None else escape_control(str(cell))) for cell in row))
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    plain = Console(width=UNLIMITED_COLUMNS, file=io.StringIO())
+    with plain.capture() as captured:
+        plain.print(table)
+    text = "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    stream = sys.stderr if to_stderr else sys.stdout
+    if stream is not None:
+        stream.write(text)
 
 
 def help_if_bare(context: typer.Context) -> None:

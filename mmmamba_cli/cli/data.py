@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmmamba_cli.cli.console import help_if_bare, print_json, print_line, print_table, progress
+from mmmamba_cli.cli.next_steps import NextSteps, command_line
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, RunFolder
 
 if TYPE_CHECKING:
     from mmmamba_cli.data import DataReport
     from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
+    from mmmamba_cli.runs import Run
 
 MAX_BAD_SHARE = 0.01
 PROBLEMS = 2
@@ -95,6 +97,7 @@ def check(
         open_corpus,
         samples_to_check,
     )
+    from mmmamba_cli.runs import Run
 
     corpus = open_corpus(source, image_root)
     processor = _processor(run, model)
@@ -119,6 +122,8 @@ def check(
             print_line("rows of this model are bucketed by length or padded, and cannot be packed")
     if report.bad_share > max_bad_share:
         raise typer.Exit(PROBLEMS)
+    if not as_json:
+        _steps_after_check(Run(run), source, image_root).print()
 
 
 @command.command()
@@ -212,6 +217,17 @@ def _processor(run: Path, model: Path | None) -> TrainingProcessor | TeacherProc
             f"{checkpoint.path} has no tokenizer", "name a model that has one with --model"
         )
     return processor
+
+
+def _steps_after_check(run: Run, source: str, image_root: Path | None) -> NextSteps:
+    """Training on checked data; the seed of a run comes first where there is none."""
+    data: list[str | Path] = ["--data", source]
+    data += [] if image_root is None else ["--set", f"data.image_root={image_root}"]
+    train = command_line("distill", *data, run=run.folder)
+    if run.exists:
+        return NextSteps((train,))
+    remark = "TEACHER: a folder or a Hub id, as `mmmamba verify TEACHER` checks it"
+    return NextSteps((command_line("seed", "TEACHER", run=run.folder), train), (remark,))
 
 
 def _print_report(report: DataReport, max_length: int, named: int | None) -> None:

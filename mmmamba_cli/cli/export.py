@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmmamba_cli.cli.console import if_interrupted, print_json, print_text, print_warning, progress
+from mmmamba_cli.cli.next_steps import NextSteps, command_line
 from mmmamba_cli.cli.options import DEFAULT_RUN, AsJson, FromCurrent, Overwrite, RunFolder
 from mmmamba_cli.errors import RunError
 
@@ -75,6 +76,7 @@ def command(
         CardInfo,
         export_bytes,
         export_checkpoint,
+        missing_files,
         push_to_hub,
         unchanged_ancestors,
     )
@@ -113,30 +115,34 @@ def command(
         found = export_checkpoint(
             checkpoint, form, out, card=card, dtype=wanted, overwrite=overwrite, advance=advance
         )
-    _print_warnings(checkpoint, card)
+    missing = missing_files(checkpoint)
+    _print_warnings(checkpoint, missing, card)
     with if_interrupted(
         f"the export in {out} is complete, its upload may not be; repeat it with --overwrite"
     ):
         address = None if push is None else push_to_hub(out, push, private=private)
-    _print_result(found, address, as_json)
+    _print_result(found, address, bool(missing), as_json)
 
 
-def _print_warnings(checkpoint: AnyCheckpoint, card: CardInfo) -> None:
-    from mmmamba_cli.export import missing_files
-
-    for name in missing_files(checkpoint):
+def _print_warnings(checkpoint: AnyCheckpoint, missing: list[str], card: CardInfo) -> None:
+    for name in missing:
         print_warning(f"{checkpoint.path} has no {name}: the export has none either")
     if card.manifest is not None and card.manifest.final is False:
         print_warning(f"{card.manifest.name} was never distilled end to end; its card says so")
 
 
-def _print_result(found: ExportResult, address: str | None, as_json: bool) -> None:
+def _print_result(found: ExportResult, address: str | None, is_silent: bool, as_json: bool) -> None:
+    """Print what was written, and how to ask it; it `is_silent` without a tokenizer."""
+    from mmmamba_cli.checkpoint.tensor_info import format_size
+
     if as_json:
         print_json({**asdict(found), "folder": str(found.folder), "pushed": address})
         return
     print_text(
-        f"{found.tensors} tensors, {found.nbytes / 1e9:.2f} GB in {found.dtype}, as "
+        f"{found.tensors} tensors, {format_size(found.nbytes)} in {found.dtype}, as "
         f"{found.format}: {found.folder}"
     )
     if address is not None:
         print_text(f"pushed to {address}")
+    if not is_silent:
+        NextSteps((command_line("chat", "--model", found.folder),)).print()

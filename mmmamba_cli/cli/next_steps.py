@@ -82,7 +82,28 @@ def steps_after(
             # eval and profile do not take such a student yet.
             return NextSteps((command_line("chat", run=run.folder),))
         return _evaluation(run, product, given)
-    return _training(run, product, recipe, given, lessons)
+    return _without_prompts(run, product) or _training(run, product, recipe, given, lessons)
+
+
+def _without_prompts(run: Run, product: Manifest) -> NextSteps | None:
+    """To seed again, for a student whose teacher's folder lacks files that make prompts."""
+    if not run.is_in_place:
+        return None
+    from mmmamba_cli.checkpoint import InPlaceCheckpoint
+    from mmmamba_cli.checkpoint.prompt_files import FILES_OF, missing_chat_files
+
+    student = run.open_any_product(product.name)
+    missing = missing_chat_files(student) if isinstance(student, InPlaceCheckpoint) else []
+    if not missing:
+        return None
+    teacher = run.teacher.path
+    return NextSteps(
+        (command_line("seed", teacher, "--overwrite", run=run.folder),),
+        (
+            f"first add the {missing[0]} ({FILES_OF[missing[0]]}) to {teacher}: without it no "
+            "conversation can be trained on",
+        ),
+    )
 
 
 def is_of_scenes(run: Run, product: Manifest) -> bool:

@@ -250,7 +250,7 @@ def _in_place_job(
     allow_bidirectional: bool,
 ) -> SeedJob:
     """The seed of a model of transformers, with mixers in the place of its attention."""
-    from mmmamba_cli.checkpoint.in_place_loader import missing_prompt_files
+    from mmmamba_cli.checkpoint.prompt_files import TEMPLATE, missing_chat_files
     from mmmamba_cli.seed import seed_in_place, seed_in_place_bytes
     from mmmamba_cli.teachers import bidirectional_warning
 
@@ -260,10 +260,11 @@ def _in_place_job(
     warning = bidirectional_warning(teacher.config)
     if warning is not None:
         print_warning(warning)
-    for name in missing_prompt_files(teacher):
+    for name in missing_chat_files(teacher):
+        given = "texts" if name == TEMPLATE else "token ids"
         print_warning(
-            f"{teacher.path} has no {name}: the student can be loaded and given token ids, but "
-            "neither questions nor pictures"
+            f"{teacher.path} has no {name}: the student can be loaded and given {given}, but "
+            "neither conversations nor pictures"
         )
     return SeedJob(
         nbytes=nbytes,

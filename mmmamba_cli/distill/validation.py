@@ -56,7 +56,9 @@ def check_held_out(loader: StepLoader, world: World) -> None:
 def gather_bad_samples(bad: Iterable[BadSample], world: World) -> list[str]:
     """`name: reason` of the unreadable samples of all processes, without duplicates."""
     local = [sample for sample in bad if world.is_main or not sample.seen_by_all]
-    return [f"{sample.name}: {sample.reason}" for sample in world.all_gather(local)]
+    # A short corpus gives a sample several times in one step.
+    named = (f"{sample.name}: {sample.reason}" for sample in world.all_gather(local))
+    return list(dict.fromkeys(named))
 
 
 def _unreadable(bad: list[str]) -> DataError:

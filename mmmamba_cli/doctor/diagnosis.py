@@ -18,6 +18,7 @@ from mmmamba_cli.doctor.report import (
     PackageInfo,
 )
 from mmmamba_cli.doctor.teacher_check import check_teachers
+from mmmamba_cli.versions import TORCHVISION_REMEDY, torchvision_problem
 
 Progress = Callable[[str], object]
 
@@ -70,6 +71,9 @@ def _check_imports() -> Check | None:
         try:
             __import__(name)
         except Exception as error:  # noqa: BLE001  a broken installation may raise anything
+            problem = torchvision_problem(error)
+            if problem is not None:
+                return Check("torchvision", FAILED, problem, TORCHVISION_REMEDY)
             first = (str(error).strip().splitlines() or [""])[0]
             return Check(
                 name, FAILED, f"cannot be imported: {type(error).__name__}: {first}", "reinstall it"

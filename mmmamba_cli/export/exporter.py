@@ -19,8 +19,8 @@ from mmmamba_cli.checkpoint import (
     checked_reader,
 )
 from mmmamba_cli.checkpoint.atomic import check_replaceable
-from mmmamba_cli.checkpoint.in_place_loader import missing_prompt_files
 from mmmamba_cli.checkpoint.name_map import foreign_tensors
+from mmmamba_cli.checkpoint.prompt_files import missing_prompt_files
 from mmmamba_cli.checkpoint.resolve import check_repository_id
 from mmmamba_cli.checkpoint.writer import MAX_SHARD_BYTES
 from mmmamba_cli.errors import CheckpointError, RunError

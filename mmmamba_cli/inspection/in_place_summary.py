@@ -48,7 +48,7 @@ def describe_in_place(checkpoint: InPlaceCheckpoint) -> CheckpointSummary:
         CheckpointError: missing, unexpected or misshaped tensors.
         MmmambaError: a teacher that cannot be converted.
     """
-    from mmmamba_cli.checkpoint.in_place_loader import missing_prompt_files
+    from mmmamba_cli.checkpoint.prompt_files import missing_prompt_files
     from mmmamba_cli.teachers import text_config
 
     text, source, mixers = text_config(checkpoint.config), checkpoint.source, _mixers(checkpoint)

@@ -8,6 +8,7 @@ from transformers import AutoProcessor
 
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.processing.picture_tokens import first_line
+from mmmamba_cli.processing.quiet_loading import quiet_loading
 from mmmamba_cli.processing.teacher_processor import TeacherProcessor
 
 # Packages that processors of transformers need and transformers does not.
@@ -21,7 +22,8 @@ def open_teacher_processor(folder: Path) -> TeacherProcessor:
         CheckpointError: there is none, it cannot be read, or it needs a package that is missing.
     """
     try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        with quiet_loading():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         # The tokenizers library raises plain `Exception` for an unreadable file.
         packages = [name for name in OPTIONAL_PACKAGES if name in str(error).lower()]

@@ -16,6 +16,7 @@ from mmmamba_cli.checkpoint import (
     shipped_models,
 )
 from mmmamba_cli.checkpoint.checkpoint import NOT_YET_HINT, NOT_YET_IN_PLACE
+from mmmamba_cli.checkpoint.prompt_files import FILES_OF, missing_prompt_files
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.recipe import plan_kind
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, read_manifest
@@ -147,9 +148,15 @@ def open_training_processor(
     """The processor that prepares training data of a model; None if it has no tokenizer.
 
     Raises:
-        CheckpointError: its files do not match, or it needs a package that is not installed.
+        CheckpointError: its files are missing or do not match, or it needs a package that is not
+            installed.
     """
     if isinstance(checkpoint, InPlaceCheckpoint):
+        for name in missing_prompt_files(checkpoint):
+            raise CheckpointError(
+                f"{checkpoint.path} has no {name}, which makes the prompts of training data",
+                f"add {FILES_OF[name]} from where the teacher came from",
+            )
         from mmmamba_cli.processing import open_teacher_processor
 
         return open_teacher_processor(checkpoint.folder)

@@ -15,7 +15,14 @@ from mmmamba_cli.checkpoint import (
 )
 from mmmamba_cli.checkpoint.in_place import student_layers
 from mmmamba_cli.errors import CheckpointError, MmmambaError, RecipeError
-from mmmamba_cli.recipe import CALIBRATED, Recipe, dump_recipe, layer_mixers, mixer_options
+from mmmamba_cli.recipe import (
+    CALIBRATED,
+    Recipe,
+    attention_layers,
+    dump_recipe,
+    layer_mixers,
+    mixer_options,
+)
 from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, Teacher, write_product
 from mmmamba_cli.runs.in_place_product import in_place_model, new_tensors
 from mmmamba_cli.seed.init import PROJECTIONS, initial_value
@@ -36,7 +43,8 @@ def in_place_plan(teacher: InPlaceCheckpoint, recipe: Recipe) -> StudentPlan:
     """The mixers of a student before attention is put back, and their options.
 
     Raises:
-        RecipeError: a mixer of a layer that the teacher lacks, or an init that needs HoVLE.
+        RecipeError: a mixer or attention of a layer that the teacher lacks, or an init that needs
+            HoVLE.
         MmmambaError: options that the teacher cannot have.
     """
     if recipe.mixer.init == CALIBRATED:
@@ -45,6 +53,8 @@ def in_place_plan(teacher: InPlaceCheckpoint, recipe: Recipe) -> StudentPlan:
             "have yet",
             "use inherit+mimic",
         )
+    # The layers of a later stage: a count that does not fit is refused before anything is written.
+    attention_layers(recipe.layers, teacher.num_layers)
     mixers = layer_mixers(recipe.mixer.kind, recipe.layers.mixers, teacher.num_layers)
     return StudentPlan(tuple(mixers), mixer_options(recipe.mixer))
 

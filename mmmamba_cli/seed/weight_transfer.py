@@ -19,7 +19,14 @@ from mmmamba_cli.architecture import (
 from mmmamba_cli.checkpoint import Checkpoint, TensorHasher, checked_reader, combined_hash
 from mmmamba_cli.errors import CheckpointError, RecipeError, RunError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
-from mmmamba_cli.recipe import CALIBRATED, Recipe, dump_recipe, layer_mixers, mixer_options
+from mmmamba_cli.recipe import (
+    CALIBRATED,
+    Recipe,
+    attention_layers,
+    dump_recipe,
+    layer_mixers,
+    mixer_options,
+)
 from mmmamba_cli.runs import (
     Manifest,
     Parent,
@@ -40,8 +47,11 @@ def student_config(teacher: HolisticVLMConfig, recipe: Recipe) -> HolisticVLMCon
     """The teacher's config with the recipe's mixers and their options.
 
     Raises:
-        RecipeError: a mixer of a layer that the teacher lacks, or taps inside tiles that it lacks.
+        RecipeError: a mixer or attention of a layer that the teacher lacks, or taps inside tiles
+            that it lacks.
     """
+    # The layers of a later stage: a count that does not fit is refused before anything is written.
+    attention_layers(recipe.layers, teacher.num_hidden_layers)
     mixers = layer_mixers(recipe.mixer.kind, recipe.layers.mixers, teacher.num_hidden_layers)
     options = mixer_options(recipe.mixer).stored()
     problem = tile_options_problem(replace(Architecture.from_config(teacher), mixer=options))

@@ -32,6 +32,7 @@ from mmmamba_cli.teachers.anatomy import (
     teacher_class,
     text_decoder,
 )
+from mmmamba_cli.teachers.config_class import register_config
 from mmmamba_cli.teachers.context import CallContext
 from mmmamba_cli.teachers.mixer_in_place import MixerInPlace, in_place_class
 from mmmamba_cli.teachers.plan import ATTENTION_MIXER, PLAN_FIELD, StudentPlan
@@ -84,8 +85,18 @@ def student_model_class(config_class: Any) -> Any:
             """
             return super()._apply(keep_fp32(self, fn), recurse)
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """Implement pickle, which does not find a class that is made at run time."""
+            return new_student, (teacher_config,), self.__dict__
+
     Student.__name__ = Student.__qualname__ = student_class_name(base)
     return Student
+
+
+def new_student(teacher_config: Any) -> Any:
+    """A student without modules, which `pickle` sets, by the config class of its teacher."""
+    model_class = register_model(register_config(teacher_config))
+    return model_class.__new__(model_class)
 
 
 def student_class_name(base: type) -> str:

@@ -55,8 +55,18 @@ def student_config_class(base: Any) -> Any:
             config_class: Any = type(self)
             register_model(config_class)
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """Implement pickle, which does not find a class that is made at run time."""
+            return new_student_config, (base,), self.__dict__
+
     StudentConfig.__name__ = StudentConfig.__qualname__ = f"Student{base.__name__}"
     return StudentConfig
+
+
+def new_student_config(base: Any) -> Any:
+    """A config without fields, which `pickle` sets, of the student of config class `base`."""
+    config_class = register_config(base)
+    return config_class.__new__(config_class)
 
 
 def register_config(base: Any) -> Any:

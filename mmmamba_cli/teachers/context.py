@@ -86,6 +86,10 @@ class CallContext:
         self._latest = CallInputs()
         self._calls: Any = WeakIdKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[CallContext], tuple[()]]:
+        """Implement `copy.deepcopy` and pickle: a copied model has no calls yet."""
+        return CallContext, ()
+
     def attach(self, *modules: nn.Module) -> Callable[[], None]:
         """Hook `modules`, outer ones and inner ones, and return a function that unhooks them."""
         handles = []

@@ -110,6 +110,16 @@ class MixerInPlace(nn.Module):
             slot.advance(layout.length)
         return mixed, None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Implement pickle, which does not find a class that is made at run time."""
+        return new_mixer, (self.mixer_name,), self.__dict__
+
+
+def new_mixer(name: str) -> MixerInPlace:
+    """A mixer without parameters, which `pickle` sets."""
+    mixer_class = in_place_class(name)
+    return mixer_class.__new__(mixer_class)
+
 
 @cache
 def in_place_class(mixer: str) -> type[MixerInPlace]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from mmmamba_cli.processing.quiet_loading import quiet_loading
 from mmmamba_cli.teachers.auto_class import student_plan, teacher_config_class
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -32,6 +33,7 @@ def tokenizer_class_name(folder: Path, config: Any) -> str | None:
     config_class = type(config)
     if student_plan(config) is not None:
         config_class = teacher_config_class(config_class)
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config_class())
+    with quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config_class())
     name = type(tokenizer).__name__
     return None if name in CHOSEN_BY_LIBRARY else name

@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from mmmamba_cli.checkpoint import open_source
 from mmmamba_cli.devices import require_memory
 from mmmamba_cli.errors import CheckpointError, MmmambaError
+from mmmamba_cli.processing.quiet_loading import quiet_loading
 from mmmamba_cli.teachers import anatomy_of, text_config
 from mmmamba_cli.teachers.anatomy import teacher_class
 from mmmamba_cli.verification.processor_checks import IMAGE_TOKEN_FIELDS
@@ -76,9 +77,10 @@ class InPlaceTeacher:
         with open_source(self.folder) as source:
             nbytes = num_elements(source) * self.dtype.itemsize
         require_memory(self.device, nbytes, f"a model in {self.dtype}".replace("torch.", ""))
-        model, info = model_class.from_pretrained(
-            self.folder, config=config, dtype=self.dtype, output_loading_info=True
-        )
+        with quiet_loading():
+            model, info = model_class.from_pretrained(
+                self.folder, config=config, dtype=self.dtype, output_loading_info=True
+            )
         return model.to(self.device).requires_grad_(False).eval(), info
 
 

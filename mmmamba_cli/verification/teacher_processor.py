@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 
+from mmmamba_cli.processing.quiet_loading import quiet_loading
 from mmmamba_cli.verification.prompts import Encode, Inputs, Row
 from mmmamba_cli.verification.steps import describe_exception
 
@@ -72,7 +73,9 @@ def open_teacher_processor(folder: Path, takes_pictures: bool) -> TeacherProcess
         missing = f"there is no tokenizer in {folder}"
         return TeacherProcessor(None, None, missing, missing)
     try:
-        tokenizer = _padding_left(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _padding_left(tokenizer)
     except Exception as error:  # noqa: BLE001  tokenizers raises plain `Exception`
         problem, is_damaged = _load_problem("tokenizer", error)
         return TeacherProcessor(None, None, problem, "there is no tokenizer", is_damaged)
@@ -82,7 +85,8 @@ def open_teacher_processor(folder: Path, takes_pictures: bool) -> TeacherProcess
         problem = f"there is neither {' nor '.join(PROCESSOR_FILES)} in {folder}"
         return TeacherProcessor(tokenizer, None, None, problem)
     try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        with quiet_loading():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         _padding_left(processor.tokenizer)
     except Exception as error:  # noqa: BLE001  processors of any family raise anything
         problem, is_damaged = _load_problem("processor", error)
@@ -90,11 +94,10 @@ def open_teacher_processor(folder: Path, takes_pictures: bool) -> TeacherProcess
     return TeacherProcessor(tokenizer, processor)
 
 
-def _padding_left(tokenizer: Any) -> Any:
+def _padding_left(tokenizer: Any) -> None:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _load_problem(what: str, error: Exception) -> tuple[str, bool]:

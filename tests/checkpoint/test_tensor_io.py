@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from mmmamba_cli.checkpoint import hashing
 from mmmamba_cli.checkpoint.hashing import BoundedPool, TensorHasher, combined_hash, tensor_digest
 from mmmamba_cli.checkpoint.safetensors_file import DTYPES as DTYPE_ELEMENTS
-from mmmamba_cli.checkpoint.tensor_info import quoted, torch_dtype
+from mmmamba_cli.checkpoint.tensor_info import format_size, quoted, torch_dtype
 from mmmamba_cli.checkpoint.tensor_io import (
     byte_chunks,
     check_finite,
@@ -266,6 +266,20 @@ def test_pool_passes_errors_on_and_frees_their_room() -> None:
     with pytest.raises(ZeroDivisionError):
         failed.result()
     pool.close()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (165_536, "165.54 kB"),
+        (2_000_000, "2.00 MB"),
+        (10**9, "1.00 GB"),
+    ],
+)
+def test_sizes_have_a_unit_that_shows_them(nbytes: int, text: str) -> None:
+    assert format_size(nbytes) == text
 
 
 def test_names_from_files_are_made_printable_and_short() -> None:

@@ -39,6 +39,20 @@ def test_table_cells_are_not_wrapped_without_a_terminal(capsys: pytest.CaptureFi
     assert first.startswith("    3 ")
 
 
+def test_rows_have_no_trailing_blanks_without_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for to_stderr in (False, True):
+        console.print_table(
+            ("a", "b"), [("x", "longer"), ("longest", "y")], title="T", to_stderr=to_stderr
+        )
+        found = capsys.readouterr()
+        lines = (found.err if to_stderr else found.out).splitlines()
+        assert (found.out if to_stderr else found.err) == ""
+        assert lines == [line.rstrip() for line in lines]
+        assert [line.split() for line in lines[-2:]] == [["x", "longer"], ["longest", "y"]]
+
+
 def test_errors_and_warnings_are_unwrapped_without_markup(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -116,6 +116,11 @@ def test_imported_students(mmmamba: Command, empty_folder: Path) -> None:
     assert accepted(with_teacher) == [["eval", "--suite", "scenes", "--teacher", "--run", "b"]]
 
 
+def test_an_exported_model_is_asked(mmmamba: Command, empty_folder: Path) -> None:
+    done = mmmamba("export", "--model", "scenes-linear", "--format", "hub", "--out", "an export")
+    assert accepted(done) == [["chat", "--model", "an export"]]
+
+
 def test_students_of_other_teachers_are_evaluated_on_tables(
     mmmamba: Command, empty_folder: Path, student_run: Path
 ) -> None:

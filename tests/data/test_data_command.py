@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.runs import Run, RunRecord
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,22 @@ def test_a_good_set(data: Path, teacher: Path) -> None:
     length = found["length"]
     assert length["min"] < length["median"] < length["p95"] <= length["max"]
     assert "checking: 20/20 samples" in result.stderr
+
+
+def test_training_comes_next(data: Path, teacher: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    root = f"data.image_root={data.parent}"
+    train = ["mmmamba", "distill", "--data", str(data), "--set", root, "--run", str(run)]
+    lines = check(data, teacher, "--run", run, "--limit", 1).stdout.splitlines()[-3:]
+    seed = ["next:", "mmmamba", "seed", "TEACHER", "--run", str(run)]
+    assert [shlex.split(line) for line in lines[:2]] == [seed, train]
+    assert lines[2].startswith("TEACHER: ")
+    run.mkdir()
+    Run(run).write_record(RunRecord(teacher=None, current="seed"))
+    last = check(data, teacher, "--run", run, "--limit", 1).stdout.splitlines()[-1]
+    assert shlex.split(last) == ["next:", *train]
+    bad = check(data, teacher, "--run", run, "--max-length", 2, "--max-bad-share", 0)
+    assert bad.exit_code == 2 and "next:" not in bad.stdout
 
 
 def test_lengths_are_those_before_cutting(data: Path, teacher: Path) -> None:

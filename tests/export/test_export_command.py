@@ -19,6 +19,7 @@ from test_as_a_new_user import write_teacher
 from typer.testing import CliRunner
 
 from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.checkpoint.tensor_info import format_size
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, RunError
 from mmmamba_cli.export import CardInfo, CardScore, export_checkpoint
@@ -481,6 +482,9 @@ def test_progress_and_text_output(run: Path, tmp_path: Path) -> None:
     size = sum(t.nbytes for t in load_file(tmp_path / "out/model.safetensors").values())
     assert f"exporting: {size}/{size} B" in done.stderr
     assert done.stdout.startswith(f"{len(load_file(tmp_path / 'out/model.safetensors'))} tensors")
+    assert f" tensors, {format_size(size)} in " in done.stdout
+    # Nothing can be asked without a tokenizer.
+    assert "next:" not in done.stdout
     assert torch.float32 in {
         t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()
     }

@@ -19,7 +19,7 @@ import mmmamba_cli
 from mmmamba_cli.checkpoint import atomic, open_checkpoint
 from mmmamba_cli.checkpoint.name_map import foreign_tensors
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.errors import CheckpointError, MmmambaError, RunError
+from mmmamba_cli.errors import CheckpointError, MmmambaError, RecipeError, RunError
 from mmmamba_cli.export import unchanged_ancestors
 from mmmamba_cli.runs import Manifest, Parent, Run
 from mmmamba_cli.runs.manifest import manifest_text
@@ -325,6 +325,14 @@ def test_nan_and_infinite_weights(hovle_folder: Path, tmp_path: Path, value: flo
     with pytest.raises(CheckpointError, match=r"layers\.1\.feed_forward\.w2\.weight"):
         seed(hovle_folder, tmp_path / "run")
     assert not (tmp_path / "run" / "products" / "seed").exists()
+
+
+def test_attention_layers_that_do_not_fit_are_refused_first(
+    hovle_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"layers\.attention: is 99, must be from 0 to \d"):
+        seed(hovle_folder, tmp_path / "run", "--set", "layers.attention=99")
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_extra_and_misshaped_tensors(hovle_folder: Path, tmp_path: Path) -> None:

@@ -218,6 +218,8 @@ def test_teachers_that_are_refused_by_name(teachers: Path, teacher: Path, tmp_pa
         seed(teachers / "qwen2", tmp_path / "run", "--init", "calibrated")
     with pytest.raises(MmmambaError, match=r"leave out --config, --tokenizer and --arch"):
         seed(teachers / "qwen2", tmp_path / "run", "--arch", "hovle-2.6b")
+    with pytest.raises(MmmambaError, match=r"layers.attention: is 99, must be from 0 to \d"):
+        seed(teachers / "qwen2", tmp_path / "run", "--set", "layers.attention=99")
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,21 @@ def test_a_student_of_a_config_begins_with_the_values_of_conversion() -> None:
     first, second = ({n: v for _, n, v in next(mixers_of(one)).new_parameters()} for one in models)
     assert first.keys() == second.keys() and len(first) == 7
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_and_pickles_compute_the_same_and_share_nothing(copied_by: Any) -> None:
+    model = student("qwen2_5_vl", HYBRID, "kda")
+    inputs = left_padded(prompt("qwen2_5_vl"), 2)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = copied_by(model)
+        assert type(found) is type(model) and type(found.config) is type(model.config)
+        assert torch.equal(found(**inputs).logits, expected)
+    contexts = {id(mixer.context) for mixer in mixers_of(found)}
+    assert len(contexts) == 1 and contexts.isdisjoint(id(one.context) for one in mixers_of(model))
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert own.isdisjoint(parameter.data_ptr() for parameter in found.parameters())
 
 
 def test_attention_is_computed_as_the_teacher_does() -> None:
