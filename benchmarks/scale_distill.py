@@ -1,0 +1,378 @@
+"""Distillation on one, two, four and eight GPUs: strong and weak scaling, restarts, evaluation.
+
+    python benchmarks/scale_distill.py [--only stage1,stage2,stage3] [--gpus 1,2] [--rows 8]
+        [--weak 8] [--parallel auto] [--steps 8] [--minutes 9] [--out FILE] [--picture FILE]
+    python benchmarks/scale_distill.py --kill --only stage3 --gpus 2
+    python benchmarks/scale_distill.py --eval MODEL --suite scenes --gpus 1,2
+
+Random weights in HoVLE-2.6B's shapes and random texts of --length tokens a row; trainer, loader and
+processes are those of `mmmamba distill --gpus N`. --rows are the rows of a global step on every
+number of GPUs (strong scaling), --weak those of each GPU (weak scaling); one row is a micro batch.
+The losses of all numbers of GPUs with the same rows must agree. --kill kills one process in the
+middle, starts all again from the last state, and compares losses with an undisturbed training.
+--eval evaluates a checkpoint on each number of GPUs and compares the files.
+
+A part that is in --out already is not repeated (--again repeats it), and none is begun after
+--minutes, so that several calls fill one file. `--tiny` tries it out with three small layers,
+`--device cpu` without a GPU. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from random_stages import (
+    GIB,
+    HostCollectives,
+    StageSetup,
+    StepProfiler,
+    WaitMeter,
+    environment,
+    make_job,
+    write_texts,
+)
+from scale_picture import draw
+from torch import Tensor
+
+from mmmamba_cli.data import StepLoader
+from mmmamba_cli.devices import pick_device
+from mmmamba_cli.distill.trainer import StepResult, train
+from mmmamba_cli.distill.training_state import Progress
+from mmmamba_cli.distributed import join_world
+from mmmamba_cli.distributed.launcher import ProcessKilled, launch
+
+WARMUP = 2
+PROFILED = 2
+# Relative difference of losses that rounding may make.
+TOLERANCE = 1e-4
+KILL_AT, SAVE_EVERY = 3, 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training: a stage on a number of GPUs with the rows of a global step."""
+
+    stage: str
+    gpus: int
+    rows: int
+    parallel: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.gpus}-gpus-{self.rows}-rows-{self.parallel}"
+
+
+def train_part(setup: StageSetup) -> dict[str, Any]:
+    """Train in this process, one of several or alone; the result is that of process 0."""
+    with join_world(setup.device) as world:
+        job, mode = make_job(setup, world)
+        is_gpu = world.device.type == "cuda"
+        if is_gpu:
+            torch.cuda.reset_peak_memory_stats(world.device)
+        results: list[StepResult] = []
+        waits, collectives = WaitMeter(), HostCollectives()
+        profiler = StepProfiler(world.device, setup.steps, PROFILED)
+        steps = StepLoader.steps
+        with ExitStack() as stack:
+            if is_gpu:
+
+                def watched(loader: StepLoader, first: int, stop: int) -> Any:
+                    return profiler.patched(steps(loader, first, stop))
+
+                stack.enter_context(mock.patch.object(StepLoader, "steps", watched))
+                stack.enter_context(profiler.without_saving())
+            stack.enter_context(waits.patched())
+            if world.size > 1:
+                stack.enter_context(collectives.patched())
+            began = time.perf_counter()
+            train(job, Progress(), results.append, lambda: False)
+            seconds = time.perf_counter() - began
+        timed = range(WARMUP, setup.steps - (PROFILED if is_gpu else 0))
+        peak = torch.cuda.max_memory_allocated(world.device) / GIB if is_gpu else 0.0
+        waited = statistics.median(waits.seconds[step] for step in timed)
+        peaks, all_waits = world.all_gather([peak]), world.all_gather([waited])
+        rates = [results[step].tokens_per_second for step in timed] if results else [0.0]
+        found: dict[str, Any] = {
+            "mode": mode,
+            "losses": [result.loss for result in results],
+            "tokens_per_second": round(statistics.median(rates)),
+            "tokens_per_second_range": [round(min(rates)), round(max(rates))],
+            "data_wait_seconds": round(max(all_waits), 4),
+            "collectives_per_step": round(collectives.calls / setup.steps, 1),
+            "host_share_in_calls_of_collectives": round(collectives.seconds / seconds, 4),
+        }
+        if is_gpu:
+            found["peak_gib"] = round(max(peaks), 2)
+            found["profiled"] = profiler.summary()
+        tokens = setup.rows * setup.length
+        found["step_seconds"] = round(tokens / statistics.median(rates), 4) if results else 0.0
+        return found
+
+
+def train_killed(setup: StageSetup) -> dict[str, Any]:
+    """`train_part` with states; in its first start, the last process kills itself."""
+    marker = setup.folder.parent / f"{setup.folder.name}.killed"
+    with join_world(setup.device) as world:
+        job, _ = make_job(setup, world)
+        progress = Progress()
+        if job.states.steps():
+            newest = job.states.path(job.states.steps()[-1]).name
+            progress = world.run_on_main(lambda: job.states.read_record(newest).progress)
+        resumed_after = progress.step
+        losses: dict[int, float] = {}
+
+        def report(result: StepResult) -> None:
+            losses[result.step] = result.loss
+
+        def should_stop() -> bool:
+            is_victim = setup.is_killed and world.rank == world.size - 1
+            if is_victim and progress.step == KILL_AT and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return False
+
+        train(job, progress, report, should_stop)
+        total = torch.stack([local_sum(p) for p in job.pair.trainable_parameters().values()]).sum()
+        return {
+            "resumed_after": resumed_after,
+            "losses": losses,
+            "weights": float(world.all_reduce_sum(total)),
+        }
+
+
+def local_sum(parameter: Tensor) -> Tensor:
+    """Sum of the magnitudes of this process's share, on the CPU in fp64."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.detach().double().abs().sum().cpu()
+
+
+def run_killed(setup: StageSetup, gpus: int) -> dict[str, Any]:
+    """Losses of a training whose process is killed, beside those of an undisturbed one."""
+    undisturbed = launch(train_killed, setup, gpus)
+    folder = setup.folder.with_name(f"{setup.folder.name}-killed")
+    killed = replace(setup, folder=folder, is_killed=True)
+    restarts = 0
+    while True:
+        try:
+            found = launch(train_killed, killed, gpus)
+            break
+        except ProcessKilled as error:
+            restarts += 1
+            print(error.message, file=sys.stderr)
+            if restarts > 1:
+                raise
+    shared = {step: undisturbed["losses"][step] for step in found["losses"]}
+    return {
+        "restarts": restarts,
+        "resumed_after": found["resumed_after"],
+        "losses": found["losses"],
+        "undisturbed_losses": undisturbed["losses"],
+        "same_losses": found["losses"] == shared,
+        "same_weights": found["weights"] == undisturbed["weights"],
+    }
+
+
+def run_part(given: argparse.Namespace, part: Part, work: Path) -> dict[str, Any]:
+    """Train one part, in processes of its own."""
+    texts = work / f"texts-{part.rows}.jsonl"
+    if not texts.is_file():
+        write_texts(texts, 4 * part.rows, given.length)
+    setup = StageSetup(
+        stage=part.stage,
+        rows=part.rows,
+        length=given.length,
+        steps=2 * KILL_AT if given.kill else given.steps,
+        texts=texts,
+        folder=work / part.name,
+        micro_rows=min(given.micro_rows, max(1, part.rows // part.gpus)),
+        parallel=part.parallel,
+        tiny=given.tiny,
+        device=given.device,
+        workers=given.workers,
+        save_every=SAVE_EVERY if given.kill else None,
+    )
+    if given.kill:
+        return run_killed(setup, part.gpus)
+    return launch(train_part, setup, part.gpus)
+
+
+def evaluate(given: argparse.Namespace, gpus: Sequence[int], work: Path) -> dict[str, Any]:
+    """`mmmamba eval` on each number of GPUs: seconds, and whether the predictions are the same."""
+    found: dict[str, Any] = {}
+    files = {}
+    for number in gpus:
+        out = work / f"eval-{number}"
+        words = ["--model", given.eval, "--suite", given.suite, "--out", str(out)]
+        words += ["--gpus", str(number)] if number > 1 else []
+        words += ["--limit", str(given.limit)] if given.limit else []
+        words += ["--device", given.device] if given.device else []
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mmmamba_cli", "eval", *words], check=True)
+        seconds = time.perf_counter() - began
+        timing = [json.loads(file.read_text()) for file in sorted(out.rglob("timing.json"))]
+        files[number] = [file.read_bytes() for file in sorted(out.rglob("predictions.tsv"))]
+        found[str(number)] = {
+            "seconds_with_start": round(seconds, 2),
+            "seconds": round(sum(one["seconds"] for one in timing), 2),
+            "samples": sum(one["answered"] for one in timing),
+        }
+    first = gpus[0]
+    if not files[first]:
+        raise SystemExit(f"{given.eval}: no predictions.tsv was written")
+    for number in gpus[1:]:
+        row = found[str(number)]
+        row["same_predictions"] = files[number] == files[first]
+        row["speed_ratio"] = round(found[str(first)]["seconds"] / row["seconds"], 2)
+    return {"model": given.eval, "suite": given.suite, "by_gpus": found}
+
+
+def ratios(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Speed of each part over the part with fewest GPUs, in strong and in weak scaling."""
+    strong, weak = defaultdict(list), defaultdict(list)
+    modes = {part["parallel"] for part in parts.values() if part["gpus"] > 1}
+    for part in parts.values():
+        # One process has nothing to divide, and is the base of every mode.
+        for mode in modes if part["gpus"] == 1 else [part["parallel"]]:
+            strong[part["stage"], part["rows"], mode].append(part)
+            weak[part["stage"], part["rows"] // part["gpus"], mode].append(part)
+    found = []
+    for kind, groups in (("strong", strong), ("weak", weak)):
+        for (stage, rows, parallel), members in sorted(groups.items()):
+            first, *others = sorted(members, key=lambda one: one["gpus"])
+            for one in others:
+                ratio = one["tokens_per_second"] / first["tokens_per_second"]
+                row = {
+                    "scaling": kind,
+                    "stage": stage,
+                    "parallel": parallel,
+                    "rows" if kind == "strong" else "rows_per_gpu": rows,
+                    "gpus": [first["gpus"], one["gpus"]],
+                    "speed_ratio": round(ratio, 3),
+                    "efficiency": round(ratio * first["gpus"] / one["gpus"], 3),
+                }
+                if kind == "strong":
+                    row["loss_difference"] = difference(first["losses"], one["losses"])
+                    row["same_losses"] = row["loss_difference"] < TOLERANCE
+                found.append(row)
+    return found
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> float:
+    """Largest relative difference of the losses that both have."""
+    pairs = zip(first, second, strict=False)
+    return max(abs(a - b) / abs(a) for a, b in pairs)
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    given = parse(words)
+    counts = [int(number) for number in given.gpus.split(",")]
+    result = read(given.out)
+    deadline = time.monotonic() + 60 * given.minutes
+    result |= {
+        "what": "distillation by number of GPUs, HoVLE-2.6B shapes, random weights and texts",
+        **environment(pick_device(given.device)),
+    }
+    # Several calls fill one file.
+    result["commands"] = sorted({*result.get("commands", []), result.pop("command")})
+    with tempfile.TemporaryDirectory() as work:
+        for part in [] if given.eval else parts_of(given, counts):
+            kind = "killed" if given.kill else "parts"
+            done = result.setdefault(kind, {})
+            if part.name in done and not given.again:
+                continue
+            if time.monotonic() > deadline:
+                print(f"no time left for {part.name}", file=sys.stderr)
+                continue
+            found = run_part(given, part, Path(work))
+            done[part.name] = {**asdict(part), "length": given.length, **found}
+            print(json.dumps({part.name: found}), file=sys.stderr, flush=True)
+            result["ratios"] = ratios(result.get("parts", {}))
+            write(given.out, result)
+        if given.eval:
+            result["eval"] = evaluate(given, counts, Path(work))
+            write(given.out, result)
+    if given.picture is not None:
+        draw(result, given.picture)
+    print(json.dumps(result, indent=2))
+    return result
+
+
+def parts_of(given: argparse.Namespace, counts: Sequence[int]) -> list[Part]:
+    """Strong scaling with each number of rows, then weak scaling; each part once."""
+    found = []
+    for stage in given.only.split(","):
+        for mode in given.parallel.split(","):
+            sizes = [(n, rows) for rows in numbers(given.rows) for n in counts if rows >= n]
+            sizes += [(n, n * rows) for rows in numbers(given.weak) for n in counts]
+            sizes = [(n, rows) for n, rows in sizes if n > 1 or not given.kill]
+            found += [Part(stage, n, rows, mode if n > 1 else "auto") for n, rows in sizes]
+    return list(dict.fromkeys(found))
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def read(file: Path | None) -> dict[str, Any]:
+    if file is None or not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def write(file: Path | None, result: dict[str, Any]) -> None:
+    """Replace the file at once, so that a call that runs out of time loses nothing."""
+    if file is not None:
+        partial = file.with_name(f".{file.name}")
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(file)
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="stage1,stage2,stage3")
+    parser.add_argument("--gpus", default="1,2")
+    parser.add_argument("--rows", default="8")
+    parser.add_argument("--weak", default="")
+    parser.add_argument("--micro-rows", type=int, default=1)
+    parser.add_argument("--parallel", default="auto")
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--device")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--eval", metavar="MODEL")
+    parser.add_argument("--suite", default="scenes")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--picture", type=Path)
+    given = parser.parse_args(words)
+    least = WARMUP + PROFILED + 1
+    if given.steps < least:
+        parser.error(f"--steps {given.steps}: expected {least} or more")
+    return given
+
+
+if __name__ == "__main__":
+    main()
