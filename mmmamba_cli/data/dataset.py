@@ -9,6 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmmamba_cli.data.corpus import Corpus, CorpusPart, locate
 from mmmamba_cli.data.jsonl import JsonLines, JsonList, is_json_list
 from mmmamba_cli.data.sample import (
@@ -30,16 +32,23 @@ class ConversationFile:
     """A `.jsonl` file, or a `.json` file with one list.
 
     `display_name` is the name of the file in sample names. Image paths are relative to `root`, or
-    to the folder of the file.
+    to the folder of the file. `positions` are those of the records, if they are known.
     """
 
-    def __init__(self, file: Path, root: Path | None, display_name: str | None = None):
+    def __init__(
+        self,
+        file: Path,
+        root: Path | None,
+        display_name: str | None = None,
+        positions: np.ndarray | None = None,
+    ):
         if root is not None and not root.is_dir():
             raise DataError(
                 f"the image root {root} is not a folder", "check --image-root (data.image_root)"
             )
         is_list = file.suffix.lower() == ".json" and is_json_list(file)
-        self.records = JsonList(file, display_name) if is_list else JsonLines(file, display_name)
+        kind = JsonList if is_list else JsonLines
+        self.records: JsonList | JsonLines = kind(file, display_name, positions)
         self.root = file.parent if root is None else root
         self.ignored: tuple[str, ...] = ()
         self.pictures: dict[str, ImageLocation] = {}
@@ -107,12 +116,20 @@ class MixedCorpus:
         return self.sets[which].name(number)
 
 
-def open_files(source: str | Path, image_root: Path | None = None) -> Corpus:
+def record_positions(corpus: Corpus) -> np.ndarray | None:
+    """Positions of the records of one JSON file, (2, N) int64; None for another corpus."""
+    return corpus.records.positions if isinstance(corpus, ConversationFile) else None
+
+
+def open_files(
+    source: str | Path, image_root: Path | None = None, positions: np.ndarray | None = None
+) -> Corpus:
     """Open conversations: `.jsonl`, a `.json` list, an InternVL meta `.json`, `.tar`, or tables.
 
     Tables are `.parquet` files, by a pattern or in a folder, and folders saved by `datasets`.
     `part-{000..099}.tar` names a range of shards. Warns with a `MmmambaWarning` about members of
-    shards that belong to no sample.
+    shards that belong to no sample. `positions` are `record_positions` of an earlier corpus of the
+    same source.
 
     Raises:
         DataError: a file is missing, of an unknown kind, or has no sample.
@@ -121,13 +138,13 @@ def open_files(source: str | Path, image_root: Path | None = None) -> Corpus:
     suffix = Path(text).suffix.lower()
     corpus: Corpus
     if suffix == ".jsonl":
-        corpus = ConversationFile(Path(text), image_root)
+        corpus = ConversationFile(Path(text), image_root, positions=positions)
     elif is_table_source(text):
         corpus = TableCorpus(table_files(text), image_root)
     elif suffix == ".tar":
         corpus = ShardedCorpus(expand_shards(text))
     elif suffix == ".json" and is_json_list(Path(text)):
-        corpus = ConversationFile(Path(text), image_root)
+        corpus = ConversationFile(Path(text), image_root, positions=positions)
     elif suffix == ".json":
         corpus = _open_meta(Path(text), image_root)
     else:

@@ -13,8 +13,9 @@ import numpy as np
 from mmmamba_cli.data.batch import bad_sample
 from mmmamba_cli.data.collator import Collator, make_collator
 from mmmamba_cli.data.corpus import Corpus
+from mmmamba_cli.data.dataset import record_positions
 from mmmamba_cli.data.fingerprint import content_digest
-from mmmamba_cli.data.sample_index import SIZES, IndexKey, SampleIndex
+from mmmamba_cli.data.sample_index import POSITIONS, SIZES, IndexKey, SampleIndex
 from mmmamba_cli.data.worker_processes import map_in_workers
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
@@ -74,7 +75,8 @@ def build_index(
         "bad_ends": np.array(list(accumulate(map(len, reasons))), dtype=np.int64),
         "bad_text": np.frombuffer(b"".join(reasons), dtype=np.uint8),
     }
-    return SampleIndex(key, tensors)
+    positions = record_positions(corpus)
+    return SampleIndex(key, tensors if positions is None else tensors | {POSITIONS: positions})
 
 
 def _measure_chunk(corpus: Corpus, collator: Collator, start: int) -> _Chunk:

@@ -28,23 +28,30 @@ class JsonLines:
     """The lines of a file that are not blank, read on access.
 
     Only the line offsets are kept in memory, 16 bytes per line. `display_name` is the name of the
-    file in sample names.
+    file in sample names. `positions` are those of an earlier `JsonLines` of the same file, which is
+    then not searched.
+
+    Attributes:
+        positions: (2, N) int64, the offset and the number of each line.
 
     Raises:
         DataError: the file cannot be read, or a line is not JSON.
     """
 
-    def __init__(self, file: Path, display_name: str | None = None):
+    def __init__(
+        self, file: Path, display_name: str | None = None, positions: np.ndarray | None = None
+    ):
         self.file = file
         self.display_name = display_name or file.name
         try:
-            self._starts, self._numbers = _index(file)
+            self.positions = _index(file) if positions is None else positions
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{file} does not exist", "check the path") from error
         except IsADirectoryError as error:
             raise DataError(f"{file} is a folder, expected a file of JSON lines") from error
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror}") from error
+        self._starts, self._numbers = self.positions
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -68,8 +75,8 @@ class JsonLines:
             raise DataError(f"{self.name(index)}: is not JSON: {error}") from error
 
 
-def _index(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The offset and the number of each line that is not blank."""
+def _index(file: Path) -> np.ndarray:
+    """The offset and the number of each line that is not blank, (2, N) int64."""
     size = file.stat().st_size
     ends = [np.array([-1], dtype=np.int64)]
     with file.open("rb") as handle:
@@ -86,7 +93,7 @@ def _index(file: Path) -> tuple[np.ndarray, np.ndarray]:
             if _is_blank(handle, int(starts[i]))
         ]
     keep = np.setdiff1d(keep, blank)
-    return starts[keep], keep + 1
+    return np.stack((starts[keep], keep + 1))
 
 
 def _is_blank(handle: Any, start: int) -> bool:
@@ -115,30 +122,42 @@ class JsonList:
     """The items of a JSON list, read on access.
 
     Opening reads the file once, in blocks; only item offsets are kept in memory, 16 bytes per item.
-    `display_name` is the name of the file in sample names.
+    `display_name` is the name of the file in sample names. `positions` are those of an earlier
+    `JsonList` of the same file, which is then not searched.
+
+    Attributes:
+        positions: (2, N) int64, the byte offsets at which each item begins and ends.
 
     Raises:
         DataError: the file cannot be read or is not a list.
     """
 
-    def __init__(self, file: Path, display_name: str | None = None):
+    def __init__(
+        self, file: Path, display_name: str | None = None, positions: np.ndarray | None = None
+    ):
         self.file = file
         self.display_name = display_name or file.name
-        self._starts, self._ends = array("q"), array("q")
+        self.positions = self._search() if positions is None else positions
+        self._starts, self._ends = self.positions
+
+    def _search(self) -> np.ndarray:
+        file = self.file
+        starts, ends = array("q"), array("q")
         try:
             for start, end in _items(file):
-                self._starts.append(start)
-                self._ends.append(end)
+                starts.append(start)
+                ends.append(end)
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not JSON: it is not valid UTF-8") from error
         except (ValueError, RecursionError) as error:
-            item = len(self._starts) + 1
+            item = len(starts) + 1
             raise DataError(
                 f"{file} is not a JSON list: item {item}: {error}",
                 "correct the file, or write one conversation a line as .jsonl",
             ) from error
+        return np.array([starts, ends], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -148,7 +167,7 @@ class JsonList:
         return f"{self.display_name}:{index + 1}"
 
     def __getitem__(self, index: int) -> Any:
-        start, end = self._starts[index], self._ends[index]
+        start, end = int(self._starts[index]), int(self._ends[index])
         try:
             # Opened on each access: forked workers would share a file position.
             with self.file.open("rb") as handle:

@@ -1,4 +1,4 @@
-"""A data index: the sizes of all samples of a corpus in one file, mapped into memory.
+"""A data index: sizes and positions of all samples of a corpus in one file, mapped into memory.
 
 The file is a safetensors file, whose metadata is the `IndexKey`. Legend: N samples, K bad ones.
 """
@@ -25,6 +25,8 @@ HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 1 << 20
 # Names and dtypes of the tensors, by safetensors' name of the dtype.
 SIZES = ("tokens", "required", "images", "tiles")
+BAD = ("bad_samples", "bad_ends", "bad_text")
+POSITIONS = "positions"
 DTYPES = {"U8": np.uint8, "U32": np.uint32, "I64": np.int64}
 
 
@@ -77,7 +79,8 @@ class SampleIndex:
         key: what the sizes depend on.
         tensors: `tokens`, `required`, `images` and `tiles` (N,) uint32, the fields of `SampleSize`,
             0 for bad samples; `bad_samples` (K,) int64, their indices in ascending order;
-            `bad_ends` (K,) int64, the ends of their reasons in `bad_text`, uint8 in UTF-8.
+            `bad_ends` (K,) int64, the ends of their reasons in `bad_text`, uint8 in UTF-8. Of a
+            JSON file also `positions` (2, N) int64, as `JsonLines` and `JsonList` have them.
     """
 
     def __init__(self, key: IndexKey, tensors: Mapping[str, np.ndarray]):
@@ -87,6 +90,11 @@ class SampleIndex:
 
     def __len__(self) -> int:
         return self.key.samples
+
+    @property
+    def positions(self) -> np.ndarray | None:
+        """Positions of the records, (2, N) int64, of a JSON file; None for other corpora."""
+        return self._tensors.get(POSITIONS)
 
     def size(self, sample: int) -> SampleSize:
         """The sizes of a sample. Raises `DataError` with the reason if it is bad."""
@@ -136,7 +144,8 @@ def read_index(file: Path) -> SampleIndex:
     """
     try:
         key, header, start = _read_header(file)
-        tensors = {name: _map(file, header[name], start) for name in _tensor_names()}
+        names = (*SIZES, *BAD, *([POSITIONS] if POSITIONS in header else []))
+        tensors = {name: _map(file, header[name], start) for name in names}
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, LookupError, TypeError) as error:
@@ -151,10 +160,6 @@ def read_index(file: Path) -> SampleIndex:
 def read_key(file: Path) -> IndexKey:
     """The key of an index file. Raises `DataError` as `read_index` does."""
     return read_index(file).key
-
-
-def _tensor_names() -> tuple[str, ...]:
-    return (*SIZES, "bad_samples", "bad_ends", "bad_text")
 
 
 def _read_header(file: Path) -> tuple[IndexKey, dict[str, Any], int]:

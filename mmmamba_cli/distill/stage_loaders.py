@@ -9,6 +9,7 @@ from mmmamba_cli.checkpoint import AnyCheckpoint, InPlaceCheckpoint
 from mmmamba_cli.data import (
     HELD_OUT,
     Corpus,
+    FoundIndex,
     SampleIndex,
     StepLoader,
     find_index,
@@ -17,7 +18,6 @@ from mmmamba_cli.data import (
 )
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import DataError, RunError
-from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 from mmmamba_cli.recipe import Data, Recipe, Stage, stage_data
 from mmmamba_cli.runs import open_training_processor
 
@@ -61,7 +61,13 @@ def build_loaders(
     root = None if data.image_root is None else Path(data.image_root)
 
     def loader(source: str, stream: str, shuffle: bool, single_pass: bool = False) -> StepLoader:
-        corpus = open_corpus(source, root, seed=seed, stream=stream)
+        corpus, index = _open_data(
+            source,
+            lambda index: open_corpus(source, root, seed=seed, stream=stream, index=index),
+            lambda corpus: find_index(source, corpus, processor, data.max_tiles),
+            world,
+            log,
+        )
         return StepLoader(
             corpus,
             processor,
@@ -77,7 +83,7 @@ def build_loaders(
             rank=world.rank,
             world_size=processes or world.size,
             single_pass=single_pass,
-            index=_open_index(source, corpus, processor, data.max_tiles, world, log),
+            index=index,
         )
 
     held_out = None
@@ -87,31 +93,42 @@ def build_loaders(
     return loader(data.train, stage.name, data.shuffle), held_out
 
 
-def _open_index(
+def _open_data(
     source: str,
-    corpus: Corpus,
-    processor: TrainingProcessor | TeacherProcessor,
-    max_tiles: int | None,
+    open_source: Callable[[SampleIndex | None], Corpus],
+    find: Callable[[Corpus], FoundIndex],
     world: World,
     log: Callable[[str], None],
-) -> SampleIndex | None:
-    """The data index of a source if every process can open it; None without one."""
-    found = world.run_on_main(lambda: find_index(source, corpus, processor, max_tiles))
+) -> tuple[Corpus, SampleIndex | None]:
+    """A source and its data index, None without one that every process can open.
+
+    With an index, only process 0 searches the source for its samples.
+    """
+    opened: list[Corpus] = []
+
+    def open_and_find() -> FoundIndex:
+        opened.append(open_source(None))
+        return find(opened[0])
+
+    found = world.run_on_main(open_and_find)
     for reason in found.stale:
         log(f"data index: {reason}; `mmmamba data index {source}` builds another")
-    if found.file is None:
-        return None
-    index: SampleIndex | None
+    index = None if found.file is None else _open_index(found.file, world, log)
+    return (opened[0] if opened else open_source(index)), index
+
+
+def _open_index(file: Path, world: World, log: Callable[[str], None]) -> SampleIndex | None:
+    index, problem = None, []
     try:
-        index, problem = read_index(found.file), ""
+        index = read_index(file)
     except DataError as error:
-        index, problem = None, error.message
+        problem = [error.message]
     # With an index in some of the processes only, they could plan different batches.
-    missing = world.all_gather([problem] if problem else [])
-    if missing:
-        log(f"data index: not used, {missing[0]}")
+    problems = world.all_gather(problem)
+    if problems:
+        log(f"data index: not used, {problems[0]}")
         return None
-    log(f"data index: {found.file}, each process prepares only its share of a batch")
+    log(f"data index: {file}, each process prepares only its share of a batch")
     return index
 
 
