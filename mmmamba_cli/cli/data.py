@@ -94,6 +94,7 @@ def check(
         MAX_NAMED,
         can_be_packed,
         check_data,
+        find_index,
         open_corpus,
         samples_to_check,
     )
@@ -114,12 +115,16 @@ def check(
         )
     named = None if every else MAX_NAMED
     packs = can_be_packed(processor)
+    found = find_index(source, corpus, processor, max_tiles)
     if as_json:
-        print_json({**report.as_dict(named), "can_be_packed": packs})
+        file = None if found.file is None else str(found.file)
+        print_json({**report.as_dict(named), "can_be_packed": packs, "index": file})
     else:
         _print_report(report, max_length, named)
         if not packs:
             print_line("rows of this model are bucketed by length or padded, and cannot be packed")
+        for line in (f"data index: {found.file}",) if found.file else found.stale:
+            print_line(line)
     if report.bad_share > max_bad_share:
         raise typer.Exit(PROBLEMS)
     if not as_json:

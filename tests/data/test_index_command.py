@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mmmamba_cli.data import (
     find_index,
     index_key,
     index_summary,
+    jsonl,
     open_corpus,
     read_index,
 )
@@ -62,14 +64,16 @@ def built(result: Result) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def loaders(teacher: Path, data: Path, *sets: str) -> tuple[StepLoader, StepLoader | None, str]:
+def loaders(
+    teacher: Path, data: Path, *sets: str, world: World = CPU
+) -> tuple[StepLoader, StepLoader | None, str]:
     """The loaders of a stage, and what was printed."""
     said: list[str] = []
     fields = {"data.train": str(data), "data.image_root": str(data.parent), "data.workers": "0"}
     texts = [f"{name}={value}" for name, value in fields.items()]
     recipe = load_recipe("mmmamba-linear", [*texts, *sets])
     student = open_any_checkpoint(teacher)
-    found = build_loaders(student, recipe, recipe.stages[0], CPU, said.append)
+    found = build_loaders(student, recipe, recipe.stages[0], world, said.append)
     return *found, "\n".join(said)
 
 
@@ -116,6 +120,50 @@ def test_distill_finds_it(data: Path, teacher: Path) -> None:
     )
     assert loader._index is not None and held_out is not None and held_out._index is not None
     assert loader._index.to_bytes() == read_index(Path(file)).to_bytes()
+
+
+class OtherProcess(World):
+    """Rank 1 of 2: process 0 has found `found`, and could not open it if there is a `problem`."""
+
+    def __init__(self, found: FoundIndex, problem: str | None = None):
+        super().__init__(torch.device("cpu"), rank=1, size=2)
+        object.__setattr__(self, "found", found)
+        object.__setattr__(self, "problems", [problem] if problem else [])
+
+    def run_on_main(self, work: Callable[[], Any]) -> Any:
+        return vars(self)["found"]
+
+    def all_gather(self, values: Sequence[Any]) -> list[Any]:
+        return [*vars(self)["problems"], *values]
+
+
+def test_other_processes_search_nothing(
+    data: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index has the positions of lines; unless each process can open it, none uses it."""
+    file = Path(built(run_index(data, teacher, "--json"))["file"])
+    expected = loaders(teacher, data)[0]
+    searched: list[Path] = []
+    search = jsonl._index
+
+    def counted(file: Path) -> Any:
+        searched.append(file)
+        return search(file)
+
+    monkeypatch.setattr(jsonl, "_index", counted)
+    loader, _, said = loaders(teacher, data, world=OtherProcess(FoundIndex(file)))
+    assert not searched and said.startswith(f"data index: {file}, each")
+    assert [loader.corpus[i] for i in range(20)] == [expected.corpus[i] for i in range(20)]
+    assert [loader.corpus.name(i) for i in range(20)] == [
+        expected.corpus.name(i) for i in range(20)
+    ]
+    for world in (
+        OtherProcess(FoundIndex(file), "gone"),
+        OtherProcess(FoundIndex(file.with_name("gone"))),
+    ):
+        loader, _, said = loaders(teacher, data, world=world)
+        assert searched.pop() == data and loader._index is None
+        assert said.startswith("data index: not used, ") and "gone" in said
 
 
 def test_other_settings_have_another_index(data: Path, teacher: Path) -> None:
@@ -187,6 +235,22 @@ def test_a_folder_that_cannot_be_written(
     # Another set of the same name does not see it.
     other = write_conversations(tmp_path / "other", 20, seed=1)
     assert loaders(teacher, other)[2] == ""
+
+
+def test_data_check_names_it(data: Path, teacher: Path) -> None:
+    words = ["data", "check", str(data), "--image-root", str(data.parent), "--model", str(teacher)]
+
+    def checked(*more: str) -> str:
+        result = CliRunner().invoke(app, [*words, *more])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert json.loads(checked("--json"))["index"] is None and "data index" not in checked()
+    file = built(run_index(data, teacher, "--json"))["file"]
+    assert json.loads(checked("--json"))["index"] == file
+    assert checked().splitlines()[-1] == f"data index: {file}"
+    line = checked("--max-tiles", "1").splitlines()[-1]
+    assert line == f"{file} is not used: it was built with max_tiles None, expected 1"
 
 
 def test_totals_for_other_commands(

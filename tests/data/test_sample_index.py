@@ -31,6 +31,7 @@ from mmmamba_cli.data import (
 )
 from mmmamba_cli.data.collate import HolisticCollator
 from mmmamba_cli.data.collator import make_collator
+from mmmamba_cli.data.dataset import ConversationFile
 from mmmamba_cli.data.fingerprint import content_digest
 from mmmamba_cli.data.teacher_collate import TeacherCollator
 from mmmamba_cli.errors import DataError
@@ -227,6 +228,33 @@ def test_the_file_is_read_as_it_was_written(
         read_index(tmp_path / "none.index")
 
 
+def test_positions_are_those_of_the_records(
+    mixed: Path, tmp_path: Path, processor: HolisticVLMProcessor
+) -> None:
+    """Of JSON lines with blank ones between them, and of a list; other corpora have none."""
+    good = [
+        line for line in (mixed / "train.jsonl").read_text().splitlines() if "broken" not in line
+    ]
+    for name, text in (
+        ("lines.jsonl", "\ufeff\n\n" + "\n  \n".join(good)),
+        ("list.json", " [" + " ,\n".join(good) + "]\n"),
+    ):
+        source = tmp_path / name
+        source.write_text(text)
+        corpus = open_corpus(source, mixed)
+        index = index_of(source, mixed, processor)
+        again = open_corpus(source, mixed, index=index)
+        assert isinstance(corpus, ConversationFile) and isinstance(again, ConversationFile)
+        assert again.records.positions is index.positions
+        assert len(again) == len(corpus) == len(good)
+        for i in range(len(good)):
+            assert again.records[i] == corpus.records[i] == json.loads(good[i])
+            assert again.name(i) == corpus.name(i)
+    meta = tmp_path / "sets.json"
+    meta.write_text(json.dumps({"a": {"annotation": "lines.jsonl", "root": str(mixed)}}))
+    assert index_of(meta, mixed, processor).positions is None
+
+
 def test_an_index_without_bad_samples(folder: Path, processor: HolisticVLMProcessor) -> None:
     index = index_of(folder / "train.jsonl", folder, processor)
     assert index.summary(4096).bad == 0
@@ -238,29 +266,25 @@ def write_set(folder: Path) -> tuple[Path, Path]:
     return file, folder / "images" / "train-1.png"
 
 
+@pytest.mark.parametrize("name", ["hovle", "qwen3_vl"])
 def test_a_picture_that_has_changed_is_a_bad_sample_of_one_process(
-    tmp_path: Path, processor: HolisticVLMProcessor
+    name: str, tmp_path: Path, processor: HolisticVLMProcessor
 ) -> None:
-    """A damaged picture, and one of another size, whose row would not be as long as planned."""
+    """A picture of another size, whose row would not be as long as planned, and a damaged one."""
     source, picture = write_set(tmp_path)
-    index = index_of(source, tmp_path, processor)
-    options: dict[str, Any] = {"batch_size": 6, "max_length": 400, "batching": "packed"}
+    own = processor if name == "hovle" else TeacherProcessor(FAMILIES[name].processor)
+    index = index_of(source, tmp_path, own)
+    options: dict[str, Any] = {"batch_size": 6, "max_length": 400, "world_size": 6}
+    options["batching"] = "packed" if name == "hovle" else "bucketed"
     changes: tuple[tuple[Callable[[], object], str], ...] = (
         (lambda: Image.new("RGB", (300, 50)).save(picture), "in the data index: its pictures"),
         (lambda: picture.write_bytes(b"no picture"), "is not in an image format"),
     )
     for change, reason in changes:
         change()
+        corpus = open_corpus(source, tmp_path)
         steps = [
-            StepLoader(
-                open_corpus(source, tmp_path),
-                processor,
-                **options,
-                rank=rank,
-                world_size=6,
-                index=index,
-            ).step(0)
-            for rank in range(6)
+            StepLoader(corpus, own, **options, rank=rank, index=index).step(0) for rank in range(6)
         ]
         bad: list[BadSample] = [one for step in steps for one in step.bad]
         assert [(one.name, one.seen_by_all) for one in bad] == [("train.jsonl:2", False)]
