@@ -1,6 +1,6 @@
 """Time, memory and size of a data index of many samples, and what it saves each process.
 
-    python benchmarks/data_index.py --folder DIR [--samples 1700000] [--workers 2]
+    python benchmarks/data_index.py --folder DIR [--samples 1700000] [--workers N]
 
 Writes conversations of pseudo-words with references to 64 JPEG pictures into DIR (1.6 GB for
 1.7 M), and a processor with HoVLE's template, tiling and control tokens, whose SentencePiece
@@ -70,6 +70,9 @@ def make_processor(folder: Path, sentences: list[str]) -> HolisticVLMProcessor:
         vocab_size=PIECES,
         model_type="bpe",
         byte_fallback=True,
+        # As the tokenizers of language models are trained, which must decode to the same text.
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         num_threads=1,
         minloglevel=2,
     )
@@ -208,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=1_700_000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
@@ -241,7 +244,7 @@ def main() -> None:
         "what": "index of conversations with pictures for a HoVLE processor, all steps included",
         "command": "python benchmarks/data_index.py --folder DIR"
         + (f" --samples {given.samples}" if given.samples != 1_700_000 else "")
-        + (f" --workers {given.workers}" if given.workers != 2 else ""),
+        + (f" --workers {given.workers}" if given.workers != os.cpu_count() else ""),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
         "versions": {

@@ -264,7 +264,7 @@ class HolisticVLMProcessor(ProcessorMixin):
         length, image_end = 1, 0
         for part in self._conversation_parts(messages, num_tiles):
             if isinstance(part, str):
-                length += len(tokenizer.encode_plain(part, keep=grounding))
+                length += tokenizer.count_plain(part, keep=grounding)
                 continue
             length += part.times
             if part.token == IMAGE_CONTEXT:

@@ -18,6 +18,8 @@ from mmmamba_cli.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Sizes of pictures whose numbers of tiles are kept; a data set has many pictures of a size.
+MAX_CACHED_SIZES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
     return best
 
 
+@lru_cache(MAX_CACHED_SIZES)
 def count_tiles(width: int, height: int, tiling: Tiling) -> int:
     """Number of tiles of an image of that size in pixels, including the thumbnail."""
     columns, rows = choose_grid(width, height, tiling)
