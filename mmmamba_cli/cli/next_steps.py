@@ -13,6 +13,7 @@ from mmmamba_cli.cli.console import print_text
 from mmmamba_cli.cli.options import DEFAULT_RUN
 
 if TYPE_CHECKING:
+    from mmmamba_cli.checkpoint import AnyCheckpoint
     from mmmamba_cli.recipe import Recipe
     from mmmamba_cli.runs import Manifest, Run
 
@@ -78,9 +79,6 @@ def steps_after(
     recipe = parse_recipe(product.recipe, f"recipe of {product.name}")
     done = len(product.stages) == len(recipe.stages)
     if product.final is not False or done or run.record.teacher is None:
-        if run.is_in_place:
-            # eval and profile do not take such a student yet.
-            return NextSteps((command_line("chat", run=run.folder),))
         return _evaluation(run, product, given)
     return _without_prompts(run, product) or _training(run, product, recipe, given, lessons)
 
@@ -203,21 +201,34 @@ def _is_ready_for_hybrid(product: Manifest, recipe: Recipe) -> bool:
 
 
 def _evaluation(run: Run, product: Manifest, given: GivenOptions) -> NextSteps:
+    from mmmamba_cli.runs import resolve_product
+
     teacher = [] if run.record.teacher is None else ["--teacher"]
     path = _moved_teacher(run, given, "--teacher-path")
-    checkpoint = run.open_product(product.name)
+    found = resolve_product(run, product.name)
     words: Sequence[str | Path]
     remarks: tuple[str, ...] = ()
-    if checkpoint.tokenizer_file is None:
+    if not _takes_prompts(found.opened):
         words = ["profile"] if teacher else ["profile", "--no-teacher"]
         return NextSteps((command_line(*words, *path, run=run.folder),))
     if is_of_scenes(run, product):
         words = ["eval", "--suite", SCENES_SUITE]
-    elif checkpoint.config.vision is None:
+    elif not found.has_vision:
         words = ["chat"]
     else:
         words, remarks = _picture_suites()
     return NextSteps((command_line(*words, *teacher, *path, run=run.folder),), remarks)
+
+
+def _takes_prompts(checkpoint: AnyCheckpoint) -> bool:
+    """Whether a model's folder has the files that make prompts."""
+    from mmmamba_cli.checkpoint import Checkpoint
+
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint.tokenizer_file is not None
+    from mmmamba_cli.checkpoint.in_place_loader import missing_prompt_files
+
+    return not missing_prompt_files(checkpoint)
 
 
 def _picture_suites() -> tuple[list[str | Path], tuple[str, ...]]:

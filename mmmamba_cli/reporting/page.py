@@ -91,7 +91,11 @@ def build_page(
         differences = one.differences(report)
         parts |= suite_sections(one, differences, series, left_out)
     if not suites:
-        left_out["scores and examples"] = "nothing was evaluated: `mmmamba eval --suite scenes`"
+        left_out["scores and examples"] = (
+            "nothing was evaluated: `mmmamba eval --suite scenes`"
+            if report.main.reads_pictures
+            else "the suites ask about pictures, and the models of this run read text only"
+        )
     profile = report.main.profile
     if profile is not None:
         labels = {one.name: subject_label(one, report) for one in profile.subjects}

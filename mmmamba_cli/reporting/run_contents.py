@@ -21,7 +21,7 @@ from mmmamba_cli.profiling.result import PROFILE_FILE
 from mmmamba_cli.recipe import Recipe, parse_recipe
 from mmmamba_cli.reporting.measured_results import MeasuredResults, read_measured_results
 from mmmamba_cli.reporting.mixer_fidelity import MixerFidelity, read_fidelity
-from mmmamba_cli.runs import TEACHER, Manifest, Run
+from mmmamba_cli.runs import TEACHER, Manifest, Run, resolve_product
 from mmmamba_cli.runs.manifest import read_json_as
 from mmmamba_cli.runs.run import Teacher
 from mmmamba_cli.stability import (
@@ -120,6 +120,8 @@ class RunContents:
     mixers: MixerFidelity | None = None
     # By name of a product or `teacher`.
     stability: Mapping[str, StabilityRecord] = field(default_factory=dict)
+    # Whether the current product reads pictures, which the shipped suites ask about.
+    reads_pictures: bool = True
     # Problems while reading, one sentence each.
     remarks: tuple[str, ...] = ()
 
@@ -288,8 +290,17 @@ def _read_run(folder: Path, name: str | None) -> RunContents:
         profile=_profile(contents, remarks),
         mixers=read_fidelity(folder, products, remarks),
         stability=read_run_stability(contents, remarks),
+        reads_pictures=_reads_pictures(run),
         remarks=tuple(remarks),
     )
+
+
+def _reads_pictures(run: Run) -> bool:
+    try:
+        return resolve_product(run).has_vision
+    except MmmambaError:
+        # A damaged product is named where it is opened.
+        return True
 
 
 def _trained(run: Run, contents: RunContents) -> Iterator[TrainedStage]:

@@ -236,5 +236,6 @@ def test_a_language_model_takes_the_fast_path_unless_asked(teachers: Path, tmp_p
 
 def test_commands_that_do_not_take_such_a_student_say_so(teachers: Path, tmp_path: Path) -> None:
     seed(teachers / "qwen3_vl", tmp_path / "run")
-    with pytest.raises(MmmambaError, match=r"does not take (it )?yet"):
-        mmmamba("profile", "--device", "cpu", "--run", tmp_path / "run")
+    with pytest.raises(MmmambaError, match="--select does not score yet"):
+        words = ("--select", "kl-zero", "--attn-layers", 1, "--device", "cpu")
+        mmmamba("hybridize", *words, "--run", tmp_path / "run")
