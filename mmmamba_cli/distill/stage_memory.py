@@ -31,7 +31,8 @@ HOW_COMPUTED = (
     "weights, gradients and moments: from the shapes of all tensors; a frozen tensor that no stage "
     "has trained is the teacher's own",
     "activations: an estimate for fused kernels, of the largest micro batch; plain PyTorch, as on "
-    "a CPU, takes more. Not counted: the vision tower's, and what the process and CUDA take",
+    "a CPU, takes up to four times as much. Not counted: the vision tower's, and what the process "
+    "and CUDA take",
 )
 
 

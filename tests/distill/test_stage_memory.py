@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from families import FAMILIES, randomize
+from in_place_distillation import make_objective, make_stage
+from test_in_place_memory import LiveBytes
+from transformers import Qwen3VLForConditionalGeneration
 
 from mmmamba_cli.architecture import LINEAR, default_mixer
 from mmmamba_cli.checkpoint import hovle
+from mmmamba_cli.data import ModelBatch
 from mmmamba_cli.distill.stage_memory import MicroBatchSize, StageMemory, estimate_memory
-from mmmamba_cli.distill.stage_shapes import StageShapes, holistic_shapes
+from mmmamba_cli.distill.stage_shapes import StageShapes, holistic_shapes, in_place_shapes
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.recipe import Stage, load_recipe
 
@@ -55,6 +61,36 @@ def test_estimates_are_near_what_a_gpu_measured(shapes: StageShapes, name: str) 
     without_activations = found.total - found.activations
     unfused = max(found.total, without_activations + found.master_weights)
     assert unfused / GIB == pytest.approx(measured, rel=0.08)
+
+
+@pytest.mark.parametrize("loss", ["mixer-mse", "hidden-alignment", "matrix-orientation", "kl"])
+def test_plain_pytorch_takes_one_to_four_times_the_estimate(loss: str) -> None:
+    """A wider tiny Qwen3-VL on a CPU, in fp32, without pictures."""
+    length = 256
+    config = FAMILIES["qwen3_vl"].config()
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    for name, value in {**sizes, "head_dim": 32, "intermediate_size": 768}.items():
+        setattr(config.text_config, name, value)
+    config.vision_config.out_hidden_size = 256
+    teacher = randomize(Qwen3VLForConditionalGeneration(config), 0).eval()
+    learns = ("*_model.layers.*.self_attn.[qk]_proj.*",) if loss == "matrix-orientation" else None
+    made = make_stage(loss, learns)
+    objective, pair = make_objective(
+        "qwen3_vl", made, linear=range(4), teacher=teacher, dtype=torch.float32
+    )
+    ids = torch.full((1, length), 50)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = ModelBatch(inputs, ids.clone(), 1, length)
+    for parameter in pair.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    pair.student.train()
+    pair.checkpoint_layers(loss == "kl")
+    weights = objective.term_weights(objective.count_units(pair, batch))
+    with LiveBytes() as live:
+        objective.loss_sums(pair, batch, weights)
+    size = MicroBatchSize(1, length, length)
+    found = estimate_memory(in_place_shapes(pair.student.config), made, size)
+    assert 0.9 < live.peak / found.activations < 4
 
 
 def test_rows_of_a_layer_loss_cost_the_same_each(shapes: StageShapes) -> None:
