@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Interrupts of a command that takes seconds; MMMAMBA_KILLS=20 interrupts it more often.
+# Interrupts of a command; MMMAMBA_KILLS=20 interrupts it more often.
+KILLS = int(os.environ.get("MMMAMBA_KILLS", "0"))
+# Seconds of a command that takes long.
 LONG_SECONDS = 5.0
-LONG_MOMENTS = max(5, int(os.environ.get("MMMAMBA_KILLS", "5")))
 # A background shell job ignores Ctrl-C, and its child processes inherit that.
 HEED = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 MAIN = "from mmmamba_cli.__main__ import main\nmain()\n"
@@ -69,9 +70,9 @@ def seconds_of(words: Sequence[object]) -> float:
 @pytest.mark.parametrize(
     ("words", "moments"),
     [
-        (["--help"], 20),
-        (["inspect", "scenes-linear"], 20),
-        (["doctor", "--device", "cpu"], LONG_MOMENTS),
+        (["--help"], max(8, KILLS)),
+        (["inspect", "scenes-linear"], max(12, KILLS)),
+        (["doctor", "--device", "cpu"], max(5, KILLS)),
     ],
 )
 def test_at_any_moment_of_a_command(words: list[str], moments: int) -> None:

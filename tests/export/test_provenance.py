@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,17 @@ def state_of(source: Path, run: Path) -> State:
     return product["stages"], product["final"]
 
 
-def product_with(run: Path, stages: list[str], final: bool | None) -> Path:
-    """A seeded product with these stages in its manifest."""
-    mmmamba("seed", CASE, "--run", run, "--dtype", "fp32", "--no-report")
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a seed."""
+    run = tmp_path_factory.mktemp("seeded") / "run"
+    mmmamba("seed", CASE.resolve(), "--run", run, "--dtype", "fp32", "--no-report")
+    return run
+
+
+def product_with(seeded: Path, run: Path, stages: list[str], final: bool | None) -> Path:
+    """A copy of the run, with these stages in the manifest of its product."""
+    shutil.copytree(seeded, run)
     file = run / "products/seed/manifest.json"
     raw = json.loads(file.read_text())
     file.write_text(json.dumps(raw | {"stages": stages, "final": final}))
@@ -44,14 +53,21 @@ def product_with(run: Path, stages: list[str], final: bool | None) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stages", "final"), [([], False), (["stage1"], False), (ALL, True), ([], None)]
+    ("form", "by", "stages", "final"),
+    [
+        ("hub", "--run", [], False),
+        ("hub", "--run", ["stage1"], False),
+        ("hub", "--run", ALL, True),
+        ("hub", "--run", [], None),
+        ("mmmamba-hf", "--model", ALL, True),
+        ("mmmamba-hf", "--model", [], None),
+    ],
 )
-@pytest.mark.parametrize(("form", "by"), [("hub", "--run"), ("mmmamba-hf", "--model")])
 def test_provenance_round_trip(
-    tmp_path: Path, form: str, by: str, stages: list[str], final: bool | None
+    tmp_path: Path, seeded: Path, form: str, by: str, stages: list[str], final: bool | None
 ) -> None:
     """Each layout is also the `other` one of the first export, there by --run."""
-    run = product_with(tmp_path / "run", stages, final)
+    run = product_with(seeded, tmp_path / "run", stages, final)
     source = run if by == "--run" else run / "products/seed"
     mmmamba("export", by, source, "--format", form, "--out", tmp_path / "out")
     assert state_of(tmp_path / "out", tmp_path / "b") == (stages, final)
@@ -74,9 +90,9 @@ def test_a_published_model_stays_one(tmp_path: Path, form: str) -> None:
     assert "published as distilled end to end, which was not checked" in product["notes"][0]
 
 
-def test_old_exports_have_unknown_provenance(tmp_path: Path) -> None:
+def test_old_exports_have_unknown_provenance(tmp_path: Path, seeded: Path) -> None:
     """It has no provenance field; its `auto_map` names the code repository."""
-    run = product_with(tmp_path / "run", [], False)
+    run = product_with(seeded, tmp_path / "run", [], False)
     mmmamba("export", "--run", run, "--format", "mmmamba-hf", "--out", tmp_path / "out")
     file = tmp_path / "out/config.json"
     raw = json.loads(file.read_text())
@@ -113,8 +129,8 @@ def test_a_model_of_attention_alone_round_trips_as_hovle(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("form", ["hub", "mmmamba-hf"])
-def test_products_of_an_export_drop_its_field(tmp_path: Path, form: str) -> None:
-    run = product_with(tmp_path / "run", ALL, True)
+def test_products_of_an_export_drop_its_field(tmp_path: Path, seeded: Path, form: str) -> None:
+    run = product_with(seeded, tmp_path / "run", ALL, True)
     mmmamba("export", "--run", run, "--format", form, "--out", tmp_path / "out")
     imported(tmp_path / "out", tmp_path / "b")
     product = tmp_path / "b/products/imported"
