@@ -43,7 +43,7 @@ def model_record(resolved: ResolvedModel, run: Run) -> ModelRecord:
         return ModelRecord(
             product=resolved.name,
             kind="teacher",
-            content_hash=resolved.content_hash or resolved.checkpoint.source.content_hash(),
+            content_hash=resolved.content_hash or resolved.opened.source.content_hash(),
         )
     product = run.product(resolved.name)
     parent = product.derived_from

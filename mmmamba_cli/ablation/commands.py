@@ -69,9 +69,8 @@ def commands_of(plan: Plan, cell: Cell) -> list[str]:
     """The commands that do by hand what a cell does; RUN and RECIPE stand for its files."""
     if cell.recipe is None:
         return _eval_commands(cell, f"--model {Path(plan.teacher).name}")
-    found = [
-        f"mmmamba seed {Path(plan.teacher).name} --run RUN --recipe RECIPE --dtype {plan.dtype}"
-    ]
+    seed = f"mmmamba seed {Path(plan.teacher).name} --run RUN --recipe RECIPE --dtype {plan.dtype}"
+    found = [f"{seed} --allow-bidirectional" if plan.allow_bidirectional else seed]
     if cell.stages:
         stages = ",".join(cell.stages)
         found.append(f"mmmamba distill --run RUN --recipe RECIPE --stage {stages}")

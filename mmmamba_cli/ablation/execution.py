@@ -35,12 +35,17 @@ from mmmamba_cli.ablation.records import (
     write_record,
 )
 from mmmamba_cli.ablation.run_folders import copy_run, prune_run
-from mmmamba_cli.checkpoint import atomic_write_text, open_checkpoint, parse_dtype
+from mmmamba_cli.checkpoint import (
+    InPlaceCheckpoint,
+    atomic_write_text,
+    open_any_checkpoint,
+    parse_dtype,
+)
 from mmmamba_cli.distill import DistillOptions, Progress, StageCallbacks, StepResult
 from mmmamba_cli.distill.pipeline import distill
 from mmmamba_cli.distill.trainer import Stopped
 from mmmamba_cli.distributed import join_world
-from mmmamba_cli.errors import RunError
+from mmmamba_cli.errors import RecipeError, RunError
 from mmmamba_cli.evaluate import (
     EvalCallbacks,
     EvalModel,
@@ -57,7 +62,8 @@ from mmmamba_cli.layer_selection import SelectionCallbacks, select_planned_layer
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe
 from mmmamba_cli.runs import Manifest, ResolvedModel, Run, resolve_path, resolve_product
 from mmmamba_cli.runs.manifest import utc_timestamp
-from mmmamba_cli.seed import seed_student
+from mmmamba_cli.seed import seed_in_place, seed_student
+from mmmamba_cli.teachers import bidirectional_warning
 
 RECIPE_FILE = "recipe.yaml"
 COMMANDS_DONE, COMMANDS_LOG = "commands.json", "commands.log"
@@ -207,11 +213,32 @@ class CellExecutor:
             if parent is not None:
                 copy_run(self.setting.work / parent.folder, run.folder)
             else:
-                teacher = open_checkpoint(Path(self.setting.plan.teacher))
-                dtype = parse_dtype(self.setting.plan.dtype)
                 with lock_when_free(run, control):
-                    seed_student(run, teacher, recipe, dtype=dtype, overwrite=True, discard=True)
+                    self._seed(run, recipe)
         atomic_write_text(run.folder / RECIPE_FILE, dump_recipe(recipe))
+
+    def _seed(self, run: Run, recipe: Recipe) -> None:
+        """Seed a run with a student of the plan's teacher, of whatever kind it is."""
+        plan = self.setting.plan
+        teacher, dtype = open_any_checkpoint(Path(plan.teacher)), parse_dtype(plan.dtype)
+        if not isinstance(teacher, InPlaceCheckpoint):
+            seed_student(run, teacher, recipe, dtype=dtype, overwrite=True, discard=True)
+            return
+        if bidirectional_warning(teacher.config) is not None and not plan.allow_bidirectional:
+            raise RecipeError(
+                f"image tokens of the teacher {plan.teacher} attend to each other in both "
+                "directions, and a mixer reads them in order",
+                "convert it nevertheless with allow_bidirectional: true in the plan",
+            )
+        seed_in_place(
+            run,
+            teacher,
+            recipe,
+            dtype=dtype,
+            overwrite=True,
+            discard=True,
+            allow_bidirectional=plan.allow_bidirectional,
+        )
 
     def _train(self, run: Run, recipe: Recipe, stages: Sequence[str], control: Control) -> None:
         """Run the stages that the run has not done.

@@ -224,6 +224,10 @@ class Plan(Section):
         default=None, description="Folder of results; null: benchmarks/results/evidence/NAME."
     )
     teacher: Text = Field(description="Path, shipped name or hub id of the teacher.")
+    allow_bidirectional: bool = Field(
+        default=False,
+        description="Whether to convert a teacher whose image tokens attend in both directions.",
+    )
     recipe: Text = Field(description="Name or file of the recipe of all arms.")
     dtype: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16", description="Dtype of the students' weights on disk."

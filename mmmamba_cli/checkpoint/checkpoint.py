@@ -43,7 +43,9 @@ NOT_YET_IN_PLACE = (
     "has mixers in the place of the attention of a transformers model, which this command does not "
     "take yet"
 )
-NOT_YET_HINT = "seed, distill, hybridize, eval, profile, inspect, status, chat and export do"
+NOT_YET_HINT = (
+    "seed, distill, hybridize, eval, profile, report, ablate, inspect, status, chat and export do"
+)
 # In the order of preference of transformers.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 UNUSED_TENSORS = {"unused.class_embedding", "unused.language_token_embedding.weight"}
