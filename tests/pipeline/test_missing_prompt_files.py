@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from families import FAMILIES, save_teacher
 
 from mmmamba_cli.checkpoint import open_in_place
 from mmmamba_cli.checkpoint.prompt_files import missing_chat_files
-from mmmamba_cli.runs import open_training_processor
 
 # The files that are taken away, and what is missing then.
 CASES = {
@@ -58,18 +56,3 @@ def test_a_template_in_a_config_counts(tmp_path: Path) -> None:
     assert missing_chat_files(open_in_place(tmp_path)) == ["chat template"]
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     assert missing_chat_files(open_in_place(tmp_path)) == []
-
-
-def test_opening_a_students_processor_writes_nothing(
-    mmmamba: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    # Its processor needs neither torchvision nor num2words.
-    save_teacher(FAMILIES["idefics3"], tmp_path / "teacher")
-    mmmamba("seed", tmp_path / "teacher", "--run", tmp_path / "run", "--no-report")
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        open_training_processor(open_in_place(tmp_path / "run" / "products" / "seed"))
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert not [one.message for one in caplog.records if one.levelno >= logging.WARNING]
