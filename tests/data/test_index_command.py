@@ -248,9 +248,9 @@ def test_data_check_names_it(data: Path, teacher: Path) -> None:
     assert json.loads(checked("--json"))["index"] is None and "data index" not in checked()
     file = built(run_index(data, teacher, "--json"))["file"]
     assert json.loads(checked("--json"))["index"] == file
-    assert checked().splitlines()[-1] == f"data index: {file}"
-    line = checked("--max-tiles", "1").splitlines()[-1]
-    assert line == f"{file} is not used: it was built with max_tiles None, expected 1"
+    assert f"data index: {file}" in checked().splitlines()
+    stale = f"{file} is not used: it was built with max_tiles None, expected 1"
+    assert stale in checked("--max-tiles", "1").splitlines()
 
 
 def test_totals_for_other_commands(
