@@ -229,6 +229,9 @@ def _decide_recomputation(
         return bool(units.any())
 
     recomputation.prepare_step(batches, run)
+    if not state.queued:
+        # A measured step is no time of training.
+        state.read_at = time.perf_counter()
     if recomputation.decision is not None:
         state.progress.recomputation = asdict(recomputation.decision)
 

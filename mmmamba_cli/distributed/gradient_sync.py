@@ -131,14 +131,24 @@ class GradientReducer:
             dtype=torch.float64,
         )
 
+    def start_all(self) -> None:
+        """Start the reductions that the backward pass has not started.
+
+        A parameter without a gradient on this process holds back its bucket here only. All
+        processes have to start all buckets before any other collective of the same backend, which
+        matches them by their order.
+        """
+        while self._next < len(self._buckets):
+            self._start_next()
+
     def finish(self, flags: Tensor) -> None:
         """Wait for the sums; `flags` are the sums of `gradient_flags` over processes.
+
+        Call `start_all` first.
 
         A parameter without a gradient on every process keeps none, so that the optimiser skips it
         as on a single process.
         """
-        while self._next < len(self._buckets):
-            self._start_next()
         used = dict(zip(self._bucket_of, flags.tolist(), strict=True))
         for bucket in self._buckets:
             assert bucket.work is not None and bucket.flat is not None
@@ -187,6 +197,7 @@ class GradientSync:
         The result is on the device of `sums`. On a GPU the host does not wait for it.
         """
         flags = self.reducer.gradient_flags()
+        self.reducer.start_all()
         if sums.device.type == "cpu":
             # One collective for both.
             total = world.all_reduce_sum(torch.cat((sums.detach(), flags)))

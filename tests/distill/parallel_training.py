@@ -32,7 +32,7 @@ from mmmamba_cli.distill.optimiser import build_optimiser, full_tensor
 from mmmamba_cli.distill.parallelize import ParallelPlan
 from mmmamba_cli.distill.trainer import StepResult, Stopped, train
 from mmmamba_cli.distill.training_state import Progress
-from mmmamba_cli.distributed import World, join_world
+from mmmamba_cli.distributed import GradientReducer, World, join_world
 
 PLANS = {
     "replicate": ParallelPlan("replicate"),
@@ -68,6 +68,8 @@ class Collectives:
 
     def __init__(self) -> None:
         self._calls: list[tuple[str, int, bool]] = []
+        # Number of calls at the end of the backward passes.
+        self.during_backward = 0
         for name, kind in COLLECTIVES.items():
             if hasattr(dist, name):
                 setattr(dist, name, self._recorded(kind, getattr(dist, name)))
@@ -82,6 +84,16 @@ class Collectives:
             return call(*arguments, **options)
 
         return recorded
+
+    def end_backward(self, flags: Any) -> Any:
+        """`gradient_flags`, which is called between the backward passes and what follows them."""
+
+        @wraps(flags)
+        def marked(*arguments: Any) -> Any:
+            self.during_backward = len(self._calls)
+            return flags(*arguments)
+
+        return marked
 
     def take(self) -> list[tuple[str, int, bool]]:
         taken, self._calls = self._calls, []
@@ -119,7 +131,7 @@ def run(world: World, collectives: Collectives, folder: Path, stage: str, stop_a
             model.model.text_embedding.weight.data[SPOILED_ID] = float("inf")
         loader = SpoiledLoader(IMAGE_ID, 6, 2, world.rank, world.size, unreadable_steps=(2, 6))
         job = replace(job, loader=loader, max_bad_share=0.5)
-    progress, rows, bad, calls = Progress(), [], [], []
+    progress, rows, bad, calls, during_backward = Progress(), [], [], [], []
 
     def report(result: StepResult) -> None:
         found = result.held_out
@@ -129,6 +141,7 @@ def run(world: World, collectives: Collectives, folder: Path, stage: str, stop_a
         rows.append([x if math.isfinite(x) else -1.0 for x in numbers])
         bad.extend(result.bad)
         calls.append(collectives.take())
+        during_backward.append(collectives.during_backward)
 
     if job.states.steps():
         newest = job.states.path(job.states.steps()[-1]).name
@@ -144,6 +157,7 @@ def run(world: World, collectives: Collectives, folder: Path, stage: str, stop_a
         "tokens": progress.tokens,
         "bad": len(bad),
         "calls": calls,
+        "during_backward": during_backward,
         "elements": sum(full_tensor(p).numel() for p in learned.values()),
         "sharded": len(job.gradients.sharded),
     }
@@ -154,6 +168,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with join_world("cpu") as world:
         collectives = Collectives()
+        GradientReducer.gradient_flags = collectives.end_backward(GradientReducer.gradient_flags)
         found = {}
         for stage in stages:
             found[stage] = run(world, collectives, Path(folder), stage, int(stop_at))
