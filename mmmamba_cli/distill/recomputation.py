@@ -160,23 +160,26 @@ class Recomputation:
         elif meter is None:
             self._decide(Decision(0, self._number, 0, self._place), "on a CPU")
 
-    def prepare_step(self, batches: StepBatches, run: Callable[[StepBatches], bool]) -> None:
+    def prepare_step(self, batches: StepBatches, run: Callable[[StepBatches], bool]) -> bool:
         """Decide before the step of `batches`, if no step of this size was decided about.
+
+        Returns whether it ran a step to measure it.
 
         `run` runs forward and backward passes of micro batches as training does, with all
         processes, and releases the gradients; False if the step has nothing to learn from. Random
         numbers of the following steps do not depend on it.
         """
         if self._meter is None:
-            return
+            return False
         largest = max(batches.micro_batches, key=batch_load)
         load, decided = batch_load(largest), self.decision
         if not self._world.any(decided is None or load > decided.load):
-            return
-        if self._measured is None:
+            return False
+        is_first = self._measured is None
+        if is_first:
             self._measured = self._measure(replace(batches, micro_batches=(largest,)), run)
         if self._measured is None:
-            return
+            return True
         measured = self._measured
         found = self._world.all_gather([(measured.count_for(load), load)])
         # Sharded layers are gathered again when they recompute, by all processes at once.
@@ -189,6 +192,7 @@ class Recomputation:
             f"{measured.needed(self._number, load) / GIB:.2f} in all layers, "
             f"of {measured.limit / GIB:.2f}",
         )
+        return is_first
 
     def _decide(self, decision: Decision, reason: str) -> None:
         before = None if self.decision is None else self.decision.layers

@@ -228,9 +228,8 @@ def _decide_recomputation(
         state.optimiser.zero_grad(set_to_none=True)
         return bool(units.any())
 
-    recomputation.prepare_step(batches, run)
-    if not state.queued:
-        # A measured step is no time of training.
+    if recomputation.prepare_step(batches, run):
+        # The time of a measured step is not that of training.
         state.read_at = time.perf_counter()
     if recomputation.decision is not None:
         state.progress.recomputation = asdict(recomputation.decision)

@@ -166,7 +166,8 @@ def test_processes_decide_alike(tmp_path: Path) -> None:
     world = TwoProcesses(torch.device("cpu"))
     found = Recomputation(job.pair, world, memory_for(1), lambda text: None)
     batches = next(iter(job.loader.steps(0, 1)))
-    found.prepare_step(batches, ran(job))
+    assert found.prepare_step(batches, ran(job))
+    assert not found.prepare_step(batches, ran(job))
     assert asdict(found.decision)["layers"] == 3
     assert found.decision.load == 1000
 
