@@ -32,7 +32,7 @@ from mmmamba_cli.teachers.anatomy import (
     teacher_class,
     text_decoder,
 )
-from mmmamba_cli.teachers.config_class import register_config
+from mmmamba_cli.teachers.config_class import student_config_class
 from mmmamba_cli.teachers.context import CallContext
 from mmmamba_cli.teachers.mixer_in_place import MixerInPlace, in_place_class
 from mmmamba_cli.teachers.plan import ATTENTION_MIXER, PLAN_FIELD, StudentPlan
@@ -95,7 +95,7 @@ def student_model_class(config_class: Any) -> Any:
 
 def new_student(teacher_config: Any) -> Any:
     """A student without modules, which `pickle` sets, by the config class of its teacher."""
-    model_class = register_model(register_config(teacher_config))
+    model_class = register_model(student_config_class(teacher_config))
     return model_class.__new__(model_class)
 
 

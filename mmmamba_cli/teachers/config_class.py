@@ -64,8 +64,12 @@ def student_config_class(base: Any) -> Any:
 
 
 def new_student_config(base: Any) -> Any:
-    """A config without fields, which `pickle` sets, of the student of config class `base`."""
-    config_class = register_config(base)
+    """A config without fields, which `pickle` sets, of the student of config class `base`.
+
+    It is not registered: transformers copies configs, and an export's class would then be that of
+    the next export too.
+    """
+    config_class: Any = student_config_class(base)
     return config_class.__new__(config_class)
 
 
