@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ended import Command
+from families import FAMILIES, save_teacher
 from small_language_models import write, write_tokenizer
 
 from mmmamba_cli.evaluate import EvalOptions, find_evaluator
@@ -150,6 +151,21 @@ def test_text_tasks_of_a_vision_language_model(
     done = mmmamba("eval", "--suite", "local_choose,local_say", *words, "--limit", 4)
     assert done.code == 0, done.err
     assert "local_choose" in done.out
+
+
+def test_students_of_other_teachers(tasks: Path, tmp_path: Path, mmmamba: Command) -> None:
+    save_teacher(FAMILIES["qwen3"], tmp_path / "qwen3")
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = ("--in-place", "--no-report", "--dtype", "fp32", "--run", run)
+    assert mmmamba("seed", tmp_path / "qwen3", *words).code == 0
+    words = ("--run", run, "--teacher", "--data", tasks, "--out", out, "--with", "lm-eval")
+    done = mmmamba("eval", "--suite", "local_choose,local_say", *words, "--json", "--limit", 4)
+    assert done.code == 0, done.err
+    student, teacher = json.loads(done.out)
+    assert (student["model"], teacher["model"]) == ("seed", "teacher")
+    for found in (student, teacher):
+        assert set(found["scores"]) == {"local_choose", "local_say"}
+        assert 0 <= found["scores"]["local_choose"]["acc,none"] <= 1
 
 
 def test_unknown_task(small_run: Path, tasks: Path, tmp_path: Path, mmmamba: Command) -> None:
