@@ -131,10 +131,10 @@ def proportional_bytes() -> int:
     """Proportional set size of this process and its children."""
     total = 0
     me = os.getpid()
-    children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+    children = Path(f"/proc/{me}/task/{me}/children").read_text(encoding="utf-8").split()
     for process in (me, *children):
         try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
         except OSError:
             continue
         total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
