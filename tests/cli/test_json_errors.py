@@ -26,6 +26,7 @@ MISTAKES: dict[str, list[str]] = {
     "import": [GONE],
     "export": ["--run", GONE, "--format", "hub", "--out", "out"],
     "data check": [f"{GONE}.jsonl"],
+    "data index": [f"{GONE}.jsonl"],
     "status": ["--run", GONE],
     "verify": [GONE],
     "inspect": ["--run", GONE],
