@@ -66,7 +66,7 @@ def test_incomplete_products_are_not_completed(complete: Complete, tmp_path: Pat
 )
 def test_completion_of_recipes(complete: Complete, words: str) -> None:
     assert complete(f"mmmamba {words} ") == recipe_names()
-    assert complete(f"mmmamba {words} sm") == ["smoke"]
+    assert complete(f"mmmamba {words} smok") == ["smoke"]
 
 
 def test_completion_of_commands(complete: Complete) -> None:

@@ -95,7 +95,8 @@ def test_next_steps_are_commands_that_take_such_a_run(folder: Path, tmp_path: Pa
     said = mmmamba("seed", folder / "teacher", "--run", run, *words).stdout
     assert f"next: mmmamba distill --data FILE --run {run}" in said
     made = Run(run).product("seed").model_copy(update={"final": True})
-    assert steps_after(Run(run), made).commands == (f"mmmamba chat --run {run}",)
+    evaluate = f"mmmamba eval --suite mme,pope --data DIR --teacher --run {run}"
+    assert steps_after(Run(run), made).commands == (evaluate,)
 
 
 def test_a_short_context_is_refused(folder: Path) -> None:
