@@ -96,9 +96,13 @@ class Measurement:
 
     @property
     def kl(self) -> KL:
-        """The divergence of the recipe's last end-to-end stage, which says what it scores."""
-        sections = [stage.kl for stage in self.recipe.stages if stage.loss == "kl"]
-        return (sections[-1] if sections else None) or KL()
+        """The divergence of the recipe's last end-to-end stage, which says what it scores.
+
+        A recipe without such a stage, as that of a trunk of `ablate`, scores the answers: the
+        labels of the data say which columns count.
+        """
+        stages = [stage for stage in self.recipe.stages if stage.loss == "kl"]
+        return (stages[-1].kl or KL()) if stages else KL(mask="answer")
 
     def inputs(self) -> dict[str, Any]:
         """All that the scores depend on, as JSON. Raises `DataError` if the data are missing."""

@@ -13,7 +13,7 @@ from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.layer_selection import selection
 from mmmamba_cli.layer_selection.layer_scores import file_digest
-from mmmamba_cli.recipe import parse_recipe
+from mmmamba_cli.recipe import dump_recipe, parse_recipe
 from mmmamba_cli.runs import Run
 
 LAYERS = 8
@@ -65,6 +65,19 @@ def test_a_short_training_for_each_layer(work: Path, hybridize: Any, seeded: Pat
     assert len(ranking) == LAYERS and len({one["score"] for one in ranking}) == LAYERS
     (file,) = scores_files(work)
     assert json.loads(file.read_text())["inputs"]["stage"]["steps"] == 1
+
+
+def test_answers_are_scored_without_a_kl_stage(work: Path, hybridize: Any) -> None:
+    """The product of a trunk of `ablate` has a recipe of stages 1 and 2 only."""
+    manifest = work / "run/products/seed/manifest.json"
+    record = json.loads(manifest.read_text())
+    recipe = parse_recipe(record["recipe"], "recipe")
+    trunk = recipe.model_copy(update={"stages": recipe.stages[:2]})
+    manifest.write_text(json.dumps(record | {"recipe": dump_recipe(trunk)}))
+    done = hybridize("--attn-layers", "2", "--select", "kl-zero", "--dry-run")
+    assert "kl-zero: fall of KL, nats per answer token" in done.stdout
+    (file,) = scores_files(work)
+    assert json.loads(file.read_text())["inputs"]["columns"] == "answer"
 
 
 @pytest.mark.parametrize("method", ["kl-zero", "mse"])
