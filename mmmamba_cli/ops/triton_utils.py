@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs, next_power_of_2
+from triton import knobs
 
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.backends import MAX_GRID_ROWS
@@ -90,6 +90,20 @@ def dense_rows(tensor: Tensor) -> Tensor:
 def or_dummy(tensor: Tensor | None, dummy: Tensor) -> Tensor:
     """The tensor, contiguous, or if it is None a dummy pointer that the kernel does not read."""
     return dummy if tensor is None else tensor.contiguous()
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """The quotient of two positive integers, rounded up.
+
+    Triton's functions `cdiv` and `next_power_of_2` also take arguments of its compiler and are many
+    times slower. Launchers call them dozens of times per layer.
+    """
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is at least `size`, which is positive."""
+    return 1 << (size - 1).bit_length()
 
 
 def block_size(size: int, least: int = 16) -> int:

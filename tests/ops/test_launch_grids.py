@@ -20,7 +20,7 @@ from mmmamba_cli.ops.decode import fused as decode
 from mmmamba_cli.ops.ssd import backward
 from mmmamba_cli.ops.ssd import fused as ssd
 from mmmamba_cli.ops.ssd.reference import ScanInputs
-from mmmamba_cli.ops.triton_utils import MAX_GRID_PROGRAMS, launch_grid
+from mmmamba_cli.ops.triton_utils import MAX_GRID_PROGRAMS, cdiv, launch_grid, next_power_of_2
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Grids = dict[str, list[tuple[int, ...]]]
@@ -66,6 +66,14 @@ def require_launchable(grids: Grids) -> None:
 
 def programs_of(grids: Grids, name: str) -> list[int]:
     return [torch.Size(grid).numel() for grid in grids[name]]
+
+
+def test_sizes_are_those_of_triton() -> None:
+    triton = pytest.importorskip("triton")
+    for size in [*range(1, 300), 2**31 - 1, 2**31, 2**31 + 1]:
+        assert next_power_of_2(size) == triton.next_power_of_2(size), size
+        for block in (1, 3, 64):
+            assert cdiv(size, block) == triton.cdiv(size, block), (size, block)
 
 
 @pytest.mark.parametrize(

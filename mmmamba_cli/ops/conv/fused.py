@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmmamba_cli.ops.backends import segment_ordinals
 from mmmamba_cli.ops.conv import kernels
-from mmmamba_cli.ops.triton_utils import buffer, check_inputs, dense_rows, device_guard, folded_grid
+from mmmamba_cli.ops.triton_utils import (
+    buffer,
+    cdiv,
+    check_inputs,
+    dense_rows,
+    device_guard,
+    folded_grid,
+)
 
 # Tokens and channels per program, and num_warps: the fastest of 14 on an H100 for 4096 channels.
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 4
@@ -68,8 +74,8 @@ class _Conv(torch.autograd.Function):
         segments = None if segments is None else segments.contiguous()
         y = buffer(*x.shape, like=x, dtype=x.dtype)
         batch, length, channels = x.shape
-        blocks = triton.cdiv(channels, BLOCK_C)
-        grid, folded = folded_grid("causal_conv", blocks, triton.cdiv(length, BLOCK_T), batch)
+        blocks = cdiv(channels, BLOCK_C)
+        grid, folded = folded_grid("causal_conv", blocks, cdiv(length, BLOCK_T), batch)
         with device_guard(x):
             kernels.convolve[grid](
                 *_pointers(x, first, weight, bias, segments), y, length, channels,
@@ -87,12 +93,12 @@ class _Conv(torch.autograd.Function):
         dy = dense_rows(dy)
         batch, length, channels = x.shape
         taps = weight.shape[1]
-        programs = triton.cdiv(length + taps - 1, BLOCK_T)
+        programs = cdiv(length + taps - 1, BLOCK_T)
         dx = buffer(*x.shape, like=x, dtype=x.dtype)
         dfirst = buffer(batch, channels, taps - 1, like=x) if first is not None else None
         dweight = buffer(batch * programs, channels, taps, like=x)
         dbias = buffer(batch * programs, channels, like=x) if bias is not None else None
-        blocks = triton.cdiv(channels, BLOCK_C)
+        blocks = cdiv(channels, BLOCK_C)
         grid, folded = folded_grid("causal_conv", blocks, programs, batch)
         with device_guard(x):
             kernels.gradients[grid](

@@ -1,17 +1,18 @@
 """Launcher of the decoding kernel of a Gated DeltaNet mixer: one launch."""
 
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from mmmamba_cli.ops.decode import delta_kernels
 from mmmamba_cli.ops.decode.delta_step import DeltaWeights
 from mmmamba_cli.ops.decode.fused import MIXER_WARPS, check_states, values_per_program
 from mmmamba_cli.ops.triton_utils import (
     buffer,
+    cdiv,
     check_inputs,
     dense_rows,
     device_guard,
     launch_grid,
+    next_power_of_2,
     or_dummy,
     pdl_options,
 )

@@ -5,17 +5,18 @@ import math
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from mmmamba_cli.ops.decode import kernels
 from mmmamba_cli.ops.decode.mamba_step import MixerWeights
 from mmmamba_cli.ops.triton_utils import (
     block_size,
     buffer,
+    cdiv,
     check_inputs,
     dense_rows,
     device_guard,
     launch_grid,
+    next_power_of_2,
     or_dummy,
     pdl_options,
 )

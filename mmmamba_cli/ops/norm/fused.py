@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmmamba_cli.ops.norm import kernels
-from mmmamba_cli.ops.triton_utils import block_size, buffer, check_inputs, device_guard
+from mmmamba_cli.ops.triton_utils import block_size, buffer, cdiv, check_inputs, device_guard
 
 # Elements of each tensor that a program holds, and its num_warps.
 BLOCK_ELEMENTS, NUM_WARPS = 4096, 4
@@ -92,4 +91,4 @@ def _block_options(dim: int) -> dict[str, int]:
 
 
 def _grid(num_rows: int, dim: int) -> tuple[int]:
-    return (triton.cdiv(num_rows, _block_options(dim)["BLOCK_R"]),)
+    return (cdiv(num_rows, _block_options(dim)["BLOCK_R"]),)

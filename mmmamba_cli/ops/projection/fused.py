@@ -3,16 +3,17 @@
 from typing import NamedTuple
 
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from mmmamba_cli.ops.projection import kernels
 from mmmamba_cli.ops.projection.reference import Int8Weight
 from mmmamba_cli.ops.triton_utils import (
     USE_PTX,
     buffer,
+    cdiv,
     check_inputs,
     dense_rows,
     device_guard,
+    next_power_of_2,
     or_dummy,
     pdl_options,
 )

@@ -6,12 +6,11 @@ The residual sum is part of the product (`addmm`).
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton import cdiv
 
 from mmmamba_cli.ops.norm import gated_rms_norm, rms_norm
 from mmmamba_cli.ops.projection import kernels
 from mmmamba_cli.ops.projection.reference import Int8Weight, dequantize
-from mmmamba_cli.ops.triton_utils import buffer, check_inputs, device_guard
+from mmmamba_cli.ops.triton_utils import buffer, cdiv, check_inputs, device_guard
 
 # Tile of the SwiGLU kernel in rows and columns of the result, and its warps.
 BLOCK_R, BLOCK_D, WARPS = 4, 1024, 8

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from mmmamba_cli.ops.ssd import backward_kernels as kernels
 from mmmamba_cli.ops.ssd.launch_config import Decays, ScanPlan
-from mmmamba_cli.ops.triton_utils import block_size, buffer, launch_grid, or_dummy
+from mmmamba_cli.ops.triton_utils import block_size, buffer, cdiv, launch_grid, or_dummy
 
 # A chunk decay below this is treated as 0 in the gradient: fp32 rounding of the terms it is
 # subtracted from is larger.
@@ -51,8 +50,8 @@ class StateDots(NamedTuple):
     def empty(cls, plan: ScanPlan, like: Tensor) -> StateDots:
         shape = (plan.batch, plan.heads, plan.padded)
         tile = plan.tuning.backward.tile
-        n_tiles = triton.cdiv(plan.N, min(tile, block_size(plan.N)))
-        p_tiles = triton.cdiv(plan.P, min(tile, block_size(plan.P)))
+        n_tiles = cdiv(plan.N, min(tile, block_size(plan.N)))
+        p_tiles = cdiv(plan.P, min(tile, block_size(plan.P)))
         return cls(*(buffer(tiles, *shape, like=like) for tiles in (n_tiles, p_tiles, p_tiles)))
 
 
@@ -72,7 +71,7 @@ class PairSums(NamedTuple):
         """Empty buffers; None if `decay_gradients` computes the sums itself."""
         if not plan.pairs_in_outputs:
             return None
-        tiles = triton.cdiv(plan.N, min(plan.tuning.backward.tile, block_size(plan.N)))
+        tiles = cdiv(plan.N, min(plan.tuning.backward.tile, block_size(plan.N)))
         shape = (2, tiles, plan.batch, plan.heads, plan.padded)
         skip = buffer(plan.batch, plan.heads, plan.chunks, like=like)
         return cls(buffer(*shape, like=like), skip)
@@ -128,7 +127,7 @@ def sum_groups(gradient: Tensor, plan: ScanPlan) -> Tensor:
     kv_heads, dim = plan.heads // plan.group_size, gradient.shape[3]
     rows = plan.batch * plan.length * kv_heads
     out = buffer(plan.batch, plan.length, kv_heads, dim, like=gradient, dtype=gradient.dtype)
-    kernels.sum_heads[launch_grid("ssd", triton.cdiv(rows, SUM_ROWS))](
+    kernels.sum_heads[launch_grid("ssd", cdiv(rows, SUM_ROWS))](
         gradient, out, rows, dim,
         GROUP=plan.group_size, BLOCK_R=SUM_ROWS, BLOCK_D=block_size(dim), num_warps=SUM_WARPS,
     )  # fmt: skip

@@ -8,7 +8,6 @@ five fp32 numbers per token and head, and the state at the start of each span in
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,6 +20,7 @@ from mmmamba_cli.ops.triton_utils import (
     USE_PTX,
     block_size,
     buffer,
+    cdiv,
     check_inputs,
     dense_rows,
     device_guard,
@@ -156,7 +156,7 @@ def _prepare_decays(
     per_token = [buffer(*shape, plan.padded, like=dt) for _ in range(5)]
     decays = Decays._make([*per_token, buffer(*shape, plan.chunks, like=dt)])
     heads = min(block_size(plan.heads, 1), 16)
-    grid = launch_grid("ssd", plan.chunks, plan.batch, triton.cdiv(plan.heads, heads))
+    grid = launch_grid("ssd", plan.chunks, plan.batch, cdiv(plan.heads, heads))
     kernels.prepare_decays[grid](
         dt, A.contiguous(), or_dummy(dt_bias, A), or_dummy(real, A), or_dummy(segments, A), *decays,
         plan.length, plan.heads, plan.padded, *dt.stride(),
@@ -182,7 +182,7 @@ def _span_states(
     decay = buffer(batch, plan.spans, heads, like=like)
     launch = plan.states
     tile = min(launch.tile, block_size(plan.P))
-    grid, folded = folded_grid("ssd", triton.cdiv(plan.P, tile) * heads, plan.spans, batch)
+    grid, folded = folded_grid("ssd", cdiv(plan.P, tile) * heads, plan.spans, batch)
     kernels.span_states[grid](
         key.tensor, value.tensor, or_dummy(real, like), decays.step,
         decays.from_start if reverse else decays.to_end, decays.chunk_decay, states, decay,
@@ -213,7 +213,7 @@ def _pass_states(
     are valid in reverse only.
     """
     size = plan.P * plan.N
-    blocks = triton.cdiv(size, STATE_BLOCK)
+    blocks = cdiv(size, STATE_BLOCK)
     products = buffer(plan.batch, plan.spans, plan.heads, blocks, like=states)
     kernels.pass_states[launch_grid("ssd", blocks * plan.batch * plan.heads)](
         states, decay, states if first is None else first.contiguous(), last,
@@ -257,7 +257,7 @@ def _outputs(
     tile = min(launch.tile, block_size(dim))
     own = query if own is None else own
     state_dot, total_dot = dots
-    grid, folded = folded_grid("ssd", triton.cdiv(dim, tile) * heads, plan.spans, batch)
+    grid, folded = folded_grid("ssd", cdiv(dim, tile) * heads, plan.spans, batch)
     kernels.span_outputs[grid](
         query.tensor, key.tensor, value.tensor, own.tensor, or_dummy(real, states),
         or_dummy(segments, states), *decays, states, or_dummy(D, states), out,

@@ -4,13 +4,13 @@ Legend: B batch, T tokens, H query heads, K key/value heads, P value dim, N stat
 run of consecutive chunks that one program processes in order.
 """
 
+from functools import cache
 from typing import NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmmamba_cli.ops.triton_utils import dot_type
+from mmmamba_cli.ops.triton_utils import cdiv, dot_type
 
 
 class Launch(NamedTuple):
@@ -111,18 +111,19 @@ def plan_scan(x: Tensor, B: Tensor, C: Tensor, trains: bool) -> ScanPlan:
     heads, N = C.shape[2:]
     dtype = dot_type(x, B, C)
     tuning = TUNING[dtype]
-    chunks = triton.cdiv(length, tuning.chunk)
-    tiles = triton.cdiv(max(P, N), tuning.forward.tile)
+    chunks = cdiv(length, tuning.chunk)
+    tiles = cdiv(max(P, N), tuning.forward.tile)
     per_span = _chunks_per_span(chunks, batch * heads * tiles, tuning)
     if trains and dtype == tl.float32:
         # With several chunks per span, the gradient of a chunk's decay is a difference of sums,
         # which loses too many bits of fp32.
         per_span = 1
-    spans = triton.cdiv(chunks, per_span)
+    spans = cdiv(chunks, per_span)
     group_size = heads // kv_heads
     return ScanPlan(batch, length, heads, group_size, P, N, dtype, tuning, chunks, per_span, spans)
 
 
+@cache
 def _chunks_per_span(chunks: int, programs: int, tuning: Tuning) -> int:
     """The number of chunks per span that minimizes the estimated time of `span_outputs`.
 
@@ -132,7 +133,7 @@ def _chunks_per_span(chunks: int, programs: int, tuning: Tuning) -> int:
     """
 
     def time(length: int) -> int:
-        waves = triton.cdiv(triton.cdiv(chunks, length) * programs, tuning.programs)
+        waves = cdiv(cdiv(chunks, length) * programs, tuning.programs)
         return waves * (length + 1)
 
     return min(range(min(tuning.most_chunks, chunks), 0, -1), key=time)
