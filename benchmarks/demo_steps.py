@@ -36,8 +36,7 @@ NOTE = (
     "were computed by this demo. Each of its own linear students was trained on {seen:,} short "
     "conversations about drawn pictures; the shipped linear student on {needed:,}, about {times:,} "
     "times as many. The demo's students show how training begins; most of their scores are near "
-    "chance. Times and memory of shipped students were measured on those that shipped until "
-    "2026-11-30, whose convolution has width 2 instead of 9."
+    "chance."
 )
 # The recipe of the shipped linear student.
 SHIPPED_RECIPE = "scenes-long"
