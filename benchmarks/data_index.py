@@ -40,7 +40,7 @@ from mmmamba_cli.data import (
     open_corpus,
     read_index,
 )
-from mmmamba_cli.data.collate import HolisticCollator
+from mmmamba_cli.data.holistic_collator import HolisticCollator
 from mmmamba_cli.processing import HolisticVLMProcessor, processor_from_hovle
 
 SEED = 0

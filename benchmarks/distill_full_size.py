@@ -41,7 +41,7 @@ from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.model import LINEAR, HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.model.block import SwiGLU
 from mmmamba_cli.recipe import Stage, load_recipe
-from mmmamba_cli.seed.init import initial_value
+from mmmamba_cli.seed.initial_values import initial_value
 
 WARMUP, REPEATS = 2, 5
 # Builders of a training step for a pair and a stage, by name.

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import load_model, open_checkpoint
 from mmmamba_cli.data import open_corpus
-from mmmamba_cli.data.collate import collate
-from mmmamba_cli.data.tokenize import SampleEncoder
+from mmmamba_cli.data.holistic_collator import collate
+from mmmamba_cli.data.sample_encoder import SampleEncoder
 from mmmamba_cli.distill.optimiser import build_optimiser, clip_gradients, learning_rate
 from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.errors import RunError
@@ -44,8 +44,8 @@ from mmmamba_cli.runs import open_processor
 from mmmamba_cli.runs.manifest import package_versions
 from mmmamba_cli.seed import initial_value
 from mmmamba_cli.seed.weight_transfer import student_config
-from mmmamba_evals.scenes.build import LESSONS, write_lessons
 from mmmamba_evals.scenes.fonts import SEEN, fonts_of
+from mmmamba_evals.scenes.scene_writers import LESSONS, write_lessons
 from mmmamba_evals.scenes.shipped import shipped_atlas
 from mmmamba_evals.scenes.world import make_world
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmmamba_cli.checkpoint import Checkpoint, load_model
 from mmmamba_cli.data import IGNORE_INDEX, Batch, open_corpus
-from mmmamba_cli.data.collate import collate
-from mmmamba_cli.data.tokenize import SampleEncoder
+from mmmamba_cli.data.holistic_collator import collate
+from mmmamba_cli.data.sample_encoder import SampleEncoder
 from mmmamba_cli.distill.kl_loss import shift_labels
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLM

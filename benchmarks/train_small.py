@@ -44,8 +44,8 @@ def make_importable(folder: Path) -> None:
 
 def draw(folder: Path, lessons: int) -> Path:
     """Write lessons into `folder`; return the file of their conversations."""
-    from mmmamba_evals.scenes.build import LESSONS, write_lessons
     from mmmamba_evals.scenes.fonts import SEEN, fonts_of
+    from mmmamba_evals.scenes.scene_writers import LESSONS, write_lessons
     from mmmamba_evals.scenes.shipped import shipped_atlas
     from mmmamba_evals.scenes.world import make_world
 
@@ -234,7 +234,7 @@ def searched() -> Any:
 
     stack = ExitStack()
     stack.enter_context(
-        mock.patch("mmmamba_cli.data.collate.varlen_metadata", lambda mask, seq_idx: None)
+        mock.patch("mmmamba_cli.data.holistic_collator.varlen_metadata", lambda mask, seq_idx: None)
     )
     stack.enter_context(
         mock.patch("mmmamba_cli.distill.trainer.limit_cpu_threads", lambda device: nullcontext())

@@ -30,7 +30,7 @@ PRELOADED = [
     "mmmamba_cli.cli.eval",
     "mmmamba_cli.distill.pipeline",
     "mmmamba_cli.evaluate.model_adapter",
-    "mmmamba_evals.scenes.build",
+    "mmmamba_evals.scenes.scene_writers",
 ]
 
 

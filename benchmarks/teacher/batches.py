@@ -15,10 +15,10 @@ import numpy as np
 from prompts import TOKENS_PER_TILE, Prompts
 
 from mmmamba_cli.processing.chat_template import place_images
-from mmmamba_evals.scenes.compose import SIDE
-from mmmamba_evals.scenes.gpu import SceneBatch, SceneEncoder
+from mmmamba_evals.scenes.batch_renderer import SceneBatch, SceneEncoder
+from mmmamba_evals.scenes.composition import SIDE
 from mmmamba_evals.scenes.lessons import MAX_THINGS, draw_lesson
-from mmmamba_evals.scenes.long import (
+from mmmamba_evals.scenes.long_inputs import (
     PICTURES,
     PIXELS_PER_THING,
     TILES,

@@ -17,8 +17,8 @@ from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.rope import inverse_frequencies, rope_cos_sin
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_evals.scenes.augmentation import Augmentation
-from mmmamba_evals.scenes.compose import SIDE
-from mmmamba_evals.scenes.gpu import BatchRenderer
+from mmmamba_evals.scenes.batch_renderer import BatchRenderer
+from mmmamba_evals.scenes.composition import SIDE
 
 
 @dataclass(frozen=True)

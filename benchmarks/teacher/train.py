@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from world import training_world
 
 from mmmamba_evals.scenes.augmentation import Augmentation
+from mmmamba_evals.scenes.batch_renderer import BatchRenderer, SceneEncoder, to_device
 from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
-from mmmamba_evals.scenes.gpu import BatchRenderer, SceneEncoder, to_device
 from mmmamba_evals.scenes.shipped import UNSEEN_STYLE, shipped_atlas
 from mmmamba_evals.scenes.world import make_world
 

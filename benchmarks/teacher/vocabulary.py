@@ -20,7 +20,7 @@ import sentencepiece
 from mmmamba_cli.processing.chat_template import DEFAULT_SYSTEM
 from mmmamba_cli.processing.processor_loader import INTERNVL_TOKENS
 from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.long import WHAT_NEEDLE, draw_pictures, draw_text
+from mmmamba_evals.scenes.long_inputs import WHAT_NEEDLE, draw_pictures, draw_text
 from mmmamba_evals.scenes.world import World
 
 PIECES = 1000

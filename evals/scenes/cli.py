@@ -86,11 +86,17 @@ def build(
 ) -> None:
     """Write SCENES.tsv for evaluation, lessons.jsonl for training."""
     from mmmamba_cli.checkpoint import atomic_folder
-    from mmmamba_cli.checkpoint.atomic import check_replaceable, unlisted_files
+    from mmmamba_cli.checkpoint.atomic_writes import check_replaceable, unlisted_files
     from mmmamba_cli.runs import Run
-    from mmmamba_evals.scenes.build import LESSONS, PICTURES, TABLE, write_lessons, write_suite
     from mmmamba_evals.scenes.categories import SPLITS
     from mmmamba_evals.scenes.sampling import available_categories
+    from mmmamba_evals.scenes.scene_writers import (
+        LESSONS,
+        PICTURES,
+        TABLE,
+        write_lessons,
+        write_suite,
+    )
 
     drawn, world = _open(atlas, style)
     known = (TABLE, LESSONS, f"{PICTURES}/*.png")
@@ -144,8 +150,8 @@ def sheet(
     from random import Random
 
     from mmmamba_cli.errors import DataError
-    from mmmamba_evals.scenes.blind import category_draws
-    from mmmamba_evals.scenes.render import contact_sheet, render
+    from mmmamba_evals.scenes.blind_baseline import category_draws
+    from mmmamba_evals.scenes.renderer import contact_sheet, render
 
     if file.exists() and not overwrite:
         raise DataError(f"{file} already exists", "--overwrite replaces it")
@@ -178,7 +184,7 @@ def blind(
 
     All categories but the leaky control must be near 50 %.
     """
-    from mmmamba_evals.scenes.blind import CONTROL, LEVEL, blind_table
+    from mmmamba_evals.scenes.blind_baseline import CONTROL, LEVEL, blind_table
     from mmmamba_evals.scenes.shipped import STYLES
 
     styles = [None] if atlas else list(STYLES)
@@ -220,8 +226,8 @@ def fetch(
 
     Your npm downloads about 150 MB; every package is verified before it is read.
     """
-    from mmmamba_evals.scenes.fetch import fetch as fetch_atlases
-    from mmmamba_evals.scenes.fetch import pinned_packages
+    from mmmamba_evals.scenes.atlas_download import fetch as fetch_atlases
+    from mmmamba_evals.scenes.atlas_download import pinned_packages
 
     with if_interrupted(
         f"styles that are complete stay in {folder}; fetch the others with --style"
@@ -233,7 +239,7 @@ def fetch(
 
 
 def _verdict(p: float, tests: int) -> str:
-    from mmmamba_evals.scenes.blind import LEVEL
+    from mmmamba_evals.scenes.blind_baseline import LEVEL
 
     return "can be guessed" if p < LEVEL / max(1, tests) else "no better than a coin"
 

@@ -36,11 +36,11 @@ from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_evals.scenes import questions as templates
 from mmmamba_evals.scenes.atlas import open_atlas
 from mmmamba_evals.scenes.augmentation import Augmentation
-from mmmamba_evals.scenes.compose import SIDE
+from mmmamba_evals.scenes.batch_renderer import SceneEncoder
+from mmmamba_evals.scenes.composition import SIDE
 from mmmamba_evals.scenes.fonts import SEEN, fonts_of
-from mmmamba_evals.scenes.gpu import SceneEncoder
 from mmmamba_evals.scenes.lessons import draw_lesson, list_of
-from mmmamba_evals.scenes.long import WHAT_NEEDLE, draw_large, draw_pictures, draw_text
+from mmmamba_evals.scenes.long_inputs import WHAT_NEEDLE, draw_large, draw_pictures, draw_text
 from mmmamba_evals.scenes.painter import SceneLayout, SceneLayouts, ScenePainter
 from mmmamba_evals.scenes.scene import Question, Scene
 from mmmamba_evals.scenes.shipped import shipped_atlas

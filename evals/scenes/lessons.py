@@ -12,7 +12,7 @@ from random import Random
 from mmmamba_evals.scenes import questions as templates
 from mmmamba_evals.scenes.categories import ADVERSARIAL, RANDOM
 from mmmamba_evals.scenes.classes import number_word
-from mmmamba_evals.scenes.compose import SIDE, Content, compose
+from mmmamba_evals.scenes.composition import SIDE, Content, compose
 from mmmamba_evals.scenes.questions import NO, YES
 from mmmamba_evals.scenes.sampling import (
     draw_present_and_absent,

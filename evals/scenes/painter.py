@@ -20,8 +20,8 @@ from torch import Tensor
 from mmmamba_cli.data import Drawing
 from mmmamba_cli.processing import Tiling, choose_grid, count_tiles
 from mmmamba_evals.scenes.augmentation import Alterations, Augmentation, blur
-from mmmamba_evals.scenes.compose import SIDE
-from mmmamba_evals.scenes.gpu import BatchRenderer, SceneBatch, SceneEncoder, to_device
+from mmmamba_evals.scenes.batch_renderer import BatchRenderer, SceneBatch, SceneEncoder, to_device
+from mmmamba_evals.scenes.composition import SIDE
 from mmmamba_evals.scenes.scene import Scene
 
 # An altered thing reaches at most this far from its centre, in units of its size: half the diagonal

@@ -14,7 +14,7 @@ from zlib import crc32
 
 from mmmamba_evals.scenes import questions as templates
 from mmmamba_evals.scenes.categories import ADVERSARIAL, PAIRS, POPULAR, RANDOM
-from mmmamba_evals.scenes.compose import Content, compose
+from mmmamba_evals.scenes.composition import Content, compose
 from mmmamba_evals.scenes.questions import NO, YES
 from mmmamba_evals.scenes.scene import Question, Scene, Thing
 from mmmamba_evals.scenes.world import COLOURS, NUMBERS, World

@@ -10,18 +10,18 @@ from PIL import Image
 
 from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes.atlas import Atlas, open_atlas
-from mmmamba_evals.scenes.build import TABLE, write_suite
-from mmmamba_evals.scenes.build_long import (
+from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
+from mmmamba_evals.scenes.lessons import draw_lesson
+from mmmamba_evals.scenes.long_suite import (
     ALL_LENGTHS,
     INPUTS_PER_LENGTH,
     INPUTS_PER_LENGTH_V1,
     TRAINED_LENGTHS,
     write_long_suite,
 )
-from mmmamba_evals.scenes.fonts import SEEN, UNSEEN, fonts_of
-from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.render import render
+from mmmamba_evals.scenes.renderer import render
 from mmmamba_evals.scenes.scene import Question
+from mmmamba_evals.scenes.scene_writers import TABLE, write_suite
 from mmmamba_evals.scenes.world import make_world
 
 FOLDER = Path(__file__).parent / "atlas"

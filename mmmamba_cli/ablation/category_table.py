@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmmamba_cli.ablation.cell_record import CellRecord
 from mmmamba_cli.ablation.plan import TEACHER_ARM, Plan, Table
-from mmmamba_cli.ablation.records import CellRecord
 from mmmamba_cli.ablation.suite_scores import SuiteScores, cells_by_arm, percent_of_teacher
 from mmmamba_cli.ablation.text_table import TextTable
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import median, stdev
 from typing import Any, Protocol
 
+from mmmamba_cli.ablation.cell_record import CellRecord
 from mmmamba_cli.ablation.plan import Plan, Table
-from mmmamba_cli.ablation.records import CellRecord
 from mmmamba_cli.ablation.text_table import TextTable
 
 # A deviation is a difference beyond this multiple of the standard deviation over the base's seeds.

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
+from mmmamba_cli.ablation.cell_record import CellRecord
 from mmmamba_cli.ablation.cells import Cell, Trunk
 from mmmamba_cli.ablation.plan import Hints
-from mmmamba_cli.ablation.records import CellRecord
 from mmmamba_cli.ablation.run_folders import steps_done
 from mmmamba_cli.recipe import Recipe
 

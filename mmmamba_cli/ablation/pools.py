@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from mmmamba_cli.ablation.cell_executor import CellExecutor, CellStopped, Control, Setting
 from mmmamba_cli.ablation.cells import Trunk
-from mmmamba_cli.ablation.execution import CellExecutor, CellStopped, Control, Setting
 from mmmamba_cli.ablation.runner import Unit, UnitEnd
 from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import MmmambaError

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmmamba_cli.ablation.cell_record import RESULTS
 from mmmamba_cli.ablation.cells import Cell, is_corpus_spec
 from mmmamba_cli.ablation.plan import WORK, Plan, SuiteUse
-from mmmamba_cli.ablation.records import RESULTS
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.evaluate.library import find_suite, find_table
 

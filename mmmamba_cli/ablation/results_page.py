@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mmmamba_cli.ablation.cell_record import CellRecord, finished, read_records
 from mmmamba_cli.ablation.cells import Cell, expand
 from mmmamba_cli.ablation.plan import Plan, load_plan
 from mmmamba_cli.ablation.preparation import resolve_folders
-from mmmamba_cli.ablation.records import CellRecord, finished, read_records
 from mmmamba_cli.ablation.tables import TextTable, plan_tables
 
 LEGEND = """\

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmmamba_cli.checkpoint.atomic import atomic_folder
+from mmmamba_cli.checkpoint.atomic_writes import atomic_folder
 from mmmamba_cli.runs import Run
 from mmmamba_cli.runs.run import PRODUCTS, RUN_RECORD
 

@@ -10,10 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from mmmamba_cli.ablation.cells import Cell, Trunk, shared_trunks
-from mmmamba_cli.ablation.estimates import Estimator
-from mmmamba_cli.ablation.plan import Plan, SuiteUse
-from mmmamba_cli.ablation.records import (
+from mmmamba_cli.ablation.cell_record import (
     CellRecord,
     Timing,
     finished,
@@ -21,6 +18,9 @@ from mmmamba_cli.ablation.records import (
     read_records,
     write_record,
 )
+from mmmamba_cli.ablation.cells import Cell, Trunk, shared_trunks
+from mmmamba_cli.ablation.estimates import Estimator
+from mmmamba_cli.ablation.plan import Plan, SuiteUse
 from mmmamba_cli.ablation.run_folders import has_product, prune_run
 from mmmamba_cli.errors import RunError, name_some
 from mmmamba_cli.runs.manifest import utc_timestamp

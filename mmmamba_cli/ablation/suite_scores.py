@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from mmmamba_cli.ablation.answers import Questions, read_questions
+from mmmamba_cli.ablation.cell_record import CellRecord
 from mmmamba_cli.ablation.plan import TEACHER_ARM, SuiteUse
-from mmmamba_cli.ablation.records import CellRecord
 from mmmamba_cli.ablation.statistics import Difference, paired_difference, replicates
 from mmmamba_cli.evaluate.scoring import UnitScores
 from mmmamba_cli.evaluate.scoring.chance import above_chance

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mmmamba_cli.ablation.answer_ways import answer_tables, ways_beside
 from mmmamba_cli.ablation.category_table import category_table
+from mmmamba_cli.ablation.cell_record import CellRecord, finished, missing_suites, read_records
 from mmmamba_cli.ablation.cells import Cell
 from mmmamba_cli.ablation.deviations import deviation_table
+from mmmamba_cli.ablation.likelihood_comparison import comparison_tables, generated_counterparts
 from mmmamba_cli.ablation.marks import mark_table
 from mmmamba_cli.ablation.plan import TEACHER_ARM, Plan, Table
-from mmmamba_cli.ablation.records import CellRecord, finished, missing_suites, read_records
 from mmmamba_cli.ablation.statistics import Difference, t_interval
 from mmmamba_cli.ablation.suite_scores import SuiteScores, percent_of_teacher
 from mmmamba_cli.ablation.text_table import TextTable
@@ -46,7 +46,7 @@ def plan_tables(plan: Plan, out: Path, cells: Sequence[Cell]) -> tuple[list[Text
         tables += [_score_table(plan, table, one, done) for one in chosen]
         if table.categories:
             tables += [category_table(plan, table, one, done) for one in chosen]
-        tables += answer_tables(plan, table, scores, done)
+        tables += comparison_tables(plan, table, scores, done)
         tables.append(_held_out_table(plan, table, done))
         if table.deviations:
             tables.append(deviation_table(plan, table, chosen, done))
@@ -54,14 +54,14 @@ def plan_tables(plan: Plan, out: Path, cells: Sequence[Cell]) -> tuple[list[Text
 
 
 def _suites_of(plan: Plan, table: Table, scores: Mapping[str, SuiteScores]) -> list[SuiteScores]:
-    """The suites of a table: those that it names, else all but the second way of an entry.
+    """The suites of a table: those that it names, else those that are no second kind of answers.
 
-    The second way stands beside the first in a table of answers.
+    A suite by likelihood that is also generated has a table in `likelihood_comparison`.
     """
     if table.suites:
         return [scores[use.title] for use in plan.suites if use.title in table.suites]
-    beside = ways_beside(plan)
-    return [scores[use.title] for use in plan.suites if use.title not in beside]
+    counterparts = generated_counterparts(plan)
+    return [scores[use.title] for use in plan.suites if use.title not in counterparts]
 
 
 def cell_notes(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_bytes, atomic_write_text
+from mmmamba_cli.checkpoint.atomic_writes import (
+    atomic_folder,
+    atomic_write_bytes,
+    atomic_write_text,
+)
 from mmmamba_cli.checkpoint.checkpoint import (
     DTYPE_TENSOR,
     NATIVE_MODEL_TYPE,
@@ -16,13 +20,13 @@ from mmmamba_cli.checkpoint.checkpoint import (
     stored_dtype_name,
     tensor_plan,
 )
-from mmmamba_cli.checkpoint.in_place import (
+from mmmamba_cli.checkpoint.in_place_checkpoint import (
     AnyCheckpoint,
     InPlaceCheckpoint,
     open_any_checkpoint,
     open_in_place,
 )
-from mmmamba_cli.checkpoint.resolve import (
+from mmmamba_cli.checkpoint.model_names import (
     hub_name,
     is_hub_id,
     public_model_name,

@@ -13,8 +13,8 @@ from mmmamba_cli.architecture import Architecture, is_fp32_parameter, parameter_
 from mmmamba_cli.checkpoint import hovle, llama_family, mmmamba_hf, native_config
 from mmmamba_cli.checkpoint.config_fields import read_json
 from mmmamba_cli.checkpoint.gguf_file import is_gguf, open_gguf
+from mmmamba_cli.checkpoint.model_names import resolve_path
 from mmmamba_cli.checkpoint.name_map import Shape, TensorMapping, check_names, rename
-from mmmamba_cli.checkpoint.resolve import resolve_path
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
 from mmmamba_cli.checkpoint.tensor_source import TensorSource, open_source
 from mmmamba_cli.errors import CheckpointError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmmamba_cli.checkpoint.hashing import TensorHasher
-    from mmmamba_cli.checkpoint.in_place import InPlaceCheckpoint
+    from mmmamba_cli.checkpoint.in_place_checkpoint import InPlaceCheckpoint
     from mmmamba_cli.model import HolisticVLMConfig
 
 NATIVE_MODEL_TYPE = native_config.MODEL_TYPE

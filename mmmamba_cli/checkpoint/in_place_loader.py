@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from mmmamba_cli.checkpoint.in_place import InPlaceCheckpoint
+from mmmamba_cli.checkpoint.in_place_checkpoint import InPlaceCheckpoint
 from mmmamba_cli.checkpoint.prompt_files import missing_prompt_files
 from mmmamba_cli.checkpoint.tensor_info import parse_dtype_name, torch_dtype
 from mmmamba_cli.devices import check_device

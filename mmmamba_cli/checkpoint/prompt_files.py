@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmmamba_cli.checkpoint.in_place import InPlaceCheckpoint
+from mmmamba_cli.checkpoint.in_place_checkpoint import InPlaceCheckpoint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")

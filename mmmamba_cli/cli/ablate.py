@@ -140,7 +140,7 @@ def _run(
         _prepare(plan, progress.pending, work)
         check_data(progress.pending)
         check_suites(progress.suites, lambda text: print_line(text, to_stderr=True))
-        from mmmamba_cli.ablation.execution import Setting
+        from mmmamba_cli.ablation.cell_executor import Setting
         from mmmamba_cli.ablation.pools import InlinePool, ProcessPool
 
         stop = stack.enter_context(StopRequest())

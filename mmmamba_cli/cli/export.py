@@ -71,7 +71,7 @@ def command(
     The folder is written completely or not at all.
     """
     from mmmamba_cli.checkpoint import open_any_checkpoint, parse_dtype
-    from mmmamba_cli.checkpoint.resolve import check_repository_id
+    from mmmamba_cli.checkpoint.model_names import check_repository_id
     from mmmamba_cli.export import (
         CardInfo,
         export_bytes,

@@ -106,7 +106,7 @@ def _without_prompts(run: Run, product: Manifest) -> NextSteps | None:
 
 def is_of_scenes(run: Run, product: Manifest) -> bool:
     """Whether the teacher, or the origin of an imported student, is a shipped model of scenes."""
-    from mmmamba_cli.checkpoint.resolve import public_model_name
+    from mmmamba_cli.checkpoint.model_names import public_model_name
 
     teacher = run.record.teacher
     names = [public_model_name(teacher.path)] if teacher is not None else []

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def command(run: RunFolder = DEFAULT_RUN, as_json: AsJson = False) -> None:
     """Draw the run's lineage: teacher, products, the current one."""
-    from mmmamba_cli.checkpoint.atomic import restore_hint
+    from mmmamba_cli.checkpoint.atomic_writes import restore_hint
     from mmmamba_cli.inspection import read_lineage
     from mmmamba_cli.runs import Run
 

@@ -12,6 +12,7 @@ from mmmamba_cli.data.corpus_options import (
     TextOption,
     read_options,
 )
+from mmmamba_cli.data.data_report import MAX_NAMED, DataReport, check_data, samples_to_check
 from mmmamba_cli.data.fingerprint import Fingerprint, fingerprint
 from mmmamba_cli.data.generated_corpus import HELD_OUT, CorpusSpec, GeneratedCorpus, SampleGenerator
 from mmmamba_cli.data.index_builder import build_index
@@ -26,11 +27,10 @@ from mmmamba_cli.data.index_files import (
 from mmmamba_cli.data.loader import StepLoader, can_be_packed
 from mmmamba_cli.data.model_batch import ModelBatch
 from mmmamba_cli.data.sample import Drawing, Sample, parse_sample
+from mmmamba_cli.data.sample_encoder import EncodedSample, SampleEncoder
 from mmmamba_cli.data.sample_index import IndexKey, IndexSummary, SampleIndex, read_index
 from mmmamba_cli.data.sample_size import SampleSize
 from mmmamba_cli.data.sources import open_corpus
-from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder
-from mmmamba_cli.data.validate import MAX_NAMED, DataReport, check_data, samples_to_check
 
 __all__ = [
     "HELD_OUT",

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mmmamba_cli.data.batch import BadSample
-from mmmamba_cli.data.collate import HolisticCollator
 from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.generated_corpus import GeneratedCorpus
+from mmmamba_cli.data.holistic_collator import HolisticCollator
 from mmmamba_cli.data.sample import Picture, Sample
 from mmmamba_cli.data.sample_size import SampleSize
-from mmmamba_cli.data.teacher_collate import TeacherCollator
+from mmmamba_cli.data.teacher_collator import TeacherCollator
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 

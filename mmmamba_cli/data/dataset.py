@@ -20,7 +20,7 @@ from mmmamba_cli.data.sample import (
     parse_sample,
     resolve_image,
 )
-from mmmamba_cli.data.table import TableCorpus, is_table_source, table_files
+from mmmamba_cli.data.table_corpus import TableCorpus, is_table_source, table_files
 from mmmamba_cli.data.webdataset import Shard, expand_shards
 from mmmamba_cli.errors import DataError, MmmambaWarning, name_some
 

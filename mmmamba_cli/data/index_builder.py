@@ -15,8 +15,8 @@ from mmmamba_cli.data.collator import Collator, make_collator
 from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.dataset import record_positions
 from mmmamba_cli.data.fingerprint import content_digest
+from mmmamba_cli.data.parallel_map import map_in_workers
 from mmmamba_cli.data.sample_index import POSITIONS, SIZES, IndexKey, SampleIndex
-from mmmamba_cli.data.worker_processes import map_in_workers
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
-from mmmamba_cli.data.collate import assign_rows, make_rows
 from mmmamba_cli.data.collator import Encoded, make_collator
 from mmmamba_cli.data.corpus import Corpus, CorpusPart
 from mmmamba_cli.data.generated_corpus import ENDLESS, GeneratedCorpus
+from mmmamba_cli.data.holistic_collator import assign_rows, make_rows
+from mmmamba_cli.data.parallel_map import map_in_workers
 from mmmamba_cli.data.sample_index import SampleIndex
-from mmmamba_cli.data.worker_processes import map_in_workers
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 

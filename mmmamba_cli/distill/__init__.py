@@ -8,7 +8,8 @@ from mmmamba_cli.distill.metrics import METRICS, read_metrics
 from mmmamba_cli.lazy_imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from mmmamba_cli.distill.forecast import DryRunOptions, dry_run
+    from mmmamba_cli.distill.dry_run_result import DryRun, StageForecast
+    from mmmamba_cli.distill.dry_runner import DryRunOptions, dry_run
     from mmmamba_cli.distill.metrics import LOSS_PLOT
     from mmmamba_cli.distill.pipeline import (
         choose_start_product,
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
         stages_to_run,
     )
     from mmmamba_cli.distill.stage_attempt import DistillOptions
-    from mmmamba_cli.distill.stage_forecast import DryRun, StageForecast
     from mmmamba_cli.distill.stage_memory import HOW_COMPUTED
     from mmmamba_cli.distill.stage_runner import StageCallbacks
     from mmmamba_cli.distill.trainable import layers_per_parameter
@@ -51,9 +51,9 @@ __getattr__ = lazy_attributes(
         "trainable": ("layers_per_parameter",),
         "trainer": ("StepResult", "Stopped"),
         "metrics": ("LOSS_PLOT",),
-        "forecast": ("DryRunOptions", "dry_run"),
+        "dry_runner": ("DryRunOptions", "dry_run"),
         "stage_attempt": ("DistillOptions",),
-        "stage_forecast": ("DryRun", "StageForecast"),
+        "dry_run_result": ("DryRun", "StageForecast"),
         "stage_memory": ("HOW_COMPUTED",),
         "stage_runner": ("StageCallbacks",),
         "training_state": ("Progress",),

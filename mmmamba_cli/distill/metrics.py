@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmmamba_cli.checkpoint.atomic import atomic_write_text
+from mmmamba_cli.checkpoint.atomic_writes import atomic_write_text
 
 if TYPE_CHECKING:
     from mmmamba_cli.distill.trainer import StepResult

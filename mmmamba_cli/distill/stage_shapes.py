@@ -17,7 +17,7 @@ from mmmamba_cli.architecture import (
     parameter_shapes,
 )
 from mmmamba_cli.checkpoint import Checkpoint, InPlaceCheckpoint
-from mmmamba_cli.checkpoint.in_place import with_dtype, with_plan
+from mmmamba_cli.checkpoint.in_place_checkpoint import with_dtype, with_plan
 from mmmamba_cli.distill.objective import Objective, build_in_place_objective, build_objective
 from mmmamba_cli.distill.student_layers import StudentLayers, holistic_layers, in_place_layers
 from mmmamba_cli.distill.trainable import lora_weight_names, select_trainable

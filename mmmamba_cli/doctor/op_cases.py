@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli import ops
-from mmmamba_cli.doctor.op_case import (
+from mmmamba_cli.doctor.op_spec import (
     BATCH,
     DIM,
     HEADS,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmmamba_cli.doctor.op_case import OpCase, OpSpec, Tensors
 from mmmamba_cli.doctor.op_cases import op_specs
+from mmmamba_cli.doctor.op_spec import OpCase, OpSpec, Tensors
 from mmmamba_cli.doctor.report import FAILED, OK, SKIPPED, WARNING, Check, OpCheck
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmmamba_cli import ops
-from mmmamba_cli.doctor.op_case import (
+from mmmamba_cli.doctor.op_spec import (
     BATCH,
     DIM,
     HEADS,

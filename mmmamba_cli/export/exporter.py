@@ -18,15 +18,15 @@ from mmmamba_cli.checkpoint import (
     atomic_folder,
     checked_reader,
 )
-from mmmamba_cli.checkpoint.atomic import check_replaceable
+from mmmamba_cli.checkpoint.atomic_writes import check_replaceable
+from mmmamba_cli.checkpoint.model_names import check_repository_id
 from mmmamba_cli.checkpoint.name_map import foreign_tensors
 from mmmamba_cli.checkpoint.prompt_files import missing_prompt_files
-from mmmamba_cli.checkpoint.resolve import check_repository_id
 from mmmamba_cli.checkpoint.writer import MAX_SHARD_BYTES
 from mmmamba_cli.errors import CheckpointError, RunError
+from mmmamba_cli.export.export_record import CARD_FILE, unrecorded_files, write_record
 from mmmamba_cli.export.layouts import HUB, Layout, make_layout
 from mmmamba_cli.export.model_card import TEACHER_ROLES, CardInfo, card_text, redact_manifest
-from mmmamba_cli.export.record import CARD_FILE, unrecorded_files, write_record
 from mmmamba_cli.export.sidecar_files import write_sidecar_files
 from mmmamba_cli.export.student_card import student_card_text
 from mmmamba_cli.export.student_files import write_student_files

@@ -15,7 +15,7 @@ from typing import Any
 from mmmamba_cli import __version__
 from mmmamba_cli.architecture import LINEAR, join_and, spec_of
 from mmmamba_cli.checkpoint import Checkpoint, hub_name, public_model_name
-from mmmamba_cli.checkpoint.resolve import check_repository_id
+from mmmamba_cli.checkpoint.model_names import check_repository_id
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export.layouts import HOVLE, HUB, MMMAMBA_HF
 from mmmamba_cli.export.teacher_licence import TeacherLicence

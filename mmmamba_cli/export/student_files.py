@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmmamba_cli.checkpoint import SOURCE_CONFIG, InPlaceCheckpoint
-from mmmamba_cli.checkpoint.in_place import CONFIG_FILE
+from mmmamba_cli.checkpoint.in_place_checkpoint import CONFIG_FILE
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export.student_code import student_auto_map, student_code
 from mmmamba_cli.export.teacher_licence import TeacherLicence

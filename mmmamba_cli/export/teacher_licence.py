@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmmamba_cli.export.record import CARD_FILE
+from mmmamba_cli.export.export_record import CARD_FILE
 
 # Starts of the names of files that a licence requires copies to keep, in capitals.
 LICENCE_FILE_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")

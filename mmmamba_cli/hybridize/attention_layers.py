@@ -13,7 +13,7 @@ from mmmamba_cli.architecture import ATTENTION, default_mixer
 from mmmamba_cli.checkpoint import AnyCheckpoint, Checkpoint, parse_dtype
 from mmmamba_cli.checkpoint.hashing import tensor_digest
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.hybridize.hybrid_models import (
+from mmmamba_cli.hybridize.hybrid_product import (
     Hybrid,
     holistic_hybrid,
     in_place_hybrid,

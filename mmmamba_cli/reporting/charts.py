@@ -1,6 +1,6 @@
 """Bar and line charts as SVG of one width.
 
-`styles.py` gives each series its colour, marker and dashes.
+`series_styles.py` gives each series its colour, marker and dashes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mmmamba_cli.reporting.chart_scales import Scale, axis_range, format_short
 from mmmamba_cli.reporting.html import Markup, tag
-from mmmamba_cli.reporting.styles import dashes, fill_class, marker, stroke_class
+from mmmamba_cli.reporting.series_styles import dashes, fill_class, marker, stroke_class
 
 # All sizes are in pixels.
 WIDTH = 340

@@ -13,8 +13,8 @@ from mmmamba_cli.evaluate.scoring import find_rule
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, safe_divide
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
-from mmmamba_cli.reporting.few_pictures import MIN_UNITS
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
+from mmmamba_cli.reporting.interval_filter import MIN_UNITS
 from mmmamba_cli.reporting.run_contents import ExternalComparison, ModelResult, ReportData
 
 

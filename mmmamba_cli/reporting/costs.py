@@ -16,7 +16,7 @@ from mmmamba_cli.reporting.profile_tables import (
     skipped_sentences,
     withheld_sentences,
 )
-from mmmamba_cli.reporting.styles import legend
+from mmmamba_cli.reporting.series_styles import legend
 from mmmamba_cli.runs.provenance import redact_command
 
 MIB = 2**20

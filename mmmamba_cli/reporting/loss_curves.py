@@ -11,7 +11,7 @@ from mmmamba_cli.recipe import Stage
 from mmmamba_cli.reporting.charts import Line, lines
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
 from mmmamba_cli.reporting.run_contents import TrainedStage
-from mmmamba_cli.reporting.styles import legend
+from mmmamba_cli.reporting.series_styles import legend
 
 # More points per curve would enlarge the page without being visible.
 MAX_POINTS = 300

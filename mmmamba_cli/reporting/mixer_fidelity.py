@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.reporting.charts import Line, lines
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, section, table, tag
-from mmmamba_cli.reporting.styles import legend
+from mmmamba_cli.reporting.series_styles import legend
 from mmmamba_cli.runs import Manifest
 from mmmamba_cli.runs.manifest import read_json_as
 

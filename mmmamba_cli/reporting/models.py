@@ -21,7 +21,7 @@ from mmmamba_cli.profiling.result import SubjectPart
 from mmmamba_cli.recipe import Recipe, load_recipe
 from mmmamba_cli.reporting.html import Child, Markup, join_markup, paragraph, section, table
 from mmmamba_cli.reporting.run_contents import ReportData, RunContents
-from mmmamba_cli.reporting.styles import swatch
+from mmmamba_cli.reporting.series_styles import swatch
 from mmmamba_cli.runs import TEACHER, Manifest, read_manifest
 from mmmamba_cli.runs.manifest import MANIFEST
 

@@ -9,7 +9,6 @@ from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.reporting.charts import Bar, bars
 from mmmamba_cli.reporting.comparisons import ScoreDifference, difference_sentence
 from mmmamba_cli.reporting.examples import Example, ModelAnswer, QuestionAnswers
-from mmmamba_cli.reporting.few_pictures import MIN_UNITS, lacks_intervals
 from mmmamba_cli.reporting.html import (
     Child,
     Markup,
@@ -20,9 +19,10 @@ from mmmamba_cli.reporting.html import (
     table,
     tag,
 )
+from mmmamba_cli.reporting.interval_filter import MIN_UNITS, lacks_intervals
 from mmmamba_cli.reporting.retention import Kept, chance_of, retention_table
 from mmmamba_cli.reporting.run_contents import ModelResult, parts_by_label
-from mmmamba_cli.reporting.styles import swatch
+from mmmamba_cli.reporting.series_styles import swatch
 
 GUESSING = "chance"
 FEW_PICTURES = (

@@ -34,7 +34,7 @@ from mmmamba_cli.reporting.crossing import (
 )
 from mmmamba_cli.reporting.html import Markup, figure, join_markup, paragraph, table, tag
 from mmmamba_cli.reporting.profile_tables import above_time, measured_tables, withheld_sentences
-from mmmamba_cli.reporting.styles import legend
+from mmmamba_cli.reporting.series_styles import legend
 
 PANELS: tuple[tuple[str, Task, Value], ...] = (
     ("next token, ms", DECODE, milliseconds_of),

@@ -19,8 +19,8 @@ from mmmamba_cli.reporting.html import (
     tag,
 )
 from mmmamba_cli.reporting.run_contents import ReportData
+from mmmamba_cli.reporting.series_styles import legend
 from mmmamba_cli.reporting.strip_chart import Strip, strips
-from mmmamba_cli.reporting.styles import legend
 from mmmamba_cli.reporting.svg_file import write_svg
 from mmmamba_cli.runs import TEACHER
 from mmmamba_cli.stability import (

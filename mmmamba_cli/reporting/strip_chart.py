@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mmmamba_cli.reporting.chart_scales import Scale, axis_range, format_short
 from mmmamba_cli.reporting.charts import RIGHT, WIDTH, svg, x_axis
 from mmmamba_cli.reporting.html import Markup, tag
-from mmmamba_cli.reporting.styles import MARKER_RADIUS, fill_class, stroke_class
+from mmmamba_cli.reporting.series_styles import MARKER_RADIUS, fill_class, stroke_class
 
 # Pixels.
 ROW_HEIGHT, LABEL_WIDTH, TOP, BOTTOM = 19, 64, 8, 36

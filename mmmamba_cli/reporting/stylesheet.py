@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmmamba_cli.reporting.styles import (
+from mmmamba_cli.reporting.series_styles import (
     DARK_COLOURS,
     LIGHT_COLOURS,
     colour_variables,

@@ -12,8 +12,8 @@ from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
 from mmmamba_cli.reporting.comparisons import ScoreDifference, product_pairs, score_difference
 from mmmamba_cli.reporting.examples import Example, find_examples, open_table
-from mmmamba_cli.reporting.few_pictures import without_short_intervals
 from mmmamba_cli.reporting.html import Markup
+from mmmamba_cli.reporting.interval_filter import without_short_intervals
 from mmmamba_cli.reporting.retention import Kept, kept_in_run, known_suite
 from mmmamba_cli.reporting.run_contents import ModelResult, ReportData
 from mmmamba_cli.reporting.scores import accuracy_section, examples_section

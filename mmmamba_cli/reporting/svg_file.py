@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.reporting.html import Markup, join_markup, tag
-from mmmamba_cli.reporting.styles import dashes, stroke_class, style_css
+from mmmamba_cli.reporting.series_styles import dashes, stroke_class, style_css
 from mmmamba_cli.reporting.stylesheet import DAY
 
 STYLE = (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mmmamba_cli.lazy_imports import lazy_attributes
 from mmmamba_cli.runs.manifest import Manifest, Parent, read_manifest
-from mmmamba_cli.runs.models import (
+from mmmamba_cli.runs.resolved_model import (
     TEACHER,
     ResolvedModel,
     check_unique_names,

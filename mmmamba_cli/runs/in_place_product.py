@@ -16,7 +16,7 @@ import torch
 
 from mmmamba_cli.checkpoint import SOURCE_CONFIG, InPlaceCheckpoint, TensorInfo
 from mmmamba_cli.checkpoint.checkpoint import read_config
-from mmmamba_cli.checkpoint.in_place import with_dtype
+from mmmamba_cli.checkpoint.in_place_checkpoint import with_dtype
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.runs.product import TEACHER_FILES, ProductModel
 from mmmamba_cli.teachers import ExpectedTensor, StudentPlan, student_tensors

@@ -24,7 +24,7 @@ from mmmamba_cli.checkpoint import (
     generation_config,
     tensor_plan,
 )
-from mmmamba_cli.checkpoint.atomic import check_replaceable, unlisted_files
+from mmmamba_cli.checkpoint.atomic_writes import check_replaceable, unlisted_files
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.processing import (

@@ -21,7 +21,7 @@ from mmmamba_cli.checkpoint import (
     open_in_place,
     resolve_path,
 )
-from mmmamba_cli.checkpoint.atomic import (
+from mmmamba_cli.checkpoint.atomic_writes import (
     interrupted_replacements,
     restore_hint,
     restore_interrupted,

@@ -7,13 +7,13 @@ from mmmamba_cli.seed.fidelity import (
     measure_fidelity,
     read_calibration,
 )
-from mmmamba_cli.seed.in_place import (
+from mmmamba_cli.seed.in_place_transfer import (
     in_place_config,
     in_place_plan,
     seed_in_place,
     seed_in_place_bytes,
 )
-from mmmamba_cli.seed.init import INITS, initial_value
+from mmmamba_cli.seed.initial_values import INITS, initial_value
 from mmmamba_cli.seed.weight_transfer import seed_student, student_config
 
 __all__ = [

@@ -38,7 +38,7 @@ from mmmamba_cli.runs import (
     write_product,
 )
 from mmmamba_cli.seed.calibration_walk import CalibratedStart, calibrate
-from mmmamba_cli.seed.init import INHERITED_PARAMETERS, initial_value
+from mmmamba_cli.seed.initial_values import INHERITED_PARAMETERS, initial_value
 
 SEED_PRODUCT = "seed"
 

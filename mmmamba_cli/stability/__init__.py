@@ -13,7 +13,7 @@ from mmmamba_cli.stability.findings import (
     half_life,
     share_of,
 )
-from mmmamba_cli.stability.record import (
+from mmmamba_cli.stability.stability_record import (
     STABILITY,
     STABILITY_FILE,
     DeviationRecord,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from mmmamba_cli.architecture import DECAY_BOUND
-from mmmamba_cli.stability.record import (
+from mmmamba_cli.stability.stability_record import (
     DeviationRecord,
     HeadDecay,
     LayerStability,

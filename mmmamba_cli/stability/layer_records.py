@@ -10,7 +10,7 @@ from torch import Tensor
 from mmmamba_cli.model.gated_mixer import GATED_NORM_EPS
 from mmmamba_cli.stability.decay_spectrum import DecayTotals, certified_exponents, slowest_channel
 from mmmamba_cli.stability.model_layers import layer_specs, options_of_layer
-from mmmamba_cli.stability.record import HeadDecay, LayerStability
+from mmmamba_cli.stability.stability_record import HeadDecay, LayerStability
 
 # The norm of a read-out divides by sqrt(mean square + eps): below this multiple of sqrt(eps), it
 # magnifies errors more than signals.

@@ -44,7 +44,7 @@ from mmmamba_cli.stability.perturbation import (
     predicted_deviation,
     rounded_randomly,
 )
-from mmmamba_cli.stability.record import (
+from mmmamba_cli.stability.stability_record import (
     DeviationRecord,
     PrecisionRecord,
     SlopeRecord,

@@ -27,8 +27,8 @@ from mmmamba_cli.teachers.refusals import bidirectional_warning, refusal, text_c
 if TYPE_CHECKING:
     from mmmamba_cli.teachers.anatomy import Anatomy, AttentionView, anatomy_of
     from mmmamba_cli.teachers.auto_class import mixers_of, student_plan
+    from mmmamba_cli.teachers.call_context import CallContext
     from mmmamba_cli.teachers.config_class import register_model_type, register_students
-    from mmmamba_cli.teachers.context import CallContext
     from mmmamba_cli.teachers.conversion import (
         ExpectedTensor,
         convert,
@@ -50,7 +50,7 @@ else:
             "anatomy": ("Anatomy", "AttentionView", "anatomy_of"),
             "auto_class": ("mixers_of", "student_plan"),
             "config_class": ("register_model_type", "register_students"),
-            "context": ("CallContext",),
+            "call_context": ("CallContext",),
             "conversion": (
                 "ExpectedTensor",
                 "convert",

@@ -20,7 +20,7 @@ from mmmamba_cli.model.cache import resolve_cache
 from mmmamba_cli.model.mixer import mixer_class, parameter_generator
 from mmmamba_cli.teachers.anatomy import PROJECTIONS, QK_NORMS
 from mmmamba_cli.teachers.cache_slot import recurrent_slot
-from mmmamba_cli.teachers.context import CallContext
+from mmmamba_cli.teachers.call_context import CallContext
 
 ADOPTED = (*PROJECTIONS, *QK_NORMS)
 

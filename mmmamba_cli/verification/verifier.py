@@ -9,12 +9,11 @@ import torch
 
 from mmmamba_cli.checkpoint import NATIVE_MODEL_TYPE, hovle, llama_family, load_model, mmmamba_hf
 from mmmamba_cli.checkpoint.config_fields import read_json
-from mmmamba_cli.checkpoint.resolve import resolve_path
+from mmmamba_cli.checkpoint.model_names import resolve_path
 from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.runs import pick_placement
 from mmmamba_cli.teachers import MODEL_TYPE_PREFIX
 from mmmamba_cli.verification import native_model
-from mmmamba_cli.verification.in_place import OUTPUTS, verify_in_place
 from mmmamba_cli.verification.in_place_teacher import (
     InPlaceTeacher,
     anatomy_warnings,
@@ -22,7 +21,8 @@ from mmmamba_cli.verification.in_place_teacher import (
     read_config,
     read_generation_config,
 )
-from mmmamba_cli.verification.native import NativeTeacher, verify_native
+from mmmamba_cli.verification.in_place_verifier import OUTPUTS, verify_in_place
+from mmmamba_cli.verification.native_verifier import NativeTeacher, verify_native
 from mmmamba_cli.verification.prompts import Prompts
 from mmmamba_cli.verification.report import CheckResult, VerificationReport
 from mmmamba_cli.verification.steps import Progress

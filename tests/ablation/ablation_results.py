@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmmamba_cli.ablation import CellRecord, expand, load_plan
 from mmmamba_cli.ablation.answers import Questions, Texts, write_questions
-from mmmamba_cli.ablation.records import RuleRecord, SuiteRecord, Timing, write_record
+from mmmamba_cli.ablation.cell_record import RuleRecord, SuiteRecord, Timing, write_record
 from mmmamba_cli.evaluate.rows import Row
 
 SCORING = "mmmamba_evals.scenes.scoring:accuracy_by_category"

@@ -17,7 +17,7 @@ from preloaded_process import PreloadedProcess
 from typer.testing import CliRunner
 
 from mmmamba_cli.__main__ import main
-from mmmamba_cli.ablation import execution, pools
+from mmmamba_cli.ablation import cell_executor, pools
 from mmmamba_cli.ablation.preparation import folder_lock
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import MmmambaError, RunError
@@ -60,13 +60,13 @@ def trained() -> list[str]:
 @pytest.fixture(autouse=True)
 def count_stages(monkeypatch: pytest.MonkeyPatch, trained: list[str]) -> None:
     trained.clear()
-    original = execution.distill
+    original = cell_executor.distill
 
     def distill(run: Any, recipe: Any, world: Any, callbacks: Any, **given: Any) -> Any:
         trained.extend(given["wanted"])
         return original(run, recipe, world, callbacks, **given)
 
-    monkeypatch.setattr(execution, "distill", distill)
+    monkeypatch.setattr(cell_executor, "distill", distill)
 
 
 def test_cells_are_run_once_and_share_their_stages(
@@ -189,7 +189,7 @@ def test_chosen_layers_and_own_commands(
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
 
-    monkeypatch.setattr(execution, "run_mmmamba", run_mmmamba)
+    monkeypatch.setattr(cell_executor, "run_mmmamba", run_mmmamba)
     early = {"stages": ["stage1", "stage2"]}
     arms = [
         {"name": "chosen", "set": {"layers.attention": 1, "layers.select": "mse"}},

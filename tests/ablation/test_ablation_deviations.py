@@ -10,9 +10,9 @@ from ablation_plans import WritePlan
 from test_ablation_statistics import answers_with, questions_of, write_cells
 
 from mmmamba_cli.ablation import expand, load_plan
-from mmmamba_cli.ablation.cell_results import stage_record
+from mmmamba_cli.ablation.cell_record import StageRecord
 from mmmamba_cli.ablation.deviations import Deviations, count_deviations
-from mmmamba_cli.ablation.records import StageRecord
+from mmmamba_cli.ablation.record_builder import stage_record
 from mmmamba_cli.ablation.tables import plan_tables
 
 

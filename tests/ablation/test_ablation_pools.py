@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmmamba_cli.ablation import pools
-from mmmamba_cli.ablation.execution import Setting
+from mmmamba_cli.ablation.cell_executor import Setting
 from mmmamba_cli.ablation.plan import load_plan
 
 SMOKE = Path(__file__).parents[2] / "benchmarks/plans/smoke.yaml"

@@ -12,8 +12,8 @@ from ablation_plans import WritePlan
 
 from mmmamba_cli.ablation import Cell, CellRecord, expand, load_plan
 from mmmamba_cli.ablation import runner as runner_module
+from mmmamba_cli.ablation.cell_record import StageRecord, Timing, write_record
 from mmmamba_cli.ablation.cells import Trunk
-from mmmamba_cli.ablation.records import StageRecord, Timing, write_record
 from mmmamba_cli.ablation.runner import (
     Outcome,
     RunnerEvents,

@@ -5,10 +5,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_atomic import dead_pid, tree
+from test_atomic_writes import dead_pid, tree
 
-from mmmamba_cli.checkpoint import atomic
-from mmmamba_cli.checkpoint.atomic import atomic_write_text
+from mmmamba_cli.checkpoint import atomic_writes
+from mmmamba_cli.checkpoint.atomic_writes import atomic_write_text
 
 
 def test_text_is_written_and_replaced(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_readers_never_see_half_a_text(tmp_path: Path) -> None:
 def test_leftovers_of_a_text_are_removed(tmp_path: Path) -> None:
     """A process killed between write and rename leaves the hidden file."""
     target, other = tmp_path / "run.json", f".run.json2.partial-x-{dead_pid()}-0123abcd"
-    dead = tmp_path / f".run.json.partial-{atomic._machine_id()}-{dead_pid()}-0123abcd"
+    dead = tmp_path / f".run.json.partial-{atomic_writes._machine_id()}-{dead_pid()}-0123abcd"
     dead.write_text("half")
     (tmp_path / other).write_text("another's")
     atomic_write_text(target, "new")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmmamba_cli.checkpoint import writer as writer_module
-from mmmamba_cli.checkpoint.atomic import atomic_folder
+from mmmamba_cli.checkpoint.atomic_writes import atomic_folder
 from mmmamba_cli.checkpoint.hashing import TensorHasher
 from mmmamba_cli.checkpoint.name_map import LEADING_MODULES, PEFT_PARTS
 from mmmamba_cli.checkpoint.safetensors_file import DTYPES as DTYPE_ELEMENTS

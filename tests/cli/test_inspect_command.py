@@ -14,8 +14,8 @@ from ended import Command, Done
 from small import small_model
 from terminals import Terminal
 
-from mmmamba_cli.checkpoint import resolve
-from mmmamba_cli.runs import models
+from mmmamba_cli.checkpoint import model_names
+from mmmamba_cli.runs import resolved_model
 
 Inspect = Callable[..., Done]
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -69,10 +69,10 @@ def test_options_of_mixers(inspect: Inspect, student_run: Path, tmp_path: Path) 
 
 
 def test_default_is_the_current_product(inspect: Inspect, student_run: Path) -> None:
-    resolve = inspect("seed", "--run", student_run)
-    assert inspect("--run", student_run).out == resolve.out
+    seed = inspect("seed", "--run", student_run)
+    assert inspect("--run", student_run).out == seed.out
     by_path = inspect(student_run / "products" / "seed")
-    assert by_path.out == resolve.out
+    assert by_path.out == seed.out
 
 
 def test_json_output(inspect: Inspect, student_run: Path, llama: Path) -> None:
@@ -115,8 +115,8 @@ def test_a_product_takes_precedence_over_other_names(
 ) -> None:
     (llama.parent / "seed").symlink_to(llama)
     monkeypatch.chdir(llama.parent)
-    monkeypatch.setattr(models, "shipped_models", lambda: {"small": llama})
-    monkeypatch.setattr(resolve, "shipped_models", lambda: {"small": llama})
+    monkeypatch.setattr(resolved_model, "shipped_models", lambda: {"small": llama})
+    monkeypatch.setattr(model_names, "shipped_models", lambda: {"small": llama})
 
     def first(*words: object) -> str:
         return inspect(*words, "--json").out.partition('"kind": "')[2].partition('"')[0]

@@ -80,9 +80,9 @@ def test_hybridize_and_import(
 
 
 def test_scenes_build(mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmmamba_evals.scenes import build
+    from mmmamba_evals.scenes import scene_writers
 
-    monkeypatch.setattr(build, "write_lessons", interrupt)
+    monkeypatch.setattr(scene_writers, "write_lessons", interrupt)
     words = ("--out", tmp_path / "out", "--pictures", 1, "--lessons", 1)
     line = said(mmmamba, "scenes", "build", *words)
     assert line == f"nothing was written to {tmp_path / 'out'}; repeat the command"

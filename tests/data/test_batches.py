@@ -21,7 +21,7 @@ from mmmamba_cli.data import (
     StepLoader,
     open_corpus,
 )
-from mmmamba_cli.data.collate import assign_rows, collate, empty_batch, make_rows
+from mmmamba_cli.data.holistic_collator import assign_rows, collate, empty_batch, make_rows
 from mmmamba_cli.ops.attention import VarlenMetadata, varlen_metadata
 from mmmamba_cli.processing import HolisticVLMProcessor
 

@@ -29,11 +29,11 @@ from mmmamba_cli.data import (
     open_corpus,
     read_index,
 )
-from mmmamba_cli.data.collate import HolisticCollator
 from mmmamba_cli.data.collator import make_collator
 from mmmamba_cli.data.dataset import ConversationFile
 from mmmamba_cli.data.fingerprint import content_digest
-from mmmamba_cli.data.teacher_collate import TeacherCollator
+from mmmamba_cli.data.holistic_collator import HolisticCollator
+from mmmamba_cli.data.teacher_collator import TeacherCollator
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import VarlenMetadata
 from mmmamba_cli.processing import HolisticVLMProcessor, TeacherProcessor

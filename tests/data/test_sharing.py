@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmmamba_cli.data import EncodedSample, Sample, StepBatches, StepLoader, open_corpus
-from mmmamba_cli.data.collate import Row, assign_rows
 from mmmamba_cli.data.dataset import CorpusPart
+from mmmamba_cli.data.holistic_collator import Row, assign_rows
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.processing import HolisticVLMProcessor
 

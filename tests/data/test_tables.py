@@ -15,7 +15,7 @@ from families import FAMILIES, picture
 
 from mmmamba_cli.data import StepLoader, fingerprint, open_corpus, parse_sample
 from mmmamba_cli.data.sample import ImageBytes, read_image
-from mmmamba_cli.data.table import table_files, take_pictures
+from mmmamba_cli.data.table_corpus import table_files, take_pictures
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor
 

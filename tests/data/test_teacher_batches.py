@@ -12,7 +12,7 @@ from families import FAMILIES, picture
 
 from mmmamba_cli.data import IGNORE_INDEX, ModelBatch, StepLoader, open_corpus, rows_as_text
 from mmmamba_cli.data.sample import Sample
-from mmmamba_cli.data.teacher_collate import TeacherCollator
+from mmmamba_cli.data.teacher_collator import TeacherCollator
 from mmmamba_cli.processing import HolisticVLMProcessor, TeacherProcessor
 
 WITH_PICTURES = [name for name, family in FAMILIES.items() if family.pictures]

@@ -25,7 +25,7 @@ from mmmamba_cli.data import (
     open_corpus,
 )
 from mmmamba_cli.data.drawn_pictures import draw_pictures
-from mmmamba_cli.data.teacher_collate import TeacherCollator
+from mmmamba_cli.data.teacher_collator import TeacherCollator
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor, Tiling, choose_grid
 

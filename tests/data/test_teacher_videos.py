@@ -16,7 +16,7 @@ from test_teacher_batches import masked_texts
 
 from mmmamba_cli.data import SampleEncoder, open_corpus, parse_sample
 from mmmamba_cli.data.sample import Video
-from mmmamba_cli.data.teacher_collate import TeacherCollator
+from mmmamba_cli.data.teacher_collator import TeacherCollator
 from mmmamba_cli.data.video import load_frames
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import HolisticVLMProcessor, TeacherProcessor

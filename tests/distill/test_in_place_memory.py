@@ -20,7 +20,7 @@ from mmmamba_cli.distill.in_place_pair import load_in_place_pair
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
-from mmmamba_cli.seed.in_place import seed_in_place
+from mmmamba_cli.seed.in_place_transfer import seed_in_place
 
 NAME = "qwen3_vl"
 

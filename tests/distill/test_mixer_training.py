@@ -14,7 +14,7 @@ from test_objectives import LOSSES, ROWS, gradients, stage
 from test_window_layers import learning_pair
 
 from mmmamba_cli.architecture import is_fp32_parameter, mixer_specs
-from mmmamba_cli.architecture.gated import matrix_state_bytes
+from mmmamba_cli.architecture.gated_sizes import matrix_state_bytes
 from mmmamba_cli.distill.objective import Objective, build_objective
 from mmmamba_cli.distill.teacher_student import TeacherStudent
 from mmmamba_cli.distill.trainable import (

@@ -24,9 +24,9 @@ from mmmamba_cli.doctor import (
 )
 from mmmamba_cli.doctor.environment import EXTRAS, PURPOSES
 from mmmamba_cli.doctor.known_issues import SystemFacts, check_known_issues, check_versions
-from mmmamba_cli.doctor.op_case import OpSpec
 from mmmamba_cli.doctor.op_cases import op_specs
 from mmmamba_cli.doctor.op_checks import _worst, check_backend, check_ops, relative_error
+from mmmamba_cli.doctor.op_spec import OpSpec
 from mmmamba_cli.doctor.report import Check, DeviceInfo, DoctorReport, OpCheck, PackageInfo
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.norm import reference

@@ -9,9 +9,9 @@ import torch
 from library_stubs import none_imported, pretend_gpu
 
 from mmmamba_cli.doctor import diagnosis
-from mmmamba_cli.doctor.op_case import OpSpec
 from mmmamba_cli.doctor.op_cases import op_specs
 from mmmamba_cli.doctor.op_checks import check_backend, check_scan_backend
+from mmmamba_cli.doctor.op_spec import OpSpec
 from mmmamba_cli.doctor.report import DoctorReport
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.ops.ssd import SCAN_BACKENDS, reference

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import mmmamba_cli
-from mmmamba_cli.checkpoint import atomic, open_checkpoint
+from mmmamba_cli.checkpoint import atomic_writes, open_checkpoint
 from mmmamba_cli.checkpoint.name_map import foreign_tensors
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, MmmambaError, RunError
@@ -280,7 +280,7 @@ def test_a_product_hidden_by_a_killed_replacement(
     """It is restored if its process is known to be dead, and named otherwise."""
     run = tmp_path / "run"
     seed(hovle_folder, run)
-    machine = atomic._machine_id() if where == "here" else where
+    machine = atomic_writes._machine_id() if where == "here" else where
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
     hidden = run / f"products/.seed.old-{machine}-{killed.pid}-0123abcd"

@@ -23,7 +23,7 @@ from mmmamba_cli.profiling.result import (
 )
 from mmmamba_cli.reporting import Page, build_page, read_report_data
 from mmmamba_cli.reporting.crossing import crossings, round_context
-from mmmamba_cli.reporting.few_pictures import lacks_intervals, without_short_intervals
+from mmmamba_cli.reporting.interval_filter import lacks_intervals, without_short_intervals
 from mmmamba_cli.reporting.measured_results import read_measured_results
 from mmmamba_cli.reporting.profile_tables import (
     measured_tables,

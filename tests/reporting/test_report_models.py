@@ -11,7 +11,7 @@ from report_case import Balanced, answer
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.reporting import build_page, read_report_data
 from mmmamba_cli.reporting.models import model_details, read_card, series_of, training_of
-from mmmamba_cli.reporting.styles import (
+from mmmamba_cli.reporting.series_styles import (
     DARK_COLOURS,
     DASHES,
     LIGHT_COLOURS,

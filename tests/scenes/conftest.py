@@ -12,7 +12,7 @@ from mmmamba_cli.plugins import load_reference
 # Makes `mmmamba_evals` importable in a checkout.
 load_reference("mmmamba_evals:suite_folder")
 
-from mmmamba_evals.scenes import gpu  # noqa: E402
+from mmmamba_evals.scenes import batch_renderer  # noqa: E402
 from mmmamba_evals.scenes.atlas import Atlas  # noqa: E402
 from mmmamba_evals.scenes.fonts import SEEN, fonts_of  # noqa: E402
 from mmmamba_evals.scenes.shipped import shipped_atlas  # noqa: E402
@@ -23,7 +23,7 @@ from mmmamba_evals.scenes.world import World, make_world  # noqa: E402
 def words_drawn_once() -> Iterator[None]:
     """Renderers of the same fonts need the same thousands of masks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "_fitted_mask", cache(gpu._fitted_mask))
+        patch.setattr(batch_renderer, "_fitted_mask", cache(batch_renderer._fitted_mask))
         yield
 
 

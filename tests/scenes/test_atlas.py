@@ -12,7 +12,7 @@ from PIL import Image
 from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes.atlas import MAX_SPRITE_SIDE, merge_atlases, open_atlas, read_sprite
 from mmmamba_evals.scenes.categories import SPLITS
-from mmmamba_evals.scenes.render import render
+from mmmamba_evals.scenes.renderer import render
 from mmmamba_evals.scenes.sampling import DRAWS, ask_about_objects, available_categories
 from mmmamba_evals.scenes.shipped import STYLES, shipped_atlas
 from mmmamba_evals.scenes.world import EVERYTHING, make_world

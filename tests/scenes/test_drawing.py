@@ -16,12 +16,12 @@ from mmmamba_cli.errors import DataError
 from mmmamba_evals.scenes import fonts
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.augmentation import Augmentation
-from mmmamba_evals.scenes.compose import MIN_CONTRAST, Content, brightness, compose
-from mmmamba_evals.scenes.gpu import BatchRenderer, SceneEncoder
+from mmmamba_evals.scenes.batch_renderer import BatchRenderer, SceneEncoder
+from mmmamba_evals.scenes.composition import MIN_CONTRAST, Content, brightness, compose
 from mmmamba_evals.scenes.hues import dominant_hue, to_hsv, to_rgb, turn_hue
 from mmmamba_evals.scenes.layout import MIN_GAP, overlap, place_boxes
 from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.render import contact_sheet, draw_background, render
+from mmmamba_evals.scenes.renderer import contact_sheet, draw_background, render
 from mmmamba_evals.scenes.scene import Background, Scene
 from mmmamba_evals.scenes.world import COLOURS, World
 

@@ -24,7 +24,7 @@ from mmmamba_cli.runs import open_processor
 from mmmamba_evals import model_folders
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.lesson_corpus import log_uniform
-from mmmamba_evals.scenes.render import render
+from mmmamba_evals.scenes.renderer import render
 from mmmamba_evals.scenes.scene import Scene
 
 CPU = torch.device("cpu")

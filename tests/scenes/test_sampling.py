@@ -8,11 +8,11 @@ from random import Random
 
 import pytest
 
-from mmmamba_evals.scenes.blind import category_draws
+from mmmamba_evals.scenes.blind_baseline import category_draws
 from mmmamba_evals.scenes.categories import PAIRS, SPLITS
 from mmmamba_evals.scenes.classes import number_word, plural
 from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.long import draw_large, draw_pictures, draw_text
+from mmmamba_evals.scenes.long_inputs import draw_large, draw_pictures, draw_text
 from mmmamba_evals.scenes.sampling import draw_present_and_absent, sides_of
 from mmmamba_evals.scenes.scene import Question, Scene, Thing
 from mmmamba_evals.scenes.world import COLOURS, World

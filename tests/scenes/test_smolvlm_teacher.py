@@ -15,9 +15,9 @@ from PIL import Image
 
 from mmmamba_evals import model_folders
 from mmmamba_evals.scenes.atlas import Atlas
-from mmmamba_evals.scenes.gpu import SceneEncoder
+from mmmamba_evals.scenes.batch_renderer import SceneEncoder
 from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.long import draw_text
+from mmmamba_evals.scenes.long_inputs import draw_text
 from mmmamba_evals.scenes.world import World
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "teacher"))

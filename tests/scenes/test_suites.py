@@ -18,14 +18,23 @@ from mmmamba_cli.evaluate import EvalOptions, find_suite, open_suite
 from mmmamba_cli.evaluate.images import pictures_of
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.processing.chat_template import place_images
-from mmmamba_evals.scenes import blind, build, build_long
+from mmmamba_evals.scenes import blind_baseline, long_suite, scene_writers
 from mmmamba_evals.scenes.atlas import Atlas
-from mmmamba_evals.scenes.blind import BlindResult, ask_with_bias, blind_accuracy, category_draws
-from mmmamba_evals.scenes.build import QUESTIONS_PER_CONVERSATION, write_lessons, write_suite
-from mmmamba_evals.scenes.build_long import LONG_TABLE, PICTURES_OF, SENTENCES_OF, write_long_suite
+from mmmamba_evals.scenes.blind_baseline import (
+    BlindResult,
+    ask_with_bias,
+    blind_accuracy,
+    category_draws,
+)
 from mmmamba_evals.scenes.categories import PAIRS, SPLITS
 from mmmamba_evals.scenes.cli import command
 from mmmamba_evals.scenes.lessons import draw_lesson
+from mmmamba_evals.scenes.long_suite import LONG_TABLE, PICTURES_OF, SENTENCES_OF, write_long_suite
+from mmmamba_evals.scenes.scene_writers import (
+    QUESTIONS_PER_CONVERSATION,
+    write_lessons,
+    write_suite,
+)
 from mmmamba_evals.scenes.scoring import accuracy_by_category
 from mmmamba_evals.scenes.world import World
 
@@ -54,12 +63,12 @@ def test_suite_is_deterministic(tmp_path: Path, atlas: Atlas, world: World) -> N
 
 
 def test_suite_without_data_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmmamba_evals.scenes import build, shipped
+    from mmmamba_evals.scenes import scene_writers, shipped
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LMUData", str(tmp_path / "nothing"))
     monkeypatch.setattr(shipped.write_suite, "__defaults__", (1, 1, lambda pictures: None))
-    assert build.write_suite is shipped.write_suite
+    assert scene_writers.write_suite is shipped.write_suite
     for name in ("scenes", "scenes-unseen"):
         said: list[str] = []
         table, rows = open_suite(find_suite(name), EvalOptions(), said.append)
@@ -127,7 +136,7 @@ def test_rows_do_not_depend_on_other_lengths(tmp_path: Path, atlas: Atlas, world
 
 def test_the_first_inputs_do_not_depend_on_their_number(world: World) -> None:
     one, two = (
-        [asked[0].text for _, _, asked, _ in build_long._texts(world, 0, each, PICTURES_OF)]
+        [asked[0].text for _, _, asked, _ in long_suite._texts(world, 0, each, PICTURES_OF)]
         for each in (1, 2)
     )
     assert one == two[::2]
@@ -196,8 +205,8 @@ def test_workers_write_the_same_files(
     tmp_path: Path, atlas: Atlas, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In processes that get their tasks as spawned ones do, but import the package once."""
-    monkeypatch.setattr(build, "get_context", lambda method: fork_server())
-    monkeypatch.setattr(build, "LESSONS_PER_TASK", 8)
+    monkeypatch.setattr(scene_writers, "get_context", lambda method: fork_server())
+    monkeypatch.setattr(scene_writers, "LESSONS_PER_TASK", 8)
     for name, workers in (("alone", 0), ("two", 2)):
         write_lessons(tmp_path / name, atlas, world, 0, 30, workers=workers)
     alone, two = (sorted(tmp_path.glob(f"{name}/**/*.*")) for name in ("alone", "two"))
@@ -263,7 +272,7 @@ def test_missing_scikit_learn_names_the_extra(
 
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
     with pytest.raises(Exception, match=r"pip install 'mmmamba\[scenes\]'"):
-        blind.guess([], [])
+        blind_baseline.guess([], [])
 
 
 def test_commands(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ import mmmamba_cli
 from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_cli.processing.processor_loader import processor_from_folder
 from mmmamba_evals.scenes.atlas import Atlas
-from mmmamba_evals.scenes.gpu import SceneEncoder
+from mmmamba_evals.scenes.batch_renderer import SceneEncoder
 from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.long import draw_text
+from mmmamba_evals.scenes.long_inputs import draw_text
 from mmmamba_evals.scenes.scene import Question
 from mmmamba_evals.scenes.world import World
 

@@ -18,7 +18,7 @@ from mmmamba_cli.stability.divergence import (
 )
 from mmmamba_cli.stability.findings import find_sentences, format_tokens, half_life
 from mmmamba_cli.stability.perturbation import log_places, rounded_randomly
-from mmmamba_cli.stability.record import (
+from mmmamba_cli.stability.stability_record import (
     DeviationRecord,
     HeadDecay,
     LayerStability,

@@ -14,7 +14,13 @@ from verification_teachers import GOLDEN, edit_tensors, names_with, result, veri
 
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.ops.attention import ATTENTION_BACKENDS
-from mmmamba_cli.verification import native, native_model, student_checks, verifier, verify_teacher
+from mmmamba_cli.verification import (
+    native_model,
+    native_verifier,
+    student_checks,
+    verifier,
+    verify_teacher,
+)
 
 Folders = Callable[[str], Path]
 MIXERS = ["gated_delta", "gla", "kda", "mamba2", "window"]
@@ -117,9 +123,9 @@ def shipped_processor() -> Any:
 def test_other_tiles_than_the_picture_has_are_found(
     shipped_processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert native.check_tiling(shipped_processor).status == "ok"
-    monkeypatch.setattr(native, "count_tiles", lambda width, height, tiling: 2)
-    found = native.check_tiling(shipped_processor)
+    assert native_verifier.check_tiling(shipped_processor).status == "ok"
+    monkeypatch.setattr(native_verifier, "count_tiles", lambda width, height, tiling: 2)
+    found = native_verifier.check_tiling(shipped_processor)
     assert found.status == "different"
     assert found.detail.startswith("1 tiles and 64 context ids, expected 2 tiles of 64")
 
@@ -130,9 +136,9 @@ def test_an_answer_without_a_stop_token_is_found(
     from mmmamba_cli.runs import resolve_path
 
     checkpoint = resolve_path(Path("scenes-teacher")).checkpoint
-    assert native.check_template(shipped_processor, checkpoint).status == "ok"
+    assert native_verifier.check_template(shipped_processor, checkpoint).status == "ok"
     monkeypatch.setattr(type(shipped_processor), "stop_token_ids", [3])
-    found = native.check_template(shipped_processor, checkpoint)
+    found = native_verifier.check_template(shipped_processor, checkpoint)
     assert found.detail == "an answer ends with <|im_end|>, which is no stop token"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmmamba_cli.architecture.gated import (
+from mmmamba_cli.architecture.gated_sizes import (
     Shapes,
     delta_state_operations,
     gated_shapes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mmmamba_cli.architecture.gated import (
+from mmmamba_cli.architecture.gated_sizes import (
     Shapes,
     gated_shapes,
     gated_spec,

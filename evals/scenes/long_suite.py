@@ -12,9 +12,8 @@ from random import Random
 from typing import Any
 
 from mmmamba_evals.scenes.atlas import Atlas
-from mmmamba_evals.scenes.build import COLUMNS, encode
-from mmmamba_evals.scenes.compose import Content, compose
-from mmmamba_evals.scenes.long import (
+from mmmamba_evals.scenes.composition import Content, compose
+from mmmamba_evals.scenes.long_inputs import (
     PICTURES,
     TEXT,
     TILES,
@@ -23,8 +22,9 @@ from mmmamba_evals.scenes.long import (
     found_pair,
     names_without,
 )
-from mmmamba_evals.scenes.render import render
+from mmmamba_evals.scenes.renderer import render
 from mmmamba_evals.scenes.scene import Question
+from mmmamba_evals.scenes.scene_writers import COLUMNS, encode
 from mmmamba_evals.scenes.world import World
 
 LONG_TABLE, POOL_FOLDER = "SCENES_LONG.tsv", "pool"

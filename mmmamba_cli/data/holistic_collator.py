@@ -15,8 +15,8 @@ from torch import Tensor
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, bad_sample
 from mmmamba_cli.data.generated_corpus import Drawings, SampleGenerator
 from mmmamba_cli.data.sample import Sample
+from mmmamba_cli.data.sample_encoder import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.data.sample_size import SampleSize
-from mmmamba_cli.data.tokenize import EncodedSample, SampleEncoder, decode_images
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.processing import ImageProcessor, TrainingProcessor

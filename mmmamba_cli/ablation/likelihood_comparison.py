@@ -1,4 +1,4 @@
-"""Answers by generation and by likelihood, side by side, and whether they order arms alike.
+"""Scores of generated answers beside those by likelihood, and whether they order arms alike.
 
 A student can be close to its teacher by likelihood and far behind it in what it writes
 (arXiv 2603.26556).
@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+from mmmamba_cli.ablation.cell_record import CellRecord
 from mmmamba_cli.ablation.plan import TEACHER_ARM, Plan, SuiteUse, Table
-from mmmamba_cli.ablation.records import CellRecord
 from mmmamba_cli.ablation.suite_scores import SuiteScores, cells_by_arm
 from mmmamba_cli.ablation.text_table import TextTable
 
 
-def ways_beside(plan: Plan) -> dict[str, str]:
-    """The label of each suite by likelihood that is also generated, and that of the latter."""
+def generated_counterparts(plan: Plan) -> dict[str, str]:
+    """By the label of each suite by likelihood, that of the same suite with generated answers."""
     found: dict[str, str] = {}
     for use in plan.suites:
         same = [one.title for one in plan.suites if _differ_in_answers_alone(one, use)]
@@ -33,24 +33,24 @@ def _differ_in_answers_alone(generated: SuiteUse, other: SuiteUse) -> bool:
     ) == other.model_dump(exclude=left_out)
 
 
-def answer_tables(
+def comparison_tables(
     plan: Plan,
     table: Table,
     scores: Mapping[str, SuiteScores],
     records: Mapping[str, CellRecord],
 ) -> list[TextTable]:
-    """A table for each suite with both ways to answer and an arm that has both."""
+    """A table for each suite with both kinds of answers and an arm that has both."""
     found = []
-    for likelihood, generated in ways_beside(plan).items():
+    for likelihood, generated in generated_counterparts(plan).items():
         if table.suites and generated not in table.suites:
             continue
-        made = _answer_table(plan, table, scores[generated], scores[likelihood], records)
+        made = _comparison_table(plan, table, scores[generated], scores[likelihood], records)
         if made is not None:
             found.append(made)
     return found
 
 
-def _answer_table(
+def _comparison_table(
     plan: Plan,
     table: Table,
     generated: SuiteScores,

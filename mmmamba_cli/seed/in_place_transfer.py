@@ -13,7 +13,7 @@ from mmmamba_cli.checkpoint import (
     TensorHasher,
     combined_hash,
 )
-from mmmamba_cli.checkpoint.in_place import student_layers
+from mmmamba_cli.checkpoint.in_place_checkpoint import student_layers
 from mmmamba_cli.errors import CheckpointError, MmmambaError, RecipeError
 from mmmamba_cli.recipe import (
     CALIBRATED,
@@ -25,7 +25,7 @@ from mmmamba_cli.recipe import (
 )
 from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, Teacher, write_product
 from mmmamba_cli.runs.in_place_product import in_place_model, new_tensors
-from mmmamba_cli.seed.init import PROJECTIONS, initial_value
+from mmmamba_cli.seed.initial_values import PROJECTIONS, initial_value
 from mmmamba_cli.seed.weight_transfer import SEED_PRODUCT, orphaned_products, start_run
 from mmmamba_cli.teachers import (
     ExpectedTensor,

@@ -13,18 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmmamba_cli.ablation.cell_results import (
-    device_name,
-    model_record,
-    recipe_fields,
-    stage_products,
-    stage_record,
-    suite_record,
-)
-from mmmamba_cli.ablation.cells import Cell, Trunk
-from mmmamba_cli.ablation.commands import CommandStopped, commands_of, fill, run_mmmamba
-from mmmamba_cli.ablation.plan import WORK, Plan, SuiteUse
-from mmmamba_cli.ablation.records import (
+from mmmamba_cli.ablation.cell_record import (
     CellRecord,
     LaterAnswers,
     SuiteRecord,
@@ -33,6 +22,17 @@ from mmmamba_cli.ablation.records import (
     missing_suites,
     read_records,
     write_record,
+)
+from mmmamba_cli.ablation.cells import Cell, Trunk
+from mmmamba_cli.ablation.commands import CommandStopped, commands_of, fill, run_mmmamba
+from mmmamba_cli.ablation.plan import WORK, Plan, SuiteUse
+from mmmamba_cli.ablation.record_builder import (
+    device_name,
+    model_record,
+    recipe_fields,
+    stage_products,
+    stage_record,
+    suite_record,
 )
 from mmmamba_cli.ablation.run_folders import copy_run, prune_run
 from mmmamba_cli.checkpoint import (

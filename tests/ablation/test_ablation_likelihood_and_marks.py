@@ -10,8 +10,8 @@ from ablation_plans import PLAN, WritePlan
 from ablation_results import answers_with, questions_of, write_cells
 
 from mmmamba_cli.ablation import expand, load_plan, read_records
-from mmmamba_cli.ablation.answer_ways import kendall_tau
-from mmmamba_cli.ablation.records import missing_suites
+from mmmamba_cli.ablation.cell_record import missing_suites
+from mmmamba_cli.ablation.likelihood_comparison import kendall_tau
 from mmmamba_cli.ablation.tables import plan_tables
 from mmmamba_cli.errors import RecipeError
 

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError
-from mmmamba_evals.scenes import fetch as fetching
+from mmmamba_evals.scenes import atlas_download as fetching
+from mmmamba_evals.scenes.atlas_download import EmojiPackage, fetch, pinned_packages
 from mmmamba_evals.scenes.classes import class_table
-from mmmamba_evals.scenes.fetch import EmojiPackage, fetch, pinned_packages
 
 CLASSES = ["dog", "ice cream", "spider"]
 # Writes the tarball, if there is one, into the working directory, as npm does.

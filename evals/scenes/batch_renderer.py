@@ -1,6 +1,6 @@
 """Batched rendering of scenes with torch, on any device.
 
-Equal to `render.render` up to interpolation. Legend: B scenes, N things and W words at most,
+Equal to `renderer.render` up to interpolation. Legend: B scenes, N things and W words at most,
 S side of a texture, H and W of the picture.
 """
 
@@ -26,7 +26,7 @@ from mmmamba_evals.scenes.augmentation import (
     turn_hue,
 )
 from mmmamba_evals.scenes.fonts import word_mask
-from mmmamba_evals.scenes.render import turned_size
+from mmmamba_evals.scenes.renderer import turned_size
 from mmmamba_evals.scenes.scene import Scene, Thing
 from mmmamba_evals.scenes.world import COLOURS, World
 

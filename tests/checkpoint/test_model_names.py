@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ended import Command
 
-from mmmamba_cli.checkpoint import open_checkpoint, resolve
+from mmmamba_cli.checkpoint import model_names, open_checkpoint
 from mmmamba_cli.errors import CheckpointError
 
 SMALL = Path(__file__).parents[1] / "golden" / "hovle_pre"
@@ -26,13 +26,13 @@ def ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
             shutil.copy(SMALL / file, models[name])
     theirs = {"small": str(tmp_path / "nowhere"), "third": str(tmp_path / "third")}
     entries = [("ours", lambda: lambda: models), ("theirs", lambda: theirs)]
-    monkeypatch.setattr(resolve, "entry_points", lambda group: iter(entries))
+    monkeypatch.setattr(model_names, "entry_points", lambda group: iter(entries))
     return models
 
 
 def test_a_shipped_name_opens_its_folder(ships: dict[str, Path]) -> None:
     assert open_checkpoint("small").path == ships["small"]
-    assert resolve.shipped_models()["third"].name == "third"
+    assert model_names.shipped_models()["third"].name == "third"
 
 
 def test_a_path_takes_precedence_over_a_shipped_name(ships: dict[str, Path]) -> None:
@@ -52,17 +52,17 @@ def test_an_unknown_name_lists_the_shipped_ones(ships: dict[str, Path], mmmamba:
 def test_a_hub_id_is_not_a_shipped_name(
     ships: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resolve, "download_from_hub", lambda name: ships["other"])
+    monkeypatch.setattr(model_names, "download_from_hub", lambda name: ships["other"])
     assert open_checkpoint("someone/small").path == ships["other"]
 
 
 def test_public_name_of_a_shipped_folder(ships: dict[str, Path]) -> None:
-    assert resolve.public_model_name(ships["other"]) == "other"
-    assert resolve.public_model_name(ships["other"].parent) is None
+    assert model_names.public_model_name(ships["other"]) == "other"
+    assert model_names.public_model_name(ships["other"].parent) is None
 
 
 def test_every_shipped_model_opens() -> None:
-    found = resolve.shipped_models()
+    found = model_names.shipped_models()
     assert "scenes-teacher" in found
     for name in found:
         checkpoint = open_checkpoint(name)

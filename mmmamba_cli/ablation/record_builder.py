@@ -1,4 +1,4 @@
-"""What a finished cell's JSON says of its model, stages and answers."""
+"""The parts of a cell's record, from the files of its run: model, stages and answers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from mmmamba_cli.ablation.answers import Questions, Texts, write_questions
+from mmmamba_cli.ablation.cell_record import ModelRecord, RuleRecord, StageRecord, SuiteRecord
 from mmmamba_cli.ablation.cells import Cell
 from mmmamba_cli.ablation.plan import SuiteUse
-from mmmamba_cli.ablation.records import ModelRecord, RuleRecord, StageRecord, SuiteRecord
 from mmmamba_cli.devices import pick_device
 from mmmamba_cli.distill import read_metrics
 from mmmamba_cli.distill.metrics import METRICS

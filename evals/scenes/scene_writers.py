@@ -22,8 +22,8 @@ from mmmamba_cli.processing.chat_template import place_images
 from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.categories import SPLITS
 from mmmamba_evals.scenes.lessons import draw_lesson
-from mmmamba_evals.scenes.long import draw_pictures, draw_text
-from mmmamba_evals.scenes.render import render
+from mmmamba_evals.scenes.long_inputs import draw_pictures, draw_text
+from mmmamba_evals.scenes.renderer import render
 from mmmamba_evals.scenes.sampling import (
     DRAWS,
     SceneQuestions,

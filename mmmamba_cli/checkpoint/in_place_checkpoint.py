@@ -23,8 +23,8 @@ from mmmamba_cli.checkpoint.checkpoint import (
 from mmmamba_cli.checkpoint.gguf_file import is_gguf
 from mmmamba_cli.checkpoint.hovle import MODEL_TYPE as HOVLE_MODEL_TYPE
 from mmmamba_cli.checkpoint.mmmamba_hf import MODEL_TYPE as PUBLISHED_MODEL_TYPE
+from mmmamba_cli.checkpoint.model_names import resolve_path
 from mmmamba_cli.checkpoint.name_map import Shape, compare_tensors
-from mmmamba_cli.checkpoint.resolve import resolve_path
 from mmmamba_cli.checkpoint.tensor_info import TensorInfo
 from mmmamba_cli.checkpoint.tensor_source import TensorSource, open_source
 from mmmamba_cli.errors import CheckpointError

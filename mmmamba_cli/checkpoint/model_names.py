@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mmmamba_cli.checkpoint.atomic import restore_hint, restore_interrupted
+from mmmamba_cli.checkpoint.atomic_writes import restore_hint, restore_interrupted
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.plugins import entry_points
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba_cli import __version__
-from mmmamba_cli.checkpoint.atomic import folder_entries
+from mmmamba_cli.checkpoint.atomic_writes import folder_entries
 
 RECORD_FILE = "mmmamba_export.json"
 CARD_FILE = "README.md"

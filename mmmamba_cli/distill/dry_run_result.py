@@ -1,4 +1,4 @@
-"""What a stage of distillation needs and does, as values that are printed or written as JSON."""
+"""The result of `distill --dry-run`: what each stage needs and does; `--json` prints it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`distill --dry-run`: what the stages of a recipe need and do, without training."""
+"""The runner of `distill --dry-run`: it checks and measures the stages, and trains nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from mmmamba_cli.checkpoint import AnyCheckpoint, Checkpoint
 from mmmamba_cli.data import StepBatches, StepLoader
 from mmmamba_cli.devices import free_cpu_memory
+from mmmamba_cli.distill.dry_run_result import DryRun, Learning, StageForecast
 from mmmamba_cli.distill.first_batch import describe_first_batch
 from mmmamba_cli.distill.pipeline import check_mixers, choose_start_product, stages_to_run
 from mmmamba_cli.distill.stage_disk import estimate_disk, product_bytes
-from mmmamba_cli.distill.stage_forecast import DryRun, Learning, StageForecast
 from mmmamba_cli.distill.stage_loaders import build_loaders
 from mmmamba_cli.distill.stage_memory import (
     adapter_elements,

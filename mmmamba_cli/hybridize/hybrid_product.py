@@ -1,4 +1,4 @@
-"""The model of a hybrid product, of each kind of student."""
+"""The specification of a hybrid product, for each kind of student."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from mmmamba_cli.architecture import ATTENTION, MixerConfig, mixer_spec, parameter_shapes
 from mmmamba_cli.checkpoint import AnyCheckpoint, Checkpoint, InPlaceCheckpoint
-from mmmamba_cli.checkpoint.in_place import student_layers, with_plan
+from mmmamba_cli.checkpoint.in_place_checkpoint import student_layers, with_plan
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.runs import ProductModel, holistic_model

@@ -8,7 +8,7 @@ from __future__ import annotations
 from random import Random
 
 from mmmamba_evals.scenes import questions as templates
-from mmmamba_evals.scenes.compose import SIDE, Content, compose
+from mmmamba_evals.scenes.composition import SIDE, Content, compose
 from mmmamba_evals.scenes.questions import NO, YES, YES_OR_NO
 from mmmamba_evals.scenes.sampling import shuffled
 from mmmamba_evals.scenes.scene import Question, Scene

@@ -1,4 +1,4 @@
-"""The JSON of a cell: what was run, on what, and what came out."""
+"""The record of a cell as JSON: its recipe, machine, models, scores and times."""
 
 from __future__ import annotations
 

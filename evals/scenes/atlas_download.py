@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import yaml
 from PIL import Image
 
-from mmmamba_cli.checkpoint.atomic import atomic_folder, check_replaceable, unlisted_files
+from mmmamba_cli.checkpoint.atomic_writes import atomic_folder, check_replaceable, unlisted_files
 from mmmamba_cli.errors import CheckpointError, DataError, name_some
 from mmmamba_evals.scenes.classes import ObjectClass, class_table
 

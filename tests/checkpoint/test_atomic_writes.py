@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mmmamba_cli.checkpoint import atomic
-from mmmamba_cli.checkpoint.atomic import atomic_folder, atomic_write_text
+from mmmamba_cli.checkpoint import atomic_writes
+from mmmamba_cli.checkpoint.atomic_writes import atomic_folder, atomic_write_text
 from mmmamba_cli.errors import CheckpointError
 
 
@@ -158,7 +158,12 @@ def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    host, here, dead, alive = atomic._host_name(), atomic._machine_id(), dead_pid(), os.getppid()
+    host, here, dead, alive = (
+        atomic_writes._host_name(),
+        atomic_writes._machine_id(),
+        dead_pid(),
+        os.getppid(),
+    )
     leftovers = {
         f".out.partial-{host}-{dead}": False,
         f".out.partial-{host}-{os.getpid()}": False,
@@ -186,7 +191,7 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
 
 
 def test_an_old_folder_left_aside_is_put_back(tmp_path: Path) -> None:
-    aside = tmp_path / f".out.old-{atomic._host_name()}-{dead_pid()}"
+    aside = tmp_path / f".out.old-{atomic_writes._host_name()}-{dead_pid()}"
     shutil.move(old_folder(tmp_path), aside)
     with pytest.raises(CheckpointError, match="already exists"), atomic_folder(tmp_path / "out"):
         raise AssertionError("the block must not run")
@@ -194,7 +199,7 @@ def test_an_old_folder_left_aside_is_put_back(tmp_path: Path) -> None:
 
 
 def test_an_old_folder_that_was_replaced_is_removed(tmp_path: Path) -> None:
-    aside = tmp_path / f".out.old-{atomic._host_name()}-{dead_pid()}"
+    aside = tmp_path / f".out.old-{atomic_writes._host_name()}-{dead_pid()}"
     shutil.move(old_folder(tmp_path), aside)
     old_folder(tmp_path)
     with atomic_folder(tmp_path / "out", overwrite=True) as folder:
@@ -207,8 +212,10 @@ def test_containers_with_equal_pids(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Two containers share a disk, and their processes a PID: neither touches the other's files."""
     with atomic_folder(tmp_path / "out") as mine:
         fill(mine)
-        monkeypatch.setattr(atomic, "_machine_id", lambda: f"{atomic._host_name()}.00000000")
-        monkeypatch.setattr(atomic, "_active", set())
+        monkeypatch.setattr(
+            atomic_writes, "_machine_id", lambda: f"{atomic_writes._host_name()}.00000000"
+        )
+        monkeypatch.setattr(atomic_writes, "_active", set())
         with atomic_folder(tmp_path / "out") as other:
             assert other != mine
             fill(other, "other")
@@ -229,15 +236,15 @@ def test_two_threads_of_a_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_reader_puts_an_old_folder_back(tmp_path: Path, legacy: bool) -> None:
-    where = atomic._host_name() if legacy else atomic._machine_id()
+    where = atomic_writes._host_name() if legacy else atomic_writes._machine_id()
     aside = tmp_path / f".out.old-{where}-{dead_pid()}{'' if legacy else '-0123abcd'}"
     shutil.move(old_folder(tmp_path), aside)
-    assert atomic.interrupted_replacements(tmp_path) == {"out": aside}
-    assert atomic.restore_interrupted(tmp_path / "out") is None
+    assert atomic_writes.interrupted_replacements(tmp_path) == {"out": aside}
+    assert atomic_writes.restore_interrupted(tmp_path / "out") is None
     assert tree(tmp_path) == {"out/old.txt": "old"}
     assert (
-        atomic.interrupted_replacements(tmp_path) == {}
-        and atomic.restore_interrupted(tmp_path / "out") is None
+        atomic_writes.interrupted_replacements(tmp_path) == {}
+        and atomic_writes.restore_interrupted(tmp_path / "out") is None
     )
 
 
@@ -245,7 +252,7 @@ def test_a_reader_puts_an_old_folder_back(tmp_path: Path, legacy: bool) -> None:
 def test_an_old_folder_that_may_not_be_moved_is_named(
     tmp_path: Path, owner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = "elsewhere.00000000" if owner == "another machine" else atomic._machine_id()
+    where = "elsewhere.00000000" if owner == "another machine" else atomic_writes._machine_id()
     pid = os.getppid() if owner == "a live process" else dead_pid()
     aside = tmp_path / f".out.old-{where}-{pid}-0123abcd"
     shutil.move(old_folder(tmp_path), aside)
@@ -255,9 +262,9 @@ def test_an_old_folder_that_may_not_be_moved_is_named(
 
     if owner == "a disk that refuses":
         monkeypatch.setattr(Path, "rename", fail)
-    assert atomic.restore_interrupted(tmp_path / "out") == aside
+    assert atomic_writes.restore_interrupted(tmp_path / "out") == aside
     assert tree(tmp_path) == {f"{aside.name}/old.txt": "old"}
-    assert f"mv {aside} {tmp_path / 'out'}" in atomic.restore_hint(aside)
+    assert f"mv {aside} {tmp_path / 'out'}" in atomic_writes.restore_hint(aside)
 
 
 def test_a_check_stops_the_replacement_early_and_late(tmp_path: Path) -> None:
@@ -299,7 +306,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-spec = spec_from_file_location("atomic", {atomic.__file__!r})  # without all that its package loads
+spec = spec_from_file_location("atomic", {atomic_writes.__file__!r})  # without its package
 atomic = module_from_spec(spec)
 spec.loader.exec_module(atomic)
 with atomic.atomic_folder(Path(sys.argv[1])) as folder:
