@@ -10,17 +10,32 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
+from steady_environment import clear_environment
+
+clear_environment()
 
 # As many processes as cores test side by side; threads of torch in each would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-import typer.testing
-from ended import Command, Done
+import torch  # noqa: E402
+import typer.testing  # noqa: E402
+from ended import Command, Done  # noqa: E402
 
-from mmmamba_cli.cli import main
+from mmmamba_cli.cli import main  # noqa: E402
+
+# The same examples everywhere and each time, however slow the machine is. With MMMAMBA_FUZZ, which
+# asks for more cases of odd input, each run draws other examples.
+hypothesis.settings.register_profile(
+    "steady",
+    derandomize="MMMAMBA_FUZZ" not in os.environ,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("steady")
 
 GOLDEN = Path(os.environ.get("MMMAMBA_GOLDEN", Path(__file__).parent / "golden"))
 

@@ -312,7 +312,7 @@ spec.loader.exec_module(atomic)
 with atomic.atomic_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("half")
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -323,7 +323,7 @@ def test_a_killed_process_leaves_no_target(tmp_path: Path, number: int, remains:
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(number)
-    process.wait(10)
+    process.wait(60)
     process.stdout.close()
     assert len(list(tmp_path.iterdir())) == remains
     with atomic_folder(tmp_path / "out") as folder:

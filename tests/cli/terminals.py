@@ -11,6 +11,7 @@ import struct
 import sys
 import termios
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -33,7 +34,7 @@ class Terminal:
     def resize(self, columns: int) -> None:
         fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
+    def wait_for(self, text: str, seconds: float = 120) -> str:
         """Read the output up to and including `text`."""
         end = time.monotonic() + seconds
         while text not in self.text:
@@ -44,12 +45,25 @@ class Terminal:
         before, _, self.text = self.text.partition(text)
         return before + text
 
+    def wait_until_it_reads(self) -> None:
+        """Wait until the process has slept for a while, as it does while it waits for a line."""
+        status = Path(f"/proc/{self.pid}/stat")
+        if not status.exists():
+            time.sleep(1)
+            return
+        end, asleep = time.monotonic() + 120, 0
+        while asleep < 10:
+            assert time.monotonic() < end
+            time.sleep(0.03)
+            state = status.read_text().rpartition(") ")[2][0]
+            asleep = asleep + 1 if state == "S" else 0
+
     def type(self, text: str) -> None:
         os.write(self.handle, text.encode())
 
     def ended(self) -> int:
         """Wait for the exit code; reads the remaining output, which would block the process."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while time.monotonic() < end and self._read():
             pass
         if time.monotonic() >= end:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,11 +205,11 @@ def test_interactive_session(llama: Path) -> None:
     assert "you: the cat" in terminal.wait_for("small-llama: ")
     terminal.wait_for(READY)
     # Python handles no signal between printing the prompt and reading from it.
-    time.sleep(0.5)
+    terminal.wait_until_it_reads()
     terminal.type(CTRL_C)
     terminal.wait_for("press Ctrl-C again to exit")
     terminal.wait_for(READY)
-    time.sleep(0.5)
+    terminal.wait_until_it_reads()
     terminal.type(CTRL_C)
     assert terminal.ended() == 130
 

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("MMMAMBA_KILLS", "0"))
 # Seconds of a command that takes long.
 LONG_SECONDS = 5.0
+# Seconds until an interrupted command has ended, on a busy machine too.
+ENDED_SECONDS = 120.0
 # A background shell job ignores Ctrl-C, and its child processes inherit that.
 HEED = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 MAIN = "from mmmamba_cli.__main__ import main\nmain()\n"
@@ -44,7 +46,7 @@ def start(code: str, *words: object) -> subprocess.Popen[bytes]:
 
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
     try:
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=ENDED_SECONDS)
     finally:
         process.kill()
     return process.returncode, stderr.decode()
@@ -95,23 +97,23 @@ CASES = {
         "import pathlib, sys, tempfile\n"
         "folder = pathlib.Path(tempfile.mkdtemp())\n"
         "(folder / 'greedy.py').write_text('import os, time\\nos.write(1, b\".\")\\n"
-        "try:\\n    time.sleep(30)\\nexcept BaseException:\\n    pass\\ntime.sleep(30)\\n')\n"
+        "try:\\n    time.sleep(600)\\nexcept BaseException:\\n    pass\\ntime.sleep(600)\\n')\n"
         "sys.path.insert(0, str(folder))\n"
         "import greedy\n"
     ),
     "a library that turns it into its own error": (
         "import os, time\nos.write(1, b'.')\n"
-        "try:\n    time.sleep(30)\n"
+        "try:\n    time.sleep(600)\n"
         "except KeyboardInterrupt:\n    raise RuntimeError('worker exited')\n"
     ),
     "a finaliser": (
         "import os, time\n"
-        "class Held:\n    def __del__(self):\n        os.write(1, b'.')\n        time.sleep(30)\n"
-        "held = Held()\ndel held\ntime.sleep(30)\n"
+        "class Held:\n    def __del__(self):\n        os.write(1, b'.')\n        time.sleep(600)\n"
+        "held = Held()\ndel held\ntime.sleep(600)\n"
     ),
     "a forked worker": (
         "import multiprocessing, os, time\n"
-        "def work():\n    os.write(1, b'.')\n    time.sleep(30)\n"
+        "def work():\n    os.write(1, b'.')\n    time.sleep(600)\n"
         "worker = multiprocessing.get_context('fork').Process(target=work)\n"
         "worker.start()\nworker.join()\n"
     ),
@@ -125,13 +127,13 @@ CASES = {
         "    pool = ProcessPoolExecutor(2, multiprocessing.get_context('spawn'))\n"
         "    stack.callback(pool.shutdown, cancel_futures=True)\n"
         "    with block_interrupts():\n"
-        "        results = pool.map(time.sleep, [3] * 10)\n"
+        "        results = pool.map(time.sleep, [1] * 300)\n"
         "    os.write(1, b'.')\n"
         "    list(results)\n"
     ),
     "the end of the interpreter": (
         "import atexit, os, time\n"
-        "atexit.register(time.sleep, 30)\natexit.register(os.write, 1, b'.')\n"
+        "atexit.register(time.sleep, 600)\natexit.register(os.write, 1, b'.')\n"
     ),
 }
 
@@ -146,9 +148,8 @@ def test_wherever_it_arrives(body: str) -> None:
         "module = sys.modules['mmmamba_cli.cli.act'] = types.ModuleType('mmmamba_cli.cli.act')\n"
         "module.command = act\napp.COMMANDS = (*app.COMMANDS, 'act')\n"
     )
-    begun = time.perf_counter()
+    # `ended` waits for less time than the command would take.
     assert interrupted(HEED + code + MAIN, ["act"], 0.2) == (130, "")
-    assert time.perf_counter() - begun < 20
 
 
 def test_an_ignored_one_stays_ignored() -> None:
@@ -159,7 +160,7 @@ def test_an_ignored_one_stays_ignored() -> None:
 
 def test_a_bug_after_an_answered_interrupt_keeps_its_traceback() -> None:
     body = (
-        "    try:\n        os.write(1, b'.')\n        time.sleep(30)\n"
+        "    try:\n        os.write(1, b'.')\n        time.sleep(600)\n"
         "    except KeyboardInterrupt:\n        pass\n    raise KeyError('ours')\n"
     )
     code = (

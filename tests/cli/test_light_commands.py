@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,12 @@ HEAVY = ("torch", "transformers")
 # An idle machine needs 0.2 to 0.5 s. CPU time is measured, which depends less on other load than
 # wall-clock time.
 CPU_SECONDS = 1.0
-# `--help` of an application without contents takes 1.1 times as long on an idle machine.
+# `--help` of an application without contents needs 0.17 s of CPU time on that machine. A machine on
+# which it takes longer is slow, and so is a command.
+BARE_FACTOR = 6
+# A measurement is repeated if other load made it too long.
+ATTEMPTS = 10
+# `--help` takes 1.1 times as long as that of the bare application on an idle machine.
 HELP_FACTOR = 1.5
 BARE_APPLICATION = (
     "import typer\n"
@@ -47,15 +51,25 @@ def light(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def processor_seconds(*words: object, times: int = 3) -> float:
-    """Median CPU time of a process."""
-    taken = []
-    for _ in range(times):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime - before.ru_utime)
-    return statistics.median(taken)
+def processor_seconds(*words: object) -> float:
+    """CPU time of a process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime
+
+
+def bare_seconds() -> float:
+    return processor_seconds("-c", BARE_APPLICATION, "--help")
+
+
+def takes_less_than_a_second(*words: object) -> bool:
+    """Whether one of several processes does; on a slow machine, less than BARE_FACTOR allows."""
+    for _ in range(ATTEMPTS):
+        taken = processor_seconds("-m", "mmmamba_cli", *words)
+        if taken < CPU_SECONDS or taken < BARE_FACTOR * bare_seconds():
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -101,20 +115,22 @@ def test_scoring_a_file_needs_neither(answered: list[object]) -> None:
 @pytest.mark.parametrize("name", ["status", "inspect product", "inspect shipped", "recipe show"])
 def test_takes_less_than_a_second(name: str, student_run: Path, tmp_path: Path) -> None:
     words = [word.format(run=student_run, folder=tmp_path) for word in COMMANDS[name]]
-    assert processor_seconds("-m", "mmmamba_cli", *words) < CPU_SECONDS
+    assert takes_less_than_a_second(*words)
 
 
 def test_scoring_a_file_takes_less_than_a_second(answered: list[object]) -> None:
-    assert processor_seconds("-m", "mmmamba_cli", *answered) < CPU_SECONDS
+    assert takes_less_than_a_second(*answered)
 
 
 def test_help_takes_about_as_long_as_that_of_a_bare_application() -> None:
-    """Alternate both; the minimum is the most stable."""
+    """Alternate both, at least three times, until the minima agree; they are the most stable."""
     ours, theirs = [], []
-    for _ in range(7):
-        theirs.append(processor_seconds("-c", BARE_APPLICATION, "--help", times=1))
-        ours.append(processor_seconds("-m", "mmmamba_cli", "--help", times=1))
-    assert min(ours) <= HELP_FACTOR * min(theirs)
+    for attempt in range(ATTEMPTS):
+        theirs.append(bare_seconds())
+        ours.append(processor_seconds("-m", "mmmamba_cli", "--help"))
+        if attempt >= 2 and min(ours) <= HELP_FACTOR * min(theirs):
+            return
+    pytest.fail(f"{min(ours):.3f} s of CPU time, and {min(theirs):.3f} s of a bare application")
 
 
 def test_lazy_attributes_of_packages() -> None:

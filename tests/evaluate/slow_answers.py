@@ -13,7 +13,7 @@ _answer_batch = runner._answer_batch
 
 
 def answer_batch(*arguments: Any) -> Any:
-    time.sleep(0.3)
+    time.sleep(1.0)
     return _answer_batch(*arguments)
 
 

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 
 import forked_launcher
@@ -15,7 +14,7 @@ import pytest
 import slow_answers
 from ended import Command
 from PIL import Image
-from preloaded_process import PreloadedProcess
+from preloaded_process import PreloadedProcess, free_port
 from scripted_mme import files
 from suite_tables import mme_rows, write_tsv
 
@@ -85,7 +84,7 @@ def test_killed_process_ends_both_and_one_resumes(
     process = PreloadedProcess(slow_answers.run, given, tmp_path / "output")
     process.wait_for(lambda: answers(tmp_path / "two"))
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    assert process.wait(timeout=60) == 2, process.text()
+    assert process.wait(timeout=120) == 2, process.text()
     assert process.text().count("error: a process of this run was killed") == 1
     assert "Traceback" not in process.text()
     assert 0 < answers(tmp_path / "two") < 28
@@ -103,7 +102,7 @@ def test_signal_stops_both_after_the_batch(
     process = PreloadedProcess(slow_answers.run, given, tmp_path / "output")
     process.wait_for(lambda: answers(tmp_path / "out"))
     os.kill(process.pid, number)
-    assert process.wait(timeout=60) == 130, process.text()
+    assert process.wait(timeout=120) == 130, process.text()
     assert process.text().count("stopping after this batch; press Ctrl-C again") == 1
     kept = answers(tmp_path / "out")
     assert 0 < kept < 28
@@ -115,9 +114,7 @@ def test_signal_stops_both_after_the_batch(
 def test_processes_of_torchrun(
     mmmamba: Command, small_run: Path, data: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def both(*more: object) -> list[PreloadedProcess]:
         given = words(small_run, data, tmp_path / "two", "--device", "cpu", *more)

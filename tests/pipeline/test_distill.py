@@ -255,7 +255,7 @@ def test_a_signal_saves_and_exits_130(number: int, workers: int, work: Path, see
     training = work / "run/training/stage1"
     process.wait_for(lambda: list(training.glob("step-*/state.json")))
     os.killpg(process.pid, number)
-    code, output = process.wait(timeout=60), process.text()
+    code, output = process.wait(timeout=120), process.text()
     assert code == 130, output
     assert "stopped and saved" in output
     assert output.count("stopping after this step") == 1

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import forked_launcher
 import pytest
-from preloaded_process import PreloadedProcess
+from preloaded_process import PreloadedProcess, free_port
 from slow_steps import run as distill_with_a_slow_step
 from test_distill import distill, done, refused, weights
 
@@ -146,7 +145,7 @@ def test_a_signal_before_training_ends_all(
         time.sleep(0.002)
     time.sleep(seconds)
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     # The signal may arrive during training, when there is a state to save.
     assert process.returncode == (130 if "stopped and saved" in output else code), output
     assert "Traceback" not in output
@@ -182,7 +181,7 @@ def test_processes_end_with_their_launcher(work: Path, seeded: Path) -> None:
     running = list(children(process.pid))
     assert len(running) == 2
     process.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while any(map(is_running, running)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -197,10 +196,12 @@ def test_a_second_signal_stops_at_once(number: int, code: int, work: Path, seede
     os.kill(process.pid, number)
     # A copy of the same request, as launchers forward it.
     os.kill(process.pid, number)
+    # The second that separates two requests begins when the process handles the first.
+    process.wait_for(lambda: "stopping after this step" in process.text())
     time.sleep(1.3)
     assert process.poll() is None
     os.kill(process.pid, number)
-    assert process.wait(timeout=60) == code, process.text()
+    assert process.wait(timeout=120) == code, process.text()
     assert "Traceback" not in process.text()
     assert [p.name for p in (work / "run/training/stage1").glob("*step-*")] == ["step-00000002"]
 
@@ -244,9 +245,7 @@ def test_the_documented_torchrun(work: Path, seeded: Path) -> None:
 def test_one_error_under_torchrun(work: Path, seeded: Path) -> None:
     """Two processes with the environment of torchrun."""
     words = [*map(str, distill(work, seeded, "--device", "cpu", "--stage", "3"))]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         PreloadedProcess(
             main,
