@@ -88,7 +88,7 @@ class PreloadedProcess:
         """What it has written up to now."""
         return self.output.read_text(encoding="utf-8")
 
-    def wait_for(self, ready: Callable[[], object], timeout: float = 120) -> None:
+    def wait_for(self, ready: Callable[[], object], timeout: float = 300) -> None:
         """Wait until `ready()` is true; the process must not end before."""
         deadline = time.monotonic() + timeout
         while not ready():

@@ -25,7 +25,7 @@ def test_budget_of_a_stage(benchmarks: None, tmp_path: Path) -> None:
 
     out = tmp_path / "budget.json"
     out.write_text(json.dumps({"stages": {"stage3": {"kept": True}}}))
-    words = ["--stages", "stage1", "--rows", "2", "--warmup", "1", "--steps", "2"]
+    words = ["--stages", "stage1", "--rows", "2", "--warmup", "1", "--steps", "3"]
     found = distill_budget.main([*words, "--profiled", "1", *TINY, "--out", str(out)])
     assert json.loads(out.read_text()) == found
     assert found["stages"]["stage3"] == {"kept": True}
@@ -34,9 +34,15 @@ def test_budget_of_a_stage(benchmarks: None, tmp_path: Path) -> None:
     host = row["host_seconds"]
     assert set(host) == {*distill_budget.PARTS, "wait for data", "logging", "rest"}
     assert sum(host.values()) == pytest.approx(row["profiled"]["seconds"], abs=1e-3)
-    assert host["forward and backward"] > max(host["optimiser"], host["read"]) > 0
     assert row["profiled"]["steps"] == 1
     assert "host: optimiser" in distill_budget.table("stage1", row)
+    # Other load may stop the process for longer than a step takes: then a step is profiled again.
+    for _ in range(10):
+        if host["forward and backward"] > max(host["optimiser"], host["read"]) > 0:
+            return
+        found = distill_budget.main([*words, "--profiled", "1", *TINY, "--out", str(out)])
+        host = found["stages"]["stage1"]["host_seconds"]
+    pytest.fail(f"no step in which the forward and backward passes take longest: {host}")
 
 
 def test_two_processes_and_one(
