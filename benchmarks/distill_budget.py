@@ -1,15 +1,16 @@
 """Where the time of a training step goes, stage by stage, on one GPU.
 
     python benchmarks/distill_budget.py [--stages stage1,stage2,stage3] [--rows 8] [--length 8192]
-                                        [--checkpointing auto] [--out FILE] [--tiny]
+                                        [--checkpointing auto] [--minutes 9] [--out FILE] [--tiny]
 
 Random weights in HoVLE-2.6B's shapes and random texts; trainer and loader are those of `mmmamba
 distill`, one row of --length tokens in a micro batch. The first --warmup steps compile kernels, the
 next --steps are timed, and the last --profiled ones run under torch.profiler, which slows the host.
 Of these, the table has seconds per step of the host in each part of the loop and of the device in
 kernels. "read" is the host's wait for the values of the step before: it is long where the device is
-the limit, and zero where the host is. With --out, stages are added to those of the file. `--tiny`
-tries it out with three small layers, also on a CPU.
+the limit, and zero where the host is. With --out, stages are added to those of the file. None is
+begun after --minutes, and one that runs then stops after its step and is left out. `--tiny` tries
+it out with three small layers, also on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,13 +36,15 @@ from random_stages import (
     WaitMeter,
     environment,
     make_job,
+    timed_steps,
+    write_result,
     write_texts,
 )
 
 from mmmamba_cli.data import StepLoader
 from mmmamba_cli.distill import trainer
 from mmmamba_cli.distill.metrics import MetricsLog, metrics_row
-from mmmamba_cli.distill.trainer import StepResult, train
+from mmmamba_cli.distill.trainer import StepResult, Stopped, steps_read_late, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import join_world
 
@@ -65,6 +70,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profiled", type=int, default=2)
     parser.add_argument("--checkpointing", choices=("true", "false", "auto"))
+    parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--device")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -73,27 +79,36 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     if given.out is not None and given.out.is_file():
         stages = json.loads(given.out.read_text())["stages"]
+    deadline = time.monotonic() + 60 * given.minutes
     with join_world(given.device) as world, tempfile.TemporaryDirectory() as work:
         texts = Path(work) / "texts.jsonl"
         write_texts(texts, 4 * given.rows, given.length)
         for name in given.stages.split(","):
-            stages[name] = measure(given, name, texts, Path(work) / name, world)
+            if time.monotonic() > deadline:
+                print(f"no time left for {name}", file=sys.stderr)
+                continue
+            try:
+                stages[name] = measure(given, name, texts, Path(work) / name, world, deadline)
+            except Stopped:
+                print(f"{name} stopped: no time left", file=sys.stderr)
+                continue
             print(table(name, stages[name]), flush=True)
             result |= {**environment(world.device), "stages": dict(sorted(stages.items()))}
             if given.out is not None:
-                given.out.write_text(json.dumps(result, indent=2) + "\n")
+                write_result(given.out, result)
     return result
 
 
 def measure(
-    given: argparse.Namespace, name: str, texts: Path, folder: Path, world: Any
+    given: argparse.Namespace, name: str, texts: Path, folder: Path, world: Any, deadline: float
 ) -> dict[str, Any]:
-    """Train a stage for the steps of all three kinds."""
+    """Train a stage for the steps of all three kinds. Raises `Stopped` after the deadline."""
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)
-    steps = given.warmup + given.steps + given.profiled
+    # A GPU's last step before the profiler is not timed, see `timed_steps`.
+    steps = given.warmup + given.steps + steps_read_late(world.device) + given.profiled
     chosen = {"true": True, "false": False}.get(given.checkpointing, given.checkpointing)
     setup = StageSetup(
         stage=name,
@@ -123,14 +138,15 @@ def measure(
         stack.callback(log.close)
         stack.enter_context(waits.patched())
         stack.enter_context(profiler.without_saving())
-        stack.enter_context(started_by(profiler))
+        stack.enter_context(profiler.started(StepLoader))
         for part, function in PARTS.items():
             run = recorded(PREFIX + part, getattr(trainer, function))
             stack.enter_context(mock.patch.object(trainer, function, run))
-        train(job, progress, report, lambda: False)
-    timed = results[given.warmup : given.warmup + given.steps]
+        train(job, progress, report, lambda: time.monotonic() > deadline)
+    chosen_steps = timed_steps(world.device, given.warmup, steps - given.profiled)
+    timed = [results[step] for step in chosen_steps]
     rates = [result.tokens_per_second for result in timed]
-    timed_waits = waits.seconds[given.warmup : given.warmup + given.steps]
+    timed_waits = [waits.seconds[step] for step in chosen_steps]
     seconds = [result.tokens / result.tokens_per_second for result in timed]
     found: dict[str, Any] = {
         "rows": given.rows,
@@ -158,16 +174,6 @@ def recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*arguments, **options)
 
     return run
-
-
-def started_by(profiler: StepProfiler) -> Any:
-    """Starts the profiler at the first step to profile."""
-    steps = StepLoader.steps
-
-    def watched(loader: StepLoader, first: int, stop: int) -> Any:
-        return profiler.patched(steps(loader, first, stop))
-
-    return mock.patch.object(StepLoader, "steps", watched)
 
 
 def host_seconds(profiler: StepProfiler, steps: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import platform
 import random
 import sys
@@ -32,7 +33,7 @@ from mmmamba_cli.data import StepLoader, open_corpus
 from mmmamba_cli.distill import trainer
 from mmmamba_cli.distill.objective import build_objective
 from mmmamba_cli.distill.parallelize import parallelize, plan_parallel
-from mmmamba_cli.distill.trainer import TrainingJob
+from mmmamba_cli.distill.trainer import TrainingJob, steps_read_late
 from mmmamba_cli.distill.training_state import StateFolder
 from mmmamba_cli.distributed import World
 from mmmamba_cli.processing import processor_from_hovle
@@ -72,6 +73,8 @@ class StageSetup:
     save_every: int | None = None
     # Whether a process kills itself in the middle.
     is_killed: bool = False
+    # When training stops, on the clock of `time.time`, which processes share.
+    deadline: float = math.inf
 
 
 def shapes(tiny: bool) -> dict[str, Any]:
@@ -149,6 +152,15 @@ def make_job(setup: StageSetup, world: World) -> tuple[TrainingJob, str]:
     return job, plan.mode
 
 
+def timed_steps(device: torch.device, warmup: int, steps: int) -> range:
+    """Indices of the steps to time, of `steps` ones before those to profile.
+
+    A GPU's step is read when the next one is queued, so that the time of the last one includes the
+    start of the profiler.
+    """
+    return range(warmup, steps - steps_read_late(device))
+
+
 class WaitMeter:
     """Seconds that the training loop waited for batches, by step."""
 
@@ -174,15 +186,27 @@ class WaitMeter:
 
 
 class StepProfiler:
-    """Profiles the last steps of a training, up to and without its last saved state."""
+    """Profiles the last steps of a training, up to and without its last saved state.
 
-    def __init__(self, device: torch.device, steps: int, profiled: int):
-        kinds = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            kinds.append(ProfilerActivity.CUDA)
+    Without `host`, operators are left out, which slow the host while they are recorded.
+    """
+
+    def __init__(self, device: torch.device, steps: int, profiled: int, *, host: bool = True):
+        kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+        if host or not kinds:
+            kinds.append(ProfilerActivity.CPU)
         self.profile = profile(activities=kinds)
         self._device, self._first, self._number = device, steps - profiled, profiled
         self._began = self.seconds = 0.0
+
+    def started(self, loader: type) -> Any:
+        """While active, the first step to profile that `loader.steps` gives starts the profiler."""
+        steps = loader.steps  # type: ignore[attr-defined]
+
+        def watched(one: Any, first: int, stop: int) -> Any:
+            return self.patched(steps(one, first, stop))
+
+        return mock.patch.object(loader, "steps", watched)
 
     def patched(self, batches: Any) -> Any:
         """`batches`, an iterator of steps, with the profiler started before the first of them."""
@@ -223,7 +247,8 @@ class StepProfiler:
         for event in self.profile.events():
             begin, end = event.time_range.start / 1e6, event.time_range.end / 1e6
             if event.device_type == DeviceType.CUDA:
-                if not event.name.startswith(("part: ", "ProfilerStep")):
+                # Ranges of the host, such as those of FSDP2, are listed for the device too.
+                if not event.is_user_annotation:
                     chosen = collectives if NCCL in event.name.lower() else kernels
                     chosen.append((begin, end))
                 continue
@@ -298,3 +323,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "seed": SEED,
     }
+
+
+def write_result(file: Path | None, result: dict[str, Any]) -> None:
+    """Replace the file at once, so that a call that runs out of time loses nothing."""
+    if file is not None:
+        partial = file.with_name(f".{file.name}")
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(file)

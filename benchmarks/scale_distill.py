@@ -12,9 +12,9 @@ The losses of all numbers of GPUs with the same rows must agree. --kill kills on
 middle, starts all again from the last state, and compares losses with an undisturbed training.
 --eval evaluates a checkpoint on each number of GPUs and compares the files.
 
-A part that is in --out already is not repeated (--again repeats it), and none is begun after
---minutes, so that several calls fill one file. `--tiny` tries it out with three small layers,
-`--device cpu` without a GPU. Prints one JSON object.
+A part that is in --out already is not repeated (--again repeats it). None is begun after --minutes,
+and one that runs then stops after its step and is left out, so that several calls fill one file.
+`--tiny` tries it out with three small layers, `--device cpu` without a GPU. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from random_stages import (
@@ -45,6 +44,8 @@ from random_stages import (
     WaitMeter,
     environment,
     make_job,
+    timed_steps,
+    write_result,
     write_texts,
 )
 from scale_picture import draw
@@ -52,7 +53,7 @@ from torch import Tensor
 
 from mmmamba_cli.data import StepLoader
 from mmmamba_cli.devices import pick_device
-from mmmamba_cli.distill.trainer import StepResult, train
+from mmmamba_cli.distill.trainer import StepResult, Stopped, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import join_world
 from mmmamba_cli.distributed.launcher import ProcessKilled, launch
@@ -88,22 +89,21 @@ def train_part(setup: StageSetup) -> dict[str, Any]:
         results: list[StepResult] = []
         waits, collectives = WaitMeter(), HostCollectives()
         profiler = StepProfiler(world.device, setup.steps, PROFILED)
-        steps = StepLoader.steps
         with ExitStack() as stack:
             if is_gpu:
-
-                def watched(loader: StepLoader, first: int, stop: int) -> Any:
-                    return profiler.patched(steps(loader, first, stop))
-
-                stack.enter_context(mock.patch.object(StepLoader, "steps", watched))
+                stack.enter_context(profiler.started(StepLoader))
                 stack.enter_context(profiler.without_saving())
             stack.enter_context(waits.patched())
             if world.size > 1:
                 stack.enter_context(collectives.patched())
             began = time.perf_counter()
-            train(job, Progress(), results.append, lambda: False)
+            try:
+                train(job, Progress(), results.append, lambda: time.time() > setup.deadline)
+            except Stopped:
+                # On all processes alike.
+                return {"stopped": True}
             seconds = time.perf_counter() - began
-        timed = range(WARMUP, setup.steps - (PROFILED if is_gpu else 0))
+        timed = timed_steps(world.device, WARMUP, setup.steps - (PROFILED if is_gpu else 0))
         peak = torch.cuda.max_memory_allocated(world.device) / GIB if is_gpu else 0.0
         waited = statistics.median(waits.seconds[step] for step in timed)
         peaks, all_waits = world.all_gather([peak]), world.all_gather([waited])
@@ -188,8 +188,8 @@ def run_killed(setup: StageSetup, gpus: int) -> dict[str, Any]:
     }
 
 
-def run_part(given: argparse.Namespace, part: Part, work: Path) -> dict[str, Any]:
-    """Train one part, in processes of its own."""
+def run_part(given: argparse.Namespace, part: Part, work: Path, deadline: float) -> dict[str, Any]:
+    """Train one part, in processes of its own, until the deadline."""
     texts = work / f"texts-{part.rows}.jsonl"
     if not texts.is_file():
         write_texts(texts, 4 * part.rows, given.length)
@@ -206,6 +206,7 @@ def run_part(given: argparse.Namespace, part: Part, work: Path) -> dict[str, Any
         device=given.device,
         workers=given.workers,
         save_every=SAVE_EVERY if given.kill else None,
+        deadline=deadline,
     )
     if given.kill:
         return run_killed(setup, part.gpus)
@@ -283,7 +284,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     given = parse(words)
     counts = [int(number) for number in given.gpus.split(",")]
     result = read(given.out)
-    deadline = time.monotonic() + 60 * given.minutes
+    deadline = time.time() + 60 * given.minutes
     result |= {
         "what": "distillation by number of GPUs, HoVLE-2.6B shapes, random weights and texts",
         **environment(pick_device(given.device)),
@@ -296,17 +297,20 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
             done = result.setdefault(kind, {})
             if part.name in done and not given.again:
                 continue
-            if time.monotonic() > deadline:
+            if time.time() > deadline:
                 print(f"no time left for {part.name}", file=sys.stderr)
                 continue
-            found = run_part(given, part, Path(work))
+            found = run_part(given, part, Path(work), deadline)
+            if found.get("stopped"):
+                print(f"{part.name} stopped: no time left", file=sys.stderr)
+                continue
             done[part.name] = {**asdict(part), "length": given.length, **found}
             print(json.dumps({part.name: found}), file=sys.stderr, flush=True)
             result["ratios"] = ratios(result.get("parts", {}))
-            write(given.out, result)
+            write_result(given.out, result)
         if given.eval:
             result["eval"] = evaluate(given, counts, Path(work))
-            write(given.out, result)
+            write_result(given.out, result)
     if given.picture is not None:
         draw(result, given.picture)
     print(json.dumps(result, indent=2))
@@ -336,14 +340,6 @@ def read(file: Path | None) -> dict[str, Any]:
     return found
 
 
-def write(file: Path | None, result: dict[str, Any]) -> None:
-    """Replace the file at once, so that a call that runs out of time loses nothing."""
-    if file is not None:
-        partial = file.with_name(f".{file.name}")
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        partial.replace(file)
-
-
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -368,7 +364,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args(words)
-    least = WARMUP + PROFILED + 1
+    # A GPU's last step before the profiler is not timed.
+    least = WARMUP + PROFILED + 2
     if given.steps < least:
         parser.error(f"--steps {given.steps}: expected {least} or more")
     return given

@@ -1,10 +1,11 @@
-"""benchmarks/distill_budget.py and scale_distill.py with three small layers, on a CPU."""
+"""The benchmarks of distillation with a few small layers, on a CPU."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_two_processes_and_one(
 
     monkeypatch.setattr(scale_distill, "launch", launch)
     out, picture = tmp_path / "scale.json", tmp_path / "scale.png"
-    words = ["--only", "stage2", "--rows", "4", "--steps", "5", "--workers", "0", *TINY]
+    words = ["--only", "stage2", "--rows", "4", "--steps", "6", "--workers", "0", *TINY]
     words += ["--out", str(out)]
     first = scale_distill.main([*words, "--gpus", "1"])
     assert first["ratios"] == []
@@ -72,7 +73,7 @@ def test_two_processes_and_one(
     assert ratio["same_losses"]
     assert (ratio["scaling"], ratio["gpus"], ratio["rows"]) == ("strong", [1, 2], 4)
     one, two = (found["parts"][f"stage2-{n}-gpus-4-rows-auto"] for n in (1, 2))
-    assert len(one["losses"]) == len(two["losses"]) == 5
+    assert len(one["losses"]) == len(two["losses"]) == 6
     assert one["losses"][0] != one["losses"][-1]
     assert (one["collectives_per_step"], two["mode"]) == (0, "replicate")
     # Counts, sums with flags, whether to stop, and one bucket.
@@ -97,6 +98,128 @@ def test_ratios(benchmarks: None) -> None:
     assert (weak["scaling"], weak["speed_ratio"], weak["rows_per_gpu"]) == ("weak", 1.9, 8)
     parts[1]["losses"][1] = 2.1
     assert not scale_distill.ratios(dict(enumerate(parts)))[0]["same_losses"]
+
+
+def test_models_in_place_beside_hovle(benchmarks: None, tmp_path: Path) -> None:
+    import distill_in_place
+
+    out = tmp_path / "in_place.json"
+    parts = ["hovle-2.6b-stage2", "qwen3-vl-2b-stage1", "qwen3-vl-8b-stage3-upper"]
+    out.write_text(json.dumps({"parts": {parts[0]: {"kept": True}}}))
+    words = ["--rows", "1", "--steps", "1", *TINY[:1], *TINY[3:], "--length", "64"]
+    words += ["--out", str(out), "--only", ",".join(parts)]
+    found = distill_in_place.main(words)
+    assert json.loads(out.read_text()) == found
+    assert found["parts"].pop(parts[0]) == {"kept": True}
+    assert list(found["parts"]) == parts[1:]
+    for row in found["parts"].values():
+        # Warm-up, timed, the one before the profiler, profiled.
+        assert len(row["losses"]) == 5
+        assert row["losses"][-1] < row["losses"][0]
+        assert row["tokens_per_second"] > 0
+        assert row["profiled"]["steps"] == 1
+    stage3 = found["parts"][parts[2]]
+    assert stage3["learning_parameters"] > found["parts"][parts[1]]["learning_parameters"]
+    assert stage3["recomputation"]["layers"] == 0
+
+
+def test_rows_of_pictures_are_what_the_model_reads(benchmarks: None) -> None:
+    import random_qwen3_vl
+    import torch
+
+    config = random_qwen3_vl.teacher_config("2B", tiny=True)
+    row = random_qwen3_vl.make_row(config, 131, 16, torch.Generator().manual_seed(0))
+    ids, mask = row.inputs["input_ids"], row.token_mask
+    grids = row.inputs["image_grid_thw"]
+    is_image = ids == config.image_token_id
+    assert row.num_tokens == ids.numel() == int(mask.sum()) == 131
+    assert int(is_image.sum()) == int(grids.prod(-1).sum()) // 4 == 4 * 16
+    assert len(row.inputs["pixel_values"]) == int(grids.prod(-1).sum())
+    answers = row.labels != -100
+    assert int(answers.sum()) == 16
+    assert not (answers & is_image).any()
+    assert torch.equal(row.labels[answers], ids[answers])
+
+
+def test_parts_of_models_in_place(
+    benchmarks: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import distill_in_place
+    import torch
+
+    from mmmamba_cli.distributed import World
+    from mmmamba_cli.errors import MmmambaError
+
+    named = [part.name for part in distill_in_place.parts_of("qwen3-vl-8b-stage3*,hovle*1")]
+    variants = ["", "-auto", "-lora", "-upper", "-layers"]
+    assert named == ["hovle-2.6b-stage1", *[f"qwen3-vl-8b-stage3{one}" for one in variants]]
+    assert distill_in_place.changes_of("upper", 4)["learns"] == [
+        "*.language_model.layers.2.*",
+        "*.language_model.layers.3.*",
+    ]
+    with pytest.raises(SystemExit):
+        distill_in_place.parse(["--only", "qwen2*"])
+    given = distill_in_place.parse(["--only", "*2b-stage1", "--length", "64", "--tiny"])
+    (part,) = distill_in_place.parts_of(given.only)
+    world = World(torch.device("cpu"))
+    assert distill_in_place.run_part(given, part, tmp_path, world, deadline=0) is None
+    assert "stopped: no time left" in capsys.readouterr().err
+    for error in (torch.OutOfMemoryError("too\nlarge"), MmmambaError("peft is missing")):
+
+        def fail(*arguments: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(distill_in_place, "measure", fail)
+        found = distill_in_place.run_part(given, part, tmp_path, world, deadline=0)
+        is_note = found == {"out_of_memory": "too", "peak_gib": 0.0}
+        assert is_note or (found is None and "peft is missing" in capsys.readouterr().err)
+
+
+def test_wait_for_lessons(benchmarks: None, tmp_path: Path) -> None:
+    import lesson_waits
+
+    out = tmp_path / "waits.json"
+    out.write_text(json.dumps({"by_workers": {"8": {"kept": True}}}))
+    words = ["--tiny", "--device", "cpu", "--workers", "8,0", "--out", str(out)]
+    found = lesson_waits.main([*words, "--warmup", "0", "--steps", "1"])
+    assert json.loads(out.read_text()) == found
+    assert found["by_workers"].pop("8") == {"kept": True}
+    row = found["by_workers"]["0"]
+    assert row["steps"] == 1
+    # Without loader processes the lessons are drawn while training waits.
+    assert 0 < row["waited_seconds"] < row["seconds"]
+    assert row["wait_share"] == pytest.approx(row["waited_seconds"] / row["seconds"], abs=1e-3)
+    assert found["data"].startswith("scenes:lessons?")
+
+
+def test_time_of_a_gpu(benchmarks: None) -> None:
+    """Its last step before the profiler and the ranges of the host do not count."""
+    import random_stages
+    import torch
+    from torch.autograd import DeviceType
+
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [len(random_stages.timed_steps(one, 2, 6)) for one in (gpu, cpu)] == [3, 4]
+
+    def event(name: str, first: float, last: float, is_user_annotation: bool = False) -> Any:
+        time_range = SimpleNamespace(start=first * 1e6, end=last * 1e6)
+        return SimpleNamespace(
+            name=name,
+            time_range=time_range,
+            device_type=DeviceType.CUDA,
+            is_user_annotation=is_user_annotation,
+        )
+
+    profiler = random_stages.StepProfiler(cpu, 1, 1)
+    events = [event("gemm", 0, 1), event("ncclDevKernel", 2, 3), event("FSDP::x", 0, 4, True)]
+    profiler.profile = SimpleNamespace(events=lambda: events)
+    profiler.seconds = 4.0
+    found = profiler.summary()
+    assert (found["gpu_busy_share"], found["communication_share"]) == (0.5, 0.25)
+    assert (found["kernel_seconds"], found["communication_seconds"]) == (1, 1)
 
 
 def test_parts_and_covered_time(benchmarks: None) -> None:
