@@ -17,8 +17,7 @@ from mmmamba_cli.recipe.problems import (
     suggest,
     validation_problems,
 )
-from mmmamba_cli.recipe.schema import MAX_SEED, Text
-from mmmamba_cli.recipe.section import Section, invalid_value
+from mmmamba_cli.recipe.section import MAX_SEED, Section, Text, invalid_value
 from mmmamba_cli.recipe.yaml_text import read_yaml
 
 # The cell of the teacher, which every plan has.

@@ -23,7 +23,8 @@ import torch
 
 from mmmamba_cli.ablation.cell_executor import CellExecutor, CellStopped, Control, Setting
 from mmmamba_cli.ablation.cells import Trunk
-from mmmamba_cli.ablation.runner import Unit, UnitEnd
+from mmmamba_cli.ablation.plan_progress import Unit
+from mmmamba_cli.ablation.runner import UnitEnd
 from mmmamba_cli.devices import pick_device
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.interrupts import block_interrupts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,18 +14,16 @@ from mmmamba_cli.ablation.cell_record import (
     CellRecord,
     Timing,
     finished,
-    missing_suites,
     read_records,
     write_record,
 )
-from mmmamba_cli.ablation.cells import Cell, Trunk, shared_trunks
+from mmmamba_cli.ablation.cells import Cell, Trunk
 from mmmamba_cli.ablation.estimates import Estimator
-from mmmamba_cli.ablation.plan import Plan, SuiteUse
-from mmmamba_cli.ablation.run_folders import has_product, prune_run
-from mmmamba_cli.errors import RunError, name_some
+from mmmamba_cli.ablation.plan import Plan
+from mmmamba_cli.ablation.plan_progress import PlanProgress, Unit, units_to_run
+from mmmamba_cli.ablation.run_folders import prune_run
 from mmmamba_cli.runs.manifest import utc_timestamp
 
-Unit = Cell | Trunk
 # Time kept free before the limit: a step, a training state and a product are written in it.
 STOP_MARGIN_SECONDS = 20.0
 STOP_MARGIN_SHARE = 0.1
@@ -88,111 +86,6 @@ class Outcome:
     # Left because their estimate does not fit into the time that is left.
     too_long: list[str] = field(default_factory=list)
     stopped: bool = False
-
-
-@dataclass(frozen=True)
-class PlanProgress:
-    """Where a plan stands: records by cell, cells to run, trunks and run folders of all cells.
-
-    `lacking` has the labels of suites that the plan has gained since a cell was finished, of the
-    selected cells whose product is gone, so that they cannot be evaluated on them.
-    """
-
-    records: Mapping[str, CellRecord]
-    pending: tuple[Cell, ...]
-    trunks: Mapping[str, Sequence[Trunk]]
-    folders: Mapping[str, str]
-    lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def suites(self) -> list[SuiteUse]:
-        """The suites that the pending cells will be evaluated on."""
-        done = finished(self.records)
-        uses = (
-            use
-            for cell in self.pending
-            for use in (missing_suites(cell, done[cell.name]) if cell.name in done else cell.suites)
-        )
-        return list(dict.fromkeys(uses))
-
-    @property
-    def pending_trunks(self) -> dict[str, Sequence[Trunk]]:
-        """The trunks of the cells to train; a finished cell that lacks suites needs none."""
-        done = finished(self.records)
-        return {
-            cell.name: self.trunks.get(cell.name, ())
-            for cell in self.pending
-            if cell.name not in done
-        }
-
-
-def find_progress(
-    out: Path,
-    work: Path,
-    cells: Sequence[Cell],
-    selected: Sequence[Cell],
-    *,
-    retry: bool,
-    overwrite: bool,
-) -> PlanProgress:
-    """Read the results and list the selected cells that have none, or lack suites.
-
-    A cell that lacks suites is run if its product is still there. `retry` runs failed cells again,
-    `overwrite` those whose results were made with other settings.
-
-    Raises:
-        RunError: results were made with other settings, without `overwrite`.
-    """
-    records, outdated = read_records(out, cells)
-    named = [cell.name for cell in outdated if cell in selected]
-    if named and not overwrite:
-        raise RunError(
-            f"{out} has results of this plan with other settings: {name_some(named)}",
-            "--overwrite runs these cells again; or choose another --out",
-        )
-    done = finished(records) if retry else records
-    pending, lacking = [], {}
-    for cell in selected:
-        record = done.get(cell.name)
-        if record is None:
-            pending.append(cell)
-        elif record.status == "finished" and (missing := missing_suites(cell, record)):
-            if _model_is_left(cell, record, work):
-                pending.append(cell)
-            else:
-                lacking[cell.name] = tuple(use.title for use in missing)
-    folders = {cell.name: cell.folder for cell in cells}
-    return PlanProgress(records, tuple(pending), shared_trunks(cells), folders, lacking)
-
-
-def _model_is_left(cell: Cell, record: CellRecord, work: Path) -> bool:
-    """Whether the evaluated model of a finished cell is still there."""
-    if cell.recipe is None:
-        return True
-    model = record.model
-    return model is not None and has_product(work / cell.folder, model.product, model.content_hash)
-
-
-def units_to_run(progress: PlanProgress) -> list[tuple[Unit, Trunk | None]]:
-    """The units of the pending cells with the trunk that each starts from, parents first."""
-    found: dict[str, tuple[Unit, Trunk | None]] = {}
-    trunks = progress.pending_trunks
-    for cell in progress.pending:
-        path = trunks.get(cell.name, ())
-        for trunk in path:
-            found.setdefault(trunk.folder, (trunk, trunk.parent))
-        found[cell.folder] = (cell, path[-1] if path else None)
-    return list(found.values())
-
-
-def estimates(
-    progress: PlanProgress, estimator: Estimator, work: Path
-) -> list[tuple[Unit, float | None]]:
-    """Seconds of each unit to run."""
-    return [
-        (unit, estimator.seconds(unit, work, parent.stages if parent else ()))
-        for unit, parent in units_to_run(progress)
-    ]
 
 
 def run_plan(

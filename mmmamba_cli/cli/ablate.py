@@ -24,7 +24,8 @@ from mmmamba_cli.errors import MmmambaError, RunError, name_some
 if TYPE_CHECKING:
     from mmmamba_cli.ablation.cells import Cell
     from mmmamba_cli.ablation.plan import Plan
-    from mmmamba_cli.ablation.runner import Outcome, PlanProgress, TimeLimit
+    from mmmamba_cli.ablation.plan_progress import PlanProgress
+    from mmmamba_cli.ablation.runner import Outcome, TimeLimit
 
 INTERRUPTED = 130
 
@@ -92,8 +93,9 @@ def command(
     """
     from mmmamba_cli.ablation import expand, load_plan
     from mmmamba_cli.ablation.cells import select
+    from mmmamba_cli.ablation.plan_progress import find_progress
     from mmmamba_cli.ablation.preparation import resolve_folders
-    from mmmamba_cli.ablation.runner import TimeLimit, find_progress
+    from mmmamba_cli.ablation.runner import TimeLimit
 
     started = time.monotonic()
     loaded = load_plan(plan)
@@ -235,7 +237,7 @@ def _print_cells(
 ) -> None:
     from mmmamba_cli.ablation.cells import Cell
     from mmmamba_cli.ablation.estimates import Estimator
-    from mmmamba_cli.ablation.runner import estimates
+    from mmmamba_cli.ablation.plan_progress import estimates
 
     found = estimates(progress, Estimator(plan.estimates, progress.records.values()), work)
     done = {name: one.status for name, one in progress.records.items()}

@@ -15,7 +15,7 @@ from mmmamba_cli.distill.stage_runner import (
     run_stage,
 )
 from mmmamba_cli.distill.trainer import Stopped
-from mmmamba_cli.distill.training_state import stage_digests
+from mmmamba_cli.distill.training_settings import stage_digests
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import RecipeError, RunError
 from mmmamba_cli.hybridize import LayerSelection, hybridize, planned_product_name

@@ -17,17 +17,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from mmmamba_cli.checkpoint import atomic_write_text
-from mmmamba_cli.distill.training_state import (
-    STATE_FILE,
+from mmmamba_cli.distill.training_settings import (
     Digests,
-    Progress,
-    StateFolder,
     diff_settings,
     product_settings,
     result_settings,
     same_held_out,
     stage_settings,
 )
+from mmmamba_cli.distill.training_state import STATE_FILE, Progress, StateFolder
 from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import Recipe, Stage
 from mmmamba_cli.runs import Manifest, Run

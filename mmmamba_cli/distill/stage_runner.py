@@ -33,7 +33,8 @@ from mmmamba_cli.distill.trainer import (
     TrainingJob,
     train,
 )
-from mmmamba_cli.distill.training_state import BEST, Digests, Progress, StateFolder, stage_settings
+from mmmamba_cli.distill.training_settings import Digests, stage_settings
+from mmmamba_cli.distill.training_state import BEST, Progress, StateFolder
 from mmmamba_cli.distributed import World, seed_everything, step_seed
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.recipe import Recipe, Stage, dump_recipe

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
         write_profile,
     )
     from mmmamba_cli.profiling.random_models import random_subjects
+    from mmmamba_cli.profiling.shared_weights import weight_store
     from mmmamba_cli.profiling.subjects import (
         int8_subjects,
         path_subjects,
         run_subjects,
-        weight_store,
     )
 
 __all__ = [
@@ -70,8 +70,8 @@ __getattr__ = lazy_attributes(
             "int8_subjects",
             "path_subjects",
             "run_subjects",
-            "weight_store",
         ),
+        "shared_weights": ("weight_store",),
         "profiler": (
             "check_replaceable",
             "default_plan",

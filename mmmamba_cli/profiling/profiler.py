@@ -37,8 +37,8 @@ from mmmamba_cli.profiling.result import (
     ratios,
 )
 from mmmamba_cli.profiling.roofline import measure_roofline
+from mmmamba_cli.profiling.shared_weights import WeightStore
 from mmmamba_cli.profiling.subjects import (
-    WeightStore,
     check_names,
     path_subjects,
     run_subjects,

@@ -11,7 +11,8 @@ from mmmamba_cli.checkpoint import hovle
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.profiling.interfaces import STUDENT, Subject
-from mmmamba_cli.profiling.subjects import WeightStore, baseline_roles, make_subject
+from mmmamba_cli.profiling.shared_weights import WeightStore
+from mmmamba_cli.profiling.subjects import baseline_roles, make_subject
 from mmmamba_cli.recipe import place_attention
 from mmmamba_cli.recipe.problems import join_or, suggest
 

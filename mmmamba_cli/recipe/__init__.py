@@ -15,19 +15,9 @@ from mmmamba_cli.recipe.loader import (
     recipe_folder,
     recipe_names,
 )
-from mmmamba_cli.recipe.mixers import CALIBRATED, layer_mixers, mixer_options
-from mmmamba_cli.recipe.schema import (
-    KL,
-    Data,
-    Layers,
-    LoRA,
-    Mixer,
-    Optimiser,
-    Recipe,
-    Schedule,
-    Stage,
-    stage_data,
-)
+from mmmamba_cli.recipe.mixers import CALIBRATED, Mixer, layer_mixers, mixer_options
+from mmmamba_cli.recipe.schema import Data, Layers, Recipe, stage_data
+from mmmamba_cli.recipe.stage_schema import KL, LoRA, Optimiser, Schedule, Stage
 
 __all__ = [
     "CALIBRATED",

@@ -1,9 +1,16 @@
-"""Base of the sections of a recipe, and its validation errors."""
+"""Base of the sections of a recipe, types of their fields, and their validation errors."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+MAX_SEED = 2**32 - 1
+
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):

@@ -14,15 +14,8 @@ from mmmamba_cli.ablation import Cell, CellRecord, expand, load_plan
 from mmmamba_cli.ablation import runner as runner_module
 from mmmamba_cli.ablation.cell_record import StageRecord, Timing, write_record
 from mmmamba_cli.ablation.cells import Trunk
-from mmmamba_cli.ablation.runner import (
-    Outcome,
-    RunnerEvents,
-    TimeLimit,
-    Unit,
-    UnitEnd,
-    find_progress,
-    run_plan,
-)
+from mmmamba_cli.ablation.plan_progress import Unit, find_progress
+from mmmamba_cli.ablation.runner import Outcome, RunnerEvents, TimeLimit, UnitEnd, run_plan
 
 QUIET = RunnerEvents(lambda text: None, lambda done, total, left: None, lambda: False)
 

@@ -8,7 +8,7 @@ import tarfile
 import warnings
 from pathlib import Path
 
-from mmmamba_cli.distill.training_state import data_digests
+from mmmamba_cli.distill.training_settings import data_digests
 from mmmamba_cli.recipe import Data
 
 

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from mmmamba_cli.recipe import PLACEMENTS, Recipe, Stage, schema
+from mmmamba_cli.recipe import PLACEMENTS, Recipe, Stage, schema, stage_schema
 from mmmamba_cli.recipe.problems import format_location, validation_problems
 
 SECTIONS = (
@@ -13,11 +13,11 @@ SECTIONS = (
     schema.Layers,
     schema.Mixer,
     schema.Data,
-    schema.Stage,
-    schema.Schedule,
-    schema.Optimiser,
-    schema.KL,
-    schema.LoRA,
+    stage_schema.Stage,
+    stage_schema.Schedule,
+    stage_schema.Optimiser,
+    stage_schema.KL,
+    stage_schema.LoRA,
 )
 STAGE: dict[str, Any] = {
     "name": "s",
@@ -172,17 +172,17 @@ def test_stage_names_are_unique_and_layers_stay_planned() -> None:
 
 
 def test_a_kl_stage_shows_its_settings_and_no_other_has_them() -> None:
-    assert Stage.model_validate(KL_STAGE).kl == schema.KL()
-    assert Stage.model_validate({**KL_STAGE, "kl": None}).kl == schema.KL()
+    assert Stage.model_validate(KL_STAGE).kl == stage_schema.KL()
+    assert Stage.model_validate({**KL_STAGE, "kl": None}).kl == stage_schema.KL()
     assert Stage.model_validate(STAGE).kl is None
 
 
 def test_only_wsd_limits_the_decay_by_the_warmup() -> None:
     shares = {"warmup": 0.95, "decay": 0.1}
-    assert problems(schema.Schedule, shares) == [
+    assert problems(stage_schema.Schedule, shares) == [
         ("decay", "is 0.1, must be at most 1 - warmup = 0.05")
     ]
-    assert not problems(schema.Schedule, {**shares, "kind": "cosine"})
+    assert not problems(stage_schema.Schedule, {**shares, "kind": "cosine"})
 
 
 def test_every_invalid_entry_is_named_without_its_list() -> None:
