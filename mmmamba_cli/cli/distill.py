@@ -27,6 +27,7 @@ from mmmamba_cli.cli.options import (
     FromParent,
     RunFolder,
     Sets,
+    TeacherPath,
     complete_recipes,
 )
 from mmmamba_cli.errors import MmmambaError
@@ -86,9 +87,7 @@ def command(
             "in the recipe of the start product, else the folder of each data file).",
         ),
     ] = None,
-    teacher: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Path of the teacher, if it has moved.")
-    ] = None,
+    teacher: TeacherPath = None,
     device: Device = None,
     gpus: Annotated[
         int | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +25,7 @@ from mmmamba_cli.cli.options import (
     FromParent,
     Overwrite,
     RunFolder,
+    TeacherPath,
     read_lengths,
 )
 from mmmamba_cli.errors import RecipeError
@@ -120,9 +120,7 @@ def command(
     ] = False,
     run: RunFolder = DEFAULT_RUN,
     parent: FromParent = None,
-    teacher: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Path of the teacher, if it has moved.")
-    ] = None,
+    teacher: TeacherPath = None,
     device: Device = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

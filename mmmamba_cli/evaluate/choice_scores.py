@@ -5,7 +5,7 @@ Legend: B prompts, N answers, W columns, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,30 @@ class ChoiceTail:
     ids: list[int]
 
 
-def first_token_scores(logits: Tensor, tails: Sequence[ChoiceTail]) -> list[float]:
+def choice_scores(
+    logits: Tensor,
+    tails: Sequence[ChoiceTail],
+    later_scores: Callable[[Sequence[ChoiceTail]], list[float]],
+) -> list[list[float]]:
+    """Log p of each answer, in nats, by the row of its prompt and in the order of `tails`.
+
+    Args:
+        logits: the prompts' last logits (B, V).
+        later_scores: log p of answers of two tokens and more behind their first token; it is
+            called only if there are such answers.
+    """
+    scores = _first_token_scores(logits, tails)
+    longer = [place for place, tail in enumerate(tails) if len(tail.ids) > 1]
+    if longer:
+        for place, score in zip(longer, later_scores([tails[i] for i in longer]), strict=True):
+            scores[place] += score
+    found: list[list[float]] = [[] for _ in range(len(logits))]
+    for tail, score in zip(tails, scores, strict=True):
+        found[tail.row].append(score)
+    return found
+
+
+def _first_token_scores(logits: Tensor, tails: Sequence[ChoiceTail]) -> list[float]:
     """Log p of the first token of each answer, from the prompts' last logits (B, V); 0 if empty."""
     logs = torch.log_softmax(logits.double(), dim=-1)
     return [float(logs[tail.row, tail.ids[0]]) if tail.ids else 0.0 for tail in tails]

@@ -25,7 +25,7 @@ from mmmamba_cli.errors import CheckpointError, DataError
 from mmmamba_cli.evaluate.batch_memory import measure_batch_tokens
 from mmmamba_cli.evaluate.choice_scores import (
     ChoiceTail,
-    first_token_scores,
+    choice_scores,
     later_token_scores,
     padded_tails,
 )
@@ -177,15 +177,10 @@ class InPlaceAdapter:
         prefill = self.model.generate(
             **inputs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True
         )
-        scores = first_token_scores(prefill.logits[0], tails)
-        longer = [place for place, tail in enumerate(tails) if len(tail.ids) > 1]
-        if longer:
-            cache = getattr(prefill, CACHE_NAME)
-            rest = self._score_rest([tails[i] for i in longer], inputs["attention_mask"], cache)
-            for place, score in zip(longer, rest, strict=True):
-                scores[place] += score
-        found = iter(scores)
-        return [[next(found) for _ in encoded.prompt.choices] for encoded in batch]
+        mask, cache = inputs["attention_mask"], getattr(prefill, CACHE_NAME)
+        return choice_scores(
+            prefill.logits[0], tails, lambda longer: self._score_rest(longer, mask, cache)
+        )
 
     def _score_rest(self, tails: Sequence[ChoiceTail], mask: Tensor, cache: Any) -> list[float]:
         """Log p of each answer after its first token; `mask` (B, T) is of the cached prompts."""

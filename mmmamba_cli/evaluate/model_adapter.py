@@ -20,7 +20,7 @@ from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.batch_memory import measure_batch_tokens
 from mmmamba_cli.evaluate.choice_scores import (
     ChoiceTail,
-    first_token_scores,
+    choice_scores,
     later_token_scores,
     padded_tails,
 )
@@ -188,15 +188,10 @@ class HolisticVLMAdapter:
         ]
         inputs = self._inputs(prefixes, batch)
         outputs = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        scores = first_token_scores(outputs.logits[:, -1], tails)
-        longer = [place for place, tail in enumerate(tails) if len(tail.ids) > 1]
-        if longer:
-            cache = getattr(outputs, CACHE_NAME)
-            rest = self._score_rest([tails[i] for i in longer], inputs["attention_mask"], cache)
-            for place, score in zip(longer, rest, strict=True):
-                scores[place] += score
-        found = iter(scores)
-        return [[next(found) for _ in encoded.prompt.choices] for encoded in batch]
+        mask, cache = inputs["attention_mask"], getattr(outputs, CACHE_NAME)
+        return choice_scores(
+            outputs.logits[:, -1], tails, lambda longer: self._score_rest(longer, mask, cache)
+        )
 
     def _score_rest(self, tails: Sequence[ChoiceTail], mask: Tensor, cache: Cache) -> list[float]:
         """Log p of each answer after its first token; `mask` (B, T) is of the cached prompts."""
