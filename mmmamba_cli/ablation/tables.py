@@ -92,8 +92,8 @@ def _gained_notes(cells: Sequence[Cell], records: Mapping[str, CellRecord]) -> l
             labels = tuple(use.title for use in missing_suites(cell, record))
             gained.setdefault(labels, []).append(cell)
     return [
-        f"{len(found)} finished cells have no answers to {', '.join(labels)}, which the plan has "
-        f"gained since: {_by_seeds(found)}"
+        f"{len(found)} finished cells have no answers to {', '.join(labels)}, which were added to "
+        f"the plan later: {_by_seeds(found)}"
         for labels, found in gained.items()
         if labels
     ]
