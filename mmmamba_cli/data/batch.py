@@ -52,6 +52,7 @@ class Batch:
         normalised float32 after `to`.
     drawings: the pictures in place of `pixel_values` if the corpus draws them; `to` draws them.
     num_tokens: number of tokens without padding.
+    on_host: the batch that `to` moved here from the CPU, where reading values waits for no GPU.
     """
 
     input_ids: Tensor
@@ -64,6 +65,7 @@ class Batch:
     names: tuple[str, ...] = ()
     varlen: VarlenMetadata | None = None
     drawings: Drawings | None = None
+    on_host: Batch | None = None
 
     @property
     def token_mask(self) -> Tensor:
@@ -77,6 +79,8 @@ class Batch:
         # The stream orders the copy from pinned memory before later kernels.
         non_blocking = torch.device(device).type == "cuda"
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if self.input_ids.device.type == "cpu" and moved.input_ids.device.type != "cpu":
+            moved = replace(moved, on_host=self)
         pixels = moved.pixel_values
         if moved.drawings is not None:
             pixels = moved.drawings.draw(moved.input_ids.device)

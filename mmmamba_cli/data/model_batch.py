@@ -26,6 +26,7 @@ class ModelBatch:
         num_samples: number of samples. A batch without samples has one row, which counts nothing.
         num_tokens: number of tokens without padding.
         names: names of the samples.
+        on_host: the batch that `to` moved here from the CPU, where reading values waits for no GPU.
     """
 
     inputs: Mapping[str, Tensor]
@@ -33,6 +34,7 @@ class ModelBatch:
     num_samples: int
     num_tokens: int
     names: tuple[str, ...] = ()
+    on_host: ModelBatch | None = None
 
     @classmethod
     def empty(cls, pad_id: int) -> ModelBatch:
@@ -54,7 +56,10 @@ class ModelBatch:
         """Move the tensors to `device`."""
         # The stream orders the copy from pinned memory before later kernels.
         non_blocking = torch.device(device).type == "cuda"
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if self.labels.device.type == "cpu" and moved.labels.device.type != "cpu":
+            return replace(moved, on_host=self)
+        return moved
 
     def pin_memory(self) -> ModelBatch:
         """Copy the tensors to pinned memory, from which copies to a GPU are asynchronous."""

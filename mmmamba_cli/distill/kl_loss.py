@@ -104,14 +104,19 @@ class LogitsKL:
         """A bool mask (N,), where the KL counts, and the indices (N,) of scored columns.
 
         The indices count all rows one after the other, and are None if all columns are scored.
-        Only the search for indices waits for a GPU.
         """
-        mask = self.score_mask(batch)
-        if mask.numel() == batch.num_tokens and not self._scores_answers_only:
-            return mask.flatten(), None
-        chosen = mask | (targets != IGNORE_INDEX) if len(self.terms) > 1 else mask
+        if targets.numel() == batch.num_tokens and not self._scores_answers_only:
+            return self.score_mask(batch).flatten(), None
+        # The search for indices would wait for a GPU.
+        host = batch if batch.on_host is None else batch.on_host
+        mask = chosen = self.score_mask(host)
+        if len(self.terms) > 1:
+            chosen = mask | (shift_labels(host) != IGNORE_INDEX)
         indices = chosen.flatten().nonzero().squeeze(1)
-        return mask.flatten()[indices], indices
+        return (
+            _without_wait(mask.flatten()[indices], targets.device),
+            _without_wait(indices, targets.device),
+        )
 
     def _chunk_sums(
         self,
@@ -156,6 +161,13 @@ def divergence(teacher: Tensor, student: Tensor, direction: str, temperature: fl
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+
+def _without_wait(values: Tensor, device: torch.device) -> Tensor:
+    """Copy values of the CPU to `device`, without waiting for a GPU."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _rows(values: Tensor, indices: Tensor | None) -> Tensor:

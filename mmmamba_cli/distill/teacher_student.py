@@ -71,7 +71,11 @@ class TeacherStudent:
     def prepare(self, batch: Batch) -> PreparedInputs:
         """Embed and lay out a batch; the result is the same for teacher and student."""
         prompt = self.teacher.model.prepare(
-            batch.input_ids, batch.pixel_values, batch.attention_mask, batch.seq_idx
+            batch.input_ids,
+            batch.pixel_values,
+            batch.attention_mask,
+            batch.seq_idx,
+            host_ids=None if batch.on_host is None else batch.on_host.input_ids,
         )
         prompt = describe_tiles(self.student.config, prompt)
         if batch.varlen is None:

@@ -49,6 +49,7 @@ from mmmamba_cli.model.prepared_inputs import (
     check_tile_shape,
     describe_tiles,
     stack_layouts,
+    stack_tiles,
 )
 from mmmamba_cli.model.pretrained import HolisticPreTrainedModel
 from mmmamba_cli.model.sequence_layout import SequenceLayout, StackState, packed_sequences
@@ -225,12 +226,14 @@ class HolisticDecoder(HolisticPreTrainedModel):
         *,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
+        host_ids: Tensor | None = None,
     ) -> PreparedInputs:
         """Check the inputs, describe what each stack sees, and advance the cache's state.
 
         With a filled cache, `pixel_values` holds the tiles of the new columns or of the whole
-        conversation. Raises `DataError` if inputs contradict each other or the cache, and
-        `ValueError` for arguments that exclude each other.
+        conversation. `host_ids` are `input_ids` on the CPU, if the caller has them: image tokens
+        are then counted without waiting for a GPU. Raises `DataError` if inputs contradict each
+        other or the cache, and `ValueError` for arguments that exclude each other.
         """
         inputs = check_inputs(input_ids, inputs_embeds, attention_mask)
         rows, length = inputs.shape[:2]
@@ -247,11 +250,12 @@ class HolisticDecoder(HolisticPreTrainedModel):
         if vision is not None and pixel_values is not None and seen is not None:
             new = image_token_mask(vision, input_ids, inputs_embeds, self.text_embedding)
             pixel_values = select_new_tiles(pixel_values, new, vision.tokens_per_tile, seen)
-        is_image = self.find_images(input_ids, pixel_values, inputs_embeds)
+        is_image = self.find_images(input_ids, pixel_values, inputs_embeds, host_ids)
         expansion = None
         if is_image is not None and vision is not None:
             if vision.pixel_shuffle == "post":
-                expansion = expand_image_columns(is_image, vision.merge**2)
+                counted = is_image if host_ids is None else host_ids == vision.image_token_id
+                expansion = expand_image_columns(is_image, vision.merge**2, counted.sum(1))
                 check_position_ids(position_ids, mask, state.language)
             if cache is not None:
                 if expansion is not None:
@@ -327,9 +331,9 @@ class HolisticDecoder(HolisticPreTrainedModel):
             # The embedding stack may be on another device.
             hidden = hidden.to(is_image.device)
             rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
-            patches = hidden[expansion.expand(is_image, fill=0)]
-            per_tile = self.vision.config.patches_per_tile
-            images = self.vision.merge(patches.view(-1, per_tile, hidden.shape[-1]))
+            tiles = stack_tiles(self.config, inputs)[0]
+            assert tiles is not None
+            images = self.vision.merge(hidden.flatten(0, 1)[tiles.flatten(1)])
             merged = hidden[rows, expansion.last]
             hidden = merged.masked_scatter(is_image.unsqueeze(-1), images.to(hidden.dtype))
         if self.config.normalize_embedding_output:
@@ -341,20 +345,22 @@ class HolisticDecoder(HolisticPreTrainedModel):
         input_ids: Tensor | None,
         pixel_values: Tensor | None,
         inputs_embeds: Tensor | None = None,
+        host_ids: Tensor | None = None,
     ) -> Tensor | None:
         """(B, T) bool, True at image tokens, checked against the number of tiles; None for text.
 
-        Image tokens are found as by `image_token_mask`.
+        Image tokens are found as by `image_token_mask`, and counted in `host_ids` if given.
         """
         vision = self.config.vision_config
         if pixel_values is not None:
             check_tile_shape(require_vision(vision), pixel_values)
         if vision is None or pixel_values is None or pixel_values.shape[0] == 0:
             if input_ids is not None:
-                check_pixel_values_given(vision, input_ids)
+                check_pixel_values_given(vision, input_ids if host_ids is None else host_ids)
             return None
         is_image = image_token_mask(vision, input_ids, inputs_embeds, self.text_embedding)
-        check_tile_count(is_image, vision.tokens_per_tile, pixel_values.shape[0])
+        counted = is_image if host_ids is None else host_ids == vision.image_token_id
+        check_tile_count(counted, vision.tokens_per_tile, pixel_values.shape[0])
         return is_image
 
 

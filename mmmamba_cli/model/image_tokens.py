@@ -24,12 +24,14 @@ class Expansion:
     """Mapping between the columns of a prompt and those of the embedding stack.
 
     `source` (B, E) is the flat index into the (B * T) prompt columns, -1 for padding; `first` and
-    `last` (B, T) are the first and last embedding column of each prompt column.
+    `last` (B, T) are the first and last embedding column of each prompt column. `is_padded` tells
+    whether rows differ in length, so that `source` has padding.
     """
 
     source: Tensor
     first: Tensor
     last: Tensor
+    is_padded: bool
 
     @property
     def extra_columns(self) -> int:
@@ -41,14 +43,20 @@ class Expansion:
         return torch.where(self.source < 0, torch.full_like(spread, fill), spread)
 
 
-def expand_image_columns(is_image: Tensor, ratio: int) -> Expansion:
-    """Expand each image column of `is_image` (B, T) bool into `ratio` columns."""
+def expand_image_columns(is_image: Tensor, ratio: int, images_per_row: Tensor) -> Expansion:
+    """Expand each image column of `is_image` (B, T) bool into `ratio` columns.
+
+    `images_per_row` (B,) are the sums of `is_image`. On the CPU, nothing waits for a GPU.
+    """
     rows, length = is_image.shape
+    images = images_per_row.tolist()
     counts = torch.where(is_image, ratio, 1)
     ends = counts.cumsum(1)
     totals = ends[:, -1]
-    width = int(totals.max())
-    flat = torch.arange(rows * length, device=is_image.device).repeat_interleave(counts.flatten())
+    width = length + (ratio - 1) * max(images)
+    flat = torch.arange(rows * length, device=is_image.device).repeat_interleave(
+        counts.flatten(), output_size=rows * length + (ratio - 1) * sum(images)
+    )
     row = flat // length
     begin = totals.cumsum(0) - totals
     shift = width - totals
@@ -56,7 +64,7 @@ def expand_image_columns(is_image: Tensor, ratio: int) -> Expansion:
     source = torch.full((rows, width), -1, dtype=torch.long, device=flat.device)
     source[row, column] = flat
     last = ends - 1 + shift.unsqueeze(1)
-    return Expansion(source, last - counts + 1, last)
+    return Expansion(source, last - counts + 1, last, is_padded=min(images) < max(images))
 
 
 def require_vision(vision: HolisticVisionConfig | None) -> HolisticVisionConfig:

@@ -147,13 +147,12 @@ def stack_layouts(
     if config.embedding is not None and expansion is None:
         embedding = unexpanded(config.embedding, state.embedding)
     elif config.embedding is not None and expansion is not None:
-        is_real = expansion.source >= 0
         patch_mask = None
-        if mask is not None or not bool(is_real.all()):
+        if mask is not None or expansion.is_padded:
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device)
             patch_mask = expansion.expand(real if mask is None else mask, fill=0)
         if prompt_lengths is not None:
-            prompt_lengths = prompt_lengths + is_real.sum(1) - length
+            prompt_lengths = prompt_lengths + (expansion.source >= 0).sum(1) - length
         embedding = describe(
             config.embedding,
             state.embedding,

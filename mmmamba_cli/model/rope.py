@@ -32,7 +32,10 @@ def inverse_frequencies(stack: StackConfig, lengths: Tensor | int, device: torch
         return stack.rope_theta**-exponents / factor
     if scaling.get("type") != "dynamic":
         return stack.rope_theta**-exponents
-    longest = torch.as_tensor(lengths, device=device, dtype=torch.float32).clamp(min=maximum)
+    if isinstance(lengths, int):
+        # A fill: a copy of the number would wait for a GPU.
+        lengths = torch.full((), lengths, device=device)
+    longest = lengths.to(device, torch.float32).clamp(min=maximum)
     growth = factor * longest / maximum - (factor - 1)
     base = stack.rope_theta * growth ** (dim / (dim - 2))
     return base.unsqueeze(-1) ** -exponents

@@ -105,7 +105,7 @@ def normalize(pixels: Tensor) -> Tensor:
     """Normalise uint8 (N, 3, S, S) by ImageNet's mean and deviation; float32, same device."""
     # Tensors, since CUDA divides by a Python number by multiplying with its inverse: other bits.
     full, mean, deviation = (
-        torch.tensor(values, device=pixels.device).view(-1, 1, 1)
+        torch.tensor(values).view(-1, 1, 1).to(pixels.device, non_blocking=True)
         for values in ((255.0,), IMAGENET_MEAN, IMAGENET_STD)
     )
     return pixels.float().div_(full).sub_(mean).div_(deviation)
