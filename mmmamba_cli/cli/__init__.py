@@ -11,6 +11,8 @@ from typing import NoReturn
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.interrupts import INTERRUPTED, is_interrupted
 
+# How messages of torch begin; its handler of SIGCHLD raises the error anywhere in this process.
+KILLED_WORKER = "DataLoader worker (pid"
 EXIT_BUG, EXIT_USER_ERROR = 1, 2
 JSON_OPTION = "--json"
 
@@ -67,7 +69,12 @@ def user_error(error: OSError) -> MmmambaError | None:
 
 
 def library_error(error: Exception) -> MmmambaError | None:
-    """The message for an error of installed packages that do not match, else None."""
+    """The message for packages that do not match or a killed process of a `DataLoader`, or None."""
+    if isinstance(error, RuntimeError) and str(error).startswith(KILLED_WORKER):
+        return MmmambaError(
+            "a process that prepares data was killed, often because memory ran out",
+            "start again with fewer --workers (of training: data.workers)",
+        )
     from mmmamba_cli.versions import TORCHVISION_REMEDY, torchvision_problem
 
     problem = torchvision_problem(error)

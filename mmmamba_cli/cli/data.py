@@ -252,6 +252,10 @@ def _print_report(report: DataReport, max_length: int, named: int | None) -> Non
         (f"cut to {max_length} tokens", f"{report.cut:,} ({report.cut_share:.2%})"),
         ("bad samples", f"{len(report.bad):,} ({report.bad_share:.2%})"),
     ]
+    if report.empty_answers:
+        rows.append(("samples with an empty answer", f"{report.empty_answers:,}"))
+    if report.without_answer:
+        rows.append(("samples without an answer after the cut", f"{report.without_answer:,}"))
     if report.ignored:
         rows.append(("members of no sample", f"{len(report.ignored):,}"))
     print_table(("", "count"), rows, right=("count",))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+from mmmamba_cli.data.file_version import FileVersion
 from mmmamba_cli.data.sample import ImageLocation, Sample
 
 
@@ -38,7 +38,7 @@ class Corpus(Protocol):
         ...
 
     @property
-    def files(self) -> Sequence[Path]:
+    def files(self) -> Sequence[FileVersion]:
         """The files that hold the samples, without separate picture files."""
         ...
 

@@ -12,7 +12,7 @@ from mmmamba_cli.data.batch import BadSample, bad_sample
 from mmmamba_cli.data.collator import make_collator
 from mmmamba_cli.data.corpus import Corpus
 from mmmamba_cli.data.generated_corpus import GeneratedCorpus
-from mmmamba_cli.data.sample import Drawing
+from mmmamba_cli.data.sample import Drawing, Sample
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 
@@ -34,6 +34,10 @@ class DataReport:
     answer_tokens: int = 0
     # Samples truncated to the maximum length.
     cut: int = 0
+    # Samples with an answer that has no words, and those of which no token is learned: their
+    # answers lie beyond the maximum length.
+    empty_answers: int = 0
+    without_answer: int = 0
     # In tokens before truncation; `tokens` and `answer_tokens` count after it.
     lengths: list[int] = field(default_factory=list, repr=False)
     bad: list[BadSample] = field(default_factory=list, repr=False)
@@ -69,6 +73,8 @@ class DataReport:
             "answer_tokens": self.answer_tokens,
             "cut": self.cut,
             "cut_share": self.cut_share,
+            "empty_answers": self.empty_answers,
+            "without_answer": self.without_answer,
             "length": {
                 "min": min(self.lengths, default=None),
                 "median": self.length_at(50),
@@ -130,12 +136,24 @@ def check_data(
             report.tokens += len(encoded)
             report.answer_tokens += encoded.num_answer_tokens
             report.cut += encoded.cut > 0
+            report.empty_answers += _has_empty_answer(sample)
+            report.without_answer += encoded.num_answer_tokens == 0
             report.lengths.append(len(encoded) + encoded.cut)
         if advance is not None:
             advance(1)
     if count == len(corpus):
         report.ignored += [f"{name}: a picture that no sample shows" for name in unused.values()]
     return report
+
+
+def _has_empty_answer(sample: Sample) -> bool:
+    """Whether an answer has no words: its label is the end of the turn alone."""
+    contents = (turn["content"] for turn in sample.messages if turn["role"] == "assistant")
+    texts = (
+        content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        for content in contents
+    )
+    return any(not text.strip() for text in texts)
 
 
 def _kind(reason: str) -> str:

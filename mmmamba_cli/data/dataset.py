@@ -53,7 +53,7 @@ class ConversationFile:
         self.ignored: tuple[str, ...] = ()
         self.pictures: dict[str, ImageLocation] = {}
         self.parts = (CorpusPart(file.name, len(self.records)),)
-        self.files = (file,)
+        self.files = (self.records.version,)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -79,7 +79,7 @@ class ShardedCorpus:
             for shard in self.shards
             for name, picture in shard.pictures.items()
         }
-        self.files = tuple(files)
+        self.files = tuple(shard.version for shard in self.shards)
 
     def __len__(self) -> int:
         return self._ends[-1]

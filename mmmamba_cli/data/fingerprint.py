@@ -43,7 +43,11 @@ class Fingerprint:
 
 
 def fingerprint(corpus: Corpus) -> Fingerprint:
-    """Compute the digests. Raises `DataError` if a file of the corpus cannot be read."""
+    """Compute the digests.
+
+    Raises:
+        DataError: a file of the corpus cannot be read, or has changed since it was opened.
+    """
     if isinstance(corpus, GeneratedCorpus):
         digest = hashlib.sha256(corpus.identity.encode()).hexdigest()
         return Fingerprint(digest, digest)
@@ -53,7 +57,8 @@ def fingerprint(corpus: Corpus) -> Fingerprint:
 def content_digest(corpus: Corpus) -> str:
     """One digest of what `fingerprint` covers, without the repeats of the sets of a mixture.
 
-    Raises `DataError` if a file of the corpus cannot be read.
+    Raises:
+        DataError: a file of the corpus cannot be read, or has changed since it was opened.
     """
     digest = hashlib.sha256(f"samples {len(corpus)}\n".encode())
     _hash_files(digest, corpus)
@@ -72,12 +77,13 @@ def _digest_files(corpus: Corpus) -> str:
 def _hash_files(digest: Any, corpus: Corpus) -> None:
     for file in corpus.files:
         try:
-            size = file.stat().st_size
-            digest.update(f"file {size}\n".encode())
-            for block in _blocks(file, size):
+            digest.update(f"file {file.size}\n".encode())
+            for block in _blocks(file.path, file.size):
                 digest.update(block)
+            # The samples were found in the file that was opened, not in the one that replaced it.
+            file.check_unchanged()
         except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{file.path} cannot be read: {error.strerror or error}") from error
 
 
 def _blocks(file: Path, size: int) -> Iterator[bytes]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.data.corpus import CorpusPart
+from mmmamba_cli.data.file_version import FileVersion
 from mmmamba_cli.data.sample import Drawing, ImageLocation, Sample
 from mmmamba_cli.errors import DataError, name_some
 from mmmamba_cli.plugins import entry_points
@@ -113,7 +114,7 @@ class GeneratedCorpus:
         self.parts = (CorpusPart(spec.text, self._length),)
         self.ignored: tuple[str, ...] = ()
         self.pictures: dict[str, ImageLocation] = {}
-        self.files: tuple[Path, ...] = ()
+        self.files: tuple[FileVersion, ...] = ()
 
     def __len__(self) -> int:
         return self._length

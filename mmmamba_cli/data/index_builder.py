@@ -66,10 +66,11 @@ def build_index(
             advance(len(chunk.sizes))
     if content_digest(corpus) != key.content:
         raise DataError(
-            f"{corpus.files[0]} or its pictures changed while the index was built",
+            f"{corpus.files[0].path} or its pictures changed while the index was built",
             "build it again once they do not change any more",
         )
-    reasons = [reason.encode() for _, reason in bad]
+    # Names of pictures may have lone surrogates.
+    reasons = [reason.encode("utf-8", "surrogatepass") for _, reason in bad]
     tensors = dict(zip(SIZES, sizes, strict=True)) | {
         "bad_samples": np.array([sample for sample, _ in bad], dtype=np.int64),
         "bad_ends": np.array(list(accumulate(map(len, reasons))), dtype=np.int64),

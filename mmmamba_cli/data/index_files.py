@@ -92,8 +92,7 @@ def find_index(
     files = [
         file
         for folder in _folders(source)
-        if folder.is_dir()
-        for file in sorted(folder.iterdir())
+        for file in _listed(folder)
         if file.name.startswith(prefix) and file.name.endswith(SUFFIX)
     ]
     if not files or isinstance(corpus, GeneratedCorpus):
@@ -151,6 +150,14 @@ def _difference(stored: IndexKey, wanted: IndexKey) -> str | None:
     return None
 
 
+def _listed(folder: Path) -> list[Path]:
+    """The contents of a folder; none if it may not be listed, though its files may be read."""
+    try:
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError:
+        return []
+
+
 def _prefix(source: str) -> str:
     return NOT_IN_NAMES.sub("_", Path(source).name) + "."
 
@@ -165,5 +172,5 @@ def _folders(source: str) -> tuple[Path, Path]:
     beside = Path(os.path.abspath(source)).parent  # noqa: PTH100 - `resolve` would follow links.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # Data of the same name in several folders have different indexes.
-    digest = hashlib.sha256(str(beside).encode()).hexdigest()[:DIGEST_CHARACTERS]
+    digest = hashlib.sha256(os.fsencode(beside)).hexdigest()[:DIGEST_CHARACTERS]
     return beside, cache / "mmmamba" / "indexes" / digest

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mmmamba_cli.data.file_version import FileVersion
 from mmmamba_cli.errors import DataError
 
 LINE_BLOCK_BYTES = 1 << 24
@@ -33,6 +34,7 @@ class JsonLines:
 
     Attributes:
         positions: (2, N) int64, the offset and the number of each line.
+        version: the file as it was when it was opened.
 
     Raises:
         DataError: the file cannot be read, or a line is not JSON.
@@ -44,7 +46,8 @@ class JsonLines:
         self.file = file
         self.display_name = display_name or file.name
         try:
-            self.positions = _index(file) if positions is None else positions
+            self.version = FileVersion.of(file)
+            self.positions = _index(file, self.version.size) if positions is None else positions
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{file} does not exist", "check the path") from error
         except IsADirectoryError as error:
@@ -65,23 +68,26 @@ class JsonLines:
         # Opened on each access: forked workers would share a file position.
         try:
             with self.file.open("rb") as handle:
+                self.version.check_size(handle.fileno())
                 handle.seek(start)
                 line = handle.readline()
             # Some editors write a byte order mark before the first line.
             return json.loads(line.removeprefix(codecs.BOM_UTF8) if start == 0 else line)
+        except DataError as error:
+            raise DataError(f"{self.name(index)}: {error.message}", error.hint) from error
         except OSError as error:
             raise DataError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.name(index)}: is not JSON: {error}") from error
 
 
-def _index(file: Path) -> np.ndarray:
-    """The offset and the number of each line that is not blank, (2, N) int64."""
-    size = file.stat().st_size
+def _index(file: Path, size: int) -> np.ndarray:
+    """The offset and the number of each line of `size` bytes that is not blank, (2, N) int64."""
     ends = [np.array([-1], dtype=np.int64)]
     with file.open("rb") as handle:
         for place in range(0, size, LINE_BLOCK_BYTES):
-            block = np.frombuffer(handle.read(LINE_BLOCK_BYTES), dtype=np.uint8)
+            content = handle.read(min(LINE_BLOCK_BYTES, size - place))
+            block = np.frombuffer(content, dtype=np.uint8)
             ends.append(np.flatnonzero(block == ord("\n")).astype(np.int64) + place)
     starts = np.concatenate(ends) + 1
     lengths = np.diff(np.append(starts, size + 1)) - 1
@@ -127,6 +133,7 @@ class JsonList:
 
     Attributes:
         positions: (2, N) int64, the byte offsets at which each item begins and ends.
+        version: the file as it was when it was opened.
 
     Raises:
         DataError: the file cannot be read or is not a list.
@@ -137,7 +144,11 @@ class JsonList:
     ):
         self.file = file
         self.display_name = display_name or file.name
-        self.positions = self._search() if positions is None else positions
+        try:
+            self.version = FileVersion.of(file)
+            self.positions = self._search() if positions is None else positions
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}") from error
         self._starts, self._ends = self.positions
 
     def _search(self) -> np.ndarray:
@@ -147,8 +158,6 @@ class JsonList:
             for start, end in _items(file):
                 starts.append(start)
                 ends.append(end)
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not JSON: it is not valid UTF-8") from error
         except (ValueError, RecursionError) as error:
@@ -171,8 +180,11 @@ class JsonList:
         try:
             # Opened on each access: forked workers would share a file position.
             with self.file.open("rb") as handle:
+                self.version.check_size(handle.fileno())
                 handle.seek(start)
                 return json.loads(handle.read(end - start))
+        except DataError as error:
+            raise DataError(f"{self.name(index)}: {error.message}", error.hint) from error
         except OSError as error:
             raise DataError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

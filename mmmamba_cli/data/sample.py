@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmmamba_cli.data.file_version import FileVersion
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.processing import ImageSource
 from mmmamba_cli.processing.chat_template import IMAGE_PLACEHOLDER
@@ -24,6 +26,9 @@ ROLES = {
 # rate at which Qwen's processors sample.
 DEFAULT_FPS = 2.0
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Keys of a sample that hold its turns or text, and those of its pictures and videos.
+TURN_KEYS = ("conversations", "messages", "texts", "text")
+MEDIA_KEYS = ("image", "images", "video", "videos", "fps")
 # Keys of an image part that may hold the path.
 IMAGE_PATH_KEYS = ("image", "path", "url", "image_url")
 
@@ -128,18 +133,19 @@ def _image_path(part: Mapping[str, Any], where: str) -> str | None:
 class FileSlice:
     """A picture inside another file, read on access."""
 
-    file: Path
+    file: FileVersion
     offset: int
     size: int
 
     def read(self) -> bytes:
-        """Read the bytes. Raises `DataError` if the file cannot be read."""
+        """Read the bytes. Raises `DataError` if the file cannot be read or has another size."""
         try:
-            with self.file.open("rb") as handle:
+            with self.file.path.open("rb") as handle:
+                self.file.check_size(handle.fileno())
                 handle.seek(self.offset)
                 return handle.read(self.size)
         except OSError as error:
-            raise DataError(f"{self.file} cannot be read: {error.strerror}") from error
+            raise DataError(f"{self.file.path} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +219,7 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
         raise DataError(f"{name}: is {describe_type(record)}, expected a JSON object")
     turns, text = first_present(record, "conversations", "messages"), record.get("text")
     if turns is None:
-        turns = _paired_turns(record.get("texts"))
+        turns = _paired_turns(record.get("texts"), name)
     # Beside turns, `text` is ignored: some datasets store captions there.
     if turns is None and text is not None:
         if not isinstance(text, str) or not text:
@@ -223,7 +229,9 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
                 f"{name}: has an image or a video and no turns, expected a list of conversations"
             )
         return Sample(name, text=text)
-    if not isinstance(turns, list) or not turns:
+    if turns is not None and not isinstance(turns, list):
+        raise DataError(f"{name}: the turns are {describe_type(turns)}, expected a list")
+    if not turns:
         raise DataError(
             f"{name}: has no turns, expected a list called conversations or messages, or a text"
         )
@@ -235,15 +243,21 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
     return Sample(name, messages, images=found, videos=videos)
 
 
-def _paired_turns(pairs: Any) -> list[dict[str, Any]] | None:
-    """Turns of `[{"user": ..., "assistant": ...}]`; None for anything else."""
-    if not isinstance(pairs, list) or not pairs:
+def _paired_turns(pairs: Any, name: str) -> list[dict[str, Any]] | None:
+    """Turns of `[{"user": ..., "assistant": ...}]`; None for no list of objects.
+
+    Raises:
+        DataError: a pair is incomplete; the message names the sample.
+    """
+    if not isinstance(pairs, list) or not pairs or not all(isinstance(p, Mapping) for p in pairs):
         return None
-    if not all(isinstance(pair, Mapping) and {"user", "assistant"} <= set(pair) for pair in pairs):
-        return None
-    return [
-        {"role": role, "content": pair[role]} for pair in pairs for role in ("user", "assistant")
-    ]
+    turns = []
+    for number, pair in enumerate(pairs, start=1):
+        for role in ("user", "assistant"):
+            if first_present(pair, role) is None:
+                raise DataError(f"{name}: pair {number} of texts has no {role}")
+            turns.append({"role": role, "content": pair[role]})
+    return turns
 
 
 def read_image(picture: ImageLocation) -> ImageSource:
@@ -313,7 +327,8 @@ def parse_videos(
     values: Sequence[Any], fps: Any, name: str, find: ImageFinder
 ) -> tuple[Video, ...]:
     """The videos of a sample. Raises `DataError` for other values than paths, or no such file."""
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or fps <= 0):
+    is_rate = not isinstance(fps, bool) and isinstance(fps, int | float) and 0 < fps < math.inf
+    if fps is not None and not is_rate:
         raise DataError(f"{name}: fps is {fps!r:.60}, expected a number above 0")
     videos = []
     for value in values:

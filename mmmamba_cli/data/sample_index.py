@@ -6,6 +6,7 @@ The file is a safetensors file, whose metadata is the `IndexKey`. Legend: N samp
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +114,8 @@ class SampleIndex:
         if place == len(self._bad) or self._bad[place] != sample:
             return None
         start = int(self._ends[place - 1]) if place else 0
-        return bytes(self._tensors["bad_text"][start : int(self._ends[place])]).decode()
+        text = bytes(self._tensors["bad_text"][start : int(self._ends[place])])
+        return text.decode("utf-8", "surrogatepass")
 
     def summary(self, max_length: int) -> IndexSummary:
         """Totals for a maximum length in tokens."""
@@ -144,17 +146,22 @@ def read_index(file: Path) -> SampleIndex:
     """
     try:
         key, header, start = _read_header(file)
-        names = (*SIZES, *BAD, *([POSITIONS] if POSITIONS in header else []))
-        tensors = {name: _map(file, header[name], start) for name in names}
+        if key.format == FORMAT:
+            names = (*SIZES, *BAD, *([POSITIONS] if POSITIONS in header else []))
+            tensors = {name: _map(file, header[name], start) for name in names}
+            _check_shapes(key, tensors)
+            return SampleIndex(key, tensors)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{file} is not a complete data index: {error}", "delete it and build it again"
-        ) from error
-    if key.format != FORMAT or len(tensors["tokens"]) != key.samples:
-        raise DataError(f"{file} is a data index of format {key.format}, expected {FORMAT}")
-    return SampleIndex(key, tensors)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise _incomplete(file, str(error)) from error
+    except RecursionError as error:
+        raise _incomplete(file, "its header is nested too deeply") from error
+    raise DataError(f"{file} is a data index of format {key.format}, expected {FORMAT}")
+
+
+def _incomplete(file: Path, why: str) -> DataError:
+    return DataError(f"{file} is not a complete data index: {why}", "delete it and build it again")
 
 
 def read_key(file: Path) -> IndexKey:
@@ -176,7 +183,20 @@ def _read_header(file: Path) -> tuple[IndexKey, dict[str, Any], int]:
 def _map(file: Path, described: Mapping[str, Any], start: int) -> np.ndarray:
     begin, end = described["data_offsets"]
     shape, dtype = tuple(described["shape"]), DTYPES[described["dtype"]]
+    if begin < 0 or math.prod(shape) * np.dtype(dtype).itemsize != end - begin:
+        raise ValueError(f"a tensor of shape {shape} does not take {end - begin} bytes")
     if begin == end:
         return np.empty(shape, dtype)
     # Raises `ValueError` for a file that has been cut.
     return np.memmap(file, dtype, mode="r", offset=start + begin, shape=shape)
+
+
+def _check_shapes(key: IndexKey, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise `ValueError` unless the tensors belong together."""
+    expected = {**dict.fromkeys(SIZES, (key.samples,)), POSITIONS: (2, key.samples)}
+    for name, tensor in tensors.items():
+        if tensor.shape != expected.get(name, tensor.shape[:1]):
+            raise ValueError(f"{name} has the shape {tensor.shape}")
+    bad, ends, text = (tensors[name] for name in BAD)
+    if len(bad) != len(ends) or (len(ends) and int(ends[-1]) != len(text)):
+        raise ValueError("the reasons of bad samples do not belong to these samples")

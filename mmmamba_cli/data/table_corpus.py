@@ -1,7 +1,7 @@
 """Datasets in tables: Parquet files, and folders that the library `datasets` has saved.
 
-Rows are read on access by pyarrow, which is needed for these sources only. Pictures are structs of
-`bytes` and `path`, as `datasets` stores them, or paths.
+Rows are read on access by pyarrow, which is needed for these sources only, and only the columns of
+a sample. Pictures are bytes, structs of `bytes` and `path`, as `datasets` stores them, or paths.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +17,11 @@ from types import ModuleType
 from typing import Any
 
 from mmmamba_cli.data.corpus import CorpusPart, locate
+from mmmamba_cli.data.file_version import FileVersion
 from mmmamba_cli.data.sample import (
+    IMAGE_PATH_KEYS,
+    MEDIA_KEYS,
+    TURN_KEYS,
     ImageBytes,
     ImageLocation,
     Sample,
@@ -108,7 +111,7 @@ class TableCorpus:
         self.parts = (CorpusPart(files[0].name, len(self)),)
         self.ignored: tuple[str, ...] = ()
         self.pictures: dict[str, ImageLocation] = {}
-        self.files = tuple(files)
+        self.files = tuple(table.version for table in self.tables)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -116,14 +119,16 @@ class TableCorpus:
     def name(self, index: int) -> str:
         """`file:row`, rows counted from 1."""
         which, row = locate(self._ends, index)
-        return f"{self.files[which].name}:{row + 1}"
+        return f"{self.files[which].path.name}:{row + 1}"
 
     def __getitem__(self, index: int) -> Sample:
         which, row = locate(self._ends, index)
         name = self.name(index)
         try:
             found = self.tables[which][row]
-        except (OSError, _pyarrow(self.files[which]).ArrowException) as error:
+        except DataError as error:
+            raise DataError(f"{name}: {error.message}", error.hint) from error
+        except _read_errors(self.files[which].path) as error:
             raise DataError(f"{name}: cannot be read: {error}") from error
         record, stored = take_pictures(found)
 
@@ -139,13 +144,14 @@ def take_pictures(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ima
     stored: dict[str, ImageBytes] = {}
 
     def named(picture: Any) -> Any:
-        if not isinstance(picture, Mapping) or not {"bytes", "path"} & set(picture):
-            return picture
-        if "bytes" not in picture:
-            return picture["path"]
+        content = picture
+        if isinstance(picture, Mapping) and {"bytes", "path"} & set(picture):
+            content = picture.get("bytes", picture.get("path"))
+        if not isinstance(content, bytes):
+            return content if isinstance(content, str) else picture
         # No path has this form, since none is empty.
         name = f"/{len(stored)}"
-        stored[name] = ImageBytes(picture["bytes"])
+        stored[name] = ImageBytes(content)
         return name
 
     for column in IMAGE_COLUMNS:
@@ -154,7 +160,20 @@ def take_pictures(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ima
             record[column] = (
                 [named(each) for each in value] if isinstance(value, list) else named(value)
             )
+    for part in _content_parts(record):
+        for key in IMAGE_PATH_KEYS:
+            if key in part:
+                part[key] = named(part[key])
     return record, stored
+
+
+def _content_parts(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of the contents of all turns; the record is a copy, so that they may be changed."""
+    for turns in (record.get("conversations"), record.get("messages")):
+        for turn in turns if isinstance(turns, list) else ():
+            for content in turn.values() if isinstance(turn, dict) else ():
+                if isinstance(content, list):
+                    yield from (part for part in content if isinstance(part, dict))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -173,26 +192,14 @@ def _pyarrow(file: Path) -> ModuleType:
     return pyarrow
 
 
-@dataclass(frozen=True)
-class FileVersion:
-    """A file as it was when it was opened; one that was written again is another."""
-
-    path: Path
-    size: int
-    modified: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileVersion:
-        status = path.stat()
-        return cls(path, status.st_size, status.st_mtime_ns)
-
-
 class ParquetTable:
     """Rows of a Parquet file. A row is read with its row group."""
 
     def __init__(self, path: Path):
-        self._file = FileVersion.of(path)
-        metadata = _parquet_file(os.getpid(), self._file).metadata
+        self.version = FileVersion.of(path)
+        file = _parquet_file(os.getpid(), self.version)
+        self._columns = _sample_columns(path, file.schema_arrow.names)
+        metadata = file.metadata
         groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._ends = list(accumulate(groups)) or [0]
 
@@ -201,36 +208,43 @@ class ParquetTable:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         group, place = locate(self._ends, row)
-        return dict(_row_group(os.getpid(), self._file, group).slice(place, 1).to_pylist()[0])
+        found = _row_group(os.getpid(), self.version, group, self._columns)
+        return dict(found.slice(place, 1).to_pylist()[0])
 
 
 # Loader processes are forks or receive a pickle: each opens a file itself.
 @lru_cache(MAX_OPEN_FILES)
 def _parquet_file(process: int, file: FileVersion) -> Any:
+    file.check_size()
     return _pyarrow(file.path).parquet.ParquetFile(file.path)
 
 
 @lru_cache(MAX_DECODED_GROUPS)
-def _row_group(process: int, file: FileVersion, group: int) -> Any:
-    return _parquet_file(process, file).read_row_group(group, use_threads=False)
+def _row_group(process: int, file: FileVersion, group: int, columns: tuple[str, ...]) -> Any:
+    opened = _parquet_file(process, file)
+    return opened.read_row_group(group, columns=list(columns), use_threads=False)
 
 
 class ArrowTable:
     """Rows of an Arrow file as `datasets` writes it, mapped into memory."""
 
     def __init__(self, path: Path):
-        self._file = FileVersion.of(path)
-        self._length = int(_arrow_table(self._file).num_rows)
+        self.version = FileVersion.of(path)
+        table = _arrow_table(self.version)
+        self._columns = _sample_columns(path, table.schema.names)
+        self._length = int(table.num_rows)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return dict(_arrow_table(self._file).slice(row, 1).to_pylist()[0])
+        found = _arrow_table(self.version).select(list(self._columns))
+        return dict(found.slice(row, 1).to_pylist()[0])
 
 
 @lru_cache(MAX_OPEN_FILES)
 def _arrow_table(file: FileVersion) -> Any:
+    file.check_size()
     arrow = _pyarrow(file.path)
     source = arrow.memory_map(str(file.path))
     try:
@@ -239,11 +253,33 @@ def _arrow_table(file: FileVersion) -> Any:
         return arrow.ipc.open_file(source).read_all()
 
 
+def _sample_columns(file: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The columns that a sample is made of; the others may hold what Python's types do not.
+
+    Raises:
+        DataError: there is none with turns or a text, or two have the same name.
+    """
+    found = [name for name in names if name in (*TURN_KEYS, *MEDIA_KEYS)]
+    if not set(found) & set(TURN_KEYS):
+        raise DataError(
+            f"{file} has the columns {name_some(names)}, expected one of {', '.join(TURN_KEYS)}",
+            "rename the column of the conversations",
+        )
+    if len(set(found)) < len(found):
+        twice = sorted({name for name in found if found.count(name) > 1})
+        raise DataError(f"{file} has two columns called {name_some(twice)}", "rename one")
+    return tuple(found)
+
+
+def _read_errors(file: Path) -> tuple[type[Exception], ...]:
+    """Errors of damaged files, texts that are not UTF-8 and values that Python's types lack."""
+    return OSError, ValueError, OverflowError, _pyarrow(file).ArrowException
+
+
 def _open(file: Path) -> ParquetTable | ArrowTable:
-    arrow = _pyarrow(file)
     try:
         return ArrowTable(file) if file.suffix.lower() == ARROW else ParquetTable(file)
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist", "check the path") from error
-    except (OSError, arrow.ArrowException) as error:
+    except _read_errors(file) as error:
         raise DataError(f"{file} cannot be read: {error}") from error

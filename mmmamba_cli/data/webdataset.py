@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from mmmamba_cli.data.file_version import FileVersion
 from mmmamba_cli.data.sample import FileSlice, Sample, first_present, parse_sample
 from mmmamba_cli.errors import DataError
 
@@ -60,6 +61,7 @@ class Shard:
         self.ignored: list[str] = []
         self.pictures: dict[str, FileSlice] = {}
         try:
+            self.version = FileVersion.of(file)
             self._index()
         except FileNotFoundError as error:
             raise DataError(f"{file} does not exist", "check the path") from error
@@ -79,7 +81,7 @@ class Shard:
                     if member.name in self._members:
                         self._ignore(member.name, "an earlier member of the same name")
                     self._members[member.name] = FileSlice(
-                        self.file, member.offset_data, member.size
+                        self.version, member.offset_data, member.size
                     )
                 elif member.islnk() and member.linkname in self._members:
                     self._members[member.name] = self._members[member.linkname]
@@ -87,7 +89,7 @@ class Shard:
                     self._ignore(member.name, "no file")
             end = tar.offset
         # tarfile stops at an unreadable header as if it were the end, which is a block of zeros.
-        if any(FileSlice(self.file, end, tarfile.BLOCKSIZE).read()):
+        if any(FileSlice(self.version, end, tarfile.BLOCKSIZE).read()):
             raise tarfile.ReadError(f"it is damaged at byte {end}")
 
     def _sort_members(self) -> None:

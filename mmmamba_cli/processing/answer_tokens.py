@@ -19,6 +19,10 @@ from mmmamba_cli.errors import DataError
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+# Without marks the turns before each answer are rendered: n turns take n * n / 2 of them, about a
+# second at this number.
+MAX_UNMARKED_TURNS = 512
+
 Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]
 # Renders messages; with True it opens the next answer.
@@ -39,8 +43,15 @@ def answer_spans(
     the special token that ends the turn.
 
     Raises:
-        DataError: the template changes earlier turns or answers, so that they are not found.
+        DataError: the template changes earlier turns or answers, so that they are not found; or
+            there are more than `MAX_UNMARKED_TURNS` turns.
     """
+    if len(messages) > MAX_UNMARKED_TURNS:
+        raise DataError(
+            f"there are {len(messages):,} turns, at most {MAX_UNMARKED_TURNS} are possible with a "
+            "chat template that does not mark answers",
+            "split the conversation, or give the processor a template with {% generation %}",
+        )
     longest_first = sorted(special_tokens, key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     end_of_turn = re.compile(rf"\s*(?:{special.pattern})")
@@ -96,11 +107,16 @@ def _text_of(message: dict[str, Any]) -> str:
 
 
 def tokens_in(spans: Sequence[Span], offsets: Sequence[Span]) -> list[bool]:
-    """Whether each token, at characters (start, end), has a character in one of the spans."""
-    return [
-        any(first < end and last > start for start, end in spans) and last > first
-        for first, last in offsets
-    ]
+    """Whether each token, at characters (start, end), has a character in one of the spans.
+
+    Spans are in order and do not overlap.
+    """
+    ends = [end for _, end in spans]
+    found = []
+    for first, last in offsets:
+        number = bisect_right(ends, first)
+        found.append(first < last and number < len(spans) and spans[number][0] < last)
+    return found
 
 
 def find_answers(

@@ -146,9 +146,9 @@ def test_other_processes_search_nothing(
     searched: list[Path] = []
     search = jsonl._index
 
-    def counted(file: Path) -> Any:
+    def counted(file: Path, size: int) -> Any:
         searched.append(file)
-        return search(file)
+        return search(file, size)
 
     monkeypatch.setattr(jsonl, "_index", counted)
     loader, _, said = loaders(teacher, data, world=OtherProcess(FoundIndex(file)))

@@ -295,15 +295,16 @@ def test_a_picture_that_has_changed_is_a_bad_sample_of_one_process(
 def test_data_that_change_while_they_are_indexed(
     tmp_path: Path, processor: HolisticVLMProcessor
 ) -> None:
-    source, _ = write_set(tmp_path)
-    corpus = open_corpus(source, tmp_path)
+    source, picture = write_set(tmp_path)
+    for file, message in ((picture, "changed while the index was"), (source, "changed after it")):
+        corpus = open_corpus(source, tmp_path)
 
-    def grow(_: int) -> None:
-        with source.open("a") as file:
-            file.write('{"text": "one more"}\n')
+        def grow(_: int, file: Path = file) -> None:
+            with file.open("a") as handle:
+                handle.write('{"text": "one more"}\n')
 
-    with pytest.raises(DataError, match="changed while the index was built"):
-        build_index(corpus, processor, index_key(corpus, processor), advance=grow)
+        with pytest.raises(DataError, match=message):
+            build_index(corpus, processor, index_key(corpus, processor), advance=grow)
 
 
 def test_repeats_of_a_mixture_are_not_part_of_its_content(tmp_path: Path) -> None:

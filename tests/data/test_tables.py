@@ -65,6 +65,44 @@ def test_a_row_with_stored_pictures_is_a_sample() -> None:
     assert found.messages[0]["content"] == [{"type": "text", "text": "Hm?"}, {"type": "image"}]
 
 
+def test_pictures_may_be_bytes_and_in_parts() -> None:
+    """Of a column of bytes, and of the parts of a content, which may name a file too."""
+    said = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "So."}]
+    record, stored = take_pictures({"images": [png(0), png(1)], "messages": said})
+    found = parse_sample(record, "a", stored.__getitem__)
+    assert [read_image(image) for image in found.images] == [png(0), png(1)]  # type: ignore[arg-type]
+    shown = (png(2), {"bytes": png(3), "path": "b.png"}, {"bytes": None, "path": "c.png"}, "d.png")
+    parts = [{"type": "image", "image": picture, "text": None} for picture in shown]
+    row = {"messages": [{"role": "user", "content": parts}, said[1]]}
+    record, stored = take_pictures(row)
+    found = parse_sample(record, "b", lambda name: stored.get(name, Path(name)))
+    images = [read_image(image) for image in found.images]  # type: ignore[arg-type]
+    assert images == [png(2), png(3), Path("c.png"), Path("d.png")]
+    assert row["messages"][0]["content"][0]["image"] == png(2)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": {"bytes": 3, "path": 7}}, "image is {'bytes': 3, 'path': 7}, expected a path"),
+        ({"image": {"bytes": None, "path": None}}, "image is {}, expected a path"),
+        ({"images": [[png(0)]]}, "expected a path"),
+        ({"images": [None]}, "image is None, expected a path"),
+        ({"conversations": "[]"}, "the turns are a str, expected a list"),
+        ({"conversations": None, "texts": [{"user": "a", "assistant": None}]}, "no assistant"),
+        ({"conversations": None, "texts": [{"user": None}]}, "pair 1 of texts has no user"),
+        ({"conversations": None, "texts": ["a"]}, "has no turns"),
+        ({"video": "a.mp4", "fps": float("nan")}, "fps is nan, expected a number above 0"),
+        ({"video": "a.mp4", "fps": float("inf")}, "fps is inf, expected a number above 0"),
+    ],
+)
+def test_rows_of_wrong_types(row: dict[str, Any], message: str) -> None:
+    said = [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "So."}]
+    record, _ = take_pictures({"conversations": said, **row})
+    error = refused(lambda: parse_sample(record, "a.parquet:3", Path))
+    assert error.message.startswith("a.parquet:3: ") and message in error.message
+
+
 def test_the_files_of_a_source(tmp_path: Path) -> None:
     names = [f"train-0000{n}-of-00002.parquet" for n in range(2)]
     for name in names:
@@ -128,6 +166,55 @@ def test_parquet_is_read_by_the_loader(tmp_path: Path) -> None:
     before = fingerprint(corpus)
     write_parquet(tmp_path / "train-00001-of-00002.parquet", 3)
     assert fingerprint(open_corpus(tmp_path)) != before
+
+
+def write_table(file: Path, columns: dict[str, Any]) -> Path:
+    """A Parquet or Arrow file of these arrays, or pairs of values and a type's name."""
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table(
+        {k: arrow.array(v[0], v[1]) if isinstance(v, tuple) else v for k, v in columns.items()}
+    )
+    if file.suffix == ".parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(table, file)
+    else:
+        with arrow.ipc.new_stream(str(file), table.schema) as writer:
+            writer.write_table(table)
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_values_that_python_does_not_hold(name: str, tmp_path: Path) -> None:
+    """They are bad rows in a column of the sample, and are not read in another."""
+    arrow = pytest.importorskip("pyarrow")
+    damaged = [arrow.py_buffer(bytes(4) + b"\2\0\0\0\3\0\0\0"), arrow.py_buffer(b"\xff\xfea")]
+    text = arrow.Array.from_buffers(arrow.string(), 2, [None, *damaged])
+    corpus = open_corpus(write_table(tmp_path / name, {"text": text}))
+    message = refused(lambda: corpus[0]).message
+    assert message.startswith(f"{name}:1: cannot be read: 'utf-8' codec")
+    assert corpus[1].text == "a"
+    # Nanoseconds, days beyond the year 9999.
+    others = {"text": ["a"], "when": ([3], "timestamp[ns]"), "day": ([2**30], "date32")}
+    assert open_corpus(write_table(tmp_path / name, others))[0].text == "a"
+    others = {"text": ([3], "timestamp[ns]")}
+    corpus = open_corpus(write_table(tmp_path / name, others))
+    assert refused(lambda: corpus[0]).message.startswith(f"{name}:1: cannot be read: ")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_columns_that_are_missing_or_there_twice(name: str, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    file = write_table(tmp_path / name, {"question": ["a"], "image": ["b"]})
+    error = refused(lambda: open_corpus(file))
+    assert error.message.endswith(
+        "has the columns question, image, expected one of conversations, messages, texts, text"
+    )
+    twice = arrow.table([["a"], ["b"]], names=["text", "text"])
+    if file.suffix == ".parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(twice, file)
+    else:
+        with arrow.ipc.new_stream(str(file), twice.schema) as writer:
+            writer.write_table(twice)
+    assert "has two columns called text" in refused(lambda: open_corpus(file)).message
 
 
 def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
