@@ -207,6 +207,7 @@ def _dry_run(job: DistillCommand, processes: int, dry: bool, measure: bool, as_j
         teacher=job.teacher,
         processes=processes,
         measure=measure,
+        require_packed=job.sets_batching,
     )
     report = dry_run(
         run, recipe, pick_device(job.device), options, lambda text: print_line(text, to_stderr=True)
@@ -270,6 +271,11 @@ class DistillCommand:
     # Whether a launcher started this process, which then prints messages about signals.
     launched: bool
 
+    @property
+    def sets_batching(self) -> bool:
+        """Whether `--set` names data.batching: what a user asks for is not replaced."""
+        return any(one.partition("=")[0].strip() == "data.batching" for one in self.sets)
+
 
 def train(job: DistillCommand) -> list[Manifest] | None:
     """Train in this process or as one of several; products on process 0, None if stopped."""
@@ -304,7 +310,12 @@ def train(job: DistillCommand) -> list[Manifest] | None:
                 wanted=wanted,
                 start=job.parent,
                 options=DistillOptions(
-                    job.teacher, job.overwrite, job.force, job.restart, job.parallel
+                    teacher=job.teacher,
+                    overwrite=job.overwrite,
+                    force=job.force,
+                    restart=job.restart,
+                    parallel=job.parallel,
+                    require_packed=job.sets_batching,
                 ),
                 select=partial(_select_layers, job),
             )

@@ -97,7 +97,7 @@ Planned = PlannedSample | Encoded
 
 def can_be_packed(processor: TrainingProcessor | TeacherProcessor) -> bool:
     """Whether rows of the processor's model may hold several samples (`data.batching: packed`)."""
-    return not isinstance(processor, TeacherProcessor)
+    return not isinstance(processor, TeacherProcessor) or processor.packs_rows
 
 
 class StepLoader:
@@ -144,7 +144,7 @@ class StepLoader:
         self._generator = None if generated is None else generated.generator
         if batching == "packed" and not can_be_packed(processor):
             raise DataError(
-                "data.batching is packed, and students of transformers' models are not packed yet",
+                "data.batching is packed, and rows of this model hold one conversation each",
                 "set data.batching to bucketed or padded",
             )
         self._collator = make_collator(corpus, processor, max_length, max_tiles)

@@ -2,7 +2,8 @@
 
 Planning a global batch renders and tokenizes texts, and counts the tokens of pictures by their
 sizes. Only the rows of a process go through the processor, one micro batch in one call, so that
-padding and the shapes of pictures are the family's own.
+padding and the shapes of pictures are the family's own. Conversations of packed rows are joined
+behind it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, bad_sample
 from mmmamba_cli.data.drawn_pictures import draw_pictures
 from mmmamba_cli.data.generated_corpus import SampleGenerator
-from mmmamba_cli.data.model_batch import ModelBatch
+from mmmamba_cli.data.model_batch import ModelBatch, pack_conversations
 from mmmamba_cli.data.sample import Drawing, Picture, Sample, Video, read_image
 from mmmamba_cli.data.sample_size import SampleSize
 from mmmamba_cli.data.video import load_frames
@@ -107,11 +108,11 @@ class TeacherCollator:
     def collate(
         self, rows: Sequence[Sequence[EncodedPrompt]]
     ) -> tuple[ModelBatch, list[BadSample]]:
-        """One micro batch of rows of one sample each, without those that cannot be processed."""
+        """One micro batch of rows of samples, without those that cannot be processed."""
         bad: list[BadSample] = []
         kept: list[EncodedPrompt] = []
         media: list[Media] = []
-        for (sample,) in rows:
+        for sample in (one for row in rows for one in row):
             try:
                 media.append(self._media(sample))
                 kept.append(sample)
@@ -124,8 +125,22 @@ class TeacherCollator:
             if not unusable:
                 raise
             batch = self._process(*good)
-            bad += unusable
-        return batch, bad
+            kept, bad = good[0], bad + unusable
+        return self._packed(batch, rows, kept), bad
+
+    def _packed(
+        self,
+        batch: ModelBatch,
+        rows: Sequence[Sequence[EncodedPrompt]],
+        kept: Sequence[EncodedPrompt],
+    ) -> ModelBatch:
+        """The batch of the samples `kept`, with those of a row in one row."""
+        numbers = {id(sample): number for number, sample in enumerate(kept)}
+        members = [[numbers[id(one)] for one in row if id(one) in numbers] for row in rows]
+        members = [row for row in members if row]
+        if all(len(row) == 1 for row in members):
+            return batch
+        return pack_conversations(batch, members, self.processor.tokenizer.pad_token_id)
 
     def _encode(self, sample: Sample) -> EncodedPrompt:
         prompt, size = self._rendered(sample)

@@ -36,13 +36,17 @@ from mmmamba_cli.runs import Manifest, Run, open_training_processor
 
 @dataclass(frozen=True)
 class DryRunOptions:
-    """Options of `dry_run`, as those of `distill`; `measure` times a step of each stage."""
+    """Options of `dry_run`, as those of `distill`; `measure` times a step of each stage.
+
+    `require_packed` as in `DistillOptions`.
+    """
 
     wanted: Sequence[str] | None = None
     start: str | None = None
     teacher: Path | None = None
     processes: int = 1
     measure: bool = False
+    require_packed: bool = False
 
 
 def dry_run(
@@ -132,7 +136,13 @@ def _forecast(context: _Context, stage: Stage, shapes: StageShapes) -> StageFore
     context.log(f"{stage.name}: reading the first batch")
     world, student = World(context.device), context.models.student
     loader, held_out = build_loaders(
-        student, recipe, stage, world, context.notes.append, processes=options.processes
+        student,
+        recipe,
+        stage,
+        world,
+        context.notes.append,
+        processes=options.processes,
+        require_packed=options.require_packed,
     )
     if held_out is not None:
         check_held_out(held_out, world)

@@ -161,7 +161,7 @@ class HookedLayerLoss:
                 stack.enter_context(_attention_weights(pair))
             if self.weights_pictures:
                 grids = picture_grids(source.config, prepared)
-                keep = partial(_keep_weights, column_weights, grids)
+                keep = partial(_keep_weights, column_weights, grids, batch.seq_idx)
                 hook = running[0].register_forward_pre_hook(keep, with_kwargs=True)
                 stack.callback(hook.remove)
             for term, index in enumerate(self.layers):
@@ -173,12 +173,16 @@ class HookedLayerLoss:
 
 
 def _keep_weights(
-    kept: list[Tensor], grids: Sequence[Tensor], _: Any, args: tuple[Any, ...], kwargs: Any
+    kept: list[Tensor],
+    grids: Sequence[Tensor],
+    seq_idx: Tensor | None,
+    _: Any,
+    args: tuple[Any, ...],
+    kwargs: Any,
 ) -> None:
     """Put the weights of the columns into `kept`, by the input (B, T, D) of the first layer."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    # Rows of a teacher's processor hold one conversation each.
-    kept[:] = [density_weights(hidden, grids, None)]
+    kept[:] = [density_weights(hidden, grids, seq_idx)]
 
 
 @contextmanager

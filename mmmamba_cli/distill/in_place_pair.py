@@ -14,7 +14,7 @@ from mmmamba_cli.checkpoint import InPlaceCheckpoint
 from mmmamba_cli.checkpoint.in_place_loader import load_in_place_model
 from mmmamba_cli.data import ModelBatch
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.teachers import mixers_of, text_config
+from mmmamba_cli.teachers import mixers_of, packed_position_ids, text_config
 from mmmamba_cli.teachers.anatomy import text_decoder
 
 # Relative difference that rounding may make between the model's logits and those of its head.
@@ -83,7 +83,12 @@ class InPlacePair:
             layer.gradient_checkpointing = False  # type: ignore[assignment]
 
     def prepare(self, batch: ModelBatch) -> dict[str, Tensor]:
-        return dict(batch.inputs)
+        inputs = dict(batch.inputs)
+        if batch.seq_idx is not None:
+            # transformers reads packing from positions, and only without a mask.
+            del inputs["attention_mask"]
+            inputs["position_ids"] = packed_position_ids(self.teacher, inputs, batch.seq_idx)
+        return inputs
 
     def last_hidden(self, model: Any, prepared: dict[str, Tensor]) -> Tensor:
         outputs = model.base_model(**prepared, use_cache=False, return_dict=True)

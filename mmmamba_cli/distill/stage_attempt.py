@@ -57,6 +57,8 @@ class DistillOptions:
     restart: bool = False
     # What each of several processes holds: "auto", "replicate" or "shard".
     parallel: str = "auto"
+    # Stop where `data.batching` is packed and the student's rows cannot be; else they are bucketed.
+    require_packed: bool = False
 
 
 @dataclass(frozen=True)

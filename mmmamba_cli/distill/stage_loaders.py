@@ -17,9 +17,10 @@ from mmmamba_cli.data import (
     read_index,
 )
 from mmmamba_cli.distributed import World
-from mmmamba_cli.errors import DataError, RunError
+from mmmamba_cli.errors import DataError, RecipeError, RunError
 from mmmamba_cli.recipe import Data, Recipe, Stage, stage_data
 from mmmamba_cli.runs import open_training_processor
+from mmmamba_cli.teachers import packing_problem
 
 
 def build_loaders(
@@ -30,6 +31,7 @@ def build_loaders(
     log: Callable[[str], None],
     *,
     processes: int | None = None,
+    require_packed: bool = False,
 ) -> tuple[StepLoader, StepLoader | None]:
     """Training batches, and held-out batches if the recipe names a held-out set.
 
@@ -37,14 +39,18 @@ def build_loaders(
     A data index of a set is used if there is one. `log` prints a line about it, and about each
     setting of the data that does not apply to the student.
 
+    Rows are bucketed where `data.batching` is packed and the student's cannot be;
+    `require_packed` raises an error instead.
+
     Raises:
+        RecipeError: rows cannot be packed.
         RunError: the recipe names no data, or the student has no tokenizer.
         CheckpointError: its processor cannot be opened.
         DataError: data that cannot be opened.
     """
     data = stage_data(recipe.data, stage)
     if isinstance(student, InPlaceCheckpoint):
-        data = _for_teachers_processor(data, log)
+        data = _for_teachers_processor(data, student, require_packed, log)
     if data.train is None:
         raise RunError(
             "there is nothing to learn from: the recipe's data.train is null",
@@ -132,11 +138,19 @@ def _open_index(file: Path, world: World, log: Callable[[str], None]) -> SampleI
     return index
 
 
-def _for_teachers_processor(data: Data, log: Callable[[str], None]) -> Data:
-    """`data` without the settings that a teacher's own processor does not have."""
+def _for_teachers_processor(
+    data: Data, student: InPlaceCheckpoint, require_packed: bool, log: Callable[[str], None]
+) -> Data:
+    """`data` without the settings that a teacher's own processor or its model does not have."""
     changes: dict[str, object] = {}
-    if data.batching == "packed":
-        log("data.batching: bucketed in place of packed, as attention of transformers needs it")
+    problem = packing_problem(student.config) if data.batching == "packed" else None
+    if problem is not None:
+        if require_packed:
+            raise RecipeError(
+                f"data.batching is set to packed, and {problem}",
+                "set data.batching to bucketed or padded",
+            )
+        log(f"data.batching: bucketed in place of packed, since {problem}")
         changes["batching"] = "bucketed"
     if data.max_tiles is not None:
         log("data.max_tiles is ignored: the teacher's processor sets the resolution")

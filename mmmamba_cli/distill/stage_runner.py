@@ -150,7 +150,14 @@ def _train_stage(
     models = open_stage_models(run, parent.name, context.options.teacher)
     trainable, lora_weights = trainable_of(models, stage)
     objective = models.objective(stage, trainable)
-    loader, held_out = build_loaders(models.student, recipe, stage, world, callbacks.log)
+    loader, held_out = build_loaders(
+        models.student,
+        recipe,
+        stage,
+        world,
+        callbacks.log,
+        require_packed=context.options.require_packed,
+    )
     world.run_on_main(lambda: _verify_hashes(run, models.teacher, parent, callbacks))
     if plan.overwrite:
         # Before training, although the new product replaces the folder only afterwards.

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -55,12 +56,14 @@ class RenderedPrompt:
 class TeacherProcessor:
     """A processor or tokenizer of transformers, as training data needs it.
 
+    `packs_rows` says whether its model takes several conversations in a row.
+
     Raises:
         CheckpointError: it has no tokenizer, or no padding and no end token.
     """
 
-    def __init__(self, processor: Any):
-        self.processor = processor
+    def __init__(self, processor: Any, packs_rows: bool = False):
+        self.processor, self.packs_rows = processor, packs_rows
         tokenizer = getattr(processor, "tokenizer", processor)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise CheckpointError(
@@ -176,10 +179,7 @@ class TeacherProcessor:
             prompt = self.render(talk, 0)
         except (CheckpointError, DataError):
             return frozenset()
-        ends = (
-            token for token, learned in zip(prompt.ids, prompt.is_answer, strict=True) if learned
-        )
-        return frozenset(ends) & frozenset(self._special_tokens)
+        return frozenset(self._special_tokens).intersection(compress(prompt.ids, prompt.is_answer))
 
     def render_text(self, text: str) -> RenderedPrompt:
         """A plain text, of which every token after the first is learned.

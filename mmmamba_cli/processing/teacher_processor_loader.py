@@ -15,8 +15,10 @@ from mmmamba_cli.processing.teacher_processor import TeacherProcessor
 OPTIONAL_PACKAGES = ("torchvision", "num2words", "mistral-common")
 
 
-def open_teacher_processor(folder: Path) -> TeacherProcessor:
+def open_teacher_processor(folder: Path, packs_rows: bool = False) -> TeacherProcessor:
     """The processor in the folder of a teacher or its student; a tokenizer where it has no other.
+
+    `packs_rows` says whether its model takes several conversations in a row.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it needs a package that is missing.
@@ -37,4 +39,4 @@ def open_teacher_processor(folder: Path) -> TeacherProcessor:
             "take preprocessor_config.json, processor_config.json and the tokenizer's files from "
             "where the model came from",
         ) from error
-    return TeacherProcessor(processor)
+    return TeacherProcessor(processor, packs_rows)

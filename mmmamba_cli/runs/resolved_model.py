@@ -158,8 +158,10 @@ def open_training_processor(
                 f"add {FILES_OF[name]} from where the teacher came from",
             )
         from mmmamba_cli.processing import open_teacher_processor
+        from mmmamba_cli.teachers import packing_problem
 
-        return open_teacher_processor(checkpoint.folder)
+        packs_rows = packing_problem(checkpoint.config) is None
+        return open_teacher_processor(checkpoint.folder, packs_rows)
     from mmmamba_cli.runs.product import open_processor
 
     return open_processor(checkpoint)

@@ -3,6 +3,8 @@
 Public functions:
     anatomy_of(config): the text decoder of a teacher, or an error that names what rules it out.
     refusal(config), bidirectional_warning(config): the same by the fields of the config alone.
+    packing_problem(config): why rows of its training data hold one conversation each, if they do.
+    packed_position_ids(model, inputs, seq_idx): positions of rows with several conversations.
     StudentPlan, StudentPlan.of_layers: which layers are replaced, by which mixer, its options.
     convert(model or config, plan): the student, a subclass of the teacher's class.
     student_config(config, plan): its config, with model_type `mmmamba_` and the teacher's.
@@ -21,6 +23,7 @@ Students load by AutoConfig, AutoModelForImageTextToText and AutoModelForCausalL
 from typing import TYPE_CHECKING
 
 from mmmamba_cli.lazy_imports import lazy_attributes
+from mmmamba_cli.teachers.packed_rows import packing_problem
 from mmmamba_cli.teachers.plan import MODEL_TYPE_PREFIX, PLAN_FIELD, StudentPlan
 from mmmamba_cli.teachers.refusals import bidirectional_warning, refusal, text_config
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
         student_tensors,
     )
     from mmmamba_cli.teachers.mixer_in_place import MixerInPlace, new_value
+    from mmmamba_cli.teachers.packed_positions import packed_position_ids
     from mmmamba_cli.teachers.stored_names import (
         StoredLayout,
         model_names,
@@ -59,6 +63,7 @@ else:
                 "student_tensors",
             ),
             "mixer_in_place": ("MixerInPlace", "new_value"),
+            "packed_positions": ("packed_position_ids",),
             "stored_names": (
                 "StoredLayout",
                 "model_names",
@@ -85,6 +90,8 @@ __all__ = [
     "mixers_of",
     "model_names",
     "new_value",
+    "packed_position_ids",
+    "packing_problem",
     "refusal",
     "register_model_type",
     "register_students",

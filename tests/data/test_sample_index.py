@@ -272,10 +272,10 @@ def test_a_picture_that_has_changed_is_a_bad_sample_of_one_process(
 ) -> None:
     """A picture of another size, whose row would not be as long as planned, and a damaged one."""
     source, picture = write_set(tmp_path)
-    own = processor if name == "hovle" else TeacherProcessor(FAMILIES[name].processor)
+    own = processor if name == "hovle" else TeacherProcessor(FAMILIES[name].processor, True)
     index = index_of(source, tmp_path, own)
     options: dict[str, Any] = {"batch_size": 6, "max_length": 400, "world_size": 6}
-    options["batching"] = "packed" if name == "hovle" else "bucketed"
+    options["batching"] = "packed"
     changes: tuple[tuple[Callable[[], object], str], ...] = (
         (lambda: Image.new("RGB", (300, 50)).save(picture), "in the data index: its pictures"),
         (lambda: picture.write_bytes(b"no picture"), "is not in an image format"),

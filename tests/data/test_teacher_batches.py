@@ -147,16 +147,21 @@ def equal(one: ModelBatch, two: ModelBatch) -> bool:
         and set(one.inputs) == set(two.inputs)
         and all(torch.equal(value, two.inputs[key]) for key, value in one.inputs.items())
         and torch.equal(one.labels, two.labels)
+        and (one.seq_idx is None) == (two.seq_idx is None)
+        and (one.seq_idx is None or torch.equal(one.seq_idx, two.seq_idx))
     )
 
 
-def test_steps_do_not_depend_on_workers_start_or_processes(pictures: list[Path]) -> None:
+@pytest.mark.parametrize("batching", ["bucketed", "packed"])
+def test_steps_do_not_depend_on_workers_start_or_processes(
+    batching: str, pictures: list[Path]
+) -> None:
     folder = pictures[0].parent
     source = write_lines(folder, [record(n, n % 3 != 1) for n in range(7)])
 
     def loader(**overrides: Any) -> StepLoader:
-        processor = TeacherProcessor(FAMILIES["qwen3_vl"].processor)
-        options = {"batch_size": 4, "max_length": 400, **overrides}
+        processor = TeacherProcessor(FAMILIES["qwen3_vl"].processor, packs_rows=True)
+        options = {"batch_size": 4, "max_length": 90, "batching": batching, **overrides}
         return StepLoader(open_corpus(source, folder), processor, **options)
 
     whole = list(loader(accumulation=2).steps(0, 4))
@@ -168,6 +173,54 @@ def test_steps_do_not_depend_on_workers_start_or_processes(pictures: list[Path])
     assert [micro.names for step in ranks for micro in step.micro_batches] == [
         micro.names for micro in whole[0].micro_batches
     ]
+    packs = [micro.seq_idx is not None for step in whole for micro in step.micro_batches]
+    assert any(packs) is (batching == "packed")
+
+
+def per_token(batch: ModelBatch) -> list[torch.Tensor]:
+    return [batch.inputs[name] for name in ("input_ids", "mm_token_type_ids")]
+
+
+def test_packed_rows_hold_the_conversations_as_they_are_alone(pictures: list[Path]) -> None:
+    make = collator("qwen3_vl")
+    chinese, repeated, _, one, later, _ = (
+        make.encode(sample) for sample in conversations("qwen3_vl", pictures)
+    )
+    rows = [[later, chinese], [one], [repeated]]
+    packed, bad = make.collate(rows)
+    alone, _ = make.collate([[sample] for row in rows for sample in row])
+    assert not bad and alone.seq_idx is None
+    assert packed.names == alone.names == ("later", "chinese", "one", "repeated")
+    assert (packed.num_samples, packed.num_tokens) == (4, alone.num_tokens)
+    assert torch.equal(packed.token_mask.sum(1), torch.tensor([sum(map(len, r)) for r in rows]))
+    # Pixels and grids keep the order of the conversations.
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(packed.inputs[name], alone.inputs[name])
+    tokens = [
+        [values[batch.token_mask] for values in (batch.labels, *per_token(batch))]
+        for batch in (packed, alone)
+    ]
+    assert all(map(torch.equal, *tokens))
+    assert packed.seq_idx is not None
+    first = packed.seq_idx[0].tolist()
+    assert first == [0] * len(later) + [1] * len(chinese)
+    second = packed.seq_idx[1].tolist()
+    assert second == [0] * len(one) + [1] * (len(first) - len(one))
+    assert packed.to("cpu").seq_idx is not None
+
+
+def test_a_packed_row_loses_only_the_sample_that_cannot_be_read(pictures: list[Path]) -> None:
+    make = collator("qwen3_vl")
+    good = [make.encode(sample) for sample in conversations("qwen3_vl", pictures)[3:5]]
+    damaged = pictures[0].parent / "damaged.png"
+    picture(24, 16).save(damaged)
+    lost = make.encode(Sample("lost", turns("<image>\nWhat?", "A cat"), images=(damaged,)))
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    batch, bad = make.collate([[good[0], lost, good[1]], [lost]])
+    assert [(each.name, each.seen_by_all) for each in bad] == [("lost", False)] * 2
+    expected, _ = make.collate([good])
+    assert equal(batch, expected) and batch.labels.shape[0] == 1
+    assert batch.seq_idx is not None
 
 
 @pytest.mark.parametrize("name", WITH_PICTURES)

@@ -16,8 +16,8 @@ from mmmamba_cli.cli.app import app
 from mmmamba_cli.distill.stage_memory import MicroBatchSize, estimate_memory
 from mmmamba_cli.distill.stage_models import open_stage_models, trainable_of
 from mmmamba_cli.distill.stage_shapes import shapes_of
-from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.recipe import Stage, load_recipe
+from mmmamba_cli.errors import MmmambaError, RecipeError
+from mmmamba_cli.recipe import Stage, dump_recipe, load_recipe
 from mmmamba_cli.runs import Run
 
 __all__ = ["in_place"]
@@ -121,19 +121,47 @@ def test_the_first_batch_is_shown_with_its_answers(folder: Path) -> None:
     assert "memory: fits" in shown and "time: unknown for stage1, stage2, stage3" in shown
 
 
-def test_rows_that_cannot_be_packed_are_said(in_place: Path, seeded: Path) -> None:
-    packed = ("--set", "data.batching=packed")
-    other, own = (dry(folder, *LENGTH, *packed) for folder in (in_place, seeded))
-    assert any(note.startswith("data.batching: bucketed in place of") for note in other["notes"])
-    assert own["notes"] == []
-    for report, batching in ((other, "bucketed"), (own, "packed")):
-        assert report["stages"][0]["first_batch"]["batching"] == batching
-    for folder, packs in ((in_place, False), (seeded, True)):
-        words = ("data", "check", folder / "train.jsonl", "--run", folder / "run")
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        assert ("cannot be packed" in result.stdout) is not packs
-        result = CliRunner().invoke(app, [*map(str, words), "--json"])
-        assert json.loads(result.stdout)["can_be_packed"] is packs
+PACKED = ("--set", "data.batching=packed")
+
+
+def check_says(folder: Path, packs: bool) -> None:
+    """`data check` says whether rows of the run's model can be packed."""
+    words = ("data", "check", folder / "train.jsonl", "--run", folder / "run")
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert ("cannot be packed" in result.stdout) is not packs
+    result = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert json.loads(result.stdout)["can_be_packed"] is packs
+
+
+def test_rows_of_both_kinds_of_students_are_packed(folder: Path) -> None:
+    report = dry(folder, *LENGTH, *PACKED)
+    assert not any("data.batching" in note for note in report["notes"])
+    assert report["stages"][0]["first_batch"]["batching"] == "packed"
+    check_says(folder, packs=True)
+
+
+def test_rows_that_cannot_be_packed_are_said(
+    in_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmmamba_cli.teachers.packed_rows.PACKED_VISION_FAMILIES", frozenset())
+    reason = "rows of idefics3 with a text decoder llama hold one conversation each"
+    check_says(in_place, packs=False)
+    # A recipe that packs is followed as far as the family allows.
+    recipe = tmp_path / "packed.yaml"
+    text = dump_recipe(load_recipe("smoke"))
+    recipe.write_text(text.replace("batching: bucketed", "batching: packed"))
+    report = dry(in_place, *LENGTH, "--recipe", recipe)
+    (note,) = (note for note in report["notes"] if "batching" in note)
+    assert note.startswith(f"data.batching: bucketed in place of packed, since {reason}")
+    assert report["stages"][0]["first_batch"]["batching"] == "bucketed"
+    # A setting of the command line is not replaced.
+    before = files_of(in_place).keys()
+    for more in (("--dry-run",), ()):
+        with pytest.raises(RecipeError) as refused:
+            run_distill(in_place, *more, *LENGTH, *PACKED)
+        assert refused.value.message.startswith(f"data.batching is set to packed, and {reason}")
+        assert refused.value.hint == "set data.batching to bucketed or padded"
+    assert files_of(in_place).keys() == before
 
 
 def test_processes_share_a_batch(in_place: Path) -> None:
