@@ -87,8 +87,14 @@ class InPlacePair:
         if batch.seq_idx is not None:
             # transformers reads packing from positions, and only without a mask.
             del inputs["attention_mask"]
-            inputs["position_ids"] = packed_position_ids(self.teacher, inputs, batch.seq_idx)
+            inputs["position_ids"] = self._packed_positions(batch).to(batch.labels.device)
         return inputs
+
+    def _packed_positions(self, batch: ModelBatch) -> Tensor:
+        # Counting them reads values, which would wait for a GPU.
+        host = batch if batch.on_host is None else batch.on_host
+        assert host.seq_idx is not None
+        return packed_position_ids(self.teacher, host.inputs, host.seq_idx)
 
     def last_hidden(self, model: Any, prepared: dict[str, Tensor]) -> Tensor:
         outputs = model.base_model(**prepared, use_cache=False, return_dict=True)
