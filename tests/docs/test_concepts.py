@@ -37,7 +37,7 @@ def seeded() -> Mamba2:
 
 @torch.no_grad()
 def test_a_seeded_mixer_is_linear_attention_that_forgets(seeded: Mamba2) -> None:
-    """The equations of `mix` and of "How it begins" on the page, written out."""
+    """The equations of `mix` and of "Initialization" on the page, written out."""
     hidden = torch.randn(1, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(0)).double()
     heads, width = STACK.num_heads, STACK.head_dim
 
