@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
+
+from mmmamba_cli.errors import MmmambaError
 
 PROJECT = "mmmamba"
 
@@ -21,14 +25,54 @@ Loader = Callable[[], Any]
 
 
 def entry_points(group: str) -> Iterator[tuple[str, Loader]]:
-    """Yield (name, loader) for each entry point of a group, the project's own first."""
+    """Yield (name, loader) for each entry point of a group, the project's own first.
+
+    A loader of another package raises `MmmambaError` that names the package if its code fails.
+    """
     root = _checkout()
     if root is not None:
         yield from _checkout_entries(root, group)
     for entry in sorted(metadata.entry_points(group=group), key=lambda e: (e.name, e.value)):
         own = entry.dist is not None and entry.dist.name == PROJECT
-        if not (own and root is not None):
+        if not own:
+            yield entry.name, partial(_load_plugin, entry, entry.load)
+        elif root is None:
             yield entry.name, entry.load
+
+
+def entry_point_values(group: str) -> Iterator[tuple[str, Any]]:
+    """Yield (name, object) for each entry point of a group; a function is called for its object.
+
+    Raises `MmmambaError` that names the package if the code of another package fails.
+    """
+    for name, load in entry_points(group):
+        found = load()
+        if not callable(found):
+            yield name, found
+        elif isinstance(load, partial):
+            yield name, _load_plugin(load.args[0], found)
+        else:
+            yield name, found()
+
+
+def _load_plugin(entry: metadata.EntryPoint, load: Loader) -> Any:
+    """`load()` of another package's entry point; its failure is not a bug of this package."""
+    try:
+        return load()
+    except MmmambaError:
+        raise
+    except Exception as error:
+        package = entry.value if entry.dist is None else entry.dist.name
+        if isinstance(error, SyntaxError):
+            place = f"{error.filename}:{error.lineno}"
+        else:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{last.filename}:{last.lineno}"
+        raise MmmambaError(
+            f"package {package}: its entry point {entry.name} = {entry.value} in {entry.group} "
+            f"cannot be loaded: {type(error).__name__}: {error} at {place}",
+            f"mend {package}, or uninstall it",
+        ) from error
 
 
 def load_reference(reference: str) -> Any:

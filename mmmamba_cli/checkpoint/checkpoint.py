@@ -237,8 +237,8 @@ def _find_config(
     if arch is None:
         raise CheckpointError(
             f"{path} comes without a config: there is no {beside}",
-            "give --config FILE, put its config.json beside it, or name its architecture with "
-            f"--arch {' | '.join(hovle.ARCHITECTURES)}",
+            "put its config.json beside it; mmmamba seed also takes --config FILE, or its "
+            f"architecture with --arch {' | '.join(hovle.ARCHITECTURES)}",
         )
     if arch not in hovle.ARCHITECTURES:
         known = ", ".join(hovle.ARCHITECTURES)
@@ -267,7 +267,8 @@ def _model_type(raw: Mapping[str, Any], where: str) -> str:
     if kind not in KNOWN_MODEL_TYPES:
         raise CheckpointError(
             f"{where}: model_type is {kind!r:.60}, known are {', '.join(KNOWN_MODEL_TYPES)}",
-            "give the config.json of such a model, or of a folder mmmamba wrote",
+            "give the config.json of such a model, or of a folder mmmamba wrote; mmmamba seed "
+            "also takes the folder of another model of transformers",
         )
     return str(kind)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmmamba_cli.checkpoint.atomic_writes import restore_hint, restore_interrupted
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.plugins import entry_points
+from mmmamba_cli.plugins import entry_point_values
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*?)(?:@([\w./-]+))?")
 # Folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
@@ -112,9 +112,8 @@ MODELS_GROUP = "mmmamba.models"
 def shipped_models() -> dict[str, Path]:
     """Folders of the installed models by name, mmmamba's own first."""
     folders: dict[str, Path] = {}
-    for _, load in entry_points(MODELS_GROUP):
-        found = load()
-        for name, folder in (found() if callable(found) else found).items():
+    for _, found in entry_point_values(MODELS_GROUP):
+        for name, folder in found.items():
             folders.setdefault(name, Path(folder))
     return folders
 

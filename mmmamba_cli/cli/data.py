@@ -128,7 +128,7 @@ def check(
     if report.bad_share > max_bad_share:
         raise typer.Exit(PROBLEMS)
     if not as_json:
-        _steps_after_check(Run(run), source, image_root).print()
+        _steps_after_check(Run(run), source, image_root, model).print()
 
 
 @command.command()
@@ -224,13 +224,17 @@ def _processor(run: Path, model: Path | None) -> TrainingProcessor | TeacherProc
     return processor
 
 
-def _steps_after_check(run: Run, source: str, image_root: Path | None) -> NextSteps:
+def _steps_after_check(
+    run: Run, source: str, image_root: Path | None, model: Path | None
+) -> NextSteps:
     """Training on checked data; the seed of a run comes first where there is none."""
     data: list[str | Path] = ["--data", source]
-    data += [] if image_root is None else ["--set", f"data.image_root={image_root}"]
+    data += [] if image_root is None else ["--image-root", image_root]
     train = command_line("distill", *data, run=run.folder)
     if run.exists:
         return NextSteps((train,))
+    if model is not None:
+        return NextSteps((command_line("seed", model, run=run.folder), train))
     remark = "TEACHER: a folder or a Hub id, as `mmmamba verify TEACHER` checks it"
     return NextSteps((command_line("seed", "TEACHER", run=run.folder), train), (remark,))
 

@@ -30,6 +30,7 @@ from mmmamba_cli.cli.options import (
     TeacherPath,
     complete_recipes,
 )
+from mmmamba_cli.cli.quiet_timer import import_notes
 from mmmamba_cli.errors import MmmambaError
 
 if TYPE_CHECKING:
@@ -237,10 +238,11 @@ def _launch(job: DistillCommand, processes: int, max_restarts: int) -> list[Mani
     """Train in several processes, and again from the last state if one of them is killed."""
     from mmmamba_cli.distributed.launcher import ProcessKilled, launch
 
+    print_line(f"starting {processes} processes", to_stderr=True)
     restarts = 0
     while True:
         try:
-            return launch(train, job, processes)
+            return launch(train_share, job, processes)
         except ProcessKilled as killed:
             if restarts == max_restarts:
                 raise
@@ -275,6 +277,12 @@ class DistillCommand:
     def sets_batching(self) -> bool:
         """Whether `--set` names data.batching: what a user asks for is not replaced."""
         return any(one.partition("=")[0].strip() == "data.batching" for one in self.sets)
+
+
+def train_share(job: DistillCommand) -> list[Manifest] | None:
+    """`train` in a process of `--gpus`, with notes about its imports."""
+    with import_notes():
+        return train(job)
 
 
 def train(job: DistillCommand) -> list[Manifest] | None:

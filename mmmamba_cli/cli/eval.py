@@ -19,6 +19,7 @@ from mmmamba_cli.cli.console import (
     if_interrupted,
     plain_warnings,
     print_json,
+    print_line,
     print_table,
     print_warning,
     progress,
@@ -34,7 +35,7 @@ from mmmamba_cli.cli.options import (
     RunFolder,
     TeacherPath,
 )
-from mmmamba_cli.cli.quiet_timer import time_notes
+from mmmamba_cli.cli.quiet_timer import import_notes, time_notes
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.interrupts import INTERRUPTED
 
@@ -233,7 +234,10 @@ def _evaluate(job: EvalCommand, gpus: int | None) -> Evaluated:
 
         processes = count_processes(gpus, job.device)
     if processes > 1:
-        found = launch(evaluate_share, replace(job, launched=True), processes, unit="batch")
+        print_line(f"starting {processes} processes", to_stderr=True)
+        found = launch(
+            evaluate_launched_share, replace(job, launched=True), processes, unit="batch"
+        )
     elif is_under_torchrun():
         found = evaluate_share(job)
     else:
@@ -245,6 +249,12 @@ def _evaluate(job: EvalCommand, gpus: int | None) -> Evaluated:
     if found is None:
         raise typer.Exit(INTERRUPTED)
     return found
+
+
+def evaluate_launched_share(job: EvalCommand) -> Evaluated | None:
+    """`evaluate_share` in a process of `--gpus`, with notes about its imports."""
+    with import_notes():
+        return evaluate_share(job)
 
 
 def evaluate_share(job: EvalCommand) -> Evaluated | None:
@@ -333,6 +343,7 @@ def _callbacks() -> EvalCallbacks:
         say=lambda text: err().print(text, markup=False, highlight=False, soft_wrap=True),
         warn=print_warning,
         progress=lambda title, total: progress(title, total, "answers"),
+        timed=time_notes,
         if_interrupted=if_interrupted,
     )
 

@@ -26,6 +26,7 @@ from mmmamba_cli.cli.options import (
     Overwrite,
     RunFolder,
     TeacherPath,
+    layers_in_words,
     read_lengths,
 )
 from mmmamba_cli.errors import RecipeError
@@ -147,6 +148,11 @@ def command(
         plan = _plan(attn_layers, layers, placement, select, source.num_layers)
         data_fields = {key: value for key, value in given.items() if value is not None}
         recipe = parse_recipe(source.recipe, f"recipe of {source.name}", (), plan)
+        if not recipe.layers.attention and "layers.attention" not in plan and budget is None:
+            raise RecipeError(
+                f"the recipe of {source.name} plans no attention layers",
+                "give their number with --attn-layers, or their indices with --layers",
+            )
         measured_on = parse_recipe(source.recipe, source.name, (), {**plan, **data_fields})
         options = SelectionOptions(
             recipe.layers.select or "", samples, steps, seed, greedy, device, teacher
@@ -158,7 +164,10 @@ def command(
             _print_choice(target, source, choice, as_json)
             return
         recipe_text = _recipe_text(recipe, choice, budget)
-        with progress("writing", _product_bytes(target, source), "B") as advance:
+        files = target.product_folder(source.name).glob("*.safetensors")
+        # About as many bytes are written as the parent has.
+        nbytes = sum(file.stat().st_size for file in files)
+        with progress("writing", nbytes, "B") as advance:
             manifest = hybridize(
                 target,
                 source,
@@ -314,12 +323,6 @@ def _recipe_text(recipe: Recipe, choice: Choice, budget: KVBudget | None) -> str
     return dump_recipe(recipe)
 
 
-def _product_bytes(run: Run, source: Manifest) -> int:
-    """Estimated bytes to write: the size of the parent."""
-    folder = run.product_folder(source.name)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def _show_measured(run: Run, measured: MeasuredLayers, as_json: bool) -> None:
     """Print the ranking and draw it, and warn if the halves of the data disagree."""
     from mmmamba_cli.reporting.layer_scores import write_score_picture
@@ -367,8 +370,8 @@ def _print_choice(run: Run, source: Manifest, choice: Choice, as_json: bool) -> 
         value = {"run": str(run.folder), "from": source.name, "product": choice.name}
         print_json({**value, "layers": choice.layers, "selection": _selection_json(choice)})
         return
-    kept = ", ".join(map(str, choice.layers)) or "none"
-    print_text(f"{choice.name} from {source.name} would have attention in layers {kept}")
+    where = layers_in_words(choice.layers, source.num_layers)
+    print_text(f"{choice.name} from {source.name} would have attention in {where}")
 
 
 def _selection_json(choice: Choice) -> dict[str, Any] | None:
@@ -389,7 +392,7 @@ def _print_product(run: Run, manifest: Manifest, choice: Choice) -> None:
 
 def _print_result(run: Run, source: Manifest, manifest: Manifest) -> None:
     folder = run.product_folder(manifest.name)
-    kept = ", ".join(map(str, manifest.attention_layers)) or "none"
-    print_text(f"from {source.name}: attention in layers {kept} of {manifest.num_layers}")
+    where = layers_in_words(manifest.attention_layers, manifest.num_layers)
+    print_text(f"from {source.name}: attention in {where}")
     print_text(f"{manifest.kind}, not yet distilled end to end: {folder}")
     print_text("its layers are swapped, not trained")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -115,3 +116,19 @@ def read_lengths(text: str, option: str = "--contexts") -> tuple[int, ...]:
             )
         found.add(int(number) * UNITS[unit])
     return tuple(sorted(found))
+
+
+def layers_in_words(layers: Sequence[int], total: int) -> str:
+    """`layers 0, 4 of 8`, `layer 0 of 8` or `no layer of 8`."""
+    listed = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    return f"{listed if layers else 'no layer'} of {total}"
+
+
+def check_output_folder(folder: Path) -> None:
+    """Raise `DataError` if files cannot be written to `folder`, before they are measured."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    reason = None if there.is_dir() else f"{there} is not a folder"
+    if reason is None and not os.access(there, os.W_OK | os.X_OK):
+        reason = f"{there} may not be written to"
+    if reason is not None:
+        raise DataError(f"no files can be written to {folder}: {reason}", "give another --out")

@@ -26,6 +26,7 @@ from mmmamba_cli.cli.options import (
     Models,
     RunFolder,
     TeacherPath,
+    check_output_folder,
     complete_products,
     read_lengths,
 )
@@ -172,6 +173,7 @@ def command(
 
     own = random is None and (not model or bool(product))
     target = folder or (run / FOLDER if own else Path(FOLDER))
+    check_output_folder(target)
     check_replaceable(target)
     store = weight_store(device, dtype)
     if random is not None:

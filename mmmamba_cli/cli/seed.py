@@ -147,6 +147,11 @@ def command(
 
 def _run_job(run: Run, job: SeedJob, report: bool, calibration: Path | None, as_json: bool) -> None:
     """Seed under the lock of the run, compare the mixers if `report`, and print the result."""
+    from mmmamba_cli.seed.fidelity import read_samples
+
+    if report and calibration is not None:
+        # What cannot be read is found before anything is written.
+        read_samples(calibration)
     made = False
 
     def status() -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmmamba_cli.cli.console import print_json, print_line, print_table, print_text, progress
-from mmmamba_cli.cli.options import read_lengths
+from mmmamba_cli.cli.options import check_output_folder, read_lengths
 from mmmamba_cli.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -123,8 +123,10 @@ def show_stability(
 
     run = Run(run_folder)
     resolved = resolve_model(run, name or run.record.current)
-    record = _measure(resolved, request)
     folder = request.out or _result_folder(resolved)
+    if folder is not None:
+        check_output_folder(folder)
+    record = _measure(resolved, request)
     if folder is not None:
         _write(folder, record)
     if as_json:

@@ -78,7 +78,9 @@ def open_suite(
 
     Raises `DataError`.
     """
-    suite.scoring(options.rule)
+    for function in suite.scoring(options.rule).values():
+        # A misspelt rule is found before the questions are asked.
+        find_rule(function)
     table = VLMEvalTable(find_table(suite, options.data, say), suite.columns)
     rows = read_rows(table.cells, suite, str(table.file))
     return table, limit_rows(rows, suite, options.limit)

@@ -19,7 +19,7 @@ import mmmamba_cli
 from mmmamba_cli.checkpoint import atomic_folder
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.suite import Suite, parse_suite
-from mmmamba_cli.plugins import Loader, entry_points, load_reference
+from mmmamba_cli.plugins import Loader, entry_point_values, entry_points, load_reference
 from mmmamba_cli.recipe.problems import join_or, suggest
 
 SUITES = "mmmamba.suites"
@@ -101,7 +101,9 @@ def find_table(
         raise DataError(
             f"suite {suite.name} needs {suite.dataset}.tsv, which is not in {data_folder(data)}; "
             f"it is looked for in --data DIR, else ${DATA_VARIABLE}, else {DEFAULT_DATA_FOLDER}",
-            "it is VLMEvalKit's table: tab-separated, with the columns "
+            "without --data the suite writes its table itself"
+            if suite.build
+            else "it is VLMEvalKit's table: tab-separated, with the columns "
             f"{', '.join(suite.columns)} and image (base64, or another row's index) or image_path",
         )
     return found
@@ -124,8 +126,11 @@ def built_table(suite: Suite, say: Callable[[str], None]) -> Path:
     if not table.is_file():
         try:
             build = load_reference(suite.build)
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"suite {suite.name} cannot build its table: {error}") from error
+        except Exception as error:
+            # Importing runs code of another package, which may raise anything.
+            raise DataError(
+                f"suite {suite.name} cannot build its table: {type(error).__name__}: {error}"
+            ) from error
         say(f"making the table of suite {suite.name}, once, in {folder}")
         with atomic_folder(folder, overwrite=True) as partial:
             build(partial)
@@ -146,7 +151,11 @@ def _suite_files() -> dict[str, Traversable]:
 
 
 def _suite_folders() -> Iterator[Traversable]:
-    for _, load in entry_points(SUITES):
-        found = load()
-        folder = found() if callable(found) else found
-        yield Path(folder) if isinstance(folder, str) else folder
+    for name, found in entry_point_values(SUITES):
+        folder = Path(found) if isinstance(found, str) else found
+        if not isinstance(folder, Traversable) or not folder.is_dir():
+            raise DataError(
+                f"the entry point {name} in {SUITES} gives {found!r}, which is not a folder",
+                "it names the folder of the suites' YAML files, or a function that returns it",
+            )
+        yield folder

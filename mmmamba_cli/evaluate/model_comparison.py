@@ -117,7 +117,8 @@ def _open_suites(
     names: Sequence[str], options: EvalOptions, callbacks: EvalCallbacks
 ) -> list[tuple[Suite, VLMEvalTable, list[Row]]]:
     suites = [find_suite(name) for name in names]
-    return [(suite, *open_suite(suite, options, callbacks.say)) for suite in suites]
+    with callbacks.timed("opening the suites"):
+        return [(suite, *open_suite(suite, options, callbacks.say)) for suite in suites]
 
 
 def _write_retentions(

@@ -40,8 +40,9 @@ class EvalCallbacks:
     """Callbacks of an evaluation; by default they do nothing.
 
     `say` and `warn` take a sentence, `advance` the number of new answers. `progress(title, total)`
-    returns a context manager that yields an `advance`. `if_interrupted(message)` returns a context
-    manager that prints the message on `KeyboardInterrupt` and re-raises it. `is_stopped` says after
+    returns a context manager that yields an `advance`, `timed(title)` one that prints the title
+    with the time if the step takes long, `if_interrupted(message)` one that prints the message on
+    `KeyboardInterrupt` and re-raises it. `is_stopped` says after
     each batch whether to stop: every process then raises `EvalStopped`.
     """
 
@@ -49,6 +50,7 @@ class EvalCallbacks:
     warn: Callable[[str], None] = lambda text: None
     advance: Callable[[int], None] = lambda more: None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
+    timed: Callable[[str], AbstractContextManager[None]] = _no_message
     if_interrupted: Callable[[str | Callable[[], str]], AbstractContextManager[None]] = _no_message
     is_stopped: Callable[[], bool] = lambda: False
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmmamba_cli.errors import DataError
+from mmmamba_cli.recipe.problems import validation_problems
 
 # The suffix of a rule's name: the month since which its version applies.
 DATE = re.compile(r"-\d{4}-\d{2}$")
@@ -122,8 +123,6 @@ def parse_suite(text: str, where: str) -> Suite:
     except yaml.YAMLError as error:
         raise DataError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg'].lower()}"
-            for found in error.errors(include_url=False)
-        )
+        problems = validation_problems(error, Suite)
+        wrong = "; ".join(problem.line("") for problem in problems)
         raise DataError(f"{where} is no suite: {wrong}") from error

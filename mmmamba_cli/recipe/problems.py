@@ -123,6 +123,8 @@ def _field_at(model: type[BaseModel], location: Location) -> tuple[Any, list[Any
             items = get_args(annotation)
             annotation = items[0] if items[-1] is Ellipsis else items[part]
             metadata = []
+        elif get_origin(annotation) is dict:
+            annotation, metadata = get_args(annotation)[1], []
         else:
             info = annotation.model_fields[part]
             annotation, metadata = info.annotation, list(info.metadata)
@@ -180,6 +182,8 @@ def describe_allowed(annotation: Any, metadata: list[Any]) -> str:
             return f"a list of {len(items)}, each {describe_allowed(items[0], [])}{null}"
         some = ", not empty" if _not_empty(constraints) else ""
         return f"a list{some}, each {describe_allowed(items[0], [])}{null}"
+    if get_origin(bare) is dict:
+        return f"a section, each value {describe_allowed(get_args(bare)[1], [])}{null}"
     if isinstance(bare, type) and issubclass(bare, BaseModel):
         return f"a section with the keys {', '.join(bare.model_fields)}{null}"
     raise TypeError(f"no words for what {bare} allows")

@@ -87,7 +87,12 @@ def _sample(file: Path, number: int, line: str) -> tuple[str, list[Image.Image |
     if not isinstance(question, str):
         raise DataError(f"{file}, line {number} has no question", "expected {'question': text}")
     image = value.get("image")
-    return question, [] if image is None else [file.parent / str(image)]
+    if image is None:
+        return question, []
+    picture = file.parent / str(image)
+    if not picture.is_file():
+        raise DataError(f"{file}, line {number}: the picture {picture} does not exist")
+    return question, [picture]
 
 
 def _encode(

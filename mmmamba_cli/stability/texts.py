@@ -85,8 +85,10 @@ class TokenizerEncoder:
 def encode_text(processor: TextEncoder, text: str, name: str, tokens: int | None) -> list[int]:
     """The first `tokens` ids of a text; None takes up to `DEFAULT_TOKENS`.
 
-    Raises `DataError` for a text that is too short.
+    Raises `DataError` for a text that is too short, or too few tokens.
     """
+    if tokens is not None and tokens < MIN_TOKENS:
+        raise DataError(f"{tokens} tokens are too few to measure", f"give {MIN_TOKENS} or more")
     ids = processor.text_ids(text)
     needed = MIN_TOKENS if tokens is None else tokens
     if len(ids) < needed:

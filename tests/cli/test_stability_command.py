@@ -121,6 +121,7 @@ def test_conversations_are_read_without_pictures(
         (("--stability", "--context", "8k"), "--context cannot be used with --stability"),
         (("--stability", "--against", "seed"), "--against cannot be used with --stability"),
         (("--stability", "--tokens", "1m"), "expected at least 1,048,576"),
+        (("--stability", "--tokens", "63"), "63 tokens are too few to measure (give 64 or more)"),
         (("--stability", "--tokens", "1,2"), "--tokens is 1,2, expected one length"),
         (("--stability", "--text", "{short}"), "short.txt has 4 tokens, expected at least 64"),
         (("--stability", "--text", "nowhere.txt"), "nowhere.txt cannot be read"),
@@ -143,3 +144,13 @@ def test_bad_input_is_named(
     assert done.code == 2
     assert message in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_measuring(
+    mmmamba: Command, own_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    words = ("--stability", *TOKENS, "--out", tmp_path / "out" / "deep")
+    done = mmmamba("inspect", "seed", "--run", own_run, *words)
+    assert done.code == 2 and "measuring" not in done.err
+    assert f"{tmp_path / 'out'} is not a folder (give another --out)" in done.err

@@ -53,12 +53,11 @@ def test_a_good_set(data: Path, teacher: Path) -> None:
 
 def test_training_comes_next(data: Path, teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    root = f"data.image_root={data.parent}"
-    train = ["mmmamba", "distill", "--data", str(data), "--set", root, "--run", str(run)]
-    lines = check(data, teacher, "--run", run, "--limit", 1).stdout.splitlines()[-3:]
-    seed = ["next:", "mmmamba", "seed", "TEACHER", "--run", str(run)]
-    assert [shlex.split(line) for line in lines[:2]] == [seed, train]
-    assert lines[2].startswith("TEACHER: ")
+    root = ("--image-root", str(data.parent))
+    train = ["mmmamba", "distill", "--data", str(data), *root, "--run", str(run)]
+    lines = check(data, teacher, "--run", run, "--limit", 1).stdout.splitlines()[-2:]
+    seed = ["next:", "mmmamba", "seed", str(teacher), "--run", str(run)]
+    assert [shlex.split(line) for line in lines] == [seed, train]
     run.mkdir()
     Run(run).write_record(RunRecord(teacher=None, current="seed"))
     last = check(data, teacher, "--run", run, "--limit", 1).stdout.splitlines()[-1]

@@ -161,7 +161,19 @@ def test_unknown_suite_suggests_the_nearest() -> None:
 
 
 def test_invalid_suite() -> None:
-    with pytest.raises(DataError, match=r"x.yaml is no suite: title: field required; .*unite: "):
-        parse_suite("{name: x, version: 1, dataset: X, columns: [], unite: row}", "x.yaml")
+    text = "{name: x, version: 1, dataset: X, columns: [], unite: row}"
+    unknown = r"unite: unknown key, .*; did you mean unit\?"
+    with pytest.raises(
+        DataError, match=f"x.yaml is no suite: title: is missing, must be some text; {unknown}"
+    ):
+        parse_suite(text, "x.yaml")
+    text = "{name: x, title: X, version: 1, dataset: X, columns: index, rules: {a: 3}}"
+    with pytest.raises(
+        DataError,
+        match=r"columns: is 'index', must be a list, each some text; rules.a: is 3, must be some t",
+    ):
+        parse_suite(text, "x.yaml")
+    with pytest.raises(DataError, match=r"x.yaml is no suite: is null, must be a section with the"):
+        parse_suite("", "x.yaml")
     with pytest.raises(DataError, match="not valid YAML"):
         parse_suite("{", "x.yaml")

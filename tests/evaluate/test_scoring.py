@@ -314,7 +314,11 @@ def test_gqa_by_both_rules() -> None:
 def test_rule_of_another_package() -> None:
     module = "mmmamba_cli.evaluate.scoring.yes_no"
     assert find_rule(f"{module}:mme_words") is RULES["mme_words"]
-    with pytest.raises(DataError, match="no scoring rule is called mme_word, known are mme_words"):
+    with pytest.raises(
+        DataError,
+        match="no scoring rule is called mme_word, known are mme_words, .*"
+        r"did you mean mme_words\?",
+    ):
         find_rule("mme_word")
     with pytest.raises(DataError, match="cannot be imported"):
         find_rule(f"{module}:nothing")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mmmamba_cli.errors import DataError
-from mmmamba_cli.evaluate import find_evaluator, find_suite, library, suite_names
-from mmmamba_cli.evaluate.suite import undated
+from mmmamba_cli.errors import DataError, MmmambaError
+from mmmamba_cli.evaluate import EvalOptions, find_evaluator, find_suite, library, suite_names
+from mmmamba_cli.evaluate.evaluator import open_suite
+from mmmamba_cli.evaluate.suite import parse_suite, undated
 
 SUITE = """
 name: {name}
@@ -72,6 +73,37 @@ def test_plugins_add_suites_rules_and_adapters(somebody: Path) -> None:
     # A plugin cannot replace a shipped suite.
     assert find_suite("mme").title == "MME"
     assert find_evaluator("lm-eval").__module__ == "mmmamba_evals.lm_eval_adapter"
+
+
+BROKEN_PACKAGES = {
+    "def folder(:\n": r"SyntaxError: .* at .*somebody.py:1 \(mend somebody, or uninstall it\)",
+    "import nothing_like_it\n": "ModuleNotFoundError: No module named 'nothing_like_it' at .*.py:1",
+    "def folder():\n    return 1 / 0\n": "ZeroDivisionError: division by zero at .*somebody.py:2",
+    "files = 3\n": "AttributeError: module 'somebody' has no attribute 'folder'",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN_PACKAGES)
+def test_a_package_that_fails_is_named(somebody: Path, text: str) -> None:
+    (somebody / "somebody.py").write_text(text)
+    with pytest.raises(MmmambaError, match=BROKEN_PACKAGES[text]) as error:
+        find_suite("mme")
+    assert "package somebody: its entry point somebody = somebody:folder in " in str(error.value)
+
+
+def test_a_package_must_give_a_folder(somebody: Path) -> None:
+    for value in ("3", "'nowhere'"):
+        sys.modules.pop("somebody", None)
+        (somebody / "somebody.py").write_text(f"def folder():\n    return {value}\n")
+        with pytest.raises(DataError, match=f"gives {value}, which is not a folder .it names the"):
+            suite_names()
+
+
+def test_a_rule_that_cannot_be_imported_is_found_before_the_questions(somebody: Path) -> None:
+    text = SUITE.format(name="theirs").replace("always_right", "always_rihgt")
+    suite = parse_suite(text, "theirs.yaml")
+    with pytest.raises(DataError, match="scoring rule somebody:always_rihgt cannot be imported"):
+        open_suite(suite, EvalOptions(data=somebody))
 
 
 def test_suite_name_must_match_its_file(somebody: Path) -> None:

@@ -202,7 +202,33 @@ def test_hybridize_prefers_the_stage_2_student(hovle_folder: Path, tmp_path: Pat
     manifest = {**json.loads(file.read_text()), "name": "stage2", "stages": ["stage1", "stage2"]}
     file.write_text(json.dumps(manifest))
     said = mmmamba("hybridize", "--attn-layers", 1, "--run", run).stdout
-    assert said.startswith("from stage2: attention in layers 0 of 5")
+    assert said.startswith("from stage2: attention in layer 0 of 5")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no JSON", "questions.jsonl, line 1 is not JSON"),
+        ('{"question": "What?", "image": "a.png"}', "line 1: the picture .*a.png does not exist"),
+    ],
+)
+def test_calibration_is_read_before_anything_is_written(
+    hovle_folder: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(line, encoding="utf-8")
+    with pytest.raises(MmmambaError, match=message):
+        mmmamba("seed", hovle_folder, "--run", tmp_path / "run", "--calibration", file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_hybridize_needs_a_plan(hovle_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    seed(hovle_folder, run)
+    message = "the recipe of seed plans no attention layers .give their number with --attn-layers"
+    with pytest.raises(MmmambaError, match=message):
+        mmmamba("hybridize", "--run", run)
+    assert [product.name for product in (run / "products").iterdir()] == ["seed"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,15 @@ def test_only_a_profile_is_replaced(mmmamba: Command, tmp_path: Path, name: str)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_measuring(
+    mmmamba: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    done = mmmamba("profile", "--random", "hovle-8m", *QUICK, "--out", tmp_path / "out")
+    assert done.code == 2 and "measure" not in done.err
+    assert f"{tmp_path / 'out'} is not a folder (give another --out)" in done.err
+
+
 def test_a_checkpoint_without_a_run(
     mmmamba: Command, hovle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

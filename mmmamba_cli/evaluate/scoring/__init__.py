@@ -29,6 +29,7 @@ from mmmamba_cli.evaluate.scoring.yes_no import (
     pope_mean_of_splits,
 )
 from mmmamba_cli.plugins import load_reference
+from mmmamba_cli.recipe.problems import suggest
 
 Rule = Callable[[Sequence[Row], Sequence[str]], UnitScores]
 
@@ -75,10 +76,16 @@ def find_rule(name: str) -> Rule:
     if ":" in name:
         try:
             found: Rule = load_reference(name)
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"scoring rule {name} cannot be imported: {error}") from error
+        except Exception as error:
+            # Importing runs code of another package, which may raise anything.
+            raise DataError(
+                f"scoring rule {name} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
         return found
-    raise DataError(f"no scoring rule is called {name}, known are {', '.join([*RULES, *NEWEST])}")
+    names = [*RULES, *NEWEST]
+    raise DataError(
+        f"no scoring rule is called {name}, known are {', '.join(names)}{suggest(name, names)}"
+    )
 
 
 __all__ = ["NEWEST", "RULES", "Rule", "Tally", "UnitScores", "find_rule", "versioned"]
