@@ -146,13 +146,13 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
             record = _parse(line)
             if record is None:
                 if handle.read(1):
-                    raise DataError(
-                        f"{self.file}: line {number} is damaged",
-                        "delete the line, or the file to start over",
-                    )
+                    raise self._damaged(number)
                 self._warn(f"{self.file}: the last line was cut short and is dropped")
                 break
-            self._add_record(record, number)
+            try:
+                self._add_record(record, number)
+            except (LookupError, TypeError, ValueError) as error:
+                raise self._damaged(number) from error
             good += len(line)
         # Drop an incomplete last line; writes append after the last complete one.
         handle.truncate(good)
@@ -160,6 +160,11 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
         if good == 0:
             self._report_unused_files()
             self._append([{HEADER: self._settings}])
+
+    def _damaged(self, number: int) -> DataError:
+        return DataError(
+            f"{self.file}: line {number} is damaged", "delete the line, or the file to start over"
+        )
 
     def _report_unused_files(self) -> None:
         """Report kept answers that are not reused because pictures, code or versions changed."""
@@ -189,11 +194,12 @@ class AnswerCache(AbstractContextManager["AnswerCache"]):
                     "move it away to start over",
                 )
         elif LIMIT in record:
-            self.limit = BatchLimit(**record[LIMIT])
+            self.limit = _parse_limit(record[LIMIT])
             self.before_limit = frozenset(self.answers)
         else:
-            scores = tuple(record.get(LIKELIHOODS, ()))
-            answer = AnswerRecord(record[INDEX], record[PREDICTION], scores)
+            answer = _parse_answer(record)
+            if self.answers.get(answer.index, answer) != answer:
+                raise ValueError("a row has two answers")
             self.answers[answer.index] = answer
 
 
@@ -203,6 +209,26 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _parse_answer(record: Mapping[str, Any]) -> AnswerRecord:
+    """An answer. Raises `LookupError`, `TypeError` or `ValueError` for other values."""
+    index, text, scores = record[INDEX], record[PREDICTION], record.get(LIKELIHOODS, [])
+    if not (isinstance(index, str) and isinstance(text, str) and isinstance(scores, list)):
+        raise TypeError("an answer has values of other types")
+    # Lone surrogates, which no file of results can hold.
+    (index + text).encode()
+    return AnswerRecord(index, text, tuple(map(float, scores)))
+
+
+def _parse_limit(record: Mapping[str, Any]) -> BatchLimit:
+    """A batch limit. Raises `TypeError` or `ValueError` for other values."""
+    limit = BatchLimit(**record)
+    if any(type(value) is not int for value in record.values()):
+        raise TypeError("a batch limit has values of other types")
+    if limit.prompts < 1 or limit.columns < 0 or limit.given < 0:
+        raise ValueError("a batch limit is not positive")
+    return limit

@@ -5,18 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmmamba_cli.checkpoint import atomic_write_text
+from mmmamba_cli.errors import MmmambaWarning, name_some
 from mmmamba_cli.evaluate.answer_cache import AnswerCache, settings_key
 from mmmamba_cli.evaluate.candidates import Candidates, find_candidates
 from mmmamba_cli.evaluate.fingerprint import code_digest, library_versions, pictures_digest
 from mmmamba_cli.evaluate.interfaces import EvalModel, ModelIdentity
 from mmmamba_cli.evaluate.library import existing_table, find_suite, find_table
-from mmmamba_cli.evaluate.predictions import read_predictions
+from mmmamba_cli.evaluate.predictions import Predictions, read_predictions
 from mmmamba_cli.evaluate.process_group import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -243,11 +245,23 @@ def evaluate_predictions(
         rows = limit_rows(given.answered_units(rows) or rows, suite, options.limit)
     data = _data_info(suite, name, digest, cells, rows)
     answers = given.answers(rows)
+    _warn_of_other_rows(given, cells, name)
     identity = ModelIdentity(name=file.name, content_hash=given.sha256, kind="predictions")
     settings = {"answers": "from a file"}
     scored = score_answers(suite, rows, answers, data, identity, settings, options)
     write_result(folder, scored, answers)
     return scored
+
+
+def _warn_of_other_rows(given: Predictions, cells: Sequence[Mapping[str, str]], table: str) -> None:
+    """Name answers in a file to rows that the table, of these cells, does not have."""
+    others = given.left_out(cell["index"] for cell in cells)
+    if others:
+        message = (
+            f"{given.file} answers {len(others):,} rows that {table} does not have, and they are "
+            f"left out: index {name_some(others)}"
+        )
+        warnings.warn(MmmambaWarning(message), stacklevel=2)
 
 
 def score_answers(

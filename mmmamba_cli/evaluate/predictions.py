@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class Predictions:
             )
         return {row.index: found[row.index] for row in rows}
 
+    def left_out(self, indexes: Iterable[str]) -> list[str]:
+        """The indexes of its rows that are not among those of a table."""
+        known = set(map(plain_index, indexes))
+        return [cell[INDEX] for cell in self.cells if plain_index(cell[INDEX]) not in known]
+
     def answered_units(self, rows: Sequence[Row]) -> list[Row]:
         """The rows whose unit is completely answered."""
         found = self._found()
@@ -89,8 +95,13 @@ def read_predictions(file: Path) -> Predictions:
                 f"{file}: row {number} lacks {' and '.join(missing)}; it has {', '.join(cell)}",
                 "expected the columns index and prediction",
             )
-    for cell in cells:
+    for number, cell in enumerate(cells, start=1):
         cell[INDEX] = cell[INDEX].strip()
+        if not cell[INDEX]:
+            raise DataError(
+                f"{file}: row {number} has no index", "number the rows as the suite does"
+            )
+        _check_unicode(file, number, cell)
     simplify_indexes(cells)
     counts = Counter(plain_index(cell[INDEX]) for cell in cells)
     twice = [index for index, count in counts.items() if count > 1]
@@ -100,12 +111,25 @@ def read_predictions(file: Path) -> Predictions:
 
 
 def _text(value: Any) -> str:
-    """A cell as text; spreadsheets store integers as 1.0 and empty cells as None."""
-    if value is None:
+    """A cell as text; spreadsheets store integers as 1.0, and empty cells are None or NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return value if isinstance(value, str) else str(value)
+
+
+def _check_unicode(file: Path, number: int, cell: Mapping[str, str]) -> None:
+    """Raise `DataError` for a lone surrogate, which JSON can write and UTF-8 cannot."""
+    for column, text in cell.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{file}: row {number} has a lone surrogate (U+{ord(text[error.start]):04X}) in "
+                f"{ascii(column)[1:-1]}, which is not valid Unicode",
+                "write it as UTF-8",
+            ) from error
 
 
 def _read_table(file: Path, delimiter: str) -> Iterator[Mapping[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import shutil
 import sys
@@ -221,6 +222,60 @@ def test_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
         store(tmp_path),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"index": "2"},
+        {"prediction": "Yes"},
+        {"index": 2, "prediction": "Yes"},
+        {"index": "2", "prediction": None},
+        {"index": ["2"], "prediction": "Yes"},
+        {"index": "2", "prediction": "\ud800"},
+        {"index": "2", "prediction": "Yes", "log_likelihoods": 3},
+        {"index": "2", "prediction": "Yes", "log_likelihoods": ["x"]},
+        {"index": "1", "prediction": "another"},
+        {"limit": 3},
+        {"limit": {"prompts": 3, "rows": 2}},
+        {"limit": {"prompts": "3"}},
+        {"limit": {"prompts": 0}},
+    ],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_records_of_wrong_types_are_damage(
+    tmp_path: Path, record: dict[str, Any], is_last: bool
+) -> None:
+    with store(tmp_path) as kept:
+        kept.add([AnswerRecord("1", "Yes"), AnswerRecord("3", "No", (0.5, -1.0))])
+        file = kept.file
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines.insert(len(lines) - (not is_last), json.dumps(record).encode() + b"\n")
+    file.write_bytes(b"".join(lines))
+    number = 4 if is_last else 3
+    with pytest.raises(DataError, match=f"line {number} is damaged"), store(tmp_path):
+        pass
+    assert file.read_bytes() == b"".join(lines)
+
+
+def test_killed_at_any_byte(data: Path, tmp_path: Path) -> None:
+    """The files are those of an undisturbed run, and the scores also with other batches."""
+    run(data, tmp_path / "whole", scripted(most_columns=500), batch=8)
+    whole = files(tmp_path / "whole")
+    (cache,) = (tmp_path / "whole").glob("predictions-*.jsonl")
+    content = cache.read_bytes()
+    for number, cut in enumerate(range(0, len(content), 199)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / cache.name).write_bytes(content[:cut])
+        batch = 8 if number % 2 == 0 else (1, 3, 64)[number % 3]
+        run(data, folder, scripted(most_columns=500), batch=batch)
+        resumed = files(folder)
+        if batch != 8:
+            # Its limits of batches are others, and so is the order of answers.
+            resumed[cache.name] = content
+        assert resumed == whole, (cut, batch)
 
 
 def test_truncated_header_starts_a_new_cache(tmp_path: Path) -> None:

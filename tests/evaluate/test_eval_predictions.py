@@ -84,6 +84,24 @@ def test_predictions_file_with_missing_rows(mmmamba: Command, data: Path, tmp_pa
     assert mmmamba(*words, "--data", data, "--limit", 6).code == 0
 
 
+def test_answers_to_other_rows_are_named(mmmamba: Command, data: Path, tmp_path: Path) -> None:
+    """Rows that a kit could not answer, null or NaN, have empty answers."""
+    file = tmp_path / "more.jsonl"
+    answers: list[Any] = ["Yes", None, float("nan")] * 20
+    lines = [json.dumps({"index": i, "prediction": text}) for i, text in enumerate(answers)]
+    file.write_text("\n".join(lines))
+    words = ["eval", "--suite", "mme", "--predictions", file, "--out", tmp_path, "--data", data]
+    done = mmmamba(*words)
+    assert done.code == 0
+    assert done.err.splitlines()[0] == (
+        f"warning: {file} answers 4 rows that MME.tsv does not have, and they are left out: "
+        "index 56, 57, 58, 59"
+    )
+    assert "37 of 56 answers could not be read" in done.err
+    written = (tmp_path / "more" / "mme" / "predictions.tsv").read_text().splitlines()[1:]
+    assert len(written) == 56 and not any("nan" in line.lower() for line in written)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -104,6 +122,9 @@ def test_predictions_file_with_missing_rows(mmmamba: Command, data: Path, tmp_pa
         ("a.jsonl", '{"index": 1, "prediction": "x"}\n[1]\n', "line 2 is not a JSON object"),
         ("a.jsonl", '{"index": 1, "prediction": "x"}\nx\n', "line 2 is not JSON"),
         ("a.jsonl", '{"index": 1, "prediction": "x"}\n' * 2, "answers index 1 more than once"),
+        ("a.jsonl", '{"index": NaN, "prediction": "x"}\n', "row 1 has no index"),
+        ("a.tsv", "index\tprediction\n0\tYes\n\tNo\n", "row 2 has no index"),
+        ("a.jsonl", '{"index": 1, "prediction": "\\ud800"}\n', "surrogate (U+D800) in prediction"),
         ("a.xlsx", "no workbook", "is not an XLSX workbook"),
         ("missing.tsv", None, "does not exist"),
     ],
