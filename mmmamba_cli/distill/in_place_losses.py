@@ -138,22 +138,23 @@ class HookedLayerLoss:
             text_decoder(model).layers for model in (pair.teacher, pair.student, source)
         )
         padding = ~batch.token_mask
+        factors = None if weights is None else weights.tolist()
         # On the device: reading a loss would wait for the GPU in each layer.
-        sums = torch.zeros(len(self.layers), dtype=torch.float64, device=padding.device)
+        losses: dict[int, Tensor] = {}
         prepared = pair.prepare(batch)
         column_weights: list[Tensor] = []
 
         def accumulate(term: int, errors: Errors) -> None:
-            with torch.set_grad_enabled(weights is not None):
+            with torch.set_grad_enabled(factors is not None):
                 values = errors()
                 inner = [1] * (values.dim() - 2)
                 mask = padding.view(*padding.shape, *inner)
                 for column in column_weights:
                     values = values * column.view(*column.shape, *inner)
                 loss = values.masked_fill(mask, 0).sum()
-                if weights is not None:
-                    (loss * float(weights[term])).backward()
-            sums[term] += loss.detach().double()
+                if factors is not None:
+                    loss.backward(torch.full_like(loss, factors[term]))
+            losses[term] = loss.detach()
 
         with ExitStack() as stack, torch.no_grad(), pair.autocast(cache_enabled=False):
             stack.enter_context(_mixers_follow(pair))
@@ -169,7 +170,7 @@ class HookedLayerLoss:
                 for handle in self.loss.hook(layer, partial(accumulate, term)):
                     stack.callback(handle.remove)
             pair.last_hidden(source, prepared)
-        return sums
+        return torch.stack([losses[term] for term in range(len(self.layers))]).double()
 
 
 def _keep_weights(
@@ -268,7 +269,7 @@ class HookedMixerMSE:
                     with torch.no_grad():
                         layer.attention(*args, **kwargs)
                 mixed = layer.mixer.mix(call.hidden, call.layout(layer.mixer))
-                return (upcast(mixed) - upcast(target.pop())).square()
+                return (upcast(mixed) - target.pop()).square()
 
             on_call(errors)
 
@@ -343,7 +344,7 @@ class HookedHiddenAlignment:
                     expected = output if layer.teacher_runs else layer.teacher(*args, **kwargs)
                 # A call of the module would call this hook again if the student runs.
                 actual = layer.student.forward(*args, **kwargs)
-                return (upcast(_hidden(actual)) - upcast(_hidden(expected))).square()
+                return (upcast(_hidden(actual)) - _hidden(expected)).square()
 
             on_call(errors)
 

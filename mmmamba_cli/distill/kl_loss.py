@@ -147,8 +147,10 @@ def divergence(teacher: Tensor, student: Tensor, direction: str, temperature: fl
     KL of each against their mixture. The result is multiplied by the squared temperature, which
     keeps the magnitude of gradients (Hinton et al., arXiv 1503.02531).
     """
-    p = torch.log_softmax(teacher / temperature, dim=-1)
-    q = torch.log_softmax(student / temperature, dim=-1)
+    if temperature != 1:
+        teacher, student = teacher / temperature, student / temperature
+    p = torch.log_softmax(teacher, dim=-1)
+    q = torch.log_softmax(student, dim=-1)
     if direction == "forward":
         value = _kl(p, q)
     elif direction == "reverse":

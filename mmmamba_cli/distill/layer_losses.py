@@ -117,6 +117,7 @@ class LayerwiseLoss:
     def loss_sums(self, pair: TeacherStudent, batch: Batch, weights: Tensor | None) -> Tensor:
         source = pair.teacher.model if self.inputs == "teacher" else pair.student.model
         prompt = pair.prepare(batch)
+        factors = None if weights is None else weights.tolist()
         losses: list[Tensor] = []
         with torch.no_grad(), pair.autocast():
             hidden = source.embed(prompt)
@@ -132,8 +133,8 @@ class LayerwiseLoss:
                 if index not in self.layers:
                     mixed = block.mixer.mix(layer.normed, layer.columns)
                 else:
-                    weight = None if weights is None else float(weights[len(losses)])
-                    loss, mixed = self._forward_backward(layer, weight)
+                    factor = None if factors is None else factors[len(losses)]
+                    loss, mixed = self._forward_backward(layer, factor)
                     losses.append(loss)
                 hidden = block.after_mixer(hidden, block.mixer.o_proj(mixed))
             del layer, mixed
@@ -154,15 +155,15 @@ class LayerwiseLoss:
             columns = prompt.embedding_layout
         return LayerInputs(teacher, student, hidden, norm(hidden), columns, column_weights)
 
-    def _forward_backward(self, layer: LayerInputs, weight: float | None) -> tuple[Tensor, Tensor]:
-        """Compute the summed loss and, with `weight`, its gradients.
+    def _forward_backward(self, layer: LayerInputs, factor: float | None) -> tuple[Tensor, Tensor]:
+        """Compute the summed loss and, with `factor`, the gradients of their product.
 
         Returns the loss and the mixer output that feeds the next layer, both detached.
         """
-        with torch.set_grad_enabled(weight is not None):
+        with torch.set_grad_enabled(factor is not None):
             loss, teacher_mixed, student_mixed = self.loss(layer)
-            if weight is not None:
-                (loss * weight).backward()
+            if factor is not None:
+                loss.backward(torch.full_like(loss, factor))
         return loss.detach(), teacher_mixed if self.inputs == "teacher" else student_mixed.detach()
 
 
@@ -259,7 +260,8 @@ class MixerMSE:
         with torch.no_grad():
             teacher_mixed = layer.teacher.mixer.mix(layer.normed, layer.columns)
         student_mixed = layer.student.mixer.mix(layer.normed, layer.columns)
-        difference = upcast(student_mixed) - upcast(teacher_mixed)
+        # The subtraction promotes the teacher's side, without a copy.
+        difference = upcast(student_mixed) - teacher_mixed
         return layer.masked_sum(difference.square()), teacher_mixed, student_mixed
 
 
@@ -287,7 +289,7 @@ class HiddenAlignment:
             expected = teacher.after_mixer(layer.hidden, teacher.mixer.o_proj(teacher_mixed))
         student_mixed = student.mixer.mix(layer.normed, layer.columns)
         actual = student.after_mixer(layer.hidden, student.mixer.o_proj(student_mixed))
-        difference = upcast(actual) - upcast(expected)
+        difference = upcast(actual) - expected
         return layer.masked_sum(difference.square()), teacher_mixed, student_mixed
 
 

@@ -95,7 +95,9 @@ def test_pictures_are_queued_without_a_wait(
     loss: str, shuffle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = meta_job(tmp_path, loss, shuffle, monkeypatch)
-    if loss == "kl":
+    if loss == "mixer-mse":
+        job = replace(job, objective=replace(job.objective, weights_pictures=True))
+    else:
         settings = KL(mask="answer", reduction="token", ce_weight=0.5)
         job = replace(job, objective=replace(job.objective, settings=settings))
     queue(job, pictures())

@@ -40,7 +40,7 @@ HOST_READS = {
     ("<genexpr>", "__int__"): "counts",
     ("any", "__bool__"): "should_stop",
     ("all_reduce_sum", "cpu"): "counts, units and should_stop",
-    ("loss_sums", "__float__"): "term weights",
+    ("loss_sums", "tolist"): "term weights",
     ("count_units", "__int__"): "masks of CPU batches",
     ("count_stack_tokens", "__int__"): "masks of CPU batches",
     ("finish", "tolist"): "which parameters have a gradient",
