@@ -100,7 +100,7 @@ def pack_conversations(batch: ModelBatch, rows: Sequence[Sequence[int]], pad_id:
 
     inputs = {
         name: packed(value, pad_id if name == "input_ids" else 0)
-        if value.shape == mask.shape
+        if value.shape == mask.shape and not value.is_floating_point()
         else value
         for name, value in batch.inputs.items()
     }

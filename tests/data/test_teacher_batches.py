@@ -201,6 +201,8 @@ def test_packed_rows_hold_the_conversations_as_they_are_alone(pictures: list[Pat
         for batch in (packed, alone)
     ]
     assert all(map(torch.equal, *tokens))
+    padding = packed.inputs["input_ids"][~packed.token_mask]
+    assert padding.unique().tolist() == [FAMILIES["qwen3_vl"].tokenizer.pad_token_id]
     assert packed.seq_idx is not None
     first = packed.seq_idx[0].tolist()
     assert first == [0] * len(later) + [1] * len(chinese)

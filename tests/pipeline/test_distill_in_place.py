@@ -137,6 +137,22 @@ def test_kills_give_the_same_bits(distilled: Path, seeded: Path, tmp_path: Path)
     assert metrics(tmp_path, FINAL) == metrics(distilled.parent, FINAL)
 
 
+def test_packed_rows_train_as_rows_of_one_conversation(
+    distilled: Path, seeded: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(seeded / "run", tmp_path / "run")
+    packed = ("--set", "data.batching=packed", "--set", "data.max_length=2000")
+    assert distill(seeded, tmp_path / "run", *packed).exit_code == 0
+    for stage in ("stage1", "stage2", FINAL):
+        found, expected = (
+            [value for row in metrics(folder, stage) for key, value in row.items() if "loss" in key]
+            for folder in (tmp_path, distilled.parent)
+        )
+        # Two steps, and the held-out loss after the last.
+        assert len(found) == 3
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_joined_experts_cannot_learn(tmp_path: Path) -> None:
     """Their tensors are several in the file, so a product could not be written."""
     config = Qwen3MoeConfig(

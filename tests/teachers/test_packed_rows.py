@@ -186,6 +186,42 @@ def test_other_families_hold_one_conversation_per_row(config: Any, part: str) ->
     assert problem is not None and problem.startswith(part)
 
 
+def test_packed_rows_of_text_need_no_pictures() -> None:
+    """A batch without grids, of a family that counts positions by them elsewhere."""
+    family = FAMILIES["qwen3_vl"]
+    found, expected = packed_logits(
+        family.model(), single_rows(replace(family, pictures=False)), family.tokenizer.pad_token_id
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_positions_of_videos_are_those_of_their_conversation() -> None:
+    """Two frames of 1 x 2 tokens and three of 2 x 1, with seconds of their own."""
+    model = FAMILIES["qwen2_5_vl"].model()
+    grids, seconds = torch.tensor([[2, 2, 4], [3, 4, 2]]), torch.tensor([1.0, 2.0])
+    kinds = [torch.tensor([0, 0, *[2] * tokens, 0, 0]) for tokens in (4, 6)]
+    alone = [
+        model.base_model.get_rope_index(
+            input_ids=torch.full((1, len(kind)), 5),
+            mm_token_type_ids=kind[None],
+            video_grid_thw=grid[None],
+            second_per_grid_ts=second[None],
+        )[0]
+        for kind, grid, second in zip(kinds, grids, seconds, strict=True)
+    ]
+    row = torch.cat(kinds)[None]
+    inputs = {
+        "input_ids": torch.full_like(row, 5),
+        "mm_token_type_ids": row,
+        "video_grid_thw": grids,
+        "second_per_grid_ts": seconds,
+    }
+    found = packed_position_ids(model, inputs, torch.tensor([[0] * 8 + [1] * 10]))
+    assert torch.equal(found[1:], torch.cat(alone, dim=2))
+    assert found[0].tolist() == [[*range(8), *range(10)]]
+    assert float(alone[1].max()) > 10
+
+
 def positions_of(seq_idx: Sequence[int]) -> list[int]:
     class Plain:
         base_model = object()
