@@ -34,6 +34,7 @@ from random_stages import WaitMeter, environment, write_result
 
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.distill import trainer
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.parallelize import ParallelPlan, parallelize
 from mmmamba_cli.distill.stage_loaders import build_loaders
 from mmmamba_cli.distill.stage_models import open_stage_models, trainable_of
@@ -119,9 +120,7 @@ def make_job(
     )
     pair = models.load(
         trainable,
-        product_dtype=getattr(torch, parent.dtype),
-        precision=stage.precision,
-        device=world.device,
+        PairPlacement(getattr(torch, parent.dtype), stage.precision, world.device),
     )
     objective = models.objective(stage, trainable)
     return TrainingJob(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmmamba_cli.data.collate import assign_rows, make_rows
+from mmmamba_cli.data.holistic_collator import assign_rows, make_rows
 
 RESULT = Path(__file__).parent / "results/row_columns.json"
 BATCH_SIZE, STEPS, SEED = 64, 50, 0

@@ -90,7 +90,7 @@ def _is_there(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and value != value)
 
 
-def arrange(message: Sequence[Mapping[str, str]]) -> str:
+def message_text(message: Sequence[Mapping[str, str]]) -> str:
     """The text of a message with picture placeholders: `<image>`, or `Image-1: <image>` lines.
 
     Several pictures are referenced as `<Image-1>` where they occur in the text; a block of all
@@ -162,7 +162,7 @@ def model_class() -> Any:
             )
             prompt = EvalPrompt(
                 index=dataset or "message",
-                text=arrange(message),
+                text=message_text(message),
                 pictures=pictures,
                 max_tiles=tiles_per_picture(most, len(pictures)),
             )

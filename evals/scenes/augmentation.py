@@ -102,7 +102,7 @@ def turn_hue(rgb: Tensor, by: Tensor) -> Tensor:
     return torch.stack(parts, 1)
 
 
-def alter(rgb: Tensor, factors: Alterations, keeps: Tensor) -> Tensor:
+def alter_colours(rgb: Tensor, factors: Alterations, keeps: Tensor) -> Tensor:
     """Alter brightness, contrast, saturation and tint of (M, 3, S, S), less if `keeps`."""
 
     def each(values: Tensor) -> Tensor:

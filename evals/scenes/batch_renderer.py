@@ -20,7 +20,7 @@ from mmmamba_evals.scenes.atlas import Atlas
 from mmmamba_evals.scenes.augmentation import (
     Alterations,
     Augmentation,
-    alter,
+    alter_colours,
     draw_alterations,
     soften,
     turn_hue,
@@ -223,7 +223,7 @@ class BatchRenderer:
             stretch = alterations.stretch
         rgb = turn_hue(image[:, :3], hue)
         if alterations is not None:
-            rgb = alter(rgb, alterations, keeps)
+            rgb = alter_colours(rgb, alterations, keeps)
         alpha = image[:, 3:] * (number >= 0).view(-1, 1, 1, 1)
         grid = _grid(things, angle, stretch, x, y)
         return F.grid_sample(torch.cat((rgb * alpha, alpha), 1), grid, align_corners=False)

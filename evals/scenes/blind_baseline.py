@@ -70,20 +70,20 @@ def blind_accuracy(
     """Train on `questions` questions and test on as many others, pooled over the seeds."""
     right = asked = 0
     for seed in seeds:
-        learned = collect(world, draw, Random(f"blind {name} {seed} learn"), questions)
-        tested = collect(world, draw, Random(f"blind {name} {seed} test"), questions)
-        guesses = guess(learned, [one.text for one in tested])
+        learned = draw_questions(world, draw, Random(f"blind {name} {seed} learn"), questions)
+        tested = draw_questions(world, draw, Random(f"blind {name} {seed} test"), questions)
+        guesses = predict_answers(learned, [one.text for one in tested])
         right += sum(a == one.answer for a, one in zip(guesses, tested, strict=True))
         asked += len(tested)
     return BlindResult(right, asked)
 
 
-def collect(world: World, draw: Draw, rng: Random, count: int) -> list[Question]:
+def draw_questions(world: World, draw: Draw, rng: Random, count: int) -> list[Question]:
     """One question of each of `count` scenes, so that the questions are independent."""
     return [rng.choice(draw(rng, world)[1]) for _ in range(count)]
 
 
-def guess(learned: Sequence[Question], texts: Sequence[str]) -> list[str]:
+def predict_answers(learned: Sequence[Question], texts: Sequence[str]) -> list[str]:
     """Predict answers from the text. Raises `DataError` if scikit-learn is not installed."""
     try:
         from sklearn.feature_extraction.text import CountVectorizer

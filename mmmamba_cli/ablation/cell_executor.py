@@ -18,13 +18,18 @@ from mmmamba_cli.ablation.cell_record import (
     LaterAnswers,
     SuiteRecord,
     Timing,
-    finished,
+    finished_records,
     missing_suites,
     read_records,
     write_record,
 )
 from mmmamba_cli.ablation.cells import Cell, Trunk
-from mmmamba_cli.ablation.commands import CommandStopped, commands_of, fill, run_mmmamba
+from mmmamba_cli.ablation.commands import (
+    CommandStopped,
+    commands_of,
+    fill_placeholders,
+    run_mmmamba,
+)
 from mmmamba_cli.ablation.plan import WORK, Plan, SuiteUse
 from mmmamba_cli.ablation.record_builder import (
     device_name,
@@ -127,7 +132,7 @@ class CellExecutor:
         A finished cell whose plan has gained suites is evaluated on these alone.
         """
         known, _ = read_records(self.setting.out, [cell])
-        if finished(known):
+        if finished_records(known):
             return self._complete(cell, known[cell.name], control)
         started = time.perf_counter()
         self._step_seconds = 0.0
@@ -309,7 +314,7 @@ class CellExecutor:
             control.progress(f"command {number}", number - 1, len(cell.commands))
             log = run.folder / COMMANDS_LOG
             try:
-                run_mmmamba(fill(command, places), log, control.should_stop)
+                run_mmmamba(fill_placeholders(command, places), log, control.should_stop)
             except CommandStopped as error:
                 raise CellStopped from error
             atomic_write_text(file, f"{number}\n")

@@ -179,5 +179,6 @@ def missing_suites(cell: Cell, record: CellRecord) -> tuple[SuiteUse, ...]:
     return tuple(use for use in cell.suites if record.suite(use.title) is None)
 
 
-def finished(records: Mapping[str, CellRecord]) -> dict[str, CellRecord]:
+def finished_records(records: Mapping[str, CellRecord]) -> dict[str, CellRecord]:
+    """The records of finished cells, by cell."""
     return {name: one for name, one in records.items() if one.status == "finished"}

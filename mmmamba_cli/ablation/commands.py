@@ -57,7 +57,7 @@ def run_mmmamba(words: Sequence[str], log: Path, should_stop: Callable[[], bool]
     )
 
 
-def fill(command: str, places: Mapping[str, str]) -> list[str]:
+def fill_placeholders(command: str, places: Mapping[str, str]) -> list[str]:
     """The words of a command with its placeholders replaced."""
     words = shlex.split(command)
     for name, value in places.items():
@@ -75,7 +75,9 @@ def commands_of(plan: Plan, cell: Cell) -> list[str]:
         stages = ",".join(cell.stages)
         found.append(f"mmmamba distill --run RUN --recipe RECIPE --stage {stages}")
     names = {"{run}": "RUN", "{recipe}": "RECIPE", "{seed}": str(cell.seed), WORK: "WORK"}
-    found += [f"mmmamba {shlex.join(fill(command, names))}" for command in cell.commands]
+    found += [
+        f"mmmamba {shlex.join(fill_placeholders(command, names))}" for command in cell.commands
+    ]
     return found + _eval_commands(cell, "--run RUN")
 
 

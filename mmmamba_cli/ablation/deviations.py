@@ -80,13 +80,7 @@ def deviation_table(
     for arm in table.arms:
         if not _cells(records, arm):
             continue
-        suites = sum(
-            (
-                count_deviations(_by_seed(records, arm, one), _by_seed(records, base, one))
-                for one in scores
-            ),
-            Deviations(),
-        )
+        suites = _score_deviations(records, arm, base, scores)
         steps = _step_deviations(records, arm, base)
         own = _median_of(records, arm, "tokens_per_second")
         memory = _median_of(records, arm, "memory_gib")
@@ -120,6 +114,17 @@ def deviation_table(
         ),
         values=tuple(values),
     )
+
+
+def _score_deviations(
+    records: Mapping[str, CellRecord], arm: str, base: str, scores: Sequence[CellScores]
+) -> Deviations:
+    """Those of an arm's scores on all suites."""
+    of_suites = (
+        count_deviations(_by_seed(records, arm, one), _by_seed(records, base, one))
+        for one in scores
+    )
+    return sum(of_suites, Deviations())
 
 
 def _counted(found: Deviations) -> str | None:

@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmmamba_cli.ablation.cell_record import CellRecord, finished, missing_suites, read_records
+from mmmamba_cli.ablation.cell_record import (
+    CellRecord,
+    finished_records,
+    missing_suites,
+    read_records,
+)
 from mmmamba_cli.ablation.cells import Cell, Trunk, shared_trunks
 from mmmamba_cli.ablation.estimates import Estimator
 from mmmamba_cli.ablation.plan import SuiteUse
@@ -33,7 +38,7 @@ class PlanProgress:
     @property
     def suites(self) -> list[SuiteUse]:
         """The suites that the pending cells will be evaluated on."""
-        done = finished(self.records)
+        done = finished_records(self.records)
         uses = (
             use
             for cell in self.pending
@@ -44,7 +49,7 @@ class PlanProgress:
     @property
     def pending_trunks(self) -> dict[str, Sequence[Trunk]]:
         """The trunks of the cells to train; a finished cell that lacks suites needs none."""
-        done = finished(self.records)
+        done = finished_records(self.records)
         return {
             cell.name: self.trunks.get(cell.name, ())
             for cell in self.pending
@@ -76,7 +81,7 @@ def find_progress(
             f"{out} has results of this plan with other settings: {name_some(named)}",
             "--overwrite runs these cells again; or choose another --out",
         )
-    done = finished(records) if retry else records
+    done = finished_records(records) if retry else records
     pending, lacking = [], {}
     for cell in selected:
         record = done.get(cell.name)

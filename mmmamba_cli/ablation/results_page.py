@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmmamba_cli.ablation.cell_record import CellRecord, finished, read_records
+from mmmamba_cli.ablation.cell_record import CellRecord, finished_records, read_records
 from mmmamba_cli.ablation.cells import Cell, expand
 from mmmamba_cli.ablation.plan import Plan, load_plan
 from mmmamba_cli.ablation.preparation import resolve_folders
@@ -72,7 +72,7 @@ def _plan_section(
     yield f"## {plan.name}"
     if plan.description:
         yield plan.description
-    yield provenance(cells, finished(records), file, out)
+    yield provenance(cells, finished_records(records), file, out)
     by_name = _by_name(plan, tables)
     for name, group in by_name.items():
         for table in group:
@@ -82,7 +82,7 @@ def _plan_section(
         if conclusions is not None and name in conclusions.texts:
             yield f"### {group[0].title.partition(': ')[0]}: {SAY}"
             yield conclusions.texts[name]
-            if conclusions.cells != len(finished(records)):
+            if conclusions.cells != len(finished_records(records)):
                 yield f"Written when {conclusions.cells} cells were finished."
     for note in notes:
         yield f"{note[0].upper()}{note[1:]}."

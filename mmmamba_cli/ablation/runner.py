@@ -13,7 +13,7 @@ from typing import Protocol
 from mmmamba_cli.ablation.cell_record import (
     CellRecord,
     Timing,
-    finished,
+    finished_records,
     read_records,
     write_record,
 )
@@ -162,7 +162,7 @@ def _note(
             message = f"the stages {', '.join(unit.stages)} that it shares failed: {message}"
         events.say(f"{cell.name} failed: {message}")
         outcome.failed[cell.name] = message
-        if cell.name in finished(progress.records):
+        if cell.name in finished_records(progress.records):
             continue
         record = CellRecord(
             plan=plan.name,
@@ -260,7 +260,7 @@ def remove_unneeded(
 
     Safe to repeat: a killed runner may have left them.
     """
-    done = set(finished(progress.records)) | set(outcome.finished if outcome else ())
+    done = set(finished_records(progress.records)) | set(outcome.finished if outcome else ())
     needed = {
         trunk.folder for name, path in progress.trunks.items() for trunk in path if name not in done
     }

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from mmmamba_cli.ablation.category_table import category_table
-from mmmamba_cli.ablation.cell_record import CellRecord, finished, missing_suites, read_records
+from mmmamba_cli.ablation.cell_record import (
+    CellRecord,
+    finished_records,
+    missing_suites,
+    read_records,
+)
 from mmmamba_cli.ablation.cells import Cell
 from mmmamba_cli.ablation.deviations import deviation_table
 from mmmamba_cli.ablation.likelihood_comparison import comparison_tables, generated_counterparts
@@ -38,7 +43,7 @@ class ArmScore:
 def plan_tables(plan: Plan, out: Path, cells: Sequence[Cell]) -> tuple[list[TextTable], list[str]]:
     """All tables of a plan, and sentences about cells that are in none."""
     records, outdated = read_records(out, cells)
-    done = finished(records)
+    done = finished_records(records)
     scores = {use.title: SuiteScores(use, out, done) for use in plan.suites}
     tables = [mark_table(plan, scores, done)]
     for table in plan.all_tables:
@@ -175,7 +180,7 @@ def _score_table(
             (
                 titles.get(one.arm, one.arm),
                 None if one.seeds == (None,) else len(one.seeds),
-                number(one.mean, one.half_width),
+                format_mean(one.mean, one.half_width),
                 None if one.difference is None else f"{one.difference.value:+.1f}",
                 _interval(one.difference),
                 None if one.retention is None else f"{one.retention:.1f}",
@@ -191,7 +196,7 @@ def _score_table(
     )
 
 
-def number(mean: float, half_width: float | None, digits: int = 1) -> str:
+def format_mean(mean: float, half_width: float | None, digits: int = 1) -> str:
     """A mean with half its t interval over seeds, if there are several."""
     text = f"{mean:.{digits}f}"
     return text if half_width is None else f"{text} ± {half_width:.{digits}f}"
@@ -233,7 +238,7 @@ def _held_out_table(
             mean = float(np.mean(given)) * scale if given else None
             half = t_interval([scale * one for one in given]) if given else None
             row |= {metric: mean, f"{metric}_half_width": half}
-            shown.append(None if mean is None else number(mean, half, 1 if scale > 1 else 4))
+            shown.append(None if mean is None else format_mean(mean, half, 1 if scale > 1 else 4))
         rows.append(tuple(shown))
         values.append(row)
     if not rows:

@@ -170,10 +170,10 @@ def _prepare(plan: Plan, cells: Sequence[Cell], work: Path) -> None:
     from mmmamba_cli.ablation.preparation import preparations
 
     for path, words in preparations(plan, cells, work):
-        from mmmamba_cli.ablation.commands import fill, run_mmmamba
+        from mmmamba_cli.ablation.commands import fill_placeholders, run_mmmamba
         from mmmamba_cli.ablation.plan import WORK
 
-        made = fill(words, {"{path}": str(path), WORK: str(work)})
+        made = fill_placeholders(words, {"{path}": str(path), WORK: str(work)})
         print_line(f"making {path}: mmmamba {shlex.join(made)}", to_stderr=True)
         run_mmmamba(made, work / "prepare.log", lambda: False)
         if not path.exists():

@@ -87,7 +87,10 @@ class HookedLoss(Protocol):
         ...
 
     def hook(self, layer: LayerPair, on_call: OnCall) -> Sequence[Any]:
-        """Hook the layers so that each forward pass calls `on_call`; return the handles."""
+        """Hook the layers so that each forward pass calls `on_call`; return the handles.
+
+        A forward pass raises `MmmambaError` if the teacher lacks what the loss compares.
+        """
         ...
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmmamba_cli.checkpoint import InPlaceCheckpoint
 from mmmamba_cli.checkpoint.in_place_loader import load_in_place_model
 from mmmamba_cli.data import ModelBatch
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.teachers import mixers_of, packed_position_ids, text_config
 from mmmamba_cli.teachers.anatomy import text_decoder
@@ -111,28 +112,25 @@ def load_in_place_pair(
     teacher: InPlaceCheckpoint,
     student: InPlaceCheckpoint,
     trainable: Collection[str],
-    *,
-    product_dtype: torch.dtype,
-    precision: str,
-    device: torch.device,
+    placement: PairPlacement,
 ) -> InPlacePair:
     """Load both models; the `trainable` parameters become fp32 master weights.
 
     A frozen parameter of the student is the teacher's object if both are equal after the cast to
-    `product_dtype` that seeding made. The models are in eval mode, and only `trainable` parameters
-    require gradients.
+    `placement.product_dtype` that seeding made. The models are in eval mode, and only `trainable`
+    parameters require gradients.
 
     Raises:
         CheckpointError: missing, unexpected or misshaped tensors.
         MmmambaError: the logits are not those of the head, so a loss in chunks would be wrong.
     """
     pair = InPlacePair(
-        load_in_place_model(teacher, dtype=product_dtype, frozen=True),
-        load_in_place_model(student, dtype=product_dtype, frozen=True),
-        precision,
+        load_in_place_model(teacher, dtype=placement.product_dtype, frozen=True),
+        load_in_place_model(student, dtype=placement.product_dtype, frozen=True),
+        placement.precision,
     )
     share_equal_parameters(pair, trainable)
-    _place(pair, set(trainable), product_dtype, device)
+    _place(pair, set(trainable), placement)
     check_head(pair)
     return pair.with_trainable(trainable)
 
@@ -150,22 +148,20 @@ def share_equal_parameters(pair: InPlacePair, trainable: Collection[str]) -> Non
     replace_parameters(pair.student, lambda _, parameter: shared.get(parameter, parameter))
 
 
-def _place(
-    pair: InPlacePair, trainable: Collection[str], product_dtype: torch.dtype, device: torch.device
-) -> None:
-    """Move both models to `device`, frozen parameters in the dtype of the precision.
+def _place(pair: InPlacePair, trainable: Collection[str], placement: PairPlacement) -> None:
+    """Move both models to the device, frozen parameters in the dtype of the precision.
 
-    Parameters that are not of `product_dtype` are small ones that stay fp32.
+    Parameters that are not of the product's dtype are small ones that stay fp32.
     """
-    frozen_dtype = torch.bfloat16 if pair.precision == "bf16" else torch.float32
+    frozen, product = placement.frozen_dtype, placement.product_dtype
     masters = {p for n, p in pair.student.named_parameters() if n in trainable}
     placed: dict[nn.Parameter, nn.Parameter] = {}
 
     def place(_: str, parameter: nn.Parameter) -> nn.Parameter:
         if parameter not in placed:
-            dtype = frozen_dtype if parameter.dtype == product_dtype else parameter.dtype
+            dtype = frozen if parameter.dtype == product else parameter.dtype
             learns = parameter in masters
-            data = parameter.detach().to(device, torch.float32 if learns else dtype)
+            data = parameter.detach().to(placement.device, torch.float32 if learns else dtype)
             placed[parameter] = nn.Parameter(data, requires_grad=learns)
         return placed[parameter]
 
@@ -174,7 +170,7 @@ def _place(
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+                    module._buffers[name] = buffer.to(placement.device)
 
 
 def replace_parameters(model: Any, change: Callable[[str, nn.Parameter], nn.Parameter]) -> None:

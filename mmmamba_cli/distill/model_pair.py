@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,25 @@ from torch import Tensor, nn
 from mmmamba_cli.data import Batch, ModelBatch
 
 AnyBatch = Batch | ModelBatch
+
+
+@dataclass(frozen=True)
+class PairPlacement:
+    """Dtypes and device of teacher and student in memory.
+
+    Attributes:
+        product_dtype: of the student's product; seeding cast the teacher's tensors to it.
+        precision: of matrix products, bf16 or fp32.
+    """
+
+    product_dtype: torch.dtype
+    precision: str
+    device: torch.device
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of parameters that do not learn; those that learn are fp32."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 class ModelPair(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmmamba_cli.distill.stage_memory import FP32_BYTES, MOMENTS, adapter_elements
-from mmmamba_cli.distill.stage_shapes import StageShapes, count, tensor_bytes
+from mmmamba_cli.distill.stage_shapes import StageShapes, num_elements, tensor_bytes
 from mmmamba_cli.recipe import Stage
 
 
@@ -34,7 +34,7 @@ def estimate_disk(
         unused: bytes of tensors in each product that no forward pass reads.
     """
     trainable, lora = shapes.trainable(stage)
-    elements = count(shapes.student, set(trainable) - set(lora))
+    elements = num_elements(shapes.student, set(trainable) - set(lora))
     masters = FP32_BYTES * (elements + adapter_elements(shapes, stage, lora))
     product = product_bytes(shapes, itemsize) + unused
     # The newest state and the one that is written, each beside the best student so far.

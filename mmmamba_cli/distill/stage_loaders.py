@@ -18,6 +18,7 @@ from mmmamba_cli.data import (
 )
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import DataError, RecipeError, RunError
+from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
 from mmmamba_cli.recipe import Data, Recipe, Stage, stage_data
 from mmmamba_cli.runs import open_training_processor
 from mmmamba_cli.teachers import packing_problem
@@ -56,13 +57,7 @@ def build_loaders(
             "there is nothing to learn from: the recipe's data.train is null",
             "name conversations with --data SOURCE (and --image-root FOLDER), or in the recipe",
         )
-    processor = open_training_processor(student)
-    if processor is None:
-        raise RunError(
-            f"{student.path} has no tokenizer, so conversations cannot be read",
-            "seed again with --tokenizer FILE",
-        )
-
+    processor = _require_processor(student)
     seed = recipe.seed if data.shuffle_seed is None else data.shuffle_seed
     root = None if data.image_root is None else Path(data.image_root)
 
@@ -97,6 +92,17 @@ def build_loaders(
         held_out = loader(data.held_out, HELD_OUT, False, single_pass=True)
     # Each stage reads a stream of its own, so that no generated sample is read twice.
     return loader(data.train, stage.name, data.shuffle), held_out
+
+
+def _require_processor(student: AnyCheckpoint) -> TrainingProcessor | TeacherProcessor:
+    """The processor of the student's folder. Raises `RunError` and `CheckpointError`."""
+    processor = open_training_processor(student)
+    if processor is None:
+        raise RunError(
+            f"{student.path} has no tokenizer, so conversations cannot be read",
+            "seed again with --tokenizer FILE",
+        )
+    return processor
 
 
 def _open_data(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from mmmamba_cli.architecture import StackConfig
 from mmmamba_cli.distill.kl_loss import LOGITS_PER_CHUNK
-from mmmamba_cli.distill.stage_shapes import StageShapes, count, tensor_bytes
+from mmmamba_cli.distill.stage_shapes import StageShapes, num_elements, tensor_bytes
 from mmmamba_cli.recipe import Stage
 
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -85,7 +85,7 @@ def estimate_memory(
     wide = FP32_BYTES if stage.precision == "fp32" else BF16_BYTES
     held = tensor_bytes(shapes.teacher, shapes.teacher, shapes.small, wide)
     held += tensor_bytes(shapes.student, own, shapes.small, wide)
-    elements = count(shapes.student, learning) + adapter_elements(shapes, stage, lora)
+    elements = num_elements(shapes.student, learning) + adapter_elements(shapes, stage, lora)
     gradients = FP32_BYTES * elements
     activations = _activations(shapes, stage, size)
     if stage.loss == "kl":

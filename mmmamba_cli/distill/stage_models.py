@@ -14,7 +14,7 @@ from torch import Tensor
 from mmmamba_cli.architecture import MixerConfig, parameter_shapes
 from mmmamba_cli.checkpoint import AnyCheckpoint, Checkpoint, InPlaceCheckpoint
 from mmmamba_cli.distill.in_place_pair import load_in_place_pair
-from mmmamba_cli.distill.model_pair import ModelPair
+from mmmamba_cli.distill.model_pair import ModelPair, PairPlacement
 from mmmamba_cli.distill.objective import Objective, build_in_place_objective, build_objective
 from mmmamba_cli.distill.student_layers import StudentLayers, holistic_layers, in_place_layers
 from mmmamba_cli.distill.teacher_student import load_teacher_student
@@ -49,14 +49,7 @@ class StageModels(Protocol):
         """The loss of a stage. Raises `RecipeError`, see `build_objective`."""
         ...
 
-    def load(
-        self,
-        trainable: Collection[str],
-        *,
-        product_dtype: torch.dtype,
-        precision: str,
-        device: torch.device,
-    ) -> ModelPair:
+    def load(self, trainable: Collection[str], placement: PairPlacement) -> ModelPair:
         """Load both models; `trainable` parameters become fp32 master weights."""
         ...
 
@@ -65,7 +58,7 @@ class StageModels(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """The parent's value of a parameter, by its name in the model."""
+        """The parent's value of a parameter, by its name in the model, as it is stored."""
         ...
 
     def model_name(self, stored: str) -> str:
@@ -114,22 +107,8 @@ class HolisticModels:
     def objective(self, stage: Stage, trainable: Sequence[str]) -> Objective:
         return build_objective(stage, self.student.config, trainable)
 
-    def load(
-        self,
-        trainable: Collection[str],
-        *,
-        product_dtype: torch.dtype,
-        precision: str,
-        device: torch.device,
-    ) -> ModelPair:
-        return load_teacher_student(
-            self.teacher,
-            self.student,
-            trainable,
-            product_dtype=product_dtype,
-            precision=precision,
-            device=device,
-        )
+    def load(self, trainable: Collection[str], placement: PairPlacement) -> ModelPair:
+        return load_teacher_student(self.teacher, self.student, trainable, placement)
 
     def product_model(self, dtype: torch.dtype) -> ProductModel:
         student = self.student
@@ -181,22 +160,8 @@ class InPlaceModels:
             stage, self.layers, self.names, trainable, has_vision=self.student.has_vision
         )
 
-    def load(
-        self,
-        trainable: Collection[str],
-        *,
-        product_dtype: torch.dtype,
-        precision: str,
-        device: torch.device,
-    ) -> ModelPair:
-        return load_in_place_pair(
-            self.teacher,
-            self.student,
-            trainable,
-            product_dtype=product_dtype,
-            precision=precision,
-            device=device,
-        )
+    def load(self, trainable: Collection[str], placement: PairPlacement) -> ModelPair:
+        return load_in_place_pair(self.teacher, self.student, trainable, placement)
 
     def product_model(self, dtype: torch.dtype) -> ProductModel:
         config = self.student.config
@@ -216,7 +181,7 @@ class InPlaceModels:
 
 
 def seeded_mixers(student: AnyCheckpoint) -> tuple[Sequence[str], MixerConfig]:
-    """The mixer of each layer of a student, and their options."""
+    """The mixer of each layer of a student, and their options. Raises `RunError` for a teacher."""
     if isinstance(student, Checkpoint):
         return student.architecture.mixer_names, student.architecture.mixer_config
     if student.plan is None:

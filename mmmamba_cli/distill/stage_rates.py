@@ -10,6 +10,7 @@ import torch
 
 from mmmamba_cli.data import StepBatches, StepLoader
 from mmmamba_cli.distill.metrics import METRICS, read_metrics
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.out_of_memory import out_of_memory_error
 from mmmamba_cli.distill.parallelize import ParallelPlan, parallelize
 from mmmamba_cli.distill.stage_models import StageModels, trainable_of
@@ -98,9 +99,7 @@ def measured_rate(
     objective = models.objective(stage, trainable)
     pair = models.load(
         [name for name in trainable if name not in lora],
-        product_dtype=getattr(torch, dtype),
-        precision=stage.precision,
-        device=world.device,
+        PairPlacement(getattr(torch, dtype), stage.precision, world.device),
     )
     if stage.lora is not None:
         pair = attach_lora(pair, stage.lora, lora)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmmamba_cli.checkpoint import AnyCheckpoint, atomic_folder, atomic_write_text
 from mmmamba_cli.distill.metrics import METRICS, MetricsLog, metrics_row, plot_losses, read_metrics
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.optimiser import full_tensor
 from mmmamba_cli.distill.out_of_memory import out_of_memory_error
 from mmmamba_cli.distill.parallelize import parallelize, plan_parallel
@@ -166,9 +167,7 @@ def _train_stage(
     callbacks.log(f"loading teacher and student ({len(trainable)} tensors learn)")
     pair = models.load(
         [name for name in trainable if name not in lora_weights],
-        product_dtype=getattr(torch, parent.dtype),
-        precision=stage.precision,
-        device=world.device,
+        PairPlacement(getattr(torch, parent.dtype), stage.precision, world.device),
     )
     if stage.lora is not None:
         seed_everything(step_seed(recipe.seed, stage.name, "adapters"))

@@ -157,7 +157,7 @@ def _with_mixers(config: HolisticVLMConfig, mixers: Sequence[str]) -> HolisticVL
     return HolisticVLMConfig.from_dict(values)
 
 
-def count(shapes: Mapping[str, Shape], names: Collection[str]) -> int:
+def num_elements(shapes: Mapping[str, Shape], names: Collection[str]) -> int:
     """Number of elements of the tensors `names`."""
     return sum(prod(shapes[name]) for name in names)
 

@@ -14,6 +14,7 @@ from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import Checkpoint, stored_dtype
 from mmmamba_cli.checkpoint.tensor_io import cast
 from mmmamba_cli.data import Batch
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.model import HolisticVLM
 from mmmamba_cli.model.prepared_inputs import PreparedInputs, describe_tiles
@@ -92,21 +93,18 @@ def load_teacher_student(
     teacher: Checkpoint,
     student: Checkpoint,
     trainable: Collection[str],
-    *,
-    product_dtype: torch.dtype,
-    precision: str,
-    device: torch.device,
+    placement: PairPlacement,
 ) -> TeacherStudent:
     """Load both models, tensor by tensor; the `trainable` parameters become fp32 master weights.
 
     A frozen tensor of the student shares the teacher's memory if both are equal after the cast to
-    `product_dtype` that seeding made. The models are in eval mode, and only `trainable` parameters
-    require gradients.
+    `placement.product_dtype` that seeding made. The models are in eval mode, and only `trainable`
+    parameters require gradients.
     """
-    frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    frozen_dtype, product_dtype = placement.frozen_dtype, placement.product_dtype
 
     def place(name: str, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-        placed = cast(tensor, stored_dtype(name, dtype), name, device)
+        placed = cast(tensor, stored_dtype(name, dtype), name, placement.device)
         return nn.Parameter(placed, requires_grad=False)
 
     teacher_parameters: dict[str, nn.Parameter] = {}
@@ -130,7 +128,7 @@ def load_teacher_student(
     return TeacherStudent(
         _build(teacher, teacher_parameters),
         _build(student, student_parameters),
-        precision,
+        placement.precision,
         tuple(sorted(trainable)),
     )
 

@@ -175,6 +175,7 @@ class _Slice(io.RawIOBase):
 
 
 def damaged_state(folder: Path) -> RunError:
+    """The error of a training state in `folder` that cannot be read."""
     return RunError(f"the training state {folder} is damaged: it cannot be read", HINT)
 
 

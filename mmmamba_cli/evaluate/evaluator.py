@@ -40,7 +40,7 @@ from mmmamba_cli.evaluate.result import (
     rule_result,
     write_result,
 )
-from mmmamba_cli.evaluate.rows import Row, belongs, limit_rows, read_rows
+from mmmamba_cli.evaluate.rows import Row, belongs_to_suite, limit_rows, read_rows
 from mmmamba_cli.evaluate.runner import EvalCallbacks, InferenceStats, answer_prompts
 from mmmamba_cli.evaluate.scoring import find_rule, versioned
 from mmmamba_cli.evaluate.scoring.likelihood import (
@@ -116,15 +116,7 @@ def evaluate_model(
     pictures = group.run_on_main(
         lambda: pictures_digest(one for prompt in prompts for one in prompt.pictures)
     )
-    answers_to = {
-        "model": model.identity.content_hash,
-        "suite": suite.name,
-        "questions": suite.questions_digest,
-        "data": table.sha256,
-        "pictures": pictures,
-        "versions": library_versions(),
-        **settings,
-    }
+    answers_to = _cache_key(model, suite, table, pictures, settings)
     require_equal(group, "a model, suite, table or version", settings_key(answers_to))
     began = time.perf_counter()
     with AnswerCache(folder, answers_to, callbacks.warn, callbacks.say, group) as cache:
@@ -143,23 +135,31 @@ def evaluate_model(
             for row in rows
         }
     seconds = time.perf_counter() - began
+    skipped = _skipped_rows(stats, len(rows), callbacks.warn)
     data = _data_info(suite, table.file.name, table.sha256, table.cells, rows).model_copy(
         update={
             "pictures": pictures,
             "without_image": sum(not prompt.pictures for prompt in prompts),
         }
     )
-    skipped = tuple(SkippedRow(index=i, reason=why) for i, why in stats.not_asked.items())
-    if skipped:
-        callbacks.warn(
-            f"{len(skipped):,} of {len(rows):,} rows could not be asked and count as wrong; "
-            f"row {skipped[0].index}: {skipped[0].reason}"
-        )
     scored = score_answers(
         suite, rows, answers, data, model.identity, settings, options, skipped, candidates
     )
     group.run_on_main(lambda: _write_files(folder, scored, answers, stats, seconds, group.size))
     return scored
+
+
+def _skipped_rows(
+    stats: InferenceStats, asked: int, warn: Callable[[str], None]
+) -> tuple[SkippedRow, ...]:
+    """The rows that could not be asked, of `asked` ones; `warn` names the first."""
+    skipped = tuple(SkippedRow(index=i, reason=why) for i, why in stats.not_asked.items())
+    if skipped:
+        warn(
+            f"{len(skipped):,} of {asked:,} rows could not be asked and count as wrong; "
+            f"row {skipped[0].index}: {skipped[0].reason}"
+        )
+    return skipped
 
 
 def _candidates(suite: Suite, table: VLMEvalTable, rows: Sequence[Row]) -> list[Candidates]:
@@ -193,6 +193,25 @@ def _settings(
     }
 
 
+def _cache_key(
+    model: EvalModel,
+    suite: Suite,
+    table: VLMEvalTable,
+    pictures: str | None,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that an answer depends on; `pictures` is the digest of their files."""
+    return {
+        "model": model.identity.content_hash,
+        "suite": suite.name,
+        "questions": suite.questions_digest,
+        "data": table.sha256,
+        "pictures": pictures,
+        "versions": library_versions(),
+        **settings,
+    }
+
+
 def _data_info(
     suite: Suite,
     file: str,
@@ -201,7 +220,7 @@ def _data_info(
     rows: Sequence[Row],
 ) -> DataInfo:
     """The record of which rows of a table were asked; `cells` are all its rows."""
-    own = [cell for cell in cells if belongs(cell, suite)]
+    own = [cell for cell in cells if belongs_to_suite(cell, suite)]
     asked = {row.category for row in rows}
     left = dict.fromkeys(cell.get("category", "") for cell in own)
     return DataInfo(

@@ -37,7 +37,9 @@ def read_rows(cells: Sequence[Mapping[str, str]], suite: Suite, where: str) -> l
     yes/no suite, and non-numeric indexes of circular turns.
     """
     rows = [
-        _row(cell, suite, place, where) for place, cell in enumerate(cells) if belongs(cell, suite)
+        _row(cell, suite, place, where)
+        for place, cell in enumerate(cells)
+        if belongs_to_suite(cell, suite)
     ]
     if not rows:
         wanted = ", ".join(f"{column} {value}" for column, value in suite.only.items())
@@ -49,7 +51,7 @@ def read_rows(cells: Sequence[Mapping[str, str]], suite: Suite, where: str) -> l
     return rows
 
 
-def belongs(cell: Mapping[str, str], suite: Suite) -> bool:
+def belongs_to_suite(cell: Mapping[str, str], suite: Suite) -> bool:
     """Whether a row of a table belongs to the suite by `Suite.only`."""
     return all(cell.get(column, wanted) == wanted for column, wanted in suite.only.items())
 

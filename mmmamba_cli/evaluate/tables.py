@@ -30,7 +30,7 @@ def summary(results: Iterable[Result]) -> TextTable:
                         result.suite if is_first else "",
                         part.rule if is_first else "",
                         metric,
-                        number(value),
+                        format_number(value),
                         span(part.intervals.get(metric)),
                         _asked(result) if is_first else "",
                         part.counts.get("unreadable", 0) if is_first else "",
@@ -44,7 +44,7 @@ def categories(result: Result, part: RuleResult) -> TextTable:
     """One row per category of a suite by one rule."""
     metrics = list(dict.fromkeys(key for one in part.categories.values() for key in one))
     rows: list[tuple[object, ...]] = [
-        (name, *(number(values.get(metric)) for metric in metrics))
+        (name, *(format_number(values.get(metric)) for metric in metrics))
         for name, values in part.categories.items()
     ]
     return (f"{result.suite} by {part.rule}", *metrics), rows
@@ -58,11 +58,11 @@ def retention_table(parts: Iterable[Retention]) -> TextTable:
             part.suite,
             part.rule,
             part.metric,
-            number(part.student_value),
-            number(part.teacher_value),
+            format_number(part.student_value),
+            format_number(part.teacher_value),
             None if part.ratio is None else f"{part.ratio:.1%}",
             _percent_span(part.interval),
-            number(part.chance),
+            format_number(part.chance),
             None if part.above_chance is None else f"{part.above_chance:.1%}",
             _percent_span(part.above_chance_interval),
         )
@@ -88,7 +88,7 @@ def comparison(
         part = None if published is None else result.rule(published.rule)
         if published is not None and part is not None:
             value = part.metrics.get(published.metric)
-            ours.setdefault(result.model.name, {})[published.column] = number(value)
+            ours.setdefault(result.model.name, {})[published.column] = format_number(value)
     rows: list[tuple[object, ...]] = [
         (name, *(values.get(column) for column in columns), "this run")
         for name, values in ours.items()
@@ -140,7 +140,7 @@ def _part(result: Result) -> str:
     return sentence
 
 
-def number(value: float | None) -> str | None:
+def format_number(value: float | None) -> str | None:
     """Format with two decimals; integers (counts) without."""
     if value is None:
         return None

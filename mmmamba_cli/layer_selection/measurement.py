@@ -13,6 +13,7 @@ import torch
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
 from mmmamba_cli.data import HELD_OUT, StepLoader, fingerprint, open_corpus
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.teacher_student import TeacherStudent, load_teacher_student
 from mmmamba_cli.distill.trainable import trainable_names
 from mmmamba_cli.errors import DataError, RecipeError, RunError
@@ -84,7 +85,10 @@ class Measurement:
 
     @cached_property
     def stage(self) -> Stage:
-        """The recipe's last end-to-end stage, shortened to the steps of the options."""
+        """The recipe's last end-to-end stage, shortened to the steps of the options.
+
+        Raises `RecipeError` if it has none.
+        """
         stages = [stage for stage in self.recipe.stages if stage.loss == "kl"]
         if not stages:
             raise RecipeError(
@@ -170,14 +174,8 @@ class Measurement:
         if self.options.method == "kl":
             names = parameter_shapes(student.config)
             trainable = trainable_names(self.stage, student.config, names)
-        return load_teacher_student(
-            teacher,
-            student,
-            trainable,
-            product_dtype=parse_dtype(self.parent.dtype),
-            precision=self.precision,
-            device=self.device,
-        )
+        placement = PairPlacement(parse_dtype(self.parent.dtype), self.precision, self.device)
+        return load_teacher_student(teacher, student, trainable, placement)
 
     def _loader(
         self,

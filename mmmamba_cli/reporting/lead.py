@@ -197,7 +197,7 @@ def _examples(examples: Sequence[Example], series: Mapping[str, int], asked_of: 
     )
 
 
-def about(mixers: Sequence[str] = ()) -> Markup:
+def about_paragraph(mixers: Sequence[str] = ()) -> Markup:
     """What the page is, in two sentences; `mixers` are those of the students."""
     named = f" ({', '.join(mixers)})" if mixers else ""
     return paragraph(ABOUT.format(mixers=f"mixers of constant memory{named}"))

@@ -83,7 +83,7 @@ def _panel(name: str, trained: Sequence[TrainedStage], series: Mapping[str, int]
     what = "loss" if stage is None else LOSSES[stage.loss]
     if stage is not None and stage.loss_scale != 1:
         what += f", times {stage.loss_scale:g}"
-    drawn = [Line(one.label, series[one.label], thinned(points(one.rows))) for one in trained]
+    drawn = [Line(one.label, series[one.label], downsample(points(one.rows))) for one in trained]
     drawn = [line for line in drawn if any(math.isfinite(y) for _, y in line.points)]
     if not drawn:
         return tag("div", tag("h3", name), tag("p", "No finite loss was written down."))
@@ -108,7 +108,7 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     return [(float(row["step"]), _number(row["loss"])) for row in rows]
 
 
-def thinned(
+def downsample(
     curve: Sequence[tuple[float, float]], most: int = MAX_POINTS
 ) -> tuple[tuple[float, float], ...]:
     """Reduce a curve to at most `most` points by averaging neighbours in both coordinates.

@@ -19,7 +19,7 @@ from mmmamba_cli.reporting.html import (
     tag,
 )
 from mmmamba_cli.reporting.layer_scores import layer_score_sections
-from mmmamba_cli.reporting.lead import about, lead_sections, summary_sentences
+from mmmamba_cli.reporting.lead import about_paragraph, lead_sections, summary_sentences
 from mmmamba_cli.reporting.lead_contents import read_lead
 from mmmamba_cli.reporting.loss_curves import losses_section
 from mmmamba_cli.reporting.mixer_fidelity import RunFidelity, fidelity_section
@@ -202,7 +202,7 @@ def _head(title: str, note: str | None, summary: Sequence[str], mixers: Sequence
             paragraph(tag("strong", sentence.replace(" %", "\u00a0%")), class_="lead")
             for sentence in summary
         ),
-        about(mixers),
+        about_paragraph(mixers),
         None if note is None else paragraph(note),
     )
 

@@ -118,14 +118,7 @@ def accuracy_section(
             first.title,
             paragraph("Its answers need a judge; they are in predictions.tsv beside each result."),
         )
-    metrics = list(
-        dict.fromkeys(
-            name
-            for part in parts.values()
-            for name, value in part.metrics.items()
-            if value is not None
-        )
-    )
+    metrics = _metric_names(parts)
     part = next(iter(parts.values()))
     headline = part.metric if part.metric in metrics else metrics[0]
     chances = {metric: chance_of(suite, metric, part) for metric in metrics}
@@ -136,18 +129,11 @@ def accuracy_section(
         for metric in metrics
     }
     others = [panel for metric, panel in panels.items() if metric != headline]
-    used = sorted({one.result.data.used for one in results})
-    asked = " or ".join(f"{count:,}" for count in used)
     rules = list(dict.fromkeys(f"“{part.rule}”" for part in parts.values()))
     return section(
         f"scores-{first.suite}",
         f"{first.title}: {', '.join(parts)}",
-        paragraph(
-            f"{asked} questions by the rule {' or '.join(rules)}. Whiskers are "
-            f"{100 * first.level:.0f} % intervals over {first.draws:,} seeded draws of whole "
-            "pictures: bars whose whiskers overlap much may differ by chance."
-            + (FEW_PICTURES if lacks_intervals(list(parts.values())) else "")
-        ),
+        _intervals_paragraph(results, parts, rules),
         _different_rules(parts) if rules[1:] else None,
         paragraph(suite.note) if suite is not None and suite.note else None,
         *(paragraph(difference_sentence(one), class_="found") for one in differences),
@@ -169,6 +155,26 @@ def accuracy_section(
         ),
         *_same_answer(results),
         *_unreadable(parts),
+    )
+
+
+def _metric_names(parts: Mapping[str, RuleResult]) -> list[str]:
+    """Names of the metrics that have a value."""
+    given = (item for part in parts.values() for item in part.metrics.items())
+    return list(dict.fromkeys(name for name, value in given if value is not None))
+
+
+def _intervals_paragraph(
+    results: Sequence[ModelResult], parts: Mapping[str, RuleResult], rules: Sequence[str]
+) -> Markup:
+    """How many questions were asked, the rules that scored them, and what the whiskers are."""
+    first = results[0].result
+    asked = " or ".join(f"{count:,}" for count in sorted({one.result.data.used for one in results}))
+    return paragraph(
+        f"{asked} questions by the rule {' or '.join(rules)}. Whiskers are "
+        f"{100 * first.level:.0f} % intervals over {first.draws:,} seeded draws of whole "
+        "pictures: bars whose whiskers overlap much may differ by chance."
+        + (FEW_PICTURES if lacks_intervals(list(parts.values())) else "")
     )
 
 

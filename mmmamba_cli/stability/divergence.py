@@ -119,6 +119,7 @@ class Spikes:
 
 
 def count_spikes(found: Divergence) -> Spikes:
+    """Count columns whose KL exceeds `SPIKE_FACTOR` times the median, and changed top tokens."""
     is_spike = found.kl > SPIKE_FACTOR * found.kl.median()
     changed = ~found.same_top1
     return Spikes(int(is_spike.sum()), int(changed.sum()), int((is_spike & changed).sum()))

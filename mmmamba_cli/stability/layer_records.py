@@ -20,7 +20,11 @@ LOW_READ_OUT = 10 * GATED_NORM_EPS**0.5
 def layer_records(
     model: Any, totals: dict[int, DecayTotals], starts: dict[int, Tensor]
 ) -> tuple[LayerStability, ...]:
-    """A record for each layer; `starts` are the exponents of the seeded student, by layer."""
+    """A record for each layer of `model`, from its decays over a text.
+
+    `starts` has the exponents of the seeded student by layer, (H, ...) as of
+    `certified_exponents`.
+    """
     found = []
     for layer, spec in enumerate(layer_specs(model)):
         if layer not in totals:

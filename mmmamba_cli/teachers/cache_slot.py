@@ -101,6 +101,7 @@ class RecurrentSlot(LinearAttentionLayer, CacheLayerMixin):
             raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
 
     def activate_past_recording(self) -> None:
+        """Raise `MmmambaError`: a state cannot be taken back to an earlier token."""
         raise MmmambaError(NO_ROLLBACK, ROLLBACK_HINT)
 
 

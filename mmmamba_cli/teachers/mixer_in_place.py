@@ -131,7 +131,7 @@ def in_place_class(mixer: str) -> type[MixerInPlace]:
 def new_value(
     mixer: str, layer: int, name: str, shape: tuple[int, ...], mimic: bool, seed: int
 ) -> Tensor:
-    """The initial value, fp32, of parameter `name` of the mixer in text layer `layer`.
+    """The initial value of parameter `name` of the mixer in text layer `layer`: `shape`, fp32.
 
     Random numbers depend on the seed, the layer and the name alone. See `Mixer.initial_value` for
     `mimic`.

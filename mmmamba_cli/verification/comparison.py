@@ -59,7 +59,7 @@ def logits_of(model: Any, inputs: Inputs) -> Tensor:
 
 
 @torch.no_grad()
-def greedy(
+def greedy_tokens(
     model: Any, inputs: Inputs, tokens: int, suppressed: Sequence[int], use_cache: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The next `tokens` greedy tokens (B, N) and their logits (B, N, V)."""
@@ -149,13 +149,13 @@ def compare_generation(
     name: str, stock: Any, student: Any, inputs: Inputs, tokens: int, suppressed: Sequence[int]
 ) -> CheckResult:
     """Greedy tokens of both models with a cache, and their logits, bit by bit."""
-    expected, expected_logits = greedy(stock, inputs, tokens, suppressed)
-    found, logits = greedy(student, inputs, tokens, suppressed)
+    expected, expected_logits = greedy_tokens(stock, inputs, tokens, suppressed)
+    found, logits = greedy_tokens(student, inputs, tokens, suppressed)
     if torch.equal(found, expected) and torch.equal(logits, expected_logits):
         return CheckResult(name, OK, f"{tokens} tokens equal, their logits bit for bit")
     # Later steps have another context once a token differs.
     largest = _largest(logits[:, :1], expected_logits[:, :1])
-    _, again_logits = greedy(stock, inputs, tokens, suppressed)
+    _, again_logits = greedy_tokens(stock, inputs, tokens, suppressed)
     own = _largest(again_logits[:, :1], expected_logits[:, :1])
     if not torch.equal(again_logits, expected_logits) and largest <= 2 * own:
         return CheckResult(
@@ -181,8 +181,8 @@ def cached_distance(model: Any, inputs: Inputs, tokens: int, suppressed: Sequenc
 
     Steps behind the first different token have another context and are left out.
     """
-    cached, logits = greedy(model, inputs, tokens, suppressed)
-    uncached, expected = greedy(model, inputs, tokens, suppressed, use_cache=False)
+    cached, logits = greedy_tokens(model, inputs, tokens, suppressed)
+    uncached, expected = greedy_tokens(model, inputs, tokens, suppressed, use_cache=False)
     differing = (cached != uncached).any(0).nonzero()
     steps = int(differing[0]) + 1 if differing.numel() else tokens
     return relative_distance(logits[:, :steps], expected[:, :steps])

@@ -23,7 +23,7 @@ from mmmamba_cli.verification.comparison import (
     check_rounding,
     compare_bits,
     compare_generation,
-    greedy,
+    greedy_tokens,
     logits_of,
     rounding_of,
 )
@@ -188,8 +188,8 @@ def check_mixer(
     if turns_heads(mixer, plan.options):
         found = rounding_of(student, prompts, teacher.tokens, teacher.placeholder_ids)
         return check_rounding(name, found, own, teacher.dtype)
-    _, logits = greedy(student, prompts.text, 1, teacher.placeholder_ids)
-    _, expected = greedy(stock, prompts.text, 1, teacher.placeholder_ids)
+    _, logits = greedy_tokens(student, prompts.text, 1, teacher.placeholder_ids)
+    _, expected = greedy_tokens(stock, prompts.text, 1, teacher.placeholder_ids)
     if torch.equal(logits, expected):
         return CheckResult(name, DIFFERENT, "the logits are the teacher's: the mixer has no effect")
     found = rounding_of(student, prompts, teacher.tokens, teacher.placeholder_ids)

@@ -17,6 +17,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from mmmamba_cli.checkpoint import open_in_place
 from mmmamba_cli.distill import in_place_pair
 from mmmamba_cli.distill.in_place_pair import load_in_place_pair
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.recipe import load_recipe
 from mmmamba_cli.runs import Run
@@ -106,9 +107,7 @@ def load(run: Run, precision: str, *trainable: str) -> Any:
         open_in_place(Path(run.teacher.path)),
         open_in_place(run.product_folder("seed")),
         trainable,
-        product_dtype=torch.bfloat16,
-        precision=precision,
-        device=torch.device("cpu"),
+        PairPlacement(torch.bfloat16, precision, torch.device("cpu")),
     )
 
 

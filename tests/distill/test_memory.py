@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmmamba_cli.architecture import is_fp32_parameter
 from mmmamba_cli.checkpoint import open_checkpoint
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.out_of_memory import out_of_memory_error
 from mmmamba_cli.distill.teacher_student import load_teacher_student
 from mmmamba_cli.distill.trainable import trainable_names
@@ -38,9 +39,7 @@ def test_frozen_tensors_share_the_teachers_memory(run: Run, precision: str) -> N
         run.open_teacher(),
         student,
         names,
-        product_dtype=torch.bfloat16,
-        precision=precision,
-        device=torch.device("cpu"),
+        PairPlacement(torch.bfloat16, precision, torch.device("cpu")),
     )
     theirs = dict(pair.teacher.named_parameters())
     for name, parameter in pair.student.named_parameters():

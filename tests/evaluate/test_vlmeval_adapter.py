@@ -152,7 +152,7 @@ HEAD = "Image-1: <image>\nImage-2: <image>\n"
     ],
 )
 def test_messages(message: list[dict[str, str]], expected: str) -> None:
-    assert adapter.arrange(message) == expected
+    assert adapter.message_text(message) == expected
 
 
 def test_evaluation_with_the_kit(

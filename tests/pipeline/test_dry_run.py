@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mmmamba_cli.__main__ import main
 from mmmamba_cli.cli.app import app
+from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.stage_memory import MicroBatchSize, estimate_memory
 from mmmamba_cli.distill.stage_models import open_stage_models, trainable_of
 from mmmamba_cli.distill.stage_shapes import shapes_of
@@ -81,9 +82,7 @@ def test_what_learns_is_what_training_says(folder: Path) -> None:
     names, _ = trainable_of(models, stage)
     (found,) = (one for one in dry(folder, *LENGTH)["stages"] if one["stage"] == "stage2")
     assert sum(one["tensors"] for one in found["learns"]) == len(names)
-    pair = models.load(
-        names, product_dtype=torch.float32, precision="fp32", device=torch.device("cpu")
-    )
+    pair = models.load(names, PairPlacement(torch.float32, "fp32", torch.device("cpu")))
     parameters = pair.trainable_parameters().values()
     assert found["parameters"] == sum(parameter.numel() for parameter in parameters)
 
@@ -96,9 +95,7 @@ def test_weights_are_those_that_a_stage_loads(folder: Path, precision: str) -> N
     stage = load_recipe("smoke").stages[1].model_copy(update={"precision": precision})
     names, _ = trainable_of(models, stage)
     product = getattr(torch, run.product("seed").dtype)
-    pair = models.load(
-        names, product_dtype=product, precision=precision, device=torch.device("cpu")
-    )
+    pair = models.load(names, PairPlacement(product, precision, torch.device("cpu")))
     held = {p for model in (pair.teacher, pair.student) for p in model.parameters()}
     masters = set(pair.trainable_parameters().values())
     memory = estimate_memory(shapes_of(models.student), stage, MicroBatchSize(1, 8, 8))

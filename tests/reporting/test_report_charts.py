@@ -16,7 +16,7 @@ from mmmamba_cli.reporting.chart_scales import Scale, axis_range
 from mmmamba_cli.reporting.charts import MARGIN, WIDTH, Bar, Line, Mark, bars, lines
 from mmmamba_cli.reporting.comparisons import external_differences
 from mmmamba_cli.reporting.html import tag
-from mmmamba_cli.reporting.loss_curves import thinned
+from mmmamba_cli.reporting.loss_curves import downsample
 from mmmamba_cli.reporting.run_contents import ExternalComparison
 
 BEGIN, END = MARGIN, WIDTH - 52
@@ -62,7 +62,7 @@ def test_a_value_that_is_not_finite_is_written_but_has_no_bar(value: float) -> N
 def test_thinning_leaves_out_values_that_are_not_finite() -> None:
     """A mean uses the finite points only; a mean of none is a gap."""
     curve = [(float(i), math.nan if i in (3, 6, 7, 8) else 2.0) for i in range(12)]
-    found = thinned(curve, most=4)
+    found = downsample(curve, most=4)
     assert [y for _, y in found[:2]] == [2.0, 2.0]
     assert math.isnan(found[2][1])
     assert found[1][0] == pytest.approx(4.5)
@@ -142,10 +142,10 @@ def test_everything_is_escaped() -> None:
 
 def test_thinning_keeps_the_mean() -> None:
     curve = [(float(i), float(i % 7)) for i in range(1000)]
-    few = thinned(curve, 100)
+    few = downsample(curve, 100)
     assert len(few) == 100
     assert sum(y for _, y in few) / 100 == pytest.approx(sum(y for _, y in curve) / 1000)
-    assert thinned(curve[:50], 100) == tuple(curve[:50])
+    assert downsample(curve[:50], 100) == tuple(curve[:50])
 
 
 def test_difference_interval_is_paired() -> None:

@@ -272,7 +272,7 @@ def test_missing_scikit_learn_names_the_extra(
 
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
     with pytest.raises(Exception, match=r"pip install 'mmmamba\[scenes\]'"):
-        blind_baseline.guess([], [])
+        blind_baseline.predict_answers([], [])
 
 
 def test_commands(tmp_path: Path) -> None:

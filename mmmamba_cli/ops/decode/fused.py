@@ -95,7 +95,12 @@ def attention_step(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """Shapes as in `ops.attention_step`; no gradients."""
+    """Shapes as in `ops.attention_step`; no gradients.
+
+    Raises:
+        ValueError: the last dimension of `keys` or `values` is not contiguous.
+        MmmambaError: see `check_inputs`.
+    """
     check_inputs("attention_step", q, k, v, keys, values, cos, sin)
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         raise ValueError("attention_step: numbers of a head do not lie side by side in the cache")

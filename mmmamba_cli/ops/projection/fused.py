@@ -61,7 +61,13 @@ def project(
     out: Tensor | None,
     inputs_ready: bool,
 ) -> Tensor:
-    """Shapes as in `ops.project`; no gradients."""
+    """Shapes as in `ops.project`; no gradients.
+
+    Raises:
+        NotImplementedError: gated heads whose size is not a power of 2.
+        ValueError: the last dimension of `out` is not contiguous.
+        MmmambaError: see `check_inputs`.
+    """
     values, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
     check_inputs("project", x, values, scales, bias, norm, gate, residual, out)
     together = norm_dim if norm is None else norm.shape[0]
