@@ -108,7 +108,7 @@ class _Module:
         found: Bindings = {name: (self.name, name) for name in self.defined}
         for node in _statements(self.tree.body):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                found |= import_bindings(node)
+                found |= bindings_of(node)
         return found
 
 
@@ -213,9 +213,7 @@ class _Bundle:
         return self._exported_names[self._defining_module(target)]
 
     def _module_text(self, module: _Module, file: str) -> str:
-        edits = list(
-            rename_edits(module.tree, module.bindings, import_bindings, self.exported_name)
-        )
+        edits = list(rename_edits(module.tree, module.bindings, bindings_of, self.exported_name))
         replaced: dict[int, tuple[int, str]] = {}
         for statement in _package_imports(module.tree):
             last = statement.end_lineno or statement.lineno
@@ -247,7 +245,7 @@ class _Bundle:
         """Targets of an import of this package; for a module, all names that it defines."""
         if not isinstance(node, ast.ImportFrom) or not _is_package_module(node.module):
             return
-        for target in import_bindings(node).values():
+        for target in bindings_of(node).values():
             assert target is not None
             if target[1] is not None:
                 yield self._defining_module(target)
@@ -314,7 +312,7 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements(inner)
 
 
-def import_bindings(node: ast.stmt) -> Bindings:
+def bindings_of(node: ast.stmt) -> Bindings:
     """Bindings of an import statement; None for other packages."""
     assert isinstance(node, ast.Import | ast.ImportFrom)
     if isinstance(node, ast.Import):

@@ -158,12 +158,8 @@ def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    host, here, dead, alive = (
-        atomic_writes._host_name(),
-        atomic_writes._machine_id(),
-        dead_pid(),
-        os.getppid(),
-    )
+    host, here = atomic_writes._host_name(), atomic_writes._machine_id()
+    dead, alive = dead_pid(), os.getppid()
     leftovers = {
         f".out.partial-{host}-{dead}": False,
         f".out.partial-{host}-{os.getpid()}": False,
@@ -212,9 +208,8 @@ def test_containers_with_equal_pids(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Two containers share a disk, and their processes a PID: neither touches the other's files."""
     with atomic_folder(tmp_path / "out") as mine:
         fill(mine)
-        monkeypatch.setattr(
-            atomic_writes, "_machine_id", lambda: f"{atomic_writes._host_name()}.00000000"
-        )
+        host = atomic_writes._host_name()
+        monkeypatch.setattr(atomic_writes, "_machine_id", lambda: f"{host}.00000000")
         monkeypatch.setattr(atomic_writes, "_active", set())
         with atomic_folder(tmp_path / "out") as other:
             assert other != mine
