@@ -36,6 +36,7 @@ from random_stages import (
     WaitMeter,
     environment,
     make_job,
+    recorded_events,
     timed_steps,
     write_result,
     write_texts,
@@ -179,10 +180,10 @@ def recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 def host_seconds(profiler: StepProfiler, steps: int) -> dict[str, float]:
     """Seconds of the host per profiled step in each part, and outside of them."""
     found = dict.fromkeys((DATA, *PARTS, LOGGING), 0.0)
-    for event in profiler.profile.events():
-        part = event.name.removeprefix(PREFIX)
-        if event.name.startswith(PREFIX) and event.device_type == torch.autograd.DeviceType.CPU:
-            found[part] += event.cpu_time_total / 1e6
+    for event in recorded_events(profiler.profile):
+        part = event.name().removeprefix(PREFIX)
+        if part in found and event.device_type() == torch.autograd.DeviceType.CPU:
+            found[part] += (event.end_ns() - event.start_ns()) / 1e9
     rest = profiler.seconds - sum(found.values())
     return {part: round(value / steps, 4) for part, value in {**found, "rest": rest}.items()}
 

@@ -244,16 +244,16 @@ class StepProfiler:
         kernels: list[tuple[float, float]] = []
         collectives: list[tuple[float, float]] = []
         calls, host_seconds = dict.fromkeys(HOST_CALLS, 0), dict.fromkeys(HOST_CALLS, 0.0)
-        for event in self.profile.events():
-            begin, end = event.time_range.start / 1e6, event.time_range.end / 1e6
-            if event.device_type == DeviceType.CUDA:
+        for event in recorded_events(self.profile):
+            name, begin, end = event.name(), event.start_ns() / 1e9, event.end_ns() / 1e9
+            if event.device_type() == DeviceType.CUDA:
                 # Ranges of the host, such as those of FSDP2, are listed for the device too.
-                if not event.is_user_annotation:
-                    chosen = collectives if NCCL in event.name.lower() else kernels
+                if not event.is_user_annotation():
+                    chosen = collectives if NCCL in name.lower() else kernels
                     chosen.append((begin, end))
                 continue
             for kind, names in HOST_CALLS.items():
-                if event.name.startswith(names):
+                if name.startswith(names):
                     calls[kind] += 1
                     host_seconds[kind] += end - begin
         computing, communicating = covered(kernels), covered(collectives)
@@ -272,6 +272,14 @@ class StepProfiler:
             "waits": calls["wait"] // number,
             "wait_seconds": round(host_seconds["wait"] / number, 4),
         }
+
+
+def recorded_events(recorded: Any) -> Any:
+    """The events of a `torch.profiler.profile` as Kineto has them.
+
+    Its own `events` makes a Python object of each, in minutes for the million of a step.
+    """
+    return recorded.profiler.kineto_results.events()
 
 
 def covered(intervals: Sequence[tuple[float, float]]) -> float:

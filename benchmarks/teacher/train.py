@@ -4,7 +4,8 @@
     python benchmarks/teacher/train.py --family smolvlm --begin scenes-teacher --out FOLDER
 
 Writes a checkpoint to FOLDER/teacher. The training state is stored in FOLDER/state.pt; an
-interrupted run resumes from it. The shipped atlas is always included; --atlas adds further styles.
+interrupted run resumes from it. After --minutes it saves and ends; the same command goes on. The
+shipped atlas is always included; --atlas adds further styles.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ def pictures_of(teacher: Teacher, layouter: SceneEncoder, device: Any) -> Pictur
 
 
 def train(given: argparse.Namespace) -> None:
+    began = time.perf_counter()
     device = torch.device(given.device)
     atlas, world = training_world(given.atlas)
     teacher, folder = TEACHERS[given.family](), given.out / "teacher"
@@ -148,7 +150,6 @@ def train(given: argparse.Namespace) -> None:
         for block in teacher.blocks(model):
             block.compile()
     tests = held_out(given, teacher, prompts)
-    began = time.perf_counter()
     for step, lessons in enumerate(loader, start=first):
         generator = torch.Generator(device).manual_seed(given.seed * 1_000_003 + step)
         for group in optimiser.param_groups:
@@ -161,7 +162,13 @@ def train(given: argparse.Namespace) -> None:
             print(
                 json.dumps({"step": step, "kind": lessons.kind, **line, "s": seconds}), flush=True
             )
-        if (step + 1) % given.every == 0 or step + 1 == given.steps:
+        is_last = step + 1 == given.steps
+        if not is_last and time.perf_counter() - began > 60 * given.minutes:
+            save_state(given.out, model, optimiser, step + 1)
+            teacher.write(folder, model)
+            print(f"no time left: stopped after step {step + 1} of {given.steps}", flush=True)
+            return
+        if (step + 1) % given.every == 0 or is_last:
             for name, test, drawn in tests:
                 scores = held_out_accuracy(teacher, model, test, drawn, device)
                 print(name, json.dumps(scores), flush=True)
@@ -218,6 +225,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--held-out", type=int, default=512, help="held-out pictures")
     parser.add_argument("--every", type=int, default=500, help="steps between held-out tests")
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train(parser.parse_args())

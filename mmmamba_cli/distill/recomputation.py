@@ -1,10 +1,11 @@
 """`checkpointing: auto`: how many layers recompute their activations, decided from a measured step.
 
 Activation checkpointing (Chen et al., arXiv 1604.06174) keeps the input of a layer only, and runs
-the layer again in the backward pass. Before the first step, its largest micro batch runs once with
-every layer recomputed. That takes the least memory, and shows what each layer would keep otherwise,
-because its second run keeps all of it. Then only as many layers recompute as memory needs: the
-first ones, since the backward pass has released the last ones when it reaches them.
+the layer again in the backward pass. Before the first step, its largest micro batch runs with every
+layer recomputed, twice if the step has several. That takes the least memory, and shows what each
+layer would keep otherwise, because its second run keeps all of it. Then only as many layers
+recompute as memory needs: the first ones, since the backward pass has released the last ones when
+it reaches them.
 """
 
 from __future__ import annotations
@@ -177,7 +178,10 @@ class Recomputation:
             return False
         is_first = self._measured is None
         if is_first:
-            self._measured = self._measure(replace(batches, micro_batches=(largest,)), run)
+            # Activations of the second micro batch come on top of gradients of the first.
+            repeats = min(2, len(batches.micro_batches))
+            parts = (largest,) * repeats
+            self._measured = self._measure(replace(batches, micro_batches=parts), run)
         if self._measured is None:
             return True
         measured = self._measured

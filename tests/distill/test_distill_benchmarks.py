@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,17 +206,19 @@ def test_time_of_a_gpu(benchmarks: None) -> None:
     assert [len(random_stages.timed_steps(one, 2, 6)) for one in (gpu, cpu)] == [3, 4]
 
     def event(name: str, first: float, last: float, is_user_annotation: bool = False) -> Any:
-        time_range = SimpleNamespace(start=first * 1e6, end=last * 1e6)
-        return SimpleNamespace(
-            name=name,
-            time_range=time_range,
-            device_type=DeviceType.CUDA,
-            is_user_annotation=is_user_annotation,
-        )
+        values = {
+            "name": name,
+            "start_ns": first * 1e9,
+            "end_ns": last * 1e9,
+            "device_type": DeviceType.CUDA,
+            "is_user_annotation": is_user_annotation,
+        }
+        return SimpleNamespace(**{key: partial(lambda x: x, x) for key, x in values.items()})
 
     profiler = random_stages.StepProfiler(cpu, 1, 1)
     events = [event("gemm", 0, 1), event("ncclDevKernel", 2, 3), event("FSDP::x", 0, 4, True)]
-    profiler.profile = SimpleNamespace(events=lambda: events)
+    results = SimpleNamespace(events=lambda: events)
+    profiler.profile = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
     profiler.seconds = 4.0
     found = profiler.summary()
     assert (found["gpu_busy_share"], found["communication_share"]) == (0.5, 0.25)

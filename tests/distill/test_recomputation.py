@@ -198,6 +198,24 @@ def test_the_measured_step_draws_no_random_number(tmp_path: Path) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(("micro_batches", "measured"), [(1, 1), (3, 2)])
+def test_gradients_of_the_micro_batch_before_are_measured(
+    micro_batches: int, measured: int, tmp_path: Path
+) -> None:
+    job = auto_job(tmp_path, None, [])
+    batches = next(iter(job.loader.steps(0, 1)))
+    (micro, *_) = batches.micro_batches
+    found: list[int] = []
+
+    def run(part: StepBatches) -> bool:
+        found.append(len(part.micro_batches))
+        return ran(job)(part)
+
+    several = replace(batches, micro_batches=(micro,) * micro_batches)
+    Recomputation(job.pair, job.world, memory_for(2), lambda text: None).prepare_step(several, run)
+    assert found == [measured]
+
+
 def test_what_does_not_fit_recomputes_everything() -> None:
     memory = StepMemory(load=100, recomputed=10, kept=(5, 1, 1), limit=12)
     assert [memory.count_for(load) for load in (50, 100, 120, 500)] == [1, 1, 3, 3]
