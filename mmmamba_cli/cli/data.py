@@ -163,8 +163,8 @@ def index(
 ) -> None:
     """Count the tokens of every sample once, so that training need not.
 
-    The index is a file beside the data, or in the cache folder if that cannot be written. It holds
-    for every maximum length and batch size. `mmmamba distill` finds and uses it: each of its
+    The index is a file beside the data, or in the cache folder if that cannot be written. It is
+    valid for every maximum length and batch size. `mmmamba distill` finds and uses it: each of its
     processes then prepares only its share of a batch.
     """
     from mmmamba_cli.checkpoint import atomic_write_bytes

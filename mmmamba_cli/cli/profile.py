@@ -77,7 +77,7 @@ def command(
         typer.Option(
             metavar="NAME,...",
             help="With --random: students with each of these mixers in place of attention "
-            "(default: the mixer of recipes that name none).",
+            "(default: the default mixer of recipes).",
         ),
     ] = None,
     contexts: Annotated[

@@ -46,10 +46,10 @@ def command(
 ) -> None:
     """Check a teacher before anything is made from it.
 
-    Students of its weights are compared with the stock class of transformers. The first command to
-    run on real weights. Tensors, tokenizer, chat template and processor are
-    checked, then logits and generation on text and drawn pictures, each mixer in one layer, and
-    memory. Nothing is written. Exit code 0 if everything agrees, else 2.
+    Run it first on real weights. Tensors, tokenizer, chat template and processor are checked, then
+    logits and generation of students of these weights against the stock class of transformers, on
+    text and drawn pictures, each mixer in one layer, and memory. Nothing is written. Exit code 0 if
+    everything agrees, else 2.
     """
     from mmmamba_cli.verification import verify_teacher
 
