@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import TYPE_CHECKING
 
-import inflect
 import yaml
+
+if TYPE_CHECKING:
+    import inflect
 
 # Plurals that inflect gets wrong.
 PLURAL_OVERRIDES = {"burrito": "burritos", "flamingo": "flamingos"}
+NUMBER_WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,19 @@ def class_table() -> Mapping[str, ObjectClass]:
 
 
 @cache
+def _inflections() -> Mapping[str, tuple[str, str]]:
+    """Each class with its article, and its plural, as inflect gives them.
+
+    The import of inflect takes 2 seconds of CPU time, in every process that draws scenes.
+    """
+    text = (resources.files(__package__) / "inflections.yaml").read_text(encoding="utf-8")
+    return {name: (first, second) for name, (first, second) in yaml.safe_load(text).items()}
+
+
+@cache
 def _english() -> inflect.engine:
+    import inflect
+
     engine = inflect.engine()
     for noun, plural_form in PLURAL_OVERRIDES.items():
         engine.defnoun(noun, plural_form)
@@ -50,16 +69,20 @@ def _english() -> inflect.engine:
 @cache
 def with_article(noun: str) -> str:
     """`an apple`, `a bus`."""
-    return str(_english().a(noun))
+    found = _inflections().get(noun)
+    return str(_english().a(noun)) if found is None else found[0]
 
 
 @cache
 def plural(noun: str) -> str:
     """`apples`, `buses`, `knives`; `sheep` for `sheep`."""
-    return str(_english().plural_noun(noun))
+    found = _inflections().get(noun)
+    return str(_english().plural_noun(noun)) if found is None else found[1]
 
 
 @cache
 def number_word(number: int) -> str:
     """`three`."""
+    if 0 <= number < len(NUMBER_WORDS):
+        return NUMBER_WORDS[number]
     return str(_english().number_to_words(str(number)))
