@@ -12,7 +12,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def entry_points(group: str) -> Iterator[tuple[str, Loader]]:
     root = _checkout()
     if root is not None:
         yield from _checkout_entries(root, group)
-    for entry in sorted(metadata.entry_points(group=group), key=lambda e: (e.name, e.value)):
+    for entry in _installed(group, tuple(sys.path)):
         own = entry.dist is not None and entry.dist.name == PROJECT
         if not own:
             yield entry.name, partial(_load_plugin, entry, entry.load)
@@ -75,6 +75,15 @@ def _load_plugin(entry: metadata.EntryPoint, load: Loader) -> Any:
         ) from error
 
 
+@cache
+def _installed(group: str, path: tuple[str, ...]) -> list[metadata.EntryPoint]:
+    """The entry points of installed packages; a search reads the metadata of every package.
+
+    Packages are found along `sys.path`, whose value is `path`.
+    """
+    return sorted(metadata.entry_points(group=group), key=lambda e: (e.name, e.value))
+
+
 def load_reference(reference: str) -> Any:
     """Import the object `package.module:attribute`, also from the packages of a checkout.
 
@@ -92,6 +101,7 @@ def _checkout() -> Path | None:
     return root if (root / "pyproject.toml").is_file() else None
 
 
+@cache
 def _config(root: Path) -> dict[str, Any]:
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
 

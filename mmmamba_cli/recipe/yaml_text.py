@@ -7,6 +7,7 @@ by the core schema of YAML 1.2 instead; written text has the same meaning in bot
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -95,8 +96,7 @@ def read_yaml(text: str, source: str) -> Any:
             several.
     """
     try:
-        # `_Loader` is a SafeLoader; S506 recognises safe loaders by name only.
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506
+        tree = _parse(text)
         _check_size(tree, source)
         return _copy_aliases(tree)
     except yaml.MarkedYAMLError as error:
@@ -114,6 +114,13 @@ def read_yaml(text: str, source: str) -> Any:
         ) from None
     where = f"{source}:{line}" if "\n" in text else source
     raise RecipeError(f"{where}: not valid YAML: {sentence}")
+
+
+@lru_cache(maxsize=32)
+def _parse(text: str) -> Any:
+    """Parse `text`; a command reads the same recipe several times, and PyYAML is slow."""
+    # `_Loader` is a SafeLoader; S506 recognises safe loaders by name only.
+    return yaml.load(text, Loader=_Loader)  # noqa: S506
 
 
 def _check_size(tree: Any, source: str) -> None:
