@@ -25,14 +25,22 @@ DEV_FULL = Path("/dev/full")
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    """What `mmmamba --help` prints."""
+    return mmmamba("--help").stdout
+
+
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
 
 
 def mmmamba(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*MAIN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [*MAIN, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
 
 
 def raising(statement: str) -> str:
@@ -61,21 +69,47 @@ def test_help_does_not_import_torch() -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-@pytest.mark.parametrize(
-    "module", [module.name for module in pkgutil.iter_modules(mmmamba_cli.cli.__path__)]
-)
-def test_command_modules_import_the_library_lazily(module: str) -> None:
-    code = f"import sys, mmmamba_cli.cli.{module}\n"
-    done = python(f"{code}print([m for m in {HEAVY} if m in sys.modules])")
-    assert done.stdout == "[]\n", done.stderr
+MODULES = [module.name for module in pkgutil.iter_modules(mmmamba_cli.cli.__path__)]
+
+
+@pytest.fixture(scope="module")
+def imported_by_modules() -> dict[str, list[str]]:
+    """The libraries of HEAVY that each module of `cli` imports, in a fork that has none of them."""
+    code = (
+        "import importlib, os, sys, typer\n"
+        f"for name in {MODULES}:\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        importlib.import_module(f'mmmamba_cli.cli.{name}')\n"
+        f"        print(name, *[m for m in {HEAVY} if m in sys.modules], flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(pid, 0)\n"
+    )
+    done = python(code)
+    return {name: heavy for name, *heavy in map(str.split, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_command_modules_import_the_library_lazily(
+    module: str, imported_by_modules: dict[str, list[str]]
+) -> None:
+    assert imported_by_modules[module] == []
 
 
 @pytest.mark.parametrize("name", frame.COMMANDS)
-def test_every_command_has_help(name: str) -> None:
-    done = mmmamba(name, "--help")
-    assert done.returncode == 0
-    assert f"Usage: mmmamba {name}" in done.stdout
-    assert f"\n  {name} " in mmmamba("--help").stdout
+def test_every_command_has_help(
+    name: str,
+    help_text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In this process; `test_command_modules_import_the_library_lazily` starts one for each."""
+    monkeypatch.setattr(sys, "argv", ["mmmamba", name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert f"Usage: mmmamba {name}" in capsys.readouterr().out
+    assert f"\n  {name} " in help_text
 
 
 def test_the_recipe_package_does_not_import_torch() -> None:
@@ -83,12 +117,11 @@ def test_the_recipe_package_does_not_import_torch() -> None:
     assert python(f"{code}print([m for m in {HEAVY} if m in sys.modules])").stdout == "[]\n"
 
 
-def test_no_command_prints_help() -> None:
-    bare, asked = mmmamba(), mmmamba("--help")
-    assert bare.returncode == asked.returncode == 0
-    assert bare.stdout == asked.stdout
-    assert bare.stderr == ""
-    assert mmmamba("-h").stdout == asked.stdout
+def test_no_command_prints_help(help_text: str) -> None:
+    bare = mmmamba()
+    assert (bare.returncode, bare.stdout, bare.stderr) == (0, help_text, "")
+    short = mmmamba("-h")
+    assert (short.returncode, short.stdout) == (0, help_text)
 
 
 def test_version() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import shutil
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from ended import Command
 from torch import Tensor
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.data import IGNORE_INDEX, StepLoader, open_corpus
@@ -89,8 +90,9 @@ def test_lanes_use_separate_runs(steps: ModuleType) -> None:
 def test_every_step_is_an_existing_command(steps: ModuleType, share: float | None) -> None:
     sizes = steps.Sizes() if share is None else steps.Sizes.reduced(share)
     listed = [step for step in steps.steps(sizes) if step.words != (steps.COMPARE,)]
+    whole: Any = get_command(app)
     for step in listed:
-        command: Any = get_command(app)
+        command = whole
         words = list(step.words)
         while hasattr(command, "commands"):
             command = command.commands[words.pop(0)]
@@ -181,14 +183,25 @@ def test_resumed_demo_keeps_its_sizes(demo: ModuleType, tmp_path: Path) -> None:
         demo.prepare_folder(full, False, minutes=3, slowdown=3.0)
 
 
-@pytest.fixture
-def made(mmmamba: Command, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lessons, and an untrained student of the shipped teacher in a run."""
-    size = ("--short", "--pictures", 1, "--lessons", 5)
-    assert mmmamba("scenes", "build", "--out", tmp_path / "held-out", *size).code == 0
-    words = ("scenes-teacher", "--run", tmp_path / "seeded", "--dtype", "fp32", "--no-report")
-    assert mmmamba("seed", *words, "--recipe", "scenes-demo").code == 0
-    return tmp_path
+    folder = tmp_path_factory.mktemp("built")
+    size = ("--short", "--pictures", "1", "--lessons", "5")
+    seed = ("scenes-teacher", "--dtype", "fp32", "--no-report", "--recipe", "scenes-demo")
+    for words in (
+        ("scenes", "build", "--out", str(folder / "held-out"), *size),
+        ("seed", "--run", str(folder / "seeded"), *seed),
+    ):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def made(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path / "made")
+    return tmp_path / "made"
 
 
 def test_shares_by_lesson(agreement: ModuleType, made: Path) -> None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_as_a_new_user import write_teacher
 
 from mmmamba_cli.cli import main
+from mmmamba_cli.profiling import timers
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Default budgets, contexts and dtypes in these tests are those of a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def other_load_takes_no_time() -> Iterator[None]:
+    """Clocks of profiles count the CPU time of this thread, so that budgets and repeats do not
+    depend on what else the machine does."""
+    clocks = SimpleNamespace(perf_counter=time.thread_time, monotonic=time.thread_time)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timers, "time", clocks)
+        yield
 
 
 @pytest.fixture(scope="session")
