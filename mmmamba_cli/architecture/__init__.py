@@ -15,19 +15,23 @@ from mmmamba_cli.architecture.model_shape import (
     MixerShape,
     ModelShape,
     TextStack,
-    cache_bytes,
     derived_fields,
-    fp32_parameters,
-    is_fp32_parameter,
-    layer_cache_bytes,
     layer_options,
-    mixers_problem,
     normalize_mixers,
-    options_problem,
-    parameter_shapes,
     resolve_mixers,
     slow_decoding_reason,
     spec_of,
+)
+from mmmamba_cli.architecture.model_tensors import (
+    cache_bytes,
+    fp32_parameters,
+    is_fp32_parameter,
+    layer_cache_bytes,
+    parameter_shapes,
+)
+from mmmamba_cli.architecture.option_checks import (
+    mixers_problem,
+    options_problem,
     tile_options_problem,
 )
 from mmmamba_cli.architecture.sizes import (

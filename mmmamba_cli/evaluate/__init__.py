@@ -13,8 +13,9 @@ from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalModel, EvalPrompt
 from mmmamba_cli.evaluate.library import find_evaluator, find_suite, published_rows, suite_names
 from mmmamba_cli.evaluate.model_comparison import evaluate_models
 from mmmamba_cli.evaluate.process_group import ProcessGroup
-from mmmamba_cli.evaluate.result import Result, Retention, ScoredSuite, compare_with_teacher
+from mmmamba_cli.evaluate.result import Result, ScoredSuite
 from mmmamba_cli.evaluate.runner import EvalCallbacks, EvalStopped
+from mmmamba_cli.evaluate.score_retention import Retention, compare_with_teacher
 from mmmamba_cli.evaluate.suite import Suite
 
 __all__ = [

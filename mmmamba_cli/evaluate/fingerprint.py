@@ -25,6 +25,8 @@ NOT_DIGESTED = (
     "predictions.py",
     "tables.py",
     "result.py",
+    "score_retention.py",
+    "run_results.py",
 )
 # Pictures are decoded and resized by Pillow.
 LIBRARIES = ("pillow", "tokenizers")

@@ -18,16 +18,10 @@ from mmmamba_cli.evaluate.process_group import (
     run_on_all,
     run_on_main_first,
 )
-from mmmamba_cli.evaluate.result import (
-    RETENTION,
-    Result,
-    Retention,
-    ScoredSuite,
-    compare_with_teacher,
-    json_text,
-)
+from mmmamba_cli.evaluate.result import RETENTION, Result, ScoredSuite, json_text
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.runner import EvalCallbacks, raise_if_stopped
+from mmmamba_cli.evaluate.score_retention import Retention, compare_with_teacher
 from mmmamba_cli.evaluate.suite import Suite
 from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
 from mmmamba_cli.runs import TEACHER, ResolvedModel

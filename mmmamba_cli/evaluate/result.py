@@ -1,11 +1,11 @@
-"""Results of an evaluation as typed, reproducible JSON, and the reader of a run's results."""
+"""Results of an evaluation as typed, reproducible JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from mmmamba_cli.checkpoint import atomic_write_text
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.evaluate.bootstrap import (
-    CONFIDENCE_LEVEL,
-    NUM_RESAMPLES,
-    intervals,
-    ratio_interval,
-)
+from mmmamba_cli.evaluate.bootstrap import CONFIDENCE_LEVEL, NUM_RESAMPLES, intervals
 from mmmamba_cli.evaluate.rows import Row
-from mmmamba_cli.evaluate.scoring.chance import above_chance
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores
 
 # The folder of a run that results are written to, and the files of one model and suite.
@@ -40,11 +34,13 @@ UNDATED_SCORING = {"choice_rows": "2025-08", "choice_circular": "2025-08", "vqa_
 Interval = tuple[float, float]
 
 
-class _JsonModel(BaseModel):
+class JsonModel(BaseModel):
+    """Base of results: frozen, unknown keys rejected."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelInfo(_JsonModel):
+class ModelInfo(JsonModel):
     """The evaluated model; for a predictions file, the file's name and hash."""
 
     name: str
@@ -53,7 +49,7 @@ class ModelInfo(_JsonModel):
     final: bool | None = None
 
 
-class DataInfo(_JsonModel):
+class DataInfo(JsonModel):
     """The questions that were asked.
 
     `sha256` is that of the table. The table has `rows` rows of the suite, of which `used` were
@@ -85,21 +81,21 @@ class DataInfo(_JsonModel):
         return mine == theirs and len(pictures) < 2
 
 
-class UnreadableAnswer(_JsonModel):
+class UnreadableAnswer(JsonModel):
     """An answer that a rule could not parse."""
 
     index: str
     answer: str
 
 
-class SkippedRow(_JsonModel):
+class SkippedRow(JsonModel):
     """A row that could not be asked, for example because of a damaged picture."""
 
     index: str
     reason: str
 
 
-class RuleResult(_JsonModel):
+class RuleResult(JsonModel):
     """Scores of a suite by one rule. `metric` names the headline metric in `metrics`."""
 
     rule: str
@@ -133,7 +129,7 @@ class RuleResult(_JsonModel):
         return dated
 
 
-class Result(_JsonModel):
+class Result(JsonModel):
     """The contents of `result.json`: no times, so that equal runs give equal files."""
 
     format: int = 1
@@ -157,30 +153,6 @@ class Result(_JsonModel):
         return next((part for part in self.rules if part.rule == name), None)
 
 
-class Retention(_JsonModel):
-    """The student's score relative to the teacher's, by one rule.
-
-    `ratio` is None if the teacher's score is 0 or either score is None. `above_chance` is the ratio
-    of both scores above `chance`, the expected score of random guesses; None if that is unknown, or
-    if the teacher is not better.
-    """
-
-    suite: str
-    rule: str
-    metric: str
-    student: str
-    teacher: str
-    student_value: float | None
-    teacher_value: float | None
-    ratio: float | None
-    interval: Interval | None
-    rows: int
-    seed: int
-    chance: float | None = None
-    above_chance: float | None = None
-    above_chance_interval: Interval | None = None
-
-
 def rule_result(
     name: str, scoring: str, scores: UnitScores, answers: dict[str, str], seed: int
 ) -> RuleResult:
@@ -201,44 +173,6 @@ def rule_result(
     )
 
 
-def retention(
-    suite: str,
-    rule: str,
-    student: tuple[str, UnitScores],
-    teacher: tuple[str, UnitScores],
-    rows: int,
-    seed: int,
-) -> Retention:
-    """Student over teacher by a rule's headline metric; both answered the same rows."""
-    metric = teacher[1].headline
-    ours, theirs = student[1].values()[metric], teacher[1].values()[metric]
-    ratio = ours / theirs if ours is not None and theirs else None
-    chance = teacher[1].chance.get(metric)
-    above = None
-    if ours is not None and theirs is not None and chance is not None:
-        above = above_chance(ours, theirs, chance)
-    return Retention(
-        suite=suite,
-        rule=rule,
-        metric=metric,
-        student=student[0],
-        teacher=teacher[0],
-        student_value=ours,
-        teacher_value=theirs,
-        ratio=ratio,
-        interval=None
-        if ratio is None
-        else ratio_interval(student[1], teacher[1], metric, seed=seed),
-        rows=rows,
-        seed=seed,
-        chance=chance,
-        above_chance=above,
-        above_chance_interval=None
-        if above is None or chance is None
-        else ratio_interval(student[1], teacher[1], metric, seed=seed, origin=chance),
-    )
-
-
 @dataclass
 class ScoredSuite:
     """The result of one model on one suite, and the unit scores that retention is computed from."""
@@ -246,25 +180,6 @@ class ScoredSuite:
     result: Result
     unit_scores: dict[str, UnitScores]
     rows: Sequence[Row] = field(default_factory=list)
-
-
-def compare_with_teacher(
-    students: Iterable[ScoredSuite], teacher: ScoredSuite, seed: int = DEFAULT_SEED
-) -> list[Retention]:
-    """The retention of each student by each rule of the suite."""
-    suite, name = teacher.result.suite, teacher.result.model.name
-    return [
-        retention(
-            suite,
-            rule,
-            (student.result.model.name, student.unit_scores[rule]),
-            (name, scores),
-            len(teacher.rows),
-            seed,
-        )
-        for student in students
-        for rule, scores in teacher.unit_scores.items()
-    ]
 
 
 def json_text(parts: BaseModel | Sequence[BaseModel]) -> str:
@@ -320,45 +235,3 @@ def _kit_of(text: str) -> str | None:
         return None
     kit = value.get("kit") if isinstance(value, dict) else None
     return kit if isinstance(kit, str) else None
-
-
-@dataclass(frozen=True)
-class RunResults:
-    """The results of a run by file; `left_out` has a sentence for each file that is not used."""
-
-    results: Mapping[Path, Result]
-    left_out: tuple[str, ...]
-
-    def of_model(self, content_hash: str | None) -> list[Result]:
-        """The results of the model with these weights."""
-        return [one for one in self.results.values() if one.model.content_hash == content_hash]
-
-
-def read_run_results(run_folder: Path) -> RunResults:
-    """Every `result.json` below a run's `evals` folder, sorted by path.
-
-    Results of other kits, which have the same file name, and damaged files are left out by name.
-    """
-    results: dict[Path, Result] = {}
-    left_out = []
-    for file in sorted((run_folder / EVALS).rglob(RESULT)):
-        try:
-            results[file] = read_result(file)
-        except RunError as error:
-            left_out.append(error.message)
-    return RunResults(results, tuple(left_out))
-
-
-def matching_value(results: Iterable[Result], result: Result, part: RuleResult) -> float | None:
-    """The metric of `part` in the first result with the same questions and rule, if there is one.
-
-    `result` is the result that `part` belongs to; `results` are those of another model.
-    """
-    for other in results:
-        theirs = other.rule(part.rule)
-        same = other.suite == result.suite and other.data.same_questions(result.data)
-        # Scores of chosen and of generated answers are not comparable.
-        same = same and other.settings.get("answers") == result.settings.get("answers")
-        if same and theirs is not None:
-            return theirs.metrics.get(part.metric)
-    return None

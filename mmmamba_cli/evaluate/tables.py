@@ -6,12 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmmamba_cli.errors import name_some
-from mmmamba_cli.evaluate.result import (
-    CHOSEN_BY_LIKELIHOOD,
-    Result,
-    Retention,
-    RuleResult,
-)
+from mmmamba_cli.evaluate.result import CHOSEN_BY_LIKELIHOOD, Result, RuleResult
+from mmmamba_cli.evaluate.score_retention import Retention
 from mmmamba_cli.evaluate.suite import Suite
 
 TextTable = tuple[tuple[str, ...], list[tuple[object, ...]]]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmmamba_cli.distill import METRICS, read_metrics
-from mmmamba_cli.evaluate.result import Result, matching_value, read_run_results
+from mmmamba_cli.evaluate.result import Result
+from mmmamba_cli.evaluate.run_results import matching_value, read_run_results
 from mmmamba_cli.runs import Manifest, Run, Teacher
 
 if TYPE_CHECKING:

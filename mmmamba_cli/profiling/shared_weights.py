@@ -16,19 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmmamba_cli.architecture import parameter_shapes
-from mmmamba_cli.checkpoint import (
-    Checkpoint,
-    InPlaceCheckpoint,
-    load_in_place_model,
-    stored_dtype,
-)
+from mmmamba_cli.checkpoint import Checkpoint, InPlaceCheckpoint, load_in_place_model, stored_dtype
 from mmmamba_cli.checkpoint.tensor_io import cast
 from mmmamba_cli.devices import require_memory, translate_out_of_memory
 from mmmamba_cli.distill.in_place_pair import replace_parameters
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
-from mmmamba_cli.runs import (
-    pick_placement,
-)
+from mmmamba_cli.runs import pick_placement
 
 # Bounds of softplus^-1(dt) for which a state decays neither at once nor not at all.
 DT_BIAS_RANGE = (-6.0, -2.0)

@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from mmmamba_cli.architecture import slow_decoding_reason
-from mmmamba_cli.checkpoint import (
-    InPlaceCheckpoint,
-)
+from mmmamba_cli.checkpoint import InPlaceCheckpoint
 from mmmamba_cli.errors import DataError, RunError
 from mmmamba_cli.inference import quantize
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig

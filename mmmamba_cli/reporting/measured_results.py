@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmmamba_cli.errors import RunError
-from mmmamba_cli.evaluate.result import Result, Retention
+from mmmamba_cli.evaluate.result import Result
+from mmmamba_cli.evaluate.score_retention import Retention
 from mmmamba_cli.profiling import Profile, read_profile
 from mmmamba_cli.runs.manifest import read_json_as
 

@@ -15,7 +15,8 @@ from mmmamba_cli.distill import METRICS, read_metrics
 from mmmamba_cli.errors import MmmambaError, RunError
 from mmmamba_cli.evaluate import Result
 from mmmamba_cli.evaluate.predictions import read_predictions
-from mmmamba_cli.evaluate.result import PREDICTIONS, TIMING, RuleResult, read_run_results
+from mmmamba_cli.evaluate.result import PREDICTIONS, TIMING, RuleResult
+from mmmamba_cli.evaluate.run_results import read_run_results
 from mmmamba_cli.profiling import Profile, read_profile
 from mmmamba_cli.profiling.result import PROFILE_FILE
 from mmmamba_cli.recipe import Recipe, parse_recipe

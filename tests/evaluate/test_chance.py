@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mmmamba_cli.evaluate.result import retention
 from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.score_retention import retention
 from mmmamba_cli.evaluate.scoring import find_rule
 from mmmamba_cli.evaluate.scoring.chance import above_chance, f1_chance
 from mmmamba_cli.evaluate.scoring.unit_scores import UnitScores, accuracy_scores

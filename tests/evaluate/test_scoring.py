@@ -9,8 +9,9 @@ import pytest
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.evaluate.bootstrap import intervals
-from mmmamba_cli.evaluate.result import retention, rule_result
+from mmmamba_cli.evaluate.result import rule_result
 from mmmamba_cli.evaluate.rows import Row
+from mmmamba_cli.evaluate.score_retention import retention
 from mmmamba_cli.evaluate.scoring import NEWEST, RULES, find_rule
 from mmmamba_cli.evaluate.scoring.choices import (
     SINCE_2024_02,
