@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,12 +23,8 @@ from mmmamba_cli.ablation.cell_record import (
     write_record,
 )
 from mmmamba_cli.ablation.cells import Cell, Trunk
-from mmmamba_cli.ablation.commands import (
-    CommandStopped,
-    commands_of,
-    fill_placeholders,
-    run_mmmamba,
-)
+from mmmamba_cli.ablation.commands import CommandStopped, commands_of, fill_placeholders
+from mmmamba_cli.ablation.own_commands import run_own_commands
 from mmmamba_cli.ablation.plan import WORK, Plan, SuiteUse
 from mmmamba_cli.ablation.record_builder import (
     device_name,
@@ -71,7 +66,6 @@ from mmmamba_cli.seed import seed_in_place, seed_student
 from mmmamba_cli.teachers import bidirectional_warning
 
 RECIPE_FILE = "recipe.yaml"
-COMMANDS_DONE, COMMANDS_LOG = "commands.json", "commands.log"
 # Seconds between attempts to lock a run.
 POLL_SECONDS = 0.2
 # Seconds to wait for processes of a killed runner, which save and stop.
@@ -307,17 +301,17 @@ class CellExecutor:
 
     def _run_commands(self, run: Run, cell: Cell, control: Control) -> None:
         """Run the arm's own commands that are not done."""
-        file = run.folder / COMMANDS_DONE
-        done = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else 0
         places = self._places(run, cell)
-        for number, command in enumerate(cell.commands[done:], start=done + 1):
-            control.progress(f"command {number}", number - 1, len(cell.commands))
-            log = run.folder / COMMANDS_LOG
-            try:
-                run_mmmamba(fill_placeholders(command, places), log, control.should_stop)
-            except CommandStopped as error:
-                raise CellStopped from error
-            atomic_write_text(file, f"{number}\n")
+        try:
+            run_own_commands(
+                run,
+                [fill_placeholders(command, places) for command in cell.commands],
+                control.should_stop,
+                control.progress,
+                lambda: lock_when_free(run, control),
+            )
+        except CommandStopped as error:
+            raise CellStopped from error
 
     def _places(self, run: Run, cell: Cell) -> dict[str, str]:
         return {

@@ -17,7 +17,7 @@ from preloaded_process import PreloadedProcess
 from typer.testing import CliRunner
 
 from mmmamba_cli.__main__ import main
-from mmmamba_cli.ablation import cell_executor, pools
+from mmmamba_cli.ablation import cell_executor, own_commands, pools
 from mmmamba_cli.ablation.preparation import folder_lock
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import MmmambaError, RunError
@@ -189,7 +189,7 @@ def test_chosen_layers_and_own_commands(
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
 
-    monkeypatch.setattr(cell_executor, "run_mmmamba", run_mmmamba)
+    monkeypatch.setattr(own_commands, "run_mmmamba", run_mmmamba)
     early = {"stages": ["stage1", "stage2"]}
     arms = [
         {"name": "chosen", "set": {"layers.attention": 1, "layers.select": "mse"}},
