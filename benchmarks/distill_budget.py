@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +35,7 @@ from random_stages import (
     StageSetup,
     StepProfiler,
     WaitMeter,
+    attempt,
     environment,
     make_job,
     recorded_events,
@@ -45,7 +47,7 @@ from random_stages import (
 from mmmamba_cli.data import StepLoader
 from mmmamba_cli.distill import trainer
 from mmmamba_cli.distill.metrics import MetricsLog, metrics_row
-from mmmamba_cli.distill.trainer import StepResult, Stopped, steps_read_late, train
+from mmmamba_cli.distill.trainer import StepResult, steps_read_late, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import join_world
 
@@ -88,11 +90,11 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 print(f"no time left for {name}", file=sys.stderr)
                 continue
-            try:
-                stages[name] = measure(given, name, texts, Path(work) / name, world, deadline)
-            except Stopped:
-                print(f"{name} stopped: no time left", file=sys.stderr)
+            run = partial(measure, given, name, texts, Path(work) / name, world, deadline)
+            found = attempt(name, run)
+            if found is None:
                 continue
+            stages[name] = found
             print(table(name, stages[name]), flush=True)
             result |= {**environment(world.device), "stages": dict(sorted(stages.items()))}
             if given.out is not None:

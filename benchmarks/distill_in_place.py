@@ -41,12 +41,19 @@ import random_qwen3_vl
 import random_stages
 import torch
 from random_qwen3_vl import QwenSetup
-from random_stages import GIB, StageSetup, StepProfiler, environment, write_result, write_texts
+from random_stages import (
+    GIB,
+    StageSetup,
+    StepProfiler,
+    attempt,
+    environment,
+    write_result,
+    write_texts,
+)
 
-from mmmamba_cli.distill.trainer import StepResult, Stopped, TrainingJob, train
+from mmmamba_cli.distill.trainer import StepResult, TrainingJob, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import World, join_world
-from mmmamba_cli.errors import MmmambaError
 
 WARMUP, PROFILED = 2, 1
 STAGES = ("stage1", "stage2", "stage3")
@@ -167,18 +174,16 @@ def run_part(
     given: argparse.Namespace, part: Part, work: Path, world: World, deadline: float
 ) -> dict[str, Any] | None:
     """What `measure` finds, or a note that memory ran out; None, with the reason printed, else."""
-    try:
-        return measure(given, part, work, world, lambda: time.monotonic() > deadline)
-    except Stopped:
-        print(f"{part.name} stopped: no time left", file=sys.stderr)
-        return None
-    except MmmambaError as error:
-        # Adapters need a package that may be missing.
-        print(f"{part.name}: {error.message}", file=sys.stderr)
-        return None
-    except torch.OutOfMemoryError as error:
-        peak = round(torch.cuda.max_memory_allocated(world.device) / GIB, 2)
-        return {"out_of_memory": str(error).splitlines()[0], "peak_gib": peak}
+
+    def run() -> dict[str, Any]:
+        try:
+            return measure(given, part, work, world, lambda: time.monotonic() > deadline)
+        except torch.OutOfMemoryError as error:
+            peak = round(torch.cuda.max_memory_allocated(world.device) / GIB, 2)
+            return {"out_of_memory": str(error).splitlines()[0], "peak_gib": peak}
+
+    # Adapters, for example, need a package that may be missing.
+    return attempt(part.name, run)
 
 
 def release_memory(device: torch.device) -> None:

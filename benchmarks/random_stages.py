@@ -13,10 +13,11 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -33,9 +34,10 @@ from mmmamba_cli.data import StepLoader, open_corpus
 from mmmamba_cli.distill import trainer
 from mmmamba_cli.distill.objective import build_objective
 from mmmamba_cli.distill.parallelize import parallelize, plan_parallel
-from mmmamba_cli.distill.trainer import TrainingJob, steps_read_late
+from mmmamba_cli.distill.trainer import Stopped, TrainingJob, steps_read_late
 from mmmamba_cli.distill.training_state import StateFolder
 from mmmamba_cli.distributed import World
+from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.processing import processor_from_hovle
 from mmmamba_cli.recipe import Stage, load_recipe
 
@@ -48,6 +50,8 @@ HOST_CALLS = {
     "wait": ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"),
 }
 NCCL = "nccl"
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -331,6 +335,23 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "seed": SEED,
     }
+
+
+def attempt(name: str, work: Callable[[], Result]) -> Result | None:
+    """The result of a part; None, with the reason printed, if it stopped or failed.
+
+    The other parts of a benchmark go on.
+    """
+    try:
+        return work()
+    except Stopped:
+        print(f"{name} stopped: no time left", file=sys.stderr)
+    except MmmambaError as error:
+        print(f"{name} failed: {error.message}", file=sys.stderr)
+    except Exception:  # noqa: BLE001  a fault of one part must not cost the others
+        traceback.print_exc()
+        print(f"{name} failed", file=sys.stderr)
+    return None
 
 
 def write_result(file: Path | None, result: dict[str, Any]) -> None:

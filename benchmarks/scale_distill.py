@@ -32,6 +32,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from random_stages import (
     StageSetup,
     StepProfiler,
     WaitMeter,
+    attempt,
     environment,
     make_job,
     timed_steps,
@@ -63,6 +65,7 @@ PROFILED = 2
 # Relative difference of losses that rounding may make.
 TOLERANCE = 1e-4
 KILL_AT, SAVE_EVERY = 3, 2
+STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def train_part(setup: StageSetup) -> dict[str, Any]:
             try:
                 train(job, Progress(), results.append, lambda: time.time() > setup.deadline)
             except Stopped:
-                # On all processes alike.
-                return {"stopped": True}
+                # On all processes alike. An exception would end the others with an error.
+                return {STOPPED: True}
             seconds = time.perf_counter() - began
         timed = timed_steps(world.device, WARMUP, setup.steps - (PROFILED if is_gpu else 0))
         peak = torch.cuda.max_memory_allocated(world.device) / GIB if is_gpu else 0.0
@@ -210,7 +213,10 @@ def run_part(given: argparse.Namespace, part: Part, work: Path, deadline: float)
     )
     if given.kill:
         return run_killed(setup, part.gpus)
-    return launch(train_part, setup, part.gpus)
+    found: dict[str, Any] = launch(train_part, setup, part.gpus)
+    if found.get(STOPPED):
+        raise Stopped
+    return found
 
 
 def evaluate(given: argparse.Namespace, gpus: Sequence[int], work: Path) -> dict[str, Any]:
@@ -300,9 +306,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
             if time.time() > deadline:
                 print(f"no time left for {part.name}", file=sys.stderr)
                 continue
-            found = run_part(given, part, Path(work), deadline)
-            if found.get("stopped"):
-                print(f"{part.name} stopped: no time left", file=sys.stderr)
+            found = attempt(part.name, partial(run_part, given, part, Path(work), deadline))
+            if found is None:
                 continue
             done[part.name] = {**asdict(part), "length": given.length, **found}
             print(json.dumps({part.name: found}), file=sys.stderr, flush=True)
