@@ -202,7 +202,9 @@ class GatedMixer(nn.Module):
         k = k.view(batch, length, self.num_kv_heads, self.head_dim)
         q = q.view(batch, length, self.num_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # A norm of transformers returns fp32 where its weight is an fp32 master, and the scan
+            # would then be one of fp32 inputs.
+            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
         if self.rope:
             q = apply_rope(q, layout.cos, layout.sin)
             k = apply_rope(k, layout.cos, layout.sin)

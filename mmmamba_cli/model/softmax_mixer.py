@@ -54,7 +54,8 @@ class SoftmaxMixer(nn.Module):
         k = self.k_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
         v = self.v_proj(hidden).view(batch, length, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # A norm of transformers returns fp32 where its weight is an fp32 master.
+            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
         return apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin), v
 
     def attend(

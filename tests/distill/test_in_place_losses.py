@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mmmamba_cli.data import ModelBatch
 from mmmamba_cli.distill.in_place_pair import InPlacePair
+from mmmamba_cli.model.mixers import mamba2
 from mmmamba_cli.model.sequence_layout import SequenceLayout
 from mmmamba_cli.teachers.anatomy import text_decoder
 
@@ -93,3 +95,24 @@ def test_gradients_equal_a_transcription(name: str, loss: str) -> None:
     for key, gradient in plain.items():
         distance = (found[key] - gradient).norm() / gradient.norm()
         assert distance < 1e-5, (key, float(distance))
+
+
+def test_the_scan_of_bf16_has_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of q and k that learn are fp32 masters; a scan of fp32 inputs takes much longer."""
+    stage = make_stage("mixer-mse", "new+qkv")
+    objective, pair = make_objective("qwen3_vl", stage, dtype=torch.bfloat16)
+    masters = pair.trainable_parameters()
+    assert any("q_norm" in name for name in masters)
+    for parameter in masters.values():
+        parameter.data = parameter.data.float()
+    found: set[tuple[torch.dtype, ...]] = set()
+    scan = mamba2.ssd
+
+    def watched(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
+        found.add((x.dtype, B.dtype, C.dtype))
+        return scan(x, dt, A, B, C, **options)
+
+    monkeypatch.setattr(mamba2, "ssd", watched)
+    batch = make_batch("qwen3_vl", dtype=torch.float32)
+    gradients(objective, replace(pair, precision="bf16"), [batch])
+    assert found == {(torch.bfloat16,) * 3}
