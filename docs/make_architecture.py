@@ -41,7 +41,7 @@ CONTENTS = {
     "distill": "stages 1 to 3",
     "stability": "decays, rounding over length",
     "seed": "student from teacher",
-    "hybridize": "attention put back",
+    "hybridize": "attention restored",
     "export": "layouts for other tools",
     "runs": "products, manifests",
     "checkpoint": "weights in and out",

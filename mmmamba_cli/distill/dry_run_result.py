@@ -88,7 +88,7 @@ class DryRun:
     Attributes:
         start: the product that the first stage begins with.
         free_memory, free_disk: bytes, None if unknown.
-        hybrid_bytes: of a product with attention put back between two stages, 0 without one.
+        hybrid_bytes: of a product with attention restored between two stages, 0 without one.
         notes: settings of the data that do not apply, and what a number leaves out.
     """
 

@@ -101,9 +101,7 @@ def _apply_plan(context: StageContext, product: Manifest, select: SelectLayers |
         if known is not None and product.content_hash in parents:
             return known
         selection = select(run, recipe, product) if measure and select is not None else None
-        context.callbacks.log(
-            f"putting the teacher's attention back into {len(layers)} layers: {name}"
-        )
+        context.callbacks.log(f"restoring the teacher's attention in {len(layers)} layers: {name}")
         return hybridize(
             run,
             product,

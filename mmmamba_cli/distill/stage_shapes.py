@@ -139,7 +139,7 @@ def in_place_shapes(config: Any) -> StageShapes:
 
 
 def trained_before(recipe: Recipe, stage: Stage, shapes: StageShapes) -> set[str]:
-    """Parameters that earlier stages train, but for those of attention that was put back."""
+    """Parameters that earlier stages train, but for those of restored attention."""
     found: set[str] = set()
     for earlier in recipe.stages[: recipe.stages.index(stage)]:
         # Its patterns may name layers that are attention by now.

@@ -1,4 +1,4 @@
-"""`kl`: the teacher's attention back in one layer, then a short end-to-end training.
+"""`kl`: the teacher's attention restored in one layer, then a short end-to-end training.
 
 The score of a layer is how much lower the held-out KL is after the training of the hybrid than
 after the same training of the student without it (arXiv 2512.20569, one-layer restoration).

@@ -1,4 +1,4 @@
-"""`kl-zero`: the teacher's attention back in one layer, without training.
+"""`kl-zero`: the teacher's attention restored in one layer, without training.
 
 The score of a layer is the fall of KL(teacher || student) that its attention alone brings: the
 one-layer restoration of arXiv 2512.20569, without its training.

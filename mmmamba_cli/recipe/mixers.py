@@ -1,4 +1,4 @@
-"""The recipe's `mixer` section, and the mixer of each layer before attention is put back."""
+"""The recipe's `mixer` section, and the mixer of each layer before attention is restored."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _calibration_problem(section: Mixer, others: Mapping[str, Any]) -> str | Non
 
 
 def layer_mixers(kind: str, others: Mapping[str, tuple[int, ...]], num_layers: int) -> list[str]:
-    """The mixer of each of `num_layers` layers before attention is put back.
+    """The mixer of each of `num_layers` layers before attention is restored.
 
     Raises:
         RecipeError: a layer that the model does not have.

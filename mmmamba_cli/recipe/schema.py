@@ -176,7 +176,7 @@ class Recipe(Section):
                 )
             if planned and stage.layers == "all":
                 raise invalid_value(
-                    "is all, must be planned: an earlier stage put attention back",
+                    "is all, must be planned: an earlier stage restored attention",
                     "stages",
                     position,
                     "layers",

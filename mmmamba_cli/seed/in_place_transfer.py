@@ -40,7 +40,7 @@ SCRATCH = "scratch"
 
 
 def in_place_plan(teacher: InPlaceCheckpoint, recipe: Recipe) -> StudentPlan:
-    """The mixers of a student before attention is put back, and their options.
+    """The mixers of a student before attention is restored, and their options.
 
     Raises:
         RecipeError: a mixer or attention of a layer that the teacher lacks, or an init that needs

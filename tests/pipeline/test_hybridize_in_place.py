@@ -1,4 +1,4 @@
-"""Hybrids of transformers' own models: the teacher's attention back in some layers."""
+"""Hybrids of transformers' own models: the teacher's attention restored in some layers."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_stage_names_are_unique_and_layers_stay_planned() -> None:
         ("stages[1].name", "is s, which names stages[0] already")
     ]
     assert problems(Recipe, {"stages": [planned, {**STAGE, "name": "t"}]}) == [
-        ("stages[1].layers", "is all, must be planned: an earlier stage put attention back")
+        ("stages[1].layers", "is all, must be planned: an earlier stage restored attention")
     ]
     assert not problems(Recipe, {"stages": [STAGE, {**planned, "name": "t"}]})
 
