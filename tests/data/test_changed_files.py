@@ -16,6 +16,7 @@ from mmmamba_cli.data import (
     build_index,
     find_index,
     fingerprint,
+    index_file,
     index_key,
     open_corpus,
 )
@@ -112,6 +113,17 @@ def test_lines_that_are_appended_while_a_file_is_searched(tmp_path: Path) -> Non
         handle.write(json.dumps(text(4)) + "\n")
     assert (_index(file, size) == corpus.records.positions).all()
     assert len(_index(file, size + 3)[0]) == 5
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path, processor: HolisticVLMProcessor) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/da\xffta"))
+    folder.mkdir()
+    file = write(folder / "train.jsonl")
+    corpus = open_corpus(file)
+    key = index_key(corpus, processor)
+    place = index_file(str(file), key)
+    place.write_bytes(build_index(corpus, processor, key).to_bytes())
+    assert find_index(str(file), corpus, processor).file == place
 
 
 def test_a_table_that_is_replaced(tmp_path: Path) -> None:

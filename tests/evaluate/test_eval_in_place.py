@@ -100,6 +100,24 @@ def test_interrupted_evaluation_resumes_with_the_same_files(
     assert files(tmp_path / "whole") == files(tmp_path / "resumed")
 
 
+def test_resumed_with_another_batch_size(place: Path, tmp_path: Path) -> None:
+    """Killed after two answers of three; the texts of a small model in fp32 are the same."""
+    pope(place, "--batch", 3, "--out", tmp_path / "whole")
+    whole = files(tmp_path / "whole")
+    (name,) = (name for name in whole if name.endswith(".jsonl"))
+    cache = tmp_path / "resumed" / name
+    cache.parent.mkdir(parents=True)
+    lines = whole[name].splitlines(keepends=True)
+    cache.write_bytes(b"".join(lines[:4]) + lines[4][:9])
+    done = pope(place, "--batch", 1, "--out", tmp_path / "resumed")
+    assert "the last line was cut short and is dropped" in done.stderr
+    resumed = files(tmp_path / "resumed")
+    # Kept answers stay, and the cache has the limits of both.
+    assert resumed.pop(name).startswith(b"".join(lines[:4]))
+    del whole[name]
+    assert resumed == whole
+
+
 def test_a_limit_of_tiles_that_is_not_used_is_named(place: Path, tmp_path: Path) -> None:
     done = pope(place, "--max-tiles", 4, "--limit", 2, "--out", tmp_path)
     assert (
