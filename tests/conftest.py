@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import typer.testing  # noqa: E402
 from ended import Command, Done  # noqa: E402
 
-from mmmamba_cli.cli import main  # noqa: E402
+from mmmamba_cli.cli import main, quiet_timer  # noqa: E402
 
 # The same examples everywhere and each time, however slow the machine is. With MMMAMBA_FUZZ, which
 # asks for more cases of odd input, each run draws other examples.
@@ -58,6 +58,18 @@ def app_built_once() -> Iterator[None]:
     """`CliRunner` would build all commands and options for every command."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.testing, "_get_command", cache(typer.testing._get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_time_notes() -> Iterator[None]:
+    """No notes about slow imports and steps on stderr: on a busy machine any may be slow."""
+    # They copy the interval, for bars and lines of progress, while they are imported.
+    from mmmamba_cli.cli import console, distill_display  # noqa: F401
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quiet_timer, "PROGRESS_LINE_INTERVAL", 3600.0)
+        patch.setattr(quiet_timer, "FIRST_IMPORT_NOTE", 3600.0)
         yield
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ended import Command
 
+from mmmamba_cli import plugins
 from mmmamba_cli.checkpoint import model_names, open_checkpoint
 from mmmamba_cli.errors import CheckpointError
 
@@ -26,7 +27,7 @@ def ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
             shutil.copy(SMALL / file, models[name])
     theirs = {"small": str(tmp_path / "nowhere"), "third": str(tmp_path / "third")}
     entries = [("ours", lambda: lambda: models), ("theirs", lambda: theirs)]
-    monkeypatch.setattr(model_names, "entry_points", lambda group: iter(entries))
+    monkeypatch.setattr(plugins, "entry_points", lambda group: iter(entries))
     return models
 
 
