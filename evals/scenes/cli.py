@@ -153,6 +153,8 @@ def sheet(
     from mmmamba_evals.scenes.blind_baseline import category_draws
     from mmmamba_evals.scenes.renderer import contact_sheet, render
 
+    if file.is_dir():
+        raise DataError(f"{file} is a folder", "give a file, as in --out sheet.png")
     if file.exists() and not overwrite:
         raise DataError(f"{file} already exists", "--overwrite replaces it")
     drawn, world = _open(atlas, style)
@@ -184,12 +186,17 @@ def blind(
 
     All categories but the leaky control must be near 50 %.
     """
-    from mmmamba_evals.scenes.blind_baseline import CONTROL, LEVEL, blind_table
+    from mmmamba_evals.scenes.blind_baseline import CONTROL, LEVEL, blind_table, category_draws
     from mmmamba_evals.scenes.shipped import STYLES
 
     styles = [None] if atlas else list(STYLES)
     worlds = {style or "atlas": _open(atlas, style or STYLES[0])[1] for style in styles}
-    found = list(blind_table(worlds, range(seeds), questions))
+    found = []
+    total = sum(len(category_draws(world)) for world in worlds.values()) + 1
+    with progress("guessing", total, "categories") as advance:
+        for result in blind_table(worlds, range(seeds), questions):
+            found.append(result)
+            advance(1)
     tests = sum(split != CONTROL for split, _, _ in found)
     if as_json:
         table: dict[str, dict[str, dict[str, float | int]]] = {}

@@ -8,7 +8,9 @@ result are the same.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import warnings
@@ -114,16 +116,23 @@ class StateFolder:
         optimiser: torch.optim.Optimizer | None,
         record: Mapping[str, Any],
     ) -> None:
-        """Write a state as `name`, replacing an existing one. Call it on all processes."""
+        """Write a state as `name`, replacing an existing one. Call it on all processes.
+
+        Raises `OSError` with ENOSPC if the disk is full.
+        """
+        tensors = _state_dict(parameters, optimiser)
         with (
             self._atomic_folder_of_all(self.folder / name) as partial,
             _ignore_single_process_warning(),
         ):
-            dcp.save(
-                _state_dict(parameters, optimiser),
-                checkpoint_id=str(partial),
-                no_dist=self.world.size == 1,
-            )
+            try:
+                dcp.save(tensors, checkpoint_id=str(partial), no_dist=self.world.size == 1)
+            except (RuntimeError, dcp.CheckpointException) as error:
+                # PyTorch's writer reports a full disk as a failed assertion about its position.
+                if shutil.disk_usage(self.folder).free >= _num_bytes(tensors):
+                    raise
+                full = errno.ENOSPC
+                raise OSError(full, os.strerror(full), str(self.folder)) from error
             if self.world.is_main:
                 text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
                 (partial / STATE_FILE).write_text(text, encoding="utf-8")
@@ -235,6 +244,14 @@ def _shapes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tu
             yield from _shapes(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", tuple(value.shape)
+
+
+def _num_bytes(tree: Mapping[str, Any]) -> int:
+    """Bytes of all tensors."""
+    return sum(
+        _num_bytes(value) if isinstance(value, Mapping) else value.numel() * value.element_size()
+        for value in tree.values()
+    )
 
 
 @contextmanager

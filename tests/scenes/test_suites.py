@@ -304,12 +304,17 @@ def test_commands(tmp_path: Path) -> None:
     assert "position: Is the" in done.stdout
     done = run.invoke(command, ["sheet", "--out", str(tmp_path / "s" / "SCENES.tsv")])
     assert done.exit_code != 0 and "SCENES.tsv already exists" in str(done.exception)
+    done = run.invoke(command, ["sheet", "--out", str(tmp_path), "--overwrite"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "is a folder (give a file, as in --out sheet.png)" in str(done.exception)
 
 
 def test_blind_command_reports_the_leak() -> None:
     pytest.importorskip("sklearn")
     done = CliRunner().invoke(command, ["blind", "--questions", "300", "--seeds", "1", "--json"])
     assert done.exit_code == 0, done.output
+    assert "guessing: 0/17 categories" in done.stderr
+    assert "guessing: 17/17 categories" in done.stderr
     table = json.loads(done.stdout)
     assert set(table) == {"noto", "fluent", "leaky control"}
     assert set(table["noto"]) == {*SPLITS, *PAIRS}
