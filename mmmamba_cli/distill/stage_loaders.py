@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def build_loaders(
             source,
             lambda index: open_corpus(source, root, seed=seed, stream=stream, index=index),
             lambda corpus: find_index(source, corpus, processor, data.max_tiles),
+            _index_command(source, data),
             world,
             log,
         )
@@ -105,10 +107,19 @@ def _require_processor(student: AnyCheckpoint) -> TrainingProcessor | TeacherPro
     return processor
 
 
+def _index_command(source: str, data: Data) -> str:
+    """The command that builds the index which these settings need."""
+    words = ["mmmamba", "data", "index", source]
+    words += [] if data.image_root is None else ["--image-root", data.image_root]
+    words += [] if data.max_tiles is None else ["--max-tiles", str(data.max_tiles)]
+    return shlex.join(words)
+
+
 def _open_data(
     source: str,
     open_source: Callable[[SampleIndex | None], Corpus],
     find: Callable[[Corpus], FoundIndex],
+    index_command: str,
     world: World,
     log: Callable[[str], None],
 ) -> tuple[Corpus, SampleIndex | None]:
@@ -124,7 +135,7 @@ def _open_data(
 
     found = world.run_on_main(open_and_find)
     for reason in found.stale:
-        log(f"data index: {reason}; `mmmamba data index {source}` builds another")
+        log(f"data index: {reason}; `{index_command}` builds another")
     index = None if found.file is None else _open_index(found.file, world, log)
     return (opened[0] if opened else open_source(index)), index
 

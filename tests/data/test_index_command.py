@@ -172,7 +172,7 @@ def test_other_settings_have_another_index(data: Path, teacher: Path) -> None:
     assert loader._index is None
     assert said == (
         f"data index: {whole['file']} is not used: it was built with max_tiles None, expected 1; "
-        f"`mmmamba data index {data}` builds another"
+        f"`mmmamba data index {data} --image-root {data.parent} --max-tiles 1` builds another"
     )
     small = built(run_index(data, teacher, "--json", "--max-tiles", 1))
     assert small["file"] != whole["file"] and small["tokens"] < whole["tokens"]
