@@ -216,8 +216,8 @@ def read_report_data(
     Damaged files of a run are left out and named in `remarks`.
 
     Raises:
-        RunError: if a folder is not a run, two runs have the same name, or a file of `results`
-            cannot be read.
+        RunError: if a folder is not a run, two runs have the same name, a run is also among
+            `beside`, or a file of `results` cannot be read.
     """
     measured = read_measured_results(results)
     names = [folder.resolve().name for folder in beside]
@@ -226,6 +226,8 @@ def read_report_data(
             f"two runs to compare with are called {', '.join(sorted(names))}",
             "their folders' names tell their models apart: rename one",
         )
+    if run.resolve() in [folder.resolve() for folder in beside]:
+        raise RunError(f"{run} would be compared with itself", "name another run with --beside")
     runs = [_read_run(run, None)]
     runs += [_read_run(folder, name) for folder, name in zip(beside, names, strict=True)]
     remarks: list[str] = []

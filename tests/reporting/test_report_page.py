@@ -234,6 +234,12 @@ def test_runs_of_one_name_are_rejected(full: Full) -> None:
         read_report_data(run, [other, other])
 
 
+def test_a_run_is_not_compared_with_itself(full: Full) -> None:
+    run, other, _ = full
+    with pytest.raises(RunError, match="would be compared with itself"):
+        read_report_data(run, [other, run.parent / "." / run.name])
+
+
 def test_the_command_writes_one_file(full: Full, tmp_path: Path, mmmamba: Command) -> None:
     run, other, data = full
     words = ("--run", run, "--beside", other, "--data", data, "--title", "<A & B>", "--json")
