@@ -62,17 +62,20 @@ def density_weights(hidden: Tensor, grids: Sequence[Tensor], seq_idx: Tensor | N
     if not grids:
         return weights.view(rows, length)
     flat = hidden.detach().flatten(0, 1)
-    columns = torch.cat([grid.flatten() for grid in grids])
-    density = torch.cat([patch_density(flat[grid]).flatten() for grid in grids])
-    group = columns // length * length
+    densities = [patch_density(flat[grid]) for grid in grids]
+    first = torch.cat([grid[:, 0, 0] for grid in grids])
+    group = first // length * length
     if seq_idx is not None:
-        group = group + seq_idx.flatten()[columns]
-    sums, counts = (torch.zeros_like(weights) for _ in range(2))
-    sums.index_add_(0, group, density)
-    counts.index_add_(0, group, torch.ones_like(density))
-    mean = (sums / counts.clamp(min=1))[group]
-    # Rounding gives equal tokens a density of about 1e-7.
-    is_flat = mean < 1e-6
-    relative = torch.where(is_flat, torch.ones_like(mean), density / mean.clamp(min=1e-6))
-    weights[columns] = MIN_WEIGHT + (1 - MIN_WEIGHT) * relative
+        group = group + seq_idx.flatten()[first]
+    sums = torch.cat([density.sum((1, 2)) for density in densities])
+    tokens = torch.cat([one.new_full((len(one),), one[0].numel()) for one in densities])
+    # A sum over pairs of pictures has the same bits in each run, unlike `index_add_` on a GPU.
+    together = (group[:, None] == group).to(sums)
+    mean = (together * sums).sum(1) / (together * tokens).sum(1)
+    sizes = [len(grid) for grid in grids]
+    for grid, density, of_grid in zip(grids, densities, mean.split(sizes), strict=True):
+        average = of_grid[:, None, None]
+        # Rounding gives equal tokens a density of about 1e-7.
+        relative = torch.where(average < 1e-6, 1.0, density / average.clamp(min=1e-6))
+        weights[grid] = MIN_WEIGHT + (1 - MIN_WEIGHT) * relative
     return weights.view(rows, length)

@@ -126,9 +126,11 @@ def read_probe_samples(
 
 def row_sums(values: Tensor, mask: Tensor) -> Tensor:
     """Sum (N,) values of the True columns of `mask` (B, T) by row: (B,) float64 on the CPU."""
-    rows = mask.nonzero()[:, 0]
-    total = torch.zeros(mask.shape[0], dtype=torch.float64, device=values.device)
-    return total.index_add_(0, rows, values.double()).cpu()
+    rows = mask.nonzero()[:, 0].cpu()
+    # On a GPU the order of this sum, and so its last bits, would differ from run to run.
+    return torch.zeros(mask.shape[0], dtype=torch.float64).index_add_(
+        0, rows, values.double().cpu()
+    )
 
 
 @dataclass(frozen=True)
