@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,7 +32,7 @@ from hovle_teacher import HovleTeacher
 from learning import answer_logits, tiles_and_thumbnail, uses_branches
 from prompts import HovlePrompts
 from saving import write_teacher
-from train import Steps, inputs_of, pictures_of, train
+from train import Steps, inputs_of, parse, pictures_of, train
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +160,10 @@ def test_every_kind_of_step_has_answers(batcher: Batcher) -> None:
 
 def test_resumed_training_equals_uninterrupted(teacher: Path, tmp_path: Path) -> None:
     def run(out: Path, every: int, stop_after: int | None = None) -> Path:
-        given = Namespace(
-            atlas=[], out=out, begin=None, steps=2, pictures=2, lr=1e-3, seed=3, workers=0,
-            every=every, compile=False, device="cpu", held_out=2, family="hovle",
-        )  # fmt: skip
+        given = parse(
+            f"--out {out} --steps 2 --pictures 2 --lr 1e-3 --seed 3 --workers 0 --every {every} "
+            "--device cpu --held-out 2".split()
+        )
         (out / "teacher").mkdir(parents=True, exist_ok=True)
         (out / "teacher" / "tokenizer.model").write_bytes(
             (teacher / "tokenizer.model").read_bytes()
