@@ -17,7 +17,12 @@ from mmmamba_cli.data import StepBatches, StepLoader
 from mmmamba_cli.devices import free_cpu_memory
 from mmmamba_cli.distill.dry_run_result import DryRun, Learning, StageForecast
 from mmmamba_cli.distill.first_batch import describe_first_batch
-from mmmamba_cli.distill.pipeline import check_mixers, choose_start_product, stages_to_run
+from mmmamba_cli.distill.pipeline import (
+    check_mixers,
+    check_plan,
+    choose_start_product,
+    stages_to_run,
+)
 from mmmamba_cli.distill.stage_disk import estimate_disk, product_bytes
 from mmmamba_cli.distill.stage_loaders import build_loaders
 from mmmamba_cli.distill.stage_memory import (
@@ -75,6 +80,7 @@ def dry_run(
     context = _Context(run, recipe, device, options, start, models, log, notes)
     linear = shapes_of(models.student)
     stages, forecasts = stages_to_run(recipe, start, names), []
+    check_plan(recipe, start, stages)
     hybrid_bytes, itemsize = 0, getattr(torch, start.dtype).itemsize
     for stage in stages:
         shapes = linear

@@ -57,9 +57,7 @@ def distill(
     world.run_on_main(lambda: check_mixers(run, recipe, product))
     callbacks.log(f"starting from {product.name} ({product.kind})")
     stages = stages_to_run(recipe, product, names)
-    if any(stage.layers == "planned" for stage in stages) and not product.attention_layers:
-        # Refuses a plan that does not fit the model now, not after days of the stages before it.
-        attention_layers(recipe.layers, product.num_layers)
+    check_plan(recipe, product, stages)
     digests = world.run_on_main(lambda: stage_digests(recipe, stages))
     log = None
     if options.overwrite or options.restart:
@@ -214,6 +212,27 @@ def check_mixers(run: Run, recipe: Recipe, product: Manifest) -> None:
                 f"mixer.{option}: is {value}, but {product.name!r} was seeded with {at_seeding}",
                 "seed another --run with this recipe, or give the option as it was at seeding",
             )
+
+
+def check_plan(recipe: Recipe, product: Manifest, stages: Sequence[Stage]) -> None:
+    """Check that the recipe's layer plan can be applied between `stages`, which `product` starts.
+
+    Raises:
+        RecipeError: the plan does not fit the model, found now and not days later.
+        RunError: the product is linear after a stage that the recipe trains with attention.
+    """
+    if product.attention_layers or all(stage.layers != "planned" for stage in stages):
+        return
+    layers = attention_layers(recipe.layers, product.num_layers)
+    planned = [stage.name for stage in recipe.stages if stage.layers == "planned"]
+    done = [name for name in planned if name in product.stages]
+    if layers and done:
+        raise RunError(
+            f"the recipe trains {done[0]} with attention in {len(layers)} layers, but "
+            f"{product.name!r} has done it without",
+            f"repeat it with `--stage {','.join(planned)}`, or go on without attention with "
+            "--set layers.attention=0",
+        )
 
 
 def stages_to_run(
