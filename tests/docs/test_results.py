@@ -6,19 +6,23 @@ import difflib
 import re
 
 import make_results
+import pytest
 
 from mmmamba_cli.ablation.results_page import SAY
 
 
-def test_the_page_is_up_to_date() -> None:
+@pytest.fixture(scope="module")
+def page() -> str:
+    return make_results.page()
+
+
+def test_the_page_is_up_to_date(page: str) -> None:
     stored = make_results.PAGE.read_text(encoding="utf-8")
-    page = make_results.page()
     differing = "\n".join(difflib.unified_diff(stored.splitlines(), page.splitlines(), n=0))
     assert not differing, f"run `{make_results.COMMAND}`:\n{differing}"
 
 
-def test_numbers_of_the_texts_are_in_the_tables_above_them() -> None:
-    page = make_results.page()
+def test_numbers_of_the_texts_are_in_the_tables_above_them(page: str) -> None:
     checked = 0
     for plan, conclusions in make_results.conclusions().items():
         section = page.partition(f"\n## {plan}\n")[2].partition("\n## ")[0]
