@@ -215,10 +215,10 @@ def check_mixers(run: Run, recipe: Recipe, product: Manifest) -> None:
 
 
 def check_plan(recipe: Recipe, product: Manifest, stages: Sequence[Stage]) -> None:
-    """Check that the recipe's layer plan can be applied between `stages`, which `product` starts.
+    """Check the recipe's layer plan before `stages` start from `product`.
 
     Raises:
-        RecipeError: the plan does not fit the model, found now and not days later.
+        RecipeError: the model does not have the layers of the plan.
         RunError: the product is linear after a stage that the recipe trains with attention.
     """
     if product.attention_layers or all(stage.layers != "planned" for stage in stages):

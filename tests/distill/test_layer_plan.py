@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from mmmamba_cli.distill.pipeline import check_plan, stages_to_run
@@ -14,11 +12,11 @@ from mmmamba_cli.runs import Manifest
 RECIPE = "mmmamba-hybrid-long"
 
 
-def check(done: int, attention: tuple[int, ...] = (), layers: int = 32, **sets: Any) -> None:
-    """Check the plan of `RECIPE` for a product that has done its first stages."""
-    recipe = load_recipe(
-        RECIPE, (), {name.replace("_", "."): value for name, value in sets.items()}
-    )
+def check(
+    done: int, attention: tuple[int, ...] = (), num_layers: int = 32, planned: int = 8
+) -> None:
+    """Check the plan of `RECIPE`, of `planned` layers, for a product after `done` stages."""
+    recipe = load_recipe(RECIPE, (), {"layers.attention": planned})
     product = Manifest(
         name="student",
         made_by="distill",
@@ -27,7 +25,7 @@ def check(done: int, attention: tuple[int, ...] = (), layers: int = 32, **sets: 
         content_hash="",
         parents=(),
         attention_layers=attention,
-        num_layers=layers,
+        num_layers=num_layers,
         stages=tuple(stage.name for stage in recipe.stages[:done]),
         dtype="float32",
         parameters=0,
@@ -47,9 +45,9 @@ def test_students_that_the_plan_holds_for() -> None:
     for done in range(3):
         check(done)
     check(3, attention=(0, 4))
-    check(3, layers_attention=0)
+    check(3, planned=0)
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_the_first_stage() -> None:
     with pytest.raises(RecipeError):
-        check(0, layers=4)
+        check(0, num_layers=4)
