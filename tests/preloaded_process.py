@@ -22,6 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 import mmmamba_cli
 
 ROOT = Path(mmmamba_cli.__file__).parents[1]
@@ -108,6 +110,8 @@ def _run(
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     sys.argv = ["mmmamba", *words]
+    # Makes PyTorch's thread pool anew after the fork, before threads use it side by side.
+    torch.set_num_threads(torch.get_num_threads())
     main()
 
 
