@@ -72,7 +72,7 @@ class TrainingJob:
     states: StateFolder
     # Settings that a resumed state must have been made with.
     settings: Mapping[str, Any]
-    # Memory that `checkpointing: auto` measures; None takes that of the device.
+    # Memory for metrics and for `checkpointing: auto`; None takes that of the device.
     memory: MemoryMeter | None = None
     # Prints one line of text.
     log: Callable[[str], None] = _silent
@@ -127,6 +127,10 @@ def train(
     optimiser = build_optimiser(job.stage, parameters, no_decay)
     if progress.step:
         job.states.load(job.states.path(progress.step).name, parameters, optimiser)
+    meter = _memory_meter(job)
+    if meter is not None:
+        # A process may have trained other models before.
+        meter.reset_peak()
     with limit_cpu_threads(job.world.device):
         _run_steps(job, _TrainState(parameters, optimiser, progress), on_step_end, should_stop)
     if progress.skipped_steps >= progress.step > 0:
@@ -209,11 +213,8 @@ def _checkpoint_layers(job: TrainingJob, progress: Progress) -> Recomputation | 
         recomputes = bool(choice) and not job.objective.layer_local
         pair.checkpoint_layers(len(pair.checkpointable_layers) if recomputes else 0)
         return None
-    meter, device = job.memory, job.world.device
-    if meter is None and device.type == "cuda":
-        meter = CudaMemory(device)
     earlier = None if progress.recomputation is None else Decision(**progress.recomputation)
-    found = Recomputation(pair, job.world, meter, job.log, earlier)
+    found = Recomputation(pair, job.world, _memory_meter(job), job.log, earlier)
     progress.recomputation = None if found.decision is None else asdict(found.decision)
     return found
 
@@ -240,7 +241,7 @@ def _step(job: TrainingJob, state: _TrainState, batches: StepBatches) -> QueuedS
 
     The step is taken on the device only if loss and gradient norm are finite.
     """
-    step, world, progress = batches.step, job.world, state.progress
+    step, world, progress, meter = batches.step, job.world, state.progress, _memory_meter(job)
     seed_everything(step_seed(job.seed, job.stage.name, step, world.rank))
     sums, units, counts = _accumulate(job, batches)
     tokens, samples, bad = (int(x) for x in counts)
@@ -272,7 +273,7 @@ def _step(job: TrainingJob, state: _TrainState, batches: StepBatches) -> QueuedS
         samples=samples,
         names=tuple(name for micro in batches.micro_batches for name in micro.names),
         bad=tuple(named),
-        memory_gib=_peak_memory_gib(world),
+        memory_gib=None if meter is None else meter.peak() / 2**30,
     )
 
 
@@ -390,7 +391,6 @@ def _is_due(every: int | None, step: int, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
-def _peak_memory_gib(world: World) -> float | None:
-    if world.device.type != "cuda":
-        return None
-    return torch.cuda.max_memory_allocated(world.device) / 2**30
+def _memory_meter(job: TrainingJob) -> MemoryMeter | None:
+    device = job.world.device
+    return CudaMemory(device) if job.memory is None and device.type == "cuda" else job.memory

@@ -14,7 +14,7 @@ from small import IMAGE_ID
 from small_distillation import ChangedLoader, RandomLoader, equal, make_job, run_job
 
 from mmmamba_cli.data import StepBatches
-from mmmamba_cli.distill.recomputation import Decision, Recomputation, StepMemory
+from mmmamba_cli.distill.recomputation import GIB, Decision, Recomputation, StepMemory
 from mmmamba_cli.distill.trainer import TrainingJob
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import World
@@ -77,7 +77,8 @@ def test_any_number_of_layers_has_the_same_bits(layers: int, tmp_path: Path) -> 
     assert recomputing(job) == [index < layers for index in range(4)]
     # Both runs of each layer are measured whole, in one step.
     assert memory.calls == 1 + 2 * 2 * NUM_LAYERS
-    assert memory.peak_resets == 2
+    # At the start, and around the measured step.
+    assert memory.peak_resets == 3
     assert len(log) == 1
     assert f"{layers} of 4 layers recompute their activations" in log[0]
     saved = job.states.read_record("step-00000004").progress
@@ -214,6 +215,19 @@ def test_gradients_of_the_micro_batch_before_are_measured(
     several = replace(batches, micro_batches=(micro,) * micro_batches)
     Recomputation(job.pair, job.world, memory_for(2), lambda text: None).prepare_step(several, run)
     assert found == [measured]
+
+
+class EarlierTraining(MadeUpMemory):
+    """The peak is that of an earlier training until it is reset."""
+
+    def peak(self) -> int:
+        return MIB if self.peak_resets else 9 * MIB
+
+
+def test_peak_memory_is_that_of_this_training(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "kl", steps=2, plan="gdam")
+    results, _ = run_job(replace(job, memory=EarlierTraining(0)))
+    assert [result.memory_gib for result in results] == [MIB / GIB] * 2
 
 
 def test_what_does_not_fit_recomputes_everything() -> None:
