@@ -25,10 +25,14 @@ from typing import Any
 import torch
 
 import mmmamba_cli
+from mmmamba_cli.distill import stage_runner
 
 ROOT = Path(mmmamba_cli.__file__).parents[1]
 PRELOADED = [
+    "mmmamba_cli.ablation.cell_executor",
+    "mmmamba_cli.cli.ablate",
     "mmmamba_cli.cli.distill",
+    "mmmamba_cli.cli.distill_display",
     "mmmamba_cli.cli.eval",
     "mmmamba_cli.distill.pipeline",
     "mmmamba_cli.evaluate.model_adapter",
@@ -110,6 +114,8 @@ def _run(
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     sys.argv = ["mmmamba", *words]
+    # As in `no_plots` of the tests of the pipeline.
+    stage_runner.plot_losses = lambda folder: None
     # Makes PyTorch's thread pool anew after the fork, before threads use it side by side.
     torch.set_num_threads(torch.get_num_threads())
     main()

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from mmmamba_cli.ablation import own_commands
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.distill import stage_runner
 
 # Number of kills; use MMMAMBA_KILLS=10 for the full test.
 KILLS = int(os.environ.get("MMMAMBA_KILLS", "2"))
@@ -49,7 +48,6 @@ def run_here(words: list[str], log: Path, should_stop: Callable[[], bool]) -> No
 def ablate_again_and_again() -> None:
     """`kill_points.run` with commands of cells in the same process."""
     own_commands.run_mmmamba = run_here  # type: ignore[assignment]
-    stage_runner.plot_losses = lambda folder: None  # type: ignore[assignment]
     kill_points.run()
 
 

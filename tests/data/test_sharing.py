@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import combinations, pairwise
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isolated_process import run_isolated
 
 from mmmamba_cli.data import EncodedSample, Sample, StepBatches, StepLoader, open_corpus
 from mmmamba_cli.data.dataset import CorpusPart
@@ -162,7 +162,7 @@ def test_loader_processes_are_forks_in_a_spawned_process(
 
 # Two programs as forks of one that has imported everything.
 ENDING = """
-import os, sys
+import os, signal, sys
 sys.path[:0] = sys.argv[2:]
 from test_sharing import Failing, Silent
 from mmmamba_cli.data import StepLoader
@@ -178,6 +178,7 @@ def train(corpus, where):
 
 for where in ("here", "in a worker"):
     if not os.fork():
+        signal.alarm(120)
         for descriptor, name in ((1, "out"), (2, "err")):
             file = os.open(f"{sys.argv[1]}/{where}.{name}", os.O_WRONLY | os.O_CREAT)
             os.dup2(file, descriptor)
@@ -189,13 +190,8 @@ for where in ("here", "in a worker"):
 
 def test_an_error_ends_the_program(tmp_path: Path) -> None:
     """Workers do not prevent exit, although they ignore signals and the traceback holds batches."""
-    done = subprocess.run(
-        [sys.executable, "-c", ENDING, tmp_path, *filter(None, sys.path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.split() == ["1", "1"], done.stderr
+    codes = run_isolated(ENDING, tmp_path, *filter(None, sys.path), with_package=True)
+    assert codes.split() == ["1", "1"]
     for where, steps in (("here", ["0", "1"]), ("in a worker", ["0", "1", "2"])):
         assert "ZeroDivisionError: a bug" in (tmp_path / f"{where}.err").read_text()
         assert (tmp_path / f"{where}.out").read_text().split() == steps

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from families import FAMILIES, Family, prompts
 from family_students import rows_of, student
-from isolated_process import run_isolated
+from isolated_process import isolated_home, run_isolated
 from safetensors.torch import load_file, save_file
 
 from mmmamba_cli.checkpoint import open_any_checkpoint
@@ -100,14 +100,14 @@ def inputs_of(family: Family) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in found.items()}
 
 
-def into_hub_cache(folder: Path, home: Path) -> str:
-    """Copy an export into the Hub's cache below `home`, and return the name of its repository."""
+def into_hub_cache(folder: Path, name: str) -> str:
+    """Copy an export into the Hub's cache of isolated processes as `name`, and return that."""
     commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = home / "hf/hub/models--someone--my.model-1"
+    cache = isolated_home() / f"hf/hub/models--{name.replace('/', '--')}"
     shutil.copytree(folder, cache / "snapshots" / commit)
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text(commit)
-    return "someone/my.model-1"
+    return name
 
 
 def computed_elsewhere(
@@ -125,9 +125,8 @@ def computed_elsewhere(
     of the cards of families, whose answers are in `FAMILY.answer` below `work`.
     """
     asked = []
-    (work / "home").mkdir()
     names = {
-        one.family.name: into_hub_cache(one.folder, work / "home")
+        one.family.name: into_hub_cache(one.folder, f"someone/my.{one.family.name}-1")
         for one in students
         if one.family.name in from_cache
     }
@@ -147,5 +146,5 @@ def computed_elsewhere(
             }
         )
     (work / "asked.json").write_text(json.dumps(asked))
-    run_isolated(PROGRAM, work / "asked.json", home=work / "home")
+    run_isolated(PROGRAM, work / "asked.json")
     return {one.family.name: load_file(work / f"{one.family.name}.out") for one in students}

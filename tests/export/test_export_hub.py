@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from exported_students import into_hub_cache
 from isolated_process import run_isolated
 from mmmamba_hf_case import write_released
 from PIL import Image
@@ -93,12 +94,11 @@ def hub_of(source: Path, work: Path, *seeding: str) -> tuple[Path, Path]:
 
 
 def assert_same_answers(
-    product: Path, name: Path | str, picture: Path | None, work: Path, home: Path, auto: str
+    product: Path, name: Path | str, picture: Path | None, work: Path, auto: str
 ) -> None:
     """Assert that `name` gives the product's answers and logits in an isolated process."""
-    home.mkdir(exist_ok=True)
     there = work / "there.safetensors"
-    said = run_isolated(THERE.replace("{auto}", auto), name, picture or "", there, home=home)
+    said = run_isolated(THERE.replace("{auto}", auto), name, picture or "", there)
     checkpoint = open_checkpoint(product)
     here = work / "here.safetensors"
     scope: dict[str, Any] = {"print": lambda text: said_here.append(text)}
@@ -128,21 +128,15 @@ def test_hybrid_in_an_isolated_process(tmp_path: Path, picture: Path, shuffle: s
     product, hub = hub_of(folder / "hovle.ckpt", tmp_path, *sets)
     names = mmmamba_cli.load(str(product)).config.mixer_names
     assert len(set(names)) == (len(kinds) + 1 if shuffle == "post" else 2)
-    assert_same_answers(product, hub, picture, tmp_path, tmp_path / "home", PICTURES)
+    assert_same_answers(product, hub, picture, tmp_path, PICTURES)
 
 
 def test_hub_cache_by_name(tmp_path: Path, picture: Path) -> None:
     """From the Hub's cache transformers loads the code file by file."""
     folder = write_teacher(tmp_path / "teacher")
     product, hub = hub_of(folder / "hovle.ckpt", tmp_path)
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "home/hf/hub/models--someone--my.model-1"
-    shutil.copytree(hub, cache / "snapshots" / commit)
-    (cache / "refs").mkdir()
-    (cache / "refs/main").write_text(commit)
-    assert_same_answers(
-        product, "someone/my.model-1", picture, tmp_path, tmp_path / "home", PICTURES
-    )
+    name = into_hub_cache(hub, "someone/my.model-1")
+    assert_same_answers(product, name, picture, tmp_path, PICTURES)
 
 
 @pytest.mark.parametrize("tokenizer", ["fast", "internlm2"])
@@ -154,7 +148,7 @@ def test_language_model_in_an_isolated_process(tmp_path: Path, tokenizer: str) -
     else:
         write_internlm2(teacher)
     product, hub = hub_of(teacher, tmp_path)
-    assert_same_answers(product, hub, None, tmp_path, tmp_path / "home", WORDS)
+    assert_same_answers(product, hub, None, tmp_path, WORDS)
 
 
 def write_internlm2(folder: Path) -> None:
@@ -208,9 +202,8 @@ with torch.no_grad():
     assert torch.equal(model.lm_head(base.eval()(*inputs).last_hidden_state), logits)
 save_file({"logits": logits}, sys.argv[3])
 """
-    (tmp_path / "home").mkdir()
     out, golden_file = tmp_path / "out.safetensors", golden_case / "golden.safetensors"
-    run_isolated(program, tmp_path / "hub", golden_file, out, home=tmp_path / "home")
+    run_isolated(program, tmp_path / "hub", golden_file, out)
     logits, golden = load_file(out)["logits"], load_file(golden_file)
     expected = golden["stage3.hybrid.logits"]
     assert (logits - expected).norm() <= 1e-4 * expected.norm()

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from ended import Command
+from isolated_process import run_isolated
 from PIL import Image
 from small_checkpoint import CONFIG, write_hovle
 
@@ -53,17 +56,23 @@ def write_teacher(folder: Path, embedding_layers: int = 2, language_layers: int 
     return folder
 
 
-def test_three_commands_and_a_question(tmp_path: Path) -> None:
+def test_three_commands_and_a_question(
+    tmp_path: Path, mmmamba: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_teacher(tmp_path / "work")
-    program = [sys.executable, "-m", "mmmamba_cli"]
-    outputs = []
-    for words in (["seed", "hovle.ckpt"], ["hybridize", "--attn-layers", "4"], ["status"]):
-        done = subprocess.run(
-            [*program, *words], cwd=folder, check=True, capture_output=True, text=True
-        )
-        outputs.append(done.stdout)
-        # Warnings of mmmamba only: libraries may warn about the machine.
-        assert not [x for x in done.stderr.splitlines() if x.startswith("warning:")], done.stderr
+    monkeypatch.chdir(folder)
+    seeded = subprocess.run(
+        [sys.executable, "-m", "mmmamba_cli", "seed", "hovle.ckpt"], capture_output=True, text=True
+    )
+    outputs, errors = [seeded.stdout], [seeded.stderr]
+    # In this process: the seed shows what the start of another one would.
+    for words in (["hybridize", "--attn-layers", "4"], ["status"]):
+        done = mmmamba(*words)
+        assert done.code == 0, done
+        outputs.append(done.out)
+        errors.append(done.err)
+    # Warnings of mmmamba only: libraries may warn about the machine.
+    assert not [x for x in "".join(errors).splitlines() if x.startswith("warning:")], errors
     assert "8 layers seeded" in outputs[0]
     assert "attention in layers 0, 2, 4, 6 of 8" in outputs[1]
     assert "hybrid-4" in outputs[2]
@@ -72,6 +81,4 @@ def test_three_commands_and_a_question(tmp_path: Path) -> None:
     assert settings["eos_token_id"] == [2, 524, 525]
     picture = tmp_path / "picture.png"
     Image.linear_gradient("L").resize((90, 60)).save(picture)
-    ask = [sys.executable, "-c", ASK, str(product), str(picture)]
-    answer = subprocess.run(ask, check=True, capture_output=True, text=True)
-    assert "Hello" in answer.stdout
+    assert "Hello" in run_isolated(ASK, product, picture, with_package=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from ended import Command
+from isolated_process import run_isolated
 from safetensors.torch import load_file
 
 import mmmamba_cli
@@ -39,10 +37,7 @@ def test_auto_classes_give_the_same_logits(
     run = tmp_path / "run"
     assert mmmamba("seed", hovle_folder, "--no-report", "--run", run).code == 0
     product, out = run / "products/seed", tmp_path / "logits.safetensors"
-    program = [sys.executable, "-c", PROGRAM, str(product), str(golden), str(out)]
-    # The same number of threads, for the same sums.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run(program, check=True, capture_output=True, env=environment)
+    run_isolated(PROGRAM, product, golden, out, with_package=True)
     inputs, model = load_file(golden), mmmamba_cli.load(str(product))
     with torch.no_grad():
         expected = model(inputs["input.input_ids"], inputs["input.pixel_values"]).logits

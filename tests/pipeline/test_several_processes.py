@@ -135,21 +135,30 @@ def test_a_signal_saves_and_stops_both(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("seconds", [0, 4])
-def test_a_signal_before_training_ends_all(
-    number: int, code: int, seconds: int, work: Path, seeded: Path
-) -> None:
-    """During the imports of the processes, and just before training."""
+def test_a_signal_during_imports_ends_all(number: int, code: int, work: Path, seeded: Path) -> None:
     process = start(work, seeded, *STAGE, *LONG, *TWO)
     deadline = time.monotonic() + 120
     while len(spawned(process.pid)) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    time.sleep(seconds)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=120)
+    assert_ended(process.returncode, code, output)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_training_ends_all(
+    number: int, code: int, work: Path, seeded: Path
+) -> None:
+    process = start_forked(work, seeded, *STAGE, *LONG)
+    process.wait_for(lambda: "starting from seed" in process.text())
+    os.killpg(process.pid, number)
+    assert_ended(process.wait(timeout=120), code, process.text())
+
+
+def assert_ended(found: int, code: int, output: str) -> None:
     # The signal may arrive during training, when there is a state to save.
-    assert process.returncode == (130 if "stopped and saved" in output else code), output
+    assert found == (130 if "stopped and saved" in output else code), output
     assert "Traceback" not in output
     assert "error: " not in output
 

@@ -2,13 +2,11 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from isolated_process import run_isolated
 from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 from small_checkpoint import CONFIG, PIECES, SMALL_MODEL, SPECIAL, oracle_ids, write_hovle
@@ -86,15 +84,7 @@ def test_auto_classes_in_a_new_process_give_the_same(
     folder = save_product(processor, tmp_path / "product")
     picture = tmp_path / "picture.png"
     Image.linear_gradient("L").resize((120, 60)).save(picture)
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH, str(folder), PROMPT, str(picture)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout)
+    result = json.loads(run_isolated(FRESH, folder, PROMPT, picture, with_package=True))
     expected = processor.chat(PROMPT, picture)
     assert result == {
         "types": ["HolisticVLMProcessor", "HolisticVLMTokenizer"],

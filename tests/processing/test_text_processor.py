@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from isolated_process import run_isolated
 from small_checkpoint import PIECES, SMALL_MODEL, oracle_ids, write_hovle
 from small_language_models import SIZES, write_tokenizer
 from tokenizers import processors
@@ -253,11 +252,8 @@ def test_auto_classes_in_a_new_process_give_the_same(folder: Path, tmp_path: Pat
     processors = [saved_product(folder, tmp_path / name, name) for name in names]
     text = "  the cat 图 <|im_end|>\n\n12 x"
     words = [text, json.dumps(TALK), *(str(tmp_path / name) for name in names)]
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH, *words], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    for processor, line in zip(processors, run.stdout.splitlines(), strict=True):
+    lines = run_isolated(FRESH, *words, with_package=True).splitlines()
+    for processor, line in zip(processors, lines, strict=True):
         assert_same(processor, text, json.loads(line))
 
 
