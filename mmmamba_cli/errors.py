@@ -37,6 +37,10 @@ class RunError(MmmambaError):
     """A run directory or product that is missing, in use, or has another parent."""
 
 
+class DeviceMemoryError(MmmambaError):
+    """A stage or prompt that does not fit into what is free of the device's memory."""
+
+
 class MmmambaWarning(UserWarning):
     """An input was interpreted differently from how it was given."""
 

@@ -80,12 +80,14 @@ class CellStopped(Exception):
 class Control:
     """Functions of the runner that a cell calls.
 
-    `progress` takes what is being done, the number done and the total.
+    `progress` takes what is being done, the number done and the total. `memory_share` is the share
+    of the device's memory that the cell may plan with; others have the rest.
     """
 
     should_stop: Callable[[], bool]
     say: Callable[[str], None]
     progress: Callable[[str, int, int], None]
+    memory_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ class CellExecutor:
                     world,
                     callbacks,
                     wanted=wanted,
-                    options=DistillOptions(),
+                    options=DistillOptions(memory_share=control.memory_share),
                     select=partial(self._select_layers, control),
                 )
         except Stopped as error:

@@ -17,6 +17,8 @@ from mmmamba_cli.errors import RunError
 from mmmamba_cli.runs.manifest import read_json_as
 
 FORMAT = 1
+# Characters of a failure in a line of output; its whole message is in the record.
+MAX_SENTENCE = 160
 RESULTS = Path("benchmarks/results/evidence")
 
 
@@ -132,6 +134,12 @@ class CellRecord(_JsonModel):
 
     def suite(self, label: str) -> SuiteRecord | None:
         return next((suite for suite in self.suites if suite.label == label), None)
+
+
+def first_sentence(message: str) -> str:
+    """The first sentence of a failure's message, cut at `MAX_SENTENCE` characters."""
+    sentence = message.partition("\n")[0].partition(". ")[0]
+    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[: MAX_SENTENCE - 1]}…"
 
 
 def record_file(out: Path, cell: Cell) -> Path:

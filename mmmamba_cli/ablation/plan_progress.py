@@ -116,11 +116,10 @@ def units_to_run(progress: PlanProgress) -> list[tuple[Unit, Trunk | None]]:
     return list(found.values())
 
 
-def estimates(
-    progress: PlanProgress, estimator: Estimator, work: Path
-) -> list[tuple[Unit, float | None]]:
+def estimates(progress: PlanProgress, estimator: Estimator) -> list[tuple[Unit, float | None]]:
     """Seconds of each unit to run."""
-    return [
-        (unit, estimator.seconds(unit, work, parent.stages if parent else ()))
+    found = [
+        (unit, estimator.estimate(unit, parent.stages if parent else ()))
         for unit, parent in units_to_run(progress)
     ]
+    return [(unit, None if estimate is None else estimate.seconds) for unit, estimate in found]

@@ -25,8 +25,8 @@ from mmmamba_cli.ablation.cell_executor import CellExecutor, CellStopped, Contro
 from mmmamba_cli.ablation.cells import Trunk
 from mmmamba_cli.ablation.plan_progress import Unit
 from mmmamba_cli.ablation.runner import UnitEnd
-from mmmamba_cli.devices import pick_device
-from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.devices import OutOfMemory, pick_device
+from mmmamba_cli.errors import DeviceMemoryError, MmmambaError
 from mmmamba_cli.interrupts import block_interrupts
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -49,6 +49,8 @@ def run_unit(executor: CellExecutor, unit: Unit, parent: Trunk | None, control: 
             executor.run_cell(unit, parent, control)
     except CellStopped:
         return UnitEnd(unit, "stopped")
+    except (DeviceMemoryError, OutOfMemory, torch.OutOfMemoryError) as error:
+        return UnitEnd(unit, "out of memory", str(error))
     except (MmmambaError, OSError) as error:
         return UnitEnd(unit, "failed", str(error))
     except Exception as error:  # noqa: BLE001  a cell's bug must not cost the others
@@ -82,7 +84,11 @@ class InlinePool:
     def running(self) -> Sequence[Unit]:
         return () if self._next is None else (self._next[0],)
 
-    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None) -> None:
+    @property
+    def devices(self) -> int:
+        return 1
+
+    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None, sharing: int) -> None:
         self._next = (unit, parent, deadline)
 
     def wait(self) -> list[UnitEnd]:
@@ -136,6 +142,8 @@ class _Worker:
             self.process.start()
         theirs.close()
         self.unit: Unit | None = None
+        # The most other units that have run on the same device beside this one.
+        self.beside = 0
 
 
 class ProcessPool:
@@ -158,21 +166,37 @@ class ProcessPool:
     def running(self) -> Sequence[Unit]:
         return [worker.unit for worker in self._workers if worker.unit is not None]
 
-    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None) -> None:
-        worker = next((one for one in self._workers if one.unit is None), None)
-        if worker is None:
-            gpu = least_used(self._gpus, [one.gpu for one in self._workers])
-            worker = _Worker(self._setting, self._stop, gpu)
-            self._workers.append(worker)
-        worker.unit = unit
-        _send(worker.connection, (unit, parent, deadline))
+    @property
+    def devices(self) -> int:
+        return max(1, len(self._gpus))
+
+    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None, sharing: int) -> None:
+        worker = self._idle_worker()
+        worker.unit, worker.beside = unit, 0
+        there = [one for one in self._busy() if one.gpu == worker.gpu]
+        for one in there:
+            one.beside = max(one.beside, len(there) - 1)
+        _send(worker.connection, (unit, parent, deadline, 1 / sharing))
+
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.unit is not None]
+
+    def _idle_worker(self) -> _Worker:
+        """An idle process on the GPU with the fewest units, or a new one there."""
+        gpu = least_used(self._gpus, [one.gpu for one in self._busy()])
+        idle = [one for one in self._workers if one.unit is None]
+        there = [one for one in idle if one.gpu == gpu]
+        if not there and len(self._workers) < self._setting.jobs:
+            self._workers.append(_Worker(self._setting, self._stop, gpu))
+            return self._workers[-1]
+        return (there or idle)[0]
 
     def wait(self) -> list[UnitEnd]:
         ended: list[UnitEnd] = []
         while not ended:
             if self._should_stop():
                 self._stop.set()
-            busy = {one.connection: one for one in self._workers if one.unit is not None}
+            busy = {one.connection: one for one in self._busy()}
             for connection in wait(list(busy), timeout=POLL_SECONDS):
                 end = self._receive(busy[connection])  # type: ignore[index]
                 if end is not None:
@@ -199,7 +223,8 @@ class ProcessPool:
             self._report(unit.name, *values)
         else:
             worker.unit = None
-            return UnitEnd(unit, *values)
+            status, message = values
+            return UnitEnd(unit, status, message, worker.beside)
         return None
 
     def close(self) -> None:
@@ -234,7 +259,7 @@ def _work(setting: Setting, connection: Connection, stop: Event, gpu: str | None
             return
         if message is None:
             return
-        unit, parent, deadline = message
+        unit, parent, deadline, memory_share = message
         last = 0.0
 
         def progress(what: str, done: int, total: int) -> None:
@@ -251,6 +276,7 @@ def _work(setting: Setting, connection: Connection, stop: Event, gpu: str | None
             ),
             say=lambda text: _send(connection, ("say", text)),
             progress=progress,
+            memory_share=memory_share,
         )
         end = run_unit(executor, unit, parent, control)
         release_memory()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mmmamba_cli.checkpoint.atomic_writes import atomic_folder
+from mmmamba_cli.evaluate.result import EVALS
 from mmmamba_cli.runs import Run
 from mmmamba_cli.runs.run import PRODUCTS, RUN_RECORD
 
 # Values of `keep` that are no names of products.
 ALL, NONE, EVALUATED = "all", "none", "evaluated"
-TRAINING = "training"
-STEP_FOLDER = re.compile(r"step-(\d{8})")
+TRAINING, STATE_FILE = "training", "state.json"
 
 
 def copy_run(source: Path, target: Path) -> None:
@@ -71,12 +73,47 @@ def has_product(folder: Path, name: str, content_hash: str) -> bool:
     return found is not None and found.content_hash == content_hash
 
 
-def steps_done(folder: Path) -> tuple[tuple[str, ...], int]:
-    """The stages that a run has done, and the steps of the next one that are saved."""
+@dataclass(frozen=True)
+class RunState:
+    """Where the training of a run stands: stages done, and by stage what is measured of it.
+
+    `saved_steps` are those of the newest state of a stage that is not done, `step_seconds` the
+    seconds of a step, evaluations excluded.
+    """
+
+    done: tuple[str, ...] = ()
+    saved_steps: Mapping[str, int] = field(default_factory=dict)
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_run_state(folder: Path) -> RunState:
+    """Read how far the training of a run has come, and how long its steps took."""
     run = Run(folder)
     if not run.exists:
-        return (), 0
+        return RunState()
     done = run.product(run.record.current).stages
-    names = (path.name for path in (folder / TRAINING).glob("*/step-*"))
-    steps = [int(match[1]) for match in map(STEP_FOLDER.fullmatch, names) if match]
-    return done, max(steps, default=0)
+    saved: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for product in run.products().values():
+        if product.made_by == "distill":
+            _add_rate(seconds, product.stages[-1], product.metrics)
+    for file in sorted((folder / TRAINING).glob(f"*/step-*/{STATE_FILE}")):
+        state = json.loads(file.read_text(encoding="utf-8-sig"))
+        stage = state["settings"]["stage"]["name"]
+        # The states of a stage that was done in a killed process may still be there.
+        if stage not in done:
+            saved[stage] = state["progress"]["step"]
+            _add_rate(seconds, stage, state["progress"])
+    return RunState(done, saved, seconds)
+
+
+def _add_rate(seconds: dict[str, float], stage: str, progress: Mapping[str, Any]) -> None:
+    """Add the seconds of a step from the progress of a stage, if any step is measured."""
+    if progress.get("step") and progress.get("seconds"):
+        seconds[stage] = progress["seconds"] / progress["step"]
+
+
+def num_answers(folder: Path, suite: str) -> int:
+    """The answers to a suite that an unfinished evaluation of a run has kept."""
+    files = (folder / EVALS / suite).glob("predictions-*.jsonl")
+    return max((file.read_bytes().count(b'\n{"index"') for file in files), default=0)

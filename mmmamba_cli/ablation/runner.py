@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ from mmmamba_cli.ablation.cell_record import (
     CellRecord,
     Timing,
     finished_records,
+    first_sentence,
     read_records,
+    record_file,
     write_record,
 )
 from mmmamba_cli.ablation.cells import Cell, Trunk
@@ -22,34 +23,25 @@ from mmmamba_cli.ablation.estimates import Estimator
 from mmmamba_cli.ablation.plan import Plan
 from mmmamba_cli.ablation.plan_progress import PlanProgress, Unit, units_to_run
 from mmmamba_cli.ablation.run_folders import prune_run
+from mmmamba_cli.ablation.unit_queue import TimeLimit, UnitQueue
 from mmmamba_cli.runs.manifest import utc_timestamp
-
-# Time kept free before the limit: a step, a training state and a product are written in it.
-STOP_MARGIN_SECONDS = 20.0
-STOP_MARGIN_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class TimeLimit:
-    """A limit of `seconds` that began at `started`, a time of `time.monotonic`."""
-
-    seconds: float
-    started: float
-
-    @property
-    def deadline(self) -> float:
-        """When running cells are asked to save and stop."""
-        margin = min(STOP_MARGIN_SECONDS, STOP_MARGIN_SHARE * self.seconds)
-        return self.started + self.seconds - margin
 
 
 @dataclass(frozen=True)
 class UnitEnd:
-    """How a cell or trunk ended; `message` is that of a failure."""
+    """How a cell or trunk ended.
+
+    Attributes:
+        unit: the cell or trunk.
+        status: `finished`, `stopped`, `failed` or `out of memory`.
+        message: of a failure.
+        beside: the most other units that have run on its device at the same time.
+    """
 
     unit: Unit
-    status: str  # finished, stopped or failed
+    status: str
     message: str = ""
+    beside: int = 0
 
 
 class Pool(Protocol):
@@ -58,8 +50,17 @@ class Pool(Protocol):
     @property
     def running(self) -> Sequence[Unit]: ...
 
-    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None) -> None:
-        """Start a unit; `deadline` is a time of `time.monotonic`."""
+    @property
+    def devices(self) -> int:
+        """Devices that the units are spread over evenly."""
+        ...
+
+    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None, sharing: int) -> None:
+        """Start a unit on the device with the fewest.
+
+        `deadline` is a time of `time.monotonic`; `sharing` is the number of units that may share
+        the memory of the device, this one included.
+        """
         ...
 
     def wait(self) -> list[UnitEnd]:
@@ -83,8 +84,12 @@ class Outcome:
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
-    # Left because their estimate does not fit into the time that is left.
+    # Left and not begun, because too little time was left.
     too_long: list[str] = field(default_factory=list)
+    # Left because they ran out of memory beside others and were not tried again yet.
+    out_of_memory: list[str] = field(default_factory=list)
+    # Shared stages that were trained.
+    trained: list[str] = field(default_factory=list)
     stopped: bool = False
 
 
@@ -102,40 +107,61 @@ def run_plan(
 ) -> Outcome:
     """Run the pending cells, parents first, until the time is over or the caller stops.
 
-    A cell is not started if its estimate exceeds the time that is left, unless it exceeds the
-    whole time: such a cell is begun and goes on in the next call. The caller holds the locks.
+    Units that end in the time left come first; another one is begun if a part of it can be done
+    and saved (`is_worth_beginning`), and goes on in the next call. A unit that runs out of memory
+    beside others runs again with fewer of them. The caller holds the locks.
     """
     deadline = None if limit is None else limit.deadline
-    estimator = Estimator(plan.estimates, progress.records.values())
-    queue = _Queue(progress, estimator, work)
+    units = [unit for unit, _ in units_to_run(progress)]
+    records = progress.records.values()
+    estimator = Estimator(plan.estimates, records, work=work, jobs=jobs, units=units)
+    queue = UnitQueue(progress, estimator)
     outcome = Outcome()
     total = len(progress.pending)
     while True:
         while len(pool.running) < jobs and not events.should_stop():
-            chosen = queue.take(limit)
+            chosen = queue.take(limit, pool.running)
             if chosen is None:
                 break
-            pool.start(*chosen, deadline)
+            most = min(jobs, queue.units_left(), chosen.most or jobs)
+            pool.start(chosen.unit, chosen.parent, deadline, math.ceil(most / pool.devices))
         if not pool.running:
             break
         events.update(total - queue.cells_left(), total, queue.seconds_left(jobs))
         for end in pool.wait():
+            estimator.read_run(end.unit)
+            if end.status == "out of memory" and end.beside:
+                _run_again(end, queue, pool, events)
+                continue
             _note(end, queue, outcome, plan, progress, out, events)
             if end.status == "finished" and isinstance(end.unit, Cell):
-                records, _ = read_records(out, [end.unit])
-                estimator.add(records[end.unit.name])
+                found, _ = read_records(out, [end.unit])
+                estimator.add(found[end.unit.name])
     events.update(total - queue.cells_left(), total, queue.seconds_left(jobs))
     known = {*outcome.finished, *outcome.failed}
     outcome.left = [cell.name for cell in progress.pending if cell.name not in known]
     outcome.too_long = [name for name in outcome.left if name in queue.too_long]
+    put_back = queue.out_of_memory()
+    outcome.out_of_memory = [name for name in outcome.left if name in put_back]
     outcome.stopped = events.should_stop()
     remove_unneeded(progress, outcome, work, keep)
     return outcome
 
 
+def _run_again(end: UnitEnd, queue: UnitQueue, pool: Pool, events: RunnerEvents) -> None:
+    """Let a unit that ran out of memory beside others wait until half as many share its device."""
+    sharing = max(1, (end.beside + 1) // 2)
+    queue.put_back(end.unit, sharing * pool.devices)
+    when = f"with at most {sharing - 1} others" if sharing > 1 else "alone on its device"
+    events.say(
+        f"{end.unit.name} ran out of memory beside {end.beside} others and runs again {when}: "
+        f"{first_sentence(end.message)}"
+    )
+
+
 def _note(
     end: UnitEnd,
-    queue: _Queue,
+    queue: UnitQueue,
     outcome: Outcome,
     plan: Plan,
     progress: PlanProgress,
@@ -152,17 +178,18 @@ def _note(
         return
     if end.status == "finished":
         queue.finish(unit)
-        if isinstance(unit, Cell):
-            outcome.finished.append(unit.name)
+        done = outcome.finished if isinstance(unit, Cell) else outcome.trained
+        done.append(unit.name)
         return
-    lost = queue.fail(unit)
-    for cell in lost:
-        message = end.message
-        if isinstance(unit, Trunk):
-            message = f"the stages {', '.join(unit.stages)} that it shares failed: {message}"
-        events.say(f"{cell.name} failed: {message}")
+    message = end.message
+    if queue.most_together(unit) is not None:
+        message = f"also alone on its device, {message}"
+    if isinstance(unit, Trunk):
+        message = f"the stages {', '.join(unit.stages)} that it shares failed: {message}"
+    for cell in queue.fail(unit):
         outcome.failed[cell.name] = message
         if cell.name in finished_records(progress.records):
+            events.say(f"{cell.name} failed: {message}")
             continue
         record = CellRecord(
             plan=plan.name,
@@ -175,82 +202,8 @@ def _note(
             timing=Timing(date=utc_timestamp()),
         )
         write_record(out, cell, record)
-
-
-class _Queue:
-    """Units that wait, in order, and what they wait for."""
-
-    def __init__(self, progress: PlanProgress, estimator: Estimator, work: Path):
-        self._waiting = {unit.folder: (unit, parent) for unit, parent in units_to_run(progress)}
-        self._unfinished = {unit.folder: unit for unit, _ in self._waiting.values()}
-        self._trunks = progress.pending_trunks
-        self._estimator = estimator
-        self._work = work
-        self._closed = False
-        self.too_long: set[str] = set()
-
-    def take(self, limit: TimeLimit | None) -> tuple[Unit, Trunk | None] | None:
-        """The next unit whose parent is done and which fits into the time; None if none does."""
-        if self._closed:
-            return None
-        left = math.inf if limit is None else limit.deadline - time.monotonic()
-        whole = math.inf if limit is None else limit.seconds
-        if left <= 0:
-            return None
-        for unit, parent in list(self._waiting.values()):
-            if parent is not None and parent.folder in self._unfinished:
-                continue
-            seconds = self._seconds(unit, parent)
-            if seconds is None or seconds <= left or seconds > whole:
-                del self._waiting[unit.folder]
-                return unit, parent
-            self.too_long |= {cell.name for cell in self._cells_of(unit)}
-        return None
-
-    def _seconds(self, unit: Unit, parent: Trunk | None) -> float | None:
-        return self._estimator.seconds(unit, self._work, parent.stages if parent else ())
-
-    def _cells_of(self, unit: Unit) -> list[Cell]:
-        """The unfinished cells that need a unit."""
-        cells = [one for one in self._unfinished.values() if isinstance(one, Cell)]
-        if isinstance(unit, Cell):
-            return [unit]
-        return [cell for cell in cells if unit in self._trunks.get(cell.name, ())]
-
-    def close(self) -> None:
-        """Start nothing more."""
-        self._closed = True
-
-    def finish(self, unit: Unit) -> None:
-        self._unfinished.pop(unit.folder, None)
-
-    def fail(self, unit: Unit) -> list[Cell]:
-        """Give up a unit and what depends on it; return the cells."""
-        lost = self._cells_of(unit)
-        gone = {unit.folder, *(cell.folder for cell in lost)}
-        for cell in lost:
-            if isinstance(unit, Trunk):
-                path = self._trunks[cell.name]
-                gone |= {trunk.folder for trunk in path[path.index(unit) :]}
-        for folder in gone:
-            self._waiting.pop(folder, None)
-            self._unfinished.pop(folder, None)
-        return lost
-
-    def cells_left(self) -> int:
-        return sum(isinstance(unit, Cell) for unit in self._unfinished.values())
-
-    def seconds_left(self, jobs: int) -> float | None:
-        """Estimated seconds of all unfinished units; None if one is unknown."""
-        total = 0.0
-        for unit in self._unfinished.values():
-            path = self._trunks.get(unit.name, ()) if isinstance(unit, Cell) else ()
-            parent = path[-1] if path else getattr(unit, "parent", None)
-            seconds = self._seconds(unit, parent)
-            if seconds is None:
-                return None
-            total += seconds
-        return total / jobs
+        file = record_file(out, cell)
+        events.say(f"{cell.name} failed: {first_sentence(message)} (whole message: {file})")
 
 
 def remove_unneeded(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from mmmamba_cli.ablation.cells import Cell
     from mmmamba_cli.ablation.plan import Plan
     from mmmamba_cli.ablation.plan_progress import PlanProgress
-    from mmmamba_cli.ablation.runner import Outcome, TimeLimit
+    from mmmamba_cli.ablation.runner import Outcome
+    from mmmamba_cli.ablation.unit_queue import TimeLimit
 
 INTERRUPTED = 130
 
@@ -56,7 +57,8 @@ def command(
         typer.Option(
             min=0.01,
             metavar="M",
-            help="Time limit: save and stop before it, and start no cell that would exceed it.",
+            help="Time limit: save and stop before it. Begin a cell that cannot end before it only "
+            "if 2 minutes or a tenth of its steps and answers can be done and saved.",
         ),
     ] = None,
     jobs: Annotated[
@@ -95,7 +97,7 @@ def command(
     from mmmamba_cli.ablation.cells import select
     from mmmamba_cli.ablation.plan_progress import find_progress
     from mmmamba_cli.ablation.preparation import resolve_folders
-    from mmmamba_cli.ablation.runner import TimeLimit
+    from mmmamba_cli.ablation.unit_queue import TimeLimit
 
     started = time.monotonic()
     loaded = load_plan(plan)
@@ -107,7 +109,7 @@ def command(
         return
     progress = find_progress(results, folder, cells, chosen, retry=retry, overwrite=overwrite)
     if dry_run:
-        _print_cells(loaded, progress, chosen, folder, as_json)
+        _print_cells(loaded, progress, chosen, folder, jobs, as_json)
         return
     limit = None if minutes is None else TimeLimit(60 * minutes, started)
     kept = loaded.keep if keep is None else tuple(n.strip() for n in keep.split(",") if n.strip())
@@ -185,6 +187,8 @@ def _prepare(plan: Plan, cells: Sequence[Cell], work: Path) -> None:
 
 def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) -> None:
     """Print what was done, and raise for cells that failed now or before."""
+    from mmmamba_cli.ablation.cell_record import first_sentence
+
     failed = {
         name: one.error or ""
         for name, one in progress.records.items()
@@ -199,26 +203,33 @@ def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) 
                 "failed": failed,
                 "left": outcome.left,
                 "too_long": outcome.too_long,
+                "out_of_memory": outcome.out_of_memory,
+                "trained": outcome.trained,
                 "lacking": {name: list(labels) for name, labels in progress.lacking.items()},
                 "stopped": outcome.stopped,
             }
         )
     else:
-        print_line(f"{len(outcome.finished)} cells finished, {len(outcome.left)} left: {out}")
+        shared = f", {len(outcome.trained)} shared trainings" if outcome.trained else ""
+        done = f"{len(outcome.finished)} cells finished{shared}"
+        print_line(f"{done}, {len(outcome.left)} cells left: {out}")
         if outcome.too_long:
+            print_warning(f"not begun, too little time was left: {name_some(outcome.too_long)}")
+        if outcome.out_of_memory:
             print_warning(
-                f"not started, because their estimated time exceeds the time left: "
-                f"{name_some(outcome.too_long)}"
+                "ran out of memory beside others and could not run again in the time: "
+                f"{name_some(outcome.out_of_memory)}; a smaller --jobs gives them more"
             )
         if progress.lacking:
             print_warning(_lacking_note(progress.lacking))
         if outcome.left:
             print_line("next: run the same command to go on")
     if failed:
-        named = "; ".join(f"{name}: {text}" for name, text in list(failed.items())[:3])
+        shown = list(failed.items())[:3]
+        named = "; ".join(f"{name}: {first_sentence(text)}" for name, text in shown)
         raise MmmambaError(
             f"{len(failed)} cells failed: {named}" + ("; ..." if len(failed) > 3 else ""),
-            "run them again with --retry",
+            f"whole messages are in {out / 'CELL.json'}; run these cells again with --retry",
         )
     if outcome.stopped:
         raise typer.Exit(INTERRUPTED)
@@ -233,13 +244,16 @@ def _lacking_note(lacking: Mapping[str, Sequence[str]]) -> str:
 
 
 def _print_cells(
-    plan: Plan, progress: PlanProgress, chosen: list[Cell], work: Path, as_json: bool
+    plan: Plan, progress: PlanProgress, chosen: list[Cell], work: Path, jobs: int, as_json: bool
 ) -> None:
     from mmmamba_cli.ablation.cells import Cell
     from mmmamba_cli.ablation.estimates import Estimator
-    from mmmamba_cli.ablation.plan_progress import estimates
+    from mmmamba_cli.ablation.plan_progress import estimates, units_to_run
 
-    found = estimates(progress, Estimator(plan.estimates, progress.records.values()), work)
+    units = [unit for unit, _ in units_to_run(progress)]
+    records = progress.records.values()
+    estimator = Estimator(plan.estimates, records, work=work, jobs=jobs, units=units)
+    found = estimates(progress, estimator)
     done = {name: one.status for name, one in progress.records.items()}
     waiting = {cell.name for cell in progress.pending}
     rows: list[dict[str, Any]] = [

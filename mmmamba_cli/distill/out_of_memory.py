@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mmmamba_cli.distill.training_state import Progress
-from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.errors import DeviceMemoryError
 from mmmamba_cli.recipe import Recipe, Stage
 
 
 def out_of_memory_error(
     stage: Stage, recipe: Recipe, progress: Progress, error: Exception
-) -> MmmambaError:
+) -> DeviceMemoryError:
     """An error that names the three settings that reduce memory most, with values to try."""
     length = stage.max_length or recipe.data.max_length
     name = f"stages.{stage.name}"
@@ -29,7 +29,7 @@ def out_of_memory_error(
         remedies.append(f"--set data.max_tiles={max(1, tiles // 2)}")
     remedies.append("or more GPUs with --parallel shard")
     first = str(error).splitlines()[0] if str(error) else "out of memory"
-    return MmmambaError(
+    return DeviceMemoryError(
         f"stage {stage.name} ran out of device memory after step {progress.step}: {first}",
         "what would help most: " + "; ".join(remedies[:3]) + " (accumulation and "
         "checkpointing do not change the result; with the other settings, start again with "

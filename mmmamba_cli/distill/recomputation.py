@@ -54,9 +54,14 @@ class MemoryMeter(Protocol):
 
 @dataclass(frozen=True)
 class CudaMemory:
-    """The `MemoryMeter` of a GPU. The allocator counts on the host: nothing waits for the GPU."""
+    """The `MemoryMeter` of a GPU. The allocator counts on the host: nothing waits for the GPU.
+
+    `share` is the share of the GPU's memory that this process may take: what is free now may be
+    taken by other processes later.
+    """
 
     device: torch.device
+    share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -64,8 +69,8 @@ class CudaMemory:
 
     def available(self) -> int:
         cached = torch.cuda.memory_reserved(self.device) - self.allocated()
-        free: int = torch.cuda.mem_get_info(self.device)[0]
-        return free + cached
+        free, total = torch.cuda.mem_get_info(self.device)
+        return min(free + cached, int(self.share * total) - self.allocated())
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device)

@@ -59,6 +59,9 @@ class DistillOptions:
     parallel: str = "auto"
     # Stop where `data.batching` is packed and the student's rows cannot be; else they are bucketed.
     require_packed: bool = False
+    # Share of the device's memory that `checkpointing: auto` plans with; other processes of the
+    # device have the rest.
+    memory_share: float = 1.0
 
 
 @dataclass(frozen=True)

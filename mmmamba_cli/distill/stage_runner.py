@@ -16,6 +16,7 @@ from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.optimiser import full_tensor
 from mmmamba_cli.distill.out_of_memory import out_of_memory_error
 from mmmamba_cli.distill.parallelize import parallelize, plan_parallel
+from mmmamba_cli.distill.recomputation import CudaMemory
 from mmmamba_cli.distill.stage_attempt import (
     ATTEMPT_FILE,
     AttemptRecord,
@@ -176,6 +177,7 @@ def _train_stage(
     parallel = plan_parallel(context.options.parallel, pair, world)
     if parallel.reason:
         callbacks.log(parallel.reason)
+    is_gpu = world.device.type == "cuda"
     job = TrainingJob(
         stage=stage,
         pair=pair,
@@ -188,6 +190,7 @@ def _train_stage(
         world=world,
         states=states,
         settings=request.settings,
+        memory=CudaMemory(world.device, context.options.memory_share) if is_gpu else None,
         log=callbacks.log,
     )
     progress = _train_with_metrics(context, job, plan.progress, request.name)

@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 
 from mmmamba_cli.devices import OutOfMemory
-from mmmamba_cli.errors import CheckpointError, DataError, MmmambaError, name_some
+from mmmamba_cli.errors import CheckpointError, DataError, DeviceMemoryError, name_some
 from mmmamba_cli.evaluate.answer_cache import AnswerCache, AnswerRecord
 from mmmamba_cli.evaluate.batching import MAX_BATCH_SIZE, BatchLimit, plan_batches
 from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalModel, EvalPrompt
@@ -98,7 +98,7 @@ def answer_prompts(
     a step at about the same time. Answers, cache and statistics are those of a single process.
 
     Raises:
-        MmmambaError: if a single prompt does not fit.
+        DeviceMemoryError: if a single prompt does not fit.
         DataError: if no row can be asked.
         EvalStopped: if `callbacks.is_stopped` on some process.
     """
@@ -345,8 +345,8 @@ def _smaller(
     return limit.halved(len(batch), lengths[batch[0]])
 
 
-def _too_long(length: int) -> MmmambaError:
-    return MmmambaError(
+def _too_long(length: int) -> DeviceMemoryError:
+    return DeviceMemoryError(
         f"one prompt of {length:,} tokens does not fit into the device's memory",
         "try --max-tiles 6 or fewer, --dtype bf16, or another --device",
     )

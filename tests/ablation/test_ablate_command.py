@@ -116,6 +116,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(write_plan: WritePla
     found = records(file)
     assert found["broken-seed0"]["status"] == "failed"
     assert "*.nothing" in found["broken-seed0"]["error"]
+    assert str(file.parent / "out" / "CELL.json") in str(result.exception)
     # It stays failed, and is said again, until it is asked for.
     assert isinstance(ablate(file).exception, MmmambaError)
     file = write_plan({"arms": [*arms[:1], {**arms[1], "set": {}}, *arms[2:]], "suites": []})
@@ -135,6 +136,10 @@ def test_a_cell_that_no_limit_allows_is_saved_and_gone_on_with(write_plan: Write
     (state,) = work.glob("training/stage1/step-*")
     first = int(state.name.removeprefix("step-"))
     assert 0 < first < 10000
+    # The steps that are done are subtracted, and their own speed counts, not the hint.
+    seconds = json.loads((state / "state.json").read_text())["progress"]["seconds"]
+    (row,) = done(file, "--dry-run")["cells"]
+    assert row["seconds"] == pytest.approx(1 + (10000 - first) * seconds / first)
     done(file, "--minutes", 0.02)
     (state,) = work.glob("training/stage1/step-*")
     assert int(state.name.removeprefix("step-")) > first

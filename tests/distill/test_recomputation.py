@@ -14,7 +14,13 @@ from small import IMAGE_ID
 from small_distillation import ChangedLoader, RandomLoader, equal, make_job, run_job
 
 from mmmamba_cli.data import StepBatches
-from mmmamba_cli.distill.recomputation import GIB, Decision, Recomputation, StepMemory
+from mmmamba_cli.distill.recomputation import (
+    GIB,
+    CudaMemory,
+    Decision,
+    Recomputation,
+    StepMemory,
+)
 from mmmamba_cli.distill.trainer import TrainingJob
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import World
@@ -251,3 +257,15 @@ def test_layers_of_a_transformers_model(tmp_path: Path) -> None:
     for losses, learned in found[1:]:
         assert losses == found[0][0]
         assert equal(learned, found[0][1])
+
+
+def test_processes_of_one_gpu_plan_with_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others do not hold yet is free now, and not later."""
+    for name, value in (("mem_get_info", (70, 100)), ("memory_reserved", 12)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    device = torch.device("cuda")
+    assert CudaMemory(device).available() == 72
+    assert CudaMemory(device, share=0.5).available() == 40
+    # Less than the share is free.
+    assert CudaMemory(device, share=0.9).available() == 72
