@@ -1,10 +1,12 @@
 """Where the time of a training step goes, stage by stage, on one GPU.
 
     python benchmarks/distill_budget.py [--stages stage1,stage2,stage3] [--rows 8] [--length 8192]
-                                        [--checkpointing auto] [--minutes 9] [--out FILE] [--tiny]
+                                        [--micro-rows auto] [--checkpointing auto] [--minutes 9]
+                                        [--out FILE] [--tiny]
 
 Random weights in HoVLE-2.6B's shapes and random texts; trainer and loader are those of `mmmamba
-distill`, one row of --length tokens in a micro batch. The first --warmup steps compile kernels, the
+distill`, with rows of --length tokens. A micro batch has as many as the recipe gives it, or
+--micro-rows, for example 1. The first --warmup steps compile kernels, the
 next --steps are timed, and the last --profiled ones run under torch.profiler, which slows the host.
 Of these, the table has seconds per step of the host in each part of the loop and of the device in
 kernels. "read" is the host's wait for the values of the step before: it is long where the device is
@@ -31,6 +33,7 @@ from unittest import mock
 
 import torch
 from random_stages import (
+    AUTO,
     GIB,
     StageSetup,
     StepProfiler,
@@ -38,6 +41,8 @@ from random_stages import (
     attempt,
     environment,
     make_job,
+    micro_batch_rows,
+    parse_micro_rows,
     recorded_events,
     timed_steps,
     write_result,
@@ -69,6 +74,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--stages", default="stage1,stage2,stage3")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--micro-rows", type=parse_micro_rows, default=AUTO)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profiled", type=int, default=2)
@@ -120,6 +126,7 @@ def measure(
         steps=steps,
         texts=texts,
         folder=folder,
+        micro_rows=given.micro_rows,
         checkpointing=chosen,
         tiny=given.tiny,
     )
@@ -154,6 +161,8 @@ def measure(
     found: dict[str, Any] = {
         "rows": given.rows,
         "length": given.length,
+        "accumulation": job.stage.accumulation,
+        "micro_batch_rows": micro_batch_rows(job.loader.step(0)),
         "tokens_per_second": round(statistics.median(rates)),
         "step_seconds": round(statistics.median(seconds), 4),
         "step_seconds_range": [round(min(seconds), 4), round(max(seconds), 4)],

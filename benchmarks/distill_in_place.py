@@ -1,13 +1,14 @@
 """Distillation of Qwen3-VL of 2 and 8 B parameters on one GPU, beside that of HoVLE-2.6B.
 
     python benchmarks/distill_in_place.py [--only 'qwen3-vl-2b-*,hovle-*'] [--rows 4]
-        [--length 8192] [--steps 4] [--minutes 9] [--out FILE] [--tiny]
+        [--length 8192] [--micro-rows 1] [--steps 4] [--minutes 9] [--out FILE] [--tiny]
 
 Random weights in the shapes of the published models, trained by the trainer of `mmmamba distill`
-with the stages of the recipe qwen3-vl-hybrid (HoVLE: mmmamba-linear). A step has --rows micro
-batches of one row. Half of a row's tokens are four pictures, which run through the vision tower,
-and 512 tokens are answers; HoVLE, which has no tower, gets texts, all of whose tokens are scored.
-Rows of Qwen3-VL are in memory beforehand: the wait for data is not measured.
+with the stages of the recipe qwen3-vl-hybrid (HoVLE: mmmamba-linear). A step has --rows rows,
+--micro-rows of them in a micro batch; `auto` gives it as many as `accumulation: auto` does. Half of
+a row's tokens are four pictures, which run through the vision tower, and 512 tokens are answers;
+HoVLE, which has no tower, gets texts, all of whose tokens are scored. Rows of Qwen3-VL are in
+memory beforehand: the wait for data is not measured.
 
 Parts are MODEL-STAGE, and MODEL-stage3-VARIANT with checkpointing: auto: `auto` changes nothing
 else, `lora` puts adapters on q, k and v, and all weights learn of the upper half of the text layers
@@ -47,6 +48,8 @@ from random_stages import (
     StepProfiler,
     attempt,
     environment,
+    micro_batch_rows,
+    parse_micro_rows,
     write_result,
     write_texts,
 )
@@ -122,6 +125,7 @@ def make_job(
             steps=steps,
             texts=texts,
             folder=folder,
+            micro_rows=given.micro_rows,
             checkpointing=changes_of(part.variant, 0).get("checkpointing"),
             tiny=given.tiny,
         )
@@ -129,7 +133,17 @@ def make_job(
     size = part.model.rpartition("-")[2].upper()
     layers = random_qwen3_vl.teacher_config(size, given.tiny).text_config.num_hidden_layers
     changes = changes_of(part.variant, layers)
-    qwen = QwenSetup(size, part.stage, changes, given.rows, given.length, steps, folder, given.tiny)
+    qwen = QwenSetup(
+        size=size,
+        stage=part.stage,
+        changes=changes,
+        rows=given.rows,
+        micro_rows=given.micro_rows,
+        length=given.length,
+        steps=steps,
+        folder=folder,
+        tiny=given.tiny,
+    )
     job, memory = random_qwen3_vl.make_job(qwen, world)
     return job, {"estimated_gib": round(memory.total / GIB, 2)}
 
@@ -158,6 +172,8 @@ def measure(
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_range": [round(min(rates)), round(max(rates))],
         "learning_parameters": sum(parameter.numel() for parameter in learning),
+        "accumulation": job.stage.accumulation,
+        "micro_batch_rows": micro_batch_rows(job.loader.step(0)),
         "checkpointing": job.stage.checkpointing,
         "recomputation": progress.recomputation,
         "losses": [result.loss for result in results],
@@ -202,7 +218,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     done = result.setdefault("parts", {})
     with join_world(given.device) as world, tempfile.TemporaryDirectory() as work:
         result |= {
-            "what": "distillation of Qwen3-VL and HoVLE-2.6B, random weights, a row a micro batch",
+            "what": "distillation of Qwen3-VL and HoVLE-2.6B, random weights",
             **environment(world.device),
         }
         if world.device.type == "cuda":
@@ -234,6 +250,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="*", metavar="PATTERN,...")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--micro-rows", type=parse_micro_rows, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--device")

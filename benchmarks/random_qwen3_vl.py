@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from unittest import mock
 import torch
 import transformers
 from qwen3_vl_needs import ANSWERS, SIZES
-from random_stages import SEED
+from random_stages import SEED, accumulation_of, micro_batch_rows
 from seed_in_place import TEXT, VISION
 from transformers.initialization import no_init_weights
 
 from mmmamba_cli.data import IGNORE_INDEX, ModelBatch, StepBatches
+from mmmamba_cli.data.holistic_collator import assign_rows
 from mmmamba_cli.distill.in_place_pair import InPlacePair, check_head, replace_parameters
+from mmmamba_cli.distill.micro_batches import stage_accumulation
 from mmmamba_cli.distill.model_pair import ModelPair
 from mmmamba_cli.distill.parallelize import ParallelPlan, parallelize
 from mmmamba_cli.distill.stage_memory import MicroBatchSize, StageMemory, estimate_memory
@@ -80,13 +82,15 @@ _initial_value = functools.cache(mixer_in_place.new_value)
 class QwenSetup:
     """A stage of a Qwen3-VL of `size` ("2B", "4B", "8B") to train for a few steps.
 
-    A step has `rows` micro batches of one row. `changes` are of the recipe's stage.
+    A step has `rows` rows, `micro_rows` of them in a micro batch, a number or "auto". `changes` are
+    of the recipe's stage.
     """
 
     size: str
     stage: str
     changes: dict[str, Any]
     rows: int
+    micro_rows: int | str
     length: int
     steps: int
     folder: Path
@@ -153,7 +157,10 @@ def make_job(setup: QwenSetup, world: World) -> tuple[TrainingJob, StageMemory]:
     trainable, _ = shapes.trainable(stage)
     before = trained_before(recipe, recipe.stages[_index(recipe, setup.stage)], shapes)
     answers = min(ANSWERS, setup.length // (2 * PICTURES))
-    memory = estimate_memory(shapes, stage, MicroBatchSize(1, setup.length, answers), before)
+    loader = BatchesInMemory(config, setup, stage, answers, world.device)
+    rows = max(micro_batch_rows(loader.step(0)))
+    size = MicroBatchSize(rows, setup.length, rows * answers)
+    memory = estimate_memory(shapes, stage, size, before)
     torch.manual_seed(SEED)
     dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
     teacher = random_teacher(config, world.device, dtype)
@@ -164,7 +171,7 @@ def make_job(setup: QwenSetup, world: World) -> tuple[TrainingJob, StageMemory]:
         pair=pair,
         objective=objective,
         gradients=parallelize(pair, objective, ParallelPlan("replicate"), world),
-        loader=BatchesInMemory(config, setup, answers, world.device),  # type: ignore[arg-type]
+        loader=loader,  # type: ignore[arg-type]
         held_out=None,
         max_bad_share=0.0,
         seed=SEED,
@@ -184,7 +191,7 @@ def _stage(recipe: Recipe, setup: QwenSetup, world: World) -> Stage:
     changes: dict[str, Any] = {
         "steps": setup.steps,
         "batch_size": setup.rows,
-        "accumulation": setup.rows,
+        "accumulation": accumulation_of(setup.rows, setup.micro_rows, 1),
         "max_length": setup.length,
         "evaluate_every": None,
         "save_every": None,
@@ -199,16 +206,39 @@ def _stage(recipe: Recipe, setup: QwenSetup, world: World) -> Stage:
 class BatchesInMemory:
     """A `StepLoader` of the same rows in each step, made beforehand: nothing waits for data."""
 
-    def __init__(self, config: Any, setup: QwenSetup, answers: int, device: torch.device):
+    def __init__(
+        self, config: Any, setup: QwenSetup, stage: Stage, answers: int, device: torch.device
+    ):
         rng = torch.Generator().manual_seed(SEED)
-        rows = (make_row(config, setup.length, answers, rng) for _ in range(setup.rows))
+        self._num_rows = setup.rows
+        # The loader divides the rows of a step by their lengths.
+        lengths = [[range(setup.length)] for _ in range(setup.rows)]
+        parts = assign_rows(lengths, 0, 1, stage_accumulation(stage))
+        micros = (
+            join_rows([make_row(config, setup.length, answers, rng) for _ in part])
+            for part in parts
+        )
         is_gpu = device.type == "cuda"
-        self._rows = tuple(row.pin_memory() if is_gpu else row for row in rows)
+        self._micros = tuple(micro.pin_memory() if is_gpu else micro for micro in micros)
+
+    def step(self, step: int) -> StepBatches:
+        """The batches of one step."""
+        return StepBatches(step, self._micros, (), self._num_rows)
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         """The batches of steps `first` to `stop` - 1."""
-        for step in range(first, stop):
-            yield StepBatches(step, self._rows, (), len(self._rows))
+        yield from map(self.step, range(first, stop))
+
+
+def join_rows(rows: Sequence[ModelBatch]) -> ModelBatch:
+    """A micro batch of rows of equal length, with their pictures in order."""
+    return ModelBatch(
+        {name: torch.cat([row.inputs[name] for row in rows]) for name in rows[0].inputs},
+        torch.cat([row.labels for row in rows]),
+        num_samples=len(rows),
+        num_tokens=sum(row.num_tokens for row in rows),
+        names=tuple(name for row in rows for name in row.names),
+    )
 
 
 def make_row(config: Any, length: int, answers: int, rng: torch.Generator) -> ModelBatch:

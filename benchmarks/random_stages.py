@@ -6,6 +6,7 @@ long enough that every row has the full length; nothing is written but the state
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -30,8 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 import mmmamba_cli
 from mmmamba_cli.architecture import LINEAR, default_mixer
 from mmmamba_cli.checkpoint import hovle
-from mmmamba_cli.data import StepLoader, open_corpus
+from mmmamba_cli.data import StepBatches, StepLoader, open_corpus
 from mmmamba_cli.distill import trainer
+from mmmamba_cli.distill.micro_batches import stage_accumulation
 from mmmamba_cli.distill.objective import build_objective
 from mmmamba_cli.distill.parallelize import parallelize, plan_parallel
 from mmmamba_cli.distill.trainer import Stopped, TrainingJob, steps_read_late
@@ -50,6 +52,8 @@ HOST_CALLS = {
     "wait": ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"),
 }
 NCCL = "nccl"
+# Rows of a micro batch as the recipe has them: `accumulation: auto`.
+AUTO = "auto"
 
 Result = TypeVar("Result")
 
@@ -58,8 +62,8 @@ Result = TypeVar("Result")
 class StageSetup:
     """A stage to train for a few steps; it is sent to processes.
 
-    `rows` are those of a global step, `micro_rows` those of a micro batch of one process.
-    `checkpointing` None is that of the recipe.
+    `rows` are those of a global step, `micro_rows` those of a micro batch of one process, a number
+    or `AUTO`. `checkpointing` None is that of the recipe.
     """
 
     stage: str
@@ -68,7 +72,7 @@ class StageSetup:
     steps: int
     texts: Path
     folder: Path
-    micro_rows: int = 1
+    micro_rows: int | str = AUTO
     parallel: str = "auto"
     checkpointing: bool | str | None = None
     tiny: bool = False
@@ -79,6 +83,25 @@ class StageSetup:
     is_killed: bool = False
     # When training stops, on the clock of `time.time`, which processes share.
     deadline: float = math.inf
+
+
+def parse_micro_rows(text: str) -> int | str:
+    """The value of --micro-rows: a number from 1 on, or `AUTO`."""
+    if text == AUTO or (text.isdecimal() and int(text)):
+        return text if text == AUTO else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1, or {AUTO}")
+
+
+def accumulation_of(rows: int, micro_rows: int | str, processes: int) -> int | str:
+    """`accumulation` of a stage whose steps have `rows` rows, of which a micro batch has some."""
+    if micro_rows == AUTO:
+        return AUTO
+    return max(1, rows // (processes * int(micro_rows)))
+
+
+def micro_batch_rows(batches: StepBatches) -> list[int]:
+    """Rows of each micro batch of a step."""
+    return [len(micro.labels) for micro in batches.micro_batches]
 
 
 def shapes(tiny: bool) -> dict[str, Any]:
@@ -112,7 +135,7 @@ def make_job(setup: StageSetup, world: World) -> tuple[TrainingJob, str]:
     changes: dict[str, Any] = {
         "steps": setup.steps,
         "batch_size": setup.rows,
-        "accumulation": max(1, setup.rows // (world.size * setup.micro_rows)),
+        "accumulation": accumulation_of(setup.rows, setup.micro_rows, world.size),
         "max_length": setup.length,
         "evaluate_every": None,
         "save_every": setup.save_every,
@@ -132,7 +155,7 @@ def make_job(setup: StageSetup, world: World) -> tuple[TrainingJob, str]:
         open_corpus(str(setup.texts), None),
         processor_from_hovle(raw, TOKENIZER),
         batch_size=stage.batch_size,
-        accumulation=stage.accumulation,
+        accumulation=stage_accumulation(stage),
         max_length=setup.length,
         seed=SEED,
         workers=setup.workers,

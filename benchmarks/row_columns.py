@@ -17,45 +17,60 @@ from pathlib import Path
 
 import numpy as np
 
+from mmmamba_cli.data import Accumulation, ColumnLimit
 from mmmamba_cli.data.holistic_collator import assign_rows, make_rows
+from mmmamba_cli.distill.micro_batches import MAX_KL_COLUMNS, MAX_LAYER_COLUMNS
 
 RESULT = Path(__file__).parent / "results/row_columns.json"
-BATCH_SIZE, STEPS, SEED = 64, 50, 0
+STEPS, SEED = 50, 0
 # Shares of conversations without, with one and with several pictures.
 SHARES = (0.2, 0.6, 0.2)
-# (longest row, accumulation) of steps; the first are those of qwen3-vl-* and smolvlm-hybrid.
-SHAPES = ((4096, 16), (4096, 4), (4096, 1), (2048, 8))
+LAYERS, KL = ColumnLimit(MAX_LAYER_COLUMNS), ColumnLimit(MAX_KL_COLUMNS)
+# (longest row, conversations, accumulation) of steps: the first of each length are those of
+# qwen3-vl-*, smolvlm-hybrid, and stages 1 and 3 of mmmamba-linear.
+SHAPES: tuple[tuple[int, int, Accumulation], ...] = (
+    *((4096, 64, number) for number in (16, LAYERS, KL, 4, 1)),
+    *((2048, 64, number) for number in (8, LAYERS, KL)),
+    *((8192, *shape) for shape in ((128, LAYERS), (64, KL), (128, 1), (64, 1))),
+)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Averages over steps; `largest_micro_batch` in columns, over all steps."""
+    """Averages over steps; `largest_micro_batch` in columns, over all steps.
+
+    `accumulation` with its limit of columns where it is auto.
+    """
 
     max_length: int
-    accumulation: int
+    batch_size: int
+    accumulation: int | str
     batching: str
+    micro_batches: float
     columns_per_token: float
     pairs_per_token: float
     largest_micro_batch: int
 
 
-def draw_lengths(rng: np.random.Generator, max_length: int) -> list[range]:
+def draw_lengths(rng: np.random.Generator, max_length: int, batch_size: int) -> list[range]:
     """Conversations of a step: ranges, whose `len` is a number of tokens."""
-    text = rng.lognormal(5, 0.9, BATCH_SIZE)
-    kinds = rng.choice(3, BATCH_SIZE, p=SHARES)
-    one, several = rng.integers(64, 1025, BATCH_SIZE), rng.integers(500, 3000, BATCH_SIZE)
-    pictures = np.choose(kinds, (np.zeros(BATCH_SIZE, dtype=int), one, several))
+    text = rng.lognormal(5, 0.9, batch_size)
+    kinds = rng.choice(3, batch_size, p=SHARES)
+    one, several = rng.integers(64, 1025, batch_size), rng.integers(500, 3000, batch_size)
+    pictures = np.choose(kinds, (np.zeros(batch_size, dtype=int), one, several))
     return [range(int(length)) for length in np.clip(text + pictures, 16, max_length)]
 
 
-def count(max_length: int, accumulation: int, batching: str) -> Counts:
+def count(max_length: int, batch_size: int, accumulation: Accumulation, batching: str) -> Counts:
     rng = np.random.default_rng(SEED)
-    tokens = columns = pairs = largest = 0
+    tokens = columns = pairs = largest = micro_batches = 0
     for _ in range(STEPS):
-        samples = draw_lengths(rng, max_length)
+        samples = draw_lengths(rng, max_length, batch_size)
         tokens += sum(map(len, samples))
         rows = make_rows(samples, batching, max_length)
-        for micro in assign_rows(rows, 0, 1, accumulation):
+        micros = assign_rows(rows, 0, 1, accumulation)
+        micro_batches += len(micros)
+        for micro in micros:
             longest = max((sum(map(len, row)) for row in micro), default=1)
             shown = max(len(micro), 1)
             columns += shown * longest
@@ -63,8 +78,10 @@ def count(max_length: int, accumulation: int, batching: str) -> Counts:
             largest = max(largest, shown * longest)
     return Counts(
         max_length,
-        accumulation,
+        batch_size,
+        accumulation if isinstance(accumulation, int) else f"auto ({accumulation.columns:,})",
         batching,
+        micro_batches / STEPS,
         round(columns / tokens, 3),
         round(pairs / tokens),
         largest,
@@ -76,7 +93,7 @@ def main() -> None:
         count(*shape, batching) for shape in SHAPES for batching in ("padded", "bucketed", "packed")
     ]
     record = {
-        "what": "columns and pairs of columns of 50 steps of 64 conversations of random lengths",
+        "what": "columns and pairs of columns of 50 steps of conversations of random lengths",
         "command": "python benchmarks/row_columns.py",
         "date": "2026-11-30",
         "device": "counted, not timed",
@@ -88,7 +105,8 @@ def main() -> None:
     for one in found:
         print(
             f"| {one.accumulation} | {one.batching} | {one.columns_per_token:.2f} | "
-            f"{one.pairs_per_token:,} | {one.largest_micro_batch:,} | {one.max_length}"
+            f"{one.pairs_per_token:,} | {one.largest_micro_batch:,} | {one.micro_batches} | "
+            f"{one.max_length} | {one.batch_size}"
         )
 
 

@@ -1,16 +1,18 @@
 """Distillation on one, two, four and eight GPUs: strong and weak scaling, restarts, evaluation.
 
     python benchmarks/scale_distill.py [--only stage1,stage2,stage3] [--gpus 1,2] [--rows 8]
-        [--weak 8] [--parallel auto] [--steps 8] [--minutes 9] [--out FILE] [--picture FILE]
+        [--weak 8] [--micro-rows auto] [--parallel auto] [--steps 8] [--minutes 9] [--out FILE]
+        [--picture FILE]
     python benchmarks/scale_distill.py --kill --only stage3 --gpus 2
     python benchmarks/scale_distill.py --eval MODEL --suite scenes --gpus 1,2
 
 Random weights in HoVLE-2.6B's shapes and random texts of --length tokens a row; trainer, loader and
 processes are those of `mmmamba distill --gpus N`. --rows are the rows of a global step on every
-number of GPUs (strong scaling), --weak those of each GPU (weak scaling); one row is a micro batch.
-The losses of all numbers of GPUs with the same rows must agree. --kill kills one process in the
-middle, starts all again from the last state, and compares losses with an undisturbed training.
---eval evaluates a checkpoint on each number of GPUs and compares the files.
+number of GPUs (strong scaling), --weak those of each GPU (weak scaling). A micro batch has as many
+as the recipe gives it, or --micro-rows, for example 1. The losses of all numbers of GPUs with the
+same rows must agree. --kill kills one process in the middle, starts all again from the last state,
+and compares losses with an undisturbed training. --eval evaluates a checkpoint on each number of
+GPUs and compares the files.
 
 A part that is in --out already is not repeated (--again repeats it). None is begun after --minutes,
 and one that runs then stops after its step and is left out, so that several calls fill one file.
@@ -38,6 +40,7 @@ from typing import Any
 
 import torch
 from random_stages import (
+    AUTO,
     GIB,
     HostCollectives,
     StageSetup,
@@ -46,6 +49,8 @@ from random_stages import (
     attempt,
     environment,
     make_job,
+    micro_batch_rows,
+    parse_micro_rows,
     timed_steps,
     write_result,
     write_texts,
@@ -70,16 +75,21 @@ STOPPED = "stopped"
 
 @dataclass(frozen=True)
 class Part:
-    """One training: a stage on a number of GPUs with the rows of a global step."""
+    """One training: a stage on a number of GPUs with the rows of a global step.
+
+    `micro_rows` as in `StageSetup`.
+    """
 
     stage: str
     gpus: int
     rows: int
     parallel: str
+    micro_rows: int | str = AUTO
 
     @property
     def name(self) -> str:
-        return f"{self.stage}-{self.gpus}-gpus-{self.rows}-rows-{self.parallel}"
+        size = f"{self.gpus}-gpus-{self.rows}-rows"
+        return f"{self.stage}-{size}-{self.parallel}-micro-{self.micro_rows}"
 
 
 def train_part(setup: StageSetup) -> dict[str, Any]:
@@ -113,6 +123,7 @@ def train_part(setup: StageSetup) -> dict[str, Any]:
         rates = [results[step].tokens_per_second for step in timed] if results else [0.0]
         found: dict[str, Any] = {
             "mode": mode,
+            "micro_batch_rows": micro_batch_rows(job.loader.step(0)),
             "losses": [result.loss for result in results],
             "tokens_per_second": round(statistics.median(rates)),
             "tokens_per_second_range": [round(min(rates)), round(max(rates))],
@@ -203,7 +214,7 @@ def run_part(given: argparse.Namespace, part: Part, work: Path, deadline: float)
         steps=2 * KILL_AT if given.kill else given.steps,
         texts=texts,
         folder=work / part.name,
-        micro_rows=min(given.micro_rows, max(1, part.rows // part.gpus)),
+        micro_rows=part.micro_rows,
         parallel=part.parallel,
         tiny=given.tiny,
         device=given.device,
@@ -254,13 +265,15 @@ def ratios(parts: dict[str, Any]) -> list[dict[str, Any]]:
     strong, weak = defaultdict(list), defaultdict(list)
     modes = {part["parallel"] for part in parts.values() if part["gpus"] > 1}
     for part in parts.values():
+        # A part of an older file had one row in a micro batch.
+        micro = str(part.get("micro_rows", 1))
         # One process has nothing to divide, and is the base of every mode.
         for mode in modes if part["gpus"] == 1 else [part["parallel"]]:
-            strong[part["stage"], part["rows"], mode].append(part)
-            weak[part["stage"], part["rows"] // part["gpus"], mode].append(part)
+            strong[part["stage"], part["rows"], mode, micro].append(part)
+            weak[part["stage"], part["rows"] // part["gpus"], mode, micro].append(part)
     found = []
     for kind, groups in (("strong", strong), ("weak", weak)):
-        for (stage, rows, parallel), members in sorted(groups.items()):
+        for (stage, rows, parallel, micro), members in sorted(groups.items()):
             first, *others = sorted(members, key=lambda one: one["gpus"])
             for one in others:
                 ratio = one["tokens_per_second"] / first["tokens_per_second"]
@@ -268,6 +281,7 @@ def ratios(parts: dict[str, Any]) -> list[dict[str, Any]]:
                     "scaling": kind,
                     "stage": stage,
                     "parallel": parallel,
+                    "micro_rows": micro,
                     "rows" if kind == "strong" else "rows_per_gpu": rows,
                     "gpus": [first["gpus"], one["gpus"]],
                     "speed_ratio": round(ratio, 3),
@@ -330,7 +344,10 @@ def parts_of(given: argparse.Namespace, counts: Sequence[int]) -> list[Part]:
             sizes = [(n, rows) for rows in numbers(given.rows) for n in counts if rows >= n]
             sizes += [(n, n * rows) for rows in numbers(given.weak) for n in counts]
             sizes = [(n, rows) for n, rows in sizes if n > 1 or not given.kill]
-            found += [Part(stage, n, rows, mode if n > 1 else "auto") for n, rows in sizes]
+            found += [
+                Part(stage, n, rows, mode if n > 1 else "auto", given.micro_rows)
+                for n, rows in sizes
+            ]
     return list(dict.fromkeys(found))
 
 
@@ -353,7 +370,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", default="1,2")
     parser.add_argument("--rows", default="8")
     parser.add_argument("--weak", default="")
-    parser.add_argument("--micro-rows", type=int, default=1)
+    parser.add_argument("--micro-rows", type=parse_micro_rows, default=AUTO)
     parser.add_argument("--parallel", default="auto")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=8)

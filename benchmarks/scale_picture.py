@@ -22,15 +22,17 @@ def draw(result: dict[str, Any], file: Path) -> None:
             if row["scaling"] == kind:
                 per = row.get("rows", row.get("rows_per_gpu"))
                 base, gpus = row["gpus"]
-                lines[row["stage"], per, base].append((gpus, row["speed_ratio"] * base))
+                key = row["stage"], per, base, row.get("micro_rows", "auto")
+                lines[key].append((gpus, row["speed_ratio"] * base))
         widest = max((gpus for points in lines.values() for gpus, _ in points), default=2)
         axes.plot([1, widest], [1, widest], color=INK, linewidth=1, linestyle=":", label="linear")
-        for (stage, per, base), points in sorted(lines.items()):
+        for (stage, per, base, micro), points in sorted(lines.items()):
             unit = "rows a step" if kind == "strong" else "rows a GPU"
             colour = COLOURS[int(stage.removeprefix("stage")) % len(COLOURS)]
             style = "-" if per <= 8 else "--"
             line = [(base, base), *sorted(points)]
             label = f"{stage}, {per} {unit}"
+            label += "" if micro == "auto" else f", {micro} a micro batch"
             axes.plot(*zip(*line, strict=True), style, marker="o", color=colour, label=label)
         axes.set(title=f"{kind} scaling", xlabel="GPUs", xticks=[1, 2, 4, 8][: widest.bit_length()])
         axes.grid(color=RULES)

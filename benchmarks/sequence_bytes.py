@@ -49,7 +49,8 @@ def memory(shapes: StageShapes, length: int) -> dict[str, float]:
     for stage in load_recipe("mmmamba-linear").stages:
         size = MicroBatchSize(rows=1, columns=length, scored=length)
         for recomputes in (True, False) if stage.loss == "kl" else (True,):
-            chosen = stage.model_copy(update={"checkpointing": recomputes})
+            changes = {"checkpointing": recomputes, "accumulation": 1}
+            chosen = stage.model_copy(update=changes)
             name = stage.name if recomputes else f"{stage.name}, nothing recomputed"
             found[name] = round(estimate_memory(shapes, chosen, size).total / GIB, 1)
     return found

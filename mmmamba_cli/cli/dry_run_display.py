@@ -80,6 +80,7 @@ def _print_time_and_disk(report: DryRun) -> None:
     rows = [
         ["steps", *each(lambda one: f"{one.stage.steps:,}")],
         ["samples a step", *each(lambda one: f"{one.stage.batch_size:,}")],
+        ["micro batches, first step", *each(lambda one: f"{one.batch.micro_batches:,}")],
         ["tokens, all steps", *each(lambda one: f"{one.tokens:,}")],
         ["tokens a second", *each(_rate)],
         ["time", *each(lambda one: _duration(one.seconds))],

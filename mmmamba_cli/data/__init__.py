@@ -15,6 +15,7 @@ from mmmamba_cli.data.corpus_options import (
 from mmmamba_cli.data.data_report import MAX_NAMED, DataReport, check_data, samples_to_check
 from mmmamba_cli.data.fingerprint import Fingerprint, fingerprint
 from mmmamba_cli.data.generated_corpus import HELD_OUT, CorpusSpec, GeneratedCorpus, SampleGenerator
+from mmmamba_cli.data.holistic_collator import Accumulation, ColumnLimit
 from mmmamba_cli.data.index_builder import build_index
 from mmmamba_cli.data.index_files import (
     FoundIndex,
@@ -36,8 +37,10 @@ __all__ = [
     "HELD_OUT",
     "IGNORE_INDEX",
     "MAX_NAMED",
+    "Accumulation",
     "BadSample",
     "Batch",
+    "ColumnLimit",
     "Corpus",
     "CorpusOption",
     "CorpusPart",

@@ -6,7 +6,7 @@ Legend: B rows, T columns of a micro batch.
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -23,6 +23,22 @@ from mmmamba_cli.processing import ImageProcessor, TrainingProcessor
 
 SizedT = TypeVar("SizedT", bound=Sized)
 Row = list[EncodedSample]
+
+
+@dataclass(frozen=True)
+class ColumnLimit:
+    """As few micro batches in a step as leave at most `columns` columns in each of them.
+
+    Columns are those of all its rows with padding. A longer row is a micro batch alone. The number
+    of micro batches follows from the lengths of the rows of the global batch and from the number of
+    processes: it is the same for all processes, and may differ from step to step.
+    """
+
+    columns: int
+
+
+# Micro batches of a step on each process: their number, or a limit of their size.
+Accumulation = int | ColumnLimit
 
 
 def make_rows(samples: Sequence[SizedT], batching: str, max_length: int) -> list[list[SizedT]]:
@@ -51,16 +67,19 @@ def make_rows(samples: Sequence[SizedT], batching: str, max_length: int) -> list
 
 
 def assign_rows(
-    rows: Sequence[list[SizedT]], rank: int, world_size: int, accumulation: int
+    rows: Sequence[list[SizedT]], rank: int, world_size: int, accumulation: Accumulation
 ) -> list[list[list[SizedT]]]:
-    """Assign contiguous rows to the `accumulation` micro batches of process `rank`.
+    """Assign contiguous rows to the micro batches of process `rank`.
 
     Minimises the largest micro batch, counted in tokens with padding: it bounds the time of a step
     and the peak memory. If there are fewer rows than micro batches, the last ones are empty.
     """
-    parts = world_size * accumulation
+    parts = world_size * count_micro_batches(rows, world_size, accumulation)
     lengths = [_row_length(row) for row in rows]
     fits, largest = max(lengths, default=0), len(rows) * max(lengths, default=0)
+    if isinstance(accumulation, ColumnLimit):
+        # A row above the limit is alone, and the other micro batches are as small as can be.
+        fits, largest = 1, min(largest, accumulation.columns)
     while fits < largest:
         middle = (fits + largest) // 2
         if len(_ends(lengths, parts, middle)) <= parts:
@@ -73,10 +92,22 @@ def assign_rows(
     return cut[rank::world_size]
 
 
+def count_micro_batches(
+    rows: Sequence[Sequence[Sized]], world_size: int, accumulation: Accumulation
+) -> int:
+    """The number of micro batches of each process for the rows of a global batch."""
+    if isinstance(accumulation, int):
+        return accumulation
+    # Greedy parts are the fewest, because a part never has more columns than one that includes it.
+    parts = len(_ends([_row_length(row) for row in rows], 1, accumulation.columns))
+    return -(-parts // world_size)
+
+
 def _ends(lengths: Sequence[int], parts: int, limit: int) -> list[int]:
     """End indices of greedy parts of at most `limit` tokens with padding each.
 
-    Each part leaves at least one row for every later part, so that no part is empty needlessly.
+    A longer row is a part alone. Each part leaves at least one row for every later part, so that no
+    part is empty needlessly.
     """
     ends: list[int] = []
     start = longest = 0

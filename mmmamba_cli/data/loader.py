@@ -19,7 +19,12 @@ from mmmamba_cli.data.batch import BadSample, StepBatches, bad_sample
 from mmmamba_cli.data.collator import Encoded, make_collator
 from mmmamba_cli.data.corpus import Corpus, CorpusPart
 from mmmamba_cli.data.generated_corpus import ENDLESS, GeneratedCorpus
-from mmmamba_cli.data.holistic_collator import assign_rows, make_rows
+from mmmamba_cli.data.holistic_collator import (
+    Accumulation,
+    assign_rows,
+    count_micro_batches,
+    make_rows,
+)
 from mmmamba_cli.data.parallel_map import map_in_workers
 from mmmamba_cli.data.sample_index import SampleIndex
 from mmmamba_cli.errors import DataError
@@ -105,12 +110,12 @@ class StepLoader:
 
     With a `TeacherProcessor` micro batches are `ModelBatch`es, else `Batch`es.
 
-    A global batch has `batch_size` samples; each process gets its share in `accumulation` micro
-    batches. `workers` is the number of worker processes that prepare steps ahead; 0 prepares each
-    step on demand, with the same batches. `pin_memory` is for batches that go to a GPU. With
-    `single_pass` the stream ends after one pass over the corpus, and the last step holds the
-    remaining samples. `index` is that of the corpus for the same processor and `max_tiles`: each
-    process then encodes only its share of a batch.
+    A global batch has `batch_size` samples; each process gets its share in as many micro batches as
+    `accumulation` says, a number or a `ColumnLimit`. `workers` is the number of worker processes
+    that prepare steps ahead; 0 prepares each step on demand, with the same batches. `pin_memory` is
+    for batches that go to a GPU. With `single_pass` the stream ends after one pass over the corpus,
+    and the last step holds the remaining samples. `index` is that of the corpus for the same
+    processor and `max_tiles`: each process then encodes only its share of a batch.
     """
 
     def __init__(
@@ -119,7 +124,7 @@ class StepLoader:
         processor: TrainingProcessor | TeacherProcessor,
         *,
         batch_size: int,
-        accumulation: int = 1,
+        accumulation: Accumulation = 1,
         max_length: int,
         batching: str = "bucketed",
         shuffle: bool = True,
@@ -189,14 +194,22 @@ class StepLoader:
 
     def prepare(self, step: int) -> StepBatches:
         """The batches of one step as a loader process makes them: pictures cannot be drawn yet."""
-        planned, bad = self._plan(step)
-        rows = make_rows(planned, self.batching, self._collator.max_length)
+        rows, bad = self._rows(step)
         micro = []
         for part in assign_rows(rows, self.rank, self.world_size, self.accumulation):
             batch, unusable = self._collate(part)
             micro.append(batch)
             bad += unusable
         return StepBatches(step, tuple(micro), tuple(bad), len(self._numbers(step)))
+
+    def count_micro_batches(self, step: int) -> int:
+        """The number of micro batches of each process in a step; it reads the step's texts."""
+        return count_micro_batches(self._rows(step)[0], self.world_size, self.accumulation)
+
+    def _rows(self, step: int) -> tuple[list[list[Planned]], list[BadSample]]:
+        """The rows of the global batch of a step, and samples that all processes find to be bad."""
+        planned, bad = self._plan(step)
+        return make_rows(planned, self.batching, self._collator.max_length), bad
 
     def _numbers(self, step: int) -> range:
         """Positions of a step's samples in the stream."""

@@ -17,6 +17,7 @@ from mmmamba_cli.data import StepBatches, StepLoader
 from mmmamba_cli.devices import free_cpu_memory
 from mmmamba_cli.distill.dry_run_result import DryRun, Learning, StageForecast
 from mmmamba_cli.distill.first_batch import describe_first_batch
+from mmmamba_cli.distill.micro_batches import rows_at_most
 from mmmamba_cli.distill.pipeline import (
     check_mixers,
     check_plan,
@@ -156,7 +157,10 @@ def _forecast(context: _Context, stage: Stage, shapes: StageShapes) -> StageFore
     batch = describe_first_batch(stage, loader, batches, context.tokenizer, context.holistic_vision)
     before = trained_before(recipe, stage, shapes)
     max_length = stage.max_length or stage_data(recipe.data, stage).max_length
-    rows = -(-stage.batch_size // (stage.accumulation * options.processes))
+    rows = rows_at_most(stage, max_length, options.processes)
+    if batch.batching == "packed" and stage.accumulation != "auto":
+        # Packed rows are as many as in this batch, since samples fill them.
+        rows = batch.largest.rows
     longest = batch.at_length(max_length, rows)
     return StageForecast(
         stage=stage,

@@ -19,6 +19,7 @@ class FirstBatch:
         samples, tokens, answer_tokens: of all its micro batches, without padding.
         rows: the rows of the first micro batch as text.
         bad: `name: reason` of samples that could not be read.
+        micro_batches: their number.
         largest: size of its largest micro batch, with padding.
         batching: how its rows are made, `packed`, `bucketed` or `padded`.
     """
@@ -28,15 +29,12 @@ class FirstBatch:
     answer_tokens: int
     rows: tuple[RowText, ...]
     bad: tuple[str, ...]
+    micro_batches: int
     largest: MicroBatchSize
     batching: str
 
     def at_length(self, length: int, rows: int) -> MicroBatchSize:
-        """The size of a micro batch of `rows` rows of `length` columns.
-
-        Packed rows are as many as here, since samples fill them.
-        """
-        rows = self.largest.rows if self.batching == "packed" else rows
+        """The size of a micro batch of `rows` rows of `length` columns."""
         columns = max(length, self.largest.columns)
         share = self.largest.scored / self.largest.tokens
         return MicroBatchSize(rows, columns, round(share * rows * columns))
@@ -75,6 +73,7 @@ def describe_first_batch(
         answer_tokens=sum(int((micro.labels != IGNORE_INDEX).sum()) for micro in micros),
         rows=tuple(rows_as_text(micros[0], tokenizer)),
         bad=bad,
+        micro_batches=len(batches.micro_batches),
         largest=max(sizes, key=lambda size: size.tokens),
         batching=loader.batching,
     )

@@ -8,14 +8,17 @@ from mmmamba_cli.recipe import Recipe, Stage
 
 
 def out_of_memory_error(
-    stage: Stage, recipe: Recipe, progress: Progress, error: Exception
+    stage: Stage, recipe: Recipe, progress: Progress, error: Exception, micro_batches: int
 ) -> DeviceMemoryError:
-    """An error that names the three settings that reduce memory most, with values to try."""
+    """An error that names the three settings that reduce memory most, with values to try.
+
+    `micro_batches` is their number in the step that failed.
+    """
     length = stage.max_length or recipe.data.max_length
     name = f"stages.{stage.name}"
     remedies = []
     # The next larger number of micro batches that divides the batch.
-    more = range(max(stage.accumulation * 2, stage.accumulation + 1), stage.batch_size + 1)
+    more = range(2 * micro_batches, stage.batch_size + 1)
     accumulation = next((n for n in more if stage.batch_size % n == 0), None)
     if accumulation is not None:
         remedies.append(f"--set {name}.accumulation={accumulation}")

@@ -2,7 +2,7 @@
 
 Activation checkpointing (Chen et al., arXiv 1604.06174) keeps the input of a layer only, and runs
 the layer again in the backward pass. Before the first step, its largest micro batch runs with every
-layer recomputed, twice if the step has several. That takes the least memory, and shows what each
+layer recomputed, twice if a step has several. That takes the least memory, and shows what each
 layer would keep otherwise, because its second run keeps all of it. Then only as many layers
 recompute as memory needs: the first ones, since the backward pass has released the last ones when
 it reaches them.
@@ -145,6 +145,7 @@ class Recomputation:
         meter: memory of the device; None keeps all activations, as on a CPU.
         log: prints the decision, once and if a larger batch changes it.
         earlier: the decision of a resumed training, which is kept at the same place.
+        varies: whether the number of micro batches differs from step to step.
     """
 
     def __init__(
@@ -154,8 +155,10 @@ class Recomputation:
         meter: MemoryMeter | None,
         log: Callable[[str], None],
         earlier: Decision | None = None,
+        varies: bool = False,
     ):
         self._pair, self._world, self._meter, self._log = pair, world, meter, log
+        self._varies = varies
         self._number = len(pair.checkpointable_layers)
         self._measured: StepMemory | None = None
         self._place = f"{world.device.type if meter is None else meter.name} x {world.size}"
@@ -184,7 +187,7 @@ class Recomputation:
         is_first = self._measured is None
         if is_first:
             # Activations of the second micro batch come on top of gradients of the first.
-            repeats = min(2, len(batches.micro_batches))
+            repeats = 2 if self._varies else min(2, len(batches.micro_batches))
             parts = (largest,) * repeats
             self._measured = self._measure(replace(batches, micro_batches=parts), run)
         if self._measured is None:

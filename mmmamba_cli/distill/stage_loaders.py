@@ -17,6 +17,7 @@ from mmmamba_cli.data import (
     open_corpus,
     read_index,
 )
+from mmmamba_cli.distill.micro_batches import stage_accumulation
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import DataError, RecipeError, RunError
 from mmmamba_cli.processing import TeacherProcessor, TrainingProcessor
@@ -75,7 +76,7 @@ def build_loaders(
             corpus,
             processor,
             batch_size=stage.batch_size,
-            accumulation=stage.accumulation,
+            accumulation=stage_accumulation(stage),
             max_length=stage.max_length or data.max_length,
             batching=data.batching,
             shuffle=shuffle,

@@ -89,7 +89,7 @@ def estimate_memory(
     gradients = FP32_BYTES * elements
     activations = _activations(shapes, stage, size)
     if stage.loss == "kl":
-        # No gradients exist while the first micro batch computes its logits.
+        # No gradients exist while the first micro batch computes its logits. `auto` may have more.
         waiting = gradients if stage.accumulation == 1 else 0
         activations = max(activations, _logits(shapes, stage, size) - waiting)
     return StageMemory(

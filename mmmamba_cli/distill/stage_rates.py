@@ -122,6 +122,8 @@ def measured_rate(
     try:
         result = measure_step(job, batches)
     except torch.OutOfMemoryError as error:
-        raise out_of_memory_error(stage, recipe, Progress(), error) from error
+        raise out_of_memory_error(
+            stage, recipe, Progress(), error, len(batches.micro_batches)
+        ) from error
     source = f"a step on {world.device}"
     return Rate(result.tokens_per_second, source, result.memory_gib)

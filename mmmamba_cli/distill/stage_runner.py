@@ -234,7 +234,8 @@ def _train_with_metrics(
     try:
         return train(job, progress, on_step_end, context.callbacks.should_stop)
     except torch.OutOfMemoryError as error:
-        raise out_of_memory_error(job.stage, context.recipe, progress, error) from error
+        parts = job.loader.count_micro_batches(progress.step)
+        raise out_of_memory_error(job.stage, context.recipe, progress, error, parts) from error
     finally:
         if log is not None:
             log.close()

@@ -214,7 +214,8 @@ def _checkpoint_layers(job: TrainingJob, progress: Progress) -> Recomputation | 
         pair.checkpoint_layers(len(pair.checkpointable_layers) if recomputes else 0)
         return None
     earlier = None if progress.recomputation is None else Decision(**progress.recomputation)
-    found = Recomputation(pair, job.world, _memory_meter(job), job.log, earlier)
+    varies = job.stage.accumulation == "auto"
+    found = Recomputation(pair, job.world, _memory_meter(job), job.log, earlier, varies)
     progress.recomputation = None if found.decision is None else asdict(found.decision)
     return found
 

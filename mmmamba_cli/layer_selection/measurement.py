@@ -12,7 +12,8 @@ import torch
 
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import Checkpoint, parse_dtype
-from mmmamba_cli.data import HELD_OUT, StepLoader, fingerprint, open_corpus
+from mmmamba_cli.data import HELD_OUT, Accumulation, StepLoader, fingerprint, open_corpus
+from mmmamba_cli.distill.micro_batches import stage_accumulation
 from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.teacher_student import TeacherStudent, load_teacher_student
 from mmmamba_cli.distill.trainable import trainable_names
@@ -151,7 +152,7 @@ class Measurement:
             return RestoredAttention(probe, kept)
         stage = self.stage
         loader = self._loader(
-            self._trained_on, stage.batch_size, TRAINING_STREAM, stage.accumulation
+            self._trained_on, stage.batch_size, TRAINING_STREAM, stage_accumulation(stage)
         )
         return TrainedRestoration(probe, kept, self.stage, loader, options.seed)
 
@@ -182,7 +183,7 @@ class Measurement:
         source: str,
         batch_size: int,
         stream: str,
-        accumulation: int = 1,
+        accumulation: Accumulation = 1,
         single_pass: bool = False,
     ) -> StepLoader:
         student = self.run.open_product(self.parent.name)

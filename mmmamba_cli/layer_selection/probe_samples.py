@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmmamba_cli.data import Batch, StepLoader, open_corpus
+from mmmamba_cli.data import Accumulation, Batch, StepLoader, open_corpus
 from mmmamba_cli.distill.kl_loss import LogitsKL
 from mmmamba_cli.distill.layer_losses import count_stack_tokens
 from mmmamba_cli.distill.teacher_student import TeacherStudent
@@ -62,7 +62,7 @@ def build_loader(
     *,
     stream: str,
     batch_size: int,
-    accumulation: int = 1,
+    accumulation: Accumulation = 1,
     max_length: int,
     seed: int,
     single_pass: bool,

@@ -19,6 +19,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 LEARNS_ALLOWED = Allowed(
     "new, new+qkv, or a list of patterns of parameter names, as ['*.mixer.A_log']"
 )
+MAX_ACCUMULATION = 2**20
+ACCUMULATION_ALLOWED = Allowed(f"a whole number at least 1 and at most {MAX_ACCUMULATION}, or auto")
 CHECKPOINTING_ALLOWED = Allowed("true, false or auto")
 STAGE_NAME_ALLOWED = Allowed(
     "a name of lower-case letters, digits, '-' and '_' that begins with a letter"
@@ -37,6 +39,14 @@ def _check_learns(value: Any) -> str | tuple[str, ...]:
     raise invalid_value(f"is {format_value(value)}, must be {LEARNS_ALLOWED.words}")
 
 
+def _check_accumulation(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_ACCUMULATION:
+        return value
+    raise invalid_value(f"is {format_value(value)}, must be {ACCUMULATION_ALLOWED.words}")
+
+
 def _check_checkpointing(value: Any) -> bool | str:
     if isinstance(value, bool) or value == "auto":
         return value
@@ -50,6 +60,9 @@ def _check_stage_name(value: Any) -> str:
     raise invalid_value(f"is {format_value(value)}, must be {STAGE_NAME_ALLOWED.words}")
 
 
+Accumulation = Annotated[
+    int | Literal["auto"], BeforeValidator(_check_accumulation), ACCUMULATION_ALLOWED
+]
 Checkpointing = Annotated[
     bool | Literal["auto"], BeforeValidator(_check_checkpointing), CHECKPOINTING_ALLOWED
 ]
@@ -178,11 +191,10 @@ class Stage(Section):
     )
     schedule: Schedule = Field(default=Schedule(), description="Learning rate over the steps.")
     optimiser: Optimiser = Field(default=Optimiser(), description="AdamW and clipping.")
-    accumulation: int = Field(
+    accumulation: Accumulation = Field(
         default=1,
-        ge=1,
-        le=2**20,
-        description="Parts that a batch is computed in; divides batch_size.",
+        description="Micro batches that the batch of a process is computed in: a number that "
+        "divides batch_size, or auto: in each step as few as the sizes of its rows allow.",
     )
     checkpointing: Checkpointing = Field(
         default=True,
@@ -230,7 +242,7 @@ class Stage(Section):
             raise invalid_value(
                 f"is {self.loss_weights}, must be none or left out: the loss is kl", "loss_weights"
             )
-        if self.batch_size % self.accumulation:
+        if self.accumulation != "auto" and self.batch_size % self.accumulation:
             raise invalid_value(
                 f"is {self.accumulation}, must divide batch_size, which is {self.batch_size}",
                 "accumulation",

@@ -18,6 +18,7 @@ from PIL import Image
 from mmmamba_cli.data import (
     BadSample,
     Batch,
+    ColumnLimit,
     ModelBatch,
     SampleIndex,
     SampleSize,
@@ -128,14 +129,15 @@ def test_each_process_prepares_its_share_of_the_same_batches(
     """Bits, order and bad samples for 1, 2 and 8 processes; samples encoded by each of them."""
     corpus = open_corpus(mixed / "train.jsonl", mixed)
     index = index_of(mixed / "train.jsonl", mixed, processor)
+    numbers = set()
     for world in (1, 2, 8):
         for step in range(3):
             prepared = {"plain": 0, "indexed": 0}
             shares = []
             for rank in range(world):
                 options: dict[str, Any] = {"batching": batching, "rank": rank}
-                options |= {"batch_size": 16, "accumulation": 2, "max_length": MAX_LENGTH}
-                options["world_size"] = world
+                options |= {"batch_size": 16, "max_length": MAX_LENGTH, "world_size": world}
+                options["accumulation"] = ColumnLimit(2 * MAX_LENGTH) if step else 2
                 encodings.clear()
                 expected = StepLoader(corpus, processor, **options).step(step)
                 prepared["plain"] += len(encodings)
@@ -143,6 +145,7 @@ def test_each_process_prepares_its_share_of_the_same_batches(
                 found = StepLoader(corpus, processor, **options, index=index).step(step)
                 prepared["indexed"] += len(encodings)
                 assert same(found, expected)
+                numbers.add(len(found.micro_batches))
                 names = [name for micro in found.micro_batches for name in micro.names]
                 assert sorted(encodings) == sorted(names)
                 shares += names
@@ -150,6 +153,7 @@ def test_each_process_prepares_its_share_of_the_same_batches(
             assert len(shares) == prepared["indexed"] == usable >= 8
             # A sample that is no JSON is not encoded.
             assert world * usable <= prepared["plain"] <= world * 16
+    assert len(numbers) > 2
 
 
 def test_an_index_holds_for_every_maximum_length(

@@ -4,9 +4,9 @@ Arguments: folder, step to stop after (0 for none), and stages as
 label:mode:steps:plan:loss:layout:learns. The label names the folder of the states. The mode is
 "replicate" (in buckets of 4 KiB), "shard", "fused" (sharded, with a fused optimiser and values that
 are read a step late) or "layers" (sharded, gathered and reduced in each micro batch); the layout
-"packed", "padded" or "gaps" (padded, two steps without a readable sample, and one with a loss that
-is not finite on one process); `learns` is as in a recipe, patterns joined by "+". The plan is that
-of `small_model`.
+"packed", "padded", "columns" (micro batches of at most `COLUMNS` columns) or "gaps" (padded, two
+steps without a readable sample, and one with a loss that is not finite on one process); `learns` is
+as in a recipe, patterns joined by "+". The plan is that of `small_model`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from small import IMAGE_ID
-from small_distillation import RandomLoader, make_job
+from small_distillation import RandomLoader, RowLoader, make_job
 from torch import Tensor
 
+from mmmamba_cli.data import ColumnLimit
 from mmmamba_cli.distill import trainer
 from mmmamba_cli.distill.optimiser import build_optimiser, full_tensor
 from mmmamba_cli.distill.parallelize import ParallelPlan
@@ -41,6 +42,7 @@ PLANS = {
     "layers": ParallelPlan("shard", keep_gathered=False),
 }
 BUCKET_BYTES = 4096
+COLUMNS = 16
 # A special token of the small model, which random texts do not contain.
 SPOILED_ID, SPOILED_STEP = 3, 4
 # FSDP2 calls the last two by other names from torch 2.13 on.
@@ -126,6 +128,9 @@ def run(world: World, collectives: Collectives, folder: Path, stage: str, stop_a
         **options,
     )
     job = replace(job, held_out=RandomLoader(IMAGE_ID, 5, 1, world.rank, world.size, seed=9))
+    if layout == "columns":
+        limit = ColumnLimit(COLUMNS)
+        job = replace(job, loader=RowLoader(IMAGE_ID, 6, limit, world.rank, world.size))
     if layout == "gaps":
         for model in (job.pair.teacher, job.pair.student):
             model.model.text_embedding.weight.data[SPOILED_ID] = float("inf")

@@ -11,7 +11,15 @@ import torch
 from small import IMAGE_ID, small_model
 from torch import Tensor
 
-from mmmamba_cli.data import IGNORE_INDEX, BadSample, Batch, StepBatches
+from mmmamba_cli.data import (
+    IGNORE_INDEX,
+    Accumulation,
+    BadSample,
+    Batch,
+    EncodedSample,
+    StepBatches,
+)
+from mmmamba_cli.data.holistic_collator import assign_rows, collate, make_rows
 from mmmamba_cli.distill.objective import build_objective
 from mmmamba_cli.distill.parallelize import ParallelPlan, parallelize
 from mmmamba_cli.distill.teacher_student import TeacherStudent
@@ -135,6 +143,39 @@ class RandomLoader:
             ids, mask = padded(rows)
             return batch_of(ids, mask=mask)
         return packed(rows)
+
+
+class RowLoader(RandomLoader):
+    """The random texts in rows and micro batches as a `StepLoader` makes them.
+
+    `batching` as in a recipe, with rows of at most `ROW_LENGTH` tokens where they are packed.
+    """
+
+    ROW_LENGTH = 16
+
+    def __init__(
+        self,
+        vocabulary: int,
+        batch_size: int,
+        accumulation: Accumulation,
+        rank: int = 0,
+        world_size: int = 1,
+        batching: str = "bucketed",
+    ):
+        super().__init__(vocabulary, batch_size, rank=rank, world_size=world_size)
+        self.micro_batches = accumulation
+        self.batching = batching
+
+    def steps(self, first: int, stop: int) -> Iterable[StepBatches]:
+        for step in range(first, stop):
+            samples = [
+                EncodedSample(f"{step}:{i}", ids.tolist(), [i > 0 for i in range(len(ids))])
+                for i, ids in enumerate(self.samples(step))
+            ]
+            rows = make_rows(samples, self.batching, self.ROW_LENGTH)
+            own = assign_rows(rows, self.rank, self.world_size, self.micro_batches)
+            micro = tuple(collate(part, None, pad_id=0)[0] for part in own)
+            yield StepBatches(step, micro, (), self.batch_size)
 
 
 def packed(rows: Sequence[Tensor]) -> Batch:

@@ -29,10 +29,12 @@ def test_budget_of_a_stage(benchmarks: None, tmp_path: Path) -> None:
     out = tmp_path / "budget.json"
     out.write_text(json.dumps({"stages": {"stage3": {"kept": True}}}))
     words = ["--stages", "stage1", "--rows", "2", "--warmup", "1", "--steps", "3"]
+    words += ["--micro-rows", "1"]
     found = distill_budget.main([*words, "--profiled", "1", *TINY, "--out", str(out)])
     assert json.loads(out.read_text()) == found
     assert found["stages"]["stage3"] == {"kept": True}
     row = found["stages"]["stage1"]
+    assert (row["accumulation"], row["micro_batch_rows"]) == (2, [1, 1])
     assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(2 * 32, rel=0.2)
     host = row["host_seconds"]
     assert set(host) == {*distill_budget.PARTS, "wait for data", "logging", "rest"}
@@ -74,7 +76,9 @@ def test_two_processes_and_one(
     (ratio,) = found["ratios"]
     assert ratio["same_losses"]
     assert (ratio["scaling"], ratio["gpus"], ratio["rows"]) == ("strong", [1, 2], 4)
-    one, two = (found["parts"][f"stage2-{n}-gpus-4-rows-auto"] for n in (1, 2))
+    one, two = (found["parts"][f"stage2-{n}-gpus-4-rows-auto-micro-auto"] for n in (1, 2))
+    # As many as the recipe's `accumulation: auto` gives them.
+    assert (one["micro_batch_rows"], two["micro_batch_rows"]) == ([4], [2])
     assert len(one["losses"]) == len(two["losses"]) == 6
     assert one["losses"][0] != one["losses"][-1]
     assert (one["collectives_per_step"], two["mode"]) == (0, "replicate")
@@ -90,6 +94,7 @@ def test_ratios(benchmarks: None) -> None:
         return {"stage": "stage3", "gpus": gpus, "rows": rows, "parallel": mode} | {
             "tokens_per_second": speed,
             "losses": [1.0, loss],
+            "micro_rows": "auto",
         }
 
     parts = [part(1, 8, 10, 2), part(2, 8, 18, 2.0001, "shard"), part(2, 16, 19, 3, "shard")]
@@ -98,6 +103,11 @@ def test_ratios(benchmarks: None) -> None:
     assert strong["loss_difference"] == pytest.approx(5e-5)
     assert strong["same_losses"]
     assert (weak["scaling"], weak["speed_ratio"], weak["rows_per_gpu"]) == ("weak", 1.9, 8)
+    # Parts of other micro batches are not compared, and those of older files had one row in each.
+    older = {name: value for name, value in parts[2].items() if name != "micro_rows"}
+    ones = [{**parts[0], "micro_rows": 1}, older]
+    assert scale_distill.ratios(dict(enumerate([parts[0], older]))) == []
+    assert [one["micro_rows"] for one in scale_distill.ratios(dict(enumerate(ones)))] == ["1"]
     parts[1]["losses"][1] = 2.1
     assert not scale_distill.ratios(dict(enumerate(parts)))[0]["same_losses"]
 
@@ -108,7 +118,18 @@ def test_models_in_place_beside_hovle(benchmarks: None, tmp_path: Path) -> None:
     out = tmp_path / "in_place.json"
     parts = ["hovle-2.6b-stage2", "qwen3-vl-2b-stage1", "qwen3-vl-8b-stage3-upper"]
     out.write_text(json.dumps({"parts": {parts[0]: {"kept": True}}}))
-    words = ["--rows", "1", "--steps", "1", *TINY[:1], *TINY[3:], "--length", "64"]
+    words = [
+        "--rows",
+        "2",
+        "--micro-rows",
+        "auto",
+        "--steps",
+        "1",
+        *TINY[:1],
+        *TINY[3:],
+        "--length",
+        "64",
+    ]
     words += ["--out", str(out), "--only", ",".join(parts)]
     found = distill_in_place.main(words)
     assert json.loads(out.read_text()) == found
@@ -119,6 +140,7 @@ def test_models_in_place_beside_hovle(benchmarks: None, tmp_path: Path) -> None:
         assert len(row["losses"]) == 5
         assert row["losses"][-1] < row["losses"][0]
         assert row["tokens_per_second"] > 0
+        assert (row["accumulation"], row["micro_batch_rows"]) == ("auto", [2])
         assert row["profiled"]["steps"] == 1
     stage3 = found["parts"][parts[2]]
     assert stage3["learning_parameters"] > found["parts"][parts[1]]["learning_parameters"]
@@ -141,6 +163,13 @@ def test_rows_of_pictures_are_what_the_model_reads(benchmarks: None) -> None:
     assert int(answers.sum()) == 16
     assert not (answers & is_image).any()
     assert torch.equal(row.labels[answers], ids[answers])
+    joined = random_qwen3_vl.join_rows([row, row])
+    assert joined.inputs["input_ids"].shape == (2, 131)
+    assert (joined.num_samples, joined.num_tokens) == (2, 262)
+    assert all(
+        torch.equal(joined.inputs[name], torch.cat((value, value)))
+        for name, value in row.inputs.items()
+    )
 
 
 def test_parts_of_models_in_place(
@@ -256,5 +285,9 @@ def test_parts_and_covered_time(benchmarks: None) -> None:
     given = scale_distill.parse(["--only", "stage1", "--gpus", "1,4", "--weak", "8", "--kill"])
     assert [(p.gpus, p.rows) for p in scale_distill.parts_of(given, [1, 4])] == [(4, 8), (4, 32)]
     assert random_stages.covered([(5, 6), (0, 2), (1, 3), (2, 2.5)]) == 4
-    with pytest.raises(SystemExit):
-        scale_distill.parse(["--steps", "2"])
+    for words in (["--steps", "2"], ["--micro-rows", "0"], ["--micro-rows", "all"]):
+        with pytest.raises(SystemExit):
+            scale_distill.parse(words)
+    assert scale_distill.parse(["--micro-rows", "2"]).micro_rows == 2
+    accumulations = [random_stages.accumulation_of(8, micro, 2) for micro in (1, 2, 8, "auto")]
+    assert accumulations == [4, 2, 1, "auto"]

@@ -95,16 +95,18 @@ def test_layer_losses_hold_one_layer_at_a_time(loss: str, tmp_path: Path) -> Non
 
 def test_out_of_memory_suggests_settings() -> None:
     recipe = load_recipe("mmmamba-linear")
+    assert recipe.stages[2].accumulation == "auto"
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
-    text = str(out_of_memory_error(recipe.stages[2], recipe, Progress(step=7), error))
+    text = str(out_of_memory_error(recipe.stages[2], recipe, Progress(step=7), error, 3))
     assert "stage3 ran out of device memory after step 7: CUDA out of memory" in text
-    assert "--set stages.stage3.accumulation=2" in text
+    # At least twice as many as there were, and a divisor of the batch size, 64.
+    assert "--set stages.stage3.accumulation=8" in text
     assert "--set stages.stage3.max_length=4096" in text
     assert "--set data.max_tiles=6" in text
     one = recipe.stages[0].model_copy(update={"batch_size": 3, "accumulation": 3})
-    assert "accumulation=" not in str(out_of_memory_error(one, recipe, Progress(), error))
+    assert "accumulation=" not in str(out_of_memory_error(one, recipe, Progress(), error, 3))
     auto = recipe.stages[2].model_copy(update={"checkpointing": "auto"})
     assert "--set stages.stage3.checkpointing=true" in str(
-        out_of_memory_error(auto, recipe, Progress(), error)
+        out_of_memory_error(auto, recipe, Progress(), error, 1)
     )
     assert "checkpointing=" not in text

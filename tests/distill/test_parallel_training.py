@@ -22,6 +22,7 @@ STAGES = {
     "head": "6:dwgm:kl:padded:*.mixer.*+*.mlp.*+model.norm.weight+lm_head.*",
     "hidden": "6:dkgw:hidden-alignment:padded:*.mixer.*+*.mlp.*",
     "vision": "6:mmmm:kl:padded:*.mixer.*+model.vision.*",
+    "columns": "6:mmmm:kl:columns:new+qkv",
     "gaps": "8:dwkg:mixer-mse:gaps:new+qkv",
 }
 STEPS = {name: int(stage.partition(":")[0]) for name, stage in STAGES.items()}
@@ -138,11 +139,11 @@ def test_resuming_in_another_mode_on_another_number_of_processes(
     alone: Any, tmp_path: Path
 ) -> None:
     parts = [
-        train(tmp_path, 2, {"mse": "shard", "head": "replicate"}, stop_at=2),
-        train(tmp_path, 4, {"mse": "replicate", "head": "fused"}, stop_at=4),
-        train(tmp_path, 1, {"mse": "shard", "head": "replicate"}),
+        train(tmp_path, 2, {"mse": "shard", "head": "replicate", "columns": "layers"}, stop_at=2),
+        train(tmp_path, 4, {"mse": "replicate", "head": "fused", "columns": "fused"}, stop_at=4),
+        train(tmp_path, 1, {"mse": "shard", "head": "replicate", "columns": "replicate"}),
     ]
-    for stage in ("mse", "head"):
+    for stage in ("mse", "head", "columns"):
         assert [len(part[stage]["steps"]) for part in parts] == [2, 2, STEPS[stage] - 4]
         steps = [row for part in parts for row in part[stage]["steps"]]
         assert_alike(alone[stage], {**parts[-1][stage], "steps": steps})

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import in_place_distillation
 import pytest
@@ -14,6 +15,7 @@ from small import IMAGE_ID
 from small_distillation import ChangedLoader, RandomLoader, equal, make_job, run_job
 
 from mmmamba_cli.data import StepBatches
+from mmmamba_cli.distill import trainer
 from mmmamba_cli.distill.recomputation import (
     GIB,
     CudaMemory,
@@ -234,6 +236,24 @@ def test_peak_memory_is_that_of_this_training(tmp_path: Path) -> None:
     job = make_job(tmp_path, "kl", steps=2, plan="gdam")
     results, _ = run_job(replace(job, memory=EarlierTraining(0)))
     assert [result.memory_gib for result in results] == [MIB / GIB] * 2
+
+
+def test_a_later_step_of_accumulation_auto_may_have_several_micro_batches(tmp_path: Path) -> None:
+    found: list[int] = []
+    accumulate = trainer._accumulate
+
+    def counted(job: TrainingJob, batches: StepBatches) -> Any:
+        found.append(len(batches.micro_batches))
+        return accumulate(job, batches)
+
+    for accumulation in (1, "auto"):
+        log: list[str] = []
+        job = auto_job(tmp_path / str(accumulation), memory_for(2), log, steps=1)
+        stage = job.stage.model_copy(update={"accumulation": accumulation})
+        with mock.patch.object(trainer, "_accumulate", counted):
+            run_job(replace(job, stage=stage))
+    # Each measured, then trained.
+    assert found == [1, 1, 2, 1]
 
 
 def test_what_does_not_fit_recomputes_everything() -> None:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import mmmamba_cli
 from mmmamba_cli.__main__ import main
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.distill import StageCallbacks, Stopped
+from mmmamba_cli.distill import StageCallbacks, Stopped, micro_batches, trainer
 from mmmamba_cli.distill import distill as library_distill
 from mmmamba_cli.distributed import World
 from mmmamba_cli.errors import MmmambaError
@@ -177,10 +177,33 @@ def test_resuming_with_other_settings(work: Path, seeded: Path) -> None:
     assert Run(work / "run").record.current == "stage1"
 
 
-def test_accumulation_may_change_when_resuming(work: Path, seeded: Path) -> None:
+@pytest.mark.parametrize("accumulation", [2, "auto"])
+def test_accumulation_may_change_when_resuming(
+    accumulation: int | str, work: Path, seeded: Path
+) -> None:
     killed_at(work, seeded, "stage1", 2)
-    more = ("--set", "stages.stage1.accumulation=2", "--set", "data.workers=1")
+    more = ("--set", f"stages.stage1.accumulation={accumulation}", "--set", "data.workers=1")
     done(*distill(work, seeded, "--stage", "1", *more))
+
+
+@pytest.mark.parametrize("columns", [50, 10_000])
+def test_out_of_memory_names_more_micro_batches_than_there_were(
+    columns: int, work: Path, seeded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of eight rows has more than 50 columns."""
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "_accumulate", full)
+    monkeypatch.setattr(micro_batches, "MAX_LAYER_COLUMNS", columns)
+    words = ("stages.stage1.accumulation=auto", "stages.stage1.batch_size=8")
+    message = refused(
+        *distill(work, seeded, "--stage", "1", *(x for w in words for x in ("--set", w)))
+    )
+    assert "stage1 ran out of device memory after step 0" in message
+    assert ("stages.stage1.accumulation=2" in message) is (columns == 10_000)
+    assert "stages.stage1.accumulation=4" not in message
 
 
 def test_too_many_unreadable_samples(work: Path, seeded: Path) -> None:

@@ -75,6 +75,24 @@ def test_a_report_writes_nothing(folder: Path) -> None:
     assert report["disk"] == max(peaks) + stages[2]["disk"]["product"]
 
 
+def test_micro_batches_of_accumulation_auto(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows above the limit are alone, here as with a number of 2."""
+    monkeypatch.setattr("mmmamba_cli.distill.micro_batches.MAX_LAYER_COLUMNS", 50)
+    one, two, auto = (
+        dry(folder, "--stage", "1", *LENGTH, "--set", f"stages.stage1.accumulation={number}")
+        for number in (1, 2, "auto")
+    )
+    (whole,), (parts,), (found,) = (report["stages"] for report in (one, two, auto))
+    numbers = [stage["first_batch"]["micro_batches"] for stage in (whole, parts, found)]
+    assert numbers == [1, 2, 2]
+    for memory in ("memory", "memory_at_max_length"):
+        assert found[memory] == parts[memory]
+        assert found[memory]["activations"] < whole[memory]["activations"]
+    words = ("--dry-run", "--stage", "1", *LENGTH, "--set", "stages.stage1.accumulation=auto")
+    (line,) = (x for x in run_distill(folder, *words).stdout.splitlines() if "micro batches," in x)
+    assert line.split() == ["micro", "batches,", "first", "step", "2"]
+
+
 def test_what_learns_is_what_training_says(folder: Path) -> None:
     run = Run(folder / "run")
     models = open_stage_models(run, "seed", None)

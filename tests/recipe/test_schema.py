@@ -81,7 +81,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("batch_size", [0, 2.0, 2**20 + 1]),
         ("lr", [0, -1e-3, 1.1, float("nan"), float("inf"), "1e-3", True, None]),
         ("loss_scale", [0, float("inf")]),
-        ("accumulation", [0, 3]),
+        ("accumulation", [0, 3, -1, 2.0, True, "2", "all", None, 2**20 + 1]),
         ("max_length", [1, 8192.0]),
         ("precision", ["fp16", None]),
         ("loss", ["mse"]),
