@@ -22,7 +22,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
             if row["scaling"] == kind:
                 per = row.get("rows", row.get("rows_per_gpu"))
                 base, gpus = row["gpus"]
-                key = row["stage"], per, base, row.get("micro_rows", "auto")
+                key = row["stage"], per, base, row.get("micro_rows", "1")
                 lines[key].append((gpus, row["speed_ratio"] * base))
         widest = max((gpus for points in lines.values() for gpus, _ in points), default=2)
         axes.plot([1, widest], [1, widest], color=INK, linewidth=1, linestyle=":", label="linear")

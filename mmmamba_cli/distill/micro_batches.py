@@ -1,21 +1,21 @@
 """`accumulation: auto`: the size of micro batches of a stage.
 
-A step of one row of 8,192 columns a micro batch left a GPU waiting for its host: on an H200, with
-HoVLE-2.6B's shapes and 8 rows a step, stages 1 and 2 had 22,966 and 25,998 kernel launches and 1.04
-and 1.10 s of kernels in steps of 1.56 and 1.78 s, so that a launch took the host about 70 us and
-its kernel 45 us. A micro batch of four rows has the same number of launches, each with about four
-times the work: 180 us, more than twice the time of the host, which varies between machines.
-`MAX_LAYER_COLUMNS` is these four rows. Activations of one layer at a time leave room for them.
+A micro batch has as many kernel launches with several rows as with one, so more rows give each
+launch more work. On an H200, with HoVLE-2.6B's shapes and one row of 8,192 columns a micro batch, a
+launch took the host about 70 us in stages 1 and 2 and its kernel 45 us (22,966 and 25,998 launches,
+1.04 and 1.10 s of kernels in steps of 1.56 and 1.78 s; docs/distillation.md, Speed and memory): the
+GPU waited. With four rows a kernel takes about 180 us, more than twice the time of the host, which
+is a margin for slower hosts and faster GPUs. `MAX_LAYER_COLUMNS` is these four rows: activations of
+one layer at a time take little memory.
 
-Stage 3 kept the same GPU busy for 96 percent of the time with one row, of which all layers keep
-about 21 GiB where nothing recomputes, beside 13.5 GiB of weights, gradients and moments.
-`MAX_KL_COLUMNS` is two rows: as much work again for each launch, as a margin for slower hosts, and
-about 56 GiB, which fits into 80. Mixing matrices (T, T) of `matrix-orientation` take 25 GiB for a
-row of 8,192 columns, so that one row of this length is its limit.
+In stage 3 one row kept the GPU busy for 96 percent of a step. `MAX_KL_COLUMNS` is two rows, as a
+margin: all layers keep about 21 GiB of activations for each where nothing recomputes, beside 13.5
+GiB of all else, so that two rows fit into 80 GiB and three would not be safe. The matrices (T, T)
+of `matrix-orientation` take 25 GiB for a row of 8,192 columns, and `MAX_MATRIX_COLUMNS` is one row.
 
-The limits are numbers, not measurements, so that sums of gradients are rounded in the same order on
-every machine with the same number of processes. Columns are tokens: patches of an embedding stack
-behind which pixels are shuffled are not counted.
+The limits are numbers and not measurements, so that the order in which gradients are summed depends
+on the rows and the number of processes only, not on a machine or its load. Columns are those of the
+language stack: patches that an embedding stack sees before a pixel shuffle are not counted.
 """
 
 from __future__ import annotations
