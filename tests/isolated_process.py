@@ -58,11 +58,12 @@ def _server() -> subprocess.Popen[str]:
     return server
 
 
-def run_isolated(program: str, *words: object, with_package: bool = False) -> str:
+def run_isolated(program: str, *words: object, package: Path | None = None) -> str:
     """Run `program`, which may use `sys`, with `words` as its arguments; return its stdout.
 
-    It has as many threads as this process, for bit-identical sums. `import mmmamba_cli` fails
-    unless `with_package`. Raises `AssertionError` with its stderr if it fails.
+    It has as many threads as this process, for bit-identical sums. `import mmmamba_cli` takes it
+    from the folder `package`, and fails without one. Raises `AssertionError` with the program's
+    stderr if it fails.
     """
     server = _server()
     assert server.stdin is not None and server.stdout is not None
@@ -72,7 +73,7 @@ def run_isolated(program: str, *words: object, with_package: bool = False) -> st
             "program": program,
             "words": [*map(str, words)],
             "outputs": [*map(str, outputs)],
-            "package": str(ROOT) if with_package else None,
+            "package": str(package) if package else None,
             "threads": torch.get_num_threads(),
         }
         server.stdin.write(json.dumps(asked) + "\n")

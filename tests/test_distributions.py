@@ -13,6 +13,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from isolated_process import run_isolated
 from test_licences import ROOT, SHIPPED, declared
 
 import mmmamba_cli
@@ -44,8 +45,6 @@ MAX_WHEEL_BYTES = 40_000_000
 # The code, the drawings and everything else but the shipped models.
 MAX_BYTES_WITHOUT_MODELS = 4_000_000
 MODELS = "mmmamba_evals/scenes/models/"
-# Without the .pth files there, so that an editable install of the checkout is not found.
-SITE = [path for path in sys.path if path.endswith("site-packages")]
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +164,7 @@ def test_the_wheel_has_suites_and_adapters(wheel: zipfile.ZipFile, tmp_path: Pat
         "print(json.dumps([suite_names(), len(published_rows()),"
         " find_evaluator('vlmeval').__module__, find_evaluator('lm-eval').__module__]))"
     )
-    path = f"import sys; sys.path[:0] = {[str(installed), *SITE]!r}\n"
-    asked = subprocess.run(
-        [sys.executable, "-S", "-c", path + ask], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert asked.returncode == 0, asked.stderr
-    place, found = asked.stdout.splitlines()
+    place, found = run_isolated(ask, package=installed).splitlines()
     assert place.startswith(str(installed))
     names, tables, *modules = json.loads(found)
     assert names == suite_names()

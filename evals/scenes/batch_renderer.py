@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -120,11 +121,8 @@ class BatchRenderer:
         self.device = torch.device(device)
         textures = [texture(layouter.atlas.sprites[n][v].pixels) for n, v in layouter.sprites]
         self.textures = torch.from_numpy(np.stack(textures)).to(self.device)
-        masks = [_fitted_mask(word, font) for word, font in layouter.words]
-        none = (np.zeros((WORD_HEIGHT, WORD_WIDTH), np.uint8), (1.0, 1.0))
-        self.masks = torch.from_numpy(np.stack([m for m, _ in masks] or [none[0]])).to(self.device)
-        sizes = np.array([size for _, size in masks] or [none[1]], np.float32)
-        self.mask_sizes = torch.from_numpy(sizes).to(self.device)
+        masks, sizes = _word_masks(tuple(layouter.words))
+        self.masks, self.mask_sizes = masks.to(self.device), sizes.to(self.device)
 
     @torch.no_grad()
     def draw(
@@ -269,6 +267,19 @@ def texture(pixels: np.ndarray) -> np.ndarray:
     canvas = Image.new("RGBA", (TEXTURE_SIDE, TEXTURE_SIDE))
     canvas.paste(image, ((TEXTURE_SIDE - size[0]) // 2, (TEXTURE_SIDE - size[1]) // 2))
     return np.asarray(canvas).transpose(2, 0, 1)
+
+
+@lru_cache(maxsize=2)
+def _word_masks(words: tuple[tuple[str, int], ...]) -> tuple[Tensor, Tensor]:
+    """Masks (K, WORD_HEIGHT, WORD_WIDTH) uint8 of K words in their fonts, sizes (K, 2) float32.
+
+    Thousands of words take a second, and the renderers of a process draw the same ones. Without
+    words, K is 1 and the mask is empty.
+    """
+    fitted = [_fitted_mask(word, font) for word, font in words]
+    fitted = fitted or [(np.zeros((WORD_HEIGHT, WORD_WIDTH), np.uint8), (1.0, 1.0))]
+    masks = np.stack([mask for mask, _ in fitted])
+    return torch.from_numpy(masks), torch.tensor([size for _, size in fitted], dtype=torch.float32)
 
 
 def _fitted_mask(word: str, font: int) -> tuple[np.ndarray, tuple[float, float]]:

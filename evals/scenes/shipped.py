@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -32,6 +33,7 @@ STYLES = (SEEN_STYLE, UNSEEN_STYLE)
 TEST_SEED = 77_000_077
 
 
+@cache
 def shipped_atlas(style: str = SEEN_STYLE) -> Atlas:
     """The atlas of a shipped style. Raises `DataError` for another style."""
     if style not in STYLES:

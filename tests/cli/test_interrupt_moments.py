@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Interrupts of a command; MMMAMBA_KILLS=20 interrupts it more often.
 KILLS = int(os.environ.get("MMMAMBA_KILLS", "0"))
 # Seconds of a command that takes long.
-LONG_SECONDS = 5.0
+LONG_SECONDS = 4.0
 # Seconds until an interrupted command has ended, on a busy machine too.
 ENDED_SECONDS = 120.0
 # A background shell job ignores Ctrl-C, and its child processes inherit that.
@@ -74,7 +74,7 @@ def seconds_of(words: Sequence[object]) -> float:
     [
         (["--help"], max(8, KILLS)),
         (["inspect", "scenes-linear"], max(12, KILLS)),
-        (["doctor", "--device", "cpu"], max(5, KILLS)),
+        (["doctor", "--device", "cpu"], max(4, KILLS)),
     ],
 )
 def test_at_any_moment_of_a_command(words: list[str], moments: int) -> None:

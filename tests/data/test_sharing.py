@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from isolated_process import run_isolated
+from isolated_process import ROOT, run_isolated
 
 from mmmamba_cli.data import EncodedSample, Sample, StepBatches, StepLoader, open_corpus
 from mmmamba_cli.data.dataset import CorpusPart
@@ -190,7 +190,7 @@ for where in ("here", "in a worker"):
 
 def test_an_error_ends_the_program(tmp_path: Path) -> None:
     """Workers do not prevent exit, although they ignore signals and the traceback holds batches."""
-    codes = run_isolated(ENDING, tmp_path, *filter(None, sys.path), with_package=True)
+    codes = run_isolated(ENDING, tmp_path, *filter(None, sys.path), package=ROOT)
     assert codes.split() == ["1", "1"]
     for where, steps in (("here", ["0", "1"]), ("in a worker", ["0", "1", "2"])):
         assert "ZeroDivisionError: a bug" in (tmp_path / f"{where}.err").read_text()

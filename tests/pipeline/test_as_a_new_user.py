@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ended import Command
-from isolated_process import run_isolated
+from isolated_process import ROOT, run_isolated
 from PIL import Image
 from small_checkpoint import CONFIG, write_hovle
 
@@ -81,4 +81,4 @@ def test_three_commands_and_a_question(
     assert settings["eos_token_id"] == [2, 524, 525]
     picture = tmp_path / "picture.png"
     Image.linear_gradient("L").resize((90, 60)).save(picture)
-    assert "Hello" in run_isolated(ASK, product, picture, with_package=True)
+    assert "Hello" in run_isolated(ASK, product, picture, package=ROOT)

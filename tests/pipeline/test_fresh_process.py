@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from ended import Command
-from isolated_process import run_isolated
+from isolated_process import ROOT, run_isolated
 from safetensors.torch import load_file
 
 import mmmamba_cli
@@ -37,7 +37,7 @@ def test_auto_classes_give_the_same_logits(
     run = tmp_path / "run"
     assert mmmamba("seed", hovle_folder, "--no-report", "--run", run).code == 0
     product, out = run / "products/seed", tmp_path / "logits.safetensors"
-    run_isolated(PROGRAM, product, golden, out, with_package=True)
+    run_isolated(PROGRAM, product, golden, out, package=ROOT)
     inputs, model = load_file(golden), mmmamba_cli.load(str(product))
     with torch.no_grad():
         expected = model(inputs["input.input_ids"], inputs["input.pixel_values"]).logits

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from isolated_process import ROOT, run_isolated
 
 from mmmamba_cli.distributed.stop_signals import write_from_handler
 
@@ -44,6 +45,8 @@ import atexit
 import os
 import sys
 from mmmamba_cli.distributed.stop_signals import skip_interpreter_shutdown
+# Nothing else may be written.
+os.dup2(1, 2)
 for code in (0, 3):
     if not os.fork():
         atexit.register(print, "shut down", code)
@@ -56,9 +59,7 @@ for code in (0, 3):
 
 
 def test_the_interpreter_is_not_shut_down_after_success() -> None:
-    words = [sys.executable, "-c", PROCESS]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "0\nshut down 3\n3\n", "")
+    assert run_isolated(PROCESS, package=ROOT) == "0\nshut down 3\n3\n"
 
 
 def test_a_command_among_several_processes_flushes_its_output() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from isolated_process import run_isolated
+from isolated_process import ROOT, run_isolated
 from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 from small_checkpoint import CONFIG, PIECES, SMALL_MODEL, SPECIAL, oracle_ids, write_hovle
@@ -84,7 +84,7 @@ def test_auto_classes_in_a_new_process_give_the_same(
     folder = save_product(processor, tmp_path / "product")
     picture = tmp_path / "picture.png"
     Image.linear_gradient("L").resize((120, 60)).save(picture)
-    result = json.loads(run_isolated(FRESH, folder, PROMPT, picture, with_package=True))
+    result = json.loads(run_isolated(FRESH, folder, PROMPT, picture, package=ROOT))
     expected = processor.chat(PROMPT, picture)
     assert result == {
         "types": ["HolisticVLMProcessor", "HolisticVLMTokenizer"],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from isolated_process import run_isolated
+from isolated_process import ROOT, run_isolated
 from small_checkpoint import PIECES, SMALL_MODEL, oracle_ids, write_hovle
 from small_language_models import SIZES, write_tokenizer
 from tokenizers import processors
@@ -252,7 +252,7 @@ def test_auto_classes_in_a_new_process_give_the_same(folder: Path, tmp_path: Pat
     processors = [saved_product(folder, tmp_path / name, name) for name in names]
     text = "  the cat 图 <|im_end|>\n\n12 x"
     words = [text, json.dumps(TALK), *(str(tmp_path / name) for name in names)]
-    lines = run_isolated(FRESH, *words, with_package=True).splitlines()
+    lines = run_isolated(FRESH, *words, package=ROOT).splitlines()
     for processor, line in zip(processors, lines, strict=True):
         assert_same(processor, text, json.loads(line))
 
