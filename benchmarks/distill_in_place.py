@@ -226,18 +226,20 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
             result["device_gib"] = round(total / GIB, 2)
         result["commands"] = sorted({*result.get("commands", []), result.pop("command")})
         for part in parts_of(given.only):
-            if part.name in done and not given.again:
+            # One row a micro batch, as in older files, has no suffix.
+            name = part.name + (f"-micro-{given.micro_rows}" if given.micro_rows != 1 else "")
+            if name in done and not given.again:
                 continue
             if time.monotonic() > deadline:
-                print(f"no time left for {part.name}", file=sys.stderr)
+                print(f"no time left for {name}", file=sys.stderr)
                 continue
             found = run_part(given, part, Path(work), world, deadline)
             release_memory(world.device)
             if found is None:
                 continue
             sizes = {"rows": given.rows, "length": given.length}
-            done[part.name] = {**asdict(part), **sizes, **found}
-            print(json.dumps({part.name: found}), file=sys.stderr, flush=True)
+            done[name] = {**asdict(part), **sizes, **found}
+            print(json.dumps({name: found}), file=sys.stderr, flush=True)
             write_result(given.out, result)
     print(json.dumps(result, indent=2))
     return result

@@ -244,7 +244,8 @@ class Stage(Section):
             )
         if self.accumulation != "auto" and self.batch_size % self.accumulation:
             raise invalid_value(
-                f"is {self.accumulation}, must divide batch_size, which is {self.batch_size}",
+                f"is {self.accumulation}, must divide batch_size, which is {self.batch_size}, or "
+                "be auto",
                 "accumulation",
             )
         return self

@@ -117,24 +117,17 @@ def test_models_in_place_beside_hovle(benchmarks: None, tmp_path: Path) -> None:
 
     out = tmp_path / "in_place.json"
     parts = ["hovle-2.6b-stage2", "qwen3-vl-2b-stage1", "qwen3-vl-8b-stage3-upper"]
-    out.write_text(json.dumps({"parts": {parts[0]: {"kept": True}}}))
-    words = [
-        "--rows",
-        "2",
-        "--micro-rows",
-        "auto",
-        "--steps",
-        "1",
-        *TINY[:1],
-        *TINY[3:],
-        "--length",
-        "64",
-    ]
-    words += ["--out", str(out), "--only", ",".join(parts)]
+    # The second part is there with one row a micro batch.
+    names = [f"{part}-micro-auto" for part in parts]
+    kept = {name: {"kept": True} for name in (names[0], parts[1])}
+    out.write_text(json.dumps({"parts": kept}))
+    words = ["--rows", "2", "--micro-rows", "auto", "--steps", "1", *TINY[:1], *TINY[3:]]
+    words += ["--length", "64", "--out", str(out), "--only", ",".join(parts)]
     found = distill_in_place.main(words)
     assert json.loads(out.read_text()) == found
-    assert found["parts"].pop(parts[0]) == {"kept": True}
-    assert list(found["parts"]) == parts[1:]
+    for name in kept:
+        assert found["parts"].pop(name) == {"kept": True}
+    assert list(found["parts"]) == names[1:]
     for row in found["parts"].values():
         # Warm-up, timed, the one before the profiler, profiled.
         assert len(row["losses"]) == 5
@@ -142,8 +135,8 @@ def test_models_in_place_beside_hovle(benchmarks: None, tmp_path: Path) -> None:
         assert row["tokens_per_second"] > 0
         assert (row["accumulation"], row["micro_batch_rows"]) == ("auto", [2])
         assert row["profiled"]["steps"] == 1
-    stage3 = found["parts"][parts[2]]
-    assert stage3["learning_parameters"] > found["parts"][parts[1]]["learning_parameters"]
+    stage3 = found["parts"][names[2]]
+    assert stage3["learning_parameters"] > found["parts"][names[1]]["learning_parameters"]
     assert stage3["recomputation"]["layers"] == 0
 
 
