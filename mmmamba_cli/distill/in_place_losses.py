@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmmamba_cli.architecture import mixer_spec
 from mmmamba_cli.data import ModelBatch
+from mmmamba_cli.distill.host_copies import copy_without_wait
 from mmmamba_cli.distill.in_place_pair import InPlacePair
 from mmmamba_cli.distill.layer_losses import in_mixer
 from mmmamba_cli.distill.picture_density import density_weights
@@ -164,7 +165,10 @@ class HookedLayerLoss:
             if self.loss.reads_matrix:
                 stack.enter_context(_attention_weights(pair))
             if self.weights_pictures:
-                grids = picture_grids(source.config, prepared)
+                grids = [
+                    copy_without_wait(grid, padding.device)
+                    for grid in picture_grids(source.config, prepared.on_host)
+                ]
                 keep = partial(_keep_weights, column_weights, grids, batch.seq_idx)
                 hook = running[0].register_forward_pre_hook(keep, with_kwargs=True)
                 stack.callback(hook.remove)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,20 +14,42 @@ from torch import Tensor, nn
 from mmmamba_cli.checkpoint import InPlaceCheckpoint
 from mmmamba_cli.checkpoint.in_place_loader import load_in_place_model
 from mmmamba_cli.data import ModelBatch
+from mmmamba_cli.distill.host_copies import copy_without_wait
+from mmmamba_cli.distill.kept_features import kept_features
 from mmmamba_cli.distill.model_pair import PairPlacement
+from mmmamba_cli.distill.module_overrides import override_modules
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.teachers import mixers_of, packed_position_ids, text_config
+from mmmamba_cli.teachers import mixers_of, text_config
 from mmmamba_cli.teachers.anatomy import text_decoder
+from mmmamba_cli.teachers.call_arguments import MASK, POSITIONS, call_arguments
 
 # Relative difference that rounding may make between the model's logits and those of its head.
 HEAD_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
+class PreparedCall:
+    """The arguments of a forward pass of both models.
+
+    Attributes:
+        inputs: keyword arguments of the base model, on its device but for those whose values are
+            read.
+        on_host: inputs of the batch on the CPU, where reading values waits for no GPU.
+        features: image features of this batch that one model has computed (`kept_features`).
+    """
+
+    inputs: Mapping[str, Any]
+    on_host: Mapping[str, Tensor]
+    features: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class InPlacePair:
     """A `ModelPair` of a transformers model and its student.
 
-    `prepare` returns the arguments of a forward pass: each model runs its own tower.
+    `prepare` returns the arguments of a forward pass. The tower runs once for both models if it
+    is frozen and the teacher's, else each model runs its own. Modules of the text decoders are
+    overridden (`override_modules`).
     """
 
     teacher: Any
@@ -34,6 +57,10 @@ class InPlacePair:
     precision: str = "fp32"
     # Names of the student's trainable parameters.
     trainable: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for model in (self.teacher, self.student):
+            override_modules(model)
 
     @property
     def device(self) -> torch.device:
@@ -83,22 +110,37 @@ class InPlacePair:
         for layer in layers[count:]:
             layer.gradient_checkpointing = False  # type: ignore[assignment]
 
-    def prepare(self, batch: ModelBatch) -> dict[str, Tensor]:
-        inputs = dict(batch.inputs)
-        if batch.seq_idx is not None:
-            # transformers reads packing from positions, and only without a mask.
-            del inputs["attention_mask"]
-            inputs["position_ids"] = self._packed_positions(batch).to(batch.labels.device)
-        return inputs
-
-    def _packed_positions(self, batch: ModelBatch) -> Tensor:
-        # Counting them reads values, which would wait for a GPU.
+    def prepare(self, batch: ModelBatch) -> PreparedCall:
+        """What both models read of a batch; values of inputs are read on the CPU."""
         host = batch if batch.on_host is None else batch.on_host
-        assert host.seq_idx is not None
-        return packed_position_ids(self.teacher, host.inputs, host.seq_idx)
+        device = batch.labels.device
+        found = call_arguments(self.teacher, host.inputs, host.seq_idx)
+        inputs: dict[str, Any] = {**batch.inputs, **found.on_host}
+        inputs |= {name: copy_without_wait(one, device) for name, one in found.to_copy.items()}
+        if not found.needs_mask:
+            del inputs[MASK]
+        for mixer in self.mixers[:1]:
+            context: Any = mixer.context
+            for name, value in {**host.inputs, **found.to_copy}.items():
+                if name in inputs and name in (MASK, POSITIONS):
+                    context.remember(inputs[name], value)
+        return PreparedCall(inputs, host.inputs)
 
-    def last_hidden(self, model: Any, prepared: dict[str, Tensor]) -> Tensor:
-        outputs = model.base_model(**prepared, use_cache=False, return_dict=True)
+    @cached_property
+    def shares_pictures(self) -> bool:
+        """Whether both models have the same image features: all parameters outside of the text
+        decoders are frozen and the teacher's.
+        """
+        theirs, ours = (dict(_outer_parameters(one)) for one in (self.teacher, self.student))
+        return theirs.keys() == ours.keys() and all(
+            parameter is theirs[name] and not parameter.requires_grad
+            for name, parameter in ours.items()
+        )
+
+    def last_hidden(self, model: Any, prepared: PreparedCall) -> Tensor:
+        shares = self.shares_pictures
+        with kept_features(model.base_model, prepared.features) if shares else nullcontext():
+            outputs = model.base_model(**prepared.inputs, use_cache=False, return_dict=True)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
@@ -106,6 +148,14 @@ class InPlacePair:
         logits: Tensor = model.get_output_embeddings()(hidden)
         limit = getattr(text_config(model.config), "final_logit_softcapping", None)
         return logits if not limit else torch.tanh(logits / limit) * limit
+
+
+def _outer_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the base model that are not the text decoder's, with their names."""
+    inner = set(text_decoder(model).parameters())
+    for name, parameter in model.base_model.named_parameters():
+        if parameter not in inner:
+            yield name, parameter
 
 
 def load_in_place_pair(
@@ -191,7 +241,7 @@ def check_head(pair: InPlacePair) -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with pair.autocast():
         expected = model(**inputs, use_cache=False).logits.float()
-        found = pair.logits(model, pair.last_hidden(model, inputs)).float()
+        found = pair.logits(model, pair.last_hidden(model, PreparedCall(inputs, inputs))).float()
     # Rounding of bf16 is far below a factor or a cap.
     tolerance = HEAD_TOLERANCE if pair.precision == "fp32" else 0.1
     if (found - expected).abs().max() > tolerance * expected.abs().max():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba_cli.data import IGNORE_INDEX
+from mmmamba_cli.distill.host_copies import copy_without_wait
 from mmmamba_cli.distill.model_pair import AnyBatch, ModelPair
 from mmmamba_cli.ops.backends import upcast
 from mmmamba_cli.recipe import KL
@@ -114,8 +115,8 @@ class LogitsKL:
             chosen = mask | (shift_labels(host) != IGNORE_INDEX)
         indices = chosen.flatten().nonzero().squeeze(1)
         return (
-            _without_wait(mask.flatten()[indices], targets.device),
-            _without_wait(indices, targets.device),
+            copy_without_wait(mask.flatten()[indices], targets.device),
+            copy_without_wait(indices, targets.device),
         )
 
     def _chunk_sums(
@@ -163,13 +164,6 @@ def divergence(teacher: Tensor, student: Tensor, direction: str, temperature: fl
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-
-
-def _without_wait(values: Tensor, device: torch.device) -> Tensor:
-    """Copy values of the CPU to `device`, without waiting for a GPU."""
-    if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def _rows(values: Tensor, indices: Tensor | None) -> Tensor:

@@ -317,16 +317,19 @@ def _packed_positions(real: Tensor, counted: Tensor, seq_idx: Tensor) -> tuple[T
     return (counted - 1 - start).clamp(min=0), lengths
 
 
-def packed_sequences(position_ids: Tensor | None) -> Tensor | None:
+def packed_sequences(position_ids: Tensor | None, on_host: Tensor | None = None) -> Tensor | None:
     """Derive (B, T) sequence ids from positions that restart; None for one sequence per row.
 
-    Collators that pack sequences without padding describe them by `position_ids` alone.
+    Collators that pack sequences without padding describe them by `position_ids` alone. `on_host`
+    are the same positions on the CPU, if known, where reading values waits for no GPU.
     """
     if position_ids is None or position_ids.shape[1] < 2:
         return None
-    begins = torch.zeros_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids[:, 1:] - position_ids[:, :-1] != 1
     # A compiled graph cannot branch on values, so one sequence per row gets ids too.
-    if not torch.compiler.is_compiling() and not bool(begins.any()):
-        return None
+    if not torch.compiler.is_compiling():
+        read = position_ids if on_host is None else on_host
+        if not bool((read.diff(dim=1) != 1).any()):
+            return None
+    begins = torch.zeros_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
     return begins.long().cumsum(1)

@@ -25,10 +25,14 @@ class CallInputs:
     """What a call of the model was given.
 
     `attention_mask` is (B, S + T), `position_ids` (B or 1, T); None where the caller gave none.
+    `host_mask` and `host_positions` are the same on the CPU, if they are known: reading them waits
+    for no GPU.
     """
 
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
+    host_mask: Tensor | None = None
+    host_positions: Tensor | None = None
     _masks: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     _seq_idx: dict[int, Tensor | None] = field(default_factory=dict)
 
@@ -55,9 +59,10 @@ class CallInputs:
         every = mask[:, : past + length].bool()
         own = every[:, past:]
         if not torch.compiler.is_compiling():
-            if bool(every.all()):
+            known = every if self.host_mask is None else self.host_mask[:, : past + length].bool()
+            if bool(known.all()):
                 return None, None
-            if bool(own.all()):
+            if bool(known[:, past:].all()):
                 return None, every
         return own, every
 
@@ -69,7 +74,8 @@ class CallInputs:
         if self.attention_mask is not None or self.position_ids is None:
             return None
         if batch not in self._seq_idx:
-            self._seq_idx[batch] = packed_sequences(self.position_ids.expand(batch, -1))
+            known = self.position_ids if self.host_positions is None else self.host_positions
+            self._seq_idx[batch] = packed_sequences(self.position_ids.expand(batch, -1), known)
         return self._seq_idx[batch]
 
 
@@ -85,6 +91,7 @@ class CallContext:
         self._depth = 0
         self._latest = CallInputs()
         self._calls: Any = WeakIdKeyDictionary()
+        self._on_host: Any = WeakIdKeyDictionary()
 
     def __reduce__(self) -> tuple[type[CallContext], tuple[()]]:
         """Implement `copy.deepcopy` and pickle: a copied model has no calls yet."""
@@ -102,6 +109,16 @@ class CallContext:
                 handle.remove()
 
         return detach
+
+    def remember(self, given: Tensor, on_host: Tensor) -> None:
+        """Read `on_host` wherever values of its copy on a device are needed.
+
+        Args:
+            given: `attention_mask` or `position_ids` of the next calls.
+            on_host: the same on the CPU.
+        """
+        if given is not on_host:
+            self._on_host[given] = on_host
 
     def inputs(self, cos: Tensor | None = None) -> CallInputs:
         """The inputs of the call with the RoPE angles `cos`."""
@@ -142,7 +159,11 @@ class CallContext:
         self._depth += 1
         if self._depth == 1:
             names = list(inspect.signature(module.forward).parameters)
-            self._latest = call_inputs({**dict(zip(names, args, strict=False)), **kwargs})
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            self._latest = call_inputs(given)
+            known = (given.get(name) for name in ("attention_mask", "position_ids"))
+            mask, positions = (None if one is None else self._on_host.get(one) for one in known)
+            self._latest.host_mask, self._latest.host_positions = mask, _text_positions(positions)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._depth -= 1
@@ -162,10 +183,15 @@ def call_inputs(given: dict[str, Any]) -> CallInputs:
             "which columns are padding",
             "give the mask that the processor or the tokenizer returns",
         )
+    return CallInputs(mask, _text_positions(positions))
+
+
+def _text_positions(positions: Tensor | None) -> Tensor | None:
+    """(B or 1, T); None where positions do not count text."""
     if positions is not None and positions.dim() == 3:
         # Of multimodal positions, the first of four rows counts text; three rows jump at images.
-        positions = positions[0] if positions.shape[0] == 4 else None
-    return CallInputs(mask, positions)
+        return positions[0] if positions.shape[0] == 4 else None
+    return positions
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
