@@ -13,6 +13,7 @@ from mmmamba_cli.ablation.category_table import category_table
 from mmmamba_cli.ablation.cell_record import (
     CellRecord,
     finished_records,
+    first_sentence,
     missing_suites,
     read_records,
 )
@@ -74,7 +75,9 @@ def cell_notes(
 ) -> list[str]:
     """Which cells failed, are not run, or have results of other settings."""
     notes = [
-        f"{name} failed: {one.error}" for name, one in records.items() if one.status == "failed"
+        f"{name} failed: {first_sentence(one.error or '')}"
+        for name, one in records.items()
+        if one.status == "failed"
     ]
     old = {cell.name for cell in outdated}
     missing = [cell for cell in cells if cell.name not in records and cell.name not in old]

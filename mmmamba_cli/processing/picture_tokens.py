@@ -34,6 +34,8 @@ class PictureTokens:
         self._measure = measure
         self._processor = processor
         self._measured = lru_cache(MAX_COUNTS)(self._measure_one)
+        # A processor checks all of its options at each count: a millisecond for a sample.
+        self._own = lru_cache(MAX_COUNTS)(self._own_count)
 
     def count(self, sizes: Sequence[Size]) -> int:
         """Tokens that the pictures of one prompt add.
@@ -51,7 +53,7 @@ class PictureTokens:
         constant = self._constants[alone]
         try:
             if constant is not None:
-                return self._own_count(size) + constant
+                return self._own(size) + constant
             return self._measured(size, alone)
         except SIZE_ERRORS as error:
             raise refused_picture(size, error) from error
@@ -74,9 +76,7 @@ class PictureTokens:
         if not hasattr(self._processor, "_get_num_multimodal_tokens"):
             return None
         try:
-            lacking = {
-                self._measure_one(size, alone) - self._own_count(size) for size in PROBE_SIZES
-            }
+            lacking = {self._measure_one(size, alone) - self._own(size) for size in PROBE_SIZES}
         except (*SIZE_ERRORS, NotImplementedError):
             return None
         return lacking.pop() if len(lacking) == 1 else None

@@ -120,7 +120,8 @@ class TeacherProcessor:
         turns = place_slots(messages, num_images, num_videos)
         self._refuse_control_tokens(turns)
         listed = [turn.message(self.takes_images) for turn in turns]
-        text = self._with_begin_token(self._rendered(listed, False))
+        rendered = self._rendered(listed, False)
+        text = self._with_begin_token(rendered)
         check_unicode(text)
         if marks_answers(self.chat_template):
             ids, is_answer = self._marked(listed)
@@ -128,7 +129,7 @@ class TeacherProcessor:
             begun = self._ids(text)
             is_answer = [False] * (len(begun) - len(ids)) + is_answer
             return self._prompt(text, begun, is_answer, num_videos)
-        shift = len(text) - len(self._rendered(listed, False))
+        shift = len(text) - len(rendered)
         spans = answer_spans(
             listed,
             text[shift:],
