@@ -95,9 +95,11 @@ def test_layer_losses_hold_one_layer_at_a_time(loss: str, tmp_path: Path) -> Non
 
 def test_out_of_memory_suggests_settings() -> None:
     recipe = load_recipe("mmmamba-linear")
-    assert recipe.stages[2].accumulation == "auto"
+    auto = recipe.stages[2]
+    assert (auto.accumulation, auto.checkpointing) == ("auto", "auto")
+    stage = auto.model_copy(update={"checkpointing": True})
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
-    text = str(out_of_memory_error(recipe.stages[2], recipe, Progress(step=7), error, 3))
+    text = str(out_of_memory_error(stage, recipe, Progress(step=7), error, 3))
     assert "stage3 ran out of device memory after step 7: CUDA out of memory" in text
     # At least twice as many as there were, and a divisor of the batch size, 64.
     assert "--set stages.stage3.accumulation=8" in text
@@ -105,7 +107,6 @@ def test_out_of_memory_suggests_settings() -> None:
     assert "--set data.max_tiles=6" in text
     one = recipe.stages[0].model_copy(update={"batch_size": 3, "accumulation": 3})
     assert "accumulation=" not in str(out_of_memory_error(one, recipe, Progress(), error, 3))
-    auto = recipe.stages[2].model_copy(update={"checkpointing": "auto"})
     assert "--set stages.stage3.checkpointing=true" in str(
         out_of_memory_error(auto, recipe, Progress(), error, 1)
     )
