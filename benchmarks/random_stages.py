@@ -222,7 +222,7 @@ class StepProfiler:
         kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else []
         if host or not kinds:
             kinds.append(ProfilerActivity.CPU)
-        self.profile = profile(activities=kinds)
+        self.profile = profile(activities=kinds, acc_events=True)
         self._device, self._first, self._number = device, steps - profiled, profiled
         self._began = self.seconds = 0.0
 
